@@ -1,0 +1,367 @@
+"""What to run: one frozen tree of dataclasses, three profiles, and validation.
+
+A run is described by a :class:`Config` and by nothing else. Profiles (``cpu``, ``gpu``, ``cluster``) differ in
+*values* only; the code that reads them is the same everywhere. Every field has a *flat* name (the command line's
+flag without dashes), so that ``Config.create("cpu", zero_stage=2, dataset="embedded/qa")``, a notebook's parameters
+and ``python -m tutorial_lib train --zero-stage 2 --dataset embedded/qa`` say the same thing.
+
+This module imports nothing but the standard library: arithmetic, launchers and schedulers can read a configuration
+without starting torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+PROFILES = ("cpu", "gpu", "cluster")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run. The message says what is wrong, where, and what to write instead."""
+
+
+def _setting(default: Any, help: str, *, flag: str | None = None, choices: tuple[Any, ...] | None = None) -> Any:
+    return field(default=default, metadata={"flag": flag, "help": help, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Which causal language model is trained."""
+
+    name: str = _setting(
+        "embedded/gpt2", "hub name, a directory, or embedded/gpt2, embedded/qwen2, embedded/bloom", flag="model"
+    )
+    random_init: bool = _setting(False, "build the model from its configuration with seeded random weights")
+    freeze: tuple[str, ...] = _setting((), "parameters not to train, as name patterns (* and ? match)")
+    trust_remote_code: bool = _setting(False, "run Python code that a hub model or data set ships with")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which rows are read, and how they become batches."""
+
+    name: str = _setting(
+        "embedded/news",
+        "hub name, a directory, or embedded/news, embedded/articles, embedded/qa",
+        flag="dataset",
+    )
+    seq_length: int = _setting(128, "longest sequence in tokens; longer rows are truncated")
+    batching: str = _setting(
+        "longest",
+        "max_length: pad to seq_length; longest: group by length, pad to the longest; packed: fill each row",
+        choices=("max_length", "longest", "packed"),
+    )
+    train_split: str = _setting("train", "split to train on")
+    eval_split: str = _setting("validation", "split to evaluate on")
+    max_examples: int | None = _setting(None, "use only the first this many rows of the training split")
+    max_eval_examples: int | None = _setting(64, "use only the first this many rows of the evaluation split")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """The shape of the rank grid: world size = dp x tp."""
+
+    dp: int = _setting(2, "data-parallel size: how many ranks read different data")
+    tp: int = _setting(1, "tensor-parallel size: how many ranks share each layer")
+
+    @property
+    def world_size(self) -> int:
+        return self.dp * self.tp
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """Who turns a loss into an update, and where model states live."""
+
+    name: str = _setting(
+        "deepspeed",
+        "deepspeed: ZeRO; torch: one plain process, the reference",
+        flag="engine",
+        choices=("deepspeed", "torch"),
+    )
+    zero_stage: int = _setting(3, "0: nothing partitioned; 1: optimizer states; 2: + gradients; 3: + parameters")
+    offload: str = _setting(
+        "none",
+        "keep in host memory: optimizer (stages 1-3), or all: optimizer and parameters (stage 3)",
+        choices=("none", "optimizer", "all"),
+    )
+    pin_memory: bool = _setting(False, "page-lock offloaded memory; always stated, DeepSpeed's default has changed")
+    precision: str = _setting("fp32", "arithmetic of forward and backward", choices=("fp32", "bf16", "fp16"))
+    persistence_threshold: int = _setting(
+        0, "stage 3 keeps parameters below this many elements whole on every rank (DeepSpeed's default: 100000)"
+    )
+    activation_checkpointing: bool = _setting(False, "recompute activations in backward instead of keeping them")
+    deepspeed_file: str | None = _setting(
+        None, "a DeepSpeed JSON file, by path or by its name in tutorial_lib/ds_configs", flag="deepspeed"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule."""
+
+    learning_rate: float = _setting(1e-3, "peak learning rate")
+    beta1: float = _setting(0.9, "decay of the first moment")
+    beta2: float = _setting(0.999, "decay of the second moment")
+    eps: float = _setting(1e-8, "added to the denominator")
+    weight_decay: float = _setting(0.01, "decoupled weight decay, applied to every trained parameter")
+    gradient_clipping: float = _setting(1.0, "largest global gradient norm; 0 turns clipping off")
+    schedule: str = _setting(
+        "linear",
+        "learning-rate schedule after the warm-up",
+        choices=("constant", "linear", "cosine"),
+    )
+    warmup_steps: int = _setting(0, "optimizer steps over which the learning rate rises from 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """How long, from which seed, under which name, started by whom."""
+
+    name: str = _setting("run", "name of the run: its directory under storage, and what a resume finds again")
+    storage: str = _setting("runs", "directory that every rank can write to")
+    launcher: str = _setting(
+        "local",
+        "local: start processes here; ray: Ray Train; none: join what torchrun or srun has set up",
+        choices=("local", "ray", "none"),
+    )
+    device: str = _setting("cpu", "cpu or cuda", choices=("cpu", "cuda"))
+    epochs: int = _setting(1, "passes over the training split, when steps is not given")
+    steps: int | None = _setting(None, "optimizer steps in all; overrides epochs")
+    stop_after: int | None = _setting(None, "save and stop after this optimizer step, as a time limit would")
+    seed: int = _setting(0, "seed of the data order, of dropout, and of random weights")
+    global_batch: int = _setting(8, "sequences per optimizer step, over all ranks and micro-batches")
+    micro_batch: int | None = _setting(None, "sequences per forward pass and rank; default: global_batch / dp")
+    checkpoint_every: int = _setting(0, "save every this many optimizer steps; 0: only at the end")
+    resume: str = _setting(
+        "auto",
+        "auto: continue the run of this name if it has a checkpoint; never: refuse to touch an existing run",
+        choices=("auto", "never"),
+    )
+    evaluate: bool = _setting(True, "evaluate before the first and after the last step")
+    measure: bool = _setting(False, "account memory and count traffic of one step; slows that step")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """Everything a run depends on. Build it with :meth:`create`, vary it with :meth:`override`."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    engine: EngineConfig = EngineConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    run: RunConfig = RunConfig()
+
+    def __post_init__(self) -> None:
+        _validate(self)
+
+    @classmethod
+    def create(cls, profile: str = "cpu", **flat: Any) -> Config:
+        """A profile's configuration with some settings replaced, named as on the command line.
+
+        Raises:
+            ConfigError: unknown profile or setting, or a combination that cannot run.
+        """
+        if profile not in PROFILES:
+            raise ConfigError(f"profile {profile!r} is not known. Write one of: {', '.join(PROFILES)}.")
+        return _build({**_PROFILE_VALUES[profile], **flat}, base=None)
+
+    def override(self, **flat: Any) -> Config:
+        """A copy with some settings replaced, named as on the command line."""
+        return _build(flat, base=self)
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences per forward pass on one rank."""
+        return self.run.micro_batch or self.run.global_batch // self.parallel.dp
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes per optimizer step on one rank."""
+        return self.run.global_batch // (self.parallel.dp * self.micro_batch)
+
+    @property
+    def directory(self) -> Path:
+        """Where the run's records and checkpoints are: ``storage/name``."""
+        return Path(self.run.storage).expanduser() / self.run.name
+
+    def flat(self) -> dict[str, Any]:
+        """The settings by their flat names."""
+        return {s.flag: getattr(getattr(self, s.section), s.field) for s in settings().values()}
+
+    def to_json(self) -> str:
+        return json.dumps(self.flat(), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Config:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            ConfigError: the text is no JSON object, or holds what :meth:`create` refuses.
+        """
+        try:
+            flat = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"The configuration is not valid JSON: {error}.") from error
+        if not isinstance(flat, dict):
+            raise ConfigError(f"The configuration is a JSON {type(flat).__name__}, not an object.")
+        return _build({k: tuple(v) if isinstance(v, list) else v for k, v in flat.items()}, base=None)
+
+    def fingerprint(self) -> str:
+        """Identifies what a checkpoint depends on; runs that differ here cannot continue each other exactly."""
+        fixed = {k: v for k, v in self.flat().items() if k not in FREE_ON_RESUME}
+        return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+
+
+FREE_ON_RESUME = frozenset(
+    {"name", "storage", "launcher", "stop_after", "checkpoint_every", "resume", "evaluate", "measure"}
+    | {"eval_split", "max_eval_examples", "micro_batch", "pin_memory", "activation_checkpointing", "trust_remote_code"}
+)
+"""Flat names that a resumed run may change without changing which update comes next."""
+
+_PROFILE_VALUES: dict[str, dict[str, Any]] = {
+    "cpu": {},
+    "gpu": {"device": "cuda", "precision": "bf16", "dp": 1, "seq_length": 512, "pin_memory": True},
+    "cluster": {
+        "device": "cuda",
+        "precision": "bf16",
+        "dp": 8,
+        "seq_length": 512,
+        "global_batch": 64,
+        "pin_memory": True,
+        "launcher": "none",
+        "persistence_threshold": 100_000,
+        "checkpoint_every": 100,
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One field of the tree, as the command line shows it."""
+
+    flag: str
+    section: str
+    field: str
+    type: Any
+    default: Any
+    help: str
+    choices: tuple[Any, ...] | None
+
+
+def settings() -> dict[str, Setting]:
+    """All settings by flat name, in the order in which they are declared."""
+    found: dict[str, Setting] = {}
+    for section in dataclasses.fields(Config):
+        section_type = type(section.default)
+        hints = get_type_hints(section_type)
+        for item in dataclasses.fields(section_type):
+            flag = item.metadata["flag"] or item.name
+            found[flag] = Setting(
+                flag, section.name, item.name, hints[item.name], item.default, item.metadata["help"],
+                item.metadata["choices"],
+            )  # fmt: skip
+    return found
+
+
+def _build(flat: dict[str, Any], base: Config | None) -> Config:
+    known = settings()
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in flat.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"There is no setting {name!r}.{hint} The settings are: {', '.join(known)}.")
+        sections.setdefault(known[name].section, {})[known[name].field] = value
+    start = base or Config()
+    return dataclasses.replace(
+        start, **{s: dataclasses.replace(getattr(start, s), **values) for s, values in sections.items()}
+    )
+
+
+def _validate(config: Config) -> None:
+    """Refuse what cannot run, before any process starts."""
+    flat = config.flat()
+    for setting in settings().values():
+        _check_type(setting, flat[setting.flag])
+    engine, parallel, run = config.engine, config.parallel, config.run
+
+    for flag, lowest in _LOWEST.items():
+        if flat[flag] is not None and flat[flag] < lowest:
+            raise ConfigError(f"{flag} is {flat[flag]}; the smallest possible value is {lowest}.")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run.name):
+        raise ConfigError(
+            f"Run name {run.name!r} cannot be a directory name. Use letters, digits, '.', '_' and '-' alone, "
+            "starting with a letter or digit; directories go into storage."
+        )
+    if engine.zero_stage not in (0, 1, 2, 3):
+        raise ConfigError(f"zero_stage is {engine.zero_stage}; ZeRO has the stages 0, 1, 2 and 3.")
+    if engine.offload == "all" and engine.zero_stage != 3:
+        raise ConfigError(
+            f"offload='all' moves parameters to host memory, which needs zero_stage=3, not {engine.zero_stage}. "
+            "Write offload='optimizer', or zero_stage=3."
+        )
+    if engine.offload == "optimizer" and engine.zero_stage == 0:
+        raise ConfigError(
+            "offload='optimizer' needs optimizer states that ZeRO partitions: write zero_stage=1, 2 or 3, "
+            "or offload='none'."
+        )
+    if engine.precision == "fp16" and run.device == "cpu":
+        raise ConfigError("precision='fp16' needs a GPU: on a CPU write precision='bf16' or 'fp32'.")
+    if engine.name == "torch":
+        if parallel.world_size != 1:
+            raise ConfigError(
+                f"engine='torch' is the one-process reference, but dp x tp = {parallel.world_size}. "
+                "Write dp=1, tp=1, or engine='deepspeed'."
+            )
+        if engine.offload != "none" or engine.deepspeed_file:
+            raise ConfigError("engine='torch' has no offload and reads no DeepSpeed file; write engine='deepspeed'.")
+    if parallel.tp != 1:
+        raise ConfigError(f"tp is {parallel.tp}; tensor parallelism is not available yet. Write tp=1.")
+    _check_batch_sizes(config)
+    if run.stop_after is not None and run.steps is not None and run.stop_after > run.steps:
+        raise ConfigError(f"stop_after={run.stop_after} lies beyond the last step, steps={run.steps}.")
+
+
+_LOWEST = {
+    "seq_length": 2, "max_examples": 1, "max_eval_examples": 1, "dp": 1, "tp": 1, "persistence_threshold": 0,
+    "learning_rate": 0.0, "eps": 0.0, "weight_decay": 0.0, "gradient_clipping": 0.0, "warmup_steps": 0, "epochs": 1,
+    "steps": 1, "stop_after": 1, "seed": 0, "global_batch": 1, "micro_batch": 1, "checkpoint_every": 0,
+}  # fmt: skip
+
+
+def _check_type(setting: Setting, value: Any) -> None:
+    if setting.choices and value not in setting.choices:
+        raise ConfigError(f"{setting.flag} is {value!r}. Write one of: {', '.join(map(str, setting.choices))}.")
+    kinds = {int: int, float: (int, float), str: str, bool: bool, int | None: (int, type(None)),
+             str | None: (str, type(None)), tuple[str, ...]: tuple}[setting.type]  # fmt: skip
+    wrong_bool = isinstance(value, bool) and setting.type is not bool
+    if wrong_bool or not isinstance(value, kinds):
+        name = getattr(setting.type, "__name__", str(setting.type))
+        raise ConfigError(f"{setting.flag} is {value!r}, a {type(value).__name__}; write a value of type {name}.")
+
+
+def _check_batch_sizes(config: Config) -> None:
+    run, dp = config.run, config.parallel.dp
+    if run.global_batch % dp:
+        near = max(dp, run.global_batch // dp * dp)
+        raise ConfigError(
+            f"global_batch={run.global_batch} is not a multiple of dp={dp}: no rank can take an equal share. "
+            f"Write global_batch={near} or {near + dp}."
+        )
+    share = run.global_batch // dp
+    if run.micro_batch and share % run.micro_batch:
+        divisors = [d for d in range(1, share + 1) if share % d == 0]
+        raise ConfigError(
+            f"Batch sizes do not multiply: global_batch={run.global_batch} = dp={dp} x micro_batch={run.micro_batch} "
+            f"x accumulation has no whole accumulation. A rank's share is {share}; write micro_batch as one of "
+            f"{divisors}."
+        )
