@@ -1,0 +1,201 @@
+"""The embedded data sets: CPython's documentation under the schemas of the data sets that the course names.
+
+| name | schema of | one row |
+| --- | --- | --- |
+| ``embedded/news`` | ag_news: ``text``, ``label`` | what one function, class or module does; the label is the field it serves |
+| ``embedded/articles`` | wikitext: ``text`` | some consecutive paragraphs of one module's or topic's documentation |
+| ``embedded/qa`` | SQuAD v1.1: ``id``, ``title``, ``context``, ``question``, ``answers`` | a question about one entry, answered by a span of the context |
+
+A document (see :mod:`tutorial_lib.embedded.documents`) belongs to one split in all three, so no model pretrained or
+fine-tuned on training rows has seen what it is evaluated on.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tutorial_lib.embedded.documents import SPLITS, Document, Entry, digest, documents
+
+Row = dict[str, Any]
+
+NEWS_LABELS = ("Language", "Data", "Network", "System")
+"""Which field a module serves: Python itself, values and formats, communication, or the machine it runs on."""
+
+_FIELDS = {
+    "Language": "__future__ _py_abc abc ast bdb builtins cProfile code codeop contextlib copyreg cmd compileall "
+    "dataclasses dis doctest enum functools imp importlib inspect keyword linecache modulefinder opcode operator "
+    "pdb pkgutil profile pstats py_compile pyclbr pydoc rlcompleter runpy symtable tabnanny timeit token "
+    "tokenize trace traceback tracemalloc types typing unittest warnings weakref zipimport",
+    "Data": "aifc base64 binascii bisect bz2 calendar chunk codecs collections colorsys configparser copy csv "
+    "datetime dbm decimal difflib encodings fractions getopt gettext graphlib gzip hashlib heapq hmac html imghdr int "
+    "json locale lzma numbers optparse argparse pickle pickletools plistlib pprint quopri random re reprlib "
+    "secrets shelve sndhdr sqlite3 sre_compile sre_constants sre_parse statistics string stringprep struct sunau "
+    "tarfile textwrap time tomllib uu uuid wave xdrlib xml zipfile zoneinfo",
+    "Network": "asynchat asyncore asyncio cgi cgitb email ftplib http imaplib ipaddress mailbox mailcap mimetypes "
+    "netrc nntplib poplib selectors smtpd smtplib socket socketserver ssl telnetlib urllib webbrowser wsgiref xmlrpc",
+    "System": "concurrent crypt ctypes curses filecmp fileinput fnmatch getpass glob io logging multiprocessing "
+    "ntpath nturl2path os pathlib pipes platform pty queue sched shlex shutil signal site stat subprocess sysconfig "
+    "tempfile threading tty zipapp",
+}
+_FIELD_OF = {module: field for field, modules in _FIELDS.items() for module in modules.split()}
+
+_NEWS_CHARACTERS = (60, 600)
+_ARTICLE_CHARACTERS = 1200
+_CONTEXT_CHARACTERS = 500
+
+
+def write_corpus(name: str, directory: Path) -> None:
+    """Write one embedded data set as ``train.parquet``, ``validation.parquet`` and ``test.parquet``.
+
+    The features (such as the names of the labels) are part of the files: ``datasets.load_dataset(str(directory))``
+    needs nothing else.
+    """
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
+    from datasets import ClassLabel, Features, Sequence, Value  # type: ignore[import-untyped]
+
+    features = {
+        "embedded/news": Features(text=Value("string"), label=ClassLabel(names=list(NEWS_LABELS))),
+        "embedded/articles": Features(text=Value("string")),
+        "embedded/qa": Features(
+            id=Value("string"), title=Value("string"), context=Value("string"), question=Value("string"),
+            answers={"text": Sequence(Value("string")), "answer_start": Sequence(Value("int32"))},
+        ),
+    }[name]  # fmt: skip
+    for split in SPLITS:
+        table = pyarrow.Table.from_pylist(rows(name, split), schema=features.arrow_schema)
+        pyarrow.parquet.write_table(table, directory / f"{split}.parquet")
+
+
+def rows(name: str, split: str) -> list[Row]:
+    """The rows of one split, in an order that depends on the text alone."""
+    builder: Callable[[Document], Iterator[Row]] = {
+        "embedded/news": _news, "embedded/articles": _articles, "embedded/qa": _questions,
+    }[name]  # fmt: skip
+    chosen = [document for document in documents() if document.split == split]
+    if name == "embedded/articles":
+        # Documents are mixed, but an article keeps its paragraphs in order.
+        chosen.sort(key=lambda document: digest(document.name))
+        return [row for document in chosen for row in builder(document)]
+    found = [row for document in chosen for row in builder(document)]
+    # The first rows of a split are all that a short run uses: they must not come from one module.
+    return sorted(found, key=lambda row: digest("".join(str(value) for value in row.values())))
+
+
+def _articles(document: Document) -> Iterator[Row]:
+    text = f" = {_title(document)} = \n"
+    for entry in document.entries:
+        lead = "" if entry.kind == "topic" else f"{entry.name}: "
+        for paragraph in entry.paragraphs:
+            if len(text) + len(paragraph) > _ARTICLE_CHARACTERS and text.count("\n") > 1:
+                yield {"text": text}
+                text = ""
+            text += f" {lead}{paragraph} \n"
+            lead = ""
+    yield {"text": text}
+
+
+def _title(document: Document) -> str:
+    return document.entries[0].name if document.name.startswith("topic ") else document.name
+
+
+def _news(document: Document) -> Iterator[Row]:
+    topic = document.name.startswith("topic ")
+    field = "Language" if topic else _FIELD_OF.get(document.name.partition(".")[0])
+    if field is None:
+        return
+    for entry in document.entries:
+        if not topic and not (entry.public and entry.opening):
+            continue
+        # A topic is long: each of its paragraphs is news of its own. A docstring is one piece of news.
+        for story in entry.paragraphs if topic else (" ".join(entry.paragraphs[:3]),):
+            text = f"{entry.name} - {story}"
+            if len(text) > _NEWS_CHARACTERS[1]:
+                text = _first_sentences(text, _NEWS_CHARACTERS[1])
+            if len(text) >= _NEWS_CHARACTERS[0]:
+                yield {"text": text, "label": NEWS_LABELS.index(field)}
+
+
+def _first_sentences(text: str, longest: int) -> str:
+    kept = ""
+    for sentence in re.split(r"(?<=[.!?]) +", text):
+        if len(kept) + len(sentence) > longest:
+            break
+        kept = f"{kept} {sentence}".strip()
+    return kept
+
+
+def _questions(document: Document) -> Iterator[Row]:
+    if document.name.startswith("topic "):
+        return
+    usable = [entry for entry in document.entries if entry.public and entry.opening]
+    asked: set[str] = set()
+    for number, entry in enumerate(usable):
+        for question, paragraph, answer in _asked_about(entry):
+            if question in asked:
+                continue
+            asked.add(question)
+            context, start = _context(usable, number, paragraph, answer, question)
+            yield {
+                "id": digest(f"{question}\n{context}"),
+                "title": document.name,
+                "context": context,
+                "question": question,
+                "answers": {"text": [answer], "answer_start": [start]},
+            }
+
+
+def _asked_about(entry: Entry) -> Iterator[tuple[str, int, str]]:
+    """Questions that an entry answers: the question, the paragraph that holds the answer, and the answer."""
+    first = _SENTENCE.match(entry.paragraphs[0])
+    if first and len(first[1].split()) >= 3:
+        sentence = first[1]
+        returned = re.match(r"Returns? (.+)", sentence)
+        if entry.kind == "module":
+            yield f"What is the module {entry.name} about?", 0, sentence
+        elif entry.kind in ("class", "property"):
+            yield f"What is {entry.name}?", 0, sentence
+        elif returned and len(returned[1].split()) >= 2:
+            yield f"What does {entry.name} return?", 0, returned[1]
+        elif re.match(r"[A-Z][a-z]+ ", sentence):
+            yield f"What does {entry.name} do?", 0, sentence
+    if entry.kind == "function":
+        for number, paragraph in enumerate(entry.paragraphs):
+            for raised in _RAISES.finditer(paragraph):
+                yield f"When does {entry.name} raise {raised[1]}?", number, raised[2]
+
+
+_SENTENCE = re.compile(r"([A-Z].{10,230}?)(?:(?<!e\.g)(?<!i\.e)(?<!etc)(?<!vs)[.!?](?=\s|$)|:$|$)")
+_RAISES = re.compile(
+    r"\b[Rr]aises? (?:an? )?([A-Z]\w+(?:Error|Exception|Interrupt)) ((?:if|when|unless) [^.;]{8,120})\."
+)
+
+
+def _context(usable: list[Entry], number: int, paragraph: int, answer: str, salt: str) -> tuple[str, int]:
+    """The entry's text among that of its neighbours, and where in it the answer starts."""
+    entry = usable[number]
+    own = f"{entry.name}: {' '.join(entry.paragraphs)}"
+    start = own.index(answer, len(f"{entry.name}: {' '.join(entry.paragraphs[:paragraph])}"))
+    if start > _CONTEXT_CHARACTERS:
+        own, start = f"{entry.name}: {entry.paragraphs[paragraph]}", len(entry.name) + 2
+        start = own.index(answer, start)
+    elif len(own) > 2 * _CONTEXT_CHARACTERS:
+        own = _first_sentences(own, max(2 * _CONTEXT_CHARACTERS, start + len(answer) + 1))
+    before, after = number - 1, number + 1
+    in_front = int(digest(salt), 16) % 2 == 0
+    context = own
+    while len(context) < _CONTEXT_CHARACTERS and (before >= 0 or after < len(usable)):
+        if (in_front and before >= 0) or after >= len(usable):
+            piece = _first_sentences(_story(usable[before]), _CONTEXT_CHARACTERS) + " "
+            context, start, before = piece + context, start + len(piece), before - 1
+        else:
+            context, after = f"{context} {_first_sentences(_story(usable[after]), _CONTEXT_CHARACTERS)}", after + 1
+        in_front = not in_front
+    return context, start
+
+
+def _story(entry: Entry) -> str:
+    return f"{entry.name}: {' '.join(entry.paragraphs)}"
