@@ -97,6 +97,9 @@ class EngineConfig:
     persistence_threshold: int = _setting(
         0, "stage 3 keeps parameters below this many elements whole on every rank (DeepSpeed's default: 100000)"
     )
+    bucket_size: int = _setting(
+        1_000_000, "elements that ZeRO reduces or gathers at once; stage 3 allocates them (DeepSpeed's default: 5e8)"
+    )
     activation_checkpointing: bool = _setting(False, "recompute activations in backward instead of keeping them")
     deepspeed_file: str | None = _setting(
         None, "a DeepSpeed JSON file, by path or by its name in tutorial_lib/ds_configs", flag="deepspeed"
@@ -223,13 +226,13 @@ class Config:
 
 FREE_ON_RESUME = frozenset(
     {"name", "storage", "launcher", "stop_after", "checkpoint_every", "resume", "evaluate", "measure"}
-    | {"eval_split", "max_eval_examples", "micro_batch", "pin_memory", "activation_checkpointing", "trust_remote_code"}
+    | {"eval_split", "max_eval_examples", "micro_batch", "pin_memory", "bucket_size", "activation_checkpointing", "trust_remote_code"}
 )
 """Flat names that a resumed run may change without changing which update comes next."""
 
 _PROFILE_VALUES: dict[str, dict[str, Any]] = {
     "cpu": {},
-    "gpu": {"device": "cuda", "precision": "bf16", "dp": 1, "seq_length": 512, "pin_memory": True},
+    "gpu": {"device": "cuda", "precision": "bf16", "dp": 1, "seq_length": 512, "pin_memory": True, "bucket_size": 500_000_000},
     "cluster": {
         "device": "cuda",
         "precision": "bf16",
@@ -237,6 +240,7 @@ _PROFILE_VALUES: dict[str, dict[str, Any]] = {
         "seq_length": 512,
         "global_batch": 64,
         "pin_memory": True,
+        "bucket_size": 500_000_000,
         "launcher": "none",
         "persistence_threshold": 100_000,
         "checkpoint_every": 100,
@@ -332,7 +336,7 @@ def _validate(config: Config) -> None:
 
 
 _LOWEST = {
-    "seq_length": 2, "max_examples": 1, "max_eval_examples": 1, "dp": 1, "tp": 1, "persistence_threshold": 0,
+    "seq_length": 2, "max_examples": 1, "max_eval_examples": 1, "dp": 1, "tp": 1, "persistence_threshold": 0, "bucket_size": 1,
     "learning_rate": 0.0, "eps": 0.0, "weight_decay": 0.0, "gradient_clipping": 0.0, "warmup_steps": 0, "epochs": 1,
     "steps": 1, "stop_after": 1, "seed": 0, "global_batch": 1, "micro_batch": 1, "checkpoint_every": 0,
 }  # fmt: skip

@@ -1,0 +1,76 @@
+"""Every combination that cannot run is refused before a process starts, with what to write instead."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tutorial_lib.config import PROFILES, Config, ConfigError, settings
+
+
+@pytest.mark.parametrize(
+    ("flat", "message"),
+    [
+        ({"zero_stage": 5}, "ZeRO has the stages 0, 1, 2 and 3"),
+        ({"zero_stage": -1}, "ZeRO has the stages 0, 1, 2 and 3"),
+        ({"zero_stage": 2, "offload": "all"}, "needs zero_stage=3, not 2"),
+        ({"zero_stage": 0, "offload": "optimizer"}, "zero_stage=1, 2 or 3"),
+        ({"precision": "fp16"}, "needs a GPU: on a CPU write precision='bf16' or 'fp32'"),
+        ({"global_batch": 7}, "Write global_batch=6 or 8"),
+        ({"global_batch": 1}, "Write global_batch=2 or 4"),
+        ({"global_batch": 8, "micro_batch": 3}, r"micro_batch as one of \[1, 2, 4\]"),
+        ({"name": "a/b"}, "cannot be a directory name"),
+        ({"name": ".."}, "cannot be a directory name"),
+        ({"name": ""}, "cannot be a directory name"),
+        ({"zero_stge": 1}, "Did you mean 'zero_stage'"),
+        ({"seq_length": "long"}, "seq_length is 'long', a str; write a value of type int"),
+        ({"dp": True}, "dp is True, a bool"),
+        ({"batching": "pack"}, "Write one of: max_length, longest, packed"),
+        ({"engine": "torch"}, "one-process reference, but dp x tp = 2"),
+        ({"engine": "torch", "dp": 1, "offload": "optimizer"}, "has no offload"),
+        ({"tp": 2}, "tp=1"),
+        ({"steps": 0}, "smallest possible value is 1"),
+        ({"steps": 5, "stop_after": 6}, "beyond the last step"),
+        ({"learning_rate": -1.0}, "smallest possible value is 0.0"),
+    ],
+)
+def test_what_cannot_run_is_refused_with_what_to_write_instead(flat, message):
+    with pytest.raises(ConfigError, match=message):
+        Config.create("cpu", **flat)
+
+
+def test_unknown_profile_names_the_known_ones():
+    with pytest.raises(ConfigError, match="cpu, gpu, cluster"):
+        Config.create("tpu")
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_configuration_survives_its_json(profile):
+    config = Config.create(profile, freeze=("transformer.wte.*",), max_examples=3)
+    assert Config.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "not valid JSON"), ("[1]", "not an object")])
+def test_json_that_is_no_configuration(text, message):
+    with pytest.raises(ConfigError, match=message):
+        Config.from_json(text)
+
+
+def test_profiles_differ_in_values_only():
+    names = [set(Config.create(profile).flat()) for profile in PROFILES]
+    assert names[0] == names[1] == names[2] == set(settings())
+
+
+@pytest.mark.parametrize(
+    ("flat", "micro_batch", "accumulation"),
+    [({}, 4, 1), ({"micro_batch": 1}, 1, 4), ({"dp": 4}, 2, 1), ({"dp": 4, "micro_batch": 1}, 1, 2)],
+)
+def test_global_batch_is_dp_times_micro_batch_times_accumulation(flat, micro_batch, accumulation):
+    config = Config.create("cpu", global_batch=8, **flat)
+    assert (config.micro_batch, config.accumulation) == (micro_batch, accumulation)
+    assert config.parallel.dp * config.micro_batch * config.accumulation == 8
+
+
+def test_reading_a_configuration_starts_no_heavy_import():
+    code = "import sys, tutorial_lib.config; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -1,0 +1,148 @@
+"""The package from a shell: ``python -m tutorial_lib doctor | train | export | bench``.
+
+Exit codes, which scripts and schedulers may rely on: 0 done; 2 bad usage or configuration, with what to write
+instead; 75 stopped before the end after saving, run it again to go on; 1 anything else, with the failing rank's own
+error on top.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tutorial_lib.config import PROFILES, Config, ConfigError, settings
+
+DONE, FAILED, BAD_CONFIGURATION, STOPPED = 0, 1, 2, 75
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.command(options))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_CONFIGURATION
+    except (RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tutorial_lib", description="Train on many devices, and measure it.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    doctor = commands.add_parser("doctor", help="what this machine can run, and why a profile will or will not work")
+    doctor.set_defaults(command=_doctor)
+
+    train = commands.add_parser("train", help="run or continue a training run")
+    train.add_argument("--profile", default="cpu", help=f"where it runs: {', '.join(PROFILES)} (default: cpu)")
+    for setting in settings().values():
+        _add_setting(train, setting)
+    train.set_defaults(command=_train)
+
+    export = commands.add_parser("export", help="write a checkpoint as a Hugging Face directory")
+    export.add_argument("source", type=Path, help="a run's directory (its newest checkpoint), or one checkpoint")
+    export.add_argument("target", type=Path, help="a new directory")
+    export.set_defaults(command=_export)
+
+    bench = commands.add_parser("bench", help="measure the figures that the README quotes, as ratios in one run")
+    bench.add_argument("names", nargs="*", help="which benchmarks; default: all")
+    bench.set_defaults(command=_bench)
+
+    for command in (doctor, train, export, bench):
+        command.add_argument("--json", action="store_true", help="print JSON for machines")
+    return parser
+
+
+def _add_setting(parser: argparse.ArgumentParser, setting: Any) -> None:
+    flag = "--" + setting.flag.replace("_", "-")
+    shared: dict[str, Any] = {"dest": setting.flag, "default": argparse.SUPPRESS, "help": setting.help}
+    if setting.type is bool:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, **shared)
+    elif setting.type == tuple[str, ...]:
+        parser.add_argument(flag, nargs="+", metavar="PATTERN", **shared)
+    else:
+        kind = next((t for t in (int, float) if setting.type in (t, t | None)), str)
+        if setting.choices:
+            shared["help"] = f"{setting.help} [{', '.join(setting.choices)}]"
+        parser.add_argument(flag, type=kind, metavar=setting.flag.split("_")[-1].upper(), **shared)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from tutorial_lib import doctor
+
+    return doctor.main(json=options.json)
+
+
+def _train(options: argparse.Namespace) -> int:
+    given = {name: getattr(options, name) for name in settings() if hasattr(options, name)}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    config = Config.create(options.profile, **given)
+
+    from tutorial_lib import launch
+    from tutorial_lib.lab.progress import progress
+
+    leader = int(os.environ.get("RANK", "0")) == 0
+    shown = progress(config.run.stop_after or config.run.steps) if leader and not options.json else None
+    try:
+        run = launch.run(config, on_rows=shown.on_rows if shown else None)
+    finally:
+        if shown:
+            shown.close()
+    if leader:
+        print(json.dumps(run.result) if options.json else _summary(run))
+    if run.result["status"] != "stopped":
+        return DONE
+    # torchrun takes any other code of a worker for a failure; result.json tells that the run goes on.
+    return DONE if "TORCHELASTIC_RUN_ID" in os.environ else STOPPED
+
+
+def _summary(run: Any) -> str:
+    result = run.result
+    loss = {name: f"{result[name]:.4f}" for name in ("train_loss", "eval_loss_before", "eval_loss") if result[name]}
+    rows = {
+        "run": str(run.config.directory),
+        "status": f"{result['status']} at step {result['step']} of {result['num_steps']}"
+        + (f", resumed from {result['resumed_from']}" if result["resumed_from"] is not None else ""),
+        **{name.replace("_", " "): value for name, value in loss.items()},
+        "tokens per second": f"{result['tokens_per_second']:.0f}" if result["tokens_per_second"] else "too few steps",
+        "peak memory": ", ".join(f"{rank['peak_memory_bytes'] / 2**20:.0f} MiB" for rank in result["ranks"]),
+        "checkpoint": result["checkpoint"],
+    }
+    return "\n".join(f"{name:18} {value}" for name, value in rows.items())
+
+
+def _export(options: argparse.Namespace) -> int:
+    from tutorial_lib import checkpoint
+    from tutorial_lib.records import RunDirectory
+
+    source = options.source
+    if not (source / checkpoint.MANIFEST).is_file():
+        found = checkpoint.latest(RunDirectory(source))
+        if found is None:
+            raise ConfigError(f"{source} is neither a checkpoint nor the directory of a run that has one.")
+        source = found
+    target = checkpoint.export(source, options.target)
+    print(json.dumps({"checkpoint": str(source), "export": str(target)}) if options.json else f"{source} -> {target}")
+    return DONE
+
+
+def _bench(options: argparse.Namespace) -> int:
+    # Benchmarks belong to the project, not to the installed package.
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "tests" / "benchmarks").is_dir():
+        raise ConfigError("Benchmarks run from a clone of the project: tests/benchmarks is not here.")
+    sys.path.insert(0, str(root))
+    from tests.benchmarks.bench import main as bench
+
+    return int(bench(options.names, as_json=options.json))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,233 @@
+"""DeepSpeed behind the engine protocol: ZeRO stages 0 to 3, offload, fp32 / bf16 / fp16.
+
+Shape legend: B sequences of a micro-batch, S tokens, V vocabulary.
+
+The trainer hands over a loss that is already divided by the optimizer step's token count over *all* ranks and
+micro-batches. DeepSpeed averages gradients over the data-parallel ranks, so the loss is multiplied by their number
+first (:attr:`DeepSpeedEngine.averages_over`), and DeepSpeed's own division by the accumulation steps is turned off.
+What remains is the gradient of the token-weighted mean, which a mean of per-rank means is not.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from torch import Tensor
+
+from tutorial_lib import ds_config
+from tutorial_lib.checkpoint import CheckpointError
+from tutorial_lib.config import Config
+from tutorial_lib.models import load_model, set_activation_checkpointing
+from tutorial_lib.mpu import Topology
+from tutorial_lib.torch_engine import global_norm
+
+_TAG = "engine"
+
+
+class DeepSpeedEngine:
+    """One rank's share of a model that DeepSpeed trains.
+
+    Args:
+        config: what to run; ``config.engine`` decides the stage, the offload and the precision.
+        topology: this rank's place in the grid.
+        device: where forward and backward happen.
+
+    The process group must exist: at stage 3 the model is partitioned while it is built, over that group.
+    """
+
+    def __init__(self, config: Config, topology: Topology, device: torch.device) -> None:
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        deepspeed.init_distributed(dist_init_required=False)
+        self.config = config
+        self.device = device
+        self.averages_over = topology.dp
+        settings = ds_config.build(config)
+        with _partitioned_from_birth(settings):
+            model = load_model(
+                config.model.name,
+                random_init=config.model.random_init,
+                seed=config.run.seed,
+                freeze=config.model.freeze,
+                trust_remote_code=config.model.trust_remote_code,
+            )
+        if config.engine.activation_checkpointing:
+            set_activation_checkpointing(model)
+        self.num_parameters = sum(_whole_numel(parameter) for parameter in model.parameters())
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = _adamw(trained, config)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=model, optimizer=self.optimizer, config=settings, dist_init_required=False
+        )
+        self._micro_steps = 0
+        if config.engine.zero_stage == 0 and config.engine.precision != "fp32":
+            self._undo_trial_step()
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The model. At stage 3 its parameters are partitioned: use :meth:`full_parameters` to see them whole."""
+        return self.deepspeed.module
+
+    def train(self, mode: bool) -> None:
+        self.deepspeed.train(mode)
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Logits, shape (B, S, V), of a batch without its labels."""
+        logits: Tensor = self.deepspeed(**inputs, use_cache=False).logits
+        return logits
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of ``loss`` (a scalar, see the module's docstring) to this optimizer step's gradient."""
+        self.deepspeed.backward(loss, scale_wrt_gas=False)
+        self._micro_steps += 1
+        if self._micro_steps < self.config.accumulation:
+            # DeepSpeed counts micro-batches in step(); only the last one of an optimizer step updates anything.
+            self.deepspeed.step()
+
+    def step(self) -> float:
+        """Clip, update, clear the gradients.
+
+        Returns:
+            The gradient's global 2-norm before clipping; infinite if DeepSpeed skipped the update (fp16 overflow).
+        """
+        self._micro_steps = 0
+        norm: Any = self._norm_without_zero() if self._plain_optimizer else None
+        self.deepspeed.step()
+        if norm is None:
+            norm = self.deepspeed.get_global_grad_norm()
+        # ZeRO reports a norm that is not a number as -1.
+        return math.nan if norm is None or float(norm) < 0 else float(norm)
+
+    @property
+    def update_was_skipped(self) -> bool:
+        """Whether the last :meth:`step` changed nothing because fp16 gradients overflowed."""
+        return self.config.engine.precision == "fp16" and not self.deepspeed.was_step_applied()
+
+    @property
+    def _plain_optimizer(self) -> bool:
+        return self.deepspeed.optimizer is self.optimizer
+
+    def _norm_without_zero(self) -> float:
+        # Stage 0 in fp32 wraps no optimizer and reports no norm; the gradients are whole and already averaged.
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return global_norm(gradients)
+
+    def _undo_trial_step(self) -> None:
+        # To allocate Adam's moments, DeepSpeed's 16-bit optimizer without ZeRO takes a step with zero gradients. It
+        # moves the fp32 weights by their decay and leaves Adam's step count at 1, which shrinks the first real update
+        # to three quarters.
+        self.optimizer.state.clear()
+        wrapper = self.deepspeed.optimizer
+        for masters, copies in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
+            for master, copy in zip(masters, copies, strict=True):
+                master.data.copy_(copy.data)
+
+    def model_states(self) -> dict[str, list[Tensor]]:
+        """The tensors of this rank's model states by part: ``parameters``, ``gradients``, ``optimizer``.
+
+        ``optimizer`` holds the moments and, where DeepSpeed keeps one, the fp32 master copy. Offloaded tensors are
+        included; their device tells where they are.
+        """
+        zero = self.deepspeed.optimizer
+        parameters = [getattr(p, "ds_tensor", p) for p in self.module.parameters()]
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        gradients += _tensors(getattr(zero, "averaged_gradients", None))
+        for masters in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
+            # Where the optimizer is offloaded, its gradients wait beside the master copy.
+            gradients += [flat.grad for flat in getattr(zero, masters, []) if flat.grad is not None]
+        states = [t for state in self.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+        for masters in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups"):
+            states += _tensors(getattr(zero, masters, None))
+        return {
+            "parameters": parameters,
+            "gradients": gradients,
+            "optimizer": [t for t in states if t.dim() > 0],
+        }
+
+    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter whole, one at a time, as fp32 on the CPU. Collective: all ranks must iterate."""
+        for name, parameter in self.module.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                yield name, parameter.detach().to("cpu", torch.float32, copy=True)
+
+    def full_optimizer_states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Both moments of every trained parameter, whole, on the CPU. Collective: all ranks must iterate."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                if self._plain_optimizer:
+                    state = self.optimizer.state[parameter]
+                    moments = {key: state[key] for key in ("exp_avg", "exp_avg_sq")}
+                else:
+                    moments = {
+                        key: safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq")
+                    }
+                yield name, {key: moment.detach().cpu().clone() for key, moment in moments.items()}
+
+    def save(self, directory: Path) -> None:
+        """Write this rank's files into ``directory``. Collective."""
+        self.deepspeed.save_checkpoint(str(directory), tag=_TAG, save_latest=False)
+
+    def load(self, directory: Path) -> None:
+        """Restore weights and optimizer states. Collective.
+
+        Raises:
+            CheckpointError: DeepSpeed loaded nothing. It says so only by returning ``None``.
+        """
+        path, _ = self.deepspeed.load_checkpoint(str(directory), tag=_TAG)
+        if path is None:
+            raise CheckpointError(f"DeepSpeed found nothing to load in {directory}; the run was not resumed.")
+
+    def close(self) -> None:
+        """Release hooks and buffers, so that another engine can be built in the same process."""
+        self.deepspeed.destroy()
+
+
+@contextmanager
+def _partitioned_from_birth(settings: dict[str, Any]) -> Iterator[None]:
+    """At stage 3, have every parameter partitioned as soon as it is created, so that no rank holds them all."""
+    if settings["zero_optimization"]["stage"] != 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    keep_alive = HfDeepSpeedConfig(settings)
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del keep_alive
+
+
+def _adamw(parameters: list[torch.nn.Parameter], config: Config) -> torch.optim.Optimizer:
+    o = config.optimizer
+    shared: dict[str, Any] = {
+        "lr": o.learning_rate, "betas": (o.beta1, o.beta2), "eps": o.eps, "weight_decay": o.weight_decay
+    }  # fmt: skip
+    if config.engine.offload == "none":
+        return torch.optim.AdamW(parameters, **shared)
+    # DeepSpeed refuses torch's AdamW with offload: its own is vectorised for the host's processor.
+    return DeepSpeedCPUAdam(parameters, adamw_mode=True, **shared)
+
+
+def _whole_numel(parameter: torch.nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _tensors(nested: Any) -> list[Tensor]:
+    if torch.is_tensor(nested):
+        return [nested]
+    if isinstance(nested, dict):
+        nested = nested.values()
+    if isinstance(nested, (list, tuple)) or hasattr(nested, "__iter__"):
+        return [tensor for item in nested for tensor in _tensors(item)]
+    return []

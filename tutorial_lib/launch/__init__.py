@@ -1,0 +1,193 @@
+"""How processes start: here, under Ray Train, or by somebody else (torchrun, srun).
+
+All launchers call :func:`tutorial_lib.trainer.train` on every rank and differ in nothing else. What can be refused is
+refused by :func:`preflight`, before any process starts.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.records import Row, RunDirectory
+
+OnRows = Callable[[list[Row]], None]
+"""Called in the launching process with the metrics rows that have come since the last call."""
+
+_POLL_SECONDS = 0.2
+
+
+class WorkerError(RuntimeError):
+    """A worker failed. The message is the failing rank's own traceback."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run that has ended.
+
+    Attributes:
+        config: what was run.
+        result: what ``result.json`` holds.
+        rows: what ``metrics.jsonl`` holds, a row per optimizer step.
+    """
+
+    config: Config
+    result: dict[str, Any]
+    rows: list[Row]
+
+    @property
+    def directory(self) -> RunDirectory:
+        return RunDirectory(self.config.directory)
+
+
+def run(config: Config, *, on_rows: OnRows | None = None) -> Run:
+    """Run or continue one training run with the launcher that the configuration names.
+
+    Raises:
+        ConfigError: the configuration cannot run here; nothing was started.
+        WorkerError: a worker failed; the message is its own traceback.
+    """
+    return run_all([config], on_rows=on_rows)[0]
+
+
+def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None) -> list[Run]:
+    """Several runs, one after the other, in one start of processes: starting is what costs.
+
+    All must ask for the same launcher, device and number of processes, and have names of their own.
+    """
+    configs = [preflight(config) for config in configs]
+    first = configs[0]
+    for config in configs[1:]:
+        for what in ("launcher", "device"):
+            if getattr(config.run, what) != getattr(first.run, what):
+                raise ConfigError(f"Runs {first.run.name!r} and {config.run.name!r} differ in {what}: start them apart.")
+        if config.parallel.world_size != first.parallel.world_size:
+            raise ConfigError(
+                f"Runs {first.run.name!r} and {config.run.name!r} need {first.parallel.world_size} and "
+                f"{config.parallel.world_size} processes: start them apart."
+            )
+    if len({config.directory.resolve() for config in configs}) < len(configs):
+        raise ConfigError("Two runs have the same name and storage: each needs a name of its own.")
+    watched = _Watcher([RunDirectory(config.directory) for config in configs], on_rows)
+    with _stop_on_signal(watched):
+        if first.run.launcher == "ray":
+            from tutorial_lib.launch.ray_train import launch
+        elif first.run.launcher == "local":
+            from tutorial_lib.launch.local import launch
+        else:
+            from tutorial_lib.launch.joined import launch
+        launch(configs, watched.poll)
+    watched.poll()
+    return [Run(c, d.result(), d.rows()) for c, d in zip(configs, watched.directories, strict=True)]
+
+
+def preflight(config: Config) -> Config:
+    """Everything that can be refused before a process starts.
+
+    Returns:
+        The configuration with the settings that its DeepSpeed file decides.
+
+    Raises:
+        ConfigError: names what cannot run here and what to write instead.
+    """
+    from tutorial_lib.checkpoint import check_storage
+    from tutorial_lib.ds_config import apply_file
+    from tutorial_lib.models import check_sequence_length, load_config
+
+    config = apply_file(config)
+    if config.run.launcher != "ray" and config.run.device == "cuda":
+        _check_gpus(config)
+    check_storage(config)
+    model = load_config(config.model.name, trust_remote_code=config.model.trust_remote_code)
+    check_sequence_length(config.data.seq_length, model)
+    return config
+
+
+def first_error(directories: Sequence[RunDirectory], otherwise: str) -> Exception:
+    """The error of the rank that failed first, or ``otherwise`` if no rank could write one."""
+    for directory in directories:
+        record = directory.first_error()
+        if record and record["type"] == ConfigError.__name__:
+            return ConfigError(record["message"])
+        if record:
+            return WorkerError(
+                f"Rank {record['rank']} of run {directory.path.name!r} failed with {record['type']}: "
+                f"{record['message']}\n\n{record['traceback']}\nIts output: {directory.log_file(record['rank'])}"
+            )
+    return WorkerError(otherwise)
+
+
+def _check_gpus(config: Config) -> None:
+    import torch
+
+    found = torch.cuda.device_count()
+    needed = config.parallel.world_size if config.run.launcher == "local" else 1
+    if found < needed:
+        raise ConfigError(
+            f"device='cuda' and {config.parallel.world_size} processes need {needed} GPUs here, and this machine has "
+            f"{found}. Write profile='cpu', or a smaller dp. `python -m tutorial_lib doctor` shows what would run."
+        )
+
+
+class _Watcher:
+    """Reads new rows of the runs' metrics files and hands them on."""
+
+    def __init__(self, directories: list[RunDirectory], on_rows: OnRows | None) -> None:
+        self.directories = directories
+        self.on_rows = on_rows
+        self._seen = {directory.path: self._last_step(directory) for directory in directories}
+
+    def poll(self) -> None:
+        if self.on_rows is None:
+            return
+        for directory in self.directories:
+            new = [row for row in directory.rows() if row["step"] > self._seen[directory.path]]
+            if new:
+                self._seen[directory.path] = new[-1]["step"]
+                self.on_rows(new)
+
+    @staticmethod
+    def _last_step(directory: RunDirectory) -> int:
+        # Rows after the newest checkpoint will be written again; those before it are history.
+        from tutorial_lib.checkpoint import latest
+
+        found = latest(directory) if directory.checkpoints.is_dir() else None
+        return int(found.name.removeprefix("step-")) if found else 0
+
+
+def wait_for(thread: threading.Thread, poll: Callable[[], None]) -> None:
+    """Poll until a thread ends."""
+    while thread.is_alive():
+        thread.join(_POLL_SECONDS)
+        poll()
+
+
+@contextmanager
+def _stop_on_signal(watched: _Watcher) -> Iterator[None]:
+    """Pass the wish to stop on to the workers: they save at the next step, and the launch ends normally."""
+    if threading.current_thread() is not threading.main_thread() or "RANK" in os.environ:
+        yield
+        return
+
+    def request_stop(number: int, _frame: Any) -> None:
+        for directory in watched.directories:
+            directory.logs.parent.mkdir(parents=True, exist_ok=True)
+            directory.stop_file.write_text(f"signal {number} at {time.time()}\n")
+        # A second signal means now.
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for directory in watched.directories:
+            directory.stop_file.unlink(missing_ok=True)

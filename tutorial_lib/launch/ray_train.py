@@ -1,0 +1,160 @@
+"""Start the ranks as Ray Train workers, here or on a Ray cluster.
+
+Ray Train places the workers, sets up the process group and restarts what fails; the training function is the same as
+everywhere. Each worker writes its own files straight to the run's storage, and ``ray.train.report`` only registers the
+finished checkpoint (``NO_UPLOAD``): Ray then knows the newest one, and nothing is copied twice.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.launch import WorkerError, first_error, wait_for
+from tutorial_lib.records import RunDirectory
+
+_QUIET = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    # Ray Train's own progress goes to its log files; a notebook cell shows our curve.
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # How long the end of the workers may go unnoticed, seconds.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # Workers import these while Ray starts, not when training starts.
+    "RAY_preload_python_modules": "ray.train.torch,tutorial_lib.trainer,tutorial_lib.engine",
+}
+
+
+@contextmanager
+def session(config: Config) -> Iterator[None]:
+    """A Ray cluster for as long as the block runs: the one named by ``RAY_ADDRESS``, or one on this machine.
+
+    The local one listens on loopback only, has no dashboard, and grants as many CPU slots as there are workers, so
+    that four workers can share two cores.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    world_size = config.parallel.world_size
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False, logging_level="ERROR")
+    else:
+        threads = str(max(1, (os.cpu_count() or 1) // world_size))
+        os.environ.setdefault("OMP_NUM_THREADS", threads)
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        ray.init(
+            num_cpus=max(world_size, os.cpu_count() or 1),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _node_ip_address="127.0.0.1",
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
+    """Run the configurations one after the other on ``dp x tp`` Ray Train workers.
+
+    Raises:
+        ConfigError: the cluster does not have that many CPUs or GPUs. Ray would wait for them for ever.
+        WorkerError: a worker failed; the message is its own traceback.
+    """
+    first = configs[0]
+    directories = [RunDirectory(config.directory) for config in configs]
+    with session(first):
+        import ray.train
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        _check_resources(first)
+        for directory in directories:
+            directory.create()
+            directory.clear_requests()
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={"configs": [config.to_json() for config in configs]},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=first.parallel.world_size,
+                use_gpu=first.run.device == "cuda",
+                resources_per_worker=_resources(first),
+            ),
+            run_config=ray.train.RunConfig(
+                name=configs[-1].run.name, storage_path=str(Path(configs[-1].run.storage).expanduser().resolve())
+            ),
+            torch_config=TorchConfig(backend="gloo" if first.run.device == "cpu" else "cpu:gloo,cuda:nccl"),
+        )
+        failed: list[BaseException] = []
+        fit = threading.Thread(target=_fit, args=(trainer, failed), daemon=True)
+        fit.start()
+        wait_for(fit, poll)
+    if failed:
+        error = first_error(directories, f"Ray Train failed: {failed[0]}")
+        raise error from (None if directories_have_error(directories) else failed[0])
+
+
+def directories_have_error(directories: Sequence[RunDirectory]) -> bool:
+    return any(directory.first_error() for directory in directories)
+
+
+def _fit(trainer: Any, failed: list[BaseException]) -> None:
+    try:
+        trainer.fit()
+    except BaseException as error:  # handed to the launching thread
+        failed.append(error)
+
+
+def _worker(given: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    import ray.train
+
+    from tutorial_lib.trainer import train
+
+    configs = [Config.from_json(text) for text in given["configs"]]
+    # Ray registers checkpoints under the directory of the run that it was started for, which is the last one.
+    for config in configs:
+        train(config, on_checkpoint=_register if config is configs[-1] else None)
+
+
+def _register(path: Path, row: dict[str, Any]) -> None:
+    import ray.train
+    from ray.train import Checkpoint
+    from ray.train.v2.api.report_config import CheckpointUploadMode
+
+    ray.train.report(
+        row, checkpoint=Checkpoint(str(path.resolve())), checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD
+    )
+
+
+def _resources(config: Config) -> dict[str, float]:
+    return {"CPU": 1, "GPU": 1} if config.run.device == "cuda" else {"CPU": 1}
+
+
+def _check_resources(config: Config) -> None:
+    import ray
+
+    offered = ray.cluster_resources()
+    for kind, each in _resources(config).items():
+        needed = each * config.parallel.world_size
+        if offered.get(kind, 0) < needed:
+            raise ConfigError(
+                f"{config.parallel.world_size} workers need {needed:g} {kind}s, and the Ray cluster has "
+                f"{offered.get(kind, 0):g}. Write a smaller dp"
+                + (", or device='cpu'." if kind == "GPU" else ", or add nodes to the cluster.")
+            )
+
+
+__all__ = ["WorkerError", "launch", "session"]

@@ -1,0 +1,119 @@
+"""What a run leaves behind under ``STORAGE/RUN``, and how it is read back.
+
+Workers write records, they do not print; notebooks, tests and the command line read them. The files are
+
+``config.json``
+    every setting of the run by its flat name;
+``metrics.jsonl``
+    a row per optimizer step: ``step, epoch, loss, tokens, grad_norm, lr, seconds``;
+``result.json``
+    how the run ended: losses, speed, memory per rank, versions;
+``checkpoints/step-NNNNNNNN/``
+    see :mod:`tutorial_lib.checkpoint`;
+``logs/rank-NNN.log``, ``logs/rank-NNN.error.json``
+    a worker's output, and the traceback of one that failed.
+
+Standard library only, so that reading a record costs no heavy import.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file's content so that a reader sees the old or the new text, never a part."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """The directory of one run. Nothing is created before :meth:`create`."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def result_file(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def stop_file(self) -> Path:
+        return self.path / ".stop-requested"
+
+    def create(self) -> None:
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.checkpoints.mkdir(exist_ok=True)
+
+    def rows(self) -> list[Row]:
+        """The metrics rows written so far, in step order. A line still being written is left out."""
+        if not self.metrics_file.exists():
+            return []
+        lines = self.metrics_file.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1]]
+
+    def append(self, row: Row) -> None:
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def keep_rows_until(self, step: int) -> None:
+        """Drop the rows of steps after ``step``: the run goes on from there and writes them again."""
+        kept = [row for row in self.rows() if row["step"] <= step]
+        write_atomically(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def result(self) -> dict[str, Any]:
+        """What ``result.json`` holds.
+
+        Raises:
+            FileNotFoundError: the run has not ended, or never began.
+        """
+        return dict(json.loads(self.result_file.read_text(encoding="utf-8")))
+
+    def log_file(self, rank: int) -> Path:
+        return self.logs / f"rank-{rank:03d}.log"
+
+    def write_error(self, rank: int, error: BaseException) -> None:
+        """Keep a worker's own traceback where the launcher finds it, with the time at which it failed."""
+        record = {
+            "rank": rank,
+            "time": time.time(),
+            "type": type(error).__name__,
+            "message": str(error),
+            "traceback": "".join(traceback.format_exception(error)),
+        }
+        write_atomically(self.logs / f"rank-{rank:03d}.error.json", json.dumps(record))
+
+    def first_error(self) -> dict[str, Any] | None:
+        """The record of the rank that failed first: the others' errors are usually its consequence."""
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in self.logs.glob("rank-*.error.json")]
+        return min(found, key=lambda record: record["time"]) if found else None
+
+    def clear_requests(self) -> None:
+        """Forget errors and stop requests of an earlier start of the same run."""
+        for path in [self.stop_file, *self.logs.glob("rank-*.error.json")]:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,419 @@
+"""One training loop over any engine.
+
+Shape legend: B sequences of a micro-batch, S tokens, V vocabulary.
+
+The loss of an optimizer step is the mean over the step's tokens, wherever they are: over every rank and every
+micro-batch. Ranks hold different numbers of tokens, so a mean of per-rank means would weigh them differently, in the
+report and, worse, in the gradient. The loop therefore counts the step's tokens first (one small all-reduce), divides
+every micro-batch's loss *sum* by that count, and adds up.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import math
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import get_scheduler
+
+from tutorial_lib import checkpoint
+from tutorial_lib.checkpoint import Progress
+from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.dataloader import build_eval_loader, build_train_loader
+from tutorial_lib.ds_config import apply_file
+from tutorial_lib.measure.memory import StateBytes, host_memory
+from tutorial_lib.measure.traffic import count_collectives
+from tutorial_lib.models import load_tokenizer
+from tutorial_lib.mpu import Topology
+from tutorial_lib.records import RunDirectory, write_atomically
+
+OnCheckpoint = Callable[[Path, dict[str, Any]], None]
+"""Called on every rank when a checkpoint is complete, with its path and the newest metrics row."""
+
+_MEASURED_STEP = 3
+"""Buffers and optimizer states exist, and ZeRO-3 has learnt the order of its parameters: this step is like the rest."""
+
+
+class Engine(Protocol):
+    """What the trainer needs of an engine. Plain torch, DeepSpeed and FSDP2 are interchangeable behind it."""
+
+    module: Any
+    device: torch.device
+    optimizer: torch.optim.Optimizer
+    num_parameters: int
+    averages_over: int
+    """How many ranks' gradients the engine averages. The trainer multiplies the loss by it, to get their sum."""
+    update_was_skipped: bool
+
+    def train(self, mode: bool) -> None: ...
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor: ...
+    def backward(self, loss: Tensor) -> None: ...
+    def step(self) -> float: ...
+    def model_states(self) -> dict[str, list[Tensor]]: ...
+    def full_parameters(self) -> Iterator[tuple[str, Tensor]]: ...
+    def full_optimizer_states(self) -> Iterator[tuple[str, dict[str, Tensor]]]: ...
+    def save(self, directory: Path) -> None: ...
+    def load(self, directory: Path) -> None: ...
+    def close(self) -> None: ...
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or the gradient is no longer a number. The message names the last good checkpoint."""
+
+
+def build_engine(config: Config, topology: Topology, device: torch.device) -> Engine:
+    """The engine that the configuration names."""
+    if config.engine.name == "torch":
+        from tutorial_lib.torch_engine import TorchEngine
+
+        return TorchEngine(config, topology, device)
+    from tutorial_lib.engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(config, topology, device)
+
+
+def token_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum of next-token cross-entropies, in fp32.
+
+    Args:
+        logits: (B, S, V).
+        labels: (B, S), not shifted; -100 marks tokens that do not count.
+    """
+    vocabulary = logits.size(-1)
+    return F.cross_entropy(
+        logits[:, :-1].float().reshape(-1, vocabulary), labels[:, 1:].reshape(-1), ignore_index=-100, reduction="sum"
+    )
+
+
+def count_tokens(labels: Tensor) -> int:
+    """How many positions of ``labels`` (B, S) enter :func:`token_loss_sum`."""
+    return int((labels[:, 1:] != -100).sum())
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def train(config: Config, *, on_checkpoint: OnCheckpoint | None = None) -> dict[str, Any]:
+    """Run or continue one training run in this process, as one rank of the process group that exists.
+
+    Every launcher calls this on every rank. Without a process group it is a run of one rank.
+
+    Returns:
+        What ``result.json`` holds, on every rank.
+
+    Raises:
+        ConfigError: the configuration cannot run here.
+        CheckpointError: there is a checkpoint, but it cannot be continued.
+        NonFiniteLoss: training diverged.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    config = apply_file(config)
+    topology = Topology.create(config.parallel, rank=rank, world_size=world_size)
+    run = RunDirectory(config.directory)
+    started = time.perf_counter()
+    if rank == 0:
+        run.create()
+        run.clear_requests()
+    if dist.is_initialized():
+        dist.barrier()
+    with _output_to(run.log_file(rank) if config.run.launcher == "ray" else None), _stop_signals() as stop_signalled:
+        try:
+            session = _Session(config, topology, run, on_checkpoint, stop_signalled)
+            try:
+                return session.run_to_end(started)
+            finally:
+                session.engine.close()
+                gc.collect()
+        except BaseException as error:
+            run.write_error(rank, error)
+            raise
+
+
+class _Session:
+    """One start of a run on one rank: from the newest checkpoint, or step 0, to the end or a stop."""
+
+    def __init__(
+        self,
+        config: Config,
+        topology: Topology,
+        run: RunDirectory,
+        on_checkpoint: OnCheckpoint | None,
+        stop_signalled: Callable[[], bool],
+    ) -> None:
+        self.config, self.topology, self.run = config, topology, run
+        self.on_checkpoint, self.stop_signalled = on_checkpoint, stop_signalled
+        self.device = _device(config)
+        found = checkpoint.latest(run)
+        if found and config.run.resume == "never":
+            raise ConfigError(
+                f"Run {config.run.name!r} has the checkpoint {found}, and resume='never' forbids to continue it. "
+                "Choose another name, or write resume='auto'."
+            )
+        seed_everything(config.run.seed)
+        self.tokenizer = load_tokenizer(config.model.name, trust_remote_code=config.model.trust_remote_code)
+        place = {"dp_rank": topology.dp_rank, "dp_size": topology.dp}
+        self.loader = build_train_loader(config, self.tokenizer, **place)
+        self.eval_loader = build_eval_loader(config, self.tokenizer, **place) if config.run.evaluate else None
+        self.num_steps = config.run.steps or config.run.epochs * self.loader.steps_per_epoch
+        self.engine = build_engine(config, topology, self.device)
+        self.scheduler = get_scheduler(
+            config.optimizer.schedule, self.engine.optimizer, config.optimizer.warmup_steps, self.num_steps
+        )
+        # Ranks that read different data draw different dropout masks; the ranks of a tensor-parallel group the same.
+        seed_everything(config.run.seed + 1 + topology.dp_rank)
+        self.step = 0
+        self.record: dict[str, Any] = {}
+        self.saved_at: int | None = None
+        self.measured: dict[str, Any] | None = None
+        self.resumed_from = self._restore(found) if found else None
+
+    def _restore(self, found: Path) -> int:
+        progress = checkpoint.load(found, self.engine, self.config, self.topology)
+        self.step = self.saved_at = progress.step
+        self.loader.load_state_dict(progress.loader)
+        self.scheduler.load_state_dict(progress.scheduler)
+        self.record = progress.record
+        if self.topology.rank == 0:
+            self.run.keep_rows_until(progress.step)
+        return progress.step
+
+    def run_to_end(self, started: float) -> dict[str, Any]:
+        if self.topology.rank == 0:
+            write_atomically(self.run.config_file, self.config.to_json())
+            self.run.result_file.unlink(missing_ok=True)
+            if self.resumed_from is None:
+                self.run.metrics_file.unlink(missing_ok=True)
+        if self.eval_loader is not None and "eval_loss_before" not in self.record:
+            self.record["eval_loss_before"] = self.evaluate()
+        self.record.setdefault("seconds_to_first_step", time.perf_counter() - started)
+        stopped = self._train_steps()
+        if self.saved_at != self.step:
+            self.save()
+        return self._finish("stopped" if stopped else "completed")
+
+    def _train_steps(self) -> bool:
+        """Train until the last step. Returns whether the run was asked to stop before."""
+        if self.step >= self.num_steps:
+            return False
+        config, every = self.config.run, self.config.run.checkpoint_every
+        for micro_batches in self.loader.steps():
+            row, stop = self._one_step(micro_batches)
+            if every and self.step % every == 0:
+                self.save(row)
+            if self.step >= self.num_steps:
+                return False
+            if stop or self.step == config.stop_after:
+                return True
+        raise AssertionError("the training loader ended")  # it repeats the epochs for ever
+
+    def _one_step(self, micro_batches: list[dict[str, Tensor]]) -> tuple[dict[str, Any], bool]:
+        began = time.perf_counter()
+        measuring = self.config.run.measure and self.step + 1 == _MEASURED_STEP
+        with count_collectives() if measuring else nullcontext() as traffic:
+            tokens, stop = self._agree(
+                sum(count_tokens(batch["labels"]) for batch in micro_batches), self._stop_requested()
+            )
+            if tokens == 0:
+                raise ConfigError(
+                    f"No token of step {self.step + 1} counts: every label is masked. Raise seq_length "
+                    f"({self.config.data.seq_length}), so that answers are not cut off."
+                )
+            self.engine.train(True)
+            states = None
+            loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+            for batch in micro_batches:
+                batch_loss = self._loss_sum(batch)
+                loss_sum += batch_loss.detach()
+                self.engine.backward(batch_loss * (self.engine.averages_over / tokens))
+                if measuring:
+                    states = StateBytes.of(self.engine.model_states()).at_least(states)
+            loss = self._sum_over_ranks(loss_sum) / tokens
+            if not math.isfinite(loss):
+                raise NonFiniteLoss(self._diverged(f"the loss is {loss}"))
+            rate = self.scheduler.get_last_lr()[0]
+            norm = self.engine.step()
+        self.step += 1
+        if self.engine.update_was_skipped:
+            norm = math.inf
+        else:
+            if not math.isfinite(norm):
+                raise NonFiniteLoss(self._diverged(f"the gradient's norm is {norm}"))
+            self.scheduler.step()
+        if measuring:
+            assert states is not None and traffic is not None
+            self.measured = {
+                "state_bytes": states.to_dict(),
+                "traffic": traffic.to_dict(),
+                "num_parameters": self.engine.num_parameters,
+            }
+        row = {
+            "step": self.step,
+            "epoch": self.loader.epoch,
+            "loss": loss,
+            "tokens": tokens,
+            "grad_norm": norm,
+            "lr": rate,
+            "seconds": time.perf_counter() - began,
+        }
+        if self.topology.rank == 0:
+            self.run.append(row)
+        return row, stop
+
+    def _loss_sum(self, batch: dict[str, Tensor]) -> Tensor:
+        on_device = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        labels = on_device.pop("labels")
+        return token_loss_sum(self.engine.forward(on_device), labels)
+
+    def evaluate(self) -> float:
+        """Mean loss per token over the evaluation split, weighing every token alike, on all ranks the same."""
+        assert self.eval_loader is not None
+        self.engine.train(False)
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        with torch.no_grad():
+            for batch in self.eval_loader:
+                totals[0] += self._loss_sum(batch)
+                totals[1] += count_tokens(batch["labels"])
+        if dist.is_initialized():
+            dist.all_reduce(totals)
+        return float(totals[0] / totals[1])
+
+    def save(self, row: dict[str, Any] | None = None) -> None:
+        """Write a checkpoint of the state after the last step."""
+        row = row or next(iter(self.run.rows()[-1:]), {})
+        progress = Progress(self.step, self.loader.state_dict(), self.scheduler.state_dict(), self.record)
+        path = checkpoint.save(self.run, self.engine, self.config, self.topology, progress, self.tokenizer)
+        self.saved_at = self.step
+        if self.on_checkpoint:
+            self.on_checkpoint(path, row)
+
+    def _agree(self, tokens: int, stop: bool) -> tuple[int, bool]:
+        """The step's tokens over all data-parallel ranks, and whether any rank was asked to stop."""
+        if not dist.is_initialized():
+            return tokens, stop
+        both = torch.tensor([tokens, int(stop)], dtype=torch.float64, device=self.device)
+        dist.all_reduce(both)
+        # Every rank of a tensor-parallel group counted the same tokens.
+        return int(both[0]) // self.topology.tp, bool(both[1] > 0)
+
+    def _sum_over_ranks(self, value: Tensor) -> float:
+        if dist.is_initialized():
+            dist.all_reduce(value)
+        return float(value) / self.topology.tp
+
+    def _stop_requested(self) -> bool:
+        return self.stop_signalled() or (self.topology.rank == 0 and self.run.stop_file.exists())
+
+    def _diverged(self, what: str) -> str:
+        good = f"The last good checkpoint is {checkpoint.directory_of(self.run, self.saved_at)}." if self.saved_at else ""
+        return (
+            f"At step {self.step + 1} {what}. {good or 'No checkpoint was saved before.'} "
+            f"Lower learning_rate (now {self.config.optimizer.learning_rate}), raise warmup_steps, or state "
+            "gradient_clipping."
+        )
+
+    def _finish(self, status: str) -> dict[str, Any]:
+        eval_loss = None
+        if status == "completed" and self.eval_loader is not None:
+            eval_loss = self.evaluate()
+        rows = self.run.rows()
+        per_rank: list[Any] = [None] * self.topology.world_size
+        own = {"rank": self.topology.rank, "peak_memory_bytes": _peak_memory(self.device), "measured": self.measured}
+        if dist.is_initialized():
+            dist.all_gather_object(per_rank, own)
+        else:
+            per_rank = [own]
+        # The first step of a start allocates and compiles; it says nothing of the speed.
+        steady = [row for row in rows if row["step"] > (self.resumed_from or 0) + 1]
+        seconds = sum(row["seconds"] for row in steady)
+        result = {
+            "status": status,
+            "step": self.step,
+            "num_steps": self.num_steps,
+            "resumed_from": self.resumed_from,
+            "train_loss": rows[-1]["loss"] if rows else None,
+            "eval_loss_before": self.record.get("eval_loss_before"),
+            "eval_loss": eval_loss,
+            "tokens_per_second": sum(row["tokens"] for row in steady) / seconds if seconds else None,
+            "seconds_to_first_step": self.record["seconds_to_first_step"],
+            "num_parameters": self.engine.num_parameters,
+            "checkpoint": checkpoint.directory_of(self.run, self.step).name,
+            "ranks": per_rank,
+            "versions": {
+                name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers", "datasets")
+            },
+        }
+        if self.topology.rank == 0:
+            import json
+
+            write_atomically(self.run.result_file, json.dumps(result, indent=2) + "\n")
+        if dist.is_initialized():
+            dist.barrier()
+        return result
+
+
+def _device(config: Config) -> torch.device:
+    if config.run.device == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.cuda.device_count()))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: the allocator's peak on a GPU, the process's largest resident set on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return int(host_memory().peak_rss)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Turn SIGTERM, SIGUSR1 and SIGINT into a flag that the loop reads between two steps."""
+    seen: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        # Ray calls the training function in a thread, and stops it through the stop file.
+        yield lambda: False
+        return
+    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = {number: signal.signal(number, lambda received, _frame: seen.append(received)) for number in signals}
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _output_to(path: Path | None) -> Iterator[None]:
+    """Send this process's output to a file, file descriptors included, so that C++ libraries' lines go there too."""
+    if path is None:
+        yield
+        return
+    kept = [os.dup(1), os.dup(2)]
+    with path.open("ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            for number, original in zip((1, 2), kept, strict=True):
+                os.dup2(original, number)
+                os.close(original)
