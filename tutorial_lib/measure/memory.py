@@ -1,0 +1,271 @@
+"""Bytes that a process holds: an exact account of its tensors, exact allocator peaks, and the operating system's view.
+
+Three instruments, from the sharpest to the widest:
+
+- :func:`tensor_bytes` and :class:`StateBytes` add up the storages behind given tensors: exact, for what you name.
+- :func:`count_allocations` follows PyTorch's allocator through a block: the exact peak of everything it handed out,
+  activations and a kernel's temporaries included.
+- :class:`PeakMemory` watches the whole process as the operating system sees it: libraries, caches and all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+
+def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the storages behind the tensors, each storage counted once.
+
+    Tied parameters and views cost nothing extra; a slice counts as the whole buffer that it keeps alive. A parameter
+    that ZeRO-3 or FSDP2 has released holds no storage and counts nothing, nor does a tensor on the meta device. Of a
+    DTensor this rank's local part counts.
+    """
+    return sum(_storages(tensors).values())
+
+
+@dataclass(frozen=True, slots=True)
+class StateBytes:
+    """Bytes of a rank's model states, split as the ZeRO paper splits them."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    by_device: Mapping[str, int] = field(default_factory=dict)
+    """The same bytes by the type of device that holds them: offloaded states are under ``cpu``."""
+
+    @classmethod
+    def of(cls, states: Mapping[str, Iterable[torch.Tensor]]) -> StateBytes:
+        """Account for tensors named ``parameters``, ``gradients`` and ``optimizer``.
+
+        A storage that several parts share (a gradient that lives in the optimizer's flat buffer) counts once, for
+        the first of parameters, gradients, optimizer that names it.
+
+        Raises:
+            ValueError: a part with another name, which would go uncounted.
+        """
+        parts = ("parameters", "gradients", "optimizer")
+        if unknown := set(states) - set(parts):
+            raise ValueError(f"{sorted(unknown)} are no parts of the model states. Write some of: {', '.join(parts)}.")
+        counted: dict[tuple[str, int], int] = {}
+        totals, by_device = dict.fromkeys(parts, 0), dict[str, int]()
+        for part in parts:
+            for storage, size in _storages(states.get(part, ())).items():
+                if storage not in counted:
+                    counted[storage] = size
+                    totals[part] += size
+                    by_device[storage[0]] = by_device.get(storage[0], 0) + size
+        return cls(**totals, by_device=by_device)
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it in bytes, with ``total`` and ``by_device``."""
+        return {
+            "parameters": self.parameters,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "total": self.total,
+            "by_device": dict(self.by_device),
+        }
+
+
+@dataclass(slots=True)
+class Allocations:
+    """What PyTorch's allocator did in a block, per type of device, relative to the block's beginning."""
+
+    peak: dict[str, int] = field(default_factory=dict)
+    """Highest number of bytes held at one time."""
+    remaining: dict[str, int] = field(default_factory=dict)
+    """Bytes still held at the end."""
+
+
+@contextlib.contextmanager
+def count_allocations() -> Iterator[Allocations]:
+    """Follow every allocation of the block: exact peaks, which no sampler can miss.
+
+    Counts what the block itself allocates, in this thread and in backward, with temporaries inside kernels; memory
+    from before counts neither when it stays nor when it goes. Yields an object that is filled at the block's end. Every
+    operator is recorded, so use it for a model's construction or for single steps, not for a whole run.
+    """
+    allocations = Allocations()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        yield allocations
+    # The profiler's own tables attach allocations to operators and lose their order; its raw events keep it.
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        device = event.device_type().name.lower()
+        now = allocations.remaining.get(device, 0) + event.nbytes()
+        allocations.remaining[device] = now
+        allocations.peak[device] = max(allocations.peak.get(device, 0), now)
+
+
+@dataclass(frozen=True, slots=True)
+class HostMemory:
+    """Host memory of this process in bytes, as the operating system counts it.
+
+    ``rss`` is every resident page, ``peak_rss`` its highest value so far. ``pss`` divides pages that several processes
+    share among them, so that it may be summed over ranks; it exists on Linux only.
+    """
+
+    rss: int
+    peak_rss: int
+    pss: int | None
+
+
+def host_memory() -> HostMemory:
+    """Host memory of this process now, and its peak since the process started."""
+    process = psutil.Process()
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    rss = process.memory_info().rss
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return HostMemory(rss=rss, peak_rss=max(peak, rss), pss=_pss(process))
+
+
+def device_peak(device: torch.device | str | None = None) -> int | None:
+    """Highest number of bytes that tensors held on a CUDA device since :func:`reset_device_peak`; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.max_memory_allocated(device))
+
+
+def reset_device_peak(device: torch.device | str | None = None) -> None:
+    """Start a new :func:`device_peak`. Does nothing without CUDA."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One reading of :class:`PeakMemory`: seconds since the start, bytes."""
+
+    seconds: float
+    rss: int
+    pss: int | None
+
+
+class PeakMemory:
+    """Watch this process's host memory during a block.
+
+    A thread reads RSS (and PSS, if asked) every ``interval`` seconds: the timeline :attr:`samples`. A sampler misses
+    what is shorter than its interval; on Linux the peak of RSS therefore comes from the kernel's own high-water mark,
+    which is reset at the start. The kernel keeps its counters per thread and adds them up in batches, so RSS is right
+    to some hundred KiB: use :func:`count_allocations` for models smaller than that.
+
+    Args:
+        interval: seconds between readings.
+        pss: read PSS too: shared pages divided by the processes that share them. Slower, Linux only.
+
+    Attributes:
+        samples: the timeline.
+        start_rss: bytes when the block began.
+        peak_rss: highest bytes during the block.
+        peak_pss: highest PSS among the samples, None if it was not read.
+        exact: whether ``peak_rss`` is the kernel's mark, not the highest sample.
+    """
+
+    def __init__(self, interval: float = 0.01, *, pss: bool = False) -> None:
+        self.interval = interval
+        self.samples: list[Sample] = []
+        self.start_rss = 0
+        self.peak_rss = 0
+        self.peak_pss: int | None = None
+        self.exact = False
+        self._read_pss = pss
+        self._process = psutil.Process()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="peak-memory", daemon=True)
+
+    @property
+    def increase(self) -> int:
+        """Bytes of ``peak_rss`` above ``start_rss``."""
+        return self.peak_rss - self.start_rss
+
+    def summary(self) -> dict[str, Any]:
+        """``peak``, ``mean`` and ``mode`` of the sampled RSS in bytes (mode: to the MiB), and the peak of PSS."""
+        rss = [s.rss for s in self.samples]
+        mebibytes = [r >> 20 for r in rss]
+        return {
+            "peak": self.peak_rss,
+            "mean": sum(rss) // len(rss),
+            "mode": max(sorted(set(mebibytes)), key=mebibytes.count) << 20,
+            "peak_pss": self.peak_pss,
+            "exact": self.exact,
+        }
+
+    def __enter__(self) -> PeakMemory:
+        self.exact = _reset_high_water_mark()
+        self._began = time.perf_counter()
+        self._read()
+        self.start_rss = self.samples[0].rss
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self._read()
+        self.peak_rss = max(s.rss for s in self.samples)
+        if self.exact:
+            self.peak_rss = max(self.peak_rss, _high_water_mark())
+        if self._read_pss:
+            self.peak_pss = max((s.pss for s in self.samples if s.pss is not None), default=None)
+
+    def _watch(self) -> None:
+        while not self._done.wait(self.interval):
+            self._read()
+
+    def _read(self) -> None:
+        self.samples.append(
+            Sample(
+                seconds=time.perf_counter() - self._began,
+                rss=self._process.memory_info().rss,
+                pss=_pss(self._process) if self._read_pss else None,
+            )
+        )
+
+
+def _storages(tensors: Iterable[torch.Tensor]) -> dict[tuple[str, int], int]:
+    """Bytes by storage; a storage is known by its device's type and its address inside PyTorch."""
+    # The list keeps temporary tensors alive: an address that is freed is soon given to another storage.
+    alive = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors]
+    return {
+        (tensor.device.type, tensor.untyped_storage()._cdata): tensor.untyped_storage().nbytes()
+        for tensor in alive
+        if tensor.device.type != "meta"
+    }
+
+
+def _pss(process: psutil.Process) -> int | None:
+    with contextlib.suppress(psutil.Error, AttributeError):
+        return int(process.memory_full_info().pss)
+    return None
+
+
+def _reset_high_water_mark() -> bool:
+    """Have Linux forget the highest RSS so far. False where that cannot be done."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _high_water_mark() -> int:
+    status = Path("/proc/self/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,114 @@
+"""Arithmetic of a training step: floating-point operations, utilisation, and how long it should take.
+
+Sources:
+    PaLM, arXiv:2204.02311, appendix B (6 N + 12 L h s FLOPs per token; MFU and HFU)
+    Scaling Laws for Neural Language Models, arXiv:2001.08361 (6 N)
+    How to Scale Your Model, jax-ml.github.io/scaling-book (when data parallelism is limited by computing)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FORWARD_BACKWARD = 3
+"""Passes of a training step in units of a forward pass: forward, and backward for inputs and for weights."""
+
+WITH_RECOMPUTE = 4
+"""The same with activations computed a second time before backward."""
+
+
+def flops_per_token(num_params: int, num_layers: int, hidden: int, seq_length: int) -> int:
+    """Floating-point operations of forward and backward for one token: ``6 N + 12 L h s`` (arXiv:2204.02311).
+
+    Six per parameter (a multiply and an add, in three passes), plus attention over all heads and ``seq_length``
+    positions, without the factor of one half that a causal mask could save. Embeddings are counted as if they were
+    multiplied, which is right for tied ones (their second use is the output layer).
+
+    Args:
+        num_params: parameters of the model.
+        num_layers: L.
+        hidden: h, all heads together.
+        seq_length: s, in tokens.
+    """
+    return 6 * num_params + 12 * num_layers * hidden * seq_length
+
+
+def utilisation(
+    tokens_per_second: float, flops_per_token: float, peak_flops: float, *, recompute: bool = False
+) -> float:
+    """Share of the peak that a run achieves.
+
+    Without ``recompute`` this is MFU, model FLOPs utilisation: only the work that the model needs counts. With it,
+    HFU, hardware FLOPs utilisation of a run with activation checkpointing: the second forward counts too, a factor
+    4 / 3. State which one a figure is (arXiv:2204.02311, appendix B).
+
+    Args:
+        tokens_per_second: of all devices together.
+        flops_per_token: from :func:`flops_per_token`.
+        peak_flops: FLOP/s of all devices together; on a CPU a matmul peak measured in the same run.
+        recompute: count recomputed forward passes.
+    """
+    factor = WITH_RECOMPUTE / FORWARD_BACKWARD if recompute else 1.0
+    return factor * tokens_per_second * flops_per_token / peak_flops
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Seconds of one step, if computing and communicating each ran at full speed."""
+
+    compute: float
+    communication: float
+
+    @property
+    def overlapped(self) -> float:
+        """Lower bound: communication entirely hidden behind computing, or the reverse."""
+        return max(self.compute, self.communication)
+
+    @property
+    def serial(self) -> float:
+        """Upper bound: nothing overlaps."""
+        return self.compute + self.communication
+
+    @property
+    def bound(self) -> str:
+        """What limits the step: ``compute`` or ``communication``."""
+        return "compute" if self.compute >= self.communication else "communication"
+
+
+def step_time(
+    num_params: int,
+    tokens: int,
+    volume: float,
+    *,
+    num_devices: int,
+    device_flops: float,
+    bandwidth: float,
+    bytes_per_element: int = 2,
+    recompute: bool = False,
+) -> StepTime:
+    """Model of a step's time: ``passes * 2 Psi * tokens / (devices * FLOP/s)`` and ``volume * bytes / bandwidth``.
+
+    Args:
+        num_params: Psi.
+        tokens: of the whole step, over all devices.
+        volume: elements that each rank sends, as :class:`tutorial_lib.theory.traffic.StepVolume` counts them.
+        num_devices: how many share the tokens.
+        device_flops: FLOP/s of one device.
+        bandwidth: bytes per second that one device sends.
+        bytes_per_element: of what is sent.
+        recompute: four passes instead of three.
+    """
+    passes = WITH_RECOMPUTE if recompute else FORWARD_BACKWARD
+    return StepTime(
+        compute=passes * 2 * num_params * tokens / (num_devices * device_flops),
+        communication=volume * bytes_per_element / bandwidth,
+    )
+
+
+def critical_tokens_per_device(device_flops: float, bandwidth: float, bytes_per_element: int = 2) -> float:
+    """Tokens per device above which plain data parallelism is limited by computing, not by the network.
+
+    Backward takes ``4 Psi tokens / FLOP/s`` and hides an all-reduce of ``2 Psi bytes / bandwidth``; the two are equal
+    at ``bytes / 2 * FLOP/s / bandwidth``, which in 16 bits is FLOP/s over bandwidth (scaling-book, "Training").
+    """
+    return bytes_per_element / 2 * device_flops / bandwidth

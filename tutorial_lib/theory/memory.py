@@ -1,0 +1,235 @@
+"""Bytes that a training run should hold: model states, DeepSpeed's estimates of them, activations.
+
+Notation, here and in the course: Psi is the number of parameters, N the number of data-parallel ranks, t the
+tensor-parallel size, s the sequence length, b the micro-batch, h the hidden size and a the number of attention heads.
+
+Sources:
+    ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, arXiv:1910.02054 (figure 1, section 5)
+    ZeRO-Offload, arXiv:2101.06840; ZeRO-Infinity, arXiv:2104.07857
+    Reducing Activation Recomputation in Large Transformer Models, arXiv:2205.05198 (section 4)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+STAGES = (0, 1, 2, 3)
+OFFLOADS = ("none", "optimizer", "all")
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Bytes per parameter of each kind of model state."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer
+
+
+MIXED = Precision(2, 2, 12)
+"""Mixed-precision Adam: 16-bit weights and gradients; fp32 master copy and two moments (the paper's K = 12)."""
+
+FP32 = Precision(4, 4, 8)
+"""Adam in fp32 throughout: weights, gradients, two moments; the weights are their own master copy."""
+
+DEEPSPEED_FP32 = Precision(4, 4, 12)
+"""fp32 under DeepSpeed's stages 1-3: they keep a partitioned master copy even of weights that are fp32 already."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStates:
+    """Bytes on one rank, split as the paper splits them."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer
+
+    def to_dict(self) -> dict[str, int]:
+        """``parameters``, ``gradients``, ``optimizer`` in bytes."""
+        return {"parameters": self.parameters, "gradients": self.gradients, "optimizer": self.optimizer}
+
+
+def model_states(num_params: int, stage: int, num_ranks: int, precision: Precision = MIXED) -> ModelStates:
+    """Model-state bytes per rank under ZeRO, wherever they are kept.
+
+    Stage 1 divides the optimizer states by N, stage 2 also the gradients, stage 3 also the parameters
+    (arXiv:1910.02054, figure 1). Where N does not divide Psi, a rank holds the larger share.
+
+    Args:
+        num_params: Psi, tied parameters counted once.
+        stage: 0 (plain data parallel) to 3.
+        num_ranks: N, the data-parallel size.
+        precision: bytes per parameter; :data:`MIXED`, :data:`FP32` or your own.
+
+    Raises:
+        ValueError: a stage outside 0-3, or a size below 1.
+    """
+    if stage not in STAGES:
+        raise ValueError(f"stage is {stage}; ZeRO has the stages 0, 1, 2 and 3.")
+    if num_params < 1 or num_ranks < 1:
+        raise ValueError(f"num_params={num_params} and num_ranks={num_ranks}: both must be at least 1.")
+    shard = partition_elements(num_params, num_ranks)
+    return ModelStates(
+        parameters=precision.parameters * (shard if stage >= 3 else num_params),
+        gradients=precision.gradients * (shard if stage >= 2 else num_params),
+        optimizer=precision.optimizer * (shard if stage >= 1 else num_params),
+    )
+
+
+def device_states(
+    num_params: int, stage: int, num_ranks: int, precision: Precision = MIXED, offload: str = "none"
+) -> ModelStates:
+    """The part of :func:`model_states` that stays on the device; :func:`host_states` is the rest.
+
+    Optimizer offload moves the optimizer states and, from stage 2, the gradients that they are updated with
+    (arXiv:2101.06840: the device keeps the 16-bit parameters alone). Offloading ``all`` at stage 3 moves the parameter
+    shards as well (arXiv:2104.07857); what remains is the working set of the layers that are gathered at the moment.
+
+    Raises:
+        ValueError: an unknown offload, or one that the stage does not allow.
+    """
+    if offload not in OFFLOADS:
+        raise ValueError(f"offload is {offload!r}. Write one of: {', '.join(OFFLOADS)}.")
+    if offload == "optimizer" and stage == 0:
+        raise ValueError("offload='optimizer' needs stage 1, 2 or 3: stage 0 has no partitioned optimizer states.")
+    if offload == "all" and stage != 3:
+        raise ValueError(f"offload='all' moves parameters, which needs stage 3, not {stage}.")
+    states = model_states(num_params, stage, num_ranks, precision)
+    if offload == "none":
+        return states
+    return ModelStates(
+        parameters=0 if offload == "all" else states.parameters,
+        gradients=0 if stage >= 2 else states.gradients,
+        optimizer=0,
+    )
+
+
+def host_states(
+    num_params: int, stage: int, num_ranks: int, precision: Precision = MIXED, offload: str = "none"
+) -> ModelStates:
+    """The part of :func:`model_states` that offload keeps in host memory, per rank. Arguments as there."""
+    whole = model_states(num_params, stage, num_ranks, precision)
+    device = device_states(num_params, stage, num_ranks, precision, offload)
+    return ModelStates(
+        whole.parameters - device.parameters, whole.gradients - device.gradients, whole.optimizer - device.optimizer
+    )
+
+
+def savings_ratio(stage: int, num_ranks: int, precision: Precision = MIXED) -> float:
+    """How many times less model-state memory a rank needs than under plain data parallelism.
+
+    The often-quoted 4 x and 8 x for stages 1 and 2 are what this approaches as N grows, not what it is.
+    """
+    num_params = num_ranks * 1000  # any multiple of N: the ratio does not depend on Psi
+    whole = model_states(num_params, 0, num_ranks, precision).total
+    return whole / model_states(num_params, stage, num_ranks, precision).total
+
+
+def partition_elements(num_elements: int, num_ranks: int, alignment: int = 1) -> int:
+    """Elements of one rank's share of a flat tensor that is padded so that all shares are equal.
+
+    Args:
+        num_elements: elements before padding.
+        num_ranks: number of shares.
+        alignment: each share is a multiple of this many elements (DeepSpeed's stages 1 and 2 use 2).
+    """
+    return -(-num_elements // (num_ranks * alignment)) * alignment
+
+
+def partitioned_elements(sizes: Iterable[int], num_ranks: int) -> int:
+    """Elements per rank if every tensor is partitioned, and padded, by itself, as stage 3 does."""
+    return sum(partition_elements(size, num_ranks) for size in sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Bytes that DeepSpeed's estimator prints: host memory per node, device memory per rank."""
+
+    host: int
+    device: int
+
+
+def deepspeed_estimate_zero2(
+    num_params: int,
+    ranks_per_node: int = 1,
+    num_nodes: int = 1,
+    *,
+    offload_optimizer: bool = True,
+    buffer_factor: float = 1.5,
+) -> Estimate:
+    """What ``deepspeed.runtime.zero.stage_1_and_2.estimate_zero2_model_states_mem_needs`` computes.
+
+    It differs from the paper: without offload a rank needs ``2 Psi + 18 Psi / N`` instead of ``2 Psi + 14 Psi / N``,
+    because it also counts fp32 gradients.
+    """
+    ranks = ranks_per_node * num_nodes
+    if offload_optimizer:
+        return Estimate(int(num_params * max(4 * ranks, 16) * buffer_factor), 2 * num_params)
+    return Estimate(int(num_params * 4 * ranks_per_node * buffer_factor), 2 * num_params + int(18 * num_params / ranks))
+
+
+def deepspeed_estimate_zero3(
+    num_params: int,
+    largest_layer: int,
+    ranks_per_node: int = 1,
+    num_nodes: int = 1,
+    *,
+    offload: str = "all",
+    zero_init: bool = True,
+    buffer_factor: float = 1.5,
+) -> Estimate:
+    """What ``deepspeed.runtime.zero.stage3.estimate_zero3_model_states_mem_needs`` computes.
+
+    Args:
+        num_params: Psi.
+        largest_layer: parameters of the largest module, gathered whole while it computes.
+        ranks_per_node: data-parallel ranks that share one host's memory.
+        num_nodes: number of hosts.
+        offload: ``none``, ``optimizer`` or ``all`` (optimizer and parameters).
+        zero_init: the model is partitioned while it is built, so that no rank ever holds it whole.
+        buffer_factor: spare host memory, as a factor.
+    """
+    if offload not in OFFLOADS:
+        raise ValueError(f"offload is {offload!r}. Write one of: {', '.join(OFFLOADS)}.")
+    ranks, gathered, per_node = ranks_per_node * num_nodes, 4 * largest_layer, 1 / num_nodes
+    if offload == "none":
+        device = gathered + int(18 * num_params / ranks)
+        host = (largest_layer if zero_init else num_params) * 4 * ranks_per_node * buffer_factor
+    else:
+        device = gathered + (int(2 * num_params / ranks) if offload == "optimizer" else 0)
+        bytes_per_param = (18 if offload == "all" else 16) * per_node
+        host = num_params * (bytes_per_param if zero_init else max(4 * ranks_per_node, bytes_per_param)) * buffer_factor
+    return Estimate(int(host), device)
+
+
+def tensor_parallel_params(num_params: int, replicated: int, tp: int) -> int:
+    """Parameters per rank under tensor parallelism: ``(Psi - R) / t + R``, R being kept whole on every rank.
+
+    With DeepSpeed's AutoTP the embeddings and norms are replicated, so the memory is not ``Psi / t``.
+    """
+    return partition_elements(num_params - replicated, tp) + replicated
+
+
+def activation_bytes_per_layer(
+    seq_length: int, micro_batch: int, hidden: int, num_heads: int, tp: int = 1, *, sequence_parallel: bool = False
+) -> float:
+    """Activations that one transformer layer keeps for backward, in bytes, with 16-bit activations.
+
+    ``s b h (10 + 24/t + 5 a s / (h t))`` under tensor parallelism, ``s b h / t (34 + 5 a s / h)`` with sequence
+    parallelism as well (arXiv:2205.05198, section 4.2). For t = 1 both are ``s b h (34 + 5 a s / h)``.
+    The last term is the attention matrix, which fused attention kernels do not keep.
+    """
+    sbh = seq_length * micro_batch * hidden
+    attention = 5 * num_heads * seq_length / hidden
+    if sequence_parallel:
+        return sbh / tp * (34 + attention)
+    return sbh * (10 + 24 / tp + attention / tp)

@@ -1,0 +1,146 @@
+"""Elements that should cross the wire in one optimizer step.
+
+Volumes are in *elements per rank*, counted as the ZeRO paper counts them: an all-gather or a reduce-scatter of Psi
+elements costs Psi, an all-reduce 2 Psi (it is a reduce-scatter and an all-gather). The exact cost of a ring is
+(n - 1) / n of that: :func:`ring_factor`.
+
+Sources:
+    ZeRO, arXiv:1910.02054, section 7 (2 Psi for stages 1 and 2, 3 Psi for stage 3)
+    Megatron-LM, arXiv:1909.08053, section 3 (two all-reduces per layer and direction)
+    Bandwidth optimal all-reduce algorithms, Patarasuk and Yuan, 2009 (ring factors)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GRADIENT_REDUCTIONS = ("reduce_scatter", "all_reduce")
+
+
+@dataclass(frozen=True, slots=True)
+class StepVolume:
+    """Elements of the full logical tensors that each kind of collective carries in one optimizer step."""
+
+    all_reduce: int = 0
+    all_gather: int = 0
+    reduce_scatter: int = 0
+
+    @property
+    def total(self) -> int:
+        """Elements per rank: an all-reduce counts twice."""
+        return 2 * self.all_reduce + self.all_gather + self.reduce_scatter
+
+    def ring_elements(self, num_ranks: int) -> float:
+        """Elements that each rank of a ring really sends: :attr:`total` times (n - 1) / n."""
+        return (
+            ring_factor("all_reduce", num_ranks) * self.all_reduce
+            + ring_factor("all_gather", num_ranks) * self.all_gather
+            + ring_factor("reduce_scatter", num_ranks) * self.reduce_scatter
+        )
+
+    def to_dict(self) -> dict[str, int]:
+        """Elements by kind."""
+        return {
+            "all_reduce": self.all_reduce,
+            "all_gather": self.all_gather,
+            "reduce_scatter": self.reduce_scatter,
+        }
+
+
+def zero_volume(
+    num_params: int,
+    stage: int,
+    *,
+    accumulation: int = 1,
+    gradient_reduction: str = "reduce_scatter",
+    parameters_stay: bool = False,
+    persistent: int = 0,
+    tied: int = 0,
+) -> StepVolume:
+    """Communication of one optimizer step under ZeRO (arXiv:1910.02054, section 7).
+
+    ======= ==================================================================== ==================
+    stage   per optimizer step                                                   GAS = 1
+    ======= ==================================================================== ==================
+    0       one all-reduce of the gradients                                      2 Psi
+    1       reduce the gradients, all-gather the updated parameters              2 Psi
+    2       the same, but gradients are reduced in every micro-batch             2 Psi
+    3       all-gather for forward, again for backward, reduce-scatter, in       3 Psi
+            every micro-batch
+    ======= ==================================================================== ==================
+
+    Args:
+        num_params: Psi, the elements that are trained, tied ones counted once.
+        stage: 0 to 3.
+        accumulation: micro-batches per optimizer step (GAS).
+        gradient_reduction: how stages 1 and 2 reduce gradients. The paper's ``reduce_scatter`` costs Psi; DeepSpeed
+            does an ``all_reduce`` for 2 Psi unless ``use_multi_rank_bucket_allreduce`` is false.
+        parameters_stay: stage 3 keeps gathered parameters alive between forward and backward, so the second
+            all-gather falls away: 2 Psi. DeepSpeed's defaults do that for a model below
+            ``stage3_max_live_parameters`` whose layers are used again within ``stage3_max_reuse_distance``.
+        persistent: elements of parameters that stage 3 keeps whole on every rank (smaller than
+            ``stage3_param_persistence_threshold``): gathered once per step, after their update.
+        tied: elements of parameters that a second module uses too (tied embeddings): stage 3 gathers them once
+            per use if parameters do not stay.
+
+    Raises:
+        ValueError: an unknown stage or gradient reduction, or accumulation below 1.
+    """
+    if gradient_reduction not in GRADIENT_REDUCTIONS:
+        raise ValueError(
+            f"gradient_reduction is {gradient_reduction!r}. Write one of: {', '.join(GRADIENT_REDUCTIONS)}."
+        )
+    if accumulation < 1:
+        raise ValueError(f"accumulation is {accumulation}; there is at least one micro-batch per step.")
+    if stage == 0:
+        return StepVolume(all_reduce=num_params)
+    if stage in (1, 2):
+        reduced = num_params * (accumulation if stage == 2 else 1)
+        if gradient_reduction == "all_reduce":
+            return StepVolume(all_reduce=reduced, all_gather=num_params)
+        return StepVolume(reduce_scatter=reduced, all_gather=num_params)
+    if stage == 3:
+        gathered = num_params - persistent if parameters_stay else 2 * (num_params - persistent + tied)
+        return StepVolume(
+            all_gather=accumulation * gathered + persistent,
+            reduce_scatter=accumulation * num_params,
+        )
+    raise ValueError(f"stage is {stage}; ZeRO has the stages 0, 1, 2 and 3.")
+
+
+def tensor_parallel_volume(
+    num_layers: int,
+    micro_batch: int,
+    seq_length: int,
+    hidden: int,
+    tp: int,
+    *,
+    accumulation: int = 1,
+    recompute: bool = False,
+) -> StepVolume:
+    """Communication of one optimizer step inside a tensor-parallel group, without embedding and output layer.
+
+    Each layer all-reduces ``b s h`` elements twice in forward (after attention, after the MLP) and twice in backward
+    (arXiv:1909.08053, section 3). Recomputing activations runs the forward all-reduces again.
+    """
+    if tp == 1:
+        return StepVolume()
+    all_reduces = 2 + 2 + (2 if recompute else 0)
+    return StepVolume(all_reduce=accumulation * num_layers * all_reduces * micro_batch * seq_length * hidden)
+
+
+def ring_factor(kind: str, num_ranks: int) -> float:
+    """Elements that each rank of a ring sends, per element of the full tensor.
+
+    ``(n - 1) / n`` for an all-gather and a reduce-scatter, ``2 (n - 1) / n`` for an all-reduce.
+
+    Raises:
+        ValueError: another kind, or fewer than one rank.
+    """
+    if num_ranks < 1:
+        raise ValueError(f"num_ranks is {num_ranks}; a ring has at least one rank.")
+    if kind == "all_reduce":
+        return 2 * (num_ranks - 1) / num_ranks
+    if kind in ("all_gather", "reduce_scatter"):
+        return (num_ranks - 1) / num_ranks
+    raise ValueError(f"There is no ring factor for {kind!r}: write all_reduce, all_gather or reduce_scatter.")
