@@ -196,6 +196,14 @@ class Config:
         """Where the run's records and checkpoints are: ``storage/name``."""
         return Path(self.run.storage).expanduser() / self.run.name
 
+    def with_absolute_paths(self) -> Config:
+        """The same run for a process that may start in another directory, as Ray's workers do."""
+        names = {"storage": self.run.storage, "model": self.model.name, "dataset": self.data.name}
+        if self.engine.deepspeed_file:
+            names["deepspeed"] = self.engine.deepspeed_file
+        paths = {flag: Path(name).expanduser() for flag, name in names.items()}
+        return self.override(**{f: str(p.resolve()) for f, p in paths.items() if f == "storage" or p.exists()})
+
     def flat(self) -> dict[str, Any]:
         """The settings by their flat names."""
         return {s.flag: getattr(getattr(self, s.section), s.field) for s in settings().values()}

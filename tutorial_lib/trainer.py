@@ -131,10 +131,12 @@ def train(config: Config, *, on_checkpoint: OnCheckpoint | None = None) -> dict[
     started = time.perf_counter()
     if rank == 0:
         run.create()
-        run.clear_requests()
+        if config.run.launcher == "none":  # the other launchers have done so; a request may have come since
+            run.clear_requests()
     if dist.is_initialized():
         dist.barrier()
-    with _output_to(run.log_file(rank) if config.run.launcher == "ray" else None), _stop_signals() as stop_signalled:
+    log = run.log_file(rank) if config.run.launcher != "none" else None
+    with _output_to(log), _stop_signals() as stop_signalled:
         try:
             session = _Session(config, topology, run, on_checkpoint, stop_signalled)
             try:
@@ -244,7 +246,8 @@ class _Session:
                 loss_sum += batch_loss.detach()
                 self.engine.backward(batch_loss * (self.engine.averages_over / tokens))
                 if measuring:
-                    states = StateBytes.of(self.engine.model_states()).at_least(states)
+                    now = StateBytes.of(self.engine.model_states())
+                    states = now if states is None or now.total > states.total else states
             loss = self._sum_over_ranks(loss_sum) / tokens
             if not math.isfinite(loss):
                 raise NonFiniteLoss(self._diverged(f"the loss is {loss}"))

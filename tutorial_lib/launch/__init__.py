@@ -92,21 +92,25 @@ def preflight(config: Config) -> Config:
     """Everything that can be refused before a process starts.
 
     Returns:
-        The configuration with the settings that its DeepSpeed file decides.
+        The configuration with the settings that its DeepSpeed file decides, and with absolute paths.
 
     Raises:
         ConfigError: names what cannot run here and what to write instead.
     """
     from tutorial_lib.checkpoint import check_storage
+    from tutorial_lib.dataloader import load_rows
     from tutorial_lib.ds_config import apply_file
     from tutorial_lib.models import check_sequence_length, load_config
 
-    config = apply_file(config)
+    config = apply_file(config).with_absolute_paths()
     if config.run.launcher != "ray" and config.run.device == "cuda":
         _check_gpus(config)
     check_storage(config)
     model = load_config(config.model.name, trust_remote_code=config.model.trust_remote_code)
     check_sequence_length(config.data.seq_length, model)
+    load_rows(config.data.name, config.data.train_split, max_examples=1)
+    if config.run.evaluate:
+        load_rows(config.data.name, config.data.eval_split, max_examples=1)
     return config
 
 

@@ -7,10 +7,14 @@ machine can connect.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
+import signal
+import sys
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -33,13 +37,17 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
         directory.create()
         directory.clear_requests()
     scratch = Path(tempfile.mkdtemp(prefix="tutorial-lib-"))
+    configs_file = scratch / "configs.json"
+    configs_file.write_text(json.dumps([config.flat() for config in configs]))
     ranks = range(world_size)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     threads = str(max(1, (os.cpu_count() or 1) // world_size))
+    arguments = ("-m", "tutorial_lib.launch.worker", str(configs_file), str(scratch / "rendezvous"))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     context = start_processes(
         name="train",
-        entrypoint=_worker,
-        args={rank: (tuple(configs), f"file://{scratch / 'rendezvous'}") for rank in ranks},
+        entrypoint=sys.executable,
+        args=dict.fromkeys(ranks, arguments),
         envs={
             rank: {
                 "RANK": str(rank),
@@ -53,6 +61,10 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
         },
         logs_specs=DefaultLogsSpecs(log_dir=str(scratch / "logs"), redirects=Std.ALL),
     )
+    if threading.current_thread() is threading.main_thread():
+        # torch has put its own in place, which would end the workers before they have saved.
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     try:
         outcome = None
         while outcome is None:
@@ -64,31 +76,15 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
                 directories,
                 f"Rank {failure.local_rank} ended with exit code {failure.exitcode} and left no traceback"
                 + (": it was killed, perhaps for memory." if failure.exitcode < 0 else ".")
-                + f" The end of its output:\n{_tail(Path(outcome.stderrs[failure.local_rank]))}",
+                + f" The end of its output:\n{_last_output(failure.local_rank, outcome.stderrs, directories)}",
             )
     finally:
         context.close(timeout=10)
-        for rank in ranks:
-            _keep_output(scratch / "logs", rank, directories[-1].log_file(rank))
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _worker(configs: Sequence[Config], init_method: str) -> None:
-    """What each process runs."""
-    from tutorial_lib.launch.joined import process_group
-    from tutorial_lib.trainer import train
-
-    with process_group(configs[0], init_method):
-        for config in configs:
-            train(config)
-
-
-def _tail(path: Path, lines: int = 20) -> str:
-    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.is_file() else ""
-
-
-def _keep_output(logs: Path, rank: int, target: Path) -> None:
-    for name in ("stdout.log", "stderr.log"):
-        for found in logs.rglob(f"{rank}/{name}"):
-            with target.open("ab") as file:
-                file.write(found.read_bytes())
+def _last_output(rank: int, stderrs: dict[int, str], directories: Sequence[RunDirectory], lines: int = 20) -> str:
+    """The end of what a rank wrote: into its newest run's log, or before any run began."""
+    logs = [path for path in (directory.log_file(rank) for directory in directories) if path.is_file()]
+    path = max(logs, key=lambda log: log.stat().st_mtime, default=Path(stderrs[rank]))
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])

@@ -18,7 +18,7 @@ from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.launch import WorkerError, first_error, wait_for
 from tutorial_lib.records import RunDirectory
 
-_QUIET = {
+_SETTINGS = {
     "RAY_TRAIN_V2_ENABLED": "1",
     # Ray Train's own progress goes to its log files; a notebook cell shows our curve.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
@@ -33,38 +33,48 @@ _QUIET = {
 }
 
 
-@contextmanager
-def session(config: Config) -> Iterator[None]:
-    """A Ray cluster for as long as the block runs: the one named by ``RAY_ADDRESS``, or one on this machine.
+def start(config: Config) -> bool:
+    """Connect to the Ray cluster named by ``RAY_ADDRESS``, or start one on this machine. :func:`stop` ends it.
 
     The local one listens on loopback only, has no dashboard, and grants as many CPU slots as there are workers, so
     that four workers can share two cores.
+
+    Returns:
+        Whether anything was started: False if Ray was running in this process already.
     """
-    for name, value in _QUIET.items():
+    for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     import ray
 
     if ray.is_initialized():
-        yield
-        return
-    world_size = config.parallel.world_size
+        return False
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level="ERROR")
-    else:
-        threads = str(max(1, (os.cpu_count() or 1) // world_size))
-        os.environ.setdefault("OMP_NUM_THREADS", threads)
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        ray.init(
-            num_cpus=max(world_size, os.cpu_count() or 1),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _node_ip_address="127.0.0.1",
-        )
+        ray.init(**quiet)
+        return True
+    cores, world_size = os.cpu_count() or 1, config.parallel.world_size
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // world_size)))
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    ray.init(num_cpus=max(world_size, cores), include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+    return True
+
+
+def stop() -> None:
+    """End the connection, and the cluster if :func:`start` started one. Its processes are gone afterwards."""
+    import ray
+
+    ray.shutdown()
+
+
+@contextmanager
+def session(config: Config) -> Iterator[None]:
+    """A Ray cluster for as long as the block runs. One that was there before is used, and left running."""
+    started = start(config)
     try:
         yield
     finally:
-        ray.shutdown()
+        if started:
+            stop()
 
 
 def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
@@ -93,7 +103,7 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
                 resources_per_worker=_resources(first),
             ),
             run_config=ray.train.RunConfig(
-                name=configs[-1].run.name, storage_path=str(Path(configs[-1].run.storage).expanduser().resolve())
+                name=configs[-1].run.name, storage_path=configs[-1].run.storage
             ),
             torch_config=TorchConfig(backend="gloo" if first.run.device == "cpu" else "cpu:gloo,cuda:nccl"),
         )
