@@ -1,0 +1,199 @@
+"""A lesson's claims, each checked against a measured value, shown as a table and kept as data.
+
+>>> claims = Claims()
+>>> claims.equal("ZeRO-3 computes the reference's loss", reference_loss, zero3_loss, tolerance=1e-6)
+>>> claims.at_least("stage 3 saves at least 1.9 x on two ranks", 1.9, saved)
+>>> claims.show()
+
+:meth:`Claims.show` raises if a claim does not hold, after showing which, so a notebook with a false claim does not run
+to its end. It also emits the claims under :data:`MIME_TYPE`; :func:`claims_in` reads them back from the executed
+notebook, so that tests compare numbers rather than text.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+from tutorial_lib.lab import display
+
+MIME_TYPE = "application/vnd.tutorial-lib.claims+json"
+"""Under this type an executed notebook carries a list of ``{claim, relation, expected, measured, ...}``."""
+
+_SIGNS = {"equal": "=", "at least": "≥", "at most": "≤", "holds": ""}
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One line of the table. ``difference`` is what was compared with ``tolerance``, where that makes sense."""
+
+    claim: str
+    relation: str
+    expected: Any
+    measured: Any
+    tolerance: float | None
+    difference: float | None
+    holds: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; a number that is not finite becomes text, which strict JSON has no number for."""
+        return {name: _plain(getattr(self, name)) for name in self.__slots__}
+
+
+class Claims:
+    """The claims of one lesson, in the order in which they were made."""
+
+    def __init__(self) -> None:
+        self._claims: list[Claim] = []
+
+    def equal(
+        self, text: str, expected: Any, measured: Any, *, tolerance: float = 0.0, relative: float | None = None
+    ) -> None:
+        """Claim that two values, or two sequences of them, are equal.
+
+        Args:
+            text: the claim, as a sentence; no two of a lesson are the same.
+            expected: a number, text, or a (nested) sequence of them.
+            measured: likewise. NaN equals nothing.
+            tolerance: largest absolute difference between two numbers.
+            relative: the tolerance as a share of the expected value's size instead.
+        """
+        if relative is not None:
+            if tolerance:
+                raise ValueError("State tolerance or relative, not both.")
+            tolerance = relative * max((abs(n) for n in _numbers(expected)), default=0.0)
+        difference = _largest_difference(expected, measured)
+        holds = difference is not None and difference <= tolerance
+        shown = difference if _numbers(expected) else None
+        self._add(text, "equal", expected, measured, tolerance, shown, holds)
+
+    def at_least(self, text: str, bound: float, measured: float) -> None:
+        """Claim that a number is not below a bound."""
+        self._add(text, "at least", bound, measured, None, None, bool(measured >= bound))
+
+    def at_most(self, text: str, bound: float, measured: float) -> None:
+        """Claim that a number is not above a bound."""
+        self._add(text, "at most", bound, measured, None, None, bool(measured <= bound))
+
+    def check(self, text: str, condition: bool, *, expected: Any = True, measured: Any = None) -> None:
+        """Claim anything else that is true or false, with the value that shows it.
+
+        Args:
+            text: the claim, as a sentence.
+            condition: whether it holds.
+            expected: what a reader should compare ``measured`` with.
+            measured: the value behind the condition; default: the condition itself.
+        """
+        # A NaN is "true" in Python; it never proves anything here.
+        holds = bool(condition) and condition == condition
+        self._add(text, "holds", expected, condition if measured is None else measured, None, None, holds)
+
+    def show(self) -> None:
+        """Display the table and emit the claims as data.
+
+        Raises:
+            AssertionError: some claims do not hold (all of them are named), or none was made.
+        """
+        if not self._claims:
+            raise AssertionError("This lesson claims nothing: make claims before showing them.")
+        text = self._table()
+        data = [claim.to_dict() for claim in self._claims]
+        display.show({MIME_TYPE: data, "text/html": self._html(text), "text/plain": str(text)})
+        failed = [claim for claim in self._claims if not claim.holds]
+        if failed:
+            lines = [
+                f"  {c.claim}: expected {_SIGNS[c.relation]} {_short(c.expected)}, measured {_short(c.measured)}"
+                + (f", off by {c.difference:.3g} with tolerance {c.tolerance:g}" if c.difference is not None else "")
+                for c in failed
+            ]
+            raise AssertionError(f"{len(failed)} of {len(self._claims)} claims do not hold:\n" + "\n".join(lines))
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """The claims as data, as :func:`claims_in` returns them."""
+        return [claim.to_dict() for claim in self._claims]
+
+    def _add(self, text: str, *rest: Any) -> None:
+        if any(claim.claim == text for claim in self._claims):
+            raise ValueError(f"The claim {text!r} was made before: a lesson states each of its claims once.")
+        self._claims.append(Claim(text, *rest))
+
+    def _table(self) -> display.Table:
+        return display.table(
+            [
+                {
+                    "claim": c.claim,
+                    "expected": f"{_SIGNS[c.relation]} {_short(c.expected)}".strip(),
+                    "measured": _short(c.measured),
+                    "tolerance": "" if c.tolerance is None else "exact" if c.tolerance == 0 else f"{c.tolerance:.3g}",
+                    "": "✓" if c.holds else "✗ does not hold",
+                }
+                for c in self._claims
+            ]
+        )
+
+    def _html(self, shown: display.Table) -> str:
+        held = sum(claim.holds for claim in self._claims)
+        summary = f"{held} of {len(self._claims)} claims hold"
+        return f"<p><strong>{html.escape(summary)}</strong></p>{shown.html()}"
+
+
+def claims_in(notebook: str | Path) -> list[dict[str, Any]]:
+    """The claims that an executed notebook carries in its outputs, in order; empty if it shows none."""
+    cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    return [claim for output in outputs for claim in output.get("data", {}).get(MIME_TYPE, [])]
+
+
+def _largest_difference(expected: Any, measured: Any) -> float | None:
+    """Largest absolute difference of corresponding numbers; None where there is no comparing the two."""
+    if _is_sequence(expected) or _is_sequence(measured):
+        if not (_is_sequence(expected) and _is_sequence(measured)) or len(expected) != len(measured):
+            return None
+        differences = [_largest_difference(e, m) for e, m in zip(expected, measured, strict=True)]
+        return None if None in differences else max((d for d in differences if d is not None), default=0.0)
+    if _is_number(expected) and _is_number(measured):
+        difference = 0.0 if expected == measured else abs(float(expected) - float(measured))
+        return None if math.isnan(difference) else difference
+    return 0.0 if expected == measured else None
+
+
+def _numbers(value: Any) -> list[float]:
+    if _is_sequence(value):
+        return [n for item in value for n in _numbers(item)]
+    return [float(value)] if _is_number(value) else []
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _short(value: Any) -> str:
+    """Numbers with the digits that a tolerance of 1e-6 needs; of a long sequence its ends."""
+    if _is_sequence(value):
+        shown = [_short(v) for v in value]
+        return ", ".join(shown if len(shown) <= 4 else [*shown[:2], "…", shown[-1]])
+    if _is_number(value) and math.isfinite(value) and value != int(value):
+        return f"{value:.7g}" if abs(value) >= 1e-4 else f"{value:.3g}"
+    return display.format_value(value)
+
+
+def _plain(value: Any) -> Any:
+    if _is_sequence(value):
+        return [_plain(v) for v in value]
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value) if math.isfinite(value) else str(float(value))
+    return str(value)

@@ -1,0 +1,262 @@
+"""The course's figures: one palette, readable on light and dark pages, drawn from plain rows and dictionaries.
+
+Every function returns a :class:`Figure`, which a notebook displays as a cell's last expression. Conventions: the title
+states the finding, axis labels carry units, and ``alt`` says in words what the picture shows, for those who cannot see
+it. Backgrounds are transparent and text is a grey that stands out from white and from black alike. The same numbers
+give the same bytes: no date, no random ids.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Any
+
+BLUE, ORANGE, GREEN, PURPLE, RED = "#3a86d1", "#d97a1e", "#2e9e73", "#9a6fd0", "#d1495b"
+PALETTE = (BLUE, ORANGE, GREEN, PURPLE, RED)
+"""Colours in order of use: at least 3 : 1 against white and against black, and apart for colour-blind readers."""
+
+INK = "#7d7d7d"
+"""Text and axes: above 4 : 1 against white and against a dark page."""
+
+PARTS = {"parameters": BLUE, "gradients": ORANGE, "optimizer": GREEN}
+"""The parts of the model states, each with its colour throughout the course."""
+
+_TOTAL = {"total": INK}
+
+_DPI = 144
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A drawn figure with its title and its description in words."""
+
+    png: bytes = field(repr=False)
+    title: str
+    alt: str
+    width: int
+    """Width at which to show it, in CSS pixels; the image has twice as many."""
+    height: int
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, str], dict[str, Any]]:
+        return self.bundle()
+
+    def bundle(self) -> tuple[dict[str, str], dict[str, Any]]:
+        """MIME data and metadata: the image with its alt text, and the alt text alone where no image can be shown."""
+        data = {"image/png": base64.b64encode(self.png).decode(), "text/plain": f"{self.title}\n{self.alt}"}
+        return data, {"image/png": {"alt": self.alt, "width": self.width, "height": self.height}}
+
+
+def loss_curves(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    *,
+    title: str,
+    alt: str,
+    y: str = "loss",
+    y_label: str = "loss (nats per token)",
+    marks: Mapping[str, int] | None = None,
+) -> Figure:
+    """A curve per run over optimizer steps.
+
+    Curves that lie on top of each other stay visible: later ones are drawn thinner, with other dashes.
+
+    Args:
+        runs: rows of ``metrics.jsonl`` by the run's label.
+        title: the finding.
+        alt: the figure in words.
+        y: the row's key on the vertical axis.
+        y_label: that axis, with its unit.
+        marks: labelled vertical lines at optimizer steps (``{"stopped": 20}``).
+    """
+    series = {label: ([row["step"] for row in rows], [row[y] for row in rows]) for label, rows in runs.items()}
+    return lines(series, title=title, alt=alt, x_label="optimizer step", y_label=y_label, marks=marks)
+
+
+def lines(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    title: str,
+    alt: str,
+    x_label: str,
+    y_label: str,
+    marks: Mapping[str, float] | None = None,
+) -> Figure:
+    """A line per series of ``(x values, y values)``. Arguments as in :func:`loss_curves`."""
+    with _axes(title, alt, size=(7.0, 3.6)) as (axes, drawn):
+        dashes = ("-", (0, (5, 2)), (0, (2, 2)), (0, (6, 2, 1, 2)), (0, (1, 1)))
+        for index, (label, (xs, values)) in enumerate(series.items()):
+            axes.plot(
+                xs,
+                values,
+                label=label,
+                color=PALETTE[index % len(PALETTE)],
+                linewidth=max(1.6, 3.4 - 0.6 * index) if len(series) > 1 else 2.0,
+                linestyle=dashes[index % len(dashes)],
+                marker="o" if len(xs) == 1 else None,
+            )
+        for text, at in (marks or {}).items():
+            axes.axvline(at, color=INK, linewidth=1, linestyle=":")
+            axes.annotate(
+                text, (at, 1), xycoords=("data", "axes fraction"), xytext=(4, -11), textcoords="offset points"
+            )
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        _whole_numbers(axes.xaxis, [x for xs, _ in series.values() for x in xs])
+        if len(series) > 1:
+            axes.legend(frameon=False)
+    return drawn[0]
+
+
+def bars(
+    values: Mapping[str, float], *, title: str, alt: str, unit: str, reference: tuple[str, float] | None = None
+) -> Figure:
+    """A horizontal bar per value, each with its number.
+
+    Args:
+        values: by label, drawn from top to bottom.
+        title: the finding.
+        alt: the figure in words.
+        unit: what the values are, for the axis.
+        reference: a labelled vertical line to compare with.
+    """
+    with _axes(title, alt, size=(7.0, 1.3 + 0.38 * len(values)), grid="x") as (axes, drawn):
+        container = axes.barh(list(values), list(values.values()), color=BLUE, height=0.62)
+        axes.bar_label(container, labels=[_number(v) for v in values.values()], padding=4, color=INK)
+        axes.invert_yaxis()
+        axes.set_xlabel(unit)
+        axes.margins(x=0.12)
+        if reference:
+            label, value = reference
+            axes.axvline(value, color=RED, linewidth=1.5, linestyle="--", label=label)
+            axes.legend(frameon=False, loc="best")
+    return drawn[0]
+
+
+def grouped_memory(
+    states: Mapping[str, Mapping[str, Mapping[str, float]]], *, title: str, alt: str, unit: str = "MiB"
+) -> Figure:
+    """Model states as stacked bars: groups along the axis, in each group a bar per series, in each bar the parts.
+
+    Args:
+        states: bytes by group, series and part, such as
+            ``{"stage 1": {"predicted": {"parameters": ..., "gradients": ..., "optimizer": ...}, "measured": ...}}``.
+            Of a part's mapping only the keys of :data:`PARTS` are drawn, or ``total`` where there are none of them:
+            a grey bar, for a figure that is not split.
+        title: the finding.
+        alt: the figure in words.
+        unit: ``B``, ``kB``, ``MB``, ``GB``, ``KiB``, ``MiB`` or ``GiB``.
+    """
+    scale = _UNITS[unit]
+    names = list(dict.fromkeys(name for series in states.values() for name in series))
+    width = 0.8 / len(names)
+    with _axes(title, alt, size=(7.0, 3.8), grid="y") as (axes, drawn):
+        for group, series in enumerate(states.values()):
+            for index, name in enumerate(names):
+                if name not in series:
+                    continue
+                at = group + (index - (len(names) - 1) / 2) * width
+                bottom = 0.0
+                for part, color in _parts(series[name]).items():
+                    height = series[name][part] / scale
+                    # The first series is the plain one; others are hatched, so that colour is not the only mark.
+                    axes.bar(at, height, width * 0.9, bottom=bottom, color=color, hatch=_HATCHES[index % 3],
+                             edgecolor=_HATCH_INK, linewidth=0)  # fmt: skip
+                    bottom += height
+                axes.annotate(_number(bottom), (at, bottom), xytext=(0, 3), textcoords="offset points", ha="center",
+                              fontsize=8)  # fmt: skip
+        axes.set_ylabel(f"model states per rank ({unit})")
+        axes.margins(y=0.12)
+        axes.set_xticks(range(len(states)), list(states))
+        axes.tick_params(axis="x", length=0)
+        used = {
+            part: color for bars in states.values() for each in bars.values() for part, color in _parts(each).items()
+        }
+        _legend(axes, {part: color for part, color in (PARTS | _TOTAL).items() if part in used}, names)
+    return drawn[0]
+
+
+_UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_HATCHES = ("", "////", "....")
+_HATCH_INK = "#ffffff99"
+
+
+def _parts(bar: Mapping[str, float]) -> dict[str, str]:
+    """The parts of one bar with their colours."""
+    return {part: color for part, color in PARTS.items() if part in bar} or _TOTAL
+
+
+def _legend(axes: Any, colors: Mapping[str, str], names: Sequence[str]) -> None:
+    """Below the axes: a row for the parts' colours, and one for the series' hatches if there are several."""
+    from matplotlib.patches import Patch
+
+    parts = [Patch(color=color, label="not split" if part in _TOTAL else part) for part, color in colors.items()]
+    series = [
+        Patch(facecolor=INK, edgecolor=_HATCH_INK, hatch=_HATCHES[index % 3], linewidth=0, label=name)
+        for index, name in enumerate(names if len(names) > 1 else ())
+    ]
+    # A legend fills its columns first.
+    blank = Patch(alpha=0, label=" ")
+    columns = zip_longest(parts, series, fillvalue=blank) if series else [(part,) for part in parts]
+    handles = [handle for column in columns for handle in column]
+    axes.figure.legend(
+        handles=handles, frameon=False, ncols=len(handles) // (2 if series else 1), loc="outside lower center"
+    )
+
+
+@contextmanager
+def _axes(title: str, alt: str, *, size: tuple[float, float], grid: str = "both") -> Iterator[tuple[Any, list[Figure]]]:
+    """Axes in the course's style; when the block ends, the drawn figure is in the list."""
+    if not alt.strip() or not title.strip():
+        raise ValueError("A figure needs a title that states the finding and an alt text that tells what it shows.")
+    # Not pyplot: it keeps global state and picks a backend that may want a screen.
+    from matplotlib import style
+    from matplotlib.figure import Figure as Canvas
+
+    # A user's own matplotlibrc must not change the course's figures.
+    with style.context(["default", STYLE]):
+        canvas = Canvas(figsize=size, dpi=_DPI, layout="constrained")
+        axes = canvas.add_subplot()
+        axes.set_title(textwrap.fill(title, 62), loc="left", fontweight="bold", pad=10)
+        axes.grid(axis=grid, color=INK, alpha=0.25, linewidth=0.8)  # type: ignore[arg-type]
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        drawn: list[Figure] = []
+        yield axes, drawn
+        buffer = io.BytesIO()
+        canvas.savefig(buffer, format="png", transparent=True, metadata={"Software": None})
+        drawn.append(Figure(buffer.getvalue(), title, alt, int(size[0] * _DPI / 2), int(size[1] * _DPI / 2)))
+
+
+STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.titlecolor": INK,
+    "legend.labelcolor": INK,
+    "hatch.linewidth": 1.0,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "tutorial_lib",
+}
+"""Settings for everything that is drawn: DejaVu Sans ships with the drawing library, so it is the same everywhere."""
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _whole_numbers(axis: Any, values: Sequence[float]) -> None:
+    """Ticks at whole numbers where the values are whole: there is no step 2.5."""
+    from matplotlib.ticker import MaxNLocator
+
+    if all(float(v).is_integer() for v in values):
+        axis.set_major_locator(MaxNLocator(integer=True))

@@ -1,0 +1,218 @@
+"""Draws the committed pictures: ``python -m tutorial_lib.lab.images [DIRECTORY]``, or ``make images``.
+
+Pictures explain, figures (:mod:`tutorial_lib.lab.figures`) show measurements. Both share palette and style. Drawing
+twice gives the same bytes, so a test can hold the committed files to this code.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tutorial_lib.lab.figures import BLUE, GREEN, INK, ORANGE, PARTS, PURPLE, STYLE
+from tutorial_lib.theory.memory import MIXED, model_states
+
+DIRECTORY = Path(__file__).parents[2] / "images"
+NUM_RANKS = 4
+WHITE = "#ffffff"
+_GHOST = 0.25
+"""Opacity of what is not there, or only for a moment."""
+
+
+def parallelism(axes: Any) -> None:
+    """Data parallel, sharded data parallel, tensor parallel: who holds what, and what is sent."""
+    kinds = [
+        ("Data parallel", "DDP, ZeRO stage 0", "Every device holds the\nwhole model and reads\ndifferent data.",
+         "gradients,\nonce per step", "2 Ψ"),
+        ("Sharded data parallel", "ZeRO stage 3, FSDP",
+         "Each device keeps a share\nof every layer and gathers\nthe rest to compute with it.",
+         "parameters twice,\ngradients once", "3 Ψ"),
+        ("Tensor parallel", "Megatron, AutoTP",
+         "Each device computes with\nits share of every layer;\nall read the same data.",
+         "activations,\n4 times per layer", "8 b s h  per layer"),
+    ]  # fmt: skip
+    height, left, width, gap = 2.2, 3.3, 1.5, 0.15
+    right = left + NUM_RANKS * (width + gap) + 0.15
+    for rank in range(NUM_RANKS):
+        _text(axes, left + rank * (width + gap) + width / 2, 0.2, f"device {rank}", ha="center")
+    _text(axes, right, 0.2, "sent by each device")
+    for row, (title, names, what, sent, volume) in enumerate(kinds):
+        top = 0.45 + row * height
+        _text(axes, 0, top + 0.25, title, size=13, weight="bold")
+        _text(axes, 0, top + 0.6, names, style="italic")
+        _text(axes, 0, top + 1.3, what)
+        for rank in range(NUM_RANKS):
+            x = left + rank * (width + gap)
+            _box(axes, x, top, width, height - 0.3, INK, fill=False)
+            _box(axes, x + 0.15, top + 0.15, width - 0.3, 0.36, PURPLE, f"batch {rank + 1 if row < 2 else 1}")
+            for layer in range(3):
+                y = top + 0.66 + layer * 0.39
+                _layer(axes, x + 0.15, y, width - 0.3, rank, kept_whole=row == 0, gathered=row == 1)
+        _text(axes, right, top + 0.6, sent)
+        _text(axes, right, top + 1.3, volume, size=12, weight="bold")
+    bottom = 0.45 + 3 * height + 0.05
+    for x, color, alpha, meaning in ((0.0, PURPLE, 1.0, "data"), (1.3, BLUE, 1.0, "parameters kept"),
+                                     (3.75, BLUE, _GHOST, "gathered for the moment")):  # fmt: skip
+        _box(axes, x, bottom, 0.3, 0.22, color, alpha=alpha)
+        _text(axes, x + 0.42, bottom + 0.11, meaning)
+    _text(axes, 7.1, bottom + 0.11, "Ψ: parameters    b s h: activations of a layer")
+    _frame(axes, right + 2.35, bottom + 0.35)
+
+
+def zero_stages(axes: Any) -> None:
+    """What each of four ranks holds at ZeRO stages 0 to 3, after figure 1 of the ZeRO paper."""
+    rows = [
+        ("Stage 0", "plain data parallel", (), "16 Ψ"),
+        ("Stage 1", "optimizer states divided", ("optimizer",), "4 Ψ + 12 Ψ/N"),
+        ("Stage 2", "and gradients", ("optimizer", "gradients"), "2 Ψ + 14 Ψ/N"),
+        ("Stage 3", "and parameters", tuple(PARTS), "16 Ψ/N"),
+    ]
+    share = {"parameters": MIXED.parameters, "gradients": MIXED.gradients, "optimizer": MIXED.optimizer}
+    left, width, gap, height = 2.75, 1.25, 0.2, 1.28
+    right = left + NUM_RANKS * (width + gap) + 0.1
+    for rank in range(NUM_RANKS):
+        _text(axes, left + rank * (width + gap) + width / 2, 0.32, f"rank {rank}", ha="center")
+    _text(axes, right, 0.32, "bytes per rank")
+    _text(axes, right + 2.1, 0.22, "Ψ = 7.5 billion,\nN = 64")
+    for row, (stage, what, divided, formula) in enumerate(rows):
+        top = 0.6 + row * (height + 0.22)
+        _text(axes, 0, top + height / 2 - 0.18, stage, size=13, weight="bold")
+        _text(axes, 0, top + height / 2 + 0.18, what)
+        for rank in range(NUM_RANKS):
+            x, y = left + rank * (width + gap), top
+            for part, color in PARTS.items():
+                depth = height * share[part] / MIXED.total
+                if part in divided:
+                    _box(axes, x, y, width, depth, color, alpha=_GHOST, rounded=False)
+                    _box(axes, x + rank * width / NUM_RANKS, y, width / NUM_RANKS, depth, color, rounded=False)
+                else:
+                    _box(axes, x, y, width, depth, color, rounded=False)
+                y += depth
+        gigabytes = model_states(7_500_000_000, row, 64).total / 1e9
+        _text(axes, right, top + height / 2, formula, size=11)
+        _text(axes, right + 2.1, top + height / 2, f"{gigabytes:.4g} GB" if row == 0 else f"{gigabytes:.1f} GB",
+              size=13, weight="bold")  # fmt: skip
+    bottom = 0.6 + 4 * (height + 0.22) + 0.05
+    meanings = [("parameters", "parameters: 2 bytes"), ("gradients", "gradients: 2 bytes"),
+                ("optimizer", "optimizer states: 12 bytes")]  # fmt: skip
+    for x, (part, meaning) in zip((0.0, 2.75, 5.4), meanings, strict=True):
+        _box(axes, x, bottom, 0.3, 0.22, PARTS[part], rounded=False)
+        _text(axes, x + 0.42, bottom + 0.11, meaning)
+    _text(axes, right, bottom + 0.11, "Ψ: parameters    N: ranks")
+    _frame(axes, right + 3.75, bottom + 0.35)
+
+
+def course(axes: Any) -> None:
+    """How a lesson works: a claim, a run, a check, and which part of the package does what."""
+    columns = [
+        (3.3, "1  Claim", BLUE, ["theory/"],
+         "Formulas from the papers\nsay what a run should cost\nand compute."),
+        (4.45, "2  Run", ORANGE, ["config", "launch", "trainer", "engine"],
+         "Real processes train a real model\nwith the real engines,\non a laptop or on a cluster."),
+        (3.65, "3  Check", GREEN, ["measure/", "lab/"],
+         "What was measured stands\nbeside what was predicted;\na false claim stops the lesson."),
+    ]  # fmt: skip
+    gap, height, x = 0.7, 2.5, 0.0
+    for index, (width, title, color, rooms, what) in enumerate(columns):
+        _box(axes, x, 0, width, height, color, alpha=_GHOST / 2)
+        _box(axes, x, 0, width, 0.55, color, title, size=14)
+        _text(axes, x + 0.2, 0.75, what, size=11, va="top")
+        each = 0.94 if len(rooms) > 2 else 1.25
+        for place, room in enumerate(rooms):
+            at = x + 0.2 + place * (each + 0.1)
+            _box(axes, at, 1.85, each, 0.45, color, fill=False)
+            _text(axes, at + each / 2, 2.14, room, ha="center", va="baseline")
+        x += width + gap
+        if index < len(columns) - 1:
+            _arrow(axes, x - gap + 0.08, height / 2, x - 0.08, height / 2)
+    total = x - gap
+    _arrow(axes, total / 2, height + 0.06, total / 2, height + 0.5)
+    _box(axes, 0, height + 0.55, total, 0.6, INK, fill=False)
+    _text(
+        axes, total / 2, height + 0.85,
+        "the same numbers go to the reader's figures, to the table of claims, and to the tests", size=11, ha="center",
+    )  # fmt: skip
+    _frame(axes, total + 0.1, height + 1.25)
+
+
+PICTURES: dict[str, Callable[[Any], None]] = {
+    "parallelism": parallelism,
+    "zero-stages": zero_stages,
+    "course": course,
+}
+"""Pictures by the name of their file."""
+
+
+def draw(name: str, directory: Path = DIRECTORY) -> Path:
+    """Draw one picture as ``directory/name.svg`` and return its path. The same bytes every time."""
+    from matplotlib import style
+    from matplotlib.figure import Figure as Canvas
+
+    path = directory / f"{name}.svg"
+    directory.mkdir(parents=True, exist_ok=True)
+    with style.context(["default", STYLE]):
+        canvas = Canvas(figsize=(9, 5))
+        axes = canvas.add_axes((0, 0, 1, 1))
+        axes.set_axis_off()
+        PICTURES[name](axes)
+        canvas.set_size_inches(9, 9 * axes.get_ylim()[0] / axes.get_xlim()[1])
+        canvas.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
+    # The writer ends some lines with blanks, which version control would complain about.
+    path.write_text("".join(f"{line.rstrip()}\n" for line in path.read_text().splitlines()))
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tutorial_lib.lab.images", description="Draw the course's pictures."
+    )
+    parser.add_argument("directory", type=Path, nargs="?", default=DIRECTORY, help="where to (default: images/)")
+    directory = parser.parse_args().directory
+    for name in PICTURES:
+        print(draw(name, directory))
+
+
+def _layer(axes: Any, x: float, y: float, width: float, rank: int, *, kept_whole: bool, gathered: bool) -> None:
+    if kept_whole:
+        _box(axes, x, y, width, 0.28, BLUE, rounded=False)
+        return
+    if gathered:
+        _box(axes, x, y, width, 0.28, BLUE, alpha=_GHOST, rounded=False)
+    _box(axes, x + rank * width / NUM_RANKS, y, width / NUM_RANKS, 0.28, BLUE, rounded=False)
+
+
+def _box(axes: Any, x: float, y: float, width: float, height: float, color: str, text: str = "", *, size: int = 10,
+         alpha: float = 1.0, fill: bool = True, rounded: bool = True) -> None:  # fmt: skip
+    from matplotlib.patches import FancyBboxPatch, Rectangle
+
+    look: dict[str, Any] = (
+        {"facecolor": color, "linewidth": 0, "alpha": alpha} if fill else {"fill": False, "edgecolor": color}
+    )
+    if rounded:
+        style = "round,pad=0,rounding_size=0.08"
+        axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=style, **look))
+    else:
+        axes.add_patch(Rectangle((x, y), width, height, **look))
+    if text:
+        axes.text(x + width / 2, y + height / 2, text, color=WHITE, size=size, weight="bold", ha="center",
+                  va="center_baseline")  # fmt: skip
+
+
+def _text(axes: Any, x: float, y: float, text: str, **look: Any) -> None:
+    axes.text(x, y, text, **{"va": "center", "ha": "left", "linespacing": 1.35, "size": 10, **look})
+
+
+def _arrow(axes: Any, x: float, y: float, to_x: float, to_y: float) -> None:
+    axes.annotate("", (to_x, to_y), (x, y), arrowprops={"arrowstyle": "-|>", "color": INK, "linewidth": 2})
+
+
+def _frame(axes: Any, width: float, height: float) -> None:
+    """Show the area from (0, 0), top left, to here, with a little room around."""
+    axes.set_xlim(-0.1, width)
+    axes.set_ylim(height, -0.1)
+
+
+if __name__ == "__main__":
+    main()

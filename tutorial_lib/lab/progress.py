@@ -1,0 +1,217 @@
+"""How a run goes, while it goes: a curve in a notebook, a bar in a terminal, a line now and then in a log.
+
+All three take the new rows of ``metrics.jsonl``, as whoever started the run finds them:
+
+>>> with progress(total_steps=60) as shown:
+...     run(config, on_rows=shown.on_rows)
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
+
+from tutorial_lib.lab import display, figures
+
+Row = Mapping[str, Any]
+
+
+class Progress:
+    """What the three have in common: rows come in, :meth:`close` ends it. A context manager that closes itself.
+
+    Several runs may follow one another: where the step number goes back, the next run begins.
+
+    Args:
+        total_steps: optimizer steps of each run, or None if only its epochs are known.
+        title: what is running.
+        labels: names of the runs, in order, if there are several.
+    """
+
+    def __init__(self, total_steps: int | None, *, title: str = "training", labels: Sequence[str] = ()) -> None:
+        self.total_steps = total_steps
+        self.title = title
+        self.labels = labels
+        self.runs: list[list[Row]] = []
+
+    def on_rows(self, rows: Sequence[Row]) -> None:
+        """Take the rows that are new since the last call."""
+        for row in rows:
+            if not self.runs or row["step"] <= self.runs[-1][-1]["step"]:
+                self.runs.append([])
+            self.runs[-1].append(row)
+        if rows:
+            self._update()
+
+    def close(self) -> None:
+        """Show the end. Safe to call twice."""
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _update(self) -> None:
+        raise NotImplementedError
+
+    def _last(self) -> Row:
+        return self.runs[-1][-1]
+
+    def _label(self, index: int) -> str:
+        if index < len(self.labels):
+            return self.labels[index]
+        return self.title if len(self.runs) == 1 else f"{self.title} {index + 1}"
+
+    def _state(self) -> str:
+        of_total = f" of {self.total_steps}" if self.total_steps else ""
+        return (
+            f"{self._label(len(self.runs) - 1)}: step {self._last()['step']}{of_total}, loss {self._last()['loss']:.4f}"
+        )
+
+
+class LiveCurve(Progress):
+    """A loss curve in a notebook's output, redrawn while workers run; at the end one figure remains.
+
+    Args:
+        total_steps: as for :class:`Progress`, like ``title`` and ``labels``.
+        title: what is running. The last figure's title states where the loss began and ended.
+        labels: names of the runs.
+        interval: seconds between two drawings, at least: the processors are needed elsewhere.
+    """
+
+    def __init__(
+        self,
+        total_steps: int | None,
+        *,
+        title: str = "training",
+        labels: Sequence[str] = (),
+        interval: float = 2.0,
+    ) -> None:
+        super().__init__(total_steps, title=title, labels=labels)
+        self.interval = interval
+        self._display_id: str | None = None
+        self._drawn = 0.0
+        self._closed = False
+
+    def close(self) -> None:
+        if self._closed or not self.runs:
+            return
+        self._closed = True
+        first, last = self.runs[-1][0]["loss"], self._last()["loss"]
+        runs = "" if len(self.runs) == 1 else f"{len(self.runs)} runs, the last: "
+        self._draw(f"{self.title}: {runs}loss {first:.3f} to {last:.3f} at step {self._last()['step']}")
+
+    def _update(self) -> None:
+        if time.monotonic() - self._drawn >= self.interval:
+            self._draw(self._state())
+            self._drawn = time.monotonic()
+
+    def _draw(self, title: str) -> None:
+        from IPython.display import display as show
+        from IPython.display import update_display
+
+        curves = {self._label(index): rows for index, rows in enumerate(self.runs)}
+        alt = "Training loss over optimizer steps. " + " ".join(
+            f"{label}: {rows[0]['loss']:.3f} at step {rows[0]['step']}, {rows[-1]['loss']:.3f} at step "
+            f"{rows[-1]['step']}."
+            for label, rows in curves.items()
+        )
+        data, metadata = figures.loss_curves(curves, title=title, alt=alt).bundle()
+        if self._display_id is None:
+            self._display_id = show(data, metadata=metadata, raw=True, display_id=True).display_id
+        else:
+            update_display(data, metadata=metadata, raw=True, display_id=self._display_id)
+
+
+class TerminalBar(Progress):
+    """A bar in a terminal, with the loss and the speed of the last step."""
+
+    def __init__(
+        self,
+        total_steps: int | None,
+        *,
+        title: str = "training",
+        labels: Sequence[str] = (),
+        file: TextIO | None = None,
+    ) -> None:
+        super().__init__(total_steps, title=title, labels=labels)
+        from tqdm import tqdm  # type: ignore[import-untyped]
+
+        self._new_bar = lambda: tqdm(total=total_steps, unit="step", file=file or sys.stderr)
+        self._bars: list[Any] = []
+
+    def close(self) -> None:
+        for bar in self._bars:
+            bar.close()
+
+    def _update(self) -> None:
+        while len(self._bars) < len(self.runs):
+            self.close()
+            self._bars.append(self._new_bar())
+            # A resumed run begins in the middle.
+            self._bars[-1].initial = self.runs[len(self._bars) - 1][0]["step"] - 1
+        last, bar = self._last(), self._bars[-1]
+        bar.set_description(self._label(len(self.runs) - 1), refresh=False)
+        bar.set_postfix(loss=f"{last['loss']:.4f}", tokens_per_s=f"{_speed(last):.0f}", refresh=False)
+        bar.update(last["step"] - bar.n)
+
+
+class LogLines(Progress):
+    """A line every few seconds, for a log that no one watches live.
+
+    Args:
+        total_steps: as for :class:`Progress`, like ``title`` and ``labels``.
+        title: what is running.
+        labels: names of the runs.
+        interval: seconds between two lines, at least. The last step is always reported.
+        file: where to write; default: standard error.
+    """
+
+    def __init__(
+        self,
+        total_steps: int | None,
+        *,
+        title: str = "training",
+        labels: Sequence[str] = (),
+        interval: float = 10.0,
+        file: TextIO | None = None,
+    ) -> None:
+        super().__init__(total_steps, title=title, labels=labels)
+        self.interval = interval
+        self._file = file or sys.stderr
+        self._written = time.monotonic()
+        self._reported: Row | None = None
+
+    def close(self) -> None:
+        if self.runs and self._last() is not self._reported:
+            self._write()
+
+    def _update(self) -> None:
+        if time.monotonic() - self._written >= self.interval:
+            self._write()
+
+    def _write(self) -> None:
+        print(f"{self._state()}, {_speed(self._last()):.0f} tokens/s", file=self._file, flush=True)
+        self._written, self._reported = time.monotonic(), self._last()
+
+
+def progress(total_steps: int | None, *, title: str = "training", labels: Sequence[str] = ()) -> Progress:
+    """The right one for where this process runs: notebook, terminal or log.
+
+    Args:
+        total_steps: optimizer steps of each run, or None if only its epochs are known.
+        title: what is running.
+        labels: names of the runs, in order, if there are several.
+    """
+    if display.in_notebook():
+        return LiveCurve(total_steps, title=title, labels=labels)
+    if sys.stderr.isatty():
+        return TerminalBar(total_steps, title=title, labels=labels)
+    return LogLines(total_steps, title=title, labels=labels)
+
+
+def _speed(row: Row) -> float:
+    """Tokens per second of one step, over all ranks."""
+    return float(row["tokens"]) / max(float(row["seconds"]), 1e-9)
