@@ -157,6 +157,11 @@ def _fetch(load: Callable[..., Any], what: str, name: str, **options: Any) -> An
             return load(target, local_files_only=not reachable, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
+        if not options.get("trust_remote_code") and "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"The {what} {name!r} ships Python code of its own, which is not run unasked. Read it, and if you "
+                "trust it, write trust_remote_code=True."
+            ) from error
         if local:
             raise ConfigError(f"The directory {name!r} does not hold a usable {what}: {reason}") from error
         hub = (

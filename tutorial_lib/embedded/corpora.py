@@ -30,7 +30,7 @@ _FIELDS = {
     "pdb pkgutil profile pstats py_compile pyclbr pydoc rlcompleter runpy symtable tabnanny timeit token "
     "tokenize trace traceback tracemalloc types typing unittest warnings weakref zipimport",
     "Data": "aifc base64 binascii bisect bz2 calendar chunk codecs collections colorsys configparser copy csv "
-    "datetime dbm decimal difflib encodings fractions getopt gettext graphlib gzip hashlib heapq hmac html imghdr int "
+    "datetime dbm decimal difflib fractions getopt gettext graphlib gzip hashlib heapq hmac html imghdr int "
     "json locale lzma numbers optparse argparse pickle pickletools plistlib pprint quopri random re reprlib "
     "secrets shelve sndhdr sqlite3 sre_compile sre_constants sre_parse statistics string stringprep struct sunau "
     "tarfile textwrap time tomllib uu uuid wave xdrlib xml zipfile zoneinfo",
@@ -45,6 +45,7 @@ _FIELD_OF = {module: field for field, modules in _FIELDS.items() for module in m
 _NEWS_CHARACTERS = (60, 600)
 _ARTICLE_CHARACTERS = 1200
 _CONTEXT_CHARACTERS = 500
+_SHORTEST_CONTEXT = 150
 
 
 def write_corpus(name: str, directory: Path) -> None:
@@ -53,9 +54,9 @@ def write_corpus(name: str, directory: Path) -> None:
     The features (such as the names of the labels) are part of the files: ``datasets.load_dataset(str(directory))``
     needs nothing else.
     """
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
-    from datasets import ClassLabel, Features, Sequence, Value  # type: ignore[import-untyped]
+    import pyarrow
+    import pyarrow.parquet
+    from datasets import ClassLabel, Features, Sequence, Value
 
     features = {
         "embedded/news": Features(text=Value("string"), label=ClassLabel(names=list(NEWS_LABELS))),
@@ -113,19 +114,17 @@ def _news(document: Document) -> Iterator[Row]:
         # A topic is long: each of its paragraphs is news of its own. A docstring is one piece of news.
         for story in entry.paragraphs if topic else (" ".join(entry.paragraphs[:3]),):
             text = f"{entry.name} - {story}"
-            if len(text) > _NEWS_CHARACTERS[1]:
-                text = _first_sentences(text, _NEWS_CHARACTERS[1])
+            text = _shortened(text, _NEWS_CHARACTERS[1])
             if len(text) >= _NEWS_CHARACTERS[0]:
                 yield {"text": text, "label": NEWS_LABELS.index(field)}
 
 
-def _first_sentences(text: str, longest: int) -> str:
-    kept = ""
-    for sentence in re.split(r"(?<=[.!?]) +", text):
-        if len(kept) + len(sentence) > longest:
-            break
-        kept = f"{kept} {sentence}".strip()
-    return kept
+def _shortened(text: str, longest: int) -> str:
+    """Whole sentences up to a length, or whole words where the first sentence is longer than that."""
+    if len(text) <= longest:
+        return text
+    ends = [found.start() for found in re.finditer(r"(?<=[.!?]) ", text[:longest])]
+    return text[: ends[-1]] if ends else text[:longest].rpartition(" ")[0]
 
 
 def _questions(document: Document) -> Iterator[Row]:
@@ -139,6 +138,8 @@ def _questions(document: Document) -> Iterator[Row]:
                 continue
             asked.add(question)
             context, start = _context(usable, number, paragraph, answer, question)
+            if len(context) < _SHORTEST_CONTEXT:
+                continue
             yield {
                 "id": digest(f"{question}\n{context}"),
                 "title": document.name,
@@ -157,10 +158,10 @@ def _asked_about(entry: Entry) -> Iterator[tuple[str, int, str]]:
         if entry.kind == "module":
             yield f"What is the module {entry.name} about?", 0, sentence
         elif entry.kind in ("class", "property"):
-            yield f"What is {entry.name}?", 0, sentence
+            yield f"What is {entry.name}?", 0, returned[1] if returned else sentence
         elif returned and len(returned[1].split()) >= 2:
             yield f"What does {entry.name} return?", 0, returned[1]
-        elif re.match(r"[A-Z][a-z]+ ", sentence):
+        elif re.match(r"[A-Z][a-z]+ ", sentence) and sentence.split()[0] not in _NO_VERBS:
             yield f"What does {entry.name} do?", 0, sentence
     if entry.kind == "function":
         for number, paragraph in enumerate(entry.paragraphs):
@@ -168,6 +169,10 @@ def _asked_about(entry: Entry) -> Iterator[tuple[str, int, str]]:
                 yield f"When does {entry.name} raise {raised[1]}?", number, raised[2]
 
 
+_NO_VERBS = frozenset(
+    "A All An As Called Do For From Given Helper How If In Internal Is Like Not Optional Same See Similar The This "
+    "True Used What When Whether Which With".split()
+)
 _SENTENCE = re.compile(r"([A-Z].{10,230}?)(?:(?<!e\.g)(?<!i\.e)(?<!etc)(?<!vs)[.!?](?=\s|$)|:$|$)")
 _RAISES = re.compile(
     r"\b[Rr]aises? (?:an? )?([A-Z]\w+(?:Error|Exception|Interrupt)) ((?:if|when|unless) [^.;]{8,120})\."
@@ -177,22 +182,22 @@ _RAISES = re.compile(
 def _context(usable: list[Entry], number: int, paragraph: int, answer: str, salt: str) -> tuple[str, int]:
     """The entry's text among that of its neighbours, and where in it the answer starts."""
     entry = usable[number]
-    own = f"{entry.name}: {' '.join(entry.paragraphs)}"
-    start = own.index(answer, len(f"{entry.name}: {' '.join(entry.paragraphs[:paragraph])}"))
+    lead = f"{entry.name}: "
+    own = lead + " ".join(entry.paragraphs)
+    start = own.index(answer, len(lead + " ".join(entry.paragraphs[:paragraph])))
     if start > _CONTEXT_CHARACTERS:
-        own, start = f"{entry.name}: {entry.paragraphs[paragraph]}", len(entry.name) + 2
-        start = own.index(answer, start)
-    elif len(own) > 2 * _CONTEXT_CHARACTERS:
-        own = _first_sentences(own, max(2 * _CONTEXT_CHARACTERS, start + len(answer) + 1))
+        own = lead + entry.paragraphs[paragraph]
+        start = own.index(answer, len(lead))
+    own = _shortened(own, max(2 * _CONTEXT_CHARACTERS, start + len(answer) + 2))
     before, after = number - 1, number + 1
     in_front = int(digest(salt), 16) % 2 == 0
     context = own
     while len(context) < _CONTEXT_CHARACTERS and (before >= 0 or after < len(usable)):
         if (in_front and before >= 0) or after >= len(usable):
-            piece = _first_sentences(_story(usable[before]), _CONTEXT_CHARACTERS) + " "
+            piece = _shortened(_story(usable[before]), _CONTEXT_CHARACTERS) + " "
             context, start, before = piece + context, start + len(piece), before - 1
         else:
-            context, after = f"{context} {_first_sentences(_story(usable[after]), _CONTEXT_CHARACTERS)}", after + 1
+            context, after = f"{context} {_shortened(_story(usable[after]), _CONTEXT_CHARACTERS)}", after + 1
         in_front = not in_front
     return context, start
 
