@@ -1,0 +1,76 @@
+# The tasks of the course. `make` alone lists them. Each does the set-up it needs, once; python is .venv's own.
+SHELL := /usr/bin/env bash
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+# Another environment's settings must not reach into ours.
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONDA_PREFIX
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+PYTHON_IN := .venv/bin/python
+READY := .venv/ready
+# An environment that was made elsewhere (a moved or copied directory) is made anew.
+ifneq ($(shell cat $(READY) 2>/dev/null),$(CURDIR))
+.PHONY: $(READY)
+endif
+
+TESTS := $(PYTHON_IN) -m pytest
+
+.PHONY: help setup run-notebooks test lab execute nbval unit distributed notebooks lint format bench images embedded \
+	clean
+
+help: ## list the targets
+	@echo "make TARGET, where TARGET is one of:"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "  %-14s %s\n", $$1, $$2 }'
+
+setup: $(READY) ## what every other target does first: .venv with everything pinned (PYTHON=... names another python)
+	@echo "set-up: ready (remove .venv to make it anew)"
+
+$(READY): constraints.txt pyproject.toml
+	@PYTHON="$(PYTHON)" .ci/setup
+
+run-notebooks: $(READY) ## run the whole course without a browser; executed copies in build/notebooks
+	@$(PYTHON_IN) tests/notebooks/run.py
+
+lab: $(READY) ## JupyterLab for this machine alone: 127.0.0.1, with its token
+	@$(PYTHON_IN) -m jupyterlab --log-level=WARN --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=. \
+		--LabApp.default_url=/lab/tree/notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
+
+test: $(READY) ## lint, unit, distributed, notebooks and nbval, and how long each took
+	@.ci/parts lint unit distributed notebooks nbval
+
+unit: $(READY) ## functions, one process each
+	@$(TESTS) tests/unit
+
+distributed: $(READY) ## real runs on 1, 2 and 4 processes, compared number by number
+	@$(TESTS) tests/distributed
+
+notebooks: $(READY) ## every notebook by papermill: all cells run, all claims hold
+	@$(TESTS) tests/notebooks
+
+nbval: $(READY) ## every notebook again by nbval: the deterministic cells show what is committed
+	@$(PYTHON_IN) tests/notebooks/run.py --copy-to build/nbval
+	@$(TESTS) -p tests.conftest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 --timeout 620 build/nbval/*.ipynb
+
+lint: $(READY) ## style, types, and the borders between modules
+	@ruff check --quiet . && ruff format --quiet --check . || { echo "lint: make format repairs most of this"; exit 1; }
+	@mypy
+	@lint-imports --no-logo
+
+format: $(READY) ## let ruff repair style
+	@ruff check --quiet --fix . ; ruff format .
+
+execute: $(READY) ## run the committed notebooks in place, so that their outputs are those of this code
+	@$(PYTHON_IN) tests/notebooks/run.py --in-place
+
+bench: $(READY) ## measure the figures of the README: a table and JSON
+	@$(PYTHON_IN) -m tutorial_lib bench
+
+images: $(READY) ## draw images/ anew
+	@$(PYTHON_IN) -m tutorial_lib.lab.images
+
+embedded: $(READY) ## train the embedded tiny models anew, from their seed
+	@$(PYTHON_IN) -m tutorial_lib.embedded.build
+
+clean: ## remove what tools and tests leave behind; .venv and your runs stay
+	@rm -rf build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
+	@find tutorial_lib tests -name __pycache__ -type d -prune -exec rm -rf {} +

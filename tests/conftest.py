@@ -1,0 +1,69 @@
+"""What holds for every test: no network, one thread per process, and no process left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import uuid
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+SEVERAL_PROCESSES_ON_FEW_CORES = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+MARK, SESSION = "TUTORIAL_LIB_TEST_SESSION", uuid.uuid4().hex
+GRACE_SECONDS = 20
+"""Ray's daemons and killed workers are given this long to go."""
+
+# Set at import, because torch reads its thread count when it is first imported; what tests start inherits the mark.
+os.environ.update(OFFLINE | SEVERAL_PROCESSES_ON_FEW_CORES | {MARK: SESSION})
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """After the last test and the last fixture: fail if a process that a test started is still there."""
+    if nextitem is not None:
+        return
+    left = leftover_processes(GRACE_SECONDS)
+    if left:
+        described = [_describe(process) for process in left]
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        pytest.fail("tests left processes behind (now killed):\n  " + "\n  ".join(described), pytrace=False)
+
+
+def leftover_processes(grace: float) -> list[psutil.Process]:
+    """Processes started since this session began, by it or by what it started, that outlive ``grace`` seconds."""
+    end = time.monotonic() + grace
+    while (left := list(_started_by_this_session())) and time.monotonic() < end:
+        time.sleep(0.2)
+    return left
+
+
+def _started_by_this_session() -> Iterator[psutil.Process]:
+    children = set(psutil.Process().children(recursive=True))  # those that were forked carry no mark of their own
+    for process in psutil.process_iter():
+        try:
+            if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            ours = process in children or process.environ().get(MARK) == SESSION
+            if ours and "multiprocessing.resource_tracker" not in " ".join(process.cmdline()):
+                yield process  # the tracker belongs to this very process and ends with it
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+
+
+def _describe(process: psutil.Process) -> str:
+    try:
+        return f"{process.pid} {' '.join(process.cmdline())[:160] or process.name()}"
+    except psutil.NoSuchProcess:
+        return f"{process.pid} (just gone)"

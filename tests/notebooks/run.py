@@ -1,0 +1,178 @@
+"""Runs the course's notebooks without a browser. `make run-notebooks`, `execute`, `nbval` and the tests all use this.
+
+Every notebook runs on the profile it was committed with (the CPU's), in a working directory of its own that starts
+empty, and with its parameter ``STORAGE`` pointing there: what an earlier run left behind is never found again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = ROOT / "notebooks"
+RESULTS = ROOT / "build" / "notebooks"
+CELL_TIMEOUT = 600
+"""Seconds a single cell may take."""
+QUIET_KERNEL = ["--IPKernelApp.log_level=ERROR"]
+"""Kernels warn on the terminal that they talk over unencrypted TCP; here they do so over loopback."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How one notebook went.
+
+    Attributes:
+        notebook: its name, without the extension.
+        output: the executed copy.
+        seconds: wall time, with the kernel's start.
+        cells: code cells in the notebook.
+        error: what the failing cell raised, with its traceback; ``None`` if every cell ran.
+    """
+
+    notebook: str
+    output: Path
+    seconds: float
+    cells: int
+    error: str | None
+
+
+def committed_notebooks() -> list[Path]:
+    """The course in reading order."""
+    return sorted(NOTEBOOKS.glob("*.ipynb"))
+
+
+def execute(notebook: Path, *, progress_bar: bool = False) -> Execution:
+    """Run a notebook by papermill and keep the executed copy under build/notebooks."""
+    logging.getLogger("papermill").setLevel(logging.WARNING)
+    import papermill
+
+    output = RESULTS / notebook.name
+    scratch = _fresh(RESULTS / "work" / notebook.stem)
+    error = None
+    started = time.perf_counter()
+    try:
+        papermill.execute_notebook(
+            notebook,
+            output,
+            parameters={"STORAGE": str(scratch / "runs")},
+            kernel_name="python3",
+            language="python",
+            cwd=scratch,
+            progress_bar=progress_bar,
+            execution_timeout=CELL_TIMEOUT,
+            extra_arguments=QUIET_KERNEL,
+        )
+    except papermill.PapermillExecutionError as failure:
+        error = f"cell {failure.cell_index} raised {failure.ename}: {failure.evalue}\n" + "\n".join(failure.traceback)
+    except Exception as failure:  # a cell that hung, a kernel that died: papermill has no name for these
+        error = f"{type(failure).__name__}: {failure}"
+    seconds = time.perf_counter() - started
+    return Execution(notebook.stem, output, seconds, len(code_cells(nbformat.read(notebook, as_version=4))), error)
+
+
+def execute_in_place(notebook: Path) -> Execution:
+    """Replace a committed notebook's outputs by those of a fresh run, and keep nothing that changes from run to run."""
+    document = nbformat.read(notebook, as_version=4)
+    scratch = _fresh(ROOT / "build" / "execute" / notebook.stem)
+    client = NotebookClient(
+        document,
+        timeout=CELL_TIMEOUT,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(scratch)}},
+        record_timing=False,
+        extra_arguments=QUIET_KERNEL,
+    )
+    error = None
+    started = time.perf_counter()
+    try:
+        client.execute()
+    except Exception as failure:
+        error = f"{type(failure).__name__}: {failure}"
+    seconds = time.perf_counter() - started
+    if error is None:
+        document.metadata = NotebookNode(
+            kernelspec={"display_name": "Python 3", "language": "python", "name": "python3"},
+            language_info={"name": "python", "file_extension": ".py", "mimetype": "text/x-python"},
+        )
+        nbformat.write(document, notebook)
+    return Execution(notebook.stem, notebook, seconds, len(code_cells(document)), error)
+
+
+def copy_to(directory: Path, notebooks: Sequence[Path]) -> None:
+    """Copy notebooks to an empty directory, for a tool that runs notebooks where they lie."""
+    _fresh(directory)
+    for notebook in notebooks:
+        shutil.copy(notebook, directory)
+
+
+def code_cells(document: NotebookNode) -> list[NotebookNode]:
+    """The code cells that hold code."""
+    return [cell for cell in document.cells if cell.cell_type == "code" and cell.source.strip()]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the notebooks in order and stop at the first that fails. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("notebooks", nargs="*", type=Path, help="default: all of notebooks/, in order")
+    parser.add_argument("--in-place", action="store_true", help="write the outputs into the notebooks themselves")
+    parser.add_argument("--copy-to", type=Path, metavar="DIRECTORY", help="copy the notebooks there; run nothing")
+    options = parser.parse_args(arguments)
+    notebooks = [path.resolve() for path in options.notebooks] or committed_notebooks()
+    if not notebooks:
+        print("There is no notebook in notebooks/.", file=sys.stderr)
+        return 1
+    if options.copy_to:
+        copy_to(options.copy_to, notebooks)
+        return 0
+    done: list[Execution] = []
+    for notebook in notebooks:
+        print(f"[{len(done) + 1}/{len(notebooks)}] {notebook.stem} ...", flush=True)
+        run = execute_in_place(notebook) if options.in_place else execute(notebook, progress_bar=sys.stderr.isatty())
+        done.append(run)
+        record(done)
+        if run.error:
+            print(f"\n{notebook.stem} failed: {run.error if sys.stdout.isatty() else _plain(run.error)}\n")
+            print(f"The notebook as far as it ran: {_relative(run.output)}")
+            return 1
+        print(f"      {run.cells} cells in {run.seconds:.0f} s: {_relative(run.output)}", flush=True)
+    print(f"{len(done)} notebooks in {sum(run.seconds for run in done):.0f} s, none in error")
+    return 0
+
+
+def record(executions: Sequence[Execution]) -> None:
+    """Write wall times and errors to build/notebooks/times.json."""
+    rows = [{**asdict(run), "output": _relative(run.output)} for run in executions]
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "times.json").write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def _fresh(directory: Path) -> Path:
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    return directory
+
+
+def _relative(path: Path) -> str:
+    return os.path.relpath(path, ROOT)
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

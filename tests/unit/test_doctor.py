@@ -1,0 +1,178 @@
+"""The doctor reads this machine as it is, and judges machines that are described to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tutorial_lib import doctor
+from tutorial_lib.config import Config
+
+H200 = doctor.Gpu("H200", 150.0, "9.0", True)
+T4 = doctor.Gpu("T4", 16.0, "7.5", False)
+
+
+@pytest.fixture(scope="module")
+def here() -> doctor.Report:
+    return doctor.diagnose()
+
+
+@pytest.fixture
+def laptop(here: doctor.Report) -> doctor.Report:
+    """A machine on which the CPU profile works and the others do not, whatever this one is."""
+    return dataclasses.replace(
+        here,
+        python="3.11.9",
+        cores=2,
+        memory_available_gb=8.0,
+        shm_gb=4.0,
+        gpus=(),
+        gpu_problem="no NVIDIA driver answers here. Use --profile cpu, or a machine with a GPU",
+        compiler="g++ 12",
+        ninja=True,
+        operators={name: "compiled" for name in doctor.OPERATORS},
+        loopback_problem=None,
+        scheduler=None,
+        packages={"torch": doctor.Package("2.13.0+cpu", "2.13.0")},
+    )
+
+
+def judge(machine: doctor.Report, profile: str, **changes: object) -> doctor.Verdict:
+    return doctor.judge(dataclasses.replace(machine, **changes), Config.create(profile))  # type: ignore[arg-type]
+
+
+# --- this machine -----------------------------------------------------------------------------------------------------
+
+
+def test_the_cpu_profile_works_where_these_tests_run(here: doctor.Report) -> None:
+    assert here.profiles["cpu"] == dataclasses.replace(here.profiles["cpu"], works=True, problems=())
+    assert set(here.profiles) == {"cpu", "gpu", "cluster"}
+
+
+def test_figures_are_those_of_the_system(here: doctor.Report) -> None:
+    assert 1 <= here.cores <= (os.cpu_count() or 1)
+    assert 0 < here.memory_available_gb <= here.memory_gb < 1e5
+    assert here.packages["torch"].version is not None
+    assert here.packages["torch"].as_expected
+
+
+def test_json_is_the_whole_report(here: doctor.Report, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(json=True) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert set(printed) == {field.name for field in dataclasses.fields(doctor.Report)}
+    assert printed["profiles"]["cpu"]["works"] is True
+    assert printed["packages"]["deepspeed"]["version"] == here.packages["deepspeed"].version
+
+
+def test_table_has_a_line_for_every_finding_and_verdict(here: doctor.Report) -> None:
+    text = here.to_text()
+    for label in ("cores", "memory", "/dev/shm", "GPUs", "compiler", "operators", "loopback", "ports", "torch"):
+        assert any(line.startswith(label) for line in text.splitlines()), label
+    assert "profile cpu: will work" in text
+
+
+def test_without_a_gpu_nothing_heavy_is_imported() -> None:
+    """That is what keeps the answer fast; where a driver reports a GPU, torch is asked."""
+    code = (
+        "import sys; from tutorial_lib import doctor; gpus = doctor.diagnose().gpus;"
+        "print([m for m in ('torch', 'deepspeed', 'ray', 'transformers') if m in sys.modules and not gpus])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_a_taken_port_is_seen() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert doctor._port_state(port) == "in use"
+    assert doctor._port_state(port) == "free"
+
+
+def test_the_lock_of_a_killed_build_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(doctor, "_operators_in_the_package", dict)
+    lock = tmp_path / "cpu_adam" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    assert doctor._operators()["cpu_adam"] == "not compiled"  # a build may be running
+    os.utime(lock, (0, 0))
+    assert doctor._operators()["cpu_adam"] == f"locked by {lock}"
+
+
+# --- other machines ---------------------------------------------------------------------------------------------------
+
+
+def test_a_laptop_runs_the_cpu_profile_alone(laptop: doctor.Report) -> None:
+    assert judge(laptop, "cpu") == doctor.Verdict(True, (), ())
+    for profile in ("gpu", "cluster"):
+        verdict = judge(laptop, profile)
+        assert not verdict.works
+        assert verdict.problems == (laptop.gpu_problem,)
+
+
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        ({"python": "3.12.1"}, "Make the environment with python3.11"),
+        ({"packages": {"ray": doctor.Package(None, "2.60.0")}}, "not installed: ray. Run make setup"),
+        ({"loopback_problem": "no route"}, "processes cannot talk over 127.0.0.1 (no route)"),
+        ({"memory_available_gb": 1.0}, "1.0 GB of memory are free, and 2 workers need about 3"),
+        ({"operators": {"cpu_adam": "not compiled"}, "compiler": None}, "has to compile cpu_adam"),
+        ({"operators": {"cpu_adam": "not compiled"}, "ninja": False}, "has to compile cpu_adam"),
+    ],
+)
+def test_what_stops_the_cpu_profile(laptop: doctor.Report, changes: dict[str, object], problem: str) -> None:
+    verdict = judge(laptop, "cpu", **changes)
+    assert not verdict.works
+    assert len(verdict.problems) == 1
+    assert problem in verdict.problems[0]
+
+
+@pytest.mark.parametrize(
+    "changes, note",
+    [
+        ({"operators": {"cpu_adam": "not compiled"}}, "make setup does it beforehand"),
+        ({"operators": {"cpu_adam": "locked by /x/lock"}}, "a run will wait for ever"),
+        ({"shm_gb": 0.06}, "--shm-size=1g"),
+        ({"packages": {"ray": doctor.Package("2.61.0", "2.60.0")}}, "ray is 2.61.0, tested with 2.60.0"),
+    ],
+)
+def test_what_is_worth_knowing_stops_nothing(laptop: doctor.Report, changes: dict[str, object], note: str) -> None:
+    verdict = judge(laptop, "cpu", **changes)
+    assert verdict.works
+    assert len(verdict.notes) == 1
+    assert note in verdict.notes[0]
+
+
+def test_a_gpu_box(laptop: doctor.Report) -> None:
+    assert judge(laptop, "gpu", gpus=(H200,), gpu_problem=None) == doctor.Verdict(True, (), ())
+
+
+def test_bf16_by_emulation_does_not_count(laptop: doctor.Report) -> None:
+    verdict = judge(laptop, "gpu", gpus=(T4,), gpu_problem=None)
+    assert verdict.problems == ("T4 has no bf16 arithmetic of its own. Write --precision fp16 or fp32",)
+
+
+def test_fewer_gpus_than_ranks(laptop: doctor.Report) -> None:
+    machine = dataclasses.replace(laptop, gpus=(H200,), gpu_problem=None)
+    verdict = doctor.judge(machine, Config.create("gpu", dp=4))
+    assert verdict.problems == ("1 GPUs here, 4 wanted. Write --dp 1",)
+
+
+def test_a_login_node_without_gpus_can_submit(laptop: doctor.Report) -> None:
+    verdict = judge(laptop, "cluster", scheduler="SLURM")
+    assert verdict.works
+    assert "SLURM can start jobs on nodes with GPUs" in verdict.notes[0]
+
+
+def test_a_gpu_box_without_a_scheduler_is_told_to_use_torchrun(laptop: doctor.Report) -> None:
+    verdict = judge(laptop, "cluster", gpus=(H200, H200), gpu_problem=None)
+    assert verdict.works
+    assert "python -m torch.distributed.run --nproc_per_node 2" in verdict.notes[0]

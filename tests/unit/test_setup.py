@@ -1,0 +1,251 @@
+"""Set-up says one thing in several files: what is wanted, at which versions, on which Python, under which borders."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+BROUGHT_BY_TORCH = re.compile(r"(nvidia|cuda)-|(triton|cupy|pytorch-triton)")
+NOT_CUDA = {"nvidia-ml-py"}  # asks the driver through a library that comes with it; plain Python, also without a GPU
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
+def wanted() -> list[Requirement]:
+    groups = [PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"].values()]
+    return [Requirement(line) for group in groups for line in group]
+
+
+# --- the pins ---------------------------------------------------------------------------------------------------------
+
+
+def test_constraints_are_exact_sorted_and_without_local_versions() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert [line for line in lines if not re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", line)] == []
+    names = [line.split("==")[0] for line in lines]
+    assert names == sorted(set(names))
+
+
+def test_no_cuda_package_is_pinned() -> None:
+    assert {name for name in pins() if BROUGHT_BY_TORCH.match(name)} == NOT_CUDA
+
+
+def test_the_engines_are_the_versions_the_course_was_measured_with() -> None:
+    expected = {"torch": "2.13.0", "deepspeed": "0.19.8", "ray": "2.60.0", "transformers": "5.23.0"}
+    assert {name: pins()[name] for name in expected} == expected
+
+
+def test_everything_wanted_is_pinned_and_versions_stand_in_constraints_alone() -> None:
+    assert [r.name for r in wanted() if canonicalize_name(r.name) not in pins()] == []
+    assert [str(r) for r in wanted() if r.specifier] == []
+
+
+def test_the_pins_are_closed_and_installed() -> None:
+    """Whatever the wanted packages need in turn is pinned too, and is what this environment holds."""
+    seen: dict[str, str] = {}
+    todo = wanted()
+    while todo:
+        requirement = todo.pop()
+        name = canonicalize_name(requirement.name)
+        key = f"{name}{sorted(requirement.extras)}"
+        if key in seen or (BROUGHT_BY_TORCH.match(name) and name not in NOT_CUDA):
+            continue
+        seen[key] = metadata.version(name).split("+")[0]
+        for line in metadata.requires(name) or []:
+            inner = Requirement(line)
+            if not inner.marker or any(inner.marker.evaluate({"extra": e}) for e in ("", *requirement.extras)):
+                todo.append(inner)
+    installed = {key.split("[")[0]: version for key, version in seen.items()}
+    assert {name: version for name, version in installed.items() if pins().get(name) != version} == {}
+    assert len(installed) > 100  # the walk did walk
+
+
+# --- the other files --------------------------------------------------------------------------------------------------
+
+
+def test_conda_and_binder_get_the_same_packages_on_the_same_python() -> None:
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    plain = [line for line in environment["dependencies"] if isinstance(line, str)]
+    (pip,) = [line["pip"] for line in environment["dependencies"] if isinstance(line, dict)]
+    assert pip == ["-c constraints.txt", "-e .[dev]"]
+    assert [line for line in plain if "=" in line] == ["python=3.11"]
+    assert "pip" in plain
+
+
+def test_one_python_version_everywhere() -> None:
+    assert PROJECT["project"]["requires-python"] == "==3.11.*"
+    assert SpecifierSet(PROJECT["project"]["requires-python"]).contains("3.11.7")
+    assert PROJECT["tool"]["ruff"]["target-version"] == "py311"
+    assert PROJECT["tool"]["mypy"]["python_version"] == "3.11"
+    job = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["test"]
+    (python,) = [step["with"]["python-version"] for step in job["steps"] if "setup-python" in step.get("uses", "")]
+    assert python == "3.11"
+    assert ".ci/run" in [step.get("run") for step in job["steps"]]
+
+
+def test_ci_runs_make_test() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert "exec make test" in script.read_text()
+
+
+@pytest.mark.parametrize("script", ["run", "setup", "parts"])
+def test_scripts_parse(script: str) -> None:
+    subprocess.run(["bash", "-n", str(ROOT / ".ci" / script)], check=True)
+
+
+def test_one_failing_part_fails_the_whole_and_the_others_still_run(clone: Path) -> None:
+    recipes = 'good:\n\t@echo "== 3 passed in 1.50s =="\nbad:\n\t@echo "== 1 failed, 2 passed in 2s =="; exit 1\n'
+    (clone / "Makefile").write_text(recipes)
+    run = subprocess.run([".ci/parts", "good", "bad", "good"], cwd=clone, capture_output=True, text=True)
+    summary = [line.split(maxsplit=4) for line in run.stdout.splitlines()[-3:]]
+    assert [(words[0], words[1], words[4].strip()) for words in summary] == [
+        ("good", "passed", "3 passed in 1.50s"),
+        ("bad", "FAILED", "1 failed, 2 passed in 2s"),
+        ("good", "passed", "3 passed in 1.50s"),
+    ]
+    assert run.returncode == 1
+    assert subprocess.run([".ci/parts", "good"], cwd=clone, capture_output=True).returncode == 0
+
+
+def test_help_is_the_default_and_lists_every_target() -> None:
+    text = (ROOT / "Makefile").read_text()
+    targets = set(re.search(r"\.PHONY: (help(?:.|\\\n)*)\n\n", text).group(1).replace("\\\n", " ").split())  # type: ignore[union-attr]
+    shown = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {line.split()[0] for line in shown.splitlines()[1:]} == targets
+    assert {"run-notebooks", "test", "lab", "nbval", "lint", "bench", "images", "clean"} <= targets
+
+
+# --- set-up itself ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A checkout without an environment, in a directory whose name has a space."""
+    directory = tmp_path / "a clone"
+    directory.mkdir()
+    for name in ("Makefile", "constraints.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, directory)
+    shutil.copytree(ROOT / ".ci", directory / ".ci")
+    return directory
+
+
+def would_run(directory: Path, target: str = "setup") -> str:
+    return subprocess.run(["make", "-n", target], cwd=directory, capture_output=True, text=True, check=True).stdout
+
+
+def mark_ready(directory: Path, made_in: Path) -> None:
+    (directory / ".venv").mkdir()
+    (directory / ".venv" / "ready").write_text(f"{made_in}\n")
+
+
+def test_a_fresh_clone_is_set_up_by_both_commands(clone: Path) -> None:
+    assert ".ci/setup" in would_run(clone, "run-notebooks")
+    assert ".ci/setup" in would_run(clone, "test")
+
+
+def test_a_second_call_does_no_set_up(clone: Path) -> None:
+    mark_ready(clone, made_in=clone)
+    assert ".ci/setup" not in would_run(clone, "run-notebooks")
+
+
+@pytest.mark.parametrize("changed", ["constraints.txt", "pyproject.toml"])
+def test_a_changed_pin_sets_up_again(clone: Path, changed: str) -> None:
+    mark_ready(clone, made_in=clone)
+    later = (clone / ".venv" / "ready").stat().st_mtime + 10
+    os.utime(clone / changed, (later, later))
+    assert ".ci/setup" in would_run(clone)
+
+
+def test_a_moved_directory_sets_up_again(clone: Path) -> None:
+    mark_ready(clone, made_in=clone.parent / "elsewhere")
+    assert ".ci/setup" in would_run(clone)
+
+
+@pytest.fixture
+def bare_path(tmp_path: Path) -> Path:
+    """A PATH with the shell's tools, and neither a Python nor a compiler."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("bash", "env", "dirname", "mkdir", "cat", "rm", "sed", "tail", "apt-get"):
+        found = shutil.which(name)
+        if found:
+            (tools / name).symlink_to(found)
+    return tools
+
+
+def fake_python(directory: Path, name: str, answer: str) -> None:
+    (directory / name).write_text(f"#!/bin/sh\necho {answer}\n")
+    (directory / name).chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    "pythons, named",
+    [
+        ({}, "Python 3.11 is missing (there is no python3)"),
+        ({"python3": "version 3.12.4"}, "Python 3.11 is missing (python3 is 3.12.4)"),
+        ({"python3.11": "incomplete its venv module"}, "without its venv module"),
+        ({"python3": "version 3.12.4", "python3.11": "usable"}, "A C++ compiler is missing (g++ is not there)"),
+        ({"python3": "usable"}, "A C++ compiler is missing (g++ is not there)"),
+    ],
+)
+def test_what_is_missing_is_named_in_one_line_with_its_command(
+    clone: Path, bare_path: Path, pythons: dict[str, str], named: str
+) -> None:
+    for name, answer in pythons.items():
+        fake_python(bare_path, name, f"'{answer}'")
+    run = subprocess.run(
+        [".ci/setup"], cwd=clone, env={"PATH": str(bare_path), "HOME": str(clone)}, capture_output=True, text=True
+    )
+    (line,) = run.stderr.splitlines()
+    assert named in line
+    if (bare_path / "apt-get").exists():
+        assert "Install it with: sudo apt-get install" in line
+    assert run.returncode == 2
+    assert not (clone / ".venv").exists()
+
+
+# --- the borders ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "module, forbidden, contract",
+    [
+        ("config", "from tutorial_lib import records", "config knows nobody"),
+        ("theory/memory", "import torch", "theory is arithmetic"),
+        ("theory/memory", "from tutorial_lib import config", "theory is arithmetic"),
+        ("trainer", "import deepspeed", "only engine and checkpoint import DeepSpeed"),
+        ("models", "import ray", "only launch.ray_train imports Ray"),
+        ("records", "from tutorial_lib.launch import local", "nobody knows launch"),
+        ("lab/claims", "from tutorial_lib import trainer", "lab reads records and theory"),
+        ("models", "from tutorial_lib import trainer", "data flows one way"),
+    ],
+)
+def test_a_crossed_border_is_seen(tmp_path: Path, module: str, forbidden: str, contract: str) -> None:
+    """`make lint` holds the borders; here each contract is seen to break, so that it cannot have gone blind."""
+    ignore = shutil.ignore_patterns("__pycache__", "*.safetensors", "*.json")
+    shutil.copytree(ROOT / "tutorial_lib", tmp_path / "tutorial_lib", ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    with (tmp_path / "tutorial_lib" / f"{module}.py").open("a") as file:
+        file.write(f"\n{forbidden}\n")
+    lint = ["lint-imports", "--no-logo", "--no-cache"]
+    run = subprocess.run(lint, cwd=tmp_path, capture_output=True, text=True, env=dict(os.environ, NO_COLOR="1"))
+    broken = [line for line in run.stdout.splitlines() if line.endswith("BROKEN")]
+    assert run.returncode == 1
+    assert any(line.startswith(contract) for line in broken)
