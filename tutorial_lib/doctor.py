@@ -32,6 +32,9 @@ OPERATORS = ("deepspeed_shm_comm", "cpu_adam")
 MEMORY_PER_WORKER_GB = 1.0
 """A worker process with torch, DeepSpeed, Ray and a tiny model takes about 0.7 GB; this leaves room."""
 
+MEMORY_BESIDES_GB = 2.0
+"""The notebook or shell that starts the run, and Ray's own processes."""
+
 SHM_FOR_RAY_GB = 0.5
 STALE_LOCK_SECONDS = 600
 GB = 1e9
@@ -188,7 +191,7 @@ def _cpu_problems(machine: Report, config: Config) -> Iterator[str]:
             f"DeepSpeed has to compile {' and '.join(uncompiled)}, but there is no C++ compiler with ninja. "
             "Install g++ (Debian: sudo apt-get install g++) and run make setup"
         )
-    if machine.memory_available_gb < (needed := workers * MEMORY_PER_WORKER_GB + 1):
+    if machine.memory_available_gb < (needed := workers * MEMORY_PER_WORKER_GB + MEMORY_BESIDES_GB):
         yield (
             f"{machine.memory_available_gb:.1f} GB of memory are free, and {workers} workers need about {needed:.0f}. "
             "Close other programs, or raise the container's limit"
