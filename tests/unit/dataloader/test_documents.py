@@ -1,0 +1,259 @@
+"""Rows -> documents: what is kept, what is counted in the loss, and that a node tokenises once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from tutorial_lib.config import ConfigError
+from tutorial_lib.dataloader import load_rows, tokenize_rows
+from tutorial_lib.embedded import MODEL_NAMES, model_directory
+
+from .conftest import write_jsonl
+
+ROW = {
+    "question": " Who wrote it?",
+    "context": "It is old. Ada wrote it long ago.",
+    "answers": {"text": ["Ada"], "answer_start": [11]},
+}
+PROMPT = "Question: Who wrote it? Context: It is old. Ada wrote it long ago. Answer:"
+
+
+def documents_of(rows, tokenizer, seq_length=128):
+    return list(tokenize_rows(datasets.Dataset.from_list(rows), tokenizer, seq_length))
+
+
+def read(document, tokenizer):
+    """What is not counted in the loss, and what is."""
+    ids, n = document["input_ids"], document["num_uncounted"]
+    return tokenizer.decode(ids[:n]), tokenizer.decode(ids[n:])
+
+
+def test_a_text_ends_with_eos_and_all_but_its_first_token_is_counted(byte_tokenizer):
+    (document,) = documents_of([{"text": "hello"}], byte_tokenizer)
+    assert document["input_ids"] == [*byte_tokenizer("hello")["input_ids"], byte_tokenizer.eos_token_id]
+    assert read(document, byte_tokenizer) == ("h", "ello<eos>")
+
+
+@pytest.mark.parametrize("seq_length, kept", [(7, "hello<eos>"), (6, "hello<eos>"), (5, "hello"), (3, "hel")])
+def test_a_text_that_is_cut_has_no_eos(byte_tokenizer, seq_length, kept):
+    (document,) = documents_of([{"text": "hello"}], byte_tokenizer, seq_length)
+    assert byte_tokenizer.decode(document["input_ids"]) == kept
+
+
+def test_of_a_question_only_answer_and_eos_are_counted(byte_tokenizer):
+    (document,) = documents_of([ROW], byte_tokenizer)
+    assert read(document, byte_tokenizer) == (PROMPT, " Ada<eos>")
+
+
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_prompt_and_answer_are_tokenised_as_one_text(name):
+    tokenizer = AutoTokenizer.from_pretrained(model_directory(name))
+    (document,) = documents_of([ROW], tokenizer)
+    assert document["input_ids"] == [*tokenizer(PROMPT + " Ada")["input_ids"], tokenizer.eos_token_id]
+    assert read(document, tokenizer) == (PROMPT, " Ada" + tokenizer.eos_token)
+
+
+@pytest.mark.parametrize(
+    "num_removed, context",
+    [
+        (1, " It is old. Ada wrote it long ago"),
+        (5, " It is old. Ada wrote it long"),
+        (19, " It is old. Ada"),
+        (20, "It is old. Ada"),
+        (23, "is old. Ada"),
+        (31, "Ada"),
+        (33, "a"),
+    ],
+)
+def test_a_long_question_loses_context_but_never_its_answer(byte_tokenizer, num_removed, context):
+    seq_length = len(PROMPT + " Ada") + 1 - num_removed
+    (document,) = documents_of([ROW], byte_tokenizer, seq_length)
+    assert len(document["input_ids"]) == seq_length
+    assert read(document, byte_tokenizer) == (f"Question: Who wrote it? Context:{context} Answer:", " Ada<eos>")
+
+
+def test_without_a_place_of_the_answer_the_context_is_kept_from_its_start(byte_tokenizer):
+    for answers in ({"text": ["Ada"], "answer_start": [30]}, {"text": ["Ada"], "answer_start": []}):
+        (document,) = documents_of([{**ROW, "answers": answers}], byte_tokenizer, len(PROMPT + " Ada") + 1 - 31)
+        assert read(document, byte_tokenizer)[0] == "Question: Who wrote it? Context: It Answer:"
+
+
+def test_rows_that_teach_nothing_are_left_out_and_counted(byte_tokenizer, caplog):
+    texts = [{"text": text} for text in ("", " \n", None, "hello")]
+    assert len(documents_of(texts, byte_tokenizer)) == 1
+    assert "3 of 4 rows left out" in caplog.text
+    unanswered = {**ROW, "answers": {"text": [], "answer_start": []}}
+    long = {**ROW, "question": "why " * 30}
+    assert len(documents_of([ROW, unanswered, long], byte_tokenizer)) == 1
+    assert "2 of 3 rows left out" in caplog.text
+
+
+def test_no_row_left_is_an_error(byte_tokenizer):
+    with pytest.raises(ConfigError, match=r"No row of this data set is left: all 2 are blank.*larger max_examples"):
+        documents_of([{"text": ""}, {"text": "  "}], byte_tokenizer)
+    just_no_context = len("Question: Who wrote it? Context: Answer: Ada") + 1
+    assert len(documents_of([ROW], byte_tokenizer, just_no_context + 1)) == 1
+    with pytest.raises(ConfigError, match=rf"too long for seq_length={just_no_context}.*larger seq_length"):
+        documents_of([ROW], byte_tokenizer, just_no_context)
+
+
+@pytest.mark.parametrize(
+    "row, columns",
+    [
+        ({"body": "x", "label": 1}, "body, label"),
+        ({"question": "x", "context": "y"}, "question, context"),
+        ({"text": 3}, "text"),
+        ({**ROW, "answers": "Ada"}, "question, context, answers"),
+    ],
+)
+def test_unknown_columns_are_named_with_those_needed(byte_tokenizer, row, columns):
+    with pytest.raises(ConfigError, match=rf"columns of this data set are {columns}\. Needed is either 'text'.*SQuAD"):
+        documents_of([row], byte_tokenizer)
+
+
+def test_special_tokens_that_the_tokenizer_adds_are_kept_once(byte_tokenizer):
+    tokenizer = AutoTokenizer.from_pretrained(model_directory("embedded/gpt2"))
+    bos, eos = tokenizer.convert_tokens_to_ids("!"), tokenizer.eos_token_id
+    plain = tokenizer("hello")["input_ids"]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"! $A {tokenizer.eos_token}", special_tokens=[("!", bos), (tokenizer.eos_token, eos)]
+    )
+    (text,) = documents_of([{"text": "hello"}], tokenizer)
+    assert text["input_ids"] == [bos, *plain, eos]
+    (question,) = documents_of([ROW], tokenizer)
+    assert read(question, tokenizer) == ("!" + PROMPT, " Ada" + tokenizer.eos_token)
+
+
+def test_a_tokenizer_without_eos_is_refused(byte_tokenizer):
+    tokenizer = AutoTokenizer.from_pretrained(model_directory("embedded/gpt2"))
+    tokenizer.eos_token = None
+    with pytest.raises(ConfigError, match="no EOS token"):
+        documents_of([{"text": "hello"}], tokenizer)
+
+
+class Counted(PreTrainedTokenizerFast):
+    """Writes down each call, and takes so long that another process arrives meanwhile."""
+
+    calls: Path
+
+    def __call__(self, *args, **kwargs):
+        with self.calls.open("a") as file:
+            file.write("called ")
+        time.sleep(0.3)
+        return super().__call__(*args, **kwargs)
+
+
+def test_processes_that_start_together_tokenise_once(tmp_path, byte_tokenizer):
+    directory = write_jsonl(tmp_path / "data" / "train.jsonl", [{"text": f"row {i}"} for i in range(20)]).parent
+    rows = load_rows(str(directory), "train")
+    tokenizer = Counted(tokenizer_object=byte_tokenizer.backend_tokenizer, eos_token="<eos>")
+    tokenizer.calls = tmp_path / "calls"
+    processes = multiprocessing.get_context("fork")
+    barrier, results = processes.Barrier(3), processes.Queue()
+
+    def rank():
+        barrier.wait(timeout=60)
+        documents = tokenize_rows(rows, tokenizer, 32)
+        results.put((sum(map(len, documents["input_ids"])), documents.cache_files[0]["filename"]))
+
+    ranks = [processes.Process(target=rank) for _ in range(3)]
+    for process in ranks:
+        process.start()
+    found = [results.get(timeout=60) for _ in ranks]
+    for process in ranks:
+        process.join(timeout=60)
+    assert {tokens for tokens, _ in found} == {sum(len(f"row {i}") + 1 for i in range(20))}
+    assert len({file for _, file in found}) == 1
+    assert (tmp_path / "calls").read_text() == "called "
+
+
+def test_another_interpreter_maps_the_file_and_tokenises_nothing(tmp_path, byte_tokenizer, toy_directory):
+    """What is equal within a process need not be so across processes: strings, for one, have other hashes there."""
+    byte_tokenizer.save_pretrained(tmp_path)
+    here = tokenize_rows(load_rows(toy_directory(30), "train"), byte_tokenizer, 32)
+    code = f"""
+import datasets
+from transformers import PreTrainedTokenizerFast
+from tutorial_lib.dataloader import load_rows, tokenize_rows
+datasets.config.HF_DATASETS_CACHE = {str(datasets.config.HF_DATASETS_CACHE)!r}
+tokenizer = PreTrainedTokenizerFast.from_pretrained({str(tmp_path)!r})
+def refuse(*_, **__):
+    raise AssertionError("tokenised again")
+PreTrainedTokenizerFast.__call__ = refuse
+documents = tokenize_rows(load_rows({toy_directory(30)!r}, "train"), tokenizer, 32)
+assert isinstance(documents.data, datasets.table.MemoryMappedTable)
+print(documents.cache_files[0]["filename"])
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": "1"}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == here.cache_files[0]["filename"]
+
+
+def test_a_second_call_maps_the_file_and_tokenises_nothing(byte_tokenizer, toy_directory):
+    rows = load_rows(toy_directory(30), "train")
+    first = tokenize_rows(rows, byte_tokenizer, 32)
+
+    class Refusing(type(byte_tokenizer)):
+        def __call__(self, *args, **kwargs):
+            raise AssertionError("tokenised again")
+
+    refusing = Refusing(tokenizer_object=byte_tokenizer.backend_tokenizer, eos_token="<eos>")
+    with pytest.raises(AssertionError, match="tokenised again"):
+        tokenize_rows(rows, refusing, 31)
+    again = tokenize_rows(load_rows(toy_directory(30), "train"), refusing, 32)
+    assert again["input_ids"] == first["input_ids"]
+    assert again.cache_files == first.cache_files
+    assert isinstance(again.data, datasets.table.MemoryMappedTable)
+
+
+def test_the_file_belongs_to_rows_tokenizer_and_length(tmp_path, byte_tokenizer):
+    def file_of(texts, tokenizer=byte_tokenizer, seq_length=32):
+        path = write_jsonl(tmp_path / "train.jsonl", [{"text": text} for text in texts])
+        return tokenize_rows(load_rows(str(path.parent), "train"), tokenizer, seq_length).cache_files[0]["filename"]
+
+    gpt2 = AutoTokenizer.from_pretrained(model_directory("embedded/gpt2"))
+    files = [
+        file_of(["one", "two"]),
+        file_of(["one", "two"], seq_length=16),
+        file_of(["one", "two"], tokenizer=gpt2),
+        file_of(["one", "other"]),
+    ]
+    assert len(set(files)) == 4
+
+
+def test_earlier_calls_of_the_tokenizer_change_nothing(byte_tokenizer, toy_directory):
+    rows = load_rows(toy_directory(30), "train")
+    before = tokenize_rows(rows, byte_tokenizer, 32)
+    byte_tokenizer(["abc"], truncation=True, max_length=2)
+    after = tokenize_rows(rows, byte_tokenizer, 32)
+    assert after.cache_files == before.cache_files
+
+
+def test_what_a_killed_process_left_is_not_read(byte_tokenizer, toy_directory):
+    rows = load_rows(toy_directory(31), "train")
+    path = Path(tokenize_rows(rows, byte_tokenizer, 32).cache_files[0]["filename"])
+    whole = path.read_bytes()
+    path.unlink()
+    path.with_suffix(".unfinished").write_bytes(whole[: len(whole) // 2])
+    assert len(tokenize_rows(rows, byte_tokenizer, 32)) == 31
+    assert path.read_bytes() == whole
+    assert not path.with_suffix(".unfinished").exists()
+
+
+def test_a_cache_that_cannot_be_written_is_named(byte_tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TUTORIAL_LIB_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match=r"cannot be kept in .*file/tokens.*Set TUTORIAL_LIB_CACHE"):
+        documents_of([{"text": "hello"}], byte_tokenizer)

@@ -1,0 +1,156 @@
+"""Names -> rows: every kind of source through one path, and what each kind of mistake is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import datasets
+import pytest
+
+from tutorial_lib.config import ConfigError
+from tutorial_lib.dataloader import load_rows
+from tutorial_lib.embedded import DATASET_NAMES
+from tutorial_lib.models import hub_reachable
+
+from .conftest import write_jsonl
+
+TEXTS = {"train": ["one", "two", "three"], "validation": ["four"]}
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    """No address for the hub, also where the tests run with a network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.invalid")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    hub_reachable.cache_clear()
+    yield
+    hub_reachable.cache_clear()
+
+
+def write(kind: str, directory: Path) -> None:
+    splits = datasets.DatasetDict({k: datasets.Dataset.from_dict({"text": v}) for k, v in TEXTS.items()})
+    if kind == "save_to_disk":
+        splits.save_to_disk(directory)
+        return
+    directory.mkdir()
+    for split, rows in splits.items():
+        path = directory / f"{split}.{kind}"
+        if kind == "arrow":
+            rows.save_to_disk(directory / "saved")
+            (directory / "saved" / "data-00000-of-00001.arrow").rename(path)
+            for file in (directory / "saved").iterdir():
+                file.unlink()
+            (directory / "saved").rmdir()
+        else:
+            {"parquet": rows.to_parquet, "csv": rows.to_csv, "jsonl": rows.to_json}[kind](path)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv", "arrow", "save_to_disk"])
+def test_directories(kind, tmp_path):
+    write(kind, tmp_path / "data")
+    for split, texts in TEXTS.items():
+        rows = load_rows(str(tmp_path / "data"), split)
+        assert list(rows["text"]) == texts
+        assert isinstance(rows.data, datasets.table.MemoryMappedTable), "not kept in memory"
+    assert list(load_rows(str(tmp_path / "data"), "train", max_examples=2)["text"]) == ["one", "two"]
+    assert len(load_rows(str(tmp_path / "data"), "train", max_examples=99)) == 3
+    with pytest.raises(ConfigError, match=r"no split 'test'.*eval_split.*train.*validation"):
+        load_rows(str(tmp_path / "data"), "test")
+
+
+def test_a_saved_data_set_without_splits_is_a_training_split(tmp_path):
+    datasets.Dataset.from_dict({"text": TEXTS["train"]}).save_to_disk(tmp_path / "data")
+    assert list(load_rows(str(tmp_path / "data"), "train")["text"]) == TEXTS["train"]
+    with pytest.raises(ConfigError, match=r"no split 'validation'.*It has: train"):
+        load_rows(str(tmp_path / "data"), "validation")
+
+
+def test_a_slice_of_a_split(tmp_path):
+    write("jsonl", tmp_path / "data")
+    assert list(load_rows(str(tmp_path / "data"), "train[1:]")["text"]) == ["two", "three"]
+
+
+def test_changed_files_are_read_again(tmp_path):
+    for text in ("old", "new"):
+        write_jsonl(tmp_path / "train.jsonl", [{"text": text}])
+        assert load_rows(str(tmp_path), "train")["text"][0] == text
+
+
+def test_relative_directories_and_home(tmp_path, monkeypatch):
+    write("jsonl", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("data", "./data", "~/data"):
+        assert len(load_rows(name, "train")) == 3
+
+
+def test_a_configuration_follows_a_colon(tmp_path):
+    write_jsonl(tmp_path / "a" / "train.jsonl", [{"text": "of a"}])
+    write_jsonl(tmp_path / "b" / "train.jsonl", [{"text": "of b"}])
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: a\n  data_files: a/*.jsonl\n- config_name: b\n  data_files: b/*.jsonl\n---\n"
+    )
+    assert load_rows(f"{tmp_path}:b", "train")["text"][0] == "of b"
+    with pytest.raises(ConfigError, match=r"which configuration of .* after a colon: .*:NAME.*'a', 'b'"):
+        load_rows(str(tmp_path), "train")
+    with pytest.raises(ConfigError, match=r"after a colon: .*:NAME.*'a', 'b'"):
+        load_rows(f"{tmp_path}:c", "train")
+
+
+def test_embedded_data_sets_come_from_their_directory(tmp_path, monkeypatch):
+    write("parquet", tmp_path / "data")
+    monkeypatch.setattr("tutorial_lib.dataloader.rows.dataset_directory", lambda name: tmp_path / "data")
+    assert len(load_rows("embedded/news", "train")) == 3
+
+
+@pytest.mark.parametrize("name", ["ag_news", "someone/something"])
+def test_an_unknown_name_without_a_hub(name, no_hub):
+    with pytest.raises(ConfigError) as raised:
+        load_rows(name, "train")
+    message = str(raised.value)
+    assert f"{name!r} is no directory here, and the hub cannot be reached" in message
+    assert all(embedded in message for embedded in DATASET_NAMES)
+    assert "OfflineModeIsEnabled" in message, "without half a minute of retries"
+    assert datasets.config.HF_HUB_OFFLINE is False, "the next call looks again"
+
+
+def test_an_unknown_embedded_name():
+    with pytest.raises(ConfigError, match="embedded/qa"):
+        load_rows("embedded/squad", "train")
+
+
+def test_a_path_that_does_not_exist(tmp_path):
+    with pytest.raises(ConfigError, match=r"has no data files that can be read.*embedded/news"):
+        load_rows(str(tmp_path / "missing"), "train")
+
+
+def test_a_directory_without_data(tmp_path):
+    with pytest.raises(ConfigError, match=r"has no data files that can be read.*parquet.*embedded/news"):
+        load_rows(str(tmp_path), "train")
+
+
+def test_a_torn_file(tmp_path):
+    write("parquet", tmp_path / "data")
+    path = tmp_path / "data" / "train.parquet"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ConfigError, match=r"cannot be read: .*Parquet magic bytes"):
+        load_rows(str(tmp_path / "data"), "train")
+
+
+def test_a_split_without_rows(tmp_path):
+    write("jsonl", tmp_path / "data")
+    with pytest.raises(ConfigError, match=r"Split 'train\[:0\]' of data set .* has no rows"):
+        load_rows(str(tmp_path / "data"), "train[:0]")
+    (tmp_path / "empty").mkdir()
+    datasets.Dataset.from_dict({"text": []}).to_parquet(tmp_path / "empty" / "train.parquet")
+    with pytest.raises(ConfigError, match=r"Split 'train' of data set .* has no rows"):
+        load_rows(str(tmp_path / "empty"), "train")
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    write("jsonl", tmp_path / "data")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "datasets")
+    with pytest.raises(ConfigError, match=r"cannot be kept on disk: .*file.*Set HF_HOME"):
+        load_rows(str(tmp_path / "data"), "train")
