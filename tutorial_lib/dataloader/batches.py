@@ -27,7 +27,7 @@ Document = tuple[NDArray[np.int32], int]
 
 _IGNORED = -100
 _GROUPED_STEPS = 50  # Enough to find neighbours in length, few enough to keep an epoch's order random.
-_WIDTH_MULTIPLE = 8  # Tensor cores want it; it costs little.
+_WIDTH_MULTIPLE = 8  # Tensor cores want it; on short texts (embedded/news) it costs 5 % more tokens.
 
 
 class Examples(Dataset[list[Document]]):
