@@ -34,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tutorial_lib", description="Train on many devices, and measure it.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tutorial_lib", description="Train on many devices, and measure it."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     doctor = commands.add_parser("doctor", help="what this machine can run, and why a profile will or will not work")

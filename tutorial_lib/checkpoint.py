@@ -21,7 +21,9 @@ import json
 import os
 import random
 import shutil
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -247,7 +249,8 @@ def _whole_weights(directory: Path, settings: Config) -> dict[str, torch.Tensor]
     if settings.engine.zero_stage > 0:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        return dict(get_fp32_state_dict_from_zero_checkpoint(str(directory), tag="engine"))
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # it prints what it does, and a bar per loop
+            return dict(get_fp32_state_dict_from_zero_checkpoint(str(directory), tag="engine"))
     # Verified above; DeepSpeed's own file holds more than tensors.
     state = torch.load(shards / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
     return {name: tensor.float() for name, tensor in state["module"].items()}

@@ -40,7 +40,7 @@ class ModelConfig:
     )
     random_init: bool = _setting(False, "build the model from its configuration with seeded random weights")
     freeze: tuple[str, ...] = _setting((), "parameters not to train, as name patterns (* and ? match)")
-    trust_remote_code: bool = _setting(False, "run Python code that a hub model or data set ships with")
+    trust_remote_code: bool = _setting(False, "run Python code that a hub model ships with")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -234,13 +234,28 @@ class Config:
 
 FREE_ON_RESUME = frozenset(
     {"name", "storage", "launcher", "stop_after", "checkpoint_every", "resume", "evaluate", "measure"}
-    | {"eval_split", "max_eval_examples", "micro_batch", "pin_memory", "bucket_size", "activation_checkpointing", "trust_remote_code"}
+    | {
+        "eval_split",
+        "max_eval_examples",
+        "micro_batch",
+        "pin_memory",
+        "bucket_size",
+        "activation_checkpointing",
+        "trust_remote_code",
+    }
 )
 """Flat names that a resumed run may change without changing which update comes next."""
 
 _PROFILE_VALUES: dict[str, dict[str, Any]] = {
     "cpu": {},
-    "gpu": {"device": "cuda", "precision": "bf16", "dp": 1, "seq_length": 512, "pin_memory": True, "bucket_size": 500_000_000},
+    "gpu": {
+        "device": "cuda",
+        "precision": "bf16",
+        "dp": 1,
+        "seq_length": 512,
+        "pin_memory": True,
+        "bucket_size": 500_000_000,
+    },
     "cluster": {
         "device": "cuda",
         "precision": "bf16",
@@ -273,7 +288,7 @@ def settings() -> dict[str, Setting]:
     """All settings by flat name, in the order in which they are declared."""
     found: dict[str, Setting] = {}
     for section in dataclasses.fields(Config):
-        section_type = type(section.default)
+        section_type: Any = type(section.default)
         hints = get_type_hints(section_type)
         for item in dataclasses.fields(section_type):
             flag = item.metadata["flag"] or item.name
@@ -344,7 +359,8 @@ def _validate(config: Config) -> None:
 
 
 _LOWEST = {
-    "seq_length": 2, "max_examples": 1, "max_eval_examples": 1, "dp": 1, "tp": 1, "persistence_threshold": 0, "bucket_size": 1,
+    "seq_length": 2, "max_examples": 1, "max_eval_examples": 1, "dp": 1, "tp": 1, "persistence_threshold": 0,
+    "bucket_size": 1,
     "learning_rate": 0.0, "eps": 0.0, "weight_decay": 0.0, "gradient_clipping": 0.0, "warmup_steps": 0, "epochs": 1,
     "steps": 1, "stop_after": 1, "seed": 0, "global_batch": 1, "micro_batch": 1, "checkpoint_every": 0,
 }  # fmt: skip
@@ -353,7 +369,7 @@ _LOWEST = {
 def _check_type(setting: Setting, value: Any) -> None:
     if setting.choices and value not in setting.choices:
         raise ConfigError(f"{setting.flag} is {value!r}. Write one of: {', '.join(map(str, setting.choices))}.")
-    kinds = {int: int, float: (int, float), str: str, bool: bool, int | None: (int, type(None)),
+    kinds: Any = {int: int, float: (int, float), str: str, bool: bool, int | None: (int, type(None)),
              str | None: (str, type(None)), tuple[str, ...]: tuple}[setting.type]  # fmt: skip
     wrong_bool = isinstance(value, bool) and setting.type is not bool
     if wrong_bool or not isinstance(value, kinds):

@@ -39,8 +39,12 @@ SECTION_KEYS: dict[str, frozenset[str]] = {
         "device nvme_path buffer_count pin_memory pipeline_read pipeline_write fast_init ratio super_offload "
         "cpuadam_cores_perc".split()
     ),
-    "zero_optimization.offload_param": frozenset("device nvme_path buffer_count buffer_size max_in_cpu pin_memory".split()),
-    "bf16": frozenset("enabled immediate_grad_update check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states".split()),
+    "zero_optimization.offload_param": frozenset(
+        "device nvme_path buffer_count buffer_size max_in_cpu pin_memory".split()
+    ),
+    "bf16": frozenset(
+        "enabled immediate_grad_update check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states".split()
+    ),
     "fp16": frozenset(
         "enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis "
         "min_loss_scale fp16_master_weights_and_grads".split()
@@ -176,7 +180,9 @@ def _advice(key: str, section: str, keys: frozenset[str]) -> str:
     if section and key in TOP_LEVEL_KEYS:
         return f"{key!r} has no meaning {place}; it belongs at the top level"
     if homes:
-        return f"{key!r} has no meaning {place}, where DeepSpeed would ignore or refuse it; it belongs under {homes[0]!r}"
+        return (
+            f"{key!r} has no meaning {place}, where DeepSpeed would ignore or refuse it; it belongs under {homes[0]!r}"
+        )
     near = difflib.get_close_matches(key, keys, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"{key!r} is not a key that DeepSpeed knows {place}{hint}"
@@ -231,7 +237,8 @@ def _optimizer_settings(given: dict[str, Any], config: Config) -> dict[str, Any]
         return {}
     if str(section.get("type", "")).lower() not in ("adam", "adamw"):
         raise ConfigError(
-            f"{config.engine.deepspeed_file}: optimizer.type is {section.get('type')!r}; this package trains with AdamW."
+            f"{config.engine.deepspeed_file}: optimizer.type is {section.get('type')!r}, but this package trains "
+            "with AdamW. Write that, or remove the section."
         )
     params = section.get("params", {})
     known = {"lr": "learning_rate", "eps": "eps", "weight_decay": "weight_decay"}

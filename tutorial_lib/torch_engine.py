@@ -24,7 +24,7 @@ def global_norm(gradients: list[Tensor]) -> float:
 
 
 class TorchEngine:
-    """A model, ``torch.optim.AdamW`` and ``clip_grad_norm_`` on one device. See :class:`tutorial_lib.trainer.Engine`."""
+    """A model, ``torch.optim.AdamW`` and clipping on one device. See :class:`tutorial_lib.trainer.Engine`."""
 
     averages_over = 1
     update_was_skipped = False
@@ -41,7 +41,8 @@ class TorchEngine:
         )
         if config.engine.activation_checkpointing:
             set_activation_checkpointing(model)
-        self.module: torch.nn.Module = model.to(device)
+        self.module: torch.nn.Module = model
+        torch.nn.Module.to(model, device)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         o = config.optimizer
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
@@ -64,7 +65,7 @@ class TorchEngine:
         return logits
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     def step(self) -> float:
         """Clip, update, clear the gradients; returns the gradient's global 2-norm before clipping."""

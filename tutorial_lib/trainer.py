@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
+import json
 import math
 import os
 import random
@@ -51,14 +52,16 @@ _MEASURED_STEP = 3
 class Engine(Protocol):
     """What the trainer needs of an engine. Plain torch, DeepSpeed and FSDP2 are interchangeable behind it."""
 
-    module: Any
     device: torch.device
     optimizer: torch.optim.Optimizer
     num_parameters: int
     averages_over: int
     """How many ranks' gradients the engine averages. The trainer multiplies the loss by it, to get their sum."""
-    update_was_skipped: bool
 
+    @property
+    def module(self) -> torch.nn.Module: ...
+    @property
+    def update_was_skipped(self) -> bool: ...
     def train(self, mode: bool) -> None: ...
     def forward(self, inputs: dict[str, Tensor]) -> Tensor: ...
     def backward(self, loss: Tensor) -> None: ...
@@ -325,9 +328,11 @@ class _Session:
         return self.stop_signalled() or (self.topology.rank == 0 and self.run.stop_file.exists())
 
     def _diverged(self, what: str) -> str:
-        good = f"The last good checkpoint is {checkpoint.directory_of(self.run, self.saved_at)}." if self.saved_at else ""
+        good = "No checkpoint was saved before."
+        if self.saved_at:
+            good = f"The last good checkpoint is {checkpoint.directory_of(self.run, self.saved_at)}."
         return (
-            f"At step {self.step + 1} {what}. {good or 'No checkpoint was saved before.'} "
+            f"At step {self.step + 1} {what}. {good} "
             f"Lower learning_rate (now {self.config.optimizer.learning_rate}), raise warmup_steps, or state "
             "gradient_clipping."
         )
@@ -364,8 +369,6 @@ class _Session:
             },
         }
         if self.topology.rank == 0:
-            import json
-
             write_atomically(self.run.result_file, json.dumps(result, indent=2) + "\n")
         if dist.is_initialized():
             dist.barrier()

@@ -67,7 +67,7 @@ def test_misplaced_and_unknown_keys_are_refused_and_shown_their_place(tmp_path, 
         ({"zero_optimization": {"stage": 1, "offload_param": {"device": "cpu"}}}, "offload_param without"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "offloads to 'cpu'"),
         ({"train_batch_size": 6}, "train_batch_size is 6, but global_batch=8"),
-        ({"optimizer": {"type": "Lion"}}, "trains with AdamW"),
+        ({"optimizer": {"type": "Lion"}}, "trains with AdamW. Write that"),
         ({"fp16": {"enabled": True}}, "needs a GPU"),
     ],
 )
@@ -113,7 +113,12 @@ def test_the_key_tables_are_deepspeeds_own():
     def names(model):
         return {field.alias or name for name, field in model.model_fields.items()}
 
-    renamed = {"stage3_gather_fp16_weights_on_model_save", "cpu_offload_param", "cpu_offload_use_pin_memory", "cpu_offload"}
+    renamed = {
+        "stage3_gather_fp16_weights_on_model_save",
+        "cpu_offload_param",
+        "cpu_offload_use_pin_memory",
+        "cpu_offload",
+    }
     assert ds_config.SECTION_KEYS["zero_optimization"] == names(DeepSpeedZeroConfig) - renamed
     assert ds_config.SECTION_KEYS["zero_optimization.offload_optimizer"] == names(DeepSpeedZeroOffloadOptimizerConfig)
     assert ds_config.SECTION_KEYS["zero_optimization.offload_param"] == names(DeepSpeedZeroOffloadParamConfig)

@@ -67,7 +67,9 @@ def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None) -> list
     for config in configs[1:]:
         for what in ("launcher", "device"):
             if getattr(config.run, what) != getattr(first.run, what):
-                raise ConfigError(f"Runs {first.run.name!r} and {config.run.name!r} differ in {what}: start them apart.")
+                raise ConfigError(
+                    f"Runs {first.run.name!r} and {config.run.name!r} differ in {what}: start them apart."
+                )
         if config.parallel.world_size != first.parallel.world_size:
             raise ConfigError(
                 f"Runs {first.run.name!r} and {config.run.name!r} need {first.parallel.world_size} and "
@@ -185,7 +187,7 @@ def _stop_on_signal(watched: _Watcher) -> Iterator[None]:
             directory.logs.parent.mkdir(parents=True, exist_ok=True)
             directory.stop_file.write_text(f"signal {number} at {time.time()}\n")
         # A second signal means now.
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     before = {number: signal.signal(number, request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -102,9 +102,7 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
                 use_gpu=first.run.device == "cuda",
                 resources_per_worker=_resources(first),
             ),
-            run_config=ray.train.RunConfig(
-                name=configs[-1].run.name, storage_path=configs[-1].run.storage
-            ),
+            run_config=ray.train.RunConfig(name=configs[-1].run.name, storage_path=configs[-1].run.storage),
             torch_config=TorchConfig(backend="gloo" if first.run.device == "cpu" else "cpu:gloo,cuda:nccl"),
         )
         failed: list[BaseException] = []
@@ -129,7 +127,6 @@ def _fit(trainer: Any, failed: list[BaseException]) -> None:
 
 def _worker(given: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
-    import ray.train
 
     from tutorial_lib.trainer import train
 
