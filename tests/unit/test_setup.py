@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -244,7 +245,7 @@ def test_a_crossed_border_is_seen(tmp_path: Path, module: str, forbidden: str, c
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     with (tmp_path / "tutorial_lib" / f"{module}.py").open("a") as file:
         file.write(f"\n{forbidden}\n")
-    lint = ["lint-imports", "--no-logo", "--no-cache"]
+    lint = [str(Path(sys.executable).with_name("lint-imports")), "--no-logo", "--no-cache"]
     run = subprocess.run(lint, cwd=tmp_path, capture_output=True, text=True, env=dict(os.environ, NO_COLOR="1"))
     broken = [line for line in run.stdout.splitlines() if line.endswith("BROKEN")]
     assert run.returncode == 1
