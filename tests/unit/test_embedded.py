@@ -1,0 +1,291 @@
+"""The embedded data sets keep their schemas and share nothing between splits; the embedded models are what they say."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import ClassLabel, load_dataset
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tutorial_lib.config import ConfigError
+from tutorial_lib.embedded import CONFIG_ONLY_NAMES, DATASET_NAMES, MODEL_NAMES, dataset_directory, model_directory
+from tutorial_lib.embedded.build import SAMPLE, sample_loss
+from tutorial_lib.embedded.corpora import NEWS_LABELS, rows
+from tutorial_lib.embedded.documents import SPLITS, documents
+
+COLUMNS = {
+    "embedded/news": {"text", "label"},
+    "embedded/articles": {"text"},
+    "embedded/qa": {"id", "title", "context", "question", "answers"},
+}
+SMALLEST_TRAIN = {"embedded/news": 3000, "embedded/articles": 1000, "embedded/qa": 2500}
+
+
+def python(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# ------------------------------------------------------------------------------------------------------ data sets
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """All three as `datasets` reads them, from a cache of their own."""
+    cache = str(tmp_path_factory.mktemp("hf"))
+    return {name: load_dataset(str(dataset_directory(name)), cache_dir=cache) for name in DATASET_NAMES}
+
+
+@pytest.mark.parametrize("name", DATASET_NAMES)
+def test_schema_and_sizes(loaded, name):
+    dataset = loaded[name]
+    assert set(dataset) == set(SPLITS)
+    for split in SPLITS:
+        assert set(dataset[split].column_names) == COLUMNS[name]
+    train = len(dataset["train"])
+    assert train >= SMALLEST_TRAIN[name]
+    for split in ("validation", "test"):
+        assert 0.08 * train < len(dataset[split]) < 0.25 * train
+
+
+def test_news_labels_are_named_and_all_used(loaded):
+    for split in SPLITS:
+        feature = loaded["embedded/news"][split].features["label"]
+        assert isinstance(feature, ClassLabel)
+        assert feature.names == list(NEWS_LABELS)
+        counts = Counter(loaded["embedded/news"][split]["label"])
+        assert set(counts) == {0, 1, 2, 3}
+        assert min(counts.values()) > 0.08 * sum(counts.values())
+
+
+def test_news_are_as_short_as_news(loaded):
+    tokenizer = AutoTokenizer.from_pretrained(model_directory("embedded/gpt2"))
+    lengths = sorted(len(ids) for ids in tokenizer(list(loaded["embedded/news"]["train"]["text"]))["input_ids"])
+    assert 35 <= lengths[len(lengths) // 2] <= 70
+    assert lengths[0] >= 10
+    assert lengths[-1] <= 512
+
+
+def test_every_answer_is_a_span_of_its_context(loaded):
+    for split in SPLITS:
+        ids = set()
+        for row in loaded["embedded/qa"][split]:
+            answers = row["answers"]
+            assert len(answers["text"]) == len(answers["answer_start"]) == 1
+            answer, start = answers["text"][0], answers["answer_start"][0]
+            assert row["context"][start : start + len(answer)] == answer
+            assert len(answer.split()) >= 2
+            assert len(row["context"]) >= 150
+            assert len(row["context"]) > len(answer) + 20
+            assert re.fullmatch(r"(What|When) .+\?", row["question"])
+            assert re.fullmatch(r"[0-9a-f]{24}", row["id"])
+            ids.add(row["id"])
+        assert len(ids) == len(loaded["embedded/qa"][split])
+
+
+def test_a_question_asks_what_the_answer_says(loaded):
+    """The answer stands in the sentence about the thing that the question names."""
+    for row in loaded["embedded/qa"]["train"]:
+        named = re.match(r"(?:What does|What is the module|What is|When does) ([\w.]+)", row["question"])
+        before = row["context"][: row["answers"]["answer_start"][0]]
+        assert f"{named[1].rstrip('.')}: " in before, row
+
+
+def test_splits_share_no_document_and_no_text():
+    for left in SPLITS:
+        for right in SPLITS:
+            if left >= right:
+                continue
+            names = [{d.name for d in documents() if d.split == split} for split in (left, right)]
+            assert names[0].isdisjoint(names[1])
+            pieces = [_pieces(split) for split in (left, right)]
+            for name in pieces[0]:
+                assert pieces[0][name].isdisjoint(pieces[1][name]), name
+
+
+@functools.cache
+def _pieces(split: str) -> dict[str, set[str]]:
+    """What must not occur in two splits, without names and case, as a copied docstring would differ there."""
+    plain = [
+        {re.sub(r"\W+", " ", p).lower() for row in rows("embedded/articles", split) for p in row["text"].split("\n")},
+        {re.sub(r"\W+", " ", row["text"].split(" - ", 1)[1]).lower() for row in rows("embedded/news", split)},
+        {row["context"] for row in rows("embedded/qa", split)},
+        {row["question"] for row in rows("embedded/qa", split)},
+        {row["title"] for row in rows("embedded/qa", split)},
+    ]
+    names = ("paragraphs", "news", "contexts", "questions", "titles")
+    return {name: {text for text in texts if text.strip()} for name, texts in zip(names, plain, strict=True)}
+
+
+BUILD_ALL = """
+from pathlib import Path
+from tutorial_lib.embedded import DATASET_NAMES
+from tutorial_lib.embedded.corpora import write_corpus
+for name in DATASET_NAMES:
+    directory = Path({target!r}, name.split("/")[1])
+    directory.mkdir(parents=True)
+    write_corpus(name, directory)
+"""
+
+
+def test_every_build_gives_the_same_bytes(tmp_path):
+    """Another process with other string hashes builds what the cache holds."""
+    python(BUILD_ALL.format(target=str(tmp_path)), PYTHONHASHSEED="1")
+    for name in DATASET_NAMES:
+        for split in SPLITS:
+            file = dataset_directory(name) / f"{split}.parquet"
+            assert (tmp_path / file.parent.name / file.name).read_bytes() == file.read_bytes(), (
+                f"{name} {split} is not what the cache holds: raise CORPUS_VERSION if the rules have changed"
+            )
+
+
+def test_two_processes_may_build_at_once(tmp_path):
+    code = "from tutorial_lib.embedded import dataset_directory as d; print(d('embedded/news'))"
+    environment = {**os.environ, "TUTORIAL_LIB_CACHE": str(tmp_path)}
+    running = [
+        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    paths = {process.communicate(timeout=240)[0] for process in running}
+    assert [process.returncode for process in running] == [0, 0]
+    assert len(paths) == 1
+    built = Path(paths.pop().strip())
+    assert sorted(p.name for p in built.iterdir()) == ["test.parquet", "train.parquet", "validation.parquet"]
+    assert not [p for p in built.parent.iterdir() if p.name.startswith(".")], "an unfinished build was left behind"
+
+
+def test_reading_the_documentation_imports_none_of_it():
+    code = """
+import sys
+from tutorial_lib.embedded.documents import documents
+before = set(sys.modules)
+names = {d.name for d in documents()}
+new = {m for m in set(sys.modules) - before if not m.startswith("pydoc_data")}
+assert "imaplib" in names and "turtle" not in names
+print(sorted(new & names))
+"""
+    assert python(code).strip() == "[]"
+
+
+def test_unknown_names_and_an_unusable_cache(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"no embedded data set 'embedded/nws'.*embedded/news, embedded/articles"):
+        dataset_directory("embedded/nws")
+    with pytest.raises(ConfigError, match=r"no embedded model 'embedded/gpt3'.*embedded/gpt2, embedded/qwen2"):
+        model_directory("embedded/gpt3")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TUTORIAL_LIB_CACHE", str(tmp_path / "file" / "below"))
+    with pytest.raises(ConfigError, match="Set TUTORIAL_LIB_CACHE to a directory that can be written to"):
+        dataset_directory("embedded/news")
+
+
+# --------------------------------------------------------------------------------------------------------- models
+
+
+@pytest.fixture(scope="module", params=MODEL_NAMES)
+def embedded(request):
+    directory = model_directory(request.param)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    return request.param, directory, model, AutoTokenizer.from_pretrained(directory)
+
+
+def test_weights_are_small_and_fp32(embedded):
+    _, directory, model, _ = embedded
+    file = directory / "model.safetensors"
+    assert file.stat().st_size < 3_000_000
+    with safe_open(file, "pt") as tensors:
+        assert {tensors.get_tensor(key).dtype for key in tensors.keys()} == {torch.float32}
+    assert (
+        sum(p.numel() for p in model.parameters())
+        == json.loads((directory / "pretraining.json").read_text())["parameters"]
+    )
+
+
+def test_dimensions_divide_over_four_ranks(embedded):
+    name, _, model, tokenizer = embedded
+    config = model.config
+    assert config.vocab_size == len(tokenizer) == 2048
+    assert config.num_attention_heads % 4 == 0
+    assert config.hidden_size % 4 == 0
+    if name == "embedded/qwen2":
+        assert config.num_key_value_heads == 4 < config.num_attention_heads
+        assert config.intermediate_size % 4 == 0
+    if name == "embedded/gpt2":
+        assert config.n_positions == 512
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+def test_no_dropout(embedded):
+    _, _, model, _ = embedded
+    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} <= {0.0}
+    # GPT-2's attention dropout is a number in the configuration; "summary" belongs to another head.
+    settings = model.config.to_dict().items()
+    assert {v for k, v in settings if "drop" in k and not k.startswith("summary")} == {0.0}
+
+
+def test_weights_are_those_of_their_summary(embedded):
+    _, directory, model, tokenizer = embedded
+    summary = json.loads((directory / "pretraining.json").read_text())
+    assert sample_loss(model, tokenizer) == pytest.approx(summary["sample_loss"], abs=1e-4)
+
+
+def test_pretraining_has_taught_more_than_token_frequencies(embedded):
+    name, directory, model, tokenizer = embedded
+    summary = json.loads((directory / "pretraining.json").read_text())
+    assert summary["validation_loss"] < summary["unigram_entropy"] - 1.0
+    # On this interpreter's text too, whatever its version.
+    total = tokens = 0
+    for row in rows("embedded/articles", "validation")[:20]:
+        ids = torch.tensor([tokenizer(row["text"], truncation=True, max_length=512)["input_ids"]])
+        with torch.no_grad():
+            total += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        tokens += ids.shape[1] - 1
+    assert total / tokens < summary["unigram_entropy"] - 1.0, name
+
+
+def test_generation_stops_or_goes_on_sensibly(embedded):
+    _, _, model, tokenizer = embedded
+    prompt = tokenizer("Return the ", return_tensors="pt")
+    out = model.generate(**prompt, max_new_tokens=12, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    assert prompt["input_ids"].shape[1] < out.shape[1] <= prompt["input_ids"].shape[1] + 12
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("text", [SAMPLE, "  two spaces\n\ttab, naïve 日本語 🙂 <x> 12345", "os.path.join(a, *p)"])
+def test_tokenizers_give_back_what_they_were_given(embedded, text):
+    _, _, _, tokenizer = embedded
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+    assert max(ids) < 2048
+
+
+def test_special_tokens_are_the_families_own(embedded):
+    name, _, model, tokenizer = embedded
+    expected = {
+        "embedded/gpt2": ("<|endoftext|>", None, [2047]),
+        "embedded/qwen2": ("<|endoftext|>", "<|endoftext|>", [2045]),
+        "embedded/bloom": ("</s>", "<pad>", [2]),
+    }[name]
+    assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.encode(tokenizer.eos_token)) == expected
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+    if name == "embedded/qwen2":
+        assert tokenizer.encode("<|im_start|><|im_end|>") == [2046, 2047]
+
+
+def test_gpt2_small_is_a_configuration_and_a_tokenizer():
+    directory = model_directory(CONFIG_ONLY_NAMES[0])
+    assert not list(directory.glob("*.safetensors"))
+    assert len(AutoTokenizer.from_pretrained(directory)) == 2048

@@ -1,0 +1,385 @@
+"""One path to every model, one batch for every family, and errors that say what to write instead."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import psutil
+import pytest
+import torch
+from huggingface_hub import constants
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from tutorial_lib.config import ConfigError
+from tutorial_lib.embedded import MODEL_NAMES, model_directory
+from tutorial_lib.models import (
+    check_sequence_length,
+    count_parameters,
+    freeze_parameters,
+    hub_reachable,
+    load_config,
+    load_model,
+    load_tokenizer,
+    max_sequence_length,
+    resolve_model,
+    set_activation_checkpointing,
+)
+
+families = pytest.mark.parametrize("name", MODEL_NAMES)
+
+
+def packed_batch(lengths: list[int], total: int) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """Random documents, and one row that holds them all, filled up with padding that is a document of its own."""
+    generator = torch.Generator().manual_seed(0)
+    docs = [torch.randint(4, 2040, (length,), generator=generator) for length in [*lengths, total - sum(lengths)]]
+    owner = torch.cat([torch.full((len(doc),), number) for number, doc in enumerate(docs)])
+    mask = (owner[:, None] == owner[None, :]) & torch.ones(total, total, dtype=torch.bool).tril()
+    return docs[:-1], {
+        "input_ids": torch.cat(docs)[None],
+        "attention_mask": mask[None, None],
+        "position_ids": torch.cat([torch.arange(len(doc)) for doc in docs])[None],
+    }
+
+
+# ------------------------------------------------------------------------------------------------- one batch for all
+
+
+@families
+def test_packed_documents_have_the_logits_they_have_alone(name):
+    model = load_model(name).eval()
+    docs, batch = packed_batch([40, 3, 77], 160)
+    with torch.no_grad():
+        together = model(**batch).logits[0]
+        start = 0
+        for doc in docs:
+            alone = model(input_ids=doc[None]).logits[0]
+            torch.testing.assert_close(together[start : start + len(doc)], alone, atol=2e-5, rtol=0)
+            start += len(doc)
+
+
+def test_without_help_bloom_cannot_take_a_packed_batch():
+    """What load_model adds is needed: transformers' own BLOOM fails on the mask that all others take."""
+    model = AutoModelForCausalLM.from_pretrained(model_directory("embedded/bloom"))
+    with pytest.raises(ValueError, match="too many values to unpack"):
+        model(**packed_batch([5, 6], 16)[1])
+
+
+@families
+def test_packed_rows_take_their_neighbours_mask(name):
+    """Two rows with different borders in one batch: ALiBi is built per row."""
+    model = load_model(name).eval()
+    first, second = packed_batch([9, 14], 32)[1], packed_batch([20, 6], 32)[1]
+    both = {key: torch.cat([first[key], second[key]]) for key in first}
+    with torch.no_grad():
+        together = model(**both).logits
+        for row, batch in enumerate((first, second)):
+            torch.testing.assert_close(together[row], model(**batch).logits[0], atol=2e-5, rtol=0)
+
+
+@families
+def test_a_row_that_sees_nothing_stays_finite(name):
+    model = load_model(name)
+    _, batch = packed_batch([10], 20)
+    batch["attention_mask"][:, :, 10:] = False
+    logits = model(**batch).logits
+    assert logits.isfinite().all()
+    logits[0, :10].square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@families
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padding_on_the_right_changes_nothing(name, dtype):
+    model = load_model(name, dtype=dtype).eval()
+    ids = torch.arange(10, 34)[None]
+    mask = (torch.arange(24) < 15).long()[None]
+    with torch.no_grad():
+        padded = model(input_ids=ids, attention_mask=mask).logits[0, :15]
+        alone = model(input_ids=ids[:, :15]).logits[0]
+    tolerance = 2e-5 if dtype == torch.float32 else 0.15
+    torch.testing.assert_close(padded, alone, atol=tolerance, rtol=0)
+
+
+@families
+def test_bf16_takes_packed_batches(name):
+    model = load_model(name, dtype=torch.bfloat16).eval()
+    docs, batch = packed_batch([30, 30], 64)
+    with torch.no_grad():
+        together, alone = model(**batch).logits[0, 30:60], model(input_ids=docs[1][None]).logits[0]
+    assert together.dtype == torch.bfloat16
+    torch.testing.assert_close(together, alone, atol=0.15, rtol=0)
+
+
+@families
+def test_recomputed_activations_give_the_same_gradients(name):
+    _, batch = packed_batch([12, 9], 24)
+    gradients = []
+    for recompute in (False, True):
+        model = load_model(name).train()
+        if recompute:
+            set_activation_checkpointing(model)
+        model(**batch).logits.logsumexp(-1).mean().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters()})
+        assert model.is_activation_checkpointing is recompute
+    for parameter, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][parameter], expected, atol=1e-7, rtol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------- tokenizers
+
+
+@families
+def test_tokenizers_pad_on_the_right(name):
+    tokenizer = load_tokenizer(name)
+    batch = tokenizer(["one", "a longer text"], padding=True, return_tensors="pt")
+    assert batch["attention_mask"][0].tolist() == sorted(batch["attention_mask"][0].tolist(), reverse=True)
+    assert batch["attention_mask"][0, -1] == 0
+    assert batch["input_ids"][0, -1] == tokenizer.pad_token_id
+
+
+def test_gpt2_gets_the_pad_token_it_lacks():
+    assert AutoTokenizer.from_pretrained(model_directory("embedded/gpt2")).pad_token is None
+    assert load_tokenizer("embedded/gpt2").pad_token == "<|endoftext|>"
+
+
+def test_bloom_pads_on_the_left_until_it_is_told_otherwise():
+    assert AutoTokenizer.from_pretrained(model_directory("embedded/bloom")).padding_side == "left"
+    assert load_tokenizer("embedded/bloom").pad_token == "<pad>"
+
+
+# -------------------------------------------------------------------------------------------------------------- names
+
+
+def test_a_directory_is_loaded_like_an_embedded_name():
+    directory = str(model_directory("embedded/qwen2"))
+    assert resolve_model("embedded/qwen2") == resolve_model(directory) == directory
+    assert resolve_model("Qwen/Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"
+    left, right = load_model("embedded/qwen2"), load_model(directory)
+    assert all(torch.equal(a, b) for a, b in zip(left.parameters(), right.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("load", [load_model, load_config, load_tokenizer])
+def test_unknown_name_without_a_hub(load):
+    with pytest.raises(ConfigError) as error:
+        load("no-such/model")
+    message = str(error.value)
+    assert "'no-such/model' is neither a directory nor embedded" in message
+    assert "the hub could not be reached" in message
+    assert "embedded/gpt2, embedded/qwen2, embedded/bloom" in message
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c", "~/nowhere"])
+def test_a_path_that_is_not_there(name):
+    with pytest.raises(ConfigError, match="no directory here, and no hub name"):
+        load_model(name)
+
+
+def test_a_directory_without_a_model(tmp_path):
+    with pytest.raises(ConfigError, match="does not hold a usable model"):
+        load_model(str(tmp_path))
+
+
+def test_misspelt_embedded_name():
+    with pytest.raises(ConfigError, match=r"no embedded model 'embedded/gtp2'\. Write one of: embedded/gpt2"):
+        load_tokenizer("embedded/gtp2")
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """A hub that answers, and knows no model."""
+
+    def do_HEAD(self) -> None:
+        self.send_response(200 if self.path == "/" else 404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.end_headers()
+
+    do_GET = do_HEAD
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def refusing_hub():
+    server = HTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_hub_that_answers_no(refusing_hub, tmp_path):
+    code = """
+from tutorial_lib.config import ConfigError
+from tutorial_lib.models import load_model
+try:
+    load_model("no-such/model")
+except ConfigError as error:
+    print(error)
+"""
+    environment = {k: v for k, v in os.environ.items() if not k.endswith("_OFFLINE")}
+    environment |= {"HF_ENDPOINT": refusing_hub, "HF_HOME": str(tmp_path), "NO_PROXY": "*"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "'no-such/model' is neither a directory nor embedded, and the hub did not give it" in done.stdout
+    assert "embedded/gpt2" in done.stdout
+
+
+def test_a_hub_that_is_away_is_asked_once(monkeypatch):
+    """Left to itself, transformers retries for 23 seconds."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    hub_reachable.cache_clear()
+    started = time.perf_counter()
+    try:
+        with pytest.raises(ConfigError, match="the hub could not be reached"):
+            load_tokenizer("no-such/model")
+    finally:
+        hub_reachable.cache_clear()
+    assert time.perf_counter() - started < 10
+
+
+def test_code_that_a_model_ships_runs_only_if_asked_for(tmp_path):
+    model, ran = tmp_path / "model", tmp_path / "ran"
+    model.mkdir()
+    (model / "config.json").write_text(
+        json.dumps({"model_type": "ours", "auto_map": {"AutoConfig": "configuration_ours.Ours"}})
+    )
+    (model / "configuration_ours.py").write_text(
+        f"from pathlib import Path\nfrom transformers import PretrainedConfig\nPath({str(ran)!r}).touch()\n"
+        "class Ours(PretrainedConfig):\n    model_type = 'ours'\n"
+    )
+    with pytest.raises(ConfigError, match="trust_remote_code=True"):
+        load_config(str(model))
+    assert not ran.exists()
+    assert load_config(str(model), trust_remote_code=True).model_type == "ours"
+    assert ran.exists()
+
+
+# ----------------------------------------------------------------------------------------------------- random weights
+
+
+@families
+def test_random_weights_depend_on_the_seed_alone(name):
+    before = torch.random.get_rng_state()
+    models = [load_model(name, random_init=True, seed=seed) for seed in (3, 3, 4)]
+    assert torch.equal(torch.random.get_rng_state(), before), "the caller's generator was used"
+    same, again, other = (model.get_input_embeddings().weight for model in models)
+    assert torch.equal(same, again)
+    assert not torch.equal(same, other)
+    assert same.std().item() == pytest.approx(models[0].config.initializer_range, rel=0.02)
+    assert same is models[0].get_output_embeddings().weight
+    loss = models[0](input_ids=torch.arange(100)[None], labels=torch.arange(100)[None]).loss.item()
+    assert loss == pytest.approx(torch.tensor(2048.0).log().item(), abs=0.3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@families
+def test_random_weights_do_not_depend_on_the_device(name):
+    expected = load_model(name, random_init=True, seed=7)
+    with torch.device("cuda"):
+        model = load_model(name, random_init=True, seed=7)
+    assert {p.device.type for p in model.parameters()} == {"cuda"}
+    assert all(torch.equal(p.cpu(), q) for p, q in zip(model.parameters(), expected.parameters(), strict=True))
+
+
+def test_gpt2_small_has_no_weights_but_dimensions():
+    with pytest.raises(ConfigError, match=r"configuration without weights\. Write random_init=True"):
+        load_model("embedded/gpt2-small")
+    assert load_model("embedded/gpt2-small", random_init=True).num_parameters() == 124_439_808
+
+
+STAGE_3 = """
+import sys, torch, deepspeed
+from transformers.integrations import HfDeepSpeedConfig
+from tutorial_lib.embedded import MODEL_NAMES
+from tutorial_lib.models import count_parameters, load_config, load_model
+
+options = [{}, {"random_init": True, "seed": 5}]
+plain = {(n, i): load_model(n, **o) for n in MODEL_NAMES for i, o in enumerate(options)}
+deepspeed.init_distributed("gloo", dist_init_required=True, verbose=False)
+zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+keep = HfDeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero})
+ids = torch.arange(30)[None]
+mask = torch.block_diag(torch.ones(12, 12), torch.ones(18, 18)).tril().bool()[None, None]
+position_ids = torch.cat([torch.arange(12), torch.arange(18)])[None]
+for (name, i), expected in plain.items():
+    model = load_model(name, **options[i], freeze=("*.bias",))
+    parameters = list(model.parameters())
+    assert all(p.numel() == 0 and hasattr(p, "ds_id") for p in parameters), "a parameter is whole"
+    assert {n for n, p in model.named_parameters() if not p.requires_grad} == {
+        n for n, _ in model.named_parameters() if n.endswith(".bias")
+    }
+    assert count_parameters(load_config(name)) == sum(p.ds_numel for p in parameters)
+    with deepspeed.zero.GatheredParameters(parameters), torch.no_grad():
+        for (n, p), q in zip(model.named_parameters(), expected.parameters(), strict=True):
+            assert torch.equal(p, q), (name, i, n)
+        batch = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids}
+        assert torch.equal(model.eval()(**batch).logits, expected.eval()(**batch).logits), name
+    print("ok", name, i)
+"""
+
+
+def test_partitioned_as_they_are_made_models_are_the_same():
+    """Pretrained and random, in a stage-3 configuration: nothing whole, and bit for bit the same weights."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", STAGE_3], env={**os.environ, **alone}, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.findall(r"^ok \S+ \d", done.stdout, re.MULTILINE) == [f"ok {n} {i}" for n in MODEL_NAMES for i in (0, 1)]
+
+
+# ------------------------------------------------------------------------------------------------- freezing and sizes
+
+
+def test_freezing_by_pattern():
+    model = load_model("embedded/qwen2", freeze=("model.layers.0.*", "*.mlp.up_proj.weight"))
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {
+        name for name, _ in model.named_parameters() if name.startswith("model.layers.0.") or "mlp.up_proj" in name
+    }
+    assert len(frozen) == 12 + 3
+
+
+@pytest.mark.parametrize("pattern", ["lm_head.weight", "transformer.wte.weight"])
+def test_a_tied_weight_is_frozen_under_both_names(pattern):
+    model = load_model("embedded/gpt2")
+    assert set(freeze_parameters(model, [pattern])) == {"lm_head.weight", "transformer.wte.weight"}
+    assert not model.get_input_embeddings().weight.requires_grad
+
+
+def test_a_pattern_that_matches_nothing_names_near_ones():
+    with pytest.raises(ConfigError, match=r"no parameter matches 'transformer\.wte'.*transformer\.wte\.weight"):
+        load_model("embedded/gpt2", freeze=("transformer.wte",))
+    with pytest.raises(ConfigError, match="leaves no parameter to train"):
+        load_model("embedded/gpt2", freeze=("*",))
+
+
+def test_sequence_length_beyond_the_models():
+    limits = {name: max_sequence_length(load_config(name)) for name in MODEL_NAMES}
+    assert limits == {"embedded/gpt2": 512, "embedded/qwen2": 2048, "embedded/bloom": None}
+    check_sequence_length(512, load_config("embedded/gpt2"))
+    check_sequence_length(100_000, load_config("embedded/bloom"))
+    with pytest.raises(ConfigError, match=r"seq_length=513 is longer than this gpt2 model's 512 positions\. Write"):
+        check_sequence_length(513, load_config("embedded/gpt2"))
+
+
+@families
+def test_counted_parameters_are_the_models(name):
+    assert count_parameters(load_config(name)) == sum(p.numel() for p in load_model(name).parameters())
+
+
+def test_counting_allocates_nothing():
+    xl = {"vocab_size": 50257, "n_embd": 1600, "n_layer": 48, "n_head": 25}
+    untied = AutoConfig.for_model("gpt2", **xl, tie_word_embeddings=False)
+    before = psutil.Process().memory_info().rss
+    assert count_parameters(load_config("embedded/gpt2-small")) == 124_439_808
+    assert count_parameters(untied) == 1_557_611_200 + 50257 * 1600  # GPT-2 XL, and a head of its own
+    assert psutil.Process().memory_info().rss - before < 100e6
