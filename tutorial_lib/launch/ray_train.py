@@ -8,11 +8,15 @@ finished checkpoint (``NO_UPLOAD``): Ray then knows the newest one, and nothing 
 from __future__ import annotations
 
 import os
+import secrets
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.launch import WorkerError, first_error, wait_for
@@ -28,23 +32,38 @@ _SETTINGS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # How long the end of the workers may go unnoticed, seconds.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    # Workers import these while Ray starts, not when training starts.
-    "RAY_preload_python_modules": "ray.train.torch,tutorial_lib.trainer,tutorial_lib.engine",
+    # Worker processes in stock are of no use: what Ray Train starts has a runtime environment and so its own processes.
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_enable_worker_prestart": "0",
 }
+
+
+_TOKEN = secrets.token_hex(32)
+"""Whoever wants to use a cluster that this process starts needs it."""
+
+_LEAN_PATH = str(Path(__file__).with_name("ray_path"))
+
+_changed_environment: dict[str, str | None] = {}
 
 
 def start(config: Config) -> bool:
     """Connect to the Ray cluster named by ``RAY_ADDRESS``, or start one on this machine. :func:`stop` ends it.
 
-    The local one listens on loopback only, has no dashboard, and grants as many CPU slots as there are workers, so
-    that four workers can share two cores.
+    The local one has no dashboard and grants as many CPU slots as there are workers, so that four workers can share
+    two cores. Ray's servers listen on every network interface, whatever address they are given; they serve only who
+    has the token that is made here and handed to Ray's processes in the environment (``RAY_AUTH_TOKEN``;
+    ``RAY_AUTH_MODE=disabled`` turns that off).
 
     Returns:
         Whether anything was started: False if Ray was running in this process already.
+
+    Raises:
+        RuntimeError: Ray did not start. None of its processes is left.
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
-    import ray
+    with _lean_imports():
+        import ray
 
     if ray.is_initialized():
         return False
@@ -55,7 +74,22 @@ def start(config: Config) -> bool:
     cores, world_size = os.cpu_count() or 1, config.parallel.world_size
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // world_size)))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    ray.init(num_cpus=max(world_size, cores), include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+    _changed_environment.update({name: os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")})
+    if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        # Otherwise Ray makes a token that outlives the cluster, in the home directory.
+        os.environ.setdefault("RAY_AUTH_TOKEN", _TOKEN)
+    children = set(psutil.Process().children())
+    try:
+        with _lean_imports():
+            ray.init(num_cpus=max(world_size, cores), include_dashboard=False, **quiet)
+    except Exception as error:
+        _end_processes(set(psutil.Process().children()) - children)
+        stop()
+        load = ", ".join(f"{average:.1f}" for average in os.getloadavg())
+        raise RuntimeError(
+            f"Ray did not start: {error}\nIt gives up when its processes need more than 30 s. Load averages are {load} "
+            f"on {cores} cores: end other programs and try again, or write launcher='local', which needs no Ray."
+        ) from error
     return True
 
 
@@ -64,6 +98,37 @@ def stop() -> None:
     import ray
 
     ray.shutdown()
+    for name, value in _changed_environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    _changed_environment.clear()
+
+
+def _end_processes(processes: set[psutil.Process]) -> None:
+    # Ray ends what it has started only when this process ends.
+    whole = {child for process in processes for child in (process, *process.children(recursive=True))}
+    for process in whole:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(list(whole), timeout=10)
+
+
+@contextmanager
+def _lean_imports() -> Iterator[None]:
+    """Have this process, and the processes that Ray starts, not import what ``ray_path`` says is not needed."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([_LEAN_PATH, *([before] if before else [])])
+    sys.path.insert(0, _LEAN_PATH)
+    try:
+        yield
+    finally:
+        sys.path.remove(_LEAN_PATH)
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
 
 @contextmanager
