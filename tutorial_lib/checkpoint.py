@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 
 from tutorial_lib.config import FREE_ON_RESUME, Config, ConfigError
+from tutorial_lib.models import freeze_parameters
 from tutorial_lib.mpu import Topology
 from tutorial_lib.records import RunDirectory, write_atomically
 
@@ -225,9 +226,9 @@ def export(path: Path, target: Path) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     settings = Config.from_json(json.dumps(read_trainer_state(path)["config"]))
-    weights = _whole_weights(path / "engine", settings)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path / "model"), dtype=torch.float32)
+    weights = _whole_weights(path / "engine", settings, model)
     # Tied weights may be stored under one of their names only: assign what is there, tie, and see that all is there.
     outcome = model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
@@ -236,24 +237,37 @@ def export(path: Path, target: Path) -> Path:
         raise CheckpointError(
             f"{path} does not fit its own model configuration: missing {lost}, unexpected {outcome.unexpected_keys}."
         )
+    model.config.use_cache = True  # off while training; whoever loads the export wants to generate
     target.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(path / "model").save_pretrained(target)
     return target
 
 
-def _whole_weights(directory: Path, settings: Config) -> dict[str, torch.Tensor]:
+def _whole_weights(directory: Path, settings: Config, model: torch.nn.Module) -> dict[str, torch.Tensor]:
     if settings.engine.name == "torch":
         return dict(torch.load(directory / "model.pt", map_location="cpu", weights_only=True))
-    shards = directory / "engine"
+    frozen = freeze_parameters(model, settings.model.freeze)
+    weights: dict[str, torch.Tensor] = {}
     if settings.engine.zero_stage > 0:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # it prints what it does, and a bar per loop
-            return dict(get_fp32_state_dict_from_zero_checkpoint(str(directory), tag="engine"))
+            weights = dict(get_fp32_state_dict_from_zero_checkpoint(str(directory), tag="engine"))
+    if settings.engine.zero_stage == 3:
+        return weights
     # Verified above; DeepSpeed's own file holds more than tensors.
-    state = torch.load(shards / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-    return {name: tensor.float() for name, tensor in state["module"].items()}
+    state = torch.load(directory / "engine" / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+    if settings.engine.zero_stage > 0:
+        # What is not trained is in no shard of the optimizer, and at stage 1 DeepSpeed's merge leaves it out.
+        return weights | {name: state["module"][name].float() for name in frozen if name not in weights}
+    weights = {name: tensor.float() for name, tensor in state["module"].items()}
+    if settings.engine.precision != "fp32":
+        # Without ZeRO, DeepSpeed keeps the masters without names, in the order of the trained parameters.
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        masters = [master.detach() for group in state["optimizer"]["fp32_groups"] for master in group]
+        weights.update(zip(trained, masters, strict=True))
+    return weights
 
 
 def _digests(directory: Path, topology: Topology) -> dict[str, dict[str, Any]]:

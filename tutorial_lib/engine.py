@@ -12,13 +12,18 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
+
+# Stated, because DeepSpeed warns on every start when it finds out by itself that there is no GPU.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import Tensor
 
@@ -136,7 +141,9 @@ class DeepSpeedEngine:
         included; their device tells where they are.
         """
         zero = self.deepspeed.optimizer
-        parameters = [getattr(p, "ds_tensor", p) for p in self.module.parameters()]
+        parameters = [p.data for p in self.module.parameters()]
+        # Stage 3: this rank's shards. A gathered or persistent parameter is held besides, a released one is empty.
+        parameters += [p.ds_tensor for p in self.module.parameters() if hasattr(p, "ds_tensor")]
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         gradients += _tensors(getattr(zero, "averaged_gradients", None))
         for masters in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
@@ -161,16 +168,24 @@ class DeepSpeedEngine:
         """Both moments of every trained parameter, whole, on the CPU. Collective: all ranks must iterate."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        kept_under = self._kept_under() if self.config.engine.zero_stage == 0 else None
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
-                if self._plain_optimizer:
-                    state = self.optimizer.state[parameter]
+                if kept_under is not None:
+                    state = self.optimizer.state[kept_under[parameter]]
                     moments = {key: state[key] for key in ("exp_avg", "exp_avg_sq")}
                 else:
-                    moments = {
-                        key: safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq")
-                    }
+                    moments = {key: safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq")}
                 yield name, {key: moment.detach().cpu().clone() for key, moment in moments.items()}
+
+    def _kept_under(self) -> dict[Tensor, Tensor]:
+        """Without ZeRO, the optimizer's key for each trained parameter: itself, or in 16 bits its fp32 master copy."""
+        if self._plain_optimizer:
+            return {parameter: parameter for parameter in self.module.parameters()}
+        wrapper = self.deepspeed.optimizer
+        copies = [copy for group in wrapper.fp16_groups for copy in group]
+        masters = [master for group in wrapper.fp32_groups for master in group]
+        return dict(zip(copies, masters, strict=True))
 
     def save(self, directory: Path) -> None:
         """Write this rank's files into ``directory``. Collective."""

@@ -1,0 +1,205 @@
+"""Which runs are compared: a case is a training problem, a variant a way to solve it that must change nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tutorial_lib.config import Config
+from tutorial_lib.embedded import model_directory
+
+STEPS = 5
+
+COMMON: dict[str, Any] = {
+    "steps": STEPS,
+    "global_batch": 8,
+    "seq_length": 64,
+    "max_examples": 160,
+    "evaluate": False,
+    # Some gradients are zero but for rounding (a key's bias shifts all scores alike). Adam divides by their size, and
+    # with the default of 1e-8 makes updates of full length out of noise. This keeps updates continuous.
+    "eps": 1e-4,
+}
+
+CASES: dict[str, dict[str, Any]] = {
+    # Tied embeddings; lengths differ by rank; the norm is above the limit at every step.
+    "gpt2": {"model": "embedded/gpt2", "gradient_clipping": 0.5},
+    # Only answers count: a few tokens of each row. Four times the usual decay, no clipping, learning rate changing.
+    "untied": {
+        "model": "qwen2-untied", "random_init": True, "dataset": "embedded/qa", "seq_length": 128,
+        "weight_decay": 0.04, "gradient_clipping": 0.0, "schedule": "cosine", "warmup_steps": 2,
+    },
+    # ALiBi, and rows that hold several documents.
+    "bloom": {"model": "embedded/bloom", "batching": "packed", "seq_length": 128},
+    # One rank may hold 60 times the tokens of another.
+    "uneven": {"model": "embedded/qwen2", "dataset": "uneven", "batching": "max_length", "global_batch": 4},
+    "frozen": {"model": "embedded/gpt2", "freeze": ("*.wpe.weight", "*.h.0.*"), "activation_checkpointing": True},
+}  # fmt: skip
+
+STAGES: dict[str, dict[str, Any]] = {f"zero{stage}": {"zero_stage": stage} for stage in range(4)}
+OFFLOADED: dict[str, dict[str, Any]] = {
+    "zero1-optimizer": {"zero_stage": 1, "offload": "optimizer"},
+    "zero2-optimizer": {"zero_stage": 2, "offload": "optimizer"},
+    "zero3-optimizer": {"zero_stage": 3, "offload": "optimizer"},
+    "zero3-all": {"zero_stage": 3, "offload": "all"},
+}
+# Two micro-batches per step on 4 ranks, four on 2, eight on one.
+ACCUMULATED = {f"{name}-accumulated": {**flat, "micro_batch": 1} for name, flat in STAGES.items()} | {
+    f"{name}-accumulated": {**OFFLOADED[name], "micro_batch": 1} for name in ("zero2-optimizer", "zero3-all")
+}
+BF16 = {f"{name}-bf16": {**flat, "precision": "bf16"} for name, flat in STAGES.items()}
+
+VARIANTS: dict[int, dict[str, dict[str, dict[str, Any]]]] = {
+    1: {
+        "gpt2": STAGES | OFFLOADED,
+        "untied": {"zero3-accumulated": ACCUMULATED["zero3-accumulated"]},
+    },
+    2: {
+        "gpt2": STAGES | OFFLOADED | ACCUMULATED | BF16,
+        "untied": STAGES | {"zero3-all": OFFLOADED["zero3-all"]},
+        "bloom": STAGES,
+        "uneven": STAGES | {"zero2-accumulated": ACCUMULATED["zero2-accumulated"]},
+        "frozen": STAGES | {"zero2-optimizer": OFFLOADED["zero2-optimizer"]},
+    },
+    4: {
+        "gpt2": STAGES | {name: ACCUMULATED[name] for name in ("zero2-accumulated", "zero3-all-accumulated")},
+        "untied": {name: STAGES[name] for name in ("zero1", "zero3")},
+        "bloom": {"zero3": STAGES["zero3"]},
+        "uneven": STAGES,
+        "frozen": {"zero2": STAGES["zero2"]},
+    },
+}
+"""By number of ranks and case: what must equal the case's reference."""
+
+
+def make_inputs(directory: Path) -> None:
+    """Models and data that are not embedded."""
+    untied = directory / "qwen2-untied"
+    _altered_model("embedded/qwen2", untied, tie_word_embeddings=False)
+    (untied / "model.safetensors").unlink()
+    for name, rates in {
+        "gpt2": dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.1),
+        "bloom": dict.fromkeys(("attention_dropout", "hidden_dropout"), 0.1),
+    }.items():
+        _altered_model(f"embedded/{name}", directory / f"{name}-dropout", **rates)
+    uneven = directory / "uneven"
+    uneven.mkdir()
+    texts = [("word " * 60 if number % 3 == 0 else "word ") + str(number) for number in range(64)]
+    for split in ("train", "validation"):
+        rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (uneven / f"{split}.jsonl").write_text(rows)
+
+
+def _altered_model(name: str, target: Path, **changes: Any) -> None:
+    shutil.copytree(model_directory(name), target)
+    path = target / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def config(directory: Path, **flat: Any) -> Config:
+    """A configuration whose ``model`` and ``dataset`` may be names in ``directory``."""
+    flat = COMMON | flat
+    for kind in ("model", "dataset"):
+        if (directory / str(flat.get(kind))).is_dir():
+            flat[kind] = str(directory / flat[kind])
+    return Config.create("cpu", storage=str(directory / "runs"), **flat)
+
+
+def variant(directory: Path, case: str, variant: str, dp: int, **changes: Any) -> Config:
+    """A run that must equal the case's reference."""
+    return config(
+        directory,
+        **{"name": f"{case}.{variant}.{dp}", "dp": dp, **CASES[case], **VARIANTS[dp][case][variant], **changes},
+    )
+
+
+def reference(directory: Path, case: str) -> Config:
+    """The case in one process with plain torch."""
+    return config(directory, name=f"{case}.reference", engine="torch", dp=1, **CASES[case])
+
+
+BROKEN_RUNS = {
+    "same_data_on_each_rank": ("gpt2", "zero1"),
+    "sharded_over_a_larger_grid": ("gpt2", "zero2"),
+    "padding_in_the_loss": ("gpt2", "zero3"),
+    "clipping_dropped": ("gpt2", "zero2"),
+    "clipping_left_to_the_default": ("gpt2", "zero0"),
+    "mean_of_means": ("uneven", "zero2"),
+    "loss_of_own_tokens": ("uneven", "zero1"),
+    "gradients_summed": ("untied", "zero1"),
+    "gradients_averaged_twice": ("gpt2", "zero3"),
+    "trial_step_kept": ("gpt2", "zero0-bf16"),
+}
+"""The case and variant that each fault of ``worker.BROKEN`` is put into, on two ranks."""
+
+
+STOP, END = 3, 8
+INTERRUPTED: dict[str, dict[str, Any]] = {
+    "zero0": {"zero_stage": 0},
+    "zero1": {"zero_stage": 1},
+    "zero2-optimizer": {"zero_stage": 2, "offload": "optimizer"},
+    "zero3": {"zero_stage": 3},
+    "zero3-all": {"zero_stage": 3, "offload": "all"},
+    "zero0-bf16": {"zero_stage": 0, "precision": "bf16"},
+    "zero3-bf16": {"zero_stage": 3, "precision": "bf16"},
+    "packed": {"zero_stage": 2, "model": "bloom-dropout", "batching": "packed", "seq_length": 128, "micro_batch": 2},
+}  # fmt: skip
+"""Runs with dropout that are stopped in the middle of an epoch of five steps, and end in the middle of the next."""
+
+
+def interruptible(directory: Path, kind: str, part: str, **changes: Any) -> Config:
+    """The ``whole`` run, or the one ``halved`` by a stop."""
+    flat = {"model": "gpt2-dropout", "max_examples": 40, "steps": END, **INTERRUPTED[kind]}
+    stop = {"stop_after": STOP} if part == "halved" else {}
+    if flat.get("batching") == "packed":
+        # As many documents as fill five steps of eight rows with several each.
+        flat["max_examples"] = 90
+    return config(directory, **{"name": f"{part}.{kind}", "dp": 2, **flat, **stop, **changes})
+
+
+def shared_runs(directory: Path, ranks: int) -> list[Config]:
+    """All runs on this many ranks that need no launch of their own."""
+    runs = [variant(directory, case, name, ranks) for case, names in VARIANTS[ranks].items() for name in names]
+    if ranks == 1:
+        runs += [reference(directory, case) for case in CASES]
+    if ranks == 2:
+        runs += [interruptible(directory, name, part) for name in INTERRUPTED for part in ("whole", "halved")]
+        runs += [variant(directory, *where, 2, name=f"broken-{fault}") for fault, where in BROKEN_RUNS.items()]
+    return runs
+
+
+CONTINUED_BADLY = {
+    "broken-random_states_not_restored": "zero1",
+    "broken-position_not_restored": "zero1",
+    "broken-optimizer_not_restored": "zero1",
+}
+REFUSED = {"refused-cut-short": "zero3", "refused-flipped": "zero3", "refused-other-settings": "zero3"}
+
+
+def resumed_runs(directory: Path) -> list[Config]:
+    """The second starts of the halved runs, and of copies of them that something has happened to."""
+    runs = [interruptible(directory, name, "halved", stop_after=None) for name in INTERRUPTED]
+    for name, origin in (CONTINUED_BADLY | REFUSED).items():
+        changes = {"learning_rate": 0.5} if name == "refused-other-settings" else {}
+        runs.append(interruptible(directory, origin, "halved", name=name, stop_after=None, **changes))
+        shutil.copytree(directory / "runs" / f"halved.{origin}", runs[-1].directory)
+    # The start before did not stop at its checkpoint: it had written two more rows and half a third when it was killed.
+    metrics = directory / "runs" / "halved.zero1" / "metrics.jsonl"
+    last = json.loads(metrics.read_text().splitlines()[-1])
+    lost = "".join(json.dumps(last | {"step": STOP + more, "loss": 99.0}) + "\n" for more in (1, 2))
+    metrics.write_text(metrics.read_text() + lost + '{"step": 6, "lo')
+    saved = directory / "runs" / "refused-cut-short" / "checkpoints" / f"step-{STOP:08d}" / "rank-001.pt"
+    saved.write_bytes(saved.read_bytes()[:-1])
+    saved = shard(directory / "runs" / "refused-flipped", STOP, rank=1)
+    content = bytearray(saved.read_bytes())
+    content[len(content) // 2] ^= 1
+    saved.write_bytes(content)
+    return runs
+
+
+def shard(run: Path, step: int, rank: int) -> Path:
+    """The file with a rank's share of the optimizer's states."""
+    engine = run / "checkpoints" / f"step-{step:08d}" / "engine" / "engine"
+    return next(engine.glob(f"*zero_pp_rank_{rank}_*optim_states.pt"))

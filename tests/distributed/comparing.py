@@ -1,0 +1,122 @@
+"""One comparison for all runs: what the equivalence tests assert is what the deliberately broken runs must fail.
+
+Tolerances, all for fp32 unless said otherwise:
+
+- losses and gradient norms: ``|a - b| <= tolerance * max(1, |b|)``;
+- parameters: the same, element by element;
+- moments: the same, and as they are small also ``max |a - b| <= moments * max |b|`` per tensor.
+
+Tokens per step, learning rates, epochs, and the examples of every step must be equal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tests.distributed.worker import OBSERVATION
+from tutorial_lib.config import Config
+from tutorial_lib.records import Row, RunDirectory
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A finished run: its records, and what :mod:`tests.distributed.worker` saw in it."""
+
+    config: Config
+    rows: list[Row]
+    parameters: dict[str, torch.Tensor]
+    moments: dict[str, dict[str, torch.Tensor]]
+    inputs: dict[str, torch.Tensor]
+    logits: torch.Tensor
+    examples: list[list[str]]
+    tokens_by_rank: list[list[int]]
+    ranks_agree: bool
+    files_by_rank: list[list[str]]
+
+    @property
+    def directory(self) -> RunDirectory:
+        return RunDirectory(self.config.directory)
+
+    @classmethod
+    def read(cls, config: Config) -> Observed:
+        seen = torch.load(config.directory / OBSERVATION, weights_only=True)
+        return cls(config=config, rows=RunDirectory(config.directory).rows(), **seen)
+
+
+@dataclass
+class Differences:
+    """The largest differences by kind, and what exceeds its tolerance."""
+
+    largest: dict[str, float] = field(default_factory=dict)
+    found: dict[str, str] = field(default_factory=dict)
+
+    def number(self, kind: str, where: str, size: float, tolerance: float) -> None:
+        self.largest[kind] = max(self.largest.get(kind, 0.0), size)
+        if not size <= tolerance:
+            self.found.setdefault(kind, f"{kind} differs by {size:.3g} at {where} (allowed: {tolerance:g})")
+
+    def exact(self, kind: str, where: str, one: Any, other: Any) -> None:
+        if one != other:
+            self.found.setdefault(kind, f"{kind} differs at {where}: {one!r:.80}, {other!r:.80}")
+
+
+def compare(
+    run: Observed,
+    reference: Observed,
+    *,
+    tolerance: float = 1e-6,
+    moments: float = 2e-5,
+    grad_norm: float | None = None,
+    parameters: float | None = None,
+) -> Differences:
+    """Every difference between a run and its reference, see the module's docstring."""
+    grad_norm = tolerance if grad_norm is None else grad_norm
+    parameters = tolerance if parameters is None else parameters
+    differences = Differences()
+    differences.exact("steps", "the end", [r["step"] for r in run.rows], [r["step"] for r in reference.rows])
+    for row, expected in zip(run.rows, reference.rows, strict=False):
+        where = f"step {row['step']}"
+        for kind in ("tokens", "lr", "epoch"):
+            differences.exact(kind, where, row[kind], expected[kind])
+        for kind, allowed in (("loss", tolerance), ("grad_norm", grad_norm)):
+            size = abs(row[kind] - expected[kind]) / max(1.0, abs(expected[kind]))
+            differences.number(kind, where, size, allowed)
+    # A resumed run saw the last steps only.
+    seen = len(run.examples)
+    for step, (examples, expected) in enumerate(zip(run.examples, reference.examples[-seen:], strict=True), 1):
+        differences.exact("examples", f"step {len(reference.examples) - seen + step}", examples, expected)
+    differences.exact("names", "parameters", list(run.parameters), list(reference.parameters))
+    differences.exact("names", "moments", sorted(run.moments), sorted(reference.moments))
+    differences.exact("ranks_agree", "the end", run.ranks_agree, True)
+    for name, expected in reference.parameters.items():
+        differences.number("parameters", name, _largest(run.parameters[name], expected), parameters)
+    for name, both in reference.moments.items():
+        for kind, expected in both.items():
+            moment = run.moments[name][kind]
+            differences.number(f"{kind} absolutely", name, _largest(moment, expected), parameters)
+            scale = expected.abs().max().item() or 1.0
+            differences.number(kind, name, (moment - expected).abs().max().item() / scale, moments)
+    return differences
+
+
+def _largest(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float(((one - other).abs() / other.abs().clamp(min=1)).max())
+
+
+def assert_equal(run: Observed, reference: Observed, **tolerances: float) -> Differences:
+    """Raise unless a run equals its reference within the tolerances."""
+    differences = compare(run, reference, **tolerances)
+    if differences.found:
+        raise AssertionError(
+            f"{run.config.run.name} differs from {reference.config.run.name}:\n  "
+            + "\n  ".join(differences.found.values())
+        )
+    return differences
+
+
+def assert_identical(run: Observed, reference: Observed) -> None:
+    """Raise unless two runs are the same bit for bit."""
+    assert_equal(run, reference, tolerance=0.0, moments=0.0)

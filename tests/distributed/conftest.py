@@ -1,0 +1,78 @@
+"""One launch per number of ranks for all tests that need no launch of their own: starting processes is what costs."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import cases
+from tests.distributed.comparing import Observed
+from tests.distributed.launching import observe
+from tutorial_lib.config import Config
+
+TIMEOUT = 600
+"""Seconds for a test that may be the one that waits for a shared launch. Idle, the largest launch takes 90."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents and not any(item.iter_markers("timeout")):
+            item.add_marker(pytest.mark.timeout(TIMEOUT))
+
+
+@pytest.fixture(scope="session")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Models, data, and the storage of all shared runs; gone afterwards, as it is large."""
+    directory = tmp_path_factory.mktemp("distributed")
+    cases.make_inputs(directory)
+    (directory / "runs").mkdir()
+    yield directory
+    shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="session")
+def launched(directory: Path) -> Callable[[int], dict[str, Config]]:
+    """For a number of ranks: the configurations of all shared runs, by name, after they have been run."""
+
+    @functools.cache
+    def attempt(ranks: int) -> dict[str, Config] | Exception:
+        configs = cases.shared_runs(directory, ranks)
+        try:
+            observe(configs)
+        except Exception as error:  # kept: one launch that fails is enough
+            return error
+        return {config.run.name: config for config in configs}
+
+    def launch(ranks: int) -> dict[str, Config]:
+        outcome = attempt(ranks)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    return launch
+
+
+@pytest.fixture(scope="session")
+def observed(launched: Callable[[int], dict[str, Config]]) -> Callable[[int, str], Observed]:
+    """A shared run, by its number of ranks and its name."""
+
+    @functools.lru_cache(maxsize=16)
+    def read(ranks: int, name: str) -> Observed:
+        return Observed.read(launched(ranks)[name])
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def resumed(directory: Path, launched: Callable[[int], dict[str, Config]]) -> Callable[[str], Observed]:
+    """A run of ``cases.resumed_runs`` after its second start, by name."""
+    launched(2)
+    configs = cases.resumed_runs(directory)
+    observe(configs)
+    by_name = {config.run.name: config for config in configs}
+    return lambda name: Observed.read(by_name[name])

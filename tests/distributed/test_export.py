@@ -1,0 +1,79 @@
+"""What a checkpoint holds, and the Hugging Face directory that is made of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tutorial_lib import checkpoint
+from tutorial_lib.models import load_model
+
+FP32 = [
+    (1, "gpt2.reference"),
+    *((2, f"gpt2.{stage}.2") for stage in ("zero0", "zero1", "zero2", "zero3", "zero2-optimizer", "zero3-all")),
+    *((2, f"frozen.{stage}.2") for stage in ("zero0", "zero1", "zero2", "zero3")),
+    (2, "untied.zero3.2"),
+    (2, "bloom.zero1.2"),
+    (4, "uneven.zero3.4"),
+]
+BF16 = [f"gpt2.{stage}-bf16.2" for stage in ("zero0", "zero1", "zero2", "zero3")]
+
+
+def exported(run, tmp_path):
+    return checkpoint.export(checkpoint.latest(run.directory), tmp_path / "exported")
+
+
+@pytest.mark.parametrize(("ranks", "name"), FP32)
+def test_an_export_gives_the_logits_of_the_engine(observed, tmp_path, ranks, name):
+    run = observed(ranks, name)
+    target = exported(run, tmp_path)
+    # Packed rows need the document masks that load_model teaches BLOOM; everything else is transformers alone.
+    load = load_model if "bloom" in name else AutoModelForCausalLM.from_pretrained
+    model = load(str(target))
+    parameters = dict(model.named_parameters())
+    assert parameters.keys() == run.parameters.keys()
+    assert all(parameters[name].equal(expected) for name, expected in run.parameters.items())
+    with torch.no_grad():
+        logits = model.eval()(**run.inputs, use_cache=False).logits
+    assert (logits - run.logits).abs().max() <= 1e-6 * run.logits.abs().max()
+    assert AutoTokenizer.from_pretrained(target).eos_token is not None
+
+
+@pytest.mark.parametrize("name", BF16)
+def test_an_export_holds_the_fp32_master_weights(observed, tmp_path, name):
+    run = observed(2, name)
+    model = AutoModelForCausalLM.from_pretrained(exported(run, tmp_path), dtype=torch.float32)
+    masters = dict(model.named_parameters())
+    for name, in_16_bits in run.parameters.items():
+        assert masters[name].bfloat16().float().equal(in_16_bits)
+        assert not masters[name].equal(in_16_bits), f"{name} was rounded to bf16"
+    with torch.no_grad():
+        logits = model.bfloat16().eval()(**run.inputs, use_cache=False).logits
+    assert logits.equal(run.logits)
+
+
+@pytest.mark.parametrize("name", ["gpt2.zero0.2", "gpt2.zero1.2", "gpt2.zero3.2", "gpt2.zero3-all.2"])
+def test_each_rank_writes_its_own_files_alone(observed, name):
+    run = observed(2, name)
+    first, second = (set(files) for files in run.files_by_rank)
+    assert not first & second
+    for rank, files in enumerate((first, second)):
+        assert f"rank-{rank:03d}.pt" in files
+        assert not {f for f in files if f"pp_rank_{1 - rank}_" in f}
+        if run.config.engine.zero_stage > 0:
+            assert any(f"pp_rank_{rank}_" in file for file in files)
+    path = checkpoint.latest(run.directory)
+    listed = json.loads((path / checkpoint.MANIFEST).read_text())["files"]
+    assert {f for f in listed if f.endswith(".pt")} == first | second
+    assert not [p for p in path.parent.iterdir() if p != path], "nothing unfinished is left"
+
+
+def test_an_export_does_not_overwrite(observed, tmp_path):
+    run = observed(2, "gpt2.zero1.2")
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "mine.txt").write_text("keep")
+    with pytest.raises(checkpoint.CheckpointError, match="not empty"):
+        exported(run, tmp_path)

@@ -1,0 +1,74 @@
+"""A run that is stopped in the middle of an epoch and started again is the run that was never stopped, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from tests.distributed import cases
+from tests.distributed.comparing import assert_identical, compare
+from tutorial_lib.records import RunDirectory
+
+
+@pytest.mark.parametrize("name", cases.INTERRUPTED)
+def test_a_resumed_run_continues_bit_for_bit(observed, resumed, name):
+    run, whole = resumed(f"halved.{name}"), observed(2, f"whole.{name}")
+    assert_identical(run, whole)
+    assert [row["step"] for row in run.rows] == list(range(1, cases.END + 1))
+    assert len(run.examples) == cases.END - cases.STOP
+    assert [row["epoch"] for row in run.rows] == [0] * 5 + [1] * 3, "it stops within one epoch, and ends within another"
+    result = RunDirectory(run.config.directory).result()
+    assert (result["status"], result["resumed_from"]) == ("completed", cases.STOP)
+
+
+def test_rows_after_the_checkpoint_are_written_again(resumed):
+    """``cases.resumed_runs`` left rows of steps 4 and 5 there, and half a row."""
+    run = resumed("halved.zero1")
+    assert [row["step"] for row in run.rows] == list(range(1, cases.END + 1))
+    assert all(row["loss"] < 99 for row in run.rows)
+    assert run.config.directory.joinpath("metrics.jsonl").read_text().endswith("}\n")
+
+
+def test_a_refused_start_leaves_the_run_as_it_was(resumed, directory):
+    run = RunDirectory(directory / "runs" / "refused-flipped")
+    assert [row["step"] for row in run.rows()] == list(range(1, cases.STOP + 1))
+    assert [path.name for path in run.checkpoints.iterdir()] == [f"step-{cases.STOP:08d}"]
+
+
+def test_dropout_is_active(observed):
+    """Else random states would not matter to these runs."""
+    with_dropout, without = observed(2, "whole.zero1"), observed(2, "gpt2.zero1.2")
+    assert with_dropout.config.run.seed == without.config.run.seed
+    assert abs(with_dropout.rows[0]["loss"] - without.rows[0]["loss"]) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("fault", "shown_by"),
+    [
+        ("random_states_not_restored", {"loss", "grad_norm", "parameters"}),
+        ("position_not_restored", {"examples", "tokens", "loss", "parameters"}),
+        ("optimizer_not_restored", {"loss", "parameters", "exp_avg", "exp_avg_sq"}),
+    ],
+)
+def test_a_resume_that_loses_something_is_seen(observed, resumed, fault, shown_by):
+    run, whole = resumed(f"broken-{fault}"), observed(2, f"whole.{cases.CONTINUED_BADLY[f'broken-{fault}']}")
+    differences = compare(run, whole, tolerance=0.0, moments=0.0)
+    assert shown_by <= differences.found.keys(), differences.found
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("refused-cut-short", r"rank-001\.pt has \d+ bytes, but \d+ were written"),
+        ("refused-flipped", r"zero_pp_rank_1_\S+optim_states\.pt was altered"),
+        ("refused-other-settings", r"learning_rate was 0\.001, now 0\.5"),
+    ],
+)
+def test_every_rank_refuses_what_one_rank_finds(resumed, directory, name, message):
+    errors = json.loads((directory / "runs" / name / "refused.json").read_text())
+    assert len(errors) == 2
+    for error in errors:
+        assert error["type"] == "CheckpointError"
+        assert re.search(message, error["message"]), error["message"]

@@ -1,0 +1,346 @@
+"""What the processes of these tests run: the local launcher's worker, observed, and in some runs deliberately broken.
+
+``python -m tests.distributed.worker`` takes the place of ``python -m tutorial_lib.launch.worker`` and calls it. At
+every checkpoint a run leaves ``observed.pt`` in its directory: whole parameters, whole optimizer states, the examples
+of every step. The names of some runs ask for more:
+
+- ``broken-NAME``: the run trains with the patch that :data:`BROKEN` has under NAME;
+- ``refused-NAME``: the run must fail, on every rank; the error is kept in ``refused.json``, and the launch goes on.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tutorial_lib import checkpoint, ds_config, trainer
+from tutorial_lib.config import Config
+from tutorial_lib.dataloader import TrainLoader
+from tutorial_lib.dataloader.batches import Collate, StepSampler
+from tutorial_lib.launch import worker
+from tutorial_lib.mpu import Topology
+
+OBSERVATION = "observed.pt"
+
+
+def main(*arguments: str) -> None:
+    with mock.patch.object(worker, "train", train_observed):
+        worker.main(*arguments)
+
+
+def train_observed(config: Config) -> None:
+    """Train, and write down what can be seen from outside the trainer."""
+    probe_averages(Path(config.run.storage))
+    with ExitStack() as patches:
+        watch = patches.enter_context(_watching())
+        if config.run.name.startswith("broken-"):
+            patches.enter_context(BROKEN[config.run.name.removeprefix("broken-").partition(".")[0]]())
+
+        def observe(path: Path, row: dict[str, Any]) -> None:
+            observation = watch.observation()
+            if dist.get_rank() == 0:
+                torch.save(observation, config.directory / OBSERVATION)
+
+        if config.run.name.startswith("refused-"):
+            _train_in_vain(config)
+        else:
+            trainer.train(config, on_checkpoint=observe)
+    # The trainer collects garbage after every run; what is there after the first one need not be looked at again.
+    gc.freeze()
+
+
+def _train_in_vain(config: Config) -> None:
+    try:
+        trainer.train(config)
+    except Exception as error:
+        refused: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(refused, {"type": type(error).__name__, "message": str(error)})
+        (config.directory / "refused.json").write_text(json.dumps(refused))
+        # What the launcher expects of a run that has ended.
+        (config.directory / "result.json").write_text("{}")
+    else:
+        raise AssertionError(f"{config.run.name} was trained")
+
+
+class _Watch:
+    """Keeps the engine and what the loader yields."""
+
+    def __init__(self) -> None:
+        self.engine: Any = None
+        self.inputs: dict[str, Tensor] = {}
+        self.written: set[str] = set()
+        self.steps: list[list[str]] = []
+        self.tokens: list[int] = []
+
+    def engine_built(self, build: Callable[..., Any]) -> Callable[..., Any]:
+        def building(*args: Any) -> Any:
+            self.engine = build(*args)
+            return self.engine
+
+        return building
+
+    def loader_built(self, build: Callable[..., Any]) -> Callable[..., Any]:
+        def building(*args: Any, **kwargs: Any) -> Any:
+            loader = build(*args, **kwargs)
+            steps = loader.steps
+
+            def watched() -> Iterator[list[dict[str, Tensor]]]:
+                for micro_batches in steps():
+                    self.inputs = self.inputs or {k: t[:2] for k, t in micro_batches[0].items() if k != "labels"}
+                    self.steps.append([example for batch in micro_batches for example in _examples(batch)])
+                    self.tokens.append(sum(trainer.count_tokens(batch["labels"]) for batch in micro_batches))
+                    yield micro_batches
+
+            loader.steps = watched
+            return loader
+
+        return building
+
+    def save(self, save: Callable[..., Any]) -> Callable[..., Any]:
+        def saving(content: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
+            parts = Path(target).parts
+            if "checkpoints" in parts:
+                # What follows checkpoints/.partial-step-NNNNNNNN.
+                self.written.add("/".join(parts[parts.index("checkpoints") + 2 :]))
+            return save(content, target, *args, **kwargs)
+
+        return saving
+
+    def observation(self) -> dict[str, Any]:
+        """Collective. The same on every rank, or it says so."""
+        parameters = dict(self.engine.full_parameters())
+        moments = dict(self.engine.full_optimizer_states())
+        everything = [*parameters.values(), *(m for both in moments.values() for m in both.values())]
+        shares: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, (self.steps, self.tokens, _digest(everything), sorted(self.written)))
+        self.engine.train(False)
+        with torch.no_grad():
+            logits = self.engine.forward(self.inputs)
+        return {
+            "parameters": parameters,
+            "moments": moments,
+            "inputs": self.inputs,
+            "logits": logits.clone(),
+            "examples": [
+                sorted(e for rank in step for e in rank) for step in zip(*(s[0] for s in shares), strict=True)
+            ],
+            "tokens_by_rank": [tokens for _, tokens, _, _ in shares],
+            "ranks_agree": len({digest for _, _, digest, _ in shares}) == 1,
+            "files_by_rank": [files for _, _, _, files in shares],
+        }
+
+
+@contextmanager
+def _watching() -> Iterator[_Watch]:
+    watch = _Watch()
+    with (
+        mock.patch.object(trainer, "build_engine", watch.engine_built(trainer.build_engine)),
+        mock.patch.object(trainer, "build_train_loader", watch.loader_built(trainer.build_train_loader)),
+        mock.patch.object(torch, "save", watch.save(torch.save)),
+    ):
+        yield watch
+
+
+def _examples(batch: dict[str, Tensor]) -> list[str]:
+    """A fingerprint of every row of a batch that does not depend on how far the row was padded."""
+    mask = batch["attention_mask"]
+    width = mask.sum(-1) if mask.dim() == 2 else torch.full((mask.size(0),), mask.size(-1))
+    return [_digest([ids[:n]]) for ids, n in zip(batch["input_ids"], width.tolist(), strict=True)]
+
+
+def _digest(tensors: Sequence[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def probe_averages(storage: Path) -> None:
+    """Record what gloo makes of ``ReduceOp.AVG`` over ranks that hold 1, 2, ...; rank 0 leaves ``averages.pt``."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    target = storage / f"averages-{size}.pt"
+    if target.exists():
+        return
+    outcomes: dict[str, Any] = {}
+    for name, collective in {
+        "all_reduce": lambda given, out: dist.all_reduce(out.copy_(given[: out.numel()]), op=dist.ReduceOp.AVG),
+        "reduce_scatter_tensor": lambda given, out: dist.reduce_scatter_tensor(out, given, op=dist.ReduceOp.AVG),
+        "reduce_scatter": lambda given, out: dist.reduce_scatter(out, list(given.chunk(size)), op=dist.ReduceOp.AVG),
+    }.items():
+        out = torch.zeros(3)
+        try:
+            collective(torch.full((3 * size,), rank + 1.0), out)
+            outcomes[name] = out
+        except (RuntimeError, ValueError) as error:
+            outcomes[name] = str(error)
+    dist.barrier()
+    if rank == 0:
+        torch.save(outcomes, target)
+
+
+# ------------------------------------------------------------------------------------------------- deliberate faults
+
+
+@contextmanager
+def _same_data_on_each_rank() -> Iterator[None]:
+    with mock.patch.object(Topology, "dp_rank", property(lambda self: 0)):
+        yield
+
+
+@contextmanager
+def _sharded_over_a_larger_grid() -> Iterator[None]:
+    """Examples dealt out over twice as many ranks as read them, as when the world's size is taken for the group's."""
+
+    def steps(self: Any) -> Iterator[list[int]]:
+        while True:
+            mine = self.examples(self._step)[self._dp_rank :: 2 * self._dp_size].tolist()
+            self._step += 1
+            yield mine
+
+    with mock.patch.object(StepSampler, "__iter__", steps):
+        yield
+
+
+@contextmanager
+def _padding_in_the_loss() -> Iterator[None]:
+    collate = Collate.__call__
+
+    def labelled(self: Any, examples: Any) -> Any:
+        batches = collate(self, examples)
+        for batch in batches:
+            batch["labels"] = batch["input_ids"].clone()
+        return batches
+
+    with mock.patch.object(Collate, "__call__", labelled):
+        yield
+
+
+@contextmanager
+def _deepspeed_config(change: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    build = ds_config.build
+
+    def changed(config: Config) -> dict[str, Any]:
+        built = build(config)
+        change(built)
+        return built
+
+    with mock.patch.object(ds_config, "build", changed):
+        yield
+
+
+@contextmanager
+def _averages_over(ranks: Callable[[int], int]) -> Iterator[None]:
+    """Have the trainer believe that the engine averages gradients over another number of ranks than it does."""
+    build = trainer.build_engine
+
+    def built(*args: Any) -> Any:
+        engine = build(*args)
+        engine.averages_over = ranks(engine.averages_over)
+        return engine
+
+    with mock.patch.object(trainer, "build_engine", built):
+        yield
+
+
+@contextmanager
+def _loss_times(factor: Callable[[int, int, int], float]) -> Iterator[None]:
+    """Scale the loss that goes into backward by a function of (this rank's tokens, all tokens, ranks)."""
+    agree, build = trainer._Session._agree, trainer.build_engine
+    scale = [1.0]
+
+    def agreed(self: Any, tokens: int, stop: bool) -> tuple[int, bool]:
+        total, stop = agree(self, tokens, stop)
+        scale[0] = factor(tokens, total, self.topology.dp)
+        return total, stop
+
+    def built(*args: Any) -> Any:
+        engine = build(*args)
+        backward = engine.backward
+        engine.backward = lambda loss: backward(loss * scale[0])
+        return engine
+
+    with mock.patch.object(trainer._Session, "_agree", agreed), mock.patch.object(trainer, "build_engine", built):
+        yield
+
+
+@contextmanager
+def _losses_of_own_tokens() -> Iterator[None]:
+    """Each rank reports the mean over its own tokens."""
+    agree = trainer._Session._agree
+
+    def own(self: Any, tokens: int, stop: bool) -> tuple[int, bool]:
+        return tokens, agree(self, tokens, stop)[1]
+
+    def not_reduced(self: Any, value: Tensor) -> float:
+        return float(value)
+
+    with (
+        mock.patch.object(trainer._Session, "_agree", own),
+        mock.patch.object(trainer._Session, "_sum_over_ranks", not_reduced),
+    ):
+        yield
+
+
+@contextmanager
+def _random_states_not_restored() -> Iterator[None]:
+    with mock.patch.object(checkpoint, "_restore_random_states", lambda states, engine: None):
+        yield
+
+
+@contextmanager
+def _position_not_restored() -> Iterator[None]:
+    with mock.patch.object(TrainLoader, "load_state_dict", lambda self, state: None):
+        yield
+
+
+@contextmanager
+def _optimizer_not_restored() -> Iterator[None]:
+    """Weights come back, moments do not: what a checkpoint of the weights alone would give."""
+    from tutorial_lib.engine import DeepSpeedEngine
+
+    def load(self: Any, directory: Path) -> None:
+        self.deepspeed.load_checkpoint(str(directory), tag="engine", load_optimizer_states=False)
+
+    with mock.patch.object(DeepSpeedEngine, "load", load):
+        yield
+
+
+@contextmanager
+def _trial_step_kept() -> Iterator[None]:
+    from tutorial_lib.engine import DeepSpeedEngine
+
+    with mock.patch.object(DeepSpeedEngine, "_undo_trial_step", lambda self: None):
+        yield
+
+
+BROKEN: dict[str, Callable[[], Any]] = {
+    "same_data_on_each_rank": _same_data_on_each_rank,
+    "sharded_over_a_larger_grid": _sharded_over_a_larger_grid,
+    "padding_in_the_loss": _padding_in_the_loss,
+    "clipping_dropped": lambda: _deepspeed_config(lambda built: built.update(gradient_clipping=0.0)),
+    "clipping_left_to_the_default": lambda: _deepspeed_config(lambda built: built.pop("gradient_clipping")),
+    "mean_of_means": lambda: _loss_times(lambda own, total, ranks: total / (own * ranks)),
+    "loss_of_own_tokens": _losses_of_own_tokens,
+    # A loss that is r times too large gives what a collective that sums instead of averaging gives, and the reverse.
+    "gradients_summed": lambda: _averages_over(lambda ranks: ranks * ranks),
+    "gradients_averaged_twice": lambda: _averages_over(lambda ranks: 1),
+    "trial_step_kept": _trial_step_kept,
+    "random_states_not_restored": _random_states_not_restored,
+    "position_not_restored": _position_not_restored,
+    "optimizer_not_restored": _optimizer_not_restored,
+}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
