@@ -35,6 +35,8 @@ _SETTINGS = {
     # Worker processes in stock are of no use: what Ray Train starts has a runtime environment and so its own processes.
     "RAY_prestart_worker_first_driver": "0",
     "RAY_enable_worker_prestart": "0",
+    # By default workers give way to everything else (nice 15): beside a busy browser, training would stand still.
+    "RAY_worker_niceness": "0",
 }
 
 
