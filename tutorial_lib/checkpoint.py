@@ -25,7 +25,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +35,8 @@ from tutorial_lib.config import FREE_ON_RESUME, Config, ConfigError
 from tutorial_lib.models import freeze_parameters
 from tutorial_lib.mpu import Topology
 from tutorial_lib.records import RunDirectory, write_atomically
+
+T = TypeVar("T")
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -272,7 +274,8 @@ def _whole_weights(directory: Path, settings: Config, model: torch.nn.Module) ->
 
 def _digests(directory: Path, topology: Topology) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file, each rank reading a share of them."""
-    names = sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file())
+    # One rank lists: on a network file system others may still see an older listing.
+    names = agreed(sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()))
     own = {name: _digest(directory / name) for name in names[topology.rank :: topology.world_size]}
     if topology.world_size == 1:
         return own
@@ -322,6 +325,15 @@ def _restore_random_states(states: dict[str, Any], engine: Any) -> None:
     torch.set_rng_state(states["torch"])
     if "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], engine.device)
+
+
+def agreed(value: T) -> T:
+    """Rank 0's value, on every rank. Collective."""
+    if not dist.is_initialized():
+        return value
+    holder = [value]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]
 
 
 def _barrier() -> None:

@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,7 +133,7 @@ class RunConfig:
     storage: str = _setting("runs", "directory that every rank can write to")
     launcher: str = _setting(
         "local",
-        "local: start processes here; ray: Ray Train; none: join what torchrun or srun has set up",
+        "local: start processes here; ray: Ray Train; none: be the rank that torchrun's variables name",
         choices=("local", "ray", "none"),
     )
     device: str = _setting("cpu", "cpu or cuda", choices=("cpu", "cuda"))
@@ -202,7 +203,9 @@ class Config:
         if self.engine.deepspeed_file:
             names["deepspeed"] = self.engine.deepspeed_file
         paths = {flag: Path(name).expanduser() for flag, name in names.items()}
-        return self.override(**{f: str(p.resolve()) for f, p in paths.items() if f == "storage" or p.exists()})
+        # A plain file that happens to be called gpt2 does not make the hub's gpt2 a path.
+        is_path = {"storage": lambda p: True, "deepspeed": Path.is_file, "model": Path.is_dir, "dataset": Path.is_dir}
+        return self.override(**{flag: str(p.resolve()) for flag, p in paths.items() if is_path[flag](p)})
 
     def flat(self) -> dict[str, Any]:
         """The settings by their flat names."""
@@ -234,15 +237,7 @@ class Config:
 
 FREE_ON_RESUME = frozenset(
     {"name", "storage", "launcher", "stop_after", "checkpoint_every", "resume", "evaluate", "measure"}
-    | {
-        "eval_split",
-        "max_eval_examples",
-        "micro_batch",
-        "pin_memory",
-        "bucket_size",
-        "activation_checkpointing",
-        "trust_remote_code",
-    }
+    | {"pin_memory", "bucket_size", "activation_checkpointing", "trust_remote_code"}
 )
 """Flat names that a resumed run may change without changing which update comes next."""
 
@@ -321,6 +316,12 @@ def _validate(config: Config) -> None:
         _check_type(setting, flat[setting.flag])
     engine, parallel, run = config.engine, config.parallel, config.run
 
+    for flag, value in flat.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{flag} is {value}; write a finite number.")
+    for flag in ("beta1", "beta2"):
+        if not 0 <= flat[flag] < 1:
+            raise ConfigError(f"{flag} is {flat[flag]}; write a number from 0 up to, but not including, 1.")
     for flag, lowest in _LOWEST.items():
         if flat[flag] is not None and flat[flag] < lowest:
             raise ConfigError(f"{flag} is {flat[flag]}; the smallest possible value is {lowest}.")
@@ -349,8 +350,10 @@ def _validate(config: Config) -> None:
                 f"engine='torch' is the one-process reference, but dp x tp = {parallel.world_size}. "
                 "Write dp=1, tp=1, or engine='deepspeed'."
             )
-        if engine.offload != "none" or engine.deepspeed_file:
-            raise ConfigError("engine='torch' has no offload and reads no DeepSpeed file; write engine='deepspeed'.")
+        if engine.offload != "none" or engine.deepspeed_file or engine.precision == "fp16":
+            raise ConfigError(
+                "engine='torch' has no offload, no fp16 and reads no DeepSpeed file; write engine='deepspeed'."
+            )
     if parallel.tp != 1:
         raise ConfigError(f"tp is {parallel.tp}; tensor parallelism is not available yet. Write tp=1.")
     _check_batch_sizes(config)

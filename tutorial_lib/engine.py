@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-# Stated, because DeepSpeed warns on every start when it finds out by itself that there is no GPU.
+# Stated, because DeepSpeed warns on every start when it finds out by itself that there is no GPU. A worker's trainer
+# has stated before what the run's configuration says.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 import traceback
 from dataclasses import dataclass
@@ -117,3 +118,10 @@ class RunDirectory:
         """Forget errors and stop requests of an earlier start of the same run."""
         for path in [self.stop_file, *self.logs.glob("rank-*.error.json")]:
             path.unlink(missing_ok=True)
+
+
+def remove_runs(storage: str) -> None:
+    """Remove the runs directly under a storage directory, so that none is continued. Other files stay."""
+    for config in Path(storage).glob("*/config.json"):
+        if (config.parent / "checkpoints").is_dir():
+            shutil.rmtree(config.parent)

@@ -36,7 +36,7 @@ from tutorial_lib.checkpoint import Progress
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.dataloader import build_eval_loader, build_train_loader
 from tutorial_lib.ds_config import apply_file
-from tutorial_lib.measure.memory import StateBytes, host_memory
+from tutorial_lib.measure.memory import StateBytes, peak_memory, reset_peak_memory
 from tutorial_lib.measure.traffic import count_collectives
 from tutorial_lib.models import load_tokenizer
 from tutorial_lib.mpu import Topology
@@ -84,6 +84,8 @@ def build_engine(config: Config, topology: Topology, device: torch.device) -> En
         from tutorial_lib.torch_engine import TorchEngine
 
         return TorchEngine(config, topology, device)
+    # DeepSpeed would take a GPU that is there, also for a run that is to stay on the CPU.
+    os.environ["DS_ACCELERATOR"] = device.type
     from tutorial_lib.engine import DeepSpeedEngine
 
     return DeepSpeedEngine(config, topology, device)
@@ -138,6 +140,11 @@ def train(config: Config, *, on_checkpoint: OnCheckpoint | None = None) -> dict[
             run.clear_requests()
     if dist.is_initialized():
         dist.barrier()
+    if not run.logs.is_dir():
+        raise ConfigError(
+            f"{run.path} cannot be seen from rank {rank}. Storage must be a directory that every node sees, such as "
+            "one on a network file system: choose another one."
+        )
     log = run.log_file(rank) if config.run.launcher != "none" else None
     with _output_to(log), _stop_signals() as stop_signalled:
         try:
@@ -165,8 +172,9 @@ class _Session:
     ) -> None:
         self.config, self.topology, self.run = config, topology, run
         self.on_checkpoint, self.stop_signalled = on_checkpoint, stop_signalled
-        self.device = _device(config)
-        found = checkpoint.latest(run)
+        self.device = local_device(config)
+        reset_peak_memory(self.device)
+        found = checkpoint.agreed(checkpoint.latest(run))
         if found and config.run.resume == "never":
             raise ConfigError(
                 f"Run {config.run.name!r} has the checkpoint {found}, and resume='never' forbids to continue it. "
@@ -206,7 +214,7 @@ class _Session:
             self.run.result_file.unlink(missing_ok=True)
             if self.resumed_from is None:
                 self.run.metrics_file.unlink(missing_ok=True)
-        if self.eval_loader is not None and "eval_loss_before" not in self.record:
+        if self.eval_loader is not None and self.step == 0:
             self.record["eval_loss_before"] = self.evaluate()
         self.record.setdefault("seconds_to_first_step", time.perf_counter() - started)
         stopped = self._train_steps()
@@ -218,16 +226,22 @@ class _Session:
         """Train until the last step. Returns whether the run was asked to stop before."""
         if self.step >= self.num_steps:
             return False
-        config, every = self.config.run, self.config.run.checkpoint_every
+        if self._slot_is_over():
+            return True
+        every = self.config.run.checkpoint_every
         for micro_batches in self.loader.steps():
             row, stop = self._one_step(micro_batches)
             if every and self.step % every == 0:
                 self.save(row)
             if self.step >= self.num_steps:
                 return False
-            if stop or self.step == config.stop_after:
+            if stop or self._slot_is_over():
                 return True
         raise AssertionError("the training loader ended")  # it repeats the epochs for ever
+
+    def _slot_is_over(self) -> bool:
+        limit = self.config.run.stop_after
+        return limit is not None and self.step >= limit
 
     def _one_step(self, micro_batches: list[dict[str, Tensor]]) -> tuple[dict[str, Any], bool]:
         began = time.perf_counter()
@@ -256,13 +270,13 @@ class _Session:
                 raise NonFiniteLoss(self._diverged(f"the loss is {loss}"))
             rate = self.scheduler.get_last_lr()[0]
             norm = self.engine.step()
-        self.step += 1
         if self.engine.update_was_skipped:
             norm = math.inf
         else:
             if not math.isfinite(norm):
                 raise NonFiniteLoss(self._diverged(f"the gradient's norm is {norm}"))
             self.scheduler.step()
+        self.step += 1
         if measuring:
             assert states is not None and traffic is not None
             self.measured = {
@@ -275,7 +289,7 @@ class _Session:
             "epoch": self.loader.epoch,
             "loss": loss,
             "tokens": tokens,
-            "grad_norm": norm,
+            "grad_norm": norm if math.isfinite(norm) else None,
             "lr": rate,
             "seconds": time.perf_counter() - began,
         }
@@ -343,7 +357,7 @@ class _Session:
             eval_loss = self.evaluate()
         rows = self.run.rows()
         per_rank: list[Any] = [None] * self.topology.world_size
-        own = {"rank": self.topology.rank, "peak_memory_bytes": _peak_memory(self.device), "measured": self.measured}
+        own = {"rank": self.topology.rank, "peak_memory_bytes": peak_memory(self.device), "measured": self.measured}
         if dist.is_initialized():
             dist.all_gather_object(per_rank, own)
         else:
@@ -375,19 +389,23 @@ class _Session:
         return result
 
 
-def _device(config: Config) -> torch.device:
+def local_device(config: Config) -> torch.device:
+    """Where this rank computes: the CPU, or the GPU of its local rank. A rank that sees one GPU alone uses that.
+
+    Raises:
+        ConfigError: the node has fewer GPUs than ranks.
+    """
     if config.run.device == "cpu":
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.cuda.device_count()))
+    local_rank, visible = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if not visible or local_rank >= visible > 1:
+        raise ConfigError(
+            f"Local rank {local_rank} has no GPU of its own: {visible} can be seen here. Start as many ranks per node "
+            "as it has GPUs, or write device='cpu'."
+        )
+    device = torch.device("cuda", local_rank if local_rank < visible else 0)
     torch.cuda.set_device(device)
     return device
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: the allocator's peak on a GPU, the process's largest resident set on a CPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return int(host_memory().peak_rss)
 
 
 @contextmanager

@@ -119,9 +119,14 @@ def test_host_memory_is_this_process() -> None:
     assert now.pss is None or 0 < now.pss <= now.rss
 
 
-def test_device_peak_needs_a_device() -> None:
-    memory.reset_device_peak()
-    assert (memory.device_peak() is None) == (not torch.cuda.is_available())
+def test_peak_memory_begins_anew_and_sees_what_has_been_freed() -> None:
+    cpu = torch.device("cpu")
+    before = memory.host_memory().rss
+    memory.reset_peak_memory(cpu)
+    torch.ones(64 * 2**20)  # 256 MiB, written and freed
+    assert memory.peak_memory(cpu) > before + 200 * 2**20
+    if sys.platform == "linux" and memory._reset_high_water_mark():
+        assert memory.peak_memory(cpu) < before + 200 * 2**20
 
 
 # --- traffic ---------------------------------------------------------------------------------------------------------

@@ -189,7 +189,8 @@ def _stop_on_signal(watched: _Watcher) -> Iterator[None]:
         # A second signal means now.
         signal.signal(number, before[signal.Signals(number)])
 
-    before = {number: signal.signal(number, request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = {number: signal.signal(number, request_stop) for number in numbers}
     try:
         yield
     finally:

@@ -1,16 +1,17 @@
-"""Join the process group that ``torchrun`` or ``srun`` has set up (``--launcher none``).
+"""Be the rank that the environment names (``--launcher none``): ``torchrun`` sets these variables.
 
-The launcher sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; nothing is set by hand here.
+RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT come from ``torchrun``, which under SLURM ``srun`` starts once
+per node; nothing is set by hand. Without them, a run of one process is a process group of one.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from tempfile import TemporaryDirectory
 
-import torch
 import torch.distributed as dist
 
 from tutorial_lib.config import Config, ConfigError
@@ -28,17 +29,17 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
     from tutorial_lib.trainer import train
 
     world_size = configs[0].parallel.world_size
-    if "RANK" not in os.environ:
-        if world_size > 1:
-            raise ConfigError(
-                f"launcher='none' joins a process group, but RANK is not set. Start {world_size} processes with "
-                f"`python -m torch.distributed.run --nproc_per_node {world_size} -m tutorial_lib train ...`, "
-                "or write launcher='local'."
-            )
-        for config in configs:
-            train(config)
-        return
-    with process_group(configs[0], "env://"):
+    with ExitStack() as stack:
+        init_method = "env://"
+        if "RANK" not in os.environ:
+            if world_size > 1:
+                raise ConfigError(
+                    f"launcher='none' takes its rank from RANK, which is not set. Start {world_size} processes with "
+                    f"`python -m torch.distributed.run --nproc_per_node {world_size} -m tutorial_lib train ...`, "
+                    "or write launcher='local'."
+                )
+            init_method = f"file://{stack.enter_context(TemporaryDirectory())}/rendezvous"
+        stack.enter_context(process_group(configs[0], init_method))
         for config in configs:
             train(config)
 
@@ -46,18 +47,16 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
 @contextmanager
 def process_group(config: Config, init_method: str) -> Iterator[None]:
     """The default process group for as long as the block runs: gloo on CPUs; on GPUs NCCL, with gloo for objects."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = None
-    if config.run.device == "cuda":
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
+    from tutorial_lib.trainer import local_device
+
+    device = local_device(config)
     dist.init_process_group(
-        "gloo" if device is None else "cpu:gloo,cuda:nccl",
+        "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
         init_method=init_method,
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
+        rank=int(os.environ.get("RANK", "0")),
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
         timeout=TIMEOUT,
-        device_id=device,
+        device_id=None if device.type == "cpu" else device,
     )
     try:
         yield

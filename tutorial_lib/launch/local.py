@@ -56,6 +56,7 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
                 "LOCAL_WORLD_SIZE": str(world_size),
                 "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
                 "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+                "NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", "lo"),
             }
             for rank in ranks
         },

@@ -1,8 +1,8 @@
 """Start the ranks as Ray Train workers, here or on a Ray cluster.
 
-Ray Train places the workers, sets up the process group and restarts what fails; the training function is the same as
-everywhere. Each worker writes its own files straight to the run's storage, and ``ray.train.report`` only registers the
-finished checkpoint (``NO_UPLOAD``): Ray then knows the newest one, and nothing is copied twice.
+Ray Train places the workers and sets up the process group; the training function is the same as everywhere. Each
+worker writes its own files straight to the run's storage, and ``ray.train.report`` only registers the finished
+checkpoint (``NO_UPLOAD``): Ray then knows the newest one, and nothing is copied twice.
 """
 
 from __future__ import annotations

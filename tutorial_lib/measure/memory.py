@@ -136,17 +136,22 @@ def host_memory() -> HostMemory:
     return HostMemory(rss=rss, peak_rss=max(peak, rss), pss=_pss(process))
 
 
-def device_peak(device: torch.device | str | None = None) -> int | None:
-    """Highest number of bytes that tensors held on a CUDA device since :func:`reset_device_peak`; None without one."""
-    if not torch.cuda.is_available():
-        return None
-    return int(torch.cuda.max_memory_allocated(device))
-
-
-def reset_device_peak(device: torch.device | str | None = None) -> None:
-    """Start a new :func:`device_peak`. Does nothing without CUDA."""
-    if torch.cuda.is_available():
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin a new :func:`peak_memory`: another run in the same process starts from what is held now."""
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    else:
+        _reset_high_water_mark()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes since :func:`reset_peak_memory`: a GPU's allocator peak, or on a CPU the process's largest resident set.
+
+    Where the operating system cannot be told to begin anew (it is not Linux), the latter is that since the start.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return _high_water_mark() if sys.platform == "linux" else host_memory().peak_rss
 
 
 @dataclass(frozen=True, slots=True)
