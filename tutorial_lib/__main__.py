@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,8 @@ def _train(options: argparse.Namespace) -> int:
     leader = int(os.environ.get("RANK", "0")) == 0
     shown = progress(config.run.stop_after or config.run.steps) if leader and not options.json else None
     try:
-        run = launch.run(config, on_rows=shown.on_rows if shown else None)
+        with _stdout_for_json_alone(options.json):
+            run = launch.run(config, on_rows=shown.on_rows if shown else None)
     finally:
         if shown:
             shown.close()
@@ -130,9 +132,15 @@ def _export(options: argparse.Namespace) -> int:
         if found is None:
             raise ConfigError(f"{source} is neither a checkpoint nor the directory of a run that has one.")
         source = found
-    target = checkpoint.export(source, options.target)
+    with _stdout_for_json_alone(options.json):
+        target = checkpoint.export(source, options.target)
     print(json.dumps({"checkpoint": str(source), "export": str(target)}) if options.json else f"{source} -> {target}")
     return DONE
+
+
+def _stdout_for_json_alone(as_json: bool) -> AbstractContextManager[Any]:
+    """DeepSpeed logs to standard output when it is imported, which would make the JSON unreadable."""
+    return redirect_stdout(sys.stderr) if as_json else nullcontext()
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -1,0 +1,264 @@
+"""Checkpoints: a resume continues exactly or refuses, and never restarts silently.
+
+One process and the torch engine; ``tests/distributed`` has the same for DeepSpeed's stages and several ranks.
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from tutorial_lib import checkpoint, launch
+from tutorial_lib.checkpoint import CheckpointError
+from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.records import RunDirectory
+from tutorial_lib.torch_engine import TorchEngine
+
+STEPS = 7
+"""Of epochs of three steps."""
+
+
+def config(storage, **flat):
+    settings = {"engine": "torch", "dp": 1, "launcher": "none", "steps": STEPS, "global_batch": 4, "seq_length": 32}
+    settings |= {
+        "max_examples": 13,
+        "evaluate": False,
+        "schedule": "constant",
+        "warmup_steps": 2,
+        "storage": str(storage),
+    }
+    return Config.create("cpu", **(settings | flat))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """GPT-2 with dropout: a resume that draws other random numbers gives other losses."""
+    from tutorial_lib.embedded import model_directory
+
+    directory = tmp_path_factory.mktemp("models") / "dropout"
+    shutil.copytree(model_directory("embedded/gpt2"), directory)
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"embd_pdrop": 0.1, "resid_pdrop": 0.1}))
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    return launch.run(config(tmp_path_factory.mktemp("whole"), model=model))
+
+
+@pytest.fixture
+def halved(model, tmp_path):
+    """The same run, stopped after step 4, with a checkpoint at step 2 as well."""
+    return launch.run(config(tmp_path, model=model, stop_after=4, checkpoint_every=2))
+
+
+def weights(run):
+    return torch.load(checkpoint.latest(run.directory) / "engine" / "model.pt", weights_only=True)
+
+
+def assert_same(run, whole):
+    timeless = [[{k: v for k, v in row.items() if k != "seconds"} for row in r.rows] for r in (run, whole)]
+    assert timeless[0] == timeless[1]
+    assert all(tensor.equal(weights(whole)[name]) for name, tensor in weights(run).items())
+
+
+@pytest.mark.parametrize("stop", range(1, STEPS))
+def test_a_run_stopped_after_any_step_continues_exactly(whole, model, tmp_path, stop):
+    """Within an epoch, at its end (3 and 6), and across it."""
+    first = launch.run(config(tmp_path, model=model, stop_after=stop))
+    assert (first.result["status"], first.result["step"]) == ("stopped", stop)
+    second = launch.run(config(tmp_path, model=model))
+    assert (second.result["status"], second.result["resumed_from"]) == ("completed", stop)
+    assert_same(second, whole)
+
+
+def test_a_run_may_be_stopped_at_every_step(whole, model, tmp_path):
+    for stop in (1, 2, 3, 4, 5, 6, None):
+        run = launch.run(config(tmp_path, model=model, stop_after=stop))
+    assert_same(run, whole)
+
+
+def test_steps_may_be_raised_where_the_schedule_does_not_depend_on_them(whole, model, tmp_path):
+    launch.run(config(tmp_path, model=model, steps=4))
+    assert_same(launch.run(config(tmp_path, model=model)), whole)
+
+
+def test_steps_may_not_be_raised_where_the_schedule_does_depend_on_them(model, tmp_path):
+    launch.run(config(tmp_path, model=model, steps=2, schedule="linear"))
+    with pytest.raises(CheckpointError, match=r"steps was 2, now 4"):
+        launch.run(config(tmp_path, model=model, steps=4, schedule="linear"))
+
+
+def test_a_finished_run_started_again_trains_nothing(whole):
+    again = launch.run(whole.config)
+    assert (again.result["status"], again.result["step"]) == ("completed", STEPS)
+    assert again.rows == whole.rows
+
+
+def test_checkpoints_come_every_so_many_steps_and_at_the_end(halved):
+    names = sorted(path.name for path in halved.directory.checkpoints.iterdir())
+    assert names == ["step-00000002", "step-00000004"]
+
+
+def test_every_setting_that_differs_is_named(halved):
+    other = halved.config.override(seed=1, learning_rate=0.5, dataset="embedded/articles", stop_after=None)
+    with pytest.raises(CheckpointError) as error:
+        launch.run(other)
+    for part in (
+        "seed was 0, now 1",
+        "learning_rate was 0.001, now 0.5",
+        "dataset was 'embedded/news', now 'embedded/articles'",
+    ):
+        assert part in str(error.value)
+    assert "another name" in str(error.value)
+
+
+def test_what_changes_no_update_may_change(halved, whole):
+    """Recomputed activations drop the same elements: the random state of the first pass is kept."""
+    free = {"activation_checkpointing": True, "bucket_size": 5, "checkpoint_every": 0, "stop_after": None}
+    assert_same(launch.run(halved.config.override(**free)), whole)
+
+
+def test_resume_never_refuses_a_run_that_exists(halved):
+    with pytest.raises(ConfigError, match=r"step-00000004, and resume='never'.*another name"):
+        launch.run(halved.config.override(resume="never", stop_after=None))
+    assert [row["step"] for row in halved.directory.rows()] == [1, 2, 3, 4]
+
+
+def test_resume_never_starts_a_new_run(model, tmp_path):
+    assert launch.run(config(tmp_path, model=model, steps=1, resume="never")).result["status"] == "completed"
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def change_the_step(path):
+    path.write_text(path.read_text().replace('"step": 4', '"step": 3'))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("engine/model.pt", lambda path: path.unlink(), r"engine/model\.pt is missing"),
+        ("engine/optimizer.pt", cut_short, r"engine/optimizer\.pt has \d+ bytes, but \d+ were written"),
+        ("engine/model.pt", flip_a_bit, r"engine/model\.pt was altered"),
+        ("rank-000.pt", flip_a_bit, r"rank-000\.pt was altered"),
+        ("rank-000.pt", lambda path: path.unlink(), r"rank-000\.pt is missing"),
+        ("trainer.json", change_the_step, r"trainer\.json was altered"),
+        ("manifest.json", lambda path: path.unlink(), r"step-00000004 has no manifest\.json"),
+        ("manifest.json", lambda path: path.write_text("{"), r"manifest\.json cannot be read"),
+    ],
+)
+def test_damage_is_named_and_nothing_restarts(halved, name, damage, message):
+    damage(checkpoint.directory_of(halved.directory, 4) / name)
+    with pytest.raises(CheckpointError, match=message) as error:
+        launch.run(halved.config.override(stop_after=None))
+    assert "elete" in str(error.value), "says what to do"
+    assert [row["step"] for row in halved.directory.rows()] == [1, 2, 3, 4]
+
+
+def test_without_the_damaged_checkpoint_the_one_before_it_goes_on(halved, whole):
+    shutil.rmtree(checkpoint.directory_of(halved.directory, 4))
+    run = launch.run(halved.config.override(stop_after=None, checkpoint_every=0))
+    assert run.result["resumed_from"] == 2
+    assert_same(run, whole)
+
+
+def test_a_checkpoint_of_another_format_is_refused(halved):
+    path = checkpoint.directory_of(halved.directory, 4)
+    trainer = json.loads((path / "trainer.json").read_text())
+    (path / "trainer.json").write_text(json.dumps(trainer | {"format": 99}))
+    with pytest.raises(CheckpointError, match="format 99; this version reads format 1"):
+        checkpoint.read_trainer_state(path)
+
+
+def test_an_interrupted_save_leaves_the_checkpoint_before_it(whole, model, tmp_path, monkeypatch):
+    """It also leaves half a directory, under a name that nobody reads, and rows that are written again."""
+    save, saves = TorchEngine.save, []
+
+    def failing(self, directory):
+        save(self, directory)
+        saves.append(directory)
+        if len(saves) == 2:
+            raise KeyboardInterrupt
+
+    settings = config(tmp_path, model=model, checkpoint_every=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchEngine, "save", failing)
+        with pytest.raises(KeyboardInterrupt):
+            launch.run(settings)
+    run = RunDirectory(settings.directory)
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == [".partial-step-00000004", "step-00000002"]
+    assert checkpoint.latest(run).name == "step-00000002"
+    assert [row["step"] for row in run.rows()] == [1, 2, 3, 4]
+    assert_same(launch.run(settings), whole)
+    assert sorted(path.name for path in run.checkpoints.iterdir())[0] == "step-00000002"
+
+
+def test_random_states_come_back(tmp_path):
+    import random
+
+    import numpy as np
+
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    class Engine:
+        device = torch.device("cpu")
+
+    draw()
+    states = checkpoint._random_states(Engine)
+    torch.save(states, tmp_path / "states.pt")
+    expected = draw()
+    draw()
+    checkpoint._restore_random_states(torch.load(tmp_path / "states.pt", weights_only=True), Engine)
+    assert draw() == expected
+
+
+def test_the_newest_checkpoint_is_the_one_of_the_highest_step(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.create()
+    assert checkpoint.latest(run) is None
+    for step in (9, 10, 100):
+        checkpoint.directory_of(run, step).mkdir()
+        (checkpoint.directory_of(run, step) / checkpoint.MANIFEST).write_text("{}")
+    (run.checkpoints / ".partial-step-00000200").mkdir()
+    assert checkpoint.latest(run) == checkpoint.directory_of(run, 100)
+
+
+@pytest.mark.parametrize("what", ["loss", "norm"])
+def test_a_run_that_diverges_stops_and_names_the_last_good_checkpoint(model, tmp_path, monkeypatch, what):
+    from tutorial_lib import trainer
+
+    if what == "loss":
+        # The first update throws the weights out of range; the second step's loss shows it.
+        settings, step = config(tmp_path, model=model, checkpoint_every=1, learning_rate=1e30, warmup_steps=0), 2
+    else:
+        settings, step = config(tmp_path, model=model, checkpoint_every=1), 3
+        norms = iter([1.0, 1.0, float("nan")])
+        update = TorchEngine.step
+        monkeypatch.setattr(TorchEngine, "step", lambda self: update(self) and next(norms))
+    with pytest.raises(trainer.NonFiniteLoss) as error:
+        launch.run(settings)
+    assert f"At step {step} the " in str(error.value)
+    good = checkpoint.directory_of(RunDirectory(settings.directory), step - 1)
+    assert f"last good checkpoint is {good}." in str(error.value)
+    assert checkpoint.latest(RunDirectory(settings.directory)) == good
+    checkpoint.verify(good)
+    assert len(RunDirectory(settings.directory).rows()) == step - 1
+
+
+def test_divergence_before_any_checkpoint_says_so(model, tmp_path):
+    from tutorial_lib import trainer
+
+    with pytest.raises(trainer.NonFiniteLoss, match="No checkpoint was saved before"):
+        launch.run(config(tmp_path, model=model, learning_rate=1e30, warmup_steps=0))

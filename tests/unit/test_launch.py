@@ -1,0 +1,215 @@
+"""What is refused before a process starts, and the exit codes that scripts rely on.
+
+Runs that do start are of one process here, in this very process; ``tests/distributed`` starts real ones.
+"""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tutorial_lib import launch
+from tutorial_lib.__main__ import main
+from tutorial_lib.config import Config, ConfigError
+
+ONE_PROCESS = ["--engine", "torch", "--dp", "1", "--launcher", "none"]
+SMALL = ["--steps", "3", "--global-batch", "2", "--seq-length", "32", "--max-examples", "8", "--no-evaluate"]
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU that is asked for")
+
+
+@pytest.fixture
+def storage(tmp_path):
+    return ["--storage", str(tmp_path / "runs")]
+
+
+@pytest.fixture
+def places(tmp_path):
+    """Paths that are wrong in one way each, for the arguments below to name."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "broken.json").write_text('{"zero_optimization": {"stage": 2},}')
+    (tmp_path / "blank").mkdir()
+    for split in ("train", "validation"):
+        (tmp_path / "blank" / f"{split}.jsonl").write_text('{"text": "  "}\n' * 8)
+    return {name: str(tmp_path / name) for name in ("file", "broken.json", "blank", "missing")}
+
+
+BAD = {
+    "a run name with a separator": (["--name", "a/b"], "cannot be a directory name. Use letters, digits"),
+    "a run name that leads out": (["--name", ".."], "cannot be a directory name"),
+    "a model that is not there": (["--model", "no-such-model"], "embedded model: embedded/gpt2, embedded/qwen2"),
+    "an embedded model misspelt": (["--model", "embedded/gtp2"], "Write one of: embedded/gpt2, embedded/qwen2"),
+    "a model directory that is not there": (["--model", "{missing}"], "no directory here"),
+    "a model without weights": (["--model", "embedded/gpt2-small"], "Write random_init=True"),
+    "a data set that is not there": (["--dataset", "no-such-data"], "embedded/news, embedded/articles, embedded/qa"),
+    "an embedded data set misspelt": (["--dataset", "embedded/new"], "Write one of: embedded/news"),
+    "a split that is not there": (["--train-split", "tarin"], "has no split 'tarin'"),
+    "no row left after filtering": (["--dataset", "{blank}"], "all 8 are blank"),
+    "too few rows for a step": (["--global-batch", "16"], "has 8 rows, fewer than global_batch=16"),
+    "sequences longer than the model": (["--seq-length", "513"], "Write seq_length=512 or less"),
+    "batch sizes that do not multiply": (["--micro-batch", "4", "--global-batch", "6"], "one of [1, 2, 3, 6]"),
+    "a global batch that ranks cannot share": (
+        ["--engine", "deepspeed", "--dp", "2", "--global-batch", "7"],
+        "Write global_batch=6 or 8",
+    ),
+    "a stage that does not exist": (["--zero-stage", "4"], "ZeRO has the stages 0, 1, 2 and 3"),
+    "parameter offload below stage 3": (
+        ["--engine", "deepspeed", "--offload", "all", "--zero-stage", "2"],
+        "Write offload='optimizer', or zero_stage=3",
+    ),
+    "fp16 on a CPU": (["--precision", "fp16"], "write precision='bf16' or 'fp32'"),
+    "the reference on two ranks": (["--dp", "2"], "Write dp=1, tp=1, or engine='deepspeed'"),
+    "ranks that nobody has started": (["--engine", "deepspeed", "--dp", "2"], "torch.distributed.run"),
+    "storage below a file": (["--storage", "{file}/runs"], "Name a directory that every rank can write to"),
+    "a JSON file that does not parse": (
+        ["--engine", "deepspeed", "--deepspeed", "{broken.json}"],
+        "broken.json is not valid JSON",
+    ),
+    "a JSON file that is not there": (["--engine", "deepspeed", "--deepspeed", "zero9"], "or one of: zero0"),
+    "a profile that does not exist": (["--profile", "tpu"], "Write one of: cpu, gpu, cluster"),
+    "a stop beyond the end": (["--stop-after", "4"], "beyond the last step, steps=3"),
+    "nothing that is trained": (["--freeze", "*"], "leaves no parameter to train"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_usage_exits_with_2_and_says_what_to_write(storage, places, capsys, what):
+    given, message = BAD[what]
+    given = [re.sub(r"\{(.+)\}", lambda found: places[found[1]], argument) for argument in given]
+    assert main(["train", *ONE_PROCESS, *SMALL, *storage, *given]) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert "error: " in shown.err and "Traceback" not in shown.err
+    assert shown.out == ""
+
+
+@needs_no_gpu
+@pytest.mark.parametrize(
+    "given", [["--device", "cuda"], ["--profile", "gpu"], ["--profile", "gpu", "--launcher", "local"]]
+)
+def test_a_gpu_where_there_is_none(storage, capsys, given):
+    assert main(["train", *ONE_PROCESS, *SMALL, *storage, "--precision", "fp32", *given]) == 2
+    assert "this machine has 0. Write profile='cpu'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [["--steps", "many"], ["--no-such-flag"], ["--json"]])
+def test_arguments_that_cannot_be_read_exit_with_2(capsys, given):
+    with pytest.raises(SystemExit) as exit:
+        main([*(["train"] if given != ["--json"] else []), *given])
+    assert exit.value.code == 2
+    assert "usage: python -m tutorial_lib" in capsys.readouterr().err
+
+
+def test_a_run_from_the_shell(storage, capsys, monkeypatch):
+    """Stopped, it exits with 75; run again it goes on and exits with 0. One JSON object is all that it prints."""
+    arguments = ["train", *ONE_PROCESS, *SMALL, *storage, "--json"]
+    assert main([*arguments, "--stop-after", "1"]) == 75
+    stopped = json.loads(capsys.readouterr().out)
+    assert (stopped["status"], stopped["step"], stopped["num_steps"]) == ("stopped", 1, 3)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert main([*arguments, "--stop-after", "2"]) == 0, "torchrun would take 75 for a failure"
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    capsys.readouterr()
+    assert main(arguments) == 0
+    done = json.loads(capsys.readouterr().out)
+    assert (done["status"], done["step"], done["resumed_from"]) == ("completed", 3, 2)
+
+
+def test_a_damaged_checkpoint_exits_with_1_and_is_named(storage, tmp_path, capsys):
+    arguments = ["train", *ONE_PROCESS, *SMALL, *storage]
+    assert main([*arguments, "--stop-after", "2"]) == 75
+    damaged = tmp_path / "runs" / "run" / "checkpoints" / "step-00000002" / "engine" / "model.pt"
+    damaged.write_bytes(b"")
+    assert main(arguments) == 1
+    assert f"{damaged} has 0 bytes" in capsys.readouterr().err
+
+
+def test_an_export_from_the_shell(storage, tmp_path, capsys):
+    run, target = tmp_path / "runs" / "run", tmp_path / "exported"
+    assert main(["export", str(run), str(target)]) == 2
+    assert "neither a checkpoint nor the directory of a run" in capsys.readouterr().err
+    assert main(["train", *ONE_PROCESS, *SMALL, *storage]) == 0
+    capsys.readouterr()
+    assert main(["export", str(run), str(target), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["export"] == str(target)
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= {path.name for path in target.iterdir()}
+    assert main(["export", str(run), str(target)]) == 1
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_the_exit_code_reaches_the_shell(tmp_path):
+    command = [sys.executable, "-m", "tutorial_lib", "train", "--name", "a/b", "--storage", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("error: Run name 'a/b'") and ended.stderr.count("\n") == 1
+
+
+def config(tmp_path, **flat):
+    settings = {"engine": "torch", "dp": 1, "launcher": "none", "steps": 3, "global_batch": 2, "seq_length": 32}
+    return Config.create("cpu", **(settings | {"max_examples": 8, "evaluate": False, "storage": str(tmp_path)} | flat))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "Two runs have the same name and storage"),
+        ({"name": "b", "launcher": "local"}, "'run' and 'b' differ in launcher: start them apart"),
+        ({"name": "b", "engine": "deepspeed", "dp": 2}, "need 1 and 2 processes: start them apart"),
+    ],
+)
+def test_runs_that_cannot_share_processes_are_refused(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        launch.run_all([config(tmp_path), config(tmp_path, **changes)])
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+def test_several_runs_in_one_start(tmp_path):
+    runs = launch.run_all([config(tmp_path, name=name, seed=seed) for seed, name in enumerate(("a", "b"))])
+    alone = launch.run(config(tmp_path, name="c", seed=1))
+    assert [row["loss"] for row in runs[1].rows] == [row["loss"] for row in alone.rows]
+    assert runs[0].rows[0]["loss"] != runs[1].rows[0]["loss"]
+
+
+def test_rows_are_handed_on_once_and_in_order(tmp_path):
+    seen = []
+    run = launch.run(config(tmp_path, stop_after=2), on_rows=seen.extend)
+    assert seen == run.rows
+    run = launch.run(config(tmp_path), on_rows=seen.extend)
+    assert seen == run.rows and len(run.rows) == 3
+
+
+def test_signal_handlers_are_put_back(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    launch.run(config(tmp_path, steps=1))
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_saves_at_the_next_step_and_stops(tmp_path, monkeypatch, number):
+    from tutorial_lib.torch_engine import TorchEngine
+
+    update, steps = TorchEngine.step, []
+
+    def interrupted(self):
+        steps.append(None)
+        if len(steps) == 2:
+            signal.raise_signal(number)
+        return update(self)
+
+    whole = launch.run(config(tmp_path, name="whole", steps=5))
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchEngine, "step", interrupted)
+        run = launch.run(config(tmp_path, steps=5))
+    # The wish is noticed when the next step begins; that step is trained, saved, and is the last.
+    assert (run.result["status"], run.result["step"], run.result["checkpoint"]) == ("stopped", 3, "step-00000003")
+    run = launch.run(config(tmp_path, steps=5))
+    assert [row["loss"] for row in run.rows] == [row["loss"] for row in whole.rows]
+
+
+def test_a_stop_request_of_an_earlier_start_is_forgotten(tmp_path):
+    run = launch.run(config(tmp_path, stop_after=1))
+    run.directory.stop_file.write_text("left by a start that was killed")
+    assert launch.run(config(tmp_path)).result["status"] == "completed"

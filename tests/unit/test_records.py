@@ -1,0 +1,98 @@
+"""What a run leaves behind, and what a reader may rely on while it is written."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tutorial_lib.records import RunDirectory, write_atomically
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    run.create()
+    return run
+
+
+def test_nothing_exists_before_it_is_created(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    assert run.rows() == []
+    assert run.first_error() is None
+    assert not run.path.exists()
+    with pytest.raises(FileNotFoundError):
+        run.result()
+
+
+def test_rows_come_back_in_order_and_exactly(run):
+    rows = [{"step": step, "loss": 0.1 + step / 3} for step in range(1, 5)]
+    for row in rows:
+        run.append(row)
+    assert run.rows() == rows
+
+
+def test_a_row_that_is_still_being_written_is_left_out(run):
+    run.append({"step": 1})
+    with run.metrics_file.open("a") as file:
+        file.write('{"step": 2, "lo')
+    assert run.rows() == [{"step": 1}]
+
+
+def test_a_resume_drops_later_rows_and_a_torn_one(run):
+    for step in range(1, 6):
+        run.append({"step": step})
+    with run.metrics_file.open("a") as file:
+        file.write('{"step": 6')
+    run.keep_rows_until(3)
+    run.append({"step": 4, "again": True})
+    assert run.rows() == [{"step": 1}, {"step": 2}, {"step": 3}, {"step": 4, "again": True}]
+
+
+def test_an_interrupted_write_leaves_the_old_text(tmp_path, monkeypatch):
+    path = tmp_path / "result.json"
+    write_atomically(path, "old")
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+    with pytest.raises(OSError, match="killed"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_an_atomic_write_leaves_nothing_else(tmp_path):
+    write_atomically(tmp_path / "a.json", "text")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_the_first_failure_is_reported_not_its_consequences(run):
+    for rank, message in ((1, "the cause"), (0, "peer closed the connection")):
+        try:
+            raise ValueError(message)
+        except ValueError as error:
+            run.write_error(rank, error)
+    found = run.first_error()
+    assert (found["rank"], found["type"], found["message"]) == (1, "ValueError", "the cause")
+    assert "raise ValueError(message)\nValueError: the cause" in found["traceback"]
+
+
+def test_a_new_start_forgets_errors_and_stop_requests_alone(run):
+    run.append({"step": 1})
+    run.write_error(0, ValueError("old"))
+    run.stop_file.write_text("stop")
+    run.log_file(0).write_text("kept")
+    run.clear_requests()
+    assert run.first_error() is None
+    assert not run.stop_file.exists()
+    assert run.rows() == [{"step": 1}]
+    assert run.log_file(0).read_text() == "kept"
+
+
+def test_rows_are_json_for_others(run):
+    run.append({"step": 1, "loss": 2.5, "epoch": 0})
+    assert [json.loads(line) for line in run.metrics_file.read_text().splitlines()] == run.rows()
+
+
+def test_reading_records_imports_nothing_heavy():
+    loaded = (
+        "import sys, tutorial_lib.records; print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True).stdout == "[]\n"
