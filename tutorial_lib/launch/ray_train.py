@@ -35,7 +35,7 @@ _SETTINGS = {
     # Worker processes in stock are of no use: what Ray Train starts has a runtime environment and so its own processes.
     "RAY_prestart_worker_first_driver": "0",
     "RAY_enable_worker_prestart": "0",
-    # By default workers give way to everything else (nice 15): beside a busy browser, training would stand still.
+    # By default workers give way to every other program (nice 15). What that costs here was not measured.
     "RAY_worker_niceness": "0",
 }
 

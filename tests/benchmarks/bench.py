@@ -1,0 +1,153 @@
+"""Measures the figures that the README quotes: ``python -m tutorial_lib bench [NAMES] [--json]``.
+
+What is compared runs alternately on the same machine, and the figure is their ratio. Each benchmark's newest outcome
+is kept in ``results.json`` beside this file, with when and on what it was measured. These are no tests: a slow
+machine fails nothing. A target that was missed is marked in the table.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tutorial_lib.config import ConfigError
+
+ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).with_name("results.json")
+_PACKAGES = ("torch", "deepspeed", "ray", "transformers", "datasets")
+
+Rows = list[tuple[str, str, str, bool | None]]
+"""What was measured, the figure, its target, and whether it was met."""
+
+
+def _padding(result: dict[str, Any]) -> Rows:
+    rate, shape = result["tokens_per_second"], f"length {result['seq_length']}, batch {result['batch']}"
+    return [
+        (
+            f"useful tokens/s, {name} against max_length ({shape})",
+            f"{_range(result[name])} = {rate[name]:.0f} / {rate['max_length']:.0f}",
+            target,
+            met,
+        )
+        for name, target, met in (
+            ("longest", "at least 5", result["longest"]["median"] >= 5),
+            ("packed", "", None),
+        )
+    ]
+
+
+def _loop(result: dict[str, Any]) -> Rows:
+    shape = f"{result['ranks']} ranks, {result['global_batch']} x {result['seq_length']} tokens"
+    return [
+        (
+            f"time per step, our loop against the shortest DeepSpeed loop, {stage} ({shape})",
+            f"{_range(result[stage])}; by processor time {result[stage]['median_processor_time']:.3f}",
+            "at most 1.02",
+            result[stage]["median"] <= 1.02,
+        )
+        for stage in ("zero1", "zero3")
+    ]
+
+
+def _ray(result: dict[str, Any]) -> Rows:
+    parts: Rows = [(f"  {part}", f"{seconds:.1f} s", "", None) for part, seconds in result["parts"].items()]
+    return [
+        ("Ray Train with 2 workers, until its first step", f"{result['seconds_to_first_step']:.1f} s", "", None),
+        *parts,
+    ]
+
+
+def _notebook(result: dict[str, Any]) -> Rows:
+    seconds = result["seconds"]
+    return [(f"notebook {result['notebook']}, warm", f"{seconds:.0f} s", "at most 180 s", seconds <= 180)]
+
+
+_SHOWN: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
+    "padding": ("tests.benchmarks.padding", _padding),
+    "loop": ("tests.benchmarks.loop", _loop),
+    "ray": ("tests.benchmarks.ray_startup", _ray),
+    "notebook": ("tests.benchmarks.notebook", _notebook),
+}
+NAMES = tuple(_SHOWN)
+
+
+def main(names: Sequence[str] = (), as_json: bool = False) -> int:
+    """Run benchmarks, all by default, print their figures and keep them in ``results.json``. Returns 0.
+
+    Raises:
+        ConfigError: there is no benchmark of that name.
+        RuntimeError: one of them failed; its own error is on the terminal.
+    """
+    if unknown := [name for name in names if name not in _SHOWN]:
+        raise ConfigError(f"There is no benchmark {unknown[0]!r}. Write one of: {', '.join(NAMES)}.")
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    measured = {}
+    for name in names or NAMES:
+        print(f"bench: {name} ...", file=sys.stderr, flush=True)
+        before = os.getloadavg()[0]
+        outcome = _in_new_process(_SHOWN[name][0])
+        measured[name] = results[name] = {**outcome, "measured": _circumstances(before)}
+        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    print(json.dumps(measured, indent=2) if as_json else table(measured))
+    return 0
+
+
+def _in_new_process(module: str) -> dict[str, Any]:
+    """What the module's ``measure`` returns. Nothing is imported or warm because another benchmark ran before."""
+    with tempfile.TemporaryDirectory(prefix="tutorial-lib-bench-") as scratch:
+        outcome = Path(scratch) / "outcome.json"
+        write = f"pathlib.Path({str(outcome)!r}).write_text(json.dumps(measure()))"
+        code = f"import json, pathlib; from {module} import measure; {write}"
+        # Standard output is for the figures.
+        if subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=sys.stderr).returncode:
+            raise RuntimeError(f"Benchmark {module.rpartition('.')[2]!r} failed.")
+        return dict(json.loads(outcome.read_text()))
+
+
+def table(results: dict[str, Any]) -> str:
+    """What :func:`main` measured, for people: the figure, its target, ``MISSED`` where that was not reached."""
+    lines = []
+    for name, result in results.items():
+        where = result["measured"]
+        lines.append(
+            f"{name}: {where['date']}, {where['cores']} cores, load before {where['load_before']:.1f}, "
+            f"after {where['load_after']:.1f}"
+        )
+        for what, figure, target, met in _SHOWN[name][1](result):
+            verdict = "" if met is None else f"  [{target}: {'met' if met else 'MISSED'}]"
+            lines.append(f"  {what}: {figure}{verdict}")
+    return "\n".join(lines)
+
+
+def _range(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:.3g} ({ratio['lowest']:.3g} to {ratio['highest']:.3g})"
+
+
+def _circumstances(load_before: float) -> dict[str, Any]:
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "cores": os.cpu_count(),
+        "processor": _processor(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "load_before": load_before,
+        "load_after": os.getloadavg()[0],
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())

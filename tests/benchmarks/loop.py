@@ -1,0 +1,140 @@
+"""Our training loop against the shortest correct DeepSpeed loop, on the same batches, on two ranks.
+
+``measure`` starts the ranks; each runs ``python -m tests.benchmarks.loop``, the local launcher's worker with
+:func:`compare` in place of the trainer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from transformers import get_scheduler
+
+from tests.distributed.launching import ROOT
+from tutorial_lib import launch, trainer
+from tutorial_lib.config import Config
+from tutorial_lib.dataloader import build_train_loader
+from tutorial_lib.engine import DeepSpeedEngine
+from tutorial_lib.launch import local, worker
+from tutorial_lib.measure.speed import time_ratio
+from tutorial_lib.models import load_tokenizer
+from tutorial_lib.mpu import Topology
+from tutorial_lib.records import RunDirectory
+
+STAGES = (1, 3)
+PAIRS = 50
+_WORKER = "tutorial_lib.launch.worker"
+
+
+def measure() -> dict[str, Any]:
+    """Time of our steps over time of the shortest loop's steps, for each stage."""
+    with tempfile.TemporaryDirectory(prefix="tutorial-lib-bench-") as storage:
+        configs = [
+            Config.create(
+                "cpu",
+                name=f"zero{stage}",
+                storage=storage,
+                dp=2,
+                zero_stage=stage,
+                dataset="embedded/articles",
+                seq_length=256,
+                global_batch=16,
+                steps=10_000,
+                evaluate=False,
+            )
+            for stage in STAGES
+        ]
+        start_processes = local.start_processes
+
+        def start(*, args: dict[int, tuple[str, ...]], **options: Any) -> Any:
+            ours = {rank: tuple(__name__ if a == _WORKER else a for a in given) for rank, given in args.items()}
+            return start_processes(args=ours, **options)
+
+        path = mock.patch.dict("os.environ", PYTHONPATH=str(ROOT))
+        with path, mock.patch.object(local, "start_processes", start):
+            runs = launch.run_all(configs)
+    shape = {"ranks": 2, "global_batch": 16, "seq_length": 256, "model": configs[0].model.name}
+    return {**shape, **{run.config.run.name: run.result for run in runs}}
+
+
+def compare(config: Config) -> None:
+    """On every rank: alternate steps of both loops; rank 0 leaves the ratio as the run's result."""
+    run = RunDirectory(config.directory)
+    topology = Topology.create(config.parallel, rank=dist.get_rank(), world_size=dist.get_world_size())
+    session = trainer._Session(config, topology, run, None, lambda: False)
+    batches = session.loader.steps()
+    shortest = shortest_loop(config, topology)
+
+    # A processor's time is shared less between the programs of a busy machine than a clock's.
+    processor: dict[str, list[float]] = {"ours": [], "theirs": []}
+    losses = {"ours": 0.0, "theirs": 0.0}
+
+    def timed(name: str, step: Callable[[], float]) -> None:
+        began = time.process_time()
+        losses[name] = step()
+        processor[name].append(time.process_time() - began)
+
+    ratio = time_ratio(
+        lambda: timed("ours", lambda: session._one_step(next(batches))[0]["loss"]),
+        lambda: timed("theirs", shortest),
+        pairs=PAIRS,
+    )
+    if not math.isclose(losses["ours"], losses["theirs"], rel_tol=1e-5):
+        raise AssertionError(f"The loops compute different things: {losses} after {PAIRS + 1} steps.")
+    if topology.rank == 0:
+        # The first call of each is no part of a pair.
+        pairs = zip(processor["ours"][1:], processor["theirs"][1:], strict=True)
+        by_processor = statistics.median(one / other for one, other in pairs)
+        result = {**asdict(ratio), "median_processor_time": by_processor, "last_loss": losses}
+        run.result_file.write_text(json.dumps(result))
+    session.engine.close()
+    dist.barrier()
+
+
+def shortest_loop(config: Config, topology: Topology) -> Callable[[], float]:
+    """A function that trains one step with DeepSpeed and nothing else, and returns the loss over all ranks.
+
+    Correct all the same: every token weighs alike wherever it is, and the loss is that of all ranks.
+    """
+    trainer.seed_everything(config.run.seed)
+    ours = DeepSpeedEngine(config, topology, torch.device("cpu"))
+    engine = ours.deepspeed
+    scheduler = get_scheduler("linear", ours.optimizer, 0, config.run.steps)
+    tokenizer = load_tokenizer(config.model.name)
+    steps = build_train_loader(config, tokenizer, dp_rank=topology.dp_rank, dp_size=topology.dp).steps()
+    engine.train()
+
+    def one_step() -> float:
+        micro_batches = next(steps)
+        tokens = torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in micro_batches]).sum()
+        dist.all_reduce(tokens)
+        total = torch.zeros(())
+        for batch in micro_batches:
+            labels = batch.pop("labels")[:, 1:].flatten()
+            logits = engine(**batch, use_cache=False).logits[:, :-1].flatten(0, 1)
+            loss = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") / tokens
+            engine.backward(loss * topology.dp, scale_wrt_gas=False)
+            engine.step()
+            total += loss.detach()
+        scheduler.step()
+        dist.all_reduce(total)
+        return float(total)
+
+    return one_step
+
+
+if __name__ == "__main__":
+    with mock.patch.object(worker, "train", compare):
+        worker.main(*sys.argv[1:])

@@ -1,0 +1,73 @@
+"""From a call of ``launch.run`` with Ray Train to the end of the first step, by part."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from tutorial_lib import launch
+from tutorial_lib.config import Config
+
+PARTS = (
+    "checks before any process starts, with their imports",
+    "import of Ray, ray.init",
+    "controller: process and imports",
+    "worker group: placement",
+    "two workers: processes and imports",
+    "process group",
+    "training function: import, tokenizer, data, engine, evaluation",
+    "first step",
+    "checkpoint and end of the fit",
+)
+
+
+def measure() -> dict[str, Any]:
+    """One start of two workers that train a step, from nothing running or imported to nothing left."""
+    from tutorial_lib.launch import ray_train  # imports Ray only when it starts it, which is measured
+
+    with tempfile.TemporaryDirectory(prefix="tutorial-lib-bench-") as storage:
+        marks_file = Path(storage) / "marks.jsonl"
+        config = Config.create("cpu", launcher="ray", dp=2, steps=1, storage=storage, name="startup")
+        times: dict[str, float] = {}
+        start = ray_train.start
+
+        def timed_start(*args: Any) -> bool:
+            times["start"] = time.time()
+            started = start(*args)
+            times["started"] = time.time()
+            return started
+
+        environment = {
+            "TUTORIAL_LIB_RAY_MARKS": str(marks_file),
+            "RAY_TRAIN_CALLBACKS": "tests.benchmarks.ray_marks.Marks",
+        }
+        with mock.patch.object(ray_train, "start", timed_start), mock.patch.dict(os.environ, environment):
+            times["begin"] = time.time()
+            run = launch.run(config)
+            times["end"] = time.time()
+        marks = {m["mark"]: m["time"] for m in map(json.loads, marks_file.read_text().splitlines())}
+        first_step = run.directory.metrics_file.stat().st_mtime
+    moments = [
+        times["begin"],
+        times["start"],
+        times["started"],
+        marks["controller runs"],
+        marks["worker group starts"],
+        marks["workers exist"],
+        marks["training function called"],
+        first_step - run.rows[0]["seconds"],
+        first_step,
+        times["end"],
+    ]
+    seconds = [after - before for before, after in pairwise(moments)]
+    return {
+        "seconds_to_first_step": first_step - times["begin"],
+        "seconds_in_train_before_first_step": run.result["seconds_to_first_step"],
+        "parts": dict(zip(PARTS, seconds, strict=True)),
+    }
