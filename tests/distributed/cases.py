@@ -144,6 +144,8 @@ INTERRUPTED: dict[str, dict[str, Any]] = {
     "zero3-all": {"zero_stage": 3, "offload": "all"},
     "zero0-bf16": {"zero_stage": 0, "precision": "bf16"},
     "zero3-bf16": {"zero_stage": 3, "precision": "bf16"},
+    # For signals that come from outside, at no step in particular.
+    "long": {"zero_stage": 1, "steps": 48},
     "packed": {"zero_stage": 2, "model": "bloom-dropout", "batching": "packed", "seq_length": 128, "micro_batch": 2},
 }  # fmt: skip
 """Runs with dropout that are stopped in the middle of an epoch of five steps, and end in the middle of the next."""
@@ -165,7 +167,8 @@ def shared_runs(directory: Path, ranks: int) -> list[Config]:
     if ranks == 1:
         runs += [reference(directory, case) for case in CASES]
     if ranks == 2:
-        runs += [interruptible(directory, name, part) for name in INTERRUPTED for part in ("whole", "halved")]
+        runs += [interruptible(directory, kind, "whole") for kind in INTERRUPTED]
+        runs += [interruptible(directory, kind, "halved") for kind in INTERRUPTED if kind != "long"]
         runs += [variant(directory, *where, 2, name=f"broken-{fault}") for fault, where in BROKEN_RUNS.items()]
     return runs
 
@@ -178,9 +181,15 @@ CONTINUED_BADLY = {
 REFUSED = {"refused-cut-short": "zero3", "refused-flipped": "zero3", "refused-other-settings": "zero3"}
 
 
+FATAL = ("broken-save_raises", "broken-killed_in_save")
+"""Runs that take their launch down with them."""
+
+DIVERGING = {"learning_rate": 1e30, "checkpoint_every": 1}
+
+
 def resumed_runs(directory: Path) -> list[Config]:
     """The second starts of the halved runs, and of copies of them that something has happened to."""
-    runs = [interruptible(directory, name, "halved", stop_after=None) for name in INTERRUPTED]
+    runs = [interruptible(directory, kind, "halved", stop_after=None) for kind in INTERRUPTED if kind != "long"]
     for name, origin in (CONTINUED_BADLY | REFUSED).items():
         changes = {"learning_rate": 0.5} if name == "refused-other-settings" else {}
         runs.append(interruptible(directory, origin, "halved", name=name, stop_after=None, **changes))
@@ -190,6 +199,7 @@ def resumed_runs(directory: Path) -> list[Config]:
     last = json.loads(metrics.read_text().splitlines()[-1])
     lost = "".join(json.dumps(last | {"step": STOP + more, "loss": 99.0}) + "\n" for more in (1, 2))
     metrics.write_text(metrics.read_text() + lost + '{"step": 6, "lo')
+    runs.append(interruptible(directory, "zero2-optimizer", "whole", name="refused-diverging", **DIVERGING))
     saved = directory / "runs" / "refused-cut-short" / "checkpoints" / f"step-{STOP:08d}" / "rank-001.pt"
     saved.write_bytes(saved.read_bytes()[:-1])
     saved = shard(directory / "runs" / "refused-flipped", STOP, rank=1)

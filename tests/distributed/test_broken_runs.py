@@ -26,8 +26,8 @@ SHOWN_BY = {
 
 
 def test_every_fault_is_tried():
-    continued_badly = {name.removeprefix("broken-") for name in cases.CONTINUED_BADLY}
-    assert {*SHOWN_BY, "trial_step_kept"} == set(cases.BROKEN_RUNS) == set(worker.BROKEN) - continued_badly
+    elsewhere = {name.removeprefix("broken-") for name in (*cases.CONTINUED_BADLY, *cases.FATAL)}
+    assert {*SHOWN_BY, "trial_step_kept"} == set(cases.BROKEN_RUNS) == set(worker.BROKEN) - elsewhere
 
 
 @pytest.mark.parametrize("fault", SHOWN_BY)

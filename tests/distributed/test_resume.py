@@ -12,7 +12,7 @@ from tests.distributed.comparing import assert_identical, compare
 from tutorial_lib.records import RunDirectory
 
 
-@pytest.mark.parametrize("name", cases.INTERRUPTED)
+@pytest.mark.parametrize("name", [kind for kind in cases.INTERRUPTED if kind != "long"])
 def test_a_resumed_run_continues_bit_for_bit(observed, resumed, name):
     run, whole = resumed(f"halved.{name}"), observed(2, f"whole.{name}")
     assert_identical(run, whole)
@@ -72,3 +72,15 @@ def test_every_rank_refuses_what_one_rank_finds(resumed, directory, name, messag
     for error in errors:
         assert error["type"] == "CheckpointError"
         assert re.search(message, error["message"]), error["message"]
+
+
+def test_a_run_that_diverges_stops_on_every_rank_and_names_the_last_good_checkpoint(resumed, directory):
+    """The first update throws the weights out of range; the second step's loss shows it."""
+    run = RunDirectory(directory / "runs" / "refused-diverging")
+    errors = json.loads((run.path / "refused.json").read_text())
+    assert len(errors) == 2
+    for error in errors:
+        assert error["type"] == "NonFiniteLoss"
+        assert error["message"].startswith("At step 2 the loss is")
+        assert f"The last good checkpoint is {run.checkpoints / 'step-00000001'}." in error["message"]
+    assert [row["step"] for row in run.rows()] == [1]

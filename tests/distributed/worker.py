@@ -13,6 +13,8 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -317,6 +319,31 @@ def _optimizer_not_restored() -> Iterator[None]:
 
 
 @contextmanager
+def _fault_in_second_save(strike: Callable[[], None]) -> Iterator[None]:
+    """Rank 1 does not come back from the second checkpoint, when its files are written but the rest is not."""
+    from tutorial_lib.engine import DeepSpeedEngine
+
+    save, saves = DeepSpeedEngine.save, []
+
+    def failing(self: Any, directory: Path) -> None:
+        save(self, directory)
+        saves.append(directory)
+        if len(saves) == 2 and dist.get_rank() == 1:
+            strike()
+
+    with mock.patch.object(DeepSpeedEngine, "save", failing):
+        yield
+
+
+def _raise() -> None:
+    raise OSError("the disk is full")
+
+
+def _killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextmanager
 def _trial_step_kept() -> Iterator[None]:
     from tutorial_lib.engine import DeepSpeedEngine
 
@@ -339,6 +366,8 @@ BROKEN: dict[str, Callable[[], Any]] = {
     "random_states_not_restored": _random_states_not_restored,
     "position_not_restored": _position_not_restored,
     "optimizer_not_restored": _optimizer_not_restored,
+    "save_raises": lambda: _fault_in_second_save(_raise),
+    "killed_in_save": lambda: _fault_in_second_save(_killed),
 }
 
 

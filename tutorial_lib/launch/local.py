@@ -21,8 +21,11 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std, start_processes
 
 from tutorial_lib.config import Config
-from tutorial_lib.launch import _POLL_SECONDS, first_error
+from tutorial_lib.launch import _POLL_SECONDS, WorkerError, first_error
 from tutorial_lib.records import RunDirectory
+
+_FATAL = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS)
+"""A rank that one of these has ended wrote nothing; what its peers then write is the consequence."""
 
 
 def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
@@ -72,13 +75,13 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
             outcome = context.wait(timeout=_POLL_SECONDS, period=_POLL_SECONDS / 2)
             poll()
         if outcome.is_failed():
-            failure = min(outcome.failures.values(), key=lambda f: f.timestamp)
-            raise first_error(
-                directories,
+            failure = min(outcome.failures.values(), key=lambda f: (-f.exitcode not in _FATAL, f.timestamp))
+            silent = (
                 f"Rank {failure.local_rank} ended with exit code {failure.exitcode} and left no traceback"
                 + (": it was killed, perhaps for memory." if failure.exitcode < 0 else ".")
-                + f" The end of its output:\n{_last_output(failure.local_rank, outcome.stderrs, directories)}",
+                + f" The end of its output:\n{_last_output(failure.local_rank, outcome.stderrs, directories)}"
             )
+            raise WorkerError(silent) if -failure.exitcode in _FATAL else first_error(directories, silent)
     finally:
         context.close(timeout=10)
         shutil.rmtree(scratch, ignore_errors=True)
