@@ -209,7 +209,7 @@ class DeepSpeedEngine:
 
 @contextmanager
 def _partitioned_from_birth(settings: dict[str, Any]) -> Iterator[None]:
-    """At stage 3, have every parameter partitioned as soon as it is created, so that no rank holds them all."""
+    """At stage 3, have every parameter partitioned as soon as it is created."""
     if settings["zero_optimization"]["stage"] != 3:
         yield
         return

@@ -57,7 +57,7 @@ def load_model(
     """A causal language model that takes the batches described above and keeps no generation cache.
 
     Within a stage-3 ``HfDeepSpeedConfig`` the parameters are partitioned as they are made, here as everywhere in
-    transformers: no rank holds the whole model.
+    transformers. Of pretrained weights, rank 0 reads the files and hands out each tensor.
 
     Args:
         name: hub name, directory, or a name of :data:`tutorial_lib.embedded.MODEL_NAMES`.

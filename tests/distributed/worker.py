@@ -10,6 +10,7 @@ of every step. The names of some runs ask for more:
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import json
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import cpuinfo
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -30,14 +32,16 @@ from tutorial_lib import checkpoint, ds_config, trainer
 from tutorial_lib.config import Config
 from tutorial_lib.dataloader import TrainLoader
 from tutorial_lib.dataloader.batches import Collate, StepSampler
-from tutorial_lib.launch import worker
+from tutorial_lib.launch import ray_train, worker
 from tutorial_lib.mpu import Topology
 
 OBSERVATION = "observed.pt"
 
 
 def main(*arguments: str) -> None:
-    with mock.patch.object(worker, "train", train_observed):
+    # DeepSpeed asks for the processor's maker, which takes a second, for every optimizer that it offloads.
+    ask_once = mock.patch.object(cpuinfo, "get_cpu_info", functools.cache(cpuinfo.get_cpu_info))
+    with ask_once, mock.patch.object(worker, "train", train_observed):
         worker.main(*arguments)
 
 
@@ -73,6 +77,19 @@ def _train_in_vain(config: Config) -> None:
         (config.directory / "result.json").write_text("{}")
     else:
         raise AssertionError(f"{config.run.name} was trained")
+
+
+def failing_on_ray(given: dict[str, Any]) -> None:
+    """What Ray's workers run, but rank 1 fails in its second step."""
+    step = trainer._Session._one_step
+
+    def failing(self: Any, micro_batches: Any) -> Any:
+        if dist.get_rank() == 1 and self.step == 1:
+            raise ValueError("of rank 1 alone")
+        return step(self, micro_batches)
+
+    with mock.patch.object(trainer._Session, "_one_step", failing):
+        ray_train._worker(given)
 
 
 class _Watch:
