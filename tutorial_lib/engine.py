@@ -31,7 +31,7 @@ from torch import Tensor
 from tutorial_lib import ds_config
 from tutorial_lib.checkpoint import CheckpointError
 from tutorial_lib.config import Config
-from tutorial_lib.models import load_model, set_activation_checkpointing
+from tutorial_lib.models import build_model
 from tutorial_lib.mpu import Topology
 from tutorial_lib.torch_engine import global_norm
 
@@ -57,15 +57,7 @@ class DeepSpeedEngine:
         self.averages_over = topology.dp
         settings = ds_config.build(config)
         with _partitioned_from_birth(settings):
-            model = load_model(
-                config.model.name,
-                random_init=config.model.random_init,
-                seed=config.run.seed,
-                freeze=config.model.freeze,
-                trust_remote_code=config.model.trust_remote_code,
-            )
-        if config.engine.activation_checkpointing:
-            set_activation_checkpointing(model)
+            model = build_model(config)
         self.num_parameters = sum(_whole_numel(parameter) for parameter in model.parameters())
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = _adamw(trained, config)

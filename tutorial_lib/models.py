@@ -41,7 +41,7 @@ from transformers.initialization import no_init_weights
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
-from tutorial_lib.config import ConfigError
+from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.embedded import CONFIG_ONLY_NAMES, MODEL_NAMES, model_directory
 
 
@@ -87,6 +87,24 @@ def load_model(
     model.config.use_cache = False
     _accept_document_masks(model)
     freeze_parameters(model, freeze)
+    return model
+
+
+def build_model(config: Config) -> PreTrainedModel:
+    """The model of a run: loaded or drawn, frozen and set to recompute activations as its configuration says.
+
+    Raises:
+        ConfigError: as :func:`load_model`, or the model cannot recompute activations.
+    """
+    model = load_model(
+        config.model.name,
+        random_init=config.model.random_init,
+        seed=config.run.seed,
+        freeze=config.model.freeze,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    if config.engine.activation_checkpointing:
+        set_activation_checkpointing(model)
     return model
 
 

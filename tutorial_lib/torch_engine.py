@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tutorial_lib.config import Config
-from tutorial_lib.models import load_model, set_activation_checkpointing
+from tutorial_lib.models import build_model
 from tutorial_lib.mpu import Topology
 
 
@@ -32,15 +32,7 @@ class TorchEngine:
     def __init__(self, config: Config, topology: Topology, device: torch.device) -> None:
         self.config = config
         self.device = device
-        model = load_model(
-            config.model.name,
-            random_init=config.model.random_init,
-            seed=config.run.seed,
-            freeze=config.model.freeze,
-            trust_remote_code=config.model.trust_remote_code,
-        )
-        if config.engine.activation_checkpointing:
-            set_activation_checkpointing(model)
+        model = build_model(config)
         self.module: torch.nn.Module = model
         torch.nn.Module.to(model, device)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
