@@ -1,0 +1,99 @@
+"""Ray Train runs the same worker function: the same numbers, the same resume, the same errors, and no noise."""
+
+from __future__ import annotations
+
+import time
+from contextlib import redirect_stderr, redirect_stdout
+
+import pytest
+
+from tests.distributed import cases, worker
+from tests.distributed.launching import ROOT
+from tutorial_lib import checkpoint, launch, trainer
+from tutorial_lib.config import ConfigError
+from tutorial_lib.launch import ray_train
+
+
+@pytest.fixture(scope="module")
+def cluster(directory):
+    """One cluster for all of this module: starting it takes longer than any run in it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        with ray_train.session(on_ray(directory)):
+            yield
+
+
+def on_ray(directory, **changes):
+    return cases.interruptible(directory, "zero1", "whole", name="ray", launcher="ray", **changes)
+
+
+@pytest.fixture(scope="module")
+def runs(cluster, directory):
+    """A run that is stopped, and started again under the same name; the rows as they came; what was printed."""
+    shown, rows, starts = directory / "shown", [], []
+    for stop in (cases.STOP, None):
+        with shown.open("a") as file, redirect_stdout(file), redirect_stderr(file), trainer._output_to(shown):
+            starts.append(launch.run(on_ray(directory, stop_after=stop), on_rows=rows.extend))
+    return starts, rows, shown.read_text()
+
+
+def test_a_resumed_run_on_ray_is_the_one_of_local_processes(runs, observed):
+    (first, second), _, _ = runs
+    whole = observed(2, "whole.zero1")
+    assert (first.result["status"], second.result["status"]) == ("stopped", "completed")
+    assert second.result["resumed_from"] == cases.STOP
+    for key in ("step", "loss", "grad_norm", "tokens", "epoch", "lr"):
+        assert [row[key] for row in second.rows] == [row[key] for row in whole.rows], key
+
+
+def test_rows_are_handed_on_once(runs):
+    (_, second), rows, _ = runs
+    assert rows == second.rows
+
+
+def test_workers_write_to_files_and_not_to_the_notebook(runs):
+    (_, second), _, shown = runs
+    assert shown == ""
+    assert all(second.directory.log_file(rank).is_file() for rank in range(2))
+
+
+def test_ray_knows_the_checkpoints(runs, cluster):
+    """They are registered, not copied: Ray's own directory holds a list of them and no second copy."""
+    import ray.train
+
+    (_, second), _, _ = runs
+    newest = checkpoint.latest(second.directory)
+    result = ray.train.Result.from_path(str(second.directory.path))
+    assert result.checkpoint.path == str(newest)
+    assert result.metrics["step"] == cases.END
+    assert len(list(second.directory.path.rglob("manifest.json"))) == 2
+
+
+def test_a_failing_ranks_own_traceback_is_what_the_user_sees(cluster, directory, monkeypatch, capfd):
+    monkeypatch.setattr(ray_train, "_worker", worker.failing_on_ray)
+    began = time.monotonic()
+    with pytest.raises(launch.WorkerError) as error:
+        launch.run(on_ray(directory).override(name="ray-failing"))
+    assert str(error.value).startswith("Rank 1 of run 'ray-failing' failed with ValueError: of rank 1 alone\n")
+    assert 'raise ValueError("of rank 1 alone")' in str(error.value)
+    assert time.monotonic() - began < 60
+    assert "".join(capfd.readouterr()) == "", "the error is raised, and printed by nobody else"
+
+
+def test_more_workers_than_the_cluster_has_is_an_error_at_once(cluster, directory):
+    began = time.monotonic()
+    many = on_ray(directory).override(name="ray-many", dp=256, global_batch=256)
+    with pytest.raises(
+        ConfigError, match=r"256 workers need 256 CPUs, and the Ray cluster has \d+\. Write a smaller dp"
+    ):
+        launch.run(many)
+    assert time.monotonic() - began < 10
+
+
+def test_a_gpu_where_the_cluster_has_none_is_an_error_at_once(cluster, directory):
+    import ray
+
+    if ray.cluster_resources().get("GPU", 0) >= 2:
+        pytest.skip("this machine has the GPUs that are asked for")
+    with pytest.raises(ConfigError, match=r"2 workers need 2 GPUs, and the Ray cluster has \d.*or device='cpu'"):
+        launch.run(on_ray(directory).override(name="ray-gpu", device="cuda"))
