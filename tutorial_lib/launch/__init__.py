@@ -168,11 +168,12 @@ class _Watcher:
         return int(found.name.removeprefix("step-")) if found else 0
 
 
-def wait_for(thread: threading.Thread, poll: Callable[[], None]) -> None:
-    """Poll until a thread ends."""
+def wait_for(thread: threading.Thread, *calls: Callable[[], None]) -> None:
+    """Call all of ``calls`` now and then, until a thread ends or one of them raises."""
     while thread.is_alive():
         thread.join(_POLL_SECONDS)
-        poll()
+        for call in calls:
+            call()
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import os
 import secrets
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +22,9 @@ import psutil
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.launch import WorkerError, first_error, wait_for
 from tutorial_lib.records import RunDirectory
+
+START_TIMEOUT = 600
+"""Seconds that Ray has to start the first worker. On a busy laptop it takes a minute or two."""
 
 _SETTINGS = {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -60,8 +64,14 @@ def start(config: Config) -> bool:
         Whether anything was started: False if Ray was running in this process already.
 
     Raises:
+        ConfigError: Ray cannot run from where this Python is.
         RuntimeError: Ray did not start. None of its processes is left.
     """
+    if " " in sys.executable and not os.environ.get("RAY_ADDRESS"):
+        raise ConfigError(
+            "Ray cannot start workers from a path with a space in it, and this Python's has one. Clone the course into "
+            "a directory without spaces, or write launcher='local'."
+        )
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     with _lean_imports():
@@ -175,7 +185,7 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
         failed: list[BaseException] = []
         fit = threading.Thread(target=_fit, args=(trainer, failed), daemon=True)
         fit.start()
-        wait_for(fit, poll)
+        wait_for(fit, poll, _sign_of_life(directories))
     if failed:
         error = first_error(directories, f"Ray Train failed: {failed[0]}")
         raise error from (None if directories_have_error(directories) else failed[0])
@@ -183,6 +193,23 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
 
 def directories_have_error(directories: Sequence[RunDirectory]) -> bool:
     return any(directory.first_error() for directory in directories)
+
+
+def _sign_of_life(directories: Sequence[RunDirectory]) -> Callable[[], None]:
+    """A check that raises if no worker has begun by the end of :data:`START_TIMEOUT`: Ray itself waits for ever."""
+    began = time.time()
+
+    def check() -> None:
+        if time.time() - began < START_TIMEOUT:
+            return
+        logs = [log for directory in directories for log in directory.logs.glob("rank-*.log")]
+        if not any(log.stat().st_mtime >= began for log in logs):
+            raise WorkerError(
+                f"Ray started no worker within {START_TIMEOUT} s. `ray status` shows what it waits for; its own logs "
+                "are under session_latest/logs in its temporary directory."
+            )
+
+    return check
 
 
 def _fit(trainer: Any, failed: list[BaseException]) -> None:
