@@ -77,13 +77,13 @@ VARIANTS: dict[int, dict[str, dict[str, dict[str, Any]]]] = {
 def make_inputs(directory: Path) -> None:
     """Models and data that are not embedded."""
     untied = directory / "qwen2-untied"
-    _altered_model("embedded/qwen2", untied, tie_word_embeddings=False)
+    altered_model("embedded/qwen2", untied, tie_word_embeddings=False)
     (untied / "model.safetensors").unlink()
     for name, rates in {
         "gpt2": dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.1),
         "bloom": dict.fromkeys(("attention_dropout", "hidden_dropout"), 0.1),
     }.items():
-        _altered_model(f"embedded/{name}", directory / f"{name}-dropout", **rates)
+        altered_model(f"embedded/{name}", directory / f"{name}-dropout", **rates)
     uneven = directory / "uneven"
     uneven.mkdir()
     texts = [("word " * 60 if number % 3 == 0 else "word ") + str(number) for number in range(64)]
@@ -92,7 +92,7 @@ def make_inputs(directory: Path) -> None:
         (uneven / f"{split}.jsonl").write_text(rows)
 
 
-def _altered_model(name: str, target: Path, **changes: Any) -> None:
+def altered_model(name: str, target: Path, **changes: Any) -> None:
     shutil.copytree(model_directory(name), target)
     path = target / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

@@ -14,16 +14,16 @@ from tutorial_lib.config import Config
 from tutorial_lib.launch import local
 
 ROOT = Path(__file__).resolve().parents[2]
-_OURS, _THEIRS = "tests.distributed.worker", "tutorial_lib.launch.worker"
+_THEIRS = "tutorial_lib.launch.worker"
 
 
-def observe(configs: Sequence[Config]) -> list[launch.Run]:
-    """``launch.run_all`` with processes that leave observations."""
+def observe(configs: Sequence[Config], worker: str = "tests.distributed.worker") -> list[launch.Run]:
+    """``launch.run_all`` with processes that leave observations: a module with the arguments of the library's."""
     start_processes = local.start_processes
 
     def start(*, args: dict[int, Sequence[str]], **options: Any) -> Any:
         assert all(_THEIRS in arguments for arguments in args.values())
-        ours = {rank: tuple(_OURS if a == _THEIRS else a for a in arguments) for rank, arguments in args.items()}
+        ours = {rank: tuple(worker if a == _THEIRS else a for a in arguments) for rank, arguments in args.items()}
         return start_processes(args=ours, **options)
 
     with pytest.MonkeyPatch.context() as patch, mock.patch.object(local, "start_processes", start):
