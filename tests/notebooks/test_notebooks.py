@@ -92,6 +92,24 @@ def test_committed_claims_hold(notebook: Path) -> None:
     check_claims(claims_in(notebook))
 
 
+@COURSE
+def test_shown_sources_are_those_of_the_library(notebook: Path) -> None:
+    cells = run.code_cells(read(notebook))
+    statements = [node for cell in cells for node in ast.parse(_without_magics(cell.source)).body]
+    imports = [node for node in statements if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names: dict[str, Any] = {}
+    exec(compile(ast.Module(imports, type_ignores=[]), str(notebook), "exec"), names)
+    for cell in cells:
+        last = cell.source.strip().splitlines()[-1]
+        if last.startswith("show_source("):
+            (shown,) = [output.data for output in cell.outputs if output.output_type == "execute_result"]
+            assert dict(shown) == eval(last, names)._repr_mimebundle_(), f"make execute: {last} shows older code"
+
+
+def _without_magics(source: str) -> str:
+    return "\n".join(line for line in source.splitlines() if not line.lstrip().startswith(("%", "!")))
+
+
 # --- as it runs now ---------------------------------------------------------------------------------------------------
 
 
