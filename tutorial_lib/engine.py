@@ -188,9 +188,11 @@ class DeepSpeedEngine:
         """Restore weights and optimizer states. Collective.
 
         Raises:
-            CheckpointError: DeepSpeed loaded nothing. It says so only by returning ``None``.
+            CheckpointError: there is nothing to load. DeepSpeed says so by returning ``None`` or by a bare assertion.
         """
-        path, _ = self.deepspeed.load_checkpoint(str(directory), tag=_TAG)
+        path = None
+        if any((directory / _TAG).glob("*.pt")):
+            path, _ = self.deepspeed.load_checkpoint(str(directory), tag=_TAG)
         if path is None:
             raise CheckpointError(f"DeepSpeed found nothing to load in {directory}; the run was not resumed.")
 

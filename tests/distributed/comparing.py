@@ -35,6 +35,7 @@ class Observed:
     tokens_by_rank: list[list[int]]
     ranks_agree: bool
     files_by_rank: list[list[str]]
+    load_of_nothing: str | None = None
 
     @property
     def directory(self) -> RunDirectory:

@@ -23,6 +23,13 @@ def test_a_resumed_run_continues_bit_for_bit(observed, resumed, name):
     assert (result["status"], result["resumed_from"]) == ("completed", cases.STOP)
 
 
+@pytest.mark.parametrize("name", cases.INTERRUPTED)
+def test_an_engine_that_finds_nothing_to_load_says_so(observed, name):
+    """DeepSpeed itself returns ``(None, None)``, and training would start again from the base weights."""
+    said = observed(2, f"whole.{name}").load_of_nothing
+    assert said.startswith("DeepSpeed found nothing to load in") and "not resumed" in said
+
+
 def test_rows_after_the_checkpoint_are_written_again(resumed):
     """``cases.resumed_runs`` left rows of steps 4 and 5 there, and half a row."""
     run = resumed("halved.zero1")

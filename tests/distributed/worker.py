@@ -5,6 +5,7 @@ every checkpoint a run leaves ``observed.pt`` in its directory: whole parameters
 of every step. The names of some runs ask for more:
 
 - ``broken-NAME``: the run trains with the patch that :data:`BROKEN` has under NAME;
+- ``whole.NAME``: at its end the engine is asked to load a directory that holds nothing;
 - ``refused-NAME``: the run must fail, on every rank; the error is kept in ``refused.json``, and the launch goes on.
 """
 
@@ -55,6 +56,8 @@ def train_observed(config: Config) -> None:
 
         def observe(path: Path, row: dict[str, Any]) -> None:
             observation = watch.observation()
+            if config.run.name.startswith("whole."):
+                observation["load_of_nothing"] = watch.load_of_nothing(config.directory / "nothing")
             if dist.get_rank() == 0:
                 torch.save(observation, config.directory / OBSERVATION)
 
@@ -158,6 +161,15 @@ class _Watch:
             "ranks_agree": len({digest for _, _, digest, _ in shares}) == 1,
             "files_by_rank": [files for _, _, _, files in shares],
         }
+
+    def load_of_nothing(self, directory: Path) -> str:
+        """Collective. What the engine says when there is nothing to load. Spoils the engine."""
+        directory.mkdir(exist_ok=True)
+        try:
+            self.engine.load(directory)
+        except checkpoint.CheckpointError as error:
+            return str(error)
+        return "nothing was loaded, and nothing was said"
 
 
 @contextmanager
