@@ -35,6 +35,8 @@ CASES: dict[str, dict[str, Any]] = {
     "bloom": {"model": "embedded/bloom", "batching": "packed", "seq_length": 128},
     # One rank may hold 60 times the tokens of another.
     "uneven": {"model": "embedded/qwen2", "dataset": "uneven", "batching": "max_length", "global_batch": 4},
+    # Adam's usual epsilon, see COMMON.
+    "usual": {"model": "embedded/gpt2", "eps": 1e-8},
     "frozen": {"model": "embedded/gpt2", "freeze": ("*.wpe.weight", "*.h.0.*"), "activation_checkpointing": True},
 }  # fmt: skip
 
@@ -61,6 +63,7 @@ VARIANTS: dict[int, dict[str, dict[str, dict[str, Any]]]] = {
         "untied": STAGES | {"zero3-all": OFFLOADED["zero3-all"]},
         "bloom": STAGES,
         "uneven": STAGES | {"zero2-accumulated": ACCUMULATED["zero2-accumulated"]},
+        "usual": {name: STAGES[name] for name in ("zero0", "zero3")},
         "frozen": STAGES | {"zero2-optimizer": OFFLOADED["zero2-optimizer"]},
     },
     4: {
@@ -68,6 +71,7 @@ VARIANTS: dict[int, dict[str, dict[str, dict[str, Any]]]] = {
         "untied": {name: STAGES[name] for name in ("zero1", "zero3")},
         "bloom": {"zero3": STAGES["zero3"]},
         "uneven": STAGES,
+        "usual": {"zero2": STAGES["zero2"]},
         "frozen": {"zero2": STAGES["zero2"]},
     },
 }

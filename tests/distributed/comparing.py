@@ -97,7 +97,7 @@ def compare(
     for name, both in reference.moments.items():
         for kind, expected in both.items():
             moment = run.moments[name][kind]
-            differences.number(f"{kind} absolutely", name, _largest(moment, expected), parameters)
+            differences.number(f"{kind} absolutely", name, _largest(moment, expected), tolerance)
             scale = expected.abs().max().item() or 1.0
             differences.number(kind, name, (moment - expected).abs().max().item() / scale, moments)
     return differences
