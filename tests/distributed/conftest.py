@@ -11,7 +11,7 @@ import pytest
 
 from tests.distributed import cases
 from tests.distributed.comparing import Observed
-from tests.distributed.launching import observe
+from tests.distributed.launching import Shell, observe
 from tutorial_lib.config import Config
 
 TIMEOUT = 600
@@ -76,3 +76,10 @@ def resumed(directory: Path, launched: Callable[[int], dict[str, Config]]) -> Ca
     observe(configs)
     by_name = {config.run.name: config for config in configs}
     return lambda name: Observed.read(by_name[name])
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Iterator[Shell]:
+    shell = Shell(tmp_path)
+    yield shell
+    shell.end()

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -17,7 +13,7 @@ import pytest
 
 from tests.distributed import cases
 from tests.distributed.comparing import Observed, assert_identical
-from tests.distributed.launching import ROOT, observe
+from tests.distributed.launching import observe, train_command
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.records import RunDirectory
@@ -99,70 +95,13 @@ def test_a_configuration_error_that_only_a_worker_finds_is_one_all_the_same(dire
     assert "Traceback" not in str(error.value)
 
 
-def arguments(config: Config) -> list[str]:
-    """The command line that says the same as a configuration."""
-    given: list[str] = []
-    for name, value in config.flat().items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            given.append(f"--{flag}" if value else f"--no-{flag}")
-        elif value not in (None, ()):
-            given += [f"--{flag}", str(value)]
-    return given
-
-
-@pytest.fixture
-def shell(tmp_path: Path) -> Iterator[Shell]:
-    shell = Shell(tmp_path)
-    yield shell
-    shell.end()
-
-
-class Shell:
-    """Starts ``python -m tutorial_lib train`` as a shell would: in a process group of its own."""
-
-    def __init__(self, scratch: Path) -> None:
-        self.scratch = scratch
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self, given: Sequence[str]) -> None:
-        command = [sys.executable, "-m", "tutorial_lib", "train", "--json", *given]
-        with (self.scratch / "stdout").open("wb") as out, (self.scratch / "stderr").open("wb") as err:
-            self.process = subprocess.Popen(
-                command,
-                stdout=out,
-                stderr=err,
-                cwd=ROOT,
-                start_new_session=True,
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
-            )
-
-    def wait_for_step(self, run: RunDirectory, step: int) -> None:
-        assert self.process is not None
-        while not any(row["step"] >= step for row in run.rows()):
-            assert self.process.poll() is None, (self.scratch / "stderr").read_text()
-            time.sleep(0.02)
-
-    def exit_code(self) -> int:
-        assert self.process is not None
-        return self.process.wait(timeout=240)
-
-    def result(self) -> dict[str, object]:
-        return dict(json.loads((self.scratch / "stdout").read_text()))
-
-    def end(self) -> None:
-        if self.process is not None and self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-
-
 def test_signals_stop_a_run_that_goes_on_to_the_same_end(observed, directory, shell):
     """SIGTERM to all of it, as from a scheduler; then the launching process is killed; then it is left alone."""
     whole = observed(2, "whole.long")
     config = cases.interruptible(directory, "long", "whole", name="signalled")
     run, steps = RunDirectory(config.directory), [0]
 
-    shell.start(arguments(config))
+    shell.start(train_command(config))
     shell.wait_for_step(run, 1)
     os.killpg(shell.process.pid, signal.SIGTERM)
     assert shell.exit_code() == 75, (shell.scratch / "stderr").read_text()
@@ -171,7 +110,7 @@ def test_signals_stop_a_run_that_goes_on_to_the_same_end(observed, directory, sh
     steps.append(stopped["step"])
     assert checkpoint.latest(run).name == f"step-{steps[1]:08d}"
 
-    shell.start(arguments(config))
+    shell.start(train_command(config))
     shell.wait_for_step(run, steps[1] + 1)
     workers = psutil.Process(shell.process.pid).children(recursive=True)
     os.kill(shell.process.pid, signal.SIGKILL)
@@ -180,7 +119,7 @@ def test_signals_stop_a_run_that_goes_on_to_the_same_end(observed, directory, sh
     steps.append(run.result()["step"])
     assert run.result()["status"] == "stopped"
 
-    shell.start(arguments(config))
+    shell.start(train_command(config))
     assert shell.exit_code() == 0, (shell.scratch / "stderr").read_text()
     assert shell.result()["resumed_from"] == steps[2]
     assert 0 < steps[1] < steps[2] < whole.config.run.steps
@@ -195,7 +134,7 @@ def test_a_worker_failure_exits_with_1_and_the_ranks_error_on_top(observed, dire
     shutil.copytree(directory / "runs" / "halved.zero1", config.directory)
     torn = next((config.directory / "checkpoints").rglob("*zero_pp_rank_1_*optim_states.pt"))
     torn.write_bytes(torn.read_bytes()[:-1])
-    shell.start(arguments(config))
+    shell.start(train_command(config))
     assert shell.exit_code() == 1
     error = (shell.scratch / "stderr").read_text()
     assert error.startswith("error: Rank ") and "failed with CheckpointError" in error.splitlines()[0]

@@ -1,0 +1,21 @@
+"""``--launcher none`` joins the processes that torchrun has started; the numbers are those of the local launcher."""
+
+from __future__ import annotations
+
+from tests.distributed import cases
+from tests.distributed.launching import train_command
+from tutorial_lib.records import RunDirectory
+
+
+def test_a_run_started_by_torchrun_is_the_one_of_local_processes(observed, directory, shell):
+    """Stopped once: torchrun takes 75 for a failure, so the code is 0, and the result tells that the run goes on."""
+    whole = observed(2, "whole.zero1")
+    for stop, status in ((cases.STOP, "stopped"), (None, "completed")):
+        config = cases.interruptible(
+            directory, "zero1", "whole", name="torchrun", launcher="none", stop_after=stop, checkpoint_every=0
+        )
+        shell.start(["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", *train_command(config)])
+        assert shell.exit_code() == 0, (shell.scratch / "stderr").read_text()
+        assert shell.result()["status"] == status
+    for key in ("step", "loss", "grad_norm", "tokens", "epoch", "lr"):
+        assert [row[key] for row in RunDirectory(config.directory).rows()] == [row[key] for row in whole.rows], key
