@@ -14,9 +14,14 @@ One object owns this arithmetic. Data loading asks it for ``dp_rank``, never for
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tutorial_lib.config import ConfigError, ParallelConfig
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,3 +67,24 @@ class Topology:
     def grid(self) -> list[list[int]]:
         """World ranks as rows of tensor-parallel groups; columns are the data-parallel groups."""
         return [[dp_rank * self.tp + tp_rank for tp_rank in range(self.tp)] for dp_rank in range(self.dp)]
+
+
+def device_mesh(topology: Topology, device_type: str) -> DeviceMesh:
+    """The grid as a PyTorch mesh with the axes ``dp`` and ``tp``, and one process group per row and column. Collective.
+
+    The groups are created once per default process group, however many runs a process does.
+
+    Args:
+        topology: this rank's place in the grid.
+        device_type: ``cpu`` (gloo) or ``cuda`` (NCCL).
+    """
+    import torch.distributed as dist
+
+    return _device_mesh(dist.group.WORLD, topology.dp, topology.tp, device_type)
+
+
+@functools.cache
+def _device_mesh(world: object, dp: int, tp: int, device_type: str) -> DeviceMesh:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device_type, (dp, tp), mesh_dim_names=("dp", "tp"))
