@@ -93,12 +93,8 @@ def _train(options: argparse.Namespace) -> int:
 
     leader = int(os.environ.get("RANK", "0")) == 0
     shown = progress(config.run.stop_after or config.run.steps) if leader and not options.json else None
-    try:
-        with _stdout_for_json_alone(options.json):
-            run = launch.run(config, on_rows=shown.on_rows if shown else None)
-    finally:
-        if shown:
-            shown.close()
+    with shown or nullcontext(), _stdout_for_json_alone(options.json):
+        run = launch.run(config, on_rows=shown.on_rows if shown else None)
     if leader:
         print(json.dumps(run.result) if options.json else _summary(run))
     if run.result["status"] != "stopped":

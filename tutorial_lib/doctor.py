@@ -119,7 +119,7 @@ def diagnose() -> Report:
     findings: dict[str, Any] = dict(
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
-        cores=_cores(),
+        cores=usable_cores(),
         memory_gb=total / GB,
         memory_available_gb=available / GB,
         shm_gb=shutil.disk_usage(shm).free / GB if shm.is_dir() else None,
@@ -222,7 +222,7 @@ def _operator_notes(machine: Report) -> Iterator[str]:
 # --- what there is ----------------------------------------------------------------------------------------------------
 
 
-def _cores() -> int:
+def usable_cores() -> int:
     """Cores this process may use: its affinity, and the share a container was given."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _read_cgroup("cpu.max").split()

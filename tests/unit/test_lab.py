@@ -159,6 +159,11 @@ claims.equal("forty rows", 40, len(rows))
 claims.at_most("the loss fell", 6, rows[-1]["loss"])
 claims.show()
 """,
+    """
+with progress(10, title="stages", labels=list("abcde"), curve=False) as shown:
+    for run in range(5):
+        shown.on_rows(rows[:10])
+""",
 ]
 
 
@@ -201,6 +206,10 @@ def test_a_live_curve_leaves_one_final_figure(executed: Path) -> None:
     alt = "Training loss over optimizer steps. ZeRO-3: 5.990 at step 1, 5.600 at step 40."
     assert outputs[0].metadata["image/png"]["alt"] == alt
     assert base64.b64decode(outputs[0].data["image/png"]).startswith(b"\x89PNG")
+
+
+def test_many_runs_leave_one_line(executed: Path) -> None:
+    assert [o.data["text/plain"] for o in outputs_of(executed, 5)] == ["stages: 5 runs, 50 steps"]
 
 
 def test_figures_and_sources_display_themselves(executed: Path) -> None:
@@ -355,13 +364,15 @@ def test_a_log_gets_a_line_now_and_then_and_the_last_step() -> None:
         shown.on_rows([])
         shown.on_rows(metrics(5, start=11))
     shown.close()
-    assert out.getvalue() == "ZeRO-3: step 15 of 40, loss 5.8500, 2000 tokens/s\n"
+    started, last = out.getvalue().splitlines()
+    assert started == "ZeRO-3: starting processes ..."
+    assert last == "ZeRO-3: step 15 of 40, loss 5.8500, 2000 tokens/s"
     out = io.StringIO()
     with LogLines(None, interval=0, file=out) as shown:
         shown.on_rows(metrics(10))
         time.sleep(0.001)
         shown.on_rows(metrics(5, start=11))
-    assert out.getvalue().splitlines() == [
+    assert out.getvalue().splitlines()[1:] == [
         "training: step 10, loss 5.9000, 2000 tokens/s",
         "training: step 15, loss 5.8500, 2000 tokens/s",
     ]
@@ -382,7 +393,7 @@ def test_several_runs_in_a_row_are_told_apart() -> None:
         shown.on_rows(metrics(10))
         shown.on_rows(metrics(10) + metrics(4))
     assert [len(rows) for rows in shown.runs] == [10, 10, 4]
-    assert out.getvalue() == "t 3: step 4 of 10, loss 5.9600, 2000 tokens/s\n"
+    assert out.getvalue() == "t: starting processes ...\nt 3: step 4 of 10, loss 5.9600, 2000 tokens/s\n"
 
 
 def test_without_rows_nothing_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

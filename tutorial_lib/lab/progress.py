@@ -1,6 +1,6 @@
-"""How a run goes, while it goes: a curve in a notebook, a bar in a terminal, a line now and then in a log.
+"""How a run goes, while it goes: a curve or a line in a notebook, a bar in a terminal, a line now and then in a log.
 
-All three take the new rows of ``metrics.jsonl``, as whoever started the run finds them:
+All of them take the new rows of ``metrics.jsonl``, as whoever started the run finds them:
 
 >>> with progress(total_steps=60) as shown:
 ...     run(config, on_rows=shown.on_rows)
@@ -19,9 +19,10 @@ Row = Mapping[str, Any]
 
 
 class Progress:
-    """What the three have in common: rows come in, :meth:`close` ends it. A context manager that closes itself.
+    """What all have in common: rows come in, :meth:`close` ends it. A context manager that closes itself.
 
-    Several runs may follow one another: where the step number goes back, the next run begins.
+    Several runs may follow one another: where the step number goes back, the next run begins. Until the first step is
+    done, which takes as long as processes take to start, :meth:`start` has said that something is on its way.
 
     Args:
         total_steps: optimizer steps of each run, or None if only its epochs are known.
@@ -44,10 +45,14 @@ class Progress:
         if rows:
             self._update()
 
+    def start(self) -> None:
+        """Say that nothing is to be seen yet. :meth:`__enter__` calls it."""
+
     def close(self) -> None:
         """Show the end. Safe to call twice."""
 
     def __enter__(self) -> Progress:
+        self.start()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -71,7 +76,40 @@ class Progress:
         )
 
 
-class LiveCurve(Progress):
+class NotebookProgress(Progress):
+    """What curve and line share: one output of a cell, replaced while workers run."""
+
+    _display_id: str | None = None
+
+    def start(self) -> None:
+        self._show({"text/plain": f"{self.title}: starting processes ..."})
+
+    def _show(self, data: Mapping[str, Any], metadata: Mapping[str, Any] | None = None) -> None:
+        from IPython.display import display as show
+        from IPython.display import update_display
+
+        shown: dict[str, Any] = {"metadata": dict(metadata or {}), "raw": True}
+        if self._display_id is None:
+            self._display_id = show(dict(data), display_id=True, **shown).display_id
+        else:
+            update_display(dict(data), display_id=self._display_id, **shown)
+
+
+class LiveLine(NotebookProgress):
+    """A line in a notebook's output that says which run is on; at the end it counts them."""
+
+    def close(self) -> None:
+        if self.runs:
+            steps = sum(len(rows) for rows in self.runs)
+            runs = "1 run" if len(self.runs) == 1 else f"{len(self.runs)} runs"
+            self._show({"text/plain": f"{self.title}: {runs}, {steps} steps"})
+
+    def _update(self) -> None:
+        of_all = f"run {len(self.runs)} of {len(self.labels)}, " if self.labels else ""
+        self._show({"text/plain": of_all + self._state()})
+
+
+class LiveCurve(NotebookProgress):
     """A loss curve in a notebook's output, redrawn while workers run; at the end one figure remains.
 
     Args:
@@ -91,7 +129,6 @@ class LiveCurve(Progress):
     ) -> None:
         super().__init__(total_steps, title=title, labels=labels)
         self.interval = interval
-        self._display_id: str | None = None
         self._drawn = 0.0
         self._closed = False
 
@@ -109,20 +146,13 @@ class LiveCurve(Progress):
             self._drawn = time.monotonic()
 
     def _draw(self, title: str) -> None:
-        from IPython.display import display as show
-        from IPython.display import update_display
-
         curves = {self._label(index): rows for index, rows in enumerate(self.runs)}
         alt = "Training loss over optimizer steps. " + " ".join(
             f"{label}: {rows[0]['loss']:.3f} at step {rows[0]['step']}, {rows[-1]['loss']:.3f} at step "
             f"{rows[-1]['step']}."
             for label, rows in curves.items()
         )
-        data, metadata = figures.loss_curves(curves, title=title, alt=alt).bundle()
-        if self._display_id is None:
-            self._display_id = show(data, metadata=metadata, raw=True, display_id=True).display_id
-        else:
-            update_display(data, metadata=metadata, raw=True, display_id=self._display_id)
+        self._show(*figures.loss_curves(curves, title=title, alt=alt).bundle())
 
 
 class TerminalBar(Progress):
@@ -139,8 +169,12 @@ class TerminalBar(Progress):
         super().__init__(total_steps, title=title, labels=labels)
         from tqdm import tqdm  # type: ignore[import-untyped]
 
-        self._new_bar = lambda: tqdm(total=total_steps, unit="step", file=file or sys.stderr)
+        self._file = file or sys.stderr
+        self._new_bar = lambda: tqdm(total=total_steps, unit="step", file=self._file)
         self._bars: list[Any] = []
+
+    def start(self) -> None:
+        print(f"{self.title}: starting processes ...", file=self._file, flush=True)
 
     def close(self) -> None:
         for bar in self._bars:
@@ -184,6 +218,9 @@ class LogLines(Progress):
         self._written = time.monotonic()
         self._reported: Row | None = None
 
+    def start(self) -> None:
+        print(f"{self.title}: starting processes ...", file=self._file, flush=True)
+
     def close(self) -> None:
         if self.runs and self._last() is not self._reported:
             self._write()
@@ -197,16 +234,20 @@ class LogLines(Progress):
         self._written, self._reported = time.monotonic(), self._last()
 
 
-def progress(total_steps: int | None, *, title: str = "training", labels: Sequence[str] = ()) -> Progress:
+def progress(
+    total_steps: int | None, *, title: str = "training", labels: Sequence[str] = (), curve: bool = True
+) -> Progress:
     """The right one for where this process runs: notebook, terminal or log.
 
     Args:
         total_steps: optimizer steps of each run, or None if only its epochs are known.
         title: what is running.
         labels: names of the runs, in order, if there are several.
+        curve: in a notebook, draw a curve; else one line says which run is on.
     """
     if display.in_notebook():
-        return LiveCurve(total_steps, title=title, labels=labels)
+        kind = LiveCurve if curve else LiveLine
+        return kind(total_steps, title=title, labels=labels)
     if sys.stderr.isatty():
         return TerminalBar(total_steps, title=title, labels=labels)
     return LogLines(total_steps, title=title, labels=labels)

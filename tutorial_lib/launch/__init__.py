@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tutorial_lib.config import Config, ConfigError
@@ -149,11 +150,16 @@ class _Watcher:
         self.directories = directories
         self.on_rows = on_rows
         self._seen = {directory.path: self._last_step(directory) for directory in directories}
+        self._sizes: dict[Path, int] = {}
 
     def poll(self) -> None:
         if self.on_rows is None:
             return
         for directory in self.directories:
+            size = directory.metrics_file.stat().st_size if directory.metrics_file.exists() else 0
+            if self._sizes.get(directory.path) == size:
+                continue  # five times a second, a long run's file is not read for nothing
+            self._sizes[directory.path] = size
             new = [row for row in directory.rows() if row["step"] > self._seen[directory.path]]
             if new:
                 self._seen[directory.path] = new[-1]["step"]

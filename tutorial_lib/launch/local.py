@@ -21,6 +21,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std, start_processes
 
 from tutorial_lib.config import Config
+from tutorial_lib.doctor import usable_cores
 from tutorial_lib.launch import _POLL_SECONDS, WorkerError, first_error
 from tutorial_lib.records import RunDirectory
 
@@ -44,7 +45,7 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
     configs_file.write_text(json.dumps([config.flat() for config in configs]))
     ranks = range(world_size)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    threads = str(max(1, (os.cpu_count() or 1) // world_size))
+    threads = str(max(1, usable_cores() // world_size))
     arguments = ("-m", "tutorial_lib.launch.worker", str(configs_file), str(scratch / "rendezvous"))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     context = start_processes(

@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 
 from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.doctor import usable_cores
 from tutorial_lib.launch import WorkerError, first_error, wait_for
 from tutorial_lib.records import RunDirectory
 
@@ -83,10 +84,11 @@ def start(config: Config) -> bool:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
         return True
-    cores, world_size = os.cpu_count() or 1, config.parallel.world_size
+    cores, world_size = usable_cores(), config.parallel.world_size
+    changed = ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
+    _changed_environment.update({name: os.environ.get(name) for name in changed})
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // world_size)))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    _changed_environment.update({name: os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")})
     if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
         # Otherwise Ray makes a token that outlives the cluster, in the home directory.
         os.environ.setdefault("RAY_AUTH_TOKEN", _TOKEN)
