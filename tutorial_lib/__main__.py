@@ -1,8 +1,8 @@
 """The package from a shell: ``python -m tutorial_lib doctor | train | plan | export | bench``.
 
-Exit codes, which scripts and schedulers may rely on: 0 done; 2 bad usage or configuration, with what to write
-instead; 75 stopped before the end after saving, run it again to go on; 1 anything else, with the failing rank's own
-error on top.
+Exit codes, which scripts and schedulers may rely on: 0 done; 2 bad usage or configuration, or a plan in which nothing
+fits, with what to write instead; 75 stopped before the end after saving, run it again to go on; 1 anything else, with
+the failing rank's own error on top.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ from typing import Any
 
 from tutorial_lib.config import ConfigError
 from tutorial_lib.theory.dimensions import Dimensions, derive
-from tutorial_lib.theory.plan import ENGINES, PRECISIONS, Candidate, Cluster, Workload, plan
+from tutorial_lib.theory.layouts import ENGINES, PRECISIONS, Cluster, Workload
+from tutorial_lib.theory.plan import Candidate, plan
 from tutorial_lib.theory.remedies import remedies
 
 FITS, NOTHING_FITS = 0, 2
@@ -24,9 +25,6 @@ _LEFT_OUT = (
     "slower kernels on small shards, Adam on the device, reading data. GB are 1e9 bytes. Attention is taken to be "
     "fused. An estimate orders layouts; measure the one you choose."
 )
-
-_GIGA = {"gpu_memory", "host_memory", "within", "between", "host_link", "host_adam"}
-"""Settings of the cluster that the command line takes in units of 1e9."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +73,7 @@ def main(options: argparse.Namespace) -> int:
     Raises:
         ConfigError: impossible arguments.
     """
-    _finite(options)
+    _check_numbers(options)
     dimensions, num_params, source = _model(options)
     workload = Workload(
         num_params=num_params, dimensions=dimensions, seq_length=options.seq_length, micro_batch=options.micro_batch,
@@ -132,12 +130,15 @@ def from_config(config: Any) -> Dimensions:
     )
 
 
-def _finite(options: argparse.Namespace) -> None:
+def _check_numbers(options: argparse.Namespace) -> None:
     for name, value in vars(options).items():
+        flag = f"--{name.replace('_', '-')}"
         if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"--{name.replace('_', '-')} is {value}; write a finite number.")
-        if name in ("layers", "hidden", "heads", "vocabulary", "bucket_size") and value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {value}; the smallest possible value is 1.")
+            raise ConfigError(f"{flag} is {value}; write a finite number.")
+        if isinstance(value, float) and value <= 0 and name not in ("overlap", "headroom"):
+            raise ConfigError(f"{flag} is {value:g}; write a number above 0.")
+        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+            raise ConfigError(f"{flag} is {value}; the smallest possible value is 1.")
 
 
 def _model(options: argparse.Namespace) -> tuple[Dimensions, int, str]:
@@ -157,7 +158,7 @@ def _model(options: argparse.Namespace) -> tuple[Dimensions, int, str]:
         raise ConfigError(str(error)) from error
     if all(given.values()):
         return dimensions, int(options.model_size), "as given"
-    return dimensions, int(options.model_size), "assumed, after published models of this size (GPT-3's table 2.1)"
+    return dimensions, int(options.model_size), "assumed, after GPT-3's and Llama 2's tables"
 
 
 def _document(
@@ -209,7 +210,8 @@ def _text(workload: Workload, cluster: Cluster, source: str, candidates: list[Ca
             f"{best.compute_seconds / best.seconds:.0%} of its step.",
         ]
     else:
-        lines.append("Nothing fits. " + ("Any one of these would:" if advice else "No single change would help."))
+        hopeless = "No number of such GPUs helps: choose larger ones, or shorter sequences."
+        lines.append(f"Nothing fits. {'What would:' if advice else hopeless}")
         lines += [f"  {sentence}" for sentence in advice]
     return "\n".join(lines)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tutorial_lib.theory.plan import Candidate, Cluster, Workload, plan
+from tutorial_lib.theory.layouts import Cluster, Workload
+from tutorial_lib.theory.plan import Candidate, plan
 
 MOST_GPUS = 65_536
 
 
 def remedies(workload: Workload, cluster: Cluster, engine: str = "deepspeed") -> list[str]:
-    """Sentences, each naming one change after which something fits; empty if nothing alone helps."""
+    """What to write after which something fits: single changes, or if none is enough, one set; empty if nothing is."""
 
     def best(workload: Workload = workload, cluster: Cluster = cluster) -> Candidate | None:
         first = plan(workload, cluster, engine)[0]
@@ -37,6 +38,10 @@ def remedies(workload: Workload, cluster: Cluster, engine: str = "deepspeed") ->
     gpus = smallest_gpus(workload, cluster, engine)
     if gpus and gpus > cluster.gpus:
         found.append(f"--gpus {gpus}, the fewest of this kind on which it fits")
+    if not found:
+        least = replace(workload, checkpointing=True, micro_batch=1, global_batch=None)
+        if gpus := smallest_gpus(least, cluster, engine):
+            found.append(f"--activation-checkpointing, --micro-batch 1 and --gpus {gpus} together")
     return found
 
 
