@@ -27,6 +27,9 @@ _LEFT_OUT = (
 )
 
 
+_A100_TFLOPS = {"bf16": 312.0, "fp16": 312.0, "fp32": 19.5}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``plan``. ``--json`` is every command's own."""
     defaults = {field.name: field.default for field in dataclasses.fields(Cluster)}
@@ -38,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.description = "Every dp x tp x ZeRO stage x offload on given GPUs: memory, traffic, step time. " + _LEFT_OUT
     parser.add_argument("--model", help="hub name, directory or embedded/...: its configuration gives the dimensions")
-    number("--model-size", float, "parameters, such as 7e9; dimensions not given follow published models (GPT-3)")
+    number(
+        "--model-size", float, "parameters, such as 7e9; dimensions not given follow published models (GPT-3, LLaMA)"
+    )
     for name in ("layers", "hidden", "heads", "vocabulary"):
         number(f"--{name}", int, f"with --model-size: {name} of the model")
     number("--gpus", int, "devices in all", required=True)
@@ -57,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     number("--bucket-size", int, "elements of DeepSpeed's buckets (default: 500000000, DeepSpeed's own)", 500_000_000)
     number("--gpus-per-node", int, "devices of a node, which tp stays within (default: 8)", defaults["gpus_per_node"])
     number("--host-memory", float, "GB of a node's memory, for offload (default: 1000)", 1000.0)
-    number("--gpu-tflops", float, "peak of one device (default: 312, an A100 in bf16)", 312.0)
+    number("--gpu-tflops", float, "peak of one device in the run's precision (default: an A100's 312, in fp32 19.5)")
     number("--efficiency", float, "share of the peak that computing reaches (default: 0.45, an assumption)", 0.45)
     number("--bandwidth-within", float, "GB/s a device sends within its node (default: 300, A100 NVLink)", 300.0)
     number("--bandwidth-between", float, "GB/s, a device's share of its node's network (default: 25)", 25.0)
@@ -80,9 +85,10 @@ def main(options: argparse.Namespace) -> int:
         global_batch=options.global_batch, precision=options.precision, bucket_size=options.bucket_size,
         checkpointing=options.activation_checkpointing, gradient_reduction=options.gradient_reduction,
     )  # fmt: skip
+    tflops = options.gpu_tflops or _A100_TFLOPS.get(options.precision, 312.0)
     cluster = Cluster(
         gpus=options.gpus, gpu_memory=options.gpu_memory * 1e9, gpus_per_node=options.gpus_per_node,
-        host_memory=options.host_memory * 1e9, gpu_flops=options.gpu_tflops * 1e12, efficiency=options.efficiency,
+        host_memory=options.host_memory * 1e9, gpu_flops=tflops * 1e12, efficiency=options.efficiency,
         within=options.bandwidth_within * 1e9, between=options.bandwidth_between * 1e9,
         host_link=options.bandwidth_host * 1e9, host_adam=options.host_adam * 1e9, overlap=options.overlap,
         headroom=options.headroom,
@@ -158,7 +164,7 @@ def _model(options: argparse.Namespace) -> tuple[Dimensions, int, str]:
         raise ConfigError(str(error)) from error
     if all(given.values()):
         return dimensions, int(options.model_size), "as given"
-    return dimensions, int(options.model_size), "assumed, after GPT-3's and Llama 2's tables"
+    return dimensions, int(options.model_size), "assumed, after GPT-3's and LLaMA's sizes"
 
 
 def _document(

@@ -1,8 +1,9 @@
 """The dimensions of a decoder-only transformer, and how many parameters they make.
 
 Sources:
-    GPT-3, arXiv:2005.14165, table 2.1 (sizes, layers, hidden sizes that :data:`PUBLISHED` lists)
-    Llama 2, arXiv:2307.09288, appendix A (32,000 tokens of vocabulary; the 70 B model's layers and hidden size)
+    GPT-3, arXiv:2005.14165, table 2.1 (up to 13 B and 175 B; its hidden size of 5140 for 13 B is a misprint of 5120)
+    LLaMA, arXiv:2302.13971, table 2 (65 B)
+    Llama 2, arXiv:2307.09288, section 2.2 (a vocabulary of 32,000 tokens)
     Scaling Laws for Neural Language Models, arXiv:2001.08361, section 2.1 (12 L h^2 parameters outside embeddings)
 """
 
@@ -19,7 +20,7 @@ PUBLISHED = (
     (2.7e9, 32, 2560),
     (6.7e9, 32, 4096),
     (13e9, 40, 5120),
-    (70e9, 80, 8192),
+    (65e9, 80, 8192),
     (175e9, 96, 12288),
 )
 """Parameters, layers and hidden size of published dense models: the shapes that :func:`derive` follows."""

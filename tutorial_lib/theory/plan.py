@@ -162,7 +162,10 @@ def _dp_traffic(
         volume = traffic.zero_volume(params, 3, accumulation=accumulation, parameters_stay=True)
         return cost(volume, layout.dp, members)
     volume = traffic.zero_volume(
-        params, layout.zero_stage, accumulation=accumulation, gradient_reduction=workload.gradient_reduction
+        params, layout.zero_stage, accumulation=accumulation, gradient_reduction=workload.gradient_reduction,
+        # A layer waits for its backward while up to 2 Psi elements of others are used; DeepSpeed keeps it that long
+        # if its limit allows.
+        parameters_stay=layout.strategy is None and 2 * params <= workload.live_params,
     )  # fmt: skip
     if layout.strategy != "hybrid":
         return cost(volume, layout.dp, members)
