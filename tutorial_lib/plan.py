@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import math
+import textwrap
 from typing import Any
 
 from tutorial_lib.config import ConfigError
@@ -197,6 +198,8 @@ def _text(workload: Workload, cluster: Cluster, source: str, candidates: list[Ca
         f"{cluster.gpus_per_node} per node; {cluster.gpu_flops / 1e12:g} TFLOP/s at {cluster.efficiency:g}",
         f"  GB/s: {cluster.within / 1e9:g} within a node, {cluster.between / 1e9:g} between, "
         f"{cluster.host_link / 1e9:g} to the host; {cluster.host_memory / 1e9:g} GB of host memory per node",
+        f"  assumed: {cluster.overlap:.0%} of dp traffic can hide behind computing, {cluster.headroom:.0%} of memory "
+        f"free, host Adam {cluster.host_adam / 1e9:g}e9/s",
         f"  {batch} sequences of {workload.seq_length} per step, micro-batch {workload.micro_batch}"
         + (", activations recomputed" if workload.checkpointing else ""),
         "",
@@ -219,7 +222,7 @@ def _text(workload: Workload, cluster: Cluster, source: str, candidates: list[Ca
         hopeless = "No number of such GPUs helps: choose larger ones, or shorter sequences."
         lines.append(f"Nothing fits. {'What would:' if advice else hopeless}")
         lines += [f"  {sentence}" for sentence in advice]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *textwrap.wrap(_LEFT_OUT, 100)])
 
 
 def _row(candidate: Candidate, best: Candidate) -> str:
