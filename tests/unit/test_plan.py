@@ -240,6 +240,12 @@ def test_seven_billion_on_eight_of_80_gb() -> None:
     assert [c.seconds for c in candidates if c.fits] == sorted(c.seconds for c in candidates if c.fits)
 
 
+def test_a_model_that_fits_whole_is_not_divided() -> None:
+    best, *others = plan(work(1e8), cluster(16))
+    assert (best.layout.name, best.layout.tp, best.layout.offload) == ("ZeRO-0", 1, "none")
+    assert find(others, zero_stage=3).slower == "as fast; divides more"
+
+
 def test_granite_7b_on_four_a100() -> None:
     """Published: ZeRO-3 3094.5 and FSDP 3158.7 tokens/s and GPU at an MFU of 0.40 and 0.41; both fit."""
     for engine, efficiency, published in (("deepspeed", 0.40, 3094.5), ("fsdp", 0.41, 3158.7)):

@@ -63,14 +63,22 @@ class Candidate:
 def plan(workload: Workload, cluster: Cluster, engine: str = "deepspeed") -> list[Candidate]:
     """All layouts: first those that fit, fastest first, then the others, smallest first.
 
+    Of layouts that are equally fast the one that divides least comes first: it runs the fewest collectives, whose
+    latency the model leaves out.
+
     Raises:
         ValueError: an unknown engine or precision, a number below its smallest value, or half-used nodes.
     """
     check(workload, cluster, engine)
     candidates = [_candidate(workload, cluster, layout) for layout in layouts(workload, cluster, engine)]
-    fitting = sorted((c for c in candidates if c.fits), key=lambda c: (c.seconds, c.memory))
+    fitting = sorted((c for c in candidates if c.fits), key=_order)
     others = sorted((c for c in candidates if not c.fits), key=lambda c: (c.memory, c.host))
     return [dataclasses.replace(c, slower=_why_slower(c, fitting[0])) for c in fitting] + others
+
+
+def _order(candidate: Candidate) -> tuple[float, int, int]:
+    # Rounding: sums of the same terms must not be told apart by their last bits.
+    return float(f"{candidate.seconds:.6g}"), candidate.layout.tp, candidate.layout.zero_stage
 
 
 def _candidate(workload: Workload, cluster: Cluster, layout: Layout) -> Candidate:
@@ -223,7 +231,7 @@ def _why_slower(candidate: Candidate, best: Candidate) -> str:
     cause = max(more, key=lambda name: more[name])
     percent = 100 * (candidate.seconds / best.seconds - 1)
     if percent < 0.05:
-        return "as fast; holds more memory" if candidate.memory > best.memory else "as fast; gains nothing"
+        return "as fast; holds more memory" if candidate.memory > best.memory else "as fast; divides more"
     return f"{percent:,.{1 if percent < 100 else 0}f} % slower: {cause}"
 
 
