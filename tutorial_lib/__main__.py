@@ -1,8 +1,8 @@
-"""The package from a shell: ``python -m tutorial_lib doctor | train | export | bench``.
+"""The package from a shell: ``python -m tutorial_lib doctor | train | plan | export | bench``.
 
-Exit codes, which scripts and schedulers may rely on: 0 done; 2 bad usage or configuration, with what to write
-instead; 75 stopped before the end after saving, run it again to go on; 1 anything else, with the failing rank's own
-error on top.
+Exit codes, which scripts and schedulers may rely on: 0 done; 2 bad usage or configuration, or a plan in which nothing
+fits, with what to write instead; 75 stopped before the end after saving, run it again to go on; 1 anything else, with
+the failing rank's own error on top.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from tutorial_lib import plan
 from tutorial_lib.config import PROFILES, Config, ConfigError, settings
 
 DONE, FAILED, BAD_CONFIGURATION, STOPPED = 0, 1, 2, 75
@@ -49,6 +50,10 @@ def _parser() -> argparse.ArgumentParser:
         _add_setting(train, setting)
     train.set_defaults(command=_train)
 
+    planned = commands.add_parser("plan", help="which dp x tp, ZeRO stage and offload fit given GPUs, fastest first")
+    plan.add_arguments(planned)
+    planned.set_defaults(command=plan.main)
+
     export = commands.add_parser("export", help="write a checkpoint as a Hugging Face directory")
     export.add_argument("source", type=Path, help="a run's directory (its newest checkpoint), or one checkpoint")
     export.add_argument("target", type=Path, help="a new directory")
@@ -58,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("names", nargs="*", help="which benchmarks; default: all")
     bench.set_defaults(command=_bench)
 
-    for command in (doctor, train, export, bench):
+    for command in (doctor, train, planned, export, bench):
         command.add_argument("--json", action="store_true", help="print JSON for machines")
     return parser
 

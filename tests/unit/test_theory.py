@@ -292,7 +292,7 @@ def test_data_parallelism_is_compute_bound_above_the_critical_batch() -> None:
 
 def test_theory_imports_neither_torch_nor_other_rooms() -> None:
     program = (
-        "import sys, tutorial_lib.theory.memory, tutorial_lib.theory.traffic, tutorial_lib.theory.flops\n"
+        "import sys, tutorial_lib.theory.memory, tutorial_lib.theory.remedies, tutorial_lib.theory.flops\n"
         "others = [m for m in sys.modules if m.startswith('tutorial_lib.') and '.theory' not in m]\n"
         "assert not others and not {'torch', 'transformers', 'numpy'} & set(sys.modules), others"
     )

@@ -220,16 +220,48 @@ def tensor_parallel_params(num_params: int, replicated: int, tp: int) -> int:
 
 
 def activation_bytes_per_layer(
-    seq_length: int, micro_batch: int, hidden: int, num_heads: int, tp: int = 1, *, sequence_parallel: bool = False
+    seq_length: int,
+    micro_batch: int,
+    hidden: int,
+    num_heads: int,
+    tp: int = 1,
+    *,
+    sequence_parallel: bool = False,
+    fused_attention: bool = False,
 ) -> float:
     """Activations that one transformer layer keeps for backward, in bytes, with 16-bit activations.
 
     ``s b h (10 + 24/t + 5 a s / (h t))`` under tensor parallelism, ``s b h / t (34 + 5 a s / h)`` with sequence
     parallelism as well (arXiv:2205.05198, section 4.2). For t = 1 both are ``s b h (34 + 5 a s / h)``.
-    The last term is the attention matrix, which fused attention kernels do not keep.
+    The last term is the attention matrix, which fused attention kernels (``fused_attention``) do not keep.
     """
     sbh = seq_length * micro_batch * hidden
-    attention = 5 * num_heads * seq_length / hidden
+    attention = 0.0 if fused_attention else 5 * num_heads * seq_length / hidden
     if sequence_parallel:
         return sbh / tp * (34 + attention)
     return sbh * (10 + 24 / tp + attention / tp)
+
+
+def activation_bytes(
+    num_layers: int,
+    seq_length: int,
+    micro_batch: int,
+    hidden: int,
+    num_heads: int,
+    vocabulary: int,
+    tp: int = 1,
+    *,
+    checkpointing: bool = False,
+    bytes_per_element: int = 2,
+) -> float:
+    """Activations of a whole model at the end of a forward pass, in bytes, with fused attention.
+
+    All layers (:func:`activation_bytes_per_layer`), or with ``checkpointing`` each layer's input alone
+    (``2 s b h L``, arXiv:2205.05198, section 5) and one layer that is being recomputed; then the logits of all
+    positions, as the loss keeps them: as computed, in fp32, and the fp32 gradient of those. For fp32 activations the
+    16-bit formula is doubled, which counts the one-byte dropout masks twice.
+    """
+    layer = activation_bytes_per_layer(seq_length, micro_batch, hidden, num_heads, tp, fused_attention=True)
+    kept = 2 * seq_length * micro_batch * hidden * num_layers + layer if checkpointing else num_layers * layer
+    logits = seq_length * micro_batch * vocabulary * (bytes_per_element + 4 + 4)
+    return kept * bytes_per_element / 2 + logits

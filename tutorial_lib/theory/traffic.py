@@ -117,16 +117,74 @@ def tensor_parallel_volume(
     *,
     accumulation: int = 1,
     recompute: bool = False,
+    column_layers: int = 2,
 ) -> StepVolume:
     """Communication of one optimizer step inside a tensor-parallel group, without embedding and output layer.
 
     Each layer all-reduces ``b s h`` elements twice in forward (after attention, after the MLP) and twice in backward
     (arXiv:1909.08053, section 3). Recomputing activations runs the forward all-reduces again.
+
+    Args:
+        num_layers: L.
+        micro_batch: b, in sequences.
+        seq_length: s, in tokens.
+        hidden: h.
+        tp: t; without a second rank nothing is sent.
+        accumulation: micro-batches per optimizer step.
+        recompute: activation checkpointing.
+        column_layers: column-parallel projections per layer, each of which all-reduces the gradient of its own input.
+            Megatron fuses them into 2; five separate ones (query, key, value, gate, up) cost 5.
     """
     if tp == 1:
         return StepVolume()
-    all_reduces = 2 + 2 + (2 if recompute else 0)
+    all_reduces = 2 + column_layers + (2 if recompute else 0)
     return StepVolume(all_reduce=accumulation * num_layers * all_reduces * micro_batch * seq_length * hidden)
+
+
+def tensor_parallel_crossover(
+    num_params: int,
+    num_layers: int,
+    hidden: int,
+    *,
+    accumulation: int = 1,
+    recompute: bool = False,
+    column_layers: int = 2,
+) -> float:
+    """Tokens of a step at which tensor parallelism over n devices sends as much as ZeRO-3 over the same n devices.
+
+    A tensor-parallel group passes *all* tokens T of the step through each of its ranks: ``8 L h T`` elements with
+    two all-reduces per layer and direction. ZeRO-3 sends ``3 Psi`` per micro-batch, however many tokens it has. The
+    two are equal at ``T = 3 Psi / (8 L h)``, which is 4.5 h where Psi = 12 L h^2. Above it ZeRO-3 sends less. Both are
+    rings over n ranks, so the ring factor cancels.
+
+    Args:
+        num_params: Psi.
+        num_layers: L.
+        hidden: h.
+        accumulation: micro-batches in which ZeRO-3 works through the step's tokens.
+        recompute: activation checkpointing, which repeats the forward all-reduces. ZeRO-3's volume stays: its
+            gather for backward serves the second forward too.
+        column_layers: as in :func:`tensor_parallel_volume`.
+    """
+    per_token = tensor_parallel_volume(
+        num_layers, 1, 1, hidden, 2, recompute=recompute, column_layers=column_layers
+    ).total  # fmt: skip
+    return zero_volume(num_params, 3, accumulation=accumulation).total / per_token
+
+
+def bus_bandwidth(members_per_node: int, num_ranks: int, within: float, between: float) -> float:
+    """Bytes per second that each rank of a group's ring sends.
+
+    A group inside one node uses the links within. A ring over several nodes enters and leaves each node as often as
+    the group has members there, each time through the network share of one device, until the links within are full.
+
+    Args:
+        members_per_node: ranks of the group on each node.
+        num_ranks: ranks of the group.
+        within: bytes per second of one device to another in its node.
+        between: bytes per second of one device's share of its node's network.
+    """
+    return within if num_ranks <= members_per_node else min(within, members_per_node * between)
 
 
 def ring_factor(kind: str, num_ranks: int) -> float:

@@ -1,0 +1,401 @@
+"""Plans: known answers, agreement with what runs were measured to hold, and the command."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tutorial_lib.__main__ import main
+from tutorial_lib.config import ConfigError
+from tutorial_lib.plan import from_config
+from tutorial_lib.theory import memory, traffic
+from tutorial_lib.theory.dimensions import PUBLISHED, Dimensions, derive
+from tutorial_lib.theory.layouts import FSDP_STRATEGIES, Cluster, Workload, layouts
+from tutorial_lib.theory.plan import Candidate, plan
+from tutorial_lib.theory.remedies import remedies, smallest_gpus
+
+SEVEN = derive(7e9)
+GPT2 = Dimensions(
+    layers=4, hidden=96, heads=8, vocabulary=2048, positions=512, qkv_bias=True, bias=True, norm_vectors=2, tied=True
+)
+
+
+def work(num_params: float = 7e9, **changes: Any) -> Workload:
+    given = {"num_params": int(num_params), "dimensions": derive(num_params), "seq_length": 2048}
+    return Workload(**{**given, **changes})
+
+
+def cluster(gpus: int = 8, gigabytes: float = 80, **changes: Any) -> Cluster:
+    return Cluster(gpus=gpus, gpu_memory=gigabytes * 1e9, **changes)
+
+
+def find(candidates: list[Candidate], **wanted: Any) -> Candidate:
+    wanted = {"tp": 1, "offload": "none", **wanted}
+    found = [c for c in candidates if all(getattr(c.layout, key) == value for key, value in wanted.items())]
+    assert len(found) == 1
+    return found[0]
+
+
+# --- dimensions -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "num_params", "row_biases"),
+    [("gpt2", 693_312, True), ("qwen2", 677_472, False), ("bloom", 644_352, True)],
+)
+def test_dimensions_count_what_a_real_model_has(name: str, num_params: int, row_biases: bool) -> None:
+    """Psi and R from the dimensions, against the parameters of the model itself, built without memory."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tutorial_lib.models import load_config
+
+    config = load_config(f"embedded/{name}")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    sizes = {key: parameter.numel() for key, parameter in model.named_parameters()}
+    dimensions = from_config(config)
+    assert dimensions.num_params == sum(sizes.values()) == num_params
+    # What AutoTP does not divide: everything but projections, and the biases added after an all-reduce.
+    norms_and_embeddings = ("wte", "wpe", "ln_", "embed_tokens", "layernorm", "norm.", "word_embeddings")
+    summed = ("attn.c_proj.bias", "mlp.c_proj.bias", "attention.dense.bias", "dense_4h_to_h.bias")
+    whole = [key for key in sizes if any(part in key for part in norms_and_embeddings + summed)]
+    assert any(key.endswith(summed) for key in whole) == row_biases
+    assert dimensions.replicated_params == sum(sizes[key] for key in whole)
+    layer = sum(size for key, size in sizes.items() if ".0." in key)
+    assert dimensions.layer_params == layer
+
+
+def test_published_dimensions_count_published_parameters() -> None:
+    """Llama 2 7B has 6,738,415,616 parameters, Qwen2-7B 7,615,616,512."""
+    shared: dict[str, Any] = {"gated": True, "column_layers": 5}
+    llama = Dimensions(layers=32, hidden=4096, heads=32, vocabulary=32000, intermediate=11008, **shared)
+    assert llama.num_params == 6_738_415_616
+    qwen = Dimensions(
+        layers=28, hidden=3584, heads=28, kv_heads=4, vocabulary=152064, intermediate=18944, qkv_bias=True, **shared
+    )
+    assert qwen.num_params == 7_615_616_512
+
+
+@pytest.mark.parametrize(("num_params", "layers", "hidden"), PUBLISHED)
+def test_derived_dimensions_are_near_published_ones(num_params: float, layers: int, hidden: int) -> None:
+    derived = derive(num_params)
+    assert derived.num_params == pytest.approx(num_params, rel=0.05)
+    assert derived.layers == pytest.approx(layers, rel=0.12)
+    assert derived.hidden == pytest.approx(hidden, rel=0.01)
+    assert derived.heads % 4 == 0
+
+
+def test_given_dimensions_are_kept() -> None:
+    derived = derive(7e9, layers=32, hidden=4096, heads=64, vocabulary=50_000)
+    assert (derived.layers, derived.hidden, derived.heads, derived.vocabulary) == (32, 4096, 64, 50_000)
+    assert derive(7e9, layers=32).layers == 32
+    assert derive(7e9, heads=40).hidden % 40 == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(num_params=7), "such as 7e9"),
+        (dict(num_params=70e9, layers=32, hidden=4096), "make 6.7 B parameters, not 70 B"),
+        (dict(num_params=7e9, hidden=4096, heads=33), "not a multiple of heads=33"),
+    ],
+)
+def test_impossible_dimensions_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        derive(**arguments)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_papers_table() -> None:
+    """7.5 B parameters on 64 ranks (arXiv:1910.02054, figure 1), gradients accumulated so that stage 1 holds them."""
+    candidates = plan(work(7.5e9, global_batch=128), cluster(64))
+    for stage, gigabytes in enumerate((120, 31.4, 16.6, 1.9)):
+        assert round(find(candidates, zero_stage=stage).states / 1e9, 1) == gigabytes
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage", "offload", "measured"),
+    [
+        # State bytes per rank, two ranks of the embedded GPT-2, as notebook 01 shows them measured.
+        ("fp32", 0, "none", 11_092_992),
+        ("fp32", 1, "none", 8_363_136),
+        ("fp32", 2, "none", 8_363_136),
+        ("fp32", 2, "optimizer", 8_319_744),
+        ("fp32", 3, "none", 6_933_120),
+        ("fp32", 3, "all", 6_933_120),
+        ("bf16", 1, "none", 6_261_504),
+        ("bf16", 2, "none", 6_261_504),
+        ("bf16", 3, "none", 5_546_496),
+    ],
+)
+def test_states_agree_with_measured_runs(precision: str, stage: int, offload: str, measured: int) -> None:
+    tiny = Workload(num_params=GPT2.num_params, dimensions=GPT2, seq_length=128, precision=precision)
+    candidate = find(plan(tiny, cluster(2)), zero_stage=stage, offload=offload)
+    total = candidate.states + candidate.host / 2
+    assert total == pytest.approx(measured, rel=0.02)
+    if stage == 3 or offload != "none" or stage == 0:
+        assert total == measured
+
+
+def test_tensor_parallelism_divides_all_but_the_replicated() -> None:
+    candidate = find(plan(work(), cluster()), tp=8, zero_stage=0)
+    replicated = SEVEN.replicated_params
+    assert candidate.states == 16 * (-(-(7_000_000_000 - replicated) // 8) + replicated)
+
+
+def test_activations_of_a_model() -> None:
+    s, b, h, a, layers, v = 2048, 2, 4096, 32, 32, 32_000
+    logits = s * b * v * 10
+    assert memory.activation_bytes(layers, s, b, h, a, v) == layers * s * b * h * 34 + logits
+    assert memory.activation_bytes(layers, s, b, h, a, v, 4) == layers * s * b * h * 16 + logits
+    assert memory.activation_bytes(layers, s, b, h, a, v, checkpointing=True) == s * b * h * (2 * layers + 34) + logits
+
+
+# --- traffic and time -------------------------------------------------------------------------------------------------
+
+
+def test_traffic_is_the_papers() -> None:
+    candidates = plan(work(), cluster())
+    ring = 7 / 8
+    for stage, multiple in ((1, 2), (2, 2), (3, 3)):
+        sent = find(candidates, zero_stage=stage)
+        assert sent.dp_traffic == pytest.approx(ring * multiple * 7e9 * 2)
+        assert sent.tp_traffic == 0
+    # Eight micro-batches pass the one group: per layer four all-reduces of s h elements each.
+    group = find(candidates, zero_stage=0, tp=8)
+    assert group.dp_traffic == 0 and group.accumulation == 8
+    assert group.tp_traffic == pytest.approx(2 * ring * 8 * SEVEN.layers * 4 * 2048 * SEVEN.hidden * 2)
+
+
+def test_a_small_model_stays_gathered_between_forward_and_backward() -> None:
+    """As counted in runs of the tiny models: 2 Psi at stage 3 with DeepSpeed's defaults, 3 Psi without live ones."""
+    for live, multiple in ((1_000_000_000, 2), (0, 3)):
+        tiny = Workload(num_params=GPT2.num_params, dimensions=GPT2, seq_length=128, precision="fp32", live_params=live)
+        assert find(plan(tiny, cluster(2)), zero_stage=3).dp_traffic == multiple * GPT2.num_params * 4 / 2
+
+
+def test_accumulation_repeats_what_stages_2_and_3_send() -> None:
+    once, thrice = (plan(work(global_batch=8 * n), cluster()) for n in (1, 3))
+    sent = [find(thrice, zero_stage=s).dp_traffic / find(once, zero_stage=s).dp_traffic for s in (1, 2, 3)]
+    assert sent == pytest.approx([1, 2, 3])
+
+
+def test_tensor_parallelism_and_zero_3_cross_at_four_and_a_half_hidden_sizes() -> None:
+    layers, hidden = 32, 4096
+    psi = 12 * layers * hidden**2
+    tokens = traffic.tensor_parallel_crossover(psi, layers, hidden)
+    assert tokens == 4.5 * hidden
+    sent = traffic.tensor_parallel_volume(layers, 1, int(tokens), hidden, 8).ring_elements(8)
+    assert sent == pytest.approx(traffic.zero_volume(psi, 3).ring_elements(8))
+    assert traffic.tensor_parallel_crossover(psi, layers, hidden, accumulation=2) == 2 * tokens
+    assert traffic.tensor_parallel_crossover(psi, layers, hidden, column_layers=5) == pytest.approx(tokens * 4 / 7)
+    assert traffic.tensor_parallel_crossover(psi, layers, hidden, recompute=True) == pytest.approx(tokens * 4 / 6)
+
+
+def test_a_plan_crosses_where_the_formula_says() -> None:
+    """Short of the crossover tensor parallelism sends less than ZeRO-3, beyond it more."""
+    crossover = traffic.tensor_parallel_crossover(7_000_000_000, SEVEN.layers, SEVEN.hidden)
+    for factor, less in ((0.9, True), (1.1, False)):
+        candidates = plan(work(seq_length=int(factor * crossover / 8)), cluster(gigabytes=1000))
+        assert (find(candidates, zero_stage=0, tp=8).tp_traffic < find(candidates, zero_stage=3).dp_traffic) is less
+
+
+def test_a_ring_over_nodes_uses_each_members_share_of_the_network() -> None:
+    assert traffic.bus_bandwidth(8, 8, 300, 25) == 300
+    assert traffic.bus_bandwidth(8, 16, 300, 25) == 200
+    assert traffic.bus_bandwidth(1, 2, 300, 25) == 25
+    assert traffic.bus_bandwidth(8, 16, 300, 100) == 300
+
+
+def test_a_larger_share_of_the_peak_is_a_shorter_step() -> None:
+    times = [find(plan(work(), cluster(efficiency=e)), zero_stage=1).compute_seconds for e in (0.45, 0.9)]
+    assert times[0] == pytest.approx(2 * times[1])
+    again = find(plan(work(checkpointing=True), cluster()), zero_stage=1).compute_seconds
+    assert again == pytest.approx(4 / 3 * times[0])
+
+
+# --- who wins ---------------------------------------------------------------------------------------------------------
+
+
+def test_seven_billion_on_eight_of_80_gb() -> None:
+    """Plain data parallelism does not fit; the least sharding that does sends least, and tensor parallelism more."""
+    candidates = plan(work(), cluster())
+    best = candidates[0]
+    assert (best.layout.name, best.layout.dp, best.layout.tp, best.layout.offload) == ("ZeRO-1", 8, 1, "none")
+    assert find(candidates, zero_stage=0).problem.startswith("does not fit by")
+    assert find(candidates, zero_stage=3).slower.endswith("slower: dp traffic")
+    assert find(candidates, zero_stage=0, tp=8).slower.endswith("slower: tp traffic")
+    assert find(candidates, zero_stage=2, offload="optimizer").slower.endswith("slower: offload")
+    assert [c.seconds for c in candidates if c.fits] == sorted(c.seconds for c in candidates if c.fits)
+
+
+def test_a_model_that_fits_whole_is_not_divided() -> None:
+    best, *others = plan(work(1e8), cluster(16))
+    assert (best.layout.name, best.layout.tp, best.layout.offload) == ("ZeRO-0", 1, "none")
+    assert find(others, zero_stage=3).slower == "as fast; divides more"
+
+
+def test_granite_7b_on_four_a100() -> None:
+    """Published: ZeRO-3 3094.5 and FSDP 3158.7 tokens/s and GPU at an MFU of 0.40 and 0.41; both fit."""
+    for engine, efficiency, published in (("deepspeed", 0.40, 3094.5), ("fsdp", 0.41, 3158.7)):
+        sharded = find(
+            plan(work(6.74e9), cluster(4, efficiency=efficiency), engine),
+            zero_stage=3, **({"strategy": "full_shard"} if engine == "fsdp" else {}),
+        )  # fmt: skip
+        assert sharded.fits
+        assert 4 * 2048 / sharded.seconds / 4 == pytest.approx(published, rel=0.15)
+
+
+def test_falcon_7b_on_eight_of_40_gb_needs_sharding_and_offload_costs_several_times() -> None:
+    """Published: ZeRO-3 2.86 s, with full offload 13.70 s (4.8 x)."""
+    candidates = plan(work(), cluster(gigabytes=40, headroom=0))
+    assert not find(candidates, zero_stage=0).fits
+    sharded, offloaded = (find(candidates, zero_stage=3, offload=o) for o in ("none", "all"))
+    assert sharded.fits and offloaded.fits
+    assert 2 < offloaded.seconds / sharded.seconds < 8
+    assert offloaded.memory < sharded.memory
+
+
+def test_tensor_parallelism_stays_in_a_node_and_divides_heads() -> None:
+    found = layouts(work(), cluster(32, gpus_per_node=4))
+    assert {layout.tp for layout in found} == {1, 2, 4}
+    assert all(layout.dp * layout.tp == 32 for layout in found)
+    grouped = dataclasses.replace(SEVEN, kv_heads=2)
+    assert {layout.tp for layout in layouts(work(dimensions=grouped), cluster())} == {1, 2}
+
+
+def test_hybrid_shards_within_a_node_and_waits_less_for_the_network() -> None:
+    candidates = plan(work(), cluster(32), "fsdp")
+    assert {c.layout.strategy for c in candidates} == set(FSDP_STRATEGIES)
+    hybrid, full = (find(candidates, strategy=name) for name in ("hybrid", "full_shard"))
+    assert hybrid.states == 4 * full.states == 16 * 7e9 / 8
+    # A shard's all-reduce over four nodes, beside what eight ranks of a node exchange.
+    inside, across = 7 / 8 * 3 * 7e9 * 2, 2 * 3 / 4 * 7e9 / 8 * 2
+    assert hybrid.dp_traffic == pytest.approx(inside + across)
+    assert hybrid.dp_seconds == pytest.approx(max(inside / 300e9, across / 25e9))
+    assert hybrid.dp_seconds < full.dp_seconds
+    assert all(c.layout.strategy != "hybrid" for c in plan(work(), cluster(8), "fsdp"))
+
+
+def test_offload_needs_host_memory() -> None:
+    candidates = plan(work(), cluster(2, 40, host_memory=50e9))
+    assert find(candidates, zero_stage=3, offload="all").problem == "host too small by 62.0 GB"
+
+
+# --- nothing fits, nothing possible -----------------------------------------------------------------------------------
+
+
+def test_remedies_do_what_they_say() -> None:
+    task, small = work(micro_batch=16), cluster(8, 40, host_memory=1e9)
+    assert not plan(task, small)[0].fits
+    advice = remedies(task, small)
+    micro_batch = next(int(line.split()[1]) for line in advice if line.startswith("--micro-batch"))
+    assert plan(dataclasses.replace(task, micro_batch=micro_batch), small)[0].fits
+    assert not plan(dataclasses.replace(task, micro_batch=2 * micro_batch), small)[0].fits
+
+
+@pytest.mark.parametrize("size", [7e9, 70e9, 175e9])
+def test_the_smallest_number_of_gpus_is_the_smallest(size: float) -> None:
+    task, machine = work(size), cluster(1, host_memory=1e9)
+    smallest = smallest_gpus(task, machine)
+    assert smallest is not None
+    fits: Callable[[int], bool] = lambda n: plan(task, dataclasses.replace(machine, gpus=n))[0].fits  # noqa: E731
+    assert fits(smallest)
+    fewer = itertools.chain(range(1, min(smallest, 9)), range(16, smallest, 8))
+    assert not any(fits(n) for n in fewer)
+
+
+def test_a_global_batch_that_does_not_divide() -> None:
+    task = work(global_batch=12, micro_batch=8)
+    assert plan(task, cluster())[0].problem.startswith("global batch: not n x")
+    assert "--global-batch 64 instead of 12" in remedies(task, cluster())
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+USUAL = ["plan", "--model-size", "7e9", "--gpus", "8", "--gpu-memory", "80"]
+
+
+def test_the_table_fits_100_columns_and_names_the_winner(capsys: pytest.CaptureFixture[str]) -> None:
+    for more in ([], ["--engine", "fsdp"], ["--gpus", "512"], ["--model-size", "1e12"], ["--global-batch", "100001"]):
+        main([*USUAL, *more])
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
+    assert main(USUAL) == 0
+    shown = capsys.readouterr().out
+    assert "Best: dp=8 tp=1 ZeRO-1, offload none: the fastest of 28 that fit, of 29." in shown
+    assert "does not fit by 51.1 GB" in shown and "dimensions: assumed" in shown
+
+
+def test_json_holds_the_whole_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*USUAL, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["best"] == document["candidates"][0]
+    assert len(document["candidates"]) == 29
+    best = document["best"]
+    assert best["memory"] == best["states"] + best["activations"] + best["buffers"]
+    assert {"dp_traffic", "tp_traffic", "seconds", "slower", "problem"} <= set(best)
+    assert document["workload"]["dimensions"]["hidden"] == 4096 and "fragmentation" in document["left_out"]
+
+
+def test_nothing_fits_is_exit_code_2_with_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "--model-size", "175e9", "--gpus", "8", "--gpu-memory", "80"]
+    assert main(arguments) == 2
+    assert "--gpus 24, the fewest" in capsys.readouterr().out
+    assert main([*arguments, "--json"]) == 2
+    document = json.loads(capsys.readouterr().out)
+    assert document["best"] is None and document["advice"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--gpus", "12"], "Write 8 or 16"),
+        (["--gpus", "0"], "--gpus is 0; the smallest possible value is 1"),
+        (["--gpu-memory", "-1"], "--gpu-memory is -1; write a number above 0"),
+        (["--gpu-memory", "nan"], "write a finite number"),
+        (["--engine", "megatron"], "Write one of: deepspeed, fsdp"),
+        (["--precision", "fp8"], "Write one of: bf16, fp16, fp32"),
+        (["--gradient-reduction", "sum"], "Write one of: reduce_scatter, all_reduce"),
+        (["--efficiency", "45"], "numbers from 0 to 1"),
+        (["--model", "gpt2"], "either --model NAME or --model-size"),
+        (["--model-size", "7"], "such as 7e9"),
+        (["--layers", "3", "--hidden", "512"], "Write a model-size"),
+    ],
+)
+def test_impossible_input_says_what_to_write(more: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*USUAL, *more]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_named_model_brings_its_dimensions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", "embedded/qwen2", "--gpus", "8", "--gpu-memory", "1", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["workload"]["num_params"] == 677_472
+    assert {row["tp"] for row in document["candidates"]} == {1, 2, 4}  # four key and value heads
+    assert main(["plan", "--model", "embedded/qwen2", "--layers", "2", "--gpus", "8", "--gpu-memory", "1"]) == 2
+
+
+def test_an_uncounted_family_is_refused() -> None:
+    from transformers import GPTNeoXConfig
+
+    with pytest.raises(ConfigError, match="gpt_neox model are not counted"):
+        from_config(GPTNeoXConfig())
+
+
+def test_planning_a_size_imports_neither_torch_nor_transformers() -> None:
+    program = (
+        "import sys; from tutorial_lib.__main__ import main; code = main(sys.argv[1:])\n"
+        "assert code == 0 and not {'torch', 'transformers', 'numpy', 'deepspeed'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program, *USUAL], check=True, capture_output=True)

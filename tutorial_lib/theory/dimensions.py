@@ -1,0 +1,161 @@
+"""The dimensions of a decoder-only transformer, and how many parameters they make.
+
+Sources:
+    GPT-3, arXiv:2005.14165, table 2.1 (up to 13 B and 175 B; its hidden size of 5140 for 13 B is a misprint of 5120)
+    LLaMA, arXiv:2302.13971, table 2 (65 B)
+    Llama 2, arXiv:2307.09288, section 2.2 (a vocabulary of 32,000 tokens)
+    Scaling Laws for Neural Language Models, arXiv:2001.08361, section 2.1 (12 L h^2 parameters outside embeddings)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+PUBLISHED = (
+    (125e6, 12, 768),
+    (350e6, 24, 1024),
+    (760e6, 24, 1536),
+    (1.3e9, 24, 2048),
+    (2.7e9, 32, 2560),
+    (6.7e9, 32, 4096),
+    (13e9, 40, 5120),
+    (65e9, 80, 8192),
+    (175e9, 96, 12288),
+)
+"""Parameters, layers and hidden size of published dense models: the shapes that :func:`derive` follows."""
+
+VOCABULARY = 32_000
+"""Tokens assumed where nothing is known: Llama 2's."""
+
+_GROUPS = ((3000, 1024), (1900, 512), (512, 256), (0, 64))
+"""From this hidden size on, hidden sizes are multiples of this."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dimensions:
+    """What the arithmetic has to know of a model's architecture.
+
+    Args:
+        layers: L.
+        hidden: h.
+        heads: a, query heads.
+        vocabulary: V.
+        kv_heads: key and value heads; ``None``: as many as query heads.
+        intermediate: width of the MLP; ``None``: 4 h.
+        positions: learned position embeddings, 0 for rotary or ALiBi ones.
+        gated: three matrices in the MLP (SwiGLU) instead of two.
+        qkv_bias: whether the query, key and value projections add a bias.
+        bias: whether the attention's output projection and the MLP do.
+        norm_vectors: vectors of h elements per norm: 2 for LayerNorm, 1 for RMSNorm.
+        embedding_norm: a norm right after the embedding, as BLOOM has.
+        tied: the output layer is the embedding.
+        column_layers: separate projections per layer that tensor parallelism divides by columns: 2 with one fused
+            query-key-value projection and one MLP input, 5 with separate ones and a gated MLP.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    vocabulary: int
+    kv_heads: int | None = None
+    intermediate: int | None = None
+    positions: int = 0
+    gated: bool = False
+    qkv_bias: bool = False
+    bias: bool = False
+    norm_vectors: int = 1
+    embedding_norm: bool = False
+    tied: bool = False
+    column_layers: int = 2
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def embedding_params(self) -> int:
+        """Elements of token and position embeddings, without an output layer of its own."""
+        return (self.vocabulary + self.positions) * self.hidden
+
+    @property
+    def layer_params(self) -> int:
+        """Elements of one layer."""
+        return self._divided_per_layer + self._whole_per_layer
+
+    @property
+    def num_params(self) -> int:
+        """Psi, tied parameters counted once."""
+        return self.replicated_params + self.layers * self._divided_per_layer + self._own_output
+
+    @property
+    def replicated_params(self) -> int:
+        """R: what every rank of a tensor-parallel group keeps whole under DeepSpeed's AutoTP.
+
+        Embeddings, norms, and the biases of the two projections whose outputs are summed over the group. An output
+        layer that is tied to the embedding is whole with it; one of its own is divided.
+        """
+        norms_outside = (1 + self.embedding_norm) * self.norm_vectors * self.hidden
+        return self.embedding_params + norms_outside + self.layers * self._whole_per_layer
+
+    @property
+    def _own_output(self) -> int:
+        return 0 if self.tied else self.vocabulary * self.hidden
+
+    @property
+    def _mlp(self) -> int:
+        return self.intermediate or 4 * self.hidden
+
+    @property
+    def _divided_per_layer(self) -> int:
+        h, kv = self.hidden, self.hidden // self.heads * self.key_value_heads
+        attention = 2 * h * h + 2 * h * kv + self.qkv_bias * (h + 2 * kv)
+        inputs = 2 if self.gated else 1
+        return attention + (inputs + 1) * h * self._mlp + self.bias * inputs * self._mlp
+
+    @property
+    def _whole_per_layer(self) -> int:
+        return (2 * self.norm_vectors + 2 * self.bias) * self.hidden
+
+
+def derive(
+    num_params: float,
+    *,
+    layers: int | None = None,
+    hidden: int | None = None,
+    heads: int | None = None,
+    vocabulary: int | None = None,
+) -> Dimensions:
+    """Plausible dimensions of a model of ``num_params`` parameters; what is given is kept.
+
+    The published model nearest in size gives the ratio r = h / L, ``12 L h^2 = 12 h^3 / r`` parameters then give h,
+    rounded so that heads (of 128 elements from h = 2048 on, of 64 below) divide over many devices, and L is what is
+    left. The MLP is 4 h wide, the output layer has its own weights, and every query head its own key and value head.
+
+    Raises:
+        ValueError: the given dimensions do not make a model of about this size (within a fifth), or do not divide.
+    """
+    if not 1e7 <= num_params <= 1e14:
+        raise ValueError(f"model-size is {num_params:g}; write a number of parameters from 1e7 to 1e14, such as 7e9.")
+    vocabulary = vocabulary or min(VOCABULARY, max(256, int(num_params / 1000)))
+    _, near_layers, near_hidden = min(PUBLISHED, key=lambda known: abs(math.log(known[0] / num_params)))
+    if hidden is None:
+        ratio = near_hidden / near_layers
+        exact = math.sqrt(num_params / (12 * layers)) if layers else (ratio * num_params / 12) ** (1 / 3)
+        group = heads or next(group for least, group in _GROUPS if exact >= least)
+        hidden = max(group, round(exact / group) * group)
+    if heads is None:
+        size = 128 if hidden >= 2048 else 64
+        heads = hidden // size if hidden % size == 0 else math.gcd(hidden, 8)
+    if hidden % heads:
+        raise ValueError(f"hidden={hidden} is not a multiple of heads={heads}. Write heads that divide hidden.")
+    if layers is None:
+        layers = max(1, round((num_params - 2 * vocabulary * hidden) / (12 * hidden * hidden)))
+    derived = Dimensions(layers=layers, hidden=hidden, heads=heads, vocabulary=vocabulary)
+    if abs(derived.num_params / num_params - 1) > 0.2:
+        raise ValueError(
+            f"layers={layers}, hidden={hidden} and vocabulary={vocabulary} make {derived.num_params / 1e9:.3g} B "
+            f"parameters, not {num_params / 1e9:.3g} B. Write a model-size of {derived.num_params:.3g}, or other "
+            "dimensions."
+        )
+    return derived
