@@ -21,7 +21,9 @@ import json
 import os
 import random
 import shutil
-from contextlib import redirect_stderr, redirect_stdout
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -39,6 +41,9 @@ from tutorial_lib.records import RunDirectory, write_atomically
 T = TypeVar("T")
 
 MANIFEST = "manifest.json"
+LAYOUT = "layout.json"
+"""Among the files of an engine that splits parameters over tensor-parallel ranks: how each of them was split."""
+
 FORMAT = 1
 
 
@@ -216,7 +221,7 @@ def verify(path: Path, topology: Topology | None = None) -> None:
 def export(path: Path, target: Path) -> Path:
     """Write a checkpoint's weights as a Hugging Face directory that ``from_pretrained`` loads.
 
-    One process, no GPU: the shards of any ZeRO stage are merged on the CPU. Under mixed precision the fp32 master
+    One process, no GPU: the shards of any ZeRO stage and tensor-parallel size are merged on the CPU. Under mixed precision the fp32 master
     weights are exported, not their 16-bit copies.
 
     Raises:
@@ -249,7 +254,34 @@ def export(path: Path, target: Path) -> Path:
 def _whole_weights(directory: Path, settings: Config, model: torch.nn.Module) -> dict[str, torch.Tensor]:
     if settings.engine.name == "torch":
         return dict(torch.load(directory / "model.pt", map_location="cpu", weights_only=True))
-    frozen = freeze_parameters(model, settings.model.freeze)
+    freeze_parameters(model, settings.model.freeze)
+    if settings.parallel.tp == 1:
+        return _merged_over_dp(directory, settings, model)
+    shares = []
+    for tp_rank in range(settings.parallel.tp):
+        with _as_if_alone(directory, tp_rank) as alone:
+            shares.append(_merged_over_dp(alone, settings, model))
+    dims = {row["parameter"]: row["dim"] for row in json.loads((directory / LAYOUT).read_text(encoding="utf-8"))}
+    return {
+        # What ties a weight to another has no row of its own, and stays whole like the other.
+        name: whole if dims.get(name) is None else torch.cat([share[name] for share in shares], dims[name])
+        for name, whole in shares[0].items()
+    }
+
+
+@contextmanager
+def _as_if_alone(directory: Path, tp_rank: int) -> Iterator[Path]:
+    """A directory in which one tensor-parallel rank's files have the names that they have without others."""
+    with tempfile.TemporaryDirectory() as alone:
+        (Path(alone) / "engine").mkdir()
+        for path in (directory / "engine").glob(f"*mp_rank_{tp_rank:02d}_*.pt"):
+            name = path.name.replace(f"mp_rank_{tp_rank:02d}_", "mp_rank_00_")
+            (Path(alone) / "engine" / name).symlink_to(path.resolve())
+        yield Path(alone)
+
+
+def _merged_over_dp(directory: Path, settings: Config, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    frozen = [name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad]
     weights: dict[str, torch.Tensor] = {}
     if settings.engine.zero_stage > 0:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint

@@ -26,6 +26,8 @@ COMMON: dict[str, Any] = {
 CASES: dict[str, dict[str, Any]] = {
     # Tied embeddings; lengths differ by rank; the norm is above the limit at every step.
     "gpt2": {"model": "embedded/gpt2", "gradient_clipping": 0.5},
+    # What AutoTP splits: grouped key-value heads, tied embeddings; the norm is above the limit at every step.
+    "qwen2": {"model": "embedded/qwen2", "gradient_clipping": 0.5},
     # Only answers count: a few tokens of each row. Four times the usual decay, no clipping, learning rate changing.
     "untied": {
         "model": "qwen2-untied", "random_init": True, "dataset": "embedded/qa", "seq_length": 128,
@@ -53,6 +55,17 @@ ACCUMULATED = {f"{name}-accumulated": {**flat, "micro_batch": 1} for name, flat 
 }
 BF16 = {f"{name}-bf16": {**flat, "precision": "bf16"} for name, flat in STAGES.items()}
 
+
+
+def split(dp: int, tp: int, variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The variants on a grid with a tensor-parallel axis."""
+    return {f"{dp}x{tp}-{name}": {**flat, "dp": dp, "tp": tp} for name, flat in variants.items()}
+
+
+def only(variants: dict[str, dict[str, Any]], *names: str) -> dict[str, dict[str, Any]]:
+    return {name: variants[name] for name in names}
+
+
 VARIANTS: dict[int, dict[str, dict[str, dict[str, Any]]]] = {
     1: {
         "gpt2": STAGES | OFFLOADED,
@@ -60,16 +73,18 @@ VARIANTS: dict[int, dict[str, dict[str, dict[str, Any]]]] = {
     },
     2: {
         "gpt2": STAGES | OFFLOADED | ACCUMULATED | BF16,
-        "untied": STAGES | {"zero3-all": OFFLOADED["zero3-all"]},
-        "bloom": STAGES,
+        "qwen2": split(1, 2, STAGES | only(OFFLOADED, "zero2-optimizer", "zero3-all")),
+        "untied": STAGES | {"zero3-all": OFFLOADED["zero3-all"]} | split(1, 2, only(STAGES, "zero2", "zero3")),
+        "bloom": STAGES | split(1, 2, STAGES),
         "uneven": STAGES | {"zero2-accumulated": ACCUMULATED["zero2-accumulated"]},
         "usual": {name: STAGES[name] for name in ("zero0", "zero3")},
         "frozen": STAGES | {"zero2-optimizer": OFFLOADED["zero2-optimizer"]},
     },
     4: {
         "gpt2": STAGES | {name: ACCUMULATED[name] for name in ("zero2-accumulated", "zero3-all-accumulated")},
-        "untied": {name: STAGES[name] for name in ("zero1", "zero3")},
-        "bloom": {"zero3": STAGES["zero3"]},
+        "qwen2": split(2, 2, STAGES | only(ACCUMULATED, "zero2-accumulated", "zero3-accumulated")) | split(1, 4, STAGES),
+        "untied": only(STAGES, "zero1", "zero3") | split(2, 2, only(STAGES, "zero0", "zero1", "zero3")),
+        "bloom": only(STAGES, "zero3") | split(2, 2, STAGES) | split(1, 4, STAGES),
         "uneven": STAGES,
         "usual": {"zero2": STAGES["zero2"]},
         "frozen": {"zero2": STAGES["zero2"]},
@@ -111,11 +126,11 @@ def config(directory: Path, **flat: Any) -> Config:
     return Config.create("cpu", storage=str(directory / "runs"), **flat)
 
 
-def variant(directory: Path, case: str, variant: str, dp: int, **changes: Any) -> Config:
+def variant(directory: Path, case: str, variant: str, ranks: int, **changes: Any) -> Config:
     """A run that must equal the case's reference."""
+    own = VARIANTS[ranks][case][variant]
     return config(
-        directory,
-        **{"name": f"{case}.{variant}.{dp}", "dp": dp, **CASES[case], **VARIANTS[dp][case][variant], **changes},
+        directory, **{"name": f"{case}.{variant}.{ranks}", "dp": ranks, **CASES[case], **own, **changes}
     )
 
 

@@ -121,7 +121,7 @@ class _Watch:
                 for micro_batches in steps():
                     self.inputs = self.inputs or {k: t[:2] for k, t in micro_batches[0].items() if k != "labels"}
                     self.steps.append([example for batch in micro_batches for example in _examples(batch)])
-                    self.tokens.append(sum(trainer.count_tokens(batch["labels"]) for batch in micro_batches))
+                    self.tokens.append(_own_tokens(micro_batches))
                     yield micro_batches
 
             loader.steps = watched
@@ -146,6 +146,7 @@ class _Watch:
         everything = [*parameters.values(), *(m for both in moments.values() for m in both.values())]
         shares: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(shares, (self.steps, self.tokens, _digest(everything), sorted(self.written)))
+        readers = shares[:: dist.get_world_size() // self.engine.config.parallel.dp]
         self.engine.train(False)
         with torch.no_grad():
             logits = self.engine.forward(self.inputs)
@@ -155,7 +156,7 @@ class _Watch:
             "inputs": self.inputs,
             "logits": logits.clone(),
             "examples": [
-                sorted(e for rank in step for e in rank) for step in zip(*(s[0] for s in shares), strict=True)
+                sorted(e for rank in step for e in rank) for step in zip(*(s[0] for s in readers), strict=True)
             ],
             "tokens_by_rank": [tokens for _, tokens, _, _ in shares],
             "ranks_agree": len({digest for _, _, digest, _ in shares}) == 1,
@@ -290,9 +291,9 @@ def _loss_times(factor: Callable[[int, int, int], float]) -> Iterator[None]:
     agree, build = trainer._Session._agree, trainer.build_engine
     scale = [1.0]
 
-    def agreed(self: Any, tokens: int, stop: bool) -> tuple[int, bool]:
-        total, stop = agree(self, tokens, stop)
-        scale[0] = factor(tokens, total, self.topology.dp)
+    def agreed(self: Any, micro_batches: Any) -> tuple[int, bool]:
+        total, stop = agree(self, micro_batches)
+        scale[0] = factor(_own_tokens(micro_batches), total, self.topology.dp)
         return total, stop
 
     def built(*args: Any) -> Any:
@@ -305,13 +306,17 @@ def _loss_times(factor: Callable[[int, int, int], float]) -> Iterator[None]:
         yield
 
 
+def _own_tokens(micro_batches: Sequence[dict[str, Tensor]]) -> int:
+    return sum(trainer.count_tokens(batch["labels"]) for batch in micro_batches)
+
+
 @contextmanager
 def _losses_of_own_tokens() -> Iterator[None]:
     """Each rank reports the mean over its own tokens."""
     agree = trainer._Session._agree
 
-    def own(self: Any, tokens: int, stop: bool) -> tuple[int, bool]:
-        return tokens, agree(self, tokens, stop)[1]
+    def own(self: Any, micro_batches: Any) -> tuple[int, bool]:
+        return _own_tokens(micro_batches), agree(self, micro_batches)[1]
 
     def not_reduced(self: Any, value: Tensor) -> float:
         return float(value)
