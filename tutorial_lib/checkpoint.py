@@ -221,8 +221,8 @@ def verify(path: Path, topology: Topology | None = None) -> None:
 def export(path: Path, target: Path) -> Path:
     """Write a checkpoint's weights as a Hugging Face directory that ``from_pretrained`` loads.
 
-    One process, no GPU: the shards of any ZeRO stage and tensor-parallel size are merged on the CPU. Under mixed precision the fp32 master
-    weights are exported, not their 16-bit copies.
+    One process, no GPU: the shards of any ZeRO stage and tensor-parallel size are merged on the CPU. Under mixed
+    precision the fp32 master weights are exported, not their 16-bit copies.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or ``target`` already holds something.

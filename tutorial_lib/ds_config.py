@@ -123,7 +123,7 @@ def check_tensor_parallel(config: Config, model_config: Any) -> None:
             )
     text = model_config.get_text_config()
     styles = set((getattr(text, "base_model_tp_plan", None) or {}).values())
-    if text.model_type in AUTOTP_PRESETS or styles and styles <= _AUTOTP_STYLES:
+    if text.model_type in AUTOTP_PRESETS or (styles and styles <= _AUTOTP_STYLES):
         return
     why = f"with {sorted(styles - _AUTOTP_STYLES)} in it" if styles else "without a tensor-parallel plan"
     if text.model_type == "gpt2":

@@ -10,7 +10,6 @@ What remains is the gradient of the token-weighted mean, which a mean of per-ran
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import math
@@ -62,7 +61,7 @@ class DeepSpeedEngine:
         self.unit = ModelParallelUnit(topology, device_mesh(topology, device.type)) if topology.tp > 1 else None
         _share_groups(self.unit)
         settings = ds_config.build(config)
-        with _partitioned_from_birth(settings, self.unit):
+        with _partitioned_from_birth(settings):
             model = build_model(config)
         if self.unit:
             ds_config.check_tensor_parallel(config, model.config)
@@ -181,10 +180,12 @@ class DeepSpeedEngine:
         """What AutoTP did to each parameter, in the model's order."""
         return autotp.layouts(self.module)
 
-    def _over_tp(self, parameter: Tensor, share: Tensor) -> Tensor:
+    def _over_tp(self, parameter: torch.nn.Parameter, share: Tensor) -> Tensor:
         """What belongs to a whole parameter, of what belongs to this rank's share of it. Collective."""
-        return share if self.unit is None else autotp.gathered(
-            share.detach(), self._dims[parameter], self.unit.get_model_parallel_group()
+        return (
+            share
+            if self.unit is None
+            else autotp.gathered(share.detach(), self._dims[parameter], self.unit.get_model_parallel_group())
         )
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
@@ -252,24 +253,24 @@ def _share_groups(unit: ModelParallelUnit | None) -> None:
     groups._MODEL_PARALLEL_GROUP = groups._TENSOR_MODEL_PARALLEL_GROUP = unit and unit.get_model_parallel_group()
 
 
+_NOT_FOR_BUILDING = ("tensor_parallel", "train_batch_size", "gradient_accumulation_steps")
+
+
 @contextmanager
-def _partitioned_from_birth(settings: dict[str, Any], unit: ModelParallelUnit | None) -> Iterator[None]:
-    """At stage 3, have every parameter partitioned over the data-parallel ranks as soon as it is created."""
+def _partitioned_from_birth(settings: dict[str, Any]) -> Iterator[None]:
+    """At stage 3, have every parameter partitioned over all ranks as soon as it is created."""
     if settings["zero_optimization"]["stage"] != 3:
         yield
         return
     from transformers.integrations import HfDeepSpeedConfig
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    keep_alive = HfDeepSpeedConfig(settings)
-    init = deepspeed.zero.Init
-    if unit:
-        # transformers names neither, and over all ranks replicated parameters would lie differently from split ones.
-        deepspeed.zero.Init = functools.partial(init, mpu=unit, data_parallel_group=unit.get_data_parallel_group())
+    # What transformers takes from it is stage 3. It would refuse to read weights for AutoTP, which splits what it has
+    # read, and it partitions over all ranks, for which a batch size per data-parallel rank does not hold.
+    keep_alive = HfDeepSpeedConfig({key: value for key, value in settings.items() if key not in _NOT_FOR_BUILDING})
     try:
         yield
     finally:
-        deepspeed.zero.Init = init
         unset_hf_deepspeed_config()
         del keep_alive
 

@@ -148,9 +148,7 @@ def train(config: Config, *, on_checkpoint: OnCheckpoint | None = None) -> dict[
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     config = apply_file(config)
     local_world_size = int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else None
-    topology = Topology.create(
-        config.parallel, rank=rank, world_size=world_size, local_world_size=local_world_size
-    )
+    topology = Topology.create(config.parallel, rank=rank, world_size=world_size, local_world_size=local_world_size)
     run = RunDirectory(config.directory)
     started = time.perf_counter()
     if rank == 0:

@@ -56,7 +56,6 @@ ACCUMULATED = {f"{name}-accumulated": {**flat, "micro_batch": 1} for name, flat 
 BF16 = {f"{name}-bf16": {**flat, "precision": "bf16"} for name, flat in STAGES.items()}
 
 
-
 def split(dp: int, tp: int, variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The variants on a grid with a tensor-parallel axis."""
     return {f"{dp}x{tp}-{name}": {**flat, "dp": dp, "tp": tp} for name, flat in variants.items()}
@@ -82,7 +81,8 @@ VARIANTS: dict[int, dict[str, dict[str, dict[str, Any]]]] = {
     },
     4: {
         "gpt2": STAGES | {name: ACCUMULATED[name] for name in ("zero2-accumulated", "zero3-all-accumulated")},
-        "qwen2": split(2, 2, STAGES | only(ACCUMULATED, "zero2-accumulated", "zero3-accumulated")) | split(1, 4, STAGES),
+        "qwen2": split(2, 2, STAGES | only(ACCUMULATED, "zero2-accumulated", "zero3-accumulated"))
+        | split(1, 4, STAGES),
         "untied": only(STAGES, "zero1", "zero3") | split(2, 2, only(STAGES, "zero0", "zero1", "zero3")),
         "bloom": only(STAGES, "zero3") | split(2, 2, STAGES) | split(1, 4, STAGES),
         "uneven": STAGES,
@@ -129,9 +129,7 @@ def config(directory: Path, **flat: Any) -> Config:
 def variant(directory: Path, case: str, variant: str, ranks: int, **changes: Any) -> Config:
     """A run that must equal the case's reference."""
     own = VARIANTS[ranks][case][variant]
-    return config(
-        directory, **{"name": f"{case}.{variant}.{ranks}", "dp": ranks, **CASES[case], **own, **changes}
-    )
+    return config(directory, **{"name": f"{case}.{variant}.{ranks}", "dp": ranks, **CASES[case], **own, **changes})
 
 
 def reference(directory: Path, case: str) -> Config:

@@ -189,7 +189,7 @@ def count_collectives(axes: Mapping[str, Sequence[int]] | None = None) -> Iterat
         Python), and computes the same.
     """
     traffic = Traffic()
-    with _Recorder(traffic, {tuple(ranks): axis for axis, ranks in reversed((axes or {}).items())}):
+    with _Recorder(traffic, {tuple(ranks): axis for axis, ranks in reversed(list((axes or {}).items()))}):
         yield traffic
 
 
