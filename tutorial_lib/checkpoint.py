@@ -21,9 +21,7 @@ import json
 import os
 import random
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -33,6 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from tutorial_lib import autotp
 from tutorial_lib.config import FREE_ON_RESUME, Config, ConfigError
 from tutorial_lib.models import freeze_parameters
 from tutorial_lib.mpu import Topology
@@ -257,27 +256,14 @@ def _whole_weights(directory: Path, settings: Config, model: torch.nn.Module) ->
     freeze_parameters(model, settings.model.freeze)
     if settings.parallel.tp == 1:
         return _merged_over_dp(directory, settings, model)
+    rows = json.loads((directory / LAYOUT).read_text(encoding="utf-8"))
+    if settings.engine.zero_stage == 3:
+        return autotp.merged_stage_3(directory, rows, settings.parallel.dp, settings.parallel.tp)
     shares = []
     for tp_rank in range(settings.parallel.tp):
-        with _as_if_alone(directory, tp_rank) as alone:
+        with autotp.as_if_alone(directory, tp_rank) as alone:
             shares.append(_merged_over_dp(alone, settings, model))
-    dims = {row["parameter"]: row["dim"] for row in json.loads((directory / LAYOUT).read_text(encoding="utf-8"))}
-    return {
-        # What ties a weight to another has no row of its own, and stays whole like the other.
-        name: whole if dims.get(name) is None else torch.cat([share[name] for share in shares], dims[name])
-        for name, whole in shares[0].items()
-    }
-
-
-@contextmanager
-def _as_if_alone(directory: Path, tp_rank: int) -> Iterator[Path]:
-    """A directory in which one tensor-parallel rank's files have the names that they have without others."""
-    with tempfile.TemporaryDirectory() as alone:
-        (Path(alone) / "engine").mkdir()
-        for path in (directory / "engine").glob(f"*mp_rank_{tp_rank:02d}_*.pt"):
-            name = path.name.replace(f"mp_rank_{tp_rank:02d}_", "mp_rank_00_")
-            (Path(alone) / "engine" / name).symlink_to(path.resolve())
-        yield Path(alone)
+    return autotp.joined(shares, rows)
 
 
 def _merged_over_dp(directory: Path, settings: Config, model: torch.nn.Module) -> dict[str, torch.Tensor]:

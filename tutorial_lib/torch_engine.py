@@ -84,7 +84,7 @@ class TorchEngine:
     def layout(self) -> list[ParameterLayout]:
         """Every parameter is whole."""
         return [
-            ParameterLayout(name, "replicated", None, tuple(p.shape), tuple(p.shape), p.numel() * p.element_size())
+            ParameterLayout(name, "replicated", None, tuple(p.shape), tuple(p.shape), 1, p.numel() * p.element_size())
             for name, p in self.module.named_parameters()
         ]
 

@@ -18,7 +18,8 @@ class ParameterLayout:
         dim: the tensor dimension that is split into equal shares, by tensor-parallel rank; None where replicated.
         before: shape of the whole parameter.
         after: shape of this rank's share.
-        bytes: what this rank holds of it: the share, or under ZeRO-3 the part of the share that this rank keeps.
+        partitions: over how many ranks ZeRO-3 divides the share once more; 1 where nothing does.
+        bytes: what this rank holds of it.
     """
 
     parameter: str
@@ -26,6 +27,7 @@ class ParameterLayout:
     dim: int | None
     before: tuple[int, ...]
     after: tuple[int, ...]
+    partitions: int
     bytes: int
 
     def to_dict(self) -> dict[str, Any]:
