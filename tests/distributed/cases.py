@@ -27,7 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
     # Tied embeddings; lengths differ by rank; the norm is above the limit at every step.
     "gpt2": {"model": "embedded/gpt2", "gradient_clipping": 0.5},
     # What AutoTP splits: grouped key-value heads, tied embeddings; the norm is above the limit at every step.
-    "qwen2": {"model": "embedded/qwen2", "gradient_clipping": 0.5},
+    "qwen2": {"model": "embedded/qwen2", "gradient_clipping": 0.5, "evaluate": True, "max_eval_examples": 12},
     # Only answers count: a few tokens of each row. Four times the usual decay, no clipping, learning rate changing.
     "untied": {
         "model": "qwen2-untied", "random_init": True, "dataset": "embedded/qa", "seq_length": 128,
@@ -58,7 +58,7 @@ BF16 = {f"{name}-bf16": {**flat, "precision": "bf16"} for name, flat in STAGES.i
 
 def split(dp: int, tp: int, variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The variants on a grid with a tensor-parallel axis."""
-    return {f"{dp}x{tp}-{name}": {**flat, "dp": dp, "tp": tp} for name, flat in variants.items()}
+    return {f"{dp}x{tp}-{name}": {**flat, "dp": dp, "tp": tp, "measure": True} for name, flat in variants.items()}
 
 
 def only(variants: dict[str, dict[str, Any]], *names: str) -> dict[str, dict[str, Any]]:
@@ -148,9 +148,17 @@ BROKEN_RUNS = {
     "gradients_summed": ("untied", "zero1"),
     "gradients_averaged_twice": ("gpt2", "zero3"),
     "trial_step_kept": ("gpt2", "zero0-bf16"),
+    "column_all_reduce_skipped": ("qwen2", "1x2-zero1"),
 }
 """The case and variant that each fault of ``worker.BROKEN`` is put into, on two ranks."""
 
+REFUSED_RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "sampler_of_the_world": ("qwen2", "1x2-zero1", {"evaluate": False}),
+    "seed_of_each_rank": ("bloom", "1x2-zero2", {"model": "bloom-dropout"}),
+    "row_all_reduce_skipped": ("qwen2", "1x2-zero2", {"evaluate": False}),
+    "projection_left_whole": ("qwen2", "1x2-zero3", {}),
+}
+"""The same for the faults that a run finds itself."""
 
 STOP, END = 3, 8
 INTERRUPTED: dict[str, dict[str, Any]] = {
@@ -164,13 +172,21 @@ INTERRUPTED: dict[str, dict[str, Any]] = {
     # For signals that come from outside, at no step in particular.
     "long": {"zero_stage": 1, "steps": 48},
     "packed": {"zero_stage": 2, "model": "bloom-dropout", "batching": "packed", "seq_length": 128, "micro_batch": 2},
+    "1x2-zero0": {"zero_stage": 0, "model": "bloom-dropout", "dp": 1, "tp": 2},
+    "1x2-zero2": {"zero_stage": 2, "model": "bloom-dropout", "dp": 1, "tp": 2},
 }  # fmt: skip
 """Runs with dropout that are stopped in the middle of an epoch of five steps, and end in the middle of the next."""
 
 
+GRIDS = {
+    f"2x2-zero{stage}": {"zero_stage": stage, "model": "bloom-dropout", "dp": 2, "tp": 2} for stage in (1, 3)
+}
+"""The same on four ranks, where the launch that stops a run starts it again."""
+
+
 def interruptible(directory: Path, kind: str, part: str, **changes: Any) -> Config:
     """The ``whole`` run, or the one ``halved`` by a stop."""
-    flat = {"model": "gpt2-dropout", "max_examples": 40, "steps": END, **INTERRUPTED[kind]}
+    flat = {"model": "gpt2-dropout", "max_examples": 40, "steps": END, **(INTERRUPTED | GRIDS)[kind]}
     stop = {"stop_after": STOP} if part == "halved" else {}
     if flat.get("batching") == "packed":
         # As many documents as fill five steps of eight rows with several each.
@@ -187,6 +203,15 @@ def shared_runs(directory: Path, ranks: int) -> list[Config]:
         runs += [interruptible(directory, kind, "whole") for kind in INTERRUPTED]
         runs += [interruptible(directory, kind, "halved") for kind in INTERRUPTED if kind != "long"]
         runs += [variant(directory, *where, 2, name=f"broken-{fault}") for fault, where in BROKEN_RUNS.items()]
+        runs += [
+            variant(directory, case, name, 2, name=f"refused-{fault}", **changes)
+            for fault, (case, name, changes) in REFUSED_RUNS.items()
+        ]
+    if ranks == 4:
+        for kind in GRIDS:
+            for part in ("whole", "halved"):
+                runs.append(interruptible(directory, kind, part, name=f"{part}-{kind}"))
+            runs.append(interruptible(directory, kind, "whole", name=f"continued-{kind}"))
     return runs
 
 
