@@ -109,10 +109,17 @@ def check_tensor_parallel(config: Config, model_config: Any) -> None:
         model_config: the model's configuration, as transformers gives it.
 
     Raises:
-        ConfigError: an architecture without a plan that AutoTP follows, or stage 3 before DeepSpeed 0.19.4.
+        ConfigError: an architecture without a plan that AutoTP follows, stage 3 before DeepSpeed 0.19.4, or stage 0 in
+            16 bits.
     """
     if config.parallel.tp == 1:
         return
+    if config.engine.zero_stage == 0 and config.engine.precision != "fp32":
+        raise ConfigError(
+            f"zero_stage=0 with tp={config.parallel.tp} and precision={config.engine.precision!r}: DeepSpeed's 16-bit "
+            "optimizer without ZeRO counts one rank's gradients alone, and would clip by a norm that is too small. "
+            "Write zero_stage=1, or precision='fp32'."
+        )
     if config.engine.zero_stage == 3:
         version = importlib.metadata.version("deepspeed")
         if _release(version) < AUTOTP_STAGE_3_SINCE:

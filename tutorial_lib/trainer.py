@@ -386,10 +386,9 @@ class _Session:
         if not dist.is_initialized():
             return [numbers]
         own = torch.tensor(numbers, device=self.device)
-        by_rank = own.new_empty(self.topology.world_size * len(numbers))
-        dist.all_gather_into_tensor(by_rank, own)
-        everything: list[list[int]] = by_rank.view(-1, len(numbers)).tolist()
-        return everything
+        by_rank = [torch.empty_like(own) for _ in range(self.topology.world_size)]
+        dist.all_gather(by_rank, own)
+        return [numbers.tolist() for numbers in by_rank]
 
     def _stop_requested(self) -> bool:
         return self.stop_signalled() or (self.topology.rank == 0 and self.run.stop_file.exists())

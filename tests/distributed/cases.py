@@ -72,8 +72,8 @@ VARIANTS: dict[int, dict[str, dict[str, dict[str, Any]]]] = {
     },
     2: {
         "gpt2": STAGES | OFFLOADED | ACCUMULATED | BF16,
-        "qwen2": split(1, 2, STAGES | only(OFFLOADED, "zero2-optimizer", "zero3-all")),
-        "untied": STAGES | {"zero3-all": OFFLOADED["zero3-all"]} | split(1, 2, only(STAGES, "zero2", "zero3")),
+        "qwen2": split(1, 2, STAGES | only(OFFLOADED, "zero2-optimizer", "zero3-all") | only(BF16, "zero1-bf16")),
+        "untied": STAGES | {"zero3-all": OFFLOADED["zero3-all"]} | split(1, 2, only(STAGES, "zero2")),
         "bloom": STAGES | split(1, 2, STAGES),
         "uneven": STAGES | {"zero2-accumulated": ACCUMULATED["zero2-accumulated"]},
         "usual": {name: STAGES[name] for name in ("zero0", "zero3")},
@@ -178,9 +178,7 @@ INTERRUPTED: dict[str, dict[str, Any]] = {
 """Runs with dropout that are stopped in the middle of an epoch of five steps, and end in the middle of the next."""
 
 
-GRIDS = {
-    f"2x2-zero{stage}": {"zero_stage": stage, "model": "bloom-dropout", "dp": 2, "tp": 2} for stage in (1, 3)
-}
+GRIDS = {f"2x2-zero{stage}": {"zero_stage": stage, "model": "bloom-dropout", "dp": 2, "tp": 2} for stage in (1, 3)}
 """The same on four ranks, where the launch that stops a run starts it again."""
 
 
