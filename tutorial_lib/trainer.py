@@ -364,8 +364,8 @@ class _Session:
             values = [by_rank[rank] for rank in ranks]
             if max(values) - min(values) > _SAME_LOSS * max(map(abs, values)):
                 raise RanksDisagree(
-                    f"At step {self.step + 1} ranks {ranks} share every layer of one batch, but their losses differ: "
-                    f"{', '.join(f'{number:.6f}' for number in values)}. Look at the seed, which must be the same "
+                    f"At step {self.step + 1} ranks {ranks} share every layer and read the same batch, but the sums of "
+                    f"its losses differ: {', '.join(f'{number:.6f}' for number in values)}. Look at the seed, which must be the same "
                     "within a tensor-parallel group (dropout masks and random weights depend on it), and at the "
                     "all-reduce of the row-parallel layers."
                 )
