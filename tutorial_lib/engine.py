@@ -182,11 +182,11 @@ class DeepSpeedEngine:
 
     def _over_tp(self, parameter: torch.nn.Parameter, share: Tensor) -> Tensor:
         """What belongs to a whole parameter, of what belongs to this rank's share of it. Collective."""
-        return (
-            share
-            if self.unit is None
-            else autotp.gathered(share.detach(), self._dims[parameter], self.unit.get_model_parallel_group())
-        )
+        if self.unit is None:
+            return share
+        # What is offloaded is in host memory, and the ranks exchange what is on their devices.
+        on_device = share.detach().to(self.device)
+        return autotp.gathered(on_device, self._dims[parameter], self.unit.get_model_parallel_group())
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter whole, one at a time, as fp32 on the CPU. Collective: all ranks must iterate."""

@@ -365,9 +365,9 @@ class _Session:
             if max(values) - min(values) > _SAME_LOSS * max(map(abs, values)):
                 raise RanksDisagree(
                     f"At step {self.step + 1} ranks {ranks} share every layer and read the same batch, but the sums of "
-                    f"its losses differ: {', '.join(f'{number:.6f}' for number in values)}. Look at the seed, which must be the same "
-                    "within a tensor-parallel group (dropout masks and random weights depend on it), and at the "
-                    "all-reduce of the row-parallel layers."
+                    f"its losses differ: {', '.join(f'{number:.6f}' for number in values)}. Look at the seed, which "
+                    "must be the same within a tensor-parallel group (dropout masks and random weights depend on it), "
+                    "and at the all-reduce of the row-parallel layers."
                 )
         return float(sum(by_rank[:: self.topology.tp]))
 
