@@ -7,9 +7,7 @@ micro-batch. Ranks hold different numbers of tokens, so a mean of per-rank means
 report and, worse, in the gradient. The loop therefore counts the step's tokens first (one small all-gather), divides
 every micro-batch's loss *sum* by that count, and adds up.
 
-The ranks of a tensor-parallel group share every layer, and nothing in the layers notices when they are given different
-batches or draw different dropout masks: losses go on looking plausible. The loop therefore compares what such ranks
-must have in common, in every step: a fingerprint of their batches, and their losses.
+What the ranks of a tensor-parallel group must have in common is compared on the way (:mod:`tutorial_lib.agreement`).
 """
 
 from __future__ import annotations
@@ -36,6 +34,7 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from tutorial_lib import checkpoint
+from tutorial_lib.agreement import check_batches, check_losses, gather
 from tutorial_lib.checkpoint import Progress
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.dataloader import build_eval_loader, build_train_loader
@@ -79,14 +78,6 @@ class Engine(Protocol):
     def save(self, directory: Path) -> None: ...
     def load(self, directory: Path) -> None: ...
     def close(self) -> None: ...
-
-
-_SAME_LOSS = 1e-4
-"""Relative difference up to which the losses of a tensor-parallel group are the same but for rounding."""
-
-
-class RanksDisagree(RuntimeError):
-    """Ranks of one tensor-parallel group differ in what they must have in common. The message says where to look."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -326,7 +317,8 @@ class _Session:
         with torch.no_grad():
             for batch in self.eval_loader:
                 if self.topology.tp > 1:
-                    self._check_batches([number for (number,) in self._gather([fingerprint([batch])])])
+                    own = gather([fingerprint([batch])], self.device)
+                    check_batches(self.topology, self.step + 1, [number for (number,) in own])
                 totals[0] += self._loss_sum(batch)
                 totals[1] += count_tokens(batch["labels"])
         return self._sum_over_ranks(totals[0]) / self._sum_over_ranks(totals[1])
@@ -348,8 +340,8 @@ class _Session:
         """
         tokens = sum(count_tokens(batch["labels"]) for batch in micro_batches)
         own = [tokens, int(self._stop_requested()), fingerprint(micro_batches) if self.topology.tp > 1 else 0]
-        by_rank = self._gather(own)
-        self._check_batches([batch for _, _, batch in by_rank])
+        by_rank = gather(own, self.device)
+        check_batches(self.topology, self.step + 1, [number for _, _, number in by_rank])
         return sum(tokens for tokens, _, _ in by_rank[:: self.topology.tp]), any(stop for _, stop, _ in by_rank)
 
     def _sum_over_ranks(self, value: Tensor) -> float:
@@ -358,37 +350,10 @@ class _Session:
         Raises:
             RanksDisagree: it differs within a tensor-parallel group; all ranks raise.
         """
-        # As integers: counted with the bookkeeping, and passed on to the last bit.
-        by_rank = torch.tensor(self._gather([int(value.view(torch.int64))])).view(torch.float64).flatten().tolist()
-        for ranks in self.topology.grid():
-            values = [by_rank[rank] for rank in ranks]
-            if max(values) - min(values) > _SAME_LOSS * max(map(abs, values)):
-                raise RanksDisagree(
-                    f"At step {self.step + 1} ranks {ranks} share every layer and read the same batch, but the sums of "
-                    f"its losses differ: {', '.join(f'{number:.6f}' for number in values)}. Look at the seed, which "
-                    "must be the same within a tensor-parallel group (dropout masks and random weights depend on it), "
-                    "and at the all-reduce of the row-parallel layers."
-                )
-        return float(sum(by_rank[:: self.topology.tp]))
-
-    def _check_batches(self, fingerprints: list[int]) -> None:
-        for ranks in self.topology.grid():
-            own = [fingerprints[rank] for rank in ranks]
-            if len(set(own)) > 1:
-                raise RanksDisagree(
-                    f"At step {self.step + 1} ranks {ranks} share every layer, but read different batches, of the "
-                    f"fingerprints {', '.join(f'{number % 2**64:016x}' for number in own)}. Look at what the data "
-                    "loader is given: dp_rank and dp_size, never the world rank and the world size."
-                )
-
-    def _gather(self, numbers: list[int]) -> list[list[int]]:
-        """Every rank's numbers, by rank. Collective."""
-        if not dist.is_initialized():
-            return [numbers]
-        own = torch.tensor(numbers, device=self.device)
-        by_rank = [torch.empty_like(own) for _ in range(self.topology.world_size)]
-        dist.all_gather(by_rank, own)
-        return [numbers.tolist() for numbers in by_rank]
+        # As an integer a number passes to the last bit.
+        by_rank = torch.tensor(gather([int(value.view(torch.int64))], self.device)).view(torch.float64).flatten()
+        check_losses(self.topology, self.step + 1, by_rank.tolist())
+        return float(by_rank[:: self.topology.tp].sum())
 
     def _stop_requested(self) -> bool:
         return self.stop_signalled() or (self.topology.rank == 0 and self.run.stop_file.exists())

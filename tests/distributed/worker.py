@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tutorial_lib import checkpoint, ds_config, trainer
+from tutorial_lib import agreement, checkpoint, ds_config, trainer
 from tutorial_lib.config import Config
 from tutorial_lib.dataloader import TrainLoader
 from tutorial_lib.dataloader.batches import Collate, StepSampler
@@ -293,7 +293,7 @@ def _all_reduce_skipped(function: str, direction: str) -> Iterator[None]:
 
 @contextmanager
 def _losses_not_compared() -> Iterator[None]:
-    with mock.patch.object(trainer, "_SAME_LOSS", float("inf")):
+    with mock.patch.object(agreement, "SAME_LOSS", float("inf")):
         yield
 
 
