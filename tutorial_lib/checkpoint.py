@@ -31,6 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from tutorial_lib import autotp
 from tutorial_lib.config import FREE_ON_RESUME, Config, ConfigError
 from tutorial_lib.models import freeze_parameters
 from tutorial_lib.mpu import Topology
@@ -39,6 +40,9 @@ from tutorial_lib.records import RunDirectory, write_atomically
 T = TypeVar("T")
 
 MANIFEST = "manifest.json"
+LAYOUT = "layout.json"
+"""Among the files of an engine that splits parameters over tensor-parallel ranks: how each of them was split."""
+
 FORMAT = 1
 
 
@@ -216,8 +220,8 @@ def verify(path: Path, topology: Topology | None = None) -> None:
 def export(path: Path, target: Path) -> Path:
     """Write a checkpoint's weights as a Hugging Face directory that ``from_pretrained`` loads.
 
-    One process, no GPU: the shards of any ZeRO stage are merged on the CPU. Under mixed precision the fp32 master
-    weights are exported, not their 16-bit copies.
+    One process, no GPU: the shards of any ZeRO stage and tensor-parallel size are merged on the CPU. Under mixed
+    precision the fp32 master weights are exported, not their 16-bit copies.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or ``target`` already holds something.
@@ -249,7 +253,21 @@ def export(path: Path, target: Path) -> Path:
 def _whole_weights(directory: Path, settings: Config, model: torch.nn.Module) -> dict[str, torch.Tensor]:
     if settings.engine.name == "torch":
         return dict(torch.load(directory / "model.pt", map_location="cpu", weights_only=True))
-    frozen = freeze_parameters(model, settings.model.freeze)
+    freeze_parameters(model, settings.model.freeze)
+    if settings.parallel.tp == 1:
+        return _merged_over_dp(directory, settings, model)
+    rows = json.loads((directory / LAYOUT).read_text(encoding="utf-8"))
+    if settings.engine.zero_stage == 3:
+        return autotp.merged_stage_3(directory, rows, settings.parallel.dp, settings.parallel.tp)
+    shares = []
+    for tp_rank in range(settings.parallel.tp):
+        with autotp.as_if_alone(directory, tp_rank) as alone:
+            shares.append(_merged_over_dp(alone, settings, model))
+    return autotp.joined(shares, rows)
+
+
+def _merged_over_dp(directory: Path, settings: Config, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    frozen = [name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad]
     weights: dict[str, torch.Tensor] = {}
     if settings.engine.zero_stage > 0:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint

@@ -354,8 +354,6 @@ def _validate(config: Config) -> None:
             raise ConfigError(
                 "engine='torch' has no offload, no fp16 and reads no DeepSpeed file; write engine='deepspeed'."
             )
-    if parallel.tp != 1:
-        raise ConfigError(f"tp is {parallel.tp}; tensor parallelism is not available yet. Write tp=1.")
     _check_batch_sizes(config)
     if run.stop_after is not None and run.steps is not None and run.stop_after > run.steps:
         raise ConfigError(f"stop_after={run.stop_after} lies beyond the last step, steps={run.steps}.")

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import copy
 import difflib
+import importlib.metadata
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,10 @@ SECTION_KEYS: dict[str, frozenset[str]] = {
     ),
     "data_types": frozenset("grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules".split()),
     "optimizer": frozenset("type params legacy_fusion".split()),
+    "tensor_parallel": frozenset(
+        "dtype autotp_size tp_overlap_comm vocab_parallel_lm_head vocab_parallel_ce_backend tp injection_policy_tuple "
+        "partition_config preset_model keep_module_on_host kernel_inject".split()
+    ),
 }  # fmt: skip
 
 TOP_LEVEL_KEYS = frozenset(
@@ -86,7 +92,76 @@ def build(config: Config) -> dict[str, Any]:
                 f"dp={config.parallel.dp} and micro_batch={config.micro_batch} make it {own[key]}. "
                 f'Write "auto" in the file, or change the run\'s batch sizes.'
             )
+    size = merged.get("tensor_parallel", {}).get("autotp_size", 1)
+    if size != config.parallel.tp:
+        raise ConfigError(
+            f"{config.engine.deepspeed_file}: tensor_parallel.autotp_size is {size}, but tp={config.parallel.tp}. "
+            f"Write tp={size}, or remove autotp_size from the file."
+        )
     return merged
+
+
+def check_tensor_parallel(config: Config, model_config: Any) -> None:
+    """Refuse what DeepSpeed's automatic tensor parallelism (AutoTP) cannot split.
+
+    Args:
+        config: what to run.
+        model_config: the model's configuration, as transformers gives it.
+
+    Raises:
+        ConfigError: an architecture without a plan that AutoTP follows, stage 3 before DeepSpeed 0.19.4, or stage 0 in
+            16 bits.
+    """
+    if config.parallel.tp == 1:
+        return
+    if config.engine.zero_stage == 0 and config.engine.precision != "fp32":
+        raise ConfigError(
+            f"zero_stage=0 with tp={config.parallel.tp} and precision={config.engine.precision!r}: DeepSpeed's 16-bit "
+            "optimizer without ZeRO counts one rank's gradients alone, and would clip by a norm that is too small. "
+            "Write zero_stage=1, or precision='fp32'."
+        )
+    if config.engine.zero_stage == 3:
+        version = importlib.metadata.version("deepspeed")
+        if _release(version) < AUTOTP_STAGE_3_SINCE:
+            since = ".".join(map(str, AUTOTP_STAGE_3_SINCE))
+            raise ConfigError(
+                f"zero_stage=3 with tp={config.parallel.tp} needs DeepSpeed {since}, and {version} is installed. "
+                "Write zero_stage=2 or less, or update DeepSpeed."
+            )
+    text = model_config.get_text_config()
+    styles = set((getattr(text, "base_model_tp_plan", None) or {}).values())
+    if text.model_type in AUTOTP_PRESETS or (styles and styles <= _AUTOTP_STYLES):
+        return
+    why = f"with {sorted(styles - _AUTOTP_STYLES)} in it" if styles else "without a tensor-parallel plan"
+    if text.model_type == "gpt2":
+        why = "whose Conv1D layers keep their weights transposed"
+    raise ConfigError(
+        f"AutoTP does not split {text.model_type}, a model {why}. Write tp=1, or choose a model that it splits: "
+        f"embedded/qwen2, embedded/bloom, or another family with a plan for linear layers, such as Llama."
+    )
+
+
+def add_plan(settings: dict[str, Any], model_config: Any) -> None:
+    """Name DeepSpeed's own plan in the settings, for a model of which transformers has none."""
+    preset = AUTOTP_PRESETS.get(model_config.get_text_config().model_type)
+    if preset and "partition_config" not in settings["tensor_parallel"]:
+        settings["tensor_parallel"].setdefault("preset_model", preset)
+
+
+AUTOTP_STAGE_3_SINCE = (0, 19, 4)
+"""The first DeepSpeed that takes stage 3 with AutoTP; up to 0.19.3 it refuses."""
+
+AUTOTP_PRESETS = {"bloom": "bloom"}
+"""Plans of DeepSpeed's own, by model type, for families of which transformers has none."""
+
+_AUTOTP_STYLES = frozenset(
+    {"colwise", "rowwise", "colwise_rep", "colwise_gather_output", "replicated_with_grad_allreduce"}
+)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """``0.19.8+cpu`` as ``(0, 19, 8)``."""
+    return tuple(int(part) for part in re.match(r"[\d.]*\d", version)[0].split("."))  # type: ignore[index]
 
 
 def apply_file(config: Config) -> Config:
@@ -212,6 +287,9 @@ def _from_config(config: Config) -> dict[str, Any]:
     }
     if engine.precision != "fp32":
         built[engine.precision] = {"enabled": True}
+    if config.parallel.tp > 1:
+        # Left to itself, DeepSpeed splits tied embeddings by vocabulary and returns a rank's own logits alone.
+        built["tensor_parallel"] = {"autotp_size": config.parallel.tp, "vocab_parallel_lm_head": False}
     assert config.run.global_batch == dp * config.micro_batch * config.accumulation
     return built
 

@@ -1,4 +1,4 @@
-"""DeepSpeed behind the engine protocol: ZeRO stages 0 to 3, offload, fp32 / bf16 / fp16.
+"""DeepSpeed behind the engine protocol: ZeRO stages 0 to 3, AutoTP, offload, fp32 / bf16 / fp16.
 
 Shape legend: B sequences of a micro-batch, S tokens, V vocabulary.
 
@@ -10,6 +10,7 @@ What remains is the gradient of the token-weighted mean, which a mean of per-ran
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -26,13 +27,15 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 import deepspeed
 from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.utils import groups
 from torch import Tensor
 
-from tutorial_lib import ds_config
-from tutorial_lib.checkpoint import CheckpointError
+from tutorial_lib import autotp, ds_config
+from tutorial_lib.checkpoint import LAYOUT, CheckpointError
 from tutorial_lib.config import Config
-from tutorial_lib.models import build_model
-from tutorial_lib.mpu import Topology
+from tutorial_lib.measure.layout import ParameterLayout
+from tutorial_lib.models import build_model, slice_alibi
+from tutorial_lib.mpu import ModelParallelUnit, Topology, device_mesh
 from tutorial_lib.torch_engine import global_norm
 
 _TAG = "engine"
@@ -55,18 +58,33 @@ class DeepSpeedEngine:
         self.config = config
         self.device = device
         self.averages_over = topology.dp
+        self.unit = ModelParallelUnit(topology, device_mesh(topology, device.type)) if topology.tp > 1 else None
+        _share_groups(self.unit)
         settings = ds_config.build(config)
         with _partitioned_from_birth(settings):
             model = build_model(config)
+        if self.unit:
+            ds_config.check_tensor_parallel(config, model.config)
+            ds_config.add_plan(settings, model.config)
         self.num_parameters = sum(_whole_numel(parameter) for parameter in model.parameters())
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = _adamw(trained, config)
         self.deepspeed, *_ = deepspeed.initialize(
-            model=model, optimizer=self.optimizer, config=settings, dist_init_required=False
+            model=model, optimizer=self.optimizer, config=settings, mpu=self.unit, dist_init_required=False
         )
+        if self.unit:
+            self._finish_splitting(model)
+        self._dims = {self.module.get_parameter(row.parameter): row.dim for row in self.layout()}
         self._micro_steps = 0
         if config.engine.zero_stage == 0 and config.engine.precision != "fp32":
             self._undo_trial_step()
+
+    def _finish_splitting(self, model: Any) -> None:
+        autotp.check_layouts(self.layout())
+        assert self.unit is not None
+        slice_alibi(model, self.unit.topology.tp, self.unit.topology.tp_rank)
+        # It compares the batches of a group in the first forward pass alone. The trainer does so in every step.
+        self.deepspeed.first_dataloader_check.remove()
 
     @property
     def module(self) -> torch.nn.Module:
@@ -113,9 +131,16 @@ class DeepSpeedEngine:
         return self.deepspeed.optimizer is self.optimizer
 
     def _norm_without_zero(self) -> float:
-        # Stage 0 in fp32 wraps no optimizer and reports no norm; the gradients are whole and already averaged.
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        return global_norm(gradients)
+        # Stage 0 in fp32 wraps no optimizer and reports no norm; the gradients are already averaged. Those of split
+        # parameters are shares, and those of replicated ones count once.
+        gradients = [(p.grad, self._dims[p] is None) for p in self.module.parameters() if p.grad is not None]
+        whole, shares = ([g for g, replicated in gradients if replicated is wanted] for wanted in (True, False))
+        norms = torch.tensor([global_norm(whole), global_norm(shares)], dtype=torch.float64, device=self.device)
+        if self.unit:
+            squares = norms[1:].square()
+            torch.distributed.all_reduce(squares, group=self.unit.get_model_parallel_group())
+            norms[1:] = squares.sqrt()
+        return float(norms.norm())
 
     def _undo_trial_step(self) -> None:
         # To allocate Adam's moments, DeepSpeed's 16-bit optimizer without ZeRO takes a step with zero gradients. It
@@ -151,11 +176,23 @@ class DeepSpeedEngine:
             "optimizer": [t for t in states if t.dim() > 0],
         }
 
+    def layout(self) -> list[ParameterLayout]:
+        """What AutoTP did to each parameter, in the model's order."""
+        return autotp.layouts(self.module)
+
+    def _over_tp(self, parameter: torch.nn.Parameter, share: Tensor) -> Tensor:
+        """What belongs to a whole parameter, of what belongs to this rank's share of it. Collective."""
+        if self.unit is None:
+            return share
+        # What is offloaded is in host memory, and the ranks exchange what is on their devices.
+        on_device = share.detach().to(self.device)
+        return autotp.gathered(on_device, self._dims[parameter], self.unit.get_model_parallel_group())
+
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter whole, one at a time, as fp32 on the CPU. Collective: all ranks must iterate."""
         for name, parameter in self.module.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-                yield name, parameter.detach().to("cpu", torch.float32, copy=True)
+                yield name, self._over_tp(parameter, parameter).detach().to("cpu", torch.float32, copy=True)
 
     def full_optimizer_states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Both moments of every trained parameter, whole, on the CPU. Collective: all ranks must iterate."""
@@ -169,7 +206,7 @@ class DeepSpeedEngine:
                     moments = {key: state[key] for key in ("exp_avg", "exp_avg_sq")}
                 else:
                     moments = {key: safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq")}
-                yield name, {key: moment.detach().cpu().clone() for key, moment in moments.items()}
+                yield name, {key: self._over_tp(parameter, m).detach().cpu().clone() for key, m in moments.items()}
 
     def _kept_under(self) -> dict[Tensor, Tensor]:
         """Without ZeRO, the optimizer's key for each trained parameter: itself, or in 16 bits its fp32 master copy."""
@@ -183,6 +220,9 @@ class DeepSpeedEngine:
     def save(self, directory: Path) -> None:
         """Write this rank's files into ``directory``. Collective."""
         self.deepspeed.save_checkpoint(str(directory), tag=_TAG, save_latest=False)
+        if self.unit and self.unit.topology.rank == 0:
+            rows = [row.to_dict() for row in self.layout()]
+            (directory / LAYOUT).write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
     def load(self, directory: Path) -> None:
         """Restore weights and optimizer states. Collective.
@@ -199,18 +239,35 @@ class DeepSpeedEngine:
     def close(self) -> None:
         """Release hooks and buffers, so that another engine can be built in the same process."""
         self.deepspeed.destroy()
+        _share_groups(None)
+
+
+def _share_groups(unit: ModelParallelUnit | None) -> None:
+    """Have DeepSpeed use the grid's groups, or none.
+
+    It keeps its groups in global variables. Left to itself it would create the same groups once more, and a later run
+    of this process would find those of the run before.
+    """
+    groups.mpu = None
+    groups._DATA_PARALLEL_GROUP = unit and unit.get_data_parallel_group()
+    groups._MODEL_PARALLEL_GROUP = groups._TENSOR_MODEL_PARALLEL_GROUP = unit and unit.get_model_parallel_group()
+
+
+_NOT_FOR_BUILDING = ("tensor_parallel", "train_batch_size", "gradient_accumulation_steps")
 
 
 @contextmanager
 def _partitioned_from_birth(settings: dict[str, Any]) -> Iterator[None]:
-    """At stage 3, have every parameter partitioned as soon as it is created."""
+    """At stage 3, have every parameter partitioned over all ranks as soon as it is created."""
     if settings["zero_optimization"]["stage"] != 3:
         yield
         return
     from transformers.integrations import HfDeepSpeedConfig
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    keep_alive = HfDeepSpeedConfig(settings)
+    # What transformers takes from it is stage 3. It would refuse to read weights for AutoTP, which splits what it has
+    # read, and it partitions over all ranks, for which a batch size per data-parallel rank does not hold.
+    keep_alive = HfDeepSpeedConfig({key: value for key, value in settings.items() if key not in _NOT_FOR_BUILDING})
     try:
         yield
     finally:

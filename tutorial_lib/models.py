@@ -19,6 +19,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import functools
+import math
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -254,6 +255,30 @@ def _accept_document_masks(model: PreTrainedModel) -> None:
         inner.build_alibi_tensor = types.MethodType(_build_alibi, inner)
 
 
+def slice_alibi(model: PreTrainedModel, tp: int, tp_rank: int) -> None:
+    """Have a model with ALiBi give the biases of one tensor-parallel rank's heads. Does nothing to other models.
+
+    A head's slope depends on its number among all heads. A model that is told of its own share of heads alone would
+    give the first rank's slopes, or none of a larger model's, to every rank, and nothing would say so.
+
+    Args:
+        model: as :func:`load_model` gives it; its attention layers may have been split already.
+        tp: tensor-parallel size.
+        tp_rank: whose heads: the ``tp_rank``-th share of them.
+    """
+    inner: Any = model.base_model
+    if hasattr(inner, "build_alibi_tensor"):
+        heads = int(model.config.num_attention_heads)
+        inner.num_heads = heads
+        build = functools.partial(_build_alibi, inner)
+
+        def build_share(attention_mask: torch.Tensor, num_heads: int, dtype: torch.dtype) -> torch.Tensor:
+            whole = build(attention_mask, num_heads, dtype).unflatten(0, (-1, heads))
+            return whole.tensor_split(tp, dim=1)[tp_rank].flatten(0, 1)
+
+        inner.build_alibi_tensor = build_share
+
+
 def _boolean_mask_to_bias(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     mask = kwargs.get("attention_mask")
     if mask is not None and mask.dim() == 4 and mask.dtype == torch.bool:
@@ -331,6 +356,43 @@ def check_sequence_length(seq_length: int, model_config: PretrainedConfig) -> No
         raise ConfigError(
             f"seq_length={seq_length} is longer than this {model_config.model_type} model's {limit} positions. "
             f"Write seq_length={limit} or less."
+        )
+
+
+def check_tensor_parallel(tp: int, model_config: PretrainedConfig) -> None:
+    """Refuse a tensor-parallel size that would not give every rank the same share of every layer.
+
+    Each rank computes whole attention heads, so ``tp`` must divide the query and the key-value heads; it must divide
+    the width of the MLP; and the vocabulary where the output layer has weights of its own. Tied embeddings stay whole.
+
+    Args:
+        tp: tensor-parallel size.
+        model_config: the model's dimensions.
+
+    Raises:
+        ConfigError: names what ``tp`` does not divide, and the sizes that would do.
+    """
+    if tp == 1:
+        return
+    text: Any = model_config.get_text_config()
+    heads = int(text.num_attention_heads)
+    sizes = {
+        "attention heads": heads,
+        "key-value heads": int(getattr(text, "num_key_value_heads", None) or heads),
+        # GPT-2 and BLOOM: four times the hidden size, unless stated.
+        "columns of each MLP": int(
+            getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
+        ),
+    }
+    if not getattr(text, "tie_word_embeddings", True):
+        sizes["entries of the vocabulary"] = int(text.vocab_size)
+    problems = [f"{size} {what}" for what, size in sizes.items() if size % tp]
+    if problems:
+        common = math.gcd(*sizes.values())
+        fitting = [size for size in range(1, common + 1) if common % size == 0]
+        raise ConfigError(
+            f"tp={tp} does not divide this {text.model_type} model's {' nor its '.join(problems)}. "
+            f"Write tp as one of {fitting}, or choose another model."
         )
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tutorial_lib.config import ConfigError, ParallelConfig
 
@@ -39,16 +39,32 @@ class Topology:
     rank: int
 
     @classmethod
-    def create(cls, parallel: ParallelConfig, *, rank: int, world_size: int) -> Topology:
+    def create(
+        cls, parallel: ParallelConfig, *, rank: int, world_size: int, local_world_size: int | None = None
+    ) -> Topology:
         """The place of ``rank`` in the grid that the configuration asks for.
 
+        Args:
+            parallel: ``dp`` and ``tp``.
+            rank: this process's world rank.
+            world_size: number of processes that were started.
+            local_world_size: how many of them are on this node; None if that is not known.
+
         Raises:
-            ConfigError: ``dp x tp`` is not the number of processes that were started.
+            ConfigError: ``dp x tp`` is not the number of processes that were started, or a tensor-parallel group would
+                span nodes.
         """
         if parallel.world_size != world_size:
             raise ConfigError(
                 f"dp x tp = {parallel.dp} x {parallel.tp} = {parallel.world_size}, but {world_size} processes were "
                 f"started. Write dp={world_size // parallel.tp or 1}, or start {parallel.world_size} processes."
+            )
+        if local_world_size is not None and local_world_size % parallel.tp:
+            fitting = [size for size in range(1, local_world_size + 1) if local_world_size % size == 0]
+            raise ConfigError(
+                f"tp={parallel.tp} does not divide the {local_world_size} ranks of this node, so a tensor-parallel "
+                f"group would span nodes, and every layer would wait for the network. Write tp as one of {fitting}, "
+                "or start as many ranks per node as tp divides."
             )
         return cls(dp=parallel.dp, tp=parallel.tp, rank=rank)
 
@@ -67,6 +83,56 @@ class Topology:
     def grid(self) -> list[list[int]]:
         """World ranks as rows of tensor-parallel groups; columns are the data-parallel groups."""
         return [[dp_rank * self.tp + tp_rank for tp_rank in range(self.tp)] for dp_rank in range(self.dp)]
+
+    def axes(self) -> dict[str, list[int]]:
+        """The world ranks of this rank's groups, by the name of their axis: ``tp`` and ``dp``."""
+        grid = self.grid()
+        return {"tp": grid[self.dp_rank], "dp": [row[self.tp_rank] for row in grid]}
+
+    def drawing(self) -> str:
+        """The grid as text: a row per tensor-parallel group, a column per data-parallel group."""
+        width = max(len(str(self.world_size - 1)), len(f"tp {self.tp - 1}")) + 2
+        header = " " * 8 + "".join(f"tp {tp_rank}".rjust(width) for tp_rank in range(self.tp))
+        rows = [
+            f"dp {dp_rank}".ljust(8) + "".join(str(rank).rjust(width) for rank in ranks)
+            for dp_rank, ranks in enumerate(self.grid())
+        ]
+        return "\n".join([header, *rows])
+
+
+class ModelParallelUnit:
+    """What DeepSpeed calls an ``mpu``: the groups of this rank, their sizes, and its place in them.
+
+    DeepSpeed asks for it in two places. Its check of the batch sizes takes the data-parallel size from here; without
+    it, that would be the world size, and the check would fail. And ``zero.Init`` must partition over the data-parallel
+    group alone.
+
+    Args:
+        topology: this rank's place in the grid.
+        mesh: the grid's groups, see :func:`device_mesh`.
+    """
+
+    def __init__(self, topology: Topology, mesh: DeviceMesh) -> None:
+        self.topology = topology
+        self.mesh = mesh
+
+    def get_data_parallel_group(self) -> Any:
+        return self.mesh.get_group("dp")
+
+    def get_data_parallel_rank(self) -> int:
+        return self.topology.dp_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.topology.dp
+
+    def get_model_parallel_group(self) -> Any:
+        return self.mesh.get_group("tp")
+
+    def get_model_parallel_rank(self) -> int:
+        return self.topology.tp_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.topology.tp
 
 
 def device_mesh(topology: Topology, device_type: str) -> DeviceMesh:

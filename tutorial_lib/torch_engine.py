@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from tutorial_lib.config import Config
+from tutorial_lib.measure.layout import ParameterLayout
 from tutorial_lib.models import build_model
 from tutorial_lib.mpu import Topology
 
 
 def global_norm(gradients: list[Tensor]) -> float:
     """The 2-norm of all gradients together, summed in fp64: fp32 sums over a million squares are off by 1e-6."""
-    return float(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]).norm())
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]
+    return float(torch.stack(norms).norm()) if norms else 0.0
 
 
 class TorchEngine:
@@ -78,6 +80,13 @@ class TorchEngine:
             "gradients": [p.grad for p in parameters if p.grad is not None],
             "optimizer": [t for t in states if t.dim() > 0],
         }
+
+    def layout(self) -> list[ParameterLayout]:
+        """Every parameter is whole."""
+        return [
+            ParameterLayout(name, "replicated", None, tuple(p.shape), tuple(p.shape), 1, p.numel() * p.element_size())
+            for name, p in self.module.named_parameters()
+        ]
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.module.named_parameters():

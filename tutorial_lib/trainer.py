@@ -4,8 +4,10 @@ Shape legend: B sequences of a micro-batch, S tokens, V vocabulary.
 
 The loss of an optimizer step is the mean over the step's tokens, wherever they are: over every rank and every
 micro-batch. Ranks hold different numbers of tokens, so a mean of per-rank means would weigh them differently, in the
-report and, worse, in the gradient. The loop therefore counts the step's tokens first (one small all-reduce), divides
+report and, worse, in the gradient. The loop therefore counts the step's tokens first (one small all-gather), divides
 every micro-batch's loss *sum* by that count, and adds up.
+
+What the ranks of a tensor-parallel group must have in common is compared on the way (:mod:`tutorial_lib.agreement`).
 """
 
 from __future__ import annotations
@@ -32,10 +34,13 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from tutorial_lib import checkpoint
+from tutorial_lib.agreement import check_batches, check_losses, gather
 from tutorial_lib.checkpoint import Progress
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.dataloader import build_eval_loader, build_train_loader
+from tutorial_lib.dataloader.batches import fingerprint
 from tutorial_lib.ds_config import apply_file
+from tutorial_lib.measure.layout import ParameterLayout
 from tutorial_lib.measure.memory import StateBytes, peak_memory, reset_peak_memory
 from tutorial_lib.measure.traffic import count_collectives
 from tutorial_lib.models import load_tokenizer
@@ -67,6 +72,7 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None: ...
     def step(self) -> float: ...
     def model_states(self) -> dict[str, list[Tensor]]: ...
+    def layout(self) -> list[ParameterLayout]: ...
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]: ...
     def full_optimizer_states(self) -> Iterator[tuple[str, dict[str, Tensor]]]: ...
     def save(self, directory: Path) -> None: ...
@@ -127,11 +133,13 @@ def train(config: Config, *, on_checkpoint: OnCheckpoint | None = None) -> dict[
         ConfigError: the configuration cannot run here.
         CheckpointError: there is a checkpoint, but it cannot be continued.
         NonFiniteLoss: training diverged.
+        RanksDisagree: ranks of a tensor-parallel group read different batches, or computed different losses.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     config = apply_file(config)
-    topology = Topology.create(config.parallel, rank=rank, world_size=world_size)
+    local_world_size = int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else None
+    topology = Topology.create(config.parallel, rank=rank, world_size=world_size, local_world_size=local_world_size)
     run = RunDirectory(config.directory)
     started = time.perf_counter()
     if rank == 0:
@@ -246,10 +254,8 @@ class _Session:
     def _one_step(self, micro_batches: list[dict[str, Tensor]]) -> tuple[dict[str, Any], bool]:
         began = time.perf_counter()
         measuring = self.config.run.measure and self.step + 1 == _MEASURED_STEP
-        with count_collectives() if measuring else nullcontext() as traffic:
-            tokens, stop = self._agree(
-                sum(count_tokens(batch["labels"]) for batch in micro_batches), self._stop_requested()
-            )
+        with count_collectives(self.topology.axes()) if measuring else nullcontext() as traffic:
+            tokens, stop = self._agree(micro_batches)
             if tokens == 0:
                 raise ConfigError(
                     f"No token of step {self.step + 1} counts: every label is masked. Raise seq_length "
@@ -283,6 +289,7 @@ class _Session:
                 "state_bytes": states.to_dict(),
                 "traffic": traffic.to_dict(),
                 "num_parameters": self.engine.num_parameters,
+                "layout": [row.to_dict() for row in self.engine.layout()] if self.topology.tp > 1 else None,
             }
         row = {
             "step": self.step,
@@ -309,11 +316,12 @@ class _Session:
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         with torch.no_grad():
             for batch in self.eval_loader:
+                if self.topology.tp > 1:
+                    own = gather([fingerprint([batch])], self.device)
+                    check_batches(self.topology, self.step + 1, [number for (number,) in own])
                 totals[0] += self._loss_sum(batch)
                 totals[1] += count_tokens(batch["labels"])
-        if dist.is_initialized():
-            dist.all_reduce(totals)
-        return float(totals[0] / totals[1])
+        return self._sum_over_ranks(totals[0]) / self._sum_over_ranks(totals[1])
 
     def save(self, row: dict[str, Any] | None = None) -> None:
         """Write a checkpoint of the state after the last step."""
@@ -324,19 +332,28 @@ class _Session:
         if self.on_checkpoint:
             self.on_checkpoint(path, row)
 
-    def _agree(self, tokens: int, stop: bool) -> tuple[int, bool]:
-        """The step's tokens over all data-parallel ranks, and whether any rank was asked to stop."""
-        if not dist.is_initialized():
-            return tokens, stop
-        both = torch.tensor([tokens, int(stop)], dtype=torch.float64, device=self.device)
-        dist.all_reduce(both)
-        # Every rank of a tensor-parallel group counted the same tokens.
-        return int(both[0]) // self.topology.tp, bool(both[1] > 0)
+    def _agree(self, micro_batches: list[dict[str, Tensor]]) -> tuple[int, bool]:
+        """The step's tokens over all data-parallel ranks, and whether any rank was asked to stop. Collective.
+
+        Raises:
+            RanksDisagree: the ranks of a tensor-parallel group read different batches; all ranks raise.
+        """
+        tokens = sum(count_tokens(batch["labels"]) for batch in micro_batches)
+        own = [tokens, int(self._stop_requested()), fingerprint(micro_batches) if self.topology.tp > 1 else 0]
+        by_rank = gather(own, self.device)
+        check_batches(self.topology, self.step + 1, [number for _, _, number in by_rank])
+        return sum(tokens for tokens, _, _ in by_rank[:: self.topology.tp]), any(stop for _, stop, _ in by_rank)
 
     def _sum_over_ranks(self, value: Tensor) -> float:
-        if dist.is_initialized():
-            dist.all_reduce(value)
-        return float(value) / self.topology.tp
+        """The sum of a float64 scalar over the data-parallel ranks. Collective.
+
+        Raises:
+            RanksDisagree: it differs within a tensor-parallel group; all ranks raise.
+        """
+        # As an integer a number passes to the last bit.
+        by_rank = torch.tensor(gather([int(value.view(torch.int64))], self.device)).view(torch.float64).flatten()
+        check_losses(self.topology, self.step + 1, by_rank.tolist())
+        return float(by_rank[:: self.topology.tp].sum())
 
     def _stop_requested(self) -> bool:
         return self.stop_signalled() or (self.topology.rank == 0 and self.run.stop_file.exists())

@@ -26,6 +26,8 @@ COMMON: dict[str, Any] = {
 CASES: dict[str, dict[str, Any]] = {
     # Tied embeddings; lengths differ by rank; the norm is above the limit at every step.
     "gpt2": {"model": "embedded/gpt2", "gradient_clipping": 0.5},
+    # What AutoTP splits: grouped key-value heads, tied embeddings; the norm is above the limit at every step.
+    "qwen2": {"model": "embedded/qwen2", "gradient_clipping": 0.5, "evaluate": True, "max_eval_examples": 12},
     # Only answers count: a few tokens of each row. Four times the usual decay, no clipping, learning rate changing.
     "untied": {
         "model": "qwen2-untied", "random_init": True, "dataset": "embedded/qa", "seq_length": 128,
@@ -53,6 +55,16 @@ ACCUMULATED = {f"{name}-accumulated": {**flat, "micro_batch": 1} for name, flat 
 }
 BF16 = {f"{name}-bf16": {**flat, "precision": "bf16"} for name, flat in STAGES.items()}
 
+
+def split(dp: int, tp: int, variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The variants on a grid with a tensor-parallel axis."""
+    return {f"{dp}x{tp}-{name}": {**flat, "dp": dp, "tp": tp, "measure": True} for name, flat in variants.items()}
+
+
+def only(variants: dict[str, dict[str, Any]], *names: str) -> dict[str, dict[str, Any]]:
+    return {name: variants[name] for name in names}
+
+
 VARIANTS: dict[int, dict[str, dict[str, dict[str, Any]]]] = {
     1: {
         "gpt2": STAGES | OFFLOADED,
@@ -60,16 +72,19 @@ VARIANTS: dict[int, dict[str, dict[str, dict[str, Any]]]] = {
     },
     2: {
         "gpt2": STAGES | OFFLOADED | ACCUMULATED | BF16,
-        "untied": STAGES | {"zero3-all": OFFLOADED["zero3-all"]},
-        "bloom": STAGES,
+        "qwen2": split(1, 2, STAGES | only(OFFLOADED, "zero2-optimizer", "zero3-all") | only(BF16, "zero1-bf16")),
+        "untied": STAGES | {"zero3-all": OFFLOADED["zero3-all"]} | split(1, 2, only(STAGES, "zero2")),
+        "bloom": STAGES | split(1, 2, STAGES),
         "uneven": STAGES | {"zero2-accumulated": ACCUMULATED["zero2-accumulated"]},
         "usual": {name: STAGES[name] for name in ("zero0", "zero3")},
         "frozen": STAGES | {"zero2-optimizer": OFFLOADED["zero2-optimizer"]},
     },
     4: {
         "gpt2": STAGES | {name: ACCUMULATED[name] for name in ("zero2-accumulated", "zero3-all-accumulated")},
-        "untied": {name: STAGES[name] for name in ("zero1", "zero3")},
-        "bloom": {"zero3": STAGES["zero3"]},
+        "qwen2": split(2, 2, STAGES | only(ACCUMULATED, "zero2-accumulated", "zero3-accumulated"))
+        | split(1, 4, STAGES),
+        "untied": only(STAGES, "zero1", "zero3") | split(2, 2, only(STAGES, "zero0", "zero1", "zero3")),
+        "bloom": only(STAGES, "zero3") | split(2, 2, STAGES) | split(1, 4, STAGES),
         "uneven": STAGES,
         "usual": {"zero2": STAGES["zero2"]},
         "frozen": {"zero2": STAGES["zero2"]},
@@ -111,12 +126,10 @@ def config(directory: Path, **flat: Any) -> Config:
     return Config.create("cpu", storage=str(directory / "runs"), **flat)
 
 
-def variant(directory: Path, case: str, variant: str, dp: int, **changes: Any) -> Config:
+def variant(directory: Path, case: str, variant: str, ranks: int, **changes: Any) -> Config:
     """A run that must equal the case's reference."""
-    return config(
-        directory,
-        **{"name": f"{case}.{variant}.{dp}", "dp": dp, **CASES[case], **VARIANTS[dp][case][variant], **changes},
-    )
+    own = VARIANTS[ranks][case][variant]
+    return config(directory, **{"name": f"{case}.{variant}.{ranks}", "dp": ranks, **CASES[case], **own, **changes})
 
 
 def reference(directory: Path, case: str) -> Config:
@@ -135,9 +148,17 @@ BROKEN_RUNS = {
     "gradients_summed": ("untied", "zero1"),
     "gradients_averaged_twice": ("gpt2", "zero3"),
     "trial_step_kept": ("gpt2", "zero0-bf16"),
+    "column_all_reduce_skipped": ("qwen2", "1x2-zero1"),
 }
 """The case and variant that each fault of ``worker.BROKEN`` is put into, on two ranks."""
 
+REFUSED_RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "sampler_of_the_world": ("qwen2", "1x2-zero1", {"evaluate": False}),
+    "seed_of_each_rank": ("bloom", "1x2-zero2", {"model": "bloom-dropout"}),
+    "row_all_reduce_skipped": ("qwen2", "1x2-zero2", {"evaluate": False}),
+    "projection_left_whole": ("qwen2", "1x2-zero3", {}),
+}
+"""The same for the faults that a run finds itself."""
 
 STOP, END = 3, 8
 INTERRUPTED: dict[str, dict[str, Any]] = {
@@ -151,13 +172,19 @@ INTERRUPTED: dict[str, dict[str, Any]] = {
     # For signals that come from outside, at no step in particular.
     "long": {"zero_stage": 1, "steps": 48},
     "packed": {"zero_stage": 2, "model": "bloom-dropout", "batching": "packed", "seq_length": 128, "micro_batch": 2},
+    "1x2-zero0": {"zero_stage": 0, "model": "bloom-dropout", "dp": 1, "tp": 2},
+    "1x2-zero2": {"zero_stage": 2, "model": "bloom-dropout", "dp": 1, "tp": 2},
 }  # fmt: skip
 """Runs with dropout that are stopped in the middle of an epoch of five steps, and end in the middle of the next."""
 
 
+GRIDS = {f"2x2-zero{stage}": {"zero_stage": stage, "model": "bloom-dropout", "dp": 2, "tp": 2} for stage in (1, 3)}
+"""The same on four ranks, where the launch that stops a run starts it again."""
+
+
 def interruptible(directory: Path, kind: str, part: str, **changes: Any) -> Config:
     """The ``whole`` run, or the one ``halved`` by a stop."""
-    flat = {"model": "gpt2-dropout", "max_examples": 40, "steps": END, **INTERRUPTED[kind]}
+    flat = {"model": "gpt2-dropout", "max_examples": 40, "steps": END, **(INTERRUPTED | GRIDS)[kind]}
     stop = {"stop_after": STOP} if part == "halved" else {}
     if flat.get("batching") == "packed":
         # As many documents as fill five steps of eight rows with several each.
@@ -174,6 +201,15 @@ def shared_runs(directory: Path, ranks: int) -> list[Config]:
         runs += [interruptible(directory, kind, "whole") for kind in INTERRUPTED]
         runs += [interruptible(directory, kind, "halved") for kind in INTERRUPTED if kind != "long"]
         runs += [variant(directory, *where, 2, name=f"broken-{fault}") for fault, where in BROKEN_RUNS.items()]
+        runs += [
+            variant(directory, case, name, 2, name=f"refused-{fault}", **changes)
+            for fault, (case, name, changes) in REFUSED_RUNS.items()
+        ]
+    if ranks == 4:
+        for kind in GRIDS:
+            for part in ("whole", "halved"):
+                runs.append(interruptible(directory, kind, part, name=f"{part}-{kind}"))
+            runs.append(interruptible(directory, kind, "whole", name=f"continued-{kind}"))
     return runs
 
 

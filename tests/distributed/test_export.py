@@ -18,6 +18,11 @@ FP32 = [
     (2, "untied.zero3.2"),
     (2, "bloom.zero1.2"),
     (4, "uneven.zero3.4"),
+    *((2, f"qwen2.1x2-{stage}.2") for stage in ("zero0", "zero3", "zero2-optimizer", "zero3-all")),
+    *((2, f"bloom.1x2-{stage}.2") for stage in ("zero1", "zero3")),
+    *((4, f"{case}.2x2-zero{stage}.4") for case in ("qwen2", "bloom") for stage in range(4)),
+    *((4, f"{case}.1x4-zero{stage}.4") for case in ("qwen2", "bloom") for stage in (2, 3)),
+    *((4, f"untied.2x2-zero{stage}.4") for stage in (0, 1, 3)),
 ]
 BF16 = [f"gpt2.{stage}-bf16.2" for stage in ("zero0", "zero1", "zero2", "zero3")]
 

@@ -46,6 +46,13 @@ def test_a_resumed_run_on_ray_is_the_one_of_local_processes(runs, observed):
         assert [row[key] for row in second.rows] == [row[key] for row in whole.rows], key
 
 
+def test_a_tensor_parallel_run_on_ray_is_the_one_of_local_processes(cluster, directory, observed):
+    run = launch.run(cases.interruptible(directory, "1x2-zero2", "whole", name="ray-1x2", launcher="ray"))
+    whole = observed(2, "whole.1x2-zero2")
+    for key in ("step", "loss", "grad_norm", "tokens", "epoch", "lr"):
+        assert [row[key] for row in run.rows] == [row[key] for row in whole.rows], key
+
+
 def test_rows_are_handed_on_once(runs):
     (_, second), rows, _ = runs
     assert rows == second.rows

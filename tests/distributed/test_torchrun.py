@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.distributed import cases
 from tests.distributed.launching import train_command
 from tutorial_lib.records import RunDirectory
 
 
-def test_a_run_started_by_torchrun_is_the_one_of_local_processes(observed, directory, shell):
+@pytest.mark.parametrize(("kind", "stops"), [("zero1", (cases.STOP, None)), ("1x2-zero0", (None,))])
+def test_a_run_started_by_torchrun_is_the_one_of_local_processes(observed, directory, shell, kind, stops):
     """Stopped once: torchrun takes 75 for a failure, so the code is 0, and the result tells that the run goes on."""
-    whole = observed(2, "whole.zero1")
-    for stop, status in ((cases.STOP, "stopped"), (None, "completed")):
+    whole = observed(2, f"whole.{kind}")
+    for stop in stops:
         config = cases.interruptible(
-            directory, "zero1", "whole", name="torchrun", launcher="none", stop_after=stop, checkpoint_every=0
+            directory, kind, "whole", name=f"torchrun-{kind}", launcher="none", stop_after=stop, checkpoint_every=0
         )
         shell.start(["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", *train_command(config)])
         assert shell.exit_code() == 0, (shell.scratch / "stderr").read_text()
-        assert shell.result()["status"] == status
+        assert shell.result()["status"] == ("stopped" if stop else "completed")
     for key in ("step", "loss", "grad_norm", "tokens", "epoch", "lr"):
         assert [row[key] for row in RunDirectory(config.directory).rows()] == [row[key] for row in whole.rows], key

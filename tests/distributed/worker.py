@@ -7,6 +7,8 @@ of every step. The names of some runs ask for more:
 - ``broken-NAME``: the run trains with the patch that :data:`BROKEN` has under NAME;
 - ``whole.NAME``: at its end the engine is asked to load a directory that holds nothing;
 - ``refused-NAME``: the run must fail, on every rank; the error is kept in ``refused.json``, and the launch goes on.
+  It trains with the patch that :data:`BROKEN` has under NAME, if there is one;
+- ``continued-NAME``: the run begins with the checkpoint of ``halved-NAME``, which the same launch has trained before.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import gc
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tutorial_lib import checkpoint, ds_config, trainer
+from tutorial_lib import agreement, checkpoint, ds_config, trainer
 from tutorial_lib.config import Config
 from tutorial_lib.dataloader import TrainLoader
 from tutorial_lib.dataloader.batches import Collate, StepSampler
@@ -51,8 +54,12 @@ def train_observed(config: Config) -> None:
     probe_averages(Path(config.run.storage))
     with ExitStack() as patches:
         watch = patches.enter_context(_watching())
-        if config.run.name.startswith("broken-"):
-            patches.enter_context(BROKEN[config.run.name.removeprefix("broken-").partition(".")[0]]())
+        kind, _, rest = config.run.name.partition("-")
+        fault = rest.partition(".")[0]
+        if kind == "broken" or (kind == "refused" and fault in BROKEN):
+            patches.enter_context(BROKEN[fault]())
+        if kind == "continued":
+            _copy_from_this_launch(config, f"halved-{rest}")
 
         def observe(path: Path, row: dict[str, Any]) -> None:
             observation = watch.observation()
@@ -67,6 +74,12 @@ def train_observed(config: Config) -> None:
             trainer.train(config, on_checkpoint=observe)
     # The trainer collects garbage after every run; what is there after the first one need not be looked at again.
     gc.freeze()
+
+
+def _copy_from_this_launch(config: Config, name: str) -> None:
+    if dist.get_rank() == 0:
+        shutil.copytree(config.directory.parent / name, config.directory, dirs_exist_ok=True)
+    dist.barrier()
 
 
 def _train_in_vain(config: Config) -> None:
@@ -121,7 +134,7 @@ class _Watch:
                 for micro_batches in steps():
                     self.inputs = self.inputs or {k: t[:2] for k, t in micro_batches[0].items() if k != "labels"}
                     self.steps.append([example for batch in micro_batches for example in _examples(batch)])
-                    self.tokens.append(sum(trainer.count_tokens(batch["labels"]) for batch in micro_batches))
+                    self.tokens.append(_own_tokens(micro_batches))
                     yield micro_batches
 
             loader.steps = watched
@@ -146,6 +159,7 @@ class _Watch:
         everything = [*parameters.values(), *(m for both in moments.values() for m in both.values())]
         shares: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(shares, (self.steps, self.tokens, _digest(everything), sorted(self.written)))
+        readers = shares[:: dist.get_world_size() // self.engine.config.parallel.dp]
         self.engine.train(False)
         with torch.no_grad():
             logits = self.engine.forward(self.inputs)
@@ -155,7 +169,7 @@ class _Watch:
             "inputs": self.inputs,
             "logits": logits.clone(),
             "examples": [
-                sorted(e for rank in step for e in rank) for step in zip(*(s[0] for s in shares), strict=True)
+                sorted(e for rank in step for e in rank) for step in zip(*(s[0] for s in readers), strict=True)
             ],
             "tokens_by_rank": [tokens for _, tokens, _, _ in shares],
             "ranks_agree": len({digest for _, _, digest, _ in shares}) == 1,
@@ -244,6 +258,67 @@ def _sharded_over_a_larger_grid() -> Iterator[None]:
 
 
 @contextmanager
+def _sampler_of_the_world() -> Iterator[None]:
+    """Examples dealt out over all ranks, also to those that share their layers."""
+
+    def steps(self: Any) -> Iterator[list[int]]:
+        while True:
+            mine = self.examples(self._step)[dist.get_rank() :: dist.get_world_size()].tolist()
+            self._step += 1
+            yield mine
+
+    with mock.patch.object(StepSampler, "__iter__", steps):
+        yield
+
+
+@contextmanager
+def _seed_of_each_rank() -> Iterator[None]:
+    """Dropout masks that differ between ranks which share their layers."""
+    seed = trainer.seed_everything
+    with mock.patch.object(trainer, "seed_everything", lambda number: seed(number + 1000 * dist.get_rank())):
+        yield
+
+
+@contextmanager
+def _all_reduce_skipped(function: str, direction: str) -> Iterator[None]:
+    """One of AutoTP's two functions of autograd passes on what this rank has alone."""
+    from deepspeed.module_inject import layers
+
+    def passed_on(ctx: Any, *given: Any) -> Any:
+        return given[1] if direction == "forward" else (None, *given, *[None] * (function == "RowParallel"))
+
+    with mock.patch.object(getattr(layers, function), direction, staticmethod(passed_on)):
+        yield
+
+
+@contextmanager
+def _losses_not_compared() -> Iterator[None]:
+    with mock.patch.object(agreement, "SAME_LOSS", float("inf")):
+        yield
+
+
+@contextmanager
+def _column_all_reduce_skipped() -> Iterator[None]:
+    with _all_reduce_skipped("ColumnParallel", "backward"), _losses_not_compared():
+        yield
+
+
+@contextmanager
+def _projection_left_whole() -> Iterator[None]:
+    """A plan that names all projections but one pair, so that shapes still fit."""
+    from tutorial_lib import engine
+
+    attention = [
+        {"patterns": [r".*\.[qkv]_proj\.weight$"], "partition_type": "column"},
+        {"patterns": [r".*\.o_proj\.weight$"], "partition_type": "row"},
+    ]
+    plan = {"use_default_specs": False, "layer_specs": attention}
+    changed = _deepspeed_config(lambda built: built["tensor_parallel"].update(partition_config=plan))
+    with changed, mock.patch.object(engine.ds_config, "add_plan", lambda settings, model_config: None):
+        yield
+
+
+@contextmanager
 def _padding_in_the_loss() -> Iterator[None]:
     collate = Collate.__call__
 
@@ -290,9 +365,9 @@ def _loss_times(factor: Callable[[int, int, int], float]) -> Iterator[None]:
     agree, build = trainer._Session._agree, trainer.build_engine
     scale = [1.0]
 
-    def agreed(self: Any, tokens: int, stop: bool) -> tuple[int, bool]:
-        total, stop = agree(self, tokens, stop)
-        scale[0] = factor(tokens, total, self.topology.dp)
+    def agreed(self: Any, micro_batches: Any) -> tuple[int, bool]:
+        total, stop = agree(self, micro_batches)
+        scale[0] = factor(_own_tokens(micro_batches), total, self.topology.dp)
         return total, stop
 
     def built(*args: Any) -> Any:
@@ -305,13 +380,17 @@ def _loss_times(factor: Callable[[int, int, int], float]) -> Iterator[None]:
         yield
 
 
+def _own_tokens(micro_batches: Sequence[dict[str, Tensor]]) -> int:
+    return sum(trainer.count_tokens(batch["labels"]) for batch in micro_batches)
+
+
 @contextmanager
 def _losses_of_own_tokens() -> Iterator[None]:
     """Each rank reports the mean over its own tokens."""
     agree = trainer._Session._agree
 
-    def own(self: Any, tokens: int, stop: bool) -> tuple[int, bool]:
-        return tokens, agree(self, tokens, stop)[1]
+    def own(self: Any, micro_batches: Any) -> tuple[int, bool]:
+        return _own_tokens(micro_batches), agree(self, micro_batches)[1]
 
     def not_reduced(self: Any, value: Tensor) -> float:
         return float(value)
@@ -392,6 +471,11 @@ BROKEN: dict[str, Callable[[], Any]] = {
     "gradients_summed": lambda: _averages_over(lambda ranks: ranks * ranks),
     "gradients_averaged_twice": lambda: _averages_over(lambda ranks: 1),
     "trial_step_kept": _trial_step_kept,
+    "sampler_of_the_world": _sampler_of_the_world,
+    "seed_of_each_rank": _seed_of_each_rank,
+    "row_all_reduce_skipped": lambda: _all_reduce_skipped("RowParallel", "forward"),
+    "column_all_reduce_skipped": _column_all_reduce_skipped,
+    "projection_left_whole": _projection_left_whole,
     "random_states_not_restored": _random_states_not_restored,
     "position_not_restored": _position_not_restored,
     "optimizer_not_restored": _optimizer_not_restored,

@@ -3,14 +3,17 @@
 import json
 
 import pytest
+from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import (
     DeepSpeedZeroOffloadOptimizerConfig,
     DeepSpeedZeroOffloadParamConfig,
 )
+from transformers import AutoConfig
 
 from tutorial_lib import ds_config
 from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.models import load_config
 
 SHIPPED = sorted(path.stem for path in ds_config.DIRECTORY.glob("*.json"))
 
@@ -109,6 +112,64 @@ def test_shipped_files_run_and_differ_in_what_their_name_says(name):
     assert config.engine.pin_memory == ("pinned" in name)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_autotp_keeps_tied_embeddings_whole(stage):
+    assert "tensor_parallel" not in ds_config.build(Config.create(zero_stage=stage))
+    built = ds_config.build(Config.create(zero_stage=stage, dp=2, tp=4))
+    assert built["tensor_parallel"] == {"autotp_size": 4, "vocab_parallel_lm_head": False}
+    assert built["train_batch_size"] == 2 * built["train_micro_batch_size_per_gpu"]
+
+
+def test_a_file_cannot_ask_for_another_tensor_parallel_size(tmp_path):
+    path = write(tmp_path, {"tensor_parallel": {"autotp_size": 4}})
+    with pytest.raises(ConfigError, match=r"autotp_size is 4, but tp=2. Write tp=4"):
+        ds_config.build(Config.create(tp=2, deepspeed=path))
+    with pytest.raises(ConfigError, match=r"autotp_size is 4, but tp=1"):
+        ds_config.build(Config.create(deepspeed=path))
+
+
+@pytest.mark.parametrize(("version", "taken"), [("0.19.3", False), ("0.19.4", True), ("0.20.0+cpu", True)])
+def test_stage_3_needs_a_deepspeed_that_splits_it(monkeypatch, version, taken):
+    monkeypatch.setattr(ds_config.importlib.metadata, "version", lambda name: version)
+    config, model = Config.create(tp=2, zero_stage=3), load_config("embedded/qwen2")
+    for stage in (0, 1, 2):
+        ds_config.check_tensor_parallel(config.override(zero_stage=stage), model)
+    if taken:
+        ds_config.check_tensor_parallel(config, model)
+    else:
+        with pytest.raises(
+            ConfigError, match=f"needs DeepSpeed 0.19.4, and {version} is installed. Write zero_stage=2"
+        ):
+            ds_config.check_tensor_parallel(config, model)
+
+
+def test_16_bits_without_zero_are_refused():
+    model = load_config("embedded/qwen2")
+    with pytest.raises(ConfigError, match=r"norm that is too small. Write zero_stage=1, or precision='fp32'"):
+        ds_config.check_tensor_parallel(Config.create(tp=2, zero_stage=0, precision="bf16"), model)
+    ds_config.check_tensor_parallel(Config.create(tp=1, zero_stage=0, precision="bf16"), model)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "why"),
+    [("gpt2", "whose Conv1D layers keep their weights transposed"), ("opt", "without a tensor-parallel plan"),
+     ("mixtral", r"with \['moe_tp_experts'.*\] in it")],
+)  # fmt: skip
+def test_what_autotp_does_not_split_is_refused(model_type, why):
+    config = Config.create(tp=2, zero_stage=1)
+    with pytest.raises(ConfigError, match=f"AutoTP does not split {model_type}, a model {why}. Write tp=1, or choose"):
+        ds_config.check_tensor_parallel(config, AutoConfig.for_model(model_type))
+    for name in ("qwen2", "llama", "mistral", "bloom"):
+        ds_config.check_tensor_parallel(config, AutoConfig.for_model(name))
+
+
+def test_bloom_gets_deepspeeds_plan_and_others_their_own():
+    for name, preset in (("bloom", {"preset_model": "bloom"}), ("qwen2", {})):
+        settings = {"tensor_parallel": {}}
+        ds_config.add_plan(settings, load_config(f"embedded/{name}"))
+        assert settings["tensor_parallel"] == preset
+
+
 def test_the_key_tables_are_deepspeeds_own():
     def names(model):
         return {field.alias or name for name, field in model.model_fields.items()}
@@ -122,3 +183,4 @@ def test_the_key_tables_are_deepspeeds_own():
     assert ds_config.SECTION_KEYS["zero_optimization"] == names(DeepSpeedZeroConfig) - renamed
     assert ds_config.SECTION_KEYS["zero_optimization.offload_optimizer"] == names(DeepSpeedZeroOffloadOptimizerConfig)
     assert ds_config.SECTION_KEYS["zero_optimization.offload_param"] == names(DeepSpeedZeroOffloadParamConfig)
+    assert ds_config.SECTION_KEYS["tensor_parallel"] == names(TPTrainingConfig)

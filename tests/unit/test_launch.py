@@ -60,6 +60,15 @@ BAD = {
         ["--engine", "deepspeed", "--offload", "all", "--zero-stage", "2"],
         "Write offload='optimizer', or zero_stage=3",
     ),
+    "heads that cannot be shared out": (
+        ["--engine", "deepspeed", "--model", "embedded/qwen2", "--tp", "8"],
+        "tp=8 does not divide this qwen2 model's 4 key-value heads. Write tp as one of [1, 2, 4]",
+    ),
+    "a model that AutoTP does not split": (
+        ["--engine", "deepspeed", "--tp", "2"],
+        "embedded/qwen2, embedded/bloom, or another family",
+    ),
+    "the reference with split layers": (["--tp", "2"], "Write dp=1, tp=1, or engine='deepspeed'"),
     "fp16 on a CPU": (["--precision", "fp16"], "write precision='bf16' or 'fp32'"),
     "the reference on two ranks": (["--dp", "2"], "Write dp=1, tp=1, or engine='deepspeed'"),
     "ranks that nobody has started": (["--engine", "deepspeed", "--dp", "2"], "torch.distributed.run"),

@@ -205,6 +205,14 @@ def test_a_group_of_one_sends_nothing(counted: list[dict[str, Any]]) -> None:
     assert counted[0]["of_one_rank"]["volume"] == counted[0]["of_one_rank"]["wire_bytes"] == 0
 
 
+def test_collectives_are_told_apart_by_the_axis_of_their_ranks(counted: list[dict[str, Any]]) -> None:
+    for counts in counted:
+        axes = counts["along_axes"]["dict"]["axes"]
+        assert {axis: sum(row["elements"] for row in axes[axis]["tensors"]) for axis in axes} == {"tp": 110, "dp": 50}
+        assert (axes["tp"]["volume"], axes["tp"]["wire_bytes"], axes["dp"]["volume"]) == (220, 440, 0)
+        assert "axes" not in counts["each_kind"]["dict"]
+
+
 def test_fsdp_sends_three_psi_and_tensor_parallelism_two_all_reduces(counted: list[dict[str, Any]]) -> None:
     for counts in counted:
         assert counts["fsdp"]["elements"] == {"all_gather": [128] * 4, "reduce_scatter": [128] * 2}

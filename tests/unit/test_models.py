@@ -21,6 +21,7 @@ from tutorial_lib.config import ConfigError
 from tutorial_lib.embedded import MODEL_NAMES, model_directory
 from tutorial_lib.models import (
     check_sequence_length,
+    check_tensor_parallel,
     count_parameters,
     freeze_parameters,
     hub_reachable,
@@ -30,6 +31,7 @@ from tutorial_lib.models import (
     max_sequence_length,
     resolve_model,
     set_activation_checkpointing,
+    slice_alibi,
 )
 
 families = pytest.mark.parametrize("name", MODEL_NAMES)
@@ -383,3 +385,56 @@ def test_counting_allocates_nothing():
     assert count_parameters(load_config("embedded/gpt2-small")) == 124_439_808
     assert count_parameters(untied) == 1_557_611_200 + 50257 * 1600  # GPT-2 XL, and a head of its own
     assert psutil.Process().memory_info().rss - before < 100e6
+
+
+# --------------------------------------------------------------------------------------------- tensor parallelism
+
+
+@pytest.mark.parametrize(
+    ("changes", "tp", "message"),
+    [
+        ({}, 3, "8 attention heads nor its 4 key-value heads nor its 320 columns"),
+        ({}, 8, r"model's 4 key-value heads. Write tp as one of \[1, 2, 4\]"),
+        ({"intermediate_size": 322}, 4, r"model's 322 columns of each MLP. Write tp as one of \[1, 2\]"),
+        (
+            {"tie_word_embeddings": False, "vocab_size": 2049},
+            2,
+            r"2049 entries of the vocabulary. Write tp as one of \[1\]",
+        ),
+    ],
+)
+def test_a_size_that_does_not_divide_the_model_names_those_that_do(changes, tp, message):
+    config = load_config("embedded/qwen2")
+    config.update(changes)
+    with pytest.raises(ConfigError, match=f"tp={tp} does not divide this qwen2.*{message}"):
+        check_tensor_parallel(tp, config)
+    check_tensor_parallel(1, config)
+
+
+@families
+def test_sizes_that_divide_are_taken(name):
+    for tp in (1, 2, 4):
+        check_tensor_parallel(tp, load_config(name))
+
+
+def test_tied_embeddings_stay_whole_so_their_vocabulary_is_not_asked():
+    check_tensor_parallel(2, AutoConfig.for_model("gpt2", vocab_size=50257))
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_tensor_parallel_rank_gets_the_slopes_of_its_own_heads(tp, packed):
+    _, batch = packed_batch([5, 7], 16)
+    mask = torch.ones(2, 16, dtype=torch.int64)
+    if packed:
+        mask = torch.zeros(1, 1, 16, 16).masked_fill(~batch["attention_mask"], -1.0)
+    model = load_model("embedded/bloom")
+    whole = model.transformer.build_alibi_tensor(mask, 8, torch.float32).unflatten(0, (-1, 8))
+    shares = []
+    for tp_rank in range(tp):
+        model = load_model("embedded/bloom")
+        model.transformer.num_heads = 8 // tp  # as AutoTP leaves it
+        slice_alibi(model, tp, tp_rank)
+        assert model.transformer.num_heads == 8
+        shares.append(model.transformer.build_alibi_tensor(mask, 8, torch.float32).unflatten(0, (-1, 8 // tp)))
+    assert torch.cat(shares, dim=1).equal(whole)

@@ -3,7 +3,7 @@
 import pytest
 
 from tutorial_lib.config import ConfigError, ParallelConfig
-from tutorial_lib.mpu import Topology
+from tutorial_lib.mpu import ModelParallelUnit, Topology
 
 
 def test_the_grid_of_the_documentation():
@@ -33,3 +33,36 @@ def test_ranks_of_a_tensor_parallel_group_are_adjacent_and_read_the_same_data():
 def test_another_number_of_processes_is_refused():
     with pytest.raises(ConfigError, match=r"dp x tp = 2 x 1 = 2, but 3 processes were started. Write dp=3"):
         Topology.create(ParallelConfig(dp=2), rank=0, world_size=3)
+
+
+def test_a_group_that_would_span_nodes_is_refused():
+    """Two nodes of two ranks each."""
+    place = {"rank": 0, "world_size": 4, "local_world_size": 2}
+    assert Topology.create(ParallelConfig(dp=2, tp=2), **place) == Topology(2, 2, 0)
+    with pytest.raises(
+        ConfigError, match=r"tp=4 does not divide the 2 ranks of this node.*Write tp as one of \[1, 2\]"
+    ):
+        Topology.create(ParallelConfig(dp=1, tp=4), **place)
+
+
+def test_a_size_that_does_not_divide_a_nodes_ranks_is_refused():
+    with pytest.raises(ConfigError, match=r"tp=3 does not divide the 4 ranks.*one of \[1, 2, 4\]"):
+        Topology.create(ParallelConfig(dp=4, tp=3), rank=0, world_size=12, local_world_size=4)
+
+
+def test_the_grid_and_the_axes_as_one_rank_sees_them():
+    topology = Topology(dp=2, tp=2, rank=3)
+    assert topology.axes() == {"tp": [2, 3], "dp": [1, 3]}
+    assert topology.drawing().split() == ["tp", "0", "tp", "1", "dp", "0", "0", "1", "dp", "1", "2", "3"]
+
+
+def test_the_unit_that_deepspeed_asks_for():
+    class Mesh:
+        def get_group(self, axis):
+            return f"group along {axis}"
+
+    unit = ModelParallelUnit(Topology(dp=2, tp=4, rank=6), Mesh())
+    assert (unit.get_data_parallel_world_size(), unit.get_data_parallel_rank()) == (2, 1)
+    assert (unit.get_model_parallel_world_size(), unit.get_model_parallel_rank()) == (4, 2)
+    assert unit.get_data_parallel_group() == "group along dp"
+    assert unit.get_model_parallel_group() == "group along tp"

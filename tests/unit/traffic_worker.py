@@ -80,6 +80,18 @@ def of_one_rank() -> Traffic:
     return traffic
 
 
+def along_axes(rank: int) -> Traffic:
+    """Over all ranks, which are those of ``tp``; over each rank alone, which is its ``dp``."""
+    groups = [dist.new_group([alone]) for alone in range(N)]
+    mesh = init_device_mesh("cpu", (N,))
+    with count_collectives({"tp": [0, 1], "dp": [rank]}) as traffic:
+        dist.all_reduce(torch.ones(100))
+        functional.all_reduce(torch.ones(10), "sum", mesh).wait()
+        dist.all_reduce(torch.ones(1))
+        dist.all_reduce(torch.ones(50), group=groups[rank])
+    return traffic
+
+
 def fsdp_and_tensor_parallel() -> tuple[Traffic, Traffic]:
     """FSDP2 over two layers of 128 weights each; a column- and a row-parallel layer on three rows of 8."""
     mesh = init_device_mesh("cpu", (N,))
@@ -120,6 +132,7 @@ def main() -> None:
         "bookkeeping": bookkeeping(),
         "in_backward": in_backward(),
         "of_one_rank": of_one_rank(),
+        "along_axes": along_axes(rank),
         "fsdp": fsdp,
         "tensor_parallel": tensor_parallel,
         "inside_an_operator": inside_an_operator(),

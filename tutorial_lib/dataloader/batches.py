@@ -6,8 +6,9 @@ Shapes: B sequences, S tokens.
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,20 @@ Document = tuple[NDArray[np.int32], int]
 _IGNORED = -100
 _GROUPED_STEPS = 50  # Enough to find neighbours in length, few enough to keep an epoch's order random.
 _WIDTH_MULTIPLE = 8  # Tensor cores want it; on short texts (embedded/news) it costs 5 % more tokens.
+
+
+def fingerprint(batches: Sequence[Batch]) -> int:
+    """A number that is the same for the same tokens and labels, in the same order, and for no others that occur.
+
+    Returns:
+        64 bits, as a signed integer.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for batch in batches:
+        for name in ("input_ids", "labels"):
+            digest.update(str(tuple(batch[name].shape)).encode())
+            digest.update(batch[name].numpy().tobytes())
+    return int.from_bytes(digest.digest(), "little", signed=True)
 
 
 class Examples(Dataset[list[Document]]):

@@ -103,7 +103,8 @@ def preflight(config: Config) -> Config:
     from tutorial_lib.checkpoint import check_storage
     from tutorial_lib.dataloader import load_rows
     from tutorial_lib.ds_config import apply_file
-    from tutorial_lib.models import check_sequence_length, load_config
+    from tutorial_lib.ds_config import check_tensor_parallel as check_autotp
+    from tutorial_lib.models import check_sequence_length, check_tensor_parallel, load_config
 
     config = apply_file(config).with_absolute_paths()
     if config.run.launcher != "ray" and config.run.device == "cuda":
@@ -111,6 +112,9 @@ def preflight(config: Config) -> Config:
     check_storage(config)
     model = load_config(config.model.name, trust_remote_code=config.model.trust_remote_code)
     check_sequence_length(config.data.seq_length, model)
+    check_tensor_parallel(config.parallel.tp, model)
+    if config.engine.name == "deepspeed":
+        check_autotp(config, model)
     load_rows(config.data.name, config.data.train_split, max_examples=1)
     if config.run.evaluate:
         load_rows(config.data.name, config.data.eval_split, max_examples=1)

@@ -33,7 +33,7 @@ steps.)
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,7 +53,7 @@ VOLUME = {
 
 @dataclass(frozen=True, slots=True)
 class Collective:
-    """One call: its kind, elements of the full logical tensor, data type and the number of ranks taking part."""
+    """One call: its kind, elements of the full logical tensor, data type, the number of ranks, and their axis."""
 
     kind: str
     elements: int
@@ -61,6 +61,8 @@ class Collective:
     bytes_per_element: int
     group_size: int
     floating: bool
+    axis: str | None = None
+    """Along which axis of the rank grid the ranks lie; None if that was not asked, or they lie along none."""
 
     @property
     def bytes(self) -> int:
@@ -94,6 +96,10 @@ class Traffic:
     def bookkeeping(self) -> Traffic:
         """Only losses, norms, flags, objects and barriers."""
         return Traffic([c for c in self.collectives if c.is_bookkeeping])
+
+    def along(self, axis: str) -> Traffic:
+        """Only the collectives among the ranks of one axis, as :func:`count_collectives` was told them."""
+        return Traffic([c for c in self.collectives if c.axis == axis])
 
     def count(self, kind: str | None = None) -> int:
         """Number of calls, of one kind or of all."""
@@ -143,14 +149,25 @@ class Traffic:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able summary; ``tensors`` and ``bookkeeping`` hold :meth:`rows`, ``volume`` is of the tensors."""
+        """A JSON-able summary; ``tensors`` and ``bookkeeping`` hold :meth:`rows`, ``volume`` is of the tensors.
+
+        Where axes are known, ``axes`` holds ``volume``, ``volume_bytes``, ``wire_bytes`` and ``tensors`` of each.
+        """
         tensors = self.tensors()
+        known = dict.fromkeys(c.axis for c in tensors.collectives if c.axis)
+        axes = {axis: tensors.along(axis)._tensors_to_dict() for axis in known}
         return {
-            "volume": tensors.volume(),
-            "volume_bytes": tensors.volume_bytes(),
-            "wire_bytes": tensors.wire_bytes(),
-            "tensors": tensors.rows(),
+            **tensors._tensors_to_dict(),
             "bookkeeping": self.bookkeeping().rows(),
+            **({"axes": axes} if axes else {}),
+        }
+
+    def _tensors_to_dict(self) -> dict[str, Any]:
+        return {
+            "volume": self.volume(),
+            "volume_bytes": self.volume_bytes(),
+            "wire_bytes": self.wire_bytes(),
+            "tensors": self.rows(),
         }
 
     def _of(self, kind: str | None) -> list[Collective]:
@@ -160,22 +177,27 @@ class Traffic:
 
 
 @contextlib.contextmanager
-def count_collectives() -> Iterator[Traffic]:
+def count_collectives(axes: Mapping[str, Sequence[int]] | None = None) -> Iterator[Traffic]:
     """Record every collective that this process starts in the block, forward and backward alike.
+
+    Args:
+        axes: by the name of an axis, the world ranks of this rank's group along it. A group of the same ranks lies
+            along that axis; where two axes have the same ranks, along the first.
 
     Yields:
         A :class:`Traffic` that fills while the block runs. The block runs slower (each operator passes through
         Python), and computes the same.
     """
     traffic = Traffic()
-    with _Recorder(traffic):
+    with _Recorder(traffic, {tuple(ranks): axis for axis, ranks in reversed(list((axes or {}).items()))}):
         yield traffic
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, traffic: Traffic):
+    def __init__(self, traffic: Traffic, axes: Mapping[tuple[int, ...], str]):
         super().__init__()
         self._traffic = traffic
+        self._axes = axes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func.namespace in _NAMESPACES:
@@ -197,7 +219,7 @@ class _Recorder(TorchDispatchMode):
             )
         kind = _KINDS[name]
         arguments = {a.name: value for a, value in zip(schema.arguments, args, strict=False)} | kwargs
-        group_size = _group_size(arguments)
+        group_size, ranks = _group(arguments)
         names = _OUTPUT if name in _LOOK_AT_OUTPUT else _INPUT
         tensors = list(_flatten(next(arguments[n] for n in names if n in arguments)))
         elements = sum(t.numel() for t in tensors) * (group_size if name in _ONE_RANKS_PIECE else 1)
@@ -210,6 +232,7 @@ class _Recorder(TorchDispatchMode):
                 dtype.itemsize,
                 group_size,
                 dtype.is_floating_point,
+                self._axes.get(ranks),
             )
         )
 
@@ -264,11 +287,11 @@ def _flatten(value: Any) -> Iterator[torch.Tensor]:
             yield from _flatten(item)
 
 
-def _group_size(arguments: dict[str, Any]) -> int:
-    if "group_size" in arguments:
-        return int(arguments["group_size"])
-    if "process_group" in arguments:
-        return int(dist.ProcessGroup.unbox(arguments["process_group"]).size())
-    group = arguments["group_name"]
+def _group(arguments: dict[str, Any]) -> tuple[int, tuple[int, ...]]:
+    """How many ranks take part, and which, in ascending order."""
+    group = dist.ProcessGroup.unbox(arguments["process_group"]) if "process_group" in arguments else None
+    named = arguments["group_name"] if group is None else group.group_name
     resolve: Any = dist.distributed_c10d._resolve_process_group
-    return int((resolve(group) if isinstance(group, str) else group).size())
+    group = resolve(named) if isinstance(named, str) else named
+    ranks = tuple(sorted(dist.get_process_group_ranks(group)))
+    return int(arguments.get("group_size", len(ranks))), ranks

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from tutorial_lib.config import Config
 from tutorial_lib.dataloader import build_eval_loader, load_rows, tokenize_rows
-from tutorial_lib.dataloader.batches import Collate, Examples, pack
+from tutorial_lib.dataloader.batches import Collate, Examples, fingerprint, pack
 from tutorial_lib.embedded import MODEL_NAMES
 from tutorial_lib.models import load_model, load_tokenizer
 
@@ -171,3 +171,14 @@ def test_a_packed_document_has_the_loss_it_has_alone(family, rows, tmp_path):
             spoilt(lambda batch: {"position_ids": continued[: len(batch["input_ids"])]}), alone
         )
         assert (difference > 1e-2) == (name == "embedded/gpt2"), "rotary positions are relative, learned ones are not"
+
+
+def test_a_fingerprint_tells_batches_apart_by_tokens_labels_and_shape():
+    one, other = [document(1, 2, 3, EOS)], [document(4, 5, 6, 7, EOS)]
+    batches = collate("longest")([one, other])
+    assert fingerprint(batches) == fingerprint(collate("longest")([one, other]))
+    assert -(2**63) <= fingerprint(batches) < 2**63
+    relabelled = [{**batches[0], "labels": batches[0]["labels"].clone().fill_(-100)}]
+    reshaped = [{name: batches[0][name].reshape(1, -1) for name in ("input_ids", "labels")}]
+    alternatives = [collate("longest")([other, one]), collate("longest", 1)([one, other]), relabelled, reshaped, []]
+    assert len({fingerprint(batches), *map(fingerprint, alternatives)}) == 6

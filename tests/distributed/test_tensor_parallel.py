@@ -1,0 +1,175 @@
+"""What tensor-parallel runs measure of themselves, what they notice, and that they can be stopped and continued.
+
+That they train as one plain process does is in ``test_equivalence.py``, and their exports in ``test_export.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import pytest
+
+from tests.distributed import cases
+from tests.distributed.comparing import assert_identical
+from tutorial_lib.theory import memory
+
+MEASURED = [
+    (ranks, case, variant)
+    for ranks, by_case in cases.VARIANTS.items()
+    for case, variants in by_case.items()
+    for variant, flat in variants.items()
+    if flat.get("tp", 1) > 1
+]
+IN_FP32 = [(ranks, case, variant) for ranks, case, variant in MEASURED if "bf16" not in variant]
+LAYERS = 4
+
+
+def measured(run):
+    return [rank["measured"] for rank in run.directory.result()["ranks"]]
+
+
+def whole(row):
+    return math.prod(row["before"])
+
+
+@pytest.mark.parametrize(("ranks", "case", "variant"), MEASURED)
+def test_the_layout_of_every_run_adds_up(observed, ranks, case, variant):
+    run = observed(ranks, f"{case}.{variant}.{ranks}")
+    tp = run.config.parallel.tp
+    for rank in measured(run):
+        rows = rank["layout"]
+        assert [row["parameter"] for row in rows] == list(run.parameters)
+        assert sum(map(whole, rows)) == rank["num_parameters"]
+        for row in rows:
+            assert tuple(row["before"]) == tuple(run.parameters[row["parameter"]].shape)
+            split = list(row["before"])
+            if row["dim"] is not None:
+                split[row["dim"]] //= tp
+            assert split == row["after"]
+            assert (row["how"] == "replicated") == (row["dim"] is None)
+        hows = {row["how"] for row in rows}
+        assert hows == {"column", "row", "replicated"}
+
+
+@pytest.mark.parametrize(
+    ("case", "projections"),
+    [
+        ("qwen2", {"q_proj": "column", "k_proj": "column", "v_proj": "column", "o_proj": "row",
+                   "gate_proj": "column", "up_proj": "column", "down_proj": "row"}),
+        ("bloom", {"query_key_value": "column", "self_attention.dense": "row",
+                   "dense_h_to_4h": "column", "dense_4h_to_h": "row"}),
+    ],
+)  # fmt: skip
+def test_projections_are_split_and_all_else_is_replicated(observed, case, projections):
+    for row in measured(observed(4, f"{case}.2x2-zero1.4"))[0]["layout"]:
+        found = [how for name, how in projections.items() if f"{name}.weight" in row["parameter"]]
+        biases = [how for name, how in projections.items() if f"{name}.bias" in row["parameter"] and how == "column"]
+        assert row["how"] == next(iter(found + biases), "replicated"), row["parameter"]
+    assert measured(observed(4, "untied.2x2-zero1.4"))[0]["layout"][-1]["how"] == "column", "an output layer of its own"
+
+
+@pytest.mark.parametrize(("ranks", "case", "variant"), IN_FP32)
+def test_model_states_are_what_theory_says_to_the_byte(observed, ranks, case, variant):
+    """(Psi - R) / t + R parameters per rank, of which R are replicated, then divided by ZeRO."""
+    run = observed(ranks, f"{case}.{variant}.{ranks}")
+    stage, dp, tp = run.config.engine.zero_stage, run.config.parallel.dp, run.config.parallel.tp
+    for rank in measured(run):
+        rows, states = rank["layout"], rank["state_bytes"]
+        psi = rank["num_parameters"]
+        replicated = sum(whole(row) for row in rows if row["dim"] is None)
+        own = memory.tensor_parallel_params(psi, replicated, tp)
+        assert own == sum(math.prod(row["after"]) for row in rows) == (psi - replicated) // tp + replicated
+        shard = own if stage < 3 else sum(-(-math.prod(row["after"]) // row["partitions"]) for row in rows)
+        if stage == 3:
+            # What AutoTP did not replace still lies over all ranks, as when it was built.
+            assert {row["partitions"] for row in rows if row["dim"] is None} <= {dp, dp * tp}
+        assert states["parameters"] == 4 * shard
+        partition = {0: own, 3: shard}.get(stage) or memory.partition_elements(own, dp, alignment=2)
+        moments, master = 8 * partition, 4 * partition if stage else 0
+        assert states["optimizer"] == moments + master
+        # At stages 1 and 2 the gradient of the parameter that lies across a border is kept whole.
+        spare = max(math.prod(row["after"]) for row in rows) if stage in (1, 2) else 0
+        assert 0 <= states["gradients"] - 4 * partition <= 4 * spare
+
+
+@pytest.mark.parametrize(("ranks", "variant"), [(2, "1x2-zero1"), (4, "2x2-zero0"), (4, "2x2-zero3"), (4, "1x4-zero2")])
+@pytest.mark.parametrize(("case", "backward"), [("qwen2", 5), ("bloom", 2)])
+def test_all_reduces_per_layer(observed, ranks, variant, case, backward):
+    """Forward, one for each row-parallel layer: 2. Backward, one for each column-parallel one: q, k, v, gate and up."""
+    run = observed(ranks, f"{case}.{variant}.{ranks}")
+    for rank in measured(run):
+        (row,) = rank["traffic"]["axes"]["tp"]["tensors"]
+        assert (row["kind"], row["count"]) == ("all_reduce", LAYERS * (2 + backward))
+        # Activations: sequences x tokens x hidden size.
+        assert row["elements"] % (row["count"] * run.config.micro_batch * 96) == 0
+
+
+def test_an_output_layer_of_its_own_gathers_the_logits(observed):
+    run = observed(4, "untied.2x2-zero1.4")
+    by_kind = {row["kind"]: row for row in measured(run)[0]["traffic"]["axes"]["tp"]["tensors"]}
+    assert by_kind["all_reduce"]["count"] == LAYERS * 7 + 1
+    assert by_kind["all_gather"]["count"] == 1
+    assert by_kind["all_gather"]["elements"] % (run.config.micro_batch * 2048) == 0
+
+
+def test_gradients_are_reduced_over_the_data_parallel_ranks_alone(observed):
+    run = observed(4, "qwen2.2x2-zero0.4")
+    rank = measured(run)[0]
+    (row,) = rank["traffic"]["axes"]["dp"]["tensors"]
+    assert (row["kind"], row["elements"]) == ("all_reduce", sum(math.prod(r["after"]) for r in rank["layout"]))
+
+
+def test_the_check_within_a_group_costs_two_small_gathers_a_step(observed):
+    """Tokens, stop request and fingerprint of every rank; then the losses."""
+    bookkeeping = measured(observed(4, "qwen2.2x2-zero0.4"))[0]["traffic"]["bookkeeping"]
+    gathers = [row for row in bookkeeping if row["kind"] == "all_gather"]
+    assert gathers == [{"kind": "all_gather", "dtype": "int64", "count": 2, "elements": 4 * (3 + 1), "bytes": 128}]
+
+
+@pytest.mark.parametrize(("ranks", "case", "variant"), [m for m in IN_FP32 if m[1] == "qwen2"])
+def test_evaluation_is_that_of_one_process(observed, ranks, case, variant):
+    run, reference = observed(ranks, f"{case}.{variant}.{ranks}"), observed(1, f"{case}.reference")
+    for name in ("eval_loss_before", "eval_loss"):
+        assert run.directory.result()[name] == pytest.approx(reference.directory.result()[name], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "message"),
+    [
+        (
+            "sampler_of_the_world",
+            "RanksDisagree",
+            r"At step 1 ranks \[0, 1\] share every layer, but read different batches, of the fingerprints "
+            r"([0-9a-f]{16}), (?!\1)[0-9a-f]{16}\. Look at what the data loader is given: dp_rank and dp_size",
+        ),
+        (
+            "seed_of_each_rank",
+            "RanksDisagree",
+            r"At step 1 ranks \[0, 1\] .* its losses differ: (\d+\.\d{6}), (?!\1)\d+\.\d{6}\. Look at the seed",
+        ),
+        ("row_all_reduce_skipped", "RanksDisagree", r"its losses differ: .* and at the all-reduce of the row-parallel"),
+        (
+            "projection_left_whole",
+            "ConfigError",
+            r"left 12 projections whole on every rank, model\.layers\.0\.mlp\.gate_proj\.weight first\. Look at the pl",
+        ),
+    ],
+)
+def test_a_run_notices_what_is_wrong_within_a_group(launched, directory, fault, error, message):
+    launched(2)
+    errors = json.loads((directory / "runs" / f"refused-{fault}" / "refused.json").read_text())
+    assert len(errors) == 2, "all ranks raise, none waits for another"
+    for found in errors:
+        assert found["type"] == error
+        assert re.search(message, found["message"]), found["message"]
+
+
+@pytest.mark.parametrize("kind", cases.GRIDS)
+def test_a_resumed_run_on_a_grid_continues_bit_for_bit(observed, kind):
+    """On two ranks this is in ``test_resume.py``."""
+    run, full = observed(4, f"continued-{kind}"), observed(4, f"whole-{kind}")
+    assert_identical(run, full)
+    assert run.directory.result()["resumed_from"] == cases.STOP
+    assert len(run.examples) == cases.END - cases.STOP
