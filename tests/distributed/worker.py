@@ -28,6 +28,7 @@ import cpuinfo
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystem
 
 from tutorial_lib import checkpoint, ds_config, trainer
 from tutorial_lib.config import Config
@@ -131,13 +132,26 @@ class _Watch:
 
     def save(self, save: Callable[..., Any]) -> Callable[..., Any]:
         def saving(content: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
-            parts = Path(target).parts
-            if "checkpoints" in parts:
-                # What follows checkpoints/.partial-step-NNNNNNNN.
-                self.written.add("/".join(parts[parts.index("checkpoints") + 2 :]))
+            self._writes(target)
             return save(content, target, *args, **kwargs)
 
         return saving
+
+    def stream(self, create: Callable[..., Any]) -> Callable[..., Any]:
+        """``torch.distributed.checkpoint`` opens its files here, and gives ``torch.save`` parts of them."""
+
+        def creating(file_system: Any, path: Any, mode: str) -> Any:
+            if "w" in mode:
+                self._writes(path)
+            return create(file_system, path, mode)
+
+        return creating
+
+    def _writes(self, target: Any) -> None:
+        parts = Path(target).parts if isinstance(target, (str, Path)) else ()
+        if "checkpoints" in parts:
+            # What follows checkpoints/.partial-step-NNNNNNNN.
+            self.written.add("/".join(parts[parts.index("checkpoints") + 2 :]))
 
     def observation(self) -> dict[str, Any]:
         """Collective. The same on every rank, or it says so."""
@@ -179,6 +193,7 @@ def _watching() -> Iterator[_Watch]:
         mock.patch.object(trainer, "build_engine", watch.engine_built(trainer.build_engine)),
         mock.patch.object(trainer, "build_train_loader", watch.loader_built(trainer.build_train_loader)),
         mock.patch.object(torch, "save", watch.save(torch.save)),
+        mock.patch.object(FileSystem, "create_stream", watch.stream(FileSystem.create_stream)),
     ):
         yield watch
 
