@@ -160,6 +160,8 @@ class _Watch:
         everything = [*parameters.values(), *(m for both in moments.values() for m in both.values())]
         shares: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(shares, (self.steps, self.tokens, _digest(everything), sorted(self.written)))
+        # Ranks of one tensor-parallel group are adjacent, and read the same examples.
+        readers = shares[:: self.engine.config.parallel.tp]
         self.engine.train(False)
         with torch.no_grad():
             logits = self.engine.forward(self.inputs)
@@ -169,9 +171,9 @@ class _Watch:
             "inputs": self.inputs,
             "logits": logits.clone(),
             "examples": [
-                sorted(e for rank in step for e in rank) for step in zip(*(s[0] for s in shares), strict=True)
+                sorted(e for rank in step for e in rank) for step in zip(*(s[0] for s in readers), strict=True)
             ],
-            "tokens_by_rank": [tokens for _, tokens, _, _ in shares],
+            "tokens_by_rank": [tokens for _, tokens, _, _ in readers],
             "ranks_agree": len({digest for _, _, digest, _ in shares}) == 1,
             "files_by_rank": [files for _, _, _, files in shares],
         }

@@ -148,5 +148,8 @@ def waiting_gradients(model: nn.Module) -> list[torch.Tensor]:
     """
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     groups = [group for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups]
-    found = [parameter.unsharded_accumulated_grad for group in groups for parameter in group.fsdp_params]
+    parameters = [parameter for group in groups for parameter in group.fsdp_params]
+    # In fp32 they stay where autograd has put them, in bf16 an fp32 sum is made.
+    found = [p.unsharded_accumulated_grad for p in parameters]
+    found += [p.unsharded_param.grad for p in parameters if hasattr(p, "_unsharded_param")]
     return [local(gradient) for gradient in found if gradient is not None]
