@@ -53,24 +53,62 @@ ACCUMULATED = {f"{name}-accumulated": {**flat, "micro_batch": 1} for name, flat 
 }
 BF16 = {f"{name}-bf16": {**flat, "precision": "bf16"} for name, flat in STAGES.items()}
 
+_FSDP: dict[str, Any] = {"engine": "fsdp", "measure": True}
+SHARDED: dict[str, dict[str, Any]] = {
+    "fsdp-full": _FSDP,
+    "fsdp-grad": {**_FSDP, "sharding": "SHARD_GRAD_OP"},
+    "fsdp-none": {**_FSDP, "sharding": "no_shard"},
+}
+HYBRID = {"fsdp-hybrid": {**_FSDP, "sharding": "hybrid_shard", "shard_size": 2}}
+# As many data-parallel ranks as the number of ranks allows: 1 x 2, 2 x 2, 1 x 4.
+SPLIT: dict[str, dict[str, Any]] = {"fsdp-tp2": {**_FSDP, "tp": 2}, "fsdp-tp4": {**_FSDP, "tp": 4}}
+FSDP_ACCUMULATED = {f"{name}-accumulated": {**SHARDED[name], "micro_batch": 1} for name in ("fsdp-full", "fsdp-none")}
+FSDP_BF16 = {f"{name}-bf16": {**SHARDED[name], "precision": "bf16"} for name in ("fsdp-full", "fsdp-none")}
+
 VARIANTS: dict[int, dict[str, dict[str, dict[str, Any]]]] = {
     1: {
         "gpt2": STAGES | OFFLOADED,
         "untied": {"zero3-accumulated": ACCUMULATED["zero3-accumulated"]},
     },
     2: {
-        "gpt2": STAGES | OFFLOADED | ACCUMULATED | BF16,
-        "untied": STAGES | {"zero3-all": OFFLOADED["zero3-all"]},
-        "bloom": STAGES,
-        "uneven": STAGES | {"zero2-accumulated": ACCUMULATED["zero2-accumulated"]},
+        "gpt2": STAGES
+        | OFFLOADED
+        | ACCUMULATED
+        | BF16
+        | SHARDED
+        | FSDP_ACCUMULATED
+        | FSDP_BF16
+        | {
+            "fsdp-tp2": SPLIT["fsdp-tp2"],
+            "fsdp-full-all": {**_FSDP, "offload": "all"},
+            "fsdp-full-root": {**_FSDP, "wrap": "root"},
+        },
+        "untied": STAGES
+        | {
+            "zero3-all": OFFLOADED["zero3-all"],
+            "fsdp-tp2": SPLIT["fsdp-tp2"],
+            "fsdp-tp2-plain": {**SPLIT["fsdp-tp2"], "tp_plan": "plain"},
+        },
+        "bloom": STAGES | {"fsdp-full": _FSDP, "fsdp-tp2": SPLIT["fsdp-tp2"]},
+        "uneven": STAGES | {"zero2-accumulated": ACCUMULATED["zero2-accumulated"], "fsdp-grad": SHARDED["fsdp-grad"]},
         "usual": {name: STAGES[name] for name in ("zero0", "zero3")},
-        "frozen": STAGES | {"zero2-optimizer": OFFLOADED["zero2-optimizer"]},
+        "frozen": STAGES
+        | {
+            "zero2-optimizer": OFFLOADED["zero2-optimizer"],
+            "fsdp-full": _FSDP,
+            "fsdp-none": SHARDED["fsdp-none"],
+            "fsdp-tp2": SPLIT["fsdp-tp2"],
+        },
     },
     4: {
-        "gpt2": STAGES | {name: ACCUMULATED[name] for name in ("zero2-accumulated", "zero3-all-accumulated")},
-        "untied": {name: STAGES[name] for name in ("zero1", "zero3")},
-        "bloom": {"zero3": STAGES["zero3"]},
-        "uneven": STAGES,
+        "gpt2": STAGES
+        | {name: ACCUMULATED[name] for name in ("zero2-accumulated", "zero3-all-accumulated")}
+        | SPLIT
+        | HYBRID
+        | {"fsdp-none": SHARDED["fsdp-none"], "fsdp-tp2-accumulated": {**SPLIT["fsdp-tp2"], "micro_batch": 1}},
+        "untied": {name: STAGES[name] for name in ("zero1", "zero3")} | SPLIT | HYBRID,
+        "bloom": {"zero3": STAGES["zero3"]} | SPLIT,
+        "uneven": STAGES | {"fsdp-full": _FSDP, "fsdp-grad": SHARDED["fsdp-grad"]},
         "usual": {"zero2": STAGES["zero2"]},
         "frozen": {"zero2": STAGES["zero2"]},
     },
@@ -111,12 +149,10 @@ def config(directory: Path, **flat: Any) -> Config:
     return Config.create("cpu", storage=str(directory / "runs"), **flat)
 
 
-def variant(directory: Path, case: str, variant: str, dp: int, **changes: Any) -> Config:
+def variant(directory: Path, case: str, variant: str, ranks: int, **changes: Any) -> Config:
     """A run that must equal the case's reference."""
-    return config(
-        directory,
-        **{"name": f"{case}.{variant}.{dp}", "dp": dp, **CASES[case], **VARIANTS[dp][case][variant], **changes},
-    )
+    flat = {**CASES[case], **VARIANTS[ranks][case][variant], **changes}
+    return config(directory, **{"name": f"{case}.{variant}.{ranks}", "dp": ranks // flat.get("tp", 1), **flat})
 
 
 def reference(directory: Path, case: str) -> Config:
@@ -135,6 +171,9 @@ BROKEN_RUNS = {
     "gradients_summed": ("untied", "zero1"),
     "gradients_averaged_twice": ("gpt2", "zero3"),
     "trial_step_kept": ("gpt2", "zero0-bf16"),
+    "columns_not_moved": ("gpt2", "fsdp-tp2"),
+    "whole_gradients_counted_twice": ("gpt2", "fsdp-tp2"),
+    "slopes_of_the_first_heads": ("bloom", "fsdp-tp2"),
 }
 """The case and variant that each fault of ``worker.BROKEN`` is put into, on two ranks."""
 
@@ -150,14 +189,31 @@ INTERRUPTED: dict[str, dict[str, Any]] = {
     "zero3-bf16": {"zero_stage": 3, "precision": "bf16"},
     # For signals that come from outside, at no step in particular.
     "long": {"zero_stage": 1, "steps": 48},
+    "fsdp-full": {"engine": "fsdp"},
     "packed": {"zero_stage": 2, "model": "bloom-dropout", "batching": "packed", "seq_length": 128, "micro_batch": 2},
 }  # fmt: skip
 """Runs with dropout that are stopped in the middle of an epoch of five steps, and end in the middle of the next."""
 
 
+INTERRUPTED_ON_4: dict[str, dict[str, Any]] = {"fsdp-tp2": {"engine": "fsdp", "tp": 2}}
+"""The same on four ranks, and resumed in the same launch."""
+
+UNTOUCHED: dict[str, dict[str, Any]] = {
+    "drawn-gpt2": {"model": "embedded/gpt2", "random_init": True},
+    "drawn-qwen2": {"model": "embedded/qwen2", "random_init": True, "seed": 7},
+    "read-bloom": {"model": "embedded/bloom"},
+}
+"""Runs on 2 x 2 ranks of one step that changes nothing: what they end with is what they started with."""
+
+
+def untouched(directory: Path, name: str) -> Config:
+    still = {"learning_rate": 0.0, "steps": 1, "engine": "fsdp", "dp": 2, "tp": 2}
+    return config(directory, name=f"untouched.{name}", **still, **UNTOUCHED[name])
+
+
 def interruptible(directory: Path, kind: str, part: str, **changes: Any) -> Config:
     """The ``whole`` run, or the one ``halved`` by a stop."""
-    flat = {"model": "gpt2-dropout", "max_examples": 40, "steps": END, **INTERRUPTED[kind]}
+    flat = {"model": "gpt2-dropout", "max_examples": 40, "steps": END, **(INTERRUPTED | INTERRUPTED_ON_4)[kind]}
     stop = {"stop_after": STOP} if part == "halved" else {}
     if flat.get("batching") == "packed":
         # As many documents as fill five steps of eight rows with several each.
@@ -174,6 +230,13 @@ def shared_runs(directory: Path, ranks: int) -> list[Config]:
         runs += [interruptible(directory, kind, "whole") for kind in INTERRUPTED]
         runs += [interruptible(directory, kind, "halved") for kind in INTERRUPTED if kind != "long"]
         runs += [variant(directory, *where, 2, name=f"broken-{fault}") for fault, where in BROKEN_RUNS.items()]
+    if ranks == 4:
+        runs += [untouched(directory, name) for name in UNTOUCHED]
+        for kind in INTERRUPTED_ON_4:
+            runs += [
+                interruptible(directory, kind, "whole"),
+                interruptible(directory, kind, "halved", name=f"twice.{kind}"),
+            ]
     return runs
 
 
@@ -182,7 +245,12 @@ CONTINUED_BADLY = {
     "broken-position_not_restored": "zero1",
     "broken-optimizer_not_restored": "zero1",
 }
-REFUSED = {"refused-cut-short": "zero3", "refused-flipped": "zero3", "refused-other-settings": "zero3"}
+REFUSED = {
+    "refused-cut-short": "zero3",
+    "refused-flipped": "zero3",
+    "refused-other-settings": "zero3",
+    "refused-flipped-metadata": "fsdp-full",
+}
 
 
 FATAL = ("broken-save_raises", "broken-killed_in_save")
@@ -206,10 +274,11 @@ def resumed_runs(directory: Path) -> list[Config]:
     runs.append(interruptible(directory, "zero2-optimizer", "whole", name="refused-diverging", **DIVERGING))
     saved = directory / "runs" / "refused-cut-short" / "checkpoints" / f"step-{STOP:08d}" / "rank-001.pt"
     saved.write_bytes(saved.read_bytes()[:-1])
-    saved = shard(directory / "runs" / "refused-flipped", STOP, rank=1)
-    content = bytearray(saved.read_bytes())
-    content[len(content) // 2] ^= 1
-    saved.write_bytes(content)
+    metadata = directory / "runs" / "refused-flipped-metadata" / "checkpoints" / f"step-{STOP:08d}" / "engine/.metadata"
+    for saved in (shard(directory / "runs" / "refused-flipped", STOP, rank=1), metadata):
+        content = bytearray(saved.read_bytes())
+        content[len(content) // 2] ^= 1
+        saved.write_bytes(content)
     return runs
 
 

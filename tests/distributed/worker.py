@@ -6,6 +6,7 @@ of every step. The names of some runs ask for more:
 
 - ``broken-NAME``: the run trains with the patch that :data:`BROKEN` has under NAME;
 - ``whole.NAME``: at its end the engine is asked to load a directory that holds nothing;
+- ``twice.NAME``: where it stops, it is started again, by the same processes; the second start is observed;
 - ``refused-NAME``: the run must fail, on every rank; the error is kept in ``refused.json``, and the launch goes on.
 """
 
@@ -50,6 +51,9 @@ def main(*arguments: str) -> None:
 def train_observed(config: Config) -> None:
     """Train, and write down what can be seen from outside the trainer."""
     probe_averages(Path(config.run.storage))
+    if config.run.name.startswith("twice."):
+        trainer.train(config)
+        config = config.override(stop_after=None)
     with ExitStack() as patches:
         watch = patches.enter_context(_watching())
         if config.run.name.startswith("broken-"):
@@ -397,6 +401,40 @@ def _trial_step_kept() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _columns_not_moved() -> Iterator[None]:
+    """GPT-2's fused columns cut as they are: the first rank gets all queries and half the keys."""
+    from tutorial_lib.fsdp import weights
+
+    with mock.patch.object(weights, "by_rank", lambda tensor, tp: tensor):
+        yield
+
+
+@contextmanager
+def _whole_gradients_counted_twice() -> Iterator[None]:
+    """Gradients that every tensor-parallel rank holds enter the norm once per rank."""
+    from tutorial_lib.fsdp import sharding
+
+    with mock.patch.object(sharding, "copies", lambda gradient, world_size: 1):
+        yield
+
+
+@contextmanager
+def _slopes_of_the_first_heads() -> Iterator[None]:
+    from tutorial_lib.fsdp import tensor_parallel
+
+    def unsliced(model: Any, mesh: Any) -> None:
+        heads = model.config.n_head // mesh.size()
+        for layer in tensor_parallel.layers_of(model):
+            layer.self_attention.num_heads = heads
+        inner, build = model.base_model, model.base_model.build_alibi_tensor
+        inner.build_alibi_tensor = lambda mask, num_heads, dtype: build(mask, num_heads=heads, dtype=dtype)
+
+    families = dict(tensor_parallel._FAMILIES, bloom=(tensor_parallel._bloom, unsliced))
+    with mock.patch.object(tensor_parallel, "_FAMILIES", families):
+        yield
+
+
 BROKEN: dict[str, Callable[[], Any]] = {
     "same_data_on_each_rank": _same_data_on_each_rank,
     "sharded_over_a_larger_grid": _sharded_over_a_larger_grid,
@@ -409,6 +447,9 @@ BROKEN: dict[str, Callable[[], Any]] = {
     "gradients_summed": lambda: _averages_over(lambda ranks: ranks * ranks),
     "gradients_averaged_twice": lambda: _averages_over(lambda ranks: 1),
     "trial_step_kept": _trial_step_kept,
+    "columns_not_moved": _columns_not_moved,
+    "whole_gradients_counted_twice": _whole_gradients_counted_twice,
+    "slopes_of_the_first_heads": _slopes_of_the_first_heads,
     "random_states_not_restored": _random_states_not_restored,
     "position_not_restored": _position_not_restored,
     "optimizer_not_restored": _optimizer_not_restored,

@@ -32,7 +32,9 @@ def load(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
         CheckpointError: there is nothing to load.
     """
     if not (directory / ".metadata").is_file():
-        raise CheckpointError(f"There is no .metadata to load in {directory}; the run was not resumed.")
+        raise CheckpointError(
+            f"FSDP found nothing to load in {directory}: it has no .metadata. The run was not resumed."
+        )
     states = _states(model, optimizer)
     dcp.load(states, checkpoint_id=str(directory))
     for step, (_, parameter) in zip(states["step"], _trained(model), strict=True):
