@@ -21,6 +21,7 @@ import json
 import os
 import random
 import shutil
+import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -279,7 +280,9 @@ def _whole_weights(directory: Path, settings: Config, model: torch.nn.Module) ->
 def _whole_weights_of_fsdp(directory: Path, tp: int, model: Any) -> dict[str, torch.Tensor]:
     # DCP reads its metadata, a pickle, and finds the parts of every tensor in it: verified above.
     weights = {name: torch.empty(parameter.shape) for name, parameter in model.named_parameters()}
-    dcp.load({"parameters": weights}, checkpoint_id=str(directory), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*load in a single process")  # that is the intent
+        dcp.load({"parameters": weights}, checkpoint_id=str(directory), no_dist=True)
     return {
         name: by_part(tensor, tp).contiguous() if is_fused_by_part(name, model.config.model_type) else tensor
         for name, tensor in weights.items()
