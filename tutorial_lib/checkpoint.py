@@ -21,6 +21,7 @@ import json
 import os
 import random
 import shutil
+import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -30,9 +31,11 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 
 from tutorial_lib import autotp
 from tutorial_lib.config import FREE_ON_RESUME, Config, ConfigError
+from tutorial_lib.fused import by_part, is_fused_by_part
 from tutorial_lib.models import freeze_parameters
 from tutorial_lib.mpu import Topology
 from tutorial_lib.records import RunDirectory, write_atomically
@@ -220,8 +223,8 @@ def verify(path: Path, topology: Topology | None = None) -> None:
 def export(path: Path, target: Path) -> Path:
     """Write a checkpoint's weights as a Hugging Face directory that ``from_pretrained`` loads.
 
-    One process, no GPU: the shards of any ZeRO stage and tensor-parallel size are merged on the CPU. Under mixed
-    precision the fp32 master weights are exported, not their 16-bit copies.
+    One process, no GPU: the shards of any ZeRO stage, of FSDP2 and of any tensor-parallel size are merged on the CPU.
+    Under mixed precision the fp32 master weights are exported, not their 16-bit copies.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or ``target`` already holds something.
@@ -253,6 +256,8 @@ def export(path: Path, target: Path) -> Path:
 def _whole_weights(directory: Path, settings: Config, model: torch.nn.Module) -> dict[str, torch.Tensor]:
     if settings.engine.name == "torch":
         return dict(torch.load(directory / "model.pt", map_location="cpu", weights_only=True))
+    if settings.engine.name == "fsdp":
+        return _whole_weights_of_fsdp(directory, settings.parallel.tp, model)
     freeze_parameters(model, settings.model.freeze)
     if settings.parallel.tp == 1:
         return _merged_over_dp(directory, settings, model)
@@ -288,6 +293,18 @@ def _merged_over_dp(directory: Path, settings: Config, model: torch.nn.Module) -
         masters = [master.detach() for group in state["optimizer"]["fp32_groups"] for master in group]
         weights.update(zip(trained, masters, strict=True))
     return weights
+
+
+def _whole_weights_of_fsdp(directory: Path, tp: int, model: Any) -> dict[str, torch.Tensor]:
+    # DCP reads its metadata, a pickle, and finds the parts of every tensor in it: verified above.
+    weights = {name: torch.empty(parameter.shape) for name, parameter in model.named_parameters()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*load in a single process")  # that is the intent
+        dcp.load({"parameters": weights}, checkpoint_id=str(directory), no_dist=True)
+    return {
+        name: by_part(tensor, tp).contiguous() if is_fused_by_part(name, model.config.model_type) else tensor
+        for name, tensor in weights.items()
+    }
 
 
 def _digests(directory: Path, topology: Topology) -> dict[str, dict[str, Any]]:

@@ -83,14 +83,30 @@ class EngineConfig:
 
     name: str = _setting(
         "deepspeed",
-        "deepspeed: ZeRO; torch: one plain process, the reference",
+        "deepspeed: ZeRO; fsdp: PyTorch's FSDP2, DDP and DTensor; torch: one plain process, the reference",
         flag="engine",
-        choices=("deepspeed", "torch"),
+        choices=("deepspeed", "fsdp", "torch"),
     )
-    zero_stage: int = _setting(3, "0: nothing partitioned; 1: optimizer states; 2: + gradients; 3: + parameters")
+    zero_stage: int = _setting(
+        3, "0: nothing partitioned; 1: optimizer states; 2: + gradients; 3: + parameters (deepspeed alone reads it)"
+    )
+    sharding: str = _setting(
+        "full_shard",
+        "fsdp: full_shard, shard_grad_op (parameters stay gathered until backward ends), hybrid_shard (sharded over "
+        "shard_size ranks, copied over the others) or no_shard (DDP)",
+    )
+    shard_size: int | None = _setting(None, "fsdp, hybrid_shard: how many data-parallel ranks share one copy")
+    wrap: str = _setting(
+        "layer", "fsdp: what is gathered at once: one layer, or the whole model (root)", choices=("layer", "root")
+    )
+    tp_plan: str = _setting(
+        "megatron",
+        "fsdp with tp: megatron: one all-reduce per attention and MLP and direction; plain: one per product",
+        choices=("megatron", "plain"),
+    )
     offload: str = _setting(
         "none",
-        "keep in host memory: optimizer (stages 1-3), or all: optimizer and parameters (stage 3)",
+        "keep in host memory: optimizer (ZeRO 1-3), or all: optimizer and parameters (ZeRO 3, fsdp)",
         choices=("none", "optimizer", "all"),
     )
     pin_memory: bool = _setting(False, "page-lock offloaded memory; always stated, DeepSpeed's default has changed")
@@ -105,6 +121,11 @@ class EngineConfig:
     deepspeed_file: str | None = _setting(
         None, "a DeepSpeed JSON file, by path or by its name in tutorial_lib/ds_configs", flag="deepspeed"
     )
+
+    def __post_init__(self) -> None:
+        # FSDP1 wrote them in upper case, and so does what has been written about it.
+        if isinstance(self.sharding, str):
+            object.__setattr__(self, "sharding", self.sharding.lower())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -237,7 +258,7 @@ class Config:
 
 FREE_ON_RESUME = frozenset(
     {"name", "storage", "launcher", "stop_after", "checkpoint_every", "resume", "evaluate", "measure"}
-    | {"pin_memory", "bucket_size", "activation_checkpointing", "trust_remote_code"}
+    | {"pin_memory", "bucket_size", "wrap", "activation_checkpointing", "trust_remote_code"}
 )
 """Flat names that a resumed run may change without changing which update comes next."""
 
@@ -332,12 +353,12 @@ def _validate(config: Config) -> None:
         )
     if engine.zero_stage not in (0, 1, 2, 3):
         raise ConfigError(f"zero_stage is {engine.zero_stage}; ZeRO has the stages 0, 1, 2 and 3.")
-    if engine.offload == "all" and engine.zero_stage != 3:
+    if engine.name == "deepspeed" and engine.offload == "all" and engine.zero_stage != 3:
         raise ConfigError(
             f"offload='all' moves parameters to host memory, which needs zero_stage=3, not {engine.zero_stage}. "
             "Write offload='optimizer', or zero_stage=3."
         )
-    if engine.offload == "optimizer" and engine.zero_stage == 0:
+    if engine.name == "deepspeed" and engine.offload == "optimizer" and engine.zero_stage == 0:
         raise ConfigError(
             "offload='optimizer' needs optimizer states that ZeRO partitions: write zero_stage=1, 2 or 3, "
             "or offload='none'."
@@ -348,20 +369,82 @@ def _validate(config: Config) -> None:
         if parallel.world_size != 1:
             raise ConfigError(
                 f"engine='torch' is the one-process reference, but dp x tp = {parallel.world_size}. "
-                "Write dp=1, tp=1, or engine='deepspeed'."
+                "Write dp=1, tp=1, or engine='deepspeed' or 'fsdp'."
             )
         if engine.offload != "none" or engine.deepspeed_file or engine.precision == "fp16":
             raise ConfigError(
                 "engine='torch' has no offload, no fp16 and reads no DeepSpeed file; write engine='deepspeed'."
             )
+    _check_fsdp(engine, parallel)
     _check_batch_sizes(config)
     if run.stop_after is not None and run.steps is not None and run.stop_after > run.steps:
         raise ConfigError(f"stop_after={run.stop_after} lies beyond the last step, steps={run.steps}.")
 
 
+SHARDINGS = ("full_shard", "shard_grad_op", "hybrid_shard", "no_shard")
+"""FSDP1's names of its strategies, in lower case."""
+
+
+def _check_fsdp(engine: EngineConfig, parallel: ParallelConfig) -> None:
+    if engine.sharding not in SHARDINGS:
+        near = difflib.get_close_matches(engine.sharding, SHARDINGS, n=1, cutoff=0.3)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"sharding is {engine.sharding!r}.{hint} Write one of: {', '.join(SHARDINGS)}.")
+    if engine.name != "fsdp":
+        for name in ("sharding", "shard_size", "wrap", "tp_plan"):
+            value, default = getattr(engine, name), EngineConfig.__dataclass_fields__[name].default
+            if value != default:
+                raise ConfigError(
+                    f"{name}={value!r} is a setting of engine='fsdp', not of engine={engine.name!r}. "
+                    f"Leave it out, or write engine='fsdp'."
+                )
+        return
+    if engine.precision == "fp16":
+        raise ConfigError("engine='fsdp' scales no loss, which fp16 needs: write precision='bf16' or 'fp32'.")
+    if engine.deepspeed_file:
+        raise ConfigError("engine='fsdp' reads no DeepSpeed file: leave it out, or write engine='deepspeed'.")
+    if engine.offload == "optimizer":
+        raise ConfigError(
+            "engine='fsdp' keeps parameters, gradients and optimizer states in one place: write offload='all', or "
+            "offload='none'."
+        )
+    if engine.sharding == "no_shard" and engine.offload != "none":
+        raise ConfigError(
+            "sharding='no_shard' (DDP) has no offload: write offload='none', or another sharding, such as 'full_shard'."
+        )
+    if engine.sharding == "no_shard" and parallel.tp > 1:
+        raise ConfigError(
+            f"sharding='no_shard' (DDP) does not go with tp={parallel.tp}: write tp=1, or sharding='full_shard'."
+        )
+    if engine.sharding == "no_shard" and engine.wrap != "layer":
+        raise ConfigError("sharding='no_shard' (DDP) gathers nothing: leave wrap out, or write sharding='full_shard'.")
+    _check_shard_size(engine, parallel.dp)
+
+
+def _check_shard_size(engine: EngineConfig, dp: int) -> None:
+    if engine.sharding != "hybrid_shard":
+        if engine.shard_size is not None:
+            raise ConfigError(
+                f"shard_size={engine.shard_size} belongs to sharding='hybrid_shard', not to {engine.sharding!r}. "
+                "Leave it out, or write sharding='hybrid_shard'."
+            )
+        return
+    possible = [size for size in range(2, dp) if dp % size == 0]
+    if not possible:
+        raise ConfigError(
+            f"sharding='hybrid_shard' splits dp={dp} ranks into groups that share one copy, and {dp} cannot be split. "
+            "Write sharding='full_shard', or a dp such as 4."
+        )
+    if engine.shard_size not in possible:
+        raise ConfigError(
+            f"sharding='hybrid_shard' shares a copy among shard_size ranks, and shard_size={engine.shard_size} does "
+            f"not divide dp={dp} into several groups of several ranks. Write shard_size as one of {possible}."
+        )
+
+
 _LOWEST = {
     "seq_length": 2, "max_examples": 1, "max_eval_examples": 1, "dp": 1, "tp": 1, "persistence_threshold": 0,
-    "bucket_size": 1,
+    "shard_size": 1, "bucket_size": 1,
     "learning_rate": 0.0, "eps": 0.0, "weight_decay": 0.0, "gradient_clipping": 0.0, "warmup_steps": 0, "epochs": 1,
     "steps": 1, "stop_after": 1, "seed": 0, "global_batch": 1, "micro_batch": 1, "checkpoint_every": 0,
 }  # fmt: skip

@@ -90,6 +90,10 @@ def build_engine(config: Config, topology: Topology, device: torch.device) -> En
         from tutorial_lib.torch_engine import TorchEngine
 
         return TorchEngine(config, topology, device)
+    if config.engine.name == "fsdp":
+        from tutorial_lib.fsdp import FSDPEngine
+
+        return FSDPEngine(config, topology, device)
     # DeepSpeed would take a GPU that is there, also for a run that is to stay on the CPU.
     os.environ["DS_ACCELERATOR"] = device.type
     from tutorial_lib.engine import DeepSpeedEngine

@@ -65,27 +65,70 @@ def only(variants: dict[str, dict[str, Any]], *names: str) -> dict[str, dict[str
     return {name: variants[name] for name in names}
 
 
+_FSDP: dict[str, Any] = {"engine": "fsdp", "measure": True}
+SHARDED: dict[str, dict[str, Any]] = {
+    "fsdp-full": _FSDP,
+    "fsdp-grad": {**_FSDP, "sharding": "SHARD_GRAD_OP"},
+    "fsdp-none": {**_FSDP, "sharding": "no_shard"},
+}
+HYBRID = {"fsdp-hybrid": {**_FSDP, "sharding": "hybrid_shard", "shard_size": 2}}
+# As many data-parallel ranks as the number of ranks allows: 1 x 2, 2 x 2, 1 x 4.
+SPLIT: dict[str, dict[str, Any]] = {"fsdp-tp2": {**_FSDP, "tp": 2}, "fsdp-tp4": {**_FSDP, "tp": 4}}
+FSDP_ACCUMULATED = {f"{name}-accumulated": {**SHARDED[name], "micro_batch": 1} for name in ("fsdp-full", "fsdp-none")}
+FSDP_BF16 = {f"{name}-bf16": {**SHARDED[name], "precision": "bf16"} for name in ("fsdp-full", "fsdp-none")}
+
 VARIANTS: dict[int, dict[str, dict[str, dict[str, Any]]]] = {
     1: {
         "gpt2": STAGES | OFFLOADED,
         "untied": {"zero3-accumulated": ACCUMULATED["zero3-accumulated"]},
     },
     2: {
-        "gpt2": STAGES | OFFLOADED | ACCUMULATED | BF16,
-        "qwen2": split(1, 2, STAGES | only(OFFLOADED, "zero2-optimizer", "zero3-all") | only(BF16, "zero1-bf16")),
-        "untied": STAGES | {"zero3-all": OFFLOADED["zero3-all"]} | split(1, 2, only(STAGES, "zero2")),
-        "bloom": STAGES | split(1, 2, STAGES),
-        "uneven": STAGES | {"zero2-accumulated": ACCUMULATED["zero2-accumulated"]},
+        "gpt2": STAGES
+        | OFFLOADED
+        | ACCUMULATED
+        | BF16
+        | SHARDED
+        | FSDP_ACCUMULATED
+        | FSDP_BF16
+        | {
+            "fsdp-tp2": SPLIT["fsdp-tp2"],
+            "fsdp-full-all": {**_FSDP, "offload": "all"},
+            "fsdp-full-root": {**_FSDP, "wrap": "root"},
+        },
+        "qwen2": split(1, 2, STAGES | only(OFFLOADED, "zero2-optimizer", "zero3-all") | only(BF16, "zero1-bf16"))
+        | only(SPLIT, "fsdp-tp2"),
+        "untied": STAGES
+        | only(OFFLOADED, "zero3-all")
+        | split(1, 2, only(STAGES, "zero2"))
+        | only(SPLIT, "fsdp-tp2")
+        | {"fsdp-tp2-plain": {**SPLIT["fsdp-tp2"], "tp_plan": "plain"}},
+        "bloom": STAGES | split(1, 2, STAGES) | {"fsdp-full": _FSDP} | only(SPLIT, "fsdp-tp2"),
+        "uneven": STAGES | only(ACCUMULATED, "zero2-accumulated") | only(SHARDED, "fsdp-grad"),
         "usual": {name: STAGES[name] for name in ("zero0", "zero3")},
-        "frozen": STAGES | {"zero2-optimizer": OFFLOADED["zero2-optimizer"]},
+        "frozen": STAGES
+        | {
+            "zero2-optimizer": OFFLOADED["zero2-optimizer"],
+            "fsdp-full": _FSDP,
+            "fsdp-none": SHARDED["fsdp-none"],
+            "fsdp-tp2": SPLIT["fsdp-tp2"],
+        },
     },
     4: {
-        "gpt2": STAGES | {name: ACCUMULATED[name] for name in ("zero2-accumulated", "zero3-all-accumulated")},
+        "gpt2": STAGES
+        | only(ACCUMULATED, "zero2-accumulated", "zero3-all-accumulated")
+        | SPLIT
+        | HYBRID
+        | only(SHARDED, "fsdp-none")
+        | {"fsdp-tp2-accumulated": {**SPLIT["fsdp-tp2"], "micro_batch": 1}},
         "qwen2": split(2, 2, STAGES | only(ACCUMULATED, "zero2-accumulated", "zero3-accumulated"))
-        | split(1, 4, STAGES),
-        "untied": only(STAGES, "zero1", "zero3") | split(2, 2, only(STAGES, "zero0", "zero1", "zero3")),
-        "bloom": only(STAGES, "zero3") | split(2, 2, STAGES) | split(1, 4, STAGES),
-        "uneven": STAGES,
+        | split(1, 4, STAGES)
+        | SPLIT,
+        "untied": only(STAGES, "zero1", "zero3")
+        | split(2, 2, only(STAGES, "zero0", "zero1", "zero3"))
+        | SPLIT
+        | HYBRID,
+        "bloom": only(STAGES, "zero3") | split(2, 2, STAGES) | split(1, 4, STAGES) | SPLIT,
+        "uneven": STAGES | only(SHARDED, "fsdp-full", "fsdp-grad"),
         "usual": {"zero2": STAGES["zero2"]},
         "frozen": {"zero2": STAGES["zero2"]},
     },
@@ -128,8 +171,8 @@ def config(directory: Path, **flat: Any) -> Config:
 
 def variant(directory: Path, case: str, variant: str, ranks: int, **changes: Any) -> Config:
     """A run that must equal the case's reference."""
-    own = VARIANTS[ranks][case][variant]
-    return config(directory, **{"name": f"{case}.{variant}.{ranks}", "dp": ranks, **CASES[case], **own, **changes})
+    flat = {**CASES[case], **VARIANTS[ranks][case][variant], **changes}
+    return config(directory, **{"name": f"{case}.{variant}.{ranks}", "dp": ranks // flat.get("tp", 1), **flat})
 
 
 def reference(directory: Path, case: str) -> Config:
@@ -149,6 +192,9 @@ BROKEN_RUNS = {
     "gradients_averaged_twice": ("gpt2", "zero3"),
     "trial_step_kept": ("gpt2", "zero0-bf16"),
     "column_all_reduce_skipped": ("qwen2", "1x2-zero1"),
+    "columns_not_moved": ("gpt2", "fsdp-tp2"),
+    "whole_gradients_counted_twice": ("gpt2", "fsdp-tp2"),
+    "slopes_of_the_first_heads": ("bloom", "fsdp-tp2"),
 }
 """The case and variant that each fault of ``worker.BROKEN`` is put into, on two ranks."""
 
@@ -171,6 +217,7 @@ INTERRUPTED: dict[str, dict[str, Any]] = {
     "zero3-bf16": {"zero_stage": 3, "precision": "bf16"},
     # For signals that come from outside, at no step in particular.
     "long": {"zero_stage": 1, "steps": 48},
+    "fsdp-full": {"engine": "fsdp"},
     "packed": {"zero_stage": 2, "model": "bloom-dropout", "batching": "packed", "seq_length": 128, "micro_batch": 2},
     "1x2-zero0": {"zero_stage": 0, "model": "bloom-dropout", "dp": 1, "tp": 2},
     "1x2-zero2": {"zero_stage": 2, "model": "bloom-dropout", "dp": 1, "tp": 2},
@@ -178,13 +225,29 @@ INTERRUPTED: dict[str, dict[str, Any]] = {
 """Runs with dropout that are stopped in the middle of an epoch of five steps, and end in the middle of the next."""
 
 
-GRIDS = {f"2x2-zero{stage}": {"zero_stage": stage, "model": "bloom-dropout", "dp": 2, "tp": 2} for stage in (1, 3)}
-"""The same on four ranks, where the launch that stops a run starts it again."""
+INTERRUPTED_ON_4: dict[str, dict[str, Any]] = {
+    "2x2-zero1": {"zero_stage": 1, "model": "bloom-dropout", "dp": 2, "tp": 2},
+    "2x2-zero3": {"zero_stage": 3, "model": "bloom-dropout", "dp": 2, "tp": 2},
+    "fsdp-tp2": {"engine": "fsdp", "tp": 2},
+}
+"""The same on four ranks, and resumed in the same launch."""
+
+UNTOUCHED: dict[str, dict[str, Any]] = {
+    "drawn-gpt2": {"model": "embedded/gpt2", "random_init": True},
+    "drawn-qwen2": {"model": "embedded/qwen2", "random_init": True, "seed": 7},
+    "read-bloom": {"model": "embedded/bloom"},
+}
+"""Runs on 2 x 2 ranks of one step that changes nothing: what they end with is what they started with."""
+
+
+def untouched(directory: Path, name: str) -> Config:
+    still = {"learning_rate": 0.0, "steps": 1, "engine": "fsdp", "dp": 2, "tp": 2}
+    return config(directory, name=f"untouched.{name}", **still, **UNTOUCHED[name])
 
 
 def interruptible(directory: Path, kind: str, part: str, **changes: Any) -> Config:
     """The ``whole`` run, or the one ``halved`` by a stop."""
-    flat = {"model": "gpt2-dropout", "max_examples": 40, "steps": END, **(INTERRUPTED | GRIDS)[kind]}
+    flat = {"model": "gpt2-dropout", "max_examples": 40, "steps": END, **(INTERRUPTED | INTERRUPTED_ON_4)[kind]}
     stop = {"stop_after": STOP} if part == "halved" else {}
     if flat.get("batching") == "packed":
         # As many documents as fill five steps of eight rows with several each.
@@ -206,10 +269,12 @@ def shared_runs(directory: Path, ranks: int) -> list[Config]:
             for fault, (case, name, changes) in REFUSED_RUNS.items()
         ]
     if ranks == 4:
-        for kind in GRIDS:
-            for part in ("whole", "halved"):
-                runs.append(interruptible(directory, kind, part, name=f"{part}-{kind}"))
-            runs.append(interruptible(directory, kind, "whole", name=f"continued-{kind}"))
+        runs += [untouched(directory, name) for name in UNTOUCHED]
+        for kind in INTERRUPTED_ON_4:
+            runs += [
+                interruptible(directory, kind, "whole"),
+                interruptible(directory, kind, "halved", name=f"twice.{kind}"),
+            ]
     return runs
 
 
@@ -218,7 +283,12 @@ CONTINUED_BADLY = {
     "broken-position_not_restored": "zero1",
     "broken-optimizer_not_restored": "zero1",
 }
-REFUSED = {"refused-cut-short": "zero3", "refused-flipped": "zero3", "refused-other-settings": "zero3"}
+REFUSED = {
+    "refused-cut-short": "zero3",
+    "refused-flipped": "zero3",
+    "refused-other-settings": "zero3",
+    "refused-flipped-metadata": "fsdp-full",
+}
 
 
 FATAL = ("broken-save_raises", "broken-killed_in_save")
@@ -242,10 +312,11 @@ def resumed_runs(directory: Path) -> list[Config]:
     runs.append(interruptible(directory, "zero2-optimizer", "whole", name="refused-diverging", **DIVERGING))
     saved = directory / "runs" / "refused-cut-short" / "checkpoints" / f"step-{STOP:08d}" / "rank-001.pt"
     saved.write_bytes(saved.read_bytes()[:-1])
-    saved = shard(directory / "runs" / "refused-flipped", STOP, rank=1)
-    content = bytearray(saved.read_bytes())
-    content[len(content) // 2] ^= 1
-    saved.write_bytes(content)
+    metadata = directory / "runs" / "refused-flipped-metadata" / "checkpoints" / f"step-{STOP:08d}" / "engine/.metadata"
+    for saved in (shard(directory / "runs" / "refused-flipped", STOP, rank=1), metadata):
+        content = bytearray(saved.read_bytes())
+        content[len(content) // 2] ^= 1
+        saved.write_bytes(content)
     return runs
 
 

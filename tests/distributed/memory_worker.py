@@ -21,8 +21,9 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from tutorial_lib import engine
+from tutorial_lib import engine, trainer
 from tutorial_lib.config import Config
+from tutorial_lib.fsdp import weights
 from tutorial_lib.launch import worker
 from tutorial_lib.measure.memory import PeakMemory
 from tutorial_lib.mpu import Topology
@@ -37,18 +38,24 @@ def main(*arguments: str) -> None:
 def build_and_measure(config: Config) -> None:
     """Collective."""
     seen: dict[str, int] = {}
-    build_model = engine.build_model
 
-    def loading(config: Config) -> Any:
-        with _peaks("loading", seen):
-            return build_model(config)
+    def watched(load: Any) -> Any:
+        def loading(*args: Any, **kwargs: Any) -> Any:
+            with _peaks("loading", seen):
+                return load(*args, **kwargs)
+
+        return loading
 
     topology = Topology.create(config.parallel, rank=dist.get_rank(), world_size=dist.get_world_size())
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     dist.barrier()
-    with _peaks("initializing", seen), mock.patch.object(engine, "build_model", loading):
-        built = engine.DeepSpeedEngine(config, topology, torch.device("cpu"))
+    with (
+        _peaks("initializing", seen),
+        mock.patch.object(engine, "build_model", watched(engine.build_model)),
+        mock.patch.object(weights, "fill", watched(weights.fill)),
+    ):
+        built = trainer.build_engine(config, topology, torch.device("cpu"))
     seen["num_parameters"] = built.num_parameters
     built.close()
     del built

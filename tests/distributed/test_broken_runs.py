@@ -23,6 +23,9 @@ SHOWN_BY = {
     "column_all_reduce_skipped": {"loss", "grad_norm", "parameters", "exp_avg", "exp_avg_sq", "ranks_agree"},
     # Clipping hides a wrong length from everything but the norm that is reported.
     "gradients_averaged_twice": {"grad_norm"},
+    "columns_not_moved": {"loss", "grad_norm", "parameters", "exp_avg"},
+    "whole_gradients_counted_twice": {"grad_norm", "exp_avg"},
+    "slopes_of_the_first_heads": {"loss", "grad_norm", "parameters", "exp_avg"},
 }
 """What each fault must show up in, at least."""
 

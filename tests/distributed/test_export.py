@@ -23,6 +23,8 @@ FP32 = [
     *((4, f"{case}.2x2-zero{stage}.4") for case in ("qwen2", "bloom") for stage in range(4)),
     *((4, f"{case}.1x4-zero{stage}.4") for case in ("qwen2", "bloom") for stage in (2, 3)),
     *((4, f"untied.2x2-zero{stage}.4") for stage in (0, 1, 3)),
+    *((2, name) for name in ("gpt2.fsdp-full.2", "gpt2.fsdp-none.2", "frozen.fsdp-tp2.2", "untied.fsdp-tp2.2")),
+    *((4, name) for name in ("gpt2.fsdp-tp2.4", "bloom.fsdp-tp4.4", "untied.fsdp-hybrid.4")),
 ]
 BF16 = [f"gpt2.{stage}-bf16.2" for stage in ("zero0", "zero1", "zero2", "zero3")]
 
@@ -58,6 +60,36 @@ def test_an_export_holds_the_fp32_master_weights(observed, tmp_path, name):
     with torch.no_grad():
         logits = model.bfloat16().eval()(**run.inputs, use_cache=False).logits
     assert logits.equal(run.logits)
+
+
+def test_an_export_of_fsdp_in_bf16_holds_the_fp32_weights_too(observed, tmp_path):
+    """They are what is sharded and updated; the gathered copies alone are bf16."""
+    run = observed(2, "gpt2.fsdp-full-bf16.2")
+    model = AutoModelForCausalLM.from_pretrained(exported(run, tmp_path), dtype=torch.float32)
+    parameters = dict(model.named_parameters())
+    assert all(parameters[name].equal(expected) for name, expected in run.parameters.items())
+    assert not all(weight.bfloat16().float().equal(weight) for weight in parameters.values())
+    with torch.no_grad():
+        logits = model.bfloat16().eval()(**run.inputs, use_cache=False).logits
+    assert logits.equal(run.logits)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "name"),
+    [(2, "gpt2.fsdp-full.2"), (2, "gpt2.fsdp-none.2"), (4, "gpt2.fsdp-tp2.4"), (4, "gpt2.fsdp-hybrid.4")],
+)
+def test_each_rank_of_fsdp_writes_its_own_files_alone(observed, ranks, name):
+    run = observed(ranks, name)
+    for rank, files in enumerate(run.files_by_rank):
+        assert {f for f in files if f.endswith(".distcp")} <= {f"engine/__{rank}_0.distcp"}
+        assert f"rank-{rank:03d}.pt" in files
+        assert ("engine/.metadata.tmp" in files) == (rank == 0)
+    path = checkpoint.latest(run.directory)
+    sizes = [entry["bytes"] for name, entry in json.loads((path / checkpoint.MANIFEST).read_text())["files"].items()
+             if name.endswith(".distcp")]  # fmt: skip
+    # Parameters and two moments in fp32, each element once, besides what DCP adds to every tensor.
+    states = 12 * run.directory.result()["num_parameters"]
+    assert states <= sum(sizes) <= 1.3 * states
 
 
 @pytest.mark.parametrize("name", ["gpt2.zero0.2", "gpt2.zero1.2", "gpt2.zero3.2", "gpt2.zero3-all.2"])

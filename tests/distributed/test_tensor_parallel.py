@@ -12,7 +12,6 @@ import re
 import pytest
 
 from tests.distributed import cases
-from tests.distributed.comparing import assert_identical
 from tutorial_lib.theory import memory
 
 MEASURED = [
@@ -22,7 +21,8 @@ MEASURED = [
     for variant, flat in variants.items()
     if flat.get("tp", 1) > 1
 ]
-IN_FP32 = [(ranks, case, variant) for ranks, case, variant in MEASURED if "bf16" not in variant]
+AUTOTP = [(ranks, case, variant) for ranks, case, variant in MEASURED if "fsdp" not in variant]
+IN_FP32 = [(ranks, case, variant) for ranks, case, variant in AUTOTP if "bf16" not in variant]
 LAYERS = 4
 
 
@@ -164,12 +164,3 @@ def test_a_run_notices_what_is_wrong_within_a_group(launched, directory, fault, 
     for found in errors:
         assert found["type"] == error
         assert re.search(message, found["message"]), found["message"]
-
-
-@pytest.mark.parametrize("kind", cases.GRIDS)
-def test_a_resumed_run_on_a_grid_continues_bit_for_bit(observed, kind):
-    """On two ranks this is in ``test_resume.py``."""
-    run, full = observed(4, f"continued-{kind}"), observed(4, f"whole-{kind}")
-    assert_identical(run, full)
-    assert run.directory.result()["resumed_from"] == cases.STOP
-    assert len(run.examples) == cases.END - cases.STOP

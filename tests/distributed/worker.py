@@ -6,9 +6,9 @@ of every step. The names of some runs ask for more:
 
 - ``broken-NAME``: the run trains with the patch that :data:`BROKEN` has under NAME;
 - ``whole.NAME``: at its end the engine is asked to load a directory that holds nothing;
+- ``twice.NAME``: where it stops, it is started again, by the same processes; the second start is observed;
 - ``refused-NAME``: the run must fail, on every rank; the error is kept in ``refused.json``, and the launch goes on.
   It trains with the patch that :data:`BROKEN` has under NAME, if there is one;
-- ``continued-NAME``: the run begins with the checkpoint of ``halved-NAME``, which the same launch has trained before.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import gc
 import hashlib
 import json
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +30,7 @@ import cpuinfo
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystem
 
 from tutorial_lib import agreement, checkpoint, ds_config, trainer
 from tutorial_lib.config import Config
@@ -52,14 +52,15 @@ def main(*arguments: str) -> None:
 def train_observed(config: Config) -> None:
     """Train, and write down what can be seen from outside the trainer."""
     probe_averages(Path(config.run.storage))
+    if config.run.name.startswith("twice."):
+        trainer.train(config)
+        config = config.override(stop_after=None)
     with ExitStack() as patches:
         watch = patches.enter_context(_watching())
         kind, _, rest = config.run.name.partition("-")
         fault = rest.partition(".")[0]
         if kind == "broken" or (kind == "refused" and fault in BROKEN):
             patches.enter_context(BROKEN[fault]())
-        if kind == "continued":
-            _copy_from_this_launch(config, f"halved-{rest}")
 
         def observe(path: Path, row: dict[str, Any]) -> None:
             observation = watch.observation()
@@ -74,12 +75,6 @@ def train_observed(config: Config) -> None:
             trainer.train(config, on_checkpoint=observe)
     # The trainer collects garbage after every run; what is there after the first one need not be looked at again.
     gc.freeze()
-
-
-def _copy_from_this_launch(config: Config, name: str) -> None:
-    if dist.get_rank() == 0:
-        shutil.copytree(config.directory.parent / name, config.directory, dirs_exist_ok=True)
-    dist.barrier()
 
 
 def _train_in_vain(config: Config) -> None:
@@ -144,13 +139,26 @@ class _Watch:
 
     def save(self, save: Callable[..., Any]) -> Callable[..., Any]:
         def saving(content: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
-            parts = Path(target).parts
-            if "checkpoints" in parts:
-                # What follows checkpoints/.partial-step-NNNNNNNN.
-                self.written.add("/".join(parts[parts.index("checkpoints") + 2 :]))
+            self._writes(target)
             return save(content, target, *args, **kwargs)
 
         return saving
+
+    def stream(self, create: Callable[..., Any]) -> Callable[..., Any]:
+        """``torch.distributed.checkpoint`` opens its files here, and gives ``torch.save`` parts of them."""
+
+        def creating(file_system: Any, path: Any, mode: str) -> Any:
+            if "w" in mode:
+                self._writes(path)
+            return create(file_system, path, mode)
+
+        return creating
+
+    def _writes(self, target: Any) -> None:
+        parts = Path(target).parts if isinstance(target, (str, Path)) else ()
+        if "checkpoints" in parts:
+            # What follows checkpoints/.partial-step-NNNNNNNN.
+            self.written.add("/".join(parts[parts.index("checkpoints") + 2 :]))
 
     def observation(self) -> dict[str, Any]:
         """Collective. The same on every rank, or it says so."""
@@ -159,7 +167,8 @@ class _Watch:
         everything = [*parameters.values(), *(m for both in moments.values() for m in both.values())]
         shares: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(shares, (self.steps, self.tokens, _digest(everything), sorted(self.written)))
-        readers = shares[:: dist.get_world_size() // self.engine.config.parallel.dp]
+        # Ranks of one tensor-parallel group are adjacent, and read the same examples.
+        readers = shares[:: self.engine.config.parallel.tp]
         self.engine.train(False)
         with torch.no_grad():
             logits = self.engine.forward(self.inputs)
@@ -171,7 +180,7 @@ class _Watch:
             "examples": [
                 sorted(e for rank in step for e in rank) for step in zip(*(s[0] for s in readers), strict=True)
             ],
-            "tokens_by_rank": [tokens for _, tokens, _, _ in shares],
+            "tokens_by_rank": [tokens for _, tokens, _, _ in readers],
             "ranks_agree": len({digest for _, _, digest, _ in shares}) == 1,
             "files_by_rank": [files for _, _, _, files in shares],
         }
@@ -193,6 +202,7 @@ def _watching() -> Iterator[_Watch]:
         mock.patch.object(trainer, "build_engine", watch.engine_built(trainer.build_engine)),
         mock.patch.object(trainer, "build_train_loader", watch.loader_built(trainer.build_train_loader)),
         mock.patch.object(torch, "save", watch.save(torch.save)),
+        mock.patch.object(FileSystem, "create_stream", watch.stream(FileSystem.create_stream)),
     ):
         yield watch
 
@@ -459,6 +469,40 @@ def _trial_step_kept() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _columns_not_moved() -> Iterator[None]:
+    """GPT-2's fused columns cut as they are: the first rank gets all queries and half the keys."""
+    from tutorial_lib.fsdp import weights
+
+    with mock.patch.object(weights, "by_rank", lambda tensor, tp: tensor):
+        yield
+
+
+@contextmanager
+def _whole_gradients_counted_twice() -> Iterator[None]:
+    """Gradients that every tensor-parallel rank holds enter the norm once per rank."""
+    from tutorial_lib.fsdp import sharding
+
+    with mock.patch.object(sharding, "copies", lambda gradient, world_size: 1):
+        yield
+
+
+@contextmanager
+def _slopes_of_the_first_heads() -> Iterator[None]:
+    from tutorial_lib.fsdp import tensor_parallel
+
+    def unsliced(model: Any, mesh: Any) -> None:
+        heads = model.config.n_head // mesh.size()
+        for layer in tensor_parallel.layers_of(model):
+            layer.self_attention.num_heads = heads
+        inner, build = model.base_model, model.base_model.build_alibi_tensor
+        inner.build_alibi_tensor = lambda mask, num_heads, dtype: build(mask, num_heads=heads, dtype=dtype)
+
+    families = dict(tensor_parallel._FAMILIES, bloom=(tensor_parallel._bloom, unsliced))
+    with mock.patch.object(tensor_parallel, "_FAMILIES", families):
+        yield
+
+
 BROKEN: dict[str, Callable[[], Any]] = {
     "same_data_on_each_rank": _same_data_on_each_rank,
     "sharded_over_a_larger_grid": _sharded_over_a_larger_grid,
@@ -476,6 +520,9 @@ BROKEN: dict[str, Callable[[], Any]] = {
     "row_all_reduce_skipped": lambda: _all_reduce_skipped("RowParallel", "forward"),
     "column_all_reduce_skipped": _column_all_reduce_skipped,
     "projection_left_whole": _projection_left_whole,
+    "columns_not_moved": _columns_not_moved,
+    "whole_gradients_counted_twice": _whole_gradients_counted_twice,
+    "slopes_of_the_first_heads": _slopes_of_the_first_heads,
     "random_states_not_restored": _random_states_not_restored,
     "position_not_restored": _position_not_restored,
     "optimizer_not_restored": _optimizer_not_restored,

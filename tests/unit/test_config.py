@@ -30,6 +30,20 @@ from tutorial_lib.config import PROFILES, Config, ConfigError, settings
         ({"engine": "torch", "dp": 1, "offload": "optimizer"}, "has no offload"),
         ({"engine": "torch", "dp": 1, "tp": 2}, "one-process reference, but dp x tp = 2. Write dp=1, tp=1"),
         ({"tp": 0}, "smallest possible value is 1"),
+        ({"engine": "fsdp", "sharding": "ful_shard"}, "Did you mean 'full_shard'"),
+        ({"engine": "fsdp", "sharding": "FSDP"}, "Write one of: full_shard, shard_grad_op, hybrid_shard, no_shard"),
+        ({"sharding": "no_shard"}, "a setting of engine='fsdp', not of engine='deepspeed'"),
+        ({"engine": "torch", "dp": 1, "wrap": "root"}, "a setting of engine='fsdp', not of engine='torch'"),
+        ({"engine": "fsdp", "precision": "fp16", "device": "cuda"}, "scales no loss"),
+        ({"engine": "fsdp", "deepspeed": "zero2"}, "reads no DeepSpeed file"),
+        ({"engine": "fsdp", "offload": "optimizer"}, "write offload='all', or offload='none'"),
+        ({"engine": "fsdp", "sharding": "no_shard", "offload": "all"}, r"\(DDP\) has no offload"),
+        ({"engine": "fsdp", "sharding": "no_shard", "tp": 2}, "write tp=1, or sharding='full_shard'"),
+        ({"engine": "fsdp", "sharding": "no_shard", "wrap": "root"}, "leave wrap out"),
+        ({"engine": "fsdp", "shard_size": 2}, "belongs to sharding='hybrid_shard', not to 'full_shard'"),
+        ({"engine": "fsdp", "sharding": "hybrid_shard"}, "dp=2 ranks into groups that share one copy, and 2 cannot"),
+        ({"engine": "fsdp", "sharding": "hybrid_shard", "dp": 8}, r"shard_size=None does not divide dp=8"),
+        ({"engine": "fsdp", "sharding": "hybrid_shard", "dp": 8, "shard_size": 3}, r"shard_size as one of \[2, 4\]"),
         ({"steps": 0}, "smallest possible value is 1"),
         ({"steps": 5, "stop_after": 6}, "beyond the last step"),
         ({"learning_rate": -1.0}, "smallest possible value is 0.0"),
@@ -38,6 +52,12 @@ from tutorial_lib.config import PROFILES, Config, ConfigError, settings
 def test_what_cannot_run_is_refused_with_what_to_write_instead(flat, message):
     with pytest.raises(ConfigError, match=message):
         Config.create("cpu", **flat)
+
+
+def test_shardings_are_known_in_upper_case_too_and_zero_stages_are_not_asked_for():
+    config = Config.create("cpu", engine="fsdp", sharding="SHARD_GRAD_OP", offload="all", zero_stage=0)
+    assert config.engine.sharding == "shard_grad_op"
+    assert Config.from_json(config.to_json()) == config
 
 
 def test_unknown_profile_names_the_known_ones():

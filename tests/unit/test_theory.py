@@ -202,6 +202,27 @@ def test_tied_embeddings_are_gathered_for_each_use() -> None:
     assert traffic.zero_volume(136_192, 3, tied=tied, parameters_stay=True).all_gather == 136_192
 
 
+@pytest.mark.parametrize(
+    ("sharding", "multiple"), [("no_shard", 2), ("shard_grad_op", 2), ("full_shard", 3), ("hybrid_shard", 4)]
+)
+def test_volume_per_step_of_fsdp(sharding: str, multiple: int) -> None:
+    """Hybrid over two ranks: the all-reduce of half of Psi is one Psi more."""
+    size = 2 if sharding == "hybrid_shard" else None
+    assert traffic.fsdp_volume(PSI, sharding, shard_size=size).total == multiple * PSI
+
+
+def test_fsdp_gathers_per_micro_batch_and_reduces_per_step() -> None:
+    assert traffic.fsdp_volume(PSI, "full_shard", accumulation=4).to_dict() == {
+        "all_reduce": 0,
+        "all_gather": 8 * PSI,
+        "reduce_scatter": PSI,
+    }
+    assert traffic.fsdp_volume(PSI, "no_shard", accumulation=4).total == 2 * PSI
+    assert traffic.fsdp_volume(PSI, "full_shard", frozen=PSI).reduce_scatter == 0
+    with pytest.raises(ValueError, match="hybrid_shard with its shard_size"):
+        traffic.fsdp_volume(PSI, "hybrid_shard")
+
+
 def test_a_ring_sends_less_than_the_volume() -> None:
     assert traffic.ring_factor("all_reduce", 2) == 1
     assert traffic.ring_factor("all_gather", 4) == traffic.ring_factor("reduce_scatter", 4) == 0.75

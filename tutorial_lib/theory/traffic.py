@@ -108,6 +108,52 @@ def zero_volume(
     raise ValueError(f"stage is {stage}; ZeRO has the stages 0, 1, 2 and 3.")
 
 
+def fsdp_volume(
+    num_params: int, sharding: str, *, shard_size: int | None = None, accumulation: int = 1, frozen: int = 0
+) -> StepVolume:
+    """Communication of one optimizer step under FSDP2, gradients reduced once per step.
+
+    ============== ===================================================== =============
+    sharding       per optimizer step                                    one
+                                                                         micro-batch
+    ============== ===================================================== =============
+    no_shard       one all-reduce of the gradients (DDP)                 2 Psi
+    shard_grad_op  one all-gather per micro-batch, one reduce-scatter    2 Psi
+    full_shard     two all-gathers per micro-batch, one reduce-scatter   3 Psi
+    hybrid_shard   the same within shard_size ranks, and an all-reduce   3 Psi and
+                   of what remains, Psi / shard_size, among the copies   2 Psi / S
+    ============== ===================================================== =============
+
+    Reducing once per step, not once per micro-batch as ZeRO's stages 2 and 3 do, costs whole gradients in memory until
+    the last one.
+
+    Args:
+        num_params: Psi, tied parameters counted once: FSDP2 gathers a unit, and what is in it, once.
+        sharding: by FSDP1's names, in lower case.
+        shard_size: S, of ``hybrid_shard``: how many ranks share one copy.
+        accumulation: micro-batches per optimizer step.
+        frozen: elements of Psi that are gathered, and have no gradient.
+
+    Raises:
+        ValueError: an unknown sharding, or ``hybrid_shard`` without its size.
+    """
+    trained = num_params - frozen
+    if sharding == "no_shard":
+        return StepVolume(all_reduce=trained)
+    if sharding == "shard_grad_op":
+        return StepVolume(all_gather=accumulation * num_params, reduce_scatter=trained)
+    if sharding == "full_shard":
+        return StepVolume(all_gather=2 * accumulation * num_params, reduce_scatter=trained)
+    if sharding == "hybrid_shard" and shard_size:
+        return StepVolume(
+            all_gather=2 * accumulation * num_params, reduce_scatter=trained, all_reduce=-(-trained // shard_size)
+        )
+    raise ValueError(
+        f"sharding is {sharding!r} with shard_size={shard_size}. Write no_shard, shard_grad_op, full_shard, or "
+        "hybrid_shard with its shard_size."
+    )
+
+
 def tensor_parallel_volume(
     num_layers: int,
     micro_batch: int,

@@ -1,0 +1,193 @@
+"""What FSDP2 and DTensor cost is what the formulas say: bytes per rank, elements on the wire; and what they start with.
+
+All runs are fp32: 4 bytes each for parameter, gradient and two moments. The embedded models' tensors divide evenly.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.distributed import cases
+from tutorial_lib.models import load_model, model_outline
+from tutorial_lib.theory import memory, traffic
+
+LAYERS = 4
+
+
+def measured(run):
+    """Of every rank: what the trainer measured in its third step."""
+    return [rank["measured"] for rank in run.directory.result()["ranks"]]
+
+
+def collectives(one):
+    return {row["kind"]: row["elements"] for row in one["traffic"]["tensors"]}
+
+
+def counts(one):
+    return {row["kind"]: row["count"] for row in one["traffic"]["tensors"]}
+
+
+def tensors_whole(model):
+    """Elements that every tensor-parallel rank holds: all but the split products; their row-parallel biases too."""
+    split = ("attn", "attention", "mlp")
+    row = ("c_proj.bias", "dense.bias", "dense_4h_to_h.bias")
+    return sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if not any(part in name for part in split) or "layernorm" in name or name.endswith(row)
+    )
+
+
+SHARDED = [
+    (2, "gpt2.fsdp-full.2", 2),
+    (2, "gpt2.fsdp-grad.2", 2),
+    (2, "gpt2.fsdp-none.2", 1),
+    (2, "gpt2.fsdp-full-all.2", 2),
+    (2, "gpt2.fsdp-full-root.2", 2),
+    (2, "gpt2.fsdp-full-bf16.2", 2),
+    (2, "bloom.fsdp-full.2", 2),
+    (4, "uneven.fsdp-full.4", 4),
+    (4, "gpt2.fsdp-hybrid.4", 2),
+    (4, "gpt2.fsdp-none.4", 1),
+]
+
+
+@pytest.mark.parametrize(("ranks", "name", "pieces"), SHARDED)
+def test_a_rank_holds_its_share_to_the_byte(observed, ranks, name, pieces):
+    """Between backward and the update, when gradients exist. bf16 changes nothing: what is kept is fp32."""
+    for one in measured(observed(ranks, name)):
+        expected = memory.model_states(one["num_parameters"], 3, pieces, memory.FP32)
+        assert {part: one["state_bytes"][part] for part in expected.to_dict()} == expected.to_dict()
+
+
+def test_gradients_that_wait_for_the_last_micro_batch_are_whole(observed):
+    run = observed(2, "gpt2.fsdp-full-accumulated.2")
+    for one in measured(run):
+        psi = one["num_parameters"]
+        assert one["state_bytes"]["gradients"] == 4 * psi
+        assert one["state_bytes"]["parameters"] == 4 * psi // 2
+
+
+def test_frozen_parameters_are_sharded_too_and_have_neither_gradient_nor_moments(observed):
+    run = observed(2, "frozen.fsdp-full.2")
+    trained = sum(both["exp_avg"].numel() for both in run.moments.values())
+    for one in measured(run):
+        assert trained < one["num_parameters"]
+        expected = {"parameters": 2 * one["num_parameters"], "gradients": 2 * trained, "optimizer": 4 * trained}
+        assert {part: one["state_bytes"][part] for part in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("ranks", "name"),
+    [(r, f"{case}.fsdp-tp{t}.{r}") for case in ("gpt2", "untied", "bloom") for r, t in ((2, 2), (4, 2), (4, 4))],
+)
+def test_tensor_parallel_ranks_hold_what_is_split_once_and_the_rest_whole(observed, ranks, name):
+    run = observed(ranks, name)
+    model, parallel = model_outline(run.config), run.config.parallel
+    psi = sum(p.numel() for p in model.parameters())
+    own = memory.tensor_parallel_params(psi, tensors_whole(model), parallel.tp)
+    expected = memory.model_states(own, 3, parallel.dp, memory.FP32)
+    for one in measured(run):
+        assert one["num_parameters"] == psi
+        assert {part: one["state_bytes"][part] for part in expected.to_dict()} == expected.to_dict()
+
+
+TRAFFIC = [
+    (2, "gpt2.fsdp-full.2", 3),
+    (2, "gpt2.fsdp-full-all.2", 3),
+    (2, "gpt2.fsdp-full-root.2", 3),
+    (2, "gpt2.fsdp-grad.2", 2),
+    (2, "gpt2.fsdp-none.2", 2),
+    (2, "gpt2.fsdp-full-accumulated.2", 9),
+    (2, "gpt2.fsdp-none-accumulated.2", 2),
+    (2, "bloom.fsdp-full.2", 3),
+    (4, "uneven.fsdp-full.4", 3),
+    (4, "uneven.fsdp-grad.4", 2),
+    (4, "gpt2.fsdp-hybrid.4", 4),
+    (4, "untied.fsdp-hybrid.4", 4),
+]
+
+
+@pytest.mark.parametrize(("ranks", "name", "times_psi"), TRAFFIC)
+def test_what_crosses_the_wire_is_what_the_formula_says(observed, ranks, name, times_psi):
+    """Element by element and kind by kind; the multiple of Psi is there to be read."""
+    run = observed(ranks, name)
+    engine = run.config.engine
+    for one in measured(run):
+        psi = one["num_parameters"]
+        expected = traffic.fsdp_volume(
+            psi, engine.sharding, shard_size=engine.shard_size, accumulation=run.config.accumulation
+        )
+        assert collectives(one) == {kind: n for kind, n in expected.to_dict().items() if n}
+        assert one["traffic"]["volume"] == expected.total == times_psi * psi
+
+
+def test_frozen_parameters_are_gathered_and_never_reduced(observed):
+    run = observed(2, "frozen.fsdp-full.2")
+    trained = sum(both["exp_avg"].numel() for both in run.moments.values())
+    one = measured(run)[0]
+    expected = traffic.fsdp_volume(one["num_parameters"], "full_shard", frozen=one["num_parameters"] - trained)
+    assert one["traffic"]["volume"] == expected.total
+
+
+def test_a_layer_is_one_collective_and_so_is_the_rest(observed):
+    units = LAYERS + 1
+    layered, root = (measured(observed(2, f"gpt2.{name}.2"))[0] for name in ("fsdp-full", "fsdp-full-root"))
+    assert counts(layered) == {"all_gather": 2 * units, "reduce_scatter": units}
+    assert counts(root) == {"all_gather": 2, "reduce_scatter": 1}
+    assert counts(measured(observed(4, "gpt2.fsdp-hybrid.4"))[0])["all_reduce"] == units
+
+
+def test_bf16_halves_what_is_gathered_and_sums_gradients_in_fp32(observed):
+    one = measured(observed(2, "gpt2.fsdp-full-bf16.2"))[0]
+    assert {(row["kind"], row["dtype"]) for row in one["traffic"]["tensors"]} == {
+        ("all_gather", "bfloat16"),
+        ("reduce_scatter", "float32"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("ranks", "name", "per_layer"),
+    [
+        (2, "gpt2.fsdp-tp2.2", 2 + 2),
+        (2, "untied.fsdp-tp2.2", 2 + 2),
+        (2, "bloom.fsdp-tp2.2", 2 + 2),
+        (4, "untied.fsdp-tp4.4", 2 + 2),
+        (2, "untied.fsdp-tp2-plain.2", 2 + 5),
+        # Two more in backward: activations are computed again, and what each layer ends with is not.
+        (2, "frozen.fsdp-tp2.2", None),
+    ],
+)
+def test_tensor_parallelism_all_reduces_twice_per_layer_and_direction(observed, ranks, name, per_layer):
+    run = observed(ranks, name)
+    for one in measured(run):
+        found = counts(one)
+        if per_layer is not None:
+            assert found == {"all_reduce": LAYERS * per_layer}
+        [row] = one["traffic"]["tensors"]
+        assert row["elements"] % found["all_reduce"] == 0, "each carries b x s x h elements"
+
+
+def test_data_and_tensor_parallelism_add_up(observed):
+    run = observed(4, "gpt2.fsdp-tp2.4")
+    own = memory.tensor_parallel_params(psi(run), tensors_whole(model_outline(run.config)), 2)
+    for one in measured(run):
+        assert counts(one)["all_reduce"] == LAYERS * 4
+        found = collectives(one)
+        assert (found["all_gather"], found["reduce_scatter"]) == (2 * own, own)
+
+
+def psi(run):
+    return measured(run)[0]["num_parameters"]
+
+
+@pytest.mark.parametrize("name", cases.UNTOUCHED)
+def test_shards_are_filled_with_the_plain_models_weights_bit_for_bit(observed, name):
+    run = observed(4, f"untouched.{name}")
+    model, run_config = run.config.model, run.config.run
+    expected = dict(load_model(model.name, random_init=model.random_init, seed=run_config.seed).named_parameters())
+    assert run.parameters.keys() == expected.keys()
+    assert all(run.parameters[name].equal(tensor) for name, tensor in expected.items())
+    assert any(tensor.abs().max() > 0 for tensor in expected.values()) and run.ranks_agree
+    assert torch.isfinite(torch.tensor(run.rows[0]["grad_norm"]))

@@ -1,0 +1,63 @@
+"""Checkpoints by ``torch.distributed.checkpoint`` (DCP): every rank writes what it holds into a file of its own.
+
+DCP keeps, in ``.metadata``, which file has which part of which tensor, so that another number of processes can read
+it: :func:`tutorial_lib.checkpoint.export` does, in one. What several ranks hold alike is written by one of them.
+
+Source: https://docs.pytorch.org/docs/stable/distributed.checkpoint.html
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+
+from tutorial_lib.checkpoint import CheckpointError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def save(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Write parameters and AdamW's states. Collective."""
+    dcp.save(_states(model, optimizer), checkpoint_id=str(directory))
+
+
+def load(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Restore what :func:`save` wrote, in place. Collective. ``.metadata`` is a pickle: verify it first.
+
+    Raises:
+        CheckpointError: there is nothing to load.
+    """
+    if not (directory / ".metadata").is_file():
+        raise CheckpointError(
+            f"FSDP found nothing to load in {directory}: it has no .metadata. The run was not resumed."
+        )
+    states = _states(model, optimizer)
+    dcp.load(states, checkpoint_id=str(directory))
+    for step, (_, parameter) in zip(states["step"], _trained(model), strict=True):
+        optimizer.state[parameter]["step"].copy_(step)
+    for group in optimizer.param_groups:
+        group["lr"] = float(states["learning_rate"])
+
+
+def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Tensors by name. Under names, not numbers: a parameter group's order depends on how the model is split."""
+    trained = list(_trained(model))
+    for _, parameter in trained:
+        if not optimizer.state[parameter]:
+            # What AdamW allocates in its first step.
+            moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+            optimizer.state[parameter].update({"step": torch.tensor(0.0), **moments})
+    return {
+        "parameters": dict(model.named_parameters()),
+        **{moment: {name: optimizer.state[p][moment] for name, p in trained} for moment in MOMENTS},
+        "step": torch.stack([optimizer.state[parameter]["step"].cpu() for _, parameter in trained]),
+        "learning_rate": torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float64),
+    }
+
+
+def _trained(model: nn.Module) -> Any:
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
