@@ -102,6 +102,7 @@ def test_all_reduces_per_layer(observed, ranks, variant, case, backward):
     for rank in measured(run):
         (row,) = rank["traffic"]["axes"]["tp"]["tensors"]
         assert (row["kind"], row["count"]) == ("all_reduce", LAYERS * (2 + backward))
+        assert row["in_backward"] == LAYERS * backward
         # Activations: sequences x tokens x hidden size.
         assert row["elements"] % (row["count"] * run.config.micro_batch * 96) == 0
 
@@ -125,7 +126,17 @@ def test_the_check_within_a_group_costs_two_small_gathers_a_step(observed):
     """Tokens, stop request and fingerprint of every rank; then the losses."""
     bookkeeping = measured(observed(4, "qwen2.2x2-zero0.4"))[0]["traffic"]["bookkeeping"]
     gathers = [row for row in bookkeeping if row["kind"] == "all_gather"]
-    assert gathers == [{"kind": "all_gather", "dtype": "int64", "count": 2, "elements": 4 * (3 + 1), "bytes": 128}]
+    numbers = 4 * (3 + 1)
+    assert gathers == [
+        {
+            "kind": "all_gather",
+            "dtype": "int64",
+            "count": 2,
+            "in_backward": 0,
+            "elements": numbers,
+            "bytes": 8 * numbers,
+        }
+    ]
 
 
 @pytest.mark.parametrize(("ranks", "case", "variant"), [m for m in IN_FP32 if m[1] == "qwen2"])

@@ -183,7 +183,9 @@ def test_volume_counts_an_all_reduce_twice(counted: list[dict[str, Any]]) -> Non
 
 def test_bookkeeping_is_kept_apart(counted: list[dict[str, Any]]) -> None:
     summary = counted[0]["bookkeeping"]["dict"]
-    assert summary["tensors"] == [{"kind": "all_reduce", "dtype": "bfloat16", "count": 1, "elements": 64, "bytes": 128}]
+    assert summary["tensors"] == [
+        {"kind": "all_reduce", "dtype": "bfloat16", "count": 1, "in_backward": 0, "elements": 64, "bytes": 128}
+    ]
     assert (summary["volume"], summary["volume_bytes"], summary["wire_bytes"]) == (128, 256, 128)
     rest = {(row["kind"], row["dtype"]): (row["count"], row["elements"]) for row in summary["bookkeeping"]}
     assert rest.pop(("all_gather", "uint8"))[0] == 1  # the pickled object

@@ -77,7 +77,7 @@ def layouts(model: Any) -> list[ParameterLayout]:
         for name, parameter in module.named_parameters(prefix, recurse=False):
             dim, partitions = None, 1
             for axis, placement in zip(_axes(parameter), getattr(parameter, "placements", ()), strict=True):
-                if not isinstance(placement, Shard):
+                if isinstance(placement, Replicate):
                     continue
                 if axis == "tp":
                     dim = placement.dim

@@ -63,6 +63,8 @@ class Collective:
     floating: bool
     axis: str | None = None
     """Along which axis of the rank grid the ranks lie; None if that was not asked, or they lie along none."""
+    in_backward: bool = False
+    """Whether autograd was running backward when it was called."""
 
     @property
     def bytes(self) -> int:
@@ -133,7 +135,10 @@ class Traffic:
         return list(dict.fromkeys(c.kind for c in self.collectives))
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row per kind and data type: ``kind, dtype, count, elements, bytes``."""
+        """One row per kind and data type: ``kind, dtype, count, in_backward, elements, bytes``.
+
+        ``in_backward`` is how many of the ``count`` calls came out of autograd's backward.
+        """
         groups: dict[tuple[str, str], list[Collective]] = {}
         for c in self.collectives:
             groups.setdefault((c.kind, c.dtype), []).append(c)
@@ -142,6 +147,7 @@ class Traffic:
                 "kind": kind,
                 "dtype": dtype,
                 "count": len(members),
+                "in_backward": sum(c.in_backward for c in members),
                 "elements": sum(c.elements for c in members),
                 "bytes": sum(c.bytes for c in members),
             }
@@ -233,6 +239,7 @@ class _Recorder(TorchDispatchMode):
                 group_size,
                 dtype.is_floating_point,
                 self._axes.get(ranks),
+                torch._C._current_graph_task_id() != -1,
             )
         )
 
