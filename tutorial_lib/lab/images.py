@@ -137,10 +137,57 @@ def course(axes: Any) -> None:
     _frame(axes, total + 0.1, height + 1.25)
 
 
+def tensor_parallel(axes: Any) -> None:
+    """A column-parallel and a row-parallel product on two ranks, and the two all-reduces that they cost."""
+    colors, side, top = (BLUE, GREEN), 1.6, 0.75
+    places = {"X": 1.5, "A": 4.0, "Y": 6.5, "B": 9.0, "Z": 11.5}
+    captions = {
+        "X": "input\nthe same on both", "A": "column-parallel\nsplit by outputs", "Y": "activation\nsplit, not sent",
+        "B": "row-parallel\nsplit by inputs", "Z": "partial sums",
+    }  # fmt: skip
+    for name, x in places.items():
+        _text(axes, x + side / 2, 0.3, captions[name], ha="center")
+    for rank, color in enumerate(colors):
+        y = top + rank * (side + 0.5)
+        _text(axes, 0, y + side / 2, f"rank {rank}", size=13, weight="bold")
+        for name, x in places.items():
+            _matrix(axes, x, y, side, name, rank, color)
+        for x, sign in (
+            (3.55, "\N{MULTIPLICATION SIGN}"),
+            (6.05, "="),
+            (8.55, "\N{MULTIPLICATION SIGN}"),
+            (11.05, "="),
+        ):
+            _text(axes, x, y + side / 2, sign, size=16, ha="center")
+    middle, right = top + side + 0.25, places["Z"] + side + 0.15
+    _text(axes, right, middle, "all-reduce\nin forward:\nZ = Z₀ + Z₁", weight="bold")
+    _text(axes, places["X"] + side / 2, middle, "all-reduce of dX in backward", ha="center", weight="bold")
+    bottom = top + 2 * side + 0.8
+    _text(
+        axes, 0, bottom,
+        "Filled: what a rank holds or computes. GELU acts on single numbers of Y, so each rank applies it alone.",
+    )  # fmt: skip
+    _frame(axes, right + 1.75, bottom + 0.3)
+
+
+def _matrix(axes: Any, x: float, y: float, side: float, name: str, rank: int, color: str) -> None:
+    """One matrix of :func:`tensor_parallel`: whole, one half of its columns, or one half of its rows."""
+    half, label = side / 2, name if name == "X" else name + "₀₁"[rank]
+    if name in "XZ":
+        _box(axes, x, y, side, side, PURPLE if name == "X" else color, label, size=14, rounded=False)
+        return
+    _box(axes, x, y, side, side, INK, fill=False, rounded=False)
+    if name == "B":
+        _box(axes, x, y + rank * half, side, half, color, label, size=14, rounded=False)
+    else:
+        _box(axes, x + rank * half, y, half, side, color, label, size=14, rounded=False)
+
+
 PICTURES: dict[str, Callable[[Any], None]] = {
     "parallelism": parallelism,
     "zero-stages": zero_stages,
     "course": course,
+    "tensor-parallel": tensor_parallel,
 }
 """Pictures by the name of their file."""
 
