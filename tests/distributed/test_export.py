@@ -23,6 +23,8 @@ FP32 = [
     *((4, f"{case}.2x2-zero{stage}.4") for case in ("qwen2", "bloom") for stage in range(4)),
     *((4, f"{case}.1x4-zero{stage}.4") for case in ("qwen2", "bloom") for stage in (2, 3)),
     *((4, f"untied.2x2-zero{stage}.4") for stage in (0, 1, 3)),
+    *((2, f"frozen-split.1x2-zero{stage}.2") for stage in (0, 3)),
+    *((4, f"frozen-split.2x2-zero{stage}.4") for stage in (1, 3)),
 ]
 BF16 = [f"gpt2.{stage}-bf16.2" for stage in ("zero0", "zero1", "zero2", "zero3")]
 

@@ -70,7 +70,7 @@ def test_projections_are_split_and_all_else_is_replicated(observed, case, projec
     assert measured(observed(4, "untied.2x2-zero1.4"))[0]["layout"][-1]["how"] == "column", "an output layer of its own"
 
 
-@pytest.mark.parametrize(("ranks", "case", "variant"), IN_FP32)
+@pytest.mark.parametrize(("ranks", "case", "variant"), [m for m in IN_FP32 if m[1] != "frozen-split"])
 def test_model_states_are_what_theory_says_to_the_byte(observed, ranks, case, variant):
     """(Psi - R) / t + R parameters per rank, of which R are replicated, then divided by ZeRO."""
     run = observed(ranks, f"{case}.{variant}.{ranks}")
