@@ -13,7 +13,7 @@ import pytest
 
 from tests.distributed import cases
 from tests.distributed.comparing import assert_identical
-from tutorial_lib.theory import memory
+from tutorial_lib.theory import memory, traffic
 
 MEASURED = [
     (ranks, case, variant)
@@ -23,7 +23,7 @@ MEASURED = [
     if flat.get("tp", 1) > 1
 ]
 IN_FP32 = [(ranks, case, variant) for ranks, case, variant in MEASURED if "bf16" not in variant]
-LAYERS = 4
+LAYERS, HIDDEN = 4, 96
 
 
 def measured(run):
@@ -102,8 +102,15 @@ def test_all_reduces_per_layer(observed, ranks, variant, case, backward):
     for rank in measured(run):
         (row,) = rank["traffic"]["axes"]["tp"]["tensors"]
         assert (row["kind"], row["count"]) == ("all_reduce", LAYERS * (2 + backward))
-        # Activations: sequences x tokens x hidden size.
-        assert row["elements"] % (row["count"] * run.config.micro_batch * 96) == 0
+        tokens, rest = divmod(row["elements"], row["count"] * run.config.micro_batch * HIDDEN)
+        assert rest == 0 and tokens <= run.config.data.seq_length
+        # Packed rows are full; others are as long as the longest.
+        if case == "bloom":
+            assert tokens == run.config.data.seq_length
+        volume = traffic.tensor_parallel_volume(
+            LAYERS, run.config.micro_batch, tokens, HIDDEN, run.config.parallel.tp, backward=backward
+        )
+        assert rank["traffic"]["axes"]["tp"]["volume"] == volume.total
 
 
 def test_an_output_layer_of_its_own_gathers_the_logits(observed):

@@ -117,15 +117,28 @@ def tensor_parallel_volume(
     *,
     accumulation: int = 1,
     recompute: bool = False,
+    backward: int = 2,
 ) -> StepVolume:
     """Communication of one optimizer step inside a tensor-parallel group, without embedding and output layer.
 
     Each layer all-reduces ``b s h`` elements twice in forward (after attention, after the MLP) and twice in backward
     (arXiv:1909.08053, section 3). Recomputing activations runs the forward all-reduces again.
+
+    Args:
+        num_layers: L.
+        micro_batch: b.
+        seq_length: s.
+        hidden: h.
+        tp: tensor-parallel size.
+        accumulation: micro-batches per optimizer step.
+        recompute: activations are recomputed in backward.
+        backward: all-reduces in one layer's backward. Two where the gradient of what enters attention, and of what
+            enters the MLP, is summed once. Where each column-parallel projection sums for itself, as with DeepSpeed's
+            AutoTP, one for each: still 2 with a fused one (BLOOM), 5 with query, key, value, gate and up (Qwen2).
     """
     if tp == 1:
         return StepVolume()
-    all_reduces = 2 + 2 + (2 if recompute else 0)
+    all_reduces = 2 + backward + (2 if recompute else 0)
     return StepVolume(all_reduce=accumulation * num_layers * all_reduces * micro_batch * seq_length * hidden)
 
 
