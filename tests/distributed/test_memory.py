@@ -39,8 +39,8 @@ def sizes(directory):
 @pytest.fixture(scope="module")
 def split_sizes(directory):
     """The same of a model that AutoTP splits."""
-    changes = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 2048, "num_hidden_layers": 8}
-    cases.altered_model("embedded/qwen2", directory / "large-split", layer_types=["full_attention"] * 8, **changes)
+    changes = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 2048, "num_hidden_layers": 9}
+    cases.altered_model("embedded/qwen2", directory / "large-split", layer_types=["full_attention"] * 9, **changes)
     (directory / "large-split" / "model.safetensors").unlink()
     return measured(directory / "large-split", lambda outline: outline.model.layers[0])
 
