@@ -64,7 +64,6 @@ class DeepSpeedEngine:
         with _partitioned_from_birth(settings):
             model = build_model(config)
         if self.unit:
-            ds_config.check_tensor_parallel(config, model.config)
             ds_config.add_plan(settings, model.config)
         self.num_parameters = sum(_whole_numel(parameter) for parameter in model.parameters())
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -39,6 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     "uneven": {"model": "embedded/qwen2", "dataset": "uneven", "batching": "max_length", "global_batch": 4},
     # Adam's usual epsilon, see COMMON.
     "usual": {"model": "embedded/gpt2", "eps": 1e-8},
+    "frozen-split": {"model": "embedded/qwen2", "freeze": ("*.k_proj.*", "*.layers.0.*", "*.norm.weight")},
     "frozen": {"model": "embedded/gpt2", "freeze": ("*.wpe.weight", "*.h.0.*"), "activation_checkpointing": True},
 }  # fmt: skip
 
@@ -112,6 +113,7 @@ VARIANTS: dict[int, dict[str, dict[str, dict[str, Any]]]] = {
             "fsdp-none": SHARDED["fsdp-none"],
             "fsdp-tp2": SPLIT["fsdp-tp2"],
         },
+        "frozen-split": split(1, 2, only(STAGES, "zero0", "zero3")),
     },
     4: {
         "gpt2": STAGES
@@ -130,6 +132,7 @@ VARIANTS: dict[int, dict[str, dict[str, dict[str, Any]]]] = {
         "bloom": only(STAGES, "zero3") | split(2, 2, STAGES) | split(1, 4, STAGES) | SPLIT,
         "uneven": STAGES | only(SHARDED, "fsdp-full", "fsdp-grad"),
         "usual": {"zero2": STAGES["zero2"]},
+        "frozen-split": split(2, 2, only(STAGES, "zero1", "zero3")),
         "frozen": {"zero2": STAGES["zero2"]},
     },
 }

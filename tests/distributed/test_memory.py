@@ -1,4 +1,5 @@
-"""At stage 3, and under FSDP2, no rank ever holds the whole model: measured while built, while read, and until ready.
+"""At stage 3, and under FSDP2, no rank ever holds the whole model, also where AutoTP splits it: measured while it is
+built, while it is read, and until it can train.
 
 glibc keeps freed blocks of up to 32 MiB for later, and with the gaps between them the resident set grows far beyond
 what is held: without the settings below, to more than the whole model. They have it give back all above 256 KiB.
@@ -32,15 +33,28 @@ def sizes(directory):
     model = load_model(str(directory / "large"), random_init=True)
     model.save_pretrained(directory / "large-saved")
     load_tokenizer("embedded/gpt2").save_pretrained(directory / "large-saved")
+    return measured(directory / "large", lambda outline: outline.transformer.h[0])
+
+
+@pytest.fixture(scope="module")
+def split_sizes(directory):
+    """The same of a model that AutoTP splits."""
+    changes = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 2048, "num_hidden_layers": 9}
+    cases.altered_model("embedded/qwen2", directory / "large-split", layer_types=["full_attention"] * 9, **changes)
+    (directory / "large-split" / "model.safetensors").unlink()
+    return measured(directory / "large-split", lambda outline: outline.model.layers[0])
+
+
+def measured(model, layer_of):
     with torch.device("meta"):
-        outline = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory / "large"))
-    whole, layer = (sum(p.numel() for p in m.parameters()) * 4 for m in (outline, outline.transformer.h[0]))
+        outline = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    whole, layer = (sum(p.numel() for p in m.parameters()) * 4 for m in (outline, layer_of(outline)))
     assert whole > 200 * MIB
     return whole, layer
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def built(request, directory, sizes):
+def built(request, directory, sizes, split_sizes):
     """How many bytes each rank's memory rose, by what was built."""
     ranks = request.param
     shared = {"dp": ranks, "zero_stage": 3}
@@ -53,6 +67,8 @@ def built(request, directory, sizes):
         "read, fsdp": {"model": "large-saved", "engine": "fsdp"},
         "drawn, not partitioned": {"model": "large", "random_init": True, "zero_stage": 0},
     }
+    split = {"model": "large-split", "random_init": True, "dp": ranks // 2, "tp": 2}
+    runs |= {"split": split, "split, not partitioned": {**split, "zero_stage": 1}}
     configs = [
         cases.config(directory, name=f"memory-{ranks}-{number}", **(shared | flat))
         for number, flat in enumerate(runs.values())
@@ -105,3 +121,23 @@ def test_ready_to_train_a_rank_of_fsdp_holds_its_parameters(built, sizes, record
     peaks = [rank["initializing_anonymous"] for rank in rise[how]]
     record_property("peak_mib", [round(peak / MIB) for peak in peaks])
     assert max(peaks) <= bound(ranks, sizes)
+
+
+def test_a_model_that_is_split_over_ranks_never_stands_whole_on_one_at_stage_3(built, split_sizes, record_property):
+    """It is built in parts over all ranks; then each layer is gathered, split, and its share kept."""
+    ranks, rise = built
+    whole, layer = split_sizes
+    record_property("peak_mib", [round(rank["loading_anonymous"] / MIB) for rank in rise["split"]])
+    assert max(rank["loading_anonymous"] for rank in rise["split"]) <= bound(ranks, split_sizes) < whole
+    peaks = [rank["initializing_anonymous"] for rank in rise["split"]]
+    record_property("peak_mib_ready", [round(peak / MIB) for peak in peaks])
+    # Its share of the weights before ZeRO divides that, and then 12 bytes per parameter more.
+    assert max(peaks) <= whole / 2 + 3 * whole / ranks + layer + SLACK
+
+
+def test_below_stage_3_it_does_in_host_memory(built, split_sizes, record_property):
+    """AutoTP moves share by share from there to the device."""
+    _, rise = built
+    peaks = [rank["loading_anonymous"] for rank in rise["split, not partitioned"]]
+    record_property("peak_mib", [round(peak / MIB) for peak in peaks])
+    assert min(peaks) >= split_sizes[0] - SLACK
