@@ -61,6 +61,21 @@ def test_a_rank_holds_its_share_to_the_byte(observed, ranks, name, pieces):
         assert {part: one["state_bytes"][part] for part in expected.to_dict()} == expected.to_dict()
 
 
+@pytest.mark.parametrize(("ranks", "name", "pieces"), SHARDED)
+def test_nothing_stays_gathered_after_evaluation(observed, ranks, name, pieces):
+    """A forward without backward: shard_grad_op waits for a backward to free what it has gathered."""
+    run = observed(ranks, name)
+    assert run.evaluation["parameters_after"] == 4 * psi(run) // pieces
+
+
+def test_one_unit_gathers_the_whole_model_at_once_and_layers_only_themselves(observed):
+    """Twice over: FSDP2 receives into one buffer and copies each parameter out of it. The rest is activations."""
+    by_layer, root = (observed(2, f"gpt2.{name}.2") for name in ("fsdp-full", "fsdp-full-root"))
+    whole = 4 * psi(root)
+    assert root.evaluation["peak"] >= 2 * whole
+    assert by_layer.evaluation["peak"] <= root.evaluation["peak"] - 0.8 * whole
+
+
 def test_gradients_that_wait_for_the_last_micro_batch_are_whole(observed):
     run = observed(2, "gpt2.fsdp-full-accumulated.2")
     for one in measured(run):

@@ -66,6 +66,8 @@ class FSDPEngine:
         bf16 = self.config.engine.precision == "bf16" and not self._is_fsdp
         with self._reduced_with_the_last(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             logits: Tensor = self._parallel(**inputs, use_cache=False).logits
+        if not torch.is_grad_enabled():
+            sharding.release(self.module)
         return logits
 
     def _reduced_with_the_last(self) -> Any:
