@@ -37,6 +37,8 @@ CASES: dict[str, dict[str, Any]] = {
     "uneven": {"model": "embedded/qwen2", "dataset": "uneven", "batching": "max_length", "global_batch": 4},
     # Adam's usual epsilon, see COMMON.
     "usual": {"model": "embedded/gpt2", "eps": 1e-8},
+    # A vocabulary that no number of ranks divides: shards of unequal size.
+    "odd": {"model": "gpt2-odd", "random_init": True},
     "frozen": {"model": "embedded/gpt2", "freeze": ("*.wpe.weight", "*.h.0.*"), "activation_checkpointing": True},
 }  # fmt: skip
 
@@ -92,6 +94,7 @@ VARIANTS: dict[int, dict[str, dict[str, dict[str, Any]]]] = {
         "bloom": STAGES | {"fsdp-full": _FSDP, "fsdp-tp2": SPLIT["fsdp-tp2"]},
         "uneven": STAGES | {"zero2-accumulated": ACCUMULATED["zero2-accumulated"], "fsdp-grad": SHARDED["fsdp-grad"]},
         "usual": {name: STAGES[name] for name in ("zero0", "zero3")},
+        "odd": {"fsdp-full": _FSDP},
         "frozen": STAGES
         | {
             "zero2-optimizer": OFFLOADED["zero2-optimizer"],
@@ -110,6 +113,7 @@ VARIANTS: dict[int, dict[str, dict[str, dict[str, Any]]]] = {
         "bloom": {"zero3": STAGES["zero3"]} | SPLIT,
         "uneven": STAGES | {"fsdp-full": _FSDP, "fsdp-grad": SHARDED["fsdp-grad"]},
         "usual": {"zero2": STAGES["zero2"]},
+        "odd": {"fsdp-full": _FSDP, "fsdp-tp2": SPLIT["fsdp-tp2"]},
         "frozen": {"zero2": STAGES["zero2"]},
     },
 }
@@ -121,6 +125,8 @@ def make_inputs(directory: Path) -> None:
     untied = directory / "qwen2-untied"
     altered_model("embedded/qwen2", untied, tie_word_embeddings=False)
     (untied / "model.safetensors").unlink()
+    altered_model("embedded/gpt2", directory / "gpt2-odd", vocab_size=2049)
+    (directory / "gpt2-odd" / "model.safetensors").unlink()
     for name, rates in {
         "gpt2": dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.1),
         "bloom": dict.fromkeys(("attention_dropout", "hidden_dropout"), 0.1),

@@ -19,7 +19,7 @@ FP32 = [
     (2, "bloom.zero1.2"),
     (4, "uneven.zero3.4"),
     *((2, name) for name in ("gpt2.fsdp-full.2", "gpt2.fsdp-none.2", "frozen.fsdp-tp2.2", "untied.fsdp-tp2.2")),
-    *((4, name) for name in ("gpt2.fsdp-tp2.4", "bloom.fsdp-tp4.4", "untied.fsdp-hybrid.4")),
+    *((4, name) for name in ("gpt2.fsdp-tp2.4", "bloom.fsdp-tp4.4", "untied.fsdp-hybrid.4", "odd.fsdp-tp2.4")),
 ]
 BF16 = [f"gpt2.{stage}-bf16.2" for stage in ("zero0", "zero1", "zero2", "zero3")]
 
