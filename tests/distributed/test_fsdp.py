@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tests.distributed import cases
-from tutorial_lib.models import load_model, model_outline
+from tutorial_lib.models import load_model
+from tutorial_lib.outline import model_outline
 from tutorial_lib.theory import memory, traffic
 
 LAYERS = 4

@@ -22,8 +22,8 @@ from torch.distributed.tensor import DTensor
 from tutorial_lib.config import Config
 from tutorial_lib.fsdp import saving, sharding, tensor_parallel, weights
 from tutorial_lib.fused import by_part, is_fused_by_part
-from tutorial_lib.models import model_outline
 from tutorial_lib.mpu import Topology
+from tutorial_lib.outline import model_outline
 
 
 class FSDPEngine:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.fsdp.sharding import layers_of, local
 from tutorial_lib.fused import by_rank, is_fused_by_part
-from tutorial_lib.models import drawing_weights, weight_files
+from tutorial_lib.outline import drawing_weights, weight_files
 
 Slices = tuple[slice, ...]
 
@@ -31,7 +31,7 @@ def fill(model: Any, config: Config, *, device: torch.device, host: bool) -> Non
     """Allocate a model that lies on the meta device, and give it the values that its configuration names.
 
     Args:
-        model: from :func:`tutorial_lib.models.model_outline`, parallelised since.
+        model: from :func:`tutorial_lib.outline.model_outline`, parallelised since.
         config: names the model, and whether it is read or drawn.
         device: where the model computes.
         host: keep the parameters in host memory all the same.
