@@ -9,8 +9,9 @@ A checkpoint is the directory ``checkpoints/step-NNNNNNNN`` of a run::
     manifest.json      every file with its size and SHA-256; written last
 
 It is written under a name that nobody reads and renamed when the manifest is complete, so an interrupted save leaves
-the previous checkpoint the newest one. The engine's files are pickles: unpickling runs code, so only load
-checkpoints that you or your job wrote. The manifest protects against damage, not against forgery.
+the previous checkpoint the newest one. The engine's files are pickles, FSDP2's ``.metadata`` among them: unpickling
+runs code, so only load checkpoints that you or your job wrote. The manifest protects against damage, not against
+forgery.
 """
 
 from __future__ import annotations

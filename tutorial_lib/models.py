@@ -19,7 +19,6 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import functools
-import json
 import math
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import (
@@ -42,8 +40,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils import cached_file, logging
-from transformers.utils.hub import get_checkpoint_shard_files
+from transformers.utils import logging
 
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.embedded import CONFIG_ONLY_NAMES, MODEL_NAMES, model_directory
@@ -76,26 +73,28 @@ def load_model(
         ConfigError: there is no such model, it has no weights, or a pattern matches nothing.
     """
     if name in CONFIG_ONLY_NAMES and not random_init:
-        raise ConfigError(_no_weights(name))
+        raise ConfigError(no_weights(name))
     config = load_config(name, trust_remote_code=trust_remote_code)
     if random_init:
         model = _random_model(config, dtype, seed, trust_remote_code)
     else:
-        model = _fetch(
+        model = fetch(
             AutoModelForCausalLM.from_pretrained, "model", name, config=config, dtype=dtype,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
-    return _prepared(model, freeze)
+    return prepare(model, freeze)
 
 
-def _no_weights(name: str) -> str:
+def no_weights(name: str) -> str:
+    """What to say of a model that is a configuration alone."""
     return (
         f"{name} is a configuration without weights. Write random_init=True to start from random ones, or choose "
         f"a pretrained model: {', '.join(MODEL_NAMES)}."
     )
 
 
-def _prepared(model: PreTrainedModel, freeze: Sequence[str]) -> PreTrainedModel:
+def prepare(model: PreTrainedModel, freeze: Sequence[str]) -> PreTrainedModel:
+    """Have a model take the batches described above and keep no cache, and freeze parameters by name patterns."""
     model.config.use_cache = False
     _accept_document_masks(model)
     freeze_parameters(model, freeze)
@@ -120,70 +119,6 @@ def build_model(config: Config) -> PreTrainedModel:
     return model
 
 
-def model_outline(config: Config) -> PreTrainedModel:
-    """The model of :func:`build_model` on the meta device: its code and shapes, without values or memory.
-
-    Raises:
-        ConfigError: as :func:`build_model`.
-    """
-    m = config.model
-    model = _outline(load_config(m.name, trust_remote_code=m.trust_remote_code), m.trust_remote_code)
-    model.tie_weights()
-    _prepared(model, m.freeze)
-    if config.engine.activation_checkpointing:
-        set_activation_checkpointing(model)
-    return model
-
-
-def _outline(model_config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
-    """On the meta device, and not tied: while weights are drawn, tied ones are still two."""
-    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
-    with no_init_weights(), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(model_config, **options)
-
-
-@contextmanager
-def drawing_weights(config: Config) -> Iterator[PreTrainedModel]:
-    """A model on the meta device and, while the block runs, the random numbers that :func:`load_model` draws from.
-
-    Whoever initialises its modules in transformers' order gets the weights of :func:`load_model`.
-    """
-    m = config.model
-    model = _outline(load_config(m.name, trust_remote_code=m.trust_remote_code), m.trust_remote_code)
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(config.run.seed)
-        yield model
-
-
-def weight_files(name: str) -> dict[str, str]:
-    """Which safetensors file holds each of a model's tensors, by the tensor's name there. Fetches them if need be.
-
-    Raises:
-        ConfigError: there is no such model, or it has no safetensors files.
-    """
-    if name in CONFIG_ONLY_NAMES:
-        raise ConfigError(_no_weights(name))
-
-    def locate(target: str, *, local_files_only: bool) -> dict[str, str]:
-        options: dict[str, Any] = {
-            "local_files_only": local_files_only, "_raise_exceptions_for_missing_entries": False
-        }  # fmt: skip
-        if single := cached_file(target, "model.safetensors", **options):
-            with safe_open(single, "pt") as file:
-                return dict.fromkeys(file.keys(), single)
-        index = cached_file(target, "model.safetensors.index.json", **options)
-        if index is None:
-            raise OSError(
-                "it has no safetensors file. Load it once with transformers and save_pretrained it, or write "
-                "random_init=True"
-            )
-        paths, _ = get_checkpoint_shard_files(target, index, local_files_only=local_files_only)
-        by_name = {Path(path).name: path for path in paths}
-        return {key: by_name[file] for key, file in json.loads(Path(index).read_text())["weight_map"].items()}
-
-    return dict(_fetch(locate, "model", name))
-
-
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, with a pad token and padding on the right.
 
@@ -193,7 +128,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     Raises:
         ConfigError: there is no such tokenizer, or it has neither a pad nor an EOS token.
     """
-    tokenizer = _fetch(AutoTokenizer.from_pretrained, "tokenizer", name, trust_remote_code=trust_remote_code)
+    tokenizer = fetch(AutoTokenizer.from_pretrained, "tokenizer", name, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token is None:
         raise ConfigError(f"The tokenizer of {name!r} has no EOS token, which ends every document here.")
     if tokenizer.pad_token is None:
@@ -209,7 +144,7 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConf
     Raises:
         ConfigError: there is no such model.
     """
-    return _fetch(AutoConfig.from_pretrained, "model", name, trust_remote_code=trust_remote_code)
+    return fetch(AutoConfig.from_pretrained, "model", name, trust_remote_code=trust_remote_code)
 
 
 def resolve_model(name: str) -> str:
@@ -239,8 +174,16 @@ def hub_reachable() -> bool:
     return True
 
 
-def _fetch(load: Callable[..., Any], what: str, name: str, **options: Any) -> Any:
-    """``load`` by name, with one error message for all that can be wrong with a name."""
+def fetch(load: Callable[..., Any], what: str, name: str, **options: Any) -> Any:
+    """``load`` a model or tokenizer by name, with one error message for all that can be wrong with a name.
+
+    Args:
+        load: is given what the name stands for, ``local_files_only`` and the options.
+        what: ``model`` or ``tokenizer``, for the message.
+
+    Raises:
+        ConfigError: there is no such thing.
+    """
     local = name.startswith("embedded/") or Path(name).is_dir()
     if not local and (Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise ConfigError(f"The {what} {name!r} is no directory here, and no hub name. {_ADVICE}")

@@ -40,6 +40,8 @@ CASES: dict[str, dict[str, Any]] = {
     # Adam's usual epsilon, see COMMON.
     "usual": {"model": "embedded/gpt2", "eps": 1e-8},
     "frozen-split": {"model": "embedded/qwen2", "freeze": ("*.k_proj.*", "*.layers.0.*", "*.norm.weight")},
+    # A vocabulary that no number of ranks divides: shards of unequal size.
+    "odd": {"model": "gpt2-odd", "random_init": True},
     "frozen": {"model": "embedded/gpt2", "freeze": ("*.wpe.weight", "*.h.0.*"), "activation_checkpointing": True},
 }  # fmt: skip
 
@@ -106,6 +108,7 @@ VARIANTS: dict[int, dict[str, dict[str, dict[str, Any]]]] = {
         "bloom": STAGES | split(1, 2, STAGES) | {"fsdp-full": _FSDP} | only(SPLIT, "fsdp-tp2"),
         "uneven": STAGES | only(ACCUMULATED, "zero2-accumulated") | only(SHARDED, "fsdp-grad"),
         "usual": {name: STAGES[name] for name in ("zero0", "zero3")},
+        "odd": {"fsdp-full": _FSDP},
         "frozen": STAGES
         | {
             "zero2-optimizer": OFFLOADED["zero2-optimizer"],
@@ -133,6 +136,7 @@ VARIANTS: dict[int, dict[str, dict[str, dict[str, Any]]]] = {
         "uneven": STAGES | only(SHARDED, "fsdp-full", "fsdp-grad"),
         "usual": {"zero2": STAGES["zero2"]},
         "frozen-split": split(2, 2, only(STAGES, "zero1", "zero3")),
+        "odd": {"fsdp-full": _FSDP, "fsdp-tp2": SPLIT["fsdp-tp2"]},
         "frozen": {"zero2": STAGES["zero2"]},
     },
 }
@@ -144,6 +148,8 @@ def make_inputs(directory: Path) -> None:
     untied = directory / "qwen2-untied"
     altered_model("embedded/qwen2", untied, tie_word_embeddings=False)
     (untied / "model.safetensors").unlink()
+    altered_model("embedded/gpt2", directory / "gpt2-odd", vocab_size=2049)
+    (directory / "gpt2-odd" / "model.safetensors").unlink()
     for name, rates in {
         "gpt2": dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.1),
         "bloom": dict.fromkeys(("attention_dropout", "hidden_dropout"), 0.1),

@@ -35,6 +35,7 @@ class Observed:
     tokens_by_rank: list[list[int]]
     ranks_agree: bool
     files_by_rank: list[list[str]]
+    evaluation: dict[str, int] | None = None
     load_of_nothing: str | None = None
 
     @property

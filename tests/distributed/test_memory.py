@@ -1,5 +1,6 @@
-"""At stage 3, and under FSDP2, no rank ever holds the whole model, also where AutoTP splits it: measured while it is
-built, while it is read, and until it can train.
+"""At stage 3 and under FSDP2 no rank ever holds the whole model, also where AutoTP splits it.
+
+Measured while it is built, while it is read, and until it can train.
 
 glibc keeps freed blocks of up to 32 MiB for later, and with the gaps between them the resident set grows far beyond
 what is held: without the settings below, to more than the whole model. They have it give back all above 256 KiB.

@@ -21,7 +21,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -37,6 +37,7 @@ from tutorial_lib.config import Config
 from tutorial_lib.dataloader import TrainLoader
 from tutorial_lib.dataloader.batches import Collate, StepSampler
 from tutorial_lib.launch import ray_train, worker
+from tutorial_lib.measure.memory import StateBytes, count_allocations
 from tutorial_lib.mpu import Topology
 
 OBSERVATION = "observed.pt"
@@ -167,16 +168,23 @@ class _Watch:
         everything = [*parameters.values(), *(m for both in moments.values() for m in both.values())]
         shares: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(shares, (self.steps, self.tokens, _digest(everything), sorted(self.written)))
+        measuring = self.engine.config.run.measure
         # Ranks of one tensor-parallel group are adjacent, and read the same examples.
         readers = shares[:: self.engine.config.parallel.tp]
         self.engine.train(False)
-        with torch.no_grad():
+        with torch.no_grad(), count_allocations() if measuring else nullcontext() as allocations:
             logits = self.engine.forward(self.inputs)
         return {
             "parameters": parameters,
             "moments": moments,
             "inputs": self.inputs,
             "logits": logits.clone(),
+            "evaluation": {
+                "peak": allocations.peak["cpu"],
+                "parameters_after": StateBytes.of(self.engine.model_states()).parameters,
+            }
+            if measuring
+            else None,
             "examples": [
                 sorted(e for rank in step for e in rank) for step in zip(*(s[0] for s in readers), strict=True)
             ],

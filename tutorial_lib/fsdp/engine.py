@@ -23,8 +23,8 @@ from tutorial_lib.config import Config
 from tutorial_lib.fsdp import saving, sharding, tensor_parallel, weights
 from tutorial_lib.fused import by_part, is_fused_by_part
 from tutorial_lib.measure.layout import ParameterLayout
-from tutorial_lib.models import model_outline
 from tutorial_lib.mpu import Topology
+from tutorial_lib.outline import model_outline
 
 
 class FSDPEngine:
@@ -67,6 +67,8 @@ class FSDPEngine:
         bf16 = self.config.engine.precision == "bf16" and not self._is_fsdp
         with self._reduced_with_the_last(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             logits: Tensor = self._parallel(**inputs, use_cache=False).logits
+        if not torch.is_grad_enabled():
+            sharding.release(self.module)
         return logits
 
     def _reduced_with_the_last(self) -> Any:

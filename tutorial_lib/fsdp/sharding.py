@@ -115,9 +115,16 @@ def data_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.parallel.Distributed
         model,
         process_group=mesh.get_group(),
         init_sync=False,  # every rank has read or drawn the same weights
-        broadcast_buffers=False,  # they are constants
+        forward_sync_buffers=False,  # they are constants
         gradient_as_bucket_view=True,  # else every gradient is held twice
     )
+
+
+def release(model: nn.Module) -> None:
+    """Free what is gathered. After a forward without backward, ``shard_grad_op`` would keep all of it."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def copies(tensor: torch.Tensor, world_size: int) -> int:

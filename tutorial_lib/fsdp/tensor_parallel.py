@@ -38,6 +38,7 @@ from transformers.pytorch_utils import Conv1D
 from tutorial_lib.config import ConfigError
 from tutorial_lib.fsdp.sharding import layers_of, local
 from tutorial_lib.measure.layout import ParameterLayout
+from tutorial_lib.models import slice_alibi
 
 PLANS = ("megatron", "plain")
 
@@ -200,15 +201,7 @@ def _bloom() -> dict[str, ParallelStyle]:
 def _localize_bloom(model: Any, mesh: DeviceMesh) -> None:
     for layer in layers_of(model):
         layer.self_attention.num_heads //= mesh.size()
-    inner = model.base_model
-    build, rank, tp = inner.build_alibi_tensor, mesh.get_local_rank(), mesh.size()
-
-    def of_this_rank(attention_mask: Tensor, num_heads: int, dtype: Any) -> Tensor:
-        # Slopes differ by head, and are those of all heads together.
-        alibi = build(attention_mask, num_heads=num_heads, dtype=dtype).unflatten(0, (-1, num_heads))
-        return alibi.chunk(tp, dim=1)[rank].flatten(0, 1)
-
-    inner.build_alibi_tensor = of_this_rank
+    slice_alibi(model, mesh.size(), mesh.get_local_rank())
 
 
 _FAMILIES: dict[str, tuple[Any, Any]] = {

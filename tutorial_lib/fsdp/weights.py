@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.fsdp.sharding import layers_of, local
 from tutorial_lib.fused import by_rank, is_fused_by_part
-from tutorial_lib.models import drawing_weights, weight_files
+from tutorial_lib.outline import drawing_weights, weight_files
 
 Slices = tuple[slice, ...]
 
@@ -31,7 +31,7 @@ def fill(model: Any, config: Config, *, device: torch.device, host: bool) -> Non
     """Allocate a model that lies on the meta device, and give it the values that its configuration names.
 
     Args:
-        model: from :func:`tutorial_lib.models.model_outline`, parallelised since.
+        model: from :func:`tutorial_lib.outline.model_outline`, parallelised since.
         config: names the model, and whether it is read or drawn.
         device: where the model computes.
         host: keep the parameters in host memory all the same.
@@ -43,7 +43,9 @@ def fill(model: Any, config: Config, *, device: torch.device, host: bool) -> Non
     # to_empty gives plain tied parameters a tensor each.
     model.tie_weights()
     _compute_buffers(model, device)
-    parameters = {n: p for n, p in model.named_parameters(remove_duplicate=False)}
+    parameters: dict[Tensor, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        parameters.setdefault(parameter, []).append(name)
     with torch.no_grad():
         if config.model.random_init:
             _draw(parameters, config, model.config.model_type)
@@ -88,53 +90,35 @@ def tensor_parallel_size(parameter: Tensor) -> int:
     return parameter.device_mesh["tp"].size()
 
 
-def _read(parameters: dict[str, Tensor], name: str, model: Any) -> None:
-    """Fill parameters from the model's files, under the names that transformers would accept for them."""
+def _read(parameters: dict[Tensor, list[str]], name: str, model: Any) -> None:
+    """Fill parameters from the model's files, under any of the names that transformers would accept for them."""
     files, prefix = weight_files(name), f"{model.base_model_prefix}."
-    done: set[int] = set()
-    missing: dict[int, str] = {}
     with ExitStack() as stack:
         opened = {path: stack.enter_context(safe_open(path, "pt")) for path in sorted(set(files.values()))}
-        for own_name, parameter in parameters.items():
-            # Base models are saved without the prefix of the model with a head.
-            stored = next((n for n in (own_name, own_name.removeprefix(prefix), prefix + own_name) if n in files), None)
-            if id(parameter) in done:
-                continue
+        for parameter, names in parameters.items():
+            # Base models are saved without the prefix of the model with a head, tied weights under one name only.
+            accepted = [form for own in names for form in (own, own.removeprefix(prefix), prefix + own)]
+            stored = next((form for form in accepted if form in files), None)
             if stored is None:
-                missing.setdefault(id(parameter), own_name)
-                continue
+                raise ConfigError(f"The files of the model {name!r} lack {names[0]}. Write random_init=True.")
             source = opened[files[stored]].get_slice(stored)
             if list(source.get_shape()) != list(parameter.shape):
                 raise ConfigError(
                     f"The model {name!r} has {stored} in the shape {source.get_shape()}, and its configuration says "
                     f"{list(parameter.shape)}."
                 )
-            _put(parameter, own_name, model.config.model_type, source.__getitem__)
-            done.add(id(parameter))
-    # A tied parameter is stored under one of its names only.
-    if lost := [own_name for key, own_name in missing.items() if key not in done]:
-        raise ConfigError(
-            f"The files of the model {name!r} lack {', '.join(lost)}. Write random_init=True to draw all."
-        )
+            _put(parameter, names[0], model.config.model_type, source.__getitem__)
 
 
-def _draw(parameters: dict[str, Tensor], config: Config, model_type: str) -> None:
+def _draw(parameters: dict[Tensor, list[str]], config: Config, model_type: str) -> None:
     """Fill parameters as :func:`tutorial_lib.models.load_model` draws them."""
-    own = {name: parameter for name, parameter in _first_names(parameters)}
+    # While they are drawn, tied weights are still two, and transformers keeps the first one's numbers.
+    own = {names[0]: parameter for parameter, names in parameters.items()}
     with drawing_weights(config) as source:
         for prefix, unit in _initialized(source):
-            for name, drawn in unit.named_parameters(prefix=prefix, recurse=True):
-                # Tied weights are drawn twice, and transformers keeps the first one's.
+            for name, drawn in unit.named_parameters(prefix=prefix):
                 if name in own and not drawn.is_meta:
                     _put(own[name], name, model_type, drawn.__getitem__)
-
-
-def _first_names(parameters: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    seen: set[int] = set()
-    for name, parameter in parameters.items():
-        if id(parameter) not in seen:
-            seen.add(id(parameter))
-            yield name, parameter
 
 
 def _initialized(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
