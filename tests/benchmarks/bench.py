@@ -58,6 +58,15 @@ def _loop(result: dict[str, Any]) -> Rows:
     ]
 
 
+def _engines(result: dict[str, Any]) -> Rows:
+    shape = f"{result['ranks']} ranks, {result['global_batch']} x {result['seq_length']} tokens, {result['model']}"
+    return [
+        (f"tokens/s, {name} against DDP ({shape})", _range(ratio), "", None)
+        for name, ratio in result.items()
+        if isinstance(ratio, dict) and "median" in ratio
+    ]
+
+
 def _ray(result: dict[str, Any]) -> Rows:
     parts: Rows = [(f"  {part}", f"{seconds:.1f} s", "", None) for part, seconds in result["parts"].items()]
     return [
@@ -74,6 +83,7 @@ def _notebook(result: dict[str, Any]) -> Rows:
 _SHOWN: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
     "padding": ("tests.benchmarks.padding", _padding),
     "loop": ("tests.benchmarks.loop", _loop),
+    "engines": ("tests.benchmarks.engines", _engines),
     "ray": ("tests.benchmarks.ray_startup", _ray),
     "notebook": ("tests.benchmarks.notebook", _notebook),
 }

@@ -22,12 +22,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import get_scheduler
 
-from tests.distributed.launching import ROOT
-from tutorial_lib import launch, trainer
+from tests.benchmarks.on_ranks import run_on_ranks
+from tutorial_lib import trainer
 from tutorial_lib.config import Config
 from tutorial_lib.dataloader import build_train_loader
 from tutorial_lib.engine import DeepSpeedEngine
-from tutorial_lib.launch import local, worker
+from tutorial_lib.launch import worker
 from tutorial_lib.measure.speed import time_ratio
 from tutorial_lib.models import load_tokenizer
 from tutorial_lib.mpu import Topology
@@ -36,7 +36,6 @@ from tutorial_lib.records import RunDirectory
 STAGES = (1, 3)
 FIRST = ("ours", "theirs")
 PAIRS = 40
-_WORKER = "tutorial_lib.launch.worker"
 
 
 def measure() -> dict[str, Any]:
@@ -62,15 +61,7 @@ def measure() -> dict[str, Any]:
             for stage in STAGES
             for first in FIRST
         ]
-        start_processes = local.start_processes
-
-        def start(*, args: dict[int, tuple[str, ...]], **options: Any) -> Any:
-            ours = {rank: tuple(__name__ if a == _WORKER else a for a in given) for rank, given in args.items()}
-            return start_processes(args=ours, **options)
-
-        path = mock.patch.dict("os.environ", PYTHONPATH=str(ROOT))
-        with path, mock.patch.object(local, "start_processes", start):
-            runs = launch.run_all(configs)
+        runs = run_on_ranks(__name__, configs)
     shape = {"ranks": 2, "global_batch": 16, "seq_length": 256, "model": configs[0].model.name}
     by_name = {run.config.run.name: run.result for run in runs}
     return {**shape, **{f"zero{s}": _either_first([by_name[f"zero{s}-{first}"] for first in FIRST]) for s in STAGES}}

@@ -1,0 +1,126 @@
+"""Every engine's steps against those of data parallelism without sharding (DDP), on the same batches, on two ranks.
+
+One process that has both cores to itself is among them. ``measure`` starts the ranks; each runs
+``python -m tests.benchmarks.engines``, the local launcher's worker with :func:`compare` in place of the trainer.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from tests.benchmarks.on_ranks import run_on_ranks
+from tutorial_lib import trainer
+from tutorial_lib.config import Config
+from tutorial_lib.dataloader import build_train_loader
+from tutorial_lib.launch import worker
+from tutorial_lib.measure.speed import time_ratio
+from tutorial_lib.models import load_tokenizer
+from tutorial_lib.mpu import Topology
+from tutorial_lib.records import RunDirectory
+
+RANKS = 2
+PAIRS = 12
+ENGINES: dict[str, dict[str, Any]] = {
+    "one process": {"engine": "torch", "dp": 1},
+    "FSDP2 full_shard": {"sharding": "full_shard"},
+    "FSDP2 shard_grad_op": {"sharding": "shard_grad_op"},
+    "ZeRO-1": {"engine": "deepspeed", "zero_stage": 1},
+    "ZeRO-3": {"engine": "deepspeed", "zero_stage": 3},
+    "DTensor 1 x 2": {"sharding": "full_shard", "dp": 1, "tp": 2},
+    "AutoTP 1 x 2": {"engine": "deepspeed", "zero_stage": 1, "dp": 1, "tp": 2},
+}
+
+
+def measure() -> dict[str, Any]:
+    """Tokens per second of each engine over DDP's."""
+    with tempfile.TemporaryDirectory(prefix="tutorial-lib-bench-") as storage:
+        config = Config.create(
+            "cpu", name="ddp", storage=storage, model="embedded/qwen2", dp=RANKS, engine="fsdp", sharding="no_shard",
+            dataset="embedded/articles", batching="packed", seq_length=256, global_batch=16, evaluate=False,
+        )  # fmt: skip
+        (run,) = run_on_ranks(__name__, [config])
+    return {"ranks": RANKS, "global_batch": 16, "seq_length": 256, "model": config.model.name, **run.result}
+
+
+def compare(config: Config) -> None:
+    """On every rank: alternate steps of DDP and of each engine; rank 0 leaves the ratios as the run's result."""
+    ratios = {}
+    for name, flat in ENGINES.items():
+        ratios[name] = _speed(config.override(**({"sharding": "full_shard"} | flat)), config)
+        gc.collect()
+    if dist.get_rank() == 0:
+        RunDirectory(config.directory).result_file.write_text(json.dumps(ratios))
+    dist.barrier()
+
+
+def _speed(config: Config, reference: Config) -> dict[str, Any]:
+    """Speed of a configuration over the reference's."""
+    step, reference_step = _step(config), _step(reference)
+    losses = {}
+
+    def one() -> None:
+        losses["ours"] = step()
+
+    def other() -> None:
+        losses["reference"] = reference_step()
+
+    ratio = time_ratio(other, one, pairs=PAIRS)
+    if not math.isclose(losses["ours"], losses["reference"], rel_tol=1e-5):
+        raise AssertionError(f"The engines compute different things: {losses}.")
+    return asdict(ratio)
+
+
+def _step(config: Config) -> Callable[[], float]:
+    """A function that trains one step, and returns its loss over all ranks. One process works on rank 0 alone."""
+    alone = config.parallel.world_size == 1
+    topology = Topology.create(config.parallel, rank=0 if alone else dist.get_rank(), world_size=1 if alone else RANKS)
+    threads = torch.get_num_threads()
+    trainer.seed_everything(config.run.seed)
+    engine = trainer.build_engine(config, topology, torch.device("cpu"))
+    loader = build_train_loader(
+        config, load_tokenizer(config.model.name), dp_rank=topology.dp_rank, dp_size=topology.dp
+    )
+    batches = loader.steps()
+
+    def over_ranks(value: torch.Tensor) -> float:
+        if not alone:
+            dist.all_reduce(value)
+        return float(value) / topology.tp
+
+    def step() -> float:
+        (batch,) = next(batches)
+        batch = dict(batch)
+        labels = batch.pop("labels")
+        tokens = over_ranks(torch.tensor(trainer.count_tokens(labels), dtype=torch.float64))
+        loss = trainer.token_loss_sum(engine.forward(batch), labels)
+        engine.backward(loss * (engine.averages_over / tokens))
+        engine.step()
+        return over_ranks(loss.detach().double()) / tokens
+
+    def step_alone() -> float:
+        loss = torch.zeros(1, dtype=torch.float64)
+        if dist.get_rank() == 0:
+            torch.set_num_threads(threads * RANKS)
+            loss += step()
+            torch.set_num_threads(threads)
+        dist.broadcast(loss, src=0)
+        return float(loss)
+
+    engine.train(True)
+    return step_alone if alone else step
+
+
+if __name__ == "__main__":
+    with mock.patch.object(worker, "train", compare):
+        worker.main(*sys.argv[1:])
