@@ -142,9 +142,12 @@ def save(
                 "sees, such as a network file system: choose another --storage."
             )
         write_atomically(partial / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))
+        _sync(partial / MANIFEST)
+        _sync(partial)
         # A save of the same step by an earlier start of this run is replaced as a whole.
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
+        _sync(run.checkpoints)
     _barrier()
     return final
 
@@ -309,15 +312,28 @@ def _whole_weights_of_fsdp(directory: Path, tp: int, model: Any) -> dict[str, to
 
 
 def _digests(directory: Path, topology: Topology) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file, each rank reading a share of them."""
+    """Size and SHA-256 of every file, each rank syncing and reading a share of them."""
     # One rank lists: on a network file system others may still see an older listing.
     names = agreed(sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()))
-    own = {name: _digest(directory / name) for name in names[topology.rank :: topology.world_size]}
+    mine = names[topology.rank :: topology.world_size]
+    for name in mine:
+        # Else a power cut after the rename could leave a checkpoint that has its name and not its content.
+        _sync(directory / name)
+    own = {name: _digest(directory / name) for name in mine}
     if topology.world_size == 1:
         return own
     shares: list[dict[str, dict[str, Any]]] = [{}] * topology.world_size
     dist.all_gather_object(shares, own)
     return {name: entry for share in shares for name, entry in share.items()}
+
+
+def _sync(path: Path) -> None:
+    """Have a file's content, or a directory's entries, on the disk itself before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _digest(path: Path) -> dict[str, Any]:
