@@ -32,6 +32,9 @@ OPERATORS = ("deepspeed_shm_comm", "cpu_adam")
 MEMORY_PER_WORKER_GB = 1.0
 """A worker process with torch, DeepSpeed, Ray and a tiny model takes about 0.7 GB; this leaves room."""
 
+MEMORY_TO_START_GB = 0.45
+"""What a worker process takes before it has a model: its imports."""
+
 MEMORY_BESIDES_GB = 2.0
 """The notebook or shell that starts the run, and Ray's own processes."""
 
@@ -229,6 +232,14 @@ def usable_cores() -> int:
     if len(quota) == 2 and quota[0] != "max":
         cores = min(cores, max(1, round(int(quota[0]) / int(quota[1]))))
     return cores
+
+
+def available_memory_gb() -> float:
+    """Memory that new processes could take without the kernel having to end one."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return _within_cgroup(memory.total, memory.available)[1] / GB
 
 
 def _within_cgroup(total: int, available: int) -> tuple[int, int]:

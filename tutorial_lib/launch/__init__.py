@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.doctor import MEMORY_TO_START_GB, available_memory_gb
 from tutorial_lib.records import Row, RunDirectory
 
 OnRows = Callable[[list[Row]], None]
@@ -109,6 +110,8 @@ def preflight(config: Config) -> Config:
     config = apply_file(config).with_absolute_paths()
     if config.run.launcher != "ray" and config.run.device == "cuda":
         _check_gpus(config)
+    if config.run.launcher == "local" or (config.run.launcher == "ray" and not os.environ.get("RAY_ADDRESS")):
+        _check_memory(config)
     check_storage(config)
     model = load_config(config.model.name, trust_remote_code=config.model.trust_remote_code)
     check_sequence_length(config.data.seq_length, model)
@@ -144,6 +147,17 @@ def _check_gpus(config: Config) -> None:
         raise ConfigError(
             f"device='cuda' and {config.parallel.world_size} processes need {needed} GPUs here, and this machine has "
             f"{found}. Write profile='cpu', or a smaller dp. `python -m tutorial_lib doctor` shows what would run."
+        )
+
+
+def _check_memory(config: Config) -> None:
+    """Refuse more processes than this machine has memory for: the kernel would end some of them, or other programs."""
+    world_size, available = config.parallel.world_size, available_memory_gb()
+    possible = int(available / MEMORY_TO_START_GB)
+    if world_size > possible:
+        raise ConfigError(
+            f"{world_size} processes need about {world_size * MEMORY_TO_START_GB:.0f} GB of memory to start, and "
+            f"{available:.1f} GB are free here. Write dp x tp of at most {possible}, or close other programs."
         )
 
 
