@@ -45,7 +45,11 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(command=_doctor)
 
     train = commands.add_parser("train", help="run or continue a training run")
-    train.add_argument("--profile", default="cpu", help=f"where it runs: {', '.join(PROFILES)} (default: cpu)")
+    train.add_argument(
+        "--profile",
+        default="cpu",
+        help=f"where it runs: {', '.join(PROFILES)}; the defaults below are those of cpu (default: cpu)",
+    )
     for setting in settings().values():
         _add_setting(train, setting)
     train.set_defaults(command=_train)
@@ -70,7 +74,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_setting(parser: argparse.ArgumentParser, setting: Any) -> None:
     flag = "--" + setting.flag.replace("_", "-")
-    shared: dict[str, Any] = {"dest": setting.flag, "default": argparse.SUPPRESS, "help": setting.help}
+    shown = setting.help
+    if setting.default not in (None, ()) and "default" not in shown:
+        shown += f" (default: {setting.default})"
+    shared: dict[str, Any] = {"dest": setting.flag, "default": argparse.SUPPRESS, "help": shown}
     if setting.type is bool:
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, **shared)
     elif setting.type == tuple[str, ...]:
@@ -78,7 +85,7 @@ def _add_setting(parser: argparse.ArgumentParser, setting: Any) -> None:
     else:
         kind = next((t for t in (int, float) if setting.type in (t, t | None)), str)
         if setting.choices:
-            shared["help"] = f"{setting.help} [{', '.join(setting.choices)}]"
+            shared["help"] = f"{shown} [{', '.join(setting.choices)}]"
         parser.add_argument(flag, type=kind, metavar=setting.flag.split("_")[-1].upper(), **shared)
 
 
@@ -114,7 +121,8 @@ def _summary(run: Any) -> str:
     rows = {
         "run": str(run.config.directory),
         "status": f"{result['status']} at step {result['step']} of {result['num_steps']}"
-        + (f", resumed from {result['resumed_from']}" if result["resumed_from"] is not None else ""),
+        + (f", resumed from {result['resumed_from']}" if result["resumed_from"] is not None else "")
+        + ("; give the same command again to go on" if result["status"] == "stopped" else ""),
         **{name.replace("_", " "): value for name, value in loss.items()},
         "tokens per second": f"{result['tokens_per_second']:.0f}" if result["tokens_per_second"] else "too few steps",
         "peak memory": ", ".join(f"{rank['peak_memory_bytes'] / 2**20:.0f} MiB" for rank in result["ranks"]),
@@ -127,6 +135,7 @@ def _export(options: argparse.Namespace) -> int:
     from tutorial_lib import checkpoint
     from tutorial_lib.records import RunDirectory
 
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # shards are merged there; unasked, DeepSpeed warns of a missing GPU
     source = options.source
     if not (source / checkpoint.MANIFEST).is_file():
         found = checkpoint.latest(RunDirectory(source))

@@ -156,7 +156,8 @@ def load(path: Path, engine: Any, config: Config, topology: Topology) -> Progres
     """Verify a checkpoint, then restore the engine and this rank's random-number states. Collective.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the checkpoint belongs to other settings.
+        CheckpointError: a file is missing or damaged.
+        ConfigError: the checkpoint belongs to other settings.
     """
     verify(path, topology)
     trainer = read_trainer_state(path)
@@ -186,7 +187,7 @@ def check_same_run(saved: dict[str, Any], config: Config) -> None:
     """Refuse to continue a run under settings that would make other updates of it.
 
     Raises:
-        CheckpointError: names every setting that differs, and both values.
+        ConfigError: names every setting that differs, and both values.
     """
     now = json.loads(json.dumps(config.flat()))
     free = set(FREE_ON_RESUME)
@@ -198,10 +199,25 @@ def check_same_run(saved: dict[str, Any], config: Config) -> None:
         if name not in free and saved.get(name) != now[name]
     ]
     if differing:
-        raise CheckpointError(
+        raise ConfigError(
             f"Run {config.run.name!r} cannot go on with other settings: {'; '.join(differing)}. "
             "Write the old values, or give the new run another name."
         )
+
+
+def check_continues(config: Config, found: Path) -> None:
+    """Refuse to continue a run from a checkpoint that it must not, or cannot, continue.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+        ConfigError: its settings are others, or ``resume='never'`` forbids to touch it.
+    """
+    if config.run.resume == "never":
+        raise ConfigError(
+            f"Run {config.run.name!r} has the checkpoint {found}, and resume='never' forbids to continue it. "
+            "Choose another name, or write resume='auto'."
+        )
+    check_same_run(read_trainer_state(found)["config"], config)
 
 
 def verify(path: Path, topology: Topology | None = None) -> None:
@@ -231,10 +247,11 @@ def export(path: Path, target: Path) -> Path:
     Under mixed precision the fp32 master weights are exported, not their 16-bit copies.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or ``target`` already holds something.
+        CheckpointError: the checkpoint is damaged.
+        ConfigError: ``target`` already holds something.
     """
     if target.exists() and any(target.iterdir()):
-        raise CheckpointError(f"{target} is not empty. Name a new directory for the export.")
+        raise ConfigError(f"{target} is not empty. Name a new directory for the export.")
     verify(path)
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 

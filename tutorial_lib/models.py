@@ -205,7 +205,11 @@ def fetch(load: Callable[..., Any], what: str, name: str, **options: Any) -> Any
             f"the hub did not give it ({reason})" if reachable
             else "the hub could not be reached, and the hub's local cache does not have it"
         )  # fmt: skip
-        raise ConfigError(f"The {what} {name!r} is neither a directory nor embedded, and {hub}. {_ADVICE}") from error
+        near = difflib.get_close_matches(name, MODEL_NAMES, n=1, cutoff=0.8)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(
+            f"The {what} {name!r} is neither a directory nor embedded, and {hub}.{hint} {_ADVICE}"
+        ) from error
 
 
 @contextmanager

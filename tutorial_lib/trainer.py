@@ -187,11 +187,8 @@ class _Session:
         self.device = local_device(config)
         reset_peak_memory(self.device)
         found = checkpoint.agreed(checkpoint.latest(run))
-        if found and config.run.resume == "never":
-            raise ConfigError(
-                f"Run {config.run.name!r} has the checkpoint {found}, and resume='never' forbids to continue it. "
-                "Choose another name, or write resume='auto'."
-            )
+        if found:
+            checkpoint.check_continues(config, found)
         seed_everything(config.run.seed)
         self.tokenizer = load_tokenizer(config.model.name, trust_remote_code=config.model.trust_remote_code)
         place = {"dp_rank": topology.dp_rank, "dp_size": topology.dp}

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tutorial_lib import checkpoint
+from tutorial_lib.config import ConfigError
 from tutorial_lib.models import load_model
 
 FP32 = [
@@ -114,5 +115,5 @@ def test_an_export_does_not_overwrite(observed, tmp_path):
     run = observed(2, "gpt2.zero1.2")
     (tmp_path / "exported").mkdir()
     (tmp_path / "exported" / "mine.txt").write_text("keep")
-    with pytest.raises(checkpoint.CheckpointError, match="not empty"):
+    with pytest.raises(ConfigError, match="not empty"):
         exported(run, tmp_path)

@@ -101,7 +101,7 @@ def preflight(config: Config) -> Config:
     Raises:
         ConfigError: names what cannot run here and what to write instead.
     """
-    from tutorial_lib.checkpoint import check_storage
+    from tutorial_lib.checkpoint import check_continues, check_storage, latest
     from tutorial_lib.dataloader import load_rows
     from tutorial_lib.ds_config import apply_file
     from tutorial_lib.ds_config import check_tensor_parallel as check_autotp
@@ -112,7 +112,6 @@ def preflight(config: Config) -> Config:
         _check_gpus(config)
     if config.run.launcher == "local" or (config.run.launcher == "ray" and not os.environ.get("RAY_ADDRESS")):
         _check_memory(config)
-    check_storage(config)
     model = load_config(config.model.name, trust_remote_code=config.model.trust_remote_code)
     check_sequence_length(config.data.seq_length, model)
     check_tensor_parallel(config.parallel.tp, model)
@@ -121,6 +120,9 @@ def preflight(config: Config) -> Config:
     load_rows(config.data.name, config.data.train_split, max_examples=1)
     if config.run.evaluate:
         load_rows(config.data.name, config.data.eval_split, max_examples=1)
+    check_storage(config)
+    if found := latest(RunDirectory(config.directory)):
+        check_continues(config, found)
     return config
 
 
