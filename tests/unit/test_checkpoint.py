@@ -87,7 +87,7 @@ def test_steps_may_be_raised_where_the_schedule_does_not_depend_on_them(whole, m
 
 def test_steps_may_not_be_raised_where_the_schedule_does_depend_on_them(model, tmp_path):
     launch.run(config(tmp_path, model=model, steps=2, schedule="linear"))
-    with pytest.raises(CheckpointError, match=r"steps was 2, now 4"):
+    with pytest.raises(ConfigError, match=r"steps was 2, now 4"):
         launch.run(config(tmp_path, model=model, steps=4, schedule="linear"))
 
 
@@ -104,7 +104,7 @@ def test_checkpoints_come_every_so_many_steps_and_at_the_end(halved):
 
 def test_every_setting_that_differs_is_named(halved):
     other = halved.config.override(seed=1, learning_rate=0.5, dataset="embedded/articles", stop_after=None)
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(ConfigError) as error:
         launch.run(other)
     for part in (
         "seed was 0, now 1",

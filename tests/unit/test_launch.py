@@ -154,7 +154,7 @@ def test_an_export_from_the_shell(storage, tmp_path, capsys):
     assert main(["export", str(run), str(target), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["export"] == str(target)
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= {path.name for path in target.iterdir()}
-    assert main(["export", str(run), str(target)]) == 1
+    assert main(["export", str(run), str(target)]) == 2
     assert "is not empty" in capsys.readouterr().err
 
 
@@ -231,3 +231,12 @@ def test_a_stop_request_of_an_earlier_start_is_forgotten(tmp_path):
     run = launch.run(config(tmp_path, stop_after=1))
     run.directory.stop_file.write_text("left by a start that was killed")
     assert launch.run(config(tmp_path)).result["status"] == "completed"
+
+
+def test_a_run_that_goes_on_with_other_settings_is_refused_before_processes_start(tmp_path):
+    config_ = config(tmp_path, name="same", dp=1, engine="torch", steps=1)
+    launch.run(config_)
+    with pytest.raises(ConfigError, match=r"cannot go on with other settings: learning_rate was 0.001, now 0.5"):
+        launch.preflight(config_.override(learning_rate=0.5))
+    with pytest.raises(ConfigError, match="resume='never' forbids to continue it"):
+        launch.preflight(config_.override(resume="never"))
