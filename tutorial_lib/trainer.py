@@ -41,7 +41,7 @@ from tutorial_lib.dataloader import build_eval_loader, build_train_loader
 from tutorial_lib.dataloader.batches import fingerprint
 from tutorial_lib.ds_config import apply_file
 from tutorial_lib.measure.layout import ParameterLayout
-from tutorial_lib.measure.memory import StateBytes, peak_memory, reset_peak_memory
+from tutorial_lib.measure.memory import Allocations, StateBytes, count_allocations, peak_memory, reset_peak_memory
 from tutorial_lib.measure.traffic import count_collectives
 from tutorial_lib.models import load_tokenizer
 from tutorial_lib.mpu import Topology
@@ -255,7 +255,10 @@ class _Session:
     def _one_step(self, micro_batches: list[dict[str, Tensor]]) -> tuple[dict[str, Any], bool]:
         began = time.perf_counter()
         measuring = self.config.run.measure and self.step + 1 == _MEASURED_STEP
-        with count_collectives(self.topology.axes()) if measuring else nullcontext() as traffic:
+        with (
+            count_collectives(self.topology.axes()) if measuring else nullcontext() as traffic,
+            count_allocations() if measuring else nullcontext(Allocations()) as allocations,
+        ):
             tokens, stop = self._agree(micro_batches)
             if tokens == 0:
                 raise ConfigError(
@@ -288,6 +291,7 @@ class _Session:
             assert states is not None and traffic is not None
             self.measured = {
                 "state_bytes": states.to_dict(),
+                "peak_bytes": dict(allocations.peak),
                 "traffic": traffic.to_dict(),
                 "num_parameters": self.engine.num_parameters,
                 "layout": [row.to_dict() for row in self.engine.layout()] if self.topology.tp > 1 else None,

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from tutorial_lib import trainer
+from tutorial_lib.config import Config
 from tutorial_lib.measure import memory, speed
 from tutorial_lib.measure.traffic import Collective, Traffic, count_collectives
 
@@ -127,6 +129,21 @@ def test_peak_memory_begins_anew_and_sees_what_has_been_freed() -> None:
     assert memory.peak_memory(cpu) > before + 200 * 2**20
     if sys.platform == "linux" and memory._reset_high_water_mark():
         assert memory.peak_memory(cpu) < before + 200 * 2**20
+
+
+def test_a_run_records_the_peak_of_its_measured_step(tmp_path: Path) -> None:
+    """Rows of twice the length need their gradients once, and their logits and more twice."""
+    peaks = {}
+    for length in (32, 64):
+        config = Config.create(
+            "cpu", name=f"rows-of-{length}", storage=str(tmp_path), engine="torch", dp=1, launcher="none", steps=3,
+            global_batch=2, seq_length=length, batching="max_length", measure=True, evaluate=False,
+        )  # fmt: skip
+        (rank,) = trainer.train(config)["ranks"]
+        peaks[length] = rank["measured"]["peak_bytes"]["cpu"]
+        assert peaks[length] >= 4 * rank["measured"]["num_parameters"]
+    logits = 4 * 2 * 32 * 2048  # fp32, two rows of 32 tokens, a vocabulary of 2048
+    assert logits <= peaks[64] - peaks[32] <= 20 * logits
 
 
 # --- traffic ---------------------------------------------------------------------------------------------------------

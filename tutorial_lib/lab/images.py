@@ -183,11 +183,53 @@ def _matrix(axes: Any, x: float, y: float, side: float, name: str, rank: int, co
         _box(axes, x + rank * half, y, half, side, color, label, size=14, rounded=False)
 
 
+def fsdp_strategies(axes: Any) -> None:
+    """What rank 0 of four holds of a model's parameters while a step goes on, under each of FSDP's strategies."""
+    phases = ["before", "forward\n1", "forward\n2", "forward\n3", "backward\n3", "backward\n2", "backward\n1",
+              "update"]  # fmt: skip
+    none, one, all_layers = (), ((0,), (1,), (2,)), (0, 1, 2)
+    strategies = [
+        ("full_shard", "ZeRO stage 3", 4, (none, *one, *one[::-1], none),
+         "all-gather twice,\nreduce-scatter", "3 Ψ"),
+        ("shard_grad_op", "gathered once", 4, (none, (0,), (0, 1), all_layers, all_layers, (0, 1), (0,), none),
+         "all-gather once,\nreduce-scatter", "2 Ψ"),
+        ("hybrid_shard", "a copy on every 2 ranks", 2, (none, *one, *one[::-1], none),
+         "the same; all-reduce\nbetween the copies", "3 Ψ + 2 Ψ/2"),
+        ("no_shard", "DDP", 1, (none,) * len(phases), "all-reduce", "2 Ψ"),
+    ]  # fmt: skip
+    left, width, gap, height, top = 2.75, 0.97, 0.12, 1.3, 0.75
+    right = left + len(phases) * (width + gap) + 0.1
+    for place, phase in enumerate(phases):
+        _text(axes, left + place * (width + gap) + width / 2, 0.3, phase, ha="center", size=9)
+    _text(axes, right, 0.3, "sent for a step")
+    for row, (name, alias, shards, gathered, sent, volume) in enumerate(strategies):
+        y = top + row * height
+        _text(axes, 0, y + 0.3, name, size=13, weight="bold")
+        _text(axes, 0, y + 0.68, alias)
+        for place, whole in enumerate(gathered):
+            x = left + place * (width + gap)
+            _box(axes, x, y, width, height - 0.25, INK, fill=False)
+            for layer in range(3):
+                at = y + 0.12 + layer * 0.29
+                if layer in whole:
+                    _box(axes, x + 0.1, at, width - 0.2, 0.22, BLUE, alpha=_GHOST, rounded=False)
+                _box(axes, x + 0.1, at, (width - 0.2) / shards, 0.22, BLUE, rounded=False)
+        _text(axes, right, y + 0.3, sent)
+        _text(axes, right, y + 0.8, volume, size=12, weight="bold")
+    bottom = top + len(strategies) * height + 0.05
+    for x, alpha, meaning in ((0.0, 1.0, "kept by rank 0 of 4"), (2.75, _GHOST, "gathered for the moment")):
+        _box(axes, x, bottom, 0.3, 0.22, BLUE, alpha=alpha, rounded=False)
+        _text(axes, x + 0.42, bottom + 0.11, meaning)
+    _text(axes, 6.2, bottom + 0.11, "In each box the parameters of layers 1, 2 and 3.    Ψ: all parameters")
+    _frame(axes, right + 2.55, bottom + 0.35)
+
+
 PICTURES: dict[str, Callable[[Any], None]] = {
     "parallelism": parallelism,
     "zero-stages": zero_stages,
     "course": course,
     "tensor-parallel": tensor_parallel,
+    "fsdp-strategies": fsdp_strategies,
 }
 """Pictures by the name of their file."""
 
