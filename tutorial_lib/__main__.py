@@ -102,9 +102,12 @@ def _train(options: argparse.Namespace) -> int:
 
     from tutorial_lib import launch
     from tutorial_lib.lab.progress import progress
+    from tutorial_lib.mpu import Topology
 
     leader = int(os.environ.get("RANK", "0")) == 0
     shown = progress(config.run.stop_after or config.run.steps) if leader and not options.json else None
+    if shown and config.parallel.tp > 1:
+        print(Topology(config.parallel.dp, config.parallel.tp, rank=0).drawing(), file=sys.stderr)
     with shown or nullcontext(), _stdout_for_json_alone(options.json):
         run = launch.run(config, on_rows=shown.on_rows if shown else None)
     if leader:
