@@ -60,10 +60,16 @@ def _loop(result: dict[str, Any]) -> Rows:
 
 def _engines(result: dict[str, Any]) -> Rows:
     shape = f"{result['ranks']} ranks, {result['global_batch']} x {result['seq_length']} tokens, {result['model']}"
+    ratios = {name: ratio for name, ratio in result.items() if isinstance(ratio, dict) and "median" in ratio}
+    alone = ratios["one process"]["median"]
     return [
-        (f"tokens/s, {name} against DDP ({shape})", _range(ratio), "", None)
-        for name, ratio in result.items()
-        if isinstance(ratio, dict) and "median" in ratio
+        (
+            f"tokens/s, {name} against DDP ({shape})",
+            f"{_range(ratio)}; against one process {ratio['median'] / alone:.3g}",
+            "",
+            None,
+        )
+        for name, ratio in ratios.items()
     ]
 
 
