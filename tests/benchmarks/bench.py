@@ -65,7 +65,8 @@ def _engines(result: dict[str, Any]) -> Rows:
     return [
         (
             f"tokens/s, {name} against DDP ({shape})",
-            f"{_range(ratio)}; against one process {ratio['median'] / alone:.3g}",
+            f"{_range(ratio)}; against one process {ratio['median'] / alone:.3g}; a step's collectives: "
+            + (", ".join(f"{count} {kind}" for kind, count in ratio["collectives"].items()) or "none"),
             "",
             None,
         )

@@ -25,6 +25,7 @@ from tutorial_lib.config import Config
 from tutorial_lib.dataloader import build_train_loader
 from tutorial_lib.launch import worker
 from tutorial_lib.measure.speed import time_ratio
+from tutorial_lib.measure.traffic import count_collectives
 from tutorial_lib.models import load_tokenizer
 from tutorial_lib.mpu import Topology
 from tutorial_lib.records import RunDirectory
@@ -65,7 +66,7 @@ def compare(config: Config) -> None:
 
 
 def _speed(config: Config, reference: Config) -> dict[str, Any]:
-    """Speed of a configuration over the reference's."""
+    """Speed of a configuration over the reference's, and the collectives of one of its steps by kind."""
     step, reference_step = _step(config), _step(reference)
     losses = {}
 
@@ -78,7 +79,10 @@ def _speed(config: Config, reference: Config) -> dict[str, Any]:
     ratio = time_ratio(other, one, pairs=PAIRS)
     if not math.isclose(losses["ours"], losses["reference"], rel_tol=1e-5):
         raise AssertionError(f"The engines compute different things: {losses}.")
-    return asdict(ratio)
+    with count_collectives() as collectives:
+        one()
+    counts = {kind: collectives.tensors().count(kind) for kind in collectives.tensors().kinds()}
+    return {**asdict(ratio), "collectives": counts}
 
 
 def _step(config: Config) -> Callable[[], float]:
