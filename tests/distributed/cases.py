@@ -295,7 +295,6 @@ CONTINUED_BADLY = {
 REFUSED = {
     "refused-cut-short": "zero3",
     "refused-flipped": "zero3",
-    "refused-other-settings": "zero3",
     "refused-flipped-metadata": "fsdp-full",
 }
 
@@ -310,8 +309,7 @@ def resumed_runs(directory: Path) -> list[Config]:
     """The second starts of the halved runs, and of copies of them that something has happened to."""
     runs = [interruptible(directory, kind, "halved", stop_after=None) for kind in INTERRUPTED if kind != "long"]
     for name, origin in (CONTINUED_BADLY | REFUSED).items():
-        changes = {"learning_rate": 0.5} if name == "refused-other-settings" else {}
-        runs.append(interruptible(directory, origin, "halved", name=name, stop_after=None, **changes))
+        runs.append(interruptible(directory, origin, "halved", name=name, stop_after=None))
         shutil.copytree(directory / "runs" / f"halved.{origin}", runs[-1].directory)
     # The start before did not stop at its checkpoint: it had written two more rows and half a third when it was killed.
     metrics = directory / "runs" / "halved.zero1" / "metrics.jsonl"

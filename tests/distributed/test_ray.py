@@ -87,7 +87,8 @@ def test_a_failing_ranks_own_traceback_is_what_the_user_sees(cluster, directory,
     assert "".join(capfd.readouterr()) == "", "the error is raised, and printed by nobody else"
 
 
-def test_more_workers_than_the_cluster_has_is_an_error_at_once(cluster, directory):
+def test_more_workers_than_the_cluster_has_is_an_error_at_once(cluster, directory, monkeypatch):
+    monkeypatch.setattr(launch, "available_memory_gb", lambda: 1000.0)
     began = time.monotonic()
     many = on_ray(directory).override(name="ray-many", dp=256, global_batch=256)
     with pytest.raises(

@@ -275,13 +275,24 @@ def test_tensor_parallelism_stays_in_a_node_and_divides_heads() -> None:
     assert {layout.tp for layout in layouts(work(dimensions=grouped), cluster())} == {1, 2}
 
 
+def test_fsdp_reduces_gradients_once_per_step_and_holds_them_whole_until_then() -> None:
+    once, twice = (
+        find(plan(work(global_batch=batch), cluster(8), "fsdp"), strategy="full_shard", tp=1, offload="none")
+        for batch in (8, 16)
+    )
+    assert (once.accumulation, twice.accumulation) == (1, 2)
+    assert twice.states - once.states == 4 * 7e9
+    assert twice.dp_traffic - once.dp_traffic == pytest.approx(7 / 8 * 2 * 2 * 7e9), "two more gathers, no reduction"
+
+
 def test_hybrid_shards_within_a_node_and_waits_less_for_the_network() -> None:
     candidates = plan(work(), cluster(32), "fsdp")
     assert {c.layout.strategy for c in candidates} == set(FSDP_STRATEGIES)
     hybrid, full = (find(candidates, strategy=name) for name in ("hybrid", "full_shard"))
     assert hybrid.states == 4 * full.states == 16 * 7e9 / 8
     # A shard's all-reduce over four nodes, beside what eight ranks of a node exchange.
-    inside, across = 7 / 8 * 3 * 7e9 * 2, 2 * 3 / 4 * 7e9 / 8 * 2
+    # Two gathers of 16-bit copies; gradients are reduced in fp32.
+    inside, across = 7 / 8 * 7e9 * (2 * 2 + 4), 2 * 3 / 4 * 7e9 / 8 * 4
     assert hybrid.dp_traffic == pytest.approx(inside + across)
     assert hybrid.dp_seconds == pytest.approx(max(inside / 300e9, across / 25e9))
     assert hybrid.dp_seconds < full.dp_seconds

@@ -98,7 +98,9 @@ def _candidate(workload: Workload, cluster: Cluster, layout: Layout) -> Candidat
     per_dp_bytes, dp_seconds = _dp_traffic(workload, cluster, layout, params, accumulation)
     tensor = traffic.tensor_parallel_volume(
         dims.layers, workload.micro_batch, workload.seq_length, dims.hidden, layout.tp, accumulation=accumulation,
-        recompute=workload.checkpointing, column_layers=dims.column_layers,
+        recompute=workload.checkpointing,
+        # This course's DTensor plan sums gradients once per attention and MLP; AutoTP once per projection.
+        column_layers=2 if layout.strategy else dims.column_layers,
     )  # fmt: skip
     tp_bytes = tensor.ring_elements(layout.tp) * element
     tokens = global_batch * workload.seq_length
@@ -118,9 +120,11 @@ def _states(workload: Workload, layout: Layout, params: int, accumulation: int, 
     ranks = _shards(layout, per_node)
     if layout.strategy:
         # FSDP2 shards fp32 weights, gradients and moments; computing casts what it gathers. Without resharding after
-        # forward the gathered weights stay, which counts as buffers.
+        # forward the gathered weights stay, which counts as buffers. Gradients are reduced once per step: until the
+        # last micro-batch they wait whole on the device.
         whole = memory.model_states(params, 3, ranks, memory.FP32).total
-        return (0, whole) if layout.offload == "all" else (whole, 0)
+        waiting = 4 * params if accumulation > 1 and ranks > 1 else 0
+        return (waiting, whole) if layout.offload == "all" else (whole + waiting, 0)
     precision = memory.MIXED
     if workload.precision == "fp32":
         precision = memory.DEEPSPEED_FP32 if layout.zero_stage else memory.FP32
@@ -159,27 +163,29 @@ def _dp_traffic(
 ) -> tuple[float, float]:
     """Bytes that a device sends in its data-parallel group per step, and the seconds that takes."""
     element = workload.bytes_per_element
+    # FSDP2 gathers 16-bit copies and reduces gradients in fp32.
+    reduced = 4 if layout.strategy else element
     members = max(1, min(cluster.gpus, cluster.gpus_per_node) // layout.tp)
 
     def cost(volume: traffic.StepVolume, ranks: int, members: int) -> tuple[float, float]:
-        sent = volume.ring_elements(ranks) * element
+        gathers = traffic.StepVolume(all_gather=volume.all_gather)
+        reductions = traffic.StepVolume(all_reduce=volume.all_reduce, reduce_scatter=volume.reduce_scatter)
+        sent = gathers.ring_elements(ranks) * element + reductions.ring_elements(ranks) * reduced
         return sent, sent / traffic.bus_bandwidth(members, ranks, cluster.within, cluster.between)
 
-    if layout.strategy == "shard_grad_op":
-        # Gathered once for each micro-batch, kept until its backward has used it.
-        volume = traffic.zero_volume(params, 3, accumulation=accumulation, parameters_stay=True)
+    if layout.strategy is None:
+        volume = traffic.zero_volume(
+            params, layout.zero_stage, accumulation=accumulation, gradient_reduction=workload.gradient_reduction,
+            # A layer waits for its backward while up to 2 Psi elements of others are used; DeepSpeed keeps it that
+            # long if its limit allows.
+            parameters_stay=2 * params <= workload.live_params,
+        )  # fmt: skip
         return cost(volume, layout.dp, members)
-    volume = traffic.zero_volume(
-        params, layout.zero_stage, accumulation=accumulation, gradient_reduction=workload.gradient_reduction,
-        # A layer waits for its backward while up to 2 Psi elements of others are used; DeepSpeed keeps it that long
-        # if its limit allows.
-        parameters_stay=layout.strategy is None and 2 * params <= workload.live_params,
-    )  # fmt: skip
     if layout.strategy != "hybrid":
-        return cost(volume, layout.dp, members)
-    inside = cost(volume, members, members)
+        return cost(traffic.fsdp_volume(params, layout.strategy, accumulation=accumulation), layout.dp, members)
+    inside = cost(traffic.fsdp_volume(params, "full_shard", accumulation=accumulation), members, members)
     shard = memory.partition_elements(params, members)
-    across = cost(traffic.StepVolume(all_reduce=accumulation * shard), layout.dp // members, 1)
+    across = cost(traffic.StepVolume(all_reduce=shard), layout.dp // members, 1)
     # One layer's gradients cross the network while the next layer is gathered inside: the links differ.
     return inside[0] + across[0], max(inside[1], across[1])
 
