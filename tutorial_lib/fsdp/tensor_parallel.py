@@ -40,9 +40,6 @@ from tutorial_lib.fsdp.sharding import layers_of, local
 from tutorial_lib.measure.layout import ParameterLayout
 from tutorial_lib.models import slice_alibi
 
-PLANS = ("megatron", "plain")
-
-
 def split(model: Any, mesh: DeviceMesh, plan: str = "megatron") -> None:
     """Split every layer of a model over the mesh, in place. On the meta device nothing is allocated or sent.
 
