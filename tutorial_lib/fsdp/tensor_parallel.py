@@ -40,6 +40,7 @@ from tutorial_lib.fsdp.sharding import layers_of, local
 from tutorial_lib.measure.layout import ParameterLayout
 from tutorial_lib.models import slice_alibi
 
+
 def split(model: Any, mesh: DeviceMesh, plan: str = "megatron") -> None:
     """Split every layer of a model over the mesh, in place. On the meta device nothing is allocated or sent.
 
