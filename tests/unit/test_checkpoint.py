@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tutorial_lib import checkpoint, launch
-from tutorial_lib.checkpoint import CheckpointError
+from tutorial_lib.checkpoint import CheckpointError, saving
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.records import RunDirectory
 from tutorial_lib.torch_engine import TorchEngine
@@ -216,11 +216,11 @@ def test_random_states_come_back(tmp_path):
         device = torch.device("cpu")
 
     draw()
-    states = checkpoint._random_states(Engine)
+    states = saving._random_states(Engine)
     torch.save(states, tmp_path / "states.pt")
     expected = draw()
     draw()
-    checkpoint._restore_random_states(torch.load(tmp_path / "states.pt", weights_only=True), Engine)
+    saving._restore_random_states(torch.load(tmp_path / "states.pt", weights_only=True), Engine)
     assert draw() == expected
 
 

@@ -1,0 +1,147 @@
+"""Save a run's state and restore it: every rank writes its own share, and the whole becomes visible at once."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tutorial_lib.checkpoint.continuing import check_same_run
+from tutorial_lib.checkpoint.files import (
+    FORMAT,
+    MANIFEST,
+    CheckpointError,
+    barrier,
+    digests,
+    directory_of,
+    read_trainer_state,
+    sync,
+    verify,
+)
+from tutorial_lib.config import Config
+from tutorial_lib.mpu import Topology
+from tutorial_lib.records import RunDirectory, write_atomically
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a resumed run needs besides the engine's own state.
+
+    Attributes:
+        step: optimizer steps done.
+        loader: this rank's data position, as the loader gives it.
+        scheduler: the learning-rate schedule's state.
+        record: what the trainer wants to find again (JSON).
+    """
+
+    step: int
+    loader: dict[str, Any]
+    scheduler: dict[str, Any]
+    record: dict[str, Any]
+
+
+def save(
+    run: RunDirectory, engine: Any, config: Config, topology: Topology, progress: Progress, tokenizer: Any
+) -> Path:
+    """Write a checkpoint. Collective; returns when it is complete and visible to all ranks.
+
+    Args:
+        run: the run's directory, on storage that every rank sees.
+        engine: anything with ``save(directory)`` and ``module``.
+        config: settings of the run, kept for the resume to compare.
+        topology: this rank's place in the grid.
+        progress: step, data position, schedule.
+        tokenizer: saved beside the model's configuration, for exports.
+
+    Raises:
+        CheckpointError: some rank's files are not visible here: the storage is not shared.
+    """
+    final = directory_of(run, progress.step)
+    partial = run.checkpoints / f".partial-{final.name}"
+    if topology.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    barrier()
+    engine.save(partial / "engine")
+    torch.save(
+        {"loader": progress.loader, "random": _random_states(engine)},
+        partial / f"rank-{topology.rank:03d}.pt",
+    )
+    if topology.rank == 0:
+        engine.module.config.save_pretrained(partial / "model")
+        tokenizer.save_pretrained(partial / "model")
+        trainer = {
+            "format": FORMAT,
+            "step": progress.step,
+            "scheduler": progress.scheduler,
+            "record": progress.record,
+            "config": config.flat(),
+            "world_size": topology.world_size,
+            "versions": {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")},
+        }
+        (partial / "trainer.json").write_text(json.dumps(trainer, indent=2), encoding="utf-8")
+    barrier()
+    files = digests(partial, topology)
+    if topology.rank == 0:
+        missing = [r for r in range(topology.world_size) if f"rank-{r:03d}.pt" not in files]
+        if missing:
+            raise CheckpointError(
+                f"The files of ranks {missing} are not visible in {partial}. The storage must be one that every node "
+                "sees, such as a network file system: choose another --storage."
+            )
+        write_atomically(partial / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))
+        sync(partial / MANIFEST)
+        sync(partial)
+        # A save of the same step by an earlier start of this run is replaced as a whole.
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        sync(run.checkpoints)
+    barrier()
+    return final
+
+
+def load(path: Path, engine: Any, config: Config, topology: Topology) -> Progress:
+    """Verify a checkpoint, then restore the engine and this rank's random-number states. Collective.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+        ConfigError: the checkpoint belongs to other settings.
+    """
+    verify(path, topology)
+    trainer = read_trainer_state(path)
+    check_same_run(trainer["config"], config)
+    own = torch.load(path / f"rank-{topology.rank:03d}.pt", weights_only=True)
+    engine.load(path / "engine")
+    _restore_random_states(own["random"], engine)
+    return Progress(trainer["step"], own["loader"], trainer["scheduler"], trainer["record"])
+
+
+def _random_states(engine: Any) -> dict[str, Any]:
+    kind, keys, *rest = np.random.get_state()
+    version, words, gauss = random.getstate()
+    states: dict[str, Any] = {
+        "python": [version, list(words), gauss],
+        "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+    }
+    if engine.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(engine.device)
+    return states
+
+
+def _restore_random_states(states: dict[str, Any], engine: Any) -> None:
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], engine.device)
