@@ -1,0 +1,55 @@
+"""How often to save: the closed forms against each other, against a simulation, and against a search."""
+
+import math
+
+import pytest
+
+from tutorial_lib.theory import failures
+
+CASES = [(30.0, 6 * 3600.0, 300.0), (120.0, 3600.0, 600.0), (5.0, 86_400.0, 60.0)]
+"""Seconds of a save, between failures, of a restart."""
+
+
+@pytest.mark.parametrize("save, mean_time, restart", CASES)
+@pytest.mark.parametrize("factor", [0.25, 1.0, 4.0])
+def test_the_formula_is_what_playing_it_gives(save, mean_time, restart, factor):
+    interval = factor * failures.young_interval(save, mean_time)
+    exact = failures.lost_share(interval, save, mean_time, restart)
+    # Some thousand failures: their mean is within a few per cent.
+    played = failures.simulate_lost_share(interval, save, mean_time, restart, num_saves=60_000)
+    assert played == pytest.approx(exact, rel=0.06)
+    assert played != exact
+
+
+@pytest.mark.parametrize("save, mean_time, restart", CASES)
+def test_dalys_interval_is_the_minimum(save, mean_time, restart):
+    daly = failures.daly_interval(save, mean_time)
+    grid = [daly * 1.001**k for k in range(-1500, 1500)]
+    best = min(grid, key=lambda interval: failures.lost_share(interval, save, mean_time, restart))
+    assert daly == pytest.approx(best, rel=0.005)
+    least = failures.lost_share(best, save, mean_time, restart)
+    assert failures.lost_share(daly, save, mean_time, restart) == pytest.approx(least, rel=1e-4)
+    # Young's is a first approximation of it, and as good in its result.
+    young = failures.young_interval(save, mean_time)
+    assert young == pytest.approx(daly, rel=math.sqrt(save / mean_time))
+    assert failures.lost_share(young, save, mean_time, restart) == pytest.approx(least, rel=0.01)
+
+
+def test_where_saving_takes_longer_than_failures_let_it():
+    assert failures.daly_interval(10.0, 4.0) == 4.0
+    assert failures.lost_share(1e6, 1.0, 1.0) == 1.0
+
+
+def test_a_job_fails_when_any_device_does():
+    assert failures.job_mean_time(50_000.0, 1000) == 50.0
+
+
+@pytest.mark.parametrize("call", [
+    lambda: failures.young_interval(0.0, 1.0),
+    lambda: failures.daly_interval(1.0, -1.0),
+    lambda: failures.lost_share(0.0, 1.0, 1.0),
+    lambda: failures.job_mean_time(1.0, 0),
+])  # fmt: skip
+def test_what_is_no_time_is_refused(call):
+    with pytest.raises(ValueError, match="positive"):
+        call()
