@@ -281,6 +281,14 @@ def every_figure() -> dict[str, figures.Figure]:
         "lines": figures.lines({"a": ([0, 0.5], [1, 2])}, title="t", alt="A line.", x_label="s", y_label="B"),
         "bars": figures.bars({"a": 1, "b": 2.5}, title="b is more", alt="Bars.", unit="s", reference=("r", 2)),
         "memory": figures.grouped_memory(states, title="Stages divide", alt="Stacked bars."),
+        "stacked": figures.stacked_bars(
+            {"a, rank 0": {"weights": 1, "rest": 2.5}, "b, rank 0": {"weights": 2}},
+            title="b has no rest",
+            alt="Stacked bars.",
+            unit="B",
+            groups=["a", "b"],
+        ),
+        "shards": figures.shards({"by rows": [[0, 0], [1, 1]]}, title="A rank, a row", alt="Two halves."),
     }
 
 

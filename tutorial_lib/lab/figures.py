@@ -208,6 +208,75 @@ def _legend(axes: Any, colors: Mapping[str, str], names: Sequence[str]) -> None:
     )
 
 
+def stacked_bars(
+    values: Mapping[str, Mapping[str, float]], *, title: str, alt: str, unit: str, groups: Sequence[str] = ()
+) -> Figure:
+    """A horizontal bar per label, stacked of parts, with its total.
+
+    Args:
+        values: numbers by the bar's label, drawn from top to bottom, and by part.
+        title: the finding.
+        alt: the figure in words.
+        unit: what the numbers are, for the axis.
+        groups: beginnings of labels: between bars of two of them is a gap.
+    """
+    parts = list(dict.fromkeys(part for bar in values.values() for part in bar))
+    gaps = [next((i for i, group in enumerate(groups) if label.startswith(group)), 0) for label in values]
+    places = [index + 0.6 * gap for index, gap in enumerate(gaps)]
+    with _axes(title, alt, size=(7.0, 1.6 + 0.3 * (places[-1] + 1)), grid="x") as (axes, drawn):
+        totals = [0.0] * len(values)
+        for index, part in enumerate(parts):
+            widths = [bar.get(part, 0.0) for bar in values.values()]
+            axes.barh(places, widths, left=totals, height=0.72, color=PALETTE[index % len(PALETTE)], label=part,
+                      hatch=_HATCHES[index % 3], edgecolor=_HATCH_INK, linewidth=0)  # fmt: skip
+            totals = [total + width for total, width in zip(totals, widths, strict=True)]
+        for place, total in zip(places, totals, strict=True):
+            axes.annotate(_number(total), (total, place), xytext=(4, 0), textcoords="offset points", va="center",
+                          fontsize=8)  # fmt: skip
+        axes.set_yticks(places, list(values))
+        axes.tick_params(axis="y", length=0)
+        axes.invert_yaxis()
+        axes.set_xlabel(unit)
+        axes.margins(x=0.1)
+        axes.figure.legend(frameon=False, ncols=len(parts), loc="outside lower center")
+    return drawn[0]
+
+
+def shards(panels: Mapping[str, Sequence[Sequence[int]]], *, title: str, alt: str) -> Figure:
+    """Which rank's file holds which part of a matrix: a panel per checkpoint, a colour and a number per rank.
+
+    Args:
+        panels: by heading, a grid that lies over the matrix, of the rank that holds each field.
+        title: the finding.
+        alt: the figure in words.
+    """
+    with _axes(title, alt, size=(7.0, 3.2)) as (axes, drawn):
+        axes.set_axis_off()
+        for index, (heading, grid) in enumerate(panels.items()):
+            each = 1 / len(panels)
+            panel = axes.inset_axes((index * each + 0.01, 0.0, each - 0.02, 0.84))
+            panel.set_title(heading, fontsize=8.5, pad=4)
+            panel.set(xlim=(0, len(grid[0])), ylim=(len(grid), 0), xticks=[], yticks=[])
+            panel.spines[:].set_visible(True)
+            for rank, fields in _fields(grid).items():
+                rows, columns = zip(*fields, strict=True)
+                for row, column in fields:
+                    panel.barh(row + 0.5, 1, left=column, height=1.03, color=PALETTE[rank % len(PALETTE)])
+                middle = sum(columns) / len(fields) + 0.5, sum(rows) / len(fields) + 0.5
+                panel.text(*middle, f"rank {rank}", color="#ffffff", ha="center", va="center", fontsize=9,
+                           fontweight="bold")  # fmt: skip
+    return drawn[0]
+
+
+def _fields(grid: Sequence[Sequence[int]]) -> dict[int, list[tuple[int, int]]]:
+    """The fields of a grid, (row, column), by what they hold."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for row, held in enumerate(grid):
+        for column, rank in enumerate(held):
+            found.setdefault(rank, []).append((row, column))
+    return found
+
+
 @contextmanager
 def _axes(title: str, alt: str, *, size: tuple[float, float], grid: str = "both") -> Iterator[tuple[Any, list[Figure]]]:
     """Axes in the course's style; when the block ends, the drawn figure is in the list."""

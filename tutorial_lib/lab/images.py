@@ -224,12 +224,46 @@ def fsdp_strategies(axes: Any) -> None:
     _frame(axes, right + 2.55, bottom + 0.35)
 
 
+def checkpoint(axes: Any) -> None:
+    """How a save becomes visible, and what a kill leaves behind in each of its phases."""
+    partial, whole = ".partial-step-8/", (1.0,) * NUM_RANKS
+    phases = [
+        ("1  write", "Every rank writes its\nown shard, in parallel.", BLUE, partial, (0.55, 0.8, 0.35, 0.65)),
+        ("2  sync and hash", "Each file reaches the disk;\nits SHA-256 is taken.", BLUE, partial, whole),
+        ("3  manifest", "Rank 0 lists all files,\nwith size and hash.", ORANGE, partial, whole),
+        ("4  rename", "One operation of the\nfile system.", GREEN, "step-8/", whole),
+    ]  # fmt: skip
+    width, gap, height = 2.85, 0.55, 2.6
+    for index, (title, what, color, name, written) in enumerate(phases):
+        x = index * (width + gap)
+        _box(axes, x, 0, width, 0.5, color, title, size=13)
+        _text(axes, x, 0.92, what)
+        _box(axes, x, 1.4, width, height, INK if index < 3 else GREEN, fill=False)
+        _text(axes, x + 0.15, 1.65, name, family="DejaVu Sans Mono", weight="bold" if index == 3 else "normal")
+        for rank, share in enumerate(written):
+            y = 1.95 + rank * 0.38
+            _box(axes, x + 0.15, y, width - 0.3, 0.28, BLUE, alpha=_GHOST, rounded=False)
+            label = f"rank {rank}" if share == 1.0 else ""
+            _box(axes, x + 0.15, y, (width - 0.3) * share, 0.28, BLUE, label, size=9, rounded=False)
+        if index >= 2:
+            _box(axes, x + 0.15, 1.95 + 4 * 0.38, width - 0.3, 0.34, ORANGE, "manifest.json", size=9, rounded=False)
+        if index < len(phases) - 1:
+            _arrow(axes, x + width + 0.06, 1.4 + height / 2, x + width + gap - 0.06, 1.4 + height / 2)
+    bottom, total = 1.4 + height + 0.2, 4 * width + 3 * gap
+    unseen = 3 * width + 2 * gap
+    _box(axes, 0, bottom, unseen, 0.5, INK, "killed in here: the run goes on from step-4, which nobody has touched",
+         size=11)  # fmt: skip
+    _box(axes, 3 * (width + gap), bottom, width, 0.5, GREEN, "from here on: step-8", size=11)
+    _frame(axes, total + 0.1, bottom + 0.6)
+
+
 PICTURES: dict[str, Callable[[Any], None]] = {
     "parallelism": parallelism,
     "zero-stages": zero_stages,
     "course": course,
     "tensor-parallel": tensor_parallel,
     "fsdp-strategies": fsdp_strategies,
+    "checkpoint": checkpoint,
 }
 """Pictures by the name of their file."""
 
