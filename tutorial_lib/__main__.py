@@ -11,10 +11,10 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tutorial_lib import plan
 from tutorial_lib.config import PROFILES, Config, ConfigError, settings
@@ -35,10 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
 
 
+class _Parser(argparse.ArgumentParser):
+    """What is wrong in one line, instead of the names of all arguments."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_CONFIGURATION, f"error: {message}. See {self.prog} --help.\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tutorial_lib", description="Train on many devices, and measure it."
-    )
+    parser = _Parser(prog="python -m tutorial_lib", description="Train on many devices, and measure it.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     doctor = commands.add_parser("doctor", help="what this machine can run, and why a profile will or will not work")
@@ -86,7 +91,22 @@ def _add_setting(parser: argparse.ArgumentParser, setting: Any) -> None:
         kind = next((t for t in (int, float) if setting.type in (t, t | None)), str)
         if setting.choices:
             shared["help"] = f"{shown} [{', '.join(setting.choices)}]"
-        parser.add_argument(flag, type=kind, metavar=setting.flag.split("_")[-1].upper(), **shared)
+        parser.add_argument(
+            flag, type=_reading(kind, setting.help), metavar=setting.flag.split("_")[-1].upper(), **shared
+        )
+
+
+def _reading(kind: type, meaning: str) -> Callable[[str], Any]:
+    """A number, or an error that says what the argument means, where the values are named."""
+
+    def read(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            wanted = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted} ({meaning})") from None
+
+    return read
 
 
 def _doctor(options: argparse.Namespace) -> int:

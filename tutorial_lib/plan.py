@@ -16,7 +16,7 @@ from typing import Any
 from tutorial_lib.config import ConfigError
 from tutorial_lib.theory.dimensions import Dimensions, derive
 from tutorial_lib.theory.layouts import ENGINES, PRECISIONS, Cluster, Workload
-from tutorial_lib.theory.plan import Candidate, plan
+from tutorial_lib.theory.plan import Candidate, backward_all_reduces, plan
 from tutorial_lib.theory.remedies import remedies
 
 FITS, NOTHING_FITS = 0, 2
@@ -102,7 +102,7 @@ def main(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(_document(workload, cluster, options.engine, source, candidates, advice), indent=2))
     else:
-        print(_text(workload, cluster, source, candidates, advice))
+        print(_text(workload, cluster, options.engine, source, candidates, advice))
     return FITS if candidates[0].fits else NOTHING_FITS
 
 
@@ -182,12 +182,16 @@ def _document(
     return {
         "units": "bytes per GPU (host: per node), bytes sent per GPU and step, seconds per step",
         "engine": engine, "dimensions_from": source, "workload": dataclasses.asdict(workload),
-        "replicated_params": workload.dimensions.replicated_params, "cluster": dataclasses.asdict(cluster),
+        "replicated_params": workload.dimensions.replicated_params,
+        "backward_all_reduces": backward_all_reduces(workload.dimensions, engine),
+        "cluster": dataclasses.asdict(cluster),
         "best": rows[0] if candidates[0].fits else None, "candidates": rows, "advice": advice, "left_out": _LEFT_OUT,
     }  # fmt: skip
 
 
-def _text(workload: Workload, cluster: Cluster, source: str, candidates: list[Candidate], advice: list[str]) -> str:
+def _text(
+    workload: Workload, cluster: Cluster, engine: str, source: str, candidates: list[Candidate], advice: list[str]
+) -> str:
     dims, best = workload.dimensions, candidates[0]
     batch = workload.global_batch or workload.micro_batch * cluster.gpus
     lines = [
@@ -202,6 +206,7 @@ def _text(workload: Workload, cluster: Cluster, source: str, candidates: list[Ca
         f"free, host Adam {cluster.host_adam / 1e9:g}e9/s",
         f"  {batch} sequences of {workload.seq_length} per step, micro-batch {workload.micro_batch}"
         + (", activations recomputed" if workload.checkpointing else ""),
+        *_communication(workload, engine),
         "",
         f"{'GB per GPU':>50}{'GB sent/step':>14}",
         " dp tp sharding      off  states activ  bufs  total    dp    tp  s/step  why not",
@@ -223,6 +228,21 @@ def _text(workload: Workload, cluster: Cluster, source: str, candidates: list[Ca
         lines.append(f"Nothing fits. {'What would:' if advice else hopeless}")
         lines += [f"  {sentence}" for sentence in advice]
     return "\n".join([*lines, "", *textwrap.wrap(_LEFT_OUT, 100)])
+
+
+def _communication(workload: Workload, engine: str) -> list[str]:
+    """What is assumed of tensor parallelism's all-reduces, and of how gradients are reduced."""
+    backward = backward_all_reduces(workload.dimensions, engine)
+    forward = "2 forward, 2 recomputed" if workload.checkpointing else "2 forward"
+    tp = f"  all-reduces per layer: {forward}, {backward} backward"
+    if engine == "fsdp":
+        return [f"{tp} (Megatron's plan)", "  gradients: reduced in fp32, once per step"]
+    reduction = workload.gradient_reduction
+    default = "DeepSpeed's default" + (": --gradient-reduction all_reduce" if reduction != "all_reduce" else "")
+    return [
+        f"{tp} (AutoTP: {backward} column-parallel layers)",
+        f"  gradients of stages 1 and 2: {reduction} ({default})",
+    ]
 
 
 def _row(candidate: Candidate, best: Candidate) -> str:

@@ -69,13 +69,17 @@ def test_equality_within_a_tolerance(expected: Any, measured: Any, tolerance: fl
     assert claims.to_list()[0]["holds"] is holds
 
 
-def test_relative_tolerance() -> None:
+def test_relative_tolerance(capsys: pytest.CaptureFixture[str]) -> None:
     claims = Claims()
     claims.equal("inside", 200.0, 201.9, relative=0.01)
     claims.equal("outside", 200.0, 202.1, relative=0.01)
     inside, outside = claims.to_list()
     assert (inside["holds"], outside["holds"]) == (True, False)
     assert inside["tolerance"] == 2.0 and inside["difference"] == pytest.approx(1.9)
+    assert (inside["relative"], outside["relative"]) == (0.01, 0.01)
+    with pytest.raises(AssertionError, match=r"off by 2\.1 with tolerance 0\.01 of expected"):
+        claims.show()
+    assert capsys.readouterr().out.count("0.01 of expected") == 2
     with pytest.raises(ValueError, match="not both"):
         claims.equal("both", 1.0, 1.0, tolerance=0.1, relative=0.1)
 
@@ -192,7 +196,7 @@ def test_claims_travel_in_the_executed_notebook(executed: Path) -> None:
     first, second = claims_in(executed)
     assert first == {
         "claim": "forty rows", "relation": "equal", "expected": 40, "measured": 40, "tolerance": 0.0,
-        "difference": 0.0, "holds": True,
+        "difference": 0.0, "holds": True, "relative": None,
     }  # fmt: skip
     assert (second["relation"], second["expected"], second["measured"]) == ("at most", 6, 5.6)
     [output] = outputs_of(executed, 4)
@@ -279,6 +283,14 @@ def every_figure() -> dict[str, figures.Figure]:
     return {
         "curves": figures.loss_curves({"a": rows, "b": rows}, title="Both agree", alt="Two lines.", marks={"stop": 9}),
         "lines": figures.lines({"a": ([0, 0.5], [1, 2])}, title="t", alt="A line.", x_label="s", y_label="B"),
+        "points": figures.lines(
+            {"a": ([0, 1], [1, 2])},
+            points={"seen": ([0, 1], [1, 2])},
+            title="t",
+            alt="A line.",
+            x_label="s",
+            y_label="B",
+        ),
         "bars": figures.bars({"a": 1, "b": 2.5}, title="b is more", alt="Bars.", unit="s", reference=("r", 2)),
         "memory": figures.grouped_memory(states, title="Stages divide", alt="Stacked bars."),
         "stacked": figures.stacked_bars(
@@ -304,7 +316,7 @@ def lowest_contrast(colors: np.ndarray) -> float:
     return float(min((1.05 / (luminance + 0.05)).min(), ((luminance + 0.05) / 0.0556).min()))
 
 
-@pytest.mark.parametrize("name", ["curves", "lines", "bars"])
+@pytest.mark.parametrize("name", ["curves", "lines", "points", "bars"])
 def test_figures_are_readable_on_light_and_dark_pages(name: str) -> None:
     """Transparent background, and every opaque pixel far enough from white and from black."""
     figure = every_figure()[name]

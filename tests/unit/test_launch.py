@@ -113,12 +113,25 @@ def test_more_processes_than_memory_has_room_for(storage, monkeypatch, launcher)
     launch.preflight(many.override(dp=4))
 
 
-@pytest.mark.parametrize("given", [["--steps", "many"], ["--no-such-flag"], ["--json"]])
-def test_arguments_that_cannot_be_read_exit_with_2(capsys, given):
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["train", "--steps", "many"], "argument --steps: 'many' is not a whole number ("),
+        (
+            ["train", "--zero-stage", "two"],
+            "argument --zero-stage: 'two' is not a whole number (0: nothing partitioned; 1: ",
+        ),
+        (["train", "--learning-rate", "low"], "argument --learning-rate: 'low' is not a number ("),
+        (["train", "--no-such-flag"], "unrecognized arguments: --no-such-flag. See python -m tutorial_lib --help."),
+        (["--json"], "the following arguments are required: COMMAND. See python -m tutorial_lib --help."),
+    ],
+)
+def test_arguments_that_cannot_be_read_exit_with_2_and_one_line(capsys, given, message):
     with pytest.raises(SystemExit) as exit:
-        main([*(["train"] if given != ["--json"] else []), *given])
+        main(given)
     assert exit.value.code == 2
-    assert "usage: python -m tutorial_lib" in capsys.readouterr().err
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}") and line.endswith("--help.")
 
 
 def test_a_run_from_the_shell(storage, capsys, monkeypatch):

@@ -339,13 +339,33 @@ USUAL = ["plan", "--model-size", "7e9", "--gpus", "8", "--gpu-memory", "80"]
 
 
 def test_the_table_fits_100_columns_and_names_the_winner(capsys: pytest.CaptureFixture[str]) -> None:
-    for more in ([], ["--engine", "fsdp"], ["--gpus", "512"], ["--model-size", "1e12"], ["--global-batch", "100001"]):
+    for more in ([], ["--engine", "fsdp"], ["--gpus", "512"], ["--model-size", "1e12"], ["--global-batch", "100001"],
+                 ["--activation-checkpointing"], ["--gradient-reduction", "all_reduce"]):  # fmt: skip
         main([*USUAL, *more])
         assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
     assert main(USUAL) == 0
     shown = capsys.readouterr().out
     assert "Best: dp=8 tp=1 ZeRO-1, offload none: the fastest of 28 that fit, of 29." in shown
     assert "does not fit by 51.1 GB" in shown and "dimensions: assumed" in shown
+
+
+@pytest.mark.parametrize(
+    ("more", "assumed"),
+    [
+        ([], "2 forward, 5 backward (AutoTP: 5 column-parallel layers)"),
+        (["--engine", "fsdp"], "2 forward, 2 backward (Megatron's plan)"),
+        (["--activation-checkpointing"], "2 forward, 2 recomputed, 5 backward (AutoTP: 5 column-parallel layers)"),
+        ([], "gradients of stages 1 and 2: reduce_scatter (DeepSpeed's default: --gradient-reduction all_reduce)"),
+        (["--gradient-reduction", "all_reduce"], "gradients of stages 1 and 2: all_reduce (DeepSpeed's default)"),
+        (["--engine", "fsdp"], "gradients: reduced in fp32, once per step"),
+    ],
+)
+def test_what_is_assumed_of_communication_is_said(
+    more: list[str], assumed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["plan", "--model", "embedded/qwen2", "--gpus", "8", "--gpu-memory", "1", *more])
+    shown = capsys.readouterr().out
+    assert assumed in shown and max(map(len, shown.splitlines())) <= 100
 
 
 def test_json_holds_the_whole_plan(capsys: pytest.CaptureFixture[str]) -> None:

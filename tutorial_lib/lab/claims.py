@@ -31,7 +31,10 @@ _SIGNS = {"equal": "=", "at least": "≥", "at most": "≤", "holds": ""}
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """One line of the table. ``difference`` is what was compared with ``tolerance``, where that makes sense."""
+    """One line of the table. ``difference`` is what was compared with ``tolerance``, where that makes sense.
+
+    ``relative`` is the tolerance as it was stated, if it was stated as a share of the expected value's size.
+    """
 
     claim: str
     relation: str
@@ -40,6 +43,7 @@ class Claim:
     tolerance: float | None
     difference: float | None
     holds: bool
+    relative: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; a number that is not finite becomes text, which strict JSON has no number for."""
@@ -71,7 +75,7 @@ class Claims:
         difference = _largest_difference(expected, measured)
         holds = difference is not None and difference <= tolerance
         shown = difference if _numbers(expected) else None
-        self._add(text, "equal", expected, measured, tolerance, shown, holds)
+        self._add(text, "equal", expected, measured, tolerance, shown, holds, relative)
 
     def at_least(self, text: str, bound: float, measured: float) -> None:
         """Claim that a number is not below a bound."""
@@ -109,7 +113,7 @@ class Claims:
         if failed:
             lines = [
                 f"  {c.claim}: expected {_SIGNS[c.relation]} {_short(c.expected)}, measured {_short(c.measured)}"
-                + (f", off by {c.difference:.3g} with tolerance {c.tolerance:g}" if c.difference is not None else "")
+                + (f", off by {c.difference:.3g} with tolerance {_tolerance(c)}" if c.difference is not None else "")
                 for c in failed
             ]
             raise AssertionError(f"{len(failed)} of {len(self._claims)} claims do not hold:\n" + "\n".join(lines))
@@ -130,7 +134,7 @@ class Claims:
                     "claim": c.claim,
                     "expected": f"{_SIGNS[c.relation]} {_short(c.expected)}".strip(),
                     "measured": _short(c.measured),
-                    "tolerance": "" if c.tolerance is None else "exact" if c.tolerance == 0 else f"{c.tolerance:.3g}",
+                    "tolerance": _tolerance(c),
                     "": "✓" if c.holds else "✗ does not hold",
                 }
                 for c in self._claims
@@ -161,6 +165,12 @@ def _largest_difference(expected: Any, measured: Any) -> float | None:
         difference = 0.0 if expected == measured else abs(float(expected) - float(measured))
         return None if math.isnan(difference) else difference
     return 0.0 if expected == measured else None
+
+
+def _tolerance(claim: Claim) -> str:
+    if claim.relative:
+        return f"{claim.relative:.3g} of expected"
+    return "" if claim.tolerance is None else "exact" if claim.tolerance == 0 else f"{claim.tolerance:.3g}"
 
 
 def _numbers(value: Any) -> list[float]:

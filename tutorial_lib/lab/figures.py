@@ -85,8 +85,12 @@ def lines(
     x_label: str,
     y_label: str,
     marks: Mapping[str, float] | None = None,
+    points: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
 ) -> Figure:
-    """A line per series of ``(x values, y values)``. Arguments as in :func:`loss_curves`."""
+    """A line per series of ``(x values, y values)``. Arguments as in :func:`loss_curves`.
+
+    ``points`` are series that are drawn as circles, such as measurements on the lines of formulas.
+    """
     with _axes(title, alt, size=(7.0, 3.6)) as (axes, drawn):
         dashes = ("-", (0, (5, 2)), (0, (2, 2)), (0, (6, 2, 1, 2)), (0, (1, 1)))
         for index, (label, (xs, values)) in enumerate(series.items()):
@@ -99,6 +103,8 @@ def lines(
                 linestyle=dashes[index % len(dashes)],
                 marker="o" if len(xs) == 1 else None,
             )
+        for label, (xs, values) in (points or {}).items():
+            axes.plot(xs, values, "o", label=label, color=INK, markersize=9, fillstyle="none", markeredgewidth=1.8)
         for text, at in (marks or {}).items():
             axes.axvline(at, color=INK, linewidth=1, linestyle=":")
             axes.annotate(
@@ -107,7 +113,9 @@ def lines(
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         _whole_numbers(axes.xaxis, [x for xs, _ in series.values() for x in xs])
-        if len(series) > 1:
+        if points:  # they may be anywhere, so there may be no room among the lines
+            axes.figure.legend(frameon=False, ncols=len(series) + len(points), loc="outside lower center")
+        elif len(series) > 1:
             axes.legend(frameon=False)
     return drawn[0]
 

@@ -31,7 +31,7 @@ def parallelism(axes: Any) -> None:
          "parameters twice,\ngradients once", "3 Ψ"),
         ("Tensor parallel", "Megatron, AutoTP",
          "Each device computes with\nits share of every layer;\nall read the same data.",
-         "activations,\n4 times per layer", "8 b s h  per layer"),
+         "activations, 4 times\nper layer (Megatron)", "8 b s h  per layer"),
     ]  # fmt: skip
     height, left, width, gap = 2.2, 3.3, 1.5, 0.15
     right = left + NUM_RANKS * (width + gap) + 0.15

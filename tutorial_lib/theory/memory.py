@@ -11,7 +11,8 @@ Sources:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 STAGES = (0, 1, 2, 3)
@@ -148,6 +149,26 @@ def partition_elements(num_elements: int, num_ranks: int, alignment: int = 1) ->
 def partitioned_elements(sizes: Iterable[int], num_ranks: int) -> int:
     """Elements per rank if every tensor is partitioned, and padded, by itself, as stage 3 does."""
     return sum(partition_elements(size, num_ranks) for size in sizes)
+
+
+def reduced_gradients(sizes: Sequence[int], num_ranks: int, rank: int = 0, alignment: int = 2) -> int:
+    """Elements of gradients that a rank holds under DeepSpeed's stages 1 and 2 once they are reduced.
+
+    A rank's share is a stretch of all trained parameters laid end to end. A tensor that lies across the stretch's
+    border is held whole on both sides of it.
+
+    Args:
+        sizes: elements of each trained parameter on this rank, in the model's order.
+        num_ranks: N, the data-parallel size.
+        rank: the data-parallel rank.
+        alignment: as in :func:`partition_elements`.
+    """
+    share = partition_elements(sum(sizes), num_ranks, alignment)
+    ends = list(itertools.accumulate(sizes))
+    first, last = rank * share, (rank + 1) * share
+    padding = max(0, last - max(first, sum(sizes)))
+    touched = [size for size, end in zip(sizes, ends, strict=True) if end > first and end - size < last]
+    return sum(touched) + padding
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from tutorial_lib.theory import flops, memory, traffic
+from tutorial_lib.theory.dimensions import Dimensions
 from tutorial_lib.theory.layouts import Cluster, Layout, Workload, check, layouts
 
 
@@ -76,6 +77,14 @@ def plan(workload: Workload, cluster: Cluster, engine: str = "deepspeed") -> lis
     return [dataclasses.replace(c, slower=_why_slower(c, fitting[0])) for c in fitting] + others
 
 
+def backward_all_reduces(dimensions: Dimensions, engine: str) -> int:
+    """All-reduces per layer in backward under tensor parallelism: AutoTP sums once per column-parallel projection.
+
+    This course's DTensor plan, which goes with FSDP2, sums once per attention and MLP, as Megatron does.
+    """
+    return 2 if engine == "fsdp" else dimensions.column_layers
+
+
 def _order(candidate: Candidate) -> tuple[float, int, int]:
     # Rounding: sums of the same terms must not be told apart by their last bits.
     return float(f"{candidate.seconds:.6g}"), candidate.layout.tp, candidate.layout.zero_stage
@@ -99,8 +108,7 @@ def _candidate(workload: Workload, cluster: Cluster, layout: Layout) -> Candidat
     tensor = traffic.tensor_parallel_volume(
         dims.layers, workload.micro_batch, workload.seq_length, dims.hidden, layout.tp, accumulation=accumulation,
         recompute=workload.checkpointing,
-        # This course's DTensor plan sums gradients once per attention and MLP; AutoTP once per projection.
-        column_layers=2 if layout.strategy else dims.column_layers,
+        column_layers=backward_all_reduces(dims, "fsdp" if layout.strategy else "deepspeed"),
     )  # fmt: skip
     tp_bytes = tensor.ring_elements(layout.tp) * element
     tokens = global_batch * workload.seq_length
