@@ -26,13 +26,15 @@ from tutorial_lib.checkpoint.files import (
     verify,
 )
 from tutorial_lib.checkpoint.saving import Progress, load, save
-from tutorial_lib.checkpoint.whole import LAYOUT
+from tutorial_lib.checkpoint.whole import LAYOUT, MOMENTS, Whole, open_whole
 
 __all__ = [
     "LAYOUT",
     "MANIFEST",
+    "MOMENTS",
     "CheckpointError",
     "Progress",
+    "Whole",
     "agreed",
     "check_continues",
     "check_same_run",
@@ -41,6 +43,7 @@ __all__ = [
     "export",
     "latest",
     "load",
+    "open_whole",
     "read_trainer_state",
     "save",
     "verify",
