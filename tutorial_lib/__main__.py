@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -146,12 +147,19 @@ def _summary(run: Any) -> str:
         "status": f"{result['status']} at step {result['step']} of {result['num_steps']}"
         + (f", resumed from {result['resumed_from']}" if result["resumed_from"] is not None else "")
         + ("; give the same command again to go on" if result["status"] == "stopped" else ""),
+        **{f"left out{' ' * n}": f"{o['checkpoint']}: {o['why']}" for n, o in enumerate(result["left_out"])},
+        **{f"restart {n}": _restart(r) for n, r in enumerate(result["restarts"], 1)},
         **{name.replace("_", " "): value for name, value in loss.items()},
         "tokens per second": f"{result['tokens_per_second']:.0f}" if result["tokens_per_second"] else "too few steps",
         "peak memory": ", ".join(f"{rank['peak_memory_bytes'] / 2**20:.0f} MiB" for rank in result["ranks"]),
         "checkpoint": result["checkpoint"],
     }
     return "\n".join(f"{name:18} {value}" for name, value in rows.items())
+
+
+def _restart(restart: dict[str, Any]) -> str:
+    failed, when = restart["failed"], datetime.fromtimestamp(restart["time"], UTC).strftime("%H:%M:%S UTC")
+    return f"from step {restart['from_step']} at {when}, as rank {failed['rank']} failed: {failed['message'][:200]}"
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -161,9 +169,11 @@ def _export(options: argparse.Namespace) -> int:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # shards are merged there; unasked, DeepSpeed warns of a missing GPU
     source = options.source
     if not (source / checkpoint.MANIFEST).is_file():
-        found = checkpoint.latest(RunDirectory(source))
+        found, left_out = checkpoint.newest_whole(RunDirectory(source))
         if found is None:
             raise ConfigError(f"{source} is neither a checkpoint nor the directory of a run that has one.")
+        for each in left_out:
+            print(f"left out {each.checkpoint}: {each.why}", file=sys.stderr)
         source = found
     with _stdout_for_json_alone(options.json):
         target = checkpoint.export(source, options.target)

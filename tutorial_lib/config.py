@@ -165,6 +165,13 @@ class RunConfig:
     global_batch: int = _setting(8, "sequences per optimizer step, over all ranks and micro-batches")
     micro_batch: int | None = _setting(None, "sequences per forward pass and rank; default: global_batch / dp")
     checkpoint_every: int = _setting(0, "save every this many optimizer steps; 0: only at the end")
+    keep_last: int | None = _setting(
+        None, "keep the newest this many whole checkpoints and delete older ones; default: keep all"
+    )
+    keep_best: bool = _setting(
+        False, "evaluate at every checkpoint, and never delete the one with the lowest evaluation loss"
+    )
+    max_failures: int = _setting(0, "launcher='ray': start the workers again after up to this many failures")
     resume: str = _setting(
         "auto",
         "auto: continue the run of this name if it has a checkpoint; never: refuse to touch an existing run",
@@ -258,6 +265,7 @@ class Config:
 
 FREE_ON_RESUME = frozenset(
     {"name", "storage", "launcher", "stop_after", "checkpoint_every", "resume", "evaluate", "measure"}
+    | {"keep_last", "keep_best", "max_failures"}
     | {"pin_memory", "bucket_size", "wrap", "activation_checkpointing", "trust_remote_code"}
 )
 """Flat names that a resumed run may change without changing which update comes next."""
@@ -379,6 +387,14 @@ def _validate(config: Config) -> None:
     _check_batch_sizes(config)
     if run.stop_after is not None and run.steps is not None and run.stop_after > run.steps:
         raise ConfigError(f"stop_after={run.stop_after} lies beyond the last step, steps={run.steps}.")
+    if run.keep_best and not run.evaluate:
+        raise ConfigError("keep_best=True compares evaluation losses: write evaluate=True, or keep_best=False.")
+    if run.max_failures > 0 and run.launcher != "ray":
+        raise ConfigError(
+            f"max_failures={run.max_failures} is kept by Ray Train, and launcher={run.launcher!r} starts nothing "
+            "again: write launcher='ray', or leave max_failures out and give the same command again, which goes on "
+            "from the newest whole checkpoint."
+        )
 
 
 SHARDINGS = ("full_shard", "shard_grad_op", "hybrid_shard", "no_shard")
@@ -447,6 +463,7 @@ _LOWEST = {
     "shard_size": 1, "bucket_size": 1,
     "learning_rate": 0.0, "eps": 0.0, "weight_decay": 0.0, "gradient_clipping": 0.0, "warmup_steps": 0, "epochs": 1,
     "steps": 1, "stop_after": 1, "seed": 0, "global_batch": 1, "micro_batch": 1, "checkpoint_every": 0,
+    "keep_last": 1, "max_failures": 0,
 }  # fmt: skip
 
 

@@ -10,6 +10,8 @@ Workers write records, they do not print; notebooks, tests and the command line 
     how the run ended: losses, speed, memory per rank, versions;
 ``checkpoints/step-NNNNNNNN/``
     see :mod:`tutorial_lib.checkpoint`;
+``.lock``, ``.launch.lock``
+    held while the run trains, and while its launcher runs: see :mod:`tutorial_lib.checkpoint.lock`;
 ``logs/rank-NNN.log``, ``logs/rank-NNN.error.json``
     a worker's output, and the traceback of one that failed.
 
@@ -67,6 +69,10 @@ class RunDirectory:
     def stop_file(self) -> Path:
         return self.path / ".stop-requested"
 
+    @property
+    def restarts_file(self) -> Path:
+        return self.path / "restarts.json"
+
     def create(self) -> None:
         self.logs.mkdir(parents=True, exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
@@ -115,9 +121,27 @@ class RunDirectory:
         return min(found, key=lambda record: record["time"]) if found else None
 
     def clear_requests(self) -> None:
-        """Forget errors and stop requests of an earlier start of the same run."""
-        for path in [self.stop_file, *self.logs.glob("rank-*.error.json")]:
+        """Forget errors, restarts and stop requests of an earlier launch of the same run."""
+        self.clear_errors()
+        for path in (self.stop_file, self.restarts_file):
             path.unlink(missing_ok=True)
+
+    def clear_errors(self) -> None:
+        for path in self.logs.glob("rank-*.error.json"):
+            path.unlink(missing_ok=True)
+
+    def restarts(self) -> list[dict[str, Any]]:
+        """The failures of this launch after which its workers were started again, the oldest first.
+
+        Each has ``time`` (seconds since 1970), ``failed`` (rank and error) and, once the workers are there again,
+        ``from_step``, the step that they went on from.
+        """
+        if not self.restarts_file.exists():
+            return []
+        return list(json.loads(self.restarts_file.read_text(encoding="utf-8")))
+
+    def write_restarts(self, restarts: list[dict[str, Any]]) -> None:
+        write_atomically(self.restarts_file, json.dumps(restarts, indent=2) + "\n")
 
 
 def remove_runs(storage: str) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import random
@@ -23,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,6 +51,8 @@ from tutorial_lib.records import RunDirectory, write_atomically
 
 OnCheckpoint = Callable[[Path, dict[str, Any]], None]
 """Called on every rank when a checkpoint is complete, with its path and the newest metrics row."""
+
+_LOG = logging.getLogger(__name__)
 
 _MEASURED_STEP = 3
 """Buffers and optimizer states exist, and ZeRO-3 has learnt the order of its parameters: this step is like the rest."""
@@ -134,8 +138,8 @@ def train(config: Config, *, on_checkpoint: OnCheckpoint | None = None) -> dict[
         What ``result.json`` holds, on every rank.
 
     Raises:
-        ConfigError: the configuration cannot run here.
-        CheckpointError: there is a checkpoint, but it cannot be continued.
+        ConfigError: the configuration cannot run here, or another start of this run has not ended.
+        CheckpointError: there are checkpoints, but none that can be continued.
         NonFiniteLoss: training diverged.
         RanksDisagree: ranks of a tensor-parallel group read different batches, or computed different losses.
     """
@@ -148,27 +152,28 @@ def train(config: Config, *, on_checkpoint: OnCheckpoint | None = None) -> dict[
     started = time.perf_counter()
     if rank == 0:
         run.create()
-        if config.run.launcher == "none":  # the other launchers have done so; a request may have come since
+    with checkpoint.held_for_training(run, topology):
+        if rank == 0 and config.run.launcher == "none":  # the others' launchers have; a request may have come since
             run.clear_requests()
-    if dist.is_initialized():
-        dist.barrier()
-    if not run.logs.is_dir():
-        raise ConfigError(
-            f"{run.path} cannot be seen from rank {rank}. Storage must be a directory that every node sees, such as "
-            "one on a network file system: choose another one."
-        )
-    log = run.log_file(rank) if config.run.launcher != "none" else None
-    with _output_to(log), _stop_signals() as stop_signalled:
-        try:
-            session = _Session(config, topology, run, on_checkpoint, stop_signalled)
+        if dist.is_initialized():
+            dist.barrier()
+        if not run.logs.is_dir():
+            raise ConfigError(
+                f"{run.path} cannot be seen from rank {rank}. Storage must be a directory that every node sees, such "
+                "as one on a network file system: choose another one."
+            )
+        log = run.log_file(rank) if config.run.launcher != "none" else None
+        with _output_to(log), _stop_signals() as stop_signalled:
             try:
-                return session.run_to_end(started)
-            finally:
-                session.engine.close()
-                gc.collect()
-        except BaseException as error:
-            run.write_error(rank, error)
-            raise
+                session = _Session(config, topology, run, on_checkpoint, stop_signalled)
+                try:
+                    return session.run_to_end(started)
+                finally:
+                    session.engine.close()
+                    gc.collect()
+            except BaseException as error:
+                run.write_error(rank, error)
+                raise
 
 
 class _Session:
@@ -186,9 +191,15 @@ class _Session:
         self.on_checkpoint, self.stop_signalled = on_checkpoint, stop_signalled
         self.device = local_device(config)
         reset_peak_memory(self.device)
-        found = checkpoint.agreed(checkpoint.latest(run))
+        found, self.left_out = checkpoint.newest_whole(run, topology)
         if found:
             checkpoint.check_continues(config, found)
+        if topology.rank == 0:
+            checkpoint.clear_remains(run)
+            for each in self.left_out:
+                _LOG.warning("Not resumed from %s: %s Going on from %s.", each.checkpoint, each.why, found)
+        self.identity = checkpoint.identity(config) if topology.rank == 0 else {}
+        self.pruner = checkpoint.Pruner(run, config, topology)
         seed_everything(config.run.seed)
         self.tokenizer = load_tokenizer(config.model.name, trust_remote_code=config.model.trust_remote_code)
         place = {"dp_rank": topology.dp_rank, "dp_size": topology.dp}
@@ -204,8 +215,10 @@ class _Session:
         self.step = 0
         self.record: dict[str, Any] = {}
         self.saved_at: int | None = None
+        self.stopped_by_request = False
         self.measured: dict[str, Any] | None = None
         self.resumed_from = self._restore(found) if found else None
+        self.restarts = self._restarts_until_here() if topology.rank == 0 else []
 
     def _restore(self, found: Path) -> int:
         progress = checkpoint.load(found, self.engine, self.config, self.topology)
@@ -215,7 +228,17 @@ class _Session:
         self.record = progress.record
         if self.topology.rank == 0:
             self.run.keep_rows_until(progress.step)
+        self.pruner.knows_whole(found)
         return progress.step
+
+    def _restarts_until_here(self) -> list[dict[str, Any]]:
+        """The failures of this launch that led to this start, with the step that each was answered from."""
+        restarts = self.run.restarts()
+        for restart in restarts:
+            restart.setdefault("from_step", self.step)
+        if restarts:
+            self.run.write_restarts(restarts)
+        return restarts
 
     def run_to_end(self, started: float) -> dict[str, Any]:
         if self.topology.rank == 0:
@@ -228,7 +251,7 @@ class _Session:
         self.record.setdefault("seconds_to_first_step", time.perf_counter() - started)
         stopped = self._train_steps()
         if self.saved_at != self.step:
-            self.save()
+            self.save(in_a_hurry=self.stopped_by_request)
         return self._finish("stopped" if stopped else "completed")
 
     def _train_steps(self) -> bool:
@@ -241,9 +264,10 @@ class _Session:
         for micro_batches in self.loader.steps():
             row, stop = self._one_step(micro_batches)
             if every and self.step % every == 0:
-                self.save(row)
+                self.save(row, in_a_hurry=stop)
             if self.step >= self.num_steps:
                 return False
+            self.stopped_by_request = stop
             if stop or self._slot_is_over():
                 return True
         raise AssertionError("the training loader ended")  # it repeats the epochs for ever
@@ -328,14 +352,25 @@ class _Session:
                 totals[1] += count_tokens(batch["labels"])
         return self._sum_over_ranks(totals[0]) / self._sum_over_ranks(totals[1])
 
-    def save(self, row: dict[str, Any] | None = None) -> None:
-        """Write a checkpoint of the state after the last step."""
+    def save(self, row: dict[str, Any] | None = None, *, in_a_hurry: bool = False) -> None:
+        """Write a checkpoint of the state after the last step, and delete those that it makes superfluous.
+
+        Args:
+            row: the newest metrics row.
+            in_a_hurry: somebody has asked the run to stop, and may end it soon: save without evaluating first.
+        """
         row = row or next(iter(self.run.rows()[-1:]), {})
-        progress = Progress(self.step, self.loader.state_dict(), self.scheduler.state_dict(), self.record)
+        self.record.pop("eval_loss", None)
+        if self.config.run.keep_best and not in_a_hurry:
+            self.record["eval_loss"] = self.evaluate()
+        progress = Progress(
+            self.step, self.loader.state_dict(), self.scheduler.state_dict(), self.record, self.identity
+        )
         path = checkpoint.save(self.run, self.engine, self.config, self.topology, progress, self.tokenizer)
         self.saved_at = self.step
         if self.on_checkpoint:
             self.on_checkpoint(path, row)
+        self.pruner.prune(path)
 
     def _agree(self, micro_batches: list[dict[str, Tensor]]) -> tuple[int, bool]:
         """The step's tokens over all data-parallel ranks, and whether any rank was asked to stop. Collective.
@@ -376,7 +411,7 @@ class _Session:
     def _finish(self, status: str) -> dict[str, Any]:
         eval_loss = None
         if status == "completed" and self.eval_loader is not None:
-            eval_loss = self.evaluate()
+            eval_loss = self.record["eval_loss"] if "eval_loss" in self.record else self.evaluate()
         rows = self.run.rows()
         per_rank: list[Any] = [None] * self.topology.world_size
         own = {"rank": self.topology.rank, "peak_memory_bytes": peak_memory(self.device), "measured": self.measured}
@@ -392,6 +427,8 @@ class _Session:
             "step": self.step,
             "num_steps": self.num_steps,
             "resumed_from": self.resumed_from,
+            "left_out": [asdict(each) for each in self.left_out],
+            "restarts": self.restarts,
             "train_loss": rows[-1]["loss"] if rows else None,
             "eval_loss_before": self.record.get("eval_loss_before"),
             "eval_loss": eval_loss,

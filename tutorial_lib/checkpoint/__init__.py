@@ -9,22 +9,28 @@ A checkpoint is the directory ``checkpoints/step-NNNNNNNN`` of a run::
     manifest.json      every file with its size and SHA-256; written last
 
 It is written under a name that nobody reads and renamed when the manifest is complete, so an interrupted save leaves
-the previous checkpoint the newest one. The engine's files are pickles, FSDP2's ``.metadata`` among them: unpickling
+the previous checkpoint the newest one. A resume reads every byte before it loads anything, and goes back to the newest
+whole checkpoint if newer ones are damaged. The engine's files are pickles, FSDP2's ``.metadata`` among them: unpickling
 runs code, so only load checkpoints that you or your job wrote. The manifest protects against damage, not against
 forgery.
 """
 
-from tutorial_lib.checkpoint.continuing import check_continues, check_same_run, check_storage
+from tutorial_lib.checkpoint.continuing import check_continues, check_same_run, check_storage, identity
 from tutorial_lib.checkpoint.exporting import export
 from tutorial_lib.checkpoint.files import (
     MANIFEST,
     CheckpointError,
+    LeftOut,
     agreed,
+    clear_remains,
     directory_of,
     latest,
+    newest_whole,
     read_trainer_state,
     verify,
 )
+from tutorial_lib.checkpoint.lock import check_free, held_for_launch, held_for_training
+from tutorial_lib.checkpoint.pruning import Pruner
 from tutorial_lib.checkpoint.saving import Progress, load, save
 from tutorial_lib.checkpoint.whole import LAYOUT, MOMENTS, Whole, open_whole
 
@@ -33,16 +39,24 @@ __all__ = [
     "MANIFEST",
     "MOMENTS",
     "CheckpointError",
+    "LeftOut",
     "Progress",
+    "Pruner",
     "Whole",
     "agreed",
     "check_continues",
+    "check_free",
     "check_same_run",
     "check_storage",
+    "clear_remains",
     "directory_of",
     "export",
+    "held_for_launch",
+    "held_for_training",
+    "identity",
     "latest",
     "load",
+    "newest_whole",
     "open_whole",
     "read_trainer_state",
     "save",

@@ -5,6 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,32 +21,87 @@ T = TypeVar("T")
 
 MANIFEST = "manifest.json"
 
-FORMAT = 1
+FORMAT = 2
+"""Written into ``trainer.json`` and the manifest. 2: with the fingerprints of model and tokenizer. 1 is still read."""
+
+_NAME = re.compile(r"step-\d{8}")
+_REMAINS = re.compile(r"\.(partial|deleting)-step-\d{8}")
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that is missing, damaged, or of another run. The message names the file and the next step."""
 
 
+class NewerFormat(CheckpointError):
+    """A checkpoint that a newer version has written: it may be whole, so nothing is put in its place."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A checkpoint that a resume has passed over.
+
+    Attributes:
+        checkpoint: its directory's name.
+        why: what is wrong with it, with the file's name.
+    """
+
+    checkpoint: str
+    why: str
+
+
 def directory_of(run: RunDirectory, step: int) -> Path:
     return run.checkpoints / f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def checkpoints(run: RunDirectory) -> list[Path]:
+    """All directories that are named as a checkpoint, whole or not, the oldest first."""
+    return sorted(path for path in run.checkpoints.glob("step-*") if _NAME.fullmatch(path.name))
+
+
 def latest(run: RunDirectory) -> Path | None:
-    """The newest checkpoint that was completely written, or ``None`` for a run that has saved nothing.
+    """The newest checkpoint that looks whole, or ``None`` for a run that has saved nothing.
+
+    Cheap: the files are there in their sizes, and ``trainer.json`` is what was written. :func:`newest_whole` reads all.
 
     Raises:
-        CheckpointError: a checkpoint directory exists but has lost its manifest.
+        CheckpointError: there are checkpoints, and none of them looks whole; or the newest is of a newer format.
     """
-    found = sorted(run.checkpoints.glob("step-*"))
-    if not found:
-        return None
-    if not (found[-1] / MANIFEST).is_file():
+    return _newest(run, checkpoints(run), _damage_at_a_glance)[0]
+
+
+def newest_whole(run: RunDirectory, topology: Topology | None = None) -> tuple[Path | None, list[LeftOut]]:
+    """The newest checkpoint whose every byte is as written, and what was left out before it was found.
+
+    With a topology this is collective: the ranks share the reading, and all return the same.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none of them is whole; or the newest is of a newer format.
+    """
+    # One rank lists: on a network file system others may still see an older listing.
+    found = agreed(checkpoints(run)) if topology else checkpoints(run)
+    return _newest(run, found, lambda path: damage(path, topology))
+
+
+def _newest(
+    run: RunDirectory, found: list[Path], damage_of: Callable[[Path], str | None]
+) -> tuple[Path | None, list[LeftOut]]:
+    left_out: list[LeftOut] = []
+    for path in reversed(found):
+        why = damage_of(path)
+        if why is None:
+            return path, left_out
+        left_out.append(LeftOut(path.name, why))
+    if left_out:
         raise CheckpointError(
-            f"{found[-1]} has no {MANIFEST}: it was not written by this package, or a file was removed. "
-            f"Delete that directory to go on from the checkpoint before it."
+            f"Run {run.path.name!r} has checkpoints, and none of them is whole: "
+            + " ".join(each.why for each in left_out)
+            + f" Restore the files of one of them, or remove {run.checkpoints} to begin again from step 0."
         )
-    return found[-1]
+    return None, []
 
 
 def read_trainer_state(path: Path) -> dict[str, Any]:
@@ -53,11 +112,20 @@ def read_trainer_state(path: Path) -> dict[str, Any]:
     """
     try:
         trainer = dict(json.loads((path / "trainer.json").read_text(encoding="utf-8")))
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path / 'trainer.json'} cannot be read: {error}. {next_step(path)}") from error
-    if trainer.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {trainer.get('format')}; this version reads format {FORMAT}.")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / 'trainer.json'} cannot be read: {error}.") from error
+    _check_format(path, trainer.get("format"))
     return trainer
+
+
+def _check_format(path: Path, number: Any) -> None:
+    if isinstance(number, int) and number > FORMAT:
+        raise NewerFormat(
+            f"{path} was written by a newer version, in format {number}; this version reads formats 1 to {FORMAT}. "
+            "Update tutorial_lib to the version that wrote it, or give this run another name."
+        )
+    if not isinstance(number, int) or number < 1:
+        raise CheckpointError(f"{path} has format {number!r}; this version reads formats 1 to {FORMAT}.")
 
 
 def verify(path: Path, topology: Topology | None = None) -> None:
@@ -66,18 +134,69 @@ def verify(path: Path, topology: Topology | None = None) -> None:
     Raises:
         CheckpointError: names the first missing or altered file.
     """
+    if found := damage(path, topology):
+        raise CheckpointError(f"{found} Nothing was loaded. Restore its files, or take another checkpoint.")
+
+
+def damage(path: Path, topology: Topology | None = None) -> str | None:
+    """What is wrong with a checkpoint, with the first missing or altered file's name; ``None`` if it is whole.
+
+    With a topology this is collective, and every rank reads a share of the files.
+
+    Raises:
+        NewerFormat: nobody here can tell.
+    """
     rank, size = (topology.rank, topology.world_size) if topology else (0, 1)
-    try:
-        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, json.JSONDecodeError, KeyError) as error:
-        raise CheckpointError(f"{path / MANIFEST} cannot be read: {error}. {next_step(path)}") from error
-    problem = next(filter(None, (_damage(path / n, files[n]) for n in sorted(files)[rank::size])), None)
-    if topology and size > 1:
-        problems: list[str | None] = [None] * size
-        dist.all_gather_object(problems, problem)
-        problem = next(filter(None, problems), None)
+    files, problem = _manifest_or_error(path) if rank == 0 else ({}, None)
+    if size > 1:
+        # One rank reads the manifest: if each did, one that cannot would leave the others waiting for it.
+        files, problem = agreed((files, problem))
+    if isinstance(problem, NewerFormat):
+        raise problem
     if problem:
-        raise CheckpointError(f"{problem} {next_step(path)}")
+        return str(problem)
+    found = next(filter(None, (file_damage(path / n, files[n]) for n in sorted(files)[rank::size])), None)
+    if size > 1:
+        by_rank: list[str | None] = [None] * size
+        dist.all_gather_object(by_rank, found)
+        found = next(filter(None, by_rank), None)
+    return found
+
+
+def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file of a checkpoint, by its name within it.
+
+    Raises:
+        CheckpointError: there is no manifest, or it is not one.
+    """
+    if not (path / MANIFEST).is_file():
+        raise CheckpointError(f"{path} has no {MANIFEST}: it was not written to its end, or a file was removed.")
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        _check_format(path, manifest["format"])
+        files = {name: {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path / MANIFEST} cannot be read: {type(error).__name__}: {error}.") from error
+    if "trainer.json" not in files:
+        raise CheckpointError(f"{path / MANIFEST} does not list trainer.json, which every checkpoint has.")
+    return files
+
+
+def _manifest_or_error(path: Path) -> tuple[dict[str, dict[str, Any]], CheckpointError | None]:
+    try:
+        return read_manifest(path), None
+    except CheckpointError as error:
+        return {}, error
+
+
+def _damage_at_a_glance(path: Path) -> str | None:
+    files, problem = _manifest_or_error(path)
+    if isinstance(problem, NewerFormat):
+        raise problem
+    if problem:
+        return str(problem)
+    wrong = next(filter(None, (_wrong_size(path / name, entry) for name, entry in files.items())), None)
+    return wrong or file_damage(path / "trainer.json", files["trainer.json"])
 
 
 def digests(directory: Path, topology: Topology) -> dict[str, dict[str, Any]]:
@@ -110,19 +229,50 @@ def _digest(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _damage(path: Path, entry: dict[str, Any]) -> str | None:
-    if not path.is_file():
+def _wrong_size(path: Path, entry: dict[str, Any]) -> str | None:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
         return f"{path} is missing from the checkpoint."
-    size = path.stat().st_size
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}."
     if size != entry["bytes"]:
         return f"{path} has {size} bytes, but {entry['bytes']} were written."
-    if _digest(path)["sha256"] != entry["sha256"]:
-        return f"{path} was altered after it was written (its SHA-256 differs)."
     return None
 
 
-def next_step(path: Path) -> str:
-    return f"Nothing was loaded. Delete {path} to go on from the checkpoint before it, or restore its files."
+def file_damage(path: Path, entry: dict[str, Any]) -> str | None:
+    """What is wrong with a file of a checkpoint, which the manifest describes so; ``None`` if nothing is."""
+    if wrong := _wrong_size(path, entry):
+        return wrong
+    try:
+        if _digest(path)["sha256"] != entry["sha256"]:
+            return f"{path} was altered after it was written (its SHA-256 differs)."
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}."
+    return None
+
+
+def clear_remains(run: RunDirectory) -> None:
+    """Remove what saves and deletions of killed starts have left behind under names that nobody reads."""
+    for path in run.checkpoints.iterdir():
+        if _REMAINS.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def delete(path: Path) -> None:
+    """Delete a checkpoint. A reader sees all of it or nothing: it loses its name first.
+
+    Raises:
+        ValueError: the path is not named as a checkpoint.
+    """
+    if not _NAME.fullmatch(path.name):
+        raise ValueError(f"{path} is not named as a checkpoint")
+    doomed = path.with_name(f".deleting-{path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(path, doomed)
+    sync(path.parent)
+    shutil.rmtree(doomed, ignore_errors=True)  # what cannot be removed now, the next start tries again
 
 
 def agreed(value: T) -> T:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import platform
 import random
 import shutil
-from dataclasses import dataclass
+import socket
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +23,11 @@ from tutorial_lib.checkpoint.files import (
     MANIFEST,
     CheckpointError,
     barrier,
+    delete,
     digests,
     directory_of,
     read_trainer_state,
     sync,
-    verify,
 )
 from tutorial_lib.config import Config
 from tutorial_lib.mpu import Topology
@@ -40,12 +43,14 @@ class Progress:
         loader: this rank's data position, as the loader gives it.
         scheduler: the learning-rate schedule's state.
         record: what the trainer wants to find again (JSON).
+        identity: what model and tokenizer are, see :func:`tutorial_lib.checkpoint.continuing.identity`.
     """
 
     step: int
     loader: dict[str, Any]
     scheduler: dict[str, Any]
     record: dict[str, Any]
+    identity: dict[str, Any] = field(default_factory=dict)
 
 
 def save(
@@ -85,7 +90,12 @@ def save(
             "record": progress.record,
             "config": config.flat(),
             "world_size": topology.world_size,
-            "versions": {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")},
+            "identity": progress.identity,
+            "written": {"host": socket.gethostname(), "time": datetime.now(UTC).isoformat(timespec="seconds")},
+            "versions": {
+                "python": platform.python_version(),
+                **{name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")},
+            },
         }
         (partial / "trainer.json").write_text(json.dumps(trainer, indent=2), encoding="utf-8")
     barrier()
@@ -100,8 +110,9 @@ def save(
         write_atomically(partial / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))
         sync(partial / MANIFEST)
         sync(partial)
-        # A save of the same step by an earlier start of this run is replaced as a whole.
-        shutil.rmtree(final, ignore_errors=True)
+        # What an earlier start of this run has saved at the same step was damaged, or it would have gone on from there.
+        if final.exists():
+            delete(final)
         os.replace(partial, final)
         sync(run.checkpoints)
     barrier()
@@ -109,13 +120,12 @@ def save(
 
 
 def load(path: Path, engine: Any, config: Config, topology: Topology) -> Progress:
-    """Verify a checkpoint, then restore the engine and this rank's random-number states. Collective.
+    """Restore the engine and this rank's random-number states from a checkpoint that was verified. Collective.
 
     Raises:
-        CheckpointError: a file is missing or damaged.
+        CheckpointError: the engine found nothing to load.
         ConfigError: the checkpoint belongs to other settings.
     """
-    verify(path, topology)
     trainer = read_trainer_state(path)
     check_same_run(trainer["config"], config)
     own = torch.load(path / f"rank-{topology.rank:03d}.pt", weights_only=True)

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,8 +64,12 @@ def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None) -> list
 
     All must ask for the same launcher, device and number of processes, and have names of their own.
     """
+    from tutorial_lib.checkpoint import held_for_launch
+
     configs = [preflight(config) for config in configs]
     first = configs[0]
+    if len(configs) > 1 and any(config.run.max_failures for config in configs):
+        raise ConfigError("max_failures is for one run alone, so that it is known which one failed: start them apart.")
     for config in configs[1:]:
         for what in ("launcher", "device"):
             if getattr(config.run, what) != getattr(first.run, what):
@@ -79,8 +83,12 @@ def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None) -> list
             )
     if len({config.directory.resolve() for config in configs}) < len(configs):
         raise ConfigError("Two runs have the same name and storage: each needs a name of its own.")
-    watched = _Watcher([RunDirectory(config.directory) for config in configs], on_rows)
-    with _stop_on_signal(watched):
+    directories = [RunDirectory(config.directory) for config in configs]
+    with ExitStack() as held:
+        for directory in directories:
+            held.enter_context(held_for_launch(directory))
+        watched = _Watcher(directories, on_rows)
+        held.enter_context(_stop_on_signal(watched))
         if first.run.launcher == "ray":
             from tutorial_lib.launch.ray_train import launch
         elif first.run.launcher == "local":
@@ -88,7 +96,7 @@ def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None) -> list
         else:
             from tutorial_lib.launch.joined import launch
         launch(configs, watched.poll)
-    watched.poll()
+        watched.poll()
     return [Run(c, d.result(), d.rows()) for c, d in zip(configs, watched.directories, strict=True)]
 
 
@@ -100,8 +108,9 @@ def preflight(config: Config) -> Config:
 
     Raises:
         ConfigError: names what cannot run here and what to write instead.
+        CheckpointError: there are checkpoints, and none of them can be continued.
     """
-    from tutorial_lib.checkpoint import check_continues, check_storage, latest
+    from tutorial_lib.checkpoint import check_continues, check_free, check_storage, latest
     from tutorial_lib.dataloader import load_rows
     from tutorial_lib.ds_config import apply_file
     from tutorial_lib.ds_config import check_tensor_parallel as check_autotp
@@ -121,6 +130,7 @@ def preflight(config: Config) -> Config:
     if config.run.evaluate:
         load_rows(config.data.name, config.data.eval_split, max_examples=1)
     check_storage(config)
+    check_free(RunDirectory(config.directory))
     if found := latest(RunDirectory(config.directory)):
         check_continues(config, found)
     return config

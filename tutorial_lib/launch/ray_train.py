@@ -7,6 +7,7 @@ checkpoint (``NO_UPLOAD``): Ray then knows the newest one, and nothing is copied
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import sys
@@ -173,6 +174,7 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
         for directory in directories:
             directory.create()
             directory.clear_requests()
+        _forget_deleted_checkpoints(directories[-1])
         trainer = TorchTrainer(
             _worker,
             train_loop_config={"configs": [config.to_json() for config in configs]},
@@ -181,7 +183,12 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
                 use_gpu=first.run.device == "cuda",
                 resources_per_worker=_resources(first),
             ),
-            run_config=ray.train.RunConfig(name=configs[-1].run.name, storage_path=configs[-1].run.storage),
+            run_config=ray.train.RunConfig(
+                name=configs[-1].run.name,
+                storage_path=configs[-1].run.storage,
+                failure_config=ray.train.FailureConfig(max_failures=first.run.max_failures),
+                callbacks=[_recorder(directories[-1])],
+            ),
             torch_config=TorchConfig(backend="gloo" if first.run.device == "cpu" else "cpu:gloo,cuda:nccl"),
         )
         failed: list[BaseException] = []
@@ -191,6 +198,42 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
     if failed:
         error = first_error(directories, f"Ray Train failed: {failed[0]}")
         raise error from (None if directories_have_error(directories) else failed[0])
+
+
+def _recorder(directory: RunDirectory) -> Any:
+    """What Ray's controller calls when workers fail: it notes who failed first and why, for the restart to show."""
+    from ray.train import UserCallback
+
+    class Recorder(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            written = directory.first_error()
+            rank, error = min(worker_exceptions.items(), key=lambda item: (_is_consequence(item[1]), item[0]))
+            if written and not _was_killed(error):
+                failed = {name: written[name] for name in ("rank", "type", "message")}
+            else:
+                failed = {"rank": rank, "type": type(error).__name__, "message": str(error).strip().splitlines()[0]}
+            directory.write_restarts([*directory.restarts(), {"time": time.time(), "failed": failed}])
+
+    return Recorder()
+
+
+def _was_killed(error: Exception) -> bool:
+    import ray
+
+    return isinstance(error, ray.exceptions.RayActorError)
+
+
+def _is_consequence(error: Exception) -> bool:
+    """A worker that is gone wrote nothing; what its peers then raise is the consequence."""
+    return not _was_killed(error)
+
+
+def _forget_deleted_checkpoints(directory: RunDirectory) -> None:
+    """Ray refuses a run if a checkpoint that it has registered is gone. Ours may have been pruned since."""
+    for snapshot in directory.path.glob("checkpoint_manager_snapshot.json"):
+        listed = json.loads(snapshot.read_text(encoding="utf-8")).get("checkpoint_results", [])
+        if not all((directory.path / each["checkpoint_dir_name"]).exists() for each in listed):
+            snapshot.unlink()
 
 
 def directories_have_error(directories: Sequence[RunDirectory]) -> bool:
@@ -224,10 +267,14 @@ def _fit(trainer: Any, failed: list[BaseException]) -> None:
 
 def _worker(given: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
+    import ray.train
 
     from tutorial_lib.trainer import train
 
     configs = [Config.from_json(text) for text in given["configs"]]
+    directory = RunDirectory(configs[-1].directory)
+    if ray.train.get_context().get_world_rank() == 0 and directory.restarts():
+        directory.clear_errors()  # those of the workers that failed before these
     # Ray registers checkpoints under the directory of the run that it was started for, which is the last one.
     for config in configs:
         train(config, on_checkpoint=_register if config is configs[-1] else None)

@@ -1,0 +1,112 @@
+"""One start of a run at a time: locks that the kernel holds, and drops with the process that took them.
+
+A run has two. ``.launch.lock`` is held by the process that launches it, from before its workers start until they are
+gone; ``.lock`` by rank 0 for as long as it trains, because workers outlive a launcher that is killed by the one step
+and the save that they still make. A start that finds either of them held is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from tutorial_lib.checkpoint.files import agreed
+from tutorial_lib.config import ConfigError
+from tutorial_lib.mpu import Topology
+from tutorial_lib.records import RunDirectory
+
+PREDECESSOR_SECONDS = 30
+"""How long rank 0 waits for the lock of a killed rank 0 whose end its launcher has seen before the kernel was done."""
+
+
+@contextmanager
+def held_for_launch(run: RunDirectory) -> Iterator[None]:
+    """Keep every other start of this run out while the block runs. The launching process calls this.
+
+    Raises:
+        ConfigError: another start of the run has not ended. Nothing of it was touched.
+    """
+    # Of the ranks that torchrun has started, one speaks for all.
+    if int(os.environ.get("RANK", "0")) != 0:
+        yield
+        return
+    with _held(run, ".launch.lock"):
+        with _held(run, ".lock"):  # workers of a launcher that was killed may still be saving
+            pass
+        yield
+
+
+def check_free(run: RunDirectory) -> None:
+    """Refuse a run that another process launches or trains at this moment.
+
+    Raises:
+        ConfigError: says which process.
+    """
+    with held_for_launch(run):
+        pass
+
+
+@contextmanager
+def held_for_training(run: RunDirectory, topology: Topology) -> Iterator[None]:
+    """Rank 0 holds the run's lock while the block runs. Collective: all ranks learn whether it got it.
+
+    Raises:
+        ConfigError: another start of the run trains; on every rank.
+    """
+    with ExitStack() as held:
+        refused = None
+        if topology.rank == 0:
+            try:
+                held.enter_context(_held(run, ".lock", PREDECESSOR_SECONDS))
+            except ConfigError as error:
+                refused = str(error)
+        if refused := agreed(refused):
+            raise ConfigError(refused)
+        yield
+
+
+@contextmanager
+def _held(run: RunDirectory, name: str, seconds: float = 0) -> Iterator[None]:
+    path = run.path / name
+    # Left to itself, filelock falls back on a file that a killed process would leave locked for ever.
+    lock = FileLock(path, timeout=seconds, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(
+            f"Run {run.path.name!r} in {run.path.parent} is running already: {_holder(path)}. Wait for its end, stop "
+            "it, or give this run another name."
+        ) from None
+    except OSError as error:
+        logging.getLogger(__name__).warning(
+            "%s cannot be locked (%s): two starts of this run at the same time would not notice each other.",
+            path,
+            error.strerror or error,
+        )
+        yield
+        return
+    try:
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        with suppress(OSError):  # a full disk is found by what needs the room
+            path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}) + "\n")
+        yield
+    finally:
+        with suppress(OSError):
+            path.write_text("")
+        lock.release()
+
+
+def _holder(path: Path) -> str:
+    try:
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+    except (OSError, ValueError, KeyError):
+        return "by a process that has not written its number yet"
