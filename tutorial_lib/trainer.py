@@ -81,6 +81,7 @@ class Engine(Protocol):
     def full_optimizer_states(self) -> Iterator[tuple[str, dict[str, Tensor]]]: ...
     def save(self, directory: Path) -> None: ...
     def load(self, directory: Path) -> None: ...
+    def load_whole(self, whole: checkpoint.Whole) -> None: ...
     def close(self) -> None: ...
 
 
@@ -217,19 +218,34 @@ class _Session:
         self.saved_at: int | None = None
         self.stopped_by_request = False
         self.measured: dict[str, Any] | None = None
-        self.resumed_from = self._restore(found) if found else None
+        self.resumed_from: int | None = None
+        self.reshaped_from: dict[str, Any] | None = None
+        if found:
+            self._restore(found)
         self.restarts = self._restarts_until_here() if topology.rank == 0 else []
 
-    def _restore(self, found: Path) -> int:
+    def _restore(self, found: Path) -> None:
         progress = checkpoint.load(found, self.engine, self.config, self.topology)
-        self.step = self.saved_at = progress.step
+        self.step = self.saved_at = self.resumed_from = progress.step
+        self.reshaped_from = progress.reshaped_from
         self.loader.load_state_dict(progress.loader)
-        self.scheduler.load_state_dict(progress.scheduler)
+        self._restore_schedule(progress.scheduler)
         self.record = progress.record
+        if self.reshaped_from:
+            # The ranks' random states belong to ranks that are no more.
+            place = (self.config.run.seed, self.step, self.topology.dp_rank)
+            seed_everything(int(np.random.SeedSequence(place).generate_state(1)[0]))
         if self.topology.rank == 0:
             self.run.keep_rows_until(progress.step)
         self.pruner.knows_whole(found)
-        return progress.step
+
+    def _restore_schedule(self, state: dict[str, Any]) -> None:
+        # One rate for all, and as many groups of parameters as the engine's shape has meshes.
+        groups = self.engine.optimizer.param_groups
+        per_group = ("base_lrs", "_last_lr", "lr_lambdas")
+        self.scheduler.load_state_dict(state | {name: state[name][:1] * len(groups) for name in per_group})
+        for group in groups:
+            group["lr"] = self.scheduler.get_last_lr()[0]
 
     def _restarts_until_here(self) -> list[dict[str, Any]]:
         """The failures of this launch that led to this start, with the step that each was answered from."""
@@ -250,7 +266,8 @@ class _Session:
             self.record["eval_loss_before"] = self.evaluate()
         self.record.setdefault("seconds_to_first_step", time.perf_counter() - started)
         stopped = self._train_steps()
-        if self.saved_at != self.step:
+        # A run that goes on in another shape, and stops where it was, leaves a checkpoint of that shape all the same.
+        if self.saved_at != self.step or (self.reshaped_from and self.step == self.resumed_from):
             self.save(in_a_hurry=self.stopped_by_request)
         return self._finish("stopped" if stopped else "completed")
 
@@ -427,6 +444,7 @@ class _Session:
             "step": self.step,
             "num_steps": self.num_steps,
             "resumed_from": self.resumed_from,
+            "reshaped_from": self.reshaped_from,
             "left_out": [asdict(each) for each in self.left_out],
             "restarts": self.restarts,
             "train_loss": rows[-1]["loss"] if rows else None,
