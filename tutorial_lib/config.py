@@ -165,6 +165,9 @@ class RunConfig:
     global_batch: int = _setting(8, "sequences per optimizer step, over all ranks and micro-batches")
     micro_batch: int | None = _setting(None, "sequences per forward pass and rank; default: global_batch / dp")
     checkpoint_every: int = _setting(0, "save every this many optimizer steps; 0: only at the end")
+    async_save: bool = _setting(
+        False, "write files while training goes on, from a copy in host memory (another one of the rank's states)"
+    )
     resume: str = _setting(
         "auto",
         "auto: continue the run of this name if it has a checkpoint; never: refuse to touch an existing run",
@@ -257,7 +260,7 @@ class Config:
 
 
 FREE_ON_RESUME = frozenset(
-    {"name", "storage", "launcher", "stop_after", "checkpoint_every", "resume", "evaluate", "measure"}
+    {"name", "storage", "launcher", "stop_after", "checkpoint_every", "async_save", "resume", "evaluate", "measure"}
     | {"pin_memory", "bucket_size", "wrap", "activation_checkpointing", "trust_remote_code"}
 )
 """Flat names that a resumed run may change without changing which update comes next."""

@@ -451,8 +451,8 @@ def _fault_in_second_save(strike: Callable[[], None]) -> Iterator[None]:
 
     save, saves = DeepSpeedEngine.save, []
 
-    def failing(self: Any, directory: Path) -> None:
-        save(self, directory)
+    def failing(self: Any, directory: Path, *given: Any) -> None:
+        save(self, directory, *given)
         saves.append(directory)
         if len(saves) == 2 and dist.get_rank() == 1:
             strike()

@@ -8,7 +8,8 @@ A checkpoint is the directory ``checkpoints/step-NNNNNNNN`` of a run::
     trainer.json       step, learning-rate schedule, settings, versions
     manifest.json      every file with its size and SHA-256; written last
 
-It is written under a name that nobody reads and renamed when the manifest is complete, so an interrupted save leaves
+It is written under a name that nobody reads, if asked while training goes on (``async_save``), and renamed when the
+manifest is complete, so an interrupted save leaves
 the previous checkpoint the newest one. The engine's files are pickles, FSDP2's ``.metadata`` among them: unpickling
 runs code, so only load checkpoints that you or your job wrote. The manifest protects against damage, not against
 forgery.
@@ -25,14 +26,17 @@ from tutorial_lib.checkpoint.files import (
     read_trainer_state,
     verify,
 )
-from tutorial_lib.checkpoint.saving import Progress, load, save
+from tutorial_lib.checkpoint.saving import Progress, Save, load, save
 from tutorial_lib.checkpoint.whole import LAYOUT
+from tutorial_lib.checkpoint.writing import Writer, make_stager
 
 __all__ = [
     "LAYOUT",
     "MANIFEST",
     "CheckpointError",
     "Progress",
+    "Save",
+    "Writer",
     "agreed",
     "check_continues",
     "check_same_run",
@@ -41,6 +45,7 @@ __all__ = [
     "export",
     "latest",
     "load",
+    "make_stager",
     "read_trainer_state",
     "save",
     "verify",

@@ -80,22 +80,6 @@ def verify(path: Path, topology: Topology | None = None) -> None:
         raise CheckpointError(f"{problem} {next_step(path)}")
 
 
-def digests(directory: Path, topology: Topology) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file, each rank syncing and reading a share of them."""
-    # One rank lists: on a network file system others may still see an older listing.
-    names = agreed(sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()))
-    mine = names[topology.rank :: topology.world_size]
-    for name in mine:
-        # Else a power cut after the rename could leave a checkpoint that has its name and not its content.
-        sync(directory / name)
-    own = {name: _digest(directory / name) for name in mine}
-    if topology.world_size == 1:
-        return own
-    shares: list[dict[str, dict[str, Any]]] = [{}] * topology.world_size
-    dist.all_gather_object(shares, own)
-    return {name: entry for share in shares for name, entry in share.items()}
-
-
 def sync(path: Path) -> None:
     """Have a file's content, or a directory's entries, on the disk itself before going on."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -105,7 +89,8 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _digest(path: Path) -> dict[str, Any]:
+def digest(path: Path) -> dict[str, Any]:
+    """A file's entry in the manifest."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
@@ -116,7 +101,7 @@ def _damage(path: Path, entry: dict[str, Any]) -> str | None:
     size = path.stat().st_size
     if size != entry["bytes"]:
         return f"{path} has {size} bytes, but {entry['bytes']} were written."
-    if _digest(path)["sha256"] != entry["sha256"]:
+    if digest(path)["sha256"] != entry["sha256"]:
         return f"{path} was altered after it was written (its SHA-256 differs)."
     return None
 
@@ -132,6 +117,15 @@ def agreed(value: T) -> T:
     holder = [value]
     dist.broadcast_object_list(holder, src=0)
     return holder[0]
+
+
+def gathered(value: T, topology: Topology) -> list[T]:
+    """Every rank's value, by rank. Collective."""
+    if topology.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * topology.world_size
+    dist.all_gather_object(values, value)
+    return values
 
 
 def barrier() -> None:
