@@ -7,12 +7,11 @@ import json
 import resource
 import shutil
 import threading
-import time
-from contextlib import contextmanager
 
 import pytest
 import torch
 
+from tests.late_writes import late_writes, without_snapshot
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.checkpoint import CheckpointError, saving
 from tutorial_lib.config import Config, ConfigError
@@ -213,33 +212,12 @@ def entries(run, step):
     return {name: entry for name, entry in files.items() if name.endswith(".pt")}
 
 
-@contextmanager
-def writes_after_the_next_step(storage, patched):
-    """Files are written late: when the step after the save has changed weights, moments and the position in the data."""
-    run, save, seen = RunDirectory(storage / "run"), checkpoint.Writer._save, []
-
-    def late(self, states, path):
-        if run.rows()[-1]["step"] < STEPS:
-            step = int(path.relative_to(run.checkpoints).parts[0].rpartition("-")[2])
-            deadline = time.monotonic() + 60
-            while run.rows()[-1]["step"] == step:
-                assert time.monotonic() < deadline, "training waits for the files"
-                time.sleep(0.01)
-            seen.append((path.name, checkpoint.latest(run)))
-        save(self, states, path)
-
-    patched.setattr(checkpoint.Writer, "_save", late)
-    yield seen
-
-
-def test_what_is_written_while_training_goes_on_is_what_would_have_been_written_at_once(
-    halved, whole, model, tmp_path, monkeypatch
-):
+def test_what_is_written_while_training_goes_on_is_what_would_have_been_written_at_once(halved, whole, model, tmp_path):
     settings = config(tmp_path / "late", model=model, checkpoint_every=2, async_save=True)
-    with monkeypatch.context() as patched, writes_after_the_next_step(tmp_path / "late", patched) as seen:
+    with late_writes() as newest:
         late = launch.run(settings)
-    assert [name for name, _ in seen[:3]] == ["model.pt", "optimizer.pt", "rank-000.pt"]
-    assert [newest for _, newest in seen[:3]] == [None] * 3, "visible before it was whole"
+    # Three files and the description at each of the steps 2, 4 and 6. The last save has no training to wait for.
+    assert newest == [None] * 4 + ["step-00000002"] * 4 + ["step-00000004"] * 4, "visible before it was whole"
     assert_same(late, whole)
     for step in (2, 4):
         assert entries(late, step) == entries(halved, step)
@@ -251,9 +229,8 @@ def test_what_is_written_while_training_goes_on_is_what_would_have_been_written_
     assert_same(resumed, whole)
 
 
-def test_without_a_snapshot_it_would_not_be(halved, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint.Writer, "snapshot", lambda self, states: states)
-    with writes_after_the_next_step(tmp_path / "late", monkeypatch):
+def test_without_a_snapshot_it_would_not_be(halved, model, tmp_path):
+    with late_writes(), without_snapshot():
         late = launch.run(config(tmp_path / "late", model=model, checkpoint_every=2, async_save=True))
     assert entries(late, 2)["engine/model.pt"] != entries(halved, 2)["engine/model.pt"]
 
