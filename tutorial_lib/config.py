@@ -172,6 +172,9 @@ class RunConfig:
         False, "evaluate at every checkpoint, and never delete the one with the lowest evaluation loss"
     )
     max_failures: int = _setting(0, "launcher='ray': start the workers again after up to this many failures")
+    async_save: bool = _setting(
+        False, "write files while training goes on, from a copy in host memory (another one of the rank's states)"
+    )
     resume: str = _setting(
         "auto",
         "auto: continue the run of this name if it has a checkpoint; never: refuse to touch an existing run",
@@ -264,7 +267,7 @@ class Config:
 
 
 FREE_ON_RESUME = frozenset(
-    {"name", "storage", "launcher", "stop_after", "checkpoint_every", "resume", "evaluate", "measure"}
+    {"name", "storage", "launcher", "stop_after", "checkpoint_every", "async_save", "resume", "evaluate", "measure"}
     | {"keep_last", "keep_best", "max_failures"}
     | {"pin_memory", "bucket_size", "wrap", "activation_checkpointing", "trust_remote_code", "micro_batch", "tp_plan"}
     | {"engine", "device", "dp", "tp", "zero_stage", "sharding", "shard_size", "offload", "deepspeed"}

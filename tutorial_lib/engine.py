@@ -27,11 +27,12 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 import deepspeed
 from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.utils import groups
 from torch import Tensor
 
 from tutorial_lib import autotp, ds_config, zero
-from tutorial_lib.checkpoint import LAYOUT, MOMENTS, CheckpointError, Whole
+from tutorial_lib.checkpoint import LAYOUT, MOMENTS, CheckpointError, Whole, Writer
 from tutorial_lib.config import Config
 from tutorial_lib.measure.layout import ParameterLayout
 from tutorial_lib.models import build_model, slice_alibi
@@ -216,8 +217,9 @@ class DeepSpeedEngine:
         masters = [master for group in wrapper.fp32_groups for master in group]
         return dict(zip(copies, masters, strict=True))
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, writer: Writer) -> None:
         """Write this rank's files into ``directory``. Collective."""
+        self.deepspeed.checkpoint_engine = _CheckpointEngine(writer)
         self.deepspeed.save_checkpoint(str(directory), tag=_TAG, save_latest=False)
         if self.unit and self.unit.topology.rank == 0:
             rows = [row.to_dict() for row in self.layout()]
@@ -290,6 +292,17 @@ class DeepSpeedEngine:
         """Release hooks and buffers, so that another engine can be built in the same process."""
         self.deepspeed.destroy()
         _share_groups(None)
+
+
+class _CheckpointEngine(TorchCheckpointEngine):
+    """What DeepSpeed gives its files to: our writer decides when they are written."""
+
+    def __init__(self, writer: Writer) -> None:
+        super(TorchCheckpointEngine, self).__init__()
+        self.name, self.writer = "tutorial_lib", writer
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.writer.save(state_dict, Path(path))
 
 
 def _share_groups(unit: ModelParallelUnit | None) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tutorial_lib.checkpoint import MOMENTS, Whole
+from tutorial_lib.checkpoint import MOMENTS, Whole, Writer
 from tutorial_lib.config import Config
 from tutorial_lib.measure.layout import ParameterLayout
 from tutorial_lib.models import build_model
@@ -99,10 +99,10 @@ class TorchEngine:
                 state = self.optimizer.state[parameter]
                 yield name, {key: state[key].detach().cpu().clone() for key in MOMENTS}
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, writer: Writer) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        torch.save(self.module.state_dict(), directory / "model.pt")
-        torch.save(self.optimizer.state_dict(), directory / "optimizer.pt")
+        writer.save(self.module.state_dict(), directory / "model.pt")
+        writer.save(self.optimizer.state_dict(), directory / "optimizer.pt")
 
     def load(self, directory: Path) -> None:
         self.module.load_state_dict(torch.load(directory / "model.pt", map_location=self.device, weights_only=True))

@@ -37,7 +37,7 @@ from transformers import get_scheduler
 
 from tutorial_lib import checkpoint
 from tutorial_lib.agreement import check_batches, check_losses, gather
-from tutorial_lib.checkpoint import Progress
+from tutorial_lib.checkpoint import Progress, Save, Writer, make_stager
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.dataloader import build_eval_loader, build_train_loader
 from tutorial_lib.dataloader.batches import fingerprint
@@ -79,7 +79,7 @@ class Engine(Protocol):
     def layout(self) -> list[ParameterLayout]: ...
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]: ...
     def full_optimizer_states(self) -> Iterator[tuple[str, dict[str, Tensor]]]: ...
-    def save(self, directory: Path) -> None: ...
+    def save(self, directory: Path, writer: Writer) -> None: ...
     def load(self, directory: Path) -> None: ...
     def load_whole(self, whole: checkpoint.Whole) -> None: ...
     def close(self) -> None: ...
@@ -170,7 +170,7 @@ def train(config: Config, *, on_checkpoint: OnCheckpoint | None = None) -> dict[
                 try:
                     return session.run_to_end(started)
                 finally:
-                    session.engine.close()
+                    session.close()
                     gc.collect()
             except BaseException as error:
                 run.write_error(rank, error)
@@ -192,11 +192,12 @@ class _Session:
         self.on_checkpoint, self.stop_signalled = on_checkpoint, stop_signalled
         self.device = local_device(config)
         reset_peak_memory(self.device)
+        if topology.rank == 0:
+            checkpoint.clear_remains(run)
         found, self.left_out = checkpoint.newest_whole(run, topology)
         if found:
             checkpoint.check_continues(config, found)
         if topology.rank == 0:
-            checkpoint.clear_remains(run)
             for each in self.left_out:
                 _LOG.warning("Not resumed from %s: %s Going on from %s.", each.checkpoint, each.why, found)
         self.identity = checkpoint.identity(config) if topology.rank == 0 else {}
@@ -215,8 +216,12 @@ class _Session:
         seed_everything(config.run.seed + 1 + topology.dp_rank)
         self.step = 0
         self.record: dict[str, Any] = {}
+        self.row: dict[str, Any] = {}
         self.saved_at: int | None = None
         self.stopped_by_request = False
+        self.saves: list[dict[str, Any]] = []
+        self.stager = make_stager() if config.run.async_save else None
+        self.in_flight: tuple[Save, dict[str, Any]] | None = None
         self.measured: dict[str, Any] | None = None
         self.resumed_from: int | None = None
         self.reshaped_from: dict[str, Any] | None = None
@@ -268,8 +273,16 @@ class _Session:
         stopped = self._train_steps()
         # A run that goes on in another shape, and stops where it was, leaves a checkpoint of that shape all the same.
         if self.saved_at != self.step or (self.reshaped_from and self.step == self.resumed_from):
-            self.save(in_a_hurry=self.stopped_by_request)
+            self.save(and_train_on=False, in_a_hurry=self.stopped_by_request)
         return self._finish("stopped" if stopped else "completed")
+
+    def close(self) -> None:
+        """Release what outlives this object otherwise. A save that is not finished stays invisible."""
+        if self.in_flight:
+            self.in_flight[0].abandon()
+        if self.stager:
+            self.stager.close()
+        self.engine.close()
 
     def _train_steps(self) -> bool:
         """Train until the last step. Returns whether the run was asked to stop before."""
@@ -279,28 +292,31 @@ class _Session:
             return True
         every = self.config.run.checkpoint_every
         for micro_batches in self.loader.steps():
-            row, stop = self._one_step(micro_batches)
-            if every and self.step % every == 0:
-                self.save(row, in_a_hurry=stop)
+            stop, written = self._one_step(micro_batches)
+            if written:
+                self._finish_save()
             if self.step >= self.num_steps:
                 return False
             self.stopped_by_request = stop
             if stop or self._slot_is_over():
                 return True
+            if every and self.step % every == 0:
+                self.save(and_train_on=True)
         raise AssertionError("the training loader ended")  # it repeats the epochs for ever
 
     def _slot_is_over(self) -> bool:
         limit = self.config.run.stop_after
         return limit is not None and self.step >= limit
 
-    def _one_step(self, micro_batches: list[dict[str, Tensor]]) -> tuple[dict[str, Any], bool]:
+    def _one_step(self, micro_batches: list[dict[str, Tensor]]) -> tuple[bool, bool]:
+        """Train one step. Returns what :meth:`_agree` says of stopping and of the save in flight."""
         began = time.perf_counter()
         measuring = self.config.run.measure and self.step + 1 == _MEASURED_STEP
         with (
             count_collectives(self.topology.axes()) if measuring else nullcontext() as traffic,
             count_allocations() if measuring else nullcontext(Allocations()) as allocations,
         ):
-            tokens, stop = self._agree(micro_batches)
+            tokens, stop, written = self._agree(micro_batches)
             if tokens == 0:
                 raise ConfigError(
                     f"No token of step {self.step + 1} counts: every label is masked. Raise seq_length "
@@ -337,7 +353,7 @@ class _Session:
                 "num_parameters": self.engine.num_parameters,
                 "layout": [row.to_dict() for row in self.engine.layout()] if self.topology.tp > 1 else None,
             }
-        row = {
+        self.row = {
             "step": self.step,
             "epoch": self.loader.epoch,
             "loss": loss,
@@ -347,8 +363,8 @@ class _Session:
             "seconds": time.perf_counter() - began,
         }
         if self.topology.rank == 0:
-            self.run.append(row)
-        return row, stop
+            self.run.append(self.row)
+        return stop, written
 
     def _loss_sum(self, batch: dict[str, Tensor]) -> Tensor:
         on_device = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
@@ -369,37 +385,56 @@ class _Session:
                 totals[1] += count_tokens(batch["labels"])
         return self._sum_over_ranks(totals[0]) / self._sum_over_ranks(totals[1])
 
-    def save(self, row: dict[str, Any] | None = None, *, in_a_hurry: bool = False) -> None:
-        """Write a checkpoint of the state after the last step, and delete those that it makes superfluous.
+    def save(self, *, and_train_on: bool, in_a_hurry: bool = False) -> None:
+        """Write a checkpoint of the state after the last step.
 
         Args:
-            row: the newest metrics row.
+            and_train_on: more steps follow, and with ``async_save`` they need not wait until the files are written.
             in_a_hurry: somebody has asked the run to stop, and may end it soon: save without evaluating first.
         """
-        row = row or next(iter(self.run.rows()[-1:]), {})
+        self._finish_save()
         self.record.pop("eval_loss", None)
         if self.config.run.keep_best and not in_a_hurry:
             self.record["eval_loss"] = self.evaluate()
-        progress = Progress(
-            self.step, self.loader.state_dict(), self.scheduler.state_dict(), self.record, self.identity
+        state = self.step, self.loader.state_dict(), self.scheduler.state_dict(), self.record, self.identity
+        stager = self.stager if and_train_on else None
+        save = checkpoint.save(
+            self.run, self.engine, self.config, self.topology, Progress(*state), self.tokenizer, stager
         )
-        path = checkpoint.save(self.run, self.engine, self.config, self.topology, progress, self.tokenizer)
-        self.saved_at = self.step
+        self.in_flight = save, self.row or next(iter(self.run.rows()[-1:]), {})
+        if stager is None:
+            self._finish_save()
+
+    def _finish_save(self) -> None:
+        """Make the save in flight visible, if there is one. Collective; waits for all ranks' files."""
+        if self.in_flight is None:
+            return
+        save, row = self.in_flight
+        self.saves.append(save.finish())
+        self.in_flight, self.saved_at = None, save.step
+        path = checkpoint.directory_of(self.run, save.step)
         if self.on_checkpoint:
             self.on_checkpoint(path, row)
         self.pruner.prune(path)
 
-    def _agree(self, micro_batches: list[dict[str, Tensor]]) -> tuple[int, bool]:
-        """The step's tokens over all data-parallel ranks, and whether any rank was asked to stop. Collective.
+    def _agree(self, micro_batches: list[dict[str, Tensor]]) -> tuple[int, bool, bool]:
+        """What all ranks must know of a step. Collective.
+
+        Returns:
+            The step's tokens over all data-parallel ranks; whether any rank was asked to stop; whether there is a save
+            in flight, and all its files are written.
 
         Raises:
             RanksDisagree: the ranks of a tensor-parallel group read different batches; all ranks raise.
+            OSError: this rank's files of the save in flight could not be written; this rank alone raises.
         """
         tokens = sum(count_tokens(batch["labels"]) for batch in micro_batches)
-        own = [tokens, int(self._stop_requested()), fingerprint(micro_batches) if self.topology.tp > 1 else 0]
-        by_rank = gather(own, self.device)
-        check_batches(self.topology, self.step + 1, [number for _, _, number in by_rank])
-        return sum(tokens for tokens, _, _ in by_rank[:: self.topology.tp]), any(stop for _, stop, _ in by_rank)
+        written = self.in_flight is not None and self.in_flight[0].is_written()
+        batches = fingerprint(micro_batches) if self.topology.tp > 1 else 0
+        by_rank = gather([tokens, int(self._stop_requested()), int(written), batches], self.device)
+        tokens_of, stop_of, written_of, batches_of = zip(*by_rank, strict=True)
+        check_batches(self.topology, self.step + 1, batches_of)
+        return sum(tokens_of[:: self.topology.tp]), any(stop_of), all(written_of)
 
     def _sum_over_ranks(self, value: Tensor) -> float:
         """The sum of a float64 scalar over the data-parallel ranks. Collective.
@@ -416,6 +451,7 @@ class _Session:
         return self.stop_signalled() or (self.topology.rank == 0 and self.run.stop_file.exists())
 
     def _diverged(self, what: str) -> str:
+        self._finish_save()  # all ranks are here, and it may be the last good one
         good = "No checkpoint was saved before."
         if self.saved_at:
             good = f"The last good checkpoint is {checkpoint.directory_of(self.run, self.saved_at)}."
@@ -454,6 +490,7 @@ class _Session:
             "seconds_to_first_step": self.record["seconds_to_first_step"],
             "num_parameters": self.engine.num_parameters,
             "checkpoint": checkpoint.directory_of(self.run, self.step).name,
+            "saves": self.saves,
             "ranks": per_rank,
             "versions": {
                 name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers", "datasets")

@@ -96,8 +96,12 @@ def compare(config: Config) -> None:
         losses[name] = step()
         processor[name].append(time.process_time() - began)
 
+    def our_step() -> float:
+        session._one_step(next(batches))
+        return float(session.row["loss"])
+
     ratio = time_ratio(
-        lambda: timed("ours", lambda: session._one_step(next(batches))[0]["loss"]),
+        lambda: timed("ours", our_step),
         lambda: timed("theirs", shortest),
         pairs=PAIRS,
     )

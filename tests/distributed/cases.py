@@ -241,6 +241,12 @@ INTERRUPTED_ON_4: dict[str, dict[str, Any]] = {
 }
 """The same on four ranks, and resumed in the same launch."""
 
+LATE: dict[int, tuple[str, ...]] = {
+    2: ("zero1", "zero3", "fsdp-full", "1x2-zero2", "zero1-without_snapshot"),
+    4: ("2x2-zero1", "fsdp-tp2"),
+}
+"""By number of ranks: those that are saved while training goes on, stopped, and resumed in the same launch."""
+
 UNTOUCHED: dict[str, dict[str, Any]] = {
     "drawn-gpt2": {"model": "embedded/gpt2", "random_init": True},
     "drawn-qwen2": {"model": "embedded/qwen2", "random_init": True, "seed": 7},
@@ -264,6 +270,11 @@ def interruptible(directory: Path, kind: str, part: str, **changes: Any) -> Conf
     return config(directory, **{"name": f"{part}.{kind}", "dp": 2, **flat, **stop, **changes})
 
 
+def late(directory: Path, kind: str) -> Config:
+    asynchronous = {"checkpoint_every": 2, "async_save": True}
+    return interruptible(directory, kind.partition("-without")[0], "halved", name=f"late.{kind}", **asynchronous)
+
+
 def shared_runs(directory: Path, ranks: int) -> list[Config]:
     """All runs on this many ranks that need no launch of their own."""
     runs = [variant(directory, case, name, ranks) for case, names in VARIANTS[ranks].items() for name in names]
@@ -277,6 +288,7 @@ def shared_runs(directory: Path, ranks: int) -> list[Config]:
             variant(directory, case, name, 2, name=f"refused-{fault}", **changes)
             for fault, (case, name, changes) in REFUSED_RUNS.items()
         ]
+    runs += [late(directory, kind) for kind in LATE.get(ranks, ())]
     if ranks == 4:
         runs += [untouched(directory, name) for name in UNTOUCHED]
         for kind in INTERRUPTED_ON_4:

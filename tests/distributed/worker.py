@@ -7,6 +7,8 @@ of every step. The names of some runs ask for more:
 - ``broken-NAME``: the run trains with the patch that :data:`BROKEN` has under NAME;
 - ``whole.NAME``: at its end the engine is asked to load a directory that holds nothing;
 - ``twice.NAME``: where it stops, it is started again, by the same processes; the second start is observed;
+- ``late.NAME``: its background writes are late; where it stops, it is started again from the checkpoint before, by the
+  same processes; the second start is observed;
 - ``refused-NAME``: the run must fail, on every rank; the error is kept in ``refused.json``, and the launch goes on.
   It trains with the patch that :data:`BROKEN` has under NAME, if there is one;
 """
@@ -18,6 +20,8 @@ import gc
 import hashlib
 import json
 import os
+import resource
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +36,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem
 
+from tests.late_writes import late_writes, without_snapshot
 from tutorial_lib import agreement, checkpoint, ds_config, trainer
 from tutorial_lib.config import Config
 from tutorial_lib.dataloader import TrainLoader
@@ -39,6 +44,7 @@ from tutorial_lib.dataloader.batches import Collate, StepSampler
 from tutorial_lib.launch import ray_train, worker
 from tutorial_lib.measure.memory import StateBytes, count_allocations
 from tutorial_lib.mpu import Topology
+from tutorial_lib.records import RunDirectory
 
 OBSERVATION = "observed.pt"
 
@@ -55,6 +61,11 @@ def train_observed(config: Config) -> None:
     probe_averages(Path(config.run.storage))
     if config.run.name.startswith("twice."):
         trainer.train(config)
+        config = config.override(stop_after=None)
+    if config.run.name.startswith("late."):
+        with late_writes(), without_snapshot() if "without_snapshot" in config.run.name else nullcontext():
+            trainer.train(config)
+        _forget_newest(config)
         config = config.override(stop_after=None)
     with ExitStack() as patches:
         watch = patches.enter_context(_watching())
@@ -76,6 +87,13 @@ def train_observed(config: Config) -> None:
             trainer.train(config, on_checkpoint=observe)
     # The trainer collects garbage after every run; what is there after the first one need not be looked at again.
     gc.freeze()
+
+
+def _forget_newest(config: Config) -> None:
+    """Remove the checkpoint that was written when training had stopped. Collective."""
+    if dist.get_rank() == 0:
+        shutil.rmtree(checkpoint.latest(RunDirectory(config.directory)))
+    dist.barrier()
 
 
 def _train_in_vain(config: Config) -> None:
@@ -156,6 +174,7 @@ class _Watch:
         return creating
 
     def _writes(self, target: Any) -> None:
+        target = getattr(target, "name", target)
         parts = Path(target).parts if isinstance(target, (str, Path)) else ()
         if "checkpoints" in parts:
             # What follows checkpoints/.partial-step-NNNNNNNN.
@@ -451,14 +470,31 @@ def _fault_in_second_save(strike: Callable[[], None]) -> Iterator[None]:
 
     save, saves = DeepSpeedEngine.save, []
 
-    def failing(self: Any, directory: Path) -> None:
-        save(self, directory)
+    def failing(self: Any, directory: Path, *given: Any) -> None:
+        save(self, directory, *given)
         saves.append(directory)
         if len(saves) == 2 and dist.get_rank() == 1:
             strike()
 
     with mock.patch.object(DeepSpeedEngine, "save", failing):
         yield
+
+
+@contextmanager
+def _fault_in_second_write(strike: Callable[[], None]) -> Iterator[None]:
+    """The same while the files of the second checkpoint are written, and training has gone on."""
+
+    def second(step: int) -> None:
+        if step == 4 and dist.get_rank() == 1:
+            strike()
+
+    with late_writes(second):
+        yield
+
+
+def _fill_the_disk() -> None:
+    """A limit on the size of files stands for the end of the disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, resource.RLIM_INFINITY))
 
 
 def _raise() -> None:
@@ -536,6 +572,8 @@ BROKEN: dict[str, Callable[[], Any]] = {
     "optimizer_not_restored": _optimizer_not_restored,
     "save_raises": lambda: _fault_in_second_save(_raise),
     "killed_in_save": lambda: _fault_in_second_save(_killed),
+    "disk_full_in_write": lambda: _fault_in_second_write(_fill_the_disk),
+    "killed_in_write": lambda: _fault_in_second_write(_killed),
 }
 
 

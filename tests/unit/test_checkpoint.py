@@ -4,11 +4,14 @@ One process and the torch engine; ``tests/distributed`` has the same for DeepSpe
 """
 
 import json
+import resource
 import shutil
+import threading
 
 import pytest
 import torch
 
+from tests.late_writes import late_writes, without_snapshot
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.checkpoint import CheckpointError, saving
 from tutorial_lib.config import Config, ConfigError
@@ -185,8 +188,8 @@ def test_an_interrupted_save_leaves_the_checkpoint_before_it(whole, model, tmp_p
     """It also leaves half a directory, under a name that nobody reads, and rows that are written again."""
     save, saves = TorchEngine.save, []
 
-    def failing(self, directory):
-        save(self, directory)
+    def failing(self, directory, writer):
+        save(self, directory, writer)
         saves.append(directory)
         if len(saves) == 2:
             raise KeyboardInterrupt
@@ -202,6 +205,73 @@ def test_an_interrupted_save_leaves_the_checkpoint_before_it(whole, model, tmp_p
     assert [row["step"] for row in run.rows()] == [1, 2, 3, 4]
     assert_same(launch.run(settings), whole)
     assert sorted(path.name for path in run.checkpoints.iterdir())[0] == "step-00000002"
+
+
+def entries(run, step):
+    files = json.loads((checkpoint.directory_of(run.directory, step) / checkpoint.MANIFEST).read_text())["files"]
+    return {name: entry for name, entry in files.items() if name.endswith(".pt")}
+
+
+def test_what_is_written_while_training_goes_on_is_what_would_have_been_written_at_once(halved, whole, model, tmp_path):
+    settings = config(tmp_path / "late", model=model, checkpoint_every=2, async_save=True)
+    with late_writes() as newest:
+        late = launch.run(settings)
+    # Three files and the description at each of the steps 2, 4 and 6. The last save has no training to wait for.
+    assert newest == [None] * 4 + ["step-00000002"] * 4 + ["step-00000004"] * 4, "visible before it was whole"
+    assert_same(late, whole)
+    for step in (2, 4):
+        assert entries(late, step) == entries(halved, step)
+        checkpoint.verify(checkpoint.directory_of(late.directory, step))
+    for step in (4, 6, 7):
+        shutil.rmtree(checkpoint.directory_of(late.directory, step))
+    resumed = launch.run(settings)
+    assert resumed.result["resumed_from"] == 2
+    assert_same(resumed, whole)
+
+
+def test_without_a_snapshot_it_would_not_be(halved, model, tmp_path):
+    with late_writes(), without_snapshot():
+        late = launch.run(config(tmp_path / "late", model=model, checkpoint_every=2, async_save=True))
+    assert entries(late, 2)["engine/model.pt"] != entries(halved, 2)["engine/model.pt"]
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_checkpoint_is_reported_when_it_is_there_and_with_its_own_row(model, tmp_path, async_save):
+    from tutorial_lib import trainer
+
+    reported = []
+
+    def report(path, row):
+        checkpoint.verify(path)
+        reported.append((path.name, row["step"]))
+
+    settings = config(tmp_path, model=model, checkpoint_every=2, async_save=async_save)
+    result = trainer.train(settings, on_checkpoint=report)
+    assert reported == [(f"step-{step:08d}", step) for step in (2, 4, 6, 7)]
+    run = RunDirectory(settings.directory)
+    for saved, step in zip(result["saves"], (2, 4, 6, 7), strict=True):
+        path = checkpoint.directory_of(run, step)
+        sizes = [p.stat().st_size for p in path.rglob("*") if p.is_file() and p.name != checkpoint.MANIFEST]
+        assert (saved["step"], saved["bytes"]) == (step, sum(sizes))
+        assert 0 < saved["write_seconds"]
+        assert 0 < saved["stall_seconds"]
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_full_disk_is_an_error_and_the_checkpoint_before_it_stays(whole, model, tmp_path, async_save):
+    """A limit on the size of files stands for the end of the disk."""
+    settings = config(tmp_path, model=model, checkpoint_every=2, async_save=async_save)
+    launch.run(settings.override(stop_after=2))
+    limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, most))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*/\.partial-step-00000004/engine/model\.pt'"):
+            launch.run(settings)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+    assert checkpoint.latest(RunDirectory(settings.directory)).name == "step-00000002"
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
+    assert_same(launch.run(settings), whole)
 
 
 def test_random_states_come_back(tmp_path):
@@ -235,15 +305,15 @@ def test_the_newest_checkpoint_is_the_one_of_the_highest_step(tmp_path):
     assert checkpoint.latest(run) == checkpoint.directory_of(run, 100)
 
 
-@pytest.mark.parametrize("what", ["loss", "norm"])
-def test_a_run_that_diverges_stops_and_names_the_last_good_checkpoint(model, tmp_path, monkeypatch, what):
+@pytest.mark.parametrize(("what", "async_save"), [("loss", False), ("norm", False), ("norm", True)])
+def test_a_run_that_diverges_stops_and_names_the_last_good_checkpoint(model, tmp_path, monkeypatch, what, async_save):
     from tutorial_lib import trainer
 
     if what == "loss":
         # The first update throws the weights out of range; the second step's loss shows it.
         settings, step = config(tmp_path, model=model, checkpoint_every=1, learning_rate=1e30, warmup_steps=0), 2
     else:
-        settings, step = config(tmp_path, model=model, checkpoint_every=1), 3
+        settings, step = config(tmp_path, model=model, checkpoint_every=1, async_save=async_save), 3
         norms = iter([1.0, 1.0, float("nan")])
         update = TorchEngine.step
         monkeypatch.setattr(TorchEngine, "step", lambda self: update(self) and next(norms))

@@ -8,9 +8,10 @@ A checkpoint is the directory ``checkpoints/step-NNNNNNNN`` of a run::
     trainer.json       step, learning-rate schedule, settings, versions
     manifest.json      every file with its size and SHA-256; written last
 
-It is written under a name that nobody reads and renamed when the manifest is complete, so an interrupted save leaves
-the previous checkpoint the newest one. A resume reads every byte before it loads anything, and goes back to the newest
-whole checkpoint if newer ones are damaged. The engine's files are pickles, FSDP2's ``.metadata`` among them: unpickling
+It is written under a name that nobody reads, while training goes on if asked to (``async_save``), and renamed when the
+manifest is complete, so an interrupted save leaves the previous checkpoint the newest one. A resume reads every byte
+before it loads anything, and goes back to the newest whole checkpoint if newer ones are damaged. The engine's files are
+pickles, FSDP2's ``.metadata`` among them: unpickling
 runs code, so only load checkpoints that you or your job wrote. The manifest protects against damage, not against
 forgery.
 """
@@ -31,8 +32,9 @@ from tutorial_lib.checkpoint.files import (
 )
 from tutorial_lib.checkpoint.lock import check_free, held_for_launch, held_for_training
 from tutorial_lib.checkpoint.pruning import Pruner
-from tutorial_lib.checkpoint.saving import Progress, load, save
+from tutorial_lib.checkpoint.saving import Progress, Save, load, save
 from tutorial_lib.checkpoint.whole import LAYOUT, MOMENTS, Whole, open_whole
+from tutorial_lib.checkpoint.writing import Writer, make_stager
 
 __all__ = [
     "LAYOUT",
@@ -42,7 +44,9 @@ __all__ = [
     "LeftOut",
     "Progress",
     "Pruner",
+    "Save",
     "Whole",
+    "Writer",
     "agreed",
     "check_continues",
     "check_free",
@@ -56,6 +60,7 @@ __all__ = [
     "identity",
     "latest",
     "load",
+    "make_stager",
     "newest_whole",
     "open_whole",
     "read_trainer_state",

@@ -25,6 +25,7 @@ FORMAT = 2
 """Written into ``trainer.json`` and the manifest. 2: with the fingerprints of model and tokenizer. 1 is still read."""
 
 _NAME = re.compile(r"step-\d{8}")
+_PARTIAL, _DELETING = ".partial-", ".deleting-"
 _REMAINS = re.compile(r"\.(partial|deleting)-step-\d{8}")
 
 
@@ -199,22 +200,6 @@ def _damage_at_a_glance(path: Path) -> str | None:
     return wrong or file_damage(path / "trainer.json", files["trainer.json"])
 
 
-def digests(directory: Path, topology: Topology) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file, each rank syncing and reading a share of them."""
-    # One rank lists: on a network file system others may still see an older listing.
-    names = agreed(sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()))
-    mine = names[topology.rank :: topology.world_size]
-    for name in mine:
-        # Else a power cut after the rename could leave a checkpoint that has its name and not its content.
-        sync(directory / name)
-    own = {name: _digest(directory / name) for name in mine}
-    if topology.world_size == 1:
-        return own
-    shares: list[dict[str, dict[str, Any]]] = [{}] * topology.world_size
-    dist.all_gather_object(shares, own)
-    return {name: entry for share in shares for name, entry in share.items()}
-
-
 def sync(path: Path) -> None:
     """Have a file's content, or a directory's entries, on the disk itself before going on."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -224,7 +209,8 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _digest(path: Path) -> dict[str, Any]:
+def digest(path: Path) -> dict[str, Any]:
+    """A file's entry in the manifest."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
@@ -246,7 +232,7 @@ def file_damage(path: Path, entry: dict[str, Any]) -> str | None:
     if wrong := _wrong_size(path, entry):
         return wrong
     try:
-        if _digest(path)["sha256"] != entry["sha256"]:
+        if digest(path)["sha256"] != entry["sha256"]:
             return f"{path} was altered after it was written (its SHA-256 differs)."
     except OSError as error:
         return f"{path} cannot be read: {error.strerror}."
@@ -257,7 +243,27 @@ def clear_remains(run: RunDirectory) -> None:
     """Remove what saves and deletions of killed starts have left behind under names that nobody reads."""
     for path in run.checkpoints.iterdir():
         if _REMAINS.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
+            final = path.with_name(path.name.removeprefix(_PARTIAL))
+            if _NAME.fullmatch(final.name) and (path / MANIFEST).is_file() and not final.exists():
+                os.rename(path, final)  # complete, and killed between the two renames of publish()
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def partial_of(final: Path) -> Path:
+    """The name under which a checkpoint is written, and which nobody reads."""
+    return final.with_name(_PARTIAL + final.name)
+
+
+def publish(final: Path) -> None:
+    """Give a checkpoint that is complete its name; one that has it is replaced and then deleted."""
+    doomed = final.with_name(_DELETING + final.name)
+    shutil.rmtree(doomed, ignore_errors=True)
+    if final.exists():
+        os.rename(final, doomed)
+    os.rename(partial_of(final), final)
+    sync(final.parent)
+    shutil.rmtree(doomed, ignore_errors=True)  # what cannot be removed now, the next start tries again
 
 
 def delete(path: Path) -> None:
@@ -268,7 +274,7 @@ def delete(path: Path) -> None:
     """
     if not _NAME.fullmatch(path.name):
         raise ValueError(f"{path} is not named as a checkpoint")
-    doomed = path.with_name(f".deleting-{path.name}")
+    doomed = path.with_name(_DELETING + path.name)
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(path, doomed)
     sync(path.parent)
@@ -282,6 +288,15 @@ def agreed(value: T) -> T:
     holder = [value]
     dist.broadcast_object_list(holder, src=0)
     return holder[0]
+
+
+def gathered(value: T, topology: Topology) -> list[T]:
+    """Every rank's value, by rank. Collective."""
+    if topology.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * topology.world_size
+    dist.all_gather_object(values, value)
+    return values
 
 
 def barrier() -> None:

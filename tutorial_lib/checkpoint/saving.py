@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import random
 import shutil
 import socket
+import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.checkpoint.staging import DefaultStager
 
 from tutorial_lib.checkpoint.continuing import check_same_run, shape
 from tutorial_lib.checkpoint.files import (
@@ -23,13 +24,16 @@ from tutorial_lib.checkpoint.files import (
     MANIFEST,
     CheckpointError,
     barrier,
-    delete,
-    digests,
+    digest,
     directory_of,
+    gathered,
+    partial_of,
+    publish,
     read_trainer_state,
     sync,
 )
 from tutorial_lib.checkpoint.whole import open_whole
+from tutorial_lib.checkpoint.writing import Writer
 from tutorial_lib.config import Config
 from tutorial_lib.fused import is_fused_by_part
 from tutorial_lib.mpu import Topology
@@ -58,35 +62,38 @@ class Progress:
 
 
 def save(
-    run: RunDirectory, engine: Any, config: Config, topology: Topology, progress: Progress, tokenizer: Any
-) -> Path:
-    """Write a checkpoint. Collective; returns when it is complete and visible to all ranks.
+    run: RunDirectory,
+    engine: Any,
+    config: Config,
+    topology: Topology,
+    progress: Progress,
+    tokenizer: Any,
+    stager: DefaultStager | None = None,
+) -> Save:
+    """Begin to write a checkpoint; :meth:`Save.finish` makes it visible. Collective.
 
     Args:
         run: the run's directory, on storage that every rank sees.
-        engine: anything with ``save(directory)`` and ``module``.
+        engine: anything with ``save(directory, writer)`` and ``module``.
         config: settings of the run, kept for the resume to compare.
         topology: this rank's place in the grid.
         progress: step, data position, schedule.
         tokenizer: saved beside the model's configuration, for exports.
-
-    Raises:
-        CheckpointError: some rank's files are not visible here: the storage is not shared.
+        stager: with one, see :func:`make_stager`, training may go on when this returns: what is written is a snapshot.
+            Without, all files are written when this returns.
     """
+    began = time.perf_counter()
     final = directory_of(run, progress.step)
-    partial = run.checkpoints / f".partial-{final.name}"
+    partial = partial_of(final)
     if topology.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     barrier()
-    engine.save(partial / "engine")
-    torch.save(
-        {"loader": progress.loader, "random": _random_states(engine)},
-        partial / f"rank-{topology.rank:03d}.pt",
-    )
+    writer = Writer(partial, stager)
+    engine.save(partial / "engine", writer)
+    own = {"loader": progress.loader, "random": _random_states(engine)}
+    writer.save(own, partial / f"rank-{topology.rank:03d}.pt")
     if topology.rank == 0:
-        engine.module.config.save_pretrained(partial / "model")
-        tokenizer.save_pretrained(partial / "model")
         trainer = {
             "format": FORMAT,
             "step": progress.step,
@@ -101,26 +108,88 @@ def save(
                 **{name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")},
             },
         }
-        (partial / "trainer.json").write_text(json.dumps(trainer, indent=2), encoding="utf-8")
-    barrier()
-    files = digests(partial, topology)
-    if topology.rank == 0:
-        missing = [r for r in range(topology.world_size) if f"rank-{r:03d}.pt" not in files]
+        text = json.dumps(trainer, indent=2)
+        writer.submit(_describe, writer, partial, text, engine.module.config, tokenizer)
+    return Save(progress.step, partial, final, topology, writer, time.perf_counter() - began)
+
+
+def _describe(writer: Writer, partial: Path, trainer: str, config: Any, tokenizer: Any) -> None:
+    config.save_pretrained(partial / "model")
+    tokenizer.save_pretrained(partial / "model")
+    writer.count(partial / "model")
+    with writer.file_system.create_stream(partial / "trainer.json", "wb") as stream:
+        stream.write(trainer.encode())
+
+
+@dataclass(slots=True)
+class Save:
+    """A checkpoint that is being written under a name that nobody reads.
+
+    Attributes:
+        step: optimizer steps done.
+        seconds: for how long training has waited for it.
+    """
+
+    step: int
+    _partial: Path
+    _final: Path
+    _topology: Topology
+    _writer: Writer
+    seconds: float
+
+    def is_written(self) -> bool:
+        """Whether this rank's files are complete. If they cannot be, raises this rank's own error."""
+        return self._writer.is_done()
+
+    def finish(self) -> dict[str, Any]:
+        """Wait for every rank's files, then make the checkpoint visible. Collective.
+
+        No rank's thread talks to other ranks' about it: this does, on the thread that trains, between two steps.
+
+        Returns:
+            On every rank the ``step``, the ``stall_seconds`` of training, the ``write_seconds`` until the last file was
+            on the disk (both of the rank that took longest), and the ``bytes`` of all files.
+
+        Raises:
+            CheckpointError: some rank's files are not visible here: the storage is not shared.
+            OSError: this rank's files could not be written.
+        """
+        began = time.perf_counter()
+        write_seconds = self._writer.wait()
+        shares = gathered((self._writer.files, write_seconds), self._topology)
+        files = {name: entry for share, _ in shares for name, entry in share.items()}
+        if self._topology.rank == 0:
+            self._publish(files)
+        barrier()
+        self.seconds += time.perf_counter() - began
+        return {
+            "step": self.step,
+            "stall_seconds": max(gathered(self.seconds, self._topology)),
+            "write_seconds": max(seconds for _, seconds in shares),
+            "bytes": sum(entry["bytes"] for entry in files.values()),
+        }
+
+    def _publish(self, files: dict[str, dict[str, Any]]) -> None:
+        for path in self._partial.rglob("*"):
+            name = str(path.relative_to(self._partial))
+            if path.is_dir() or name not in files:
+                sync(path)
+            if path.is_file() and name not in files:  # small ones, beside the engine's own
+                files[name] = digest(path)
+        missing = sorted(name for name in files if not (self._partial / name).is_file())
         if missing:
             raise CheckpointError(
-                f"The files of ranks {missing} are not visible in {partial}. The storage must be one that every node "
-                "sees, such as a network file system: choose another --storage."
+                f"{missing[0]} was written, but is not visible in {self._partial} from rank 0. The storage must be one "
+                "that every node sees, such as a network file system: choose another --storage."
             )
-        write_atomically(partial / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))
-        sync(partial / MANIFEST)
-        sync(partial)
-        # What an earlier start of this run has saved at the same step was damaged, or it would have gone on from there.
-        if final.exists():
-            delete(final)
-        os.replace(partial, final)
-        sync(run.checkpoints)
-    barrier()
-    return final
+        write_atomically(self._partial / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))
+        sync(self._partial / MANIFEST)
+        sync(self._partial)
+        publish(self._final)
+
+    def abandon(self) -> None:
+        """Leave it as it is: invisible. Returns when this rank no longer writes."""
+        self._writer.close()
 
 
 def load(path: Path, engine: Any, config: Config, topology: Topology) -> Progress:
@@ -151,7 +220,9 @@ def load(path: Path, engine: Any, config: Config, topology: Topology) -> Progres
         engine.load_whole(open_whole(path))
     if reshaped_from is None:
         _restore_random_states(own["random"], engine)
-    return Progress(trainer["step"], own["loader"], trainer["scheduler"], trainer["record"], reshaped_from)
+    return Progress(
+        trainer["step"], own["loader"], trainer["scheduler"], trainer["record"], reshaped_from=reshaped_from
+    )
 
 
 def _dcp_reshards(saved: dict[str, Any], wanted: dict[str, Any], model: Any) -> bool:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tutorial_lib.checkpoint import MOMENTS, Whole
+from tutorial_lib.checkpoint import MOMENTS, Whole, Writer
 from tutorial_lib.config import Config
 from tutorial_lib.fsdp import saving, sharding, tensor_parallel, weights
 from tutorial_lib.fused import by_part, is_fused_by_part
@@ -58,6 +58,8 @@ class FSDPEngine:
         self._model_type: str = model.config.model_type
         self._parallel: Any = sharding.data_parallel(model, dp_mesh) if replicated else model
         self.optimizer = _adamw(model, config)
+        # Ranks that write while they train exchange plans, on the CPU; training's own group stays training's.
+        self._group_of_writers = dist.new_group(backend="gloo") if config.run.async_save else None
         self._micro_steps = 0
 
     def train(self, mode: bool) -> None:
@@ -151,9 +153,9 @@ class FSDPEngine:
             return by_part(gathered, weights.tensor_parallel_size(tensor)).contiguous()
         return gathered
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, writer: Writer) -> None:
         """Write this rank's file into ``directory``. Collective."""
-        saving.save(directory, self.module, self.optimizer)
+        saving.save(directory, writer, self.module, self.optimizer, self._group_of_writers)
 
     def load(self, directory: Path) -> None:
         """Restore weights and optimizer states. Collective.
@@ -168,7 +170,9 @@ class FSDPEngine:
         saving.load_whole(whole, self.module, self.optimizer)
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Release what is no tensor."""
+        if self._group_of_writers is not None:
+            dist.destroy_process_group(self._group_of_writers)
 
 
 def _adamw(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:

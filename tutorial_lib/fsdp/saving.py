@@ -13,16 +13,44 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
-from tutorial_lib.checkpoint import MOMENTS, CheckpointError, Whole
+from tutorial_lib.checkpoint import MOMENTS, CheckpointError, Whole, Writer
 from tutorial_lib.fsdp.weights import put
 
 
-def save(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write parameters and AdamW's states. Collective."""
-    dcp.save(_states(model, optimizer), checkpoint_id=str(directory))
+def save(
+    directory: Path,
+    writer: Writer,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Write parameters and AdamW's states. Collective.
+
+    What ``dcp.async_save`` does with a thread of its own, on the writer's.
+
+    Args:
+        directory: where to.
+        writer: decides when.
+        model: the parameters.
+        optimizer: their moments.
+        group: where ranks agree on who writes what; if the writer has a thread, one that nothing else uses.
+    """
+    writer.submit(_save, writer.snapshot(_states(model, optimizer)), writer.sharded(directory), group)
+
+
+def _save(states: dict[str, Any], storage: dcp.FileSystemWriter, group: dist.ProcessGroup | None) -> None:
+    try:
+        dcp.save(states, storage_writer=storage, process_group=group)
+    except CheckpointException as error:
+        # It tells all ranks. The one that failed raises; the others meet it, or its end, when they next wait for it.
+        own = error.failures.get(dist.get_rank())
+        if own is not None:
+            raise own[0] from error
 
 
 def load(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
