@@ -5,6 +5,7 @@ every checkpoint a run leaves ``observed.pt`` in its directory: whole parameters
 of every step. The names of some runs ask for more:
 
 - ``broken-NAME``: the run trains with the patch that :data:`BROKEN` has under NAME;
+- ``fsdp1-NAME``: PyTorch's first FSDP trains;
 - ``whole.NAME``: at its end the engine is asked to load a directory that holds nothing;
 - ``twice.NAME``: where it stops, it is started again, by the same processes; the second start is observed;
 - ``refused-NAME``: the run must fail, on every rank; the error is kept in ``refused.json``, and the launch goes on.
@@ -32,6 +33,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem
 
+from tests.distributed.fsdp1 import FSDP1Engine
 from tutorial_lib import agreement, checkpoint, ds_config, trainer
 from tutorial_lib.config import Config
 from tutorial_lib.dataloader import TrainLoader
@@ -57,8 +59,10 @@ def train_observed(config: Config) -> None:
         trainer.train(config)
         config = config.override(stop_after=None)
     with ExitStack() as patches:
-        watch = patches.enter_context(_watching())
         kind, _, rest = config.run.name.partition("-")
+        if kind == "fsdp1":
+            patches.enter_context(mock.patch.object(trainer, "build_engine", FSDP1Engine))
+        watch = patches.enter_context(_watching())
         fault = rest.partition(".")[0]
         if kind == "broken" or (kind == "refused" and fault in BROKEN):
             patches.enter_context(BROKEN[fault]())
