@@ -56,6 +56,7 @@ OFFLOADED: dict[str, dict[str, Any]] = {
 ACCUMULATED = {f"{name}-accumulated": {**flat, "micro_batch": 1} for name, flat in STAGES.items()} | {
     f"{name}-accumulated": {**OFFLOADED[name], "micro_batch": 1} for name in ("zero2-optimizer", "zero3-all")
 }
+RECOMPUTED = {"zero1-recomputed": {"zero_stage": 1, "activation_checkpointing": True}}
 BF16 = {f"{name}-bf16": {**flat, "precision": "bf16"} for name, flat in STAGES.items()}
 
 
@@ -98,7 +99,9 @@ VARIANTS: dict[int, dict[str, dict[str, dict[str, Any]]]] = {
             "fsdp-full-all": {**_FSDP, "offload": "all"},
             "fsdp-full-root": {**_FSDP, "wrap": "root"},
         },
-        "qwen2": split(1, 2, STAGES | only(OFFLOADED, "zero2-optimizer", "zero3-all") | only(BF16, "zero1-bf16"))
+        "qwen2": split(
+            1, 2, STAGES | only(OFFLOADED, "zero2-optimizer", "zero3-all") | only(BF16, "zero1-bf16") | RECOMPUTED
+        )
         | only(SPLIT, "fsdp-tp2"),
         "untied": STAGES
         | only(OFFLOADED, "zero3-all")
@@ -283,6 +286,7 @@ def shared_runs(directory: Path, ranks: int) -> list[Config]:
     if ranks == 2:
         runs += [interruptible(directory, kind, "whole") for kind in INTERRUPTED]
         runs += [interruptible(directory, kind, "halved") for kind in INTERRUPTED if kind != "long"]
+        runs += [variant(directory, "gpt2", name, 2, name=f"fsdp1-{name}", measure=False) for name in SHARDED]
         runs += [variant(directory, *where, 2, name=f"broken-{fault}") for fault, where in BROKEN_RUNS.items()]
         runs += [
             variant(directory, case, name, 2, name=f"refused-{fault}", **changes)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.distributed import cases
+from tests.distributed.comparing import assert_equal
 from tutorial_lib.models import load_model
 from tutorial_lib.outline import model_outline
 from tutorial_lib.theory import memory, traffic
@@ -205,6 +206,14 @@ def test_data_and_tensor_parallelism_add_up(observed):
 
 def psi(run):
     return measured(run)[0]["num_parameters"]
+
+
+@pytest.mark.parametrize("name", cases.SHARDED)
+def test_the_first_fsdp_takes_the_same_steps(observed, record_property, name):
+    """Losses and parameters to 1e-6, whatever the strategy. FSDP1 sums the norm that it clips by in fp32."""
+    run, second = observed(2, f"fsdp1-{name}"), observed(2, f"gpt2.{name}.2")
+    differences = assert_equal(run, second, grad_norm=2e-5, moments=1e-4)
+    record_property("largest_differences", differences.largest)
 
 
 @pytest.mark.parametrize("name", cases.UNTOUCHED)

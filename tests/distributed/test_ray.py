@@ -46,9 +46,10 @@ def test_a_resumed_run_on_ray_is_the_one_of_local_processes(runs, observed):
         assert [row[key] for row in second.rows] == [row[key] for row in whole.rows], key
 
 
-def test_a_tensor_parallel_run_on_ray_is_the_one_of_local_processes(cluster, directory, observed):
-    run = launch.run(cases.interruptible(directory, "1x2-zero2", "whole", name="ray-1x2", launcher="ray"))
-    whole = observed(2, "whole.1x2-zero2")
+@pytest.mark.parametrize("kind", ["1x2-zero2", "fsdp-full"])
+def test_a_run_on_ray_is_the_one_of_local_processes(cluster, directory, observed, kind):
+    run = launch.run(cases.interruptible(directory, kind, "whole", name=f"ray-{kind}", launcher="ray"))
+    whole = observed(2, f"whole.{kind}")
     for key in ("step", "loss", "grad_norm", "tokens", "epoch", "lr"):
         assert [row[key] for row in run.rows] == [row[key] for row in whole.rows], key
 

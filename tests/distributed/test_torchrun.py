@@ -9,7 +9,9 @@ from tests.distributed.launching import train_command
 from tutorial_lib.records import RunDirectory
 
 
-@pytest.mark.parametrize(("kind", "stops"), [("zero1", (cases.STOP, None)), ("1x2-zero0", (None,))])
+@pytest.mark.parametrize(
+    ("kind", "stops"), [("zero1", (cases.STOP, None)), ("1x2-zero0", (None,)), ("fsdp-full", (None,))]
+)
 def test_a_run_started_by_torchrun_is_the_one_of_local_processes(observed, directory, shell, kind, stops):
     """Stopped once: torchrun takes 75 for a failure, so the code is 0, and the result tells that the run goes on."""
     whole = observed(2, f"whole.{kind}")

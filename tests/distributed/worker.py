@@ -5,6 +5,7 @@ every checkpoint a run leaves ``observed.pt`` in its directory: whole parameters
 of every step. The names of some runs ask for more:
 
 - ``broken-NAME``: the run trains with the patch that :data:`BROKEN` has under NAME;
+- ``fsdp1-NAME``: PyTorch's first FSDP trains;
 - ``whole.NAME``: at its end the engine is asked to load a directory that holds nothing;
 - ``twice.NAME``: where it stops, it is started again, by the same processes; the second start is observed;
 - ``late.NAME``: its background writes are late; where it stops, it is started again from the checkpoint before, by the
@@ -36,6 +37,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem
 
+from tests.distributed.fsdp1 import FSDP1Engine
 from tests.late_writes import late_writes, without_snapshot
 from tutorial_lib import agreement, checkpoint, ds_config, trainer
 from tutorial_lib.config import Config
@@ -68,8 +70,10 @@ def train_observed(config: Config) -> None:
         _forget_newest(config)
         config = config.override(stop_after=None)
     with ExitStack() as patches:
-        watch = patches.enter_context(_watching())
         kind, _, rest = config.run.name.partition("-")
+        if kind == "fsdp1":
+            patches.enter_context(mock.patch.object(trainer, "build_engine", FSDP1Engine))
+        watch = patches.enter_context(_watching())
         fault = rest.partition(".")[0]
         if kind == "broken" or (kind == "refused" and fault in BROKEN):
             patches.enter_context(BROKEN[fault]())
