@@ -14,7 +14,7 @@ runs code, so only load checkpoints that you or your job wrote. The manifest pro
 forgery.
 """
 
-from tutorial_lib.checkpoint.continuing import check_continues, check_same_run, check_storage
+from tutorial_lib.checkpoint.continuing import check_continues, check_same_run, check_storage, shape
 from tutorial_lib.checkpoint.exporting import export
 from tutorial_lib.checkpoint.files import (
     MANIFEST,
@@ -25,6 +25,7 @@ from tutorial_lib.checkpoint.files import (
     read_trainer_state,
     verify,
 )
+from tutorial_lib.checkpoint.reshaping import checkpoint_of, reshaped_config, staged
 from tutorial_lib.checkpoint.saving import Progress, load, save
 from tutorial_lib.checkpoint.whole import LAYOUT, MOMENTS, Whole, open_whole
 
@@ -39,12 +40,16 @@ __all__ = [
     "check_continues",
     "check_same_run",
     "check_storage",
+    "checkpoint_of",
     "directory_of",
     "export",
     "latest",
     "load",
     "open_whole",
     "read_trainer_state",
+    "reshaped_config",
     "save",
+    "shape",
+    "staged",
     "verify",
 ]

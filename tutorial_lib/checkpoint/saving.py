@@ -87,7 +87,8 @@ def save(
             "step": progress.step,
             "scheduler": progress.scheduler,
             "record": progress.record,
-            "config": config.flat(),
+            # A checkpoint does not know where it lies: its run may be moved.
+            "config": {name: value for name, value in config.flat().items() if name != "storage"},
             "world_size": topology.world_size,
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")},
         }
