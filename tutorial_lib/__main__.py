@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tutorial_lib import plan
-from tutorial_lib.config import FREE_ON_RESUME, PROFILES, Config, ConfigError, settings
+from tutorial_lib.config import FREE_ON_RESUME, OF_ONE_START, PROFILES, Config, ConfigError, settings
 
 DONE, FAILED, BAD_CONFIGURATION, STOPPED = 0, 1, 2, 75
 
@@ -59,12 +59,16 @@ def _parser() -> argparse.ArgumentParser:
     planned.set_defaults(command=plan.main)
 
     reshape = commands.add_parser(
-        "reshape", help="write a checkpoint anew for another number of ranks, engine or ZeRO stage"
+        "reshape",
+        help="make a run of a checkpoint, written anew for another number of ranks, engine or ZeRO stage",
+        description="Make a run NAME whose checkpoint is SOURCE's, written anew by other ranks. What is not stated is as "
+        "in SOURCE. No step is trained, and SOURCE stays as it is. To train on in another shape no reshape is needed: "
+        "give train the same name, and the shape that is wanted.",
     )
     reshape.add_argument("source", type=Path, help="a run's directory (its newest checkpoint), or one checkpoint")
     for setting in settings().values():
         # The others are taken all the same, to be refused with the value that the run has.
-        _add_setting(reshape, setting, hidden=setting.flag not in FREE_ON_RESUME)
+        _add_setting(reshape, setting, hidden=setting.flag not in FREE_ON_RESUME - OF_ONE_START, default=False)
     reshape.set_defaults(command=_reshape)
 
     export = commands.add_parser("export", help="write a checkpoint as a Hugging Face directory")
@@ -81,10 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_setting(parser: argparse.ArgumentParser, setting: Any, *, hidden: bool = False) -> None:
+def _add_setting(parser: argparse.ArgumentParser, setting: Any, *, hidden: bool = False, default: bool = True) -> None:
     flag = "--" + setting.flag.replace("_", "-")
     shown = setting.help
-    if setting.default not in (None, ()) and "default" not in shown:
+    if default and setting.default not in (None, ()) and "default" not in shown:
         shown += f" (default: {setting.default})"
     if setting.choices:
         shown += f" [{', '.join(setting.choices)}]"
