@@ -1,4 +1,4 @@
-"""The package from a shell: ``python -m tutorial_lib doctor | train | plan | export | bench``.
+"""The package from a shell: ``python -m tutorial_lib doctor | train | plan | reshape | export | bench``.
 
 Exit codes, which scripts and schedulers may rely on: 0 done; 2 bad usage or configuration, or a plan in which nothing
 fits, with what to write instead; 75 stopped before the end after saving, run it again to go on; 1 anything else, with
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tutorial_lib import plan
-from tutorial_lib.config import PROFILES, Config, ConfigError, settings
+from tutorial_lib.config import FREE_ON_RESUME, OF_ONE_START, PROFILES, Config, ConfigError, settings
 
 DONE, FAILED, BAD_CONFIGURATION, STOPPED = 0, 1, 2, 75
 
@@ -64,6 +64,19 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_arguments(planned)
     planned.set_defaults(command=plan.main)
 
+    reshape = commands.add_parser(
+        "reshape",
+        help="make a run of a checkpoint, written anew for another number of ranks, engine or ZeRO stage",
+        description="Make a run NAME whose checkpoint is SOURCE's, written anew by other ranks. What is not stated is as "
+        "in SOURCE. No step is trained, and SOURCE stays as it is. To train on in another shape no reshape is needed: "
+        "give train the same name, and the shape that is wanted.",
+    )
+    reshape.add_argument("source", type=Path, help="a run's directory (its newest checkpoint), or one checkpoint")
+    for setting in settings().values():
+        # The others are taken all the same, to be refused with the value that the run has.
+        _add_setting(reshape, setting, hidden=setting.flag not in FREE_ON_RESUME - OF_ONE_START, default=False)
+    reshape.set_defaults(command=_reshape)
+
     export = commands.add_parser("export", help="write a checkpoint as a Hugging Face directory")
     export.add_argument("source", type=Path, help="a run's directory (its newest checkpoint), or one checkpoint")
     export.add_argument("target", type=Path, help="a new directory")
@@ -73,25 +86,26 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("names", nargs="*", help="which benchmarks; default: all")
     bench.set_defaults(command=_bench)
 
-    for command in (doctor, train, planned, export, bench):
+    for command in (doctor, train, planned, reshape, export, bench):
         command.add_argument("--json", action="store_true", help="print JSON for machines")
     return parser
 
 
-def _add_setting(parser: argparse.ArgumentParser, setting: Any) -> None:
+def _add_setting(parser: argparse.ArgumentParser, setting: Any, *, hidden: bool = False, default: bool = True) -> None:
     flag = "--" + setting.flag.replace("_", "-")
     shown = setting.help
-    if setting.default not in (None, ()) and "default" not in shown:
+    if default and setting.default not in (None, ()) and "default" not in shown:
         shown += f" (default: {setting.default})"
-    shared: dict[str, Any] = {"dest": setting.flag, "default": argparse.SUPPRESS, "help": shown}
+    if setting.choices:
+        shown += f" [{', '.join(setting.choices)}]"
+    shared: dict[str, Any] = {"dest": setting.flag, "default": argparse.SUPPRESS}
+    shared["help"] = argparse.SUPPRESS if hidden else shown
     if setting.type is bool:
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, **shared)
     elif setting.type == tuple[str, ...]:
         parser.add_argument(flag, nargs="+", metavar="PATTERN", **shared)
     else:
         kind = next((t for t in (int, float) if setting.type in (t, t | None)), str)
-        if setting.choices:
-            shared["help"] = f"{shown} [{', '.join(setting.choices)}]"
         parser.add_argument(
             flag, type=_reading(kind, setting.help), metavar=setting.flag.split("_")[-1].upper(), **shared
         )
@@ -116,10 +130,13 @@ def _doctor(options: argparse.Namespace) -> int:
     return doctor.main(json=options.json)
 
 
-def _train(options: argparse.Namespace) -> int:
+def _given(options: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(options, name) for name in settings() if hasattr(options, name)}
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    config = Config.create(options.profile, **given)
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def _train(options: argparse.Namespace) -> int:
+    config = Config.create(options.profile, **_given(options))
 
     from tutorial_lib import launch
     from tutorial_lib.lab.progress import progress
@@ -146,6 +163,7 @@ def _summary(run: Any) -> str:
         "run": str(run.config.directory),
         "status": f"{result['status']} at step {result['step']} of {result['num_steps']}"
         + (f", resumed from {result['resumed_from']}" if result["resumed_from"] is not None else "")
+        + (f" of {_words(result['reshaped_from'])}; random numbers seeded anew" if result["reshaped_from"] else "")
         + ("; give the same command again to go on" if result["status"] == "stopped" else ""),
         **{f"left out{' ' * n}": f"{o['checkpoint']}: {o['why']}" for n, o in enumerate(result["left_out"])},
         **{f"restart {n}": _restart(r) for n, r in enumerate(result["restarts"], 1)},
@@ -162,19 +180,36 @@ def _restart(restart: dict[str, Any]) -> str:
     return f"from step {restart['from_step']} at {when}, as rank {failed['rank']} failed: {failed['message'][:200]}"
 
 
+def _words(shape: dict[str, Any]) -> str:
+    """A shape as ``deepspeed, dp=2, tp=1, zero_stage=3``."""
+    rest = {
+        name: value for name, value in shape.items() if name not in ("engine", "device") and value not in (None, "none")
+    }
+    return ", ".join([shape["engine"], *(f"{name}={value}" for name, value in rest.items())])
+
+
+def _reshape(options: argparse.Namespace) -> int:
+    from tutorial_lib import checkpoint, launch
+
+    with _stdout_for_json_alone(options.json):
+        run = launch.reshape(options.source, **_given(options))
+    made = {
+        "run": str(run.config.directory),
+        "checkpoint": str(checkpoint.latest(run.directory)),
+        "step": run.result["step"],
+        "reshaped_from": run.result["reshaped_from"],
+        "shape": checkpoint.shape(run.config.flat()),
+    }
+    before, after = _words(made["reshaped_from"] or made["shape"]), _words(made["shape"])
+    print(json.dumps(made) if options.json else f"{before}\n-> {after}: {made['checkpoint']}")
+    return DONE
+
+
 def _export(options: argparse.Namespace) -> int:
     from tutorial_lib import checkpoint
-    from tutorial_lib.records import RunDirectory
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # shards are merged there; unasked, DeepSpeed warns of a missing GPU
-    source = options.source
-    if not (source / checkpoint.MANIFEST).is_file():
-        found, left_out = checkpoint.newest_whole(RunDirectory(source))
-        if found is None:
-            raise ConfigError(f"{source} is neither a checkpoint nor the directory of a run that has one.")
-        for each in left_out:
-            print(f"left out {each.checkpoint}: {each.why}", file=sys.stderr)
-        source = found
+    source = checkpoint.checkpoint_of(options.source)
     with _stdout_for_json_alone(options.json):
         target = checkpoint.export(source, options.target)
     print(json.dumps({"checkpoint": str(source), "export": str(target)}) if options.json else f"{source} -> {target}")

@@ -276,6 +276,9 @@ FREE_ON_RESUME = frozenset(
 """Flat names that a resumed run may change without changing which update comes next: it is the same but for the order
 in which numbers are added, and for dropout's random numbers where the ranks are others."""
 
+OF_ONE_START = frozenset({"stop_after", "resume", "evaluate", "measure"})
+"""Flat names of what one start of a run does. A reshape, which trains no step, decides them itself."""
+
 _PROFILE_VALUES: dict[str, dict[str, Any]] = {
     "cpu": {},
     "gpu": {

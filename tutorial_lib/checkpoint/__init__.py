@@ -16,7 +16,7 @@ runs code, so only load checkpoints that you or your job wrote. The manifest pro
 forgery.
 """
 
-from tutorial_lib.checkpoint.continuing import check_continues, check_same_run, check_storage, identity
+from tutorial_lib.checkpoint.continuing import check_continues, check_same_run, check_storage, identity, shape
 from tutorial_lib.checkpoint.exporting import export
 from tutorial_lib.checkpoint.files import (
     MANIFEST,
@@ -32,6 +32,7 @@ from tutorial_lib.checkpoint.files import (
 )
 from tutorial_lib.checkpoint.lock import check_free, held_for_launch, held_for_training
 from tutorial_lib.checkpoint.pruning import Pruner
+from tutorial_lib.checkpoint.reshaping import checkpoint_of, reshaped_config, staged
 from tutorial_lib.checkpoint.saving import Progress, Save, load, save
 from tutorial_lib.checkpoint.whole import LAYOUT, MOMENTS, Whole, open_whole
 from tutorial_lib.checkpoint.writing import Writer, make_stager
@@ -52,6 +53,7 @@ __all__ = [
     "check_free",
     "check_same_run",
     "check_storage",
+    "checkpoint_of",
     "clear_remains",
     "directory_of",
     "export",
@@ -64,6 +66,9 @@ __all__ = [
     "newest_whole",
     "open_whole",
     "read_trainer_state",
+    "reshaped_config",
     "save",
+    "shape",
+    "staged",
     "verify",
 ]

@@ -99,7 +99,8 @@ def save(
             "step": progress.step,
             "scheduler": progress.scheduler,
             "record": progress.record,
-            "config": config.flat(),
+            # A checkpoint does not know where it lies: its run may be moved.
+            "config": {name: value for name, value in config.flat().items() if name != "storage"},
             "world_size": topology.world_size,
             "identity": progress.identity,
             "written": {"host": socket.gethostname(), "time": datetime.now(UTC).isoformat(timespec="seconds")},

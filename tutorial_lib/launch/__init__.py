@@ -59,6 +59,31 @@ def run(config: Config, *, on_rows: OnRows | None = None) -> Run:
     return run_all([config], on_rows=on_rows)[0]
 
 
+def reshape(source: Path, **flat: Any) -> Run:
+    """Make a run whose checkpoint is that of another, saved in another shape, by ranks of that shape.
+
+    Training goes on in another shape without it: a run resumes in any. This writes the checkpoint and trains nothing,
+    and it leaves the old run as it is.
+
+    Args:
+        source: a run's directory (its newest checkpoint), or one checkpoint.
+        flat: ``name`` of the new run, and settings that differ (see :func:`tutorial_lib.checkpoint.reshaped_config`).
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+        ConfigError: the settings cannot run or would make other updates, or a run of this name exists.
+        WorkerError: a worker failed; there is no new run.
+    """
+    from tutorial_lib import checkpoint
+
+    source = checkpoint.checkpoint_of(source)
+    config = checkpoint.reshaped_config(source, flat)
+    with checkpoint.staged(source, config) as start:
+        run(start)
+    directory = RunDirectory(config.directory)
+    return Run(config, directory.result(), directory.rows())
+
+
 def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None) -> list[Run]:
     """Several runs, one after the other, in one start of processes: starting is what costs.
 
