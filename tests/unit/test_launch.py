@@ -142,7 +142,20 @@ def test_a_damaged_checkpoint_exits_with_1_and_is_named(storage, tmp_path, capsy
     damaged = tmp_path / "runs" / "run" / "checkpoints" / "step-00000002" / "engine" / "model.pt"
     damaged.write_bytes(b"")
     assert main(arguments) == 1
-    assert f"{damaged} has 0 bytes" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert f"{damaged} has 0 bytes" in shown and "none of them is whole" in shown
+
+
+def test_a_checkpoint_that_is_left_out_is_told_of(storage, tmp_path, capsys):
+    arguments = ["train", *ONE_PROCESS, *SMALL, *storage, "--checkpoint-every", "1"]
+    assert main([*arguments, "--stop-after", "2"]) == 75
+    damaged = tmp_path / "runs" / "run" / "checkpoints" / "step-00000002" / "engine" / "model.pt"
+    damaged.write_bytes(b"")
+    capsys.readouterr()
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert re.search(rf"left out +step-00000002: {damaged} has 0 bytes", shown)
+    assert re.search(r"status +completed at step 3 of 3, resumed from 1", shown)
 
 
 def test_an_export_from_the_shell(storage, tmp_path, capsys):

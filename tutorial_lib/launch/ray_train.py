@@ -28,8 +28,12 @@ from tutorial_lib.records import RunDirectory
 START_TIMEOUT = 600
 """Seconds that Ray has to start the first worker. On a busy laptop it takes a minute or two."""
 
+_GROUP_START_SECONDS = 30
+"""So long Ray waits for all slots of a run at once, before it counts that as a failure and tries again."""
+
 _SETTINGS = {
     "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(_GROUP_START_SECONDS),
     # Ray Train's own progress goes to its log files; a notebook cell shows our curve.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -186,7 +190,11 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
             run_config=ray.train.RunConfig(
                 name=configs[-1].run.name,
                 storage_path=configs[-1].run.storage,
-                failure_config=ray.train.FailureConfig(max_failures=first.run.max_failures),
+                failure_config=ray.train.FailureConfig(
+                    max_failures=first.run.max_failures,
+                    # How often it may wait for slots that the cluster no longer has. Unstated, it waits for ever.
+                    controller_failure_limit=START_TIMEOUT // _GROUP_START_SECONDS,
+                ),
                 callbacks=[_recorder(directories[-1])],
             ),
             torch_config=TorchConfig(backend="gloo" if first.run.device == "cpu" else "cpu:gloo,cuda:nccl"),
