@@ -299,8 +299,21 @@ REFUSED = {
 }
 
 
-FATAL = ("broken-save_raises", "broken-killed_in_save")
-"""Runs that take their launch down with them."""
+FATAL = {
+    "killed_in_forward": "zero3",
+    "killed_in_backward": "zero1",
+    "killed_in_update": "fsdp-full",
+    "killed_in_save": "zero1",
+    "killed_in_report": "zero1",
+    "save_raises": "zero1",
+}
+"""Faults that take their launch down with them, with the kind of the run that each is put into."""
+
+
+def fault(directory: Path, kind: str, name: str, **changes: Any) -> Config:
+    """A run that has a whole checkpoint at every second step."""
+    return interruptible(directory, kind, "whole", **{"name": name, "checkpoint_every": 2, **changes})
+
 
 DIVERGING = {"learning_rate": 1e30, "checkpoint_every": 1}
 
@@ -329,5 +342,9 @@ def resumed_runs(directory: Path) -> list[Config]:
 
 def shard(run: Path, step: int, rank: int) -> Path:
     """The file with a rank's share of the optimizer's states."""
-    engine = run / "checkpoints" / f"step-{step:08d}" / "engine" / "engine"
+    engine = checkpoint_of(run, step) / "engine" / "engine"
     return next(engine.glob(f"*zero_pp_rank_{rank}_*optim_states.pt"))
+
+
+def checkpoint_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"

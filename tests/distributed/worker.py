@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -550,6 +551,24 @@ def _killed_in_report() -> Iterator[None]:
 
 
 @contextmanager
+def _read_only() -> Iterator[None]:
+    """Before its second save the directory of the checkpoints becomes read-only, once; see ``small_storage.py``."""
+    save, saves = checkpoint.save, []
+
+    def saving(run: RunDirectory, *args: Any) -> Any:
+        saves.append(run)
+        struck = run.path / "struck"
+        if len(saves) == 2 and dist.get_rank() == 0 and not struck.exists():
+            struck.write_text("")
+            subprocess.run(["mount", "--bind", run.checkpoints, run.checkpoints], check=True)
+            subprocess.run(["mount", "-o", "remount,bind,ro", run.checkpoints], check=True)
+        return save(run, *args)
+
+    with mock.patch.object(checkpoint, "save", saving):
+        yield
+
+
+@contextmanager
 def _trial_step_kept() -> Iterator[None]:
     from tutorial_lib.engine import DeepSpeedEngine
 
@@ -620,6 +639,7 @@ BROKEN: dict[str, Callable[[], Any]] = {
     "killed_in_backward": lambda: _killed_in_pass(backward=True),
     "killed_in_update": _killed_in_update,
     "killed_in_report": _killed_in_report,
+    "read_only": _read_only,
 }
 
 

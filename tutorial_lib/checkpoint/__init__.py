@@ -15,7 +15,7 @@ runs code, so only load checkpoints that you or your job wrote. The manifest pro
 forgery.
 """
 
-from tutorial_lib.checkpoint.continuing import check_continues, check_same_run, check_storage, identity
+from tutorial_lib.checkpoint.continuing import check_continues, check_same_run, check_storage, identity, storage_failure
 from tutorial_lib.checkpoint.exporting import export
 from tutorial_lib.checkpoint.files import (
     MANIFEST,
@@ -57,5 +57,6 @@ __all__ = [
     "newest_whole",
     "read_trainer_state",
     "save",
+    "storage_failure",
     "verify",
 ]

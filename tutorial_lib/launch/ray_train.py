@@ -28,7 +28,7 @@ from tutorial_lib.records import RunDirectory
 START_TIMEOUT = 600
 """Seconds that Ray has to start the first worker. On a busy laptop it takes a minute or two."""
 
-_GROUP_START_SECONDS = 30
+_GROUP_START_SECONDS = 60
 """So long Ray waits for all slots of a run at once, before it counts that as a failure and tries again."""
 
 _SETTINGS = {
@@ -173,6 +173,7 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
     with session(first):
         import ray.train
         from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.v2.api.config import FailureConfig
 
         _check_resources(first)
         for directory in directories:
@@ -190,7 +191,7 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
             run_config=ray.train.RunConfig(
                 name=configs[-1].run.name,
                 storage_path=configs[-1].run.storage,
-                failure_config=ray.train.FailureConfig(
+                failure_config=FailureConfig(
                     max_failures=first.run.max_failures,
                     # How often it may wait for slots that the cluster no longer has. Unstated, it waits for ever.
                     controller_failure_limit=START_TIMEOUT // _GROUP_START_SECONDS,
@@ -210,30 +211,24 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
 
 def _recorder(directory: RunDirectory) -> Any:
     """What Ray's controller calls when workers fail: it notes who failed first and why, for the restart to show."""
+    from ray.exceptions import RayActorError
     from ray.train import UserCallback
 
     class Recorder(UserCallback):
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             written = directory.first_error()
-            rank, error = min(worker_exceptions.items(), key=lambda item: (_is_consequence(item[1]), item[0]))
-            if written and not _was_killed(error):
+            by_rank = {rank: getattr(e, "health_check_failure", e) for rank, e in sorted(worker_exceptions.items())}
+            # A worker that is gone wrote nothing; what its peers then write is the consequence.
+            gone = next((rank for rank, e in by_rank.items() if isinstance(e, RayActorError)), None)
+            if written and gone is None:
                 failed = {name: written[name] for name in ("rank", "type", "message")}
             else:
-                failed = {"rank": rank, "type": type(error).__name__, "message": str(error).strip().splitlines()[0]}
+                rank = min(by_rank) if gone is None else gone
+                said = " ".join(str(by_rank[rank]).split())
+                failed = {"rank": rank, "type": type(by_rank[rank]).__name__, "message": said}
             directory.write_restarts([*directory.restarts(), {"time": time.time(), "failed": failed}])
 
     return Recorder()
-
-
-def _was_killed(error: Exception) -> bool:
-    import ray
-
-    return isinstance(error, ray.exceptions.RayActorError)
-
-
-def _is_consequence(error: Exception) -> bool:
-    """A worker that is gone wrote nothing; what its peers then raise is the consequence."""
-    return not _was_killed(error)
 
 
 def _forget_deleted_checkpoints(directory: RunDirectory) -> None:
