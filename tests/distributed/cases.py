@@ -293,7 +293,7 @@ CONTINUED_BADLY = {
     "broken-optimizer_not_restored": "zero1",
 }
 REFUSED = {
-    "refused-cut-short": "zero3",
+    "refused-flipped-position": "zero3",
     "refused-flipped": "zero3",
     "refused-flipped-metadata": "fsdp-full",
 }
@@ -330,10 +330,9 @@ def resumed_runs(directory: Path) -> list[Config]:
     lost = "".join(json.dumps(last | {"step": STOP + more, "loss": 99.0}) + "\n" for more in (1, 2))
     metrics.write_text(metrics.read_text() + lost + '{"step": 6, "lo')
     runs.append(interruptible(directory, "zero2-optimizer", "whole", name="refused-diverging", **DIVERGING))
-    saved = directory / "runs" / "refused-cut-short" / "checkpoints" / f"step-{STOP:08d}" / "rank-001.pt"
-    saved.write_bytes(saved.read_bytes()[:-1])
-    metadata = directory / "runs" / "refused-flipped-metadata" / "checkpoints" / f"step-{STOP:08d}" / "engine/.metadata"
-    for saved in (shard(directory / "runs" / "refused-flipped", STOP, rank=1), metadata):
+    position = checkpoint_of(directory / "runs" / "refused-flipped-position", STOP) / "rank-001.pt"
+    metadata = checkpoint_of(directory / "runs" / "refused-flipped-metadata", STOP) / "engine" / ".metadata"
+    for saved in (shard(directory / "runs" / "refused-flipped", STOP, rank=1), position, metadata):
         content = bytearray(saved.read_bytes())
         content[len(content) // 2] ^= 1
         saved.write_bytes(content)

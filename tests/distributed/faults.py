@@ -83,8 +83,8 @@ def section() -> str:
     return (
         f"{START}\n"
         f"Each of these {len(FAULTS)} faults is injected for real by `tests/distributed/test_faults.py`. Wherever a "
-        "run goes on, its rows\nand final weights are those of the undisturbed run bit for bit, and no whole checkpoint is "
-        f"lost.\n\n| what happens | what the run does |\n| --- | --- |\n{rows}\n{END}"
+        "run goes on, its rows\nand final weights are those of the undisturbed run bit for bit, and no whole "
+        f"checkpoint is lost.\n\n| what happens | what the run does |\n| --- | --- |\n{rows}\n{END}"
     )
 
 
