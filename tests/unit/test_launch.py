@@ -197,6 +197,13 @@ def test_runs_that_cannot_share_processes_are_refused(tmp_path, changes, message
     assert not list(tmp_path.rglob("metrics.jsonl"))
 
 
+def test_restarts_are_for_one_run_alone(tmp_path):
+    """Of several it could not be said which one failed."""
+    runs = [config(tmp_path, name=name, launcher="ray", max_failures=1) for name in ("a", "b")]
+    with pytest.raises(ConfigError, match=r"max_failures is for one run alone.*start them apart"):
+        launch.run_all(runs)
+
+
 def test_several_runs_in_one_start(tmp_path):
     runs = launch.run_all([config(tmp_path, name=name, seed=seed) for seed, name in enumerate(("a", "b"))])
     alone = launch.run(config(tmp_path, name="c", seed=1))

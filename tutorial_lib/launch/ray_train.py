@@ -232,11 +232,20 @@ def _recorder(directory: RunDirectory) -> Any:
 
 
 def _forget_deleted_checkpoints(directory: RunDirectory) -> None:
-    """Ray refuses a run if a checkpoint that it has registered is gone. Ours may have been pruned since."""
-    for snapshot in directory.path.glob("checkpoint_manager_snapshot.json"):
-        listed = json.loads(snapshot.read_text(encoding="utf-8")).get("checkpoint_results", [])
-        if not all((directory.path / each["checkpoint_dir_name"]).exists() for each in listed):
-            snapshot.unlink()
+    """Drop Ray's own list of a run's checkpoints if it would refuse the run for it; ours decide what a resume reads.
+
+    It does so if one of them is gone, by pruning or by hand, or if it was killed in writing the list.
+    """
+    snapshot = directory.path / "checkpoint_manager_snapshot.json"
+    if not snapshot.is_file():
+        return
+    try:
+        listed = json.loads(snapshot.read_text(encoding="utf-8"))["checkpoint_results"]
+        if all((directory.path / each["checkpoint_dir_name"]).exists() for each in listed):
+            return
+    except (ValueError, KeyError):
+        pass
+    snapshot.unlink()
 
 
 def directories_have_error(directories: Sequence[RunDirectory]) -> bool:
