@@ -1,8 +1,8 @@
-"""The package from a shell: ``python -m tutorial_lib doctor | train | plan | reshape | export | bench``.
+"""The package from a shell: ``python -m tutorial_lib doctor | train | plan | reshape | export | inspect | bench``.
 
 Exit codes, which scripts and schedulers may rely on: 0 done; 2 bad usage or configuration, or a plan in which nothing
 fits, with what to write instead; 75 stopped before the end after saving, run it again to go on; 1 anything else, with
-the failing rank's own error on top.
+the failing rank's own error on top, or an inspected checkpoint that is not whole.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     reshape = commands.add_parser(
         "reshape",
         help="make a run of a checkpoint, written anew for another number of ranks, engine or ZeRO stage",
-        description="Make a run NAME whose checkpoint is SOURCE's, written anew by other ranks. What is not stated is as "
-        "in SOURCE. No step is trained, and SOURCE stays as it is. To train on in another shape no reshape is needed: "
+        description="Make a run NAME whose checkpoint is SOURCE's, written anew by other ranks. What is not stated is "
+        "as in SOURCE. No step is trained, and SOURCE stays as it is. To train on in another shape no reshape is needed: "
         "give train the same name, and the shape that is wanted.",
     )
     reshape.add_argument("source", type=Path, help="a run's directory (its newest checkpoint), or one checkpoint")
@@ -82,11 +82,17 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("target", type=Path, help="a new directory")
     export.set_defaults(command=_export)
 
+    inspect = commands.add_parser(
+        "inspect", help="what a checkpoint, or a run's checkpoints, hold, and if they are whole"
+    )
+    inspect.add_argument("path", type=Path, help="a checkpoint, or a run's directory")
+    inspect.set_defaults(command=_inspect)
+
     bench = commands.add_parser("bench", help="measure the figures that the README quotes, as ratios in one run")
     bench.add_argument("names", nargs="*", help="which benchmarks; default: all")
     bench.set_defaults(command=_bench)
 
-    for command in (doctor, train, planned, reshape, export, bench):
+    for command in (doctor, train, planned, reshape, export, inspect, bench):
         command.add_argument("--json", action="store_true", help="print JSON for machines")
     return parser
 
@@ -214,6 +220,14 @@ def _export(options: argparse.Namespace) -> int:
         target = checkpoint.export(source, options.target)
     print(json.dumps({"checkpoint": str(source), "export": str(target)}) if options.json else f"{source} -> {target}")
     return DONE
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from tutorial_lib.checkpoint.inspecting import inspect, table
+
+    report = inspect(options.path)
+    print(json.dumps(report) if options.json else table(report))
+    return DONE if report.get("whole", report.get("newest")) else FAILED
 
 
 def _stdout_for_json_alone(as_json: bool) -> AbstractContextManager[Any]:

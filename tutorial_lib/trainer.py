@@ -23,7 +23,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -173,7 +173,14 @@ def train(config: Config, *, on_checkpoint: OnCheckpoint | None = None) -> dict[
                     session.close()
                     gc.collect()
             except BaseException as error:
-                run.write_error(rank, error)
+                refused = checkpoint.storage_failure(run, error)
+                with suppress(OSError):
+                    if refused:
+                        checkpoint.clear_remains(run)  # a half checkpoint takes the room that the error needs
+                    # Where nothing can be written, the launcher has what Python prints at the end.
+                    run.write_error(rank, refused or error)
+                if refused:
+                    raise refused from error
                 raise
 
 

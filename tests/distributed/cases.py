@@ -309,14 +309,27 @@ CONTINUED_BADLY = {
     "broken-optimizer_not_restored": "zero1",
 }
 REFUSED = {
-    "refused-cut-short": "zero3",
+    "refused-flipped-position": "zero3",
     "refused-flipped": "zero3",
     "refused-flipped-metadata": "fsdp-full",
 }
 
 
-FATAL = ("broken-save_raises", "broken-killed_in_save")
-"""Runs that take their launch down with them."""
+FATAL = {
+    "killed_in_forward": "zero3",
+    "killed_in_backward": "zero1",
+    "killed_in_update": "fsdp-full",
+    "killed_in_save": "zero1",
+    "killed_in_report": "zero1",
+    "save_raises": "zero1",
+}
+"""Faults that take their launch down with them, with the kind of the run that each is put into."""
+
+
+def fault(directory: Path, kind: str, name: str, **changes: Any) -> Config:
+    """A run that has a whole checkpoint at every second step."""
+    return interruptible(directory, kind, "whole", **{"name": name, "checkpoint_every": 2, **changes})
+
 
 DIVERGING = {"learning_rate": 1e30, "checkpoint_every": 1}
 
@@ -333,10 +346,9 @@ def resumed_runs(directory: Path) -> list[Config]:
     lost = "".join(json.dumps(last | {"step": STOP + more, "loss": 99.0}) + "\n" for more in (1, 2))
     metrics.write_text(metrics.read_text() + lost + '{"step": 6, "lo')
     runs.append(interruptible(directory, "zero2-optimizer", "whole", name="refused-diverging", **DIVERGING))
-    saved = directory / "runs" / "refused-cut-short" / "checkpoints" / f"step-{STOP:08d}" / "rank-001.pt"
-    saved.write_bytes(saved.read_bytes()[:-1])
-    metadata = directory / "runs" / "refused-flipped-metadata" / "checkpoints" / f"step-{STOP:08d}" / "engine/.metadata"
-    for saved in (shard(directory / "runs" / "refused-flipped", STOP, rank=1), metadata):
+    position = checkpoint_of(directory / "runs" / "refused-flipped-position", STOP) / "rank-001.pt"
+    metadata = checkpoint_of(directory / "runs" / "refused-flipped-metadata", STOP) / "engine" / ".metadata"
+    for saved in (shard(directory / "runs" / "refused-flipped", STOP, rank=1), position, metadata):
         content = bytearray(saved.read_bytes())
         content[len(content) // 2] ^= 1
         saved.write_bytes(content)
@@ -345,5 +357,9 @@ def resumed_runs(directory: Path) -> list[Config]:
 
 def shard(run: Path, step: int, rank: int) -> Path:
     """The file with a rank's share of the optimizer's states."""
-    engine = run / "checkpoints" / f"step-{step:08d}" / "engine" / "engine"
+    engine = checkpoint_of(run, step) / "engine" / "engine"
     return next(engine.glob(f"*zero_pp_rank_{rank}_*optim_states.pt"))
+
+
+def checkpoint_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"

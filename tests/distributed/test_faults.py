@@ -1,88 +1,515 @@
-"""What a user sees when a worker fails, and what is left: an error soon, the cause first, and a run that can go on."""
+"""What happens to runs, injected for real, and what is left: every row of ``faults.FAULTS`` is a test here.
+
+After each fault a run either goes on, and its rows and final weights are those of the undisturbed run bit for bit, or
+it stops with an error that names the cause and the next step; and no whole checkpoint is lost.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from tests.distributed import cases
+from tests.distributed import cases, faults, small_storage, worker
 from tests.distributed.comparing import Observed, assert_identical
-from tests.distributed.launching import observe, train_command
+from tests.distributed.launching import ROOT, Shell, observe, train_command
 from tutorial_lib import checkpoint, launch
+from tutorial_lib.checkpoint import CheckpointError
+from tutorial_lib.checkpoint.files import checkpoints
 from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.launch import ray_train
 from tutorial_lib.records import RunDirectory
 
 SOON = 30
 """Seconds from a rank's end to the error. Gloo's own timeout is 600."""
 
+RECORD = ("step", "loss", "grad_norm", "tokens", "epoch", "lr")
+LONG = 48
+"""Steps of a run that signals from outside are sent to, at no step in particular."""
+
+PROOFS: dict[str, Callable[..., None]] = {}
+
+
+def proves(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The function is the proof of the fault of this name. It is given pytest's ``request``."""
+
+    def register(proof: Callable[..., None]) -> Callable[..., None]:
+        PROOFS[name] = proof
+        return proof
+
+    return register
+
+
+@pytest.mark.parametrize("fault", faults.FAULTS, ids=lambda fault: fault.name)
+def test_a_run_survives(fault: faults.Fault, request: pytest.FixtureRequest) -> None:
+    PROOFS[fault.name](request)
+
+
+# ----------------------------------------------------------------------------------------------- runs, as few as can be
+
 
 @pytest.fixture(scope="module")
-def interrupted(directory: Path) -> dict[str, tuple[launch.WorkerError, float]]:
-    """Both runs that fail in their second save: the error, and how long after it the launch ended."""
+def sound(directory: Path) -> dict[str, Observed]:
+    """The undisturbed runs, by kind."""
+    configs = {kind: cases.fault(directory, kind, f"sound-{kind}") for kind in {*cases.FATAL.values()}}
+    configs["long"] = cases.fault(directory, "zero1", "sound-long", steps=LONG, checkpoint_every=0)
+    observe(list(configs.values()))
+    return {kind: Observed.read(config) for kind, config in configs.items()}
+
+
+@pytest.fixture(scope="module")
+def struck(directory: Path) -> dict[str, tuple[launch.WorkerError, float]]:
+    """The runs that a fault takes down: the error, and how long the launch lived on after the last it wrote."""
     outcomes = {}
-    for name in cases.FATAL:
-        config = interruptible(directory, name)
+    for name, kind in cases.FATAL.items():
+        config = cases.fault(directory, kind, f"broken-{name}")
         with pytest.raises(launch.WorkerError) as error:
             observe([config])
-        struck = (config.directory / "checkpoints" / ".partial-step-00000004" / "engine").stat().st_mtime
-        outcomes[name] = error.value, time.time() - struck
+        last = max(path.stat().st_mtime for path in config.directory.rglob("*") if "lock" not in path.name)
+        outcomes[name] = error.value, time.time() - last
+    assert not [p for p in psutil.Process().children(recursive=True) if "distributed.worker" in " ".join(p.cmdline())]
     return outcomes
 
 
+def damage_truncated(run: Path) -> None:
+    saved = cases.checkpoint_of(run, cases.END) / "rank-001.pt"
+    saved.write_bytes(saved.read_bytes()[:-1])
+
+
+def damage_flipped(run: Path) -> None:
+    saved = cases.shard(run, cases.END, rank=1)
+    content = bytearray(saved.read_bytes())
+    content[len(content) // 2] ^= 1
+    saved.write_bytes(content)
+
+
+def damage_missing(run: Path) -> None:
+    cases.shard(run, cases.END, rank=1).unlink()
+
+
+def damage_no_manifest(run: Path) -> None:
+    for step in (cases.END, cases.END - 2):
+        (cases.checkpoint_of(run, step) / "manifest.json").unlink()
+
+
+DAMAGED = {
+    "truncated": (damage_truncated, r"rank-001\.pt has \d+ bytes, but \d+ were written\."),
+    "flipped": (damage_flipped, r"zero_pp_rank_1_\S+optim_states\.pt was altered after it was written"),
+    "missing": (damage_missing, r"zero_pp_rank_1_\S+optim_states\.pt is missing from the checkpoint\."),
+    "no_manifest": (damage_no_manifest, r"step-0000000[68] has no manifest\.json"),
+}
+
+
 @pytest.fixture(scope="module")
-def mended(directory: Path, interrupted: object) -> dict[str, Observed]:
-    """The same runs, started again after the cause is gone."""
-    configs = []
-    for name in cases.FATAL:
-        configs.append(interruptible(directory, name.replace("broken", "mended")))
-        shutil.copytree(directory / "runs" / name, configs[-1].directory)
-    observe(configs)
-    return {config.run.name.replace("mended", "broken"): Observed.read(config) for config in configs}
+def mended(directory: Path, sound: Any, struck: Any) -> dict[str, Observed]:
+    """The second starts, in one launch: of the runs that were taken down, and of copies with damaged checkpoints."""
+    configs = {}
+    for name, kind in cases.FATAL.items():
+        configs[name] = cases.fault(directory, kind, f"mended-{name}")
+        shutil.copytree(directory / "runs" / f"broken-{name}", configs[name].directory)
+    for name, (damage, _) in DAMAGED.items():
+        configs[name] = cases.fault(directory, "zero1", f"mended-{name}")
+        shutil.copytree(directory / "runs" / "sound-zero1", configs[name].directory)
+        damage(configs[name].directory)
+    observe(list(configs.values()))
+    return {name: Observed.read(config) for name, config in configs.items()}
 
 
-def interruptible(directory: Path, name: str) -> Config:
-    return cases.interruptible(directory, "zero1", "whole", name=name, checkpoint_every=2)
+@pytest.fixture(scope="module")
+def on_small_storage(directory: Path, sound: Any) -> dict[str, dict[str, Any]]:
+    """What :mod:`tests.distributed.small_storage` tells of its runs."""
+    trial = subprocess.run([*small_storage.NAMESPACE, "true"], capture_output=True, text=True)
+    if trial.returncode:
+        pytest.skip(f"this system lets nobody make a mount namespace: {trial.stderr.strip()}")
+    command = [*small_storage.NAMESPACE, sys.executable, "-m", "tests.distributed.small_storage", str(directory)]
+    ended = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    return dict(json.loads((directory / "small_storage.json").read_text()))
 
 
-def test_a_failing_ranks_own_traceback_is_what_the_user_sees(interrupted):
-    error, seconds = interrupted["broken-save_raises"]
-    assert str(error).startswith("Rank 1 of run 'broken-save_raises' failed with OSError: the disk is full\n")
-    assert 'raise OSError("the disk is full")' in str(error)
-    assert "rank-001.log" in str(error)
+def all_whole(run: RunDirectory) -> list[int]:
+    """The steps of a run's checkpoints, each of which must be whole."""
+    for path in checkpoints(run):
+        checkpoint.verify(path)
+    return [int(path.name.removeprefix("step-")) for path in checkpoints(run)]
+
+
+def same_records(run: RunDirectory, reference: RunDirectory) -> None:
+    for key in RECORD:
+        assert [row[key] for row in run.rows()] == [row[key] for row in reference.rows()], key
+
+
+# ------------------------------------------------------------------------------------------------ ranks that are killed
+
+
+def goes_on_after(name: str, request: pytest.FixtureRequest, directory: Path) -> str:
+    """What all faults in a rank have in common; returns the error's text."""
+    error, seconds = request.getfixturevalue("struck")[name]
     assert seconds < SOON
+    left = RunDirectory(directory / "runs" / f"broken-{name}")
+    assert all_whole(left) == [2]
+    run = request.getfixturevalue("mended")[name]
+    assert run.directory.result()["resumed_from"] == 2
+    assert len(run.examples) == cases.END - 2, "it trained the lost steps again, and no others"
+    assert_identical(run, request.getfixturevalue("sound")[cases.FATAL[name]])
+    assert all_whole(run.directory) == [2, 4, 6, 8]
+    assert not list(run.directory.checkpoints.glob(".*")), "what the save left half done is gone"
+    return str(error)
 
 
-def test_a_killed_rank_is_an_error_soon(interrupted):
-    """The other rank finds the connection closed; that is not what is reported."""
-    error, seconds = interrupted["broken-killed_in_save"]
-    assert "Rank 1 ended with exit code -9 and left no traceback: it was killed" in str(error)
-    assert seconds < SOON
+def killed(name: str, rank: int) -> Callable[[pytest.FixtureRequest], None]:
+    def proof(request: pytest.FixtureRequest) -> None:
+        said = goes_on_after(name, request, request.getfixturevalue("directory"))
+        assert f"Rank {rank} ended with exit code -9 and left no traceback: it was killed" in said
+        assert f"it goes on: 'broken-{name}' from step-00000002." in said
+
+    return proof
 
 
-def test_no_process_is_left(interrupted):
-    assert not [p for p in psutil.Process().children(recursive=True) if "distributed.worker" in " ".join(p.cmdline())]
+@proves("killed_in_forward")
+def killed_in_forward(request):
+    killed("killed_in_forward", rank=1)(request)
 
 
-@pytest.mark.parametrize("name", cases.FATAL)
-def test_a_save_that_was_interrupted_leaves_the_one_before_it(interrupted, directory, name):
-    run = RunDirectory(directory / "runs" / name)
-    assert sorted(path.name for path in run.checkpoints.iterdir()) == [".partial-step-00000004", "step-00000002"]
-    assert [row["step"] for row in run.rows()] == [1, 2, 3, 4]
-    checkpoint.verify(checkpoint.latest(run))
+@proves("killed_in_backward")
+def killed_in_backward(request):
+    killed("killed_in_backward", rank=1)(request)
 
 
-@pytest.mark.parametrize("name", cases.FATAL)
-def test_and_the_run_goes_on_from_there_bit_for_bit(mended, observed, name):
-    run = mended[name]
-    assert len(run.examples) == cases.END - 2
-    assert_identical(run, observed(2, "whole.zero1"))
-    assert not list(run.directory.checkpoints.glob(".partial*"))
+@proves("killed_in_update")
+def killed_in_update(request):
+    killed("killed_in_update", rank=1)(request)
+
+
+@proves("killed_in_save")
+def killed_in_save(request):
+    killed("killed_in_save", rank=1)(request)
+
+
+@proves("killed_in_report")
+def killed_in_report(request):
+    killed("killed_in_report", rank=0)(request)
+    half = (request.getfixturevalue("directory") / "runs/broken-killed_in_report/metrics.jsonl").read_text()
+    assert half.count("\n") == 3 and not half.endswith("\n")
+
+
+@proves("save_raises")
+def save_raises(request):
+    said = goes_on_after("save_raises", request, request.getfixturevalue("directory"))
+    assert said.startswith("Rank 1 of run 'broken-save_raises' failed with OSError: the disk is full\n")
+    assert 'raise OSError("the disk is full")' in said
+    assert "rank-001.log" in said
+
+
+# -------------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.fixture(scope="module")
+def interrupted_long(directory: Path, sound: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A run that is refused a second start, stopped by SIGTERM, and whose next launcher is killed."""
+    shell = Shell(tmp_path_factory.mktemp("shell"))
+    config = cases.fault(directory, "zero1", "signalled", steps=LONG, checkpoint_every=0)
+    run, seen = RunDirectory(config.directory), {"config": config}
+    try:
+        shell.start(train_command(config))
+        shell.wait_for_step(run, 1)
+        with pytest.raises(ConfigError) as error:
+            launch.run(config)
+        seen["second_start"] = str(error.value), shell.process.pid
+        os.killpg(shell.process.pid, signal.SIGTERM)
+        seen["stopped"] = shell.exit_code(), (shell.scratch / "stderr").read_text(), shell.result()
+
+        shell.start(train_command(config))
+        shell.wait_for_step(run, seen["stopped"][2]["step"] + 1)
+        workers = psutil.Process(shell.process.pid).children(recursive=True)
+        os.kill(shell.process.pid, signal.SIGKILL)
+        seen["alive"] = psutil.wait_procs(workers, timeout=SOON)[1]
+        seen["killed"] = run.result()
+
+        shell.start(train_command(config))
+        seen["ended"] = shell.exit_code(), (shell.scratch / "stderr").read_text(), shell.result()
+    finally:
+        shell.end()
+    return seen
+
+
+@proves("signalled")
+def stopped_by_a_signal(request):
+    seen = request.getfixturevalue("interrupted_long")
+    code, said, result = seen["stopped"]
+    assert (code, said, result["status"]) == (75, "", "stopped")
+    assert 0 < result["step"] < seen["killed"]["step"], "the next start went on"
+    ends_like_the_undisturbed(request, seen)
+
+
+@proves("launcher_killed")
+def launcher_killed(request):
+    seen = request.getfixturevalue("interrupted_long")
+    assert not seen["alive"], "workers outlive the process that started them"
+    assert seen["killed"]["status"] == "stopped"
+    assert seen["ended"][2]["resumed_from"] == seen["killed"]["step"] < LONG
+    ends_like_the_undisturbed(request, seen)
+
+
+@proves("two_starts")
+def two_starts(request):
+    seen = request.getfixturevalue("interrupted_long")
+    said, pid = seen["second_start"]
+    assert re.search(rf"is running already: process {pid} on \S+, since \d{{4}}-\S+\. Wait for its end", said)
+    ends_like_the_undisturbed(request, seen)
+
+
+def ends_like_the_undisturbed(request: pytest.FixtureRequest, seen: dict[str, Any]) -> None:
+    code, said, result = seen["ended"]
+    assert (code, said, result["status"]) == (0, "", "completed")
+    run, whole = RunDirectory(seen["config"].directory), request.getfixturevalue("sound")["long"].directory
+    same_records(run, whole)
+    same_weights(run, whole)
+    all_whole(run)
+
+
+def same_weights(run: RunDirectory, reference: RunDirectory) -> None:
+    """The last checkpoints' weights, bit for bit."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from tutorial_lib.checkpoint.whole import whole_weights
+
+    both = []
+    for path in (checkpoint.latest(run), checkpoint.latest(reference)):
+        settings = Config.from_json(json.dumps(checkpoint.read_trainer_state(path)["config"]))
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path / "model"))
+        both.append(whole_weights(path / "engine", settings, model))
+    assert both[0].keys() == both[1].keys()
+    for name, tensor in both[0].items():
+        assert tensor.equal(both[1][name]), name
+
+
+# -------------------------------------------------------------------------------------------------------------- storage
+
+
+def mended_storage(request: pytest.FixtureRequest, name: str, run_name: str, reason: str) -> None:
+    told = request.getfixturevalue("on_small_storage")[name]
+    assert re.search(reason, told["error"].splitlines()[0] + told["error"].splitlines()[1]), told["error"]
+    assert "give the same command again" in told["error"]
+    assert (told["newest"], told["left_out"]) == ("step-00000002", 0)
+    config = cases.fault(request.getfixturevalue("directory"), "zero1", run_name)
+    assert_identical(Observed.read(config), request.getfixturevalue("sound")["zero1"])
+    assert all_whole(RunDirectory(config.directory)) == [2, 4, 6, 8]
+
+
+@proves("disk_full")
+def disk_full(request):
+    mended_storage(request, "disk_full", "disk_full", r"refuses to be written to \(No space left on device")
+
+
+@proves("read_only")
+def read_only(request):
+    mended_storage(request, "read_only", "broken-read_only", r"refuses to be written to \(Read-only file system")
+
+
+# -------------------------------------------------------------------------------------------------- damaged checkpoints
+
+
+def falls_back(request: pytest.FixtureRequest, name: str, *left_out: int) -> None:
+    run, whole = request.getfixturevalue("mended")[name], request.getfixturevalue("sound")["zero1"]
+    result = run.directory.result()
+    assert result["resumed_from"] == min(left_out) - 2
+    assert [each["checkpoint"] for each in result["left_out"]] == [f"step-{step:08d}" for step in left_out]
+    for each in result["left_out"]:
+        assert re.search(DAMAGED[name][1], each["why"]), each
+        assert f"Not resumed from {each['checkpoint']}: {each['why']}" in run.directory.log_file(0).read_text()
+    assert_identical(run, whole)
+    assert all_whole(run.directory) == [2, 4, 6, 8], "what was damaged is replaced"
+
+
+@proves("truncated")
+def truncated(request):
+    falls_back(request, "truncated", 8)
+
+
+@proves("flipped")
+def flipped(request):
+    falls_back(request, "flipped", 8)
+
+
+@proves("missing")
+def missing(request):
+    falls_back(request, "missing", 8)
+
+
+@proves("no_manifest")
+def no_manifest(request):
+    falls_back(request, "no_manifest", 8, 6)
+
+
+@proves("none_whole")
+def none_whole(request):
+    """What only the ranks' reading shows: every rank refuses, and the first error is what is printed."""
+    directory, shell = request.getfixturevalue("directory"), request.getfixturevalue("shell")
+    request.getfixturevalue("sound")
+    config = cases.fault(directory, "zero1", "none-whole")
+    shutil.copytree(directory / "runs" / "sound-zero1", config.directory)
+    for step in (2, 4, 6, 8):
+        saved = cases.shard(config.directory, step, rank=1)
+        saved.write_bytes(saved.read_bytes()[:-1] + b"?")
+    before = (config.directory / "metrics.jsonl").read_text()
+    shell.start(train_command(config))
+    assert shell.exit_code() == 1
+    said = (shell.scratch / "stderr").read_text()
+    first = said.splitlines()[0]
+    assert (
+        first.startswith("error: Rank ") and "failed with CheckpointError" in first and "none of them is whole" in first
+    )
+    assert len(set(re.findall(r"/step-(\d+)/\S+ was altered", first))) == 4
+    assert (shell.scratch / "stdout").read_text() == ""
+    assert (config.directory / "metrics.jsonl").read_text() == before
+
+
+# ------------------------------------------------------------------------------------------------- another's checkpoint
+
+
+@contextmanager
+def changed(path: Path, change: Callable[[dict[str, Any]], Any]) -> Iterator[None]:
+    before = path.read_text()
+    content = json.loads(before)
+    change(content)
+    path.write_text(json.dumps(content))
+    try:
+        yield
+    finally:
+        path.write_text(before)
+
+
+def refused_before_it_starts(request: pytest.FixtureRequest, error_type: type[Exception], message: str) -> None:
+    config = cases.fault(request.getfixturevalue("directory"), "zero1", "sound-zero1")
+    logs = {path: path.stat().st_mtime_ns for path in config.directory.joinpath("logs").iterdir()}
+    with pytest.raises(error_type, match=message):
+        launch.run(config)
+    assert {path: path.stat().st_mtime_ns for path in config.directory.joinpath("logs").iterdir()} == logs
+    assert [row["step"] for row in RunDirectory(config.directory).rows()] == list(range(1, cases.END + 1))
+
+
+@proves("other_model")
+def other_model(request):
+    request.getfixturevalue("sound")
+    model = request.getfixturevalue("directory") / "gpt2-dropout" / "config.json"
+    with changed(model, lambda content: content.update(n_layer=2)):
+        refused_before_it_starts(request, ConfigError, r"another model.*n_layer was 4, now 2.*another name")
+
+
+@proves("other_tokenizer")
+def other_tokenizer(request):
+    """Two tokens exchanged: as many as before, and texts become other ids."""
+    request.getfixturevalue("sound")
+
+    def exchange(content: dict[str, Any]) -> None:
+        vocabulary = content["model"]["vocab"]
+        one, other = list(vocabulary)[300:302]
+        vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+
+    with changed(request.getfixturevalue("directory") / "gpt2-dropout" / "tokenizer.json", exchange):
+        refused_before_it_starts(request, ConfigError, r"another tokenizer.*another name")
+
+
+@proves("newer_format")
+def newer_format(request):
+    request.getfixturevalue("sound")
+    newest = cases.checkpoint_of(request.getfixturevalue("directory") / "runs" / "sound-zero1", cases.END)
+    with changed(newest / "manifest.json", lambda content: content.update(format=99)):
+        refused_before_it_starts(request, CheckpointError, r"written by a newer version, in format 99.*Update")
+
+
+# ------------------------------------------------------------------------------------------------------------------ Ray
+
+
+@pytest.fixture(scope="module")
+def ray_nodes() -> Iterator[Any]:
+    """Three Ray nodes of one slot each, as raylets on this machine. Rank 1 is not on the first, which must live."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ray_train._SETTINGS.items():
+            patch.setenv(name, value)
+        for name, value in {
+            "PYTHONPATH": str(ROOT),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": ray_train._TOKEN,
+            "GLOO_SOCKET_IFNAME": "lo",
+        }.items():
+            patch.setenv(name, value)
+        from ray.cluster_utils import Cluster
+
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        try:
+            for _ in range(2):
+                cluster.add_node(num_cpus=1)
+            patch.setenv("RAY_ADDRESS", cluster.address)
+            yield cluster
+        finally:
+            ray_train.stop()
+            cluster.shutdown()
+
+
+def on_ray(request: pytest.FixtureRequest, name: str, **changes: Any) -> Config:
+    given = {"launcher": "ray", "max_failures": 1, **changes}
+    return cases.fault(request.getfixturevalue("directory"), "zero1", name, **given)
+
+
+@proves("ray_worker_killed")
+def ray_worker_killed(request):
+    request.getfixturevalue("ray_nodes")
+    whole, monkeypatch = request.getfixturevalue("sound")["zero1"], request.getfixturevalue("monkeypatch")
+    monkeypatch.setattr(ray_train, "_worker", worker.killed_on_ray)
+    config = on_ray(request, "ray-killed")
+    with ray_train.session(config):
+        run = launch.run(config)
+    (restart,) = run.result["restarts"]
+    assert (run.result["resumed_from"], restart["from_step"], restart["failed"]["rank"]) == (4, 4, 1)
+    assert restart["failed"]["type"] == "ActorDiedError", restart
+    assert abs(time.time() - restart["time"]) < 600
+    same_records(run.directory, whole.directory)
+    same_weights(run.directory, whole.directory)
+    assert all_whole(run.directory) == [2, 4, 6, 8]
+
+
+@proves("ray_node_dies")
+def ray_node_dies(request):
+    cluster, whole = request.getfixturevalue("ray_nodes"), request.getfixturevalue("sound")["long"]
+    config = on_ray(request, "ray-node", steps=LONG)
+    gone: list[Any] = []
+
+    def take_a_node(rows: list[Any]) -> None:
+        if gone or rows[-1]["step"] < 3:
+            return
+        for node in cluster.worker_nodes:
+            raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+            if any("RayTrainWorker" in " ".join(p.cmdline()) for p in raylet.children(recursive=True)):
+                gone.append(node)
+                cluster.remove_node(node, allow_graceful=False)
+                return
+
+    with ray_train.session(config):
+        run = launch.run(config, on_rows=take_a_node)
+    assert gone
+    (restart,) = run.result["restarts"]
+    assert run.result["resumed_from"] == restart["from_step"] >= 2
+    same_records(run.directory, whole.directory)
+    same_weights(run.directory, whole.directory)
+    all_whole(run.directory)
 
 
 def test_a_configuration_error_that_only_a_worker_finds_is_one_all_the_same(directory):
@@ -93,50 +520,3 @@ def test_a_configuration_error_that_only_a_worker_finds_is_one_all_the_same(dire
     with pytest.raises(ConfigError, match="all 8 are blank") as error:
         launch.run(config)
     assert "Traceback" not in str(error.value)
-
-
-def test_signals_stop_a_run_that_goes_on_to_the_same_end(observed, directory, shell):
-    """SIGTERM to all of it, as from a scheduler; then the launching process is killed; then it is left alone."""
-    whole = observed(2, "whole.long")
-    config = cases.interruptible(directory, "long", "whole", name="signalled")
-    run, steps = RunDirectory(config.directory), [0]
-
-    shell.start(train_command(config))
-    shell.wait_for_step(run, 1)
-    os.killpg(shell.process.pid, signal.SIGTERM)
-    assert shell.exit_code() == 75, (shell.scratch / "stderr").read_text()
-    stopped = shell.result()
-    assert stopped["status"] == "stopped"
-    steps.append(stopped["step"])
-    assert checkpoint.latest(run).name == f"step-{steps[1]:08d}"
-
-    shell.start(train_command(config))
-    shell.wait_for_step(run, steps[1] + 1)
-    workers = psutil.Process(shell.process.pid).children(recursive=True)
-    os.kill(shell.process.pid, signal.SIGKILL)
-    _, alive = psutil.wait_procs(workers, timeout=SOON)
-    assert not alive, "workers outlive the process that started them"
-    steps.append(run.result()["step"])
-    assert run.result()["status"] == "stopped"
-
-    shell.start(train_command(config))
-    assert shell.exit_code() == 0, (shell.scratch / "stderr").read_text()
-    assert shell.result()["resumed_from"] == steps[2]
-    assert 0 < steps[1] < steps[2] < whole.config.run.steps
-    for key in ("step", "loss", "grad_norm", "tokens", "epoch", "lr"):
-        assert [row[key] for row in run.rows()] == [row[key] for row in whole.rows], key
-    assert (shell.scratch / "stderr").read_text() == ""
-
-
-def test_a_worker_failure_exits_with_1_and_the_ranks_error_on_top(observed, directory, shell):
-    """One byte of one rank's shard: both ranks refuse, and what is printed is why."""
-    config = observed(2, "halved.zero1").config.override(name="torn", stop_after=None)
-    shutil.copytree(directory / "runs" / "halved.zero1", config.directory)
-    torn = next((config.directory / "checkpoints").rglob("*zero_pp_rank_1_*optim_states.pt"))
-    torn.write_bytes(torn.read_bytes()[:-1])
-    shell.start(train_command(config))
-    assert shell.exit_code() == 1
-    error = (shell.scratch / "stderr").read_text()
-    assert error.startswith("error: Rank ") and "failed with CheckpointError" in error.splitlines()[0]
-    assert f"{torn} has" in error
-    assert (shell.scratch / "stdout").read_text() == ""

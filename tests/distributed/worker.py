@@ -24,6 +24,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -123,6 +124,22 @@ def failing_on_ray(given: dict[str, Any]) -> None:
         return step(self, micro_batches)
 
     with mock.patch.object(trainer._Session, "_one_step", failing):
+        ray_train._worker(given)
+
+
+def killed_on_ray(given: dict[str, Any]) -> None:
+    """What Ray's workers run, but the first time rank 1 is killed when it is to tell Ray of its second checkpoint."""
+    register, reports = ray_train._register, []
+    struck = Path(json.loads(given["configs"][-1])["storage"]) / "struck-on-ray"
+
+    def registering(path: Path, row: dict[str, Any]) -> None:
+        reports.append(path)
+        if dist.get_rank() == 1 and len(reports) == 2 and not struck.exists():
+            struck.write_text("")
+            _killed()
+        register(path, row)
+
+    with mock.patch.object(ray_train, "_register", registering):
         ray_train._worker(given)
 
 
@@ -445,7 +462,7 @@ def _losses_of_own_tokens() -> Iterator[None]:
 
 @contextmanager
 def _random_states_not_restored() -> Iterator[None]:
-    with mock.patch.object(checkpoint, "_restore_random_states", lambda states, engine: None):
+    with mock.patch.object(checkpoint.saving, "_restore_random_states", lambda states, engine: None):
         yield
 
 
@@ -507,6 +524,87 @@ def _raise() -> None:
 
 def _killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+STRUCK_IN_STEP = 4
+"""Two steps after the only whole checkpoint, so that one finished step is lost as well."""
+
+
+@contextmanager
+def _killed_in_pass(backward: bool) -> Iterator[None]:
+    """Rank 1 is killed in the middle of the model, when a batch goes through it or its gradient comes back."""
+    build, passes = trainer.build_engine, []
+
+    def strike(*_: Any) -> None:
+        _killed()
+
+    def passing(layer: Any, given: Any, output: Any) -> None:
+        passes.append(layer)
+        if len(passes) == STRUCK_IN_STEP and dist.get_rank() == 1:
+            if backward:
+                (output if torch.is_tensor(output) else output[0]).register_hook(strike)
+            else:
+                strike()
+
+    def built(*args: Any) -> Any:
+        engine = build(*args)
+        layers = next(module for module in engine.module.modules() if isinstance(module, torch.nn.ModuleList))
+        layers[len(layers) // 2].register_forward_hook(passing)
+        return engine
+
+    with mock.patch.object(trainer, "build_engine", built):
+        yield
+
+
+@contextmanager
+def _killed_in_update() -> Iterator[None]:
+    """Rank 1 is killed when AdamW has updated its shard and nobody has the new weights yet."""
+    step, steps = torch.optim.AdamW.step, []
+
+    def updating(self: Any, *args: Any, **kwargs: Any) -> Any:
+        outcome = step(self, *args, **kwargs)
+        steps.append(self)
+        if len(steps) == STRUCK_IN_STEP and dist.get_rank() == 1:
+            _killed()
+        return outcome
+
+    with mock.patch.object(torch.optim.AdamW, "step", updating):
+        yield
+
+
+@contextmanager
+def _killed_in_report() -> Iterator[None]:
+    """Rank 0 is killed when half of a metrics row is in its file."""
+    append = RunDirectory.append
+
+    def appending(self: RunDirectory, row: dict[str, Any]) -> None:
+        if row["step"] < STRUCK_IN_STEP:
+            return append(self, row)
+        line = json.dumps(row)
+        with self.metrics_file.open("a") as file:
+            file.write(line[: len(line) // 2])
+        _killed()
+
+    with mock.patch.object(RunDirectory, "append", appending):
+        yield
+
+
+@contextmanager
+def _read_only() -> Iterator[None]:
+    """Before its second save the directory of the checkpoints becomes read-only, once; see ``small_storage.py``."""
+    save, saves = checkpoint.save, []
+
+    def saving(run: RunDirectory, *args: Any) -> Any:
+        saves.append(run)
+        struck = run.path / "struck"
+        if len(saves) == 2 and dist.get_rank() == 0 and not struck.exists():
+            struck.write_text("")
+            subprocess.run(["mount", "--bind", run.checkpoints, run.checkpoints], check=True)
+            subprocess.run(["mount", "-o", "remount,bind,ro", run.checkpoints], check=True)
+        return save(run, *args)
+
+    with mock.patch.object(checkpoint, "save", saving):
+        yield
 
 
 @contextmanager
@@ -578,6 +676,11 @@ BROKEN: dict[str, Callable[[], Any]] = {
     "killed_in_save": lambda: _fault_in_second_save(_killed),
     "disk_full_in_write": lambda: _fault_in_second_write(_fill_the_disk),
     "killed_in_write": lambda: _fault_in_second_write(_killed),
+    "killed_in_forward": lambda: _killed_in_pass(backward=False),
+    "killed_in_backward": lambda: _killed_in_pass(backward=True),
+    "killed_in_update": _killed_in_update,
+    "killed_in_report": _killed_in_report,
+    "read_only": _read_only,
 }
 
 

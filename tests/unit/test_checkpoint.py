@@ -4,6 +4,7 @@ One process and the torch engine; ``tests/distributed`` has the same for DeepSpe
 """
 
 import json
+import re
 import resource
 import shutil
 import threading
@@ -13,7 +14,7 @@ import torch
 
 from tests.late_writes import late_writes, without_snapshot
 from tutorial_lib import checkpoint, launch
-from tutorial_lib.checkpoint import CheckpointError, saving
+from tutorial_lib.checkpoint import CheckpointError, files, saving
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.records import RunDirectory
 from tutorial_lib.torch_engine import TorchEngine
@@ -32,6 +33,16 @@ def config(storage, **flat):
         "storage": str(storage),
     }
     return Config.create("cpu", **(settings | flat))
+
+
+def make_checkpoint(run, step, **trainer):
+    """The least that is a whole checkpoint, of a run that trains nothing."""
+    path = checkpoint.directory_of(run, step)
+    path.mkdir()
+    (path / "trainer.json").write_text(json.dumps({"format": 2, "step": step, "record": {}} | trainer))
+    listed = {"trainer.json": files._digest(path / "trainer.json")}
+    (path / checkpoint.MANIFEST).write_text(json.dumps({"format": 2, "files": listed}))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -148,40 +159,85 @@ def change_the_step(path):
     path.write_text(path.read_text().replace('"step": 4', '"step": 3'))
 
 
-@pytest.mark.parametrize(
-    ("name", "damage", "message"),
-    [
-        ("engine/model.pt", lambda path: path.unlink(), r"engine/model\.pt is missing"),
-        ("engine/optimizer.pt", cut_short, r"engine/optimizer\.pt has \d+ bytes, but \d+ were written"),
-        ("engine/model.pt", flip_a_bit, r"engine/model\.pt was altered"),
-        ("rank-000.pt", flip_a_bit, r"rank-000\.pt was altered"),
-        ("rank-000.pt", lambda path: path.unlink(), r"rank-000\.pt is missing"),
-        ("trainer.json", change_the_step, r"trainer\.json was altered"),
-        ("manifest.json", lambda path: path.unlink(), r"step-00000004 has no manifest\.json"),
-        ("manifest.json", lambda path: path.write_text("{"), r"manifest\.json cannot be read"),
-    ],
-)
-def test_damage_is_named_and_nothing_restarts(halved, name, damage, message):
-    damage(checkpoint.directory_of(halved.directory, 4) / name)
-    with pytest.raises(CheckpointError, match=message) as error:
+DAMAGE = [
+    ("engine/model.pt", lambda path: path.unlink(), r"engine/model\.pt is missing"),
+    ("engine/optimizer.pt", cut_short, r"engine/optimizer\.pt has \d+ bytes, but \d+ were written"),
+    ("engine/model.pt", flip_a_bit, r"engine/model\.pt was altered"),
+    ("rank-000.pt", flip_a_bit, r"rank-000\.pt was altered"),
+    ("rank-000.pt", lambda path: path.unlink(), r"rank-000\.pt is missing"),
+    ("trainer.json", change_the_step, r"trainer\.json was altered"),
+    ("manifest.json", lambda path: path.unlink(), r"step-00000004 has no manifest\.json"),
+    ("manifest.json", lambda path: path.write_text("{"), r"manifest\.json cannot be read"),
+    ("manifest.json", lambda path: path.write_text('{"format": 2, "files": {}}'), "does not list trainer.json"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "message"), DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(halved, whole, name, damage, message):
+    damaged = checkpoint.directory_of(halved.directory, 4)
+    damage(damaged / name)
+    before = {path: path.read_bytes() for path in damaged.rglob("*") if path.is_file()}
+    resumed = halved.config.override(stop_after=None, checkpoint_every=0)
+    run = launch.run(resumed)
+    assert run.result["resumed_from"] == 2
+    (left_out,) = run.result["left_out"]
+    assert left_out["checkpoint"] == "step-00000004"
+    assert re.search(message, left_out["why"])
+    assert_same(run, whole)
+    assert {path: path.read_bytes() for path in damaged.rglob("*") if path.is_file()} == before, "nothing is deleted"
+
+
+def test_a_damaged_checkpoint_is_replaced_when_its_step_is_saved_again(halved, whole):
+    damaged = checkpoint.directory_of(halved.directory, 4)
+    flip_a_bit(damaged / "engine" / "model.pt")
+    assert_same(launch.run(halved.config.override(stop_after=None)), whole)
+    checkpoint.verify(damaged)
+    assert sorted(path.name for path in damaged.parent.iterdir()) == [f"step-{n:08d}" for n in (2, 4, 6, 7)]
+
+
+@pytest.mark.parametrize(("name", "damage", "message"), [DAMAGE[1], DAMAGE[2], DAMAGE[6]])
+def test_without_any_whole_checkpoint_nothing_restarts(halved, name, damage, message):
+    for step in (2, 4):
+        damage(checkpoint.directory_of(halved.directory, step) / name)
+    with pytest.raises(CheckpointError, match=message.replace("00000004", "00000002")) as error:
         launch.run(halved.config.override(stop_after=None))
-    assert "elete" in str(error.value), "says what to do"
+    assert "none of them is whole" in str(error.value) and "to begin again from step 0" in str(error.value)
     assert [row["step"] for row in halved.directory.rows()] == [1, 2, 3, 4]
 
 
-def test_without_the_damaged_checkpoint_the_one_before_it_goes_on(halved, whole):
-    shutil.rmtree(checkpoint.directory_of(halved.directory, 4))
-    run = launch.run(halved.config.override(stop_after=None, checkpoint_every=0))
-    assert run.result["resumed_from"] == 2
-    assert_same(run, whole)
+def test_what_cannot_be_seen_at_a_glance_is_left_out_by_the_ranks_alone(halved):
+    """Before processes start only sizes are looked at; that two agree is not required."""
+    damaged = checkpoint.directory_of(halved.directory, 4)
+    flip_a_bit(damaged / "engine" / "model.pt")
+    assert checkpoint.latest(halved.directory) == damaged
+    assert checkpoint.newest_whole(halved.directory)[0] == checkpoint.directory_of(halved.directory, 2)
+    cut_short(damaged / "engine" / "model.pt")
+    assert checkpoint.latest(halved.directory) == checkpoint.directory_of(halved.directory, 2)
 
 
-def test_a_checkpoint_of_another_format_is_refused(halved):
+def test_a_checkpoint_of_a_newer_format_is_refused_before_anything_starts(halved):
+    """It may be whole: to go on from the one before it would throw steps away."""
+    path = checkpoint.directory_of(halved.directory, 4)
+    for name in ("trainer.json", "manifest.json"):
+        (path / name).write_text(json.dumps(json.loads((path / name).read_text()) | {"format": 99}))
+        with pytest.raises(CheckpointError, match=r"written by a newer version, in format 99.*Update tutorial_lib"):
+            checkpoint.read_trainer_state(path)
+    with pytest.raises(CheckpointError, match=r"written by a newer version, in format 99.*Update tutorial_lib"):
+        launch.preflight(halved.config)
+
+
+def test_a_checkpoint_of_format_1_is_still_read(halved, whole):
+    """It has no fingerprint of model and tokenizer, so that nothing is compared."""
     path = checkpoint.directory_of(halved.directory, 4)
     trainer = json.loads((path / "trainer.json").read_text())
-    (path / "trainer.json").write_text(json.dumps(trainer | {"format": 99}))
-    with pytest.raises(CheckpointError, match="format 99; this version reads format 1"):
-        checkpoint.read_trainer_state(path)
+    del trainer["identity"]
+    (path / "trainer.json").write_text(json.dumps(trainer | {"format": 1}))
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["trainer.json"] = files._digest(path / "trainer.json")
+    (path / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
+    run = launch.run(halved.config.override(stop_after=None))
+    assert (run.result["resumed_from"], run.result["left_out"]) == (4, [])
+    assert_same(run, whole)
 
 
 def test_an_interrupted_save_leaves_the_checkpoint_before_it(whole, model, tmp_path, monkeypatch):
@@ -299,10 +355,11 @@ def test_the_newest_checkpoint_is_the_one_of_the_highest_step(tmp_path):
     run.create()
     assert checkpoint.latest(run) is None
     for step in (9, 10, 100):
-        checkpoint.directory_of(run, step).mkdir()
-        (checkpoint.directory_of(run, step) / checkpoint.MANIFEST).write_text("{}")
+        make_checkpoint(run, step)
     (run.checkpoints / ".partial-step-00000200").mkdir()
+    (run.checkpoints / "step-of-mine").mkdir()
     assert checkpoint.latest(run) == checkpoint.directory_of(run, 100)
+    assert checkpoint.newest_whole(run) == (checkpoint.directory_of(run, 100), [])
 
 
 @pytest.mark.parametrize(("what", "async_save"), [("loss", False), ("norm", False), ("norm", True)])

@@ -155,7 +155,20 @@ def test_a_damaged_checkpoint_exits_with_1_and_is_named(storage, tmp_path, capsy
     damaged = tmp_path / "runs" / "run" / "checkpoints" / "step-00000002" / "engine" / "model.pt"
     damaged.write_bytes(b"")
     assert main(arguments) == 1
-    assert f"{damaged} has 0 bytes" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert f"{damaged} has 0 bytes" in shown and "none of them is whole" in shown
+
+
+def test_a_checkpoint_that_is_left_out_is_told_of(storage, tmp_path, capsys):
+    arguments = ["train", *ONE_PROCESS, *SMALL, *storage, "--checkpoint-every", "1"]
+    assert main([*arguments, "--stop-after", "2"]) == 75
+    damaged = tmp_path / "runs" / "run" / "checkpoints" / "step-00000002" / "engine" / "model.pt"
+    damaged.write_bytes(b"")
+    capsys.readouterr()
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert re.search(rf"left out +step-00000002: {damaged} has 0 bytes", shown)
+    assert re.search(r"status +completed at step 3 of 3, resumed from 1", shown)
 
 
 def test_an_export_from_the_shell(storage, tmp_path, capsys):
@@ -195,6 +208,13 @@ def test_runs_that_cannot_share_processes_are_refused(tmp_path, changes, message
     with pytest.raises(ConfigError, match=message):
         launch.run_all([config(tmp_path), config(tmp_path, **changes)])
     assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+def test_restarts_are_for_one_run_alone(tmp_path):
+    """Of several it could not be said which one failed."""
+    runs = [config(tmp_path, name=name, launcher="ray", max_failures=1) for name in ("a", "b")]
+    with pytest.raises(ConfigError, match=r"max_failures is for one run alone.*start them apart"):
+        launch.run_all(runs)
 
 
 def test_several_runs_in_one_start(tmp_path):

@@ -1,5 +1,6 @@
 """Ray waits for ever where it cannot start a worker; the launcher does not."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -29,3 +30,22 @@ def test_no_worker_in_time_is_an_error_and_a_worker_is_a_sign_of_life(
         check()
     run.log_file(1).touch()
     check()
+
+
+def test_rays_list_is_kept_while_its_checkpoints_are_there_and_dropped_when_one_is_gone(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    listed = ["checkpoints/step-00000002", "checkpoints/step-00000004"]
+    for name in listed:
+        (tmp_path / name).mkdir(parents=True)
+    snapshot = tmp_path / "checkpoint_manager_snapshot.json"
+    content = json.dumps({"checkpoint_results": [{"checkpoint_dir_name": name} for name in listed]})
+    ray_train._forget_deleted_checkpoints(run)
+    snapshot.write_text(content)
+    ray_train._forget_deleted_checkpoints(run)
+    assert snapshot.read_text() == content
+    (tmp_path / listed[0]).rmdir()
+    ray_train._forget_deleted_checkpoints(run)
+    assert not snapshot.exists()
+    snapshot.write_text(content[:-9])
+    ray_train._forget_deleted_checkpoints(run)
+    assert not snapshot.exists()

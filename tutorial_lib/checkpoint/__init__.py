@@ -16,7 +16,14 @@ runs code, so only load checkpoints that you or your job wrote. The manifest pro
 forgery.
 """
 
-from tutorial_lib.checkpoint.continuing import check_continues, check_same_run, check_storage, identity, shape
+from tutorial_lib.checkpoint.continuing import (
+    check_continues,
+    check_same_run,
+    check_storage,
+    identity,
+    shape,
+    storage_failure,
+)
 from tutorial_lib.checkpoint.exporting import export
 from tutorial_lib.checkpoint.files import (
     MANIFEST,
@@ -70,5 +77,6 @@ __all__ = [
     "save",
     "shape",
     "staged",
+    "storage_failure",
     "verify",
 ]

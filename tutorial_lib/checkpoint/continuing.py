@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tutorial_lib.checkpoint.files import read_trainer_state
+from tutorial_lib.checkpoint.files import CheckpointError, read_trainer_state
 from tutorial_lib.config import FREE_ON_RESUME, Config, ConfigError
 from tutorial_lib.models import load_config, load_tokenizer
+from tutorial_lib.records import RunDirectory
 
 _SHAPE = {
     "torch": (),
@@ -136,3 +140,36 @@ def check_storage(config: Config) -> None:
             f"storage {config.run.storage!r} cannot be written to: {error.strerror}. "
             "Name a directory that every rank can write to."
         ) from error
+
+
+_FULL_OR_CLOSED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+_PROBE_BYTES = 2**20
+
+
+def storage_failure(run: RunDirectory, error: BaseException) -> CheckpointError | None:
+    """What to say of an error that comes of the run's storage, if it does: PyTorch reports a full disk as a bug."""
+    if isinstance(error, OSError) and error.errno in _FULL_OR_CLOSED:
+        reason = f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
+    elif isinstance(error, RuntimeError) and ("PytorchStreamWriter" in str(error) or "write failed" in str(error)):
+        reason = _refusal(run.path) or str(error).splitlines()[0]
+    else:
+        return None
+    return CheckpointError(
+        f"The storage of run {run.path.name!r} refuses to be written to ({reason}; "
+        f"{shutil.disk_usage(run.path).free / 2**20:.0f} MiB are free there). What was saved before is untouched. "
+        "Make room or make it writable, then give the same command again: it goes on from the newest whole checkpoint. "
+        "keep_last deletes older ones as it goes."
+    )
+
+
+def _refusal(directory: Path) -> str | None:
+    """Why a small file cannot be written there now."""
+    probe = directory / f".write-test-{os.getpid()}"
+    try:
+        probe.write_bytes(bytes(_PROBE_BYTES))
+    except OSError as error:
+        return error.strerror
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+    return None

@@ -175,6 +175,18 @@ def first_error(directories: Sequence[RunDirectory], otherwise: str) -> Exceptio
     return WorkerError(otherwise)
 
 
+def next_start(directories: Sequence[RunDirectory]) -> str:
+    """What a start of the same runs would do."""
+    from tutorial_lib.checkpoint import CheckpointError, latest
+
+    try:
+        found = {directory.path.name: latest(directory) for directory in directories}
+    except CheckpointError as error:
+        return str(error)
+    where = ", ".join(f"{name!r} {f'from {path.name}' if path else 'from step 0'}" for name, path in found.items())
+    return f"Given the same command again, it goes on: {where}."
+
+
 def _check_gpus(config: Config) -> None:
     import torch
 

@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std, sta
 
 from tutorial_lib.config import Config
 from tutorial_lib.doctor import usable_cores
-from tutorial_lib.launch import _POLL_SECONDS, WorkerError, first_error
+from tutorial_lib.launch import _POLL_SECONDS, WorkerError, first_error, next_start
 from tutorial_lib.records import RunDirectory
 
 _FATAL = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS)
@@ -77,11 +77,17 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
             poll()
         if outcome.is_failed():
             failure = min(outcome.failures.values(), key=lambda f: (-f.exitcode not in _FATAL, f.timestamp))
-            silent = (
-                f"Rank {failure.local_rank} ended with exit code {failure.exitcode} and left no traceback"
-                + (": it was killed, perhaps for memory." if failure.exitcode < 0 else ".")
-                + f" The end of its output:\n{_last_output(failure.local_rank, outcome.stderrs, directories)}"
-            )
+            printed = Path(outcome.stderrs[failure.local_rank]).read_text(errors="replace").strip()
+            silent = f"Rank {failure.local_rank} ended with exit code {failure.exitcode} and "
+            if failure.exitcode > 0 and printed:
+                silent += f"could not write why. It printed:\n{printed.splitlines()[-1]}\n\n{printed}"
+            else:
+                silent += (
+                    "left no traceback"
+                    + (": it was killed, perhaps for memory." if failure.exitcode < 0 else ".")
+                    + f" {next_start(directories)} The end of its output:\n"
+                    + _last_output(failure.local_rank, outcome.stderrs, directories)
+                )
             raise WorkerError(silent) if -failure.exitcode in _FATAL else first_error(directories, silent)
     finally:
         context.close(timeout=10)

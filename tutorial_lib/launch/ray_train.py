@@ -28,8 +28,12 @@ from tutorial_lib.records import RunDirectory
 START_TIMEOUT = 600
 """Seconds that Ray has to start the first worker. On a busy laptop it takes a minute or two."""
 
+_GROUP_START_SECONDS = 60
+"""So long Ray waits for all slots of a run at once, before it counts that as a failure and tries again."""
+
 _SETTINGS = {
     "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(_GROUP_START_SECONDS),
     # Ray Train's own progress goes to its log files; a notebook cell shows our curve.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -169,6 +173,7 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
     with session(first):
         import ray.train
         from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.v2.api.config import FailureConfig
 
         _check_resources(first)
         for directory in directories:
@@ -186,7 +191,11 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
             run_config=ray.train.RunConfig(
                 name=configs[-1].run.name,
                 storage_path=configs[-1].run.storage,
-                failure_config=ray.train.FailureConfig(max_failures=first.run.max_failures),
+                failure_config=FailureConfig(
+                    max_failures=first.run.max_failures,
+                    # How often it may wait for slots that the cluster no longer has. Unstated, it waits for ever.
+                    controller_failure_limit=START_TIMEOUT // _GROUP_START_SECONDS,
+                ),
                 callbacks=[_recorder(directories[-1])],
             ),
             torch_config=TorchConfig(backend="gloo" if first.run.device == "cpu" else "cpu:gloo,cuda:nccl"),
@@ -202,38 +211,41 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
 
 def _recorder(directory: RunDirectory) -> Any:
     """What Ray's controller calls when workers fail: it notes who failed first and why, for the restart to show."""
+    from ray.exceptions import RayActorError
     from ray.train import UserCallback
 
     class Recorder(UserCallback):
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             written = directory.first_error()
-            rank, error = min(worker_exceptions.items(), key=lambda item: (_is_consequence(item[1]), item[0]))
-            if written and not _was_killed(error):
+            by_rank = {rank: getattr(e, "health_check_failure", e) for rank, e in sorted(worker_exceptions.items())}
+            # A worker that is gone wrote nothing; what its peers then write is the consequence.
+            gone = next((rank for rank, e in by_rank.items() if isinstance(e, RayActorError)), None)
+            if written and gone is None:
                 failed = {name: written[name] for name in ("rank", "type", "message")}
             else:
-                failed = {"rank": rank, "type": type(error).__name__, "message": str(error).strip().splitlines()[0]}
+                rank = min(by_rank) if gone is None else gone
+                said = " ".join(str(by_rank[rank]).split())
+                failed = {"rank": rank, "type": type(by_rank[rank]).__name__, "message": said}
             directory.write_restarts([*directory.restarts(), {"time": time.time(), "failed": failed}])
 
     return Recorder()
 
 
-def _was_killed(error: Exception) -> bool:
-    import ray
-
-    return isinstance(error, ray.exceptions.RayActorError)
-
-
-def _is_consequence(error: Exception) -> bool:
-    """A worker that is gone wrote nothing; what its peers then raise is the consequence."""
-    return not _was_killed(error)
-
-
 def _forget_deleted_checkpoints(directory: RunDirectory) -> None:
-    """Ray refuses a run if a checkpoint that it has registered is gone. Ours may have been pruned since."""
-    for snapshot in directory.path.glob("checkpoint_manager_snapshot.json"):
-        listed = json.loads(snapshot.read_text(encoding="utf-8")).get("checkpoint_results", [])
-        if not all((directory.path / each["checkpoint_dir_name"]).exists() for each in listed):
-            snapshot.unlink()
+    """Drop Ray's own list of a run's checkpoints if it would refuse the run for it; ours decide what a resume reads.
+
+    It does so if one of them is gone, by pruning or by hand, or if it was killed in writing the list.
+    """
+    snapshot = directory.path / "checkpoint_manager_snapshot.json"
+    if not snapshot.is_file():
+        return
+    try:
+        listed = json.loads(snapshot.read_text(encoding="utf-8"))["checkpoint_results"]
+        if all((directory.path / each["checkpoint_dir_name"]).exists() for each in listed):
+            return
+    except (ValueError, KeyError):
+        pass
+    snapshot.unlink()
 
 
 def directories_have_error(directories: Sequence[RunDirectory]) -> bool:

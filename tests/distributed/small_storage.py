@@ -1,0 +1,65 @@
+"""Runs on a file system that fills up, and on one that turns read-only: ``python -m ... small_storage DIRECTORY``.
+
+To be started in a mount namespace of its own (:data:`NAMESPACE`), where root and, on most systems, everybody may
+mount: nothing outside sees the mounts, and they are gone with the process. What the runs leave is copied to
+``DIRECTORY/runs``.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.distributed import cases
+from tests.distributed.launching import observe
+from tutorial_lib import checkpoint, launch
+from tutorial_lib.config import Config
+from tutorial_lib.records import RunDirectory
+
+NAMESPACE = ["unshare", "--mount", "--map-root-user"]
+RUNS = ("disk_full", "broken-read_only")
+
+
+def main(directory: Path) -> None:
+    storage = directory / "runs"
+    small = directory / "small"
+    small.mkdir()
+    full, closed = (cases.fault(directory, "zero1", name=name, storage=str(small)) for name in RUNS)
+    # One checkpoint fits, two do not.
+    mount("-t", "tmpfs", "-o", f"size={checkpoint_bytes(storage) * 3 // 2}", "tmpfs", str(small))
+    report = {"disk_full": failure_of(full)}
+    mount("-o", f"remount,size={checkpoint_bytes(storage) * 30}", str(small))
+    report["read_only"] = failure_of(closed)
+    subprocess.run(["umount", str(small / closed.run.name / "checkpoints")], check=True)
+    observe([full, closed])
+    for config in (full, closed):
+        shutil.copytree(config.directory, storage / config.run.name)
+    (directory / "small_storage.json").write_text(json.dumps(report))
+
+
+def mount(*arguments: str) -> None:
+    subprocess.run(["mount", *arguments], check=True)
+
+
+def checkpoint_bytes(storage: Path) -> int:
+    """The size of a checkpoint of the same model and engine that is there already."""
+    newest = checkpoint.latest(RunDirectory(storage / "sound-zero1"))
+    assert newest
+    return sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
+
+
+def failure_of(config: Config) -> dict[str, Any]:
+    try:
+        observe([config])
+    except launch.WorkerError as error:
+        found, left_out = checkpoint.newest_whole(RunDirectory(config.directory))
+        return {"error": str(error), "newest": found and found.name, "left_out": len(left_out)}
+    raise AssertionError(f"{config.run.name} ended as if nothing were wrong")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
