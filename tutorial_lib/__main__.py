@@ -61,9 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     reshape = commands.add_parser(
         "reshape",
         help="make a run of a checkpoint, written anew for another number of ranks, engine or ZeRO stage",
-        description="Make a run NAME whose checkpoint is SOURCE's, written anew by other ranks. What is not stated is as "
-        "in SOURCE. No step is trained, and SOURCE stays as it is. To train on in another shape no reshape is needed: "
-        "give train the same name, and the shape that is wanted.",
+        description="Make a run NAME whose checkpoint is SOURCE's, written anew by other ranks. What is not stated is "
+        "as in SOURCE. No step is trained, and SOURCE stays as it is. To train on in another shape no reshape is "
+        "needed: give train the same name, and the shape that is wanted.",
     )
     reshape.add_argument("source", type=Path, help="a run's directory (its newest checkpoint), or one checkpoint")
     for setting in settings().values():
