@@ -278,11 +278,134 @@ def late(directory: Path, kind: str) -> Config:
     return interruptible(directory, kind.partition("-without")[0], "halved", name=f"late.{kind}", **asynchronous)
 
 
+RESHAPE_CASES = ("gpt2", "qwen2", "frozen", "odd")
+"""Without dropout: another number of ranks draws other random numbers."""
+
+SAVED: dict[str, tuple[int, str, dict[str, Any]]] = {
+    "torch": (1, "gpt2", {"engine": "torch"}),
+    "zero0": (2, "gpt2", STAGES["zero0"]),
+    "zero1": (2, "gpt2", STAGES["zero1"]),
+    "zero2-optimizer": (2, "gpt2", OFFLOADED["zero2-optimizer"]),
+    "zero3": (2, "gpt2", STAGES["zero3"]),
+    "fsdp": (2, "gpt2", {"engine": "fsdp"}),
+    "fsdp-tp2": (2, "gpt2", {"engine": "fsdp", "tp": 2}),
+    "fsdp-qwen2": (2, "qwen2", {"engine": "fsdp"}),
+    "1x2-zero1": (2, "qwen2", {"zero_stage": 1, "tp": 2}),
+    "frozen-zero1": (2, "frozen", STAGES["zero1"]),
+    "odd-zero3": (2, "odd", STAGES["zero3"]),
+    "zero1-bf16": (2, "gpt2", BF16["zero1-bf16"]),
+    "zero3-bf16": (2, "gpt2", BF16["zero3-bf16"]),
+    "1x2-zero1-bf16": (2, "qwen2", {"zero_stage": 1, "tp": 2, "precision": "bf16"}),
+    "dropout": (2, "gpt2", {"zero_stage": 1, "model": "gpt2-dropout"}),
+    "2x2-zero3": (4, "qwen2", {"zero_stage": 3, "tp": 2}),
+    "4x1-zero2": (4, "odd", STAGES["zero2"]),
+}
+"""Runs stopped at ``STOP``, in the middle of an epoch: the number of ranks, the case, and the shape."""
+
+RESHAPED: dict[str, tuple[int, str, dict[str, Any]]] = {
+    "4x1-of-2x2": (4, "2x2-zero3", {"zero_stage": 1, "stop_after": STOP + 1}),
+    "hybrid-of-zero1": (4, "zero1", {"engine": "fsdp", "sharding": "hybrid_shard", "shard_size": 2}),
+    "fsdp-of-torch": (2, "torch", {"engine": "fsdp"}),
+    "zero2-optimizer-of-torch": (2, "torch", OFFLOADED["zero2-optimizer"]),
+    "zero0-of-torch": (2, "torch", STAGES["zero0"]),
+    "zero2-of-zero0": (2, "zero0", STAGES["zero2"]),
+    "zero3-accumulated-of-zero1": (2, "zero1", ACCUMULATED["zero3-accumulated"]),
+    "zero1-of-zero3": (2, "zero3", STAGES["zero1"]),
+    "zero3-all-of-zero3": (2, "zero3", OFFLOADED["zero3-all"]),
+    "zero2-of-zero2-optimizer": (2, "zero2-optimizer", STAGES["zero2"]),
+    "persistent-of-zero2-optimizer": (2, "zero2-optimizer", {"zero_stage": 3, "persistence_threshold": 1000}),
+    "fsdp-of-zero3": (2, "zero3", {"engine": "fsdp"}),
+    "zero1-of-fsdp": (2, "fsdp", STAGES["zero1"]),
+    "fsdp-tp2-of-fsdp": (2, "fsdp", {"engine": "fsdp", "tp": 2}),
+    "fsdp-none-of-fsdp-tp2": (2, "fsdp-tp2", {"engine": "fsdp", "sharding": "no_shard"}),
+    "fsdp-tp2-of-fsdp-qwen2": (2, "fsdp-qwen2", {"engine": "fsdp", "tp": 2}),
+    "1x2-zero3-of-fsdp-qwen2": (2, "fsdp-qwen2", {"zero_stage": 3, "tp": 2}),
+    "fsdp-of-1x2-zero1": (2, "1x2-zero1", {"engine": "fsdp"}),
+    "fsdp-of-frozen-zero1": (2, "frozen-zero1", {"engine": "fsdp"}),
+    "zero1-of-odd-zero3": (2, "odd-zero3", STAGES["zero1"]),
+    "2x1-of-4x1": (2, "4x1-zero2", STAGES["zero3"]),
+    "1-of-4x1-of-2x2": (1, "4x1-of-2x2", {"engine": "torch"}),
+    "zero3-of-zero1": (1, "zero1", STAGES["zero3"]),
+    "zero3-all-of-fsdp-tp2": (1, "fsdp-tp2", OFFLOADED["zero3-all"]),
+    "zero3-of-frozen-zero1": (1, "frozen-zero1", STAGES["zero3"]),
+    "zero0-of-odd-zero3": (1, "odd-zero3", STAGES["zero0"]),
+}
+"""Runs that go on from a saved one: the number of ranks, which one, and the new shape."""
+
+STILL: dict[str, tuple[int, str, dict[str, Any]]] = {
+    "zero3-of-zero1-bf16": (2, "zero1-bf16", BF16["zero3-bf16"]),
+    "zero0-of-zero3-bf16": (2, "zero3-bf16", BF16["zero0-bf16"]),
+    "zero2-optimizer-of-zero3-bf16": (2, "zero3-bf16", OFFLOADED["zero2-optimizer"]),
+    "fsdp-of-1x2-zero1-bf16": (2, "1x2-zero1-bf16", {"engine": "fsdp"}),
+}
+"""The same, stopped where they begin: what they save is what was saved, in another shape."""
+
+SEEDED_ANEW = ("dropout-once", "dropout-twice")
+
+RESHAPED_BADLY = {
+    "broken-updates_not_counted": "zero1-of-zero3",
+    "broken-columns_left_by_rank": "fsdp-none-of-fsdp-tp2",
+    "broken-moments_exchanged": "fsdp-of-zero3",
+}
+
+
+def unbroken(directory: Path, case: str) -> Config:
+    """The run that the reshaped ones must equal: in one process with plain torch, never stopped."""
+    return _reshapable(directory, case, 1, {"engine": "torch"}, f"unbroken.{case}")
+
+
+def saved(directory: Path, name: str) -> Config:
+    ranks, case, flat = SAVED[name]
+    return _reshapable(directory, case, ranks, {**flat, "stop_after": STOP}, f"saved.{name}")
+
+
+def reshaped(directory: Path, name: str) -> Config:
+    ranks, source, flat = (RESHAPED | STILL)[RESHAPED_BADLY.get(name, name)]
+    if name in STILL:
+        flat = {**flat, "precision": "bf16", "stop_after": STOP}
+    return _reshapable(directory, case_of(source), ranks, flat, name if name in RESHAPED_BADLY else f"reshaped.{name}")
+
+
+def case_of(name: str) -> str:
+    return SAVED[name][1] if name in SAVED else case_of((RESHAPED | STILL)[name][1])
+
+
+def ancestors(directory: Path, name: str) -> list[Config]:
+    """The starts that a reshaped run goes on from, the last one first."""
+    _, source, _ = (RESHAPED | STILL)[name]
+    if source in SAVED:
+        return [saved(directory, source)]
+    return [reshaped(directory, source), *ancestors(directory, source)]
+
+
+def _reshapable(directory: Path, case: str, ranks: int, flat: dict[str, Any], name: str) -> Config:
+    length = {"max_examples": 40, "steps": END, "evaluate": False}
+    return config(directory, **{"dp": ranks // flat.get("tp", 1), **CASES[case], **length, **flat, "name": name})
+
+
+def reshaped_runs(directory: Path, ranks: int) -> list[Config]:
+    """The starts in another shape on this many ranks, each in a copy of the run that it goes on from."""
+    table = RESHAPED | STILL | {name: RESHAPED[origin] for name, origin in RESHAPED_BADLY.items()}
+    runs = []
+    for name, (needed, source, _) in table.items():
+        if needed == ranks:
+            runs.append(reshaped(directory, name))
+            origin = saved(directory, source) if source in SAVED else reshaped(directory, source)
+            shutil.copytree(origin.directory, runs[-1].directory)
+    if ranks == 2:
+        for name in SEEDED_ANEW:
+            shape = {"engine": "fsdp", "model": "gpt2-dropout"}
+            runs.append(_reshapable(directory, "gpt2", 2, shape, f"reshaped.{name}"))
+            shutil.copytree(saved(directory, "dropout").directory, runs[-1].directory)
+    return runs
+
+
 def shared_runs(directory: Path, ranks: int) -> list[Config]:
     """All runs on this many ranks that need no launch of their own."""
     runs = [variant(directory, case, name, ranks) for case, names in VARIANTS[ranks].items() for name in names]
     if ranks == 1:
         runs += [reference(directory, case) for case in CASES]
+        runs += [unbroken(directory, case) for case in RESHAPE_CASES]
     if ranks == 2:
         runs += [interruptible(directory, kind, "whole") for kind in INTERRUPTED]
         runs += [interruptible(directory, kind, "halved") for kind in INTERRUPTED if kind != "long"]
@@ -300,6 +423,7 @@ def shared_runs(directory: Path, ranks: int) -> list[Config]:
                 interruptible(directory, kind, "whole"),
                 interruptible(directory, kind, "halved", name=f"twice.{kind}"),
             ]
+    runs += [saved(directory, name) for name, (needed, *_) in SAVED.items() if needed == ranks]
     return runs
 
 

@@ -78,6 +78,24 @@ def resumed(directory: Path, launched: Callable[[int], dict[str, Config]]) -> Ca
     return lambda name: Observed.read(by_name[name])
 
 
+@pytest.fixture(scope="session")
+def reshaped(directory: Path, launched: Callable[[int], dict[str, Config]]) -> Callable[[str], Observed]:
+    """A run of ``cases.reshaped_runs`` after its start in another shape, by name."""
+
+    @functools.cache
+    def launch() -> dict[str, Config]:
+        by_name = {}
+        for ranks in (1, 2, 4):
+            launched(ranks)
+        for ranks in (4, 2, 1):  # one that was four ranks goes on as one
+            configs = cases.reshaped_runs(directory, ranks)
+            observe(configs)
+            by_name |= {config.run.name: config for config in configs}
+        return by_name
+
+    return lambda name: Observed.read(launch()[name])
+
+
 @pytest.fixture
 def shell(tmp_path: Path) -> Iterator[Shell]:
     shell = Shell(tmp_path)

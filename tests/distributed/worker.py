@@ -213,7 +213,8 @@ class _Watch:
         readers = shares[:: self.engine.config.parallel.tp]
         self.engine.train(False)
         with torch.no_grad(), count_allocations() if measuring else nullcontext() as allocations:
-            logits = self.engine.forward(self.inputs)
+            # A start that stops where it begins has read nothing.
+            logits = self.engine.forward(self.inputs) if self.inputs else torch.empty(0)
         return {
             "parameters": parameters,
             "moments": moments,
@@ -649,6 +650,31 @@ def _slopes_of_the_first_heads() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _updates_not_counted() -> Iterator[None]:
+    """Adam corrects its moments as in its first update, after three."""
+    with mock.patch.object(checkpoint.whole._DeepSpeed3, "adam_step", lambda self, name: 0):
+        yield
+
+
+@contextmanager
+def _columns_left_by_rank() -> Iterator[None]:
+    with mock.patch.object(checkpoint.whole, "by_part", lambda tensor, tp: tensor):
+        yield
+
+
+@contextmanager
+def _moments_exchanged() -> Iterator[None]:
+    moment = checkpoint.Whole.moment
+    other = {"exp_avg": "exp_avg_sq", "exp_avg_sq": "exp_avg"}
+
+    def exchanged(self: Any, name: str, which: str) -> Tensor:
+        return moment(self, name, other[which]).abs()  # no root of a negative number
+
+    with mock.patch.object(checkpoint.Whole, "moment", exchanged):
+        yield
+
+
 BROKEN: dict[str, Callable[[], Any]] = {
     "same_data_on_each_rank": _same_data_on_each_rank,
     "sharded_over_a_larger_grid": _sharded_over_a_larger_grid,
@@ -672,6 +698,9 @@ BROKEN: dict[str, Callable[[], Any]] = {
     "random_states_not_restored": _random_states_not_restored,
     "position_not_restored": _position_not_restored,
     "optimizer_not_restored": _optimizer_not_restored,
+    "updates_not_counted": _updates_not_counted,
+    "columns_left_by_rank": _columns_left_by_rank,
+    "moments_exchanged": _moments_exchanged,
     "save_raises": lambda: _fault_in_second_save(_raise),
     "killed_in_save": lambda: _fault_in_second_save(_killed),
     "disk_full_in_write": lambda: _fault_in_second_write(_fill_the_disk),

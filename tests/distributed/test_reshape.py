@@ -1,0 +1,169 @@
+"""A run saved in one shape goes on in another as if nothing had happened: the same examples, losses and states.
+
+A shape is who holds what: the number of ranks, data- and tensor-parallel, the engine, the ZeRO stage, sharding and
+offload. The runs are stopped after step 3 of epochs of five steps and go on to step 8.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+
+import pytest
+import torch
+from deepspeed.checkpoint import ds_to_universal
+
+from tests.distributed import cases
+from tests.distributed.comparing import assert_equal, assert_identical, compare
+from tests.distributed.test_equivalence import allowed
+from tutorial_lib import checkpoint
+from tutorial_lib.__main__ import main
+from tutorial_lib.config import Config
+from tutorial_lib.records import RunDirectory
+
+READ = [
+    (1, "gpt2.reference"),
+    *((2, f"gpt2.{name}.2") for name in ("zero0", "zero1", "zero2", "zero3", "zero2-optimizer", "zero3-all")),
+    *((2, f"gpt2.{name}-bf16.2") for name in ("zero0", "zero1", "zero2", "zero3")),
+    *((2, f"gpt2.{name}.2") for name in ("fsdp-full", "fsdp-none", "fsdp-tp2", "fsdp-full-bf16")),
+    *((2, f"frozen.{name}.2") for name in ("zero0", "zero1", "zero2", "zero3", "fsdp-tp2")),
+    *((2, f"frozen-split.1x2-{name}.2") for name in ("zero0", "zero3")),
+    *((2, f"qwen2.1x2-{name}.2") for name in ("zero0", "zero2-optimizer", "zero3-all", "zero1-bf16")),
+    *((4, f"{case}.2x2-zero{stage}.4") for case in ("qwen2", "bloom") for stage in range(4)),
+    *((4, f"frozen-split.2x2-{name}.4") for name in ("zero1", "zero3")),
+    *((4, name) for name in ("gpt2.zero2.4", "gpt2.zero3.4", "odd.fsdp-tp2.4", "untied.fsdp-hybrid.4")),
+]
+
+
+@pytest.mark.parametrize(("ranks", "name"), READ)
+def test_what_is_read_whole_is_what_the_engine_had(observed, ranks, name):
+    """Of weights, which the engine shows as it computes with them, those in 16 bits are the masters, rounded."""
+    run = observed(ranks, name)
+    whole = checkpoint.open_whole(checkpoint.latest(run.directory))
+    assert list(whole.names) == list(run.parameters)
+    assert set(whole.trained) == run.moments.keys()
+    in_16_bits = run.config.engine.name == "deepspeed" and run.config.engine.precision == "bf16"
+    for name, expected in run.parameters.items():
+        parameter = whole.parameter(name)
+        assert parameter.dtype == torch.float32
+        assert (parameter.bfloat16().float() if in_16_bits else parameter).equal(expected), name
+    for name, moments in run.moments.items():
+        assert all(whole.moment(name, kind).equal(expected) for kind, expected in moments.items()), name
+        assert whole.adam_step(name) == cases.STEPS
+
+
+@pytest.mark.parametrize(
+    ("ranks", "name"),
+    [
+        *((2, f"gpt2.zero{stage}.2") for stage in (1, 2, 3)),
+        (2, "gpt2.zero1-bf16.2"),
+        (2, "gpt2.zero3-bf16.2"),
+        (2, "qwen2.1x2-zero3.2"),
+        *((4, f"gpt2.zero{stage}.4") for stage in (2, 3)),
+        *((4, f"qwen2.2x2-zero{stage}.4") for stage in (1, 2)),
+    ],
+)
+def test_it_is_what_deepspeed_itself_converts(observed, tmp_path, ranks, name):
+    """To its universal format, which has a file for every whole tensor."""
+    source = checkpoint.latest(observed(ranks, name).directory)
+    options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
+    ds_to_universal.main(
+        argparse.Namespace(
+            input_folder=str(source / "engine" / "engine"),
+            output_folder=str(tmp_path / "universal"),
+            inject_missing_state=True,
+            **options,
+        )
+    )
+    whole = checkpoint.open_whole(source)
+    for name in whole.trained:
+        folder = tmp_path / "universal" / "zero" / name
+        for kind in ("fp32", *checkpoint.MOMENTS):
+            theirs = torch.load(folder / f"{kind}.pt", weights_only=False)["param"]
+            ours = whole.parameter(name) if kind == "fp32" else whole.moment(name, kind)
+            assert ours.equal(theirs.view(ours.shape)), (name, kind)
+
+
+@pytest.mark.parametrize("name", cases.RESHAPED)
+def test_a_run_goes_on_in_another_shape(observed, reshaped, directory, name):
+    """The new start reads each example of the later steps once, whatever the number of ranks."""
+    run, whole = reshaped(f"reshaped.{name}"), observed(1, f"unbroken.{cases.case_of(name)}")
+    result, (before, *_) = run.directory.result(), cases.ancestors(directory, name)
+    assert result["resumed_from"] == before.run.stop_after
+    assert result["reshaped_from"] == checkpoint.shape(before.flat())
+    if run.config.run.stop_after:
+        assert run.examples == whole.examples[cases.STOP : run.config.run.stop_after]
+        return
+    # What either shape may differ by, both may.
+    bounds: dict[str, float] = {}
+    for config in (run.config, *cases.ancestors(directory, name)):
+        bounds |= {kind: max(size, bounds.get(kind, 0.0)) for kind, size in allowed(config).items()}
+    assert_equal(run, whole, **bounds)
+    assert len(run.examples) == cases.END - result["resumed_from"]
+    assert [row["epoch"] for row in run.rows] == [0] * 5 + [1] * 3, "it goes on into another epoch"
+
+
+@pytest.mark.parametrize("name", cases.STILL)
+def test_in_16_bits_the_masters_are_kept_and_their_copies_rounded(observed, reshaped, directory, name):
+    """Stopped where it begins, the new start writes what it has read."""
+    run = reshaped(f"reshaped.{name}")
+    (before, *_) = cases.ancestors(directory, name)
+    old, new = (checkpoint.open_whole(checkpoint.latest(RunDirectory(c.directory))) for c in (before, run.config))
+    assert run.examples == [] and run.ranks_agree
+    computes_in_16_bits = run.config.engine.name == "deepspeed"
+    for name in old.names:
+        master = old.parameter(name)
+        assert new.parameter(name).equal(master)
+        assert run.parameters[name].equal(master.bfloat16().float() if computes_in_16_bits else master)
+        assert not master.bfloat16().float().equal(master)
+        assert all(new.moment(name, kind).equal(old.moment(name, kind)) for kind in checkpoint.MOMENTS)
+        assert new.adam_step(name) == old.adam_step(name) == cases.STOP
+
+
+def test_random_numbers_are_seeded_anew(reshaped, directory):
+    """By the run's seed, the step and the data-parallel rank: the same again, and not those of the start of a run."""
+    once, twice = (reshaped(f"reshaped.{name}") for name in cases.SEEDED_ANEW)
+    assert_identical(once, twice)
+    assert once.examples and len({row["loss"] for row in once.rows}) == cases.END
+
+
+@pytest.mark.parametrize(
+    ("fault", "shown_by"),
+    [
+        ("updates_not_counted", {"loss", "parameters"}),
+        ("columns_left_by_rank", {"loss", "grad_norm", "parameters", "exp_avg", "exp_avg_sq"}),
+        ("moments_exchanged", {"loss", "parameters", "exp_avg", "exp_avg_sq"}),
+    ],
+)
+def test_a_reshape_that_loses_something_is_seen(observed, reshaped, fault, shown_by):
+    origin = cases.RESHAPED_BADLY[f"broken-{fault}"]
+    differences = compare(reshaped(f"broken-{fault}"), observed(1, f"unbroken.{cases.case_of(origin)}"))
+    assert shown_by <= differences.found.keys(), differences.found
+
+
+def test_the_command_makes_a_run_that_goes_on(observed, launched, directory, capsys):
+    """Two ranks of ZeRO-1 become one process of plain torch; the new run then trains to the end of the old one."""
+    launched(2)
+    source, storage = cases.saved(directory, "zero1"), directory / "runs"
+    files = {path: path.read_bytes() for path in source.directory.rglob("*") if path.is_file()}
+    given = ["reshape", str(source.directory), "--name", "made", "--engine", "torch", "--dp", "1", "--json"]
+    assert main(given) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["run"] == str(storage / "made") and made["step"] == cases.STOP
+    assert made["shape"] == {"engine": "torch", "device": "cpu", "dp": 1, "tp": 1}
+    assert made["reshaped_from"] == checkpoint.shape(source.flat())
+    assert {path: path.read_bytes() for path in files} == files, "the old run is as it was"
+    assert not [path.name for path in storage.iterdir() if path.name.startswith(".")]
+    run = RunDirectory(storage / "made")
+    assert run.rows() == RunDirectory(source.directory).rows()
+    assert [path.name for path in run.checkpoints.iterdir()] == [f"step-{cases.STOP:08d}"]
+    assert Config.from_json(run.config_file.read_text()).directory == run.path
+    old, new = (checkpoint.open_whole(checkpoint.latest(d)) for d in (RunDirectory(source.directory), run))
+    assert sorted(path.name for path in (checkpoint.latest(run) / "engine").iterdir()) == ["model.pt", "optimizer.pt"]
+    for name in old.names:
+        assert new.parameter(name).equal(old.parameter(name))
+        assert all(new.moment(name, kind).equal(old.moment(name, kind)) for kind in checkpoint.MOMENTS)
+    assert main(given) == 2
+    assert f"There is a run {storage / 'made'} already" in capsys.readouterr().err
+    shutil.rmtree(run.path)
