@@ -27,9 +27,10 @@ WEIGHTS_AND_OPTIMIZER = "weights and optimizer"
 SHAPES = "shapes and buffers"
 POSITION = "random states and data position"
 MODEL = "model configuration and tokenizer"
-RECORD = "record"
+RECORD, SCRIPTS = "record", "scripts that DeepSpeed adds"
 
-_SHAPE = ("engine", "dp", "tp", "zero_stage", "sharding", "offload", "precision")
+_SHOWN = ("model", "dataset", "engine", "dp", "tp", "zero_stage", "sharding", "offload", "precision")
+_OF_ENGINE = {"zero_stage": "deepspeed", "sharding": "fsdp"}
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -99,7 +100,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
         "format": trainer.get("format"),
         "written": trainer.get("written"),
         "versions": trainer.get("versions"),
-        "settings": {name: settings[name] for name in ("model", "dataset", *_SHAPE) if name in settings},
+        "settings": _shown(settings),
         "eval_loss": trainer.get("record", {}).get("eval_loss"),
         "whole": not damage,
         "damage": damage,
@@ -107,6 +108,16 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
         "parts": parts,
         "ranks": {str(rank): by_rank[rank] for rank in sorted(by_rank)},
         "files": files,
+    }
+
+
+def _shown(settings: dict[str, Any]) -> dict[str, Any]:
+    """The shape of the command that wrote it. Of a path its last part alone: the rest may tell a user's name."""
+    named = {name: settings[name] for name in _SHOWN if name in settings}
+    return {
+        name: Path(value).name if name in ("model", "dataset") and Path(value).is_absolute() else value
+        for name, value in named.items()
+        if _OF_ENGINE.get(name, settings["engine"]) == settings["engine"]
     }
 
 
@@ -134,6 +145,8 @@ def _what(name: str, settings: dict[str, Any]) -> dict[str, Any]:
         return {"rank": 0, "what": WEIGHTS}
     if name == "engine/optimizer.pt":
         return {"rank": 0, "what": OPTIMIZER}
+    if name.endswith(".py"):
+        return {"rank": 0, "what": SCRIPTS}
     return {"rank": 0, "what": MODEL if name.startswith("model/") else RECORD}
 
 
