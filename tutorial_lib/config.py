@@ -261,9 +261,12 @@ class Config:
 
 FREE_ON_RESUME = frozenset(
     {"name", "storage", "launcher", "stop_after", "checkpoint_every", "async_save", "resume", "evaluate", "measure"}
-    | {"pin_memory", "bucket_size", "wrap", "activation_checkpointing", "trust_remote_code"}
+    | {"pin_memory", "bucket_size", "wrap", "activation_checkpointing", "trust_remote_code", "micro_batch", "tp_plan"}
+    | {"engine", "device", "dp", "tp", "zero_stage", "sharding", "shard_size", "offload", "deepspeed"}
+    | {"persistence_threshold"}
 )
-"""Flat names that a resumed run may change without changing which update comes next."""
+"""Flat names that a resumed run may change without changing which update comes next: it is the same but for the order
+in which numbers are added, and for dropout's random numbers where the ranks are others."""
 
 _PROFILE_VALUES: dict[str, dict[str, Any]] = {
     "cpu": {},

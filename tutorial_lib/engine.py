@@ -31,8 +31,8 @@ from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.utils import groups
 from torch import Tensor
 
-from tutorial_lib import autotp, ds_config
-from tutorial_lib.checkpoint import LAYOUT, CheckpointError, Writer
+from tutorial_lib import autotp, ds_config, zero
+from tutorial_lib.checkpoint import LAYOUT, MOMENTS, CheckpointError, Whole, Writer
 from tutorial_lib.config import Config
 from tutorial_lib.measure.layout import ParameterLayout
 from tutorial_lib.models import build_model, slice_alibi
@@ -158,18 +158,18 @@ class DeepSpeedEngine:
         ``optimizer`` holds the moments and, where DeepSpeed keeps one, the fp32 master copy. Offloaded tensors are
         included; their device tells where they are.
         """
-        zero = self.deepspeed.optimizer
+        wrapper = self.deepspeed.optimizer
         parameters = [p.data for p in self.module.parameters()]
         # Stage 3: this rank's shards. A gathered or persistent parameter is held besides, a released one is empty.
         parameters += [p.ds_tensor for p in self.module.parameters() if hasattr(p, "ds_tensor")]
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        gradients += _tensors(getattr(zero, "averaged_gradients", None))
+        gradients += _tensors(getattr(wrapper, "averaged_gradients", None))
         for masters in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
             # Where the optimizer is offloaded, its gradients wait beside the master copy.
-            gradients += [flat.grad for flat in getattr(zero, masters, []) if flat.grad is not None]
+            gradients += [flat.grad for flat in getattr(wrapper, masters, []) if flat.grad is not None]
         states = [t for state in self.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
         for masters in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups"):
-            states += _tensors(getattr(zero, masters, None))
+            states += _tensors(getattr(wrapper, masters, None))
         return {
             "parameters": parameters,
             "gradients": gradients,
@@ -203,9 +203,9 @@ class DeepSpeedEngine:
             if parameter.requires_grad:
                 if kept_under is not None:
                     state = self.optimizer.state[kept_under[parameter]]
-                    moments = {key: state[key] for key in ("exp_avg", "exp_avg_sq")}
+                    moments = {key: state[key] for key in MOMENTS}
                 else:
-                    moments = {key: safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq")}
+                    moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
                 yield name, {key: self._over_tp(parameter, m).detach().cpu().clone() for key, m in moments.items()}
 
     def _kept_under(self) -> dict[Tensor, Tensor]:
@@ -236,6 +236,57 @@ class DeepSpeedEngine:
             path, _ = self.deepspeed.load_checkpoint(str(directory), tag=_TAG)
         if path is None:
             raise CheckpointError(f"DeepSpeed found nothing to load in {directory}; the run was not resumed.")
+
+    @torch.no_grad()
+    def load_whole(self, whole: Whole) -> None:
+        """Restore weights and optimizer states that an engine of any shape has saved. Every rank reads all of them.
+
+        A rank keeps its share of a parameter (AutoTP), and of that its piece (ZeRO), in up to four places: what the
+        model computes with, maybe in 16 bits, and the fp32 master copy and both moments, which are stretches of long
+        vectors from stage 1 on (:mod:`tutorial_lib.zero`). Adam's updates are counted once per vector.
+        """
+        wrapper, stage = self.deepspeed.optimizer, self.config.engine.zero_stage
+        if stage == 3:
+            wrapper.checkpoint_event_prologue()  # releases what is gathered
+        pieces = self._pieces()
+        for name, parameter in self.module.named_parameters():
+            share = self._share(parameter, whole.parameter(name))
+            if stage == 3:
+                zero.fill_shard(parameter, share)
+            else:
+                parameter.copy_(share)
+            if parameter.requires_grad:
+                piece = pieces[parameter]
+                state = self._state_of(piece.vector, whole.adam_step(name))
+                piece.fill(piece.vector, share)
+                for moment in MOMENTS:
+                    piece.fill(state[moment], self._share(parameter, whole.moment(name, moment)))
+        if stage in (1, 2):
+            wrapper._lazy_init_hp_params_optimizer_state()  # parameters find their moments
+        if stage == 3:
+            wrapper.checkpoint_event_epilogue()  # small parameters are gathered again
+
+    def _pieces(self) -> dict[Tensor, zero.Piece]:
+        if self.config.engine.zero_stage > 0:
+            return dict(zero.pieces(self.deepspeed.optimizer, self.config.engine.zero_stage))
+        kept_under = self._kept_under()
+        return {parameter: zero.Piece(kept, 0, 0, kept.numel()) for parameter, kept in kept_under.items()}
+
+    def _share(self, parameter: torch.nn.Parameter, tensor: Tensor) -> Tensor:
+        """The inverse of :meth:`_over_tp`: this rank's share of a whole tensor."""
+        dim = self._dims[parameter]
+        if self.unit is None or dim is None:
+            return tensor
+        return tensor.chunk(self.unit.topology.tp, dim)[self.unit.topology.tp_rank]
+
+    def _state_of(self, vector: Tensor, step: int) -> dict[str, Any]:
+        """The optimizer's state of what it updates, allocated as in its first step."""
+        state: dict[str, Any] = self.optimizer.state[vector]
+        if not state:
+            offloaded = isinstance(self.optimizer, DeepSpeedCPUAdam)
+            state["step"] = step if offloaded else torch.tensor(float(step))
+            state.update({moment: torch.zeros_like(vector) for moment in MOMENTS})
+        return state
 
     def close(self) -> None:
         """Release hooks and buffers, so that another engine can be built in the same process."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tutorial_lib.checkpoint import Writer
+from tutorial_lib.checkpoint import MOMENTS, Whole, Writer
 from tutorial_lib.config import Config
 from tutorial_lib.measure.layout import ParameterLayout
 from tutorial_lib.models import build_model
@@ -97,7 +97,7 @@ class TorchEngine:
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
                 state = self.optimizer.state[parameter]
-                yield name, {key: state[key].detach().cpu().clone() for key in ("exp_avg", "exp_avg_sq")}
+                yield name, {key: state[key].detach().cpu().clone() for key in MOMENTS}
 
     def save(self, directory: Path, writer: Writer) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -109,6 +109,17 @@ class TorchEngine:
         self.optimizer.load_state_dict(
             torch.load(directory / "optimizer.pt", map_location=self.device, weights_only=True)
         )
+
+    @torch.no_grad()
+    def load_whole(self, whole: Whole) -> None:
+        """Restore weights and optimizer states that an engine of any shape has saved."""
+        for name, parameter in self.module.named_parameters():
+            parameter.copy_(whole.parameter(name))
+            if parameter.requires_grad:
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(whole.adam_step(name))),
+                    **{key: torch.empty_like(parameter).copy_(whole.moment(name, key)) for key in MOMENTS},
+                }
 
     def close(self) -> None:
         """Nothing to release."""

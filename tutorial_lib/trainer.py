@@ -77,6 +77,7 @@ class Engine(Protocol):
     def full_optimizer_states(self) -> Iterator[tuple[str, dict[str, Tensor]]]: ...
     def save(self, directory: Path, writer: Writer) -> None: ...
     def load(self, directory: Path) -> None: ...
+    def load_whole(self, whole: checkpoint.Whole) -> None: ...
     def close(self) -> None: ...
 
 
@@ -209,17 +210,32 @@ class _Session:
         self.stager = make_stager() if config.run.async_save else None
         self.in_flight: tuple[Save, dict[str, Any]] | None = None
         self.measured: dict[str, Any] | None = None
-        self.resumed_from = self._restore(found) if found else None
+        self.resumed_from: int | None = None
+        self.reshaped_from: dict[str, Any] | None = None
+        if found:
+            self._restore(found)
 
-    def _restore(self, found: Path) -> int:
+    def _restore(self, found: Path) -> None:
         progress = checkpoint.load(found, self.engine, self.config, self.topology)
-        self.step = self.saved_at = progress.step
+        self.step = self.saved_at = self.resumed_from = progress.step
+        self.reshaped_from = progress.reshaped_from
         self.loader.load_state_dict(progress.loader)
-        self.scheduler.load_state_dict(progress.scheduler)
+        self._restore_schedule(progress.scheduler)
         self.record = progress.record
+        if self.reshaped_from:
+            # The ranks' random states belong to ranks that are no more.
+            place = (self.config.run.seed, self.step, self.topology.dp_rank)
+            seed_everything(int(np.random.SeedSequence(place).generate_state(1)[0]))
         if self.topology.rank == 0:
             self.run.keep_rows_until(progress.step)
-        return progress.step
+
+    def _restore_schedule(self, state: dict[str, Any]) -> None:
+        # One rate for all, and as many groups of parameters as the engine's shape has meshes.
+        groups = self.engine.optimizer.param_groups
+        per_group = ("base_lrs", "_last_lr", "lr_lambdas")
+        self.scheduler.load_state_dict(state | {name: state[name][:1] * len(groups) for name in per_group})
+        for group in groups:
+            group["lr"] = self.scheduler.get_last_lr()[0]
 
     def run_to_end(self, started: float) -> dict[str, Any]:
         if self.topology.rank == 0:
@@ -231,7 +247,8 @@ class _Session:
             self.record["eval_loss_before"] = self.evaluate()
         self.record.setdefault("seconds_to_first_step", time.perf_counter() - started)
         stopped = self._train_steps()
-        if self.saved_at != self.step:
+        # A run that goes on in another shape, and stops where it was, leaves a checkpoint of that shape all the same.
+        if self.saved_at != self.step or (self.reshaped_from and self.step == self.resumed_from):
             self.save(and_train_on=False)
         return self._finish("stopped" if stopped else "completed")
 
@@ -426,6 +443,7 @@ class _Session:
             "step": self.step,
             "num_steps": self.num_steps,
             "resumed_from": self.resumed_from,
+            "reshaped_from": self.reshaped_from,
             "train_loss": rows[-1]["loss"] if rows else None,
             "eval_loss_before": self.record.get("eval_loss_before"),
             "eval_loss": eval_loss,

@@ -27,15 +27,17 @@ from tutorial_lib.checkpoint.files import (
     verify,
 )
 from tutorial_lib.checkpoint.saving import Progress, Save, load, save
-from tutorial_lib.checkpoint.whole import LAYOUT
+from tutorial_lib.checkpoint.whole import LAYOUT, MOMENTS, Whole, open_whole
 from tutorial_lib.checkpoint.writing import Writer, make_stager
 
 __all__ = [
     "LAYOUT",
     "MANIFEST",
+    "MOMENTS",
     "CheckpointError",
     "Progress",
     "Save",
+    "Whole",
     "Writer",
     "agreed",
     "check_continues",
@@ -46,6 +48,7 @@ __all__ = [
     "latest",
     "load",
     "make_stager",
+    "open_whole",
     "read_trainer_state",
     "save",
     "verify",

@@ -10,9 +10,22 @@ from typing import Any
 from tutorial_lib.checkpoint.files import read_trainer_state
 from tutorial_lib.config import FREE_ON_RESUME, Config, ConfigError
 
+_SHAPE = {
+    "torch": (),
+    "fsdp": ("sharding", "shard_size", "offload"),
+    "deepspeed": ("zero_stage", "offload", "deepspeed"),
+}
+
+
+def shape(flat: dict[str, Any]) -> dict[str, Any]:
+    """The settings, by their flat names, that decide which rank holds what of a run's state, and saves it how."""
+    return {name: flat[name] for name in ("engine", "device", "dp", "tp", *_SHAPE[flat["engine"]])}
+
 
 def check_same_run(saved: dict[str, Any], config: Config) -> None:
     """Refuse to continue a run under settings that would make other updates of it.
+
+    The number of ranks, the engine, the ZeRO stage and all else that decides where the state lies may change.
 
     Raises:
         ConfigError: names every setting that differs, and both values.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 
-from tutorial_lib.checkpoint.files import CheckpointError, read_trainer_state, verify
-from tutorial_lib.checkpoint.whole import whole_weights
-from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.checkpoint.files import CheckpointError, verify
+from tutorial_lib.checkpoint.whole import open_whole
+from tutorial_lib.config import ConfigError
 
 
 def export(path: Path, target: Path) -> Path:
@@ -27,11 +26,11 @@ def export(path: Path, target: Path) -> Path:
     verify(path)
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    settings = Config.from_json(json.dumps(read_trainer_state(path)["config"]))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path / "model"), dtype=torch.float32)
-    weights = whole_weights(path / "engine", settings, model)
-    # Tied weights may be stored under one of their names only: assign what is there, tie, and see that all is there.
+    whole = open_whole(path)
+    weights = {name: whole.parameter(name) for name in whole.names} | whole.buffers()
+    # Tied weights are read under the first of their names only: assign what is there, tie, and see that all is there.
     outcome = model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     lost = [name for name, tensor in model.named_parameters() if tensor.is_meta]

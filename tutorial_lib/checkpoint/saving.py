@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint.staging import DefaultStager
 
-from tutorial_lib.checkpoint.continuing import check_same_run
+from tutorial_lib.checkpoint.continuing import check_same_run, shape
 from tutorial_lib.checkpoint.files import (
     FORMAT,
     MANIFEST,
@@ -29,8 +29,10 @@ from tutorial_lib.checkpoint.files import (
     sync,
     verify,
 )
+from tutorial_lib.checkpoint.whole import open_whole
 from tutorial_lib.checkpoint.writing import Writer
 from tutorial_lib.config import Config
+from tutorial_lib.fused import is_fused_by_part
 from tutorial_lib.mpu import Topology
 from tutorial_lib.records import RunDirectory, write_atomically
 
@@ -44,12 +46,14 @@ class Progress:
         loader: this rank's data position, as the loader gives it.
         scheduler: the learning-rate schedule's state.
         record: what the trainer wants to find again (JSON).
+        reshaped_from: the shape in which it was saved, if the run goes on in another one.
     """
 
     step: int
     loader: dict[str, Any]
     scheduler: dict[str, Any]
     record: dict[str, Any]
+    reshaped_from: dict[str, Any] | None = None
 
 
 def save(
@@ -184,6 +188,16 @@ class Save:
 def load(path: Path, engine: Any, config: Config, topology: Topology) -> Progress:
     """Verify a checkpoint, then restore the engine and this rank's random-number states. Collective.
 
+    A run may go on in another shape than the one that it was saved in: with another number of ranks, another engine,
+    ZeRO stage, sharding or offload. Then
+
+    - weights, both moments and Adam's count of updates are those that were saved, bit for bit; of weights in 16 bits,
+      the fp32 master copies are, and the 16-bit ones are rounded from them anew;
+    - the position in the data is that of every rank: it counts steps of the global batch;
+    - random-number states are *not* restored, as they belong to ranks that are no more: the caller has to seed anew;
+    - fp16's dynamic loss scale starts at its first value again, and the updates that overflow until it has come down
+      are skipped.
+
     Raises:
         CheckpointError: a file is missing or damaged.
         ConfigError: the checkpoint belongs to other settings.
@@ -191,10 +205,23 @@ def load(path: Path, engine: Any, config: Config, topology: Topology) -> Progres
     verify(path, topology)
     trainer = read_trainer_state(path)
     check_same_run(trainer["config"], config)
-    own = torch.load(path / f"rank-{topology.rank:03d}.pt", weights_only=True)
-    engine.load(path / "engine")
-    _restore_random_states(own["random"], engine)
-    return Progress(trainer["step"], own["loader"], trainer["scheduler"], trainer["record"])
+    saved, wanted = shape(trainer["config"]), shape(config.flat())
+    reshaped_from = saved if saved != wanted else None
+    own = torch.load(path / f"rank-{0 if reshaped_from else topology.rank:03d}.pt", weights_only=True)
+    if reshaped_from is None or _dcp_reshards(saved, wanted, engine.module):
+        engine.load(path / "engine")
+    else:
+        engine.load_whole(open_whole(path))
+    if reshaped_from is None:
+        _restore_random_states(own["random"], engine)
+    return Progress(trainer["step"], own["loader"], trainer["scheduler"], trainer["record"], reshaped_from)
+
+
+def _dcp_reshards(saved: dict[str, Any], wanted: dict[str, Any], model: Any) -> bool:
+    """Whether FSDP's own files can be read in the new shape as they are: each rank then reads its share alone."""
+    fused = any(is_fused_by_part(name, model.config.model_type) for name, _ in model.named_parameters())
+    # The columns of a fused matrix are stored in the order of the tensor-parallel ranks.
+    return saved["engine"] == wanted["engine"] == "fsdp" and (saved["tp"] == wanted["tp"] or not fused)
 
 
 def _random_states(engine: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tutorial_lib.checkpoint import Writer
+from tutorial_lib.checkpoint import MOMENTS, Whole, Writer
 from tutorial_lib.config import Config
 from tutorial_lib.fsdp import saving, sharding, tensor_parallel, weights
 from tutorial_lib.fused import by_part, is_fused_by_part
@@ -145,7 +145,7 @@ class FSDPEngine:
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
                 state = self.optimizer.state[parameter]
-                yield name, {moment: self._whole(name, state[moment]) for moment in saving.MOMENTS}
+                yield name, {moment: self._whole(name, state[moment]) for moment in MOMENTS}
 
     def _whole(self, name: str, tensor: Tensor) -> Tensor:
         gathered = sharding.whole(tensor.detach()).to("cpu", torch.float32, copy=True)
@@ -164,6 +164,10 @@ class FSDPEngine:
             CheckpointError: there is nothing to load.
         """
         saving.load(directory, self.module, self.optimizer)
+
+    def load_whole(self, whole: Whole) -> None:
+        """Restore weights and optimizer states that an engine of any shape has saved. Every rank reads all of them."""
+        saving.load_whole(whole, self.module, self.optimizer)
 
     def close(self) -> None:
         """Release what is no tensor."""

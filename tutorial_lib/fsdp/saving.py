@@ -1,7 +1,8 @@
 """Checkpoints by ``torch.distributed.checkpoint`` (DCP): every rank writes what it holds into a file of its own.
 
-DCP keeps, in ``.metadata``, which file has which part of which tensor, so that another number of processes can read
-it: :func:`tutorial_lib.checkpoint.export` does, in one. What several ranks hold alike is written by one of them.
+DCP keeps, in ``.metadata``, which file has which part of which tensor, so that another number of processes, or another
+sharding, can read it: each rank finds the parts that it needs in the files of any ranks. What several ranks hold alike
+is written by one of them.
 
 Source: https://docs.pytorch.org/docs/stable/distributed.checkpoint.html
 """
@@ -17,9 +18,8 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from tutorial_lib.checkpoint import CheckpointError, Writer
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from tutorial_lib.checkpoint import MOMENTS, CheckpointError, Whole, Writer
+from tutorial_lib.fsdp.weights import put
 
 
 def save(
@@ -69,6 +69,18 @@ def load(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
         optimizer.state[parameter]["step"].copy_(step)
     for group in optimizer.param_groups:
         group["lr"] = float(states["learning_rate"])
+
+
+@torch.no_grad()
+def load_whole(whole: Whole, model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Restore what an engine of any shape has saved, in place: each rank takes its slices of every whole tensor."""
+    states, model_type = _states(model, optimizer), model.config.model_type
+    for name, parameter in states["parameters"].items():
+        put(parameter, name, model_type, whole.parameter(name).__getitem__)
+    for name, parameter in _trained(model):
+        for moment in MOMENTS:
+            put(states[moment][name], name, model_type, whole.moment(name, moment).__getitem__)
+        optimizer.state[parameter]["step"].fill_(whole.adam_step(name))
 
 
 def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def slices(parameter: Tensor) -> Slices:
     return tuple(slice(*bound) for bound in bounds)
 
 
-def _put(parameter: Tensor, name: str, model_type: str, read: Callable[[Slices], Tensor]) -> None:
+def put(parameter: Tensor, name: str, model_type: str, read: Callable[[Slices], Tensor]) -> None:
     """Copy this rank's slices of a tensor, of which ``read`` gives any part."""
     mine, tp = slices(parameter), tensor_parallel_size(parameter)
     if tp > 1 and is_fused_by_part(name, model_type):
@@ -107,7 +107,7 @@ def _read(parameters: dict[Tensor, list[str]], name: str, model: Any) -> None:
                     f"The model {name!r} has {stored} in the shape {source.get_shape()}, and its configuration says "
                     f"{list(parameter.shape)}."
                 )
-            _put(parameter, names[0], model.config.model_type, source.__getitem__)
+            put(parameter, names[0], model.config.model_type, source.__getitem__)
 
 
 def _draw(parameters: dict[Tensor, list[str]], config: Config, model_type: str) -> None:
@@ -118,7 +118,7 @@ def _draw(parameters: dict[Tensor, list[str]], config: Config, model_type: str) 
         for prefix, unit in _initialized(source):
             for name, drawn in unit.named_parameters(prefix=prefix):
                 if name in own and not drawn.is_meta:
-                    _put(own[name], name, model_type, drawn.__getitem__)
+                    put(own[name], name, model_type, drawn.__getitem__)
 
 
 def _initialized(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
