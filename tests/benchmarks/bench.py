@@ -74,6 +74,46 @@ def _engines(result: dict[str, Any]) -> Rows:
     ]
 
 
+def _checkpoints(result: dict[str, Any]) -> Rows:
+    rows: Rows = []
+    for name, one in result.items():
+        if not isinstance(one, dict) or "over_formula" not in one:
+            continue
+        size = f"{name}, {one['num_parameters'] / 1e6:.0f} M parameters, {result['ranks']} ranks"
+        over, stall = one["over_formula"], one["stall"]
+        rows.append(
+            (
+                f"checkpoint, bytes against the states' ({size})",
+                f"{over:.4f} = {one['bytes'] / 1e6:.0f} MB",
+                "within 2 %",
+                abs(over - 1) <= 0.02,
+            )
+        )
+        for kind in ("save", "load"):
+            speed = one[kind]
+            where = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in one[f"seconds_of_a_{kind}"].items())
+            rows.append(
+                (
+                    f"  {kind}, MB/s against torch.{kind}",
+                    f"{_range(speed)}: {speed['megabytes_per_second']:.0f} / {speed['plain_megabytes_per_second']:.0f}"
+                    f"; of {speed['seconds']:.2f} s: {where}",
+                    "at least 0.8",
+                    speed["median"] >= 0.8,
+                )
+            )
+        waits = {kind: stall[kind]["stall_seconds"] for kind in ("at once", "async_save")}
+        rows.append(
+            (
+                "  a saving step waits, with async_save against without",
+                f"{waits['async_save']:.2f} s / {waits['at once']:.2f} s; lost until the files are there "
+                f"{stall['async_save']['seconds_lost']:.2f} s in {stall['steps_meanwhile']:.0f} steps",
+                "",
+                None,
+            )
+        )
+    return rows
+
+
 def _ray(result: dict[str, Any]) -> Rows:
     parts: Rows = [(f"  {part}", f"{seconds:.1f} s", "", None) for part, seconds in result["parts"].items()]
     return [
@@ -99,6 +139,7 @@ _SHOWN: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
     "padding": ("tests.benchmarks.padding", _padding),
     "loop": ("tests.benchmarks.loop", _loop),
     "engines": ("tests.benchmarks.engines", _engines),
+    "checkpoints": ("tests.benchmarks.checkpoints", _checkpoints),
     "ray": ("tests.benchmarks.ray_startup", _ray),
     "notebook": ("tests.benchmarks.notebook", _notebook),
 }

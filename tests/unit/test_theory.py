@@ -42,6 +42,17 @@ def test_each_stage_divides_what_it_says(stage: int, mixed: tuple[float, ...], f
 
 
 @pytest.mark.parametrize(
+    ("stage", "precision", "per_parameter"),
+    [(0, FP32, 12), (0, MIXED, 14), (1, MIXED, 14), (2, DEEPSPEED_FP32, 16), (3, MIXED, 12), (3, DEEPSPEED_FP32, 12)],
+)
+def test_a_checkpoint_holds_each_state_once(stage: int, precision: Precision, per_parameter: int) -> None:
+    """``make bench`` and ``tests/distributed`` compare it with files."""
+    assert memory.checkpoint_bytes(1_000, stage, precision) == 1_000 * per_parameter
+    with pytest.raises(ValueError, match="stage is 4"):
+        memory.checkpoint_bytes(1_000, 4, precision)
+
+
+@pytest.mark.parametrize(
     ("num_ranks", "stage_1", "stage_2", "stage_3"), [(2, 1.60, 1.78, 2.0), (4, 2.29, 2.91, 4.0), (8, 2.91, 4.27, 8.0)]
 )
 def test_savings_depend_on_the_number_of_ranks(num_ranks: int, stage_1: float, stage_2: float, stage_3: float) -> None:

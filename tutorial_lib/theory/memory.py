@@ -125,6 +125,36 @@ def host_states(
     )
 
 
+def checkpoint_bytes(num_params: int, stage: int, precision: Precision = MIXED) -> int:
+    """Bytes on disk of a checkpoint that can be trained on from, of all ranks together: no gradients, nothing twice.
+
+    Every scheme writes its optimizer states once: K bytes per parameter, whoever holds them. They include the fp32
+    master copy where there is one. What differs is the weights that forward and backward use. Stages 0 to 2 write them
+    as well, by one data-parallel rank, since :data:`MIXED` states do not hold the 16-bit weights, and since DeepSpeed
+    makes no difference where the master copy is equal to them (:data:`DEEPSPEED_FP32`). At stage 3 the master copy
+    alone is written. So in bytes per parameter::
+
+        stage 1, 2      MIXED 2 + 12 = 14     DEEPSPEED_FP32 4 + 12 = 16
+        stage 3         MIXED     12          DEEPSPEED_FP32     12
+        one process, DDP, DeepSpeed's stage 0 and FSDP2 in fp32: FP32 with stage 0, 4 + 8 = 12
+
+    Args:
+        num_params: Psi, all of them trained, tied ones counted once. Under tensor parallelism, in engines whose
+            tensor-parallel ranks write what they hold (DeepSpeed), t times :func:`tensor_parallel_params`.
+        stage: 0 (every rank holds all, or FSDP2, whose shards are written once) to 3.
+        precision: bytes per parameter.
+
+    Raises:
+        ValueError: a stage outside 0-3.
+
+    Source: what is saved, ``deepspeed/runtime/engine.py`` (``save_checkpoint``: ``module_state_dict`` and the
+    optimizer's ``state_dict``; placeholders at stage 3); how large it is, arXiv:1910.02054, section 3.1.
+    """
+    if stage not in STAGES:
+        raise ValueError(f"stage is {stage}; ZeRO has the stages 0, 1, 2 and 3.")
+    return num_params * (precision.optimizer + (0 if stage == 3 else precision.parameters))
+
+
 def savings_ratio(stage: int, num_ranks: int, precision: Precision = MIXED) -> float:
     """How many times less model-state memory a rank needs than under plain data parallelism.
 

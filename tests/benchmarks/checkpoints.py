@@ -1,0 +1,300 @@
+"""Checkpoints of each engine: their size, how fast they are saved and restored, and how long a step waits for them.
+
+The measure is a plain ``torch.save`` and ``torch.load`` of the same tensors by the same ranks, without hashes, without
+waiting for the disk, and without an engine to fill. ``measure`` starts the ranks; each runs
+``python -m tests.benchmarks.checkpoints``, the local launcher's worker with :func:`compare` in place of the trainer.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map
+
+from tests.benchmarks.on_ranks import run_on_ranks
+from tutorial_lib import checkpoint, trainer
+from tutorial_lib.checkpoint import writing
+from tutorial_lib.config import Config
+from tutorial_lib.embedded import model_directory
+from tutorial_lib.launch import worker
+from tutorial_lib.mpu import Topology
+from tutorial_lib.records import RunDirectory
+from tutorial_lib.theory.memory import DEEPSPEED_FP32, FP32, checkpoint_bytes, tensor_parallel_params
+
+RANKS = 2
+PAIRS = int(os.environ.get("TUTORIAL_LIB_BENCH_PAIRS", "5"))
+SHAPE = {"n_embd": 576, "n_layer": 8}
+"""GPT-2 of 33 million parameters: 400 to 530 MB on disk."""
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "ZeRO-1": {"zero_stage": 1},
+    "ZeRO-3": {"zero_stage": 3},
+    "FSDP2 full_shard": {"engine": "fsdp"},
+    "AutoTP 1 x 2": {"zero_stage": 1, "dp": 1, "tp": 2},
+}
+
+
+def measure() -> dict[str, Any]:
+    """By engine: bytes over the formula's, MB/s over the plain ones, seconds that training waits."""
+    with tempfile.TemporaryDirectory(prefix="tutorial-lib-bench-") as storage:
+        model = Path(storage) / "model"
+        # AutoTP splits no GPT-2.
+        for kind, name in (("gpt2", "embedded/gpt2"), ("qwen2", "embedded/qwen2")):
+            _larger(model_directory(name), model / kind)
+        configs = [
+            Config.create(
+                "cpu", name=name.replace(" ", "_"), storage=storage, model=str(model / kind), random_init=True,
+                **{"dp": RANKS, "seq_length": 32, "global_batch": RANKS, "steps": 10_000, "evaluate": False,
+                   "async_save": True, **flat},
+            )
+            for name, flat in ENGINES.items()
+            for kind in ["qwen2" if "tp" in flat else "gpt2"]
+        ]  # fmt: skip
+        runs = run_on_ranks(__name__, configs)
+        return {"ranks": RANKS, "pairs": PAIRS, **dict(zip(ENGINES, (run.result for run in runs), strict=True))}
+
+
+def _larger(source: Path, target: Path) -> None:
+    shutil.copytree(source, target)
+    (target / "model.safetensors").unlink()
+    path = target / "config.json"
+    config = json.loads(path.read_text())
+    if config["model_type"] == "gpt2":
+        config |= SHAPE
+    else:
+        config |= {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 9}
+        config.pop("layer_types", None)
+    path.write_text(json.dumps(config))
+
+
+def compare(config: Config) -> None:
+    """On every rank: one engine, its saves and loads against plain ones; rank 0 leaves the run's result."""
+    run = RunDirectory(config.directory)
+    if dist.get_rank() == 0:
+        run.create()
+    dist.barrier()
+    topology = Topology.create(config.parallel, rank=dist.get_rank(), world_size=dist.get_world_size())
+    session = trainer._Session(config, topology, run, None, lambda: False)
+    batches = session.loader.steps()
+    session._one_step(next(batches))
+    plain = _Plain(config.directory / "plain")
+    with _timed() as parts:
+        saving = _alternated(lambda: session.save(and_train_on=False), plain.save_of(session.engine))
+        path = checkpoint.directory_of(run, session.step)
+        loading = _alternated(_load(path, session), plain.load)
+    written = session.saves[-1]["bytes"]
+    result = {
+        "num_parameters": session.engine.num_parameters,
+        "bytes": written,
+        "over_formula": written / _formula(config, session.engine),
+        "save": _figures(saving, written, _sum_of_ranks(plain.bytes)),
+        "load": _figures(loading, written, _sum_of_ranks(plain.bytes)),
+        "seconds_of_a_save": {name: statistics.median(parts[name]) for name in ("save hash", "save disk")},
+        "seconds_of_a_load": {name: statistics.median(parts[name]) for name in ("load verify",)},
+        "stall": _stalls(session, batches),
+    }
+    if topology.rank == 0:
+        run.result_file.write_text(json.dumps(result))
+        shutil.rmtree(run.checkpoints)
+        shutil.rmtree(plain.directory)
+    session.close()
+    gc.collect()
+    dist.barrier()
+
+
+def _load(path: Path, session: Any) -> Callable[[], None]:
+    def load() -> None:
+        checkpoint.verify(path, session.topology)
+        checkpoint.load(path, session.engine, session.config, session.topology)
+
+    return load
+
+
+def _formula(config: Config, engine: Any) -> int:
+    if config.engine.name == "fsdp":
+        return checkpoint_bytes(engine.num_parameters, 0, FP32)
+    layout, tp = engine.layout(), config.parallel.tp
+    replicated = sum(torch.Size(row.before).numel() for row in layout if row.dim is None)
+    num_params = tp * tensor_parallel_params(engine.num_parameters, replicated, tp) if tp > 1 else engine.num_parameters
+    return checkpoint_bytes(num_params, config.engine.zero_stage, DEEPSPEED_FP32)
+
+
+class _Plain:
+    """What each rank writes, by ``torch.save`` into files of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.bytes = directory, 0
+        directory.mkdir(exist_ok=True)
+
+    def save_of(self, engine: Any) -> Callable[[], None]:
+        def save() -> None:
+            # Some engines copy their states to save them: that is part of a plain save, too.
+            collected = _Collected(self.directory / "unused")
+            engine.save(self.directory / "unused", collected)
+            for number, states in enumerate(collected.states):
+                torch.save(states, self._file(number))
+            self.bytes = sum(self._file(number).stat().st_size for number in range(len(collected.states)))
+
+        return save
+
+    def load(self) -> None:
+        number = 0
+        while self._file(number).exists():
+            torch.load(self._file(number), map_location="cpu", weights_only=False)
+            number += 1
+
+    def _file(self, number: int) -> Path:
+        return self.directory / f"{dist.get_rank()}-{number}.pt"
+
+
+class _Collected(writing.Writer):
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.states: list[Any] = []
+
+    def submit(self, job: Callable[..., Any], *given: Any) -> None:
+        self.states.append(tree_map(lambda t: t.to_local() if isinstance(t, DTensor) else t, given[0]))
+
+
+def _alternated(ours: Callable[[], None], theirs: Callable[[], None]) -> list[tuple[float, float]]:
+    """Seconds of both, in pairs, until the slowest rank is through. The first pair is not counted."""
+    pairs = []
+    for pair in range(PAIRS + 1):
+        seconds = {}
+        for name, procedure in (("ours", ours), ("theirs", theirs))[:: 1 if pair % 2 else -1]:
+            dist.barrier()
+            began = time.perf_counter()
+            procedure()
+            dist.barrier()
+            seconds[name] = time.perf_counter() - began
+        pairs.append((seconds["ours"], seconds["theirs"]))
+    return pairs[1:]
+
+
+def _figures(pairs: list[tuple[float, float]], ours: int, theirs: int) -> dict[str, float]:
+    ratios = [(ours / one) / (theirs / other) for one, other in pairs]
+    return {
+        "median": statistics.median(ratios),
+        "lowest": min(ratios),
+        "highest": max(ratios),
+        "megabytes_per_second": statistics.median(ours / one for one, _ in pairs) / 1e6,
+        "plain_megabytes_per_second": statistics.median(theirs / other for _, other in pairs) / 1e6,
+        "seconds": statistics.median(one for one, _ in pairs),
+    }
+
+
+def _sum_of_ranks(number: int) -> int:
+    numbers: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(numbers, number)
+    return sum(numbers)
+
+
+@contextmanager
+def _timed() -> Iterator[dict[str, list[float]]]:
+    """Seconds that this rank spends on hashing and on waiting for the disk in each save, on verifying in each load."""
+    parts: dict[str, list[float]] = {"save hash": [], "save disk": [], "load verify": []}
+    now = {"hash": 0.0, "disk": 0.0}
+
+    def added(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timing(*args: Any) -> Any:
+            began = time.perf_counter()
+            outcome = function(*args)
+            now[name] += time.perf_counter() - began
+            return outcome
+
+        return timing
+
+    class Hash:
+        def __init__(self) -> None:
+            self._digest = hashlib.sha256()
+            self.update, self.hexdigest = added("hash", self._digest.update), self._digest.hexdigest
+
+    def saving(save: Callable[..., Any]) -> Callable[..., Any]:
+        def timing(*args: Any, **kwargs: Any) -> Any:
+            now.update(hash=0.0, disk=0.0)
+            outcome = save(*args, **kwargs)
+            parts["save hash"].append(now["hash"])
+            parts["save disk"].append(now["disk"])
+            return outcome
+
+        return timing
+
+    def verifying(*args: Any) -> None:
+        began = time.perf_counter()
+        verify(*args)
+        parts["load verify"].append(time.perf_counter() - began)
+
+    from tutorial_lib.checkpoint import saving as module
+
+    verify = module.verify
+    with (
+        mock.patch.object(writing, "hashlib", mock.Mock(sha256=Hash)),
+        mock.patch.object(os, "fsync", added("disk", os.fsync)),
+        mock.patch.object(checkpoint, "save", saving(checkpoint.save)),
+        mock.patch.object(module, "verify", verifying),
+    ):
+        yield parts
+
+
+def _stalls(session: Any, batches: Iterator[Any]) -> dict[str, Any]:
+    """Seconds that a saving step waits, and that all steps lose until the files are there: either way, alternately."""
+    for _ in range(3):
+        session._one_step(next(batches))
+    step = statistics.median(_one_step(session, batches) for _ in range(5))
+    waits: dict[str, list[float]] = {"at once": [], "async_save": []}
+    losses: dict[str, list[float]] = {"at once": [], "async_save": []}
+    steps_meanwhile = []
+    for attempt in range(2 * PAIRS + 2):
+        name = ("at once", "async_save")[attempt % 2]
+        session._one_step(next(batches))
+        before = time.perf_counter()
+        session.save(and_train_on=name == "async_save")
+        count = 0
+        while session.in_flight:
+            count += 1
+            if session._one_step(next(batches))[1]:
+                session._finish_save()
+        lost = time.perf_counter() - before - count * step
+        if attempt >= 2:  # the first of each allocates
+            waits[name].append(session.saves[-1]["stall_seconds"])
+            losses[name].append(lost)
+            if count:
+                steps_meanwhile.append(count)
+    return {
+        "seconds_of_a_step": step,
+        "steps_meanwhile": statistics.median(steps_meanwhile),
+        **{
+            name: {
+                "stall_seconds": statistics.median(waits[name]),
+                "seconds_lost": statistics.median(losses[name]),
+            }
+            for name in waits
+        },
+    }
+
+
+def _one_step(session: Any, batches: Iterator[Any]) -> float:
+    began = time.perf_counter()
+    session._one_step(next(batches))
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    with mock.patch.object(worker, "train", compare):
+        worker.main(*sys.argv[1:])
