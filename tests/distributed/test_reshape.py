@@ -59,13 +59,16 @@ def test_what_is_read_whole_is_what_the_engine_had(observed, ranks, name):
         *((2, f"gpt2.zero{stage}.2") for stage in (1, 2, 3)),
         (2, "gpt2.zero1-bf16.2"),
         (2, "gpt2.zero3-bf16.2"),
-        (2, "qwen2.1x2-zero3.2"),
         *((4, f"gpt2.zero{stage}.4") for stage in (2, 3)),
         *((4, f"qwen2.2x2-zero{stage}.4") for stage in (1, 2)),
     ],
 )
 def test_it_is_what_deepspeed_itself_converts(observed, tmp_path, ranks, name):
-    """To its universal format, which has a file for every whole tensor."""
+    """To its universal format, which has a file for every whole tensor.
+
+    Stage 3 with AutoTP is not among these: DeepSpeed 0.19.8 takes every parameter for one that is cut among the
+    data-parallel ranks, and its conversion ends in an error.
+    """
     source = checkpoint.latest(observed(ranks, name).directory)
     options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
     ds_to_universal.main(

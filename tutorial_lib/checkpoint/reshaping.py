@@ -48,7 +48,7 @@ def reshaped_config(source: Path, flat: dict[str, Any]) -> Config:
     Args:
         source: the checkpoint.
         flat: settings that differ from those that it was saved with, among them the new run's ``name``. Without
-            ``storage``, it lies beside the old run. A change of engine takes the other engine's settings back to
+            ``storage``, it lies beside the old one. A change of engine takes the other engine's settings back to
             their defaults, and one of ``zero_stage`` or ``offload`` takes them out of the DeepSpeed file's hands.
 
     Raises:
@@ -75,7 +75,8 @@ def reshaped_config(source: Path, flat: dict[str, Any]) -> Config:
     elif "sharding" in given:
         back = ("shard_size",)
     base = saved | {name: defaults[name] for name in (*back, *OF_ONE_START)}
-    base |= {"storage": str(source.resolve().parents[2]), "evaluate": saved["evaluate"]}
+    run = _run_of(source)
+    base |= {"storage": str((run or source).parent), "evaluate": saved["evaluate"]}
     config = Config.from_json(json.dumps(base | given))
     check_same_run(saved, config)
     if config.directory.exists() and any(config.directory.iterdir()):
@@ -105,13 +106,20 @@ def staged(source: Path, config: Config) -> Iterator[Config]:
     try:
         run.create()
         shutil.copytree(source, directory_of(run, step), copy_function=_link)
-        rows = [row for row in RunDirectory(source.parent.parent).rows() if row["step"] <= step]
+        old = _run_of(source)
+        rows = [row for row in RunDirectory(old).rows() if row["step"] <= step] if old else []
         write_atomically(run.metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
         yield start
         write_atomically(run.config_file, config.to_json())
         os.replace(run.path, config.directory)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _run_of(checkpoint: Path) -> Path | None:
+    """The directory of the run that a checkpoint lies in, if it has not been copied out of it."""
+    directory = checkpoint.resolve().parent
+    return directory.parent if directory.name == "checkpoints" else None
 
 
 def _link(source: str, target: str) -> None:

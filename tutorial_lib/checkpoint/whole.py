@@ -55,10 +55,10 @@ def open_whole(path: Path) -> Whole:
     """
     settings = Config.from_json(json.dumps(read_trainer_state(path)["config"]))
     model = _outline(path, settings)
-    formats: dict[str, type[Whole]] = {"torch": _Torch, "fsdp": _FSDP}
-    if settings.engine.name == "deepspeed":
-        formats["deepspeed"] = (_DeepSpeed0, _DeepSpeed12, _DeepSpeed12, _DeepSpeed3)[settings.engine.zero_stage]
-    return formats[settings.engine.name](path / "engine", settings, model)
+    stages = (_DeepSpeed0, _DeepSpeed12, _DeepSpeed12, _DeepSpeed3)
+    of_engine = {"torch": _Torch, "fsdp": _FSDP, "deepspeed": stages[settings.engine.zero_stage]}
+    reader: Whole = of_engine[settings.engine.name](path / "engine", settings, model)
+    return reader
 
 
 def _outline(path: Path, settings: Config) -> Any:
@@ -80,7 +80,6 @@ class Whole(ABC):
             name alone.
         trained: those that the optimizer updates; the others are frozen.
         shapes: by name.
-        buffers: names of the model's buffers.
     """
 
     def __init__(self, directory: Path, settings: Config, model: Any) -> None:
