@@ -61,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="write a checkpoint as a Hugging Face directory")
     export.add_argument("source", type=Path, help="a run's directory (its newest checkpoint), or one checkpoint")
     export.add_argument("target", type=Path, help="a new directory")
+    export.add_argument(
+        "--max-shard-size", default="50GB", metavar="SIZE", help="largest file of weights (default: 50GB)"
+    )
     export.set_defaults(command=_export)
 
     bench = commands.add_parser("bench", help="measure the figures that the README quotes, as ratios in one run")
@@ -146,7 +149,7 @@ def _export(options: argparse.Namespace) -> int:
             raise ConfigError(f"{source} is neither a checkpoint nor the directory of a run that has one.")
         source = found
     with _stdout_for_json_alone(options.json):
-        target = checkpoint.export(source, options.target)
+        target = checkpoint.export(source, options.target, options.max_shard_size)
     print(json.dumps({"checkpoint": str(source), "export": str(target)}) if options.json else f"{source} -> {target}")
     return DONE
 
