@@ -80,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="write a checkpoint as a Hugging Face directory")
     export.add_argument("source", type=Path, help="a run's directory (its newest checkpoint), or one checkpoint")
     export.add_argument("target", type=Path, help="a new directory")
+    export.add_argument(
+        "--max-shard-size", default="50GB", metavar="SIZE", help="largest file of weights (default: 50GB)"
+    )
     export.set_defaults(command=_export)
 
     inspect = commands.add_parser(
@@ -217,7 +220,7 @@ def _export(options: argparse.Namespace) -> int:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # shards are merged there; unasked, DeepSpeed warns of a missing GPU
     source = checkpoint.checkpoint_of(options.source)
     with _stdout_for_json_alone(options.json):
-        target = checkpoint.export(source, options.target)
+        target = checkpoint.export(source, options.target, options.max_shard_size)
     print(json.dumps({"checkpoint": str(source), "export": str(target)}) if options.json else f"{source} -> {target}")
     return DONE
 

@@ -126,7 +126,7 @@ def host_states(
 
 
 def checkpoint_bytes(num_params: int, stage: int, precision: Precision = MIXED) -> int:
-    """Bytes on disk of a checkpoint that can be trained on from, of all ranks together: no gradients, nothing twice.
+    """Bytes on disk of a checkpoint to train on from, all ranks' files together: no gradients, nothing twice.
 
     Every scheme writes its optimizer states once: K bytes per parameter, whoever holds them. They include the fp32
     master copy where there is one. What differs is the weights that forward and backward use. Stages 0 to 2 write them
