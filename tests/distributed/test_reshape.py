@@ -83,7 +83,8 @@ def test_it_is_what_deepspeed_itself_converts(observed, tmp_path, ranks, name):
     for name in whole.trained:
         folder = tmp_path / "universal" / "zero" / name
         for kind in ("fp32", *checkpoint.MOMENTS):
-            theirs = torch.load(folder / f"{kind}.pt", weights_only=False)["param"]
+            theirs = torch.load(folder / f"{kind}.pt", weights_only=False)
+            theirs = theirs["param"] if isinstance(theirs, dict) else theirs  # of stage 3 it is the tensor itself
             ours = whole.parameter(name) if kind == "fp32" else whole.moment(name, kind)
             assert ours.equal(theirs.view(ours.shape)), (name, kind)
 
@@ -125,10 +126,10 @@ def test_in_16_bits_the_masters_are_kept_and_their_copies_rounded(observed, resh
 
 
 def test_random_numbers_are_seeded_anew(reshaped, directory):
-    """By the run's seed, the step and the data-parallel rank: the same again, and not those of the start of a run."""
+    """By the seed, the step and the data-parallel rank: two resumes of one checkpoint are the same."""
     once, twice = (reshaped(f"reshaped.{name}") for name in cases.SEEDED_ANEW)
     assert_identical(once, twice)
-    assert once.examples and len({row["loss"] for row in once.rows}) == cases.END
+    assert len(once.examples) == cases.END - cases.STOP
 
 
 @pytest.mark.parametrize(
