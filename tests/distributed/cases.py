@@ -178,7 +178,7 @@ def config(directory: Path, **flat: Any) -> Config:
     for kind in ("model", "dataset"):
         if (directory / str(flat.get(kind))).is_dir():
             flat[kind] = str(directory / flat[kind])
-    return Config.create("cpu", storage=str(directory / "runs"), **flat)
+    return Config.create("cpu", **{"storage": str(directory / "runs"), **flat})
 
 
 def variant(directory: Path, case: str, variant: str, ranks: int, **changes: Any) -> Config:

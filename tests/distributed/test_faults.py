@@ -453,7 +453,12 @@ def ray_nodes() -> Iterator[Any]:
             patch.setenv(name, value)
         from ray.cluster_utils import Cluster
 
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        before = set(psutil.Process().children())
+        try:
+            cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        except Exception:  # on a busy machine, a node that has not started within 30 s
+            ray_train._end_processes(set(psutil.Process().children()) - before)
+            raise
         try:
             for _ in range(2):
                 cluster.add_node(num_cpus=1)

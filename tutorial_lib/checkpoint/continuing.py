@@ -143,6 +143,7 @@ def check_storage(config: Config) -> None:
 
 
 _FULL_OR_CLOSED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+_TORCH_COULD_NOT_WRITE = ("inline_container", "iostream error", "PytorchStreamWriter")
 _PROBE_BYTES = 2**20
 
 
@@ -150,7 +151,7 @@ def storage_failure(run: RunDirectory, error: BaseException) -> CheckpointError 
     """What to say of an error that comes of the run's storage, if it does: PyTorch reports a full disk as a bug."""
     if isinstance(error, OSError) and error.errno in _FULL_OR_CLOSED:
         reason = f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
-    elif isinstance(error, RuntimeError) and ("PytorchStreamWriter" in str(error) or "write failed" in str(error)):
+    elif isinstance(error, RuntimeError) and any(sign in str(error) for sign in _TORCH_COULD_NOT_WRITE):
         reason = _refusal(run.path) or str(error).splitlines()[0]
     else:
         return None
