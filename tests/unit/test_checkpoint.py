@@ -45,7 +45,7 @@ def make_checkpoint(run, step, **trainer):
     path = checkpoint.directory_of(run, step)
     path.mkdir()
     (path / "trainer.json").write_text(json.dumps({"format": 2, "step": step, "record": {}} | trainer))
-    listed = {"trainer.json": files._digest(path / "trainer.json")}
+    listed = {"trainer.json": files.digest(path / "trainer.json")}
     (path / checkpoint.MANIFEST).write_text(json.dumps({"format": 2, "files": listed}))
     return path
 
@@ -247,7 +247,7 @@ def test_a_checkpoint_of_format_1_is_still_read(halved, whole):
     del trainer["identity"]
     (path / "trainer.json").write_text(json.dumps(trainer | {"format": 1}))
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"]["trainer.json"] = files._digest(path / "trainer.json")
+    manifest["files"]["trainer.json"] = files.digest(path / "trainer.json")
     (path / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
     run = launch.run(halved.config.override(stop_after=None))
     assert (run.result["resumed_from"], run.result["left_out"]) == (4, [])

@@ -92,7 +92,7 @@ def test_the_best_that_is_damaged_gives_way_to_the_best_that_is_whole(run):
     for step, loss in enumerate((2.0, 1.0, 3.0, 4.0), 1):
         path = make_checkpoint(run, step, record={"eval_loss": loss})
         (path / "more").write_text("more")
-        listed = {name: files._digest(path / name) for name in ("trainer.json", "more")}
+        listed = {name: files.digest(path / name) for name in ("trainer.json", "more")}
         (path / "manifest.json").write_text(json.dumps({"format": 2, "files": listed}))
     (checkpoint.directory_of(run, 2) / "more").write_text("less")
     pruner(run, keep_last=1, keep_best=True).prune(checkpoint.directory_of(run, 4))
