@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
+from tutorial_lib.checkpoint.writing import Writer
 from tutorial_lib.config import Config
 from tutorial_lib.fsdp.sharding import layers_of
 from tutorial_lib.mpu import Topology
@@ -49,5 +50,5 @@ class FSDP1Engine(TorchEngine):
         for name, state in whole["state"].items():
             yield name, {key: state[key].clone() for key in ("exp_avg", "exp_avg_sq")}
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, writer: Writer) -> None:
         directory.mkdir(parents=True, exist_ok=True)
