@@ -38,8 +38,8 @@ lab: $(READY) ## JupyterLab for this machine alone: 127.0.0.1, with its token
 test: $(READY) ## lint, unit, distributed, notebooks and nbval, and how long each took
 	@.ci/parts lint unit distributed notebooks nbval
 
-unit: $(READY) ## functions, one process each
-	@$(TESTS) tests/unit
+unit: $(READY) ## functions, as many at a time as there are cores
+	@$(TESTS) tests/unit -n logical --maxprocesses 8
 
 distributed: $(READY) ## real runs on 1, 2 and 4 processes, compared number by number
 	@$(TESTS) tests/distributed

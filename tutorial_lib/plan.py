@@ -233,7 +233,7 @@ def _text(
 def _communication(workload: Workload, engine: str) -> list[str]:
     """What is assumed of tensor parallelism's all-reduces, and of how gradients are reduced."""
     backward = backward_all_reduces(workload.dimensions, engine)
-    forward = "2 forward, 2 recomputed" if workload.checkpointing else "2 forward"
+    forward = "2 forward, 1 recomputed" if workload.checkpointing else "2 forward"
     tp = f"  all-reduces per layer: {forward}, {backward} backward"
     if engine == "fsdp":
         return [f"{tp} (Megatron's plan)", "  gradients: reduced in fp32, once per step"]

@@ -117,8 +117,11 @@ def test_all_reduces_per_layer(observed, ranks, variant, case, backward):
 def test_recomputing_a_layer_repeats_one_of_its_forward_all_reduces(observed):
     """PyTorch stops recomputing at the last tensor that backward needs, which is before the sum after the MLP."""
     for rank in measured(observed(2, "qwen2.1x2-zero1-recomputed.2")):
-        (row,) = rank["traffic"]["axes"]["tp"]["tensors"]
+        axis = rank["traffic"]["axes"]["tp"]
+        (row,) = axis["tensors"]
         assert (row["count"], row["in_backward"]) == (LAYERS * (2 + 1 + 5), LAYERS * (1 + 5))
+        per_layer = traffic.tensor_parallel_volume(1, 1, 1, 1, 2, recompute=True, column_layers=5).total
+        assert axis["volume"] == row["elements"] == row["elements"] // row["count"] * LAYERS * per_layer
 
 
 def test_an_output_layer_of_its_own_gathers_the_logits(observed):

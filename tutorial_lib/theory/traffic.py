@@ -168,7 +168,9 @@ def tensor_parallel_volume(
     """Communication of one optimizer step inside a tensor-parallel group, without embedding and output layer.
 
     Each layer all-reduces ``b s h`` elements twice in forward (after attention, after the MLP) and twice in backward
-    (arXiv:1909.08053, section 3). Recomputing activations runs the forward all-reduces again.
+    (arXiv:1909.08053, section 3). PyTorch's activation checkpointing runs the first of the forward two again; it stops
+    recomputing at the last tensor that backward needs, which comes before the sum after the MLP. (Schemes that run the
+    whole layer again, as reentrant checkpointing does, repeat both.)
 
     Args:
         num_layers: L.
@@ -177,13 +179,13 @@ def tensor_parallel_volume(
         hidden: h.
         tp: t; without a second rank nothing is sent.
         accumulation: micro-batches per optimizer step.
-        recompute: activation checkpointing.
+        recompute: activation checkpointing as PyTorch does it.
         column_layers: column-parallel projections per layer, each of which all-reduces the gradient of its own input.
             Megatron fuses them into 2; five separate ones (query, key, value, gate, up) cost 5.
     """
     if tp == 1:
         return StepVolume()
-    all_reduces = 2 + column_layers + (2 if recompute else 0)
+    all_reduces = 2 + column_layers + (1 if recompute else 0)
     return StepVolume(all_reduce=accumulation * num_layers * all_reduces * micro_batch * seq_length * hidden)
 
 
@@ -208,7 +210,7 @@ def tensor_parallel_crossover(
         num_layers: L.
         hidden: h.
         accumulation: micro-batches in which ZeRO-3 works through the step's tokens.
-        recompute: activation checkpointing, which repeats the forward all-reduces. ZeRO-3's volume stays: its
+        recompute: activation checkpointing, which repeats one forward all-reduce of a layer. ZeRO-3's volume stays: its
             gather for backward serves the second forward too.
         column_layers: as in :func:`tensor_parallel_volume`.
     """
