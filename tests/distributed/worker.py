@@ -424,10 +424,10 @@ def _loss_times(factor: Callable[[int, int, int], float]) -> Iterator[None]:
     agree, build = trainer._Session._agree, trainer.build_engine
     scale = [1.0]
 
-    def agreed(self: Any, micro_batches: Any) -> tuple[int, bool]:
-        total, stop = agree(self, micro_batches)
+    def agreed(self: Any, micro_batches: Any) -> tuple[int, bool, bool]:
+        total, stop, written = agree(self, micro_batches)
         scale[0] = factor(_own_tokens(micro_batches), total, self.topology.dp)
-        return total, stop
+        return total, stop, written
 
     def built(*args: Any) -> Any:
         engine = build(*args)
@@ -448,8 +448,8 @@ def _losses_of_own_tokens() -> Iterator[None]:
     """Each rank reports the mean over its own tokens."""
     agree = trainer._Session._agree
 
-    def own(self: Any, micro_batches: Any) -> tuple[int, bool]:
-        return _own_tokens(micro_batches), agree(self, micro_batches)[1]
+    def own(self: Any, micro_batches: Any) -> tuple[int, bool, bool]:
+        return _own_tokens(micro_batches), *agree(self, micro_batches)[1:]
 
     def not_reduced(self: Any, value: Tensor) -> float:
         return float(value)
