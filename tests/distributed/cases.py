@@ -449,6 +449,9 @@ FATAL = {
 }
 """Faults that take their launch down with them, with the kind of the run that each is put into."""
 
+FATAL_IN_BACKGROUND = ("broken-disk_full_in_write", "broken-killed_in_write")
+"""The same, while files are written by a thread and training has gone on."""
+
 
 def fault(directory: Path, kind: str, name: str, **changes: Any) -> Config:
     """A run that has a whole checkpoint at every second step."""

@@ -12,8 +12,6 @@ from tests.distributed.launching import observe
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.records import RunDirectory
 
-FATAL = ("broken-disk_full_in_write", "broken-killed_in_write")
-
 
 @pytest.mark.parametrize(
     ("ranks", "kind"),
@@ -41,7 +39,7 @@ def test_one_written_without_a_snapshot_is_seen(observed):
 def failed(directory):
     """Runs of which rank 1 does not come through its second write: the errors."""
     errors = {}
-    for name in FATAL:
+    for name in cases.FATAL_IN_BACKGROUND:
         with pytest.raises(launch.WorkerError) as error:
             observe([settings(directory, name)])
         errors[name] = str(error.value)
@@ -52,7 +50,7 @@ def failed(directory):
 def mended(directory, failed):
     """The same runs, started again after the cause is gone."""
     configs = []
-    for name in FATAL:
+    for name in cases.FATAL_IN_BACKGROUND:
         configs.append(settings(directory, name.replace("broken", "mended")))
         shutil.copytree(directory / "runs" / name, configs[-1].directory)
     observe(configs)
@@ -73,7 +71,7 @@ def test_a_killed_writer_is_an_error(failed):
     assert "Rank 1 ended with exit code -9 and left no traceback: it was killed" in failed["broken-killed_in_write"]
 
 
-@pytest.mark.parametrize("name", FATAL)
+@pytest.mark.parametrize("name", cases.FATAL_IN_BACKGROUND)
 def test_the_checkpoint_before_stays_the_newest(failed, directory, name):
     run = RunDirectory(directory / "runs" / name)
     assert sorted(path.name for path in run.checkpoints.iterdir()) == [".partial-step-00000004", "step-00000002"]
@@ -81,7 +79,7 @@ def test_the_checkpoint_before_stays_the_newest(failed, directory, name):
     checkpoint.verify(checkpoint.latest(run))
 
 
-@pytest.mark.parametrize("name", FATAL)
+@pytest.mark.parametrize("name", cases.FATAL_IN_BACKGROUND)
 def test_and_the_run_goes_on_from_there_bit_for_bit(mended, observed, name):
     run = mended[name]
     assert run.directory.result()["resumed_from"] == 2

@@ -31,7 +31,8 @@ SHOWN_BY = {
 
 
 def test_every_fault_is_tried():
-    elsewhere = {name.removeprefix("broken-") for name in cases.CONTINUED_BADLY} | {*cases.FATAL, "read_only"}
+    continued = cases.CONTINUED_BADLY | cases.RESHAPED_BADLY | dict.fromkeys(cases.FATAL_IN_BACKGROUND)
+    elsewhere = {name.removeprefix("broken-") for name in continued} | {*cases.FATAL, "read_only"}
     noticed = set(cases.REFUSED_RUNS)  # by the run itself, see test_tensor_parallel.py
     assert {*SHOWN_BY, "trial_step_kept"} == set(cases.BROKEN_RUNS) == set(worker.BROKEN) - elsewhere - noticed
 

@@ -195,8 +195,8 @@ class _Watch:
         return creating
 
     def _writes(self, target: Any) -> None:
-        target = getattr(target, "name", target)
-        parts = Path(target).parts if isinstance(target, (str, Path)) else ()
+        path = target if isinstance(target, (str, Path)) else getattr(target, "name", None)
+        parts = Path(path).parts if isinstance(path, (str, Path)) else ()
         if "checkpoints" in parts:
             # What follows checkpoints/.partial-step-NNNNNNNN.
             self.written.add("/".join(parts[parts.index("checkpoints") + 2 :]))
