@@ -278,26 +278,19 @@ def ends_like_the_undisturbed(request: pytest.FixtureRequest, seen: dict[str, An
     assert (code, said, result["status"]) == (0, "", "completed")
     run, whole = RunDirectory(seen["config"].directory), request.getfixturevalue("sound")["long"].directory
     same_records(run, whole)
-    same_weights(run, whole)
+    same_states(run, whole)
     all_whole(run)
 
 
-def same_weights(run: RunDirectory, reference: RunDirectory) -> None:
-    """The last checkpoints' weights, bit for bit."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from tutorial_lib.checkpoint.whole import whole_weights
-
-    both = []
-    for path in (checkpoint.latest(run), checkpoint.latest(reference)):
-        settings = Config.from_json(json.dumps(checkpoint.read_trainer_state(path)["config"]))
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path / "model"))
-        both.append(whole_weights(path / "engine", settings, model))
-    assert both[0].keys() == both[1].keys()
-    for name, tensor in both[0].items():
-        assert tensor.equal(both[1][name]), name
+def same_states(run: RunDirectory, reference: RunDirectory) -> None:
+    """The last checkpoints' weights and moments, bit for bit."""
+    found, expected = (checkpoint.open_whole(checkpoint.latest(each)) for each in (run, reference))
+    assert found.names == expected.names
+    for name in expected.names:
+        assert found.parameter(name).equal(expected.parameter(name)), name
+    for name in expected.trained:
+        for moment in checkpoint.MOMENTS:
+            assert found.moment(name, moment).equal(expected.moment(name, moment)), (name, moment)
 
 
 # -------------------------------------------------------------------------------------------------------------- storage
@@ -487,7 +480,7 @@ def ray_worker_killed(request):
     assert restart["failed"]["type"] == "ActorDiedError", restart
     assert abs(time.time() - restart["time"]) < 600
     same_records(run.directory, whole.directory)
-    same_weights(run.directory, whole.directory)
+    same_states(run.directory, whole.directory)
     assert all_whole(run.directory) == [2, 4, 6, 8]
 
 
@@ -513,7 +506,7 @@ def ray_node_dies(request):
     (restart,) = run.result["restarts"]
     assert run.result["resumed_from"] == restart["from_step"] >= 2
     same_records(run.directory, whole.directory)
-    same_weights(run.directory, whole.directory)
+    same_states(run.directory, whole.directory)
     all_whole(run.directory)
 
 
