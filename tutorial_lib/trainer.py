@@ -164,7 +164,7 @@ def train(config: Config, *, on_checkpoint: OnCheckpoint | None = None) -> dict[
                 "as one on a network file system: choose another one."
             )
         log = run.log_file(rank) if config.run.launcher != "none" else None
-        with _output_to(log), _stop_signals() as stop_signalled:
+        with output_to(log), _stop_signals() as stop_signalled:
             try:
                 session = _Session(config, topology, run, on_checkpoint, stop_signalled)
                 try:
@@ -547,7 +547,7 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def _output_to(path: Path | None) -> Iterator[None]:
+def output_to(path: Path | None) -> Iterator[None]:
     """Send this process's output to a file, file descriptors included, so that C++ libraries' lines go there too."""
     if path is None:
         yield

@@ -32,7 +32,7 @@ def runs(cluster, directory):
     """A run that is stopped, and started again under the same name; the rows as they came; what was printed."""
     shown, rows, starts = directory / "shown", [], []
     for stop in (cases.STOP, None):
-        with shown.open("a") as file, redirect_stdout(file), redirect_stderr(file), trainer._output_to(shown):
+        with shown.open("a") as file, redirect_stdout(file), redirect_stderr(file), trainer.output_to(shown):
             starts.append(launch.run(on_ray(directory, stop_after=stop), on_rows=rows.extend))
     return starts, rows, shown.read_text()
 
