@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -113,8 +114,8 @@ def lines(
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         _whole_numbers(axes.xaxis, [x for xs, _ in series.values() for x in xs])
-        if points:  # they may be anywhere, so there may be no room among the lines
-            axes.figure.legend(frameon=False, ncols=len(series) + len(points), loc="outside lower center")
+        if points or (marks and len(series) > 1):  # they may be anywhere, so there may be no room among the lines
+            axes.figure.legend(frameon=False, ncols=len(series) + len(points or ()), loc="outside lower center")
         elif len(series) > 1:
             axes.legend(frameon=False)
     return drawn[0]
@@ -231,7 +232,8 @@ def stacked_bars(
     parts = list(dict.fromkeys(part for bar in values.values() for part in bar))
     gaps = [next((i for i, group in enumerate(groups) if label.startswith(group)), 0) for label in values]
     places = [index + 0.6 * gap for index, gap in enumerate(gaps)]
-    with _axes(title, alt, size=(7.0, 1.6 + 0.3 * (places[-1] + 1)), grid="x") as (axes, drawn):
+    height = 1.4 + 0.3 * (places[-1] + 1) + 0.2 * math.ceil(len(parts) / 3)
+    with _axes(title, alt, size=(7.0, height), grid="x") as (axes, drawn):
         totals = [0.0] * len(values)
         for index, part in enumerate(parts):
             widths = [bar.get(part, 0.0) for bar in values.values()]
@@ -246,7 +248,7 @@ def stacked_bars(
         axes.invert_yaxis()
         axes.set_xlabel(unit)
         axes.margins(x=0.1)
-        axes.figure.legend(frameon=False, ncols=len(parts), loc="outside lower center")
+        axes.figure.legend(frameon=False, ncols=min(len(parts), 3), loc="outside lower center")
     return drawn[0]
 
 
