@@ -98,7 +98,12 @@ def compare(config: Config) -> None:
     with _timed() as parts:
         saving = _alternated(functools.partial(session.save, and_train_on=False), plain.save_of(session.engine))
         path = checkpoint.directory_of(run, session.step)
-        loading = _alternated(functools.partial(checkpoint.load, path, session.engine, config, topology), plain.load)
+
+        def restore() -> None:
+            checkpoint.verify(path, topology)
+            checkpoint.load(path, session.engine, config, topology)
+
+        loading = _alternated(restore, plain.load)
     written = session.saves[-1]["bytes"]
     result = {
         "num_parameters": session.engine.num_parameters,
@@ -233,14 +238,12 @@ def _timed() -> Iterator[dict[str, list[float]]]:
         verify(*args)
         parts["load verify"].append(time.perf_counter() - began)
 
-    from tutorial_lib.checkpoint import saving as module
-
-    verify = module.verify
+    verify = checkpoint.verify
     with (
         mock.patch.object(writing, "hashlib", mock.Mock(sha256=Hash)),
         mock.patch.object(os, "fsync", added("disk", os.fsync)),
         mock.patch.object(checkpoint, "save", saving(checkpoint.save)),
-        mock.patch.object(module, "verify", verifying),
+        mock.patch.object(checkpoint, "verify", verifying),
     ):
         yield parts
 
