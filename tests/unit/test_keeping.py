@@ -1,5 +1,6 @@
 """Which checkpoints are kept, what may not go on from them, who may write them, and what can be seen in them."""
 
+import errno
 import json
 import os
 import shutil
@@ -97,6 +98,71 @@ def test_the_best_that_is_damaged_gives_way_to_the_best_that_is_whole(run):
     (checkpoint.directory_of(run, 2) / "more").write_text("less")
     pruner(run, keep_last=1, keep_best=True).prune(checkpoint.directory_of(run, 4))
     assert names(run) == steps(1, 4)
+
+
+@pytest.fixture
+def unreadable(monkeypatch):
+    """Steps whose files the storage does not give at the moment."""
+    steps_of_none, digest = set(), files.digest
+
+    def failing(path):
+        if files.step_of(path.parent) in steps_of_none:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return digest(path)
+
+    monkeypatch.setattr(files, "digest", failing)
+    return steps_of_none
+
+
+def of_a_newer_format(path):
+    text = (path / "manifest.json").read_text()
+    (path / "manifest.json").write_text(text.replace('"format": 2', '"format": 3'))
+
+
+def test_where_fewer_whole_ones_are_found_than_are_to_be_kept_nothing_goes(run):
+    for step in (1, 2, 3):
+        flip_a_bit(make_checkpoint(run, step) / "trainer.json")
+    make_checkpoint(run, 4)
+    make_checkpoint(run, 5)
+    assert pruner(run, keep_last=3).prune(checkpoint.directory_of(run, 5)) == []
+    assert names(run) == steps(1, 2, 3, 4, 5)
+
+
+def test_what_cannot_be_read_now_neither_counts_nor_goes_and_is_asked_again(run, unreadable):
+    for step in (1, 2, 3, 4):
+        make_checkpoint(run, step)
+    unreadable |= {1, 3}
+    keeper = pruner(run, keep_last=2)
+    keeper.prune(checkpoint.directory_of(run, 4))
+    assert names(run) == steps(1, 2, 3, 4)
+    unreadable.clear()
+    keeper.prune(checkpoint.directory_of(run, 4))
+    assert names(run) == steps(3, 4)
+
+
+def test_the_best_that_cannot_be_read_now_does_not_go(run, unreadable):
+    for step, loss in enumerate((1.0, 2.0, 3.0, 4.0), 1):
+        make_checkpoint(run, step, record={"eval_loss": loss})
+    unreadable |= {1}
+    pruner(run, keep_last=1, keep_best=True).prune(checkpoint.directory_of(run, 4))
+    assert names(run) == steps(1, 2, 4)
+
+
+def test_what_a_newer_version_has_written_neither_counts_nor_goes(run):
+    for step in (1, 2, 3, 4, 5):
+        make_checkpoint(run, step)
+    for step in (2, 4):
+        of_a_newer_format(checkpoint.directory_of(run, step))
+    pruner(run, keep_last=2).prune(checkpoint.directory_of(run, 5))
+    assert names(run) == steps(2, 3, 4, 5)
+
+
+def test_a_manifest_that_cannot_be_read_is_not_one_that_is_missing(run):
+    path = make_checkpoint(run, 1)
+    (path / "manifest.json").unlink()
+    assert not isinstance(files.damage(path), files.Unreadable)
+    (path / "manifest.json").mkdir()
+    assert isinstance(files.damage(path), files.Unreadable)
 
 
 def test_a_deletion_that_is_interrupted_leaves_nothing_that_looks_like_a_checkpoint(run, monkeypatch):
