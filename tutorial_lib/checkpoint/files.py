@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ FORMAT = 2
 
 _NAME = re.compile(r"step-\d{8}")
 _PARTIAL, _DELETING = ".partial-", ".deleting-"
-_REMAINS = re.compile(r"\.(partial|deleting)-step-\d{8}")
+_REMAINS = re.compile(r"\.(partial|deleting)-(?P<final>step-\d{8})(-[0-9a-f]{8})?")
 
 
 class CheckpointError(RuntimeError):
@@ -254,26 +255,29 @@ def _unreadable(path: Path, error: OSError) -> Unreadable:
 def clear_remains(run: RunDirectory) -> None:
     """Remove what saves and deletions of killed starts have left behind under names that nobody reads."""
     for path in run.checkpoints.iterdir():
-        if _REMAINS.fullmatch(path.name):
-            final = path.with_name(path.name.removeprefix(_PARTIAL))
-            if _NAME.fullmatch(final.name) and (path / MANIFEST).is_file() and not final.exists():
+        if found := _REMAINS.fullmatch(path.name):
+            final = path.with_name(found["final"])
+            if path.name.startswith(_PARTIAL) and (path / MANIFEST).is_file() and not final.exists():
                 os.rename(path, final)  # complete, and killed between the two renames of publish()
             else:
                 shutil.rmtree(path, ignore_errors=True)
 
 
 def partial_of(final: Path) -> Path:
-    """The name under which a checkpoint is written, and which nobody reads."""
-    return final.with_name(_PARTIAL + final.name)
+    """A new name under which a checkpoint is written, and which nobody reads.
+
+    No two saves have the same: a rank that outlives its start may still be writing into the one that it knows.
+    """
+    return final.with_name(f"{_PARTIAL}{final.name}-{secrets.token_hex(4)}")
 
 
-def publish(final: Path) -> None:
+def publish(partial: Path, final: Path) -> None:
     """Give a checkpoint that is complete its name; one that has it is replaced and then deleted."""
     doomed = final.with_name(_DELETING + final.name)
     shutil.rmtree(doomed, ignore_errors=True)
     if final.exists():
         os.rename(final, doomed)
-    os.rename(partial_of(final), final)
+    os.rename(partial, final)
     sync(final.parent)
     shutil.rmtree(doomed, ignore_errors=True)  # what cannot be removed now, the next start tries again
 
