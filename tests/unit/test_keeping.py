@@ -16,7 +16,7 @@ from tutorial_lib.__main__ import main
 from tutorial_lib.checkpoint import files
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.mpu import Topology
-from tutorial_lib.records import RunDirectory
+from tutorial_lib.records import RunDirectory, remove_runs
 
 ALONE = Topology(dp=1, tp=1, rank=0)
 
@@ -163,6 +163,19 @@ def test_a_manifest_that_cannot_be_read_is_not_one_that_is_missing(run):
     assert not isinstance(files.damage(path), files.Unreadable)
     (path / "manifest.json").mkdir()
     assert isinstance(files.damage(path), files.Unreadable)
+
+
+def test_a_save_killed_before_its_last_rename_is_completed_and_others_are_removed(run):
+    finals = [make_checkpoint(run, step) for step in (1, 2, 3)]
+    partials = [files.partial_of(final) for final in finals]
+    for final, partial in zip(finals, partials, strict=True):
+        final.rename(partial)
+    (partials[1] / "manifest.json").unlink()
+    make_checkpoint(run, 3)
+    (run.checkpoints / ".partial-step-00000004").mkdir()
+    checkpoint.clear_remains(run)
+    assert names(run) == steps(1, 3)
+    assert files.partial_of(finals[0]) != partials[0], "what outlives a start writes into another one"
 
 
 def test_a_deletion_that_is_interrupted_leaves_nothing_that_looks_like_a_checkpoint(run, monkeypatch):
@@ -325,6 +338,22 @@ def test_a_killed_process_holds_nothing(holder, tmp_path, which):
     process.kill()
     process.wait()
     assert launch.run(config(tmp_path, name="run", steps=1)).result["status"] == "completed"
+
+
+@pytest.mark.parametrize("which", ["launch", "training"])
+def test_a_lesson_removes_no_run_that_is_running(holder, tmp_path, which):
+    remove_runs(str(tmp_path))
+    process = holder(which)
+    for name in ("run", "another"):
+        RunDirectory(tmp_path / name).create()
+        (tmp_path / name / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"which are to be removed, run is running\. Wait for its end"):
+        remove_runs(str(tmp_path))
+    assert (tmp_path / "another").is_dir()
+    process.kill()
+    process.wait()
+    remove_runs(str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == [".lesson"]
 
 
 # ---------------------------------------------------------------------------------------------------------- inspect
