@@ -34,7 +34,7 @@ def late_writes(then: Callable[[int], None] | None = None) -> Iterator[list[str 
     def late(self: Any, job: Callable[..., Any], *given: Any) -> None:
         if self._thread is not None:
             root: Path = self.file_system._root
-            run, step = RunDirectory(root.parents[1]), int(root.name.rpartition("-")[2])
+            run, step = RunDirectory(root.parents[1]), int(root.name.split("-")[2])
             deadline = time.monotonic() + PATIENCE
             while run.rows()[-1]["step"] <= step:
                 assert time.monotonic() < deadline, "training waits for the files"

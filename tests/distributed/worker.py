@@ -198,7 +198,7 @@ class _Watch:
         path = target if isinstance(target, (str, Path)) else getattr(target, "name", None)
         parts = Path(path).parts if isinstance(path, (str, Path)) else ()
         if "checkpoints" in parts:
-            # What follows checkpoints/.partial-step-NNNNNNNN.
+            # What follows checkpoints/.partial-step-NNNNNNNN-TOKEN.
             self.written.add("/".join(parts[parts.index("checkpoints") + 2 :]))
 
     def observation(self) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 One process and the torch engine; ``tests/distributed`` has the same for DeepSpeed's stages and several ranks.
 """
 
+import errno
 import json
+import os
 import re
 import resource
 import shutil
@@ -17,7 +19,7 @@ import torch
 
 from tests.late_writes import late_writes, without_snapshot
 from tutorial_lib import checkpoint, launch
-from tutorial_lib.checkpoint import CheckpointError, exporting, files, saving
+from tutorial_lib.checkpoint import CheckpointError, Writer, continuing, exporting, files, saving
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.records import RunDirectory
 from tutorial_lib.torch_engine import TorchEngine
@@ -270,11 +272,35 @@ def test_an_interrupted_save_leaves_the_checkpoint_before_it(whole, model, tmp_p
         with pytest.raises(KeyboardInterrupt):
             launch.run(settings)
     run = RunDirectory(settings.directory)
-    assert sorted(path.name for path in run.checkpoints.iterdir()) == [".partial-step-00000004", "step-00000002"]
+    partial, saved = sorted(path.name for path in run.checkpoints.iterdir())
+    assert partial.startswith(".partial-step-00000004-") and saved == "step-00000002"
     assert checkpoint.latest(run).name == "step-00000002"
     assert [row["step"] for row in run.rows()] == [1, 2, 3, 4]
     assert_same(launch.run(settings), whole)
     assert sorted(path.name for path in run.checkpoints.iterdir())[0] == "step-00000002"
+
+
+def test_a_file_that_is_cut_short_before_the_save_ends_is_not_published(model, tmp_path, monkeypatch):
+    """Its SHA-256 is taken as it is written: its size alone tells of another process."""
+    save = TorchEngine.save
+
+    def truncated(self, directory, writer):
+        save(self, directory, writer)
+        cut_short(directory / "model.pt")
+
+    settings = config(tmp_path, model=model, checkpoint_every=2)
+    monkeypatch.setattr(TorchEngine, "save", truncated)
+    with pytest.raises(CheckpointError, match=r"engine/model\.pt has \d+ bytes, but \d+ were written.*invisible"):
+        launch.run(settings)
+    assert checkpoint.latest(RunDirectory(settings.directory)) is None
+
+
+def test_what_is_damaged_is_not_opened(halved):
+    path = checkpoint.latest(halved.directory)
+    flip_a_bit(path / "engine" / "model.pt")
+    with pytest.raises(CheckpointError, match=r"engine/model\.pt was altered"):
+        checkpoint.open_whole(path)
+    assert checkpoint.open_whole(path, verified=True).names
 
 
 def entries(run, step):
@@ -335,13 +361,44 @@ def test_a_full_disk_is_an_error_and_the_checkpoint_before_it_stays(whole, model
     limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, most))
     try:
-        with pytest.raises(OSError, match=r"File too large: '.*/\.partial-step-00000004/engine/model\.pt'"):
+        with pytest.raises(OSError, match=r"File too large: '.*/\.partial-step-00000004-\w+/engine/model\.pt'"):
             launch.run(settings)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
     assert checkpoint.latest(RunDirectory(settings.directory)).name == "step-00000002"
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
     assert_same(launch.run(settings), whole)
+
+
+def test_an_error_of_a_file_bears_its_name_even_if_only_the_disk_tells(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"No space left on device: '.*/a\.pt'"):
+        patch.setattr(os, "fsync", full)
+        Writer(tmp_path).save({}, tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "refused", "expected"),
+    [
+        (errno.ENOSPC, "run/checkpoints/a.pt", None, r"No space left on device: .*/a\.pt; "),
+        (errno.EACCES, "elsewhere/data.arrow", None, None),
+        (errno.EIO, None, None, None),
+        (errno.EIO, 7, None, None),
+        (errno.EIO, None, "Read-only file system", r"\(Read-only file system; "),
+        (errno.ENOSPC, "elsewhere/data.arrow", "No space left on device", r"\(No space left on device; "),
+        (errno.ENOENT, "run/checkpoints/a.pt", "Read-only file system", None),
+    ],
+)
+def test_only_an_error_of_the_runs_own_storage_is_told_as_one(tmp_path, monkeypatch, number, name, refused, expected):
+    run = RunDirectory(tmp_path / "run")
+    run.create()
+    if refused:
+        monkeypatch.setattr(continuing, "_refusal", lambda directory: refused)
+    error = OSError(number, os.strerror(number), str(tmp_path / name) if isinstance(name, str) else name)
+    found = checkpoint.storage_failure(run, error)
+    assert re.search(expected, str(found)) if expected else found is None
 
 
 def test_another_model_is_named_too(halved):

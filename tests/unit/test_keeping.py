@@ -1,5 +1,6 @@
 """Which checkpoints are kept, what may not go on from them, who may write them, and what can be seen in them."""
 
+import errno
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from tutorial_lib.__main__ import main
 from tutorial_lib.checkpoint import files
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.mpu import Topology
-from tutorial_lib.records import RunDirectory
+from tutorial_lib.records import RunDirectory, remove_runs
 
 ALONE = Topology(dp=1, tp=1, rank=0)
 
@@ -97,6 +98,84 @@ def test_the_best_that_is_damaged_gives_way_to_the_best_that_is_whole(run):
     (checkpoint.directory_of(run, 2) / "more").write_text("less")
     pruner(run, keep_last=1, keep_best=True).prune(checkpoint.directory_of(run, 4))
     assert names(run) == steps(1, 4)
+
+
+@pytest.fixture
+def unreadable(monkeypatch):
+    """Steps whose files the storage does not give at the moment."""
+    steps_of_none, digest = set(), files.digest
+
+    def failing(path):
+        if files.step_of(path.parent) in steps_of_none:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return digest(path)
+
+    monkeypatch.setattr(files, "digest", failing)
+    return steps_of_none
+
+
+def of_a_newer_format(path):
+    text = (path / "manifest.json").read_text()
+    (path / "manifest.json").write_text(text.replace('"format": 2', '"format": 3'))
+
+
+def test_where_fewer_whole_ones_are_found_than_are_to_be_kept_nothing_goes(run):
+    for step in (1, 2, 3):
+        flip_a_bit(make_checkpoint(run, step) / "trainer.json")
+    make_checkpoint(run, 4)
+    make_checkpoint(run, 5)
+    assert pruner(run, keep_last=3).prune(checkpoint.directory_of(run, 5)) == []
+    assert names(run) == steps(1, 2, 3, 4, 5)
+
+
+def test_what_cannot_be_read_now_neither_counts_nor_goes_and_is_asked_again(run, unreadable):
+    for step in (1, 2, 3, 4):
+        make_checkpoint(run, step)
+    unreadable |= {1, 3}
+    keeper = pruner(run, keep_last=2)
+    keeper.prune(checkpoint.directory_of(run, 4))
+    assert names(run) == steps(1, 2, 3, 4)
+    unreadable.clear()
+    keeper.prune(checkpoint.directory_of(run, 4))
+    assert names(run) == steps(3, 4)
+
+
+def test_the_best_that_cannot_be_read_now_does_not_go(run, unreadable):
+    for step, loss in enumerate((1.0, 2.0, 3.0, 4.0), 1):
+        make_checkpoint(run, step, record={"eval_loss": loss})
+    unreadable |= {1}
+    pruner(run, keep_last=1, keep_best=True).prune(checkpoint.directory_of(run, 4))
+    assert names(run) == steps(1, 2, 4)
+
+
+def test_what_a_newer_version_has_written_neither_counts_nor_goes(run):
+    for step in (1, 2, 3, 4, 5):
+        make_checkpoint(run, step)
+    for step in (2, 4):
+        of_a_newer_format(checkpoint.directory_of(run, step))
+    pruner(run, keep_last=2).prune(checkpoint.directory_of(run, 5))
+    assert names(run) == steps(2, 3, 4, 5)
+
+
+def test_a_manifest_that_cannot_be_read_is_not_one_that_is_missing(run):
+    path = make_checkpoint(run, 1)
+    (path / "manifest.json").unlink()
+    assert not isinstance(files.damage(path), files.Unreadable)
+    (path / "manifest.json").mkdir()
+    assert isinstance(files.damage(path), files.Unreadable)
+
+
+def test_a_save_killed_before_its_last_rename_is_completed_and_others_are_removed(run):
+    finals = [make_checkpoint(run, step) for step in (1, 2, 3)]
+    partials = [files.partial_of(final) for final in finals]
+    for final, partial in zip(finals, partials, strict=True):
+        final.rename(partial)
+    (partials[1] / "manifest.json").unlink()
+    make_checkpoint(run, 3)
+    (run.checkpoints / ".partial-step-00000004").mkdir()
+    checkpoint.clear_remains(run)
+    assert names(run) == steps(1, 3)
+    assert files.partial_of(finals[0]) != partials[0], "what outlives a start writes into another one"
 
 
 def test_a_deletion_that_is_interrupted_leaves_nothing_that_looks_like_a_checkpoint(run, monkeypatch):
@@ -259,6 +338,22 @@ def test_a_killed_process_holds_nothing(holder, tmp_path, which):
     process.kill()
     process.wait()
     assert launch.run(config(tmp_path, name="run", steps=1)).result["status"] == "completed"
+
+
+@pytest.mark.parametrize("which", ["launch", "training"])
+def test_a_lesson_removes_no_run_that_is_running(holder, tmp_path, which):
+    remove_runs(str(tmp_path))
+    process = holder(which)
+    for name in ("run", "another"):
+        RunDirectory(tmp_path / name).create()
+        (tmp_path / name / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"which are to be removed, run is running\. Wait for its end"):
+        remove_runs(str(tmp_path))
+    assert (tmp_path / "another").is_dir()
+    process.kill()
+    process.wait()
+    remove_runs(str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == [".lesson"]
 
 
 # ---------------------------------------------------------------------------------------------------------- inspect

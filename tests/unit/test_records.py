@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from tutorial_lib.records import RunDirectory, write_atomically
+from tutorial_lib.config import ConfigError
+from tutorial_lib.records import RunDirectory, remove_runs, write_atomically
 
 
 @pytest.fixture
@@ -96,3 +97,29 @@ def test_reading_records_imports_nothing_heavy():
         "import sys, tutorial_lib.records; print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def a_run(storage, name):
+    run = RunDirectory(storage / name)
+    run.create()
+    run.path.joinpath("config.json").write_text("{}")
+
+
+def test_a_lesson_removes_the_runs_of_its_own_directory_alone(tmp_path):
+    storage = tmp_path / "runs" / "lesson"
+    remove_runs(str(storage))
+    a_run(storage, "one")
+    (storage / "note.json").write_text("")
+    (storage / "mine").mkdir()
+    remove_runs(str(storage))
+    assert sorted(path.name for path in storage.iterdir()) == [".lesson", "mine", "note.json"]
+
+
+def test_runs_in_a_directory_that_no_lesson_made_stay(tmp_path):
+    a_run(tmp_path, "somebodys")
+    with pytest.raises(ConfigError, match=r"was not made by a lesson.*STORAGE = '.*/lesson'.*make the empty file"):
+        remove_runs(str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["somebodys"]
+    (tmp_path / ".lesson").write_text("")
+    remove_runs(str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == [".lesson"]

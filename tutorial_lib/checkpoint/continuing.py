@@ -150,10 +150,13 @@ _PROBE_BYTES = 2**20
 def storage_failure(run: RunDirectory, error: BaseException) -> CheckpointError | None:
     """What to say of an error that comes of the run's storage, if it does: PyTorch reports a full disk as a bug."""
     if isinstance(error, OSError) and error.errno in _FULL_OR_CLOSED:
-        reason = f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
+        # A data set or a cache lies elsewhere, and its errors are its own.
+        reason = f"{error.strerror}: {error.filename}" if _is_under(error.filename, run.path) else _refusal(run.path)
     elif isinstance(error, RuntimeError) and any(sign in str(error) for sign in _TORCH_COULD_NOT_WRITE):
         reason = _refusal(run.path) or str(error).splitlines()[0]
     else:
+        reason = None
+    if reason is None:
         return None
     return CheckpointError(
         f"The storage of run {run.path.name!r} refuses to be written to ({reason}; "
@@ -161,6 +164,13 @@ def storage_failure(run: RunDirectory, error: BaseException) -> CheckpointError 
         "Make room or make it writable, then give the same command again: it goes on from the newest whole checkpoint. "
         "keep_last deletes older ones as it goes."
     )
+
+
+def _is_under(name: Any, directory: Path) -> bool:
+    """Whether an error's ``filename``, which may be a descriptor or nothing, is one of the directory's."""
+    if not isinstance(name, str | bytes | os.PathLike):
+        return False
+    return Path(os.fsdecode(name)).resolve().is_relative_to(directory.resolve())
 
 
 def _refusal(directory: Path) -> str | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tutorial_lib.checkpoint.files import sync, verify
+from tutorial_lib.checkpoint.files import sync
 from tutorial_lib.checkpoint.whole import Whole, open_whole
 from tutorial_lib.config import ConfigError
 
@@ -43,7 +43,6 @@ def export(path: Path, target: Path, max_shard_size: str = MAX_SHARD_SIZE) -> Pa
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} is not empty. Name a new directory for the export.")
-    verify(path)
     whole = open_whole(path)
     buffers = whole.buffers()
     outlines = {name: torch.empty(whole.shapes[name], device="meta") for name in whole.names}

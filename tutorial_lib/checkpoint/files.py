@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ FORMAT = 2
 
 _NAME = re.compile(r"step-\d{8}")
 _PARTIAL, _DELETING = ".partial-", ".deleting-"
-_REMAINS = re.compile(r"\.(partial|deleting)-step-\d{8}")
+_REMAINS = re.compile(r"\.(partial|deleting)-(?P<final>step-\d{8})(-[0-9a-f]{8})?")
 
 
 class CheckpointError(RuntimeError):
@@ -35,6 +36,10 @@ class CheckpointError(RuntimeError):
 
 class NewerFormat(CheckpointError):
     """A checkpoint that a newer version has written: it may be whole, so nothing is put in its place."""
+
+
+class Unreadable(CheckpointError):
+    """A file that the storage did not give now: what lies there may be whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +76,7 @@ def latest(run: RunDirectory) -> Path | None:
     Raises:
         CheckpointError: there are checkpoints, and none of them looks whole; or the newest is of a newer format.
     """
-    return _newest(run, checkpoints(run), _damage_at_a_glance)[0]
+    return _newest(run, checkpoints(run), damage_at_a_glance)[0]
 
 
 def newest_whole(run: RunDirectory, topology: Topology | None = None) -> tuple[Path | None, list[LeftOut]]:
@@ -88,14 +93,16 @@ def newest_whole(run: RunDirectory, topology: Topology | None = None) -> tuple[P
 
 
 def _newest(
-    run: RunDirectory, found: list[Path], damage_of: Callable[[Path], str | None]
+    run: RunDirectory, found: list[Path], damage_of: Callable[[Path], CheckpointError | None]
 ) -> tuple[Path | None, list[LeftOut]]:
     left_out: list[LeftOut] = []
     for path in reversed(found):
         why = damage_of(path)
         if why is None:
             return path, left_out
-        left_out.append(LeftOut(path.name, why))
+        if isinstance(why, NewerFormat):
+            raise why
+        left_out.append(LeftOut(path.name, str(why)))
     if left_out:
         raise CheckpointError(
             f"Run {run.path.name!r} has checkpoints, and none of them is whole: "
@@ -136,29 +143,27 @@ def verify(path: Path, topology: Topology | None = None) -> None:
         CheckpointError: names the first missing or altered file.
     """
     if found := damage(path, topology):
+        if isinstance(found, NewerFormat):
+            raise found
         raise CheckpointError(f"{found} Nothing was loaded. Restore its files, or take another checkpoint.")
 
 
-def damage(path: Path, topology: Topology | None = None) -> str | None:
+def damage(path: Path, topology: Topology | None = None) -> CheckpointError | None:
     """What is wrong with a checkpoint, with the first missing or altered file's name; ``None`` if it is whole.
 
-    With a topology this is collective, and every rank reads a share of the files.
-
-    Raises:
-        NewerFormat: nobody here can tell.
+    :class:`NewerFormat` and :class:`Unreadable` say that it may be whole, and that nobody can tell here and now. With a
+    topology this is collective, and every rank reads a share of the files.
     """
     rank, size = (topology.rank, topology.world_size) if topology else (0, 1)
     files, problem = _manifest_or_error(path) if rank == 0 else ({}, None)
     if size > 1:
         # One rank reads the manifest: if each did, one that cannot would leave the others waiting for it.
         files, problem = agreed((files, problem))
-    if isinstance(problem, NewerFormat):
-        raise problem
     if problem:
-        return str(problem)
+        return problem
     found = next(filter(None, (file_damage(path / n, files[n]) for n in sorted(files)[rank::size])), None)
     if size > 1:
-        by_rank: list[str | None] = [None] * size
+        by_rank: list[CheckpointError | None] = [None] * size
         dist.all_gather_object(by_rank, found)
         found = next(filter(None, by_rank), None)
     return found
@@ -170,13 +175,17 @@ def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     Raises:
         CheckpointError: there is no manifest, or it is not one.
     """
-    if not (path / MANIFEST).is_file():
-        raise CheckpointError(f"{path} has no {MANIFEST}: it was not written to its end, or a file was removed.")
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         _check_format(path, manifest["format"])
         files = {name: {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in manifest["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} has no {MANIFEST}: it was not written to its end, or a file was removed."
+        ) from None
+    except OSError as error:
+        raise _unreadable(path / MANIFEST, error) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / MANIFEST} cannot be read: {type(error).__name__}: {error}.") from error
     if "trainer.json" not in files:
         raise CheckpointError(f"{path / MANIFEST} does not list trainer.json, which every checkpoint has.")
@@ -190,13 +199,12 @@ def _manifest_or_error(path: Path) -> tuple[dict[str, dict[str, Any]], Checkpoin
         return {}, error
 
 
-def _damage_at_a_glance(path: Path) -> str | None:
+def damage_at_a_glance(path: Path) -> CheckpointError | None:
+    """As :func:`damage`, for what shows without reading more than the manifest and ``trainer.json``."""
     files, problem = _manifest_or_error(path)
-    if isinstance(problem, NewerFormat):
-        raise problem
     if problem:
-        return str(problem)
-    wrong = next(filter(None, (_wrong_size(path / name, entry) for name, entry in files.items())), None)
+        return problem
+    wrong = next(filter(None, (wrong_size(path / name, entry) for name, entry in files.items())), None)
     return wrong or file_damage(path / "trainer.json", files["trainer.json"])
 
 
@@ -215,53 +223,61 @@ def digest(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _wrong_size(path: Path, entry: dict[str, Any]) -> str | None:
+def wrong_size(path: Path, entry: dict[str, Any]) -> CheckpointError | None:
+    """What a file's size tells of its damage; ``None`` if it is as listed."""
     try:
         size = path.stat().st_size
     except FileNotFoundError:
-        return f"{path} is missing from the checkpoint."
+        return CheckpointError(f"{path} is missing from the checkpoint.")
     except OSError as error:
-        return f"{path} cannot be read: {error.strerror}."
+        return _unreadable(path, error)
     if size != entry["bytes"]:
-        return f"{path} has {size} bytes, but {entry['bytes']} were written."
+        return CheckpointError(f"{path} has {size} bytes, but {entry['bytes']} were written.")
     return None
 
 
-def file_damage(path: Path, entry: dict[str, Any]) -> str | None:
+def file_damage(path: Path, entry: dict[str, Any]) -> CheckpointError | None:
     """What is wrong with a file of a checkpoint, which the manifest describes so; ``None`` if nothing is."""
-    if wrong := _wrong_size(path, entry):
+    if wrong := wrong_size(path, entry):
         return wrong
     try:
         if digest(path)["sha256"] != entry["sha256"]:
-            return f"{path} was altered after it was written (its SHA-256 differs)."
+            return CheckpointError(f"{path} was altered after it was written (its SHA-256 differs).")
     except OSError as error:
-        return f"{path} cannot be read: {error.strerror}."
+        return _unreadable(path, error)
     return None
+
+
+def _unreadable(path: Path, error: OSError) -> Unreadable:
+    return Unreadable(f"{path} cannot be read: {error.strerror}.")
 
 
 def clear_remains(run: RunDirectory) -> None:
     """Remove what saves and deletions of killed starts have left behind under names that nobody reads."""
     for path in run.checkpoints.iterdir():
-        if _REMAINS.fullmatch(path.name):
-            final = path.with_name(path.name.removeprefix(_PARTIAL))
-            if _NAME.fullmatch(final.name) and (path / MANIFEST).is_file() and not final.exists():
+        if found := _REMAINS.fullmatch(path.name):
+            final = path.with_name(found["final"])
+            if path.name.startswith(_PARTIAL) and (path / MANIFEST).is_file() and not final.exists():
                 os.rename(path, final)  # complete, and killed between the two renames of publish()
             else:
                 shutil.rmtree(path, ignore_errors=True)
 
 
 def partial_of(final: Path) -> Path:
-    """The name under which a checkpoint is written, and which nobody reads."""
-    return final.with_name(_PARTIAL + final.name)
+    """A new name under which a checkpoint is written, and which nobody reads.
+
+    No two saves have the same: a rank that outlives its start may still be writing into the one that it knows.
+    """
+    return final.with_name(f"{_PARTIAL}{final.name}-{secrets.token_hex(4)}")
 
 
-def publish(final: Path) -> None:
+def publish(partial: Path, final: Path) -> None:
     """Give a checkpoint that is complete its name; one that has it is replaced and then deleted."""
     doomed = final.with_name(_DELETING + final.name)
     shutil.rmtree(doomed, ignore_errors=True)
     if final.exists():
         os.rename(final, doomed)
-    os.rename(partial_of(final), final)
+    os.rename(partial, final)
     sync(final.parent)
     shutil.rmtree(doomed, ignore_errors=True)  # what cannot be removed now, the next start tries again
 

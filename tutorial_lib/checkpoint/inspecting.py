@@ -78,7 +78,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
         damage.append(str(error))
     there = {str(p.relative_to(path)): p.stat().st_size for p in path.rglob("*") if p.is_file() and p.name != MANIFEST}
     damaged = {name: found for name, entry in sorted(listed.items()) if (found := file_damage(path / name, entry))}
-    damage += damaged.values()
+    damage += map(str, damaged.values())
     settings = trainer.get("config", {})
     files = [
         {

@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import platform
 import random
-import shutil
 import socket
 import time
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from tutorial_lib.checkpoint.files import (
     FORMAT,
     MANIFEST,
     CheckpointError,
+    agreed,
     barrier,
     digest,
     directory_of,
@@ -31,6 +31,7 @@ from tutorial_lib.checkpoint.files import (
     publish,
     read_trainer_state,
     sync,
+    wrong_size,
 )
 from tutorial_lib.checkpoint.whole import open_whole
 from tutorial_lib.checkpoint.writing import Writer
@@ -86,9 +87,8 @@ def save(
     final = directory_of(run, progress.step)
     partial = partial_of(final)
     if topology.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    barrier()
+    partial = agreed(partial)  # rank 0's, which is there when the others learn its name
     writer = Writer(partial, stager)
     engine.save(partial / "engine", writer)
     own = {"loader": progress.loader, "random": _random_states(engine)}
@@ -152,7 +152,8 @@ class Save:
             on the disk (both of the rank that took longest), and the ``bytes`` of all files.
 
         Raises:
-            CheckpointError: some rank's files are not visible here: the storage is not shared.
+            CheckpointError: some rank's files are not visible here, as the storage is not shared; or not in the size
+                in which they were written.
             OSError: this rank's files could not be written.
         """
         began = time.perf_counter()
@@ -183,10 +184,15 @@ class Save:
                 f"{missing[0]} was written, but is not visible in {self._partial} from rank 0. The storage must be one "
                 "that every node sees, such as a network file system: choose another --storage."
             )
+        if wrong := next(filter(None, (wrong_size(self._partial / name, files[name]) for name in sorted(files))), None):
+            raise CheckpointError(
+                f"{wrong} Another process has changed it since. This save stays invisible; what was saved before is "
+                "untouched. End what writes there, then give the same command again."
+            )
         write_atomically(self._partial / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))
         sync(self._partial / MANIFEST)
         sync(self._partial)
-        publish(self._final)
+        publish(self._partial, self._final)
 
     def abandon(self) -> None:
         """Leave it as it is: invisible. Returns when this rank no longer writes."""
@@ -218,7 +224,7 @@ def load(path: Path, engine: Any, config: Config, topology: Topology) -> Progres
     if reshaped_from is None or _dcp_reshards(saved, wanted, engine.module):
         engine.load(path / "engine")
     else:
-        engine.load_whole(open_whole(path))
+        engine.load_whole(open_whole(path, verified=True))
     if reshaped_from is None:
         _restore_random_states(own["random"], engine)
     return Progress(

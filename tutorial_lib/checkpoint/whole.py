@@ -30,7 +30,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from tutorial_lib.checkpoint.files import CheckpointError, read_trainer_state
+from tutorial_lib.checkpoint.files import CheckpointError, read_trainer_state, verify
 from tutorial_lib.config import Config
 from tutorial_lib.fused import by_part, is_fused_by_part
 from tutorial_lib.models import freeze_parameters
@@ -44,15 +44,18 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 _WEIGHT = "weight"
 
 
-def open_whole(path: Path) -> Whole:
-    """The whole tensors of a checkpoint. They are pickled: verify the checkpoint first.
+def open_whole(path: Path, *, verified: bool = False) -> Whole:
+    """The whole tensors of a checkpoint. They are pickled, so every byte is verified before any of it is opened.
 
     Args:
         path: a checkpoint's directory, ``step-NNNNNNNN``.
+        verified: the caller has just done that.
 
     Raises:
-        CheckpointError: ``trainer.json`` cannot be read.
+        CheckpointError: the checkpoint is damaged.
     """
+    if not verified:
+        verify(path)
     settings = Config.from_json(json.dumps(read_trainer_state(path)["config"]))
     model = _outline(path, settings)
     stages = (_DeepSpeed0, _DeepSpeed12, _DeepSpeed12, _DeepSpeed3)

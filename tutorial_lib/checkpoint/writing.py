@@ -133,9 +133,12 @@ class _HashingFileSystem(FileSystem):
                 os.fsync(stream.fileno())
             except Exception as error:
                 # Where a disk is full, torch.save says "unexpected pos".
-                if hashed.failure is None or hashed.failure is error:
+                failure = hashed.failure or error
+                if isinstance(failure, OSError) and failure.filename is None:
+                    failure.filename = str(path)
+                if failure is error:
                     raise
-                raise hashed.failure from error
+                raise failure from error
         self._files[self.name(path)] = {"bytes": hashed.tell(), "sha256": hashed.digest.hexdigest()}
 
     def rename(self, path: Any, new_path: Any) -> None:
@@ -156,7 +159,6 @@ class _HashedFile:
         try:
             written: int = self._stream.write(data)
         except OSError as error:
-            error.filename = self.name
             self.failure = self.failure or error
             raise
         self._size += written
