@@ -44,10 +44,10 @@ unit: $(READY) ## functions, as many at a time as there are cores
 distributed: $(READY) ## real runs on 1, 2 and 4 processes, compared number by number
 	@$(TESTS) tests/distributed
 
-notebooks: $(READY) ## every notebook by papermill: all cells run, all claims hold
+notebooks: $(READY) ## every notebook as committed: it reads well, its claims hold, what it shows is the library
 	@$(TESTS) tests/notebooks
 
-nbval: $(READY) ## every notebook again by nbval: the deterministic cells show what is committed
+nbval: $(READY) ## every notebook runs, all claims hold, and the deterministic cells show what is committed
 	@$(PYTHON_IN) tests/notebooks/run.py --copy-to build/nbval
 	@$(TESTS) -p tests.conftest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 --timeout 620 build/nbval/*.ipynb
 
