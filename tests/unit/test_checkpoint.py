@@ -19,7 +19,7 @@ import torch
 
 from tests.late_writes import late_writes, without_snapshot
 from tutorial_lib import checkpoint, launch
-from tutorial_lib.checkpoint import CheckpointError, Writer, continuing, exporting, files, saving, writing
+from tutorial_lib.checkpoint import CheckpointError, Writer, continuing, exporting, files, saving
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.records import RunDirectory
 from tutorial_lib.torch_engine import TorchEngine
@@ -377,23 +377,6 @@ def test_an_error_of_a_file_bears_its_name_even_if_only_the_disk_tells(tmp_path,
     with monkeypatch.context() as patch, pytest.raises(OSError, match=r"No space left on device: '.*/a\.pt'"):
         patch.setattr(os, "fsync", full)
         Writer(tmp_path).save({}, tmp_path / "a.pt")
-
-
-def test_an_error_that_the_disk_tells_while_more_is_written_is_not_lost(tmp_path, monkeypatch):
-    """The kernel tells it once, so the last fsync succeeds."""
-    told = threading.Event()
-
-    def failing(descriptor):
-        told.set()
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"Input/output error: '.*/a\.pt'"):
-        patch.setattr(os, "fdatasync", failing)
-        patch.setattr(writing, "_WRITE_BACK_FROM", 1)
-        with Writer(tmp_path).file_system.create_stream(tmp_path / "a.pt", "wb") as stream:
-            stream.write(b"a")
-            assert told.wait(10)
-    assert not [thread for thread in threading.enumerate() if thread.name == "write-back"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,9 +22,6 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.utils.serialization import config as serialization
 
 from tutorial_lib.checkpoint.files import digest, sync
-
-_WRITE_BACK_FROM = 16 * 2**20
-"""Bytes of a file from which on it goes to the disk while it is still being written."""
 
 
 def make_stager() -> DefaultStager:
@@ -133,7 +129,6 @@ class _HashingFileSystem(FileSystem):
             try:
                 yield hashed
                 hashed.flush()
-                hashed.end_write_back()
                 # Else a power cut could leave a checkpoint that has its name and not its content.
                 os.fsync(stream.fileno())
             except Exception as error:
@@ -144,8 +139,6 @@ class _HashingFileSystem(FileSystem):
                 if failure is error:
                     raise
                 raise failure from error
-            finally:
-                hashed.write_back.stop()
         self._files[self.name(path)] = {"bytes": hashed.tell(), "sha256": hashed.digest.hexdigest()}
 
     def rename(self, path: Any, new_path: Any) -> None:
@@ -159,7 +152,6 @@ class _HashedFile:
     def __init__(self, stream: Any, name: str) -> None:
         self.name, self.digest = name, hashlib.sha256()
         self.failure: OSError | None = None
-        self.write_back = _WriteBack(stream.fileno())
         self._stream, self._size = stream, 0
 
     def write(self, data: Any) -> int:
@@ -170,15 +162,7 @@ class _HashedFile:
             self.failure = self.failure or error
             raise
         self._size += written
-        if self._size >= _WRITE_BACK_FROM:
-            self.write_back.start()
         return written
-
-    def end_write_back(self) -> None:
-        """Raises the error that the disk has answered with meanwhile."""
-        self.write_back.stop()
-        if self.write_back.failure:
-            raise self.write_back.failure
 
     def tell(self) -> int:
         return self._size
@@ -188,30 +172,3 @@ class _HashedFile:
 
     def close(self) -> None:
         """Closed by whoever opened it."""
-
-
-class _WriteBack:
-    """Sends a file to the disk while more of it is written, so that the last wait is short."""
-
-    def __init__(self, descriptor: int) -> None:
-        self.failure: OSError | None = None
-        self._descriptor, self._over = descriptor, threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="write-back", daemon=True)
-            self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            while not self._over.wait(0.05):
-                os.fdatasync(self._descriptor)
-        except OSError as error:  # the kernel tells it once: the last fsync would succeed
-            self.failure = error
-
-    def stop(self) -> None:
-        """Return when the file may be closed."""
-        self._over.set()
-        if self._thread:
-            self._thread.join()
