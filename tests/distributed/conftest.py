@@ -14,8 +14,8 @@ from tests.distributed.comparing import Observed
 from tests.distributed.launching import Shell, observe
 from tutorial_lib.config import Config
 
-TIMEOUT = 900
-"""Seconds for a test that may be the one that waits for a shared launch. Idle, the largest launch takes 150."""
+TIMEOUT = 1800
+"""Seconds for a test that may be the one that waits for all shared launches. On two idle cores they take 920."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
