@@ -2,9 +2,8 @@
 
 The measure is a plain ``torch.save`` and ``torch.load`` of the same tensors by the same ranks, without hashes, without
 waiting for the disk, and without an engine to fill. It writes a new file and puts it in the old one's place, as
-anybody does who has one checkpoint: to write over the old one's pages is two to three times as fast, as no page is
-allocated. ``measure`` starts the ranks; each runs ``python -m tests.benchmarks.checkpoints``, the local launcher's
-worker with :func:`compare` in place of the trainer.
+anybody does who would not lose the only checkpoint. ``measure`` starts the ranks; each runs
+``python -m tests.benchmarks.checkpoints``, the local launcher's worker with :func:`compare` in place of the trainer.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from tests.distributed.launching import Shell, observe
 from tutorial_lib.config import Config
 
 TIMEOUT = 1800
-"""Seconds for a test that may be the one that waits for all shared launches. On two idle cores they take 920."""
+"""Seconds for a test that may be the one that waits for all shared launches. On two cores they took 920 together."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

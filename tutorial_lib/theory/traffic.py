@@ -169,8 +169,7 @@ def tensor_parallel_volume(
 
     Each layer all-reduces ``b s h`` elements twice in forward (after attention, after the MLP) and twice in backward
     (arXiv:1909.08053, section 3). PyTorch's activation checkpointing runs the first of the forward two again; it stops
-    recomputing at the last tensor that backward needs, which comes before the sum after the MLP. (Schemes that run the
-    whole layer again, as reentrant checkpointing does, repeat both.)
+    recomputing at the last tensor that backward needs, which comes before the sum after the MLP.
 
     Args:
         num_layers: L.
