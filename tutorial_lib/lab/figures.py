@@ -232,7 +232,7 @@ def stacked_bars(
     parts = list(dict.fromkeys(part for bar in values.values() for part in bar))
     gaps = [next((i for i, group in enumerate(groups) if label.startswith(group)), 0) for label in values]
     places = [index + 0.6 * gap for index, gap in enumerate(gaps)]
-    height = 1.4 + 0.3 * (places[-1] + 1) + 0.2 * math.ceil(len(parts) / 3)
+    height = 1.4 + 0.3 * (places[-1] + 1) + 0.2 * math.ceil(len(parts) / 2)
     with _axes(title, alt, size=(7.0, height), grid="x") as (axes, drawn):
         totals = [0.0] * len(values)
         for index, part in enumerate(parts):
@@ -248,7 +248,7 @@ def stacked_bars(
         axes.invert_yaxis()
         axes.set_xlabel(unit)
         axes.margins(x=0.1)
-        axes.figure.legend(frameon=False, ncols=min(len(parts), 3), loc="outside lower center")
+        axes.figure.legend(frameon=False, ncols=min(len(parts), 2), loc="outside lower center")
     return drawn[0]
 
 
