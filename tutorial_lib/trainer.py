@@ -289,6 +289,7 @@ class _Session:
             self.in_flight[0].abandon()
         if self.stager:
             self.stager.close()
+        checkpoint.finish_deletions()
         self.engine.close()
 
     def _train_steps(self) -> bool:

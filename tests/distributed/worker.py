@@ -107,9 +107,11 @@ def _train_in_vain(config: Config) -> None:
     except Exception as error:
         refused: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(refused, {"type": type(error).__name__, "message": str(error)})
-        (config.directory / "refused.json").write_text(json.dumps(refused))
-        # What the launcher expects of a run that has ended.
-        (config.directory / "result.json").write_text("{}")
+        if dist.get_rank() == 0:
+            (config.directory / "refused.json").write_text(json.dumps(refused))
+            # What the launcher expects of a run that has ended: a result, and no error to take for that of a later run.
+            (config.directory / "result.json").write_text("{}")
+            RunDirectory(config.directory).clear_errors()
     else:
         raise AssertionError(f"{config.run.name} was trained")
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -29,6 +30,7 @@ def run(tmp_path):
 
 
 def names(run):
+    checkpoint.finish_deletions()
     return sorted(path.name for path in run.checkpoints.iterdir())
 
 
@@ -182,18 +184,40 @@ def test_a_deletion_that_is_interrupted_leaves_nothing_that_looks_like_a_checkpo
     for step in (1, 2):
         make_checkpoint(run, step)
 
-    def killed(path, **_):
-        if path.exists():
-            raise KeyboardInterrupt
+    def killed(doomed):
+        (doomed / "trainer.json").unlink()
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", killed)
+        patch.setattr(files, "_discard", killed)
         with pytest.raises(KeyboardInterrupt):
             pruner(run, keep_last=1).prune(checkpoint.directory_of(run, 2))
-    assert names(run) == [".deleting-step-00000001", *steps(2)]
+    remains, *seen = names(run)
+    assert remains.startswith(".deleting-step-00000001-")
+    assert seen == steps(2)
     assert checkpoint.newest_whole(run) == (checkpoint.directory_of(run, 2), [])
     checkpoint.clear_remains(run)
     assert names(run) == steps(2)
+
+
+def test_pruning_does_not_wait_until_files_are_gone(run, monkeypatch):
+    """Freeing the room of a large file takes a while on some disks."""
+    for step in (1, 2):
+        make_checkpoint(run, step)
+    rmtree, may_delete = shutil.rmtree, threading.Event()
+
+    def slow(*given):
+        assert may_delete.wait(60)
+        rmtree(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", slow)
+        assert pruner(run, keep_last=1).prune(checkpoint.directory_of(run, 2)) == steps(1)
+        assert [path.name for path in files.checkpoints(run)] == steps(2)
+        assert len(list(run.checkpoints.iterdir())) == 2, "the room is not free yet"
+        may_delete.set()
+        checkpoint.finish_deletions()
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == steps(2)
 
 
 def test_a_run_that_prunes_is_the_run_that_keeps_all(whole, model, tmp_path):  # noqa: F811

@@ -11,9 +11,8 @@ A checkpoint is the directory ``checkpoints/step-NNNNNNNN`` of a run::
 It is written under a name that nobody reads, while training goes on if asked to (``async_save``), and renamed when the
 manifest is complete, so an interrupted save leaves the previous checkpoint the newest one. A resume reads every byte
 before it loads anything, and goes back to the newest whole checkpoint if newer ones are damaged. The engine's files are
-pickles, FSDP2's ``.metadata`` among them: unpickling
-runs code, so only load checkpoints that you or your job wrote. The manifest protects against damage, not against
-forgery.
+pickles, FSDP2's ``.metadata`` among them: unpickling runs code, so only load checkpoints that you or your job wrote.
+The manifest protects against damage, not against forgery.
 """
 
 from tutorial_lib.checkpoint.continuing import (
@@ -32,6 +31,7 @@ from tutorial_lib.checkpoint.files import (
     agreed,
     clear_remains,
     directory_of,
+    finish_deletions,
     latest,
     newest_whole,
     read_trainer_state,
@@ -64,6 +64,7 @@ __all__ = [
     "clear_remains",
     "directory_of",
     "export",
+    "finish_deletions",
     "held_for_launch",
     "held_for_training",
     "identity",

@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -273,28 +274,47 @@ def partial_of(final: Path) -> Path:
 
 def publish(partial: Path, final: Path) -> None:
     """Give a checkpoint that is complete its name; one that has it is replaced and then deleted."""
-    doomed = final.with_name(_DELETING + final.name)
-    shutil.rmtree(doomed, ignore_errors=True)
+    doomed = _doomed(final)
     if final.exists():
         os.rename(final, doomed)
     os.rename(partial, final)
     sync(final.parent)
-    shutil.rmtree(doomed, ignore_errors=True)  # what cannot be removed now, the next start tries again
+    if doomed.exists():
+        _discard(doomed)
 
 
 def delete(path: Path) -> None:
-    """Delete a checkpoint. A reader sees all of it or nothing: it loses its name first.
+    """Delete a checkpoint. A reader sees all of it or nothing: it loses its name first, at once.
 
     Raises:
         ValueError: the path is not named as a checkpoint.
     """
     if not _NAME.fullmatch(path.name):
         raise ValueError(f"{path} is not named as a checkpoint")
-    doomed = path.with_name(_DELETING + path.name)
-    shutil.rmtree(doomed, ignore_errors=True)
+    doomed = _doomed(path)
     os.rename(path, doomed)
     sync(path.parent)
-    shutil.rmtree(doomed, ignore_errors=True)  # what cannot be removed now, the next start tries again
+    _discard(doomed)
+
+
+def _doomed(final: Path) -> Path:
+    return final.with_name(f"{_DELETING}{final.name}-{secrets.token_hex(4)}")
+
+
+_deletions: list[threading.Thread] = []
+
+
+def _discard(doomed: Path) -> None:
+    """Delete the files of what has lost its name, in the background: freeing their room can take a while."""
+    thread = threading.Thread(target=shutil.rmtree, args=(doomed, True), name="checkpoint-deletion")
+    thread.start()  # what cannot be removed now, the next start tries again
+    _deletions.append(thread)
+
+
+def finish_deletions() -> None:
+    """Return when the room of all that was deleted is free again."""
+    while _deletions:
+        _deletions.pop().join()
 
 
 def agreed(value: T) -> T:

@@ -26,6 +26,7 @@ from tutorial_lib.checkpoint.files import (
     barrier,
     digest,
     directory_of,
+    finish_deletions,
     gathered,
     partial_of,
     publish,
@@ -87,6 +88,7 @@ def save(
     final = directory_of(run, progress.step)
     partial = partial_of(final)
     if topology.rank == 0:
+        finish_deletions()  # their room may be needed
         partial.mkdir(parents=True)
     partial = agreed(partial)  # rank 0's, which is there when the others learn its name
     writer = Writer(partial, stager)

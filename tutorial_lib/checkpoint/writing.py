@@ -1,12 +1,11 @@
 """How one rank writes its files: at once, or from a snapshot in host memory, by a thread, while training goes on.
 
-Either way every byte passes through :class:`_HashedFile`, so that a file's SHA-256 is known without reading it again,
-and every file is on the disk itself before it counts as written.
+Either way every byte passes through a :class:`~tutorial_lib.checkpoint.hashed_file.HashedFile`, so that a file's
+SHA-256 is known without reading it again, and every file is on the disk itself before it counts as written.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.utils.serialization import config as serialization
 
 from tutorial_lib.checkpoint.files import digest, sync
+from tutorial_lib.checkpoint.hashed_file import HashedFile
 
 
 def make_stager() -> DefaultStager:
@@ -125,12 +125,11 @@ class _HashingFileSystem(FileSystem):
             if "w" not in mode:
                 yield stream
                 return
-            hashed = _HashedFile(stream, str(path))
+            hashed = HashedFile(stream)
             try:
-                yield hashed
-                hashed.flush()
-                # Else a power cut could leave a checkpoint that has its name and not its content.
-                os.fsync(stream.fileno())
+                with hashed:
+                    yield hashed
+                    hashed.finish()
             except Exception as error:
                 # Where a disk is full, torch.save says "unexpected pos".
                 failure = hashed.failure or error
@@ -144,31 +143,3 @@ class _HashingFileSystem(FileSystem):
     def rename(self, path: Any, new_path: Any) -> None:
         super().rename(path, new_path)
         self._files[self.name(new_path)] = self._files.pop(self.name(path))
-
-
-class _HashedFile:
-    """A file that is written from its beginning to its end, and digested on the way."""
-
-    def __init__(self, stream: Any, name: str) -> None:
-        self.name, self.digest = name, hashlib.sha256()
-        self.failure: OSError | None = None
-        self._stream, self._size = stream, 0
-
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        try:
-            written: int = self._stream.write(data)
-        except OSError as error:
-            self.failure = self.failure or error
-            raise
-        self._size += written
-        return written
-
-    def tell(self) -> int:
-        return self._size
-
-    def flush(self) -> None:
-        self._stream.flush()
-
-    def close(self) -> None:
-        """Closed by whoever opened it."""

@@ -25,7 +25,7 @@ from tutorial_lib.doctor import usable_cores
 from tutorial_lib.launch import _POLL_SECONDS, WorkerError, first_error, next_start
 from tutorial_lib.records import RunDirectory
 
-_FATAL = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS)
+_FATAL = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 """A rank that one of these has ended wrote nothing; what its peers then write is the consequence."""
 
 
@@ -84,9 +84,9 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
             else:
                 silent += (
                     "left no traceback"
-                    + (": it was killed, perhaps for memory." if failure.exitcode < 0 else ".")
+                    + (": it was killed, perhaps for memory." if -failure.exitcode == signal.SIGKILL else ".")
                     + f" {next_start(directories)} The end of its output:\n"
-                    + _last_output(failure.local_rank, outcome.stderrs, directories)
+                    + _last_output(failure.local_rank, printed, directories)
                 )
             raise WorkerError(silent) if -failure.exitcode in _FATAL else first_error(directories, silent)
     finally:
@@ -94,8 +94,9 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _last_output(rank: int, stderrs: dict[int, str], directories: Sequence[RunDirectory], lines: int = 20) -> str:
-    """The end of what a rank wrote: into its newest run's log, or before any run began."""
+def _last_output(rank: int, printed: str, directories: Sequence[RunDirectory], lines: int = 20) -> str:
+    """The end of what a rank wrote: into its newest run's log, and before and after its runs."""
     logs = [path for path in (directory.log_file(rank) for directory in directories) if path.is_file()]
-    path = max(logs, key=lambda log: log.stat().st_mtime, default=Path(stderrs[rank]))
-    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+    newest = max(logs, key=lambda log: log.stat().st_mtime, default=None)
+    parts = [newest.read_text(errors="replace") if newest else "", printed]
+    return "\n".join(line for part in parts for line in part.splitlines()[-lines:])
