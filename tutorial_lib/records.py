@@ -120,8 +120,12 @@ class RunDirectory:
 
     def first_error(self) -> dict[str, Any] | None:
         """The record of the rank that failed first: the others' errors are usually its consequence."""
+        return next(iter(self.errors()), None)
+
+    def errors(self) -> list[dict[str, Any]]:
+        """What :meth:`write_error` has kept of this launch, the first first."""
         found = [json.loads(path.read_text(encoding="utf-8")) for path in self.logs.glob("rank-*.error.json")]
-        return min(found, key=lambda record: record["time"]) if found else None
+        return sorted(found, key=lambda record: record["time"])
 
     def clear_requests(self) -> None:
         """Forget errors, restarts and stop requests of an earlier launch of the same run."""

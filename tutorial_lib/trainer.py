@@ -281,6 +281,7 @@ class _Session:
         # A run that goes on in another shape, and stops where it was, leaves a checkpoint of that shape all the same.
         if self.saved_at != self.step or (self.reshaped_from and self.step == self.resumed_from):
             self.save(and_train_on=False, in_a_hurry=self.stopped_by_request)
+        checkpoint.finish_deletions()
         return self._finish("stopped" if stopped else "completed")
 
     def close(self) -> None:
@@ -289,7 +290,6 @@ class _Session:
             self.in_flight[0].abandon()
         if self.stager:
             self.stager.close()
-        checkpoint.finish_deletions()
         self.engine.close()
 
     def _train_steps(self) -> bool:

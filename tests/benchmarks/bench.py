@@ -89,19 +89,25 @@ def _checkpoints(result: dict[str, Any]) -> Rows:
                 abs(over - 1) <= 0.02,
             )
         )
-        save, load = one["save"], one["load"]
-        restored = load["megabytes_per_second"] / save["plain_megabytes_per_second"]
+        save, on_disk, load = one["save"], one["save_on_disk"], one["load"]
+        restored = load["megabytes_per_second"] / on_disk["plain_megabytes_per_second"]
         rows += [
             (
-                "  save, hashed and on the disk: MB/s against torch.save, which waits for no disk",
-                f"{_range(save)}: {save['megabytes_per_second']:.0f} / {save['plain_megabytes_per_second']:.0f}"
+                "  save, hashed: MB/s against torch.save, fsync and rename",
+                f"{_range(on_disk)}: {save['megabytes_per_second']:.0f} / {on_disk['plain_megabytes_per_second']:.0f}"
                 f"; of {save['seconds']:.2f} s: {_parts(one['seconds_of_a_save'])}",
                 "at least 0.8",
-                save["median"] >= 0.8,
+                on_disk["median"] >= 0.8,
             ),
             (
-                "  restore, verified and filled in: MB/s against torch.save",
-                f"{restored:.3g}: {load['megabytes_per_second']:.0f} / {save['plain_megabytes_per_second']:.0f}"
+                "  the same against torch.save into memory: nothing is on the disk at its end",
+                f"{_range(save)}: {save['megabytes_per_second']:.0f} / {save['plain_megabytes_per_second']:.0f}",
+                "",
+                None,
+            ),
+            (
+                "  restore, verified and filled in: MB/s against torch.save, fsync and rename",
+                f"{restored:.3g}: {load['megabytes_per_second']:.0f} / {on_disk['plain_megabytes_per_second']:.0f}"
                 f"; of {load['seconds']:.2f} s: {_parts(one['seconds_of_a_load'])}; "
                 f"against torch.load, which fills nothing, {_range(load)}",
                 "at least 0.8",
@@ -134,7 +140,7 @@ def _ray(result: dict[str, Any]) -> Rows:
 
 
 def _notebook(result: dict[str, Any]) -> Rows:
-    targets = {"01_zero_finetuning": 180, "02_tensor_data_parallel": 240, "03_fsdp": 240}
+    targets = {"01_zero_finetuning": 180, "02_tensor_data_parallel": 240, "03_fsdp": 240, "04_checkpoints": 300}
     return [
         (
             f"notebook {name}, warm",

@@ -1,9 +1,10 @@
 """Checkpoints of each engine: their size, how fast they are saved and restored, and how long a step waits for them.
 
-The measure is a plain ``torch.save`` and ``torch.load`` of the same tensors by the same ranks, without hashes, without
-waiting for the disk, and without an engine to fill. It writes a new file and puts it in the old one's place, as
-anybody does who would not lose the only checkpoint. ``measure`` starts the ranks; each runs
-``python -m tests.benchmarks.checkpoints``, the local launcher's worker with :func:`compare` in place of the trainer.
+The measure is a plain ``torch.save`` of the same tensors by the same ranks, with the CRC-32 that it adds: once with
+``fsync`` and a rename after it, which makes it a checkpoint that a power cut leaves; once as it is, which is a copy in
+memory. Loads are compared with ``torch.load``, which fills no engine; all read what the first, uncounted one has put
+into memory. ``measure`` starts the ranks; each runs ``python -m tests.benchmarks.checkpoints``, the local
+launcher's worker with :func:`compare` in place of the trainer.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from torch.utils._pytree import tree_map
 from tests.benchmarks.on_ranks import run_on_ranks
 from tutorial_lib import checkpoint, trainer
 from tutorial_lib.checkpoint import hashed_file, writing
+from tutorial_lib.checkpoint.files import sync
 from tutorial_lib.checkpoint.hashed_file import HashedFile
 from tutorial_lib.config import Config
 from tutorial_lib.embedded import model_directory
@@ -99,21 +101,27 @@ def compare(config: Config) -> None:
     session._one_step(next(batches))
     plain = _Plain(config.directory / "plain")
     with _timed() as parts:
-        saving = _alternated(functools.partial(session.save, and_train_on=False), plain.save_of(session.engine))
+        saving = _alternated(
+            plain,
+            ours=functools.partial(session.save, and_train_on=False),
+            plain=functools.partial(plain.save, session.engine),
+            on_disk=functools.partial(plain.save, session.engine, on_disk=True),
+        )
         path = checkpoint.directory_of(run, session.step)
 
         def restore() -> None:
             checkpoint.verify(path, topology)
             checkpoint.load(path, session.engine, config, topology)
 
-        loading = _alternated(restore, plain.load)
-    written = session.saves[-1]["bytes"]
+        loading = _alternated(plain, ours=restore, plain=plain.load)
+    written, plain_bytes = session.saves[-1]["bytes"], _sum_of_ranks(plain.bytes)
     result = {
         "num_parameters": session.engine.num_parameters,
         "bytes": written,
         "over_formula": written / _formula(config, session.engine),
-        "save": _figures(saving, written, _sum_of_ranks(plain.bytes)),
-        "load": _figures(loading, written, _sum_of_ranks(plain.bytes)),
+        "save": _figures(saving, "plain", written, plain_bytes),
+        "save_on_disk": _figures(saving, "on_disk", written, plain_bytes),
+        "load": _figures(loading, "plain", written, plain_bytes),
         "seconds_of_a_save": {name: statistics.median(parts[name]) for name in ("save hash", "save disk")},
         "seconds_of_a_load": {name: statistics.median(parts[name]) for name in ("load verify",)},
         "stall": _stalls(session, batches),
@@ -143,18 +151,25 @@ class _Plain:
         self.directory, self.bytes = directory, 0
         directory.mkdir(exist_ok=True)
 
-    def save_of(self, engine: Any) -> Callable[[], None]:
-        def save() -> None:
-            # Some engines copy their states to save them: that is part of a plain save, too.
-            collected = _Collected(self.directory / "unused")
-            engine.save(self.directory / "unused", collected)
-            for number, states in enumerate(collected.states):
-                new = self._file(number).with_suffix(".new")
-                torch.save(states, new)
-                os.replace(new, self._file(number))
-            self.bytes = sum(self._file(number).stat().st_size for number in range(len(collected.states)))
+    def save(self, engine: Any, on_disk: bool = False) -> None:
+        """Into new files. With ``on_disk`` these are on the disk itself, and in the old ones' place, at its end."""
+        # Some engines copy their states to save them: that is part of a plain save, too.
+        collected = _Collected(self.directory / "unused")
+        engine.save(self.directory / "unused", collected)
+        files = [self._file(number).with_suffix(".new") for number in range(len(collected.states))]
+        for states, file in zip(collected.states, files, strict=True):
+            torch.save(states, file)
+        self.bytes = sum(file.stat().st_size for file in files)
+        if on_disk:
+            for file in files:
+                sync(file)
+            self.settle()
+            sync(self.directory)
 
-        return save
+    def settle(self) -> None:
+        """Put new files in the old ones' place. This frees those, and some file systems then write out the new ones."""
+        for new in self.directory.glob(f"{dist.get_rank()}-*.new"):
+            os.replace(new, new.with_suffix(".pt"))
 
     def load(self) -> None:
         number = 0
@@ -175,15 +190,16 @@ class _Collected(writing.Writer):
         self.states.append(tree_map(lambda t: t.to_local() if isinstance(t, DTensor) else t, given[0]))
 
 
-def _alternated(ours: Callable[[], None], theirs: Callable[[], None]) -> list[tuple[float, float]]:
-    """Seconds of both, in pairs, until the slowest rank is through. The first pair is not counted.
+def _alternated(files: _Plain, **procedures: Callable[[], None]) -> list[dict[str, float]]:
+    """Seconds of each, until the slowest rank is through, in rounds. The first round is not counted.
 
-    Each begins when the disk has come to rest: neither pays for what the other has left to be written or freed.
+    Each begins when the disk has come to rest: neither pays for what is left to be written, or for freeing old files.
     """
-    pairs = []
-    for pair in range(PAIRS + 1):
+    rounds = []
+    for number in range(PAIRS + 1):
         seconds = {}
-        for name, procedure in (("ours", ours), ("theirs", theirs))[:: 1 if pair % 2 else -1]:
+        for name, procedure in list(procedures.items())[:: 1 if number % 2 else -1]:
+            files.settle()
             checkpoint.finish_deletions()
             os.sync()
             dist.barrier()
@@ -191,11 +207,12 @@ def _alternated(ours: Callable[[], None], theirs: Callable[[], None]) -> list[tu
             procedure()
             dist.barrier()
             seconds[name] = time.perf_counter() - began
-        pairs.append((seconds["ours"], seconds["theirs"]))
-    return pairs[1:]
+        rounds.append(seconds)
+    return rounds[1:]
 
 
-def _figures(pairs: list[tuple[float, float]], ours: int, theirs: int) -> dict[str, float]:
+def _figures(rounds: list[dict[str, float]], against: str, ours: int, theirs: int) -> dict[str, float]:
+    pairs = [(seconds["ours"], seconds[against]) for seconds in rounds]
     ratios = [(ours / one) / (theirs / other) for one, other in pairs]
     return {
         "median": statistics.median(ratios),

@@ -8,7 +8,7 @@ from tests.notebooks.run import NOTEBOOKS, execute
 from tutorial_lib.config import ConfigError
 from tutorial_lib.embedded import DATASET_NAMES, dataset_directory
 
-LESSONS = ("01_zero_finetuning", "02_tensor_data_parallel", "03_fsdp")
+LESSONS = ("01_zero_finetuning", "02_tensor_data_parallel", "03_fsdp", "04_checkpoints")
 
 
 def measure() -> dict[str, Any]:

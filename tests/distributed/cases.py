@@ -444,6 +444,7 @@ FATAL = {
     "killed_in_backward": "zero1",
     "killed_in_update": "fsdp-full",
     "killed_in_save": "zero1",
+    "killed_in_publish": "zero3",
     "killed_in_report": "zero1",
     "save_raises": "zero1",
 }

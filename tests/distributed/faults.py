@@ -37,6 +37,11 @@ FAULTS = (
     Fault("killed_in_backward", "SIGKILL of a rank in the backward pass (ZeRO-1)", AGAIN),
     Fault("killed_in_update", "SIGKILL of a rank within the optimizer step (FSDP2)", AGAIN),
     Fault("killed_in_save", "SIGKILL of a rank while it saves", AGAIN),
+    Fault(
+        "killed_in_publish",
+        "SIGKILL of rank 0 with a checkpoint complete and not yet renamed (ZeRO-3)",
+        "stops with an error that names the rank; the same command renames the checkpoint and goes on from it",
+    ),
     Fault("killed_in_report", "SIGKILL of rank 0 with half a row of `metrics.jsonl` written", AGAIN),
     Fault("save_raises", "an exception in one rank's save", AGAIN),
     Fault(

@@ -505,6 +505,21 @@ def _fault_in_second_save(strike: Callable[[], None]) -> Iterator[None]:
 
 
 @contextmanager
+def _killed_in_publish() -> Iterator[None]:
+    """Rank 0 is killed when its second checkpoint is complete, and still has the name that nobody reads."""
+    publish, published = checkpoint.saving.publish, []
+
+    def publishing(partial: Path, final: Path) -> None:
+        published.append(final)
+        if len(published) == 2:
+            _killed()
+        publish(partial, final)
+
+    with mock.patch.object(checkpoint.saving, "publish", publishing):
+        yield
+
+
+@contextmanager
 def _fault_in_second_write(strike: Callable[[], None]) -> Iterator[None]:
     """The same while the files of the second checkpoint are written, and training has gone on."""
 
@@ -705,6 +720,7 @@ BROKEN: dict[str, Callable[[], Any]] = {
     "moments_exchanged": _moments_exchanged,
     "save_raises": lambda: _fault_in_second_save(_raise),
     "killed_in_save": lambda: _fault_in_second_save(_killed),
+    "killed_in_publish": _killed_in_publish,
     "disk_full_in_write": lambda: _fault_in_second_write(_fill_the_disk),
     "killed_in_write": lambda: _fault_in_second_write(_killed),
     "killed_in_forward": lambda: _killed_in_pass(backward=False),

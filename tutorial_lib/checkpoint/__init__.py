@@ -34,6 +34,7 @@ from tutorial_lib.checkpoint.files import (
     finish_deletions,
     latest,
     newest_whole,
+    next_start_from,
     read_trainer_state,
     verify,
 )
@@ -72,6 +73,7 @@ __all__ = [
     "load",
     "make_stager",
     "newest_whole",
+    "next_start_from",
     "open_whole",
     "read_trainer_state",
     "reshaped_config",

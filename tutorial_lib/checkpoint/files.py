@@ -255,13 +255,28 @@ def _unreadable(path: Path, error: OSError) -> Unreadable:
 
 def clear_remains(run: RunDirectory) -> None:
     """Remove what saves and deletions of killed starts have left behind under names that nobody reads."""
-    for path in run.checkpoints.iterdir():
-        if found := _REMAINS.fullmatch(path.name):
-            final = path.with_name(found["final"])
-            if path.name.startswith(_PARTIAL) and (path / MANIFEST).is_file() and not final.exists():
-                os.rename(path, final)  # complete, and killed between the two renames of publish()
-            else:
-                shutil.rmtree(path, ignore_errors=True)
+    for path, final in _remains(run):
+        if _lacks_only_its_name(path, final):
+            os.rename(path, final)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def next_start_from(run: RunDirectory) -> str | None:
+    """The name of what :func:`latest` finds when the next start has cleared the remains of this one."""
+    unnamed = [final.name for path, final in _remains(run) if _lacks_only_its_name(path, final)]
+    newest = latest(run)
+    return max([*unnamed, *([newest.name] if newest else [])], default=None)
+
+
+def _remains(run: RunDirectory) -> list[tuple[Path, Path]]:
+    found = [(path, _REMAINS.fullmatch(path.name)) for path in run.checkpoints.iterdir()]
+    return [(path, path.with_name(match["final"])) for path, match in found if match]
+
+
+def _lacks_only_its_name(path: Path, final: Path) -> bool:
+    """It is complete: its save was killed just before :func:`publish`, or between its renames."""
+    return path.name.startswith(_PARTIAL) and (path / MANIFEST).is_file() and not final.exists()
 
 
 def partial_of(final: Path) -> Path:
@@ -307,12 +322,16 @@ _deletions: list[threading.Thread] = []
 def _discard(doomed: Path) -> None:
     """Delete the files of what has lost its name, in the background: freeing their room can take a while."""
     thread = threading.Thread(target=shutil.rmtree, args=(doomed, True), name="checkpoint-deletion")
-    thread.start()  # what cannot be removed now, the next start tries again
-    _deletions.append(thread)
+    try:
+        thread.start()  # what cannot be removed now, the next start tries again
+    except RuntimeError:  # this system has no more threads
+        thread.run()
+    else:
+        _deletions.append(thread)
 
 
 def finish_deletions() -> None:
-    """Return when the room of all that was deleted is free again."""
+    """Return when the files of all that was deleted are gone, or cannot be removed now."""
     while _deletions:
         _deletions.pop().join()
 

@@ -2,22 +2,27 @@
 
 An ordinary write copies into the page cache: memory has to be found for every page of a file as large as the model, and
 what was cached until then, such as the training data, has to go. Nobody reads a checkpoint soon. So blocks go straight
-to the disk (``O_DIRECT``) from a small buffer: one is under way while the next is filled and hashed. Where storage
-cannot do this (a file system in memory, some network file systems), they are written as any other.
+to the disk (``O_DIRECT``) from a small buffer: one is under way while the next is filled and hashed. On other than the
+usual local file systems they are written as any other: over a network, each direct write would wait for its answer.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import hashlib
 import mmap
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 BLOCK = 2**20
 """Bytes that are written at once: few enough for the processor's cache, and whole blocks of any usual storage."""
+
+LOCAL = ("ext4", "xfs", "f2fs", "overlay")
+"""File systems that are written to directly."""
 
 _DIRECT = getattr(os, "O_DIRECT", 0)
 """Not on every system: without, nothing is written directly."""
@@ -31,12 +36,12 @@ class HashedFile:
 
     Attributes:
         digest: the SHA-256 of what was written so far, but for the block that is being filled.
-        failure: the first error that the storage has met; who writes may make another of it.
+        failure: the first error that was met; who writes may make another of it.
     """
 
     def __init__(self, file: Any) -> None:
         self.name, self.digest = str(file.name), hashlib.sha256()
-        self.failure: OSError | None = None
+        self.failure: Exception | None = None
         self._descriptor = file.fileno()
         self._buffers = [memoryview(mmap.mmap(-1, BLOCK)) for _ in range(2)]  # aligned to pages
         self._filled = self._sent = 0
@@ -60,7 +65,11 @@ class HashedFile:
             self._buffers[0][self._filled : self._filled + taken] = rest[:taken]
             rest, self._filled = rest[taken:], self._filled + taken
             if self._filled == BLOCK:
-                self._send_block()
+                try:
+                    self._send_block()
+                except Exception as error:
+                    self.failure = self.failure or error
+                    raise
         return size
 
     def tell(self) -> int:
@@ -88,7 +97,7 @@ class HashedFile:
     def _send_block(self) -> None:
         if not self._thread:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-block")
-            self._write_directly(True)
+            self._write_directly(_is_local(os.fstat(self._descriptor).st_dev))
         self._wait()
         block = self._buffers[0]
         self._under_way = self._thread.submit(self._put, block, self._sent)
@@ -99,20 +108,17 @@ class HashedFile:
     def _wait(self) -> None:
         """Return when the block under way is written: its buffer is free again."""
         if self._under_way:
-            try:
-                self._under_way.result()
-            except OSError as error:
-                self.failure = self.failure or error
-                raise
+            self._under_way.result()
 
     def _put(self, block: memoryview, offset: int) -> None:
         while block:
             try:
                 written = os.pwrite(self._descriptor, block, offset)
-            except OSError as error:
-                if error.errno != errno.EINVAL or not self._direct:
+            except OSError:
+                if not self._direct:
                     raise
-                self._write_directly(False)  # this storage's blocks are larger, or the last write ended within one
+                # This storage's blocks are larger, or the last write ended within one. What else it is comes again.
+                self._write_directly(False)
                 continue
             block, offset = block[written:], offset + written
 
@@ -127,3 +133,14 @@ class HashedFile:
                 raise
             return  # a file system that has no direct writes
         self._direct = direct
+
+
+@functools.cache
+def _is_local(device: int) -> bool:
+    """Whether a device, by its number, holds one of :data:`LOCAL`. Mounts are listed in ``proc(5)``'s mountinfo."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    except OSError:
+        return False
+    return any(mount[2] == number and mount[mount.index("-") + 1] in LOCAL for mount in mounts)

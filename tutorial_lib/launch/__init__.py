@@ -177,13 +177,13 @@ def first_error(directories: Sequence[RunDirectory], otherwise: str) -> Exceptio
 
 def next_start(directories: Sequence[RunDirectory]) -> str:
     """What a start of the same runs would do."""
-    from tutorial_lib.checkpoint import CheckpointError, latest
+    from tutorial_lib.checkpoint import CheckpointError, next_start_from
 
     try:
-        found = {directory.path.name: latest(directory) for directory in directories}
+        found = {directory.path.name: next_start_from(directory) for directory in directories}
     except CheckpointError as error:
         return str(error)
-    where = ", ".join(f"{name!r} {f'from {path.name}' if path else 'from step 0'}" for name, path in found.items())
+    where = ", ".join(f"{name!r} from {start or 'step 0'}" for name, start in found.items())
     return f"Given the same command again, it goes on: {where}."
 
 

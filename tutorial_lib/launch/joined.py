@@ -38,6 +38,9 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
                     f"`python -m torch.distributed.run --nproc_per_node {world_size} -m tutorial_lib train ...`, "
                     "or write launcher='local'."
                 )
+            if "GLOO_SOCKET_IFNAME" not in os.environ:
+                os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # nobody else has to reach it
+                stack.callback(os.environ.pop, "GLOO_SOCKET_IFNAME")
             init_method = f"file://{stack.enter_context(TemporaryDirectory())}/rendezvous"
         stack.enter_context(process_group(configs[0], init_method))
         for config in configs:

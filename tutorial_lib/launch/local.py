@@ -26,7 +26,7 @@ from tutorial_lib.launch import _POLL_SECONDS, WorkerError, first_error, next_st
 from tutorial_lib.records import RunDirectory
 
 _FATAL = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
-"""A rank that one of these has ended wrote nothing; what its peers then write is the consequence."""
+"""A rank that one of these has ended could not say why; what its peers then write is the consequence."""
 
 
 def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
@@ -88,7 +88,11 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
                     + f" {next_start(directories)} The end of its output:\n"
                     + _last_output(failure.local_rank, printed, directories)
                 )
-            raise WorkerError(silent) if -failure.exitcode in _FATAL else first_error(directories, silent)
+            written = [record for directory in directories for record in directory.errors()]
+            if -failure.exitcode in _FATAL and failure.local_rank not in {record["rank"] for record in written}:
+                peers = [f"\n\nRank {r['rank']} failed with {r['type']}: {r['message']}" for r in written]
+                raise WorkerError("".join([silent, *peers]))
+            raise first_error(directories, silent)
     finally:
         context.close(timeout=10)
         shutil.rmtree(scratch, ignore_errors=True)
