@@ -1,6 +1,7 @@
 """What is refused before a process starts, and the exit codes that scripts rely on.
 
-Runs that do start are of one process here, in this very process; ``tests/distributed`` starts real ones.
+Runs that do start are of one process here, in this very process, but for ranks that do nothing but fail;
+``tests/distributed`` starts real ones.
 """
 
 import json
@@ -12,6 +13,7 @@ import sys
 import pytest
 import torch
 
+from tests.distributed.launching import observe
 from tutorial_lib import launch
 from tutorial_lib.__main__ import main
 from tutorial_lib.config import Config, ConfigError
@@ -273,3 +275,24 @@ def test_a_run_that_goes_on_with_other_settings_is_refused_before_processes_star
         launch.preflight(config_.override(learning_rate=0.5))
     with pytest.raises(ConfigError, match="resume='never' forbids to continue it"):
         launch.preflight(config_.override(resume="never"))
+
+
+@pytest.mark.parametrize(
+    ("name", "begin", "also"),
+    [
+        (
+            "silent",
+            "Rank 0 ended with exit code -6 and left no traceback. ",
+            "Rank 1 failed with RuntimeError: of a peer",
+        ),
+        ("told", "Rank 0 of run 'told' failed with ValueError: its own", "Traceback|ValueError"),
+    ],
+)
+def test_an_aborted_rank_is_told_with_what_it_and_its_peers_could_write(tmp_path, name, begin, also):
+    config = Config.create("cpu", dp=2, storage=str(tmp_path), name=name, launcher="local", steps=1)
+    with pytest.raises(launch.WorkerError) as error:
+        observe([config], worker="tests.unit.aborting_worker")
+    said = str(error.value)
+    assert said.startswith(begin)
+    assert re.search(also, said)
+    assert ("what(): from C++" in said) == (name == "silent"), "the end of its output, where it is all there is"

@@ -1,0 +1,28 @@
+"""Ranks for ``test_launch.py``: rank 0 is aborted, as C++ code does it, after rank 1 has failed.
+
+``python -m tests.unit.aborting_worker CONFIGS RENDEZVOUS`` takes the place of the local launcher's worker.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+from tutorial_lib.records import RunDirectory
+
+if __name__ == "__main__":
+    (flat,) = json.loads(Path(sys.argv[1]).read_text())
+    run = RunDirectory(Path(flat["storage"]) / flat["name"])
+    if os.environ["RANK"] == "1":
+        run.write_error(1, RuntimeError("of a peer"))
+        time.sleep(60)  # the launcher ends it
+    while not run.errors():
+        time.sleep(0.01)
+    if flat["name"] == "told":
+        (run.logs / "rank-001.error.json").unlink()
+        run.write_error(0, ValueError("its own"))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    print("what(): from C++", file=sys.stderr, flush=True)
+    os.abort()
