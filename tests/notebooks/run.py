@@ -94,6 +94,7 @@ def execute_in_place(notebook: Path) -> Execution:
         kernel_name="python3",
         resources={"metadata": {"path": str(scratch)}},
         record_timing=False,
+        coalesce_streams=True,  # how output is cut into messages differs from run to run
         extra_arguments=QUIET_KERNEL,
     )
     error = None
