@@ -45,8 +45,8 @@ from tutorial_lib.theory.memory import DEEPSPEED_FP32, FP32, checkpoint_bytes, t
 RANKS = 2
 PAIRS = int(os.environ.get("TUTORIAL_LIB_BENCH_PAIRS", "5"))
 SHAPE = {"n_embd": 1152, "n_layer": 2}
-"""GPT-2 of 33 million parameters, 390 to 530 MB on disk. Wide and shallow, because engines also take time per tensor: a
-weight matrix has 1.3 to 5.3 million elements here, and 0.8 to 4.4 million in Qwen2.5-0.5B."""
+"""GPT-2 of 35 million parameters, 420 to 560 MB on disk. Wide and shallow, because engines also take time per tensor: a
+layer's matrices have 1.3 to 5.3 million elements here, and five of seven 0.8 or 4.4 million in Qwen2.5-0.5B."""
 
 ENGINES: dict[str, dict[str, Any]] = {
     "ZeRO-1": {"zero_stage": 1},
