@@ -42,14 +42,15 @@ unit: $(READY) ## functions, as many at a time as there are cores
 	@$(TESTS) tests/unit -n logical --maxprocesses 8
 
 distributed: $(READY) ## real runs on 1, 2 and 4 processes, compared number by number
-	@$(TESTS) tests/distributed
+	@$(TESTS) tests/distributed -n logical --maxprocesses 2
 
 notebooks: $(READY) ## every notebook as committed: it reads well, its claims hold, what it shows is the library
 	@$(TESTS) tests/notebooks
 
 nbval: $(READY) ## every notebook runs, all claims hold, and the deterministic cells show what is committed
 	@$(PYTHON_IN) tests/notebooks/run.py --copy-to build/nbval
-	@$(TESTS) -p tests.conftest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 --timeout 620 build/nbval/*.ipynb
+	@$(TESTS) -p tests.conftest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 --timeout 620 \
+		-n logical --maxprocesses 2 --dist loadfile build/nbval/*/*.ipynb
 
 lint: $(READY) ## style, types, and the borders between modules
 	@ruff check --quiet . && ruff format --quiet --check . || { echo "lint: make format repairs most of this"; exit 1; }

@@ -2,9 +2,12 @@
 
 The measure is a plain ``torch.save`` of the same tensors by the same ranks, with the CRC-32 that it adds: once with
 ``fsync`` and a rename after it, which makes it a checkpoint that a power cut leaves; once as it is, which is a copy in
-memory. Loads are compared with ``torch.load``, which fills no engine; all read what the first, uncounted one has put
-into memory. ``measure`` starts the ranks; each runs ``python -m tests.benchmarks.checkpoints``, the local
-launcher's worker with :func:`compare` in place of the trainer.
+memory. A save that training waits for is on the disk at its end, and is compared with the first. With ``async_save``
+training waits until there is a copy in memory, which is compared with the second. Loads are compared with
+``torch.load``, which fills no engine; all read what the first, uncounted one has put into memory.
+
+``measure`` starts the ranks; each runs ``python -m tests.benchmarks.checkpoints``, the local launcher's worker with
+:func:`compare` in place of the trainer.
 """
 
 from __future__ import annotations
@@ -104,6 +107,7 @@ def compare(config: Config) -> None:
         saving = _alternated(
             plain,
             ours=functools.partial(session.save, and_train_on=False),
+            handed_over=functools.partial(_hand_over, session),
             plain=functools.partial(plain.save, session.engine),
             on_disk=functools.partial(plain.save, session.engine, on_disk=True),
         )
@@ -119,9 +123,10 @@ def compare(config: Config) -> None:
         "num_parameters": session.engine.num_parameters,
         "bytes": written,
         "over_formula": written / _formula(config, session.engine),
-        "save": _figures(saving, "plain", written, plain_bytes),
-        "save_on_disk": _figures(saving, "on_disk", written, plain_bytes),
-        "load": _figures(loading, "plain", written, plain_bytes),
+        "save": _figures(saving, "ours", "plain", written, plain_bytes),
+        "save_on_disk": _figures(saving, "ours", "on_disk", written, plain_bytes),
+        "save_handed_over": _figures(saving, "handed_over", "plain", written, plain_bytes),
+        "load": _figures(loading, "ours", "plain", written, plain_bytes),
         "seconds_of_a_save": {name: statistics.median(parts[name]) for name in ("save hash", "save disk")},
         "seconds_of_a_load": {name: statistics.median(parts[name]) for name in ("load verify",)},
         "stall": _stalls(session, batches),
@@ -190,8 +195,21 @@ class _Collected(writing.Writer):
         self.states.append(tree_map(lambda t: t.to_local() if isinstance(t, DTensor) else t, given[0]))
 
 
-def _alternated(files: _Plain, **procedures: Callable[[], None]) -> list[dict[str, float]]:
-    """Seconds of each, until the slowest rank is through, in rounds. The first round is not counted.
+def _hand_over(session: Any) -> float:
+    """Save as between two steps of training: seconds that these would wait, on the rank that waits longest.
+
+    The second half, which makes the checkpoint visible, begins here when all files are written, and counts as well.
+    """
+    session.save(and_train_on=True)
+    while not session.in_flight[0].is_written():
+        time.sleep(0.005)
+    dist.barrier()
+    session._finish_save()
+    return float(session.saves[-1]["stall_seconds"])
+
+
+def _alternated(files: _Plain, **procedures: Callable[[], float | None]) -> list[dict[str, float]]:
+    """Seconds of each in rounds: what it returns, or else until the slowest rank is through. The first is not counted.
 
     Each begins when the disk has come to rest: neither pays for what is left to be written, or for freeing old files.
     """
@@ -204,15 +222,15 @@ def _alternated(files: _Plain, **procedures: Callable[[], None]) -> list[dict[st
             os.sync()
             dist.barrier()
             began = time.perf_counter()
-            procedure()
+            waited = procedure()
             dist.barrier()
-            seconds[name] = time.perf_counter() - began
+            seconds[name] = time.perf_counter() - began if waited is None else waited
         rounds.append(seconds)
     return rounds[1:]
 
 
-def _figures(rounds: list[dict[str, float]], against: str, ours: int, theirs: int) -> dict[str, float]:
-    pairs = [(seconds["ours"], seconds[against]) for seconds in rounds]
+def _figures(rounds: list[dict[str, float]], of: str, against: str, ours: int, theirs: int) -> dict[str, float]:
+    pairs = [(seconds[of], seconds[against]) for seconds in rounds]
     ratios = [(ours / one) / (theirs / other) for one, other in pairs]
     return {
         "median": statistics.median(ratios),

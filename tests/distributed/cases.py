@@ -445,18 +445,29 @@ FATAL = {
     "killed_in_update": "fsdp-full",
     "killed_in_save": "zero1",
     "killed_in_publish": "zero3",
+    "killed_in_prune": "zero1",
     "killed_in_report": "zero1",
     "save_raises": "zero1",
+    "killed_in_write": "zero1",
+    "disk_full_in_write": "zero1",
 }
 """Faults that take their launch down with them, with the kind of the run that each is put into."""
 
-FATAL_IN_BACKGROUND = ("broken-disk_full_in_write", "broken-killed_in_write")
-"""The same, while files are written by a thread and training has gone on."""
+IN_BACKGROUND = ("killed_in_write", "disk_full_in_write")
+"""Those that strike while files are written by a thread and training has gone on."""
 
 
 def fault(directory: Path, kind: str, name: str, **changes: Any) -> Config:
-    """A run that has a whole checkpoint at every second step."""
-    return interruptible(directory, kind, "whole", **{"name": name, "checkpoint_every": 2, **changes})
+    """A run that has a whole checkpoint at every second step. Its name ends with that of the fault."""
+    strikes = name.partition("-")[2]
+    given = {
+        "name": name,
+        "checkpoint_every": 2,
+        "async_save": strikes in IN_BACKGROUND,
+        "keep_last": 1 if strikes == "killed_in_prune" else None,
+        **changes,
+    }
+    return interruptible(directory, kind, "whole", **given)
 
 
 DIVERGING = {"learning_rate": 1e30, "checkpoint_every": 1}

@@ -42,8 +42,11 @@ FAULTS = (
         "SIGKILL of rank 0 with a checkpoint complete and not yet renamed (ZeRO-3)",
         "stops with an error that names the rank; the same command renames the checkpoint and goes on from it",
     ),
+    Fault("killed_in_prune", "SIGKILL of rank 0 while it deletes an old checkpoint (`keep_last`)", AGAIN),
     Fault("killed_in_report", "SIGKILL of rank 0 with half a row of `metrics.jsonl` written", AGAIN),
     Fault("save_raises", "an exception in one rank's save", AGAIN),
+    Fault("killed_in_write", "SIGKILL of a rank that writes a checkpoint while it trains on (`async_save`)", AGAIN),
+    Fault("disk_full_in_write", "no room for what a rank writes while it trains on (`async_save`)", AGAIN),
     Fault(
         "signalled",
         "SIGTERM, as a scheduler sends it before the end of a slot",

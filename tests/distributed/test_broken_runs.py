@@ -31,7 +31,7 @@ SHOWN_BY = {
 
 
 def test_every_fault_is_tried():
-    continued = cases.CONTINUED_BADLY | cases.RESHAPED_BADLY | dict.fromkeys(cases.FATAL_IN_BACKGROUND)
+    continued = cases.CONTINUED_BADLY | cases.RESHAPED_BADLY
     elsewhere = {name.removeprefix("broken-") for name in continued} | {*cases.FATAL, "read_only"}
     noticed = set(cases.REFUSED_RUNS)  # by the run itself, see test_tensor_parallel.py
     assert {*SHOWN_BY, "trial_step_kept"} == set(cases.BROKEN_RUNS) == set(worker.BROKEN) - elsewhere - noticed

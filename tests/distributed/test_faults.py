@@ -156,23 +156,27 @@ def same_records(run: RunDirectory, reference: RunDirectory) -> None:
 # ------------------------------------------------------------------------------------------------ ranks that are killed
 
 
-def resumed_from(name: str) -> int:
-    """The step of the last whole checkpoint. In one case the second only lacked its name."""
-    return 4 if name == "killed_in_publish" else 2
+def left_by(name: str) -> tuple[list[int], int, list[int]]:
+    """The whole checkpoints that a fault leaves, the step that the run goes on from, the checkpoints at its end."""
+    return {
+        "killed_in_publish": ([2], 4, [2, 4, 6, 8]),  # that of step 4 lacks but its name
+        "killed_in_prune": ([4], 4, [8]),
+    }.get(name, ([2], 2, [2, 4, 6, 8]))
 
 
 def goes_on_after(name: str, request: pytest.FixtureRequest, directory: Path) -> str:
     """What all faults in a rank have in common; returns the error's text."""
     error, seconds = request.getfixturevalue("struck")[name]
     assert seconds < SOON
+    whole, resumed_from, kept = left_by(name)
     left = RunDirectory(directory / "runs" / f"broken-{name}")
-    assert all_whole(left) == [2]
+    assert all_whole(left) == whole
     run = request.getfixturevalue("mended")[name]
-    assert run.directory.result()["resumed_from"] == resumed_from(name)
-    assert len(run.examples) == cases.END - resumed_from(name), "it trained the lost steps again, and no others"
+    assert run.directory.result()["resumed_from"] == resumed_from
+    assert len(run.examples) == cases.END - resumed_from, "it trained the lost steps again, and no others"
     assert_identical(run, request.getfixturevalue("sound")[cases.FATAL[name]])
-    assert all_whole(run.directory) == [2, 4, 6, 8]
-    assert not list(run.directory.checkpoints.glob(".*")), "what the save left half done is gone"
+    assert all_whole(run.directory) == kept
+    assert not list(run.directory.checkpoints.glob(".*")), "what was half written or half deleted is gone"
     return str(error)
 
 
@@ -180,7 +184,7 @@ def killed(name: str, rank: int) -> Callable[[pytest.FixtureRequest], None]:
     def proof(request: pytest.FixtureRequest) -> None:
         said = goes_on_after(name, request, request.getfixturevalue("directory"))
         assert f"Rank {rank} ended with exit code -9 and left no traceback: it was killed" in said
-        assert f"it goes on: 'broken-{name}' from step-0000000{resumed_from(name)}." in said
+        assert f"it goes on: 'broken-{name}' from step-0000000{left_by(name)[1]}." in said
 
     return proof
 
@@ -210,6 +214,13 @@ def killed_in_publish(request):
     killed("killed_in_publish", rank=0)(request)
 
 
+@proves("killed_in_prune")
+def killed_in_prune(request):
+    killed("killed_in_prune", rank=0)(request)
+    left = request.getfixturevalue("directory") / "runs/broken-killed_in_prune/checkpoints"
+    assert [path.name[:-9] for path in left.glob(".*")] == [".deleting-step-00000002"], "it was struck half way"
+
+
 @proves("killed_in_report")
 def killed_in_report(request):
     killed("killed_in_report", rank=0)(request)
@@ -223,6 +234,28 @@ def save_raises(request):
     assert said.startswith("Rank 1 of run 'broken-save_raises' failed with OSError: the disk is full\n")
     assert 'raise OSError("the disk is full")' in said
     assert "rank-001.log" in said
+
+
+def training_had_gone_on(name: str, request: pytest.FixtureRequest) -> None:
+    left = RunDirectory(request.getfixturevalue("directory") / "runs" / f"broken-{name}")
+    partial, saved = sorted(path.name for path in left.checkpoints.iterdir())
+    assert partial.startswith(".partial-step-00000004-") and saved == "step-00000002"
+    assert left.rows()[-1]["step"] > 4
+
+
+@proves("killed_in_write")
+def killed_in_write(request):
+    killed("killed_in_write", rank=1)(request)
+    training_had_gone_on("killed_in_write", request)
+
+
+@proves("disk_full_in_write")
+def disk_full_in_write(request):
+    said = goes_on_after("disk_full_in_write", request, request.getfixturevalue("directory"))
+    first = said.splitlines()[0]
+    assert first.startswith("Rank 1 of run 'broken-disk_full_in_write' failed with OSError: [Errno 27] File too large")
+    assert re.search(r"/\.partial-step-00000004-[0-9a-f]{8}/engine/engine/", first)
+    training_had_gone_on("disk_full_in_write", request)
 
 
 # -------------------------------------------------------------------------------------------------------------- signals

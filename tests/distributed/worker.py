@@ -53,6 +53,7 @@ OBSERVATION = "observed.pt"
 
 
 def main(*arguments: str) -> None:
+    os.nice(10)  # a Ray node that another test starts meanwhile has 30 seconds to be there
     # DeepSpeed asks for the processor's maker, which takes a second, for every optimizer that it offloads.
     ask_once = mock.patch.object(cpuinfo, "get_cpu_info", functools.cache(cpuinfo.get_cpu_info))
     with ask_once, mock.patch.object(worker, "train", train_observed):
@@ -520,6 +521,18 @@ def _killed_in_publish() -> Iterator[None]:
 
 
 @contextmanager
+def _killed_in_prune() -> Iterator[None]:
+    """Rank 0 is killed when an old checkpoint has lost its name and one of its files."""
+
+    def discarding(doomed: Path) -> None:
+        next(doomed.rglob("*.pt")).unlink()
+        _killed()
+
+    with mock.patch.object(checkpoint.files, "_discard", discarding):
+        yield
+
+
+@contextmanager
 def _fault_in_second_write(strike: Callable[[], None]) -> Iterator[None]:
     """The same while the files of the second checkpoint are written, and training has gone on."""
 
@@ -721,6 +734,7 @@ BROKEN: dict[str, Callable[[], Any]] = {
     "save_raises": lambda: _fault_in_second_save(_raise),
     "killed_in_save": lambda: _fault_in_second_save(_killed),
     "killed_in_publish": _killed_in_publish,
+    "killed_in_prune": _killed_in_prune,
     "disk_full_in_write": lambda: _fault_in_second_write(_fill_the_disk),
     "killed_in_write": lambda: _fault_in_second_write(_killed),
     "killed_in_forward": lambda: _killed_in_pass(backward=False),

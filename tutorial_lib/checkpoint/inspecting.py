@@ -27,6 +27,7 @@ WEIGHTS_AND_OPTIMIZER = "weights and optimizer"
 SHAPES = "shapes and buffers"
 POSITION = "random states and data position"
 MODEL = "model configuration and tokenizer"
+INDEX = "index of the shards"
 RECORD, SCRIPTS = "record", "scripts that DeepSpeed adds"
 
 _SHOWN = ("model", "dataset", "engine", "dp", "tp", "zero_stage", "sharding", "offload", "precision")
@@ -145,6 +146,8 @@ def _what(name: str, settings: dict[str, Any]) -> dict[str, Any]:
         return {"rank": 0, "what": WEIGHTS}
     if name == "engine/optimizer.pt":
         return {"rank": 0, "what": OPTIMIZER}
+    if name == "engine/.metadata":
+        return {"rank": 0, "what": INDEX}
     if name.endswith(".py"):
         return {"rank": 0, "what": SCRIPTS}
     return {"rank": 0, "what": MODEL if name.startswith("model/") else RECORD}

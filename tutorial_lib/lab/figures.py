@@ -87,10 +87,13 @@ def lines(
     y_label: str,
     marks: Mapping[str, float] | None = None,
     points: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
+    log: bool = False,
 ) -> Figure:
     """A line per series of ``(x values, y values)``. Arguments as in :func:`loss_curves`.
 
-    ``points`` are series that are drawn as circles, such as measurements on the lines of formulas.
+    Args:
+        points: series that are drawn as circles, such as measurements on the lines of formulas.
+        log: both axes count in factors of ten.
     """
     with _axes(title, alt, size=(7.0, 3.6)) as (axes, drawn):
         dashes = ("-", (0, (5, 2)), (0, (2, 2)), (0, (6, 2, 1, 2)), (0, (1, 1)))
@@ -113,7 +116,14 @@ def lines(
             )
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
-        _whole_numbers(axes.xaxis, [x for xs, _ in series.values() for x in xs])
+        if log:
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_formatter(lambda value, _: _number(value))
+                axis.set_minor_formatter("")
+        else:
+            _whole_numbers(axes.xaxis, [x for xs, _ in series.values() for x in xs])
         if points or (marks and len(series) > 1):  # they may be anywhere, so there may be no room among the lines
             axes.figure.legend(frameon=False, ncols=len(series) + len(points or ()), loc="outside lower center")
         elif len(series) > 1:

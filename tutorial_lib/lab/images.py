@@ -250,10 +250,10 @@ def checkpoint(axes: Any) -> None:
         if index < len(phases) - 1:
             _arrow(axes, x + width + 0.06, 1.4 + height / 2, x + width + gap - 0.06, 1.4 + height / 2)
     bottom, total = 1.4 + height + 0.2, 4 * width + 3 * gap
-    unseen = 3 * width + 2 * gap
-    _box(axes, 0, bottom, unseen, 0.5, INK, "killed in here: the run goes on from step-4, which nobody has touched",
-         size=11)  # fmt: skip
-    _box(axes, 3 * (width + gap), bottom, width, 0.5, GREEN, "from here on: step-8", size=11)
+    unlisted, last = 2 * width + gap, 3 * (width + gap)
+    _box(axes, 0, bottom, unlisted, 0.5, INK, "killed here: it goes on from step-4", size=11)
+    _box(axes, unlisted + gap, bottom, width, 0.5, ORANGE, "here: it renames first", size=10)
+    _box(axes, last, bottom, width, 0.5, GREEN, "here: from step-8", size=11)
     _frame(axes, total + 0.1, bottom + 0.6)
 
 
