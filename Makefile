@@ -42,7 +42,7 @@ unit: $(READY) ## functions, as many at a time as there are cores
 	@$(TESTS) tests/unit -n logical --maxprocesses 8
 
 distributed: $(READY) ## real runs on 1, 2 and 4 processes, compared number by number
-	@$(TESTS) tests/distributed -n logical --maxprocesses 2
+	@$(TESTS) tests/distributed
 
 notebooks: $(READY) ## every notebook as committed: it reads well, its claims hold, what it shows is the library
 	@$(TESTS) tests/notebooks

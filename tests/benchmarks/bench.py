@@ -95,8 +95,7 @@ def _checkpoints(result: dict[str, Any]) -> Rows:
         rows += [
             (
                 "  save, hashed, on the disk at its end: MB/s against torch.save, fsync and rename",
-                f"{_range(on_disk)}: {save['megabytes_per_second']:.0f} / {on_disk['plain_megabytes_per_second']:.0f}"
-                f"; of {save['seconds']:.2f} s: {_parts(one['seconds_of_a_save'])}",
+                f"{_range(on_disk)}: {save['megabytes_per_second']:.0f} / {on_disk['plain_megabytes_per_second']:.0f}",
                 "at least 0.8",
                 on_disk["median"] >= 0.8,
             ),
@@ -116,8 +115,7 @@ def _checkpoints(result: dict[str, Any]) -> Rows:
             (
                 "  restore, verified and filled in: MB/s against torch.save, fsync and rename",
                 f"{restored:.3g}: {load['megabytes_per_second']:.0f} / {on_disk['plain_megabytes_per_second']:.0f}"
-                f"; of {load['seconds']:.2f} s: {_parts(one['seconds_of_a_load'])}; "
-                f"against torch.load, which fills nothing, {_range(load)}",
+                f"; against torch.load, which fills nothing, {_range(load)}",
                 "at least 0.8",
                 restored >= 0.8,
             ),
@@ -133,10 +131,6 @@ def _checkpoints(result: dict[str, Any]) -> Rows:
             )
         )
     return rows
-
-
-def _parts(seconds_of: dict[str, float]) -> str:
-    return ", ".join(f"{part} {seconds:.2f} s" for part, seconds in seconds_of.items())
 
 
 def _ray(result: dict[str, Any]) -> Rows:

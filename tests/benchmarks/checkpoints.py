@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import hashlib
 import json
 import os
 import shutil
@@ -23,7 +22,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,9 +33,8 @@ from torch.utils._pytree import tree_map
 
 from tests.benchmarks.on_ranks import run_on_ranks
 from tutorial_lib import checkpoint, trainer
-from tutorial_lib.checkpoint import hashed_file, writing
+from tutorial_lib.checkpoint import writing
 from tutorial_lib.checkpoint.files import sync
-from tutorial_lib.checkpoint.hashed_file import HashedFile
 from tutorial_lib.config import Config
 from tutorial_lib.embedded import model_directory
 from tutorial_lib.launch import worker
@@ -103,21 +100,20 @@ def compare(config: Config) -> None:
     batches = session.loader.steps()
     session._one_step(next(batches))
     plain = _Plain(config.directory / "plain")
-    with _timed() as parts:
-        saving = _alternated(
-            plain,
-            ours=functools.partial(session.save, and_train_on=False),
-            handed_over=functools.partial(_hand_over, session),
-            plain=functools.partial(plain.save, session.engine),
-            on_disk=functools.partial(plain.save, session.engine, on_disk=True),
-        )
-        path = checkpoint.directory_of(run, session.step)
+    saving = _alternated(
+        plain,
+        ours=functools.partial(session.save, and_train_on=False),
+        handed_over=functools.partial(_hand_over, session),
+        plain=functools.partial(plain.save, session.engine),
+        on_disk=functools.partial(plain.save, session.engine, on_disk=True),
+    )
+    path = checkpoint.directory_of(run, session.step)
 
-        def restore() -> None:
-            checkpoint.verify(path, topology)
-            checkpoint.load(path, session.engine, config, topology)
+    def restore() -> None:
+        checkpoint.verify(path, topology)
+        checkpoint.load(path, session.engine, config, topology)
 
-        loading = _alternated(plain, ours=restore, plain=plain.load)
+    loading = _alternated(plain, ours=restore, plain=plain.load)
     written, plain_bytes = session.saves[-1]["bytes"], _sum_of_ranks(plain.bytes)
     result = {
         "num_parameters": session.engine.num_parameters,
@@ -127,8 +123,6 @@ def compare(config: Config) -> None:
         "save_on_disk": _figures(saving, "ours", "on_disk", written, plain_bytes),
         "save_handed_over": _figures(saving, "handed_over", "plain", written, plain_bytes),
         "load": _figures(loading, "ours", "plain", written, plain_bytes),
-        "seconds_of_a_save": {name: statistics.median(parts[name]) for name in ("save hash", "save disk")},
-        "seconds_of_a_load": {name: statistics.median(parts[name]) for name in ("load verify",)},
         "stall": _stalls(session, batches),
     }
     session.close()
@@ -246,55 +240,6 @@ def _sum_of_ranks(number: int) -> int:
     numbers: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(numbers, number)
     return sum(numbers)
-
-
-@contextmanager
-def _timed() -> Iterator[dict[str, list[float]]]:
-    """Seconds that this rank hashes, and that it waits for the disk, in each save; that it verifies in each load.
-
-    While it hashes a block, another is on its way to the disk.
-    """
-    parts: dict[str, list[float]] = {"save hash": [], "save disk": [], "load verify": []}
-    now = {"hash": 0.0, "disk": 0.0}
-
-    def added(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timing(*args: Any) -> Any:
-            began = time.perf_counter()
-            outcome = function(*args)
-            now[name] += time.perf_counter() - began
-            return outcome
-
-        return timing
-
-    class Hash:
-        def __init__(self) -> None:
-            self._digest = hashlib.sha256()
-            self.update, self.hexdigest = added("hash", self._digest.update), self._digest.hexdigest
-
-    def saving(save: Callable[..., Any]) -> Callable[..., Any]:
-        def timing(*args: Any, **kwargs: Any) -> Any:
-            now.update(hash=0.0, disk=0.0)
-            outcome = save(*args, **kwargs)
-            parts["save hash"].append(now["hash"])
-            parts["save disk"].append(now["disk"])
-            return outcome
-
-        return timing
-
-    def verifying(*args: Any) -> None:
-        began = time.perf_counter()
-        verify(*args)
-        parts["load verify"].append(time.perf_counter() - began)
-
-    verify = checkpoint.verify
-    with (
-        mock.patch.object(hashed_file, "hashlib", mock.Mock(sha256=Hash)),
-        mock.patch.object(HashedFile, "_wait", added("disk", HashedFile._wait)),
-        mock.patch.object(os, "fsync", added("disk", os.fsync)),
-        mock.patch.object(checkpoint, "save", saving(checkpoint.save)),
-        mock.patch.object(checkpoint, "verify", verifying),
-    ):
-        yield parts
 
 
 def _stalls(session: Any, batches: Iterator[Any]) -> dict[str, Any]:

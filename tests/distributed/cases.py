@@ -449,11 +449,11 @@ FATAL = {
     "killed_in_report": "zero1",
     "save_raises": "zero1",
     "killed_in_write": "zero1",
-    "disk_full_in_write": "zero1",
+    "limit_in_write": "zero1",
 }
 """Faults that take their launch down with them, with the kind of the run that each is put into."""
 
-IN_BACKGROUND = ("killed_in_write", "disk_full_in_write")
+IN_BACKGROUND = ("killed_in_write", "limit_in_write")
 """Those that strike while files are written by a thread and training has gone on."""
 
 

@@ -6,22 +6,16 @@ import functools
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from xdist.scheduler import LoadScopeScheduling
 
 from tests.distributed import cases
 from tests.distributed.comparing import Observed
 from tests.distributed.launching import Shell, observe
 from tutorial_lib.config import Config
 
-TIMEOUT = 2700
-"""Seconds for a test that may be the one that waits for all shared launches."""
-
-
-OWN_LAUNCHES = ("test_faults.py", "test_memory.py")
-"""Modules that need no shared launch: they go on beside those that do."""
+TIMEOUT = 1800
+"""Seconds for a test that may be the one that waits for all shared launches. On two cores they took 920 together."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,16 +23,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in item.path.parents and not any(item.iter_markers("timeout")):
             item.add_marker(pytest.mark.timeout(TIMEOUT))
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
-    """What needs a shared launch stays in one process, so that no launch is repeated."""
-
-    class ByLaunch(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return next((module for module in OWN_LAUNCHES if module in nodeid), "shared")
-
-    return ByLaunch(config, log)
 
 
 @pytest.fixture(scope="session")

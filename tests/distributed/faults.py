@@ -45,8 +45,16 @@ FAULTS = (
     Fault("killed_in_prune", "SIGKILL of rank 0 while it deletes an old checkpoint (`keep_last`)", AGAIN),
     Fault("killed_in_report", "SIGKILL of rank 0 with half a row of `metrics.jsonl` written", AGAIN),
     Fault("save_raises", "an exception in one rank's save", AGAIN),
-    Fault("killed_in_write", "SIGKILL of a rank that writes a checkpoint while it trains on (`async_save`)", AGAIN),
-    Fault("disk_full_in_write", "no room for what a rank writes while it trains on (`async_save`)", AGAIN),
+    Fault(
+        "killed_in_write",
+        "SIGKILL of a rank in the middle of a file that it writes while it trains on (`async_save`)",
+        AGAIN,
+    ),
+    Fault(
+        "limit_in_write",
+        "a limit on the size of files that a rank meets while it writes and trains on (`async_save`)",
+        AGAIN,
+    ),
     Fault(
         "signalled",
         "SIGTERM, as a scheduler sends it before the end of a slot",

@@ -247,15 +247,19 @@ def training_had_gone_on(name: str, request: pytest.FixtureRequest) -> None:
 def killed_in_write(request):
     killed("killed_in_write", rank=1)(request)
     training_had_gone_on("killed_in_write", request)
+    left = request.getfixturevalue("directory") / "runs/broken-killed_in_write/checkpoints"
+    torn, whole = (next(left.glob(f"{step}*/engine/engine/*zero_pp_rank_1_*optim_states.pt")).stat().st_size
+                   for step in (".partial-step-00000004", "step-00000002"))  # fmt: skip
+    assert 0 < torn < whole
 
 
-@proves("disk_full_in_write")
-def disk_full_in_write(request):
-    said = goes_on_after("disk_full_in_write", request, request.getfixturevalue("directory"))
+@proves("limit_in_write")
+def limit_in_write(request):
+    said = goes_on_after("limit_in_write", request, request.getfixturevalue("directory"))
     first = said.splitlines()[0]
-    assert first.startswith("Rank 1 of run 'broken-disk_full_in_write' failed with OSError: [Errno 27] File too large")
+    assert first.startswith("Rank 1 of run 'broken-limit_in_write' failed with OSError: [Errno 27] File too large")
     assert re.search(r"/\.partial-step-00000004-[0-9a-f]{8}/engine/engine/", first)
-    training_had_gone_on("disk_full_in_write", request)
+    training_had_gone_on("limit_in_write", request)
 
 
 # -------------------------------------------------------------------------------------------------------------- signals

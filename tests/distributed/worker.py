@@ -41,6 +41,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from tests.distributed.fsdp1 import FSDP1Engine
 from tests.late_writes import late_writes, without_snapshot
 from tutorial_lib import agreement, checkpoint, ds_config, trainer
+from tutorial_lib.checkpoint.hashed_file import HashedFile
 from tutorial_lib.config import Config
 from tutorial_lib.dataloader import TrainLoader
 from tutorial_lib.dataloader.batches import Collate, StepSampler
@@ -53,7 +54,6 @@ OBSERVATION = "observed.pt"
 
 
 def main(*arguments: str) -> None:
-    os.nice(10)  # a Ray node that another test starts meanwhile has 30 seconds to be there
     # DeepSpeed asks for the processor's maker, which takes a second, for every optimizer that it offloads.
     ask_once = mock.patch.object(cpuinfo, "get_cpu_info", functools.cache(cpuinfo.get_cpu_info))
     with ask_once, mock.patch.object(worker, "train", train_observed):
@@ -544,9 +544,20 @@ def _fault_in_second_write(strike: Callable[[], None]) -> Iterator[None]:
         yield
 
 
-def _fill_the_disk() -> None:
-    """A limit on the size of files stands for the end of the disk."""
+def _limit_files() -> None:
+    """From now on a file ends after 1 MiB, as under a quota."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, resource.RLIM_INFINITY))
+
+
+def _kill_half_way() -> None:
+    """The process ends when half of the next block is in its file."""
+    put = HashedFile._put
+
+    def half(self: Any, block: memoryview, offset: int) -> None:
+        put(self, block[: len(block) // 2], offset)
+        _killed()
+
+    HashedFile._put = half  # type: ignore[method-assign]
 
 
 def _raise() -> None:
@@ -735,8 +746,8 @@ BROKEN: dict[str, Callable[[], Any]] = {
     "killed_in_save": lambda: _fault_in_second_save(_killed),
     "killed_in_publish": _killed_in_publish,
     "killed_in_prune": _killed_in_prune,
-    "disk_full_in_write": lambda: _fault_in_second_write(_fill_the_disk),
-    "killed_in_write": lambda: _fault_in_second_write(_killed),
+    "limit_in_write": lambda: _fault_in_second_write(_limit_files),
+    "killed_in_write": lambda: _fault_in_second_write(_kill_half_way),
     "killed_in_forward": lambda: _killed_in_pass(backward=False),
     "killed_in_backward": lambda: _killed_in_pass(backward=True),
     "killed_in_update": _killed_in_update,
