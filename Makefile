@@ -49,8 +49,7 @@ notebooks: $(READY) ## every notebook as committed: it reads well, its claims ho
 
 nbval: $(READY) ## every notebook runs, all claims hold, and the deterministic cells show what is committed
 	@$(PYTHON_IN) tests/notebooks/run.py --copy-to build/nbval
-	@$(TESTS) -p tests.conftest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 --timeout 620 \
-		-n logical --maxprocesses 2 --dist loadfile build/nbval/*/*.ipynb
+	@$(TESTS) -p tests.conftest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 --timeout 620 build/nbval/*.ipynb
 
 lint: $(READY) ## style, types, and the borders between modules
 	@ruff check --quiet . && ruff format --quiet --check . || { echo "lint: make format repairs most of this"; exit 1; }

@@ -114,10 +114,10 @@ def execute_in_place(notebook: Path) -> Execution:
 
 
 def copy_to(directory: Path, notebooks: Sequence[Path]) -> None:
-    """Copy each notebook to an empty directory of its own, for a tool that runs notebooks where they lie."""
+    """Copy notebooks to an empty directory, for a tool that runs notebooks where they lie."""
     _fresh(directory)
     for notebook in notebooks:
-        shutil.copy(notebook, _fresh(directory / notebook.stem))
+        shutil.copy(notebook, directory)
 
 
 def code_cells(document: NotebookNode) -> list[NotebookNode]:
