@@ -7,6 +7,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -19,12 +20,15 @@ OFFLINE = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 SEVERAL_PROCESSES_ON_FEW_CORES = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+ROOT = str(Path(__file__).resolve().parents[1])
 MARK, SESSION = "TUTORIAL_LIB_TEST_SESSION", uuid.uuid4().hex
 GRACE_SECONDS = 20
 """Ray's daemons and killed workers are given this long to go."""
 
 # Set at import, because torch reads its thread count when it is first imported; what tests start inherits the mark.
 os.environ.update(OFFLINE | SEVERAL_PROCESSES_ON_FEW_CORES | {MARK: SESSION})
+# Ranks import their programs from here, wherever pytest was started.
+os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 @pytest.hookimpl(trylast=True)
@@ -56,10 +60,18 @@ def _started_by_this_session() -> Iterator[psutil.Process]:
             if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
                 continue
             ours = process in children or process.environ().get(MARK) == SESSION
-            if ours and "multiprocessing.resource_tracker" not in " ".join(process.cmdline()):
-                yield process  # the tracker belongs to this very process and ends with it
+            if ours and not _ends_with_this_process(process):
+                yield process
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
+
+
+def _ends_with_this_process(process: psutil.Process) -> bool:
+    """The resource tracker, and the server of the local launcher. The ranks forked from a server are not."""
+    command = " ".join(process.cmdline())
+    return process.ppid() == os.getpid() and (
+        "multiprocessing.resource_tracker" in command or "tutorial_lib.launch.warm_server" in command
+    )
 
 
 def _describe(process: psutil.Process) -> str:

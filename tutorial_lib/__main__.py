@@ -155,8 +155,16 @@ def _train(options: argparse.Namespace) -> int:
     shown = progress(config.run.stop_after or config.run.steps) if leader and not options.json else None
     if shown and config.parallel.tp > 1:
         print(Topology(config.parallel.dp, config.parallel.tp, rank=0).drawing(), file=sys.stderr)
+    if config.run.launcher == "local":
+        launch.warm_up(config.run.device)
     with shown or nullcontext(), _stdout_for_json_alone(options.json):
-        run = launch.run(config, on_rows=shown.on_rows if shown else None)
+        try:
+            run = launch.run(config, on_rows=shown.on_rows if shown else None)
+        except launch.Interrupted as interrupted:
+            if not interrupted.runs:
+                print(interrupted, file=sys.stderr)
+                return STOPPED
+            run = interrupted.runs[0]
     if leader:
         print(json.dumps(run.result) if options.json else _summary(run))
     if run.result["status"] != "stopped":

@@ -10,14 +10,16 @@ What remains is the gradient of the token-weighted mean, which a mean of per-ran
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -40,6 +42,20 @@ from tutorial_lib.mpu import ModelParallelUnit, Topology, device_mesh
 from tutorial_lib.torch_engine import global_norm
 
 _TAG = "engine"
+
+
+def _import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon optimizer without compiling it.
+
+    ``deepspeed.initialize`` imports it, whatever the optimizer, and its decorators import torch's whole compiler. That
+    takes each rank a second or more, for kernels that nobody here calls. This switch of torch leaves them plain
+    functions.
+    """
+    with mock.patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"), suppress(ImportError):
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+
+
+_import_muon_uncompiled()
 
 
 class DeepSpeedEngine:

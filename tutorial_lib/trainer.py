@@ -22,7 +22,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -56,6 +56,13 @@ _LOG = logging.getLogger(__name__)
 
 _MEASURED_STEP = 3
 """Buffers and optimizer states exist, and ZeRO-3 has learnt the order of its parameters: this step is like the rest."""
+
+
+SLOT_IS_OVER, REQUEST = "stop_after", "request"
+"""What ``result.json`` has as ``stopped_by``, or the name of a signal."""
+
+_REQUESTED = 1000
+"""Among the numbers of signals: the launcher asked by the stop file."""
 
 
 class Engine(Protocol):
@@ -130,6 +137,19 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def train_all(configs: Sequence[Config], *, on_checkpoint: OnCheckpoint | None = None) -> None:
+    """Run or continue several runs one after the other, until one of them is asked to stop. Collective.
+
+    Args:
+        configs: what to train.
+        on_checkpoint: for the last of them, see :func:`train`.
+    """
+    for config in configs:
+        result = train(config, on_checkpoint=on_checkpoint if config is configs[-1] else None)
+        if result["stopped_by"] not in (None, SLOT_IS_OVER):
+            break
+
+
 def train(config: Config, *, on_checkpoint: OnCheckpoint | None = None) -> dict[str, Any]:
     """Run or continue one training run in this process, as one rank of the process group that exists.
 
@@ -193,7 +213,7 @@ class _Session:
         topology: Topology,
         run: RunDirectory,
         on_checkpoint: OnCheckpoint | None,
-        stop_signalled: Callable[[], bool],
+        stop_signalled: Callable[[], int],
     ) -> None:
         self.config, self.topology, self.run = config, topology, run
         self.on_checkpoint, self.stop_signalled = on_checkpoint, stop_signalled
@@ -225,7 +245,7 @@ class _Session:
         self.record: dict[str, Any] = {}
         self.row: dict[str, Any] = {}
         self.saved_at: int | None = None
-        self.stopped_by_request = False
+        self.stopped_by: str | None = None
         self.saves: list[dict[str, Any]] = []
         self.stager = make_stager() if config.run.async_save else None
         self.in_flight: tuple[Save, dict[str, Any]] | None = None
@@ -280,7 +300,7 @@ class _Session:
         stopped = self._train_steps()
         # A run that goes on in another shape, and stops where it was, leaves a checkpoint of that shape all the same.
         if self.saved_at != self.step or (self.reshaped_from and self.step == self.resumed_from):
-            self.save(and_train_on=False, in_a_hurry=self.stopped_by_request)
+            self.save(and_train_on=False, in_a_hurry=self.stopped_by not in (None, SLOT_IS_OVER))
         checkpoint.finish_deletions()
         return self._finish("stopped" if stopped else "completed")
 
@@ -297,6 +317,7 @@ class _Session:
         if self.step >= self.num_steps:
             return False
         if self._slot_is_over():
+            self.stopped_by = SLOT_IS_OVER
             return True
         every = self.config.run.checkpoint_every
         for micro_batches in self.loader.steps():
@@ -305,8 +326,8 @@ class _Session:
                 self._finish_save()
             if self.step >= self.num_steps:
                 return False
-            self.stopped_by_request = stop
             if stop or self._slot_is_over():
+                self.stopped_by = stop or SLOT_IS_OVER
                 return True
             if every and self.step % every == 0:
                 self.save(and_train_on=True)
@@ -316,7 +337,7 @@ class _Session:
         limit = self.config.run.stop_after
         return limit is not None and self.step >= limit
 
-    def _one_step(self, micro_batches: list[dict[str, Tensor]]) -> tuple[bool, bool]:
+    def _one_step(self, micro_batches: list[dict[str, Tensor]]) -> tuple[str | None, bool]:
         """Train one step. Returns what :meth:`_agree` says of stopping and of the save in flight."""
         began = time.perf_counter()
         measuring = self.config.run.measure and self.step + 1 == _MEASURED_STEP
@@ -425,12 +446,12 @@ class _Session:
             self.on_checkpoint(path, row)
         self.pruner.prune(path)
 
-    def _agree(self, micro_batches: list[dict[str, Tensor]]) -> tuple[int, bool, bool]:
+    def _agree(self, micro_batches: list[dict[str, Tensor]]) -> tuple[int, str | None, bool]:
         """What all ranks must know of a step. Collective.
 
         Returns:
-            The step's tokens over all data-parallel ranks; whether any rank was asked to stop; whether there is a save
-            in flight, and all its files are written.
+            The step's tokens over all data-parallel ranks; what asked any rank to stop, if anything did; whether there
+            is a save in flight, and all its files are written.
 
         Raises:
             RanksDisagree: the ranks of a tensor-parallel group read different batches; all ranks raise.
@@ -439,10 +460,12 @@ class _Session:
         tokens = sum(count_tokens(batch["labels"]) for batch in micro_batches)
         written = self.in_flight is not None and self.in_flight[0].is_written()
         batches = fingerprint(micro_batches) if self.topology.tp > 1 else 0
-        by_rank = gather([tokens, int(self._stop_requested()), int(written), batches], self.device)
+        by_rank = gather([tokens, self._stop_requested(), int(written), batches], self.device)
         tokens_of, stop_of, written_of, batches_of = zip(*by_rank, strict=True)
         check_batches(self.topology, self.step + 1, batches_of)
-        return sum(tokens_of[:: self.topology.tp]), any(stop_of), all(written_of)
+        stop = max(stop_of)
+        stopped_by = None if not stop else REQUEST if stop == _REQUESTED else signal.Signals(stop).name
+        return sum(tokens_of[:: self.topology.tp]), stopped_by, all(written_of)
 
     def _sum_over_ranks(self, value: Tensor) -> float:
         """The sum of a float64 scalar over the data-parallel ranks. Collective.
@@ -455,8 +478,11 @@ class _Session:
         check_losses(self.topology, self.step + 1, by_rank.tolist())
         return float(by_rank[:: self.topology.tp].sum())
 
-    def _stop_requested(self) -> bool:
-        return self.stop_signalled() or (self.topology.rank == 0 and self.run.stop_file.exists())
+    def _stop_requested(self) -> int:
+        """The number of the signal that asked this rank to stop, ``_REQUESTED`` for the stop file, 0 for neither."""
+        if self.topology.rank == 0 and self.run.stop_file.exists():
+            return _REQUESTED
+        return self.stop_signalled()
 
     def _diverged(self, what: str) -> str:
         self._finish_save()  # all ranks are here, and it may be the last good one
@@ -485,6 +511,7 @@ class _Session:
         seconds = sum(row["seconds"] for row in steady)
         result = {
             "status": status,
+            "stopped_by": self.stopped_by if status == "stopped" else None,
             "step": self.step,
             "num_steps": self.num_steps,
             "resumed_from": self.resumed_from,
@@ -531,17 +558,29 @@ def local_device(config: Config) -> torch.device:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turn SIGTERM, SIGUSR1 and SIGINT into a flag that the loop reads between two steps."""
+def _stop_signals() -> Iterator[Callable[[], int]]:
+    """Keep the number of a SIGTERM, SIGUSR1 or SIGINT for the loop to read between two steps; 0 if none has come.
+
+    A second SIGINT is not kept: it interrupts at once.
+    """
     seen: list[int] = []
+
+    def keep(number: int, _frame: Any) -> None:
+        if number == signal.SIGINT:
+            if number in seen:
+                raise KeyboardInterrupt
+            # Not print: the interrupted code may be in the middle of one.
+            os.write(2, b"Stopping: saving after this step. Interrupt again to stop now, without saving.\n")
+        seen.append(number)
+
     if threading.current_thread() is not threading.main_thread():
         # Ray calls the training function in a thread, and stops it through the stop file.
-        yield lambda: False
+        yield lambda: 0
         return
     signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    before = {number: signal.signal(number, lambda received, _frame: seen.append(received)) for number in signals}
+    before = {number: signal.signal(number, keep) for number in signals}
     try:
-        yield lambda: bool(seen)
+        yield lambda: seen[0] if seen else 0
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from tutorial_lib.records import RunDirectory
 
-if __name__ == "__main__":
-    (flat,) = json.loads(Path(sys.argv[1]).read_text())
+
+def main(configs_file: str, _rendezvous: str) -> None:
+    (flat,) = json.loads(Path(configs_file).read_text())
     run = RunDirectory(Path(flat["storage"]) / flat["name"])
     if os.environ["RANK"] == "1":
         run.write_error(1, RuntimeError("of a peer"))
@@ -26,3 +27,7 @@ if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     print("what(): from C++", file=sys.stderr, flush=True)
     os.abort()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -255,7 +255,13 @@ def test_a_signal_saves_at_the_next_step_and_stops(tmp_path, monkeypatch, number
     whole = launch.run(config(tmp_path, name="whole", steps=5))
     with monkeypatch.context() as patch:
         patch.setattr(TorchEngine, "step", interrupted)
-        run = launch.run(config(tmp_path, steps=5))
+        if number == signal.SIGINT:
+            with pytest.raises(launch.Interrupted, match="run 'run' stopped at step 3 of 5 and was saved") as error:
+                launch.run(config(tmp_path, steps=5))
+            (run,) = error.value.runs
+        else:
+            run = launch.run(config(tmp_path, steps=5))
+    assert run.result["stopped_by"] == signal.Signals(number).name
     # The wish is noticed when the next step begins; that step is trained, saved, and is the last.
     assert (run.result["status"], run.result["step"], run.result["checkpoint"]) == ("stopped", 3, "step-00000003")
     run = launch.run(config(tmp_path, steps=5))

@@ -49,12 +49,34 @@ class Run:
         return RunDirectory(self.config.directory)
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, or a notebook's Interrupt, has stopped runs after they saved.
+
+    A KeyboardInterrupt, so that neither a script nor *Run All* goes on as if the runs were done.
+
+    Attributes:
+        runs: those that were begun, up to where they stopped.
+    """
+
+    def __init__(self, message: str, runs: Sequence[Run]) -> None:
+        super().__init__(message)
+        self.runs = list(runs)
+
+
+def warm_up(device: str = "cpu") -> None:
+    """Start loading what local runs need, in the background: the first run then starts sooner. Returns at once."""
+    from tutorial_lib.launch import local
+
+    local.warm_up(device)
+
+
 def run(config: Config, *, on_rows: OnRows | None = None) -> Run:
     """Run or continue one training run with the launcher that the configuration names.
 
     Raises:
         ConfigError: the configuration cannot run here; nothing was started.
         WorkerError: a worker failed; the message is its own traceback.
+        Interrupted: Ctrl-C was pressed; the run has saved and stopped.
     """
     return run_all([config], on_rows=on_rows)[0]
 
@@ -84,11 +106,21 @@ def reshape(source: Path, **flat: Any) -> Run:
     return Run(config, directory.result(), directory.rows())
 
 
-def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None) -> list[Run]:
-    """Several runs, one after the other, in one start of processes: starting is what costs.
+def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None, worker: str | None = None) -> list[Run]:
+    """Run several configurations one after the other, in one start of processes: starting is what costs.
 
-    All must ask for the same launcher, device and number of processes, and have names of their own.
+    Args:
+        configs: all ask for the same launcher, device and number of processes, and have names of their own.
+        on_rows: called with new metrics rows.
+        worker: with the local launcher, the module that each rank runs in place of ``tutorial_lib.launch.worker``.
+
+    Raises:
+        Interrupted: Ctrl-C was pressed, or a signal came before the last run had begun. The run under way has saved
+            and stopped, and those after it were not begun.
     """
+    first = configs[0]
+    if first.run.launcher == "local":
+        warm_up(first.run.device)
     from tutorial_lib.checkpoint import held_for_launch
 
     configs = [preflight(config) for config in configs]
@@ -113,16 +145,30 @@ def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None) -> list
         for directory in directories:
             held.enter_context(held_for_launch(directory))
         watched = _Watcher(directories, on_rows)
-        held.enter_context(_stop_on_signal(watched))
+        earlier = [_stamp(directory.result_file) for directory in directories]
+        signals = held.enter_context(_stop_on_signal(watched))
         if first.run.launcher == "ray":
             from tutorial_lib.launch.ray_train import launch
+
+            launch(configs, watched.poll)
         elif first.run.launcher == "local":
-            from tutorial_lib.launch.local import launch
+            from tutorial_lib.launch import local
+
+            local.launch(configs, watched.poll, worker or local.WORKER)
         else:
             from tutorial_lib.launch.joined import launch
-        launch(configs, watched.poll)
+
+            launch(configs, watched.poll)
         watched.poll()
-    return [Run(c, d.result(), d.rows()) for c, d in zip(configs, watched.directories, strict=True)]
+    runs = [
+        Run(config, directory.result(), directory.rows())
+        for config, directory, before in zip(configs, directories, earlier, strict=True)
+        if _stamp(directory.result_file) not in (None, before)
+    ]
+    interrupted = signal.SIGINT in signals or any(r.result.get("stopped_by") == "SIGINT" for r in runs)
+    if len(runs) < len(configs) or interrupted:
+        raise Interrupted(_where_stopped(runs, configs), runs)
+    return runs
 
 
 def preflight(config: Config) -> Config:
@@ -159,6 +205,28 @@ def preflight(config: Config) -> Config:
     if found := latest(RunDirectory(config.directory)):
         check_continues(config, found)
     return config
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Return what changes when a file is written again, or None if it does not exist."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _where_stopped(runs: Sequence[Run], configs: Sequence[Config]) -> str:
+    if not runs:
+        return "stopped before the first step; nothing was trained. Run it again to start."
+    last = runs[-1]
+    not_begun = [config.run.name for config in configs[len(runs) :]]
+    done = f"run {last.config.run.name!r} {last.result['status']} at step {last.result['step']}"
+    return (
+        f"{done} of {last.result['num_steps']} and was saved"
+        + (f"; not begun: {', '.join(not_begun)}" if not_begun else "")
+        + ". Run it again to go on from there."
+    )
 
 
 def first_error(directories: Sequence[RunDirectory], otherwise: str) -> Exception:
@@ -250,23 +318,32 @@ def wait_for(thread: threading.Thread, *calls: Callable[[], None]) -> None:
 
 
 @contextmanager
-def _stop_on_signal(watched: _Watcher) -> Iterator[None]:
-    """Pass the wish to stop on to the workers: they save at the next step, and the launch ends normally."""
+def _stop_on_signal(watched: _Watcher) -> Iterator[list[int]]:
+    """Pass the wish to stop on to the workers: they save at the next step, and the launch ends normally.
+
+    Yields:
+        The signals that have come, as they come.
+    """
+    received: list[int] = []
     if threading.current_thread() is not threading.main_thread() or "RANK" in os.environ:
-        yield
+        yield received
         return
 
     def request_stop(number: int, _frame: Any) -> None:
+        received.append(number)
         for directory in watched.directories:
             directory.logs.parent.mkdir(parents=True, exist_ok=True)
             directory.stop_file.write_text(f"signal {number} at {time.time()}\n")
+        if number == signal.SIGINT:
+            # Not print: the interrupted code may be in the middle of one.
+            os.write(2, b"Stopping: saving after this step. Interrupt again to stop now, without saving.\n")
         # A second signal means now.
         signal.signal(number, before[signal.Signals(number)])
 
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     before = {number: signal.signal(number, request_stop) for number in numbers}
     try:
-        yield
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -26,7 +26,7 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
     Raises:
         ConfigError: the launcher's environment variables are missing although several ranks are asked for.
     """
-    from tutorial_lib.trainer import train
+    from tutorial_lib.trainer import train_all
 
     world_size = configs[0].parallel.world_size
     with ExitStack() as stack:
@@ -43,8 +43,7 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
                 stack.callback(os.environ.pop, "GLOO_SOCKET_IFNAME")
             init_method = f"file://{stack.enter_context(TemporaryDirectory())}/rendezvous"
         stack.enter_context(process_group(configs[0], init_method))
-        for config in configs:
-            train(config)
+        train_all(configs)
 
 
 @contextmanager

@@ -1,101 +1,266 @@
-"""Start the ranks as processes on this machine.
+"""Local launcher: ranks as processes on this machine, forked from a warm server.
 
-Processes are started and watched by ``torch.distributed.elastic.multiprocessing``, the part of ``torchrun`` that does
-this. They find each other through a file instead of a port, and gloo talks over loopback: nothing outside this
-machine can connect.
+The first launch starts the server (:mod:`tutorial_lib.launch.warm_server`), which loads torch, transformers and
+DeepSpeed while the launching process checks the configuration; :func:`warm_up` starts it earlier. Later launches find
+it ready. Each launch has new processes, which find each other through a new file instead of a port, and gloo talks
+over loopback: nothing outside this machine can connect.
+
+``TUTORIAL_LIB_WARM_WORKERS=0`` in the environment starts each rank as a new interpreter instead.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
-import logging
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
-import threading
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
-
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std, start_processes
+from socket import socketpair
 
 from tutorial_lib.config import Config
 from tutorial_lib.doctor import usable_cores
 from tutorial_lib.launch import _POLL_SECONDS, WorkerError, first_error, next_start
+from tutorial_lib.launch.warm_server import Job
 from tutorial_lib.records import RunDirectory
+
+WORKER = "tutorial_lib.launch.worker"
 
 _FATAL = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 """A rank that one of these has ended could not say why; what its peers then write is the consequence."""
 
+_PEERS_SECONDS = 10
+"""How long the other ranks may take to end after one has failed, or after an interrupt."""
 
-def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
+_HARMLESS = frozenset(
+    "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE OMP_NUM_THREADS GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME DS_ACCELERATOR "
+    "PYTHONBREAKPOINT PYTORCH_NVML_BASED_CUDA_CHECK PYTEST_CURRENT_TEST".split()
+)
+"""Environment variables that a loaded server need not know: each rank gets its own, or nothing reads them at import."""
+
+
+def warm_up(device: str = "cpu") -> None:
+    """Start loading what local runs need, in the background. Returns at once; safe to call again."""
+    _idle.append(_take(device))
+
+
+def launch(configs: Sequence[Config], poll: Callable[[], None], worker: str = WORKER) -> None:
     """Run the configurations one after the other on ``dp x tp`` new processes.
+
+    Args:
+        configs: what to run; all have the same number of ranks and the same device.
+        poll: called a few times per second while the ranks run.
+        worker: the module that every rank runs: it has a ``main(configs_file, rendezvous_file)``.
 
     Raises:
         WorkerError: a rank failed; all are gone when this is raised.
     """
-    world_size = configs[0].parallel.world_size
     directories = [RunDirectory(config.directory) for config in configs]
     for directory in directories:
         directory.create()
         directory.clear_requests()
     scratch = Path(tempfile.mkdtemp(prefix="tutorial-lib-"))
+    server = _take(configs[0].run.device)
+    try:
+        outputs = [scratch / f"rank-{rank:03d}.out" for rank in range(configs[0].parallel.world_size)]
+        failures = server.run(
+            _job(configs, scratch, outputs, worker),
+            poll,
+            is_stopped=lambda: any(directory.stop_file.exists() for directory in directories),
+        )
+        if failures:
+            raise _error(failures, outputs, directories)
+    finally:
+        # After an interrupt in the middle of a message nobody knows what the server is about to say: it goes as well.
+        server.close() if server.is_busy else _idle.append(server)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def stop_server() -> None:
+    """End the idle servers of this process. Nothing needs this: they end with the process that started them."""
+    while _idle:
+        _idle.pop().close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """A rank that ended with another exit code than 0, and when (seconds since 1970)."""
+
+    rank: int
+    exit_code: int
+    time: float
+
+
+class _Server:
+    """This process's end of a server: see :mod:`tutorial_lib.launch.warm_server`."""
+
+    def __init__(self, device: str) -> None:
+        self.made_for = _state(device)
+        self.is_busy = False
+        self._has_started = False
+        self._owner = os.getpid()
+        ours, theirs = socketpair()
+        self._output = tempfile.TemporaryFile()
+        self._connection = Connection(ours.detach())
+        program = [sys.executable, "-m", "tutorial_lib.launch.warm_server"]
+        with theirs:
+            self._process = subprocess.Popen(
+                [*program, str(os.getpid()), str(theirs.fileno()), _temperature()],
+                # DeepSpeed decides at import what it computes on. A server must not touch the GPU, see there.
+                env={**os.environ, "DS_ACCELERATOR": device, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=self._output,
+                stderr=self._output,
+                # Ctrl-C in a terminal reaches this process, which then asks the ranks to save and stop.
+                start_new_session=True,
+            )
+
+    @property
+    def is_usable(self) -> bool:
+        return self._owner == os.getpid() and self._process.poll() is None
+
+    def run(self, job: Job, poll: Callable[[], None], is_stopped: Callable[[], bool]) -> list[_Failure]:
+        """Start the ranks and wait for their end. Returns those that failed.
+
+        Args:
+            job: the ranks.
+            poll: called a few times per second.
+            is_stopped: whether the runs were asked to stop. If they are before the ranks have started, none starts.
+
+        Raises:
+            WorkerError: the server itself is gone.
+        """
+        self.is_busy = True
+        try:
+            self._connection.send(("start", job))
+            left, failures, patience = len(job.environments), list[_Failure](), float("inf")
+            self._has_started = False
+            while left:
+                if self._connection.poll(_POLL_SECONDS):
+                    kind, *content = self._connection.recv()
+                    if kind == "started":
+                        self._has_started = True
+                        continue
+                    rank, exit_code, ended = content
+                    left -= 1
+                    if exit_code:
+                        failures.append(_Failure(rank, exit_code, ended))
+                        if len(failures) == 1 and left:
+                            self._connection.send(("signal", signal.SIGTERM))
+                            patience = time.monotonic() + _PEERS_SECONDS
+                elif time.monotonic() > patience:
+                    self._connection.send(("signal", signal.SIGKILL))
+                elif not self._has_started and is_stopped():
+                    return []  # busy as it is, the server is closed by the caller
+                poll()
+        except (EOFError, OSError) as error:
+            raise WorkerError(f"The process that starts the ranks is gone. It printed:\n{self._printed()}") from error
+        self.is_busy = False
+        return failures
+
+    def close(self) -> None:
+        """Ask the ranks to save and stop, if there are any, and end the server. Bounded in time."""
+        if self._owner != os.getpid():
+            return
+        self._connection.close()
+        if self._has_started:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_PEERS_SECONDS)
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._output.close()
+
+    def _printed(self) -> str:
+        self._output.seek(0)
+        return self._output.read().decode(errors="replace")
+
+
+_idle: list[_Server] = []
+atexit.register(stop_server)
+
+
+def _take(device: str) -> _Server:
+    """Return a server that nobody uses, and whose modules and environment are those of this process now."""
+    wanted = _state(device)
+    for server in list(_idle):
+        if server.is_usable and server.made_for == wanted:
+            _idle.remove(server)
+            return server
+        if server.made_for["device"] == device:
+            _idle.remove(server)
+            server.close()
+    return _Server(device)
+
+
+def _state(device: str) -> dict[str, object]:
+    """What a loaded server cannot follow: our source files, and variables that libraries read at import."""
+    package = Path(__file__).parents[1]
+    return {
+        "device": device,
+        "temperature": _temperature(),
+        "sources": {str(path): path.stat().st_mtime_ns for path in package.rglob("*.py")},
+        "environment": {
+            name: value for name, value in os.environ.items() if name not in _HARMLESS and not name.startswith("RAY_")
+        },
+    }
+
+
+def _temperature() -> str:
+    return "cold" if os.environ.get("TUTORIAL_LIB_WARM_WORKERS") == "0" else "warm"
+
+
+def _job(configs: Sequence[Config], scratch: Path, outputs: Sequence[Path], worker: str) -> Job:
     configs_file = scratch / "configs.json"
     configs_file.write_text(json.dumps([config.flat() for config in configs]))
-    ranks = range(world_size)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    threads = str(max(1, usable_cores() // world_size))
-    arguments = ("-m", "tutorial_lib.launch.worker", str(configs_file), str(scratch / "rendezvous"))
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    context = start_processes(
-        name="train",
-        entrypoint=sys.executable,
-        args=dict.fromkeys(ranks, arguments),
-        envs={
-            rank: {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(world_size),
-                "LOCAL_WORLD_SIZE": str(world_size),
-                "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
-                "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
-                "NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", "lo"),
-            }
-            for rank in ranks
-        },
-        logs_specs=DefaultLogsSpecs(log_dir=str(scratch / "logs"), redirects=Std.ALL),
+    world_size = len(outputs)
+    defaults = {
+        "OMP_NUM_THREADS": str(max(1, usable_cores() // world_size)),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
+    }
+    size = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    return Job(
+        module=worker,
+        arguments=(str(configs_file), str(scratch / "rendezvous")),
+        environments=tuple(
+            {**defaults, **os.environ, **size, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)
+        ),
+        outputs=tuple(map(str, outputs)),
+        directory=os.getcwd(),
+        path=tuple(sys.path),
     )
-    if threading.current_thread() is threading.main_thread():
-        # torch has put its own in place, which would end the workers before they have saved.
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    try:
-        outcome = None
-        while outcome is None:
-            outcome = context.wait(timeout=_POLL_SECONDS, period=_POLL_SECONDS / 2)
-            poll()
-        if outcome.is_failed():
-            failure = min(outcome.failures.values(), key=lambda f: (-f.exitcode not in _FATAL, f.timestamp))
-            printed = Path(outcome.stderrs[failure.local_rank]).read_text(errors="replace").strip()
-            silent = f"Rank {failure.local_rank} ended with exit code {failure.exitcode} and "
-            if failure.exitcode > 0 and printed:
-                silent += f"could not write why. It printed:\n{printed.splitlines()[-1]}\n\n{printed}"
-            else:
-                silent += (
-                    "left no traceback"
-                    + (": it was killed, perhaps for memory." if -failure.exitcode == signal.SIGKILL else ".")
-                    + f" {next_start(directories)} The end of its output:\n"
-                    + _last_output(failure.local_rank, printed, directories)
-                )
-            written = [record for directory in directories for record in directory.errors()]
-            if -failure.exitcode in _FATAL and failure.local_rank not in {record["rank"] for record in written}:
-                peers = [f"\n\nRank {r['rank']} failed with {r['type']}: {r['message']}" for r in written]
-                raise WorkerError("".join([silent, *peers]))
-            raise first_error(directories, silent)
-    finally:
-        context.close(timeout=10)
-        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _error(failures: Sequence[_Failure], outputs: Sequence[Path], directories: Sequence[RunDirectory]) -> Exception:
+    """Return the error of the rank that failed first, in its own words where it could leave any."""
+    failure = min(failures, key=lambda f: (-f.exit_code not in _FATAL, f.time))
+    output = outputs[failure.rank]
+    printed = output.read_text(errors="replace").strip() if output.exists() else ""
+    silent = f"Rank {failure.rank} ended with exit code {failure.exit_code} and "
+    if failure.exit_code > 0 and printed:
+        silent += f"could not write why. It printed:\n{printed.splitlines()[-1]}\n\n{printed}"
+    else:
+        silent += (
+            "left no traceback"
+            + (": it was killed, perhaps for memory." if -failure.exit_code == signal.SIGKILL else ".")
+            + f" {next_start(directories)} The end of its output:\n"
+            + _last_output(failure.rank, printed, directories)
+        )
+    written = [record for directory in directories for record in directory.errors()]
+    if -failure.exit_code in _FATAL and failure.rank not in {record["rank"] for record in written}:
+        peers = [f"\n\nRank {r['rank']} failed with {r['type']}: {r['message']}" for r in written]
+        return WorkerError("".join([silent, *peers]))
+    return first_error(directories, silent)
 
 
 def _last_output(rank: int, printed: str, directories: Sequence[RunDirectory], lines: int = 20) -> str:

@@ -281,15 +281,14 @@ def _worker(given: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
     import ray.train
 
-    from tutorial_lib.trainer import train
+    from tutorial_lib.trainer import train_all
 
     configs = [Config.from_json(text) for text in given["configs"]]
     directory = RunDirectory(configs[-1].directory)
     if ray.train.get_context().get_world_rank() == 0 and directory.restarts():
         directory.clear_errors()  # those of the workers that failed before these
     # Ray registers checkpoints under the directory of the run that it was started for, which is the last one.
-    for config in configs:
-        train(config, on_checkpoint=_register if config is configs[-1] else None)
+    train_all(configs, on_checkpoint=_register)
 
 
 def _register(path: Path, row: dict[str, Any]) -> None:

@@ -1,0 +1,213 @@
+"""The local launcher: ranks from a warm server, and what is left of them when something ends before its time.
+
+Most ranks here only tell what they are (``telling_worker.py``); ``tests/distributed`` trains.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tutorial_lib import launch
+from tutorial_lib.config import Config
+from tutorial_lib.launch import local
+
+TELLING = "tests.unit.telling_worker"
+
+
+def config(storage: Path, name: str = "run", dp: int = 2, **flat) -> Config:
+    settings = {"steps": 4, "global_batch": 4, "seq_length": 32, "max_examples": 16, "evaluate": False}
+    return Config.create("cpu", name=name, dp=dp, storage=str(storage), launcher="local", **(settings | flat))
+
+
+def tell(storage: Path, name: str = "run", dp: int = 2) -> list[dict]:
+    """Launch ranks that tell what they are; return what they told."""
+    launch.run_all([config(storage, name, dp)], worker=TELLING)
+    return [json.loads((storage / name / f"rank-{rank}.json").read_text()) for rank in range(dp)]
+
+
+def wait_until(condition, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+
+
+def test_every_launch_has_new_processes_of_one_server(tmp_path):
+    first, second = tell(tmp_path, "first"), tell(tmp_path, "second", dp=4)
+    (server,) = {rank["parent"] for rank in first + second}
+    assert psutil.Process(server).ppid() == os.getpid()
+    assert len({rank["pid"] for rank in first + second}) == 6
+    assert [rank["rank"] for rank in second] == ["0", "1", "2", "3"]
+    assert first[0]["rendezvous"] != second[0]["rendezvous"]
+    assert not psutil.Process(server).children(), "no rank outlives its launch"
+
+
+def test_ranks_are_set_up_like_new_interpreters(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    warm = tell(tmp_path, "warm")
+    monkeypatch.setenv("TUTORIAL_LIB_WARM_WORKERS", "0")
+    cold = tell(tmp_path, "cold")
+    for rank in (*warm, *cold):
+        assert rank["directory"] == str(tmp_path)
+        assert rank["path"][0] or rank["path"][1] == os.environ["PYTHONPATH"].split(":")[0]
+    assert [rank["threads"] for rank in warm] == [3, 3]
+    assert [rank["threads"] for rank in cold] == [None, None], "a new interpreter imports what it needs by itself"
+
+
+@pytest.mark.parametrize("what", ["environment", "sources"])
+def test_a_server_that_could_not_follow_a_change_is_replaced(tmp_path, monkeypatch, what):
+    before = tell(tmp_path, "before")
+    if what == "environment":
+        monkeypatch.setenv("TUTORIAL_LIB_TEST_VARIABLE", "new")
+    else:
+        source = Path(local.__file__)
+        written = source.stat().st_mtime
+        os.utime(source, (written, written + 1))
+    try:
+        after = tell(tmp_path, "after")
+    finally:
+        if what == "sources":
+            os.utime(source, (written, written))
+    assert after[0]["parent"] != before[0]["parent"]
+    assert after[0]["variable"] == ("new" if what == "environment" else None)
+    assert not psutil.pid_exists(before[0]["parent"])
+
+
+def test_warming_up_returns_at_once_and_starts_one_server():
+    began = time.monotonic()
+    launch.warm_up()
+    launch.warm_up()
+    assert time.monotonic() - began < 1
+    servers = [p for p in psutil.Process().children() if "warm_server" in " ".join(p.cmdline())]
+    assert len(servers) == 1
+
+
+def test_a_failing_rank_is_shown_in_its_own_words_and_the_server_lives_on(tmp_path):
+    before = tell(tmp_path, "before")
+    with pytest.raises(launch.WorkerError, match=r"could not write why. It printed:\nValueError: of ") as error:
+        launch.run_all([config(tmp_path, "fails")], worker=TELLING)
+    assert "telling_worker.py" in str(error.value) and "speaks" in str(error.value)
+    assert tell(tmp_path, "after")[0]["parent"] == before[0]["parent"]
+
+
+def test_a_server_that_is_killed_takes_its_ranks_along_and_says_so(tmp_path):
+    def strike() -> None:
+        told = tmp_path / "sleeps" / "rank-1.json"
+        wait_until(told.exists)
+        os.kill(json.loads(told.read_text())["parent"], signal.SIGKILL)
+
+    thread = threading.Thread(target=strike)
+    thread.start()
+    with pytest.raises(launch.WorkerError, match="The process that starts the ranks is gone"):
+        launch.run_all([config(tmp_path, "sleeps")], worker=TELLING)
+    thread.join()
+    ranks = [json.loads((tmp_path / "sleeps" / f"rank-{rank}.json").read_text())["pid"] for rank in range(2)]
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in ranks))
+    assert len(tell(tmp_path, "after")) == 2
+
+
+# ------------------------------------------------------------------------------------------------- other programs
+
+UNGUARDED = """
+import sys
+from pathlib import Path
+from tutorial_lib import launch
+from tutorial_lib.config import Config
+
+with open("starts", "a") as starts:
+    starts.write("started\\n")
+config = Config.create("cpu", dp=2, storage="runs", launcher="local", steps=2, max_examples=16, evaluate=False,
+                       global_batch=4, seq_length=32, zero_stage=1)
+print(launch.run(config).result["status"])
+"""
+
+
+def test_a_script_needs_no_main_guard_and_leaves_nothing(tmp_path):
+    (tmp_path / "script.py").write_text(UNGUARDED)
+    ended = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout) == (0, "completed\n"), ended.stderr
+    assert (tmp_path / "starts").read_text() == "started\n", "no rank ran the script again"
+
+
+@pytest.mark.parametrize("when", ["while it loads", "when it is idle"])
+def test_a_server_ends_with_the_process_that_started_it(when):
+    code = "from tutorial_lib import launch; launch.warm_up(); print('up', flush=True); import time; time.sleep(600)"
+    launcher = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout is not None and launcher.stdout.readline() == "up\n"
+    (server,) = psutil.Process(launcher.pid).children()
+    if when == "when it is idle":
+        wait_until(lambda: server.cpu_percent(0.3) < 1 and server.cpu_times().user > 1, 60)
+    launcher.kill()
+    launcher.wait()
+    assert not psutil.wait_procs([server], timeout=10)[1]
+
+
+# ----------------------------------------------------------------------------------------------------- interrupts
+
+
+def interrupt_when(condition, times: int = 1) -> threading.Thread:
+    """Send SIGINT to this process once something has happened, as Ctrl-C does, and again half a second later."""
+
+    def strike() -> None:
+        wait_until(condition, 60)
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)
+
+    thread = threading.Thread(target=strike)
+    thread.start()
+    return thread
+
+
+def test_one_interrupt_saves_drops_the_other_runs_and_ends_the_call(tmp_path, capfd):
+    configs = [config(tmp_path, name, zero_stage=1, steps=400, max_examples=800) for name in ("a", "b")]
+    thread = interrupt_when(lambda: (tmp_path / "a" / "metrics.jsonl").exists())
+    began = time.monotonic()
+    with pytest.raises(
+        launch.Interrupted, match=r"run 'a' stopped at step \d+ of 400 and was saved; not begun: b\."
+    ) as e:
+        launch.run_all(configs)
+    thread.join()
+    assert isinstance(e.value, KeyboardInterrupt)
+    (run,) = e.value.runs
+    assert run.result["stopped_by"] == "request" and run.result["step"] < 400
+    assert "Stopping: saving after this step. Interrupt again to stop now" in capfd.readouterr().err
+    assert not (tmp_path / "b" / "metrics.jsonl").exists()
+    assert time.monotonic() - began < 60
+    done = launch.run(configs[0].override(stop_after=run.result["step"] + 1))
+    assert done.result["resumed_from"] == run.result["step"]
+
+
+def test_a_second_interrupt_stops_now_and_nothing_trains_on(tmp_path):
+    thread = interrupt_when((tmp_path / "sleeps" / "rank-1.json").exists, times=2)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        launch.run_all([config(tmp_path, "sleeps")], worker=TELLING)
+    thread.join()
+    assert time.monotonic() - began < 30
+    ranks = [json.loads((tmp_path / "sleeps" / f"rank-{rank}.json").read_text())["pid"] for rank in range(2)]
+    assert not any(psutil.pid_exists(pid) for pid in ranks)
+    assert len(tell(tmp_path, "after")) == 2
+
+
+def test_an_interrupt_while_the_server_loads_is_answered_at_once(tmp_path, monkeypatch):
+    local.stop_server()
+    monkeypatch.setattr(local, "warm_up", lambda device: None)  # it starts to load when the run is launched
+    thread = interrupt_when((tmp_path / "run" / "logs").exists)
+    with pytest.raises(launch.Interrupted, match="stopped before the first step; nothing was trained") as error:
+        launch.run_all([config(tmp_path)], worker=TELLING)
+    thread.join()
+    assert error.value.runs == []
+    assert not (tmp_path / "run" / "rank-0.json").exists()
+    assert not [p for p in psutil.Process().children() if "warm_server" in " ".join(p.cmdline())]
