@@ -34,6 +34,9 @@ from tutorial_lib.config import ConfigError
 
 Row = dict[str, Any]
 
+STOPPING = "Stopping: saving after this step. Interrupt again to stop now, without saving."
+"""What an interrupt is answered with."""
+
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file's content so that a reader sees the old or the new text, never a part."""

@@ -20,6 +20,7 @@ import math
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -47,7 +48,7 @@ from tutorial_lib.measure.memory import Allocations, StateBytes, count_allocatio
 from tutorial_lib.measure.traffic import count_collectives
 from tutorial_lib.models import load_tokenizer
 from tutorial_lib.mpu import Topology
-from tutorial_lib.records import RunDirectory, write_atomically
+from tutorial_lib.records import STOPPING, RunDirectory, write_atomically
 
 OnCheckpoint = Callable[[Path, dict[str, Any]], None]
 """Called on every rank when a checkpoint is complete, with its path and the newest metrics row."""
@@ -564,14 +565,18 @@ def _stop_signals() -> Iterator[Callable[[], int]]:
     A second SIGINT is not kept: it interrupts at once.
     """
     seen: list[int] = []
+    said: list[int] = []
 
     def keep(number: int, _frame: Any) -> None:
-        if number == signal.SIGINT:
-            if number in seen:
-                raise KeyboardInterrupt
-            # Not print: the interrupted code may be in the middle of one.
-            os.write(2, b"Stopping: saving after this step. Interrupt again to stop now, without saving.\n")
+        if number == signal.SIGINT and number in seen:
+            raise KeyboardInterrupt
         seen.append(number)
+
+    def stop_signalled() -> int:
+        if signal.SIGINT in seen and not said:
+            said.append(signal.SIGINT)
+            print(STOPPING, file=sys.stderr, flush=True)
+        return seen[0] if seen else 0
 
     if threading.current_thread() is not threading.main_thread():
         # Ray calls the training function in a thread, and stops it through the stop file.
@@ -580,7 +585,7 @@ def _stop_signals() -> Iterator[Callable[[], int]]:
     signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = {number: signal.signal(number, keep) for number in signals}
     try:
-        yield lambda: seen[0] if seen else 0
+        yield stop_signalled
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -133,6 +133,27 @@ def _checkpoints(result: dict[str, Any]) -> Rows:
     return rows
 
 
+def _startup(result: dict[str, Any]) -> Rows:
+    warm, cold = result["seconds"]["warm"], result["seconds"]["cold"]
+    rows: Rows = []
+    for what, name, target in (
+        ("first", "first launch in a program", 1.0),
+        ("second", "later launch in the same program", 5.0),
+        ("shell", "python -m tutorial_lib train", 1.0),
+    ):
+        ratio = result["times_faster"][what]
+        rows.append(
+            (
+                f"{name}, 4 steps on 2 ranks: new interpreters against the warm server",
+                f"{_range(ratio)}: {cold[what]:.1f} s / {warm[what]:.1f} s",
+                f"at least {target:g}",
+                ratio["median"] >= target,
+            )
+        )
+    beyond = warm["beyond the run"]
+    return [*rows, ("  of a later launch, beyond the run itself", f"{beyond:.2f} s", "at most 0.7 s", beyond <= 0.7)]
+
+
 def _ray(result: dict[str, Any]) -> Rows:
     parts: Rows = [(f"  {part}", f"{seconds:.1f} s", "", None) for part, seconds in result["parts"].items()]
     return [
@@ -159,6 +180,7 @@ _SHOWN: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
     "loop": ("tests.benchmarks.loop", _loop),
     "engines": ("tests.benchmarks.engines", _engines),
     "checkpoints": ("tests.benchmarks.checkpoints", _checkpoints),
+    "startup": ("tests.benchmarks.startup", _startup),
     "ray": ("tests.benchmarks.ray_startup", _ray),
     "notebook": ("tests.benchmarks.notebook", _notebook),
 }

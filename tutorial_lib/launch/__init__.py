@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from typing import Any
 
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.doctor import MEMORY_TO_START_GB, available_memory_gb
-from tutorial_lib.records import Row, RunDirectory
+from tutorial_lib.records import STOPPING, Row, RunDirectory
 
 OnRows = Callable[[list[Row]], None]
 """Called in the launching process with the metrics rows that have come since the last call."""
@@ -144,9 +145,10 @@ def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None, worker:
     with ExitStack() as held:
         for directory in directories:
             held.enter_context(held_for_launch(directory))
-        watched = _Watcher(directories, on_rows)
+        signals: list[int] = []
+        watched = _Watcher(directories, on_rows, signals)
         earlier = [_stamp(directory.result_file) for directory in directories]
-        signals = held.enter_context(_stop_on_signal(watched))
+        held.enter_context(_stop_on_signal(watched))
         if first.run.launcher == "ray":
             from tutorial_lib.launch.ray_train import launch
 
@@ -279,15 +281,20 @@ def _check_memory(config: Config) -> None:
 
 
 class _Watcher:
-    """Reads new rows of the runs' metrics files and hands them on."""
+    """Reads new rows of the runs' metrics files and hands them on, and says that an interrupt was heard."""
 
-    def __init__(self, directories: list[RunDirectory], on_rows: OnRows | None) -> None:
+    def __init__(self, directories: list[RunDirectory], on_rows: OnRows | None, signals: list[int]) -> None:
         self.directories = directories
         self.on_rows = on_rows
+        self.signals = signals
+        self._has_said = False
         self._seen = {directory.path: self._last_step(directory) for directory in directories}
         self._sizes: dict[Path, int] = {}
 
     def poll(self) -> None:
+        if signal.SIGINT in self.signals and not self._has_said:
+            self._has_said = True
+            print(STOPPING, file=sys.stderr, flush=True)
         if self.on_rows is None:
             return
         for directory in self.directories:
@@ -318,32 +325,24 @@ def wait_for(thread: threading.Thread, *calls: Callable[[], None]) -> None:
 
 
 @contextmanager
-def _stop_on_signal(watched: _Watcher) -> Iterator[list[int]]:
-    """Pass the wish to stop on to the workers: they save at the next step, and the launch ends normally.
-
-    Yields:
-        The signals that have come, as they come.
-    """
-    received: list[int] = []
+def _stop_on_signal(watched: _Watcher) -> Iterator[None]:
+    """Pass the wish to stop on to the workers: they save at the next step, and the launch ends normally."""
     if threading.current_thread() is not threading.main_thread() or "RANK" in os.environ:
-        yield received
+        yield
         return
 
     def request_stop(number: int, _frame: Any) -> None:
-        received.append(number)
+        watched.signals.append(number)
         for directory in watched.directories:
             directory.logs.parent.mkdir(parents=True, exist_ok=True)
             directory.stop_file.write_text(f"signal {number} at {time.time()}\n")
-        if number == signal.SIGINT:
-            # Not print: the interrupted code may be in the middle of one.
-            os.write(2, b"Stopping: saving after this step. Interrupt again to stop now, without saving.\n")
         # A second signal means now.
         signal.signal(number, before[signal.Signals(number)])
 
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     before = {number: signal.signal(number, request_stop) for number in numbers}
     try:
-        yield received
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
