@@ -16,7 +16,7 @@ endif
 TESTS := $(PYTHON_IN) -m pytest
 
 .PHONY: help setup run-notebooks test lab execute nbval unit distributed notebooks lint format bench images embedded \
-	clean
+	embedded-text clean
 
 help: ## list the targets
 	@echo "make TARGET, where TARGET is one of:"
@@ -70,6 +70,9 @@ images: $(READY) ## draw images/ anew
 
 embedded: $(READY) ## train the embedded tiny models anew, from their seed
 	@$(PYTHON_IN) -m tutorial_lib.embedded.build
+
+embedded-text: $(READY) ## extract the embedded text anew, which takes CPython 3.11.7
+	@$(PYTHON_IN) -m tutorial_lib.embedded.extract
 
 clean: ## remove what tools and tests leave behind; .venv and your runs stay
 	@rm -rf build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
