@@ -47,9 +47,10 @@ distributed: $(READY) ## real runs on 1, 2 and 4 processes, compared number by n
 notebooks: $(READY) ## every notebook as committed: it reads well, its claims hold, what it shows is the library
 	@$(TESTS) tests/notebooks
 
-nbval: $(READY) ## every notebook runs, all claims hold, and the deterministic cells show what is committed
+nbval: $(READY) ## every notebook runs, all claims hold with the committed numbers, deterministic cells show what is committed
 	@$(PYTHON_IN) tests/notebooks/run.py --copy-to build/nbval
-	@$(TESTS) -p tests.conftest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 --timeout 620 build/nbval/*.ipynb
+	@$(TESTS) -p tests.conftest -p tests.notebooks.same_claims --nbval-lax --nbval-current-env --nbval-cell-timeout 600 \
+		--timeout 620 build/nbval/*.ipynb
 
 lint: $(READY) ## style, types, and the borders between modules
 	@ruff check --quiet . && ruff format --quiet --check . || { echo "lint: make format repairs most of this"; exit 1; }
