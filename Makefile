@@ -16,7 +16,7 @@ endif
 TESTS := $(PYTHON_IN) -m pytest
 
 .PHONY: help setup run-notebooks test lab execute nbval unit distributed notebooks lint format bench images embedded \
-	clean
+	embedded-text clean
 
 help: ## list the targets
 	@echo "make TARGET, where TARGET is one of:"
@@ -47,9 +47,10 @@ distributed: $(READY) ## real runs on 1, 2 and 4 processes, compared number by n
 notebooks: $(READY) ## every notebook as committed: it reads well, its claims hold, what it shows is the library
 	@$(TESTS) tests/notebooks
 
-nbval: $(READY) ## every notebook runs, all claims hold, and the deterministic cells show what is committed
+nbval: $(READY) ## every notebook runs, all claims hold with the committed numbers, deterministic cells show what is committed
 	@$(PYTHON_IN) tests/notebooks/run.py --copy-to build/nbval
-	@$(TESTS) -p tests.conftest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 --timeout 620 build/nbval/*.ipynb
+	@$(TESTS) -p tests.conftest -p tests.notebooks.same_claims --nbval-lax --nbval-current-env --nbval-cell-timeout 600 \
+		--timeout 620 build/nbval/*.ipynb
 
 lint: $(READY) ## style, types, and the borders between modules
 	@ruff check --quiet . && ruff format --quiet --check . || { echo "lint: make format repairs most of this"; exit 1; }
@@ -70,6 +71,9 @@ images: $(READY) ## draw images/ anew
 
 embedded: $(READY) ## train the embedded tiny models anew, from their seed
 	@$(PYTHON_IN) -m tutorial_lib.embedded.build
+
+embedded-text: $(READY) ## extract the embedded text anew, which takes CPython 3.11.7
+	@$(PYTHON_IN) -m tutorial_lib.embedded.extract
 
 clean: ## remove what tools and tests leave behind; .venv and your runs stay
 	@rm -rf build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info

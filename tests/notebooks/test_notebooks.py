@@ -1,9 +1,8 @@
-"""The course itself: every notebook as it is committed, its claims read back as data; and what runs notebooks."""
+"""The course itself: every notebook as it is committed, its claims read back as data. `make nbval` runs it again."""
 
 from __future__ import annotations
 
 import ast
-import functools
 import re
 import statistics
 from pathlib import Path
@@ -14,16 +13,11 @@ import pytest
 from nbformat import NotebookNode
 
 from tests.notebooks import run
-from tutorial_lib.lab.claims import Claims, claims_in
+from tests.notebooks.same_claims import describe_untrue
+from tutorial_lib.lab.claims import claims_in
 
 ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~-])/(home|root|tmp|Users|work|usr|opt|mnt)/|/site-packages/")
 COURSE = pytest.mark.parametrize("notebook", run.committed_notebooks(), ids=lambda path: path.stem)
-FIRST = pytest.mark.parametrize("notebook", run.committed_notebooks()[:1], ids=lambda path: path.stem)
-
-
-@functools.cache
-def executed(notebook: Path) -> run.Execution:
-    return run.execute(notebook)
 
 
 def read(path: Path) -> NotebookNode:
@@ -34,30 +28,9 @@ def outputs(document: NotebookNode) -> list[NotebookNode]:
     return [output for cell in run.code_cells(document) for output in cell.outputs]
 
 
-def check_claims(found: list[dict[str, Any]]) -> None:
-    """Every claim holds, and holds again when its numbers are compared anew."""
-    assert found, "the notebook emits no claims"
-    again = Claims()
-    for claim in found:
-        text, expected, measured = claim["claim"], claim["expected"], claim["measured"]
-        if claim["relation"] == "equal":
-            again.equal(text, expected, measured, tolerance=claim["tolerance"])
-        elif claim["relation"] == "at least":
-            again.at_least(text, expected, measured)
-        elif claim["relation"] == "at most":
-            again.at_most(text, expected, measured)
-        else:
-            again.check(text, claim["holds"], expected=expected, measured=measured)
-    assert [claim for claim in found if claim["holds"] is not True] == []
-    assert [claim for claim in again.to_list() if not claim["holds"]] == []
-
-
 def test_there_is_a_course() -> None:
     names = [path.stem for path in run.committed_notebooks()]
     assert names[:2] == ["00_start_here", "01_zero_finetuning"]
-
-
-# --- as committed -----------------------------------------------------------------------------------------------------
 
 
 @COURSE
@@ -90,7 +63,9 @@ def test_cells_are_short(notebook: Path) -> None:
 
 @COURSE
 def test_committed_claims_hold(notebook: Path) -> None:
-    check_claims(claims_in(notebook))
+    found = claims_in(notebook)
+    assert found
+    assert describe_untrue(found) == []
 
 
 @COURSE
@@ -109,31 +84,3 @@ def test_shown_sources_are_those_of_the_library(notebook: Path) -> None:
 
 def _without_magics(source: str) -> str:
     return "\n".join(line for line in source.splitlines() if not line.lstrip().startswith(("%", "!")))
-
-
-# --- as it runs now: the first, as `make run-notebooks` does with all; `make nbval` executes all ----------------------
-
-
-@FIRST
-def test_every_cell_runs(notebook: Path) -> None:
-    done = executed(notebook)
-    assert done.error is None, done.error
-    document = read(done.output)
-    assert [cell.source for cell in run.code_cells(document) if cell.execution_count is None] == []
-    assert [output for output in outputs(document) if output.output_type == "error"] == []
-
-
-@FIRST
-def test_its_claims_hold_again(notebook: Path) -> None:
-    done = executed(notebook)
-    assert done.error is None, "see test_every_cell_runs"
-    found = claims_in(done.output)
-    check_claims(found)
-    assert [claim["claim"] for claim in found] == [claim["claim"] for claim in claims_in(notebook)]
-
-
-@FIRST
-def test_its_wall_time_is_recorded(notebook: Path) -> None:
-    done = executed(notebook)
-    run.record([done])
-    assert done.seconds > 0

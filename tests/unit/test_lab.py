@@ -120,6 +120,13 @@ def test_claims_that_hold_are_shown_quietly(capsys: pytest.CaptureFixture[str]) 
     assert "ZeRO-3 gives the reference's loss  = 6.255393  6.255393  1e-06      ✓" in capsys.readouterr().out
 
 
+def test_a_number_that_varies_is_shown_as_one(capsys: pytest.CaptureFixture[str]) -> None:
+    claims = Claims()
+    claims.at_most("seconds", 5, 4.25, varies=True)
+    claims.show()
+    assert "4.25 (varies)" in capsys.readouterr().out
+
+
 def test_a_lesson_without_claims_or_with_one_twice_is_refused() -> None:
     claims = Claims()
     with pytest.raises(AssertionError, match="claims nothing"):
@@ -196,7 +203,7 @@ def test_claims_travel_in_the_executed_notebook(executed: Path) -> None:
     first, second = claims_in(executed)
     assert first == {
         "claim": "forty rows", "relation": "equal", "expected": 40, "measured": 40, "tolerance": 0.0,
-        "difference": 0.0, "holds": True, "relative": None,
+        "difference": 0.0, "holds": True, "relative": None, "varies": False,
     }  # fmt: skip
     assert (second["relation"], second["expected"], second["measured"]) == ("at most", 6, 5.6)
     [output] = outputs_of(executed, 4)

@@ -1,8 +1,8 @@
 """The default data sets and models: real English text and small pretrained models, with nothing to download.
 
-The models are files of this package. The text is written by nobody here: it is the documentation that every CPython
-carries, arranged under the schemas of the data sets that the course names. It is built on first use and kept as
-parquet in a cache directory, where ``datasets.load_dataset`` reads it like any other data set directory.
+The models are files of this package, and so is the text: the documentation of CPython 3.11.7, the same on every
+machine. The first use of a data set arranges it under the schema that the course names and keeps the rows as parquet in
+a cache directory, where ``datasets.load_dataset`` reads them like any other data set directory.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def model_directory(name: str) -> Path:
 
 
 def dataset_directory(name: str) -> Path:
-    """The directory of an embedded data set: ``train``, ``validation`` and ``test`` as parquet, built if need be.
+    """Return the directory of an embedded data set: ``train``, ``validation`` and ``test`` as parquet.
 
-    Any number of processes may ask at once: one builds, under a file lock, and the finished directory appears in one
-    rename. The path depends on the interpreter, whose documentation the text is.
+    It is built on first use. Any number of processes may ask at once: one builds, under a file lock, and the finished
+    directory appears in one rename. The path names what the rows are made of, so that older ones are never found.
 
     Args:
         name: one of ``DATASET_NAMES``.
@@ -60,7 +60,7 @@ def dataset_directory(name: str) -> Path:
     """
     if name not in DATASET_NAMES:
         raise ConfigError(f"There is no embedded data set {name!r}. Write one of: {', '.join(DATASET_NAMES)}.")
-    from tutorial_lib.embedded.documents import fingerprint
+    from tutorial_lib.embedded.corpora import fingerprint
 
     root = cache_directory() / f"corpora-{fingerprint()}"
     target = root / name.removeprefix("embedded/")

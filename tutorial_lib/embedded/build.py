@@ -1,7 +1,7 @@
 """Make the embedded models: one byte-level BPE vocabulary, three tiny pretrained models, one bare configuration.
 
-``python -m tutorial_lib.embedded.build`` (``make embedded``) replaces the committed files. All of it is seeded; the
-text is this interpreter's documentation, so that another Python version gives other, equally good, weights.
+``python -m tutorial_lib.embedded.build`` (``make embedded``) replaces the committed files. All of it is seeded, and
+the text is the one that this package ships.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SAMPLE = (
     "the program that called it should say which name was wrong. The default value of an argument is used when the "
     "caller gives none."
 )
-"""Text of our own: the loss on it identifies the weights on any Python version."""
+"""Text of our own: the loss on it identifies the weights."""
 
 
 def tokenizers_of(merged: Tokenizer) -> dict[str, PreTrainedTokenizerBase]:

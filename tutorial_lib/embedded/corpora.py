@@ -1,4 +1,4 @@
-"""The embedded data sets: CPython's documentation under the schemas of the data sets that the course names.
+"""The embedded data sets: Python's documentation under the schemas of the data sets that the course names.
 
 | name | schema of | one row |
 | --- | --- | --- |
@@ -12,12 +12,14 @@ fine-tuned on training rows has seen what it is evaluated on.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tutorial_lib.embedded.documents import SPLITS, Document, Entry, digest, documents
+from tutorial_lib.embedded.documents import SPLITS, TEXT, Document, Entry, digest, documents
 
 Row = dict[str, Any]
 
@@ -46,6 +48,15 @@ _NEWS_CHARACTERS = (60, 600)
 _ARTICLE_CHARACTERS = 1200
 _CONTEXT_CHARACTERS = 500
 _SHORTEST_CONTEXT = 150
+
+
+def fingerprint() -> str:
+    """Return a hash of all that built files depend on: the text, the code that arranges it, and what writes parquet."""
+    files = (TEXT, TEXT.with_name("documents.py"), TEXT.with_name("corpora.py"))
+    content = hashlib.sha256(b"".join(file.read_bytes() for file in files))
+    for package in ("datasets", "pyarrow"):
+        content.update(f"{package} {version(package)}".encode())
+    return content.hexdigest()[:16]
 
 
 def write_corpus(name: str, directory: Path) -> None:

@@ -7,7 +7,8 @@
 
 :meth:`Claims.show` raises if a claim does not hold, after showing which, so a notebook with a false claim does not run
 to its end. It also emits the claims under :data:`MIME_TYPE`; :func:`claims_in` reads them back from the executed
-notebook, so that tests compare numbers rather than text.
+notebook. Tests run every notebook again and compare each claim's numbers with the committed ones. A number that differs
+from run to run, such as a time, is marked with ``varies=True``: of it they only ask that the claim holds.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -33,7 +34,8 @@ _SIGNS = {"equal": "=", "at least": "≥", "at most": "≤", "holds": ""}
 class Claim:
     """One line of the table. ``difference`` is what was compared with ``tolerance``, where that makes sense.
 
-    ``relative`` is the tolerance as it was stated, if it was stated as a share of the expected value's size.
+    ``relative`` is the tolerance as it was stated, if it was stated as a share of the expected value's size. ``varies``
+    marks numbers that another run or machine does not repeat.
     """
 
     claim: str
@@ -44,6 +46,7 @@ class Claim:
     difference: float | None
     holds: bool
     relative: float | None = None
+    varies: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; a number that is not finite becomes text, which strict JSON has no number for."""
@@ -57,7 +60,14 @@ class Claims:
         self._claims: list[Claim] = []
 
     def equal(
-        self, text: str, expected: Any, measured: Any, *, tolerance: float = 0.0, relative: float | None = None
+        self,
+        text: str,
+        expected: Any,
+        measured: Any,
+        *,
+        tolerance: float = 0.0,
+        relative: float | None = None,
+        varies: bool = False,
     ) -> None:
         """Claim that two values, or two sequences of them, are equal.
 
@@ -67,6 +77,7 @@ class Claims:
             measured: likewise. NaN equals nothing.
             tolerance: largest absolute difference between two numbers.
             relative: the tolerance as a share of the expected value's size instead.
+            varies: another run or machine gives other numbers, which keep to the claim as well.
         """
         if relative is not None:
             if tolerance:
@@ -75,15 +86,15 @@ class Claims:
         difference = _largest_difference(expected, measured)
         holds = difference is not None and difference <= tolerance
         shown = difference if _numbers(expected) else None
-        self._add(text, "equal", expected, measured, tolerance, shown, holds, relative)
+        self._add(text, "equal", expected, measured, tolerance, shown, holds, relative, varies)
 
-    def at_least(self, text: str, bound: float, measured: float) -> None:
-        """Claim that a number is not below a bound."""
-        self._add(text, "at least", bound, measured, None, None, bool(measured >= bound))
+    def at_least(self, text: str, bound: float, measured: float, *, varies: bool = False) -> None:
+        """Claim that a number is not below a bound; for ``varies`` see :meth:`equal`."""
+        self._add(text, "at least", bound, measured, None, None, bool(measured >= bound), None, varies)
 
-    def at_most(self, text: str, bound: float, measured: float) -> None:
-        """Claim that a number is not above a bound."""
-        self._add(text, "at most", bound, measured, None, None, bool(measured <= bound))
+    def at_most(self, text: str, bound: float, measured: float, *, varies: bool = False) -> None:
+        """Claim that a number is not above a bound; for ``varies`` see :meth:`equal`."""
+        self._add(text, "at most", bound, measured, None, None, bool(measured <= bound), None, varies)
 
     def check(self, text: str, condition: bool, *, expected: Any = True, measured: Any = None) -> None:
         """Claim anything else that is true or false, with the value that shows it.
@@ -133,7 +144,7 @@ class Claims:
                 {
                     "claim": c.claim,
                     "expected": f"{_SIGNS[c.relation]} {_short(c.expected)}".strip(),
-                    "measured": _short(c.measured),
+                    "measured": f"{_short(c.measured)}{' (varies)' if c.varies else ''}",
                     "tolerance": _tolerance(c),
                     "": "✓" if c.holds else "✗ does not hold",
                 }
@@ -150,7 +161,11 @@ class Claims:
 def claims_in(notebook: str | Path) -> list[dict[str, Any]]:
     """The claims that an executed notebook carries in its outputs, in order; empty if it shows none."""
     cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
-    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    return claims_of(output for cell in cells for output in cell.get("outputs", []))
+
+
+def claims_of(outputs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the claims among the outputs of cells, in order."""
     return [claim for output in outputs for claim in output.get("data", {}).get(MIME_TYPE, [])]
 
 

@@ -1,0 +1,86 @@
+"""A pytest plugin beside nbval: what a notebook claims when it runs is what it was committed with.
+
+``-p tests.notebooks.same_claims`` adds one test to every notebook, after its last cell. It reads the claims from what
+nbval's cells have just shown, so that no notebook runs twice: every claim holds, and every number is the committed one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from nbval.plugin import IPyNbCell
+
+from tutorial_lib.lab.claims import Claims, claims_of
+
+RELATIVE, ABSOLUTE = 1e-4, 1e-5
+"""How far the numbers of two runs may be apart: rounding moves a loss, and so a difference of losses, by 1e-6 of it."""
+
+Claim = dict[str, Any]
+
+
+def describe_untrue(found: list[Claim]) -> list[str]:
+    """Describe the claims that do not hold, as they say or when their numbers are compared again."""
+    again = Claims()
+    for claim in found:
+        text, expected, measured = claim["claim"], claim["expected"], claim["measured"]
+        if claim["relation"] == "equal":
+            again.equal(text, expected, measured, tolerance=claim["tolerance"])
+        elif claim["relation"] == "at least":
+            again.at_least(text, expected, measured)
+        elif claim["relation"] == "at most":
+            again.at_most(text, expected, measured)
+        else:
+            again.check(text, claim["holds"], expected=expected, measured=measured)
+    wrong = (old for old, new in zip(found, again.to_list(), strict=True) if not (old["holds"] is new["holds"] is True))
+    return [f"{claim['claim']}: does not hold with {claim['measured']!r}" for claim in wrong]
+
+
+def describe_differences(committed: list[Claim], fresh: list[Claim]) -> list[str]:
+    """Describe where a run's claims are not the committed ones. Of a claim that varies only the text is compared."""
+    texts, fresh_texts = ([claim["claim"] for claim in claims] for claims in (committed, fresh))
+    if texts != fresh_texts:
+        lost, new = set(texts) - set(fresh_texts), set(fresh_texts) - set(texts)
+        return [f"not claimed in the same order; not by this run: {sorted(lost)}; by this run alone: {sorted(new)}"]
+    return [
+        f"{old['claim']}: {part} was {old[part]!r} when committed and is {new[part]!r} now"
+        for old, new in zip(committed, fresh, strict=True)
+        for part in ("relation", "expected", "measured")
+        if not new["varies"] and not _same(old[part], new[part], exact=not new["tolerance"])
+    ]
+
+
+def _same(old: Any, new: Any, *, exact: bool) -> bool:
+    """Whether two values are the same: text and integers exactly, unless the claim itself tolerates a difference."""
+    if isinstance(old, list) and isinstance(new, list):
+        return len(old) == len(new) and all(_same(a, b, exact=exact) for a, b in zip(old, new, strict=True))
+    numbers = [value for value in (old, new) if isinstance(value, int | float) and not isinstance(value, bool)]
+    if len(numbers) < 2 or (exact and all(isinstance(value, int) for value in numbers)):
+        return bool(old == new)
+    return math.isclose(old, new, rel_tol=RELATIVE, abs_tol=ABSOLUTE)
+
+
+class SameClaims(pytest.Item):
+    """The test that follows a notebook's last cell."""
+
+    def runtest(self) -> None:
+        cells = [item for item in self.session.items if isinstance(item, IPyNbCell) and item.parent is self.parent]
+        committed = claims_of(output for cell in cells for output in cell.cell.outputs)
+        fresh = claims_of(output for cell in cells for output in cell.test_outputs or [])
+        found = describe_untrue(fresh) + describe_differences(committed, fresh)
+        if not committed:
+            found = ["the notebook was committed without claims"]
+        if found:
+            pytest.fail("\n".join(found), pytrace=False)
+
+    def reportinfo(self) -> tuple[Any, int | None, str]:
+        return self.path, None, f"{self.path.name}::{self.name}"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Add the test of its claims behind every notebook's last cell."""
+    last_cells = {item.parent: item for item in items if isinstance(item, IPyNbCell)}
+    for notebook, cell in last_cells.items():
+        items.insert(items.index(cell) + 1, SameClaims.from_parent(notebook, name="claims"))
