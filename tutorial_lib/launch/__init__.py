@@ -122,6 +122,8 @@ def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None, worker:
     first = configs[0]
     if first.run.launcher == "local":
         warm_up(first.run.device)
+    elif worker:
+        raise ValueError(f"worker={worker!r} is for launcher='local'; launcher={first.run.launcher!r} has its own.")
     from tutorial_lib.checkpoint import held_for_launch
 
     configs = [preflight(config) for config in configs]

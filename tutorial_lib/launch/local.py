@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -79,8 +80,11 @@ def launch(configs: Sequence[Config], poll: Callable[[], None], worker: str = WO
         if failures:
             raise _error(failures, outputs, directories)
     finally:
-        # After an interrupt in the middle of a message nobody knows what the server is about to say: it goes as well.
-        server.close() if server.is_busy else _idle.append(server)
+        if server.is_busy:
+            # An interrupt in the middle of a message leaves nobody knowing what comes next: the server ends as well.
+            server.close()
+        else:
+            _idle.append(server)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -186,19 +190,21 @@ class _Server:
 
 
 _idle: list[_Server] = []
+_taking = threading.Lock()
 atexit.register(stop_server)
 
 
 def _take(device: str) -> _Server:
     """Return a server that nobody uses, and whose modules and environment are those of this process now."""
     wanted = _state(device)
-    for server in list(_idle):
-        if server.is_usable and server.made_for == wanted:
-            _idle.remove(server)
-            return server
-        if server.made_for["device"] == device:
-            _idle.remove(server)
-            server.close()
+    with _taking:
+        for server in list(_idle):
+            if server.is_usable and server.made_for == wanted:
+                _idle.remove(server)
+                return server
+            if server.made_for["device"] == device:
+                _idle.remove(server)
+                server.close()
     return _Server(device)
 
 
