@@ -62,7 +62,7 @@ CASES: dict[str, dict[str, Any]] = {
     # Only answers count: a few tokens of each row. Four times the usual decay, no clipping, learning rate changing.
     "untied": {
         "model": "qwen2-untied", "random_init": True, "dataset": "embedded/qa", "seq_length": 128,
-        "weight_decay": 0.04, "gradient_clipping": 0.0, "schedule": "cosine", "warmup_steps": 2,
+        "weight_decay": 0.04, "gradient_clipping": 0.0, "schedule": "cosine", "warmup_steps": 1,
     },
     # ALiBi, and rows that hold several documents.
     "bloom": {"model": "bloom", "batching": "packed", "seq_length": 128},
@@ -308,7 +308,7 @@ def config(directory: Path, **flat: Any) -> Config:
 
 def variant(directory: Path, case: str, variant: str, ranks: int, **changes: Any) -> Config:
     """A run that must equal the case's reference."""
-    flat = {**CASES[case], **VARIANTS[ranks][case][variant], **changes}
+    flat = {**CASES[case], **VALID[ranks][case][variant], **changes}
     return config(directory, **{"name": f"{case}.{variant}.{ranks}", "dp": ranks // flat.get("tp", 1), **flat})
 
 

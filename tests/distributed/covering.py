@@ -19,13 +19,13 @@ def cover(runs: Mapping[Name, Settings], needed: Collection[Name] = ()) -> list[
         runs: the settings of every valid run. All have the same keys.
         needed: runs to choose in any case.
     """
+    covers = {name: pairs(settings) for name, settings in runs.items()}
     chosen = set(needed)
-    missing = {pair for name in runs for pair in pairs(runs[name])}
-    missing -= {pair for name in chosen for pair in pairs(runs[name])}
+    missing = set().union(*covers.values()).difference(*(covers[name] for name in chosen))
     while missing:
-        best = max(runs, key=lambda name: len(pairs(runs[name]) & missing))
+        best = max(covers, key=lambda name: len(covers[name] & missing))
         chosen.add(best)
-        missing -= pairs(runs[best])
+        missing -= covers[best]
     return [name for name in runs if name in chosen]
 
 
