@@ -15,8 +15,8 @@ endif
 
 TESTS := $(PYTHON_IN) -m pytest
 
-.PHONY: help setup run-notebooks test lab execute nbval unit distributed notebooks lint format bench images embedded \
-	embedded-text clean
+.PHONY: help setup run-notebooks check test matrix lab execute nbval unit distributed notebooks lint style types borders \
+	format bench images embedded embedded-text clean
 
 help: ## list the targets
 	@echo "make TARGET, where TARGET is one of:"
@@ -35,13 +35,19 @@ lab: $(READY) ## JupyterLab for this machine alone: 127.0.0.1, with its token
 	@$(PYTHON_IN) -m jupyterlab --log-level=WARN --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=. \
 		--LabApp.default_url=/lab/tree/notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
 
+check: $(READY) ## lint and unit: what to run all the time
+	@.ci/parts lint unit
+
 test: $(READY) ## lint, unit, distributed, notebooks and nbval, and how long each took
 	@.ci/parts lint unit distributed notebooks nbval
+
+matrix: $(READY) ## distributed with every valid combination of settings, each launch in new processes
+	@MATRIX=1 TUTORIAL_LIB_WARM_WORKERS=0 $(TESTS) tests/distributed
 
 unit: $(READY) ## functions, as many at a time as there are cores
 	@$(TESTS) tests/unit -n logical --maxprocesses 8
 
-distributed: $(READY) ## real runs on 1, 2 and 4 processes, compared number by number
+distributed: $(READY) ## real runs on 1, 2 and 4 processes, compared number by number; they cover all pairs of settings
 	@$(TESTS) tests/distributed
 
 notebooks: $(READY) ## every notebook as committed: it reads well, its claims hold, what it shows is the library
@@ -52,9 +58,16 @@ nbval: $(READY) ## every notebook runs, all claims hold with the committed numbe
 	@$(TESTS) -p tests.conftest -p tests.notebooks.same_claims --nbval-lax --nbval-current-env --nbval-cell-timeout 600 \
 		--timeout 620 build/nbval/*.ipynb
 
-lint: $(READY) ## style, types, and the borders between modules
-	@ruff check --quiet . && ruff format --quiet --check . || { echo "lint: make format repairs most of this"; exit 1; }
+lint: $(READY) ## style, types and borders, at the same time
+	@$(MAKE) --jobs --output-sync=target style types borders
+
+style: $(READY) ## what ruff says
+	@ruff check --quiet . && ruff format --quiet --check . || { echo "style: make format repairs most of this"; exit 1; }
+
+types: $(READY) ## what mypy says
 	@mypy
+
+borders: $(READY) ## which module may import which
 	@lint-imports --no-logo
 
 format: $(READY) ## let ruff repair style

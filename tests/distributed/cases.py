@@ -1,16 +1,47 @@
-"""Which runs are compared: a case is a training problem, a variant a way to solve it that must change nothing."""
+"""Which runs are compared: a case is a training problem, a variant a way to solve it that must change nothing.
+
+``make matrix`` runs every valid combination of the two, ``make test`` those that :mod:`tests.distributed.covering`
+chooses: every pair of settings that some combination has still meets.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.distributed.covering import cover
 from tutorial_lib.config import Config
 from tutorial_lib.embedded import model_directory
+from tutorial_lib.models import load_model
 
-STEPS = 5
+MATRIX = os.environ.get("MATRIX") == "1"
+"""Whether every valid combination is run. ``make matrix`` sets it."""
+
+STEPS = 4
+"""One more than the step that is measured."""
+
+LAYERS, HIDDEN = 2, 32
+"""Of the models below. Equality to 1e-6 needs no more."""
+
+MODELS: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_layer": LAYERS, "n_embd": HIDDEN, "n_head": 4},
+    # Pairs of query heads share a key-value head, and four ranks get one of those each.
+    "qwen2": {
+        "num_hidden_layers": LAYERS, "layer_types": ["full_attention"] * LAYERS, "hidden_size": HIDDEN,
+        "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4,
+    },
+    "bloom": {"n_layer": LAYERS, "hidden_size": HIDDEN, "n_head": 8},
+}  # fmt: skip
+"""The embedded models, smaller and with random weights: how each differs from the one of its name."""
+
+DROPOUT: dict[str, dict[str, float]] = {
+    "gpt2": dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.1),
+    "bloom": dict.fromkeys(("attention_dropout", "hidden_dropout"), 0.1),
+}
 
 COMMON: dict[str, Any] = {
     "steps": STEPS,
@@ -25,24 +56,24 @@ COMMON: dict[str, Any] = {
 
 CASES: dict[str, dict[str, Any]] = {
     # Tied embeddings; lengths differ by rank; the norm is above the limit at every step.
-    "gpt2": {"model": "embedded/gpt2", "gradient_clipping": 0.5},
+    "gpt2": {"model": "gpt2", "gradient_clipping": 0.5},
     # What AutoTP splits: grouped key-value heads, tied embeddings; the norm is above the limit at every step.
-    "qwen2": {"model": "embedded/qwen2", "gradient_clipping": 0.5, "evaluate": True, "max_eval_examples": 12},
+    "qwen2": {"model": "qwen2", "gradient_clipping": 0.5, "evaluate": True, "max_eval_examples": 12},
     # Only answers count: a few tokens of each row. Four times the usual decay, no clipping, learning rate changing.
     "untied": {
         "model": "qwen2-untied", "random_init": True, "dataset": "embedded/qa", "seq_length": 128,
-        "weight_decay": 0.04, "gradient_clipping": 0.0, "schedule": "cosine", "warmup_steps": 2,
+        "weight_decay": 0.04, "gradient_clipping": 0.0, "schedule": "cosine", "warmup_steps": 1,
     },
     # ALiBi, and rows that hold several documents.
-    "bloom": {"model": "embedded/bloom", "batching": "packed", "seq_length": 128},
+    "bloom": {"model": "bloom", "batching": "packed", "seq_length": 128},
     # One rank may hold 60 times the tokens of another.
-    "uneven": {"model": "embedded/qwen2", "dataset": "uneven", "batching": "max_length", "global_batch": 4},
+    "uneven": {"model": "qwen2", "dataset": "uneven", "batching": "max_length", "global_batch": 4},
     # Adam's usual epsilon, see COMMON.
-    "usual": {"model": "embedded/gpt2", "eps": 1e-8},
-    "frozen-split": {"model": "embedded/qwen2", "freeze": ("*.k_proj.*", "*.layers.0.*", "*.norm.weight")},
+    "usual": {"model": "gpt2", "eps": 1e-8},
+    "frozen-split": {"model": "qwen2", "freeze": ("*.k_proj.*", "*.layers.0.*", "*.norm.weight")},
     # A vocabulary that no number of ranks divides: shards of unequal size.
     "odd": {"model": "gpt2-odd", "random_init": True},
-    "frozen": {"model": "embedded/gpt2", "freeze": ("*.wpe.weight", "*.h.0.*"), "activation_checkpointing": True},
+    "frozen": {"model": "gpt2", "freeze": ("*.wpe.weight", "*.h.0.*"), "activation_checkpointing": True},
 }  # fmt: skip
 
 STAGES: dict[str, dict[str, Any]] = {f"zero{stage}": {"zero_stage": stage} for stage in range(4)}
@@ -81,7 +112,7 @@ SPLIT: dict[str, dict[str, Any]] = {"fsdp-tp2": {**_FSDP, "tp": 2}, "fsdp-tp4": 
 FSDP_ACCUMULATED = {f"{name}-accumulated": {**SHARDED[name], "micro_batch": 1} for name in ("fsdp-full", "fsdp-none")}
 FSDP_BF16 = {f"{name}-bf16": {**SHARDED[name], "precision": "bf16"} for name in ("fsdp-full", "fsdp-none")}
 
-VARIANTS: dict[int, dict[str, dict[str, dict[str, Any]]]] = {
+VALID: dict[int, dict[str, dict[str, dict[str, Any]]]] = {
     1: {
         "gpt2": STAGES | OFFLOADED,
         "untied": {"zero3-accumulated": ACCUMULATED["zero3-accumulated"]},
@@ -145,52 +176,43 @@ VARIANTS: dict[int, dict[str, dict[str, dict[str, Any]]]] = {
 }
 """By number of ranks and case: what must equal the case's reference."""
 
+Combination = tuple[int, str, str]
+"""The number of ranks, the case and the variant."""
 
-def make_inputs(directory: Path) -> None:
-    """Models and data that are not embedded."""
-    untied = directory / "qwen2-untied"
-    altered_model("embedded/qwen2", untied, tie_word_embeddings=False)
-    (untied / "model.safetensors").unlink()
-    altered_model("embedded/gpt2", directory / "gpt2-odd", vocab_size=2049)
-    (directory / "gpt2-odd" / "model.safetensors").unlink()
-    for name, rates in {
-        "gpt2": dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.1),
-        "bloom": dict.fromkeys(("attention_dropout", "hidden_dropout"), 0.1),
-    }.items():
-        altered_model(f"embedded/{name}", directory / f"{name}-dropout", **rates)
-    uneven = directory / "uneven"
-    uneven.mkdir()
-    texts = [("word " * 60 if number % 3 == 0 else "word ") + str(number) for number in range(64)]
-    for split in ("train", "validation"):
-        rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-        (uneven / f"{split}.jsonl").write_text(rows)
+VALID_COMBINATIONS: list[Combination] = [
+    (ranks, case, name) for ranks, by_case in VALID.items() for case, variants in by_case.items() for name in variants
+]
 
 
-def altered_model(name: str, target: Path, **changes: Any) -> None:
-    shutil.copytree(model_directory(name), target)
-    path = target / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+def settings(combination: Combination) -> dict[str, Any]:
+    """Return everything that tells a combination from others, with None for what is left to its default."""
+    ranks, case, name = combination
+    told = {
+        key for variants in VALID.values() for flats in variants.values() for flat in flats.values() for key in flat
+    }
+    flat = VALID[ranks][case][name]
+    return {"ranks": ranks, "case": case} | {key: flat.get(key) for key in told - {"dp", "measure"}}
 
 
-def config(directory: Path, **flat: Any) -> Config:
-    """A configuration whose ``model`` and ``dataset`` may be names in ``directory``."""
-    flat = COMMON | flat
-    for kind in ("model", "dataset"):
-        if (directory / str(flat.get(kind))).is_dir():
-            flat[kind] = str(directory / flat[kind])
-    return Config.create("cpu", **{"storage": str(directory / "runs"), **flat})
+def run_name(combination: Combination) -> str:
+    ranks, case, name = combination
+    return f"{case}.{name}.{ranks}"
 
 
-def variant(directory: Path, case: str, variant: str, ranks: int, **changes: Any) -> Config:
-    """A run that must equal the case's reference."""
-    flat = {**CASES[case], **VARIANTS[ranks][case][variant], **changes}
-    return config(directory, **{"name": f"{case}.{variant}.{ranks}", "dp": ranks // flat.get("tp", 1), **flat})
-
-
-def reference(directory: Path, case: str) -> Config:
-    """The case in one process with plain torch."""
-    return config(directory, name=f"{case}.reference", engine="torch", dp=1, **CASES[case])
-
+NEEDED = {
+    # Asked for by name in tests of one thing. Those of BROKEN_RUNS are needed too.
+    "untied.zero3-accumulated.1",
+    "gpt2.zero2-accumulated.2",
+    "gpt2.zero1.2",
+    "gpt2.fsdp-full.2", "gpt2.fsdp-grad.2", "gpt2.fsdp-none.2",
+    "gpt2.fsdp-full-root.2", "gpt2.fsdp-full-accumulated.2", "gpt2.fsdp-full-bf16.2",
+    "qwen2.1x2-zero1-recomputed.2",
+    "frozen.fsdp-full.2",
+    "gpt2.zero2-accumulated.4", "gpt2.fsdp-tp2.4", "gpt2.fsdp-hybrid.4",
+    "qwen2.2x2-zero0.4", "qwen2.2x2-zero1.4", "untied.2x2-zero1.4", "bloom.2x2-zero1.4",
+    "uneven.zero2.4",
+    "odd.fsdp-full.4",
+}  # fmt: skip
 
 BROKEN_RUNS = {
     "same_data_on_each_rank": ("gpt2", "zero1"),
@@ -210,6 +232,91 @@ BROKEN_RUNS = {
 }
 """The case and variant that each fault of ``worker.BROKEN`` is put into, on two ranks."""
 
+
+def combinations() -> list[Combination]:
+    """Return the combinations that are run: all that are valid, or some that cover every pair of settings."""
+    if MATRIX:
+        return VALID_COMBINATIONS
+    sound = {run_name((2, *origin)) for origin in BROKEN_RUNS.values()} | {"gpt2.zero1-bf16.2"}
+    needed = [each for each in VALID_COMBINATIONS if run_name(each) in NEEDED | sound]
+    assert len(needed) == len(NEEDED | sound), "each name is that of a valid combination"
+    return cover({each: settings(each) for each in VALID_COMBINATIONS}, needed)
+
+
+COMBINATIONS = combinations()
+VARIANTS = {
+    ranks: {
+        case: {name: flat for name, flat in variants.items() if (ranks, case, name) in COMBINATIONS}
+        for case, variants in by_case.items()
+    }
+    for ranks, by_case in VALID.items()
+}
+"""Those of ``VALID`` that are run."""
+
+
+def among_runs(listed: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Return the tuples of a number of ranks, a run's name and more whose run is among those that are run."""
+    run = {*map(run_name, COMBINATIONS), *(f"{case}.reference" for case in CASES)}
+    known = run | {*map(run_name, VALID_COMBINATIONS)}
+    assert all(name in known for _, name, *_ in listed), listed
+    return [each for each in listed if each[1] in run]
+
+
+def make_inputs(directory: Path) -> None:
+    """Models and data that are not embedded."""
+    for name, smaller in MODELS.items():
+        small_model(name, directory / name, **smaller)
+    for name, rates in DROPOUT.items():
+        small_model(name, directory / f"{name}-dropout", **MODELS[name], **rates)
+    altered_model("embedded/gpt2", directory / "gpt2-dropout-slow", **DROPOUT["gpt2"])
+    without_weights("qwen2", directory / "qwen2-untied", **MODELS["qwen2"], tie_word_embeddings=False)
+    without_weights("gpt2", directory / "gpt2-odd", **MODELS["gpt2"], vocab_size=2049)
+    uneven = directory / "uneven"
+    uneven.mkdir()
+    texts = [("word " * 60 if number % 3 == 0 else "word ") + str(number) for number in range(64)]
+    for split in ("train", "validation"):
+        rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (uneven / f"{split}.jsonl").write_text(rows)
+
+
+def small_model(name: str, target: Path, **changes: Any) -> None:
+    """An altered model with random weights in a file, the same ones each time."""
+    without_weights(name, target, **changes)
+    load_model(str(target), random_init=True).save_pretrained(target)
+
+
+def without_weights(name: str, target: Path, **changes: Any) -> None:
+    # Logits that tell tokens apart, as trained ones do: with weights of the usual size all are nearly as likely.
+    altered_model(f"embedded/{name}", target, initializer_range=0.2, **changes)
+    (target / "model.safetensors").unlink()
+
+
+def altered_model(name: str, target: Path, **changes: Any) -> None:
+    shutil.copytree(model_directory(name), target)
+    path = target / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def config(directory: Path, **flat: Any) -> Config:
+    """A configuration whose ``model`` and ``dataset`` may be names in ``directory``."""
+    flat = COMMON | flat
+    for kind in ("model", "dataset"):
+        if (directory / str(flat.get(kind))).is_dir():
+            flat[kind] = str(directory / flat[kind])
+    return Config.create("cpu", **{"storage": str(directory / "runs"), **flat})
+
+
+def variant(directory: Path, case: str, variant: str, ranks: int, **changes: Any) -> Config:
+    """A run that must equal the case's reference."""
+    flat = {**CASES[case], **VALID[ranks][case][variant], **changes}
+    return config(directory, **{"name": f"{case}.{variant}.{ranks}", "dp": ranks // flat.get("tp", 1), **flat})
+
+
+def reference(directory: Path, case: str) -> Config:
+    """The case in one process with plain torch."""
+    return config(directory, name=f"{case}.reference", engine="torch", dp=1, **CASES[case])
+
+
 REFUSED_RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "sampler_of_the_world": ("qwen2", "1x2-zero1", {"evaluate": False}),
     "seed_of_each_rank": ("bloom", "1x2-zero2", {"model": "bloom-dropout"}),
@@ -227,8 +334,6 @@ INTERRUPTED: dict[str, dict[str, Any]] = {
     "zero3-all": {"zero_stage": 3, "offload": "all"},
     "zero0-bf16": {"zero_stage": 0, "precision": "bf16"},
     "zero3-bf16": {"zero_stage": 3, "precision": "bf16"},
-    # For signals that come from outside, at no step in particular.
-    "long": {"zero_stage": 1, "steps": 48},
     "fsdp-full": {"engine": "fsdp"},
     "packed": {"zero_stage": 2, "model": "bloom-dropout", "batching": "packed", "seq_length": 128, "micro_batch": 2},
     "1x2-zero0": {"zero_stage": 0, "model": "bloom-dropout", "dp": 1, "tp": 2},
@@ -251,9 +356,9 @@ LATE: dict[int, tuple[str, ...]] = {
 """By number of ranks: those that are saved while training goes on, stopped, and resumed in the same launch."""
 
 UNTOUCHED: dict[str, dict[str, Any]] = {
-    "drawn-gpt2": {"model": "embedded/gpt2", "random_init": True},
-    "drawn-qwen2": {"model": "embedded/qwen2", "random_init": True, "seed": 7},
-    "read-bloom": {"model": "embedded/bloom"},
+    "drawn-gpt2": {"model": "gpt2", "random_init": True},
+    "drawn-qwen2": {"model": "qwen2", "random_init": True, "seed": 7},
+    "read-bloom": {"model": "bloom"},
 }
 """Runs on 2 x 2 ranks of one step that changes nothing: what they end with is what they started with."""
 
@@ -408,7 +513,7 @@ def shared_runs(directory: Path, ranks: int) -> list[Config]:
         runs += [unbroken(directory, case) for case in RESHAPE_CASES]
     if ranks == 2:
         runs += [interruptible(directory, kind, "whole") for kind in INTERRUPTED]
-        runs += [interruptible(directory, kind, "halved") for kind in INTERRUPTED if kind != "long"]
+        runs += [interruptible(directory, kind, "halved") for kind in INTERRUPTED]
         runs += [variant(directory, "gpt2", name, 2, name=f"fsdp1-{name}", measure=False) for name in SHARDED]
         runs += [variant(directory, *where, 2, name=f"broken-{fault}") for fault, where in BROKEN_RUNS.items()]
         runs += [
@@ -465,6 +570,8 @@ def fault(directory: Path, kind: str, name: str, **changes: Any) -> Config:
         "checkpoint_every": 2,
         "async_save": strikes in IN_BACKGROUND,
         "keep_last": 1 if strikes == "killed_in_prune" else None,
+        # What comes from outside has to find it still running.
+        **({"model": "gpt2-dropout-slow"} if changes.get("steps", END) > END else {}),
         **changes,
     }
     return interruptible(directory, kind, "whole", **given)
@@ -475,7 +582,7 @@ DIVERGING = {"learning_rate": 1e30, "checkpoint_every": 1}
 
 def resumed_runs(directory: Path) -> list[Config]:
     """The second starts of the halved runs, and of copies of them that something has happened to."""
-    runs = [interruptible(directory, kind, "halved", stop_after=None) for kind in INTERRUPTED if kind != "long"]
+    runs = [interruptible(directory, kind, "halved", stop_after=None) for kind in INTERRUPTED]
     for name, origin in (CONTINUED_BADLY | REFUSED).items():
         runs.append(interruptible(directory, origin, "halved", name=name, stop_after=None))
         shutil.copytree(directory / "runs" / f"halved.{origin}", runs[-1].directory)

@@ -63,7 +63,9 @@ def observed(launched: Callable[[int], dict[str, Config]]) -> Callable[[int, str
 
     @functools.lru_cache(maxsize=16)
     def read(ranks: int, name: str) -> Observed:
-        return Observed.read(launched(ranks)[name])
+        runs = launched(ranks)
+        assert name in runs, f"{name} is not run: add it to cases.NEEDED, or choose another"
+        return Observed.read(runs[name])
 
     return read
 

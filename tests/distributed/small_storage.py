@@ -16,6 +16,7 @@ from typing import Any
 
 from tests.distributed import cases
 from tests.distributed.launching import observe
+from tests.distributed.worker import OBSERVATION
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.config import Config
 from tutorial_lib.records import RunDirectory
@@ -29,8 +30,9 @@ def main(directory: Path) -> None:
     small = directory / "small"
     small.mkdir()
     full, closed = (cases.fault(directory, "zero1", name=name, storage=str(small)) for name in RUNS)
-    # One checkpoint and what the tests observe (three quarters of one) fit, two checkpoints do not.
-    mount("-t", "tmpfs", "-o", f"size={checkpoint_bytes(storage) * 9 // 4}", "tmpfs", str(small))
+    # One checkpoint and what the tests observe fit, two checkpoints do not.
+    room = checkpoint_bytes(storage) * 3 // 2 + (storage / "sound-zero1" / OBSERVATION).stat().st_size
+    mount("-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(small))
     report = {"disk_full": failure_of(full)}
     mount("-o", f"remount,size={checkpoint_bytes(storage) * 30}", str(small))
     report["read_only"] = failure_of(closed)

@@ -17,17 +17,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.distributed.cases import BF16, CASES, FSDP_BF16, STEPS, VARIANTS
+from tests.distributed.cases import CASES, COMBINATIONS, STEPS, VARIANTS, among_runs
 from tests.distributed.comparing import assert_equal
 from tutorial_lib.config import Config
 
-FP32 = [
-    (ranks, case, variant)
-    for ranks, by_case in VARIANTS.items()
-    for case, variants in by_case.items()
-    for variant in variants
-    if not variant.endswith("-bf16")
-]
+FP32 = [each for each in COMBINATIONS if not each[2].endswith("-bf16")]
+BF16 = [each for each in COMBINATIONS if each[2].endswith("-bf16")]
 
 
 def allowed(config: Config) -> dict[str, float]:
@@ -70,10 +65,12 @@ def test_the_reference_has_what_its_case_is_about(observed, case):
         assert any(first in name for name in run.parameters) and not any(first in name for name in run.moments)
 
 
-@pytest.mark.parametrize(("ranks", "variant"), [(2, "zero0"), (2, "zero3"), (4, "zero2")])
-def test_with_the_usual_epsilon_only_weights_without_a_gradient_differ(observed, ranks, variant):
+@pytest.mark.parametrize(
+    ("ranks", "name"), among_runs([(2, "usual.zero0.2"), (2, "usual.zero3.2"), (4, "usual.zero2.4")])
+)
+def test_with_the_usual_epsilon_only_weights_without_a_gradient_differ(observed, ranks, name):
     """GPT-2's key biases: they shift all scores of a query alike, which softmax ignores."""
-    run, reference = observed(ranks, f"usual.{variant}.{ranks}"), observed(1, "usual.reference")
+    run, reference = observed(ranks, name), observed(1, "usual.reference")
     for name, expected in reference.parameters.items():
         difference = (run.parameters[name] - expected).abs()
         if name.endswith("c_attn.bias"):
@@ -111,20 +108,20 @@ STAGE_0_IN_BF16 = {"tolerance": 2e-3, "grad_norm": 2e-3, "parameters": 4e-3, "mo
 """Without ZeRO, gradients are reduced one by one in other groupings, and each sum is rounded to bf16."""
 
 
-@pytest.mark.parametrize(
-    ("case", "variant"), [*(("gpt2", name) for name in [*BF16, *FSDP_BF16]), ("qwen2", "1x2-zero1-bf16")]
-)
-def test_bf16_stays_near_fp32(observed, record_property, case, variant):
-    differences = assert_equal(
-        observed(2, f"{case}.{variant}.2"), observed(1, f"{case}.reference"), **BF16_AGAINST_FP32
-    )
+@pytest.mark.parametrize(("ranks", "case", "variant"), BF16)
+def test_bf16_stays_near_fp32(observed, record_property, ranks, case, variant):
+    run = observed(ranks, f"{case}.{variant}.{ranks}")
+    differences = assert_equal(run, observed(1, f"{case}.reference"), **BF16_AGAINST_FP32)
     record_property("largest_differences", differences.largest)
 
 
-@pytest.mark.parametrize(("variant", "bounds"), [("zero0", STAGE_0_IN_BF16), ("zero2", {}), ("zero3", {})])
-def test_bf16_in_every_stage_is_that_of_stage_1(observed, record_property, variant, bounds):
+@pytest.mark.parametrize(
+    ("ranks", "name", "bounds"),
+    among_runs([(2, "gpt2.zero0-bf16.2", STAGE_0_IN_BF16), (2, "gpt2.zero2-bf16.2", {}), (2, "gpt2.zero3-bf16.2", {})]),
+)
+def test_bf16_in_every_stage_is_that_of_stage_1(observed, record_property, ranks, name, bounds):
     """ZeRO's stages among each other within the bounds of fp32."""
-    run, stage_1 = observed(2, f"gpt2.{variant}-bf16.2"), observed(2, "gpt2.zero1-bf16.2")
+    run, stage_1 = observed(ranks, name), observed(2, "gpt2.zero1-bf16.2")
     record_property("largest_differences", assert_equal(run, stage_1, **bounds).largest)
 
 

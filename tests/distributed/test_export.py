@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.distributed.cases import among_runs
 from tutorial_lib import checkpoint
 from tutorial_lib.config import ConfigError
 from tutorial_lib.models import load_model
@@ -29,14 +30,14 @@ FP32 = [
     *((2, f"frozen-split.1x2-zero{stage}.2") for stage in (0, 3)),
     *((4, f"frozen-split.2x2-zero{stage}.4") for stage in (1, 3)),
 ]
-BF16 = [f"gpt2.{stage}-bf16.2" for stage in ("zero0", "zero1", "zero2", "zero3")]
+BF16 = [(2, f"gpt2.{stage}-bf16.2") for stage in ("zero0", "zero1", "zero2", "zero3")]
 
 
 def exported(run, tmp_path):
     return checkpoint.export(checkpoint.latest(run.directory), tmp_path / "exported")
 
 
-@pytest.mark.parametrize(("ranks", "name"), FP32)
+@pytest.mark.parametrize(("ranks", "name"), among_runs(FP32))
 def test_an_export_gives_the_logits_of_the_engine(observed, tmp_path, ranks, name):
     run = observed(ranks, name)
     target = exported(run, tmp_path)
@@ -52,9 +53,9 @@ def test_an_export_gives_the_logits_of_the_engine(observed, tmp_path, ranks, nam
     assert AutoTokenizer.from_pretrained(target).eos_token is not None
 
 
-@pytest.mark.parametrize("name", BF16)
-def test_an_export_holds_the_fp32_master_weights(observed, tmp_path, name):
-    run = observed(2, name)
+@pytest.mark.parametrize(("ranks", "name"), among_runs(BF16))
+def test_an_export_holds_the_fp32_master_weights(observed, tmp_path, ranks, name):
+    run = observed(ranks, name)
     model = AutoModelForCausalLM.from_pretrained(exported(run, tmp_path), dtype=torch.float32)
     masters = dict(model.named_parameters())
     for name, in_16_bits in run.parameters.items():
@@ -79,7 +80,7 @@ def test_an_export_of_fsdp_in_bf16_holds_the_fp32_weights_too(observed, tmp_path
 
 @pytest.mark.parametrize(
     ("ranks", "name"),
-    [(2, "gpt2.fsdp-full.2"), (2, "gpt2.fsdp-none.2"), (4, "gpt2.fsdp-tp2.4"), (4, "gpt2.fsdp-hybrid.4")],
+    among_runs([(2, "gpt2.fsdp-full.2"), (2, "gpt2.fsdp-none.2"), (4, "gpt2.fsdp-tp2.4"), (4, "gpt2.fsdp-hybrid.4")]),
 )
 def test_each_rank_of_fsdp_writes_its_own_files_alone(observed, ranks, name):
     run = observed(ranks, name)
@@ -95,9 +96,11 @@ def test_each_rank_of_fsdp_writes_its_own_files_alone(observed, ranks, name):
     assert states <= sum(sizes) <= 1.3 * states
 
 
-@pytest.mark.parametrize("name", ["gpt2.zero0.2", "gpt2.zero1.2", "gpt2.zero3.2", "gpt2.zero3-all.2"])
-def test_each_rank_writes_its_own_files_alone(observed, name):
-    run = observed(2, name)
+@pytest.mark.parametrize(
+    ("ranks", "name"), among_runs([(2, f"gpt2.{shape}.2") for shape in ("zero0", "zero1", "zero3", "zero3-all")])
+)
+def test_each_rank_writes_its_own_files_alone(observed, ranks, name):
+    run = observed(ranks, name)
     first, second = (set(files) for files in run.files_by_rank)
     assert not first & second
     for rank, files in enumerate((first, second)):

@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from tests.distributed import cases
+from tests.distributed.cases import HIDDEN, LAYERS, among_runs
 from tests.distributed.comparing import assert_equal
 from tutorial_lib.models import load_model
 from tutorial_lib.outline import model_outline
 from tutorial_lib.theory import memory, traffic
-
-LAYERS = 4
 
 
 def measured(run):
@@ -55,7 +54,7 @@ SHARDED = [
 ]
 
 
-@pytest.mark.parametrize(("ranks", "name", "pieces"), SHARDED)
+@pytest.mark.parametrize(("ranks", "name", "pieces"), among_runs(SHARDED))
 def test_a_rank_holds_its_share_to_the_byte(observed, ranks, name, pieces):
     """Between backward and the update, when gradients exist. bf16 changes nothing: what is kept is fp32."""
     for one in measured(observed(ranks, name)):
@@ -76,7 +75,7 @@ def test_a_shard_that_is_shorter_than_the_others_is_padded(observed):
     assert sum(moments) == 8 * psi(run)
 
 
-@pytest.mark.parametrize(("ranks", "name", "pieces"), SHARDED)
+@pytest.mark.parametrize(("ranks", "name", "pieces"), among_runs(SHARDED))
 def test_nothing_stays_gathered_after_evaluation(observed, ranks, name, pieces):
     """A forward without backward: shard_grad_op waits for a backward to free what it has gathered."""
     run = observed(ranks, name)
@@ -110,7 +109,9 @@ def test_frozen_parameters_are_sharded_too_and_have_neither_gradient_nor_moments
 
 @pytest.mark.parametrize(
     ("ranks", "name"),
-    [(r, f"{case}.fsdp-tp{t}.{r}") for case in ("gpt2", "untied", "bloom") for r, t in ((2, 2), (4, 2), (4, 4))],
+    among_runs(
+        [(r, f"{case}.fsdp-tp{t}.{r}") for case in ("gpt2", "untied", "bloom") for r, t in ((2, 2), (4, 2), (4, 4))]
+    ),
 )
 def test_tensor_parallel_ranks_hold_what_is_split_once_and_the_rest_whole(observed, ranks, name):
     run = observed(ranks, name)
@@ -139,7 +140,7 @@ TRAFFIC = [
 ]
 
 
-@pytest.mark.parametrize(("ranks", "name", "times_psi"), TRAFFIC)
+@pytest.mark.parametrize(("ranks", "name", "times_psi"), among_runs(TRAFFIC))
 def test_what_crosses_the_wire_is_what_the_formula_says(observed, ranks, name, times_psi):
     """Element by element and kind by kind; the multiple of Psi is there to be read."""
     run = observed(ranks, name)
@@ -179,20 +180,24 @@ def test_bf16_halves_what_is_gathered_and_sums_gradients_in_fp32(observed):
 
 @pytest.mark.parametrize(
     ("ranks", "name", "per_layer"),
-    [
-        (2, "gpt2.fsdp-tp2.2", 2 + 2),
-        (2, "untied.fsdp-tp2.2", 2 + 2),
-        (2, "bloom.fsdp-tp2.2", 2 + 2),
-        (4, "untied.fsdp-tp4.4", 2 + 2),
-        (2, "untied.fsdp-tp2-plain.2", 2 + 5),
-    ],
+    among_runs(
+        [
+            (2, "gpt2.fsdp-tp2.2", 2 + 2),
+            (2, "untied.fsdp-tp2.2", 2 + 2),
+            (2, "bloom.fsdp-tp2.2", 2 + 2),
+            (4, "untied.fsdp-tp4.4", 2 + 2),
+            (2, "untied.fsdp-tp2-plain.2", 2 + 5),
+        ]
+    ),
 )
 def test_tensor_parallelism_all_reduces_twice_per_layer_and_direction(observed, ranks, name, per_layer):
     run = observed(ranks, name)
     for one in measured(run):
         [row] = one["traffic"]["tensors"]
         assert (row["kind"], row["count"]) == ("all_reduce", LAYERS * per_layer)
-        assert row["elements"] % (row["count"] * run.config.micro_batch * 96) == 0, "each carries b x s x h elements"
+        assert row["elements"] % (row["count"] * run.config.micro_batch * HIDDEN) == 0, (
+            "each carries b x s x h elements"
+        )
 
 
 def test_data_and_tensor_parallelism_add_up(observed):

@@ -36,7 +36,7 @@ READ = [
 ]
 
 
-@pytest.mark.parametrize(("ranks", "name"), READ)
+@pytest.mark.parametrize(("ranks", "name"), cases.among_runs(READ))
 def test_what_is_read_whole_is_what_the_engine_had(observed, ranks, name):
     """Of weights, which the engine shows as it computes with them, those in 16 bits are the masters, rounded."""
     run = observed(ranks, name)
@@ -55,13 +55,15 @@ def test_what_is_read_whole_is_what_the_engine_had(observed, ranks, name):
 
 @pytest.mark.parametrize(
     ("ranks", "name"),
-    [
-        *((2, f"gpt2.zero{stage}.2") for stage in (1, 2, 3)),
-        (2, "gpt2.zero1-bf16.2"),
-        (2, "gpt2.zero3-bf16.2"),
-        *((4, f"gpt2.zero{stage}.4") for stage in (2, 3)),
-        *((4, f"qwen2.2x2-zero{stage}.4") for stage in (1, 2)),
-    ],
+    cases.among_runs(
+        [
+            *((2, f"gpt2.zero{stage}.2") for stage in (1, 2, 3)),
+            (2, "gpt2.zero1-bf16.2"),
+            (2, "gpt2.zero3-bf16.2"),
+            *((4, f"gpt2.zero{stage}.4") for stage in (2, 3)),
+            *((4, f"qwen2.2x2-zero{stage}.4") for stage in (1, 2)),
+        ]
+    ),
 )
 def test_it_is_what_deepspeed_itself_converts(observed, tmp_path, ranks, name):
     """To its universal format, which has a file for every whole tensor.

@@ -545,8 +545,8 @@ def _fault_in_second_write(strike: Callable[[], None]) -> Iterator[None]:
 
 
 def _limit_files() -> None:
-    """From now on a file ends after 1 MiB, as under a quota."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, resource.RLIM_INFINITY))
+    """From now on a file ends after 64 KiB, as under a quota."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))
 
 
 def _kill_half_way() -> None:

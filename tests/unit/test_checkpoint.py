@@ -12,11 +12,13 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.distributed.cases import MODELS, small_model
 from tests.late_writes import late_writes, without_snapshot
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.checkpoint import CheckpointError, Writer, continuing, exporting, files, saving
@@ -54,13 +56,9 @@ def make_checkpoint(run, step, **trainer):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """GPT-2 with dropout: a resume that draws other random numbers gives other losses."""
-    from tutorial_lib.embedded import model_directory
-
+    """A small GPT-2 with dropout: a resume that draws other random numbers gives other losses."""
     directory = tmp_path_factory.mktemp("models") / "dropout"
-    shutil.copytree(model_directory("embedded/gpt2"), directory)
-    path = directory / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"embd_pdrop": 0.1, "resid_pdrop": 0.1}))
+    small_model("gpt2", directory, **MODELS["gpt2"], embd_pdrop=0.1, resid_pdrop=0.1)
     return str(directory)
 
 
@@ -69,10 +67,18 @@ def whole(model, tmp_path_factory):
     return launch.run(config(tmp_path_factory.mktemp("whole"), model=model))
 
 
-@pytest.fixture
-def halved(model, tmp_path):
+@pytest.fixture(scope="module")
+def stopped(model, tmp_path_factory):
     """The same run, stopped after step 4, with a checkpoint at step 2 as well."""
-    return launch.run(config(tmp_path, model=model, stop_after=4, checkpoint_every=2))
+    return launch.run(config(tmp_path_factory.mktemp("stopped"), model=model, stop_after=4, checkpoint_every=2))
+
+
+@pytest.fixture
+def halved(stopped, tmp_path):
+    """A copy of it, to be damaged and continued."""
+    run = replace(stopped, config=stopped.config.override(storage=str(tmp_path)))
+    shutil.copytree(stopped.directory.path, run.directory.path)
+    return run
 
 
 def weights(run):
@@ -359,7 +365,7 @@ def test_a_full_disk_is_an_error_and_the_checkpoint_before_it_stays(whole, model
     settings = config(tmp_path, model=model, checkpoint_every=2, async_save=async_save)
     launch.run(settings.override(stop_after=2))
     limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, most))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, most))
     try:
         with pytest.raises(OSError, match=r"File too large: '.*/\.partial-step-00000004-\w+/engine/model\.pt'"):
             launch.run(settings)
@@ -571,7 +577,7 @@ def test_an_export_holds_a_parameter_at_a_time(whole, model, tmp_path):
     shutil.copytree(model, larger)
     (larger / "model.safetensors").unlink()
     path = larger / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"n_embd": 256, "n_layer": 16}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"n_embd": 128, "n_layer": 32}))
     run = launch.run(config(tmp_path, name="larger", model=str(larger), random_init=True, steps=1, global_batch=1))
     sizes = [tensor.nbytes for name, tensor in weights(run).items() if name != "lm_head.weight"]
     given = [str(checkpoint.latest(r.directory)) for r in (whole, run)]

@@ -311,9 +311,13 @@ def every_figure() -> dict[str, figures.Figure]:
     }
 
 
-def test_figures_are_the_same_twice() -> None:
-    first, second = every_figure(), every_figure()
-    assert {name: figure.png for name, figure in first.items()} == {name: f.png for name, f in second.items()}
+@pytest.fixture(scope="module")
+def drawn() -> dict[str, figures.Figure]:
+    return every_figure()
+
+
+def test_figures_are_the_same_twice(drawn: dict[str, figures.Figure]) -> None:
+    assert {name: figure.png for name, figure in drawn.items()} == {name: f.png for name, f in every_figure().items()}
 
 
 def lowest_contrast(colors: np.ndarray) -> float:
@@ -324,9 +328,9 @@ def lowest_contrast(colors: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("name", ["curves", "lines", "points", "bars"])
-def test_figures_are_readable_on_light_and_dark_pages(name: str) -> None:
+def test_figures_are_readable_on_light_and_dark_pages(drawn: dict[str, figures.Figure], name: str) -> None:
     """Transparent background, and every opaque pixel far enough from white and from black."""
-    figure = every_figure()[name]
+    figure = drawn[name]
     pixels = png.imread(io.BytesIO(figure.png))
     assert np.allclose(pixels.shape[:2], (2 * figure.height, 2 * figure.width), atol=1)
     assert (pixels[..., 3] == 0).mean() > 0.3

@@ -94,16 +94,26 @@ def test_one_python_version_everywhere() -> None:
     assert SpecifierSet(PROJECT["project"]["requires-python"]).contains("3.11.7")
     assert PROJECT["tool"]["ruff"]["target-version"] == "py311"
     assert PROJECT["tool"]["mypy"]["python_version"] == "3.11"
-    job = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["test"]
-    (python,) = [step["with"]["python-version"] for step in job["steps"] if "setup-python" in step.get("uses", "")]
-    assert python == "3.11"
-    assert ".ci/run" in [step.get("run") for step in job["steps"]]
+    for workflow in ("ci", "matrix"):
+        (job,) = yaml.safe_load((ROOT / f".github/workflows/{workflow}.yml").read_text())["jobs"].values()
+        (python,) = [step["with"]["python-version"] for step in job["steps"] if "setup-python" in step.get("uses", "")]
+        assert python == "3.11"
 
 
-def test_ci_runs_make_test() -> None:
-    script = ROOT / ".ci" / "run"
-    assert os.access(script, os.X_OK)
-    assert "exec make test" in script.read_text()
+@pytest.mark.parametrize(
+    ("workflow", "events", "runs", "target"),
+    [
+        ("ci", {"push", "pull_request"}, ".ci/run", "test"),
+        ("matrix", {"schedule", "workflow_dispatch"}, ".ci/run matrix", "matrix"),
+    ],
+)
+def test_ci_runs_make(clone: Path, workflow: str, events: set[str], runs: str, target: str) -> None:
+    stated = yaml.safe_load((ROOT / f".github/workflows/{workflow}.yml").read_text())
+    assert set(stated[True]) == events  # YAML's `on`
+    (job,) = stated["jobs"].values()
+    assert runs in [step.get("run") for step in job["steps"]]
+    (clone / "Makefile").write_text("test matrix:\n\t@echo made $@\n")
+    assert subprocess.check_output(runs.split(), cwd=clone, text=True) == f"made {target}\n"
 
 
 @pytest.mark.parametrize("script", ["run", "setup", "parts"])
@@ -112,17 +122,23 @@ def test_scripts_parse(script: str) -> None:
 
 
 def test_one_failing_part_fails_the_whole_and_the_others_still_run(clone: Path) -> None:
-    recipes = 'good:\n\t@echo "== 3 passed in 1.50s =="\nbad:\n\t@echo "== 1 failed, 2 passed in 2s =="; exit 1\n'
+    recipes = 'unit:\n\t@echo "== 3 passed in 1.50s =="\nbad:\n\t@echo "== 1 failed, 2 passed in 2s =="; exit 1\n'
     (clone / "Makefile").write_text(recipes)
-    run = subprocess.run([".ci/parts", "good", "bad", "good"], cwd=clone, capture_output=True, text=True)
-    summary = [line.split(maxsplit=4) for line in run.stdout.splitlines()[-3:]]
-    assert [(words[0], words[1], words[4].strip()) for words in summary] == [
-        ("good", "passed", "3 passed in 1.50s"),
-        ("bad", "FAILED", "1 failed, 2 passed in 2s"),
-        ("good", "passed", "3 passed in 1.50s"),
-    ]
-    assert run.returncode == 1
-    assert subprocess.run([".ci/parts", "good"], cwd=clone, capture_output=True).returncode == 0
+    run = subprocess.run([".ci/parts", "unit", "bad", "unit"], cwd=clone, capture_output=True, text=True)
+    *_, total, first, second, third = run.stdout.splitlines()
+    assert re.fullmatch(r"unit +passed +\d s of  140 +3 passed in 1.50s *", first)
+    assert re.fullmatch(r"bad +FAILED +\d s of    0 +1 failed, 2 passed in 2s *", second)
+    assert (third.split()[:2], run.returncode) == (["unit", "passed"], 1)
+    assert re.fullmatch(r"### \d s of 280 in all", total)
+    assert subprocess.run([".ci/parts", "unit"], cwd=clone, capture_output=True).returncode == 0
+
+
+def test_a_part_over_its_budget_is_marked_and_not_failed(clone: Path) -> None:
+    (clone / "Makefile").write_text("unit:\n\t@sleep 1.1\n")
+    parts = clone / ".ci" / "parts"
+    parts.write_text(parts.read_text().replace("[unit]=140", "[unit]=1").replace("took > budget", "took >= budget"))
+    run = subprocess.run([parts, "unit"], capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"unit +passed +[12] s of    1  OVER ITS BUDGET *", run.stdout.splitlines()[-1])
 
 
 def test_help_is_the_default_and_lists_every_target() -> None:
