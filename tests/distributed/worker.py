@@ -56,8 +56,13 @@ OBSERVATION = "observed.pt"
 def main(*arguments: str) -> None:
     # DeepSpeed asks for the processor's maker, which takes a second, for every optimizer that it offloads.
     ask_once = mock.patch.object(cpuinfo, "get_cpu_info", functools.cache(cpuinfo.get_cpu_info))
-    with ask_once, mock.patch.object(worker, "train", train_observed):
-        worker.main(*arguments)
+    with ask_once:
+        worker.main(*arguments, train=train_all_observed)
+
+
+def train_all_observed(configs: Sequence[Config]) -> None:
+    for config in configs:
+        train_observed(config)
 
 
 def train_observed(config: Config) -> None:

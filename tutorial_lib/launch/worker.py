@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
@@ -19,14 +20,20 @@ from tutorial_lib.launch.joined import process_group
 from tutorial_lib.trainer import train_all
 
 
-def main(configs_file: str, rendezvous: str) -> None:
-    """Train the configurations of a JSON list one after the other, as the rank that the environment names."""
+def main(configs_file: str, rendezvous: str, train: Callable[[Sequence[Config]], object] = train_all) -> None:
+    """Train the configurations of a JSON list one after the other, as the rank that the environment names.
+
+    Args:
+        configs_file: the list, each configuration by its flat settings.
+        rendezvous: a file, not there yet, through which the ranks find each other.
+        train: called with the configurations in a process group of all ranks.
+    """
     # If the process that started this one is killed, the kernel sends this: the run saves and stops at its next step.
     _prctl_pr_set_pdeathsig(signal.SIGTERM)
     configs = [Config.from_json(json.dumps(flat)) for flat in json.loads(Path(configs_file).read_text())]
     with process_group(configs[0], f"file://{rendezvous}"):
-        train_all(configs)
+        train(configs)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1], sys.argv[2])
