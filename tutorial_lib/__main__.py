@@ -155,8 +155,7 @@ def _train(options: argparse.Namespace) -> int:
     shown = progress(config.run.stop_after or config.run.steps) if leader and not options.json else None
     if shown and config.parallel.tp > 1:
         print(Topology(config.parallel.dp, config.parallel.tp, rank=0).drawing(), file=sys.stderr)
-    if config.run.launcher == "local":
-        launch.warm_up(config.run.device)
+    launch.warm_up(config)
     with shown or nullcontext(), _stdout_for_json_alone(options.json):
         try:
             run = launch.run(config, on_rows=shown.on_rows if shown else None)

@@ -16,8 +16,8 @@ from jupyter_client.manager import KernelManager, start_new_kernel
 SETUP = """
 from tutorial_lib import launch
 from tutorial_lib.config import Config
-launch.warm_up()
 config = Config.create("cpu", launcher="local", dp=2, zero_stage=1, steps=1000, evaluate=False, storage={storage!r})
+launch.warm_up(config)
 """
 
 

@@ -84,10 +84,10 @@ def test_a_server_that_could_not_follow_a_change_is_replaced(tmp_path, monkeypat
     assert not psutil.pid_exists(before[0]["parent"])
 
 
-def test_warming_up_returns_at_once_and_starts_one_server():
+def test_warming_up_returns_at_once_and_starts_one_server(tmp_path):
     began = time.monotonic()
-    launch.warm_up()
-    launch.warm_up()
+    launch.warm_up(config(tmp_path))
+    launch.warm_up(config(tmp_path, dp=4))
     assert time.monotonic() - began < 1
     servers = [p for p in psutil.Process().children() if "warm_server" in " ".join(p.cmdline())]
     assert len(servers) == 1
@@ -142,7 +142,9 @@ def test_a_script_needs_no_main_guard_and_leaves_nothing(tmp_path):
 
 @pytest.mark.parametrize("when", ["while it loads", "when it is idle"])
 def test_a_server_ends_with_the_process_that_started_it(when):
-    code = "from tutorial_lib import launch; launch.warm_up(); print('up', flush=True); import time; time.sleep(600)"
+    code = (
+        "from tutorial_lib.launch import local; local.warm_up(); print('up', flush=True); import time; time.sleep(600)"
+    )
     launcher = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert launcher.stdout is not None and launcher.stdout.readline() == "up\n"
     (server,) = psutil.Process(launcher.pid).children()

@@ -64,11 +64,16 @@ class Interrupted(KeyboardInterrupt):
         self.runs = list(runs)
 
 
-def warm_up(device: str = "cpu") -> None:
-    """Start loading what local runs need, in the background: the first run then starts sooner. Returns at once."""
-    from tutorial_lib.launch import local
+def warm_up(config: Config) -> None:
+    """Start loading what runs like this one need, in the background: the first then starts sooner. Returns at once.
 
-    local.warm_up(device)
+    Args:
+        config: its launcher and device decide what is loaded. It need not be able to run yet.
+    """
+    if config.run.launcher == "local":
+        from tutorial_lib.launch import local
+
+        local.warm_up(config.run.device)
 
 
 def run(config: Config, *, on_rows: OnRows | None = None) -> Run:
@@ -120,9 +125,8 @@ def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None, worker:
             and stopped, and those after it were not begun.
     """
     first = configs[0]
-    if first.run.launcher == "local":
-        warm_up(first.run.device)
-    elif worker:
+    warm_up(first)
+    if worker and first.run.launcher != "local":
         raise ValueError(f"worker={worker!r} is for launcher='local'; launcher={first.run.launcher!r} has its own.")
     from tutorial_lib.checkpoint import held_for_launch
 
