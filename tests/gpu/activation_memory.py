@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from tests.gpu.cases import Cases, Setting, clear_memory, engine_of, full_rows, time_steps, write_model
+from tests.gpu.cases import Cases, Setting, clear_memory
+from tests.gpu.training import engine_of, full_rows, time_steps, write_model
 from tests.gpu.workshop import Model, configure, predict, utilisations
 from tutorial_lib.measure.memory import peak_memory, reset_peak_memory
 from tutorial_lib.trainer import Engine
@@ -63,7 +64,7 @@ def climb(setting: Setting, *, checkpointing: bool) -> dict[str, Any]:
 
 def try_size(setting: Setting, engine: Engine, config: Any, model: Model) -> dict[str, Any] | None:
     """Return a row of the table, None if the device has no memory for it."""
-    clear_memory(setting)
+    clear_memory()
     reset_peak_memory(engine.device)
     try:
         batches = full_rows(model.dimensions.vocabulary, config, engine.device)

@@ -11,8 +11,9 @@ import statistics
 from typing import Any
 
 from tests.gpu.activation_memory import one_billion
-from tests.gpu.cases import Cases, Setting, join_group
+from tests.gpu.cases import Cases, Setting
 from tests.gpu.data import write_rows
+from tests.gpu.training import join_group
 from tests.gpu.workshop import configure
 from tutorial_lib import trainer
 from tutorial_lib.records import RunDirectory

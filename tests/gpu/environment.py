@@ -11,13 +11,14 @@ import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from tests.gpu import packages
-from tests.gpu.cases import Cases, Setting, dense_peak, synchronize
+from tests.gpu.cases import Cases, Setting
+from tests.gpu.training import dense_peak, device_of, synchronize
+from tutorial_lib.doctor import usable_cores
 from tutorial_lib.measure.speed import matmul_peak
 
 
@@ -36,7 +37,7 @@ def describe_machine(setting: Setting) -> dict[str, Any]:
     """Return names, sizes and versions."""
     found: dict[str, Any] = {
         "python": platform.python_version(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "host_memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "disk_free_bytes": shutil.disk_usage(setting.scratch).free,
         "versions": packages.versions(setting.path("site")),
@@ -45,7 +46,7 @@ def describe_machine(setting: Setting) -> dict[str, Any]:
         "nvcc": _first_line("nvcc --version | tail -2"),
         "compiler": _first_line("g++ --version"),
         "processor": _first_line("grep -m1 'model name' /proc/cpuinfo"),
-        "cpu_flags_avx512": "avx512f" in Path("/proc/cpuinfo").read_text(),
+        "cpu_flags_avx512": bool(_first_line("grep -m1 avx512f /proc/cpuinfo")),
         "gpu": None,
     }
     if setting.device == "cuda":
@@ -59,7 +60,7 @@ def describe_machine(setting: Setting) -> dict[str, Any]:
             "power_limit": _first_line("nvidia-smi --query-gpu=power.limit --format=csv,noheader"),
             "link": _first_line("nvidia-smi --query-gpu=pcie.link.gen.max,pcie.link.width.max --format=csv,noheader"),
             "nccl": ".".join(map(str, torch.cuda.nccl.version())),
-            "dense_bf16_peak_flops": dense_peak(setting.torch_device),
+            "dense_bf16_peak_flops": dense_peak(device_of(setting)),
         }
     return found
 
@@ -75,20 +76,20 @@ def measure_products(setting: Setting) -> dict[str, Any]:
     seconds = setting.pick(full=1.0, quick=0.5, tiny=0.01)
     formats = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     flops = {
-        f"{name} {size}": matmul_peak(size, dtype=dtype, device=setting.torch_device, seconds=seconds)
+        f"{name} {size}": matmul_peak(size, dtype=dtype, device=device_of(setting), seconds=seconds)
         for name, dtype in formats.items()
         for size in (sizes if name == "bf16" else sizes[:1])
     }
     return {
         "product_flops": flops,
         "bf16_peak_flops": max(value for name, value in flops.items() if name.startswith("bf16")),
-        "dense_bf16_peak_flops": dense_peak(setting.torch_device),
+        "dense_bf16_peak_flops": dense_peak(device_of(setting)),
     }
 
 
 def measure_bandwidth(setting: Setting) -> dict[str, Any]:
     """Return bytes per second within the device (read plus written), and to and from pinned and pageable memory."""
-    device, on_gpu = setting.torch_device, setting.device == "cuda"
+    device, on_gpu = device_of(setting), setting.device == "cuda"
     size = setting.pick(full=2**30, quick=2**29, tiny=2**20)
     here, there = (torch.randint(0, 255, (size,), dtype=torch.uint8, device=device) for _ in range(2))
     pageable = torch.randint(0, 255, (size,), dtype=torch.uint8)

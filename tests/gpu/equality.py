@@ -14,13 +14,15 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.gpu.cases import Cases, Setting, join_group
+from tests.gpu.cases import Cases, Setting
 from tests.gpu.data import write_rows
+from tests.gpu.training import join_group
 from tutorial_lib import checkpoint, trainer
 from tutorial_lib.__main__ import DONE, STOPPED
 from tutorial_lib.config import Config
@@ -47,15 +49,15 @@ def cases(setting: Setting) -> Cases:
     found: Cases = {}
     for model in models:
         for engine in engines:
-            found[f"{model} {engine} fp32"] = lambda m=model, e=engine: compare(setting, m, e, "fp32")
+            found[f"{model} {engine} fp32"] = partial(compare, setting, model, engine, "fp32")
     for model in setting.pick(full=models, quick=models, tiny=()):
         for engine in engines:
-            found[f"{model} {engine} bf16"] = lambda m=model, e=engine: compare(setting, m, e, "bf16")
+            found[f"{model} {engine} bf16"] = partial(compare, setting, model, engine, "bf16")
     for stage in (0, 1, 2, 3):  # the other engines scale no loss, and a CPU has no fp16
         if setting.device == "cuda":
-            found[f"embedded/gpt2 zero{stage} fp16"] = lambda e=f"zero{stage}": compare(setting, MODELS[0], e, "fp16")
+            found[f"embedded/gpt2 zero{stage} fp16"] = partial(compare, setting, MODELS[0], f"zero{stage}", "fp16")
     for engine in setting.pick(full=("torch", "zero1", "zero3", "fsdp"), quick=("zero3",), tiny=("zero1",)):
-        found[f"resume {engine}"] = lambda e=engine: resume(setting, e)
+        found[f"resume {engine}"] = partial(resume, setting, engine)
     found["SIGTERM"] = lambda: stop_and_go_on(setting)
     return found
 
@@ -167,7 +169,7 @@ def parameters_of(config: Config) -> list[tuple[str, Any]]:
 
 def stop_and_go_on(setting: Setting) -> dict[str, Any]:
     """Send SIGTERM to a run that a shell started, start it again, and return both exit codes and what was trained."""
-    steps = setting.pick(full=400, quick=200, tiny=60)
+    steps = setting.pick(full=400, quick=200, tiny=20)
     config = configure(setting, "sigterm", "embedded/gpt2", steps=steps, resume="auto", engine="deepspeed")
     run = RunDirectory(config.directory)
     began = time.perf_counter()

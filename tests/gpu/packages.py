@@ -1,4 +1,4 @@
-"""A site directory for packages that this Python lacks, unpacked from wheels that came along (:mod:`tests.gpu.pack`)."""
+"""A site directory for packages that this Python lacks, unpacked from wheels that came along (``pack.py``)."""
 
 from __future__ import annotations
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import gzip
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from tests.gpu.cases import Cases, Setting, engine_of, full_rows, synchronize, time_steps, train_step
+from tests.gpu.cases import Cases, Setting
+from tests.gpu.training import engine_of, full_rows, synchronize, time_steps, train_step
 from tests.gpu.workshop import configure, models
 
 LARGEST_BYTES = 6 * 2**20
@@ -22,7 +24,7 @@ LARGEST_BYTES = 6 * 2**20
 
 def cases(setting: Setting) -> Cases:
     """Return this page's measurements."""
-    return {f"ZeRO-{stage}": lambda stage=stage: trace(setting, stage) for stage in (1, 3)}
+    return {f"ZeRO-{stage}": partial(trace, setting, stage) for stage in (1, 3)}
 
 
 def trace(setting: Setting, stage: int) -> dict[str, Any]:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from tests.gpu.cases import (
-    Cases,
-    Setting,
+from tests.gpu.cases import Cases, Setting
+from tests.gpu.training import (
     dense_peak,
+    device_of,
     engine_of,
     full_rows,
     settings_that_differ,
@@ -85,7 +86,7 @@ def cases(setting: Setting) -> Cases:
         if setting.tiny and model == "gpt2":
             continue
         for way, flat in ways(setting).items():
-            found[f"{model}: {way}"] = lambda make=make, flat=flat: measure(setting, make(), flat)
+            found[f"{model}: {way}"] = partial(measure, setting, make, flat)
     return found
 
 
@@ -101,12 +102,13 @@ def configure(setting: Setting, model: Model, **flat: Any) -> Config:
     )  # fmt: skip
 
 
-def measure(setting: Setting, model: Model, flat: dict[str, Any]) -> dict[str, Any]:
+def measure(setting: Setting, make: Callable[[], Model], flat: dict[str, Any]) -> dict[str, Any]:
     """Train a few steps; return speed and memory, measured and predicted."""
+    model = make()
     config = configure(setting, model, **flat)
     if setting.tiny:
         config = config.override(micro_batch=2, global_batch=4, bucket_size=100_000)
-    dimensions, device = model.dimensions, setting.torch_device
+    dimensions, device = model.dimensions, device_of(setting)
     offloaded = config.engine.offload != "none"
     warm, timed = setting.pick(full=(3, 4 if offloaded else 10), quick=(2, 2 if offloaded else 4), tiny=(2, 2))
     reset_peak_memory(device)
@@ -144,9 +146,9 @@ def utilisations(
 ) -> dict[str, float | None]:
     """Return MFU against the data sheet's peak, and against the matrix product that this process measures."""
     size, seconds = setting.pick(full=(8192, 0.2), quick=(8192, 0.1), tiny=(128, 0.01))
-    measured = matmul_peak(size, dtype=torch.bfloat16, device=setting.torch_device, seconds=seconds)
+    measured = matmul_peak(size, dtype=torch.bfloat16, device=device_of(setting), seconds=seconds)
     per_token = flops_per_token(params, dimensions.layers, dimensions.hidden, seq_length)
-    nominal = dense_peak(setting.torch_device)
+    nominal = dense_peak(device_of(setting))
     return {
         "mfu": utilisation(tokens_per_second, per_token, nominal) if nominal else None,
         "mfu_of_measured_peak": utilisation(tokens_per_second, per_token, measured),
