@@ -22,6 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 _POLL_SECONDS = 0.05
+_GRACE_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,11 @@ class Record:
     status: str = "running"
     began: float = field(default_factory=time.time)
     cases: list[dict[str, Any]] = field(default_factory=list)
+    changed: float = 0.0
 
     def write(self) -> None:
         """Replace the file, so that a reader sees the old or the new content, never a part."""
+        self.changed = time.time()
         content = {
             "step": self.step.name,
             "status": self.status,
@@ -126,6 +129,10 @@ class Record:
     def running(self) -> dict[str, Any] | None:
         """Return the case that has started and not ended."""
         return next((case for case in self.cases if case["status"] == "running"), None)
+
+    def is_over(self) -> bool:
+        """Return whether every case has been tried."""
+        return bool(self.cases) and self.done() == len(self.cases)
 
     def done(self) -> int:
         """Return how many cases are over, well or badly: where the next process begins."""
@@ -153,7 +160,7 @@ def run_step(
             )
             why = _follow(process, record, events, sampler, say, deadline)
         say(f"--- {step.name}, output of process {attempt} ---\n{_end_of(log)}---")
-        over = bool(record.cases) and record.done() == len(record.cases)
+        over = record.is_over()
         if why == "step limit":
             record.status = "timed out"
             break
@@ -186,6 +193,8 @@ def _follow(
                     why = "step limit"
                 elif case and now - case["began_unix_seconds"] > record.step.case_limit:
                     why = "case limit"
+                elif record.is_over() and now - record.changed > _GRACE_SECONDS:
+                    why = "all is measured, and its process does not end"
                 time.sleep(_POLL_SECONDS)
         finally:
             with suppress(ProcessLookupError):
@@ -195,6 +204,7 @@ def _follow(
         limit = why.endswith("limit")
         case["status"] = "timed out" if limit else "died"
         case["seconds"] = round(time.time() - case["began_unix_seconds"], 3)
+        case["nvml_peak_bytes"] = sampler.peak(case["began_unix_seconds"], time.time())
         case["error"] = {"type": "TimedOut" if limit else "Died", "message": f"{why} in this case"}
         say(f"{record.step.name}: {case['case']} {case['status']} ({why})")
         record.write()
