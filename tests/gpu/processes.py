@@ -179,11 +179,12 @@ def _follow(
     deadline: float,
 ) -> str:  # fmt: skip
     """Take a process's events until it has ended, or end it. Returns why it ended."""
-    why = ""
-    with events.open() as lines:
+    why = unfinished = ""
+    with events.open() as written:
         try:
             while not why:
                 ended, now = process.poll() is not None, time.time()
+                *lines, unfinished = (unfinished + written.read()).split("\n")
                 for line in lines:
                     _take(json.loads(line), record, sampler, say)
                 case = record.running()
