@@ -1,8 +1,8 @@
 """Step 4: FSDP2's peak memory by micro-batch, until it is out of memory; then the same with activation checkpointing.
 
 The model has about 1 B parameters and a vocabulary of 32,000 tokens, so that layers, not logits, hold most of the
-activations, as in the models that people shard. Each way builds its engine once and doubles or halves nothing between
-the sizes: a row is one warm and one timed step at one micro-batch.
+activations, as in the models that people shard. An engine is built once for all sizes; a row is one warm and one timed
+step at one micro-batch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from tests.gpu.cases import Cases, Setting, clear_memory
 from tests.gpu.training import engine_of, full_rows, time_steps, write_model
-from tests.gpu.workshop import Model, configure, predict, utilisations
+from tests.gpu.workshop import Model, configure, measured_peak, predict, utilisations
 from tutorial_lib.measure.memory import peak_memory, reset_peak_memory
 from tutorial_lib.trainer import Engine
 
@@ -39,6 +39,7 @@ def one_billion(setting: Setting) -> Model:
 def climb(setting: Setting, *, checkpointing: bool) -> dict[str, Any]:
     """Train with larger and larger micro-batches, and return the peak of each and the first that did not fit."""
     model = one_billion(setting)
+    measured_peak(setting)  # now, while there is memory for it
     sizes = setting.pick(full=MICRO_BATCHES, quick=MICRO_BATCHES[1::2], tiny=(1, 2))
     rows: list[dict[str, Any]] = []
     too_large = None

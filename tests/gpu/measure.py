@@ -36,9 +36,9 @@ from tests.gpu.processes import MemorySampler, Record, Step, run_step  # noqa: E
 
 STEPS = (
     Step("1-environment", "tests.gpu.environment", limit=100, case_limit=80),
-    Step("2-equality", "tests.gpu.equality", limit=140, case_limit=60),
+    Step("2-equality", "tests.gpu.equality", limit=120, case_limit=60),
     Step("3-workshop", "tests.gpu.workshop", limit=190, case_limit=40),
-    Step("4-activation-memory", "tests.gpu.activation_memory", limit=80, case_limit=45),
+    Step("4-activation-memory", "tests.gpu.activation_memory", limit=100, case_limit=60),
     Step("5-traces", "tests.gpu.traces", limit=45, case_limit=25),
     Step("6-async-checkpoint", "tests.gpu.async_checkpoint", limit=90, case_limit=85),
 )

@@ -59,7 +59,7 @@ def _times(profiler: Any, setting: Setting) -> dict[str, Any]:
     key = "self_device_time_total" if setting.device == "cuda" else "self_cpu_time_total"
     entries = profiler.key_averages()
     if setting.device == "cuda":  # kernels and copies alone; operators repeat the time of what they start
-        entries = [e for e in entries if e.device_type == torch.autograd.DeviceType.CUDA]
+        entries = [e for e in entries if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
     longest = sorted(entries, key=lambda e: -getattr(e, key))
     return {
         "busy_seconds": sum(getattr(e, key) for e in entries) / 1e6,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -145,8 +145,7 @@ def utilisations(
     setting: Setting, dimensions: Dimensions, params: int, seq_length: int, tokens_per_second: float
 ) -> dict[str, float | None]:
     """Return MFU against the data sheet's peak, and against the matrix product that this process measures."""
-    size, seconds = setting.pick(full=(8192, 0.2), quick=(8192, 0.1), tiny=(128, 0.01))
-    measured = matmul_peak(size, dtype=torch.bfloat16, device=device_of(setting), seconds=seconds)
+    measured = measured_peak(setting)
     per_token = flops_per_token(params, dimensions.layers, dimensions.hidden, seq_length)
     nominal = dense_peak(device_of(setting))
     return {
@@ -154,6 +153,13 @@ def utilisations(
         "mfu_of_measured_peak": utilisation(tokens_per_second, per_token, measured),
         "measured_peak_flops": measured,
     }
+
+
+@cache
+def measured_peak(setting: Setting) -> float:
+    """Return the FLOP/s of a bf16 matrix product, measured when this process first asks."""
+    size, seconds = setting.pick(full=(8192, 0.5), quick=(8192, 0.3), tiny=(128, 0.01))
+    return matmul_peak(size, dtype=torch.bfloat16, device=device_of(setting), seconds=seconds)
 
 
 def predict(config: Config, dimensions: Dimensions, params: int) -> dict[str, float]:
