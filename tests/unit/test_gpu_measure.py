@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.gpu import measure, packages
+from tests.gpu import measure, packages, processes
 from tests.gpu.processes import MemorySampler, Record, Step, run_step
 
 UNITS = ("bytes", "seconds", "per_second", "flops")
@@ -122,6 +122,13 @@ def test_a_step_ends_at_its_limit_and_tells_what_it_did_not_reach(run: Any) -> N
     assert time.monotonic() - began < 20
     assert content["status"] == "timed out"
     assert [case["status"] for case in content["cases"]] == ["done", "failed", "timed out", "not run", "not run"]
+
+
+def test_the_last_case_may_take_longer_than_a_process_may_linger(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_GRACE_SECONDS", 0.2)
+    content = run(Step("slow", "tests.gpu.slow_end", limit=60, case_limit=60))
+    assert by_case(content)["last"]["status"] == "done"
+    assert content["seconds"] < 20, "the process that sleeps on was not ended"
 
 
 def test_a_page_that_cannot_be_imported_fails_its_step_alone(run: Any) -> None:
