@@ -198,9 +198,7 @@ def _follow(
                     why = "all is measured, and its process does not end"
                 time.sleep(_POLL_SECONDS)
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # it, and what it may have started
-            process.wait()
+            _end(process)
     if case := record.running():
         limit = why.endswith("limit")
         case["status"] = "timed out" if limit else "died"
@@ -210,6 +208,19 @@ def _follow(
         say(f"{record.step.name}: {case['case']} {case['status']} ({why})")
         record.write()
     return why
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and all that it has started: compilers, which ninja puts into groups of their own, included."""
+    import psutil
+
+    with suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _take(event: dict[str, Any], record: Record, sampler: MemorySampler, say: Callable[[str], None]) -> None:
