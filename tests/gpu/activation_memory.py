@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tests.gpu.cases import Cases, Setting, clear_memory
+from tests.gpu.older_versions import adapt
 from tests.gpu.training import engine_of, full_rows, time_steps, write_model
 from tests.gpu.workshop import Model, configure, measured_peak, predict, utilisations
 from tutorial_lib.measure.memory import peak_memory, reset_peak_memory
@@ -38,6 +39,7 @@ def one_billion(setting: Setting) -> Model:
 
 def climb(setting: Setting, *, checkpointing: bool) -> dict[str, Any]:
     """Train with larger and larger micro-batches, and return the peak of each and the first that did not fit."""
+    adapted = adapt()
     model = one_billion(setting)
     measured_peak(setting)  # now, while there is memory for it
     sizes = setting.pick(full=MICRO_BATCHES, quick=MICRO_BATCHES[1::2], tiny=(1, 2))
@@ -57,6 +59,7 @@ def climb(setting: Setting, *, checkpointing: bool) -> dict[str, Any]:
     return {
         "num_params": params,
         "activation_checkpointing": checkpointing,
+        "adapted_to_older_versions": adapted,
         "rows": rows,
         "largest_that_fitted": rows[-1]["micro_batch"] if rows else None,
         "first_out_of_memory": too_large,

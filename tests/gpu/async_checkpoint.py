@@ -13,6 +13,7 @@ from typing import Any
 from tests.gpu.activation_memory import one_billion
 from tests.gpu.cases import Cases, Setting
 from tests.gpu.data import write_rows
+from tests.gpu.older_versions import adapt
 from tests.gpu.training import join_group
 from tests.gpu.workshop import configure
 from tutorial_lib import trainer
@@ -26,6 +27,7 @@ def cases(setting: Setting) -> Cases:
 
 def save_twice(setting: Setting) -> dict[str, Any]:
     """Train with a save in the middle and one at the end; return stall, hidden time and step times around them."""
+    adapted = adapt()
     model = one_billion(setting)
     middle = setting.pick(full=120, quick=60, tiny=4)
     config = configure(
@@ -46,6 +48,7 @@ def save_twice(setting: Setting) -> dict[str, Any]:
             during.append(row["seconds"])
     return {
         "num_params": result["num_parameters"],
+        "adapted_to_older_versions": adapted,
         "checkpoint_bytes": behind["bytes"],
         "async_stall_seconds": behind["stall_seconds"],
         "async_write_seconds": behind["write_seconds"],
