@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from functools import cache
 from typing import Any
 
 
+@cache
 def adapt() -> list[str]:
     """Give older packages what the library calls; return what was done, empty with the pinned versions."""
     from torch.distributed.checkpoint.staging import DefaultStager

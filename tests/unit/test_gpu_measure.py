@@ -92,6 +92,7 @@ def test_every_measurement_rehearsed(run: Any, tmp_path: Path) -> None:
     for way in ("without", "with"):
         climbed = results[f"activation_memory: {way} activation checkpointing"]
         assert [row["micro_batch"] for row in climbed["rows"]] == [1, 2] and climbed["first_out_of_memory"] is None
+        assert climbed["adapted_to_older_versions"] == []
     with zipfile.ZipFile(tmp_path / "traces.zip") as archive:
         assert archive.namelist() == ["zero1.json.gz", "zero3.json.gz"]
     assert results["traces: ZeRO-1"]["busy_seconds"] > 0 and results["traces: ZeRO-3"]["longest"]
