@@ -202,6 +202,20 @@ def test_a_file_is_never_half_written(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["one.json"]
 
 
+@pytest.mark.parametrize(("size", "ways"), [("full", 13), ("quick", 5)])
+def test_what_the_gpu_will_be_asked(size: str, ways: int) -> None:
+    from tests.gpu import equality, workshop
+    from tests.gpu.cases import Setting
+
+    setting = Setting("cuda", size, "", "")
+    assert len(workshop.cases(setting)) == 2 * ways
+    compared = equality.cases(setting)
+    assert {
+        f"embedded/gpt2 zero{stage} {precision}" for stage in range(4) for precision in ("fp32", "bf16", "fp16")
+    } < (compared.keys())
+    assert "SIGTERM" in compared and "resume zero3" in compared
+
+
 def test_out_of_memory_is_a_row_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
