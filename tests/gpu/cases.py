@@ -1,0 +1,99 @@
+"""What the processes of a step share: ``python -m tests.gpu.cases MODULE EVENTS FIRST SETTING`` runs a page's cases.
+
+A page has a function ``cases(setting)`` that returns names and functions. Each function does one measurement and
+returns what JSON can hold; a name with a unit ends in it (``peak_bytes``, ``step_seconds``). One that raises is
+recorded as failed, with the error, and the next one runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import json
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Cases = dict[str, Callable[[], dict[str, Any]]]
+PR_SET_PDEATHSIG = 1
+
+AT_END = ExitStack()
+"""What the cases of this process share, such as a process group; released when the last one has ended."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how large.
+
+    Args:
+        device: ``cuda`` or ``cpu``.
+        size: ``full``, ``quick`` (a look in about two minutes) or ``tiny`` (a rehearsal on a CPU).
+        scratch: directory for runs, models and data; all steps share it.
+        out: directory for results.
+    """
+
+    device: str
+    size: str
+    scratch: str
+    out: str
+
+    @property
+    def tiny(self) -> bool:
+        return self.size == "tiny"
+
+    def path(self, name: str) -> Path:
+        return Path(self.scratch) / name
+
+    def pick(self, **by_size: Any) -> Any:
+        """Return the value for this size: ``full``, ``quick`` or ``tiny``."""
+        return by_size[self.size]
+
+
+def main(module: str, events_file: str, first: str, setting_json: str) -> None:
+    """Run the cases of a page from number ``first`` on."""
+    if sys.platform == "linux":  # a driver that is killed takes its step with it
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    setting = Setting(**json.loads(setting_json))
+    cases = importlib.import_module(module).cases(setting)
+    with AT_END, open(events_file, "a", encoding="utf-8", buffering=1) as events:
+
+        def tell(event: str, **content: Any) -> None:
+            events.write(json.dumps({"event": event, "time": time.time(), **content}) + "\n")
+
+        tell("plan", cases=list(cases))
+        for number, (name, measure) in enumerate(cases.items()):
+            if number < int(first):
+                continue
+            print(f"=== {name}", flush=True)
+            tell("start", number=number)
+            try:
+                outcome: dict[str, Any] = {"result": measure()}
+            except Exception as error:
+                traceback.print_exc()
+                last = traceback.format_exception(error)[-12:]
+                outcome = {"error": {"type": type(error).__name__, "message": str(error), "traceback": "".join(last)}}
+                del error
+            clear_memory()
+            tell("end", number=number, **outcome)
+
+
+def clear_memory() -> None:
+    """Give back what a case has left in the allocator's cache, so that the next one starts from nothing."""
+    gc.collect()
+    torch: Any = sys.modules.get("torch")
+    if torch and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+if __name__ == "__main__":
+    from tests.gpu import cases  # under the name by which pages know it: there is one AT_END
+
+    cases.main(*sys.argv[1:])

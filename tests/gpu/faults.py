@@ -1,0 +1,29 @@
+"""What a step of the measurement must survive, for the tests: a case that raises, one that hangs, one that dies."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from typing import Any
+
+from tests.gpu.cases import Cases, Setting
+
+
+def cases(setting: Setting) -> Cases:
+    """Return good cases between bad ones."""
+    return {"before": _good, "raises": _raise, "hangs": _hang, "dies": lambda: os._exit(7), "after": _good}
+
+
+def _good() -> dict[str, Any]:
+    return {"wait_seconds": 0.0}
+
+
+def _raise() -> dict[str, Any]:
+    raise ValueError("a library of another version")
+
+
+def _hang() -> dict[str, Any]:
+    subprocess.Popen(["sleep", "600"], start_new_session=True)  # as ninja's compilers, in no group of ours
+    time.sleep(600)
+    return {}

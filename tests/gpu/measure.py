@@ -1,0 +1,167 @@
+"""Measure the course on a GPU: ``python tests/gpu/measure.py --out DIR [--quick]``.
+
+Runs from a plain checkout with whatever Python has torch, without Ray and without a network, in at most 8 minutes
+(``--quick``: about 2). Each step runs in a process of its own with a time limit; a failing, hanging or dying one costs
+no other. ``DIR`` gets a JSON file per step, rewritten after every case, a log, and the traces: 8 files, as many as a
+lent machine gives back. Units end the names of what has one.
+
+For a lent GPU machine: collect the missing packages first, with ``python tests/gpu/pack.py``, then paste, as command
+and as ``carry`` of the device tool's ``run``::
+
+    run(command="python3 tests/gpu/measure.py --out $OUT", carry=["build/gpu-wheels"], timeout_s=560)
+
+A rehearsal on a CPU, every step with tiny models: ``python tests/gpu/measure.py --out DIR --device cpu --tiny``.
+The losses that the GPU's are compared with: ``python tests/gpu/measure.py --write-cpu-losses``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[0] = str(ROOT)  # a script's own directory would hide nothing, but does not hold `tests` and `tutorial_lib`
+
+from tests.gpu import packages  # noqa: E402
+from tests.gpu.processes import MemorySampler, Record, Step, run_step  # noqa: E402
+
+STEPS = (
+    Step("1-environment", "tests.gpu.environment", limit=100, case_limit=80),
+    Step("2-equality", "tests.gpu.equality", limit=120, case_limit=60),
+    Step("3-workshop", "tests.gpu.workshop", limit=190, case_limit=40),
+    Step("4-activation-memory", "tests.gpu.activation_memory", limit=100, case_limit=60),
+    Step("5-traces", "tests.gpu.traces", limit=45, case_limit=25),
+    Step("6-async-checkpoint", "tests.gpu.async_checkpoint", limit=90, case_limit=85),
+)
+MINUTES = {"full": 8.0, "quick": 3.0, "tiny": 8.0}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the steps, and return 0 if all of them came to their end."""
+    options = _parser().parse_args(arguments)
+    scratch = Path(tempfile.mkdtemp(prefix="tutorial-lib-gpu-"))
+    try:
+        if options.write_cpu_losses:
+            return _write_cpu_losses(scratch)
+        if options.out is None:
+            _parser().error("write --out DIR")
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "traces.zip").unlink(missing_ok=True)
+        records = measure(options, scratch)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return 0 if all(record.status == "done" for record in records) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Measure the course on one GPU.")
+    parser.add_argument("--out", type=Path, help="directory for results")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--quick", dest="size", action="store_const", const="quick", help="fewer cases and steps")
+    sizes.add_argument("--tiny", dest="size", action="store_const", const="tiny", help="tiny models: a rehearsal")
+    parser.add_argument("--steps", nargs="+", metavar="NUMBER", help="only the steps whose names begin so")
+    parser.add_argument("--wheels", type=Path, default=ROOT / "build" / "gpu-wheels", help="what pack.py collected")
+    parser.add_argument("--write-cpu-losses", action="store_true", help="replace tests/gpu/cpu_losses.json, and end")
+    parser.set_defaults(size="full")
+    return parser
+
+
+def measure(options: argparse.Namespace, scratch: Path) -> list[Record]:
+    """Run the chosen steps one after the other."""
+    began = time.time()
+    until = began + 60 * MINUTES[options.size]
+    say = _log_to(options.out / "measure.log", began)
+    origins = packages.unpack_missing(options.wheels, scratch / "site")
+    (scratch / "origins.json").write_text(json.dumps(origins))
+    say(f"packages: {origins}")
+    sys.path.append(str(scratch / "site"))
+    setting = {
+        "device": options.device, "size": options.size, "scratch": str(scratch), "out": str(options.out.resolve())
+    }  # fmt: skip
+    sampler = MemorySampler()
+    if options.device == "cuda":
+        sampler.start()
+        say(f"GPU memory is sampled by {sampler.source}; used before: {sampler.peak(began, time.time())} bytes")
+    records = []
+    try:
+        for step in STEPS:
+            if options.steps is None or step.name.startswith(tuple(options.steps)):
+                records.append(
+                    run_step(
+                        in_time_for(options.device, step),
+                        setting,
+                        options.out,
+                        environment(scratch),
+                        sampler,
+                        say,
+                        until,
+                    )
+                )
+    finally:
+        sampler.stop()
+    say(f"all: {', '.join(f'{record.step.name} {record.status}' for record in records)}")
+    for record in records:
+        for case in record.cases:
+            print(f"{record.step.name:22} {case['case']:52} {case['status']:10} {case.get('seconds', '')}")
+    return records
+
+
+def in_time_for(device: str, step: Step) -> Step:
+    """Return the step with four times its limits on a CPU, which may be a slow one."""
+    factor = 1 if device == "cuda" else 4
+    return dataclasses.replace(step, limit=factor * step.limit, case_limit=factor * step.case_limit)
+
+
+def environment(scratch: Path) -> dict[str, str]:
+    """Return the steps' environment: our packages first, no network, every cache in the scratch directory."""
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(scratch / "site")]),
+        "PYTHONUNBUFFERED": "1",
+        "TUTORIAL_LIB_CACHE": str(scratch / "cache"),
+        "HF_HOME": str(scratch / "huggingface"),
+        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(scratch / "extensions")),
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "LOCAL_RANK": "0",  # DeepSpeed demands it, of one process too
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # the resume asks for matrix products that repeat bit for bit
+    }
+
+
+def _log_to(path: Path, began: float) -> Callable[[str], None]:
+    path.write_text("")
+
+    def say(text: str) -> None:
+        line = f"[{time.time() - began:7.1f} s] {text}"
+        with path.open("a", encoding="utf-8") as log:
+            log.write(line + "\n")
+        if not text.startswith("---"):  # the output of processes is for the file alone
+            print(line, flush=True)
+
+    return say
+
+
+def _write_cpu_losses(scratch: Path) -> int:
+    os.environ.update(environment(scratch))
+    from tests.gpu.cases import Setting
+    from tests.gpu.equality import write_cpu_losses
+
+    setting: dict[str, Any] = {"device": "cpu", "size": "full", "scratch": str(scratch), "out": str(scratch)}
+    print(write_cpu_losses(Setting(**setting)).relative_to(ROOT))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""Step 5: what one step does, kernel by kernel: chrome traces of a ZeRO-1 and a ZeRO-3 step, gzipped, in one archive.
+
+Open a trace at https://ui.perfetto.dev or in chrome://tracing.
+"""
+
+from __future__ import annotations
+
+import gzip
+import zipfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from tests.gpu.cases import Cases, Setting
+from tests.gpu.training import engine_of, full_rows, synchronize, time_steps, train_step
+from tests.gpu.workshop import configure, models
+
+LARGEST_BYTES = 6 * 2**20
+"""Of one gzipped trace: files that come back from a lent machine are limited."""
+
+
+def cases(setting: Setting) -> Cases:
+    """Return this page's measurements."""
+    return {f"ZeRO-{stage}": partial(trace, setting, stage) for stage in (1, 3)}
+
+
+def trace(setting: Setting, stage: int) -> dict[str, Any]:
+    """Profile one step of GPT-2 small after three warm ones; return where its time went, and keep the trace."""
+    model = models(setting)["gpt2"]()
+    sizes = {"micro_batch": 2, "global_batch": 2, "bucket_size": 100_000} if setting.tiny else {"global_batch": 8}
+    config = configure(setting, model, zero_stage=stage, **sizes)
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (setting.device == "cuda")
+    with engine_of(config, setting) as engine:
+        batches = full_rows(model.dimensions.vocabulary, config, engine.device)
+        seconds, _ = time_steps(engine, batches, 3)
+        with profile(activities=activities, acc_events=True) as profiler:
+            train_step(engine, batches)
+            synchronize(engine.device)
+    plain = setting.path(f"zero{stage}.json")
+    profiler.export_chrome_trace(str(plain))
+    packed = gzip.compress(plain.read_bytes(), compresslevel=6)
+    kept = len(packed) <= LARGEST_BYTES
+    if kept:
+        with zipfile.ZipFile(Path(setting.out) / "traces.zip", "a") as archive:
+            archive.writestr(f"zero{stage}.json.gz", packed)
+    plain.unlink()
+    return {
+        "trace": f"zero{stage}.json.gz in traces.zip" if kept else "too large to keep",
+        "trace_bytes": len(packed),
+        "step_seconds_without_profiler": min(seconds),
+        **_times(profiler, setting),
+    }
+
+
+def _times(profiler: Any, setting: Setting) -> dict[str, Any]:
+    key = "self_device_time_total" if setting.device == "cuda" else "self_cpu_time_total"
+    entries = profiler.key_averages()
+    if setting.device == "cuda":  # kernels and copies alone; operators repeat the time of what they start
+        entries = [e for e in entries if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
+    longest = sorted(entries, key=lambda e: -getattr(e, key))
+    return {
+        "busy_seconds": sum(getattr(e, key) for e in entries) / 1e6,
+        "longest": [{"name": e.key[:120], "calls": e.count, "seconds": getattr(e, key) / 1e6} for e in longest[:12]],
+    }

@@ -1,0 +1,130 @@
+"""What the steps that train share: model directories, full rows, the engine of a configuration, timed steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.gpu.cases import AT_END, Setting
+from tutorial_lib.config import Config
+from tutorial_lib.embedded import model_directory
+from tutorial_lib.launch.joined import process_group
+from tutorial_lib.mpu import Topology
+from tutorial_lib.trainer import Engine, build_engine, count_tokens, token_loss_sum
+
+DENSE_BF16_PEAK = {"H100": 989e12, "H200": 989e12}
+"""FLOP/s without sparsity of the SXM modules, from NVIDIA's data sheets."""
+
+
+def device_of(setting: Setting) -> torch.device:
+    """Return the device to measure."""
+    return torch.device("cuda", 0) if setting.device == "cuda" else torch.device("cpu")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def dense_peak(device: torch.device) -> float | None:
+    """Return the data sheet's bf16 FLOP/s of this GPU, None for one that is not in the table."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for model, peak in DENSE_BF16_PEAK.items() if model in name), None)
+
+
+def write_model(setting: Setting, name: str, like: str, **dimensions: Any) -> str:
+    """Write a model directory without weights, and return its path: a family's tokenizer with other dimensions.
+
+    Args:
+        setting: whose scratch directory to use.
+        name: of the directory.
+        like: an embedded model of the family.
+        dimensions: entries of its ``config.json`` to replace.
+    """
+    source, target = model_directory(like), setting.path(f"models/{name}")
+    target.mkdir(parents=True, exist_ok=True)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (target / file).write_text((source / file).read_text())
+    (target / "config.json").write_text(json.dumps(json.loads((source / "config.json").read_text()) | dimensions))
+    return str(target)
+
+
+def full_rows(vocabulary: int, config: Config, device: torch.device) -> list[dict[str, Tensor]]:
+    """Return an optimizer step's micro-batches of random tokens: every row is ``seq_length`` long, without padding."""
+    generator = torch.Generator().manual_seed(config.run.seed)
+    shape = (config.micro_batch, config.data.seq_length)
+    ids = [torch.randint(vocabulary, shape, generator=generator).to(device) for _ in range(config.accumulation)]
+    return [{"input_ids": each, "attention_mask": torch.ones_like(each), "labels": each} for each in ids]
+
+
+def join_group(config: Config) -> Topology:
+    """Be the only rank of a process group, as a run with ``launcher='none'`` is; one group serves all cases."""
+    if not dist.is_initialized():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        directory = AT_END.enter_context(tempfile.TemporaryDirectory())
+        AT_END.enter_context(process_group(config, f"file://{directory}/rendezvous"))
+    return Topology.create(config.parallel, rank=0, world_size=1)
+
+
+@contextmanager
+def engine_of(config: Config, setting: Setting) -> Iterator[Engine]:
+    """Build the engine that a configuration names, and release it at the end."""
+    engine = build_engine(config, join_group(config), device_of(setting))
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def train_step(
+    engine: Engine, micro_batches: list[dict[str, Tensor]], before_update: Callable[[], None] | None = None
+) -> float:
+    """Train one optimizer step as the trainer does, and return its loss: the mean over the step's tokens."""
+    tokens = sum(count_tokens(batch["labels"]) for batch in micro_batches)
+    engine.train(True)
+    total = torch.zeros((), dtype=torch.float64, device=engine.device)
+    for batch in micro_batches:
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        loss = token_loss_sum(engine.forward(inputs), batch["labels"])
+        total += loss.detach()
+        engine.backward(loss * (engine.averages_over / tokens))
+        del loss
+    if before_update:
+        before_update()
+    engine.step()
+    return float(total) / tokens
+
+
+def time_steps(engine: Engine, micro_batches: list[dict[str, Tensor]], number: int) -> tuple[list[float], float]:
+    """Train ``number`` steps; return the seconds of each, and the last loss."""
+    seconds, loss = [], float("nan")
+    for _ in range(number):
+        synchronize(engine.device)
+        began = time.perf_counter()
+        loss = train_step(engine, micro_batches)
+        synchronize(engine.device)
+        seconds.append(time.perf_counter() - began)
+    return seconds, loss
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    """Return the median of the steps' seconds, and their extremes."""
+    return {"median": statistics.median(seconds), "lowest": min(seconds), "highest": max(seconds)}
+
+
+def settings_that_differ(config: Config) -> dict[str, Any]:
+    """Return a configuration's settings other than the gpu profile's, to read beside its figures."""
+    usual = Config.create("gpu").flat()
+    private = ("storage", "model", "dataset", "name")
+    return {k: v for k, v in config.flat().items() if v != usual[k] and k not in private}

@@ -1,0 +1,182 @@
+"""Step 3: the workshop's models on one GPU: plain torch, then ZeRO by stage, offload and pinned memory.
+
+Weights are random: only the dimensions matter here. Every case trains the same optimizer step, 16 sequences in four
+micro-batches of full rows, in bf16. What :mod:`tutorial_lib.theory` predicts stands beside what was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+
+from tests.gpu.cases import Cases, Setting
+from tests.gpu.training import (
+    dense_peak,
+    device_of,
+    engine_of,
+    full_rows,
+    settings_that_differ,
+    summary,
+    time_steps,
+    train_step,
+    write_model,
+)
+from tutorial_lib.config import Config
+from tutorial_lib.measure.memory import StateBytes, host_memory, peak_memory, reset_peak_memory
+from tutorial_lib.measure.speed import matmul_peak
+from tutorial_lib.models import load_config
+from tutorial_lib.plan import from_config
+from tutorial_lib.theory import memory
+from tutorial_lib.theory.dimensions import Dimensions
+from tutorial_lib.theory.flops import flops_per_token, utilisation
+
+TINY_BLOOM = {"hidden_size": 32, "n_layer": 2, "n_head": 4}
+BLOOM_560M = {"hidden_size": 1024, "n_layer": 24, "n_head": 16, "vocab_size": 250_880, "initializer_range": 0.02}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model directory with the sequence length that it is trained at."""
+
+    path: str
+    seq_length: int
+
+    @property
+    def dimensions(self) -> Dimensions:
+        return from_config(load_config(self.path))
+
+
+def models(setting: Setting) -> dict[str, Callable[[], Model]]:
+    """Return how each of the workshop's models is made."""
+    bloom = TINY_BLOOM if setting.tiny else BLOOM_560M
+    found = {"bloom-560m": lambda: Model(write_model(setting, "bloom-560m", "embedded/bloom", **bloom), _length(512))}
+    found["gpt2"] = lambda: Model("embedded/gpt2" if setting.tiny else "embedded/gpt2-small", _length(1024))
+
+    def _length(full: int) -> int:
+        return 16 if setting.tiny else full
+
+    return found
+
+
+def ways(setting: Setting) -> dict[str, dict[str, Any]]:
+    """Return the engine settings to compare, cheapest first."""
+    found: dict[str, dict[str, Any]] = {"plain torch": {"engine": "torch"}}
+    for stage in (0, 1, 2, 3):
+        found[f"ZeRO-{stage}"] = {"zero_stage": stage}
+    for stage, offload in ((1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "all")):
+        for pinned in (False, True):
+            name = f"ZeRO-{stage}, offload {offload}{', pinned' if pinned else ''}"
+            found[name] = {"zero_stage": stage, "offload": offload, "pin_memory": pinned}
+    fewer = ["plain torch", "ZeRO-1", "ZeRO-3", "ZeRO-2, offload optimizer, pinned", "ZeRO-3, offload all, pinned"]
+    return setting.pick(
+        full=found,
+        quick={name: found[name] for name in fewer},
+        tiny={name: found[name] for name in fewer[:3] + fewer[4:]},
+    )
+
+
+def cases(setting: Setting) -> Cases:
+    """Return this page's measurements."""
+    found: Cases = {}
+    for model, make in models(setting).items():
+        if setting.tiny and model == "gpt2":
+            continue
+        for way, flat in ways(setting).items():
+            found[f"{model}: {way}"] = partial(measure, setting, make, flat)
+    return found
+
+
+def configure(setting: Setting, model: Model, **flat: Any) -> Config:
+    """Return the configuration of a case."""
+    return Config.create(
+        "gpu",
+        **{
+            "device": setting.device, "launcher": "none", "storage": setting.scratch, "model": model.path,
+            "random_init": True, "seq_length": model.seq_length, "micro_batch": 4, "global_batch": 16,
+            "learning_rate": 1e-4, "pin_memory": False, **flat,
+        },
+    )  # fmt: skip
+
+
+def measure(setting: Setting, make: Callable[[], Model], flat: dict[str, Any]) -> dict[str, Any]:
+    """Train a few steps; return speed and memory, measured and predicted."""
+    model = make()
+    config = configure(setting, model, **flat)
+    if setting.tiny:
+        config = config.override(micro_batch=2, global_batch=4, bucket_size=100_000)
+    dimensions, device = model.dimensions, device_of(setting)
+    offloaded = config.engine.offload != "none"
+    warm, timed = setting.pick(full=(3, 4 if offloaded else 10), quick=(2, 2 if offloaded else 4), tiny=(2, 2))
+    reset_peak_memory(device)
+    with engine_of(config, setting) as engine:
+        batches = full_rows(dimensions.vocabulary, config, device)
+        states: dict[str, Any] = {}
+        for step in range(warm):
+            before_update = None
+            if step == warm - 1:  # the optimizer's states are there, and the gradients still are
+                before_update = lambda: states.update(StateBytes.of(engine.model_states()).to_dict())  # noqa: E731
+            train_step(engine, batches, before_update)
+        seconds, loss = time_steps(engine, batches, timed)
+        params = engine.num_parameters
+    peak = peak_memory(device)
+    steps = summary(seconds)
+    tokens = config.run.global_batch * config.data.seq_length
+    return {
+        "settings": settings_that_differ(config),
+        "num_params": params,
+        "step_seconds": steps,
+        "samples_per_second": config.run.global_batch / steps["median"],
+        "tokens_per_second": tokens / steps["median"],
+        **utilisations(setting, dimensions, params, config.data.seq_length, tokens / steps["median"]),
+        "states_bytes": states,
+        "allocator_peak_bytes": peak,
+        "reserved_bytes": torch.cuda.max_memory_reserved(device) if setting.device == "cuda" else None,
+        "host_peak_bytes": host_memory().peak_rss,
+        "predicted": predict(config, dimensions, params),
+        "last_loss": loss,
+    }
+
+
+def utilisations(
+    setting: Setting, dimensions: Dimensions, params: int, seq_length: int, tokens_per_second: float
+) -> dict[str, float | None]:
+    """Return MFU against the data sheet's peak, and against the matrix product that this process measures."""
+    measured = measured_peak(setting)
+    per_token = flops_per_token(params, dimensions.layers, dimensions.hidden, seq_length)
+    nominal = dense_peak(device_of(setting))
+    return {
+        "mfu": utilisation(tokens_per_second, per_token, nominal) if nominal else None,
+        "mfu_of_measured_peak": utilisation(tokens_per_second, per_token, measured),
+        "measured_peak_flops": measured,
+    }
+
+
+@cache
+def measured_peak(setting: Setting) -> float:
+    """Return the FLOP/s of a bf16 matrix product, measured when this process first asks."""
+    size, seconds = setting.pick(full=(8192, 0.5), quick=(8192, 0.3), tiny=(128, 0.01))
+    return matmul_peak(size, dtype=torch.bfloat16, device=device_of(setting), seconds=seconds)
+
+
+def predict(config: Config, dimensions: Dimensions, params: int) -> dict[str, float]:
+    """Return what the arithmetic says of a case's device memory: states, activations at their peak, and both."""
+    engine, batch = config.engine, config.micro_batch
+    element = 4 if engine.precision == "fp32" else 2
+    if engine.name == "deepspeed":
+        states = memory.device_states(params, engine.zero_stage, 1, memory.MIXED, engine.offload).total
+    else:  # fp32 weights, gradients and moments; forward and backward cast
+        states = memory.model_states(params, 0, 1, memory.FP32).total
+    shape = (config.data.seq_length, batch, dimensions.hidden, dimensions.heads)
+    activations = memory.activation_bytes(
+        dimensions.layers, *shape, dimensions.vocabulary, checkpointing=engine.activation_checkpointing,
+        bytes_per_element=element,
+    )  # fmt: skip
+    if dimensions.embedding_norm:  # BLOOM, whose attention keeps its matrix
+        kept = 1 if engine.activation_checkpointing else dimensions.layers
+        eager, fused = (memory.activation_bytes_per_layer(*shape, fused_attention=fused) for fused in (False, True))
+        activations += kept * (eager - fused)
+    return {"states_bytes": states, "activations_bytes": activations, "memory_bytes": states + activations}
