@@ -1,8 +1,8 @@
 """Warm server for Ray: a process with everything imported, from which Ray's workers on this machine are forked.
 
-Ray starts a new interpreter for each worker, for the controller of a fit, and for its three helpers; each imports Ray,
-most of them torch, and the workers DeepSpeed and transformers too. This server imports all of that once, while Ray
-itself starts, and then only waits. The raylet runs ``ray_path/setup_worker.py``, which asks for a fork through a socket.
+Ray starts a new interpreter for each worker, for the controller of a fit, and for its helpers. Each imports Ray, most
+of them torch, and the workers DeepSpeed and transformers too. This server imports all of that once, while Ray itself
+starts, and then only waits. The raylet runs ``ray_path/setup_worker.py``, which asks for a fork through a socket.
 
 The server runs no torch operation, no tokenizer and nothing of Ray: their threads do not survive a fork. It ends, and
 all that it forked with it, when the process that started it closes the pipe at its standard input, or is gone.
@@ -61,8 +61,8 @@ def main(address: str) -> None:
             return
         os.environ.update(json.loads(cluster))
         _import_ray()
-        if not _forks_differ():
-            return
+        if importlib.import_module("torch").cuda.is_initialized() or not _forks_differ():
+            return  # Ray then starts its workers itself
         while True:
             ready, _, _ = select.select([server, sys.stdin], [], [])
             if sys.stdin in ready:

@@ -67,6 +67,9 @@ _LEAN_PATH = str(Path(__file__).with_name("ray_path"))
 _END_SECONDS = 5
 """So long the workers of an interrupted fit may take to end before they are killed."""
 
+_TITLES = ("ray::TrainController", "ray::RayTrainWorker", "ray::SynchronizationActor", "ray::DatasetManager")
+"""How the titles of a fit's processes begin."""
+
 _changed_environment: dict[str, str | None] = {}
 
 
@@ -229,8 +232,9 @@ def _workers_from_server() -> Iterator[None]:
 
     (rays_own,) = (Path(path) / "setup_worker.py" for path in workers.__path__)
     os.environ.update(zip(_TO_SERVER, (_server.address, str(rays_own)), strict=True))
-    ours = partial(parameter.RayParams, setup_worker_path=f"{_LEAN_PATH}/setup_worker.py", include_log_monitor=False)
-    with mock.patch.object(parameter, "RayParams", ours):
+    # The log monitor would hand the workers' output on, which goes to their own files.
+    ours: dict[str, Any] = {"setup_worker_path": f"{_LEAN_PATH}/setup_worker.py", "include_log_monitor": False}
+    with mock.patch.object(parameter, "RayParams", partial(parameter.RayParams, **ours)):
         yield
 
 
@@ -238,6 +242,7 @@ def _of_a_cluster(config: Config) -> dict[str, str]:
     """The environment that a cluster on this machine gets, and the warm server too: Ray reads it at import."""
     threads = max(1, usable_cores() // config.parallel.world_size)
     environment = {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo"}
+    environment["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process that asks whether this machine is taken away
     if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
         # Otherwise Ray makes a token that outlives the cluster, in the home directory.
         environment["RAY_AUTH_TOKEN"] = _TOKEN
@@ -333,6 +338,8 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
         except BaseException:
             trainer.end()
             raise
+        if failed and _changed_environment:
+            _free_slots()
     if failed:
         error = first_error(directories, f"Ray Train failed: {failed[0]}")
         raise error from (None if directories_have_error(directories) else failed[0])
@@ -419,24 +426,34 @@ def _stop_before_begin(has_begun: Callable[[], bool], directories: Sequence[RunD
 def _trainer_class() -> Any:
     """Ray's ``TorchTrainer``, whose fit can be ended from another thread. Not at the top: Ray is imported late."""
     import ray
-    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
     from ray.train.v2._internal.constants import get_env_vars_to_propagate
     from ray.train.v2._internal.execution.controller import TrainController
+    from ray.train.v2.torch.torch_trainer import TorchTrainer
 
     class Trainer(TorchTrainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self._lock, self._ended, self._controller = threading.Lock(), False, None
+            self._lock, self._ended = threading.Lock(), False
+            self._controller: Any = None
+
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks: list[Any] = super()._create_default_callbacks()
+            if not _changed_environment:
+                return callbacks
+            # It frees the slots of a controller that is gone, which on our own cluster we do. It could not: it asks a
+            # dashboard whether the controller lives, there is none, and the end of each fit waits for it.
+            return [each for each in callbacks if not isinstance(each, PlacementGroupCleanerCallback)]
 
         def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
             # As in the class above, but that the controller is kept.
-            here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
+            here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
             environment = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0", **get_env_vars_to_propagate()}
-            options = {"num_cpus": 0, "label_selector": here, "runtime_env": {"env_vars": environment}}
+            remote = ray.remote(num_cpus=0, label_selector=here, runtime_env={"env_vars": environment})
             with self._lock:
                 if self._ended:
                     raise RuntimeError("the fit was ended before it began")
-                self._controller = ray.remote(**options)(TrainController).remote(**kwargs)
+                self._controller = remote(TrainController).remote(**kwargs)
             ray.get(self._controller.run.remote())
             return ray.get(self._controller.get_result.remote())
 
@@ -460,24 +477,31 @@ def _end_fit(controller: Any) -> None:
         ray.kill(controller)
         return
     ray.kill(controller)
-    ours = [each for each in psutil.Process().children(recursive=True) if _is_of_ray_train(each)]
+    ours = [each for each in psutil.Process().children(recursive=True) if _is_of_a_fit(each)]
     _, alive = psutil.wait_procs(ours, timeout=1)
     for process in alive:
         with suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(alive, timeout=_END_SECONDS)
+    _free_slots()
+
+
+def _free_slots() -> None:
+    """Free what a controller that is gone has reserved, on our own cluster."""
+    import ray
+
     for group, state in ray.util.placement_group_table().items():
         if state["state"] != "REMOVED":
-            ray.util.remove_placement_group(ray.util.placement_group.PlacementGroup(ray.PlacementGroupID.from_hex(group)))
+            ray.util.remove_placement_group(
+                ray.util.placement_group.PlacementGroup(ray.PlacementGroupID.from_hex(group))
+            )
 
 
-def _is_of_ray_train(process: psutil.Process) -> bool:
-    """Whether a process is an actor of Ray, of which we have no others. Each writes its class into its title."""
+def _is_of_a_fit(process: psutil.Process) -> bool:
     try:
-        title = process.cmdline()[0]
+        return process.cmdline()[0].startswith(_TITLES)  # Ray writes each actor's class there
     except (psutil.Error, IndexError):
         return False
-    return title.startswith("ray::") and not title.startswith("ray::IDLE")
 
 
 def _fit(trainer: Any, failed: list[BaseException]) -> None:

@@ -22,7 +22,8 @@ SERVER = "TUTORIAL_LIB_RAY_SERVER"
 def main() -> None:
     """Have a worker forked; where that cannot be, become one the way Ray does."""
     context, worker = _split(sys.argv[1:])
-    if set(context) <= {"env_vars", "py_executable"} and context.get("py_executable", sys.executable) == sys.executable:
+    plain = set(context) <= {"env_vars", "py_executable"} and worker[0].endswith(".py")  # and not an option of Python's
+    if plain and context.get("py_executable", sys.executable) == sys.executable:
         environment = {**os.environ, **context.get("env_vars", {})}
         if _fork({"arguments": worker, "environment": environment, "directory": os.getcwd(), "path": sys.path}):
             return
