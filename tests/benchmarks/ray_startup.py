@@ -44,7 +44,7 @@ def _fit(storage: Path, name: str) -> dict[str, Any]:
     from tutorial_lib.launch import ray_train
 
     marks_file = storage / f"marks-{name}.jsonl"
-    config = Config.create("cpu", launcher="ray", dp=2, steps=1, storage=storage, name=name)
+    config = Config.create("cpu", launcher="ray", dp=2, steps=1, storage=str(storage), name=name)
     times: dict[str, float] = {}
     start = ray_train.start
 

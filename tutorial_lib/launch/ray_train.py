@@ -488,13 +488,12 @@ def _end_fit(controller: Any) -> None:
 
 def _free_slots() -> None:
     """Free what a controller that is gone has reserved, on our own cluster."""
-    import ray
+    from ray import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
-    for group, state in ray.util.placement_group_table().items():
-        if state["state"] != "REMOVED":
-            ray.util.remove_placement_group(
-                ray.util.placement_group.PlacementGroup(ray.PlacementGroupID.from_hex(group))
-            )
+    for group, entry in placement_group_table().items():
+        if entry["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
 
 
 def _is_of_a_fit(process: psutil.Process) -> bool:
