@@ -64,7 +64,7 @@ _TOKEN = secrets.token_hex(32)
 
 _LEAN_PATH = str(Path(__file__).with_name("ray_path"))
 
-_END_SECONDS = 5
+_END_SECONDS = 3
 """So long the workers of an interrupted fit may take to end before they are killed."""
 
 _TITLES = ("ray::TrainController", "ray::RayTrainWorker", "ray::SynchronizationActor", "ray::DatasetManager")
@@ -186,9 +186,11 @@ def start(config: Config) -> bool:
     try:
         with _lean_imports(), _workers_from_server():
             ray.init(num_cpus=max(world_size, cores), include_dashboard=False, **quiet)
-    except Exception as error:
+    except BaseException as error:
         _end_processes(set(psutil.Process().children()) - children)
         stop()
+        if not isinstance(error, Exception):
+            raise
         load = ", ".join(f"{average:.1f}" for average in os.getloadavg())
         raise RuntimeError(
             f"Ray did not start: {error}\nIt gives up when its processes need more than 30 s. Load averages are {load} "
@@ -454,15 +456,18 @@ def _trainer_class() -> Any:
                 if self._ended:
                     raise RuntimeError("the fit was ended before it began")
                 self._controller = remote(TrainController).remote(**kwargs)
-            ray.get(self._controller.run.remote())
-            return ray.get(self._controller.get_result.remote())
+            try:
+                ray.get(self._controller.run.remote())
+                return ray.get(self._controller.get_result.remote())
+            finally:
+                self._controller = None  # its process ends with the last reference, and an error's traceback has this
 
         def end(self) -> None:
             """End the fit's processes. Does nothing if there are none, and takes no longer than some seconds."""
             with self._lock:
-                self._ended = True
-            if self._controller:
-                _end_fit(self._controller)
+                self._ended, controller = True, self._controller
+            if controller:
+                _end_fit(controller)
 
     return Trainer
 
@@ -478,7 +483,7 @@ def _end_fit(controller: Any) -> None:
         return
     ray.kill(controller)
     ours = [each for each in psutil.Process().children(recursive=True) if _is_of_a_fit(each)]
-    _, alive = psutil.wait_procs(ours, timeout=1)
+    _, alive = psutil.wait_procs(ours, timeout=_END_SECONDS)
     for process in alive:
         with suppress(psutil.NoSuchProcess):
             process.kill()
