@@ -18,6 +18,7 @@ import json
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -46,6 +47,7 @@ OF_A_CLUSTER = ("RAY_RAYLET_PID", "RAY_JOB_ID")
 """Environment variables that are read at that import, and at no other time."""
 
 _PR_SET_PDEATHSIG = 1
+_SERVER = os.getpid()
 
 
 def main(address: str) -> None:
@@ -141,4 +143,9 @@ def _be_worker(request: dict[str, Any], outputs: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    try:
+        main(sys.argv[1])
+    finally:
+        if os.getpid() == _SERVER:
+            # Nobody else is left to do it if the process that started this one was killed.
+            shutil.rmtree(os.path.dirname(sys.argv[1]), ignore_errors=True)
