@@ -185,7 +185,8 @@ def start(config: Config) -> bool:
     children = set(psutil.Process().children())
     try:
         with _lean_imports(), _workers_from_server():
-            ray.init(num_cpus=max(world_size, cores), include_dashboard=False, **quiet)
+            # "local": not one that somebody else has started on this machine.
+            ray.init("local", num_cpus=max(world_size, cores), include_dashboard=False, **quiet)
     except BaseException as error:
         _end_processes(set(psutil.Process().children()) - children)
         stop()
