@@ -22,6 +22,7 @@ import shutil
 import signal
 import socket
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -72,15 +73,20 @@ def main(address: str) -> None:
             connection, _ = server.accept()
             with connection, contextlib.suppress(OSError, ValueError):
                 request, outputs = _receive(connection)
-                if any(request["environment"].get(name) != os.environ[name] for name in OF_A_CLUSTER):
-                    continue  # of another cluster
-                if os.fork() == 0:
+                is_ours = all(request["environment"].get(name) == os.environ[name] for name in OF_A_CLUSTER)
+                if is_ours and os.fork() == 0:
                     server.close()
                     connection.close()
-                    _be_worker(request, outputs)
+                    try:
+                        _be_worker(request, outputs)
+                    except Exception:
+                        traceback.print_exc()
+                        sys.exit(1)
+                    sys.exit()  # a worker never goes back to the server's loop
                 for output in outputs:
                     os.close(output)
-                connection.sendall(b"f")
+                if is_ours:
+                    connection.sendall(b"f")
 
 
 def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
@@ -121,7 +127,7 @@ def _forks_differ() -> bool:
 
 
 def _be_worker(request: dict[str, Any], outputs: list[int]) -> None:
-    """Become the worker: run its script as a new interpreter would, and end the process."""
+    """Become the worker: run its script as a new interpreter would."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.setpgid(0, 0)  # when a worker ends, Ray ends its process group
     for number in (signal.SIGINT, signal.SIGCHLD):
@@ -139,7 +145,6 @@ def _be_worker(request: dict[str, Any], outputs: list[int]) -> None:
         # torch reads this variable when it is imported, which was before the fork.
         sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     runpy.run_path(script, run_name="__main__")
-    sys.exit()
 
 
 if __name__ == "__main__":
