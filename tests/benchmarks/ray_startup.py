@@ -1,4 +1,4 @@
-"""From a call of ``launch.run`` with Ray Train to the end of the first step, by part."""
+"""From a call of ``launch.run`` with Ray Train to the end of the first step, by part: a first fit, and a second."""
 
 from __future__ import annotations
 
@@ -28,31 +28,40 @@ PARTS = (
 
 
 def measure() -> dict[str, Any]:
-    """One start of two workers that train a step, from nothing running or imported to nothing left."""
+    """Two fits of two workers that train a step each: from nothing running or imported, and with Ray there."""
     from tutorial_lib.launch import ray_train  # imports Ray only when it starts it, which is measured
 
     with tempfile.TemporaryDirectory(prefix="tutorial-lib-bench-") as storage:
-        marks_file = Path(storage) / "marks.jsonl"
-        config = Config.create("cpu", launcher="ray", dp=2, steps=1, storage=storage, name="startup")
-        times: dict[str, float] = {}
-        start = ray_train.start
+        with mock.patch.object(ray_train, "stop"):  # the first fit leaves Ray to the second
+            first = _fit(Path(storage), "first")
+        second = _fit(Path(storage), "second")
+        began = time.time()
+        ray_train.stop()
+    return {**first, "second": second, "seconds_to_stop": time.time() - began}
 
-        def timed_start(*args: Any) -> bool:
-            times["start"] = time.time()
-            started = start(*args)
-            times["started"] = time.time()
-            return started
 
-        environment = {
-            "TUTORIAL_LIB_RAY_MARKS": str(marks_file),
-            "RAY_TRAIN_CALLBACKS": "tests.benchmarks.ray_marks.Marks",
-        }
-        with mock.patch.object(ray_train, "start", timed_start), mock.patch.dict(os.environ, environment):
-            times["begin"] = time.time()
-            run = launch.run(config)
-            times["end"] = time.time()
-        marks = {m["mark"]: m["time"] for m in map(json.loads, marks_file.read_text().splitlines())}
-        first_step = run.directory.metrics_file.stat().st_mtime
+def _fit(storage: Path, name: str) -> dict[str, Any]:
+    from tutorial_lib.launch import ray_train
+
+    marks_file = storage / f"marks-{name}.jsonl"
+    config = Config.create("cpu", launcher="ray", dp=2, steps=1, storage=str(storage), name=name)
+    times: dict[str, float] = {}
+    start = ray_train.start
+
+    def timed_start(*args: Any) -> bool:
+        times["start"] = time.time()
+        started = start(*args)
+        times["started"] = time.time()
+        return started
+
+    os.environ["TUTORIAL_LIB_RAY_MARKS"] = str(marks_file)
+    os.environ["RAY_TRAIN_CALLBACKS"] = "tests.benchmarks.ray_marks.Marks"
+    with mock.patch.object(ray_train, "start", timed_start):
+        times["begin"] = time.time()
+        run = launch.run(config)
+        times["end"] = time.time()
+    marks = {m["mark"]: m["time"] for m in map(json.loads, marks_file.read_text().splitlines())}
+    first_step = run.directory.metrics_file.stat().st_mtime
     moments = [
         times["begin"],
         times["start"],

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 
+import psutil
 import pytest
 
 from tests.distributed import cases, worker
@@ -12,6 +14,7 @@ from tests.distributed.launching import ROOT
 from tutorial_lib import checkpoint, launch, trainer
 from tutorial_lib.config import ConfigError
 from tutorial_lib.launch import ray_train
+from tutorial_lib.records import RunDirectory
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +89,37 @@ def test_a_failing_ranks_own_traceback_is_what_the_user_sees(cluster, directory,
     assert 'raise ValueError("of rank 1 alone")' in str(error.value)
     assert time.monotonic() - began < 60
     assert "".join(capfd.readouterr()) == "", "the error is raised, and printed by nobody else"
+
+
+def actors_of_a_fit():
+    processes = psutil.Process().children(recursive=True)
+    return [each for each in processes if " ".join(each.cmdline()).startswith(("ray::Train", "ray::RayTrain"))]
+
+
+def test_an_interrupt_leaves_no_worker_that_trains_on(cluster, directory):
+    def interrupt(rows):
+        actors = actors_of_a_fit()
+        assert len(actors) == 3, "a controller and two workers"
+        if sys.platform == "linux":
+            assert all("tutorial_lib.launch.ray_server" in actor.parent().cmdline() for actor in actors), "forked"
+        raise KeyboardInterrupt
+
+    config = on_ray(directory).override(name="ray-interrupted", steps=1000)
+    with pytest.raises(KeyboardInterrupt):
+        launch.run(config, on_rows=interrupt)
+    assert not actors_of_a_fit()
+
+
+def test_a_stop_before_the_first_worker_has_begun_ends_the_start(cluster, directory):
+    config = on_ray(directory).override(name="ray-early")
+    run = RunDirectory(config.directory)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt, match="stopped before the first worker had begun"):
+        ray_train.launch([config], lambda: run.stop_file.write_text("now"))
+    assert time.monotonic() - began < 10
+    assert not actors_of_a_fit()
+    run.stop_file.unlink()
+    assert launch.run(config).result["status"] == "completed", "its slots are free"
 
 
 def test_more_workers_than_the_cluster_has_is_an_error_at_once(cluster, directory, monkeypatch):

@@ -1,13 +1,18 @@
-"""Ray waits for ever where it cannot start a worker; the launcher does not."""
+"""Ray waits for ever where it cannot start a worker; the launcher does not. Workers start with and without a server."""
 
 import json
+import os
+import socket
+import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.launch import WorkerError, ray_train
+from tutorial_lib.launch.ray_path import setup_worker
 from tutorial_lib.records import RunDirectory
 
 
@@ -23,7 +28,7 @@ def test_no_worker_in_time_is_an_error_and_a_worker_is_a_sign_of_life(
 ) -> None:
     run = RunDirectory(tmp_path / "run")
     run.create()
-    check = ray_train._sign_of_life([run])
+    check = ray_train._patience(ray_train._sign_of_life([run]))
     check()
     monkeypatch.setattr(ray_train, "START_TIMEOUT", 0)
     with pytest.raises(WorkerError, match="Ray started no worker within 0 s"):
@@ -49,3 +54,53 @@ def test_rays_list_is_kept_while_its_checkpoints_are_there_and_dropped_when_one_
     snapshot.write_text(content[:-9])
     ray_train._forget_deleted_checkpoints(run)
     assert not snapshot.exists()
+
+
+def start_worker(tmp_path: Path, context: dict[str, object]) -> str:
+    """Run what the raylet runs, with a script for Ray's own that says so. Returns what was printed."""
+    rays_own = tmp_path / "rays_own.py"
+    rays_own.write_text("import sys; print(*sys.argv[1:3])")
+    given = ["default_worker.py", "--node-id=1", "--language=PYTHON"]
+    given.append(f"--serialized-runtime-env-context={json.dumps(context)}")
+    environment = {
+        **os.environ,
+        setup_worker.SERVER: str(tmp_path / "server"),
+        setup_worker.RAYS_OWN: str(rays_own),
+    }
+    command = [sys.executable, setup_worker.__file__, *given]
+    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=10).stdout
+
+
+CONTEXT = {"env_vars": {"COLOUR": "blue"}, "command_prefix": [], "py_executable": sys.executable}
+
+
+def test_a_worker_is_asked_of_the_server_with_the_environment_that_it_is_to_have(tmp_path: Path) -> None:
+    asked = []
+
+    def answer() -> None:
+        connection, _ = server.accept()
+        with connection, connection.makefile("rb") as request:
+            asked.append(json.loads(request.read()[1:]))
+            connection.sendall(b"f")
+
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "server"))
+        server.listen()
+        thread = threading.Thread(target=answer)
+        thread.start()
+        assert start_worker(tmp_path, CONTEXT) == "", "Ray's own script did not run as well"
+        thread.join()
+    (worker,) = asked
+    assert worker["arguments"] == ["default_worker.py", "--node-id=1"]
+    assert worker["environment"]["COLOUR"] == "blue"
+
+
+def test_without_a_server_ray_starts_the_worker(tmp_path: Path) -> None:
+    assert start_worker(tmp_path, CONTEXT) == "default_worker.py --node-id=1\n"
+
+
+def test_ray_starts_a_worker_that_needs_more_than_variables(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "server"))
+        server.listen()
+        assert start_worker(tmp_path, {**CONTEXT, "command_prefix": ["nice"]}) == "default_worker.py --node-id=1\n"

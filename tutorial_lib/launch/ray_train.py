@@ -3,6 +3,9 @@
 Ray Train places the workers and sets up the process group; the training function is the same as everywhere. Each
 worker writes its own files straight to the run's storage, and ``ray.train.report`` only registers the finished
 checkpoint (``NO_UPLOAD``): Ray then knows the newest one, and nothing is copied twice.
+
+On this machine, Ray's workers are forked from a warm server (:mod:`tutorial_lib.launch.ray_server`), which loads torch,
+transformers, DeepSpeed and Ray Train once, while Ray itself starts.
 """
 
 from __future__ import annotations
@@ -10,13 +13,18 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 
@@ -43,6 +51,7 @@ _SETTINGS = {
     # How long the end of the workers may go unnoticed, seconds.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     # Worker processes in stock are of no use: what Ray Train starts has a runtime environment and so its own processes.
+    # The warm server forks those.
     "RAY_prestart_worker_first_driver": "0",
     "RAY_enable_worker_prestart": "0",
     # By default workers give way to every other program (nice 15). What that costs here was not measured.
@@ -55,7 +64,85 @@ _TOKEN = secrets.token_hex(32)
 
 _LEAN_PATH = str(Path(__file__).with_name("ray_path"))
 
+_END_SECONDS = 3
+"""So long the workers of an interrupted fit may take to end before they are killed."""
+
+_TITLES = ("ray::TrainController", "ray::RayTrainWorker", "ray::SynchronizationActor", "ray::DatasetManager")
+"""How the titles of a fit's processes begin."""
+
 _changed_environment: dict[str, str | None] = {}
+
+
+class _Server:
+    """This process's end of the warm server: a process that has loaded everything, and a socket to ask it for forks."""
+
+    def __init__(self) -> None:
+        self._scratch = tempfile.mkdtemp(prefix="tutorial-lib-ray-")
+        self.address = f"{self._scratch}/server"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._made_for: tuple[str, dict[str, int]] | None = None
+        self._cluster: dict[str, str] = {}
+
+    def renew(self, config: Config) -> None:
+        """Start the server if it is not there, or cannot follow: other source files, or another kind of device."""
+        package = Path(__file__).parents[1]
+        wanted = config.run.device, {str(path): path.stat().st_mtime_ns for path in package.rglob("*.py")}
+        if self._process and self._process.poll() is None and self._made_for == wanted:
+            return
+        self._end()
+        self._made_for = wanted
+        # DeepSpeed decides at import what it computes on. A GPU that the server touches could not be used after a fork.
+        environment = {"DS_ACCELERATOR": config.run.device, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+        with _lean_imports():
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tutorial_lib.launch.ray_server", self.address],
+                env={**_of_a_cluster(config), **os.environ, **environment},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                # Ctrl-C in a terminal is for the launching process.
+                start_new_session=True,
+            )
+        self._tell()
+
+    def serve(self, raylet: int, job: str) -> None:
+        """Tell the server, and those that take its place, which cluster its workers are for."""
+        self._cluster = {**os.environ, "RAY_RAYLET_PID": str(raylet), "RAY_JOB_ID": job}
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._process and self._process.stdin and self._cluster:
+            with suppress(BrokenPipeError):  # the server is gone: Ray starts its workers itself
+                self._process.stdin.write(json.dumps(self._cluster).encode() + b"\n")
+                self._process.stdin.flush()
+
+    def close(self) -> None:
+        """End the server, and with it every worker that was forked from it."""
+        self._end()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _end(self) -> None:
+        if self._process:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+        Path(self.address).unlink(missing_ok=True)
+
+
+_server: _Server | None = None
+
+
+def warm_up(config: Config) -> None:
+    """Start loading what Ray's workers on this machine need, in the background. Returns at once; safe to call again.
+
+    :func:`start` does so too. Call it earlier if there is something else to do meanwhile; :func:`stop` ends it.
+    """
+    global _server
+    if os.environ.get("RAY_ADDRESS") or sys.platform != "linux":
+        return
+    if _server is None:
+        _server = _Server()
+    _server.renew(config)
 
 
 def start(config: Config) -> bool:
@@ -85,30 +172,35 @@ def start(config: Config) -> bool:
 
     if ray.is_initialized():
         return False
+    warm_up(config)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
         return True
     cores, world_size = usable_cores(), config.parallel.world_size
-    changed = ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
-    _changed_environment.update({name: os.environ.get(name) for name in changed})
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // world_size)))
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        # Otherwise Ray makes a token that outlives the cluster, in the home directory.
-        os.environ.setdefault("RAY_AUTH_TOKEN", _TOKEN)
+    of_a_cluster = _of_a_cluster(config)
+    _changed_environment.update({name: os.environ.get(name) for name in (*of_a_cluster, "RAY_AUTH_MODE", *_TO_SERVER)})
+    for name, value in of_a_cluster.items():
+        os.environ.setdefault(name, value)
     children = set(psutil.Process().children())
     try:
-        with _lean_imports():
-            ray.init(num_cpus=max(world_size, cores), include_dashboard=False, **quiet)
-    except Exception as error:
+        with _lean_imports(), _workers_from_server():
+            # "local": not one that somebody else has started on this machine.
+            ray.init("local", num_cpus=max(world_size, cores), include_dashboard=False, **quiet)
+    except BaseException as error:
         _end_processes(set(psutil.Process().children()) - children)
         stop()
+        if not isinstance(error, Exception):
+            raise
         load = ", ".join(f"{average:.1f}" for average in os.getloadavg())
         raise RuntimeError(
             f"Ray did not start: {error}\nIt gives up when its processes need more than 30 s. Load averages are {load} "
             f"on {cores} cores: end other programs and try again, or write launcher='local', which needs no Ray."
         ) from error
+    if _server:
+        started = set(psutil.Process().children()) - children
+        (raylet,) = (process.pid for process in started if process.name() == "raylet")
+        _server.serve(raylet, ray.get_runtime_context().get_job_id())
     return True
 
 
@@ -116,13 +208,48 @@ def stop() -> None:
     """End the connection, and the cluster if :func:`start` started one. Its processes are gone afterwards."""
     import ray
 
+    global _server
     ray.shutdown()
+    if _server:
+        _server.close()
+        _server = None
     for name, value in _changed_environment.items():
         if value is None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
     _changed_environment.clear()
+
+
+_TO_SERVER = ("TUTORIAL_LIB_RAY_SERVER", "TUTORIAL_LIB_RAY_SETUP_WORKER")
+"""Environment variables that ``ray_path/setup_worker.py`` reads in each new process of Ray."""
+
+
+@contextmanager
+def _workers_from_server() -> Iterator[None]:
+    """Have the cluster that is started meanwhile get its workers from the warm server, if there is one."""
+    if _server is None:
+        yield
+        return
+    from ray._private import parameter, workers
+
+    (rays_own,) = (Path(path) / "setup_worker.py" for path in workers.__path__)
+    os.environ.update(zip(_TO_SERVER, (_server.address, str(rays_own)), strict=True))
+    # The log monitor would hand the workers' output on, which goes to their own files.
+    ours: dict[str, Any] = {"setup_worker_path": f"{_LEAN_PATH}/setup_worker.py", "include_log_monitor": False}
+    with mock.patch.object(parameter, "RayParams", partial(parameter.RayParams, **ours)):
+        yield
+
+
+def _of_a_cluster(config: Config) -> dict[str, str]:
+    """The environment that a cluster on this machine gets, and the warm server too: Ray reads it at import."""
+    threads = max(1, usable_cores() // config.parallel.world_size)
+    environment = {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo"}
+    environment["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process that asks whether this machine is taken away
+    if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        # Otherwise Ray makes a token that outlives the cluster, in the home directory.
+        environment["RAY_AUTH_TOKEN"] = _TOKEN
+    return environment
 
 
 def _end_processes(processes: set[psutil.Process]) -> None:
@@ -164,23 +291,28 @@ def session(config: Config) -> Iterator[None]:
 def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
     """Run the configurations one after the other on ``dp x tp`` Ray Train workers.
 
+    Whatever this raises, a ``KeyboardInterrupt`` in the middle too: no worker of these runs is left.
+
     Raises:
         ConfigError: the cluster does not have that many CPUs or GPUs. Ray would wait for them for ever.
+        KeyboardInterrupt: a stop was asked for before a worker had begun; nothing was trained.
         WorkerError: a worker failed; the message is its own traceback.
     """
     first = configs[0]
     directories = [RunDirectory(config.directory) for config in configs]
+    for directory in directories:
+        directory.create()
+        directory.clear_requests()
     with session(first):
         import ray.train
-        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.torch import TorchConfig
         from ray.train.v2.api.config import FailureConfig
 
+        if _server:
+            _server.renew(first)
         _check_resources(first)
-        for directory in directories:
-            directory.create()
-            directory.clear_requests()
         _forget_deleted_checkpoints(directories[-1])
-        trainer = TorchTrainer(
+        trainer = _trainer_class()(
             _worker,
             train_loop_config={"configs": [config.to_json() for config in configs]},
             scaling_config=ray.train.ScalingConfig(
@@ -202,8 +334,15 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
         )
         failed: list[BaseException] = []
         fit = threading.Thread(target=_fit, args=(trainer, failed), daemon=True)
+        has_begun = _sign_of_life(directories)
         fit.start()
-        wait_for(fit, poll, _sign_of_life(directories))
+        try:
+            wait_for(fit, poll, _patience(has_begun), _stop_before_begin(has_begun, directories))
+        except BaseException:
+            trainer.end()
+            raise
+        if failed and _changed_environment:
+            _free_slots()
     if failed:
         error = first_error(directories, f"Ray Train failed: {failed[0]}")
         raise error from (None if directories_have_error(directories) else failed[0])
@@ -252,22 +391,122 @@ def directories_have_error(directories: Sequence[RunDirectory]) -> bool:
     return any(directory.first_error() for directory in directories)
 
 
-def _sign_of_life(directories: Sequence[RunDirectory]) -> Callable[[], None]:
+def _sign_of_life(directories: Sequence[RunDirectory]) -> Callable[[], bool]:
+    """Return a function that tells whether a worker has begun since now: whether it has written to a log."""
+
+    def last_written() -> dict[Path, int]:
+        logs = (log for directory in directories for log in directory.logs.glob("rank-*.log"))
+        return {log: log.stat().st_mtime_ns for log in logs}
+
+    before = last_written()
+    return lambda: last_written() != before
+
+
+def _patience(has_begun: Callable[[], bool]) -> Callable[[], None]:
     """A check that raises if no worker has begun by the end of :data:`START_TIMEOUT`: Ray itself waits for ever."""
-    began = time.time()
+    since = time.monotonic()
 
     def check() -> None:
-        if time.time() - began < START_TIMEOUT:
-            return
-        logs = [log for directory in directories for log in directory.logs.glob("rank-*.log")]
-        # A file system's clock is coarser, and another node's may go a little wrong.
-        if not any(log.stat().st_mtime > began - 60 for log in logs):
+        if time.monotonic() - since >= START_TIMEOUT and not has_begun():
             raise WorkerError(
                 f"Ray started no worker within {START_TIMEOUT} s. `ray status` shows what it waits for; its own logs "
                 "are under session_latest/logs in its temporary directory."
             )
 
     return check
+
+
+def _stop_before_begin(has_begun: Callable[[], bool], directories: Sequence[RunDirectory]) -> Callable[[], None]:
+    """A check that raises if the runs are asked to stop and there is no worker yet that would notice."""
+
+    def check() -> None:
+        if any(directory.stop_file.exists() for directory in directories) and not has_begun():
+            raise KeyboardInterrupt("stopped before the first worker had begun: nothing was trained")
+
+    return check
+
+
+def _trainer_class() -> Any:
+    """Ray's ``TorchTrainer``, whose fit can be ended from another thread. Not at the top: Ray is imported late."""
+    import ray
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+    from ray.train.v2._internal.constants import get_env_vars_to_propagate
+    from ray.train.v2._internal.execution.controller import TrainController
+    from ray.train.v2.torch.torch_trainer import TorchTrainer
+
+    class Trainer(TorchTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._lock, self._ended = threading.Lock(), False
+            self._controller: Any = None
+
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks: list[Any] = super()._create_default_callbacks()
+            if not _changed_environment:
+                return callbacks
+            # It frees the slots of a controller that is gone, which on our own cluster we do. It could not: it asks a
+            # dashboard whether the controller lives, there is none, and the end of each fit waits for it.
+            return [each for each in callbacks if not isinstance(each, PlacementGroupCleanerCallback)]
+
+        def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
+            # As in the class above, but that the controller is kept.
+            here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+            environment = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0", **get_env_vars_to_propagate()}
+            remote = ray.remote(num_cpus=0, label_selector=here, runtime_env={"env_vars": environment})
+            with self._lock:
+                if self._ended:
+                    raise RuntimeError("the fit was ended before it began")
+                self._controller = remote(TrainController).remote(**kwargs)
+            try:
+                ray.get(self._controller.run.remote())
+                return ray.get(self._controller.get_result.remote())
+            finally:
+                self._controller = None  # its process ends with the last reference, and an error's traceback has this
+
+        def end(self) -> None:
+            """End the fit's processes. Does nothing if there are none, and takes no longer than some seconds."""
+            with self._lock:
+                self._ended, controller = True, self._controller
+            if controller:
+                _end_fit(controller)
+
+    return Trainer
+
+
+def _end_fit(controller: Any) -> None:
+    import ray
+
+    if not _changed_environment:
+        # A cluster of somebody else. The controller ends its workers and frees their slots, unless it is busy.
+        with suppress(ray.exceptions.RayError):
+            ray.get(controller.abort.remote(), timeout=_END_SECONDS)
+        ray.kill(controller)
+        return
+    ray.kill(controller)
+    ours = [each for each in psutil.Process().children(recursive=True) if _is_of_a_fit(each)]
+    _, alive = psutil.wait_procs(ours, timeout=_END_SECONDS)
+    for process in alive:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=_END_SECONDS)
+    _free_slots()
+
+
+def _free_slots() -> None:
+    """Free what a controller that is gone has reserved, on our own cluster."""
+    from ray import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+    for group, entry in placement_group_table().items():
+        if entry["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
+
+
+def _is_of_a_fit(process: psutil.Process) -> bool:
+    try:
+        return process.cmdline()[0].startswith(_TITLES)  # Ray writes each actor's class there
+    except (psutil.Error, IndexError):
+        return False
 
 
 def _fit(trainer: Any, failed: list[BaseException]) -> None:

@@ -1,0 +1,156 @@
+"""Warm server for Ray: a process with everything imported, from which Ray's workers on this machine are forked.
+
+Ray starts a new interpreter for each worker, for the controller of a fit, and for its helpers. Each imports Ray, most
+of them torch, and the workers DeepSpeed and transformers too. This server imports all of that once, while Ray itself
+starts, and then only waits. The raylet runs ``ray_path/setup_worker.py``, which asks for a fork through a socket.
+
+The server runs no torch operation, no tokenizer and nothing of Ray: their threads do not survive a fork. It ends, and
+all that it forked with it, when the process that started it closes the pipe at its standard input, or is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import shutil
+import signal
+import socket
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+MODULES = (
+    "tutorial_lib.launch.ray_train",
+    "tutorial_lib.trainer",
+    "tutorial_lib.torch_engine",
+    "tutorial_lib.fsdp",
+    "tutorial_lib.engine",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.qwen2.modeling_qwen2",
+    "transformers.models.bloom.modeling_bloom",
+)
+"""What the server imports at once. What these import inside functions, each worker imports that needs it."""
+
+RAYS_MODULES = ("ray.train.torch", "ray.train.v2._internal.execution.controller.controller")
+"""What the server imports when the cluster is there: Ray reads at import which cluster and job its process is for."""
+
+OF_A_CLUSTER = ("RAY_RAYLET_PID", "RAY_JOB_ID")
+"""Environment variables that are read at that import, and at no other time."""
+
+_PR_SET_PDEATHSIG = 1
+_SERVER = os.getpid()
+
+
+def main(address: str) -> None:
+    """Serve until standard input ends."""
+    warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forked processes
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(address)
+        server.listen(64)
+        _import(MODULES)
+        if not (cluster := sys.stdin.readline()):
+            return
+        os.environ.update(json.loads(cluster))
+        _import_ray()
+        if importlib.import_module("torch").cuda.is_initialized() or not _forks_differ():
+            return  # Ray then starts its workers itself
+        while True:
+            ready, _, _ = select.select([server, sys.stdin], [], [])
+            if sys.stdin in ready:
+                return
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(OSError, ValueError):
+                request, outputs = _receive(connection)
+                is_ours = all(request["environment"].get(name) == os.environ[name] for name in OF_A_CLUSTER)
+                if is_ours and os.fork() == 0:
+                    server.close()
+                    connection.close()
+                    try:
+                        _be_worker(request, outputs)
+                    except Exception:
+                        traceback.print_exc()
+                        sys.exit(1)
+                    sys.exit()  # a worker never goes back to the server's loop
+                for output in outputs:
+                    os.close(output)
+                if is_ours:
+                    connection.sendall(b"f")
+
+
+def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    _, outputs, _, _ = socket.recv_fds(connection, 1, 2)
+    return json.loads(b"".join(iter(lambda: connection.recv(1 << 16), b""))), outputs
+
+
+def _import(modules: Sequence[str]) -> None:
+    for name in modules:
+        # A worker that needs the module fails with its own traceback; the others do without it.
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    # Keep the collector from touching, and so copying, the pages that all workers share.
+    gc.collect()
+    gc.freeze()
+
+
+def _import_ray() -> None:
+    """Import Ray Train without drawing one of Ray's random numbers: all forked processes would draw the same next."""
+    ray = importlib.import_module("ray.actor")
+    new = ray.ActorClassID
+    with mock.patch.object(ray, "ActorClassID", SimpleNamespace(from_random=lambda: new(os.urandom(new.size())))):
+        _import(RAYS_MODULES)
+
+
+def _forks_differ() -> bool:
+    """Whether forked processes draw different identifiers. Ray's actors would take one's task for the other's."""
+    drawn = set()
+    for _ in range(2):
+        reading, writing = os.pipe()
+        if os.fork() == 0:
+            os.write(writing, importlib.import_module("ray").UniqueID.from_random().binary())
+            os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading, "rb") as pipe:
+            drawn.add(pipe.read())
+    return len(drawn) == 2
+
+
+def _be_worker(request: dict[str, Any], outputs: list[int]) -> None:
+    """Become the worker: run its script as a new interpreter would."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.setpgid(0, 0)  # when a worker ends, Ray ends its process group
+    for number in (signal.SIGINT, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    null = os.open(os.devnull, os.O_RDONLY)
+    for old, new in zip((null, *outputs), (0, 1, 2), strict=True):
+        os.dup2(old, new)
+        os.close(old)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["directory"])
+    script, *_ = sys.argv = request["arguments"]
+    sys.path[:] = [os.path.dirname(script), *request["path"][1:]]
+    if "torch" in sys.modules and "OMP_NUM_THREADS" in os.environ:
+        # torch reads this variable when it is imported, which was before the fork.
+        sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    runpy.run_path(script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1])
+    finally:
+        if os.getpid() == _SERVER:
+            # Nobody else is left to do it if the process that started this one was killed.
+            shutil.rmtree(os.path.dirname(sys.argv[1]), ignore_errors=True)
