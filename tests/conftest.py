@@ -67,11 +67,10 @@ def _started_by_this_session() -> Iterator[psutil.Process]:
 
 
 def _ends_with_this_process(process: psutil.Process) -> bool:
-    """The resource tracker, and the server of the local launcher. The ranks forked from a server are not."""
+    """Whether it is the resource tracker or a launcher's warm server. What is forked from a server is not."""
     command = " ".join(process.cmdline())
-    return process.ppid() == os.getpid() and (
-        "multiprocessing.resource_tracker" in command or "tutorial_lib.launch.warm_server" in command
-    )
+    helpers = ("multiprocessing.resource_tracker", "tutorial_lib.launch.warm_server", "tutorial_lib.launch.ray_server")
+    return process.ppid() == os.getpid() and any(helper in command for helper in helpers)
 
 
 def _describe(process: psutil.Process) -> str:

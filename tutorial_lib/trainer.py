@@ -138,17 +138,22 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def train_all(configs: Sequence[Config], *, on_checkpoint: OnCheckpoint | None = None) -> None:
+def train_all(configs: Sequence[Config], *, on_checkpoint: OnCheckpoint | None = None) -> list[dict[str, Any]]:
     """Run or continue several runs one after the other, until one of them is asked to stop. Collective.
 
     Args:
         configs: what to train.
         on_checkpoint: for the last of them, see :func:`train`.
+
+    Returns:
+        The results of those that were begun.
     """
+    results: list[dict[str, Any]] = []
     for config in configs:
-        result = train(config, on_checkpoint=on_checkpoint if config is configs[-1] else None)
-        if result["stopped_by"] not in (None, SLOT_IS_OVER):
+        results.append(train(config, on_checkpoint=on_checkpoint if config is configs[-1] else None))
+        if results[-1]["stopped_by"] not in (None, SLOT_IS_OVER):
             break
+    return results
 
 
 def train(config: Config, *, on_checkpoint: OnCheckpoint | None = None) -> dict[str, Any]:

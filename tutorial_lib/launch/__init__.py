@@ -74,6 +74,10 @@ def warm_up(config: Config) -> None:
         from tutorial_lib.launch import local
 
         local.warm_up(config.run.device)
+    elif config.run.launcher == "ray":
+        from tutorial_lib.launch import ray_train
+
+        ray_train.warm_up(config)
 
 
 def run(config: Config, *, on_rows: OnRows | None = None) -> Run:
@@ -153,6 +157,10 @@ def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None, worker:
             held.enter_context(held_for_launch(directory))
         signals: list[int] = []
         watched = _Watcher(directories, on_rows, signals)
+        if first.run.launcher != "none":  # there, every rank comes by here, and rank 0 alone may do so
+            for directory in directories:
+                directory.create()
+                directory.clear_requests()
         earlier = [_stamp(directory.result_file) for directory in directories]
         held.enter_context(_stop_on_signal(watched))
         if first.run.launcher == "ray":
@@ -164,15 +172,13 @@ def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None, worker:
 
             local.launch(configs, watched.poll, worker or local.WORKER)
         else:
-            from tutorial_lib.launch.joined import launch
+            from tutorial_lib.launch.joined import launch as join
 
-            launch(configs, watched.poll)
+            begun = join(configs)
         watched.poll()
-    runs = [
-        Run(config, directory.result(), directory.rows())
-        for config, directory, before in zip(configs, directories, earlier, strict=True)
-        if _stamp(directory.result_file) not in (None, before)
-    ]
+    if first.run.launcher != "none":
+        begun = sum(_stamp(d.result_file) not in (None, before) for d, before in zip(directories, earlier, strict=True))
+    runs = [Run(c, d.result(), d.rows()) for c, d in zip(configs[:begun], directories, strict=False)]
     interrupted = signal.SIGINT in signals or any(r.result.get("stopped_by") == "SIGINT" for r in runs)
     if len(runs) < len(configs) or interrupted:
         raise Interrupted(_where_stopped(runs, configs), runs)

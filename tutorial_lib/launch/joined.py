@@ -7,7 +7,7 @@ per node; nothing is set by hand. Without them, a run of one process is a proces
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from tempfile import TemporaryDirectory
@@ -20,8 +20,11 @@ TIMEOUT = timedelta(minutes=10)
 """After this long without an answer from a peer, a collective fails instead of waiting on."""
 
 
-def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
+def launch(configs: Sequence[Config]) -> int:
     """Run the configurations as one rank of a process group that somebody else has started.
+
+    Returns:
+        How many were begun: fewer than all if one was asked to stop.
 
     Raises:
         ConfigError: the launcher's environment variables are missing although several ranks are asked for.
@@ -38,12 +41,14 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
                     f"`python -m torch.distributed.run --nproc_per_node {world_size} -m tutorial_lib train ...`, "
                     "or write launcher='local'."
                 )
-            if "GLOO_SOCKET_IFNAME" not in os.environ:
-                os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # nobody else has to reach it
-                stack.callback(os.environ.pop, "GLOO_SOCKET_IFNAME")
+            # Nobody else has to reach this process; and DeepSpeed asks for its place even if it is alone.
+            for name, value in {"GLOO_SOCKET_IFNAME": "lo", "LOCAL_RANK": "0"}.items():
+                if name not in os.environ:
+                    os.environ[name] = value
+                    stack.callback(os.environ.pop, name)
             init_method = f"file://{stack.enter_context(TemporaryDirectory())}/rendezvous"
         stack.enter_context(process_group(configs[0], init_method))
-        train_all(configs)
+        return len(train_all(configs))
 
 
 @contextmanager

@@ -65,9 +65,6 @@ def launch(configs: Sequence[Config], poll: Callable[[], None], worker: str = WO
         WorkerError: a rank failed; all are gone when this is raised.
     """
     directories = [RunDirectory(config.directory) for config in configs]
-    for directory in directories:
-        directory.create()
-        directory.clear_requests()
     scratch = Path(tempfile.mkdtemp(prefix="tutorial-lib-"))
     server = _take(configs[0].run.device)
     try:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import importlib
 import json
 import os
@@ -23,23 +22,11 @@ import signal
 import socket
 import sys
 import traceback
-import warnings
-from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-MODULES = (
-    "tutorial_lib.launch.ray_train",
-    "tutorial_lib.trainer",
-    "tutorial_lib.torch_engine",
-    "tutorial_lib.fsdp",
-    "tutorial_lib.engine",
-    "transformers.models.gpt2.modeling_gpt2",
-    "transformers.models.qwen2.modeling_qwen2",
-    "transformers.models.bloom.modeling_bloom",
-)
-"""What the server imports at once. What these import inside functions, each worker imports that needs it."""
+from tutorial_lib.launch.warm_server import import_everything, import_modules
 
 RAYS_MODULES = ("ray.train.torch", "ray.train.v2._internal.execution.controller.controller")
 """What the server imports when the cluster is there: Ray reads at import which cluster and job its process is for."""
@@ -53,13 +40,12 @@ _SERVER = os.getpid()
 
 def main(address: str) -> None:
     """Serve until standard input ends."""
-    warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forked processes
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(address)
         server.listen(64)
-        _import(MODULES)
+        import_everything()
         if not (cluster := sys.stdin.readline()):
             return
         os.environ.update(json.loads(cluster))
@@ -94,22 +80,12 @@ def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
     return json.loads(b"".join(iter(lambda: connection.recv(1 << 16), b""))), outputs
 
 
-def _import(modules: Sequence[str]) -> None:
-    for name in modules:
-        # A worker that needs the module fails with its own traceback; the others do without it.
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
-    # Keep the collector from touching, and so copying, the pages that all workers share.
-    gc.collect()
-    gc.freeze()
-
-
 def _import_ray() -> None:
     """Import Ray Train without drawing one of Ray's random numbers: all forked processes would draw the same next."""
     ray = importlib.import_module("ray.actor")
     new = ray.ActorClassID
     with mock.patch.object(ray, "ActorClassID", SimpleNamespace(from_random=lambda: new(os.urandom(new.size())))):
-        _import(RAYS_MODULES)
+        import_modules(RAYS_MODULES)
 
 
 def _forks_differ() -> bool:

@@ -138,7 +138,7 @@ def warm_up(config: Config) -> None:
     :func:`start` does so too. Call it earlier if there is something else to do meanwhile; :func:`stop` ends it.
     """
     global _server
-    if os.environ.get("RAY_ADDRESS") or sys.platform != "linux":
+    if os.environ.get("RAY_ADDRESS") or sys.platform != "linux" or os.environ.get("TUTORIAL_LIB_WARM_WORKERS") == "0":
         return
     if _server is None:
         _server = _Server()
@@ -291,18 +291,15 @@ def session(config: Config) -> Iterator[None]:
 def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
     """Run the configurations one after the other on ``dp x tp`` Ray Train workers.
 
-    Whatever this raises, a ``KeyboardInterrupt`` in the middle too: no worker of these runs is left.
+    Whatever this raises, a ``KeyboardInterrupt`` in the middle too: no worker of these runs is left. If the runs are
+    asked to stop before a worker has begun, it returns at once and nothing was trained.
 
     Raises:
-        ConfigError: the cluster does not have that many CPUs or GPUs. Ray would wait for them for ever.
-        KeyboardInterrupt: a stop was asked for before a worker had begun; nothing was trained.
+        ConfigError: the cluster does not have that many CPUs or GPUs. Ray would wait for them without end.
         WorkerError: a worker failed; the message is its own traceback.
     """
     first = configs[0]
     directories = [RunDirectory(config.directory) for config in configs]
-    for directory in directories:
-        directory.create()
-        directory.clear_requests()
     with session(first):
         import ray.train
         from ray.train.torch import TorchConfig
@@ -338,6 +335,9 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
         fit.start()
         try:
             wait_for(fit, poll, _patience(has_begun), _stop_before_begin(has_begun, directories))
+        except _StoppedBeforeBegin:
+            trainer.end()
+            return
         except BaseException:
             trainer.end()
             raise
@@ -416,12 +416,16 @@ def _patience(has_begun: Callable[[], bool]) -> Callable[[], None]:
     return check
 
 
+class _StoppedBeforeBegin(Exception):
+    """The runs were asked to stop before the first worker had begun."""
+
+
 def _stop_before_begin(has_begun: Callable[[], bool], directories: Sequence[RunDirectory]) -> Callable[[], None]:
     """A check that raises if the runs are asked to stop and there is no worker yet that would notice."""
 
     def check() -> None:
         if any(directory.stop_file.exists() for directory in directories) and not has_begun():
-            raise KeyboardInterrupt("stopped before the first worker had begun: nothing was trained")
+            raise _StoppedBeforeBegin
 
     return check
 

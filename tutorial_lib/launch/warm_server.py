@@ -24,7 +24,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -73,7 +73,7 @@ def main(launcher_pid: str, descriptor: str, temperature: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = Connection(int(descriptor))
     with _ending_with(launcher):
-        can_fork = temperature == "warm" and _import_everything()
+        can_fork = temperature == "warm" and import_everything()
     ranks: dict[int, ForkProcess] = {}
 
     def pass_on(number: int, _frame: Any) -> None:
@@ -128,13 +128,10 @@ def _ending_with(launcher: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
-def _import_everything() -> bool:
+def import_everything() -> bool:
     """Import what ranks need. Returns whether they can be forked from this process."""
     warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
-    for name in MODULES:
-        # A rank that needs the module fails with its own traceback; the others do without it.
-        with suppress(ImportError):
-            importlib.import_module(name)
+    import_modules(MODULES)
     with suppress(ImportError):
         # What libraries work out on first use, and ranks can share: a thousand regular expressions for the names of
         # weights, and which of DeepSpeed's operators can be built here.
@@ -142,11 +139,19 @@ def _import_everything() -> bool:
         conversion_mapping.get_checkpoint_conversion_mapping("gpt2")
         _ = importlib.import_module("deepspeed.ops").__compatible_ops__
     torch = sys.modules.get("torch")
+    # A GPU context does not survive a fork.
+    return torch is None or not torch.cuda.is_initialized()
+
+
+def import_modules(names: Iterable[str]) -> None:
+    """Import modules for processes that are forked from this one."""
+    for name in names:
+        # A rank that needs a missing module fails with its own traceback; the others do without it.
+        with suppress(ImportError):
+            importlib.import_module(name)
     # Keep the collector from touching, and so copying, the pages that all ranks share.
     gc.collect()
     gc.freeze()
-    # A GPU context does not survive a fork either.
-    return torch is None or not torch.cuda.is_initialized()
 
 
 def _signal(ranks: Any, number: int) -> None:
