@@ -15,8 +15,10 @@ from tests.distributed.launching import Shell, observe
 from tutorial_lib.config import Config
 
 TIMEOUT = 1800
-"""Seconds for a test that may be the one that waits for all shared launches. On two busy cores they took 334 together,
-and those of the whole matrix about twice that."""
+"""Seconds for a test that may be the one that waits for all shared launches.
+
+On two busy cores they took 334 together, and those of the whole matrix about twice that.
+"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
