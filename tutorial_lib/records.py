@@ -85,9 +85,10 @@ class RunDirectory:
 
     def rows(self) -> list[Row]:
         """The metrics rows written so far, in step order. A line still being written is left out."""
-        if not self.metrics_file.exists():
+        try:
+            lines = self.metrics_file.read_text(encoding="utf-8").split("\n")
+        except FileNotFoundError:
             return []
-        lines = self.metrics_file.read_text(encoding="utf-8").split("\n")
         return [json.loads(line) for line in lines[:-1]]
 
     def append(self, row: Row) -> None:
@@ -126,7 +127,7 @@ class RunDirectory:
         return next(iter(self.errors()), None)
 
     def errors(self) -> list[dict[str, Any]]:
-        """What :meth:`write_error` has kept of this launch, the first first."""
+        """What :meth:`write_error` has kept of this launch, earliest first."""
         found = [json.loads(path.read_text(encoding="utf-8")) for path in self.logs.glob("rank-*.error.json")]
         return sorted(found, key=lambda record: record["time"])
 

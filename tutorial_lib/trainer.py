@@ -180,7 +180,8 @@ def train(config: Config, *, on_checkpoint: OnCheckpoint | None = None) -> dict[
     if rank == 0:
         run.create()
     with checkpoint.held_for_training(run, topology):
-        if rank == 0 and config.run.launcher == "none":  # the others' launchers have; a request may have come since
+        # Other launchers have, and so has a launcher of one process; a request may have come since.
+        if rank == 0 and config.run.launcher == "none" and "RANK" in os.environ:
             run.clear_requests()
         if dist.is_initialized():
             dist.barrier()
@@ -604,6 +605,7 @@ def output_to(path: Path | None) -> Iterator[None]:
         return
     kept = [os.dup(1), os.dup(2)]
     with path.open("ab", buffering=0) as file:
+        os.utime(path)  # a sign of life for whoever waits for this process, also if it writes nothing
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         try:

@@ -202,8 +202,8 @@ def config(tmp_path, **flat):
     ("changes", "message"),
     [
         ({}, "Two runs have the same name and storage"),
-        ({"name": "b", "launcher": "local"}, "'run' and 'b' differ in launcher: start them apart"),
-        ({"name": "b", "engine": "deepspeed", "dp": 2}, "need 1 and 2 processes: start them apart"),
+        ({"name": "b", "launcher": "local"}, "'run' and 'b' differ in launcher: start them separately"),
+        ({"name": "b", "engine": "deepspeed", "dp": 2}, "need 1 and 2 processes: start them separately"),
     ],
 )
 def test_runs_that_cannot_share_processes_are_refused(tmp_path, changes, message):
@@ -215,7 +215,7 @@ def test_runs_that_cannot_share_processes_are_refused(tmp_path, changes, message
 def test_restarts_are_for_one_run_alone(tmp_path):
     """Of several it could not be said which one failed."""
     runs = [config(tmp_path, name=name, launcher="ray", max_failures=1) for name in ("a", "b")]
-    with pytest.raises(ConfigError, match=r"max_failures is for one run alone.*start them apart"):
+    with pytest.raises(ConfigError, match=r"max_failures works with a single run only.*Start them separately"):
         launch.run_all(runs)
 
 

@@ -137,17 +137,20 @@ def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None, worker:
     configs = [preflight(config) for config in configs]
     first = configs[0]
     if len(configs) > 1 and any(config.run.max_failures for config in configs):
-        raise ConfigError("max_failures is for one run alone, so that it is known which one failed: start them apart.")
+        raise ConfigError(
+            "max_failures works with a single run only; otherwise it would be unclear which run failed. "
+            "Start them separately."
+        )
     for config in configs[1:]:
         for what in ("launcher", "device"):
             if getattr(config.run, what) != getattr(first.run, what):
                 raise ConfigError(
-                    f"Runs {first.run.name!r} and {config.run.name!r} differ in {what}: start them apart."
+                    f"Runs {first.run.name!r} and {config.run.name!r} differ in {what}: start them separately."
                 )
         if config.parallel.world_size != first.parallel.world_size:
             raise ConfigError(
                 f"Runs {first.run.name!r} and {config.run.name!r} need {first.parallel.world_size} and "
-                f"{config.parallel.world_size} processes: start them apart."
+                f"{config.parallel.world_size} processes: start them separately."
             )
     if len({config.directory.resolve() for config in configs}) < len(configs):
         raise ConfigError("Two runs have the same name and storage: each needs a name of its own.")
@@ -157,7 +160,7 @@ def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None, worker:
             held.enter_context(held_for_launch(directory))
         signals: list[int] = []
         watched = _Watcher(directories, on_rows, signals)
-        if first.run.launcher != "none":  # there, every rank comes by here, and rank 0 alone may do so
+        if first.run.launcher != "none" or "RANK" not in os.environ:  # under torchrun, rank 0 alone may do so
             for directory in directories:
                 directory.create()
                 directory.clear_requests()
@@ -235,12 +238,11 @@ def _where_stopped(runs: Sequence[Run], configs: Sequence[Config]) -> str:
         return "stopped before the first step; nothing was trained. Run it again to start."
     last = runs[-1]
     not_begun = [config.run.name for config in configs[len(runs) :]]
-    done = f"run {last.config.run.name!r} {last.result['status']} at step {last.result['step']}"
-    return (
-        f"{done} of {last.result['num_steps']} and was saved"
-        + (f"; not begun: {', '.join(not_begun)}" if not_begun else "")
-        + ". Run it again to go on from there."
-    )
+    more = f"; not begun: {', '.join(not_begun)}" if not_begun else ""
+    if last.result["status"] == "completed":
+        return f"run {last.config.run.name!r} had completed when the interrupt came{more}."
+    where = f"stopped at step {last.result['step']} of {last.result['num_steps']} and was saved"
+    return f"run {last.config.run.name!r} {where}{more}. Run it again to go on from there."
 
 
 def first_error(directories: Sequence[RunDirectory], otherwise: str) -> Exception:
@@ -310,7 +312,10 @@ class _Watcher:
         if self.on_rows is None:
             return
         for directory in self.directories:
-            size = directory.metrics_file.stat().st_size if directory.metrics_file.exists() else 0
+            try:
+                size = directory.metrics_file.stat().st_size
+            except FileNotFoundError:  # not there yet, or removed by a start from step 0
+                size = 0
             if self._sizes.get(directory.path) == size:
                 continue  # five times a second, a long run's file is not read for nothing
             self._sizes[directory.path] = size
@@ -329,7 +334,7 @@ class _Watcher:
 
 
 def wait_for(thread: threading.Thread, *calls: Callable[[], None]) -> None:
-    """Call all of ``calls`` now and then, until a thread ends or one of them raises."""
+    """Call each of ``calls`` every 0.2 s until the thread ends or one of them raises."""
     while thread.is_alive():
         thread.join(_POLL_SECONDS)
         for call in calls:
@@ -338,7 +343,7 @@ def wait_for(thread: threading.Thread, *calls: Callable[[], None]) -> None:
 
 @contextmanager
 def _stop_on_signal(watched: _Watcher) -> Iterator[None]:
-    """Pass the wish to stop on to the workers: they save at the next step, and the launch ends normally."""
+    """Pass a stop request on to the workers: they save at the next step, and the launch ends normally."""
     if threading.current_thread() is not threading.main_thread() or "RANK" in os.environ:
         yield
         return

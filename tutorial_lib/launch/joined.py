@@ -1,4 +1,4 @@
-"""Be the rank that the environment names (``--launcher none``): ``torchrun`` sets these variables.
+"""Act as the rank named in the environment (``--launcher none``): ``torchrun`` sets these variables.
 
 RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT come from ``torchrun``, which under SLURM ``srun`` starts once
 per node; nothing is set by hand. Without them, a run of one process is a process group of one.
@@ -41,7 +41,7 @@ def launch(configs: Sequence[Config]) -> int:
                     f"`python -m torch.distributed.run --nproc_per_node {world_size} -m tutorial_lib train ...`, "
                     "or write launcher='local'."
                 )
-            # Nobody else has to reach this process; and DeepSpeed asks for its place even if it is alone.
+            # Nobody else has to reach this process; and DeepSpeed reads LOCAL_RANK even when it runs alone.
             for name, value in {"GLOO_SOCKET_IFNAME": "lo", "LOCAL_RANK": "0"}.items():
                 if name not in os.environ:
                     os.environ[name] = value

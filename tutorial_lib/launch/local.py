@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -36,10 +37,12 @@ from tutorial_lib.records import RunDirectory
 WORKER = "tutorial_lib.launch.worker"
 
 _FATAL = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
-"""A rank that one of these has ended could not say why; what its peers then write is the consequence."""
+"""A rank killed by one of these signals cannot say why; its peers' errors are only consequences."""
 
 _PEERS_SECONDS = 10
 """How long the other ranks may take to end after one has failed, or after an interrupt."""
+
+_LIMITS = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
 
 _HARMLESS = frozenset(
     "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE OMP_NUM_THREADS GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME DS_ACCELERATOR "
@@ -74,7 +77,7 @@ def launch(configs: Sequence[Config], poll: Callable[[], None], worker: str = WO
             poll,
             is_stopped=lambda: any(directory.stop_file.exists() for directory in directories),
         )
-        if failures:
+        if failures and not _ended_by_request(failures, directories):
             raise _error(failures, outputs, directories)
     finally:
         if server.is_busy:
@@ -111,12 +114,15 @@ class _Server:
         ours, theirs = socketpair()
         self._output = tempfile.TemporaryFile()
         self._connection = Connection(ours.detach())
-        program = [sys.executable, "-m", "tutorial_lib.launch.warm_server"]
+        # The package and its libraries are those of this process, whatever lies in the working directory.
+        program = [sys.executable, "-P", "-m", "tutorial_lib.launch.warm_server"]
+        path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
+        # DeepSpeed decides at import what it computes on. A server must not touch the GPU, see there.
+        special = {"DS_ACCELERATOR": device, "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "PYTHONPATH": path}
         with theirs:
             self._process = subprocess.Popen(
                 [*program, str(os.getpid()), str(theirs.fileno()), _temperature()],
-                # DeepSpeed decides at import what it computes on. A server must not touch the GPU, see there.
-                env={**os.environ, "DS_ACCELERATOR": device, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
+                env={**os.environ, **special},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=self._output,
@@ -164,7 +170,7 @@ class _Server:
                     return []  # busy as it is, the server is closed by the caller
                 poll()
         except (EOFError, OSError) as error:
-            raise WorkerError(f"The process that starts the ranks is gone. It printed:\n{self._printed()}") from error
+            raise WorkerError(f"The process that starts the ranks has died. Its output:\n{self._printed()}") from error
         self.is_busy = False
         return failures
 
@@ -173,13 +179,25 @@ class _Server:
         if self._owner != os.getpid():
             return
         self._connection.close()
-        if self._has_started:
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(_PEERS_SECONDS)
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        self._output.close()
+        try:
+            # The ranks share the server's process group: if it was killed, they save and stop all the same.
+            end = time.monotonic() + (_PEERS_SECONDS if self._has_started else 0)
+            while time.monotonic() < end and self._is_any_alive():
+                time.sleep(0.05)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._output.close()
+
+    def _is_any_alive(self) -> bool:
+        """Whether the server or one of its ranks is there: they are a process group."""
+        self._process.poll()  # else a server that has ended would stay one of them
+        try:
+            os.killpg(self._process.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
 
     def _printed(self) -> str:
         self._output.seek(0)
@@ -212,6 +230,8 @@ def _state(device: str) -> dict[str, object]:
         "device": device,
         "temperature": _temperature(),
         "sources": {str(path): path.stat().st_mtime_ns for path in package.rglob("*.py")},
+        "inherited": (os.sched_getaffinity(0), os.nice(0), *map(resource.getrlimit, _LIMITS)),
+        "path": tuple(sys.path),
         "environment": {
             name: value for name, value in os.environ.items() if name not in _HARMLESS and not name.startswith("RAY_")
         },
@@ -232,16 +252,22 @@ def _job(configs: Sequence[Config], scratch: Path, outputs: Sequence[Path], work
         "NCCL_SOCKET_IFNAME": "lo",
     }
     size = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    shared = {**defaults, **os.environ, **size}  # once: a pickle holds each of these strings a single time
     return Job(
         module=worker,
         arguments=(str(configs_file), str(scratch / "rendezvous")),
-        environments=tuple(
-            {**defaults, **os.environ, **size, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)
-        ),
+        environments=tuple({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)),
         outputs=tuple(map(str, outputs)),
         directory=os.getcwd(),
         path=tuple(sys.path),
     )
+
+
+def _ended_by_request(failures: Sequence[_Failure], directories: Sequence[RunDirectory]) -> bool:
+    """Whether the ranks were asked to stop, and those that failed met the signal outside of training."""
+    asked = any(directory.stop_file.exists() for directory in directories)
+    by_signal = all(failure.exit_code in (-signal.SIGTERM, -signal.SIGUSR1) for failure in failures)
+    return asked and by_signal and not any(directory.errors() for directory in directories)
 
 
 def _error(failures: Sequence[_Failure], outputs: Sequence[Path], directories: Sequence[RunDirectory]) -> Exception:

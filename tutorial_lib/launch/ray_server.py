@@ -26,7 +26,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from tutorial_lib.launch.warm_server import import_everything, import_modules
+from tutorial_lib.launch.warm_server import ending_with, import_everything, import_modules
 
 RAYS_MODULES = ("ray.train.torch", "ray.train.v2._internal.execution.controller.controller")
 """What the server imports when the cluster is there: Ray reads at import which cluster and job its process is for."""
@@ -38,20 +38,23 @@ _PR_SET_PDEATHSIG = 1
 _SERVER = os.getpid()
 
 
-def main(address: str) -> None:
+def main(launcher_pid: str, address: str) -> None:
     """Serve until standard input ends."""
+    launcher = int(launcher_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forked processes
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(address)
         server.listen(64)
-        import_everything()
-        if not (cluster := sys.stdin.readline()):
-            return
-        os.environ.update(json.loads(cluster))
-        _import_ray()
+        with ending_with(launcher):
+            import_everything()
+            if not (cluster := sys.stdin.readline()):
+                return
+            os.environ.update(json.loads(cluster))
+            _import_ray()
         if importlib.import_module("torch").cuda.is_initialized() or not _forks_differ():
             return  # Ray then starts its workers itself
+        # Nobody waits for the forked processes. Not before: what is imported runs programs and asks how they ended.
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         while True:
             ready, _, _ = select.select([server, sys.stdin], [], [])
             if sys.stdin in ready:
@@ -93,12 +96,13 @@ def _forks_differ() -> bool:
     drawn = set()
     for _ in range(2):
         reading, writing = os.pipe()
-        if os.fork() == 0:
+        if not (pid := os.fork()):
             os.write(writing, importlib.import_module("ray").UniqueID.from_random().binary())
             os._exit(0)
         os.close(writing)
         with os.fdopen(reading, "rb") as pipe:
             drawn.add(pipe.read())
+        os.waitpid(pid, 0)
     return len(drawn) == 2
 
 
@@ -125,7 +129,7 @@ def _be_worker(request: dict[str, Any], outputs: list[int]) -> None:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1])
+        main(sys.argv[1], sys.argv[2])
     finally:
         if os.getpid() == _SERVER:
             # Nobody else is left to do it if the process that started this one was killed.

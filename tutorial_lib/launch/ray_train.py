@@ -14,6 +14,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -37,7 +38,7 @@ START_TIMEOUT = 600
 """Seconds that Ray has to start the first worker. On a busy laptop it takes a minute or two."""
 
 _GROUP_START_SECONDS = 60
-"""So long Ray waits for all slots of a run at once, before it counts that as a failure and tries again."""
+"""How long Ray waits for all slots of a run at once before it counts that as a failure and tries again."""
 
 _SETTINGS = {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -50,8 +51,8 @@ _SETTINGS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # How long the end of the workers may go unnoticed, seconds.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    # Worker processes in stock are of no use: what Ray Train starts has a runtime environment and so its own processes.
-    # The warm server forks those.
+    # Prestarted worker processes are of no use: what Ray Train starts has a runtime environment, and so processes of
+    # its own. The warm server forks those.
     "RAY_prestart_worker_first_driver": "0",
     "RAY_enable_worker_prestart": "0",
     # By default workers give way to every other program (nice 15). What that costs here was not measured.
@@ -60,12 +61,12 @@ _SETTINGS = {
 
 
 _TOKEN = secrets.token_hex(32)
-"""Whoever wants to use a cluster that this process starts needs it."""
+"""Required to connect to a cluster that this process starts."""
 
 _LEAN_PATH = str(Path(__file__).with_name("ray_path"))
 
 _END_SECONDS = 3
-"""So long the workers of an interrupted fit may take to end before they are killed."""
+"""How long the workers of an interrupted fit may take to end before they are killed."""
 
 _TITLES = ("ray::TrainController", "ray::RayTrainWorker", "ray::SynchronizationActor", "ray::DatasetManager")
 """How the titles of a fit's processes begin."""
@@ -94,8 +95,11 @@ class _Server:
         # DeepSpeed decides at import what it computes on. A GPU that the server touches could not be used after a fork.
         environment = {"DS_ACCELERATOR": config.run.device, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
         with _lean_imports():
+            # The package and its libraries are those of this process, whatever lies in the working directory.
+            path = [_LEAN_PATH, str(package.parent), *filter(None, sys.path)]
+            environment["PYTHONPATH"] = os.pathsep.join(path)
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tutorial_lib.launch.ray_server", self.address],
+                [sys.executable, "-P", "-m", "tutorial_lib.launch.ray_server", str(os.getpid()), self.address],
                 env={**_of_a_cluster(config), **os.environ, **environment},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
@@ -175,7 +179,8 @@ def start(config: Config) -> bool:
     warm_up(config)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
+        with _keeping_sigterm():
+            ray.init(**quiet)
         return True
     cores, world_size = usable_cores(), config.parallel.world_size
     of_a_cluster = _of_a_cluster(config)
@@ -184,9 +189,11 @@ def start(config: Config) -> bool:
         os.environ.setdefault(name, value)
     children = set(psutil.Process().children())
     try:
-        with _lean_imports(), _workers_from_server():
+        with _lean_imports(), _workers_from_server(), _keeping_sigterm():
             # "local": not one that somebody else has started on this machine.
             ray.init("local", num_cpus=max(world_size, cores), include_dashboard=False, **quiet)
+        if _server:
+            _server.serve(_raylet(children), ray.get_runtime_context().get_job_id())
     except BaseException as error:
         _end_processes(set(psutil.Process().children()) - children)
         stop()
@@ -197,11 +204,16 @@ def start(config: Config) -> bool:
             f"Ray did not start: {error}\nIt gives up when its processes need more than 30 s. Load averages are {load} "
             f"on {cores} cores: end other programs and try again, or write launcher='local', which needs no Ray."
         ) from error
-    if _server:
-        started = set(psutil.Process().children()) - children
-        (raylet,) = (process.pid for process in started if process.name() == "raylet")
-        _server.serve(raylet, ray.get_runtime_context().get_job_id())
     return True
+
+
+def _raylet(before: set[psutil.Process]) -> int:
+    """Return the process id of the raylet among the children of this process that were not there before."""
+    for process in set(psutil.Process().children()) - before:
+        with suppress(psutil.NoSuchProcess):
+            if process.name() == "raylet":
+                return process.pid
+    raise RuntimeError("its raylet ended at once")
 
 
 def stop() -> None:
@@ -223,6 +235,19 @@ def stop() -> None:
 
 _TO_SERVER = ("TUTORIAL_LIB_RAY_SERVER", "TUTORIAL_LIB_RAY_SETUP_WORKER")
 """Environment variables that ``ray_path/setup_worker.py`` reads in each new process of Ray."""
+
+
+@contextmanager
+def _keeping_sigterm() -> Iterator[None]:
+    """Put this process's handler of SIGTERM back afterwards: ``ray.init`` installs one that exits without a save."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ and the server's end of the socket pair. A *cold* server imports nothing and sta
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
 import multiprocessing
@@ -43,7 +44,15 @@ MODULES = (
 )
 """What a warm server imports. What these import inside functions is imported by each rank that needs it."""
 
-_PARENT_CHECK_SECONDS = 1.0
+_PARENT_CHECK_SECONDS, _LOOK_SECONDS = 1.0, 0.1
+
+_ORPHANS_SECONDS = 600
+"""How long ranks may take to save and stop when their launching process is gone."""
+
+_OF_A_JOB = (signal.SIGTERM, signal.SIGUSR1)
+"""What schedulers send to every process of a job when its time is nearly up."""
+
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,54 +79,47 @@ class Job:
 def main(launcher_pid: str, descriptor: str, temperature: str) -> None:
     """Serve the launching process until it is gone."""
     launcher = int(launcher_pid)
+    ranks: dict[int, ForkProcess] = {}
+    # A scheduler may signal every process of a job. The ranks save and stop; this one stays to tell how they ended.
+    for number in _OF_A_JOB:
+        signal.signal(number, lambda received, _frame: _signal(ranks.values(), received))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = Connection(int(descriptor))
-    with _ending_with(launcher):
+    with ending_with(launcher):
         can_fork = temperature == "warm" and import_everything()
-    ranks: dict[int, ForkProcess] = {}
-
-    def pass_on(number: int, _frame: Any) -> None:
-        # A scheduler may signal every process of a job. The ranks save and stop; this one tells how they ended.
-        _signal(ranks.values(), number)
-        if not ranks:
-            sys.exit()
-
-    signal.signal(signal.SIGTERM, pass_on)
-    while True:
-        sentinels = {process.sentinel: rank for rank, process in ranks.items()}
-        ready = wait([connection, *sentinels], timeout=_PARENT_CHECK_SECONDS)
-        for sentinel in ready:
-            if sentinel is not connection:
-                rank = sentinels[sentinel]  # type: ignore[index]
-                process = ranks.pop(rank)
-                process.join()
+    while os.getppid() == launcher:  # else somebody the launcher forked still holds its end of the socket
+        # A sentinel tells the end of a forked rank at once. A new interpreter has closed it, and is looked at instead.
+        sentinels = [process.sentinel for process in ranks.values()] if can_fork else []
+        wait([connection, *sentinels], timeout=_PARENT_CHECK_SECONDS if can_fork else _LOOK_SECONDS)
+        for rank, process in list(ranks.items()):
+            if process.exitcode is not None:
+                del ranks[rank]
                 with suppress(OSError):  # a launcher that is gone is noticed below
                     connection.send(("ended", rank, process.exitcode, time.time()))
         try:
-            if connection.poll():
-                kind, content = connection.recv()
-                if kind == "start":
-                    ranks = _start(content, connection, can_fork)
-                    connection.send(("started",))
-                else:
-                    _signal(ranks.values(), content)
-                continue
+            message: tuple[str, Any] = connection.recv() if connection.poll() else ("", None)
         except (EOFError, OSError):
             break
-        if os.getppid() != launcher:  # somebody the launcher forked still holds its end of the socket
-            break
+        kind, content = message
+        if kind == "start":
+            _start(content, connection, can_fork, ranks)
+            connection.send(("started",))
+        elif kind == "signal":
+            _signal(ranks.values(), content)
     _signal(ranks.values(), signal.SIGTERM)
+    end = time.monotonic() + _ORPHANS_SECONDS
     for process in ranks.values():
-        process.join()
+        process.join(max(0.0, end - time.monotonic()))
+        process.kill()
 
 
 @contextmanager
-def _ending_with(launcher: int) -> Iterator[None]:
+def ending_with(launcher: int) -> Iterator[None]:
     """End this process soon after the launching one, although it is busy importing and reads no messages."""
 
     def check(*_: Any) -> None:
         if os.getppid() != launcher:
-            os._exit(1)
+            sys.exit(1)
 
     signal.signal(signal.SIGALRM, check)
     signal.setitimer(signal.ITIMER_REAL, _PARENT_CHECK_SECONDS, _PARENT_CHECK_SECONDS)
@@ -132,7 +134,7 @@ def import_everything() -> bool:
     """Import what ranks need. Returns whether they can be forked from this process."""
     warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
     import_modules(MODULES)
-    with suppress(ImportError):
+    with suppress(Exception):
         # What libraries work out on first use, and ranks can share: a thousand regular expressions for the names of
         # weights, and which of DeepSpeed's operators can be built here.
         conversion_mapping = importlib.import_module("transformers.conversion_mapping")
@@ -146,8 +148,8 @@ def import_everything() -> bool:
 def import_modules(names: Iterable[str]) -> None:
     """Import modules for processes that are forked from this one."""
     for name in names:
-        # A rank that needs a missing module fails with its own traceback; the others do without it.
-        with suppress(ImportError):
+        # A rank that needs a broken module fails with its own traceback; the others do without it.
+        with suppress(Exception):
             importlib.import_module(name)
     # Keep the collector from touching, and so copying, the pages that all ranks share.
     gc.collect()
@@ -160,23 +162,31 @@ def _signal(ranks: Any, number: int) -> None:
             os.kill(process.pid, number)
 
 
-def _start(job: Job, connection: Connection, can_fork: bool) -> dict[int, ForkProcess]:
+def _start(job: Job, connection: Connection, can_fork: bool, ranks: dict[int, ForkProcess]) -> None:
+    """Add the job's ranks to ``ranks`` as they start."""
     context = multiprocessing.get_context("fork")
     become = _run_module if can_fork else _replace_process
-    ranks = {
-        rank: context.Process(target=_be_rank, args=(job, rank, connection, become))
-        for rank in range(len(job.environments))
-    }
-    for process in ranks.values():
-        process.start()
-    return ranks
+    # A signal in between would find a rank that has not put this process's handlers away yet.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _OF_A_JOB)
+    try:
+        for rank in range(len(job.environments)):
+            process = context.Process(target=_be_rank, args=(job, rank, connection, become, os.getpid()))
+            process.start()
+            ranks[rank] = process
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _OF_A_JOB)
 
 
-def _be_rank(job: Job, rank: int, connection: Connection, become: Any) -> None:
+def _be_rank(job: Job, rank: int, connection: Connection, become: Any, server: int) -> None:
     """Turn this forked process into a rank: its environment, output, directory, and then its program."""
+    # If the server is killed, the kernel sends this: the run saves and stops at its next step. Outlives an exec.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != server:
+        os._exit(1)
     connection.close()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, *_OF_A_JOB):
         signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _OF_A_JOB)
     output = os.open(job.outputs[rank], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for descriptor in (1, 2):
         os.dup2(output, descriptor)
@@ -198,6 +208,8 @@ def _run_module(job: Job) -> None:
 
 
 def _replace_process(job: Job) -> None:
+    # The package may be importable only by the launching process's own path.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, job.path))
     os.execv(sys.executable, [sys.executable, "-m", job.module, *job.arguments])
 
 

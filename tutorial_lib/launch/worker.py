@@ -8,12 +8,9 @@ needs no ``if __name__ == "__main__"`` guard.
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 
 from tutorial_lib.config import Config
 from tutorial_lib.launch.joined import process_group
@@ -28,8 +25,6 @@ def main(configs_file: str, rendezvous: str, train: Callable[[Sequence[Config]],
         rendezvous: a file, not there yet, through which the ranks find each other.
         train: called with the configurations in a process group of all ranks.
     """
-    # If the process that started this one is killed, the kernel sends this: the run saves and stops at its next step.
-    _prctl_pr_set_pdeathsig(signal.SIGTERM)
     configs = [Config.from_json(json.dumps(flat)) for flat in json.loads(Path(configs_file).read_text())]
     with process_group(configs[0], f"file://{rendezvous}"):
         train(configs)

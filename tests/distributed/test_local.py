@@ -1,6 +1,6 @@
 """The local launcher: ranks from a warm server, and what is left of them when something ends before its time.
 
-Most ranks here only tell what they are (``telling_worker.py``); ``tests/distributed`` trains.
+Most ranks here only tell what they are (``telling_worker.py``).
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.distributed.launching import Shell, train_command
 from tutorial_lib import launch
 from tutorial_lib.config import Config
 from tutorial_lib.launch import local
+from tutorial_lib.records import RunDirectory
 
-TELLING = "tests.unit.telling_worker"
+TELLING = "tests.distributed.telling_worker"
 
 
 def config(storage: Path, name: str = "run", dp: int = 2, **flat) -> Config:
@@ -93,6 +95,13 @@ def test_warming_up_returns_at_once_and_starts_one_server(tmp_path):
     assert len(servers) == 1
 
 
+@pytest.fixture(params=["warm", "cold"])
+def way(request, monkeypatch):
+    """Both kinds of server: one that forks its ranks, one that starts new interpreters."""
+    monkeypatch.setenv("TUTORIAL_LIB_WARM_WORKERS", "1" if request.param == "warm" else "0")
+
+
+@pytest.mark.usefixtures("way")
 def test_a_failing_rank_is_shown_in_its_own_words_and_the_server_lives_on(tmp_path):
     before = tell(tmp_path, "before")
     with pytest.raises(launch.WorkerError, match=r"could not write why. It printed:\nValueError: of ") as error:
@@ -101,6 +110,7 @@ def test_a_failing_rank_is_shown_in_its_own_words_and_the_server_lives_on(tmp_pa
     assert tell(tmp_path, "after")[0]["parent"] == before[0]["parent"]
 
 
+@pytest.mark.usefixtures("way")
 def test_a_server_that_is_killed_takes_its_ranks_along_and_says_so(tmp_path):
     def strike() -> None:
         told = tmp_path / "sleeps" / "rank-1.json"
@@ -109,7 +119,7 @@ def test_a_server_that_is_killed_takes_its_ranks_along_and_says_so(tmp_path):
 
     thread = threading.Thread(target=strike)
     thread.start()
-    with pytest.raises(launch.WorkerError, match="The process that starts the ranks is gone"):
+    with pytest.raises(launch.WorkerError, match="The process that starts the ranks has died"):
         launch.run_all([config(tmp_path, "sleeps")], worker=TELLING)
     thread.join()
     ranks = [json.loads((tmp_path / "sleeps" / f"rank-{rank}.json").read_text())["pid"] for rank in range(2)]
@@ -155,6 +165,34 @@ def test_a_server_ends_with_the_process_that_started_it(when):
     assert not psutil.wait_procs([server], timeout=10)[1]
 
 
+@pytest.mark.parametrize(
+    ("number", "when"), [(signal.SIGTERM, "before the first step"), (signal.SIGUSR1, "in training")]
+)
+def test_a_signal_to_every_process_of_a_job_saves_and_exits_with_75(tmp_path, number, when):
+    """As SLURM sends it: to the launching process, the server, and the ranks."""
+    asked = config(tmp_path, zero_stage=1, steps=5000, max_examples=800)
+    run = RunDirectory(asked.directory)
+    shell = Shell(tmp_path)
+    try:
+        shell.start(train_command(asked))
+        if when == "in training":
+            shell.wait_for_step(run, 1)
+        else:
+            wait_until(run.logs.exists, 60)
+            time.sleep(0.1)
+        launcher = psutil.Process(shell.process.pid)
+        everybody = [launcher, *launcher.children(recursive=True)]
+        for process in everybody:
+            process.send_signal(number)
+        assert shell.exit_code() == 75, (shell.scratch / "stderr").read_text()
+    finally:
+        shell.end()
+    assert not psutil.wait_procs(everybody, timeout=10)[1]
+    if when == "in training":
+        assert shell.result()["status"] == "stopped"
+        assert run.checkpoints.joinpath(f"step-{shell.result()['step']:08d}").is_dir()
+
+
 # ----------------------------------------------------------------------------------------------------- interrupts
 
 
@@ -191,6 +229,7 @@ def test_one_interrupt_saves_drops_the_other_runs_and_ends_the_call(tmp_path, ca
     assert done.result["resumed_from"] == run.result["step"]
 
 
+@pytest.mark.usefixtures("way")
 def test_a_second_interrupt_stops_now_and_nothing_trains_on(tmp_path):
     thread = interrupt_when((tmp_path / "sleeps" / "rank-1.json").exists, times=2)
     began = time.monotonic()
