@@ -127,6 +127,19 @@ def test_a_server_that_is_killed_takes_its_ranks_along_and_says_so(tmp_path):
     assert len(tell(tmp_path, "after")) == 2
 
 
+def test_an_error_of_the_caller_is_shown_as_such_and_ends_the_ranks(tmp_path):
+    def fail() -> None:
+        wait_until((tmp_path / "sleeps" / "rank-1.json").exists)
+        raise OSError("of the caller")
+
+    asked = config(tmp_path, "sleeps")
+    RunDirectory(asked.directory).create()
+    with pytest.raises(OSError, match="of the caller"):
+        local.launch([asked], fail, TELLING)
+    ranks = [json.loads((tmp_path / "sleeps" / f"rank-{rank}.json").read_text())["pid"] for rank in range(2)]
+    assert not any(psutil.pid_exists(pid) for pid in ranks)
+
+
 # ------------------------------------------------------------------------------------------------- other programs
 
 UNGUARDED = """

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from socket import socketpair
+from typing import Any
 
 from tutorial_lib.config import Config
 from tutorial_lib.doctor import usable_cores
@@ -144,35 +145,48 @@ class _Server:
             is_stopped: whether the runs were asked to stop. If they are before the ranks have started, none starts.
 
         Raises:
-            WorkerError: the server itself is gone.
+            WorkerError: the server itself has died.
         """
-        self.is_busy = True
-        try:
-            self._connection.send(("start", job))
-            left, failures, patience = len(job.environments), list[_Failure](), float("inf")
-            self._has_started = False
-            while left:
-                if self._connection.poll(_POLL_SECONDS):
-                    kind, *content = self._connection.recv()
-                    if kind == "started":
-                        self._has_started = True
-                        continue
-                    rank, exit_code, ended = content
-                    left -= 1
-                    if exit_code:
-                        failures.append(_Failure(rank, exit_code, ended))
-                        if len(failures) == 1 and left:
-                            self._connection.send(("signal", signal.SIGTERM))
-                            patience = time.monotonic() + _PEERS_SECONDS
-                elif time.monotonic() > patience:
-                    self._connection.send(("signal", signal.SIGKILL))
-                elif not self._has_started and is_stopped():
-                    return []  # busy as it is, the server is closed by the caller
-                poll()
-        except (EOFError, OSError) as error:
-            raise WorkerError(f"The process that starts the ranks has died. Its output:\n{self._printed()}") from error
+        self.is_busy, self._has_started = True, False
+        self._tell("start", job)
+        left, failures, patience = len(job.environments), list[_Failure](), float("inf")
+        while left:
+            kind, *content = self._hear()
+            if kind == "started":
+                self._has_started = True
+            elif kind == "ended":
+                left -= 1
+                rank, exit_code, ended = content
+                if exit_code:
+                    failures.append(_Failure(rank, exit_code, ended))
+                if len(failures) == 1 and patience == float("inf"):
+                    self._tell("signal", signal.SIGTERM)
+                    patience = time.monotonic() + _PEERS_SECONDS
+            elif time.monotonic() > patience:
+                self._tell("signal", signal.SIGKILL)
+            elif not self._has_started and is_stopped():
+                return []  # busy as it is, the server is closed by the caller
+            poll()
         self.is_busy = False
         return failures
+
+    def _tell(self, kind: str, content: object) -> None:
+        try:
+            self._connection.send((kind, content))
+        except OSError as error:
+            raise self._death() from error
+
+    def _hear(self) -> tuple[Any, ...]:
+        """Return the server's next message, or one of no kind if none comes within a moment."""
+        try:
+            return self._connection.recv() if self._connection.poll(_POLL_SECONDS) else ("",)
+        except (EOFError, OSError) as error:
+            raise self._death() from error
+
+    def _death(self) -> WorkerError:
+        self._output.seek(0)
+        printed = self._output.read().decode(errors="replace")
+        return WorkerError(f"The process that starts the ranks has died. Its output:\n{printed}")
 
     def close(self) -> None:
         """Ask the ranks to save and stop, if there are any, and end the server. Bounded in time."""
@@ -198,10 +212,6 @@ class _Server:
         except ProcessLookupError:
             return False
         return True
-
-    def _printed(self) -> str:
-        self._output.seek(0)
-        return self._output.read().decode(errors="replace")
 
 
 _idle: list[_Server] = []

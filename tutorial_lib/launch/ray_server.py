@@ -26,7 +26,12 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from tutorial_lib.launch.warm_server import ending_with, import_everything, import_modules
+from tutorial_lib.launch.warm_server import (
+    ending_with,
+    import_everything,
+    import_modules,
+    use_threads_of_environment,
+)
 
 RAYS_MODULES = ("ray.train.torch", "ray.train.v2._internal.execution.controller.controller")
 """What the server imports when the cluster is there: Ray reads at import which cluster and job its process is for."""
@@ -121,9 +126,7 @@ def _be_worker(request: dict[str, Any], outputs: list[int]) -> None:
     os.chdir(request["directory"])
     script, *_ = sys.argv = request["arguments"]
     sys.path[:] = [os.path.dirname(script), *request["path"][1:]]
-    if "torch" in sys.modules and "OMP_NUM_THREADS" in os.environ:
-        # torch reads this variable when it is imported, which was before the fork.
-        sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    use_threads_of_environment()
     runpy.run_path(script, run_name="__main__")
 
 

@@ -201,10 +201,15 @@ def _run_module(job: Job) -> None:
     """Call the program's ``main`` in this process, set up as a new interpreter would be."""
     sys.path[:] = job.path
     sys.argv = [job.module, *job.arguments]
-    if "torch" in sys.modules:
-        # torch reads this variable when it is imported, which was before the fork.
-        sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    use_threads_of_environment()
     importlib.import_module(job.module).main(*job.arguments)
+
+
+def use_threads_of_environment() -> None:
+    """Set the number of threads as ``OMP_NUM_THREADS`` says: torch has read it at its import, before the fork."""
+    threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if "torch" in sys.modules and threads.isdecimal():
+        sys.modules["torch"].set_num_threads(int(threads))
 
 
 def _replace_process(job: Job) -> None:
