@@ -41,13 +41,13 @@ check: $(READY) ## lint and unit: what to run all the time
 test: $(READY) ## lint, unit, distributed, notebooks and nbval, and how long each took
 	@.ci/parts lint unit distributed notebooks nbval
 
-matrix: $(READY) ## distributed with every valid combination of settings, each launch in new processes
+matrix: $(READY) ## distributed with every valid combination of settings, each rank in a new interpreter
 	@MATRIX=1 TUTORIAL_LIB_WARM_WORKERS=0 $(TESTS) tests/distributed
 
 unit: $(READY) ## functions, as many at a time as there are cores
 	@$(TESTS) tests/unit -n logical --maxprocesses 8
 
-distributed: $(READY) ## real runs on 1, 2 and 4 processes, compared number by number; they cover all pairs of settings
+distributed: $(READY) ## real runs on 1, 2 and 4 processes, compared number by number: all valid pairs of settings
 	@$(TESTS) tests/distributed
 
 notebooks: $(READY) ## every notebook as committed: it reads well, its claims hold, what it shows is the library

@@ -35,7 +35,7 @@ from tutorial_lib.config import ConfigError
 Row = dict[str, Any]
 
 STOPPING = "Stopping: saving after this step. Interrupt again to stop now, without saving."
-"""What an interrupt is answered with."""
+"""Message printed when an interrupt arrives."""
 
 
 def write_atomically(path: Path, text: str) -> None:

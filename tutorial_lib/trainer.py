@@ -60,10 +60,10 @@ _MEASURED_STEP = 3
 
 
 SLOT_IS_OVER, REQUEST = "stop_after", "request"
-"""What ``result.json`` has as ``stopped_by``, or the name of a signal."""
+"""Values of ``stopped_by`` in ``result.json``; a signal is given by its name, such as ``SIGTERM``."""
 
 _REQUESTED = 1000
-"""Among the numbers of signals: the launcher asked by the stop file."""
+"""Stands beside signal numbers for a request through the stop file; larger than any of them."""
 
 
 class Engine(Protocol):
@@ -180,7 +180,7 @@ def train(config: Config, *, on_checkpoint: OnCheckpoint | None = None) -> dict[
     if rank == 0:
         run.create()
     with checkpoint.held_for_training(run, topology):
-        # Other launchers have, and so has a launcher of one process; a request may have come since.
+        # Only torchrun's ranks clear old requests here. Elsewhere the launcher did, and a new request may be there.
         if rank == 0 and config.run.launcher == "none" and "RANK" in os.environ:
             run.clear_requests()
         if dist.is_initialized():
@@ -457,8 +457,8 @@ class _Session:
         """What all ranks must know of a step. Collective.
 
         Returns:
-            The step's tokens over all data-parallel ranks; what asked any rank to stop, if anything did; whether there
-            is a save in flight, and all its files are written.
+            The step's tokens over all data-parallel ranks; what asked a rank to stop, or None; whether a save is in
+            flight and every rank has written its files.
 
         Raises:
             RanksDisagree: the ranks of a tensor-parallel group read different batches; all ranks raise.

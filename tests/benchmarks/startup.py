@@ -28,7 +28,7 @@ WAYS = {"warm": "1", "cold": "0"}
 
 
 def measure() -> dict[str, Any]:
-    """Return the medians over rounds: seconds of each launch, and of it beyond the run itself."""
+    """Return medians over rounds: seconds of a first launch, of the fastest later one, and its overhead."""
     dataset_directory("embedded/news")
     seconds: dict[str, dict[str, list[float]]] = {way: {} for way in WAYS}
     for number in range(ROUNDS):

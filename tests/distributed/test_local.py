@@ -259,7 +259,7 @@ def test_an_interrupt_while_the_server_loads_is_answered_at_once(tmp_path, monke
     local.stop_server()
     monkeypatch.setattr(local, "warm_up", lambda device: None)  # it starts to load when the run is launched
     thread = interrupt_when((tmp_path / "run" / "logs").exists)
-    with pytest.raises(launch.Interrupted, match="stopped before the first step; nothing was trained") as error:
+    with pytest.raises(launch.Interrupted, match="stopped before training began; no step was run") as error:
         launch.run_all([config(tmp_path)], worker=TELLING)
     thread.join()
     assert error.value.runs == []

@@ -1,7 +1,7 @@
 """Step 4: FSDP2's peak memory by micro-batch, until it is out of memory; then the same with activation checkpointing.
 
 The model has about 1 B parameters and a vocabulary of 32,000 tokens, so that layers, not logits, hold most of the
-activations, as in the models that people shard. An engine is built once for all sizes; a row is one warm and one timed
+activations as long as none is checkpointed. An engine is built once for all sizes; a row is one warm and one timed
 step at one micro-batch.
 """
 

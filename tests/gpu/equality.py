@@ -52,7 +52,7 @@ def cases(setting: Setting) -> Cases:
             found[f"{model} {engine} fp32"] = partial(compare, setting, model, engine, "fp32")
     for engine in setting.pick(full=engines, quick=engines, tiny=()):
         found[f"{MODELS[0]} {engine} bf16"] = partial(compare, setting, MODELS[0], engine, "bf16")
-    for stage in (0, 1, 2, 3):  # the other engines scale no loss, and a CPU has no fp16
+    for stage in (0, 1, 2, 3):  # the other engines do not scale the loss; not run on a CPU
         if setting.device == "cuda":
             found[f"{MODELS[0]} zero{stage} fp16"] = partial(compare, setting, MODELS[0], f"zero{stage}", "fp16")
     for engine in setting.pick(full=("torch", "zero1", "zero3", "fsdp"), quick=("zero3",), tiny=("zero1",)):
@@ -118,8 +118,8 @@ def compare(setting: Setting, model: str, engine: str, precision: str) -> dict[s
 def resume(setting: Setting, engine: str) -> dict[str, Any]:
     """Return whether a run that was interrupted after three of six steps ends like one that was not, bit for bit.
 
-    ``repeatable`` says whether two runs without interruption do: where it is false, the device's kernels add up in
-    changing orders, and a resume cannot be judged. PyTorch is told to prefer kernels that do not.
+    ``repeatable`` says whether two uninterrupted runs end alike. If not, kernels sum in a different order each time,
+    and a resume cannot be judged. PyTorch is told to prefer deterministic kernels.
     """
     precision = "fp32" if setting.device == "cpu" else "bf16"
     flat = {"precision": precision, "steps": 6, "resume": "auto", **ENGINES[engine]}

@@ -1,9 +1,9 @@
 """Measure the course on a GPU: ``python tests/gpu/measure.py --out DIR [--quick]``.
 
 Runs from a plain checkout with whatever Python has torch, without Ray and without a network, in at most 8 minutes
-(``--quick``: about 2). Each step runs in a process of its own with a time limit; a failing, hanging or dying one costs
-no other. ``DIR`` gets a JSON file per step, rewritten after every case, a log, and the traces: 8 files, as many as a
-lent machine gives back. Units end the names of what has one.
+(``--quick``: about 2). Each step runs in a process of its own with a time limit, so a failure or a
+hang does not stop the others. ``DIR`` gets a JSON file per step (rewritten after every case), a log and the traces: 8
+files, as many as a lent machine gives back. Names of quantities end in their unit.
 
 For a lent GPU machine: collect the missing packages first, with ``python tests/gpu/pack.py``, then paste, as command
 and as ``carry`` of the device tool's ``run``::

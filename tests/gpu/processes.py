@@ -211,7 +211,7 @@ def _follow(
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it has started: compilers, which ninja puts into groups of their own, included."""
+    """Kill a process, its process group and its descendants: ninja puts compilers into groups of their own."""
     import psutil
 
     with suppress(psutil.NoSuchProcess):

@@ -23,7 +23,7 @@ from tutorial_lib.mpu import Topology
 from tutorial_lib.trainer import Engine, build_engine, count_tokens, token_loss_sum
 
 DENSE_BF16_PEAK = {"H100": 989e12, "H200": 989e12}
-"""FLOP/s without sparsity of the SXM modules, from NVIDIA's data sheets."""
+"""Dense FLOP/s of the SXM modules, from NVIDIA's data sheets. PCIe and NVL cards match the names but are slower."""
 
 
 def device_of(setting: Setting) -> torch.device:

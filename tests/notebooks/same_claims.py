@@ -15,7 +15,7 @@ from nbval.plugin import IPyNbCell
 from tutorial_lib.lab.claims import Claims, claims_of
 
 RELATIVE, ABSOLUTE = 1e-4, 1e-5
-"""How far the numbers of two runs may be apart: rounding moves a loss, and so a difference of losses, by 1e-6 of it."""
+"""Largest gap between two runs' numbers. Rounding shifts a loss by 1e-6 of it, and a small difference by far more."""
 
 Claim = dict[str, Any]
 
@@ -52,7 +52,7 @@ def describe_differences(committed: list[Claim], fresh: list[Claim]) -> list[str
 
 
 def _same(old: Any, new: Any, *, exact: bool) -> bool:
-    """Whether two values are the same: text and integers exactly, unless the claim itself tolerates a difference."""
+    """Compare text exactly, integers exactly unless the claim has a tolerance, and floats up to rounding."""
     if isinstance(old, list) and isinstance(new, list):
         return len(old) == len(new) and all(_same(a, b, exact=exact) for a, b in zip(old, new, strict=True))
     numbers = [value for value in (old, new) if isinstance(value, int | float) and not isinstance(value, bool)]

@@ -1,8 +1,8 @@
 """Source documents of the embedded data sets: the text of ``documents.jsonl.gz``, one per Python module or topic.
 
 The text is the documentation of CPython 3.11.7, as :mod:`tutorial_lib.embedded.extract` read it. It is shipped rather
-than read from the Python that runs, so that everybody trains on the same rows: another version has other docstrings,
-and a Jupyter kernel replaces some of the built-in functions together with theirs.
+than read from the running Python, so that everybody trains on the same rows: docstrings differ between versions, and
+a Jupyter kernel replaces some built-in functions along with their docstrings.
 """
 
 from __future__ import annotations

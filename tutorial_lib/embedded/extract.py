@@ -1,7 +1,7 @@
 """Extraction of the shipped text, ``documents.jsonl.gz``, from the documentation of CPython 3.11.7.
 
-``python -m tutorial_lib.embedded.extract`` (``make embedded-text``) replaces that file. Only a plain CPython 3.11.7
-gives the committed bytes, so it refuses to run on anything else; nobody needs it but to change what is extracted.
+``python -m tutorial_lib.embedded.extract`` (``make embedded-text``) replaces that file. It refuses to run on any
+other version, whose documentation differs. You need it only to change what is extracted.
 
 Docstrings are read by parsing the sources, so nothing is imported and nothing runs; ``builtins``, which has no source
 file, is the one module that is looked at instead. There is one document per standard-library module and per language
@@ -57,7 +57,7 @@ def extract_documents() -> list[Document]:
 
 
 def pack(documents: list[Document]) -> bytes:
-    """Pack documents as JSON lines under gzip. The same documents give the same bytes, at any time and place."""
+    """Pack documents as JSON lines under gzip. The same documents and zlib give the same bytes."""
     lines = (json.dumps(asdict(document), ensure_ascii=False) + "\n" for document in documents)
     return gzip.compress("".join(lines).encode(), mtime=0)
 

@@ -8,7 +8,7 @@
 :meth:`Claims.show` raises if a claim does not hold, after showing which, so a notebook with a false claim does not run
 to its end. It also emits the claims under :data:`MIME_TYPE`; :func:`claims_in` reads them back from the executed
 notebook. Tests run every notebook again and compare each claim's numbers with the committed ones. A number that differs
-from run to run, such as a time, is marked with ``varies=True``: of it they only ask that the claim holds.
+from run to run, such as a time, is marked with ``varies=True``; then the claim only has to hold.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Claims:
             measured: likewise. NaN equals nothing.
             tolerance: largest absolute difference between two numbers.
             relative: the tolerance as a share of the expected value's size instead.
-            varies: another run or machine gives other numbers, which keep to the claim as well.
+            varies: the numbers differ between runs or machines; the claim must still hold.
         """
         if relative is not None:
             if tolerance:

@@ -51,12 +51,12 @@ class Run:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, or a notebook's Interrupt, has stopped runs after they saved.
+    """Ctrl-C, a notebook's Interrupt or a signal cut a launch short.
 
-    A KeyboardInterrupt, so that neither a script nor *Run All* goes on as if the runs were done.
+    It is a KeyboardInterrupt, so that neither a script nor *Run All* continues as if nothing had happened.
 
     Attributes:
-        runs: those that were begun, up to where they stopped.
+        runs: the runs that had begun; each has saved. Empty if the request came before the first one.
     """
 
     def __init__(self, message: str, runs: Sequence[Run]) -> None:
@@ -65,10 +65,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 def warm_up(config: Config) -> None:
-    """Start loading what runs like this one need, in the background: the first then starts sooner. Returns at once.
+    """Start loading libraries for runs like this one in the background, so that the first run starts sooner.
 
     Args:
-        config: its launcher and device decide what is loaded. It need not be able to run yet.
+        config: its launcher and device decide what is loaded. It is not checked, so it may still be incomplete.
     """
     if config.run.launcher == "local":
         from tutorial_lib.launch import local
@@ -84,9 +84,9 @@ def run(config: Config, *, on_rows: OnRows | None = None) -> Run:
     """Run or continue one training run with the launcher that the configuration names.
 
     Raises:
-        ConfigError: the configuration cannot run here; nothing was started.
+        ConfigError: the configuration cannot run here; no rank was started.
         WorkerError: a worker failed; the message is its own traceback.
-        Interrupted: Ctrl-C was pressed; the run has saved and stopped.
+        Interrupted: Ctrl-C was pressed, or a signal came before the run began. A run that had begun has saved.
     """
     return run_all([config], on_rows=on_rows)[0]
 
@@ -117,7 +117,7 @@ def reshape(source: Path, **flat: Any) -> Run:
 
 
 def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None, worker: str | None = None) -> list[Run]:
-    """Run several configurations one after the other, in one start of processes: starting is what costs.
+    """Run several configurations one after the other, in the same processes, because starting them takes longest.
 
     Args:
         configs: all ask for the same launcher, device and number of processes, and have names of their own.
@@ -125,8 +125,8 @@ def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None, worker:
         worker: with the local launcher, the module that each rank runs in place of ``tutorial_lib.launch.worker``.
 
     Raises:
-        Interrupted: Ctrl-C was pressed, or a signal came before the last run had begun. The run under way has saved
-            and stopped, and those after it were not begun.
+        Interrupted: Ctrl-C was pressed, or a signal came before the last run had begun. The run under way, if any,
+            has saved; the runs after it have not begun.
     """
     first = configs[0]
     warm_up(first)
@@ -235,7 +235,7 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 def _where_stopped(runs: Sequence[Run], configs: Sequence[Config]) -> str:
     if not runs:
-        return "stopped before the first step; nothing was trained. Run it again to start."
+        return "stopped before training began; no step was run. Run it again to start or resume."
     last = runs[-1]
     not_begun = [config.run.name for config in configs[len(runs) :]]
     more = f"; not begun: {', '.join(not_begun)}" if not_begun else ""
@@ -295,7 +295,7 @@ def _check_memory(config: Config) -> None:
 
 
 class _Watcher:
-    """Reads new rows of the runs' metrics files and hands them on, and says that an interrupt was heard."""
+    """Passes new rows of the metrics files to the caller, and tells the user that an interrupt was noticed."""
 
     def __init__(self, directories: list[RunDirectory], on_rows: OnRows | None, signals: list[int]) -> None:
         self.directories = directories

@@ -49,7 +49,7 @@ _HARMLESS = frozenset(
     "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE OMP_NUM_THREADS GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME DS_ACCELERATOR "
     "PYTHONBREAKPOINT PYTORCH_NVML_BASED_CUDA_CHECK PYTEST_CURRENT_TEST".split()
 )
-"""Environment variables that a loaded server need not know: each rank gets its own, or nothing reads them at import."""
+"""Environment variables that may change without a new server: ranks get them, or their effect, after the fork."""
 
 
 def warm_up(device: str = "cpu") -> None:
@@ -80,9 +80,12 @@ def launch(configs: Sequence[Config], poll: Callable[[], None], worker: str = WO
         )
         if failures and not _ended_by_request(failures, directories):
             raise _error(failures, outputs, directories)
+    except KeyboardInterrupt:  # the second: the first asked the ranks to save
+        server.close(patience=0)
+        raise
     finally:
         if server.is_busy:
-            # An interrupt in the middle of a message leaves nobody knowing what comes next: the server ends as well.
+            # After an interrupt the state of the message stream is unknown, so the server cannot be used again.
             server.close()
         else:
             _idle.append(server)
@@ -109,7 +112,7 @@ class _Server:
 
     def __init__(self, device: str) -> None:
         self.made_for = _state(device)
-        self.is_busy = False
+        self.is_busy = self.is_closed = False
         self._has_started = False
         self._owner = os.getpid()
         ours, theirs = socketpair()
@@ -188,14 +191,15 @@ class _Server:
         printed = self._output.read().decode(errors="replace")
         return WorkerError(f"The process that starts the ranks has died. Its output:\n{printed}")
 
-    def close(self) -> None:
-        """Ask the ranks to save and stop, if there are any, and end the server. Bounded in time."""
-        if self._owner != os.getpid():
+    def close(self, patience: float = _PEERS_SECONDS) -> None:
+        """Ask any ranks to save and stop, kill those still there after ``patience`` seconds, and end the server."""
+        if self._owner != os.getpid() or self.is_closed:
             return
+        self.is_closed = True
         self._connection.close()
         try:
             # The ranks share the server's process group: if it was killed, they save and stop all the same.
-            end = time.monotonic() + (_PEERS_SECONDS if self._has_started else 0)
+            end = time.monotonic() + (patience if self._has_started else 0)
             while time.monotonic() < end and self._is_any_alive():
                 time.sleep(0.05)
         finally:
@@ -234,7 +238,7 @@ def _take(device: str) -> _Server:
 
 
 def _state(device: str) -> dict[str, object]:
-    """What a loaded server cannot follow: our source files, and variables that libraries read at import."""
+    """Return what a server inherits or reads once. If any of it changes, a new server is needed."""
     package = Path(__file__).parents[1]
     return {
         "device": device,

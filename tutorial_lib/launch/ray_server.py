@@ -4,8 +4,8 @@ Ray starts a new interpreter for each worker, for the controller of a fit, and f
 of them torch, and the workers DeepSpeed and transformers too. This server imports all of that once, while Ray itself
 starts, and then only waits. The raylet runs ``ray_path/setup_worker.py``, which asks for a fork through a socket.
 
-The server runs no torch operation, no tokenizer and nothing of Ray: their threads do not survive a fork. It ends, and
-all that it forked with it, when the process that started it closes the pipe at its standard input, or is gone.
+The server runs no torch operation, no tokenizer and no Ray client, because their threads do not survive a fork. When
+the process that started it closes the pipe at its standard input, or ends, the server and its forks end too.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _import_ray() -> None:
 
 
 def _forks_differ() -> bool:
-    """Whether forked processes draw different identifiers. Ray's actors would take one's task for the other's."""
+    """Check that forks draw different identifiers. If not, Ray would mistake one actor's task for another's."""
     drawn = set()
     for _ in range(2):
         reading, writing = os.pipe()
@@ -134,6 +134,6 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1], sys.argv[2])
     finally:
-        if os.getpid() == _SERVER:
-            # Nobody else is left to do it if the process that started this one was killed.
-            shutil.rmtree(os.path.dirname(sys.argv[1]), ignore_errors=True)
+        if os.getpid() == _SERVER and os.getppid() != int(sys.argv[1]):
+            # The process that started this one was killed: nobody else is left to remove the socket's directory.
+            shutil.rmtree(os.path.dirname(sys.argv[2]), ignore_errors=True)

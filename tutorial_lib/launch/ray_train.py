@@ -316,8 +316,8 @@ def session(config: Config) -> Iterator[None]:
 def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
     """Run the configurations one after the other on ``dp x tp`` Ray Train workers.
 
-    Whatever this raises, a ``KeyboardInterrupt`` in the middle too: no worker of these runs is left. If the runs are
-    asked to stop before a worker has begun, it returns at once and nothing was trained.
+    Whatever it raises, even ``KeyboardInterrupt``, it first ends the workers of these runs; on somebody else's cluster,
+    Ray may take longer to end them. If the runs are asked to stop before a worker has begun, it returns untrained.
 
     Raises:
         ConfigError: the cluster does not have that many CPUs or GPUs. Ray would wait for them without end.
@@ -473,8 +473,8 @@ def _trainer_class() -> Any:
             callbacks: list[Any] = super()._create_default_callbacks()
             if not _changed_environment:
                 return callbacks
-            # It frees the slots of a controller that is gone, which on our own cluster we do. It could not: it asks a
-            # dashboard whether the controller lives, there is none, and the end of each fit waits for it.
+            # This callback frees the slots of a dead controller. On our own cluster it cannot: it asks the dashboard,
+            # which is off, and each fit would end by waiting for it. `_free_slots` does this instead.
             return [each for each in callbacks if not isinstance(each, PlacementGroupCleanerCallback)]
 
         def _initialize_and_run_controller(self, **kwargs: Any) -> Any:

@@ -2,8 +2,8 @@
 
 Importing torch, transformers and DeepSpeed takes seconds; a training run of a few steps takes one. So the process that
 launches keeps one server beside it. The server imports everything once and then only waits: it runs no torch operation
-and no tokenizer, because the threads of OpenMP, autograd and tokenizers do not survive a fork. Each run gets new
-processes, forked from here, and nothing is reused after a run.
+and no tokenizer, because the threads of OpenMP, autograd and tokenizers do not survive a fork. Each launch gets
+new processes, forked from here, and they are never reused.
 
 The two sides talk through a socket pair in pickled messages. The launching process sends ``("start", Job)`` and
 ``("signal", number)``; the server answers ``("started",)`` and, for each rank, ``("ended", rank, exit code, time)``.
@@ -115,7 +115,7 @@ def main(launcher_pid: str, descriptor: str, temperature: str) -> None:
 
 @contextmanager
 def ending_with(launcher: int) -> Iterator[None]:
-    """End this process soon after the launching one, although it is busy importing and reads no messages."""
+    """Exit soon after the launching process ends, even while imports keep this one from reading messages."""
 
     def check(*_: Any) -> None:
         if os.getppid() != launcher:
@@ -135,8 +135,8 @@ def import_everything() -> bool:
     warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
     import_modules(MODULES)
     with suppress(Exception):
-        # What libraries work out on first use, and ranks can share: a thousand regular expressions for the names of
-        # weights, and which of DeepSpeed's operators can be built here.
+        # Fill caches that every rank would otherwise fill again: a thousand regular expressions for weight names, and
+        # the list of DeepSpeed operators that can be built here.
         conversion_mapping = importlib.import_module("transformers.conversion_mapping")
         conversion_mapping.get_checkpoint_conversion_mapping("gpt2")
         _ = importlib.import_module("deepspeed.ops").__compatible_ops__
@@ -206,7 +206,7 @@ def _run_module(job: Job) -> None:
 
 
 def use_threads_of_environment() -> None:
-    """Set the number of threads as ``OMP_NUM_THREADS`` says: torch has read it at its import, before the fork."""
+    """Set torch's number of threads from ``OMP_NUM_THREADS``, which torch read only at import, before the fork."""
     threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     if "torch" in sys.modules and threads.isdecimal():
         sys.modules["torch"].set_num_threads(int(threads))

@@ -1,4 +1,4 @@
-"""What Ray's raylet runs to start a worker: it asks the warm server to fork one, which takes milliseconds.
+"""Worker start for Ray: the raylet runs this script, which asks the warm server to fork a worker.
 
 It stands in for Ray's own ``setup_worker.py``, which has the same task and arguments: put the environment variables of
 the runtime environment in place, then become the worker. Without a server, or where more than variables is asked for,
