@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import time
 import uuid
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ GRACE_SECONDS = 20
 
 # Set at import, because torch reads its thread count when it is first imported; what tests start inherits the mark.
 os.environ.update(OFFLINE | SEVERAL_PROCESSES_ON_FEW_CORES | {MARK: SESSION})
+# A shell's background jobs, and a CI's perhaps, ignore SIGINT; tests interrupt themselves and what they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Ranks import their programs from here, wherever pytest was started.
 os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
 

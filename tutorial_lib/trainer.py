@@ -588,8 +588,10 @@ def _stop_signals() -> Iterator[Callable[[], int]]:
         # Ray calls the training function in a thread, and stops it through the stop file.
         yield lambda: 0
         return
-    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    before = {number: signal.signal(number, keep) for number in signals}
+    # What is ignored stays ignored, as SIGINT is in the background of a shell.
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, keep) for number in heeded}
     try:
         yield stop_signalled
     finally:

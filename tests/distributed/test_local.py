@@ -23,6 +23,8 @@ from tutorial_lib.config import Config
 from tutorial_lib.launch import local
 from tutorial_lib.records import RunDirectory
 
+pytestmark = pytest.mark.timeout(180)
+
 TELLING = "tests.distributed.telling_worker"
 
 
@@ -137,7 +139,7 @@ def test_an_error_of_the_caller_is_shown_as_such_and_ends_the_ranks(tmp_path):
     with pytest.raises(OSError, match="of the caller"):
         local.launch([asked], fail, TELLING)
     ranks = [json.loads((tmp_path / "sleeps" / f"rank-{rank}.json").read_text())["pid"] for rank in range(2)]
-    assert not any(psutil.pid_exists(pid) for pid in ranks)
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in ranks), 5)
 
 
 # ------------------------------------------------------------------------------------------------- other programs
@@ -251,7 +253,7 @@ def test_a_second_interrupt_stops_now_and_nothing_trains_on(tmp_path):
     thread.join()
     assert time.monotonic() - began < 30
     ranks = [json.loads((tmp_path / "sleeps" / f"rank-{rank}.json").read_text())["pid"] for rank in range(2)]
-    assert not any(psutil.pid_exists(pid) for pid in ranks)
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in ranks), 5)
     assert len(tell(tmp_path, "after")) == 2
 
 

@@ -356,8 +356,10 @@ def _stop_on_signal(watched: _Watcher) -> Iterator[None]:
         # A second signal means now.
         signal.signal(number, before[signal.Signals(number)])
 
+    # What is ignored stays ignored, as SIGINT is in the background of a shell.
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    before = {number: signal.signal(number, request_stop) for number in numbers}
+    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, request_stop) for number in heeded}
     try:
         yield
     finally:
