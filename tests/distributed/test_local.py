@@ -28,6 +28,12 @@ pytestmark = pytest.mark.timeout(180)
 TELLING = "tests.distributed.telling_worker"
 
 
+@pytest.fixture
+def light(monkeypatch):
+    """Servers that import next to nothing: enough for ranks that train nothing."""
+    monkeypatch.setattr(local, "MODULES", ("tutorial_lib.records",))
+
+
 def config(storage: Path, name: str = "run", dp: int = 2, **flat) -> Config:
     settings = {"steps": 4, "global_batch": 4, "seq_length": 32, "max_examples": 16, "evaluate": False}
     return Config.create("cpu", name=name, dp=dp, storage=str(storage), launcher="local", **(settings | flat))
@@ -39,6 +45,11 @@ def tell(storage: Path, name: str = "run", dp: int = 2) -> list[dict]:
     return [json.loads((storage / name / f"rank-{rank}.json").read_text()) for rank in range(dp)]
 
 
+def have_told(run: Path) -> bool:
+    """Whether both ranks of a run have told what they are."""
+    return all((run / f"rank-{rank}.json").exists() for rank in range(2))
+
+
 def wait_until(condition, seconds: float = 30) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -46,6 +57,7 @@ def wait_until(condition, seconds: float = 30) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.usefixtures("light")
 def test_every_launch_has_new_processes_of_one_server(tmp_path):
     first, second = tell(tmp_path, "first"), tell(tmp_path, "second", dp=4)
     (server,) = {rank["parent"] for rank in first + second}
@@ -69,6 +81,7 @@ def test_ranks_are_set_up_like_new_interpreters(tmp_path, monkeypatch):
     assert [rank["threads"] for rank in cold] == [None, None], "a new interpreter imports what it needs by itself"
 
 
+@pytest.mark.usefixtures("light")
 @pytest.mark.parametrize("what", ["environment", "sources"])
 def test_a_server_that_could_not_follow_a_change_is_replaced(tmp_path, monkeypatch, what):
     before = tell(tmp_path, "before")
@@ -103,7 +116,7 @@ def way(request, monkeypatch):
     monkeypatch.setenv("TUTORIAL_LIB_WARM_WORKERS", "1" if request.param == "warm" else "0")
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("light", "way")
 def test_a_failing_rank_is_shown_in_its_own_words_and_the_server_lives_on(tmp_path):
     before = tell(tmp_path, "before")
     with pytest.raises(launch.WorkerError, match=r"could not write why. It printed:\nValueError: of ") as error:
@@ -112,12 +125,11 @@ def test_a_failing_rank_is_shown_in_its_own_words_and_the_server_lives_on(tmp_pa
     assert tell(tmp_path, "after")[0]["parent"] == before[0]["parent"]
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("light", "way")
 def test_a_server_that_is_killed_takes_its_ranks_along_and_says_so(tmp_path):
     def strike() -> None:
-        told = tmp_path / "sleeps" / "rank-1.json"
-        wait_until(told.exists)
-        os.kill(json.loads(told.read_text())["parent"], signal.SIGKILL)
+        wait_until(lambda: have_told(tmp_path / "sleeps"))
+        os.kill(json.loads((tmp_path / "sleeps" / "rank-1.json").read_text())["parent"], signal.SIGKILL)
 
     thread = threading.Thread(target=strike)
     thread.start()
@@ -129,9 +141,10 @@ def test_a_server_that_is_killed_takes_its_ranks_along_and_says_so(tmp_path):
     assert len(tell(tmp_path, "after")) == 2
 
 
+@pytest.mark.usefixtures("light")
 def test_an_error_of_the_caller_is_shown_as_such_and_ends_the_ranks(tmp_path):
     def fail() -> None:
-        wait_until((tmp_path / "sleeps" / "rank-1.json").exists)
+        wait_until(lambda: have_told(tmp_path / "sleeps"))
         raise OSError("of the caller")
 
     asked = config(tmp_path, "sleeps")
@@ -244,9 +257,9 @@ def test_one_interrupt_saves_drops_the_other_runs_and_ends_the_call(tmp_path, ca
     assert done.result["resumed_from"] == run.result["step"]
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("light", "way")
 def test_a_second_interrupt_stops_now_and_nothing_trains_on(tmp_path):
-    thread = interrupt_when((tmp_path / "sleeps" / "rank-1.json").exists, times=2)
+    thread = interrupt_when(lambda: have_told(tmp_path / "sleeps"), times=2)
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         launch.run_all([config(tmp_path, "sleeps")], worker=TELLING)

@@ -32,7 +32,7 @@ from typing import Any
 from tutorial_lib.config import Config
 from tutorial_lib.doctor import usable_cores
 from tutorial_lib.launch import _POLL_SECONDS, WorkerError, first_error, next_start
-from tutorial_lib.launch.warm_server import Job
+from tutorial_lib.launch.warm_server import MODULES, Job
 from tutorial_lib.records import RunDirectory
 
 WORKER = "tutorial_lib.launch.worker"
@@ -125,7 +125,7 @@ class _Server:
         special = {"DS_ACCELERATOR": device, "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "PYTHONPATH": path}
         with theirs:
             self._process = subprocess.Popen(
-                [*program, str(os.getpid()), str(theirs.fileno()), _temperature()],
+                [*program, str(os.getpid()), str(theirs.fileno()), *_modules()],
                 env={**os.environ, **special},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
@@ -242,7 +242,7 @@ def _state(device: str) -> dict[str, object]:
     package = Path(__file__).parents[1]
     return {
         "device": device,
-        "temperature": _temperature(),
+        "modules": _modules(),
         "sources": {str(path): path.stat().st_mtime_ns for path in package.rglob("*.py")},
         "inherited": (os.sched_getaffinity(0), os.nice(0), *map(resource.getrlimit, _LIMITS)),
         "path": tuple(sys.path),
@@ -252,8 +252,9 @@ def _state(device: str) -> dict[str, object]:
     }
 
 
-def _temperature() -> str:
-    return "cold" if os.environ.get("TUTORIAL_LIB_WARM_WORKERS") == "0" else "warm"
+def _modules() -> tuple[str, ...]:
+    """What a server imports: nothing if it is to be a cold one."""
+    return () if os.environ.get("TUTORIAL_LIB_WARM_WORKERS") == "0" else MODULES
 
 
 def _job(configs: Sequence[Config], scratch: Path, outputs: Sequence[Path], worker: str) -> Job:

@@ -10,8 +10,9 @@ The two sides talk through a socket pair in pickled messages. The launching proc
 When the launching process is gone, the socket closes: the server then asks its ranks to save and stop, waits for them,
 and ends.
 
-The launcher starts it with ``python -m tutorial_lib.launch.warm_server PID DESCRIPTOR warm|cold``: its own process id,
-and the server's end of the socket pair. A *cold* server imports nothing and starts each rank as a new interpreter.
+The launcher starts it with ``python -m tutorial_lib.launch.warm_server PID DESCRIPTOR [MODULE ...]``: its own process
+id, the server's end of the socket pair, and what to import. A *cold* server imports nothing, and starts each rank as a
+new interpreter.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -76,7 +77,7 @@ class Job:
     path: tuple[str, ...]
 
 
-def main(launcher_pid: str, descriptor: str, temperature: str) -> None:
+def main(launcher_pid: str, descriptor: str, *modules: str) -> None:
     """Serve the launching process until it is gone."""
     launcher = int(launcher_pid)
     ranks: dict[int, ForkProcess] = {}
@@ -86,7 +87,7 @@ def main(launcher_pid: str, descriptor: str, temperature: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = Connection(int(descriptor))
     with ending_with(launcher):
-        can_fork = temperature == "warm" and import_everything()
+        can_fork = bool(modules) and import_everything(modules)
     while os.getppid() == launcher:  # else somebody the launcher forked still holds its end of the socket
         # A sentinel tells the end of a forked rank at once. A new interpreter has closed it, and is looked at instead.
         sentinels = [process.sentinel for process in ranks.values()] if can_fork else []
@@ -130,16 +131,15 @@ def ending_with(launcher: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
-def import_everything() -> bool:
+def import_everything(modules: Sequence[str] = MODULES) -> bool:
     """Import what ranks need. Returns whether they can be forked from this process."""
     warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
-    import_modules(MODULES)
+    import_modules(modules)
     with suppress(Exception):
         # Fill caches that every rank would otherwise fill again: a thousand regular expressions for weight names, and
         # the list of DeepSpeed operators that can be built here.
-        conversion_mapping = importlib.import_module("transformers.conversion_mapping")
-        conversion_mapping.get_checkpoint_conversion_mapping("gpt2")
-        _ = importlib.import_module("deepspeed.ops").__compatible_ops__
+        sys.modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("gpt2")
+        _ = sys.modules["deepspeed.ops"].__compatible_ops__
     torch = sys.modules.get("torch")
     # A GPU context does not survive a fork.
     return torch is None or not torch.cuda.is_initialized()
