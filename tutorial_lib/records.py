@@ -127,7 +127,7 @@ class RunDirectory:
         return next(iter(self.errors()), None)
 
     def errors(self) -> list[dict[str, Any]]:
-        """What :meth:`write_error` has kept of this launch, earliest first."""
+        """Return the errors that :meth:`write_error` has kept of this launch, earliest first."""
         found = [json.loads(path.read_text(encoding="utf-8")) for path in self.logs.glob("rank-*.error.json")]
         return sorted(found, key=lambda record: record["time"])
 

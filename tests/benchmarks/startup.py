@@ -1,4 +1,4 @@
-"""How long a launch takes: from a warm server, and with new interpreters, in the same program and from the shell.
+"""Seconds that a launch takes: from a warm server, and with new interpreters, in the same program and from the shell.
 
 Each round starts new programs, by turns with and without the warm server. A program launches a four-step run on two
 ranks three times; the first launch includes the imports of its checks and the loading of the server.

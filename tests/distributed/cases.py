@@ -19,7 +19,7 @@ from tutorial_lib.embedded import model_directory
 from tutorial_lib.models import load_model
 
 MATRIX = os.environ.get("MATRIX") == "1"
-"""Whether every valid combination is run. ``make matrix`` sets it."""
+"""True if every valid combination is run: ``make matrix`` sets it."""
 
 STEPS = 4
 """One more than the step that is measured."""

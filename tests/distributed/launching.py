@@ -23,7 +23,7 @@ def observe(configs: Sequence[Config], worker: str = "tests.distributed.worker")
 
 
 def train_command(config: Config) -> list[str]:
-    """What to type after ``python -m`` for a run with this configuration."""
+    """Return what to type after ``python -m`` for a run with this configuration."""
     given = ["tutorial_lib", "train", "--json"]
     for name, value in config.flat().items():
         flag = name.replace("_", "-")

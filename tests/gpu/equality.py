@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from tests.distributed.launching import train_command
 from tests.gpu.cases import Cases, Setting
 from tests.gpu.data import write_rows
 from tests.gpu.training import join_group
@@ -195,14 +196,9 @@ def stop_and_go_on(setting: Setting) -> dict[str, Any]:
 
 
 def _start(setting: Setting, config: Config) -> subprocess.Popen[bytes]:
-    given = [sys.executable, "-m", "tutorial_lib", "train", "--json"]
-    for name, value in config.flat().items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            given.append(f"--{flag}" if value else f"--no-{flag}")
-        elif value not in (None, ()):
-            given += [f"--{flag}", str(value)]
-    return subprocess.Popen(given, cwd=ROOT, env=dict(os.environ), stdout=sys.stderr)
+    return subprocess.Popen(
+        [sys.executable, "-m", *train_command(config)], cwd=ROOT, env=dict(os.environ), stdout=sys.stderr
+    )
 
 
 def write_cpu_losses(setting: Setting) -> Path:

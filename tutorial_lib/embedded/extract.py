@@ -131,7 +131,7 @@ def _entry(name: str, kind: str, text: str | None) -> Iterator[Entry]:
 
 
 def _is_prose(block: str) -> bool:
-    """Whether a paragraph is sentences rather than code, a table, a heading or a grammar rule."""
+    """Check that a paragraph is sentences rather than code, a table, a heading or a grammar rule."""
     if re.search(r">>>|::=|->|[=*~^-]{4,}|[{}|]|^\s*\w+\s*=\s|\$", block, re.MULTILINE):
         return False
     letters = sum(c.isalpha() or c == " " for c in block)

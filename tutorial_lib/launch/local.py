@@ -41,7 +41,7 @@ _FATAL = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.
 """A rank killed by one of these signals cannot say why; its peers' errors are only consequences."""
 
 _PEERS_SECONDS = 10
-"""How long the other ranks may take to end after one has failed, or after an interrupt."""
+"""Seconds that the other ranks may take to end after one has failed."""
 
 _LIMITS = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
 
@@ -209,7 +209,7 @@ class _Server:
             self._output.close()
 
     def _is_any_alive(self) -> bool:
-        """Whether the server or one of its ranks is there: they are a process group."""
+        """Check for the server and its ranks, which are one process group."""
         self._process.poll()  # else a server that has ended would stay one of them
         try:
             os.killpg(self._process.pid, 0)
@@ -253,7 +253,7 @@ def _state(device: str) -> dict[str, object]:
 
 
 def _modules() -> tuple[str, ...]:
-    """What a server imports: nothing if it is to be a cold one."""
+    """Return the modules that a server is to import: none for a cold one."""
     return () if os.environ.get("TUTORIAL_LIB_WARM_WORKERS") == "0" else MODULES
 
 
@@ -279,7 +279,7 @@ def _job(configs: Sequence[Config], scratch: Path, outputs: Sequence[Path], work
 
 
 def _ended_by_request(failures: Sequence[_Failure], directories: Sequence[RunDirectory]) -> bool:
-    """Whether the ranks were asked to stop, and those that failed met the signal outside of training."""
+    """Check that the ranks were asked to stop, and that those that failed met the signal outside of training."""
     asked = any(directory.stop_file.exists() for directory in directories)
     by_signal = all(failure.exit_code in (-signal.SIGTERM, -signal.SIGUSR1) for failure in failures)
     return asked and by_signal and not any(directory.errors() for directory in directories)

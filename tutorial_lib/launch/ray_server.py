@@ -34,7 +34,7 @@ from tutorial_lib.launch.warm_server import (
 )
 
 RAYS_MODULES = ("ray.train.torch", "ray.train.v2._internal.execution.controller.controller")
-"""What the server imports when the cluster is there: Ray reads at import which cluster and job its process is for."""
+"""Modules to import when the cluster is there: Ray reads at import which cluster and job its process is for."""
 
 OF_A_CLUSTER = ("RAY_RAYLET_PID", "RAY_JOB_ID")
 """Environment variables that are read at that import, and at no other time."""

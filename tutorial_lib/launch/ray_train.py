@@ -38,7 +38,7 @@ START_TIMEOUT = 600
 """Seconds that Ray has to start the first worker. On a busy laptop it takes a minute or two."""
 
 _GROUP_START_SECONDS = 60
-"""How long Ray waits for all slots of a run at once before it counts that as a failure and tries again."""
+"""Seconds that Ray waits for all slots of a run at once before it counts that as a failure and tries again."""
 
 _SETTINGS = {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -66,10 +66,10 @@ _TOKEN = secrets.token_hex(32)
 _LEAN_PATH = str(Path(__file__).with_name("ray_path"))
 
 _END_SECONDS = 3
-"""How long the workers of an interrupted fit may take to end before they are killed."""
+"""Seconds that the workers of an interrupted fit may take to end before they are killed."""
 
 _TITLES = ("ray::TrainController", "ray::RayTrainWorker", "ray::SynchronizationActor", "ray::DatasetManager")
-"""How the titles of a fit's processes begin."""
+"""Beginnings of the titles of a fit's processes."""
 
 _changed_environment: dict[str, str | None] = {}
 
@@ -247,7 +247,8 @@ def _keeping_sigterm() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if before is not None:  # None: a handler that is not Python's
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

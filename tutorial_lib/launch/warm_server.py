@@ -43,15 +43,15 @@ MODULES = (
     *(f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "qwen2", "bloom")),
     *(f"transformers.models.{name}.tokenization_{name}" for name in ("gpt2", "qwen2")),
 )
-"""What a warm server imports. What these import inside functions is imported by each rank that needs it."""
+"""Modules that a warm server imports. Imports inside their functions are left to the ranks that need them."""
 
 _PARENT_CHECK_SECONDS, _LOOK_SECONDS = 1.0, 0.1
 
 _ORPHANS_SECONDS = 600
-"""How long ranks may take to save and stop when their launching process is gone."""
+"""Seconds that ranks may take to save and stop when their launching process is gone."""
 
 _OF_A_JOB = (signal.SIGTERM, signal.SIGUSR1)
-"""What schedulers send to every process of a job when its time is nearly up."""
+"""Signals that schedulers send to every process of a job when its time is nearly up."""
 
 _PR_SET_PDEATHSIG = 1
 
