@@ -90,7 +90,7 @@ images: $(READY) ## draw images/ anew
 	@$(PYTHON_IN) -m tutorial_lib.lab.images
 
 embedded: $(READY) ## train the embedded tiny models anew, from their seed
-	@$(PYTHON_IN) -m tutorial_lib.embedded.build
+	@$(PYTHON_IN) -m tutorial_lib.embedded.pretrain
 
 embedded-text: $(READY) ## extract the embedded text anew, which takes CPython 3.11.7
 	@$(PYTHON_IN) -m tutorial_lib.embedded.extract

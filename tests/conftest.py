@@ -72,7 +72,7 @@ def _started_by_this_session() -> Iterator[psutil.Process]:
 def _ends_with_this_process(process: psutil.Process) -> bool:
     """Check for the resource tracker and the launchers' warm servers; what is forked from a server lives on its own."""
     command = " ".join(process.cmdline())
-    helpers = ("multiprocessing.resource_tracker", "tutorial_lib.launch.warm_server", "tutorial_lib.launch.ray_server")
+    helpers = ("multiprocessing.resource_tracker", "tutorial_lib.launch.warm_server", "tutorial_lib.launch.ray.server")
     return process.ppid() == os.getpid() and any(helper in command for helper in helpers)
 
 

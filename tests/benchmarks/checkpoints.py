@@ -31,15 +31,16 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
 from tests.benchmarks.on_ranks import run_on_ranks
-from tutorial_lib import checkpoint, trainer
-from tutorial_lib.checkpoint import writing
-from tutorial_lib.checkpoint.files import sync
+from tutorial_lib import checkpoint
+from tutorial_lib.checkpoint import writer
+from tutorial_lib.checkpoint.directory import sync
 from tutorial_lib.config import Config
 from tutorial_lib.embedded import model_directory
 from tutorial_lib.launch import worker
 from tutorial_lib.mpu import Topology
 from tutorial_lib.records import RunDirectory
 from tutorial_lib.theory.memory import DEEPSPEED_FP32, FP32, checkpoint_bytes, tensor_parallel_params
+from tutorial_lib.trainer import loop as trainer
 
 RANKS = 2
 PAIRS = int(os.environ.get("TUTORIAL_LIB_BENCH_PAIRS", "5"))
@@ -179,7 +180,7 @@ class _Plain:
         return self.directory / f"{dist.get_rank()}-{number}.pt"
 
 
-class _Collected(writing.Writer):
+class _Collected(writer.Writer):
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self.states: list[Any] = []

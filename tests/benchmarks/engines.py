@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 
 from tests.benchmarks.on_ranks import run_on_ranks
-from tutorial_lib import trainer
 from tutorial_lib.config import Config
 from tutorial_lib.dataloader import build_train_loader
 from tutorial_lib.launch import worker
@@ -28,6 +27,7 @@ from tutorial_lib.measure.traffic import count_collectives
 from tutorial_lib.models import load_tokenizer
 from tutorial_lib.mpu import Topology
 from tutorial_lib.records import RunDirectory
+from tutorial_lib.trainer import loop as trainer
 
 RANKS = 2
 PAIRS = 12

@@ -22,15 +22,15 @@ import torch.nn.functional as F
 from transformers import get_scheduler
 
 from tests.benchmarks.on_ranks import run_on_ranks
-from tutorial_lib import trainer
 from tutorial_lib.config import Config
 from tutorial_lib.dataloader import build_train_loader
-from tutorial_lib.engine import DeepSpeedEngine
+from tutorial_lib.engine.deepspeed.engine import DeepSpeedEngine
 from tutorial_lib.launch import worker
 from tutorial_lib.measure.speed import time_ratio
 from tutorial_lib.models import load_tokenizer
 from tutorial_lib.mpu import Topology
 from tutorial_lib.records import RunDirectory
+from tutorial_lib.trainer import loop as trainer
 
 STAGES = (1, 3)
 FIRST = ("ours", "theirs")

@@ -11,9 +11,10 @@ import torch
 
 from tutorial_lib.config import Config
 from tutorial_lib.dataloader import build_train_loader
+from tutorial_lib.engine import build_engine
 from tutorial_lib.models import load_tokenizer
 from tutorial_lib.mpu import Topology
-from tutorial_lib.trainer import build_engine, count_tokens, token_loss_sum
+from tutorial_lib.trainer import count_tokens, token_loss_sum
 
 SEQ_LENGTH, BATCH, PAIRS = 512, 8, 7
 STEPS = {"longest": 12, "packed": 2, "max_length": 2}

@@ -29,7 +29,7 @@ PARTS = (
 
 def measure() -> dict[str, Any]:
     """Two fits of two workers that train a step each: from nothing running or imported, and with Ray there."""
-    from tutorial_lib.launch import ray_train  # imports Ray only when it starts it, which is measured
+    from tutorial_lib.launch.ray import train as ray_train  # imports Ray only when it starts it, which is measured
 
     with tempfile.TemporaryDirectory(prefix="tutorial-lib-bench-") as storage:
         with mock.patch.object(ray_train, "stop"):  # the first fit leaves Ray to the second
@@ -41,7 +41,7 @@ def measure() -> dict[str, Any]:
 
 
 def _fit(storage: Path, name: str) -> dict[str, Any]:
-    from tutorial_lib.launch import ray_train
+    from tutorial_lib.launch.ray import train as ray_train
 
     marks_file = storage / f"marks-{name}.jsonl"
     config = Config.create("cpu", launcher="ray", dp=2, steps=1, storage=str(storage), name=name)

@@ -11,11 +11,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-from tutorial_lib.checkpoint.writing import Writer
+from tutorial_lib.checkpoint.writer import Writer
 from tutorial_lib.config import Config
-from tutorial_lib.fsdp.sharding import layers_of
+from tutorial_lib.engine.fsdp.sharding import layers_of
+from tutorial_lib.engine.single import TorchEngine
 from tutorial_lib.mpu import Topology
-from tutorial_lib.torch_engine import TorchEngine
 
 
 class FSDP1Engine(TorchEngine):

@@ -21,13 +21,14 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from tutorial_lib import engine, trainer
 from tutorial_lib.config import Config
-from tutorial_lib.fsdp import weights
+from tutorial_lib.engine.deepspeed import engine
+from tutorial_lib.engine.fsdp import weights
 from tutorial_lib.launch import worker
 from tutorial_lib.measure.memory import PeakMemory
 from tutorial_lib.mpu import Topology
 from tutorial_lib.records import RunDirectory
+from tutorial_lib.trainer import loop as trainer
 
 
 def main(*arguments: str) -> None:

@@ -27,9 +27,9 @@ from tests.distributed.comparing import Observed, assert_identical
 from tests.distributed.launching import ROOT, Shell, observe, train_command
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.checkpoint import CheckpointError
-from tutorial_lib.checkpoint.files import checkpoints
+from tutorial_lib.checkpoint.directory import checkpoints
 from tutorial_lib.config import Config, ConfigError
-from tutorial_lib.launch import ray_train
+from tutorial_lib.launch.ray import train as ray_train
 from tutorial_lib.records import RunDirectory
 
 SOON = 30

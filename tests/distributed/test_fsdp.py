@@ -12,7 +12,7 @@ from tests.distributed import cases
 from tests.distributed.cases import HIDDEN, LAYERS, among_runs
 from tests.distributed.comparing import assert_equal
 from tutorial_lib.models import load_model
-from tutorial_lib.outline import model_outline
+from tutorial_lib.models.meta import model_outline
 from tutorial_lib.theory import memory, traffic
 
 

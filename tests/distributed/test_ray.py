@@ -13,7 +13,7 @@ from tests.distributed import cases, worker
 from tests.distributed.launching import ROOT
 from tutorial_lib import checkpoint, launch, trainer
 from tutorial_lib.config import ConfigError
-from tutorial_lib.launch import ray_train
+from tutorial_lib.launch.ray import train as ray_train
 from tutorial_lib.records import RunDirectory
 
 
@@ -101,7 +101,7 @@ def test_an_interrupt_leaves_no_worker_that_trains_on(cluster, directory):
         actors = actors_of_a_fit()
         assert len(actors) == 3, "a controller and two workers"
         if sys.platform == "linux":
-            assert all("tutorial_lib.launch.ray_server" in actor.parent().cmdline() for actor in actors), "forked"
+            assert all("tutorial_lib.launch.ray.server" in actor.parent().cmdline() for actor in actors), "forked"
         raise KeyboardInterrupt
 
     config = on_ray(directory).override(name="ray-interrupted", steps=1000)

@@ -18,7 +18,7 @@ from tests.distributed import cases
 from tests.distributed.comparing import assert_equal, assert_identical, compare
 from tests.distributed.test_equivalence import allowed
 from tutorial_lib import checkpoint
-from tutorial_lib.__main__ import main
+from tutorial_lib.cli import main
 from tutorial_lib.config import Config
 from tutorial_lib.records import RunDirectory
 

@@ -40,15 +40,19 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 
 from tests.distributed.fsdp1 import FSDP1Engine
 from tests.late_writes import late_writes, without_snapshot
-from tutorial_lib import agreement, checkpoint, dataloader, ds_config, trainer
+from tutorial_lib import checkpoint, dataloader
 from tutorial_lib.checkpoint.hashed_file import HashedFile
 from tutorial_lib.config import Config
 from tutorial_lib.dataloader import TrainLoader
-from tutorial_lib.dataloader.batches import Collate, StepSampler
-from tutorial_lib.launch import ray_train, worker
+from tutorial_lib.dataloader.collate import Collate, StepSampler
+from tutorial_lib.engine.deepspeed import config as ds_config
+from tutorial_lib.launch import worker
+from tutorial_lib.launch.ray import train as ray_train
 from tutorial_lib.measure.memory import StateBytes, count_allocations
 from tutorial_lib.mpu import Topology
 from tutorial_lib.records import RunDirectory
+from tutorial_lib.trainer import consistency
+from tutorial_lib.trainer import loop as trainer
 
 OBSERVATION = "observed.pt"
 
@@ -362,7 +366,7 @@ def _all_reduce_skipped(function: str, direction: str) -> Iterator[None]:
 
 @contextmanager
 def _losses_not_compared() -> Iterator[None]:
-    with mock.patch.object(agreement, "SAME_LOSS", float("inf")):
+    with mock.patch.object(consistency, "SAME_LOSS", float("inf")):
         yield
 
 
@@ -375,7 +379,7 @@ def _column_all_reduce_skipped() -> Iterator[None]:
 @contextmanager
 def _projection_left_whole() -> Iterator[None]:
     """A plan that names all projections but one pair, so that shapes still fit."""
-    from tutorial_lib import engine
+    from tutorial_lib.engine.deepspeed import engine
 
     attention = [
         {"patterns": [r".*\.[qkv]_proj\.weight$"], "partition_type": "column"},
@@ -473,7 +477,7 @@ def _losses_of_own_tokens() -> Iterator[None]:
 
 @contextmanager
 def _random_states_not_restored() -> Iterator[None]:
-    with mock.patch.object(checkpoint.saving, "_restore_random_states", lambda states, engine: None):
+    with mock.patch.object(checkpoint.saver, "_restore_random_states", lambda states, engine: None):
         yield
 
 
@@ -486,7 +490,7 @@ def _position_not_restored() -> Iterator[None]:
 @contextmanager
 def _optimizer_not_restored() -> Iterator[None]:
     """Weights come back, moments do not: what a checkpoint of the weights alone would give."""
-    from tutorial_lib.engine import DeepSpeedEngine
+    from tutorial_lib.engine.deepspeed.engine import DeepSpeedEngine
 
     def load(self: Any, directory: Path) -> None:
         self.deepspeed.load_checkpoint(str(directory), tag="engine", load_optimizer_states=False)
@@ -498,7 +502,7 @@ def _optimizer_not_restored() -> Iterator[None]:
 @contextmanager
 def _fault_in_second_save(strike: Callable[[], None]) -> Iterator[None]:
     """Rank 1 does not come back from the second checkpoint, when its files are written but the rest is not."""
-    from tutorial_lib.engine import DeepSpeedEngine
+    from tutorial_lib.engine.deepspeed.engine import DeepSpeedEngine
 
     save, saves = DeepSpeedEngine.save, []
 
@@ -515,7 +519,7 @@ def _fault_in_second_save(strike: Callable[[], None]) -> Iterator[None]:
 @contextmanager
 def _killed_in_publish() -> Iterator[None]:
     """Rank 0 is killed when its second checkpoint is complete, and still has the name that nobody reads."""
-    publish, published = checkpoint.saving.publish, []
+    publish, published = checkpoint.saver.publish, []
 
     def publishing(partial: Path, final: Path) -> None:
         published.append(final)
@@ -523,7 +527,7 @@ def _killed_in_publish() -> Iterator[None]:
             _killed()
         publish(partial, final)
 
-    with mock.patch.object(checkpoint.saving, "publish", publishing):
+    with mock.patch.object(checkpoint.saver, "publish", publishing):
         yield
 
 
@@ -535,7 +539,7 @@ def _killed_in_prune() -> Iterator[None]:
         next(doomed.rglob("*.pt")).unlink()
         _killed()
 
-    with mock.patch.object(checkpoint.files, "_discard", discarding):
+    with mock.patch.object(checkpoint.directory, "_discard", discarding):
         yield
 
 
@@ -658,7 +662,7 @@ def _read_only() -> Iterator[None]:
 
 @contextmanager
 def _trial_step_kept() -> Iterator[None]:
-    from tutorial_lib.engine import DeepSpeedEngine
+    from tutorial_lib.engine.deepspeed.engine import DeepSpeedEngine
 
     with mock.patch.object(DeepSpeedEngine, "_undo_trial_step", lambda self: None):
         yield
@@ -667,7 +671,7 @@ def _trial_step_kept() -> Iterator[None]:
 @contextmanager
 def _columns_not_moved() -> Iterator[None]:
     """GPT-2's fused columns cut as they are: the first rank gets all queries and half the keys."""
-    from tutorial_lib.fsdp import weights
+    from tutorial_lib.engine.fsdp import weights
 
     with mock.patch.object(weights, "by_rank", lambda tensor, tp: tensor):
         yield
@@ -676,7 +680,7 @@ def _columns_not_moved() -> Iterator[None]:
 @contextmanager
 def _whole_gradients_counted_twice() -> Iterator[None]:
     """Gradients that every tensor-parallel rank holds enter the norm once per rank."""
-    from tutorial_lib.fsdp import sharding
+    from tutorial_lib.engine.fsdp import sharding
 
     with mock.patch.object(sharding, "copies", lambda gradient, world_size: 1):
         yield
@@ -684,7 +688,7 @@ def _whole_gradients_counted_twice() -> Iterator[None]:
 
 @contextmanager
 def _slopes_of_the_first_heads() -> Iterator[None]:
-    from tutorial_lib.fsdp import tensor_parallel
+    from tutorial_lib.engine.fsdp import tensor_parallel
 
     def unsliced(model: Any, mesh: Any) -> None:
         heads = model.config.n_head // mesh.size()

@@ -15,8 +15,8 @@ from tests.gpu.cases import Cases, Setting, clear_memory
 from tests.gpu.older_versions import adapt
 from tests.gpu.training import engine_of, full_rows, time_steps, write_model
 from tests.gpu.workshop import Model, configure, measured_peak, predict, utilisations
+from tutorial_lib.engine import Engine
 from tutorial_lib.measure.memory import peak_memory, reset_peak_memory
-from tutorial_lib.trainer import Engine
 
 ONE_BILLION = {"n_embd": 2048, "n_layer": 18, "n_head": 16, "vocab_size": 32_000, "n_positions": 1024}
 TINY = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 2048, "n_positions": 32}

@@ -25,7 +25,7 @@ from tests.gpu.cases import Cases, Setting
 from tests.gpu.data import write_rows
 from tests.gpu.training import join_group
 from tutorial_lib import checkpoint, trainer
-from tutorial_lib.__main__ import DONE, STOPPED
+from tutorial_lib.cli import DONE, STOPPED
 from tutorial_lib.config import Config
 from tutorial_lib.records import RunDirectory
 
@@ -162,7 +162,7 @@ def _same_states(one: Config, other: Config) -> bool:
 
 def parameters_of(config: Config) -> list[tuple[str, Any]]:
     """Return names and empty tensors of the model's parameters."""
-    from tutorial_lib.outline import model_outline
+    from tutorial_lib.models.meta import model_outline
 
     return list(model_outline(config).named_parameters())
 

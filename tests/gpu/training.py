@@ -18,9 +18,10 @@ from torch import Tensor
 from tests.gpu.cases import AT_END, Setting
 from tutorial_lib.config import Config
 from tutorial_lib.embedded import model_directory
-from tutorial_lib.launch.joined import process_group
+from tutorial_lib.engine import Engine, build_engine
+from tutorial_lib.launch.torchrun import process_group
 from tutorial_lib.mpu import Topology
-from tutorial_lib.trainer import Engine, build_engine, count_tokens, token_loss_sum
+from tutorial_lib.trainer import count_tokens, token_loss_sum
 
 DENSE_BF16_PEAK = {"H100": 989e12, "H200": 989e12}
 """Dense FLOP/s of the SXM modules, from NVIDIA's data sheets. PCIe and NVL cards match the names but are slower."""

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from tutorial_lib.agreement import RanksDisagree, check_batches, check_losses, gather
 from tutorial_lib.mpu import Topology
+from tutorial_lib.trainer.consistency import RanksDisagree, check_batches, check_losses, gather
 
 GRID = Topology(dp=2, tp=2, rank=0)
 

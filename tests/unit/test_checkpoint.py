@@ -21,10 +21,10 @@ import torch
 from tests.distributed.cases import MODELS, small_model
 from tests.late_writes import late_writes, without_snapshot
 from tutorial_lib import checkpoint, launch
-from tutorial_lib.checkpoint import CheckpointError, Writer, continuing, exporting, files, saving
+from tutorial_lib.checkpoint import CheckpointError, Writer, compatibility, directory, exporter, saver
 from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.engine.single import TorchEngine
 from tutorial_lib.records import RunDirectory
-from tutorial_lib.torch_engine import TorchEngine
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,7 +49,7 @@ def make_checkpoint(run, step, **trainer):
     path = checkpoint.directory_of(run, step)
     path.mkdir()
     (path / "trainer.json").write_text(json.dumps({"format": 2, "step": step, "record": {}} | trainer))
-    listed = {"trainer.json": files.digest(path / "trainer.json")}
+    listed = {"trainer.json": directory.digest(path / "trainer.json")}
     (path / checkpoint.MANIFEST).write_text(json.dumps({"format": 2, "files": listed}))
     return path
 
@@ -255,7 +255,7 @@ def test_a_checkpoint_of_format_1_is_still_read(halved, whole):
     del trainer["identity"]
     (path / "trainer.json").write_text(json.dumps(trainer | {"format": 1}))
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"]["trainer.json"] = files.digest(path / "trainer.json")
+    manifest["files"]["trainer.json"] = directory.digest(path / "trainer.json")
     (path / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
     run = launch.run(halved.config.override(stop_after=None))
     assert (run.result["resumed_from"], run.result["left_out"]) == (4, [])
@@ -401,7 +401,7 @@ def test_only_an_error_of_the_runs_own_storage_is_told_as_one(tmp_path, monkeypa
     run = RunDirectory(tmp_path / "run")
     run.create()
     if refused:
-        monkeypatch.setattr(continuing, "_refusal", lambda directory: refused)
+        monkeypatch.setattr(compatibility, "_refusal", lambda directory: refused)
     error = OSError(number, os.strerror(number), str(tmp_path / name) if isinstance(name, str) else name)
     found = checkpoint.storage_failure(run, error)
     assert re.search(expected, str(found)) if expected else found is None
@@ -510,8 +510,8 @@ def test_a_large_export_has_several_files_and_loads_the_same(whole, tmp_path):
     }
     inputs = torch.arange(24).view(2, 12)
     logits = []
-    for directory in (one, several):
-        model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    for export in (one, several):
+        model, info = AutoModelForCausalLM.from_pretrained(export, output_loading_info=True)
         assert not any(info.values()), info
         assert all(parameter.equal(weights(whole)[name]) for name, parameter in model.named_parameters())
         with torch.no_grad():
@@ -526,7 +526,7 @@ def test_an_export_that_is_interrupted_leaves_nothing_that_looks_whole(whole, tm
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(exporting, "_describe", killed)
+        patch.setattr(exporter, "_describe", killed)
         with pytest.raises(KeyboardInterrupt):
             checkpoint.export(path, target)
     assert [p.name for p in tmp_path.iterdir()] == [".exported.partial"]
@@ -544,7 +544,7 @@ _PEAKS = """
 import json, sys, threading
 from pathlib import Path
 from tutorial_lib import checkpoint
-from tutorial_lib.checkpoint import exporting
+from tutorial_lib.checkpoint import exporter
 
 def anonymous():
     status = Path("/proc/self/status").read_text()
@@ -565,8 +565,8 @@ def rise(source, target):
 small, large, target = sys.argv[1:]
 rise(small, target + "-small")  # imports, and what libraries keep
 peaks = [rise(large, target + "-streamed")]
-read = exporting._read
-exporting._read = lambda *given: iter([tensor.clone() for tensor in read(*given)])
+read = exporter._read
+exporter._read = lambda *given: iter([tensor.clone() for tensor in read(*given)])
 print(json.dumps([*peaks, rise(large, target + "-at-once")]))
 """
 
@@ -602,11 +602,11 @@ def test_random_states_come_back(tmp_path):
         device = torch.device("cpu")
 
     draw()
-    states = saving._random_states(Engine)
+    states = saver._random_states(Engine)
     torch.save(states, tmp_path / "states.pt")
     expected = draw()
     draw()
-    saving._restore_random_states(torch.load(tmp_path / "states.pt", weights_only=True), Engine)
+    saver._restore_random_states(torch.load(tmp_path / "states.pt", weights_only=True), Engine)
     assert draw() == expected
 
 

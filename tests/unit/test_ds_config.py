@@ -11,8 +11,8 @@ from deepspeed.runtime.zero.offload_config import (
 )
 from transformers import AutoConfig
 
-from tutorial_lib import ds_config
 from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.engine.deepspeed import config as ds_config
 from tutorial_lib.models import load_config
 
 SHIPPED = sorted(path.stem for path in ds_config.DIRECTORY.glob("*.json"))

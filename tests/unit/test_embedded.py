@@ -34,10 +34,10 @@ from tutorial_lib.embedded import (
     dataset_directory,
     model_directory,
 )
-from tutorial_lib.embedded.build import SAMPLE, sample_loss
 from tutorial_lib.embedded.corpora import NEWS_LABELS, rows
 from tutorial_lib.embedded.documents import SPLITS, TEXT, documents
 from tutorial_lib.embedded.extract import pack
+from tutorial_lib.embedded.pretrain import SAMPLE, sample_loss
 
 ROOT = Path(__file__).parents[2]
 

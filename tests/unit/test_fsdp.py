@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.embedded import MODEL_NAMES, model_directory
-from tutorial_lib.fsdp import tensor_parallel, weights
-from tutorial_lib.fused import by_part, by_rank, is_fused_by_part
+from tutorial_lib.engine.fsdp import tensor_parallel, weights
 from tutorial_lib.models import build_model
-from tutorial_lib.outline import model_outline, weight_files
+from tutorial_lib.models.fused_qkv import by_part, by_rank, is_fused_by_part
+from tutorial_lib.models.meta import model_outline, weight_files
 
 
 def test_columns_by_rank_are_those_of_the_picture():

@@ -12,8 +12,8 @@ import pytest
 
 from tests.unit.test_checkpoint import STEPS, assert_same, config, flip_a_bit, make_checkpoint, model, whole  # noqa: F401
 from tutorial_lib import checkpoint, launch
-from tutorial_lib.__main__ import main
-from tutorial_lib.checkpoint import files
+from tutorial_lib.checkpoint import directory
+from tutorial_lib.cli import main
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.mpu import Topology
 from tutorial_lib.records import RunDirectory, remove_runs
@@ -70,7 +70,7 @@ def test_nothing_else_is_ever_deleted(run):
     checkpoint.clear_remains(run)
     assert names(run) == sorted([*others, "note.txt", *steps(3)])
     with pytest.raises(ValueError, match="not named as a checkpoint"):
-        files.delete(run.checkpoints / "mine")
+        directory.delete(run.checkpoints / "mine")
 
 
 def test_a_damaged_checkpoint_does_not_count_as_kept(run):
@@ -94,7 +94,7 @@ def test_the_best_that_is_damaged_gives_way_to_the_best_that_is_whole(run):
     for step, loss in enumerate((2.0, 1.0, 3.0, 4.0), 1):
         path = make_checkpoint(run, step, record={"eval_loss": loss})
         (path / "more").write_text("more")
-        listed = {name: files.digest(path / name) for name in ("trainer.json", "more")}
+        listed = {name: directory.digest(path / name) for name in ("trainer.json", "more")}
         (path / "manifest.json").write_text(json.dumps({"format": 2, "files": listed}))
     (checkpoint.directory_of(run, 2) / "more").write_text("less")
     pruner(run, keep_last=1, keep_best=True).prune(checkpoint.directory_of(run, 4))
@@ -104,14 +104,14 @@ def test_the_best_that_is_damaged_gives_way_to_the_best_that_is_whole(run):
 @pytest.fixture
 def unreadable(monkeypatch):
     """Steps whose files the storage does not give at the moment."""
-    steps_of_none, digest = set(), files.digest
+    steps_of_none, digest = set(), directory.digest
 
     def failing(path):
-        if files.step_of(path.parent) in steps_of_none:
+        if directory.step_of(path.parent) in steps_of_none:
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
         return digest(path)
 
-    monkeypatch.setattr(files, "digest", failing)
+    monkeypatch.setattr(directory, "digest", failing)
     return steps_of_none
 
 
@@ -161,14 +161,14 @@ def test_what_a_newer_version_has_written_neither_counts_nor_goes(run):
 def test_a_manifest_that_cannot_be_read_is_not_one_that_is_missing(run):
     path = make_checkpoint(run, 1)
     (path / "manifest.json").unlink()
-    assert not isinstance(files.damage(path), files.Unreadable)
+    assert not isinstance(directory.damage(path), directory.Unreadable)
     (path / "manifest.json").mkdir()
-    assert isinstance(files.damage(path), files.Unreadable)
+    assert isinstance(directory.damage(path), directory.Unreadable)
 
 
 def test_a_save_killed_before_its_last_rename_is_completed_and_others_are_removed(run):
     finals = [make_checkpoint(run, step) for step in (1, 2, 3)]
-    partials = [files.partial_of(final) for final in finals]
+    partials = [directory.partial_of(final) for final in finals]
     for final, partial in zip(finals, partials, strict=True):
         final.rename(partial)
     (partials[1] / "manifest.json").unlink()
@@ -176,7 +176,7 @@ def test_a_save_killed_before_its_last_rename_is_completed_and_others_are_remove
     (run.checkpoints / ".partial-step-00000004").mkdir()
     checkpoint.clear_remains(run)
     assert names(run) == steps(1, 3)
-    assert files.partial_of(finals[0]) != partials[0], "what outlives a start writes into another one"
+    assert directory.partial_of(finals[0]) != partials[0], "what outlives a start writes into another one"
 
 
 def test_a_deletion_that_is_interrupted_leaves_nothing_that_looks_like_a_checkpoint(run, monkeypatch):
@@ -188,7 +188,7 @@ def test_a_deletion_that_is_interrupted_leaves_nothing_that_looks_like_a_checkpo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "_discard", killed)
+        patch.setattr(directory, "_discard", killed)
         with pytest.raises(KeyboardInterrupt):
             pruner(run, keep_last=1).prune(checkpoint.directory_of(run, 2))
     remains, *seen = names(run)
@@ -212,7 +212,7 @@ def test_pruning_does_not_wait_until_files_are_gone(run, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", slow)
         assert pruner(run, keep_last=1).prune(checkpoint.directory_of(run, 2)) == steps(1)
-        assert [path.name for path in files.checkpoints(run)] == steps(2)
+        assert [path.name for path in directory.checkpoints(run)] == steps(2)
         assert len(list(run.checkpoints.iterdir())) == 2, "the room is not free yet"
         may_delete.set()
         checkpoint.finish_deletions()
@@ -225,7 +225,7 @@ def test_a_run_that_prunes_is_the_run_that_keeps_all(whole, model, tmp_path):  #
     run = launch.run(settings)
     assert_same(run, whole)
     losses = {
-        path.name: loss for path, loss in checkpoint.pruning.eval_losses(files.checkpoints(run.directory)).items()
+        path.name: loss for path, loss in checkpoint.retention.eval_losses(directory.checkpoints(run.directory)).items()
     }
     assert run.result["eval_loss"] == losses[steps(STEPS)[0]]
     assert {*steps(6, 7)} <= losses.keys()
@@ -235,7 +235,7 @@ def test_a_run_that_prunes_is_the_run_that_keeps_all(whole, model, tmp_path):  #
 def test_a_run_that_is_asked_to_stop_saves_without_evaluating_first(model, tmp_path, monkeypatch):  # noqa: F811
     import signal
 
-    from tutorial_lib.torch_engine import TorchEngine
+    from tutorial_lib.engine.single import TorchEngine
 
     update = TorchEngine.step
     monkeypatch.setattr(TorchEngine, "step", lambda self: signal.raise_signal(signal.SIGTERM) or update(self))

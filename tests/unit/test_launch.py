@@ -15,7 +15,7 @@ import torch
 
 from tests.distributed.launching import observe
 from tutorial_lib import launch
-from tutorial_lib.__main__ import main
+from tutorial_lib.cli import main
 from tutorial_lib.config import Config, ConfigError
 
 ONE_PROCESS = ["--engine", "torch", "--dp", "1", "--launcher", "none"]
@@ -242,7 +242,7 @@ def test_signal_handlers_are_put_back(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_saves_at_the_next_step_and_stops(tmp_path, monkeypatch, number):
-    from tutorial_lib.torch_engine import TorchEngine
+    from tutorial_lib.engine.single import TorchEngine
 
     update, steps = TorchEngine.step, []
 

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tutorial_lib.config import ConfigError
 from tutorial_lib.embedded import MODEL_NAMES, model_directory
-from tutorial_lib.models import (
+from tutorial_lib.models.loading import (
     check_sequence_length,
     check_tensor_parallel,
     count_parameters,
@@ -301,7 +301,7 @@ STAGE_3 = """
 import sys, torch, deepspeed
 from transformers.integrations import HfDeepSpeedConfig
 from tutorial_lib.embedded import MODEL_NAMES
-from tutorial_lib.models import count_parameters, load_config, load_model
+from tutorial_lib.models.loading import count_parameters, load_config, load_model
 
 options = [{}, {"random_init": True, "seed": 5}]
 plain = {(n, i): load_model(n, **o) for n in MODEL_NAMES for i, o in enumerate(options)}

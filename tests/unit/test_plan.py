@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from tutorial_lib.__main__ import main
+from tutorial_lib.cli import main
+from tutorial_lib.cli.plan import from_config
 from tutorial_lib.config import ConfigError
-from tutorial_lib.plan import from_config
 from tutorial_lib.theory import memory, traffic
 from tutorial_lib.theory.dimensions import PUBLISHED, Dimensions, derive
 from tutorial_lib.theory.layouts import FSDP_STRATEGIES, Cluster, Workload, layouts
@@ -426,7 +426,7 @@ def test_an_uncounted_family_is_refused() -> None:
 
 def test_planning_a_size_imports_neither_torch_nor_transformers() -> None:
     program = (
-        "import sys; from tutorial_lib.__main__ import main; code = main(sys.argv[1:])\n"
+        "import sys; from tutorial_lib.cli import main; code = main(sys.argv[1:])\n"
         "assert code == 0 and not {'torch', 'transformers', 'numpy', 'deepspeed'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program, *USUAL], check=True, capture_output=True)

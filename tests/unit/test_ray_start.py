@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from tutorial_lib.config import Config, ConfigError
-from tutorial_lib.launch import WorkerError, ray_train
-from tutorial_lib.launch.ray_path import setup_worker
+from tutorial_lib.launch import WorkerError
+from tutorial_lib.launch.ray import train as ray_train
+from tutorial_lib.launch.ray.path import setup_worker
 from tutorial_lib.records import RunDirectory
 
 

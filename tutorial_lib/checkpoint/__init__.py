@@ -15,7 +15,7 @@ pickles, FSDP2's ``.metadata`` among them: unpickling runs code, so only load ch
 The manifest protects against damage, not against forgery.
 """
 
-from tutorial_lib.checkpoint.continuing import (
+from tutorial_lib.checkpoint.compatibility import (
     check_continues,
     check_same_run,
     check_storage,
@@ -23,8 +23,7 @@ from tutorial_lib.checkpoint.continuing import (
     shape,
     storage_failure,
 )
-from tutorial_lib.checkpoint.exporting import export
-from tutorial_lib.checkpoint.files import (
+from tutorial_lib.checkpoint.directory import (
     MANIFEST,
     CheckpointError,
     LeftOut,
@@ -38,12 +37,13 @@ from tutorial_lib.checkpoint.files import (
     read_trainer_state,
     verify,
 )
+from tutorial_lib.checkpoint.exporter import export
+from tutorial_lib.checkpoint.formats import LAYOUT, MOMENTS, Whole, open_whole
 from tutorial_lib.checkpoint.lock import check_free, held_for_launch, held_for_training
-from tutorial_lib.checkpoint.pruning import Pruner
-from tutorial_lib.checkpoint.reshaping import checkpoint_of, reshaped_config, staged
-from tutorial_lib.checkpoint.saving import Progress, Save, load, save
-from tutorial_lib.checkpoint.whole import LAYOUT, MOMENTS, Whole, open_whole
-from tutorial_lib.checkpoint.writing import Writer, make_stager
+from tutorial_lib.checkpoint.reshape import checkpoint_of, reshaped_config, staged
+from tutorial_lib.checkpoint.retention import Pruner
+from tutorial_lib.checkpoint.saver import Progress, Save, load, save
+from tutorial_lib.checkpoint.writer import Writer, make_stager
 
 __all__ = [
     "LAYOUT",

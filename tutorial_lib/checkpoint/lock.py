@@ -18,7 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from tutorial_lib.checkpoint.files import agreed
+from tutorial_lib.checkpoint.directory import agreed
 from tutorial_lib.config import ConfigError
 from tutorial_lib.mpu import Topology
 from tutorial_lib.records import RunDirectory

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from tutorial_lib.config import Config, ConfigError
-from tutorial_lib.dataloader.batches import Batch, Collate, Examples, StepSampler
+from tutorial_lib.dataloader.collate import Batch, Collate, Examples, StepSampler
 from tutorial_lib.dataloader.rows import load_rows
 from tutorial_lib.dataloader.tokens import tokenize_rows
 

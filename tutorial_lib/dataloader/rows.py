@@ -76,7 +76,7 @@ def _no_retries_without_a_hub(source: str) -> Iterator[None]:
 
     Data sets that are in its cache load either way.
     """
-    from tutorial_lib.models import hub_reachable  # loads transformers, which local data does not need
+    from tutorial_lib.models.loading import hub_reachable  # loads transformers, which local data does not need
 
     offline = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = offline or not (Path(source).is_dir() or hub_reachable())

@@ -75,7 +75,7 @@ def warm_up(config: Config) -> None:
 
         local.warm_up(config.run.device)
     elif config.run.launcher == "ray":
-        from tutorial_lib.launch import ray_train
+        from tutorial_lib.launch.ray import train as ray_train
 
         ray_train.warm_up(config)
 
@@ -167,7 +167,7 @@ def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None, worker:
         earlier = [_stamp(directory.result_file) for directory in directories]
         held.enter_context(_stop_on_signal(watched))
         if first.run.launcher == "ray":
-            from tutorial_lib.launch.ray_train import launch
+            from tutorial_lib.launch.ray.train import launch
 
             launch(configs, watched.poll)
         elif first.run.launcher == "local":
@@ -175,7 +175,7 @@ def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None, worker:
 
             local.launch(configs, watched.poll, worker or local.WORKER)
         else:
-            from tutorial_lib.launch.joined import launch as join
+            from tutorial_lib.launch.torchrun import launch as join
 
             begun = join(configs)
         watched.poll()
@@ -200,8 +200,8 @@ def preflight(config: Config) -> Config:
     """
     from tutorial_lib.checkpoint import check_continues, check_free, check_storage, latest
     from tutorial_lib.dataloader import load_rows
-    from tutorial_lib.ds_config import apply_file
-    from tutorial_lib.ds_config import check_tensor_parallel as check_autotp
+    from tutorial_lib.engine.deepspeed.config import apply_file
+    from tutorial_lib.engine.deepspeed.config import check_tensor_parallel as check_autotp
     from tutorial_lib.models import check_sequence_length, check_tensor_parallel, load_config
 
     config = apply_file(config).with_absolute_paths()

@@ -35,9 +35,9 @@ from typing import Any
 
 MODULES = (
     "tutorial_lib.launch.worker",
-    "tutorial_lib.torch_engine",
-    "tutorial_lib.fsdp",
-    "tutorial_lib.engine",
+    "tutorial_lib.engine.single",
+    "tutorial_lib.engine.fsdp",
+    "tutorial_lib.engine.deepspeed.engine",
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.utils.pin_memory",
     *(f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "qwen2", "bloom")),

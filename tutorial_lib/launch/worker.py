@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tutorial_lib.config import Config
-from tutorial_lib.launch.joined import process_group
+from tutorial_lib.launch.torchrun import process_group
 from tutorial_lib.trainer import train_all
 
 

@@ -10,7 +10,7 @@ import pytest
 from tutorial_lib.config import ConfigError
 from tutorial_lib.dataloader import load_rows
 from tutorial_lib.embedded import DATASET_NAMES
-from tutorial_lib.models import hub_reachable
+from tutorial_lib.models.loading import hub_reachable
 
 from .conftest import write_jsonl
 

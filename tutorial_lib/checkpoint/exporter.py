@@ -1,0 +1,122 @@
+"""A checkpoint's weights as a Hugging Face directory, a parameter at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tutorial_lib.checkpoint.directory import sync
+from tutorial_lib.checkpoint.formats import Whole, open_whole
+from tutorial_lib.config import ConfigError
+
+MAX_SHARD_SIZE = "50GB"
+"""Where transformers' ``save_pretrained`` begins a new file."""
+
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+           torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+           torch.bool: "BOOL"}  # fmt: skip
+"""As safetensors names them."""
+
+
+def export(path: Path, target: Path, max_shard_size: str = MAX_SHARD_SIZE) -> Path:
+    """Write a checkpoint's weights as a Hugging Face directory that ``from_pretrained`` loads.
+
+    One process, no GPU: the shards of any ZeRO stage, of FSDP2 and of any tensor-parallel size are merged on the CPU.
+    Under mixed precision the fp32 master weights are exported, not their 16-bit copies. However large the model is, the
+    process holds no more of it than about twice its largest parameter: pieces, and what is made of them. The directory
+    appears under its name when all is in it and on the disk.
+
+    Args:
+        path: the checkpoint.
+        target: a new directory.
+        max_shard_size: largest file of weights, such as ``"5GB"``; a parameter that is larger has a file of its own.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+        ConfigError: ``target`` already holds something, or the size cannot be read.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target} is not empty. Name a new directory for the export.")
+    whole = open_whole(path)
+    buffers = whole.buffers()
+    outlines = {name: torch.empty(whole.shapes[name], device="meta") for name in whole.names}
+    outlines |= {name: buffer.to("meta") for name, buffer in buffers.items()}
+    files = _files(outlines, max_shard_size)
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    partial.mkdir(parents=True)
+    for file, names in files.items():
+        _write_safetensors(partial / file, {name: outlines[name] for name in names}, _read(whole, buffers, names))
+    if len(files) > 1:
+        index = {
+            "metadata": {"total_size": sum(t.numel() * t.element_size() for t in outlines.values())},
+            "weight_map": {name: file for file, names in files.items() for name in names},
+        }
+        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    _describe(path / "model", partial)
+    for written in [*partial.rglob("*"), partial]:
+        sync(written)
+    os.replace(partial, target)
+    sync(target.parent)
+    return target
+
+
+def _files(outlines: dict[str, Tensor], max_shard_size: str) -> dict[str, list[str]]:
+    """Which file has which tensors: as ``save_pretrained`` shares them out."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    pattern = "model{suffix}.safetensors"
+    try:
+        split = split_torch_state_dict_into_shards(outlines, filename_pattern=pattern, max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise ConfigError(f"max_shard_size={max_shard_size!r} is no size: write one such as '5GB'.") from error
+    return dict(split.filename_to_tensors)
+
+
+def _read(whole: Whole, buffers: dict[str, Tensor], names: list[str]) -> Iterator[Tensor]:
+    for name in names:
+        yield buffers[name] if name in buffers else whole.parameter(name)
+
+
+def _write_safetensors(path: Path, outlines: dict[str, Tensor], tensors: Iterator[Tensor]) -> None:
+    """Write a file whose tensors need not be in memory together, as ``safetensors.torch.save_file`` wants them.
+
+    The format: the header's length in 8 bytes, the header (JSON), and the tensors' bytes one after another.
+
+    Source: https://github.com/huggingface/safetensors#format
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, outline in outlines.items():
+        begin, end = end, end + outline.numel() * outline.element_size()
+        header[name] = {
+            "dtype": _DTYPES[outline.dtype], "shape": list(outline.shape), "data_offsets": [begin, end]
+        }  # fmt: skip
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _describe(model: Path, target: Path) -> None:
+    """Configuration, generation settings and tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(model)
+    config.use_cache = True  # off while training; whoever loads the export wants to generate
+    config.dtype = "float32"
+    with torch.device("meta"):
+        outline = AutoModelForCausalLM.from_config(config)
+    outline.config.architectures = [type(outline).__name__]
+    outline.config.save_pretrained(target)
+    if outline.can_generate():
+        outline.generation_config.save_pretrained(target)
+    AutoTokenizer.from_pretrained(model).save_pretrained(target)

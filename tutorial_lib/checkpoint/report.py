@@ -1,0 +1,191 @@
+"""What a checkpoint, or a run's row of them, holds: who wrote it, what lies in which file, and whether it is whole.
+
+Nothing is unpickled: names, sizes and JSON tell it all, so that a checkpoint of unknown origin can be looked at.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from tutorial_lib.checkpoint.directory import (
+    MANIFEST,
+    CheckpointError,
+    checkpoints,
+    file_damage,
+    read_manifest,
+    read_trainer_state,
+    step_of,
+)
+from tutorial_lib.config import ConfigError
+from tutorial_lib.records import RunDirectory
+
+WEIGHTS, OPTIMIZER = "weights", "optimizer"
+OPTIMIZER_AND_MASTERS = "optimizer and fp32 weights"
+WEIGHTS_AND_OPTIMIZER = "weights and optimizer"
+SHAPES = "shapes and buffers"
+POSITION = "random states and data position"
+MODEL = "model configuration and tokenizer"
+INDEX = "index of the shards"
+RECORD, SCRIPTS = "record", "scripts that DeepSpeed adds"
+
+_SHOWN = ("model", "dataset", "engine", "dp", "tp", "zero_stage", "sharding", "offload", "precision")
+_OF_ENGINE = {"zero_stage": "deepspeed", "sharding": "fsdp"}
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """Everything about a checkpoint, or about a run's checkpoints, as JSON would hold it.
+
+    Raises:
+        ConfigError: the path is neither.
+    """
+    if (path / "checkpoints").is_dir():
+        return inspect_run(RunDirectory(path))
+    if not any((path / name).exists() for name in (MANIFEST, "trainer.json", "engine")):
+        raise ConfigError(f"{path} is neither a checkpoint nor the directory of a run that has one.")
+    return inspect_checkpoint(path)
+
+
+def inspect_run(run: RunDirectory) -> dict[str, Any]:
+    """A run's checkpoints, the oldest first, with the newest whole one and the one of the lowest evaluation loss."""
+    rows = []
+    for path in checkpoints(run):
+        full = inspect_checkpoint(path)
+        kept = ("step", "written", "bytes", "eval_loss", "whole", "damage")
+        rows.append({"checkpoint": path.name, **{name: full[name] for name in kept}})
+    whole = [row for row in rows if row["whole"]]
+    evaluated = [row for row in whole if row["eval_loss"] is not None]
+    return {
+        "run": str(run.path),
+        "checkpoints": rows,
+        "newest": whole[-1]["checkpoint"] if whole else None,
+        "best": min(evaluated, key=lambda row: row["eval_loss"])["checkpoint"] if evaluated else None,
+    }
+
+
+def inspect_checkpoint(path: Path) -> dict[str, Any]:
+    """Who wrote a checkpoint, what lies in its files, and what is damaged. Reads every byte."""
+    damage: list[str] = []
+    trainer: dict[str, Any] = {}
+    listed: dict[str, dict[str, Any]] = {}
+    try:
+        listed = read_manifest(path)
+    except CheckpointError as error:
+        damage.append(str(error))
+    try:
+        trainer = read_trainer_state(path)
+    except CheckpointError as error:
+        damage.append(str(error))
+    there = {str(p.relative_to(path)): p.stat().st_size for p in path.rglob("*") if p.is_file() and p.name != MANIFEST}
+    damaged = {name: found for name, entry in sorted(listed.items()) if (found := file_damage(path / name, entry))}
+    damage += map(str, damaged.values())
+    settings = trainer.get("config", {})
+    files = [
+        {
+            "file": name,
+            **_what(name, settings),
+            "bytes": there.get(name, 0),
+            "state": _state(name in there, name in listed, name in damaged),
+        }
+        for name in sorted({*there, *listed})
+    ]
+    parts: dict[str, int] = {}
+    by_rank: dict[int, int] = {}
+    for file in files:
+        parts[file["what"]] = parts.get(file["what"], 0) + file["bytes"]
+        by_rank[file["rank"]] = by_rank.get(file["rank"], 0) + file["bytes"]
+    return {
+        "checkpoint": str(path),
+        "step": trainer.get("step", step_of(path) if path.name.startswith("step-") else None),
+        "format": trainer.get("format"),
+        "written": trainer.get("written"),
+        "versions": trainer.get("versions"),
+        "settings": _shown(settings),
+        "eval_loss": trainer.get("record", {}).get("eval_loss"),
+        "whole": not damage,
+        "damage": damage,
+        "bytes": sum(file["bytes"] for file in files),
+        "parts": parts,
+        "ranks": {str(rank): by_rank[rank] for rank in sorted(by_rank)},
+        "files": files,
+    }
+
+
+def _shown(settings: dict[str, Any]) -> dict[str, Any]:
+    """The shape of the command that wrote it. Of a path its last part alone: the rest may tell a user's name."""
+    named = {name: settings[name] for name in _SHOWN if name in settings}
+    return {
+        name: Path(value).name if name in ("model", "dataset") and Path(value).is_absolute() else value
+        for name, value in named.items()
+        if _OF_ENGINE.get(name, settings["engine"]) == settings["engine"]
+    }
+
+
+def _state(there: bool, listed: bool, damaged: bool) -> str:
+    if not there:
+        return "missing"
+    if not listed:
+        return "not in the manifest"
+    return "damaged" if damaged else "whole"
+
+
+def _what(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Which rank wrote a file, and what it holds, by the names that each engine gives."""
+    tp, stage = settings.get("tp", 1), settings.get("zero_stage", 0)
+    if found := re.fullmatch(r"rank-(\d+)\.pt", name):
+        return {"rank": int(found[1]), "what": POSITION}
+    if found := re.search(r"__(\d+)_\d+\.distcp$", name):
+        return {"rank": int(found[1]), "what": WEIGHTS_AND_OPTIMIZER}
+    if found := re.search(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_(model|optim)_states\.pt$", name):
+        rank = int(found[1]) * tp + int(found[2])
+        return {"rank": rank, "what": OPTIMIZER_AND_MASTERS if found[3] == "optim" else SHAPES}
+    if found := re.search(r"mp_rank_(\d+)_model_states\.pt$", name):
+        return {"rank": int(found[1]), "what": WEIGHTS if stage else WEIGHTS_AND_OPTIMIZER}
+    if name == "engine/model.pt":
+        return {"rank": 0, "what": WEIGHTS}
+    if name == "engine/optimizer.pt":
+        return {"rank": 0, "what": OPTIMIZER}
+    if name == "engine/.metadata":
+        return {"rank": 0, "what": INDEX}
+    if name.endswith(".py"):
+        return {"rank": 0, "what": SCRIPTS}
+    return {"rank": 0, "what": MODEL if name.startswith("model/") else RECORD}
+
+
+def table(report: dict[str, Any]) -> str:
+    """A report for people."""
+    if "checkpoints" in report:
+        return _run_table(report)
+    written, settings = report["written"] or {}, report["settings"]
+    versions = ", ".join(f"{name} {version}" for name, version in (report["versions"] or {}).items())
+    head = {
+        "checkpoint": report["checkpoint"],
+        "step": report["step"],
+        "whole": "yes, every byte is as it was written" if report["whole"] else "NO",
+        "written": f"{written['time']} on {written['host']}" if written else "unknown",
+        "by": versions or "unknown",
+        "settings": ", ".join(f"{name}={value}" for name, value in settings.items()),
+        "evaluation loss": "not evaluated" if report["eval_loss"] is None else f"{report['eval_loss']:.4f}",
+        "bytes": f"{report['bytes']:,}",
+        **{f"  {what}": f"{size:,}" for what, size in report["parts"].items()},
+        **{f"  rank {rank}": f"{size:,}" for rank, size in report["ranks"].items()},
+    }
+    lines = [f"{name:36} {value}" for name, value in head.items()]
+    lines += [f"{'damage':36} {found}" for found in report["damage"]]
+    width = max((len(file["file"]) for file in report["files"]), default=0)
+    lines += ["", f"{'rank':>4}  {'file':{width}}  {'bytes':>15}  what"]
+    for file in sorted(report["files"], key=lambda file: (file["rank"], file["file"])):
+        note = "" if file["state"] == "whole" else f"  <- {file['state'].upper()}"
+        lines.append(f"{file['rank']:>4}  {file['file']:{width}}  {file['bytes']:>15,}  {file['what']}{note}")
+    return "\n".join(lines)
+
+
+def _run_table(report: dict[str, Any]) -> str:
+    lines = [f"{'run':20} {report['run']}", "", f"{'checkpoint':20} {'bytes':>15}  {'eval loss':>9}  whole"]
+    for row in report["checkpoints"]:
+        loss = "-" if row["eval_loss"] is None else f"{row['eval_loss']:.4f}"
+        marks = [mark for mark in ("newest", "best") if report[mark] == row["checkpoint"]]
+        whole = ("yes" if row["whole"] else f"NO: {row['damage'][0]}") + (f"  <- {', '.join(marks)}" if marks else "")
+        lines.append(f"{row['checkpoint']:20} {row['bytes']:>15,}  {loss:>9}  {whole}")
+    return "\n".join(lines)

@@ -1,0 +1,96 @@
+"""Which checkpoints may go: older ones than the newest few, but for the best, and only while enough whole ones stay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tutorial_lib.checkpoint.directory import (
+    CheckpointError,
+    NewerFormat,
+    Unreadable,
+    agreed,
+    checkpoints,
+    damage,
+    damage_at_a_glance,
+    delete,
+    read_trainer_state,
+    step_of,
+)
+from tutorial_lib.config import Config
+from tutorial_lib.mpu import Topology
+from tutorial_lib.records import RunDirectory
+
+_MAY_BE_WHOLE = (NewerFormat, Unreadable)
+
+
+class Pruner:
+    """Deletes a run's older checkpoints as ``keep_last`` and ``keep_best`` say.
+
+    What is kept instead of something that is deleted was hashed as this start wrote it, or read to its last byte by
+    this object. A damaged checkpoint keeps nothing else from being kept. One that cannot be read now, or not by this
+    version, neither counts as kept nor goes.
+    """
+
+    def __init__(self, run: RunDirectory, config: Config, topology: Topology) -> None:
+        self.run, self.settings, self.topology = run, config.run, topology
+        self._damage: dict[str, CheckpointError | None] = {}
+
+    def knows_whole(self, path: Path) -> None:
+        """This checkpoint was just written or verified."""
+        self._damage[path.name] = None
+
+    def prune(self, newest: Path) -> list[str]:
+        """Delete what is not kept. Collective; returns the names of what was deleted.
+
+        Args:
+            newest: the checkpoint that the run stands at. Later steps are another history: they neither count nor go.
+        """
+        if self.settings.keep_last is None:
+            return []
+        self.knows_whole(newest)
+        # Rank 0 lists: on a network file system others may still see an older listing.
+        found = agreed([path for path in checkpoints(self.run) if step_of(path) <= step_of(newest)])
+        kept: list[Path] = []
+        for path in reversed(found):
+            if len(kept) < self.settings.keep_last and self._is_whole(path):
+                kept.append(path)
+        if len(kept) < self.settings.keep_last:
+            return []
+        older = [path for path in found if path < kept[-1]]
+        best = self._best(found) if self.settings.keep_best and older else None
+        doomed = []
+        if self.topology.rank == 0:
+            doomed = [path for path in older if path != best and not self._may_be_needed(path)]
+            for path in doomed:
+                delete(path)
+        doomed = agreed(doomed)
+        return [path.name for path in doomed]
+
+    def _is_whole(self, path: Path) -> bool:
+        """Collective, and the same on every rank."""
+        if path.name not in self._damage or isinstance(self._damage[path.name], _MAY_BE_WHOLE):
+            self._damage[path.name] = damage(path, self.topology)
+        return self._damage[path.name] is None
+
+    def _may_be_needed(self, path: Path) -> bool:
+        found = self._damage[path.name] if path.name in self._damage else damage_at_a_glance(path)
+        return isinstance(found, _MAY_BE_WHOLE)
+
+    def _best(self, found: list[Path]) -> Path | None:
+        by_loss = sorted(
+            (loss, path) for path, loss in agreed(eval_losses(found) if self.topology.rank == 0 else {}).items()
+        )
+        return next((path for _, path in by_loss if self._is_whole(path)), None)
+
+
+def eval_losses(found: list[Path]) -> dict[Path, float]:
+    """The evaluation losses of those checkpoints that were evaluated and can be read."""
+    losses = {}
+    for path in found:
+        try:
+            loss = read_trainer_state(path)["record"].get("eval_loss")
+        except CheckpointError:
+            continue
+        if loss is not None:
+            losses[path] = loss
+    return losses

@@ -1,0 +1,264 @@
+"""Save a run's state and restore it: every rank writes its own share, and the whole becomes visible at once."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import random
+import socket
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.checkpoint.staging import DefaultStager
+
+from tutorial_lib.checkpoint.compatibility import check_same_run, shape
+from tutorial_lib.checkpoint.directory import (
+    FORMAT,
+    MANIFEST,
+    CheckpointError,
+    agreed,
+    barrier,
+    digest,
+    directory_of,
+    finish_deletions,
+    gathered,
+    partial_of,
+    publish,
+    read_trainer_state,
+    sync,
+    wrong_size,
+)
+from tutorial_lib.checkpoint.formats import open_whole
+from tutorial_lib.checkpoint.writer import Writer
+from tutorial_lib.config import Config
+from tutorial_lib.models.fused_qkv import is_fused_by_part
+from tutorial_lib.mpu import Topology
+from tutorial_lib.records import RunDirectory, write_atomically
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a resumed run needs besides the engine's own state.
+
+    Attributes:
+        step: optimizer steps done.
+        loader: this rank's data position, as the loader gives it.
+        scheduler: the learning-rate schedule's state.
+        record: what the trainer wants to find again (JSON).
+        identity: what model and tokenizer are, see :func:`tutorial_lib.checkpoint.compatibility.identity`.
+        reshaped_from: the shape in which it was saved, if the run goes on in another one.
+    """
+
+    step: int
+    loader: dict[str, Any]
+    scheduler: dict[str, Any]
+    record: dict[str, Any]
+    identity: dict[str, Any] = field(default_factory=dict)
+    reshaped_from: dict[str, Any] | None = None
+
+
+def save(
+    run: RunDirectory,
+    engine: Any,
+    config: Config,
+    topology: Topology,
+    progress: Progress,
+    tokenizer: Any,
+    stager: DefaultStager | None = None,
+) -> Save:
+    """Begin to write a checkpoint; :meth:`Save.finish` makes it visible. Collective.
+
+    Args:
+        run: the run's directory, on storage that every rank sees.
+        engine: anything with ``save(directory, writer)`` and ``module``.
+        config: settings of the run, kept for the resume to compare.
+        topology: this rank's place in the grid.
+        progress: step, data position, schedule.
+        tokenizer: saved beside the model's configuration, for exports.
+        stager: with one, see :func:`make_stager`, training may go on when this returns: what is written is a snapshot.
+            Without, all files are written when this returns.
+    """
+    began = time.perf_counter()
+    final = directory_of(run, progress.step)
+    partial = partial_of(final)
+    if topology.rank == 0:
+        finish_deletions()  # their room may be needed
+        partial.mkdir(parents=True)
+    partial = agreed(partial)  # rank 0's, which is there when the others learn its name
+    writer = Writer(partial, stager)
+    engine.save(partial / "engine", writer)
+    own = {"loader": progress.loader, "random": _random_states(engine)}
+    writer.save(own, partial / f"rank-{topology.rank:03d}.pt")
+    if topology.rank == 0:
+        trainer = {
+            "format": FORMAT,
+            "step": progress.step,
+            "scheduler": progress.scheduler,
+            "record": progress.record,
+            # A checkpoint does not know where it lies: its run may be moved.
+            "config": {name: value for name, value in config.flat().items() if name != "storage"},
+            "world_size": topology.world_size,
+            "identity": progress.identity,
+            "written": {"host": socket.gethostname(), "time": datetime.now(UTC).isoformat(timespec="seconds")},
+            "versions": {
+                "python": platform.python_version(),
+                **{name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")},
+            },
+        }
+        text = json.dumps(trainer, indent=2)
+        writer.submit(_describe, writer, partial, text, engine.module.config, tokenizer)
+    return Save(progress.step, partial, final, topology, writer, time.perf_counter() - began)
+
+
+def _describe(writer: Writer, partial: Path, trainer: str, config: Any, tokenizer: Any) -> None:
+    config.save_pretrained(partial / "model")
+    tokenizer.save_pretrained(partial / "model")
+    writer.count(partial / "model")
+    with writer.file_system.create_stream(partial / "trainer.json", "wb") as stream:
+        stream.write(trainer.encode())
+
+
+@dataclass(slots=True)
+class Save:
+    """A checkpoint that is being written under a name that nobody reads.
+
+    Attributes:
+        step: optimizer steps done.
+        seconds: for how long training has waited for it.
+    """
+
+    step: int
+    _partial: Path
+    _final: Path
+    _topology: Topology
+    _writer: Writer
+    seconds: float
+
+    def is_written(self) -> bool:
+        """Whether this rank's files are complete. If they cannot be, raises this rank's own error."""
+        return self._writer.is_done()
+
+    def finish(self) -> dict[str, Any]:
+        """Wait for every rank's files, then make the checkpoint visible. Collective.
+
+        No rank's thread talks to other ranks' about it: this does, on the thread that trains, between two steps.
+
+        Returns:
+            On every rank the ``step``, the ``stall_seconds`` of training, the ``write_seconds`` until the last file was
+            on the disk (both of the rank that took longest), and the ``bytes`` of all files.
+
+        Raises:
+            CheckpointError: some rank's files are not visible here, as the storage is not shared; or not in the size
+                in which they were written.
+            OSError: this rank's files could not be written.
+        """
+        began = time.perf_counter()
+        write_seconds = self._writer.wait()
+        shares = gathered((self._writer.files, write_seconds), self._topology)
+        files = {name: entry for share, _ in shares for name, entry in share.items()}
+        if self._topology.rank == 0:
+            self._publish(files)
+        barrier()
+        self.seconds += time.perf_counter() - began
+        return {
+            "step": self.step,
+            "stall_seconds": max(gathered(self.seconds, self._topology)),
+            "write_seconds": max(seconds for _, seconds in shares),
+            "bytes": sum(entry["bytes"] for entry in files.values()),
+        }
+
+    def _publish(self, files: dict[str, dict[str, Any]]) -> None:
+        for path in self._partial.rglob("*"):
+            name = str(path.relative_to(self._partial))
+            if path.is_dir() or name not in files:
+                sync(path)
+            if path.is_file() and name not in files:  # small ones, beside the engine's own
+                files[name] = digest(path)
+        missing = sorted(name for name in files if not (self._partial / name).is_file())
+        if missing:
+            raise CheckpointError(
+                f"{missing[0]} was written, but is not visible in {self._partial} from rank 0. The storage must be one "
+                "that every node sees, such as a network file system: choose another --storage."
+            )
+        if wrong := next(filter(None, (wrong_size(self._partial / name, files[name]) for name in sorted(files))), None):
+            raise CheckpointError(
+                f"{wrong} Another process has changed it since. This save stays invisible; what was saved before is "
+                "untouched. End what writes there, then give the same command again."
+            )
+        write_atomically(self._partial / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))
+        sync(self._partial / MANIFEST)
+        sync(self._partial)
+        publish(self._partial, self._final)
+
+    def abandon(self) -> None:
+        """Leave it as it is: invisible. Returns when this rank no longer writes."""
+        self._writer.close()
+
+
+def load(path: Path, engine: Any, config: Config, topology: Topology) -> Progress:
+    """Restore the engine and this rank's random-number states from a checkpoint that was verified. Collective.
+
+    A run may go on in another shape than the one that it was saved in: with another number of ranks, another engine,
+    ZeRO stage, sharding or offload. Then
+
+    - weights, both moments and Adam's count of updates are those that were saved, bit for bit; of weights in 16 bits,
+      the fp32 master copies are, and the 16-bit ones are rounded from them anew;
+    - the position in the data is that of every rank: it counts steps of the global batch;
+    - random-number states are *not* restored, as they belong to ranks that are no more: the caller has to seed anew;
+    - fp16's dynamic loss scale starts at its first value again, and the updates that overflow until it has come down
+      are skipped.
+
+    Raises:
+        CheckpointError: the engine found nothing to load.
+        ConfigError: the checkpoint belongs to other settings.
+    """
+    trainer = read_trainer_state(path)
+    check_same_run(trainer["config"], config)
+    saved, wanted = shape(trainer["config"]), shape(config.flat())
+    reshaped_from = saved if saved != wanted else None
+    own = torch.load(path / f"rank-{0 if reshaped_from else topology.rank:03d}.pt", weights_only=True)
+    if reshaped_from is None or _dcp_reshards(saved, wanted, engine.module):
+        engine.load(path / "engine")
+    else:
+        engine.load_whole(open_whole(path, verified=True))
+    if reshaped_from is None:
+        _restore_random_states(own["random"], engine)
+    return Progress(
+        trainer["step"], own["loader"], trainer["scheduler"], trainer["record"], reshaped_from=reshaped_from
+    )
+
+
+def _dcp_reshards(saved: dict[str, Any], wanted: dict[str, Any], model: Any) -> bool:
+    """Whether FSDP's own files can be read in the new shape as they are: each rank then reads its share alone."""
+    fused = any(is_fused_by_part(name, model.config.model_type) for name, _ in model.named_parameters())
+    # The columns of a fused matrix are stored in the order of the tensor-parallel ranks.
+    return saved["engine"] == wanted["engine"] == "fsdp" and (saved["tp"] == wanted["tp"] or not fused)
+
+
+def _random_states(engine: Any) -> dict[str, Any]:
+    kind, keys, *rest = np.random.get_state()
+    version, words, gauss = random.getstate()
+    states: dict[str, Any] = {
+        "python": [version, list(words), gauss],
+        "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+    }
+    if engine.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(engine.device)
+    return states
+
+
+def _restore_random_states(states: dict[str, Any], engine: Any) -> None:
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], engine.device)

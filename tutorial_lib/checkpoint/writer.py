@@ -1,0 +1,145 @@
+"""How one rank writes its files: at once, or from a snapshot in host memory, by a thread, while training goes on.
+
+Either way every byte passes through a :class:`~tutorial_lib.checkpoint.hashed_file.HashedFile`, so that a file's
+SHA-256 is known without reading it again, and every file is on the disk itself before it counts as written.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.utils.serialization import config as serialization
+
+from tutorial_lib.checkpoint.directory import digest, sync
+from tutorial_lib.checkpoint.hashed_file import HashedFile
+
+
+def make_stager() -> DefaultStager:
+    """What copies states to host memory: ``torch.distributed.checkpoint.async_save`` uses the same.
+
+    It keeps its copy of tensors that live on, and the next snapshot goes into the same memory: one more copy of this
+    rank's states, until the run ends. What shares memory in the states shares it in the copy.
+    """
+    return DefaultStager(StagingOptions(False, False, False, False))
+
+
+class Writer:
+    """Writes one rank's files of one checkpoint.
+
+    Args:
+        root: the checkpoint's directory.
+        stager: with one, :meth:`submit` returns before the work is done, and what is to be written must be a
+            :meth:`snapshot`. Without, everything is done at once, from the states themselves.
+
+    Attributes:
+        files: size and SHA-256 of every file written so far, by its name under ``root``.
+    """
+
+    def __init__(self, root: Path, stager: DefaultStager | None = None) -> None:
+        self.files: dict[str, dict[str, Any]] = {}
+        self.file_system = _HashingFileSystem(root, self.files)
+        self._stager = stager
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if stager else None
+        self._jobs: list[Future[None]] = []
+        self._began = time.perf_counter()
+        self._seconds = 0.0
+
+    def snapshot(self, states: dict[str, Any]) -> Any:
+        """The states as they are now: a copy in host memory where training goes on and changes them in place."""
+        return self._stager.stage(states) if self._stager else states
+
+    def save(self, states: dict[str, Any], path: Path) -> None:
+        """Write a file as ``torch.save`` does."""
+        self.submit(self._save, self.snapshot(states), path)
+
+    def _save(self, states: Any, path: Path) -> None:
+        with self.file_system.create_stream(path, "wb") as stream:
+            torch.save(states, stream)
+
+    def sharded(self, directory: Path) -> FileSystemWriter:
+        """What ``torch.distributed.checkpoint`` is to write with, so that its files count among :attr:`files`."""
+        storage = FileSystemWriter(directory, sync_files=False)  # synced when closed, like all others
+        storage.fs = self.file_system
+        return storage
+
+    def count(self, directory: Path) -> None:
+        """Add files that a library has written by itself."""
+        for path in sorted(directory.rglob("*")):
+            if path.is_file():
+                sync(path)
+                self.files[self.file_system.name(path)] = digest(path)
+
+    def submit(self, job: Callable[..., Any], *given: Any) -> None:
+        """Have a job done: now, or after those that were submitted before it."""
+        if self._thread:
+            self._jobs.append(self._thread.submit(self._run, job, *given))
+        else:
+            self._run(job, *given)
+
+    def _run(self, job: Callable[..., Any], *given: Any) -> None:
+        # torch's own checksum costs half of what a SHA-256 does, and torch.load does not look at it.
+        with serialization.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
+            job(*given)
+        self._seconds = time.perf_counter() - self._began
+
+    def is_done(self) -> bool:
+        """Whether all files are written. Raises the first error that a job has met."""
+        done = [job for job in self._jobs if job.done()]
+        for job in done:
+            job.result()
+        return len(done) == len(self._jobs)
+
+    def wait(self) -> float:
+        """Return when all files are written; the seconds from the start until the last one was."""
+        for job in self._jobs:
+            job.result()
+        self.close()
+        return self._seconds
+
+    def close(self) -> None:
+        """Return when the thread has ended, whatever became of its work."""
+        if self._thread:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+
+
+class _HashingFileSystem(FileSystem):
+    def __init__(self, root: Path, files: dict[str, dict[str, Any]]) -> None:
+        self._root, self._files = root, files
+
+    def name(self, path: Any) -> str:
+        return str(Path(path).relative_to(self._root))
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        with super().create_stream(path, mode) as stream:
+            if "w" not in mode:
+                yield stream
+                return
+            hashed = HashedFile(stream)
+            try:
+                with hashed:
+                    yield hashed
+                    hashed.finish()
+            except Exception as error:
+                # Where a disk is full, torch.save says "unexpected pos".
+                failure = hashed.failure or error
+                if isinstance(failure, OSError) and failure.filename is None:
+                    failure.filename = str(path)
+                if failure is error:
+                    raise
+                raise failure from error
+        self._files[self.name(path)] = {"bytes": hashed.tell(), "sha256": hashed.digest.hexdigest()}
+
+    def rename(self, path: Any, new_path: Any) -> None:
+        super().rename(path, new_path)
+        self._files[self.name(new_path)] = self._files.pop(self.name(path))

@@ -1,0 +1,72 @@
+"""What DeepSpeed's automatic tensor parallelism (AutoTP) has made of a model, and how to make it whole again.
+
+AutoTP replaces linear layers by ones that hold a share of the weight. With x the input and t ranks::
+
+    column: y = x [W_1 ... W_t]             each rank computes some outputs; backward sums dx over the ranks
+    row:    y = [x_1 ... x_t] [W_1; ...; W_t]  each rank takes some inputs; forward sums y over the ranks
+
+It notes on every parameter of such a layer how it was split. This module reads these notes. It imports no DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tutorial_lib.config import ConfigError
+from tutorial_lib.engine.layout import ParameterLayout
+
+_NOTES = "ds_autotp_universal_checkpoint_meta"
+
+
+def layouts(module: nn.Module) -> list[ParameterLayout]:
+    """How each parameter lies on the ranks of its tensor-parallel group, in the model's order."""
+    found = []
+    for name, parameter in module.named_parameters():
+        held = getattr(parameter, "ds_tensor", parameter)
+        after = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        notes = getattr(parameter, _NOTES, None) or {}
+        dim = None if notes.get("replicated") else notes.get("partition_dim")
+        found.append(
+            ParameterLayout(
+                parameter=name,
+                how="replicated" if dim is None else str(notes["partition_type"]),
+                dim=dim,
+                before=after if dim is None else tuple(notes["logical_shape"]),
+                after=after,
+                partitions=int(getattr(parameter, "ds_zero_partition_world_size", 1)),
+                bytes=held.numel() * held.element_size(),
+            )
+        )
+    return found
+
+
+def check_layouts(found: list[ParameterLayout]) -> None:
+    """Refuse a model of which a projection stayed whole: it costs the memory and the work that splitting was to save.
+
+    Raises:
+        ConfigError: names matrices of the model's blocks that are replicated.
+    """
+    whole = [
+        layout.parameter
+        for layout in found
+        if layout.how == "replicated" and len(layout.before) > 1 and re.search(r"\.\d+\.", layout.parameter)
+    ]
+    if whole:
+        raise ConfigError(
+            f"AutoTP left {len(whole)} projections whole on every rank, {whole[0]} first. Look at the plan that it "
+            "follows: tensor_parallel.partition_config of the DeepSpeed file, or the model's own."
+        )
+
+
+def gathered(share: Tensor, dim: int | None, group: Any) -> Tensor:
+    """The whole of a tensor of which each rank of ``group`` holds an equal share along ``dim``. Collective."""
+    if dim is None:
+        return share
+    shares = [torch.empty_like(share, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(shares, share.contiguous(), group=group)
+    return torch.cat(shares, dim)

@@ -1,0 +1,381 @@
+"""DeepSpeed behind the engine protocol: ZeRO stages 0 to 3, AutoTP, offload, fp32 / bf16 / fp16.
+
+Shape legend: B sequences of a micro-batch, S tokens, V vocabulary.
+
+The trainer hands over a loss that is already divided by the optimizer step's token count over *all* ranks and
+micro-batches. DeepSpeed averages gradients over the data-parallel ranks, so the loss is multiplied by their number
+first (:attr:`DeepSpeedEngine.averages_over`), and DeepSpeed's own division by the accumulation steps is turned off.
+What remains is the gradient of the token-weighted mean, which a mean of per-rank means is not.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+# Stated, because DeepSpeed warns on every start when it finds out by itself that there is no GPU. A worker's trainer
+# has stated before what the run's configuration says.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.utils import groups
+from torch import Tensor
+
+from tutorial_lib.checkpoint import LAYOUT, MOMENTS, CheckpointError, Whole, Writer
+from tutorial_lib.config import Config
+from tutorial_lib.engine.deepspeed import autotp, partitions
+from tutorial_lib.engine.deepspeed import config as ds_config
+from tutorial_lib.engine.layout import ParameterLayout
+from tutorial_lib.engine.single import global_norm
+from tutorial_lib.models import build_model, slice_alibi
+from tutorial_lib.mpu import ModelParallelUnit, Topology, device_mesh
+
+_TAG = "engine"
+
+
+def _import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon optimizer without compiling it.
+
+    ``deepspeed.initialize`` imports it, whatever the optimizer, and its decorators import torch's whole compiler. That
+    takes each rank a second or more, for kernels that nobody here calls. This switch of torch leaves them plain
+    functions.
+    """
+    with mock.patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"), suppress(ImportError):
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+
+
+_import_muon_uncompiled()
+
+
+class DeepSpeedEngine:
+    """One rank's share of a model that DeepSpeed trains.
+
+    Args:
+        config: what to run; ``config.engine`` decides the stage, the offload and the precision.
+        topology: this rank's place in the grid.
+        device: where forward and backward happen.
+
+    The process group must exist: at stage 3 the model is partitioned while it is built, over that group.
+    """
+
+    def __init__(self, config: Config, topology: Topology, device: torch.device) -> None:
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        deepspeed.init_distributed(dist_init_required=False)
+        self.config = config
+        self.device = device
+        self.averages_over = topology.dp
+        self.unit = ModelParallelUnit(topology, device_mesh(topology, device.type)) if topology.tp > 1 else None
+        _share_groups(self.unit)
+        settings = ds_config.build(config)
+        with _partitioned_from_birth(settings):
+            model = build_model(config)
+        if self.unit:
+            ds_config.add_plan(settings, model.config)
+        self.num_parameters = sum(_whole_numel(parameter) for parameter in model.parameters())
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = _adamw(trained, config)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=model, optimizer=self.optimizer, config=settings, mpu=self.unit, dist_init_required=False
+        )
+        if self.unit:
+            self._finish_splitting(model)
+        self._dims = {self.module.get_parameter(row.parameter): row.dim for row in self.layout()}
+        self._micro_steps = 0
+        if config.engine.zero_stage == 0 and config.engine.precision != "fp32":
+            self._undo_trial_step()
+
+    def _finish_splitting(self, model: Any) -> None:
+        autotp.check_layouts(self.layout())
+        assert self.unit is not None
+        slice_alibi(model, self.unit.topology.tp, self.unit.topology.tp_rank)
+        # It compares the batches of a group in the first forward pass alone. The trainer does so in every step.
+        self.deepspeed.first_dataloader_check.remove()
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The model. At stage 3 its parameters are partitioned: use :meth:`full_parameters` to see them whole."""
+        return self.deepspeed.module
+
+    def train(self, mode: bool) -> None:
+        self.deepspeed.train(mode)
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Logits, shape (B, S, V), of a batch without its labels."""
+        logits: Tensor = self.deepspeed(**inputs, use_cache=False).logits
+        return logits
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of ``loss`` (a scalar, see the module's docstring) to this optimizer step's gradient."""
+        self.deepspeed.backward(loss, scale_wrt_gas=False)
+        self._micro_steps += 1
+        if self._micro_steps < self.config.accumulation:
+            # DeepSpeed counts micro-batches in step(); only the last one of an optimizer step updates anything.
+            self.deepspeed.step()
+
+    def step(self) -> float:
+        """Clip, update, clear the gradients.
+
+        Returns:
+            The gradient's global 2-norm before clipping; infinite if DeepSpeed skipped the update (fp16 overflow).
+        """
+        self._micro_steps = 0
+        norm: Any = self._norm_without_zero() if self._plain_optimizer else None
+        self.deepspeed.step()
+        if norm is None:
+            norm = self.deepspeed.get_global_grad_norm()
+        # ZeRO reports a norm that is not a number as -1.
+        return math.nan if norm is None or float(norm) < 0 else float(norm)
+
+    @property
+    def update_was_skipped(self) -> bool:
+        """Whether the last :meth:`step` changed nothing because fp16 gradients overflowed."""
+        return self.config.engine.precision == "fp16" and not self.deepspeed.was_step_applied()
+
+    @property
+    def _plain_optimizer(self) -> bool:
+        return self.deepspeed.optimizer is self.optimizer
+
+    def _norm_without_zero(self) -> float:
+        # Stage 0 in fp32 wraps no optimizer and reports no norm; the gradients are already averaged. Those of split
+        # parameters are shares, and those of replicated ones count once.
+        gradients = [(p.grad, self._dims[p] is None) for p in self.module.parameters() if p.grad is not None]
+        whole, shares = ([g for g, replicated in gradients if replicated is wanted] for wanted in (True, False))
+        norms = torch.tensor([global_norm(whole), global_norm(shares)], dtype=torch.float64, device=self.device)
+        if self.unit:
+            squares = norms[1:].square()
+            torch.distributed.all_reduce(squares, group=self.unit.get_model_parallel_group())
+            norms[1:] = squares.sqrt()
+        return float(norms.norm())
+
+    def _undo_trial_step(self) -> None:
+        # To allocate Adam's moments, DeepSpeed's 16-bit optimizer without ZeRO takes a step with zero gradients. It
+        # moves the fp32 weights by their decay and leaves Adam's step count at 1, which shrinks the first real update
+        # to three quarters.
+        self.optimizer.state.clear()
+        wrapper = self.deepspeed.optimizer
+        for masters, copies in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
+            for master, copy in zip(masters, copies, strict=True):
+                master.data.copy_(copy.data)
+
+    def model_states(self) -> dict[str, list[Tensor]]:
+        """The tensors of this rank's model states by part: ``parameters``, ``gradients``, ``optimizer``.
+
+        ``optimizer`` holds the moments and, where DeepSpeed keeps one, the fp32 master copy. Offloaded tensors are
+        included; their device tells where they are.
+        """
+        wrapper = self.deepspeed.optimizer
+        parameters = [p.data for p in self.module.parameters()]
+        # Stage 3: this rank's shards. A gathered or persistent parameter is held besides, a released one is empty.
+        parameters += [p.ds_tensor for p in self.module.parameters() if hasattr(p, "ds_tensor")]
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        gradients += _tensors(getattr(wrapper, "averaged_gradients", None))
+        for masters in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
+            # Where the optimizer is offloaded, its gradients wait beside the master copy.
+            gradients += [flat.grad for flat in getattr(wrapper, masters, []) if flat.grad is not None]
+        states = [t for state in self.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+        for masters in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups"):
+            states += _tensors(getattr(wrapper, masters, None))
+        return {
+            "parameters": parameters,
+            "gradients": gradients,
+            "optimizer": [t for t in states if t.dim() > 0],
+        }
+
+    def layout(self) -> list[ParameterLayout]:
+        """What AutoTP did to each parameter, in the model's order."""
+        return autotp.layouts(self.module)
+
+    def _over_tp(self, parameter: torch.nn.Parameter, share: Tensor) -> Tensor:
+        """What belongs to a whole parameter, of what belongs to this rank's share of it. Collective."""
+        if self.unit is None:
+            return share
+        # What is offloaded is in host memory, and the ranks exchange what is on their devices.
+        on_device = share.detach().to(self.device)
+        return autotp.gathered(on_device, self._dims[parameter], self.unit.get_model_parallel_group())
+
+    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter whole, one at a time, as fp32 on the CPU. Collective: all ranks must iterate."""
+        for name, parameter in self.module.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                yield name, self._over_tp(parameter, parameter).detach().to("cpu", torch.float32, copy=True)
+
+    def full_optimizer_states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Both moments of every trained parameter, whole, on the CPU. Collective: all ranks must iterate."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        kept_under = self._kept_under() if self.config.engine.zero_stage == 0 else None
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                if kept_under is not None:
+                    state = self.optimizer.state[kept_under[parameter]]
+                    moments = {key: state[key] for key in MOMENTS}
+                else:
+                    moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+                yield name, {key: self._over_tp(parameter, m).detach().cpu().clone() for key, m in moments.items()}
+
+    def _kept_under(self) -> dict[Tensor, Tensor]:
+        """Without ZeRO, the optimizer's key for each trained parameter: itself, or in 16 bits its fp32 master copy."""
+        if self._plain_optimizer:
+            return {parameter: parameter for parameter in self.module.parameters()}
+        wrapper = self.deepspeed.optimizer
+        copies = [copy for group in wrapper.fp16_groups for copy in group]
+        masters = [master for group in wrapper.fp32_groups for master in group]
+        return dict(zip(copies, masters, strict=True))
+
+    def save(self, directory: Path, writer: Writer) -> None:
+        """Write this rank's files into ``directory``. Collective."""
+        self.deepspeed.checkpoint_engine = _CheckpointEngine(writer)
+        self.deepspeed.save_checkpoint(str(directory), tag=_TAG, save_latest=False)
+        if self.unit and self.unit.topology.rank == 0:
+            rows = [row.to_dict() for row in self.layout()]
+            (directory / LAYOUT).write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+    def load(self, directory: Path) -> None:
+        """Restore weights and optimizer states. Collective.
+
+        Raises:
+            CheckpointError: there is nothing to load. DeepSpeed says so by returning ``None`` or by a bare assertion.
+        """
+        path = None
+        if any((directory / _TAG).glob("*.pt")):
+            path, _ = self.deepspeed.load_checkpoint(str(directory), tag=_TAG)
+        if path is None:
+            raise CheckpointError(f"DeepSpeed found nothing to load in {directory}; the run was not resumed.")
+
+    @torch.no_grad()
+    def load_whole(self, whole: Whole) -> None:
+        """Restore weights and optimizer states that an engine of any shape has saved. Every rank reads all of them.
+
+        A rank keeps its share of a parameter (AutoTP), and of that its piece (ZeRO), in up to four places: what the
+        model computes with, maybe in 16 bits, and the fp32 master copy and both moments, which are stretches of long
+        vectors from stage 1 on (:mod:`tutorial_lib.engine.deepspeed.partitions`). Adam's updates are counted once per
+        vector.
+        """
+        wrapper, stage = self.deepspeed.optimizer, self.config.engine.zero_stage
+        if stage == 3:
+            wrapper.checkpoint_event_prologue()  # releases what is gathered
+        pieces = self._pieces()
+        for name, parameter in self.module.named_parameters():
+            share = self._share(parameter, whole.parameter(name))
+            if stage == 3:
+                partitions.fill_shard(parameter, share)
+            else:
+                parameter.copy_(share)
+            if parameter.requires_grad:
+                piece = pieces[parameter]
+                state = self._state_of(piece.vector, whole.adam_step(name))
+                piece.fill(piece.vector, share)
+                for moment in MOMENTS:
+                    piece.fill(state[moment], self._share(parameter, whole.moment(name, moment)))
+        if stage in (1, 2):
+            wrapper._lazy_init_hp_params_optimizer_state()  # parameters find their moments
+        if stage == 3:
+            wrapper.checkpoint_event_epilogue()  # small parameters are gathered again
+
+    def _pieces(self) -> dict[Tensor, partitions.Piece]:
+        if self.config.engine.zero_stage > 0:
+            return dict(partitions.pieces(self.deepspeed.optimizer, self.config.engine.zero_stage))
+        kept_under = self._kept_under()
+        return {parameter: partitions.Piece(kept, 0, 0, kept.numel()) for parameter, kept in kept_under.items()}
+
+    def _share(self, parameter: torch.nn.Parameter, tensor: Tensor) -> Tensor:
+        """The inverse of :meth:`_over_tp`: this rank's share of a whole tensor."""
+        dim = self._dims[parameter]
+        if self.unit is None or dim is None:
+            return tensor
+        return tensor.chunk(self.unit.topology.tp, dim)[self.unit.topology.tp_rank]
+
+    def _state_of(self, vector: Tensor, step: int) -> dict[str, Any]:
+        """The optimizer's state of what it updates, allocated as in its first step."""
+        state: dict[str, Any] = self.optimizer.state[vector]
+        if not state:
+            offloaded = isinstance(self.optimizer, DeepSpeedCPUAdam)
+            state["step"] = step if offloaded else torch.tensor(float(step))
+            state.update({moment: torch.zeros_like(vector) for moment in MOMENTS})
+        return state
+
+    def close(self) -> None:
+        """Release hooks and buffers, so that another engine can be built in the same process."""
+        self.deepspeed.destroy()
+        _share_groups(None)
+
+
+class _CheckpointEngine(TorchCheckpointEngine):
+    """What DeepSpeed gives its files to: our writer decides when they are written."""
+
+    def __init__(self, writer: Writer) -> None:
+        super(TorchCheckpointEngine, self).__init__()
+        self.name, self.writer = "tutorial_lib", writer
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.writer.save(state_dict, Path(path))
+
+
+def _share_groups(unit: ModelParallelUnit | None) -> None:
+    """Have DeepSpeed use the grid's groups, or none.
+
+    It keeps its groups in global variables. Left to itself it would create the same groups once more, and a later run
+    of this process would find those of the run before.
+    """
+    groups.mpu = None
+    groups._DATA_PARALLEL_GROUP = unit and unit.get_data_parallel_group()
+    groups._MODEL_PARALLEL_GROUP = groups._TENSOR_MODEL_PARALLEL_GROUP = unit and unit.get_model_parallel_group()
+
+
+_NOT_FOR_BUILDING = ("tensor_parallel", "train_batch_size", "gradient_accumulation_steps")
+
+
+@contextmanager
+def _partitioned_from_birth(settings: dict[str, Any]) -> Iterator[None]:
+    """At stage 3, have every parameter partitioned over all ranks as soon as it is created."""
+    if settings["zero_optimization"]["stage"] != 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    # What transformers takes from it is stage 3. It would refuse to read weights for AutoTP, which splits what it has
+    # read, and it partitions over all ranks, for which a batch size per data-parallel rank does not hold.
+    keep_alive = HfDeepSpeedConfig({key: value for key, value in settings.items() if key not in _NOT_FOR_BUILDING})
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del keep_alive
+
+
+def _adamw(parameters: list[torch.nn.Parameter], config: Config) -> torch.optim.Optimizer:
+    o = config.optimizer
+    shared: dict[str, Any] = {
+        "lr": o.learning_rate, "betas": (o.beta1, o.beta2), "eps": o.eps, "weight_decay": o.weight_decay
+    }  # fmt: skip
+    if config.engine.offload == "none":
+        return torch.optim.AdamW(parameters, **shared)
+    # DeepSpeed refuses torch's AdamW with offload: its own is vectorised for the host's processor.
+    return DeepSpeedCPUAdam(parameters, adamw_mode=True, **shared)
+
+
+def _whole_numel(parameter: torch.nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _tensors(nested: Any) -> list[Tensor]:
+    if torch.is_tensor(nested):
+        return [nested]
+    if isinstance(nested, dict):
+        nested = nested.values()
+    if isinstance(nested, (list, tuple)) or hasattr(nested, "__iter__"):
+        return [tensor for item in nested for tensor in _tensors(item)]
+    return []

@@ -1,0 +1,192 @@
+"""FSDP2 and DTensor behind the engine protocol.
+
+Shape legend: B sequences of a micro-batch, S tokens, V vocabulary.
+
+The trainer hands over a loss that is divided by the optimizer step's token count over *all* ranks and micro-batches.
+FSDP2 and DDP average gradients over the data-parallel ranks, so the loss is multiplied by their number first
+(:attr:`FSDPEngine.averages_over`). Tensor-parallel ranks compute one gradient together and average nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from tutorial_lib.checkpoint import MOMENTS, Whole, Writer
+from tutorial_lib.config import Config
+from tutorial_lib.engine.fsdp import dcp, sharding, tensor_parallel, weights
+from tutorial_lib.engine.layout import ParameterLayout
+from tutorial_lib.models.fused_qkv import by_part, is_fused_by_part
+from tutorial_lib.models.meta import model_outline
+from tutorial_lib.mpu import Topology
+
+
+class FSDPEngine:
+    """One rank's share of a model that PyTorch shards. See :class:`tutorial_lib.trainer.Engine`.
+
+    Args:
+        config: what to run; ``config.engine`` decides strategy, precision and offload.
+        topology: this rank's place in the grid.
+        device: where forward and backward happen.
+
+    The process group must exist.
+    """
+
+    update_was_skipped = False
+
+    def __init__(self, config: Config, topology: Topology, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.averages_over = topology.dp
+        self._world_size = topology.world_size
+        model: Any = model_outline(config)
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        dp_mesh, tp_mesh = sharding.meshes(config.engine, topology, device.type)
+        if topology.tp > 1:
+            tensor_parallel.split(model, tp_mesh, config.engine.tp_plan)
+        replicated = config.engine.sharding == "no_shard"
+        if not replicated:
+            sharding.shard(model, config.engine, dp_mesh)
+        weights.fill(model, config, device=device, host=config.engine.offload == "all")
+        self.module: torch.nn.Module = model
+        self._model_type: str = model.config.model_type
+        self._parallel: Any = sharding.data_parallel(model, dp_mesh) if replicated else model
+        self.optimizer = _adamw(model, config)
+        # Ranks that write while they train exchange plans, on the CPU; training's own group stays training's.
+        self._group_of_writers = dist.new_group(backend="gloo") if config.run.async_save else None
+        self._micro_steps = 0
+
+    def train(self, mode: bool) -> None:
+        self.module.train(mode)
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Logits, shape (B, S, V). In bf16 the weights stay fp32: FSDP2 gathers bf16 copies, DDP uses autocast."""
+        bf16 = self.config.engine.precision == "bf16" and not self._is_fsdp
+        with self._reduced_with_the_last(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            logits: Tensor = self._parallel(**inputs, use_cache=False).logits
+        if not torch.is_grad_enabled():
+            sharding.release(self.module)
+        return logits
+
+    def _reduced_with_the_last(self) -> Any:
+        """Have the gradients of all micro-batches of a step reduced once, in the backward of the last one.
+
+        Until then every rank holds them whole: Psi elements more than its shard, and as many fewer on the wire.
+        """
+        last = self._micro_steps + 1 == self.config.accumulation
+        if self._is_fsdp:
+            self._parallel.set_requires_gradient_sync(last)
+            return nullcontext()
+        return nullcontext() if last else self._parallel.no_sync()
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+        self._micro_steps += 1
+
+    def step(self) -> float:
+        """Clip, update, clear the gradients; returns the gradient's global 2-norm before clipping."""
+        self._micro_steps = 0
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm, limit = self._global_norm(gradients), self.config.optimizer.gradient_clipping
+        if limit > 0:
+            factor = min(1.0, limit / (norm + 1e-6))
+            for gradient in gradients:
+                sharding.local(gradient).mul_(factor)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def _global_norm(self, gradients: list[Tensor]) -> float:
+        """The 2-norm of all gradients together, in fp64. Collective.
+
+        ``torch.nn.utils.clip_grad_norm_`` cannot mix gradients that are split over different meshes, as those of split
+        and of whole layers are. So every rank adds up the squares of its pieces, each divided by the number of ranks
+        that hold the same piece, and the sums of all ranks are added.
+        """
+        squares = torch.zeros((), dtype=torch.float64, device=self.device)
+        for gradient in gradients:
+            norm = torch.linalg.vector_norm(sharding.local(gradient), dtype=torch.float64)
+            squares += norm.to(self.device) ** 2 / sharding.copies(gradient, self._world_size)
+        dist.all_reduce(squares)
+        return float(squares.sqrt())
+
+    @property
+    def _is_fsdp(self) -> bool:
+        return self._parallel is self.module
+
+    def model_states(self) -> dict[str, list[Tensor]]:
+        """This rank's tensors by part. Shards may be padded: see them by their storages."""
+        parameters = list(self.module.parameters())
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        states = [t for state in self.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+        return {
+            "parameters": [sharding.local(p.detach()) for p in parameters],
+            "gradients": [sharding.local(g) for g in gradients] + sharding.waiting_gradients(self.module),
+            "optimizer": [sharding.local(t) for t in states if t.dim() > 0],
+        }
+
+    def layout(self) -> list[ParameterLayout]:
+        """How each parameter lies on the ranks of its tensor-parallel group, in the model's order."""
+        return tensor_parallel.layouts(self.module)
+
+    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter whole, one at a time, as fp32 on the CPU. Collective: all ranks must iterate."""
+        for name, parameter in self.module.named_parameters():
+            yield name, self._whole(name, parameter)
+
+    def full_optimizer_states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Both moments of every trained parameter, whole, on the CPU. Collective: all ranks must iterate."""
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                state = self.optimizer.state[parameter]
+                yield name, {moment: self._whole(name, state[moment]) for moment in MOMENTS}
+
+    def _whole(self, name: str, tensor: Tensor) -> Tensor:
+        gathered = sharding.whole(tensor.detach()).to("cpu", torch.float32, copy=True)
+        if is_fused_by_part(name, self._model_type):
+            return by_part(gathered, weights.tensor_parallel_size(tensor)).contiguous()
+        return gathered
+
+    def save(self, directory: Path, writer: Writer) -> None:
+        """Write this rank's file into ``directory``. Collective."""
+        dcp.save(directory, writer, self.module, self.optimizer, self._group_of_writers)
+
+    def load(self, directory: Path) -> None:
+        """Restore weights and optimizer states. Collective.
+
+        Raises:
+            CheckpointError: there is nothing to load.
+        """
+        dcp.load(directory, self.module, self.optimizer)
+
+    def load_whole(self, whole: Whole) -> None:
+        """Restore weights and optimizer states that an engine of any shape has saved. Every rank reads all of them."""
+        dcp.load_whole(whole, self.module, self.optimizer)
+
+    def close(self) -> None:
+        """Release what is no tensor."""
+        if self._group_of_writers is not None:
+            dist.destroy_process_group(self._group_of_writers)
+
+
+def _adamw(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
+    """AdamW with a group of parameters per mesh: fused loops over parameters cannot mix meshes."""
+    groups: dict[Any, list[Tensor]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            groups.setdefault(mesh, []).append(parameter)
+    o = config.optimizer
+    return torch.optim.AdamW(
+        [{"params": group} for group in groups.values()],
+        lr=o.learning_rate,
+        betas=(o.beta1, o.beta2),
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+    )

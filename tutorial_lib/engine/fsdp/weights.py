@@ -1,0 +1,153 @@
+"""The values of a model that no rank ever holds whole: each rank fills its own shards.
+
+The model is built on the meta device, where tensors have shapes and no memory, split and sharded there, and only then
+given memory: that of this rank's shards. Pretrained values are read from safetensors files slice by slice, every rank
+its own. Random ones are drawn whole, as one process draws them, one layer or tensor at a time, and all but this rank's
+slice is dropped: every rank draws everything, which costs time but neither memory nor communication, and the result
+is the plain model's bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.engine.fsdp.sharding import layers_of, local
+from tutorial_lib.models.fused_qkv import by_rank, is_fused_by_part
+from tutorial_lib.models.meta import drawing_weights, weight_files
+
+Slices = tuple[slice, ...]
+
+
+def fill(model: Any, config: Config, *, device: torch.device, host: bool) -> None:
+    """Allocate a model that lies on the meta device, and give it the values that its configuration names.
+
+    Args:
+        model: from :func:`tutorial_lib.models.meta.model_outline`, parallelised since.
+        config: names the model, and whether it is read or drawn.
+        device: where the model computes.
+        host: keep the parameters in host memory all the same.
+
+    Raises:
+        ConfigError: the files lack a parameter, or hold it in another shape.
+    """
+    model.to_empty(device="cpu" if host else device)
+    # to_empty gives plain tied parameters a tensor each.
+    model.tie_weights()
+    _compute_buffers(model, device)
+    parameters: dict[Tensor, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        parameters.setdefault(parameter, []).append(name)
+    with torch.no_grad():
+        if config.model.random_init:
+            _draw(parameters, config, model.config.model_type)
+        else:
+            _read(parameters, config.model.name, model)
+
+
+def slices(parameter: Tensor) -> Slices:
+    """Where this rank's part lies in the whole parameter.
+
+    Tensor-parallel pieces are sharded further, so the mesh's last axis cuts first. Pieces are those of ``torch.chunk``:
+    the last may be shorter, or empty.
+    """
+    bounds = [(0, size) for size in parameter.shape]
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        for axis in reversed(range(mesh.ndim)):
+            dim = getattr(parameter.placements[axis], "dim", None)
+            if dim is not None:
+                first, last = bounds[dim]
+                size = -(-(last - first) // mesh.size(axis))
+                start = min(first + mesh.get_local_rank(axis) * size, last)
+                bounds[dim] = (start, min(start + size, last))
+    return tuple(slice(*bound) for bound in bounds)
+
+
+def put(parameter: Tensor, name: str, model_type: str, read: Callable[[Slices], Tensor]) -> None:
+    """Copy this rank's slices of a tensor, of which ``read`` gives any part."""
+    mine, tp = slices(parameter), tensor_parallel_size(parameter)
+    if tp > 1 and is_fused_by_part(name, model_type):
+        # Columns are moved before they are cut, so all of them are needed.
+        part = by_rank(read((*mine[:-1], slice(None))), tp)[..., mine[-1]]
+    else:
+        part = read(mine)
+    local(parameter).copy_(part)
+
+
+def tensor_parallel_size(parameter: Tensor) -> int:
+    """Among how many tensor-parallel ranks a parameter is a DTensor."""
+    if not isinstance(parameter, DTensor) or "tp" not in (parameter.device_mesh.mesh_dim_names or ()):
+        return 1
+    return parameter.device_mesh["tp"].size()
+
+
+def _read(parameters: dict[Tensor, list[str]], name: str, model: Any) -> None:
+    """Fill parameters from the model's files, under any of the names that transformers would accept for them."""
+    files, prefix = weight_files(name), f"{model.base_model_prefix}."
+    with ExitStack() as stack:
+        opened = {path: stack.enter_context(safe_open(path, "pt")) for path in sorted(set(files.values()))}
+        for parameter, names in parameters.items():
+            # Base models are saved without the prefix of the model with a head, tied weights under one name only.
+            accepted = [form for own in names for form in (own, own.removeprefix(prefix), prefix + own)]
+            stored = next((form for form in accepted if form in files), None)
+            if stored is None:
+                raise ConfigError(f"The files of the model {name!r} lack {names[0]}. Write random_init=True.")
+            source = opened[files[stored]].get_slice(stored)
+            if list(source.get_shape()) != list(parameter.shape):
+                raise ConfigError(
+                    f"The model {name!r} has {stored} in the shape {source.get_shape()}, and its configuration says "
+                    f"{list(parameter.shape)}."
+                )
+            put(parameter, names[0], model.config.model_type, source.__getitem__)
+
+
+def _draw(parameters: dict[Tensor, list[str]], config: Config, model_type: str) -> None:
+    """Fill parameters as :func:`tutorial_lib.models.load_model` draws them."""
+    # While they are drawn, tied weights are still two, and transformers keeps the first one's numbers.
+    own = {names[0]: parameter for parameter, names in parameters.items()}
+    with drawing_weights(config) as source:
+        for prefix, unit in _initialized(source):
+            for name, drawn in unit.named_parameters(prefix=prefix):
+                if name in own and not drawn.is_meta:
+                    put(own[name], name, model_type, drawn.__getitem__)
+
+
+def _initialized(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """Modules of a model on the meta device, children first, each with values for as long as it is looked at.
+
+    A layer is one module, because its parts may set each other's weights, as GPT-2's do.
+    """
+    layers = set(layers_of(model))
+
+    def visit(prefix: str, module: nn.Module, owner: Any) -> Iterator[tuple[str, nn.Module]]:
+        owner = module if isinstance(module, PreTrainedModel) else owner
+        if module not in layers:
+            for name, child in module.named_children():
+                yield from visit(f"{prefix}.{name}" if prefix else name, child, owner)
+        module.to_empty(device="cpu", recurse=module in layers)
+        if module in layers:
+            module.apply(owner._initialize_weights)
+        else:
+            owner._initialize_weights(module)
+        yield prefix, module
+        module.to_empty(device="meta", recurse=module in layers)
+
+    yield from visit("", model, model)
+
+
+def _compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Buffers that no file holds, such as the frequencies of rotary embeddings."""
+    for module in model.modules():
+        if any(True for _ in module.buffers(recurse=False)):
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, torch.empty_like(buffer, device=device))
+            model._init_weights(module)

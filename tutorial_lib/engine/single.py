@@ -1,0 +1,125 @@
+"""The reference: one plain PyTorch process behind the engine protocol.
+
+Nothing here is distributed, sharded or fused. Every other engine is measured against its losses, gradient norms,
+parameters and optimizer states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tutorial_lib.checkpoint import MOMENTS, Whole, Writer
+from tutorial_lib.config import Config
+from tutorial_lib.engine.layout import ParameterLayout
+from tutorial_lib.models import build_model
+from tutorial_lib.mpu import Topology
+
+
+def global_norm(gradients: list[Tensor]) -> float:
+    """The 2-norm of all gradients together, summed in fp64: fp32 sums over a million squares are off by 1e-6."""
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]
+    return float(torch.stack(norms).norm()) if norms else 0.0
+
+
+class TorchEngine:
+    """A model, ``torch.optim.AdamW`` and clipping on one device. See :class:`tutorial_lib.trainer.Engine`."""
+
+    averages_over = 1
+    update_was_skipped = False
+
+    def __init__(self, config: Config, topology: Topology, device: torch.device) -> None:
+        self.config = config
+        self.device = device
+        model = build_model(config)
+        self.module: torch.nn.Module = model
+        torch.nn.Module.to(model, device)
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        o = config.optimizer
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            lr=o.learning_rate,
+            betas=(o.beta1, o.beta2),
+            eps=o.eps,
+            weight_decay=o.weight_decay,
+        )
+
+    def train(self, mode: bool) -> None:
+        self.module.train(mode)
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Logits, shape (B, S, V). In bf16, weights stay fp32 and autocast computes."""
+        precision = self.config.engine.precision
+        autocast = torch.autocast(self.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+        with autocast:
+            logits: Tensor = self.module(**inputs, use_cache=False).logits
+        return logits
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> float:
+        """Clip, update, clear the gradients; returns the gradient's global 2-norm before clipping."""
+        limit = self.config.optimizer.gradient_clipping
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = global_norm(gradients)
+        if limit > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), limit, torch.tensor(norm))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def model_states(self) -> dict[str, list[Tensor]]:
+        parameters = list(self.module.parameters())
+        states = [t for state in self.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+        return {
+            "parameters": list(parameters),
+            "gradients": [p.grad for p in parameters if p.grad is not None],
+            "optimizer": [t for t in states if t.dim() > 0],
+        }
+
+    def layout(self) -> list[ParameterLayout]:
+        """Every parameter is whole."""
+        return [
+            ParameterLayout(name, "replicated", None, tuple(p.shape), tuple(p.shape), 1, p.numel() * p.element_size())
+            for name, p in self.module.named_parameters()
+        ]
+
+    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.module.named_parameters():
+            yield name, parameter.detach().to("cpu", torch.float32, copy=True)
+
+    def full_optimizer_states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                state = self.optimizer.state[parameter]
+                yield name, {key: state[key].detach().cpu().clone() for key in MOMENTS}
+
+    def save(self, directory: Path, writer: Writer) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        writer.save(self.module.state_dict(), directory / "model.pt")
+        writer.save(self.optimizer.state_dict(), directory / "optimizer.pt")
+
+    def load(self, directory: Path) -> None:
+        self.module.load_state_dict(torch.load(directory / "model.pt", map_location=self.device, weights_only=True))
+        self.optimizer.load_state_dict(
+            torch.load(directory / "optimizer.pt", map_location=self.device, weights_only=True)
+        )
+
+    @torch.no_grad()
+    def load_whole(self, whole: Whole) -> None:
+        """Restore weights and optimizer states that an engine of any shape has saved."""
+        for name, parameter in self.module.named_parameters():
+            parameter.copy_(whole.parameter(name))
+            if parameter.requires_grad:
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(whole.adam_step(name))),
+                    **{key: torch.empty_like(parameter).copy_(whole.moment(name, key)) for key in MOMENTS},
+                }
+
+    def close(self) -> None:
+        """Nothing to release."""

@@ -1,0 +1,1 @@
+"""Ray Train: start Ray on this machine or join a cluster, and train on its workers."""

@@ -1,0 +1,79 @@
+"""What the ranks of a tensor-parallel group must have in common, compared in every step.
+
+They share every layer, and nothing in the layers notices when they are given different batches or draw different
+dropout masks: losses go on looking plausible. The trainer therefore exchanges a fingerprint of each rank's batches,
+and its loss, among a few numbers that all ranks need anyway. As every rank sees all of them, all ranks raise together
+and none waits for another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from tutorial_lib.mpu import Topology
+
+SAME_LOSS = 1e-4
+"""Relative difference up to which the losses of a group are the same but for rounding."""
+
+
+class RanksDisagree(RuntimeError):
+    """Ranks of one tensor-parallel group differ in what they must have in common. The message says where to look."""
+
+
+def gather(numbers: Sequence[int], device: torch.device) -> list[list[int]]:
+    """Every rank's numbers, by rank. Collective; without a process group there is one rank.
+
+    Integers, so that :mod:`tutorial_lib.measure.traffic` counts them with the bookkeeping on any number of ranks.
+    """
+    if not dist.is_initialized():
+        return [list(numbers)]
+    own = torch.tensor(numbers, dtype=torch.int64, device=device)
+    by_rank = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(by_rank, own)
+    return [numbers.tolist() for numbers in by_rank]
+
+
+def check_batches(topology: Topology, step: int, fingerprints: Sequence[int]) -> None:
+    """Refuse batches that differ within a tensor-parallel group.
+
+    Args:
+        topology: the grid.
+        step: the step that the batches are for, from 1.
+        fingerprints: by world rank, as :func:`tutorial_lib.dataloader.collate.fingerprint` gives them.
+
+    Raises:
+        RanksDisagree: with the ranks and their fingerprints.
+    """
+    for ranks in topology.grid():
+        own = [fingerprints[rank] for rank in ranks]
+        if len(set(own)) > 1:
+            raise RanksDisagree(
+                f"At step {step} ranks {ranks} share every layer, but read different batches, of the fingerprints "
+                f"{', '.join(f'{number % 2**64:016x}' for number in own)}. Look at what the data loader is given: "
+                "dp_rank and dp_size, never the world rank and the world size."
+            )
+
+
+def check_losses(topology: Topology, step: int, losses: Sequence[float]) -> None:
+    """Refuse losses that differ within a tensor-parallel group by more than :data:`SAME_LOSS`.
+
+    Args:
+        topology: the grid.
+        step: the step that the losses are of, from 1.
+        losses: by world rank. What is not a number, or infinite, is left to the check of the sum.
+
+    Raises:
+        RanksDisagree: with the ranks and their losses.
+    """
+    for ranks in topology.grid():
+        own = [losses[rank] for rank in ranks]
+        if max(own) - min(own) > SAME_LOSS * max(map(abs, own)):
+            raise RanksDisagree(
+                f"At step {step} ranks {ranks} share every layer and read the same batch, but the sums of its losses "
+                f"differ: {', '.join(f'{number:.6f}' for number in own)}. Look at the seed, which must be the same "
+                "within a tensor-parallel group (dropout masks and random weights depend on it), and at the all-reduce "
+                "of the row-parallel layers."
+            )
