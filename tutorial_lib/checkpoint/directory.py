@@ -12,14 +12,11 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch.distributed as dist
+from typing import Any
 
 from tutorial_lib.mpu import Topology
+from tutorial_lib.mpu.collectives import all_gather_objects, broadcast_object
 from tutorial_lib.records import RunDirectory
-
-T = TypeVar("T")
 
 MANIFEST = "manifest.json"
 
@@ -89,7 +86,7 @@ def newest_whole(run: RunDirectory, topology: Topology | None = None) -> tuple[P
         CheckpointError: there are checkpoints, and none of them is whole; or the newest is of a newer format.
     """
     # One rank lists: on a network file system others may still see an older listing.
-    found = agreed(checkpoints(run)) if topology else checkpoints(run)
+    found = broadcast_object(checkpoints(run)) if topology else checkpoints(run)
     return _newest(run, found, lambda path: damage(path, topology))
 
 
@@ -159,14 +156,12 @@ def damage(path: Path, topology: Topology | None = None) -> CheckpointError | No
     files, problem = _manifest_or_error(path) if rank == 0 else ({}, None)
     if size > 1:
         # One rank reads the manifest: if each did, one that cannot would leave the others waiting for it.
-        files, problem = agreed((files, problem))
+        files, problem = broadcast_object((files, problem))
     if problem:
         return problem
     found = next(filter(None, (file_damage(path / n, files[n]) for n in sorted(files)[rank::size])), None)
     if size > 1:
-        by_rank: list[CheckpointError | None] = [None] * size
-        dist.all_gather_object(by_rank, found)
-        found = next(filter(None, by_rank), None)
+        found = next(filter(None, all_gather_objects(found)), None)
     return found
 
 
@@ -334,26 +329,3 @@ def finish_deletions() -> None:
     """Return when the files of all that was deleted are gone, or cannot be removed now."""
     while _deletions:
         _deletions.pop().join()
-
-
-def agreed(value: T) -> T:
-    """Rank 0's value, on every rank. Collective."""
-    if not dist.is_initialized():
-        return value
-    holder = [value]
-    dist.broadcast_object_list(holder, src=0)
-    return holder[0]
-
-
-def gathered(value: T, topology: Topology) -> list[T]:
-    """Every rank's value, by rank. Collective."""
-    if topology.world_size == 1:
-        return [value]
-    values: list[Any] = [None] * topology.world_size
-    dist.all_gather_object(values, value)
-    return values
-
-
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
