@@ -15,8 +15,9 @@ from tutorial_lib import checkpoint, launch
 from tutorial_lib.checkpoint import directory
 from tutorial_lib.cli import main
 from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.lab.lesson import remove_runs
 from tutorial_lib.mpu import Topology
-from tutorial_lib.records import RunDirectory, remove_runs
+from tutorial_lib.records import RunDirectory
 
 ALONE = Topology(dp=1, tp=1, rank=0)
 
@@ -370,7 +371,7 @@ def test_a_lesson_removes_no_run_that_is_running(holder, tmp_path, which):
     process.kill()
     process.join()
     remove_runs(str(tmp_path))
-    assert [path.name for path in tmp_path.iterdir()] == [".lesson"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lesson", ".reader.lock"]
 
 
 # ---------------------------------------------------------------------------------------------------------- inspect
