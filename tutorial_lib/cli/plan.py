@@ -225,8 +225,8 @@ def _text(
         ]
     else:
         hopeless = (
-            "This planner knows no layout that fits, on any number of such GPUs: choose larger ones or shorter sequences. "
-            "Context parallelism or a loss in chunks, which it does not know, may help."
+            "This planner knows no layout that fits, on any number of such GPUs: choose larger ones or shorter "
+            "sequences. Context parallelism or a loss in chunks, which it does not know, may help."
         )
         lines.append(f"Nothing fits. {'What would:' if advice else hopeless}")
         lines += [f"  {sentence}" for sentence in advice]
