@@ -21,7 +21,7 @@ Claim = dict[str, Any]
 
 
 def describe_untrue(found: list[Claim]) -> list[str]:
-    """Describe the claims that do not hold, as they say or when their numbers are compared again, or were made twice."""
+    """Describe the claims that do not hold, by their own word or compared again, and those that were made twice."""
     again = Claims()
     for claim in found:
         text, expected, measured = claim["claim"], claim["expected"], claim["measured"]

@@ -49,12 +49,12 @@ def test_the_same(committed: Any, fresh: Any) -> None:
         (3612, 3611),
         (10_000_000, 10_000_001),
         ([1, 2], [1, 2, 3]),
-        ([1.0, 2.0], [1.0, 2.1]),
+        ([1.5, 2.5], [1.5, 2.6]),
         ("refused", "accepted"),
         (True, False),
         (True, 1.5),
-        (None, 0.0),
-        (1.0, "nan"),
+        (None, 0.5),
+        (1.5, "nan"),
     ],
 )
 def test_not_the_same(committed: Any, fresh: Any) -> None:
