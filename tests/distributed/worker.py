@@ -477,7 +477,7 @@ def _losses_of_own_tokens() -> Iterator[None]:
 
 @contextmanager
 def _random_states_not_restored() -> Iterator[None]:
-    with mock.patch.object(checkpoint.saver, "_restore_random_states", lambda states, engine: None):
+    with mock.patch.object(checkpoint.loader, "_restore_random_states", lambda states, engine: None):
         yield
 
 
@@ -705,25 +705,25 @@ def _slopes_of_the_first_heads() -> Iterator[None]:
 @contextmanager
 def _updates_not_counted() -> Iterator[None]:
     """Adam corrects its moments as in its first update, after three."""
-    with mock.patch.object(checkpoint.whole._DeepSpeed3, "adam_step", lambda self, name: 0):
+    with mock.patch.object(checkpoint.formats.deepspeed.Stage3, "adam_step", lambda self, name: 0):
         yield
 
 
 @contextmanager
 def _columns_left_by_rank() -> Iterator[None]:
-    with mock.patch.object(checkpoint.whole, "by_part", lambda tensor, tp: tensor):
+    with mock.patch.object(checkpoint.formats.dcp, "by_part", lambda tensor, tp: tensor):
         yield
 
 
 @contextmanager
 def _moments_exchanged() -> Iterator[None]:
-    moment = checkpoint.Whole.moment
+    moment = checkpoint.FullTensors.moment
     other = {"exp_avg": "exp_avg_sq", "exp_avg_sq": "exp_avg"}
 
     def exchanged(self: Any, name: str, which: str) -> Tensor:
         return moment(self, name, other[which]).abs()  # no root of a negative number
 
-    with mock.patch.object(checkpoint.Whole, "moment", exchanged):
+    with mock.patch.object(checkpoint.FullTensors, "moment", exchanged):
         yield
 
 

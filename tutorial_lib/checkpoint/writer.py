@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.utils.serialization import config as serialization
 
-from tutorial_lib.checkpoint.directory import digest, sync
 from tutorial_lib.checkpoint.hashed_file import HashedFile
+from tutorial_lib.checkpoint.manifest import digest, sync
 
 
 def make_stager() -> DefaultStager:
