@@ -29,6 +29,7 @@ from tutorial_lib.launch import worker
 from tutorial_lib.measure.speed import time_ratio
 from tutorial_lib.models import load_tokenizer
 from tutorial_lib.mpu import Topology
+from tutorial_lib.mpu.random_states import seed_everything
 from tutorial_lib.records import RunDirectory
 from tutorial_lib.trainer import loop as trainer
 
@@ -121,7 +122,7 @@ def shortest_loop(config: Config, topology: Topology) -> Callable[[], float]:
 
     Correct all the same: every token weighs alike wherever it is, and the loss is that of all ranks.
     """
-    trainer.seed_everything(config.run.seed)
+    seed_everything(config.run.seed)
     ours = DeepSpeedEngine(config, topology, torch.device("cpu"))
     engine = ours.deepspeed
     scheduler = get_scheduler("linear", ours.optimizer, 0, config.run.steps)

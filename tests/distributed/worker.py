@@ -477,7 +477,7 @@ def _losses_of_own_tokens() -> Iterator[None]:
 
 @contextmanager
 def _random_states_not_restored() -> Iterator[None]:
-    with mock.patch.object(checkpoint.loader, "_restore_random_states", lambda states, engine: None):
+    with mock.patch.object(checkpoint.loader, "restore_random_states", lambda states, device: None):
         yield
 
 

@@ -21,9 +21,10 @@ import torch
 from tests.distributed.cases import MODELS, small_model
 from tests.late_writes import late_writes, without_snapshot
 from tutorial_lib import checkpoint, launch
-from tutorial_lib.checkpoint import CheckpointError, Writer, exporter, manifest, saver, storage
+from tutorial_lib.checkpoint import CheckpointError, Writer, exporter, manifest, storage
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.engine.single import TorchEngine
+from tutorial_lib.mpu.random_states import capture_random_states, restore_random_states
 from tutorial_lib.records import RunDirectory
 
 ROOT = Path(__file__).parents[2]
@@ -598,15 +599,12 @@ def test_random_states_come_back(tmp_path):
     def draw():
         return random.random(), np.random.rand(), torch.rand(()).item()
 
-    class Engine:
-        device = torch.device("cpu")
-
     draw()
-    states = saver._random_states(Engine)
+    states = capture_random_states(torch.device("cpu"))
     torch.save(states, tmp_path / "states.pt")
     expected = draw()
     draw()
-    saver._restore_random_states(torch.load(tmp_path / "states.pt", weights_only=True), Engine)
+    restore_random_states(torch.load(tmp_path / "states.pt", weights_only=True), torch.device("cpu"))
     assert draw() == expected
 
 

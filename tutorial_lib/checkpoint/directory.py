@@ -10,9 +10,6 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch.distributed as dist
 
 from tutorial_lib.checkpoint.manifest import (
     MANIFEST,
@@ -23,10 +20,8 @@ from tutorial_lib.checkpoint.manifest import (
     sync,
 )
 from tutorial_lib.mpu import Topology
+from tutorial_lib.mpu.collectives import broadcast_object
 from tutorial_lib.records import RunDirectory
-
-T = TypeVar("T")
-
 
 _NAME = re.compile(r"step-\d{8}")
 _PARTIAL, _DELETING = ".partial-", ".deleting-"
@@ -79,7 +74,7 @@ def newest_intact(run: RunDirectory, topology: Topology | None = None) -> tuple[
         CheckpointError: there are checkpoints, and none of them is intact; or the newest is of a newer format.
     """
     # One rank lists: on a network file system others may still see an older listing.
-    found = agreed(checkpoints(run)) if topology else checkpoints(run)
+    found = broadcast_object(checkpoints(run)) if topology else checkpoints(run)
     return _newest(run, found, lambda path: damage(path, topology))
 
 
@@ -184,26 +179,3 @@ def finish_deletions() -> None:
     """Return when the files of all that was deleted are gone, or cannot be removed now."""
     while _deletions:
         _deletions.pop().join()
-
-
-def agreed(value: T) -> T:
-    """Rank 0's value, on every rank. Collective."""
-    if not dist.is_initialized():
-        return value
-    holder = [value]
-    dist.broadcast_object_list(holder, src=0)
-    return holder[0]
-
-
-def gathered(value: T, topology: Topology) -> list[T]:
-    """Every rank's value, by rank. Collective."""
-    if topology.world_size == 1:
-        return [value]
-    values: list[Any] = [None] * topology.world_size
-    dist.all_gather_object(values, value)
-    return values
-
-
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()

@@ -10,10 +10,11 @@ import torch
 from tutorial_lib.checkpoint.compatibility import check_same_run, shape
 from tutorial_lib.checkpoint.formats import open_full
 from tutorial_lib.checkpoint.manifest import read_trainer_state
-from tutorial_lib.checkpoint.saver import Progress, _restore_random_states
+from tutorial_lib.checkpoint.saver import Progress
 from tutorial_lib.config import Config
 from tutorial_lib.models.fused_qkv import is_fused_by_part
 from tutorial_lib.mpu import Topology
+from tutorial_lib.mpu.random_states import restore_random_states
 
 
 def load(path: Path, engine: Any, config: Config, topology: Topology) -> Progress:
@@ -43,7 +44,7 @@ def load(path: Path, engine: Any, config: Config, topology: Topology) -> Progres
     else:
         engine.load_full(open_full(path, verified=True))
     if reshaped_from is None:
-        _restore_random_states(own["random"], engine)
+        restore_random_states(own["random"], engine.device)
     return Progress(
         trainer["step"], own["loader"], trainer["scheduler"], trainer["record"], reshaped_from=reshaped_from
     )

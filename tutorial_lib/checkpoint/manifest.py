@@ -8,9 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from tutorial_lib.mpu import Topology
+from tutorial_lib.mpu.collectives import all_gather_objects, broadcast_object
 
 MANIFEST = "manifest.json"
 
@@ -72,20 +71,16 @@ def damage(path: Path, topology: Topology | None = None) -> CheckpointError | No
     :class:`NewerFormat` and :class:`Unreadable` say that it may be whole, and that nobody can tell here and now. With a
     topology this is collective, and every rank reads a share of the files.
     """
-    from tutorial_lib.checkpoint.directory import agreed
-
     rank, size = (topology.rank, topology.world_size) if topology else (0, 1)
     files, problem = _manifest_or_error(path) if rank == 0 else ({}, None)
     if size > 1:
         # One rank reads the manifest: if each did, one that cannot would leave the others waiting for it.
-        files, problem = agreed((files, problem))
+        files, problem = broadcast_object((files, problem))
     if problem:
         return problem
     found = next(filter(None, (file_damage(path / n, files[n]) for n in sorted(files)[rank::size])), None)
     if size > 1:
-        by_rank: list[CheckpointError | None] = [None] * size
-        dist.all_gather_object(by_rank, found)
-        found = next(filter(None, by_rank), None)
+        found = next(filter(None, all_gather_objects(found)), None)
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tutorial_lib.checkpoint.directory import agreed, checkpoints, delete, step_of
+from tutorial_lib.checkpoint.directory import checkpoints, delete, step_of
 from tutorial_lib.checkpoint.manifest import (
     CheckpointError,
     NewerFormat,
@@ -15,6 +15,7 @@ from tutorial_lib.checkpoint.manifest import (
 )
 from tutorial_lib.config import Config
 from tutorial_lib.mpu import Topology
+from tutorial_lib.mpu.collectives import broadcast_object
 from tutorial_lib.records import RunDirectory
 
 _MAY_BE_INTACT = (NewerFormat, Unreadable)
@@ -46,7 +47,7 @@ class Pruner:
             return []
         self.mark_intact(newest)
         # Rank 0 lists: on a network file system others may still see an older listing.
-        found = agreed([path for path in checkpoints(self.run) if step_of(path) <= step_of(newest)])
+        found = broadcast_object([path for path in checkpoints(self.run) if step_of(path) <= step_of(newest)])
         kept: list[Path] = []
         for path in reversed(found):
             if len(kept) < self.settings.keep_last and self._is_intact(path):
@@ -60,7 +61,7 @@ class Pruner:
             doomed = [path for path in older if path != best and not self._may_be_needed(path)]
             for path in doomed:
                 delete(path)
-        doomed = agreed(doomed)
+        doomed = broadcast_object(doomed)
         return [path.name for path in doomed]
 
     def _is_intact(self, path: Path) -> bool:
@@ -75,7 +76,8 @@ class Pruner:
 
     def _best(self, found: list[Path]) -> Path | None:
         by_loss = sorted(
-            (loss, path) for path, loss in agreed(eval_losses(found) if self.topology.rank == 0 else {}).items()
+            (loss, path)
+            for path, loss in broadcast_object(eval_losses(found) if self.topology.rank == 0 else {}).items()
         )
         return next((path for _, path in by_loss if self._is_intact(path)), None)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-import random
 import socket
 import time
 from dataclasses import dataclass, field
@@ -13,16 +12,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch.distributed.checkpoint.staging import DefaultStager
 
 from tutorial_lib.checkpoint.directory import (
-    agreed,
-    barrier,
     directory_of,
     finish_deletions,
-    gathered,
     partial_of,
     publish,
 )
@@ -30,6 +24,8 @@ from tutorial_lib.checkpoint.manifest import FORMAT, MANIFEST, CheckpointError, 
 from tutorial_lib.checkpoint.writer import Writer
 from tutorial_lib.config import Config
 from tutorial_lib.mpu import Topology
+from tutorial_lib.mpu.collectives import all_gather_objects, barrier, broadcast_object
+from tutorial_lib.mpu.random_states import capture_random_states
 from tutorial_lib.records import RunDirectory, write_atomically
 
 
@@ -81,10 +77,10 @@ def save(
     if topology.rank == 0:
         finish_deletions()  # their room may be needed
         partial.mkdir(parents=True)
-    partial = agreed(partial)  # rank 0's, which is there when the others learn its name
+    partial = broadcast_object(partial)  # rank 0's, which is there when the others learn its name
     writer = Writer(partial, stager)
     engine.save(partial / "engine", writer)
-    own = {"loader": progress.loader, "random": _random_states(engine)}
+    own = {"loader": progress.loader, "random": capture_random_states(engine.device)}
     writer.save(own, partial / f"rank-{topology.rank:03d}.pt")
     if topology.rank == 0:
         trainer = {
@@ -151,7 +147,7 @@ class Save:
         """
         began = time.perf_counter()
         write_seconds = self._writer.wait()
-        shares = gathered((self._writer.files, write_seconds), self._topology)
+        shares = all_gather_objects((self._writer.files, write_seconds))
         files = {name: entry for share, _ in shares for name, entry in share.items()}
         if self._topology.rank == 0:
             self._publish(files)
@@ -159,7 +155,7 @@ class Save:
         self.seconds += time.perf_counter() - began
         return {
             "step": self.step,
-            "stall_seconds": max(gathered(self.seconds, self._topology)),
+            "stall_seconds": max(all_gather_objects(self.seconds)),
             "write_seconds": max(seconds for _, seconds in shares),
             "bytes": sum(entry["bytes"] for entry in files.values()),
         }
@@ -190,26 +186,3 @@ class Save:
     def abandon(self) -> None:
         """Leave it as it is: invisible. Returns when this rank no longer writes."""
         self._writer.close()
-
-
-def _random_states(engine: Any) -> dict[str, Any]:
-    kind, keys, *rest = np.random.get_state()
-    version, words, gauss = random.getstate()
-    states: dict[str, Any] = {
-        "python": [version, list(words), gauss],
-        "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
-        "torch": torch.get_rng_state(),
-    }
-    if engine.device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(engine.device)
-    return states
-
-
-def _restore_random_states(states: dict[str, Any], engine: Any) -> None:
-    version, words, gauss = states["python"]
-    random.setstate((version, tuple(words), gauss))
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(states["torch"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], engine.device)

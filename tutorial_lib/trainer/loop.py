@@ -19,13 +19,10 @@ import json
 import logging
 import math
 import os
-import random
 import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,7 +30,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import get_scheduler
 
@@ -48,8 +44,12 @@ from tutorial_lib.measure.memory import Allocations, StateBytes, count_allocatio
 from tutorial_lib.measure.traffic import count_collectives
 from tutorial_lib.models import load_tokenizer
 from tutorial_lib.mpu import Topology
-from tutorial_lib.records import STOPPING, RunDirectory, write_atomically
-from tutorial_lib.trainer.consistency import check_batches, check_losses, gather
+from tutorial_lib.mpu.collectives import all_gather_ints, all_gather_objects, barrier
+from tutorial_lib.mpu.random_states import seed_everything
+from tutorial_lib.records import RunDirectory, write_atomically
+from tutorial_lib.trainer.consistency import check_batches, check_losses
+from tutorial_lib.trainer.loss import NonFiniteLoss, count_tokens, token_loss_sum
+from tutorial_lib.trainer.process import local_device, output_to, stop_signals
 
 OnCheckpoint = Callable[[Path, dict[str, Any]], None]
 """Called on every rank when a checkpoint is complete, with its path and the newest metrics row."""
@@ -65,34 +65,6 @@ SLOT_IS_OVER, REQUEST = "stop_after", "request"
 
 _REQUESTED = 1000
 """Stands beside signal numbers for a request through the stop file; larger than any of them."""
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss or the gradient is no longer a number. The message names the last good checkpoint."""
-
-
-def token_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of next-token cross-entropies, in fp32.
-
-    Args:
-        logits: (B, S, V).
-        labels: (B, S), not shifted; -100 marks tokens that do not count.
-    """
-    vocabulary = logits.size(-1)
-    return F.cross_entropy(
-        logits[:, :-1].float().reshape(-1, vocabulary), labels[:, 1:].reshape(-1), ignore_index=-100, reduction="sum"
-    )
-
-
-def count_tokens(labels: Tensor) -> int:
-    """How many positions of ``labels`` (B, S) enter :func:`token_loss_sum`."""
-    return int((labels[:, 1:] != -100).sum())
-
-
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def train_all(configs: Sequence[Config], *, on_checkpoint: OnCheckpoint | None = None) -> list[dict[str, Any]]:
@@ -140,15 +112,14 @@ def train(config: Config, *, on_checkpoint: OnCheckpoint | None = None) -> dict[
         # Only torchrun's ranks clear old requests here. Elsewhere the launcher did, and a new request may be there.
         if rank == 0 and config.run.launcher == "none" and "RANK" in os.environ:
             run.clear_requests()
-        if dist.is_initialized():
-            dist.barrier()
+        barrier()
         if not run.logs.is_dir():
             raise ConfigError(
                 f"{run.path} cannot be seen from rank {rank}. Storage must be a directory that every node sees, such "
                 "as one on a network file system: choose another one."
             )
         log = run.log_file(rank) if config.run.launcher != "none" else None
-        with output_to(log), _stop_signals() as stop_signalled:
+        with output_to(log), stop_signals() as stop_signalled:
             try:
                 session = _Session(config, topology, run, on_checkpoint, stop_signalled)
                 try:
@@ -372,7 +343,7 @@ class _Session:
         with torch.no_grad():
             for batch in self.eval_loader:
                 if self.topology.tp > 1:
-                    own = gather([fingerprint([batch])], self.device)
+                    own = all_gather_ints([fingerprint([batch])], self.device)
                     check_batches(self.topology, self.step + 1, [number for (number,) in own])
                 totals[0] += self._loss_sum(batch)
                 totals[1] += count_tokens(batch["labels"])
@@ -424,7 +395,7 @@ class _Session:
         tokens = sum(count_tokens(batch["labels"]) for batch in micro_batches)
         written = self.in_flight is not None and self.in_flight[0].is_written()
         batches = fingerprint(micro_batches) if self.topology.tp > 1 else 0
-        by_rank = gather([tokens, self._stop_requested(), int(written), batches], self.device)
+        by_rank = all_gather_ints([tokens, self._stop_requested(), int(written), batches], self.device)
         tokens_of, stop_of, written_of, batches_of = zip(*by_rank, strict=True)
         check_batches(self.topology, self.step + 1, batches_of)
         stop = max(stop_of)
@@ -438,7 +409,9 @@ class _Session:
             RanksDisagree: it differs within a tensor-parallel group; all ranks raise.
         """
         # As an integer a number passes to the last bit.
-        by_rank = torch.tensor(gather([int(value.view(torch.int64))], self.device)).view(torch.float64).flatten()
+        by_rank = (
+            torch.tensor(all_gather_ints([int(value.view(torch.int64))], self.device)).view(torch.float64).flatten()
+        )
         check_losses(self.topology, self.step + 1, by_rank.tolist())
         return float(by_rank[:: self.topology.tp].sum())
 
@@ -464,12 +437,8 @@ class _Session:
         if status == "completed" and self.eval_loader is not None:
             eval_loss = self.record["eval_loss"] if "eval_loss" in self.record else self.evaluate()
         rows = self.run.rows()
-        per_rank: list[Any] = [None] * self.topology.world_size
         own = {"rank": self.topology.rank, "peak_memory_bytes": peak_memory(self.device), "measured": self.measured}
-        if dist.is_initialized():
-            dist.all_gather_object(per_rank, own)
-        else:
-            per_rank = [own]
+        per_rank = all_gather_objects(own)
         # The first step of a start allocates and compiles; it says nothing of the speed.
         steady = [row for row in rows if row["step"] > (self.resumed_from or 0) + 1]
         seconds = sum(row["seconds"] for row in steady)
@@ -497,79 +466,5 @@ class _Session:
         }
         if self.topology.rank == 0:
             write_atomically(self.run.result_file, json.dumps(result, indent=2) + "\n")
-        if dist.is_initialized():
-            dist.barrier()
+        barrier()
         return result
-
-
-def local_device(config: Config) -> torch.device:
-    """Where this rank computes: the CPU, or the GPU of its local rank. A rank that sees one GPU alone uses that.
-
-    Raises:
-        ConfigError: the node has fewer GPUs than ranks.
-    """
-    if config.run.device == "cpu":
-        return torch.device("cpu")
-    local_rank, visible = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if not visible or local_rank >= visible > 1:
-        raise ConfigError(
-            f"Local rank {local_rank} has no GPU of its own: {visible} can be seen here. Start as many ranks per node "
-            "as it has GPUs, or write device='cpu'."
-        )
-    device = torch.device("cuda", local_rank if local_rank < visible else 0)
-    torch.cuda.set_device(device)
-    return device
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], int]]:
-    """Keep the number of a SIGTERM, SIGUSR1 or SIGINT for the loop to read between two steps; 0 if none has come.
-
-    A second SIGINT is not kept: it interrupts at once.
-    """
-    seen: list[int] = []
-    said: list[int] = []
-
-    def keep(number: int, _frame: Any) -> None:
-        if number == signal.SIGINT and number in seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-
-    def stop_signalled() -> int:
-        if signal.SIGINT in seen and not said:
-            said.append(signal.SIGINT)
-            print(STOPPING, file=sys.stderr, flush=True)
-        return seen[0] if seen else 0
-
-    if threading.current_thread() is not threading.main_thread():
-        # Ray calls the training function in a thread, and stops it through the stop file.
-        yield lambda: 0
-        return
-    # What is ignored stays ignored, as SIGINT is in the background of a shell.
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, keep) for number in heeded}
-    try:
-        yield stop_signalled
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def output_to(path: Path | None) -> Iterator[None]:
-    """Send this process's output to a file, file descriptors included, so that C++ libraries' lines go there too."""
-    if path is None:
-        yield
-        return
-    kept = [os.dup(1), os.dup(2)]
-    with path.open("ab", buffering=0) as file:
-        os.utime(path)  # a sign of life for whoever waits for this process, also if it writes nothing
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        try:
-            yield
-        finally:
-            for number, original in zip((1, 2), kept, strict=True):
-                os.dup2(original, number)
-                os.close(original)

@@ -42,6 +42,7 @@ from tutorial_lib.engine.layout import ParameterLayout
 from tutorial_lib.engine.single import global_norm
 from tutorial_lib.models import build_model, slice_alibi
 from tutorial_lib.mpu import ModelParallelUnit, Topology, device_mesh
+from tutorial_lib.mpu.collectives import all_gather_tensor
 
 _TAG = "engine"
 
@@ -204,7 +205,7 @@ class DeepSpeedEngine:
             return share
         # What is offloaded is in host memory, and the ranks exchange what is on their devices.
         on_device = share.detach().to(self.device)
-        return autotp.gathered(on_device, self._dims[parameter], self.unit.get_model_parallel_group())
+        return all_gather_tensor(on_device, self._dims[parameter], self.unit.get_model_parallel_group())
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter whole, one at a time, as fp32 on the CPU. Collective: all ranks must iterate."""
