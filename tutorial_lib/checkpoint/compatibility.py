@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tutorial_lib.checkpoint.manifest import read_trainer_state
 from tutorial_lib.config import FREE_ON_RESUME, Config, ConfigError
-from tutorial_lib.models import load_config, load_tokenizer
+from tutorial_lib.models import load_tokenizer, load_trained_config
 
 _SHAPE = {
     "torch": (),
@@ -77,7 +77,7 @@ def identity(config: Config) -> dict[str, Any]:
         ConfigError: there is no such model.
     """
     options = {"trust_remote_code": config.model.trust_remote_code}
-    model = load_config(config.model.name, **options).to_diff_dict()
+    model = load_trained_config(config.model.name, random_init=config.model.random_init, **options).to_diff_dict()
     tokenizer = load_tokenizer(config.model.name, **options)
     return {
         "model": {name: value for name, value in json.loads(json.dumps(model)).items() if name not in _OF_THE_MOMENT},

@@ -37,7 +37,7 @@ def open_full(path: Path, *, verified: bool = False) -> FullTensors:
         verified: the caller has just verified it.
 
     Raises:
-        CheckpointError: the checkpoint is damaged.
+        CheckpointError: the checkpoint is damaged, or its files are not those of the model described beside them.
     """
     if not verified:
         verify(path)
@@ -48,7 +48,9 @@ def open_full(path: Path, *, verified: bool = False) -> FullTensors:
         "fsdp": dcp.DCP,
         "deepspeed": deepspeed.STAGES[settings.engine.zero_stage],
     }
-    return of_engine[settings.engine.name](path / "engine", settings, model)
+    reader = of_engine[settings.engine.name](path / "engine", settings, model)
+    reader.check_names()
+    return reader
 
 
 def rank_and_contents(name: str, tp: int, zero_stage: int) -> tuple[int, str] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ from tutorial_lib.models.fused_qkv import by_part, is_fused_by_part
 
 
 class DCP(FullTensors):
+    def _stored_names(self) -> Iterable[str]:
+        stored = dcp.FileSystemReader(self._directory).read_metadata().state_dict_metadata
+        return (name.removeprefix("parameters.") for name in stored if name.startswith("parameters."))
+
     def _read(self, name: str, kind: str) -> Tensor:
         tensor = torch.empty(self.shapes[name])
         self._load({"parameters" if kind == WEIGHT else kind: {name: tensor}})

@@ -14,6 +14,7 @@ import json
 import os
 import re
 from abc import abstractmethod
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,10 @@ class _Stage(FullTensors):
         rows = json.loads((directory / LAYOUT).read_text(encoding="utf-8")) if self._tp > 1 else []
         self._layout: dict[str, dict[str, Any]] = {row["parameter"]: row for row in rows}
         self._opened: dict[str, Any] = {}
+
+    def _stored_names(self) -> Iterable[str]:
+        names: Iterable[str] = self._model_states(0)["module"]
+        return names
 
     def _read(self, name: str, kind: str) -> Tensor:
         dim = self._layout[name]["dim"] if self._tp > 1 else None
@@ -161,6 +166,10 @@ class Stage3(_Stage):
                 places[name] = (group, first, shape)
                 first += self._piece_numel(name, shape)
         return places
+
+    def _stored_names(self) -> Iterable[str]:
+        state = self._rank_states(0, 0)
+        return itertools.chain(*state["param_shapes"], state["frozen_param_shapes"] or ())
 
     def _pieces(self, name: str) -> int:
         # What AutoTP has split is cut among the data-parallel ranks, and all else, as it was when the model was built,

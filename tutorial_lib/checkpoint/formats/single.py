@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from tutorial_lib.checkpoint.formats.base import OPTIMIZER, WEIGHT, WEIGHTS, Ful
 
 
 class Single(FullTensors):
+    def _stored_names(self) -> Iterable[str]:
+        return self._weights
+
     def _read(self, name: str, kind: str) -> Tensor:
         tensor: Tensor = self._weights[name] if kind == WEIGHT else self._state(name)[kind]
         return tensor
