@@ -41,7 +41,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from tests.distributed.fsdp1 import FSDP1Engine
 from tests.late_writes import late_writes, without_snapshot
 from tutorial_lib import checkpoint, dataloader
-from tutorial_lib.checkpoint.hashed_file import HashedFile
+from tutorial_lib.checkpoint import writer
 from tutorial_lib.config import Config
 from tutorial_lib.dataloader import TrainLoader
 from tutorial_lib.dataloader.collate import Collate, StepSampler
@@ -561,14 +561,15 @@ def _limit_files() -> None:
 
 
 def _kill_half_way() -> None:
-    """The process ends when half of the next block is in its file."""
-    put = HashedFile._put
+    """The process ends when half of what it writes next is in its file."""
 
-    def half(self: Any, block: memoryview, offset: int) -> None:
-        put(self, block[: len(block) // 2], offset)
+    def half(self: Any, data: Any) -> None:
+        data = memoryview(data).cast("B")
+        self._stream.write(data[: len(data) // 2])
+        self._stream.flush()
         _killed()
 
-    HashedFile._put = half  # type: ignore[method-assign]
+    writer._HashedFile.write = half  # type: ignore[assignment,method-assign]
 
 
 def _raise() -> None:
