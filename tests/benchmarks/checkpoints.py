@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_map
 from tests.benchmarks.on_ranks import run_on_ranks
 from tutorial_lib import checkpoint
 from tutorial_lib.checkpoint import writer
-from tutorial_lib.checkpoint.directory import sync
+from tutorial_lib.checkpoint.manifest import sync
 from tutorial_lib.config import Config
 from tutorial_lib.embedded import model_directory
 from tutorial_lib.launch import worker

@@ -331,7 +331,7 @@ def ends_like_the_undisturbed(request: pytest.FixtureRequest, seen: dict[str, An
 
 def same_states(run: RunDirectory, reference: RunDirectory) -> None:
     """The last checkpoints' weights and moments, bit for bit."""
-    found, expected = (checkpoint.open_whole(checkpoint.latest(each)) for each in (run, reference))
+    found, expected = (checkpoint.open_full(checkpoint.latest(each)) for each in (run, reference))
     assert found.names == expected.names
     for name in expected.names:
         assert found.parameter(name).equal(expected.parameter(name)), name

@@ -40,7 +40,7 @@ READ = [
 def test_what_is_read_whole_is_what_the_engine_had(observed, ranks, name):
     """Of weights, which the engine shows as it computes with them, those in 16 bits are the masters, rounded."""
     run = observed(ranks, name)
-    whole = checkpoint.open_whole(checkpoint.latest(run.directory))
+    whole = checkpoint.open_full(checkpoint.latest(run.directory))
     assert list(whole.names) == list(run.parameters)
     assert set(whole.trained) == run.moments.keys()
     in_16_bits = run.config.engine.name == "deepspeed" and run.config.engine.precision == "bf16"
@@ -81,7 +81,7 @@ def test_it_is_what_deepspeed_itself_converts(observed, tmp_path, ranks, name):
             **options,
         )
     )
-    whole = checkpoint.open_whole(source)
+    whole = checkpoint.open_full(source)
     for name in whole.trained:
         folder = tmp_path / "universal" / "zero" / name
         for kind in ("fp32", *checkpoint.MOMENTS):
@@ -115,7 +115,7 @@ def test_in_16_bits_the_masters_are_kept_and_their_copies_rounded(observed, resh
     """Stopped where it begins, the new start writes what it has read."""
     run = reshaped(f"reshaped.{name}")
     (before, *_) = cases.ancestors(directory, name)
-    old, new = (checkpoint.open_whole(checkpoint.latest(RunDirectory(c.directory))) for c in (before, run.config))
+    old, new = (checkpoint.open_full(checkpoint.latest(RunDirectory(c.directory))) for c in (before, run.config))
     assert run.examples == [] and run.ranks_agree
     computes_in_16_bits = run.config.engine.name == "deepspeed"
     for name in old.names:
@@ -165,7 +165,7 @@ def test_the_command_makes_a_run_that_goes_on(observed, launched, directory, cap
     assert run.rows() == RunDirectory(source.directory).rows()
     assert [path.name for path in run.checkpoints.iterdir()] == [f"step-{cases.STOP:08d}"]
     assert Config.from_json(run.config_file.read_text()).directory == run.path
-    old, new = (checkpoint.open_whole(checkpoint.latest(d)) for d in (RunDirectory(source.directory), run))
+    old, new = (checkpoint.open_full(checkpoint.latest(d)) for d in (RunDirectory(source.directory), run))
     assert sorted(path.name for path in (checkpoint.latest(run) / "engine").iterdir()) == ["model.pt", "optimizer.pt"]
     for name in old.names:
         assert new.parameter(name).equal(old.parameter(name))

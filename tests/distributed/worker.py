@@ -41,7 +41,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from tests.distributed.fsdp1 import FSDP1Engine
 from tests.late_writes import late_writes, without_snapshot
 from tutorial_lib import checkpoint, dataloader
-from tutorial_lib.checkpoint.hashed_file import HashedFile
+from tutorial_lib.checkpoint import writer
 from tutorial_lib.config import Config
 from tutorial_lib.dataloader import TrainLoader
 from tutorial_lib.dataloader.collate import Collate, StepSampler
@@ -477,7 +477,7 @@ def _losses_of_own_tokens() -> Iterator[None]:
 
 @contextmanager
 def _random_states_not_restored() -> Iterator[None]:
-    with mock.patch.object(checkpoint.saver, "restore_random_states", lambda states, device: None):
+    with mock.patch.object(checkpoint.loader, "restore_random_states", lambda states, device: None):
         yield
 
 
@@ -561,14 +561,15 @@ def _limit_files() -> None:
 
 
 def _kill_half_way() -> None:
-    """The process ends when half of the next block is in its file."""
-    put = HashedFile._put
+    """The process ends when half of what it writes next is in its file."""
 
-    def half(self: Any, block: memoryview, offset: int) -> None:
-        put(self, block[: len(block) // 2], offset)
+    def half(self: Any, data: Any) -> None:
+        data = memoryview(data).cast("B")
+        self._stream.write(data[: len(data) // 2])
+        self._stream.flush()
         _killed()
 
-    HashedFile._put = half  # type: ignore[method-assign]
+    writer._HashedFile.write = half  # type: ignore[assignment,method-assign]
 
 
 def _raise() -> None:
@@ -705,25 +706,25 @@ def _slopes_of_the_first_heads() -> Iterator[None]:
 @contextmanager
 def _updates_not_counted() -> Iterator[None]:
     """Adam corrects its moments as in its first update, after three."""
-    with mock.patch.object(checkpoint.whole._DeepSpeed3, "adam_step", lambda self, name: 0):
+    with mock.patch.object(checkpoint.formats.deepspeed.Stage3, "adam_step", lambda self, name: 0):
         yield
 
 
 @contextmanager
 def _columns_left_by_rank() -> Iterator[None]:
-    with mock.patch.object(checkpoint.whole, "by_part", lambda tensor, tp: tensor):
+    with mock.patch.object(checkpoint.formats.dcp, "by_part", lambda tensor, tp: tensor):
         yield
 
 
 @contextmanager
 def _moments_exchanged() -> Iterator[None]:
-    moment = checkpoint.Whole.moment
+    moment = checkpoint.FullTensors.moment
     other = {"exp_avg": "exp_avg_sq", "exp_avg_sq": "exp_avg"}
 
     def exchanged(self: Any, name: str, which: str) -> Tensor:
         return moment(self, name, other[which]).abs()  # no root of a negative number
 
-    with mock.patch.object(checkpoint.Whole, "moment", exchanged):
+    with mock.patch.object(checkpoint.FullTensors, "moment", exchanged):
         yield
 
 

@@ -21,7 +21,7 @@ import torch
 from tests.distributed.cases import MODELS, small_model
 from tests.late_writes import late_writes, without_snapshot
 from tutorial_lib import checkpoint, launch
-from tutorial_lib.checkpoint import CheckpointError, Writer, compatibility, directory, exporter
+from tutorial_lib.checkpoint import CheckpointError, Writer, exporter, manifest, storage
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.engine.single import TorchEngine
 from tutorial_lib.mpu.random_states import capture_random_states, restore_random_states
@@ -50,8 +50,8 @@ def make_checkpoint(run, step, **trainer):
     path = checkpoint.directory_of(run, step)
     path.mkdir()
     (path / "trainer.json").write_text(json.dumps({"format": 2, "step": step, "record": {}} | trainer))
-    listed = {"trainer.json": directory.digest(path / "trainer.json")}
-    (path / checkpoint.MANIFEST).write_text(json.dumps({"format": 2, "files": listed}))
+    listed = {"trainer.json": manifest.digest(path / "trainer.json")}
+    (path / manifest.MANIFEST).write_text(json.dumps({"format": 2, "files": listed}))
     return path
 
 
@@ -233,7 +233,7 @@ def test_what_cannot_be_seen_at_a_glance_is_left_out_by_the_ranks_alone(halved):
     damaged = checkpoint.directory_of(halved.directory, 4)
     flip_a_bit(damaged / "engine" / "model.pt")
     assert checkpoint.latest(halved.directory) == damaged
-    assert checkpoint.newest_whole(halved.directory)[0] == checkpoint.directory_of(halved.directory, 2)
+    assert checkpoint.newest_intact(halved.directory)[0] == checkpoint.directory_of(halved.directory, 2)
     cut_short(damaged / "engine" / "model.pt")
     assert checkpoint.latest(halved.directory) == checkpoint.directory_of(halved.directory, 2)
 
@@ -244,7 +244,7 @@ def test_a_checkpoint_of_a_newer_format_is_refused_before_anything_starts(halved
     for name in ("trainer.json", "manifest.json"):
         (path / name).write_text(json.dumps(json.loads((path / name).read_text()) | {"format": 99}))
         with pytest.raises(CheckpointError, match=r"written by a newer version, in format 99.*Update tutorial_lib"):
-            checkpoint.read_trainer_state(path)
+            manifest.read_trainer_state(path)
     with pytest.raises(CheckpointError, match=r"written by a newer version, in format 99.*Update tutorial_lib"):
         launch.preflight(halved.config)
 
@@ -255,9 +255,9 @@ def test_a_checkpoint_of_format_1_is_still_read(halved, whole):
     trainer = json.loads((path / "trainer.json").read_text())
     del trainer["identity"]
     (path / "trainer.json").write_text(json.dumps(trainer | {"format": 1}))
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"]["trainer.json"] = directory.digest(path / "trainer.json")
-    (path / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
+    listed = json.loads((path / "manifest.json").read_text())
+    listed["files"]["trainer.json"] = manifest.digest(path / "trainer.json")
+    (path / "manifest.json").write_text(json.dumps(listed | {"format": 1}))
     run = launch.run(halved.config.override(stop_after=None))
     assert (run.result["resumed_from"], run.result["left_out"]) == (4, [])
     assert_same(run, whole)
@@ -306,12 +306,12 @@ def test_what_is_damaged_is_not_opened(halved):
     path = checkpoint.latest(halved.directory)
     flip_a_bit(path / "engine" / "model.pt")
     with pytest.raises(CheckpointError, match=r"engine/model\.pt was altered"):
-        checkpoint.open_whole(path)
-    assert checkpoint.open_whole(path, verified=True).names
+        checkpoint.open_full(path)
+    assert checkpoint.open_full(path, verified=True).names
 
 
 def entries(run, step):
-    files = json.loads((checkpoint.directory_of(run.directory, step) / checkpoint.MANIFEST).read_text())["files"]
+    files = json.loads((checkpoint.directory_of(run.directory, step) / manifest.MANIFEST).read_text())["files"]
     return {name: entry for name, entry in files.items() if name.endswith(".pt")}
 
 
@@ -354,7 +354,7 @@ def test_a_checkpoint_is_reported_when_it_is_there_and_with_its_own_row(model, t
     run = RunDirectory(settings.directory)
     for saved, step in zip(result["saves"], (2, 4, 6, 7), strict=True):
         path = checkpoint.directory_of(run, step)
-        sizes = [p.stat().st_size for p in path.rglob("*") if p.is_file() and p.name != checkpoint.MANIFEST]
+        sizes = [p.stat().st_size for p in path.rglob("*") if p.is_file() and p.name != manifest.MANIFEST]
         assert (saved["step"], saved["bytes"]) == (step, sum(sizes))
         assert 0 < saved["write_seconds"]
         assert 0 < saved["stall_seconds"]
@@ -402,7 +402,7 @@ def test_only_an_error_of_the_runs_own_storage_is_told_as_one(tmp_path, monkeypa
     run = RunDirectory(tmp_path / "run")
     run.create()
     if refused:
-        monkeypatch.setattr(compatibility, "_refusal", lambda directory: refused)
+        monkeypatch.setattr(storage, "_refusal", lambda directory: refused)
     error = OSError(number, os.strerror(number), str(tmp_path / name) if isinstance(name, str) else name)
     found = checkpoint.storage_failure(run, error)
     assert re.search(expected, str(found)) if expected else found is None
@@ -617,7 +617,7 @@ def test_the_newest_checkpoint_is_the_one_of_the_highest_step(tmp_path):
     (run.checkpoints / ".partial-step-00000200").mkdir()
     (run.checkpoints / "step-of-mine").mkdir()
     assert checkpoint.latest(run) == checkpoint.directory_of(run, 100)
-    assert checkpoint.newest_whole(run) == (checkpoint.directory_of(run, 100), [])
+    assert checkpoint.newest_intact(run) == (checkpoint.directory_of(run, 100), [])
 
 
 @pytest.mark.parametrize(("what", "async_save"), [("loss", False), ("norm", False), ("norm", True)])

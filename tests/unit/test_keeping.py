@@ -12,7 +12,7 @@ import pytest
 
 from tests.unit.test_checkpoint import STEPS, assert_same, config, flip_a_bit, make_checkpoint, model, whole  # noqa: F401
 from tutorial_lib import checkpoint, launch
-from tutorial_lib.checkpoint import directory
+from tutorial_lib.checkpoint import directory, manifest
 from tutorial_lib.cli import main
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.lab.lesson import remove_runs
@@ -95,7 +95,7 @@ def test_the_best_that_is_damaged_gives_way_to_the_best_that_is_whole(run):
     for step, loss in enumerate((2.0, 1.0, 3.0, 4.0), 1):
         path = make_checkpoint(run, step, record={"eval_loss": loss})
         (path / "more").write_text("more")
-        listed = {name: directory.digest(path / name) for name in ("trainer.json", "more")}
+        listed = {name: manifest.digest(path / name) for name in ("trainer.json", "more")}
         (path / "manifest.json").write_text(json.dumps({"format": 2, "files": listed}))
     (checkpoint.directory_of(run, 2) / "more").write_text("less")
     pruner(run, keep_last=1, keep_best=True).prune(checkpoint.directory_of(run, 4))
@@ -105,14 +105,14 @@ def test_the_best_that_is_damaged_gives_way_to_the_best_that_is_whole(run):
 @pytest.fixture
 def unreadable(monkeypatch):
     """Steps whose files the storage does not give at the moment."""
-    steps_of_none, digest = set(), directory.digest
+    steps_of_none, digest = set(), manifest.digest
 
     def failing(path):
         if directory.step_of(path.parent) in steps_of_none:
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
         return digest(path)
 
-    monkeypatch.setattr(directory, "digest", failing)
+    monkeypatch.setattr(manifest, "digest", failing)
     return steps_of_none
 
 
@@ -162,9 +162,9 @@ def test_what_a_newer_version_has_written_neither_counts_nor_goes(run):
 def test_a_manifest_that_cannot_be_read_is_not_one_that_is_missing(run):
     path = make_checkpoint(run, 1)
     (path / "manifest.json").unlink()
-    assert not isinstance(directory.damage(path), directory.Unreadable)
+    assert not isinstance(manifest.damage(path), manifest.Unreadable)
     (path / "manifest.json").mkdir()
-    assert isinstance(directory.damage(path), directory.Unreadable)
+    assert isinstance(manifest.damage(path), manifest.Unreadable)
 
 
 def test_a_save_killed_before_its_last_rename_is_completed_and_others_are_removed(run):
@@ -195,7 +195,7 @@ def test_a_deletion_that_is_interrupted_leaves_nothing_that_looks_like_a_checkpo
     remains, *seen = names(run)
     assert remains.startswith(".deleting-step-00000001-")
     assert seen == steps(2)
-    assert checkpoint.newest_whole(run) == (checkpoint.directory_of(run, 2), [])
+    assert checkpoint.newest_intact(run) == (checkpoint.directory_of(run, 2), [])
     checkpoint.clear_remains(run)
     assert names(run) == steps(2)
 
@@ -242,7 +242,7 @@ def test_a_run_that_is_asked_to_stop_saves_without_evaluating_first(model, tmp_p
     monkeypatch.setattr(TorchEngine, "step", lambda self: signal.raise_signal(signal.SIGTERM) or update(self))
     run = launch.run(config(tmp_path, model=model, keep_best=True, evaluate=True))
     assert run.result["status"] == "stopped"
-    assert "eval_loss" not in checkpoint.read_trainer_state(checkpoint.latest(run.directory))["record"]
+    assert "eval_loss" not in manifest.read_trainer_state(checkpoint.latest(run.directory))["record"]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tutorial_lib.checkpoint.compatibility import check_same_run
-from tutorial_lib.checkpoint.directory import MANIFEST, directory_of, newest_whole, read_trainer_state
+from tutorial_lib.checkpoint.directory import directory_of, newest_intact
+from tutorial_lib.checkpoint.manifest import MANIFEST, read_trainer_state
 from tutorial_lib.config import OF_ONE_START, Config, ConfigError, settings
 from tutorial_lib.records import RunDirectory, write_atomically
 
@@ -34,7 +35,7 @@ def checkpoint_of(source: Path) -> Path:
     """
     if (source / MANIFEST).is_file():
         return source
-    found, left_out = newest_whole(RunDirectory(source))
+    found, left_out = newest_intact(RunDirectory(source))
     for each in left_out:
         _LOG.warning("left out %s: %s", each.checkpoint, each.why)
     if found is None:

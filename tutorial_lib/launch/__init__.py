@@ -202,15 +202,18 @@ def preflight(config: Config) -> Config:
     from tutorial_lib.dataloader import load_rows
     from tutorial_lib.engine.deepspeed.config import apply_file
     from tutorial_lib.engine.deepspeed.config import check_tensor_parallel as check_autotp
-    from tutorial_lib.models import check_sequence_length, check_tensor_parallel, load_config
+    from tutorial_lib.models import check_sequence_length, check_tensor_parallel, load_config, load_trained_config
 
     config = apply_file(config).with_absolute_paths()
     if config.run.launcher != "ray" and config.run.device == "cuda":
         _check_gpus(config)
     if config.run.launcher == "local" or (config.run.launcher == "ray" and not os.environ.get("RAY_ADDRESS")):
         _check_memory(config)
-    model = load_config(config.model.name, trust_remote_code=config.model.trust_remote_code)
+    m = config.model
+    model = load_config(m.name, trust_remote_code=m.trust_remote_code)
     check_sequence_length(config.data.seq_length, model)
+    if config.parallel.tp > 1:  # an output layer with a weight of its own is split as well
+        model = load_trained_config(m.name, random_init=m.random_init, trust_remote_code=m.trust_remote_code)
     check_tensor_parallel(config.parallel.tp, model)
     if config.engine.name == "deepspeed":
         check_autotp(config, model)

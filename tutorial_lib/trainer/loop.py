@@ -156,7 +156,7 @@ class _Session:
         reset_peak_memory(self.device)
         if topology.rank == 0:
             checkpoint.clear_remains(run)
-        found, self.left_out = checkpoint.newest_whole(run, topology)
+        found, self.left_out = checkpoint.newest_intact(run, topology)
         if found:
             checkpoint.check_continues(config, found)
         if topology.rank == 0:
@@ -204,7 +204,7 @@ class _Session:
             seed_everything(int(np.random.SeedSequence(place).generate_state(1)[0]))
         if self.topology.rank == 0:
             self.run.keep_rows_until(progress.step)
-        self.pruner.knows_whole(found)
+        self.pruner.mark_intact(found)
 
     def _restore_schedule(self, state: dict[str, Any]) -> None:
         # One rate for all, and as many groups of parameters as the engine's shape has meshes.

@@ -33,7 +33,8 @@ from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.utils import groups
 from torch import Tensor
 
-from tutorial_lib.checkpoint import LAYOUT, MOMENTS, CheckpointError, Whole, Writer
+from tutorial_lib.checkpoint import MOMENTS, CheckpointError, FullTensors, Writer
+from tutorial_lib.checkpoint.formats.deepspeed import LAYOUT
 from tutorial_lib.config import Config
 from tutorial_lib.engine.deepspeed import autotp, partitions
 from tutorial_lib.engine.deepspeed import config as ds_config
@@ -256,7 +257,7 @@ class DeepSpeedEngine:
             raise CheckpointError(f"DeepSpeed found nothing to load in {directory}; the run was not resumed.")
 
     @torch.no_grad()
-    def load_whole(self, whole: Whole) -> None:
+    def load_full(self, full: FullTensors) -> None:
         """Restore weights and optimizer states that an engine of any shape has saved. Every rank reads all of them.
 
         A rank keeps its share of a parameter (AutoTP), and of that its piece (ZeRO), in up to four places: what the
@@ -269,17 +270,17 @@ class DeepSpeedEngine:
             wrapper.checkpoint_event_prologue()  # releases what is gathered
         pieces = self._pieces()
         for name, parameter in self.module.named_parameters():
-            share = self._share(parameter, whole.parameter(name))
+            share = self._share(parameter, full.parameter(name))
             if stage == 3:
                 partitions.fill_shard(parameter, share)
             else:
                 parameter.copy_(share)
             if parameter.requires_grad:
                 piece = pieces[parameter]
-                state = self._state_of(piece.vector, whole.adam_step(name))
+                state = self._state_of(piece.vector, full.adam_step(name))
                 piece.fill(piece.vector, share)
                 for moment in MOMENTS:
-                    piece.fill(state[moment], self._share(parameter, whole.moment(name, moment)))
+                    piece.fill(state[moment], self._share(parameter, full.moment(name, moment)))
         if stage in (1, 2):
             wrapper._lazy_init_hp_params_optimizer_state()  # parameters find their moments
         if stage == 3:
