@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import datasets
 import torch
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -20,7 +21,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.dataloader.collate import Batch, Collate, Examples, StepSampler
 from tutorial_lib.dataloader.rows import load_rows
-from tutorial_lib.dataloader.tokens import tokenize_rows
+from tutorial_lib.dataloader.tokens import summary_of, tokenize_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,6 +32,7 @@ __all__ = [
     "TrainLoader",
     "build_eval_loader",
     "build_train_loader",
+    "data_identity",
     "load_rows",
     "tokenize_rows",
 ]
@@ -164,13 +166,34 @@ class EvalLoader:
             yield batch
 
 
+def data_identity(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Digest the tokens that a run trains on and evaluates on, in order: ``{"train": sha256, "eval": sha256}``.
+
+    A split that is tokenised already is not tokenised again, nor are its tokens read: their digest is kept with them.
+
+    Raises:
+        ConfigError: the data cannot be read.
+    """
+    data = config.data
+    splits = {"train": (data.train_split, data.max_examples)}
+    if config.run.evaluate:
+        splits["eval"] = (data.eval_split, data.max_eval_examples)
+    return {use: summary_of(_load_documents(config, tokenizer, *split)).sha256 for use, split in splits.items()}
+
+
+def _load_documents(
+    config: Config, tokenizer: PreTrainedTokenizerBase, split: str, max_examples: int | None
+) -> datasets.Dataset:
+    data = config.data
+    rows = load_rows(data.name, split, max_examples=max_examples)
+    return tokenize_rows(rows, tokenizer, data.seq_length, name=f"split {split!r} of {data.name!r}")
+
+
 def _load_examples(
     config: Config, tokenizer: PreTrainedTokenizerBase, split: str, max_examples: int | None
 ) -> Examples:
-    data = config.data
-    rows = load_rows(data.name, split, max_examples=max_examples)
-    documents = tokenize_rows(rows, tokenizer, data.seq_length, name=f"split {split!r} of {data.name!r}")
-    return Examples(documents, pack_to=data.seq_length if data.batching == "packed" else None)
+    documents = _load_documents(config, tokenizer, split, max_examples)
+    return Examples(documents, pack_to=config.data.seq_length if config.data.batching == "packed" else None)
 
 
 def _collate(config: Config, tokenizer: PreTrainedTokenizerBase) -> Collate:
