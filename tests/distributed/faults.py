@@ -94,13 +94,18 @@ FAULTS = (
 def page() -> str:
     """Return the text of ``docs/faults.md``."""
     rows = "\n".join(f"| {fault.happens} | {fault.outcome} |" for fault in FAULTS)
-    return (
-        "# What a run survives\n\n"
-        f"Each of these {len(FAULTS)} faults is injected for real by `tests/distributed/test_faults.py`. Wherever a run "
-        "resumes, its\nrows and final weights are bit for bit those of the undisturbed run, and no intact checkpoint is "
-        f"lost.\n\n| what happens | what the run does |\n| --- | --- |\n{rows}\n\n"
-        "`python -m tests.distributed.faults` writes this page.\n"
-    )
+    return f"""\
+# What a run survives
+
+Each of these {len(FAULTS)} faults is injected for real by `tests/distributed/test_faults.py`. Wherever a run resumes,
+its rows and final weights are bit for bit those of the undisturbed run, and no intact checkpoint is lost.
+
+| what happens | what the run does |
+| --- | --- |
+{rows}
+
+`python -m tests.distributed.faults` writes this page.
+"""
 
 
 if __name__ == "__main__":
