@@ -12,8 +12,8 @@ from pathlib import Path
 README = Path(__file__).resolve().parents[2] / "README.md"
 START, END = "<!-- faults: written by `python -m tests.distributed.faults --write` -->", "<!-- end of faults -->"
 
-AGAIN = "stops with an error that names the rank; the same command goes on from the newest whole checkpoint"
-BACK = "goes on from the newest whole checkpoint before it, and says which was left out and why"
+AGAIN = "stops with an error that names the rank; the same command goes on from the newest intact checkpoint"
+BACK = "goes on from the newest intact checkpoint before it, and says which was left out and why"
 REFUSED = "refused before a process starts, with the cause and what to do"
 
 
@@ -71,7 +71,7 @@ FAULTS = (
     Fault("flipped", "the newest checkpoint has one bit flipped in a rank's shard", BACK),
     Fault("missing", "the newest checkpoint lacks a rank's file", BACK),
     Fault("no_manifest", "the two newest checkpoints have lost their manifest", BACK),
-    Fault("none_whole", "no checkpoint is whole", "refused with every cause; it never starts from step 0 in silence"),
+    Fault("none_intact", "no checkpoint is intact", "refused with every cause; it never starts from step 0 in silence"),
     Fault("other_model", "the checkpoint is of another model of the same name", REFUSED),
     Fault("other_tokenizer", "the checkpoint is of another tokenizer", REFUSED),
     Fault("newer_format", "the checkpoint was written by a newer version", REFUSED),
