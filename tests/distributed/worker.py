@@ -40,11 +40,12 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 
 from tests.distributed.fsdp1 import FSDP1Engine
 from tests.late_writes import late_writes, without_snapshot
-from tutorial_lib import checkpoint, dataloader
+from tutorial_lib import checkpoint
 from tutorial_lib.checkpoint import writer
 from tutorial_lib.config import Config
-from tutorial_lib.dataloader import TrainLoader
-from tutorial_lib.dataloader.collate import Collate, StepSampler
+from tutorial_lib.dataloader import TrainLoader, loaders
+from tutorial_lib.dataloader.collate import Collate
+from tutorial_lib.dataloader.sampler import StepSampler
 from tutorial_lib.engine.deepspeed import config as ds_config
 from tutorial_lib.launch import worker
 from tutorial_lib.launch.ray import train as ray_train
@@ -61,7 +62,7 @@ def main(*arguments: str) -> None:
     # DeepSpeed asks for the processor's maker, which takes a second, for every optimizer that it offloads.
     ask_once = mock.patch.object(cpuinfo, "get_cpu_info", functools.cache(cpuinfo.get_cpu_info))
     # Every run of a launch reads one of few data sets.
-    read_once = mock.patch.object(dataloader, "load_rows", functools.cache(dataloader.load_rows))
+    read_once = mock.patch.object(loaders, "load_rows", functools.cache(loaders.load_rows))
     with ask_once, read_once:
         worker.main(*arguments, train=train_all_observed)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tutorial_lib.config import Config, ConfigError
-from tutorial_lib.doctor import MEMORY_TO_START_GB, available_memory_gb
+from tutorial_lib.doctor.machine import MEMORY_TO_START_GB, available_memory_gb
 from tutorial_lib.records import STOPPING, Row, RunDirectory
 
 OnRows = Callable[[list[Row]], None]

@@ -30,7 +30,7 @@ from socket import socketpair
 from typing import Any
 
 from tutorial_lib.config import Config
-from tutorial_lib.doctor import usable_cores
+from tutorial_lib.doctor.machine import usable_cores
 from tutorial_lib.launch import _POLL_SECONDS, WorkerError, first_error, next_start
 from tutorial_lib.launch.warm_server import MODULES, Job
 from tutorial_lib.records import RunDirectory

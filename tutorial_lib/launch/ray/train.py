@@ -30,7 +30,7 @@ from unittest import mock
 import psutil
 
 from tutorial_lib.config import Config, ConfigError
-from tutorial_lib.doctor import usable_cores
+from tutorial_lib.doctor.machine import usable_cores
 from tutorial_lib.launch import WorkerError, first_error, wait_for
 from tutorial_lib.records import RunDirectory
 

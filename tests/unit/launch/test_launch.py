@@ -297,7 +297,7 @@ def test_a_run_that_goes_on_with_other_settings_is_refused_before_processes_star
 def test_an_aborted_rank_is_told_with_what_it_and_its_peers_could_write(tmp_path, name, begin, also):
     config = Config.create("cpu", dp=2, storage=str(tmp_path), name=name, launcher="local", steps=1)
     with pytest.raises(launch.WorkerError) as error:
-        observe([config], worker="tests.unit.aborting_worker")
+        observe([config], worker="tests.unit.launch.aborting_worker")
     said = str(error.value)
     assert said.startswith(begin)
     assert re.search(also, said)
