@@ -157,7 +157,7 @@ def same_records(run: RunDirectory, reference: RunDirectory) -> None:
 
 
 def left_by(name: str) -> tuple[list[int], int, list[int]]:
-    """The whole checkpoints that a fault leaves, the step that the run goes on from, the checkpoints at its end."""
+    """The intact checkpoints that a fault leaves, the step that the run goes on from, the checkpoints at its end."""
     return {
         "killed_in_publish": ([2], 4, [2, 4, 6, 8]),  # that of step 4 lacks but its name
         "killed_in_prune": ([4], 4, [8]),

@@ -10,6 +10,7 @@ from tests.unit.checkpoint.runs import ALONE, config
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.cli import main
 from tutorial_lib.config import ConfigError
+from tutorial_lib.lab.lesson import remove_runs
 from tutorial_lib.records import RunDirectory
 
 
