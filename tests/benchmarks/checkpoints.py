@@ -128,6 +128,7 @@ def compare(config: Config) -> None:
     session.close()
     if topology.rank == 0:
         run.result_file.write_text(json.dumps(result))
+        checkpoint.finish_deletions()
         shutil.rmtree(run.checkpoints)
         shutil.rmtree(plain.directory)
     gc.collect()

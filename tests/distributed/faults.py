@@ -69,7 +69,7 @@ FAULTS = (
     Fault("flipped", "the newest checkpoint has one bit flipped in a rank's shard", BACK),
     Fault("missing", "the newest checkpoint lacks a rank's file", BACK),
     Fault("no_manifest", "the two newest checkpoints have lost their manifest", BACK),
-    Fault("none_whole", "no checkpoint is intact", "refused with every cause; it never silently starts from step 0"),
+    Fault("none_intact", "no checkpoint is intact", "refused with every cause; it never silently starts from step 0"),
     Fault("other_model", "the checkpoint belongs to a different model of the same name", REFUSED),
     Fault("other_tokenizer", "the checkpoint belongs to a different tokenizer", REFUSED),
     Fault("newer_format", "the checkpoint was written by a newer version", REFUSED),

@@ -582,7 +582,7 @@ def _killed() -> None:
 
 
 STRUCK_IN_STEP = 4
-"""Two steps after the only whole checkpoint, so that one finished step is lost as well."""
+"""Two steps after the only checkpoint, so that one finished step is lost as well."""
 
 
 @contextmanager

@@ -91,7 +91,7 @@ def _newest(
         left_out.append(LeftOut(path.name, str(why)))
     if left_out:
         raise CheckpointError(
-            f"Run {run.path.name!r} has checkpoints, and none of them is whole: "
+            f"Run {run.path.name!r} has checkpoints, and none of them is intact: "
             + " ".join(each.why for each in left_out)
             + f" Restore the files of one of them, or remove {run.checkpoints} to begin again from step 0."
         )

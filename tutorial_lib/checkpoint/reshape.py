@@ -28,7 +28,7 @@ def checkpoint_of(source: Path) -> Path:
     Newer ones that are damaged are named in a warning.
 
     Raises:
-        CheckpointError: the run has checkpoints, and none of them is whole.
+        CheckpointError: the run has checkpoints, and none of them is intact.
         ConfigError: there is none.
     """
     if (source / MANIFEST).is_file():
