@@ -54,8 +54,8 @@ def storage_failure(run: RunDirectory, error: BaseException) -> CheckpointError 
     return CheckpointError(
         f"The storage of run {run.path.name!r} refuses to be written to ({reason}; "
         f"{shutil.disk_usage(run.path).free / 2**20:.0f} MiB are free there). What was saved before is untouched. "
-        "Make room or make it writable, then give the same command again: it resumes from the newest intact checkpoint. "
-        "keep_last deletes older ones as it goes."
+        "Make room or make it writable, then give the same command again: it resumes from the newest intact "
+        "checkpoint. keep_last deletes older ones as it goes."
     )
 
 
