@@ -7,10 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from importlib import metadata
 from pathlib import Path
+from signal import SIGINT, SIGTERM, Signals
 
+import psutil
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -248,6 +251,82 @@ def test_what_is_missing_is_named_in_one_line_with_its_command(
     assert named in line
     assert run.returncode == 2
     assert not (clone / ".venv").exists()
+
+
+def functions(clone: Path) -> Path:
+    """The set-up script without its last line: it calls what it is given."""
+    script = clone / ".ci" / "functions"
+    script.write_text((clone / ".ci" / "setup").read_text().removesuffix("main\n") + '"$@"\n')
+    script.chmod(0o755)
+    return script
+
+
+@pytest.mark.parametrize("signal", [SIGINT, SIGTERM])
+def test_what_a_step_started_ends_with_it(clone: Path, signal: Signals) -> None:
+    command = [functions(clone), "step", "1", "wait", "bash", "-c", "echo $$; sleep 100; true"]
+    run = subprocess.Popen(command, start_new_session=True)
+    log = clone / "build" / "setup.log"
+    until = time.monotonic() + 30
+    while not (log.exists() and log.read_text().split()[-1].isdigit()):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    started = psutil.Process(int(log.read_text().split()[-1]))
+    family = [started, *started.children()]
+    os.killpg(run.pid, signal)  # as a terminal does
+    assert run.wait(10) != 0
+    assert psutil.wait_procs(family, 10)[1] == []
+
+
+def call(clone: Path, function: str, **environment: str) -> str:
+    """Call one function of the set-up script and return what it prints."""
+    run = subprocess.run([functions(clone), function], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+CUDA = "printf ' + %s\\n' torch==2.13.0 nvidia-cublas==13.1.1.3"
+
+
+@pytest.mark.parametrize(
+    "given, gpus, from_pytorch, from_the_index, backend, said",
+    [
+        ("", "GPU 0: NVIDIA H100", "true", CUDA, "", "torch with CUDA, because there is a GPU"),
+        ("", "", "true", CUDA, "cpu", "torch's CPU build from PyTorch, because there is no GPU"),
+        ("", "", "false", CUDA, "", "torch with CUDA (about 3 GB to download), although there is no GPU"),
+        ("", "", "false", "echo ' + torch==2.13.0+cpu'", "", "torch 2.13.0+cpu, which is what the package index has"),
+        ("cu130", "", "true", CUDA, "cu130", "torch for cu130, as UV_TORCH_BACKEND says"),
+    ],
+)
+def test_cuda_is_downloaded_for_a_gpu_or_with_a_word(
+    clone: Path, tmp_path: Path, given: str, gpus: str, from_pytorch: str, from_the_index: str, backend: str, said: str
+) -> None:
+    (clone / ".venv" / "bin").mkdir(parents=True)
+    answers = f'case "$*" in *--torch-backend*) {from_pytorch};; *) {from_the_index};; esac'
+    fake(clone / ".venv" / "bin", "uv", answers)
+    fake(tmp_path, "nvidia-smi", f"echo '{gpus}'")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    assert f"NOTICE: {said}" in call(clone, "choose_torch", PATH=path, UV_TORCH_BACKEND=given)
+    assert (clone / "build" / "torch-backend").read_text().strip() == backend
+
+
+def test_uv_takes_packages_from_where_pip_does(clone: Path, tmp_path: Path) -> None:
+    (clone / ".venv" / "bin").mkdir(parents=True)
+    fake(clone / ".venv" / "bin", "python", f'exec "{sys.executable}" "$@"')
+    configuration = tmp_path / "pip.conf"
+    configuration.write_text(
+        "[global]\nindex-url = file:///a\nfind-links =\n  /b\n  /c\n[install]\nindex-url = file:///d\n"
+    )
+    printed = call(
+        clone, "pips_settings_for_uv", PATH=os.environ["PATH"], HOME=str(tmp_path),
+        PIP_CONFIG_FILE=str(configuration), PIP_EXTRA_INDEX_URL="file:///e file:///f",
+        ALL_PROXY="mine", PIP_PROXY="pips",
+    )  # fmt: skip
+    assert {
+        "export UV_DEFAULT_INDEX=file:///d",
+        "export UV_INDEX='file:///e file:///f'",
+        "export UV_FIND_LINKS=/b,/c",
+        "export ALL_PROXY=mine",
+    } <= set(printed.splitlines())
 
 
 # --- the borders ------------------------------------------------------------------------------------------------------
