@@ -202,7 +202,14 @@ def preflight(config: Config) -> Config:
     from tutorial_lib.dataloader import load_rows
     from tutorial_lib.engine.deepspeed.config import apply_file
     from tutorial_lib.engine.deepspeed.config import check_tensor_parallel as check_autotp
-    from tutorial_lib.models import check_sequence_length, check_tensor_parallel, load_config
+    from tutorial_lib.engine.trial import trial_forward
+    from tutorial_lib.models import (
+        check_sequence_length,
+        check_tensor_parallel,
+        check_vocabulary,
+        load_config,
+        load_tokenizer,
+    )
 
     config = apply_file(config).with_absolute_paths()
     if config.run.launcher != "ray" and config.run.device == "cuda":
@@ -211,6 +218,8 @@ def preflight(config: Config) -> Config:
         _check_memory(config)
     model = load_config(config.model.name, trust_remote_code=config.model.trust_remote_code)
     check_sequence_length(config.data.seq_length, model)
+    check_vocabulary(load_tokenizer(config.model.name, trust_remote_code=config.model.trust_remote_code), model)
+    trial_forward(config, model)
     check_tensor_parallel(config.parallel.tp, model)
     if config.engine.name == "deepspeed":
         check_autotp(config, model)
