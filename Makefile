@@ -84,7 +84,7 @@ $(BENCHMARKS): ; @:
 endif
 
 bench: $(READY) ## measure the figures of the README: a table and JSON; `make bench startup` measures one of them
-	@$(PYTHON_IN) -m tutorial_lib bench $(BENCHMARKS)
+	@$(PYTHON_IN) -m tests.benchmarks.bench $(BENCHMARKS)
 
 images: $(READY) ## draw images/ anew
 	@$(PYTHON_IN) -m tutorial_lib.lab.images

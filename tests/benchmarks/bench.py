@@ -1,4 +1,4 @@
-"""Measures the figures that the README quotes: ``python -m tutorial_lib bench [NAMES] [--json]``.
+"""Figures that the README quotes, measured by ``python -m tests.benchmarks.bench [NAMES] [--json]`` (``make bench``).
 
 What is compared runs alternately on the same machine, and the figure is their ratio. Each benchmark's newest outcome
 is kept in ``results.json`` beside this file, with when and on what it was measured. These are no tests: a slow
@@ -7,6 +7,7 @@ machine fails nothing. A target that was missed is marked in the table.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -269,3 +270,14 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
+if __name__ == "__main__":
+    given = argparse.ArgumentParser(description="Measure the figures that the README quotes, as ratios in one run.")
+    given.add_argument("names", nargs="*", help=f"which benchmarks: {', '.join(NAMES)}; default: all")
+    given.add_argument("--json", action="store_true", help="print JSON for machines")
+    options = given.parse_args()
+    try:
+        sys.exit(main(options.names, as_json=options.json))
+    except (ConfigError, RuntimeError) as error:
+        sys.exit(f"error: {error}")

@@ -18,7 +18,7 @@ import torch
 from tests.gpu import packages
 from tests.gpu.cases import Cases, Setting
 from tests.gpu.training import dense_peak, device_of, synchronize
-from tutorial_lib.doctor import usable_cores
+from tutorial_lib.doctor.machine import usable_cores
 from tutorial_lib.measure.speed import matmul_peak
 
 

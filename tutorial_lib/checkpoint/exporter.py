@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tutorial_lib.checkpoint.directory import sync
-from tutorial_lib.checkpoint.formats import Whole, open_whole
+from tutorial_lib.checkpoint.formats import FullTensors, open_full
+from tutorial_lib.checkpoint.manifest import sync
 from tutorial_lib.config import ConfigError
 
 MAX_SHARD_SIZE = "50GB"
@@ -43,16 +43,16 @@ def export(path: Path, target: Path, max_shard_size: str = MAX_SHARD_SIZE) -> Pa
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} is not empty. Name a new directory for the export.")
-    whole = open_whole(path)
-    buffers = whole.buffers()
-    outlines = {name: torch.empty(whole.shapes[name], device="meta") for name in whole.names}
+    full = open_full(path)
+    buffers = full.buffers()
+    outlines = {name: torch.empty(full.shapes[name], device="meta") for name in full.names}
     outlines |= {name: buffer.to("meta") for name, buffer in buffers.items()}
     files = _files(outlines, max_shard_size)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     partial.mkdir(parents=True)
     for file, names in files.items():
-        _write_safetensors(partial / file, {name: outlines[name] for name in names}, _read(whole, buffers, names))
+        _write_safetensors(partial / file, {name: outlines[name] for name in names}, _read(full, buffers, names))
     if len(files) > 1:
         index = {
             "metadata": {"total_size": sum(t.numel() * t.element_size() for t in outlines.values())},
@@ -79,9 +79,9 @@ def _files(outlines: dict[str, Tensor], max_shard_size: str) -> dict[str, list[s
     return dict(split.filename_to_tensors)
 
 
-def _read(whole: Whole, buffers: dict[str, Tensor], names: list[str]) -> Iterator[Tensor]:
+def _read(full: FullTensors, buffers: dict[str, Tensor], names: list[str]) -> Iterator[Tensor]:
     for name in names:
-        yield buffers[name] if name in buffers else whole.parameter(name)
+        yield buffers[name] if name in buffers else full.parameter(name)
 
 
 def _write_safetensors(path: Path, outlines: dict[str, Tensor], tensors: Iterator[Tensor]) -> None:

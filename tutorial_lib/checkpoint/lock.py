@@ -18,9 +18,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from tutorial_lib.checkpoint.directory import agreed
 from tutorial_lib.config import ConfigError
 from tutorial_lib.mpu import Topology
+from tutorial_lib.mpu.collectives import broadcast_object
 from tutorial_lib.records import RunDirectory
 
 PREDECESSOR_SECONDS = 30
@@ -68,7 +68,7 @@ def held_for_training(run: RunDirectory, topology: Topology) -> Iterator[None]:
                 held.enter_context(_held(run, ".lock", PREDECESSOR_SECONDS))
             except ConfigError as error:
                 refused = str(error)
-        if refused := agreed(refused):
+        if refused := broadcast_object(refused):
             raise ConfigError(refused)
         yield
 

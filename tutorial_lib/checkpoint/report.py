@@ -9,26 +9,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tutorial_lib.checkpoint.directory import (
-    MANIFEST,
-    CheckpointError,
-    checkpoints,
-    file_damage,
-    read_manifest,
-    read_trainer_state,
-    step_of,
-)
+from tutorial_lib.checkpoint.directory import checkpoints, step_of
+from tutorial_lib.checkpoint.formats import rank_and_contents
+from tutorial_lib.checkpoint.manifest import MANIFEST, CheckpointError, file_damage, read_manifest, read_trainer_state
 from tutorial_lib.config import ConfigError
 from tutorial_lib.records import RunDirectory
-
-WEIGHTS, OPTIMIZER = "weights", "optimizer"
-OPTIMIZER_AND_MASTERS = "optimizer and fp32 weights"
-WEIGHTS_AND_OPTIMIZER = "weights and optimizer"
-SHAPES = "shapes and buffers"
-POSITION = "random states and data position"
-MODEL = "model configuration and tokenizer"
-INDEX = "index of the shards"
-RECORD, SCRIPTS = "record", "scripts that DeepSpeed adds"
 
 _SHOWN = ("model", "dataset", "engine", "dp", "tp", "zero_stage", "sharding", "offload", "precision")
 _OF_ENGINE = {"zero_stage": "deepspeed", "sharding": "fsdp"}
@@ -84,7 +69,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
     files = [
         {
             "file": name,
-            **_what(name, settings),
+            **_contents(name, settings),
             "bytes": there.get(name, 0),
             "state": _state(name in there, name in listed, name in damaged),
         }
@@ -130,27 +115,15 @@ def _state(there: bool, listed: bool, damaged: bool) -> str:
     return "damaged" if damaged else "whole"
 
 
-def _what(name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Which rank wrote a file, and what it holds, by the names that each engine gives."""
-    tp, stage = settings.get("tp", 1), settings.get("zero_stage", 0)
+def _contents(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return which rank wrote a file, and what the file holds, going by its name."""
     if found := re.fullmatch(r"rank-(\d+)\.pt", name):
-        return {"rank": int(found[1]), "what": POSITION}
-    if found := re.search(r"__(\d+)_\d+\.distcp$", name):
-        return {"rank": int(found[1]), "what": WEIGHTS_AND_OPTIMIZER}
-    if found := re.search(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_(model|optim)_states\.pt$", name):
-        rank = int(found[1]) * tp + int(found[2])
-        return {"rank": rank, "what": OPTIMIZER_AND_MASTERS if found[3] == "optim" else SHAPES}
-    if found := re.search(r"mp_rank_(\d+)_model_states\.pt$", name):
-        return {"rank": int(found[1]), "what": WEIGHTS if stage else WEIGHTS_AND_OPTIMIZER}
-    if name == "engine/model.pt":
-        return {"rank": 0, "what": WEIGHTS}
-    if name == "engine/optimizer.pt":
-        return {"rank": 0, "what": OPTIMIZER}
-    if name == "engine/.metadata":
-        return {"rank": 0, "what": INDEX}
-    if name.endswith(".py"):
-        return {"rank": 0, "what": SCRIPTS}
-    return {"rank": 0, "what": MODEL if name.startswith("model/") else RECORD}
+        rank, what = int(found[1]), "random states and data position"
+    elif found_by_format := rank_and_contents(name, settings.get("tp", 1), settings.get("zero_stage", 0)):
+        rank, what = found_by_format
+    else:
+        rank, what = 0, "model configuration and tokenizer" if name.startswith("model/") else "record"
+    return {"rank": rank, "what": what}
 
 
 def table(report: dict[str, Any]) -> str:

@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from tutorial_lib.checkpoint.compatibility import check_same_run
-from tutorial_lib.checkpoint.directory import MANIFEST, directory_of, newest_whole, read_trainer_state
-from tutorial_lib.config import OF_ONE_START, Config, ConfigError, settings
+from tutorial_lib.checkpoint.directory import directory_of, newest_intact
+from tutorial_lib.checkpoint.manifest import MANIFEST, read_trainer_state
+from tutorial_lib.config import ENGINES, OF_ONE_START, Config, ConfigError, settings
 from tutorial_lib.records import RunDirectory, write_atomically
 
 _LOG = logging.getLogger(__name__)
 
-_OF_ONE_ENGINE = (
-    "zero_stage", "offload", "deepspeed", "persistence_threshold", "sharding", "shard_size", "wrap", "tp_plan"
-)  # fmt: skip
+_NOT_FOR_EVERY_ENGINE = tuple(name for name, setting in settings().items() if setting.engines != ENGINES)
 
 
 def checkpoint_of(source: Path) -> Path:
@@ -29,12 +28,12 @@ def checkpoint_of(source: Path) -> Path:
     Newer ones that are damaged are named in a warning.
 
     Raises:
-        CheckpointError: the run has checkpoints, and none of them is whole.
+        CheckpointError: the run has checkpoints, and none of them is intact.
         ConfigError: there is none.
     """
     if (source / MANIFEST).is_file():
         return source
-    found, left_out = newest_whole(RunDirectory(source))
+    found, left_out = newest_intact(RunDirectory(source))
     for each in left_out:
         _LOG.warning("left out %s: %s", each.checkpoint, each.why)
     if found is None:
@@ -69,7 +68,7 @@ def reshaped_config(source: Path, flat: dict[str, Any]) -> Config:
     defaults = {name: setting.default for name, setting in settings().items()}
     back: tuple[str, ...] = ()
     if given.get("engine", saved["engine"]) != saved["engine"]:
-        back = _OF_ONE_ENGINE
+        back = _NOT_FOR_EVERY_ENGINE
     elif given.keys() & {"zero_stage", "offload"}:
         back = ("deepspeed",)
     elif "sharding" in given:

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tutorial_lib.checkpoint.directory import (
+from tutorial_lib.checkpoint.directory import checkpoints, delete, step_of
+from tutorial_lib.checkpoint.manifest import (
     CheckpointError,
     NewerFormat,
     Unreadable,
-    agreed,
-    checkpoints,
     damage,
     damage_at_a_glance,
-    delete,
     read_trainer_state,
-    step_of,
 )
 from tutorial_lib.config import Config
 from tutorial_lib.mpu import Topology
+from tutorial_lib.mpu.collectives import broadcast_object
 from tutorial_lib.records import RunDirectory
 
-_MAY_BE_WHOLE = (NewerFormat, Unreadable)
+_MAY_BE_INTACT = (NewerFormat, Unreadable)
 
 
 class Pruner:
@@ -35,7 +33,7 @@ class Pruner:
         self.run, self.settings, self.topology = run, config.run, topology
         self._damage: dict[str, CheckpointError | None] = {}
 
-    def knows_whole(self, path: Path) -> None:
+    def mark_intact(self, path: Path) -> None:
         """This checkpoint was just written or verified."""
         self._damage[path.name] = None
 
@@ -47,12 +45,12 @@ class Pruner:
         """
         if self.settings.keep_last is None:
             return []
-        self.knows_whole(newest)
+        self.mark_intact(newest)
         # Rank 0 lists: on a network file system others may still see an older listing.
-        found = agreed([path for path in checkpoints(self.run) if step_of(path) <= step_of(newest)])
+        found = broadcast_object([path for path in checkpoints(self.run) if step_of(path) <= step_of(newest)])
         kept: list[Path] = []
         for path in reversed(found):
-            if len(kept) < self.settings.keep_last and self._is_whole(path):
+            if len(kept) < self.settings.keep_last and self._is_intact(path):
                 kept.append(path)
         if len(kept) < self.settings.keep_last:
             return []
@@ -63,24 +61,25 @@ class Pruner:
             doomed = [path for path in older if path != best and not self._may_be_needed(path)]
             for path in doomed:
                 delete(path)
-        doomed = agreed(doomed)
+        doomed = broadcast_object(doomed)
         return [path.name for path in doomed]
 
-    def _is_whole(self, path: Path) -> bool:
+    def _is_intact(self, path: Path) -> bool:
         """Collective, and the same on every rank."""
-        if path.name not in self._damage or isinstance(self._damage[path.name], _MAY_BE_WHOLE):
+        if path.name not in self._damage or isinstance(self._damage[path.name], _MAY_BE_INTACT):
             self._damage[path.name] = damage(path, self.topology)
         return self._damage[path.name] is None
 
     def _may_be_needed(self, path: Path) -> bool:
         found = self._damage[path.name] if path.name in self._damage else damage_at_a_glance(path)
-        return isinstance(found, _MAY_BE_WHOLE)
+        return isinstance(found, _MAY_BE_INTACT)
 
     def _best(self, found: list[Path]) -> Path | None:
         by_loss = sorted(
-            (loss, path) for path, loss in agreed(eval_losses(found) if self.topology.rank == 0 else {}).items()
+            (loss, path)
+            for path, loss in broadcast_object(eval_losses(found) if self.topology.rank == 0 else {}).items()
         )
-        return next((path for _, path in by_loss if self._is_whole(path)), None)
+        return next((path for _, path in by_loss if self._is_intact(path)), None)
 
 
 def eval_losses(found: list[Path]) -> dict[Path, float]:

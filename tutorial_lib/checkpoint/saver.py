@@ -1,11 +1,10 @@
-"""Save a run's state and restore it: every rank writes its own share, and the whole becomes visible at once."""
+"""Saving a run: every rank writes its own share, and the complete checkpoint becomes visible at once."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
 import platform
-import random
 import socket
 import time
 from dataclasses import dataclass, field
@@ -13,32 +12,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch.distributed.checkpoint.staging import DefaultStager
 
-from tutorial_lib.checkpoint.compatibility import check_same_run, shape
 from tutorial_lib.checkpoint.directory import (
-    FORMAT,
-    MANIFEST,
-    CheckpointError,
-    agreed,
-    barrier,
-    digest,
     directory_of,
     finish_deletions,
-    gathered,
     partial_of,
     publish,
-    read_trainer_state,
-    sync,
-    wrong_size,
 )
-from tutorial_lib.checkpoint.formats import open_whole
+from tutorial_lib.checkpoint.manifest import FORMAT, MANIFEST, CheckpointError, digest, sync, wrong_size
 from tutorial_lib.checkpoint.writer import Writer
 from tutorial_lib.config import Config
-from tutorial_lib.models.fused_qkv import is_fused_by_part
 from tutorial_lib.mpu import Topology
+from tutorial_lib.mpu.collectives import all_gather_objects, barrier, broadcast_object
+from tutorial_lib.mpu.random_states import capture_random_states
 from tutorial_lib.records import RunDirectory, write_atomically
 
 
@@ -90,10 +77,10 @@ def save(
     if topology.rank == 0:
         finish_deletions()  # their room may be needed
         partial.mkdir(parents=True)
-    partial = agreed(partial)  # rank 0's, which is there when the others learn its name
+    partial = broadcast_object(partial)  # rank 0's, which is there when the others learn its name
     writer = Writer(partial, stager)
     engine.save(partial / "engine", writer)
-    own = {"loader": progress.loader, "random": _random_states(engine)}
+    own = {"loader": progress.loader, "random": capture_random_states(engine.device)}
     writer.save(own, partial / f"rank-{topology.rank:03d}.pt")
     if topology.rank == 0:
         trainer = {
@@ -160,7 +147,7 @@ class Save:
         """
         began = time.perf_counter()
         write_seconds = self._writer.wait()
-        shares = gathered((self._writer.files, write_seconds), self._topology)
+        shares = all_gather_objects((self._writer.files, write_seconds))
         files = {name: entry for share, _ in shares for name, entry in share.items()}
         if self._topology.rank == 0:
             self._publish(files)
@@ -168,7 +155,7 @@ class Save:
         self.seconds += time.perf_counter() - began
         return {
             "step": self.step,
-            "stall_seconds": max(gathered(self.seconds, self._topology)),
+            "stall_seconds": max(all_gather_objects(self.seconds)),
             "write_seconds": max(seconds for _, seconds in shares),
             "bytes": sum(entry["bytes"] for entry in files.values()),
         }
@@ -199,66 +186,3 @@ class Save:
     def abandon(self) -> None:
         """Leave it as it is: invisible. Returns when this rank no longer writes."""
         self._writer.close()
-
-
-def load(path: Path, engine: Any, config: Config, topology: Topology) -> Progress:
-    """Restore the engine and this rank's random-number states from a checkpoint that was verified. Collective.
-
-    A run may go on in another shape than the one that it was saved in: with another number of ranks, another engine,
-    ZeRO stage, sharding or offload. Then
-
-    - weights, both moments and Adam's count of updates are those that were saved, bit for bit; of weights in 16 bits,
-      the fp32 master copies are, and the 16-bit ones are rounded from them anew;
-    - the position in the data is that of every rank: it counts steps of the global batch;
-    - random-number states are *not* restored, as they belong to ranks that are no more: the caller has to seed anew;
-    - fp16's dynamic loss scale starts at its first value again, and the updates that overflow until it has come down
-      are skipped.
-
-    Raises:
-        CheckpointError: the engine found nothing to load.
-        ConfigError: the checkpoint belongs to other settings.
-    """
-    trainer = read_trainer_state(path)
-    check_same_run(trainer["config"], config)
-    saved, wanted = shape(trainer["config"]), shape(config.flat())
-    reshaped_from = saved if saved != wanted else None
-    own = torch.load(path / f"rank-{0 if reshaped_from else topology.rank:03d}.pt", weights_only=True)
-    if reshaped_from is None or _dcp_reshards(saved, wanted, engine.module):
-        engine.load(path / "engine")
-    else:
-        engine.load_whole(open_whole(path, verified=True))
-    if reshaped_from is None:
-        _restore_random_states(own["random"], engine)
-    return Progress(
-        trainer["step"], own["loader"], trainer["scheduler"], trainer["record"], reshaped_from=reshaped_from
-    )
-
-
-def _dcp_reshards(saved: dict[str, Any], wanted: dict[str, Any], model: Any) -> bool:
-    """Whether FSDP's own files can be read in the new shape as they are: each rank then reads its share alone."""
-    fused = any(is_fused_by_part(name, model.config.model_type) for name, _ in model.named_parameters())
-    # The columns of a fused matrix are stored in the order of the tensor-parallel ranks.
-    return saved["engine"] == wanted["engine"] == "fsdp" and (saved["tp"] == wanted["tp"] or not fused)
-
-
-def _random_states(engine: Any) -> dict[str, Any]:
-    kind, keys, *rest = np.random.get_state()
-    version, words, gauss = random.getstate()
-    states: dict[str, Any] = {
-        "python": [version, list(words), gauss],
-        "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
-        "torch": torch.get_rng_state(),
-    }
-    if engine.device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(engine.device)
-    return states
-
-
-def _restore_random_states(states: dict[str, Any], engine: Any) -> None:
-    version, words, gauss = states["python"]
-    random.setstate((version, tuple(words), gauss))
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(states["torch"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], engine.device)

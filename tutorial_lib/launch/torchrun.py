@@ -54,7 +54,7 @@ def launch(configs: Sequence[Config]) -> int:
 @contextmanager
 def process_group(config: Config, init_method: str) -> Iterator[None]:
     """The default process group for as long as the block runs: gloo on CPUs; on GPUs NCCL, with gloo for objects."""
-    from tutorial_lib.trainer import local_device
+    from tutorial_lib.trainer.process import local_device
 
     device = local_device(config)
     dist.init_process_group(

@@ -7,6 +7,7 @@ from tutorial_lib.models.loading import (
     load_config,
     load_model,
     load_tokenizer,
+    load_trained_config,
     set_activation_checkpointing,
 )
 from tutorial_lib.models.masks import slice_alibi
@@ -20,6 +21,7 @@ __all__ = [
     "load_config",
     "load_model",
     "load_tokenizer",
+    "load_trained_config",
     "set_activation_checkpointing",
     "slice_alibi",
 ]

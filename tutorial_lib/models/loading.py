@@ -31,6 +31,7 @@ from transformers.utils import logging
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.embedded import CONFIG_ONLY_NAMES, MODEL_NAMES, model_directory
 from tutorial_lib.models.masks import accept_document_masks
+from tutorial_lib.models.tying import record_tying, resolve_tying
 
 
 def load_model(
@@ -61,7 +62,7 @@ def load_model(
     """
     if name in CONFIG_ONLY_NAMES and not random_init:
         raise ConfigError(no_weights(name))
-    config = load_config(name, trust_remote_code=trust_remote_code)
+    config = load_trained_config(name, random_init=random_init, trust_remote_code=trust_remote_code)
     if random_init:
         model = _random_model(config, dtype, seed, trust_remote_code)
     else:
@@ -83,6 +84,7 @@ def no_weights(name: str) -> str:
 def prepare(model: PreTrainedModel, freeze: Sequence[str]) -> PreTrainedModel:
     """Have a model take the batches described above and keep no cache, and freeze parameters by name patterns."""
     model.config.use_cache = False
+    record_tying(model)
     accept_document_masks(model)
     freeze_parameters(model, freeze)
     return model
@@ -132,6 +134,16 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConf
         ConfigError: there is no such model.
     """
     return fetch(AutoConfig.from_pretrained, "model", name, trust_remote_code=trust_remote_code)
+
+
+def load_trained_config(name: str, *, random_init: bool = False, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Return the configuration of a model as it is trained: tied only if its weights are (see :mod:`.tying`).
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    return config if random_init else fetch(resolve_tying, "model", name, model_config=config)
 
 
 def resolve_model(name: str) -> str:

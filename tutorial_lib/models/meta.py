@@ -19,9 +19,9 @@ from transformers.initialization import no_init_weights
 from transformers.utils import cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.config import Config, ConfigError, ModelConfig
 from tutorial_lib.embedded import CONFIG_ONLY_NAMES
-from tutorial_lib.models.loading import fetch, load_config, no_weights, prepare, set_activation_checkpointing
+from tutorial_lib.models.loading import fetch, load_trained_config, no_weights, prepare, set_activation_checkpointing
 
 
 def model_outline(config: Config) -> PreTrainedModel:
@@ -31,12 +31,16 @@ def model_outline(config: Config) -> PreTrainedModel:
         ConfigError: as :func:`build_model`.
     """
     m = config.model
-    model = _outline(load_config(m.name, trust_remote_code=m.trust_remote_code), m.trust_remote_code)
+    model = _outline(_trained_config(m), m.trust_remote_code)
     model.tie_weights()
     prepare(model, m.freeze)
     if config.engine.activation_checkpointing:
         set_activation_checkpointing(model)
     return model
+
+
+def _trained_config(m: ModelConfig) -> PretrainedConfig:
+    return load_trained_config(m.name, random_init=m.random_init, trust_remote_code=m.trust_remote_code)
 
 
 def _outline(model_config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
@@ -53,7 +57,7 @@ def drawing_weights(config: Config) -> Iterator[PreTrainedModel]:
     Whoever initialises its modules in transformers' order gets the weights of :func:`load_model`.
     """
     m = config.model
-    model = _outline(load_config(m.name, trust_remote_code=m.trust_remote_code), m.trust_remote_code)
+    model = _outline(_trained_config(m), m.trust_remote_code)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(config.run.seed)
         yield model

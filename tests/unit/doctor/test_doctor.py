@@ -14,9 +14,10 @@ import pytest
 
 from tutorial_lib import doctor
 from tutorial_lib.config import Config
+from tutorial_lib.doctor import machine
 
-H200 = doctor.Gpu("H200", 150.0, "9.0", True)
-T4 = doctor.Gpu("T4", 16.0, "7.5", False)
+H200 = machine.Gpu("H200", 150.0, "9.0", True)
+T4 = machine.Gpu("T4", 16.0, "7.5", False)
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +38,15 @@ def laptop(here: doctor.Report) -> doctor.Report:
         gpu_problem="no NVIDIA driver answers here. Use --profile cpu, or a machine with a GPU",
         compiler="g++ 12",
         ninja=True,
-        operators={name: "compiled" for name in doctor.OPERATORS},
+        operators={name: "compiled" for name in machine.OPERATORS},
         loopback_problem=None,
         scheduler=None,
-        packages={"torch": doctor.Package("2.13.0+cpu", "2.13.0")},
+        packages={"torch": machine.Package("2.13.0+cpu", "2.13.0")},
     )
 
 
-def judge(machine: doctor.Report, profile: str, **changes: object) -> doctor.Verdict:
-    return doctor.judge(dataclasses.replace(machine, **changes), Config.create(profile))  # type: ignore[arg-type]
+def judge(report: doctor.Report, profile: str, **changes: object) -> doctor.Verdict:
+    return doctor.judge(dataclasses.replace(report, **changes), Config.create(profile))  # type: ignore[arg-type]
 
 
 # --- this machine -----------------------------------------------------------------------------------------------------
@@ -91,19 +92,19 @@ def test_without_a_gpu_nothing_heavy_is_imported() -> None:
 def test_a_taken_port_is_seen() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        assert doctor._port_state(port) == "in use"
-    assert doctor._port_state(port) == "free"
+        assert machine.port_state(port) == "in use"
+    assert machine.port_state(port) == "free"
 
 
 def test_the_lock_of_a_killed_build_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(doctor, "_operators_in_the_package", dict)
+    monkeypatch.setattr(machine, "_operators_in_the_package", dict)
     lock = tmp_path / "cpu_adam" / "lock"
     lock.parent.mkdir()
     lock.touch()
-    assert doctor._operators()["cpu_adam"] == "not compiled"  # a build may be running
+    assert machine.operator_states()["cpu_adam"] == "not compiled"  # a build may be running
     os.utime(lock, (0, 0))
-    assert doctor._operators()["cpu_adam"] == f"locked by {lock}"
+    assert machine.operator_states()["cpu_adam"] == f"locked by {lock}"
 
 
 # --- other machines ---------------------------------------------------------------------------------------------------
@@ -121,7 +122,7 @@ def test_a_laptop_runs_the_cpu_profile_alone(laptop: doctor.Report) -> None:
     "changes, problem",
     [
         ({"python": "3.12.1"}, "Make the environment with python3.11"),
-        ({"packages": {"ray": doctor.Package(None, "2.60.0")}}, "not installed: ray. Run make setup"),
+        ({"packages": {"ray": machine.Package(None, "2.60.0")}}, "not installed: ray. Run make setup"),
         ({"loopback_problem": "no route"}, "processes cannot talk over 127.0.0.1 (no route)"),
         ({"memory_available_gb": 1.0}, "1.0 GB of memory are free, and 2 workers need about 4"),
         ({"operators": {"cpu_adam": "not compiled"}, "compiler": None}, "has to compile cpu_adam"),
@@ -141,7 +142,7 @@ def test_what_stops_the_cpu_profile(laptop: doctor.Report, changes: dict[str, ob
         ({"operators": {"cpu_adam": "not compiled"}}, "make setup does it beforehand"),
         ({"operators": {"cpu_adam": "locked by /x/lock"}}, "a run will wait for ever"),
         ({"shm_gb": 0.06}, "--shm-size=1g"),
-        ({"packages": {"ray": doctor.Package("2.61.0", "2.60.0")}}, "ray is 2.61.0, tested with 2.60.0"),
+        ({"packages": {"ray": machine.Package("2.61.0", "2.60.0")}}, "ray is 2.61.0, tested with 2.60.0"),
     ],
 )
 def test_what_is_worth_knowing_stops_nothing(laptop: doctor.Report, changes: dict[str, object], note: str) -> None:
@@ -161,8 +162,8 @@ def test_bf16_by_emulation_does_not_count(laptop: doctor.Report) -> None:
 
 
 def test_fewer_gpus_than_ranks(laptop: doctor.Report) -> None:
-    machine = dataclasses.replace(laptop, gpus=(H200,), gpu_problem=None)
-    verdict = doctor.judge(machine, Config.create("gpu", dp=4))
+    box = dataclasses.replace(laptop, gpus=(H200,), gpu_problem=None)
+    verdict = doctor.judge(box, Config.create("gpu", dp=4))
     assert verdict.problems == ("1 GPUs here, 4 wanted. Write --dp 1",)
 
 

@@ -108,7 +108,7 @@ def test_a_gpu_where_there_is_none(storage, capsys, given):
 
 @pytest.mark.parametrize("launcher", ["local", "ray"])
 def test_more_processes_than_memory_has_room_for(storage, monkeypatch, launcher):
-    monkeypatch.setattr(launch, "available_memory_gb", lambda: 2.0)
+    monkeypatch.setattr(launch.checks, "available_memory_gb", lambda: 2.0)
     many = Config.create("cpu", storage=storage[1], launcher=launcher, dp=16, global_batch=16)
     with pytest.raises(ConfigError, match=r"16 processes need about 7 GB .* 2.0 GB are free .* at most 4,"):
         launch.preflight(many)
@@ -158,7 +158,7 @@ def test_a_damaged_checkpoint_exits_with_1_and_is_named(storage, tmp_path, capsy
     damaged.write_bytes(b"")
     assert main(arguments) == 1
     shown = capsys.readouterr().err
-    assert f"{damaged} has 0 bytes" in shown and "none of them is whole" in shown
+    assert f"{damaged} has 0 bytes" in shown and "none of them is intact" in shown
 
 
 def test_a_checkpoint_that_is_left_out_is_told_of(storage, tmp_path, capsys):
@@ -297,7 +297,7 @@ def test_a_run_that_goes_on_with_other_settings_is_refused_before_processes_star
 def test_an_aborted_rank_is_told_with_what_it_and_its_peers_could_write(tmp_path, name, begin, also):
     config = Config.create("cpu", dp=2, storage=str(tmp_path), name=name, launcher="local", steps=1)
     with pytest.raises(launch.WorkerError) as error:
-        observe([config], worker="tests.unit.aborting_worker")
+        observe([config], worker="tests.unit.launch.aborting_worker")
     said = str(error.value)
     assert said.startswith(begin)
     assert re.search(also, said)

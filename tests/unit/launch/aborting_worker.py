@@ -1,6 +1,6 @@
 """Ranks for ``test_launch.py``: rank 0 is aborted, as C++ code does it, after rank 1 has failed.
 
-``python -m tests.unit.aborting_worker CONFIGS RENDEZVOUS`` takes the place of the local launcher's worker.
+``python -m tests.unit.launch.aborting_worker CONFIGS RENDEZVOUS`` takes the place of the local launcher's worker.
 """
 
 import json

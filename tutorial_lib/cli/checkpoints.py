@@ -1,0 +1,75 @@
+"""``python -m tutorial_lib reshape | export | inspect``: what can be done with a checkpoint besides training on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from tutorial_lib.cli.options import DONE, FAILED, add_setting, given, shape_in_words, stdout_for_json_alone
+from tutorial_lib.config import FREE_ON_RESUME, OF_ONE_START, settings
+
+
+def add_reshape_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the source and the settings that a reshape may change."""
+    parser.description = (
+        "Make a run NAME whose checkpoint is SOURCE's, written anew by other ranks. What is not stated is as in "
+        "SOURCE. No step is trained, and SOURCE stays as it is. To train on in another shape no reshape is needed: "
+        "give train the same name, and the shape that is wanted."
+    )
+    parser.add_argument("source", type=Path, help="a run's directory (its newest checkpoint), or one checkpoint")
+    for setting in settings().values():
+        # The others are taken all the same, to be refused with the value that the run has.
+        add_setting(parser, setting, hidden=setting.flag not in FREE_ON_RESUME - OF_ONE_START, default=False)
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the source, the target and the size of the files."""
+    parser.add_argument("source", type=Path, help="a run's directory (its newest checkpoint), or one checkpoint")
+    parser.add_argument("target", type=Path, help="a new directory")
+    parser.add_argument(
+        "--max-shard-size", default="50GB", metavar="SIZE", help="largest file of weights (default: 50GB)"
+    )
+
+
+def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the path."""
+    parser.add_argument("path", type=Path, help="a checkpoint, or a run's directory")
+
+
+def reshape(options: argparse.Namespace) -> int:
+    from tutorial_lib import checkpoint, launch
+
+    with stdout_for_json_alone(options.json):
+        run = launch.reshape(options.source, **given(options))
+    made = {
+        "run": str(run.config.directory),
+        "checkpoint": str(checkpoint.latest(run.directory)),
+        "step": run.result["step"],
+        "reshaped_from": run.result["reshaped_from"],
+        "shape": checkpoint.shape(run.config.flat()),
+    }
+    before, after = shape_in_words(made["reshaped_from"] or made["shape"]), shape_in_words(made["shape"])
+    print(json.dumps(made) if options.json else f"{before}\n-> {after}: {made['checkpoint']}")
+    return DONE
+
+
+def export(options: argparse.Namespace) -> int:
+    from tutorial_lib import checkpoint
+
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # shards are merged there; unasked, DeepSpeed warns of a missing GPU
+    source = checkpoint.checkpoint_of(options.source)
+    with stdout_for_json_alone(options.json):
+        target = checkpoint.export(source, options.target, options.max_shard_size)
+    print(json.dumps({"checkpoint": str(source), "export": str(target)}) if options.json else f"{source} -> {target}")
+    return DONE
+
+
+def inspect(options: argparse.Namespace) -> int:
+    from tutorial_lib.checkpoint.report import inspect as report_on
+    from tutorial_lib.checkpoint.report import table
+
+    report = report_on(options.path)
+    print(json.dumps(report) if options.json else table(report))
+    return DONE if report.get("whole", report.get("newest")) else FAILED

@@ -1,0 +1,66 @@
+"""Command-line options that several commands share, and the exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from typing import Any
+
+from tutorial_lib.config import Setting, settings
+
+DONE, FAILED, BAD_CONFIGURATION, STOPPED = 0, 1, 2, 75
+
+
+def add_setting(
+    parser: argparse.ArgumentParser, setting: Setting, *, hidden: bool = False, default: bool = True
+) -> None:
+    flag = "--" + setting.flag.replace("_", "-")
+    shown = setting.help
+    if default and setting.default not in (None, ()) and "default" not in shown:
+        shown += f" (default: {setting.default})"
+    if setting.choices:
+        shown += f" [{', '.join(setting.choices)}]"
+    shared: dict[str, Any] = {"dest": setting.flag, "default": argparse.SUPPRESS}
+    shared["help"] = argparse.SUPPRESS if hidden else shown
+    if setting.type is bool:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, **shared)
+    elif setting.type == tuple[str, ...]:
+        parser.add_argument(flag, nargs="+", metavar="PATTERN", **shared)
+    else:
+        kind = next((t for t in (int, float) if setting.type in (t, t | None)), str)
+        parser.add_argument(
+            flag, type=_reading(kind, setting.help), metavar=setting.flag.split("_")[-1].upper(), **shared
+        )
+
+
+def _reading(kind: type, meaning: str) -> Callable[[str], Any]:
+    """A number, or an error that says what the argument means, where the values are named."""
+
+    def read(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            wanted = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted} ({meaning})") from None
+
+    return read
+
+
+def given(options: argparse.Namespace) -> dict[str, Any]:
+    given = {name: getattr(options, name) for name in settings() if hasattr(options, name)}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def shape_in_words(shape: dict[str, Any]) -> str:
+    """A shape as ``deepspeed, dp=2, tp=1, zero_stage=3``."""
+    rest = {
+        name: value for name, value in shape.items() if name not in ("engine", "device") and value not in (None, "none")
+    }
+    return ", ".join([shape["engine"], *(f"{name}={value}" for name, value in rest.items())])
+
+
+def stdout_for_json_alone(as_json: bool) -> AbstractContextManager[Any]:
+    """DeepSpeed logs to standard output when it is imported, which would make the JSON unreadable."""
+    return redirect_stdout(sys.stderr) if as_json else nullcontext()

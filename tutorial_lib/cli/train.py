@@ -1,0 +1,81 @@
+"""``python -m tutorial_lib train``: run or continue a training run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from contextlib import nullcontext
+from datetime import UTC, datetime
+from typing import Any
+
+from tutorial_lib.cli.options import DONE, STOPPED, add_setting, given, shape_in_words, stdout_for_json_alone
+from tutorial_lib.config import PROFILES, Config, settings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add a profile and every setting."""
+    parser.add_argument(
+        "--profile",
+        default="cpu",
+        help=f"where it runs: {', '.join(PROFILES)}; the defaults below are those of cpu (default: cpu)",
+    )
+    for setting in settings().values():
+        add_setting(parser, setting)
+
+
+def main(options: argparse.Namespace) -> int:
+    config = Config.create(options.profile, **given(options))
+
+    from tutorial_lib import launch
+    from tutorial_lib.lab.progress import progress
+    from tutorial_lib.mpu import Topology
+
+    leader = int(os.environ.get("RANK", "0")) == 0
+    shown = progress(config.run.stop_after or config.run.steps) if leader and not options.json else None
+    if shown and config.parallel.tp > 1:
+        print(Topology(config.parallel.dp, config.parallel.tp, rank=0).drawing(), file=sys.stderr)
+    launch.warm_up(config)
+    with shown or nullcontext(), stdout_for_json_alone(options.json):
+        try:
+            run = launch.run(config, on_rows=shown.on_rows if shown else None)
+        except launch.Interrupted as interrupted:
+            if not interrupted.runs:
+                print(interrupted, file=sys.stderr)
+                return STOPPED
+            run = interrupted.runs[0]
+    if leader:
+        print(json.dumps(run.result) if options.json else _summary(run))
+    if run.result["status"] != "stopped":
+        return DONE
+    # torchrun takes any other code of a worker for a failure; result.json tells that the run goes on.
+    return DONE if "TORCHELASTIC_RUN_ID" in os.environ else STOPPED
+
+
+def _summary(run: Any) -> str:
+    result = run.result
+    loss = {name: f"{result[name]:.4f}" for name in ("train_loss", "eval_loss_before", "eval_loss") if result[name]}
+    rows = {
+        "run": str(run.config.directory),
+        "status": f"{result['status']} at step {result['step']} of {result['num_steps']}"
+        + (f", resumed from {result['resumed_from']}" if result["resumed_from"] is not None else "")
+        + (
+            f" of {shape_in_words(result['reshaped_from'])}; random numbers seeded anew"
+            if result["reshaped_from"]
+            else ""
+        )
+        + ("; give the same command again to go on" if result["status"] == "stopped" else ""),
+        **{f"left out{' ' * n}": f"{o['checkpoint']}: {o['why']}" for n, o in enumerate(result["left_out"])},
+        **{f"restart {n}": _restart(r) for n, r in enumerate(result["restarts"], 1)},
+        **{name.replace("_", " "): value for name, value in loss.items()},
+        "tokens per second": f"{result['tokens_per_second']:.0f}" if result["tokens_per_second"] else "too few steps",
+        "peak memory": ", ".join(f"{rank['peak_memory_bytes'] / 2**20:.0f} MiB" for rank in result["ranks"]),
+        "checkpoint": result["checkpoint"],
+    }
+    return "\n".join(f"{name:18} {value}" for name, value in rows.items())
+
+
+def _restart(restart: dict[str, Any]) -> str:
+    failed, when = restart["failed"], datetime.fromtimestamp(restart["time"], UTC).strftime("%H:%M:%S UTC")
+    return f"from step {restart['from_step']} at {when}, as rank {failed['rank']} failed: {failed['message'][:200]}"

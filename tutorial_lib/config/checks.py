@@ -1,0 +1,171 @@
+"""Checks that need no machine: types, ranges, and combinations of settings that cannot run."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from tutorial_lib.config.fields import ConfigError, EngineConfig, ParallelConfig, Setting
+
+if TYPE_CHECKING:
+    from tutorial_lib.config import Config
+
+
+def validate(config: Config, settings: Mapping[str, Setting]) -> None:
+    """Refuse a configuration that cannot run anywhere.
+
+    Args:
+        config: what to run.
+        settings: every setting by its flat name.
+
+    Raises:
+        ConfigError: says which setting is wrong and what to write instead.
+    """
+    flat = config.flat()
+    for setting in settings.values():
+        _check_type(setting, flat[setting.flag])
+    engine, parallel, run = config.engine, config.parallel, config.run
+
+    for flag, value in flat.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{flag} is {value}; write a finite number.")
+    for flag in ("beta1", "beta2"):
+        if not 0 <= flat[flag] < 1:
+            raise ConfigError(f"{flag} is {flat[flag]}; write a number from 0 up to, but not including, 1.")
+    for flag, setting in settings.items():
+        if setting.at_least is not None and flat[flag] is not None and flat[flag] < setting.at_least:
+            raise ConfigError(f"{flag} is {flat[flag]}; the smallest possible value is {setting.at_least}.")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run.name):
+        raise ConfigError(
+            f"Run name {run.name!r} cannot be a directory name. Use letters, digits, '.', '_' and '-' alone, "
+            "starting with a letter or digit; directories go into storage."
+        )
+    if engine.zero_stage not in (0, 1, 2, 3):
+        raise ConfigError(f"zero_stage is {engine.zero_stage}; ZeRO has the stages 0, 1, 2 and 3.")
+    if engine.name == "deepspeed" and engine.offload == "all" and engine.zero_stage != 3:
+        raise ConfigError(
+            f"offload='all' moves parameters to host memory, which needs zero_stage=3, not {engine.zero_stage}. "
+            "Write offload='optimizer', or zero_stage=3."
+        )
+    if engine.name == "deepspeed" and engine.offload == "optimizer" and engine.zero_stage == 0:
+        raise ConfigError(
+            "offload='optimizer' needs optimizer states that ZeRO partitions: write zero_stage=1, 2 or 3, "
+            "or offload='none'."
+        )
+    if engine.precision == "fp16" and run.device == "cpu":
+        raise ConfigError("precision='fp16' needs a GPU: on a CPU write precision='bf16' or 'fp32'.")
+    if engine.name == "torch":
+        if parallel.world_size != 1:
+            raise ConfigError(
+                f"engine='torch' is the one-process reference, but dp x tp = {parallel.world_size}. "
+                "Write dp=1, tp=1, or engine='deepspeed' or 'fsdp'."
+            )
+        if engine.offload != "none" or engine.deepspeed_file or engine.precision == "fp16":
+            raise ConfigError(
+                "engine='torch' has no offload, no fp16 and reads no DeepSpeed file; write engine='deepspeed'."
+            )
+    _check_fsdp(engine, parallel)
+    _check_batch_sizes(config)
+    if run.stop_after is not None and run.steps is not None and run.stop_after > run.steps:
+        raise ConfigError(f"stop_after={run.stop_after} lies beyond the last step, steps={run.steps}.")
+    if run.keep_best and not run.evaluate:
+        raise ConfigError("keep_best=True compares evaluation losses: write evaluate=True, or keep_best=False.")
+    if run.max_failures > 0 and run.launcher != "ray":
+        raise ConfigError(
+            f"max_failures={run.max_failures} is kept by Ray Train, and launcher={run.launcher!r} starts nothing "
+            "again: write launcher='ray', or leave max_failures out and give the same command again, which goes on "
+            "from the newest intact checkpoint."
+        )
+
+
+SHARDINGS = ("full_shard", "shard_grad_op", "hybrid_shard", "no_shard")
+"""FSDP1's names of its strategies, in lower case."""
+
+
+def _check_fsdp(engine: EngineConfig, parallel: ParallelConfig) -> None:
+    if engine.sharding not in SHARDINGS:
+        near = difflib.get_close_matches(engine.sharding, SHARDINGS, n=1, cutoff=0.3)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"sharding is {engine.sharding!r}.{hint} Write one of: {', '.join(SHARDINGS)}.")
+    if engine.name != "fsdp":
+        for name in ("sharding", "shard_size", "wrap", "tp_plan"):
+            value, default = getattr(engine, name), EngineConfig.__dataclass_fields__[name].default
+            if value != default:
+                raise ConfigError(
+                    f"{name}={value!r} is a setting of engine='fsdp', not of engine={engine.name!r}. "
+                    f"Leave it out, or write engine='fsdp'."
+                )
+        return
+    if engine.precision == "fp16":
+        raise ConfigError("engine='fsdp' scales no loss, which fp16 needs: write precision='bf16' or 'fp32'.")
+    if engine.deepspeed_file:
+        raise ConfigError("engine='fsdp' reads no DeepSpeed file: leave it out, or write engine='deepspeed'.")
+    if engine.offload == "optimizer":
+        raise ConfigError(
+            "engine='fsdp' keeps parameters, gradients and optimizer states in one place: write offload='all', or "
+            "offload='none'."
+        )
+    if engine.sharding == "no_shard" and engine.offload != "none":
+        raise ConfigError(
+            "sharding='no_shard' (DDP) has no offload: write offload='none', or another sharding, such as 'full_shard'."
+        )
+    if engine.sharding == "no_shard" and parallel.tp > 1:
+        raise ConfigError(
+            f"sharding='no_shard' (DDP) does not go with tp={parallel.tp}: write tp=1, or sharding='full_shard'."
+        )
+    if engine.sharding == "no_shard" and engine.wrap != "layer":
+        raise ConfigError("sharding='no_shard' (DDP) gathers nothing: leave wrap out, or write sharding='full_shard'.")
+    _check_shard_size(engine, parallel.dp)
+
+
+def _check_shard_size(engine: EngineConfig, dp: int) -> None:
+    if engine.sharding != "hybrid_shard":
+        if engine.shard_size is not None:
+            raise ConfigError(
+                f"shard_size={engine.shard_size} belongs to sharding='hybrid_shard', not to {engine.sharding!r}. "
+                "Leave it out, or write sharding='hybrid_shard'."
+            )
+        return
+    possible = [size for size in range(2, dp) if dp % size == 0]
+    if not possible:
+        raise ConfigError(
+            f"sharding='hybrid_shard' splits dp={dp} ranks into groups that share one copy, and {dp} cannot be split. "
+            "Write sharding='full_shard', or a dp such as 4."
+        )
+    if engine.shard_size not in possible:
+        raise ConfigError(
+            f"sharding='hybrid_shard' shares a copy among shard_size ranks, and shard_size={engine.shard_size} does "
+            f"not divide dp={dp} into several groups of several ranks. Write shard_size as one of {possible}."
+        )
+
+
+def _check_type(setting: Setting, value: Any) -> None:
+    if setting.choices and value not in setting.choices:
+        raise ConfigError(f"{setting.flag} is {value!r}. Write one of: {', '.join(map(str, setting.choices))}.")
+    kinds: Any = {int: int, float: (int, float), str: str, bool: bool, int | None: (int, type(None)),
+             str | None: (str, type(None)), tuple[str, ...]: tuple}[setting.type]  # fmt: skip
+    wrong_bool = isinstance(value, bool) and setting.type is not bool
+    if wrong_bool or not isinstance(value, kinds):
+        name = getattr(setting.type, "__name__", str(setting.type))
+        raise ConfigError(f"{setting.flag} is {value!r}, a {type(value).__name__}; write a value of type {name}.")
+
+
+def _check_batch_sizes(config: Config) -> None:
+    run, dp = config.run, config.parallel.dp
+    if run.global_batch % dp:
+        near = max(dp, run.global_batch // dp * dp)
+        raise ConfigError(
+            f"global_batch={run.global_batch} is not a multiple of dp={dp}: no rank can take an equal share. "
+            f"Write global_batch={near} or {near + dp}."
+        )
+    share = run.global_batch // dp
+    if run.micro_batch and share % run.micro_batch:
+        divisors = [d for d in range(1, share + 1) if share % d == 0]
+        raise ConfigError(
+            f"Batch sizes do not multiply: global_batch={run.global_batch} = dp={dp} x micro_batch={run.micro_batch} "
+            f"x accumulation has no whole accumulation. A rank's share is {share}; write micro_batch as one of "
+            f"{divisors}."
+        )

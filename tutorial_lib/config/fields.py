@@ -1,0 +1,276 @@
+"""Sections of a configuration: every setting with its default, its help, and the rules that hold for it alone.
+
+A field's metadata is the only place that says who reads the setting, its lowest value, and whether a resumed run may
+change it. The lists that other modules use are derived from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run. The message says what is wrong, where, and what to write instead."""
+
+
+Resume = Literal["fixed", "free", "one start"]
+"""Whether a resumed run may change a setting: never; freely; or freely, as the setting describes one start of the run.
+
+A free setting does not change which update comes next, except for the order in which numbers are added, and for
+dropout's random numbers where the number of ranks changes."""
+
+ENGINES = ("deepspeed", "fsdp", "torch")
+
+
+def _setting(
+    default: Any,
+    help: str,
+    *,
+    flag: str | None = None,
+    choices: tuple[Any, ...] | None = None,
+    at_least: float | None = None,
+    engines: tuple[str, ...] = ENGINES,
+    resume: Resume = "fixed",
+) -> Any:
+    """Declare one setting.
+
+    Args:
+        default: its value in the cpu profile.
+        help: one line for the command line.
+        flag: the flat name, where it is not the field's own.
+        choices: all possible values.
+        at_least: the smallest possible value.
+        engines: those that read it.
+        resume: see :data:`Resume`.
+    """
+    metadata = {
+        "flag": flag, "help": help, "choices": choices, "at_least": at_least, "engines": engines, "resume": resume
+    }  # fmt: skip
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Which causal language model is trained."""
+
+    name: str = _setting(
+        "embedded/gpt2", "hub name, a directory, or embedded/gpt2, embedded/qwen2, embedded/bloom", flag="model"
+    )
+    random_init: bool = _setting(False, "build the model from its configuration with seeded random weights")
+    freeze: tuple[str, ...] = _setting((), "parameters not to train, as name patterns (* and ? match)")
+    trust_remote_code: bool = _setting(False, "run Python code that a hub model ships with", resume="free")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which rows are read, and how they become batches."""
+
+    name: str = _setting(
+        "embedded/news",
+        "hub name, a directory, or embedded/news, embedded/articles, embedded/qa",
+        flag="dataset",
+    )
+    seq_length: int = _setting(128, "longest sequence in tokens; longer rows are truncated", at_least=2)
+    batching: str = _setting(
+        "longest",
+        "max_length: pad to seq_length; longest: group by length, pad to the longest; packed: fill each row",
+        choices=("max_length", "longest", "packed"),
+    )
+    train_split: str = _setting("train", "split to train on")
+    eval_split: str = _setting("validation", "split to evaluate on")
+    max_examples: int | None = _setting(None, "use only the first this many rows of the training split", at_least=1)
+    max_eval_examples: int | None = _setting(
+        64, "use only the first this many rows of the evaluation split", at_least=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """The shape of the rank grid: world size = dp x tp."""
+
+    dp: int = _setting(2, "data-parallel size: how many ranks read different data", at_least=1, resume="free")
+    tp: int = _setting(1, "tensor-parallel size: how many ranks share each layer", at_least=1, resume="free")
+
+    @property
+    def world_size(self) -> int:
+        return self.dp * self.tp
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """Who turns a loss into an update, and where model states live."""
+
+    name: str = _setting(
+        "deepspeed",
+        "deepspeed: ZeRO; fsdp: PyTorch's FSDP2, DDP and DTensor; torch: one plain process, the reference",
+        flag="engine",
+        choices=ENGINES,
+        resume="free",
+    )
+    zero_stage: int = _setting(
+        3,
+        "0: nothing partitioned; 1: optimizer states; 2: + gradients; 3: + parameters (deepspeed alone reads it)",
+        engines=("deepspeed",),
+        resume="free",
+    )
+    sharding: str = _setting(
+        "full_shard",
+        "fsdp: full_shard, shard_grad_op (parameters stay gathered until backward ends), hybrid_shard (sharded over "
+        "shard_size ranks, copied over the others) or no_shard (DDP)",
+        engines=("fsdp",),
+        resume="free",
+    )
+    shard_size: int | None = _setting(
+        None,
+        "fsdp, hybrid_shard: how many data-parallel ranks share one copy",
+        at_least=1,
+        engines=("fsdp",),
+        resume="free",
+    )
+    wrap: str = _setting(
+        "layer",
+        "fsdp: what is gathered at once: one layer, or the whole model (root)",
+        choices=("layer", "root"),
+        engines=("fsdp",),
+        resume="free",
+    )
+    tp_plan: str = _setting(
+        "megatron",
+        "fsdp with tp: megatron: one all-reduce per attention and MLP and direction; plain: one per product",
+        choices=("megatron", "plain"),
+        engines=("fsdp",),
+        resume="free",
+    )
+    offload: str = _setting(
+        "none",
+        "keep in host memory: optimizer (ZeRO 1-3), or all: optimizer and parameters (ZeRO 3, fsdp)",
+        choices=("none", "optimizer", "all"),
+        engines=("deepspeed", "fsdp"),
+        resume="free",
+    )
+    pin_memory: bool = _setting(
+        False,
+        "page-lock offloaded memory; always stated, DeepSpeed's default has changed",
+        engines=("deepspeed", "fsdp"),
+        resume="free",
+    )
+    precision: str = _setting("fp32", "arithmetic of forward and backward", choices=("fp32", "bf16", "fp16"))
+    persistence_threshold: int = _setting(
+        0,
+        "stage 3 keeps parameters below this many elements whole on every rank (DeepSpeed's default: 100000)",
+        at_least=0,
+        engines=("deepspeed",),
+        resume="free",
+    )
+    bucket_size: int = _setting(
+        1_000_000,
+        "elements that ZeRO reduces or gathers at once; stage 3 allocates them (DeepSpeed's default: 5e8)",
+        at_least=1,
+        engines=("deepspeed",),
+        resume="free",
+    )
+    activation_checkpointing: bool = _setting(
+        False, "recompute activations in backward instead of keeping them", resume="free"
+    )
+    deepspeed_file: str | None = _setting(
+        None,
+        "a DeepSpeed JSON file, by path or by its name in tutorial_lib/ds_configs",
+        flag="deepspeed",
+        engines=("deepspeed",),
+        resume="free",
+    )
+
+    def __post_init__(self) -> None:
+        # FSDP1 wrote them in upper case, and so does what has been written about it.
+        if isinstance(self.sharding, str):
+            object.__setattr__(self, "sharding", self.sharding.lower())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule."""
+
+    learning_rate: float = _setting(1e-3, "peak learning rate", at_least=0.0)
+    beta1: float = _setting(0.9, "decay of the first moment")
+    beta2: float = _setting(0.999, "decay of the second moment")
+    eps: float = _setting(1e-8, "added to the denominator", at_least=0.0)
+    weight_decay: float = _setting(0.01, "decoupled weight decay, applied to every trained parameter", at_least=0.0)
+    gradient_clipping: float = _setting(1.0, "largest global gradient norm; 0 turns clipping off", at_least=0.0)
+    schedule: str = _setting(
+        "linear",
+        "learning-rate schedule after the warm-up",
+        choices=("constant", "linear", "cosine"),
+    )
+    warmup_steps: int = _setting(0, "optimizer steps over which the learning rate rises from 0", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """How long, from which seed, under which name, started by whom."""
+
+    name: str = _setting(
+        "run", "name of the run: its directory under storage, and what a resume finds again", resume="free"
+    )
+    storage: str = _setting("runs", "directory that every rank can write to", resume="free")
+    launcher: str = _setting(
+        "local",
+        "local: start processes here; ray: Ray Train; none: be the rank that torchrun's variables name",
+        choices=("local", "ray", "none"),
+        resume="free",
+    )
+    device: str = _setting("cpu", "cpu or cuda", choices=("cpu", "cuda"), resume="free")
+    epochs: int = _setting(1, "passes over the training split, when steps is not given", at_least=1)
+    steps: int | None = _setting(None, "optimizer steps in all; overrides epochs", at_least=1)
+    stop_after: int | None = _setting(
+        None, "save and stop after this optimizer step, as a time limit would", at_least=1, resume="one start"
+    )
+    seed: int = _setting(0, "seed of the data order, of dropout, and of random weights", at_least=0)
+    global_batch: int = _setting(8, "sequences per optimizer step, over all ranks and micro-batches", at_least=1)
+    micro_batch: int | None = _setting(
+        None, "sequences per forward pass and rank; default: global_batch / dp", at_least=1, resume="free"
+    )
+    checkpoint_every: int = _setting(
+        0, "save every this many optimizer steps; 0: only at the end", at_least=0, resume="free"
+    )
+    keep_last: int | None = _setting(
+        None,
+        "keep the newest this many intact checkpoints and delete older ones; default: keep all",
+        at_least=1,
+        resume="free",
+    )
+    keep_best: bool = _setting(
+        False, "evaluate at every checkpoint, and never delete the one with the lowest evaluation loss", resume="free"
+    )
+    max_failures: int = _setting(
+        0, "launcher='ray': start the workers again after up to this many failures", at_least=0, resume="free"
+    )
+    async_save: bool = _setting(
+        False,
+        "write files while training goes on, from a copy in host memory (another one of the rank's states)",
+        resume="free",
+    )
+    resume: str = _setting(
+        "auto",
+        "auto: continue the run of this name if it has a checkpoint; never: refuse to touch an existing run",
+        choices=("auto", "never"),
+        resume="one start",
+    )
+    evaluate: bool = _setting(True, "evaluate before the first and after the last step", resume="one start")
+    measure: bool = _setting(False, "account memory and count traffic of one step; slows that step", resume="one start")
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One field of the tree, as the command line shows it."""
+
+    flag: str
+    section: str
+    field: str
+    type: Any
+    default: Any
+    help: str
+    choices: tuple[Any, ...] | None
+    at_least: float | None
+    engines: tuple[str, ...]
+    resume: Resume

@@ -1,0 +1,203 @@
+"""Facts about this machine: cores, memory, GPUs, compiler, packages.
+
+Nothing heavy is imported to find out: package versions come from their metadata, GPUs from the driver, and torch is
+asked only where the driver reports a GPU. The launchers ask this page how many processes fit.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "deepspeed", "ray", "transformers", "datasets", "accelerate", "torchdata", "jupyterlab")
+OPERATORS = ("deepspeed_shm_comm", "cpu_adam")
+"""What DeepSpeed needs compiled on a CPU: the first by every start, the second by offload of the optimizer."""
+
+MEMORY_TO_START_GB = 0.45
+"""What a worker process takes before it has a model: its imports."""
+
+STALE_LOCK_SECONDS = 600
+GB = 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One GPU as the driver and torch see it; what only torch knows is ``None`` where torch cannot use it."""
+
+    name: str
+    memory_gb: float
+    compute_capability: str | None
+    bf16: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """An installed package. ``expected`` is the version in constraints.txt, where the checkout is at hand."""
+
+    version: str | None
+    expected: str | None
+
+    @property
+    def as_expected(self) -> bool:
+        return self.version is not None and self.expected in (None, self.version.split("+")[0])
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity, and the share a container was given."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _read_cgroup("cpu.max").split()
+    if len(quota) == 2 and quota[0] != "max":
+        cores = min(cores, max(1, round(int(quota[0]) / int(quota[1]))))
+    return cores
+
+
+def available_memory_gb() -> float:
+    """Memory that new processes could take without the kernel having to end one."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return memory_within_cgroup(memory.total, memory.available)[1] / GB
+
+
+def memory_within_cgroup(total: int, available: int) -> tuple[int, int]:
+    limit, used = _read_cgroup("memory.max"), _read_cgroup("memory.current")
+    if limit.isdigit() and int(limit) < total:
+        total = int(limit)
+        available = min(available, total - int(used or 0))
+    return total, available
+
+
+def _read_cgroup(name: str) -> str:
+    try:
+        return Path("/sys/fs/cgroup", name).read_text().strip()
+    except OSError:
+        return ""
+
+
+def find_gpus() -> tuple[tuple[Gpu, ...], str | None]:
+    """The GPUs, and what stands against using them: ``None`` if nothing does."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # no module, no library, no driver: all the same to the reader
+        return (), "no NVIDIA driver answers here. Use --profile cpu, or a machine with a GPU"
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+    seen = [(pynvml.nvmlDeviceGetName(h), pynvml.nvmlDeviceGetMemoryInfo(h).total / GB) for h in handles]
+    pynvml.nvmlShutdown()
+    if not seen:
+        return (), "the NVIDIA driver reports no GPU. Use --profile cpu, or a machine with a GPU"
+    by_driver = tuple(Gpu(name, memory, None, None) for name, memory in seen)
+    try:
+        import torch
+    except ImportError:
+        return by_driver, "torch cannot be imported. Run make setup"
+    if not torch.cuda.is_available():
+        if torch.version.cuda is None:
+            return by_driver, (
+                f"torch {torch.__version__} is the build without CUDA. Install the one with: "
+                f"pip install --force-reinstall torch=={torch.__version__.split('+')[0]} from an index that has it"
+            )
+        return by_driver, (
+            f"torch is built for CUDA {torch.version.cuda} and cannot use this driver or these devices. "
+            "Update the driver, or look at CUDA_VISIBLE_DEVICES"
+        )
+    # Emulated bf16 is slow and hides that the GPU has none.
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return tuple(Gpu(d.name, d.total_memory / GB, f"{d.major}.{d.minor}", bf16) for d in devices), None
+
+
+def search_path() -> str:
+    """PATH with this interpreter's own scripts first, as they are when its environment is activated."""
+    return os.pathsep.join((str(Path(sys.prefix) / "bin"), os.environ.get("PATH", os.defpath)))
+
+
+def find_compiler() -> str | None:
+    path = shutil.which(os.environ.get("CXX", "g++").split()[0])
+    if path is None:
+        return None
+    try:
+        answer = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.splitlines()[0]
+
+
+def operator_states() -> dict[str, str]:
+    """State of each operator: ``compiled``, ``not compiled``, or ``locked`` by a build that did not end."""
+    compiled = _operators_in_the_package()
+    cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    states = {}
+    for name in OPERATORS:
+        state = "compiled" if compiled.get(name) or any(cache.glob(f"**/{name}/{name}.so")) else "not compiled"
+        locks = [] if compiled.get(name) else list(cache.glob(f"**/{name}/lock"))
+        if locks and time.time() - locks[0].stat().st_mtime > STALE_LOCK_SECONDS:
+            state = f"locked by {locks[0]}"
+        states[name] = state
+    return states
+
+
+def _operators_in_the_package() -> dict[str, Any]:
+    # What DeepSpeed's set-up wrote down; read, not imported, because importing DeepSpeed imports torch.
+    found = util.find_spec("deepspeed")
+    record = Path(found.origin).with_name("git_version_info_installed.py") if found and found.origin else None
+    if record is None or not record.is_file():
+        return {}
+    for line in record.read_text().splitlines():
+        name, _, value = line.partition("=")
+        if name == "installed_ops":
+            return dict(ast.literal_eval(value))
+    return {}
+
+
+def loopback_problem() -> str | None:
+    """Why two processes could not talk over a free port of 127.0.0.1, or ``None`` if they can."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            with socket.create_connection(server.getsockname(), timeout=2):
+                return None
+    except OSError as error:
+        return str(error)
+
+
+def port_state(port: int) -> str:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return "in use"
+    return "free"
+
+
+def find_scheduler() -> str | None:
+    """Who would start the ranks of a ``--launcher none`` run from here."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return "torchrun"
+    if "SLURM_JOB_ID" in os.environ or shutil.which("sbatch"):
+        return "SLURM"
+    return None
+
+
+def package_versions() -> dict[str, Package]:
+    constraints = Path(__file__).parents[2] / "constraints.txt"
+    lines = constraints.read_text().splitlines() if constraints.is_file() else []
+    expected = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    found = {}
+    for name in PACKAGES:
+        try:
+            version: str | None = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            version = None
+        found[name] = Package(version, expected.get(name))
+    return found
