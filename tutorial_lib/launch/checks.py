@@ -24,7 +24,15 @@ def preflight(config: Config) -> Config:
     from tutorial_lib.dataloader import load_rows
     from tutorial_lib.engine.deepspeed.config import apply_file
     from tutorial_lib.engine.deepspeed.config import check_tensor_parallel as check_autotp
-    from tutorial_lib.models import check_sequence_length, check_tensor_parallel, load_config, load_trained_config
+    from tutorial_lib.engine.trial import trial_forward
+    from tutorial_lib.models import (
+        check_sequence_length,
+        check_tensor_parallel,
+        check_vocabulary,
+        load_config,
+        load_tokenizer,
+        load_trained_config,
+    )
 
     config = apply_file(config).with_absolute_paths()
     if config.run.launcher != "ray" and config.run.device == "cuda":
@@ -34,6 +42,8 @@ def preflight(config: Config) -> Config:
     m = config.model
     model = load_config(m.name, trust_remote_code=m.trust_remote_code)
     check_sequence_length(config.data.seq_length, model)
+    check_vocabulary(load_tokenizer(m.name, trust_remote_code=m.trust_remote_code), model)
+    trial_forward(config, model)
     if config.parallel.tp > 1:  # an output layer with a weight of its own is split as well
         model = load_trained_config(m.name, random_init=m.random_init, trust_remote_code=m.trust_remote_code)
     check_tensor_parallel(config.parallel.tp, model)

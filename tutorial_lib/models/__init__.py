@@ -1,6 +1,6 @@
 """Models and tokenizers, from a hub name, a directory or the embedded default: one code path for all three."""
 
-from tutorial_lib.models.limits import check_sequence_length, check_tensor_parallel
+from tutorial_lib.models.limits import check_sequence_length, check_tensor_parallel, check_vocabulary
 from tutorial_lib.models.loading import (
     build_model,
     freeze_parameters,
@@ -16,6 +16,7 @@ __all__ = [
     "build_model",
     "check_sequence_length",
     "check_tensor_parallel",
+    "check_vocabulary",
     "freeze_parameters",
     "load_config",
     "load_model",

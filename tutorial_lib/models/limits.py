@@ -1,11 +1,11 @@
-"""Limits of a model's dimensions: the longest sequence, and the tensor-parallel sizes that divide it."""
+"""Limits of a model's dimensions: the longest sequence, the token ids, the tensor-parallel sizes that divide it."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tutorial_lib.config import ConfigError
 
@@ -27,6 +27,23 @@ def check_sequence_length(seq_length: int, model_config: PretrainedConfig) -> No
         raise ConfigError(
             f"seq_length={seq_length} is longer than this {model_config.model_type} model's {limit} positions. "
             f"Write seq_length={limit} or less."
+        )
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> None:
+    """Refuse a tokenizer with ids that the model has no embedding for, such as those of tokens added later.
+
+    Raises:
+        ConfigError: names such a token, its id and the size of the embedding.
+    """
+    rows = int(model_config.get_text_config().vocab_size)
+    token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if highest >= rows:
+        raise ConfigError(
+            f"The tokenizer gives {token!r} the id {highest}, and this {model_config.model_type} model has embeddings "
+            f"for the ids 0 to {rows - 1} alone (vocab_size={rows}). Take tokenizer files without the added tokens, or "
+            f"give the model {highest + 1} embeddings once: model.resize_token_embeddings({highest + 1}), and "
+            "save_pretrained of the model."
         )
 
 

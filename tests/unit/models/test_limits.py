@@ -7,7 +7,13 @@ from transformers import AutoConfig
 
 from tutorial_lib.config import ConfigError
 from tutorial_lib.embedded import MODEL_NAMES
-from tutorial_lib.models import check_sequence_length, check_tensor_parallel, load_config
+from tutorial_lib.models import (
+    check_sequence_length,
+    check_tensor_parallel,
+    check_vocabulary,
+    load_config,
+    load_tokenizer,
+)
 from tutorial_lib.models.limits import max_sequence_length
 
 families = pytest.mark.parametrize("name", MODEL_NAMES)
@@ -51,3 +57,15 @@ def test_sizes_that_divide_are_taken(name):
 
 def test_tied_embeddings_stay_whole_so_their_vocabulary_is_not_asked():
     check_tensor_parallel(2, AutoConfig.for_model("gpt2", vocab_size=50257))
+
+
+@families
+def test_a_tokenizer_whose_ids_the_model_can_embed_is_taken(name):
+    check_vocabulary(load_tokenizer(name), load_config(name))
+
+
+def test_an_added_token_beyond_the_embedding_is_named_with_both_numbers():
+    tokenizer = load_tokenizer("embedded/gpt2")
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    with pytest.raises(ConfigError, match=r"gives '\[PAD\]' the id 2048.*ids 0 to 2047 alone.*resize.*\(2049\)"):
+        check_vocabulary(tokenizer, load_config("embedded/gpt2"))

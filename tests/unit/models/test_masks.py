@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tutorial_lib.embedded import MODEL_NAMES, model_directory
 from tutorial_lib.models import load_model, set_activation_checkpointing, slice_alibi
+from tutorial_lib.models.loading import prepare
 
 families = pytest.mark.parametrize("name", MODEL_NAMES)
 
@@ -123,3 +124,23 @@ def test_every_tensor_parallel_rank_gets_the_slopes_of_its_own_heads(tp, packed)
         assert model.transformer.num_heads == 8
         shares.append(model.transformer.build_alibi_tensor(mask, 8, torch.float32).unflatten(0, (-1, 8 // tp)))
     assert torch.cat(shares, dim=1).equal(whole)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
+def test_layers_with_a_window_keep_it_in_packed_batches(family):
+    """The documents are longer than the window, so that a window that is lost changes their logits."""
+    config = AutoConfig.for_model(
+        family, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, vocab_size=2048, sliding_window=8, pad_token_id=0,
+        layer_types=["sliding_attention", "full_attention"] if family == "gemma3_text" else None,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = prepare(AutoModelForCausalLM.from_config(config).eval(), ())
+    docs, batch = packed_batch([20, 30], 64)
+    with torch.no_grad():
+        together, start = model(**batch).logits[0], 0
+        for doc in docs:
+            alone = model(input_ids=doc[None]).logits[0]
+            torch.testing.assert_close(together[start : start + len(doc)], alone, atol=1e-5, rtol=0)
+            start += len(doc)
