@@ -16,7 +16,7 @@ The engine's files are pickles, FSDP2's ``.metadata`` among them: unpickling run
 you or your job wrote. The manifest protects against damage, not against forgery.
 """
 
-from tutorial_lib.checkpoint.compatibility import check_continues, identity, shape
+from tutorial_lib.checkpoint.compatibility import check_continues, identity, reads_data, shape
 from tutorial_lib.checkpoint.directory import (
     clear_remains,
     directory_of,
@@ -29,7 +29,7 @@ from tutorial_lib.checkpoint.exporter import export
 from tutorial_lib.checkpoint.formats import MOMENTS, FullTensors, open_full
 from tutorial_lib.checkpoint.loader import load
 from tutorial_lib.checkpoint.lock import check_free, held_for_launch, held_for_training
-from tutorial_lib.checkpoint.manifest import CheckpointError, verify
+from tutorial_lib.checkpoint.manifest import CheckpointError, read_trainer_state, verify
 from tutorial_lib.checkpoint.reshape import checkpoint_of, reshaped_config, staged
 from tutorial_lib.checkpoint.retention import Pruner
 from tutorial_lib.checkpoint.saver import Progress, Save, save
@@ -61,6 +61,8 @@ __all__ = [
     "newest_intact",
     "next_start_from",
     "open_full",
+    "read_trainer_state",
+    "reads_data",
     "reshaped_config",
     "save",
     "shape",

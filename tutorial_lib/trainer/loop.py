@@ -13,6 +13,7 @@ What the ranks of a tensor-parallel group must have in common is compared on the
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.metadata
 import json
@@ -36,13 +37,14 @@ from transformers import get_scheduler
 from tutorial_lib import checkpoint
 from tutorial_lib.checkpoint import Progress, Save, make_stager
 from tutorial_lib.config import Config, ConfigError
-from tutorial_lib.dataloader import build_eval_loader, build_train_loader
+from tutorial_lib.dataloader import build_eval_loader, build_train_loader, data_identity
 from tutorial_lib.dataloader.collate import fingerprint
 from tutorial_lib.engine import build_engine
 from tutorial_lib.engine.deepspeed.config import apply_file
 from tutorial_lib.measure.memory import Allocations, StateBytes, count_allocations, peak_memory, reset_peak_memory
 from tutorial_lib.measure.traffic import count_collectives
 from tutorial_lib.models import load_tokenizer
+from tutorial_lib.models.side_files import load_side_files
 from tutorial_lib.mpu import Topology
 from tutorial_lib.mpu.collectives import all_gather_ints, all_gather_objects, barrier
 from tutorial_lib.mpu.random_states import seed_everything
@@ -139,6 +141,16 @@ def train(config: Config, *, on_checkpoint: OnCheckpoint | None = None) -> dict[
                 raise
 
 
+class _NoData:
+    """The place of the training loader in a start that trains no step: it keeps the position that it is given."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._state = state
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._state
+
+
 class _Session:
     """One start of a run on one rank: from the newest checkpoint, or step 0, to the end or a stop."""
 
@@ -157,19 +169,26 @@ class _Session:
         if topology.rank == 0:
             checkpoint.clear_remains(run)
         found, self.left_out = checkpoint.newest_intact(run, topology)
+        options = {"trust_remote_code": config.model.trust_remote_code}
+        self.tokenizer = load_tokenizer(config.model.name, **options)
+        reads_data = checkpoint.reads_data(config, found)
+        data = functools.cache(lambda: data_identity(config, self.tokenizer)) if reads_data else None
         if found:
-            checkpoint.check_continues(config, found)
+            checkpoint.check_continues(config, found, data)
         if topology.rank == 0:
             for each in self.left_out:
                 _LOG.warning("Not resumed from %s: %s Going on from %s.", each.checkpoint, each.why, found)
-        self.identity = checkpoint.identity(config) if topology.rank == 0 else {}
+        self.identity = {}
+        if topology.rank == 0:
+            known = checkpoint.read_trainer_state(found).get("identity", {}).get("data", {}) if found else {}
+            self.identity = checkpoint.identity(config) | {"data": known | (data() if data else {})}
         self.pruner = checkpoint.Pruner(run, config, topology)
         seed_everything(config.run.seed)
-        self.tokenizer = load_tokenizer(config.model.name, trust_remote_code=config.model.trust_remote_code)
+        self.side_files = load_side_files(config.model.name, **options) if topology.rank == 0 else None
         place = {"dp_rank": topology.dp_rank, "dp_size": topology.dp}
-        self.loader = build_train_loader(config, self.tokenizer, **place)
+        self.loader: Any = build_train_loader(config, self.tokenizer, **place) if reads_data else _NoData()
         self.eval_loader = build_eval_loader(config, self.tokenizer, **place) if config.run.evaluate else None
-        self.num_steps = config.run.steps or config.run.epochs * self.loader.steps_per_epoch
+        self.num_steps = self._num_steps(found)
         self.engine = build_engine(config, topology, self.device)
         self.scheduler = get_scheduler(
             config.optimizer.schedule, self.engine.optimizer, config.optimizer.warmup_steps, self.num_steps
@@ -190,6 +209,14 @@ class _Session:
         if found:
             self._restore(found)
         self.restarts = self._restarts_until_here() if topology.rank == 0 else []
+
+    def _num_steps(self, found: Path | None) -> int:
+        if self.config.run.steps:
+            return self.config.run.steps
+        if isinstance(self.loader, _NoData):
+            assert found is not None
+            return int(checkpoint.read_trainer_state(found)["record"]["num_steps"])
+        return int(self.config.run.epochs * self.loader.steps_per_epoch)
 
     def _restore(self, found: Path) -> None:
         progress = checkpoint.load(found, self.engine, self.config, self.topology)
@@ -358,12 +385,13 @@ class _Session:
         """
         self._finish_save()
         self.record.pop("eval_loss", None)
+        self.record["num_steps"] = self.num_steps
         if self.config.run.keep_best and not in_a_hurry:
             self.record["eval_loss"] = self.evaluate()
         state = self.step, self.loader.state_dict(), self.scheduler.state_dict(), self.record, self.identity
         stager = self.stager if and_train_on else None
         save = checkpoint.save(
-            self.run, self.engine, self.config, self.topology, Progress(*state), self.tokenizer, stager
+            self.run, self.engine, self.config, self.topology, Progress(*state), self.side_files, stager
         )
         self.in_flight = save, self.row or next(iter(self.run.rows()[-1:]), {})
         if stager is None:
