@@ -83,7 +83,7 @@ def compare(config: Config) -> None:
     topology = Topology.create(config.parallel, rank=dist.get_rank(), world_size=dist.get_world_size())
     ours_first = config.run.name.endswith(FIRST[0])
     shortest = None if ours_first else shortest_loop(config, topology)
-    session = trainer._Session(config, topology, run, None, lambda: False)
+    session = trainer.Trainer(config, topology)
     batches = session.loader.steps()
     shortest = shortest or shortest_loop(config, topology)
 
@@ -97,7 +97,7 @@ def compare(config: Config) -> None:
         processor[name].append(time.process_time() - began)
 
     def our_step() -> float:
-        session._one_step(next(batches))
+        session.train_step(next(batches))
         return float(session.row["loss"])
 
     ratio = time_ratio(

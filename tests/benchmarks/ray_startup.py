@@ -29,24 +29,24 @@ PARTS = (
 
 def measure() -> dict[str, Any]:
     """Two fits of two workers that train a step each: from nothing running or imported, and with Ray there."""
-    from tutorial_lib.launch.ray import train as ray_train  # imports Ray only when it starts it, which is measured
+    from tutorial_lib.launch.ray import cluster  # imports Ray only when it starts it, which is measured
 
     with tempfile.TemporaryDirectory(prefix="tutorial-lib-bench-") as storage:
-        with mock.patch.object(ray_train, "stop"):  # the first fit leaves Ray to the second
+        with mock.patch.object(cluster, "stop"):  # the first fit leaves Ray to the second
             first = _fit(Path(storage), "first")
         second = _fit(Path(storage), "second")
         began = time.time()
-        ray_train.stop()
+        cluster.stop()
     return {**first, "second": second, "seconds_to_stop": time.time() - began}
 
 
 def _fit(storage: Path, name: str) -> dict[str, Any]:
-    from tutorial_lib.launch.ray import train as ray_train
+    from tutorial_lib.launch.ray import cluster
 
     marks_file = storage / f"marks-{name}.jsonl"
     config = Config.create("cpu", launcher="ray", dp=2, steps=1, storage=str(storage), name=name)
     times: dict[str, float] = {}
-    start = ray_train.start
+    start = cluster.start
 
     def timed_start(*args: Any) -> bool:
         times["start"] = time.time()
@@ -56,7 +56,7 @@ def _fit(storage: Path, name: str) -> dict[str, Any]:
 
     os.environ["TUTORIAL_LIB_RAY_MARKS"] = str(marks_file)
     os.environ["RAY_TRAIN_CALLBACKS"] = "tests.benchmarks.ray_marks.Marks"
-    with mock.patch.object(ray_train, "start", timed_start):
+    with mock.patch.object(cluster, "start", timed_start):
         times["begin"] = time.time()
         run = launch.run(config)
         times["end"] = time.time()

@@ -29,6 +29,7 @@ from tutorial_lib import checkpoint, launch
 from tutorial_lib.checkpoint import CheckpointError
 from tutorial_lib.checkpoint.directory import checkpoints
 from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.launch.ray import cluster
 from tutorial_lib.launch.ray import train as ray_train
 from tutorial_lib.records import RunDirectory
 
@@ -484,12 +485,12 @@ def newer_format(request):
 def ray_nodes() -> Iterator[Any]:
     """Three Ray nodes of one slot each, as raylets on this machine. Rank 1 is not on the first, which must live."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in ray_train._SETTINGS.items():
+        for name, value in cluster.SETTINGS.items():
             patch.setenv(name, value)
         for name, value in {
             "PYTHONPATH": str(ROOT),
             "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": ray_train._TOKEN,
+            "RAY_AUTH_TOKEN": cluster.TOKEN,
             "GLOO_SOCKET_IFNAME": "lo",
         }.items():
             patch.setenv(name, value)
@@ -497,18 +498,18 @@ def ray_nodes() -> Iterator[Any]:
 
         before = set(psutil.Process().children())
         try:
-            cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+            nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         except Exception:  # on a busy machine, a node that has not started within 30 s
-            ray_train._end_processes(set(psutil.Process().children()) - before)
+            cluster.end_processes(set(psutil.Process().children()) - before)
             raise
         try:
             for _ in range(2):
-                cluster.add_node(num_cpus=1)
-            patch.setenv("RAY_ADDRESS", cluster.address)
-            yield cluster
+                nodes.add_node(num_cpus=1)
+            patch.setenv("RAY_ADDRESS", nodes.address)
+            yield nodes
         finally:
-            ray_train.stop()
-            cluster.shutdown()
+            cluster.stop()
+            nodes.shutdown()
 
 
 def on_ray(request: pytest.FixtureRequest, name: str, **changes: Any) -> Config:

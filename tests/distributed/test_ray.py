@@ -125,7 +125,7 @@ def test_a_stop_before_the_first_worker_has_begun_ends_the_start(cluster, direct
 
 
 def test_more_workers_than_the_cluster_has_is_an_error_at_once(cluster, directory, monkeypatch):
-    monkeypatch.setattr(launch, "available_memory_gb", lambda: 1000.0)
+    monkeypatch.setattr(launch.checks, "available_memory_gb", lambda: 1000.0)
     began = time.monotonic()
     many = on_ray(directory).override(name="ray-many", dp=256, global_batch=256)
     with pytest.raises(

@@ -131,14 +131,14 @@ def _train_in_vain(config: Config) -> None:
 
 def failing_on_ray(given: dict[str, Any]) -> None:
     """What Ray's workers run, but rank 1 fails in its second step."""
-    step = trainer._Session._one_step
+    step = trainer.Trainer.train_step
 
     def failing(self: Any, micro_batches: Any) -> Any:
         if dist.get_rank() == 1 and self.step == 1:
             raise ValueError("of rank 1 alone")
         return step(self, micro_batches)
 
-    with mock.patch.object(trainer._Session, "_one_step", failing):
+    with mock.patch.object(trainer.Trainer, "train_step", failing):
         ray_train._worker(given)
 
 
@@ -436,7 +436,7 @@ def _averages_over(ranks: Callable[[int], int]) -> Iterator[None]:
 @contextmanager
 def _loss_times(factor: Callable[[int, int, int], float]) -> Iterator[None]:
     """Scale the loss that goes into backward by a function of (this rank's tokens, all tokens, ranks)."""
-    agree, build = trainer._Session._agree, trainer.build_engine
+    agree, build = trainer.Trainer._agree, trainer.build_engine
     scale = [1.0]
 
     def agreed(self: Any, micro_batches: Any) -> tuple[int, bool, bool]:
@@ -450,7 +450,7 @@ def _loss_times(factor: Callable[[int, int, int], float]) -> Iterator[None]:
         engine.backward = lambda loss: backward(loss * scale[0])
         return engine
 
-    with mock.patch.object(trainer._Session, "_agree", agreed), mock.patch.object(trainer, "build_engine", built):
+    with mock.patch.object(trainer.Trainer, "_agree", agreed), mock.patch.object(trainer, "build_engine", built):
         yield
 
 
@@ -461,7 +461,7 @@ def _own_tokens(micro_batches: Sequence[dict[str, Tensor]]) -> int:
 @contextmanager
 def _losses_of_own_tokens() -> Iterator[None]:
     """Each rank reports the mean over its own tokens."""
-    agree = trainer._Session._agree
+    agree = trainer.Trainer._agree
 
     def own(self: Any, micro_batches: Any) -> tuple[int, bool, bool]:
         return _own_tokens(micro_batches), *agree(self, micro_batches)[1:]
@@ -470,8 +470,8 @@ def _losses_of_own_tokens() -> Iterator[None]:
         return float(value)
 
     with (
-        mock.patch.object(trainer._Session, "_agree", own),
-        mock.patch.object(trainer._Session, "_sum_over_ranks", not_reduced),
+        mock.patch.object(trainer.Trainer, "_agree", own),
+        mock.patch.object(trainer.Trainer, "_sum_over_ranks", not_reduced),
     ):
         yield
 
@@ -647,7 +647,7 @@ def _killed_in_report() -> Iterator[None]:
 @contextmanager
 def _read_only() -> Iterator[None]:
     """Before its second save the directory of the checkpoints becomes read-only, once; see ``small_storage.py``."""
-    save, saves = checkpoint.save, []
+    save, saves = checkpoint.manager.save, []
 
     def saving(run: RunDirectory, *args: Any) -> Any:
         saves.append(run)
@@ -658,7 +658,7 @@ def _read_only() -> Iterator[None]:
             subprocess.run(["mount", "-o", "remount,bind,ro", run.checkpoints], check=True)
         return save(run, *args)
 
-    with mock.patch.object(checkpoint, "save", saving):
+    with mock.patch.object(checkpoint.manager, "save", saving):
         yield
 
 

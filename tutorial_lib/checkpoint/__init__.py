@@ -29,20 +29,20 @@ from tutorial_lib.checkpoint.exporter import export
 from tutorial_lib.checkpoint.formats import MOMENTS, FullTensors, open_full
 from tutorial_lib.checkpoint.loader import load
 from tutorial_lib.checkpoint.lock import check_free, held_for_launch, held_for_training
-from tutorial_lib.checkpoint.manifest import CheckpointError, read_trainer_state, verify
+from tutorial_lib.checkpoint.manager import CheckpointManager, OnCheckpoint
+from tutorial_lib.checkpoint.manifest import CheckpointError, verify
 from tutorial_lib.checkpoint.reshape import checkpoint_of, reshaped_config, staged
-from tutorial_lib.checkpoint.retention import Pruner
-from tutorial_lib.checkpoint.saver import Progress, Save, save
+from tutorial_lib.checkpoint.saver import Progress, save
 from tutorial_lib.checkpoint.storage import check_storage, storage_failure
-from tutorial_lib.checkpoint.writer import Writer, make_stager
+from tutorial_lib.checkpoint.writer import Writer
 
 __all__ = [
     "MOMENTS",
     "CheckpointError",
+    "CheckpointManager",
     "FullTensors",
+    "OnCheckpoint",
     "Progress",
-    "Pruner",
-    "Save",
     "Writer",
     "check_continues",
     "check_free",
@@ -57,11 +57,9 @@ __all__ = [
     "identity",
     "latest",
     "load",
-    "make_stager",
     "newest_intact",
     "next_start_from",
     "open_full",
-    "read_trainer_state",
     "reads_data",
     "reshaped_config",
     "save",

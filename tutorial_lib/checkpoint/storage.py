@@ -41,10 +41,7 @@ _PROBE_BYTES = 2**20
 
 
 def storage_failure(run: RunDirectory, error: BaseException) -> CheckpointError | None:
-    """Return an error that explains a failure of the run's storage, or None if storage is not the cause.
-
-    PyTorch reports a full disk as a bug of its own.
-    """
+    """What to say of an error that comes of the run's storage, if it does: PyTorch reports a full disk as a bug."""
     if isinstance(error, OSError) and error.errno in _FULL_OR_CLOSED:
         # A data set or a cache lies elsewhere, and its errors are its own.
         reason = f"{error.strerror}: {error.filename}" if _is_under(error.filename, run.path) else _refusal(run.path)
@@ -57,20 +54,20 @@ def storage_failure(run: RunDirectory, error: BaseException) -> CheckpointError 
     return CheckpointError(
         f"The storage of run {run.path.name!r} refuses to be written to ({reason}; "
         f"{shutil.disk_usage(run.path).free / 2**20:.0f} MiB are free there). What was saved before is untouched. "
-        "Make room or make it writable, then give the same command again: it resumes from the newest intact one. "
-        "keep_last deletes older ones as it goes."
+        "Make room or make it writable, then give the same command again: it resumes from the newest intact "
+        "checkpoint. keep_last deletes older ones as it goes."
     )
 
 
 def _is_under(name: Any, directory: Path) -> bool:
-    """Return whether an error's ``filename``, which may be a descriptor or nothing, lies in the directory."""
+    """Whether an error's ``filename``, which may be a descriptor or nothing, is one of the directory's."""
     if not isinstance(name, str | bytes | os.PathLike):
         return False
     return Path(os.fsdecode(name)).resolve().is_relative_to(directory.resolve())
 
 
 def _refusal(directory: Path) -> str | None:
-    """Return why a small file cannot be written there now, or None if it can."""
+    """Why a small file cannot be written there now."""
     probe = directory / f".write-test-{os.getpid()}"
     try:
         probe.write_bytes(bytes(_PROBE_BYTES))

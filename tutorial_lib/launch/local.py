@@ -31,8 +31,9 @@ from typing import Any
 
 from tutorial_lib.config import Config
 from tutorial_lib.doctor.machine import usable_cores
-from tutorial_lib.launch import _POLL_SECONDS, WorkerError, first_error, next_start
+from tutorial_lib.launch.errors import WorkerError, first_error, next_start
 from tutorial_lib.launch.warm_server import MODULES, Job
+from tutorial_lib.launch.watch import POLL_SECONDS
 from tutorial_lib.records import RunDirectory
 
 WORKER = "tutorial_lib.launch.worker"
@@ -182,7 +183,7 @@ class _Server:
     def _hear(self) -> tuple[Any, ...]:
         """Return the server's next message, or one of no kind if none comes within a moment."""
         try:
-            return self._connection.recv() if self._connection.poll(_POLL_SECONDS) else ("",)
+            return self._connection.recv() if self._connection.poll(POLL_SECONDS) else ("",)
         except (EOFError, OSError) as error:
             raise self._death() from error
 

@@ -140,4 +140,3 @@ def test_a_model_without_generation_settings_gets_its_configurations(unbroken, t
     target = checkpoint.export(checkpoint.latest(unbroken.directory), tmp_path / "exported")
     settings = json.loads((target / "generation_config.json").read_text())
     assert settings["eos_token_id"] == json.loads((target / "config.json").read_text())["eos_token_id"]
-    assert json.loads((target / "config.json").read_text())["use_cache"]

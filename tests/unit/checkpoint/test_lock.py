@@ -75,7 +75,7 @@ def test_a_lesson_removes_no_run_that_is_running(holder, tmp_path, which):
     for name in ("run", "another"):
         RunDirectory(tmp_path / name).create()
         (tmp_path / name / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"which are to be removed, run is running\. Wait for its end"):
+    with pytest.raises(ConfigError, match=r"cannot be emptied: run is still running in it\. Wait until it ends"):
         remove_runs(str(tmp_path))
     assert (tmp_path / "another").is_dir()
     process.kill()

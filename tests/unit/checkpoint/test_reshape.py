@@ -88,7 +88,7 @@ def test_an_interrupted_reshape_leaves_no_run(halved, monkeypatch, error):
         assert made == ["step-00000004"] and not (start.directory / "half").exists()
         raise error
 
-    monkeypatch.setattr(launch, "run", interrupted)
+    monkeypatch.setattr(launch.runs, "run", interrupted)
     with pytest.raises(error):
         launch.reshape(halved.directory.path, name="new", activation_checkpointing=True)
     assert [path.name for path in storage.iterdir()] == [halved.directory.path.name]

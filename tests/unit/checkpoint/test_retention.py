@@ -20,12 +20,13 @@ from tests.unit.checkpoint.runs import (
 )
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.checkpoint import directory, manifest
+from tutorial_lib.checkpoint.retention import Pruner
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.engine.single import TorchEngine
 
 
 def pruner(run, **flat):
-    return checkpoint.Pruner(run, Config.create("cpu", dp=1, engine="torch", **flat), ALONE)
+    return Pruner(run, Config.create("cpu", dp=1, engine="torch", **flat), ALONE)
 
 
 @pytest.mark.parametrize(

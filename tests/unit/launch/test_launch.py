@@ -108,7 +108,7 @@ def test_a_gpu_where_there_is_none(storage, capsys, given):
 
 @pytest.mark.parametrize("launcher", ["local", "ray"])
 def test_more_processes_than_memory_has_room_for(storage, monkeypatch, launcher):
-    monkeypatch.setattr(launch, "available_memory_gb", lambda: 2.0)
+    monkeypatch.setattr(launch.checks, "available_memory_gb", lambda: 2.0)
     many = Config.create("cpu", storage=storage[1], launcher=launcher, dp=16, global_batch=16)
     with pytest.raises(ConfigError, match=r"16 processes need about 7 GB .* 2.0 GB are free .* at most 4,"):
         launch.preflight(many)

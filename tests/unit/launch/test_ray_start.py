@@ -12,8 +12,9 @@ import pytest
 
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.launch import WorkerError
+from tutorial_lib.launch.ray import cluster
 from tutorial_lib.launch.ray import train as ray_train
-from tutorial_lib.launch.ray.path import setup_worker
+from tutorial_lib.launch.ray.replacements import setup_worker
 from tutorial_lib.records import RunDirectory
 
 
@@ -21,7 +22,7 @@ def test_a_python_under_a_path_with_a_space_is_refused_before_ray_starts(monkeyp
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(sys, "executable", "/an empty dir/bin/python")
     with pytest.raises(ConfigError, match="directory without spaces, or write launcher='local'"):
-        ray_train.start(Config.create(launcher="ray"))
+        cluster.start(Config.create(launcher="ray"))
 
 
 def test_no_worker_in_time_is_an_error_and_a_worker_is_a_sign_of_life(

@@ -2,7 +2,7 @@
 
 Ray starts a new interpreter for each worker, for the controller of a fit, and for its helpers. Each imports Ray, most
 of them torch, and the workers DeepSpeed and transformers too. This server imports all of that once, while Ray itself
-starts, and then only waits. The raylet runs ``ray_path/setup_worker.py``, which asks for a fork through a socket.
+starts, and then only waits. The raylet runs ``replacements/setup_worker.py``, which asks for a fork through a socket.
 
 The server runs no torch operation, no tokenizer and no Ray client, because their threads do not survive a fork. When
 the process that started it closes the pipe at its standard input, or ends, the server and its forks end too.

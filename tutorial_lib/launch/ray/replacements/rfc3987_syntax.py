@@ -1,4 +1,4 @@
-"""Takes the place of a package that Ray's processes would import and not use, see :mod:`tutorial_lib.launch.ray.train`.
+"""Empty stand-in for a package that Ray's processes would import and not use.
 
 ``import ray`` imports ``jsonschema``, and that imports ``rfc3987_syntax`` where it is installed, as Jupyter has it do.
 It builds a parser at import: 0.85 of the 1.14 seconds of processor time that ``import ray`` takes (median of three, on

@@ -1,0 +1,111 @@
+"""Checks before a launch: everything that can be refused before a process starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.doctor.machine import MEMORY_TO_START_GB, available_memory_gb
+from tutorial_lib.records import RunDirectory
+
+
+def preflight(config: Config) -> Config:
+    """Refuse what cannot run here, before a process starts.
+
+    Returns:
+        The configuration with the settings that its DeepSpeed file decides, and with absolute paths.
+
+    Raises:
+        ConfigError: names what cannot run here and what to write instead.
+        CheckpointError: there are checkpoints, and none of them can be continued.
+    """
+    from tutorial_lib.checkpoint import check_continues, check_free, check_storage, latest, reads_data
+    from tutorial_lib.dataloader import data_identity, load_rows
+    from tutorial_lib.engine.deepspeed.config import apply_file
+    from tutorial_lib.engine.deepspeed.config import check_tensor_parallel as check_autotp
+    from tutorial_lib.models import (
+        check_sequence_length,
+        check_tensor_parallel,
+        load_config,
+        load_tokenizer,
+        load_trained_config,
+    )
+
+    config = apply_file(config.with_absolute_paths())
+    if config.run.launcher != "ray" and config.run.device == "cuda":
+        _check_gpus(config)
+    if config.run.launcher == "local" or (config.run.launcher == "ray" and not os.environ.get("RAY_ADDRESS")):
+        _check_memory(config)
+    m = config.model
+    model = load_config(m.name, trust_remote_code=m.trust_remote_code)
+    check_sequence_length(config.data.seq_length, model)
+    if config.parallel.tp > 1:  # an output layer with a weight of its own is split as well
+        model = load_trained_config(m.name, random_init=m.random_init, trust_remote_code=m.trust_remote_code)
+    check_tensor_parallel(config.parallel.tp, model)
+    if config.engine.name == "deepspeed":
+        check_autotp(config, model)
+    check_storage(config)
+    check_free(RunDirectory(config.directory))
+    found = latest(RunDirectory(config.directory))
+    has_data = reads_data(config, found)
+    if has_data:
+        load_rows(config.data.name, config.data.train_split, max_examples=1)
+        if config.run.evaluate:
+            load_rows(config.data.name, config.data.eval_split, max_examples=1)
+    if found:
+        tokenizer = load_tokenizer(m.name, trust_remote_code=m.trust_remote_code)
+        # Under Ray the workers may have the tokens, and this machine not: they compare.
+        compares = has_data and config.run.launcher != "ray"
+        check_continues(config, found, (lambda: data_identity(config, tokenizer)) if compares else None)
+    return config
+
+
+def check_together(configs: Sequence[Config]) -> None:
+    """Refuse runs that cannot share processes.
+
+    Raises:
+        ConfigError: says which setting keeps them apart.
+    """
+    first = configs[0]
+    if len(configs) > 1 and any(config.run.max_failures for config in configs):
+        raise ConfigError(
+            "max_failures works with a single run only; otherwise it would be unclear which run failed. "
+            "Start them separately."
+        )
+    for config in configs[1:]:
+        for what in ("launcher", "device"):
+            if getattr(config.run, what) != getattr(first.run, what):
+                raise ConfigError(
+                    f"Runs {first.run.name!r} and {config.run.name!r} differ in {what}: start them separately."
+                )
+        if config.parallel.world_size != first.parallel.world_size:
+            raise ConfigError(
+                f"Runs {first.run.name!r} and {config.run.name!r} need {first.parallel.world_size} and "
+                f"{config.parallel.world_size} processes: start them separately."
+            )
+    if len({config.directory.resolve() for config in configs}) < len(configs):
+        raise ConfigError("Two runs have the same name and storage: each needs a name of its own.")
+
+
+def _check_gpus(config: Config) -> None:
+    import torch
+
+    found = torch.cuda.device_count()
+    needed = config.parallel.world_size if config.run.launcher == "local" else 1
+    if found < needed:
+        raise ConfigError(
+            f"device='cuda' and {config.parallel.world_size} processes need {needed} GPUs here, and this machine has "
+            f"{found}. Write profile='cpu', or a smaller dp. `python -m tutorial_lib doctor` shows what would run."
+        )
+
+
+def _check_memory(config: Config) -> None:
+    """Refuse more processes than this machine has memory for: the kernel would end some of them, or other programs."""
+    world_size, available = config.parallel.world_size, available_memory_gb()
+    possible = int(available / MEMORY_TO_START_GB)
+    if world_size > possible:
+        raise ConfigError(
+            f"{world_size} processes need about {world_size * MEMORY_TO_START_GB:.0f} GB of memory to start, and "
+            f"{available:.1f} GB are free here. Write dp x tp of at most {possible}, or close other programs."
+        )

@@ -1,0 +1,38 @@
+"""Errors of a launch: what a failed rank could tell, and what the same command would do next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tutorial_lib.config import ConfigError
+from tutorial_lib.records import RunDirectory
+
+
+class WorkerError(RuntimeError):
+    """A worker failed. The message is the failing rank's own traceback."""
+
+
+def first_error(directories: Sequence[RunDirectory], otherwise: str) -> Exception:
+    """The error of the rank that failed first, or ``otherwise`` if no rank could write one."""
+    for directory in directories:
+        record = directory.first_error()
+        if record and record["type"] == ConfigError.__name__:
+            return ConfigError(record["message"])
+        if record:
+            return WorkerError(
+                f"Rank {record['rank']} of run {directory.path.name!r} failed with {record['type']}: "
+                f"{record['message']}\n\n{record['traceback']}\nIts output: {directory.log_file(record['rank'])}"
+            )
+    return WorkerError(otherwise)
+
+
+def next_start(directories: Sequence[RunDirectory]) -> str:
+    """Return what a start of the same runs would do."""
+    from tutorial_lib.checkpoint import CheckpointError, next_start_from
+
+    try:
+        found = {directory.path.name: next_start_from(directory) for directory in directories}
+    except CheckpointError as error:
+        return str(error)
+    where = ", ".join(f"{name!r} from {start or 'step 0'}" for name, start in found.items())
+    return f"Given the same command again, it goes on: {where}."

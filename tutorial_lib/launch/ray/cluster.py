@@ -1,0 +1,310 @@
+"""Ray cluster of a launch: join the one that ``RAY_ADDRESS`` names, or start one on this machine.
+
+On this machine, Ray's workers are forked from a warm server (:mod:`tutorial_lib.launch.ray.server`), which loads torch,
+transformers, DeepSpeed and Ray Train once, while Ray itself starts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import psutil
+
+from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.doctor.machine import usable_cores
+
+GROUP_START_SECONDS = 60
+"""Seconds that Ray waits for all slots of a run at once before it counts that as a failure and tries again."""
+
+SETTINGS = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(GROUP_START_SECONDS),
+    # Ray Train's own progress goes to its log files; a notebook cell shows our curve.
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # How long the end of the workers may go unnoticed, seconds.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # Prestarted worker processes are of no use: what Ray Train starts has a runtime environment, and so processes of
+    # its own. The warm server forks those.
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_enable_worker_prestart": "0",
+    # By default workers give way to every other program (nice 15). What that costs here was not measured.
+    "RAY_worker_niceness": "0",
+}
+
+
+TOKEN = secrets.token_hex(32)
+"""Required to connect to a cluster that this process starts."""
+
+_REPLACEMENTS = str(Path(__file__).with_name("replacements"))
+"""Directory that comes first on the import path of Ray's processes."""
+
+_changed_environment: dict[str, str | None] = {}
+
+
+class _Server:
+    """This process's end of the warm server: a process that has loaded everything, and a socket to ask it for forks."""
+
+    def __init__(self) -> None:
+        self._scratch = tempfile.mkdtemp(prefix="tutorial-lib-ray-")
+        self.address = f"{self._scratch}/server"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._made_for: tuple[str, dict[str, int]] | None = None
+        self._cluster: dict[str, str] = {}
+
+    def renew(self, config: Config) -> None:
+        """Start the server if it is not there, or cannot follow: other source files, or another kind of device."""
+        package = Path(__file__).parents[2]
+        wanted = config.run.device, {str(path): path.stat().st_mtime_ns for path in package.rglob("*.py")}
+        if self._process and self._process.poll() is None and self._made_for == wanted:
+            return
+        self._end()
+        self._made_for = wanted
+        # DeepSpeed decides at import what it computes on. A GPU that the server touches could not be used after a fork.
+        environment = {"DS_ACCELERATOR": config.run.device, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+        with _lean_imports():
+            # The package and its libraries are those of this process, whatever lies in the working directory.
+            path = [_REPLACEMENTS, str(package.parent), *filter(None, sys.path)]
+            environment["PYTHONPATH"] = os.pathsep.join(path)
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "tutorial_lib.launch.ray.server", str(os.getpid()), self.address],
+                env={**_of_a_cluster(config), **os.environ, **environment},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                # Ctrl-C in a terminal is for the launching process.
+                start_new_session=True,
+            )
+        self._tell()
+
+    def serve(self, raylet: int, job: str) -> None:
+        """Tell the server, and those that take its place, which cluster its workers are for."""
+        self._cluster = {**os.environ, "RAY_RAYLET_PID": str(raylet), "RAY_JOB_ID": job}
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._process and self._process.stdin and self._cluster:
+            with suppress(BrokenPipeError):  # the server is gone: Ray starts its workers itself
+                self._process.stdin.write(json.dumps(self._cluster).encode() + b"\n")
+                self._process.stdin.flush()
+
+    def close(self) -> None:
+        """End the server, and with it every worker that was forked from it."""
+        self._end()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _end(self) -> None:
+        if self._process:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+        Path(self.address).unlink(missing_ok=True)
+
+
+_server: _Server | None = None
+
+
+def warm_up(config: Config) -> None:
+    """Start loading what Ray's workers on this machine need, in the background. Returns at once; safe to call again.
+
+    :func:`start` does so too. Call it earlier if there is something else to do meanwhile; :func:`stop` ends it.
+    """
+    global _server
+    if os.environ.get("RAY_ADDRESS") or sys.platform != "linux" or os.environ.get("TUTORIAL_LIB_WARM_WORKERS") == "0":
+        return
+    if _server is None:
+        _server = _Server()
+    _server.renew(config)
+
+
+def start(config: Config) -> bool:
+    """Connect to the Ray cluster named by ``RAY_ADDRESS``, or start one on this machine. :func:`stop` ends it.
+
+    The local one has no dashboard and grants as many CPU slots as there are workers, so that four workers can share
+    two cores. Ray's servers listen on every network interface, whatever address they are given; they serve only who
+    has the token that is made here and handed to Ray's processes in the environment (``RAY_AUTHTOKEN``;
+    ``RAY_AUTH_MODE=disabled`` turns that off).
+
+    Returns:
+        Whether anything was started: False if Ray was running in this process already.
+
+    Raises:
+        ConfigError: Ray cannot run from where this Python is.
+        RuntimeError: Ray did not start. None of its processes is left.
+    """
+    if " " in sys.executable and not os.environ.get("RAY_ADDRESS"):
+        raise ConfigError(
+            "Ray cannot start workers from a path with a space in it, and this Python's has one. Clone the course into "
+            "a directory without spaces, or write launcher='local'."
+        )
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    with _lean_imports():
+        import ray
+
+    if ray.is_initialized():
+        return False
+    warm_up(config)
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if os.environ.get("RAY_ADDRESS"):
+        with _keeping_sigterm():
+            ray.init(**quiet)
+        return True
+    cores, world_size = usable_cores(), config.parallel.world_size
+    of_a_cluster = _of_a_cluster(config)
+    _changed_environment.update({name: os.environ.get(name) for name in (*of_a_cluster, "RAY_AUTH_MODE", *_TO_SERVER)})
+    for name, value in of_a_cluster.items():
+        os.environ.setdefault(name, value)
+    children = set(psutil.Process().children())
+    try:
+        with _lean_imports(), _workers_from_server(), _keeping_sigterm():
+            # "local": not one that somebody else has started on this machine.
+            ray.init("local", num_cpus=max(world_size, cores), include_dashboard=False, **quiet)
+        if _server:
+            _server.serve(_raylet(children), ray.get_runtime_context().get_job_id())
+    except BaseException as error:
+        end_processes(set(psutil.Process().children()) - children)
+        stop()
+        if not isinstance(error, Exception):
+            raise
+        load = ", ".join(f"{average:.1f}" for average in os.getloadavg())
+        raise RuntimeError(
+            f"Ray did not start: {error}\nIt gives up when its processes need more than 30 s. Load averages are {load} "
+            f"on {cores} cores: end other programs and try again, or write launcher='local', which needs no Ray."
+        ) from error
+    return True
+
+
+def _raylet(before: set[psutil.Process]) -> int:
+    """Return the process id of the raylet among the children of this process that were not there before."""
+    for process in set(psutil.Process().children()) - before:
+        with suppress(psutil.NoSuchProcess):
+            if process.name() == "raylet":
+                return process.pid
+    raise RuntimeError("its raylet ended at once")
+
+
+def is_own() -> bool:
+    """Check whether the cluster was started by this process."""
+    return bool(_changed_environment)
+
+
+def renew_server(config: Config) -> None:
+    """Start the warm server anew if it cannot serve this configuration. Does nothing where there is none."""
+    if _server:
+        _server.renew(config)
+
+
+def stop() -> None:
+    """End the connection, and the cluster if :func:`start` started one. Its processes are gone afterwards."""
+    import ray
+
+    global _server
+    ray.shutdown()
+    if _server:
+        _server.close()
+        _server = None
+    for name, value in _changed_environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    _changed_environment.clear()
+
+
+_TO_SERVER = ("TUTORIAL_LIB_RAY_SERVER", "TUTORIAL_LIB_RAY_SETUP_WORKER")
+"""Environment variables that ``replacements/setup_worker.py`` reads in each new process of Ray."""
+
+
+@contextmanager
+def _keeping_sigterm() -> Iterator[None]:
+    """Put this process's handler of SIGTERM back afterwards: ``ray.init`` installs one that exits without a save."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if before is not None:  # None: a handler that is not Python's
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _workers_from_server() -> Iterator[None]:
+    """Have the cluster that is started meanwhile get its workers from the warm server, if there is one."""
+    if _server is None:
+        yield
+        return
+    from ray._private import parameter, workers
+
+    (rays_own,) = (Path(path) / "setup_worker.py" for path in workers.__path__)
+    os.environ.update(zip(_TO_SERVER, (_server.address, str(rays_own)), strict=True))
+    # The log monitor would hand the workers' output on, which goes to their own files.
+    ours: dict[str, Any] = {"setup_worker_path": f"{_REPLACEMENTS}/setup_worker.py", "include_log_monitor": False}
+    with mock.patch.object(parameter, "RayParams", partial(parameter.RayParams, **ours)):
+        yield
+
+
+def _of_a_cluster(config: Config) -> dict[str, str]:
+    """The environment that a cluster on this machine gets, and the warm server too: Ray reads it at import."""
+    threads = max(1, usable_cores() // config.parallel.world_size)
+    environment = {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo"}
+    environment["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process that asks whether this machine is taken away
+    if not os.environ.get("RAY_AUTHTOKEN_PATH"):
+        # Otherwise Ray makes a token that outlives the cluster, in the home directory.
+        environment["RAY_AUTHTOKEN"] = TOKEN
+    return environment
+
+
+def end_processes(processes: set[psutil.Process]) -> None:
+    # Ray ends what it has started only when this process ends.
+    whole = {child for process in processes for child in (process, *process.children(recursive=True))}
+    for process in whole:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(list(whole), timeout=10)
+
+
+@contextmanager
+def _lean_imports() -> Iterator[None]:
+    """Have this process, and the processes that Ray starts, not import what ``replacements`` says is not needed."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([_REPLACEMENTS, *([before] if before else [])])
+    sys.path.insert(0, _REPLACEMENTS)
+    try:
+        yield
+    finally:
+        sys.path.remove(_REPLACEMENTS)
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+@contextmanager
+def session(config: Config) -> Iterator[None]:
+    """A Ray cluster for as long as the block runs. One that was there before is used, and left running."""
+    started = start(config)
+    try:
+        yield
+    finally:
+        if started:
+            stop()

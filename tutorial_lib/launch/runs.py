@@ -1,0 +1,174 @@
+"""Runs: start one or several with the launcher that the configuration names, and wait for their end."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tutorial_lib.config import Config
+from tutorial_lib.launch import local
+from tutorial_lib.launch.checks import check_together, preflight
+from tutorial_lib.launch.watch import OnRows, Watcher, stop_on_signal
+from tutorial_lib.records import Row, RunDirectory
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run that has ended.
+
+    Attributes:
+        config: what was run.
+        result: what ``result.json`` holds.
+        rows: what ``metrics.jsonl`` holds, a row per optimizer step.
+    """
+
+    config: Config
+    result: dict[str, Any]
+    rows: list[Row]
+
+    @property
+    def directory(self) -> RunDirectory:
+        return RunDirectory(self.config.directory)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, a notebook's Interrupt or a signal cut a launch short.
+
+    It is a KeyboardInterrupt, so that neither a script nor *Run All* continues as if nothing had happened.
+
+    Attributes:
+        runs: the runs that had begun; each has saved. Empty if the request came before the first one.
+    """
+
+    def __init__(self, message: str, runs: Sequence[Run]) -> None:
+        super().__init__(message)
+        self.runs = list(runs)
+
+
+def warm_up(config: Config) -> None:
+    """Start loading libraries for runs like this one in the background, so that the first run starts sooner.
+
+    Args:
+        config: its launcher and device decide what is loaded. It is not checked, so it may still be incomplete.
+    """
+    if config.run.launcher == "local":
+        local.warm_up(config.run.device)
+    elif config.run.launcher == "ray":
+        from tutorial_lib.launch.ray import cluster
+
+        cluster.warm_up(config)
+
+
+def run(config: Config, *, on_rows: OnRows | None = None) -> Run:
+    """Run or continue one training run with the launcher that the configuration names.
+
+    Raises:
+        ConfigError: the configuration cannot run here; no rank was started.
+        WorkerError: a worker failed; the message is its own traceback.
+        Interrupted: Ctrl-C was pressed, or a signal came before the run began. A run that had begun has saved.
+    """
+    return run_all([config], on_rows=on_rows)[0]
+
+
+def reshape(source: Path, **flat: Any) -> Run:
+    """Make a run whose checkpoint is that of another, saved in another shape, by ranks of that shape.
+
+    Training goes on in another shape without it: a run resumes in any. This writes the checkpoint and trains nothing,
+    and it leaves the old run as it is.
+
+    Args:
+        source: a run's directory (its newest checkpoint), or one checkpoint.
+        flat: ``name`` of the new run, and settings that differ (see :func:`tutorial_lib.checkpoint.reshaped_config`).
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+        ConfigError: the settings cannot run or would make other updates, or a run of this name exists.
+        WorkerError: a worker failed; there is no new run.
+    """
+    from tutorial_lib import checkpoint
+
+    source = checkpoint.checkpoint_of(source)
+    config = checkpoint.reshaped_config(source, flat)
+    with checkpoint.staged(source, config) as start:
+        run(start)
+    directory = RunDirectory(config.directory)
+    return Run(config, directory.result(), directory.rows())
+
+
+def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None, worker: str | None = None) -> list[Run]:
+    """Run several configurations one after the other, in the same processes, because starting them takes longest.
+
+    Args:
+        configs: all ask for the same launcher, device and number of processes, and have names of their own.
+        on_rows: called with new metrics rows.
+        worker: with the local launcher, the module that each rank runs in place of ``tutorial_lib.launch.worker``.
+
+    Raises:
+        Interrupted: Ctrl-C was pressed, or a signal came before the last run had begun. The run under way, if any,
+            has saved; the runs after it have not begun.
+    """
+    first = configs[0]
+    warm_up(first)
+    if worker and first.run.launcher != "local":
+        raise ValueError(f"worker={worker!r} is for launcher='local'; launcher={first.run.launcher!r} has its own.")
+    from tutorial_lib import checkpoint
+
+    configs = [preflight(config) for config in configs]
+    check_together(configs)
+    first = configs[0]
+    directories = [RunDirectory(config.directory) for config in configs]
+    with ExitStack() as held:
+        for directory in directories:
+            held.enter_context(checkpoint.held_for_launch(directory))
+        signals: list[int] = []
+        watched = Watcher(directories, on_rows, signals)
+        if first.run.launcher != "none" or "RANK" not in os.environ:  # under torchrun, rank 0 alone may do so
+            for directory in directories:
+                directory.create()
+                directory.clear_requests()
+        earlier = [_stamp(directory.result_file) for directory in directories]
+        held.enter_context(stop_on_signal(watched))
+        if first.run.launcher == "ray":
+            from tutorial_lib.launch.ray.train import launch
+
+            launch(configs, watched.poll)
+        elif first.run.launcher == "local":
+            local.launch(configs, watched.poll, worker or local.WORKER)
+        else:
+            from tutorial_lib.launch.torchrun import launch as join
+
+            begun = join(configs)
+        watched.poll()
+    if first.run.launcher != "none":
+        begun = sum(_stamp(d.result_file) not in (None, before) for d, before in zip(directories, earlier, strict=True))
+    runs = [Run(c, d.result(), d.rows()) for c, d in zip(configs[:begun], directories, strict=False)]
+    interrupted = signal.SIGINT in signals or any(r.result.get("stopped_by") == "SIGINT" for r in runs)
+    if len(runs) < len(configs) or interrupted:
+        raise Interrupted(_where_stopped(runs, configs), runs)
+    return runs
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Return what changes when a file is written again, or None if it does not exist."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _where_stopped(runs: Sequence[Run], configs: Sequence[Config]) -> str:
+    if not runs:
+        return "stopped before training began; no step was run. Run it again to start or resume."
+    last = runs[-1]
+    not_begun = [config.run.name for config in configs[len(runs) :]]
+    more = f"; not begun: {', '.join(not_begun)}" if not_begun else ""
+    if last.result["status"] == "completed":
+        return f"run {last.config.run.name!r} had completed when the interrupt came{more}."
+    where = f"stopped at step {last.result['step']} of {last.result['num_steps']} and was saved"
+    return f"run {last.config.run.name!r} {where}{more}. Run it again to go on from there."

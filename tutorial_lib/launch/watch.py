@@ -1,0 +1,95 @@
+"""Watching a launch: new metrics rows, signals that ask it to stop, and waiting for its end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tutorial_lib.records import STOPPING, Row, RunDirectory
+
+OnRows = Callable[[list[Row]], None]
+"""Called in the launching process with the metrics rows that have come since the last call."""
+
+POLL_SECONDS = 0.2
+
+
+class Watcher:
+    """Passes new rows of the metrics files to the caller, and tells the user that an interrupt was noticed."""
+
+    def __init__(self, directories: list[RunDirectory], on_rows: OnRows | None, signals: list[int]) -> None:
+        self.directories = directories
+        self.on_rows = on_rows
+        self.signals = signals
+        self._has_said = False
+        self._seen = {directory.path: self._last_step(directory) for directory in directories}
+        self._sizes: dict[Path, int] = {}
+
+    def poll(self) -> None:
+        if signal.SIGINT in self.signals and not self._has_said:
+            self._has_said = True
+            print(STOPPING, file=sys.stderr, flush=True)
+        if self.on_rows is None:
+            return
+        for directory in self.directories:
+            try:
+                size = directory.metrics_file.stat().st_size
+            except FileNotFoundError:  # not there yet, or removed by a start from step 0
+                size = 0
+            if self._sizes.get(directory.path) == size:
+                continue  # five times a second, a long run's file is not read for nothing
+            self._sizes[directory.path] = size
+            new = [row for row in directory.rows() if row["step"] > self._seen[directory.path]]
+            if new:
+                self._seen[directory.path] = new[-1]["step"]
+                self.on_rows(new)
+
+    @staticmethod
+    def _last_step(directory: RunDirectory) -> int:
+        from tutorial_lib.checkpoint import latest
+
+        # Rows after the newest checkpoint will be written again; those before it are history.
+        found = latest(directory) if directory.checkpoints.is_dir() else None
+        return int(found.name.removeprefix("step-")) if found else 0
+
+
+@contextmanager
+def stop_on_signal(watched: Watcher) -> Iterator[None]:
+    """Pass a stop request on to the workers: they save at the next step, and the launch ends normally."""
+    if threading.current_thread() is not threading.main_thread() or "RANK" in os.environ:
+        yield
+        return
+
+    def request_stop(number: int, _frame: Any) -> None:
+        watched.signals.append(number)
+        for directory in watched.directories:
+            directory.logs.parent.mkdir(parents=True, exist_ok=True)
+            directory.stop_file.write_text(f"signal {number} at {time.time()}\n")
+        # A second signal means now.
+        signal.signal(number, before[signal.Signals(number)])
+
+    # What is ignored stays ignored, as SIGINT is in the background of a shell.
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, request_stop) for number in heeded}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for directory in watched.directories:
+            directory.stop_file.unlink(missing_ok=True)
+
+
+def wait_for(thread: threading.Thread, *calls: Callable[[], None]) -> None:
+    """Call each of ``calls`` every 0.2 s until the thread ends or one of them raises."""
+    while thread.is_alive():
+        thread.join(POLL_SECONDS)
+        for call in calls:
+            call()
