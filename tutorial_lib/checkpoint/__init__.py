@@ -16,7 +16,7 @@ The engine's files are pickles, FSDP2's ``.metadata`` among them: unpickling run
 you or your job wrote. The manifest protects against damage, not against forgery.
 """
 
-from tutorial_lib.checkpoint.compatibility import check_continues, identity, shape
+from tutorial_lib.checkpoint.compatibility import check_continues, identity, reads_data, shape
 from tutorial_lib.checkpoint.directory import (
     clear_remains,
     directory_of,
@@ -60,6 +60,7 @@ __all__ = [
     "newest_intact",
     "next_start_from",
     "open_full",
+    "reads_data",
     "reshaped_config",
     "save",
     "shape",

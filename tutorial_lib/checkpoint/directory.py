@@ -42,15 +42,17 @@ class LeftOut:
 
 
 def directory_of(run: RunDirectory, step: int) -> Path:
+    """Return where a run's checkpoint of a step lies, or would."""
     return run.checkpoints / f"step-{step:08d}"
 
 
 def step_of(path: Path) -> int:
+    """Return the step of a checkpoint, from its directory's name."""
     return int(path.name.removeprefix("step-"))
 
 
 def checkpoints(run: RunDirectory) -> list[Path]:
-    """All directories that are named as a checkpoint, whole or not, the oldest first."""
+    """Return all directories that are named as a checkpoint, intact or not, the oldest first."""
     return sorted(path for path in run.checkpoints.glob("step-*") if _NAME.fullmatch(path.name))
 
 
@@ -101,15 +103,15 @@ def _newest(
 def clear_remains(run: RunDirectory) -> None:
     """Remove what saves and deletions of killed starts have left behind under names that nobody reads."""
     for path, final in _remains(run):
-        if _lacks_only_its_name(path, final):
+        if _is_complete(path, final):
             os.rename(path, final)
         else:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def next_start_from(run: RunDirectory) -> str | None:
-    """The name of what :func:`latest` finds when the next start has cleared the remains of this one."""
-    unnamed = [final.name for path, final in _remains(run) if _lacks_only_its_name(path, final)]
+    """Return the name of what :func:`latest` will find after the next start has cleared the remains of this one."""
+    unnamed = [final.name for path, final in _remains(run) if _is_complete(path, final)]
     newest = latest(run)
     return max([*unnamed, *([newest.name] if newest else [])], default=None)
 
@@ -119,21 +121,21 @@ def _remains(run: RunDirectory) -> list[tuple[Path, Path]]:
     return [(path, path.with_name(match["final"])) for path, match in found if match]
 
 
-def _lacks_only_its_name(path: Path, final: Path) -> bool:
-    """It is complete: its save was killed just before :func:`publish`, or between its renames."""
+def _is_complete(path: Path, final: Path) -> bool:
+    """Return whether a checkpoint is complete but unnamed: its save was killed just before or in :func:`publish`."""
     return path.name.startswith(_PARTIAL) and (path / MANIFEST).is_file() and not final.exists()
 
 
 def partial_of(final: Path) -> Path:
-    """A new name under which a checkpoint is written, and which nobody reads.
+    """Return a new name under which a checkpoint is written, and which nobody reads.
 
-    No two saves have the same: a rank that outlives its start may still be writing into the one that it knows.
+    No two saves share one: a rank that outlives its start may still be writing into its own.
     """
     return final.with_name(f"{_PARTIAL}{final.name}-{secrets.token_hex(4)}")
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Give a checkpoint that is complete its name; one that has it is replaced and then deleted."""
+    """Give a complete checkpoint its name. A checkpoint that has the name already is replaced, then deleted."""
     doomed = _doomed(final)
     if final.exists():
         os.rename(final, doomed)
@@ -165,7 +167,7 @@ _deletions: list[threading.Thread] = []
 
 
 def _discard(doomed: Path) -> None:
-    """Delete the files of what has lost its name, in the background: freeing their room can take a while."""
+    """Delete a directory that has lost its name, in the background: freeing its room can take a while."""
     thread = threading.Thread(target=shutil.rmtree, args=(doomed, True), name="checkpoint-deletion")
     try:
         thread.start()  # what cannot be removed now, the next start tries again
@@ -176,6 +178,6 @@ def _discard(doomed: Path) -> None:
 
 
 def finish_deletions() -> None:
-    """Return when the files of all that was deleted are gone, or cannot be removed now."""
+    """Wait until all deleted files are gone, or cannot be removed now."""
     while _deletions:
         _deletions.pop().join()

@@ -7,13 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tutorial_lib.checkpoint.compatibility import check_continues, identity
+from tutorial_lib.checkpoint.compatibility import DataIdentity, check_continues, identity, reads_data
 from tutorial_lib.checkpoint.directory import clear_remains, directory_of, finish_deletions, newest_intact
 from tutorial_lib.checkpoint.loader import load
+from tutorial_lib.checkpoint.manifest import read_trainer_state
 from tutorial_lib.checkpoint.retention import Pruner
 from tutorial_lib.checkpoint.saver import Progress, Save, save
 from tutorial_lib.checkpoint.writer import make_stager
 from tutorial_lib.config import Config
+from tutorial_lib.models.side_files import load_side_files
 from tutorial_lib.mpu import Topology
 from tutorial_lib.records import Row, RunDirectory
 
@@ -29,11 +31,13 @@ class CheckpointManager:
     Args:
         config: the run's settings; ``config.run`` says how often to save and what to keep.
         topology: this rank's place in the grid.
+        data: returns the digests of the run's data; without, a resume does not notice that they have changed.
         on_checkpoint: called when a checkpoint is complete.
 
     Attributes:
         found: the intact checkpoint that this start resumes from, or None.
         left_out: newer checkpoints that are damaged.
+        reads_data: whether this start trains or evaluates; a reshape does neither, and needs no data.
         saved_at: step of the newest complete checkpoint, or None.
         saves: what :meth:`Save.finish` returned for each save of this start.
 
@@ -42,23 +46,41 @@ class CheckpointManager:
         CheckpointError: there are checkpoints, and none of them is intact.
     """
 
-    def __init__(self, config: Config, topology: Topology, *, on_checkpoint: OnCheckpoint | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        topology: Topology,
+        *,
+        data: DataIdentity | None = None,
+        on_checkpoint: OnCheckpoint | None = None,
+    ) -> None:
         self.config, self.topology, self.on_checkpoint = config, topology, on_checkpoint
         self.run = RunDirectory(config.directory)
         if topology.rank == 0:
             clear_remains(self.run)
         self.found, self.left_out = newest_intact(self.run, topology)
+        self.reads_data = reads_data(config, self.found)
+        data = data if self.reads_data else None
+        self._saved = read_trainer_state(self.found) if self.found else {}
         if self.found:
-            check_continues(config, self.found)
+            check_continues(config, self.found, data)
         if topology.rank == 0:
             for each in self.left_out:
                 _LOG.warning("Not resumed from %s: %s Going on from %s.", each.checkpoint, each.why, self.found)
         self.saved_at: int | None = None
         self.saves: list[dict[str, Any]] = []
-        self._identity = identity(config) if topology.rank == 0 else {}
+        self._identity: dict[str, Any] = {}
+        if topology.rank == 0:
+            known = self._saved.get("identity", {}).get("data", {})
+            self._identity = identity(config) | {"data": known | (data() if data else {})}
+            self._side_files = load_side_files(config.model.name, trust_remote_code=config.model.trust_remote_code)
         self._pruner = Pruner(self.run, config, topology)
         self._stager = make_stager() if config.run.async_save else None
         self._under_way: tuple[Save, Row] | None = None
+
+    def saved_num_steps(self) -> int:
+        """Return the number of steps of the run that the checkpoint belongs to."""
+        return int(self._saved["record"]["num_steps"])
 
     def restore(self, engine: Any, loader: Any) -> Progress | None:
         """Fill the engine, the loader and this rank's random states from the checkpoint found. Collective.
@@ -79,19 +101,19 @@ class CheckpointManager:
         every = self.config.run.checkpoint_every
         return bool(every) and step % every == 0
 
-    def save(self, progress: Progress, engine: Any, tokenizer: Any, row: Row, *, and_train_on: bool) -> None:
+    def save(self, progress: Progress, engine: Any, row: Row, *, and_train_on: bool) -> None:
         """Write a checkpoint, after the save under way. Collective.
 
         Args:
             progress: step, data position, schedule, record.
             engine: what is saved.
-            tokenizer: saved beside the model's configuration, for exports.
             row: the newest metrics row, for ``on_checkpoint``.
             and_train_on: more steps follow. With ``async_save`` they need not wait until the files are written.
         """
         self.finish()
         stager = self._stager if and_train_on else None
-        begun = save(self.run, engine, self.config, self.topology, progress, tokenizer, stager)
+        side_files = self._side_files if self.topology.rank == 0 else None
+        begun = save(self.run, engine, self.config, self.topology, progress, side_files, stager)
         self._under_way = begun, row
         if stager is None:
             self.finish()

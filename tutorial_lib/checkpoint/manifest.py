@@ -22,15 +22,15 @@ class CheckpointError(RuntimeError):
 
 
 class NewerFormat(CheckpointError):
-    """A checkpoint that a newer version has written: it may be whole, so nothing is put in its place."""
+    """A checkpoint that a newer version has written: it may be intact, so nothing is put in its place."""
 
 
 class Unreadable(CheckpointError):
-    """A file that the storage did not give now: what lies there may be whole."""
+    """A file that the storage did not give now; it may be intact."""
 
 
 def read_trainer_state(path: Path) -> dict[str, Any]:
-    """What ``trainer.json`` of a checkpoint holds.
+    """Return what ``trainer.json`` of a checkpoint holds.
 
     Raises:
         CheckpointError: not there, or of a format that this version does not know.
@@ -66,9 +66,9 @@ def verify(path: Path, topology: Topology | None = None) -> None:
 
 
 def damage(path: Path, topology: Topology | None = None) -> CheckpointError | None:
-    """What is wrong with a checkpoint, with the first missing or altered file's name; ``None`` if it is whole.
+    """Return what is wrong with a checkpoint, naming the first missing or altered file, or ``None`` if it is intact.
 
-    :class:`NewerFormat` and :class:`Unreadable` say that it may be whole, and that nobody can tell here and now. With a
+    :class:`NewerFormat` and :class:`Unreadable` mean that it may be intact, but cannot be checked here and now. With a
     topology this is collective, and every rank reads a share of the files.
     """
     rank, size = (topology.rank, topology.world_size) if topology else (0, 1)
@@ -85,7 +85,7 @@ def damage(path: Path, topology: Topology | None = None) -> CheckpointError | No
 
 
 def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file of a checkpoint, by its name within it.
+    """Return size and SHA-256 of every file of a checkpoint, by its name within it.
 
     Raises:
         CheckpointError: there is no manifest, or it is not one.
@@ -115,7 +115,7 @@ def _manifest_or_error(path: Path) -> tuple[dict[str, dict[str, Any]], Checkpoin
 
 
 def damage_at_a_glance(path: Path) -> CheckpointError | None:
-    """As :func:`damage`, for what shows without reading more than the manifest and ``trainer.json``."""
+    """Return damage that shows without reading more than the manifest and ``trainer.json``, see :func:`damage`."""
     files, problem = _manifest_or_error(path)
     if problem:
         return problem
@@ -124,7 +124,7 @@ def damage_at_a_glance(path: Path) -> CheckpointError | None:
 
 
 def sync(path: Path) -> None:
-    """Have a file's content, or a directory's entries, on the disk itself before going on."""
+    """Wait until a file's content, or a directory's entries, are on the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -133,13 +133,13 @@ def sync(path: Path) -> None:
 
 
 def digest(path: Path) -> dict[str, Any]:
-    """A file's entry in the manifest."""
+    """Return a file's entry in the manifest."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def wrong_size(path: Path, entry: dict[str, Any]) -> CheckpointError | None:
-    """What a file's size tells of its damage; ``None`` if it is as listed."""
+    """Return why a file's size is wrong, or ``None`` if it matches the manifest."""
     try:
         size = path.stat().st_size
     except FileNotFoundError:
@@ -152,7 +152,7 @@ def wrong_size(path: Path, entry: dict[str, Any]) -> CheckpointError | None:
 
 
 def file_damage(path: Path, entry: dict[str, Any]) -> CheckpointError | None:
-    """What is wrong with a file of a checkpoint, which the manifest describes so; ``None`` if nothing is."""
+    """Return what is wrong with a file, or ``None`` if it matches its entry in the manifest."""
     if wrong := wrong_size(path, entry):
         return wrong
     try:

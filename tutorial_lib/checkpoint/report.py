@@ -1,6 +1,6 @@
-"""What a checkpoint, or a run's row of them, holds: who wrote it, what lies in which file, and whether it is whole.
+"""Report on a checkpoint, or on a run's checkpoints: who wrote them, what lies in which file, and what is damaged.
 
-Nothing is unpickled: names, sizes and JSON tell it all, so that a checkpoint of unknown origin can be looked at.
+Nothing is unpickled: names, sizes and JSON are enough, so a checkpoint of unknown origin can be looked at.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ _OF_ENGINE = {"zero_stage": "deepspeed", "sharding": "fsdp"}
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """Everything about a checkpoint, or about a run's checkpoints, as JSON would hold it.
+    """Return everything about a checkpoint, or about a run's checkpoints, as JSON would hold it.
 
     Raises:
         ConfigError: the path is neither.
     """
+    path = path.expanduser()
     if (path / "checkpoints").is_dir():
         return inspect_run(RunDirectory(path))
     if not any((path / name).exists() for name in (MANIFEST, "trainer.json", "engine")):
@@ -33,7 +34,7 @@ def inspect(path: Path) -> dict[str, Any]:
 
 
 def inspect_run(run: RunDirectory) -> dict[str, Any]:
-    """A run's checkpoints, the oldest first, with the newest whole one and the one of the lowest evaluation loss."""
+    """Return a run's checkpoints, the oldest first, the newest intact one, and the one of lowest evaluation loss."""
     rows = []
     for path in checkpoints(run):
         full = inspect_checkpoint(path)
@@ -50,7 +51,7 @@ def inspect_run(run: RunDirectory) -> dict[str, Any]:
 
 
 def inspect_checkpoint(path: Path) -> dict[str, Any]:
-    """Who wrote a checkpoint, what lies in its files, and what is damaged. Reads every byte."""
+    """Return who wrote a checkpoint, what lies in its files, and what is damaged. Reads every byte."""
     damage: list[str] = []
     trainer: dict[str, Any] = {}
     listed: dict[str, dict[str, Any]] = {}
@@ -98,7 +99,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _shown(settings: dict[str, Any]) -> dict[str, Any]:
-    """The shape of the command that wrote it. Of a path its last part alone: the rest may tell a user's name."""
+    """Return the settings that matter of the run that wrote it. Paths lose all but their last part, for privacy."""
     named = {name: settings[name] for name in _SHOWN if name in settings}
     return {
         name: Path(value).name if name in ("model", "dataset") and Path(value).is_absolute() else value
@@ -127,7 +128,7 @@ def _contents(name: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """A report for people."""
+    """Return a report as text."""
     if "checkpoints" in report:
         return _run_table(report)
     written, settings = report["written"] or {}, report["settings"]
@@ -135,7 +136,7 @@ def table(report: dict[str, Any]) -> str:
     head = {
         "checkpoint": report["checkpoint"],
         "step": report["step"],
-        "whole": "yes, every byte is as it was written" if report["whole"] else "NO",
+        "intact": "yes, every byte is as it was written" if report["whole"] else "NO",
         "written": f"{written['time']} on {written['host']}" if written else "unknown",
         "by": versions or "unknown",
         "settings": ", ".join(f"{name}={value}" for name, value in settings.items()),
@@ -155,7 +156,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def _run_table(report: dict[str, Any]) -> str:
-    lines = [f"{'run':20} {report['run']}", "", f"{'checkpoint':20} {'bytes':>15}  {'eval loss':>9}  whole"]
+    lines = [f"{'run':20} {report['run']}", "", f"{'checkpoint':20} {'bytes':>15}  {'eval loss':>9}  intact"]
     for row in report["checkpoints"]:
         loss = "-" if row["eval_loss"] is None else f"{row['eval_loss']:.4f}"
         marks = [mark for mark in ("newest", "best") if report[mark] == row["checkpoint"]]

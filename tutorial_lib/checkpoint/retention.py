@@ -1,4 +1,4 @@
-"""Which checkpoints may go: older ones than the newest few, but for the best, and only while enough whole ones stay."""
+"""Retention of checkpoints: the newest few intact ones stay, and the best; older ones go."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ _MAY_BE_INTACT = (NewerFormat, Unreadable)
 class Pruner:
     """Deletes a run's older checkpoints as ``keep_last`` and ``keep_best`` say.
 
-    What is kept instead of something that is deleted was hashed as this start wrote it, or read to its last byte by
-    this object. A damaged checkpoint keeps nothing else from being kept. One that cannot be read now, or not by this
-    version, neither counts as kept nor goes.
+    A checkpoint counts as kept only if this start wrote and hashed it, or has read it to its last byte. A damaged one
+    does not count. One that cannot be read now, or not by this version, does not count either, and is not deleted.
     """
 
     def __init__(self, run: RunDirectory, config: Config, topology: Topology) -> None:
@@ -34,7 +33,7 @@ class Pruner:
         self._damage: dict[str, CheckpointError | None] = {}
 
     def mark_intact(self, path: Path) -> None:
-        """This checkpoint was just written or verified."""
+        """Note that a checkpoint was just written or verified."""
         self._damage[path.name] = None
 
     def prune(self, newest: Path) -> list[str]:
@@ -65,7 +64,7 @@ class Pruner:
         return [path.name for path in doomed]
 
     def _is_intact(self, path: Path) -> bool:
-        """Collective, and the same on every rank."""
+        """Return whether a checkpoint is intact, the same on every rank. Collective."""
         if path.name not in self._damage or isinstance(self._damage[path.name], _MAY_BE_INTACT):
             self._damage[path.name] = damage(path, self.topology)
         return self._damage[path.name] is None
@@ -83,7 +82,7 @@ class Pruner:
 
 
 def eval_losses(found: list[Path]) -> dict[Path, float]:
-    """The evaluation losses of those checkpoints that were evaluated and can be read."""
+    """Return the evaluation losses of those checkpoints that were evaluated and can be read."""
     losses = {}
     for path in found:
         try:

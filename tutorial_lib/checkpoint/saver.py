@@ -23,6 +23,7 @@ from tutorial_lib.checkpoint.directory import (
 from tutorial_lib.checkpoint.manifest import FORMAT, MANIFEST, CheckpointError, digest, sync, wrong_size
 from tutorial_lib.checkpoint.writer import Writer
 from tutorial_lib.config import Config
+from tutorial_lib.models.side_files import SideFiles
 from tutorial_lib.mpu import Topology
 from tutorial_lib.mpu.collectives import all_gather_objects, barrier, broadcast_object
 from tutorial_lib.mpu.random_states import capture_random_states
@@ -31,14 +32,14 @@ from tutorial_lib.records import RunDirectory, write_atomically
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a resumed run needs besides the engine's own state.
+    """What a resumed run needs besides the engine's own state, as saved or loaded.
 
     Attributes:
         step: optimizer steps done.
         loader: this rank's data position, as the loader gives it.
         scheduler: the learning-rate schedule's state.
         record: what the trainer wants to find again (JSON).
-        identity: what model and tokenizer are, see :func:`tutorial_lib.checkpoint.compatibility.identity`.
+        identity: of model, tokenizer and data, see :mod:`tutorial_lib.checkpoint.compatibility`.
         reshaped_from: the shape in which it was saved, if the run goes on in another one.
     """
 
@@ -56,7 +57,7 @@ def save(
     config: Config,
     topology: Topology,
     progress: Progress,
-    tokenizer: Any,
+    side_files: SideFiles | None,
     stager: DefaultStager | None = None,
 ) -> Save:
     """Begin to write a checkpoint; :meth:`Save.finish` makes it visible. Collective.
@@ -67,7 +68,7 @@ def save(
         config: settings of the run, kept for the resume to compare.
         topology: this rank's place in the grid.
         progress: step, data position, schedule.
-        tokenizer: saved beside the model's configuration, for exports.
+        side_files: saved beside the model's configuration, for exports; rank 0 has them.
         stager: with one, see :func:`make_stager`, training may go on when this returns: what is written is a snapshot.
             Without, all files are written when this returns.
     """
@@ -83,6 +84,7 @@ def save(
     own = {"loader": progress.loader, "random": capture_random_states(engine.device)}
     writer.save(own, partial / f"rank-{topology.rank:03d}.pt")
     if topology.rank == 0:
+        assert side_files is not None
         trainer = {
             "format": FORMAT,
             "step": progress.step,
@@ -99,13 +101,12 @@ def save(
             },
         }
         text = json.dumps(trainer, indent=2)
-        writer.submit(_describe, writer, partial, text, engine.module.config, tokenizer)
+        writer.submit(_describe, writer, partial, text, engine.module.config, side_files)
     return Save(progress.step, partial, final, topology, writer, time.perf_counter() - began)
 
 
-def _describe(writer: Writer, partial: Path, trainer: str, config: Any, tokenizer: Any) -> None:
-    config.save_pretrained(partial / "model")
-    tokenizer.save_pretrained(partial / "model")
+def _describe(writer: Writer, partial: Path, trainer: str, config: Any, side_files: SideFiles) -> None:
+    side_files.save(partial / "model", config)
     writer.count(partial / "model")
     with writer.file_system.create_stream(partial / "trainer.json", "wb") as stream:
         stream.write(trainer.encode())
@@ -128,13 +129,13 @@ class Save:
     seconds: float
 
     def is_written(self) -> bool:
-        """Whether this rank's files are complete. If they cannot be, raises this rank's own error."""
+        """Return whether this rank's files are complete. If they cannot be, raise this rank's own error."""
         return self._writer.is_done()
 
     def finish(self) -> dict[str, Any]:
         """Wait for every rank's files, then make the checkpoint visible. Collective.
 
-        No rank's thread talks to other ranks' about it: this does, on the thread that trains, between two steps.
+        Ranks talk to each other only here, on the thread that trains, between two steps.
 
         Returns:
             On every rank the ``step``, the ``stall_seconds`` of training, the ``write_seconds`` until the last file was
@@ -184,5 +185,5 @@ class Save:
         publish(self._partial, self._final)
 
     def abandon(self) -> None:
-        """Leave it as it is: invisible. Returns when this rank no longer writes."""
+        """Leave it as it is: invisible. Return when this rank no longer writes."""
         self._writer.close()

@@ -91,7 +91,7 @@ def _stored_weights(
     """Open a model's files; yields every tensor by its name in the model, to be read slice by slice."""
     with ExitStack() as stack:
         stored: dict[str, Any] = {}
-        for path in _locate(target, local_files_only):
+        for path in locate_weights(target, local_files_only=local_files_only):
             if path.suffix == ".safetensors":
                 file = stack.enter_context(safe_open(path, "pt"))
                 stored |= {name_in_model(name): file.get_slice(name) for name in file.keys()}
@@ -101,7 +101,7 @@ def _stored_weights(
         yield stored
 
 
-def _locate(target: str, local_files_only: bool) -> list[Path]:
+def locate_weights(target: str, *, local_files_only: bool) -> list[Path]:
     """Return the files of a model's weights; fetches them from the hub if need be."""
     options: dict[str, Any] = {"local_files_only": local_files_only, "_raise_exceptions_for_missing_entries": False}
     for name in _FILES:

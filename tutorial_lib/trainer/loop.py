@@ -13,6 +13,7 @@ What the ranks of a tensor-parallel group must have in common is compared on the
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.metadata
 import json
@@ -34,7 +35,7 @@ from transformers import get_scheduler
 from tutorial_lib import checkpoint
 from tutorial_lib.checkpoint import CheckpointManager, OnCheckpoint, Progress
 from tutorial_lib.config import Config, ConfigError
-from tutorial_lib.dataloader import build_eval_loader, build_train_loader
+from tutorial_lib.dataloader import build_eval_loader, build_train_loader, data_identity
 from tutorial_lib.dataloader.collate import fingerprint
 from tutorial_lib.engine import build_engine
 from tutorial_lib.engine.deepspeed.config import apply_file
@@ -128,6 +129,16 @@ def train(config: Config, *, on_checkpoint: OnCheckpoint | None = None) -> dict[
                 raise
 
 
+class _NoData:
+    """The place of the training loader in a start that trains no step: it keeps the position that it is given."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._state = state
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._state
+
+
 class Trainer:
     """One start of a run on one rank: from the newest checkpoint, or step 0, to the end or a stop.
 
@@ -150,13 +161,15 @@ class Trainer:
         self.stop_signalled = stop_signalled
         self.device = local_device(config)
         reset_peak_memory(self.device)
-        self.checkpoints = CheckpointManager(config, topology, on_checkpoint=on_checkpoint)
-        seed_everything(config.run.seed)
         self.tokenizer = load_tokenizer(config.model.name, trust_remote_code=config.model.trust_remote_code)
+        data = functools.cache(lambda: data_identity(config, self.tokenizer))
+        self.checkpoints = CheckpointManager(config, topology, data=data, on_checkpoint=on_checkpoint)
+        seed_everything(config.run.seed)
         place = {"dp_rank": topology.dp_rank, "dp_size": topology.dp}
-        self.loader = build_train_loader(config, self.tokenizer, **place)
+        reads_data = self.checkpoints.reads_data
+        self.loader: Any = build_train_loader(config, self.tokenizer, **place) if reads_data else _NoData()
         self.eval_loader = build_eval_loader(config, self.tokenizer, **place) if config.run.evaluate else None
-        self.num_steps = config.run.steps or config.run.epochs * self.loader.steps_per_epoch
+        self.num_steps = config.run.steps or self._count_steps()
         self.engine = build_engine(config, topology, self.device)
         self.scheduler = get_scheduler(
             config.optimizer.schedule, self.engine.optimizer, config.optimizer.warmup_steps, self.num_steps
@@ -172,6 +185,11 @@ class Trainer:
         self.reshaped_from: dict[str, Any] | None = None
         self._restore()
         self.restarts = self._restarts_until_here() if topology.rank == 0 else []
+
+    def _count_steps(self) -> int:
+        if not self.checkpoints.reads_data:
+            return self.checkpoints.saved_num_steps()
+        return int(self.config.run.epochs * self.loader.steps_per_epoch)
 
     def _restore(self) -> None:
         """Continue from the newest checkpoint, if there is one."""
@@ -345,12 +363,13 @@ class Trainer:
         """
         self.checkpoints.finish()
         self.record.pop("eval_loss", None)
+        self.record["num_steps"] = self.num_steps
         if self.config.run.keep_best and not in_a_hurry:
             self.record["eval_loss"] = self.evaluate()
         state = self.step, self.loader.state_dict(), self.scheduler.state_dict(), self.record
         progress = Progress(*state, self.checkpoints.identity())
         row = self.row or next(iter(self.run.rows()[-1:]), {})
-        self.checkpoints.save(progress, self.engine, self.tokenizer, row, and_train_on=and_train_on)
+        self.checkpoints.save(progress, self.engine, row, and_train_on=and_train_on)
 
     def _agree(self, micro_batches: list[dict[str, Tensor]]) -> tuple[int, str | None, bool]:
         """What all ranks must know of a step. Collective.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from tests.unit.checkpoint.runs import config, weights
 from tutorial_lib import checkpoint, launch
@@ -110,3 +111,32 @@ def test_an_export_holds_a_parameter_at_a_time(unbroken, model, tmp_path):
     assert sum(sizes) > 20 * max(sizes)
     assert streamed < 2 * max(sizes) + 4e6, f"{streamed} for parameters of at most {max(sizes)} bytes"
     assert at_once > 0.9 * sum(sizes)
+
+
+def test_what_was_changed_for_training_alone_is_not_exported(model, tmp_path, monkeypatch):
+    """Padding side, pad token, generation settings and the use of a cache are those of the user's model."""
+    own = tmp_path / "own"
+    shutil.copytree(model, own)
+    generation = {"eos_token_id": [255, 5], "temperature": 0.6, "do_sample": False}  # transformers would not save these
+    (own / "generation_config.json").write_text(json.dumps(generation))
+    for file, changes in {
+        "config.json": {"use_cache": False},
+        "tokenizer_config.json": {"padding_side": "left"},
+    }.items():
+        (own / file).write_text(json.dumps(json.loads((own / file).read_text()) | changes))
+    run = launch.run(config(tmp_path, model=str(own), steps=1))
+    shutil.rmtree(own)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    target = checkpoint.export(checkpoint.latest(run.directory), Path("~/exported"))
+    assert target == tmp_path / "exported" and target.is_dir()
+    assert json.loads((target / "generation_config.json").read_text()) == generation
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    assert (tokenizer.padding_side, tokenizer.pad_token) == ("left", None)
+    settings = json.loads((target / "config.json").read_text())
+    assert (settings["use_cache"], settings["dtype"]) == (False, "float32")
+
+
+def test_a_model_without_generation_settings_gets_its_configurations(unbroken, tmp_path):
+    target = checkpoint.export(checkpoint.latest(unbroken.directory), tmp_path / "exported")
+    settings = json.loads((target / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == json.loads((target / "config.json").read_text())["eos_token_id"]

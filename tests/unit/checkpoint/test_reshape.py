@@ -1,10 +1,14 @@
 """Reshape: the configuration of the new shape, and what an interruption leaves."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
+from tests.unit.checkpoint.runs import config
 from tutorial_lib import checkpoint, launch
+from tutorial_lib.checkpoint import manifest
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.records import RunDirectory
 
@@ -89,3 +93,44 @@ def test_an_interrupted_reshape_leaves_no_run(halved, monkeypatch, error):
         launch.reshape(halved.directory.path, name="new", activation_checkpointing=True)
     assert [path.name for path in storage.iterdir()] == [halved.directory.path.name]
     checkpoint.verify(checkpoint.latest(halved.directory))
+
+
+def test_a_failed_reshape_keeps_the_log_that_its_error_names(halved, monkeypatch):
+    storage = halved.directory.path.parent
+
+    def failing(start):
+        RunDirectory(start.directory).log_file(0).write_text("what rank 0 said")
+        raise launch.WorkerError("rank 0 failed")
+
+    monkeypatch.setattr(launch, "run", failing)
+    for _ in range(2):
+        with pytest.raises(launch.WorkerError):
+            launch.reshape(halved.directory.path, name="new")
+        hidden = storage / ".new.reshaping"
+        assert [path for path in hidden.rglob("*.log")] == [hidden / "new" / "logs" / "rank-000.log"]
+        assert not list(hidden.rglob("*.pt")), "the checkpoint's files take no room"
+    assert not (storage / "new").exists()
+
+
+def test_a_reshape_needs_no_data(model, tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "validation"):
+        (data / f"{split}.jsonl").write_text('{"text": "Some text that is long enough."}\n' * 8)
+    flat = {"model": model, "dataset": str(data), "steps": None, "stop_after": 1}
+    old = launch.run(config(tmp_path, name="old", **flat))
+    shutil.rmtree(data)
+    run = launch.run
+    monkeypatch.setattr(launch, "run", lambda start: run(start.override(launcher="none")))
+    new = launch.reshape(old.directory.path, name="new", engine="fsdp")
+    assert (new.result["step"], new.result["num_steps"]) == (1, old.result["num_steps"])
+    before, after = (checkpoint.open_full(checkpoint.latest(each.directory)) for each in (old, new))
+    assert all(after.parameter(name).equal(before.parameter(name)) for name in before.names)
+    states = [manifest.read_trainer_state(checkpoint.latest(each.directory)) for each in (old, new)]
+    assert states[0]["identity"]["data"] == states[1]["identity"]["data"] != {}
+
+
+def test_a_source_may_be_under_the_users_home(halved, monkeypatch):
+    monkeypatch.setenv("HOME", str(halved.directory.path.parent))
+    found = checkpoint.checkpoint_of(Path("~") / halved.directory.path.name)
+    assert found == checkpoint.latest(halved.directory)

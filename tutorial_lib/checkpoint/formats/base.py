@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tutorial_lib.checkpoint.manifest import CheckpointError
@@ -21,6 +22,14 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 WEIGHT = "weight"
 """The parameter itself, beside its :data:`MOMENTS`."""
+
+
+def names_once(state: dict[str, Tensor]) -> list[str]:
+    """Return the names in a module's state, of tied parameters (which share memory) only the first."""
+    first: dict[tuple[int, torch.Size], str] = {}
+    for name, tensor in state.items():
+        first.setdefault((tensor.data_ptr(), tensor.shape), name)
+    return list(first.values())
 
 
 class FullTensors(ABC):
@@ -41,7 +50,6 @@ class FullTensors(ABC):
         self.trained = tuple(name for name, parameter in parameters.items() if parameter.requires_grad)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         self._buffer_names = tuple(name for name, _ in model.named_buffers())
-        self._tied_names = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(parameters)
         self._number = {name: number for number, name in enumerate(self.trained)}
 
     def check_names(self) -> None:
@@ -51,7 +59,7 @@ class FullTensors(ABC):
             CheckpointError: names the parameters that are too many or missing.
         """
         stored = set(self._stored_names())
-        unknown = stored - {*self.names, *self._tied_names, *self._buffer_names}
+        unknown = stored - {*self.names, *self._buffer_names}
         missing = set(self.names) - stored
         for names, what in ((unknown, "holds parameters that"), (missing, "lacks parameters that")):
             if names:
@@ -80,7 +88,7 @@ class FullTensors(ABC):
 
     @abstractmethod
     def _stored_names(self) -> Iterable[str]:
-        """Return the names of all parameters in the files, and maybe of buffers."""
+        """Return the names of all parameters in the files, a tied one under its first name, and maybe of buffers."""
 
     @abstractmethod
     def _read(self, name: str, kind: str) -> Tensor:

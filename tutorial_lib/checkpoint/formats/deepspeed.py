@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tutorial_lib.checkpoint.formats.base import WEIGHT, WEIGHTS, WEIGHTS_AND_OPTIMIZER, FullTensors
+from tutorial_lib.checkpoint.formats.base import WEIGHT, WEIGHTS, WEIGHTS_AND_OPTIMIZER, FullTensors, names_once
 from tutorial_lib.config import Config
 
 LAYOUT = "layout.json"
@@ -41,8 +41,7 @@ class _Stage(FullTensors):
         self._opened: dict[str, Any] = {}
 
     def _stored_names(self) -> Iterable[str]:
-        names: Iterable[str] = self._model_states(0)["module"]
-        return names
+        return names_once(self._model_states(0)["module"])
 
     def _read(self, name: str, kind: str) -> Tensor:
         dim = self._layout[name]["dim"] if self._tp > 1 else None
