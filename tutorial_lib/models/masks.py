@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import functools
 import types
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from transformers import PreTrainedModel
@@ -103,7 +103,7 @@ def _boolean_mask_to_bias(module: PreTrainedModel, args: tuple[Any, ...], kwargs
     return args, kwargs
 
 
-def _is_document_mask(mask: Any) -> bool:
+def _is_document_mask(mask: Any) -> TypeGuard[torch.Tensor]:
     return isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.dtype == torch.bool
 
 
