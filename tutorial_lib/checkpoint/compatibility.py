@@ -20,7 +20,7 @@ from tutorial_lib.checkpoint.manifest import read_trainer_state
 from tutorial_lib.config import FREE_ON_RESUME, Config, ConfigError
 from tutorial_lib.models import load_tokenizer, load_trained_config
 from tutorial_lib.models.loading import resolve_model
-from tutorial_lib.models.tying import locate_weights
+from tutorial_lib.models.stored import locate_weights
 
 DataIdentity = Callable[[], dict[str, str]]
 """Returns the SHA-256 of the tokens of each split (``train``, and ``eval`` if the run evaluates)."""

@@ -33,6 +33,7 @@ def preflight(config: Config) -> Config:
         load_tokenizer,
         load_trained_config,
     )
+    from tutorial_lib.models.meta import check_stored_weights
 
     config = apply_file(config.with_absolute_paths())
     if config.run.launcher != "ray" and config.run.device == "cuda":
@@ -44,6 +45,7 @@ def preflight(config: Config) -> Config:
     check_sequence_length(config.data.seq_length, model)
     check_vocabulary(load_tokenizer(m.name, trust_remote_code=m.trust_remote_code), model)
     trial_forward(config, model)
+    check_stored_weights(config)
     if config.parallel.tp > 1:  # an output layer with a weight of its own is split as well
         model = load_trained_config(m.name, random_init=m.random_init, trust_remote_code=m.trust_remote_code)
     check_tensor_parallel(config.parallel.tp, model)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import functools
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ from transformers.utils import logging
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.embedded import CONFIG_ONLY_NAMES, MODEL_NAMES, model_directory
 from tutorial_lib.models.masks import accept_document_masks
+from tutorial_lib.models.stored import check_complete, check_files
 from tutorial_lib.models.tying import record_tying, resolve_tying
 
 
@@ -66,11 +68,28 @@ def load_model(
     if random_init:
         model = _random_model(config, dtype, seed, trust_remote_code)
     else:
+        if is_local(name):
+            check_files(resolve_model(name))
         model = fetch(
-            AutoModelForCausalLM.from_pretrained, "model", name, config=config, dtype=dtype,
+            _load_pretrained, "model", name, called=name, config=config, dtype=dtype,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
     return prepare(model, freeze)
+
+
+def _load_pretrained(target: str, *, called: str, **options: Any) -> PreTrainedModel:
+    """Load a model, and refuse files that lack some of its parameters: transformers draws those, and only logs it."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        target, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    model, info = loaded
+    own = dict(model.named_parameters(remove_duplicate=False))
+    check_complete(
+        called,
+        missing=info["missing_keys"] & own.keys(),
+        wrong_shapes={key: (stored, expected) for key, stored, expected in info["mismatched_keys"]},
+    )
+    return model
 
 
 def no_weights(name: str) -> str:
@@ -146,6 +165,11 @@ def load_trained_config(name: str, *, random_init: bool = False, trust_remote_co
     return config if random_init else fetch(resolve_tying, "model", name, model_config=config)
 
 
+def is_local(name: str) -> bool:
+    """Return whether a model's name stands for a directory here, not for a model of the hub."""
+    return name.startswith("embedded/") or Path(name).is_dir()
+
+
 def resolve_model(name: str) -> str:
     """What ``from_pretrained`` is given: the directory of an embedded model, anything else as it is.
 
@@ -176,6 +200,9 @@ def hub_reachable() -> bool:
 def fetch(load: Callable[..., Any], what: str, name: str, **options: Any) -> Any:
     """``load`` a model or tokenizer by name, with one error message for all that can be wrong with a name.
 
+    Errors that say nothing of a name or its files pass: those of DeepSpeed's settings, which are checked while a
+    stage-3 model loads, of a library that is not installed, of memory.
+
     Args:
         load: is given what the name stands for, ``local_files_only`` and the options.
         what: ``model`` or ``tokenizer``, for the message.
@@ -183,7 +210,7 @@ def fetch(load: Callable[..., Any], what: str, name: str, **options: Any) -> Any
     Raises:
         ConfigError: there is no such thing.
     """
-    local = name.startswith("embedded/") or Path(name).is_dir()
+    local = is_local(name)
     if not local and (Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise ConfigError(f"The {what} {name!r} is no directory here, and no hub name. {_ADVICE}")
     target = resolve_model(name)
@@ -192,6 +219,8 @@ def fetch(load: Callable[..., Any], what: str, name: str, **options: Any) -> Any
         with _quiet(name in MODEL_NAMES):
             return load(target, local_files_only=not reachable, **options)
     except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError) or not _concerns_files(error, target):
+            raise
         reason = str(error).strip().partition("\n")[0]
         if not options.get("trust_remote_code") and "trust_remote_code" in str(error):
             raise ConfigError(
@@ -209,6 +238,15 @@ def fetch(load: Callable[..., Any], what: str, name: str, **options: Any) -> Any
         raise ConfigError(
             f"The {what} {name!r} is neither a directory nor embedded, and {hub}.{hint} {_ADVICE}"
         ) from error
+
+
+def _concerns_files(error: Exception, target: str) -> bool:
+    """Return whether an error speaks of what a name stands for: missing, unreadable or of an unknown kind."""
+    if isinstance(error, OSError):
+        # transformers' own say what is missing, and have no number; the system's name a file.
+        return error.errno is None or str(error.filename).startswith(target)
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    return not any(f"/{library}/" in raised_in for library in ("deepspeed", "pydantic", "torch"))
 
 
 @contextmanager

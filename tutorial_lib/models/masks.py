@@ -81,7 +81,7 @@ def _window(model: PreTrainedModel) -> int | None:
 def _cut_to_window(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Give sliding layers a mask of their own. A ready mask that transformers is given, it gives to every layer."""
     mask, window = kwargs.get("attention_mask"), _window(module)
-    if _is_document_mask(mask) and window is not None:
+    if mask is not None and _is_document_mask(mask) and window is not None:
         near = mask & mask.new_ones(mask.shape[-2:]).triu(1 - window)
         has_types = getattr(module.config.get_text_config(), "layer_types", None) is not None
         kwargs["attention_mask"] = {"full_attention": mask, _SLIDING: near} if has_types else near

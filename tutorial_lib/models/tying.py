@@ -7,12 +7,10 @@ and the configuration that everybody builds the model from is corrected before a
 
 from __future__ import annotations
 
-import json
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +18,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
-from transformers.utils import cached_file
 
-_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-"""Where a model's weights are looked for, in transformers' order."""
+from tutorial_lib.models.stored import locate_weights
 
 _ROWS = 4096
 """Rows of two embeddings that are compared at once, so that neither is ever read in full."""
@@ -91,7 +87,7 @@ def _stored_weights(
     """Open a model's files; yields every tensor by its name in the model, to be read slice by slice."""
     with ExitStack() as stack:
         stored: dict[str, Any] = {}
-        for path in locate_weights(target, local_files_only=local_files_only):
+        for path in locate_weights(target, local_files_only):
             if path.suffix == ".safetensors":
                 file = stack.enter_context(safe_open(path, "pt"))
                 stored |= {name_in_model(name): file.get_slice(name) for name in file.keys()}
@@ -99,19 +95,6 @@ def _stored_weights(
                 tensors = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
                 stored |= {name_in_model(name): tensor for name, tensor in tensors.items()}
         yield stored
-
-
-def locate_weights(target: str, *, local_files_only: bool) -> list[Path]:
-    """Return the files of a model's weights; fetches them from the hub if need be."""
-    options: dict[str, Any] = {"local_files_only": local_files_only, "_raise_exceptions_for_missing_entries": False}
-    for name in _FILES:
-        if found := cached_file(target, name, **options):
-            if not name.endswith(".json"):
-                return [Path(found)]
-            shards = sorted(set(json.loads(Path(found).read_text())["weight_map"].values()))
-            paths = [cached_file(target, shard, **options) for shard in shards]
-            return [Path(path) for path in paths if path]
-    return []
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 from tutorial_lib.config import ConfigError
 from tutorial_lib.embedded import MODEL_NAMES, model_directory
 from tutorial_lib.models.loading import (
+    fetch,
     freeze_parameters,
     hub_reachable,
     load_config,
@@ -87,6 +88,34 @@ def test_a_directory_without_a_model(tmp_path):
 def test_misspelt_embedded_name():
     with pytest.raises(ConfigError, match=r"no embedded model 'embedded/gtp2'\. Write one of: embedded/gpt2"):
         load_tokenizer("embedded/gtp2")
+
+
+@pytest.mark.parametrize(
+    ("raised", "passes"),
+    [
+        (OSError("it has no file named model.safetensors"), False),
+        (FileNotFoundError(2, "No such file or directory", str(model_directory("embedded/gpt2") / "x.json")), False),
+        (ValueError("Unrecognized model. Should have a `model_type` key"), False),
+        (PermissionError(13, "Permission denied", "/elsewhere/compiled/op"), True),
+        (OSError(28, "No space left on device"), True),
+        (RuntimeError("out of memory"), True),
+    ],
+)
+def test_a_directory_is_blamed_for_missing_and_unreadable_files_alone(raised, passes):
+    def load(target, *, local_files_only):
+        raise raised
+
+    with pytest.raises(type(raised) if passes else ConfigError) as error:
+        fetch(load, "model", "embedded/gpt2")
+    assert (error.value is raised) == passes
+
+
+def test_deepspeed_settings_that_fail_while_a_model_loads_are_not_the_models_fault():
+    from deepspeed.ops.op_builder.cpu.no_impl import NotImplementedBuilder
+
+    with pytest.raises(ValueError, match="had not been implemented") as error:
+        fetch(lambda target, local_files_only: NotImplementedBuilder().load(), "model", "embedded/gpt2")
+    assert not isinstance(error.value, ConfigError)
 
 
 class Refusing(BaseHTTPRequestHandler):
