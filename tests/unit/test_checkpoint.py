@@ -153,7 +153,7 @@ def test_every_setting_that_differs_is_named(halved):
 
 def test_what_changes_no_update_may_change(halved, whole):
     """Recomputed activations drop the same elements: the random state of the first pass is kept."""
-    free = {"activation_checkpointing": True, "bucket_size": 5, "checkpoint_every": 0, "stop_after": None}
+    free = {"activation_checkpointing": True, "checkpoint_every": 0, "stop_after": None}
     assert_same(launch.run(halved.config.override(**free)), whole)
 
 
@@ -488,7 +488,7 @@ def test_an_interrupted_reshape_leaves_no_run(halved, monkeypatch, error):
         assert made == ["step-00000004"] and not (start.directory / "half").exists()
         raise error
 
-    monkeypatch.setattr(launch, "run", interrupted)
+    monkeypatch.setattr(launch.runs, "run", interrupted)
     with pytest.raises(error):
         launch.reshape(halved.directory.path, name="new", activation_checkpointing=True)
     assert [path.name for path in storage.iterdir()] == [halved.directory.path.name]
