@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.doctor.machine import MEMORY_TO_START_GB, available_memory_gb
+from tutorial_lib.launch.environment import check_environment, joined_rank
 from tutorial_lib.records import RunDirectory
 
 
@@ -26,6 +27,7 @@ def preflight(config: Config) -> Config:
     from tutorial_lib.engine.deepspeed.config import check_tensor_parallel as check_autotp
     from tutorial_lib.models import check_sequence_length, check_tensor_parallel, load_config
 
+    check_environment(config)
     config = apply_file(config).with_absolute_paths()
     if config.run.launcher != "ray" and config.run.device == "cuda":
         _check_gpus(config)
@@ -40,7 +42,7 @@ def preflight(config: Config) -> Config:
     if config.run.evaluate:
         load_rows(config.data.name, config.data.eval_split, max_examples=1)
     check_storage(config)
-    check_free(RunDirectory(config.directory))
+    check_free(RunDirectory(config.directory), joined_rank(config) or 0)
     if found := latest(RunDirectory(config.directory)):
         check_continues(config, found)
     return config
@@ -90,7 +92,8 @@ def _check_memory(config: Config) -> None:
     world_size, available = config.parallel.world_size, available_memory_gb()
     possible = int(available / MEMORY_TO_START_GB)
     if world_size > possible:
+        fewer = f"Write dp x tp of at most {possible}, close" if possible else "Close"
         raise ConfigError(
-            f"{world_size} processes need about {world_size * MEMORY_TO_START_GB:.0f} GB of memory to start, and "
-            f"{available:.1f} GB are free here. Write dp x tp of at most {possible}, or close other programs."
+            f"{world_size} processes need about {world_size * MEMORY_TO_START_GB:.1f} GB of memory to start, and "
+            f"{available:.1f} GB are free here. {fewer} other programs, or raise the container's memory limit."
         )
