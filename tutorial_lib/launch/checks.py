@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.doctor.machine import MEMORY_TO_START_GB, available_memory_gb
-from tutorial_lib.launch.environment import check_environment, joined_rank
+from tutorial_lib.launch.environment import check_environment, joined_rank, ray_address
 from tutorial_lib.records import RunDirectory
 
 
@@ -31,7 +30,7 @@ def preflight(config: Config) -> Config:
     config = apply_file(config).with_absolute_paths()
     if config.run.launcher != "ray" and config.run.device == "cuda":
         _check_gpus(config)
-    if config.run.launcher == "local" or (config.run.launcher == "ray" and not os.environ.get("RAY_ADDRESS")):
+    if config.run.launcher == "local" or (config.run.launcher == "ray" and not ray_address()):
         _check_memory(config)
     model = load_config(config.model.name, trust_remote_code=config.model.trust_remote_code)
     check_sequence_length(config.data.seq_length, model)

@@ -1,7 +1,7 @@
-"""Environment variables of torchrun: who may believe them, and what is wrong with them.
+"""Environment variables that say who starts a run: torchrun's, and Ray's.
 
-They are meant for ``launcher='none'`` alone. The other launchers start ranks of their own, whatever a shell still
-holds from earlier.
+Those of torchrun are meant for ``launcher='none'`` alone. The other launchers start ranks of their own, whatever a
+shell still holds from earlier.
 """
 
 from __future__ import annotations
@@ -32,6 +32,12 @@ def is_under_torchrun(config: Config) -> bool:
     return joined_rank(config) is not None and "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def ray_address() -> str | None:
+    """Return the cluster that ``RAY_ADDRESS`` names, or None if Ray is to be started on this machine."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    return None if address in ("", "local") else address
+
+
 def check_environment(config: Config) -> None:
     """Refuse an environment that cannot be meant so.
 
@@ -47,7 +53,7 @@ def check_environment(config: Config) -> None:
             f"{config.parallel.world_size} ranks again in each of its processes. Write --launcher none; or, if the "
             "variable TORCHELASTIC_RUN_ID is left over in this shell, unset it."
         )
-    is_here = config.run.launcher != "ray" or not os.environ.get("RAY_ADDRESS")
+    is_here = config.run.launcher != "ray" or not ray_address()
     if is_here and (name := os.environ.get("GLOO_SOCKET_IFNAME")):
         interfaces = [interface for _, interface in socket.if_nameindex()]
         if not set(name.split(",")) & set(interfaces):

@@ -13,6 +13,7 @@ from tutorial_lib.config import Config
 from tutorial_lib.launch import local
 from tutorial_lib.launch.checks import check_together, preflight
 from tutorial_lib.launch.environment import joined_rank
+from tutorial_lib.launch.errors import OUTPUT_OF_A_RANK, WorkerError
 from tutorial_lib.launch.watch import OnRows, Watcher, stop_on_signal
 from tutorial_lib.records import Row, RunDirectory
 
@@ -94,8 +95,12 @@ def reshape(source: Path, **flat: Any) -> Run:
 
     source = checkpoint.checkpoint_of(source)
     config = checkpoint.reshaped_config(source, flat)
-    with checkpoint.staged(source, config) as start:
-        run(start)
+    try:
+        with checkpoint.staged(source, config) as start:
+            run(start)
+    except WorkerError as error:
+        # The logs went with the directory in which the attempt was made.
+        raise WorkerError(str(error).partition(OUTPUT_OF_A_RANK)[0]) from error
     directory = RunDirectory(config.directory)
     return Run(config, directory.result(), directory.rows())
 
