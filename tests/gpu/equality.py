@@ -68,7 +68,8 @@ def configure(setting: Setting, name: str, model: str, **flat: Any) -> Config:
         "gpu",
         **{
             "device": setting.device, "launcher": "none", "storage": str(setting.path("runs")), "resume": "never",
-            "name": name.replace("/", "-").replace(" ", "-"), "model": model, "precision": "fp32", "zero_stage": 1,
+            "name": name.replace("/", "-").replace(" ", "-"), "model": model, "precision": "fp32",
+            **({"zero_stage": 1} if flat.get("engine", "deepspeed") == "deepspeed" else {}),
             "dataset": write_rows(setting.path("rows")), "seq_length": 128, "global_batch": 8, "micro_batch": 2,
             "steps": STEPS, "evaluate": False, "bucket_size": 1_000_000, "pin_memory": False, **flat,
         },

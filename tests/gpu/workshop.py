@@ -107,7 +107,8 @@ def measure(setting: Setting, make: Callable[[], Model], flat: dict[str, Any]) -
     model = make()
     config = configure(setting, model, **flat)
     if setting.tiny:
-        config = config.override(micro_batch=2, global_batch=4, bucket_size=100_000)
+        buckets = {"bucket_size": 100_000} if config.engine.name == "deepspeed" and config.engine.zero_stage else {}
+        config = config.override(micro_batch=2, global_batch=4, **buckets)
     dimensions, device = model.dimensions, device_of(setting)
     offloaded = config.engine.offload != "none"
     warm, timed = setting.pick(full=(3, 4 if offloaded else 10), quick=(2, 2 if offloaded else 4), tiny=(2, 2))

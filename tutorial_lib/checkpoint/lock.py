@@ -28,14 +28,17 @@ PREDECESSOR_SECONDS = 30
 
 
 @contextmanager
-def held_for_launch(run: RunDirectory) -> Iterator[None]:
+def held_for_launch(run: RunDirectory, rank: int = 0) -> Iterator[None]:
     """Keep every other start of this run out while the block runs. The launching process calls this.
+
+    Args:
+        run: the run.
+        rank: which of the ranks that torchrun has started calls; rank 0 speaks for all, the others hold nothing.
 
     Raises:
         ConfigError: another start of the run has not ended. Nothing of it was touched.
     """
-    # Of the ranks that torchrun has started, one speaks for all.
-    if int(os.environ.get("RANK", "0")) != 0:
+    if rank != 0:
         yield
         return
     with _held(run, ".launch.lock"):
@@ -44,13 +47,13 @@ def held_for_launch(run: RunDirectory) -> Iterator[None]:
         yield
 
 
-def check_free(run: RunDirectory) -> None:
+def check_free(run: RunDirectory, rank: int = 0) -> None:
     """Refuse a run that another process launches or trains at this moment.
 
     Raises:
         ConfigError: says which process.
     """
-    with held_for_launch(run):
+    with held_for_launch(run, rank):
         pass
 
 

@@ -78,7 +78,7 @@ def reshaped_config(source: Path, flat: dict[str, Any]) -> Config:
     base = saved | {name: defaults[name] for name in (*back, *OF_ONE_START)}
     run = _run_of(source)
     base |= {"storage": str((run or source).parent), "evaluate": saved["evaluate"]}
-    config = Config.from_json(json.dumps(base | given))
+    config = Config.from_json(json.dumps(base | given)).override(**given)
     check_same_run(trainer, config, None)
     if config.directory.exists() and any(config.directory.iterdir()):
         raise ConfigError(f"There is a run {config.directory} already. Give the new run another name.")

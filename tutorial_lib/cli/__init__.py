@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tutorial_lib.cli import checkpoints, plan, train
 from tutorial_lib.cli.options import BAD_CONFIGURATION, DONE, FAILED, STOPPED
@@ -32,8 +32,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
 
 
+class _Once(argparse.Action):
+    """Store a value. A second one for the same option is an error, where argparse would forget the first."""
+
+    is_used = False
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        _refuse_twice(self)
+        setattr(namespace, self.dest, values)
+
+
+class _OnceOrNo(argparse.BooleanOptionalAction):
+    """Store true for ``--x``, false for ``--no-x``. Both, or one of them twice, are an error."""
+
+    is_used = False
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        _refuse_twice(self)
+        super().__call__(parser, namespace, values, option_string)
+
+
+def _refuse_twice(action: _Once | _OnceOrNo) -> None:
+    if action.is_used and action.option_strings:
+        raise argparse.ArgumentError(action, "it is given twice; write it once")
+    action.is_used = True
+
+
 class _Parser(argparse.ArgumentParser):
-    """What is wrong in one line, instead of the names of all arguments."""
+    """Parser that says what is wrong in one line, instead of the names of all arguments."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        for name in (None, "store"):
+            self.register("action", name, _Once)
+        self.register("action", argparse.BooleanOptionalAction, _OnceOrNo)
 
     def error(self, message: str) -> NoReturn:
         self.exit(BAD_CONFIGURATION, f"error: {message}. See {self.prog} --help.\n")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from contextlib import nullcontext
 from datetime import UTC, datetime
@@ -30,9 +29,11 @@ def main(options: argparse.Namespace) -> int:
 
     from tutorial_lib import launch
     from tutorial_lib.lab.progress import progress
+    from tutorial_lib.launch.environment import check_environment, is_under_torchrun, joined_rank
     from tutorial_lib.mpu import Topology
 
-    leader = int(os.environ.get("RANK", "0")) == 0
+    check_environment(config)
+    leader = joined_rank(config) in (None, 0)
     shown = progress(config.run.stop_after or config.run.steps) if leader and not options.json else None
     if shown and config.parallel.tp > 1:
         print(Topology(config.parallel.dp, config.parallel.tp, rank=0).drawing(), file=sys.stderr)
@@ -50,7 +51,7 @@ def main(options: argparse.Namespace) -> int:
     if run.result["status"] != "stopped":
         return DONE
     # torchrun takes any other code of a worker for a failure; result.json tells that the run goes on.
-    return DONE if "TORCHELASTIC_RUN_ID" in os.environ else STOPPED
+    return DONE if is_under_torchrun(config) else STOPPED
 
 
 def _summary(run: Any) -> str:
@@ -58,6 +59,7 @@ def _summary(run: Any) -> str:
     loss = {name: f"{result[name]:.4f}" for name in ("train_loss", "eval_loss_before", "eval_loss") if result[name]}
     rows = {
         "run": str(run.config.directory),
+        "engine": _engine(run.config),
         "status": f"{result['status']} at step {result['step']} of {result['num_steps']}"
         + (f", resumed from {result['resumed_from']}" if result["resumed_from"] is not None else "")
         + (
@@ -74,6 +76,13 @@ def _summary(run: Any) -> str:
         "checkpoint": result["checkpoint"],
     }
     return "\n".join(f"{name:18} {value}" for name, value in rows.items())
+
+
+def _engine(config: Config) -> str:
+    """Return what trained, with what a DeepSpeed file decided: ``deepspeed, zero_stage=2, offload=none, fp32``."""
+    shown = {"deepspeed": ("zero_stage", "offload"), "fsdp": ("sharding", "offload")}.get(config.engine.name, ())
+    flat = config.flat()
+    return ", ".join([config.engine.name, *(f"{name}={flat[name]}" for name in shown), config.engine.precision])
 
 
 def _restart(restart: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from tutorial_lib.config.checks import validate
+from tutorial_lib.config.checks import check_used, validate
 from tutorial_lib.config.fields import (
     ENGINES,
     ConfigError,
@@ -63,6 +63,8 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+    """Flat names of the settings that somebody stated, by :meth:`create` or :meth:`override`, besides a profile."""
 
     def __post_init__(self) -> None:
         validate(self, settings())
@@ -76,10 +78,18 @@ class Config:
         """
         if profile not in PROFILES:
             raise ConfigError(f"profile {profile!r} is not known. Write one of: {', '.join(PROFILES)}.")
-        return _build({**PROFILE_VALUES[profile], **flat}, base=None)
+        return _stated(_build(PROFILE_VALUES[profile] | flat, base=None), flat)
 
     def override(self, **flat: Any) -> Config:
-        """A copy with some settings replaced, named as on the command line."""
+        """Return a copy with some settings replaced, named as on the command line.
+
+        Raises:
+            ConfigError: unknown settings, or a combination that cannot run.
+        """
+        return _stated(_build(flat, base=self), flat)
+
+    def replaced(self, **flat: Any) -> Config:
+        """Return a copy with settings replaced that nobody stated: they follow from others."""
         return _build(flat, base=self)
 
     @property
@@ -105,7 +115,7 @@ class Config:
         paths = {flag: Path(name).expanduser() for flag, name in names.items()}
         # A plain file that happens to be called gpt2 does not make the hub's gpt2 a path.
         is_path = {"storage": lambda p: True, "deepspeed": Path.is_file, "model": Path.is_dir, "dataset": Path.is_dir}
-        return self.override(**{flag: str(p.resolve()) for flag, p in paths.items() if is_path[flag](p)})
+        return self.replaced(**{flag: str(p.resolve()) for flag, p in paths.items() if is_path[flag](p)})
 
     def flat(self) -> dict[str, Any]:
         """The settings by their flat names."""
@@ -134,7 +144,8 @@ class Config:
 def settings() -> dict[str, Setting]:
     """Return all settings by flat name, in the order in which they are declared."""
     found: dict[str, Setting] = {}
-    for section, section_type in get_type_hints(Config).items():
+    sections = {name: kind for name, kind in get_type_hints(Config).items() if dataclasses.is_dataclass(kind)}
+    for section, section_type in sections.items():
         hints = get_type_hints(section_type)
         for item in dataclasses.fields(section_type):
             flag = item.metadata["flag"] or item.name
@@ -161,6 +172,12 @@ def _build(flat: dict[str, Any], base: Config | None) -> Config:
     return dataclasses.replace(
         start, **{s: dataclasses.replace(getattr(start, s), **values) for s, values in sections.items()}
     )
+
+
+def _stated(config: Config, flat: dict[str, Any]) -> Config:
+    """Note the settings as stated by hand. Refuse those that the configuration would not use."""
+    check_used(config, {name: settings()[name] for name in flat})
+    return dataclasses.replace(config, given=config.given | flat.keys())
 
 
 FREE_ON_RESUME = frozenset(name for name, setting in settings().items() if setting.resume != "fixed")

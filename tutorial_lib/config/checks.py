@@ -81,6 +81,38 @@ def validate(config: Config, settings: Mapping[str, Setting]) -> None:
         )
 
 
+def check_used(config: Config, stated: Mapping[str, Setting], *, is_resolved: bool = False) -> None:
+    """Refuse settings that somebody states and this run would not read. A default is not worth an error.
+
+    Args:
+        config: what to run.
+        stated: the settings, by flat name.
+        is_resolved: whether the configuration has what its DeepSpeed file states.
+
+    Raises:
+        ConfigError: says who reads the setting.
+    """
+    engine, flat = config.engine, config.flat()
+    needs = {
+        "persistence_threshold": (engine.zero_stage == 3, "zero_stage=3"),
+        "bucket_size": (engine.zero_stage > 0, "zero_stage=1, 2 or 3"),
+        "pin_memory": (engine.offload != "none", "offload='optimizer' or 'all'"),
+        "tp_plan": (config.parallel.tp > 1, "tp=2 or more"),
+    }
+    for flag, setting in stated.items():
+        if flat[flag] == setting.default:
+            continue
+        is_met, needed = needs.get(flag, (True, ""))
+        if engine.name not in setting.engines:
+            needed, is_met = " or ".join(f"engine={name!r}" for name in setting.engines), False
+        elif engine.deepspeed_file and not is_resolved:
+            continue  # the file may state what is needed
+        if not is_met:
+            raise ConfigError(
+                f"{flag}={flat[flag]!r} would have no effect: it needs {needed}. Leave it out, or write that."
+            )
+
+
 SHARDINGS = ("full_shard", "shard_grad_op", "hybrid_shard", "no_shard")
 """FSDP1's names of its strategies, in lower case."""
 

@@ -69,10 +69,13 @@ def available_memory_gb() -> float:
 
 
 def memory_within_cgroup(total: int, available: int) -> tuple[int, int]:
+    """Return both as the container's limit leaves them. Files that it has read count as used, and are given back."""
     limit, used = _read_cgroup("memory.max"), _read_cgroup("memory.current")
     if limit.isdigit() and int(limit) < total:
         total = int(limit)
-        available = min(available, total - int(used or 0))
+        statistics = dict(line.split() for line in _read_cgroup("memory.stat").splitlines())
+        cached = int(statistics.get("inactive_file", 0))
+        available = min(available, total - max(0, int(used or 0) - cached))
     return total, available
 
 
@@ -123,7 +126,8 @@ def search_path() -> str:
 
 
 def find_compiler() -> str | None:
-    path = shutil.which(os.environ.get("CXX", "g++").split()[0])
+    named = os.environ.get("CXX", "").split() or ["g++"]
+    path = shutil.which(named[0])
     if path is None:
         return None
     try:
@@ -182,7 +186,7 @@ def port_state(port: int) -> str:
 
 def find_scheduler() -> str | None:
     """Who would start the ranks of a ``--launcher none`` run from here."""
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return "torchrun"
     if "SLURM_JOB_ID" in os.environ or shutil.which("sbatch"):
         return "SLURM"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.doctor.machine import MEMORY_TO_START_GB, available_memory_gb
+from tutorial_lib.launch.environment import check_environment, joined_rank, ray_address
 from tutorial_lib.records import RunDirectory
 
 
@@ -35,10 +35,11 @@ def preflight(config: Config) -> Config:
     )
     from tutorial_lib.models.meta import check_stored_weights
 
+    check_environment(config)
     config = apply_file(config.with_absolute_paths())
     if config.run.launcher != "ray" and config.run.device == "cuda":
         _check_gpus(config)
-    if config.run.launcher == "local" or (config.run.launcher == "ray" and not os.environ.get("RAY_ADDRESS")):
+    if config.run.launcher == "local" or (config.run.launcher == "ray" and not ray_address()):
         _check_memory(config)
     m = config.model
     model = load_config(m.name, trust_remote_code=m.trust_remote_code)
@@ -52,7 +53,7 @@ def preflight(config: Config) -> Config:
     if config.engine.name == "deepspeed":
         check_autotp(config, model)
     check_storage(config)
-    check_free(RunDirectory(config.directory))
+    check_free(RunDirectory(config.directory), joined_rank(config) or 0)
     found = latest(RunDirectory(config.directory))
     has_data = reads_data(config, found)
     if has_data:
@@ -111,7 +112,8 @@ def _check_memory(config: Config) -> None:
     world_size, available = config.parallel.world_size, available_memory_gb()
     possible = int(available / MEMORY_TO_START_GB)
     if world_size > possible:
+        fewer = f"Write dp x tp of at most {possible}, close" if possible else "Close"
         raise ConfigError(
-            f"{world_size} processes need about {world_size * MEMORY_TO_START_GB:.0f} GB of memory to start, and "
-            f"{available:.1f} GB are free here. Write dp x tp of at most {possible}, or close other programs."
+            f"{world_size} processes need about {world_size * MEMORY_TO_START_GB:.1f} GB of memory to start, and "
+            f"{available:.1f} GB are free here. {fewer} other programs, or raise the container's memory limit."
         )

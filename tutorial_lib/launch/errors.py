@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from tutorial_lib.config import ConfigError
 from tutorial_lib.records import RunDirectory
 
+OUTPUT_OF_A_RANK = "\nIts output: "
+"""Words before the name of a failed rank's log."""
+
 
 class WorkerError(RuntimeError):
     """A worker failed. The message is the failing rank's own traceback."""
 
 
 def first_error(directories: Sequence[RunDirectory], otherwise: str) -> Exception:
-    """The error of the rank that failed first, or ``otherwise`` if no rank could write one."""
+    """Return the error of the rank that failed first, or ``otherwise`` if no rank could write one."""
     for directory in directories:
         record = directory.first_error()
         if record and record["type"] == ConfigError.__name__:
@@ -21,7 +24,7 @@ def first_error(directories: Sequence[RunDirectory], otherwise: str) -> Exceptio
         if record:
             return WorkerError(
                 f"Rank {record['rank']} of run {directory.path.name!r} failed with {record['type']}: "
-                f"{record['message']}\n\n{record['traceback']}\nIts output: {directory.log_file(record['rank'])}"
+                f"{record['message']}\n\n{record['traceback']}{OUTPUT_OF_A_RANK}{directory.log_file(record['rank'])}"
             )
     return WorkerError(otherwise)
 

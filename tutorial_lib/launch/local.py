@@ -41,6 +41,9 @@ WORKER = "tutorial_lib.launch.worker"
 _FATAL = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 """A rank killed by one of these signals cannot say why; its peers' errors are only consequences."""
 
+_NOTICED_SECONDS = 1.0
+"""Seconds within which the end of a killed rank is noticed."""
+
 _PEERS_SECONDS = 10
 """Seconds that the other ranks may take to end after one has failed."""
 
@@ -101,11 +104,19 @@ def stop_server() -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    """A rank that ended with another exit code than 0, and when (seconds since 1970)."""
+    """A rank that ended with another exit code than 0.
+
+    Attributes:
+        rank: which one.
+        exit_code: 1 after an exception; minus the number of the signal that ended it.
+        time: when its end was noticed, in seconds since 1970.
+        is_by_us: whether the launcher killed it, because it did not end after another rank had failed.
+    """
 
     rank: int
     exit_code: int
     time: float
+    is_by_us: bool = False
 
 
 class _Server:
@@ -153,7 +164,7 @@ class _Server:
         """
         self.is_busy, self._has_started = True, False
         self._tell("start", job)
-        left, failures, patience = len(job.environments), list[_Failure](), float("inf")
+        left, failures, patience, has_killed = len(job.environments), list[_Failure](), float("inf"), False
         while left:
             kind, *content = self._hear()
             if kind == "started":
@@ -162,12 +173,13 @@ class _Server:
                 left -= 1
                 rank, exit_code, ended = content
                 if exit_code:
-                    failures.append(_Failure(rank, exit_code, ended))
+                    failures.append(_Failure(rank, exit_code, ended, has_killed and exit_code == -signal.SIGKILL))
                 if len(failures) == 1 and patience == float("inf"):
                     self._tell("signal", signal.SIGTERM)
                     patience = time.monotonic() + _PEERS_SECONDS
             elif time.monotonic() > patience:
                 self._tell("signal", signal.SIGKILL)
+                has_killed = True
             elif not self._has_started and is_stopped():
                 return []  # busy as it is, the server is closed by the caller
             poll()
@@ -288,28 +300,43 @@ def _ended_by_request(failures: Sequence[_Failure], directories: Sequence[RunDir
 
 def _error(failures: Sequence[_Failure], outputs: Sequence[Path], directories: Sequence[RunDirectory]) -> Exception:
     """Return the error of the rank that failed first, in its own words where it could leave any."""
-    failure = min(failures, key=lambda f: (-f.exit_code not in _FATAL, f.time))
-    output = outputs[failure.rank]
-    printed = output.read_text(errors="replace").strip() if output.exists() else ""
-    silent = f"Rank {failure.rank} ended with exit code {failure.exit_code} and "
-    if failure.exit_code > 0 and printed:
-        silent += f"could not write why. It printed:\n{printed.splitlines()[-1]}\n\n{printed}"
-    else:
-        silent += (
-            "left no traceback"
-            + (": it was killed, perhaps for memory." if -failure.exit_code == signal.SIGKILL else ".")
-            + f" {next_start(directories)} The end of its output:\n"
-            + _last_output(failure.rank, printed, directories)
-        )
     written = [record for directory in directories for record in directory.errors()]
+    failure = _first_failure(failures, written)
     if -failure.exit_code in _FATAL and failure.rank not in {record["rank"] for record in written}:
         peers = [f"\n\nRank {r['rank']} failed with {r['type']}: {r['message']}" for r in written]
-        return WorkerError("".join([silent, *peers]))
-    return first_error(directories, silent)
+        return WorkerError("".join([_describe(failure, outputs, directories), *peers]))
+    return first_error(directories, _describe(failure, outputs, directories))
+
+
+def _first_failure(failures: Sequence[_Failure], written: Sequence[dict[str, Any]]) -> _Failure:
+    """Return the failure that caused the others.
+
+    A rank that a fatal signal ended cannot say why, and its peers fail as soon as they miss it, so their errors may be
+    noticed a moment earlier than its end. Later than that moment, the signal is a consequence itself: a collective that
+    lost its peer may abort, and the launcher kills ranks that do not end.
+    """
+    own = [failure for failure in failures if not failure.is_by_us] or list(failures)
+    first = min([failure.time for failure in own] + [record["time"] for record in written])
+    return min(own, key=lambda f: (-f.exit_code not in _FATAL or f.time > first + _NOTICED_SECONDS, f.time))
+
+
+def _describe(failure: _Failure, outputs: Sequence[Path], directories: Sequence[RunDirectory]) -> str:
+    """Return what is known of a rank that wrote no error."""
+    output = outputs[failure.rank]
+    printed = output.read_text(errors="replace").strip() if output.exists() else ""
+    ended = f"Rank {failure.rank} ended with exit code {failure.exit_code} and "
+    if failure.exit_code > 0 and printed:
+        return f"{ended}could not write why. It printed:\n{printed.splitlines()[-1]}\n\n{printed}"
+    return (
+        f"{ended}left no traceback"
+        + (": it was killed, perhaps for memory." if -failure.exit_code == signal.SIGKILL else ".")
+        + f" {next_start(directories)} The end of its output:\n"
+        + _last_output(failure.rank, printed, directories)
+    )
 
 
 def _last_output(rank: int, printed: str, directories: Sequence[RunDirectory], lines: int = 20) -> str:
-    """The end of what a rank wrote: into its newest run's log, and before and after its runs."""
+    """Return the end of what a rank wrote: into its newest run's log, and before and after its runs."""
     logs = [path for path in (directory.log_file(rank) for directory in directories) if path.is_file()]
     newest = max(logs, key=lambda log: log.stat().st_mtime, default=None)
     parts = [newest.read_text(errors="replace") if newest else "", printed]

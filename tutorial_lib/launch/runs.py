@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -13,6 +12,8 @@ from typing import Any
 from tutorial_lib.config import Config
 from tutorial_lib.launch import local
 from tutorial_lib.launch.checks import check_together, preflight
+from tutorial_lib.launch.environment import joined_rank
+from tutorial_lib.launch.errors import OUTPUT_OF_A_RANK, WorkerError
 from tutorial_lib.launch.watch import OnRows, Watcher, stop_on_signal
 from tutorial_lib.records import Row, RunDirectory
 
@@ -94,8 +95,12 @@ def reshape(source: Path, **flat: Any) -> Run:
 
     source = checkpoint.checkpoint_of(source)
     config = checkpoint.reshaped_config(source, flat)
-    with checkpoint.staged(source, config) as start:
-        run(start)
+    try:
+        with checkpoint.staged(source, config) as start:
+            run(start)
+    except WorkerError as error:
+        # The logs went with the directory in which the attempt was made.
+        raise WorkerError(str(error).partition(OUTPUT_OF_A_RANK)[0]) from error
     directory = RunDirectory(config.directory)
     return Run(config, directory.result(), directory.rows())
 
@@ -121,18 +126,20 @@ def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None, worker:
     configs = [preflight(config) for config in configs]
     check_together(configs)
     first = configs[0]
+    rank = joined_rank(first)
     directories = [RunDirectory(config.directory) for config in configs]
     with ExitStack() as held:
         for directory in directories:
-            held.enter_context(checkpoint.held_for_launch(directory))
+            held.enter_context(checkpoint.held_for_launch(directory, rank or 0))
         signals: list[int] = []
         watched = Watcher(directories, on_rows, signals)
-        if first.run.launcher != "none" or "RANK" not in os.environ:  # under torchrun, rank 0 alone may do so
+        if rank is None:  # else rank 0 does so when it trains
             for directory in directories:
                 directory.create()
                 directory.clear_requests()
         earlier = [_stamp(directory.result_file) for directory in directories]
-        held.enter_context(stop_on_signal(watched))
+        if rank is None:
+            held.enter_context(stop_on_signal(watched))
         if first.run.launcher == "ray":
             from tutorial_lib.launch.ray.train import launch
 

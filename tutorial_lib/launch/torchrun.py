@@ -41,14 +41,29 @@ def launch(configs: Sequence[Config]) -> int:
                     f"`python -m torch.distributed.run --nproc_per_node {world_size} -m tutorial_lib train ...`, "
                     "or write launcher='local'."
                 )
-            # Nobody else has to reach this process; and DeepSpeed reads LOCAL_RANK even when it runs alone.
-            for name, value in {"GLOO_SOCKET_IFNAME": "lo", "LOCAL_RANK": "0"}.items():
-                if name not in os.environ:
-                    os.environ[name] = value
-                    stack.callback(os.environ.pop, name)
+            # DeepSpeed reads LOCAL_RANK even when it runs alone; what an earlier shell left over is not meant.
+            alone = {"LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+            # Nobody else has to reach this process.
+            interface = {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
+            stack.enter_context(_environment({**alone, **interface}))
             init_method = f"file://{stack.enter_context(TemporaryDirectory())}/rendezvous"
         stack.enter_context(process_group(configs[0], init_method))
         return len(train_all(configs))
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Set environment variables for as long as the block runs."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextmanager

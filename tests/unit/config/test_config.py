@@ -44,6 +44,14 @@ from tutorial_lib.config import PROFILES, Config, ConfigError, settings
         ({"engine": "fsdp", "sharding": "hybrid_shard"}, "dp=2 ranks into groups that share one copy, and 2 cannot"),
         ({"engine": "fsdp", "sharding": "hybrid_shard", "dp": 8}, r"shard_size=None does not divide dp=8"),
         ({"engine": "fsdp", "sharding": "hybrid_shard", "dp": 8, "shard_size": 3}, r"shard_size as one of \[2, 4\]"),
+        ({"engine": "fsdp", "zero_stage": 1}, "zero_stage=1 would have no effect: it needs engine='deepspeed'"),
+        ({"engine": "torch", "dp": 1, "zero_stage": 1}, "zero_stage=1 would have no effect"),
+        ({"engine": "fsdp", "persistence_threshold": 5}, "it needs engine='deepspeed'. Leave it out"),
+        ({"engine": "fsdp", "bucket_size": 5}, "bucket_size=5 would have no effect"),
+        ({"engine": "torch", "dp": 1, "pin_memory": True}, "it needs engine='deepspeed' or engine='fsdp'"),
+        ({"zero_stage": 2, "persistence_threshold": 5}, "it needs zero_stage=3"),
+        ({"pin_memory": True}, "pin_memory=True would have no effect: it needs offload"),
+        ({"engine": "fsdp", "tp_plan": "plain"}, "it needs tp=2 or more"),
         ({"steps": 0}, "smallest possible value is 1"),
         ({"steps": 5, "stop_after": 6}, "beyond the last step"),
         ({"learning_rate": -1.0}, "smallest possible value is 0.0"),
@@ -54,10 +62,18 @@ def test_what_cannot_run_is_refused_with_what_to_write_instead(flat, message):
         Config.create("cpu", **flat)
 
 
-def test_shardings_are_known_in_upper_case_too_and_zero_stages_are_not_asked_for():
-    config = Config.create("cpu", engine="fsdp", sharding="SHARD_GRAD_OP", offload="all", zero_stage=0)
+def test_shardings_are_known_in_upper_case_too():
+    config = Config.create("cpu", engine="fsdp", sharding="SHARD_GRAD_OP", offload="all")
     assert config.engine.sharding == "shard_grad_op"
     assert Config.from_json(config.to_json()) == config
+
+
+def test_what_a_profile_or_another_engine_was_given_is_no_error():
+    assert Config.create("gpu", engine="torch").engine.pin_memory
+    base = Config.create(zero_stage=1)
+    alone = base.override(engine="torch", dp=1)
+    assert (base.given, alone.given) == ({"zero_stage"}, {"zero_stage", "engine", "dp"})
+    assert Config.from_json(alone.to_json()).given == frozenset()
 
 
 def test_unknown_profile_names_the_known_ones():

@@ -107,6 +107,23 @@ def test_the_lock_of_a_killed_build_is_named(tmp_path: Path, monkeypatch: pytest
     assert machine.operator_states()["cpu_adam"] == f"locked by {lock}"
 
 
+@pytest.mark.parametrize(("named", "found"), [("", True), ("  ", True), ("no-such-compiler", False)])
+def test_an_empty_name_of_a_compiler_means_the_usual_one(
+    monkeypatch: pytest.MonkeyPatch, named: str, found: bool
+) -> None:
+    monkeypatch.setenv("CXX", named)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: sys.executable if name == "g++" else None)
+    assert (machine.find_compiler() is not None) == found
+
+
+def test_files_that_a_container_has_read_are_not_used_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"memory.max": "8000", "memory.current": "7900", "memory.stat": "anon 900\ninactive_file 6000\nfile 6500"}
+    monkeypatch.setattr(machine, "_read_cgroup", lambda name: files.get(name, ""))
+    assert machine.memory_within_cgroup(20_000, 10_000) == (8000, 6100)
+    assert machine.memory_within_cgroup(20_000, 5_000) == (8000, 5000)
+    assert machine.memory_within_cgroup(7_000, 5_000) == (7000, 5000), "the limit is beyond the machine's memory"
+
+
 # --- other machines ---------------------------------------------------------------------------------------------------
 
 

@@ -1,21 +1,26 @@
 """A DeepSpeed configuration states what DeepSpeed would otherwise decide silently, and refuses what it would ignore."""
 
 import json
+import typing
+from pathlib import Path
 
 import pytest
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import (
     DeepSpeedZeroOffloadOptimizerConfig,
     DeepSpeedZeroOffloadParamConfig,
 )
+from pydantic import BaseModel
 from transformers import AutoConfig
 
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.engine.deepspeed import config as ds_config
+from tutorial_lib.engine.deepspeed import file, keys
 from tutorial_lib.models import load_config
 
-SHIPPED = sorted(path.stem for path in ds_config.DIRECTORY.glob("*.json"))
+SHIPPED = sorted(path.stem for path in file.DIRECTORY.glob("*.json"))
 
 
 def write(tmp_path, content):
@@ -68,7 +73,7 @@ def test_misplaced_and_unknown_keys_are_refused_and_shown_their_place(tmp_path, 
         ("[]", "needs an object"),
         ({"zero_optimization": {"stage": 4}}, "stages 0, 1, 2 and 3"),
         ({"zero_optimization": {"stage": 1, "offload_param": {"device": "cpu"}}}, "offload_param without"),
-        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "offloads to 'cpu'"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, 'offloads to "cpu"'),
         ({"train_batch_size": 6}, "train_batch_size is 6, but global_batch=8"),
         ({"optimizer": {"type": "Lion"}}, "trains with AdamW. Write that"),
         ({"fp16": {"enabled": True}}, "needs a GPU"),
@@ -81,7 +86,7 @@ def test_a_file_that_cannot_run(tmp_path, content, message):
 
 def test_a_missing_file_names_the_shipped_ones():
     with pytest.raises(ConfigError, match="zero2_cpu_offload_pinned_memory"):
-        ds_config.read("zero9")
+        file.read("zero9")
 
 
 def test_the_file_decides_and_the_record_tells(tmp_path):
@@ -170,17 +175,178 @@ def test_bloom_gets_deepspeeds_plan_and_others_their_own():
         assert settings["tensor_parallel"] == preset
 
 
-def test_the_key_tables_are_deepspeeds_own():
-    def names(model):
-        return {field.alias or name for name, field in model.model_fields.items()}
+def kind_of(annotation):
+    """Name a type of DeepSpeed's as the tables do."""
+    parts = typing.get_args(annotation) if typing.get_origin(annotation) is typing.Union else (annotation,)
+    nullable = "?" if type(None) in parts else ""
+    (one,) = (part for part in parts if part is not type(None)) if len(parts) - bool(nullable) == 1 else (object,)
+    one = one if isinstance(one, type) else object
+    names = ((bool, "bool"), (int, "int"), (float, "float"), ((str, Path), "str"), (BaseModel, "section"))
+    return next((name + nullable for kinds, name in names if issubclass(one, kinds)), "any")
 
-    renamed = {
-        "stage3_gather_fp16_weights_on_model_save",
-        "cpu_offload_param",
-        "cpu_offload_use_pin_memory",
-        "cpu_offload",
+
+@pytest.mark.parametrize(
+    ("section", "model"),
+    [
+        ("zero_optimization", DeepSpeedZeroConfig),
+        ("zero_optimization.offload_optimizer", DeepSpeedZeroOffloadOptimizerConfig),
+        ("zero_optimization.offload_param", DeepSpeedZeroOffloadParamConfig),
+        ("bf16", DeepSpeedBF16Config),
+        ("fp16", DeepSpeedFP16Config),
+        ("tensor_parallel", TPTrainingConfig),
+    ],
+)
+def test_the_key_tables_are_deepspeeds_own(section, model):
+    theirs = {field.alias or name: kind_of(field.annotation) for name, field in model.model_fields.items()}
+    ours = keys.SECTION_KEYS[section]
+    assert ours.keys() == theirs.keys()
+    assert {name: kind for name, kind in ours.items() if kind not in ("any", theirs[name])} == {}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_stage_or_an_offload_that_the_file_does_not_state_is_the_runs(tmp_path, stage):
+    for zero in ({}, {"stage": "auto"}, {"overlap_comm": None}):
+        for content in ({"zero_optimization": zero}, {}):
+            config = Config.create(zero_stage=stage, deepspeed=write(tmp_path, content))
+            assert ds_config.apply_file(config).engine.zero_stage == stage
+            assert ds_config.build(ds_config.apply_file(config))["zero_optimization"]["stage"] == stage
+    if stage == 3:
+        config = Config.create(zero_stage=3, offload="all", deepspeed=write(tmp_path, {"zero_optimization": {}}))
+        assert ds_config.apply_file(config).engine.offload == "all"
+
+
+@pytest.mark.parametrize(
+    ("content", "flat", "message"),
+    [
+        ({"zero_optimization": {"stage": 1}}, {"zero_stage": 2}, "zero_optimization.stage is 1, .* zero_stage=2 was"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, {"learning_rate": 1e-4}, "learning_rate=0.0001 was"),
+        ({"optimizer": {"type": "AdamW", "params": {"betas": [0.8, 0.9]}}}, {"beta2": 0.99}, "beta2=0.99 was given"),
+        ({"gradient_clipping": 1.0}, {"gradient_clipping": 0.0}, "gradient_clipping=0.0 was given"),
+        ({"bf16": {"enabled": True}}, {"precision": "fp32"}, "precision='fp32' was given"),
+        ({"bf16": {"enabled": False}}, {"precision": "bf16"}, "precision='bf16' was given"),
+        ({"zero_optimization": {"offload_optimizer": None}}, {"offload": "optimizer"}, "offload='optimizer' was given"),
+        ({"zero_optimization": {"reduce_bucket_size": 5e7}}, {"bucket_size": 7}, "bucket_size=7 was given"),
+    ],
+)
+def test_a_setting_given_by_hand_that_the_file_contradicts(tmp_path, content, flat, message):
+    path = write(tmp_path, content)
+    with pytest.raises(ConfigError, match=f"^{path}: .*{message}"):
+        ds_config.apply_file(Config.create(deepspeed=path, **flat))
+    with pytest.raises(ConfigError, match=message):
+        ds_config.apply_file(Config.create(**flat).override(deepspeed=path))
+
+
+def test_a_profile_is_not_given_by_hand_and_the_same_value_is_no_contradiction(tmp_path):
+    path = write(tmp_path, {"bf16": {"enabled": False}, "zero_optimization": {"stage": 2}})
+    config = ds_config.apply_file(Config.create("gpu", zero_stage=2, deepspeed=path))
+    assert (config.engine.precision, config.engine.zero_stage) == ("fp32", 2)
+    assert ds_config.apply_file(config) == config
+    assert ds_config.apply_file(Config.from_json(config.to_json())) == config
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"zero_optimization": {"stage": "2"}}, 'zero_optimization.stage is "2"; .* without quotes: 2'),
+        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage is true; write a whole number"),
+        ({"bf16": {"enabled": "false"}}, 'bf16.enabled is "false"; write true or false, without quotes: false'),
+        ({"flops_profiler": {"enabled": "true"}}, 'flops_profiler.enabled is "true"; write true or false'),
+        ({"gradient_clipping": None}, "gradient_clipping is null; write a number"),
+        ({"gradient_clipping": -1}, "gradient_clipping is -1; write a number from 0 on"),
+        ({"fp16": None}, "fp16 is null; write an object"),
+        ({"zero_optimization": {"sub_group_size": 1.5}}, "sub_group_size is 1.5; write a whole number"),
+        ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "bf16.enabled and fp16.enabled are both true"),
+        ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, "adam_w_mode is false: weight decay is"),
+        ({"optimizer": {"type": "AdamW", "params": {"amsgrad": True}}}, "amsgrad is true"),
+        ({"optimizer": {"type": "AdamW", "params": {"momentum": 0.9}}}, "'momentum' in optimizer.params would be"),
+        ({"optimizer": {"type": "AdamW", "params": {"max_grad_norm": 1}}}, "write gradient_clipping at the top level"),
+        ({"optimizer": {"type": "AdamW", "params": {"betas": 0.9}}}, "optimizer.params.betas is 0.9; write two"),
+        ({"optimizer": {"params": {}}}, "optimizer.type is null"),
+        ({"communication_data_type": "fp8"}, 'communication_data_type is "fp8"; write one of: fp32, bf16, fp16'),
+        ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_quantized_weights is true, and its kernels"),
+        ({"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}, "elastic_checkpoint is true: checkpoints"),
+        ({"zero_optimization": {"zenflow": {}}}, "zenflow is {}: it puts another optimizer in place"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "ratio is 0.5: a part of"),
+        ({"zero_optimization": {"compute_grad_norm": False}}, "compute_grad_norm is false"),
+        ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal is true: a run resumes from its own"),
+        ({"checkpoint": {"use_node_local_storage": True}}, "use_node_local_storage is true"),
+        ({"checkpoint": {"writer": {"type": "FAST"}}}, "this package writes and reads checkpoints itself"),
+        ({"gradient_allreduce_op": "sum"}, 'gradient_allreduce_op is "sum": the loss is scaled here'),
+        ({"activation_checkpointing": {"partition_activations": True}}, "write the setting activation_checkpointing"),
+        ({"nebula": {"enabled": True}}, "'nebula' is not a key that DeepSpeed knows"),
+        ({"zero_optimization": {"cpu_offload_use_pin_memory": True}}, "offload_optimizer.pin_memory"),
+        ({"zero_optimization": {"cpu_offload": True, "offload_optimizer": {"device": "none"}}}, "remove cpu_offload"),
+        ('{"zero_optimization": {"stage": 1, "stage": 2}}', "'stage' is given twice"),
+    ],
+)
+def test_what_a_file_may_not_say_is_refused_with_the_file_and_the_key(tmp_path, content, message):
+    path = write(tmp_path, content)
+    with pytest.raises(ConfigError, match=f"^{path}: .*{message}"):
+        ds_config.apply_file(Config.create(deepspeed=path))
+
+
+def test_a_range_that_settings_have_is_told_with_the_files_key(tmp_path):
+    path = write(tmp_path, {"zero_optimization": {"stage": 4}})
+    with pytest.raises(ConfigError, match=rf"^{path}: zero_stage is 4.*zero_stage is zero_optimization.stage"):
+        ds_config.apply_file(Config.create(deepspeed=path))
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "dtype", "taken"),
+    [(1, "bf16", "fp32", False), (0, "bf16", "fp32", False), (2, "bf16", "fp32", True), (1, "fp32", "fp32", True),
+     (1, "bf16", "bf16", True)],
+)  # fmt: skip
+def test_gradients_accumulated_in_a_type_for_which_deepspeed_has_another_optimizer(
+    tmp_path, stage, precision, dtype, taken
+):
+    path = write(tmp_path, {"data_types": {"grad_accum_dtype": dtype}})
+    config = Config.create(zero_stage=stage, precision=precision, deepspeed=path)
+    if taken:
+        ds_config.apply_file(config)
+    else:
+        with pytest.raises(
+            ConfigError, match=f"^{path}: data_types.grad_accum_dtype is 'fp32': with zero_stage={stage}"
+        ):
+            ds_config.apply_file(config)
+
+
+def test_a_monitor_that_is_not_installed(tmp_path, monkeypatch):
+    path = write(tmp_path, {"tensorboard": {"enabled": True}, "wandb": {"enabled": False}})
+    monkeypatch.setattr(file.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigError, match=f"^{path}: tensorboard.enabled is true, and the package 'tensorboard' is not"
+    ):
+        ds_config.apply_file(Config.create(deepspeed=path))
+
+
+def test_public_ways_to_write_a_value_are_understood(tmp_path):
+    path = write(
+        tmp_path,
+        {
+            "communication_data_type": "auto",
+            "bfloat16": {"enabled": "auto"},
+            "steps_per_print": None,
+            "activation_checkpointing": {"partition_activations": False, "number_checkpoints": None},
+            "zero_optimization": {
+                "stage": 3,
+                "reduce_bucket_size": 5e7,
+                "stage3_param_persistence_threshold": 1e5,
+                "stage3_prefetch_bucket_size": "auto",
+                "stage3_gather_fp16_weights_on_model_save": True,
+                "cpu_offload": True,
+                "cpu_offload_param": True,
+            },
+        },
+    )
+    config = ds_config.apply_file(Config.create(deepspeed=path))
+    engine = config.engine
+    assert (engine.zero_stage, engine.persistence_threshold, engine.bucket_size) == (3, 100_000, 50_000_000)
+    assert (engine.offload, engine.pin_memory, engine.precision) == ("all", False, "fp32")
+    built = ds_config.build(config)
+    zero = built["zero_optimization"]
+    assert isinstance(zero["reduce_bucket_size"], int) and zero["offload_optimizer"] == {
+        "device": "cpu",
+        "pin_memory": False,
     }
-    assert ds_config.SECTION_KEYS["zero_optimization"] == names(DeepSpeedZeroConfig) - renamed
-    assert ds_config.SECTION_KEYS["zero_optimization.offload_optimizer"] == names(DeepSpeedZeroOffloadOptimizerConfig)
-    assert ds_config.SECTION_KEYS["zero_optimization.offload_param"] == names(DeepSpeedZeroOffloadParamConfig)
-    assert ds_config.SECTION_KEYS["tensor_parallel"] == names(TPTrainingConfig)
+    assert zero["stage3_gather_16bit_weights_on_model_save"] is True
+    assert "auto" not in json.dumps(built)

@@ -23,6 +23,15 @@ SMALL = ["--steps", "3", "--global-batch", "2", "--seq-length", "32", "--max-exa
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU that is asked for")
 
 
+def changed(arguments, changes):
+    """Return a command's arguments with some of them, such as ``["--dp", "2"]``, in place of those there."""
+    kept = list(arguments)
+    for flag in (change for change in changes if change.startswith("--")):
+        if flag in kept:
+            del kept[kept.index(flag) : kept.index(flag) + 2]
+    return [*kept, *changes]
+
+
 @pytest.fixture
 def storage(tmp_path):
     return ["--storage", str(tmp_path / "runs")]
@@ -90,7 +99,7 @@ BAD = {
 def test_bad_usage_exits_with_2_and_says_what_to_write(storage, places, capsys, what):
     given, message = BAD[what]
     given = [re.sub(r"\{(.+)\}", lambda found: places[found[1]], argument) for argument in given]
-    assert main(["train", *ONE_PROCESS, *SMALL, *storage, *given]) == 2
+    assert main(["train", *changed([*ONE_PROCESS, *SMALL, *storage], given)]) == 2
     shown = capsys.readouterr()
     assert message in shown.err
     assert "error: " in shown.err and "Traceback" not in shown.err
@@ -102,7 +111,7 @@ def test_bad_usage_exits_with_2_and_says_what_to_write(storage, places, capsys, 
     "given", [["--device", "cuda"], ["--profile", "gpu"], ["--profile", "gpu", "--launcher", "local"]]
 )
 def test_a_gpu_where_there_is_none(storage, capsys, given):
-    assert main(["train", *ONE_PROCESS, *SMALL, *storage, "--precision", "fp32", *given]) == 2
+    assert main(["train", *changed([*ONE_PROCESS, *SMALL, *storage, "--precision", "fp32"], given)]) == 2
     assert "this machine has 0. Write profile='cpu'" in capsys.readouterr().err
 
 
@@ -110,8 +119,12 @@ def test_a_gpu_where_there_is_none(storage, capsys, given):
 def test_more_processes_than_memory_has_room_for(storage, monkeypatch, launcher):
     monkeypatch.setattr(launch.checks, "available_memory_gb", lambda: 2.0)
     many = Config.create("cpu", storage=storage[1], launcher=launcher, dp=16, global_batch=16)
-    with pytest.raises(ConfigError, match=r"16 processes need about 7 GB .* 2.0 GB are free .* at most 4,"):
+    with pytest.raises(ConfigError, match=r"16 processes need about 7.2 GB .* 2.0 GB are free .* at most 4,"):
         launch.preflight(many)
+    monkeypatch.setattr(launch.checks, "available_memory_gb", lambda: 0.2)
+    with pytest.raises(ConfigError, match=r"0.2 GB are free here. Close other programs, or raise the container's"):
+        launch.preflight(many.override(dp=1))
+    monkeypatch.setattr(launch.checks, "available_memory_gb", lambda: 2.0)
     launch.preflight(many.override(dp=4))
 
 
@@ -142,9 +155,8 @@ def test_a_run_from_the_shell(storage, capsys, monkeypatch):
     assert main([*arguments, "--stop-after", "1"]) == 75
     stopped = json.loads(capsys.readouterr().out)
     assert (stopped["status"], stopped["step"], stopped["num_steps"]) == ("stopped", 1, 3)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    assert main([*arguments, "--stop-after", "2"]) == 0, "torchrun would take 75 for a failure"
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "left over")
+    assert main([*arguments, "--stop-after", "2"]) == 75
     capsys.readouterr()
     assert main(arguments) == 0
     done = json.loads(capsys.readouterr().out)

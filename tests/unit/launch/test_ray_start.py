@@ -25,6 +25,45 @@ def test_a_python_under_a_path_with_a_space_is_refused_before_ray_starts(monkeyp
         cluster.start(Config.create(launcher="ray"))
 
 
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("127.0.0.1:1", r"RAY_ADDRESS is '127.0.0.1:1', and nothing answers there .*unset RAY_ADDRESS to start Ray on"),
+        ("ray://127.0.0.1:10001", "Ray Train does not run through Ray's client. Write HOST:PORT of the head node"),
+        ("head", "RAY_ADDRESS is 'head', and nothing answers there"),
+    ],
+)
+def test_an_address_without_a_cluster_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch, address: str, message: str
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ConfigError, match=message):
+        cluster.start(Config.create(launcher="ray"))
+
+
+def test_an_address_at_which_something_else_listens_is_refused_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "HEALTH_TIMEOUT", 1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
+        with pytest.raises(ConfigError, match=r"no Ray cluster answers there within 1 s\. Start the cluster"):
+            cluster.start(Config.create(launcher="ray"))
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (OSError("AF_UNIX path length cannot exceed 107 bytes: /very/long"), "Set TMPDIR to a shorter one"),
+        (TimeoutError("no raylet"), "end other programs and try again"),
+        (RuntimeError("The current node timed out during startup."), "end other programs and try again"),
+        (ValueError("num_cpus must not be provided"), "Its own logs are under"),
+    ],
+)
+def test_each_cause_has_its_own_advice(error: Exception, advice: str) -> None:
+    said = cluster._advice(error)
+    assert advice in said
+    assert ("other programs" in said) == (advice == "end other programs and try again")
+
+
 def test_no_worker_in_time_is_an_error_and_a_worker_is_a_sign_of_life(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

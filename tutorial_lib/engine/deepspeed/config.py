@@ -1,72 +1,23 @@
-"""The DeepSpeed configuration: built from a :class:`Config`, or read from a user's JSON file and checked.
+"""DeepSpeed configuration: built from a :class:`Config`, and from a user's JSON file where there is one.
 
-DeepSpeed ignores top-level keys that it does not know. An offload section one level too high therefore changes
-nothing and says nothing; here it is an error that names the right place. DeepSpeed's defaults for gradient
-clipping, pinned memory and the persistence threshold change results or memory, so all three are always stated.
+DeepSpeed's defaults for gradient clipping, pinned memory and the persistence threshold change results or memory, so
+all three are always stated.
 
-This module does not import DeepSpeed: a configuration can be built and checked before any engine starts. A test
-holds its tables of keys to the installed DeepSpeed's own.
-
-Source of the key names: https://www.deepspeed.ai/docs/config-json/
+This module does not import DeepSpeed: a configuration can be built and checked before any engine starts.
 """
 
 from __future__ import annotations
 
 import copy
-import difflib
 import importlib.metadata
 import json
 import re
-from pathlib import Path
 from typing import Any
 
-from tutorial_lib.config import Config, ConfigError
-
-DIRECTORY = Path(__file__).parents[2] / "ds_configs"
-
-SECTION_KEYS: dict[str, frozenset[str]] = {
-    "zero_optimization": frozenset(
-        "stage contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce "
-        "allgather_partitions allgather_bucket_size overlap_comm compute_grad_norm load_from_fp32_weights "
-        "elastic_checkpoint offload_param offload_optimizer zenflow sub_group_size round_robin_gradients "
-        "stage3_prefetch_bucket_size stage3_param_persistence_threshold stage3_model_persistence_threshold "
-        "stage3_max_live_parameters stage3_max_reuse_distance stage3_gather_16bit_weights_on_model_save "
-        "stage3_module_granularity_threshold stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential "
-        "ignore_unused_parameters legacy_stage1 parameter_alignment zero_hpz_partition_size zero_quantized_weights "
-        "zero_quantized_nontrainable_weights zero_quantized_gradients memory_efficient_linear "
-        "pipeline_loading_checkpoint override_module_apply log_trace_cache_warnings enable_sanity_checks "
-        "save_muon_momentum_buffer_in_memory leaf_module".split()
-    ),
-    "zero_optimization.offload_optimizer": frozenset(
-        "device nvme_path buffer_count pin_memory pipeline_read pipeline_write fast_init ratio super_offload "
-        "cpuadam_cores_perc".split()
-    ),
-    "zero_optimization.offload_param": frozenset(
-        "device nvme_path buffer_count buffer_size max_in_cpu pin_memory".split()
-    ),
-    "bf16": frozenset(
-        "enabled immediate_grad_update check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states".split()
-    ),
-    "fp16": frozenset(
-        "enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis "
-        "min_loss_scale fp16_master_weights_and_grads".split()
-    ),
-    "data_types": frozenset("grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules".split()),
-    "optimizer": frozenset("type params legacy_fusion".split()),
-    "tensor_parallel": frozenset(
-        "dtype autotp_size tp_overlap_comm vocab_parallel_lm_head vocab_parallel_ce_backend tp injection_policy_tuple "
-        "partition_config preset_model keep_module_on_host kernel_inject".split()
-    ),
-}  # fmt: skip
-
-TOP_LEVEL_KEYS = frozenset(
-    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps managed_gradient_accumulation "
-    "gradient_clipping prescale_gradients gradient_predivide_factor gradient_allreduce_op communication_data_type "
-    "steps_per_print wall_clock_breakdown memory_breakdown dump_state disable_python_gc disable_allgather log_level "
-    "zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer optimizer scheduler bf16 fp16 "
-    "data_types torch_autocast tensor_parallel activation_checkpointing checkpoint comms_logger flops_profiler aio "
-    "timers compile tensorboard wandb csv_monitor comet dataloader_drop_last nebula seed".split()
-)
+from tutorial_lib.config import Config, ConfigError, settings
+from tutorial_lib.config.checks import check_used
+from tutorial_lib.engine.deepspeed import file
+from tutorial_lib.engine.deepspeed.file import find
 
 _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
@@ -82,7 +33,7 @@ def build(config: Config) -> dict[str, Any]:
     own = _from_config(config)
     if config.engine.deepspeed_file is None:
         return own
-    given = read(config.engine.deepspeed_file)
+    given = file.read(config.engine.deepspeed_file)
     given.pop("optimizer", None)
     merged = _fill(given, own)
     for key in _BATCH_KEYS:
@@ -165,102 +116,109 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def apply_file(config: Config) -> Config:
-    """The configuration with the settings that its DeepSpeed file decides, so that records tell what really ran.
+    """Return the configuration with the settings that its DeepSpeed file states, so that records tell what really ran.
+
+    What the file leaves out, or calls ``"auto"``, stays as the run has it.
 
     Raises:
-        ConfigError: as :func:`build`, or the file's settings cannot run (see :mod:`tutorial_lib.config`).
+        ConfigError: as :func:`build`; the file contradicts a setting that was given by hand; or its values cannot run.
     """
-    if config.engine.deepspeed_file is None:
+    name = config.engine.deepspeed_file
+    if name is None:
         return config
-    given = read(config.engine.deepspeed_file)
-    zero = given.get("zero_optimization", {})
-    flat: dict[str, Any] = {"zero_stage": _stated(zero, "stage", 0)}
-    offload = {part: zero.get(f"offload_{part}", {}).get("device", "none") for part in ("param", "optimizer")}
-    for part, device in offload.items():
-        if device not in ("none", "cpu"):
+    given = file.read(name)
+    stated = _stated_settings(given, config, name)
+    now = config.flat()
+    for setting, (key, value) in stated.items():
+        if setting in config.given and now[setting] != value:
             raise ConfigError(
-                f"{config.engine.deepspeed_file}: offload_{part}.device is {device!r}; this package offloads to "
-                "'cpu' or 'none'."
+                f"{name}: {key} is {json.dumps(find(given, key))}, which makes {setting}={value!r}, but "
+                f"{setting}={now[setting]!r} was given. Leave one of them out."
             )
-    if offload["param"] == "cpu" and offload["optimizer"] != "cpu":
-        raise ConfigError(
-            f"{config.engine.deepspeed_file}: offload_param without offload_optimizer is not a combination that this "
-            "package runs. Add zero_optimization.offload_optimizer, or remove offload_param."
-        )
-    flat["offload"] = "all" if offload["param"] == "cpu" else "optimizer" if offload["optimizer"] == "cpu" else "none"
-    for part in ("param", "optimizer"):
-        if offload[part] == "cpu":
-            flat["pin_memory"] = bool(zero[f"offload_{part}"].get("pin_memory", config.engine.pin_memory))
-    for precision in ("bf16", "fp16"):
-        if _stated(given.get(precision, {}), "enabled", config.engine.precision == precision):
-            flat["precision"] = precision
-            break
-    else:
-        flat["precision"] = "fp32"
-    flat["gradient_clipping"] = float(_stated(given, "gradient_clipping", config.optimizer.gradient_clipping))
-    flat["persistence_threshold"] = _stated(
-        zero, "stage3_param_persistence_threshold", config.engine.persistence_threshold
-    )
-    flat.update(_optimizer_settings(given, config))
-    resolved = config.override(**flat)
+    try:
+        resolved = config.replaced(**{setting: value for setting, (_, value) in stated.items()})
+    except ConfigError as error:
+        from_file = [f"{setting} is {key}" for setting, (key, _) in stated.items() if setting in str(error)]
+        raise ConfigError(f"{name}: {error} (From the file: {', '.join(from_file)}.)") from error
+    check_used(resolved, {setting: settings()[setting] for setting in config.given}, is_resolved=True)
+    file.check_for_run(given, resolved, source=name)
     build(resolved)
     return resolved
 
 
-def read(name: str) -> dict[str, Any]:
-    """A DeepSpeed JSON file, by path or by its name in ``tutorial_lib/ds_configs``, checked.
-
-    Raises:
-        ConfigError: no such file, no valid JSON object, or unknown or misplaced keys.
-    """
-    shipped = DIRECTORY / f"{name.removesuffix('.json')}.json"
-    path = Path(name) if Path(name).is_file() else shipped
-    if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in DIRECTORY.glob("*.json")))
-        raise ConfigError(f"There is no DeepSpeed file {name!r}. Write a path, or one of: {names}.")
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{name} is not valid JSON: {error}.") from error
-    if not isinstance(given, dict):
-        raise ConfigError(f"{name} holds a JSON {type(given).__name__}; DeepSpeed needs an object.")
-    check(given, source=name)
-    return given
-
-
-def check(given: dict[str, Any], *, source: str = "the DeepSpeed configuration") -> None:
-    """Refuse keys that DeepSpeed would ignore or reject.
-
-    Raises:
-        ConfigError: names each wrong key and where it belongs.
-    """
-    problems = [_advice(key, "", TOP_LEVEL_KEYS) for key in given if key not in TOP_LEVEL_KEYS]
-    for section, keys in SECTION_KEYS.items():
-        inside: Any = given
-        for part in section.split("."):
-            inside = inside.get(part, {}) if isinstance(inside, dict) else {}
-        if not isinstance(inside, dict):
-            problems.append(f"{section} is {inside!r}; write an object")
-            continue
-        problems += [_advice(key, section, keys) for key in inside if key not in keys]
-    if "scheduler" in given:
-        problems.append("'scheduler' is not read from the file: use the settings schedule and warmup_steps")
-    if problems:
-        raise ConfigError(f"In {source}: " + "; ".join(problems) + ".")
+def _stated_settings(given: dict[str, Any], config: Config, name: str) -> dict[str, tuple[str, Any]]:
+    """Return the settings that a file states: by flat name, the file's key and the setting's value."""
+    keys = {
+        "zero_stage": "zero_optimization.stage",
+        "bucket_size": "zero_optimization.reduce_bucket_size",
+        "persistence_threshold": "zero_optimization.stage3_param_persistence_threshold",
+        "gradient_clipping": "gradient_clipping",
+        "learning_rate": "optimizer.params.lr",
+        "eps": "optimizer.params.eps",
+        "weight_decay": "optimizer.params.weight_decay",
+    }
+    stated = {setting: (key, find(given, key)) for setting, key in keys.items() if find(given, key) is not None}
+    for setting in ("gradient_clipping", "learning_rate", "eps", "weight_decay"):
+        if setting in stated:
+            stated[setting] = (keys[setting], float(stated[setting][1]))
+    for flag, value in zip(("beta1", "beta2"), _betas(given, name), strict=False):
+        stated[flag] = ("optimizer.params.betas", value)
+    return stated | _stated_offload(given, config, name) | _stated_precision(given, config)
 
 
-def _advice(key: str, section: str, keys: frozenset[str]) -> str:
-    place = f"in {section}" if section else "at the top level"
-    homes = [name for name, known in SECTION_KEYS.items() if key in known and name != section]
-    if section and key in TOP_LEVEL_KEYS:
-        return f"{key!r} has no meaning {place}; it belongs at the top level"
-    if homes:
-        return (
-            f"{key!r} has no meaning {place}, where DeepSpeed would ignore or refuse it; it belongs under {homes[0]!r}"
+def _betas(given: dict[str, Any], name: str) -> list[float]:
+    kind = find(given, "optimizer.type", "AdamW" if "optimizer" not in given else None)
+    if str(kind).lower() not in ("adam", "adamw"):
+        raise ConfigError(
+            f"{name}: optimizer.type is {json.dumps(kind)}, but this package trains with AdamW. Write that, or remove "
+            "the section."
         )
-    near = difflib.get_close_matches(key, keys, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"{key!r} is not a key that DeepSpeed knows {place}{hint}"
+    betas = find(given, "optimizer.params.betas", [])
+    if betas == []:
+        return []
+    if not (isinstance(betas, list) and len(betas) == 2 and all(type(beta) in (int, float) for beta in betas)):
+        raise ConfigError(f"{name}: optimizer.params.betas is {json.dumps(betas)}; write two numbers, as [0.9, 0.999].")
+    return [float(beta) for beta in betas]
+
+
+def _stated_offload(given: dict[str, Any], config: Config, name: str) -> dict[str, tuple[str, Any]]:
+    now = config.engine.offload
+    devices = {"param": "cpu" if now == "all" else "none", "optimizer": "none" if now == "none" else "cpu"}
+    keys: list[str] = []
+    pins: dict[str, bool] = {}
+    for part in devices:
+        key = f"zero_optimization.offload_{part}"
+        section = find(given, key, {})
+        if section is None or "device" in section:
+            devices[part] = section["device"] if section else "none"
+            keys.append(key)
+        if section and section.get("pin_memory") is not None:
+            pins[f"{key}.pin_memory"] = section["pin_memory"]
+        if devices[part] not in ("none", "cpu"):
+            raise ConfigError(
+                f'{name}: {key}.device is {json.dumps(devices[part])}; this package offloads to "cpu" or "none".'
+            )
+    if devices["param"] == "cpu" and devices["optimizer"] != "cpu":
+        raise ConfigError(
+            f"{name}: zero_optimization.offload_param without offload_optimizer is not a combination that this package "
+            "runs. Add zero_optimization.offload_optimizer, or remove offload_param."
+        )
+    stated: dict[str, tuple[str, Any]] = {}
+    if keys:
+        offload = "all" if devices["param"] == "cpu" else "optimizer" if devices["optimizer"] == "cpu" else "none"
+        stated["offload"] = (keys[-1], offload)
+    if pins and "cpu" in devices.values():
+        stated["pin_memory"] = (next(iter(pins)), any(pins.values()))
+    return stated
+
+
+def _stated_precision(given: dict[str, Any], config: Config) -> dict[str, tuple[str, Any]]:
+    for name in ("bf16", "fp16"):
+        key = f"{name}.enabled"
+        if find(given, key):
+            return {"precision": (key, name)}
+    own = f"{config.engine.precision}.enabled"
+    return {"precision": (own, "fp32")} if find(given, own) is False else {}
 
 
 def _from_config(config: Config) -> dict[str, Any]:
@@ -297,30 +255,8 @@ def _from_config(config: Config) -> dict[str, Any]:
 def _fill(given: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     merged = copy.deepcopy(given)
     for key, value in own.items():
-        if key not in merged or merged[key] == "auto":
+        if key not in merged:
             merged[key] = copy.deepcopy(value)
         elif isinstance(value, dict) and isinstance(merged[key], dict):
             merged[key] = _fill(merged[key], value)
     return merged
-
-
-def _stated(section: dict[str, Any], key: str, otherwise: Any) -> Any:
-    value = section.get(key, otherwise)
-    return otherwise if value == "auto" else value
-
-
-def _optimizer_settings(given: dict[str, Any], config: Config) -> dict[str, Any]:
-    section = given.get("optimizer")
-    if section is None:
-        return {}
-    if str(section.get("type", "")).lower() not in ("adam", "adamw"):
-        raise ConfigError(
-            f"{config.engine.deepspeed_file}: optimizer.type is {section.get('type')!r}, but this package trains "
-            "with AdamW. Write that, or remove the section."
-        )
-    params = section.get("params", {})
-    known = {"lr": "learning_rate", "eps": "eps", "weight_decay": "weight_decay"}
-    flat = {ours: float(params[theirs]) for theirs, ours in known.items() if params.get(theirs, "auto") != "auto"}
-    if params.get("betas", "auto") != "auto":
-        flat["beta1"], flat["beta2"] = (float(beta) for beta in params["betas"])
-    return flat

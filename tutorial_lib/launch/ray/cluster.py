@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,13 @@ import psutil
 
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.doctor.machine import usable_cores
+from tutorial_lib.launch.environment import ray_address
+
+CONNECT_TIMEOUT = 10
+"""Seconds that the machine of ``RAY_ADDRESS`` has to accept a connection."""
+
+HEALTH_TIMEOUT = 60
+"""Seconds that the program that asks the cluster of ``RAY_ADDRESS`` whether it is well has to answer."""
 
 GROUP_START_SECONDS = 60
 """Seconds that Ray waits for all slots of a run at once before it counts that as a failure and tries again."""
@@ -127,7 +135,7 @@ def warm_up(config: Config) -> None:
     :func:`start` does so too. Call it earlier if there is something else to do meanwhile; :func:`stop` ends it.
     """
     global _server
-    if os.environ.get("RAY_ADDRESS") or sys.platform != "linux" or os.environ.get("TUTORIAL_LIB_WARM_WORKERS") == "0":
+    if ray_address() or sys.platform != "linux" or os.environ.get("TUTORIAL_LIB_WARM_WORKERS") == "0":
         return
     if _server is None:
         _server = _Server()
@@ -146,10 +154,10 @@ def start(config: Config) -> bool:
         Whether anything was started: False if Ray was running in this process already.
 
     Raises:
-        ConfigError: Ray cannot run from where this Python is.
-        RuntimeError: Ray did not start. None of its processes is left.
+        ConfigError: Ray cannot run from where this Python is, or no cluster answers at ``RAY_ADDRESS``.
+        RuntimeError: Ray did not start, and none of its processes is left; or it did not connect.
     """
-    if " " in sys.executable and not os.environ.get("RAY_ADDRESS"):
+    if " " in sys.executable and not ray_address():
         raise ConfigError(
             "Ray cannot start workers from a path with a space in it, and this Python's has one. Clone the course into "
             "a directory without spaces, or write launcher='local'."
@@ -163,9 +171,13 @@ def start(config: Config) -> bool:
         return False
     warm_up(config)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if os.environ.get("RAY_ADDRESS"):
+    if address := ray_address():
+        _check_cluster(address)
         with _keeping_sigterm():
-            ray.init(**quiet)
+            try:
+                ray.init(**quiet)
+            except Exception as error:
+                raise RuntimeError(f"Ray did not connect to RAY_ADDRESS={address!r}: {error}") from error
         return True
     cores, world_size = usable_cores(), config.parallel.world_size
     of_a_cluster = _of_a_cluster(config)
@@ -184,12 +196,57 @@ def start(config: Config) -> bool:
         stop()
         if not isinstance(error, Exception):
             raise
-        load = ", ".join(f"{average:.1f}" for average in os.getloadavg())
-        raise RuntimeError(
-            f"Ray did not start: {error}\nIt gives up when its processes need more than 30 s. Load averages are {load} "
-            f"on {cores} cores: end other programs and try again, or write launcher='local', which needs no Ray."
-        ) from error
+        raise RuntimeError(f"Ray did not start: {error}\n{_advice(error)}") from error
     return True
+
+
+def _check_cluster(address: str) -> None:
+    """Refuse an address at which no Ray cluster answers: ``ray.init`` would ask again for many minutes.
+
+    Raises:
+        ConfigError: says what is wrong with ``RAY_ADDRESS``.
+    """
+    what = f"RAY_ADDRESS is {address!r}"
+    if "://" in address:
+        raise ConfigError(
+            f"{what}, and Ray Train does not run through Ray's client. Write HOST:PORT of the head node (port 6379 "
+            "unless it was given another), from a machine of the cluster."
+        )
+    instead = "Start the cluster or write its address; unset RAY_ADDRESS to start Ray on this machine."
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    try:
+        if address != "auto":
+            host, _, port = address.rpartition(":")
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT):
+                pass
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=HEALTH_TIMEOUT)
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(f"{what}, and no Ray cluster answers there within {error.timeout:.0f} s. {instead}") from None
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr.strip().splitlines() or ["no Ray cluster answers there"])[-1]
+        raise ConfigError(f"{what}: {said}. {instead}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{what}, and nothing answers there ({error}). {instead}") from None
+
+
+def _advice(error: BaseException) -> str:
+    """Return what to do about an error of Ray's start, by its cause."""
+    said = str(error)
+    if "AF_UNIX path length" in said:
+        return (
+            f"The path of the temporary directory, {tempfile.gettempdir()}, is too long for Ray's sockets. Set TMPDIR "
+            "to a shorter one, such as /tmp."
+        )
+    if isinstance(error, TimeoutError) or "timed out" in said.lower():
+        load = ", ".join(f"{average:.1f}" for average in os.getloadavg())
+        return (
+            f"It gives up when its processes need more than 30 s. Load averages are {load} on {usable_cores()} cores: "
+            "end other programs and try again, or write launcher='local', which needs no Ray."
+        )
+    return (
+        f"Its own logs are under {tempfile.gettempdir()}/ray/session_latest/logs. launcher='local' does the same "
+        "without Ray."
+    )
 
 
 def _raylet(before: set[psutil.Process]) -> int:

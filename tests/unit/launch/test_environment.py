@@ -1,0 +1,100 @@
+"""Variables of torchrun count where a process has been started by it, and are refused or ignored elsewhere."""
+
+import json
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from tutorial_lib.cli import main
+from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.launch.environment import RENDEZVOUS, check_environment, is_under_torchrun, joined_rank
+
+VARIABLES = (*RENDEZVOUS, "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "GLOO_SOCKET_IFNAME")
+SMALL = [
+    "--steps",
+    "2",
+    "--global-batch",
+    "2",
+    "--seq-length",
+    "32",
+    "--max-examples",
+    "8",
+    "--no-evaluate",
+    "--dp",
+    "1",
+]
+
+
+@pytest.fixture(autouse=True)
+def without_torchrun(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def torchrun(monkeypatch, **changes):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    own = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in ({**own, "TORCHELASTIC_RUN_ID": "none"} | changes).items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("launcher", ["local", "ray"])
+def test_a_rank_that_an_earlier_shell_left_over_is_none(monkeypatch, launcher):
+    torchrun(monkeypatch, RANK="1", WORLD_SIZE="2", TORCHELASTIC_RUN_ID=None)
+    config = Config.create(launcher=launcher)
+    check_environment(config)
+    assert (joined_rank(config), is_under_torchrun(config)) == (None, False)
+
+
+@pytest.mark.parametrize("launcher", ["local", "ray"])
+def test_under_torchrun_another_launcher_is_refused(monkeypatch, capsys, tmp_path, launcher):
+    torchrun(monkeypatch)
+    assert main(["train", "--launcher", launcher, "--storage", str(tmp_path)]) == 2
+    assert "Write --launcher none" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"MASTER_ADDR": None}, "RANK is set, but MASTER_ADDR is not. Start the ranks with torchrun"),
+        ({"MASTER_ADDR": None, "WORLD_SIZE": None}, "RANK is set, but WORLD_SIZE, MASTER_ADDR is not"),
+        ({"RANK": "one"}, "RANK is 'one', not a whole number"),
+        ({"RANK": "2"}, "RANK is 2, but WORLD_SIZE is 1"),
+    ],
+)
+def test_a_rendezvous_with_a_variable_missing_or_wrong(monkeypatch, capsys, tmp_path, changes, message):
+    torchrun(monkeypatch, **changes)
+    assert main(["train", "--launcher", "none", "--engine", "torch", *SMALL, "--storage", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_of_one_process_under_deepspeed_needs_no_variables_and_ignores_old_ones(monkeypatch, tmp_path):
+    """In a process of its own: DeepSpeed keeps its groups in global variables."""
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    arguments = ["train", "--launcher", "none", "--zero-stage", "1", *SMALL, "--storage", str(tmp_path), "--json"]
+    ended = subprocess.run([sys.executable, "-m", "tutorial_lib", *arguments], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout)["status"] == "completed"
+
+
+def test_a_stopped_rank_of_torchrun_ends_with_0(monkeypatch, capsys, tmp_path):
+    torchrun(monkeypatch)
+    arguments = ["train", "--launcher", "none", "--engine", "torch", *SMALL, "--storage", str(tmp_path)]
+    assert main([*arguments, "--stop-after", "1"]) == 0, "torchrun would take 75 for a failure"
+    assert "stopped at step 1 of 2" in capsys.readouterr().out
+
+
+def test_a_network_interface_that_is_not_there(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth99")
+    with pytest.raises(ConfigError, match=r"GLOO_SOCKET_IFNAME is 'eth99', .* write one of: .*lo"):
+        check_environment(Config.create())
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth99,lo")
+    check_environment(Config.create())

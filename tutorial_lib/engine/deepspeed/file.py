@@ -1,0 +1,252 @@
+"""A user's DeepSpeed JSON file: read, and judged key by key and value by value before any engine starts.
+
+DeepSpeed ignores top-level keys that it does not know, takes ``"false"`` for true where it asks Python, and lets some
+keys pick another optimizer or another layout of checkpoint files. Here each of them is an error that names the file,
+the key and what to write. A key that is absent or ``"auto"`` means the run's own setting or, where the run has none,
+DeepSpeed's default.
+
+This module does not import DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.engine.deepspeed.keys import (
+    DTYPES,
+    MONITORS,
+    OFFLOADS,
+    ON_GPUS,
+    ONLY,
+    OTHER_LAYOUT,
+    RENAMED,
+    SECTION_KEYS,
+    TOP_LEVEL_KEYS,
+)
+
+DIRECTORY = Path(__file__).parents[2] / "ds_configs"
+
+
+def read(name: str) -> dict[str, Any]:
+    """Read a DeepSpeed JSON file, by path or by its name in ``tutorial_lib/ds_configs``, and check it.
+
+    Returns:
+        What it states: without what is ``"auto"``, under today's names, with whole numbers as ``int``.
+
+    Raises:
+        ConfigError: no such file, no valid JSON object, unknown or misplaced keys, or impossible values.
+    """
+    shipped = DIRECTORY / f"{name.removesuffix('.json')}.json"
+    path = Path(name) if Path(name).is_file() else shipped
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in DIRECTORY.glob("*.json")))
+        raise ConfigError(f"There is no DeepSpeed file {name!r}. Write a path, or one of: {names}.")
+
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise ConfigError(f"{name}: {twice[0]!r} is given twice in one object. Write it once.")
+        return dict(pairs)
+
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_duplicates)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{name} is not valid JSON: {error}.") from error
+    if not isinstance(given, dict):
+        raise ConfigError(f"{name} holds a JSON {type(given).__name__}; DeepSpeed needs an object.")
+    return check(given, source=name)
+
+
+def check(given: dict[str, Any], *, source: str) -> dict[str, Any]:
+    """Refuse keys that DeepSpeed would ignore or reject, and values that would do something else than they say.
+
+    Returns:
+        What is stated, see :func:`read`.
+
+    Raises:
+        ConfigError: names each wrong key, and what to write.
+    """
+    problems: list[str] = []
+    stated = _section(_with_todays_names(given, problems), "", problems)
+    problems += [
+        f"{key} is {json.dumps(value)}: {why}. Write {json.dumps(only)}, or leave it out"
+        for key, (only, why) in ONLY.items()
+        if (value := find(stated, key, only)) != only
+    ]
+    if find(stated, "bf16.enabled", False) and find(stated, "fp16.enabled", False):
+        problems.append("bf16.enabled and fp16.enabled are both true; set one of them to false")
+    problems += _without_effect(stated)
+    if problems:
+        raise ConfigError("; ".join(f"{source}: {problem}" for problem in problems) + ".")
+    return stated
+
+
+def find(given: dict[str, Any], key: str, otherwise: Any = None) -> Any:
+    """Return the value under a dotted key, or ``otherwise`` where nothing is stated."""
+    inside: Any = given
+    for part in key.split("."):
+        if not isinstance(inside, dict) or part not in inside:
+            return otherwise
+        inside = inside[part]
+    return inside
+
+
+def check_for_run(given: dict[str, Any], config: Config, *, source: str) -> None:
+    """Refuse what this run cannot do: another optimizer for its precision and stage, kernels that are not here.
+
+    Args:
+        given: what :func:`read` returned.
+        config: the run, with the file's settings.
+        source: the file's name.
+
+    Raises:
+        ConfigError: names the key, and what to write.
+    """
+    stage, precision = config.engine.zero_stage, config.engine.precision
+    communication = find(given, "communication_data_type")
+    if communication is not None and communication.lower() not in DTYPES:
+        raise ConfigError(
+            f"{source}: communication_data_type is {json.dumps(communication)}; write one of: {', '.join(DTYPES)}."
+        )
+    kinds = {alias: dtype for dtype, aliases in DTYPES.items() for alias in aliases}
+    for name in ("grad_accum_dtype", "param_dtype", "buffer_dtype"):
+        dtype = find(given, f"data_types.{name}")
+        if dtype is not None and dtype not in kinds:
+            raise ConfigError(f"{source}: data_types.{name} is {json.dumps(dtype)}; write one of: {', '.join(DTYPES)}.")
+    accumulated = kinds.get(find(given, "data_types.grad_accum_dtype"), precision)
+    if accumulated != precision and (stage == 0 or (stage, precision, config.engine.offload) == (1, "bf16", "none")):
+        raise ConfigError(
+            f"{source}: data_types.grad_accum_dtype is {accumulated!r}: with zero_stage={stage} and "
+            f"precision={precision!r}, DeepSpeed has another optimizer for that or none, and {OTHER_LAYOUT}. Write "
+            "zero_stage=2, or remove it."
+        )
+    parameters = kinds.get(find(given, "data_types.param_dtype"), precision)
+    if parameters != precision:
+        raise ConfigError(
+            f"{source}: data_types.param_dtype is {parameters!r}, but the run's precision is {precision!r}. Write "
+            "that, or remove it."
+        )
+    for name in ON_GPUS:
+        if config.run.device == "cpu" and find(given, f"zero_optimization.{name}"):
+            raise ConfigError(
+                f"{source}: zero_optimization.{name} is true, and its kernels are for GPUs: write device='cuda', or "
+                "remove it."
+            )
+    for name, module in MONITORS.items():
+        if find(given, f"{name}.enabled") and importlib.util.find_spec(module) is None:
+            raise ConfigError(
+                f"{source}: {name}.enabled is true, and the package {module!r} is not installed. Install it "
+                f"(pip install {module}), write false, or use csv_monitor."
+            )
+
+
+def _with_todays_names(given: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    zero = given.get("zero_optimization")
+    given = {**given, "zero_optimization": dict(zero)} if isinstance(zero, dict) else dict(given)
+    for old, new in RENAMED.items():
+        section, _, old_key = old.rpartition(".")
+        inside, new_key = given.get(section) if section else given, new.rpartition(".")[2]
+        if isinstance(inside, dict) and old_key in inside:
+            value = inside.pop(old_key)
+            if inside.setdefault(new_key, value) != value:
+                problems.append(f"{old} and {new} are the same key and have different values; remove {old}")
+    zero = given.get("zero_optimization")
+    if not isinstance(zero, dict):
+        return given
+    if zero.pop("cpu_offload_use_pin_memory", None) is not None:
+        problems.append(
+            "zero_optimization.cpu_offload_use_pin_memory has no effect in DeepSpeed any more; write "
+            "zero_optimization.offload_optimizer.pin_memory"
+        )
+    for old, new in OFFLOADS.items():
+        value = _value(zero.pop(old, None), "bool?", f"zero_optimization.{old}", problems)
+        if value is not None and new in zero:
+            problems.append(f"zero_optimization.{old} is the old name of {new}, which is there too; remove {old}")
+        elif value is not None:
+            zero[new] = {"device": "cpu" if value else "none"}
+    return given
+
+
+def _section(given: dict[str, Any], section: str, problems: list[str]) -> dict[str, Any]:
+    """Return what a section states, and add what is wrong with it to ``problems``."""
+    kinds = SECTION_KEYS.get(section) if section else TOP_LEVEL_KEYS
+    stated = {}
+    for key, value in given.items():
+        where = f"{section}.{key}" if section else key
+        if kinds is not None and key not in kinds:
+            problems.append(_advice(key, section, kinds))
+        elif value != "auto":
+            kind = kinds[key] if kinds else "bool" if key == "enabled" else "any"
+            stated[key] = _value(value, kind, where, problems)
+            if isinstance(value, dict):
+                stated[key] = _section(value, where, problems)
+    return stated
+
+
+_WORDS = {"int": "a whole number from 0 on", "float": "a number from 0 on", "bool": "true or false", "str": "a string",
+          "section": "an object"}  # fmt: skip
+_TYPES: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str, "section": dict}
+
+
+def _value(value: Any, kind: str, where: str, problems: list[str]) -> Any:
+    """Return a value as its kind, whole floats as ``int``; add to ``problems`` if it is something else."""
+    nullable, kind = kind.endswith("?"), kind.rstrip("?")
+    if kind == "any" or (value is None and nullable):
+        return value
+    if kind == "int" and isinstance(value, float) and value.is_integer():
+        return int(value)
+    is_bool = isinstance(value, bool) and kind != "bool"
+    is_possible = not isinstance(value, int | float) or 0 <= value < math.inf
+    if isinstance(value, _TYPES[kind]) and not is_bool and is_possible:
+        return value
+    problems.append(f"{where} is {json.dumps(value)}; write {_WORDS[kind]}{_without_quotes(value, kind)}")
+    return value
+
+
+def _without_quotes(value: Any, kind: str) -> str:
+    readers: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "bool": {"true": True, "false": False}.get}
+    try:
+        found = readers[kind](value.strip().lower()) if isinstance(value, str) else None
+    except (KeyError, ValueError):
+        return ""
+    return "" if found is None else f", without quotes: {json.dumps(found)}"
+
+
+def _without_effect(stated: dict[str, Any]) -> list[str]:
+    """Return what is stated and would do nothing in this package."""
+    problems = []
+    if any(stated.get("activation_checkpointing", {}).values()):
+        problems.append(
+            "activation_checkpointing is for models that call DeepSpeed's own function, which none here does; write "
+            "the setting activation_checkpointing=True and remove the section"
+        )
+    if find(stated, "compile.deepcompile", False):
+        problems.append("compile.deepcompile needs a model that is compiled, and none here is; remove it")
+    return problems
+
+
+def _advice(key: str, section: str, keys: dict[str, str]) -> str:
+    if key == "scheduler" and not section:
+        return "'scheduler' is not read from the file: use the settings schedule and warmup_steps"
+    place = f"in {section}" if section else "at the top level"
+    homes = [name for name, known in SECTION_KEYS.items() if key in known and name != section]
+    if section and key in TOP_LEVEL_KEYS:
+        return f"{key!r} has no meaning {place}; it belongs at the top level"
+    if homes and section != "optimizer.params":
+        return (
+            f"{key!r} has no meaning {place}, where DeepSpeed would ignore or refuse it; it belongs under {homes[0]!r}"
+        )
+    if key == "max_grad_norm":
+        return f"{key!r} has no meaning {place}; write gradient_clipping at the top level"
+    if section == "optimizer.params":
+        return f"{key!r} in {section} would be ignored: AdamW reads {', '.join(keys)}; remove it"
+    near = difflib.get_close_matches(key, keys, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{key!r} is not a key that DeepSpeed knows {place}{hint}"

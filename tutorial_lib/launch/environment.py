@@ -1,0 +1,76 @@
+"""Environment variables that say who starts a run: torchrun's, and Ray's.
+
+Those of torchrun are meant for ``launcher='none'`` alone. The other launchers start ranks of their own, whatever a
+shell still holds from earlier.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+
+from tutorial_lib.config import Config, ConfigError
+
+RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Variables that torchrun sets for each rank, and that a rank needs."""
+
+
+def joined_rank(config: Config) -> int | None:
+    """Return this process's rank among those that somebody else has started, or None if it starts the run itself.
+
+    Raises:
+        ConfigError: see :func:`check_environment`.
+    """
+    if config.run.launcher != "none" or "RANK" not in os.environ:
+        return None
+    check_environment(config)
+    return int(os.environ["RANK"])
+
+
+def is_under_torchrun(config: Config) -> bool:
+    """Check whether torchrun watches this process's exit code."""
+    return joined_rank(config) is not None and "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def ray_address() -> str | None:
+    """Return the cluster that ``RAY_ADDRESS`` names, or None if Ray is to be started on this machine."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    return None if address in ("", "local") else address
+
+
+def check_environment(config: Config) -> None:
+    """Refuse an environment that cannot be meant so.
+
+    Raises:
+        ConfigError: torchrun has started this process, but the launcher would start all ranks again; a variable of
+            torchrun is missing or no number; or ``GLOO_SOCKET_IFNAME`` names no network interface.
+    """
+    if config.run.launcher == "none":
+        _check_rendezvous()
+    elif {"TORCHELASTIC_RUN_ID", "RANK"} <= os.environ.keys():
+        raise ConfigError(
+            f"torchrun has started this process, and launcher={config.run.launcher!r} would start all "
+            f"{config.parallel.world_size} ranks again in each of its processes. Write --launcher none; or, if the "
+            "variable TORCHELASTIC_RUN_ID is left over in this shell, unset it."
+        )
+    is_here = config.run.launcher != "ray" or not ray_address()
+    if is_here and (name := os.environ.get("GLOO_SOCKET_IFNAME")):
+        interfaces = [interface for _, interface in socket.if_nameindex()]
+        if not set(name.split(",")) & set(interfaces):
+            raise ConfigError(
+                f"GLOO_SOCKET_IFNAME is {name!r}, and this machine has no such network interface. Unset it, or write "
+                f"one of: {', '.join(interfaces)}."
+            )
+
+
+def _check_rendezvous() -> None:
+    if "RANK" not in os.environ:
+        return
+    start = "Start the ranks with torchrun, which sets all of them; or, for a run of one process, unset RANK."
+    if missing := [name for name in RENDEZVOUS if not os.environ.get(name)]:
+        raise ConfigError(f"RANK is set, but {', '.join(missing)} is not. {start}")
+    for name in RENDEZVOUS:
+        if name != "MASTER_ADDR" and not os.environ[name].isdecimal():
+            raise ConfigError(f"{name} is {os.environ[name]!r}, not a whole number. {start}")
+    if int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
+        raise ConfigError(f"RANK is {os.environ['RANK']}, but WORLD_SIZE is {os.environ['WORLD_SIZE']}. {start}")
