@@ -102,7 +102,7 @@ def test_a_failed_reshape_keeps_the_log_that_its_error_names(halved, monkeypatch
         RunDirectory(start.directory).log_file(0).write_text("what rank 0 said")
         raise launch.WorkerError("rank 0 failed")
 
-    monkeypatch.setattr(launch, "run", failing)
+    monkeypatch.setattr(launch.runs, "run", failing)
     for _ in range(2):
         with pytest.raises(launch.WorkerError):
             launch.reshape(halved.directory.path, name="new")
@@ -121,7 +121,7 @@ def test_a_reshape_needs_no_data(model, tmp_path, monkeypatch):
     old = launch.run(config(tmp_path, name="old", **flat))
     shutil.rmtree(data)
     run = launch.run
-    monkeypatch.setattr(launch, "run", lambda start: run(start.override(launcher="none")))
+    monkeypatch.setattr(launch.runs, "run", lambda start: run(start.override(launcher="none")))
     new = launch.reshape(old.directory.path, name="new", engine="fsdp")
     assert (new.result["step"], new.result["num_steps"]) == (1, old.result["num_steps"])
     before, after = (checkpoint.open_full(checkpoint.latest(each.directory)) for each in (old, new))
