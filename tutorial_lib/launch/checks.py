@@ -21,7 +21,7 @@ def preflight(config: Config) -> Config:
         CheckpointError: there are checkpoints, and none of them can be continued.
     """
     from tutorial_lib.checkpoint import check_continues, check_free, check_storage, latest
-    from tutorial_lib.dataloader import load_rows
+    from tutorial_lib.dataloader import check_data
     from tutorial_lib.engine.deepspeed.config import apply_file
     from tutorial_lib.engine.deepspeed.config import check_tensor_parallel as check_autotp
     from tutorial_lib.engine.trial import trial_forward
@@ -43,7 +43,8 @@ def preflight(config: Config) -> Config:
     m = config.model
     model = load_config(m.name, trust_remote_code=m.trust_remote_code)
     check_sequence_length(config.data.seq_length, model)
-    check_vocabulary(load_tokenizer(m.name, trust_remote_code=m.trust_remote_code), model)
+    tokenizer = load_tokenizer(m.name, trust_remote_code=m.trust_remote_code)
+    check_vocabulary(tokenizer, model)
     trial_forward(config, model)
     check_stored_weights(config)
     if config.parallel.tp > 1:  # an output layer with a weight of its own is split as well
@@ -51,9 +52,7 @@ def preflight(config: Config) -> Config:
     check_tensor_parallel(config.parallel.tp, model)
     if config.engine.name == "deepspeed":
         check_autotp(config, model)
-    load_rows(config.data.name, config.data.train_split, max_examples=1)
-    if config.run.evaluate:
-        load_rows(config.data.name, config.data.eval_split, max_examples=1)
+    check_data(config, tokenizer)
     check_storage(config)
     check_free(RunDirectory(config.directory))
     if found := latest(RunDirectory(config.directory)):
