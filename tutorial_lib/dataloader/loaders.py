@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def build_train_loader(
     config: Config, tokenizer: PreTrainedTokenizerBase, *, dp_rank: int, dp_size: int, num_workers: int = 0
 ) -> TrainLoader:
-    """The training split as optimizer steps, for one data-parallel rank.
+    """Load the training split as optimizer steps, for one data-parallel rank.
 
     Args:
         dp_rank: rank in the data-parallel group, not in the world: ranks that share a layer read the same examples.
@@ -55,7 +55,7 @@ def build_train_loader(
 
 
 def build_eval_loader(config: Config, tokenizer: PreTrainedTokenizerBase, *, dp_rank: int, dp_size: int) -> EvalLoader:
-    """The evaluation split as batches, for one data-parallel rank.
+    """Load the evaluation split as batches, for one data-parallel rank.
 
     Args:
         dp_rank: rank in the data-parallel group, not in the world.
@@ -97,7 +97,7 @@ class TrainLoader:
         return max(self._step - 1, 0) // self.steps_per_epoch
 
     def steps(self) -> Iterator[list[Batch]]:
-        """This rank's micro-batches of the next optimizer step, and so on without end."""
+        """Yield this rank's micro-batches, one optimizer step after another without end."""
         while True:
             if self._iterator is None:
                 self._iterator = iter(self._loader)
@@ -106,7 +106,7 @@ class TrainLoader:
             yield micro_batches
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the step that was yielded last. It holds on every rank, and for any number of ranks."""
+        """Return the position after the step that was yielded last, which holds for any number of ranks."""
         return {"step": self._step, "loader": self._loader.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

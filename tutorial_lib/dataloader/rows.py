@@ -16,7 +16,7 @@ from tutorial_lib.embedded import DATASET_NAMES, dataset_directory
 
 
 def load_rows(name: str, split: str, *, max_examples: int | None = None) -> datasets.Dataset:
-    """The rows of one split, memory-mapped from disk.
+    """Load the rows of one split, memory-mapped from disk.
 
     Code that a data set ships with is never run: ``datasets`` has not supported that since its version 4.
 
@@ -80,7 +80,7 @@ def _rows_of_file(path: Path, split: str) -> datasets.Dataset:
 
 
 def _source(name: str) -> tuple[str, str | None]:
-    """What ``load_dataset`` is given: a directory or a hub name, and the configuration that follows a colon."""
+    """Return a directory or a hub name for ``load_dataset``, and the configuration that follows a colon."""
     if name.startswith("embedded/"):
         return str(dataset_directory(name)), None
     if Path(name).expanduser().is_dir():

@@ -1,4 +1,4 @@
-"""Rows -> documents of tokens, written to disk once per node and memory-mapped by every process.
+"""Documents of tokens, made of rows, written to disk once per node and memory-mapped by every process.
 
 A *document* is what becomes of one row: its token ids, and how many of the first ones are no target of the loss.
 
@@ -82,7 +82,7 @@ class TokenSummary:
 def tokenize_rows(
     rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, seq_length: int, *, name: str = "this data set"
 ) -> datasets.Dataset:
-    """The documents of ``rows``: columns ``input_ids`` (2 to ``seq_length`` ids) and ``num_uncounted``.
+    """Tokenise rows into documents: columns ``input_ids`` (2 to ``seq_length`` ids) and ``num_uncounted``.
 
     The first process on a node that asks tokenises, while others wait for its lock; from then on the Arrow file is
     only mapped. Its name is a digest of everything that the documents depend on. Rows that give nothing to learn are
