@@ -70,6 +70,7 @@ def _summary(run: Any) -> str:
         + ("; give the same command again to go on" if result["status"] == "stopped" else ""),
         **{f"left out{' ' * n}": f"{o['checkpoint']}: {o['why']}" for n, o in enumerate(result["left_out"])},
         **{f"restart {n}": _restart(r) for n, r in enumerate(result["restarts"], 1)},
+        **{f"{use} rows": _lost_rows(split) for use, split in result["data"].items() if _lost_rows(split)},
         **{name.replace("_", " "): value for name, value in loss.items()},
         "tokens per second": f"{result['tokens_per_second']:.0f}" if result["tokens_per_second"] else "too few steps",
         "peak memory": ", ".join(f"{rank['peak_memory_bytes'] / 2**20:.0f} MiB" for rank in result["ranks"]),
@@ -83,6 +84,16 @@ def _engine(config: Config) -> str:
     shown = {"deepspeed": ("zero_stage", "offload"), "fsdp": ("sharding", "offload")}.get(config.engine.name, ())
     flat = config.flat()
     return ", ".join([config.engine.name, *(f"{name}={flat[name]}" for name in shown), config.engine.precision])
+
+
+def _lost_rows(split: dict[str, Any]) -> str:
+    """Say how many rows of a split were not trained on, or not all of them; nothing if there are none."""
+    lost = {
+        "left out (blank, or no room for the answer)": split["num_left_out"],
+        "cut at seq_length": split["num_cut"],
+    }
+    said = ", ".join(f"{number} {what}" for what, number in lost.items() if number)
+    return f"{said}, of {split['num_rows']}" if said else ""
 
 
 def _restart(restart: dict[str, Any]) -> str:
