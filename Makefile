@@ -8,8 +8,8 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 PYTHON_IN := .venv/bin/python
 READY := .venv/ready
-# An environment that was made elsewhere (a moved or copied directory) is made anew.
-ifneq ($(shell cat $(READY) 2>/dev/null),$(CURDIR))
+# An environment that was made elsewhere (a moved or copied directory), or with another python than PYTHON, is made anew.
+ifneq ($(PYTHON)$(shell cat $(READY) 2>/dev/null),$(CURDIR))
 .PHONY: $(READY)
 endif
 

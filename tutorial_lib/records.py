@@ -20,17 +20,13 @@ Nothing here imports more than the standard library, so that reading a record co
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import shutil
 import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from tutorial_lib.config import ConfigError
 
 Row = dict[str, Any]
 
@@ -153,48 +149,3 @@ class RunDirectory:
 
     def write_restarts(self, restarts: list[dict[str, Any]]) -> None:
         write_atomically(self.restarts_file, json.dumps(restarts, indent=2) + "\n")
-
-
-_LESSON = ".lesson"
-
-
-def remove_runs(storage: str) -> None:
-    """Remove the runs directly under a lesson's own storage directory, so that none is continued. Other files stay.
-
-    A directory that is not there yet, or is empty, becomes the lesson's own: a file in it says so from then on.
-
-    Raises:
-        ConfigError: the directory holds something and is not marked so, or a run in it is running. Nothing is removed.
-    """
-    directory = Path(storage)
-    marker = directory / _LESSON
-    if not marker.is_file():
-        if directory.exists() and any(directory.iterdir()):
-            raise ConfigError(
-                f"{directory} was not made by a lesson, and its runs may be somebody's: none was removed. Write the "
-                f"name of a new directory, such as STORAGE = {str(directory / 'lesson')!r}; or, if all runs in it may "
-                f"go, make the empty file {marker} first."
-            )
-        directory.mkdir(parents=True, exist_ok=True)
-        marker.write_text("The lesson that uses this directory removes the runs in it when it begins.\n")
-    runs = [path.parent for path in directory.glob("*/config.json") if (path.parent / "checkpoints").is_dir()]
-    if running := sorted(run.name for run in runs if _is_locked(run)):
-        raise ConfigError(
-            f"Of the runs in {directory}, which are to be removed, {', '.join(running)} is running. Wait for its end, "
-            "stop it, or write another STORAGE."
-        )
-    for run in runs:
-        shutil.rmtree(run)
-
-
-def _is_locked(run: Path) -> bool:
-    """Whether a process launches or trains the run: both locks are the kernel's, see tutorial_lib.checkpoint.lock."""
-    for name in (".launch.lock", ".lock"):
-        try:
-            with (run / name).open("r+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            continue  # never started, or on a file system without locks: then its starts do without them too
-    return False

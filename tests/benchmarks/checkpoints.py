@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_map
 from tests.benchmarks.on_ranks import run_on_ranks
 from tutorial_lib import checkpoint
 from tutorial_lib.checkpoint import writer
-from tutorial_lib.checkpoint.directory import sync
+from tutorial_lib.checkpoint.manifest import sync
 from tutorial_lib.config import Config
 from tutorial_lib.embedded import model_directory
 from tutorial_lib.launch import worker
@@ -96,9 +96,9 @@ def compare(config: Config) -> None:
         run.create()
     dist.barrier()
     topology = Topology.create(config.parallel, rank=dist.get_rank(), world_size=dist.get_world_size())
-    session = trainer._Session(config, topology, run, None, lambda: False)
+    session = trainer.Trainer(config, topology)
     batches = session.loader.steps()
-    session._one_step(next(batches))
+    session.train_step(next(batches))
     plain = _Plain(config.directory / "plain")
     saving = _alternated(
         plain,
@@ -114,7 +114,7 @@ def compare(config: Config) -> None:
         checkpoint.load(path, session.engine, config, topology)
 
     loading = _alternated(plain, ours=restore, plain=plain.load)
-    written, plain_bytes = session.saves[-1]["bytes"], _sum_of_ranks(plain.bytes)
+    written, plain_bytes = session.checkpoints.saves[-1]["bytes"], _sum_of_ranks(plain.bytes)
     result = {
         "num_parameters": session.engine.num_parameters,
         "bytes": written,
@@ -128,6 +128,7 @@ def compare(config: Config) -> None:
     session.close()
     if topology.rank == 0:
         run.result_file.write_text(json.dumps(result))
+        checkpoint.finish_deletions()
         shutil.rmtree(run.checkpoints)
         shutil.rmtree(plain.directory)
     gc.collect()
@@ -195,11 +196,11 @@ def _hand_over(session: Any) -> float:
     The second half, which makes the checkpoint visible, begins here when all files are written, and counts as well.
     """
     session.save(and_train_on=True)
-    while not session.in_flight[0].is_written():
+    while not session.checkpoints.is_written():
         time.sleep(0.005)
     dist.barrier()
-    session._finish_save()
-    return float(session.saves[-1]["stall_seconds"])
+    session.checkpoints.finish()
+    return float(session.checkpoints.saves[-1]["stall_seconds"])
 
 
 def _alternated(files: _Plain, **procedures: Callable[[], float | None]) -> list[dict[str, float]]:
@@ -245,24 +246,23 @@ def _sum_of_ranks(number: int) -> int:
 def _stalls(session: Any, batches: Iterator[Any]) -> dict[str, Any]:
     """Seconds that a saving step waits, and that all steps lose until the files are there: either way, alternately."""
     for _ in range(3):
-        session._one_step(next(batches))
+        session.train_step(next(batches))
     step = statistics.median(_one_step(session, batches) for _ in range(5))
     waits: dict[str, list[float]] = {"at once": [], "async_save": []}
     losses: dict[str, list[float]] = {"at once": [], "async_save": []}
     steps_meanwhile = []
     for attempt in range(8):
         name = ("at once", "async_save")[attempt % 2]
-        session._one_step(next(batches))
+        session.train_step(next(batches))
         before = time.perf_counter()
         session.save(and_train_on=name == "async_save")
         count = 0
-        while session.in_flight:
+        while session.checkpoints.is_saving():
             count += 1
-            if session._one_step(next(batches))[1]:
-                session._finish_save()
+            session.train_step(next(batches))
         lost = time.perf_counter() - before - count * step
         if attempt >= 2:  # the first of each allocates
-            waits[name].append(session.saves[-1]["stall_seconds"])
+            waits[name].append(session.checkpoints.saves[-1]["stall_seconds"])
             losses[name].append(lost)
             if count:
                 steps_meanwhile.append(count)
@@ -281,7 +281,7 @@ def _stalls(session: Any, batches: Iterator[Any]) -> dict[str, Any]:
 
 def _one_step(session: Any, batches: Iterator[Any]) -> float:
     began = time.perf_counter()
-    session._one_step(next(batches))
+    session.train_step(next(batches))
     return time.perf_counter() - began
 
 

@@ -26,6 +26,7 @@ from tutorial_lib.measure.speed import time_ratio
 from tutorial_lib.measure.traffic import count_collectives
 from tutorial_lib.models import load_tokenizer
 from tutorial_lib.mpu import Topology
+from tutorial_lib.mpu.random_states import seed_everything
 from tutorial_lib.records import RunDirectory
 from tutorial_lib.trainer import loop as trainer
 
@@ -89,7 +90,7 @@ def _step(config: Config) -> Callable[[], float]:
     alone = config.parallel.world_size == 1
     topology = Topology.create(config.parallel, rank=0 if alone else dist.get_rank(), world_size=1 if alone else RANKS)
     threads = torch.get_num_threads()
-    trainer.seed_everything(config.run.seed)
+    seed_everything(config.run.seed)
     engine = trainer.build_engine(config, topology, torch.device("cpu"))
     loader = build_train_loader(
         config, load_tokenizer(config.model.name), dp_rank=topology.dp_rank, dp_size=topology.dp

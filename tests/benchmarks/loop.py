@@ -29,6 +29,7 @@ from tutorial_lib.launch import worker
 from tutorial_lib.measure.speed import time_ratio
 from tutorial_lib.models import load_tokenizer
 from tutorial_lib.mpu import Topology
+from tutorial_lib.mpu.random_states import seed_everything
 from tutorial_lib.records import RunDirectory
 from tutorial_lib.trainer import loop as trainer
 
@@ -82,7 +83,7 @@ def compare(config: Config) -> None:
     topology = Topology.create(config.parallel, rank=dist.get_rank(), world_size=dist.get_world_size())
     ours_first = config.run.name.endswith(FIRST[0])
     shortest = None if ours_first else shortest_loop(config, topology)
-    session = trainer._Session(config, topology, run, None, lambda: False)
+    session = trainer.Trainer(config, topology)
     batches = session.loader.steps()
     shortest = shortest or shortest_loop(config, topology)
 
@@ -96,7 +97,7 @@ def compare(config: Config) -> None:
         processor[name].append(time.process_time() - began)
 
     def our_step() -> float:
-        session._one_step(next(batches))
+        session.train_step(next(batches))
         return float(session.row["loss"])
 
     ratio = time_ratio(
@@ -121,7 +122,7 @@ def shortest_loop(config: Config, topology: Topology) -> Callable[[], float]:
 
     Correct all the same: every token weighs alike wherever it is, and the loss is that of all ranks.
     """
-    trainer.seed_everything(config.run.seed)
+    seed_everything(config.run.seed)
     ours = DeepSpeedEngine(config, topology, torch.device("cpu"))
     engine = ours.deepspeed
     scheduler = get_scheduler("linear", ours.optimizer, 0, config.run.steps)

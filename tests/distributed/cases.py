@@ -563,7 +563,7 @@ IN_BACKGROUND = ("killed_in_write", "limit_in_write")
 
 
 def fault(directory: Path, kind: str, name: str, **changes: Any) -> Config:
-    """A run that has a whole checkpoint at every second step. Its name ends with that of the fault."""
+    """A run that has a checkpoint at every second step. Its name ends with that of the fault."""
     strikes = name.partition("-")[2]
     given = {
         "name": name,

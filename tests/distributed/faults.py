@@ -1,19 +1,17 @@
-"""What a run survives: the table that ``test_faults.py`` proves row by row and that the README shows.
+"""Table of the faults that a run survives: ``test_faults.py`` proves it row by row, ``docs/faults.md`` shows it.
 
-``python -m tests.distributed.faults --write`` writes it into the README.
+``python -m tests.distributed.faults`` writes that page.
 """
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-README = Path(__file__).resolve().parents[2] / "README.md"
-START, END = "<!-- faults: written by `python -m tests.distributed.faults --write` -->", "<!-- end of faults -->"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "faults.md"
 
-AGAIN = "stops with an error that names the rank; the same command goes on from the newest whole checkpoint"
-BACK = "goes on from the newest whole checkpoint before it, and says which was left out and why"
+AGAIN = "stops with an error that names the rank; the same command resumes from the newest intact checkpoint"
+BACK = "resumes from the newest intact checkpoint before it, and says which was left out and why"
 REFUSED = "refused before a process starts, with the cause and what to do"
 
 
@@ -22,8 +20,8 @@ class Fault:
     """Something that happens to a run.
 
     Attributes:
-        name: of the run, or the test, that it happens to.
-        happens: what it is, for the README.
+        name: the run, or the test, that it happens to.
+        happens: what it is.
         outcome: what is promised.
     """
 
@@ -40,7 +38,7 @@ FAULTS = (
     Fault(
         "killed_in_publish",
         "SIGKILL of rank 0 with a checkpoint complete and not yet renamed (ZeRO-3)",
-        "stops with an error that names the rank; the same command renames the checkpoint and goes on from it",
+        "stops with an error that names the rank; the same command renames the checkpoint and resumes from it",
     ),
     Fault("killed_in_prune", "SIGKILL of rank 0 while it deletes an old checkpoint (`keep_last`)", AGAIN),
     Fault("killed_in_report", "SIGKILL of rank 0 with half a row of `metrics.jsonl` written", AGAIN),
@@ -58,22 +56,22 @@ FAULTS = (
     Fault(
         "signalled",
         "SIGTERM, as a scheduler sends it before the end of a slot",
-        "saves, exits with 75; the same command goes on",
+        "saves, exits with 75; the same command resumes",
     ),
-    Fault("launcher_killed", "SIGKILL of the launching process", "the ranks save and stop; the same command goes on"),
+    Fault("launcher_killed", "SIGKILL of the launching process", "the ranks save and stop; the same command resumes"),
     Fault(
         "disk_full",
         "a disk that is full in the middle of a save",
-        "stops and says so; with room again, the same command goes on",
+        "stops and says so; with room again, the same command resumes",
     ),
-    Fault("read_only", "storage that turns read-only", "stops and says so; writable again, the same command goes on"),
+    Fault("read_only", "storage that turns read-only", "stops and says so; writable again, the same command resumes"),
     Fault("truncated", "the newest checkpoint has a file that is cut short", BACK),
     Fault("flipped", "the newest checkpoint has one bit flipped in a rank's shard", BACK),
     Fault("missing", "the newest checkpoint lacks a rank's file", BACK),
     Fault("no_manifest", "the two newest checkpoints have lost their manifest", BACK),
-    Fault("none_whole", "no checkpoint is whole", "refused with every cause; it never starts from step 0 in silence"),
-    Fault("other_model", "the checkpoint is of another model of the same name", REFUSED),
-    Fault("other_tokenizer", "the checkpoint is of another tokenizer", REFUSED),
+    Fault("none_intact", "no checkpoint is intact", "refused with every cause; it never silently starts from step 0"),
+    Fault("other_model", "the checkpoint belongs to a different model of the same name", REFUSED),
+    Fault("other_tokenizer", "the checkpoint belongs to a different tokenizer", REFUSED),
     Fault("newer_format", "the checkpoint was written by a newer version", REFUSED),
     Fault(
         "two_starts",
@@ -93,32 +91,22 @@ FAULTS = (
 )
 
 
-def section() -> str:
-    """The README's section, between its markers."""
+def page() -> str:
+    """Return the text of ``docs/faults.md``."""
     rows = "\n".join(f"| {fault.happens} | {fault.outcome} |" for fault in FAULTS)
-    return (
-        f"{START}\n"
-        f"Each of these {len(FAULTS)} faults is injected for real by `tests/distributed/test_faults.py`. Wherever a "
-        "run goes on, its rows\nand final weights are those of the undisturbed run bit for bit, and no whole "
-        f"checkpoint is lost.\n\n| what happens | what the run does |\n| --- | --- |\n{rows}\n{END}"
-    )
+    return f"""\
+# What a run survives
 
+Each of these {len(FAULTS)} faults is injected for real by `tests/distributed/test_faults.py`. Wherever a run resumes,
+its rows and final weights are bit for bit those of the undisturbed run, and no intact checkpoint is lost.
 
-def written(readme: str) -> str:
-    """The README's text with the section as it should be.
+| what happens | what the run does |
+| --- | --- |
+{rows}
 
-    Raises:
-        ValueError: the README lost the markers.
-    """
-    before, after = readme.split(START)[0], readme.split(END)[1] if END in readme else None
-    if START not in readme or after is None:
-        raise ValueError(f"README.md has no lines {START!r} and {END!r}")
-    return before + section() + after
+`python -m tests.distributed.faults` writes this page.
+"""
 
 
 if __name__ == "__main__":
-    text = written(README.read_text(encoding="utf-8"))
-    if sys.argv[1:] == ["--write"]:
-        README.write_text(text, encoding="utf-8")
-    else:
-        print(section())
+    PAGE.write_text(page(), encoding="utf-8")

@@ -58,7 +58,7 @@ def failure_of(config: Config) -> dict[str, Any]:
     try:
         observe([config])
     except launch.WorkerError as error:
-        found, left_out = checkpoint.newest_whole(RunDirectory(config.directory))
+        found, left_out = checkpoint.newest_intact(RunDirectory(config.directory))
         return {"error": str(error), "newest": found and found.name, "left_out": len(left_out)}
     raise AssertionError(f"{config.run.name} ended as if nothing were wrong")
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.distributed.cases import among_runs
 from tutorial_lib import checkpoint
+from tutorial_lib.checkpoint.manifest import MANIFEST
 from tutorial_lib.config import ConfigError
 from tutorial_lib.models import load_model
 
@@ -89,7 +90,7 @@ def test_each_rank_of_fsdp_writes_its_own_files_alone(observed, ranks, name):
         assert f"rank-{rank:03d}.pt" in files
         assert ("engine/.metadata.tmp" in files) == (rank == 0)
     path = checkpoint.latest(run.directory)
-    sizes = [entry["bytes"] for name, entry in json.loads((path / checkpoint.MANIFEST).read_text())["files"].items()
+    sizes = [entry["bytes"] for name, entry in json.loads((path / MANIFEST).read_text())["files"].items()
              if name.endswith(".distcp")]  # fmt: skip
     # Parameters and two moments in fp32, each element once, besides what DCP adds to every tensor.
     states = 12 * run.directory.result()["num_parameters"]
@@ -109,7 +110,7 @@ def test_each_rank_writes_its_own_files_alone(observed, ranks, name):
         if run.config.engine.zero_stage > 0:
             assert any(f"pp_rank_{rank}_" in file for file in files)
     path = checkpoint.latest(run.directory)
-    listed = json.loads((path / checkpoint.MANIFEST).read_text())["files"]
+    listed = json.loads((path / MANIFEST).read_text())["files"]
     assert {f for f in listed if f.endswith(".pt")} == (first | second) - {"trainer.json"}
     assert not [p for p in path.parent.iterdir() if p != path], "nothing unfinished is left"
 

@@ -1,7 +1,7 @@
 """What happens to runs, injected for real, and what is left: every row of ``faults.FAULTS`` is a test here.
 
 After each fault a run either goes on, and its rows and final weights are those of the undisturbed run bit for bit, or
-it stops with an error that names the cause and the next step; and no whole checkpoint is lost.
+it stops with an error that names the cause and the next step; and no intact checkpoint is lost.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def on_small_storage(directory: Path, sound: Any) -> dict[str, dict[str, Any]]:
     return dict(json.loads((directory / "small_storage.json").read_text()))
 
 
-def all_whole(run: RunDirectory) -> list[int]:
+def all_intact(run: RunDirectory) -> list[int]:
     """The steps of a run's checkpoints, each of which must be whole."""
     for path in checkpoints(run):
         checkpoint.verify(path)
@@ -158,7 +158,7 @@ def same_records(run: RunDirectory, reference: RunDirectory) -> None:
 
 
 def left_by(name: str) -> tuple[list[int], int, list[int]]:
-    """The whole checkpoints that a fault leaves, the step that the run goes on from, the checkpoints at its end."""
+    """The intact checkpoints that a fault leaves, the step that the run goes on from, the checkpoints at its end."""
     return {
         "killed_in_publish": ([2], 4, [2, 4, 6, 8]),  # that of step 4 lacks but its name
         "killed_in_prune": ([4], 4, [8]),
@@ -171,12 +171,12 @@ def goes_on_after(name: str, request: pytest.FixtureRequest, directory: Path) ->
     assert seconds < SOON
     whole, resumed_from, kept = left_by(name)
     left = RunDirectory(directory / "runs" / f"broken-{name}")
-    assert all_whole(left) == whole
+    assert all_intact(left) == whole
     run = request.getfixturevalue("mended")[name]
     assert run.directory.result()["resumed_from"] == resumed_from
     assert len(run.examples) == cases.END - resumed_from, "it trained the lost steps again, and no others"
     assert_identical(run, request.getfixturevalue("sound")[cases.FATAL[name]])
-    assert all_whole(run.directory) == kept
+    assert all_intact(run.directory) == kept
     assert not list(run.directory.checkpoints.glob(".*")), "what was half written or half deleted is gone"
     return str(error)
 
@@ -327,12 +327,12 @@ def ends_like_the_undisturbed(request: pytest.FixtureRequest, seen: dict[str, An
     run, whole = RunDirectory(seen["config"].directory), request.getfixturevalue("sound")["long"].directory
     same_records(run, whole)
     same_states(run, whole)
-    all_whole(run)
+    all_intact(run)
 
 
 def same_states(run: RunDirectory, reference: RunDirectory) -> None:
     """The last checkpoints' weights and moments, bit for bit."""
-    found, expected = (checkpoint.open_whole(checkpoint.latest(each)) for each in (run, reference))
+    found, expected = (checkpoint.open_full(checkpoint.latest(each)) for each in (run, reference))
     assert found.names == expected.names
     for name in expected.names:
         assert found.parameter(name).equal(expected.parameter(name)), name
@@ -351,7 +351,7 @@ def mended_storage(request: pytest.FixtureRequest, name: str, run_name: str, rea
     assert (told["newest"], told["left_out"]) == ("step-00000002", 0)
     config = cases.fault(request.getfixturevalue("directory"), "zero1", run_name)
     assert_identical(Observed.read(config), request.getfixturevalue("sound")["zero1"])
-    assert all_whole(RunDirectory(config.directory)) == [2, 4, 6, 8]
+    assert all_intact(RunDirectory(config.directory)) == [2, 4, 6, 8]
 
 
 @proves("disk_full")
@@ -376,7 +376,7 @@ def falls_back(request: pytest.FixtureRequest, name: str, *left_out: int) -> Non
         assert re.search(DAMAGED[name][1], each["why"]), each
         assert f"Not resumed from {each['checkpoint']}: {each['why']}" in run.directory.log_file(0).read_text()
     assert_identical(run, whole)
-    assert all_whole(run.directory) == [2, 4, 6, 8], "what was damaged is replaced"
+    assert all_intact(run.directory) == [2, 4, 6, 8], "what was damaged is replaced"
 
 
 @proves("truncated")
@@ -399,8 +399,8 @@ def no_manifest(request):
     falls_back(request, "no_manifest", 8, 6)
 
 
-@proves("none_whole")
-def none_whole(request):
+@proves("none_intact")
+def none_intact(request):
     """What only the ranks' reading shows: every rank refuses, and the first error is what is printed."""
     directory, shell = request.getfixturevalue("directory"), request.getfixturevalue("shell")
     request.getfixturevalue("sound")
@@ -415,7 +415,9 @@ def none_whole(request):
     said = (shell.scratch / "stderr").read_text()
     first = said.splitlines()[0]
     assert (
-        first.startswith("error: Rank ") and "failed with CheckpointError" in first and "none of them is whole" in first
+        first.startswith("error: Rank ")
+        and "failed with CheckpointError" in first
+        and "none of them is intact" in first
     )
     assert len(set(re.findall(r"/step-(\d+)/\S+ was altered", first))) == 4
     assert (shell.scratch / "stdout").read_text() == ""
@@ -528,7 +530,7 @@ def ray_worker_killed(request):
     assert abs(time.time() - restart["time"]) < 600
     same_records(run.directory, whole.directory)
     same_states(run.directory, whole.directory)
-    assert all_whole(run.directory) == [2, 4, 6, 8]
+    assert all_intact(run.directory) == [2, 4, 6, 8]
 
 
 @proves("ray_node_dies")
@@ -554,7 +556,7 @@ def ray_node_dies(request):
     assert run.result["resumed_from"] == restart["from_step"] >= 2
     same_records(run.directory, whole.directory)
     same_states(run.directory, whole.directory)
-    all_whole(run.directory)
+    all_intact(run.directory)
 
 
 def test_a_configuration_error_that_only_a_worker_finds_is_one_all_the_same(directory):

@@ -11,10 +11,11 @@ import pytest
 
 from tests.distributed import cases, worker
 from tests.distributed.launching import ROOT
-from tutorial_lib import checkpoint, launch, trainer
+from tutorial_lib import checkpoint, launch
 from tutorial_lib.config import ConfigError
 from tutorial_lib.launch.ray import train as ray_train
 from tutorial_lib.records import RunDirectory
+from tutorial_lib.trainer.process import output_to
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def runs(cluster, directory):
     """A run that is stopped, and started again under the same name; the rows as they came; what was printed."""
     shown, rows, starts = directory / "shown", [], []
     for stop in (cases.STOP, None):
-        with shown.open("a") as file, redirect_stdout(file), redirect_stderr(file), trainer.output_to(shown):
+        with shown.open("a") as file, redirect_stdout(file), redirect_stderr(file), output_to(shown):
             starts.append(launch.run(on_ray(directory, stop_after=stop), on_rows=rows.extend))
     return starts, rows, shown.read_text()
 

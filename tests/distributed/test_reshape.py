@@ -37,20 +37,20 @@ READ = [
 
 
 @pytest.mark.parametrize(("ranks", "name"), cases.among_runs(READ))
-def test_what_is_read_whole_is_what_the_engine_had(observed, ranks, name):
+def test_full_tensors_are_what_the_engine_had(observed, ranks, name):
     """Of weights, which the engine shows as it computes with them, those in 16 bits are the masters, rounded."""
     run = observed(ranks, name)
-    whole = checkpoint.open_whole(checkpoint.latest(run.directory))
-    assert list(whole.names) == list(run.parameters)
-    assert set(whole.trained) == run.moments.keys()
+    full = checkpoint.open_full(checkpoint.latest(run.directory))
+    assert list(full.names) == list(run.parameters)
+    assert set(full.trained) == run.moments.keys()
     in_16_bits = run.config.engine.name == "deepspeed" and run.config.engine.precision == "bf16"
     for name, expected in run.parameters.items():
-        parameter = whole.parameter(name)
+        parameter = full.parameter(name)
         assert parameter.dtype == torch.float32
         assert (parameter.bfloat16().float() if in_16_bits else parameter).equal(expected), name
     for name, moments in run.moments.items():
-        assert all(whole.moment(name, kind).equal(expected) for kind, expected in moments.items()), name
-        assert whole.adam_step(name) == cases.STEPS
+        assert all(full.moment(name, kind).equal(expected) for kind, expected in moments.items()), name
+        assert full.adam_step(name) == cases.STEPS
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_what_is_read_whole_is_what_the_engine_had(observed, ranks, name):
     ),
 )
 def test_it_is_what_deepspeed_itself_converts(observed, tmp_path, ranks, name):
-    """To its universal format, which has a file for every whole tensor.
+    """To its universal format, which has a file for every full tensor.
 
     Stage 3 with AutoTP is not among these: DeepSpeed 0.19.8 takes every parameter for one that is cut among the
     data-parallel ranks, and its conversion ends in an error.
@@ -81,13 +81,13 @@ def test_it_is_what_deepspeed_itself_converts(observed, tmp_path, ranks, name):
             **options,
         )
     )
-    whole = checkpoint.open_whole(source)
-    for name in whole.trained:
+    full = checkpoint.open_full(source)
+    for name in full.trained:
         folder = tmp_path / "universal" / "zero" / name
         for kind in ("fp32", *checkpoint.MOMENTS):
             theirs = torch.load(folder / f"{kind}.pt", weights_only=False)
             theirs = theirs["param"] if isinstance(theirs, dict) else theirs  # of stage 3 it is the tensor itself
-            ours = whole.parameter(name) if kind == "fp32" else whole.moment(name, kind)
+            ours = full.parameter(name) if kind == "fp32" else full.moment(name, kind)
             assert ours.equal(theirs.view(ours.shape)), (name, kind)
 
 
@@ -115,7 +115,7 @@ def test_in_16_bits_the_masters_are_kept_and_their_copies_rounded(observed, resh
     """Stopped where it begins, the new start writes what it has read."""
     run = reshaped(f"reshaped.{name}")
     (before, *_) = cases.ancestors(directory, name)
-    old, new = (checkpoint.open_whole(checkpoint.latest(RunDirectory(c.directory))) for c in (before, run.config))
+    old, new = (checkpoint.open_full(checkpoint.latest(RunDirectory(c.directory))) for c in (before, run.config))
     assert run.examples == [] and run.ranks_agree
     computes_in_16_bits = run.config.engine.name == "deepspeed"
     for name in old.names:
@@ -165,7 +165,7 @@ def test_the_command_makes_a_run_that_goes_on(observed, launched, directory, cap
     assert run.rows() == RunDirectory(source.directory).rows()
     assert [path.name for path in run.checkpoints.iterdir()] == [f"step-{cases.STOP:08d}"]
     assert Config.from_json(run.config_file.read_text()).directory == run.path
-    old, new = (checkpoint.open_whole(checkpoint.latest(d)) for d in (RunDirectory(source.directory), run))
+    old, new = (checkpoint.open_full(checkpoint.latest(d)) for d in (RunDirectory(source.directory), run))
     assert sorted(path.name for path in (checkpoint.latest(run) / "engine").iterdir()) == ["model.pt", "optimizer.pt"]
     for name in old.names:
         assert new.parameter(name).equal(old.parameter(name))

@@ -88,7 +88,7 @@ def test_every_rank_refuses_what_one_rank_finds(resumed, directory, name, messag
     for error in errors:
         assert error["type"] == "CheckpointError"
         assert re.search(message, error["message"]), error["message"]
-        assert "none of them is whole" in error["message"]
+        assert "none of them is intact" in error["message"]
 
 
 def test_a_run_that_diverges_stops_on_every_rank_and_names_the_last_good_checkpoint(resumed, directory):

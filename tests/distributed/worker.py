@@ -40,11 +40,12 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 
 from tests.distributed.fsdp1 import FSDP1Engine
 from tests.late_writes import late_writes, without_snapshot
-from tutorial_lib import checkpoint, dataloader
-from tutorial_lib.checkpoint.hashed_file import HashedFile
+from tutorial_lib import checkpoint
+from tutorial_lib.checkpoint import writer
 from tutorial_lib.config import Config
-from tutorial_lib.dataloader import TrainLoader
-from tutorial_lib.dataloader.collate import Collate, StepSampler
+from tutorial_lib.dataloader import TrainLoader, loaders
+from tutorial_lib.dataloader.collate import Collate
+from tutorial_lib.dataloader.sampler import StepSampler
 from tutorial_lib.engine.deepspeed import config as ds_config
 from tutorial_lib.launch import worker
 from tutorial_lib.launch.ray import train as ray_train
@@ -61,7 +62,7 @@ def main(*arguments: str) -> None:
     # DeepSpeed asks for the processor's maker, which takes a second, for every optimizer that it offloads.
     ask_once = mock.patch.object(cpuinfo, "get_cpu_info", functools.cache(cpuinfo.get_cpu_info))
     # Every run of a launch reads one of few data sets.
-    read_once = mock.patch.object(dataloader, "load_rows", functools.cache(dataloader.load_rows))
+    read_once = mock.patch.object(loaders, "load_rows", functools.cache(loaders.load_rows))
     with ask_once, read_once:
         worker.main(*arguments, train=train_all_observed)
 
@@ -130,14 +131,14 @@ def _train_in_vain(config: Config) -> None:
 
 def failing_on_ray(given: dict[str, Any]) -> None:
     """What Ray's workers run, but rank 1 fails in its second step."""
-    step = trainer._Session._one_step
+    step = trainer.Trainer.train_step
 
     def failing(self: Any, micro_batches: Any) -> Any:
         if dist.get_rank() == 1 and self.step == 1:
             raise ValueError("of rank 1 alone")
         return step(self, micro_batches)
 
-    with mock.patch.object(trainer._Session, "_one_step", failing):
+    with mock.patch.object(trainer.Trainer, "train_step", failing):
         ray_train._worker(given)
 
 
@@ -435,7 +436,7 @@ def _averages_over(ranks: Callable[[int], int]) -> Iterator[None]:
 @contextmanager
 def _loss_times(factor: Callable[[int, int, int], float]) -> Iterator[None]:
     """Scale the loss that goes into backward by a function of (this rank's tokens, all tokens, ranks)."""
-    agree, build = trainer._Session._agree, trainer.build_engine
+    agree, build = trainer.Trainer._agree, trainer.build_engine
     scale = [1.0]
 
     def agreed(self: Any, micro_batches: Any) -> tuple[int, bool, bool]:
@@ -449,7 +450,7 @@ def _loss_times(factor: Callable[[int, int, int], float]) -> Iterator[None]:
         engine.backward = lambda loss: backward(loss * scale[0])
         return engine
 
-    with mock.patch.object(trainer._Session, "_agree", agreed), mock.patch.object(trainer, "build_engine", built):
+    with mock.patch.object(trainer.Trainer, "_agree", agreed), mock.patch.object(trainer, "build_engine", built):
         yield
 
 
@@ -460,7 +461,7 @@ def _own_tokens(micro_batches: Sequence[dict[str, Tensor]]) -> int:
 @contextmanager
 def _losses_of_own_tokens() -> Iterator[None]:
     """Each rank reports the mean over its own tokens."""
-    agree = trainer._Session._agree
+    agree = trainer.Trainer._agree
 
     def own(self: Any, micro_batches: Any) -> tuple[int, bool, bool]:
         return _own_tokens(micro_batches), *agree(self, micro_batches)[1:]
@@ -469,15 +470,15 @@ def _losses_of_own_tokens() -> Iterator[None]:
         return float(value)
 
     with (
-        mock.patch.object(trainer._Session, "_agree", own),
-        mock.patch.object(trainer._Session, "_sum_over_ranks", not_reduced),
+        mock.patch.object(trainer.Trainer, "_agree", own),
+        mock.patch.object(trainer.Trainer, "_sum_over_ranks", not_reduced),
     ):
         yield
 
 
 @contextmanager
 def _random_states_not_restored() -> Iterator[None]:
-    with mock.patch.object(checkpoint.saver, "_restore_random_states", lambda states, engine: None):
+    with mock.patch.object(checkpoint.loader, "restore_random_states", lambda states, device: None):
         yield
 
 
@@ -561,14 +562,15 @@ def _limit_files() -> None:
 
 
 def _kill_half_way() -> None:
-    """The process ends when half of the next block is in its file."""
-    put = HashedFile._put
+    """The process ends when half of what it writes next is in its file."""
 
-    def half(self: Any, block: memoryview, offset: int) -> None:
-        put(self, block[: len(block) // 2], offset)
+    def half(self: Any, data: Any) -> None:
+        data = memoryview(data).cast("B")
+        self._stream.write(data[: len(data) // 2])
+        self._stream.flush()
         _killed()
 
-    HashedFile._put = half  # type: ignore[method-assign]
+    writer._HashedFile.write = half  # type: ignore[assignment,method-assign]
 
 
 def _raise() -> None:
@@ -580,7 +582,7 @@ def _killed() -> None:
 
 
 STRUCK_IN_STEP = 4
-"""Two steps after the only whole checkpoint, so that one finished step is lost as well."""
+"""Two steps after the only checkpoint, so that one finished step is lost as well."""
 
 
 @contextmanager
@@ -645,7 +647,7 @@ def _killed_in_report() -> Iterator[None]:
 @contextmanager
 def _read_only() -> Iterator[None]:
     """Before its second save the directory of the checkpoints becomes read-only, once; see ``small_storage.py``."""
-    save, saves = checkpoint.save, []
+    save, saves = checkpoint.manager.save, []
 
     def saving(run: RunDirectory, *args: Any) -> Any:
         saves.append(run)
@@ -656,7 +658,7 @@ def _read_only() -> Iterator[None]:
             subprocess.run(["mount", "-o", "remount,bind,ro", run.checkpoints], check=True)
         return save(run, *args)
 
-    with mock.patch.object(checkpoint, "save", saving):
+    with mock.patch.object(checkpoint.manager, "save", saving):
         yield
 
 
@@ -705,25 +707,25 @@ def _slopes_of_the_first_heads() -> Iterator[None]:
 @contextmanager
 def _updates_not_counted() -> Iterator[None]:
     """Adam corrects its moments as in its first update, after three."""
-    with mock.patch.object(checkpoint.whole._DeepSpeed3, "adam_step", lambda self, name: 0):
+    with mock.patch.object(checkpoint.formats.deepspeed.Stage3, "adam_step", lambda self, name: 0):
         yield
 
 
 @contextmanager
 def _columns_left_by_rank() -> Iterator[None]:
-    with mock.patch.object(checkpoint.whole, "by_part", lambda tensor, tp: tensor):
+    with mock.patch.object(checkpoint.formats.dcp, "by_part", lambda tensor, tp: tensor):
         yield
 
 
 @contextmanager
 def _moments_exchanged() -> Iterator[None]:
-    moment = checkpoint.Whole.moment
+    moment = checkpoint.FullTensors.moment
     other = {"exp_avg": "exp_avg_sq", "exp_avg_sq": "exp_avg"}
 
     def exchanged(self: Any, name: str, which: str) -> Tensor:
         return moment(self, name, other[which]).abs()  # no root of a negative number
 
-    with mock.patch.object(checkpoint.Whole, "moment", exchanged):
+    with mock.patch.object(checkpoint.FullTensors, "moment", exchanged):
         yield
 
 

@@ -27,6 +27,8 @@ NOTEBOOKS = ROOT / "notebooks"
 RESULTS = ROOT / "build" / "notebooks"
 CELL_TIMEOUT = 600
 """Seconds a single cell may take."""
+KERNEL_NAME = "Python 3 (tutorial_lib)"
+"""The kernel's display name, as `.ci/setup` installs it."""
 QUIET_KERNEL = ["--IPKernelApp.log_level=ERROR"]
 """Kernels warn on the terminal that they talk over unencrypted TCP; here they do so over loopback."""
 
@@ -105,9 +107,10 @@ def execute_in_place(notebook: Path) -> Execution:
         error = f"{type(failure).__name__}: {failure}"
     seconds = time.perf_counter() - started
     if error is None:
+        # What JupyterLab writes when a reader saves the notebook: opening it then changes nothing.
         document.metadata = NotebookNode(
-            kernelspec={"display_name": "Python 3", "language": "python", "name": "python3"},
-            language_info={"name": "python", "file_extension": ".py", "mimetype": "text/x-python"},
+            kernelspec={"display_name": KERNEL_NAME, "language": "python", "name": "python3"},
+            language_info=document.metadata.language_info,
         )
         nbformat.write(document, notebook)
     return Execution(notebook.stem, notebook, seconds, len(code_cells(document)), error)

@@ -21,7 +21,7 @@ Claim = dict[str, Any]
 
 
 def describe_untrue(found: list[Claim]) -> list[str]:
-    """Describe the claims that do not hold, as they say or when their numbers are compared again."""
+    """Describe the claims that do not hold, by their own word or compared again, and those that were made twice."""
     again = Claims()
     for claim in found:
         text, expected, measured = claim["claim"], claim["expected"], claim["measured"]
@@ -34,7 +34,8 @@ def describe_untrue(found: list[Claim]) -> list[str]:
         else:
             again.check(text, claim["holds"], expected=expected, measured=measured)
     wrong = (old for old, new in zip(found, again.to_list(), strict=True) if not (old["holds"] is new["holds"] is True))
-    return [f"{claim['claim']}: does not hold with {claim['measured']!r}" for claim in wrong]
+    twice = [f"{claim['claim']}: made {claim['made']} times" for claim in found if claim.get("made", 1) > 1]
+    return [f"{claim['claim']}: does not hold with {claim['measured']!r}" for claim in wrong] + twice
 
 
 def describe_differences(committed: list[Claim], fresh: list[Claim]) -> list[str]:

@@ -62,6 +62,26 @@ def test_cells_are_short(notebook: Path) -> None:
 
 
 @COURSE
+def test_imports_stand_before_everything_that_takes_time(notebook: Path) -> None:
+    """Whoever starts in the middle, after a restart, must not train for a minute and then meet a NameError."""
+    bodies = [ast.parse(_without_magics(cell.source)).body for cell in run.code_cells(read(notebook))]
+    importing = [n for n, body in enumerate(bodies) if any(isinstance(s, (ast.Import, ast.ImportFrom)) for s in body)]
+    assert importing == list(range(1, 1 + len(importing))), "right after the cell of parameters"
+
+
+def test_the_readme_lists_every_lesson_with_the_minutes_that_reading_takes() -> None:
+    """200 words a minute, and 24 seconds for a cell of code."""
+    readme = (run.ROOT / "README.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| \[[^]]+\]\(notebooks/(\w+)\.ipynb\) \|.*\| (\d+) min \| \d+ s \|$", readme, re.MULTILINE)
+    assert listed == [(path.stem, str(_minutes(read(path)))) for path in run.committed_notebooks()]
+
+
+def _minutes(document: Any) -> int:
+    words = sum(len(cell.source.split()) for cell in document.cells if cell.cell_type == "markdown")
+    return round(words / 200 + 0.4 * len(run.code_cells(document)))
+
+
+@COURSE
 def test_committed_claims_hold(notebook: Path) -> None:
     found = claims_in(notebook)
     assert found

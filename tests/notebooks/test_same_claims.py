@@ -49,12 +49,12 @@ def test_the_same(committed: Any, fresh: Any) -> None:
         (3612, 3611),
         (10_000_000, 10_000_001),
         ([1, 2], [1, 2, 3]),
-        ([1.0, 2.0], [1.0, 2.1]),
+        ([1.5, 2.5], [1.5, 2.6]),
         ("refused", "accepted"),
         (True, False),
         (True, 1.5),
-        (None, 0.0),
-        (1.0, "nan"),
+        (None, 0.5),
+        (1.5, "nan"),
     ],
 )
 def test_not_the_same(committed: Any, fresh: Any) -> None:
@@ -127,3 +127,12 @@ def test_nbval_runs_a_notebook_once_and_its_claims_are_compared(tmp_path: Path) 
     }
     assert "the loss: measured was 4.2 when committed and is 4.3 now" in done.stdout
     assert (tmp_path / "runs").read_text() == "once"
+
+
+def test_a_lesson_that_makes_a_claim_twice_is_seen() -> None:
+    """A reader may run a cell again; a lesson that runs from top to bottom states each claim once."""
+    claims = Claims()
+    claims.equal("one", 1, 1)
+    assert describe_untrue(claims.to_list()) == []
+    claims.equal("one", 1, 1)
+    assert describe_untrue(claims.to_list()) == ["one: made 2 times"]

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tutorial_lib.mpu import Topology
-from tutorial_lib.trainer.consistency import RanksDisagree, check_batches, check_losses, gather
+from tutorial_lib.mpu.collectives import all_gather_ints
+from tutorial_lib.trainer.consistency import RanksDisagree, check_batches, check_losses
 
 GRID = Topology(dp=2, tp=2, rank=0)
 
@@ -31,4 +32,4 @@ def test_a_loss_that_is_no_number_is_another_checks_business(loss):
 
 
 def test_one_process_agrees_with_itself():
-    assert gather([3, 0, -(2**63)], torch.device("cpu")) == [[3, 0, -(2**63)]]
+    assert all_gather_ints([3, 0, -(2**63)], torch.device("cpu")) == [[3, 0, -(2**63)]]

@@ -1,4 +1,4 @@
-"""Checkpoints: saved by every rank, visible only when whole, verified before anything is unpickled.
+"""Checkpoints: saved by every rank, visible only when complete, verified before anything is unpickled.
 
 A checkpoint is the directory ``checkpoints/step-NNNNNNNN`` of a run::
 
@@ -8,58 +8,44 @@ A checkpoint is the directory ``checkpoints/step-NNNNNNNN`` of a run::
     trainer.json       step, learning-rate schedule, settings, versions
     manifest.json      every file with its size and SHA-256; written last
 
-It is written under a name that nobody reads, while training goes on if asked to (``async_save``), and renamed when the
-manifest is complete, so an interrupted save leaves the previous checkpoint the newest one. A resume reads every byte
-before it loads anything, and goes back to the newest whole checkpoint if newer ones are damaged. The engine's files are
-pickles, FSDP2's ``.metadata`` among them: unpickling runs code, so only load checkpoints that you or your job wrote.
-The manifest protects against damage, not against forgery.
+Ranks write it under a name that nobody reads, while training goes on if asked to (``async_save``). When the manifest is
+complete the directory gets its name, so an interrupted save leaves the previous checkpoint the newest one. A resume
+reads every byte before it loads anything, and goes back to the newest intact checkpoint if newer ones are damaged.
+
+The engine's files are pickles, FSDP2's ``.metadata`` among them: unpickling runs code, so only load checkpoints that
+you or your job wrote. The manifest protects against damage, not against forgery.
 """
 
-from tutorial_lib.checkpoint.compatibility import (
-    check_continues,
-    check_same_run,
-    check_storage,
-    identity,
-    shape,
-    storage_failure,
-)
+from tutorial_lib.checkpoint.compatibility import check_continues, identity, reads_data, shape
 from tutorial_lib.checkpoint.directory import (
-    MANIFEST,
-    CheckpointError,
-    LeftOut,
-    agreed,
     clear_remains,
     directory_of,
     finish_deletions,
     latest,
-    newest_whole,
+    newest_intact,
     next_start_from,
-    read_trainer_state,
-    verify,
 )
 from tutorial_lib.checkpoint.exporter import export
-from tutorial_lib.checkpoint.formats import LAYOUT, MOMENTS, Whole, open_whole
+from tutorial_lib.checkpoint.formats import MOMENTS, FullTensors, open_full
+from tutorial_lib.checkpoint.loader import load
 from tutorial_lib.checkpoint.lock import check_free, held_for_launch, held_for_training
+from tutorial_lib.checkpoint.manager import CheckpointManager, OnCheckpoint
+from tutorial_lib.checkpoint.manifest import CheckpointError, verify
 from tutorial_lib.checkpoint.reshape import checkpoint_of, reshaped_config, staged
-from tutorial_lib.checkpoint.retention import Pruner
-from tutorial_lib.checkpoint.saver import Progress, Save, load, save
-from tutorial_lib.checkpoint.writer import Writer, make_stager
+from tutorial_lib.checkpoint.saver import Progress, save
+from tutorial_lib.checkpoint.storage import check_storage, storage_failure
+from tutorial_lib.checkpoint.writer import Writer
 
 __all__ = [
-    "LAYOUT",
-    "MANIFEST",
     "MOMENTS",
     "CheckpointError",
-    "LeftOut",
+    "CheckpointManager",
+    "FullTensors",
+    "OnCheckpoint",
     "Progress",
-    "Pruner",
-    "Save",
-    "Whole",
     "Writer",
-    "agreed",
     "check_continues",
     "check_free",
-    "check_same_run",
     "check_storage",
     "checkpoint_of",
     "clear_remains",
@@ -71,11 +57,10 @@ __all__ = [
     "identity",
     "latest",
     "load",
-    "make_stager",
-    "newest_whole",
+    "newest_intact",
     "next_start_from",
-    "open_whole",
-    "read_trainer_state",
+    "open_full",
+    "reads_data",
     "reshaped_config",
     "save",
     "shape",

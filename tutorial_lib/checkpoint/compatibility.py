@@ -1,22 +1,29 @@
-"""May this run go on from that checkpoint? Answered from its settings, before any process starts."""
+"""Compatibility between a checkpoint and the run that wants to resume from it, checked before any process starts.
+
+Settings that would change an update must be the same, and so must what they name: model, tokenizer and data. These are
+compared by content (their *identity*), so a directory that was moved is still the same, and one that has kept its name
+with different content is not.
+"""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
-import shutil
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tutorial_lib.checkpoint.directory import CheckpointError, read_trainer_state
+from tutorial_lib.checkpoint.directory import step_of
+from tutorial_lib.checkpoint.manifest import read_trainer_state
 from tutorial_lib.config import FREE_ON_RESUME, Config, ConfigError
-from tutorial_lib.models import load_config, load_tokenizer
-from tutorial_lib.records import RunDirectory
+from tutorial_lib.models import load_tokenizer, load_trained_config
+from tutorial_lib.models.loading import resolve_model
+from tutorial_lib.models.stored import locate_weights
+
+DataIdentity = Callable[[], dict[str, str]]
+"""Returns the SHA-256 of the tokens of each split (``train``, and ``eval`` if the run evaluates)."""
 
 _SHAPE = {
     "torch": (),
@@ -26,68 +33,127 @@ _SHAPE = {
 
 
 def shape(flat: dict[str, Any]) -> dict[str, Any]:
-    """The settings, by their flat names, that decide which rank holds what of a run's state, and saves it how."""
+    """Return the settings, by flat name, that decide which rank holds what of a run's state and how it is saved."""
     return {name: flat[name] for name in ("engine", "device", "dp", "tp", *_SHAPE[flat["engine"]])}
 
 
-def check_same_run(saved: dict[str, Any], config: Config) -> None:
-    """Refuse to continue a run under settings that would make other updates of it.
+def check_continues(config: Config, found: Path, data: DataIdentity | None) -> None:
+    """Refuse to resume a run from a checkpoint that it must not, or cannot, continue.
 
-    The number of ranks, the engine, the ZeRO stage and all else that decides where the state lies may change.
-
-    Raises:
-        ConfigError: names every setting that differs, and both values.
-    """
-    now = json.loads(json.dumps(config.flat()))
-    free = set(FREE_ON_RESUME)
-    if config.optimizer.schedule == "constant":
-        free |= {"steps", "epochs"}
-    differing = [
-        f"{name} was {saved.get(name)!r}, now {now[name]!r}"
-        for name in now
-        if name not in free and saved.get(name) != now[name]
-    ]
-    if differing:
-        raise ConfigError(
-            f"Run {config.run.name!r} cannot go on with other settings: {'; '.join(differing)}. "
-            "Write the old values, or give the new run another name."
-        )
-
-
-def check_continues(config: Config, found: Path) -> None:
-    """Refuse to continue a run from a checkpoint that it must not, or cannot, continue.
+    Args:
+        config: what is to run.
+        found: the checkpoint.
+        data: of the run's data as they are now; it is called only if there is something to compare them with. None if
+            nobody reads data in this start, or not on this machine: then they are not compared.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
-        ConfigError: its settings, its model or its tokenizer are others, or ``resume='never'`` forbids to touch it.
+        ConfigError: its settings, model, tokenizer or data are different, or ``resume='never'`` forbids to touch it.
     """
     if config.run.resume == "never":
         raise ConfigError(
             f"Run {config.run.name!r} has the checkpoint {found}, and resume='never' forbids to continue it. "
             "Choose another name, or write resume='auto'."
         )
-    saved = read_trainer_state(found)
-    check_same_run(saved["config"], config)
-    _check_identity(saved.get("identity", {}), config)
+    check_same_run(read_trainer_state(found), config, data)
+
+
+def check_same_run(trainer: dict[str, Any], config: Config, data: DataIdentity | None) -> None:
+    """Refuse to continue a run under settings, or with a model or data, that would make its updates different.
+
+    The number of ranks, the engine, the ZeRO stage and all else that decides where the state lies may change. So may
+    the directory of a model or data set, if its content is the same.
+
+    Args:
+        trainer: what ``trainer.json`` of the checkpoint holds.
+        config: what is to run.
+        data: as in :func:`check_continues`.
+
+    Raises:
+        ConfigError: names every setting that differs, with both values, or what has changed.
+    """
+    saved, before = trainer["config"], trainer.get("identity", {})  # format 1 kept no identity
+    moved = {flag for flag in ("model", "dataset") if saved[flag] != config.flat()[flag]}
+    now = identity(config) if before else {}
+    same_data = _same_data(before.get("data"), data) if "dataset" in moved else False
+    same_model = bool(before.get("weights")) and all(before[part] == now[part] for part in now)
+    free = moved & {name for name, same in (("model", same_model), ("dataset", same_data)) if same}
+    _check_settings(saved, config, free)
+    if before:
+        _check_model(before, now, config)
+    if before.get("data") and data is not None:
+        _check_data(before["data"], data(), config)
+
+
+def reads_data(config: Config, found: Path | None) -> bool:
+    """Return whether a start reads any data: a reshape neither trains nor evaluates, and does without.
+
+    Args:
+        config: what is to run.
+        found: the checkpoint that it begins from.
+    """
+    stop, knows_length = config.run.stop_after, config.run.steps is not None
+    if found is None or config.run.evaluate or stop is None or step_of(found) < stop:
+        return True
+    return not (knows_length or "num_steps" in read_trainer_state(found)["record"])
+
+
+def _same_data(before: dict[str, str] | None, data: DataIdentity | None) -> bool:
+    """Return whether a data set of a different name has the same tokens, as far as that can be told here."""
+    if not before:
+        return False
+    now = data() if data else {}
+    return all(before[use] == now[use] for use in before.keys() & now.keys())
+
+
+def _check_settings(saved: dict[str, Any], config: Config, may_differ: set[str]) -> None:
+    now = json.loads(json.dumps(config.flat()))
+    free = FREE_ON_RESUME | may_differ
+    if config.optimizer.schedule == "constant":
+        free |= {"steps", "epochs"}
+    differing = [name for name in now if name not in free and saved.get(name) != now[name]]
+    if not differing:
+        return
+    changes = "; ".join(f"{name} was {saved.get(name)!r}, now {now[name]!r}" for name in differing)
+    why = ""
+    if {"steps", "epochs"} & set(differing):
+        why = (
+            f"The {config.optimizer.schedule} schedule depends on the number of steps: with another one, every "
+            "learning rate so far would have been different. Only a run that began with schedule='constant' may get "
+            "more steps. "
+        )
+    raise ConfigError(
+        f"Run {config.run.name!r} cannot go on with other settings: {changes}. {why}"
+        f"Write the old values, or give the new run another name. {_from_its_export(config)}"
+    )
+
+
+def _from_its_export(config: Config) -> str:
+    return (
+        f"To start a new run from its weights: `python -m tutorial_lib export {config.directory} DIR`, then write "
+        "model='DIR' and another name."
+    )
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """What a run's model and tokenizer are, whatever their name: a checkpoint fits no others.
+    """Return what a run's model and tokenizer are, whatever they are called.
 
     Returns:
         ``model``: the configuration's entries that are not defaults; ``tokenizer``: SHA-256 of all that decides which
-        ids a text becomes; ``vocabulary``: how many tokens it has.
+        ids a text becomes; ``vocabulary``: how many tokens it has; ``weights``: of a model in a directory, SHA-256 of
+        its weight files' sizes, first and last MiB (else None: a hub's model does not move).
 
     Raises:
         ConfigError: there is no such model.
     """
     options = {"trust_remote_code": config.model.trust_remote_code}
-    model = load_config(config.model.name, **options).to_diff_dict()
+    model = load_trained_config(config.model.name, random_init=config.model.random_init, **options).to_diff_dict()
     tokenizer = load_tokenizer(config.model.name, **options)
     return {
         "model": {name: value for name, value in json.loads(json.dumps(model)).items() if name not in _OF_THE_MOMENT},
         "tokenizer": hashlib.sha256(_rules(tokenizer).encode()).hexdigest(),
         "vocabulary": len(tokenizer),
+        "weights": _sample_weights(resolve_model(config.model.name)),
     }
 
 
@@ -102,85 +168,49 @@ def _rules(tokenizer: PreTrainedTokenizerBase) -> str:
     return json.dumps([type(tokenizer).__name__, rules, tokenizer.special_tokens_map], sort_keys=True, default=str)
 
 
-def _check_identity(saved: dict[str, Any], config: Config) -> None:
-    if not saved:
-        return  # format 1 did not keep it
-    now, name = identity(config), config.run.name
-    next_step = f"Put back what {config.model.name!r} was, or give the new run another name."
-    before = saved["model"]
-    differing = sorted(key for key in {*before, *now["model"]} if before.get(key) != now["model"].get(key))
+_SAMPLE = 2**20
+
+
+def _sample_weights(target: str) -> str | None:
+    """Hash samples of a model's weight files: enough to tell two trainings apart, however large the files are."""
+    if not Path(target).is_dir():
+        return None
+    found = hashlib.sha256()
+    for path in locate_weights(target, local_files_only=True):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            found.update(f"{path.name} {size} ".encode() + file.read(_SAMPLE))
+            file.seek(max(size - _SAMPLE, 0))
+            found.update(file.read())
+    return found.hexdigest()
+
+
+def _check_model(before: dict[str, Any], now: dict[str, Any], config: Config) -> None:
+    name, next_step = config.run.name, f"Put back what {config.model.name!r} was, or give the new run another name."
+    then, is_now = before["model"], now["model"]
+    differing = sorted(key for key in {*then, *is_now} if then.get(key) != is_now.get(key))
     if differing:
-        changes = (f"{key} was {before.get(key, 'the default')!r}, now {now['model'].get(key, 'the default')!r}"
-                   for key in differing)  # fmt: skip
+        changes = (
+            f"{key} was {then.get(key, 'the default')!r}, now {is_now.get(key, 'the default')!r}" for key in differing
+        )
         raise ConfigError(
             f"Run {name!r} cannot go on with another model than the one of its checkpoint: {'; '.join(changes)}. "
             + next_step
         )
-    if saved["tokenizer"] != now["tokenizer"]:
+    if before["tokenizer"] != now["tokenizer"]:
         raise ConfigError(
             f"Run {name!r} cannot go on with another tokenizer than the one of its checkpoint, which makes other ids "
-            f"of the same text (it had {saved['vocabulary']} tokens, now {now['vocabulary']}). {next_step}"
+            f"of the same text (it had {before['vocabulary']} tokens, now {now['vocabulary']}). {next_step}"
         )
 
 
-def check_storage(config: Config) -> None:
-    """Refuse storage that cannot be written to, before any process starts.
-
-    Raises:
-        ConfigError: names the directory and the reason.
-    """
-    directory = config.directory
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".write-test-{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
+def _check_data(before: dict[str, str], now: dict[str, str], config: Config) -> None:
+    splits = {"train": config.data.train_split, "eval": config.data.eval_split}
+    changed = [splits[use] for use in splits if use in before and use in now and before[use] != now[use]]
+    if changed:
+        which = " and ".join(map(repr, changed))
         raise ConfigError(
-            f"storage {config.run.storage!r} cannot be written to: {error.strerror}. "
-            "Name a directory that every rank can write to."
-        ) from error
-
-
-_FULL_OR_CLOSED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
-_TORCH_COULD_NOT_WRITE = ("inline_container", "iostream error", "PytorchStreamWriter")
-_PROBE_BYTES = 2**20
-
-
-def storage_failure(run: RunDirectory, error: BaseException) -> CheckpointError | None:
-    """What to say of an error that comes of the run's storage, if it does: PyTorch reports a full disk as a bug."""
-    if isinstance(error, OSError) and error.errno in _FULL_OR_CLOSED:
-        # A data set or a cache lies elsewhere, and its errors are its own.
-        reason = f"{error.strerror}: {error.filename}" if _is_under(error.filename, run.path) else _refusal(run.path)
-    elif isinstance(error, RuntimeError) and any(sign in str(error) for sign in _TORCH_COULD_NOT_WRITE):
-        reason = _refusal(run.path) or str(error).splitlines()[0]
-    else:
-        reason = None
-    if reason is None:
-        return None
-    return CheckpointError(
-        f"The storage of run {run.path.name!r} refuses to be written to ({reason}; "
-        f"{shutil.disk_usage(run.path).free / 2**20:.0f} MiB are free there). What was saved before is untouched. "
-        "Make room or make it writable, then give the same command again: it goes on from the newest whole checkpoint. "
-        "keep_last deletes older ones as it goes."
-    )
-
-
-def _is_under(name: Any, directory: Path) -> bool:
-    """Whether an error's ``filename``, which may be a descriptor or nothing, is one of the directory's."""
-    if not isinstance(name, str | bytes | os.PathLike):
-        return False
-    return Path(os.fsdecode(name)).resolve().is_relative_to(directory.resolve())
-
-
-def _refusal(directory: Path) -> str | None:
-    """Why a small file cannot be written there now."""
-    probe = directory / f".write-test-{os.getpid()}"
-    try:
-        probe.write_bytes(bytes(_PROBE_BYTES))
-    except OSError as error:
-        return error.strerror
-    finally:
-        with suppress(OSError):
-            probe.unlink()
-    return None
+            f"Run {config.run.name!r} cannot go on with different data: split {which} of {config.data.name!r} has "
+            "changed since the checkpoint was saved. Put the old data back, or give the new run another name. "
+            + _from_its_export(config)
+        )

@@ -1,4 +1,4 @@
-"""A checkpoint's weights as a Hugging Face directory, a parameter at a time."""
+"""Export of a checkpoint's weights to a Hugging Face directory, a parameter at a time."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tutorial_lib.checkpoint.directory import sync
-from tutorial_lib.checkpoint.formats import Whole, open_whole
+from tutorial_lib.checkpoint.formats import FullTensors, open_full
+from tutorial_lib.checkpoint.manifest import sync
 from tutorial_lib.config import ConfigError
+from tutorial_lib.models.side_files import GENERATION_CONFIG
 
 MAX_SHARD_SIZE = "50GB"
-"""Where transformers' ``save_pretrained`` begins a new file."""
+"""Size from which transformers' ``save_pretrained`` begins a new file."""
 
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
            torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
@@ -41,18 +42,19 @@ def export(path: Path, target: Path, max_shard_size: str = MAX_SHARD_SIZE) -> Pa
         CheckpointError: the checkpoint is damaged.
         ConfigError: ``target`` already holds something, or the size cannot be read.
     """
+    target = target.expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} is not empty. Name a new directory for the export.")
-    whole = open_whole(path)
-    buffers = whole.buffers()
-    outlines = {name: torch.empty(whole.shapes[name], device="meta") for name in whole.names}
+    full = open_full(path)
+    buffers = full.buffers()
+    outlines = {name: torch.empty(full.shapes[name], device="meta") for name in full.names}
     outlines |= {name: buffer.to("meta") for name, buffer in buffers.items()}
     files = _files(outlines, max_shard_size)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     partial.mkdir(parents=True)
     for file, names in files.items():
-        _write_safetensors(partial / file, {name: outlines[name] for name in names}, _read(whole, buffers, names))
+        _write_safetensors(partial / file, {name: outlines[name] for name in names}, _read(full, buffers, names))
     if len(files) > 1:
         index = {
             "metadata": {"total_size": sum(t.numel() * t.element_size() for t in outlines.values())},
@@ -68,7 +70,7 @@ def export(path: Path, target: Path, max_shard_size: str = MAX_SHARD_SIZE) -> Pa
 
 
 def _files(outlines: dict[str, Tensor], max_shard_size: str) -> dict[str, list[str]]:
-    """Which file has which tensors: as ``save_pretrained`` shares them out."""
+    """Return which file gets which tensors, as ``save_pretrained`` would distribute them."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     pattern = "model{suffix}.safetensors"
@@ -79,9 +81,9 @@ def _files(outlines: dict[str, Tensor], max_shard_size: str) -> dict[str, list[s
     return dict(split.filename_to_tensors)
 
 
-def _read(whole: Whole, buffers: dict[str, Tensor], names: list[str]) -> Iterator[Tensor]:
+def _read(full: FullTensors, buffers: dict[str, Tensor], names: list[str]) -> Iterator[Tensor]:
     for name in names:
-        yield buffers[name] if name in buffers else whole.parameter(name)
+        yield buffers[name] if name in buffers else full.parameter(name)
 
 
 def _write_safetensors(path: Path, outlines: dict[str, Tensor], tensors: Iterator[Tensor]) -> None:
@@ -107,16 +109,15 @@ def _write_safetensors(path: Path, outlines: dict[str, Tensor], tensors: Iterato
 
 
 def _describe(model: Path, target: Path) -> None:
-    """Configuration, generation settings and tokenizer."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    """Write the configuration of the exported weights, and copy the files beside the checkpoint's own configuration."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    shutil.copytree(model, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("config.json"))
     config = AutoConfig.from_pretrained(model)
-    config.use_cache = True  # off while training; whoever loads the export wants to generate
     config.dtype = "float32"
     with torch.device("meta"):
-        outline = AutoModelForCausalLM.from_config(config)
-    outline.config.architectures = [type(outline).__name__]
-    outline.config.save_pretrained(target)
-    if outline.can_generate():
-        outline.generation_config.save_pretrained(target)
-    AutoTokenizer.from_pretrained(model).save_pretrained(target)
+        meta_model = AutoModelForCausalLM.from_config(config)
+    meta_model.config.architectures = [type(meta_model).__name__]
+    meta_model.config.save_pretrained(target)
+    if meta_model.can_generate() and not (target / GENERATION_CONFIG).exists():
+        meta_model.generation_config.save_pretrained(target)

@@ -1,4 +1,4 @@
-"""One start of a run at a time: locks that the kernel holds, and drops with the process that took them.
+"""Locks of a run, so that only one start runs at a time: the kernel drops them with the process that took them.
 
 A run has two. ``.launch.lock`` is held by the process that launches it, from before its workers start until they are
 gone; ``.lock`` by rank 0 for as long as it trains, because workers outlive a launcher that is killed by the one step
@@ -18,9 +18,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from tutorial_lib.checkpoint.directory import agreed
 from tutorial_lib.config import ConfigError
 from tutorial_lib.mpu import Topology
+from tutorial_lib.mpu.collectives import broadcast_object
 from tutorial_lib.records import RunDirectory
 
 PREDECESSOR_SECONDS = 30
@@ -59,7 +59,7 @@ def check_free(run: RunDirectory, rank: int = 0) -> None:
 
 @contextmanager
 def held_for_training(run: RunDirectory, topology: Topology) -> Iterator[None]:
-    """Rank 0 holds the run's lock while the block runs. Collective: all ranks learn whether it got it.
+    """Hold the run's lock, on rank 0, while the block runs. Collective: all ranks learn whether rank 0 got it.
 
     Raises:
         ConfigError: another start of the run trains; on every rank.
@@ -71,7 +71,7 @@ def held_for_training(run: RunDirectory, topology: Topology) -> Iterator[None]:
                 held.enter_context(_held(run, ".lock", PREDECESSOR_SECONDS))
             except ConfigError as error:
                 refused = str(error)
-        if refused := agreed(refused):
+        if refused := broadcast_object(refused):
             raise ConfigError(refused)
         yield
 
@@ -79,7 +79,7 @@ def held_for_training(run: RunDirectory, topology: Topology) -> Iterator[None]:
 @contextmanager
 def _held(run: RunDirectory, name: str, seconds: float = 0) -> Iterator[None]:
     path = run.path / name
-    # Left to itself, filelock falls back on a file that a killed process would leave locked for ever.
+    # By default filelock falls back on a file, which a killed process would leave locked.
     lock = FileLock(path, timeout=seconds, fallback_to_soft=False)
     try:
         lock.acquire()

@@ -1,6 +1,6 @@
-"""What a checkpoint, or a run's row of them, holds: who wrote it, what lies in which file, and whether it is whole.
+"""Report on a checkpoint, or on a run's checkpoints: who wrote them, what lies in which file, and what is damaged.
 
-Nothing is unpickled: names, sizes and JSON tell it all, so that a checkpoint of unknown origin can be looked at.
+Nothing is unpickled: names, sizes and JSON are enough, so a checkpoint of unknown origin can be looked at.
 """
 
 from __future__ import annotations
@@ -9,37 +9,23 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tutorial_lib.checkpoint.directory import (
-    MANIFEST,
-    CheckpointError,
-    checkpoints,
-    file_damage,
-    read_manifest,
-    read_trainer_state,
-    step_of,
-)
+from tutorial_lib.checkpoint.directory import checkpoints, step_of
+from tutorial_lib.checkpoint.formats import rank_and_contents
+from tutorial_lib.checkpoint.manifest import MANIFEST, CheckpointError, file_damage, read_manifest, read_trainer_state
 from tutorial_lib.config import ConfigError
 from tutorial_lib.records import RunDirectory
-
-WEIGHTS, OPTIMIZER = "weights", "optimizer"
-OPTIMIZER_AND_MASTERS = "optimizer and fp32 weights"
-WEIGHTS_AND_OPTIMIZER = "weights and optimizer"
-SHAPES = "shapes and buffers"
-POSITION = "random states and data position"
-MODEL = "model configuration and tokenizer"
-INDEX = "index of the shards"
-RECORD, SCRIPTS = "record", "scripts that DeepSpeed adds"
 
 _SHOWN = ("model", "dataset", "engine", "dp", "tp", "zero_stage", "sharding", "offload", "precision")
 _OF_ENGINE = {"zero_stage": "deepspeed", "sharding": "fsdp"}
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """Everything about a checkpoint, or about a run's checkpoints, as JSON would hold it.
+    """Return everything about a checkpoint, or about a run's checkpoints, as JSON would hold it.
 
     Raises:
         ConfigError: the path is neither.
     """
+    path = path.expanduser()
     if (path / "checkpoints").is_dir():
         return inspect_run(RunDirectory(path))
     if not any((path / name).exists() for name in (MANIFEST, "trainer.json", "engine")):
@@ -48,7 +34,7 @@ def inspect(path: Path) -> dict[str, Any]:
 
 
 def inspect_run(run: RunDirectory) -> dict[str, Any]:
-    """A run's checkpoints, the oldest first, with the newest whole one and the one of the lowest evaluation loss."""
+    """Return a run's checkpoints, the oldest first, the newest intact one, and the one of lowest evaluation loss."""
     rows = []
     for path in checkpoints(run):
         full = inspect_checkpoint(path)
@@ -65,7 +51,7 @@ def inspect_run(run: RunDirectory) -> dict[str, Any]:
 
 
 def inspect_checkpoint(path: Path) -> dict[str, Any]:
-    """Who wrote a checkpoint, what lies in its files, and what is damaged. Reads every byte."""
+    """Return who wrote a checkpoint, what lies in its files, and what is damaged. Reads every byte."""
     damage: list[str] = []
     trainer: dict[str, Any] = {}
     listed: dict[str, dict[str, Any]] = {}
@@ -84,7 +70,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
     files = [
         {
             "file": name,
-            **_what(name, settings),
+            **_contents(name, settings),
             "bytes": there.get(name, 0),
             "state": _state(name in there, name in listed, name in damaged),
         }
@@ -113,7 +99,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _shown(settings: dict[str, Any]) -> dict[str, Any]:
-    """The shape of the command that wrote it. Of a path its last part alone: the rest may tell a user's name."""
+    """Return the settings that matter of the run that wrote it. Paths lose all but their last part, for privacy."""
     named = {name: settings[name] for name in _SHOWN if name in settings}
     return {
         name: Path(value).name if name in ("model", "dataset") and Path(value).is_absolute() else value
@@ -130,31 +116,19 @@ def _state(there: bool, listed: bool, damaged: bool) -> str:
     return "damaged" if damaged else "whole"
 
 
-def _what(name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Which rank wrote a file, and what it holds, by the names that each engine gives."""
-    tp, stage = settings.get("tp", 1), settings.get("zero_stage", 0)
+def _contents(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return which rank wrote a file, and what the file holds, going by its name."""
     if found := re.fullmatch(r"rank-(\d+)\.pt", name):
-        return {"rank": int(found[1]), "what": POSITION}
-    if found := re.search(r"__(\d+)_\d+\.distcp$", name):
-        return {"rank": int(found[1]), "what": WEIGHTS_AND_OPTIMIZER}
-    if found := re.search(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_(model|optim)_states\.pt$", name):
-        rank = int(found[1]) * tp + int(found[2])
-        return {"rank": rank, "what": OPTIMIZER_AND_MASTERS if found[3] == "optim" else SHAPES}
-    if found := re.search(r"mp_rank_(\d+)_model_states\.pt$", name):
-        return {"rank": int(found[1]), "what": WEIGHTS if stage else WEIGHTS_AND_OPTIMIZER}
-    if name == "engine/model.pt":
-        return {"rank": 0, "what": WEIGHTS}
-    if name == "engine/optimizer.pt":
-        return {"rank": 0, "what": OPTIMIZER}
-    if name == "engine/.metadata":
-        return {"rank": 0, "what": INDEX}
-    if name.endswith(".py"):
-        return {"rank": 0, "what": SCRIPTS}
-    return {"rank": 0, "what": MODEL if name.startswith("model/") else RECORD}
+        rank, what = int(found[1]), "random states and data position"
+    elif found_by_format := rank_and_contents(name, settings.get("tp", 1), settings.get("zero_stage", 0)):
+        rank, what = found_by_format
+    else:
+        rank, what = 0, "model configuration and tokenizer" if name.startswith("model/") else "record"
+    return {"rank": rank, "what": what}
 
 
 def table(report: dict[str, Any]) -> str:
-    """A report for people."""
+    """Return a report as text."""
     if "checkpoints" in report:
         return _run_table(report)
     written, settings = report["written"] or {}, report["settings"]
@@ -162,7 +136,7 @@ def table(report: dict[str, Any]) -> str:
     head = {
         "checkpoint": report["checkpoint"],
         "step": report["step"],
-        "whole": "yes, every byte is as it was written" if report["whole"] else "NO",
+        "intact": "yes, every byte is as it was written" if report["whole"] else "NO",
         "written": f"{written['time']} on {written['host']}" if written else "unknown",
         "by": versions or "unknown",
         "settings": ", ".join(f"{name}={value}" for name, value in settings.items()),
@@ -182,7 +156,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def _run_table(report: dict[str, Any]) -> str:
-    lines = [f"{'run':20} {report['run']}", "", f"{'checkpoint':20} {'bytes':>15}  {'eval loss':>9}  whole"]
+    lines = [f"{'run':20} {report['run']}", "", f"{'checkpoint':20} {'bytes':>15}  {'eval loss':>9}  intact"]
     for row in report["checkpoints"]:
         loss = "-" if row["eval_loss"] is None else f"{row['eval_loss']:.4f}"
         marks = [mark for mark in ("newest", "best") if report[mark] == row["checkpoint"]]

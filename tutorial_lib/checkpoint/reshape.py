@@ -1,4 +1,4 @@
-"""A checkpoint of one shape made into one of another, by the ranks of the new shape: they resume, save, and end."""
+"""Reshape of a checkpoint for different ranks, engine or ZeRO stage: ranks of the new shape resume, save and end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tutorial_lib.checkpoint.compatibility import check_same_run
-from tutorial_lib.checkpoint.directory import MANIFEST, directory_of, newest_whole, read_trainer_state
+from tutorial_lib.checkpoint.directory import directory_of, newest_intact
+from tutorial_lib.checkpoint.manifest import MANIFEST, read_trainer_state
 from tutorial_lib.config import ENGINES, OF_ONE_START, Config, ConfigError, settings
 from tutorial_lib.records import RunDirectory, write_atomically
 
@@ -22,17 +23,18 @@ _NOT_FOR_EVERY_ENGINE = tuple(name for name, setting in settings().items() if se
 
 
 def checkpoint_of(source: Path) -> Path:
-    """The checkpoint that a user names: by its own directory, or by that of a run, which means its newest whole one.
+    """Return the checkpoint that a user names: by its own directory, or by its run's, for the newest intact one.
 
     Newer ones that are damaged are named in a warning.
 
     Raises:
-        CheckpointError: the run has checkpoints, and none of them is whole.
+        CheckpointError: the run has checkpoints, and none of them is intact.
         ConfigError: there is none.
     """
+    source = source.expanduser()
     if (source / MANIFEST).is_file():
         return source
-    found, left_out = newest_whole(RunDirectory(source))
+    found, left_out = newest_intact(RunDirectory(source))
     for each in left_out:
         _LOG.warning("left out %s: %s", each.checkpoint, each.why)
     if found is None:
@@ -41,7 +43,7 @@ def checkpoint_of(source: Path) -> Path:
 
 
 def reshaped_config(source: Path, flat: dict[str, Any]) -> Config:
-    """The configuration of the run that continues a checkpoint in another shape.
+    """Return the configuration of the run that continues a checkpoint in a different shape.
 
     Args:
         source: the checkpoint.
@@ -53,7 +55,8 @@ def reshaped_config(source: Path, flat: dict[str, Any]) -> Config:
         CheckpointError: the checkpoint cannot be read.
         ConfigError: the settings cannot run or would make other updates, or a run of this name exists.
     """
-    saved = read_trainer_state(source)["config"]
+    trainer = read_trainer_state(source)
+    saved = trainer["config"]
     given = dict(flat)
     if other := sorted(given.keys() & OF_ONE_START):
         raise ConfigError(f"A reshape trains no step: {', '.join(other)} cannot be set. Give it to the training run.")
@@ -76,7 +79,7 @@ def reshaped_config(source: Path, flat: dict[str, Any]) -> Config:
     run = _run_of(source)
     base |= {"storage": str((run or source).parent), "evaluate": saved["evaluate"]}
     config = Config.from_json(json.dumps(base | given)).override(**given)
-    check_same_run(saved, config)
+    check_same_run(trainer, config, None)
     if config.directory.exists() and any(config.directory.iterdir()):
         raise ConfigError(f"There is a run {config.directory} already. Give the new run another name.")
     return config
@@ -84,10 +87,10 @@ def reshaped_config(source: Path, flat: dict[str, Any]) -> Config:
 
 @contextmanager
 def staged(source: Path, config: Config) -> Iterator[Config]:
-    """A directory beside the new run's in which it can resume from ``source``, and end with a checkpoint of its own.
+    """Make a directory beside the new run's, in which it resumes from ``source`` and saves a checkpoint of its own.
 
-    When the block ends, the new run gets its name: as a whole, or not at all if the block raises. What a killed process
-    leaves is hidden, ``STORAGE/.NAME.reshaping``, and replaced by the next attempt.
+    When the block ends, the new run gets its name, complete; if the block raises, there is no new run. What a failure
+    (logs) or a kill leaves is hidden, ``STORAGE/.NAME.reshaping``, and replaced by the next attempt.
 
     Args:
         source: a checkpoint; it is linked, or where that cannot be, copied, and stays as it is.
@@ -100,7 +103,7 @@ def staged(source: Path, config: Config) -> Iterator[Config]:
     hidden = config.directory.with_name(f".{config.run.name}.reshaping")
     shutil.rmtree(hidden, ignore_errors=True)
     start = config.override(storage=str(hidden), stop_after=step, evaluate=False)
-    run = RunDirectory(start.directory)
+    run, complete = RunDirectory(start.directory), False
     try:
         run.create()
         shutil.copytree(source, directory_of(run, step), copy_function=_link)
@@ -110,12 +113,14 @@ def staged(source: Path, config: Config) -> Iterator[Config]:
         yield start
         write_atomically(run.config_file, config.to_json())
         os.replace(run.path, config.directory)
+        complete = True
     finally:
-        shutil.rmtree(hidden, ignore_errors=True)
+        has_logs = not complete and run.logs.is_dir() and any(run.logs.iterdir())  # the error may name one of them
+        shutil.rmtree(run.checkpoints if has_logs else hidden, ignore_errors=True)
 
 
 def _run_of(checkpoint: Path) -> Path | None:
-    """The directory of the run that a checkpoint lies in, if it has not been copied out of it."""
+    """Return the directory of the run that a checkpoint lies in, or None if it was copied out of one."""
     directory = checkpoint.resolve().parent
     return directory.parent if directory.name == "checkpoints" else None
 

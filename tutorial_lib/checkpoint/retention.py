@@ -1,42 +1,39 @@
-"""Which checkpoints may go: older ones than the newest few, but for the best, and only while enough whole ones stay."""
+"""Retention of checkpoints: the newest few intact ones stay, and the best; older ones go."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from tutorial_lib.checkpoint.directory import (
+from tutorial_lib.checkpoint.directory import checkpoints, delete, step_of
+from tutorial_lib.checkpoint.manifest import (
     CheckpointError,
     NewerFormat,
     Unreadable,
-    agreed,
-    checkpoints,
     damage,
     damage_at_a_glance,
-    delete,
     read_trainer_state,
-    step_of,
 )
 from tutorial_lib.config import Config
 from tutorial_lib.mpu import Topology
+from tutorial_lib.mpu.collectives import broadcast_object
 from tutorial_lib.records import RunDirectory
 
-_MAY_BE_WHOLE = (NewerFormat, Unreadable)
+_MAY_BE_INTACT = (NewerFormat, Unreadable)
 
 
 class Pruner:
     """Deletes a run's older checkpoints as ``keep_last`` and ``keep_best`` say.
 
-    What is kept instead of something that is deleted was hashed as this start wrote it, or read to its last byte by
-    this object. A damaged checkpoint keeps nothing else from being kept. One that cannot be read now, or not by this
-    version, neither counts as kept nor goes.
+    A checkpoint counts as kept only if this start wrote and hashed it, or has read it to its last byte. A damaged one
+    does not count. One that cannot be read now, or not by this version, does not count either, and is not deleted.
     """
 
     def __init__(self, run: RunDirectory, config: Config, topology: Topology) -> None:
         self.run, self.settings, self.topology = run, config.run, topology
         self._damage: dict[str, CheckpointError | None] = {}
 
-    def knows_whole(self, path: Path) -> None:
-        """This checkpoint was just written or verified."""
+    def mark_intact(self, path: Path) -> None:
+        """Note that a checkpoint was just written or verified."""
         self._damage[path.name] = None
 
     def prune(self, newest: Path) -> list[str]:
@@ -47,12 +44,12 @@ class Pruner:
         """
         if self.settings.keep_last is None:
             return []
-        self.knows_whole(newest)
+        self.mark_intact(newest)
         # Rank 0 lists: on a network file system others may still see an older listing.
-        found = agreed([path for path in checkpoints(self.run) if step_of(path) <= step_of(newest)])
+        found = broadcast_object([path for path in checkpoints(self.run) if step_of(path) <= step_of(newest)])
         kept: list[Path] = []
         for path in reversed(found):
-            if len(kept) < self.settings.keep_last and self._is_whole(path):
+            if len(kept) < self.settings.keep_last and self._is_intact(path):
                 kept.append(path)
         if len(kept) < self.settings.keep_last:
             return []
@@ -63,28 +60,29 @@ class Pruner:
             doomed = [path for path in older if path != best and not self._may_be_needed(path)]
             for path in doomed:
                 delete(path)
-        doomed = agreed(doomed)
+        doomed = broadcast_object(doomed)
         return [path.name for path in doomed]
 
-    def _is_whole(self, path: Path) -> bool:
-        """Collective, and the same on every rank."""
-        if path.name not in self._damage or isinstance(self._damage[path.name], _MAY_BE_WHOLE):
+    def _is_intact(self, path: Path) -> bool:
+        """Return whether a checkpoint is intact, the same on every rank. Collective."""
+        if path.name not in self._damage or isinstance(self._damage[path.name], _MAY_BE_INTACT):
             self._damage[path.name] = damage(path, self.topology)
         return self._damage[path.name] is None
 
     def _may_be_needed(self, path: Path) -> bool:
         found = self._damage[path.name] if path.name in self._damage else damage_at_a_glance(path)
-        return isinstance(found, _MAY_BE_WHOLE)
+        return isinstance(found, _MAY_BE_INTACT)
 
     def _best(self, found: list[Path]) -> Path | None:
         by_loss = sorted(
-            (loss, path) for path, loss in agreed(eval_losses(found) if self.topology.rank == 0 else {}).items()
+            (loss, path)
+            for path, loss in broadcast_object(eval_losses(found) if self.topology.rank == 0 else {}).items()
         )
-        return next((path for _, path in by_loss if self._is_whole(path)), None)
+        return next((path for _, path in by_loss if self._is_intact(path)), None)
 
 
 def eval_losses(found: list[Path]) -> dict[Path, float]:
-    """The evaluation losses of those checkpoints that were evaluated and can be read."""
+    """Return the evaluation losses of those checkpoints that were evaluated and can be read."""
     losses = {}
     for path in found:
         try:

@@ -1,11 +1,10 @@
-"""Save a run's state and restore it: every rank writes its own share, and the whole becomes visible at once."""
+"""Saving a run: every rank writes its own share, and the complete checkpoint becomes visible at once."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
 import platform
-import random
 import socket
 import time
 from dataclasses import dataclass, field
@@ -13,45 +12,34 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch.distributed.checkpoint.staging import DefaultStager
 
-from tutorial_lib.checkpoint.compatibility import check_same_run, shape
 from tutorial_lib.checkpoint.directory import (
-    FORMAT,
-    MANIFEST,
-    CheckpointError,
-    agreed,
-    barrier,
-    digest,
     directory_of,
     finish_deletions,
-    gathered,
     partial_of,
     publish,
-    read_trainer_state,
-    sync,
-    wrong_size,
 )
-from tutorial_lib.checkpoint.formats import open_whole
+from tutorial_lib.checkpoint.manifest import FORMAT, MANIFEST, CheckpointError, digest, sync, wrong_size
 from tutorial_lib.checkpoint.writer import Writer
 from tutorial_lib.config import Config
-from tutorial_lib.models.fused_qkv import is_fused_by_part
+from tutorial_lib.models.side_files import SideFiles
 from tutorial_lib.mpu import Topology
+from tutorial_lib.mpu.collectives import all_gather_objects, barrier, broadcast_object
+from tutorial_lib.mpu.random_states import capture_random_states
 from tutorial_lib.records import RunDirectory, write_atomically
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a resumed run needs besides the engine's own state.
+    """What a resumed run needs besides the engine's own state, as saved or loaded.
 
     Attributes:
         step: optimizer steps done.
         loader: this rank's data position, as the loader gives it.
         scheduler: the learning-rate schedule's state.
         record: what the trainer wants to find again (JSON).
-        identity: what model and tokenizer are, see :func:`tutorial_lib.checkpoint.compatibility.identity`.
+        identity: of model, tokenizer and data, see :mod:`tutorial_lib.checkpoint.compatibility`.
         reshaped_from: the shape in which it was saved, if the run goes on in another one.
     """
 
@@ -69,7 +57,7 @@ def save(
     config: Config,
     topology: Topology,
     progress: Progress,
-    tokenizer: Any,
+    side_files: SideFiles | None,
     stager: DefaultStager | None = None,
 ) -> Save:
     """Begin to write a checkpoint; :meth:`Save.finish` makes it visible. Collective.
@@ -80,7 +68,7 @@ def save(
         config: settings of the run, kept for the resume to compare.
         topology: this rank's place in the grid.
         progress: step, data position, schedule.
-        tokenizer: saved beside the model's configuration, for exports.
+        side_files: saved beside the model's configuration, for exports; rank 0 has them.
         stager: with one, see :func:`make_stager`, training may go on when this returns: what is written is a snapshot.
             Without, all files are written when this returns.
     """
@@ -90,12 +78,13 @@ def save(
     if topology.rank == 0:
         finish_deletions()  # their room may be needed
         partial.mkdir(parents=True)
-    partial = agreed(partial)  # rank 0's, which is there when the others learn its name
+    partial = broadcast_object(partial)  # rank 0's, which is there when the others learn its name
     writer = Writer(partial, stager)
     engine.save(partial / "engine", writer)
-    own = {"loader": progress.loader, "random": _random_states(engine)}
+    own = {"loader": progress.loader, "random": capture_random_states(engine.device)}
     writer.save(own, partial / f"rank-{topology.rank:03d}.pt")
     if topology.rank == 0:
+        assert side_files is not None
         trainer = {
             "format": FORMAT,
             "step": progress.step,
@@ -112,13 +101,12 @@ def save(
             },
         }
         text = json.dumps(trainer, indent=2)
-        writer.submit(_describe, writer, partial, text, engine.module.config, tokenizer)
+        writer.submit(_describe, writer, partial, text, engine.module.config, side_files)
     return Save(progress.step, partial, final, topology, writer, time.perf_counter() - began)
 
 
-def _describe(writer: Writer, partial: Path, trainer: str, config: Any, tokenizer: Any) -> None:
-    config.save_pretrained(partial / "model")
-    tokenizer.save_pretrained(partial / "model")
+def _describe(writer: Writer, partial: Path, trainer: str, config: Any, side_files: SideFiles) -> None:
+    side_files.save(partial / "model", config)
     writer.count(partial / "model")
     with writer.file_system.create_stream(partial / "trainer.json", "wb") as stream:
         stream.write(trainer.encode())
@@ -141,13 +129,13 @@ class Save:
     seconds: float
 
     def is_written(self) -> bool:
-        """Whether this rank's files are complete. If they cannot be, raises this rank's own error."""
+        """Return whether this rank's files are complete. If they cannot be, raise this rank's own error."""
         return self._writer.is_done()
 
     def finish(self) -> dict[str, Any]:
         """Wait for every rank's files, then make the checkpoint visible. Collective.
 
-        No rank's thread talks to other ranks' about it: this does, on the thread that trains, between two steps.
+        Ranks talk to each other only here, on the thread that trains, between two steps.
 
         Returns:
             On every rank the ``step``, the ``stall_seconds`` of training, the ``write_seconds`` until the last file was
@@ -160,7 +148,7 @@ class Save:
         """
         began = time.perf_counter()
         write_seconds = self._writer.wait()
-        shares = gathered((self._writer.files, write_seconds), self._topology)
+        shares = all_gather_objects((self._writer.files, write_seconds))
         files = {name: entry for share, _ in shares for name, entry in share.items()}
         if self._topology.rank == 0:
             self._publish(files)
@@ -168,7 +156,7 @@ class Save:
         self.seconds += time.perf_counter() - began
         return {
             "step": self.step,
-            "stall_seconds": max(gathered(self.seconds, self._topology)),
+            "stall_seconds": max(all_gather_objects(self.seconds)),
             "write_seconds": max(seconds for _, seconds in shares),
             "bytes": sum(entry["bytes"] for entry in files.values()),
         }
@@ -197,68 +185,5 @@ class Save:
         publish(self._partial, self._final)
 
     def abandon(self) -> None:
-        """Leave it as it is: invisible. Returns when this rank no longer writes."""
+        """Leave it as it is: invisible. Return when this rank no longer writes."""
         self._writer.close()
-
-
-def load(path: Path, engine: Any, config: Config, topology: Topology) -> Progress:
-    """Restore the engine and this rank's random-number states from a checkpoint that was verified. Collective.
-
-    A run may go on in another shape than the one that it was saved in: with another number of ranks, another engine,
-    ZeRO stage, sharding or offload. Then
-
-    - weights, both moments and Adam's count of updates are those that were saved, bit for bit; of weights in 16 bits,
-      the fp32 master copies are, and the 16-bit ones are rounded from them anew;
-    - the position in the data is that of every rank: it counts steps of the global batch;
-    - random-number states are *not* restored, as they belong to ranks that are no more: the caller has to seed anew;
-    - fp16's dynamic loss scale starts at its first value again, and the updates that overflow until it has come down
-      are skipped.
-
-    Raises:
-        CheckpointError: the engine found nothing to load.
-        ConfigError: the checkpoint belongs to other settings.
-    """
-    trainer = read_trainer_state(path)
-    check_same_run(trainer["config"], config)
-    saved, wanted = shape(trainer["config"]), shape(config.flat())
-    reshaped_from = saved if saved != wanted else None
-    own = torch.load(path / f"rank-{0 if reshaped_from else topology.rank:03d}.pt", weights_only=True)
-    if reshaped_from is None or _dcp_reshards(saved, wanted, engine.module):
-        engine.load(path / "engine")
-    else:
-        engine.load_whole(open_whole(path, verified=True))
-    if reshaped_from is None:
-        _restore_random_states(own["random"], engine)
-    return Progress(
-        trainer["step"], own["loader"], trainer["scheduler"], trainer["record"], reshaped_from=reshaped_from
-    )
-
-
-def _dcp_reshards(saved: dict[str, Any], wanted: dict[str, Any], model: Any) -> bool:
-    """Whether FSDP's own files can be read in the new shape as they are: each rank then reads its share alone."""
-    fused = any(is_fused_by_part(name, model.config.model_type) for name, _ in model.named_parameters())
-    # The columns of a fused matrix are stored in the order of the tensor-parallel ranks.
-    return saved["engine"] == wanted["engine"] == "fsdp" and (saved["tp"] == wanted["tp"] or not fused)
-
-
-def _random_states(engine: Any) -> dict[str, Any]:
-    kind, keys, *rest = np.random.get_state()
-    version, words, gauss = random.getstate()
-    states: dict[str, Any] = {
-        "python": [version, list(words), gauss],
-        "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
-        "torch": torch.get_rng_state(),
-    }
-    if engine.device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(engine.device)
-    return states
-
-
-def _restore_random_states(states: dict[str, Any], engine: Any) -> None:
-    version, words, gauss = states["python"]
-    random.setstate((version, tuple(words), gauss))
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(states["torch"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], engine.device)

@@ -1,11 +1,12 @@
-"""How one rank writes its files: at once, or from a snapshot in host memory, by a thread, while training goes on.
+"""Writer of one rank's files: at once, or from a snapshot in host memory by a thread, while training goes on.
 
-Either way every byte passes through a :class:`~tutorial_lib.checkpoint.hashed_file.HashedFile`, so that a file's
-SHA-256 is known without reading it again, and every file is on the disk itself before it counts as written.
+Each rank hashes its files while writing them, so no file is read again for its SHA-256. A file counts as written when
+it is on the disk itself (``fsync``).
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -20,12 +21,11 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.utils.serialization import config as serialization
 
-from tutorial_lib.checkpoint.directory import digest, sync
-from tutorial_lib.checkpoint.hashed_file import HashedFile
+from tutorial_lib.checkpoint.manifest import digest, sync
 
 
 def make_stager() -> DefaultStager:
-    """What copies states to host memory: ``torch.distributed.checkpoint.async_save`` uses the same.
+    """Return what copies states to host memory, as ``torch.distributed.checkpoint.async_save`` does.
 
     It keeps its copy of tensors that live on, and the next snapshot goes into the same memory: one more copy of this
     rank's states, until the run ends. What shares memory in the states shares it in the copy.
@@ -55,7 +55,7 @@ class Writer:
         self._seconds = 0.0
 
     def snapshot(self, states: dict[str, Any]) -> Any:
-        """The states as they are now: a copy in host memory where training goes on and changes them in place."""
+        """Return the states as they are now: with a stager a copy in host memory, as training changes them in place."""
         return self._stager.stage(states) if self._stager else states
 
     def save(self, states: dict[str, Any], path: Path) -> None:
@@ -67,7 +67,7 @@ class Writer:
             torch.save(states, stream)
 
     def sharded(self, directory: Path) -> FileSystemWriter:
-        """What ``torch.distributed.checkpoint`` is to write with, so that its files count among :attr:`files`."""
+        """Return what ``torch.distributed.checkpoint`` writes with, so that its files count among :attr:`files`."""
         storage = FileSystemWriter(directory, sync_files=False)  # synced when closed, like all others
         storage.fs = self.file_system
         return storage
@@ -80,7 +80,7 @@ class Writer:
                 self.files[self.file_system.name(path)] = digest(path)
 
     def submit(self, job: Callable[..., Any], *given: Any) -> None:
-        """Have a job done: now, or after those that were submitted before it."""
+        """Do a job: now, or on the thread after those that were submitted before it."""
         if self._thread:
             self._jobs.append(self._thread.submit(self._run, job, *given))
         else:
@@ -93,26 +93,28 @@ class Writer:
         self._seconds = time.perf_counter() - self._began
 
     def is_done(self) -> bool:
-        """Whether all files are written. Raises the first error that a job has met."""
+        """Return whether all files are written. Raises the first error that a job has met."""
         done = [job for job in self._jobs if job.done()]
         for job in done:
             job.result()
         return len(done) == len(self._jobs)
 
     def wait(self) -> float:
-        """Return when all files are written; the seconds from the start until the last one was."""
+        """Wait until all files are written; return the seconds from the start until the last one was."""
         for job in self._jobs:
             job.result()
         self.close()
         return self._seconds
 
     def close(self) -> None:
-        """Return when the thread has ended, whatever became of its work."""
+        """Wait until the thread has ended, whatever became of its work."""
         if self._thread:
             self._thread.shutdown(wait=True, cancel_futures=True)
 
 
 class _HashingFileSystem(FileSystem):
+    """What torch's writers open files with, here of :class:`_HashedFile`."""
+
     def __init__(self, root: Path, files: dict[str, dict[str, Any]]) -> None:
         self._root, self._files = root, files
 
@@ -125,11 +127,12 @@ class _HashingFileSystem(FileSystem):
             if "w" not in mode:
                 yield stream
                 return
-            hashed = HashedFile(stream)
+            hashed = _HashedFile(stream)
             try:
-                with hashed:
-                    yield hashed
-                    hashed.finish()
+                yield hashed
+                stream.flush()
+                # Otherwise a power cut could leave a checkpoint that has its name and not its content.
+                os.fsync(stream.fileno())
             except Exception as error:
                 # Where a disk is full, torch.save says "unexpected pos".
                 failure = hashed.failure or error
@@ -143,3 +146,36 @@ class _HashingFileSystem(FileSystem):
     def rename(self, path: Any, new_path: Any) -> None:
         super().rename(path, new_path)
         self._files[self.name(new_path)] = self._files.pop(self.name(path))
+
+
+class _HashedFile:
+    """A file that is written from its beginning to its end, and hashed on the way.
+
+    Attributes:
+        digest: the SHA-256 of what was written so far.
+        failure: the first error of a write; ``torch.save`` may raise a different one in its place.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.name, self.digest = str(stream.name), hashlib.sha256()
+        self.failure: Exception | None = None
+        self._stream, self._size = stream, 0
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        try:
+            written: int = self._stream.write(data)
+        except Exception as error:
+            self.failure = self.failure or error
+            raise
+        self._size += written
+        return written
+
+    def tell(self) -> int:
+        return self._size
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Closed by whoever opened it."""

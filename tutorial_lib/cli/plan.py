@@ -224,7 +224,10 @@ def _text(
             f"{best.compute_seconds / best.seconds:.0%} of its step.",
         ]
     else:
-        hopeless = "No number of such GPUs helps: choose larger ones, or shorter sequences."
+        hopeless = (
+            "This planner knows no layout that fits, on any number of such GPUs: choose larger ones or shorter "
+            "sequences. Context parallelism or a loss in chunks, which it does not know, may help."
+        )
         lines.append(f"Nothing fits. {'What would:' if advice else hopeless}")
         lines += [f"  {sentence}" for sentence in advice]
     return "\n".join([*lines, "", *textwrap.wrap(_LEFT_OUT, 100)])

@@ -77,7 +77,7 @@ def validate(config: Config, settings: Mapping[str, Setting]) -> None:
         raise ConfigError(
             f"max_failures={run.max_failures} is kept by Ray Train, and launcher={run.launcher!r} starts nothing "
             "again: write launcher='ray', or leave max_failures out and give the same command again, which goes on "
-            "from the newest whole checkpoint."
+            "from the newest intact checkpoint."
         )
 
 

@@ -235,7 +235,7 @@ class RunConfig:
     )
     keep_last: int | None = _setting(
         None,
-        "keep the newest this many whole checkpoints and delete older ones; default: keep all",
+        "keep the newest this many intact checkpoints and delete older ones; default: keep all",
         at_least=1,
         resume="free",
     )

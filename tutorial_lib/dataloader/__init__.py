@@ -1,29 +1,23 @@
 """Rows -> token blocks and labels; sharded by data-parallel rank; resumable.
 
-``rows`` finds the data, ``tokens`` turns rows into documents of tokens, ``batches`` says which of them make up which
-step and builds the tensors. This page puts them together.
+:mod:`~tutorial_lib.dataloader.rows` finds the data, ``tokens`` turns rows into documents of tokens, ``packing`` lets
+documents share a row, ``sampler`` says which rows make up which step, ``collate`` builds the tensors, and ``loaders``
+puts them together.
 
 Which examples make up optimizer step k depends on the data settings, the seed and the global batch alone: never on the
 number of ranks, micro-batches, the launcher or a resume. So the same step of two runs can be compared.
 """
 
-from __future__ import annotations
-
-import warnings
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch.utils.data import DataLoader
-from torchdata.stateful_dataloader import StatefulDataLoader
-
-from tutorial_lib.config import Config, ConfigError
-from tutorial_lib.dataloader.collate import Batch, Collate, Examples, StepSampler
+from tutorial_lib.dataloader.collate import Batch
+from tutorial_lib.dataloader.loaders import (
+    EvalLoader,
+    TrainLoader,
+    build_eval_loader,
+    build_train_loader,
+    data_identity,
+)
 from tutorial_lib.dataloader.rows import load_rows
 from tutorial_lib.dataloader.tokens import tokenize_rows
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "Batch",
@@ -31,162 +25,7 @@ __all__ = [
     "TrainLoader",
     "build_eval_loader",
     "build_train_loader",
+    "data_identity",
     "load_rows",
     "tokenize_rows",
 ]
-
-
-def build_train_loader(
-    config: Config, tokenizer: PreTrainedTokenizerBase, *, dp_rank: int, dp_size: int, num_workers: int = 0
-) -> TrainLoader:
-    """The training split as optimizer steps, for one data-parallel rank.
-
-    Args:
-        dp_rank: rank in the data-parallel group, not in the world: ranks that share a layer read the same examples.
-        num_workers: processes that read ahead; with memory-mapped tokens 0 is fast enough.
-
-    Raises:
-        ConfigError: the data cannot be read, or does not fill one global batch.
-    """
-    _check_ranks(config, dp_rank, dp_size)
-    data, global_batch = config.data, config.run.global_batch
-    examples = _load_examples(config, tokenizer, data.train_split, data.max_examples)
-    if len(examples) < global_batch:
-        unit = "packed rows" if data.batching == "packed" else "rows"
-        raise ConfigError(
-            f"Split {data.train_split!r} of {data.name!r} has {len(examples)} {unit}, fewer than "
-            f"global_batch={global_batch}: not one step. Write a smaller global_batch, or use more data."
-        )
-    sampler = StepSampler(
-        len(examples),
-        global_batch=global_batch,
-        seed=config.run.seed,
-        dp_rank=dp_rank,
-        dp_size=dp_size,
-        lengths=examples.lengths if data.batching == "longest" else None,
-    )
-    return TrainLoader(examples, sampler, _collate(config, tokenizer), num_workers)
-
-
-def build_eval_loader(config: Config, tokenizer: PreTrainedTokenizerBase, *, dp_rank: int, dp_size: int) -> EvalLoader:
-    """The evaluation split as batches, for one data-parallel rank.
-
-    Args:
-        dp_rank: rank in the data-parallel group, not in the world.
-
-    Raises:
-        ConfigError: the data cannot be read.
-    """
-    _check_ranks(config, dp_rank, dp_size)
-    examples = _load_examples(config, tokenizer, config.data.eval_split, config.data.max_eval_examples)
-    return EvalLoader(examples, _collate(config, tokenizer), dp_rank, dp_size)
-
-
-class TrainLoader:
-    """Endless optimizer steps of one data-parallel rank, resumable after any of them.
-
-    An epoch is :attr:`steps_per_epoch` full steps; the examples that do not fill another one are left out, each epoch
-    others. The position, including that of processes that read ahead, is kept by torchdata's ``StatefulDataLoader``.
-    """
-
-    def __init__(self, examples: Examples, sampler: StepSampler, collate: Collate, num_workers: int = 0) -> None:
-        self.steps_per_epoch = sampler.steps_per_epoch
-        self._step = 0
-        self._iterator: Iterator[list[Batch]] | None = None
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13
-            self._loader = StatefulDataLoader(
-                examples,
-                batch_sampler=sampler,
-                collate_fn=collate,
-                num_workers=num_workers,
-                # Of its own, as each iterator draws from it: dropout must not depend on how often a run was resumed.
-                generator=torch.Generator(),
-            )
-
-    @property
-    def epoch(self) -> int:
-        """The epoch, from 0, of the step that was yielded last (0 before the first)."""
-        return max(self._step - 1, 0) // self.steps_per_epoch
-
-    def steps(self) -> Iterator[list[Batch]]:
-        """This rank's micro-batches of the next optimizer step, and so on without end."""
-        while True:
-            if self._iterator is None:
-                self._iterator = iter(self._loader)
-            micro_batches = next(self._iterator)
-            self._step += 1
-            yield micro_batches
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position after the step that was yielded last. It holds on every rank, and for any number of ranks."""
-        return {"step": self._step, "loader": self._loader.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let :meth:`steps` continue from a saved position.
-
-        Raises:
-            ConfigError: the position belongs to other data, another seed or another global batch.
-        """
-        self._loader.load_state_dict(state["loader"])
-        self._iterator = iter(self._loader)
-        self._step = state["step"]
-
-
-class EvalLoader:
-    """Batches of one data-parallel rank; over all ranks every example is in exactly one.
-
-    Every rank yields equally many, as ranks that share parameters (ZeRO stage 3) must compute in lockstep. A rank that
-    has fewer repeats one with all labels -100, which counts for nothing.
-    """
-
-    def __init__(self, examples: Examples, collate: Collate, dp_rank: int, dp_size: int) -> None:
-        by_length = (-examples.lengths).argsort(kind="stable").tolist()
-        size = collate.micro_batch
-        batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
-        mine = batches[dp_rank::dp_size]
-        self._num_real = len(mine)
-        self._num_dummy = -(-len(batches) // dp_size) - len(mine)
-        self._loader = DataLoader(
-            examples,
-            batch_sampler=mine + batches[:1] * self._num_dummy,
-            collate_fn=collate,
-            generator=torch.Generator(),
-        )
-
-    def __len__(self) -> int:
-        return self._num_real + self._num_dummy
-
-    def __iter__(self) -> Iterator[Batch]:
-        for number, (batch,) in enumerate(self._loader):
-            if number >= self._num_real:
-                batch["labels"].fill_(-100)
-            yield batch
-
-
-def _load_examples(
-    config: Config, tokenizer: PreTrainedTokenizerBase, split: str, max_examples: int | None
-) -> Examples:
-    data = config.data
-    rows = load_rows(data.name, split, max_examples=max_examples)
-    documents = tokenize_rows(rows, tokenizer, data.seq_length, name=f"split {split!r} of {data.name!r}")
-    return Examples(documents, pack_to=data.seq_length if data.batching == "packed" else None)
-
-
-def _collate(config: Config, tokenizer: PreTrainedTokenizerBase) -> Collate:
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return Collate(
-        seq_length=config.data.seq_length,
-        batching=config.data.batching,
-        micro_batch=config.micro_batch,
-        pad_token_id=pad,
-    )
-
-
-def _check_ranks(config: Config, dp_rank: int, dp_size: int) -> None:
-    if dp_size != config.parallel.dp:
-        raise ConfigError(
-            f"The data-parallel group has {dp_size} ranks, but dp={config.parallel.dp}. Write dp={dp_size}."
-        )
-    if not 0 <= dp_rank < dp_size:
-        raise ValueError(f"dp_rank={dp_rank} is not in the data-parallel group of size {dp_size}; is it a world rank?")

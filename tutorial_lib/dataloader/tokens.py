@@ -23,8 +23,9 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import datasets
 import pyarrow as pa
@@ -36,15 +37,37 @@ from tutorial_lib.embedded import cache_directory
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FORMAT = 1  # Raise it when the same row becomes another document: older files are then not read any more.
+_FORMAT = 2  # Raise it when the same row becomes another document: older files are then not read any more.
 _SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("num_uncounted", pa.int32())])
 _QA_COLUMNS = ("question", "context", "answers")
 _ROWS_PER_BATCH = 1000
 
 logger = logging.getLogger(__name__)
 
-Document = tuple[list[int], int]
-"""Token ids, and how many of the first are no target."""
+
+class Document(NamedTuple):
+    """Token ids, how many of the first are no target, and whether tokens are missing for want of room."""
+
+    ids: list[int]
+    num_uncounted: int
+    is_cut: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSummary:
+    """What became of a split's rows, kept beside their documents.
+
+    Attributes:
+        sha256: of all documents in order: their tokens, their borders and which tokens are no targets.
+        num_rows: rows that were read.
+        num_left_out: rows that gave no document.
+        num_cut: documents that lost tokens because they were longer than ``seq_length``.
+    """
+
+    sha256: str
+    num_rows: int
+    num_left_out: int
+    num_cut: int
 
 
 def tokenize_rows(
@@ -76,6 +99,12 @@ def tokenize_rows(
     return datasets.Dataset.from_file(str(path))
 
 
+def summary_of(documents: datasets.Dataset) -> TokenSummary:
+    """Return the summary that :func:`tokenize_rows` wrote beside these documents."""
+    (file,) = documents.cache_files
+    return TokenSummary(**json.loads(Path(file["filename"]).with_suffix(".json").read_text()))
+
+
 def _write(
     path: Path,
     rows: datasets.Dataset,
@@ -83,15 +112,21 @@ def _write(
     seq_length: int,
     name: str,
 ) -> None:
-    """Tokenise into a file beside ``path``, then rename: whoever sees ``path`` sees all of it."""
+    """Tokenise into a file beside ``path``, then rename: whoever sees ``path`` sees all of it, and its summary."""
     unfinished = path.with_suffix(".unfinished")
-    num_documents = 0
+    num_documents = num_cut = 0
+    tokens, borders = hashlib.sha256(), hashlib.sha256()
     with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
         for batch in rows.iter(_ROWS_PER_BATCH):
-            documents = [document for document in to_documents(batch) if len(document[0]) > 1]
+            documents = [document for document in to_documents(batch) if len(document.ids) > 1]
             num_documents += len(documents)
-            columns = [[ids for ids, _ in documents], [uncounted for _, uncounted in documents]]
-            writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
+            num_cut += sum(document.is_cut for document in documents)
+            columns = [[document.ids for document in documents], [document.num_uncounted for document in documents]]
+            written = pa.record_batch(columns, schema=_SCHEMA)
+            writer.write_batch(written)
+            tokens.update(written["input_ids"].flatten().to_numpy())
+            for column in (written["input_ids"].value_lengths(), written["num_uncounted"]):
+                borders.update(column.to_numpy())
     left_out = len(rows) - num_documents
     if not num_documents:
         unfinished.unlink()
@@ -101,6 +136,9 @@ def _write(
         )
     if left_out:
         logger.warning("%s: %d of %d rows left out (blank, or too long to keep the answer)", name, left_out, len(rows))
+    sha256 = hashlib.sha256(tokens.digest() + borders.digest()).hexdigest()
+    summary = TokenSummary(sha256, len(rows), left_out, num_cut)
+    path.with_suffix(".json").write_text(json.dumps(asdict(summary)) + "\n")
     os.replace(unfinished, path)
 
 
@@ -151,7 +189,8 @@ def _text_documents(
     if not texts:
         return
     for ids in _encode(tokenizer, texts)["input_ids"]:
-        yield _with_eos(ids, tokenizer)[:seq_length], 1
+        ids = _with_eos(ids, tokenizer)
+        yield Document(ids[:seq_length], 1, len(ids) > seq_length)
 
 
 def _qa_documents(
@@ -198,7 +237,7 @@ def _cut_context(
     context_start, answer_end, context_end, prompt_end = span
     num_prompt = next(i for i, (_, end) in enumerate(offsets) if end > prompt_end)
     if excess <= 0:
-        return ids, num_prompt
+        return Document(ids, num_prompt, is_cut=False)
     context = [i for i, (start, end) in enumerate(offsets) if context_start <= start < end <= context_end]
     keep = len(context) - excess
     if keep < 1:
@@ -206,4 +245,5 @@ def _cut_context(
     up_to_answer = sum(offsets[i][0] < answer_end for i in context)
     first = max(0, up_to_answer - keep)
     removed = {*context[:first], *context[first + keep :]}
-    return [token for i, token in enumerate(ids) if i not in removed], num_prompt - excess
+    kept = [token for i, token in enumerate(ids) if i not in removed]
+    return Document(kept, num_prompt - excess, is_cut=True)

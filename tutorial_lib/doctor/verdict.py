@@ -100,8 +100,8 @@ def _everywhere(machine: Report) -> Iterator[str]:
     absent = [name for name, package in machine.packages.items() if package.version is None]
     if absent:
         yield f"not installed: {', '.join(absent)}. Run make setup, or pip install -e '.[dev]' -c constraints.txt"
-    if not machine.python.startswith("3.11."):
-        yield f"Python is {machine.python}; the pinned packages are for 3.11. Make the environment with python3.11"
+    if not machine.python.startswith(("3.11.", "3.12.", "3.13.")):
+        yield f"Python is {machine.python}; the pinned packages are for 3.11 to 3.13. Run make setup PYTHON=python3.13"
     if machine.loopback_problem:
         yield f"processes cannot talk over 127.0.0.1 ({machine.loopback_problem}). Bring the loopback interface up"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tutorial_lib.checkpoint import MOMENTS, Whole, Writer
+from tutorial_lib.checkpoint import MOMENTS, FullTensors, Writer
 from tutorial_lib.config import Config
 from tutorial_lib.engine.layout import ParameterLayout
 from tutorial_lib.models import build_model
@@ -111,14 +111,14 @@ class TorchEngine:
         )
 
     @torch.no_grad()
-    def load_whole(self, whole: Whole) -> None:
+    def load_full(self, full: FullTensors) -> None:
         """Restore weights and optimizer states that an engine of any shape has saved."""
         for name, parameter in self.module.named_parameters():
-            parameter.copy_(whole.parameter(name))
+            parameter.copy_(full.parameter(name))
             if parameter.requires_grad:
                 self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(whole.adam_step(name))),
-                    **{key: torch.empty_like(parameter).copy_(whole.moment(name, key)) for key in MOMENTS},
+                    "step": torch.tensor(float(full.adam_step(name))),
+                    **{key: torch.empty_like(parameter).copy_(full.moment(name, key)) for key in MOMENTS},
                 }
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from run to run, such as a time, is marked with ``varies=True``; then the claim 
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import math
@@ -35,7 +36,8 @@ class Claim:
     """One line of the table. ``difference`` is what was compared with ``tolerance``, where that makes sense.
 
     ``relative`` is the tolerance as it was stated, if it was stated as a share of the expected value's size. ``varies``
-    marks numbers that another run or machine does not repeat.
+    marks numbers that another run or machine does not repeat. ``made`` counts how often the claim was made: a reader
+    who runs a cell twice makes its claims twice, and the last values count.
     """
 
     claim: str
@@ -47,6 +49,7 @@ class Claim:
     holds: bool
     relative: float | None = None
     varies: bool = False
+    made: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; a number that is not finite becomes text, which strict JSON has no number for."""
@@ -72,7 +75,7 @@ class Claims:
         """Claim that two values, or two sequences of them, are equal.
 
         Args:
-            text: the claim, as a sentence; no two of a lesson are the same.
+            text: the claim, as a sentence. Made again, as by a cell that runs twice, it replaces the earlier one.
             expected: a number, text, or a (nested) sequence of them.
             measured: likewise. NaN equals nothing.
             tolerance: largest absolute difference between two numbers.
@@ -134,9 +137,12 @@ class Claims:
         return [claim.to_dict() for claim in self._claims]
 
     def _add(self, text: str, *rest: Any) -> None:
-        if any(claim.claim == text for claim in self._claims):
-            raise ValueError(f"The claim {text!r} was made before: a lesson states each of its claims once.")
-        self._claims.append(Claim(text, *rest))
+        claim = Claim(text, *rest)
+        for place, earlier in enumerate(self._claims):
+            if earlier.claim == text:
+                self._claims[place] = dataclasses.replace(claim, made=earlier.made + 1)
+                return
+        self._claims.append(claim)
 
     def _table(self) -> display.Table:
         return display.table(
@@ -220,5 +226,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Integral):
         return int(value)
     if isinstance(value, Real):
-        return float(value) if math.isfinite(value) else str(float(value))
+        number = float(value)
+        # As JupyterLab writes it when a reader saves the notebook: 0.0 would become 0 there.
+        return int(number) if number.is_integer() else number if math.isfinite(number) else str(number)
     return str(value)

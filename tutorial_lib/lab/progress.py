@@ -9,6 +9,7 @@ All of them take the new rows of ``metrics.jsonl``, as whoever started the run f
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
@@ -77,12 +78,74 @@ class Progress:
 
 
 class NotebookProgress(Progress):
-    """What curve and line share: one output of a cell, replaced while workers run."""
+    """One output of a cell, replaced while workers run: what the live curve and the live line share.
 
-    _display_id: str | None = None
+    A thread looks at it twice a second, so that a reader who waits sees seconds go by, and the last rows are shown even
+    if no more follow.
+    """
+
+    _BEAT_SECONDS = 0.5
+
+    def __init__(self, total_steps: int | None, *, title: str = "training", labels: Sequence[str] = ()) -> None:
+        super().__init__(total_steps, title=title, labels=labels)
+        self._display_id: str | None = None
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._heartbeat: threading.Thread | None = None
+        self._last_news = time.monotonic()
 
     def start(self) -> None:
+        self._last_news = time.monotonic()
         self._show({"text/plain": f"{self.title}: starting processes ..."})
+        self._heartbeat = threading.Thread(target=self._beat, name="progress", daemon=True)
+        self._heartbeat.start()
+
+    def on_rows(self, rows: Sequence[Row]) -> None:
+        with self._lock:
+            if rows:
+                self._last_news = time.monotonic()
+            super().on_rows(rows)
+
+    def close(self) -> None:
+        if self._ended.is_set():
+            return
+        self._ended.set()
+        if self._heartbeat:
+            self._heartbeat.join()
+        if self.runs:
+            self._show_end()
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+        if not self.runs:
+            failed = error[0].__name__ if isinstance(error[0], type) else None
+            why = f"no step, {failed}" if failed else "no step was left to train"
+            self._show({"text/plain": f"{self.title}: {why}"})
+
+    def _beat(self) -> None:
+        while not self._ended.wait(self._BEAT_SECONDS):
+            with self._lock:
+                if self.runs:
+                    self._refresh()
+                else:
+                    self._show({"text/plain": f"{self.title}: starting processes ... {self._waited():.0f} s"})
+
+    def _refresh(self) -> None:
+        """Show again what has changed without a new row. The heartbeat calls it."""
+        raise NotImplementedError
+
+    def _show_end(self) -> None:
+        raise NotImplementedError
+
+    def _waited(self) -> float:
+        """Return the seconds since the last row, or since the start."""
+        return time.monotonic() - self._last_news
+
+    def _starts_next(self) -> str | None:
+        """Return the label of the run that is starting, if the run before it has ended."""
+        if self.runs and self._last()["step"] == self.total_steps and len(self.runs) < len(self.labels):
+            return self.labels[len(self.runs)]
+        return None
 
     def _show(self, data: Mapping[str, Any], metadata: Mapping[str, Any] | None = None) -> None:
         from IPython.display import display as show
@@ -98,15 +161,23 @@ class NotebookProgress(Progress):
 class LiveLine(NotebookProgress):
     """A line in a notebook's output that says which run is on; at the end it counts them."""
 
-    def close(self) -> None:
-        if self.runs:
-            steps = sum(len(rows) for rows in self.runs)
-            runs = "1 run" if len(self.runs) == 1 else f"{len(self.runs)} runs"
-            self._show({"text/plain": f"{self.title}: {runs}, {steps} steps"})
+    def _show_end(self) -> None:
+        steps = sum(len(rows) for rows in self.runs)
+        runs = "1 run" if len(self.runs) == 1 else f"{len(self.runs)} runs"
+        self._show({"text/plain": f"{self.title}: {runs}, {steps} steps"})
 
     def _update(self) -> None:
         of_all = f"run {len(self.runs)} of {len(self.labels)}, " if self.labels else ""
         self._show({"text/plain": of_all + self._state()})
+
+    def _refresh(self) -> None:
+        if self._waited() < 2:
+            return
+        if label := self._starts_next():
+            start = f"run {len(self.runs) + 1} of {len(self.labels)}, {label}: starting"
+            self._show({"text/plain": f"{start} ... {self._waited():.0f} s"})
+        else:
+            self._show({"text/plain": f"{self._state()} ({self._waited():.0f} s ago)"})
 
 
 class LiveCurve(NotebookProgress):
@@ -116,7 +187,7 @@ class LiveCurve(NotebookProgress):
         total_steps: as for :class:`Progress`, like ``title`` and ``labels``.
         title: what is running. The last figure's title states where the loss began and ended.
         labels: names of the runs.
-        interval: seconds between two drawings, at least: the processors are needed elsewhere.
+        interval: smallest number of seconds between two drawings: the processors are needed elsewhere.
     """
 
     def __init__(
@@ -130,12 +201,9 @@ class LiveCurve(NotebookProgress):
         super().__init__(total_steps, title=title, labels=labels)
         self.interval = interval
         self._drawn = 0.0
-        self._closed = False
+        self._drawn_rows = 0
 
-    def close(self) -> None:
-        if self._closed or not self.runs:
-            return
-        self._closed = True
+    def _show_end(self) -> None:
         first, last = self.runs[-1][0]["loss"], self._last()["loss"]
         runs = "" if len(self.runs) == 1 else f"{len(self.runs)} runs, the last: "
         self._draw(f"{self.title}: {runs}loss {first:.3f} to {last:.3f} at step {self._last()['step']}")
@@ -143,7 +211,10 @@ class LiveCurve(NotebookProgress):
     def _update(self) -> None:
         if time.monotonic() - self._drawn >= self.interval:
             self._draw(self._state())
-            self._drawn = time.monotonic()
+
+    def _refresh(self) -> None:
+        if sum(map(len, self.runs)) > self._drawn_rows:
+            self._update()
 
     def _draw(self, title: str) -> None:
         curves = {self._label(index): rows for index, rows in enumerate(self.runs)}
@@ -152,7 +223,8 @@ class LiveCurve(NotebookProgress):
             f"{rows[-1]['step']}."
             for label, rows in curves.items()
         )
-        self._show(*figures.loss_curves(curves, title=title, alt=alt).bundle())
+        self._show(*figures.loss_curves(curves, title=title, alt=alt, total_steps=self.total_steps).bundle())
+        self._drawn, self._drawn_rows = time.monotonic(), sum(map(len, self.runs))
 
 
 class TerminalBar(Progress):

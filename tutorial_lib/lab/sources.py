@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-_FALLBACKS = {
-    "keyword": "#9a6fd0",
-    "string": "#2e9e73",
-    "comment": "#7d7d7d",
-    "number": "#d97a1e",
-    "def": "#3a86d1",
-    "builtin": "#2e86a8",
-    "operator": "#9a6fd0",
+_COLORS = {
+    "keyword": "#8f62c7",
+    "string": "#278561",
+    "comment": "#767676",
+    "number": "#b8651a",
+    "def": "#3a7fc4",
+    "builtin": "#2e7f9e",
 }
-"""JupyterLab's names for the colours of code, with one for pages that do not define them, for light and dark."""
+"""Colours that can be read on a light and on a dark page. Fixed ones: JupyterLab removes its own theme's variables from
+the committed outputs of a notebook that has not been run yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Source:
         return {"text/html": self.html(), "text/plain": str(self)}
 
     def html(self) -> str:
-        """Highlighted with inline colours, which follow JupyterLab's theme."""
+        """Return the source as HTML with inline colours. Long lines scroll instead of breaking inside words."""
         from pygments.lexers.python import PythonLexer  # type: ignore[import-untyped]
 
         parts = []
@@ -42,9 +42,10 @@ class Source:
             color = _color(token)
             escaped = html.escape(text)
             parts.append(f'<span style="color:{color}">{escaped}</span>' if color else escaped)
+        pre = "line-height:1.35;overflow-x:auto;white-space:pre;word-break:normal"
         return (
             f"<div><small><code>{html.escape(self.name)}</code></small>"
-            f'<pre style="line-height:1.35;overflow-x:auto"><code>{"".join(parts).rstrip()}</code></pre></div>'
+            f'<pre style="{pre}"><code style="white-space:pre">{"".join(parts).rstrip()}</code></pre></div>'
         )
 
     def __str__(self) -> str:
@@ -115,9 +116,9 @@ def _color(token: Any) -> str | None:
 
     kinds = (
         (Comment, "comment"), (Keyword, "keyword"), (Operator.Word, "keyword"), (String, "string"), (Number, "number"),
-        (Name.Function, "def"), (Name.Class, "def"), (Name.Builtin, "builtin"), (Name.Decorator, "operator"),
+        (Name.Function, "def"), (Name.Class, "def"), (Name.Builtin, "builtin"), (Name.Decorator, "keyword"),
     )  # fmt: skip
     for kind, name in kinds:
         if token in kind:
-            return f"var(--jp-mirror-editor-{name}-color, {_FALLBACKS[name]})"
+            return _COLORS[name]
     return None

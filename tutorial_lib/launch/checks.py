@@ -20,30 +20,51 @@ def preflight(config: Config) -> Config:
         ConfigError: names what cannot run here and what to write instead.
         CheckpointError: there are checkpoints, and none of them can be continued.
     """
-    from tutorial_lib.checkpoint import check_continues, check_free, check_storage, latest
-    from tutorial_lib.dataloader import load_rows
+    from tutorial_lib.checkpoint import check_continues, check_free, check_storage, latest, reads_data
+    from tutorial_lib.dataloader import data_identity, load_rows
     from tutorial_lib.engine.deepspeed.config import apply_file
     from tutorial_lib.engine.deepspeed.config import check_tensor_parallel as check_autotp
-    from tutorial_lib.models import check_sequence_length, check_tensor_parallel, load_config
+    from tutorial_lib.engine.trial import trial_forward
+    from tutorial_lib.models import (
+        check_sequence_length,
+        check_tensor_parallel,
+        check_vocabulary,
+        load_config,
+        load_tokenizer,
+        load_trained_config,
+    )
+    from tutorial_lib.models.meta import check_stored_weights
 
     check_environment(config)
-    config = apply_file(config).with_absolute_paths()
+    config = apply_file(config.with_absolute_paths())
     if config.run.launcher != "ray" and config.run.device == "cuda":
         _check_gpus(config)
     if config.run.launcher == "local" or (config.run.launcher == "ray" and not ray_address()):
         _check_memory(config)
-    model = load_config(config.model.name, trust_remote_code=config.model.trust_remote_code)
+    m = config.model
+    model = load_config(m.name, trust_remote_code=m.trust_remote_code)
     check_sequence_length(config.data.seq_length, model)
+    check_vocabulary(load_tokenizer(m.name, trust_remote_code=m.trust_remote_code), model)
+    trial_forward(config, model)
+    check_stored_weights(config)
+    if config.parallel.tp > 1:  # an output layer with a weight of its own is split as well
+        model = load_trained_config(m.name, random_init=m.random_init, trust_remote_code=m.trust_remote_code)
     check_tensor_parallel(config.parallel.tp, model)
     if config.engine.name == "deepspeed":
         check_autotp(config, model)
-    load_rows(config.data.name, config.data.train_split, max_examples=1)
-    if config.run.evaluate:
-        load_rows(config.data.name, config.data.eval_split, max_examples=1)
     check_storage(config)
     check_free(RunDirectory(config.directory), joined_rank(config) or 0)
-    if found := latest(RunDirectory(config.directory)):
-        check_continues(config, found)
+    found = latest(RunDirectory(config.directory))
+    has_data = reads_data(config, found)
+    if has_data:
+        load_rows(config.data.name, config.data.train_split, max_examples=1)
+        if config.run.evaluate:
+            load_rows(config.data.name, config.data.eval_split, max_examples=1)
+    if found:
+        tokenizer = load_tokenizer(m.name, trust_remote_code=m.trust_remote_code)
+        # Under Ray the workers may have the tokens, and this machine not: they compare.
+        compares = has_data and config.run.launcher != "ray"
+        check_continues(config, found, (lambda: data_identity(config, tokenizer)) if compares else None)
     return config
 
 

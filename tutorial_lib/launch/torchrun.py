@@ -69,7 +69,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 @contextmanager
 def process_group(config: Config, init_method: str) -> Iterator[None]:
     """The default process group for as long as the block runs: gloo on CPUs; on GPUs NCCL, with gloo for objects."""
-    from tutorial_lib.trainer import local_device
+    from tutorial_lib.trainer.process import local_device
 
     device = local_device(config)
     dist.init_process_group(

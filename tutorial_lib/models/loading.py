@@ -1,17 +1,6 @@
 """Model and tokenizer from a hub name, a directory, or the embedded default: one code path for all three.
 
-Every model takes the same batch, padded or packed, so that nothing after this module asks for a model's family:
-
-| key | padded | packed |
-| --- | --- | --- |
-| ``input_ids`` | [B, S] int64 | [B, S] int64 |
-| ``attention_mask`` | [B, S] int64, 0 on padding | [B, 1, S, S] bool: may query i (row) look at key j (column)? |
-| ``position_ids`` | left out | [B, S] int64, from 0 again at every document |
-
-B is the batch size, S the sequence length. A packed mask is causal and blocked at document borders. Models with
-PyTorch's fused attention ("sdpa": GPT-2, Qwen2 and most others) take it as it is. BLOOM does not: its attention *adds*
-the mask to the scores, and its ALiBi bias wants the distance between tokens, which it derives from a padding mask and
-not from ``position_ids``. :func:`load_model` teaches such models both (see ``_accept_document_masks``).
+Every model takes the same batches, padded or packed: see :mod:`tutorial_lib.models.masks`.
 """
 
 from __future__ import annotations
@@ -19,8 +8,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import functools
-import math
-import types
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +18,6 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -44,6 +31,9 @@ from transformers.utils import logging
 
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.embedded import CONFIG_ONLY_NAMES, MODEL_NAMES, model_directory
+from tutorial_lib.models.masks import accept_document_masks
+from tutorial_lib.models.stored import check_complete, check_files
+from tutorial_lib.models.tying import record_tying, resolve_tying
 
 
 def load_model(
@@ -74,15 +64,32 @@ def load_model(
     """
     if name in CONFIG_ONLY_NAMES and not random_init:
         raise ConfigError(no_weights(name))
-    config = load_config(name, trust_remote_code=trust_remote_code)
+    config = load_trained_config(name, random_init=random_init, trust_remote_code=trust_remote_code)
     if random_init:
         model = _random_model(config, dtype, seed, trust_remote_code)
     else:
+        if is_local(name):
+            check_files(resolve_model(name))
         model = fetch(
-            AutoModelForCausalLM.from_pretrained, "model", name, config=config, dtype=dtype,
+            _load_pretrained, "model", name, called=name, config=config, dtype=dtype,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
     return prepare(model, freeze)
+
+
+def _load_pretrained(target: str, *, called: str, **options: Any) -> PreTrainedModel:
+    """Load a model, and refuse files that lack some of its parameters: transformers draws those, and only logs it."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        target, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    model, info = loaded
+    own = dict(model.named_parameters(remove_duplicate=False))
+    check_complete(
+        called,
+        missing=info["missing_keys"] & own.keys(),
+        wrong_shapes={key: (stored, expected) for key, stored, expected in info["mismatched_keys"]},
+    )
+    return model
 
 
 def no_weights(name: str) -> str:
@@ -96,7 +103,8 @@ def no_weights(name: str) -> str:
 def prepare(model: PreTrainedModel, freeze: Sequence[str]) -> PreTrainedModel:
     """Have a model take the batches described above and keep no cache, and freeze parameters by name patterns."""
     model.config.use_cache = False
-    _accept_document_masks(model)
+    record_tying(model)
+    accept_document_masks(model)
     freeze_parameters(model, freeze)
     return model
 
@@ -147,6 +155,21 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConf
     return fetch(AutoConfig.from_pretrained, "model", name, trust_remote_code=trust_remote_code)
 
 
+def load_trained_config(name: str, *, random_init: bool = False, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Return the configuration of a model as it is trained: tied only if its weights are (see :mod:`.tying`).
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    return config if random_init else fetch(resolve_tying, "model", name, model_config=config)
+
+
+def is_local(name: str) -> bool:
+    """Return whether a model's name stands for a directory here, not for a model of the hub."""
+    return name.startswith("embedded/") or Path(name).is_dir()
+
+
 def resolve_model(name: str) -> str:
     """What ``from_pretrained`` is given: the directory of an embedded model, anything else as it is.
 
@@ -177,6 +200,9 @@ def hub_reachable() -> bool:
 def fetch(load: Callable[..., Any], what: str, name: str, **options: Any) -> Any:
     """``load`` a model or tokenizer by name, with one error message for all that can be wrong with a name.
 
+    Errors that say nothing of a name or its files pass: those of DeepSpeed's settings, which are checked while a
+    stage-3 model loads, of a library that is not installed, of memory.
+
     Args:
         load: is given what the name stands for, ``local_files_only`` and the options.
         what: ``model`` or ``tokenizer``, for the message.
@@ -184,7 +210,7 @@ def fetch(load: Callable[..., Any], what: str, name: str, **options: Any) -> Any
     Raises:
         ConfigError: there is no such thing.
     """
-    local = name.startswith("embedded/") or Path(name).is_dir()
+    local = is_local(name)
     if not local and (Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise ConfigError(f"The {what} {name!r} is no directory here, and no hub name. {_ADVICE}")
     target = resolve_model(name)
@@ -193,6 +219,8 @@ def fetch(load: Callable[..., Any], what: str, name: str, **options: Any) -> Any
         with _quiet(name in MODEL_NAMES):
             return load(target, local_files_only=not reachable, **options)
     except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError) or not _concerns_files(error, target):
+            raise
         reason = str(error).strip().partition("\n")[0]
         if not options.get("trust_remote_code") and "trust_remote_code" in str(error):
             raise ConfigError(
@@ -210,6 +238,15 @@ def fetch(load: Callable[..., Any], what: str, name: str, **options: Any) -> Any
         raise ConfigError(
             f"The {what} {name!r} is neither a directory nor embedded, and {hub}.{hint} {_ADVICE}"
         ) from error
+
+
+def _concerns_files(error: Exception, target: str) -> bool:
+    """Return whether an error speaks of what a name stands for: missing, unreadable or of an unknown kind."""
+    if isinstance(error, OSError):
+        # transformers' own say what is missing, and have no number; the system's name a file.
+        return error.errno is None or str(error.filename).startswith(target)
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    return not any(f"/{library}/" in raised_in for library in ("deepspeed", "pydantic", "torch"))
 
 
 @contextmanager
@@ -258,70 +295,7 @@ class _DrawOnHost(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-# --------------------------------------------------------------------------------------------- document masks
-
-
-def _accept_document_masks(model: PreTrainedModel) -> None:
-    """Let a model whose attention adds its mask take a boolean [B, 1, S, S] mask, ALiBi included.
-
-    A row of a packed mask says how many keys a token sees, itself included: one less is its position within its
-    document. ALiBi built from these positions is the one that the document has when it is alone. (Positions counted
-    over the whole row would give the same attention, as softmax ignores a constant per document, but with rounding
-    errors that grow with the row.)
-    """
-    if model.config._attn_implementation == "sdpa":
-        return
-    inner: Any = model.base_model
-    inner.register_forward_pre_hook(_boolean_mask_to_bias, with_kwargs=True)
-    if hasattr(inner, "build_alibi_tensor"):
-        inner.build_alibi_tensor = types.MethodType(_build_alibi, inner)
-
-
-def slice_alibi(model: PreTrainedModel, tp: int, tp_rank: int) -> None:
-    """Have a model with ALiBi give the biases of one tensor-parallel rank's heads. Does nothing to other models.
-
-    A head's slope depends on its number among all heads. A model that is told of its own share of heads alone would
-    give the first rank's slopes, or none of a larger model's, to every rank, and nothing would say so.
-
-    Args:
-        model: as :func:`load_model` gives it; its attention layers may have been split already.
-        tp: tensor-parallel size.
-        tp_rank: whose heads: the ``tp_rank``-th share of them.
-    """
-    inner: Any = model.base_model
-    if hasattr(inner, "build_alibi_tensor"):
-        heads = int(model.config.num_attention_heads)
-        inner.num_heads = heads
-        build = functools.partial(_build_alibi, inner)
-
-        def build_share(attention_mask: torch.Tensor, num_heads: int, dtype: torch.dtype) -> torch.Tensor:
-            whole = build(attention_mask, num_heads, dtype).unflatten(0, (-1, heads))
-            return whole.tensor_split(tp, dim=1)[tp_rank].flatten(0, 1)
-
-        inner.build_alibi_tensor = build_share
-
-
-def _boolean_mask_to_bias(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    mask = kwargs.get("attention_mask")
-    if mask is not None and mask.dim() == 4 and mask.dtype == torch.bool:
-        bias = torch.zeros(mask.shape, dtype=module.dtype, device=mask.device)
-        kwargs["attention_mask"] = bias.masked_fill_(~mask, torch.finfo(module.dtype).min)
-    return args, kwargs
-
-
-def _build_alibi(self: Any, attention_mask: torch.Tensor, num_heads: int, dtype: torch.dtype) -> torch.Tensor:
-    """BLOOM's builder for a padding mask [B, S]; for a document mask [B, 1, S, S], the same from its positions."""
-    build = functools.partial(type(self).build_alibi_tensor, self, num_heads=num_heads, dtype=dtype)
-    if attention_mask.dim() != 4:
-        return build(attention_mask)
-    batch_size, _, _, length = attention_mask.shape
-    positions_BS = (attention_mask[:, 0] == 0).sum(-1).sub(1).clamp(min=0)
-    # For an unpadded row of the same length the builder gives slope * 0, 1, 2, ...: a table to look positions up in.
-    table_HS = build(attention_mask.new_ones(1, length, dtype=torch.int64))[:, 0]
-    return table_HS[:, positions_BS].transpose(0, 1).reshape(batch_size * num_heads, 1, length)
-
-
-# ------------------------------------------------------------------------------------- freezing and dimensions
+# ---------------------------------------------------------------------------------------------------- freezing
 
 
 def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
@@ -359,69 +333,3 @@ def set_activation_checkpointing(model: PreTrainedModel) -> None:
         model.activation_checkpointing_enable({"use_reentrant": False})
     except ValueError as error:
         raise ConfigError(f"activation_checkpointing: {error} Write activation_checkpointing=False.") from error
-
-
-def max_sequence_length(model_config: PretrainedConfig) -> int | None:
-    """The longest sequence that a model has positions for, or None where positions are relative (BLOOM's ALiBi)."""
-    found = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    return int(found) if found else None
-
-
-def check_sequence_length(seq_length: int, model_config: PretrainedConfig) -> None:
-    """Refuse rows that are longer than the model has positions for.
-
-    Raises:
-        ConfigError: ``seq_length`` exceeds the model's limit.
-    """
-    limit = max_sequence_length(model_config)
-    if limit is not None and seq_length > limit:
-        raise ConfigError(
-            f"seq_length={seq_length} is longer than this {model_config.model_type} model's {limit} positions. "
-            f"Write seq_length={limit} or less."
-        )
-
-
-def check_tensor_parallel(tp: int, model_config: PretrainedConfig) -> None:
-    """Refuse a tensor-parallel size that would not give every rank the same share of every layer.
-
-    Each rank computes whole attention heads, so ``tp`` must divide the query and the key-value heads; it must divide
-    the width of the MLP; and the vocabulary where the output layer has weights of its own. Tied embeddings stay whole.
-
-    Args:
-        tp: tensor-parallel size.
-        model_config: the model's dimensions.
-
-    Raises:
-        ConfigError: names what ``tp`` does not divide, and the sizes that would do.
-    """
-    if tp == 1:
-        return
-    text: Any = model_config.get_text_config()
-    heads = int(text.num_attention_heads)
-    sizes = {
-        "attention heads": heads,
-        "key-value heads": int(getattr(text, "num_key_value_heads", None) or heads),
-        # GPT-2 and BLOOM: four times the hidden size, unless stated.
-        "columns of each MLP": int(
-            getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
-        ),
-    }
-    if not getattr(text, "tie_word_embeddings", True):
-        sizes["entries of the vocabulary"] = int(text.vocab_size)
-    problems = [f"{size} {what}" for what, size in sizes.items() if size % tp]
-    if problems:
-        common = math.gcd(*sizes.values())
-        fitting = [size for size in range(1, common + 1) if common % size == 0]
-        raise ConfigError(
-            f"tp={tp} does not divide this {text.model_type} model's {' nor its '.join(problems)}. "
-            f"Write tp as one of {fitting}, or choose another model."
-        )
-
-
-def count_parameters(model_config: PretrainedConfig) -> int:
-    """How many parameters a model of these dimensions has, tied ones counted once. Allocates no memory."""
-    with torch.device("meta"):
-        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
-        # The class itself, where transformers has one: from_config would partition under a stage-3 configuration.
-        model = model_class(model_config) if model_class else AutoModelForCausalLM.from_config(model_config)
-    return sum(parameter.numel() for parameter in model.parameters())

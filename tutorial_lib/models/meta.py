@@ -6,22 +6,33 @@ same model with its values.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.utils import cached_file
-from transformers.utils.hub import get_checkpoint_shard_files
 
-from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.config import Config, ConfigError, ModelConfig
 from tutorial_lib.embedded import CONFIG_ONLY_NAMES
-from tutorial_lib.models.loading import fetch, load_config, no_weights, prepare, set_activation_checkpointing
+from tutorial_lib.models.loading import (
+    fetch,
+    is_local,
+    load_trained_config,
+    no_weights,
+    prepare,
+    resolve_model,
+    set_activation_checkpointing,
+)
+from tutorial_lib.models.stored import (
+    StoredTensor,
+    check_complete,
+    check_files,
+    locate_weights,
+    match_parameters,
+    stored_tensors,
+)
 
 
 def model_outline(config: Config) -> PreTrainedModel:
@@ -31,12 +42,16 @@ def model_outline(config: Config) -> PreTrainedModel:
         ConfigError: as :func:`build_model`.
     """
     m = config.model
-    model = _outline(load_config(m.name, trust_remote_code=m.trust_remote_code), m.trust_remote_code)
+    model = _outline(_trained_config(m), m.trust_remote_code)
     model.tie_weights()
     prepare(model, m.freeze)
     if config.engine.activation_checkpointing:
         set_activation_checkpointing(model)
     return model
+
+
+def _trained_config(m: ModelConfig) -> PretrainedConfig:
+    return load_trained_config(m.name, random_init=m.random_init, trust_remote_code=m.trust_remote_code)
 
 
 def _outline(model_config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
@@ -53,36 +68,67 @@ def drawing_weights(config: Config) -> Iterator[PreTrainedModel]:
     Whoever initialises its modules in transformers' order gets the weights of :func:`load_model`.
     """
     m = config.model
-    model = _outline(load_config(m.name, trust_remote_code=m.trust_remote_code), m.trust_remote_code)
+    model = _outline(_trained_config(m), m.trust_remote_code)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(config.run.seed)
         yield model
 
 
-def weight_files(name: str) -> dict[str, str]:
-    """Which safetensors file holds each of a model's tensors, by the tensor's name there. Fetches them if need be.
+def check_stored_weights(config: Config) -> None:
+    """Refuse a directory whose files do not hold the pretrained model's parameters, whatever the engine.
+
+    Models of the hub are not looked at: they may not be on this machine yet.
 
     Raises:
-        ConfigError: there is no such model, or it has no safetensors files.
+        ConfigError: names the file or the parameters, and what to do.
     """
-    if name in CONFIG_ONLY_NAMES:
-        raise ConfigError(no_weights(name))
+    m = config.model
+    if not m.random_init and is_local(m.name):
+        check_files(resolve_model(m.name))
+        paths = locate_weights(resolve_model(m.name), local_files_only=True)
+        if config.engine.name == "fsdp" or (paths and paths[0].suffix == ".safetensors"):
+            _match_stored(m, must_be_read_as_stored=config.engine.name == "fsdp")
 
-    def locate(target: str, *, local_files_only: bool) -> dict[str, str]:
-        options: dict[str, Any] = {
-            "local_files_only": local_files_only, "_raise_exceptions_for_missing_entries": False
-        }  # fmt: skip
-        if single := cached_file(target, "model.safetensors", **options):
-            with safe_open(single, "pt") as file:
-                return dict.fromkeys(file.keys(), single)
-        index = cached_file(target, "model.safetensors.index.json", **options)
-        if index is None:
-            raise OSError(
-                "it has no safetensors file. Load it once with transformers and save_pretrained it, or write "
-                "random_init=True"
-            )
-        paths, _ = get_checkpoint_shard_files(target, index, local_files_only=local_files_only)
-        by_name = {Path(path).name: path for path in paths}
-        return {key: by_name[file] for key, file in json.loads(Path(index).read_text())["weight_map"].items()}
 
-    return dict(fetch(locate, "model", name))
+def locate_parameters(m: ModelConfig) -> dict[str, StoredTensor]:
+    """Find where each parameter of a pretrained model is stored. Fetches the files if need be.
+
+    Returns:
+        Stored tensors by the names of their parameters; of tied parameters one name may be missing.
+
+    Raises:
+        ConfigError: there is no such model, or its files do not hold all parameters as they are.
+    """
+    return _match_stored(m, must_be_read_as_stored=True)
+
+
+def _match_stored(m: ModelConfig, *, must_be_read_as_stored: bool) -> dict[str, StoredTensor]:
+    if m.name in CONFIG_ONLY_NAMES:
+        raise ConfigError(no_weights(m.name))
+    stored = fetch(_stored, "model", m.name)
+    model = _outline(_trained_config(m), m.trust_remote_code)
+    model.tie_weights()
+    found, converted = match_parameters(model, stored)
+    if converted and must_be_read_as_stored:
+        raise ConfigError(
+            f"engine='fsdp' reads tensors as they are stored, and {converted[0].path} holds {converted[0].name}, which "
+            "transformers converts while it loads. Write engine='deepspeed', or save the model in its own layout once: "
+            "model.save_pretrained(DIRECTORY, save_original_format=False)."
+        )
+    if not converted:  # else transformers alone knows what becomes of them, and says so when it loads
+        own = dict(model.named_parameters(remove_duplicate=False))
+        there = {id(own[name]) for name in found}
+        wrong = {n: (t.shape, tuple(own[n].shape)) for n, t in found.items() if t.shape != tuple(own[n].shape)}
+        missing = [name for name, parameter in own.items() if id(parameter) not in there]
+        check_complete(m.name, missing=missing, wrong_shapes=wrong)
+    return found
+
+
+def _stored(target: str, *, local_files_only: bool) -> list[StoredTensor]:
+    paths = locate_weights(target, local_files_only)
+    if not paths or paths[0].suffix != ".safetensors":
+        raise OSError(
+            "it has no safetensors file, of which engine='fsdp' reads slices. Load it once with transformers and "
+            "save_pretrained it, or write engine='deepspeed'"
+        )
+    return stored_tensors(paths)

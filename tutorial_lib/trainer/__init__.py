@@ -1,25 +1,6 @@
 """The training loop, its loss and its checks: the same for every engine and every launcher."""
 
-from tutorial_lib.trainer.loop import (
-    NonFiniteLoss,
-    OnCheckpoint,
-    count_tokens,
-    local_device,
-    output_to,
-    seed_everything,
-    token_loss_sum,
-    train,
-    train_all,
-)
+from tutorial_lib.trainer.loop import Trainer, train, train_all
+from tutorial_lib.trainer.loss import NonFiniteLoss, count_tokens, token_loss_sum
 
-__all__ = [
-    "NonFiniteLoss",
-    "OnCheckpoint",
-    "count_tokens",
-    "local_device",
-    "output_to",
-    "seed_everything",
-    "token_loss_sum",
-    "train",
-    "train_all",
-]
+__all__ = ["NonFiniteLoss", "Trainer", "count_tokens", "token_loss_sum", "train", "train_all"]

@@ -10,9 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-import torch.distributed as dist
-
 from tutorial_lib.mpu import Topology
 
 SAME_LOSS = 1e-4
@@ -21,19 +18,6 @@ SAME_LOSS = 1e-4
 
 class RanksDisagree(RuntimeError):
     """Ranks of one tensor-parallel group differ in what they must have in common. The message says where to look."""
-
-
-def gather(numbers: Sequence[int], device: torch.device) -> list[list[int]]:
-    """Every rank's numbers, by rank. Collective; without a process group there is one rank.
-
-    Integers, so that :mod:`tutorial_lib.measure.traffic` counts them with the bookkeeping on any number of ranks.
-    """
-    if not dist.is_initialized():
-        return [list(numbers)]
-    own = torch.tensor(numbers, dtype=torch.int64, device=device)
-    by_rank = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(by_rank, own)
-    return [numbers.tolist() for numbers in by_rank]
 
 
 def check_batches(topology: Topology, step: int, fingerprints: Sequence[int]) -> None:

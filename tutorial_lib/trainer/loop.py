@@ -13,86 +13,48 @@ What the ranks of a tensor-parallel group must have in common is compared on the
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.metadata
 import json
-import logging
 import math
 import os
-import random
 import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import get_scheduler
 
 from tutorial_lib import checkpoint
-from tutorial_lib.checkpoint import Progress, Save, make_stager
+from tutorial_lib.checkpoint import CheckpointManager, OnCheckpoint, Progress
 from tutorial_lib.config import Config, ConfigError
-from tutorial_lib.dataloader import build_eval_loader, build_train_loader
+from tutorial_lib.dataloader import build_eval_loader, build_train_loader, data_identity
 from tutorial_lib.dataloader.collate import fingerprint
 from tutorial_lib.engine import build_engine
 from tutorial_lib.engine.deepspeed.config import apply_file
-from tutorial_lib.measure.memory import Allocations, StateBytes, count_allocations, peak_memory, reset_peak_memory
-from tutorial_lib.measure.traffic import count_collectives
+from tutorial_lib.measure.memory import peak_memory, reset_peak_memory
 from tutorial_lib.models import load_tokenizer
 from tutorial_lib.mpu import Topology
-from tutorial_lib.records import STOPPING, RunDirectory, write_atomically
-from tutorial_lib.trainer.consistency import check_batches, check_losses, gather
-
-OnCheckpoint = Callable[[Path, dict[str, Any]], None]
-"""Called on every rank when a checkpoint is complete, with its path and the newest metrics row."""
-
-_LOG = logging.getLogger(__name__)
-
-_MEASURED_STEP = 3
-"""Buffers and optimizer states exist, and ZeRO-3 has learnt the order of its parameters: this step is like the rest."""
-
+from tutorial_lib.mpu.collectives import all_gather_ints, all_gather_objects, barrier
+from tutorial_lib.mpu.random_states import seed_everything
+from tutorial_lib.records import Row, RunDirectory, write_atomically
+from tutorial_lib.trainer.consistency import check_batches, check_losses
+from tutorial_lib.trainer.loss import NonFiniteLoss, count_tokens, token_loss_sum
+from tutorial_lib.trainer.probe import MEASURED_STEP, StepProbe
+from tutorial_lib.trainer.process import local_device, output_to, stop_signals
 
 SLOT_IS_OVER, REQUEST = "stop_after", "request"
 """Values of ``stopped_by`` in ``result.json``; a signal is given by its name, such as ``SIGTERM``."""
 
 _REQUESTED = 1000
 """Stands beside signal numbers for a request through the stop file; larger than any of them."""
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss or the gradient is no longer a number. The message names the last good checkpoint."""
-
-
-def token_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of next-token cross-entropies, in fp32.
-
-    Args:
-        logits: (B, S, V).
-        labels: (B, S), not shifted; -100 marks tokens that do not count.
-    """
-    vocabulary = logits.size(-1)
-    return F.cross_entropy(
-        logits[:, :-1].float().reshape(-1, vocabulary), labels[:, 1:].reshape(-1), ignore_index=-100, reduction="sum"
-    )
-
-
-def count_tokens(labels: Tensor) -> int:
-    """How many positions of ``labels`` (B, S) enter :func:`token_loss_sum`."""
-    return int((labels[:, 1:] != -100).sum())
-
-
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def train_all(configs: Sequence[Config], *, on_checkpoint: OnCheckpoint | None = None) -> list[dict[str, Any]]:
@@ -140,21 +102,20 @@ def train(config: Config, *, on_checkpoint: OnCheckpoint | None = None) -> dict[
         # Only torchrun's ranks clear old requests here. Elsewhere the launcher did, and a new request may be there.
         if rank == 0 and config.run.launcher == "none" and "RANK" in os.environ:
             run.clear_requests()
-        if dist.is_initialized():
-            dist.barrier()
+        barrier()
         if not run.logs.is_dir():
             raise ConfigError(
                 f"{run.path} cannot be seen from rank {rank}. Storage must be a directory that every node sees, such "
                 "as one on a network file system: choose another one."
             )
         log = run.log_file(rank) if config.run.launcher != "none" else None
-        with output_to(log), _stop_signals() as stop_signalled:
+        with output_to(log), stop_signals() as stop_signalled:
             try:
-                session = _Session(config, topology, run, on_checkpoint, stop_signalled)
+                trainer = Trainer(config, topology, on_checkpoint=on_checkpoint, stop_signalled=stop_signalled)
                 try:
-                    return session.run_to_end(started)
+                    return trainer.fit(started)
                 finally:
-                    session.close()
+                    trainer.close()
                     gc.collect()
             except BaseException as error:
                 refused = checkpoint.storage_failure(run, error)
@@ -168,37 +129,47 @@ def train(config: Config, *, on_checkpoint: OnCheckpoint | None = None) -> dict[
                 raise
 
 
-class _Session:
-    """One start of a run on one rank: from the newest checkpoint, or step 0, to the end or a stop."""
+class _NoData:
+    """The place of the training loader in a start that trains no step: it keeps the position that it is given."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._state = state
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._state
+
+
+class Trainer:
+    """One start of a run on one rank: from the newest checkpoint, or step 0, to the end or a stop.
+
+    Args:
+        config: what to run.
+        topology: this rank's place in the grid.
+        on_checkpoint: see :func:`train`.
+        stop_signalled: returns the number of the signal that asked this process to stop, or 0.
+    """
 
     def __init__(
         self,
         config: Config,
         topology: Topology,
-        run: RunDirectory,
-        on_checkpoint: OnCheckpoint | None,
-        stop_signalled: Callable[[], int],
+        *,
+        on_checkpoint: OnCheckpoint | None = None,
+        stop_signalled: Callable[[], int] = lambda: 0,
     ) -> None:
-        self.config, self.topology, self.run = config, topology, run
-        self.on_checkpoint, self.stop_signalled = on_checkpoint, stop_signalled
+        self.config, self.topology, self.run = config, topology, RunDirectory(config.directory)
+        self.stop_signalled = stop_signalled
         self.device = local_device(config)
         reset_peak_memory(self.device)
-        if topology.rank == 0:
-            checkpoint.clear_remains(run)
-        found, self.left_out = checkpoint.newest_whole(run, topology)
-        if found:
-            checkpoint.check_continues(config, found)
-        if topology.rank == 0:
-            for each in self.left_out:
-                _LOG.warning("Not resumed from %s: %s Going on from %s.", each.checkpoint, each.why, found)
-        self.identity = checkpoint.identity(config) if topology.rank == 0 else {}
-        self.pruner = checkpoint.Pruner(run, config, topology)
-        seed_everything(config.run.seed)
         self.tokenizer = load_tokenizer(config.model.name, trust_remote_code=config.model.trust_remote_code)
+        data = functools.cache(lambda: data_identity(config, self.tokenizer))
+        self.checkpoints = CheckpointManager(config, topology, data=data, on_checkpoint=on_checkpoint)
+        seed_everything(config.run.seed)
         place = {"dp_rank": topology.dp_rank, "dp_size": topology.dp}
-        self.loader = build_train_loader(config, self.tokenizer, **place)
+        reads_data = self.checkpoints.reads_data
+        self.loader: Any = build_train_loader(config, self.tokenizer, **place) if reads_data else _NoData()
         self.eval_loader = build_eval_loader(config, self.tokenizer, **place) if config.run.evaluate else None
-        self.num_steps = config.run.steps or config.run.epochs * self.loader.steps_per_epoch
+        self.num_steps = config.run.steps or self._count_steps()
         self.engine = build_engine(config, topology, self.device)
         self.scheduler = get_scheduler(
             config.optimizer.schedule, self.engine.optimizer, config.optimizer.warmup_steps, self.num_steps
@@ -207,36 +178,37 @@ class _Session:
         seed_everything(config.run.seed + 1 + topology.dp_rank)
         self.step = 0
         self.record: dict[str, Any] = {}
-        self.row: dict[str, Any] = {}
-        self.saved_at: int | None = None
+        self.row: Row = {}
         self.stopped_by: str | None = None
-        self.saves: list[dict[str, Any]] = []
-        self.stager = make_stager() if config.run.async_save else None
-        self.in_flight: tuple[Save, dict[str, Any]] | None = None
         self.measured: dict[str, Any] | None = None
         self.resumed_from: int | None = None
         self.reshaped_from: dict[str, Any] | None = None
-        if found:
-            self._restore(found)
+        self._restore()
         self.restarts = self._restarts_until_here() if topology.rank == 0 else []
 
-    def _restore(self, found: Path) -> None:
-        progress = checkpoint.load(found, self.engine, self.config, self.topology)
-        self.step = self.saved_at = self.resumed_from = progress.step
+    def _count_steps(self) -> int:
+        if not self.checkpoints.reads_data:
+            return self.checkpoints.saved_num_steps()
+        return int(self.config.run.epochs * self.loader.steps_per_epoch)
+
+    def _restore(self) -> None:
+        """Continue from the newest checkpoint, if there is one."""
+        progress = self.checkpoints.restore(self.engine, self.loader)
+        if progress is None:
+            return
+        self.step = self.resumed_from = progress.step
         self.reshaped_from = progress.reshaped_from
-        self.loader.load_state_dict(progress.loader)
-        self._restore_schedule(progress.scheduler)
         self.record = progress.record
+        self._restore_schedule(progress.scheduler)
         if self.reshaped_from:
-            # The ranks' random states belong to ranks that are no more.
+            # The random states that were saved belong to ranks that no longer exist.
             place = (self.config.run.seed, self.step, self.topology.dp_rank)
             seed_everything(int(np.random.SeedSequence(place).generate_state(1)[0]))
         if self.topology.rank == 0:
             self.run.keep_rows_until(progress.step)
-        self.pruner.knows_whole(found)
 
     def _restore_schedule(self, state: dict[str, Any]) -> None:
-        # One rate for all, and as many groups of parameters as the engine's shape has meshes.
+        # All groups of parameters have one rate; how many groups there are depends on the engine's meshes.
         groups = self.engine.optimizer.param_groups
         per_group = ("base_lrs", "_last_lr", "lr_lambdas")
         self.scheduler.load_state_dict(state | {name: state[name][:1] * len(groups) for name in per_group})
@@ -244,7 +216,7 @@ class _Session:
             group["lr"] = self.scheduler.get_last_lr()[0]
 
     def _restarts_until_here(self) -> list[dict[str, Any]]:
-        """The failures of this launch that led to this start, with the step that each was answered from."""
+        """Return the failures of this launch that led to this start, with the step that each was answered from."""
         restarts = self.run.restarts()
         for restart in restarts:
             restart.setdefault("from_step", self.step)
@@ -252,7 +224,16 @@ class _Session:
             self.run.write_restarts(restarts)
         return restarts
 
-    def run_to_end(self, started: float) -> dict[str, Any]:
+    def fit(self, started: float | None = None) -> dict[str, Any]:
+        """Evaluate, train to the end or until asked to stop, save, and evaluate. Collective.
+
+        Args:
+            started: ``time.perf_counter()`` when this start began, for ``seconds_to_first_step``; default: now.
+
+        Returns:
+            What ``result.json`` holds, on every rank.
+        """
+        began = time.perf_counter() if started is None else started
         if self.topology.rank == 0:
             write_atomically(self.run.config_file, self.config.to_json())
             self.run.result_file.unlink(missing_ok=True)
@@ -260,71 +241,71 @@ class _Session:
                 self.run.metrics_file.unlink(missing_ok=True)
         if self.eval_loader is not None and self.step == 0:
             self.record["eval_loss_before"] = self.evaluate()
-        self.record.setdefault("seconds_to_first_step", time.perf_counter() - started)
+        self.record.setdefault("seconds_to_first_step", time.perf_counter() - began)
         stopped = self._train_steps()
-        # A run that goes on in another shape, and stops where it was, leaves a checkpoint of that shape all the same.
-        if self.saved_at != self.step or (self.reshaped_from and self.step == self.resumed_from):
+        # A run that resumed in a different shape, and stops where it was, still leaves a checkpoint of that shape.
+        reshaped_alone = self.reshaped_from and self.step == self.resumed_from
+        if self.checkpoints.saved_at != self.step or reshaped_alone:
             self.save(and_train_on=False, in_a_hurry=self.stopped_by not in (None, SLOT_IS_OVER))
         checkpoint.finish_deletions()
         return self._finish("stopped" if stopped else "completed")
 
     def close(self) -> None:
-        """Release what outlives this object otherwise. A save that is not finished stays invisible."""
-        if self.in_flight:
-            self.in_flight[0].abandon()
-        if self.stager:
-            self.stager.close()
+        """Release what outlives this object. A save that is not finished stays invisible."""
+        self.checkpoints.close()
         self.engine.close()
 
     def _train_steps(self) -> bool:
-        """Train until the last step. Returns whether the run was asked to stop before."""
+        """Train until the last step. Return whether the run was asked to stop before it."""
         if self.step >= self.num_steps:
             return False
         if self._slot_is_over():
             self.stopped_by = SLOT_IS_OVER
             return True
-        every = self.config.run.checkpoint_every
         for micro_batches in self.loader.steps():
-            stop, written = self._one_step(micro_batches)
-            if written:
-                self._finish_save()
+            stop = self.train_step(micro_batches)
             if self.step >= self.num_steps:
                 return False
             if stop or self._slot_is_over():
                 self.stopped_by = stop or SLOT_IS_OVER
                 return True
-            if every and self.step % every == 0:
+            if self.checkpoints.is_due(self.step):
                 self.save(and_train_on=True)
-        raise AssertionError("the training loader ended")  # it repeats the epochs for ever
+        raise AssertionError("the training loader ended, although it repeats its epochs")
 
     def _slot_is_over(self) -> bool:
         limit = self.config.run.stop_after
         return limit is not None and self.step >= limit
 
-    def _one_step(self, micro_batches: list[dict[str, Tensor]]) -> tuple[str | None, bool]:
-        """Train one step. Returns what :meth:`_agree` says of stopping and of the save in flight."""
+    def train_step(self, micro_batches: list[dict[str, Tensor]]) -> str | None:
+        """Train one optimizer step and record it in :attr:`row`. Collective.
+
+        Args:
+            micro_batches: this rank's share of the global batch.
+
+        Returns:
+            What asked a rank to stop, or None.
+
+        Raises:
+            NonFiniteLoss: the loss or the gradient is no longer a number.
+        """
         began = time.perf_counter()
-        measuring = self.config.run.measure and self.step + 1 == _MEASURED_STEP
-        with (
-            count_collectives(self.topology.axes()) if measuring else nullcontext() as traffic,
-            count_allocations() if measuring else nullcontext(Allocations()) as allocations,
-        ):
-            tokens, stop, written = self._agree(micro_batches)
+        probe = StepProbe(self.topology) if self.config.run.measure and self.step + 1 == MEASURED_STEP else None
+        with probe.measuring() if probe else nullcontext():
+            tokens, stop, save_is_written = self._agree(micro_batches)
             if tokens == 0:
                 raise ConfigError(
                     f"No token of step {self.step + 1} counts: every label is masked. Raise seq_length "
                     f"({self.config.data.seq_length}), so that answers are not cut off."
                 )
             self.engine.train(True)
-            states = None
             loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
             for batch in micro_batches:
                 batch_loss = self._loss_sum(batch)
                 loss_sum += batch_loss.detach()
                 self.engine.backward(batch_loss * (self.engine.averages_over / tokens))
-                if measuring:
-                    now = StateBytes.of(self.engine.model_states())
-                    states = now if states is None or now.total > states.total else states
+                if probe:
+                    probe.note_states(self.engine)
             loss = self._sum_over_ranks(loss_sum) / tokens
             if not math.isfinite(loss):
                 raise NonFiniteLoss(self._diverged(f"the loss is {loss}"))
@@ -332,20 +313,13 @@ class _Session:
             norm = self.engine.step()
         if self.engine.update_was_skipped:
             norm = math.inf
-        else:
-            if not math.isfinite(norm):
-                raise NonFiniteLoss(self._diverged(f"the gradient's norm is {norm}"))
+        elif math.isfinite(norm):
             self.scheduler.step()
+        else:
+            raise NonFiniteLoss(self._diverged(f"the gradient's norm is {norm}"))
         self.step += 1
-        if measuring:
-            assert states is not None and traffic is not None
-            self.measured = {
-                "state_bytes": states.to_dict(),
-                "peak_bytes": dict(allocations.peak),
-                "traffic": traffic.to_dict(),
-                "num_parameters": self.engine.num_parameters,
-                "layout": [row.to_dict() for row in self.engine.layout()] if self.topology.tp > 1 else None,
-            }
+        if probe:
+            self.measured = probe.report(self.engine)
         self.row = {
             "step": self.step,
             "epoch": self.loader.epoch,
@@ -357,7 +331,9 @@ class _Session:
         }
         if self.topology.rank == 0:
             self.run.append(self.row)
-        return stop, written
+        if save_is_written:
+            self.checkpoints.finish()
+        return stop
 
     def _loss_sum(self, batch: dict[str, Tensor]) -> Tensor:
         on_device = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
@@ -372,43 +348,28 @@ class _Session:
         with torch.no_grad():
             for batch in self.eval_loader:
                 if self.topology.tp > 1:
-                    own = gather([fingerprint([batch])], self.device)
+                    own = all_gather_ints([fingerprint([batch])], self.device)
                     check_batches(self.topology, self.step + 1, [number for (number,) in own])
                 totals[0] += self._loss_sum(batch)
                 totals[1] += count_tokens(batch["labels"])
         return self._sum_over_ranks(totals[0]) / self._sum_over_ranks(totals[1])
 
     def save(self, *, and_train_on: bool, in_a_hurry: bool = False) -> None:
-        """Write a checkpoint of the state after the last step.
+        """Write a checkpoint of the state after the last step. Collective.
 
         Args:
             and_train_on: more steps follow, and with ``async_save`` they need not wait until the files are written.
             in_a_hurry: somebody has asked the run to stop, and may end it soon: save without evaluating first.
         """
-        self._finish_save()
+        self.checkpoints.finish()
         self.record.pop("eval_loss", None)
+        self.record["num_steps"] = self.num_steps
         if self.config.run.keep_best and not in_a_hurry:
             self.record["eval_loss"] = self.evaluate()
-        state = self.step, self.loader.state_dict(), self.scheduler.state_dict(), self.record, self.identity
-        stager = self.stager if and_train_on else None
-        save = checkpoint.save(
-            self.run, self.engine, self.config, self.topology, Progress(*state), self.tokenizer, stager
-        )
-        self.in_flight = save, self.row or next(iter(self.run.rows()[-1:]), {})
-        if stager is None:
-            self._finish_save()
-
-    def _finish_save(self) -> None:
-        """Make the save in flight visible, if there is one. Collective; waits for all ranks' files."""
-        if self.in_flight is None:
-            return
-        save, row = self.in_flight
-        self.saves.append(save.finish())
-        self.in_flight, self.saved_at = None, save.step
-        path = checkpoint.directory_of(self.run, save.step)
-        if self.on_checkpoint:
-            self.on_checkpoint(path, row)
-        self.pruner.prune(path)
+        state = self.step, self.loader.state_dict(), self.scheduler.state_dict(), self.record
+        progress = Progress(*state, self.checkpoints.identity())
+        row = self.row or next(iter(self.run.rows()[-1:]), {})
+        self.checkpoints.save(progress, self.engine, row, and_train_on=and_train_on)
 
     def _agree(self, micro_batches: list[dict[str, Tensor]]) -> tuple[int, str | None, bool]:
         """What all ranks must know of a step. Collective.
@@ -422,9 +383,9 @@ class _Session:
             OSError: this rank's files of the save in flight could not be written; this rank alone raises.
         """
         tokens = sum(count_tokens(batch["labels"]) for batch in micro_batches)
-        written = self.in_flight is not None and self.in_flight[0].is_written()
+        written = self.checkpoints.is_written()
         batches = fingerprint(micro_batches) if self.topology.tp > 1 else 0
-        by_rank = gather([tokens, self._stop_requested(), int(written), batches], self.device)
+        by_rank = all_gather_ints([tokens, self._stop_requested(), int(written), batches], self.device)
         tokens_of, stop_of, written_of, batches_of = zip(*by_rank, strict=True)
         check_batches(self.topology, self.step + 1, batches_of)
         stop = max(stop_of)
@@ -438,7 +399,9 @@ class _Session:
             RanksDisagree: it differs within a tensor-parallel group; all ranks raise.
         """
         # As an integer a number passes to the last bit.
-        by_rank = torch.tensor(gather([int(value.view(torch.int64))], self.device)).view(torch.float64).flatten()
+        by_rank = (
+            torch.tensor(all_gather_ints([int(value.view(torch.int64))], self.device)).view(torch.float64).flatten()
+        )
         check_losses(self.topology, self.step + 1, by_rank.tolist())
         return float(by_rank[:: self.topology.tp].sum())
 
@@ -449,10 +412,9 @@ class _Session:
         return self.stop_signalled()
 
     def _diverged(self, what: str) -> str:
-        self._finish_save()  # all ranks are here, and it may be the last good one
-        good = "No checkpoint was saved before."
-        if self.saved_at:
-            good = f"The last good checkpoint is {checkpoint.directory_of(self.run, self.saved_at)}."
+        self.checkpoints.finish()  # all ranks are here, and it may be the last good one
+        newest = self.checkpoints.newest()
+        good = f"The last good checkpoint is {newest}." if newest else "No checkpoint was saved before."
         return (
             f"At step {self.step + 1} {what}. {good} "
             f"Lower learning_rate (now {self.config.optimizer.learning_rate}), raise warmup_steps, or state "
@@ -464,12 +426,8 @@ class _Session:
         if status == "completed" and self.eval_loader is not None:
             eval_loss = self.record["eval_loss"] if "eval_loss" in self.record else self.evaluate()
         rows = self.run.rows()
-        per_rank: list[Any] = [None] * self.topology.world_size
         own = {"rank": self.topology.rank, "peak_memory_bytes": peak_memory(self.device), "measured": self.measured}
-        if dist.is_initialized():
-            dist.all_gather_object(per_rank, own)
-        else:
-            per_rank = [own]
+        per_rank = all_gather_objects(own)
         # The first step of a start allocates and compiles; it says nothing of the speed.
         steady = [row for row in rows if row["step"] > (self.resumed_from or 0) + 1]
         seconds = sum(row["seconds"] for row in steady)
@@ -480,7 +438,7 @@ class _Session:
             "num_steps": self.num_steps,
             "resumed_from": self.resumed_from,
             "reshaped_from": self.reshaped_from,
-            "left_out": [asdict(each) for each in self.left_out],
+            "left_out": [asdict(each) for each in self.checkpoints.left_out],
             "restarts": self.restarts,
             "train_loss": rows[-1]["loss"] if rows else None,
             "eval_loss_before": self.record.get("eval_loss_before"),
@@ -489,7 +447,7 @@ class _Session:
             "seconds_to_first_step": self.record["seconds_to_first_step"],
             "num_parameters": self.engine.num_parameters,
             "checkpoint": checkpoint.directory_of(self.run, self.step).name,
-            "saves": self.saves,
+            "saves": self.checkpoints.saves,
             "ranks": per_rank,
             "versions": {
                 name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers", "datasets")
@@ -497,79 +455,5 @@ class _Session:
         }
         if self.topology.rank == 0:
             write_atomically(self.run.result_file, json.dumps(result, indent=2) + "\n")
-        if dist.is_initialized():
-            dist.barrier()
+        barrier()
         return result
-
-
-def local_device(config: Config) -> torch.device:
-    """Where this rank computes: the CPU, or the GPU of its local rank. A rank that sees one GPU alone uses that.
-
-    Raises:
-        ConfigError: the node has fewer GPUs than ranks.
-    """
-    if config.run.device == "cpu":
-        return torch.device("cpu")
-    local_rank, visible = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if not visible or local_rank >= visible > 1:
-        raise ConfigError(
-            f"Local rank {local_rank} has no GPU of its own: {visible} can be seen here. Start as many ranks per node "
-            "as it has GPUs, or write device='cpu'."
-        )
-    device = torch.device("cuda", local_rank if local_rank < visible else 0)
-    torch.cuda.set_device(device)
-    return device
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], int]]:
-    """Keep the number of a SIGTERM, SIGUSR1 or SIGINT for the loop to read between two steps; 0 if none has come.
-
-    A second SIGINT is not kept: it interrupts at once.
-    """
-    seen: list[int] = []
-    said: list[int] = []
-
-    def keep(number: int, _frame: Any) -> None:
-        if number == signal.SIGINT and number in seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-
-    def stop_signalled() -> int:
-        if signal.SIGINT in seen and not said:
-            said.append(signal.SIGINT)
-            print(STOPPING, file=sys.stderr, flush=True)
-        return seen[0] if seen else 0
-
-    if threading.current_thread() is not threading.main_thread():
-        # Ray calls the training function in a thread, and stops it through the stop file.
-        yield lambda: 0
-        return
-    # What is ignored stays ignored, as SIGINT is in the background of a shell.
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, keep) for number in heeded}
-    try:
-        yield stop_signalled
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def output_to(path: Path | None) -> Iterator[None]:
-    """Send this process's output to a file, file descriptors included, so that C++ libraries' lines go there too."""
-    if path is None:
-        yield
-        return
-    kept = [os.dup(1), os.dup(2)]
-    with path.open("ab", buffering=0) as file:
-        os.utime(path)  # a sign of life for whoever waits for this process, also if it writes nothing
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        try:
-            yield
-        finally:
-            for number, original in zip((1, 2), kept, strict=True):
-                os.dup2(original, number)
-                os.close(original)

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from tutorial_lib.config import Config
 from tutorial_lib.dataloader import build_eval_loader, load_rows, tokenize_rows
-from tutorial_lib.dataloader.collate import Collate, Examples, fingerprint, pack
+from tutorial_lib.dataloader.collate import Collate, fingerprint
+from tutorial_lib.dataloader.packing import Examples, pack
 from tutorial_lib.embedded import MODEL_NAMES
 from tutorial_lib.models import load_model, load_tokenizer
 

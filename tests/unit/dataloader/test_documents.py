@@ -14,8 +14,9 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from tutorial_lib.config import ConfigError
-from tutorial_lib.dataloader import load_rows, tokenize_rows
+from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.dataloader import data_identity, load_rows, tokenize_rows
+from tutorial_lib.dataloader.tokens import summary_of
 from tutorial_lib.embedded import MODEL_NAMES, model_directory
 
 from .conftest import write_jsonl
@@ -257,3 +258,50 @@ def test_a_cache_that_cannot_be_written_is_named(byte_tokenizer, tmp_path, monke
     monkeypatch.setenv("TUTORIAL_LIB_CACHE", str(tmp_path / "file"))
     with pytest.raises(ConfigError, match=r"cannot be kept in .*file/tokens.*Set TUTORIAL_LIB_CACHE"):
         documents_of([{"text": "hello"}], byte_tokenizer)
+
+
+# ------------------------------------------------------------------------------------------- what a run was trained on
+
+
+def test_the_identity_of_data_is_that_of_their_tokens_in_order(tmp_path, byte_tokenizer):
+    def identity(train, evaluation, **flat):
+        for split, texts in (("train", train), ("validation", evaluation)):
+            write_jsonl(tmp_path / f"{split}.jsonl", [{"text": text} for text in texts])
+        return data_identity(Config.create(dataset=str(tmp_path), seq_length=8, **flat), byte_tokenizer)
+
+    known = identity(["one", "two", "three"], ["four"])
+    assert known.keys() == {"train", "eval"}
+    assert all(len(digest) == 64 for digest in known.values())
+    assert identity(["one", "", "two", "three"], ["four"]) == known, "rows that give no tokens do not count"
+    changed = [
+        identity(["one", "six", "three"], ["four"]),
+        identity(["two", "one", "three"], ["four"]),
+        identity(["on", "etwo", "three"], ["four"]),
+        identity(["one", "two", "three"], ["four"], max_examples=2),
+    ]
+    assert len({known["train"], *(each["train"] for each in changed)}) == 5
+    assert {each["eval"] for each in changed} == {known["eval"]}
+    assert identity(["one", "two", "three"], ["five"])["eval"] != known["eval"]
+    assert identity(["one", "two", "three"], ["five"], evaluate=False) == {"train": known["train"]}
+
+
+def test_documents_of_the_same_tokens_and_other_targets_have_another_identity(byte_tokenizer):
+    prompt, answer = documents_of([ROW], byte_tokenizer), PROMPT + " Ada"
+    text = documents_of([{"text": answer}], byte_tokenizer)
+    assert text[0]["input_ids"] == prompt[0]["input_ids"]
+    digests = [
+        summary_of(tokenize_rows(datasets.Dataset.from_list([row]), byte_tokenizer, 128)).sha256
+        for row in (ROW, {"text": answer})
+    ]
+    assert digests[0] != digests[1]
+
+
+def test_rows_left_out_and_rows_cut_are_counted(byte_tokenizer):
+    def summary(rows, seq_length):
+        return summary_of(tokenize_rows(datasets.Dataset.from_list(rows), byte_tokenizer, seq_length))
+
+    texts = [{"text": text} for text in ("", "hello", "he", " ")]
+    found = summary(texts, 4)
+    assert (found.num_rows, found.num_left_out, found.num_cut) == (4, 2, 1)
+    found = summary([ROW, {**ROW, "context": "Ada."}, {**ROW, "answers": {"text": [], "answer_start": []}}], 70)
+    assert (found.num_rows, found.num_left_out, found.num_cut) == (3, 1, 1)

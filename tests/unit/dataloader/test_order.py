@@ -13,7 +13,7 @@ import torch
 
 from tutorial_lib.config import ConfigError
 from tutorial_lib.dataloader import build_eval_loader, build_train_loader
-from tutorial_lib.dataloader.collate import StepSampler, epoch_order
+from tutorial_lib.dataloader.sampler import StepSampler, epoch_order
 from tutorial_lib.mpu import Topology
 
 BATCHINGS = ("max_length", "longest", "packed")

@@ -138,7 +138,8 @@ def test_a_laptop_runs_the_cpu_profile_alone(laptop: doctor.Report) -> None:
 @pytest.mark.parametrize(
     "changes, problem",
     [
-        ({"python": "3.12.1"}, "Make the environment with python3.11"),
+        ({"python": "3.10.12"}, "Run make setup PYTHON=python3.13"),
+        ({"python": "3.14.0"}, "Run make setup PYTHON=python3.13"),
         ({"packages": {"ray": machine.Package(None, "2.60.0")}}, "not installed: ray. Run make setup"),
         ({"loopback_problem": "no route"}, "processes cannot talk over 127.0.0.1 (no route)"),
         ({"memory_available_gb": 1.0}, "1.0 GB of memory are free, and 2 workers need about 4"),

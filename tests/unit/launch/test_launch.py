@@ -170,7 +170,7 @@ def test_a_damaged_checkpoint_exits_with_1_and_is_named(storage, tmp_path, capsy
     damaged.write_bytes(b"")
     assert main(arguments) == 1
     shown = capsys.readouterr().err
-    assert f"{damaged} has 0 bytes" in shown and "none of them is whole" in shown
+    assert f"{damaged} has 0 bytes" in shown and "none of them is intact" in shown
 
 
 def test_a_checkpoint_that_is_left_out_is_told_of(storage, tmp_path, capsys):

@@ -11,11 +11,8 @@ It notes on every parameter of such a layer how it was split. This module reads 
 from __future__ import annotations
 
 import re
-from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from tutorial_lib.config import ConfigError
 from tutorial_lib.engine.layout import ParameterLayout
@@ -61,12 +58,3 @@ def check_layouts(found: list[ParameterLayout]) -> None:
             f"AutoTP left {len(whole)} projections whole on every rank, {whole[0]} first. Look at the plan that it "
             "follows: tensor_parallel.partition_config of the DeepSpeed file, or the model's own."
         )
-
-
-def gathered(share: Tensor, dim: int | None, group: Any) -> Tensor:
-    """The whole of a tensor of which each rank of ``group`` holds an equal share along ``dim``. Collective."""
-    if dim is None:
-        return share
-    shares = [torch.empty_like(share, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(shares, share.contiguous(), group=group)
-    return torch.cat(shares, dim)

@@ -33,7 +33,8 @@ from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.utils import groups
 from torch import Tensor
 
-from tutorial_lib.checkpoint import LAYOUT, MOMENTS, CheckpointError, Whole, Writer
+from tutorial_lib.checkpoint import MOMENTS, CheckpointError, FullTensors, Writer
+from tutorial_lib.checkpoint.formats.deepspeed import LAYOUT
 from tutorial_lib.config import Config
 from tutorial_lib.engine.deepspeed import autotp, partitions
 from tutorial_lib.engine.deepspeed import config as ds_config
@@ -41,6 +42,7 @@ from tutorial_lib.engine.layout import ParameterLayout
 from tutorial_lib.engine.single import global_norm
 from tutorial_lib.models import build_model, slice_alibi
 from tutorial_lib.mpu import ModelParallelUnit, Topology, device_mesh
+from tutorial_lib.mpu.collectives import all_gather_tensor
 
 _TAG = "engine"
 
@@ -203,7 +205,7 @@ class DeepSpeedEngine:
             return share
         # What is offloaded is in host memory, and the ranks exchange what is on their devices.
         on_device = share.detach().to(self.device)
-        return autotp.gathered(on_device, self._dims[parameter], self.unit.get_model_parallel_group())
+        return all_gather_tensor(on_device, self._dims[parameter], self.unit.get_model_parallel_group())
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter whole, one at a time, as fp32 on the CPU. Collective: all ranks must iterate."""
@@ -255,7 +257,7 @@ class DeepSpeedEngine:
             raise CheckpointError(f"DeepSpeed found nothing to load in {directory}; the run was not resumed.")
 
     @torch.no_grad()
-    def load_whole(self, whole: Whole) -> None:
+    def load_full(self, full: FullTensors) -> None:
         """Restore weights and optimizer states that an engine of any shape has saved. Every rank reads all of them.
 
         A rank keeps its share of a parameter (AutoTP), and of that its piece (ZeRO), in up to four places: what the
@@ -268,17 +270,17 @@ class DeepSpeedEngine:
             wrapper.checkpoint_event_prologue()  # releases what is gathered
         pieces = self._pieces()
         for name, parameter in self.module.named_parameters():
-            share = self._share(parameter, whole.parameter(name))
+            share = self._share(parameter, full.parameter(name))
             if stage == 3:
                 partitions.fill_shard(parameter, share)
             else:
                 parameter.copy_(share)
             if parameter.requires_grad:
                 piece = pieces[parameter]
-                state = self._state_of(piece.vector, whole.adam_step(name))
+                state = self._state_of(piece.vector, full.adam_step(name))
                 piece.fill(piece.vector, share)
                 for moment in MOMENTS:
-                    piece.fill(state[moment], self._share(parameter, whole.moment(name, moment)))
+                    piece.fill(state[moment], self._share(parameter, full.moment(name, moment)))
         if stage in (1, 2):
             wrapper._lazy_init_hp_params_optimizer_state()  # parameters find their moments
         if stage == 3:

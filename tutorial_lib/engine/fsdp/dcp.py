@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from tutorial_lib.checkpoint import MOMENTS, CheckpointError, Whole, Writer
+from tutorial_lib.checkpoint import MOMENTS, CheckpointError, FullTensors, Writer
 from tutorial_lib.engine.fsdp.weights import put
 
 
@@ -72,15 +72,15 @@ def load(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
 
 
 @torch.no_grad()
-def load_whole(whole: Whole, model: Any, optimizer: torch.optim.Optimizer) -> None:
+def load_full(full: FullTensors, model: Any, optimizer: torch.optim.Optimizer) -> None:
     """Restore what an engine of any shape has saved, in place: each rank takes its slices of every whole tensor."""
     states, model_type = _states(model, optimizer), model.config.model_type
     for name, parameter in states["parameters"].items():
-        put(parameter, name, model_type, whole.parameter(name).__getitem__)
+        put(parameter, name, model_type, full.parameter(name).__getitem__)
     for name, parameter in _trained(model):
         for moment in MOMENTS:
-            put(states[moment][name], name, model_type, whole.moment(name, moment).__getitem__)
-        optimizer.state[parameter]["step"].fill_(whole.adam_step(name))
+            put(states[moment][name], name, model_type, full.moment(name, moment).__getitem__)
+        optimizer.state[parameter]["step"].fill_(full.adam_step(name))
 
 
 def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tutorial_lib.checkpoint import MOMENTS, Whole, Writer
+from tutorial_lib.checkpoint import MOMENTS, FullTensors, Writer
 from tutorial_lib.config import Config
 from tutorial_lib.engine.fsdp import dcp, sharding, tensor_parallel, weights
 from tutorial_lib.engine.layout import ParameterLayout
@@ -165,9 +165,9 @@ class FSDPEngine:
         """
         dcp.load(directory, self.module, self.optimizer)
 
-    def load_whole(self, whole: Whole) -> None:
+    def load_full(self, full: FullTensors) -> None:
         """Restore weights and optimizer states that an engine of any shape has saved. Every rank reads all of them."""
-        dcp.load_whole(whole, self.module, self.optimizer)
+        dcp.load_full(full, self.module, self.optimizer)
 
     def close(self) -> None:
         """Release what is no tensor."""

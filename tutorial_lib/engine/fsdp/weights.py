@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.config import Config
 from tutorial_lib.engine.fsdp.sharding import layers_of, local
 from tutorial_lib.models.fused_qkv import by_rank, is_fused_by_part
-from tutorial_lib.models.meta import drawing_weights, weight_files
+from tutorial_lib.models.meta import drawing_weights, locate_parameters
 
 Slices = tuple[slice, ...]
 
@@ -50,7 +50,7 @@ def fill(model: Any, config: Config, *, device: torch.device, host: bool) -> Non
         if config.model.random_init:
             _draw(parameters, config, model.config.model_type)
         else:
-            _read(parameters, config.model.name, model)
+            _read(parameters, config, model.config.model_type)
 
 
 def slices(parameter: Tensor) -> Slices:
@@ -90,24 +90,16 @@ def tensor_parallel_size(parameter: Tensor) -> int:
     return parameter.device_mesh["tp"].size()
 
 
-def _read(parameters: dict[Tensor, list[str]], name: str, model: Any) -> None:
-    """Fill parameters from the model's files, under any of the names that transformers would accept for them."""
-    files, prefix = weight_files(name), f"{model.base_model_prefix}."
+def _read(parameters: dict[Tensor, list[str]], config: Config, model_type: str) -> None:
+    """Fill parameters from the model's files."""
+    stored = locate_parameters(config.model)
     with ExitStack() as stack:
-        opened = {path: stack.enter_context(safe_open(path, "pt")) for path in sorted(set(files.values()))}
+        paths = sorted({tensor.path for tensor in stored.values()})
+        opened = {path: stack.enter_context(safe_open(path, "pt")) for path in paths}
         for parameter, names in parameters.items():
-            # Base models are saved without the prefix of the model with a head, tied weights under one name only.
-            accepted = [form for own in names for form in (own, own.removeprefix(prefix), prefix + own)]
-            stored = next((form for form in accepted if form in files), None)
-            if stored is None:
-                raise ConfigError(f"The files of the model {name!r} lack {names[0]}. Write random_init=True.")
-            source = opened[files[stored]].get_slice(stored)
-            if list(source.get_shape()) != list(parameter.shape):
-                raise ConfigError(
-                    f"The model {name!r} has {stored} in the shape {source.get_shape()}, and its configuration says "
-                    f"{list(parameter.shape)}."
-                )
-            put(parameter, names[0], model.config.model_type, source.__getitem__)
+            # Tied weights are stored under one of their names at least.
+            tensor = next(stored[name] for name in names if name in stored)
+            put(parameter, names[0], model_type, opened[tensor.path].get_slice(tensor.name).__getitem__)
 
 
 def _draw(parameters: dict[Tensor, list[str]], config: Config, model_type: str) -> None:

@@ -1,0 +1,67 @@
+"""Small runs of the torch engine, and how two of them are compared."""
+
+import json
+
+import torch
+
+from tutorial_lib import checkpoint
+from tutorial_lib.checkpoint import manifest
+from tutorial_lib.config import Config
+from tutorial_lib.mpu import Topology
+
+STEPS = 7
+"""Of epochs of three steps."""
+
+
+def config(storage, **flat):
+    settings = {"engine": "torch", "dp": 1, "launcher": "none", "steps": STEPS, "global_batch": 4, "seq_length": 32}
+    settings |= {
+        "max_examples": 13,
+        "evaluate": False,
+        "schedule": "constant",
+        "warmup_steps": 2,
+        "storage": str(storage),
+    }
+    return Config.create("cpu", **(settings | flat))
+
+
+def make_checkpoint(run, step, **trainer):
+    """Write the smallest intact checkpoint, of a run that trains nothing."""
+    path = checkpoint.directory_of(run, step)
+    path.mkdir()
+    (path / "trainer.json").write_text(json.dumps({"format": 2, "step": step, "record": {}} | trainer))
+    listed = {"trainer.json": manifest.digest(path / "trainer.json")}
+    (path / manifest.MANIFEST).write_text(json.dumps({"format": 2, "files": listed}))
+    return path
+
+
+def weights(run):
+    return torch.load(checkpoint.latest(run.directory) / "engine" / "model.pt", weights_only=True)
+
+
+def assert_same(run, expected):
+    timeless = [[{k: v for k, v in row.items() if k != "seconds"} for row in r.rows] for r in (run, expected)]
+    assert timeless[0] == timeless[1]
+    assert all(tensor.equal(weights(expected)[name]) for name, tensor in weights(run).items())
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+ALONE = Topology(dp=1, tp=1, rank=0)
+
+
+def names(run):
+    checkpoint.finish_deletions()
+    return sorted(path.name for path in run.checkpoints.iterdir())
+
+
+def steps(*numbers):
+    return [f"step-{number:08d}" for number in numbers]

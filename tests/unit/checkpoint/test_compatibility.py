@@ -1,0 +1,196 @@
+"""Compatibility: which settings, models and tokenizers a run may resume with."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.unit.checkpoint.runs import assert_same, config, flip_a_bit
+from tutorial_lib import checkpoint, launch, trainer
+from tutorial_lib.checkpoint import compatibility, manifest
+from tutorial_lib.config import ConfigError
+
+
+def test_every_setting_that_differs_is_named(halved):
+    other = halved.config.override(
+        seed=1,
+        learning_rate=0.5,
+        dataset="embedded/articles",
+        global_batch=2,
+        freeze=("*.wpe.weight",),
+        stop_after=None,
+    )
+    with pytest.raises(ConfigError) as error:
+        launch.run(other)
+    for part in (
+        "seed was 0, now 1",
+        "learning_rate was 0.001, now 0.5",
+        "dataset was 'embedded/news', now 'embedded/articles'",
+        "global_batch was 4, now 2",
+        "freeze was [], now ['*.wpe.weight']",
+    ):
+        assert part in str(error.value)
+    assert "another name" in str(error.value)
+
+
+def test_what_changes_no_update_may_change(halved, unbroken):
+    """Recomputed activations drop the same elements: the random state of the first pass is kept."""
+    free = {"activation_checkpointing": True, "checkpoint_every": 0, "stop_after": None}
+    assert_same(launch.run(halved.config.override(**free)), unbroken)
+
+
+def test_another_model_is_named_too(halved):
+    with pytest.raises(ConfigError, match=r"model was '.*/dropout', now 'embedded/gpt2'"):
+        launch.run(halved.config.override(model="embedded/gpt2", stop_after=None))
+
+
+@pytest.fixture
+def own_model(model, tmp_path):
+    """A copy of the model that a test may change, and a run of it."""
+    own = tmp_path / "model"
+    shutil.copytree(model, own)
+    return own, launch.run(config(tmp_path, model=str(own), stop_after=2))
+
+
+def test_another_model_of_the_same_name_is_refused_before_anything_starts(own_model):
+    own, run = own_model
+    settings = json.loads((own / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps(settings | {"n_layer": settings["n_layer"] // 2, "embd_pdrop": 0.2}))
+    with pytest.raises(
+        ConfigError, match=r"another model.*embd_pdrop was 0.1, now 0.2; n_layer was 2, now 1\."
+    ) as error:
+        launch.preflight(run.config.override(stop_after=None))
+    assert "or give the new run another name" in str(error.value)
+
+
+def test_another_tokenizer_is_refused_before_anything_starts(own_model):
+    """Two tokens exchanged: as many as before, and every text becomes other ids."""
+    own, run = own_model
+    tokenizer = json.loads((own / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    one, other = list(vocabulary)[300:302]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    (own / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ConfigError, match=r"another tokenizer than the one of its checkpoint.*another name"):
+        launch.preflight(run.config.override(stop_after=None))
+
+
+def test_a_model_in_another_directory_is_the_same_model(own_model, tmp_path):
+    own, run = own_model
+    own.rename(tmp_path / "moved")
+    resumed = launch.run(run.config.override(stop_after=None, model=str(tmp_path / "moved")))
+    assert resumed.result["resumed_from"] == 2
+
+
+def test_other_weights_in_another_directory_are_another_model(own_model, tmp_path):
+    own, run = own_model
+    other = tmp_path / "other"
+    shutil.copytree(own, other)
+    flip_a_bit(other / "model.safetensors")
+    given = run.config.override(stop_after=None, model=str(other))
+    sampled = compatibility._SAMPLE
+    assert (other / "model.safetensors").stat().st_size < 2 * sampled, "every byte is in one of the samples"
+    with pytest.raises(ConfigError, match=r"model was '.*/model', now '.*/other'"):
+        launch.preflight(given)
+
+
+def test_what_says_nothing_of_the_model_may_differ(own_model):
+    own, run = own_model
+    settings = json.loads((own / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps(settings | {"transformers_version": "0", "use_cache": False}))
+    assert launch.run(run.config.override(stop_after=None)).result["resumed_from"] == 2
+
+
+@pytest.fixture
+def own_data(model, tmp_path):
+    """A data set that a test may change, and a run of it that is half done."""
+    write_rows(tmp_path / "data", range(40))
+    flat = {"model": model, "dataset": str(tmp_path / "data"), "evaluate": True, "stop_after": 2}
+    return tmp_path / "data", launch.run(config(tmp_path, **flat))
+
+
+def write_rows(directory, train, evaluation=range(8)):
+    directory.mkdir(exist_ok=True)
+    for split, numbers in {"train": train, "validation": evaluation}.items():
+        texts = (f"This is the text of row {number}, which is about {number * 7}." for number in numbers)
+        (directory / f"{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+@pytest.mark.parametrize(
+    ("train", "evaluation", "split"),
+    [(range(100, 140), range(8), "'train'"), ([*range(1, 40), 0], range(8), "'train'"),
+     (range(40), range(50, 58), "'validation'"), (range(100, 140), range(50, 58), "'train' and 'validation'")],
+)  # fmt: skip
+def test_other_texts_of_the_same_number_are_refused_before_anything_starts(own_data, train, evaluation, split):
+    data, run = own_data
+    write_rows(data, train, evaluation)
+    with pytest.raises(ConfigError, match=rf"different data: split {split} of '.*/data' has changed since") as error:
+        launch.preflight(run.config.override(stop_after=None))
+    assert "Put the old data back, or give the new run another name" in str(error.value)
+    assert f"export {run.config.directory} DIR`" in str(error.value)
+
+
+def test_the_ranks_compare_the_data_too(own_data):
+    """Under Ray the launching process need not have them."""
+    data, run = own_data
+    write_rows(data, range(100, 140))
+    with pytest.raises(ConfigError, match=r"different data: split 'train'"):
+        trainer.train(run.config.override(stop_after=None))
+
+
+def test_evaluation_data_are_compared_if_they_are_read(own_data):
+    data, run = own_data
+    write_rows(data, range(40), range(50, 58))
+    half = launch.run(run.config.override(stop_after=3, evaluate=False))
+    assert half.result["resumed_from"] == 2
+    with pytest.raises(ConfigError, match=r"different data: split 'validation'"):
+        launch.preflight(run.config.override(stop_after=None))
+
+
+def test_data_in_another_directory_are_the_same_data(own_data, tmp_path):
+    data, run = own_data
+    data.rename(tmp_path / "moved")
+    moved = run.config.override(stop_after=None, dataset=str(tmp_path / "moved"))
+    assert launch.run(moved).result["resumed_from"] == 2
+
+
+def test_other_data_in_another_directory_are_refused(own_data, tmp_path):
+    _, run = own_data
+    write_rows(tmp_path / "other", range(100, 140))
+    with pytest.raises(ConfigError, match=r"dataset was '.*/data', now '.*/other'"):
+        launch.preflight(run.config.override(stop_after=None, dataset=str(tmp_path / "other")))
+
+
+def test_a_checkpoint_that_knows_nothing_of_its_data_goes_on(own_data):
+    """As older versions wrote them."""
+    data, run = own_data
+    write_rows(data, range(100, 140))
+    path = checkpoint.latest(run.directory)
+    trainer_state = json.loads((path / "trainer.json").read_text())
+    del trainer_state["identity"]["data"], trainer_state["identity"]["weights"], trainer_state["record"]["num_steps"]
+    (path / "trainer.json").write_text(json.dumps(trainer_state))
+    listed = json.loads((path / "manifest.json").read_text())
+    listed["files"]["trainer.json"] = manifest.digest(path / "trainer.json")
+    (path / "manifest.json").write_text(json.dumps(listed))
+    assert launch.run(run.config.override(stop_after=None)).result["resumed_from"] == 2
+    with pytest.raises(ConfigError, match="different data"):
+        write_rows(data, range(40))
+        launch.preflight(run.config)
+
+
+def test_a_start_that_trains_nothing_reads_no_data(own_data):
+    """What a reshape does."""
+    data, run = own_data
+    shutil.rmtree(data)
+    again = launch.run(run.config.override(evaluate=False, steps=None))
+    assert (again.result["status"], again.result["step"]) == ("stopped", 2)
+    with pytest.raises(ConfigError, match="data"):
+        launch.run(run.config.override(evaluate=False, stop_after=3))
+
+
+def test_more_steps_than_the_schedule_was_made_for_are_refused_with_the_reason(model, tmp_path):
+    run = launch.run(config(tmp_path, model=model, steps=2, schedule="linear"))
+    with pytest.raises(ConfigError, match=r"steps was 2, now 4\. The linear schedule depends on the number") as error:
+        launch.run(run.config.override(steps=4))
+    assert "Only a run that began with schedule='constant' may get more steps" in str(error.value)
+    assert f"`python -m tutorial_lib export {run.config.directory} DIR`, then write model='DIR'" in str(error.value)

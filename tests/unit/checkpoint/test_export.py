@@ -1,0 +1,142 @@
+"""Export: a Hugging Face directory, written a parameter at a time."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from tests.unit.checkpoint.runs import config, weights
+from tutorial_lib import checkpoint, launch
+from tutorial_lib.checkpoint import exporter
+from tutorial_lib.config import ConfigError
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_a_large_export_has_several_files_and_loads_the_same(unbroken, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    path = checkpoint.latest(unbroken.directory)
+    one, several = (checkpoint.export(path, tmp_path / size, size) for size in ("50GB", "60KB"))
+    assert [p.name for p in one.glob("*.safetensors*")] == ["model.safetensors"]
+    files = sorted(several.glob("model-*.safetensors"))
+    assert len(files) > 2
+    largest = max(tensor.nbytes for tensor in weights(unbroken).values())
+    assert all(file.stat().st_size < max(60_000, largest) + 10_000 for file in files)
+    assert json.loads((several / "model.safetensors.index.json").read_text())["weight_map"].keys() == {
+        name for name in weights(unbroken) if name != "lm_head.weight"
+    }
+    inputs = torch.arange(24).view(2, 12)
+    logits = []
+    for export in (one, several):
+        model, info = AutoModelForCausalLM.from_pretrained(export, output_loading_info=True)
+        assert not any(info.values()), info
+        assert all(parameter.equal(weights(unbroken)[name]) for name, parameter in model.named_parameters())
+        with torch.no_grad():
+            logits.append(model.eval()(inputs).logits)
+    assert logits[0].equal(logits[1])
+
+
+def test_an_export_that_is_interrupted_leaves_nothing_that_looks_complete(unbroken, tmp_path, monkeypatch):
+    path, target = checkpoint.latest(unbroken.directory), tmp_path / "exported"
+
+    def killed(*given):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exporter, "_describe", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.export(path, target)
+    assert [p.name for p in tmp_path.iterdir()] == [".exported.partial"]
+    checkpoint.export(path, target)
+    assert [p.name for p in tmp_path.iterdir()] == ["exported"]
+
+
+def test_a_size_that_is_none_is_refused(unbroken, tmp_path):
+    with pytest.raises(ConfigError, match=r"max_shard_size='large' is no size: write one such as '5GB'"):
+        checkpoint.export(checkpoint.latest(unbroken.directory), tmp_path / "exported", "large")
+    assert not list(tmp_path.iterdir())
+
+
+_PEAKS = """
+import json, sys, threading
+from pathlib import Path
+from tutorial_lib import checkpoint
+from tutorial_lib.checkpoint import exporter
+
+def anonymous():
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1]) * 1024
+
+def rise(source, target):
+    done, seen = threading.Event(), [anonymous()]
+    def watch():
+        while not done.wait(0.001):
+            seen.append(anonymous())
+    thread = threading.Thread(target=watch)
+    thread.start()
+    checkpoint.export(Path(source), Path(target))
+    done.set()
+    thread.join()
+    return max(seen) - seen[0]
+
+small, large, target = sys.argv[1:]
+rise(small, target + "-small")  # imports, and what libraries keep
+peaks = [rise(large, target + "-streamed")]
+read = exporter._read
+exporter._read = lambda *given: iter([tensor.clone() for tensor in read(*given)])
+print(json.dumps([*peaks, rise(large, target + "-at-once")]))
+"""
+
+
+def test_an_export_holds_a_parameter_at_a_time(unbroken, model, tmp_path):
+    """In a new process. To read all first is the control: it must show."""
+    larger = tmp_path / "larger"
+    shutil.copytree(model, larger)
+    (larger / "model.safetensors").unlink()
+    path = larger / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"n_embd": 128, "n_layer": 32}))
+    run = launch.run(config(tmp_path, name="larger", model=str(larger), random_init=True, steps=1, global_batch=1))
+    sizes = [tensor.nbytes for name, tensor in weights(run).items() if name != "lm_head.weight"]
+    given = [str(checkpoint.latest(r.directory)) for r in (unbroken, run)]
+    shown = subprocess.run(
+        [sys.executable, "-c", _PEAKS, *given, str(tmp_path / "exported")], check=True, capture_output=True, cwd=ROOT
+    )
+    streamed, at_once = json.loads(shown.stdout.splitlines()[-1])
+    assert sum(sizes) > 20 * max(sizes)
+    assert streamed < 2 * max(sizes) + 4e6, f"{streamed} for parameters of at most {max(sizes)} bytes"
+    assert at_once > 0.9 * sum(sizes)
+
+
+def test_what_was_changed_for_training_alone_is_not_exported(model, tmp_path, monkeypatch):
+    """Padding side, pad token, generation settings and the use of a cache are those of the user's model."""
+    own = tmp_path / "own"
+    shutil.copytree(model, own)
+    generation = {"eos_token_id": [255, 5], "temperature": 0.6, "do_sample": False}  # transformers would not save these
+    (own / "generation_config.json").write_text(json.dumps(generation))
+    for file, changes in {
+        "config.json": {"use_cache": False},
+        "tokenizer_config.json": {"padding_side": "left"},
+    }.items():
+        (own / file).write_text(json.dumps(json.loads((own / file).read_text()) | changes))
+    run = launch.run(config(tmp_path, model=str(own), steps=1))
+    shutil.rmtree(own)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    target = checkpoint.export(checkpoint.latest(run.directory), Path("~/exported"))
+    assert target == tmp_path / "exported" and target.is_dir()
+    assert json.loads((target / "generation_config.json").read_text()) == generation
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    assert (tokenizer.padding_side, tokenizer.pad_token) == ("left", None)
+    settings = json.loads((target / "config.json").read_text())
+    assert (settings["use_cache"], settings["dtype"]) == (False, "float32")
+
+
+def test_a_model_without_generation_settings_gets_its_configurations(unbroken, tmp_path):
+    target = checkpoint.export(checkpoint.latest(unbroken.directory), tmp_path / "exported")
+    settings = json.loads((target / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == json.loads((target / "config.json").read_text())["eos_token_id"]

@@ -1,0 +1,84 @@
+"""Locks: one start of a run at a time."""
+
+import multiprocessing
+import os
+import time
+
+import pytest
+
+from tests.unit.checkpoint.runs import ALONE, config
+from tutorial_lib import checkpoint, launch
+from tutorial_lib.cli import main
+from tutorial_lib.config import ConfigError
+from tutorial_lib.lab.lesson import remove_runs
+from tutorial_lib.records import RunDirectory
+
+
+def hold_lock(run, which, held):
+    with checkpoint.held_for_launch(run) if which == "launch" else checkpoint.held_for_training(run, ALONE):
+        held.set()
+        time.sleep(600)
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds one of a run's locks. It is forked, as a new one takes seconds to import torch."""
+    fork, started = multiprocessing.get_context("fork"), []
+
+    def hold(which):
+        run, held = RunDirectory(tmp_path / "run"), fork.Event()
+        run.create()
+        process = fork.Process(target=hold_lock, args=(run, which, held))
+        process.start()
+        started.append(process)
+        assert held.wait(60)
+        return process
+
+    yield hold
+    for process in started:
+        process.kill()
+        process.join()
+
+
+@pytest.mark.parametrize("which", ["launch", "training"])
+def test_a_second_start_is_refused_and_told_who_runs(holder, tmp_path, capsys, which):
+    process = holder(which)
+    (tmp_path / "run" / ".stop-requested").write_text("of the first")
+    before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "run").rglob("*"))
+    given = ["--engine", "torch", "--dp", "1", "--launcher", "none", "--steps", "1", "--storage", str(tmp_path)]
+    began = time.monotonic()
+    assert main(["train", *given]) == 2
+    shown = capsys.readouterr().err
+    assert (
+        f"Run 'run' in {tmp_path} is running already: process {process.pid} on {os.uname().nodename}, since 20" in shown
+    )
+    assert "give this run another name" in shown
+    assert time.monotonic() - began < checkpoint.lock.PREDECESSOR_SECONDS
+    after = sorted(
+        (path, path.stat().st_mtime_ns) for path in (tmp_path / "run").rglob("*") if ".lock" not in path.name
+    )
+    assert after == [each for each in before if ".lock" not in each[0].name and each[0] != tmp_path]
+
+
+@pytest.mark.parametrize("which", ["launch", "training"])
+def test_a_killed_process_holds_nothing(holder, tmp_path, which):
+    process = holder(which)
+    process.kill()
+    process.join()
+    assert launch.run(config(tmp_path, name="run", steps=1)).result["status"] == "completed"
+
+
+@pytest.mark.parametrize("which", ["launch", "training"])
+def test_a_lesson_removes_no_run_that_is_running(holder, tmp_path, which):
+    remove_runs(str(tmp_path))
+    process = holder(which)
+    for name in ("run", "another"):
+        RunDirectory(tmp_path / name).create()
+        (tmp_path / name / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"cannot be emptied: run is still running in it\. Wait until it ends"):
+        remove_runs(str(tmp_path))
+    assert (tmp_path / "another").is_dir()
+    process.kill()
+    process.join()
+    remove_runs(str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lesson", ".reader.lock"]

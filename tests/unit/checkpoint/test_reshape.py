@@ -1,0 +1,136 @@
+"""Reshape: the configuration of the new shape, and what an interruption leaves."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.unit.checkpoint.runs import config
+from tutorial_lib import checkpoint, launch
+from tutorial_lib.checkpoint import manifest
+from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.records import RunDirectory
+
+SHAPES = {
+    "another engine": (
+        {"zero_stage": 2, "offload": "optimizer", "deepspeed": "zero2_cpu_offload"},
+        {"engine": "fsdp"},
+        {"engine": "fsdp", "dp": 2, "offload": "none", "deepspeed": None, "zero_stage": 3},
+    ),
+    "a stage that the DeepSpeed file does not name": (
+        {"zero_stage": 2, "deepspeed": "zero2"},
+        {"zero_stage": 3},
+        {"zero_stage": 3, "deepspeed": None},
+    ),
+    "the same file on more ranks": (
+        {"zero_stage": 2, "deepspeed": "zero2"},
+        {"dp": 4},
+        {"zero_stage": 2, "deepspeed": "zero2", "dp": 4},
+    ),
+    "another sharding": (
+        {"engine": "fsdp", "dp": 4, "sharding": "hybrid_shard", "shard_size": 2},
+        {"sharding": "full_shard"},
+        {"sharding": "full_shard", "shard_size": None, "dp": 4},
+    ),
+    "one start's own settings are not taken over": (
+        {"stop_after": 3, "steps": 9, "measure": True, "evaluate": False, "launcher": "none"},
+        {"engine": "fsdp"},
+        {"stop_after": None, "steps": 9, "measure": False, "evaluate": False, "launcher": "local"},
+    ),
+}
+
+
+def saved_with(run, **flat):
+    path = checkpoint.directory_of(RunDirectory(run), 3)
+    path.mkdir(parents=True)
+    flat = {name: value for name, value in Config.create("cpu", **flat).flat().items() if name != "storage"}
+    (path / "trainer.json").write_text(json.dumps({"format": 1, "step": 3, "config": flat}))
+    return path
+
+
+@pytest.mark.parametrize("what", SHAPES)
+def test_a_reshape_takes_over_what_fits_the_new_shape(tmp_path, what):
+    saved, given, expected = SHAPES[what]
+    reshaped = checkpoint.reshaped_config(saved_with(tmp_path / "old", **saved), {"name": "new", **given})
+    assert {name: reshaped.flat()[name] for name in expected} == expected
+    assert reshaped.directory == tmp_path / "new", "beside the old run"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "write its name"),
+        ({"name": "new", "seed": 1, "global_batch": 4}, "seed was 0, now 1; global_batch was 8, now 4"),
+        ({"name": "new", "launcher": "none"}, "train on the run as it is, in the shape that is wanted"),
+        ({"name": "new", "stop_after": 5}, "stop_after cannot be set"),
+        ({"name": "new", "engine": "torch"}, "Write dp=1, tp=1"),
+        ({"name": "new", "zero_stge": 1}, "Did you mean 'zero_stage'"),
+        ({"name": "old"}, "There is a run .*old already. Give the new run another name"),
+    ],
+)
+def test_a_reshape_that_cannot_be_is_refused_before_anything_is_made(tmp_path, given, message):
+    path = saved_with(tmp_path / "old")
+    with pytest.raises(ConfigError, match=message):
+        checkpoint.reshaped_config(path, given)
+    assert [p.name for p in tmp_path.iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_reshape_leaves_no_run(halved, monkeypatch, error):
+    """Nor does it keep what a killed one has left."""
+    storage = halved.directory.path.parent
+    (storage / ".new.reshaping" / "new").mkdir(parents=True)
+    (storage / ".new.reshaping" / "new" / "half").write_text("")
+
+    def interrupted(start):
+        made = [path.name for path in RunDirectory(start.directory).checkpoints.iterdir()]
+        assert made == ["step-00000004"] and not (start.directory / "half").exists()
+        raise error
+
+    monkeypatch.setattr(launch.runs, "run", interrupted)
+    with pytest.raises(error):
+        launch.reshape(halved.directory.path, name="new", activation_checkpointing=True)
+    assert [path.name for path in storage.iterdir()] == [halved.directory.path.name]
+    checkpoint.verify(checkpoint.latest(halved.directory))
+
+
+def test_a_failed_reshape_keeps_the_log_that_its_error_names(halved, monkeypatch):
+    storage = halved.directory.path.parent
+
+    def failing(start):
+        RunDirectory(start.directory).log_file(0).write_text("what rank 0 said")
+        raise launch.WorkerError("rank 0 failed")
+
+    monkeypatch.setattr(launch, "run", failing)
+    for _ in range(2):
+        with pytest.raises(launch.WorkerError):
+            launch.reshape(halved.directory.path, name="new")
+        hidden = storage / ".new.reshaping"
+        assert [path for path in hidden.rglob("*.log")] == [hidden / "new" / "logs" / "rank-000.log"]
+        assert not list(hidden.rglob("*.pt")), "the checkpoint's files take no room"
+    assert not (storage / "new").exists()
+
+
+def test_a_reshape_needs_no_data(model, tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "validation"):
+        (data / f"{split}.jsonl").write_text('{"text": "Some text that is long enough."}\n' * 8)
+    flat = {"model": model, "dataset": str(data), "steps": None, "stop_after": 1}
+    old = launch.run(config(tmp_path, name="old", **flat))
+    shutil.rmtree(data)
+    run = launch.run
+    monkeypatch.setattr(launch, "run", lambda start: run(start.override(launcher="none")))
+    new = launch.reshape(old.directory.path, name="new", engine="fsdp")
+    assert (new.result["step"], new.result["num_steps"]) == (1, old.result["num_steps"])
+    before, after = (checkpoint.open_full(checkpoint.latest(each.directory)) for each in (old, new))
+    assert all(after.parameter(name).equal(before.parameter(name)) for name in before.names)
+    states = [manifest.read_trainer_state(checkpoint.latest(each.directory)) for each in (old, new)]
+    assert states[0]["identity"]["data"] == states[1]["identity"]["data"] != {}
+
+
+def test_a_source_may_be_under_the_users_home(halved, monkeypatch):
+    monkeypatch.setenv("HOME", str(halved.directory.path.parent))
+    found = checkpoint.checkpoint_of(Path("~") / halved.directory.path.name)
+    assert found == checkpoint.latest(halved.directory)

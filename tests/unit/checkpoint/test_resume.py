@@ -1,0 +1,95 @@
+"""Resume: it continues exactly or refuses, and never restarts silently.
+
+One process and the torch engine; ``tests/distributed`` has the same for DeepSpeed's stages and several ranks.
+"""
+
+import json
+
+import pytest
+
+from tests.unit.checkpoint.runs import STEPS, assert_same, config
+from tutorial_lib import checkpoint, launch
+from tutorial_lib.checkpoint import manifest
+from tutorial_lib.config import ConfigError
+from tutorial_lib.engine.single import TorchEngine
+from tutorial_lib.records import RunDirectory
+
+
+@pytest.mark.parametrize("stop", range(1, STEPS))
+def test_a_run_stopped_after_any_step_continues_exactly(unbroken, model, tmp_path, stop):
+    """Within an epoch, at its end (3 and 6), and across it."""
+    first = launch.run(config(tmp_path, model=model, stop_after=stop))
+    assert (first.result["status"], first.result["step"]) == ("stopped", stop)
+    second = launch.run(config(tmp_path, model=model))
+    assert (second.result["status"], second.result["resumed_from"]) == ("completed", stop)
+    assert_same(second, unbroken)
+
+
+def test_a_run_may_be_stopped_at_every_step(unbroken, model, tmp_path):
+    for stop in (1, 2, 3, 4, 5, 6, None):
+        run = launch.run(config(tmp_path, model=model, stop_after=stop))
+    assert_same(run, unbroken)
+
+
+def test_steps_may_be_raised_where_the_schedule_does_not_depend_on_them(unbroken, model, tmp_path):
+    launch.run(config(tmp_path, model=model, steps=4))
+    assert_same(launch.run(config(tmp_path, model=model)), unbroken)
+
+
+def test_a_finished_run_started_again_trains_nothing(unbroken):
+    again = launch.run(unbroken.config)
+    assert (again.result["status"], again.result["step"]) == ("completed", STEPS)
+    assert again.rows == unbroken.rows
+
+
+def test_resume_never_refuses_a_run_that_exists(halved):
+    with pytest.raises(ConfigError, match=r"step-00000004, and resume='never'.*another name"):
+        launch.run(halved.config.override(resume="never", stop_after=None))
+    assert [row["step"] for row in halved.directory.rows()] == [1, 2, 3, 4]
+
+
+def test_resume_never_starts_a_new_run(model, tmp_path):
+    assert launch.run(config(tmp_path, model=model, steps=1, resume="never")).result["status"] == "completed"
+
+
+def test_a_checkpoint_of_format_1_is_still_read(halved, unbroken):
+    """It has no fingerprint of model and tokenizer, so that nothing is compared."""
+    path = checkpoint.directory_of(halved.directory, 4)
+    trainer = json.loads((path / "trainer.json").read_text())
+    del trainer["identity"]
+    (path / "trainer.json").write_text(json.dumps(trainer | {"format": 1}))
+    listed = json.loads((path / "manifest.json").read_text())
+    listed["files"]["trainer.json"] = manifest.digest(path / "trainer.json")
+    (path / "manifest.json").write_text(json.dumps(listed | {"format": 1}))
+    run = launch.run(halved.config.override(stop_after=None))
+    assert (run.result["resumed_from"], run.result["left_out"]) == (4, [])
+    assert_same(run, unbroken)
+
+
+@pytest.mark.parametrize(("what", "async_save"), [("loss", False), ("norm", False), ("norm", True)])
+def test_a_run_that_diverges_stops_and_names_the_last_good_checkpoint(model, tmp_path, monkeypatch, what, async_save):
+    from tutorial_lib import trainer
+
+    if what == "loss":
+        # The first update throws the weights out of range; the second step's loss shows it.
+        settings, step = config(tmp_path, model=model, checkpoint_every=1, learning_rate=1e30, warmup_steps=0), 2
+    else:
+        settings, step = config(tmp_path, model=model, checkpoint_every=1, async_save=async_save), 3
+        norms = iter([1.0, 1.0, float("nan")])
+        update = TorchEngine.step
+        monkeypatch.setattr(TorchEngine, "step", lambda self: update(self) and next(norms))
+    with pytest.raises(trainer.NonFiniteLoss) as error:
+        launch.run(settings)
+    assert f"At step {step} the " in str(error.value)
+    good = checkpoint.directory_of(RunDirectory(settings.directory), step - 1)
+    assert f"last good checkpoint is {good}." in str(error.value)
+    assert checkpoint.latest(RunDirectory(settings.directory)) == good
+    checkpoint.verify(good)
+    assert len(RunDirectory(settings.directory).rows()) == step - 1
+
+
+def test_divergence_before_any_checkpoint_says_so(model, tmp_path):
+    from tutorial_lib import trainer
+
+    with pytest.raises(trainer.NonFiniteLoss, match="No checkpoint was saved before"):
+        launch.run(config(tmp_path, model=model, learning_rate=1e30, warmup_steps=0))

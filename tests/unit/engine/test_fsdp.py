@@ -1,0 +1,55 @@
+"""What FSDP needs no second process for: the values of its shards, and refusals."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.embedded import MODEL_NAMES, model_directory
+from tutorial_lib.engine.fsdp import tensor_parallel, weights
+from tutorial_lib.models import build_model
+from tutorial_lib.models.meta import model_outline
+
+
+@pytest.mark.parametrize("random_init", [False, True])
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_a_filled_outline_is_the_model_bit_for_bit(name, random_init):
+    """Without a process group every tensor is whole, and so are its slices."""
+    config = Config.create("cpu", engine="fsdp", model=name, random_init=random_init, seed=5)
+    outline, model = model_outline(config), build_model(config)
+    weights.fill(outline, config, device=torch.device("cpu"), host=False)
+    filled = dict(outline.named_parameters())
+    assert filled.keys() == dict(model.named_parameters()).keys()
+    assert all(filled[n].equal(p) for n, p in model.named_parameters())
+    buffers = dict(outline.named_buffers())
+    assert buffers.keys() == dict(model.named_buffers()).keys()
+    assert all(buffers[n].equal(b) for n, b in model.named_buffers())
+    assert outline.get_input_embeddings().weight is outline.get_output_embeddings().weight
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda held, name: held.pop(name), r"lack 1 of its parameters: transformer\.ln_f\.bias"),
+        (lambda held, name: held.update({name: torch.zeros(5)}), r"ln_f\.bias as \[5\] in place of \[96\]"),
+    ],
+)
+def test_files_that_do_not_fit_the_configuration_are_refused(tmp_path, change, message):
+    shutil.copytree(model_directory("embedded/gpt2"), tmp_path / "wrong")
+    held = load_file(tmp_path / "wrong" / "model.safetensors")
+    change(held, next(name for name in held if name.endswith("ln_f.bias")))
+    save_file(held, tmp_path / "wrong" / "model.safetensors", {"format": "pt"})
+    config = Config.create("cpu", engine="fsdp", model=str(tmp_path / "wrong"))
+    with pytest.raises(ConfigError, match=message):
+        weights.fill(model_outline(config), config, device=torch.device("cpu"), host=False)
+
+
+def test_a_family_without_a_plan_is_refused():
+    model = model_outline(Config.create("cpu", engine="fsdp"))
+    model.config.model_type = "opt"
+    with pytest.raises(ConfigError, match="no tensor-parallel plan for 'opt' models, only for gpt2, qwen2, bloom"):
+        tensor_parallel.split(model, mesh=None)

@@ -1,0 +1,100 @@
+"""A tiny copy of a model tells before a start whether the family can be trained on the batches that were asked for."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig
+
+from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.dataloader.collate import Collate
+from tutorial_lib.embedded import MODEL_NAMES
+from tutorial_lib.engine.trial import trial_forward
+from tutorial_lib.models import load_config, masks
+
+WINDOWED = {
+    "mistral": {"sliding_window": 64},
+    "gemma3_text": {"sliding_window": 64},
+    "qwen2": {
+        "sliding_window": 64, "use_sliding_window": True, "num_hidden_layers": 4,
+        "layer_types": ["full_attention", "full_attention", "sliding_attention", "sliding_attention"],
+    },
+}  # fmt: skip
+
+
+def trial(model_config, batching, seq_length=128):
+    config = Config.create(model=model_config.model_type, batching=batching, seq_length=seq_length)
+    trial_forward(config, model_config)
+
+
+@pytest.mark.parametrize("batching", ["max_length", "longest", "packed"])
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_embedded_models_take_every_batching(name, batching):
+    for seq_length in (2, 3, 128):
+        trial(load_config(name), batching, seq_length)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt_neox", *WINDOWED])
+def test_other_families_take_packed_batches(family):
+    trial(AutoConfig.for_model(family, **WINDOWED.get(family, {})), "packed")
+
+
+@pytest.mark.parametrize("family", WINDOWED)
+def test_without_help_sliding_windows_would_be_lost_in_packed_batches(family, monkeypatch):
+    monkeypatch.setattr(masks, "_window", lambda model: None)
+    model_config = AutoConfig.for_model(family, **WINDOWED[family])
+    trial(model_config, "longest")
+    trial(model_config, "packed", seq_length=64)
+    with pytest.raises(ConfigError, match=r"misses tokens\. Write batching='longest'"):
+        trial(model_config, "packed", seq_length=65)
+
+
+@pytest.mark.parametrize("batching", ["longest", "packed"])
+@pytest.mark.parametrize("family", ["roberta", "bert"])
+def test_a_family_that_sees_the_future_is_refused(family, batching):
+    with pytest.raises(ConfigError, match=f"of type '{family}'.*batching='{batching}': it is not causal.*is_decoder"):
+        trial(AutoConfig.for_model(family), batching)
+    trial(AutoConfig.for_model(family, is_decoder=True), "longest")
+
+
+def test_a_family_that_takes_no_document_mask_is_refused_with_what_to_write():
+    for model_config in (AutoConfig.for_model("falcon", alibi=True), AutoConfig.for_model("mamba")):
+        trial(model_config, "longest")
+        with pytest.raises(ConfigError, match=r"'packed': its code fails with \w+Error: .*Write batching='longest'"):
+            trial(model_config, "packed")
+
+
+def test_documents_that_see_each_other_are_noticed(monkeypatch):
+    together = Collate.__call__
+
+    def leaking(self, examples):
+        batches = together(self, examples)
+        for batch in batches:
+            if self.batching == "packed":
+                batch["attention_mask"] = torch.ones_like(batch["attention_mask"]).tril()
+        return batches
+
+    monkeypatch.setattr(Collate, "__call__", leaking)
+    with pytest.raises(ConfigError, match="sees other documents"):
+        trial(load_config("embedded/gpt2"), "packed")
+
+
+def test_an_encoder_decoder_is_no_language_model():
+    with pytest.raises(ConfigError, match="of type 't5', which transformers has no causal language model for"):
+        trial(AutoConfig.for_model("t5"), "longest")
+
+
+def test_a_trial_changes_neither_random_states_nor_the_configuration():
+    model_config = AutoConfig.for_model("mistral")
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate(), model_config.to_dict()
+    trial(model_config, "packed")
+    after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate(), model_config.to_dict()
+    assert torch.equal(before[0], after[0])
+    assert before[1:] == after[1:]
+
+
+def test_a_model_that_has_no_small_copy_is_not_refused():
+    trial(AutoConfig.for_model("deepseek_v2", num_experts_per_tok=None), "packed")

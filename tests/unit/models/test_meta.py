@@ -1,0 +1,155 @@
+"""A model before it has values: the same code and shapes, and the files that hold the values."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.embedded import MODEL_NAMES, model_directory
+from tutorial_lib.engine.fsdp import weights
+from tutorial_lib.models import build_model, load_model
+from tutorial_lib.models.meta import check_stored_weights, locate_parameters, model_outline
+
+
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_an_outline_is_the_model_without_values(name):
+    config = Config.create("cpu", engine="fsdp", model=name, freeze=("*.0.*",), activation_checkpointing=True)
+    outline, model = model_outline(config), build_model(config)
+    described = [[(n, p.shape, p.dtype, p.requires_grad) for n, p in m.named_parameters()] for m in (outline, model)]
+    assert described[0] == described[1]
+    assert all(p.is_meta for p in outline.parameters())
+    assert outline.get_input_embeddings().weight is outline.get_output_embeddings().weight
+
+
+def located(name, **flat):
+    return locate_parameters(Config.create("cpu", engine="fsdp", model=str(name), **flat).model)
+
+
+def test_files_of_a_model_in_one_file_and_in_several(tmp_path):
+    full = located("embedded/gpt2")
+    assert {tensor.path for tensor in full.values()} == {str(model_directory("embedded/gpt2") / "model.safetensors")}
+    shutil.copytree(model_directory("embedded/gpt2"), tmp_path / "split")
+    tensors = load_file(tmp_path / "split" / "model.safetensors")
+    (tmp_path / "split" / "model.safetensors").unlink()
+    names = sorted(tensors)
+    files = {"first.safetensors": names[::2], "second.safetensors": names[1::2]}
+    for file, held in files.items():
+        save_file({name: tensors[name].contiguous() for name in held}, tmp_path / "split" / file, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, held in files.items() for name in held}}
+    (tmp_path / "split" / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = located(tmp_path / "split")
+    assert found.keys() == full.keys()
+    stored = {tensor.name: tensor.path for tensor in found.values()}
+    assert stored[names[1]] == str(tmp_path / "split" / "second.safetensors")
+    (tmp_path / "split" / "second.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"index.json names files that are not there: second\.safetensors"):
+        check_stored_weights(Config.create("cpu", model=str(tmp_path / "split")))
+
+
+def test_a_model_without_safetensors_is_refused(tmp_path):
+    shutil.copytree(model_directory("embedded/gpt2"), tmp_path / "none")
+    (tmp_path / "none" / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"no safetensors file.*engine='deepspeed'"):
+        located(tmp_path / "none")
+
+
+# ------------------------------------------------------------------------------------------ weights that are not there
+
+ENGINES = pytest.mark.parametrize("engine", ["deepspeed", "fsdp", "torch"])
+
+
+@pytest.fixture
+def copied(tmp_path):
+    return shutil.copytree(model_directory("embedded/gpt2"), tmp_path / "model")
+
+
+def change(directory, edit):
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+@ENGINES
+def test_missing_parameters_are_refused_alike_for_every_engine(copied, engine):
+    change(copied, lambda held: [held.pop(name) for name in list(held) if ".2.mlp." in name])
+    with pytest.raises(ConfigError, match=r"lack 4 of its parameters: .*\.2\.mlp\.c_fc\.bias, .*, and 1 more\."):
+        check_stored_weights(Config.create("cpu", dp=1, engine=engine, model=str(copied)))
+
+
+@ENGINES
+def test_parameters_of_another_shape_are_refused_alike_for_every_engine(copied, engine):
+    change(copied, lambda held: held.update({name: torch.zeros(5) for name in held if name.endswith("ln_f.bias")}))
+    with pytest.raises(
+        ConfigError, match=r"do not fit its config\.json: they hold .*ln_f\.bias as \[5\] in place of \[96\]"
+    ):
+        check_stored_weights(Config.create("cpu", dp=1, engine=engine, model=str(copied)))
+
+
+def test_a_model_that_is_loaded_alone_refuses_what_its_files_lack(copied):
+    change(copied, lambda held: [held.pop(name) for name in list(held) if name.endswith("ln_f.bias")])
+    with pytest.raises(ConfigError, match=r"lack 1 of its parameters: transformer\.ln_f\.bias"):
+        load_model(str(copied))
+    change(copied, lambda held: held.update({"transformer.ln_f.bias": torch.zeros(5)}))
+    with pytest.raises(ConfigError, match=r"transformer\.ln_f\.bias as \[5\] in place of \[96\]"):
+        load_model(str(copied))
+
+
+@ENGINES
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda full: b"version https://git-lfs.github.com/spec/v1\nsize 9\n", r"git-lfs pointer of \d+ bytes"),
+        (lambda full: full[: len(full) // 2], r"damaged or cut short \(.*\)\. Copy or download it again"),
+        (lambda full: b"", r"damaged or cut short"),
+    ],
+)  # fmt: skip
+def test_pointers_and_cut_files_are_named(copied, engine, content, message):
+    path = copied / "model.safetensors"
+    path.write_bytes(content(path.read_bytes()))
+    for load in (lambda: check_stored_weights(Config.create("cpu", dp=1, engine=engine, model=str(copied))),
+                 lambda: load_model(str(copied))):  # fmt: skip
+        with pytest.raises(ConfigError, match=rf"model/model\.safetensors is .*{message}"):
+            load()
+
+
+def test_a_cut_torch_file_is_named(copied):
+    torch.save(load_file(copied / "model.safetensors"), copied / "pytorch_model.bin")
+    (copied / "model.safetensors").unlink()
+    config = Config.create("cpu", dp=1, engine="torch", model=str(copied))
+    check_stored_weights(config)
+    path = copied / "pytorch_model.bin"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match=r"pytorch_model\.bin is damaged or cut short"):
+        check_stored_weights(config)
+
+
+def save_random(family, directory, **sizes):
+    sizes |= {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model(family, vocab_size=64, num_key_value_heads=2, **sizes)
+    with torch.random.fork_rng():
+        AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+
+
+def test_names_that_transformers_renames_are_found(tmp_path):
+    """GPT-NeoX is stored with embed_out, and its output layer is called lm_head."""
+    save_random("gpt_neox", tmp_path / "model")
+    assert located(tmp_path / "model")["lm_head.weight"].name == "embed_out.weight"
+    config = Config.create("cpu", engine="fsdp", model=str(tmp_path / "model"))
+    filled = model_outline(config)
+    weights.fill(filled, config, device=torch.device("cpu"), host=False)
+    loaded = dict(load_model(config.model.name).named_parameters())
+    assert all(parameter.equal(loaded[name]) for name, parameter in filled.named_parameters())
+
+
+def test_tensors_that_transformers_converts_are_for_other_engines(tmp_path):
+    save_random("mixtral", tmp_path / "model", num_local_experts=2, num_experts_per_tok=1)
+    check_stored_weights(Config.create("cpu", dp=1, engine="torch", model=str(tmp_path / "model")))
+    with pytest.raises(ConfigError, match=r"reads tensors as they are stored, .*experts\.\d\..*engine='deepspeed'"):
+        check_stored_weights(Config.create("cpu", dp=1, engine="fsdp", model=str(tmp_path / "model")))

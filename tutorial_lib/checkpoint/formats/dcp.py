@@ -1,0 +1,51 @@
+"""Checkpoints of FSDP: pieces of any shape, with an index of where each lies (``torch.distributed.checkpoint``)."""
+
+from __future__ import annotations
+
+import functools
+import re
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from tutorial_lib.checkpoint.formats.base import WEIGHT, WEIGHTS_AND_OPTIMIZER, FullTensors
+from tutorial_lib.models.fused_qkv import by_part, is_fused_by_part
+
+
+class DCP(FullTensors):
+    def _stored_names(self) -> Iterable[str]:
+        stored = dcp.FileSystemReader(self._directory).read_metadata().state_dict_metadata
+        return (name.removeprefix("parameters.") for name in stored if name.startswith("parameters."))
+
+    def _read(self, name: str, kind: str) -> Tensor:
+        tensor = torch.empty(self.shapes[name])
+        self._load({"parameters" if kind == WEIGHT else kind: {name: tensor}})
+        if is_fused_by_part(name, self._model_type):
+            return by_part(tensor, self._settings.parallel.tp).contiguous()
+        return tensor
+
+    def adam_step(self, name: str) -> int:
+        return int(self._steps[self._number[name]])
+
+    @functools.cached_property
+    def _steps(self) -> Tensor:
+        steps = torch.empty(len(self.trained))
+        self._load({"step": steps})
+        return steps
+
+    def _load(self, wanted: dict[str, Any]) -> None:
+        """Fill tensors in place. DCP finds in its index, a pickle, the files and the parts of them that it needs."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*load in a single process")  # that is the intent
+            dcp.load(wanted, checkpoint_id=str(self._directory), no_dist=True)
+
+
+def rank_and_contents(name: str) -> tuple[int, str] | None:
+    """Return which rank wrote a file of this format, and what the file holds."""
+    if found := re.search(r"__(\d+)_\d+\.distcp$", name):
+        return int(found[1]), WEIGHTS_AND_OPTIMIZER
+    return (0, "index of the shards") if name == "engine/.metadata" else None

@@ -1,0 +1,230 @@
+"""Checkpoints of DeepSpeed: the names of its files, and how each ZeRO stage has cut the tensors in them.
+
+With t tensor-parallel and d data-parallel ranks, the files of one parameter W are::
+
+    stage 0       share 1 ... share t       each in the file of one tensor-parallel rank, if AutoTP has split it
+    stages 1, 2   share i = a stretch of one long vector, cut into d files wherever their bounds happen to fall
+    stage 3       share i = d equal pieces, the last one padded; a parameter that AutoTP has not split: d t pieces
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+from abc import abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tutorial_lib.checkpoint.formats.base import WEIGHT, WEIGHTS, WEIGHTS_AND_OPTIMIZER, FullTensors, names_once
+from tutorial_lib.config import Config
+
+LAYOUT = "layout.json"
+"""Among the files of an engine that splits parameters over tensor-parallel ranks: how each of them was split."""
+
+
+class _Stage(FullTensors):
+    """What the stages have in common: files by rank, and the shares of tensor-parallel ranks side by side."""
+
+    def __init__(self, directory: Path, settings: Config, model: Any) -> None:
+        super().__init__(directory, settings, model)
+        # DeepSpeed's files name its classes. Imported for them, unasked it would warn that there is no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+        self._dp, self._tp = settings.parallel.dp, settings.parallel.tp
+        rows = json.loads((directory / LAYOUT).read_text(encoding="utf-8")) if self._tp > 1 else []
+        self._layout: dict[str, dict[str, Any]] = {row["parameter"]: row for row in rows}
+        self._opened: dict[str, Any] = {}
+
+    def _stored_names(self) -> Iterable[str]:
+        return names_once(self._model_states(0)["module"])
+
+    def _read(self, name: str, kind: str) -> Tensor:
+        dim = self._layout[name]["dim"] if self._tp > 1 else None
+        if dim is None:
+            return self._share(0, name, kind)
+        return torch.cat([self._share(tp_rank, name, kind) for tp_rank in range(self._tp)], dim)
+
+    @abstractmethod
+    def _share(self, tp_rank: int, name: str, kind: str) -> Tensor:
+        """A parameter, or what belongs to it, as far as one tensor-parallel rank has it."""
+
+    def buffers(self) -> dict[str, Tensor]:
+        state = self._model_states(0)
+        return {name: state["module"][name] for name in state["buffer_names"] or ()}
+
+    def _model_states(self, tp_rank: int) -> Any:
+        return self._file(f"mp_rank_{tp_rank:02d}_model_states.pt")
+
+    def _optimizer(self, dp_rank: int, tp_rank: int) -> Any:
+        precision = "bf16_" if self._settings.engine.precision == "bf16" else ""
+        name = f"{precision}zero_pp_rank_{dp_rank}_mp_rank_{tp_rank:02d}_optim_states.pt"
+        return self._file(name)["optimizer_state_dict"]
+
+    def _file(self, name: str) -> Any:
+        if name not in self._opened:
+            # Mapped: tensors are read when they are used, and only as much of them.
+            path = self._directory / "engine" / name
+            self._opened[name] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+        return self._opened[name]
+
+
+class Stage0(_Stage):
+    def _share(self, tp_rank: int, name: str, kind: str) -> Tensor:
+        tensor: Tensor
+        if kind != WEIGHT:
+            weight = self._share(tp_rank, name, WEIGHT)
+            tensor = self._state(tp_rank, name).get(kind, torch.zeros_like(weight, dtype=torch.float32))
+        elif name in self._number and self._settings.engine.precision != "fp32":
+            # The masters have no names: they are in the order of the trained parameters.
+            groups = self._model_states(tp_rank)["optimizer"]["fp32_groups"]
+            tensor = next(itertools.islice(itertools.chain(*groups), self._number[name], None)).detach()
+        else:
+            tensor = self._model_states(tp_rank)["module"][name]
+        return tensor
+
+    def adam_step(self, name: str) -> int:
+        return int(self._state(0, name).get("step", 0))
+
+    def _state(self, tp_rank: int, name: str) -> dict[str, Any]:
+        optimizer = self._model_states(tp_rank)["optimizer"]
+        states = optimizer.get("optimizer_state_dict", optimizer)["state"]  # wrapped in 16 bits
+        # Nothing is there before the first update.
+        state: dict[str, Any] = states.get(self._number[name], {})
+        return state
+
+
+class Stage12(_Stage):
+    """Each group of parameters is one vector, padded at its end, of which every data-parallel rank has a stretch."""
+
+    def __init__(self, directory: Path, settings: Config, model: Any) -> None:
+        super().__init__(directory, settings, model)
+        self._places = [self._places_of(tp_rank) for tp_rank in range(self._tp)]
+
+    def _places_of(self, tp_rank: int) -> dict[str, tuple[int, int, torch.Size]]:
+        """By name: the group, where the parameter begins in its vector, and its shape."""
+        # In the order of the vector, which is not always that of the model (round_robin_gradients).
+        groups = self._model_states(tp_rank)["param_shapes"]
+        paddings = self._optimizer(0, tp_rank)["param_alignment_paddings"]
+        places = {}
+        for group, (shapes, after) in enumerate(zip(groups, paddings, strict=True)):
+            first = 0
+            for (name, shape), padding in zip(shapes.items(), after, strict=True):
+                places[name] = (group, first, shape)
+                first += shape.numel() + padding
+        return places
+
+    def _share(self, tp_rank: int, name: str, kind: str) -> Tensor:
+        if name not in self._number:
+            frozen: Tensor = self._model_states(tp_rank)["module"][name]
+            return frozen
+        group, first, shape = self._places[tp_rank][name]
+        last = first + shape.numel()
+        pieces, start = [], 0
+        for dp_rank in range(self._dp):
+            stretch = self._stretch(dp_rank, tp_rank, group, kind)
+            if stretch is None:
+                return torch.zeros(shape)
+            pieces.append(stretch[max(first - start, 0) : max(last - start, 0)])
+            start += stretch.numel()
+        return torch.cat(pieces).view(shape)
+
+    def _stretch(self, dp_rank: int, tp_rank: int, group: int, kind: str) -> Tensor | None:
+        if kind == WEIGHT:
+            masters: Tensor = self._optimizer(dp_rank, tp_rank)["single_partition_of_fp32_groups"][group].detach()
+            return masters
+        return self._state(dp_rank, tp_rank, group).get(kind)
+
+    def _state(self, dp_rank: int, tp_rank: int, group: int) -> dict[str, Any]:
+        # Nothing is there before the first update.
+        state: dict[str, Any] = self._optimizer(dp_rank, tp_rank)["base_optimizer_state"]["state"].get(group, {})
+        return state
+
+    def adam_step(self, name: str) -> int:
+        return int(self._state(0, 0, self._places[0][name][0]).get("step", 0))
+
+
+class Stage3(_Stage):
+    """Every parameter is cut into equal pieces, and a rank's pieces of a group of parameters are one vector."""
+
+    def __init__(self, directory: Path, settings: Config, model: Any) -> None:
+        super().__init__(directory, settings, model)
+        self._ranks = [(dp_rank, tp_rank) for dp_rank in range(self._dp) for tp_rank in range(self._tp)]
+        self._places = [self._places_of(tp_rank) for tp_rank in range(self._tp)]
+
+    def _places_of(self, tp_rank: int) -> dict[str, tuple[int, int, torch.Size]]:
+        """By name: the group, where a rank's piece begins in its vector, and the shape of what is cut."""
+        places = {}
+        for group, shapes in enumerate(self._rank_states(0, tp_rank)["param_shapes"]):
+            first = 0
+            for name, shape in shapes.items():
+                places[name] = (group, first, shape)
+                first += self._piece_numel(name, shape)
+        return places
+
+    def _stored_names(self) -> Iterable[str]:
+        state = self._rank_states(0, 0)
+        return itertools.chain(*state["param_shapes"], state["frozen_param_shapes"] or ())
+
+    def _pieces(self, name: str) -> int:
+        # What AutoTP has split is cut among the data-parallel ranks, and all else, as it was when the model was built,
+        # among all ranks. DeepSpeed's own merge (zero_to_fp32) knows one number of ranks alone.
+        return int(self._layout[name]["partitions"]) if self._tp > 1 else self._dp
+
+    def _piece_numel(self, name: str, shape: torch.Size) -> int:
+        return -(-shape.numel() // self._pieces(name))
+
+    def _share(self, tp_rank: int, name: str, kind: str) -> Tensor:
+        among_all = self._pieces(name) == len(self._ranks)
+        ranks = self._ranks if among_all else [rank for rank in self._ranks if rank[1] == tp_rank]
+        if name not in self._number:
+            states = [self._rank_states(*rank) for rank in ranks]
+            shape = states[0]["frozen_param_shapes"][name]
+            found = [state["frozen_param_fragments"][name] for state in states]
+        else:
+            group, first, shape = self._places[tp_rank][name]
+            last = first + self._piece_numel(name, shape)
+            vectors = [self._vector(*rank, group, kind) for rank in ranks]
+            found = [vector[first:last] for vector in vectors if vector is not None]
+            if not found:
+                return torch.zeros(shape)
+        return torch.cat(found)[: shape.numel()].view(shape)
+
+    def _vector(self, dp_rank: int, tp_rank: int, group: int, kind: str) -> Tensor | None:
+        if kind == WEIGHT:
+            masters: Tensor = self._optimizer(dp_rank, tp_rank)["fp32_flat_groups"][group].detach()
+            return masters
+        return self._state(dp_rank, tp_rank, group).get(kind)
+
+    def _state(self, dp_rank: int, tp_rank: int, group: int) -> dict[str, Any]:
+        # Nothing is there before the first update.
+        optimizer = self._optimizer(dp_rank, tp_rank)["optimizer_state_dict"]
+        state: dict[str, Any] = optimizer["state"].get(group, {})
+        return state
+
+    def adam_step(self, name: str) -> int:
+        return int(self._state(0, 0, self._places[0][name][0]).get("step", 0))
+
+    def _rank_states(self, dp_rank: int, tp_rank: int) -> Any:
+        return self._file(f"zero_pp_rank_{dp_rank}_mp_rank_{tp_rank:02d}_model_states.pt")
+
+    def _model_states(self, tp_rank: int) -> Any:
+        return self._rank_states(0, tp_rank)
+
+
+STAGES: tuple[type[_Stage], ...] = (Stage0, Stage12, Stage12, Stage3)
+"""The reader of each ZeRO stage."""
+
+
+def rank_and_contents(name: str, tp: int, zero_stage: int) -> tuple[int, str] | None:
+    """Return which rank wrote a file of this format, and what the file holds."""
+    if found := re.search(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_(model|optim)_states\.pt$", name):
+        rank = int(found[1]) * tp + int(found[2])
+        return rank, "optimizer and fp32 weights" if found[3] == "optim" else "shapes and buffers"
+    if found := re.search(r"mp_rank_(\d+)_model_states\.pt$", name):
+        return int(found[1]), WEIGHTS if zero_stage else WEIGHTS_AND_OPTIMIZER
+    return (0, "scripts that DeepSpeed adds") if name.startswith("engine/") and name.endswith(".py") else None

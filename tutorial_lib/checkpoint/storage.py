@@ -1,0 +1,79 @@
+"""Checks of a run's storage: refused before processes start, and told apart from a bug when it fails later."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tutorial_lib.checkpoint.manifest import CheckpointError
+from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.records import RunDirectory
+
+
+def check_storage(config: Config) -> None:
+    """Refuse storage that cannot be written to, before any process starts.
+
+    Raises:
+        ConfigError: names the directory and the reason.
+    """
+    directory = config.directory
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".write-test-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"storage {config.run.storage!r} cannot be written to: {error.strerror}. "
+            "Name a directory that every rank can write to."
+        ) from error
+
+
+_FULL_OR_CLOSED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+
+_TORCH_COULD_NOT_WRITE = ("inline_container", "iostream error", "PytorchStreamWriter")
+
+_PROBE_BYTES = 2**20
+
+
+def storage_failure(run: RunDirectory, error: BaseException) -> CheckpointError | None:
+    """What to say of an error that comes of the run's storage, if it does: PyTorch reports a full disk as a bug."""
+    if isinstance(error, OSError) and error.errno in _FULL_OR_CLOSED:
+        # A data set or a cache lies elsewhere, and its errors are its own.
+        reason = f"{error.strerror}: {error.filename}" if _is_under(error.filename, run.path) else _refusal(run.path)
+    elif isinstance(error, RuntimeError) and any(sign in str(error) for sign in _TORCH_COULD_NOT_WRITE):
+        reason = _refusal(run.path) or str(error).splitlines()[0]
+    else:
+        reason = None
+    if reason is None:
+        return None
+    return CheckpointError(
+        f"The storage of run {run.path.name!r} refuses to be written to ({reason}; "
+        f"{shutil.disk_usage(run.path).free / 2**20:.0f} MiB are free there). What was saved before is untouched. "
+        "Make room or make it writable, then give the same command again: it resumes from the newest intact "
+        "checkpoint. keep_last deletes older ones as it goes."
+    )
+
+
+def _is_under(name: Any, directory: Path) -> bool:
+    """Whether an error's ``filename``, which may be a descriptor or nothing, is one of the directory's."""
+    if not isinstance(name, str | bytes | os.PathLike):
+        return False
+    return Path(os.fsdecode(name)).resolve().is_relative_to(directory.resolve())
+
+
+def _refusal(directory: Path) -> str | None:
+    """Why a small file cannot be written there now."""
+    probe = directory / f".write-test-{os.getpid()}"
+    try:
+        probe.write_bytes(bytes(_PROBE_BYTES))
+    except OSError as error:
+        return error.strerror
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+    return None

@@ -1,0 +1,112 @@
+"""Order of examples: which of them make up each optimizer step, and which of those a rank reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Sampler
+
+from tutorial_lib.config import ConfigError
+
+_GROUPED_STEPS = 50  # Enough to find neighbours in length, few enough to keep an epoch's order random.
+
+
+def epoch_order(
+    num_examples: int,
+    *,
+    global_batch: int,
+    seed: int,
+    epoch: int,
+    lengths: NDArray[np.integer[Any]] | None = None,
+) -> NDArray[np.int64]:
+    """Which examples make up each step of an epoch, ``[steps, global_batch]``.
+
+    An epoch is a permutation without its last, incomplete step. Every epoch has another permutation, so that no
+    example is always among those left out.
+
+    Args:
+        lengths: tokens of each example, to let a step's examples be of similar length: within every 50 steps of the
+            permutation (in small data sets every quarter) they are sorted by length, and the steps shuffled again.
+    """
+    random = np.random.default_rng((seed, epoch))
+    steps = num_examples // global_batch
+    order = random.permutation(num_examples)[: steps * global_batch]
+    if lengths is None:
+        return order.reshape(steps, global_batch)
+    # Were a whole epoch sorted at once, each epoch would consist of the same steps.
+    window = min(_GROUPED_STEPS, max(1, steps // 4)) * global_batch
+    windows = [order[start : start + window] for start in range(0, len(order), window)]
+    grouped = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in windows])
+    return grouped.reshape(steps, global_batch)[random.permutation(steps)]
+
+
+class StepSampler(Sampler[list[int]]):
+    """This data-parallel rank's examples of one optimizer step after another, epoch after epoch without end.
+
+    The examples of a step are dealt out to the ranks like cards. As they are sorted by length where lengths matter,
+    ranks get nearly equal token counts, and neighbours in length share a micro-batch. A state counts steps alone, so
+    that it holds for any number of ranks.
+
+    Args:
+        dp_rank: rank in the *data-parallel* group. Ranks that share a layer (tensor parallelism) share a ``dp_rank``,
+            and have to: they work on the same examples.
+    """
+
+    def __init__(
+        self,
+        num_examples: int,
+        *,
+        global_batch: int,
+        seed: int,
+        dp_rank: int,
+        dp_size: int,
+        lengths: NDArray[np.integer[Any]] | None = None,
+    ) -> None:
+        self.steps_per_epoch = num_examples // global_batch
+        self._num_examples, self._global_batch, self._seed, self._lengths = num_examples, global_batch, seed, lengths
+        self._dp_rank, self._dp_size = dp_rank, dp_size
+        self._step = 0
+        self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty((0, 0), dtype=np.int64))
+
+    def examples(self, step: int) -> NDArray[np.int64]:
+        """The examples of a step, counted from 0 over all epochs, of all ranks together: ``[global_batch]``."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        if self._order[0] != epoch:
+            order = epoch_order(
+                self._num_examples,
+                global_batch=self._global_batch,
+                seed=self._seed,
+                epoch=epoch,
+                lengths=self._lengths,
+            )
+            self._order = (epoch, order)
+        return self._order[1][step_in_epoch]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        while True:
+            mine = self.examples(self._step)[self._dp_rank :: self._dp_size].tolist()
+            self._step += 1
+            yield mine
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self._step, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue after ``state["step"]`` steps.
+
+        Raises:
+            ConfigError: the state counts steps of another order of examples.
+        """
+        now = self._identity()
+        if changed := [f"{key}={state[key]} then, {now[key]} now" for key in now if state[key] != now[key]]:
+            raise ConfigError(
+                f"The saved data position belongs to another order of examples: {'; '.join(changed)}. "
+                "Resume with the settings of the run that saved it, or start a run of another name."
+            )
+        self._step = state["step"]
+
+    def _identity(self) -> dict[str, int]:
+        return {"examples": self._num_examples, "global_batch": self._global_batch, "seed": self._seed}

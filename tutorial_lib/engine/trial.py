@@ -1,0 +1,218 @@
+"""Trial of a model's family: one forward of a tiny copy, before anything starts.
+
+The copy has the configuration's code, two layers, narrow widths and random weights. Three promises of
+:mod:`tutorial_lib.models.masks` are held against it: the family takes the batches of this run, a document that shares
+a batch has the logits it has alone, and no token sees a later one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.dataloader.collate import Collate
+from tutorial_lib.models.loading import prepare
+
+_LAYERS, _MOST_LAYERS = 2, 8
+_HEADS, _WIDTH, _EXPERTS, _VOCABULARY = 4, 64, 16, 96
+_ROW = 24  # tokens of a row: two documents and some padding
+_WINDOW = 4  # of a copy whose model's window is shorter than the run's rows, so that the copy's is as well
+_LARGEST_COPY = 30_000_000  # parameters
+_TOLERANCE = 1e-3  # of logits around 1; a token more or less in view changes them by 0.01 and more
+
+_SIZES = {
+    "intermediate_size": _WIDTH, "ffn_dim": _WIDTH, "n_inner": _WIDTH, "ffn_hidden_size": _WIDTH, "dff": _WIDTH,
+    "moe_intermediate_size": _WIDTH, "shared_expert_intermediate_size": _WIDTH, "vocab_size": _VOCABULARY,
+    "num_experts": _EXPERTS, "num_local_experts": _EXPERTS, "n_routed_experts": _EXPERTS, "decoder_layers": _LAYERS,
+}  # fmt: skip
+"""What configurations call their sizes, and the most that a copy has of them."""
+
+_GROUPS = ("num_key_value_heads", "num_kv_heads")
+_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")
+_TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+
+
+def trial_forward(config: Config, model_config: PretrainedConfig) -> None:
+    """Refuse a model that cannot be trained on the batches that were asked for, at the cost of a tiny forward.
+
+    No random state changes, and nothing of the real model's size is allocated.
+
+    Args:
+        config: what is to be run; its model, batching and ``seq_length`` count.
+        model_config: the configuration of its model.
+
+    Raises:
+        ConfigError: names the family, the batching and the reason, and what to write instead.
+    """
+    _check_is_language_model(config, model_config)
+    probe = _Probe.of(config, model_config)
+    if probe is None:
+        return
+    asked = config.data.batching
+    for batching in dict.fromkeys(("longest", asked)):
+        problem = probe.problem(batching)
+        if problem is None:
+            continue
+        if batching != "longest":
+            advice = "Write batching='longest'"
+        elif getattr(model_config, "is_decoder", None) is False:
+            advice = 'Write "is_decoder": true into its config.json if it is meant to be causal, or another model'
+        else:
+            advice = "Write another model"
+        raise ConfigError(
+            f"The model {config.model.name!r}, of type {model_config.model_type!r}, cannot be trained with "
+            f"batching={asked!r}: {problem} {advice}. (Found with a tiny copy of the model.)"
+        )
+
+
+def _check_is_language_model(config: Config, model_config: PretrainedConfig) -> None:
+    kind = model_config.model_type
+    ships_code = "AutoModelForCausalLM" in (getattr(model_config, "auto_map", None) or {})
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not ships_code:
+        raise ConfigError(
+            f"The model {config.model.name!r} is of type {kind!r}, which transformers has no causal language model "
+            "for. Write a model that predicts the next token, such as a GPT-2, Llama or Qwen2."
+        )
+
+
+# ------------------------------------------------------------------------------------------------------ the tiny copy
+
+
+def _narrow(config: PretrainedConfig, seq_length: int) -> None:
+    """Shrink a configuration in place: few layers, heads and columns. The width of a head stays."""
+    _shorten(config, seq_length)
+    text: Any = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    if isinstance(heads, int) and heads > 0:
+        head = getattr(text, "head_dim", None) or text.hidden_size // heads
+        text.num_attention_heads, text.hidden_size = _HEADS, _HEADS * head
+        for name in _GROUPS:
+            groups = getattr(text, name, None)
+            if isinstance(groups, int):
+                setattr(text, name, _HEADS if groups == heads else max(1, _HEADS * groups // heads))
+    else:
+        text.hidden_size = _WIDTH
+        if isinstance(getattr(text, "num_heads", None), int):  # Mamba 2
+            text.num_heads, text.n_groups = int(text.expand * _WIDTH) // text.head_dim, 1
+    for name, most in _SIZES.items():
+        size = getattr(text, name, None)
+        if isinstance(size, int):
+            setattr(text, name, min(size, most))
+
+
+def _shorten(config: PretrainedConfig, seq_length: int) -> None:
+    """Cut a configuration in place to few layers, at least one of each type, and a small vocabulary."""
+    text: Any = config.get_text_config()
+    types: Sequence[str] = getattr(text, "layer_types", None) or ()
+    first_of_each = [types.index(each) for each in dict.fromkeys(types)]
+    layers = min(max(_LAYERS, *(first + 1 for first in first_of_each), 0), _MOST_LAYERS)
+    if types:
+        with suppress(AttributeError):  # some families derive it
+            text.layer_types = list(types[:layers])
+    text.num_hidden_layers = layers
+    if getattr(text, "num_kv_shared_layers", None):
+        text.num_kv_shared_layers = 0
+    text.vocab_size = _VOCABULARY
+    for owner in {id(each): each for each in (config, text)}.values():
+        for name in _TOKEN_IDS:
+            if getattr(owner, name, None) is not None:
+                setattr(owner, name, 0)
+        for name in _WINDOWS:
+            window = getattr(owner, name, None)
+            if isinstance(window, int) and 0 < window < seq_length:
+                setattr(owner, name, _WINDOW)
+
+
+def _build(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel | None:
+    """Build a model with random weights, or return None if it is too large for a trial."""
+    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
+    with torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):
+            outline = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
+        if sum(parameter.numel() for parameter in outline.parameters()) > _LARGEST_COPY:
+            return None
+        with torch.device("cpu"):
+            model = AutoModelForCausalLM.from_config(config, **options)
+    # Usual initial weights are so small that a token hardly notices another.
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
+    return prepare(model.eval(), ())
+
+
+# -------------------------------------------------------------------------------------------------------- the promises
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """A tiny copy, and two documents to give it in batches as this run's would be."""
+
+    model: Any
+    row: int
+
+    @classmethod
+    def of(cls, config: Config, model_config: PretrainedConfig) -> _Probe | None:
+        """Build a copy that works, or return None where the family has none that is small: then nothing is tried."""
+        for shrink in (_narrow, _shorten):
+            tiny = copy.deepcopy(model_config)
+            with suppress(Exception):  # whatever a family's code raises of sizes that do not go together
+                shrink(tiny, config.data.seq_length)
+                model = _build(tiny, config.model.trust_remote_code)
+                if model is not None:
+                    probe = cls(model, min(_ROW, config.data.seq_length))
+                    probe.forward({"input_ids": torch.ones(1, probe.row, dtype=torch.int64)})
+                    return probe
+        return None
+
+    def problem(self, batching: str) -> str | None:
+        """Return which promise the family breaks, or None."""
+        ids = np.arange(1, self.row + 1, dtype=np.int32) * 7 % (_VOCABULARY - 1) + 1
+        half, third = max(self.row // 2, 1), max(self.row // 3, 1)
+        first, second = ids[:half], ids[half : half + third]
+        changed = first.copy()
+        changed[-1] = changed[-1] % (_VOCABULARY - 1) + 1
+        try:
+            together = self._logits([first, second], batching)
+            with_another_end = self._logits([changed, second], batching)
+            alone = [self._logits([document], "longest")[0] for document in (first, second)]
+        except Exception as error:  # whatever a family's code raises
+            reason = str(error).strip().partition("\n")[0].rstrip(".")
+            return f"its code fails with {type(error).__name__}: {reason}."
+        if _differ(with_another_end[0][:-1], together[0][:-1]):
+            return "it is not causal: a token sees the tokens after it, so nothing would be left to predict."
+        if any(map(_differ, together, alone)):
+            return "a document has other logits than alone, so it sees other documents or padding, or misses tokens."
+        return None
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        with torch.no_grad():
+            logits_BSV: torch.Tensor = self.model(**batch, use_cache=False).logits
+        return logits_BSV
+
+    def _logits(self, documents: list[Any], batching: str) -> list[torch.Tensor]:
+        """Return the logits of each document, from one batch of all."""
+        collate = Collate(seq_length=self.row, batching=batching, micro_batch=len(documents), pad_token_id=0)
+        examples = [(document, 1) for document in documents]
+        (batch,) = collate([examples] if batching == "packed" else [[example] for example in examples])
+        del batch["labels"]
+        logits_BSV = self.forward(batch)
+        lengths = [len(document) for document in documents]
+        if batching == "packed":
+            return list(logits_BSV[0, : sum(lengths)].split(lengths))
+        return [row[:length] for row, length in zip(logits_BSV, lengths, strict=True)]
+
+
+def _differ(left: torch.Tensor, right: torch.Tensor) -> bool:
+    scale = max([1.0, *right.abs().flatten().tolist()])
+    return not torch.allclose(left, right, atol=_TOLERANCE * scale, rtol=0)

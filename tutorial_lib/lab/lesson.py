@@ -1,0 +1,97 @@
+"""A lesson's storage directory: emptied of earlier runs when a reader starts, and kept from a second reader."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from datetime import datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from tutorial_lib.config import ConfigError
+
+_LESSON = ".lesson"
+_READER = ".reader.lock"
+_held: dict[Path, FileLock] = {}
+
+
+def remove_runs(storage: str) -> None:
+    """Remove the runs directly under a lesson's own storage directory, so that none is resumed. Other files stay.
+
+    From then on the directory belongs to this process until it ends: a second kernel that opens the same lesson is told
+    so, instead of removing the runs that the first one is about to use. A directory that does not exist yet, or is
+    empty, becomes the lesson's own: a marker file in it says so.
+
+    Args:
+        storage: the lesson's ``STORAGE``.
+
+    Raises:
+        ConfigError: the directory holds something that no lesson made, another process uses it, or a run in it is still
+            running. Nothing is removed.
+    """
+    directory = Path(storage)
+    marker = directory / _LESSON
+    if not marker.is_file():
+        if directory.exists() and any(directory.iterdir()):
+            raise ConfigError(
+                f"{directory} was not made by a lesson, so its runs may be somebody's: none was removed. Write the "
+                f"name of a new directory, such as STORAGE = {str(directory / 'lesson')!r}. If all runs in it may go, "
+                f"create the empty file {marker} first."
+            )
+        directory.mkdir(parents=True, exist_ok=True)
+        marker.write_text("The lesson that uses this directory removes the runs in it when it begins.\n")
+    _reserve(directory)
+    runs = [path.parent for path in directory.glob("*/config.json") if (path.parent / "checkpoints").is_dir()]
+    if running := sorted(run.name for run in runs if _is_running(run)):
+        raise ConfigError(
+            f"{directory} cannot be emptied: {', '.join(running)} is still running in it. Wait until it ends, stop it, "
+            "or write another STORAGE."
+        )
+    for run in runs:
+        shutil.rmtree(run)
+
+
+def _reserve(directory: Path) -> None:
+    """Keep every other process out of the directory until this one ends. The kernel releases the lock then."""
+    path = directory.resolve() / _READER
+    if path in _held:
+        return
+    lock = FileLock(path, timeout=0, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(
+            f"{directory} is in use by {_reader(path)}, which has this lesson open and keeps its runs there. Shut that "
+            f"notebook's kernel down, or write another STORAGE here, such as {str(directory) + '-2'!r}."
+        ) from None
+    except OSError:
+        return  # a file system without locks: two readers would not notice each other
+    since = datetime.now().astimezone().strftime("%H:%M")
+    path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}) + "\n")
+    _held[path] = lock
+
+
+def _reader(path: Path) -> str:
+    try:
+        reader = json.loads(path.read_text(encoding="utf-8"))
+        return f"process {reader['pid']} on {reader['host']} since {reader['since']}"
+    except (OSError, ValueError, KeyError):
+        return "another process"
+
+
+def _is_running(run: Path) -> bool:
+    """Return whether a process launches or trains the run: it then holds a lock of tutorial_lib.checkpoint.lock."""
+    for name in (".launch.lock", ".lock"):
+        if not (run / name).exists():
+            continue
+        try:
+            with FileLock(run / name, timeout=0, fallback_to_soft=False):
+                pass
+        except Timeout:
+            return True
+        except OSError:
+            continue  # on a file system without locks its starts do without them, too
+    return False

@@ -1,0 +1,84 @@
+"""Limits of a model's dimensions: the longest sequence, the token ids, the tensor-parallel sizes that divide it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from tutorial_lib.config import ConfigError
+
+
+def max_sequence_length(model_config: PretrainedConfig) -> int | None:
+    """The longest sequence that a model has positions for, or None where positions are relative (BLOOM's ALiBi)."""
+    found = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    return int(found) if found else None
+
+
+def check_sequence_length(seq_length: int, model_config: PretrainedConfig) -> None:
+    """Refuse rows that are longer than the model has positions for.
+
+    Raises:
+        ConfigError: ``seq_length`` exceeds the model's limit.
+    """
+    limit = max_sequence_length(model_config)
+    if limit is not None and seq_length > limit:
+        raise ConfigError(
+            f"seq_length={seq_length} is longer than this {model_config.model_type} model's {limit} positions. "
+            f"Write seq_length={limit} or less."
+        )
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> None:
+    """Refuse a tokenizer with ids that the model has no embedding for, such as those of tokens added later.
+
+    Raises:
+        ConfigError: names such a token, its id and the size of the embedding.
+    """
+    rows = int(model_config.get_text_config().vocab_size)
+    token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if highest >= rows:
+        raise ConfigError(
+            f"The tokenizer gives {token!r} the id {highest}, and this {model_config.model_type} model has embeddings "
+            f"for the ids 0 to {rows - 1} alone (vocab_size={rows}). Take tokenizer files without the added tokens, or "
+            f"give the model {highest + 1} embeddings once: model.resize_token_embeddings({highest + 1}), and "
+            "save_pretrained of the model."
+        )
+
+
+def check_tensor_parallel(tp: int, model_config: PretrainedConfig) -> None:
+    """Refuse a tensor-parallel size that would not give every rank the same share of every layer.
+
+    Each rank computes whole attention heads, so ``tp`` must divide the query and the key-value heads; it must divide
+    the width of the MLP; and the vocabulary where the output layer has weights of its own. Tied embeddings stay whole.
+
+    Args:
+        tp: tensor-parallel size.
+        model_config: the model's dimensions.
+
+    Raises:
+        ConfigError: names what ``tp`` does not divide, and the sizes that would do.
+    """
+    if tp == 1:
+        return
+    text: Any = model_config.get_text_config()
+    heads = int(text.num_attention_heads)
+    sizes = {
+        "attention heads": heads,
+        "key-value heads": int(getattr(text, "num_key_value_heads", None) or heads),
+        # GPT-2 and BLOOM: four times the hidden size, unless stated.
+        "columns of each MLP": int(
+            getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
+        ),
+    }
+    if not getattr(text, "tie_word_embeddings", True):
+        sizes["entries of the vocabulary"] = int(text.vocab_size)
+    problems = [f"{size} {what}" for what, size in sizes.items() if size % tp]
+    if problems:
+        common = math.gcd(*sizes.values())
+        fitting = [size for size in range(1, common + 1) if common % size == 0]
+        raise ConfigError(
+            f"tp={tp} does not divide this {text.model_type} model's {' nor its '.join(problems)}. "
+            f"Write tp as one of {fitting}, or choose another model."
+        )

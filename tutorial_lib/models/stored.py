@@ -1,0 +1,154 @@
+"""Stored weights: the files that hold a pretrained model's tensors, and refusals of those that do not hold them all."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.utils import cached_file
+
+from tutorial_lib.config import ConfigError
+
+_NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""Where a model's weights are looked for, in transformers' order."""
+
+_LFS_POINTER = b"version https://git-lfs"
+_FEW = 3  # names that a message shows
+
+
+def locate_weights(target: str, local_files_only: bool) -> list[Path]:
+    """Return the files of a model's weights; fetches them from the hub if need be.
+
+    Args:
+        target: hub name or directory, as ``from_pretrained`` takes it.
+        local_files_only: ask no hub.
+    """
+    options: dict[str, Any] = {"local_files_only": local_files_only, "_raise_exceptions_for_missing_entries": False}
+    for name in _NAMES:
+        if found := cached_file(target, name, **options):
+            if not name.endswith(".json"):
+                return [Path(found)]
+            shards = sorted(set(json.loads(Path(found).read_text())["weight_map"].values()))
+            paths = [cached_file(target, shard, **options) for shard in shards]
+            return [Path(path) for path in paths if path]
+    return []
+
+
+def check_files(directory: str) -> None:
+    """Refuse a model's directory whose weight files are incomplete. Reads nothing but their first bytes.
+
+    Raises:
+        ConfigError: names the file, what is wrong with it, and how to get it.
+    """
+    for index in sorted(Path(directory).glob("*.index.json")):
+        shards = set(json.loads(index.read_text()).get("weight_map", {}).values())
+        if absent := sorted(shard for shard in shards if not (index.parent / shard).is_file()):
+            raise ConfigError(f"{index} names files that are not there: {_some(absent)}. Copy or download them again.")
+    for path in locate_weights(directory, local_files_only=True):
+        with path.open("rb") as file:
+            start = file.read(len(_LFS_POINTER))
+        if start == _LFS_POINTER:
+            raise ConfigError(
+                f"{path} is a git-lfs pointer of {path.stat().st_size} bytes, not the weights themselves. "
+                f"Run `git lfs pull` in {path.parent}, or download the file."
+            )
+        if reason := _torn(path):
+            raise ConfigError(f"{path} is damaged or cut short ({reason}). Copy or download it again.")
+
+
+def _torn(path: Path) -> str | None:
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "pt"):
+                return None
+        except SafetensorError as error:
+            return str(error)
+    with path.open("rb") as file:
+        is_zip = file.read(2) == b"PK"
+    return "its table of contents is missing" if is_zip and not zipfile.is_zipfile(path) else None
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor in a file, under the name that it has there."""
+
+    path: str
+    name: str
+    shape: tuple[int, ...]
+
+
+def stored_tensors(paths: Iterable[Path]) -> list[StoredTensor]:
+    """Return what safetensors files hold, from their headers."""
+    found = []
+    for path in paths:
+        with safe_open(path, "pt") as file:
+            found += [StoredTensor(str(path), name, tuple(file.get_slice(name).get_shape())) for name in file.keys()]
+    return found
+
+
+def match_parameters(
+    model: PreTrainedModel, stored: Iterable[StoredTensor]
+) -> tuple[dict[str, StoredTensor], list[StoredTensor]]:
+    """Find a model's parameters among stored tensors, under the names that transformers would accept for them.
+
+    Returns:
+        The tensors by the names of their parameters; and those that transformers would convert while loading, such as
+        experts that are stored one by one and trained as one tensor.
+    """
+    conversions = get_model_conversion_mapping(model)
+    renamings: Any = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters: Any = [each for each in conversions if isinstance(each, WeightConverter)]
+    own = dict(model.named_parameters(remove_duplicate=False))
+    found, converted = {}, []
+    for tensor in stored:
+        name, pattern = rename_source_key(tensor.name, renamings, converters, model.base_model_prefix, own)
+        if pattern is not None:
+            converted.append(tensor)
+        elif name in own:
+            found[name] = tensor
+    return found, converted
+
+
+def check_complete(
+    name: str, *, missing: Iterable[str], wrong_shapes: Mapping[str, tuple[Sequence[int], Sequence[int]]]
+) -> None:
+    """Refuse pretrained weights that would leave parameters as they were drawn.
+
+    Args:
+        name: of the model.
+        missing: parameters that no file holds.
+        wrong_shapes: for other parameters, the shape in the file and the shape in the model.
+
+    Raises:
+        ConfigError: names the first few of them.
+    """
+    if wrong_shapes:
+        found = [f"{key} as {list(stored)} in place of {list(own)}" for key, (stored, own) in wrong_shapes.items()]
+        raise ConfigError(
+            f"The files of the model {name!r} do not fit its config.json: they hold {_some(found)}. "
+            "Write the directory of a model whose files and config.json belong together."
+        )
+    if names := sorted(missing, key=_natural):
+        raise ConfigError(
+            f"The files of the model {name!r} lack {len(names)} of its parameters: {_some(names)}. Training would "
+            "start from random numbers there. Write a model whose files are complete, such as one saved by "
+            "save_pretrained from the class of causal language models."
+        )
+
+
+def _natural(name: str) -> list[Any]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f", and {len(names) - _FEW} more" if len(names) > _FEW else ""
+    return ", ".join(names[:_FEW]) + more

@@ -1,0 +1,52 @@
+"""Step probe: the bytes that one optimizer step holds, the peak of what it allocates, and what it sends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tutorial_lib.engine import Engine
+from tutorial_lib.measure.memory import Allocations, StateBytes, count_allocations
+from tutorial_lib.measure.traffic import Traffic, count_collectives
+from tutorial_lib.mpu import Topology
+
+MEASURED_STEP = 3
+"""Buffers and optimizer states exist, and ZeRO-3 has learnt the order of its parameters: this step is like the rest."""
+
+
+class StepProbe:
+    """Measures one optimizer step of this rank.
+
+    Args:
+        topology: this rank's place in the grid, so that traffic is counted per axis.
+    """
+
+    def __init__(self, topology: Topology) -> None:
+        self._topology = topology
+        self._states: StateBytes | None = None
+        self._traffic: Traffic | None = None
+        self._allocations = Allocations()
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Count collectives and allocations while the block runs."""
+        with count_collectives(self._topology.axes()) as self._traffic, count_allocations() as self._allocations:
+            yield
+
+    def note_states(self, engine: Engine) -> None:
+        """Note the bytes of parameters, gradients and optimizer states, if they are more than before."""
+        now = StateBytes.of(engine.model_states())
+        if self._states is None or now.total > self._states.total:
+            self._states = now
+
+    def report(self, engine: Engine) -> dict[str, Any]:
+        """Return what was measured, as JSON takes it."""
+        assert self._states is not None and self._traffic is not None
+        return {
+            "state_bytes": self._states.to_dict(),
+            "peak_bytes": dict(self._allocations.peak),
+            "traffic": self._traffic.to_dict(),
+            "num_parameters": engine.num_parameters,
+            "layout": [row.to_dict() for row in engine.layout()] if self._topology.tp > 1 else None,
+        }

@@ -1,0 +1,90 @@
+"""This process as one rank: its device, the signals that ask it to stop, and where its output goes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.records import STOPPING
+
+
+def local_device(config: Config) -> torch.device:
+    """Where this rank computes: the CPU, or the GPU of its local rank. A rank that sees one GPU alone uses that.
+
+    Raises:
+        ConfigError: the node has fewer GPUs than ranks.
+    """
+    if config.run.device == "cpu":
+        return torch.device("cpu")
+    local_rank, visible = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if not visible or local_rank >= visible > 1:
+        raise ConfigError(
+            f"Local rank {local_rank} has no GPU of its own: {visible} can be seen here. Start as many ranks per node "
+            "as it has GPUs, or write device='cpu'."
+        )
+    device = torch.device("cuda", local_rank if local_rank < visible else 0)
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], int]]:
+    """Keep the number of a SIGTERM, SIGUSR1 or SIGINT for the loop to read between two steps; 0 if none has come.
+
+    A second SIGINT is not kept: it interrupts at once.
+    """
+    seen: list[int] = []
+    said: list[int] = []
+
+    def keep(number: int, _frame: Any) -> None:
+        if number == signal.SIGINT and number in seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    def stop_signalled() -> int:
+        if signal.SIGINT in seen and not said:
+            said.append(signal.SIGINT)
+            print(STOPPING, file=sys.stderr, flush=True)
+        return seen[0] if seen else 0
+
+    if threading.current_thread() is not threading.main_thread():
+        # Ray calls the training function in a thread, and stops it through the stop file.
+        yield lambda: 0
+        return
+    # What is ignored stays ignored, as SIGINT is in the background of a shell.
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, keep) for number in heeded}
+    try:
+        yield stop_signalled
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def output_to(path: Path | None) -> Iterator[None]:
+    """Send this process's output to a file, file descriptors included, so that C++ libraries' lines go there too."""
+    if path is None:
+        yield
+        return
+    kept = [os.dup(1), os.dup(2)]
+    with path.open("ab", buffering=0) as file:
+        os.utime(path)  # a sign of life for whoever waits for this process, also if it writes nothing
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            for number, original in zip((1, 2), kept, strict=True):
+                os.dup2(original, number)
+                os.close(original)
