@@ -25,19 +25,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
+    """Run or continue a training run, and print what came of it; returns the exit code."""
     config = Config.create(options.profile, **given(options))
 
     from tutorial_lib import launch
     from tutorial_lib.lab.progress import progress
     from tutorial_lib.launch.environment import check_environment, is_under_torchrun, joined_rank
-    from tutorial_lib.mpu import Topology
 
     check_environment(config)
+    launch.warm_up(config)
     leader = joined_rank(config) in (None, 0)
     shown = progress(config.run.stop_after or config.run.steps) if leader and not options.json else None
     if shown and config.parallel.tp > 1:
+        from tutorial_lib.mpu import Topology
+
         print(Topology(config.parallel.dp, config.parallel.tp, rank=0).drawing(), file=sys.stderr)
-    launch.warm_up(config)
     with shown or nullcontext(), stdout_for_json_alone(options.json):
         try:
             run = launch.run(config, on_rows=shown.on_rows if shown else None)
