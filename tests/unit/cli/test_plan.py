@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.unit.arguments import changed
 from tutorial_lib.cli import main
 from tutorial_lib.cli.plan import from_config
 from tutorial_lib.config import ConfigError
@@ -341,7 +342,7 @@ USUAL = ["plan", "--model-size", "7e9", "--gpus", "8", "--gpu-memory", "80"]
 def test_the_table_fits_100_columns_and_names_the_winner(capsys: pytest.CaptureFixture[str]) -> None:
     for more in ([], ["--engine", "fsdp"], ["--gpus", "512"], ["--model-size", "1e12"], ["--global-batch", "100001"],
                  ["--activation-checkpointing"], ["--gradient-reduction", "all_reduce"]):  # fmt: skip
-        main([*USUAL, *more])
+        main(changed(USUAL, more))
         assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
     assert main(USUAL) == 0
     shown = capsys.readouterr().out
@@ -405,7 +406,7 @@ def test_nothing_fits_is_exit_code_2_with_what_would(capsys: pytest.CaptureFixtu
     ],
 )
 def test_impossible_input_says_what_to_write(more: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*USUAL, *more]) == 2
+    assert main(changed(USUAL, more)) == 2
     assert message in capsys.readouterr().err
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.distributed.launching import observe
+from tests.unit.arguments import changed
 from tutorial_lib import launch
 from tutorial_lib.cli import main
 from tutorial_lib.config import Config, ConfigError
@@ -21,15 +22,6 @@ from tutorial_lib.config import Config, ConfigError
 ONE_PROCESS = ["--engine", "torch", "--dp", "1", "--launcher", "none"]
 SMALL = ["--steps", "3", "--global-batch", "2", "--seq-length", "32", "--max-examples", "8", "--no-evaluate"]
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU that is asked for")
-
-
-def changed(arguments, changes):
-    """Return a command's arguments with some of them, such as ``["--dp", "2"]``, in place of those there."""
-    kept = list(arguments)
-    for flag in (change for change in changes if change.startswith("--")):
-        if flag in kept:
-            del kept[kept.index(flag) : kept.index(flag) + 2]
-    return [*kept, *changes]
 
 
 @pytest.fixture
