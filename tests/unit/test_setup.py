@@ -277,9 +277,17 @@ def test_what_a_step_started_ends_with_it(clone: Path, signal: Signals) -> None:
     assert psutil.wait_procs(family, 10)[1] == []
 
 
-def call(clone: Path, function: str, **environment: str) -> str:
+def test_a_step_tells_its_own_notices_however_long_its_log(clone: Path) -> None:
+    (clone / "build").mkdir()
+    (clone / "build" / "setup.log").write_text("NOTICE: of an earlier step\n")
+    script = "echo NOTICE: news; yes | head -n 100000"
+    told = call(clone, "step", "1", "wait", "bash", "-c", script, PATH=os.environ["PATH"])
+    assert [line.strip() for line in told.splitlines()] == ["set-up 1/5: wait", "news"]
+
+
+def call(clone: Path, *words: str, **environment: str) -> str:
     """Call one function of the set-up script and return what it prints."""
-    run = subprocess.run([functions(clone), function], env=environment, capture_output=True, text=True)
+    run = subprocess.run([functions(clone), *words], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return run.stdout
 

@@ -16,6 +16,14 @@ DONE, FAILED, BAD_CONFIGURATION, STOPPED = 0, 1, 2, 75
 def add_setting(
     parser: argparse.ArgumentParser, setting: Setting, *, hidden: bool = False, default: bool = True
 ) -> None:
+    """Add the option of a setting.
+
+    Args:
+        parser: where.
+        setting: which one.
+        hidden: whether the help leaves it out.
+        default: whether the help tells the default.
+    """
     flag = "--" + setting.flag.replace("_", "-")
     shown = setting.help
     if default and setting.default not in (None, ()) and "default" not in shown:
@@ -36,7 +44,7 @@ def add_setting(
 
 
 def _reading(kind: type, meaning: str) -> Callable[[str], Any]:
-    """A number, or an error that says what the argument means, where the values are named."""
+    """Return a reader of a number, whose error says what the argument means, where the values are named."""
 
     def read(text: str) -> Any:
         try:
@@ -49,12 +57,13 @@ def _reading(kind: type, meaning: str) -> Callable[[str], Any]:
 
 
 def given(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that the command line states, by flat name."""
     given = {name: getattr(options, name) for name in settings() if hasattr(options, name)}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
 def shape_in_words(shape: dict[str, Any]) -> str:
-    """A shape as ``deepspeed, dp=2, tp=1, zero_stage=3``."""
+    """Return a shape as ``deepspeed, dp=2, tp=1, zero_stage=3``."""
     rest = {
         name: value for name, value in shape.items() if name not in ("engine", "device") and value not in (None, "none")
     }
@@ -62,5 +71,5 @@ def shape_in_words(shape: dict[str, Any]) -> str:
 
 
 def stdout_for_json_alone(as_json: bool) -> AbstractContextManager[Any]:
-    """DeepSpeed logs to standard output when it is imported, which would make the JSON unreadable."""
+    """Keep everything but JSON off standard output: DeepSpeed logs there when it is imported."""
     return redirect_stdout(sys.stderr) if as_json else nullcontext()

@@ -25,19 +25,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
+    """Run or continue a training run, and print what came of it; returns the exit code."""
     config = Config.create(options.profile, **given(options))
 
     from tutorial_lib import launch
     from tutorial_lib.lab.progress import progress
     from tutorial_lib.launch.environment import check_environment, is_under_torchrun, joined_rank
-    from tutorial_lib.mpu import Topology
 
     check_environment(config)
+    launch.warm_up(config)
     leader = joined_rank(config) in (None, 0)
     shown = progress(config.run.stop_after or config.run.steps) if leader and not options.json else None
     if shown and config.parallel.tp > 1:
+        from tutorial_lib.mpu import Topology
+
         print(Topology(config.parallel.dp, config.parallel.tp, rank=0).drawing(), file=sys.stderr)
-    launch.warm_up(config)
     with shown or nullcontext(), stdout_for_json_alone(options.json):
         try:
             run = launch.run(config, on_rows=shown.on_rows if shown else None)
@@ -70,6 +72,7 @@ def _summary(run: Any) -> str:
         + ("; give the same command again to go on" if result["status"] == "stopped" else ""),
         **{f"left out{' ' * n}": f"{o['checkpoint']}: {o['why']}" for n, o in enumerate(result["left_out"])},
         **{f"restart {n}": _restart(r) for n, r in enumerate(result["restarts"], 1)},
+        **{f"{use} rows": _lost_rows(split) for use, split in result["data"].items() if _lost_rows(split)},
         **{name.replace("_", " "): value for name, value in loss.items()},
         "tokens per second": f"{result['tokens_per_second']:.0f}" if result["tokens_per_second"] else "too few steps",
         "peak memory": ", ".join(f"{rank['peak_memory_bytes'] / 2**20:.0f} MiB" for rank in result["ranks"]),
@@ -83,6 +86,16 @@ def _engine(config: Config) -> str:
     shown = {"deepspeed": ("zero_stage", "offload"), "fsdp": ("sharding", "offload")}.get(config.engine.name, ())
     flat = config.flat()
     return ", ".join([config.engine.name, *(f"{name}={flat[name]}" for name in shown), config.engine.precision])
+
+
+def _lost_rows(split: dict[str, Any]) -> str:
+    """Say how many rows of a split were not trained on, or not all of them; nothing if there are none."""
+    lost = {
+        "left out (blank, or no room for the answer)": split["num_left_out"],
+        "cut at seq_length": split["num_cut"],
+    }
+    said = ", ".join(f"{number} {what}" for what, number in lost.items() if number)
+    return f"{said}, of {split['num_rows']}" if said else ""
 
 
 def _restart(restart: dict[str, Any]) -> str:

@@ -114,7 +114,12 @@ class Config:
             names["deepspeed"] = self.engine.deepspeed_file
         paths = {flag: Path(name).expanduser() for flag, name in names.items()}
         # A plain file that happens to be called gpt2 does not make the hub's gpt2 a path.
-        is_path = {"storage": lambda p: True, "deepspeed": Path.is_file, "model": Path.is_dir, "dataset": Path.is_dir}
+        is_path = {
+            "storage": lambda p: True,
+            "deepspeed": Path.is_file,
+            "model": Path.is_dir,
+            "dataset": lambda p: p.is_dir() or (p.is_file() and p.suffix),
+        }
         return self.replaced(**{flag: str(p.resolve()) for flag, p in paths.items() if is_path[flag](p)})
 
     def flat(self) -> dict[str, Any]:

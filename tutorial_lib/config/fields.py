@@ -68,7 +68,7 @@ class DataConfig:
 
     name: str = _setting(
         "embedded/news",
-        "hub name, a directory, or embedded/news, embedded/articles, embedded/qa",
+        "hub name, a directory, a file, or embedded/news, embedded/articles, embedded/qa",
         flag="dataset",
     )
     seq_length: int = _setting(128, "longest sequence in tokens; longer rows are truncated", at_least=2)

@@ -14,6 +14,7 @@ from tutorial_lib.dataloader.loaders import (
     TrainLoader,
     build_eval_loader,
     build_train_loader,
+    check_data,
     data_identity,
 )
 from tutorial_lib.dataloader.rows import load_rows
@@ -25,6 +26,7 @@ __all__ = [
     "TrainLoader",
     "build_eval_loader",
     "build_train_loader",
+    "check_data",
     "data_identity",
     "load_rows",
     "tokenize_rows",

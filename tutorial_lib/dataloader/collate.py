@@ -22,7 +22,7 @@ _WIDTH_MULTIPLE = 8  # Tensor cores want it; on short texts (embedded/news) it c
 
 
 def fingerprint(batches: Sequence[Batch]) -> int:
-    """A number that is the same for the same tokens and labels, in the same order, and for no others that occur.
+    """Return a number that is the same for the same tokens and labels in the same order, and differs for others.
 
     Returns:
         64 bits, as a signed integer.
@@ -37,7 +37,7 @@ def fingerprint(batches: Sequence[Batch]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Collate:
-    """Examples -> micro-batches, padded on the right.
+    """Collate function: examples -> micro-batches, padded on the right.
 
     Each has ``input_ids [B,S]``; ``labels [B,S]``, not shifted, -100 where a token is not counted in the loss; and
     ``attention_mask``: ``[B,S]`` int64, 1 for what is no padding. Padding is known by its place, never by its id:

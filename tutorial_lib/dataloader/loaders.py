@@ -16,7 +16,7 @@ from tutorial_lib.dataloader.collate import Batch, Collate
 from tutorial_lib.dataloader.packing import Examples
 from tutorial_lib.dataloader.rows import load_rows
 from tutorial_lib.dataloader.sampler import StepSampler
-from tutorial_lib.dataloader.tokens import summary_of, tokenize_rows
+from tutorial_lib.dataloader.tokens import TokenSummary, document_maker, summary_of, tokenize_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def build_train_loader(
     config: Config, tokenizer: PreTrainedTokenizerBase, *, dp_rank: int, dp_size: int, num_workers: int = 0
 ) -> TrainLoader:
-    """The training split as optimizer steps, for one data-parallel rank.
+    """Load the training split as optimizer steps, for one data-parallel rank.
 
     Args:
         dp_rank: rank in the data-parallel group, not in the world: ranks that share a layer read the same examples.
@@ -55,7 +55,7 @@ def build_train_loader(
 
 
 def build_eval_loader(config: Config, tokenizer: PreTrainedTokenizerBase, *, dp_rank: int, dp_size: int) -> EvalLoader:
-    """The evaluation split as batches, for one data-parallel rank.
+    """Load the evaluation split as batches, for one data-parallel rank.
 
     Args:
         dp_rank: rank in the data-parallel group, not in the world.
@@ -77,6 +77,7 @@ class TrainLoader:
 
     def __init__(self, examples: Examples, sampler: StepSampler, collate: Collate, num_workers: int = 0) -> None:
         self.steps_per_epoch = sampler.steps_per_epoch
+        self.summary: TokenSummary = examples.summary
         self._step = 0
         self._iterator: Iterator[list[Batch]] | None = None
         with warnings.catch_warnings():
@@ -96,7 +97,7 @@ class TrainLoader:
         return max(self._step - 1, 0) // self.steps_per_epoch
 
     def steps(self) -> Iterator[list[Batch]]:
-        """This rank's micro-batches of the next optimizer step, and so on without end."""
+        """Yield this rank's micro-batches, one optimizer step after another without end."""
         while True:
             if self._iterator is None:
                 self._iterator = iter(self._loader)
@@ -105,7 +106,7 @@ class TrainLoader:
             yield micro_batches
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the step that was yielded last. It holds on every rank, and for any number of ranks."""
+        """Return the position after the step that was yielded last, which holds for any number of ranks."""
         return {"step": self._step, "loader": self._loader.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -127,6 +128,7 @@ class EvalLoader:
     """
 
     def __init__(self, examples: Examples, collate: Collate, dp_rank: int, dp_size: int) -> None:
+        self.summary: TokenSummary = examples.summary
         by_length = (-examples.lengths).argsort(kind="stable").tolist()
         size = collate.micro_batch
         batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
@@ -150,6 +152,18 @@ class EvalLoader:
             yield batch
 
 
+def check_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse data that cannot be read, and columns that cannot be tokenised, from the first row of each split.
+
+    Raises:
+        ConfigError: says what is wrong and what to write instead.
+    """
+    data = config.data
+    for split, _ in _splits(config).values():
+        rows = load_rows(data.name, split, max_examples=1)
+        document_maker(rows, tokenizer, data.seq_length, f"split {split!r} of {data.name!r}")
+
+
 def data_identity(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Digest the tokens that a run trains on and evaluates on, in order: ``{"train": sha256, "eval": sha256}``.
 
@@ -158,11 +172,17 @@ def data_identity(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[st
     Raises:
         ConfigError: the data cannot be read.
     """
+    splits = _splits(config)
+    return {use: summary_of(_load_documents(config, tokenizer, *split)).sha256 for use, split in splits.items()}
+
+
+def _splits(config: Config) -> dict[str, tuple[str, int | None]]:
+    """Return the splits that a run reads, by what for: their names, and how many of their rows."""
     data = config.data
     splits = {"train": (data.train_split, data.max_examples)}
     if config.run.evaluate:
         splits["eval"] = (data.eval_split, data.max_eval_examples)
-    return {use: summary_of(_load_documents(config, tokenizer, *split)).sha256 for use, split in splits.items()}
+    return splits
 
 
 def _load_documents(

@@ -15,6 +15,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from tutorial_lib.dataloader.tokens import summary_of
+
 Document = tuple[NDArray[np.int32], int]
 """Token ids, and how many of the first are no target."""
 
@@ -29,6 +31,7 @@ class Examples(Dataset[list[Document]]):
 
     def __init__(self, documents: datasets.Dataset, *, pack_to: int | None = None) -> None:
         self._documents = documents
+        self.summary = summary_of(documents)
         lengths = pc.list_value_length(documents.data.column("input_ids")).to_numpy()
         self._members = None if pack_to is None else pack(lengths, pack_to)
         self.lengths: NDArray[np.int32] = lengths

@@ -1,7 +1,8 @@
-"""A data set's name -> its rows: hub name, directory or ``embedded/...`` through ``datasets.load_dataset`` alike."""
+"""Rows of a data set by its name: hub name, directory, file or ``embedded/...``, all through ``datasets``."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,15 +16,15 @@ from tutorial_lib.embedded import DATASET_NAMES, dataset_directory
 
 
 def load_rows(name: str, split: str, *, max_examples: int | None = None) -> datasets.Dataset:
-    """The rows of one split, memory-mapped from disk.
+    """Load the rows of one split, memory-mapped from disk.
 
     Code that a data set ships with is never run: ``datasets`` has not supported that since its version 4.
 
     Args:
         name: ``embedded/...``; a directory of parquet, jsonl, csv or arrow files, or one that ``save_to_disk`` wrote;
-            or a hub name. Where a data set has several configurations, the wanted one follows a colon:
-            ``Salesforce/wikitext:wikitext-2-raw-v1``.
-        split: a split's name; other than for ``save_to_disk`` directories also a slice, ``train[:90%]``.
+            one such file, or a txt file with a row per line, which are a training split; or a hub name. Where a data
+            set has several configurations, the wanted one follows a colon: ``Salesforce/wikitext:wikitext-2-raw-v1``.
+        split: a split's name, or a slice of one, ``train[:90%]``.
         max_examples: use only the first this many rows of the split.
 
     Raises:
@@ -31,7 +32,9 @@ def load_rows(name: str, split: str, *, max_examples: int | None = None) -> data
     """
     source, configuration = _source(name)
     try:
-        if _is_saved_to_disk(source):
+        if file := _data_file(name):
+            rows = _rows_of_file(file, split)
+        elif _is_saved_to_disk(source):
             rows = _saved_split(name, source, split)
         else:
             with _no_retries_without_a_hub(source):
@@ -45,8 +48,39 @@ def load_rows(name: str, split: str, *, max_examples: int | None = None) -> data
     return rows
 
 
+_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+
+
+def _data_file(name: str) -> Path | None:
+    """Return the file that a data set's name stands for, or None if it stands for something else.
+
+    Raises:
+        ConfigError: it is a file of an unknown format.
+    """
+    path = Path(name).expanduser()
+    if not path.is_file() or not path.suffix:
+        return None  # a plain file that happens to be called ag_news does not hide the hub's
+    if _format(path) is None:
+        raise ConfigError(
+            f"The data set {name!r} is a file of a format that is not known here. Write one that ends in "
+            f"{', '.join(_FORMATS)}, or a directory of such files."
+        )
+    return path.resolve()
+
+
+def _format(path: Path) -> str | None:
+    suffixes = [suffix for suffix in path.suffixes if suffix not in _COMPRESSED]
+    return _FORMATS.get(suffixes[-1]) if suffixes else None
+
+
+def _rows_of_file(path: Path, split: str) -> datasets.Dataset:
+    files = {"train": str(path)}
+    return datasets.load_dataset(_format(path), data_files=files, split=split, keep_in_memory=False)
+
+
 def _source(name: str) -> tuple[str, str | None]:
-    """What ``load_dataset`` is given: a directory or a hub name, and the configuration that follows a colon."""
+    """Return a directory or a hub name for ``load_dataset``, and the configuration that follows a colon."""
     if name.startswith("embedded/"):
         return str(dataset_directory(name)), None
     if Path(name).expanduser().is_dir():
@@ -65,9 +99,9 @@ def _saved_split(name: str, directory: str, split: str) -> datasets.Dataset:
     saved = datasets.load_from_disk(directory, keep_in_memory=False)
     if isinstance(saved, datasets.Dataset):
         saved = datasets.DatasetDict({str(saved.split or "train"): saved})
-    if split not in saved:
-        raise ConfigError(f"Data set {name!r} has no split {split!r}. {_SPLIT_ADVICE}It has: {', '.join(saved)}.")
-    return saved[split]
+    lengths = {each: len(rows) for each, rows in saved.items()}
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    return datasets.concatenate_datasets([saved[p.splitname].select(range(p.from_, p.to)) for p in parts])
 
 
 @contextmanager
@@ -86,15 +120,12 @@ def _no_retries_without_a_hub(source: str) -> Iterator[None]:
         datasets.config.HF_HUB_OFFLINE = offline
 
 
-_SPLIT_ADVICE = (
-    "Write train_split / eval_split as one that it has; a slice such as train[90%:] makes one from another. "
-)
-
-
 def _explain(name: str, split: str, error: Exception) -> str:
-    """What was wrong with the request, and what to write instead, for each way in which ``datasets`` fails."""
-    text = " ".join(str(error).split())
-    embedded = f"a directory with parquet, jsonl, csv or arrow files, or one of {', '.join(DATASET_NAMES)}"
+    """Say what was wrong with the request, and what to write instead, for each way in which ``datasets`` fails."""
+    text = " ".join(str(_cause(error)).split())
+    embedded = (
+        f"a directory with parquet, jsonl, csv or arrow files, one such file, or one of {', '.join(DATASET_NAMES)}"
+    )
     if isinstance(error, ConnectionError):
         return (
             f"Data set {name!r} is no directory here, and the hub cannot be reached to look for it there. "
@@ -102,10 +133,11 @@ def _explain(name: str, split: str, error: Exception) -> str:
         )
     if isinstance(error, datasets.exceptions.DatasetNotFoundError):
         return f"The hub does not have the data set {name!r}, or does not show it to you. Write {embedded}. ({text})"
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError) and error.errno is None:
         return f"Data set {name!r} has no data files that can be read. Write {embedded}. ({text})"
-    if "Unknown split" in text:
-        return f"Data set {name!r} has no split {split!r}. {_SPLIT_ADVICE}({text})"
+    if found := re.search(r"Unknown split .*Should be one of \[(.*)\]", text):
+        known = re.findall(r"['\"](.+?)['\"]", found[1])
+        return f"Data set {name!r} has no split {split!r}. It has: {', '.join(known)}. {_split_advice(known)}"
     if "corresponds to no data" in text:
         return f"Split {split!r} of data set {name!r} has no rows. Write a split, or a slice of one, that has some."
     if "onfig name is missing" in text or re.search(r"BuilderConfig .* not found", text):
@@ -115,4 +147,39 @@ def _explain(name: str, split: str, error: Exception) -> str:
             f"Data set {name!r} cannot be kept on disk: {error}. "
             "Set HF_HOME to a directory that you can write to and that has space."
         )
-    return f"Data set {name!r} cannot be read: {text}"
+    place = _bad_line(name)
+    return f"Data set {name!r} cannot be read: {text}.{f' See {place}.' if place else ''}"
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return what an error of ``datasets`` came from: the column, the line, the encoding."""
+    while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _split_advice(known: list[str]) -> str:
+    if known == ["train"]:
+        return (
+            "Write evaluate=False (--no-evaluate) to do without evaluation, or train_split='train[5%:]' and "
+            "eval_split='train[:5%]' to keep some of it for evaluation."
+        )
+    return "Write train_split / eval_split as one that it has, or as a slice of one, such as train[90%:]."
+
+
+def _bad_line(name: str) -> str | None:
+    """Find the first line of a local data set's text files that is not UTF-8 or, in jsonl files, not JSON."""
+    path = Path(_source(name)[0]).expanduser()
+    files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
+    for file in files:
+        if file.suffix not in (".jsonl", ".csv", ".txt"):
+            continue
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    text = line.decode()
+                    if file.suffix == ".jsonl" and text.strip():
+                        json.loads(text)
+                except ValueError as error:
+                    return f"{file}, line {number}: {error}"
+    return None

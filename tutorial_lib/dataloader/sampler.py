@@ -22,7 +22,7 @@ def epoch_order(
     epoch: int,
     lengths: NDArray[np.integer[Any]] | None = None,
 ) -> NDArray[np.int64]:
-    """Which examples make up each step of an epoch, ``[steps, global_batch]``.
+    """Choose the examples of each step of an epoch: ``[steps, global_batch]``.
 
     An epoch is a permutation without its last, incomplete step. Every epoch has another permutation, so that no
     example is always among those left out.
@@ -72,7 +72,7 @@ class StepSampler(Sampler[list[int]]):
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty((0, 0), dtype=np.int64))
 
     def examples(self, step: int) -> NDArray[np.int64]:
-        """The examples of a step, counted from 0 over all epochs, of all ranks together: ``[global_batch]``."""
+        """Return the examples of a step (from 0, over all epochs) of all ranks together: ``[global_batch]``."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
             order = epoch_order(

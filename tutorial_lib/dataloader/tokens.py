@@ -1,4 +1,4 @@
-"""Rows -> documents of tokens, written to disk once per node and memory-mapped by every process.
+"""Documents of tokens, made of rows, written to disk once per node and memory-mapped by every process.
 
 A *document* is what becomes of one row: its token ids, and how many of the first ones are no target of the loss.
 
@@ -7,7 +7,12 @@ columns                        document                                         
 ============================== ================================================ ===============================
 ``text``                       text, EOS                                        all but the first token
 ``question, context, answers`` ``Question: q Context: c Answer: a``, EOS        answer and EOS
+``messages``                   the conversation by the chat template, EOS       all but the first token
+``content``                    as ``text``                                      all but the first token
 ============================== ================================================ ===============================
+
+Of a data set with columns of several kinds, the first kind of the table is read. An answer may be a text, a list of
+texts, or either of them with ``answer_start`` as in SQuAD; the first answer that is not blank counts.
 
 The first token is never counted, because nothing before it could predict it.
 
@@ -24,6 +29,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -53,6 +59,9 @@ class Document(NamedTuple):
     is_cut: bool
 
 
+DocumentMaker = Callable[[dict[str, list[Any]]], Iterator[Document]]
+
+
 @dataclass(frozen=True, slots=True)
 class TokenSummary:
     """What became of a split's rows, kept beside their documents.
@@ -73,24 +82,27 @@ class TokenSummary:
 def tokenize_rows(
     rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, seq_length: int, *, name: str = "this data set"
 ) -> datasets.Dataset:
-    """The documents of ``rows``: columns ``input_ids`` (2 to ``seq_length`` ids) and ``num_uncounted``.
+    """Tokenise rows into documents: columns ``input_ids`` (2 to ``seq_length`` ids) and ``num_uncounted``.
 
     The first process on a node that asks tokenises, while others wait for its lock; from then on the Arrow file is
     only mapped. Its name is a digest of everything that the documents depend on. Rows that give nothing to learn are
     left out: blank texts, questions without an answer, questions that with their answer fill ``seq_length``.
 
     Raises:
-        ConfigError: columns of neither kind, an unsuitable tokenizer, no documents, a cache that cannot be written.
+        ConfigError: columns of no kind, an unsuitable tokenizer, text that is not UTF-8, no documents, a cache that
+            cannot be written.
     """
-    to_documents = _document_maker(rows, tokenizer, seq_length, name)
+    to_documents = document_maker(rows, tokenizer, seq_length, name)
     directory = cache_directory() / "tokens"
     path = directory / f"{_digest(rows, tokenizer, seq_length)}.arrow"
     try:
-        if not path.exists():
+        if not _is_written(path):
             directory.mkdir(parents=True, exist_ok=True)
             with FileLock(path.with_suffix(".lock")):
-                if not path.exists():
+                if not _is_written(path):
                     _write(path, rows, to_documents, seq_length, name)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"A text of {name} is not UTF-8: {error}. Write the files again in UTF-8.") from error
     except OSError as error:
         raise ConfigError(
             f"Tokenised rows cannot be kept in {directory}: {error}. "
@@ -105,10 +117,14 @@ def summary_of(documents: datasets.Dataset) -> TokenSummary:
     return TokenSummary(**json.loads(Path(file["filename"]).with_suffix(".json").read_text()))
 
 
+def _is_written(path: Path) -> bool:
+    return path.exists() and path.with_suffix(".json").exists()
+
+
 def _write(
     path: Path,
     rows: datasets.Dataset,
-    to_documents: Callable[[dict[str, list[Any]]], Iterator[Document]],
+    to_documents: DocumentMaker,
     seq_length: int,
     name: str,
 ) -> None:
@@ -149,32 +165,73 @@ def _digest(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, seq_leng
     else:
         # Left behind by the last call with padding or truncation; calls below set their own.
         state = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
-    parts = [_FORMAT, rows._fingerprint, state, tokenizer.eos_token_id, seq_length]
+    parts = [_FORMAT, rows._fingerprint, state, tokenizer.eos_token_id, tokenizer.chat_template, seq_length]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _document_maker(
+def document_maker(
     rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, seq_length: int, name: str
-) -> Callable[[dict[str, list[Any]]], Iterator[Document]]:
-    """The function from a batch of columns to documents that fits the columns."""
+) -> DocumentMaker:
+    """Return the function from a batch of columns to documents that fits the columns.
+
+    Raises:
+        ConfigError: columns of no kind, or a tokenizer that cannot make documents of them.
+    """
     columns = rows.features
     if tokenizer.eos_token_id is None:
         raise ConfigError("The tokenizer has no EOS token, so nothing can say that a text ends. Write another model.")
-    if getattr(columns.get("text"), "dtype", None) in ("string", "large_string"):
-        return lambda batch: _text_documents(batch, tokenizer, seq_length)
-    if all(column in columns for column in _QA_COLUMNS) and "text" in _fields(columns["answers"]):
+    if _is_text(columns.get("text")):
+        return lambda batch: _text_documents(batch["text"], tokenizer, seq_length)
+    question, context, answers = (columns.get(column) for column in _QA_COLUMNS)
+    if _is_text(question) and _is_text(context) and _holds_answers(answers):
         if not tokenizer.is_fast:
             raise ConfigError("Finding the answer's tokens needs a fast tokenizer. Write a model that has one.")
         return lambda batch: _qa_documents(batch, tokenizer, seq_length)
+    if _holds_messages(columns.get("messages")):
+        if not tokenizer.chat_template:
+            raise ConfigError(
+                f"The column 'messages' of {name} holds conversations, and the tokenizer has no chat template that "
+                "says how to write them. Write a model that has one, or a data set with a column 'text'."
+            )
+        return lambda batch: _chat_documents(batch["messages"], tokenizer, seq_length, name)
+    if _is_text(columns.get("content")):
+        return lambda batch: _text_documents(batch["content"], tokenizer, seq_length)
+    described = ", ".join(f"{column} ({_describe_type(feature)})" for column, feature in columns.items())
     raise ConfigError(
-        f"The columns of {name} are {', '.join(columns)}. Needed is either 'text' with strings, or 'question', "
-        "'context' and 'answers' as SQuAD has them: {'text': [...], 'answer_start': [...]}. "
-        "Rename the columns, or write another data set."
+        f"The columns of {name} are {described}. Needed are strings in 'text' or 'content'; or 'question', 'context' "
+        "and 'answers' as SQuAD has them: {'text': [...], 'answer_start': [...]}; or 'messages' of a conversation: "
+        "[{'role': ..., 'content': ...}]. Rename or convert the columns, or write another data set."
     )
 
 
-def _fields(feature: Any) -> Mapping[str, Any]:
-    return feature if isinstance(feature, Mapping) else {}
+def _is_text(feature: Any) -> bool:
+    return getattr(feature, "dtype", None) in ("string", "large_string")
+
+
+def _element(feature: Any) -> Any:
+    """Return the feature of a list's elements, or None if it is no list."""
+    return feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+
+
+def _holds_answers(feature: Any) -> bool:
+    if isinstance(feature, Mapping):
+        return "text" in feature and _holds_answers(feature["text"])
+    element = _element(feature)
+    # The type of a column of which every value is None is null.
+    return _is_text(feature) or getattr(feature, "dtype", None) == "null" or (element and _holds_answers(element))
+
+
+def _holds_messages(feature: Any) -> bool:
+    message = _element(feature)
+    return isinstance(message, Mapping) and all(_is_text(message.get(key)) for key in ("role", "content"))
+
+
+def _describe_type(feature: Any) -> str:
+    if isinstance(feature, Mapping):
+        return f"{{{', '.join(f'{key}: {_describe_type(value)}' for key, value in feature.items())}}}"
+    if (element := _element(feature)) is not None:
+        return f"list of {_describe_type(element)}"
+    return getattr(feature, "dtype", None) or type(feature).__name__
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: Any) -> Any:
@@ -183,14 +240,43 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: Any
 
 
 def _text_documents(
-    batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, seq_length: int
+    texts: list[str | None], tokenizer: PreTrainedTokenizerBase, seq_length: int, **options: Any
 ) -> Iterator[Document]:
-    texts = [text for text in batch["text"] if text and text.strip()]
-    if not texts:
+    given = [text for text in texts if text and text.strip()]
+    if not given:
         return
-    for ids in _encode(tokenizer, texts)["input_ids"]:
+    for ids in _encode(tokenizer, given, **options)["input_ids"]:
         ids = _with_eos(ids, tokenizer)
         yield Document(ids[:seq_length], 1, len(ids) > seq_length)
+
+
+def _chat_documents(
+    conversations: list[Any], tokenizer: PreTrainedTokenizerBase, seq_length: int, name: str
+) -> Iterator[Document]:
+    try:
+        texts: Any = [tokenizer.apply_chat_template(each, tokenize=False) for each in conversations if each]
+    except Exception as error:  # templates refuse in words of their own, or fail in code of theirs
+        raise ConfigError(
+            f"The tokenizer's chat template does not take a conversation of {name}: {error}. Change the data, or write "
+            "a model with another template."
+        ) from error
+    # The template writes the special tokens itself, and may end its text with a newline.
+    return _text_documents([text.rstrip() for text in texts], tokenizer, seq_length, add_special_tokens=False)
+
+
+def _first_answer(answers: Any) -> tuple[str, int]:
+    """Return the first answer that is not blank, and where it starts in the context (-1 if that is unknown)."""
+    if isinstance(answers, str):
+        return answers.strip(), -1
+    if isinstance(answers, Mapping):
+        texts, starts = answers["text"], answers.get("answer_start")
+        texts = texts if isinstance(texts, list) else [texts]
+        starts = starts if isinstance(starts, list) else [starts]
+        for text, start in zip_longest(texts, starts):
+            if text and text.strip():
+                return text.strip(), -1 if start is None else start
+        return "", -1
+    return next((found for found in map(_first_answer, answers or ()) if found[0]), ("", -1))
 
 
 def _qa_documents(
@@ -198,12 +284,11 @@ def _qa_documents(
 ) -> Iterator[Document]:
     texts, spans = [], []
     for question, context, answers in zip(*(batch[column] for column in _QA_COLUMNS), strict=True):
-        answer = answers["text"][0].strip() if answers and answers["text"] else ""
+        answer, at = _first_answer(answers)
         if not answer or not question or context is None:
             continue
         before = f"Question: {question.strip()} Context:"
         prompt = f"{before} {context} Answer:"
-        at = answers["answer_start"][0] if answers.get("answer_start") else -1
         # Where the answer stands in the context, in characters of the prompt; the context's start if unknown.
         known = at >= 0 and context[at : at + len(answer)] == answer
         answer_end = len(before) + 1 + at + len(answer) if known else len(before)

@@ -21,7 +21,7 @@ def preflight(config: Config) -> Config:
         CheckpointError: there are checkpoints, and none of them can be continued.
     """
     from tutorial_lib.checkpoint import check_continues, check_free, check_storage, latest, reads_data
-    from tutorial_lib.dataloader import data_identity, load_rows
+    from tutorial_lib.dataloader import check_data, data_identity
     from tutorial_lib.engine.deepspeed.config import apply_file
     from tutorial_lib.engine.deepspeed.config import check_tensor_parallel as check_autotp
     from tutorial_lib.engine.trial import trial_forward
@@ -44,7 +44,8 @@ def preflight(config: Config) -> Config:
     m = config.model
     model = load_config(m.name, trust_remote_code=m.trust_remote_code)
     check_sequence_length(config.data.seq_length, model)
-    check_vocabulary(load_tokenizer(m.name, trust_remote_code=m.trust_remote_code), model)
+    tokenizer = load_tokenizer(m.name, trust_remote_code=m.trust_remote_code)
+    check_vocabulary(tokenizer, model)
     trial_forward(config, model)
     check_stored_weights(config)
     if config.parallel.tp > 1:  # an output layer with a weight of its own is split as well
@@ -57,11 +58,8 @@ def preflight(config: Config) -> Config:
     found = latest(RunDirectory(config.directory))
     has_data = reads_data(config, found)
     if has_data:
-        load_rows(config.data.name, config.data.train_split, max_examples=1)
-        if config.run.evaluate:
-            load_rows(config.data.name, config.data.eval_split, max_examples=1)
+        check_data(config, tokenizer)
     if found:
-        tokenizer = load_tokenizer(m.name, trust_remote_code=m.trust_remote_code)
         # Under Ray the workers may have the tokens, and this machine not: they compare.
         compares = has_data and config.run.launcher != "ray"
         check_continues(config, found, (lambda: data_identity(config, tokenizer)) if compares else None)

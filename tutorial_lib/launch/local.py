@@ -41,7 +41,7 @@ WORKER = "tutorial_lib.launch.worker"
 _FATAL = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 """A rank killed by one of these signals cannot say why; its peers' errors are only consequences."""
 
-_NOTICED_SECONDS = 1.0
+_NOTICED_SECONDS = 2.0
 """Seconds within which the end of a killed rank is noticed."""
 
 _PEERS_SECONDS = 10

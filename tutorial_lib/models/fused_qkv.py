@@ -18,7 +18,7 @@ _PARTS = 3
 
 
 def is_fused_by_part(name: str, model_type: str) -> bool:
-    """Whether the parameter called ``name`` holds query, key and value as three blocks of its last dimension."""
+    """Return whether the parameter called ``name`` holds query, key and value as three blocks of its last dimension."""
     return model_type == "gpt2" and ".attn.c_attn." in name
 
 
@@ -28,5 +28,5 @@ def by_rank(tensor: Tensor, tp: int) -> Tensor:
 
 
 def by_part(tensor: Tensor, tp: int) -> Tensor:
-    """The inverse of :func:`by_rank`."""
+    """Reorder the last dimension back, from ranks to parts."""
     return tensor.unflatten(-1, (tp, _PARTS, -1)).transpose(-3, -2).flatten(-3)

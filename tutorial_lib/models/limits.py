@@ -11,7 +11,7 @@ from tutorial_lib.config import ConfigError
 
 
 def max_sequence_length(model_config: PretrainedConfig) -> int | None:
-    """The longest sequence that a model has positions for, or None where positions are relative (BLOOM's ALiBi)."""
+    """Return how many positions a model has, or None where they are relative (BLOOM's ALiBi)."""
     found = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     return int(found) if found else None
 

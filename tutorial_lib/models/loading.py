@@ -45,7 +45,7 @@ def load_model(
     freeze: Sequence[str] = (),
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A causal language model that takes the batches described above and keeps no generation cache.
+    """Load or draw a causal language model that takes our batches and keeps no generation cache.
 
     Within a stage-3 ``HfDeepSpeedConfig`` the parameters are partitioned as they are made, here as everywhere in
     transformers. Of pretrained weights, rank 0 reads the files and hands out each tensor.
@@ -93,7 +93,7 @@ def _load_pretrained(target: str, *, called: str, **options: Any) -> PreTrainedM
 
 
 def no_weights(name: str) -> str:
-    """What to say of a model that is a configuration alone."""
+    """Describe what to write in place of a model that is a configuration alone."""
     return (
         f"{name} is a configuration without weights. Write random_init=True to start from random ones, or choose "
         f"a pretrained model: {', '.join(MODEL_NAMES)}."
@@ -101,7 +101,7 @@ def no_weights(name: str) -> str:
 
 
 def prepare(model: PreTrainedModel, freeze: Sequence[str]) -> PreTrainedModel:
-    """Have a model take the batches described above and keep no cache, and freeze parameters by name patterns."""
+    """Let a model take our batches and keep no cache, and freeze parameters by name patterns."""
     model.config.use_cache = False
     record_tying(model)
     accept_document_masks(model)
@@ -110,7 +110,7 @@ def prepare(model: PreTrainedModel, freeze: Sequence[str]) -> PreTrainedModel:
 
 
 def build_model(config: Config) -> PreTrainedModel:
-    """The model of a run: loaded or drawn, frozen and set to recompute activations as its configuration says.
+    """Build the model of a run: loaded or drawn, frozen, and set to recompute activations as configured.
 
     Raises:
         ConfigError: as :func:`load_model`, or the model cannot recompute activations.
@@ -128,7 +128,7 @@ def build_model(config: Config) -> PreTrainedModel:
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, with a pad token and padding on the right.
+    """Load the tokenizer of a model, with a pad token and padding on the right.
 
     GPT-2's tokenizer has no pad token; its EOS token then pads. So an id does not tell padding from a real end of
     text: only ``attention_mask`` does.
@@ -147,7 +147,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
 
 def load_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The configuration of a model: its dimensions, without weights.
+    """Load the configuration of a model: its dimensions, without weights.
 
     Raises:
         ConfigError: there is no such model.
@@ -171,7 +171,7 @@ def is_local(name: str) -> bool:
 
 
 def resolve_model(name: str) -> str:
-    """What ``from_pretrained`` is given: the directory of an embedded model, anything else as it is.
+    """Return what ``from_pretrained`` takes: the directory of an embedded model, any other name as it is.
 
     Raises:
         ConfigError: ``name`` starts with ``embedded/`` but there is no such model.
@@ -181,7 +181,7 @@ def resolve_model(name: str) -> str:
 
 @functools.cache
 def hub_reachable() -> bool:
-    """Whether the model hub answers at all; asked once, for at most 5 seconds, and not if HF_HUB_OFFLINE is set.
+    """Return whether the model hub answers; ask once, for at most 5 seconds, and not if HF_HUB_OFFLINE is set.
 
     Without this question every load of an unknown name retries for minutes on a machine without internet.
     """
@@ -198,7 +198,7 @@ def hub_reachable() -> bool:
 
 
 def fetch(load: Callable[..., Any], what: str, name: str, **options: Any) -> Any:
-    """``load`` a model or tokenizer by name, with one error message for all that can be wrong with a name.
+    """Call ``load`` for a model or tokenizer by name, with one error message for all that can be wrong with a name.
 
     Errors that say nothing of a name or its files pass: those of DeepSpeed's settings, which are checked while a
     stage-3 model loads, of a library that is not installed, of memory.
@@ -251,7 +251,7 @@ def _concerns_files(error: Exception, target: str) -> bool:
 
 @contextmanager
 def _quiet(tiny: bool) -> Iterator[None]:
-    """No progress bar for a model that loads in a moment."""
+    """Hide the progress bar of a model that loads in a moment."""
     hide = tiny and logging.is_progress_bar_enabled()
     if hide:
         logging.disable_progress_bar()

@@ -48,7 +48,7 @@ def accept_document_masks(model: PreTrainedModel) -> None:
 
 
 def slice_alibi(model: PreTrainedModel, tp: int, tp_rank: int) -> None:
-    """Have a model with ALiBi give the biases of one tensor-parallel rank's heads. Does nothing to other models.
+    """Make a model with ALiBi give the biases of one tensor-parallel rank's heads; leave other models alone.
 
     A head's slope depends on its number among all heads. A model that is told of its own share of heads alone would
     give the first rank's slopes, or none of a larger model's, to every rank, and nothing would say so.
@@ -108,7 +108,7 @@ def _is_document_mask(mask: Any) -> TypeGuard[torch.Tensor]:
 
 
 def _build_alibi(self: Any, attention_mask: torch.Tensor, num_heads: int, dtype: torch.dtype) -> torch.Tensor:
-    """BLOOM's builder for a padding mask [B, S]; for a document mask [B, 1, S, S], the same from its positions."""
+    """Build BLOOM's biases for a padding mask [B, S], and from positions for a document mask [B, 1, S, S]."""
     build = functools.partial(type(self).build_alibi_tensor, self, num_heads=num_heads, dtype=dtype)
     if attention_mask.dim() != 4:
         return build(attention_mask)

@@ -36,7 +36,7 @@ from tutorial_lib.models.stored import (
 
 
 def model_outline(config: Config) -> PreTrainedModel:
-    """The model of :func:`build_model` on the meta device: its code and shapes, without values or memory.
+    """Build the model of :func:`build_model` on the meta device: code and shapes, without values or memory.
 
     Raises:
         ConfigError: as :func:`build_model`.
@@ -55,7 +55,7 @@ def _trained_config(m: ModelConfig) -> PretrainedConfig:
 
 
 def _outline(model_config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
-    """On the meta device, and not tied: while weights are drawn, tied ones are still two."""
+    """Build a model on the meta device, and do not tie it: while weights are drawn, tied ones are still two."""
     options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
     with no_init_weights(), torch.device("meta"):
         return AutoModelForCausalLM.from_config(model_config, **options)
@@ -63,7 +63,7 @@ def _outline(model_config: PretrainedConfig, trust_remote_code: bool) -> PreTrai
 
 @contextmanager
 def drawing_weights(config: Config) -> Iterator[PreTrainedModel]:
-    """A model on the meta device and, while the block runs, the random numbers that :func:`load_model` draws from.
+    """Yield a model on the meta device, with the random numbers of :func:`load_model` while the block runs.
 
     Whoever initialises its modules in transformers' order gets the weights of :func:`load_model`.
     """

@@ -440,6 +440,11 @@ class Trainer:
             "reshaped_from": self.reshaped_from,
             "left_out": [asdict(each) for each in self.checkpoints.left_out],
             "restarts": self.restarts,
+            "data": {
+                use: asdict(loader.summary)
+                for use, loader in (("train", self.loader), ("eval", self.eval_loader))
+                if loader is not None
+            },
             "train_loss": rows[-1]["loss"] if rows else None,
             "eval_loss_before": self.record.get("eval_loss_before"),
             "eval_loss": eval_loss,

@@ -111,15 +111,91 @@ def test_no_row_left_is_an_error(byte_tokenizer):
 @pytest.mark.parametrize(
     "row, columns",
     [
-        ({"body": "x", "label": 1}, "body, label"),
-        ({"question": "x", "context": "y"}, "question, context"),
-        ({"text": 3}, "text"),
-        ({**ROW, "answers": "Ada"}, "question, context, answers"),
+        ({"body": "x", "label": 1}, r"body \(string\), label \(int64\)"),
+        ({"question": "x", "context": "y"}, r"question \(string\), context \(string\)"),
+        ({"text": 3}, r"text \(int64\)"),
+        ({"text": ["x"]}, r"text \(list of string\)"),
+        ({**ROW, "answers": 3}, r"answers \(int64\)"),
+        ({**ROW, "answers": {"text": 3, "answer_start": 0}}, r"answers \(\{text: int64, answer_start: int64\}\)"),
+        ({**ROW, "answers": {"text": [3]}}, r"answers \(\{text: list of int64\}\)"),
+        ({**ROW, "context": 3}, r"context \(int64\)"),
+        ({"messages": ["hello"]}, r"messages \(list of string\)"),
     ],
 )
 def test_unknown_columns_are_named_with_those_needed(byte_tokenizer, row, columns):
-    with pytest.raises(ConfigError, match=rf"columns of this data set are {columns}\. Needed is either 'text'.*SQuAD"):
+    with pytest.raises(ConfigError, match=rf"of this data set are .*{columns}.*Needed are strings in 'text'.*SQuAD"):
         documents_of([row], byte_tokenizer)
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        "Ada",
+        ["Ada", "she"],
+        [None, "Ada"],
+        {"text": "Ada"},
+        {"text": "Ada", "answer_start": 11},
+        {"text": ["Ada"], "answer_start": [None]},
+        {"text": [None, " ", "Ada"], "answer_start": [0, 0, 11]},
+        {"text": ["Ada"], "answer_start": []},
+        [{"text": "Ada", "answer_start": 11}, {"text": "she", "answer_start": 0}],
+    ],
+)
+def test_answers_in_other_forms_are_read_as_a_text(byte_tokenizer, answers):
+    (document,) = documents_of([{**ROW, "answers": answers}], byte_tokenizer)
+    assert read(document, byte_tokenizer) == (PROMPT, " Ada<eos>")
+
+
+@pytest.mark.parametrize("nothing", [None, {"text": [None], "answer_start": [0]}, {"text": None, "answer_start": None}])
+def test_no_answer_is_a_row_that_is_left_out(byte_tokenizer, nothing):
+    rows = datasets.Dataset.from_list([{**ROW, "answers": nothing}, ROW])
+    assert len(tokenize_rows(rows, byte_tokenizer, 128)) == 1
+    with pytest.raises(ConfigError, match="No row of this data set is left"):
+        documents_of([{**ROW, "answers": nothing}], byte_tokenizer)
+
+
+def test_an_answer_that_is_one_text_keeps_its_context(byte_tokenizer):
+    answers = {"text": "Ada", "answer_start": 11}
+    (document,) = documents_of([{**ROW, "answers": answers}], byte_tokenizer, len(PROMPT + " Ada") + 1 - 31)
+    assert read(document, byte_tokenizer)[0] == "Question: Who wrote it? Context:Ada Answer:"
+
+
+def test_a_column_called_content_is_text_where_no_other_is(byte_tokenizer):
+    (document,) = documents_of([{"content": "hello", "id": 1}], byte_tokenizer)
+    assert read(document, byte_tokenizer) == ("h", "ello<eos>")
+    (document,) = documents_of([{"content": "other", "text": "hello"}], byte_tokenizer)
+    assert read(document, byte_tokenizer) == ("h", "ello<eos>")
+
+
+TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+
+
+def chatting(byte_tokenizer, template):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer.backend_tokenizer, eos_token="<eos>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_conversations_are_written_by_the_chat_template(byte_tokenizer):
+    template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}<eos>{{ '\\n' }}{% endfor %}"
+    (document,) = documents_of([{"messages": TALK}, {"messages": []}], chatting(byte_tokenizer, template))
+    assert read(document, byte_tokenizer) == ("u", ":Hi<eos>\na:Yo<eos>"), "with one EOS at its end"
+    (other,) = documents_of([{"messages": TALK}], chatting(byte_tokenizer, template.replace(":", "=")))
+    assert read(other, byte_tokenizer)[1].startswith("=Hi"), "the cache knows its template"
+
+
+def test_conversations_that_cannot_be_written_are_refused(byte_tokenizer):
+    with pytest.raises(ConfigError, match=r"'messages' of this data set holds conversations, and .* no chat template"):
+        documents_of([{"messages": TALK}], byte_tokenizer)
+    strict = chatting(byte_tokenizer, "{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(ConfigError, match="does not take a conversation of this data set: roles must alternate"):
+        documents_of([{"messages": TALK}], strict)
+
+
+def test_text_that_is_not_utf_8_is_refused(byte_tokenizer, tmp_path):
+    (tmp_path / "train.jsonl").write_bytes('{"text": "caf\u00e9"}\n'.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"A text of this data set is not UTF-8: .*0xe9.*again in UTF-8"):
+        tokenize_rows(load_rows(str(tmp_path), "train"), byte_tokenizer, 32)
 
 
 def test_special_tokens_that_the_tokenizer_adds_are_kept_once(byte_tokenizer):

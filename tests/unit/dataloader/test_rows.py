@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import datasets
 import pytest
 
-from tutorial_lib.config import ConfigError
+from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.dataloader import load_rows
 from tutorial_lib.embedded import DATASET_NAMES
 from tutorial_lib.models.loading import hub_reachable
 
 from .conftest import write_jsonl
 
+ONLY_TRAINING = (
+    r"no split 'validation'\. It has: train\. Write evaluate=False \(--no-evaluate\).*, or "
+    r"train_split='train\[5%:\]' and eval_split='train\[:5%\]'"
+)
 TEXTS = {"train": ["one", "two", "three"], "validation": ["four"]}
 
 
@@ -55,15 +60,56 @@ def test_directories(kind, tmp_path):
         assert isinstance(rows.data, datasets.table.MemoryMappedTable), "not kept in memory"
     assert list(load_rows(str(tmp_path / "data"), "train", max_examples=2)["text"]) == ["one", "two"]
     assert len(load_rows(str(tmp_path / "data"), "train", max_examples=99)) == 3
-    with pytest.raises(ConfigError, match=r"no split 'test'.*eval_split.*train.*validation"):
+    assert list(load_rows(str(tmp_path / "data"), "train[1:]")["text"]) == ["two", "three"]
+    with pytest.raises(ConfigError, match=r"no split 'test'\. It has: train, validation\. .*eval_split"):
         load_rows(str(tmp_path / "data"), "test")
 
 
 def test_a_saved_data_set_without_splits_is_a_training_split(tmp_path):
     datasets.Dataset.from_dict({"text": TEXTS["train"]}).save_to_disk(tmp_path / "data")
     assert list(load_rows(str(tmp_path / "data"), "train")["text"]) == TEXTS["train"]
-    with pytest.raises(ConfigError, match=r"no split 'validation'.*It has: train"):
+    with pytest.raises(ConfigError, match=ONLY_TRAINING):
         load_rows(str(tmp_path / "data"), "validation")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv", "arrow", "txt", "jsonl.gz"])
+def test_a_file_is_a_training_split(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if kind == "txt":
+        (tmp_path / "rows.txt").write_text("one\ntwo\nthree\n")
+    else:
+        write(kind.removesuffix(".gz"), tmp_path / "data")
+        (tmp_path / "data" / f"train.{kind.removesuffix('.gz')}").rename(f"rows.{kind.removesuffix('.gz')}")
+    if kind.endswith(".gz"):
+        Path(f"rows.{kind}").write_bytes(gzip.compress(Path("rows.jsonl").read_bytes()))
+    for name in (f"rows.{kind}", str(tmp_path / f"rows.{kind}")):
+        assert list(load_rows(name, "train")["text"]) == TEXTS["train"]
+        assert list(load_rows(name, "train[:2]")["text"]) == ["one", "two"]
+        with pytest.raises(ConfigError, match=ONLY_TRAINING):
+            load_rows(name, "validation")
+    assert Config.create(dataset=f"rows.{kind}").with_absolute_paths().data.name == str(tmp_path / f"rows.{kind}")
+
+
+def test_a_file_of_an_unknown_format_is_refused(tmp_path):
+    (tmp_path / "rows.docx").touch()
+    with pytest.raises(ConfigError, match=r"a file of a format that is not known here\. Write one .* \.jsonl"):
+        load_rows(str(tmp_path / "rows.docx"), "train")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a.jsonl": b'{"text": "x"}\n', "b.jsonl": b'{"txt": "y"}\n'}, "Couldn't cast.* txt: string"),
+        ({"train.jsonl": b'{"text": "x"}\n' * 3 + b'{"text": "cut\n'}, r"See .*train\.jsonl, line 4: "),
+        ({"train.csv": b"text\ncaf\xe9\n"}, r"codec can't decode byte 0xe9.*See .*train\.csv, line 2: "),
+        ({"train.csv": b"text\na\nb,c,d\n"}, "Expected 1 fields in line 3, saw 3"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_told_with_its_place(files, message, tmp_path):
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"cannot be read: .*{message}"):
+        load_rows(str(tmp_path), "train")
 
 
 def test_a_slice_of_a_split(tmp_path):

@@ -7,10 +7,11 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.embedded import MODEL_NAMES, model_directory
-from tutorial_lib.engine.fsdp import tensor_parallel, weights
+from tutorial_lib.engine.fsdp import sharding, tensor_parallel, weights
 from tutorial_lib.models import build_model
 from tutorial_lib.models.meta import model_outline
 
@@ -53,3 +54,19 @@ def test_a_family_without_a_plan_is_refused():
     model.config.model_type = "opt"
     with pytest.raises(ConfigError, match="no tensor-parallel plan for 'opt' models, only for gpt2, qwen2, bloom"):
         tensor_parallel.split(model, mesh=None)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "layers"),
+    [
+        ("llama", {}, "LlamaDecoderLayer"),
+        ("mamba", {}, "MambaBlock"),
+        ("bert", {"is_decoder": True, "num_attention_heads": 2}, "BertLayer"),
+    ],
+)
+def test_layers_are_neither_within_each_other_nor_tied_to_the_rest(family, settings, layers):
+    config = AutoConfig.for_model(family, num_hidden_layers=2, hidden_size=64, intermediate_size=128, **settings)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    assert [type(layer).__name__ for layer in sharding.layers_of(model)] == [layers] * 2

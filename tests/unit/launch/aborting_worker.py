@@ -1,11 +1,14 @@
 """Ranks for ``test_launch.py``: rank 0 is aborted, as C++ code does it, after rank 1 has failed.
 
+In a run called ``waiting``, rank 0 raises instead, and rank 1 waits where SIGTERM does not end it.
+
 ``python -m tests.unit.launch.aborting_worker CONFIGS RENDEZVOUS`` takes the place of the local launcher's worker.
 """
 
 import json
 import os
 import resource
+import signal
 import sys
 import time
 from pathlib import Path
@@ -16,6 +19,15 @@ from tutorial_lib.records import RunDirectory
 def main(configs_file: str, _rendezvous: str) -> None:
     (flat,) = json.loads(Path(configs_file).read_text())
     run = RunDirectory(Path(flat["storage"]) / flat["name"])
+    if flat["name"] == "waiting":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if os.environ["RANK"] == "1":
+            (run.logs / "waits").touch()
+            time.sleep(60)
+        while not (run.logs / "waits").exists():
+            time.sleep(0.01)
+        run.write_error(0, ModuleNotFoundError("No module named 'tensorboard'"))
+        sys.exit(1)
     if os.environ["RANK"] == "1":
         run.write_error(1, RuntimeError("of a peer"))
         time.sleep(60)  # the launcher ends it

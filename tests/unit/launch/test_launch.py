@@ -314,3 +314,12 @@ def test_an_aborted_rank_is_told_with_what_it_and_its_peers_could_write(tmp_path
     assert said.startswith(begin)
     assert re.search(also, said)
     assert ("what(): from C++" in said) == (name == "silent"), "the end of its output, where it is all there is"
+
+
+def test_a_rank_that_waits_for_one_that_failed_is_ended_and_not_told_of(tmp_path, monkeypatch):
+    """Nor does it take long: the launcher kills it."""
+    monkeypatch.setattr(launch.local, "_PEERS_SECONDS", 1)
+    config = Config.create("cpu", dp=2, storage=str(tmp_path), name="waiting", launcher="local", steps=1)
+    with pytest.raises(launch.WorkerError, match=r"^Rank 0 of run 'waiting' failed with ModuleNotFoundError") as error:
+        observe([config], worker="tests.unit.launch.aborting_worker")
+    assert "killed" not in str(error.value)

@@ -139,7 +139,8 @@ def apply_file(config: Config) -> Config:
         resolved = config.replaced(**{setting: value for setting, (_, value) in stated.items()})
     except ConfigError as error:
         from_file = [f"{setting} is {key}" for setting, (key, _) in stated.items() if setting in str(error)]
-        raise ConfigError(f"{name}: {error} (From the file: {', '.join(from_file)}.)") from error
+        where = f" From the file: {', '.join(from_file)}." if from_file else ""
+        raise ConfigError(f"{name}: {error}{where}") from error
     check_used(resolved, {setting: settings()[setting] for setting in config.given}, is_resolved=True)
     file.check_for_run(given, resolved, source=name)
     build(resolved)

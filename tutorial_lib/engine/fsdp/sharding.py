@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections import Counter
 from typing import Any
 
 import torch
@@ -91,8 +92,16 @@ def shard(model: Any, engine: EngineConfig, mesh: DeviceMesh) -> None:
 
 
 def layers_of(model: Any) -> list[Any]:
-    """The layers of a transformers model, in order: the modules that its authors say must stay together."""
-    return [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+    """Return the layers of a transformers model, in order: the modules that its authors say must stay together.
+
+    Of modules within each other the outermost counts (Mamba names both). A module with tied weights, such as BERT's
+    embeddings, is left to the root, which gathers the other end as well.
+    """
+    named = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+    inner = {part for module in named for part in module.modules() if part is not module}
+    uses = Counter(parameter for _, parameter in model.named_parameters(remove_duplicate=False))
+    tied = {parameter for parameter, number in uses.items() if number > 1}
+    return [module for module in named if module not in inner and tied.isdisjoint(module.parameters())]
 
 
 def _precision(engine: EngineConfig) -> MixedPrecisionPolicy:

@@ -1,4 +1,4 @@
-"""The values of a model that no rank ever holds whole: each rank fills its own shards.
+"""Values of a model that no rank ever holds in full: each rank fills its own shards.
 
 The model is built on the meta device, where tensors have shapes and no memory, split and sharded there, and only then
 given memory: that of this rank's shards. Pretrained values are read from safetensors files slice by slice, every rank
@@ -54,7 +54,7 @@ def fill(model: Any, config: Config, *, device: torch.device, host: bool) -> Non
 
 
 def slices(parameter: Tensor) -> Slices:
-    """Where this rank's part lies in the whole parameter.
+    """Return where this rank's part lies in the full parameter.
 
     Tensor-parallel pieces are sharded further, so the mesh's last axis cuts first. Pieces are those of ``torch.chunk``:
     the last may be shorter, or empty.
@@ -84,7 +84,7 @@ def put(parameter: Tensor, name: str, model_type: str, read: Callable[[Slices], 
 
 
 def tensor_parallel_size(parameter: Tensor) -> int:
-    """Among how many tensor-parallel ranks a parameter is a DTensor."""
+    """Return among how many tensor-parallel ranks a parameter is split."""
     if not isinstance(parameter, DTensor) or "tp" not in (parameter.device_mesh.mesh_dim_names or ()):
         return 1
     return parameter.device_mesh["tp"].size()
@@ -114,7 +114,7 @@ def _draw(parameters: dict[Tensor, list[str]], config: Config, model_type: str) 
 
 
 def _initialized(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
-    """Modules of a model on the meta device, children first, each with values for as long as it is looked at.
+    """Yield the modules of a model on the meta device, children first, each with values while it is looked at.
 
     A layer is one module, because its parts may set each other's weights, as GPT-2's do.
     """
@@ -137,7 +137,7 @@ def _initialized(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Buffers that no file holds, such as the frequencies of rotary embeddings."""
+    """Compute the buffers that no file holds, such as the frequencies of rotary embeddings."""
     for module in model.modules():
         if any(True for _ in module.buffers(recurse=False)):
             for name, buffer in module.named_buffers(recurse=False):

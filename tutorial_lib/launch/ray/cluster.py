@@ -224,7 +224,7 @@ def _check_cluster(address: str) -> None:
         raise ConfigError(f"{what}, and no Ray cluster answers there within {error.timeout:.0f} s. {instead}") from None
     except subprocess.CalledProcessError as error:
         said = (error.stderr.strip().splitlines() or ["no Ray cluster answers there"])[-1]
-        raise ConfigError(f"{what}: {said}. {instead}") from None
+        raise ConfigError(f"{what}: {said.rstrip('.')}. {instead}") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{what}, and nothing answers there ({error}). {instead}") from None
 
