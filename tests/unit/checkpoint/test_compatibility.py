@@ -165,17 +165,30 @@ def test_a_checkpoint_that_knows_nothing_of_its_data_goes_on(own_data):
     """As older versions wrote them."""
     data, run = own_data
     write_rows(data, range(100, 140))
-    path = checkpoint.latest(run.directory)
-    trainer_state = json.loads((path / "trainer.json").read_text())
-    del trainer_state["identity"]["data"], trainer_state["identity"]["weights"], trainer_state["record"]["num_steps"]
-    (path / "trainer.json").write_text(json.dumps(trainer_state))
-    listed = json.loads((path / "manifest.json").read_text())
-    listed["files"]["trainer.json"] = manifest.digest(path / "trainer.json")
-    (path / "manifest.json").write_text(json.dumps(listed))
+    edit_trainer_state(checkpoint.latest(run.directory), lambda state: state["identity"].pop("data"))
     assert launch.run(run.config.override(stop_after=None)).result["resumed_from"] == 2
     with pytest.raises(ConfigError, match="different data"):
         write_rows(data, range(40))
         launch.preflight(run.config)
+
+
+def test_a_checkpoint_that_knows_nothing_of_its_weights_takes_no_other_directory(own_model, tmp_path):
+    """As older versions wrote them."""
+    own, run = own_model
+    path = checkpoint.latest(run.directory)
+    own.rename(tmp_path / "moved")
+    edit_trainer_state(path, lambda state: state["identity"].pop("weights"))
+    with pytest.raises(ConfigError, match=r"model was '.*/model', now '.*/moved'"):
+        launch.preflight(run.config.override(stop_after=None, model=str(tmp_path / "moved")))
+
+
+def edit_trainer_state(path, edit):
+    state = json.loads((path / "trainer.json").read_text())
+    edit(state)
+    (path / "trainer.json").write_text(json.dumps(state))
+    listed = json.loads((path / "manifest.json").read_text())
+    listed["files"]["trainer.json"] = manifest.digest(path / "trainer.json")
+    (path / "manifest.json").write_text(json.dumps(listed))
 
 
 def test_a_start_that_trains_nothing_reads_no_data(own_data):

@@ -113,14 +113,15 @@ def test_an_export_holds_a_parameter_at_a_time(unbroken, model, tmp_path):
     assert at_once > 0.9 * sum(sizes)
 
 
-def test_what_was_changed_for_training_alone_is_not_exported(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_what_was_changed_for_training_alone_is_not_exported(model, tmp_path, monkeypatch, use_cache):
     """Padding side, pad token, generation settings and the use of a cache are those of the user's model."""
     own = tmp_path / "own"
     shutil.copytree(model, own)
     generation = {"eos_token_id": [255, 5], "temperature": 0.6, "do_sample": False}  # transformers would not save these
     (own / "generation_config.json").write_text(json.dumps(generation))
     for file, changes in {
-        "config.json": {"use_cache": False},
+        "config.json": {"use_cache": use_cache},
         "tokenizer_config.json": {"padding_side": "left"},
     }.items():
         (own / file).write_text(json.dumps(json.loads((own / file).read_text()) | changes))
@@ -133,7 +134,7 @@ def test_what_was_changed_for_training_alone_is_not_exported(model, tmp_path, mo
     tokenizer = AutoTokenizer.from_pretrained(target)
     assert (tokenizer.padding_side, tokenizer.pad_token) == ("left", None)
     settings = json.loads((target / "config.json").read_text())
-    assert (settings["use_cache"], settings["dtype"]) == (False, "float32")
+    assert (settings["use_cache"], settings["dtype"]) == (use_cache, "float32")
 
 
 def test_a_model_without_generation_settings_gets_its_configurations(unbroken, tmp_path):
