@@ -443,7 +443,7 @@ class Trainer:
             "data": {
                 use: asdict(loader.summary)
                 for use, loader in (("train", self.loader), ("eval", self.eval_loader))
-                if loader is not None
+                if hasattr(loader, "summary")
             },
             "train_loss": rows[-1]["loss"] if rows else None,
             "eval_loss_before": self.record.get("eval_loss_before"),
