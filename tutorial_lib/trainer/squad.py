@@ -1,0 +1,96 @@
+"""Exact match and F1 of answers by the rules of SQuAD v1.1's official evaluation script.
+
+The rules are short and have to be met to the letter, so they stand here. torchmetrics would bring two packages, scores
+a whole list only, and follows v2 where v1.1 differs: two answers of which nothing is left after normalisation have
+F1 = 0 in v1.1.
+
+Source: Rajpurkar et al., "SQuAD: 100,000+ Questions for Machine Comprehension of Text", EMNLP 2016, section 6.1, and
+``evaluate-v1.1.py``, which came with the data set.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerScore:
+    """How well one answer does, each from 0 to 1."""
+
+    exact_match: float
+    f1: float
+
+
+@dataclass(frozen=True, slots=True)
+class SquadScore:
+    """The means over all questions, in percent as SQuAD reports them."""
+
+    exact_match: float
+    f1: float
+    num_questions: int
+
+
+def normalize_answer(text: str) -> str:
+    """Return lower-case text without ASCII punctuation and articles, its words separated by single spaces."""
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def score_answer(prediction: str, golds: Sequence[str]) -> AnswerScore:
+    """Compare an answer with every gold answer and return the best exact match and the best F1.
+
+    F1 is the harmonic mean of precision and recall over the multiset of words: a word counts as often as it stands in
+    both answers.
+
+    Args:
+        prediction: what the model answered.
+        golds: the answers that count as right, at least one.
+
+    Raises:
+        ValueError: there is no gold answer, or a single text where a list of them belongs.
+    """
+    if isinstance(golds, str) or not golds:
+        raise ValueError(f"golds={golds!r} is not a list of gold answers. Write at least one, such as ['1976'].")
+    exact_match = any(normalize_answer(prediction) == normalize_answer(gold) for gold in golds)
+    return AnswerScore(float(exact_match), max(_f1(prediction, gold) for gold in golds))
+
+
+def average_scores(scores: Sequence[AnswerScore]) -> SquadScore:
+    """Return the means in percent. With several ranks, gather all their scores first, each question's once.
+
+    Raises:
+        ValueError: there is no score.
+    """
+    if not scores:
+        raise ValueError("There is no score to average: answer at least one question.")
+    exact_match = 100 * sum(score.exact_match for score in scores) / len(scores)
+    return SquadScore(exact_match, 100 * sum(score.f1 for score in scores) / len(scores), len(scores))
+
+
+def score_answers(predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> SquadScore:
+    """Score a model's answers to a list of questions.
+
+    Args:
+        predictions: one answer per question; an empty text where the model gave none.
+        golds: the gold answers of each question, in the same order.
+
+    Raises:
+        ValueError: the lists differ in length, or a question has no gold answer.
+    """
+    if len(predictions) != len(golds):
+        raise ValueError(f"{len(predictions)} predictions for {len(golds)} questions: give one for each, '' for none.")
+    return average_scores([score_answer(prediction, each) for prediction, each in zip(predictions, golds, strict=True)])
+
+
+def _f1(prediction: str, gold: str) -> float:
+    predicted, expected = normalize_answer(prediction).split(), normalize_answer(gold).split()
+    num_same = (Counter(predicted) & Counter(expected)).total()
+    if num_same == 0:
+        return 0.0
+    precision, recall = num_same / len(predicted), num_same / len(expected)
+    return 2 * precision * recall / (precision + recall)
