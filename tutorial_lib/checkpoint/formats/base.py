@@ -15,6 +15,8 @@ from tutorial_lib.config import Config
 
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
 WEIGHTS_AND_OPTIMIZER = "weights and optimizer"
+OPTIMIZER_AND_MASTERS = "optimizer and fp32 weights"
+SCRIPTS = "scripts that DeepSpeed adds"
 """What a file of a checkpoint holds, in the words of a report."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

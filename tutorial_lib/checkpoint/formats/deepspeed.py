@@ -21,7 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tutorial_lib.checkpoint.formats.base import WEIGHT, WEIGHTS, WEIGHTS_AND_OPTIMIZER, FullTensors, names_once
+from tutorial_lib.checkpoint.formats.base import (
+    OPTIMIZER_AND_MASTERS,
+    SCRIPTS,
+    WEIGHT,
+    WEIGHTS,
+    WEIGHTS_AND_OPTIMIZER,
+    FullTensors,
+    names_once,
+)
 from tutorial_lib.config import Config
 
 LAYOUT = "layout.json"
@@ -224,7 +232,7 @@ def rank_and_contents(name: str, tp: int, zero_stage: int) -> tuple[int, str] | 
     """Return which rank wrote a file of this format, and what the file holds."""
     if found := re.search(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_(model|optim)_states\.pt$", name):
         rank = int(found[1]) * tp + int(found[2])
-        return rank, "optimizer and fp32 weights" if found[3] == "optim" else "shapes and buffers"
+        return rank, OPTIMIZER_AND_MASTERS if found[3] == "optim" else "shapes and buffers"
     if found := re.search(r"mp_rank_(\d+)_model_states\.pt$", name):
         return int(found[1]), WEIGHTS if zero_stage else WEIGHTS_AND_OPTIMIZER
-    return (0, "scripts that DeepSpeed adds") if name.startswith("engine/") and name.endswith(".py") else None
+    return (0, SCRIPTS) if name.startswith("engine/") and name.endswith(".py") else None
