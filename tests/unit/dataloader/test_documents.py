@@ -178,9 +178,10 @@ def chatting(byte_tokenizer, template):
 
 def test_conversations_are_written_by_the_chat_template(byte_tokenizer):
     template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}<eos>{{ '\\n' }}{% endfor %}"
-    (document,) = documents_of([{"messages": TALK}, {"messages": []}], chatting(byte_tokenizer, template))
+    rows = [{"messages": TALK}, {"messages": []}]
+    (document,) = documents_of(rows, chatting(byte_tokenizer, template))
     assert read(document, byte_tokenizer) == ("u", ":Hi<eos>\na:Yo<eos>"), "with one EOS at its end"
-    (other,) = documents_of([{"messages": TALK}], chatting(byte_tokenizer, template.replace(":", "=")))
+    (other,) = documents_of(rows, chatting(byte_tokenizer, template.replace(":", "=")))
     assert read(other, byte_tokenizer)[1].startswith("=Hi"), "the cache knows its template"
 
 
