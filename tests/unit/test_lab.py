@@ -348,6 +348,12 @@ def every_figure() -> dict[str, figures.Figure]:
             x_label="s",
             y_label="B",
         ),
+        "timeline": figures.memory_timeline(
+            {"process tree": ([0, 0.5], [800 * 2**20, 900 * 2**20])},
+            title="It grows",
+            alt="A line.",
+            marks={"step": 0.2},
+        ),
         "bars": figures.bars({"a": 1, "b": 2.5}, title="b is more", alt="Bars.", unit="s", reference=("r", 2)),
         "memory": figures.grouped_memory(states, title="Stages divide", alt="Stacked bars."),
         "stacked": figures.stacked_bars(
@@ -377,7 +383,7 @@ def lowest_contrast(colors: np.ndarray) -> float:
     return float(min((1.05 / (luminance + 0.05)).min(), ((luminance + 0.05) / 0.0556).min()))
 
 
-@pytest.mark.parametrize("name", ["curves", "lines", "points", "bars"])
+@pytest.mark.parametrize("name", ["curves", "lines", "points", "timeline", "bars"])
 def test_figures_are_readable_on_light_and_dark_pages(drawn: dict[str, figures.Figure], name: str) -> None:
     """Transparent background, and every opaque pixel far enough from white and from black."""
     figure = drawn[name]
@@ -391,6 +397,14 @@ def test_figures_are_readable_on_light_and_dark_pages(drawn: dict[str, figures.F
 @pytest.mark.parametrize(("color", "lowest"), [(figures.INK, 4.0), *((color, 3.0) for color in figures.PALETTE)])
 def test_ink_and_palette_stand_out_from_white_and_from_black(color: str, lowest: float) -> None:
     assert lowest_contrast(np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])) >= lowest
+
+
+def test_memory_over_time_is_drawn_from_zero_in_the_unit_asked_for() -> None:
+    words = {"title": "It grows", "alt": "A line."}
+    drawn = figures.memory_timeline({"GPU 0": ([0.0, 2.5], [2**30, 3 * 2**30])}, unit="GiB", **words)
+    labels = {"x_label": "time (s)", "y_label": "memory held (GiB)"}
+    assert drawn == figures.lines({"GPU 0": ([0.0, 2.5], [1, 3])}, y_start=0, **labels, **words)
+    assert drawn != figures.lines({"GPU 0": ([0.0, 2.5], [1, 3])}, **labels, **words)
 
 
 def test_a_figure_needs_a_title_and_a_description() -> None:

@@ -92,6 +92,7 @@ def lines(
     points: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
     log: bool = False,
     x_end: float | None = None,
+    y_start: float | None = None,
 ) -> Figure:
     """A line per series of ``(x values, y values)``. Arguments as in :func:`loss_curves`.
 
@@ -99,6 +100,7 @@ def lines(
         points: series that are drawn as circles, such as measurements on the lines of formulas.
         log: both axes count in factors of ten.
         x_end: where the horizontal axis ends at least, from 1 on; default: where the values end.
+        y_start: where the vertical axis starts; default: where the values do.
     """
     with _axes(title, alt, size=(7.0, 3.6)) as (axes, drawn):
         dashes = ("-", (0, (5, 2)), (0, (2, 2)), (0, (6, 2, 1, 2)), (0, (1, 1)))
@@ -132,11 +134,34 @@ def lines(
         if x_end is not None:
             margin = 0.02 * x_end
             axes.set_xlim(1 - margin, max([x_end, *(x for xs, _ in series.values() for x in xs)]) + margin)
+        if y_start is not None:
+            axes.set_ylim(bottom=y_start)
         if points or (marks and len(series) > 1):  # they may be anywhere, so there may be no room among the lines
             axes.figure.legend(frameon=False, ncols=len(series) + len(points or ()), loc="outside lower center")
         elif len(series) > 1:
             axes.legend(frameon=False)
     return drawn[0]
+
+
+def memory_timeline(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    title: str,
+    alt: str,
+    unit: str = "MiB",
+    marks: Mapping[str, float] | None = None,
+) -> Figure:
+    """A line per process or GPU: the memory it holds over time, from zero up. Arguments as in :func:`loss_curves`.
+
+    Args:
+        series: seconds and bytes by label, such as ``read_memory_log(path).timeline()`` gives.
+        unit: ``B``, ``kB``, ``MB``, ``GB``, ``KiB``, ``MiB`` or ``GiB``.
+        marks: labelled vertical lines at seconds (``{"first step": 4.2}``).
+    """
+    scaled = {label: (xs, [held / _UNITS[unit] for held in values]) for label, (xs, values) in series.items()}
+    return lines(
+        scaled, title=title, alt=alt, x_label="time (s)", y_label=f"memory held ({unit})", marks=marks, y_start=0
+    )
 
 
 def bars(

@@ -1,0 +1,315 @@
+"""The memory sampler on real processes, and on GPUs that a stand-in for NVML describes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+
+from tutorial_lib.measure import sampler
+from tutorial_lib.measure.sampler import sample_memory
+
+MIB = 2**20
+HOLD = f"import sys; held = b'x' * (64 * {MIB}); print('ready', flush=True); sys.stdin.read()"
+
+
+def start(program: str, *arguments: str) -> subprocess.Popen[bytes]:
+    """Start Python with a program that says when it is ready and ends when its input does."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout and process.stdout.readline()
+    return process
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()[1:]]
+
+
+def wait_until(is_so: Callable[[], object]) -> None:
+    end = time.monotonic() + 10
+    while not is_so():
+        assert time.monotonic() < end, "waited for ten seconds"
+        time.sleep(0.01)
+
+
+def test_the_log_shows_what_this_process_allocates(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "memory.jsonl"
+    with sample_memory(path, interval=0.02) as log:
+        assert log == path and len(rows(log)) >= 1, "the first reading is there when the block begins"
+        held = b"x" * (200 * MIB)
+        seen = len(rows(log))
+        wait_until(lambda: len(rows(log)) >= seen + 3)  # it can be read while it grows
+        del held
+    found = rows(path)
+    sizes = [row["processes"][0]["rss"] for row in found]
+    assert 190 * MIB < max(sizes) - sizes[0] < 260 * MIB
+    assert {row["processes"][0]["pid"] for row in found} == {os.getpid()}
+    times = [row["seconds"] for row in found]
+    assert times[0] < 0.1 and times == sorted(times)
+    assert json.loads(path.read_text().splitlines()[0])["interval"] == 0.02
+
+
+def test_pss_is_logged_where_the_system_tells_it(tmp_path: Path) -> None:
+    with sample_memory(tmp_path / "log"):
+        pass
+    [process] = rows(tmp_path / "log")[0]["processes"]
+    if sys.platform == "linux":
+        assert 0 < process["pss"] <= process["rss"]
+    else:
+        assert process["pss"] is None
+
+
+def test_a_process_of_somebody_else_has_rss_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(process: psutil.Process) -> None:
+        raise psutil.AccessDenied(process.pid)
+
+    monkeypatch.setattr(psutil.Process, "memory_full_info", denied)
+    with sample_memory(tmp_path / "log"):
+        pass
+    [process] = rows(tmp_path / "log")[0]["processes"]
+    assert process["pss"] is None and process["rss"] > 0
+
+
+def test_the_thread_ends_with_the_block(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), sample_memory(tmp_path / "log", interval=60):
+        assert "memory-sampler" in [thread.name for thread in threading.enumerate()]
+        raise KeyError  # an error of the block's own goes through
+    assert "memory-sampler" not in [thread.name for thread in threading.enumerate()]
+    assert len(rows(tmp_path / "log")) == 2, "one reading at the start and one at the end"
+
+
+def test_a_process_of_another_tree_with_its_children(tmp_path: Path) -> None:
+    parent = start(
+        "import subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', sys.argv[1]], stdout=subprocess.PIPE)\n"
+        "child.stdout.readline(); print('ready', flush=True); child.wait()",
+        f"import time; held = b'x' * (64 * {MIB}); print('ready', flush=True); time.sleep(60)",
+    )
+    [child] = psutil.Process(parent.pid).children()
+    try:
+        with sample_memory(tmp_path / "log", interval=0.02, pid=parent.pid) as log:
+            assert [p["pid"] for p in rows(log)[0]["processes"]] == [parent.pid, child.pid]
+            assert rows(log)[0]["processes"][1]["rss"] > 64 * MIB
+            parent.kill()
+            parent.wait()
+            # The child belongs to another parent now. It is followed to its end, which ends the log.
+            wait_until(lambda: [p["pid"] for p in rows(log)[-1]["processes"]] == [child.pid])
+            child.kill()
+            wait_until(lambda: "memory-sampler" not in [thread.name for thread in threading.enumerate()])
+        assert rows(log)[-1]["processes"], "no reading is written of nothing"
+    finally:
+        for process in (parent, child):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        parent.communicate()
+
+
+def test_processes_that_come_and_go_do_not_disturb_it(tmp_path: Path) -> None:
+    with sample_memory(tmp_path / "log", interval=0.001):
+        for _ in range(40):
+            subprocess.run(["/bin/sh", "-c", "sleep 0.02 & true & wait"], check=True)
+    found = rows(tmp_path / "log")
+    assert all(p["rss"] > 0 and p["pss"] != 0 for row in found for p in row["processes"])
+    assert {p["pid"] for row in found for p in row["processes"]} > {os.getpid()}
+
+
+@pytest.mark.parametrize("call", ["name", "memory_full_info", "children"])
+def test_a_process_that_ends_while_it_is_looked_at_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """The same by force: the child ends just before the call that is named."""
+    child, original = start(HOLD), getattr(psutil.Process, call)
+
+    def end_before(process: psutil.Process, **arguments: Any) -> Any:
+        if process.pid == child.pid:
+            child.communicate()
+        return original(process, **arguments)
+
+    monkeypatch.setattr(psutil.Process, call, end_before)
+    pid = child.pid if call == "children" else None
+    with contextlib.suppress(ValueError), sample_memory(tmp_path / "log", interval=60, pid=pid) as log:
+        assert [process["pid"] for process in rows(log)[0]["processes"]] == [os.getpid()]
+    child.communicate()
+
+
+def test_a_zombie_holds_nothing(tmp_path: Path) -> None:
+    process = start(HOLD)
+    with sample_memory(tmp_path / "log", interval=60):
+        process.kill()
+        wait_until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE)
+    process.communicate()
+    first, last = rows(tmp_path / "log")
+    assert len(first["processes"]) == 2 and len(last["processes"]) == 1
+
+
+def test_a_slow_reading_does_not_shift_the_later_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = sampler.ProcessTree.read
+
+    def read_slowly(tree: sampler.ProcessTree) -> Any:
+        time.sleep(0.14)
+        return read(tree)
+
+    monkeypatch.setattr(sampler.ProcessTree, "read", read_slowly)
+    with sample_memory(tmp_path / "log", interval=0.2):
+        time.sleep(1.5)
+    # At 0, 0.2, ... 1.4 and the end: 9. Were the interval a pause between two readings, there would be 6.
+    assert len(rows(tmp_path / "log")) >= 8
+
+
+def test_what_cannot_be_sampled_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for pid in (ended.pid, -1):
+        with pytest.raises(ValueError, match=f"no process {pid}"), sample_memory(tmp_path / "log", pid=pid):
+            pass
+    for interval in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="seconds above 0"), sample_memory(tmp_path / "log", interval=interval):
+            pass
+    assert not (tmp_path / "log").exists()
+
+
+def test_a_zombie_is_refused(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    wait_until(lambda: psutil.Process(ended.pid).status() == psutil.STATUS_ZOMBIE)
+    with pytest.raises(ValueError, match="shows no memory"), sample_memory(tmp_path / "log", pid=ended.pid):
+        pass
+    ended.wait()
+
+
+def test_an_older_log_is_replaced_and_another_file_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    for _ in range(2):
+        with sample_memory(path, interval=60):
+            pass
+        assert len(rows(path)) == 2 and path.read_text().count('"format"') == 1
+    path.write_text('{"format": "my notes"}')
+    with pytest.raises(FileExistsError, match="another path"), sample_memory(path):
+        pass
+    assert path.read_text() == '{"format": "my notes"}'
+
+
+def test_a_disk_that_fills_up_ends_the_log_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+
+    def write(self: Any, row: dict[str, Any]) -> None:
+        if len(written) >= 3:
+            raise OSError(28, "No space left on device")
+        written.append(row)
+
+    monkeypatch.setattr(sampler._Recorder, "_write", write)
+    with pytest.warns(RuntimeWarning, match=r"ends after 2 readings: OSError\(28"):
+        with sample_memory(tmp_path / "log", interval=0.01):
+            wait_until(lambda: "memory-sampler" not in [thread.name for thread in threading.enumerate()])
+
+
+# --- GPUs ------------------------------------------------------------------------------------------------------------
+
+
+class NVMLError(Exception):
+    pass
+
+
+class FunctionNotFound(NVMLError):
+    pass
+
+
+class FakeNvml:
+    """Two GPUs as NVML shows them. ``failing`` names calls that raise."""
+
+    NVMLError, NVMLError_FunctionNotFound, nvmlMemory_v2 = NVMLError, FunctionNotFound, 2
+
+    def __init__(self, *failing: str) -> None:
+        self.failing = set(failing)
+        self.open = 0
+        self.lost: set[int] = set()
+        self.lost_later: set[int] = set()
+
+    def nvmlInit(self) -> None:
+        if "init" in self.failing:
+            raise NVMLError("Driver Not Loaded")
+        self.open += 1
+
+    def nvmlShutdown(self) -> None:
+        self.open -= 1
+
+    def nvmlDeviceGetCount(self) -> int:
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        return index
+
+    def nvmlDeviceGetName(self, handle: int) -> str:
+        return f"Test GPU {handle}"
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int, version: int | None = None) -> SimpleNamespace:
+        if handle in self.lost:
+            raise NVMLError("GPU is lost")
+        if version and "v2" in self.failing:
+            raise FunctionNotFound
+        return SimpleNamespace(total=1000, used=(handle + 1) * 100 + (0 if version else 7))
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> list[SimpleNamespace]:
+        if "processes" in self.failing:
+            raise NVMLError("Not Supported")
+        ours = [(os.getpid(), 30), (os.getpid(), 5), (1, 20), (os.getpid(), None)]
+        return [SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in (ours if handle == 0 else [])]
+
+
+def sample_gpus(path: Path, nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    with sample_memory(path, interval=60):
+        nvml.lost |= nvml.lost_later
+    assert nvml.open == 0
+    return rows(path)
+
+
+def test_every_gpu_and_the_share_of_the_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, _ = sample_gpus(tmp_path / "log", FakeNvml(), monkeypatch)
+    assert first["gpus"] == [
+        {"index": 0, "used": 100, "processes": {str(os.getpid()): 35}},
+        {"index": 1, "used": 200, "processes": {}},
+    ]
+    header = json.loads((tmp_path / "log").read_text().splitlines()[0])
+    assert header["gpus"][1] == {"index": 1, "name": "Test GPU 1", "total": 1000}
+
+
+def test_what_a_driver_does_not_tell_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, _ = sample_gpus(tmp_path / "log", FakeNvml("v2", "processes"), monkeypatch)
+    assert [(gpu["used"], gpu["processes"]) for gpu in first["gpus"]] == [(107, {}), (207, {})]
+
+
+def test_a_gpu_that_is_lost_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = FakeNvml()
+    nvml.lost_later.add(1)
+    first, last = sample_gpus(tmp_path / "log", nvml, monkeypatch)
+    assert [gpu["index"] for gpu in first["gpus"]] == [0, 1] and [gpu["index"] for gpu in last["gpus"]] == [0]
+
+
+def test_a_gpu_that_fails_from_the_start_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = FakeNvml()
+    nvml.lost.add(0)
+    first, _ = sample_gpus(tmp_path / "log", nvml, monkeypatch)
+    assert [gpu["index"] for gpu in first["gpus"]] == [1]
+
+
+def test_without_a_driver_there_are_no_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, _ = sample_gpus(tmp_path / "log", FakeNvml("init"), monkeypatch)
+    assert first["gpus"] == [] and first["processes"]
+
+
+def test_the_names_that_are_used_are_nvmls_own() -> None:
+    pynvml = pytest.importorskip("pynvml")
+    assert all(hasattr(pynvml, name) for name in vars(FakeNvml) if not name.startswith("__"))
+    assert issubclass(pynvml.NVMLError_FunctionNotFound, pynvml.NVMLError)

@@ -1,0 +1,276 @@
+"""Memory logs in three formats, whole, torn and foreign: numbers worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tutorial_lib.measure.sampler import FORMAT, sample_memory
+from tutorial_lib.measure.sampler_log import (
+    MIB,
+    MemoryLogError,
+    MemorySeries,
+    read_memory_log,
+    read_nvidia_smi,
+    read_psrecord,
+    read_sampler,
+)
+
+LOGS = Path(__file__).parent / "logs"
+
+
+def process(pid: int, rss: int, pss: int | None, name: str = "python") -> dict[str, Any]:
+    return {"pid": pid, "name": name, "rss": rss, "pss": pss}
+
+
+def write_sampler_log(path: Path, *readings: tuple[list[dict[str, Any]], list[dict[str, Any]]]) -> Path:
+    rows: list[dict[str, Any]] = [{"format": FORMAT, "interval": 0.5, "gpus": []}]
+    rows += [{"seconds": i / 2, "processes": host, "gpus": gpus} for i, (host, gpus) in enumerate(readings)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# --- what a series comes to ------------------------------------------------------------------------------------------
+
+
+def test_peak_mean_and_duration() -> None:
+    summary = MemorySeries("x", "RSS", (0.0, 5.0, 10.5), (10, 40, 40)).summary(rounding=1)
+    assert (summary.peak, summary.mean, summary.duration, summary.num_samples) == (40, 30.0, 10.5, 3)
+    assert (summary.modes, summary.mode_count) == ((40,), 2)
+
+
+@pytest.mark.parametrize(
+    ("values", "rounding", "modes", "count"),
+    [
+        ((3, 1, 2, 1, 3), 1, (1, 3), 2),
+        ((3, 1, 2), 1, (1, 2, 3), 1),
+        ((7,), 1, (7,), 1),
+        ((99, 101, 140, 260, 250), 100, (100,), 3),
+        ((99, 101, 160, 240, 260), 100, (100, 200), 2),
+        ((MIB, MIB + 1, 5 * MIB), MIB, (MIB,), 2),
+    ],
+)
+def test_all_modes_at_the_stated_rounding(
+    values: tuple[int, ...], rounding: int, modes: tuple[int, ...], count: int
+) -> None:
+    summary = MemorySeries("x", "RSS", tuple(map(float, range(len(values)))), values).summary(rounding=rounding)
+    assert (summary.modes, summary.mode_count, summary.rounding) == (modes, count, rounding)
+
+
+def test_a_rounding_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="1 or more"):
+        MemorySeries("x", "RSS", (0.0,), (1,)).summary(rounding=0)
+
+
+# --- the sampler's own log -------------------------------------------------------------------------------------------
+
+
+def test_what_the_sampler_writes_can_be_read_while_it_writes(tmp_path: Path) -> None:
+    with sample_memory(tmp_path / "log", interval=60) as path:
+        assert read_memory_log(path)["process tree"].summary().num_samples == 1
+    log = read_memory_log(path)
+    tree = log["process tree"].summary()
+    assert log.source == "sampler" and tree.num_samples == 2 and tree.peak > 10 * MIB
+    assert [series.label.split(" (")[0] for series in log.series][:2] == ["process tree", "process 1"]
+
+
+def test_the_tree_is_the_sum_of_its_processes(tmp_path: Path) -> None:
+    path = write_sampler_log(
+        tmp_path / "log",
+        ([process(5, 100, 70)], []),
+        ([process(5, 100, 60), process(9, 50, 30, "worker")], []),
+        ([process(9, 50, 45, "worker")], []),
+    )
+    log = read_sampler(path)
+    tree, first, second = log.series
+    assert (tree.label, tree.counted, tree.num_bytes) == ("process tree", "PSS", (70, 90, 45))
+    assert (first.label, first.pid, first.seconds, first.num_bytes) == ("process 1 (python)", 5, (0.0, 0.5), (70, 60))
+    assert (second.label, second.pid, second.seconds) == ("process 2 (worker)", 9, (0.5, 1.0))
+    assert log.timeline("process 2 (worker)") == {"process 2 (worker)": ((0.5, 1.0), (30, 45))}
+    assert list(log.timeline()) == [series.label for series in log.series]
+    assert [summary.peak for summary in log.summaries()] == [90, 70, 45]
+    with pytest.raises(KeyError, match=r"process tree, process 1 \(python\)"):
+        log["tree"]
+
+
+def test_without_pss_everywhere_all_is_rss(tmp_path: Path) -> None:
+    path = write_sampler_log(tmp_path / "log", ([process(5, 100, 70), process(9, 50, None)], []))
+    assert [(series.counted, series.num_bytes) for series in read_sampler(path).series] == [
+        ("RSS", (150,)), ("RSS", (100,)), ("RSS", (50,)),
+    ]  # fmt: skip
+
+
+def test_gpus_and_the_share_of_the_tree(tmp_path: Path) -> None:
+    host = [process(5, 1, 1), process(9, 1, 1)]
+    idle = {"index": 1, "used": 4, "processes": {}}
+    path = write_sampler_log(
+        tmp_path / "log",
+        (host, [{"index": 0, "used": 100, "processes": {}}, idle]),
+        (host, [{"index": 0, "used": 180, "processes": {"5": 50, "9": 20}}, idle]),
+    )
+    found = {series.label: series.num_bytes for series in read_sampler(path).series if series.gpu is not None}
+    assert found == {"GPU 0": (100, 180), "GPU 0, process tree": (0, 70), "GPU 1": (4, 4)}
+
+
+# --- psrecord --------------------------------------------------------------------------------------------------------
+
+
+def test_a_recorded_psrecord_log() -> None:
+    log = read_memory_log(LOGS / "psrecord.txt")
+    tree = log["process tree"].summary(rounding=MIB)
+    assert (log.source, tree.counted, tree.num_samples, tree.duration) == ("psrecord", "RSS", 7, 3.038)
+    assert tree.peak == round(107.656 * MIB)
+    mean = (38.262 + 54.270 + 70.277 + 86.285 + 91.648 + 2 * 107.656) / 7
+    assert tree.mean == pytest.approx(mean * MIB, abs=1)
+    assert (tree.modes, tree.mode_count) == ((108 * MIB,), 2)
+
+
+def test_psrecord_with_io_columns(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text(
+        "# Elapsed time   CPU (%)     Real (MB)   Virtual (MB)  Read count   Write count   Read bytes   Write bytes \n"
+        "       0.000        0.000        2.500       43.926          123            1         4096            0\n"
+    )
+    assert read_memory_log(path)["process tree"].num_bytes == (5 * MIB // 2,)
+
+
+# --- nvidia-smi ------------------------------------------------------------------------------------------------------
+
+
+def test_the_workshops_nvidia_smi_log() -> None:
+    log = read_memory_log(LOGS / "nvidia-smi.csv")
+    first, second = log.summaries()
+    assert (log.source, first.label, second.label, first.counted) == ("nvidia-smi", "GPU 0", "GPU 1", "GPU")
+    assert (first.peak, first.modes, first.mode_count) == (21658 * MIB, (4 * MIB, 21658 * MIB), 2)
+    assert first.mean == (4 + 21658 + 21658 + 19998 + 4) / 5 * MIB
+    assert (second.peak, second.modes) == (18204 * MIB, (18200 * MIB, 18204 * MIB))
+    assert (first.num_samples, first.duration) == (5, pytest.approx(20.013))
+    assert log["GPU 1"].seconds[0] == pytest.approx(0.002), "seconds count from the log's first sample"
+
+
+@pytest.mark.parametrize("name", ["nvidia-smi-units.csv", "nvidia-smi-noheader.csv"])
+def test_units_repeated_headers_and_no_header(name: str) -> None:
+    first, second = read_memory_log(LOGS / name).summaries()
+    assert (first.num_samples, first.peak, first.duration) == (3, 3001 * MIB, 10.0)
+    assert (second.num_samples, second.peak, second.modes) == (3, 3002 * MIB, (3002 * MIB,))
+
+
+def test_the_query_of_a_log_without_header_can_be_given(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text("2025/09/14 15:12:08.123, 3, Tesla V100, 21658, 32768\n")
+    columns = ["timestamp", "index", "name", "memory.used", "memory.total"]
+    assert read_nvidia_smi(path, columns=columns)["GPU 3"].num_bytes == (21658 * MIB,)
+    with pytest.raises(MemoryLogError, match=r"log:1 .*'Tesla V100' is not memory.*columns="):
+        read_nvidia_smi(path)
+    path.write_text("2025/09/14 15:12:08.123, 3, 95\n")  # may be a share in percent
+    with pytest.raises(MemoryLogError, match=r"'95' is not memory.*columns="):
+        read_nvidia_smi(path)
+    with pytest.raises(MemoryLogError, match=r"csv:1 is a header. Leave out columns="):
+        read_nvidia_smi(LOGS / "nvidia-smi.csv", columns=columns)
+
+
+@pytest.mark.parametrize("missing", ["timestamp", "index", "memory.used [MiB]"])
+def test_a_query_without_a_needed_column_is_refused(tmp_path: Path, missing: str) -> None:
+    cells = {"timestamp": "2025/09/14 15:12:08.123", "index": "0", "memory.used [MiB]": "4 MiB"}
+    del cells[missing]
+    path = tmp_path / "log"
+    path.write_text(", ".join(cells) + "\n" + ", ".join(cells.values()) + "\n")
+    with pytest.raises(MemoryLogError, match=f"without {missing.split()[0]}.*--query-gpu="):
+        read_nvidia_smi(path)
+
+
+# --- logs that are not whole -----------------------------------------------------------------------------------------
+
+SAMPLES = {
+    "psrecord.txt": ("process tree", 7),
+    "nvidia-smi.csv": ("GPU 1", 5),
+    "nvidia-smi-units.csv": ("GPU 1", 3),
+    "nvidia-smi-noheader.csv": ("GPU 1", 3),
+    "sampler.jsonl": ("process tree", 2),
+}
+
+
+def copy_log(name: str, directory: Path) -> Path:
+    if name == "sampler.jsonl":
+        return write_sampler_log(directory / name, *[([process(5, MIB, MIB)], [])] * 2)
+    return Path(shutil.copy(LOGS / name, directory / name))
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("cut", [1, 2, 5, 9, 14])
+def test_a_last_line_that_is_being_written_is_left_out(tmp_path: Path, name: str, cut: int) -> None:
+    path = copy_log(name, tmp_path)
+    path.write_bytes(path.read_bytes()[:-cut])
+    label, samples = SAMPLES[name]
+    assert read_memory_log(path)[label].summary().num_samples == samples - 1
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_line_torn_in_the_middle_is_named(tmp_path: Path, name: str) -> None:
+    path = copy_log(name, tmp_path)
+    lines = path.read_text().splitlines()
+    lines[1] = lines[1][: len(lines[1]) * 3 // 5]
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(MemoryLogError, match=rf"{name}:2 cannot be read .*Remove that line"):
+        read_memory_log(path)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_two_logs_in_one_file_are_refused(tmp_path: Path, name: str) -> None:
+    path = copy_log(name, tmp_path)
+    path.write_bytes(path.read_bytes() * 2)
+    with pytest.raises(MemoryLogError, match=r"cannot be read|earlier than the sample before"):
+        read_memory_log(path)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_log_of_the_other_line_breaks(tmp_path: Path, name: str) -> None:
+    path = copy_log(name, tmp_path)
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    label, samples = SAMPLES[name]
+    assert read_memory_log(path)[label].summary().num_samples == samples
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLES if "noheader" not in name])
+def test_a_header_alone_has_no_samples_yet(tmp_path: Path, name: str) -> None:
+    path = copy_log(name, tmp_path)
+    path.write_text(path.read_text().splitlines()[0] + "\n")
+    with pytest.raises(MemoryLogError, match=r"(no sample|no reading) yet"):
+        read_memory_log(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty: .*Look at its output"),
+        (b"# Elapsed", "no complete line yet"),
+        (b"\n\n", "no complete line yet"),
+        (b"\xff\xfet\x00i\x00", "not a text in UTF-8"),
+        (b"No devices were found\n", "first line is 'No devices were found'.*sample_memory.*nvidia-smi.*psrecord"),
+        (b"elapsed_time,nproc,cpu,mem_real,mem_virtual\n", "not a memory log"),
+        (b'{"step": 1, "loss": 2.0}\n', "log:1 is not the header of a sampler's log"),
+        (b"timestamp, index, memory.used [MiB]\n2025/09/14 15:12:08.123, 0, [N/A]\n", r"log:2 .*'\[N/A\]' is not mem"),
+    ],
+)
+def test_a_foreign_or_empty_file_is_refused_in_words(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "log").write_bytes(content)
+    with pytest.raises(MemoryLogError, match=f"(?s){said}") as raised:
+        read_memory_log(tmp_path / "log")
+    assert "log" in str(raised.value)
+
+
+def test_a_missing_file_and_a_directory_are_refused_in_words(tmp_path: Path) -> None:
+    with pytest.raises(MemoryLogError, match=r"none does not exist\. Check the path"):
+        read_memory_log(tmp_path / "none")
+    with pytest.raises(MemoryLogError, match="cannot be read: Is a directory"):
+        read_memory_log(tmp_path)
+
+
+@pytest.mark.parametrize("read", [read_sampler, read_psrecord])
+def test_a_reader_refuses_another_tools_log(read: Any) -> None:
+    with pytest.raises(MemoryLogError, match=r"nvidia-smi\.csv:1 is not the header"):
+        read(LOGS / "nvidia-smi.csv")

@@ -1,0 +1,332 @@
+"""Memory logs of the sampler, of ``nvidia-smi`` and of ``psrecord``, read back as peak, mean, modes and timeline.
+
+All memory is in bytes here. ``psrecord`` writes "MB" and means 2^20 bytes, as ``nvidia-smi`` does with its "MiB".
+
+The last line of a log that does not end in a line break is being written, or was cut off: it is left out. Any other
+line that cannot be read is an error.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from tutorial_lib.measure.sampler import FORMAT, GpuMemory, ProcessMemory, Reading
+
+MIB = 2**20
+
+SMI_QUERY = ("timestamp", "index", "memory.used")
+"""The first columns of a ``nvidia-smi`` log that has no header."""
+
+_ACCEPTED = """Accepted are the logs of
+  - tutorial_lib.measure.sampler.sample_memory(path)
+  - nvidia-smi --query-gpu=timestamp,index,memory.used --format=csv -l 5 > FILE
+  - psrecord PID --include-children --interval 5 --log FILE"""
+
+
+class MemoryLogError(ValueError):
+    """A memory log is missing, empty, damaged, or in no known format. The message says where and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySummary:
+    """What a series comes to, in bytes and seconds."""
+
+    label: str
+    counted: str
+    peak: int
+    mean: float
+    """Of the samples, each with the same weight."""
+    modes: tuple[int, ...]
+    """The most frequent values, all of them, each rounded to a multiple of ``rounding``; in ascending order."""
+    mode_count: int
+    """How many samples each mode has. With 1, no value came twice, and every sample is a mode."""
+    rounding: int
+    duration: float
+    num_samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySeries:
+    """The memory of one process, one process tree, or one GPU over time."""
+
+    label: str
+    counted: str
+    """``PSS``, ``RSS`` or ``GPU``: PSS divides shared pages among their processes, RSS counts them in each."""
+    seconds: tuple[float, ...]
+    """Since the log began. A process has samples for as long as it lived."""
+    num_bytes: tuple[int, ...]
+    pid: int | None = None
+    gpu: int | None = None
+
+    def summary(self, *, rounding: int = MIB) -> MemorySummary:
+        """Return peak, mean, modes and duration.
+
+        Args:
+            rounding: bytes; values that round to the same multiple are one value for the modes.
+
+        Raises:
+            ValueError: the rounding is below one byte.
+        """
+        if rounding < 1:
+            raise ValueError(f"rounding={rounding} is no number of bytes. Write 1 or more, such as 2**20 for MiB.")
+        rounded = [round(value / rounding) * rounding for value in self.num_bytes]
+        modes = sorted(statistics.multimode(rounded))
+        return MemorySummary(
+            label=self.label,
+            counted=self.counted,
+            peak=max(self.num_bytes),
+            mean=statistics.fmean(self.num_bytes),
+            modes=tuple(modes),
+            mode_count=rounded.count(modes[0]),
+            rounding=rounding,
+            duration=round(self.seconds[-1] - self.seconds[0], 6),
+            num_samples=len(self.num_bytes),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryLog:
+    """A log that has been read."""
+
+    path: Path
+    source: str
+    """``sampler``, ``nvidia-smi`` or ``psrecord``."""
+    series: tuple[MemorySeries, ...]
+
+    def __getitem__(self, label: str) -> MemorySeries:
+        """Return the series with this label."""
+        for series in self.series:
+            if series.label == label:
+                return series
+        raise KeyError(f"{self.path} has no series {label!r}. Write one of: {', '.join(s.label for s in self.series)}")
+
+    def summaries(self, *, rounding: int = MIB) -> tuple[MemorySummary, ...]:
+        """Return the summary of every series."""
+        return tuple(series.summary(rounding=rounding) for series in self.series)
+
+    def timeline(self, *labels: str) -> dict[str, tuple[tuple[float, ...], tuple[int, ...]]]:
+        """Return seconds and bytes by label, for :func:`tutorial_lib.lab.figures.memory_timeline`; default: all."""
+        chosen = [self[label] for label in labels] if labels else self.series
+        return {series.label: (series.seconds, series.num_bytes) for series in chosen}
+
+
+def read_memory_log(path: str | Path) -> MemoryLog:
+    """Read a log in whichever of the three formats it is.
+
+    Raises:
+        MemoryLogError: see the class.
+    """
+    first = next(_lines(Path(path)))[1]
+    if first.startswith("{"):
+        return read_sampler(path)
+    if "Elapsed time" in first:
+        return read_psrecord(path)
+    if first.startswith("timestamp") or _SMI_TIME.match(first):
+        return read_nvidia_smi(path)
+    raise MemoryLogError(f"{path} is not a memory log. Its first line is {_short(first)}. {_ACCEPTED}")
+
+
+def read_sampler(path: str | Path) -> MemoryLog:
+    """Read a log of :func:`tutorial_lib.measure.sampler.sample_memory`.
+
+    Its series are ``process tree``; ``process 1 (NAME)`` and so on in the order in which they appear; for each GPU
+    ``GPU 0``, and ``GPU 0, process tree`` if the driver told the share of these processes. Host memory is PSS if every
+    reading has it, else RSS in all of them, so that no series mixes the two.
+
+    Raises:
+        MemoryLogError: see the class.
+    """
+    lines = _lines(path := Path(path))
+    number, header = next(lines)
+    if f'"format": "{FORMAT}"' not in header:
+        raise MemoryLogError(f"{path}:{number} is not the header of a sampler's log: {_short(header)}. {_ACCEPTED}")
+    readings = [_reading(path, number, line) for number, line in lines]
+    if not readings:
+        raise MemoryLogError(f"{path} has a header and no reading yet. Read it when the sampler has written one.")
+    return MemoryLog(path, "sampler", tuple([*_host_series(readings), *_gpu_series(readings)]))
+
+
+def read_psrecord(path: str | Path) -> MemoryLog:
+    """Read a text log of ``psrecord PID --log FILE``. Its one series is ``process tree``, the column "Real (MB)".
+
+    That is RSS: with ``--include-children``, pages that processes share are counted once for each of them.
+
+    Raises:
+        MemoryLogError: see the class.
+    """
+    lines = _lines(path := Path(path))
+    number, header = next(lines)
+    columns = re.split(r"\s{2,}", header.lstrip("# ").rstrip())
+    if columns[:4] != ["Elapsed time", "CPU (%)", "Real (MB)", "Virtual (MB)"]:
+        raise MemoryLogError(f"{path}:{number} is not the header of psrecord's text log: {_short(header)}. {_ACCEPTED}")
+    samples = []
+    for number, line in lines:
+        try:
+            values = [float(cell) for cell in line.split()]
+            if len(values) != len(columns):
+                raise ValueError(f"{len(values)} columns instead of {len(columns)}")
+        except ValueError as error:
+            raise _damaged(path, number, line, error) from None
+        samples.append((number, values[0], round(values[2] * MIB)))
+    return MemoryLog(path, "psrecord", (_in_order(path, "process tree", "RSS", samples),))
+
+
+def read_nvidia_smi(path: str | Path, *, columns: Sequence[str] | None = None) -> MemoryLog:
+    """Read a CSV log of ``nvidia-smi --query-gpu=timestamp,index,memory.used,...``. Its series are ``GPU 0`` and so on.
+
+    Columns may stand in any order, with others among them, with or without units; headers may come again.
+
+    Args:
+        path: the log.
+        columns: the query of a log without header (``csv,noheader``). Default: its first three columns are those of
+            :data:`SMI_QUERY`, and its memory has units.
+
+    Raises:
+        MemoryLogError: see the class; also if ``columns`` are given for a log with a header.
+    """
+    path = Path(path)
+    header = list(columns) if columns else None
+    samples: dict[int, list[tuple[int, datetime, int]]] = {}
+    for number, line in _lines(path):
+        cells = [cell.strip() for cell in line.split(",")]
+        if any(_SMI_HEADER.match(cell) for cell in cells):
+            if columns:
+                raise MemoryLogError(f"{path}:{number} is a header. Leave out columns={list(columns)}.")
+            header = [cell.split(" [")[0] for cell in cells]
+            continue
+        at = _smi_columns(path, number, header)
+        try:
+            if header and len(cells) != len(header):
+                raise ValueError(f"{len(cells)} columns instead of {len(header)}")
+            time = datetime.strptime(cells[at["timestamp"]], "%Y/%m/%d %H:%M:%S.%f")
+            used = _smi_bytes(cells[at["memory.used"]], needs_unit=header is None)
+            samples.setdefault(int(cells[at["index"]]), []).append((number, time, used))
+        except (ValueError, IndexError) as error:
+            raise _damaged(path, number, line, error) from None
+    began = min((time for readings in samples.values() for _, time, _ in readings), default=None)
+    series = [
+        _in_order(
+            path, f"GPU {gpu}", "GPU", [(n, (time - began).total_seconds(), used) for n, time, used in readings], gpu
+        )
+        for gpu, readings in sorted(samples.items())
+        if began
+    ]
+    if not series:
+        raise MemoryLogError(f"{path} has a header and no sample yet. Read it when nvidia-smi has written one.")
+    return MemoryLog(path, "nvidia-smi", tuple(series))
+
+
+_SMI_HEADER = re.compile(r"(timestamp|index|memory\.used)\b")
+_SMI_TIME = re.compile(r"\d{4}/\d\d/\d\d \d\d:\d\d:\d\d")
+
+
+def _smi_columns(path: Path, number: int, header: Sequence[str] | None) -> dict[str, int]:
+    """Return where the three columns of SMI_QUERY are."""
+    names = list(header or SMI_QUERY)
+    if missing := [name for name in SMI_QUERY if name not in names]:
+        raise MemoryLogError(
+            f"{path}:{number} is of a query without {', '.join(missing)} ({', '.join(names)}), so its samples cannot "
+            f"be told apart. Record it with --query-gpu={','.join(SMI_QUERY)}."
+        )
+    return {name: names.index(name) for name in SMI_QUERY}
+
+
+def _smi_bytes(cell: str, *, needs_unit: bool) -> int:
+    """Return the bytes in a cell such as ``21658 MiB``, or ``21658`` below a header that says MiB."""
+    match = re.fullmatch(r"(\d+)( MiB)?", cell)
+    if not match or (needs_unit and not match[2]):
+        raise ValueError(f"{cell!r} is not memory such as '21658 MiB'; without a header, say columns=[...]")
+    return int(match[1]) * MIB
+
+
+def _reading(path: Path, number: int, line: str) -> Reading:
+    """Return what a line of the sampler's log holds."""
+    try:
+        row = json.loads(line)
+        gpus = (
+            GpuMemory(each["index"], each["used"], {int(pid): used for pid, used in each["processes"].items()})
+            for each in row["gpus"]
+        )
+        return Reading(row["seconds"], tuple(ProcessMemory(**each) for each in row["processes"]), tuple(gpus))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, number, line, error) from None
+
+
+def _host_series(readings: Sequence[Reading]) -> Iterator[MemorySeries]:
+    """Return the process tree's memory, then every process's."""
+    has_pss = all(process.pss is not None for reading in readings for process in reading.processes)
+    counted = "PSS" if has_pss else "RSS"
+
+    def held(process: ProcessMemory) -> int:
+        return process.pss if has_pss and process.pss is not None else process.rss
+
+    sums = [sum(held(process) for process in reading.processes) for reading in readings]
+    yield MemorySeries("process tree", counted, tuple(reading.seconds for reading in readings), tuple(sums))
+    names = {process.pid: process.name for reading in readings for process in reading.processes}
+    for place, (pid, name) in enumerate(names.items(), start=1):
+        samples = [(r.seconds, held(process)) for r in readings for process in r.processes if process.pid == pid]
+        seconds, num_bytes = zip(*samples, strict=True)
+        yield MemorySeries(f"process {place} ({name})", counted, seconds, num_bytes, pid=pid)
+
+
+def _gpu_series(readings: Sequence[Reading]) -> Iterator[MemorySeries]:
+    """Return each GPU's memory, then the process tree's part of it."""
+    for index in sorted({gpu.index for reading in readings for gpu in reading.gpus}):
+        found = [(reading.seconds, gpu) for reading in readings for gpu in reading.gpus if gpu.index == index]
+        seconds = tuple(at for at, _ in found)
+        yield MemorySeries(f"GPU {index}", "GPU", seconds, tuple(gpu.used for _, gpu in found), gpu=index)
+        if any(gpu.processes for _, gpu in found):
+            ours = tuple(sum(gpu.processes.values()) for _, gpu in found)
+            yield MemorySeries(f"GPU {index}, process tree", "GPU", seconds, ours, gpu=index)
+
+
+def _in_order(
+    path: Path, label: str, counted: str, samples: Iterable[tuple[int, float, int]], gpu: int | None = None
+) -> MemorySeries:
+    """Return a series of (line, seconds, bytes), which must not go back in time."""
+    samples = list(samples)
+    if not samples:
+        raise MemoryLogError(f"{path} has a header and no sample yet. Read it when one has been written.")
+    for (_, before, _), (number, after, _) in itertools.pairwise(samples):
+        if after < before:
+            raise MemoryLogError(
+                f"{path}:{number} is {before - after:.3f} s earlier than the sample before it. The file holds two "
+                "logs, or the clock was set back: split it there and read each part."
+            )
+    return MemorySeries(label, counted, tuple(s for _, s, _ in samples), tuple(b for _, _, b in samples), gpu=gpu)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the complete, non-empty lines with their numbers; at least one."""
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise MemoryLogError(f"{path} does not exist. Check the path, and that what writes it was started.") from None
+    except OSError as error:
+        raise MemoryLogError(f"{path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise MemoryLogError(f"{path} is not a text in UTF-8, so it is not a memory log. {_ACCEPTED}") from None
+    if not text:
+        raise MemoryLogError(f"{path} is empty: what should write it wrote nothing. Look at its output for an error.")
+    *complete, _unfinished = text.split("\n")
+    found = [(number, line.rstrip()) for number, line in enumerate(complete, start=1) if line.strip()]
+    if not found:
+        raise MemoryLogError(f"{path} has no complete line yet. Read it when one has been written.")
+    return iter(found)
+
+
+def _damaged(path: Path, number: int, line: str, error: Exception) -> MemoryLogError:
+    return MemoryLogError(
+        f"{path}:{number} cannot be read ({error}): {_short(line)}. Remove that line if the rest is sound."
+    )
+
+
+def _short(line: str) -> str:
+    return repr(line if len(line) <= 80 else line[:77] + "...")
