@@ -16,7 +16,7 @@ The engine's files are pickles, FSDP2's ``.metadata`` among them: unpickling run
 you or your job wrote. The manifest protects against damage, not against forgery.
 """
 
-from tutorial_lib.checkpoint.compatibility import check_continues, identity, reads_data, shape
+from tutorial_lib.checkpoint.compatibility import check_continues, reads_data, shape
 from tutorial_lib.checkpoint.directory import (
     clear_remains,
     directory_of,
@@ -32,7 +32,7 @@ from tutorial_lib.checkpoint.lock import check_free, held_for_launch, held_for_t
 from tutorial_lib.checkpoint.manager import CheckpointManager, OnCheckpoint
 from tutorial_lib.checkpoint.manifest import CheckpointError, verify
 from tutorial_lib.checkpoint.reshape import checkpoint_of, reshaped_config, staged
-from tutorial_lib.checkpoint.saver import Progress, save
+from tutorial_lib.checkpoint.saver import Progress
 from tutorial_lib.checkpoint.storage import check_storage, storage_failure
 from tutorial_lib.checkpoint.writer import Writer
 
@@ -54,7 +54,6 @@ __all__ = [
     "finish_deletions",
     "held_for_launch",
     "held_for_training",
-    "identity",
     "latest",
     "load",
     "newest_intact",
@@ -62,7 +61,6 @@ __all__ = [
     "open_full",
     "reads_data",
     "reshaped_config",
-    "save",
     "shape",
     "staged",
     "storage_failure",

@@ -36,6 +36,9 @@ _SIZES = {
 }  # fmt: skip
 """What configurations call their sizes, and the most that a copy has of them."""
 
+_PASSED: set[tuple[Any, ...]] = set()
+"""What this process has tried with success, so that many runs of one model pay once."""
+
 _GROUPS = ("num_key_value_heads", "num_kv_heads")
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")
 _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
@@ -54,10 +57,13 @@ def trial_forward(config: Config, model_config: PretrainedConfig) -> None:
         ConfigError: names the family, the batching and the reason, and what to write instead.
     """
     _check_is_language_model(config, model_config)
+    asked = config.data.batching
+    tried = (type(model_config), model_config.to_json_string(), asked, config.data.seq_length)
+    if tried in _PASSED:
+        return
     probe = _Probe.of(config, model_config)
     if probe is None:
         return
-    asked = config.data.batching
     for batching in dict.fromkeys(("longest", asked)):
         problem = probe.problem(batching)
         if problem is None:
@@ -72,6 +78,7 @@ def trial_forward(config: Config, model_config: PretrainedConfig) -> None:
             f"The model {config.model.name!r}, of type {model_config.model_type!r}, cannot be trained with "
             f"batching={asked!r}: {problem} {advice}. (Found with a tiny copy of the model.)"
         )
+    _PASSED.add(tried)
 
 
 def _check_is_language_model(config: Config, model_config: PretrainedConfig) -> None:
