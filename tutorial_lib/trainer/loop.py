@@ -431,6 +431,7 @@ class Trainer:
         # The first step of a start allocates and compiles; it says nothing of the speed.
         steady = [row for row in rows if row["step"] > (self.resumed_from or 0) + 1]
         seconds = sum(row["seconds"] for row in steady)
+        loaders: dict[str, Any] = {"train": self.loader, "eval": self.eval_loader}
         result = {
             "status": status,
             "stopped_by": self.stopped_by if status == "stopped" else None,
@@ -440,11 +441,7 @@ class Trainer:
             "reshaped_from": self.reshaped_from,
             "left_out": [asdict(each) for each in self.checkpoints.left_out],
             "restarts": self.restarts,
-            "data": {
-                use: asdict(loader.summary)
-                for use, loader in (("train", self.loader), ("eval", self.eval_loader))
-                if hasattr(loader, "summary")
-            },
+            "data": {use: asdict(loader.summary) for use, loader in loaders.items() if hasattr(loader, "summary")},
             "train_loss": rows[-1]["loss"] if rows else None,
             "eval_loss_before": self.record.get("eval_loss_before"),
             "eval_loss": eval_loss,

@@ -78,6 +78,7 @@ def test_documents_that_see_each_other_are_noticed(monkeypatch):
         return batches
 
     monkeypatch.setattr(Collate, "__call__", leaking)
+    monkeypatch.setattr("tutorial_lib.engine.trial._PASSED", set())
     with pytest.raises(ConfigError, match="sees other documents"):
         trial(load_config("embedded/gpt2"), "packed")
 
