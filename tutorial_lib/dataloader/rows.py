@@ -136,6 +136,12 @@ def _explain(name: str, split: str, error: Exception) -> str:
     if isinstance(error, datasets.exceptions.DatasetNotFoundError):
         return f"The hub does not have the data set {name!r}, or does not show it to you. Write {embedded}. ({text})"
     if isinstance(error, FileNotFoundError) and error.errno is None:
+        directory = Path(_source(name)[0])
+        if directory.is_dir() and glob.has_magic(str(directory)):
+            return (
+                f"Data set {name!r} cannot be read: `datasets` takes [, * and ? in a directory's path for a pattern. "
+                "Rename the directory."
+            )
         return f"Data set {name!r} has no data files that can be read. Write {embedded}. ({text})"
     if found := re.search(r"Unknown split .*Should be one of \[(.*)\]", text):
         known = re.findall(r"['\"](.+?)['\"]", found[1])

@@ -207,6 +207,12 @@ def test_a_files_name_is_no_pattern(tmp_path, name):
     assert list(load_rows(str(tmp_path / name), "train")["text"]) == ["meant"]
 
 
+def test_a_directory_whose_name_is_a_pattern_is_told_so(tmp_path):
+    write("jsonl", tmp_path / "data[1]")
+    with pytest.raises(ConfigError, match=r"for a pattern\. Rename the directory"):
+        load_rows(str(tmp_path / "data[1]"), "train")
+
+
 def test_a_split_without_rows(tmp_path):
     write("jsonl", tmp_path / "data")
     with pytest.raises(ConfigError, match=r"Split 'train\[:0\]' of data set .* has no rows"):
