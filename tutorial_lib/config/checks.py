@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from tutorial_lib.config import Config
 
 
+_LARGEST_SEED = 2**32 - 1  # what every generator of random numbers takes
+
+
 def validate(config: Config, settings: Mapping[str, Setting]) -> None:
     """Refuse a configuration that cannot run anywhere.
 
@@ -38,11 +41,13 @@ def validate(config: Config, settings: Mapping[str, Setting]) -> None:
     for flag, setting in settings.items():
         if setting.at_least is not None and flat[flag] is not None and flat[flag] < setting.at_least:
             raise ConfigError(f"{flag} is {flat[flag]}; the smallest possible value is {setting.at_least}.")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run.name):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", run.name):
         raise ConfigError(
             f"Run name {run.name!r} cannot be a directory name. Use letters, digits, '.', '_' and '-' alone, "
-            "starting with a letter or digit; directories go into storage."
+            "starting with a letter or digit, at most 200; directories go into storage."
         )
+    if run.seed > _LARGEST_SEED:
+        raise ConfigError(f"seed is {run.seed}; the largest possible value is {_LARGEST_SEED}.")
     if engine.zero_stage not in (0, 1, 2, 3):
         raise ConfigError(f"zero_stage is {engine.zero_stage}; ZeRO has the stages 0, 1, 2 and 3.")
     if engine.name == "deepspeed" and engine.offload == "all" and engine.zero_stage != 3:

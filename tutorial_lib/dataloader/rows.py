@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 from collections.abc import Iterator
@@ -49,6 +50,7 @@ def load_rows(name: str, split: str, *, max_examples: int | None = None) -> data
 
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
+_LFS_POINTER = b"version https://git-lfs"
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
@@ -75,7 +77,7 @@ def _format(path: Path) -> str | None:
 
 
 def _rows_of_file(path: Path, split: str) -> datasets.Dataset:
-    files = {"train": str(path)}
+    files = {"train": glob.escape(str(path))}  # one file, whatever its name: [ and * are no patterns here
     return datasets.load_dataset(_format(path), data_files=files, split=split, keep_in_memory=False)
 
 
@@ -134,6 +136,12 @@ def _explain(name: str, split: str, error: Exception) -> str:
     if isinstance(error, datasets.exceptions.DatasetNotFoundError):
         return f"The hub does not have the data set {name!r}, or does not show it to you. Write {embedded}. ({text})"
     if isinstance(error, FileNotFoundError) and error.errno is None:
+        directory = Path(_source(name)[0])
+        if directory.is_dir() and glob.has_magic(str(directory)):
+            return (
+                f"Data set {name!r} cannot be read: `datasets` takes [, * and ? in a directory's path for a pattern. "
+                "Rename the directory."
+            )
         return f"Data set {name!r} has no data files that can be read. Write {embedded}. ({text})"
     if found := re.search(r"Unknown split .*Should be one of \[(.*)\]", text):
         known = re.findall(r"['\"](.+?)['\"]", found[1])
@@ -147,8 +155,8 @@ def _explain(name: str, split: str, error: Exception) -> str:
             f"Data set {name!r} cannot be kept on disk: {error}. "
             "Set HF_HOME to a directory that you can write to and that has space."
         )
-    place = _bad_line(name)
-    return f"Data set {name!r} cannot be read: {text}.{f' See {place}.' if place else ''}"
+    place = _bad_file(name)
+    return f"Data set {name!r} cannot be read: {text or type(error).__name__}.{f' See {place}.' if place else ''}"
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -167,11 +175,19 @@ def _split_advice(known: list[str]) -> str:
     return "Write train_split / eval_split as one that it has, or as a slice of one, such as train[90%:]."
 
 
-def _bad_line(name: str) -> str | None:
-    """Find the first line of a local data set's text files that is not UTF-8 or, in jsonl files, not JSON."""
+def _bad_file(name: str) -> str | None:
+    """Find a local data set's file that is empty or a git-lfs pointer, or whose line is not UTF-8 or not JSON."""
     path = Path(_source(name)[0]).expanduser()
     files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
     for file in files:
+        if file.suffix not in _FORMATS or not file.is_file():
+            continue
+        with file.open("rb") as content:
+            start = content.read(len(_LFS_POINTER))
+        if not start:
+            return f"{file}: it is empty"
+        if start == _LFS_POINTER:
+            return f"{file}: it is a git-lfs pointer, not the data; run `git lfs pull` there, or download the file"
         if file.suffix not in (".jsonl", ".csv", ".txt"):
             continue
         with file.open("rb") as lines:

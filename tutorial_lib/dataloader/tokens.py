@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 _FORMAT = 2  # Raise it when the same row becomes another document: older files are then not read any more.
 _SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("num_uncounted", pa.int32())])
 _QA_COLUMNS = ("question", "context", "answers")
+_READ_COLUMNS = ("text", "content", "messages", *_QA_COLUMNS)
 _ROWS_PER_BATCH = 1000
 
 logger = logging.getLogger(__name__)
@@ -131,9 +132,10 @@ def _write(
     """Tokenise into a file beside ``path``, then rename: whoever sees ``path`` sees all of it, and its summary."""
     unfinished = path.with_suffix(".unfinished")
     num_documents = num_cut = 0
+    read = rows.select_columns([column for column in rows.column_names if column in _READ_COLUMNS])  # no images
     tokens, borders = hashlib.sha256(), hashlib.sha256()
     with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
-        for batch in rows.iter(_ROWS_PER_BATCH):
+        for batch in read.iter(_ROWS_PER_BATCH):
             documents = [document for document in to_documents(batch) if len(document.ids) > 1]
             num_documents += len(documents)
             num_cut += sum(document.is_cut for document in documents)
@@ -205,7 +207,7 @@ def document_maker(
 
 
 def _is_text(feature: Any) -> bool:
-    return getattr(feature, "dtype", None) in ("string", "large_string")
+    return getattr(feature, "dtype", None) in ("string", "large_string", "string_view")
 
 
 def _element(feature: Any) -> Any:
@@ -215,10 +217,14 @@ def _element(feature: Any) -> Any:
 
 def _holds_answers(feature: Any) -> bool:
     if isinstance(feature, Mapping):
-        return "text" in feature and _holds_answers(feature["text"])
+        return any(_may_be_answer(each) for each in (feature.get("text"), _element(feature.get("text"))))
     element = _element(feature)
+    return _may_be_answer(feature) or (element and _holds_answers(element))
+
+
+def _may_be_answer(feature: Any) -> bool:
     # The type of a column of which every value is None is null.
-    return _is_text(feature) or getattr(feature, "dtype", None) == "null" or (element and _holds_answers(element))
+    return _is_text(feature) or getattr(feature, "dtype", None) == "null"
 
 
 def _holds_messages(feature: Any) -> bool:
@@ -274,9 +280,17 @@ def _first_answer(answers: Any) -> tuple[str, int]:
         starts = starts if isinstance(starts, list) else [starts]
         for text, start in zip_longest(texts, starts):
             if text and text.strip():
-                return text.strip(), -1 if start is None else start
+                return text.strip(), _position(start)
         return "", -1
     return next((found for found in map(_first_answer, answers or ()) if found[0]), ("", -1))
+
+
+def _position(start: Any) -> int:
+    """Return ``answer_start`` as a number, also if the file has it as ``"12"`` or ``12.0``; -1 if it is none."""
+    try:
+        return int(start)
+    except (TypeError, ValueError, OverflowError):
+        return -1
 
 
 def _qa_documents(

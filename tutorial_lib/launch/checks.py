@@ -44,9 +44,9 @@ def preflight(config: Config) -> Config:
     m = config.model
     model = load_config(m.name, trust_remote_code=m.trust_remote_code)
     check_sequence_length(config.data.seq_length, model)
+    trial_forward(config, model)  # first: what is no language model may have no tokenizer and no vocabulary
     tokenizer = load_tokenizer(m.name, trust_remote_code=m.trust_remote_code)
     check_vocabulary(tokenizer, model)
-    trial_forward(config, model)
     check_stored_weights(config)
     if config.parallel.tp > 1:  # an output layer with a weight of its own is split as well
         model = load_trained_config(m.name, random_init=m.random_init, trust_remote_code=m.trust_remote_code)

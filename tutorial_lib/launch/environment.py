@@ -72,5 +72,7 @@ def _check_rendezvous() -> None:
     for name in RENDEZVOUS:
         if name != "MASTER_ADDR" and not os.environ[name].isdecimal():
             raise ConfigError(f"{name} is {os.environ[name]!r}, not a whole number. {start}")
+    if not 0 < int(os.environ["MASTER_PORT"]) < 2**16:
+        raise ConfigError(f"MASTER_PORT is {os.environ['MASTER_PORT']}, no port from 1 to 65535. {start}")
     if int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
         raise ConfigError(f"RANK is {os.environ['RANK']}, but WORLD_SIZE is {os.environ['WORLD_SIZE']}. {start}")

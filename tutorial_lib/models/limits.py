@@ -11,9 +11,9 @@ from tutorial_lib.config import ConfigError
 
 
 def max_sequence_length(model_config: PretrainedConfig) -> int | None:
-    """Return how many positions a model has, or None where they are relative (BLOOM's ALiBi)."""
+    """Return how many positions a model has, or None where it has no limit (BLOOM's ALiBi)."""
     found = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    return int(found) if found else None
+    return int(found) if found and found > 0 else None  # XLNet says -1
 
 
 def check_sequence_length(seq_length: int, model_config: PretrainedConfig) -> None:
@@ -63,7 +63,9 @@ def check_tensor_parallel(tp: int, model_config: PretrainedConfig) -> None:
     if tp == 1:
         return
     text: Any = model_config.get_text_config()
-    heads = int(text.num_attention_heads)
+    heads = int(getattr(text, "num_attention_heads", None) or 0)
+    if not heads:
+        raise ConfigError(f"tp={tp} splits attention heads, and this {text.model_type} model has none. Write tp=1.")
     sizes = {
         "attention heads": heads,
         "key-value heads": int(getattr(text, "num_key_value_heads", None) or heads),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import (
@@ -159,10 +160,17 @@ def load_trained_config(name: str, *, random_init: bool = False, trust_remote_co
     """Return the configuration of a model as it is trained: tied only if its weights are (see :mod:`.tying`).
 
     Raises:
-        ConfigError: there is no such model.
+        ConfigError: there is no such model, or it is quantized.
     """
     config = load_config(name, trust_remote_code=trust_remote_code)
-    return config if random_init else fetch(resolve_tying, "model", name, model_config=config)
+    if random_init:
+        return config
+    if getattr(config, "quantization_config", None):
+        raise ConfigError(
+            f"The model {name!r} is quantized (quantization_config in its config.json): its numbers are for inference. "
+            "Write the model that it was made of, or random_init=True."
+        )
+    return fetch(resolve_tying, "model", name, model_config=config)
 
 
 def is_local(name: str) -> bool:
@@ -214,14 +222,21 @@ def fetch(load: Callable[..., Any], what: str, name: str, **options: Any) -> Any
     if not local and (Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise ConfigError(f"The {what} {name!r} is no directory here, and no hub name. {_ADVICE}")
     target = resolve_model(name)
+    if local and Path(target, "adapter_config.json").is_file():
+        raise ConfigError(
+            f"The directory {name!r} holds an adapter (adapter_config.json), and this package trains whole models. "
+            "Merge it once (peft: merge_and_unload, then save_pretrained), or write the directory of its base model."
+        )
     reachable = local or hub_reachable()
     try:
         with _quiet(name in MODEL_NAMES):
             return load(target, local_files_only=not reachable, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         if isinstance(error, ConfigError) or not _concerns_files(error, target):
             raise
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0].rstrip()
+        if reason.endswith(":"):  # the reason is what follows
+            reason = " ".join(str(error).split())
         if not options.get("trust_remote_code") and "trust_remote_code" in str(error):
             raise ConfigError(
                 f"The {what} {name!r} ships Python code of its own, which is not run unasked. Read it, and if you "

@@ -57,8 +57,14 @@ def _trained_config(m: ModelConfig) -> PretrainedConfig:
 def _outline(model_config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
     """Build a model on the meta device, and do not tie it: while weights are drawn, tied ones are still two."""
     options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
-    with no_init_weights(), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(model_config, **options)
+    try:
+        with no_init_weights(), torch.device("meta"):
+            return AutoModelForCausalLM.from_config(model_config, **options)
+    except (KeyError, AttributeError, TypeError, AssertionError, ImportError) as error:
+        raise ConfigError(
+            f"The config.json of this {model_config.model_type} model makes no model: {type(error).__name__}: {error}. "
+            "Correct it, or write another model."
+        ) from error
 
 
 @contextmanager
@@ -86,7 +92,7 @@ def check_stored_weights(config: Config) -> None:
     if not m.random_init and is_local(m.name):
         check_files(resolve_model(m.name))
         paths = locate_weights(resolve_model(m.name), local_files_only=True)
-        if config.engine.name == "fsdp" or (paths and paths[0].suffix == ".safetensors"):
+        if config.engine.name == "fsdp" or not paths or paths[0].suffix == ".safetensors":
             _match_stored(m, must_be_read_as_stored=config.engine.name == "fsdp")
 
 
@@ -126,7 +132,9 @@ def _match_stored(m: ModelConfig, *, must_be_read_as_stored: bool) -> dict[str, 
 
 def _stored(target: str, *, local_files_only: bool) -> list[StoredTensor]:
     paths = locate_weights(target, local_files_only)
-    if not paths or paths[0].suffix != ".safetensors":
+    if not paths:
+        raise OSError("it has no weights: neither model.safetensors nor pytorch_model.bin, nor the index of either")
+    if paths[0].suffix != ".safetensors":
         raise OSError(
             "it has no safetensors file, of which engine='fsdp' reads slices. Load it once with transformers and "
             "save_pretrained it, or write engine='deepspeed'"

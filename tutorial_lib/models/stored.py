@@ -37,8 +37,7 @@ def locate_weights(target: str, local_files_only: bool) -> list[Path]:
         if found := cached_file(target, name, **options):
             if not name.endswith(".json"):
                 return [Path(found)]
-            shards = sorted(set(json.loads(Path(found).read_text())["weight_map"].values()))
-            paths = [cached_file(target, shard, **options) for shard in shards]
+            paths = [cached_file(target, shard, **options) for shard in _shards(Path(found))]
             return [Path(path) for path in paths if path]
     return []
 
@@ -49,9 +48,8 @@ def check_files(directory: str) -> None:
     Raises:
         ConfigError: names the file, what is wrong with it, and how to get it.
     """
-    for index in sorted(Path(directory).glob("*.index.json")):
-        shards = set(json.loads(index.read_text()).get("weight_map", {}).values())
-        if absent := sorted(shard for shard in shards if not (index.parent / shard).is_file()):
+    for index in (path for name in _NAMES if (path := Path(directory, name)).name.endswith(".json") and path.is_file()):
+        if absent := [shard for shard in _shards(index) if not (index.parent / shard).is_file()]:
             raise ConfigError(f"{index} names files that are not there: {_some(absent)}. Copy or download them again.")
     for path in locate_weights(directory, local_files_only=True):
         with path.open("rb") as file:
@@ -63,6 +61,16 @@ def check_files(directory: str) -> None:
             )
         if reason := _torn(path):
             raise ConfigError(f"{path} is damaged or cut short ({reason}). Copy or download it again.")
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{index} is damaged: it is no JSON object with a weight_map from tensors to files. Copy or download it "
+            "again."
+        ) from error
 
 
 def _torn(path: Path) -> str | None:

@@ -22,6 +22,8 @@ from tutorial_lib.config import PROFILES, Config, ConfigError, settings
         ({"name": "a/b"}, "cannot be a directory name"),
         ({"name": ".."}, "cannot be a directory name"),
         ({"name": ""}, "cannot be a directory name"),
+        ({"name": "a" * 201}, "cannot be a directory name.* at most 200"),
+        ({"seed": 2**32}, "seed is 4294967296; the largest possible value is 4294967295"),
         ({"zero_stge": 1}, "Did you mean 'zero_stage'"),
         ({"seq_length": "long"}, "seq_length is 'long', a str; write a value of type int"),
         ({"dp": True}, "dp is True, a bool"),

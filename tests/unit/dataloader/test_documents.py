@@ -118,6 +118,7 @@ def test_no_row_left_is_an_error(byte_tokenizer):
         ({**ROW, "answers": 3}, r"answers \(int64\)"),
         ({**ROW, "answers": {"text": 3, "answer_start": 0}}, r"answers \(\{text: int64, answer_start: int64\}\)"),
         ({**ROW, "answers": {"text": [3]}}, r"answers \(\{text: list of int64\}\)"),
+        ({**ROW, "answers": {"text": [["Ada"]]}}, r"answers \(\{text: list of list of string\}\)"),
         ({**ROW, "context": 3}, r"context \(int64\)"),
         ({"messages": ["hello"]}, r"messages \(list of string\)"),
     ],
@@ -154,10 +155,22 @@ def test_no_answer_is_a_row_that_is_left_out(byte_tokenizer, nothing):
         documents_of([{**ROW, "answers": nothing}], byte_tokenizer)
 
 
-def test_an_answer_that_is_one_text_keeps_its_context(byte_tokenizer):
-    answers = {"text": "Ada", "answer_start": 11}
+@pytest.mark.parametrize("start", [11, "11", 11.0])
+def test_an_answer_that_is_one_text_keeps_its_context(byte_tokenizer, start):
+    answers = {"text": "Ada", "answer_start": start}
     (document,) = documents_of([{**ROW, "answers": answers}], byte_tokenizer, len(PROMPT + " Ada") + 1 - 31)
     assert read(document, byte_tokenizer)[0] == "Question: Who wrote it? Context:Ada Answer:"
+
+
+def test_a_place_that_is_no_number_is_unknown(byte_tokenizer):
+    (document,) = documents_of([{**ROW, "answers": {"text": "Ada", "answer_start": "line 1"}}], byte_tokenizer)
+    assert read(document, byte_tokenizer) == (PROMPT, " Ada<eos>")
+
+
+def test_columns_beside_the_text_are_not_read(byte_tokenizer):
+    rows = datasets.Dataset.from_dict({"text": ["hello"], "picture": [{"bytes": b"no picture", "path": None}]})
+    rows = rows.cast_column("picture", datasets.Image())
+    assert len(tokenize_rows(rows, byte_tokenizer, 128)) == 1
 
 
 def test_a_column_called_content_is_text_where_no_other_is(byte_tokenizer):

@@ -184,6 +184,35 @@ def test_a_torn_file(tmp_path):
         load_rows(str(tmp_path / "data"), "train")
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "txt"])
+def test_an_empty_file_is_named(tmp_path, suffix):
+    path = tmp_path / f"train.{suffix}"
+    path.touch()
+    with pytest.raises(ConfigError, match=rf"cannot be read: \w.* See {path}: it is empty\."):
+        load_rows(str(path), "train")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_git_lfs_pointer_is_named(tmp_path, suffix):
+    path = tmp_path / f"train.{suffix}"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ConfigError, match=rf"See {path}: it is a git-lfs pointer"):
+        load_rows(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("name", ["a[1].jsonl", "a*.jsonl", "a?.jsonl"])
+def test_a_files_name_is_no_pattern(tmp_path, name):
+    write_jsonl(tmp_path / name, [{"text": "meant"}])
+    write_jsonl(tmp_path / "a1.jsonl", [{"text": "another"}])
+    assert list(load_rows(str(tmp_path / name), "train")["text"]) == ["meant"]
+
+
+def test_a_directory_whose_name_is_a_pattern_is_told_so(tmp_path):
+    write("jsonl", tmp_path / "data[1]")
+    with pytest.raises(ConfigError, match=r"for a pattern\. Rename the directory"):
+        load_rows(str(tmp_path / "data[1]"), "train")
+
+
 def test_a_split_without_rows(tmp_path):
     write("jsonl", tmp_path / "data")
     with pytest.raises(ConfigError, match=r"Split 'train\[:0\]' of data set .* has no rows"):

@@ -5,6 +5,8 @@ import typing
 from pathlib import Path
 
 import pytest
+from deepspeed.comm.config import CommsLoggerConfig
+from deepspeed.monitor.config import CSVConfig
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -82,6 +84,21 @@ def test_misplaced_and_unknown_keys_are_refused_and_shown_their_place(tmp_path, 
 def test_a_file_that_cannot_run(tmp_path, content, message):
     with pytest.raises(ConfigError, match=message):
         ds_config.apply_file(Config.create(deepspeed=write(tmp_path, content)))
+
+
+@pytest.mark.parametrize("content", [{}, {"type": "auto"}, {"type": "auto", "params": "auto"}])
+def test_an_optimizer_that_is_not_stated_is_the_runs(tmp_path, content):
+    config = ds_config.apply_file(Config.create(learning_rate=2e-5, deepspeed=write(tmp_path, {"optimizer": content})))
+    assert config.optimizer.learning_rate == 2e-5
+
+
+def test_encodings(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text('{"zero_optimization": {"stage": 2}}', encoding="utf-8-sig")
+    assert file.read(str(path)) == {"zero_optimization": {"stage": 2}}
+    path.write_text("{}", encoding="utf-16")
+    with pytest.raises(ConfigError, match=r"is not UTF-8: .*Write the file again"):
+        file.read(str(path))
 
 
 def test_a_missing_file_names_the_shipped_ones():
@@ -181,7 +198,14 @@ def kind_of(annotation):
     nullable = "?" if type(None) in parts else ""
     (one,) = (part for part in parts if part is not type(None)) if len(parts) - bool(nullable) == 1 else (object,)
     one = one if isinstance(one, type) else object
-    names = ((bool, "bool"), (int, "int"), (float, "float"), ((str, Path), "str"), (BaseModel, "section"))
+    names = (
+        (bool, "bool"),
+        (int, "int"),
+        (float, "float"),
+        ((str, Path), "str"),
+        (list, "list"),
+        (BaseModel, "section"),
+    )
     return next((name + nullable for kinds, name in names if issubclass(one, kinds)), "any")
 
 
@@ -194,6 +218,8 @@ def kind_of(annotation):
         ("bf16", DeepSpeedBF16Config),
         ("fp16", DeepSpeedFP16Config),
         ("tensor_parallel", TPTrainingConfig),
+        ("comms_logger", CommsLoggerConfig),
+        ("csv_monitor", CSVConfig),
     ],
 )
 def test_the_key_tables_are_deepspeeds_own(section, model):
@@ -261,7 +287,17 @@ def test_a_profile_is_not_given_by_hand_and_the_same_value_is_no_contradiction(t
         ({"optimizer": {"type": "AdamW", "params": {"momentum": 0.9}}}, "'momentum' in optimizer.params would be"),
         ({"optimizer": {"type": "AdamW", "params": {"max_grad_norm": 1}}}, "write gradient_clipping at the top level"),
         ({"optimizer": {"type": "AdamW", "params": {"betas": 0.9}}}, "optimizer.params.betas is 0.9; write two"),
-        ({"optimizer": {"params": {}}}, "optimizer.type is null"),
+        ({"activation_checkpointing": None}, "activation_checkpointing is null; write an object"),
+        ({"activation_checkpointing": [1]}, r"activation_checkpointing is \[1\]; write an object"),
+        ({"steps_per_print": 0}, "steps_per_print is 0; write a number above 0"),
+        ({"gradient_predivide_factor": 0}, "gradient_predivide_factor is 0; write a number above 0"),
+        ({"gradient_predivide_factor": 2}, "gradient_predivide_factor is 2, which DeepSpeed does not take"),
+        ({"log_level": "loud"}, 'log_level is "loud"; write one of: debug, info'),
+        ({"checkpoint": {"tag_validation": "no"}}, 'tag_validation is "no"; write one of: Warn, Ignore, Fail'),
+        ({"torch_autocast": {"dtype": "int8"}}, 'torch_autocast.dtype is "int8"; write one of: fp32, bf16, fp16'),
+        ({"comms_logger": {"prof_ops": "all"}}, 'prof_ops is "all"; write a list'),
+        ({"csv_monitor": {"output_path": 5}}, "csv_monitor.output_path is 5; write a string"),
+        ({"csv_monitor": {"output_dir": "x"}}, "'output_dir' is not a key that DeepSpeed knows in csv_monitor"),
         ({"communication_data_type": "fp8"}, 'communication_data_type is "fp8"; write one of: fp32, bf16, fp16'),
         ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_quantized_weights is true, and its kernels"),
         ({"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}, "elastic_checkpoint is true: checkpoints"),

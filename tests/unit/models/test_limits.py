@@ -28,6 +28,15 @@ def test_sequence_length_beyond_the_models():
         check_sequence_length(513, load_config("embedded/gpt2"))
 
 
+def test_a_model_that_says_minus_one_has_no_limit():
+    check_sequence_length(100_000, AutoConfig.for_model("xlnet"))
+
+
+def test_a_model_without_heads_is_not_split():
+    with pytest.raises(ConfigError, match=r"tp=2 splits attention heads, and this mamba model has none\. Write tp=1"):
+        check_tensor_parallel(2, AutoConfig.for_model("mamba"))
+
+
 @pytest.mark.parametrize(
     ("changes", "tp", "message"),
     [

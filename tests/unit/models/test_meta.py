@@ -54,6 +54,7 @@ def test_files_of_a_model_in_one_file_and_in_several(tmp_path):
 
 def test_a_model_without_safetensors_is_refused(tmp_path):
     shutil.copytree(model_directory("embedded/gpt2"), tmp_path / "none")
+    torch.save(load_file(tmp_path / "none" / "model.safetensors"), tmp_path / "none" / "pytorch_model.bin")
     (tmp_path / "none" / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"no safetensors file.*engine='deepspeed'"):
         located(tmp_path / "none")
@@ -117,6 +118,45 @@ def test_pointers_and_cut_files_are_named(copied, engine, content, message):
                  lambda: load_model(str(copied))):  # fmt: skip
         with pytest.raises(ConfigError, match=rf"model/model\.safetensors is .*{message}"):
             load()
+
+
+@ENGINES
+def test_a_directory_without_weights_is_refused_alike_for_every_engine(copied, engine):
+    (copied / "model.safetensors").unlink()
+    with pytest.raises(
+        ConfigError, match=r"does not hold a usable model: it has no weights: neither model\.safetensors"
+    ):
+        check_stored_weights(Config.create("cpu", dp=1, engine=engine, model=str(copied)))
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "version https://git-lfs", '{"weight_map": []}'])
+def test_a_damaged_index_is_named(copied, content):
+    (copied / "model.safetensors").unlink()
+    (copied / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"model\.safetensors\.index\.json is damaged: .*Copy or download it again"):
+        check_stored_weights(Config.create("cpu", dp=1, engine="torch", model=str(copied)))
+
+
+@ENGINES
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quantization_config": {"quant_method": "fp8"}}, r"is quantized .*Write the model that it was made of"),
+        ({"activation_function": "foo"}, r"config\.json of this gpt2 model makes no model: KeyError: 'foo'"),
+        ({"n_layer": "2"}, r"does not hold a usable model: Validation error for field 'n_layer': .*got str"),
+    ],
+)  # fmt: skip
+def test_a_configuration_that_makes_no_model_is_refused(copied, engine, settings, message):
+    path = copied / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises(ConfigError, match=message):
+        check_stored_weights(Config.create("cpu", dp=1, engine=engine, model=str(copied)))
+
+
+def test_an_adapter_beside_its_base_model_is_not_dropped(copied):
+    (copied / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"holds an adapter .*merge_and_unload"):
+        check_stored_weights(Config.create("cpu", dp=1, engine="torch", model=str(copied)))
 
 
 def test_a_cut_torch_file_is_named(copied):

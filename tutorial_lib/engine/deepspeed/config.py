@@ -168,7 +168,7 @@ def _stated_settings(given: dict[str, Any], config: Config, name: str) -> dict[s
 
 
 def _betas(given: dict[str, Any], name: str) -> list[float]:
-    kind = find(given, "optimizer.type", "AdamW" if "optimizer" not in given else None)
+    kind = find(given, "optimizer.type", "AdamW")  # absent and "auto" mean the run's own, as everywhere
     if str(kind).lower() not in ("adam", "adamw"):
         raise ConfigError(
             f"{name}: optimizer.type is {json.dumps(kind)}, but this package trains with AdamW. Write that, or remove "

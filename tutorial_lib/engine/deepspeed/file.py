@@ -20,6 +20,8 @@ from typing import Any
 
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.engine.deepspeed.keys import (
+    ABOVE_0,
+    CHOICES,
     DTYPES,
     MONITORS,
     OFFLOADS,
@@ -56,8 +58,10 @@ def read(name: str) -> dict[str, Any]:
         return dict(pairs)
 
     try:
-        given = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_duplicates)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        given = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=without_duplicates)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name} is not UTF-8: {error}. Write the file again in UTF-8.") from error
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(f"{name} is not valid JSON: {error}.") from error
     if not isinstance(given, dict):
         raise ConfigError(f"{name} holds a JSON {type(given).__name__}; DeepSpeed needs an object.")
@@ -82,6 +86,12 @@ def check(given: dict[str, Any], *, source: str) -> dict[str, Any]:
     ]
     if find(stated, "bf16.enabled", False) and find(stated, "fp16.enabled", False):
         problems.append("bf16.enabled and fp16.enabled are both true; set one of them to false")
+    problems += [
+        f"{key} is {json.dumps(value)}; write one of: {', '.join(words)}"
+        for key, words in CHOICES.items()
+        if isinstance(value := find(stated, key), str) and value.lower() not in map(str.lower, words)
+    ]
+    problems += [f"{key} is 0; write a number above 0" for key in ABOVE_0 if find(stated, key) == 0]
     problems += _without_effect(stated)
     if problems:
         raise ConfigError("; ".join(f"{source}: {problem}" for problem in problems) + ".")
@@ -116,16 +126,22 @@ def check_for_run(given: dict[str, Any], config: Config, *, source: str) -> None
             f"{source}: communication_data_type is {json.dumps(communication)}; write one of: {', '.join(DTYPES)}."
         )
     kinds = {alias: dtype for dtype, aliases in DTYPES.items() for alias in aliases}
-    for name in ("grad_accum_dtype", "param_dtype", "buffer_dtype"):
-        dtype = find(given, f"data_types.{name}")
+    for key in (*(f"data_types.{name}_dtype" for name in ("grad_accum", "param", "buffer")), "torch_autocast.dtype"):
+        dtype = find(given, key)
         if dtype is not None and dtype not in kinds:
-            raise ConfigError(f"{source}: data_types.{name} is {json.dumps(dtype)}; write one of: {', '.join(DTYPES)}.")
+            raise ConfigError(f"{source}: {key} is {json.dumps(dtype)}; write one of: {', '.join(DTYPES)}.")
     accumulated = kinds.get(find(given, "data_types.grad_accum_dtype"), precision)
     if accumulated != precision and (stage == 0 or (stage, precision, config.engine.offload) == (1, "bf16", "none")):
         raise ConfigError(
             f"{source}: data_types.grad_accum_dtype is {accumulated!r}: with zero_stage={stage} and "
             f"precision={precision!r}, DeepSpeed has another optimizer for that or none, and {OTHER_LAYOUT}. Write "
             "zero_stage=2, or remove it."
+        )
+    factor = find(given, "gradient_predivide_factor", 1.0)
+    if factor != 1 and stage == 3 and find(given, "zero_optimization.reduce_scatter", True):
+        raise ConfigError(
+            f"{source}: gradient_predivide_factor is {factor}, which DeepSpeed does not take with zero_stage=3 and "
+            "reduce_scatter. Remove it, or write zero_stage=2."
         )
     parameters = kinds.get(find(given, "data_types.param_dtype"), precision)
     if parameters != precision:
@@ -191,8 +207,8 @@ def _section(given: dict[str, Any], section: str, problems: list[str]) -> dict[s
 
 
 _WORDS = {"int": "a whole number from 0 on", "float": "a number from 0 on", "bool": "true or false", "str": "a string",
-          "section": "an object"}  # fmt: skip
-_TYPES: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str, "section": dict}
+          "list": "a list", "section": "an object"}  # fmt: skip
+_TYPES: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str, "list": list, "section": dict}
 
 
 def _value(value: Any, kind: str, where: str, problems: list[str]) -> Any:
@@ -222,7 +238,8 @@ def _without_quotes(value: Any, kind: str) -> str:
 def _without_effect(stated: dict[str, Any]) -> list[str]:
     """Return what is stated and would do nothing in this package."""
     problems = []
-    if any(stated.get("activation_checkpointing", {}).values()):
+    section = stated.get("activation_checkpointing")
+    if isinstance(section, dict) and any(section.values()):
         problems.append(
             "activation_checkpointing is for models that call DeepSpeed's own function, which none here does; write "
             "the setting activation_checkpointing=True and remove the section"

@@ -20,7 +20,7 @@ TOP_LEVEL_KEYS = _kinds(
     "managed_gradient_accumulation:bool gradient_clipping:float prescale_gradients:bool "
     "gradient_predivide_factor:float gradient_allreduce_op:str communication_data_type:str? "
     "steps_per_print:int? wall_clock_breakdown:bool memory_breakdown:bool dump_state:bool disable_python_gc:bool "
-    "disable_allgather:bool log_level:any "
+    "disable_allgather:bool log_level:str? "
     "zero_optimization:section zero_allow_untested_optimizer:bool zero_force_ds_cpu_optimizer:bool optimizer:section "
     "bf16:section fp16:section data_types:section torch_autocast:section tensor_parallel:section "
     "activation_checkpointing:section checkpoint:section comms_logger:section flops_profiler:section aio:section "
@@ -70,6 +70,13 @@ SECTION_KEYS: dict[str, dict[str, str]] = {
         "tp:any injection_policy_tuple:any partition_config:any preset_model:str? keep_module_on_host:bool "
         "kernel_inject:bool"
     ),
+    "torch_autocast": _kinds("enabled:bool dtype:str lower_precision_safe_modules:list"),
+    "comms_logger": _kinds("enabled:bool prof_all:bool prof_ops:list verbose:bool debug:bool"),
+    "csv_monitor": _kinds("enabled:bool output_path:str job_name:str"),
+    "flops_profiler": _kinds(
+        "enabled:bool recompute_fwd_factor:float profile_step:int module_depth:any top_modules:int detailed:bool "
+        "output_file:str?"
+    ),
     "checkpoint": _kinds(
         "tag_validation:str load_universal:bool use_node_local_storage:bool parallel_write:section "
         "checkpoint_serialization:bool writer:section?"
@@ -118,6 +125,15 @@ ONLY: dict[str, tuple[Any, str]] = {
     "tensor_parallel.vocab_parallel_lm_head": (False, "each rank would see the logits of its own tokens alone"),
 }
 """The only value that a key may have here, and why. The other ones are refused before a step is trained."""
+
+CHOICES = {
+    "checkpoint.tag_validation": ("Warn", "Ignore", "Fail"),
+    "log_level": ("debug", "info", "warning", "error", "critical"),
+}
+"""Words that a key may have, in capitals or not."""
+
+ABOVE_0 = ("steps_per_print", "gradient_predivide_factor")
+"""Numbers that DeepSpeed divides by."""
 
 ON_GPUS = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
