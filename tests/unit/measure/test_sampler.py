@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import threading
@@ -117,12 +118,16 @@ def test_a_process_of_another_tree_with_its_children(tmp_path: Path) -> None:
 
 
 def test_processes_that_come_and_go_do_not_disturb_it(tmp_path: Path) -> None:
-    with sample_memory(tmp_path / "log", interval=0.001):
-        for _ in range(40):
-            subprocess.run(["/bin/sh", "-c", "sleep 0.02 & true & wait"], check=True)
-    found = rows(tmp_path / "log")
-    assert all(p["rss"] > 0 and p["pss"] != 0 for row in found for p in row["processes"])
-    assert {p["pid"] for row in found for p in row["processes"]} > {os.getpid()}
+    def see_another(seconds: str) -> bool:
+        subprocess.run(["/bin/sh", "-c", f"sleep {seconds} & true & wait"], check=True)
+        return {process["pid"] for row in rows(path) for process in row["processes"]} > {os.getpid()}
+
+    path = tmp_path / "log"
+    with sample_memory(path, interval=0.001):
+        for _ in range(30):
+            see_another("0.005")
+        wait_until(lambda: see_another("0.2"))
+    assert all(process["rss"] > 0 and process["pss"] != 0 for row in rows(path) for process in row["processes"])
 
 
 @pytest.mark.parametrize("call", ["name", "memory_full_info", "children"])
@@ -155,17 +160,16 @@ def test_a_zombie_holds_nothing(tmp_path: Path) -> None:
 
 
 def test_a_slow_reading_does_not_shift_the_later_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = sampler.ProcessTree.read
-
-    def read_slowly(tree: sampler.ProcessTree) -> Any:
+    def read_slowly(tree: sampler.ProcessTree) -> tuple[sampler.ProcessMemory, ...]:
         time.sleep(0.14)
-        return read(tree)
+        return (sampler.ProcessMemory(pid=1, name="test", rss=1, pss=1),)
 
     monkeypatch.setattr(sampler.ProcessTree, "read", read_slowly)
     with sample_memory(tmp_path / "log", interval=0.2):
-        time.sleep(1.5)
-    # At 0, 0.2, ... 1.4 and the end: 9. Were the interval a pause between two readings, there would be 6.
-    assert len(rows(tmp_path / "log")) >= 8
+        time.sleep(1.3)
+    # Were the interval a pause between two readings, these would be 0.14, 0.08, 0.02, 0.16 s late, and so on.
+    late = [row["seconds"] % 0.2 for row in rows(tmp_path / "log")[1:-1]]
+    assert statistics.median(late) < 0.05, late
 
 
 def test_what_cannot_be_sampled_is_refused_before_anything_is_written(tmp_path: Path) -> None:
