@@ -38,6 +38,7 @@ def load_rows(name: str, split: str, *, max_examples: int | None = None) -> data
         elif _is_saved_to_disk(source):
             rows = _saved_split(name, source, split)
         else:
+            _check_one_format(name, source)
             with _no_retries_without_a_hub(source):
                 rows = datasets.load_dataset(source, configuration, split=split, keep_in_memory=False)
     except ConfigError:
@@ -69,6 +70,22 @@ def _data_file(name: str) -> Path | None:
             f"{', '.join(_FORMATS)}, or a directory of such files."
         )
     return path.resolve()
+
+
+def _check_one_format(name: str, source: str) -> None:
+    """Refuse a directory with data files of several formats, of which ``datasets`` would read one and drop the others.
+
+    JSON beside other formats is usually a description, and a README can say which files are meant.
+    """
+    directory = Path(source)
+    if not directory.is_dir() or (directory / "README.md").is_file():
+        return
+    found = sorted({path.suffix for path in directory.rglob("*") if path.suffix in (".jsonl", ".csv", ".parquet")})
+    if len(found) > 1:
+        raise ConfigError(
+            f"The data set {name!r} is a directory with files of several formats ({', '.join(found)}): one of them "
+            "would be read and the others dropped. Leave one format in it, or name one file."
+        )
 
 
 def _format(path: Path) -> str | None:

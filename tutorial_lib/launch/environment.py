@@ -46,7 +46,7 @@ def check_environment(config: Config) -> None:
             torchrun is missing or no number; or ``GLOO_SOCKET_IFNAME`` names no network interface.
     """
     if config.run.launcher == "none":
-        _check_rendezvous()
+        _check_rendezvous(config.parallel.world_size)
     elif {"TORCHELASTIC_RUN_ID", "RANK"} <= os.environ.keys():
         raise ConfigError(
             f"torchrun has started this process, and launcher={config.run.launcher!r} would start all "
@@ -63,7 +63,7 @@ def check_environment(config: Config) -> None:
             )
 
 
-def _check_rendezvous() -> None:
+def _check_rendezvous(world_size: int) -> None:
     if "RANK" not in os.environ:
         return
     start = "Start the ranks with torchrun, which sets all of them; or, for a run of one process, unset RANK."
@@ -72,6 +72,11 @@ def _check_rendezvous() -> None:
     for name in RENDEZVOUS:
         if name != "MASTER_ADDR" and not os.environ[name].isdecimal():
             raise ConfigError(f"{name} is {os.environ[name]!r}, not a whole number. {start}")
+    if int(os.environ["WORLD_SIZE"]) != world_size:
+        raise ConfigError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and dp x tp asks for {world_size} ranks: the others would "
+            f"never come. Write dp x tp = {os.environ['WORLD_SIZE']}, or start {world_size} ranks."
+        )
     if not 0 < int(os.environ["MASTER_PORT"]) < 2**16:
         raise ConfigError(f"MASTER_PORT is {os.environ['MASTER_PORT']}, no port from 1 to 65535. {start}")
     if int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):

@@ -213,6 +213,17 @@ def test_a_directory_whose_name_is_a_pattern_is_told_so(tmp_path):
         load_rows(str(tmp_path / "data[1]"), "train")
 
 
+def test_a_directory_of_two_formats_is_refused(tmp_path):
+    """datasets would read one of them and drop the other."""
+    (tmp_path / "train.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    (tmp_path / "train.csv").write_text("text\ntwo\n")
+    with pytest.raises(ConfigError, match=r"several formats \(\.csv, \.jsonl\).*or name one file"):
+        load_rows(str(tmp_path), "train")
+    (tmp_path / "train.csv").unlink()
+    assert load_rows(str(tmp_path), "train")["text"] == ["one"]
+
+
 def test_a_split_without_rows(tmp_path):
     write("jsonl", tmp_path / "data")
     with pytest.raises(ConfigError, match=r"Split 'train\[:0\]' of data set .* has no rows"):

@@ -67,6 +67,7 @@ def test_under_torchrun_another_launcher_is_refused(monkeypatch, capsys, tmp_pat
         ({"MASTER_ADDR": None, "WORLD_SIZE": None}, "RANK is set, but WORLD_SIZE, MASTER_ADDR is not"),
         ({"RANK": "one"}, "RANK is 'one', not a whole number"),
         ({"RANK": "2"}, "RANK is 2, but WORLD_SIZE is 1"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, and dp x tp asks for 1 ranks: the others would never come"),
         ({"MASTER_PORT": "99999"}, "MASTER_PORT is 99999, no port from 1 to 65535"),
     ],
 )
