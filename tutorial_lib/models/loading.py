@@ -33,7 +33,7 @@ from transformers.utils import logging
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.embedded import CONFIG_ONLY_NAMES, MODEL_NAMES, model_directory
 from tutorial_lib.models.masks import accept_document_masks
-from tutorial_lib.models.stored import check_complete, check_files
+from tutorial_lib.models.stored import check_all_used, check_complete, check_files
 from tutorial_lib.models.tying import record_tying, resolve_tying
 
 
@@ -90,6 +90,7 @@ def _load_pretrained(target: str, *, called: str, **options: Any) -> PreTrainedM
         missing=info["missing_keys"] & own.keys(),
         wrong_shapes={key: (stored, expected) for key, stored, expected in info["mismatched_keys"]},
     )
+    check_all_used(called, model, info["unexpected_keys"])
     return model
 
 

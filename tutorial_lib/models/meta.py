@@ -27,6 +27,7 @@ from tutorial_lib.models.loading import (
 )
 from tutorial_lib.models.stored import (
     StoredTensor,
+    check_all_used,
     check_complete,
     check_files,
     locate_weights,
@@ -114,7 +115,7 @@ def _match_stored(m: ModelConfig, *, must_be_read_as_stored: bool) -> dict[str, 
     stored = fetch(_stored, "model", m.name)
     model = _outline(_trained_config(m), m.trust_remote_code)
     model.tie_weights()
-    found, converted = match_parameters(model, stored)
+    found, converted, others = match_parameters(model, stored)
     if converted and must_be_read_as_stored:
         raise ConfigError(
             f"engine='fsdp' reads tensors as they are stored, and {converted[0].path} holds {converted[0].name}, which "
@@ -127,6 +128,7 @@ def _match_stored(m: ModelConfig, *, must_be_read_as_stored: bool) -> dict[str, 
         wrong = {n: (t.shape, tuple(own[n].shape)) for n, t in found.items() if t.shape != tuple(own[n].shape)}
         missing = [name for name, parameter in own.items() if id(parameter) not in there]
         check_complete(m.name, missing=missing, wrong_shapes=wrong)
+        check_all_used(m.name, model, others)
     return found
 
 

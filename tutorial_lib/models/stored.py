@@ -105,25 +105,27 @@ def stored_tensors(paths: Iterable[Path]) -> list[StoredTensor]:
 
 def match_parameters(
     model: PreTrainedModel, stored: Iterable[StoredTensor]
-) -> tuple[dict[str, StoredTensor], list[StoredTensor]]:
+) -> tuple[dict[str, StoredTensor], list[StoredTensor], list[str]]:
     """Find a model's parameters among stored tensors, under the names that transformers would accept for them.
 
     Returns:
-        The tensors by the names of their parameters; and those that transformers would convert while loading, such as
-        experts that are stored one by one and trained as one tensor.
+        The tensors by the names of their parameters; those that transformers would convert while loading, such as
+        experts that are stored one by one and trained as one tensor; and the names of all others.
     """
     conversions = get_model_conversion_mapping(model)
     renamings: Any = [each for each in conversions if isinstance(each, WeightRenaming)]
     converters: Any = [each for each in conversions if isinstance(each, WeightConverter)]
     own = dict(model.named_parameters(remove_duplicate=False))
-    found, converted = {}, []
+    found, converted, others = {}, [], []
     for tensor in stored:
         name, pattern = rename_source_key(tensor.name, renamings, converters, model.base_model_prefix, own)
         if pattern is not None:
             converted.append(tensor)
         elif name in own:
             found[name] = tensor
-    return found, converted
+        else:
+            others.append(name)
+    return found, converted, others
 
 
 def check_complete(
@@ -150,6 +152,45 @@ def check_complete(
             f"The files of the model {name!r} lack {len(names)} of its parameters: {_some(names)}. Training would "
             "start from random numbers there. Write a model whose files are complete, such as one saved by "
             "save_pretrained from the class of causal language models."
+        )
+
+
+def check_all_used(name: str, model: PreTrainedModel, others: Iterable[str]) -> None:
+    """Refuse pretrained weights of which a part would be dropped, so that another function would be trained.
+
+    A tensor counts if the model has its place and not the tensor: a bias of a layer that has none by ``config.json``, a
+    layer beyond ``num_hidden_layers``, an adapter of a layer. Heads of other tasks and old buffers do not count.
+
+    Args:
+        name: of the model.
+        model: with its parameters, on any device.
+        others: names of stored tensors that are no parameters of it.
+
+    Raises:
+        ConfigError: names the first few of them.
+    """
+    own = [key for key, _ in model.named_parameters(remove_duplicate=False)]
+    modules = {key.rpartition(".")[0] for key in own}
+    layers = [layer for key in own if (layer := re.match(r"(.*?\.)\d+\.", key))]
+    lists, items = {layer[1] for layer in layers}, {layer[0] for layer in layers}
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or ())]
+    buffers = {key for key, _ in model.named_buffers()}
+
+    def has_its_place(key: str) -> bool:
+        item = re.match(r"(.*?\.)\d+\.", key)
+        beyond = item is not None and item[1] in lists and item[0] not in items
+        return key.rpartition(".")[0] in modules or beyond or ".lora_" in key
+
+    dropped = [
+        key
+        for key in sorted(set(others) - buffers, key=_natural)
+        if has_its_place(key) and not any(re.search(pattern, key) for pattern in ignored)
+    ]
+    if dropped:
+        raise ConfigError(
+            f"The files of the model {name!r} hold {len(dropped)} tensors that its config.json has no parameter for: "
+            f"{_some(dropped)}. They would be dropped, and a different model trained. Correct config.json, merge an "
+            "adapter into the weights, or remove the tensors from the files."
         )
 
 

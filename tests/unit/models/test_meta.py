@@ -193,3 +193,33 @@ def test_tensors_that_transformers_converts_are_for_other_engines(tmp_path):
     check_stored_weights(Config.create("cpu", dp=1, engine="torch", model=str(tmp_path / "model")))
     with pytest.raises(ConfigError, match=r"reads tensors as they are stored, .*experts\.\d\..*engine='deepspeed'"):
         check_stored_weights(Config.create("cpu", dp=1, engine="fsdp", model=str(tmp_path / "model")))
+
+
+# ------------------------------------------------------------------------------------- weights that would be dropped
+
+
+def qwen2_layer(number):
+    return f"model.layers.{number}.self_attn"
+
+
+@pytest.mark.parametrize("engine", ["deepspeed", "fsdp", "torch"])
+@pytest.mark.parametrize(
+    "name",
+    [f"{qwen2_layer(0)}.o_proj.bias", f"{qwen2_layer(9)}.o_proj.weight", f"{qwen2_layer(0)}.q_proj.lora_A.weight"],
+)
+def test_tensors_that_a_model_would_drop_are_refused(tmp_path, engine, name):
+    """A bias that config.json denies, a layer too many, an adapter: without them another function is trained."""
+    directory = shutil.copytree(model_directory("embedded/qwen2"), tmp_path / "model")
+    change(directory, lambda tensors: tensors.update({name: torch.ones(4)}))
+    config = Config.create("cpu", engine=engine, dp=1, model=str(directory))
+    with pytest.raises(ConfigError, match=rf"hold 1 tensors.*{name}.*would be dropped.*Correct config\.json"):
+        check_stored_weights(config)
+    with pytest.raises(ConfigError, match="would be dropped"):
+        load_model(str(directory))
+
+
+@pytest.mark.parametrize("name", ["score.weight", "transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"])
+def test_heads_of_other_tasks_and_old_buffers_are_no_loss(copied, name):
+    change(copied, lambda tensors: tensors.update({name: torch.ones(4)}))
+    check_stored_weights(Config.create("cpu", engine="torch", dp=1, model=str(copied)))
+    load_model(str(copied))
