@@ -44,7 +44,8 @@ def export(path: Path, target: Path, max_shard_size: str = MAX_SHARD_SIZE) -> Pa
     """
     target = target.expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target} is not empty. Name a new directory for the export.")
+        what = "is not empty" if target.is_dir() else "is a file"
+        raise ConfigError(f"{target} {what}. Name a new directory for the export.")
     full = open_full(path)
     buffers = full.buffers()
     outlines = {name: torch.empty(full.shapes[name], device="meta") for name in full.names}

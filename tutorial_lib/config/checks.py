@@ -35,6 +35,8 @@ def validate(config: Config, settings: Mapping[str, Setting]) -> None:
     for flag, value in flat.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{flag} is {value}; write a finite number.")
+        if isinstance(value, str) and not value.strip() and flag != "name":
+            raise ConfigError(f"{flag} is empty; write a value, or leave the setting out.")
     for flag in ("beta1", "beta2"):
         if not 0 <= flat[flag] < 1:
             raise ConfigError(f"{flag} is {flat[flag]}; write a number from 0 up to, but not including, 1.")

@@ -412,6 +412,11 @@ class Trainer:
         return self.stop_signalled()
 
     def _diverged(self, what: str) -> str:
+        if self.step == 0 and what.startswith("the loss"):
+            return (
+                f"Before the first update {what}: the weights of {self.config.model.name!r} give it by themselves. "
+                "Look for NaN or infinite numbers in its files, or write precision='fp32' if they need its range."
+            )
         self.checkpoints.finish()  # all ranks are here, and it may be the last good one
         newest = self.checkpoints.newest()
         good = f"The last good checkpoint is {newest}." if newest else "No checkpoint was saved before."

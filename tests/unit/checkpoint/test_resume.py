@@ -4,6 +4,7 @@ One process and the torch engine; ``tests/distributed`` has the same for DeepSpe
 """
 
 import json
+import shutil
 
 import pytest
 
@@ -93,3 +94,17 @@ def test_divergence_before_any_checkpoint_says_so(model, tmp_path):
 
     with pytest.raises(trainer.NonFiniteLoss, match="No checkpoint was saved before"):
         launch.run(config(tmp_path, model=model, learning_rate=1e30, warmup_steps=0))
+
+
+def test_a_model_of_nan_is_told_apart_from_divergence(model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from tutorial_lib import trainer
+
+    directory = shutil.copytree(model, tmp_path / "nan")
+    tensors = load_file(directory / "model.safetensors")
+    next(iter(tensors.values()))[:] = float("nan")
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    with pytest.raises(trainer.NonFiniteLoss, match="Before the first update the loss is nan: the weights of") as told:
+        launch.run(config(tmp_path, model=str(directory)))
+    assert "learning_rate" not in str(told.value)

@@ -12,6 +12,8 @@ from tutorial_lib.config import PROFILES, Config, ConfigError, settings
     ("flat", "message"),
     [
         ({"zero_stage": 5}, "ZeRO has the stages 0, 1, 2 and 3"),
+        ({"model": ""}, "model is empty; write a value"),
+        ({"storage": " "}, "storage is empty; write a value"),
         ({"zero_stage": -1}, "ZeRO has the stages 0, 1, 2 and 3"),
         ({"zero_stage": 2, "offload": "all"}, "needs zero_stage=3, not 2"),
         ({"zero_stage": 0, "offload": "optimizer"}, "zero_stage=1, 2 or 3"),
