@@ -83,7 +83,7 @@ ifneq ($(BENCHMARKS),)
 $(BENCHMARKS): ; @:
 endif
 
-bench: $(READY) ## measure the figures of the README: a table and JSON; `make bench startup` measures one of them
+bench: $(READY) ## measure the figures of docs/benchmarks.md: a table and JSON; `make bench startup` measures one of them
 	@$(PYTHON_IN) -m tests.benchmarks.bench $(BENCHMARKS)
 
 images: $(READY) ## draw images/ anew

@@ -45,12 +45,12 @@ FAULTS = (
     Fault("save_raises", "an exception in one rank's save", AGAIN),
     Fault(
         "killed_in_write",
-        "SIGKILL of a rank in the middle of a file that it writes while it trains on (`async_save`)",
+        "SIGKILL of a rank halfway through writing a file in the background (`async_save`)",
         AGAIN,
     ),
     Fault(
         "limit_in_write",
-        "a limit on the size of files that a rank meets while it writes and trains on (`async_save`)",
+        "a rank hits the limit on file sizes while it writes in the background (`async_save`)",
         AGAIN,
     ),
     Fault(
@@ -76,12 +76,12 @@ FAULTS = (
     Fault(
         "two_starts",
         "two starts of one run at the same time",
-        "the second is refused and told who runs; the first is untouched",
+        "the second is refused and told which process holds the run; the first is untouched",
     ),
     Fault(
         "ray_worker_killed",
         "SIGKILL of a Ray worker while it reports, `max_failures=1`",
-        "Ray starts the workers again; `result.json` tells when and why",
+        "Ray starts the workers again; `result.json` records when and why",
     ),
     Fault(
         "ray_node_dies",

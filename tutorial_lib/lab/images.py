@@ -104,39 +104,6 @@ def zero_stages(axes: Any) -> None:
     _frame(axes, right + 3.75, bottom + 0.35)
 
 
-def course(axes: Any) -> None:
-    """How a lesson works: a claim, a run, a check, and which part of the package does what."""
-    columns = [
-        (3.3, "1  Claim", BLUE, ["theory/"],
-         "Formulas from the papers\nsay what a run should cost\nand compute."),
-        (4.45, "2  Run", ORANGE, ["config", "launch", "trainer", "engine"],
-         "Real processes train a real model\nwith the real engines,\non a laptop or on a cluster."),
-        (3.65, "3  Check", GREEN, ["measure/", "lab/"],
-         "What was measured stands\nbeside what was predicted;\na false claim stops the lesson."),
-    ]  # fmt: skip
-    gap, height, x = 0.7, 2.5, 0.0
-    for index, (width, title, color, rooms, what) in enumerate(columns):
-        _box(axes, x, 0, width, height, color, alpha=_GHOST / 2)
-        _box(axes, x, 0, width, 0.55, color, title, size=14)
-        _text(axes, x + 0.2, 0.75, what, size=11, va="top")
-        each = 0.94 if len(rooms) > 2 else 1.25
-        for place, room in enumerate(rooms):
-            at = x + 0.2 + place * (each + 0.1)
-            _box(axes, at, 1.85, each, 0.45, color, fill=False)
-            _text(axes, at + each / 2, 2.14, room, ha="center", va="baseline")
-        x += width + gap
-        if index < len(columns) - 1:
-            _arrow(axes, x - gap + 0.08, height / 2, x - 0.08, height / 2)
-    total = x - gap
-    _arrow(axes, total / 2, height + 0.06, total / 2, height + 0.5)
-    _box(axes, 0, height + 0.55, total, 0.6, INK, fill=False)
-    _text(
-        axes, total / 2, height + 0.85,
-        "the same numbers go to the reader's figures, to the table of claims, and to the tests", size=11, ha="center",
-    )  # fmt: skip
-    _frame(axes, total + 0.1, height + 1.25)
-
-
 def tensor_parallel(axes: Any) -> None:
     """A column-parallel and a row-parallel product on two ranks, and the two all-reduces that they cost."""
     colors, side, top = (BLUE, GREEN), 1.6, 0.75
@@ -260,7 +227,6 @@ def checkpoint(axes: Any) -> None:
 PICTURES: dict[str, Callable[[Any], None]] = {
     "parallelism": parallelism,
     "zero-stages": zero_stages,
-    "course": course,
     "tensor-parallel": tensor_parallel,
     "fsdp-strategies": fsdp_strategies,
     "checkpoint": checkpoint,
