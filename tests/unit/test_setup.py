@@ -292,6 +292,7 @@ def call(clone: Path, *words: str, **environment: str) -> str:
     return run.stdout
 
 
+HELD = f"torch=={pins()['torch']}"
 CUDA = "printf ' + %s\\n' torch==2.13.0 nvidia-cublas==13.1.1.3"
 
 
@@ -303,6 +304,7 @@ CUDA = "printf ' + %s\\n' torch==2.13.0 nvidia-cublas==13.1.1.3"
         ("", "", "false", CUDA, "", "torch with CUDA (about 3 GB to download), although there is no GPU"),
         ("", "", "false", "echo ' + torch==2.13.0+cpu'", "", "torch 2.13.0+cpu, which is what the package index has"),
         ("cu130", "", "true", CUDA, "cu130", "torch for cu130, as UV_TORCH_BACKEND says"),
+        ("", "", "true", f"case $2 in freeze) echo {HELD}+cpu;; esac", "", f"{HELD}+cpu is there already"),
     ],
 )
 def test_cuda_is_downloaded_for_a_gpu_or_with_a_word(
