@@ -452,8 +452,8 @@ def refused_before_it_starts(request: pytest.FixtureRequest, error_type: type[Ex
 def other_model(request):
     request.getfixturevalue("sound")
     model = request.getfixturevalue("directory") / "gpt2-dropout" / "config.json"
-    with changed(model, lambda content: content.update(n_layer=1)):
-        refused_before_it_starts(request, ConfigError, r"another model.*n_layer was 2, now 1.*another name")
+    with changed(model, lambda content: content.update(n_head=2)):
+        refused_before_it_starts(request, ConfigError, r"another model.*n_head was 4, now 2.*another name")
 
 
 @proves("other_tokenizer")
