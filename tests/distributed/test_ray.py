@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
@@ -13,6 +15,7 @@ from tests.distributed import cases, worker
 from tests.distributed.launching import ROOT
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.config import ConfigError
+from tutorial_lib.launch.ray import cluster as ray_cluster
 from tutorial_lib.launch.ray import train as ray_train
 from tutorial_lib.records import RunDirectory
 from tutorial_lib.trainer.process import output_to
@@ -79,6 +82,32 @@ def test_ray_knows_the_checkpoints(runs, cluster):
     assert result.checkpoint.path == str(newest)
     assert result.metrics["step"] == cases.END
     assert len(list(second.directory.path.rglob("manifest.json"))) == 2
+
+
+ASK = "import sys, ray; ray._raylet.GcsClient(address=sys.argv[1]).internal_kv_get(b'key', None); print('answered')"
+
+
+@pytest.mark.parametrize(
+    ("token", "answer"),
+    [(ray_cluster.TOKEN, "answered"), ("0" * 64, "InvalidAuthToken"), (None, "RAY_AUTH_TOKEN")],
+    ids=["this-process", "another", "none"],
+)
+def test_the_cluster_answers_only_with_this_processs_token(cluster, tmp_path, token, answer):
+    """Otherwise it would be the one that Ray keeps in the home directory for all clusters and all time."""
+    import ray
+
+    environment = {**os.environ, "HOME": str(tmp_path), "RAY_AUTH_MODE": "token"}
+    environment.pop("RAY_AUTH_TOKEN", None)
+    if token:
+        environment["RAY_AUTH_TOKEN"] = token
+    asked = subprocess.run(
+        [sys.executable, "-c", ASK, ray.get_runtime_context().gcs_address],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert answer in asked.stdout + asked.stderr
 
 
 def test_a_failing_ranks_own_traceback_is_what_the_user_sees(cluster, directory, monkeypatch, capfd):

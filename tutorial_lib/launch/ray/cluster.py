@@ -147,7 +147,7 @@ def start(config: Config) -> bool:
 
     The local one has no dashboard and grants as many CPU slots as there are workers, so that four workers can share
     two cores. Ray's servers listen on every network interface, whatever address they are given; they serve only who
-    has the token that is made here and handed to Ray's processes in the environment (``RAY_AUTHTOKEN``;
+    has the token that is made here and handed to Ray's processes in the environment (``RAY_AUTH_TOKEN``;
     ``RAY_AUTH_MODE=disabled`` turns that off).
 
     Returns:
@@ -325,9 +325,9 @@ def _of_a_cluster(config: Config) -> dict[str, str]:
     threads = max(1, usable_cores() // config.parallel.world_size)
     environment = {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo"}
     environment["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process that asks whether this machine is taken away
-    if not os.environ.get("RAY_AUTHTOKEN_PATH"):
+    if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
         # Otherwise Ray makes a token that outlives the cluster, in the home directory.
-        environment["RAY_AUTHTOKEN"] = TOKEN
+        environment["RAY_AUTH_TOKEN"] = TOKEN
     return environment
 
 
