@@ -36,7 +36,7 @@ def light(monkeypatch):
 
 def config(storage: Path, name: str = "run", dp: int = 2, **flat) -> Config:
     settings = {"steps": 4, "global_batch": 4, "seq_length": 32, "max_examples": 16, "evaluate": False}
-    return Config.create("cpu", name=name, dp=dp, storage=str(storage), launcher="local", **(settings | flat))
+    return Config.create("cpu", name=name, dp=dp, storage=str(storage), **({"launcher": "local"} | settings | flat))
 
 
 def tell(storage: Path, name: str = "run", dp: int = 2) -> list[dict]:
@@ -194,11 +194,16 @@ def test_a_server_ends_with_the_process_that_started_it(when):
 
 
 @pytest.mark.parametrize(
-    ("number", "when"), [(signal.SIGTERM, "before the first step"), (signal.SIGUSR1, "in training")]
+    ("number", "when", "launcher"),
+    [
+        (signal.SIGTERM, "before the first step", "local"),
+        (signal.SIGUSR1, "in training", "local"),
+        (signal.SIGTERM, "in training", "ray"),
+    ],
 )
-def test_a_signal_to_every_process_of_a_job_saves_and_exits_with_75(tmp_path, number, when):
-    """As SLURM sends it: to the launching process, the server, and the ranks."""
-    asked = config(tmp_path, zero_stage=1, steps=5000, max_examples=800)
+def test_a_signal_to_every_process_of_a_job_saves_and_exits_with_75(tmp_path, number, when, launcher):
+    """As SLURM sends it: to the launching process, the servers (Ray's own included), and the ranks."""
+    asked = config(tmp_path, zero_stage=1, steps=5000, max_examples=800, launcher=launcher)
     run = RunDirectory(asked.directory)
     shell = Shell(tmp_path)
     try:

@@ -50,7 +50,7 @@ _PARENT_CHECK_SECONDS, _LOOK_SECONDS = 1.0, 0.1
 _ORPHANS_SECONDS = 600
 """Seconds that ranks may take to save and stop when their launching process is gone."""
 
-_OF_A_JOB = (signal.SIGTERM, signal.SIGUSR1)
+OF_A_JOB = (signal.SIGTERM, signal.SIGUSR1)
 """Signals that schedulers send to every process of a job when its time is nearly up."""
 
 _PR_SET_PDEATHSIG = 1
@@ -82,7 +82,7 @@ def main(launcher_pid: str, descriptor: str, *modules: str) -> None:
     launcher = int(launcher_pid)
     ranks: dict[int, ForkProcess] = {}
     # A scheduler may signal every process of a job. The ranks save and stop; this one stays to tell how they ended.
-    for number in _OF_A_JOB:
+    for number in OF_A_JOB:
         signal.signal(number, lambda received, _frame: _signal(ranks.values(), received))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = Connection(int(descriptor))
@@ -167,14 +167,14 @@ def _start(job: Job, connection: Connection, can_fork: bool, ranks: dict[int, Fo
     context = multiprocessing.get_context("fork")
     become = _run_module if can_fork else _replace_process
     # A signal in between would find a rank that has not put this process's handlers away yet.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _OF_A_JOB)
+    signal.pthread_sigmask(signal.SIG_BLOCK, OF_A_JOB)
     try:
         for rank in range(len(job.environments)):
             process = context.Process(target=_be_rank, args=(job, rank, connection, become, os.getpid()))
             process.start()
             ranks[rank] = process
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _OF_A_JOB)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, OF_A_JOB)
 
 
 def _be_rank(job: Job, rank: int, connection: Connection, become: Any, server: int) -> None:
@@ -184,9 +184,9 @@ def _be_rank(job: Job, rank: int, connection: Connection, become: Any, server: i
     if os.getppid() != server:
         os._exit(1)
     connection.close()
-    for number in (signal.SIGINT, *_OF_A_JOB):
+    for number in (signal.SIGINT, *OF_A_JOB):
         signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _OF_A_JOB)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, OF_A_JOB)
     output = os.open(job.outputs[rank], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for descriptor in (1, 2):
         os.dup2(output, descriptor)

@@ -28,6 +28,7 @@ import psutil
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.doctor.machine import usable_cores
 from tutorial_lib.launch.environment import ray_address
+from tutorial_lib.launch.warm_server import OF_A_JOB
 
 CONNECT_TIMEOUT = 10
 """Seconds that the machine of ``RAY_ADDRESS`` has to accept a connection."""
@@ -173,7 +174,7 @@ def start(config: Config) -> bool:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address := ray_address():
         _check_cluster(address)
-        with _keeping_sigterm():
+        with _signals_of_a_job_stay_ours():
             try:
                 ray.init(**quiet)
             except Exception as error:
@@ -186,7 +187,7 @@ def start(config: Config) -> bool:
         os.environ.setdefault(name, value)
     children = set(psutil.Process().children())
     try:
-        with _lean_imports(), _workers_from_server(), _keeping_sigterm():
+        with _lean_imports(), _workers_from_server(), _signals_of_a_job_stay_ours():
             # "local": not one that somebody else has started on this machine.
             ray.init("local", num_cpus=max(world_size, cores), include_dashboard=False, **quiet)
         if _server:
@@ -291,17 +292,23 @@ _TO_SERVER = ("TUTORIAL_LIB_RAY_SERVER", "TUTORIAL_LIB_RAY_SETUP_WORKER")
 
 
 @contextmanager
-def _keeping_sigterm() -> Iterator[None]:
-    """Put this process's handler of SIGTERM back afterwards: ``ray.init`` installs one that exits without a save."""
+def _signals_of_a_job_stay_ours() -> Iterator[None]:
+    """Keep a scheduler's signals for this process while Ray starts: this process saves, then ends what Ray started.
+
+    Ray's servers inherit the blocked signals. Otherwise a SIGTERM to all processes of a job would end them first, and
+    the run could not end with what it saved. ``ray.init`` also installs a handler of SIGTERM that exits without a save.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.getsignal(signal.SIGTERM)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, OF_A_JOB)
     try:
         yield
     finally:
         if before is not None:  # None: a handler that is not Python's
             signal.signal(signal.SIGTERM, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from typing import Any
 from unittest import mock
 
 from tutorial_lib.launch.warm_server import (
+    OF_A_JOB,
     ending_with,
     import_everything,
     import_modules,
@@ -47,6 +48,7 @@ def main(launcher_pid: str, address: str) -> None:
     """Serve until standard input ends."""
     launcher = int(launcher_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, OF_A_JOB)  # the launching process answers them; so in every fork
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(address)
         server.listen(64)
