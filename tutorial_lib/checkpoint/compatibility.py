@@ -29,6 +29,7 @@ _SHAPE = {
     "torch": (),
     "fsdp": ("sharding", "shard_size", "offload"),
     "deepspeed": ("zero_stage", "offload", "deepspeed"),
+    "trainer": ("zero_stage", "offload", "deepspeed"),
 }
 
 
@@ -61,8 +62,8 @@ def check_continues(config: Config, found: Path, data: DataIdentity | None) -> N
 def check_same_run(trainer: dict[str, Any], config: Config, data: DataIdentity | None) -> None:
     """Refuse to continue a run under settings, or with a model or data, that would make its updates different.
 
-    The number of ranks, the engine, the ZeRO stage and all else that decides where the state lies may change. So may
-    the directory of a model or data set, if its content is the same.
+    The number of ranks, the engine, the ZeRO stage and all else that decides where the state lies may change, except
+    under the Hugging Face Trainer. So may the directory of a model or data set, if its content is the same.
 
     Args:
         trainer: what ``trainer.json`` of the checkpoint holds.
@@ -73,6 +74,7 @@ def check_same_run(trainer: dict[str, Any], config: Config, data: DataIdentity |
         ConfigError: names every setting that differs, with both values, or what has changed.
     """
     saved, before = trainer["config"], trainer.get("identity", {})  # format 1 kept no identity
+    _check_shape(saved, config)
     moved = {flag for flag in ("model", "dataset") if saved[flag] != config.flat()[flag]}
     now = identity(config) if before else {}
     same_data = _same_data(before.get("data"), data) if "dataset" in moved else False
@@ -126,6 +128,18 @@ def _check_settings(saved: dict[str, Any], config: Config, may_differ: set[str])
         f"Run {config.run.name!r} cannot go on with other settings: {changes}. {why}"
         f"Write the old values, or give the new run another name. {_from_its_export(config)}"
     )
+
+
+def _check_shape(saved: dict[str, Any], config: Config) -> None:
+    """Refuse to continue in a different shape what the Hugging Face Trainer saved, or what it would have to load."""
+    before, now = shape(saved), shape(config.flat())
+    if "trainer" in (before["engine"], now["engine"]) and before != now:
+        names = [name for name in before | now if before.get(name) != now.get(name)]
+        changes = "; ".join(f"{name} was {before.get(name)!r}, now {now.get(name)!r}" for name in names)
+        raise ConfigError(
+            f"Run {config.run.name!r} cannot go on in a different shape: {changes}. The Hugging Face Trainer reads its "
+            f"own checkpoints only, in the shape they were saved in. Write the old values. {_from_its_export(config)}"
+        )
 
 
 def _from_its_export(config: Config) -> str:

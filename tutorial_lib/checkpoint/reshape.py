@@ -14,12 +14,10 @@ from typing import Any
 from tutorial_lib.checkpoint.compatibility import check_same_run
 from tutorial_lib.checkpoint.directory import directory_of, newest_intact
 from tutorial_lib.checkpoint.manifest import MANIFEST, read_trainer_state
-from tutorial_lib.config import ENGINES, OF_ONE_START, Config, ConfigError, settings
+from tutorial_lib.config import OF_ONE_START, Config, ConfigError, settings
 from tutorial_lib.records import RunDirectory, write_atomically
 
 _LOG = logging.getLogger(__name__)
-
-_NOT_FOR_EVERY_ENGINE = tuple(name for name, setting in settings().items() if setting.engines != ENGINES)
 
 
 def checkpoint_of(source: Path) -> Path:
@@ -67,10 +65,16 @@ def reshaped_config(source: Path, flat: dict[str, Any]) -> Config:
             "A reshape starts its own processes: write launcher='local' or 'ray'. Under torchrun or srun no reshape is "
             "needed: train on the run as it is, in the shape that is wanted."
         )
+    engines = {saved["engine"], given.get("engine", saved["engine"])}
+    if "trainer" in engines:
+        raise ConfigError(
+            "The Hugging Face Trainer reads and writes checkpoints of its own, which cannot be reshaped. Export the "
+            f"weights instead: `python -m tutorial_lib export {source} DIR`, then train with model='DIR'."
+        )
     defaults = {name: setting.default for name, setting in settings().items()}
     back: tuple[str, ...] = ()
-    if given.get("engine", saved["engine"]) != saved["engine"]:
-        back = _NOT_FOR_EVERY_ENGINE
+    if len(engines) > 1:
+        back = tuple(name for name, setting in settings().items() if not engines <= set(setting.engines))
     elif given.keys() & {"zero_stage", "offload"}:
         back = ("deepspeed",)
     elif "sharding" in given:

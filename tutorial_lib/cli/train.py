@@ -83,7 +83,10 @@ def _summary(run: Any) -> str:
 
 def _engine(config: Config) -> str:
     """Return what trained, with what a DeepSpeed file decided: ``deepspeed, zero_stage=2, offload=none, fp32``."""
-    shown = {"deepspeed": ("zero_stage", "offload"), "fsdp": ("sharding", "offload")}.get(config.engine.name, ())
+    by_engine = {"deepspeed": ("zero_stage", "offload"), "fsdp": ("sharding", "offload")}
+    shown = by_engine.get(config.engine.name, ())
+    if config.engine.name == "trainer" and config.engine.deepspeed_file:
+        shown = by_engine["deepspeed"]
     flat = config.flat()
     return ", ".join([config.engine.name, *(f"{name}={flat[name]}" for name in shown), config.engine.precision])
 

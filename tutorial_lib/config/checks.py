@@ -52,12 +52,13 @@ def validate(config: Config, settings: Mapping[str, Setting]) -> None:
         raise ConfigError(f"seed is {run.seed}; the largest possible value is {_LARGEST_SEED}.")
     if engine.zero_stage not in (0, 1, 2, 3):
         raise ConfigError(f"zero_stage is {engine.zero_stage}; ZeRO has the stages 0, 1, 2 and 3.")
-    if engine.name == "deepspeed" and engine.offload == "all" and engine.zero_stage != 3:
+    has_zero = engine.name == "deepspeed" or (engine.name == "trainer" and engine.deepspeed_file is not None)
+    if has_zero and engine.offload == "all" and engine.zero_stage != 3:
         raise ConfigError(
             f"offload='all' moves parameters to host memory, which needs zero_stage=3, not {engine.zero_stage}. "
             "Write offload='optimizer', or zero_stage=3."
         )
-    if engine.name == "deepspeed" and engine.offload == "optimizer" and engine.zero_stage == 0:
+    if has_zero and engine.offload == "optimizer" and engine.zero_stage == 0:
         raise ConfigError(
             "offload='optimizer' needs optimizer states that ZeRO partitions: write zero_stage=1, 2 or 3, "
             "or offload='none'."
@@ -74,6 +75,11 @@ def validate(config: Config, settings: Mapping[str, Setting]) -> None:
             raise ConfigError(
                 "engine='torch' has no offload, no fp16 and reads no DeepSpeed file; write engine='deepspeed'."
             )
+    if engine.name == "trainer" and parallel.tp > 1:
+        raise ConfigError(
+            f"engine='trainer' has no tensor parallelism, but tp={parallel.tp}: the Hugging Face Trainer refuses it on "
+            "CPUs. Write tp=1, or engine='deepspeed' or 'fsdp'."
+        )
     _check_fsdp(engine, parallel)
     _check_batch_sizes(config)
     if run.stop_after is not None and run.steps is not None and run.stop_after > run.steps:

@@ -20,7 +20,10 @@ Resume = Literal["fixed", "free", "one start"]
 A free setting does not change which update comes next, except for the order in which numbers are added, and for
 dropout's random numbers where the number of ranks changes."""
 
-ENGINES = ("deepspeed", "fsdp", "torch")
+ENGINES = ("deepspeed", "fsdp", "torch", "trainer")
+
+_OWN_LOOP = ("deepspeed", "fsdp", "torch")
+"""Engines of the package's own training loop; the other one is the Hugging Face Trainer's."""
 
 
 def _setting(
@@ -103,7 +106,8 @@ class EngineConfig:
 
     name: str = _setting(
         "deepspeed",
-        "deepspeed: ZeRO; fsdp: PyTorch's FSDP2, DDP and DTensor; torch: one plain process, the reference",
+        "deepspeed: ZeRO; fsdp: PyTorch's FSDP2, DDP and DTensor; torch: one plain process, the reference; "
+        "trainer: the Hugging Face Trainer, plain or with a DeepSpeed file",
         flag="engine",
         choices=ENGINES,
         resume="free",
@@ -177,7 +181,7 @@ class EngineConfig:
         None,
         "a DeepSpeed JSON file, by path or by its name in tutorial_lib/ds_configs",
         flag="deepspeed",
-        engines=("deepspeed",),
+        engines=("deepspeed", "trainer"),
         resume="free",
     )
 
@@ -248,6 +252,7 @@ class RunConfig:
     async_save: bool = _setting(
         False,
         "write files while training goes on, from a copy in host memory (another one of the rank's states)",
+        engines=_OWN_LOOP,
         resume="free",
     )
     resume: str = _setting(
@@ -257,7 +262,9 @@ class RunConfig:
         resume="one start",
     )
     evaluate: bool = _setting(True, "evaluate before the first and after the last step", resume="one start")
-    measure: bool = _setting(False, "account memory and count traffic of one step; slows that step", resume="one start")
+    measure: bool = _setting(
+        False, "account memory and count traffic of one step; slows that step", engines=_OWN_LOOP, resume="one start"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,7 +111,9 @@ def train(config: Config, *, on_checkpoint: OnCheckpoint | None = None) -> dict[
         log = run.log_file(rank) if config.run.launcher != "none" else None
         with output_to(log), stop_signals() as stop_signalled:
             try:
-                trainer = Trainer(config, topology, on_checkpoint=on_checkpoint, stop_signalled=stop_signalled)
+                trainer = _trainer_of(config)(
+                    config, topology, on_checkpoint=on_checkpoint, stop_signalled=stop_signalled
+                )
                 try:
                     return trainer.fit(started)
                 finally:
@@ -127,6 +129,15 @@ def train(config: Config, *, on_checkpoint: OnCheckpoint | None = None) -> dict[
                 if refused:
                     raise refused from error
                 raise
+
+
+def _trainer_of(config: Config) -> type[Trainer]:
+    """Return who runs the training loop: this module, or the Hugging Face Trainer."""
+    if config.engine.name != "trainer":
+        return Trainer
+    from tutorial_lib.trainer.huggingface import HuggingFaceRun  # loads transformers' Trainer and accelerate
+
+    return HuggingFaceRun
 
 
 class _NoData:
@@ -166,14 +177,12 @@ class Trainer:
         self.checkpoints = CheckpointManager(config, topology, data=data, on_checkpoint=on_checkpoint)
         seed_everything(config.run.seed)
         place = {"dp_rank": topology.dp_rank, "dp_size": topology.dp}
-        reads_data = self.checkpoints.reads_data
-        self.loader: Any = build_train_loader(config, self.tokenizer, **place) if reads_data else _NoData()
+        self.loader: Any = self._build_loader(**place) if self.checkpoints.reads_data else _NoData()
         self.eval_loader = build_eval_loader(config, self.tokenizer, **place) if config.run.evaluate else None
         self.num_steps = config.run.steps or self._count_steps()
-        self.engine = build_engine(config, topology, self.device)
-        self.scheduler = get_scheduler(
-            config.optimizer.schedule, self.engine.optimizer, config.optimizer.warmup_steps, self.num_steps
-        )
+        self.engine: Any
+        self.scheduler: Any
+        self._build_engine()
         # Ranks that read different data draw different dropout masks; the ranks of a tensor-parallel group the same.
         seed_everything(config.run.seed + 1 + topology.dp_rank)
         self.step = 0
@@ -185,6 +194,14 @@ class Trainer:
         self.reshaped_from: dict[str, Any] | None = None
         self._restore()
         self.restarts = self._restarts_until_here() if topology.rank == 0 else []
+
+    def _build_loader(self, *, dp_rank: int, dp_size: int) -> Any:
+        return build_train_loader(self.config, self.tokenizer, dp_rank=dp_rank, dp_size=dp_size)
+
+    def _build_engine(self) -> None:
+        self.engine = build_engine(self.config, self.topology, self.device)
+        o = self.config.optimizer
+        self.scheduler = get_scheduler(o.schedule, self.engine.optimizer, o.warmup_steps, self.num_steps)
 
     def _count_steps(self) -> int:
         if not self.checkpoints.reads_data:
@@ -233,49 +250,50 @@ class Trainer:
         Returns:
             What ``result.json`` holds, on every rank.
         """
-        began = time.perf_counter() if started is None else started
+        self._began = time.perf_counter() if started is None else started
         if self.topology.rank == 0:
             write_atomically(self.run.config_file, self.config.to_json())
             self.run.result_file.unlink(missing_ok=True)
             if self.resumed_from is None:
                 self.run.metrics_file.unlink(missing_ok=True)
-        if self.eval_loader is not None and self.step == 0:
-            self.record["eval_loss_before"] = self.evaluate()
-        self.record.setdefault("seconds_to_first_step", time.perf_counter() - began)
-        stopped = self._train_steps()
+        self._train_steps()
         # A run that resumed in a different shape, and stops where it was, still leaves a checkpoint of that shape.
         reshaped_alone = self.reshaped_from and self.step == self.resumed_from
         if self.checkpoints.saved_at != self.step or reshaped_alone:
             self.save(and_train_on=False, in_a_hurry=self.stopped_by not in (None, SLOT_IS_OVER))
         checkpoint.finish_deletions()
-        return self._finish("stopped" if stopped else "completed")
+        return self._finish("completed" if self.stopped_by is None else "stopped")
 
     def close(self) -> None:
         """Release what outlives this object. A save that is not finished stays invisible."""
         self.checkpoints.close()
         self.engine.close()
 
-    def _train_steps(self) -> bool:
-        """Train until the last step. Return whether the run was asked to stop before it."""
-        if self.step >= self.num_steps:
-            return False
-        if self._slot_is_over():
-            self.stopped_by = SLOT_IS_OVER
-            return True
+    def _train_steps(self) -> None:
+        """Train until the last step, or until something asks to stop, which is then in :attr:`stopped_by`."""
+        self._prepare_first_step()
+        if self._is_over():
+            return
         for micro_batches in self.loader.steps():
             stop = self.train_step(micro_batches)
-            if self.step >= self.num_steps:
-                return False
-            if stop or self._slot_is_over():
-                self.stopped_by = stop or SLOT_IS_OVER
-                return True
+            if self._is_over(stop):
+                return
             if self.checkpoints.is_due(self.step):
                 self.save(and_train_on=True)
-        raise AssertionError("the training loader ended, although it repeats its epochs")
 
-    def _slot_is_over(self) -> bool:
+    def _prepare_first_step(self) -> None:
+        if self.eval_loader is not None and self.step == 0:
+            self.record["eval_loss_before"] = self.evaluate()
+        self.record.setdefault("seconds_to_first_step", time.perf_counter() - self._began)
+
+    def _is_over(self, stop: str | None = None) -> bool:
+        """Return whether no step follows: the last one was trained, or the slot is over, or something asks to stop."""
+        if self.step >= self.num_steps:
+            return True
         limit = self.config.run.stop_after
-        return limit is not None and self.step >= limit
+        slot_is_over = limit is not None and self.step >= limit
+        self.stopped_by = stop or (SLOT_IS_OVER if slot_is_over else None)
+        return self.stopped_by is not None
 
     def train_step(self, micro_batches: list[dict[str, Tensor]]) -> str | None:
         """Train one optimizer step and record it in :attr:`row`. Collective.
@@ -293,11 +311,6 @@ class Trainer:
         probe = StepProbe(self.topology) if self.config.run.measure and self.step + 1 == MEASURED_STEP else None
         with probe.measuring() if probe else nullcontext():
             tokens, stop, save_is_written = self._agree(micro_batches)
-            if tokens == 0:
-                raise ConfigError(
-                    f"No token of step {self.step + 1} counts: every label is masked. Raise seq_length "
-                    f"({self.config.data.seq_length}), so that answers are not cut off."
-                )
             self.engine.train(True)
             loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
             for batch in micro_batches:
@@ -308,7 +321,7 @@ class Trainer:
                     probe.note_states(self.engine)
             loss = self._sum_over_ranks(loss_sum) / tokens
             if not math.isfinite(loss):
-                raise NonFiniteLoss(self._diverged(f"the loss is {loss}"))
+                raise NonFiniteLoss(self._diverged(f"the loss is {loss}", self.step + 1))
             rate = self.scheduler.get_last_lr()[0]
             norm = self.engine.step()
         if self.engine.update_was_skipped:
@@ -316,24 +329,28 @@ class Trainer:
         elif math.isfinite(norm):
             self.scheduler.step()
         else:
-            raise NonFiniteLoss(self._diverged(f"the gradient's norm is {norm}"))
+            raise NonFiniteLoss(self._diverged(f"the gradient's norm is {norm}", self.step + 1))
         self.step += 1
         if probe:
             self.measured = probe.report(self.engine)
+        self._record_row(loss=loss, tokens=tokens, norm=norm, rate=rate, seconds=time.perf_counter() - began)
+        if save_is_written:
+            self.checkpoints.finish()
+        return stop
+
+    def _record_row(self, *, loss: float, tokens: int, norm: float, rate: float, seconds: float) -> None:
+        """Append the row of the step that was just trained to the metrics, and keep it in :attr:`row`."""
         self.row = {
             "step": self.step,
-            "epoch": self.loader.epoch,
+            "epoch": (self.step - 1) // self.loader.steps_per_epoch,
             "loss": loss,
             "tokens": tokens,
             "grad_norm": norm if math.isfinite(norm) else None,
             "lr": rate,
-            "seconds": time.perf_counter() - began,
+            "seconds": seconds,
         }
         if self.topology.rank == 0:
             self.run.append(self.row)
-        if save_is_written:
-            self.checkpoints.finish()
-        return stop
 
     def _loss_sum(self, batch: dict[str, Tensor]) -> Tensor:
         on_device = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
@@ -366,10 +383,15 @@ class Trainer:
         self.record["num_steps"] = self.num_steps
         if self.config.run.keep_best and not in_a_hurry:
             self.record["eval_loss"] = self.evaluate()
-        state = self.step, self.loader.state_dict(), self.scheduler.state_dict(), self.record
+        state = self.step, self._position(), self.scheduler.state_dict(), self.record
         progress = Progress(*state, self.checkpoints.identity())
         row = self.row or next(iter(self.run.rows()[-1:]), {})
         self.checkpoints.save(progress, self.engine, row, and_train_on=and_train_on)
+
+    def _position(self) -> dict[str, Any]:
+        """Return this rank's position in the data, for a checkpoint."""
+        position: dict[str, Any] = self.loader.state_dict()
+        return position
 
     def _agree(self, micro_batches: list[dict[str, Tensor]]) -> tuple[int, str | None, bool]:
         """What all ranks must know of a step. Collective.
@@ -379,6 +401,7 @@ class Trainer:
             flight and every rank has written its files.
 
         Raises:
+            ConfigError: no token of the step counts.
             RanksDisagree: the ranks of a tensor-parallel group read different batches; all ranks raise.
             OSError: this rank's files of the save in flight could not be written; this rank alone raises.
         """
@@ -390,7 +413,13 @@ class Trainer:
         check_batches(self.topology, self.step + 1, batches_of)
         stop = max(stop_of)
         stopped_by = None if not stop else REQUEST if stop == _REQUESTED else signal.Signals(stop).name
-        return sum(tokens_of[:: self.topology.tp]), stopped_by, all(written_of)
+        total = sum(tokens_of[:: self.topology.tp])
+        if total == 0:
+            raise ConfigError(
+                f"No token of step {self.step + 1} counts: every label is masked. Raise seq_length "
+                f"({self.config.data.seq_length}), so that answers are not cut off."
+            )
+        return total, stopped_by, all(written_of)
 
     def _sum_over_ranks(self, value: Tensor) -> float:
         """The sum of a float64 scalar over the data-parallel ranks. Collective.
@@ -411,8 +440,8 @@ class Trainer:
             return _REQUESTED
         return self.stop_signalled()
 
-    def _diverged(self, what: str) -> str:
-        if self.step == 0 and what.startswith("the loss"):
+    def _diverged(self, what: str, step: int) -> str:
+        if step == 1 and what.startswith("the loss"):
             return (
                 f"Before the first update {what}: the weights of {self.config.model.name!r} give it by themselves. "
                 "Look for NaN or infinite numbers in its files, or write precision='fp32' if they need its range."
@@ -421,7 +450,7 @@ class Trainer:
         newest = self.checkpoints.newest()
         good = f"The last good checkpoint is {newest}." if newest else "No checkpoint was saved before."
         return (
-            f"At step {self.step + 1} {what}. {good} "
+            f"At step {step} {what}. {good} "
             f"Lower learning_rate (now {self.config.optimizer.learning_rate}), raise warmup_steps, or state "
             "gradient_clipping."
         )
@@ -460,7 +489,12 @@ class Trainer:
                 name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers", "datasets")
             },
         }
+        result |= self._facts()
         if self.topology.rank == 0:
             write_atomically(self.run.result_file, json.dumps(result, indent=2) + "\n")
         barrier()
         return result
+
+    def _facts(self) -> dict[str, Any]:
+        """Return what the result holds besides, for one way of training alone."""
+        return {}

@@ -16,7 +16,7 @@ from typing import Any
 
 from tutorial_lib.config import Config, ConfigError, settings
 from tutorial_lib.config.checks import check_used
-from tutorial_lib.engine.deepspeed import file
+from tutorial_lib.engine.deepspeed import file, trainer_file
 from tutorial_lib.engine.deepspeed.file import find
 
 _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -144,6 +144,8 @@ def apply_file(config: Config) -> Config:
     check_used(resolved, {setting: settings()[setting] for setting in config.given}, is_resolved=True)
     file.check_for_run(given, resolved, source=name)
     build(resolved)
+    if config.engine.name == "trainer":
+        trainer_file.check(name)
     return resolved
 
 

@@ -45,6 +45,15 @@ def read(name: str) -> dict[str, Any]:
     Raises:
         ConfigError: no such file, no valid JSON object, unknown or misplaced keys, or impossible values.
     """
+    return check(read_json(name), source=name)
+
+
+def read_json(name: str) -> dict[str, Any]:
+    """Read a DeepSpeed JSON file as it stands, by path or by its name in ``tutorial_lib/ds_configs``.
+
+    Raises:
+        ConfigError: no such file, or no valid JSON object.
+    """
     shipped = DIRECTORY / f"{name.removesuffix('.json')}.json"
     path = Path(name) if Path(name).is_file() else shipped
     if not path.is_file():
@@ -65,7 +74,7 @@ def read(name: str) -> dict[str, Any]:
         raise ConfigError(f"{name} is not valid JSON: {error}.") from error
     if not isinstance(given, dict):
         raise ConfigError(f"{name} holds a JSON {type(given).__name__}; DeepSpeed needs an object.")
-    return check(given, source=name)
+    return given
 
 
 def check(given: dict[str, Any], *, source: str) -> dict[str, Any]:
