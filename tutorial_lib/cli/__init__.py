@@ -1,8 +1,8 @@
-"""The package from a shell: ``python -m tutorial_lib doctor | train | plan | reshape | export | inspect``.
+"""The package from a shell: ``python -m tutorial_lib doctor | train | bench | plan | reshape | export | inspect``.
 
 Exit codes, which scripts and schedulers may rely on: 0 done; 2 bad usage or configuration, or a plan in which nothing
 fits, with what to write instead; 75 stopped before the end after saving, run it again to go on; 1 anything else, with
-the failing rank's own error on top, or an inspected checkpoint that is not whole.
+the failing rank's own error on top, an inspected checkpoint that is not whole, or a matrix of which a row failed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from tutorial_lib.cli import checkpoints, plan, train
+from tutorial_lib.cli import bench, checkpoints, plan, train
 from tutorial_lib.cli.options import BAD_CONFIGURATION, DONE, FAILED, STOPPED
 from tutorial_lib.config import ConfigError
 
@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     pages = {
         "doctor": (None, _doctor, "what this machine can run, and why a profile will or will not work"),
         "train": (train.add_arguments, train.main, "run or continue a training run"),
+        "bench": (bench.add_arguments, bench.main, "the same training in several ways, side by side in a table"),
         "plan": (
             plan.add_arguments,
             plan.main,

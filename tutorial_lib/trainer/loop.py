@@ -47,7 +47,7 @@ from tutorial_lib.mpu.random_states import seed_everything
 from tutorial_lib.records import Row, RunDirectory, write_atomically
 from tutorial_lib.trainer.consistency import check_batches, check_losses
 from tutorial_lib.trainer.loss import NonFiniteLoss, count_tokens, token_loss_sum
-from tutorial_lib.trainer.probe import MEASURED_STEP, StepProbe
+from tutorial_lib.trainer.probe import StepProbe, measured_step
 from tutorial_lib.trainer.process import local_device, output_to, stop_signals
 
 SLOT_IS_OVER, REQUEST = "stop_after", "request"
@@ -308,7 +308,8 @@ class Trainer:
             NonFiniteLoss: the loss or the gradient is no longer a number.
         """
         began = time.perf_counter()
-        probe = StepProbe(self.topology) if self.config.run.measure and self.step + 1 == MEASURED_STEP else None
+        is_measured = self.config.run.measure and self.step + 1 == measured_step(self.num_steps)
+        probe = StepProbe(self.topology) if is_measured else None
         with probe.measuring() if probe else nullcontext():
             tokens, stop, save_is_written = self._agree(micro_batches)
             self.engine.train(True)
@@ -471,6 +472,7 @@ class Trainer:
             "stopped_by": self.stopped_by if status == "stopped" else None,
             "step": self.step,
             "num_steps": self.num_steps,
+            "steps_per_epoch": getattr(self.loader, "steps_per_epoch", None),
             "resumed_from": self.resumed_from,
             "reshaped_from": self.reshaped_from,
             "left_out": [asdict(each) for each in self.checkpoints.left_out],
