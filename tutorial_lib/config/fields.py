@@ -262,9 +262,7 @@ class RunConfig:
         resume="one start",
     )
     evaluate: bool = _setting(True, "evaluate before the first and after the last step", resume="one start")
-    measure: bool = _setting(
-        False, "account memory and count traffic of one step; slows that step", engines=_OWN_LOOP, resume="one start"
-    )
+    measure: bool = _setting(False, "account memory and count traffic of one step; slows that step", resume="one start")
 
 
 @dataclass(frozen=True, slots=True)

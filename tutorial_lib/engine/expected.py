@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tutorial_lib.config import Config
+from tutorial_lib.engine.deepspeed.file import find, read_json
 from tutorial_lib.theory import memory
 from tutorial_lib.theory.memory import DEEPSPEED_FP32, FP32, MIXED, ModelStates
 
@@ -21,10 +22,12 @@ class ParameterSizes:
     Attributes:
         trained: parameters with a gradient.
         frozen: all others.
+        persistent: elements of those that stage 3 keeps whole on every rank, because they are small.
     """
 
     trained: tuple[int, ...]
     frozen: tuple[int, ...] = ()
+    persistent: int = 0
 
 
 def parameter_sizes(config: Config) -> ParameterSizes:
@@ -35,11 +38,23 @@ def parameter_sizes(config: Config) -> ParameterSizes:
     """
     from tutorial_lib.models.meta import model_outline
 
-    parameters = list(model_outline(config).parameters())
+    model = model_outline(config)
+    parameters = list(model.parameters())
+    threshold = _persistence_threshold(config, model.config.get_text_config().hidden_size)
     return ParameterSizes(
         tuple(p.numel() for p in parameters if p.requires_grad),
         tuple(p.numel() for p in parameters if not p.requires_grad),
+        sum(p.numel() for p in parameters if p.numel() < threshold),
     )
+
+
+def _persistence_threshold(config: Config, hidden: int) -> int:
+    """Return the elements below which stage 3 keeps a parameter whole."""
+    file = config.engine.deepspeed_file
+    if config.engine.name != "trainer" or file is None:
+        return config.engine.persistence_threshold
+    stated = find(read_json(file), "zero_optimization.stage3_param_persistence_threshold", 100_000)  # DeepSpeed's own
+    return 10 * hidden if stated == "auto" else int(stated)  # the Trainer's "auto"
 
 
 def expected_states(config: Config, sizes: ParameterSizes) -> list[ModelStates] | None:
@@ -79,6 +94,8 @@ def _zero(config: Config, sizes: ParameterSizes, rank: int) -> ModelStates:
     states = _divided(sizes, stage, ranks, precision)
     if engine.offload != "none":  # each rank's share waits beside its master copy, as fp32
         gradients = 4 * memory.partition_elements(sum(sizes.trained), ranks)
+        if stage == 1 and config.accumulation > 1:  # besides those that are reduced after the last micro-batch
+            gradients += states.gradients
     elif stage == 3:
         gradients = precision.gradients * memory.partitioned_elements(sizes.trained, ranks)
     elif stage == 1 and config.accumulation > 1:  # reduced once, after the last micro-batch
@@ -88,7 +105,7 @@ def _zero(config: Config, sizes: ParameterSizes, rank: int) -> ModelStates:
     parameters, optimizer = states.parameters, states.optimizer
     if stage == 3:  # every parameter is divided and padded by itself
         shards = memory.partitioned_elements([*sizes.trained, *sizes.frozen], ranks)
-        parameters = precision.parameters * shards
+        parameters = precision.parameters * (shards + sizes.persistent)
         optimizer = precision.optimizer * memory.partitioned_elements(sizes.trained, ranks)
     return ModelStates(parameters, gradients, optimizer)
 

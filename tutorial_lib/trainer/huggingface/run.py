@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from tutorial_lib.trainer.huggingface.arguments import build_arguments, fresh_st
 from tutorial_lib.trainer.huggingface.trainer import HuggingFaceTrainer
 from tutorial_lib.trainer.loop import Trainer
 from tutorial_lib.trainer.loss import NonFiniteLoss
+from tutorial_lib.trainer.probe import StepProbe, measured_step
 
 
 class HuggingFaceRun(Trainer):
@@ -36,6 +38,12 @@ class HuggingFaceRun(Trainer):
 
     def _build_engine(self) -> None:
         self.engine = _TrainedModel(self)
+        self._probe: StepProbe | None = None
+        self._probing = ExitStack()
+
+    def close(self) -> None:
+        self._probing.close()
+        super().close()
 
     def _restore_schedule(self, state: dict[str, Any]) -> None:
         """Leave the schedule to the Trainer, which restores it from its own checkpoint."""
@@ -54,8 +62,17 @@ class HuggingFaceRun(Trainer):
         return self._is_over()
 
     def begin_step(self) -> None:
-        """Start the clock of a step: its batches are about to be read."""
+        """Start the clock of a step, and its probe if it is to be measured: its batches are about to be read."""
         self._step_began = time.perf_counter()
+        if self.config.run.measure and self.step + 1 == measured_step(self.num_steps):
+            self._probe = StepProbe(self.topology)
+            self._probing.enter_context(self._probe.measuring())
+            self._probing.enter_context(self.engine.telling_after_backward(self.note_states))
+
+    def note_states(self) -> None:
+        """Have the probe note the model states of this moment, if there is one: gradients are at their peak."""
+        if self._probe:
+            self._probe.note_states(self.engine)
 
     def note_batches(self, batches: list[Any], num_tokens: Tensor | int | None) -> None:
         """Agree with all ranks on the tokens of the step that begins, and on stop requests. Collective.
@@ -91,6 +108,9 @@ class HuggingFaceRun(Trainer):
         if norm is not None and not math.isfinite(norm) and self.config.engine.precision != "fp16":
             raise NonFiniteLoss(self._diverged(f"the gradient's norm is {norm}", step))
         self.step = step
+        if self._probe:
+            self._probing.close()
+            self.measured, self._probe = self._probe.report(self.engine), None
         self._record_row(
             loss=logs["loss"],
             tokens=self._tokens,
@@ -134,6 +154,47 @@ class _TrainedModel:
     @property
     def module(self) -> Any:
         return self.trainer.model
+
+    def model_states(self) -> dict[str, list[Tensor]]:
+        """The tensors of this rank's model states by part: ``parameters``, ``gradients``, ``optimizer``."""
+        engine = self.trainer.deepspeed
+        if engine is not None:
+            from tutorial_lib.engine.deepspeed.engine import held_tensors
+
+            return held_tensors(engine, engine.basic_optimizer)
+        parameters = list(self.module.parameters())
+        states = [t for state in self.trainer.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+        return {
+            "parameters": [*parameters],
+            "gradients": [p.grad for p in parameters if p.grad is not None],
+            "optimizer": [t for t in states if t.dim() > 0],
+        }
+
+    def layout(self) -> list[Any]:
+        """Nothing: the Trainer splits no parameter over a tensor-parallel group."""
+        return []
+
+    @contextmanager
+    def telling_after_backward(self, tell: Callable[[], None]) -> Iterator[None]:
+        """Call ``tell`` after each backward pass. accelerate lets DeepSpeed update the weights right afterwards."""
+        engine = self.trainer.deepspeed
+        if engine is None:
+            self.trainer.after_backward = tell
+        else:
+            own = engine.backward
+
+            def backward(*args: Any, **given: Any) -> Any:
+                result = own(*args, **given)
+                tell()
+                return result
+
+            engine.backward = backward
+        try:
+            yield
+        finally:
+            self.trainer.after_backward = None
+            if engine is not None:
+                del engine.backward  # the class's own again
 
     def train(self, mode: bool) -> None:
         self.trainer.model_wrapped.train(mode)

@@ -13,7 +13,7 @@ Four methods are enough to make its losses those of the package's own loop:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ class HuggingFaceTrainer(Trainer):
 
     def __init__(self, run: HuggingFaceRun, model: Any, args: TrainingArguments) -> None:
         self.run = run
+        self.after_backward: Callable[[], None] | None = None
         super().__init__(model=model, args=args, callbacks=[_Callback(run)])
         self.remove_callback(PrinterCallback)  # the run writes its rows to metrics.jsonl
 
@@ -54,6 +55,12 @@ class HuggingFaceTrainer(Trainer):
                 weight_decay=args.weight_decay,
             )
         return self.optimizer
+
+    def training_step(self, *args: Any, **given: Any) -> Tensor:
+        loss: Tensor = super().training_step(*args, **given)
+        if self.after_backward:
+            self.after_backward()
+        return loss
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
