@@ -109,17 +109,25 @@ class Matrix:
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path / MATRIX_FILE, json.dumps(content, indent=2) + "\n")
 
-    def table(self, about: Literal["all", "speed", "memory"] = "all") -> Table:
+    def table(self, about: Literal["all", "speed", "memory"] = "all", *, only: Sequence[str] = ()) -> Table:
         """Return a table of the rows, which a notebook displays as HTML.
 
         Args:
             about: which columns.
+            only: titles of the columns to show, in this order; default: all of them.
+
+        Raises:
+            ValueError: there is no such column.
         """
-        return table.build(self.experiment, self.rows, about)
+        return table.build(self.experiment, self.rows, about, only)
+
+    def run_directory(self, row: str) -> RunDirectory:
+        """Return what the run of a row left on disk."""
+        return RunDirectory(self.path / "rows" / self[row].name)
 
     def memory_log(self, row: str) -> Path:
         """Return the path of the sampler's log of a row."""
-        return self.path / "rows" / row / MEMORY_LOG
+        return self.run_directory(row).path / MEMORY_LOG
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         return self.table()._repr_mimebundle_()

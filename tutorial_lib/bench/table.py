@@ -84,17 +84,23 @@ def columns(experiment: str, rows: Sequence[RowRecord]) -> list[Column]:
     ]
 
 
-def build(experiment: str, rows: Sequence[RowRecord], about: str = "all") -> display.Table:
+def build(experiment: str, rows: Sequence[RowRecord], about: str = "all", only: Sequence[str] = ()) -> display.Table:
     """Return the table as a notebook and a terminal show it.
 
     Args:
         experiment: what is compared.
         rows: of the matrix.
         about: ``speed`` or ``memory`` for some columns, ``all`` for all.
+        only: titles of columns, in the order in which to show them; default: all that ``about`` asks for.
     """
     if about not in ("all", "speed", "memory"):
         raise ValueError(f"about={about!r}. Write 'all', 'speed' or 'memory'.")
     shown = [column for column in columns(experiment, rows) if about in ("all", column.about) or column.about == "both"]
+    if only:
+        by_title = {column.title: column for column in shown}
+        if unknown := [title for title in only if title not in by_title]:
+            raise ValueError(f"There is no column {unknown[0]!r}. Write titles of: {', '.join(by_title)}.")
+        shown = [by_title[title] for title in only]
     cells = tuple(tuple(_cell(row, column) for column in shown) for row in rows)
     numeric = tuple(column.title not in ("row", "status") for column in shown)
     return display.Table(tuple(column.title for column in shown), cells, numeric, caption=experiment)
