@@ -132,7 +132,8 @@ def _refuse_decided(experiment: str, config: Config, rows: Mapping[str, Override
     decided = {flag for overrides in rows.values() for flag in overrides} - {"dp", "engine"}
     if "zero_stage" in decided:
         decided.add("deepspeed")
-    if all("dp" in overrides for overrides in rows.values()):
+    sizes = {overrides.get("dp") for overrides in rows.values()}
+    if None not in sizes and sizes != {config.parallel.dp}:
         decided.add("dp")
     if given := sorted(decided & config.given):
         raise ConfigError(
