@@ -57,9 +57,9 @@ class RowRecord:
         step_seconds: median of the steps that are like all others: not the first, nor the one that was measured.
         samples_per_second: sequences trained per second in such steps, over all ranks.
         tokens_per_second: likewise.
-        eval_samples_per_second: if the run tells.
+        eval_samples_per_second: of the last evaluation.
         train_loss: of the last step.
-        eval_losses: after each epoch if the run tells, else at its end.
+        eval_losses: as often as ``evaluate_every`` says, else at its end alone.
         steps_per_epoch: optimizer steps of one pass over the training rows.
         num_steps: optimizer steps of the run.
         num_parameters: of the model.
@@ -171,7 +171,7 @@ def measure_row(name: str, run: Run, log: Path, *, settings: dict[str, Any], wal
         step_seconds=statistics.median(row["seconds"] for row in steady) if steady else None,
         samples_per_second=config.run.global_batch * len(steady) / seconds if steady else None,
         tokens_per_second=sum(row["tokens"] for row in steady) / seconds if steady else None,
-        eval_samples_per_second=result.get("eval_samples_per_second"),
+        eval_samples_per_second=result["eval_samples_per_second"],
         train_loss=result["train_loss"],
         eval_losses=_eval_losses(result),
         steps_per_epoch=result.get("steps_per_epoch"),
@@ -201,10 +201,8 @@ def _steady_steps(run: Run) -> tuple[Sequence[dict[str, Any]], str | None]:
 
 
 def _eval_losses(result: dict[str, Any]) -> tuple[float, ...]:
-    by_epoch = result.get("eval_losses")
-    if by_epoch:
-        return tuple(by_epoch.values() if isinstance(by_epoch, dict) else by_epoch)
-    return () if result["eval_loss"] is None else (result["eval_loss"],)
+    by_epoch = tuple(each["loss"] for each in result["eval_losses"] if each["step"] > 0)
+    return by_epoch or (() if result["eval_loss"] is None else (result["eval_loss"],))
 
 
 def _sampled(log: Path, config: Config) -> tuple[Memory | None, tuple[Memory, ...]]:

@@ -86,6 +86,11 @@ def validate(config: Config, settings: Mapping[str, Setting]) -> None:
         raise ConfigError(f"stop_after={run.stop_after} lies beyond the last step, steps={run.steps}.")
     if run.keep_best and not run.evaluate:
         raise ConfigError("keep_best=True compares evaluation losses: write evaluate=True, or keep_best=False.")
+    every = run.evaluate_every
+    if every is not None and every != "epoch" and not (every.isdecimal() and int(every) > 0):
+        raise ConfigError(f"evaluate_every is {every!r}; write 'epoch', or a number of optimizer steps such as '50'.")
+    if every is not None and not run.evaluate:
+        raise ConfigError(f"evaluate_every={every!r} needs an evaluation: write evaluate=True, or leave it out.")
     if run.max_failures > 0 and run.launcher != "ray":
         raise ConfigError(
             f"max_failures={run.max_failures} is kept by Ray Train, and launcher={run.launcher!r} starts nothing "
@@ -118,6 +123,8 @@ def check_used(config: Config, stated: Mapping[str, Setting], *, is_resolved: bo
         is_met, needed = needs.get(flag, (True, ""))
         if engine.name not in setting.engines:
             needed, is_met = " or ".join(f"engine={name!r}" for name in setting.engines), False
+            if engine.name == "trainer" and "torch" not in setting.engines:
+                needed += ", or for engine='trainer' a DeepSpeed file that states it (deepspeed='zero2')"
         elif engine.deepspeed_file and not is_resolved:
             continue  # the file may state what is needed
         if not is_met:

@@ -262,6 +262,11 @@ class RunConfig:
         resume="one start",
     )
     evaluate: bool = _setting(True, "evaluate before the first and after the last step", resume="one start")
+    evaluate_every: str | None = _setting(
+        None,
+        "evaluate also every this many optimizer steps, or after every epoch (epoch): eval_losses in result.json",
+        resume="free",
+    )
     measure: bool = _setting(False, "account memory and count traffic of one step; slows that step", resume="one start")
 
 

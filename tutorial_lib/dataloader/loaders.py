@@ -185,6 +185,7 @@ class EvalLoader:
 
     def __init__(self, examples: Examples, collate: Collate, dp_rank: int, dp_size: int) -> None:
         self.summary: TokenSummary = examples.summary
+        self.num_examples = len(examples)
         by_length = (-examples.lengths).argsort(kind="stable").tolist()
         size = collate.micro_batch
         batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]

@@ -190,6 +190,7 @@ class Trainer:
         self.row: Row = {}
         self.stopped_by: str | None = None
         self.measured: dict[str, Any] | None = None
+        self.eval_speed: float | None = None
         self.resumed_from: int | None = None
         self.reshaped_from: dict[str, Any] | None = None
         self._restore()
@@ -260,7 +261,7 @@ class Trainer:
         # A run that resumed in a different shape, and stops where it was, still leaves a checkpoint of that shape.
         reshaped_alone = self.reshaped_from and self.step == self.resumed_from
         if self.checkpoints.saved_at != self.step or reshaped_alone:
-            self.save(and_train_on=False, in_a_hurry=self.stopped_by not in (None, SLOT_IS_OVER))
+            self.save(and_train_on=False)
         checkpoint.finish_deletions()
         return self._finish("completed" if self.stopped_by is None else "stopped")
 
@@ -276,7 +277,9 @@ class Trainer:
             return
         for micro_batches in self.loader.steps():
             stop = self.train_step(micro_batches)
-            if self._is_over(stop):
+            is_over = self._is_over(stop)
+            self._evaluate_if_due()
+            if is_over:
                 return
             if self.checkpoints.is_due(self.step):
                 self.save(and_train_on=True)
@@ -284,7 +287,28 @@ class Trainer:
     def _prepare_first_step(self) -> None:
         if self.eval_loader is not None and self.step == 0:
             self.record["eval_loss_before"] = self.evaluate()
+        self._evaluate_if_due()  # also where a start that was stopped in a hurry has left it out
         self.record.setdefault("seconds_to_first_step", time.perf_counter() - self._began)
+
+    def _evaluate_if_due(self) -> None:
+        """Add this step to ``eval_losses``, if ``evaluate_every`` asks for it and nobody is in a hurry. Collective."""
+        every = self.config.run.evaluate_every
+        if every is None or self.eval_loader is None or self._is_in_a_hurry():
+            return
+        per_epoch = self.loader.steps_per_epoch
+        losses: list[dict[str, Any]] = self.record.setdefault("eval_losses", [])
+        if self.step % (per_epoch if every == "epoch" else int(every)) == 0 and self._eval_loss_here() is None:
+            loss = self.record["eval_loss_before"] if self.step == 0 else self.evaluate()
+            losses.append({"epoch": self.step / per_epoch, "step": self.step, "loss": loss})
+
+    def _eval_loss_here(self) -> float | None:
+        """Return the evaluation loss after the last step, if ``evaluate_every`` has asked for it."""
+        last = next(iter(self.record.get("eval_losses", [])[-1:]), None)
+        return last["loss"] if last and last["step"] == self.step else None
+
+    def _is_in_a_hurry(self) -> bool:
+        """Return whether somebody has asked the run to stop, and may end it soon."""
+        return self.stopped_by not in (None, SLOT_IS_OVER)
 
     def _is_over(self, stop: str | None = None) -> bool:
         """Return whether no step follows: the last one was trained, or the slot is over, or something asks to stop."""
@@ -361,6 +385,7 @@ class Trainer:
     def evaluate(self) -> float:
         """Mean loss per token over the evaluation split, weighing every token alike, on all ranks the same."""
         assert self.eval_loader is not None
+        began = time.perf_counter()
         self.engine.train(False)
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         with torch.no_grad():
@@ -370,20 +395,22 @@ class Trainer:
                     check_batches(self.topology, self.step + 1, [number for (number,) in own])
                 totals[0] += self._loss_sum(batch)
                 totals[1] += count_tokens(batch["labels"])
-        return self._sum_over_ranks(totals[0]) / self._sum_over_ranks(totals[1])
+        loss = self._sum_over_ranks(totals[0]) / self._sum_over_ranks(totals[1])
+        self.eval_speed = self.eval_loader.num_examples / (time.perf_counter() - began)
+        return loss
 
-    def save(self, *, and_train_on: bool, in_a_hurry: bool = False) -> None:
-        """Write a checkpoint of the state after the last step. Collective.
+    def save(self, *, and_train_on: bool) -> None:
+        """Write a checkpoint of the state after the last step, evaluated first for ``keep_best``. Collective.
 
         Args:
             and_train_on: more steps follow, and with ``async_save`` they need not wait until the files are written.
-            in_a_hurry: somebody has asked the run to stop, and may end it soon: save without evaluating first.
         """
         self.checkpoints.finish()
         self.record.pop("eval_loss", None)
         self.record["num_steps"] = self.num_steps
-        if self.config.run.keep_best and not in_a_hurry:
-            self.record["eval_loss"] = self.evaluate()
+        if self.config.run.keep_best and not self._is_in_a_hurry():
+            here = self._eval_loss_here()
+            self.record["eval_loss"] = self.evaluate() if here is None else here
         state = self.step, self._position(), self.scheduler.state_dict(), self.record
         progress = Progress(*state, self.checkpoints.identity())
         row = self.row or next(iter(self.run.rows()[-1:]), {})
@@ -459,7 +486,8 @@ class Trainer:
     def _finish(self, status: str) -> dict[str, Any]:
         eval_loss = None
         if status == "completed" and self.eval_loader is not None:
-            eval_loss = self.record["eval_loss"] if "eval_loss" in self.record else self.evaluate()
+            eval_loss = self.record.get("eval_loss", self._eval_loss_here())
+            eval_loss = self.evaluate() if eval_loss is None else eval_loss
         rows = self.run.rows()
         own = {"rank": self.topology.rank, "peak_memory_bytes": peak_memory(self.device), "measured": self.measured}
         per_rank = all_gather_objects(own)
@@ -481,6 +509,8 @@ class Trainer:
             "train_loss": rows[-1]["loss"] if rows else None,
             "eval_loss_before": self.record.get("eval_loss_before"),
             "eval_loss": eval_loss,
+            "eval_losses": self.record.get("eval_losses", []),
+            "eval_samples_per_second": self.eval_speed,
             "tokens_per_second": sum(row["tokens"] for row in steady) / seconds if seconds else None,
             "seconds_to_first_step": self.record["seconds_to_first_step"],
             "num_parameters": self.engine.num_parameters,

@@ -19,7 +19,7 @@ from transformers import AutoConfig
 
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.engine.deepspeed import config as ds_config
-from tutorial_lib.engine.deepspeed import file, keys
+from tutorial_lib.engine.deepspeed import file, keys, trainer_file
 from tutorial_lib.models import load_config
 
 SHIPPED = sorted(path.stem for path in file.DIRECTORY.glob("*.json"))
@@ -84,6 +84,38 @@ def test_misplaced_and_unknown_keys_are_refused_and_shown_their_place(tmp_path, 
 def test_a_file_that_cannot_run(tmp_path, content, message):
     with pytest.raises(ConfigError, match=message):
         ds_config.apply_file(Config.create(deepspeed=write(tmp_path, content)))
+
+
+COMPLETE = dict.fromkeys((*ds_config._BATCH_KEYS, "gradient_clipping"), "auto") | {"zero_optimization": {"stage": 1}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gradient_clipping": None}, 'gradient_clipping is missing.*Write it there, as "auto"'),
+        ({"train_batch_size": None}, "train_batch_size is missing"),
+        ({"zero_optimization": {}}, "zero_optimization.stage is missing.*as 0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": "auto"}}, 'zero_optimization.stage is "auto", which the Hugging Face Trainer'),
+        ({"zero_optimization": {"stage": 1, "overlap_comm": "auto"}}, "overlap_comm is .*or leave it out"),
+        ({"train_batch_size": 6}, "train_batch_size is 6, but global_batch=8"),
+        ({"scheduler": {"type": "WarmupLR"}}, "schedule and warmup_steps"),
+        ({"optimizer": {"type": "Lamb"}}, "trains with AdamW"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": False}}}, "PyTorch's AdamW"),
+    ],
+)
+def test_a_file_that_the_hugging_face_trainer_would_not_complete(tmp_path, changes, message):
+    content = {key: value for key, value in (COMPLETE | changes).items() if value is not None}
+    with pytest.raises(ConfigError, match=message):
+        ds_config.apply_file(Config.create(engine="trainer", deepspeed=write(tmp_path, content)))
+
+
+def test_an_optimizer_section_becomes_settings_and_does_not_reach_the_hugging_face_trainer(tmp_path):
+    path = write(tmp_path, COMPLETE | {"optimizer": {"type": "AdamW", "params": {"lr": 2e-5, "eps": "auto"}}})
+    config = ds_config.apply_file(Config.create(engine="trainer", deepspeed=path))
+    assert (config.optimizer.learning_rate, config.optimizer.eps) == (2e-5, 1e-8)
+    assert trainer_file.for_trainer(path) == COMPLETE
+    with pytest.raises(ConfigError, match=r"learning_rate=2e-05, but learning_rate=0.1 was given"):
+        ds_config.apply_file(Config.create(engine="trainer", deepspeed=path, learning_rate=0.1))
 
 
 @pytest.mark.parametrize("content", [{}, {"type": "auto"}, {"type": "auto", "params": "auto"}])

@@ -78,7 +78,7 @@ class FullFiles(FullTensors):
 
     @functools.cached_property
     def _file_of(self) -> dict[str, Path]:
-        found = {}
+        found: dict[str, Path] = {}
         for path in sorted(self._directory.glob("model*.safetensors")):
             with safe_open(path, "pt") as file:
                 found |= dict.fromkeys(file.keys(), path)

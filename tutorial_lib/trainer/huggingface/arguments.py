@@ -42,14 +42,14 @@ def build_arguments(config: Config, num_steps: int) -> TrainingArguments:
         "adam_epsilon": o.eps,
         "weight_decay": o.weight_decay,
         "max_grad_norm": o.gradient_clipping,
-        "lr_scheduler_type": {"constant": "constant_with_warmup"}.get(o.schedule, o.schedule),
+        "lr_scheduler_type": o.schedule,
         "warmup_steps": o.warmup_steps,
         "seed": config.run.seed,
         "bf16": config.engine.precision == "bf16",
         "fp16": config.engine.precision == "fp16",
         "deepspeed": for_trainer(file) if file else None,
         "use_cpu": on_cpu,
-        "ddp_backend": "gloo" if on_cpu else None,
+        "ddp_backend": "gloo" if on_cpu and config.parallel.world_size > 1 else None,
         "logging_strategy": "steps",
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # it would put an average in the place of a loss that is no number
@@ -73,15 +73,8 @@ def _alone(is_alone: bool) -> Iterator[None]:
         os.environ.update(hidden)
 
 
-@contextmanager
-def fresh_state() -> Iterator[None]:
-    """Leave no global state of transformers and accelerate behind, nor variables in the environment."""
-    before = dict(os.environ)
-    try:
-        yield
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        unset_hf_deepspeed_config()
-        os.environ.clear()
-        os.environ.update(before)
+def forget_state() -> None:
+    """Forget who trained how in this process: the global state of transformers and accelerate."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    unset_hf_deepspeed_config()

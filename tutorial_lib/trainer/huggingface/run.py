@@ -5,7 +5,9 @@ The ``Trainer`` has the loop. This page is what the package's own loop does betw
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,7 +25,7 @@ from tutorial_lib.engine.deepspeed.file import find, read_json
 from tutorial_lib.engine.deepspeed.trainer_file import auto_keys
 from tutorial_lib.models import build_model
 from tutorial_lib.mpu.random_states import seed_everything
-from tutorial_lib.trainer.huggingface.arguments import build_arguments, fresh_state
+from tutorial_lib.trainer.huggingface.arguments import build_arguments, forget_state
 from tutorial_lib.trainer.huggingface.trainer import HuggingFaceTrainer
 from tutorial_lib.trainer.loop import Trainer
 from tutorial_lib.trainer.loss import NonFiniteLoss
@@ -118,7 +120,9 @@ class HuggingFaceRun(Trainer):
             rate=logs["learning_rate"],
             seconds=time.perf_counter() - self._step_began,
         )
-        return self._is_over(self._stop)
+        is_over = self._is_over(self._stop)
+        self._evaluate_if_due()
+        return is_over
 
     def _position(self) -> dict[str, Any]:
         position: dict[str, Any] = self.loader.state_at(self.step)
@@ -137,11 +141,12 @@ class _TrainedModel:
 
     def __init__(self, run: HuggingFaceRun) -> None:
         config = run.config
-        self.device, self.resumes_from = run.device, None
+        self.device = run.device
+        self.resumes_from: str | None = None
         self._rank, self._zero_stage = run.topology.rank, config.engine.zero_stage
         self._file = config.engine.deepspeed_file
-        self._stack = ExitStack()
-        self._stack.enter_context(fresh_state())
+        self._environment = dict(os.environ)
+        forget_state()
         # Before the model: with stage 3 in them, transformers partitions it while building it.
         args = build_arguments(config, run.num_steps)
         if self._file:
@@ -149,7 +154,6 @@ class _TrainedModel:
         model = build_model(config)
         self.num_parameters = sum(int(getattr(p, "ds_numel", p.numel())) for p in model.parameters())
         self.trainer = HuggingFaceTrainer(run, model, args)
-        self.resumes_from: str | None = None
 
     @property
     def module(self) -> Any:
@@ -223,8 +227,8 @@ class _TrainedModel:
         """Return the configuration that DeepSpeed got in the end, or None without DeepSpeed."""
         if not self._file:
             return None
-        resolved: dict[str, Any] = self.trainer.accelerator.state.deepspeed_plugin.deepspeed_config
-        return resolved
+        resolved = self.trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+        return dict(json.loads(json.dumps(resolved), parse_constant=str))  # JSON has no word for infinity
 
     def filled_in(self) -> dict[str, Any] | None:
         """Return what every ``"auto"`` of the DeepSpeed file has become, by dotted key."""
@@ -238,12 +242,13 @@ class _TrainedModel:
         if self.trainer.deepspeed is not None:
             self.trainer.deepspeed.destroy()
         self.trainer.accelerator.free_memory()
-        self._stack.close()
+        forget_state()
+        os.environ.clear()
+        os.environ.update(self._environment)
 
 
 def _join_process_group(device: torch.device) -> None:
-    import os
-
+    # DeepSpeed would take a GPU that is there, also for a run that is to stay on the CPU.
     os.environ["DS_ACCELERATOR"] = device.type
     from tutorial_lib.engine.deepspeed.engine import join_process_group
 

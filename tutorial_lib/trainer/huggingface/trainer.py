@@ -45,7 +45,8 @@ class HuggingFaceTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            own: Any = self.model if model is None else model
+            trained = [parameter for parameter in own.parameters() if parameter.requires_grad]
             args = self.args
             self.optimizer = torch.optim.AdamW(
                 trained,
@@ -70,10 +71,10 @@ class HuggingFaceTrainer(Trainer):
         self.run.note_batches(batches, num_tokens)
         return batches, num_tokens
 
-    def _run_epoch(self, **given: Any) -> None:
+    def _run_epoch(self, *args: Any, **given: Any) -> None:
         if self.control.should_training_stop:
             return  # asked for before the first step: nothing is left to train in this start
-        super()._run_epoch(**given)
+        super()._run_epoch(*args, **given)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.run.save(and_train_on=True)
