@@ -74,6 +74,7 @@ def _summary(run: Any) -> str:
         **{f"restart {n}": _restart(r) for n, r in enumerate(result["restarts"], 1)},
         **{f"{use} rows": _lost_rows(split) for use, split in result["data"].items() if _lost_rows(split)},
         **{name.replace("_", " "): value for name, value in loss.items()},
+        **({"eval loss by epoch": _by_epoch(result["eval_losses"])} if result["eval_losses"] else {}),
         "tokens per second": f"{result['tokens_per_second']:.0f}" if result["tokens_per_second"] else "too few steps",
         "peak memory": ", ".join(f"{rank['peak_memory_bytes'] / 2**20:.0f} MiB" for rank in result["ranks"]),
         "checkpoint": result["checkpoint"],
@@ -89,6 +90,10 @@ def _engine(config: Config) -> str:
         shown = by_engine["deepspeed"]
     flat = config.flat()
     return ", ".join([config.engine.name, *(f"{name}={flat[name]}" for name in shown), config.engine.precision])
+
+
+def _by_epoch(losses: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{each['epoch']:g}: {each['loss']:.4f}" for each in losses)
 
 
 def _lost_rows(split: dict[str, Any]) -> str:

@@ -147,9 +147,13 @@ def _continue(
     # Padding is known by its place: GPT-2's padding token is its EOS.
     mask_BS = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
     greedy = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=pad,
+        eos_token_id=tokenizer.eos_token_id,
+        use_cache=True,
     )
-    all_BS: torch.Tensor = model.generate(ids_BS, attention_mask=mask_BS, generation_config=greedy, use_cache=True)
+    all_BS: torch.Tensor = model.generate(ids_BS, attention_mask=mask_BS, generation_config=greedy)
     return all_BS[:, width:]
 
 
