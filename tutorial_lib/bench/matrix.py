@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from tutorial_lib import launch
-from tutorial_lib.bench import table
+from tutorial_lib.bench import figures, table
 from tutorial_lib.bench.experiments import rows_of
 from tutorial_lib.bench.failures import OomKills, explain
 from tutorial_lib.bench.record import REFUSED, STOPPED, RowRecord, measure_row
@@ -80,12 +80,15 @@ class Matrix:
             ConfigError: there is none.
         """
         path = Path(path)
+        file = path / MATRIX_FILE
         try:
-            given = json.loads((path / MATRIX_FILE).read_text(encoding="utf-8"))
+            given = json.loads(file.read_text(encoding="utf-8"))
+            rows = tuple(RowRecord.from_dict(row) for row in given["rows"])
+            return cls(given["experiment"], path, given["settings"], rows)
         except FileNotFoundError:
             raise ConfigError(f"{path} holds no {MATRIX_FILE}. Write a matrix that bench has made.") from None
-        rows = tuple(RowRecord.from_dict(row) for row in given["rows"])
-        return cls(given["experiment"], path, given["settings"], rows)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{file} cannot be read ({error}). Remove {path}, or write another name.") from error
 
     def __getitem__(self, name: str) -> RowRecord:
         """Return the row of this name."""
@@ -108,6 +111,12 @@ class Matrix:
         }
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path / MATRIX_FILE, json.dumps(content, indent=2) + "\n")
+
+    def write_report(self) -> None:
+        """Write ``table.csv``, ``table.md`` and the figures."""
+        table.write(self.experiment, self.rows, self.path)
+        logs = {row.name: self.memory_log(row.name) for row in self.rows}
+        figures.write(self.experiment, self.rows, logs, self.path)
 
     def table(self, about: Literal["all", "speed", "memory"] = "all") -> Table:
         """Return a table of the rows, which a notebook displays as HTML.
@@ -175,21 +184,25 @@ def run_matrix(
             directory = matrix.path / "rows" / name
             shutil.rmtree(directory, ignore_errors=True)
             row_config = configs[name].replaced(name=name, storage=str(directory.parent))
-            shown.begin(name, row_config)
+            running = True
             try:
+                shown.begin(name, row_config)
                 record = _run_row(matrix[name], row_config, run, shown.on_rows, sample_interval)
+                matrix = matrix.with_row(record)
+                matrix.write()
+                running = False
+                if record.is_done and not keep_checkpoints:
+                    shutil.rmtree(RunDirectory(directory).checkpoints, ignore_errors=True)
+                shown.end(record)
             except KeyboardInterrupt:
-                why = "interrupted: the same command runs it"
-                matrix.with_row(RowRecord(name, STOPPED, why, settings=matrix[name].settings)).write()
+                if running:
+                    why = "interrupted: the same command runs it"
+                    matrix = matrix.with_row(RowRecord(name, STOPPED, why, settings=matrix[name].settings))
+                    matrix.write()
                 raise Interrupted(_where_stopped(matrix, name), []) from None
-            matrix = matrix.with_row(record)
-            matrix.write()
-            if record.is_done and not keep_checkpoints:
-                shutil.rmtree(RunDirectory(directory).checkpoints, ignore_errors=True)
-            shown.end(record)
         if all(row.status == REFUSED for row in matrix.rows):
             raise ConfigError(f"No row can run here. {matrix.rows[0].name}: {matrix.rows[0].error}")
-        table.write(matrix.experiment, matrix.rows, matrix.path)
+        matrix.write_report()
     return matrix
 
 
@@ -277,10 +290,11 @@ def _differing(configs: Mapping[str, Config]) -> dict[str, dict[str, Any]]:
 
 
 def _where_stopped(matrix: Matrix, row: str) -> str:
-    done = sum(each.is_done for each in matrix.rows)
+    done, status = sum(each.is_done for each in matrix.rows), matrix[row].status
+    where = f"in row {row!r}, which will start anew" if status == STOPPED else f"after row {row!r} ({status})"
     return (
-        f"matrix {matrix.path.name!r} stopped in row {row!r}; {done} of {len(matrix.rows)} rows are done and kept. "
-        "Give the same command again to go on: that row starts anew."
+        f"matrix {matrix.path.name!r} stopped {where}; {done} of {len(matrix.rows)} rows are done and kept. "
+        "Give the same command again to go on."
     )
 
 
