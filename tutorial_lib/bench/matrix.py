@@ -17,7 +17,7 @@ from tutorial_lib import launch
 from tutorial_lib.bench import figures, table
 from tutorial_lib.bench.experiments import rows_of
 from tutorial_lib.bench.failures import OomKills, explain
-from tutorial_lib.bench.record import REFUSED, STOPPED, RowRecord, measure_row
+from tutorial_lib.bench.record import REFUSED, STOPPED, RowRecord, measure_row, variant_of
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.lab.display import Table
 from tutorial_lib.launch import Interrupted, OnRows, Run
@@ -169,7 +169,7 @@ def run_matrix(
             run here.
         Interrupted: Ctrl-C or a signal. All rows before are kept; the same call goes on.
     """
-    _check(config)
+    _check(config, sample_interval)
     config = config.with_absolute_paths()
     if "measure" not in config.given:
         config = config.replaced(measure=True)
@@ -230,14 +230,16 @@ def _run_row(row: RowRecord, config: Config, run: Runner, on_rows: OnRows | None
         seconds = time.monotonic() - began
         if done.result["status"] == "stopped":  # SIGTERM: the run has saved and ended as if nothing were wrong
             raise KeyboardInterrupt
-        return measure_row(row.name, done, log, settings=row.settings, wall_seconds=seconds)
+        return measure_row(row.name, done, log, wall_seconds=seconds)
     except Exception as error:
         status, cause = explain(error, kills.since())
         seconds = time.monotonic() - began
         return RowRecord(row.name, status, cause, str(error), settings=row.settings, wall_seconds=seconds)
 
 
-def _check(config: Config) -> None:
+def _check(config: Config, sample_interval: float) -> None:
+    if not sample_interval > 0:
+        raise ConfigError(f"sample_interval is {sample_interval}. Write seconds above 0, such as 0.5.")
     if config.run.launcher == "none":
         raise ConfigError(
             "bench starts the processes of each row itself, and launcher='none' expects somebody else to have started "
@@ -255,8 +257,7 @@ def _open(experiment: str, config: Config, configs: Mapping[str, Config]) -> Mat
     """
     path = config.directory
     common = {flag: value for flag, value in _as_json(config).items() if flag not in _NOT_COMPARED}
-    differing = _differing(configs)
-    new = tuple(RowRecord(name, settings=differing[name]) for name in configs)
+    new = tuple(RowRecord(name, settings=variant_of(row)) for name, row in configs.items())
     if not (path / MATRIX_FILE).exists():
         if RunDirectory(path).config_file.exists():
             raise ConfigError(f"{path} is a run. Write another name for the matrix.")
@@ -280,13 +281,6 @@ def _open(experiment: str, config: Config, configs: Mapping[str, Config]) -> Mat
 
 def _as_json(config: Config) -> dict[str, Any]:
     return dict(json.loads(config.to_json()))
-
-
-def _differing(configs: Mapping[str, Config]) -> dict[str, dict[str, Any]]:
-    """Return, for each row, the settings that are not the same in all rows."""
-    flats = {name: _as_json(config) for name, config in configs.items()}
-    shown = ("engine", "dp", "zero_stage", "offload", "pin_memory", "deepspeed", "global_batch")
-    return {name: {flag: flat[flag] for flag in shown} for name, flat in flats.items()}
 
 
 def _where_stopped(matrix: Matrix, row: str) -> str:

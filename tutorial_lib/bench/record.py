@@ -51,7 +51,7 @@ class RowRecord:
         status: :data:`NOT_RUN`, :data:`DONE`, :data:`STOPPED`, or how it failed.
         cause: why it is not done, in one line.
         error: the whole error.
-        settings: those in which the rows of this matrix differ.
+        settings: those in which rows of a matrix may differ, with what a DeepSpeed file decided once it is done.
         wall_seconds: from before its processes started until they had ended.
         train_seconds: of all optimizer steps together.
         step_seconds: median of the steps that are like all others: not the first, nor the one that was measured.
@@ -146,14 +146,20 @@ def _memory(given: dict[str, Any] | None) -> Any:
     return given and Memory(**{**given, "modes": tuple(given["modes"])})
 
 
-def measure_row(name: str, run: Run, log: Path, *, settings: dict[str, Any], wall_seconds: float) -> RowRecord:
+def variant_of(config: Config) -> dict[str, Any]:
+    """Return the settings that rows of a matrix may differ in, by flat name."""
+    flat = config.flat()
+    names = ("engine", "dp", "tp", "zero_stage", "sharding", "offload", "pin_memory", "deepspeed", "global_batch")
+    return {name: flat[name] for name in names}
+
+
+def measure_row(name: str, run: Run, log: Path, *, wall_seconds: float) -> RowRecord:
     """Return the record of a run that has completed.
 
     Args:
         name: of the row.
         run: the run.
         log: the sampler's log of it.
-        settings: those in which the rows of this matrix differ.
         wall_seconds: how long it took, start of its processes included.
     """
     from tutorial_lib.engine.expected import expected_states, on_device, parameter_sizes
@@ -168,7 +174,7 @@ def measure_row(name: str, run: Run, log: Path, *, settings: dict[str, Any], wal
     return RowRecord(
         name=name,
         status=DONE,
-        settings=settings,
+        settings=variant_of(config),
         wall_seconds=wall_seconds,
         train_seconds=sum(row["seconds"] for row in run.rows),
         step_seconds=statistics.median(row["seconds"] for row in steady) if steady else None,

@@ -173,6 +173,11 @@ def test_what_no_row_could_do_is_refused_at_once(config, flat, message):
     assert not config.directory.exists()
 
 
+def test_an_interval_that_is_none_is_refused(config):
+    with pytest.raises(ConfigError, match="sample_interval is 0"):
+        run_matrix("zero-stages", config, run=Runs(), sample_interval=0)
+
+
 def test_if_no_row_can_run_here_the_first_reason_is_the_error(config):
     refused = {name.replace("-", "_"): ConfigError("This run needs 90.0 GB of memory.") for name in ROWS}
     with pytest.raises(ConfigError, match=r"No row can run here. stage-1: This run needs 90.0 GB"):

@@ -47,9 +47,7 @@ def test_an_unknown_name_is_refused_with_a_near_one():
 
 
 def test_without_random_weights_it_is_refused_before_a_process_starts(tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"published/gpt2 is a configuration without weights\. Write random_init=True"
-    ):
+    with pytest.raises(ConfigError, match=r"published/gpt2 is a configuration without weights\. Write random"):
         preflight(Config.create("cpu", model="published/gpt2", storage=str(tmp_path)))
     with pytest.raises(ConfigError, match="without weights"):
         load_model("published/gpt2")
