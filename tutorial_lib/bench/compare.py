@@ -62,21 +62,18 @@ class Comparison:
 
     def table(self) -> display.Table:
         """Return the table, which a notebook displays as HTML."""
-        rows = [
-            {
-                "rows": each.rows,
-                "memory of": each.memory,
-                "memory without (MiB)": f"{each.memory_without / MIB:,.2f}",
-                "with (MiB)": f"{each.memory_with / MIB:,.2f}",
-                "saving (%)": f"{each.saving_percent:.1f}",
-                "runtime without (s)": f"{each.runtime_without:.3g}",
-                "with (s)": f"{each.runtime_with:.3g}",
-                "change (%)": f"{each.change_percent:+.1f}",
-            }
+        columns = (
+            "rows", "memory of", "memory without (MiB)", "memory with (MiB)", "saving (%)",
+            "runtime without (s)", "runtime with (s)", "change (%)",
+        )  # fmt: skip
+        cells = tuple(
+            (
+                each.rows, each.memory, f"{each.memory_without / MIB:,.2f}", f"{each.memory_with / MIB:,.2f}",
+                f"{each.saving_percent:.1f}", f"{each.runtime_without:.3g}", f"{each.runtime_with:.3g}",
+                f"{each.change_percent:+.1f}",
+            )
             for each in self.differences
-        ]
-        columns = tuple(rows[0])
-        cells = tuple(tuple(row.values()) for row in rows)
+        )  # fmt: skip
         return display.Table(columns, cells, tuple(index > 1 for index in range(len(columns))), caption=self.title)
 
     def to_dict(self) -> dict[str, Any]:

@@ -60,7 +60,9 @@ FILES: dict[tuple[int, str, bool], str] = {
 }
 """Files of ``ds_configs`` by stage, offload and pinned memory, for engines that take ZeRO from a file."""
 
-_FILE_ENGINES = frozenset({"trainer"})
+FILE_ENGINES = frozenset({"trainer"})
+"""Engines that take ZeRO from a DeepSpeed file, and train without it where there is none."""
+
 _WORKSHOP_NAME = re.compile(r"([0-3])Z(OP|O)?-([1-9]\d*)G([1-9]\d*)N")
 _RANKS_NAME = re.compile(r"dp-([1-9]\d*)")
 
@@ -119,7 +121,7 @@ def _means_something(overrides: Overrides, config: Config) -> bool:
     """Return False for pinned memory without a GPU, and for a row whose DeepSpeed file does not exist."""
     if overrides.get("pin_memory") and config.run.device == "cpu":
         return False
-    takes_file = config.engine.name in _FILE_ENGINES and "zero_stage" in overrides
+    takes_file = config.engine.name in FILE_ENGINES and "zero_stage" in overrides
     return not takes_file or _file_key(overrides) in FILES
 
 
@@ -143,7 +145,7 @@ def _refuse_decided(experiment: str, config: Config, rows: Mapping[str, Override
     if "stop_after" in config.given:
         raise ConfigError("stop_after would leave every row unfinished: write steps instead.")
     varies_zero = any("zero_stage" in overrides for overrides in rows.values())
-    if varies_zero and config.engine.name not in {"deepspeed", *_FILE_ENGINES}:
+    if varies_zero and config.engine.name not in {"deepspeed", *FILE_ENGINES}:
         raise ConfigError(
             f"{experiment} compares ZeRO's stages, which engine={config.engine.name!r} does not have. Write "
             "engine='deepspeed', or another matrix, such as strong-scaling."
@@ -153,9 +155,9 @@ def _refuse_decided(experiment: str, config: Config, rows: Mapping[str, Override
 def _configure(experiment: str, name: str, overrides: Overrides, config: Config) -> Config:
     engine = config.engine.name
     if overrides.get("engine") == "torch":  # the baseline: one process, and nothing of ZeRO
-        own = engine if engine in _FILE_ENGINES else "torch"
+        own = engine if engine in FILE_ENGINES else "torch"
         overrides = {**_PLAIN, "deepspeed": None, **overrides, "engine": own}
-    elif "zero_stage" in overrides and engine in _FILE_ENGINES:
+    elif "zero_stage" in overrides and engine in FILE_ENGINES:
         if _file_key(overrides) not in FILES:
             raise ConfigError(f"Row {name}: there is no DeepSpeed file in ds_configs for it. Leave this row out.")
         rest = {flag: value for flag, value in overrides.items() if flag not in _PLAIN}

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from tutorial_lib import launch
-from tutorial_lib.bench import table
+from tutorial_lib.bench import figures, table
 from tutorial_lib.bench.experiments import rows_of
 from tutorial_lib.bench.failures import OomKills, explain
-from tutorial_lib.bench.record import REFUSED, STOPPED, RowRecord, measure_row
+from tutorial_lib.bench.record import REFUSED, STOPPED, RowRecord, measure_row, variant_of
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.lab.display import Table
 from tutorial_lib.launch import Interrupted, OnRows, Run
@@ -80,12 +80,15 @@ class Matrix:
             ConfigError: there is none.
         """
         path = Path(path)
+        file = path / MATRIX_FILE
         try:
-            given = json.loads((path / MATRIX_FILE).read_text(encoding="utf-8"))
+            given = json.loads(file.read_text(encoding="utf-8"))
+            rows = tuple(RowRecord.from_dict(row) for row in given["rows"])
+            return cls(given["experiment"], path, given["settings"], rows)
         except FileNotFoundError:
             raise ConfigError(f"{path} holds no {MATRIX_FILE}. Write a matrix that bench has made.") from None
-        rows = tuple(RowRecord.from_dict(row) for row in given["rows"])
-        return cls(given["experiment"], path, given["settings"], rows)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{file} cannot be read ({error}). Remove {path}, or write another name.") from error
 
     def __getitem__(self, name: str) -> RowRecord:
         """Return the row of this name."""
@@ -108,6 +111,12 @@ class Matrix:
         }
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path / MATRIX_FILE, json.dumps(content, indent=2) + "\n")
+
+    def write_report(self) -> None:
+        """Write ``table.csv``, ``table.md`` and the figures."""
+        table.write(self.experiment, self.rows, self.path)
+        logs = {row.name: self.memory_log(row.name) for row in self.rows}
+        figures.write(self.experiment, self.rows, logs, self.path)
 
     def table(self, about: Literal["all", "speed", "memory"] = "all", *, only: Sequence[str] = ()) -> Table:
         """Return a table of the rows, which a notebook displays as HTML.
@@ -168,7 +177,7 @@ def run_matrix(
             run here.
         Interrupted: Ctrl-C or a signal. All rows before are kept; the same call goes on.
     """
-    _check(config)
+    _check(config, sample_interval)
     config = config.with_absolute_paths()
     if "measure" not in config.given:
         config = config.replaced(measure=True)
@@ -183,21 +192,25 @@ def run_matrix(
             directory = matrix.path / "rows" / name
             shutil.rmtree(directory, ignore_errors=True)
             row_config = configs[name].replaced(name=name, storage=str(directory.parent))
-            shown.begin(name, row_config)
+            running = True
             try:
+                shown.begin(name, row_config)
                 record = _run_row(matrix[name], row_config, run, shown.on_rows, sample_interval)
+                matrix = matrix.with_row(record)
+                matrix.write()
+                running = False
+                if record.is_done and not keep_checkpoints:
+                    shutil.rmtree(RunDirectory(directory).checkpoints, ignore_errors=True)
+                shown.end(record)
             except KeyboardInterrupt:
-                why = "interrupted: the same command runs it"
-                matrix.with_row(RowRecord(name, STOPPED, why, settings=matrix[name].settings)).write()
+                if running:
+                    why = "interrupted: the same command runs it"
+                    matrix = matrix.with_row(RowRecord(name, STOPPED, why, settings=matrix[name].settings))
+                    matrix.write()
                 raise Interrupted(_where_stopped(matrix, name), []) from None
-            matrix = matrix.with_row(record)
-            matrix.write()
-            if record.is_done and not keep_checkpoints:
-                shutil.rmtree(RunDirectory(directory).checkpoints, ignore_errors=True)
-            shown.end(record)
         if all(row.status == REFUSED for row in matrix.rows):
             raise ConfigError(f"No row can run here. {matrix.rows[0].name}: {matrix.rows[0].error}")
-        table.write(matrix.experiment, matrix.rows, matrix.path)
+        matrix.write_report()
     return matrix
 
 
@@ -225,14 +238,16 @@ def _run_row(row: RowRecord, config: Config, run: Runner, on_rows: OnRows | None
         seconds = time.monotonic() - began
         if done.result["status"] == "stopped":  # SIGTERM: the run has saved and ended as if nothing were wrong
             raise KeyboardInterrupt
-        return measure_row(row.name, done, log, settings=row.settings, wall_seconds=seconds)
+        return measure_row(row.name, done, log, wall_seconds=seconds)
     except Exception as error:
         status, cause = explain(error, kills.since())
         seconds = time.monotonic() - began
         return RowRecord(row.name, status, cause, str(error), settings=row.settings, wall_seconds=seconds)
 
 
-def _check(config: Config) -> None:
+def _check(config: Config, sample_interval: float) -> None:
+    if not sample_interval > 0:
+        raise ConfigError(f"sample_interval is {sample_interval}. Write seconds above 0, such as 0.5.")
     if config.run.launcher == "none":
         raise ConfigError(
             "bench starts the processes of each row itself, and launcher='none' expects somebody else to have started "
@@ -250,8 +265,7 @@ def _open(experiment: str, config: Config, configs: Mapping[str, Config]) -> Mat
     """
     path = config.directory
     common = {flag: value for flag, value in _as_json(config).items() if flag not in _NOT_COMPARED}
-    differing = _differing(configs)
-    new = tuple(RowRecord(name, settings=differing[name]) for name in configs)
+    new = tuple(RowRecord(name, settings=variant_of(row)) for name, row in configs.items())
     if not (path / MATRIX_FILE).exists():
         if RunDirectory(path).config_file.exists():
             raise ConfigError(f"{path} is a run. Write another name for the matrix.")
@@ -277,18 +291,12 @@ def _as_json(config: Config) -> dict[str, Any]:
     return dict(json.loads(config.to_json()))
 
 
-def _differing(configs: Mapping[str, Config]) -> dict[str, dict[str, Any]]:
-    """Return, for each row, the settings that are not the same in all rows."""
-    flats = {name: _as_json(config) for name, config in configs.items()}
-    shown = ("engine", "dp", "zero_stage", "offload", "pin_memory", "deepspeed", "global_batch")
-    return {name: {flag: flat[flag] for flag in shown} for name, flat in flats.items()}
-
-
 def _where_stopped(matrix: Matrix, row: str) -> str:
-    done = sum(each.is_done for each in matrix.rows)
+    done, status = sum(each.is_done for each in matrix.rows), matrix[row].status
+    where = f"in row {row!r}, which will start anew" if status == STOPPED else f"after row {row!r} ({status})"
     return (
-        f"matrix {matrix.path.name!r} stopped in row {row!r}; {done} of {len(matrix.rows)} rows are done and kept. "
-        "Give the same command again to go on: that row starts anew."
+        f"matrix {matrix.path.name!r} stopped {where}; {done} of {len(matrix.rows)} rows are done and kept. "
+        "Give the same command again to go on."
     )
 
 

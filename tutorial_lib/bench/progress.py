@@ -83,7 +83,7 @@ class MatrixProgress:
         if not self._seconds:
             return None
         running = time.monotonic() - self._began if self._began else 0.0
-        per_row = statistics.fmean(self._seconds)
+        per_row = statistics.fmean(self._seconds[1:] or self._seconds)  # the first one waits for imports
         waiting = len(self._rows) - len(self._seconds) - bool(self._began)
         return waiting * per_row + (max(0.0, per_row - running) if self._began else 0.0)
 

@@ -51,7 +51,7 @@ class RowRecord:
         status: :data:`NOT_RUN`, :data:`DONE`, :data:`STOPPED`, or how it failed.
         cause: why it is not done, in one line.
         error: the whole error.
-        settings: those in which the rows of this matrix differ.
+        settings: those in which rows of a matrix may differ, with what a DeepSpeed file decided once it is done.
         wall_seconds: from before its processes started until they had ended.
         train_seconds: of all optimizer steps together.
         step_seconds: median of the steps that are like all others: not the first, nor the one that was measured.
@@ -70,6 +70,7 @@ class RowRecord:
         states: bytes of each rank's model states, counted tensor by tensor in one step.
         device_states: the part of them that is on a GPU.
         predicted_states: the same by arithmetic, for each data-parallel rank.
+        predicted_device_states: the part of these that offload leaves on the device.
         note: what to know about these numbers.
     """
 
@@ -96,6 +97,7 @@ class RowRecord:
     states: tuple[ModelStates, ...] = ()
     device_states: tuple[int, ...] = ()
     predicted_states: tuple[ModelStates, ...] = ()
+    predicted_device_states: tuple[ModelStates, ...] = ()
     note: str | None = None
 
     @property
@@ -133,7 +135,7 @@ class RowRecord:
         for name in ("process_tree", "gpu"):
             values[name] = _memory(values[name])
         values["gpus"] = tuple(_memory(each) for each in values["gpus"])
-        for name in ("states", "predicted_states"):
+        for name in ("states", "predicted_states", "predicted_device_states"):
             values[name] = tuple(ModelStates(**each) for each in values[name])
         for name in ("eval_losses", "device_states"):
             values[name] = tuple(values[name])
@@ -144,28 +146,35 @@ def _memory(given: dict[str, Any] | None) -> Any:
     return given and Memory(**{**given, "modes": tuple(given["modes"])})
 
 
-def measure_row(name: str, run: Run, log: Path, *, settings: dict[str, Any], wall_seconds: float) -> RowRecord:
+def variant_of(config: Config) -> dict[str, Any]:
+    """Return the settings that rows of a matrix may differ in, by flat name."""
+    flat = config.flat()
+    names = ("engine", "dp", "tp", "zero_stage", "sharding", "offload", "pin_memory", "deepspeed", "global_batch")
+    return {name: flat[name] for name in names}
+
+
+def measure_row(name: str, run: Run, log: Path, *, wall_seconds: float) -> RowRecord:
     """Return the record of a run that has completed.
 
     Args:
         name: of the row.
         run: the run.
         log: the sampler's log of it.
-        settings: those in which the rows of this matrix differ.
         wall_seconds: how long it took, start of its processes included.
     """
-    from tutorial_lib.engine.expected import expected_states, parameter_sizes
+    from tutorial_lib.engine.expected import expected_states, on_device, parameter_sizes
 
     config, result = run.config, run.result
     steady, note = _steady_steps(run)
     seconds = sum(row["seconds"] for row in steady)
     tree, gpus = _sampled(log, config)
     measured = [rank["measured"] for rank in result["ranks"]]
+    predicted = tuple(expected_states(config, parameter_sizes(config)) or ())
     accounts = [each["state_bytes"] for each in measured if each]
     return RowRecord(
         name=name,
         status=DONE,
-        settings=settings,
+        settings=variant_of(config),
         wall_seconds=wall_seconds,
         train_seconds=sum(row["seconds"] for row in run.rows),
         step_seconds=statistics.median(row["seconds"] for row in steady) if steady else None,
@@ -183,7 +192,8 @@ def measure_row(name: str, run: Run, log: Path, *, settings: dict[str, Any], wal
         gpus=gpus,
         states=tuple(ModelStates(each["parameters"], each["gradients"], each["optimizer"]) for each in accounts),
         device_states=tuple(each["by_device"].get("cuda", 0) for each in accounts),
-        predicted_states=tuple(expected_states(config, parameter_sizes(config)) or ()),
+        predicted_states=predicted,
+        predicted_device_states=tuple(on_device(config, each) for each in predicted),
         note=note,
     )
 

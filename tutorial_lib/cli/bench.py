@@ -13,7 +13,7 @@ from tutorial_lib.config import Config
 
 DEFAULT_STEPS = 20
 
-_MATRICES = {
+MATRICES = {
     "zero-stages": "one plain process, then ZeRO's stages 0 to 3",
     "offload": "stages 1 to 3, each without and with offload (and pinned memory on a GPU)",
     "weak-scaling": "1, 2 and 4 data-parallel ranks with the same work per rank (--global-batch is that of one rank)",
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "command again goes on where it stopped: rows that are done are kept, one that was interrupted starts anew."
     )
     commands = parser.add_subparsers(required=True, metavar="MATRIX")
-    for name, help in _MATRICES.items():
+    for name, help in MATRICES.items():
         page = commands.add_parser(name, help=help, description=help)
         page.add_argument("--rows", nargs="+", default=(), metavar="ROW", help=_ROWS_HELP)
         page.add_argument("--retry", action="store_true", help="run rows again that have failed")

@@ -13,6 +13,7 @@ import math
 import textwrap
 from typing import Any
 
+from tutorial_lib.cli.options import add_model_config, model_of
 from tutorial_lib.config import ConfigError
 from tutorial_lib.theory.dimensions import Dimensions, derive
 from tutorial_lib.theory.layouts import ENGINES, PRECISIONS, Cluster, Workload
@@ -42,6 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.description = "Every dp x tp x ZeRO stage x offload on given GPUs: memory, traffic, step time. " + _LEFT_OUT
     parser.add_argument("--model", help="hub name, directory or embedded/...: its configuration gives the dimensions")
+    add_model_config(parser)
+    parser.add_argument(
+        "--random-init", action="store_true", help="with --model-config, as for train; plan reads no weights anyway"
+    )
     number(
         "--model-size", float, "parameters, such as 7e9; dimensions not given follow published models (GPT-3, LLaMA)"
     )
@@ -150,15 +155,16 @@ def _check_numbers(options: argparse.Namespace) -> None:
 
 def _model(options: argparse.Namespace) -> tuple[Dimensions, int, str]:
     given = {name: getattr(options, name) for name in ("layers", "hidden", "heads", "vocabulary")}
-    if (options.model is None) == (options.model_size is None):
+    model = model_of(options)
+    if (model is None) == (options.model_size is None):
         raise ConfigError("Write either --model NAME or --model-size PARAMETERS, such as --model-size 7e9.")
-    if options.model is not None:
+    if model is not None:
         if named := [name for name, value in given.items() if value is not None]:
-            raise ConfigError(f"--{named[0]} goes with --model-size; the dimensions of {options.model} are its own.")
+            raise ConfigError(f"--{named[0]} goes with --model-size; the dimensions of {model} are its own.")
         from tutorial_lib.models import load_config
 
-        dimensions = from_config(load_config(options.model))
-        return dimensions, dimensions.num_params, options.model
+        dimensions = from_config(load_config(model))
+        return dimensions, dimensions.num_params, model
     try:
         dimensions = derive(options.model_size, **given)
     except ValueError as error:

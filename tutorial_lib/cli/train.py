@@ -9,7 +9,15 @@ from contextlib import nullcontext
 from datetime import UTC, datetime
 from typing import Any
 
-from tutorial_lib.cli.options import DONE, STOPPED, add_setting, given, shape_in_words, stdout_for_json_alone
+from tutorial_lib.cli.options import (
+    DONE,
+    STOPPED,
+    add_model_config,
+    add_setting,
+    given,
+    shape_in_words,
+    stdout_for_json_alone,
+)
 from tutorial_lib.config import PROFILES, Config, settings
 
 
@@ -22,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for setting in settings().values():
         add_setting(parser, setting)
+    add_model_config(parser)
 
 
 def main(options: argparse.Namespace) -> int:

@@ -58,7 +58,9 @@ class ModelConfig:
     """Which causal language model is trained."""
 
     name: str = _setting(
-        "embedded/gpt2", "hub name, a directory, or embedded/gpt2, embedded/qwen2, embedded/bloom", flag="model"
+        "embedded/gpt2",
+        "hub name, a directory, embedded/gpt2, embedded/qwen2, embedded/bloom, or published/NAME (see --model-config)",
+        flag="model",
     )
     random_init: bool = _setting(False, "build the model from its configuration with seeded random weights")
     freeze: tuple[str, ...] = _setting((), "parameters not to train, as name patterns (* and ? match)")

@@ -6,7 +6,6 @@ weights, reduces a gradient whole on both ranks that share it, and waits with fp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tutorial_lib.config import Config
@@ -110,6 +109,12 @@ def _zero(config: Config, sizes: ParameterSizes, rank: int) -> ModelStates:
     return ModelStates(parameters, gradients, optimizer)
 
 
-def largest_total(states: Sequence[ModelStates]) -> int:
-    """Return the bytes of the rank that holds most."""
-    return max(each.total for each in states)
+def on_device(config: Config, states: ModelStates) -> ModelStates:
+    """Return the part of a rank's model states that offload leaves on its device."""
+    offload, stage = config.engine.offload, config.engine.zero_stage
+    if offload == "none":
+        return states
+    if offload == "all":  # what remains is the working set of the layers that are gathered at the moment
+        return ModelStates(0, 0, 0)
+    # The share that waits beside the master copy, 4 of the optimizer's 12 bytes per parameter, is on the host.
+    return ModelStates(states.parameters, states.gradients - states.optimizer // 3 if stage == 1 else 0, 0)

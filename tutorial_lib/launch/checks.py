@@ -9,6 +9,10 @@ from tutorial_lib.doctor.machine import MEMORY_TO_START_GB, available_memory_gb
 from tutorial_lib.launch.environment import check_environment, joined_rank, ray_address
 from tutorial_lib.records import RunDirectory
 
+HEADROOM = 1 / 3
+"""Share of the free memory that model states must leave: BLOOM of 560 million parameters, with its optimizer offloaded
+on a CPU, peaked at 1.5 times its states, in moments when DeepSpeed copies them."""
+
 
 def preflight(config: Config) -> Config:
     """Refuse what cannot run here, before a process starts.
@@ -48,6 +52,7 @@ def preflight(config: Config) -> Config:
     tokenizer = load_tokenizer(m.name, trust_remote_code=m.trust_remote_code)
     check_vocabulary(tokenizer, model)
     check_stored_weights(config)
+    _check_states(config)
     if config.parallel.tp > 1:  # an output layer with a weight of its own is split as well
         model = load_trained_config(m.name, random_init=m.random_init, trust_remote_code=m.trust_remote_code)
     check_tensor_parallel(config.parallel.tp, model)
@@ -103,6 +108,37 @@ def _check_gpus(config: Config) -> None:
             f"device='cuda' and {config.parallel.world_size} processes need {needed} GPUs here, and this machine has "
             f"{found}. Write profile='cpu', or a smaller dp. `python -m tutorial_lib doctor` shows what would run."
         )
+
+
+def _check_states(config: Config) -> None:
+    """Refuse model states that this machine has no memory for, if its processes are to hold them.
+
+    What comes on top depends on the batch and the moment: activations, buffers, gradients that are not reduced yet.
+    A third of the free memory is kept for them, so what passes may still be too large.
+    """
+    from tutorial_lib.engine.expected import expected_states, parameter_sizes
+
+    is_here = config.run.launcher == "local" or (config.run.launcher == "ray" and not ray_address())
+    if not is_here or config.run.device != "cpu":
+        return
+    states = expected_states(config, parameter_sizes(config))
+    if states is None:
+        return
+    ranks, held = config.parallel.world_size, sum(each.total for each in states) / 1e9
+    needed, available = held + ranks * MEMORY_TO_START_GB, available_memory_gb()
+    if needed > (1 - HEADROOM) * available:
+        where = "offload moves nothing on a CPU; " if config.engine.offload != "none" else ""
+        raise ConfigError(
+            f"This run needs {needed:.1f} GB of memory, and {available:.1f} GB are free here: {held:.1f} GB for model "
+            f"states on {_ranks(ranks)}, and {ranks * MEMORY_TO_START_GB:.1f} GB to start; activations and "
+            f"buffers come on top, for which a third is kept. Write a smaller model, precision='bf16', or more "
+            f"ZeRO; {where}or close other programs. "
+            "`python -m tutorial_lib plan` shows what would fit elsewhere."
+        )
+
+
+def _ranks(number: int) -> str:
+    return "1 rank" if number == 1 else f"{number} ranks"
 
 
 def _check_memory(config: Config) -> None:

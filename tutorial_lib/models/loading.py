@@ -33,6 +33,7 @@ from transformers.utils import logging
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.embedded import CONFIG_ONLY_NAMES, MODEL_NAMES, model_directory
 from tutorial_lib.models.masks import accept_document_masks
+from tutorial_lib.models.published import PREFIX, published_directory
 from tutorial_lib.models.stored import check_all_used, check_complete, check_files
 from tutorial_lib.models.tying import record_tying, resolve_tying
 
@@ -52,7 +53,7 @@ def load_model(
     transformers. Of pretrained weights, rank 0 reads the files and hands out each tensor.
 
     Args:
-        name: hub name, directory, or a name of :data:`tutorial_lib.embedded.MODEL_NAMES`.
+        name: hub name, directory, a name of :data:`tutorial_lib.embedded.MODEL_NAMES`, or ``published/NAME``.
         dtype: type of the parameters.
         random_init: weights drawn from the configuration's distribution instead of pretrained ones. One seed gives
             the same weights on every device, with and without partitioning.
@@ -63,7 +64,7 @@ def load_model(
     Raises:
         ConfigError: there is no such model, it has no weights, or a pattern matches nothing.
     """
-    if name in CONFIG_ONLY_NAMES and not random_init:
+    if is_config_only(name) and not random_init:
         raise ConfigError(no_weights(name))
     config = load_trained_config(name, random_init=random_init, trust_remote_code=trust_remote_code)
     if random_init:
@@ -176,15 +177,22 @@ def load_trained_config(name: str, *, random_init: bool = False, trust_remote_co
 
 def is_local(name: str) -> bool:
     """Return whether a model's name stands for a directory here, not for a model of the hub."""
-    return name.startswith("embedded/") or Path(name).is_dir()
+    return name.startswith(("embedded/", PREFIX)) or Path(name).is_dir()
+
+
+def is_config_only(name: str) -> bool:
+    """Return whether a model's name stands for dimensions and a tokenizer without weights."""
+    return name in CONFIG_ONLY_NAMES or name.startswith(PREFIX)
 
 
 def resolve_model(name: str) -> str:
-    """Return what ``from_pretrained`` takes: the directory of an embedded model, any other name as it is.
+    """Return what ``from_pretrained`` takes: the directory of an embedded or published model, any other name as it is.
 
     Raises:
-        ConfigError: ``name`` starts with ``embedded/`` but there is no such model.
+        ConfigError: ``name`` starts with ``embedded/`` or ``published/`` but there is no such model.
     """
+    if name.startswith(PREFIX):
+        return str(published_directory(name))
     return str(model_directory(name)) if name.startswith("embedded/") else name
 
 

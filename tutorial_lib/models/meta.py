@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from tutorial_lib.config import Config, ConfigError, ModelConfig
-from tutorial_lib.embedded import CONFIG_ONLY_NAMES
 from tutorial_lib.models.loading import (
     fetch,
+    is_config_only,
     is_local,
     load_trained_config,
     no_weights,
@@ -110,7 +110,7 @@ def locate_parameters(m: ModelConfig) -> dict[str, StoredTensor]:
 
 
 def _match_stored(m: ModelConfig, *, must_be_read_as_stored: bool) -> dict[str, StoredTensor]:
-    if m.name in CONFIG_ONLY_NAMES:
+    if is_config_only(m.name):
         raise ConfigError(no_weights(m.name))
     stored = fetch(_stored, "model", m.name)
     model = _outline(_trained_config(m), m.trust_remote_code)

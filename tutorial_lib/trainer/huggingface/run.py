@@ -167,7 +167,7 @@ class _TrainedModel:
 
             return held_tensors(engine, engine.basic_optimizer)
         parameters = list(self.module.parameters())
-        states = [t for state in self.trainer.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+        states = [t for state in self.trainer.optimizer_states() for t in state.values() if torch.is_tensor(t)]
         return {
             "parameters": [*parameters],
             "gradients": [p.grad for p in parameters if p.grad is not None],

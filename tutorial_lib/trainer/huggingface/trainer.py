@@ -57,6 +57,10 @@ class HuggingFaceTrainer(Trainer):
             )
         return self.optimizer
 
+    def optimizer_states(self) -> list[dict[str, Any]]:
+        """Return what the optimizer keeps for each parameter; nothing before the first step."""
+        return list(self.optimizer.state.values()) if self.optimizer else []
+
     def training_step(self, *args: Any, **given: Any) -> Tensor:
         loss: Tensor = super().training_step(*args, **given)
         if self.after_backward:
