@@ -33,7 +33,7 @@ from transformers.utils import logging
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.embedded import CONFIG_ONLY_NAMES, MODEL_NAMES, model_directory
 from tutorial_lib.models.masks import accept_document_masks
-from tutorial_lib.models.stored import check_all_used, check_complete, check_files
+from tutorial_lib.models.stored import check_all_used, check_complete, check_files, check_pickles
 from tutorial_lib.models.tying import record_tying, resolve_tying
 
 
@@ -80,6 +80,7 @@ def load_model(
 
 def _load_pretrained(target: str, *, called: str, **options: Any) -> PreTrainedModel:
     """Load a model, and refuse files that lack some of its parameters: transformers draws those, and only logs it."""
+    check_pickles(target, options["local_files_only"])
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         target, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
