@@ -34,6 +34,7 @@ def preflight(config: Config) -> Config:
         load_trained_config,
     )
     from tutorial_lib.models.meta import check_stored_weights
+    from tutorial_lib.models.side_files import check_side_files
 
     check_environment(config)
     config = apply_file(config.with_absolute_paths())
@@ -47,6 +48,7 @@ def preflight(config: Config) -> Config:
     trial_forward(config, model)  # first: what is no language model may have no tokenizer and no vocabulary
     tokenizer = load_tokenizer(m.name, trust_remote_code=m.trust_remote_code)
     check_vocabulary(tokenizer, model)
+    check_side_files(m.name)
     check_stored_weights(config)
     if config.parallel.tp > 1:  # an output layer with a weight of its own is split as well
         model = load_trained_config(m.name, random_init=m.random_init, trust_remote_code=m.trust_remote_code)

@@ -20,11 +20,11 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.utils import cached_file
 
 from tutorial_lib.config import ConfigError
+from tutorial_lib.models.directory import check_no_pointer
 
 _NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """Where a model's weights are looked for, in transformers' order."""
 
-_LFS_POINTER = b"version https://git-lfs"
 _FEW = 3  # names that a message shows
 
 
@@ -55,13 +55,7 @@ def check_files(directory: str) -> None:
         if absent := [shard for shard in _shards(index) if not (index.parent / shard).is_file()]:
             raise ConfigError(f"{index} names files that are not there: {_some(absent)}. Copy or download them again.")
     for path in locate_weights(directory, local_files_only=True):
-        with path.open("rb") as file:
-            start = file.read(len(_LFS_POINTER))
-        if start == _LFS_POINTER:
-            raise ConfigError(
-                f"{path} is a git-lfs pointer of {path.stat().st_size} bytes, not the weights themselves. "
-                f"Run `git lfs pull` in {path.parent}, or download the file."
-            )
+        check_no_pointer(path)
         if reason := _torn(path):
             raise ConfigError(f"{path} is damaged or cut short ({reason}). Copy or download it again.")
 
