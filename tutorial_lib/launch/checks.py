@@ -33,7 +33,7 @@ def preflight(config: Config) -> Config:
         load_tokenizer,
         load_trained_config,
     )
-    from tutorial_lib.models.meta import check_stored_weights
+    from tutorial_lib.models.meta import check_stored_weights, model_outline
     from tutorial_lib.models.side_files import check_side_files
 
     check_environment(config)
@@ -50,6 +50,8 @@ def preflight(config: Config) -> Config:
     check_vocabulary(tokenizer, model)
     check_side_files(m.name)
     check_stored_weights(config)
+    if m.freeze or config.engine.activation_checkpointing:
+        model_outline(config)  # refuses a pattern without a parameter, and a family that cannot recompute
     if config.parallel.tp > 1:  # an output layer with a weight of its own is split as well
         model = load_trained_config(m.name, random_init=m.random_init, trust_remote_code=m.trust_remote_code)
     check_tensor_parallel(config.parallel.tp, model)
