@@ -24,6 +24,7 @@ def preflight(config: Config) -> Config:
     from tutorial_lib.dataloader import check_data, data_identity
     from tutorial_lib.engine.deepspeed.config import apply_file
     from tutorial_lib.engine.deepspeed.config import check_tensor_parallel as check_autotp
+    from tutorial_lib.engine.deepspeed.for_run import check_leaf_modules, check_outputs
     from tutorial_lib.engine.trial import trial_forward
     from tutorial_lib.models import (
         check_sequence_length,
@@ -57,6 +58,9 @@ def preflight(config: Config) -> Config:
     check_tensor_parallel(config.parallel.tp, model)
     if config.engine.name == "deepspeed":
         check_autotp(config, model)
+        check_leaf_modules(config, lambda: model_outline(config))
+        if config.run.launcher != "ray":  # whose workers may be elsewhere
+            check_outputs(config)
     check_storage(config)
     check_free(RunDirectory(config.directory), joined_rank(config) or 0)
     found = latest(RunDirectory(config.directory))
