@@ -15,6 +15,7 @@ from typing import Any
 
 from tutorial_lib.cli.options import add_model_config, model_of
 from tutorial_lib.config import ConfigError
+from tutorial_lib.config.checks import check_path
 from tutorial_lib.theory.dimensions import Dimensions, derive
 from tutorial_lib.theory.layouts import ENGINES, PRECISIONS, Cluster, Workload
 from tutorial_lib.theory.plan import Candidate, backward_all_reduces, plan
@@ -163,6 +164,7 @@ def _model(options: argparse.Namespace) -> tuple[Dimensions, int, str]:
             raise ConfigError(f"--{named[0]} goes with --model-size; the dimensions of {model} are its own.")
         from tutorial_lib.models import load_config
 
+        check_path("model", model)
         dimensions = from_config(load_config(model))
         return dimensions, dimensions.num_params, model
     try:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 _LARGEST_SEED = 2**32 - 1  # what every generator of random numbers takes
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes, of Linux and its file systems
 
 
 def validate(config: Config, settings: Mapping[str, Setting]) -> None:
@@ -37,6 +38,9 @@ def validate(config: Config, settings: Mapping[str, Setting]) -> None:
             raise ConfigError(f"{flag} is {value}; write a finite number.")
         if isinstance(value, str) and not value.strip() and flag != "name":
             raise ConfigError(f"{flag} is empty; write a value, or leave the setting out.")
+    for flag in ("model", "dataset", "deepspeed", "storage"):
+        if flat[flag] is not None:
+            check_path(flag, flat[flag])
     for flag in ("beta1", "beta2"):
         if not 0 <= flat[flag] < 1:
             raise ConfigError(f"{flag} is {flat[flag]}; write a number from 0 up to, but not including, 1.")
@@ -99,6 +103,24 @@ def validate(config: Config, settings: Mapping[str, Setting]) -> None:
         )
 
 
+def check_path(flag: str, name: str) -> None:
+    """Refuse what no file or directory can be called, and no model or data set of a hub.
+
+    Raises:
+        ConfigError: says what is wrong with it.
+    """
+    encoded = name.encode(errors="surrogatepass")
+    longest = max(map(len, encoded.split(b"/")))
+    shown = name if len(name) <= 60 else f"{name[:40]} ..."
+    if "\0" in name:
+        raise ConfigError(f"{flag} is {shown!r}, which holds a zero byte. Write the name without it.")
+    if longest > _LONGEST_NAME or len(encoded) > _LONGEST_PATH:
+        raise ConfigError(
+            f"{flag} is {shown!r}, {len(encoded)} bytes long. A path has at most {_LONGEST_PATH}, and each name in it "
+            f"{_LONGEST_NAME}. Write a shorter one."
+        )
+
+
 def check_used(config: Config, stated: Mapping[str, Setting], *, is_resolved: bool = False) -> None:
     """Refuse settings that somebody states and this run would not read. A default is not worth an error.
 
@@ -131,6 +153,37 @@ def check_used(config: Config, stated: Mapping[str, Setting], *, is_resolved: bo
             raise ConfigError(
                 f"{flag}={flat[flag]!r} would have no effect: it needs {needed}. Leave it out, or write that."
             )
+
+
+def check_length(config: Config) -> None:
+    """Refuse two statements of how long a run is, and a warm-up that goes on after its end.
+
+    Raises:
+        ConfigError: says what to write instead.
+    """
+    run, warmup = config.run, config.optimizer.warmup_steps
+    if run.steps is None:
+        return
+    if {"steps", "epochs"} <= config.given:
+        raise ConfigError(
+            f"steps={run.steps} and epochs={run.epochs} both say how long the run is, and steps would decide alone. "
+            "Leave one of them out."
+        )
+    if config.given & {"steps", "warmup_steps"}:
+        check_warmup(warmup, run.steps)
+
+
+def check_warmup(warmup_steps: int, num_steps: int) -> None:
+    """Refuse a warm-up that is longer than the run: the learning rate would never reach its peak.
+
+    Raises:
+        ConfigError: says what to write instead.
+    """
+    if warmup_steps > num_steps:
+        raise ConfigError(
+            f"warmup_steps={warmup_steps} goes on after the last step of a run of {num_steps}: the learning rate would "
+            f"never reach its peak. Write warmup_steps={num_steps} or less, or train longer (steps, epochs)."
+        )
 
 
 SHARDINGS = ("full_shard", "shard_grad_op", "hybrid_shard", "no_shard")

@@ -14,7 +14,8 @@ columns                        document                                         
 Of a data set with columns of several kinds, the first kind of the table is read. An answer may be a text, a list of
 texts, or either of them with ``answer_start`` as in SQuAD; the first answer that is not blank counts.
 
-The first token is never counted, because nothing before it could predict it.
+The first token is never counted, because nothing before it could predict it. Of a conversation every turn counts, the
+user's as well as the assistant's: a model that is to learn the answers alone takes ``question, context, answers``.
 
 Rows that do not fit into ``seq_length`` are cut. A text loses its end, and with it the EOS: it goes on, and a model
 told otherwise would learn to stop in mid-sentence. A question keeps its answer and EOS, and loses context: from the

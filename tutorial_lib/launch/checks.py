@@ -28,6 +28,7 @@ def preflight(config: Config) -> Config:
     from tutorial_lib.dataloader import check_data, data_identity
     from tutorial_lib.engine.deepspeed.config import apply_file
     from tutorial_lib.engine.deepspeed.config import check_tensor_parallel as check_autotp
+    from tutorial_lib.engine.deepspeed.for_run import check_leaf_modules, check_outputs
     from tutorial_lib.engine.trial import trial_forward
     from tutorial_lib.models import (
         check_sequence_length,
@@ -37,7 +38,8 @@ def preflight(config: Config) -> Config:
         load_tokenizer,
         load_trained_config,
     )
-    from tutorial_lib.models.meta import check_stored_weights
+    from tutorial_lib.models.meta import check_stored_weights, model_outline
+    from tutorial_lib.models.side_files import check_side_files
 
     check_environment(config)
     config = apply_file(config.with_absolute_paths())
@@ -51,13 +53,19 @@ def preflight(config: Config) -> Config:
     trial_forward(config, model)  # first: what is no language model may have no tokenizer and no vocabulary
     tokenizer = load_tokenizer(m.name, trust_remote_code=m.trust_remote_code)
     check_vocabulary(tokenizer, model)
+    check_side_files(m.name)
     check_stored_weights(config)
+    if m.freeze or config.engine.activation_checkpointing:
+        model_outline(config)  # refuses a pattern without a parameter, and a family that cannot recompute
     _check_states(config)
     if config.parallel.tp > 1:  # an output layer with a weight of its own is split as well
         model = load_trained_config(m.name, random_init=m.random_init, trust_remote_code=m.trust_remote_code)
     check_tensor_parallel(config.parallel.tp, model)
     if config.engine.name == "deepspeed":
         check_autotp(config, model)
+        check_leaf_modules(config, lambda: model_outline(config))
+        if config.run.launcher != "ray":  # whose workers may be elsewhere
+            check_outputs(config)
     check_storage(config)
     check_free(RunDirectory(config.directory), joined_rank(config) or 0)
     found = latest(RunDirectory(config.directory))

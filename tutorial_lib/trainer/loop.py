@@ -35,6 +35,7 @@ from transformers import get_scheduler
 from tutorial_lib import checkpoint
 from tutorial_lib.checkpoint import CheckpointManager, OnCheckpoint, Progress
 from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.config.checks import check_warmup
 from tutorial_lib.dataloader import build_eval_loader, build_train_loader, data_identity
 from tutorial_lib.dataloader.collate import fingerprint
 from tutorial_lib.engine import build_engine
@@ -180,6 +181,8 @@ class Trainer:
         self.loader: Any = self._build_loader(**place) if self.checkpoints.reads_data else _NoData()
         self.eval_loader = build_eval_loader(config, self.tokenizer, **place) if config.run.evaluate else None
         self.num_steps = config.run.steps or self._count_steps()
+        if self.checkpoints.found is None:
+            check_warmup(config.optimizer.warmup_steps, self.num_steps)
         self.engine: Any
         self.scheduler: Any
         self._build_engine()
