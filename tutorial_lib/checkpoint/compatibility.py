@@ -132,8 +132,9 @@ def _check_shape(saved: dict[str, Any], config: Config) -> None:
         names = [name for name in before | now if before.get(name) != now.get(name)]
         changes = "; ".join(f"{name} was {before.get(name)!r}, now {now.get(name)!r}" for name in names)
         raise ConfigError(
-            f"Run {config.run.name!r} cannot go on in a different shape: {changes}. The Hugging Face Trainer reads its "
-            f"own checkpoints only, in the shape they were saved in. Write the old values. {_from_its_export(config)}"
+            f"Run {config.run.name!r} cannot go on in a different shape: {changes}. The Hugging Face Trainer reads "
+            "only its own checkpoints, in the shape they were saved in, and nobody else reads them. Write the old "
+            "values. " + _from_its_export(config)
         )
 
 

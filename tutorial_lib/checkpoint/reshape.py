@@ -14,10 +14,14 @@ from typing import Any
 from tutorial_lib.checkpoint.compatibility import check_same_run
 from tutorial_lib.checkpoint.directory import directory_of, newest_intact
 from tutorial_lib.checkpoint.manifest import MANIFEST, read_trainer_state
-from tutorial_lib.config import OF_ONE_START, Config, ConfigError, settings
+from tutorial_lib.config import ENGINES, OF_ONE_START, Config, ConfigError, settings
 from tutorial_lib.records import RunDirectory, write_atomically
 
 _LOG = logging.getLogger(__name__)
+
+_NOT_FOR_EVERY_ENGINE = tuple(
+    name for name, setting in settings().items() if {*ENGINES} - {"trainer"} - {*setting.engines}
+)
 
 
 def checkpoint_of(source: Path) -> Path:
@@ -74,7 +78,7 @@ def reshaped_config(source: Path, flat: dict[str, Any]) -> Config:
     defaults = {name: setting.default for name, setting in settings().items()}
     back: tuple[str, ...] = ()
     if len(engines) > 1:
-        back = tuple(name for name, setting in settings().items() if not engines <= set(setting.engines))
+        back = _NOT_FOR_EVERY_ENGINE
     elif given.keys() & {"zero_stage", "offload"}:
         back = ("deepspeed",)
     elif "sharding" in given:

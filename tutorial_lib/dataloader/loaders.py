@@ -111,11 +111,6 @@ class TrainLoader:
                 generator=torch.Generator(),
             )
 
-    @property
-    def epoch(self) -> int:
-        """The epoch, from 0, of the step that was yielded last (0 before the first)."""
-        return max(self._step - 1, 0) // self.steps_per_epoch
-
     def steps(self) -> Iterator[list[Batch]]:
         """Yield this rank's micro-batches, one optimizer step after another without end."""
         while True:

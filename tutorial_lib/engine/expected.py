@@ -116,5 +116,5 @@ def on_device(config: Config, states: ModelStates) -> ModelStates:
         return states
     if offload == "all":  # what remains is the working set of the layers that are gathered at the moment
         return ModelStates(0, 0, 0)
-    # The share that waits beside the master copy, 4 of the optimizer's 12 bytes per parameter, is on the host.
-    return ModelStates(states.parameters, states.gradients - states.optimizer // 3 if stage == 1 else 0, 0)
+    # Stage 1 keeps a whole gradient, as large as the weights, on the device until it is reduced.
+    return ModelStates(states.parameters, states.parameters if stage == 1 else 0, 0)

@@ -38,6 +38,7 @@ def leave_run(config: Config, **result: Any) -> Run:
     account = {"parameters": 400, "gradients": 400, "optimizer": 800, "by_device": {"cpu": 1600}}
     own = {
         "status": "completed", "num_steps": STEPS, "steps_per_epoch": 8, "train_loss": 3.5, "eval_loss": 3.0,
+        "eval_losses": [], "eval_samples_per_second": 20.0,
         "num_parameters": 100, "ranks": [{"measured": {"state_bytes": account}}] * config.parallel.world_size,
     }  # fmt: skip
     directory.result_file.write_text(json.dumps(own | result))

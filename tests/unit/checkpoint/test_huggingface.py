@@ -86,7 +86,7 @@ def test_an_export_loads_and_a_report_names_every_file(whole, tmp_path, capsys):
     ],
 )
 def test_a_different_shape_is_refused(whole, flat, message):
-    with pytest.raises(ConfigError, match=f"{message}.*The Hugging Face Trainer reads its own checkpoints only"):
+    with pytest.raises(ConfigError, match=f"{message}.*The Hugging Face Trainer reads only its own checkpoints"):
         launch.run(whole.config.override(**flat))
     with pytest.raises(ConfigError, match=r"cannot be reshaped\. Export the weights instead"):
         launch.reshape(checkpoint.latest(whole.directory), name="other", **flat)

@@ -64,7 +64,6 @@ from tutorial_lib.config import PROFILES, Config, ConfigError, settings
             {"engine": "trainer", "async_save": True},
             "async_save=True would have no effect: it needs engine='deepspeed'",
         ),
-        ({"engine": "trainer", "measure": True}, "measure=True would have no effect"),
         ({"engine": "trainer", "sharding": "no_shard"}, "a setting of engine='fsdp', not of engine='trainer'"),
         ({"evaluate_every": "never"}, "write 'epoch', or a number of optimizer steps"),
         ({"evaluate_every": "0"}, "write 'epoch', or a number of optimizer steps"),

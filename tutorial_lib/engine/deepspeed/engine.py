@@ -73,11 +73,13 @@ class DeepSpeedEngine:
     """
 
     def __init__(self, config: Config, topology: Topology, device: torch.device) -> None:
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        deepspeed.init_distributed(dist_init_required=False)
         self.config = config
         self.device = device
         self.averages_over = topology.dp
         self.unit = ModelParallelUnit(topology, device_mesh(topology, device.type)) if topology.tp > 1 else None
-        join_process_group(self.unit)
+        _share_groups(self.unit)
         settings = ds_config.build(config)
         with _partitioned_from_birth(settings):
             model = build_model(config)
@@ -329,14 +331,14 @@ def held_tensors(engine: Any, optimizer: torch.optim.Optimizer) -> dict[str, lis
     return {"parameters": parameters, "gradients": gradients, "optimizer": [t for t in states if t.dim() > 0]}
 
 
-def join_process_group(unit: ModelParallelUnit | None = None) -> None:
-    """Let DeepSpeed use the process group that exists, and the grid's groups, or none of its own.
+def join_process_group() -> None:
+    """Let DeepSpeed use the process group that exists, for an engine that somebody else builds.
 
     At stage 3 this comes before the model is built: without a group DeepSpeed would see one rank alone.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed.init_distributed(dist_init_required=False)
-    _share_groups(unit)
+    _share_groups(None)
 
 
 def _share_groups(unit: ModelParallelUnit | None) -> None:
