@@ -7,6 +7,7 @@ matrix can be interrupted and continued.
 from tutorial_lib.bench.compare import Comparison, compare
 from tutorial_lib.bench.experiments import EXPERIMENTS
 from tutorial_lib.bench.matrix import Matrix, run_matrix
+from tutorial_lib.bench.progress import MatrixProgress
 from tutorial_lib.bench.record import RowRecord
 
-__all__ = ["EXPERIMENTS", "Comparison", "Matrix", "RowRecord", "compare", "run_matrix"]
+__all__ = ["EXPERIMENTS", "Comparison", "Matrix", "MatrixProgress", "RowRecord", "compare", "run_matrix"]
