@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import threading
@@ -15,10 +16,11 @@ from typing import Any, Literal, Protocol
 
 from tutorial_lib import launch
 from tutorial_lib.bench import figures, table
-from tutorial_lib.bench.experiments import rows_of
+from tutorial_lib.bench.experiments import IS_SCALING, rows_of
 from tutorial_lib.bench.failures import OomKills, explain
 from tutorial_lib.bench.record import REFUSED, STOPPED, RowRecord, measure_row, variant_of
 from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.doctor.machine import usable_cores
 from tutorial_lib.lab.display import Table
 from tutorial_lib.launch import Interrupted, OnRows, Run
 from tutorial_lib.measure.sampler import sample_memory
@@ -185,7 +187,13 @@ def run_matrix(
     matrix = _open(experiment, config, configs)
     left = [name for name in configs if not (matrix[name].is_done or (matrix[name].has_failed and not retry))]
     launch.warm_up(config)
-    with _held(matrix.path), _raising_on_signals(), closing(progress or _Silent()) as shown:
+    threads = _threads_of_a_rank(experiment, configs)
+    with (
+        _held(matrix.path),
+        _raising_on_signals(),
+        _omp_threads(threads),
+        closing(progress or _Silent()) as shown,
+    ):
         matrix.write()
         shown.plan(left)
         for name in left:
@@ -298,6 +306,30 @@ def _where_stopped(matrix: Matrix, row: str) -> str:
         f"matrix {matrix.path.name!r} stopped {where}; {done} of {len(matrix.rows)} rows are done and kept. "
         "Give the same command again to go on."
     )
+
+
+def _threads_of_a_rank(experiment: str, configs: Mapping[str, Config]) -> int | None:
+    """Return how many threads each rank is to compute with; None to leave that to the launcher.
+
+    The launcher divides the cores among a run's ranks. In a scaling matrix a rank stands for a device, so it must not
+    become smaller as others join: each gets what the largest row leaves it.
+    """
+    if experiment not in IS_SCALING or any(config.run.device != "cpu" for config in configs.values()):
+        return None
+    return max(1, usable_cores() // max(config.parallel.world_size for config in configs.values()))
+
+
+@contextmanager
+def _omp_threads(threads: int | None) -> Iterator[None]:
+    """Set ``OMP_NUM_THREADS`` for the ranks, unless somebody has."""
+    if threads is None or "OMP_NUM_THREADS" in os.environ:
+        yield
+        return
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    try:
+        yield
+    finally:
+        del os.environ["OMP_NUM_THREADS"]
 
 
 @contextmanager

@@ -71,7 +71,7 @@ class MatrixProgress:
         if self._beats:
             self._beats.join()
             self._beats = None
-            self._rewrite("")
+            self._rewrite(f"{len(self._seconds)} of {len(self._rows)} rows run" if self._in_notebook else "")
 
     def line(self) -> str:
         """Return which row runs, how far it is, and about how long the rest will take."""

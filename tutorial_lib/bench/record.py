@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tutorial_lib.config import Config
+from tutorial_lib.doctor.machine import usable_cores
 from tutorial_lib.launch import Run
 from tutorial_lib.measure.sampler_log import MIB, MemoryLogError, MemorySeries, read_memory_log
 from tutorial_lib.theory.memory import ModelStates
@@ -194,7 +195,7 @@ def measure_row(name: str, run: Run, log: Path, *, wall_seconds: float) -> RowRe
         device_states=tuple(each["by_device"].get("cuda", 0) for each in accounts),
         predicted_states=predicted,
         predicted_device_states=tuple(on_device(config, each) for each in predicted),
-        note=note,
+        note="; ".join(filter(None, (note, _shared_cores(config)))) or None,
     )
 
 
@@ -208,6 +209,14 @@ def _steady_steps(run: Run) -> tuple[Sequence[dict[str, Any]], str | None]:
     if steady or not after_first:
         return steady, None if steady else "one step, which also allocates: no speed"
     return after_first, f"speed of step {measured}, which was slowed by counting memory and traffic: run more steps"
+
+
+def _shared_cores(config: Config) -> str | None:
+    """Say that ranks waited for each other's cores, where they did."""
+    cores, ranks = usable_cores(), config.parallel.world_size
+    if config.run.device != "cpu" or config.run.launcher != "local" or ranks <= cores:
+        return None
+    return f"{ranks} processes share {cores} cores"
 
 
 def _eval_losses(result: dict[str, Any]) -> tuple[float, ...]:

@@ -68,11 +68,10 @@ def _run(options: argparse.Namespace) -> int:
     config = Config.create(options.profile, **flat)
 
     from tutorial_lib import bench
-    from tutorial_lib.bench.progress import MatrixProgress
     from tutorial_lib.bench.table import remarks
     from tutorial_lib.launch import Interrupted
 
-    progress: Any = None if options.json else MatrixProgress()
+    progress: Any = None if options.json else bench.MatrixProgress()
     with stdout_for_json_alone(options.json):
         try:
             matrix = bench.run_matrix(

@@ -10,8 +10,8 @@ from tutorial_lib.launch.environment import check_environment, joined_rank, ray_
 from tutorial_lib.records import RunDirectory
 
 HEADROOM = 1 / 3
-"""Share of the free memory that model states must leave: BLOOM of 560 million parameters, with its optimizer offloaded
-on a CPU, peaked at 1.5 times its states, in moments when DeepSpeed copies them."""
+"""Share of the memory, besides what starting takes, that model states must leave: BLOOM of 560 million parameters, with
+its optimizer offloaded on a CPU, peaked at 1.5 times its states, in moments when DeepSpeed copies them."""
 
 
 def preflight(config: Config) -> Config:
@@ -122,7 +122,7 @@ def _check_states(config: Config) -> None:
     """Refuse model states that this machine has no memory for, if its processes are to hold them.
 
     What comes on top depends on the batch and the moment: activations, buffers, gradients that are not reduced yet.
-    A third of the free memory is kept for them, so what passes may still be too large.
+    A third of the memory is kept for them, so what passes may still be too large.
     """
     from tutorial_lib.engine.expected import expected_states, parameter_sizes
 
@@ -133,14 +133,14 @@ def _check_states(config: Config) -> None:
     if states is None:
         return
     ranks, held = config.parallel.world_size, sum(each.total for each in states) / 1e9
-    needed, available = held + ranks * MEMORY_TO_START_GB, available_memory_gb()
-    if needed > (1 - HEADROOM) * available:
+    to_start, available = ranks * MEMORY_TO_START_GB, available_memory_gb()
+    if held > (1 - HEADROOM) * (available - to_start):
         where = "offload moves nothing on a CPU; " if config.engine.offload != "none" else ""
         raise ConfigError(
-            f"This run needs {needed:.1f} GB of memory, and {available:.1f} GB are free here: {held:.1f} GB for model "
-            f"states on {_ranks(ranks)}, and {ranks * MEMORY_TO_START_GB:.1f} GB to start; activations and "
-            f"buffers come on top, for which a third is kept. Write a smaller model, precision='bf16', or more "
-            f"ZeRO; {where}or close other programs. "
+            f"This run needs {held + to_start:.1f} GB of memory, and {available:.1f} GB are free here: {held:.1f} GB "
+            f"for model states on {_ranks(ranks)}, and {to_start:.1f} GB to start; activations and buffers come on "
+            f"top, for which a third is kept. Write a smaller model, precision='bf16', or more ZeRO; {where}or close "
+            "other programs. "
             "`python -m tutorial_lib plan` shows what would fit elsewhere."
         )
 

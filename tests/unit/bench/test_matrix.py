@@ -67,7 +67,7 @@ def test_speed_is_that_of_steps_like_all_others(config):
     row = run(config, Runs()).rows[0]
     assert row.step_seconds == 0.4 and row.samples_per_second == pytest.approx(8 / 0.4)
     assert row.train_seconds == pytest.approx(3.0 + 0.8 + 3 * 0.4)
-    assert row.note is None and row.process_tree.peak > 0 and row.gpu is None
+    assert row.process_tree.peak > 0 and row.gpu is None
 
 
 def test_checkpoints_go_unless_they_are_wanted(config):
@@ -171,6 +171,26 @@ def test_what_no_row_could_do_is_refused_at_once(config, flat, message):
     with pytest.raises(ConfigError, match=message):
         run(config.override(**flat), Runs())
     assert not config.directory.exists()
+
+
+@pytest.mark.parametrize(("experiment", "threads"), [("weak-scaling", "2"), ("zero-stages", None)])
+def test_where_ranks_are_counted_each_has_as_many_threads(config, monkeypatch, experiment, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("tutorial_lib.bench.matrix.usable_cores", lambda: 8)
+    seen = []
+
+    def run(row: Config, *, on_rows=None):
+        seen.append(os.environ.get("OMP_NUM_THREADS"))
+        return leave_run(row)
+
+    run_matrix(experiment, config, run=run)
+    assert set(seen) == {threads} and "OMP_NUM_THREADS" not in os.environ
+
+
+def test_ranks_that_share_cores_are_noted(config, monkeypatch):
+    monkeypatch.setattr("tutorial_lib.bench.record.usable_cores", lambda: 2)
+    rows = run_matrix("strong-scaling", config, run=Runs()).rows
+    assert [row.note for row in rows] == [None, None, "4 processes share 2 cores"]
 
 
 def test_an_interval_that_is_none_is_refused(config):
