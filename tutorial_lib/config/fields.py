@@ -210,6 +210,11 @@ class OptimizerConfig:
     )
     warmup_steps: int = _setting(0, "optimizer steps over which the learning rate rises from 0", at_least=0)
 
+    @property
+    def scheduler_name(self) -> str:
+        """The schedule as transformers calls it: its plain ``constant`` knows no warm-up."""
+        return "constant_with_warmup" if self.schedule == "constant" else self.schedule
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:

@@ -205,7 +205,7 @@ class Trainer:
     def _build_engine(self) -> None:
         self.engine = build_engine(self.config, self.topology, self.device)
         o = self.config.optimizer
-        self.scheduler = get_scheduler(o.schedule, self.engine.optimizer, o.warmup_steps, self.num_steps)
+        self.scheduler = get_scheduler(o.scheduler_name, self.engine.optimizer, o.warmup_steps, self.num_steps)
 
     def _count_steps(self) -> int:
         if not self.checkpoints.reads_data:

@@ -42,7 +42,7 @@ def build_arguments(config: Config, num_steps: int) -> TrainingArguments:
         "adam_epsilon": o.eps,
         "weight_decay": o.weight_decay,
         "max_grad_norm": o.gradient_clipping,
-        "lr_scheduler_type": o.schedule,
+        "lr_scheduler_type": o.scheduler_name,
         "warmup_steps": o.warmup_steps,
         "seed": config.run.seed,
         "bf16": config.engine.precision == "bf16",
