@@ -130,14 +130,15 @@ def _file_key(overrides: Overrides) -> tuple[int, str, bool]:
 
 
 def _refuse_decided(experiment: str, config: Config, rows: Mapping[str, Overrides]) -> None:
-    """Refuse settings that somebody states and every row would replace."""
-    decided = {flag for overrides in rows.values() for flag in overrides} - {"dp", "engine"}
-    if "zero_stage" in decided:
-        decided.add("deepspeed")
-    sizes = {overrides.get("dp") for overrides in rows.values()}
-    if None not in sizes and sizes != {config.parallel.dp}:
-        decided.add("dp")
-    if given := sorted(decided & config.given):
+    """Refuse settings that somebody states and rows would replace with other values."""
+    flat = config.flat()
+    replaced = {flag for overrides in rows.values() for flag, value in overrides.items() if value != flat[flag]}
+    replaced -= {"engine"}
+    if any("zero_stage" in overrides for overrides in rows.values()):
+        replaced.add("deepspeed")
+    if "dp" in replaced and not all("dp" in overrides for overrides in rows.values()):
+        replaced.remove("dp")  # the baseline's one process; all other rows have the dp that was given
+    if given := sorted(replaced & config.given):
         raise ConfigError(
             f"{given[0]} is what the rows of this {experiment} matrix decide ({', '.join(rows)}). Leave it out, or "
             "choose rows that do not."

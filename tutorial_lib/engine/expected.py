@@ -104,7 +104,7 @@ def _zero(config: Config, sizes: ParameterSizes, rank: int) -> ModelStates:
     parameters, optimizer = states.parameters, states.optimizer
     if stage == 3:  # every parameter is divided and padded by itself
         shards = memory.partitioned_elements([*sizes.trained, *sizes.frozen], ranks)
-        parameters = precision.parameters * (shards + sizes.persistent)
+        parameters = precision.parameters * (shards + (sizes.persistent if ranks > 1 else 0))
         optimizer = precision.optimizer * memory.partitioned_elements(sizes.trained, ranks)
     return ModelStates(parameters, gradients, optimizer)
 

@@ -80,6 +80,11 @@ def test_what_cannot_be_a_matrix_is_refused(experiment, flat, rows, message):
         rows_of(experiment, Config.create("cpu", **flat), rows)
 
 
+def test_settings_may_be_stated_as_the_rows_have_them():
+    config = Config.create("cpu", dp=2, zero_stage=2, offload="optimizer")
+    assert list(rows_of("offload", config, ["2ZO-2G1N", "stage-2-offload"])) == ["2ZO-2G1N", "stage-2-offload"]
+
+
 def test_settings_that_only_some_rows_read_are_taken():
     rows = rows_of("zero-stages", Config.create("cpu", bucket_size=1000, dp=2))
     assert rows["baseline"].engine.name == "torch" and rows["stage-3"].engine.bucket_size == 1000
