@@ -11,6 +11,7 @@ import pytest
 from tests.cluster import nodes, slurm
 from tests.cluster.nodes import VirtualNodes
 from tests.cluster.slurm import SlurmCluster
+from tests.distributed import cases
 
 TIMEOUT = 240
 
@@ -26,6 +27,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory that all nodes see, as on a network file system."""
     return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="session")
+def inputs(shared: Path) -> Path:
+    """A directory with tiny models, which all nodes see."""
+    cases.make_inputs(shared)
+    return shared
 
 
 @pytest.fixture(scope="session")

@@ -5,24 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 from tests.cluster.slurm import SlurmCluster
-from tests.distributed import cases
-from tutorial_lib import checkpoint, cli
+from tests.cluster.weights import trained_weights
+from tutorial_lib import cli
 from tutorial_lib.measure.sampler_log import read_sampler
 from tutorial_lib.records import RunDirectory
 
 STEPS = 6
 SECONDS = 120
 """For one start of a tiny run on two busy cores, which takes 13 when they are idle."""
-
-
-@pytest.fixture(scope="session")
-def inputs(shared: Path) -> Path:
-    """A directory with tiny models, which all nodes see."""
-    cases.make_inputs(shared)
-    return shared
 
 
 class Job:
@@ -53,12 +45,6 @@ class Job:
         """Wait until the job is back in the queue, and start it at once instead of after two minutes."""
         self.cluster.wait_until(lambda: self.cluster.state(self.id) == "PENDING", SECONDS, "the job is queued again")
         self.cluster.run(["scontrol", "update", f"JobId={self.id}", "StartTime=now"])
-
-
-def weights(run: RunDirectory, scratch: Path) -> dict[str, object]:
-    newest = checkpoint.latest(run)
-    assert newest is not None
-    return load_file(checkpoint.export(newest, scratch / run.path.name) / "model.safetensors")
 
 
 @pytest.fixture(scope="session")
@@ -107,6 +93,6 @@ def test_a_job_saves_before_its_time_limit_and_resumes_after_a_requeue(
     assert cluster.job(job.id)["Restarts"] == "1"
     assert job.run.result()["resumed_from"] == stopped_at
     assert [row["step"] for row in job.run.rows()] == list(range(1, STEPS + 1))
-    ours, theirs = weights(job.run, tmp_path), weights(undisturbed.run, tmp_path)
+    ours, theirs = trained_weights(job.run, tmp_path), trained_weights(undisturbed.run, tmp_path)
     assert ours.keys() == theirs.keys()
     assert all(ours[name].equal(theirs[name]) for name in ours)

@@ -6,10 +6,12 @@ import argparse
 import json
 import shlex
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from tutorial_lib.cli.options import DONE, add_setting, given
+from tutorial_lib.cli.options import DONE, STOPPED, add_setting, given, stdout_for_json_alone
+from tutorial_lib.cli.train import summary
 from tutorial_lib.config import PROFILES, Config, ConfigError, settings
 from tutorial_lib.config.workshop import parse_experiment
 
@@ -79,12 +81,32 @@ def main(options: argparse.Namespace) -> int:
     if options.output:
         options.output.write_text(script, encoding="utf-8")
     if options.submit:
-        raise ConfigError("not yet")
+        return _submit(config, script, options.json)
     if options.output:
         print(f"{options.output}: submit it with sbatch {options.output}", file=sys.stderr)
     else:
         print(json.dumps({"script": script}) if options.json else script, end="\n" if options.json else "")
     return DONE
+
+
+def _submit(config: Config, script: str, as_json: bool) -> int:
+    """Submit a batch script and follow the job; returns the exit code that ``train`` would."""
+    from tutorial_lib import launch
+    from tutorial_lib.lab.progress import progress
+    from tutorial_lib.launch.slurm import follow, log_file, submit
+
+    job = submit(script)
+    log = log_file(config, job)
+    print(f"job {job}: submitted; its output is in {log}", file=sys.stderr)
+    shown = None if as_json else progress(config.run.stop_after or config.run.steps, title=f"job {job}")
+    with shown or nullcontext(), stdout_for_json_alone(as_json):
+        try:
+            run = follow(job, config, log, on_rows=shown.on_rows if shown else None)
+        except launch.Interrupted as interrupted:
+            print(interrupted, file=sys.stderr)
+            return STOPPED
+    print(json.dumps({"job": job, **run.result}) if as_json else summary(run))
+    return STOPPED if run.result["status"] == "stopped" else DONE
 
 
 def _nodes_and_ranks(options: argparse.Namespace, stated: dict[str, Any]) -> tuple[int, int]:

@@ -107,6 +107,11 @@ def write_script(config: Config, allocation: Allocation, profile: str, command: 
     )
 
 
+def log_file(config: Config, job: str) -> Path:
+    """Return where SLURM writes the output of a job that was submitted from the working directory."""
+    return Path.cwd() / f"slurm-{config.run.name}-{job}.out"
+
+
 class _Template(string.Template):
     """Template whose values are at ``@{name}``: the shell has its own use for ``$``."""
 
