@@ -61,11 +61,11 @@ def main(options: argparse.Namespace) -> int:
 
     stated = given(options)
     nodes, ranks = _nodes_and_ranks(options, stated)
-    device = Config.create(options.profile).run.device
+    device = stated.get("device") or Config.create(options.profile).run.device
     allocation = Allocation(
         nodes=nodes,
         ranks_per_node=ranks,
-        cpus_per_rank=options.cpus_per_rank or _CPUS_PER_RANK[stated.get("device", device)],
+        cpus_per_rank=_CPUS_PER_RANK[device] if options.cpus_per_rank is None else options.cpus_per_rank,
         time_limit=options.time,
         grace_seconds=options.grace,
         requeue=options.requeue,
@@ -93,19 +93,16 @@ def _submit(config: Config, script: str, as_json: bool) -> int:
     """Submit a batch script and follow the job; returns the exit code that ``train`` would."""
     from tutorial_lib import launch
     from tutorial_lib.lab.progress import progress
-    from tutorial_lib.launch.slurm import follow, log_file, submit
+    from tutorial_lib.launch.slurm import submit_and_follow
 
-    job = submit(script)
-    log = log_file(config, job)
-    print(f"job {job}: submitted; its output is in {log}", file=sys.stderr)
-    shown = None if as_json else progress(config.run.stop_after or config.run.steps, title=f"job {job}")
+    shown = None if as_json else progress(config.run.stop_after or config.run.steps, title=config.run.name)
     with shown or nullcontext(), stdout_for_json_alone(as_json):
         try:
-            run = follow(job, config, log, on_rows=shown.on_rows if shown else None)
+            run = submit_and_follow(script, config, on_rows=shown.on_rows if shown else None)
         except launch.Interrupted as interrupted:
             print(interrupted, file=sys.stderr)
             return STOPPED
-    print(json.dumps({"job": job, **run.result}) if as_json else summary(run))
+    print(json.dumps(run.result) if as_json else summary(run))
     return STOPPED if run.result["status"] == "stopped" else DONE
 
 
@@ -119,7 +116,7 @@ def _nodes_and_ranks(options: argparse.Namespace, stated: dict[str, Any]) -> tup
     if options.experiment is None:
         if getattr(options, own) is None:
             raise ConfigError(f"How many processes does each node run? Write {flag} N, or --experiment NAME.")
-        return options.nodes or 1, getattr(options, own)
+        return 1 if options.nodes is None else options.nodes, getattr(options, own)
     experiment = parse_experiment(options.experiment)
     decided = {"nodes": options.nodes, own: getattr(options, own), **stated}
     for name in ("nodes", own, *experiment.settings):

@@ -4,7 +4,7 @@ The script starts one ``torchrun`` per node, saves and queues itself again befor
 run of the same name.
 """
 
-from tutorial_lib.launch.slurm.follow import follow, submit
-from tutorial_lib.launch.slurm.script import Allocation, log_file, write_script
+from tutorial_lib.launch.slurm.job import submit_and_follow
+from tutorial_lib.launch.slurm.script import Allocation, write_script
 
-__all__ = ["Allocation", "follow", "log_file", "submit", "write_script"]
+__all__ = ["Allocation", "submit_and_follow", "write_script"]

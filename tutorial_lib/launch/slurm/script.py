@@ -102,14 +102,9 @@ def write_script(config: Config, allocation: Allocation, profile: str, command: 
         time_limit=allocation.time_limit,
         grace_in_words=f"{allocation.grace_seconds} s",
         sampler=_SAMPLER if allocation.sample_memory else "",
-        train_arguments=" ".join(map(shlex.quote, train_arguments(config, profile))),
+        train_arguments=_wrapped(train_arguments(config, profile), indent=8),
         requeue=_REQUEUE if allocation.requeue else "",
     )
-
-
-def log_file(config: Config, job: str) -> Path:
-    """Return where SLURM writes the output of a job that was submitted from the working directory."""
-    return Path.cwd() / f"slurm-{config.run.name}-{job}.out"
 
 
 class _Template(string.Template):
@@ -164,6 +159,23 @@ def train_arguments(config: Config, profile: str) -> list[str]:
         else:
             words += [flag, str(value)]
     return words
+
+
+def _wrapped(words: list[str], indent: int, width: int = 110) -> str:
+    """Return the options of a shell command, quoted, over several lines. A value stays with its option."""
+    options: list[str] = []
+    for word in words:
+        if word.startswith("--"):
+            options.append(word)
+        else:
+            options[-1] += f" {shlex.quote(word)}"
+    lines = options[:1]
+    for option in options[1:]:
+        if indent + len(f"{lines[-1]} {option}") > width:
+            lines.append(option)
+        else:
+            lines[-1] += f" {option}"
+    return f" \\\n{' ' * indent}".join(lines)
 
 
 def _check(config: Config, allocation: Allocation) -> None:

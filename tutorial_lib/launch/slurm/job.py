@@ -57,44 +57,29 @@ class JobState:
         return f"{self.name} ({self.reason})" if self.reason not in ("", "None") else self.name
 
 
-def submit(script: str) -> str:
-    """Submit a batch script. Returns the job's id.
-
-    Raises:
-        ConfigError: there is no SLURM here, or it refuses the job.
-    """
-    try:
-        done = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True, timeout=120)
-    except FileNotFoundError:
-        raise ConfigError(
-            "There is no sbatch here, so nothing can be submitted. Run this on a login node of the cluster; or write "
-            "--output FILE instead of --submit, and submit the file there."
-        ) from None
-    if done.returncode:
-        raise ConfigError(f"SLURM refuses the job: {done.stderr.strip()}")
-    return done.stdout.strip().partition(";")[0]
-
-
-def follow(job: str, config: Config, log: Path, on_rows: OnRows | None = None) -> Run:
-    """Wait for the end of a job, through all its requeues, and return its run.
+def submit_and_follow(script: str, config: Config, on_rows: OnRows | None = None) -> Run:
+    """Submit a batch script, wait for the job's end through all its requeues, and return its run.
 
     A first SIGINT, SIGTERM or SIGUSR1 asks the run to save and end; a second one ends this function, not the job.
 
     Args:
-        job: its id.
-        config: of the run that its script trains.
-        log: where SLURM writes its output.
+        script: what :func:`write_script` has returned.
+        config: of the run that the script trains.
         on_rows: called with new metrics rows.
 
     Raises:
+        ConfigError: there is no SLURM here, it refuses the job, or a rank refused the configuration.
         WorkerError: the job failed; the message is the failing rank's own traceback where there is one.
-        ConfigError: a rank refused the configuration.
         Interrupted: a signal came before the job had started.
     """
     directory = RunDirectory(config.directory)
     signals: list[int] = []
     watched = Watcher([directory], on_rows, signals)
     before = _stamp(directory.result_file)
+    directory.clear_errors()  # those of an earlier job
+    job = _submit(script)
+    log = Path.cwd() / f"slurm-{config.run.name}-{job}.out"
+    print(f"job {job}: submitted; its output is in {log}", file=sys.stderr, flush=True)
     queue = _Queue(job)
     with stop_on_signal(watched):
         while (state := queue.look()).is_active:
@@ -113,6 +98,20 @@ def follow(job: str, config: Config, log: Path, on_rows: OnRows | None = None) -
     if signals and state.name == "CANCELLED":
         raise Interrupted(f"job {job} was cancelled before it had started; no step was run.", [])
     raise _failure(job, state, directory, log)
+
+
+def _submit(script: str) -> str:
+    """Submit a batch script. Returns the job's id."""
+    try:
+        done = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True, timeout=120)
+    except FileNotFoundError:
+        raise ConfigError(
+            "There is no sbatch here, so nothing can be submitted. Run this on a login node of the cluster; or write "
+            "--output FILE instead of --submit, and submit the file there."
+        ) from None
+    if done.returncode:
+        raise ConfigError(f"SLURM refuses the job: {done.stderr.strip()}")
+    return done.stdout.strip().partition(";")[0]
 
 
 class _Queue:
