@@ -97,10 +97,10 @@ class Node:
         namespaces = ("--net", "--uts", "--mount", "--pid")
         return ["nsenter", "--target", str(self.init), *namespaces, f"--wdns={directory}", "--", *given]
 
-    def start(self, given: Sequence[str], **options: Any) -> subprocess.Popen[str]:
+    def start(self, given: Sequence[str], directory: Path = ROOT, **options: Any) -> subprocess.Popen[str]:
         """Start a command inside the node. :func:`end` ends it: a signal to ``nsenter`` alone would not."""
         return subprocess.Popen(
-            self.command(given), stdin=subprocess.DEVNULL, text=True, start_new_session=True, **options
+            self.command(given, directory), stdin=subprocess.DEVNULL, text=True, start_new_session=True, **options
         )
 
     def run(self, given: Sequence[str], timeout: float = 60, **options: Any) -> subprocess.CompletedProcess[str]:

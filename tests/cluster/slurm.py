@@ -45,7 +45,7 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 SchedulerParameters=bf_interval=1,sched_interval=1
 KillWait=5
-SlurmdTimeout=10
+SlurmdTimeout=5
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
@@ -91,7 +91,7 @@ class SlurmCluster:
     def __init__(self, nodes: VirtualNodes, directory: Path) -> None:
         self.nodes, self.directory = nodes, directory
         self.head = nodes.nodes[0]
-        self._environment = {
+        self.environment = {
             **os.environ,
             "SLURM_CONF": str(directory / "slurm.conf"),
             "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
@@ -133,8 +133,7 @@ class SlurmCluster:
         Raises:
             SlurmError: it failed.
         """
-        environment = {**self._environment, **options.pop("env", {})}
-        done = (node or self.head).run(given, env=environment, **options)
+        done = (node or self.head).run(given, env=self.environment, **options)
         if done.returncode:
             raise SlurmError(f"{' '.join(given)} ended with {done.returncode}: {done.stdout}{done.stderr}")
         return done.stdout.strip()

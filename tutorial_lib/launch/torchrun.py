@@ -166,7 +166,8 @@ def _log_ranks(config: Config) -> None:
     hosts = len({host for host, _, _ in places})
     identity = os.environ.get("TORCHELASTIC_RUN_ID")
     print(
-        f"{len(places)} ranks on {hosts} nodes met at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        f"{len(places)} rank{'s' * (len(places) > 1)} on {hosts} node{'s' * (hosts > 1)} met at "
+        f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         + (f", rendezvous id {identity}" if identity else "")
         + f"; {dist.get_backend()} over {os.environ.get('GLOO_SOCKET_IFNAME', 'the addresses of the host names')}\n"
         f"{'rank':>6} {'dp':>4} {'tp':>4} {'node':20} {'local rank':>10} device",

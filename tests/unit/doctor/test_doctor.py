@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tutorial_lib import doctor
+from tutorial_lib import cli, doctor
 from tutorial_lib.config import Config
 from tutorial_lib.doctor import machine
 
@@ -94,6 +94,20 @@ def test_a_taken_port_is_seen() -> None:
         port = server.getsockname()[1]
         assert machine.port_state(port) == "in use"
     assert machine.port_state(port) == "free"
+
+
+def test_a_rendezvous_that_cannot_work_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = server.getsockname()[1]
+        assert "is in use by another program" in (doctor.rendezvous_problem(f"127.0.0.1:{taken}") or "")
+    assert doctor.rendezvous_problem(f"127.0.0.1:{taken}") is None
+    # Another machine's port is that machine's business.
+    assert doctor.rendezvous_problem(f"192.0.2.1:{taken}") is None
+    assert "getent hosts no-such-host.invalid" in (doctor.rendezvous_problem("no-such-host.invalid:29500") or "")
+    for endpoint in ("node1", "node1:", ":29500", "node1:99999"):
+        assert "is not HOST:PORT" in (doctor.rendezvous_problem(endpoint) or "")
+    assert cli.main(["doctor", "--rendezvous", "node1"]) == cli.BAD_CONFIGURATION
+    assert "is not HOST:PORT" in capsys.readouterr().err
 
 
 def test_the_lock_of_a_killed_build_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,8 +178,8 @@ def test_a_job_that_failed_before_training_shows_what_it_printed(
     slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ) -> None:
     slurm.log.write_text(
-        "job 7.0: 2 nodes, rendezvous at node1:20007\nerror: of an earlier start\n"
-        "job 7.1: 2 nodes, rendezvous at node1:20007\nnoise\nerror: no such model\nerror: no such model\n"
+        "job 7.0: on node[1-2], rendezvous at node1:20007\nerror: of an earlier start\n"
+        "job 7.1: on node[1-2], rendezvous at node1:20007\nnoise\nerror: no such model\nerror: no such model\n"
     )
     slurm.answer(*RUNNING, "FAILED|NonZeroExitCode|node1")
     assert cli.main(slurm.arguments) == cli.FAILED
