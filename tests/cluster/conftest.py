@@ -39,7 +39,7 @@ def inputs(shared: Path) -> Path:
 @pytest.fixture(scope="session")
 def virtual_nodes(shared: Path) -> Iterator[VirtualNodes]:
     """Two virtual nodes."""
-    _skip_for(nodes.missing_tools())
+    skip_for(nodes.missing_tools())
     with VirtualNodes(2, [shared]) as started:
         yield started
 
@@ -47,13 +47,13 @@ def virtual_nodes(shared: Path) -> Iterator[VirtualNodes]:
 @pytest.fixture(scope="session")
 def cluster(virtual_nodes: VirtualNodes, shared: Path) -> SlurmCluster:
     """SLURM on the two nodes."""
-    _skip_for(slurm.missing())
+    skip_for(slurm.missing())
     (shared / "slurm").mkdir()
     with SlurmCluster(virtual_nodes, shared / "slurm") as started:
         return started
 
 
-def _skip_for(reason: str | None) -> None:
+def skip_for(reason: str | None) -> None:
     """Skip a test that cannot run here. In continuous integration, packages that are not installed are an error."""
     if reason and os.environ.get("CI") == "true" and "make cluster-tools" in reason:
         pytest.fail(reason, pytrace=False)

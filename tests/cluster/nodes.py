@@ -195,6 +195,7 @@ def _start(command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
     )
     assert process.stdout is not None and process.stderr is not None
     if process.stdout.readline() != "ready\n":
+        process.kill()
         raise RuntimeError(f"A virtual node did not start: {process.stderr.read().strip()}")
     return process
 

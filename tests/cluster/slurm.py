@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.cluster.nodes import ROOT, Node, VirtualNodes, missing_tools
+from tests.cluster.nodes import Node, VirtualNodes, missing_tools
 
 PACKAGES = {"slurm-wlm": ("slurmctld", "slurmd", "sbatch", "squeue"), "munge": ("munged",)}
 
@@ -180,6 +180,3 @@ class SlurmCluster:
 
 def _tail(log: Path, lines: int = 15) -> list[str]:
     return log.read_text(errors="replace").splitlines()[-lines:]
-
-
-__all__ = ["CORES", "PACKAGES", "ROOT", "SlurmCluster", "SlurmError", "missing", "missing_packages"]

@@ -38,7 +38,8 @@ def test_nodes_reach_each_other_and_nobody_else(virtual_nodes: VirtualNodes) -> 
     assert second.run(["ip", "route", "get", "192.0.2.1"]).returncode != 0
 
 
-def test_a_killed_node_is_gone_at_once(shared: Path) -> None:
+def test_a_killed_node_is_gone_at_once(virtual_nodes: VirtualNodes, shared: Path) -> None:
+    """``virtual_nodes`` is asked for because of its reasons to skip."""
     with VirtualNodes(2, [shared]) as nodes:
         sleeping = nodes.nodes[0].start(["sleep", "1000"])
         nodes.nodes[0].kill()

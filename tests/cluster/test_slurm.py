@@ -84,7 +84,9 @@ def test_a_job_runs_on_both_nodes(cluster: SlurmCluster, shared: Path) -> None:
 def test_the_generated_script_trains_on_two_nodes(undisturbed: Job) -> None:
     assert undisturbed.run.result()["status"] == "completed"
     assert [row["step"] for row in undisturbed.run.rows()] == list(range(1, STEPS + 1))
-    assert undisturbed.cluster.job(undisturbed.id)["ExitCode"] == "0:0"
+    job = undisturbed.cluster.job(undisturbed.id)
+    assert (job["NumNodes"], job["NumTasks"], job["CPUs/Task"], job["ExitCode"]) == ("2", "2", "1", "0:0")
+    assert (job["TimeLimit"], job["Requeue"], job["JobName"]) == ("01:00:00", "1", "undisturbed")
 
 
 def test_the_memory_of_each_node_is_logged(undisturbed: Job) -> None:

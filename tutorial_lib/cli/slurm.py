@@ -67,10 +67,10 @@ def main(options: argparse.Namespace) -> int:
         ranks_per_node=ranks,
         cpus_per_rank=_CPUS_PER_RANK[device] if options.cpus_per_rank is None else options.cpus_per_rank,
         time_limit=options.time,
-        grace_seconds=options.grace,
+        grace=options.grace,
         requeue=options.requeue,
         sample_memory=options.sample_memory,
-        join_seconds=options.join_timeout,
+        join_timeout=options.join_timeout,
         partition=options.partition,
         account=options.account,
     )

@@ -38,24 +38,24 @@ class Allocation:
     cpus_per_rank: int
     time_limit: str = "01:00:00"
     """``HOURS:MINUTES:SECONDS``, perhaps with ``DAYS-`` in front."""
-    grace_seconds: int = 120
-    """How long before the time limit the run is asked to save and end."""
+    grace: int = 120
+    """Seconds before the time limit at which the run is asked to save and end."""
     requeue: bool = True
     """Go back into the queue when the time is up, or a node fails."""
     sample_memory: bool = True
     """Log the memory of each node's processes."""
-    join_seconds: int = 300
-    """How long a node waits for the others."""
+    join_timeout: int = 300
+    """Seconds that a node waits for the others."""
     partition: str | None = None
     account: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("nodes", "ranks_per_node", "cpus_per_rank", "grace_seconds", "join_seconds"):
+        for name in ("nodes", "ranks_per_node", "cpus_per_rank", "grace", "join_timeout"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; the smallest possible value is 1.")
-        if self.grace_seconds >= _seconds(self.time_limit):
+        if self.grace >= _seconds(self.time_limit):
             raise ConfigError(
-                f"The run would be asked to save {self.grace_seconds} s before a time limit of {self.time_limit}: "
+                f"The run would be asked to save {self.grace} s before a time limit of {self.time_limit}: "
                 "before it begins. Write a longer time limit, or a shorter grace."
             )
         for name in ("partition", "account"):
@@ -98,9 +98,9 @@ def write_script(config: Config, allocation: Allocation, profile: str, command: 
         run=shlex.quote(str(directory)),
         ranks_per_node_in_words=ranks,
         ranks_per_node=allocation.ranks_per_node,
-        join_seconds=allocation.join_seconds,
+        join_seconds=allocation.join_timeout,
         time_limit=allocation.time_limit,
-        grace_in_words=f"{allocation.grace_seconds} s",
+        grace_in_words=f"{allocation.grace} s",
         sampler=_SAMPLER if allocation.sample_memory else "",
         train_arguments=_wrapped(train_arguments(config, profile), indent=8),
         requeue=_REQUEUE if allocation.requeue else "",
@@ -133,7 +133,7 @@ def _directives(config: Config, allocation: Allocation) -> list[str]:
         *([(f"gpus-per-node={allocation.ranks_per_node}", "one for each process")] if on_gpus else []),
         (f"cpus-per-task={cpus}", f"{allocation.cpus_per_rank} for each process"),
         (f"time={allocation.time_limit}", ""),
-        (f"signal=B:USR1@{allocation.grace_seconds}", "before the time is up: see save_and_end below"),
+        (f"signal=B:USR1@{allocation.grace}", "before the time is up: see save_and_end below"),
         ("requeue", "also after a node has failed") if allocation.requeue else ("no-requeue", ""),
         ("open-mode=append", "the log goes on after a requeue"),
         (f"chdir={shlex.quote(str(Path.cwd()))}", ""),
