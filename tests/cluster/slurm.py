@@ -44,7 +44,7 @@ JobCompType=jobcomp/none
 SlurmdParameters=config_overrides
 ReturnToService=2
 SchedulerParameters=bf_interval=1,sched_interval=1
-KillWait=5
+KillWait=15
 SlurmdTimeout=5
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE

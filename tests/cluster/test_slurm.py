@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.slurm import CORES, SlurmCluster
+from tests.cluster.slurm import ACTIVE, CORES, SlurmCluster
 from tests.cluster.weights import trained_weights
 from tutorial_lib import cli
 from tutorial_lib.measure.sampler_log import read_sampler
@@ -56,7 +56,14 @@ class Job:
         self.cluster.wait_until(lambda: any(r["step"] >= step for r in self.run.rows()), SECONDS, f"step {step}")
 
     def wait_until_queued(self) -> None:
-        self.cluster.wait_until(lambda: self.cluster.state(self.id) == "PENDING", SECONDS, "the job is queued again")
+        """Wait until the job is back in the queue. One that ends instead has failed."""
+
+        def is_queued() -> bool:
+            state = self.cluster.state(self.id)
+            assert state in ACTIVE, f"{state}: {self.output.read_text()}"
+            return state == "PENDING"
+
+        self.cluster.wait_until(is_queued, SECONDS, "the job is queued again")
 
     def go_on_now(self) -> None:
         """Wait until the job is back in the queue, and start it at once instead of after two minutes."""
@@ -132,7 +139,7 @@ def test_submit_ends_with_the_exit_code_of_train(cluster: SlurmCluster, inputs: 
     assert len(ports) == 2
 
 
-def test_a_preempted_job_saves_and_goes_on_later(cluster: SlurmCluster, inputs: Path) -> None:
+def test_a_preempted_job_saves_and_goes_on_later_and_a_cancelled_one_saves(cluster: SlurmCluster, inputs: Path) -> None:
     job = Job(cluster, inputs, "preempted", *ONE_PROCESS, "--steps", "3000")
     job.submit("--nodelist=node1")
     job.wait_for_step(2)
@@ -146,10 +153,11 @@ def test_a_preempted_job_saves_and_goes_on_later(cluster: SlurmCluster, inputs: 
     assert job.run.result()["stopped_by"] == "SIGUSR1"
     job.go_on_now()
     cluster.wait_until(lambda: job.run.rows()[-1]["step"] > stopped_at, SECONDS, "the job goes on")
-    cluster.run(["scancel", "--batch", "--signal=USR1", job.id])
-    job.wait_until_queued()
-    assert job.run.result()["resumed_from"] == stopped_at
     cluster.run(["scancel", job.id])
+    assert job.finish() == "CANCELLED"
+    result = job.run.result()
+    assert (result["resumed_from"], result["stopped_by"]) == (stopped_at, "SIGTERM")
+    assert result["step"] > stopped_at
 
 
 def test_a_job_goes_on_elsewhere_when_its_node_fails(cluster: SlurmCluster, inputs: Path) -> None:

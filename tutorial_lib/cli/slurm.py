@@ -65,7 +65,7 @@ def main(options: argparse.Namespace) -> int:
     allocation = Allocation(
         nodes=nodes,
         ranks_per_node=ranks,
-        cpus_per_rank=_CPUS_PER_RANK[device] if options.cpus_per_rank is None else options.cpus_per_rank,
+        cpus_per_rank=_CPUS_PER_RANK.get(device, 1) if options.cpus_per_rank is None else options.cpus_per_rank,
         time_limit=options.time,
         grace=options.grace,
         requeue=options.requeue,

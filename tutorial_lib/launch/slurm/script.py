@@ -86,7 +86,8 @@ def write_script(config: Config, allocation: Allocation, profile: str, command: 
     on_gpus = config.run.device == "cuda"
     ranks = _count(allocation.ranks_per_node, "process", "processes")
     places = f"{_count(allocation.nodes, 'node', 'nodes')} with {_count(allocation.ranks_per_node, *_PLACES[on_gpus])}"
-    what = f"{engine.name}, ZeRO stage {engine.zero_stage}" if engine.name == "deepspeed" else engine.name
+    zero = engine.deepspeed_file or f"ZeRO stage {engine.zero_stage}"
+    what = f"{engine.name}, {zero}" if engine.name == "deepspeed" else engine.name
     directory = config.with_absolute_paths().directory
     return _Template(template).substitute(
         title=f"Run {config.run.name}: {what}, dp={parallel.dp} x tp={parallel.tp}, on {places}"
