@@ -163,6 +163,13 @@ def test_a_job_that_completes(slurm: FakeSlurm, capsys: pytest.CaptureFixture[st
     assert (slurm.directory / "submitted").read_text().startswith("#!/usr/bin/env bash\n# Run job:")
 
 
+def test_a_requeued_job_is_followed_into_its_next_slot(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
+    slurm.answer(*RUNNING, "PENDING|BeginTime|", *RUNNING, "COMPLETED|None|node[1-2]", status="completed")
+    assert cli.main(slurm.arguments) == cli.DONE
+    shown = capsys.readouterr().err
+    assert "job 7: PENDING (BeginTime)\n" in shown and shown.count("job 7: RUNNING on node[1-2]\n") == 2
+
+
 def test_a_job_that_stopped_after_saving(slurm: FakeSlurm) -> None:
     slurm.answer(*RUNNING, "FAILED|NonZeroExitCode|node1", status="stopped")
     assert cli.main(slurm.arguments) == cli.STOPPED
