@@ -221,9 +221,19 @@ def find_scheduler() -> str | None:
     """Who would start the ranks of a ``--launcher none`` run from here."""
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return "torchrun"
-    if "SLURM_JOB_ID" in os.environ or shutil.which("sbatch"):
+    if "SLURM_JOB_ID" in os.environ or _slurm_answers():
         return "SLURM"
     return None
+
+
+def _slurm_answers() -> bool:
+    """Check for a SLURM that answers: its commands may be installed where there is no cluster."""
+    if not shutil.which("sbatch"):
+        return False
+    try:
+        return subprocess.run(["sinfo", "--noheader"], capture_output=True, timeout=5).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
 
 
 def package_versions() -> dict[str, Package]:

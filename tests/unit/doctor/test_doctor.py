@@ -199,6 +199,19 @@ def test_fewer_gpus_than_ranks(laptop: doctor.Report) -> None:
     assert verdict.problems == ("1 GPUs here, 4 wanted. Write --dp 1",)
 
 
+@pytest.mark.parametrize(("code", "found"), [(0, "SLURM"), (1, None)])
+def test_slurm_counts_where_it_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, found: str | None
+) -> None:
+    """The commands alone may be there: ``make cluster-tools`` installs them on a machine that is no cluster."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    for name in ("sbatch", "sinfo"):
+        (tmp_path / name).write_text(f"#!/bin/sh\nexit {code}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine.find_scheduler() == found
+
+
 def test_a_login_node_without_gpus_can_submit(laptop: doctor.Report) -> None:
     verdict = judge(laptop, "cluster", scheduler="SLURM")
     assert verdict.works
