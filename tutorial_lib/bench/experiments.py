@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.config.workshop import looks_like_experiment, parse_experiment
 
 Overrides = dict[str, Any]
 """Settings by flat name."""
@@ -63,7 +64,6 @@ FILES: dict[tuple[int, str, bool], str] = {
 FILE_ENGINES = frozenset({"trainer"})
 """Engines that take ZeRO from a DeepSpeed file, and train without it where there is none."""
 
-_WORKSHOP_NAME = re.compile(r"([0-3])Z(OP|O)?-([1-9]\d*)G([1-9]\d*)N")
 _RANKS_NAME = re.compile(r"dp-([1-9]\d*)")
 
 
@@ -74,7 +74,7 @@ def rows_of(experiment: str, config: Config, chosen: Sequence[str] = ()) -> dict
         experiment: one of :data:`EXPERIMENTS`.
         config: what all rows have in common.
         chosen: names of the rows to run, in this order: those of the matrix, ``dp-N``, or a name of the original
-            workshop such as ``2ZO-1G1N`` (stage 2 with offload, 1 GPU on each of 1 node; ``2ZOP`` with pinned memory).
+            workshop such as ``2ZO-1G1N`` (stage 2 with offload, 1 GPU in all, 1 node; ``2ZOP`` with pinned memory).
             Default: all of the matrix's that mean something on the configuration's device.
 
     Raises:
@@ -94,14 +94,13 @@ def rows_of(experiment: str, config: Config, chosen: Sequence[str] = ()) -> dict
 def workshop_name(name: str) -> Overrides | None:
     """Return what a name of the original workshop stands for, such as ``2ZO-1G1N``; None if it is no such name.
 
-    Digits before ``Z`` are the stage, ``O`` is offload, ``OP`` offload to pinned memory; then the GPUs of each node
-    and the nodes.
+    Raises:
+        ConfigError: it looks like one, and cannot be run.
     """
-    match = _WORKSHOP_NAME.fullmatch(name)
-    if not match:
+    if not looks_like_experiment(name):
         return None
-    stage, offload = int(match[1]), ("all" if match[1] == "3" else "optimizer") if match[2] else "none"
-    return {**_zero(stage, offload, pinned=match[2] == "OP"), "dp": int(match[3]) * int(match[4])}
+    experiment = parse_experiment(name)
+    return {**experiment.settings, "dp": experiment.gpus}
 
 
 def _named(name: str, known: Mapping[str, Overrides]) -> Overrides:

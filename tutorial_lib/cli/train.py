@@ -58,14 +58,15 @@ def main(options: argparse.Namespace) -> int:
                 return STOPPED
             run = interrupted.runs[0]
     if leader:
-        print(json.dumps(run.result) if options.json else _summary(run))
+        print(json.dumps(run.result) if options.json else summary(run))
     if run.result["status"] != "stopped":
         return DONE
     # torchrun takes any other code of a worker for a failure; result.json tells that the run goes on.
     return DONE if is_under_torchrun(config) else STOPPED
 
 
-def _summary(run: Any) -> str:
+def summary(run: Any) -> str:
+    """Return what came of a run, as a table."""
     result = run.result
     loss = {name: f"{result[name]:.4f}" for name in ("train_loss", "eval_loss_before", "eval_loss") if result[name]}
     rows = {

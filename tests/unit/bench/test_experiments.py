@@ -44,7 +44,7 @@ def test_scaling_keeps_the_work_per_rank_or_the_whole():
         ("2ZO-1G1N", (2, "optimizer", False, 1)),
         ("2ZOP-1G1N", (2, "optimizer", True, 1)),
         ("3ZO-2G1N", (3, "all", False, 2)),
-        ("1Z-2G4N", (1, "none", False, 8)),
+        ("1Z-8G4N", (1, "none", False, 8)),
     ],
 )
 def test_names_of_the_workshop_say_stage_offload_and_devices(name, meaning):
