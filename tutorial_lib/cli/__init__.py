@@ -1,4 +1,4 @@
-"""The package from a shell: ``python -m tutorial_lib COMMAND``, with ``train``, ``bench``, ``slurm``, ``plan`` and more.
+"""The package from a shell: ``python -m tutorial_lib COMMAND``: ``train``, ``bench``, ``slurm``, ``plan`` and more.
 
 Exit codes, which scripts and schedulers may rely on: 0 done; 2 bad usage or configuration, or a plan in which nothing
 fits, with what to write instead; 75 stopped before the end after saving, run it again to go on; 1 anything else, with
