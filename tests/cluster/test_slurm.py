@@ -15,7 +15,8 @@ from tutorial_lib import cli
 from tutorial_lib.measure.sampler_log import read_sampler
 from tutorial_lib.records import RunDirectory
 
-STEPS = 6
+STEPS = 40
+"""So many that a signal finds the run on its way: they take seconds."""
 SECONDS = 120
 """For one start of a tiny run on two busy cores, which takes 13 when they are idle."""
 
@@ -65,10 +66,14 @@ class Job:
 
         self.cluster.wait_until(is_queued, SECONDS, "the job is queued again")
 
-    def go_on_now(self) -> None:
-        """Wait until the job is back in the queue, and start it at once instead of after two minutes."""
+    def go_on_soon(self, **changes: str) -> None:
+        """Wait until the job is back in the queue, and let it start after three seconds instead of two minutes.
+
+        At once would be too soon: a node refuses a job's new credential from the second in which the old one ended.
+        """
         self.wait_until_queued()
-        self.cluster.run(["scontrol", "update", f"JobId={self.id}", "StartTime=now"])
+        asked = {"StartTime": "now+3", **changes}
+        self.cluster.run(["scontrol", "update", f"JobId={self.id}", *(f"{k}={v}" for k, v in asked.items())])
 
 
 @pytest.fixture(scope="session")
@@ -112,7 +117,7 @@ def test_a_job_saves_before_its_time_limit_and_resumes_after_a_requeue(
     job.submit()
     job.wait_for_step(2)
     cluster.run(["scancel", "--batch", "--signal=USR1", job.id])
-    job.go_on_now()
+    job.go_on_soon()
     stopped_at = job.run.result()["step"]
     assert job.run.result()["stopped_by"] == "SIGUSR1" and stopped_at < STEPS
     assert job.finish() == "COMPLETED", job.output.read_text()
@@ -151,7 +156,7 @@ def test_a_preempted_job_saves_and_goes_on_later_and_a_cancelled_one_saves(clust
     assert cluster.wait_for_end(first, SECONDS) == "COMPLETED"
     stopped_at = job.run.result()["step"]
     assert job.run.result()["stopped_by"] == "SIGUSR1"
-    job.go_on_now()
+    job.go_on_soon()
     cluster.wait_until(lambda: job.run.rows()[-1]["step"] > stopped_at, SECONDS, "the job goes on")
     cluster.run(["scancel", job.id])
     assert job.finish() == "CANCELLED"
@@ -166,9 +171,8 @@ def test_a_job_goes_on_elsewhere_when_its_node_fails(cluster: SlurmCluster, inpu
     job.submit("--exclude=node1")
     job.wait_for_step(11)
     cluster.nodes.nodes[1].kill()
-    job.wait_until_queued()
+    job.go_on_soon(ExcNodeList="")
     last = job.run.rows()[-1]["step"]
-    cluster.run(["scontrol", "update", f"JobId={job.id}", "ExcNodeList=", "StartTime=now"])
     cluster.wait_until(lambda: job.run.rows()[-1]["step"] > last, SECONDS, "the job goes on")
     assert cluster.job(job.id)["BatchHost"] == "node1"
     cluster.run(["scancel", "--batch", "--signal=USR1", job.id])
