@@ -108,7 +108,8 @@ class Exercise:
 
     def __str__(self) -> str:
         """Return the question, and where the rest is: text cannot be folded."""
-        places = [f"{len(self.hints)} hints in .hints"] if self.hints else []
+        count = len(self.hints)
+        places = [f"{count} hint{'s' if count > 1 else ''} in .hints"] if count else []
         return f"Exercise: {self.question}\n({', '.join([*places, 'solution in .solution'])})"
 
     __repr__ = __str__

@@ -1,7 +1,7 @@
 """Exercises of the ZeRO workshop (lesson 05), checked against the reader's own runs.
 
-The questions follow the workshop's exercises E1 to E3. Their hints and solutions stand here rather than in the lesson,
-where they would be read before the question.
+The questions follow those of the workshop. Hints and solutions live here, so that nobody reads them before the
+question.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def when_to_stop(eval_losses: Sequence[float]) -> Exercise:
     return Exercise(
         "After which epoch would you keep the baseline's weights?",
         check=choice(str(best), near=others),
-        hints=["The training loss cannot tell you.", "Look at the circles in the picture."],
+        hints=["The training loss cannot tell you.", "Look at the circles in the three-epoch loss figure."],
         solution=f"After epoch {best}, where the loss on questions that the model has not seen is lowest. "
         "`--keep-best` does this for you: it evaluates at every checkpoint and never deletes the best one.",
     )
@@ -62,14 +62,14 @@ def batch_on_more_gpus(per_device: int, accumulation: int, num_gpus: int) -> Exe
 
 
 def fewest_bytes(rows: Sequence[Any]) -> Exercise:
-    """Return the exercise on which stage holds least (the workshop's E2, question 1).
+    """Return the exercise on which stage holds least.
 
     Args:
         rows: of the reader's matrix of stages, with ``name`` and ``states_bytes``.
     """
     best = min(rows, key=lambda row: row.states_bytes)
     return Exercise(
-        "E2, question 1: which row holds the fewest bytes of model states per rank?",
+        "Which row of the stage table holds the fewest bytes of model states per rank?",
         check=choice(
             best.name,
             near={row.name: f"It holds {row.states_bytes / MIB:.2f} MiB." for row in rows if row is not best},
@@ -89,8 +89,8 @@ def optimizer_share(num_parameters: int, num_ranks: int) -> Exercise:
     share = -(-num_parameters // num_ranks)
     expected = 12 * share / MIB
     return Exercise(
-        f"Predict, then run it: this model has {num_parameters:,} parameters and trains in fp32 under stage 1. How "
-        f"many MiB of optimizer states does each rank hold on {num_ranks} processes?",
+        f"Predict first; the solution shows how to check. This model has {num_parameters:,} parameters and trains in "
+        f"fp32 under stage 1. How many MiB of optimizer states does each rank hold on {num_ranks} processes?",
         check=number(
             expected,
             relative=0.01,
@@ -108,18 +108,18 @@ def optimizer_share(num_parameters: int, num_ranks: int) -> Exercise:
 
 
 def price_of_offload(change_percent: float) -> Exercise:
-    """Return the exercise on the runtime of offload (the workshop's E2, question 2).
+    """Return the exercise on the runtime of offload.
 
     Args:
         change_percent: of the runtime of stage 2 with offload against without, in the reader's run.
     """
     return Exercise(
-        "E2, question 2: by how many percent did offload change the runtime of stage 2 in your run? A minus means that "
-        "it became faster.",
+        "By how many percent did offload change the runtime of stage 2 in your run? A minus means that it became "
+        "faster.",
         check=number(
             change_percent, tolerance=0.51, unit="%", near={-change_percent: "The sign is the other way round."}
         ),
-        hints=["It stands in the last column of the table that compares the two rows."],
-        solution=f"{change_percent:+.1f} %. Here nothing crosses a bus: DeepSpeed's own Adam for processors takes the "
-        "place of PyTorch's. On a GPU, gradients and weights also travel between device and host in every step.",
+        hints=["Look at the last column of the offload comparison."],
+        solution=f"{change_percent:+.1f} %. Here nothing crosses a bus, and eight steps are few: DeepSpeed's CPU Adam "
+        "replaces PyTorch's. On a GPU, gradients and weights also travel between device and host in every step.",
     )
