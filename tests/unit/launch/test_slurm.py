@@ -133,7 +133,8 @@ class FakeSlurm:
         """Let ``squeue`` say these, one after the other, and the job leave a result."""
         (self.directory / "state").write_text("\n".join(states) + "\n")
         if result:
-            whole = {"train_loss": 1.0, "eval_loss": None, "eval_loss_before": None, "step": 1, "num_steps": 2,
+            whole = {"train_loss": 1.0, "eval_loss": None, "eval_loss_before": None, "eval_losses": [],
+                     "step": 1, "num_steps": 2,
                      "resumed_from": None, "reshaped_from": None, "left_out": [], "restarts": [], "data": {},
                      "tokens_per_second": 1.0, "ranks": [], "checkpoint": "step-00000001"}  # fmt: skip
             self.left.result_file.write_text(json.dumps(whole | result))
