@@ -140,7 +140,7 @@ Sources, in the order of the table: {"; ".join(dict.fromkeys(run.source for run 
 
 Two processes on a CPU, the embedded models of four layers, steps of full (packed) rows, measured in the third step by
 `train --measure`. The peak is what the step allocated beyond the weights and moments that were there before. Bytes are
-of the rank that holds most.
+of the rank that holds most. The rows with tp were measured last, when nothing of the model was changed any more.
 
 | run | states: predicted | measured | error | peak: predicted | measured | error | sent: error |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
@@ -182,6 +182,7 @@ def _own_row(config: Config, rows: list[Compared]) -> str:
     engine = config.engine
     name = {"fsdp": engine.sharding, "deepspeed": f"ZeRO-{engine.zero_stage}"}[engine.name]
     words = [config.model.name.removeprefix("embedded/"), name]
+    words += [f"tp {config.parallel.tp}"] if config.parallel.tp > 1 else []
     words += [engine.precision] if engine.precision != "fp32" else []
     words += ["recomputed"] if engine.activation_checkpointing else []
     words += [f"{config.accumulation} micro-batches"] if config.accumulation > 1 else []

@@ -19,7 +19,7 @@ LEFT_OUT = (
     "docs/planner-errors.md. Measure the layout you choose."
 )
 
-_HEADER = " dp  tp sharding          b rec off state activ bufs  peak    dp    tp  tok/s why not"
+_HEADER = " dp tp  sharding         b rec off state activ bufs  peak    dp    tp  tok/s why not"
 
 _SHORT = {
     "does not fit by": "too large by", "host too small by": "host lacks", "global batch": "batch", " traffic": "",
@@ -61,7 +61,7 @@ class Answer:
 def write(answer: Answer, *, rows: int = ROWS) -> str:
     """Return the whole text; no line of the table is longer than 100 columns."""
     best = answer.candidates[0]
-    lines = [*_assumed(answer), "", f"{'GB per GPU':>45}{'GB sent/step':>18}{'per GPU':>10}", _HEADER]
+    lines = [*_assumed(answer), "", f"{'GB per GPU':>44}{'GB sent/step':>18}{'per GPU':>10}", _HEADER]
     lines += [*_table(answer, rows), ""]
     lines += _best(answer) if best.fits else _nothing(answer)
     return "\n".join([*lines, "", *textwrap.wrap(LEFT_OUT, 100)])
@@ -163,10 +163,10 @@ def _row(candidate: Candidate, best: Candidate) -> str:
     for long, short in _SHORT.items():
         why = why.replace(long, short)
     star = "*" if candidate.missing else " "
-    tp = f"{layout.tp}{'s' if layout.sequence_parallel else ''}"
+    tp = f"{layout.tp:>2}{'s' if layout.sequence_parallel else ' '}"
     name = layout.name.replace("shard_grad_op ", "grad_op ")
     return (
-        f"{layout.dp:>3} {tp:>3} {name:16}{star}{layout.micro_batch:>2} {recompute:3} {off:3} {columns} "
+        f"{layout.dp:>3} {tp} {name:15}{star}{layout.micro_batch:>2} {recompute:3} {off:3} {columns} "
         f"{candidate.tokens_per_gpu_second:>6,.0f} {why}"
     )
 

@@ -102,7 +102,7 @@ def ranked(shown: list[Candidate]) -> Table:
 
 def bars(shown: list[Candidate], cluster: Cluster) -> str:
     """Return an SVG: a stacked bar per layout, and the line of what one GPU may use."""
-    left, width, step, bar = 210, 430, 24, 14
+    left, width, step, bar = 270, 430, 24, 14
     most = max([cluster.gpu_memory, *(c.memory for c in shown)])
     scale = width / most
     height = 30 + step * len(shown) + 34

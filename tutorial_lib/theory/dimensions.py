@@ -5,6 +5,9 @@ Sources:
     LLaMA, arXiv:2302.13971, table 2 (65 B)
     Llama 2, arXiv:2307.09288, section 2.2 (a vocabulary of 32,000 tokens)
     Scaling Laws for Neural Language Models, arXiv:2001.08361, section 2.1 (12 L h^2 parameters outside embeddings)
+
+Checked: against the parameters of built models and published counts, in ``tests/unit/cli/test_plan.py`` and
+``tests/unit/theory``. :func:`derive` is plausible, no more: models of one size differ in shape.
 """
 
 from __future__ import annotations

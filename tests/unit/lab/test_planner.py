@@ -56,7 +56,7 @@ def test_bars_stack_to_the_peak_and_meet_the_line_of_the_gpu() -> None:
     space = "{http://www.w3.org/2000/svg}"
     lengths = [float(rect.attrib["width"]) for rect in svg.iter(f"{space}rect") if float(rect.attrib["height"]) == 14]
     line = max(float(one.attrib["x1"]) for one in svg.iter(f"{space}line"))
-    per_byte = (line - 210) / cluster.gpu_memory
+    per_byte = (line - 270) / cluster.gpu_memory
     for number, candidate in enumerate(shown):
         assert sum(lengths[3 * number : 3 * number + 3]) == pytest.approx(candidate.memory * per_byte, abs=0.3)
     assert "80" not in svg.attrib["aria-label"] and "72 usable GB" in svg.attrib["aria-label"]
