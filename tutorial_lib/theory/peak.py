@@ -142,7 +142,8 @@ def _buffers(workload: Workload, layout: Layout, part: Part, micro_batches: int)
     trained = 0.0 if workload.lora_rank else 1.0
     copied = 4 * trained if workload.foreach and layout.offload == "none" else 0.0
     if layout.strategy == "no_shard":
-        casts = float(element * part.params) if element == 2 else 0.0
+        in_fp32 = element == 2 and not workload.lora_rank  # a frozen base is stored in 16 bits or fewer
+        casts = float(element * part.params) if in_fp32 else 0.0
         # The norm of the largest gradient is taken in fp64, while the gradient of its second use may still be there.
         embedding = trained * 12 * workload.dimensions.vocabulary * workload.dimensions.hidden / layout.tp
         return casts, casts, max(copied * part.params, embedding)

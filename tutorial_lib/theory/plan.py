@@ -20,7 +20,7 @@ from tutorial_lib.theory.search import layouts, smallest_variants, variants
 TIE = 0.05
 """Layouts whose speeds differ by less than this share count as equally fast."""
 
-COMFORTABLE = 0.7
+COMFORTABLE = 0.8
 """Below this share of the usable memory nobody need save more of it."""
 
 
