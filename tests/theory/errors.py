@@ -130,7 +130,7 @@ Why those over {MEMORY_GOAL:.0%} of memory or {TIME_GOAL:.0%} of time miss, as f
 What is taken for granted: torchtitan with a pipeline runs as many micro-batches as stages (its default then), its H100
 of 96 GB and 500 W reach what others' of 80 GB and 700 W do, and Granite's runs recompute ({ROWS[17].why}).
 
-The efficiency of a preset decides the speeds, and other choices of rows would give others: the H100's 0.42 is the median
+The efficiency of a preset decides the speeds, and other rows would give another: the H100's 0.42 is the median
 of llm-foundry's rows from 1 B parameters on; from 7 B on it is 0.48, and the first row's speed would be 29 % too high.
 
 Not compared:
