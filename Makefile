@@ -15,8 +15,8 @@ endif
 
 TESTS := $(PYTHON_IN) -m pytest
 
-.PHONY: help setup run-notebooks check test matrix lab execute nbval unit distributed notebooks lint style types borders \
-	format bench images embedded embedded-text clean
+.PHONY: help setup run-notebooks check test matrix lab execute nbval unit distributed cluster cluster-tools notebooks \
+	lint style types borders format bench images embedded embedded-text clean
 
 help: ## list the targets
 	@echo "make TARGET, where TARGET is one of:"
@@ -38,8 +38,8 @@ lab: $(READY) ## JupyterLab for this machine alone: 127.0.0.1, with its token
 check: $(READY) ## lint and unit: what to run all the time
 	@.ci/parts lint unit
 
-test: $(READY) ## lint, unit, distributed, notebooks and nbval, and how long each took
-	@.ci/parts lint unit distributed notebooks nbval
+test: $(READY) ## lint, unit, distributed, cluster, notebooks and nbval, and how long each took
+	@.ci/parts lint unit distributed cluster notebooks nbval
 
 matrix: $(READY) ## distributed with every valid combination of settings, each rank in a new interpreter
 	@MATRIX=1 TUTORIAL_LIB_WARM_WORKERS=0 $(TESTS) tests/distributed
@@ -49,6 +49,12 @@ unit: $(READY) ## functions, as many at a time as there are cores
 
 distributed: $(READY) ## real runs on 1, 2 and 4 processes, compared number by number: all valid pairs of settings
 	@$(TESTS) tests/distributed
+
+cluster: $(READY) cluster-tools ## torchrun and SLURM on virtual nodes of this machine (root and Linux; skipped elsewhere)
+	@$(TESTS) tests/cluster
+
+cluster-tools: ## install SLURM and munge, which cluster needs (as root, with apt-get)
+	@.ci/cluster-tools
 
 notebooks: $(READY) ## every notebook as committed: it reads well, its claims hold, what it shows is the library
 	@$(TESTS) tests/notebooks

@@ -13,7 +13,9 @@ Workers write records, they do not print; notebooks, tests and the command line 
 ``.lock``, ``.launch.lock``
     held while the run trains, and while its launcher runs: see :mod:`tutorial_lib.checkpoint.lock`;
 ``logs/rank-NNN.log``, ``logs/rank-NNN.error.json``
-    a worker's output, and the traceback of one that failed.
+    a worker's output, and the traceback of one that failed;
+``logs/memory-JOB.START-NODE.jsonl``
+    under SLURM, what a node's processes hold over time: see :mod:`tutorial_lib.measure.sampler`.
 
 Nothing here imports more than the standard library, so that reading a record costs little.
 """

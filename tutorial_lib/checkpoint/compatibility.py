@@ -29,6 +29,7 @@ _SHAPE = {
     "torch": (),
     "fsdp": ("sharding", "shard_size", "offload"),
     "deepspeed": ("zero_stage", "offload", "deepspeed"),
+    "trainer": ("zero_stage", "offload", "deepspeed"),
 }
 
 
@@ -61,8 +62,8 @@ def check_continues(config: Config, found: Path, data: DataIdentity | None) -> N
 def check_same_run(trainer: dict[str, Any], config: Config, data: DataIdentity | None) -> None:
     """Refuse to continue a run under settings, or with a model or data, that would make its updates different.
 
-    The number of ranks, the engine, the ZeRO stage and all else that decides where the state lies may change. So may
-    the directory of a model or data set, if its content is the same.
+    The number of ranks, the engine, the ZeRO stage and all else that decides where the state lies may change, except
+    under the Hugging Face Trainer. So may the directory of a model or data set, if its content is the same.
 
     Args:
         trainer: what ``trainer.json`` of the checkpoint holds.
@@ -73,16 +74,18 @@ def check_same_run(trainer: dict[str, Any], config: Config, data: DataIdentity |
         ConfigError: names every setting that differs, with both values, or what has changed.
     """
     saved, before = trainer["config"], trainer.get("identity", {})  # format 1 kept no identity
+    _check_shape(saved, config)
     moved = {flag for flag in ("model", "dataset") if saved[flag] != config.flat()[flag]}
-    now = identity(config) if before else {}
-    same_data = _same_data(before.get("data"), data) if "dataset" in moved else False
-    same_model = bool(before.get("weights")) and all(before[part] == now[part] for part in now)
-    free = moved & {name for name, same in (("model", same_model), ("dataset", same_data)) if same}
-    _check_settings(saved, config, free)
-    if before:
-        _check_model(before, now, config)
-    if before.get("data") and data is not None:
-        _check_data(before["data"], data(), config)
+    model_changes = _model_changes(before, identity(config)) if before else []
+
+    def data_changes() -> list[str]:
+        return _data_changes(before["data"], data(), config) if before.get("data") and data is not None else []
+
+    known = {"model": bool(before.get("weights")), "dataset": bool(before.get("data"))}
+    changes = {"model": model_changes, "dataset": data_changes() if "dataset" in moved else []}
+    _check_settings(saved, config, {flag for flag in moved if known[flag] and not changes[flag]}, changes)
+    _check_model([change for change in model_changes if change != _OTHER_WEIGHTS], config)
+    _check_data(data_changes(), config)
 
 
 def reads_data(config: Config, found: Path | None) -> bool:
@@ -98,15 +101,8 @@ def reads_data(config: Config, found: Path | None) -> bool:
     return not (knows_length or "num_steps" in read_trainer_state(found)["record"])
 
 
-def _same_data(before: dict[str, str] | None, data: DataIdentity | None) -> bool:
-    """Return whether a data set of a different name has the same tokens, as far as that can be told here."""
-    if not before:
-        return False
-    now = data() if data else {}
-    return all(before[use] == now[use] for use in before.keys() & now.keys())
-
-
-def _check_settings(saved: dict[str, Any], config: Config, may_differ: set[str]) -> None:
+def _check_settings(saved: dict[str, Any], config: Config, may_differ: set[str], within: dict[str, list[str]]) -> None:
+    """Refuse settings that differ. Of what a setting names, ``within`` says what is different besides the name."""
     now = json.loads(json.dumps(config.flat()))
     free = FREE_ON_RESUME | may_differ
     if config.optimizer.schedule == "constant":
@@ -114,7 +110,8 @@ def _check_settings(saved: dict[str, Any], config: Config, may_differ: set[str])
     differing = [name for name in now if name not in free and saved.get(name) != now[name]]
     if not differing:
         return
-    changes = "; ".join(f"{name} was {saved.get(name)!r}, now {now[name]!r}" for name in differing)
+    inner = {name: f" ({', '.join(within[name])})" if within.get(name) else "" for name in differing}
+    changes = "; ".join(f"{name} was {saved.get(name)!r}, now {now[name]!r}{inner[name]}" for name in differing)
     why = ""
     if {"steps", "epochs"} & set(differing):
         why = (
@@ -126,6 +123,19 @@ def _check_settings(saved: dict[str, Any], config: Config, may_differ: set[str])
         f"Run {config.run.name!r} cannot go on with other settings: {changes}. {why}"
         f"Write the old values, or give the new run another name. {_from_its_export(config)}"
     )
+
+
+def _check_shape(saved: dict[str, Any], config: Config) -> None:
+    """Refuse to continue in a different shape what the Hugging Face Trainer saved, or what it would have to load."""
+    before, now = shape(saved), shape(config.flat())
+    if "trainer" in (before["engine"], now["engine"]) and before != now:
+        names = [name for name in before | now if before.get(name) != now.get(name)]
+        changes = "; ".join(f"{name} was {before.get(name)!r}, now {now.get(name)!r}" for name in names)
+        raise ConfigError(
+            f"Run {config.run.name!r} cannot go on in a different shape: {changes}. The Hugging Face Trainer reads "
+            "only its own checkpoints, in the shape they were saved in, and nobody else reads them. Write the old "
+            "values. " + _from_its_export(config)
+        )
 
 
 def _from_its_export(config: Config) -> str:
@@ -185,32 +195,46 @@ def _sample_weights(target: str) -> str | None:
     return found.hexdigest()
 
 
-def _check_model(before: dict[str, Any], now: dict[str, Any], config: Config) -> None:
-    name, next_step = config.run.name, f"Put back what {config.model.name!r} was, or give the new run another name."
+_OTHER_WEIGHTS = "its weights are different"
+
+
+def _model_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return what differs between two identities of a model."""
     then, is_now = before["model"], now["model"]
-    differing = sorted(key for key in {*then, *is_now} if then.get(key) != is_now.get(key))
-    if differing:
-        changes = (
-            f"{key} was {then.get(key, 'the default')!r}, now {is_now.get(key, 'the default')!r}" for key in differing
-        )
-        raise ConfigError(
-            f"Run {name!r} cannot go on with another model than the one of its checkpoint: {'; '.join(changes)}. "
-            + next_step
-        )
+    changes = [
+        f"{key} was {then.get(key, 'the default')!r}, now {is_now.get(key, 'the default')!r}"
+        for key in sorted({*then, *is_now})
+        if then.get(key) != is_now.get(key)
+    ]
     if before["tokenizer"] != now["tokenizer"]:
-        raise ConfigError(
-            f"Run {name!r} cannot go on with another tokenizer than the one of its checkpoint, which makes other ids "
-            f"of the same text (it had {before['vocabulary']} tokens, now {now['vocabulary']}). {next_step}"
+        changes.append(
+            "another tokenizer, which makes other ids of the same text "
+            f"(it had {before['vocabulary']} tokens, now {now['vocabulary']})"
         )
+    if before.get("weights") and before["weights"] != now["weights"]:
+        changes.append(_OTHER_WEIGHTS)
+    return changes
 
 
-def _check_data(before: dict[str, str], now: dict[str, str], config: Config) -> None:
+def _data_changes(before: dict[str, str], now: dict[str, str], config: Config) -> list[str]:
+    """Return the splits whose tokens differ, of those that both starts read."""
     splits = {"train": config.data.train_split, "eval": config.data.eval_split}
     changed = [splits[use] for use in splits if use in before and use in now and before[use] != now[use]]
-    if changed:
-        which = " and ".join(map(repr, changed))
+    return [f"split {split!r} has other tokens" for split in changed]
+
+
+def _check_model(changes: list[str], config: Config) -> None:
+    if changes:
         raise ConfigError(
-            f"Run {config.run.name!r} cannot go on with different data: split {which} of {config.data.name!r} has "
-            "changed since the checkpoint was saved. Put the old data back, or give the new run another name. "
-            + _from_its_export(config)
+            f"Run {config.run.name!r} cannot go on with another model than the one of its checkpoint: "
+            f"{'; '.join(changes)}. Put back what {config.model.name!r} was, or give the new run another name."
+        )
+
+
+def _check_data(changes: list[str], config: Config) -> None:
+    if changes:
+        raise ConfigError(
+            f"Run {config.run.name!r} cannot go on with different data: of {config.data.name!r}, "
+            f"{' and '.join(changes)} than when the checkpoint was saved. Put the old data back, or give the new run "
+            "another name. " + _from_its_export(config)
         )

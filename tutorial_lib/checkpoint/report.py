@@ -15,8 +15,10 @@ from tutorial_lib.checkpoint.manifest import MANIFEST, CheckpointError, file_dam
 from tutorial_lib.config import ConfigError
 from tutorial_lib.records import RunDirectory
 
-_SHOWN = ("model", "dataset", "engine", "dp", "tp", "zero_stage", "sharding", "offload", "precision")
-_OF_ENGINE = {"zero_stage": "deepspeed", "sharding": "fsdp"}
+_SHOWN = ("model", "dataset", "engine", "dp", "tp", "zero_stage", "sharding", "deepspeed", "offload", "precision")
+_OF_ENGINE = {"zero_stage": "deepspeed", "sharding": "fsdp", "deepspeed": "trainer"}
+
+_PATHS = ("model", "dataset", "deepspeed")
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -102,7 +104,7 @@ def _shown(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that matter of the run that wrote it. Paths lose all but their last part, for privacy."""
     named = {name: settings[name] for name in _SHOWN if name in settings}
     return {
-        name: Path(value).name if name in ("model", "dataset") and Path(value).is_absolute() else value
+        name: Path(value).name if name in _PATHS and value and Path(value).is_absolute() else value
         for name, value in named.items()
         if _OF_ENGINE.get(name, settings["engine"]) == settings["engine"]
     }

@@ -19,7 +19,9 @@ from tutorial_lib.records import RunDirectory, write_atomically
 
 _LOG = logging.getLogger(__name__)
 
-_NOT_FOR_EVERY_ENGINE = tuple(name for name, setting in settings().items() if setting.engines != ENGINES)
+_NOT_FOR_EVERY_ENGINE = tuple(
+    name for name, setting in settings().items() if {*ENGINES} - {"trainer"} - {*setting.engines}
+)
 
 
 def checkpoint_of(source: Path) -> Path:
@@ -67,9 +69,15 @@ def reshaped_config(source: Path, flat: dict[str, Any]) -> Config:
             "A reshape starts its own processes: write launcher='local' or 'ray'. Under torchrun or srun no reshape is "
             "needed: train on the run as it is, in the shape that is wanted."
         )
+    engines = {saved["engine"], given.get("engine", saved["engine"])}
+    if "trainer" in engines:
+        raise ConfigError(
+            "The Hugging Face Trainer reads and writes checkpoints of its own, which cannot be reshaped. Export the "
+            f"weights instead: `python -m tutorial_lib export {source} DIR`, then train with model='DIR'."
+        )
     defaults = {name: setting.default for name, setting in settings().items()}
     back: tuple[str, ...] = ()
-    if given.get("engine", saved["engine"]) != saved["engine"]:
+    if len(engines) > 1:
         back = _NOT_FOR_EVERY_ENGINE
     elif given.keys() & {"zero_stage", "offload"}:
         back = ("deepspeed",)

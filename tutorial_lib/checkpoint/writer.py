@@ -72,10 +72,15 @@ class Writer:
         storage.fs = self.file_system
         return storage
 
-    def count(self, directory: Path) -> None:
-        """Add files that a library has written by itself."""
+    def count(self, directory: Path, is_own: Callable[[str], bool] = lambda name: True) -> None:
+        """Add files that a library has written by itself.
+
+        Args:
+            directory: where they are.
+            is_own: tells from a file's name under the checkpoint's directory whether this rank wrote it.
+        """
         for path in sorted(directory.rglob("*")):
-            if path.is_file():
+            if path.is_file() and is_own(self.file_system.name(path)):
                 sync(path)
                 self.files[self.file_system.name(path)] = digest(path)
 

@@ -1,8 +1,8 @@
-"""The package from a shell: ``python -m tutorial_lib doctor | train | plan | reshape | export | inspect``.
+"""The package from a shell: ``python -m tutorial_lib COMMAND``: ``train``, ``bench``, ``slurm``, ``plan`` and more.
 
 Exit codes, which scripts and schedulers may rely on: 0 done; 2 bad usage or configuration, or a plan in which nothing
 fits, with what to write instead; 75 stopped before the end after saving, run it again to go on; 1 anything else, with
-the failing rank's own error on top, or an inspected checkpoint that is not whole.
+the failing rank's own error on top, an inspected checkpoint that is not whole, or a matrix of which a row failed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from tutorial_lib.cli import checkpoints, plan, train
+from tutorial_lib.cli import bench, checkpoints, plan, slurm, train
 from tutorial_lib.cli.options import BAD_CONFIGURATION, DONE, FAILED, STOPPED
 from tutorial_lib.config import ConfigError
 
@@ -75,8 +75,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m tutorial_lib", description="Train on many devices, and measure it.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     pages = {
-        "doctor": (None, _doctor, "what this machine can run, and why a profile will or will not work"),
+        "doctor": (
+            _add_doctor_arguments,
+            _doctor,
+            "what this machine can run, and why a profile will or will not work",
+        ),
         "train": (train.add_arguments, train.main, "run or continue a training run"),
+        "bench": (bench.add_arguments, bench.main, "the same training in several ways, side by side in a table"),
+        "slurm": (slurm.add_arguments, slurm.main, "write the SLURM batch script of a run, or submit and follow it"),
         "plan": (
             plan.add_arguments,
             plan.main,
@@ -100,14 +106,23 @@ def _parser() -> argparse.ArgumentParser:
     }
     for name, (add_arguments, command, help) in pages.items():
         page = commands.add_parser(name, help=help)
-        if add_arguments:
-            add_arguments(page)
+        add_arguments(page)
         page.add_argument("--json", action="store_true", help="print JSON for machines")
         page.set_defaults(command=command)
     return parser
 
 
+def _add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--rendezvous", metavar="HOST:PORT", help="check instead that processes can meet there, as torchrun's do"
+    )
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from tutorial_lib import doctor
 
+    if options.rendezvous:
+        if problem := doctor.rendezvous_problem(options.rendezvous):
+            raise ConfigError(problem)
+        return DONE
     return doctor.main(json=options.json)

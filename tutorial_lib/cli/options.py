@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from typing import Any
 
-from tutorial_lib.config import Setting, settings
+from tutorial_lib.config import ConfigError, Setting, settings
 
 DONE, FAILED, BAD_CONFIGURATION, STOPPED = 0, 1, 2, 75
 
@@ -56,9 +56,37 @@ def _reading(kind: type, meaning: str) -> Callable[[str], Any]:
     return read
 
 
+def add_model_config(parser: argparse.ArgumentParser) -> None:
+    """Add the option that names a published model's dimensions: another spelling of a model's name."""
+    parser.add_argument(
+        "--model-config",
+        metavar="NAME",
+        default=None,
+        help="a published model's dimensions, for random weights (--random-init) and without a download: bloom-560m, "
+        "gpt2, gpt2-medium or qwen2.5-0.5b; --model-config NAME is --model published/NAME",
+    )
+
+
+def model_of(options: argparse.Namespace) -> str | None:
+    """Return the model that ``--model`` or ``--model-config`` names, or None.
+
+    Raises:
+        ConfigError: both are given.
+    """
+    model: str | None = getattr(options, "model", None)
+    named: str | None = getattr(options, "model_config", None)
+    if named is None:
+        return model
+    if model is not None:
+        raise ConfigError(f"--model {model} and --model-config {named} both name the model. Leave one of them out.")
+    return f"published/{named}"
+
+
 def given(options: argparse.Namespace) -> dict[str, Any]:
     """Return the settings that the command line states, by flat name."""
     given = {name: getattr(options, name) for name in settings() if hasattr(options, name)}
+    if model := model_of(options):
+        given["model"] = model
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 

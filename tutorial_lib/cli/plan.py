@@ -14,9 +14,11 @@ import math
 from typing import Any
 
 from tutorial_lib.cli import plan_check, plan_commands, plan_text
+from tutorial_lib.cli.options import add_model_config, model_of
 from tutorial_lib.cli.plan_models import find_model
 from tutorial_lib.cli.plan_text import Answer
 from tutorial_lib.config import ConfigError
+from tutorial_lib.config.checks import check_path
 from tutorial_lib.theory.activations import CHECKPOINTING
 from tutorial_lib.theory.cost import backward_all_reduces
 from tutorial_lib.theory.hardware import GPUS, find_gpu, peak_flops
@@ -42,6 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "traffic, speed. " + plan_text.LEFT_OUT
     )
     parser.add_argument("--model", help="llama-3-70b or another public model, a hub name, directory or embedded/...")
+    add_model_config(parser)
+    parser.add_argument(
+        "--random-init", action="store_true", help="with --model-config, as for train; plan reads no weights anyway"
+    )
     number("--model-size", float, "parameters, such as 7e9: the public model of this size, or a shape derived from it")
     for name in ("layers", "hidden", "heads", "vocabulary"):
         number(f"--{name}", int, f"with --model-size: {name} of the model")
@@ -105,7 +111,10 @@ def main(options: argparse.Namespace) -> int:
 def _answer(options: argparse.Namespace) -> Answer:
     _check_numbers(options)
     given = {name: getattr(options, name) for name in ("layers", "hidden", "heads", "vocabulary")}
-    dimensions, num_params, source = find_model(options.model, options.model_size, given)
+    model = model_of(options)
+    if model is not None:
+        check_path("model", model)
+    dimensions, num_params, source = find_model(model, options.model_size, given)
     try:
         cluster, precision, plausible = _cluster(options)
         workload = Workload(

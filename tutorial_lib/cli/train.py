@@ -9,7 +9,15 @@ from contextlib import nullcontext
 from datetime import UTC, datetime
 from typing import Any
 
-from tutorial_lib.cli.options import DONE, STOPPED, add_setting, given, shape_in_words, stdout_for_json_alone
+from tutorial_lib.cli.options import (
+    DONE,
+    STOPPED,
+    add_model_config,
+    add_setting,
+    given,
+    shape_in_words,
+    stdout_for_json_alone,
+)
 from tutorial_lib.config import PROFILES, Config, settings
 
 
@@ -22,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for setting in settings().values():
         add_setting(parser, setting)
+    add_model_config(parser)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -49,14 +58,15 @@ def main(options: argparse.Namespace) -> int:
                 return STOPPED
             run = interrupted.runs[0]
     if leader:
-        print(json.dumps(run.result) if options.json else _summary(run))
+        print(json.dumps(run.result) if options.json else summary(run))
     if run.result["status"] != "stopped":
         return DONE
     # torchrun takes any other code of a worker for a failure; result.json tells that the run goes on.
     return DONE if is_under_torchrun(config) else STOPPED
 
 
-def _summary(run: Any) -> str:
+def summary(run: Any) -> str:
+    """Return what came of a run, as a table."""
     result = run.result
     loss = {name: f"{result[name]:.4f}" for name in ("train_loss", "eval_loss_before", "eval_loss") if result[name]}
     rows = {
@@ -74,6 +84,7 @@ def _summary(run: Any) -> str:
         **{f"restart {n}": _restart(r) for n, r in enumerate(result["restarts"], 1)},
         **{f"{use} rows": _lost_rows(split) for use, split in result["data"].items() if _lost_rows(split)},
         **{name.replace("_", " "): value for name, value in loss.items()},
+        **({"eval loss by epoch": _by_epoch(result["eval_losses"])} if result["eval_losses"] else {}),
         "tokens per second": f"{result['tokens_per_second']:.0f}" if result["tokens_per_second"] else "too few steps",
         "peak memory": ", ".join(f"{rank['peak_memory_bytes'] / 2**20:.0f} MiB" for rank in result["ranks"]),
         "checkpoint": result["checkpoint"],
@@ -83,9 +94,16 @@ def _summary(run: Any) -> str:
 
 def _engine(config: Config) -> str:
     """Return what trained, with what a DeepSpeed file decided: ``deepspeed, zero_stage=2, offload=none, fp32``."""
-    shown = {"deepspeed": ("zero_stage", "offload"), "fsdp": ("sharding", "offload")}.get(config.engine.name, ())
+    by_engine = {"deepspeed": ("zero_stage", "offload"), "fsdp": ("sharding", "offload")}
+    shown = by_engine.get(config.engine.name, ())
+    if config.engine.name == "trainer" and config.engine.deepspeed_file:
+        shown = by_engine["deepspeed"]
     flat = config.flat()
     return ", ".join([config.engine.name, *(f"{name}={flat[name]}" for name in shown), config.engine.precision])
+
+
+def _by_epoch(losses: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{each['epoch']:g}: {each['loss']:.4f}" for each in losses)
 
 
 def _lost_rows(split: dict[str, Any]) -> str:

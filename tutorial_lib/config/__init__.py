@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from tutorial_lib.config.checks import check_used, validate
+from tutorial_lib.config.checks import check_length, check_used, validate
 from tutorial_lib.config.fields import (
     ENGINES,
     ConfigError,
@@ -180,9 +180,11 @@ def _build(flat: dict[str, Any], base: Config | None) -> Config:
 
 
 def _stated(config: Config, flat: dict[str, Any]) -> Config:
-    """Note the settings as stated by hand. Refuse those that the configuration would not use."""
+    """Note the settings as stated by hand. Refuse those that the configuration would not use as they are."""
+    config = dataclasses.replace(config, given=config.given | flat.keys())
     check_used(config, {name: settings()[name] for name in flat})
-    return dataclasses.replace(config, given=config.given | flat.keys())
+    check_length(config)
+    return config
 
 
 FREE_ON_RESUME = frozenset(name for name, setting in settings().items() if setting.resume != "fixed")

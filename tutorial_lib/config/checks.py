@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 _LARGEST_SEED = 2**32 - 1  # what every generator of random numbers takes
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes, of Linux and its file systems
 
 
 def validate(config: Config, settings: Mapping[str, Setting]) -> None:
@@ -37,6 +38,9 @@ def validate(config: Config, settings: Mapping[str, Setting]) -> None:
             raise ConfigError(f"{flag} is {value}; write a finite number.")
         if isinstance(value, str) and not value.strip() and flag != "name":
             raise ConfigError(f"{flag} is empty; write a value, or leave the setting out.")
+    for flag in ("model", "dataset", "deepspeed", "storage"):
+        if flat[flag] is not None:
+            check_path(flag, flat[flag])
     for flag in ("beta1", "beta2"):
         if not 0 <= flat[flag] < 1:
             raise ConfigError(f"{flag} is {flat[flag]}; write a number from 0 up to, but not including, 1.")
@@ -52,12 +56,13 @@ def validate(config: Config, settings: Mapping[str, Setting]) -> None:
         raise ConfigError(f"seed is {run.seed}; the largest possible value is {_LARGEST_SEED}.")
     if engine.zero_stage not in (0, 1, 2, 3):
         raise ConfigError(f"zero_stage is {engine.zero_stage}; ZeRO has the stages 0, 1, 2 and 3.")
-    if engine.name == "deepspeed" and engine.offload == "all" and engine.zero_stage != 3:
+    has_zero = engine.name == "deepspeed" or (engine.name == "trainer" and engine.deepspeed_file is not None)
+    if has_zero and engine.offload == "all" and engine.zero_stage != 3:
         raise ConfigError(
             f"offload='all' moves parameters to host memory, which needs zero_stage=3, not {engine.zero_stage}. "
             "Write offload='optimizer', or zero_stage=3."
         )
-    if engine.name == "deepspeed" and engine.offload == "optimizer" and engine.zero_stage == 0:
+    if has_zero and engine.offload == "optimizer" and engine.zero_stage == 0:
         raise ConfigError(
             "offload='optimizer' needs optimizer states that ZeRO partitions: write zero_stage=1, 2 or 3, "
             "or offload='none'."
@@ -74,17 +79,45 @@ def validate(config: Config, settings: Mapping[str, Setting]) -> None:
             raise ConfigError(
                 "engine='torch' has no offload, no fp16 and reads no DeepSpeed file; write engine='deepspeed'."
             )
+    if engine.name == "trainer" and parallel.tp > 1:
+        raise ConfigError(
+            f"engine='trainer' has no tensor parallelism, but tp={parallel.tp}: the Hugging Face Trainer refuses it on "
+            "CPUs. Write tp=1, or engine='deepspeed' or 'fsdp'."
+        )
     _check_fsdp(engine, parallel)
     _check_batch_sizes(config)
     if run.stop_after is not None and run.steps is not None and run.stop_after > run.steps:
         raise ConfigError(f"stop_after={run.stop_after} lies beyond the last step, steps={run.steps}.")
     if run.keep_best and not run.evaluate:
         raise ConfigError("keep_best=True compares evaluation losses: write evaluate=True, or keep_best=False.")
+    every = run.evaluate_every
+    if every is not None and every != "epoch" and not (every.isdecimal() and int(every) > 0):
+        raise ConfigError(f"evaluate_every is {every!r}; write 'epoch', or a number of optimizer steps such as '50'.")
+    if every is not None and not run.evaluate:
+        raise ConfigError(f"evaluate_every={every!r} needs an evaluation: write evaluate=True, or leave it out.")
     if run.max_failures > 0 and run.launcher != "ray":
         raise ConfigError(
             f"max_failures={run.max_failures} is kept by Ray Train, and launcher={run.launcher!r} starts nothing "
             "again: write launcher='ray', or leave max_failures out and give the same command again, which goes on "
             "from the newest intact checkpoint."
+        )
+
+
+def check_path(flag: str, name: str) -> None:
+    """Refuse what no file or directory can be called, and no model or data set of a hub.
+
+    Raises:
+        ConfigError: says what is wrong with it.
+    """
+    encoded = name.encode(errors="surrogatepass")
+    longest = max(map(len, encoded.split(b"/")))
+    shown = name if len(name) <= 60 else f"{name[:40]} ..."
+    if "\0" in name:
+        raise ConfigError(f"{flag} is {shown!r}, which holds a zero byte. Write the name without it.")
+    if longest > _LONGEST_NAME or len(encoded) > _LONGEST_PATH:
+        raise ConfigError(
+            f"{flag} is {shown!r}, {len(encoded)} bytes long. A path has at most {_LONGEST_PATH}, and each name in it "
+            f"{_LONGEST_NAME}. Write a shorter one."
         )
 
 
@@ -112,12 +145,45 @@ def check_used(config: Config, stated: Mapping[str, Setting], *, is_resolved: bo
         is_met, needed = needs.get(flag, (True, ""))
         if engine.name not in setting.engines:
             needed, is_met = " or ".join(f"engine={name!r}" for name in setting.engines), False
+            if engine.name == "trainer" and "torch" not in setting.engines:
+                needed += ", or for engine='trainer' a DeepSpeed file that states it (deepspeed='zero2')"
         elif engine.deepspeed_file and not is_resolved:
             continue  # the file may state what is needed
         if not is_met:
             raise ConfigError(
                 f"{flag}={flat[flag]!r} would have no effect: it needs {needed}. Leave it out, or write that."
             )
+
+
+def check_length(config: Config) -> None:
+    """Refuse two statements of how long a run is, and a warm-up that goes on after its end.
+
+    Raises:
+        ConfigError: says what to write instead.
+    """
+    run, warmup = config.run, config.optimizer.warmup_steps
+    if run.steps is None:
+        return
+    if {"steps", "epochs"} <= config.given:
+        raise ConfigError(
+            f"steps={run.steps} and epochs={run.epochs} both say how long the run is, and steps would decide alone. "
+            "Leave one of them out."
+        )
+    if config.given & {"steps", "warmup_steps"}:
+        check_warmup(warmup, run.steps)
+
+
+def check_warmup(warmup_steps: int, num_steps: int) -> None:
+    """Refuse a warm-up that is longer than the run: the learning rate would never reach its peak.
+
+    Raises:
+        ConfigError: says what to write instead.
+    """
+    if warmup_steps > num_steps:
+        raise ConfigError(
+            f"warmup_steps={warmup_steps} goes on after the last step of a run of {num_steps}: the learning rate would "
+            f"never reach its peak. Write warmup_steps={num_steps} or less, or train longer (steps, epochs)."
+        )
 
 
 SHARDINGS = ("full_shard", "shard_grad_op", "hybrid_shard", "no_shard")

@@ -20,7 +20,10 @@ Resume = Literal["fixed", "free", "one start"]
 A free setting does not change which update comes next, except for the order in which numbers are added, and for
 dropout's random numbers where the number of ranks changes."""
 
-ENGINES = ("deepspeed", "fsdp", "torch")
+ENGINES = ("deepspeed", "fsdp", "torch", "trainer")
+
+_OWN_LOOP = ("deepspeed", "fsdp", "torch")
+"""Engines of the package's own training loop; the other one is the Hugging Face Trainer's."""
 
 
 def _setting(
@@ -55,7 +58,9 @@ class ModelConfig:
     """Which causal language model is trained."""
 
     name: str = _setting(
-        "embedded/gpt2", "hub name, a directory, or embedded/gpt2, embedded/qwen2, embedded/bloom", flag="model"
+        "embedded/gpt2",
+        "hub name, a directory, embedded/gpt2, embedded/qwen2, embedded/bloom, or published/NAME (see --model-config)",
+        flag="model",
     )
     random_init: bool = _setting(False, "build the model from its configuration with seeded random weights")
     freeze: tuple[str, ...] = _setting((), "parameters not to train, as name patterns (* and ? match)")
@@ -103,7 +108,8 @@ class EngineConfig:
 
     name: str = _setting(
         "deepspeed",
-        "deepspeed: ZeRO; fsdp: PyTorch's FSDP2, DDP and DTensor; torch: one plain process, the reference",
+        "deepspeed: ZeRO; fsdp: PyTorch's FSDP2, DDP and DTensor; torch: one plain process, the reference; "
+        "trainer: the Hugging Face Trainer, plain or with a DeepSpeed file",
         flag="engine",
         choices=ENGINES,
         resume="free",
@@ -177,7 +183,7 @@ class EngineConfig:
         None,
         "a DeepSpeed JSON file, by path or by its name in tutorial_lib/ds_configs",
         flag="deepspeed",
-        engines=("deepspeed",),
+        engines=("deepspeed", "trainer"),
         resume="free",
     )
 
@@ -203,6 +209,11 @@ class OptimizerConfig:
         choices=("constant", "linear", "cosine"),
     )
     warmup_steps: int = _setting(0, "optimizer steps over which the learning rate rises from 0", at_least=0)
+
+    @property
+    def scheduler_name(self) -> str:
+        """The schedule as transformers calls it: its plain ``constant`` knows no warm-up."""
+        return "constant_with_warmup" if self.schedule == "constant" else self.schedule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -248,6 +259,7 @@ class RunConfig:
     async_save: bool = _setting(
         False,
         "write files while training goes on, from a copy in host memory (another one of the rank's states)",
+        engines=_OWN_LOOP,
         resume="free",
     )
     resume: str = _setting(
@@ -257,6 +269,11 @@ class RunConfig:
         resume="one start",
     )
     evaluate: bool = _setting(True, "evaluate before the first and after the last step", resume="one start")
+    evaluate_every: str | None = _setting(
+        None,
+        "evaluate also every this many optimizer steps, or after every epoch (epoch): eval_losses in result.json",
+        resume="free",
+    )
     measure: bool = _setting(False, "account memory and count traffic of one step; slows that step", resume="one start")
 
 

@@ -10,8 +10,10 @@ number of ranks, micro-batches, the launcher or a resume. So the same step of tw
 
 from tutorial_lib.dataloader.collate import Batch
 from tutorial_lib.dataloader.loaders import (
+    EpochLoader,
     EvalLoader,
     TrainLoader,
+    build_epoch_loader,
     build_eval_loader,
     build_train_loader,
     check_data,
@@ -22,8 +24,10 @@ from tutorial_lib.dataloader.tokens import tokenize_rows
 
 __all__ = [
     "Batch",
+    "EpochLoader",
     "EvalLoader",
     "TrainLoader",
+    "build_epoch_loader",
     "build_eval_loader",
     "build_train_loader",
     "check_data",

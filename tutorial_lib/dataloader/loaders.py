@@ -15,7 +15,7 @@ from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.dataloader.collate import Batch, Collate
 from tutorial_lib.dataloader.packing import Examples
 from tutorial_lib.dataloader.rows import load_rows
-from tutorial_lib.dataloader.sampler import StepSampler
+from tutorial_lib.dataloader.sampler import EpochSampler, StepSampler
 from tutorial_lib.dataloader.tokens import TokenSummary, document_maker, summary_of, tokenize_rows
 
 if TYPE_CHECKING:
@@ -34,6 +34,26 @@ def build_train_loader(
     Raises:
         ConfigError: the data cannot be read, or does not fill one global batch.
     """
+    return TrainLoader(*_training_steps(config, tokenizer, dp_rank, dp_size), num_workers)
+
+
+def build_epoch_loader(
+    config: Config, tokenizer: PreTrainedTokenizerBase, *, dp_rank: int, dp_size: int
+) -> EpochLoader:
+    """Load the training split as epochs of micro-batches: the same ones in the same order as the steps.
+
+    Args:
+        dp_rank: rank in the data-parallel group, not in the world.
+
+    Raises:
+        ConfigError: as :func:`build_train_loader`.
+    """
+    return EpochLoader(*_training_steps(config, tokenizer, dp_rank, dp_size))
+
+
+def _training_steps(
+    config: Config, tokenizer: PreTrainedTokenizerBase, dp_rank: int, dp_size: int
+) -> tuple[Examples, StepSampler, Collate]:
     _check_ranks(config, dp_rank, dp_size)
     data, global_batch = config.data, config.run.global_batch
     examples = _load_examples(config, tokenizer, data.train_split, data.max_examples)
@@ -51,7 +71,7 @@ def build_train_loader(
         dp_size=dp_size,
         lengths=examples.lengths if data.batching == "longest" else None,
     )
-    return TrainLoader(examples, sampler, _collate(config, tokenizer), num_workers)
+    return examples, sampler, _collate(config, tokenizer)
 
 
 def build_eval_loader(config: Config, tokenizer: PreTrainedTokenizerBase, *, dp_rank: int, dp_size: int) -> EvalLoader:
@@ -91,11 +111,6 @@ class TrainLoader:
                 generator=torch.Generator(),
             )
 
-    @property
-    def epoch(self) -> int:
-        """The epoch, from 0, of the step that was yielded last (0 before the first)."""
-        return max(self._step - 1, 0) // self.steps_per_epoch
-
     def steps(self) -> Iterator[list[Batch]]:
         """Yield this rank's micro-batches, one optimizer step after another without end."""
         while True:
@@ -120,6 +135,42 @@ class TrainLoader:
         self._step = state["step"]
 
 
+class EpochLoader(DataLoader[Any]):
+    """One epoch of micro-batches of one data-parallel rank: a ``DataLoader`` as the Hugging Face Trainer takes it.
+
+    Its position is no state of its own: ``set_epoch`` says which epoch comes next, and whoever resumes within one skips
+    as many micro-batches as were trained.
+    """
+
+    def __init__(self, examples: Examples, sampler: StepSampler, collate: Collate) -> None:
+        self.steps_per_epoch = sampler.steps_per_epoch
+        self.summary: TokenSummary = examples.summary
+        self._steps, self._epochs = sampler, EpochSampler(sampler, collate.micro_batch)
+
+        def collate_one(members: Any) -> Batch:
+            (batch,) = collate(members)
+            return batch
+
+        # A generator of its own, as each iterator draws from it: dropout must not depend on how often a run resumed.
+        super().__init__(examples, batch_sampler=self._epochs, collate_fn=collate_one, generator=torch.Generator())
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, from 0, that the next iteration goes through."""
+        self._epochs.set_epoch(epoch)
+
+    def state_at(self, step: int) -> dict[str, int]:
+        """Return the position after a step, as a checkpoint keeps it."""
+        return self._steps.state_dict() | {"step": step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Check that a saved position belongs to this order of examples.
+
+        Raises:
+            ConfigError: it belongs to other data, another seed or another global batch.
+        """
+        self._steps.load_state_dict(state)
+
+
 class EvalLoader:
     """Batches of one data-parallel rank; over all ranks every example is in exactly one.
 
@@ -129,6 +180,7 @@ class EvalLoader:
 
     def __init__(self, examples: Examples, collate: Collate, dp_rank: int, dp_size: int) -> None:
         self.summary: TokenSummary = examples.summary
+        self.num_examples = len(examples)
         by_length = (-examples.lengths).argsort(kind="stable").tolist()
         size = collate.micro_batch
         batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]

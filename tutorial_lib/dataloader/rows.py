@@ -13,6 +13,7 @@ import datasets
 import datasets.exceptions
 
 from tutorial_lib.config import ConfigError
+from tutorial_lib.dataloader.csv_files import csv_problem, looks_misread
 from tutorial_lib.embedded import DATASET_NAMES, dataset_directory
 
 
@@ -45,6 +46,8 @@ def load_rows(name: str, split: str, *, max_examples: int | None = None) -> data
         raise
     except Exception as error:
         raise ConfigError(_explain(name, split, error)) from error
+    if looks_misread(rows.column_names) and (problem := _misread_csv(name)):
+        raise ConfigError(f"Data set {name!r} cannot be read: {problem}.")
     if max_examples is not None:
         rows = rows.select(range(min(max_examples, len(rows))))
     return rows
@@ -172,8 +175,7 @@ def _explain(name: str, split: str, error: Exception) -> str:
             f"Data set {name!r} cannot be kept on disk: {error}. "
             "Set HF_HOME to a directory that you can write to and that has space."
         )
-    place = _bad_file(name)
-    return f"Data set {name!r} cannot be read: {text or type(error).__name__}.{f' See {place}.' if place else ''}"
+    return f"Data set {name!r} cannot be read: {_bad_file(name) or text or type(error).__name__}."
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -192,27 +194,51 @@ def _split_advice(known: list[str]) -> str:
     return "Write train_split / eval_split as one that it has, or as a slice of one, such as train[90%:]."
 
 
-def _bad_file(name: str) -> str | None:
-    """Find a local data set's file that is empty or a git-lfs pointer, or whose line is not UTF-8 or not JSON."""
+def _local_files(name: str) -> list[Path]:
+    """Return the data files of a local data set."""
     path = Path(_source(name)[0]).expanduser()
     files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
-    for file in files:
-        if file.suffix not in _FORMATS or not file.is_file():
-            continue
+    return [file for file in files if _format(file) and file.is_file()]
+
+
+def _misread_csv(name: str) -> str | None:
+    """Find a local data set's CSV file that pandas misunderstands, and say how."""
+    for file in _local_files(name):
+        if _format(file) == "csv" and (problem := csv_problem(file)):
+            return f"{file}, {problem}"
+    return None
+
+
+def _bad_file(name: str) -> str | None:
+    """Find a local data set's file that is empty, a git-lfs pointer, not UTF-8, or no JSON or CSV, and say where."""
+    for file in _local_files(name):
         with file.open("rb") as content:
             start = content.read(len(_LFS_POINTER))
         if not start:
             return f"{file}: it is empty"
         if start == _LFS_POINTER:
             return f"{file}: it is a git-lfs pointer, not the data; run `git lfs pull` there, or download the file"
-        if file.suffix not in (".jsonl", ".csv", ".txt"):
-            continue
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    text = line.decode()
-                    if file.suffix == ".jsonl" and text.strip():
-                        json.loads(text)
-                except ValueError as error:
-                    return f"{file}, line {number}: {error}"
+        if file.suffix in (".jsonl", ".csv", ".txt") and (problem := _bad_line(file)):
+            return f"{file}, {problem}"
+    return _misread_csv(name)
+
+
+def _bad_line(file: Path) -> str | None:
+    """Return which line of a file is not UTF-8 or, where each has to be, not JSON."""
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                text = line.decode()
+                if file.suffix == ".jsonl" and text.strip():
+                    json.loads(text)
+            except UnicodeDecodeError as error:
+                encoding = (
+                    "UTF-16" if number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff")) else "another encoding"
+                )
+                return (
+                    f"line {number}: the byte 0x{line[error.start]:02x} is not UTF-8; the file is in {encoding}. "
+                    "Save it as UTF-8"
+                )
+            except ValueError as error:
+                return f"line {number}: {error}"
     return None

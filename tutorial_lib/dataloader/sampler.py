@@ -85,9 +85,14 @@ class StepSampler(Sampler[list[int]]):
             self._order = (epoch, order)
         return self._order[1][step_in_epoch]
 
+    def own_examples(self, step: int) -> list[int]:
+        """Return the examples of a step that are this rank's: its cards."""
+        mine: list[int] = self.examples(step)[self._dp_rank :: self._dp_size].tolist()
+        return mine
+
     def __iter__(self) -> Iterator[list[int]]:
         while True:
-            mine = self.examples(self._step)[self._dp_rank :: self._dp_size].tolist()
+            mine = self.own_examples(self._step)
             self._step += 1
             yield mine
 
@@ -110,3 +115,29 @@ class StepSampler(Sampler[list[int]]):
 
     def _identity(self) -> dict[str, int]:
         return {"examples": self._num_examples, "global_batch": self._global_batch, "seed": self._seed}
+
+
+class EpochSampler(Sampler[list[int]]):
+    """This rank's micro-batches of one epoch, for a loop that starts each epoch itself and skips what it has trained.
+
+    Args:
+        steps: says which examples make up which step.
+        micro_batch: sequences per forward pass on one rank.
+    """
+
+    def __init__(self, steps: StepSampler, micro_batch: int) -> None:
+        self._steps, self._micro_batch, self._epoch = steps, micro_batch, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, from 0, that the next iteration goes through."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._steps.steps_per_epoch * (len(self._steps.own_examples(0)) // self._micro_batch)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first = self._epoch * self._steps.steps_per_epoch
+        for step in range(first, first + self._steps.steps_per_epoch):
+            mine = self._steps.own_examples(step)
+            for start in range(0, len(mine), self._micro_batch):
+                yield mine[start : start + self._micro_batch]

@@ -14,7 +14,8 @@ columns                        document                                         
 Of a data set with columns of several kinds, the first kind of the table is read. An answer may be a text, a list of
 texts, or either of them with ``answer_start`` as in SQuAD; the first answer that is not blank counts.
 
-The first token is never counted, because nothing before it could predict it.
+The first token is never counted, because nothing before it could predict it. Of a conversation every turn counts, the
+user's as well as the assistant's: a model that is to learn the answers alone takes ``question, context, answers``.
 
 Rows that do not fit into ``seq_length`` are cut. A text loses its end, and with it the EOS: it goes on, and a model
 told otherwise would learn to stop in mid-sentence. A question keeps its answer and EOS, and loses context: from the
@@ -293,6 +294,51 @@ def _position(start: Any) -> int:
         return -1
 
 
+def gold_answers(answers: Any) -> list[str]:
+    """Return every answer of a question that is not blank, in whatever form a data set has them."""
+    if isinstance(answers, Mapping):
+        return gold_answers(answers["text"])
+    if isinstance(answers, str):
+        return [answers.strip()] if answers.strip() else []
+    return [text for each in answers or () for text in gold_answers(each)]
+
+
+def encode_prompt(
+    question: str, context: str, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[list[int], bool]:
+    """Tokenise a question as a model is asked it: its document up to, and without, the answer.
+
+    A context that does not fit loses its end. Unlike in training, nothing here knows where the answer stands.
+
+    Returns:
+        The ids, and whether the context was cut.
+
+    Raises:
+        ConfigError: the question alone is longer than ``max_length``.
+    """
+    before, prompt = _prompt(question, context)
+    encoded = _encode(tokenizer, [prompt], return_offsets_mapping=True)
+    end_of_context = len(before) + 1 + len(context)
+    tokens = list(zip(encoded["input_ids"][0], encoded["offset_mapping"][0], strict=True))
+    if tokens and tokens[-1][0] == tokenizer.eos_token_id:
+        tokens.pop()  # some tokenizers append it themselves
+    in_context = [i for i, (_, (start, end)) in enumerate(tokens) if len(before) <= start < end <= end_of_context]
+    excess = max(0, len(tokens) - max_length)
+    if excess >= max(1, len(in_context)):
+        raise ConfigError(
+            f"The question {question!r} leaves no room for its context in {max_length} tokens. Write a larger "
+            "seq_length, or fewer max_new_tokens."
+        )
+    removed = set(in_context[len(in_context) - excess :])
+    return [token for i, (token, _) in enumerate(tokens) if i not in removed], bool(removed)
+
+
+def _prompt(question: str, context: str) -> tuple[str, str]:
+    """Return the text before the context, and all before the answer."""
+    before = f"Question: {question.strip()} Context:"
+    return before, f"{before} {context} Answer:"
+
+
 def _qa_documents(
     batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, seq_length: int
 ) -> Iterator[Document]:
@@ -301,8 +347,7 @@ def _qa_documents(
         answer, at = _first_answer(answers)
         if not answer or not question or context is None:
             continue
-        before = f"Question: {question.strip()} Context:"
-        prompt = f"{before} {context} Answer:"
+        before, prompt = _prompt(question, context)
         # Where the answer stands in the context, in characters of the prompt; the context's start if unknown.
         known = at >= 0 and context[at : at + len(answer)] == answer
         answer_end = len(before) + 1 + at + len(answer) if known else len(before)

@@ -13,9 +13,10 @@ from typing import Any
 
 from tutorial_lib.config import PROFILES, Config
 from tutorial_lib.doctor import machine
+from tutorial_lib.doctor.machine import rendezvous_problem
 from tutorial_lib.doctor.verdict import Report, Verdict, judge
 
-__all__ = ["Report", "Verdict", "diagnose", "judge", "main"]
+__all__ = ["Report", "Verdict", "diagnose", "judge", "main", "rendezvous_problem"]
 
 
 def main(json: bool = False) -> int:

@@ -7,6 +7,7 @@ asked only where the driver reports a GPU. The launchers ask this page how many 
 from __future__ import annotations
 
 import ast
+import errno
 import os
 import shutil
 import socket
@@ -184,13 +185,55 @@ def port_state(port: int) -> str:
     return "free"
 
 
+def rendezvous_problem(endpoint: str) -> str | None:
+    """Return why the processes of a run cannot meet at ``HOST:PORT`` as far as this machine can tell, or None.
+
+    The name must resolve here. If the address is this machine's own, the port must be free as well. Nothing is
+    connected to, so another machine may check before the first process of the run listens there.
+    """
+    host, _, port = endpoint.rpartition(":")
+    here = socket.gethostname()
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        return f"The rendezvous {endpoint!r} is not HOST:PORT with a port from 1 to 65535, such as node1:29500."
+    try:
+        found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+    except OSError as error:
+        return (
+            f"{here} does not know the name {host!r} ({error.strerror}), so its processes cannot meet the others at "
+            f"{endpoint}. Every node must resolve it: `getent hosts {host}` has to print an address. Repair DNS or "
+            "/etc/hosts there, or name the first node by its address."
+        )
+    for family, kind, protocol, _, address in found:
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(address)
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    return (
+                        f"Port {port} of {here} is in use by another program, so the processes of this run cannot meet "
+                        f"at {endpoint}. Choose another port, or end that program (`ss -ltnp` shows it)."
+                    )
+    return None
+
+
 def find_scheduler() -> str | None:
     """Who would start the ranks of a ``--launcher none`` run from here."""
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return "torchrun"
-    if "SLURM_JOB_ID" in os.environ or shutil.which("sbatch"):
+    if "SLURM_JOB_ID" in os.environ or _slurm_answers():
         return "SLURM"
     return None
+
+
+def _slurm_answers() -> bool:
+    """Check for a SLURM that answers: its commands may be installed where there is no cluster."""
+    if not shutil.which("sbatch"):
+        return False
+    try:
+        return subprocess.run(["sinfo", "--noheader"], capture_output=True, timeout=5).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
 
 
 def package_versions() -> dict[str, Package]:

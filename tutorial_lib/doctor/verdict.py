@@ -71,6 +71,7 @@ def judge(machine: Report, config: Config) -> Verdict:
             notes.append(
                 f"{machine.scheduler} can start jobs on nodes with GPUs; this node need not have any. "
                 "Look at one of those: srun --gpus 1 python -m tutorial_lib doctor"
+                + ("; write a job with python -m tutorial_lib slurm" if machine.scheduler == "SLURM" else "")
             )
         else:
             problems += gpu_problems

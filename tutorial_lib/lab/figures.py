@@ -190,7 +190,12 @@ def bars(
 
 
 def grouped_memory(
-    states: Mapping[str, Mapping[str, Mapping[str, float]]], *, title: str, alt: str, unit: str = "MiB"
+    states: Mapping[str, Mapping[str, Mapping[str, float]]],
+    *,
+    title: str,
+    alt: str,
+    unit: str = "MiB",
+    y_label: str = "model states per rank",
 ) -> Figure:
     """Model states as stacked bars: groups along the axis, in each group a bar per series, in each bar the parts.
 
@@ -202,6 +207,7 @@ def grouped_memory(
         title: the finding.
         alt: the figure in words.
         unit: ``B``, ``kB``, ``MB``, ``GB``, ``KiB``, ``MiB`` or ``GiB``.
+        y_label: what the bars are; the unit is added.
     """
     scale = _UNITS[unit]
     names = list(dict.fromkeys(name for series in states.values() for name in series))
@@ -221,7 +227,7 @@ def grouped_memory(
                     bottom += height
                 axes.annotate(_number(bottom), (at, bottom), xytext=(0, 3), textcoords="offset points", ha="center",
                               fontsize=8)  # fmt: skip
-        axes.set_ylabel(f"model states per rank ({unit})")
+        axes.set_ylabel(f"{y_label} ({unit})")
         axes.margins(y=0.12)
         axes.set_xticks(range(len(states)), list(states))
         axes.tick_params(axis="x", length=0)

@@ -9,6 +9,10 @@ from tutorial_lib.doctor.machine import MEMORY_TO_START_GB, available_memory_gb
 from tutorial_lib.launch.environment import check_environment, joined_rank, ray_address
 from tutorial_lib.records import RunDirectory
 
+HEADROOM = 1 / 3
+"""Share of the memory, besides what starting takes, that model states must leave: BLOOM of 560 million parameters, with
+its optimizer offloaded on a CPU, peaked at 1.5 times its states, in moments when DeepSpeed copies them."""
+
 
 def preflight(config: Config) -> Config:
     """Refuse what cannot run here, before a process starts.
@@ -24,6 +28,7 @@ def preflight(config: Config) -> Config:
     from tutorial_lib.dataloader import check_data, data_identity
     from tutorial_lib.engine.deepspeed.config import apply_file
     from tutorial_lib.engine.deepspeed.config import check_tensor_parallel as check_autotp
+    from tutorial_lib.engine.deepspeed.for_run import check_leaf_modules, check_outputs
     from tutorial_lib.engine.trial import trial_forward
     from tutorial_lib.models import (
         check_sequence_length,
@@ -33,7 +38,8 @@ def preflight(config: Config) -> Config:
         load_tokenizer,
         load_trained_config,
     )
-    from tutorial_lib.models.meta import check_stored_weights
+    from tutorial_lib.models.meta import check_stored_weights, model_outline
+    from tutorial_lib.models.side_files import check_side_files
 
     check_environment(config)
     config = apply_file(config.with_absolute_paths())
@@ -47,12 +53,19 @@ def preflight(config: Config) -> Config:
     trial_forward(config, model)  # first: what is no language model may have no tokenizer and no vocabulary
     tokenizer = load_tokenizer(m.name, trust_remote_code=m.trust_remote_code)
     check_vocabulary(tokenizer, model)
+    check_side_files(m.name)
     check_stored_weights(config)
+    if m.freeze or config.engine.activation_checkpointing:
+        model_outline(config)  # refuses a pattern without a parameter, and a family that cannot recompute
+    _check_states(config)
     if config.parallel.tp > 1:  # an output layer with a weight of its own is split as well
         model = load_trained_config(m.name, random_init=m.random_init, trust_remote_code=m.trust_remote_code)
     check_tensor_parallel(config.parallel.tp, model)
     if config.engine.name == "deepspeed":
         check_autotp(config, model)
+        check_leaf_modules(config, lambda: model_outline(config))
+        if config.run.launcher != "ray":  # whose workers may be elsewhere
+            check_outputs(config)
     check_storage(config)
     check_free(RunDirectory(config.directory), joined_rank(config) or 0)
     found = latest(RunDirectory(config.directory))
@@ -103,6 +116,37 @@ def _check_gpus(config: Config) -> None:
             f"device='cuda' and {config.parallel.world_size} processes need {needed} GPUs here, and this machine has "
             f"{found}. Write profile='cpu', or a smaller dp. `python -m tutorial_lib doctor` shows what would run."
         )
+
+
+def _check_states(config: Config) -> None:
+    """Refuse model states that this machine has no memory for, if its processes are to hold them.
+
+    What comes on top depends on the batch and the moment: activations, buffers, gradients that are not reduced yet.
+    A third of the memory is kept for them, so what passes may still be too large.
+    """
+    from tutorial_lib.engine.expected import expected_states, parameter_sizes
+
+    is_here = config.run.launcher == "local" or (config.run.launcher == "ray" and not ray_address())
+    if not is_here or config.run.device != "cpu":
+        return
+    states = expected_states(config, parameter_sizes(config))
+    if states is None:
+        return
+    ranks, held = config.parallel.world_size, sum(each.total for each in states) / 1e9
+    to_start, available = ranks * MEMORY_TO_START_GB, available_memory_gb()
+    if held > (1 - HEADROOM) * (available - to_start):
+        where = "offload moves nothing on a CPU; " if config.engine.offload != "none" else ""
+        raise ConfigError(
+            f"This run needs {held + to_start:.1f} GB of memory, and {available:.1f} GB are free here: {held:.1f} GB "
+            f"for model states on {_ranks(ranks)}, and {to_start:.1f} GB to start; activations and buffers come on "
+            f"top, for which a third is kept. Write a smaller model, precision='bf16', or more ZeRO; {where}or close "
+            "other programs. "
+            "`python -m tutorial_lib plan` shows what would fit elsewhere."
+        )
+
+
+def _ranks(number: int) -> str:
+    return "1 rank" if number == 1 else f"{number} ranks"
 
 
 def _check_memory(config: Config) -> None:

@@ -43,7 +43,8 @@ def check_environment(config: Config) -> None:
 
     Raises:
         ConfigError: torchrun has started this process, but the launcher would start all ranks again; a variable of
-            torchrun is missing or no number; or ``GLOO_SOCKET_IFNAME`` names no network interface.
+            torchrun is missing or no number; or ``GLOO_SOCKET_IFNAME`` names no network interface, or one that the
+            other nodes cannot reach.
     """
     if config.run.launcher == "none":
         _check_rendezvous(config.parallel.world_size)
@@ -61,6 +62,29 @@ def check_environment(config: Config) -> None:
                 f"GLOO_SOCKET_IFNAME is {name!r}, and this machine has no such network interface. Unset it, or write "
                 f"one of: {', '.join(interfaces)}."
             )
+
+
+def _check_interfaces() -> None:
+    """Refuse an interface that no other node can reach."""
+    here, everywhere = (os.environ.get(name, "") for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    if not here or here == everywhere:
+        return
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        if os.environ.get(name) == "lo":
+            others = [f"{interface} ({address})" for interface, address in addresses() if interface != "lo"]
+            raise ConfigError(
+                f"{name} is 'lo', the loopback, which the ranks of other nodes cannot reach, and {here} of "
+                f"{everywhere} ranks are here. Unset it, or write the interface of the network between the nodes: "
+                f"{', '.join(others)}."
+            )
+
+
+def addresses() -> list[tuple[str, str]]:
+    """Return this machine's network interfaces, each with its first IPv4 address."""
+    import psutil
+
+    found = psutil.net_if_addrs().items()
+    return [(name, a.address) for name, all_of_it in found for a in all_of_it if a.family == socket.AF_INET]
 
 
 def _check_rendezvous(world_size: int) -> None:
@@ -81,3 +105,4 @@ def _check_rendezvous(world_size: int) -> None:
         raise ConfigError(f"MASTER_PORT is {os.environ['MASTER_PORT']}, no port from 1 to 65535. {start}")
     if int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
         raise ConfigError(f"RANK is {os.environ['RANK']}, but WORLD_SIZE is {os.environ['WORLD_SIZE']}. {start}")
+    _check_interfaces()

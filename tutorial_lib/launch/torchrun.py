@@ -7,17 +7,28 @@ per node; nothing is set by hand. Without them, a run of one process is a proces
 from __future__ import annotations
 
 import os
+import socket
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from tempfile import TemporaryDirectory
 
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.launch.environment import addresses
 
 TIMEOUT = timedelta(minutes=10)
 """After this long without an answer from a peer, a collective fails instead of waiting on."""
+
+JOIN_TIMEOUT = timedelta(minutes=5)
+"""Ranks wait this long for each other at the start: nodes may take minutes to load from a busy file system."""
+
+
+class RendezvousError(RuntimeError):
+    """The ranks did not come together. The message says why, as far as this rank can tell."""
 
 
 def launch(configs: Sequence[Config]) -> int:
@@ -48,6 +59,8 @@ def launch(configs: Sequence[Config]) -> int:
             stack.enter_context(_environment({**alone, **interface}))
             init_method = f"file://{stack.enter_context(TemporaryDirectory())}/rendezvous"
         stack.enter_context(process_group(configs[0], init_method))
+        if "RANK" in os.environ:
+            _log_ranks(configs[0])
         return len(train_all(configs))
 
 
@@ -68,19 +81,102 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 @contextmanager
 def process_group(config: Config, init_method: str) -> Iterator[None]:
-    """The default process group for as long as the block runs: gloo on CPUs; on GPUs NCCL, with gloo for objects."""
+    """The default process group for as long as the block runs: gloo on CPUs; on GPUs NCCL, with gloo for objects.
+
+    Raises:
+        RendezvousError: the ranks did not come together in time.
+    """
     from tutorial_lib.trainer.process import local_device
 
     device = local_device(config)
-    dist.init_process_group(
-        "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
-        init_method=init_method,
-        rank=int(os.environ.get("RANK", "0")),
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
-        timeout=TIMEOUT,
-        device_id=None if device.type == "cpu" else device,
-    )
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        store, _, _ = next(rendezvous(init_method, rank, world_size, timeout=JOIN_TIMEOUT))
+        store.set_timeout(JOIN_TIMEOUT)
+        dist.init_process_group(
+            "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=TIMEOUT,
+            device_id=None if device.type == "cpu" else device,
+        )
+        store.set_timeout(TIMEOUT)
+    except RuntimeError as error:  # all of torch.distributed's are
+        if init_method != "env://":
+            raise
+        raise RendezvousError(_why_apart(error)) from error
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _why_apart(error: RuntimeError) -> str:
+    """Return in words why the ranks that the environment names did not come together."""
+    said = str(error).splitlines()[0] if str(error) else type(error).__name__
+    rank, world_size, host, port = (os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    who = f"Rank {rank} of {world_size}, on {socket.gethostname()},"
+    if "gloo" in said.lower() or "mesh" in said.lower():
+        chosen = os.environ.get("GLOO_SOCKET_IFNAME")
+        why = (
+            f"{who} met the others at {host}:{port}, but gloo could not connect it with each of them. It went through "
+            + (f"GLOO_SOCKET_IFNAME={chosen}" if chosen else "the address that its host name stands for")
+            + ". Write GLOO_SOCKET_IFNAME=... with the interface of the network between the nodes; here are "
+            + ", ".join(f"{name} ({address})" for name, address in addresses())
+            + "."
+        )
+    elif "EADDRINUSE" in said:
+        why = (
+            f"{who} cannot wait for the others at {host}:{port}: another program uses the port. Choose another port, "
+            "or end that program."
+        )
+    elif not _resolves(host):
+        why = (
+            f"{who} does not know the name {host!r} of the node where all ranks meet. Every node must resolve it: "
+            f"`getent hosts {host}` has to print an address."
+        )
+    else:
+        why = (
+            f"{who} waited {JOIN_TIMEOUT.total_seconds():.0f} s at {host}:{port}, and not all of the others came. Look "
+            "for ranks that failed before, or were not started. If RANK and WORLD_SIZE were exported by hand, unset "
+            "them: torchrun sets them for each rank that it starts."
+        )
+    return f"{why} ({said})"
+
+
+def _resolves(host: str) -> bool:
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return False
+    return True
+
+
+def _log_ranks(config: Config) -> None:
+    """Print on rank 0 where the ranks met, and which of them is where. Collective."""
+    from tutorial_lib.mpu import Topology
+    from tutorial_lib.mpu.collectives import all_gather_objects
+    from tutorial_lib.trainer.process import local_device
+
+    own = (socket.gethostname(), os.environ["LOCAL_RANK"], str(local_device(config)))
+    places = all_gather_objects(own)
+    if dist.get_rank() != 0:
+        return
+    hosts = len({host for host, _, _ in places})
+    identity = os.environ.get("TORCHELASTIC_RUN_ID")
+    print(
+        f"{len(places)} rank{'s' * (len(places) > 1)} on {hosts} node{'s' * (hosts > 1)} met at "
+        f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        + (f", rendezvous id {identity}" if identity else "")
+        + f"; {dist.get_backend()} over {os.environ.get('GLOO_SOCKET_IFNAME', 'the addresses of the host names')}\n"
+        f"{'rank':>6} {'dp':>4} {'tp':>4} {'node':20} {'local rank':>10} device",
+        *(
+            f"{rank:>6} {place.dp_rank:>4} {place.tp_rank:>4} {host:20} {local_rank:>10} {device}"
+            for rank, (host, local_rank, device) in enumerate(places)
+            for place in [Topology(config.parallel.dp, config.parallel.tp, rank)]
+        ),
+        sep="\n",
+        file=sys.stderr,
+        flush=True,
+    )

@@ -38,6 +38,7 @@ MODULES = (
     "tutorial_lib.engine.single",
     "tutorial_lib.engine.fsdp",
     "tutorial_lib.engine.deepspeed.engine",
+    "tutorial_lib.trainer.huggingface",
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.utils.pin_memory",
     *(f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "qwen2", "bloom")),

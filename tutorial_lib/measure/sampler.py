@@ -5,16 +5,22 @@ log can be read while it grows. :mod:`tutorial_lib.measure.sampler_log` reads it
 
 A sampler sees whole processes, libraries and caches included, and misses peaks shorter than its interval. The exact
 accounts are in :mod:`tutorial_lib.measure.memory`.
+
+``python -m tutorial_lib.measure.sampler LOG COMMAND ...`` runs a command and logs its memory: batch scripts put it in
+front of ``torchrun`` on each node.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -282,3 +288,20 @@ def _create_log(path: Path) -> TextIO:
 
 
 _HEADER_BEGINS = f'{{"format": "{FORMAT}"'.encode()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a command and log the memory of its processes, and of this one; returns the command's exit code."""
+    if len(arguments) < 2:
+        print("usage: python -m tutorial_lib.measure.sampler LOG COMMAND ...", file=sys.stderr)
+        return 2
+    path, *command = arguments
+    # A scheduler signals all processes of a job. The command decides what that means; this one waits for its end.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    with sample_memory(path), subprocess.Popen(command) as process:
+        code = process.wait()
+    return code if code >= 0 else 128 - code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

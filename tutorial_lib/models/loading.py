@@ -32,8 +32,10 @@ from transformers.utils import logging
 
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.embedded import CONFIG_ONLY_NAMES, MODEL_NAMES, model_directory
+from tutorial_lib.models.directory import check_config, check_generation_config, check_tokenizer_files
 from tutorial_lib.models.masks import accept_document_masks
-from tutorial_lib.models.stored import check_all_used, check_complete, check_files
+from tutorial_lib.models.published import PREFIX, published_directory
+from tutorial_lib.models.stored import check_all_used, check_complete, check_files, check_pickles
 from tutorial_lib.models.tying import record_tying, resolve_tying
 
 
@@ -52,7 +54,7 @@ def load_model(
     transformers. Of pretrained weights, rank 0 reads the files and hands out each tensor.
 
     Args:
-        name: hub name, directory, or a name of :data:`tutorial_lib.embedded.MODEL_NAMES`.
+        name: hub name, directory, a name of :data:`tutorial_lib.embedded.MODEL_NAMES`, or ``published/NAME``.
         dtype: type of the parameters.
         random_init: weights drawn from the configuration's distribution instead of pretrained ones. One seed gives
             the same weights on every device, with and without partitioning.
@@ -63,7 +65,7 @@ def load_model(
     Raises:
         ConfigError: there is no such model, it has no weights, or a pattern matches nothing.
     """
-    if name in CONFIG_ONLY_NAMES and not random_init:
+    if is_config_only(name) and not random_init:
         raise ConfigError(no_weights(name))
     config = load_trained_config(name, random_init=random_init, trust_remote_code=trust_remote_code)
     if random_init:
@@ -71,6 +73,7 @@ def load_model(
     else:
         if is_local(name):
             check_files(resolve_model(name))
+            check_generation_config(resolve_model(name))
         model = fetch(
             _load_pretrained, "model", name, called=name, config=config, dtype=dtype,
             trust_remote_code=trust_remote_code,
@@ -80,6 +83,7 @@ def load_model(
 
 def _load_pretrained(target: str, *, called: str, **options: Any) -> PreTrainedModel:
     """Load a model, and refuse files that lack some of its parameters: transformers draws those, and only logs it."""
+    check_pickles(target, options["local_files_only"])
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         target, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
@@ -136,11 +140,18 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     text: only ``attention_mask`` does.
 
     Raises:
-        ConfigError: there is no such tokenizer, or it has neither a pad nor an EOS token.
+        ConfigError: there is no such tokenizer, it has neither a pad nor an EOS token, or no other token at all.
     """
+    if is_local(name):
+        check_tokenizer_files(resolve_model(name))
     tokenizer = fetch(AutoTokenizer.from_pretrained, "tokenizer", name, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token is None:
         raise ConfigError(f"The tokenizer of {name!r} has no EOS token, which ends every document here.")
+    if not tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens}:
+        raise ConfigError(
+            f"The tokenizer of {name!r} has no tokens but {', '.join(map(repr, tokenizer.all_special_tokens))}: its "
+            "vocabulary is missing. Add the model's tokenizer.json, or write another model."
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     # Some families pad on the left, for generation. Training reads a row from its first position on.
@@ -154,6 +165,8 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConf
     Raises:
         ConfigError: there is no such model.
     """
+    if is_local(name):
+        check_config(resolve_model(name))
     return fetch(AutoConfig.from_pretrained, "model", name, trust_remote_code=trust_remote_code)
 
 
@@ -176,15 +189,22 @@ def load_trained_config(name: str, *, random_init: bool = False, trust_remote_co
 
 def is_local(name: str) -> bool:
     """Return whether a model's name stands for a directory here, not for a model of the hub."""
-    return name.startswith("embedded/") or Path(name).is_dir()
+    return name.startswith(("embedded/", PREFIX)) or Path(name).is_dir()
+
+
+def is_config_only(name: str) -> bool:
+    """Return whether a model's name stands for dimensions and a tokenizer without weights."""
+    return name in CONFIG_ONLY_NAMES or name.startswith(PREFIX)
 
 
 def resolve_model(name: str) -> str:
-    """Return what ``from_pretrained`` takes: the directory of an embedded model, any other name as it is.
+    """Return what ``from_pretrained`` takes: the directory of an embedded or published model, any other name as it is.
 
     Raises:
-        ConfigError: ``name`` starts with ``embedded/`` but there is no such model.
+        ConfigError: ``name`` starts with ``embedded/`` or ``published/`` but there is no such model.
     """
+    if name.startswith(PREFIX):
+        return str(published_directory(name))
     return str(model_directory(name)) if name.startswith("embedded/") else name
 
 
@@ -329,8 +349,9 @@ def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     for pattern in patterns:
         matched = fnmatch.filter(named, pattern)
         if not matched:
-            near = difflib.get_close_matches(pattern, named, n=3, cutoff=0.3) or list(named)[:3]
-            raise ConfigError(f"freeze: no parameter matches {pattern!r}. Near names: {', '.join(near)}.")
+            near = [*difflib.get_close_matches(pattern, named, n=3, cutoff=0.3), *named]
+            some = ", ".join([*dict.fromkeys(near)][:3])
+            raise ConfigError(f"freeze: no parameter matches {pattern!r}. Some of the model's names: {some}.")
         for name in matched:
             named[name].requires_grad_(False)
     frozen = [name for name, parameter in named.items() if not parameter.requires_grad]

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from tutorial_lib.config import Config, ConfigError, ModelConfig
-from tutorial_lib.embedded import CONFIG_ONLY_NAMES
 from tutorial_lib.models.loading import (
     fetch,
+    is_config_only,
     is_local,
     load_trained_config,
     no_weights,
@@ -92,9 +92,7 @@ def check_stored_weights(config: Config) -> None:
     m = config.model
     if not m.random_init and is_local(m.name):
         check_files(resolve_model(m.name))
-        paths = locate_weights(resolve_model(m.name), local_files_only=True)
-        if config.engine.name == "fsdp" or not paths or paths[0].suffix == ".safetensors":
-            _match_stored(m, must_be_read_as_stored=config.engine.name == "fsdp")
+        _match_stored(m, must_be_read_as_stored=config.engine.name == "fsdp")
 
 
 def locate_parameters(m: ModelConfig) -> dict[str, StoredTensor]:
@@ -110,9 +108,9 @@ def locate_parameters(m: ModelConfig) -> dict[str, StoredTensor]:
 
 
 def _match_stored(m: ModelConfig, *, must_be_read_as_stored: bool) -> dict[str, StoredTensor]:
-    if m.name in CONFIG_ONLY_NAMES:
+    if is_config_only(m.name):
         raise ConfigError(no_weights(m.name))
-    stored = fetch(_stored, "model", m.name)
+    stored = fetch(_stored, "model", m.name, in_slices=must_be_read_as_stored)
     model = _outline(_trained_config(m), m.trust_remote_code)
     model.tie_weights()
     found, converted, others = match_parameters(model, stored)
@@ -132,11 +130,11 @@ def _match_stored(m: ModelConfig, *, must_be_read_as_stored: bool) -> dict[str, 
     return found
 
 
-def _stored(target: str, *, local_files_only: bool) -> list[StoredTensor]:
+def _stored(target: str, *, local_files_only: bool, in_slices: bool) -> list[StoredTensor]:
     paths = locate_weights(target, local_files_only)
     if not paths:
         raise OSError("it has no weights: neither model.safetensors nor pytorch_model.bin, nor the index of either")
-    if paths[0].suffix != ".safetensors":
+    if in_slices and paths[0].suffix != ".safetensors":
         raise OSError(
             "it has no safetensors file, of which engine='fsdp' reads slices. Load it once with transformers and "
             "save_pretrained it, or write engine='deepspeed'"

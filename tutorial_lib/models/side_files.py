@@ -14,9 +14,8 @@ from typing import Any
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from tutorial_lib.models.loading import fetch, load_config
-
-GENERATION_CONFIG = "generation_config.json"
+from tutorial_lib.models.directory import GENERATION_CONFIG, check_generation_config
+from tutorial_lib.models.loading import fetch, is_local, load_config, resolve_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +40,16 @@ class SideFiles:
         self.tokenizer.save_pretrained(directory)
         if self.generation_config is not None:
             (directory / GENERATION_CONFIG).write_text(self.generation_config, encoding="utf-8")
+
+
+def check_side_files(name: str) -> None:
+    """Refuse a directory whose side files, besides the tokenizer's, cannot be read. The hub's are not looked at.
+
+    Raises:
+        ConfigError: names the file, what is wrong with it, and what to do.
+    """
+    if is_local(name):
+        check_generation_config(resolve_model(name))
 
 
 def load_side_files(name: str, *, trust_remote_code: bool = False) -> SideFiles:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -17,11 +20,11 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.utils import cached_file
 
 from tutorial_lib.config import ConfigError
+from tutorial_lib.models.directory import check_no_pointer
 
 _NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """Where a model's weights are looked for, in transformers' order."""
 
-_LFS_POINTER = b"version https://git-lfs"
 _FEW = 3  # names that a message shows
 
 
@@ -52,13 +55,7 @@ def check_files(directory: str) -> None:
         if absent := [shard for shard in _shards(index) if not (index.parent / shard).is_file()]:
             raise ConfigError(f"{index} names files that are not there: {_some(absent)}. Copy or download them again.")
     for path in locate_weights(directory, local_files_only=True):
-        with path.open("rb") as file:
-            start = file.read(len(_LFS_POINTER))
-        if start == _LFS_POINTER:
-            raise ConfigError(
-                f"{path} is a git-lfs pointer of {path.stat().st_size} bytes, not the weights themselves. "
-                f"Run `git lfs pull` in {path.parent}, or download the file."
-            )
+        check_no_pointer(path)
         if reason := _torn(path):
             raise ConfigError(f"{path} is damaged or cut short ({reason}). Copy or download it again.")
 
@@ -95,12 +92,87 @@ class StoredTensor:
 
 
 def stored_tensors(paths: Iterable[Path]) -> list[StoredTensor]:
-    """Return what safetensors files hold, from their headers."""
+    """Return what files of weights hold: from the headers of safetensors, and without the values of other files.
+
+    Raises:
+        ConfigError: as :func:`load_pickled`.
+    """
     found = []
     for path in paths:
-        with safe_open(path, "pt") as file:
-            found += [StoredTensor(str(path), name, tuple(file.get_slice(name).get_shape())) for name in file.keys()]
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+        else:
+            shapes = {name: tensor.shape for name, tensor in load_pickled(path, "meta").items()}
+        found += [StoredTensor(str(path), name, tuple(shape)) for name, shape in shapes.items()]
     return found
+
+
+def check_pickles(target: str, local_files_only: bool) -> None:
+    """Refuse weights that cannot be read without running code from their files; arguments as :func:`locate_weights`.
+
+    Raises:
+        ConfigError: as :func:`load_pickled`.
+    """
+    for path in locate_weights(target, local_files_only):
+        if path.suffix != ".safetensors":
+            load_pickled(path, "meta")
+
+
+def load_pickled(path: Path, device: str) -> dict[str, torch.Tensor]:
+    """Load a file that ``torch.save`` wrote, and run no code from it, which a pickle can hold.
+
+    Args:
+        path: such as ``pytorch_model.bin``.
+        device: where its tensors are to be; ``meta`` gives their shapes alone.
+
+    Raises:
+        ConfigError: the file holds more than tensors, or is damaged. Says how to convert it.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of pickle protocols
+            found = torch.load(path, map_location=device, mmap=zipfile.is_zipfile(path), weights_only=True)
+    except Exception as error:  # there is no end to what a damaged pickle makes its reader raise
+        raise ConfigError(_why_not_loaded(path, error)) from error
+    if not isinstance(found, dict):
+        raise ConfigError(
+            f"{path} holds a {type(found).__name__}, not tensors by the names of their parameters. Write the directory "
+            "of a model that save_pretrained has saved."
+        )
+    return {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
+
+
+_WRITTEN_BY_TORCH = (b"PK", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19")
+"""First bytes of a file of ``torch.save``: a zip archive, or before torch 1.6 a pickled number."""
+
+
+def _why_not_loaded(path: Path, error: Exception) -> str:
+    with path.open("rb") as file:
+        start = file.read(16)
+    code = re.search(r"GLOBAL (\S+)|class (\S+)", str(error)) if "weights only" in str(error).lower() else None
+    if not start.startswith((*_WRITTEN_BY_TORCH, b"\x80")) or (not code and start.startswith(_WRITTEN_BY_TORCH)):
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 120, placeholder=" ...")
+        return f"{path} is damaged, or no file of weights ({reason}). Copy or download it again."
+    holds = f" ({code[1] or code[2]})" if code else ""
+    load = "torch.load(f, map_location='cpu', weights_only=False)"
+    if not start.startswith(_WRITTEN_BY_TORCH):
+        load = "pickle.load(f)"
+    directory = str(path.parent)
+    return (
+        f"{path} is a pickle of more than tensors{holds}, and reading one can run any code that it holds: it is not "
+        "read here. Write a model with safetensors files. Or, if you trust who made it, convert it once:\n"
+        "python - <<'END'\n"
+        "import pathlib, pickle, torch\n"
+        "from safetensors.torch import save_file\n"
+        f"directory, tensors = pathlib.Path({directory!r}), {{}}\n"
+        f"for path in directory.glob('pytorch_model*.bin'):\n"
+        "    with path.open('rb') as f:\n"
+        f"        found = {load}\n"
+        "    found = found.get('state_dict', found)\n"
+        "    tensors |= {name: t.clone() for name, t in found.items() if isinstance(t, torch.Tensor)}\n"
+        "save_file(tensors, directory / 'model.safetensors', {'format': 'pt'})\n"
+        "END"
+    )
 
 
 def match_parameters(

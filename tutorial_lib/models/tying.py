@@ -7,19 +7,16 @@ and the configuration that everybody builds the model from is corrected before a
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from tutorial_lib.models.stored import locate_weights
+from tutorial_lib.models.stored import load_pickled, locate_weights
 
 _ROWS = 4096
 """Rows of two embeddings that are compared at once, so that neither is ever read in full."""
@@ -32,6 +29,9 @@ def resolve_tying(target: str, *, local_files_only: bool, model_config: Pretrain
         target: hub name or directory, as ``from_pretrained`` takes it.
         local_files_only: ask no hub.
         model_config: from ``config.json``; it is changed in place.
+
+    Raises:
+        ConfigError: a pickled file holds more than tensors.
     """
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
     pairs = getattr(model_class, "_tied_weights_keys", None)
@@ -43,7 +43,7 @@ def resolve_tying(target: str, *, local_files_only: bool, model_config: Pretrain
                 one in stored and other in stored and not _equal(stored[one], stored[other])
                 for one, other in pairs.items()
             )
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError):
+    except SafetensorError:
         return model_config  # who loads the weights next says what is wrong with the file
     if differing:
         _set_tied(model_config, False)
@@ -92,8 +92,7 @@ def _stored_weights(
                 file = stack.enter_context(safe_open(path, "pt"))
                 stored |= {name_in_model(name): file.get_slice(name) for name in file.keys()}
             else:
-                tensors = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-                stored |= {name_in_model(name): tensor for name, tensor in tensors.items()}
+                stored |= {name_in_model(name): tensor for name, tensor in load_pickled(path, "cpu").items()}
         yield stored
 
 

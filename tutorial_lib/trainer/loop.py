@@ -35,6 +35,7 @@ from transformers import get_scheduler
 from tutorial_lib import checkpoint
 from tutorial_lib.checkpoint import CheckpointManager, OnCheckpoint, Progress
 from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.config.checks import check_warmup
 from tutorial_lib.dataloader import build_eval_loader, build_train_loader, data_identity
 from tutorial_lib.dataloader.collate import fingerprint
 from tutorial_lib.engine import build_engine
@@ -47,7 +48,7 @@ from tutorial_lib.mpu.random_states import seed_everything
 from tutorial_lib.records import Row, RunDirectory, write_atomically
 from tutorial_lib.trainer.consistency import check_batches, check_losses
 from tutorial_lib.trainer.loss import NonFiniteLoss, count_tokens, token_loss_sum
-from tutorial_lib.trainer.probe import MEASURED_STEP, StepProbe
+from tutorial_lib.trainer.probe import StepProbe, measured_step
 from tutorial_lib.trainer.process import local_device, output_to, stop_signals
 
 SLOT_IS_OVER, REQUEST = "stop_after", "request"
@@ -111,7 +112,9 @@ def train(config: Config, *, on_checkpoint: OnCheckpoint | None = None) -> dict[
         log = run.log_file(rank) if config.run.launcher != "none" else None
         with output_to(log), stop_signals() as stop_signalled:
             try:
-                trainer = Trainer(config, topology, on_checkpoint=on_checkpoint, stop_signalled=stop_signalled)
+                trainer = _trainer_of(config)(
+                    config, topology, on_checkpoint=on_checkpoint, stop_signalled=stop_signalled
+                )
                 try:
                     return trainer.fit(started)
                 finally:
@@ -127,6 +130,15 @@ def train(config: Config, *, on_checkpoint: OnCheckpoint | None = None) -> dict[
                 if refused:
                     raise refused from error
                 raise
+
+
+def _trainer_of(config: Config) -> type[Trainer]:
+    """Return who runs the training loop: this module, or the Hugging Face Trainer."""
+    if config.engine.name != "trainer":
+        return Trainer
+    from tutorial_lib.trainer.huggingface import HuggingFaceRun  # loads transformers' Trainer and accelerate
+
+    return HuggingFaceRun
 
 
 class _NoData:
@@ -166,14 +178,14 @@ class Trainer:
         self.checkpoints = CheckpointManager(config, topology, data=data, on_checkpoint=on_checkpoint)
         seed_everything(config.run.seed)
         place = {"dp_rank": topology.dp_rank, "dp_size": topology.dp}
-        reads_data = self.checkpoints.reads_data
-        self.loader: Any = build_train_loader(config, self.tokenizer, **place) if reads_data else _NoData()
+        self.loader: Any = self._build_loader(**place) if self.checkpoints.reads_data else _NoData()
         self.eval_loader = build_eval_loader(config, self.tokenizer, **place) if config.run.evaluate else None
         self.num_steps = config.run.steps or self._count_steps()
-        self.engine = build_engine(config, topology, self.device)
-        self.scheduler = get_scheduler(
-            config.optimizer.schedule, self.engine.optimizer, config.optimizer.warmup_steps, self.num_steps
-        )
+        if self.checkpoints.found is None:
+            check_warmup(config.optimizer.warmup_steps, self.num_steps)
+        self.engine: Any
+        self.scheduler: Any
+        self._build_engine()
         # Ranks that read different data draw different dropout masks; the ranks of a tensor-parallel group the same.
         seed_everything(config.run.seed + 1 + topology.dp_rank)
         self.step = 0
@@ -181,10 +193,19 @@ class Trainer:
         self.row: Row = {}
         self.stopped_by: str | None = None
         self.measured: dict[str, Any] | None = None
+        self.eval_speed: float | None = None
         self.resumed_from: int | None = None
         self.reshaped_from: dict[str, Any] | None = None
         self._restore()
         self.restarts = self._restarts_until_here() if topology.rank == 0 else []
+
+    def _build_loader(self, *, dp_rank: int, dp_size: int) -> Any:
+        return build_train_loader(self.config, self.tokenizer, dp_rank=dp_rank, dp_size=dp_size)
+
+    def _build_engine(self) -> None:
+        self.engine = build_engine(self.config, self.topology, self.device)
+        o = self.config.optimizer
+        self.scheduler = get_scheduler(o.scheduler_name, self.engine.optimizer, o.warmup_steps, self.num_steps)
 
     def _count_steps(self) -> int:
         if not self.checkpoints.reads_data:
@@ -233,49 +254,73 @@ class Trainer:
         Returns:
             What ``result.json`` holds, on every rank.
         """
-        began = time.perf_counter() if started is None else started
+        self._began = time.perf_counter() if started is None else started
         if self.topology.rank == 0:
             write_atomically(self.run.config_file, self.config.to_json())
             self.run.result_file.unlink(missing_ok=True)
             if self.resumed_from is None:
                 self.run.metrics_file.unlink(missing_ok=True)
-        if self.eval_loader is not None and self.step == 0:
-            self.record["eval_loss_before"] = self.evaluate()
-        self.record.setdefault("seconds_to_first_step", time.perf_counter() - began)
-        stopped = self._train_steps()
+        self._train_steps()
         # A run that resumed in a different shape, and stops where it was, still leaves a checkpoint of that shape.
         reshaped_alone = self.reshaped_from and self.step == self.resumed_from
         if self.checkpoints.saved_at != self.step or reshaped_alone:
-            self.save(and_train_on=False, in_a_hurry=self.stopped_by not in (None, SLOT_IS_OVER))
+            self.save(and_train_on=False)
         checkpoint.finish_deletions()
-        return self._finish("stopped" if stopped else "completed")
+        return self._finish("completed" if self.stopped_by is None else "stopped")
 
     def close(self) -> None:
         """Release what outlives this object. A save that is not finished stays invisible."""
         self.checkpoints.close()
         self.engine.close()
 
-    def _train_steps(self) -> bool:
-        """Train until the last step. Return whether the run was asked to stop before it."""
-        if self.step >= self.num_steps:
-            return False
-        if self._slot_is_over():
-            self.stopped_by = SLOT_IS_OVER
-            return True
+    def _train_steps(self) -> None:
+        """Train until the last step, or until something asks to stop, which is then in :attr:`stopped_by`."""
+        self._prepare_first_step()
+        if self._is_over():
+            return
         for micro_batches in self.loader.steps():
             stop = self.train_step(micro_batches)
-            if self.step >= self.num_steps:
-                return False
-            if stop or self._slot_is_over():
-                self.stopped_by = stop or SLOT_IS_OVER
-                return True
+            is_over = self._is_over(stop)
+            self._evaluate_if_due()
+            if is_over:
+                return
             if self.checkpoints.is_due(self.step):
                 self.save(and_train_on=True)
-        raise AssertionError("the training loader ended, although it repeats its epochs")
 
-    def _slot_is_over(self) -> bool:
+    def _prepare_first_step(self) -> None:
+        if self.eval_loader is not None and self.step == 0:
+            self.record["eval_loss_before"] = self.evaluate()
+        self._evaluate_if_due()  # also where a start that was stopped in a hurry has left it out
+        self.record.setdefault("seconds_to_first_step", time.perf_counter() - self._began)
+
+    def _evaluate_if_due(self) -> None:
+        """Add this step to ``eval_losses``, if ``evaluate_every`` asks for it and nobody is in a hurry. Collective."""
+        every = self.config.run.evaluate_every
+        if every is None or self.eval_loader is None or self._is_in_a_hurry():
+            return
+        per_epoch = self.loader.steps_per_epoch
+        losses: list[dict[str, Any]] = self.record.setdefault("eval_losses", [])
+        if self.step % (per_epoch if every == "epoch" else int(every)) == 0 and self._eval_loss_here() is None:
+            loss = self.record["eval_loss_before"] if self.step == 0 else self.evaluate()
+            losses.append({"epoch": self.step / per_epoch, "step": self.step, "loss": loss})
+
+    def _eval_loss_here(self) -> float | None:
+        """Return the evaluation loss after the last step, if ``evaluate_every`` has asked for it."""
+        last = next(iter(self.record.get("eval_losses", [])[-1:]), None)
+        return last["loss"] if last and last["step"] == self.step else None
+
+    def _is_in_a_hurry(self) -> bool:
+        """Return whether somebody has asked the run to stop, and may end it soon."""
+        return self.stopped_by not in (None, SLOT_IS_OVER)
+
+    def _is_over(self, stop: str | None = None) -> bool:
+        """Return whether no step follows: the last one was trained, or the slot is over, or something asks to stop."""
+        if self.step >= self.num_steps:
+            return True
         limit = self.config.run.stop_after
-        return limit is not None and self.step >= limit
+        slot_is_over = limit is not None and self.step >= limit
+        self.stopped_by = stop or (SLOT_IS_OVER if slot_is_over else None)
+        return self.stopped_by is not None
 
     def train_step(self, micro_batches: list[dict[str, Tensor]]) -> str | None:
         """Train one optimizer step and record it in :attr:`row`. Collective.
@@ -290,14 +335,10 @@ class Trainer:
             NonFiniteLoss: the loss or the gradient is no longer a number.
         """
         began = time.perf_counter()
-        probe = StepProbe(self.topology) if self.config.run.measure and self.step + 1 == MEASURED_STEP else None
+        is_measured = self.config.run.measure and self.step + 1 == measured_step(self.num_steps)
+        probe = StepProbe(self.topology) if is_measured else None
         with probe.measuring() if probe else nullcontext():
             tokens, stop, save_is_written = self._agree(micro_batches)
-            if tokens == 0:
-                raise ConfigError(
-                    f"No token of step {self.step + 1} counts: every label is masked. Raise seq_length "
-                    f"({self.config.data.seq_length}), so that answers are not cut off."
-                )
             self.engine.train(True)
             loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
             for batch in micro_batches:
@@ -308,7 +349,7 @@ class Trainer:
                     probe.note_states(self.engine)
             loss = self._sum_over_ranks(loss_sum) / tokens
             if not math.isfinite(loss):
-                raise NonFiniteLoss(self._diverged(f"the loss is {loss}"))
+                raise NonFiniteLoss(self._diverged(f"the loss is {loss}", self.step + 1))
             rate = self.scheduler.get_last_lr()[0]
             norm = self.engine.step()
         if self.engine.update_was_skipped:
@@ -316,24 +357,28 @@ class Trainer:
         elif math.isfinite(norm):
             self.scheduler.step()
         else:
-            raise NonFiniteLoss(self._diverged(f"the gradient's norm is {norm}"))
+            raise NonFiniteLoss(self._diverged(f"the gradient's norm is {norm}", self.step + 1))
         self.step += 1
         if probe:
             self.measured = probe.report(self.engine)
+        self._record_row(loss=loss, tokens=tokens, norm=norm, rate=rate, seconds=time.perf_counter() - began)
+        if save_is_written:
+            self.checkpoints.finish()
+        return stop
+
+    def _record_row(self, *, loss: float, tokens: int, norm: float, rate: float, seconds: float) -> None:
+        """Append the row of the step that was just trained to the metrics, and keep it in :attr:`row`."""
         self.row = {
             "step": self.step,
-            "epoch": self.loader.epoch,
+            "epoch": (self.step - 1) // self.loader.steps_per_epoch,
             "loss": loss,
             "tokens": tokens,
             "grad_norm": norm if math.isfinite(norm) else None,
             "lr": rate,
-            "seconds": time.perf_counter() - began,
+            "seconds": seconds,
         }
         if self.topology.rank == 0:
             self.run.append(self.row)
-        if save_is_written:
-            self.checkpoints.finish()
-        return stop
 
     def _loss_sum(self, batch: dict[str, Tensor]) -> Tensor:
         on_device = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
@@ -343,6 +388,7 @@ class Trainer:
     def evaluate(self) -> float:
         """Mean loss per token over the evaluation split, weighing every token alike, on all ranks the same."""
         assert self.eval_loader is not None
+        began = time.perf_counter()
         self.engine.train(False)
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         with torch.no_grad():
@@ -352,24 +398,31 @@ class Trainer:
                     check_batches(self.topology, self.step + 1, [number for (number,) in own])
                 totals[0] += self._loss_sum(batch)
                 totals[1] += count_tokens(batch["labels"])
-        return self._sum_over_ranks(totals[0]) / self._sum_over_ranks(totals[1])
+        loss = self._sum_over_ranks(totals[0]) / self._sum_over_ranks(totals[1])
+        self.eval_speed = self.eval_loader.num_examples / (time.perf_counter() - began)
+        return loss
 
-    def save(self, *, and_train_on: bool, in_a_hurry: bool = False) -> None:
-        """Write a checkpoint of the state after the last step. Collective.
+    def save(self, *, and_train_on: bool) -> None:
+        """Write a checkpoint of the state after the last step, evaluated first for ``keep_best``. Collective.
 
         Args:
             and_train_on: more steps follow, and with ``async_save`` they need not wait until the files are written.
-            in_a_hurry: somebody has asked the run to stop, and may end it soon: save without evaluating first.
         """
         self.checkpoints.finish()
         self.record.pop("eval_loss", None)
         self.record["num_steps"] = self.num_steps
-        if self.config.run.keep_best and not in_a_hurry:
-            self.record["eval_loss"] = self.evaluate()
-        state = self.step, self.loader.state_dict(), self.scheduler.state_dict(), self.record
+        if self.config.run.keep_best and not self._is_in_a_hurry():
+            here = self._eval_loss_here()
+            self.record["eval_loss"] = self.evaluate() if here is None else here
+        state = self.step, self._position(), self.scheduler.state_dict(), self.record
         progress = Progress(*state, self.checkpoints.identity())
         row = self.row or next(iter(self.run.rows()[-1:]), {})
         self.checkpoints.save(progress, self.engine, row, and_train_on=and_train_on)
+
+    def _position(self) -> dict[str, Any]:
+        """Return this rank's position in the data, for a checkpoint."""
+        position: dict[str, Any] = self.loader.state_dict()
+        return position
 
     def _agree(self, micro_batches: list[dict[str, Tensor]]) -> tuple[int, str | None, bool]:
         """What all ranks must know of a step. Collective.
@@ -379,6 +432,7 @@ class Trainer:
             flight and every rank has written its files.
 
         Raises:
+            ConfigError: no token of the step counts.
             RanksDisagree: the ranks of a tensor-parallel group read different batches; all ranks raise.
             OSError: this rank's files of the save in flight could not be written; this rank alone raises.
         """
@@ -390,7 +444,13 @@ class Trainer:
         check_batches(self.topology, self.step + 1, batches_of)
         stop = max(stop_of)
         stopped_by = None if not stop else REQUEST if stop == _REQUESTED else signal.Signals(stop).name
-        return sum(tokens_of[:: self.topology.tp]), stopped_by, all(written_of)
+        total = sum(tokens_of[:: self.topology.tp])
+        if total == 0:
+            raise ConfigError(
+                f"No token of step {self.step + 1} counts: every label is masked. Raise seq_length "
+                f"({self.config.data.seq_length}), so that answers are not cut off."
+            )
+        return total, stopped_by, all(written_of)
 
     def _sum_over_ranks(self, value: Tensor) -> float:
         """The sum of a float64 scalar over the data-parallel ranks. Collective.
@@ -411,8 +471,8 @@ class Trainer:
             return _REQUESTED
         return self.stop_signalled()
 
-    def _diverged(self, what: str) -> str:
-        if self.step == 0 and what.startswith("the loss"):
+    def _diverged(self, what: str, step: int) -> str:
+        if step == 1 and what.startswith("the loss"):
             return (
                 f"Before the first update {what}: the weights of {self.config.model.name!r} give it by themselves. "
                 "Look for NaN or infinite numbers in its files, or write precision='fp32' if they need its range."
@@ -421,7 +481,7 @@ class Trainer:
         newest = self.checkpoints.newest()
         good = f"The last good checkpoint is {newest}." if newest else "No checkpoint was saved before."
         return (
-            f"At step {self.step + 1} {what}. {good} "
+            f"At step {step} {what}. {good} "
             f"Lower learning_rate (now {self.config.optimizer.learning_rate}), raise warmup_steps, or state "
             "gradient_clipping."
         )
@@ -429,7 +489,8 @@ class Trainer:
     def _finish(self, status: str) -> dict[str, Any]:
         eval_loss = None
         if status == "completed" and self.eval_loader is not None:
-            eval_loss = self.record["eval_loss"] if "eval_loss" in self.record else self.evaluate()
+            eval_loss = self.record.get("eval_loss", self._eval_loss_here())
+            eval_loss = self.evaluate() if eval_loss is None else eval_loss
         rows = self.run.rows()
         own = {"rank": self.topology.rank, "peak_memory_bytes": peak_memory(self.device), "measured": self.measured}
         per_rank = all_gather_objects(own)
@@ -442,6 +503,7 @@ class Trainer:
             "stopped_by": self.stopped_by if status == "stopped" else None,
             "step": self.step,
             "num_steps": self.num_steps,
+            "steps_per_epoch": getattr(self.loader, "steps_per_epoch", None),
             "resumed_from": self.resumed_from,
             "reshaped_from": self.reshaped_from,
             "left_out": [asdict(each) for each in self.checkpoints.left_out],
@@ -450,6 +512,8 @@ class Trainer:
             "train_loss": rows[-1]["loss"] if rows else None,
             "eval_loss_before": self.record.get("eval_loss_before"),
             "eval_loss": eval_loss,
+            "eval_losses": self.record.get("eval_losses", []),
+            "eval_samples_per_second": self.eval_speed,
             "tokens_per_second": sum(row["tokens"] for row in steady) / seconds if seconds else None,
             "seconds_to_first_step": self.record["seconds_to_first_step"],
             "num_parameters": self.engine.num_parameters,
@@ -460,7 +524,12 @@ class Trainer:
                 name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers", "datasets")
             },
         }
+        result |= self._facts()
         if self.topology.rank == 0:
             write_atomically(self.run.result_file, json.dumps(result, indent=2) + "\n")
         barrier()
         return result
+
+    def _facts(self) -> dict[str, Any]:
+        """Return what the result holds besides, for one way of training alone."""
+        return {}

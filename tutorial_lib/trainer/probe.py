@@ -15,6 +15,11 @@ MEASURED_STEP = 3
 """Buffers and optimizer states exist, and ZeRO-3 has learnt the order of its parameters: this step is like the rest."""
 
 
+def measured_step(num_steps: int) -> int:
+    """Return the step that a run measures: :data:`MEASURED_STEP`, or the last one of a shorter run."""
+    return min(MEASURED_STEP, num_steps)
+
+
 class StepProbe:
     """Measures one optimizer step of this rank.
 

@@ -60,9 +60,10 @@ def stop_signals() -> Iterator[Callable[[], int]]:
         # Ray calls the training function in a thread, and stops it through the stop file.
         yield lambda: 0
         return
-    # What is ignored stays ignored, as SIGINT is in the background of a shell.
+    # What is ignored stays ignored, as SIGINT is in the background of a shell. Not so SIGUSR1: batch scripts start
+    # torchrun with it ignored, as torchrun would die of it, and its ranks, for whom it is meant, inherit that.
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    heeded = [n for n in numbers if n == signal.SIGUSR1 or signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, keep) for number in heeded}
     try:
         yield stop_signalled

@@ -19,7 +19,7 @@ def config(storage, **flat):
         "max_examples": 13,
         "evaluate": False,
         "schedule": "constant",
-        "warmup_steps": 2,
+        "warmup_steps": min(2, flat.get("steps") or STEPS),
         "storage": str(storage),
     }
     return Config.create("cpu", **(settings | flat))

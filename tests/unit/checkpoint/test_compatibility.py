@@ -64,15 +64,36 @@ def test_another_model_of_the_same_name_is_refused_before_anything_starts(own_mo
 
 
 def test_another_tokenizer_is_refused_before_anything_starts(own_model):
-    """Two tokens exchanged: as many as before, and every text becomes other ids."""
     own, run = own_model
+    exchange_two_tokens(own)
+    with pytest.raises(ConfigError, match=r"another tokenizer, which makes other ids.*another name"):
+        launch.preflight(run.config.override(stop_after=None))
+
+
+def exchange_two_tokens(own):
+    """Change a tokenizer: it has as many tokens as before, and every text becomes other ids."""
     tokenizer = json.loads((own / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     one, other = list(vocabulary)[300:302]
     vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
     (own / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(ConfigError, match=r"another tokenizer than the one of its checkpoint.*another name"):
-        launch.preflight(run.config.override(stop_after=None))
+
+
+def test_of_a_model_that_moved_everything_that_changed_is_named(own_model, tmp_path):
+    own, run = own_model
+    moved = own.rename(tmp_path / "moved")
+    exchange_two_tokens(moved)
+    flip_a_bit(moved / "model.safetensors")
+    settings = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps(settings | {"embd_pdrop": 0.2}))
+    with pytest.raises(ConfigError) as error:
+        launch.preflight(run.config.override(stop_after=None, model=str(moved), seed=1))
+    for part in (
+        "seed was 0, now 1",
+        f"model was '{own}', now '{moved}' (embd_pdrop was 0.1, now 0.2, another tokenizer, which makes other ids",
+        "its weights are different)",
+    ):
+        assert part in str(error.value)
 
 
 def test_a_model_in_another_directory_is_the_same_model(own_model, tmp_path):
@@ -90,7 +111,7 @@ def test_other_weights_in_another_directory_are_another_model(own_model, tmp_pat
     given = run.config.override(stop_after=None, model=str(other))
     sampled = compatibility._SAMPLE
     assert (other / "model.safetensors").stat().st_size < 2 * sampled, "every byte is in one of the samples"
-    with pytest.raises(ConfigError, match=r"model was '.*/model', now '.*/other'"):
+    with pytest.raises(ConfigError, match=r"model was '.*/model', now '.*/other' \(its weights are different\)"):
         launch.preflight(given)
 
 
@@ -116,15 +137,18 @@ def write_rows(directory, train, evaluation=range(8)):
         (directory / f"{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
+TRAIN, VALIDATION = "split 'train' has other tokens", "split 'validation' has other tokens"
+
+
 @pytest.mark.parametrize(
     ("train", "evaluation", "split"),
-    [(range(100, 140), range(8), "'train'"), ([*range(1, 40), 0], range(8), "'train'"),
-     (range(40), range(50, 58), "'validation'"), (range(100, 140), range(50, 58), "'train' and 'validation'")],
+    [(range(100, 140), range(8), TRAIN), ([*range(1, 40), 0], range(8), TRAIN),
+     (range(40), range(50, 58), VALIDATION), (range(100, 140), range(50, 58), f"{TRAIN} and {VALIDATION}")],
 )  # fmt: skip
 def test_other_texts_of_the_same_number_are_refused_before_anything_starts(own_data, train, evaluation, split):
     data, run = own_data
     write_rows(data, train, evaluation)
-    with pytest.raises(ConfigError, match=rf"different data: split {split} of '.*/data' has changed since") as error:
+    with pytest.raises(ConfigError, match=rf"different data: of '.*/data', {split} than when") as error:
         launch.preflight(run.config.override(stop_after=None))
     assert "Put the old data back, or give the new run another name" in str(error.value)
     assert f"export {run.config.directory} DIR`" in str(error.value)
@@ -134,7 +158,7 @@ def test_the_ranks_compare_the_data_too(own_data):
     """Under Ray the launching process need not have them."""
     data, run = own_data
     write_rows(data, range(100, 140))
-    with pytest.raises(ConfigError, match=r"different data: split 'train'"):
+    with pytest.raises(ConfigError, match=f"different data: .*{TRAIN}"):
         trainer.train(run.config.override(stop_after=None))
 
 
@@ -143,7 +167,7 @@ def test_evaluation_data_are_compared_if_they_are_read(own_data):
     write_rows(data, range(40), range(50, 58))
     half = launch.run(run.config.override(stop_after=3, evaluate=False))
     assert half.result["resumed_from"] == 2
-    with pytest.raises(ConfigError, match=r"different data: split 'validation'"):
+    with pytest.raises(ConfigError, match=f"different data: .*{VALIDATION}"):
         launch.preflight(run.config.override(stop_after=None))
 
 
@@ -157,7 +181,7 @@ def test_data_in_another_directory_are_the_same_data(own_data, tmp_path):
 def test_other_data_in_another_directory_are_refused(own_data, tmp_path):
     _, run = own_data
     write_rows(tmp_path / "other", range(100, 140))
-    with pytest.raises(ConfigError, match=r"dataset was '.*/data', now '.*/other'"):
+    with pytest.raises(ConfigError, match=rf"dataset was '.*/data', now '.*/other' \({TRAIN}\)"):
         launch.preflight(run.config.override(stop_after=None, dataset=str(tmp_path / "other")))
 
 

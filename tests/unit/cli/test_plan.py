@@ -426,6 +426,11 @@ def test_impossible_input_says_what_to_write(more: list[str], message: str, caps
     assert message in capsys.readouterr().err
 
 
+def test_a_model_that_no_directory_can_be_called(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--gpus", "1", "--gpu-memory", "80", "--model", "x" * 300]) == 2
+    assert "300 bytes long. A path has at most" in capsys.readouterr().err
+
+
 def test_a_named_model_brings_its_dimensions(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", "embedded/qwen2", "--gpus", "8", "--gpu-memory", "1", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)

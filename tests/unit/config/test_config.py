@@ -56,14 +56,57 @@ from tutorial_lib.config import PROFILES, Config, ConfigError, settings
         ({"zero_stage": 2, "persistence_threshold": 5}, "it needs zero_stage=3"),
         ({"pin_memory": True}, "pin_memory=True would have no effect: it needs offload"),
         ({"engine": "fsdp", "tp_plan": "plain"}, "it needs tp=2 or more"),
+        ({"engine": "trainer", "tp": 2}, "has no tensor parallelism, but tp=2.* Write tp=1"),
+        ({"engine": "trainer", "precision": "fp16"}, "needs a GPU"),
+        ({"engine": "trainer", "zero_stage": 2}, r"zero_stage=2 would .*a DeepSpeed file that states it \(deepspeed="),
+        ({"engine": "trainer", "offload": "optimizer"}, "a DeepSpeed file that states it"),
+        (
+            {"engine": "trainer", "async_save": True},
+            "async_save=True would have no effect: it needs engine='deepspeed'",
+        ),
+        ({"engine": "trainer", "sharding": "no_shard"}, "a setting of engine='fsdp', not of engine='trainer'"),
+        ({"evaluate_every": "never"}, "write 'epoch', or a number of optimizer steps"),
+        ({"evaluate_every": "0"}, "write 'epoch', or a number of optimizer steps"),
+        ({"evaluate_every": "epoch", "evaluate": False}, "needs an evaluation"),
         ({"steps": 0}, "smallest possible value is 1"),
         ({"steps": 5, "stop_after": 6}, "beyond the last step"),
+        ({"steps": 3, "epochs": 2}, "steps=3 and epochs=2 both say how long the run is.*Leave one of them out"),
+        ({"steps": 3, "epochs": 1}, "steps=3 and epochs=1 both say"),
+        (
+            {"steps": 3, "warmup_steps": 4},
+            "warmup_steps=4 goes on after the last step of a run of 3.*Write warmup_steps=3",
+        ),
         ({"learning_rate": -1.0}, "smallest possible value is 0.0"),
     ],
 )
 def test_what_cannot_run_is_refused_with_what_to_write_instead(flat, message):
     with pytest.raises(ConfigError, match=message):
         Config.create("cpu", **flat)
+
+
+def test_the_length_of_a_run_is_stated_once_however_it_is_stated():
+    for first, second in (({"epochs": 2}, {"steps": 3}), ({"steps": 3}, {"epochs": 2})):
+        with pytest.raises(ConfigError, match="steps=3 and epochs=2 both say"):
+            Config.create("cpu", **first).override(**second)
+    with pytest.raises(ConfigError, match="warmup_steps=4 goes on after the last step of a run of 3"):
+        Config.create("cpu", warmup_steps=4).override(steps=3)
+    assert Config.create("cpu", steps=3).override(steps=None, epochs=2).run.epochs == 2
+    assert Config.create("cpu", steps=3, warmup_steps=3).override(dp=1).optimizer.warmup_steps == 3
+
+
+@pytest.mark.parametrize("flag", ["model", "dataset", "deepspeed", "storage"])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("x" * 256, r"is 'x{40} \.\.\.', 256 bytes long.*each name in it 255\. Write a shorter one"),
+        ("ä" * 128, "256 bytes long"),
+        ("/x" * 2048, "4096 bytes long. A path has at most 4095"),
+        ("a\0b", r"is 'a\\x00b', which holds a zero byte"),
+    ],
+)
+def test_what_no_file_can_be_called_is_refused(flag, name, message):
+    with pytest.raises(ConfigError, match=f"^{flag} .*{message}"):
+        Config.create("cpu", **{flag: name})
 
 
 def test_shardings_are_known_in_upper_case_too():

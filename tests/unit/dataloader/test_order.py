@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tutorial_lib.config import ConfigError
-from tutorial_lib.dataloader import build_eval_loader, build_train_loader
+from tutorial_lib.dataloader import build_epoch_loader, build_eval_loader, build_train_loader
 from tutorial_lib.dataloader.sampler import StepSampler, epoch_order
 from tutorial_lib.mpu import Topology
 
@@ -186,7 +186,6 @@ def test_resume_continues_with_the_next_step(toy_config, byte_tokenizer, batchin
     state = json.loads(json.dumps(loader.state_dict()))
     resumed = build()
     resumed.load_state_dict(state)
-    assert resumed.epoch == loader.epoch
     for expected in whole[stop:]:
         assert equal(next(resumed.steps()), expected)
     resumed.load_state_dict(state)
@@ -220,11 +219,20 @@ def test_resume_with_processes_that_read_ahead(toy_config, byte_tokenizer):
     assert all(equal(got, expected) for got, expected in zip(read(resumed, 5), whole[9:], strict=True))
 
 
-def test_epoch_is_that_of_the_last_step(toy_config, byte_tokenizer):
-    loader = build_train_loader(toy_config(65, global_batch=16), byte_tokenizer, dp_rank=0, dp_size=1)
-    assert loader.steps_per_epoch == 4
-    assert loader.epoch == 0
-    assert [loader.epoch for _ in itertools.islice(loader.steps(), 9)] == [0, 0, 0, 0, 1, 1, 1, 1, 2]
+@pytest.mark.parametrize("batching", BATCHINGS)
+def test_epochs_hold_the_micro_batches_of_the_steps(toy_config, byte_tokenizer, batching):
+    config = toy_config(65, batching=batching, global_batch=12, micro_batch=3, seed=1).override(dp=2)
+    steps = build_train_loader(config, byte_tokenizer, dp_rank=1, dp_size=2)
+    epochs = build_epoch_loader(config, byte_tokenizer, dp_rank=1, dp_size=2)
+    assert len(epochs) == 2 * epochs.steps_per_epoch == 2 * steps.steps_per_epoch
+    for epoch in (0, 1, 2, 1):
+        steps = build_train_loader(config, byte_tokenizer, dp_rank=1, dp_size=2)
+        per_epoch = steps.steps_per_epoch
+        expected = [batch for step in read(steps, (epoch + 1) * per_epoch)[epoch * per_epoch :] for batch in step]
+        before = torch.get_rng_state()
+        epochs.set_epoch(epoch)
+        assert equal(list(epochs), expected)
+        assert torch.equal(torch.get_rng_state(), before), "dropout does not depend on how often a run resumed"
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"global_batch": 8}, {"max_examples": 60}])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tutorial_lib import doctor
+from tutorial_lib import cli, doctor
 from tutorial_lib.config import Config
 from tutorial_lib.doctor import machine
 
@@ -94,6 +94,20 @@ def test_a_taken_port_is_seen() -> None:
         port = server.getsockname()[1]
         assert machine.port_state(port) == "in use"
     assert machine.port_state(port) == "free"
+
+
+def test_a_rendezvous_that_cannot_work_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = server.getsockname()[1]
+        assert "is in use by another program" in (doctor.rendezvous_problem(f"127.0.0.1:{taken}") or "")
+    assert doctor.rendezvous_problem(f"127.0.0.1:{taken}") is None
+    # Another machine's port is that machine's business.
+    assert doctor.rendezvous_problem(f"192.0.2.1:{taken}") is None
+    assert "getent hosts no-such-host.invalid" in (doctor.rendezvous_problem("no-such-host.invalid:29500") or "")
+    for endpoint in ("node1", "node1:", ":29500", "node1:99999"):
+        assert "is not HOST:PORT" in (doctor.rendezvous_problem(endpoint) or "")
+    assert cli.main(["doctor", "--rendezvous", "node1"]) == cli.BAD_CONFIGURATION
+    assert "is not HOST:PORT" in capsys.readouterr().err
 
 
 def test_the_lock_of_a_killed_build_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,6 +197,19 @@ def test_fewer_gpus_than_ranks(laptop: doctor.Report) -> None:
     box = dataclasses.replace(laptop, gpus=(H200,), gpu_problem=None)
     verdict = doctor.judge(box, Config.create("gpu", dp=4))
     assert verdict.problems == ("1 GPUs here, 4 wanted. Write --dp 1",)
+
+
+@pytest.mark.parametrize(("code", "found"), [(0, "SLURM"), (1, None)])
+def test_slurm_counts_where_it_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, found: str | None
+) -> None:
+    """The commands alone may be there: ``make cluster-tools`` installs them on a machine that is no cluster."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    for name in ("sbatch", "sinfo"):
+        (tmp_path / name).write_text(f"#!/bin/sh\nexit {code}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine.find_scheduler() == found
 
 
 def test_a_login_node_without_gpus_can_submit(laptop: doctor.Report) -> None:

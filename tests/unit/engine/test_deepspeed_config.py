@@ -6,21 +6,24 @@ from pathlib import Path
 
 import pytest
 from deepspeed.comm.config import CommsLoggerConfig
-from deepspeed.monitor.config import CSVConfig
+from deepspeed.compile.config import CompileConfig
+from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
 from deepspeed.runtime.zero.offload_config import (
     DeepSpeedZeroOffloadOptimizerConfig,
     DeepSpeedZeroOffloadParamConfig,
 )
+from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from pydantic import BaseModel
 from transformers import AutoConfig
 
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.engine.deepspeed import config as ds_config
-from tutorial_lib.engine.deepspeed import file, keys
-from tutorial_lib.models import load_config
+from tutorial_lib.engine.deepspeed import file, for_run, keys, trainer_file
+from tutorial_lib.models import build_model, load_config
 
 SHIPPED = sorted(path.stem for path in file.DIRECTORY.glob("*.json"))
 
@@ -84,6 +87,38 @@ def test_misplaced_and_unknown_keys_are_refused_and_shown_their_place(tmp_path, 
 def test_a_file_that_cannot_run(tmp_path, content, message):
     with pytest.raises(ConfigError, match=message):
         ds_config.apply_file(Config.create(deepspeed=write(tmp_path, content)))
+
+
+COMPLETE = dict.fromkeys((*ds_config._BATCH_KEYS, "gradient_clipping"), "auto") | {"zero_optimization": {"stage": 1}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gradient_clipping": None}, 'gradient_clipping is missing.*Write it there, as "auto"'),
+        ({"train_batch_size": None}, "train_batch_size is missing"),
+        ({"zero_optimization": {}}, "zero_optimization.stage is missing.*as 0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": "auto"}}, 'zero_optimization.stage is "auto", which the Hugging Face Trainer'),
+        ({"zero_optimization": {"stage": 1, "overlap_comm": "auto"}}, "overlap_comm is .*or leave it out"),
+        ({"train_batch_size": 6}, "train_batch_size is 6, but global_batch=8"),
+        ({"scheduler": {"type": "WarmupLR"}}, "schedule and warmup_steps"),
+        ({"optimizer": {"type": "Lamb"}}, "trains with AdamW"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": False}}}, "PyTorch's AdamW"),
+    ],
+)
+def test_a_file_that_the_hugging_face_trainer_would_not_complete(tmp_path, changes, message):
+    content = {key: value for key, value in (COMPLETE | changes).items() if value is not None}
+    with pytest.raises(ConfigError, match=message):
+        ds_config.apply_file(Config.create(engine="trainer", deepspeed=write(tmp_path, content)))
+
+
+def test_an_optimizer_section_becomes_settings_and_does_not_reach_the_hugging_face_trainer(tmp_path):
+    path = write(tmp_path, COMPLETE | {"optimizer": {"type": "AdamW", "params": {"lr": 2e-5, "eps": "auto"}}})
+    config = ds_config.apply_file(Config.create(engine="trainer", deepspeed=path))
+    assert (config.optimizer.learning_rate, config.optimizer.eps) == (2e-5, 1e-8)
+    assert trainer_file.for_trainer(path) == COMPLETE
+    with pytest.raises(ConfigError, match=r"learning_rate=2e-05, but learning_rate=0.1 was given"):
+        ds_config.apply_file(Config.create(engine="trainer", deepspeed=path, learning_rate=0.1))
 
 
 @pytest.mark.parametrize("content", [{}, {"type": "auto"}, {"type": "auto", "params": "auto"}])
@@ -197,6 +232,8 @@ def kind_of(annotation):
     parts = typing.get_args(annotation) if typing.get_origin(annotation) is typing.Union else (annotation,)
     nullable = "?" if type(None) in parts else ""
     (one,) = (part for part in parts if part is not type(None)) if len(parts) - bool(nullable) == 1 else (object,)
+    if typing.get_origin(one) is list:
+        return "list" + nullable
     one = one if isinstance(one, type) else object
     names = (
         (bool, "bool"),
@@ -220,6 +257,12 @@ def kind_of(annotation):
         ("tensor_parallel", TPTrainingConfig),
         ("comms_logger", CommsLoggerConfig),
         ("csv_monitor", CSVConfig),
+        ("tensorboard", TensorBoardConfig),
+        ("wandb", WandbConfig),
+        ("comet", CometConfig),
+        ("timers.throughput", DeepSpeedThroughputTimerConfig),
+        ("compile", CompileConfig),
+        ("zero_optimization.leaf_module", DeepSpeedZeroLeafModuleConfig),
     ],
 )
 def test_the_key_tables_are_deepspeeds_own(section, model):
@@ -292,6 +335,7 @@ def test_a_profile_is_not_given_by_hand_and_the_same_value_is_no_contradiction(t
         ({"steps_per_print": 0}, "steps_per_print is 0; write a number above 0"),
         ({"gradient_predivide_factor": 0}, "gradient_predivide_factor is 0; write a number above 0"),
         ({"gradient_predivide_factor": 2}, "gradient_predivide_factor is 2, which DeepSpeed does not take"),
+        ({"prescale_gradients": True}, "prescale_gradients is true, which DeepSpeed does not take with zero_stage=3"),
         ({"log_level": "loud"}, 'log_level is "loud"; write one of: debug, info'),
         ({"checkpoint": {"tag_validation": "no"}}, 'tag_validation is "no"; write one of: Warn, Ignore, Fail'),
         ({"torch_autocast": {"dtype": "int8"}}, 'torch_autocast.dtype is "int8"; write one of: fp32, bf16, fp16'),
@@ -309,6 +353,42 @@ def test_a_profile_is_not_given_by_hand_and_the_same_value_is_no_contradiction(t
         ({"checkpoint": {"writer": {"type": "FAST"}}}, "this package writes and reads checkpoints itself"),
         ({"gradient_allreduce_op": "sum"}, 'gradient_allreduce_op is "sum": the loss is scaled here'),
         ({"activation_checkpointing": {"partition_activations": True}}, "write the setting activation_checkpointing"),
+        (
+            {"compile": {"deepcompile": True}},
+            "compile.deepcompile needs a model that is compiled, and none here is; rem",
+        ),
+        ({"compile": {"passes": ["z1"]}}, "compile.passes needs a model that is compiled"),
+        ({"compile": {"backend": "inductor"}}, "'backend' is not a key that DeepSpeed knows in compile"),
+        ({"deepcompile": True}, "'deepcompile' has no meaning at the top level.* belongs under 'compile'"),
+        ({"leaf_module": {"names": []}}, "'leaf_module' has no meaning at the top level.* under 'zero_optimization'"),
+        ({"zero_optimization": {"leaf_module": {"klasses": []}}}, "'klasses' is not a key .* did you mean 'classes'"),
+        ({"zero_optimization": {"leaf_module": {"classes": "A"}}}, 'leaf_module.classes is "A"; write a list'),
+        ({"zero_optimization": {"leaf_module": {"classes": [3]}}}, r"classes is \[3\]; write a list of strings"),
+        (
+            {"zero_optimization": {"stage": 2, "leaf_module": {"classes": ["A"]}}},
+            "would have no effect with zero_stage=2",
+        ),
+        (
+            {"zero_optimization": {"stage3_module_granularity_threshold": 9}},
+            "threshold is 9: DeepSpeed's first step then",
+        ),
+        ({"zero_optimization": {"offload_optimizer": {"cpuadam_cores_perc": 3}}}, "perc is 3; write a number up to 1"),
+        ({"csv_monitor": {"output_path": None}}, "csv_monitor.output_path is null; write a string"),
+        ({"tensorboard": {"path": "x"}}, "'path' is not a key that DeepSpeed knows in tensorboard"),
+        ({"wandb": {"project": 3}}, "wandb.project is 3; write a string"),
+        ({"comet": {"samples_log_interval": "x"}}, 'samples_log_interval is "x"; write a whole number'),
+        ({"timers": {"throughput": 3}}, "timers.throughput is 3; write an object"),
+        ({"timers": {"throughput": {"on": True}}}, "'on' is not a key that DeepSpeed knows in timers.throughput"),
+        ({"aio": {"block_size": 9}}, "aio is for offload to NVMe disks, which this package does not do; remove it"),
+        ({"data_types": {"keep_in_fp32_modules": 3}}, "keep_in_fp32_modules is 3; write a list"),
+        (
+            {"tensor_parallel": {"dtype": "bf16"}},
+            'tensor_parallel.dtype is "bf16": DeepSpeed takes an object of Python',
+        ),
+        (
+            {"torch_autocast": {"lower_precision_safe_modules": ["no.Such"]}},
+            "holds 'no.Such', which cannot be imported",
+        ),
         ({"nebula": {"enabled": True}}, "'nebula' is not a key that DeepSpeed knows"),
         ({"zero_optimization": {"cpu_offload_use_pin_memory": True}}, "offload_optimizer.pin_memory"),
         ({"zero_optimization": {"cpu_offload": True, "offload_optimizer": {"device": "none"}}}, "remove cpu_offload"),
@@ -319,6 +399,93 @@ def test_what_a_file_may_not_say_is_refused_with_the_file_and_the_key(tmp_path, 
     path = write(tmp_path, content)
     with pytest.raises(ConfigError, match=f"^{path}: .*{message}"):
         ds_config.apply_file(Config.create(deepspeed=path))
+
+
+MASTERS, STATES = "bf16_master_weights_and_grads", "bf16_optimizer_states"
+MASTERS_16 = "fp16_master_weights_and_grads"
+
+
+@pytest.mark.parametrize(
+    ("section", "flat", "message"),
+    [
+        (
+            {"bf16": {MASTERS: True}},
+            {"zero_stage": 2, "precision": "bf16"},
+            f"{MASTERS} is true, which needs an optimizer on",
+        ),
+        (
+            {"bf16": {MASTERS: True}},
+            {"zero_stage": 0, "precision": "bf16"},
+            f"{MASTERS} is true, which .* ZeRO partitions",
+        ),
+        ({"bf16": {MASTERS: True}}, {}, f"{MASTERS} is true, which goes with precision='bf16', not 'fp32'"),
+        ({"fp16": {MASTERS_16: True}}, {}, f"{MASTERS_16} is true, which goes with precision='fp16', not 'fp32'"),
+        ({"bf16": {STATES: True}}, {"precision": "bf16"}, f"{STATES} is true, which needs bf16.{MASTERS}. Set both"),
+        (
+            {"bf16": {STATES: True, MASTERS: True}},
+            {"precision": "bf16", "offload": "optimizer"},
+            "moments in fp32 here",
+        ),
+        ({"bf16": {STATES: True, MASTERS: True}}, {"precision": "bf16", "zero_stage": 2}, None),
+        ({"bf16": {MASTERS: True}}, {"precision": "bf16", "zero_stage": 2, "offload": "optimizer"}, None),
+    ],
+)
+def test_an_optimizer_in_16_bits_needs_what_deepspeed_needs_for_it(tmp_path, section, flat, message):
+    config = Config.create(deepspeed=write(tmp_path, section), **flat)
+    if message is None:
+        ds_config.apply_file(config)
+    else:
+        with pytest.raises(ConfigError, match=f"^{tmp_path}/ds.json: .*{message}"):
+            ds_config.apply_file(config)
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        (
+            {"csv_monitor": {"enabled": True, "output_path": "{file}/logs"}},
+            "csv_monitor.output_path: '{file}/logs/DeepSpeed",
+        ),
+        (
+            {"csv_monitor": {"enabled": True, "output_path": "{dir}", "job_name": "file"}},
+            "csv_monitor.output_path: '{file}'",
+        ),
+        ({"tensorboard": {"enabled": True, "output_path": "{file}"}}, "tensorboard.output_path: '{file}/"),
+        ({"flops_profiler": {"enabled": True, "output_file": "{file}/x"}}, "flops_profiler.output_file: '{file}'"),
+    ],
+)
+def test_a_place_where_a_monitor_cannot_write_is_refused_before_the_engine_starts(tmp_path, section, key):
+    (tmp_path / "file").touch()
+    filled = json.dumps(section).replace("{file}", f"{tmp_path}/file").replace("{dir}", str(tmp_path))
+    path = write(tmp_path, filled)
+    key = key.replace("{file}", f"{tmp_path}/file")
+    with pytest.raises(ConfigError, match=f"^{path}: {key}.* cannot be written to: .*Write a directory"):
+        for_run.check_outputs(Config.create(deepspeed=path))
+
+
+def test_a_place_where_a_monitor_can_write_is_made(tmp_path):
+    section = {"csv_monitor": {"enabled": True, "output_path": str(tmp_path / "new"), "job_name": "job"}}
+    for_run.check_outputs(Config.create(deepspeed=write(tmp_path, section)))
+    assert (tmp_path / "new" / "job").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("leaves", "message"),
+    [
+        ({"classes": ["GPT2Blok"]}, "classes holds 'GPT2Blok', which the model does not have. It has, for instance: "),
+        ({"names": ["transformer.h.99"]}, "names holds 'transformer.h.99', which the model does not have"),
+        ({"name_suffixes": [".mlp", ".moe"]}, "name_suffixes holds '.moe', which the model does not have"),
+        ({"classes": ["GPT2Block"], "names": ["transformer.h.0"], "name_suffixes": [".mlp"]}, None),
+        ({"classes": ["transformers.models.gpt2.modeling_gpt2.GPT2MLP"]}, None),
+    ],
+)
+def test_leaf_modules_that_a_model_does_not_have_are_refused(tmp_path, leaves, message):
+    config = Config.create(deepspeed=write(tmp_path, {"zero_optimization": {"stage": 3, "leaf_module": leaves}}))
+    if message is None:
+        for_run.check_leaf_modules(config, lambda: build_model(config))
+    else:
+        with pytest.raises(ConfigError, match=f"zero_optimization.leaf_module.{message}"):
+            for_run.check_leaf_modules(config, lambda: build_model(config))
 
 
 def test_a_range_that_settings_have_is_told_with_the_files_key(tmp_path):
@@ -348,7 +515,7 @@ def test_gradients_accumulated_in_a_type_for_which_deepspeed_has_another_optimiz
 
 def test_a_monitor_that_is_not_installed(tmp_path, monkeypatch):
     path = write(tmp_path, {"tensorboard": {"enabled": True}, "wandb": {"enabled": False}})
-    monkeypatch.setattr(file.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(for_run.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         ConfigError, match=f"^{path}: tensorboard.enabled is true, and the package 'tensorboard' is not"
     ):

@@ -1,14 +1,17 @@
 """Variables of torchrun count where a process has been started by it, and are refused or ignored elsewhere."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 
 from tutorial_lib.cli import main
 from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.launch import torchrun as joining
 from tutorial_lib.launch.environment import RENDEZVOUS, check_environment, is_under_torchrun, joined_rank
 
 VARIABLES = (*RENDEZVOUS, "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "GLOO_SOCKET_IFNAME")
@@ -100,3 +103,47 @@ def test_a_network_interface_that_is_not_there(monkeypatch):
         check_environment(Config.create())
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth99,lo")
     check_environment(Config.create())
+
+
+@pytest.mark.parametrize("name", ["GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"])
+def test_loopback_is_refused_where_ranks_are_on_other_nodes(monkeypatch, name):
+    monkeypatch.setenv(name, "lo")
+    torchrun(monkeypatch, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    check_environment(Config.create(launcher="none"))
+    torchrun(monkeypatch, WORLD_SIZE="2", LOCAL_WORLD_SIZE="1")
+    with pytest.raises(ConfigError, match=f"{name} is 'lo', the loopback, .* 1 of 2 ranks are here"):
+        check_environment(Config.create(launcher="none"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({}, "waited 1 s at 127.0.0.1:[0-9]+, and not all of the others came. .*exported by hand, unset them"),
+        ({"MASTER_ADDR": "no-such-host.invalid", "RANK": "1"}, "does not know the name 'no-such-host.invalid'"),
+    ],
+    ids=["ranks that never come", "a name that does not resolve"],
+)
+def test_ranks_that_do_not_come_together_say_why(monkeypatch, changes, why):
+    """As with RANK=0 and WORLD_SIZE=2 exported by hand for one plain process."""
+    torchrun(monkeypatch, **({"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": None} | changes))
+    monkeypatch.setattr(joining, "JOIN_TIMEOUT", timedelta(seconds=1))
+    with pytest.raises(joining.RendezvousError, match=why):
+        with joining.process_group(Config.create(launcher="none"), "env://"):
+            pass
+
+
+def test_a_port_in_use_is_told(monkeypatch):
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        torchrun(monkeypatch, WORLD_SIZE="2", MASTER_PORT=str(taken.getsockname()[1]))
+        with pytest.raises(joining.RendezvousError, match="another program uses the port"):
+            with joining.process_group(Config.create(launcher="none"), "env://"):
+                pass
+
+
+def test_rank_0_prints_where_the_ranks_met_and_which_is_where(monkeypatch, capsys, tmp_path):
+    torchrun(monkeypatch)
+    arguments = ["train", "--launcher", "none", "--engine", "torch", *SMALL, "--storage", str(tmp_path)]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().err
+    assert f"1 rank on 1 node met at 127.0.0.1:{os.environ['MASTER_PORT']}, rendezvous id none" in shown
+    assert any(line.split() == ["0", "0", "0", socket.gethostname(), "0", "cpu"] for line in shown.splitlines())

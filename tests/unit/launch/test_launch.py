@@ -121,6 +121,22 @@ def test_more_processes_than_memory_has_room_for(storage, monkeypatch, launcher)
 
 
 @pytest.mark.parametrize(
+    ("freeze", "message"),
+    [
+        (
+            "transformer.wte",
+            r"no parameter matches 'transformer\.wte'\. Some of .*: transformer\.wte\.weight,",
+        ),
+        ("nope", r"no parameter matches 'nope'\. Some of .* transformer\.wte\.weight"),
+        ("*", "leaves no parameter to train"),
+    ],
+)
+def test_patterns_of_parameters_are_checked_before_a_process_starts(storage, freeze, message):
+    with pytest.raises(ConfigError, match=message):
+        launch.preflight(Config.create("cpu", storage=storage[1], freeze=(freeze,)))
+
+
+@pytest.mark.parametrize(
     ("given", "message"),
     [
         (["train", "--steps", "many"], "argument --steps: 'many' is not a whole number ("),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -284,6 +285,30 @@ def sample_gpus(path: Path, nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> 
         nvml.lost |= nvml.lost_later
     assert nvml.open == 0
     return rows(path)
+
+
+@pytest.mark.parametrize(("ends", "code"), [("sys.exit(3)", 3), ("os.kill(os.getpid(), 9)", 137)])
+def test_a_command_is_logged_and_its_exit_code_handed_on(tmp_path: Path, ends: str, code: int) -> None:
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", f"import os, sys; held = bytearray(2**26); {ends}"]
+    assert sampler.main([str(log), *command]) == code
+    assert sampler.main([str(log)]) == 2
+    assert json.loads(log.read_text().splitlines()[0])["format"] == sampler.FORMAT
+
+
+def test_a_signal_to_all_processes_of_a_job_leaves_the_end_to_the_command(tmp_path: Path) -> None:
+    """As SLURM sends them: the command saves, and the sampler waits for it."""
+    saving = "import signal, sys, time; signal.signal(15, lambda *_: (time.sleep(0.5), sys.exit(7))); print(flush=True)"
+    command = [sys.executable, "-c", f"{saving}; time.sleep(60)"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tutorial_lib.measure.sampler", str(tmp_path / "log"), *command],
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == b"\n"
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=20) == 7
+    process.stdout.close()
 
 
 def test_every_gpu_and_the_share_of_the_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import pickle
 import shutil
 
 import pytest
@@ -168,6 +170,75 @@ def test_a_cut_torch_file_is_named(copied):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ConfigError, match=r"pytorch_model\.bin is damaged or cut short"):
         check_stored_weights(config)
+
+
+# ------------------------------------------------------------------------------------------- pickles that may hold code
+
+
+class RunsWhenUnpickled:
+    def __reduce__(self):
+        return (pytest.fail, ("code from a file of weights was run",))
+
+
+def save_old(content, path):
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+def save_plain(content, path):
+    path.write_bytes(pickle.dumps(content))
+
+
+@pytest.fixture
+def pickled(copied):
+    """Return the directory of a model without safetensors, the parameters that it had, and where they belong."""
+    tensors = load_file(copied / "model.safetensors")
+    (copied / "model.safetensors").unlink()
+    return copied, tensors, copied / "pytorch_model.bin"
+
+
+@pytest.mark.parametrize("save", [torch.save, save_old, save_plain])
+def test_a_pickle_that_may_run_code_is_refused_unread(pickled, save):
+    directory, tensors, path = pickled
+    save(tensors | {"more": RunsWhenUnpickled()}, path)
+    for load in (lambda: check_stored_weights(Config.create("cpu", dp=1, engine="torch", model=str(directory))),
+                 lambda: load_model(str(directory))):  # fmt: skip
+        with pytest.raises(ConfigError, match=r"pytorch_model\.bin is a pickle of more than tensors.*convert it once"):
+            load()
+
+
+@pytest.mark.parametrize("save", [torch.save, save_old, save_plain])
+def test_the_words_of_the_refusal_convert_a_pickle(pickled, save):
+    directory, tensors, path = pickled
+    save({"state_dict": tensors, "arguments": argparse.Namespace(steps=1)}, path)
+    config = Config.create("cpu", dp=1, engine="torch", model=str(directory))
+    with pytest.raises(ConfigError) as refused:
+        check_stored_weights(config)
+    exec(str(refused.value).partition("<<'END'\n")[2].removesuffix("END"), {})
+    check_stored_weights(config)
+    assert all(tensor.equal(tensors[name]) for name, tensor in load_file(directory / "model.safetensors").items())
+
+
+@pytest.mark.parametrize("save", [torch.save, save_old])
+def test_a_pickle_of_tensors_alone_is_checked_and_read(pickled, save):
+    directory, tensors, path = pickled
+    config = Config.create("cpu", dp=1, engine="torch", model=str(directory))
+    save(tensors, path)
+    check_stored_weights(config)
+    assert load_model(str(directory)).lm_head.weight.equal(load_model("embedded/gpt2").lm_head.weight)
+    save({name: tensor for name, tensor in tensors.items() if not name.endswith("ln_f.bias")}, path)
+    with pytest.raises(ConfigError, match=r"lack 1 of its parameters: transformer\.ln_f\.bias"):
+        check_stored_weights(config)
+    save(list(tensors), path)
+    with pytest.raises(ConfigError, match=r"pytorch_model\.bin holds a list, not tensors by the names"):
+        check_stored_weights(config)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello world"])
+def test_a_file_that_is_no_pickle_is_named(pickled, content):
+    directory, _, path = pickled
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"pytorch_model\.bin is damaged, or no file of weights .*Copy or download"):
+        check_stored_weights(Config.create("cpu", dp=1, engine="torch", model=str(directory)))
 
 
 def save_random(family, directory, **sizes):

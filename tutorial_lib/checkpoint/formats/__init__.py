@@ -3,8 +3,9 @@
 Each engine cuts a parameter, its fp32 master copy and both of Adam's moments in its own way. All of them start from the
 same full tensors: the names, shapes and order of the Hugging Face model. So a checkpoint of one shape becomes one of a
 different shape through its full tensors, a parameter at a time, and an export is the same without the moments. The
-pages :mod:`~tutorial_lib.checkpoint.formats.single`, :mod:`~tutorial_lib.checkpoint.formats.dcp` and
-:mod:`~tutorial_lib.checkpoint.formats.deepspeed` draw where the pieces lie.
+pages :mod:`~tutorial_lib.checkpoint.formats.single`, :mod:`~tutorial_lib.checkpoint.formats.dcp`,
+:mod:`~tutorial_lib.checkpoint.formats.deepspeed` and :mod:`~tutorial_lib.checkpoint.formats.trainer` draw where the
+pieces lie.
 
 Files are memory-mapped or read in parts: memory holds about one parameter at a time, whatever the model's size.
 DeepSpeed's own converter (``ds_to_universal``) first writes everything out as files; the tests compare with it.
@@ -13,12 +14,13 @@ DeepSpeed's own converter (``ds_to_universal``) first writes everything out as f
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tutorial_lib.checkpoint.formats import dcp, deepspeed, single
+from tutorial_lib.checkpoint.formats import dcp, deepspeed, single, trainer
 from tutorial_lib.checkpoint.formats.base import MOMENTS, FullTensors
 from tutorial_lib.checkpoint.manifest import read_trainer_state, verify
 from tutorial_lib.config import Config
@@ -43,10 +45,11 @@ def open_full(path: Path, *, verified: bool = False) -> FullTensors:
         verify(path)
     settings = Config.from_json(json.dumps(read_trainer_state(path)["config"]))
     model = _meta_model(path, settings)
-    of_engine: dict[str, type[FullTensors]] = {
+    of_engine: dict[str, Callable[[Path, Config, Any], FullTensors]] = {
         "torch": single.Single,
         "fsdp": dcp.DCP,
         "deepspeed": deepspeed.STAGES[settings.engine.zero_stage],
+        "trainer": trainer.reader,
     }
     reader = of_engine[settings.engine.name](path / "engine", settings, model)
     reader.check_names()
@@ -62,7 +65,8 @@ def rank_and_contents(name: str, tp: int, zero_stage: int) -> tuple[int, str] | 
         zero_stage: its ZeRO stage.
     """
     return (
-        single.rank_and_contents(name)
+        trainer.rank_and_contents(name, zero_stage)
+        or single.rank_and_contents(name)
         or dcp.rank_and_contents(name)
         or deepspeed.rank_and_contents(name, tp, zero_stage)
     )

@@ -37,10 +37,15 @@ LAYOUT = "layout.json"
 
 
 class _Stage(FullTensors):
-    """What the stages have in common: files by rank, and the shares of tensor-parallel ranks side by side."""
+    """What the stages have in common: files by rank, and the shares of tensor-parallel ranks side by side.
 
-    def __init__(self, directory: Path, settings: Config, model: Any) -> None:
+    Args:
+        folder: where in ``directory`` the files are: DeepSpeed's tag.
+    """
+
+    def __init__(self, directory: Path, settings: Config, model: Any, folder: str = "engine") -> None:
         super().__init__(directory, settings, model)
+        self._folder = folder
         # DeepSpeed's files name its classes. Imported for them, unasked it would warn that there is no GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
         self._dp, self._tp = settings.parallel.dp, settings.parallel.tp
@@ -76,7 +81,7 @@ class _Stage(FullTensors):
     def _file(self, name: str) -> Any:
         if name not in self._opened:
             # Mapped: tensors are read when they are used, and only as much of them.
-            path = self._directory / "engine" / name
+            path = self._directory / self._folder / name
             self._opened[name] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
         return self._opened[name]
 
@@ -109,8 +114,8 @@ class Stage0(_Stage):
 class Stage12(_Stage):
     """Each group of parameters is one vector, padded at its end, of which every data-parallel rank has a stretch."""
 
-    def __init__(self, directory: Path, settings: Config, model: Any) -> None:
-        super().__init__(directory, settings, model)
+    def __init__(self, directory: Path, settings: Config, model: Any, folder: str = "engine") -> None:
+        super().__init__(directory, settings, model, folder)
         self._places = [self._places_of(tp_rank) for tp_rank in range(self._tp)]
 
     def _places_of(self, tp_rank: int) -> dict[str, tuple[int, int, torch.Size]]:
@@ -159,8 +164,8 @@ class Stage12(_Stage):
 class Stage3(_Stage):
     """Every parameter is cut into equal pieces, and a rank's pieces of a group of parameters are one vector."""
 
-    def __init__(self, directory: Path, settings: Config, model: Any) -> None:
-        super().__init__(directory, settings, model)
+    def __init__(self, directory: Path, settings: Config, model: Any, folder: str = "engine") -> None:
+        super().__init__(directory, settings, model, folder)
         self._ranks = [(dp_rank, tp_rank) for dp_rank in range(self._dp) for tp_rank in range(self._tp)]
         self._places = [self._places_of(tp_rank) for tp_rank in range(self._tp)]
 

@@ -16,8 +16,9 @@ from typing import Any
 
 from tutorial_lib.config import Config, ConfigError, settings
 from tutorial_lib.config.checks import check_used
-from tutorial_lib.engine.deepspeed import file
+from tutorial_lib.engine.deepspeed import file, trainer_file
 from tutorial_lib.engine.deepspeed.file import find
+from tutorial_lib.engine.deepspeed.for_run import check_for_run
 
 _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
@@ -142,8 +143,10 @@ def apply_file(config: Config) -> Config:
         where = f" From the file: {', '.join(from_file)}." if from_file else ""
         raise ConfigError(f"{name}: {error}{where}") from error
     check_used(resolved, {setting: settings()[setting] for setting in config.given}, is_resolved=True)
-    file.check_for_run(given, resolved, source=name)
+    check_for_run(given, resolved, source=name)
     build(resolved)
+    if config.engine.name == "trainer":
+        trainer_file.check(name)
     return resolved
 
 

@@ -177,23 +177,7 @@ class DeepSpeedEngine:
         ``optimizer`` holds the moments and, where DeepSpeed keeps one, the fp32 master copy. Offloaded tensors are
         included; their device tells where they are.
         """
-        wrapper = self.deepspeed.optimizer
-        parameters = [p.data for p in self.module.parameters()]
-        # Stage 3: this rank's shards. A gathered or persistent parameter is held besides, a released one is empty.
-        parameters += [p.ds_tensor for p in self.module.parameters() if hasattr(p, "ds_tensor")]
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        gradients += _tensors(getattr(wrapper, "averaged_gradients", None))
-        for masters in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
-            # Where the optimizer is offloaded, its gradients wait beside the master copy.
-            gradients += [flat.grad for flat in getattr(wrapper, masters, []) if flat.grad is not None]
-        states = [t for state in self.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
-        for masters in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups"):
-            states += _tensors(getattr(wrapper, masters, None))
-        return {
-            "parameters": parameters,
-            "gradients": gradients,
-            "optimizer": [t for t in states if t.dim() > 0],
-        }
+        return held_tensors(self.deepspeed, self.optimizer)
 
     def layout(self) -> list[ParameterLayout]:
         """What AutoTP did to each parameter, in the model's order."""
@@ -323,6 +307,38 @@ class _CheckpointEngine(TorchCheckpointEngine):
 
     def save(self, state_dict: Any, path: str) -> None:
         self.writer.save(state_dict, Path(path))
+
+
+def held_tensors(engine: Any, optimizer: torch.optim.Optimizer) -> dict[str, list[Tensor]]:
+    """Return the tensors of a rank's model states by part, as :meth:`DeepSpeedEngine.model_states` describes them.
+
+    Args:
+        engine: what ``deepspeed.initialize`` returned.
+        optimizer: PyTorch's, which DeepSpeed has wrapped.
+    """
+    wrapper, model = engine.optimizer, engine.module
+    parameters = [p.data for p in model.parameters()]
+    # Stage 3: this rank's shards. A gathered or persistent parameter is held besides, a released one is empty.
+    parameters += [p.ds_tensor for p in model.parameters() if hasattr(p, "ds_tensor")]
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    gradients += _tensors(getattr(wrapper, "averaged_gradients", None))
+    for masters in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
+        # Where the optimizer is offloaded, its gradients wait beside the master copy.
+        gradients += [flat.grad for flat in getattr(wrapper, masters, []) if flat.grad is not None]
+    states = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+    for masters in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups"):
+        states += _tensors(getattr(wrapper, masters, None))
+    return {"parameters": parameters, "gradients": gradients, "optimizer": [t for t in states if t.dim() > 0]}
+
+
+def join_process_group() -> None:
+    """Let DeepSpeed use the process group that exists, for an engine that somebody else builds.
+
+    At stage 3 this comes before the model is built: without a group DeepSpeed would see one rank alone.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.init_distributed(dist_init_required=False)
+    _share_groups(None)
 
 
 def _share_groups(unit: ModelParallelUnit | None) -> None:

@@ -11,23 +11,20 @@ This module does not import DeepSpeed.
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.config import ConfigError
 from tutorial_lib.engine.deepspeed.keys import (
     ABOVE_0,
+    AT_MOST_1,
     CHOICES,
-    DTYPES,
-    MONITORS,
+    LISTS_OF_STRINGS,
     OFFLOADS,
-    ON_GPUS,
     ONLY,
-    OTHER_LAYOUT,
     RENAMED,
     SECTION_KEYS,
     TOP_LEVEL_KEYS,
@@ -44,6 +41,15 @@ def read(name: str) -> dict[str, Any]:
 
     Raises:
         ConfigError: no such file, no valid JSON object, unknown or misplaced keys, or impossible values.
+    """
+    return check(read_json(name), source=name)
+
+
+def read_json(name: str) -> dict[str, Any]:
+    """Read a DeepSpeed JSON file as it stands, by path or by its name in ``tutorial_lib/ds_configs``.
+
+    Raises:
+        ConfigError: no such file, or no valid JSON object.
     """
     shipped = DIRECTORY / f"{name.removesuffix('.json')}.json"
     path = Path(name) if Path(name).is_file() else shipped
@@ -65,7 +71,7 @@ def read(name: str) -> dict[str, Any]:
         raise ConfigError(f"{name} is not valid JSON: {error}.") from error
     if not isinstance(given, dict):
         raise ConfigError(f"{name} holds a JSON {type(given).__name__}; DeepSpeed needs an object.")
-    return check(given, source=name)
+    return given
 
 
 def check(given: dict[str, Any], *, source: str) -> dict[str, Any]:
@@ -92,6 +98,16 @@ def check(given: dict[str, Any], *, source: str) -> dict[str, Any]:
         if isinstance(value := find(stated, key), str) and value.lower() not in map(str.lower, words)
     ]
     problems += [f"{key} is 0; write a number above 0" for key in ABOVE_0 if find(stated, key) == 0]
+    problems += [
+        f"{key} is {value}; write a number up to 1"
+        for key in AT_MOST_1
+        if isinstance(value := find(stated, key), int | float) and value > 1
+    ]
+    problems += [
+        f"{key} is {json.dumps(value)}; write a list of strings"
+        for key in LISTS_OF_STRINGS
+        if isinstance(value := find(stated, key), list) and not all(isinstance(each, str) for each in value)
+    ]
     problems += _without_effect(stated)
     if problems:
         raise ConfigError("; ".join(f"{source}: {problem}" for problem in problems) + ".")
@@ -106,61 +122,6 @@ def find(given: dict[str, Any], key: str, otherwise: Any = None) -> Any:
             return otherwise
         inside = inside[part]
     return inside
-
-
-def check_for_run(given: dict[str, Any], config: Config, *, source: str) -> None:
-    """Refuse what this run cannot do: another optimizer for its precision and stage, kernels that are not here.
-
-    Args:
-        given: what :func:`read` returned.
-        config: the run, with the file's settings.
-        source: the file's name.
-
-    Raises:
-        ConfigError: names the key, and what to write.
-    """
-    stage, precision = config.engine.zero_stage, config.engine.precision
-    communication = find(given, "communication_data_type")
-    if communication is not None and communication.lower() not in DTYPES:
-        raise ConfigError(
-            f"{source}: communication_data_type is {json.dumps(communication)}; write one of: {', '.join(DTYPES)}."
-        )
-    kinds = {alias: dtype for dtype, aliases in DTYPES.items() for alias in aliases}
-    for key in (*(f"data_types.{name}_dtype" for name in ("grad_accum", "param", "buffer")), "torch_autocast.dtype"):
-        dtype = find(given, key)
-        if dtype is not None and dtype not in kinds:
-            raise ConfigError(f"{source}: {key} is {json.dumps(dtype)}; write one of: {', '.join(DTYPES)}.")
-    accumulated = kinds.get(find(given, "data_types.grad_accum_dtype"), precision)
-    if accumulated != precision and (stage == 0 or (stage, precision, config.engine.offload) == (1, "bf16", "none")):
-        raise ConfigError(
-            f"{source}: data_types.grad_accum_dtype is {accumulated!r}: with zero_stage={stage} and "
-            f"precision={precision!r}, DeepSpeed has another optimizer for that or none, and {OTHER_LAYOUT}. Write "
-            "zero_stage=2, or remove it."
-        )
-    factor = find(given, "gradient_predivide_factor", 1.0)
-    if factor != 1 and stage == 3 and find(given, "zero_optimization.reduce_scatter", True):
-        raise ConfigError(
-            f"{source}: gradient_predivide_factor is {factor}, which DeepSpeed does not take with zero_stage=3 and "
-            "reduce_scatter. Remove it, or write zero_stage=2."
-        )
-    parameters = kinds.get(find(given, "data_types.param_dtype"), precision)
-    if parameters != precision:
-        raise ConfigError(
-            f"{source}: data_types.param_dtype is {parameters!r}, but the run's precision is {precision!r}. Write "
-            "that, or remove it."
-        )
-    for name in ON_GPUS:
-        if config.run.device == "cpu" and find(given, f"zero_optimization.{name}"):
-            raise ConfigError(
-                f"{source}: zero_optimization.{name} is true, and its kernels are for GPUs: write device='cuda', or "
-                "remove it."
-            )
-    for name, module in MONITORS.items():
-        if find(given, f"{name}.enabled") and importlib.util.find_spec(module) is None:
-            raise ConfigError(
-                f"{source}: {name}.enabled is true, and the package {module!r} is not installed. Install it "
-                f"(pip install {module}), write false, or use csv_monitor."
-            )
 
 
 def _with_todays_names(given: dict[str, Any], problems: list[str]) -> dict[str, Any]:
@@ -244,8 +205,15 @@ def _without_effect(stated: dict[str, Any]) -> list[str]:
             "activation_checkpointing is for models that call DeepSpeed's own function, which none here does; write "
             "the setting activation_checkpointing=True and remove the section"
         )
-    if find(stated, "compile.deepcompile", False):
-        problems.append("compile.deepcompile needs a model that is compiled, and none here is; remove it")
+    compiling = stated.get("compile")
+    if isinstance(compiling, dict):
+        problems += [
+            f"compile.{key} needs a model that is compiled, and none here is; remove it"
+            for key, value in compiling.items()
+            if value
+        ]
+    if "aio" in stated:
+        problems.append("aio is for offload to NVMe disks, which this package does not do; remove it")
     return problems
 
 

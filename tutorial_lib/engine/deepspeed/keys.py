@@ -51,6 +51,7 @@ SECTION_KEYS: dict[str, dict[str, str]] = {
     "zero_optimization.offload_param": _kinds(
         "device:str nvme_path:str? buffer_count:int buffer_size:int max_in_cpu:int pin_memory:bool"
     ),
+    "zero_optimization.leaf_module": _kinds("classes:list names:list name_suffixes:list"),
     "bf16": _kinds(
         "enabled:bool immediate_grad_update:bool check_grad_overflow:bool bf16_master_weights_and_grads:bool "
         "bf16_optimizer_states:bool"
@@ -59,7 +60,7 @@ SECTION_KEYS: dict[str, dict[str, str]] = {
         "enabled:bool auto_cast:bool loss_scale:float initial_scale_power:int loss_scale_window:int hysteresis:int "
         "consecutive_hysteresis:bool min_loss_scale:int fp16_master_weights_and_grads:bool"
     ),
-    "data_types": _kinds("grad_accum_dtype:str? param_dtype:str? buffer_dtype:str? keep_in_fp32_modules:any"),
+    "data_types": _kinds("grad_accum_dtype:str? param_dtype:str? buffer_dtype:str? keep_in_fp32_modules:list"),
     "optimizer": _kinds("type:str params:section legacy_fusion:bool"),
     "optimizer.params": _kinds(
         "lr:float betas:any eps:float weight_decay:float adam_w_mode:bool torch_adam:bool amsgrad:bool "
@@ -73,6 +74,21 @@ SECTION_KEYS: dict[str, dict[str, str]] = {
     "torch_autocast": _kinds("enabled:bool dtype:str lower_precision_safe_modules:list"),
     "comms_logger": _kinds("enabled:bool prof_all:bool prof_ops:list verbose:bool debug:bool"),
     "csv_monitor": _kinds("enabled:bool output_path:str job_name:str"),
+    "tensorboard": _kinds("enabled:bool output_path:str job_name:str"),
+    "wandb": _kinds("enabled:bool group:str? team:str? project:str"),
+    "comet": _kinds(
+        "enabled:bool samples_log_interval:int project:str? workspace:str? api_key:str? experiment_name:str? "
+        "experiment_key:str? online:bool? mode:str?"
+    ),
+    "timers": _kinds("throughput:section"),
+    "timers.throughput": _kinds("enabled:bool synchronized:bool"),
+    "compile": _kinds(
+        "deepcompile:bool autoep_non_moe:bool free_activation:bool free_activation_threshold:int "
+        "offload_activation:bool offload_activation_pin_memory:bool offload_opt_states:bool double_buffer:bool "
+        "symmetric_memory:bool debug_log:bool offload_parameters:bool sync_before_reduce:bool sync_after_reduce:bool "
+        "sync_before_allgather:bool sync_after_allgather:bool keep_int_input_tensors:bool keep_all_input_tensors:bool "
+        "passes:list?"
+    ),
     "flops_profiler": _kinds(
         "enabled:bool recompute_fwd_factor:float profile_step:int module_depth:any top_modules:int detailed:bool "
         "output_file:str?"
@@ -101,6 +117,10 @@ ONLY: dict[str, tuple[Any, str]] = {
     "zero_optimization.elastic_checkpoint": (False, OTHER_LAYOUT),
     "zero_optimization.zenflow": (None, "it puts another optimizer in place, which no checkpoint here can hold"),
     "zero_optimization.legacy_stage1": (False, "DeepSpeed has removed that implementation"),
+    "zero_optimization.stage3_module_granularity_threshold": (
+        0,
+        "DeepSpeed's first step then fails with 'unknown parameter type'",
+    ),
     "zero_optimization.compute_grad_norm": (True, "every step reports the gradient's norm, and clips by it"),
     "zero_optimization.offload_optimizer.super_offload": (
         False,
@@ -122,6 +142,7 @@ ONLY: dict[str, tuple[Any, str]] = {
     "checkpoint.writer": (None, _OURS),
     "managed_gradient_accumulation": (True, "the training loop here leaves accumulation to DeepSpeed"),
     "gradient_allreduce_op": ("mean", "the loss is scaled here for gradients that are averaged over the ranks"),
+    "tensor_parallel.dtype": (None, "DeepSpeed takes an object of Python there; the setting precision decides"),
     "tensor_parallel.vocab_parallel_lm_head": (False, "each rank would see the logits of its own tokens alone"),
 }
 """The only value that a key may have here, and why. The other ones are refused before a step is trained."""
@@ -135,9 +156,22 @@ CHOICES = {
 ABOVE_0 = ("steps_per_print", "gradient_predivide_factor")
 """Numbers that DeepSpeed divides by."""
 
+AT_MOST_1 = ("zero_optimization.offload_optimizer.cpuadam_cores_perc",)
+"""Shares of something."""
+
+LISTS_OF_STRINGS = (
+    *(f"zero_optimization.leaf_module.{key}" for key in SECTION_KEYS["zero_optimization.leaf_module"]),
+    "data_types.keep_in_fp32_modules",
+    "torch_autocast.lower_precision_safe_modules",
+    "comms_logger.prof_ops",
+)
+
 ON_GPUS = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 """DeepSpeed's monitors, and the module that each imports when a run starts."""
+
+WRITES_INTO = ("csv_monitor", "tensorboard")
+"""Monitors that make a directory, ``output_path/job_name``, when a run starts."""
 
 DTYPES = {"fp32": ("fp32", "float32", "float", "torch.float32"), "bf16": ("bf16", "bfloat16", "torch.bfloat16"),
           "fp16": ("fp16", "float16", "half", "torch.float16")}  # fmt: skip

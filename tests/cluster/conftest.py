@@ -1,0 +1,61 @@
+"""One SLURM cluster of two virtual nodes for all tests that leave it as it was."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import nodes, slurm
+from tests.cluster.nodes import VirtualNodes
+from tests.cluster.slurm import SlurmCluster
+from tests.distributed import cases
+
+TIMEOUT = 240
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents and not any(item.iter_markers("timeout")):
+            item.add_marker(pytest.mark.timeout(TIMEOUT))
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that all nodes see, as on a network file system."""
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="session")
+def inputs(shared: Path) -> Path:
+    """A directory with tiny models, which all nodes see."""
+    cases.make_inputs(shared)
+    return shared
+
+
+@pytest.fixture(scope="session")
+def virtual_nodes(shared: Path) -> Iterator[VirtualNodes]:
+    """Two virtual nodes."""
+    skip_for(nodes.missing_tools())
+    with VirtualNodes(2, [shared]) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def cluster(virtual_nodes: VirtualNodes, shared: Path) -> SlurmCluster:
+    """SLURM on the two nodes."""
+    skip_for(slurm.missing())
+    (shared / "slurm").mkdir()
+    with SlurmCluster(virtual_nodes, shared / "slurm") as started:
+        return started
+
+
+def skip_for(reason: str | None) -> None:
+    """Skip a test that cannot run here. In continuous integration, packages that are not installed are an error."""
+    if reason and os.environ.get("CI") == "true" and "make cluster-tools" in reason:
+        pytest.fail(reason, pytrace=False)
+    if reason:
+        pytest.skip(reason)

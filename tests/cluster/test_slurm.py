@@ -1,0 +1,182 @@
+"""The batch script that ``python -m tutorial_lib slurm`` writes, submitted to a real SLURM on two virtual nodes."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.slurm import ACTIVE, CORES, SlurmCluster
+from tests.cluster.weights import trained_weights
+from tutorial_lib import cli
+from tutorial_lib.measure.sampler_log import read_sampler
+from tutorial_lib.records import RunDirectory
+
+STEPS = 40
+"""So many that a signal finds the run on its way: they take seconds."""
+SECONDS = 120
+"""For one start of a tiny run on two busy cores, which takes 13 when they are idle."""
+
+
+TWO_NODES = ["--nodes", "2", "--ranks-per-node", "1", "--zero-stage", "2"]
+ONE_PROCESS = ["--nodes", "1", "--ranks-per-node", "1", "--engine", "torch"]
+"""Starts faster, for what does not depend on the number of processes."""
+
+
+class Job:
+    """A run's batch script, written by the command line and submitted to the cluster."""
+
+    def __init__(self, cluster: SlurmCluster, inputs: Path, name: str, *flags: str) -> None:
+        self.cluster = cluster
+        self.script, self.output = inputs / f"{name}.sbatch", inputs / f"{name}.out"
+        self.run = RunDirectory(inputs / "runs" / name)
+        training = [
+            *("--profile", "cpu", "--seq-length", "64", "--max-examples", "160", "--no-evaluate"),
+            *("--model", str(inputs / "gpt2-dropout"), "--name", name, "--storage", str(inputs / "runs")),
+        ]
+        self.arguments = ["slurm", *training, *flags]
+        assert cli.main([*self.arguments, "--output", str(self.script)]) == cli.DONE
+
+    def follow(self) -> subprocess.Popen[str]:
+        """Submit it as a user would who wants to see its end."""
+        command = [sys.executable, "-m", "tutorial_lib", *self.arguments, "--submit"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return self.cluster.head.start(command, self.script.parent, env=self.cluster.environment, **pipes)
+
+    def submit(self, *options: str) -> None:
+        self.id = self.cluster.submit(self.script, f"--output={self.output}", *options)
+
+    def finish(self, seconds: float = SECONDS) -> str:
+        """Wait for the end; returns the last state."""
+        return self.cluster.wait_for_end(self.id, seconds)
+
+    def wait_for_step(self, step: int) -> None:
+        self.cluster.wait_until(lambda: any(r["step"] >= step for r in self.run.rows()), SECONDS, f"step {step}")
+
+    def wait_until_queued(self) -> None:
+        """Wait until the job is back in the queue. One that ends instead has failed."""
+
+        def is_queued() -> bool:
+            state = self.cluster.state(self.id)
+            assert state in ACTIVE, f"{state}: {self.output.read_text()}"
+            return state == "PENDING"
+
+        self.cluster.wait_until(is_queued, SECONDS, "the job is queued again")
+
+    def go_on_soon(self, **changes: str) -> None:
+        """Wait until the job is back in the queue, and let it start after three seconds instead of two minutes.
+
+        At once would be too soon: a node refuses a job's new credential from the second in which the old one ended.
+        """
+        self.wait_until_queued()
+        asked = {"StartTime": "now+3", **changes}
+        self.cluster.run(["scontrol", "update", f"JobId={self.id}", *(f"{k}={v}" for k, v in asked.items())])
+
+
+@pytest.fixture(scope="session")
+def undisturbed(cluster: SlurmCluster, inputs: Path) -> Job:
+    """A job that nobody has disturbed, after its end."""
+    job = Job(cluster, inputs, "undisturbed", *TWO_NODES, "--steps", str(STEPS))
+    job.submit()
+    assert job.finish() == "COMPLETED", job.output.read_text()
+    return job
+
+
+def test_a_job_runs_on_both_nodes(cluster: SlurmCluster, shared: Path) -> None:
+    script = shared / "hello.sh"
+    script.write_text("#!/usr/bin/env bash\n#SBATCH --nodes=2 --ntasks-per-node=1\nsrun hostname | sort\n")
+    job = cluster.submit(script, f"--output={script}.out")
+    assert cluster.wait_for_end(job, 20) == "COMPLETED"
+    assert Path(f"{script}.out").read_text() == "node1\nnode2\n"
+
+
+def test_the_generated_script_trains_on_two_nodes(undisturbed: Job) -> None:
+    assert undisturbed.run.result()["status"] == "completed"
+    assert [row["step"] for row in undisturbed.run.rows()] == list(range(1, STEPS + 1))
+    job = undisturbed.cluster.job(undisturbed.id)
+    assert (job["NumNodes"], job["NumTasks"], job["CPUs/Task"], job["ExitCode"]) == ("2", "2", "1", "0:0")
+    assert (job["TimeLimit"], job["Requeue"], job["JobName"]) == ("01:00:00", "1", "undisturbed")
+
+
+def test_the_memory_of_each_node_is_logged(undisturbed: Job) -> None:
+    logs = sorted(undisturbed.run.logs.glob("memory-*.jsonl"))
+    assert [log.name for log in logs] == [f"memory-{undisturbed.id}.0-node{n}.jsonl" for n in (1, 2)]
+    for log in logs:
+        # torchrun and one rank, each with torch loaded.
+        assert max(max(series.num_bytes) for series in read_sampler(log).series) > 300 * 2**20
+
+
+def test_a_job_saves_before_its_time_limit_and_resumes_after_a_requeue(
+    cluster: SlurmCluster, inputs: Path, undisturbed: Job, tmp_path: Path
+) -> None:
+    """SLURM sends USR1 to the batch script; here scancel does, as nobody wants to wait for a limit in minutes."""
+    job = Job(cluster, inputs, "disturbed", *TWO_NODES, "--steps", str(STEPS))
+    job.submit()
+    job.wait_for_step(2)
+    cluster.run(["scancel", "--batch", "--signal=USR1", job.id])
+    job.go_on_soon()
+    stopped_at = job.run.result()["step"]
+    assert job.run.result()["stopped_by"] == "SIGUSR1" and stopped_at < STEPS
+    assert job.finish() == "COMPLETED", job.output.read_text()
+    assert cluster.job(job.id)["Restarts"] == "1"
+    assert job.run.result()["resumed_from"] == stopped_at
+    assert [row["step"] for row in job.run.rows()] == list(range(1, STEPS + 1))
+    ours, theirs = trained_weights(job.run, tmp_path), trained_weights(undisturbed.run, tmp_path)
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+
+
+def test_submit_ends_with_the_exit_code_of_train(cluster: SlurmCluster, inputs: Path) -> None:
+    """Two jobs at the same time on the same node: their processes meet at different ports."""
+    stopping = Job(cluster, inputs, "stopping", *ONE_PROCESS, "--steps", "4", "--stop-after", "1")
+    failing = Job(cluster, inputs, "failing", *ONE_PROCESS, "--steps", "4", "--learning-rate", "1e30")
+    stopped, failed = (job.follow() for job in (stopping, failing))
+    out, err = stopped.communicate(timeout=SECONDS)
+    assert stopped.returncode == cli.STOPPED, err
+    assert "stopped at step 1 of 4" in out and "RUNNING on node" in err
+    out, err = failed.communicate(timeout=SECONDS)
+    assert failed.returncode == cli.FAILED
+    assert "Rank 0 of run 'failing' failed with NonFiniteLoss" in err
+    ports = {re.search(r"rendezvous at node\d:(\d+)", log.read_text())[1] for log in inputs.glob("slurm-*ing-*.out")}
+    assert len(ports) == 2
+
+
+def test_a_preempted_job_saves_and_goes_on_later_and_a_cancelled_one_saves(cluster: SlurmCluster, inputs: Path) -> None:
+    job = Job(cluster, inputs, "preempted", *ONE_PROCESS, "--steps", "3000")
+    job.submit("--nodelist=node1")
+    job.wait_for_step(2)
+    urgent = inputs / "urgent.sh"
+    urgent.write_text("#!/usr/bin/env bash\nsleep 1\n")
+    first = cluster.submit(
+        urgent, "--partition=urgent", "--nodelist=node1", f"--cpus-per-task={CORES}", "--output=/dev/null"
+    )
+    assert cluster.wait_for_end(first, SECONDS) == "COMPLETED"
+    stopped_at = job.run.result()["step"]
+    assert job.run.result()["stopped_by"] == "SIGUSR1"
+    job.go_on_soon()
+    cluster.wait_until(lambda: job.run.rows()[-1]["step"] > stopped_at, SECONDS, "the job goes on")
+    cluster.run(["scancel", job.id])
+    assert job.finish() == "CANCELLED"
+    result = job.run.result()
+    assert (result["resumed_from"], result["stopped_by"]) == (stopped_at, "SIGTERM")
+    assert result["step"] > stopped_at
+
+
+def test_a_job_goes_on_elsewhere_when_its_node_fails(cluster: SlurmCluster, inputs: Path) -> None:
+    """The last test: the second node is gone afterwards."""
+    job = Job(cluster, inputs, "orphaned", *ONE_PROCESS, "--steps", "3000", "--checkpoint-every", "5")
+    job.submit("--exclude=node1")
+    job.wait_for_step(11)
+    cluster.nodes.nodes[1].kill()
+    job.go_on_soon(ExcNodeList="")
+    last = job.run.rows()[-1]["step"]
+    cluster.wait_until(lambda: job.run.rows()[-1]["step"] > last, SECONDS, "the job goes on")
+    assert cluster.job(job.id)["BatchHost"] == "node1"
+    cluster.run(["scancel", "--batch", "--signal=USR1", job.id])
+    job.wait_until_queued()
+    cluster.run(["scancel", job.id])
+    resumed_from = job.run.result()["resumed_from"]
+    assert 10 <= resumed_from <= last and resumed_from % 5 == 0

@@ -1,0 +1,148 @@
+"""``torchrun`` on two virtual nodes: the numbers of one node, and failures that end in time and say why."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.nodes import Node, VirtualNodes, end
+from tests.cluster.weights import trained_weights
+from tests.distributed import cases
+from tests.distributed.launching import train_command
+from tutorial_lib import launch
+from tutorial_lib.records import RunDirectory
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
+C10D = ["--rdzv-backend=c10d", "--rdzv-endpoint=node1:29400", "--rdzv-conf=join_timeout=60"]
+SECONDS = 120
+
+
+def static(node: Node) -> list[str]:
+    return [f"--node-rank={int(node.name[-1]) - 1}", "--master-addr=node1", "--master-port=29500"]
+
+
+def run_on(nodes: Sequence[Node], commands: Sequence[Sequence[str]], seconds: float = SECONDS) -> list[tuple[int, str]]:
+    """Run one command on each node at the same time. Returns exit codes and outputs."""
+    started = [
+        node.start(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for node, command in zip(nodes, commands, strict=False)
+    ]
+    until = time.monotonic() + seconds
+    try:
+        outputs = [process.communicate(timeout=max(until - time.monotonic(), 1))[0] for process in started]
+        return [(process.returncode, output) for process, output in zip(started, outputs, strict=True)]
+    finally:
+        for process in started:
+            end(process)
+
+
+@pytest.fixture(scope="session")
+def on_one_node(inputs: Path) -> dict[str, launch.Run]:
+    """The same training in one process, by case."""
+    runs = launch.run_all([cases.reference(inputs, case) for case in ("gpt2", "qwen2")])
+    return dict(zip(("gpt2", "qwen2"), runs, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("rendezvous", "case", "shape", "per_node"),
+    [
+        ("static", "gpt2", {"dp": 2, "zero_stage": 2}, 1),
+        ("c10d", "qwen2", {"dp": 2, "tp": 2, "zero_stage": 1}, 2),
+    ],
+)
+def test_two_nodes_train_like_one(
+    virtual_nodes: VirtualNodes,
+    inputs: Path,
+    tmp_path: Path,
+    on_one_node: dict[str, launch.Run],
+    rendezvous: str,
+    case: str,
+    shape: dict[str, int],
+    per_node: int,
+) -> None:
+    settings = {**cases.CASES[case], **shape, "name": f"two-{rendezvous}", "launcher": "none"}
+    config = cases.config(inputs, **settings)
+    sent = [node.bytes_sent() for node in virtual_nodes.nodes]
+    commands = [
+        [*TORCHRUN, f"--nproc-per-node={per_node}", *(static(node) if rendezvous == "static" else C10D), "-m"]
+        for node in virtual_nodes.nodes
+    ]
+    ended = run_on(virtual_nodes.nodes, [[*command, *train_command(config)] for command in commands])
+    assert [code for code, _ in ended] == [0, 0], ended
+    reference = on_one_node[case]
+    ours, theirs = (RunDirectory(c.directory) for c in (config, reference.config))
+    assert [row["step"] for row in ours.rows()] == [row["step"] for row in theirs.rows()]
+    for key in ("loss", "grad_norm"):
+        assert [row[key] for row in ours.rows()] == pytest.approx([row[key] for row in theirs.rows()], rel=1e-6), key
+    weights, expected = trained_weights(ours, tmp_path), trained_weights(theirs, tmp_path)
+    assert weights.keys() == expected.keys()
+    for name, tensor in weights.items():
+        assert (tensor - expected[name]).abs().max() <= 1e-6, name
+    # The gradients went over the network, and which rank is where was logged once.
+    elements = sum(tensor.numel() for tensor in weights.values())
+    for node, before in zip(virtual_nodes.nodes, sent, strict=True):
+        assert node.bytes_sent() - before > 4 * elements / shape.get("tp", 1)
+    table = [line.split() for _, output in ended for line in output.splitlines()]
+    assert sum("2 nodes met at node" in " ".join(words) for words in table) == 1
+    placed = {int(words[0]): words[3] for words in table if len(words) == 6 and words[-1] == "cpu"}
+    assert sorted(placed) == list(range(2 * per_node))
+    assert sorted(placed.values()) == [node.name for node in virtual_nodes.nodes for _ in range(per_node)]
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (["--rdzv-backend=c10d", "--rdzv-endpoint=nowhere:29400", "--rdzv-conf=read_timeout=2"], "(nowhere, 29400)"),
+        (
+            ["--rdzv-backend=c10d", "--rdzv-endpoint=node1:29400", "--rdzv-conf=join_timeout=2"],
+            "RendezvousTimeoutError",
+        ),
+        (["--master-addr=node1", "--master-port=29500", "--node-rank=0", "--rdzv-conf=timeout=2"], "imed"),
+    ],
+    ids=["a name that does not resolve", "a node that never comes", "static"],
+)
+def test_torchrun_waits_as_long_as_its_flags_say(virtual_nodes: VirtualNodes, given: list[str], why: str) -> None:
+    """What the batch script bounds by flags: this happens in torchrun, before our first line runs."""
+    ((code, output),) = run_on(virtual_nodes.nodes[:1], [[*TORCHRUN, *given, "-m", "tutorial_lib"]], seconds=60)
+    assert code == 1
+    assert why in output
+
+
+def test_a_rendezvous_is_checked_before_torchrun_starts(virtual_nodes: VirtualNodes) -> None:
+    first, second = virtual_nodes.nodes
+
+    def check(node: Node, endpoint: str) -> tuple[int, str]:
+        done = node.run([sys.executable, "-m", "tutorial_lib", "doctor", "--rendezvous", endpoint])
+        return done.returncode, done.stderr
+
+    assert check(first, "node1:29400") == check(second, "node1:29400") == (0, "")
+    code, error = check(second, "nowhere:29400")
+    assert code == 2 and "node2 does not know the name 'nowhere'" in error and "getent hosts nowhere" in error
+    listening = first.start([sys.executable, "-m", "http.server", "29401"], stderr=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 20
+        while check(first, "node1:29401")[0] == 0:
+            assert time.monotonic() < until
+        assert "Port 29401 of node1 is in use" in check(first, "node1:29401")[1]
+        assert check(second, "node1:29401")[0] == 0, "only the node that is to listen can tell"
+    finally:
+        end(listening)
+
+
+def test_an_interface_that_other_nodes_cannot_reach_is_refused(
+    virtual_nodes: VirtualNodes, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One node says so; torchrun would start the other just to be told the same."""
+    config = cases.config(inputs, model="gpt2", name="loopback", launcher="none", dp=2)
+    own = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    for name, value in {**own, "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    ((code, output),) = run_on(virtual_nodes.nodes[:1], [[sys.executable, "-m", *train_command(config)]])
+    assert code == 2
+    assert "'lo', the loopback, which the ranks of other nodes cannot reach" in output
+    assert "eth0 (10.80.0.1)" in output

@@ -1,0 +1,104 @@
+"""A real benchmark matrix: its account is what arithmetic says, and it survives a killed row and an interrupt."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launching import Shell
+from tutorial_lib import bench, launch
+from tutorial_lib.bench import Matrix
+from tutorial_lib.config import Config, ConfigError
+
+KILLED = "tests.distributed.killed_worker"
+COMMON = {"steps": 4, "seq_length": 32, "max_examples": 32, "max_eval_examples": 8, "global_batch": 4, "micro_batch": 1}
+
+
+def config(storage: Path, name: str, **flat) -> Config:
+    return Config.create("cpu", name=name, storage=str(storage), **(COMMON | flat))
+
+
+def run(row: Config, *, on_rows=None) -> launch.Run:
+    """Run a row, of which stage 1's last rank is killed."""
+    stage_1 = row.engine.name == "deepspeed" and row.engine.zero_stage == 1
+    return launch.run_all([row], on_rows=on_rows, worker=KILLED if stage_1 else None)[0]
+
+
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory) -> Matrix:
+    """The stages of ZeRO, stage 1 of which was killed."""
+    storage = tmp_path_factory.mktemp("bench")
+    return bench.run_matrix("zero-stages", config(storage, "stages", dp=2), run=run, sample_interval=0.1)
+
+
+def assert_as_predicted(row: bench.RowRecord) -> None:
+    """Hold every part of every rank's model states to the formula: 2 %."""
+    assert row.is_done, row.error
+    assert len(row.states) == len(row.predicted_states) == row.world_size
+    for measured, predicted in zip(row.states, row.predicted_states, strict=True):
+        assert measured.to_dict() == pytest.approx(predicted.to_dict(), rel=0.02), row.name
+
+
+def test_a_killed_rank_is_told_and_the_next_row_goes_on(matrix):
+    assert [row.status for row in matrix.rows] == ["done", "done", "killed", "done", "done"]
+    assert "Rank 1 ended with exit code -9" in matrix["stage-1"].cause
+    with pytest.raises(ConfigError, match="'stage-1' is not done: killed"):
+        bench.compare(matrix.path / "stage-2", matrix.path / "stage-1")
+
+
+def test_the_account_is_what_arithmetic_says(matrix):
+    for row in matrix.rows:
+        if row.name != "stage-1":
+            assert_as_predicted(row)
+
+
+def test_rows_take_the_same_steps(matrix):
+    losses = [row.train_loss for row in matrix.rows if row.is_done]
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
+
+
+def test_memory_and_speed_are_measured(matrix):
+    for row in matrix.rows:
+        if row.is_done:
+            assert row.process_tree.counted == "PSS" and row.process_tree.peak > 300 * 2**20
+            assert row.process_tree.num_samples >= 5
+            assert 0 < row.step_seconds < row.train_seconds < row.wall_seconds
+            assert row.steps_per_epoch == 8 and len(row.eval_losses) == 1
+
+
+def test_a_retry_runs_the_killed_row_alone(matrix):
+    kept = {row.name: row for row in matrix.rows}
+    again = bench.run_matrix("zero-stages", config(matrix.path.parent, "stages", dp=2), retry=True, sample_interval=0.1)
+    assert_as_predicted(again["stage-1"])
+    assert [row for row in again.rows if row.name != "stage-1"] == [kept[n] for n in kept if n != "stage-1"]
+
+
+def test_offloaded_states_in_16_bits_are_what_arithmetic_says(tmp_path):
+    asked = config(tmp_path, "off", dp=2, precision="bf16")
+    (row,) = bench.run_matrix("offload", asked, rows=("2ZO-2G1N",)).rows
+    assert_as_predicted(row)
+    assert row.world_size == 2 and row.settings["offload"] == "optimizer"
+
+
+def test_an_interrupted_command_keeps_its_rows_and_goes_on(tmp_path):
+    shell, asked = Shell(tmp_path), config(tmp_path, "asked", dp=2)
+    flags = [word for flag, value in COMMON.items() for word in (f"--{flag.replace('_', '-')}", str(value))]
+    rows = ("stage-0", "stage-3")
+    shell.start(["tutorial_lib", "bench", "zero-stages", "--name", "asked", "--storage", str(tmp_path), "--dp", "2",
+                 *flags, "--rows", *rows])  # fmt: skip
+    try:
+        end = time.monotonic() + 120
+        while not (tmp_path / "asked" / "rows" / "stage-3").exists():
+            assert shell.process.poll() is None and time.monotonic() < end, (tmp_path / "stderr").read_text()
+            time.sleep(0.02)
+        os.kill(shell.process.pid, signal.SIGINT)
+        assert shell.exit_code() == 75
+    finally:
+        shell.end()
+    assert "Give the same command again to go on" in (tmp_path / "stderr").read_text()
+    assert [row.status for row in Matrix.read(asked.directory).rows] == ["done", "stopped"]
+    assert all(row.is_done for row in bench.run_matrix("zero-stages", asked, rows=rows).rows)

@@ -1,0 +1,166 @@
+"""The Hugging Face Trainer trains as our own loop does, and its runs stop, resume and are refused like all others."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed import cases
+from tests.distributed.launching import Shell, train_command
+from tutorial_lib import checkpoint, launch
+from tutorial_lib.config import Config
+from tutorial_lib.engine.deepspeed.file import DIRECTORY
+from tutorial_lib.records import RunDirectory
+
+EQUAL: dict[int, list[tuple[str, str]]] = {
+    1: [("gpt2", "plain"), ("qwen2", "zero3"), ("bloom", "zero2")],
+    2: [
+        ("gpt2", "plain-accumulated"),
+        ("gpt2", "zero3"),
+        ("qwen2", "plain"),
+        ("qwen2", "zero1"),
+        ("qwen2", "zero2-accumulated"),
+        ("qwen2", "zero2_cpu_offload"),
+        ("bloom", "plain"),
+        ("bloom", "zero0"),
+        ("bloom", "zero3_cpu_offload"),
+        ("untied", "zero2"),
+    ],
+}
+"""By number of ranks: the case, and the DeepSpeed file (or plain DDP) with which it must equal our own loop."""
+
+INTERRUPTED = ("plain", "zero2_cpu_offload", "zero3")
+
+
+@pytest.fixture(scope="module")
+def files(directory: Path) -> Path:
+    """The package's DeepSpeed files, but with the run's own gradient clipping."""
+    for path in DIRECTORY.glob("*.json"):
+        given = json.loads(path.read_text()) | {"gradient_clipping": "auto"}
+        (directory / path.name).write_text(json.dumps(given))
+    return directory
+
+
+def trained(directory: Path, case: str, variant: str, ranks: int) -> Config:
+    file, _, accumulated = variant.partition("-")
+    flat: dict[str, Any] = {"micro_batch": 1} if accumulated else {}
+    flat |= {} if file == "plain" else {"deepspeed": str(directory / f"{file}.json")}
+    name = f"hf-{case}.{variant}.{ranks}"
+    return cases.config(directory, name=name, engine="trainer", dp=ranks, **flat, **cases.CASES[case])
+
+
+def interrupted(directory: Path, file: str, part: str) -> Config:
+    """Return a run with dropout that trains in one go, or stops in the middle of an epoch and ends in the next."""
+    flat: dict[str, Any] = {"stop_after": cases.STOP} if part == "halved" else {}
+    flat |= {} if file == "plain" else {"deepspeed": str(directory / f"{file}.json")}
+    return cases.config(
+        directory, name=f"hf-{part}.{file}", engine="trainer", dp=2, model="gpt2-dropout", max_examples=40,
+        steps=cases.END, evaluate=True, evaluate_every="epoch", max_eval_examples=12, **flat,
+    )  # fmt: skip
+
+
+def own_loop(directory: Path) -> Config:
+    return interrupted(directory, "plain", "own").override(engine="fsdp", sharding="no_shard")
+
+
+@pytest.fixture(scope="module")
+def runs(files: Path) -> dict[str, launch.Run]:
+    """All runs of this page, by name: two launches, and one more to resume."""
+    one = [cases.reference(files, case) for case in ("gpt2", "qwen2", "bloom", "untied")]
+    one = [config.override(name=f"hf-{config.run.name}") for config in one]
+    one += [trained(files, *each, 1) for each in EQUAL[1]]
+    two = [trained(files, *each, 2) for each in EQUAL[2]] + [own_loop(files)]
+    two += [interrupted(files, file, part) for file in INTERRUPTED for part in ("whole", "halved")]
+    again = [interrupted(files, file, "halved").override(stop_after=None) for file in INTERRUPTED]
+    return {run.config.run.name: run for configs in (one, two, again) for run in launch.run_all(configs)}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "case", "variant"), [(ranks, *each) for ranks, listed in EQUAL.items() for each in listed]
+)
+def test_losses_are_those_of_our_own_loop(runs, ranks, case, variant):
+    run, reference = runs[f"hf-{case}.{variant}.{ranks}"], runs[f"hf-{case}.reference"]
+    assert len(run.rows) == cases.STEPS
+    for row, expected in zip(run.rows, reference.rows, strict=True):
+        assert all(row[name] == expected[name] for name in ("step", "epoch", "tokens", "lr"))
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        if variant != "zero0":  # DeepSpeed reports no norm there
+            assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+    assert_same_states(run, reference, 1e-6)
+    for name in ("eval_loss_before", "eval_loss"):
+        assert run.result[name] == (reference.result[name] and pytest.approx(reference.result[name], rel=1e-6))
+    assert run.result["num_parameters"] == reference.result["num_parameters"]
+
+
+def assert_same_states(run: launch.Run, reference: launch.Run, tolerance: float) -> None:
+    """Compare full parameters and moments, as an export or a report would read them."""
+    one, other = (checkpoint.open_full(checkpoint.latest(each.directory)) for each in (run, reference))
+    assert one.names == other.names and one.trained == other.trained
+    for name in one.names:
+        assert torch.allclose(one.parameter(name), other.parameter(name), rtol=tolerance, atol=tolerance)
+    for name in one.trained:
+        assert one.adam_step(name) == other.adam_step(name)
+        for moment in checkpoint.MOMENTS:
+            assert torch.allclose(one.moment(name, moment), other.moment(name, moment), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("file", INTERRUPTED)
+def test_a_resumed_run_ends_bit_for_bit_as_one_that_never_stopped(runs, file):
+    whole, halved = runs[f"hf-whole.{file}"], runs[f"hf-halved.{file}"]
+    assert halved.result["resumed_from"] == cases.STOP and whole.result["resumed_from"] is None
+    timeless = [[{**row, "seconds": 0} for row in run.rows] for run in (whole, halved)]
+    assert timeless[0] == timeless[1] and len(timeless[0]) == cases.END
+    assert_same_states(halved, whole, 0.0)
+    for name in ("eval_loss_before", "eval_losses", "eval_loss"):
+        assert halved.result[name] == whole.result[name]
+    assert [(each["epoch"], each["step"]) for each in whole.result["eval_losses"]] == [(0, 0), (1, 5)]
+
+
+def test_dropout_draws_the_numbers_of_our_own_loop(runs):
+    losses = [[row["loss"] for row in runs[name].rows] for name in ("hf-whole.plain", "hf-own.plain")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    evaluated = [[each["loss"] for each in runs[n].result["eval_losses"]] for n in ("hf-whole.plain", "hf-own.plain")]
+    assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-6) and len(evaluated[0]) == 2
+
+
+def test_the_result_tells_what_every_auto_has_become(runs):
+    result = runs["hf-gpt2.zero3.2"].result
+    assert result["deepspeed_auto"] == {
+        "train_batch_size": 8,
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": cases.CASES["gpt2"]["gradient_clipping"],
+        "zero_optimization.stage3_param_persistence_threshold": 10 * cases.HIDDEN,
+    }
+    assert result["deepspeed_config"]["zero_optimization"]["stage"] == 3
+    assert runs["hf-qwen2.plain.2"].result["deepspeed_config"] is None
+
+
+@pytest.fixture(scope="module")
+def stopped(files: Path, runs: dict[str, launch.Run], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A run that got SIGTERM in the middle of an epoch, as a shell saw it, and the exit code."""
+    shell = Shell(tmp_path_factory.mktemp("shell"))
+    config = interrupted(files, "zero3", "signalled").override(steps=400, schedule="constant", checkpoint_every=2)
+    shell.start(train_command(config))
+    try:
+        run = RunDirectory(config.directory)
+        shell.wait_for_step(run, 3)
+        assert shell.process is not None
+        shell.process.send_signal(signal.SIGTERM)
+        yield config, shell.exit_code(), shell.result()
+    finally:
+        shell.end()
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(stopped):
+    config, code, result = stopped
+    assert (code, result["status"], result["stopped_by"]) == (75, "stopped", "request")  # passed on by the launcher
+    step = result["step"]
+    assert checkpoint.latest(RunDirectory(config.directory)).name == result["checkpoint"] == f"step-{step:08d}"
+    run = launch.run(config.override(steps=step + 2))
+    assert (run.result["status"], run.result["resumed_from"]) == ("completed", step)
+    assert [row["step"] for row in run.rows] == list(range(1, step + 3))
+    assert all(row["epoch"] == (row["step"] - 1) // 5 for row in run.rows)

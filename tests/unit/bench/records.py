@@ -1,0 +1,45 @@
+"""Rows and runs for the tests of benchmark matrices, made without training."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from tutorial_lib.bench.record import DONE, Memory, RowRecord
+from tutorial_lib.config import Config
+from tutorial_lib.launch import Run
+from tutorial_lib.measure.sampler_log import MIB
+from tutorial_lib.records import RunDirectory
+from tutorial_lib.theory.memory import ModelStates
+
+STEPS = 5
+
+
+def done(name: str, **values: Any) -> RowRecord:
+    """Return a row that is done: 1 GiB at its peak, 10 samples per second, 2 s of training."""
+    tree = Memory("PSS", 1024 * MIB, 900.0 * MIB, (890 * MIB,), 10)
+    states = (ModelStates(40 * MIB, 40 * MIB, 80 * MIB),)
+    own = {
+        "status": DONE, "process_tree": tree, "states": states, "predicted_states": states, "train_seconds": 2.0,
+        "samples_per_second": 10.0, "step_seconds": 0.4, "train_loss": 3.5, "eval_losses": (3.25, 3.0), "world_size": 1,
+        "num_steps": STEPS, "steps_per_epoch": 8,
+    }  # fmt: skip
+    return RowRecord(name, **(own | values))
+
+
+def leave_run(config: Config, **result: Any) -> Run:
+    """Leave the files of a run that has completed, and return it."""
+    directory = RunDirectory(config.directory)
+    directory.create()
+    directory.config_file.write_text(config.to_json())
+    for step in range(1, STEPS + 1):
+        seconds = {1: 3.0, 3: 0.8}.get(step, 0.4)
+        directory.append({"step": step, "loss": 4.0 - step / 10, "tokens": 100, "seconds": seconds})
+    account = {"parameters": 400, "gradients": 400, "optimizer": 800, "by_device": {"cpu": 1600}}
+    own = {
+        "status": "completed", "num_steps": STEPS, "steps_per_epoch": 8, "train_loss": 3.5, "eval_loss": 3.0,
+        "eval_losses": [], "eval_samples_per_second": 20.0,
+        "num_parameters": 100, "ranks": [{"measured": {"state_bytes": account}}] * config.parallel.world_size,
+    }  # fmt: skip
+    directory.result_file.write_text(json.dumps(own | result))
+    return Run(config, directory.result(), directory.rows())

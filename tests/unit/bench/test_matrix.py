@@ -1,0 +1,227 @@
+"""A matrix is kept after every row, goes on where it stopped, and lives through rows that fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+
+from tests.unit.bench.records import leave_run
+from tutorial_lib.bench import Matrix, figures, run_matrix
+from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.launch import Interrupted, WorkerError
+
+ROWS = ("stage-1", "stage-2", "stage-3")
+
+
+class Runs:
+    """Stands in for ``launch.run``: leaves a run's files, or raises what a row's name is given here."""
+
+    def __init__(self, **failing: BaseException) -> None:
+        self.failing = {name.replace("_", "-"): error for name, error in failing.items()}
+        self.began: list[str] = []
+        self.kept: list[list[str]] = []
+
+    def __call__(self, config: Config, *, on_rows=None):
+        self.began.append(config.run.name)
+        self.kept.append(statuses(Matrix.read(config.directory.parents[1])))
+        if config.run.name in self.failing:
+            raise self.failing[config.run.name]
+        return leave_run(config)
+
+
+def statuses(matrix: Matrix) -> list[str]:
+    return [row.status for row in matrix.rows]
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    """Four figures take a second. ``test_figures.py`` draws them."""
+    monkeypatch.setattr(figures, "write", lambda *arguments: [])
+
+
+@pytest.fixture
+def config(tmp_path):
+    return Config.create("cpu", name="m", storage=str(tmp_path), steps=5)
+
+
+def run(config: Config, runs: Runs, **options) -> Matrix:
+    return run_matrix("zero-stages", config, rows=ROWS, run=runs, sample_interval=0.1, **options)
+
+
+def test_every_row_is_a_run_of_its_own_and_kept_at_once(config):
+    runs = Runs()
+    matrix = run(config, runs)
+    assert runs.began == list(ROWS)
+    assert runs.kept == [["not run"] * 3, ["done", "not run", "not run"], ["done", "done", "not run"]]
+    assert Matrix.read(matrix.path) == matrix and statuses(matrix) == ["done"] * 3
+    for stage in (1, 2, 3):
+        kept = Config.from_json((matrix.path / "rows" / f"stage-{stage}" / "config.json").read_text())
+        assert kept.engine.zero_stage == stage and kept.run.measure
+    assert {"matrix.json", "table.csv", "table.md"} <= {path.name for path in matrix.path.iterdir()}
+
+
+def test_speed_is_that_of_steps_like_all_others(config):
+    row = run(config, Runs()).rows[0]
+    assert row.step_seconds == 0.4 and row.samples_per_second == pytest.approx(8 / 0.4)
+    assert row.train_seconds == pytest.approx(3.0 + 0.8 + 3 * 0.4)
+    assert row.process_tree.peak > 0 and row.gpu is None
+
+
+def test_checkpoints_go_unless_they_are_wanted(config):
+    for keep in (False, True):
+        matrix = run(config.override(name=f"keep-{keep}"), Runs(), keep_checkpoints=keep)
+        assert (matrix.path / "rows" / "stage-1" / "checkpoints").exists() is keep
+
+
+def test_a_row_that_fails_says_why_and_the_next_one_goes_on(config):
+    killed = WorkerError("Rank 0 ended with exit code -9 and left no traceback: it was killed, perhaps for memory.\nx")
+    matrix = run(config, Runs(stage_1=killed, stage_2=WorkerError("Rank 0 failed with MemoryError: \n\ntraceback")))
+    assert statuses(matrix) == ["killed", "out of memory", "done"]
+    assert matrix["stage-1"].cause == str(killed).splitlines()[0]
+    assert "killed, perhaps for memory" in (matrix.path / "table.md").read_text()
+    assert "killed, perhaps for memory" in (matrix.path / "table.csv").read_text()
+
+
+def test_the_same_call_again_runs_what_is_left_and_retries_if_asked(config):
+    run(config, Runs(stage_2=WorkerError("Rank 0 failed with ValueError: no")))
+    again = Runs()
+    assert statuses(run(config, again)) == ["done", "failed", "done"] and again.began == []
+    assert statuses(run(config, again, retry=True)) == ["done"] * 3 and again.began == ["stage-2"]
+
+
+def test_more_rows_may_follow(config):
+    run(config, Runs())
+    runs = Runs()
+    matrix = run_matrix("zero-stages", config, run=runs)
+    assert runs.began == ["baseline", "stage-0"]
+    assert [row.name for row in matrix.rows] == [*ROWS, "baseline", "stage-0"]
+
+
+def test_an_interrupt_keeps_what_is_there_and_the_row_starts_anew(config):
+    with pytest.raises(
+        Interrupted, match="stopped in row 'stage-2', which will start anew; 1 of 3 rows are done and kept"
+    ):
+        run(config, Runs(stage_2=KeyboardInterrupt()))
+    path = config.directory
+    assert statuses(Matrix.read(path)) == ["done", "stopped", "not run"]
+    (path / "rows" / "stage-2").mkdir(exist_ok=True)
+    (path / "rows" / "stage-2" / "half-a-run").touch()
+    assert statuses(run(config, Runs())) == ["done"] * 3
+    assert not (path / "rows" / "stage-2" / "half-a-run").exists()
+
+
+def test_a_run_that_stopped_on_a_signal_interrupts_the_matrix(config):
+    def stopped(config: Config, *, on_rows=None):
+        return leave_run(config, status="stopped", stopped_by="SIGTERM")
+
+    with pytest.raises(Interrupted):
+        run(config, stopped)
+    assert statuses(Matrix.read(config.directory))[0] == "stopped"
+
+
+def test_a_signal_between_two_rows_interrupts(config):
+    class Signalled:
+        """Progress during which the scheduler's signal comes."""
+
+        def plan(self, rows): ...
+        def begin(self, row, config): ...
+        def on_rows(self, rows): ...
+        def close(self): ...
+
+        def end(self, record):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match="1 of 3 rows are done"):
+        run(config, Runs(), progress=Signalled())
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert statuses(Matrix.read(config.directory)) == ["done", "not run", "not run"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 6}, r"were run with steps=5 \(now 6\)"),
+        ({"seq_length": 32}, r"seq_length=128 \(now 32\)"),
+        ({"resume": "never"}, "is a matrix already"),
+    ],
+)
+def test_rows_with_other_settings_are_not_mixed(config, change, message):
+    run(config, Runs())
+    with pytest.raises(ConfigError, match=message):
+        run(config.override(**change), Runs())
+
+
+def test_another_experiment_or_a_run_of_this_name_is_refused(config):
+    run(config, Runs())
+    with pytest.raises(ConfigError, match="is a zero-stages matrix, so it does not go on as offload"):
+        run_matrix("offload", config, run=Runs())
+    leave_run(config.override(name="a-run"))
+    with pytest.raises(ConfigError, match="a-run is a run"):
+        run(config.override(name="a-run"), Runs())
+
+
+@pytest.mark.parametrize(
+    ("flat", "message"), [({"launcher": "none", "dp": 1}, "launcher='none'"), ({"steps": 1}, "steps=1 leaves nothing")]
+)
+def test_what_no_row_could_do_is_refused_at_once(config, flat, message):
+    with pytest.raises(ConfigError, match=message):
+        run(config.override(**flat), Runs())
+    assert not config.directory.exists()
+
+
+@pytest.mark.parametrize(("experiment", "threads"), [("weak-scaling", "2"), ("zero-stages", None)])
+def test_where_ranks_are_counted_each_has_as_many_threads(config, monkeypatch, experiment, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("tutorial_lib.bench.matrix.usable_cores", lambda: 8)
+    seen = []
+
+    def run(row: Config, *, on_rows=None):
+        seen.append(os.environ.get("OMP_NUM_THREADS"))
+        return leave_run(row)
+
+    run_matrix(experiment, config, run=run)
+    assert set(seen) == {threads} and "OMP_NUM_THREADS" not in os.environ
+
+
+def test_ranks_that_share_cores_are_noted(config, monkeypatch):
+    monkeypatch.setattr("tutorial_lib.bench.record.usable_cores", lambda: 2)
+    rows = run_matrix("strong-scaling", config, run=Runs()).rows
+    assert [row.note for row in rows] == [None, None, "4 processes share 2 cores"]
+
+
+def test_an_interval_that_is_none_is_refused(config):
+    with pytest.raises(ConfigError, match="sample_interval is 0"):
+        run_matrix("zero-stages", config, run=Runs(), sample_interval=0)
+
+
+def test_if_no_row_can_run_here_the_first_reason_is_the_error(config):
+    refused = {name.replace("-", "_"): ConfigError("This run needs 90.0 GB of memory.") for name in ROWS}
+    with pytest.raises(ConfigError, match=r"No row can run here. stage-1: This run needs 90.0 GB"):
+        run(config, Runs(**refused))
+    assert statuses(Matrix.read(config.directory)) == ["refused"] * 3
+
+
+def test_a_second_bench_in_the_same_matrix_is_refused(config):
+    errors = []
+
+    def run_again(row: Config, *, on_rows=None):
+        try:
+            run(config, Runs())
+        except ConfigError as error:
+            errors.append(str(error))
+        return leave_run(row)
+
+    run(config, run_again)
+    assert len(errors) == 3 and "Another process runs" in errors[0]
+
+
+def test_an_unreadable_matrix_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"holds no matrix\.json"):
+        Matrix.read(tmp_path)
+    (tmp_path / "matrix.json").write_text(json.dumps({"rows": []})[:-1])
+    with pytest.raises(ConfigError, match=r"matrix\.json cannot be read"):
+        Matrix.read(tmp_path)

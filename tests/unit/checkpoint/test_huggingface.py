@@ -1,0 +1,127 @@
+"""Checkpoints that the Hugging Face Trainer writes: hashed and named as all others, and read by it alone."""
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from tests.unit.checkpoint.runs import STEPS, config, flip_a_bit, names, steps
+from tutorial_lib import checkpoint, launch, trainer
+from tutorial_lib.cli import main
+from tutorial_lib.config import ConfigError
+from tutorial_lib.records import RunDirectory
+
+
+def trained(storage, model, **flat):
+    return config(storage, model=model, engine="trainer", **flat)
+
+
+def timeless(run):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in run.rows]
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    """A run that was never stopped, evaluated every two steps, and keeps its last two checkpoints and the best."""
+    flat = {"evaluate": True, "evaluate_every": "2", "max_eval_examples": 6, "checkpoint_every": 2}
+    return launch.run(trained(tmp_path_factory.mktemp("whole"), model, keep_last=2, keep_best=True, **flat))
+
+
+def test_losses_are_those_of_plain_torch(whole, unbroken):
+    assert len(whole.rows) == STEPS
+    for row, expected in zip(timeless(whole), timeless(unbroken), strict=True):
+        assert row == pytest.approx(expected, rel=1e-5)
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+
+
+def test_evaluation_is_listed_by_step_and_decides_what_is_kept(whole):
+    losses = whole.result["eval_losses"]
+    assert [(each["step"], each["epoch"]) for each in losses] == [(step, step / 3) for step in (0, 2, 4, 6)]
+    assert losses[0]["loss"] == whole.result["eval_loss_before"]
+    saved = {each["step"]: each["loss"] for each in losses[1:]} | {STEPS: whole.result["eval_loss"]}
+    best = min(saved, key=saved.__getitem__)
+    assert names(whole.directory) == steps(*sorted({6, STEPS, best}))
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_as_if_nothing_had_happened(whole, model, tmp_path):
+    flat = {"evaluate": True, "evaluate_every": "2", "max_eval_examples": 6, "checkpoint_every": 2}
+    halved = trained(tmp_path, model, stop_after=5, **flat)
+    launch.run(halved)
+    run = RunDirectory(halved.directory)
+    assert names(run) == steps(2, 4, 5)
+    flip_a_bit(checkpoint.directory_of(run, 5) / "engine/checkpoint-5/optimizer.pt")
+    resumed = launch.run(halved.override(stop_after=None))
+    assert resumed.result["resumed_from"] == 4
+    assert [left["checkpoint"] for left in resumed.result["left_out"]] == steps(5)
+    assert timeless(resumed) == timeless(whole)
+    for name in ("eval_loss_before", "eval_losses", "eval_loss"):
+        assert resumed.result[name] == whole.result[name]
+    exports = [checkpoint.open_full(checkpoint.latest(each.directory)) for each in (resumed, whole)]
+    assert all(exports[0].parameter(name).equal(exports[1].parameter(name)) for name in exports[0].names)
+
+
+def test_the_same_command_after_the_end_evaluates_and_trains_nothing(whole):
+    rows, saved = whole.directory.rows(), names(whole.directory)
+    again = launch.run(whole.config)
+    assert (again.result["status"], again.result["step"], again.result["resumed_from"]) == ("completed", STEPS, STEPS)
+    assert again.result["eval_loss"] == whole.result["eval_loss"]
+    assert (whole.directory.rows(), names(whole.directory)) == (rows, saved)
+    idle = launch.run(whole.config.override(evaluate=False, evaluate_every=None, keep_best=False, stop_after=STEPS))
+    assert (idle.result["status"], whole.directory.rows()) == ("completed", rows)
+
+
+def test_an_export_loads_and_a_report_names_every_file(whole, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.export(checkpoint.latest(whole.directory), tmp_path / "x"))
+    full = checkpoint.open_full(checkpoint.latest(whole.directory))
+    assert all(parameter.equal(full.parameter(name)) for name, parameter in model.named_parameters())
+    assert main(["inspect", str(checkpoint.latest(whole.directory))]) == 0
+    shown = capsys.readouterr().out
+    assert "engine=trainer" in shown and "engine/checkpoint-7/trainer_state.json" in shown
+
+
+@pytest.mark.parametrize(
+    ("flat", "message"),
+    [
+        ({"engine": "torch"}, "engine was 'trainer', now 'torch'"),
+        ({"deepspeed": "zero1"}, "deepspeed was None, now 'zero1'"),
+        ({"dp": 2, "launcher": "local"}, "dp was 1, now 2"),
+    ],
+)
+def test_a_different_shape_is_refused(whole, flat, message):
+    with pytest.raises(ConfigError, match=f"{message}.*The Hugging Face Trainer reads only its own checkpoints"):
+        launch.run(whole.config.override(**flat))
+    with pytest.raises(ConfigError, match=r"cannot be reshaped\. Export the weights instead"):
+        launch.reshape(checkpoint.latest(whole.directory), name="other", **flat)
+
+
+def test_what_another_engine_saved_is_refused(unbroken):
+    with pytest.raises(ConfigError, match="engine was 'torch', now 'trainer'"):
+        launch.run(unbroken.config.override(engine="trainer"))
+
+
+def test_a_run_that_diverges_stops_and_names_the_last_good_checkpoint(model, tmp_path):
+    settings = trained(tmp_path, model, checkpoint_every=1, learning_rate=1e30, warmup_steps=0)
+    with pytest.raises(
+        trainer.NonFiniteLoss, match=r"At step 2 the .* is nan.*last good checkpoint is .*step-00000001"
+    ):
+        launch.run(settings)
+    assert len(RunDirectory(settings.directory).rows()) == 1
+
+
+def test_a_stop_request_is_heeded_between_two_steps(model, tmp_path):
+    settings = trained(tmp_path, model, checkpoint_every=1)
+
+    def stop(path, row):
+        if row["step"] == 2:
+            RunDirectory(settings.directory).stop_file.write_text("")
+
+    RunDirectory(settings.directory).create()
+    result = trainer.train(settings, on_checkpoint=stop)
+    assert (result["status"], result["stopped_by"], result["step"]) == ("stopped", "request", 3)
+
+
+def test_runs_that_share_a_process_do_not_disturb_each_other(whole, model, tmp_path):
+    """DeepSpeed leaves its traces in global variables and in the environment."""
+    sharded = launch.run(trained(tmp_path, model, name="sharded", deepspeed="zero3"))
+    plain = launch.run(trained(tmp_path, model, name="plain"))
+    for run in (sharded, plain):
+        assert [row["loss"] for row in run.rows] == pytest.approx([row["loss"] for row in whole.rows], rel=1e-6)
+    assert timeless(plain) == timeless(whole)

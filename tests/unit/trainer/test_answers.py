@@ -1,0 +1,66 @@
+"""Greedy answers: those of a batch are those of each question alone, and what is scored is what the model said."""
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from tutorial_lib.config import ConfigError
+from tutorial_lib.dataloader import load_rows
+from tutorial_lib.dataloader.tokens import encode_prompt, gold_answers, tokenize_rows
+from tutorial_lib.embedded import MODEL_NAMES
+from tutorial_lib.models import load_model, load_tokenizer
+from tutorial_lib.trainer import answers
+from tutorial_lib.trainer.answers import answer_greedily, evaluate_answers
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return load_rows("embedded/qa", "validation", max_examples=6)
+
+
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_answers_of_a_batch_are_those_of_each_question_alone(name, rows):
+    model, tokenizer = load_model(name).eval(), load_tokenizer(name)
+    prompts = [encode_prompt(row["question"], row["context"], tokenizer, 96 - 8 * n)[0] for n, row in enumerate(rows)]
+    assert len({*map(len, prompts)}) > 1
+    together = answer_greedily(model, tokenizer, prompts, max_new_tokens=12, batch_size=6)
+    alone = [answer_greedily(model, tokenizer, [ids], max_new_tokens=12, batch_size=1)[0] for ids in prompts]
+    assert together == alone and len({*alone}) > 1
+    greedy = GenerationConfig(max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=tokenizer.eos_token_id)
+    for ids, answer in zip(prompts, alone, strict=True):
+        plain = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), generation_config=greedy)
+        assert tokenizer.decode(plain[0, len(ids) :], skip_special_tokens=True).strip() == answer
+
+
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_a_prompt_is_the_document_without_its_answer(name, rows):
+    tokenizer = load_tokenizer(name)
+    for row, document in zip(rows, tokenize_rows(rows, tokenizer, 2048), strict=True):
+        prompt, is_cut = encode_prompt(row["question"], row["context"], tokenizer, 2048)
+        assert prompt == document["input_ids"][: document["num_uncounted"]] and not is_cut
+        shorter, is_cut = encode_prompt(row["question"], row["context"], tokenizer, len(prompt) - 5)
+        assert is_cut and len(shorter) == len(prompt) - 5 and shorter[-3:] == prompt[-3:]
+    with pytest.raises(ConfigError, match="leaves no room for its context in 5 tokens"):
+        encode_prompt(rows[0]["question"], rows[0]["context"], tokenizer, 5)
+
+
+def test_all_gold_answers_count():
+    assert gold_answers({"text": ["a", " ", " b "], "answer_start": [1, 2, 3]}) == ["a", "b"]
+    assert gold_answers([{"text": "a"}, {"text": ["b"]}]) == ["a", "b"]
+    assert gold_answers("a") == ["a"] and gold_answers(["a", None]) == ["a"] and gold_answers(None) == []
+
+
+def test_the_score_is_that_of_what_the_model_said(monkeypatch, rows):
+    golds = [row["answers"]["text"][0] for row in rows]
+    said = [golds[0].upper(), "nothing of the kind", *golds[2:]]
+    monkeypatch.setattr(answers, "answer_greedily", lambda *_, **__: said)
+    report = evaluate_answers("embedded/gpt2", max_examples=6, seq_length=128)
+    assert [answer.prediction for answer in report.answers] == said
+    assert [answer.score.exact_match for answer in report.answers] == [1, 0, 1, 1, 1, 1]
+    assert report.score.exact_match == pytest.approx(500 / 6) and report.score.num_questions == 6
+    assert report.num_left_out == 0
+
+
+def test_data_without_questions_is_refused():
+    with pytest.raises(ConfigError, match="has no column answers, context, question"):
+        evaluate_answers("embedded/gpt2", "embedded/news")

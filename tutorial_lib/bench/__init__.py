@@ -1,0 +1,13 @@
+"""Benchmark matrices: the same training in several ways, each row in its own processes, side by side in one table.
+
+A row that fails says so in the table and the next one goes on. What was measured is kept after every row, so that a
+matrix can be interrupted and continued.
+"""
+
+from tutorial_lib.bench.compare import Comparison, compare
+from tutorial_lib.bench.experiments import EXPERIMENTS
+from tutorial_lib.bench.matrix import Matrix, run_matrix
+from tutorial_lib.bench.progress import MatrixProgress
+from tutorial_lib.bench.record import RowRecord
+
+__all__ = ["EXPERIMENTS", "Comparison", "Matrix", "MatrixProgress", "RowRecord", "compare", "run_matrix"]

@@ -1,0 +1,52 @@
+"""Failures of a row: out of memory, killed, refused before it began, or another error, told apart for the table."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tutorial_lib.bench.record import FAILED, KILLED, OUT_OF_MEMORY, REFUSED
+from tutorial_lib.config import ConfigError
+
+_NO_MEMORY = re.compile(
+    r"OutOfMemoryError|out of memory|failed with MemoryError|can(no|')t allocate memory", re.IGNORECASE
+)
+_KILLED = re.compile(r"exit code -9\b|SIGKILL|it was killed")
+
+
+class OomKills:
+    """Processes that the kernel ended for memory since this object was made, on this machine."""
+
+    def __init__(self) -> None:
+        self._before = _count_kills()
+
+    def since(self) -> int:
+        """Return how many."""
+        return _count_kills() - self._before
+
+
+def explain(error: Exception, oom_kills: int) -> tuple[str, str]:
+    """Return a failed row's status, and its cause in one line.
+
+    Args:
+        error: what running it raised.
+        oom_kills: how many processes the kernel ended for memory meanwhile.
+    """
+    text = str(error)
+    cause = text.strip().partition("\n")[0][:300] or type(error).__name__
+    if isinstance(error, ConfigError):
+        return REFUSED, cause
+    if _KILLED.search(cause):
+        if oom_kills > 0:
+            return OUT_OF_MEMORY, f"{cause} The kernel ended {oom_kills} process(es) for memory meanwhile."
+        return KILLED, cause
+    return (OUT_OF_MEMORY if _NO_MEMORY.search(text) else FAILED), cause
+
+
+def _count_kills() -> int:
+    """Return how many processes the kernel has ended for memory, or 0 where it does not tell."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)

@@ -1,0 +1,364 @@
+"""A matrix of runs: one row after the other, measured, kept after each, and continued where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from tutorial_lib import launch
+from tutorial_lib.bench import figures, table
+from tutorial_lib.bench.experiments import IS_SCALING, rows_of
+from tutorial_lib.bench.failures import OomKills, explain
+from tutorial_lib.bench.record import REFUSED, STOPPED, RowRecord, measure_row, variant_of
+from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.doctor.machine import usable_cores
+from tutorial_lib.lab.display import Table
+from tutorial_lib.launch import Interrupted, OnRows, Run
+from tutorial_lib.measure.sampler import sample_memory
+from tutorial_lib.records import RunDirectory, write_atomically
+
+FORMAT = 1
+MATRIX_FILE, MEMORY_LOG = "matrix.json", "memory.jsonl"
+
+_NOT_COMPARED = frozenset({"name", "storage", "resume"})
+"""Settings that a matrix may be continued with in another form."""
+
+
+class Runner(Protocol):
+    """What runs a row: :func:`tutorial_lib.launch.run`, or what stands in for it."""
+
+    def __call__(self, config: Config, *, on_rows: OnRows | None = None) -> Run: ...
+
+
+class Progress(Protocol):
+    """What is told how a matrix goes."""
+
+    def plan(self, rows: Sequence[str]) -> None:
+        """These rows are left to run."""
+
+    def begin(self, row: str, config: Config) -> None:
+        """A row begins."""
+
+    def on_rows(self, rows: list[dict[str, Any]]) -> None:
+        """Its run has written these rows of ``metrics.jsonl``."""
+
+    def end(self, record: RowRecord) -> None:
+        """The row has ended."""
+
+    def close(self) -> None:
+        """No row follows."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Rows that were run, or are still to be run.
+
+    Attributes:
+        experiment: what is compared.
+        path: the matrix's directory.
+        settings: what all rows have in common, by flat name.
+        rows: in the order in which they run.
+    """
+
+    experiment: str
+    path: Path
+    settings: dict[str, Any]
+    rows: tuple[RowRecord, ...]
+
+    @classmethod
+    def read(cls, path: str | Path) -> Matrix:
+        """Read the matrix in a directory.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        path = Path(path)
+        file = path / MATRIX_FILE
+        try:
+            given = json.loads(file.read_text(encoding="utf-8"))
+            rows = tuple(RowRecord.from_dict(row) for row in given["rows"])
+            return cls(given["experiment"], path, given["settings"], rows)
+        except FileNotFoundError:
+            raise ConfigError(f"{path} holds no {MATRIX_FILE}. Write a matrix that bench has made.") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{file} cannot be read ({error}). Remove {path}, or write another name.") from error
+
+    def __getitem__(self, name: str) -> RowRecord:
+        """Return the row of this name."""
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(f"{self.path.name} has no row {name!r}. Write one of: {', '.join(r.name for r in self.rows)}.")
+
+    def with_row(self, row: RowRecord) -> Matrix:
+        """Return the matrix with a row replaced."""
+        return replace(self, rows=tuple(row if row.name == old.name else old for old in self.rows))
+
+    def write(self) -> None:
+        """Write ``matrix.json``, so that a reader sees the old or the new one."""
+        content = {
+            "format": FORMAT,
+            "experiment": self.experiment,
+            "settings": self.settings,
+            "rows": [row.to_dict() for row in self.rows],
+        }
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path / MATRIX_FILE, json.dumps(content, indent=2) + "\n")
+
+    def write_report(self) -> None:
+        """Write ``table.csv``, ``table.md`` and the figures."""
+        table.write(self.experiment, self.rows, self.path)
+        logs = {row.name: self.memory_log(row.name) for row in self.rows}
+        figures.write(self.experiment, self.rows, logs, self.path)
+
+    def table(self, about: Literal["all", "speed", "memory"] = "all", *, only: Sequence[str] = ()) -> Table:
+        """Return a table of the rows, which a notebook displays as HTML.
+
+        Args:
+            about: which columns.
+            only: titles of the columns to show, in this order; default: all of them.
+
+        Raises:
+            ValueError: there is no such column.
+        """
+        return table.build(self.experiment, self.rows, about, only)
+
+    def run_directory(self, row: str) -> RunDirectory:
+        """Return what the run of a row left on disk."""
+        return RunDirectory(self.path / "rows" / self[row].name)
+
+    def memory_log(self, row: str) -> Path:
+        """Return the path of the sampler's log of a row."""
+        return self.run_directory(row).path / MEMORY_LOG
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        return self.table()._repr_mimebundle_()
+
+
+def run_matrix(
+    experiment: str,
+    config: Config,
+    *,
+    rows: Sequence[str] = (),
+    retry: bool = False,
+    sample_interval: float = 0.5,
+    keep_checkpoints: bool = False,
+    run: Runner = launch.run,
+    progress: Progress | None = None,
+) -> Matrix:
+    """Run a matrix, or what is left of it, and write its table and figures.
+
+    Rows that are done are not run again. A row that was interrupted starts anew. A row that failed stays so, unless
+    ``retry`` is given.
+
+    Args:
+        experiment: ``zero-stages``, ``offload``, ``weak-scaling`` or ``strong-scaling``.
+        config: what all rows have in common. Its name is that of the matrix. In ``weak-scaling``, its global batch is
+            that of one rank.
+        rows: names of the rows to run, see :func:`tutorial_lib.bench.experiments.rows_of`; default: all.
+        retry: run rows again that have failed.
+        sample_interval: seconds between two readings of the memory of the process tree and the GPUs.
+        keep_checkpoints: keep the checkpoints of rows that are done; they may be large.
+        run: runs one row.
+        progress: told how it goes.
+
+    Returns:
+        The matrix as it is on disk.
+
+    Raises:
+        ConfigError: a row that could not run anywhere, a matrix of this name with other settings, or no row that can
+            run here.
+        Interrupted: Ctrl-C or a signal. All rows before are kept; the same call goes on.
+    """
+    _check(config, sample_interval)
+    config = config.with_absolute_paths()
+    if "measure" not in config.given:
+        config = config.replaced(measure=True)
+    configs = rows_of(experiment, config, rows)
+    matrix = _open(experiment, config, configs)
+    left = [name for name in configs if not (matrix[name].is_done or (matrix[name].has_failed and not retry))]
+    launch.warm_up(config)
+    threads = _threads_of_a_rank(experiment, configs)
+    with (
+        _held(matrix.path),
+        _raising_on_signals(),
+        _omp_threads(threads),
+        closing(progress or _Silent()) as shown,
+    ):
+        matrix.write()
+        shown.plan(left)
+        for name in left:
+            directory = matrix.path / "rows" / name
+            shutil.rmtree(directory, ignore_errors=True)
+            row_config = configs[name].replaced(name=name, storage=str(directory.parent))
+            running = True
+            try:
+                shown.begin(name, row_config)
+                record = _run_row(matrix[name], row_config, run, shown.on_rows, sample_interval)
+                matrix = matrix.with_row(record)
+                matrix.write()
+                running = False
+                if record.is_done and not keep_checkpoints:
+                    shutil.rmtree(RunDirectory(directory).checkpoints, ignore_errors=True)
+                shown.end(record)
+            except KeyboardInterrupt:
+                if running:
+                    why = "interrupted: the same command runs it"
+                    matrix = matrix.with_row(RowRecord(name, STOPPED, why, settings=matrix[name].settings))
+                    matrix.write()
+                raise Interrupted(_where_stopped(matrix, name), []) from None
+        if all(row.status == REFUSED for row in matrix.rows):
+            raise ConfigError(f"No row can run here. {matrix.rows[0].name}: {matrix.rows[0].error}")
+        matrix.write_report()
+    return matrix
+
+
+class _Silent:
+    """Progress that nobody sees."""
+
+    def plan(self, rows: Sequence[str]) -> None: ...
+
+    def begin(self, row: str, config: Config) -> None: ...
+
+    def on_rows(self, rows: list[dict[str, Any]]) -> None: ...
+
+    def end(self, record: RowRecord) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def _run_row(row: RowRecord, config: Config, run: Runner, on_rows: OnRows | None, interval: float) -> RowRecord:
+    """Run one row with the sampler around it; return what it cost, or why it failed."""
+    log = config.directory / MEMORY_LOG
+    kills, began = OomKills(), time.monotonic()
+    try:
+        with sample_memory(log, interval=interval):
+            done = run(config, on_rows=on_rows)
+        seconds = time.monotonic() - began
+        if done.result["status"] == "stopped":  # SIGTERM: the run has saved and ended as if nothing were wrong
+            raise KeyboardInterrupt
+        return measure_row(row.name, done, log, wall_seconds=seconds)
+    except Exception as error:
+        status, cause = explain(error, kills.since())
+        seconds = time.monotonic() - began
+        return RowRecord(row.name, status, cause, str(error), settings=row.settings, wall_seconds=seconds)
+
+
+def _check(config: Config, sample_interval: float) -> None:
+    if not sample_interval > 0:
+        raise ConfigError(f"sample_interval is {sample_interval}. Write seconds above 0, such as 0.5.")
+    if config.run.launcher == "none":
+        raise ConfigError(
+            "bench starts the processes of each row itself, and launcher='none' expects somebody else to have started "
+            "them. Write launcher='local', or 'ray'."
+        )
+    if config.run.steps == 1:
+        raise ConfigError("steps=1 leaves nothing to measure: the first step allocates. Write steps=2 or more.")
+
+
+def _open(experiment: str, config: Config, configs: Mapping[str, Config]) -> Matrix:
+    """Return the matrix that is to be continued, or a new one.
+
+    Raises:
+        ConfigError: there is one of this name that does not go on like this.
+    """
+    path = config.directory
+    common = {flag: value for flag, value in _as_json(config).items() if flag not in _NOT_COMPARED}
+    new = tuple(RowRecord(name, settings=variant_of(row)) for name, row in configs.items())
+    if not (path / MATRIX_FILE).exists():
+        if RunDirectory(path).config_file.exists():
+            raise ConfigError(f"{path} is a run. Write another name for the matrix.")
+        return Matrix(experiment, path, common, new)
+    old = Matrix.read(path)
+    if config.run.resume == "never":
+        raise ConfigError(f"{path} is a matrix already, and resume='never' was given. Write another name.")
+    if old.experiment != experiment:
+        raise ConfigError(
+            f"{path} is a {old.experiment} matrix, so it does not go on as {experiment}. Write another name."
+        )
+    if changed := [flag for flag, value in common.items() if old.settings.get(flag) != value]:
+        was = ", ".join(f"{flag}={old.settings.get(flag)!r} (now {common[flag]!r})" for flag in changed)
+        raise ConfigError(
+            f"The rows of {path} were run with {was}, and rows are compared with each other. Write the settings as "
+            "they were, or another name."
+        )
+    kept = {row.name: row for row in old.rows}
+    return replace(old, rows=tuple(kept.values()) + tuple(row for row in new if row.name not in kept))
+
+
+def _as_json(config: Config) -> dict[str, Any]:
+    return dict(json.loads(config.to_json()))
+
+
+def _where_stopped(matrix: Matrix, row: str) -> str:
+    done, status = sum(each.is_done for each in matrix.rows), matrix[row].status
+    where = f"in row {row!r}, which will start anew" if status == STOPPED else f"after row {row!r} ({status})"
+    return (
+        f"matrix {matrix.path.name!r} stopped {where}; {done} of {len(matrix.rows)} rows are done and kept. "
+        "Give the same command again to go on."
+    )
+
+
+def _threads_of_a_rank(experiment: str, configs: Mapping[str, Config]) -> int | None:
+    """Return how many threads each rank is to compute with; None to leave that to the launcher.
+
+    The launcher divides the cores among a run's ranks. In a scaling matrix a rank stands for a device, so it must not
+    become smaller as others join: each gets what the largest row leaves it.
+    """
+    if experiment not in IS_SCALING or any(config.run.device != "cpu" for config in configs.values()):
+        return None
+    return max(1, usable_cores() // max(config.parallel.world_size for config in configs.values()))
+
+
+@contextmanager
+def _omp_threads(threads: int | None) -> Iterator[None]:
+    """Set ``OMP_NUM_THREADS`` for the ranks, unless somebody has."""
+    if threads is None or "OMP_NUM_THREADS" in os.environ:
+        yield
+        return
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    try:
+        yield
+    finally:
+        del os.environ["OMP_NUM_THREADS"]
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """Keep a second bench out of the same matrix."""
+    from filelock import FileLock, Timeout
+
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(path / ".bench.lock", timeout=0, fallback_to_soft=False):
+            yield
+    except Timeout:
+        raise ConfigError(f"Another process runs {path}. Wait until it ends, or write another name.") from None
+
+
+@contextmanager
+def _raising_on_signals() -> Iterator[None]:
+    """Turn SIGTERM and SIGUSR1 between two rows into an interrupt. While a row runs, its launcher heeds them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, _frame: Any) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    numbers = [n for n in (signal.SIGTERM, signal.SIGUSR1) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

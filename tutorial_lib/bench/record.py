@@ -1,0 +1,237 @@
+"""Record of a row: what one run of a matrix cost, or why it did not end, as ``matrix.json`` keeps it."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tutorial_lib.config import Config
+from tutorial_lib.doctor.machine import usable_cores
+from tutorial_lib.launch import Run
+from tutorial_lib.measure.sampler_log import MIB, MemoryLogError, MemorySeries, read_memory_log
+from tutorial_lib.theory.memory import ModelStates
+
+NOT_RUN, DONE, STOPPED = "not run", "done", "stopped"
+FAILED, KILLED, OUT_OF_MEMORY, REFUSED = "failed", "killed", "out of memory", "refused"
+"""Values of a row's status; with any of the last four it has failed."""
+
+MODE_ROUNDING = 10 * MIB
+"""Bytes to which samples are rounded before the most frequent ones are counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Peak, mean and most frequent values of sampled memory, in bytes."""
+
+    counted: str
+    """``PSS``, ``RSS`` or ``GPU``."""
+    peak: int
+    mean: float
+    modes: tuple[int, ...]
+    """To ten MiB; empty if no value came twice."""
+    num_samples: int
+
+    @classmethod
+    def of(cls, series: MemorySeries) -> Memory:
+        """Summarise a series of samples."""
+        summary = series.summary(rounding=MODE_ROUNDING)
+        modes = summary.modes if summary.mode_count > 1 else ()
+        return cls(summary.counted, summary.peak, summary.mean, modes, summary.num_samples)
+
+
+@dataclass(frozen=True, slots=True)
+class RowRecord:
+    """One row of a matrix. A value that was not measured is None.
+
+    Attributes:
+        name: of the row.
+        status: :data:`NOT_RUN`, :data:`DONE`, :data:`STOPPED`, or how it failed.
+        cause: why it is not done, in one line.
+        error: the whole error.
+        settings: those in which rows of a matrix may differ, with what a DeepSpeed file decided once it is done.
+        wall_seconds: from before its processes started until they had ended.
+        train_seconds: of all optimizer steps together.
+        step_seconds: median of the steps that are like all others: not the first, nor the one that was measured.
+        samples_per_second: sequences trained per second in such steps, over all ranks.
+        tokens_per_second: likewise.
+        eval_samples_per_second: of the last evaluation.
+        train_loss: of the last step.
+        eval_losses: as often as ``evaluate_every`` says, else at its end alone.
+        steps_per_epoch: optimizer steps of one pass over the training rows.
+        num_steps: optimizer steps of the run.
+        num_parameters: of the model.
+        world_size: processes.
+        process_tree: host memory of the launching process and all its descendants.
+        gpu: memory of the GPU that held most; None without one.
+        gpus: that of every GPU.
+        states: bytes of each rank's model states, counted tensor by tensor in one step.
+        device_states: the part of them that is on a GPU.
+        predicted_states: the same by arithmetic, for each data-parallel rank.
+        predicted_device_states: the part of these that offload leaves on the device.
+        note: what to know about these numbers.
+    """
+
+    name: str
+    status: str = NOT_RUN
+    cause: str | None = None
+    error: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    wall_seconds: float | None = None
+    train_seconds: float | None = None
+    step_seconds: float | None = None
+    samples_per_second: float | None = None
+    tokens_per_second: float | None = None
+    eval_samples_per_second: float | None = None
+    train_loss: float | None = None
+    eval_losses: tuple[float, ...] = ()
+    steps_per_epoch: int | None = None
+    num_steps: int | None = None
+    num_parameters: int | None = None
+    world_size: int | None = None
+    process_tree: Memory | None = None
+    gpu: Memory | None = None
+    gpus: tuple[Memory, ...] = ()
+    states: tuple[ModelStates, ...] = ()
+    device_states: tuple[int, ...] = ()
+    predicted_states: tuple[ModelStates, ...] = ()
+    predicted_device_states: tuple[ModelStates, ...] = ()
+    note: str | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return self.status == DONE
+
+    @property
+    def has_failed(self) -> bool:
+        return self.status in (FAILED, KILLED, OUT_OF_MEMORY, REFUSED)
+
+    @property
+    def states_bytes(self) -> int | None:
+        """Bytes of model states on the rank that holds most."""
+        return max((each.total for each in self.states), default=None)
+
+    @property
+    def predicted_bytes(self) -> int | None:
+        """Bytes that :attr:`states_bytes` should be."""
+        return max((each.total for each in self.predicted_states), default=None)
+
+    @property
+    def error_percent(self) -> float | None:
+        """By how much the measured states exceed the predicted ones."""
+        measured, predicted = self.states_bytes, self.predicted_bytes
+        return None if measured is None or not predicted else 100 * (measured / predicted - 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row as JSON takes it."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, given: dict[str, Any]) -> RowRecord:
+        """Return the inverse of :meth:`to_dict`."""
+        values = dict(given)
+        for name in ("process_tree", "gpu"):
+            values[name] = _memory(values[name])
+        values["gpus"] = tuple(_memory(each) for each in values["gpus"])
+        for name in ("states", "predicted_states", "predicted_device_states"):
+            values[name] = tuple(ModelStates(**each) for each in values[name])
+        for name in ("eval_losses", "device_states"):
+            values[name] = tuple(values[name])
+        return cls(**values)
+
+
+def _memory(given: dict[str, Any] | None) -> Any:
+    return given and Memory(**{**given, "modes": tuple(given["modes"])})
+
+
+def variant_of(config: Config) -> dict[str, Any]:
+    """Return the settings that rows of a matrix may differ in, by flat name."""
+    flat = config.flat()
+    names = ("engine", "dp", "tp", "zero_stage", "sharding", "offload", "pin_memory", "deepspeed", "global_batch")
+    return {name: flat[name] for name in names}
+
+
+def measure_row(name: str, run: Run, log: Path, *, wall_seconds: float) -> RowRecord:
+    """Return the record of a run that has completed.
+
+    Args:
+        name: of the row.
+        run: the run.
+        log: the sampler's log of it.
+        wall_seconds: how long it took, start of its processes included.
+    """
+    from tutorial_lib.engine.expected import expected_states, on_device, parameter_sizes
+
+    config, result = run.config, run.result
+    steady, note = _steady_steps(run)
+    seconds = sum(row["seconds"] for row in steady)
+    tree, gpus = _sampled(log, config)
+    measured = [rank["measured"] for rank in result["ranks"]]
+    predicted = tuple(expected_states(config, parameter_sizes(config)) or ())
+    accounts = [each["state_bytes"] for each in measured if each]
+    return RowRecord(
+        name=name,
+        status=DONE,
+        settings=variant_of(config),
+        wall_seconds=wall_seconds,
+        train_seconds=sum(row["seconds"] for row in run.rows),
+        step_seconds=statistics.median(row["seconds"] for row in steady) if steady else None,
+        samples_per_second=config.run.global_batch * len(steady) / seconds if steady else None,
+        tokens_per_second=sum(row["tokens"] for row in steady) / seconds if steady else None,
+        eval_samples_per_second=result["eval_samples_per_second"],
+        train_loss=result["train_loss"],
+        eval_losses=_eval_losses(result),
+        steps_per_epoch=result.get("steps_per_epoch"),
+        num_steps=result["num_steps"],
+        num_parameters=result["num_parameters"],
+        world_size=config.parallel.world_size,
+        process_tree=tree,
+        gpu=max(gpus, key=lambda each: each.peak, default=None),
+        gpus=gpus,
+        states=tuple(ModelStates(each["parameters"], each["gradients"], each["optimizer"]) for each in accounts),
+        device_states=tuple(each["by_device"].get("cuda", 0) for each in accounts),
+        predicted_states=predicted,
+        predicted_device_states=tuple(on_device(config, each) for each in predicted),
+        note="; ".join(filter(None, (note, _shared_cores(config)))) or None,
+    )
+
+
+def _steady_steps(run: Run) -> tuple[Sequence[dict[str, Any]], str | None]:
+    """Return the rows of steps that are like all others, and what to know about them."""
+    from tutorial_lib.trainer.probe import measured_step
+
+    measured = measured_step(run.result["num_steps"]) if run.config.run.measure else 0
+    after_first = [row for row in run.rows if row["step"] > 1]
+    steady = [row for row in after_first if row["step"] != measured]
+    if steady or not after_first:
+        return steady, None if steady else "one step, which also allocates: no speed"
+    return after_first, f"speed of step {measured}, which was slowed by counting memory and traffic: run more steps"
+
+
+def _shared_cores(config: Config) -> str | None:
+    """Say that ranks waited for each other's cores, where they did."""
+    cores, ranks = usable_cores(), config.parallel.world_size
+    if config.run.device != "cpu" or config.run.launcher != "local" or ranks <= cores:
+        return None
+    return f"{ranks} processes share {cores} cores"
+
+
+def _eval_losses(result: dict[str, Any]) -> tuple[float, ...]:
+    by_epoch = tuple(each["loss"] for each in result["eval_losses"] if each["step"] > 0)
+    return by_epoch or (() if result["eval_loss"] is None else (result["eval_loss"],))
+
+
+def _sampled(log: Path, config: Config) -> tuple[Memory | None, tuple[Memory, ...]]:
+    """Return the memory of the process tree, and of each GPU if the run used any."""
+    try:
+        series = {each.label: each for each in read_memory_log(log).series}
+    except MemoryLogError:
+        return None, ()
+    names = sorted({f"GPU {each.gpu}" for each in series.values() if each.gpu is not None})
+    # The share of these processes where the driver tells it, else all that the GPU holds.
+    gpus = [series.get(f"{name}, process tree", series[name]) for name in names]
+    on_gpu = config.run.device == "cuda"
+    return Memory.of(series["process tree"]), tuple(map(Memory.of, gpus)) if on_gpu else ()

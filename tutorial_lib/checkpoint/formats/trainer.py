@@ -1,0 +1,105 @@
+"""Checkpoints of the Hugging Face Trainer: its own directory ``checkpoint-N``, written by its own code.
+
+Without DeepSpeed every tensor is in full: ``model.safetensors``, and ``optimizer.pt`` in the order of the trained
+parameters. With DeepSpeed the shards are in ``global_stepN``, where DeepSpeed's own pages find them, and the Trainer
+adds what it needs besides: ``trainer_state.json``, ``scheduler.pt`` and each rank's ``rng_state_R.pth``.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from tutorial_lib.checkpoint.formats import deepspeed
+from tutorial_lib.checkpoint.formats.base import OPTIMIZER, WEIGHT, WEIGHTS, FullTensors
+from tutorial_lib.checkpoint.manifest import CheckpointError
+from tutorial_lib.config import Config
+
+DIRECTORY, _SHARDS = "checkpoint-*", "global_step*"
+"""Patterns of the directories that the Trainer and DeepSpeed write."""
+
+
+def reader(directory: Path, settings: Config, model: Any) -> FullTensors:
+    """Return the reader of a checkpoint: of DeepSpeed's shards if the run had a DeepSpeed file.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+    """
+    written = written_by_trainer(directory)
+    if settings.engine.deepspeed_file is None:
+        return FullFiles(written, settings, model)
+    (shards,) = written.glob(_SHARDS)
+    return deepspeed.STAGES[settings.engine.zero_stage](written, settings, model, shards.name)
+
+
+def written_by_trainer(directory: Path) -> Path:
+    """Return the Trainer's own directory of a checkpoint, which ``resume_from_checkpoint`` takes.
+
+    Raises:
+        CheckpointError: there is none, or several.
+    """
+    found = sorted(directory.glob(DIRECTORY))
+    if len(found) != 1:
+        raise CheckpointError(f"{directory} holds {len(found)} directories of the Hugging Face Trainer instead of one.")
+    return found[0]
+
+
+class FullFiles(FullTensors):
+    """One process has written every tensor in full, weights maybe in several files."""
+
+    def _stored_names(self) -> Iterable[str]:
+        return self._file_of
+
+    def _read(self, name: str, kind: str) -> Tensor:
+        tensor: Tensor
+        if kind == WEIGHT:
+            with safe_open(self._file_of[name], "pt") as file:
+                tensor = file.get_tensor(name)
+        else:
+            tensor = self._state(name)[kind]
+        return tensor
+
+    def adam_step(self, name: str) -> int:
+        return int(self._state(name)["step"])
+
+    def buffers(self) -> dict[str, Tensor]:
+        return {name: self._read(name, WEIGHT) for name in self._buffer_names if name in self._file_of}
+
+    def _state(self, name: str) -> dict[str, Any]:
+        state: dict[str, Any] = self._optimizer["state"][self._number[name]]
+        return state
+
+    @functools.cached_property
+    def _file_of(self) -> dict[str, Path]:
+        found: dict[str, Path] = {}
+        for path in sorted(self._directory.glob("model*.safetensors")):
+            with safe_open(path, "pt") as file:
+                found |= dict.fromkeys(file.keys(), path)
+        return found
+
+    @functools.cached_property
+    def _optimizer(self) -> dict[str, Any]:
+        path = self._directory / "optimizer.pt"
+        return dict(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+
+
+def rank_and_contents(name: str, zero_stage: int) -> tuple[int, str] | None:
+    """Return which rank wrote a file of this format, and what the file holds."""
+    found = re.match(r"engine/checkpoint-\d+/(.*)", name)
+    if not found:
+        return None
+    file = found[1]
+    if random := re.fullmatch(r"rng_state_?(\d*)\.pth", file):
+        return int(random[1] or 0), "random states"
+    if shard := deepspeed.rank_and_contents(name, 1, zero_stage):
+        return shard
+    if file == "optimizer.pt":
+        return 0, OPTIMIZER
+    return 0, WEIGHTS if file.endswith(".safetensors") else "the Trainer's record"

@@ -1,0 +1,135 @@
+"""``python -m tutorial_lib slurm``: write the batch script of a run, or submit it and follow the job."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from tutorial_lib.cli.options import DONE, STOPPED, add_setting, given, stdout_for_json_alone
+from tutorial_lib.cli.train import summary
+from tutorial_lib.config import PROFILES, Config, ConfigError, settings
+from tutorial_lib.config.workshop import parse_experiment
+
+_CPUS_PER_RANK = {"cuda": 8, "cpu": 1}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what SLURM is asked for, and every setting of a run."""
+    parser.description = (
+        "Write a SLURM batch script that trains on several nodes, saves and queues itself again before its time "
+        "limit, and resumes. dp follows from nodes, GPUs and tp."
+    )
+    parser.add_argument("--nodes", type=int, metavar="N", help="nodes (default: 1)")
+    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs, and so processes, on each node")
+    parser.add_argument("--ranks-per-node", type=int, metavar="N", help="with --profile cpu: processes on each node")
+    parser.add_argument("--cpus-per-rank", type=int, metavar="N", help="cores of a process (default: 8; on CPUs 1)")
+    parser.add_argument(
+        "--experiment", metavar="NAME", help="a name of the workshop: 3Z-8G4N is stage 3, 8 GPUs on 4 nodes"
+    )
+    parser.add_argument("--time", default="01:00:00", metavar="LIMIT", help="time limit (default: 01:00:00)")
+    parser.add_argument(
+        "--grace", type=int, default=120, metavar="SECONDS",
+        help="ask the run to save this long before the time limit (default: 120)",
+    )  # fmt: skip
+    parser.add_argument("--partition", metavar="NAME", help="queue to wait in")
+    parser.add_argument("--account", metavar="NAME", help="whom to charge")
+    parser.add_argument(
+        "--requeue", action=argparse.BooleanOptionalAction, default=True, help="go on in a new slot (default: yes)"
+    )
+    parser.add_argument(
+        "--sample-memory", action=argparse.BooleanOptionalAction, default=True,
+        help="log the memory of each node's processes (default: yes)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--join-timeout", type=int, default=300, metavar="SECONDS", help="a node waits this long for the others"
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the script there instead of printing it")
+    parser.add_argument("--submit", action="store_true", help="submit the script, and follow the job to its end")
+    parser.add_argument("--profile", default="cluster", help=f"where it runs: {', '.join(PROFILES)} (default: cluster)")
+    for setting in settings().values():
+        add_setting(parser, setting)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Write or submit a batch script; returns the exit code."""
+    from tutorial_lib.launch.slurm import Allocation, write_script
+
+    stated = given(options)
+    nodes, ranks = _nodes_and_ranks(options, stated)
+    device = stated.get("device") or Config.create(options.profile).run.device
+    allocation = Allocation(
+        nodes=nodes,
+        ranks_per_node=ranks,
+        cpus_per_rank=_CPUS_PER_RANK.get(device, 1) if options.cpus_per_rank is None else options.cpus_per_rank,
+        time_limit=options.time,
+        grace=options.grace,
+        requeue=options.requeue,
+        sample_memory=options.sample_memory,
+        join_timeout=options.join_timeout,
+        partition=options.partition,
+        account=options.account,
+    )
+    config = Config.create(options.profile, **_with_sizes(stated, allocation.world_size))
+    script = write_script(
+        config, allocation, options.profile, shlex.join(["python", "-m", "tutorial_lib", *sys.argv[1:]])
+    )
+    if options.output:
+        options.output.write_text(script, encoding="utf-8")
+    if options.submit:
+        return _submit(config, script, options.json)
+    if options.output:
+        print(f"{options.output}: submit it with sbatch {options.output}", file=sys.stderr)
+    else:
+        print(json.dumps({"script": script}) if options.json else script, end="\n" if options.json else "")
+    return DONE
+
+
+def _submit(config: Config, script: str, as_json: bool) -> int:
+    """Submit a batch script and follow the job; returns the exit code that ``train`` would."""
+    from tutorial_lib import launch
+    from tutorial_lib.lab.progress import progress
+    from tutorial_lib.launch.slurm import submit_and_follow
+
+    shown = None if as_json else progress(config.run.stop_after or config.run.steps, title=config.run.name)
+    with shown or nullcontext(), stdout_for_json_alone(as_json):
+        try:
+            run = submit_and_follow(script, config, on_rows=shown.on_rows if shown else None)
+        except launch.Interrupted as interrupted:
+            print(interrupted, file=sys.stderr)
+            return STOPPED
+    print(json.dumps(run.result) if as_json else summary(run))
+    return STOPPED if run.result["status"] == "stopped" else DONE
+
+
+def _nodes_and_ranks(options: argparse.Namespace, stated: dict[str, Any]) -> tuple[int, int]:
+    """Return the number of nodes and of processes on each. Add the settings that an experiment's name stands for."""
+    device = stated.get("device") or Config.create(options.profile).run.device
+    own, other = ("gpus_per_node", "ranks_per_node") if device == "cuda" else ("ranks_per_node", "gpus_per_node")
+    flag, wrong = (f"--{name.replace('_', '-')}" for name in (own, other))
+    if getattr(options, other) is not None:
+        raise ConfigError(f"{wrong} does not go with device={device!r}. Write {flag}.")
+    if options.experiment is None:
+        if getattr(options, own) is None:
+            raise ConfigError(f"How many processes does each node run? Write {flag} N, or --experiment NAME.")
+        return 1 if options.nodes is None else options.nodes, getattr(options, own)
+    experiment = parse_experiment(options.experiment)
+    decided = {"nodes": options.nodes, own: getattr(options, own), **stated}
+    for name in ("nodes", own, *experiment.settings):
+        if decided.get(name) is not None:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is what experiment {options.experiment} decides. Leave one of them out."
+            )
+    stated.update({"name": options.experiment} | experiment.settings | stated)
+    return experiment.nodes, experiment.gpus_per_node
+
+
+def _with_sizes(stated: dict[str, Any], world_size: int) -> dict[str, Any]:
+    """Return the settings of the run, with the sizes that follow from the number of processes."""
+    tp = stated.get("tp", 1)
+    dp = stated.get("dp", world_size // tp if isinstance(tp, int) and tp > 0 else 1) or 1
+    return {"launcher": "none", **stated, "dp": dp}

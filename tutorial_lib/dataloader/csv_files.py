@@ -1,0 +1,82 @@
+"""CSV files that are not what their reader takes them for: rows of another length, other separators, open quotes."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import lzma
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
+
+
+_OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
+def looks_misread(columns: list[str]) -> bool:
+    """Return whether columns are what pandas makes of a CSV file that it misunderstands, without an error.
+
+    It takes the first fields for an index where rows have more fields than the first line, takes a line with other
+    separators for one name, and renames the second of two columns of one name.
+    """
+    as_one_name = len(columns) == 1 and any(separator in columns[0] for separator in _SEPARATORS)
+    renamed = any(f"{column}.1" in columns for column in columns)
+    return as_one_name or renamed or any(column.startswith("__index_level_") for column in columns)
+
+
+def csv_problem(path: Path) -> str | None:
+    """Return the first thing that is wrong with a CSV file, with its line and what to write, or None."""
+    if path.suffix == ".zst":
+        return None
+    opened = _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8-sig", newline="")
+    with _long_fields(), opened as file:
+        reader = csv.reader(file, strict=True)
+        header: list[str] = []
+        line = 1
+        try:
+            for row in reader:
+                problem = None
+                if row and not header:
+                    header, problem = row, _header_problem(row)
+                elif len(row) > len(header):
+                    problem = (
+                        f"{len(row)} fields, and the first line names {len(header)}. Put a text that holds commas into "
+                        'double quotes: "one, two"'
+                    )
+                if problem:
+                    return f"line {line}: {problem}"
+                line = reader.line_num + 1
+        except csv.Error as error:
+            if "unexpected end of data" in str(error):
+                return f'line {line}: a double quote is opened and never closed. Write a quote within a text twice: ""'
+            return None  # pandas takes what Python's reader does not, such as quotes in mid-field
+        except UnicodeDecodeError:
+            return None
+    return None if header else "line 1: it is blank, and has to name the columns"
+
+
+def _header_problem(header: list[str]) -> str | None:
+    if twice := [name for name in header if header.count(name) > 1]:
+        return f"the column {twice[0]!r} is named twice. Rename or remove one of them"
+    for separator, name in _SEPARATORS.items():
+        if len(header) == 1 and separator in header[0]:
+            return (
+                f"its fields are separated by {name}. Write it with commas: "
+                f"pandas.read_csv(FILE, sep={separator!r}).to_csv(FILE, index=False)"
+            )
+    return None
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """Let Python's reader take texts of any length."""
+    before = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)

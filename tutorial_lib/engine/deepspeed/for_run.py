@@ -1,0 +1,179 @@
+"""A DeepSpeed file and the run that uses it: what the two together cannot do is refused before any engine starts.
+
+This module does not import DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import pydoc
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.engine.deepspeed.file import find, read
+from tutorial_lib.engine.deepspeed.keys import DTYPES, MONITORS, ON_GPUS, OTHER_LAYOUT, WRITES_INTO
+
+
+def check_for_run(given: dict[str, Any], config: Config, *, source: str) -> None:
+    """Refuse what this run cannot do: another optimizer for its precision and stage, kernels that are not here.
+
+    Args:
+        given: what :func:`.file.read` returned.
+        config: the run, with the file's settings.
+        source: the file's name.
+
+    Raises:
+        ConfigError: names the key, and what to write.
+    """
+    stage, precision = config.engine.zero_stage, config.engine.precision
+    communication = find(given, "communication_data_type")
+    if communication is not None and communication.lower() not in DTYPES:
+        raise ConfigError(
+            f"{source}: communication_data_type is {json.dumps(communication)}; write one of: {', '.join(DTYPES)}."
+        )
+    kinds = {alias: dtype for dtype, aliases in DTYPES.items() for alias in aliases}
+    for key in (*(f"data_types.{name}_dtype" for name in ("grad_accum", "param", "buffer")), "torch_autocast.dtype"):
+        dtype = find(given, key)
+        if dtype is not None and dtype not in kinds:
+            raise ConfigError(f"{source}: {key} is {json.dumps(dtype)}; write one of: {', '.join(DTYPES)}.")
+    accumulated = kinds.get(find(given, "data_types.grad_accum_dtype"), precision)
+    if accumulated != precision and (stage == 0 or (stage, precision, config.engine.offload) == (1, "bf16", "none")):
+        raise ConfigError(
+            f"{source}: data_types.grad_accum_dtype is {accumulated!r}: with zero_stage={stage} and "
+            f"precision={precision!r}, DeepSpeed has another optimizer for that or none, and {OTHER_LAYOUT}. Write "
+            "zero_stage=2, or remove it."
+        )
+    if stage > 1 and find(given, "zero_optimization.reduce_scatter", True):
+        for key, only in (("gradient_predivide_factor", 1), ("prescale_gradients", False)):
+            if (value := find(given, key, only)) != only:
+                raise ConfigError(
+                    f"{source}: {key} is {json.dumps(value)}, which DeepSpeed does not take with zero_stage={stage} "
+                    "and zero_optimization.reduce_scatter. Remove it, or set that to false, or write zero_stage=1."
+                )
+    _check_low_precision_masters(given, config, source)
+    if stage < 3 and find(given, "zero_optimization.leaf_module"):
+        raise ConfigError(
+            f"{source}: zero_optimization.leaf_module is for parameters that are partitioned, and would have no effect "
+            f"with zero_stage={stage}. Remove it, or write zero_stage=3."
+        )
+    for name in find(given, "torch_autocast.lower_precision_safe_modules", []):
+        if pydoc.locate(name) is None:
+            raise ConfigError(
+                f"{source}: torch_autocast.lower_precision_safe_modules holds {name!r}, which cannot be imported. "
+                "Write a class with its module, such as torch.nn.Linear."
+            )
+    parameters = kinds.get(find(given, "data_types.param_dtype"), precision)
+    if parameters != precision:
+        raise ConfigError(
+            f"{source}: data_types.param_dtype is {parameters!r}, but the run's precision is {precision!r}. Write "
+            "that, or remove it."
+        )
+    for name in ON_GPUS:
+        if config.run.device == "cpu" and find(given, f"zero_optimization.{name}"):
+            raise ConfigError(
+                f"{source}: zero_optimization.{name} is true, and its kernels are for GPUs: write device='cuda', or "
+                "remove it."
+            )
+    for name, module in MONITORS.items():
+        if find(given, f"{name}.enabled") and importlib.util.find_spec(module) is None:
+            raise ConfigError(
+                f"{source}: {name}.enabled is true, and the package {module!r} is not installed. Install it "
+                f"(pip install {module}), write false, or use csv_monitor."
+            )
+
+
+def _check_low_precision_masters(given: dict[str, Any], config: Config, source: str) -> None:
+    """Refuse weights and moments that the optimizer would keep in 16 bits where DeepSpeed, or its Adam, cannot."""
+    engine = config.engine
+    states = find(given, "bf16.bf16_optimizer_states", False)
+    for precision in ("bf16", "fp16"):
+        key = f"{precision}.{precision}_master_weights_and_grads"
+        problem = None
+        if not find(given, key, False):
+            continue
+        if engine.precision != precision:
+            problem = f"goes with precision={precision!r}, not {engine.precision!r}. Remove it, or write that"
+        elif engine.zero_stage == 0:
+            problem = "needs an optimizer that ZeRO partitions. Remove it, or write zero_stage=1, 2 or 3"
+        elif engine.offload == "none" and not (states and precision == "bf16"):
+            problem = "needs an optimizer on the host. Remove it, or write offload='optimizer'"
+        if problem:
+            raise ConfigError(f"{source}: {key} is true, which {problem}.")
+    if states and not find(given, "bf16.bf16_master_weights_and_grads", False):
+        raise ConfigError(
+            f"{source}: bf16.bf16_optimizer_states is true, which needs bf16.bf16_master_weights_and_grads. Set both, "
+            "or remove it."
+        )
+    if states and engine.offload != "none":
+        raise ConfigError(
+            f"{source}: bf16.bf16_optimizer_states is true, and an optimizer on the host keeps its moments in fp32 "
+            "here. Remove it, or write offload='none'."
+        )
+
+
+def check_outputs(config: Config) -> None:
+    """Refuse a file whose monitor or profiler could not write where it says. Makes the directories.
+
+    Raises:
+        ConfigError: names the key and the reason.
+    """
+    source = config.engine.deepspeed_file
+    if source is None:
+        return
+    given = read(source)
+    outputs = {
+        f"{name}.output_path": Path(
+            find(given, f"{name}.output_path", ""), find(given, f"{name}.job_name", "DeepSpeedJobName")
+        )
+        for name in WRITES_INTO
+        if find(given, f"{name}.enabled")
+    }
+    profile = find(given, "flops_profiler.output_file")
+    if profile and find(given, "flops_profiler.enabled"):
+        outputs["flops_profiler.output_file"] = Path(profile).parent
+    for key, directory in outputs.items():
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=directory):
+                pass
+        except OSError as error:
+            raise ConfigError(
+                f"{source}: {key}: {str(directory)!r} cannot be written to: {error.strerror}. Write a directory that "
+                "can."
+            ) from error
+
+
+def check_leaf_modules(config: Config, outline: Callable[[], Any]) -> None:
+    """Refuse a file's ``leaf_module`` that names what the model does not have: DeepSpeed only logs that.
+
+    Args:
+        config: what to run.
+        outline: returns the model, whose values do not matter. It is called if there is something to look for.
+
+    Raises:
+        ConfigError: names what is not there, and what is.
+    """
+    name = config.engine.deepspeed_file
+    leaves = find(read(name), "zero_optimization.leaf_module") if name else None
+    if not leaves:
+        return
+    modules = dict(outline().named_modules())
+    kinds = {type(module) for module in modules.values()}
+    classes = {kind.__name__ for kind in kinds}
+    there: dict[str, Callable[[str], bool]] = {
+        "classes": lambda wanted: wanted in classes | {f"{kind.__module__}.{kind.__qualname__}" for kind in kinds},
+        "names": lambda wanted: wanted in modules,
+        "name_suffixes": lambda wanted: any(each.endswith(wanted) for each in modules),
+    }
+    for key, wanted in leaves.items():
+        for each in wanted:
+            if not there[key](each):
+                some = sorted(classes if key == "classes" else filter(None, modules), key=len)[:3]
+                raise ConfigError(
+                    f"{name}: zero_optimization.leaf_module.{key} holds {each!r}, which the model does not have. It "
+                    f"has, for instance: {', '.join(some)}."
+                )

@@ -1,0 +1,73 @@
+"""A user's DeepSpeed JSON file on its way to the Hugging Face Trainer, which fills in ``"auto"`` values by itself.
+
+The Trainer takes most of them from its ``TrainingArguments`` and three from the model's hidden size. It fills in what
+is ``"auto"``, never what is absent: then DeepSpeed's default holds, which may be none of the run's settings. So what
+has to agree with the run must be there, as a value or as ``"auto"``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from tutorial_lib.config import ConfigError
+from tutorial_lib.engine.deepspeed.file import find, read_json
+
+FILLED = frozenset({
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "optimizer.params.lr", "optimizer.params.betas", "optimizer.params.eps", "optimizer.params.weight_decay",
+    "fp16.enabled", "bf16.enabled", "zero_optimization.reduce_bucket_size",
+    "zero_optimization.stage3_prefetch_bucket_size", "zero_optimization.stage3_param_persistence_threshold",
+})  # fmt: skip
+"""Keys whose ``"auto"`` the Trainer fills in."""
+
+NEEDED = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "zero_optimization.stage",
+)  # fmt: skip
+"""Keys that must be there: DeepSpeed's default for them does not follow the run."""
+
+
+def check(name: str) -> None:
+    """Refuse a file that the Trainer would not complete.
+
+    Args:
+        name: a file that :func:`tutorial_lib.engine.deepspeed.file.read` accepts.
+
+    Raises:
+        ConfigError: names the keys, and what to write.
+    """
+    given = read_json(name)
+    unknown = [key for key in auto_keys(given) if key not in FILLED]
+    if unknown:
+        raise ConfigError(
+            f'{name}: {", ".join(unknown)} is "auto", which the Hugging Face Trainer does not fill in. Write a value, '
+            "or leave it out."
+        )
+    for key in NEEDED:
+        if find(given, key) is None:
+            values = '"auto"' if key in FILLED else "0, 1, 2 or 3"
+            raise ConfigError(
+                f'{name}: {key} is missing. The Hugging Face Trainer fills in what is "auto", and leaves what is '
+                f"absent to DeepSpeed's default, which does not follow this run. Write it there, as {values}."
+            )
+
+
+def for_trainer(name: str) -> dict[str, Any]:
+    """Return what the Trainer gets of a file: all of it, without the ``optimizer`` section.
+
+    That section's values have become settings of the run by now. Left in, it would make DeepSpeed build its FusedAdam,
+    which has to be compiled. PyTorch's AdamW does the same, or DeepSpeed's CPU Adam where the optimizer is offloaded.
+    """
+    given = read_json(name)
+    given.pop("optimizer", None)
+    return given
+
+
+def auto_keys(given: dict[str, Any], section: str = "") -> Iterator[str]:
+    """Yield the dotted keys whose value is ``"auto"``."""
+    for key, value in given.items():
+        if value == "auto":
+            yield section + key
+        elif isinstance(value, dict):
+            yield from auto_keys(value, f"{section}{key}.")

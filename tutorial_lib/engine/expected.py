@@ -1,0 +1,120 @@
+"""Expected model states: theory's arithmetic applied to a run's configuration, for every data-parallel rank.
+
+What an engine does differently from the paper is stated here, in one place: DeepSpeed keeps a master copy even of fp32
+weights, reduces a gradient whole on both ranks that share it, and waits with fp32 gradients where it offloads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tutorial_lib.config import Config
+from tutorial_lib.engine.deepspeed.file import find, read_json
+from tutorial_lib.theory import memory
+from tutorial_lib.theory.memory import DEEPSPEED_FP32, FP32, MIXED, ModelStates
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterSizes:
+    """Elements of each parameter in the model's order, tied ones once.
+
+    Attributes:
+        trained: parameters with a gradient.
+        frozen: all others.
+        persistent: elements of those that stage 3 keeps whole on every rank, because they are small.
+    """
+
+    trained: tuple[int, ...]
+    frozen: tuple[int, ...] = ()
+    persistent: int = 0
+
+
+def parameter_sizes(config: Config) -> ParameterSizes:
+    """Return the sizes of a run's parameters, without allocating them.
+
+    Raises:
+        ConfigError: there is no such model, or a pattern of ``freeze`` matches nothing.
+    """
+    from tutorial_lib.models.meta import model_outline
+
+    model = model_outline(config)
+    parameters = list(model.parameters())
+    threshold = _persistence_threshold(config, model.config.get_text_config().hidden_size)
+    return ParameterSizes(
+        tuple(p.numel() for p in parameters if p.requires_grad),
+        tuple(p.numel() for p in parameters if not p.requires_grad),
+        sum(p.numel() for p in parameters if p.numel() < threshold),
+    )
+
+
+def _persistence_threshold(config: Config, hidden: int) -> int:
+    """Return the elements below which stage 3 keeps a parameter whole."""
+    file = config.engine.deepspeed_file
+    if config.engine.name != "trainer" or file is None:
+        return config.engine.persistence_threshold
+    stated = find(read_json(file), "zero_optimization.stage3_param_persistence_threshold", 100_000)  # DeepSpeed's own
+    return 10 * hidden if stated == "auto" else int(stated)  # the Trainer's "auto"
+
+
+def expected_states(config: Config, sizes: ParameterSizes) -> list[ModelStates] | None:
+    """Return the bytes of model states that each data-parallel rank should hold at most, wherever they are kept.
+
+    Args:
+        config: a configuration that already has what its DeepSpeed file decides.
+        sizes: of the model's parameters.
+
+    Returns:
+        A :class:`ModelStates` per rank, or None under tensor parallelism, for which there is no such formula here.
+    """
+    if config.parallel.tp > 1:
+        return None
+    engine, ranks = config.engine, config.parallel.dp
+    if engine.name == "deepspeed" or engine.deepspeed_file:
+        return [_zero(config, sizes, rank) for rank in range(ranks)]
+    pieces = 1
+    if engine.name == "fsdp" and engine.sharding != "no_shard":
+        pieces = engine.shard_size or ranks
+    return [_divided(sizes, 3, pieces, FP32)] * ranks
+
+
+def _divided(sizes: ParameterSizes, stage: int, ranks: int, precision: memory.Precision) -> ModelStates:
+    """Return the paper's model states. Frozen parameters have neither gradients nor optimizer states."""
+    trained = memory.model_states(sum(sizes.trained), stage, ranks, precision)
+    share = memory.partition_elements(sum(sizes.frozen), ranks if stage == 3 else 1)
+    return ModelStates(trained.parameters + precision.parameters * share, trained.gradients, trained.optimizer)
+
+
+def _zero(config: Config, sizes: ParameterSizes, rank: int) -> ModelStates:
+    engine, ranks = config.engine, config.parallel.dp
+    in_fp32, stage = engine.precision == "fp32", engine.zero_stage
+    if stage == 0:
+        return _divided(sizes, 0, ranks, FP32 if in_fp32 else MIXED)
+    precision = DEEPSPEED_FP32 if in_fp32 else MIXED
+    states = _divided(sizes, stage, ranks, precision)
+    if engine.offload != "none":  # each rank's share waits beside its master copy, as fp32
+        gradients = 4 * memory.partition_elements(sum(sizes.trained), ranks)
+        if stage == 1 and config.accumulation > 1:  # besides those that are reduced after the last micro-batch
+            gradients += states.gradients
+    elif stage == 3:
+        gradients = precision.gradients * memory.partitioned_elements(sizes.trained, ranks)
+    elif stage == 1 and config.accumulation > 1:  # reduced once, after the last micro-batch
+        gradients = states.gradients
+    else:
+        gradients = precision.gradients * memory.reduced_gradients(sizes.trained, ranks, rank)
+    parameters, optimizer = states.parameters, states.optimizer
+    if stage == 3:  # every parameter is divided and padded by itself
+        shards = memory.partitioned_elements([*sizes.trained, *sizes.frozen], ranks)
+        parameters = precision.parameters * (shards + (sizes.persistent if ranks > 1 else 0))
+        optimizer = precision.optimizer * memory.partitioned_elements(sizes.trained, ranks)
+    return ModelStates(parameters, gradients, optimizer)
+
+
+def on_device(config: Config, states: ModelStates) -> ModelStates:
+    """Return the part of a rank's model states that offload leaves on its device."""
+    offload, stage = config.engine.offload, config.engine.zero_stage
+    if offload == "none":
+        return states
+    if offload == "all":  # what remains is the working set of the layers that are gathered at the moment
+        return ModelStates(0, 0, 0)
+    # Stage 1 keeps a whole gradient, as large as the weights, on the device until it is reduced.
+    return ModelStates(states.parameters, states.parameters if stage == 1 else 0, 0)

@@ -1,0 +1,186 @@
+"""A submitted job followed to its end: its place in the queue, its progress, and the run that came of it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.launch.errors import WorkerError, first_error, next_start
+from tutorial_lib.launch.runs import Interrupted, Run
+from tutorial_lib.launch.watch import POLL_SECONDS, OnRows, Watcher, stop_on_signal
+from tutorial_lib.records import RunDirectory
+
+ASK_SECONDS = 3.0
+"""Seconds between two questions to the controller, which serves all users."""
+
+_ANSWER_SECONDS = 300.0
+"""For this long a controller that does not answer is asked again."""
+
+_RESULT_SECONDS = 15.0
+"""For this long after a job's end its result may be on its way through a network file system."""
+
+_ACTIVE = frozenset(
+    "PENDING CONFIGURING RUNNING COMPLETING SUSPENDED STOPPED REQUEUED REQUEUE_HOLD REQUEUE_FED RESIZING SIGNALING "
+    "STAGE_OUT SPECIAL_EXIT RESV_DEL_HOLD".split()
+)
+
+_ENDS = {
+    "TIMEOUT": "it was at its time limit and had not saved in time: raise --grace",
+    "OUT_OF_MEMORY": "a node had too little memory for it",
+    "NODE_FAIL": "a node failed",
+    "CANCELLED": "somebody cancelled it",
+    "PREEMPTED": "a job of higher priority took its nodes",
+    "FAILED": "it failed",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class JobState:
+    """What ``squeue`` says of a job."""
+
+    name: str
+    """Such as ``RUNNING``; empty if SLURM no longer knows the job."""
+    reason: str = ""
+    nodes: str = ""
+
+    @property
+    def is_active(self) -> bool:
+        return self.name in _ACTIVE
+
+    def __str__(self) -> str:
+        if self.nodes:
+            return f"{self.name} on {self.nodes}"
+        return f"{self.name} ({self.reason})" if self.reason not in ("", "None") else self.name
+
+
+def submit_and_follow(script: str, config: Config, on_rows: OnRows | None = None) -> Run:
+    """Submit a batch script, wait for the job's end through all its requeues, and return its run.
+
+    A first SIGINT, SIGTERM or SIGUSR1 asks the run to save and end; a second one ends this function, not the job.
+
+    Args:
+        script: what :func:`write_script` has returned.
+        config: of the run that the script trains.
+        on_rows: called with new metrics rows.
+
+    Raises:
+        ConfigError: there is no SLURM here, it refuses the job, or a rank refused the configuration.
+        WorkerError: the job failed; the message is the failing rank's own traceback where there is one.
+        Interrupted: a signal came before the job had started.
+    """
+    directory = RunDirectory(config.directory)
+    signals: list[int] = []
+    watched = Watcher([directory], on_rows, signals)
+    before = _stamp(directory.result_file)
+    directory.clear_errors()  # those of an earlier job
+    job = _submit(script)
+    log = Path.cwd() / f"slurm-{config.run.name}-{job}.out"
+    print(f"job {job}: submitted; its output is in {log}", file=sys.stderr, flush=True)
+    queue = _Queue(job)
+    with stop_on_signal(watched):
+        while (state := queue.look()).is_active:
+            if signals and state.name == "PENDING":
+                subprocess.run(["scancel", "--state=PENDING", job], capture_output=True, timeout=120)
+            elif signals and not directory.stop_file.exists():  # a start of the run forgets earlier requests
+                directory.stop_file.write_text(f"signal {signals[0]} at {time.time()}\n")
+            watched.poll()
+            time.sleep(POLL_SECONDS)
+        watched.poll()
+    end = time.monotonic() + _RESULT_SECONDS
+    while _stamp(directory.result_file) in (None, before) and state.name == "COMPLETED" and time.monotonic() < end:
+        time.sleep(POLL_SECONDS)
+    if _stamp(directory.result_file) not in (None, before):
+        return Run(config, directory.result(), directory.rows())
+    if signals and state.name == "CANCELLED":
+        raise Interrupted(f"job {job} was cancelled before it had started; no step was run.", [])
+    raise _failure(job, state, directory, log)
+
+
+def _submit(script: str) -> str:
+    """Submit a batch script. Returns the job's id."""
+    try:
+        done = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True, timeout=120)
+    except FileNotFoundError:
+        raise ConfigError(
+            "There is no sbatch here, so nothing can be submitted. Run this on a login node of the cluster; or write "
+            "--output FILE instead of --submit, and submit the file there."
+        ) from None
+    if done.returncode:
+        raise ConfigError(f"SLURM refuses the job: {done.stderr.strip()}")
+    return done.stdout.strip().partition(";")[0]
+
+
+class _Queue:
+    """What ``squeue`` says of one job, asked every few seconds.
+
+    Attributes:
+        state: the last answer.
+    """
+
+    def __init__(self, job: str) -> None:
+        self.job, self.state = job, JobState("PENDING", "submitted")
+        self._asked, self._answered = float("-inf"), time.monotonic()
+
+    def look(self) -> JobState:
+        """Return the job's state, at most a few seconds old, and tell the user when it has changed.
+
+        Raises:
+            WorkerError: the controller has not answered for minutes.
+        """
+        if time.monotonic() - self._asked < ASK_SECONDS:
+            return self.state
+        self._asked = time.monotonic()
+        new = self._ask()
+        if new.is_active and str(new) != str(self.state):
+            print(f"job {self.job}: {new}", file=sys.stderr, flush=True)
+        self.state = new
+        return new
+
+    def _ask(self) -> JobState:
+        squeue = ["squeue", "--noheader", "--states=all", f"--jobs={self.job}", "--format=%T|%r|%N"]
+        try:
+            done = subprocess.run(squeue, capture_output=True, text=True, timeout=60)
+        except subprocess.TimeoutExpired:
+            done = subprocess.CompletedProcess(squeue, 1, "", "no answer within 60 s")
+        if done.returncode and "Invalid job id" not in done.stderr:
+            if time.monotonic() - self._answered > _ANSWER_SECONDS:
+                raise WorkerError(
+                    f"SLURM's controller has not answered for {_ANSWER_SECONDS:.0f} s: {done.stderr.strip()}. Job "
+                    f"{self.job} goes on without being watched; `squeue --jobs={self.job}` will show it."
+                )
+            return self.state
+        self._answered = time.monotonic()
+        first = done.stdout.strip().partition("\n")[0]
+        return JobState(*first.split("|")) if first else JobState("")
+
+
+def _failure(job: str, state: JobState, directory: RunDirectory, log: Path) -> Exception:
+    """Return why a job left no result: a rank's own error, else what its log says."""
+    why = _ENDS.get(state.name, "it left no result")
+    return first_error(
+        [directory],
+        f"Job {job} ended as {state.name or 'unknown'}: {why}. {next_start([directory])}\n{_cause(job, log)}",
+    )
+
+
+def _cause(job: str, log: Path, lines: int = 20) -> str:
+    """Return the errors that a job's last start has printed, each once, or the end of its log."""
+    if not log.is_file():
+        return f"It has no log: {log} does not exist."
+    text = log.read_text(encoding="utf-8", errors="replace")
+    of_last_start = text[max(text.rfind(f"job {job}.", 0, text.rfind("rendezvous at")), 0) :].splitlines()
+    errors = list(dict.fromkeys(line for line in of_last_start if line.startswith("error: ")))
+    return "\n".join(errors or [f"The end of {log}:", *of_last_start[-lines:]])
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Return what changes when a file is written again, or None if it does not exist."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns

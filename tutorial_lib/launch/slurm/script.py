@@ -1,0 +1,209 @@
+"""Batch script of a run: what SLURM is asked for, and how ``torchrun`` starts on each node.
+
+The text is in ``train.sbatch``, next to this page, with ``@{name}`` where a value belongs.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import string
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tutorial_lib.config import Config, ConfigError
+
+_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d{1,2}):(?P<minutes>[0-5]?\d):(?P<seconds>[0-5]?\d)")
+
+_REQUEUE = """\
+if [[ $is_asked_to_end ]]; then
+    echo "job $attempt: saved; goes back into the queue"
+    scontrol requeue "$SLURM_JOB_ID" && sleep 60 # SLURM ends this script
+fi
+"""
+
+_SAMPLER = """\
+python -m tutorial_lib.measure.sampler "$run/logs/memory-$attempt-$SLURMD_NODENAME.jsonl" \\
+        """
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Allocation:
+    """What SLURM is asked for."""
+
+    nodes: int
+    ranks_per_node: int
+    """One per GPU; on CPUs, processes."""
+    cpus_per_rank: int
+    time_limit: str = "01:00:00"
+    """``HOURS:MINUTES:SECONDS``, perhaps with ``DAYS-`` in front."""
+    grace: int = 120
+    """Seconds before the time limit at which the run is asked to save and end."""
+    requeue: bool = True
+    """Go back into the queue when the time is up, or a node fails."""
+    sample_memory: bool = True
+    """Log the memory of each node's processes."""
+    join_timeout: int = 300
+    """Seconds that a node waits for the others."""
+    partition: str | None = None
+    account: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "ranks_per_node", "cpus_per_rank", "grace", "join_timeout"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; the smallest possible value is 1.")
+        if self.grace >= _seconds(self.time_limit):
+            raise ConfigError(
+                f"The run would be asked to save {self.grace} s before a time limit of {self.time_limit}: "
+                "before it begins. Write a longer time limit, or a shorter grace."
+            )
+        for name in ("partition", "account"):
+            value = getattr(self, name)
+            if value is not None and not re.fullmatch(r"[\w.,-]+", value):
+                raise ConfigError(f"{name} is {value!r}: write its name as SLURM shows it.")
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+
+def write_script(config: Config, allocation: Allocation, profile: str, command: str) -> str:
+    """Return the batch script of a run.
+
+    Args:
+        config: what to run, with ``launcher='none'`` and as many ranks as the allocation has.
+        allocation: what SLURM is asked for.
+        profile: the profile that the configuration was made from.
+        command: what was typed, for a comment.
+
+    Raises:
+        ConfigError: the two do not go together.
+    """
+    _check(config, allocation)
+    template = Path(__file__).with_name("train.sbatch").read_text(encoding="utf-8")
+    engine, parallel = config.engine, config.parallel
+    on_gpus = config.run.device == "cuda"
+    ranks = _count(allocation.ranks_per_node, "process", "processes")
+    places = f"{_count(allocation.nodes, 'node', 'nodes')} with {_count(allocation.ranks_per_node, *_PLACES[on_gpus])}"
+    zero = engine.deepspeed_file or f"ZeRO stage {engine.zero_stage}"
+    what = f"{engine.name}, {zero}" if engine.name == "deepspeed" else engine.name
+    directory = config.with_absolute_paths().directory
+    return _Template(template).substitute(
+        title=f"Run {config.run.name}: {what}, dp={parallel.dp} x tp={parallel.tp}, on {places}"
+        + ("." if allocation.nodes == 1 else " each."),
+        command=command,
+        directives="\n".join(_directives(config, allocation)),
+        python_directory=shlex.quote(str(Path(sys.executable).parent)),
+        cpus_per_rank=allocation.cpus_per_rank,
+        run=shlex.quote(str(directory)),
+        ranks_per_node_in_words=ranks,
+        ranks_per_node=allocation.ranks_per_node,
+        join_seconds=allocation.join_timeout,
+        time_limit=allocation.time_limit,
+        grace_in_words=f"{allocation.grace} s",
+        sampler=_SAMPLER if allocation.sample_memory else "",
+        train_arguments=_wrapped(train_arguments(config, profile), indent=8),
+        requeue=_REQUEUE if allocation.requeue else "",
+    )
+
+
+class _Template(string.Template):
+    """Template whose values are at ``@{name}``: the shell has its own use for ``$``."""
+
+    delimiter = "@"
+    pattern = r"@\{(?P<braced>\w+)\}|(?P<escaped>(?!))|(?P<named>(?!))|(?P<invalid>(?!))"  # type: ignore[assignment]
+
+
+_PLACES = {True: ("GPU", "GPUs"), False: ("process", "processes")}
+
+
+def _count(number: int, one: str, more: str) -> str:
+    return f"{number} {one if number == 1 else more}"
+
+
+def _directives(config: Config, allocation: Allocation) -> list[str]:
+    """Return the ``#SBATCH`` lines, each option with what it is for."""
+    on_gpus = config.run.device == "cuda"
+    cpus = allocation.cpus_per_rank * allocation.ranks_per_node
+    options = [
+        (f"job-name={config.run.name}", ""),
+        *((f"{name}={value}", "") for name in ("partition", "account") if (value := getattr(allocation, name))),
+        (f"nodes={allocation.nodes}", ""),
+        ("ntasks-per-node=1", f"a torchrun, which starts {_count(allocation.ranks_per_node, 'process', 'processes')}"),
+        *([(f"gpus-per-node={allocation.ranks_per_node}", "one for each process")] if on_gpus else []),
+        (f"cpus-per-task={cpus}", f"{allocation.cpus_per_rank} for each process"),
+        (f"time={allocation.time_limit}", ""),
+        (f"signal=B:USR1@{allocation.grace}", "before the time is up: see save_and_end below"),
+        ("requeue", "also after a node has failed") if allocation.requeue else ("no-requeue", ""),
+        ("open-mode=append", "the log goes on after a requeue"),
+        (f"chdir={shlex.quote(str(Path.cwd()))}", ""),
+        ("output=slurm-%x-%j.out", ""),
+    ]
+    return [f"#SBATCH --{option:27} # {reason}" if reason else f"#SBATCH --{option}" for option, reason in options]
+
+
+def train_arguments(config: Config, profile: str) -> list[str]:
+    """Return the arguments of ``train``: the profile, the settings that were stated, and those that follow."""
+    config = config.with_absolute_paths()
+    flat = config.flat()
+    wanted = [name for name in flat if name in config.given | {"dp", "name", "storage"}]
+    words = ["--profile", profile, "--launcher", "none"]
+    for name in wanted:
+        flag, value = f"--{name.replace('_', '-')}", flat[name]
+        if name == "launcher" or value is None:
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, tuple):
+            words += [flag, *value]
+        else:
+            words += [flag, str(value)]
+    return words
+
+
+def _wrapped(words: list[str], indent: int, width: int = 110) -> str:
+    """Return the options of a shell command, quoted, over several lines. A value stays with its option."""
+    options: list[str] = []
+    for word in words:
+        if word.startswith("--"):
+            options.append(word)
+        else:
+            options[-1] += f" {shlex.quote(word)}"
+    lines = options[:1]
+    for option in options[1:]:
+        if indent + len(f"{lines[-1]} {option}") > width:
+            lines.append(option)
+        else:
+            lines[-1] += f" {option}"
+    return f" \\\n{' ' * indent}".join(lines)
+
+
+def _check(config: Config, allocation: Allocation) -> None:
+    if config.run.launcher != "none":
+        raise ConfigError(
+            f"launcher={config.run.launcher!r} starts its ranks by itself; under SLURM torchrun starts them. Leave "
+            "launcher out."
+        )
+    if config.parallel.world_size != allocation.world_size:
+        raise ConfigError(
+            f"dp x tp is {config.parallel.world_size}, and {allocation.nodes} x {allocation.ranks_per_node} processes "
+            f"are {allocation.world_size}. Leave dp out: it follows from the others."
+        )
+    if allocation.ranks_per_node % config.parallel.tp:
+        raise ConfigError(
+            f"tp={config.parallel.tp} does not divide the {allocation.ranks_per_node} processes of a node, so that a "
+            "tensor-parallel group would span nodes. Write a tp that does."
+        )
+    if config.run.resume == "never" and allocation.requeue:
+        raise ConfigError(
+            "resume='never' would refuse the run's own checkpoint after a requeue. Leave it out, or write --no-requeue."
+        )
+
+
+def _seconds(time_limit: str) -> int:
+    match = _TIME.fullmatch(time_limit)
+    if not match:
+        raise ConfigError(f"The time limit {time_limit!r} is not clear. Write HOURS:MINUTES:SECONDS, such as 01:30:00.")
+    days, hours, minutes, seconds = (int(match[unit] or 0) for unit in ("days", "hours", "minutes", "seconds"))
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds

@@ -1,0 +1,120 @@
+"""A model's directory: its files besides the weights, refused where they cannot be what their names say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.utils import logging
+
+from tutorial_lib.config import ConfigError
+
+GENERATION_CONFIG = "generation_config.json"
+
+_LFS_POINTER = b"version https://git-lfs"
+_TOKENIZER_OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json")
+_OLDER_VOCABULARIES = ("*.txt", "*.model", "*.tiktoken")
+"""Read only where there is no ``tokenizer.json``."""
+
+
+def check_no_pointer(path: Path) -> None:
+    """Refuse a file that ``git clone`` has left as a pointer to the real one.
+
+    Raises:
+        ConfigError: names it, and says how to get the real one.
+    """
+    with path.open("rb") as file:
+        start = file.read(len(_LFS_POINTER))
+    if start == _LFS_POINTER:
+        raise ConfigError(
+            f"{path} is a git-lfs pointer of {path.stat().st_size} bytes, not the file itself. "
+            f"Run `git lfs pull` in {path.parent}, or download the file."
+        )
+
+
+def check_config(directory: str) -> None:
+    """Refuse a ``config.json`` that is no JSON object, or names a type of numbers that PyTorch does not have.
+
+    Raises:
+        ConfigError: names the file, what is wrong with it, and what to write.
+    """
+    path = Path(directory, "config.json")
+    for key, value in _dtypes(_read_object(path)):
+        if not isinstance(getattr(torch, value, None) if isinstance(value, str) else None, torch.dtype):
+            raise ConfigError(
+                f'{path}: {key} is {json.dumps(value)}, which is no type of PyTorch. Write one, such as "float32" or '
+                '"bfloat16", or remove the key; it describes the files, and the setting precision decides the training.'
+            )
+
+
+def check_tokenizer_files(directory: str) -> None:
+    """Refuse tokenizer files that are no JSON objects, or pointers in place of the files.
+
+    Raises:
+        ConfigError: names the file, what is wrong with it, and what to do.
+    """
+    root = Path(directory)
+    objects = {name: _read_object(root / name) for name in _TOKENIZER_OBJECTS}
+    if not objects["tokenizer.json"]:
+        _read_object(root / "vocab.json")
+    older = () if objects["tokenizer.json"] else _OLDER_VOCABULARIES
+    for pattern in (*older, "*.jinja", "additional_chat_templates/*.jinja"):
+        for path in sorted(root.glob(pattern)):
+            if path.is_file():
+                check_no_pointer(path)
+
+
+def check_generation_config(directory: str) -> None:
+    """Refuse a ``generation_config.json`` that the library which loads the model would not take.
+
+    Raises:
+        ConfigError: names the file, what is wrong with it, and what to do.
+    """
+    path = Path(directory, GENERATION_CONFIG)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # who loads the model warns of settings that contradict each other
+    try:
+        GenerationConfig.from_dict(_read_object(path))
+    except (ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            f"{path} does not describe how to generate: {error} Correct it, or remove the file: training does without."
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Return what a JSON file holds, or an empty object if there is no such file.
+
+    Raises:
+        ConfigError: it is a directory, a pointer, no JSON, or no object.
+    """
+    if not path.exists():
+        return {}
+    if not path.is_file():
+        raise ConfigError(f"{path} is a directory, and has to be a file. Copy or download the model again.")
+    check_no_pointer(path)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}. Copy or download it again.") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} holds a JSON {type(found).__name__}, and has to hold an object: {{...}}.")
+    return found
+
+
+def _dtypes(config: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Return the types that a configuration and its parts state, by their dotted keys."""
+    found = []
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype") and value is not None:
+            parts = value if isinstance(value, dict) else {"": value}
+            found += [(f"{key}.{part}" if part else key, each) for part, each in parts.items() if each is not None]
+        elif key.endswith("_config") and isinstance(value, dict) and key != "quantization_config":
+            found += [(f"{key}.{inner}", each) for inner, each in _dtypes(value)]
+    return found

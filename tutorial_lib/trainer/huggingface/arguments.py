@@ -1,0 +1,80 @@
+"""``TrainingArguments`` of a run, and the global state that they leave in a process.
+
+transformers and accelerate keep who trains how in global variables and in the environment. Several runs may share a
+process here, so each run begins without what the one before has left.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from accelerate.state import AcceleratorState, GradientState
+from transformers import TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from tutorial_lib.config import Config
+from tutorial_lib.engine.deepspeed.trainer_file import for_trainer
+
+
+def build_arguments(config: Config, num_steps: int) -> TrainingArguments:
+    """Return a run's settings as transformers takes them.
+
+    Logging happens at every step, as a row is written for each; saving and evaluating when the run's own settings say.
+
+    Args:
+        config: what to run.
+        num_steps: optimizer steps of the whole run.
+    """
+    o, on_cpu = config.optimizer, config.run.device == "cpu"
+    file = config.engine.deepspeed_file
+    given: dict[str, Any] = {
+        "output_dir": str(config.directory / "checkpoints"),
+        "per_device_train_batch_size": config.micro_batch,
+        "per_device_eval_batch_size": config.micro_batch,
+        "gradient_accumulation_steps": config.accumulation,
+        "max_steps": num_steps,
+        "learning_rate": o.learning_rate,
+        "adam_beta1": o.beta1,
+        "adam_beta2": o.beta2,
+        "adam_epsilon": o.eps,
+        "weight_decay": o.weight_decay,
+        "max_grad_norm": o.gradient_clipping,
+        "lr_scheduler_type": o.scheduler_name,
+        "warmup_steps": o.warmup_steps,
+        "seed": config.run.seed,
+        "bf16": config.engine.precision == "bf16",
+        "fp16": config.engine.precision == "fp16",
+        "deepspeed": for_trainer(file) if file else None,
+        "use_cpu": on_cpu,
+        "ddp_backend": "gloo" if on_cpu and config.parallel.world_size > 1 else None,
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # it would put an average in the place of a loss that is no number
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "log_level": "warning",
+    }
+    with _alone(config.parallel.world_size == 1 and not file):
+        return TrainingArguments(**given)
+
+
+@contextmanager
+def _alone(is_alone: bool) -> Iterator[None]:
+    """Hide that this process is a rank, where it is the only one: accelerate would wrap the model for one rank too."""
+    hidden = {name: os.environ.pop(name) for name in ("LOCAL_RANK",) if is_alone and name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def forget_state() -> None:
+    """Forget who trained how in this process: the global state of transformers and accelerate."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    unset_hf_deepspeed_config()

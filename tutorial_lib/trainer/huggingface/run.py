@@ -1,0 +1,255 @@
+"""A run that the Hugging Face Trainer trains: its rows, evaluations, stops, checkpoints and result.
+
+The ``Trainer`` has the loop. This page is what the package's own loop does between two steps, called from there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tutorial_lib.checkpoint import Writer
+from tutorial_lib.checkpoint.formats import trainer as trainer_format
+from tutorial_lib.config import ConfigError
+from tutorial_lib.dataloader import build_epoch_loader
+from tutorial_lib.engine.deepspeed.file import find, read_json
+from tutorial_lib.engine.deepspeed.trainer_file import auto_keys
+from tutorial_lib.models import build_model
+from tutorial_lib.mpu.random_states import seed_everything
+from tutorial_lib.trainer.huggingface.arguments import build_arguments, forget_state
+from tutorial_lib.trainer.huggingface.trainer import HuggingFaceTrainer
+from tutorial_lib.trainer.loop import Trainer
+from tutorial_lib.trainer.loss import NonFiniteLoss
+from tutorial_lib.trainer.probe import StepProbe, measured_step
+
+
+class HuggingFaceRun(Trainer):
+    """One start of a run on one rank, trained by the Hugging Face Trainer."""
+
+    def _build_loader(self, *, dp_rank: int, dp_size: int) -> Any:
+        return build_epoch_loader(self.config, self.tokenizer, dp_rank=dp_rank, dp_size=dp_size)
+
+    def _build_engine(self) -> None:
+        self.engine = _TrainedModel(self)
+        self._probe: StepProbe | None = None
+        self._probing = ExitStack()
+
+    def close(self) -> None:
+        self._probing.close()
+        super().close()
+
+    def _restore_schedule(self, state: dict[str, Any]) -> None:
+        """Leave the schedule to the Trainer, which restores it from its own checkpoint."""
+
+    def _train_steps(self) -> None:
+        if self._is_over() and self.eval_loader is None:
+            return
+        self.engine.trainer.train(resume_from_checkpoint=self.engine.resumes_from)
+
+    def begin_training(self) -> bool:
+        """Evaluate before the first step. Return whether there is none in this start. Collective."""
+        self.scheduler = self.engine.trainer.lr_scheduler
+        self._prepare_first_step()
+        if self.resumed_from is None:  # else the Trainer restores the states that were saved
+            seed_everything(self.config.run.seed + 1 + self.topology.dp_rank)
+        return self._is_over()
+
+    def begin_step(self) -> None:
+        """Start the clock of a step, and its probe if it is to be measured: its batches are about to be read."""
+        self._step_began = time.perf_counter()
+        if self.config.run.measure and self.step + 1 == measured_step(self.num_steps):
+            self._probe = StepProbe(self.topology)
+            self._probing.enter_context(self._probe.measuring())
+            self._probing.enter_context(self.engine.telling_after_backward(self.note_states))
+
+    def note_states(self) -> None:
+        """Have the probe note the model states of this moment, if there is one: gradients are at their peak."""
+        if self._probe:
+            self._probe.note_states(self.engine)
+
+    def note_batches(self, batches: list[Any], num_tokens: Tensor | int | None) -> None:
+        """Agree with all ranks on the tokens of the step that begins, and on stop requests. Collective.
+
+        Args:
+            batches: this rank's micro-batches of the step.
+            num_tokens: what the Trainer divides the loss sum by.
+
+        Raises:
+            ConfigError: no token counts, or the Trainer would divide by something else than their number.
+        """
+        self._tokens, self._stop, _ = self._agree(batches)
+        if num_tokens is None or int(num_tokens) != self._tokens:
+            raise ConfigError(
+                f"engine='trainer' with {self.config.model.name!r}: the Hugging Face Trainer divides the loss of step "
+                f"{self.step + 1} by {num_tokens} tokens, and the step has {self._tokens}. This family's loss does not "
+                "weigh every token alike. Write another engine, such as engine='deepspeed'."
+            )
+
+    def end_step(self, step: int, logs: dict[str, float]) -> bool:
+        """Record a step that was trained. Return whether it was the last one of this start.
+
+        Args:
+            step: optimizer steps done.
+            logs: what the Trainer logs of it: ``loss``, ``learning_rate`` and, if known, ``grad_norm``.
+
+        Raises:
+            NonFiniteLoss: the loss or the gradient is no longer a number.
+        """
+        norm = logs.get("grad_norm")
+        if not math.isfinite(logs["loss"]):
+            raise NonFiniteLoss(self._diverged(f"the loss is {logs['loss']}", step))
+        if norm is not None and not math.isfinite(norm) and self.config.engine.precision != "fp16":
+            raise NonFiniteLoss(self._diverged(f"the gradient's norm is {norm}", step))
+        self.step = step
+        if self._probe:
+            self._probing.close()
+            self.measured, self._probe = self._probe.report(self.engine), None
+        self._record_row(
+            loss=logs["loss"],
+            tokens=self._tokens,
+            norm=math.inf if norm is None else norm,
+            rate=logs["learning_rate"],
+            seconds=time.perf_counter() - self._step_began,
+        )
+        is_over = self._is_over(self._stop)
+        self._evaluate_if_due()
+        return is_over
+
+    def _position(self) -> dict[str, Any]:
+        position: dict[str, Any] = self.loader.state_at(self.step)
+        return position
+
+    def _facts(self) -> dict[str, Any]:
+        return {"deepspeed_config": self.engine.deepspeed_config(), "deepspeed_auto": self.engine.filled_in()}
+
+
+class _TrainedModel:
+    """The model that a Trainer trains, as evaluation and checkpoints need it.
+
+    Args:
+        run: what is run.
+    """
+
+    def __init__(self, run: HuggingFaceRun) -> None:
+        config = run.config
+        self.device = run.device
+        self.resumes_from: str | None = None
+        self._rank, self._zero_stage = run.topology.rank, config.engine.zero_stage
+        self._file = config.engine.deepspeed_file
+        self._environment = dict(os.environ)
+        forget_state()
+        # Before the model: with stage 3 in them, transformers partitions it while building it.
+        args = build_arguments(config, run.num_steps)
+        if self._file:
+            _join_process_group(self.device)
+        model = build_model(config)
+        self.num_parameters = sum(int(getattr(p, "ds_numel", p.numel())) for p in model.parameters())
+        self.trainer = HuggingFaceTrainer(run, model, args)
+
+    @property
+    def module(self) -> Any:
+        return self.trainer.model
+
+    def model_states(self) -> dict[str, list[Tensor]]:
+        """The tensors of this rank's model states by part: ``parameters``, ``gradients``, ``optimizer``."""
+        engine = self.trainer.deepspeed
+        if engine is not None:
+            from tutorial_lib.engine.deepspeed.engine import held_tensors
+
+            return held_tensors(engine, engine.basic_optimizer)
+        parameters = list(self.module.parameters())
+        states = [t for state in self.trainer.optimizer_states() for t in state.values() if torch.is_tensor(t)]
+        return {
+            "parameters": [*parameters],
+            "gradients": [p.grad for p in parameters if p.grad is not None],
+            "optimizer": [t for t in states if t.dim() > 0],
+        }
+
+    def layout(self) -> list[Any]:
+        """Nothing: the Trainer splits no parameter over a tensor-parallel group."""
+        return []
+
+    @contextmanager
+    def telling_after_backward(self, tell: Callable[[], None]) -> Iterator[None]:
+        """Call ``tell`` after each backward pass. accelerate lets DeepSpeed update the weights right afterwards."""
+        engine = self.trainer.deepspeed
+        if engine is None:
+            self.trainer.after_backward = tell
+        else:
+            own = engine.backward
+
+            def backward(*args: Any, **given: Any) -> Any:
+                result = own(*args, **given)
+                tell()
+                return result
+
+            engine.backward = backward
+        try:
+            yield
+        finally:
+            self.trainer.after_backward = None
+            if engine is not None:
+                del engine.backward  # the class's own again
+
+    def train(self, mode: bool) -> None:
+        self.trainer.model_wrapped.train(mode)
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Logits, shape (B, S, V), of a batch without its labels."""
+        logits: Tensor = self.trainer.model_wrapped(**inputs, use_cache=False).logits
+        return logits
+
+    def save(self, directory: Path, writer: Writer) -> None:
+        """Let the Trainer write its checkpoint into ``directory``. Collective."""
+        directory.mkdir(exist_ok=True)
+        self.trainer.write_checkpoint(directory)
+
+        def is_own(name: str) -> bool:
+            found = trainer_format.rank_and_contents(name, self._zero_stage)
+            return found is not None and found[0] == self._rank
+
+        writer.count(directory, is_own)
+
+    def load(self, directory: Path) -> None:
+        """Remember the checkpoint, which the Trainer loads when it starts to train."""
+        self.resumes_from = str(trainer_format.written_by_trainer(directory))
+
+    def deepspeed_config(self) -> dict[str, Any] | None:
+        """Return the configuration that DeepSpeed got in the end, or None without DeepSpeed."""
+        if not self._file:
+            return None
+        resolved = self.trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+        return dict(json.loads(json.dumps(resolved), parse_constant=str))  # JSON has no word for infinity
+
+    def filled_in(self) -> dict[str, Any] | None:
+        """Return what every ``"auto"`` of the DeepSpeed file has become, by dotted key."""
+        resolved = self.deepspeed_config()
+        if resolved is None or self._file is None:
+            return None
+        return {key: find(resolved, key) for key in auto_keys(read_json(self._file))}
+
+    def close(self) -> None:
+        """Release what outlives the run, so that another one can be trained in the same process."""
+        if self.trainer.deepspeed is not None:
+            self.trainer.deepspeed.destroy()
+        self.trainer.accelerator.free_memory()
+        forget_state()
+        os.environ.clear()
+        os.environ.update(self._environment)
+
+
+def _join_process_group(device: torch.device) -> None:
+    # DeepSpeed would take a GPU that is there, also for a run that is to stay on the CPU.
+    os.environ["DS_ACCELERATOR"] = device.type
+    from tutorial_lib.engine.deepspeed.engine import join_process_group
+
+    join_process_group()

@@ -1,0 +1,109 @@
+"""transformers' ``Trainer`` with this package's order of examples, AdamW and place for checkpoints.
+
+Four methods are enough to make its losses those of the package's own loop:
+
+- ``get_train_dataloader``: micro-batches of this data-parallel rank, in the order that data, seed and global batch
+  decide. accelerate must not deal them out to the ranks a second time;
+- ``create_optimizer``: AdamW decays every trained parameter. Left to itself, the ``Trainer`` leaves out biases and
+  norms, while DeepSpeed's JSON files have no such exception;
+- ``get_batch_samples``: where the ``Trainer`` counts the step's tokens, over all micro-batches and ranks, to divide the
+  loss sum by them. The run learns the number here;
+- ``_save_checkpoint``: the checkpoint goes into a directory that is hashed and gets its name when it is complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+if TYPE_CHECKING:
+    from tutorial_lib.trainer.huggingface.run import HuggingFaceRun
+
+
+class HuggingFaceTrainer(Trainer):
+    """The ``Trainer`` of one run.
+
+    Args:
+        run: has the data and the settings, and is told of every step.
+        model: what is trained.
+        args: from :func:`tutorial_lib.trainer.huggingface.arguments.build_arguments`.
+    """
+
+    def __init__(self, run: HuggingFaceRun, model: Any, args: TrainingArguments) -> None:
+        self.run = run
+        self.after_backward: Callable[[], None] | None = None
+        super().__init__(model=model, args=args, callbacks=[_Callback(run)])
+        self.remove_callback(PrinterCallback)  # the run writes its rows to metrics.jsonl
+
+    def get_train_dataloader(self) -> Any:
+        return self.run.loader
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            own: Any = self.model if model is None else model
+            trained = [parameter for parameter in own.parameters() if parameter.requires_grad]
+            args = self.args
+            self.optimizer = torch.optim.AdamW(
+                trained,
+                lr=args.learning_rate,
+                betas=(args.adam_beta1, args.adam_beta2),
+                eps=args.adam_epsilon,
+                weight_decay=args.weight_decay,
+            )
+        return self.optimizer
+
+    def optimizer_states(self) -> list[dict[str, Any]]:
+        """Return what the optimizer keeps for each parameter; nothing before the first step."""
+        return list(self.optimizer.state.values()) if self.optimizer else []
+
+    def training_step(self, *args: Any, **given: Any) -> Tensor:
+        loss: Tensor = super().training_step(*args, **given)
+        if self.after_backward:
+            self.after_backward()
+        return loss
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        self.run.begin_step()
+        batches, num_tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.run.note_batches(batches, num_tokens)
+        return batches, num_tokens
+
+    def _run_epoch(self, *args: Any, **given: Any) -> None:
+        if self.control.should_training_stop:
+            return  # asked for before the first step: nothing is left to train in this start
+        super()._run_epoch(*args, **given)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.run.save(and_train_on=True)
+
+    def write_checkpoint(self, directory: Path) -> None:
+        """Write ``checkpoint-N`` into a directory, as the ``Trainer`` does. Collective."""
+        usual = self.args.output_dir
+        self.args.output_dir = str(directory)
+        try:
+            super()._save_checkpoint(self.model_wrapped, trial=None)
+        finally:
+            self.args.output_dir = usual
+
+
+class _Callback(TrainerCallback):
+    """Tells the run of what happens, and the ``Trainer`` when to stop and to save."""
+
+    def __init__(self, run: HuggingFaceRun) -> None:
+        self.run = run
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = self.run.begin_training()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if logs is not None and "loss" in logs:  # others sum up the whole training
+            is_over = self.run.end_step(state.global_step, logs)
+            control.should_training_stop = is_over
+            control.should_save = not is_over and self.run.checkpoints.is_due(state.global_step)
