@@ -50,7 +50,16 @@ def cluster(virtual_nodes: VirtualNodes, shared: Path) -> SlurmCluster:
     skip_for(slurm.missing())
     (shared / "slurm").mkdir()
     with SlurmCluster(virtual_nodes, shared / "slurm") as started:
-        return started
+        return started  # its daemons end with the nodes
+
+
+@pytest.fixture
+def cluster_to_break(virtual_nodes: VirtualNodes, shared: Path) -> Iterator[SlurmCluster]:
+    """SLURM on two nodes of its own, for a test that leaves them broken."""
+    skip_for(slurm.missing())
+    (shared / "slurm-to-break").mkdir()
+    with VirtualNodes(2, [shared]) as own, SlurmCluster(own, shared / "slurm-to-break") as started:
+        yield started
 
 
 def skip_for(reason: str | None) -> None:

@@ -165,8 +165,8 @@ def test_a_preempted_job_saves_and_goes_on_later_and_a_cancelled_one_saves(clust
     assert result["step"] > stopped_at
 
 
-def test_a_job_goes_on_elsewhere_when_its_node_fails(cluster: SlurmCluster, inputs: Path) -> None:
-    """The last test: the second node is gone afterwards."""
+def test_a_job_goes_on_elsewhere_when_its_node_fails(cluster_to_break: SlurmCluster, inputs: Path) -> None:
+    cluster = cluster_to_break
     job = Job(cluster, inputs, "orphaned", *ONE_PROCESS, "--steps", "3000", "--checkpoint-every", "5")
     job.submit("--exclude=node1")
     job.wait_for_step(11)

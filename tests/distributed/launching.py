@@ -25,7 +25,10 @@ def observe(configs: Sequence[Config], worker: str = "tests.distributed.worker")
 def train_command(config: Config) -> list[str]:
     """Return what to type after ``python -m`` for a run with this configuration."""
     given = ["tutorial_lib", "train", "--json"]
-    for name, value in config.flat().items():
+    settings = config.flat()
+    if config.run.steps:
+        del settings["epochs"]  # the run's length is stated once
+    for name, value in settings.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             given.append(f"--{flag}" if value else f"--no-{flag}")
