@@ -107,7 +107,7 @@ def test_two_nodes_train_like_one(
     ids=["a name that does not resolve", "a node that never comes", "static"],
 )
 def test_torchrun_waits_as_long_as_its_flags_say(virtual_nodes: VirtualNodes, given: list[str], why: str) -> None:
-    """What the batch script bounds by flags: this happens in torchrun, before our first line runs."""
+    """The batch script bounds these by flags: they happen in torchrun, before our first line runs."""
     ((code, output),) = run_on(virtual_nodes.nodes[:1], [[*TORCHRUN, *given, "-m", "tutorial_lib"]], seconds=60)
     assert code == 1
     assert why in output

@@ -18,7 +18,7 @@ from tutorial_lib.measure.sampler_log import MIB
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """What one row costs against another. Bytes and seconds.
+    """Cost of one row against another, in bytes and seconds.
 
     Attributes:
         rows: the name of the row, or of both.
@@ -39,12 +39,12 @@ class Difference:
 
     @property
     def saving_percent(self) -> float:
-        """How much less memory the second row took."""
+        """Memory that the second row saved, in percent of the first row's."""
         return 100 * (1 - self.memory_with / self.memory_without)
 
     @property
     def change_percent(self) -> float:
-        """How much longer the second row took."""
+        """Runtime that the second row added, in percent of the first row's."""
         return 100 * (self.runtime_with / self.runtime_without - 1)
 
 
