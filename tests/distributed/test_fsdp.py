@@ -11,6 +11,7 @@ import torch
 from tests.distributed import cases
 from tests.distributed.cases import HIDDEN, LAYERS, among_runs
 from tests.distributed.comparing import assert_equal
+from tutorial_lib.cli import plan_check
 from tutorial_lib.models import load_model
 from tutorial_lib.models.meta import model_outline
 from tutorial_lib.theory import memory, traffic
@@ -122,6 +123,19 @@ def test_tensor_parallel_ranks_hold_what_is_split_once_and_the_rest_whole(observ
     for one in measured(run):
         assert one["num_parameters"] == psi
         assert {part: one["state_bytes"][part] for part in expected.to_dict()} == expected.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "name"),
+    among_runs(
+        [(2, f"gpt2.{name}.2") for name in ("fsdp-full", "fsdp-grad", "fsdp-none", "fsdp-full-accumulated", "fsdp-tp2")]
+    ),
+)
+def test_the_planner_predicts_what_a_run_holds_and_sends(observed, ranks, name):
+    """``plan --check``; peaks, which depend on how long rows are, stand in docs/planner-errors.md."""
+    run = observed(ranks, name)
+    states, _, sent = plan_check.compare(run.config, measured(run))
+    assert abs(states.error) <= 0.01 and abs(sent.error) <= 0.01
 
 
 TRAFFIC = [

@@ -25,14 +25,16 @@ from tests.gpu.training import (
     train_step,
     write_model,
 )
-from tutorial_lib.cli.plan import from_config
+from tutorial_lib.cli.plan_check import workload_and_layout
+from tutorial_lib.cli.plan_models import from_config
 from tutorial_lib.config import Config
 from tutorial_lib.measure.memory import StateBytes, host_memory, peak_memory, reset_peak_memory
 from tutorial_lib.measure.speed import matmul_peak
 from tutorial_lib.models import load_config
-from tutorial_lib.theory import memory
+from tutorial_lib.theory import peak
 from tutorial_lib.theory.dimensions import Dimensions
 from tutorial_lib.theory.flops import flops_per_token, utilisation
+from tutorial_lib.theory.states import model_states
 
 TINY_BLOOM = {"hidden_size": 32, "n_layer": 2, "n_head": 4}
 BLOOM_560M = {"hidden_size": 1024, "n_layer": 24, "n_head": 16, "vocab_size": 250_880, "initializer_range": 0.02}
@@ -164,20 +166,9 @@ def measured_peak(setting: Setting) -> float:
 
 
 def predict(config: Config, dimensions: Dimensions, params: int) -> dict[str, float]:
-    """Return what the arithmetic says of a case's device memory: states, activations at their peak, and both."""
-    engine, batch = config.engine, config.micro_batch
-    element = 4 if engine.precision == "fp32" else 2
-    if engine.name == "deepspeed":
-        states = memory.device_states(params, engine.zero_stage, 1, memory.MIXED, engine.offload).total
-    else:  # fp32 weights, gradients and moments; forward and backward cast
-        states = memory.model_states(params, 0, 1, memory.FP32).total
-    shape = (config.data.seq_length, batch, dimensions.hidden, dimensions.heads)
-    activations = memory.activation_bytes(
-        dimensions.layers, *shape, dimensions.vocabulary, checkpointing=engine.activation_checkpointing,
-        bytes_per_element=element,
-    )  # fmt: skip
-    if dimensions.embedding_norm:  # BLOOM, whose attention keeps its matrix
-        kept = 1 if engine.activation_checkpointing else dimensions.layers
-        eager, fused = (memory.activation_bytes_per_layer(*shape, fused_attention=fused) for fused in (False, True))
-        activations += kept * (eager - fused)
-    return {"states_bytes": states, "activations_bytes": activations, "memory_bytes": states + activations}
+    """Return what the arithmetic says of a case's device memory: states, activations at their peak, and the peak."""
+    workload, layout = workload_and_layout(config, dimensions, params)
+    part = peak.part_of_model(dimensions, params)
+    states = model_states(workload, layout, part.params, config.accumulation, 1)
+    most = peak.peak_memory(workload, layout, part, states, config.accumulation)
+    return {"states_bytes": states.device, "activations_bytes": most.activations, "memory_bytes": most.total}

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tutorial_lib.theory import flops, memory, traffic
+from tutorial_lib.theory import activations, flops, memory, traffic
 from tutorial_lib.theory.memory import DEEPSPEED_FP32, FP32, MIXED, Precision, model_states
 
 GB = 10**9
@@ -166,10 +166,10 @@ def test_tensor_parallelism_keeps_replicated_parameters_whole() -> None:
 def test_activations_of_one_layer() -> None:
     """GPT-3's layer (s 2048, h 12288, a 96, t 8), micro-batch 1: arXiv:2205.05198, section 4."""
     s, b, h, a, t = 2048, 1, 12288, 96, 8
-    assert memory.activation_bytes_per_layer(s, b, h, a) == s * b * h * (34 + 80)
-    assert memory.activation_bytes_per_layer(s, b, h, a, t) == s * b * h * (10 + 24 / 8 + 80 / 8)
-    parallel = memory.activation_bytes_per_layer(s, b, h, a, t, sequence_parallel=True)
-    assert parallel == memory.activation_bytes_per_layer(s, b, h, a) / 8
+    assert activations.megatron_bytes_per_layer(s, b, h, a) == s * b * h * (34 + 80)
+    assert activations.megatron_bytes_per_layer(s, b, h, a, t) == s * b * h * (10 + 24 / 8 + 80 / 8)
+    parallel = activations.megatron_bytes_per_layer(s, b, h, a, t, sequence_parallel=True)
+    assert parallel == activations.megatron_bytes_per_layer(s, b, h, a) / 8
 
 
 # --- traffic ---------------------------------------------------------------------------------------------------------
@@ -232,6 +232,12 @@ def test_fsdp_gathers_per_micro_batch_and_reduces_per_step() -> None:
     assert traffic.fsdp_volume(PSI, "full_shard", frozen=PSI).reduce_scatter == 0
     with pytest.raises(ValueError, match="hybrid_shard with its shard_size"):
         traffic.fsdp_volume(PSI, "hybrid_shard")
+
+
+def test_fsdp_reduces_with_every_micro_batch_by_default() -> None:
+    assert traffic.fsdp_volume(PSI, "full_shard", accumulation=4, reduce_each=True).total == 12 * PSI
+    assert traffic.fsdp_volume(PSI, "shard_grad_op", accumulation=4, reduce_each=True).total == 8 * PSI
+    assert traffic.fsdp_volume(PSI, "no_shard", accumulation=4, reduce_each=True).total == 2 * PSI
 
 
 def test_a_ring_sends_less_than_the_volume() -> None:
@@ -325,7 +331,7 @@ def test_data_parallelism_is_compute_bound_above_the_critical_batch() -> None:
 
 def test_theory_imports_neither_torch_nor_other_rooms() -> None:
     program = (
-        "import sys, tutorial_lib.theory.memory, tutorial_lib.theory.remedies, tutorial_lib.theory.flops\n"
+        "import sys, tutorial_lib.theory.remedies, tutorial_lib.theory.reasons, tutorial_lib.theory.known_models\n"
         "others = [m for m in sys.modules if m.startswith('tutorial_lib.') and '.theory' not in m]\n"
         "assert not others and not {'torch', 'transformers', 'numpy'} & set(sys.modules), others"
     )

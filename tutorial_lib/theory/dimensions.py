@@ -5,6 +5,9 @@ Sources:
     LLaMA, arXiv:2302.13971, table 2 (65 B)
     Llama 2, arXiv:2307.09288, section 2.2 (a vocabulary of 32,000 tokens)
     Scaling Laws for Neural Language Models, arXiv:2001.08361, section 2.1 (12 L h^2 parameters outside embeddings)
+
+Checked: against the parameters of built models and published counts, in ``tests/unit/cli/test_plan.py`` and
+``tests/unit/theory``. :func:`derive` is plausible, no more: models of one size differ in shape.
 """
 
 from __future__ import annotations
@@ -52,6 +55,9 @@ class Dimensions:
         tied: the output layer is the embedding.
         column_layers: separate projections per layer that tensor parallelism divides by columns: 2 with one fused
             query-key-value projection and one MLP input, 5 with separate ones and a gated MLP.
+        mlp_tensors: tensors as wide as the MLP that a layer keeps for backward; ``None``: 4 if gated (gate, its
+            activation, up, their product), else 2 (before and after). GPT-2's tanh-GELU in Python keeps 5.
+        fused_attention: whether attention runs in one kernel, which keeps no matrix of scores. BLOOM's does not.
     """
 
     layers: int
@@ -68,6 +74,8 @@ class Dimensions:
     embedding_norm: bool = False
     tied: bool = False
     column_layers: int = 2
+    mlp_tensors: int | None = None
+    fused_attention: bool = True
 
     @property
     def key_value_heads(self) -> int:
@@ -99,19 +107,35 @@ class Dimensions:
         return self.embedding_params + norms_outside + self.layers * self._whole_per_layer
 
     @property
+    def key_value_width(self) -> int:
+        """Width of the keys of all heads together, and of the values."""
+        return self.hidden // self.heads * self.key_value_heads
+
+    @property
+    def mlp_width(self) -> int:
+        return self.intermediate or 4 * self.hidden
+
+    @property
+    def root_params(self) -> int:
+        """Elements outside the layers: embeddings, their norm, the last norm, and an output layer of its own."""
+        return self.num_params - self.layers * self.layer_params
+
+    @property
+    def linear_widths(self) -> tuple[tuple[int, int], ...]:
+        """Inputs and outputs of a layer's matrices: query, key, value, output, then the MLP's."""
+        h, kv, f = self.hidden, self.key_value_width, self.mlp_width
+        mlp = ((h, f), (h, f), (f, h)) if self.gated else ((h, f), (f, h))
+        return ((h, h), (h, kv), (h, kv), (h, h), *mlp)
+
+    @property
     def _own_output(self) -> int:
         return 0 if self.tied else self.vocabulary * self.hidden
 
     @property
-    def _mlp(self) -> int:
-        return self.intermediate or 4 * self.hidden
-
-    @property
     def _divided_per_layer(self) -> int:
-        h, kv = self.hidden, self.hidden // self.heads * self.key_value_heads
-        attention = 2 * h * h + 2 * h * kv + self.qkv_bias * (h + 2 * kv)
-        inputs = 2 if self.gated else 1
-        return attention + (inputs + 1) * h * self._mlp + self.bias * inputs * self._mlp
+        biases = self.qkv_bias * (self.hidden + 2 * self.key_value_width)
+        biases += self.bias * (2 if self.gated else 1) * self.mlp_width
+        return sum(rows * columns for rows, columns in self.linear_widths) + biases
 
     @property
     def _whole_per_layer(self) -> int:

@@ -4,6 +4,10 @@ Sources:
     PaLM, arXiv:2204.02311, appendix B (6 N + 12 L h s FLOPs per token; MFU and HFU)
     Scaling Laws for Neural Language Models, arXiv:2001.08361 (6 N)
     How to Scale Your Model, jax-ml.github.io/scaling-book (when data parallelism is limited by computing)
+
+Assumptions: matrix products alone take time; attention counts all positions (PaLM's convention: a causal kernel does
+half of them, so long sequences look more efficient than they are, here as in the published figures they meet).
+Checked: against PyTorch's FLOP counter and PaLM's published MFU in ``tests/unit/test_theory.py``.
 """
 
 from __future__ import annotations

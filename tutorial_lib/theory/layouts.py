@@ -1,48 +1,58 @@
 """What is planned: the devices, the work, and the layouts that place one on the other.
 
-A layout is dp x tp, an engine's way of sharding, and what is offloaded. Bytes are decimal (1 GB = 1e9 bytes).
+Bytes are decimal (1 GB = 1e9 bytes). The defaults of :class:`Cluster` are the preset ``a100-80`` of
+:mod:`tutorial_lib.theory.hardware`, with its sources, and four assumptions that say so.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tutorial_lib.theory import memory, traffic
+from tutorial_lib.theory import traffic
 from tutorial_lib.theory.dimensions import Dimensions
+from tutorial_lib.theory.hardware import GPUS
 
 ENGINES = ("deepspeed", "fsdp")
 PRECISIONS = ("bf16", "fp16", "fp32")
-FSDP_STRATEGIES = ("full_shard", "shard_grad_op", "hybrid")
+FSDP_STRATEGIES = ("no_shard", "shard_grad_op", "full_shard", "hybrid")
+MOMENTS = ("fp32", "bf16", "8bit")
+REDUCTIONS = ("each", "last")
+"""Gradients are reduced with every micro-batch, or once per step with the last one."""
+
+_A100 = GPUS["a100-80"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """The devices. The defaults describe nodes of eight A100 80 GB (NVIDIA's data sheets, and shares of their peaks).
+    """The devices.
 
     Args:
         gpus: devices in all.
         gpus_per_node: of one node; the last node may not be partly used.
         gpu_memory: bytes of one device.
         host_memory: bytes of one node.
-        gpu_flops: peak FLOP/s of one device in the precision of the run (A100, bf16: 312e12).
-        efficiency: share of that peak that computing reaches, MFU-like (arXiv:2204.02311 reports 0.46).
-        within: bytes/s that a device sends to others of its node (A100's NVLink: 300e9 in each direction).
-        between: bytes/s of a device's share of its node's network (one 200 Gbit/s card per device: 25e9).
-        host_link: bytes/s between a device and its host (PCIe 4.0 x16: 32e9 nominal).
+        gpu_flops: peak FLOP/s of one device in the precision of the run.
+        efficiency: share of that peak that all computing reaches, what is recomputed included (HFU, not MFU).
+        memory_bandwidth: bytes/s of a device's own memory, which the optimizer's update is bound by.
+        within: bytes/s that a device sends to others of its node.
+        between: bytes/s of a device's share of its node's network.
+        host_link: bytes/s between a device and its host.
         host_adam: parameters per second and node that Adam on the host updates; an assumption, measure your own.
         overlap: share of data-parallel communication that computing can hide; an assumption.
-        headroom: share of a device's memory that stays free; an assumption.
+        headroom: share of a device's memory that stays free, for fragments and for what CUDA and NCCL take; an
+            assumption.
     """
 
     gpus: int
     gpu_memory: float
-    gpus_per_node: int = 8
+    gpus_per_node: int = _A100.gpus_per_node
     host_memory: float = 1000e9
-    gpu_flops: float = 312e12
-    efficiency: float = 0.45
-    within: float = 300e9
-    between: float = 25e9
-    host_link: float = 25e9
+    gpu_flops: float = _A100.flops["bf16"]
+    efficiency: float = _A100.efficiency
+    memory_bandwidth: float = _A100.memory_bandwidth
+    within: float = _A100.within
+    between: float = _A100.between
+    host_link: float = _A100.host_link
     host_adam: float = 4e9
     overlap: float = 0.8
     headroom: float = 0.1
@@ -50,6 +60,11 @@ class Cluster:
     @property
     def usable_memory(self) -> float:
         return self.gpu_memory * (1 - self.headroom)
+
+    @property
+    def per_node(self) -> int:
+        """Devices of a node that are used."""
+        return min(self.gpus, self.gpus_per_node)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,25 +75,38 @@ class Workload:
         num_params: Psi.
         dimensions: of the model.
         seq_length: s, in tokens.
-        micro_batch: b, sequences per forward pass and data-parallel rank.
-        global_batch: sequences per optimizer step; ``None``: micro-batch times devices.
+        micro_batch: b, sequences per forward pass and data-parallel rank; ``None``: the planner chooses.
+        global_batch: sequences per optimizer step; ``None``: micro-batch times devices, or if the planner chooses
+            the micro-batch, what makes one micro-batch per step.
         precision: ``bf16``, ``fp16`` or ``fp32``.
-        checkpointing: recompute activations in backward.
+        checkpointing: how much is recomputed, ``none``, ``selective`` or ``full``; ``None``: the planner chooses.
         bucket_size: elements of DeepSpeed's reduction and gathering buckets.
         live_params: elements that DeepSpeed's stage 3 may keep gathered (``stage3_max_live_parameters``).
         gradient_reduction: of stages 1 and 2, as in :func:`tutorial_lib.theory.traffic.zero_volume`.
+        lora_rank: train adapters of this rank alone; 0: train all parameters.
+        base_bits: bits per frozen parameter under LoRA: 16, 8 or 4 (QLoRA).
+        moments: what Adam's moments are kept in: ``fp32``, ``bf16`` or ``8bit``.
+        loss_chunks: pieces in which output layer and loss are computed.
+        foreach: AdamW updates plain tensors all at once, with a copy of them, as it does on GPUs unless it is fused.
+        beyond: also look at layouts that this course's engines do not have.
     """
 
     num_params: int
     dimensions: Dimensions
     seq_length: int
-    micro_batch: int = 1
+    micro_batch: int | None = None
     global_batch: int | None = None
     precision: str = "bf16"
-    checkpointing: bool = False
+    checkpointing: str | None = None
     bucket_size: int = 500_000_000
     live_params: int = 1_000_000_000
     gradient_reduction: str = "reduce_scatter"
+    lora_rank: int = 0
+    base_bits: int = 16
+    moments: str = "fp32"
+    loss_chunks: int = 1
+    foreach: bool = True
+    beyond: bool = True
 
     @property
     def bytes_per_element(self) -> int:
@@ -87,71 +115,108 @@ class Workload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """One way to place the work: ``zero_stage`` for DeepSpeed, ``strategy`` for FSDP2 (then the stage it equals)."""
+    """One way to place the work.
+
+    Args:
+        dp: data-parallel size.
+        tp: tensor-parallel size, within a node.
+        zero_stage: DeepSpeed's, or the one that FSDP2's strategy equals.
+        offload: ``none``, ``optimizer`` or ``all``.
+        strategy: FSDP2's, or ``None``.
+        shard_size: how many ranks share one copy under ``hybrid``.
+        sequence_parallel: with tp: norms and residuals divided by tokens, embeddings and loss by vocabulary.
+        cp: context-parallel size.
+        pp: pipeline stages.
+        chunks: model chunks per stage; above 1: interleaved.
+        micro_batch: b.
+        checkpointing: ``none``, ``selective`` or ``full``.
+        reduction: ``each`` or ``last``: with which micro-batch FSDP2 reduces gradients.
+    """
 
     dp: int
     tp: int
     zero_stage: int
     offload: str = "none"
     strategy: str | None = None
+    shard_size: int | None = None
+    sequence_parallel: bool = False
+    cp: int = 1
+    pp: int = 1
+    chunks: int = 1
+    micro_batch: int = 1
+    checkpointing: str = "none"
+    reduction: str = "last"
 
     @property
     def name(self) -> str:
-        return self.strategy or f"ZeRO-{self.zero_stage}"
+        """The sharding, and the axes that have no column of their own: ``full_shard cp4 pp8``."""
+        sharding = self.strategy or f"ZeRO-{self.zero_stage}"
+        if self.shard_size:
+            sharding += f"/{self.shard_size}"
+        axes = [f"{axis}{size}" for axis, size in (("cp", self.cp), ("pp", self.pp)) if size > 1]
+        return " ".join([sharding, *axes]) + ("i" if self.chunks > 1 else "")
+
+    @property
+    def engine(self) -> str:
+        return "fsdp" if self.strategy else "deepspeed"
+
+    @property
+    def knobs(self) -> int:
+        """Settings that depart from plain data parallelism: fewer are easier to run and to debug."""
+        return (
+            (0 if self.zero_stage == 0 or self.strategy == "no_shard" else 1)
+            + (self.strategy == "hybrid")
+            + 2 * (self.tp > 1)
+            + 2 * (self.cp > 1)
+            + 3 * (self.pp > 1)
+            + 2 * (self.offload != "none")
+            + (self.checkpointing != "none")
+        )
 
 
-def layouts(workload: Workload, cluster: Cluster, engine: str = "deepspeed") -> list[Layout]:
-    """What :func:`tutorial_lib.theory.plan.plan` weighs.
-
-    A tensor-parallel group stays within a node and divides the heads. With one data-parallel rank there is nothing to
-    partition: stage 0 stands for all of ZeRO without offload then, and full_shard for FSDP2's strategies.
-    """
-    found = []
-    kv_heads, per_node = workload.dimensions.key_value_heads, min(cluster.gpus, cluster.gpus_per_node)
-    for tp in range(1, per_node + 1):
-        if per_node % tp or workload.dimensions.heads % tp or kv_heads % tp:
-            continue
-        dp = cluster.gpus // tp
-        if engine == "fsdp":
-            hybrid = cluster.gpus > cluster.gpus_per_node > tp
-            for strategy in FSDP_STRATEGIES[: 3 if hybrid else 1 if dp == 1 else 2]:
-                stage = 2 if strategy == "shard_grad_op" else 3
-                found += [
-                    Layout(dp=dp, tp=tp, zero_stage=stage, offload=offload, strategy=strategy)
-                    for offload in ("none", "all")
-                ]
-            continue
-        for stage in memory.STAGES:
-            offloads = memory.OFFLOADS[: {0: 1, 3: 3}.get(stage, 2)]
-            found += [
-                Layout(dp=dp, tp=tp, zero_stage=stage, offload=offload)
-                for offload in offloads
-                if dp > 1 or stage == 0 or offload != "none"
-            ]
-    return found
+def missing_here(layout: Layout, workload: Workload, accumulation: int) -> list[str]:
+    """Return what a layout needs that this course's engines do not have; empty if they run it."""
+    needs = {
+        "selective recomputing": layout.checkpointing == "selective",
+        "sequence parallelism and a vocabulary-parallel loss": layout.sequence_parallel,
+        "context parallelism": layout.cp > 1,
+        "a pipeline": layout.pp > 1,
+        "reducing gradients with every micro-batch under FSDP2": layout.strategy not in (None, "no_shard")
+        and layout.reduction == "each" and accumulation > 1,
+        "LoRA": workload.lora_rank > 0,
+        f"moments in {workload.moments}": workload.moments != "fp32",
+        "a loss in chunks": workload.loss_chunks > 1,
+        "stage 0 with tp in 16 bits": layout.strategy is None and layout.zero_stage == 0 and layout.tp > 1
+        and workload.precision != "fp32",
+    }  # fmt: skip
+    return [name for name, is_needed in needs.items() if is_needed]
 
 
 def check(workload: Workload, cluster: Cluster, engine: str) -> None:
     """Refuse what cannot be planned.
 
     Raises:
-        ValueError: an unknown engine, precision or gradient reduction, a number outside its range, half-used nodes.
+        ValueError: an unknown engine, precision or other choice, a number outside its range, half-used nodes.
     """
-    if engine not in ENGINES:
-        raise ValueError(f"engine is {engine!r}. Write one of: {', '.join(ENGINES)}.")
-    if workload.precision not in PRECISIONS:
-        raise ValueError(f"precision is {workload.precision!r}. Write one of: {', '.join(PRECISIONS)}.")
-    if workload.gradient_reduction not in traffic.GRADIENT_REDUCTIONS:
-        raise ValueError(
-            f"gradient_reduction is {workload.gradient_reduction!r}. Write one of: "
-            f"{', '.join(traffic.GRADIENT_REDUCTIONS)}."
-        )
-    counts = {"gpus": cluster.gpus, "gpus_per_node": cluster.gpus_per_node, "seq_length": workload.seq_length,
-              "micro_batch": workload.micro_batch, "global_batch": workload.global_batch or 1}  # fmt: skip
+    choices = {
+        "engine": (engine, ENGINES), "precision": (workload.precision, PRECISIONS),
+        "gradient_reduction": (workload.gradient_reduction, traffic.GRADIENT_REDUCTIONS),
+        "moments": (workload.moments, MOMENTS), "base_bits": (workload.base_bits, (16, 8, 4)),
+        "checkpointing": (workload.checkpointing, (None, "none", "selective", "full")),
+    }  # fmt: skip
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}. Write one of: {', '.join(str(a) for a in allowed if a)}.")
+    counts = {
+        "gpus": cluster.gpus, "gpus_per_node": cluster.gpus_per_node, "seq_length": workload.seq_length,
+        "micro_batch": workload.micro_batch or 1, "global_batch": workload.global_batch or 1,
+        "loss_chunks": workload.loss_chunks,
+    }  # fmt: skip
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} is {value}; the smallest possible value is 1.")
-    for name in ("gpu_memory", "host_memory", "gpu_flops", "within", "between", "host_link", "host_adam"):
+    for name in ("gpu_memory", "host_memory", "gpu_flops", "memory_bandwidth", "within", "between", "host_link",
+                 "host_adam"):  # fmt: skip
         if not getattr(cluster, name) > 0:
             raise ValueError(f"{name} is {getattr(cluster, name):g}; write a number above 0.")
     if not 0 < cluster.efficiency <= 1 or not 0 <= cluster.overlap <= 1 or not 0 <= cluster.headroom < 1:

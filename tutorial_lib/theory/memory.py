@@ -1,12 +1,13 @@
-"""Bytes that a training run should hold: model states, DeepSpeed's estimates of them, activations.
+"""Model states: bytes of parameters, gradients and optimizer states, and DeepSpeed's estimates of them.
 
 Notation, here and in the course: Psi is the number of parameters, N the number of data-parallel ranks, t the
-tensor-parallel size, s the sequence length, b the micro-batch, h the hidden size and a the number of attention heads.
+tensor-parallel size. Assumed: AdamW, and every parameter trained; :mod:`tutorial_lib.theory.states` knows other cases.
 
 Sources:
     ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, arXiv:1910.02054 (figure 1, section 5)
     ZeRO-Offload, arXiv:2101.06840; ZeRO-Infinity, arXiv:2104.07857
-    Reducing Activation Recomputation in Large Transformer Models, arXiv:2205.05198 (section 4)
+
+Checked: byte for byte against what ranks held, in ``tests/distributed`` and lessons 01 to 03.
 """
 
 from __future__ import annotations
@@ -268,51 +269,3 @@ def tensor_parallel_params(num_params: int, replicated: int, tp: int) -> int:
     With DeepSpeed's AutoTP the embeddings and norms are replicated, so the memory is not ``Psi / t``.
     """
     return partition_elements(num_params - replicated, tp) + replicated
-
-
-def activation_bytes_per_layer(
-    seq_length: int,
-    micro_batch: int,
-    hidden: int,
-    num_heads: int,
-    tp: int = 1,
-    *,
-    sequence_parallel: bool = False,
-    fused_attention: bool = False,
-) -> float:
-    """Activations that one transformer layer keeps for backward, in bytes, with 16-bit activations.
-
-    ``s b h (10 + 24/t + 5 a s / (h t))`` under tensor parallelism, ``s b h / t (34 + 5 a s / h)`` with sequence
-    parallelism as well (arXiv:2205.05198, section 4.2). For t = 1 both are ``s b h (34 + 5 a s / h)``.
-    The last term is the attention matrix, which fused attention kernels (``fused_attention``) do not keep.
-    """
-    sbh = seq_length * micro_batch * hidden
-    attention = 0.0 if fused_attention else 5 * num_heads * seq_length / hidden
-    if sequence_parallel:
-        return sbh / tp * (34 + attention)
-    return sbh * (10 + 24 / tp + attention / tp)
-
-
-def activation_bytes(
-    num_layers: int,
-    seq_length: int,
-    micro_batch: int,
-    hidden: int,
-    num_heads: int,
-    vocabulary: int,
-    tp: int = 1,
-    *,
-    checkpointing: bool = False,
-    bytes_per_element: int = 2,
-) -> float:
-    """Activations of a whole model at the end of a forward pass, in bytes, with fused attention.
-
-    All layers (:func:`activation_bytes_per_layer`), or with ``checkpointing`` each layer's input alone
-    (``2 s b h L``, arXiv:2205.05198, section 5) and one layer that is being recomputed; then the logits of all
-    positions, as the loss keeps them: as computed, in fp32, and the fp32 gradient of those. For fp32 activations the
-    16-bit formula is doubled, which counts the one-byte dropout masks twice.
-    """
-    layer = activation_bytes_per_layer(seq_length, micro_batch, hidden, num_heads, tp, fused_attention=True)
-    kept = 2 * seq_length * micro_batch * hidden * num_layers + layer if checkpointing else num_layers * layer
-    logits = seq_length * micro_batch * vocabulary * (bytes_per_element + 4 + 4)
-    return kept * bytes_per_element / 2 + logits

@@ -1,47 +1,92 @@
-"""What would make a run fit that does not: the smallest change of each kind, found by planning again."""
+"""What would make a run fit that does not: changes that were tried by planning again, the fastest first."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 
+from tutorial_lib.theory.cost import Candidate
 from tutorial_lib.theory.layouts import Cluster, Workload
-from tutorial_lib.theory.plan import Candidate, plan
+from tutorial_lib.theory.plan import plan, something_fits
 
 MOST_GPUS = 65_536
+LORA_RANK = 16
+LOSS_CHUNKS = 8
+"""As torchtune's chunked cross-entropy has by default (``CEWithChunkedOutputLoss``)."""
 
 
-def remedies(workload: Workload, cluster: Cluster, engine: str = "deepspeed") -> list[str]:
-    """What to write after which something fits: single changes, or if none is enough, one set; empty if nothing is."""
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """A change after which something fits.
 
-    def best(workload: Workload = workload, cluster: Cluster = cluster) -> Candidate | None:
-        first = plan(workload, cluster, engine)[0]
-        return first if first.fits else None
+    Args:
+        change: what to write, as the command line takes it.
+        best: the best layout then.
+    """
 
-    found = []
-    if workload.global_batch:
-        step = workload.micro_batch * cluster.gpus
-        rounded = -(-workload.global_batch // step) * step
-        if rounded != workload.global_batch and best(replace(workload, global_batch=rounded)):
-            found.append(f"--global-batch {rounded} instead of {workload.global_batch}")
-    share = workload.micro_batch
-    smaller = next((b for b in _halves(share) if best(replace(workload, micro_batch=b))), None)
-    if smaller:
-        found.append(f"--micro-batch {smaller} instead of {share}")
-    if not workload.checkpointing and best(replace(workload, checkpointing=True)):
-        found.append("--activation-checkpointing, for a third more computing")
-    if not workload.checkpointing and not found and best(replace(workload, checkpointing=True, micro_batch=1)):
-        found.append("--activation-checkpointing and --micro-batch 1")
-    if best(cluster=replace(cluster, host_memory=float("inf"))):
-        tried = plan(workload, replace(cluster, host_memory=float("inf")), engine)
-        needed = min(candidate.host for candidate in tried if candidate.fits)
-        found.append(f"offload, with --host-memory {-(-needed // 1e9):.0f} (GB per node)")
-    gpus = smallest_gpus(workload, cluster, engine)
-    if gpus and gpus > cluster.gpus:
-        found.append(f"--gpus {gpus}, the fewest of this kind on which it fits")
+    change: str
+    best: Candidate
+
+    def __str__(self) -> str:
+        layout = self.best.layout
+        how = f"dp={layout.dp} tp={layout.tp} {layout.name}, offload {layout.offload}"
+        beyond = f"; this course's engines lack {', '.join(self.best.missing)}" if self.best.missing else ""
+        return f"{self.change}: {self.best.tokens_per_gpu_second:,.0f} tokens/s per GPU with {how}{beyond}"
+
+
+def remedies(workload: Workload, cluster: Cluster, engine: str = "deepspeed") -> list[Remedy]:
+    """Return single changes, or if none is enough, one set of them; empty if nothing that the planner knows helps."""
+    found = [
+        Remedy(change, best)
+        for change, changed, machine in _changes(workload, cluster, engine)
+        if (best := plan(changed, machine, engine)[0]).fits
+    ]
     if not found:
-        least = replace(workload, checkpointing=True, micro_batch=1, global_batch=None)
+        least = replace(
+            workload, checkpointing="full", micro_batch=1, global_batch=None, moments="8bit", loss_chunks=LOSS_CHUNKS
+        )
         if gpus := smallest_gpus(least, cluster, engine):
-            found.append(f"--activation-checkpointing, --micro-batch 1 and --gpus {gpus} together")
+            best = plan(least, replace(cluster, gpus=gpus), engine)[0]
+            together = f"--activation-checkpointing full --micro-batch 1 --moments 8bit --loss-chunks {LOSS_CHUNKS}"
+            found.append(Remedy(f"{together} --gpus {gpus}, all together", best))
+    return sorted(found, key=lambda remedy: -remedy.best.tokens_per_gpu_second)
+
+
+def _changes(workload: Workload, cluster: Cluster, engine: str) -> list[tuple[str, Workload, Cluster]]:
+    """Return the single changes to try: what to write, and what is planned then."""
+    found: list[tuple[str, Workload, Cluster]] = []
+
+    def add(change: str, machine: Cluster = cluster, **changes: object) -> None:
+        found.append((change, replace(workload, **changes), machine))  # type: ignore[arg-type]
+
+    if workload.global_batch:
+        step = (workload.micro_batch or 1) * cluster.gpus
+        rounded = -(-workload.global_batch // step) * step
+        if rounded != workload.global_batch:
+            add(f"--global-batch {rounded} instead of {workload.global_batch}", global_batch=rounded)
+    if not workload.beyond:
+        add("layouts that this course's engines do not have", beyond=True)
+    given = workload.micro_batch or 1
+    for smaller in _halves(given):
+        if something_fits(replace(workload, micro_batch=smaller), cluster, engine):
+            add(f"--micro-batch {smaller} instead of {given}", micro_batch=smaller)
+            break
+    if workload.checkpointing in ("none", "selective"):
+        add(f"--activation-checkpointing full instead of {workload.checkpointing}", checkpointing="full")
+    if workload.loss_chunks == 1:
+        add(f"--loss-chunks {LOSS_CHUNKS}", loss_chunks=LOSS_CHUNKS)
+    for moments in ("bf16", "8bit"):
+        if workload.moments == "fp32":
+            add(f"--moments {moments}", moments=moments)
+    if not workload.lora_rank:
+        add(f"--lora {LORA_RANK}", lora_rank=LORA_RANK)
+    if needed := _host_memory(workload, cluster, engine):
+        add(f"offload, with --host-memory {needed / 1e9:.0f} (GB per node)", replace(cluster, host_memory=needed))
+    if (gpus := smallest_gpus(workload, cluster, engine)) and gpus > cluster.gpus:
+        add(f"--gpus {gpus}, the fewest of this kind on which it fits", replace(cluster, gpus=gpus))
+    memory = min(c.memory for c in plan(workload, replace(cluster, host_memory=1.0), engine)) / (1 - cluster.headroom)
+    larger = math.ceil(memory / 1e9) * 1e9
+    add(f"GPUs with --gpu-memory {larger / 1e9:.0f} (GB)", replace(cluster, gpu_memory=larger, host_memory=1.0))
     return found
 
 
@@ -49,7 +94,7 @@ def smallest_gpus(workload: Workload, cluster: Cluster, engine: str = "deepspeed
     """The fewest devices on which something fits: any number within one node, whole nodes beyond; ``None``: none."""
 
     def fits(gpus: int) -> bool:
-        return plan(workload, replace(cluster, gpus=gpus), engine)[0].fits
+        return something_fits(workload, replace(cluster, gpus=gpus), engine)
 
     for gpus in range(1, cluster.gpus_per_node + 1):
         if fits(gpus):
@@ -66,6 +111,14 @@ def smallest_gpus(workload: Workload, cluster: Cluster, engine: str = "deepspeed
         else:
             too_few = middle
     return nodes * cluster.gpus_per_node
+
+
+def _host_memory(workload: Workload, cluster: Cluster, engine: str) -> float | None:
+    """Return the least host memory, in whole GB, with which something offloaded fits; None if none helps."""
+    endless = replace(cluster, host_memory=float("inf"))
+    hosts = [candidate.host for candidate in plan(workload, endless, engine) if candidate.fits]
+    needed = math.ceil(min(hosts) / 1e9) * 1e9 if hosts else 0.0
+    return needed if needed > cluster.host_memory else None
 
 
 def _halves(number: int) -> list[int]:

@@ -8,6 +8,9 @@ Sources:
     ZeRO, arXiv:1910.02054, section 7 (2 Psi for stages 1 and 2, 3 Psi for stage 3)
     Megatron-LM, arXiv:1909.08053, section 3 (two all-reduces per layer and direction)
     Bandwidth optimal all-reduce algorithms, Patarasuk and Yuan, 2009 (ring factors)
+
+Assumptions: rings; latency left out. Checked: elements counted in real runs equal these, in ``tests/distributed`` and
+lessons 01 to 03.
 """
 
 from __future__ import annotations
@@ -109,9 +112,15 @@ def zero_volume(
 
 
 def fsdp_volume(
-    num_params: int, sharding: str, *, shard_size: int | None = None, accumulation: int = 1, frozen: int = 0
+    num_params: int,
+    sharding: str,
+    *,
+    shard_size: int | None = None,
+    accumulation: int = 1,
+    frozen: int = 0,
+    reduce_each: bool = False,
 ) -> StepVolume:
-    """Communication of one optimizer step under FSDP2, gradients reduced once per step.
+    """Communication of one optimizer step under FSDP2.
 
     ============== ===================================================== =============
     sharding       per optimizer step                                    one
@@ -124,8 +133,9 @@ def fsdp_volume(
                    of what remains, Psi / shard_size, among the copies   2 Psi / S
     ============== ===================================================== =============
 
-    Reducing once per step, not once per micro-batch as ZeRO's stages 2 and 3 do, costs whole gradients in memory until
-    the last one.
+    The table has gradients reduced once per step, as this course's engine does: whole gradients wait in memory until
+    the last micro-batch. FSDP2's default (``reduce_each``) reduces, and shards, with every micro-batch, as ZeRO's
+    stages 2 and 3 do. DDP is meant to reduce once (``no_sync``) in both cases.
 
     Args:
         num_params: Psi, tied parameters counted once: FSDP2 gathers a unit, and what is in it, once.
@@ -133,20 +143,23 @@ def fsdp_volume(
         shard_size: S, of ``hybrid_shard``: how many ranks share one copy.
         accumulation: micro-batches per optimizer step.
         frozen: elements of Psi that are gathered, and have no gradient.
+        reduce_each: gradients are reduced with every micro-batch, not with the last one alone.
 
     Raises:
         ValueError: an unknown sharding, or ``hybrid_shard`` without its size.
     """
-    trained = num_params - frozen
+    trained, times = num_params - frozen, accumulation if reduce_each else 1
     if sharding == "no_shard":
         return StepVolume(all_reduce=trained)
     if sharding == "shard_grad_op":
-        return StepVolume(all_gather=accumulation * num_params, reduce_scatter=trained)
+        return StepVolume(all_gather=accumulation * num_params, reduce_scatter=times * trained)
     if sharding == "full_shard":
-        return StepVolume(all_gather=2 * accumulation * num_params, reduce_scatter=trained)
+        return StepVolume(all_gather=2 * accumulation * num_params, reduce_scatter=times * trained)
     if sharding == "hybrid_shard" and shard_size:
         return StepVolume(
-            all_gather=2 * accumulation * num_params, reduce_scatter=trained, all_reduce=-(-trained // shard_size)
+            all_gather=2 * accumulation * num_params,
+            reduce_scatter=times * trained,
+            all_reduce=times * -(-trained // shard_size),
         )
     raise ValueError(
         f"sharding is {sharding!r} with shard_size={shard_size}. Write no_shard, shard_grad_op, full_shard, or "

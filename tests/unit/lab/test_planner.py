@@ -1,0 +1,85 @@
+"""The planner panel: what its widgets show, and that redrawing costs few evaluations."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from tutorial_lib.lab import planner
+from tutorial_lib.lab.planner import Question, answer, candidates, panel
+from tutorial_lib.theory import plan as plan_page
+
+MOST_EVALUATIONS = 3_000
+"""Of one redraw: an evaluation takes about 60 microseconds, a redraw then 0.2 s."""
+
+
+@pytest.fixture
+def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    counted: list[Any] = []
+    evaluate = plan_page.evaluate
+
+    def counting(*arguments: Any) -> Any:
+        counted.append(arguments)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(plan_page, "evaluate", counting)
+    candidates.cache_clear()
+    return counted
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        Question(),
+        Question(model="llama-3-405b", gpus=1024, seq_length=8192, global_batch=1024),
+        Question(model="llama-3-405b", gpus=1024, seq_length=131_072),
+        Question(model="gpt2", gpus=1024, seq_length=512, global_batch=1024),
+        Question(model="gpt2", gpus=1024, engine="deepspeed"),
+        Question(model="llama-3-70b", gpus=64, global_batch=1024),
+    ],
+)
+def test_a_redraw_costs_few_evaluations_and_the_same_question_none(question: Question, evaluations: list[Any]) -> None:
+    answer(question)
+    assert 0 < len(evaluations) <= MOST_EVALUATIONS
+    before = len(evaluations)
+    answer(question)
+    assert len(evaluations) == before
+
+
+def test_bars_stack_to_the_peak_and_meet_the_line_of_the_gpu() -> None:
+    found, cluster = candidates(Question(model="llama-2-7b", gpu="a100-80"))
+    shown = [c for c in found if c.fits][: planner.BARS]
+    svg = ElementTree.fromstring(planner.bars(shown, cluster))
+    space = "{http://www.w3.org/2000/svg}"
+    lengths = [float(rect.attrib["width"]) for rect in svg.iter(f"{space}rect") if float(rect.attrib["height"]) == 14]
+    line = max(float(one.attrib["x1"]) for one in svg.iter(f"{space}line"))
+    per_byte = (line - 270) / cluster.gpu_memory
+    for number, candidate in enumerate(shown):
+        assert sum(lengths[3 * number : 3 * number + 3]) == pytest.approx(candidate.memory * per_byte, abs=0.3)
+    assert "80" not in svg.attrib["aria-label"] and "72 usable GB" in svg.attrib["aria-label"]
+
+
+def test_widgets_redraw(evaluations: list[Any]) -> None:
+    box = panel(model="llama-3-8b", gpus=8, gpu="h100")
+    shown = box.children[-1]
+    first = shown.value
+    assert "tokens/s per GPU" in first and "the best of" in first
+    gpus = box.children[0].children[2]
+    gpus.value = 1
+    assert shown.value != first
+    model = box.children[0].children[0]
+    model.value = "llama-3-405b"
+    assert shown.value.startswith("<p>Nothing fits; the smallest layout is")
+    assert re.search(r"host too small by|does not fit by", shown.value)
+
+
+def test_what_cannot_be_planned_is_said() -> None:
+    assert "12 gpus do not fill nodes of 8" in answer(Question(gpus=12))
+
+
+def test_only_this_courses_engines() -> None:
+    found, _ = candidates(Question(model="llama-3-70b", gpus=64, only_here=True))
+    assert not any(candidate.missing for candidate in found if candidate.fits)

@@ -1,0 +1,85 @@
+"""What a layer keeps for backward, counted by autograd itself in this course's three models."""
+
+from __future__ import annotations
+
+import pytest
+
+from tutorial_lib.theory.activations import (
+    CHECKPOINTING,
+    last_norm,
+    layer_activations,
+    logits_bytes,
+    megatron_bytes_per_layer,
+    recomputed_share,
+)
+from tutorial_lib.theory.known_models import MODELS
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "bloom"])
+def test_a_layer_keeps_what_is_counted(family: str) -> None:
+    """In fp32, four sequences of 128 tokens; without the statistics of norms and attention, a per cent."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tutorial_lib.cli.plan_models import from_config
+    from tutorial_lib.engine.fsdp.sharding import layers_of
+    from tutorial_lib.models import load_config
+
+    config = load_config(f"embedded/{family}")
+    model = AutoModelForCausalLM.from_config(config).train()
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+    is_inside = False
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if is_inside and storage._cdata not in weights:
+            kept[storage._cdata] = storage
+        return tensor
+
+    def enter(inside: bool) -> None:
+        nonlocal is_inside
+        is_inside = inside
+
+    layer = layers_of(model)[1]
+    layer.register_forward_pre_hook(lambda *_: enter(True))
+    layer.register_forward_hook(lambda *_: enter(False))
+    tokens = torch.zeros(4, 128, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(input_ids=tokens, use_cache=False)
+    counted = sum(storage.nbytes() for storage in kept.values()) / tokens.numel()
+    predicted = layer_activations(from_config(config), bytes_per_element=4, seq_length=128).kept
+    assert predicted == pytest.approx(counted, rel=0.01)
+
+
+def test_llama_3_8b_in_bf16() -> None:
+    """Per token and layer in units of h: 49 bytes; 15.5 with torchtitan's selective policy; 2 with full recomputing."""
+    llama = MODELS["llama-3-8b"]
+    assert [layer_activations(llama, how).kept / llama.hidden for how in CHECKPOINTING] == [49, 15.5, 2]
+    # Key, output and up projections are computed again: 0.25 + 1 + 3.5 of 13.
+    assert recomputed_share(llama, "selective") == pytest.approx((4.75 / 13, 0))
+    assert recomputed_share(llama, "full") == (1, 1) and recomputed_share(llama, "none") == (0, 0)
+
+
+def test_sequence_parallelism_divides_norms() -> None:
+    llama = MODELS["llama-3-8b"]
+    plain, divided = (layer_activations(llama, tp=8, sequence_parallel=sp).kept for sp in (False, True))
+    assert plain - divided == 2 * 6 * llama.hidden * 7 / 8
+    assert last_norm(llama) - last_norm(llama, 2, 8, sequence_parallel=True) == 6 * llama.hidden * 7 / 8
+
+
+def test_the_same_order_as_megatrons_formula() -> None:
+    """GPT without dropout's masks (34 - 2 x 1 - ...): Megatron keeps 34 bytes per token and h, PyTorch's kernels 32."""
+    gpt = MODELS["gpt2"]
+    pytorch = layer_activations(gpt).kept / gpt.hidden
+    fused_gelu = pytorch - (5 - 2) * 2 * 4
+    assert fused_gelu == 32
+    assert megatron_bytes_per_layer(1, 1, 1, 1, fused_attention=True) == 34
+
+
+def test_logits() -> None:
+    assert logits_bytes(100, 1000) == 12 * 100 * 1000
+    assert logits_bytes(100, 1000, chunks=8) == 12 * 100 * 1000 / 8
+    assert logits_bytes(100, 1000, vocabulary_parallel=8) == 16 * 100 * 1000 / 8
+    with pytest.raises(ValueError, match="Write one of: none, selective, full"):
+        layer_activations(MODELS["gpt2"], "some")

@@ -1,0 +1,165 @@
+"""What must hold of every plan, whatever its numbers."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tutorial_lib.theory import context, pipeline
+from tutorial_lib.theory.activations import CHECKPOINTING
+from tutorial_lib.theory.cost import evaluate
+from tutorial_lib.theory.hardware import GPUS, find_gpu, peak_flops
+from tutorial_lib.theory.known_models import MODELS, nearest_model
+from tutorial_lib.theory.layouts import Cluster, Layout, Workload
+from tutorial_lib.theory.plan import TIE, plan, something_fits
+from tutorial_lib.theory.states import lora_params
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    **{f"ZeRO-{stage}": {"zero_stage": stage} for stage in range(4)},
+    "no_shard": {"zero_stage": 0, "strategy": "no_shard"},
+    "shard_grad_op": {"zero_stage": 2, "strategy": "shard_grad_op"},
+    "full_shard": {"zero_stage": 3, "strategy": "full_shard"},
+}
+SHAPES = list(itertools.product(["gpt2", "bloom-560m", "llama-3-8b", "qwen2-7b"], STRATEGIES))
+
+
+def work(model: str, **changes: Any) -> Workload:
+    dims = MODELS[model]
+    given = {"num_params": dims.num_params, "dimensions": dims, "seq_length": 1024}
+    return Workload(**{**given, **changes})
+
+
+def cluster(gpus: int = 8, gigabytes: float = 80) -> Cluster:
+    return Cluster(gpus=gpus, gpu_memory=gigabytes * 1e9)
+
+
+@pytest.mark.parametrize(("model", "strategy"), SHAPES)
+def test_more_gpus_never_need_more_memory_each(model: str, strategy: str) -> None:
+    for batch, micro_batch in ((64, 1), (512, 2)):
+        peaks = [
+            evaluate(
+                work(model, global_batch=batch), cluster(gpus), Layout(dp=gpus, tp=1, micro_batch=micro_batch,
+                                                                       **STRATEGIES[strategy]),
+            ).memory
+            for gpus in (2, 4, 8, 16, 32)
+        ]  # fmt: skip
+        assert all(fewer >= more for fewer, more in itertools.pairwise(peaks)), peaks
+
+
+@pytest.mark.parametrize(("model", "strategy"), SHAPES)
+def test_more_recomputing_never_keeps_more_and_is_never_faster(model: str, strategy: str) -> None:
+    found = [
+        evaluate(work(model), cluster(), Layout(dp=8, tp=1, micro_batch=4, checkpointing=how, **STRATEGIES[strategy]))
+        for how in CHECKPOINTING
+    ]
+    for less, more in itertools.pairwise(found):
+        assert more.memory <= less.memory and more.activations <= less.activations
+        assert more.compute_seconds >= less.compute_seconds
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_traffic_grows_with_the_model_with_accumulation_and_with_ranks(strategy: str) -> None:
+    def sent(model: str = "llama-3-8b", gpus: int = 8, accumulation: int = 1) -> float:
+        layout = Layout(dp=gpus, tp=1, reduction="each", **STRATEGIES[strategy])
+        return evaluate(work(model, global_batch=gpus * accumulation), cluster(gpus), layout).dp_traffic
+
+    assert sent("qwen2-7b") <= sent("llama-3-8b") <= sent("llama-2-13b")
+    assert sent(accumulation=1) <= sent(accumulation=2) <= sent(accumulation=8)
+    assert sent(gpus=2) <= sent(gpus=8) <= sent(gpus=64)
+
+
+def test_tensor_traffic_grows_with_tp_and_recomputing() -> None:
+    def sent(tp: int, how: str = "none") -> float:
+        layout = Layout(dp=8 // tp, tp=tp, zero_stage=1, checkpointing=how)
+        return evaluate(work("llama-3-8b", global_batch=8), cluster(), layout).tp_traffic
+
+    assert sent(1) == 0 and sent(2) < sent(4) < sent(8) < sent(8, "full")
+
+
+def test_larger_micro_batches_need_more_memory_and_are_never_slower() -> None:
+    found = [
+        evaluate(work("llama-3-8b", global_batch=64), cluster(), Layout(dp=8, tp=1, zero_stage=3, micro_batch=b))
+        for b in (1, 2, 4, 8)
+    ]
+    assert [c.accumulation for c in found] == [8, 4, 2, 1]
+    for smaller, larger in itertools.pairwise(found[:3]):
+        assert smaller.memory < larger.memory and smaller.seconds >= larger.seconds
+
+
+def test_fewer_bytes_for_moments_loras_and_chunks() -> None:
+    layout = Layout(dp=8, tp=1, zero_stage=3, strategy="full_shard")
+    plain = evaluate(work("llama-3-8b"), cluster(), layout)
+    moments = [evaluate(work("llama-3-8b", moments=m), cluster(), layout).states for m in ("fp32", "bf16", "8bit")]
+    psi = MODELS["llama-3-8b"].num_params
+    assert moments == [16 * -(-psi // 8), 12 * -(-psi // 8), 10 * -(-psi // 8)]
+    lora = evaluate(work("llama-3-8b", lora_rank=16), cluster(), layout)
+    quantized = evaluate(work("llama-3-8b", lora_rank=16, base_bits=4), cluster(), layout)
+    assert quantized.states < lora.states < plain.states / 4
+    assert lora.compute_seconds < plain.compute_seconds and lora.dp_traffic < plain.dp_traffic
+    eight = replace(layout, micro_batch=8)
+    in_chunks = evaluate(work("llama-3-8b", loss_chunks=8), cluster(), eight)
+    assert in_chunks.memory < evaluate(work("llama-3-8b"), cluster(), eight).memory
+    # The published count of LoRA of rank 16 on all matrices of Llama 3 8B: 41,943,040 (peft prints it).
+    assert lora_params(MODELS["llama-3-8b"], 16) == 41_943_040
+
+
+def test_pipelines_and_rings() -> None:
+    assert pipeline.bubble_share(8, 8) == 7 / 8 and pipeline.bubble_share(8, 32, chunks=2) == 7 / 64
+    assert [pipeline.micro_batches_held(4, m) for m in (1, 4, 16)] == [1, 4, 4]
+    assert pipeline.micro_batches_held(4, 16, chunks=2) == 4 + 3 / 2 and pipeline.micro_batches_held(1, 16) == 1
+    assert pipeline.sent_elements(8, 100, 10) == 2 * 8 * 100 * 10
+    assert context.ring_elements(100, 10, 1) == context.ulysses_elements(100, 40, 10, 1) == 0
+    assert context.ring_elements(100, 10, 4) == 3 * 2 * 100 * 10 * 3
+    assert context.ring_elements(100, 10, 4, recompute=True) == 4 * 2 * 100 * 10 * 3
+    # With grouped queries a ring sends little: Ulysses moves queries and outputs, too.
+    assert context.ulysses_elements(100, 4096, 1024, 2) > context.ring_elements(100, 1024, 2)
+    assert context.ulysses_elements(100, 1024, 1024, 8) < context.ring_elements(100, 1024, 8)
+
+
+def test_something_fits_agrees_with_the_plan() -> None:
+    for gigabytes, engine in itertools.product((10, 24, 40, 80), ("deepspeed", "fsdp")):
+        task, machine = work("llama-3-8b"), replace(cluster(4, gigabytes), host_memory=60e9)
+        assert something_fits(task, machine, engine) == plan(task, machine, engine)[0].fits
+
+
+def test_the_best_is_within_the_tie_of_the_fastest() -> None:
+    for engine in ("deepspeed", "fsdp"):
+        fitting = [c for c in plan(work("llama-2-7b"), cluster(), engine) if c.fits]
+        fastest = max(c.tokens_per_gpu_second for c in fitting)
+        assert fitting[0].tokens_per_gpu_second >= (1 - TIE) * fastest
+        beyond = [c for c in fitting if c.tokens_per_gpu_second < (1 - TIE) * fastest]
+        assert beyond == sorted(beyond, key=lambda c: -c.tokens_per_gpu_second)
+
+
+def test_presets() -> None:
+    for name, gpu in GPUS.items():
+        assert gpu.sources and set(gpu.plausible) <= {"efficiency", "within", "between", "host_link"}, name
+        assert 0 < gpu.efficiency < 1 and gpu.within >= gpu.between
+        assert peak_flops(name, "fp16") > peak_flops(name, "fp32")
+    with pytest.raises(ValueError, match="v100 has no bf16"):
+        peak_flops("v100", "bf16")
+    with pytest.raises(ValueError, match="Write one of: a100-80"):
+        find_gpu("k80")
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("gpt2", 124_439_808), ("gpt2-xl", 1_557_611_200), ("bloom-560m", 559_214_592), ("llama-2-7b", 6_738_415_616),
+        ("llama-2-13b", 13_015_864_320), ("llama-2-70b", 68_976_648_192), ("llama-3-8b", 8_030_261_248),
+        ("llama-3-70b", 70_553_706_496), ("llama-3-405b", 405_853_388_800), ("mistral-7b", 7_241_732_096),
+        ("qwen2-0.5b", 494_032_768), ("qwen2-7b", 7_615_616_512),
+    ],
+)  # fmt: skip
+def test_public_models_have_their_published_parameters(name: str, published: int) -> None:
+    assert MODELS[name].num_params == published
+
+
+def test_a_size_means_the_public_model_of_that_size() -> None:
+    assert [nearest_model(size) for size in (8e9, 13e9, 70e9, 405e9)] == [
+        "llama-3-8b", "llama-2-13b", "llama-3-70b", "llama-3-405b",
+    ]  # fmt: skip
+    assert nearest_model(7e9) is None

@@ -1,0 +1,162 @@
+"""``plan --check RUN``: what the arithmetic says of a run, beside what ``train --measure`` saw it hold and send.
+
+The run's records say what was trained (``config.json``) and what was measured in one step (``result.json``). Compared
+are the bytes of model states, the peak of what the step allocated beyond the states that were there before, and the
+bytes on the wire. Time is compared where a GPU preset says what the devices could do; a shared CPU has none.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tutorial_lib.cli.plan_models import read_config
+from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.records import RunDirectory
+from tutorial_lib.theory import memory, peak
+from tutorial_lib.theory.cost import evaluate
+from tutorial_lib.theory.dimensions import Dimensions
+from tutorial_lib.theory.hardware import find_gpu, peak_flops
+from tutorial_lib.theory.layouts import Cluster, Layout, Workload
+from tutorial_lib.theory.states import model_states
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One quantity of a run: predicted, and measured on the rank where it is largest."""
+
+    quantity: str
+    predicted: float
+    measured: float
+
+    @property
+    def error(self) -> float:
+        """Share by which the prediction is above the measurement."""
+        return self.predicted / self.measured - 1 if self.measured else 0.0
+
+
+def report(run: str, *, gpu: str | None = None, as_json: bool = False) -> str:
+    """Return the comparison as a table, or as JSON.
+
+    Args:
+        run: its directory.
+        gpu: the preset that it ran on; time is compared then.
+        as_json: for machines.
+
+    Raises:
+        ConfigError: it was not measured, or is of an engine or a batching that cannot be predicted.
+    """
+    records = RunDirectory(Path(run).expanduser())
+    try:
+        config, result = Config.from_json(records.config_file.read_text(encoding="utf-8")), records.result()
+    except FileNotFoundError as error:
+        raise ConfigError(f"{run} has no {Path(error.filename).name}: name the directory of a finished run.") from error
+    measured = [rank["measured"] for rank in result["ranks"]]
+    if not all(measured):
+        raise ConfigError(f"{run} was not measured: train it with --measure.")
+    seconds = [row["seconds"] for row in records.rows()[3:]]
+    rows = compare(config, measured, gpu=gpu, seconds=statistics.median(seconds) if seconds else None)
+    if as_json:
+        return json.dumps([{**asdict(row), "error": row.error} for row in rows], indent=2)
+    lines = [f"{run}: {config.engine.name}, dp={config.parallel.dp} tp={config.parallel.tp}, {config.model.name}"]
+    lines.append(f"{'':34}{'predicted':>16}{'measured':>16}{'error':>9}")
+    lines += [f"{row.quantity:34}{row.predicted:>16,.4g}{row.measured:>16,.4g}{row.error:>+9.1%}" for row in rows]
+    if config.data.batching == "longest":
+        lines.append(f"Rows are padded to the longest of a batch: {config.data.seq_length} tokens are an upper bound.")
+    return "\n".join(lines)
+
+
+def compare(
+    config: Config, measured: list[dict[str, Any]], *, gpu: str | None = None, seconds: float | None = None
+) -> list[Compared]:
+    """Return the quantities of a run.
+
+    Args:
+        config: what was trained.
+        measured: each rank's account.
+        gpu: the preset that it ran on.
+        seconds: of a step.
+    """
+    workload, layout = workload_and_layout(config, *read_config(config.model.name))
+    ranks = config.parallel.world_size
+    part = peak.part_of_model(workload.dimensions, workload.num_params, layout.tp)
+    states = model_states(workload, layout, part.params, config.accumulation, layout.shard_size or layout.dp)
+    early = states.device - states.gradients
+    moments = peak.moments(workload, layout, part, states, config.accumulation)
+    cluster = Cluster(gpus=ranks, gpus_per_node=ranks, gpu_memory=80e9)
+    if gpu:
+        preset = find_gpu(gpu)
+        cluster = Cluster(
+            gpus=ranks, gpus_per_node=ranks, gpu_memory=preset.memory, efficiency=preset.efficiency,
+            gpu_flops=peak_flops(gpu, config.engine.precision), memory_bandwidth=preset.memory_bandwidth,
+            within=preset.within, between=preset.between, host_link=preset.host_link,
+        )  # fmt: skip
+    candidate = evaluate(workload, cluster, layout)
+    rows = [
+        Compared(
+            "model states, bytes",
+            states.device + states.host + _across_the_border(config, workload, layout),
+            max(m["state_bytes"]["total"] for m in measured),
+        ),
+        Compared(
+            "peak beyond weights and moments",
+            max(moment.total for moment in moments) - early,
+            max(sum(m["peak_bytes"].values()) for m in measured),
+        ),
+        Compared(
+            "bytes sent per step and rank",
+            candidate.dp_traffic + candidate.tp_traffic,
+            max(m["traffic"]["wire_bytes"] for m in measured),
+        ),
+    ]
+    if gpu and seconds:
+        rows.append(Compared("seconds per step", candidate.seconds, seconds))
+    return rows
+
+
+def workload_and_layout(config: Config, dimensions: Dimensions, num_params: int) -> tuple[Workload, Layout]:
+    """Return a run as the planner sees it.
+
+    Args:
+        config: what is trained.
+        dimensions, num_params: of the model.
+    """
+    engine, parallel = config.engine, config.parallel
+    if engine.name == "torch":
+        strategy: str | None = "no_shard"
+        stage = 0
+    elif engine.name == "fsdp":
+        strategy = "hybrid" if engine.sharding == "hybrid_shard" else engine.sharding
+        stage = {"no_shard": 0, "shard_grad_op": 2}.get(engine.sharding, 3)
+    else:
+        strategy, stage = None, engine.zero_stage
+    checkpointing = "full" if engine.activation_checkpointing else "none"
+    workload = Workload(
+        num_params=num_params, dimensions=dimensions, seq_length=config.data.seq_length, micro_batch=config.micro_batch,
+        global_batch=config.run.global_batch, precision=engine.precision, bucket_size=engine.bucket_size,
+        checkpointing=checkpointing, gradient_reduction="all_reduce", foreach=config.run.device != "cpu",
+    )  # fmt: skip
+    layout = Layout(
+        dp=parallel.dp, tp=parallel.tp, zero_stage=stage, strategy=strategy, shard_size=engine.shard_size,
+        offload=engine.offload, micro_batch=config.micro_batch, checkpointing=checkpointing, reduction="last",
+    )  # fmt: skip
+    return workload, layout
+
+
+def _across_the_border(config: Config, workload: Workload, layout: Layout) -> float:
+    """Return the gradients that ZeRO's stages 1 and 2 hold on both sides of a border between two ranks' shares.
+
+    A tensor that lies across it is held whole on both (:func:`tutorial_lib.theory.memory.reduced_gradients`). In a
+    large model it is nothing, in a model of four layers a per cent.
+    """
+    is_reduced = layout.zero_stage == 2 or (layout.zero_stage == 1 and config.accumulation == 1)
+    if layout.strategy or not is_reduced or layout.tp > 1 or layout.offload != "none":
+        return 0.0
+    from tutorial_lib.models.meta import model_outline
+
+    sizes = [p.numel() for p in model_outline(config.override(random_init=True)).parameters() if p.requires_grad]
+    held = max(memory.reduced_gradients(sizes, layout.dp, rank) for rank in range(layout.dp))
+    return (held - memory.partition_elements(sum(sizes), layout.dp)) * workload.bytes_per_element

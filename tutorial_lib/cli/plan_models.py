@@ -1,0 +1,140 @@
+"""Dimensions of the model that is planned: a public one by name or size, a Hugging Face configuration, or a size alone.
+
+Public models need neither the network nor PyTorch. Of a configuration whose family is not known here, the parameters
+are counted on a model that is built on the meta device: code and shapes, without memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.theory.dimensions import Dimensions, derive
+from tutorial_lib.theory.known_models import MODELS, nearest_model
+
+
+def find_model(name: str | None, size: float | None, given: dict[str, int | None]) -> tuple[Dimensions, int, str]:
+    """Return dimensions, parameters, and in words where they are from.
+
+    Args:
+        name: a public model's, a hub name, a directory or embedded/...
+        size: parameters; the nearest public model within 2 % stands for it, unless dimensions are given.
+        given: ``layers``, ``hidden``, ``heads`` and ``vocabulary``, where stated.
+
+    Raises:
+        ConfigError: neither or both of name and size, or what makes no model.
+    """
+    if (name is None) == (size is None):
+        raise ConfigError("Write either --model NAME or --model-size PARAMETERS, such as --model-size 7e9.")
+    stated = [flag for flag, value in given.items() if value is not None]
+    if name is not None:
+        if stated:
+            raise ConfigError(f"--{stated[0]} goes with --model-size; the dimensions of {name} are its own.")
+        if name in MODELS:
+            return MODELS[name], MODELS[name].num_params, name
+        return *read_config(name), name
+    assert size is not None
+    near = None if stated else nearest_model(size)
+    if near:
+        return MODELS[near], MODELS[near].num_params, f"{near}'s, the public model of about this size"
+    try:
+        dimensions = derive(size, **given)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if len(stated) == len(given):
+        return dimensions, int(size), "as given"
+    return dimensions, int(size), "assumed, after GPT-3's and LLaMA's sizes"
+
+
+def read_config(name: str) -> tuple[Dimensions, int]:
+    """Return the dimensions of a Hugging Face model, and its parameters: counted, if its family is not known here.
+
+    Raises:
+        ConfigError: there is no such model, or it is no dense decoder.
+    """
+    from tutorial_lib.models import load_config
+
+    config = load_config(name).get_text_config()
+    dimensions = _of_family(config)
+    if dimensions is not None:
+        return dimensions, dimensions.num_params
+    from tutorial_lib.models.meta import model_outline
+
+    model = model_outline(Config.create("cpu", model=name, random_init=True))
+    return measure(model), sum(parameter.numel() for parameter in model.parameters())
+
+
+def from_config(config: Any) -> Dimensions:
+    """The dimensions that a model's configuration (transformers' ``PretrainedConfig``) states.
+
+    Raises:
+        ConfigError: a family whose parameters are not counted here.
+    """
+    dimensions = _of_family(config)
+    if dimensions is None:
+        raise ConfigError(
+            f"The parameters of a {config.model_type} model do not follow from its configuration alone. Build it and "
+            "ask tutorial_lib.cli.plan_models.measure."
+        )
+    return dimensions
+
+
+def measure(model: Any) -> Dimensions:
+    """Return the dimensions of a decoder that is built, on the meta device for example.
+
+    Raises:
+        ConfigError: it has experts, or no layers that its configuration names.
+    """
+    config, names = model.config.get_text_config(), [name for name, _ in model.named_parameters()]
+    if any(".experts." in name or ".block_sparse_moe." in name for name in names):
+        raise ConfigError(
+            f"{config.model_type} is a mixture of experts, which the planner does not know. Write --model-size with "
+            "the parameters of a dense model."
+        )
+    try:
+        shared = _shared(config)
+    except AttributeError as error:
+        raise ConfigError(
+            f"The configuration of this {config.model_type} model does not say what the planner needs: {error}. Write "
+            "--model-size with --layers, --hidden, --heads and --vocabulary."
+        ) from error
+    keys = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff")
+    width = next((getattr(config, key) for key in keys if getattr(config, key, None)), None)
+    gated = any("gate_proj" in name or "gate_up_proj" in name for name in names)
+    separate = any("q_proj" in name for name in names)
+    return Dimensions(
+        **shared, kv_heads=getattr(config, "num_key_value_heads", None), intermediate=width, gated=gated,
+        qkv_bias=any(name.endswith(("q_proj.bias", "query_key_value.bias", "c_attn.bias")) for name in names),
+        bias=any(name.endswith(("o_proj.bias", "out_proj.bias", "dense.bias")) for name in names),
+        norm_vectors=2 if any("norm" in name and name.endswith(".bias") for name in names) else 1,
+        column_layers=(3 if separate else 1) + (2 if gated else 1),
+    )  # fmt: skip
+
+
+def _shared(config: Any) -> dict[str, Any]:
+    return {
+        "layers": config.num_hidden_layers, "hidden": config.hidden_size, "heads": config.num_attention_heads,
+        "vocabulary": config.vocab_size, "tied": config.tie_word_embeddings,
+    }  # fmt: skip
+
+
+def _of_family(config: Any) -> Dimensions | None:
+    """Return the dimensions of a family whose parameters follow from its configuration, to the last one; else None."""
+    family = config.model_type
+    if family == "gpt2":
+        return Dimensions(
+            **_shared(config), positions=config.n_positions, intermediate=config.n_inner, qkv_bias=True, bias=True,
+            norm_vectors=2, mlp_tensors=5 if config.activation_function == "gelu_new" else 2,
+        )  # fmt: skip
+    if family == "bloom":
+        return Dimensions(
+            **_shared(config), qkv_bias=True, bias=True, norm_vectors=2, embedding_norm=True, fused_attention=False
+        )
+    plain = getattr(config, "head_dim", None) in (None, config.hidden_size // config.num_attention_heads)
+    biased = getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)
+    if family in ("llama", "mistral", "qwen2") and plain and not biased:
+        return Dimensions(
+            **_shared(config), kv_heads=config.num_key_value_heads, intermediate=config.intermediate_size, gated=True,
+            qkv_bias=family == "qwen2", column_layers=5,
+        )  # fmt: skip
+    return None

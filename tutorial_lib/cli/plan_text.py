@@ -1,0 +1,220 @@
+"""The plan as text: what is assumed, the table of layouts, the best with its reasons, or what would make one fit."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass, field
+
+from tutorial_lib.cli import plan_commands
+from tutorial_lib.theory.cost import Candidate, backward_all_reduces, short_gb
+from tutorial_lib.theory.layouts import Cluster, Workload
+from tutorial_lib.theory.remedies import Remedy
+
+ROWS = 12
+"""Rows of the table that fit; of those that do not, half as many."""
+
+LEFT_OUT = (
+    "Left out: fragmentation, CUDA's and NCCL's own memory (--headroom stands for them), latency of collectives and of "
+    "kernels on small micro-batches, torch.compile, float8, reading data. GB are 1e9 bytes. How far off estimates are: "
+    "docs/planner-errors.md. Measure the layout you choose."
+)
+
+_HEADER = " dp tp  sharding         b rec off state activ bufs  peak    dp    tp  tok/s why not"
+
+_SHORT = {
+    "does not fit by": "too large by", "host too small by": "host lacks", "global batch": "batch", " traffic": "",
+    "computing": "compute", "the update": "update", "as fast; holds more memory": "tie; more memory",
+    "as fast; more knobs": "tie; more knobs",
+}  # fmt: skip
+"""What the table says for what the plan does."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """Everything that a plan says.
+
+    Args:
+        workload, cluster, engine: the question.
+        gpu: the preset's name, if one was named.
+        plausible: its fields that nobody measured.
+        model: what ``train`` takes.
+        source: where the dimensions are from.
+        candidates: all shapes, best first.
+        here: the best one that this course's engines run, if any fits.
+        why: sentences about the best.
+        advice: what would make something fit.
+    """
+
+    workload: Workload
+    cluster: Cluster
+    engine: str
+    gpu: str
+    plausible: tuple[str, ...]
+    model: str
+    source: str
+    candidates: list[Candidate]
+    here: Candidate | None
+    why: list[str] = field(default_factory=list)
+    advice: list[Remedy] = field(default_factory=list)
+
+
+def write(answer: Answer, *, rows: int = ROWS) -> str:
+    """Return the whole text; no line of the table is longer than 100 columns."""
+    best = answer.candidates[0]
+    lines = [*_assumed(answer), "", f"{'GB per GPU':>44}{'GB sent/step':>18}{'per GPU':>10}", _HEADER]
+    lines += [*_table(answer, rows), ""]
+    lines += _best(answer) if best.fits else _nothing(answer)
+    return "\n".join([*lines, "", *textwrap.wrap(LEFT_OUT, 100)])
+
+
+def describe(candidate: Candidate) -> str:
+    """Return a layout in words: ``dp=8 tp=1 ZeRO-1, offload none, micro-batch 1``."""
+    layout = candidate.layout
+    text = f"dp={layout.dp} tp={layout.tp}{' with sequence parallelism' if layout.sequence_parallel else ''} "
+    text += f"{layout.name}, offload {layout.offload}, micro-batch {layout.micro_batch}"
+    if layout.checkpointing != "none":
+        text += f", {layout.checkpointing} recomputing"
+    if layout.strategy and layout.reduction == "each" and candidate.accumulation > 1:
+        text += ", gradients reduced with every micro-batch"
+    return text
+
+
+def _assumed(answer: Answer) -> list[str]:
+    work, machine = answer.workload, answer.cluster
+    dims = work.dimensions
+    of = f"{answer.gpu} GPUs" if answer.gpu else "GPUs"
+    guessed = f"{', '.join(answer.plausible)}: plausible, not measured" if answer.plausible else ""
+    if not answer.gpu:
+        guessed = "an A100's speed and links, unless stated: --gpu names another"
+    trained = f", LoRA of rank {work.lora_rank} on weights of {work.base_bits} bits" if work.lora_rank else ""
+    lines = [
+        f"{work.num_params / 1e9:.4g} B parameters, {work.precision}: {dims.layers} layers, hidden "
+        f"{dims.hidden}, {dims.heads} heads ({dims.key_value_heads} kv), vocabulary {dims.vocabulary}{trained}",
+        f"  dimensions: {answer.source}; replicated under tp: {dims.replicated_params / 1e6:.3g} M",
+        f"{machine.gpus} {of} of {machine.gpu_memory / 1e9:g} GB ({machine.usable_memory / 1e9:.3g} usable), "
+        f"{machine.gpus_per_node} per node; {machine.gpu_flops / 1e12:g} TFLOP/s at {machine.efficiency:g} (HFU)",
+        f"  GB/s: {machine.within / 1e9:g} within a node, {machine.between / 1e9:g} between, "
+        f"{machine.host_link / 1e9:g} to the host; {machine.host_memory / 1e9:g} GB of host memory per node",
+        *([f"  {guessed}"] if guessed else []),
+        f"  assumed: {machine.overlap:.0%} of dp traffic can hide behind computing, {machine.headroom:.0%} of memory "
+        f"free, host Adam {machine.host_adam / 1e9:g}e9/s",
+        f"  sequences of {work.seq_length}; {_batch(work)}",
+        *(
+            ["  below 1 B parameters, published runs were 1.7 to 9 times slower: small kernels wait for launches"]
+            if work.num_params < 1e9
+            else []
+        ),
+        *_communication(answer),
+    ]
+    return lines
+
+
+def _batch(work: Workload) -> str:
+    global_batch = f"{work.global_batch} per step" if work.global_batch else ""
+    if work.micro_batch:
+        return f"micro-batch {work.micro_batch}" + (f", {global_batch}" if global_batch else "")
+    return f"{global_batch or 'no global batch given'}; the planner chooses the micro-batch (b)"
+
+
+def _communication(answer: Answer) -> list[str]:
+    """What is assumed of tensor parallelism's all-reduces, and of how gradients are reduced."""
+    work, engine = answer.workload, answer.engine
+    backward = backward_all_reduces(work.dimensions, engine)
+    forward = "2 forward, 1 recomputed" if work.checkpointing == "full" else "2 forward"
+    tp = f"  all-reduces per layer: {forward}, {backward} backward"
+    if engine == "fsdp":
+        return [
+            f"{tp} (Megatron's plan)",
+            "  gradients: reduced in fp32; once per step, or with every micro-batch as FSDP2 does by default",
+        ]
+    reduction = work.gradient_reduction
+    default = "DeepSpeed's default" + (": --gradient-reduction all_reduce" if reduction != "all_reduce" else "")
+    return [
+        f"{tp} (AutoTP: {backward} column-parallel layers)",
+        f"  gradients of stages 1 and 2: {reduction} ({default})",
+    ]
+
+
+def _table(answer: Answer, rows: int) -> list[str]:
+    fitting = [c for c in answer.candidates if c.fits]
+    others = [c for c in answer.candidates if not c.fits]
+    shown, best = fitting[:rows], answer.candidates[0]
+    if answer.here and answer.here not in shown:
+        shown = [*shown[: rows - 1], answer.here]
+    lines = [_row(candidate, best) for candidate in shown]
+    lines += [_row(candidate, best) for candidate in others[: max(1, rows // 2)]]
+    hidden = len(answer.candidates) - len(lines)
+    if any(candidate.missing for candidate in answer.candidates):
+        lines.append(" * not in this course's engines (--only-here leaves such layouts out)")
+    return lines + ([f" ... {hidden} more: --rows {len(answer.candidates)}, or --json"] if hidden > 0 else [])
+
+
+def _row(candidate: Candidate, best: Candidate) -> str:
+    layout = candidate.layout
+    off = {"none": "-", "optimizer": "opt", "all": "all"}[layout.offload]
+    recompute = {"none": "-", "selective": "sel", "full": "all"}[layout.checkpointing]
+    gigabytes = [
+        _short(size / 1e9)
+        for size in (candidate.states, candidate.activations, candidate.buffers, candidate.memory,
+                     candidate.dp_traffic + candidate.cp_traffic, candidate.tp_traffic)
+    ]  # fmt: skip
+    columns = " ".join(f"{text:>{width}}" for text, width in zip(gigabytes, (5, 5, 4, 5, 5, 5), strict=True))
+    why = candidate.problem or candidate.slower or ("the best" if candidate is best else "this course's best")
+    for long, short in _SHORT.items():
+        why = why.replace(long, short)
+    star = "*" if candidate.missing else " "
+    tp = f"{layout.tp:>2}{'s' if layout.sequence_parallel else ' '}"
+    name = layout.name.replace("shard_grad_op ", "grad_op ")
+    return (
+        f"{layout.dp:>3} {tp} {name:15}{star}{layout.micro_batch:>2} {recompute:3} {off:3} {columns} "
+        f"{candidate.tokens_per_gpu_second:>6,.0f} {why}"
+    )
+
+
+def _best(answer: Answer) -> list[str]:
+    best = answer.candidates[0]
+    fitting = sum(candidate.fits for candidate in answer.candidates)
+    lines = [
+        f"Best: {describe(best)}: the best of {fitting} that fit, of {len(answer.candidates)}.",
+        f"{best.tokens_per_gpu_second:,.0f} tokens/s per GPU, {best.seconds:.3g} s per step of "
+        f"{best.tokens // answer.workload.seq_length} sequences, accumulation {best.accumulation}; computing is "
+        f"{best.compute_seconds / best.seconds:.0%} of it. It peaks at the {best.moment}.",
+        *(f"  {sentence}" for sentence in answer.why),
+    ]
+    runs = best if not best.missing else answer.here
+    if best.missing:
+        lines.append(f"This course's engines do not have: {', '.join(best.missing)}.")
+        if runs:
+            slower = 100 * (best.tokens_per_gpu_second / runs.tokens_per_gpu_second - 1)
+            lines.append(f"The best that they run: {describe(runs)}: {slower:.0f} % slower.")
+        else:
+            lines.append("Nothing that they run fits.")
+    if runs:
+        lines += ["", *plan_commands.in_words(answer.workload, answer.cluster, runs, answer.model)]
+    return lines
+
+
+def _nothing(answer: Answer) -> list[str]:
+    hopeless = "This planner knows no change after which it would: fewer parameters, or shorter sequences."
+    lines = [
+        "Nothing fits. What would, each tried, the fastest first:" if answer.advice else f"Nothing fits. {hopeless}"
+    ]
+    for remedy in answer.advice:
+        beyond = f"; not in this course: {', '.join(remedy.best.missing)}" if remedy.best.missing else ""
+        lines.append(f"  {remedy.change}")
+        lines.append(
+            f"    {remedy.best.tokens_per_gpu_second:,.0f} tokens/s per GPU with {describe(remedy.best)}{beyond}"
+        )
+    smallest = min(answer.candidates, key=lambda c: c.memory)
+    lines.append(f"The smallest layout needs {short_gb(smallest.memory)} GB per GPU: {describe(smallest)}.")
+    return lines
+
+
+def _short(number: float) -> str:
+    """At most five characters, three digits that count."""
+    if number == 0:
+        return "0"
+    if number < 0.001:
+        return f"{number:.0e}".replace("e-0", "e-")
+    decimals = 3 if number < 1 else 2 if number < 10 else 1 if number < 1000 else 0
+    return f"{number:.{decimals}f}"

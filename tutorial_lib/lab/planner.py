@@ -1,0 +1,197 @@
+"""Planner panel: ``python -m tutorial_lib plan`` as widgets, redrawn while you turn them.
+
+>>> from tutorial_lib.lab.planner import panel
+>>> panel(model="llama-3-8b", gpus=8, gpu="h100")
+
+A bar per layout stacks model states, activations and buffers at their common peak, against the line of what a GPU may
+use; the table ranks the layouts. The panel asks :mod:`tutorial_lib.theory`, and remembers what it has been asked.
+"""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from tutorial_lib.lab.display import Table, table
+from tutorial_lib.lab.figures import BLUE, GREEN, INK, ORANGE, RED
+from tutorial_lib.theory.cost import Candidate
+from tutorial_lib.theory.hardware import GPUS, find_gpu, peak_flops
+from tutorial_lib.theory.known_models import MODELS
+from tutorial_lib.theory.layouts import ENGINES, Cluster, Workload
+from tutorial_lib.theory.plan import plan
+
+BARS = 8
+"""Layouts that are drawn and listed."""
+
+_PARTS = {"states": BLUE, "activations": ORANGE, "buffers": GREEN}
+_SEQUENCES = (512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072)
+_COUNTS = tuple(1 << n for n in range(11))
+_FREE = "chosen"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What the panel's widgets ask.
+
+    Args:
+        model: a public model's name.
+        gpu: a preset's name.
+        gpus: how many.
+        seq_length: tokens per sequence.
+        global_batch: sequences per step; ``None``: one micro-batch per rank.
+        engine: ``deepspeed`` or ``fsdp``.
+        only_here: leave out what this course's engines do not have.
+    """
+
+    model: str = "llama-3-8b"
+    gpu: str = "h100"
+    gpus: int = 8
+    seq_length: int = 2048
+    global_batch: int | None = None
+    engine: str = "fsdp"
+    only_here: bool = False
+
+
+@lru_cache(maxsize=256)
+def candidates(question: Question) -> tuple[list[Candidate], Cluster]:
+    """Return the layouts, best first, and the devices.
+
+    Raises:
+        ValueError: a preset or a combination that cannot be planned.
+    """
+    preset, dims = find_gpu(question.gpu), MODELS[question.model]
+    precision = "bf16" if "bf16" in preset.flops else "fp16"
+    cluster = Cluster(
+        gpus=question.gpus, gpu_memory=preset.memory, gpus_per_node=preset.gpus_per_node,
+        gpu_flops=peak_flops(question.gpu, precision), efficiency=preset.efficiency,
+        memory_bandwidth=preset.memory_bandwidth, within=preset.within, between=preset.between,
+        host_link=preset.host_link,
+    )  # fmt: skip
+    workload = Workload(
+        num_params=dims.num_params, dimensions=dims, seq_length=question.seq_length, precision=precision,
+        global_batch=question.global_batch, beyond=not question.only_here,
+    )  # fmt: skip
+    return plan(workload, cluster, question.engine), cluster
+
+
+def answer(question: Question) -> str:
+    """Return the answer as HTML: a finding in words, the bars, the table."""
+    try:
+        found, cluster = candidates(question)
+    except ValueError as error:
+        return f"<p>{html.escape(str(error))}</p>"
+    shown = [c for c in found if c.fits][:BARS] or found[:BARS]
+    return f"<p>{html.escape(_finding(found))}</p>{bars(shown, cluster)}{ranked(shown).html()}"
+
+
+def ranked(shown: list[Candidate]) -> Table:
+    """Return the layouts as a table, the best first."""
+    return table(
+        [
+            {
+                "layout": _name(c), "micro-batch": c.layout.micro_batch, "recomputed": c.layout.checkpointing,
+                "GB per GPU": round(c.memory / 1e9, 1), "tokens/s per GPU": round(c.tokens_per_gpu_second),
+                "why not": c.problem or c.slower or "the best", "in this course": "no" if c.missing else "yes",
+            }
+            for c in shown
+        ]
+    )  # fmt: skip
+
+
+def bars(shown: list[Candidate], cluster: Cluster) -> str:
+    """Return an SVG: a stacked bar per layout, and the line of what one GPU may use."""
+    left, width, step, bar = 270, 430, 24, 14
+    most = max([cluster.gpu_memory, *(c.memory for c in shown)])
+    scale = width / most
+    height = 30 + step * len(shown) + 34
+    alt = f"Peak memory of {len(shown)} layouts, stacked, against {cluster.usable_memory / 1e9:.0f} usable GB per GPU."
+    lines = [
+        f'<svg role="img" aria-label="{html.escape(alt)}" xmlns="http://www.w3.org/2000/svg" '
+        f'width="{left + width + 60}" height="{height}" font-family="sans-serif" font-size="12" fill="{INK}">'
+    ]
+    for row, candidate in enumerate(shown):
+        y, x = 30 + step * row, float(left)
+        lines.append(f'<text x="{left - 8}" y="{y + 11}" text-anchor="end">{html.escape(_name(candidate))}</text>')
+        held = candidate.memory - candidate.activations - candidate.buffers
+        for part, size in zip(_PARTS, (held, candidate.activations, candidate.buffers), strict=True):
+            length = size * scale
+            title = f"{part}: {size / 1e9:.1f} GB"
+            lines.append(
+                f'<rect x="{x:.1f}" y="{y}" width="{length:.1f}" height="{bar}" fill="{_PARTS[part]}">'
+                f"<title>{title}</title></rect>"
+            )
+            x += length
+        lines.append(f'<text x="{x + 5:.1f}" y="{y + 11}">{candidate.memory / 1e9:.0f} GB</text>')
+    end = 30 + step * len(shown)
+    for size, dash, name in ((cluster.usable_memory, "4 3", "usable"), (cluster.gpu_memory, "none", "GPU")):
+        x = left + size * scale
+        lines.append(
+            f'<line x1="{x:.1f}" y1="18" x2="{x:.1f}" y2="{end}" stroke="{RED}" stroke-dasharray="{dash}"/>'
+            f'<text x="{x:.1f}" y="{13}" text-anchor="{"end" if name == "usable" else "start"}">{name}</text>'
+        )
+    for number, (part, colour) in enumerate(_PARTS.items()):
+        x = left + 130 * number
+        lines.append(f'<rect x="{x}" y="{end + 12}" width="10" height="10" fill="{colour}"/>')
+        lines.append(f'<text x="{x + 15}" y="{end + 21}">{part}</text>')
+    return "".join([*lines, "</svg>"])
+
+
+def panel(**defaults: Any) -> Any:
+    """Return the widgets, with what they say now below them.
+
+    Args:
+        **defaults: fields of :class:`Question` to start from.
+    """
+    import ipywidgets
+
+    start = Question(**defaults)
+    style = {"description_width": "6em"}
+
+    def choose(label: str, options: Any, value: Any) -> Any:
+        return ipywidgets.Dropdown(description=label, options=options, value=value, style=style)
+
+    widgets = {
+        "model": choose("model", list(MODELS), start.model),
+        "gpu": choose("GPU", list(GPUS), start.gpu),
+        "gpus": choose("GPUs", sorted({*_COUNTS, start.gpus}), start.gpus),
+        "seq_length": choose("tokens", sorted({*_SEQUENCES, start.seq_length}), start.seq_length),
+        "global_batch": choose(
+            "batch", [(_FREE, None), *((str(n), n) for n in sorted({*_COUNTS, start.global_batch or 1}))],
+            start.global_batch,
+        ),
+        "engine": choose("engine", list(ENGINES), start.engine),
+        "only_here": ipywidgets.Checkbox(
+            description="only what this course's engines have", value=start.only_here, indent=False
+        ),
+    }  # fmt: skip
+    shown = ipywidgets.HTML(answer(start))
+
+    def redraw(_change: Any = None) -> None:
+        shown.value = answer(Question(**{name: widget.value for name, widget in widgets.items()}))
+
+    for widget in widgets.values():
+        widget.observe(redraw, names="value")
+    controls = list(widgets.values())
+    return ipywidgets.VBox([ipywidgets.HBox(controls[:3]), ipywidgets.HBox(controls[3:6]), controls[6], shown])
+
+
+def _finding(found: list[Candidate]) -> str:
+    best = found[0]
+    if not best.fits:
+        smallest = min(found, key=lambda c: c.memory)
+        return f"Nothing fits; the smallest layout is {_name(smallest)} with {smallest.memory / 1e9:.0f} GB per GPU."
+    more = f" This course's engines do not have {', '.join(best.missing)}." if best.missing else ""
+    fitting = sum(c.fits for c in found)
+    return (
+        f"{_name(best)} with micro-batch {best.layout.micro_batch}: {best.tokens_per_gpu_second:,.0f} tokens/s per "
+        f"GPU, the best of {fitting} layouts that fit, of {len(found)}.{more}"
+    )
+
+
+def _name(candidate: Candidate) -> str:
+    layout = candidate.layout
+    sequence = " + SP" if layout.sequence_parallel else ""
+    off = {"none": "", "optimizer": ", optimizer offloaded", "all": ", all offloaded"}[layout.offload]
+    return f"{layout.dp} x {layout.tp}{sequence} {layout.name}{off}"

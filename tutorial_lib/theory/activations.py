@@ -1,0 +1,163 @@
+"""Activations: what a transformer keeps between forward and backward, and what the loss needs at its peak.
+
+Counted per kernel, as PyTorch's autograd keeps tensors for today's Hugging Face and torchtitan models, in units of
+tokens times width. Notation: h hidden, k width of all keys, f width of the MLP, V vocabulary, t tensor-parallel size,
+e bytes per element. A layer keeps, per token::
+
+    norms               2 x (e h), RMSNorm another fp32 copy:  2 x (e h + 4 h)         in fp32: 2 x 2 e h
+    matrix inputs       query-key-value and MLP                2 x (e h)
+    attention           query, key, value, output              e (2 h + 2 k)           divided by t
+                        without a fused kernel: the scores     heads x s x (4 [+ 2])   divided by t
+    MLP                 2 tensors, 4 if gated, 5 in GPT-2      2..5 x (e f)            divided by t
+
+Recomputing (``checkpointing``)::
+
+    none        all of it
+    selective   the layer's input, attention's output, and every second matrix product: torchtitan's per-operator policy
+    full        the layer's input alone
+
+While a layer that is recomputed runs backward, all that it would have kept is there once: the *transient*. The
+logits are gone by then, so a step peaks at the larger of the two.
+
+The loss (:func:`logits_bytes`) peaks in its backward at three fp32 copies of the logits: the log-probabilities, the
+gradient of those, and the gradient of the logits, 12 bytes each. Split over the vocabulary, PyTorch's ``loss_parallel``
+has four of its share at once.
+
+Assumptions: dropout off (its masks are one byte per element and layer), no ``torch.compile`` (which keeps less), the
+sequence axis of a DTensor gathered before each matrix product and kept so.
+
+Sources: the kernels themselves (``torch.nn.functional``, transformers 5.23, torch/distributed/tensor/parallel/loss.py),
+torchtitan's ``parallelize_llama.py`` of December 2024 (selective policy, sequence parallelism), and for the same in
+another implementation *Reducing Activation Recomputation*, arXiv:2205.05198, section 4:
+:func:`megatron_bytes_per_layer`.
+
+Checked: tests/unit/theory/test_activations.py counts what autograd keeps in this course's three models; a run's whole
+peak and published runs stand in docs/planner-errors.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+from tutorial_lib.theory.dimensions import Dimensions
+
+CHECKPOINTING = ("none", "selective", "full")
+"""How much is recomputed in backward, least first."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerActivations:
+    """Bytes per token of one layer.
+
+    Args:
+        kept: until the layer's backward.
+        transient: more, while it runs backward.
+    """
+
+    kept: float
+    transient: float
+
+
+@cache
+def layer_activations(
+    dimensions: Dimensions,
+    checkpointing: str = "none",
+    tp: int = 1,
+    *,
+    sequence_parallel: bool = False,
+    bytes_per_element: int = 2,
+    seq_length: int = 0,
+) -> LayerActivations:
+    """Return what one layer keeps of one token, in bytes.
+
+    Args:
+        dimensions: of the model.
+        checkpointing: ``none``, ``selective`` or ``full``.
+        tp: t.
+        sequence_parallel: norms and residuals are divided over the tensor-parallel ranks, too.
+        bytes_per_element: e, of what layers compute in.
+        seq_length: s, which matters without a fused attention kernel alone.
+
+    Raises:
+        ValueError: another way of recomputing.
+    """
+    if checkpointing not in CHECKPOINTING:
+        raise ValueError(f"checkpointing is {checkpointing!r}. Write one of: {', '.join(CHECKPOINTING)}.")
+    h, k, f, e = dimensions.hidden, dimensions.key_value_width, dimensions.mlp_width, bytes_per_element
+    own = tp if sequence_parallel else 1
+    norm = _norm(dimensions, e)
+    scores = 0 if dimensions.fused_attention else dimensions.heads * seq_length * (4 if e == 4 else 6)
+    mlp = (dimensions.mlp_tensors or (4 if dimensions.gated else 2)) * e * f
+    whole = 2 * norm / own + 2 * e * h + (e * (2 * h + 2 * k) + scores + mlp) / tp
+    if checkpointing == "none":
+        return LayerActivations(whole, 0.0)
+    kept = e * h / own
+    if checkpointing == "selective":
+        products = h + k + f if dimensions.column_layers > 2 else h + 2 * k + f
+        kept += e * ((h + products) / tp + (h if dimensions.column_layers > 2 else 0))
+        kept += scores / tp
+    return LayerActivations(kept, max(0.0, whole - kept))
+
+
+def last_norm(
+    dimensions: Dimensions, bytes_per_element: int = 2, tp: int = 1, *, sequence_parallel: bool = False
+) -> float:
+    """Return the bytes per token that the last norm and the output layer keep: their inputs, never recomputed."""
+    own = tp if sequence_parallel else 1
+    return _norm(dimensions, bytes_per_element) / own + bytes_per_element * dimensions.hidden
+
+
+def _norm(dimensions: Dimensions, bytes_per_element: int) -> float:
+    is_layer_norm = dimensions.norm_vectors == 2
+    return (bytes_per_element if is_layer_norm else bytes_per_element + 4) * dimensions.hidden
+
+
+def recomputed_share(dimensions: Dimensions, checkpointing: str) -> tuple[float, float]:
+    """Return which shares of a layer's forward matrix products, and of its attention, backward computes again.
+
+    Selective: every second product in the order query, key, value, output, gate, up, down; attention is kept.
+    """
+    if checkpointing != "selective":
+        return (1.0, 1.0) if checkpointing == "full" else (0.0, 0.0)
+    widths = [rows * columns for rows, columns in dimensions.linear_widths]
+    if dimensions.column_layers <= 2:
+        widths = [sum(widths[:3]), *widths[3:]]  # one fused query-key-value product
+    return sum(widths[1::2]) / sum(widths), 0.0
+
+
+def logits_bytes(tokens: float, vocabulary: int, *, vocabulary_parallel: int = 1, chunks: int = 1) -> float:
+    """Return the peak of the loss, in bytes: three fp32 copies of the logits, four of a share of them.
+
+    Args:
+        tokens: of a micro-batch on one rank.
+        vocabulary: V.
+        vocabulary_parallel: over how many ranks the logits are split; 1: not split.
+        chunks: in how many pieces, one after the other, output layer and loss are computed.
+    """
+    copies = 16 if vocabulary_parallel > 1 else 12
+    return copies * tokens / chunks * vocabulary / vocabulary_parallel
+
+
+def megatron_bytes_per_layer(
+    seq_length: int,
+    micro_batch: int,
+    hidden: int,
+    num_heads: int,
+    tp: int = 1,
+    *,
+    sequence_parallel: bool = False,
+    fused_attention: bool = False,
+) -> float:
+    """Activations that one GPT layer of Megatron-LM keeps for backward, in bytes, with 16-bit activations.
+
+    ``s b h (10 + 24/t + 5 a s / (h t))`` under tensor parallelism, ``s b h / t (34 + 5 a s / h)`` with sequence
+    parallelism as well (arXiv:2205.05198, section 4.2). For t = 1 both are ``s b h (34 + 5 a s / h)``.
+    The last term is the attention matrix, which fused attention kernels (``fused_attention``) do not keep. An MLP of
+    4 h, LayerNorm, GELU and dropout are assumed: :func:`layer_activations` knows others.
+    """
+    sbh = seq_length * micro_batch * hidden
+    attention = 0.0 if fused_attention else 5 * num_heads * seq_length / hidden
+    if sequence_parallel:
+        return sbh / tp * (34 + attention)
+    return sbh * (10 + 24 / tp + attention / tp)

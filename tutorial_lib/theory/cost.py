@@ -1,0 +1,250 @@
+"""What a layout costs: bytes per device, bytes sent, and seconds per step.
+
+The model of a step::
+
+    computing  FLOPs, recomputed ones included / (devices * peak * efficiency), and the pipeline's bubble on top
+    tp         all-reduces of activations; the next operation waits for them: nothing hides them
+    dp         gradients and parameters; computing hides the share ``overlap`` of it, as far as it lasts
+    cp         keys and values round a ring, hidden likewise
+    update     Adam reads and writes 28 bytes per trained parameter of its shard
+    offload    states over the host link, and Adam on the host's processors; nothing hides them
+
+Sources: FLOPs, arXiv:2204.02311, appendix B; volumes, :mod:`tutorial_lib.theory.traffic`; the update, AdamW's fp32
+gradient, weight and two moments (16 bytes read, 12 written). Assumptions: Adam reaches four fifths of the memory
+bandwidth (plausible); kernels are as efficient on small micro-batches as on large ones.
+Left out: latency of collectives, launches of kernels, reading data.
+Checked: docs/planner-errors.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tutorial_lib.theory import context, flops, memory, pipeline, traffic
+from tutorial_lib.theory.activations import recomputed_share
+from tutorial_lib.theory.dimensions import Dimensions
+from tutorial_lib.theory.layouts import Cluster, Layout, Workload, missing_here
+from tutorial_lib.theory.peak import Part, part_of_model, peak_memory
+from tutorial_lib.theory.search import step_batch
+from tutorial_lib.theory.states import lora_params, model_states
+
+UPDATE_BYTES = 28
+REACHED_MEMORY_BANDWIDTH = 0.8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A layout with its costs: bytes per device (``host`` per node), bytes that a device sends per step, seconds.
+
+    ``states`` are all that exist in a step; ``memory`` is the peak, at which gradients may not be there yet
+    (``moment``). ``problem`` says why it cannot run; ``missing`` what this course's engines lack for it; ``slower``
+    why it is not the best.
+    """
+
+    layout: Layout
+    accumulation: int
+    tokens: int
+    states: float
+    activations: float
+    buffers: float
+    memory: float
+    moment: str
+    host: float
+    dp_traffic: float
+    tp_traffic: float
+    cp_traffic: float
+    compute_seconds: float
+    dp_seconds: float
+    tp_seconds: float
+    offload_seconds: float
+    update_seconds: float
+    exposed_dp_seconds: float
+    tokens_per_gpu_second: float
+    problem: str = ""
+    missing: tuple[str, ...] = ()
+    slower: str = ""
+
+    @property
+    def fits(self) -> bool:
+        return not self.problem
+
+    @property
+    def seconds(self) -> float:
+        return (
+            self.compute_seconds + self.tp_seconds + self.exposed_dp_seconds + self.offload_seconds
+            + self.update_seconds
+        )  # fmt: skip
+
+
+def backward_all_reduces(dimensions: Dimensions, engine: str) -> int:
+    """All-reduces per layer in backward under tensor parallelism: AutoTP sums once per column-parallel projection.
+
+    This course's DTensor plan, which goes with FSDP2, sums once per attention and MLP, as Megatron does.
+    """
+    return 2 if engine == "fsdp" else dimensions.column_layers
+
+
+def evaluate(workload: Workload, cluster: Cluster, layout: Layout) -> Candidate:
+    """Return a layout's costs."""
+    dims = workload.dimensions
+    part = part_of_model(
+        dims, workload.num_params, layout.tp, layout.pp, sequence_parallel=layout.sequence_parallel
+    )  # fmt: skip
+    batch = step_batch(workload, cluster, layout)
+    share = layout.micro_batch * layout.dp
+    accumulation = max(1, batch // share)
+    states = model_states(workload, layout, part.params, accumulation, _copies(layout))
+    peak = peak_memory(workload, layout, part, states, accumulation)
+    host = states.host * cluster.per_node
+
+    dp_bytes, dp_seconds = _dp_traffic(workload, cluster, layout, part.params, accumulation)
+    tp_bytes, tp_seconds = _tp_traffic(workload, cluster, layout, part, accumulation)
+    cp_bytes, cp_seconds = _cp_traffic(workload, cluster, layout, part, accumulation)
+    compute = _compute_seconds(workload, cluster, layout, batch * workload.seq_length)
+    if layout.pp > 1:
+        slow_down = 1 + pipeline.bubble_share(layout.pp, accumulation, layout.chunks)
+        compute, tp_seconds = compute * slow_down, tp_seconds * slow_down
+    sent_seconds = dp_seconds + cp_seconds
+    exposed = sent_seconds - cluster.overlap * min(sent_seconds, compute)
+    offload, update = _update_seconds(workload, cluster, layout, part.params, accumulation)
+    seconds = compute + tp_seconds + exposed + offload + update
+    return Candidate(
+        layout=layout, accumulation=accumulation, tokens=batch * workload.seq_length, states=states.device,
+        activations=peak.activations, buffers=peak.buffers, memory=peak.total, moment=peak.moment, host=host,
+        dp_traffic=dp_bytes, tp_traffic=tp_bytes, cp_traffic=cp_bytes, compute_seconds=compute, dp_seconds=dp_seconds,
+        tp_seconds=tp_seconds, offload_seconds=offload, update_seconds=update, exposed_dp_seconds=exposed,
+        tokens_per_gpu_second=batch * workload.seq_length / seconds / cluster.gpus,
+        problem=_problem(cluster, peak.total, host, batch, share),
+        missing=tuple(missing_here(layout, workload, accumulation)),
+    )  # fmt: skip
+
+
+def _copies(layout: Layout) -> int:
+    """Return how many ranks share one copy of the states."""
+    return layout.shard_size or layout.dp * layout.cp
+
+
+def _dp_traffic(
+    workload: Workload, cluster: Cluster, layout: Layout, params: int, accumulation: int
+) -> tuple[float, float]:
+    """Bytes that a device sends in its data-parallel group per step, and the seconds that takes."""
+    element = workload.bytes_per_element
+    # FSDP2 gathers 16-bit copies and reduces gradients in fp32.
+    reduced = 4 if layout.strategy else element
+    ranks = layout.dp * layout.cp
+    members = max(1, cluster.per_node // layout.tp)
+    trained = params
+    if workload.lora_rank:
+        trained = min(params, lora_params(workload.dimensions, workload.lora_rank) // (layout.tp * layout.pp))
+    if layout.pp > 1:
+        accumulation = 1  # gathered once, reduced once: see :mod:`tutorial_lib.theory.search`
+
+    def cost(volume: traffic.StepVolume, ranks: int, members: int) -> tuple[float, float]:
+        gathers = traffic.StepVolume(all_gather=volume.all_gather)
+        reductions = traffic.StepVolume(all_reduce=volume.all_reduce, reduce_scatter=volume.reduce_scatter)
+        sent = gathers.ring_elements(ranks) * element + reductions.ring_elements(ranks) * reduced
+        return sent, sent / traffic.bus_bandwidth(members, ranks, cluster.within, cluster.between)
+
+    if layout.strategy is None:
+        # A layer waits for its backward while up to 2 Psi elements of others are used; DeepSpeed keeps it that long if
+        # its limit allows.
+        stays = 2 * params <= workload.live_params
+        volume = traffic.zero_volume(
+            trained, layout.zero_stage, accumulation=accumulation, gradient_reduction=workload.gradient_reduction,
+            parameters_stay=stays,
+        )  # fmt: skip
+        frozen = (params - trained) * accumulation * (1 if stays else 2) if layout.zero_stage == 3 else 0
+        whole = traffic.StepVolume(volume.all_reduce, volume.all_gather + frozen, volume.reduce_scatter)
+        return cost(whole, ranks, members)
+    shared = {"accumulation": accumulation, "frozen": params - trained, "reduce_each": layout.reduction == "each"}
+    if layout.strategy != "hybrid":
+        return cost(traffic.fsdp_volume(params, layout.strategy, **shared), ranks, members)  # type: ignore[arg-type]
+    size = layout.shard_size or members
+    inside = cost(traffic.fsdp_volume(params, "full_shard", **shared), size, members)  # type: ignore[arg-type]
+    times = accumulation if layout.reduction == "each" else 1
+    across = cost(
+        traffic.StepVolume(all_reduce=times * memory.partition_elements(trained, size)), ranks // size, 1
+    )  # fmt: skip
+    # One layer's gradients cross the network while the next layer is gathered inside: the links differ, unless the
+    # group spans nodes itself.
+    seconds = max(inside[1], across[1]) if size <= members else inside[1] + across[1]
+    return inside[0] + across[0], seconds
+
+
+def _tp_traffic(
+    workload: Workload, cluster: Cluster, layout: Layout, part: Part, accumulation: int
+) -> tuple[float, float]:
+    """All-reduces of activations; with sequence parallelism all-gathers and reduce-scatters of the same volume."""
+    tensor = traffic.tensor_parallel_volume(
+        part.layers, layout.micro_batch, workload.seq_length // layout.cp, workload.dimensions.hidden, layout.tp,
+        accumulation=accumulation, recompute=layout.checkpointing == "full",
+        column_layers=backward_all_reduces(workload.dimensions, layout.engine),
+    )  # fmt: skip
+    sent = tensor.ring_elements(layout.tp) * workload.bytes_per_element
+    return sent, sent / cluster.within
+
+
+def _cp_traffic(
+    workload: Workload, cluster: Cluster, layout: Layout, part: Part, accumulation: int
+) -> tuple[float, float]:
+    if layout.cp == 1:
+        return 0.0, 0.0
+    tokens = layout.micro_batch * workload.seq_length / layout.cp
+    width = workload.dimensions.key_value_width / layout.tp
+    elements = context.ring_elements(tokens, int(width), layout.cp, recompute=layout.checkpointing == "full")
+    sent = accumulation * part.layers * elements * workload.bytes_per_element
+    return sent, sent / cluster.within
+
+
+def _compute_seconds(workload: Workload, cluster: Cluster, layout: Layout, tokens: int) -> float:
+    """Forward, backward and what backward recomputes. A whole output layer is computed whole on every rank of tp."""
+    dims = workload.dimensions
+    per_token: float = flops.flops_per_token(workload.num_params, dims.layers, dims.hidden, workload.seq_length)
+    if not dims.tied:
+        per_token -= 6 * dims.embedding_params  # looked up, never multiplied
+    in_layers = 2 * (workload.num_params - dims.root_params)
+    if workload.lora_rank:
+        per_token -= in_layers  # no gradients of frozen weights, while those of activations pass through them
+    whole = 6 * dims.vocabulary * dims.hidden if dims.tied and not layout.sequence_parallel else 0
+    products, attention = recomputed_share(dims, layout.checkpointing)
+    per_token += products * in_layers + attention * 4 * dims.layers * dims.hidden * workload.seq_length
+    work = tokens / (layout.dp * layout.cp * layout.pp) * ((per_token - whole) / layout.tp + whole)
+    return work / (cluster.gpu_flops * cluster.efficiency)
+
+
+def _update_seconds(
+    workload: Workload, cluster: Cluster, layout: Layout, params: int, accumulation: int
+) -> tuple[float, float]:
+    """Seconds that offload adds, and those of Adam on the device. One of them is 0.
+
+    Offload: gradients down, parameters up, Adam in between; with ``all``, parameters up for each forward and backward.
+    """
+    trained = params
+    if workload.lora_rank:
+        trained = min(params, lora_params(workload.dimensions, workload.lora_rank) // (layout.tp * layout.pp))
+    is_whole = layout.strategy == "no_shard" or (layout.strategy is None and layout.zero_stage == 0)
+    ranks = 1 if is_whole else _copies(layout)
+    shard = memory.partition_elements(trained, ranks)
+    if layout.offload == "none":
+        return 0.0, shard * UPDATE_BYTES / (REACHED_MEMORY_BANDWIDTH * cluster.memory_bandwidth)
+    reductions = 1 if layout.zero_stage == 1 or (layout.reduction == "last" and layout.strategy) else accumulation
+    moved = reductions * shard
+    if layout.offload == "all":
+        moved += 2 * accumulation * memory.partition_elements(params, ranks)
+    else:
+        moved += shard
+    return moved * workload.bytes_per_element / cluster.host_link + shard * cluster.per_node / cluster.host_adam, 0.0
+
+
+def _problem(cluster: Cluster, device: float, host: float, batch: int, share: int) -> str:
+    if batch % share:
+        return f"global batch: not n x {share}"
+    if device > cluster.usable_memory:
+        return f"does not fit by {short_gb(device - cluster.usable_memory)} GB"
+    if host > cluster.host_memory:
+        return f"host too small by {short_gb(host - cluster.host_memory)} GB"
+    return ""
+
+
+def short_gb(size: float) -> str:
+    return f"{size / 1e9:.1f}" if size >= 1e8 else f"{size / 1e9:.2g}"

@@ -1,0 +1,126 @@
+"""Hardware presets: what a GPU holds, what it computes at its peak and in training, and what its links carry.
+
+Memory and peaks are the vendors' (dense, no sparsity). Everything that training only *reaches* was measured by somebody
+who says so, or is marked *plausible* below: a value of a similar device, to be replaced by your own measurement.
+
+Sources, by their letter in the table:
+    a  stas00/ml-engineering, compute/accelerator (specifications; MAMF, the largest matmul FLOP/s measured)
+    b  stas00/ml-engineering, network (A100 node 235 GB/s; MI300X node 312.9 GB/s on 8 GPUs, 47.7 on 2)
+    c  NVIDIA/nccl-tests issue 212, an NCCL maintainer: H100 NVLink reaches 370 GB/s of 450
+    d  NVIDIA/nccl-tests issue 290, an NCCL maintainer: 46 to 48 GB/s per NIC of 400 Gbit/s
+    e  NVIDIA/nccl-tests issue 100: 91 GB/s over four NICs of 200 Gbit/s, so 22.7 each; one per GPU assumed
+    f  NVIDIA/nvbandwidth issue 53 (A100, PCIe 4.0: 25 GB/s) and 24 (H100, PCIe 5.0: 52.8 GB/s from device to host)
+    g  ZaidQureshi/bam issue 54: 12 GB/s reached by a V100 on PCIe 3.0, 25 by an A100 on PCIe 4.0
+    h  NVIDIA/nccl-tests issue 307: NCCL expects 10 GB/s between GPUs of two sockets (eight RTX 4090)
+    i  mosaicml/llm-foundry, scripts/train/benchmarking: the median HFU of all bf16 rows of 1 B parameters and more, 43
+       of H100, 36 of A100 80 GB, 45 of A100 40 GB; their MFU and HFU count attention as PaLM does, and so do we
+    j  Megatron-LM, arXiv:1909.08053, abstract: 39 TFLOP/s on one V100, "30% of peak FLOPs"
+    k  NVIDIA's data sheets of V100 and L4; NVIDIA Ada GPU architecture, appendix A (RTX 4090)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """One device of a node of ``gpus_per_node``.
+
+    Args:
+        memory: bytes, as the vendor names them (80 GB are 80e9).
+        flops: dense peak FLOP/s by precision.
+        efficiency: share of the peak that all computing of a training step reaches (HFU: recomputing counts).
+        memory_bandwidth: bytes/s of the device's own memory.
+        within: bytes/s that a device sends to others of its node in a collective.
+        between: bytes/s of a device's share of its node's network.
+        host_link: bytes/s between a device and its host.
+        plausible: the fields that are no measurement of this device.
+        sources: letters of this page's list.
+    """
+
+    memory: float
+    flops: Mapping[str, float]
+    efficiency: float
+    memory_bandwidth: float
+    within: float
+    between: float
+    host_link: float
+    gpus_per_node: int = 8
+    plausible: tuple[str, ...] = ()
+    sources: str = ""
+
+
+def _flops(half: float, single: float, *, bf16: bool = True) -> dict[str, float]:
+    return {**({"bf16": half * 1e12} if bf16 else {}), "fp16": half * 1e12, "fp32": single * 1e12}
+
+
+GPUS: dict[str, Gpu] = {
+    "a100-80": Gpu(
+        memory=80e9, flops=_flops(312, 19.5), efficiency=0.63, memory_bandwidth=2.0e12, within=235e9, between=22.7e9,
+        host_link=25e9, sources="abefi",
+    ),
+    "a100-40": Gpu(
+        memory=40e9, flops=_flops(312, 19.5), efficiency=0.59, memory_bandwidth=1.6e12, within=235e9, between=22.7e9,
+        host_link=25e9, sources="abefi",
+    ),
+    "h100": Gpu(
+        memory=80e9, flops=_flops(989, 67), efficiency=0.42, memory_bandwidth=3.35e12, within=370e9, between=47e9,
+        host_link=52.8e9, sources="acdfi",
+    ),
+    "h200": Gpu(
+        memory=141e9, flops=_flops(989, 67), efficiency=0.42, memory_bandwidth=4.8e12, within=370e9, between=47e9,
+        host_link=52.8e9, plausible=("efficiency", "host_link"), sources="acdi",
+    ),
+    "l4": Gpu(
+        memory=24e9, flops=_flops(121, 30.3), efficiency=0.42, memory_bandwidth=0.3e12, within=10e9, between=1.5e9,
+        host_link=25e9, plausible=("efficiency", "within", "between", "host_link"), sources="hk",
+    ),
+    "l40s": Gpu(
+        memory=48e9, flops=_flops(362, 91.6), efficiency=0.42, memory_bandwidth=0.86e12, within=10e9, between=5.9e9,
+        host_link=25e9, plausible=("efficiency", "within", "between", "host_link"), sources="ah",
+    ),
+    "rtx4090": Gpu(
+        memory=24e9, flops=_flops(165.2, 82.6), efficiency=0.42, memory_bandwidth=1.008e12, within=10e9, between=1.5e9,
+        host_link=25e9, plausible=("efficiency", "between", "host_link"), sources="hk",
+    ),
+    "v100": Gpu(
+        memory=32e9, flops=_flops(125, 15.7, bf16=False), efficiency=0.30, memory_bandwidth=0.9e12, within=120e9,
+        between=5.6e9, host_link=12e9, plausible=("within", "between"), sources="agjk",
+    ),
+    "mi300x": Gpu(
+        memory=192e9, flops=_flops(1300, 163.4), efficiency=0.27, memory_bandwidth=5.3e12, within=313e9, between=47e9,
+        host_link=52.8e9, plausible=("efficiency", "between", "host_link"), sources="ab",
+    ),
+}  # fmt: skip
+"""Presets by name.
+
+What is plausible in them: H200 computes as H100 does; L4, L40S and RTX 4090 reach H100's share of their peak, their
+links are PCIe 4.0 (issue 307) and their network 100, 400 and 100 Gbit/s for a node of eight; V100's links reach four
+fifths of their line rate, as A100's and H100's were seen to, and its node has four NICs of 100 Gbit/s; MI300X reaches
+as much less of its peak than H100 as its largest measured matmul does (0.51 against 0.80).
+"""
+
+
+def find_gpu(name: str) -> Gpu:
+    """Return a preset.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in GPUS:
+        raise ValueError(f"gpu is {name!r}. Write one of: {', '.join(GPUS)}; or state --gpu-memory and --gpu-tflops.")
+    return GPUS[name]
+
+
+def peak_flops(name: str, precision: str) -> float:
+    """Return a preset's peak in a precision.
+
+    Raises:
+        ValueError: the device does not compute in it.
+    """
+    flops = find_gpu(name).flops
+    if precision not in flops:
+        raise ValueError(f"{name} has no {precision}. Write a precision out of: {', '.join(flops)}.")
+    return flops[precision]

@@ -1,0 +1,61 @@
+"""Dimensions of public models that people name or mean by a size: "llama-3-70b", or ``--model-size 70e9``.
+
+Sources: the models' ``config.json`` on the Hugging Face hub, and their papers: GPT-2 (Radford et al., 2019), BLOOM
+(arXiv:2211.05100), LLaMA (arXiv:2302.13971), Llama 2 (arXiv:2307.09288), Llama 3 (arXiv:2407.21783, table 3), Mistral
+7B (arXiv:2310.06825), Qwen2 (arXiv:2407.10671). Checked against published parameter counts in ``tests/unit/theory``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tutorial_lib.theory.dimensions import Dimensions
+
+
+def _llama(layers: int, hidden: int, heads: int, intermediate: int, **more: Any) -> Dimensions:
+    shape: dict[str, Any] = {"vocabulary": 32_000, "gated": True, "column_layers": 5, **more}
+    return Dimensions(layers=layers, hidden=hidden, heads=heads, intermediate=intermediate, **shape)
+
+
+def _gpt2(layers: int, hidden: int, heads: int) -> Dimensions:
+    return Dimensions(
+        layers=layers, hidden=hidden, heads=heads, vocabulary=50_257, positions=1024, qkv_bias=True, bias=True,
+        norm_vectors=2, tied=True, mlp_tensors=5,
+    )  # fmt: skip
+
+
+_THREE: dict[str, Any] = {"kv_heads": 8, "vocabulary": 128_256}
+
+MODELS: dict[str, Dimensions] = {
+    "gpt2": _gpt2(12, 768, 12),
+    "gpt2-medium": _gpt2(24, 1024, 16),
+    "gpt2-large": _gpt2(36, 1280, 20),
+    "gpt2-xl": _gpt2(48, 1600, 25),
+    "bloom-560m": Dimensions(
+        layers=24, hidden=1024, heads=16, vocabulary=250_880, qkv_bias=True, bias=True, norm_vectors=2,
+        embedding_norm=True, tied=True, fused_attention=False,
+    ),
+    "llama-2-7b": _llama(32, 4096, 32, 11_008),
+    "llama-2-13b": _llama(40, 5120, 40, 13_824),
+    "llama-2-70b": _llama(80, 8192, 64, 28_672, kv_heads=8),
+    "llama-3-8b": _llama(32, 4096, 32, 14_336, **_THREE),
+    "llama-3-70b": _llama(80, 8192, 64, 28_672, **_THREE),
+    "llama-3-405b": _llama(126, 16_384, 128, 53_248, **_THREE),
+    "mistral-7b": _llama(32, 4096, 32, 14_336, kv_heads=8),
+    "qwen2-0.5b": _llama(24, 896, 14, 4864, kv_heads=2, vocabulary=151_936, qkv_bias=True, tied=True),
+    "qwen2-7b": _llama(28, 3584, 28, 18_944, kv_heads=4, vocabulary=152_064, qkv_bias=True),
+}  # fmt: skip
+
+
+def nearest_model(num_params: float, *, within: float = 0.02) -> str | None:
+    """Return the name of the public model whose size is nearest, or None if none is as near as ``within``.
+
+    People say 70B and mean a model with grouped queries and a vocabulary of 128,256: a shape derived from the size
+    alone would miss both.
+    """
+
+    def distance(name: str) -> float:
+        return abs(MODELS[name].num_params / num_params - 1)
+
+    name = min(MODELS, key=distance)
+    return name if distance(name) <= within else None

@@ -1,0 +1,167 @@
+"""Peak memory of a step: which of a rank's bytes exist at the same time.
+
+A step has three moments at which memory may peak, and what is large differs::
+
+    loss        activations of all layers, the loss's copies of the logits; no gradients yet, unless micro-batches
+                accumulate
+    backward    activations of all layers, those that one layer recomputes, gathered layers, gradients on their way
+    update      no activations; all gradients, the embeddings' on their way, the update's temporaries
+
+The peak is the largest sum. Adding everything up, as many estimates do, counts gradients and logits together, which
+never meet.
+
+What an engine allocates beside states and activations (*buffers*)::
+
+    FSDP2      gathered copies of the root's parameters, in backward of two layers as well, or of all under
+               shard_grad_op; a layer's gradient, and its fp32 copy on the way into the reduce-scatter; at the end
+               those of the root (twice where the output layer is the embedding)
+    DDP        16-bit copies of all weights, which autocast caches until backward has used them; gradients live in its
+               buckets, which always exist
+    DeepSpeed  in backward a bucket of gradients, at the update one of updated parameters (1, 2); parameters that stay
+               gathered up to ``stage3_max_live_parameters`` (3)
+    pipeline   gathered weights (whole gradients, which wait for the last micro-batch, count as states)
+
+Sources: ``torch.distributed.fsdp`` (``_fsdp_collectives.py``: copy-in and copy-out), ``torch.amp`` (weight cache),
+``deepspeed/runtime/zero``. Assumptions: one layer is gathered ahead; on GPUs AdamW updates plain tensors all at once
+(``foreach``), with one more copy of them, and FSDP2's DTensors one by one (``_default_to_fused_or_foreach`` in
+torch/optim/optimizer.py).
+Checked: docs/planner-errors.md, against peaks of our own runs and published ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+from tutorial_lib.theory import memory, pipeline
+from tutorial_lib.theory.activations import last_norm, layer_activations, logits_bytes
+from tutorial_lib.theory.dimensions import Dimensions
+from tutorial_lib.theory.layouts import Layout, Workload
+from tutorial_lib.theory.states import States
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """Bytes on a device at the moment at which they are most, beside the states that always exist."""
+
+    moment: str
+    activations: float
+    buffers: float
+    states: float
+
+    @property
+    def total(self) -> float:
+        return self.activations + self.buffers + self.states
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one rank computes with: elements of a layer, of what is outside the layers, and of both together."""
+
+    layers: int
+    layer: float
+    root: float
+    params: int
+
+
+@cache
+def part_of_model(
+    dimensions: Dimensions, num_params: int, tp: int = 1, pp: int = 1, *, sequence_parallel: bool = False
+) -> Part:
+    """Return a rank's part of the model, before data parallelism shards it; with a pipeline, the largest stage's.
+
+    Args:
+        dimensions: of the model.
+        num_params: Psi, which may differ a little from what the dimensions make.
+        tp: tensor-parallel size. Embeddings, norms and, where it is tied, the output layer stay whole, unless
+            ``sequence_parallel`` splits them by vocabulary.
+        pp: pipeline stages; the first has the embedding, the last the output layer.
+        sequence_parallel: see ``tp``.
+    """
+    replicated = 0 if sequence_parallel else dimensions.replicated_params
+    params = memory.tensor_parallel_params(num_params, min(replicated, num_params), tp)
+    scale = num_params / dimensions.num_params
+    layer = scale * dimensions.layer_params / tp
+    root = max(0.0, params - dimensions.layers * layer)
+    if pp == 1:
+        return Part(dimensions.layers, layer, root, params)
+    layers = -(-dimensions.layers // pp)
+    end = root if dimensions.tied else root / 2
+    return Part(layers, layer, end, int(layers * layer + end))
+
+
+def peak_memory(workload: Workload, layout: Layout, part: Part, states: States, micro_batches: int) -> Peak:
+    """Return the largest of a step's :func:`moments`."""
+    return max(moments(workload, layout, part, states, micro_batches), key=lambda moment: moment.total)
+
+
+def moments(workload: Workload, layout: Layout, part: Part, states: States, micro_batches: int) -> list[Peak]:
+    """Return a step's moments at which memory may peak.
+
+    Args:
+        workload: what is trained.
+        layout: how.
+        part: of :func:`part_of_model`.
+        states: of one rank.
+        micro_batches: per step.
+    """
+    dims, element = workload.dimensions, workload.bytes_per_element
+    tokens = layout.micro_batch * workload.seq_length / layout.cp
+    layer = layer_activations(
+        dims, layout.checkpointing, layout.tp, sequence_parallel=layout.sequence_parallel,
+        bytes_per_element=element, seq_length=0 if dims.fused_attention else workload.seq_length,
+    )  # fmt: skip
+    transient = layer.transient * tokens
+    kept = part.layers * layer.kept * tokens
+    last = last_norm(dims, element, layout.tp, sequence_parallel=layout.sequence_parallel) * tokens
+    logits = logits_bytes(
+        tokens, dims.vocabulary, chunks=workload.loss_chunks,
+        vocabulary_parallel=layout.tp if layout.sequence_parallel else 1,
+    )  # fmt: skip
+    early = states.device - states.gradients  # what exists before backward has made a gradient
+    before = states.device if micro_batches > 1 else early
+    if layout.pp > 1:
+        held = pipeline.micro_batches_held(layout.pp, micro_batches, layout.chunks)
+        gathered = float(element * part.params) if layout.strategy else 0.0
+        return [
+            Peak("loss", kept + last + logits, gathered, before),
+            Peak("backward", held * kept + transient, gathered, before),
+            Peak("update", 0.0, gathered, states.device),
+        ]
+    gathered, backward, update = _buffers(workload, layout, part, micro_batches)
+    return [
+        Peak("loss", kept + last + logits, gathered, before),
+        Peak("backward", kept + transient, backward, before),
+        Peak("update", 0.0, update, states.device),
+    ]
+
+
+def _buffers(workload: Workload, layout: Layout, part: Part, micro_batches: int) -> tuple[float, float, float]:
+    """Return an engine's bytes at the loss, in backward, and from the last reduction of gradients to the update."""
+    element, shards = workload.bytes_per_element, layout.dp * layout.cp
+    trained = 0.0 if workload.lora_rank else 1.0
+    copied = 4 * trained if workload.foreach and layout.offload == "none" else 0.0
+    if layout.strategy == "no_shard":
+        in_fp32 = element == 2 and not workload.lora_rank  # a frozen base is stored in 16 bits or fewer
+        casts = float(element * part.params) if in_fp32 else 0.0
+        # The norm of the largest gradient is taken in fp64, while the gradient of its second use may still be there.
+        embedding = trained * 12 * workload.dimensions.vocabulary * workload.dimensions.hidden / layout.tp
+        return casts, casts, max(copied * part.params, embedding)
+    if layout.strategy:
+        root, layer, reduced = element * part.root, element * part.layer, 4 * trained * part.layer
+        ahead = layer * min(2, part.layers)
+        twice = element * workload.dimensions.vocabulary * workload.dimensions.hidden if workload.dimensions.tied else 0
+        update = root + trained * ((element + 4) * part.root + twice / layout.tp) + reduced
+        if layout.strategy == "shard_grad_op":
+            whole = float(element * part.params)
+            return whole, whole + trained * layer + reduced, update
+        return root, root + ahead + trained * layer + reduced, update
+    copy = copied * part.params / (shards if layout.zero_stage else 1)
+    if shards == 1 and layout.offload != "all":
+        return 0.0, 0.0, copy
+    bucket = trained * min(part.params, workload.bucket_size) * element
+    earlier = bucket if micro_batches > 1 and layout.zero_stage > 0 else 0.0  # made in the first backward of a step
+    if layout.zero_stage == 3:
+        live = min(part.params, workload.live_params) * element
+        return live + earlier, live + bucket, live + max(bucket, copy)
+    return earlier, bucket, max(bucket if layout.zero_stage == 0 else 2 * bucket, copy)

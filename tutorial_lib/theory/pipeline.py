@@ -1,0 +1,39 @@
+"""Pipeline parallelism: which micro-batches a stage holds at once, and how long it stands idle.
+
+Notation: p pipeline stages, m micro-batches per step, v model chunks per stage (interleaved schedule; 1F1B has 1).
+
+1F1B starts a micro-batch's backward as soon as it can, so stage i (from 0) holds ``min(m, p - i)`` micro-batches, the
+first one p. A stage waits ``p - 1`` micro-batches' time for the pipeline to fill and drain: a share ``(p - 1) / m`` on
+top of computing. Interleaving divides that by v, and the first stage then holds ``p (1 + (p - 1) / (p v))``.
+
+Sources: Megatron-LM on GPU clusters, arXiv:2104.04473, sections 2.2 and 2.3; what interleaving holds, arXiv:2205.05198,
+section 4.3. Assumptions: stages of equal time; sends between stages hide behind computing, except for what the bubble
+shows. Not checked by a run: this course's engines have no pipeline.
+"""
+
+from __future__ import annotations
+
+SCHEDULES = ("1f1b", "interleaved")
+
+
+def bubble_share(stages: int, micro_batches: int, chunks: int = 1) -> float:
+    """Return a stage's idle time as a share of its computing time.
+
+    Args:
+        stages: p.
+        micro_batches: m.
+        chunks: v.
+    """
+    return (stages - 1) / (chunks * micro_batches)
+
+
+def micro_batches_held(stages: int, micro_batches: int, chunks: int = 1) -> float:
+    """Return how many micro-batches' activations the first stage holds at most (of all its layers each)."""
+    if chunks == 1 or stages == 1:
+        return min(stages, micro_batches)
+    return min(float(micro_batches), stages + (stages - 1) / chunks)
+
+
+def sent_elements(micro_batches: int, micro_batch_tokens: float, hidden: int, chunks: int = 1) -> float:
+    """Return the elements that a stage between two others sends per step: activations onwards, gradients back."""
+    return 2 * chunks * micro_batches * micro_batch_tokens * hidden

@@ -1,0 +1,96 @@
+"""Why the best layout is what it is: one sentence for each of its settings, from planning its neighbours.
+
+Each sentence compares with the nearest alternative that was really evaluated: one setting changed, all else equal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tutorial_lib.theory.activations import CHECKPOINTING
+from tutorial_lib.theory.cost import Candidate, evaluate
+from tutorial_lib.theory.layouts import Cluster, Layout, Workload
+
+
+def reasons(workload: Workload, cluster: Cluster, best: Candidate) -> list[str]:
+    """Return the sentences, most weighty first."""
+    layout = best.layout
+    found = [
+        _sharding(workload, cluster, best),
+        _recomputing(workload, cluster, best),
+        _micro_batch(workload, cluster, best),
+        _tensor_parallel(workload, cluster, best),
+    ]
+    if layout.cp > 1:
+        found.append(f"cp={layout.cp}: each GPU holds {workload.seq_length // layout.cp:,} tokens of a sequence.")
+    if layout.pp > 1:
+        found.append(f"pp={layout.pp}: a stage holds 1/{layout.pp} of the layers and waits while the pipeline fills.")
+    if layout.offload != "none":
+        found.append("offload: the states do not fit the GPUs, and on hosts they do.")
+    return [sentence for sentence in found if sentence]
+
+
+def _against(best: Candidate, other: Candidate) -> str:
+    """Return how another layout compares: it does not fit, or is slower, or holds more."""
+    if not other.fits:
+        return other.problem
+    percent = 100 * (best.tokens_per_gpu_second / other.tokens_per_gpu_second - 1)
+    if percent > 0.5:
+        return f"is {percent:.0f} % slower"
+    faster = f"is {-percent:.0f} % faster and " if percent < -0.5 else ""
+    return f"{faster}peaks at {other.memory / 1e9:.0f} GB instead of {best.memory / 1e9:.0f}"
+
+
+def _sharding(workload: Workload, cluster: Cluster, best: Candidate) -> str:
+    layout = best.layout
+    less: Layout | None = None
+    if layout.strategy == "full_shard" and layout.tp == layout.cp == 1 and layout.offload == "none":
+        less = replace(layout, strategy="no_shard", zero_stage=0)
+    elif layout.strategy is None and layout.zero_stage > 0 and layout.offload == "none":
+        less = replace(layout, zero_stage=layout.zero_stage - 1)
+    if less is None or layout.dp == 1:
+        return ""
+    name = "DDP" if less.strategy else f"ZeRO-{less.zero_stage}"
+    return f"{layout.name}: {name} {_against(best, evaluate(workload, cluster, less))}."
+
+
+def _recomputing(workload: Workload, cluster: Cluster, best: Candidate) -> str:
+    now = CHECKPOINTING.index(best.layout.checkpointing)
+    if workload.checkpointing:
+        return ""
+    if now == 0:
+        other = replace(best.layout, checkpointing="full")
+        return f"Nothing is recomputed: full recomputing {_against(best, evaluate(workload, cluster, other))}."
+    other = replace(best.layout, checkpointing=CHECKPOINTING[now - 1])
+    name = "without recomputing it" if now == 1 else "selective recomputing"
+    return f"{best.layout.checkpointing} recomputing: {name} {_against(best, evaluate(workload, cluster, other))}."
+
+
+def _micro_batch(workload: Workload, cluster: Cluster, best: Candidate) -> str:
+    if workload.micro_batch:
+        return ""
+    size = best.layout.micro_batch
+    double = evaluate(workload, cluster, replace(best.layout, micro_batch=2 * size))
+    text = f"Micro-batch {size}: {2 * size} {_against(best, double)}"
+    if size > 1:
+        half = evaluate(workload, cluster, replace(best.layout, micro_batch=size // 2))
+        text += f"; {size // 2} {_against(best, half)}"
+    return text + "."
+
+
+def _tensor_parallel(workload: Workload, cluster: Cluster, best: Candidate) -> str:
+    layout = best.layout
+    if layout.tp == 1:
+        return ""
+    one = replace(
+        layout,
+        tp=1,
+        dp=layout.dp * layout.tp,
+        sequence_parallel=False,
+        micro_batch=max(1, layout.micro_batch // layout.tp),
+    )
+    text = f"tp={layout.tp}: without it the layout {_against(best, evaluate(workload, cluster, one))}"
+    if layout.sequence_parallel:
+        plain = evaluate(workload, cluster, replace(layout, sequence_parallel=False))
+        text += f"; without sequence parallelism it {_against(best, plain)}"
+    return text + "."

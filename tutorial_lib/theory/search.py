@@ -1,0 +1,147 @@
+"""The search space: which layouts :func:`tutorial_lib.theory.plan.plan` weighs, and which it need not look at.
+
+A *shape* is how devices are arranged and states sharded; for each, micro-batch, recomputing and the reduction of
+gradients vary. Left out, since another layout is better or nobody trains so:
+
+- tensor parallelism across nodes, and sizes that do not divide the heads;
+- context parallelism below 32,768 tokens, or where its group with tp exceeds a node;
+- a pipeline below 100 B parameters or 64 devices, and other than with whole parameters per stage (ZeRO-1, or FSDP2
+  without resharding), as gathering them for each micro-batch would repeat with every one;
+- offload together with context parallelism or a pipeline;
+- hybrid groups that are smaller than a node or larger than 16 nodes;
+- micro-batches that are no powers of two, unless one is given.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+
+from tutorial_lib.theory import memory
+from tutorial_lib.theory.activations import CHECKPOINTING
+from tutorial_lib.theory.layouts import FSDP_STRATEGIES, Cluster, Layout, Workload
+
+LONG_SEQUENCE = 32_768
+LARGE_MODEL = 100e9
+MANY_GPUS = 64
+LARGEST_MICRO_BATCH = 64
+MICRO_BATCHES_PER_STAGE = 4
+"""With a pipeline and no global batch given, a step has this many micro-batches per stage."""
+
+
+def layouts(workload: Workload, cluster: Cluster, engine: str = "deepspeed") -> list[Layout]:
+    """Return the shapes to weigh, each with the first of its micro-batches."""
+    found = []
+    for tp, sequence_parallel in _tensor_parallel(workload, cluster, engine):
+        for cp, pp, chunks in _beyond(workload, cluster, tp):
+            dp = cluster.gpus // (tp * cp * pp)
+            axes = {"dp": dp, "tp": tp, "sequence_parallel": sequence_parallel, "cp": cp, "pp": pp, "chunks": chunks}
+            found += _sharded(axes, cluster, engine)
+    return found
+
+
+def variants(shape: Layout, workload: Workload, cluster: Cluster) -> Iterator[list[Layout]]:
+    """Yield, for each way of recomputing and reducing, the layouts with smaller to larger micro-batches."""
+    recompute = [workload.checkpointing] if workload.checkpointing else list(CHECKPOINTING)
+    if not workload.beyond and not workload.checkpointing:
+        recompute.remove("selective")
+    sizes = micro_batches(shape, workload, cluster)
+    reductions = ["last"]
+    accumulates = workload.global_batch is not None or workload.micro_batch is not None
+    if shape.strategy not in (None, "no_shard") and shape.pp == 1 and accumulates and workload.beyond:
+        reductions = ["each", "last"]
+    for checkpointing, reduction in itertools.product(recompute, reductions):
+        yield [replace(shape, micro_batch=b, checkpointing=checkpointing, reduction=reduction) for b in sizes]
+
+
+def smallest_variants(shape: Layout, workload: Workload, cluster: Cluster) -> Iterator[Layout]:
+    """Yield the variants of a shape that need least memory: most recomputing, the smallest micro-batch."""
+    found = [sizes[0] for sizes in variants(shape, workload, cluster)]
+    most = max(CHECKPOINTING.index(layout.checkpointing) for layout in found)
+    yield from (layout for layout in found if layout.checkpointing == CHECKPOINTING[most])
+
+
+def micro_batches(shape: Layout, workload: Workload, cluster: Cluster) -> list[int]:
+    """Return the micro-batches to try, the smallest first: of a given global batch those that divide its share."""
+    if workload.micro_batch:
+        return [workload.micro_batch]
+    sizes = [1 << n for n in range(LARGEST_MICRO_BATCH.bit_length())]
+    if workload.global_batch is None:
+        return sizes
+    share = workload.global_batch // shape.dp
+    return [b for b in sizes if share and share % b == 0] or [1]
+
+
+def step_batch(workload: Workload, cluster: Cluster, layout: Layout) -> int:
+    """Return the sequences per optimizer step."""
+    if workload.global_batch:
+        return workload.global_batch
+    if workload.micro_batch:
+        return workload.micro_batch * cluster.gpus
+    return layout.micro_batch * layout.dp * (MICRO_BATCHES_PER_STAGE * layout.pp if layout.pp > 1 else 1)
+
+
+def _tensor_parallel(workload: Workload, cluster: Cluster, engine: str) -> Iterator[tuple[int, bool]]:
+    """Yield tensor-parallel sizes within a node; under FSDP2 also with sequence parallelism, which AutoTP has not."""
+    dims, per_node = workload.dimensions, cluster.per_node
+    for tp in range(1, per_node + 1):
+        if per_node % tp or dims.heads % tp or dims.key_value_heads % tp:
+            continue
+        yield tp, False
+        if tp > 1 and engine == "fsdp" and workload.beyond and workload.seq_length % tp == 0:
+            yield tp, True
+
+
+def _beyond(workload: Workload, cluster: Cluster, tp: int) -> Iterator[tuple[int, int, int]]:
+    """Yield sizes of context parallelism and of a pipeline, and its chunks; first of all none of them."""
+    yield 1, 1, 1
+    if not workload.beyond:
+        return
+    groups = cluster.gpus // tp
+    if workload.seq_length >= LONG_SEQUENCE:
+        for cp in (2, 4, 8, 16):
+            if tp * cp <= cluster.per_node and groups % cp == 0:
+                yield cp, 1, 1
+    if workload.num_params >= LARGE_MODEL and cluster.gpus >= MANY_GPUS:
+        for pp in (2, 4, 8, 16):
+            if groups % pp == 0 and pp <= workload.dimensions.layers:
+                yield 1, pp, 1
+                if workload.dimensions.layers >= 2 * pp:
+                    yield 1, pp, 2
+
+
+def _sharded(axes: dict[str, int], cluster: Cluster, engine: str) -> list[Layout]:
+    dp, plain = axes["dp"], axes["cp"] == axes["pp"] == 1
+    shards = dp * axes["cp"]
+    if engine == "fsdp":
+        return list(_fsdp(axes, cluster, shards, plain))
+    found = []
+    for stage in memory.STAGES:
+        if axes["pp"] > 1 and stage > 1:
+            continue
+        for offload in memory.OFFLOADS[: {0: 1, 3: 3}.get(stage, 2)] if plain else ("none",):
+            if shards > 1 or stage == 0 or offload != "none":
+                found.append(Layout(zero_stage=stage, offload=offload, **axes))  # type: ignore[arg-type]
+    return found
+
+
+def _fsdp(axes: dict[str, int], cluster: Cluster, shards: int, plain: bool) -> Iterator[Layout]:
+    """Yield FSDP2's strategies. With one rank there is nothing to shard: full_shard stands for all of them."""
+    if axes["pp"] > 1:
+        yield Layout(zero_stage=2, strategy="shard_grad_op", **axes)  # type: ignore[arg-type]
+        return
+    for strategy in FSDP_STRATEGIES:
+        if strategy == "no_shard" and (axes["tp"] > 1 or axes["cp"] > 1):
+            continue
+        if strategy == "shard_grad_op" and shards == 1:
+            continue
+        stage = {"no_shard": 0, "shard_grad_op": 2}.get(strategy, 3)
+        sizes: list[int | None] = [None]
+        if strategy == "hybrid":
+            node = max(1, cluster.per_node // axes["tp"])
+            sizes = [node * nodes for nodes in (1, 2, 4, 8, 16) if 1 < node * nodes < shards and plain]
+            sizes = [size for size in sizes if size and shards % size == 0]
+        for size in sizes:
+            for offload in ("none", "all") if plain and strategy != "no_shard" else ("none",):
+                yield Layout(zero_stage=stage, strategy=strategy, shard_size=size, offload=offload, **axes)  # type: ignore[arg-type]

@@ -1,0 +1,102 @@
+"""Model states of a layout: what an engine keeps per parameter, trained or frozen, and on which side of the host link.
+
+============================== ========== ========== ============================= ======
+per trained parameter          weights    gradients  optimizer                     bytes
+============================== ========== ========== ============================= ======
+DeepSpeed, 16 bits             2          2          4 (master copy) + 8 (moments) 16
+DeepSpeed ZeRO 1 to 3, fp32    4          4          4 (master copy) + 8           20
+DeepSpeed stage 0, FSDP2, DDP  4          4          8                             16
+============================== ========== ========== ============================= ======
+
+Moments in bf16 take 4 bytes instead of 8, in 8 bits 2 (and a scale per block of 2048, left out: under 0.1 %). A frozen
+parameter has weights alone; LoRA (arXiv:2106.09685) freezes all and trains ``r (inputs + outputs)`` elements per
+matrix; QLoRA (arXiv:2305.14314) stores the frozen ones in 4 bits (0.5 bytes, and 0.016 for doubly quantized scales).
+
+Sources: ZeRO, arXiv:1910.02054, section 3.1; 8-bit optimizers, arXiv:2110.02861; what FSDP2 shards (fp32, the bf16 copy
+exists while gathered): ``torch.distributed.fsdp.fully_shard``.
+Checked: fp32 moments byte for byte in ``tests/distributed``; bf16 and 8-bit moments and LoRA are not in this course's
+engines, and not measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tutorial_lib.theory import memory
+from tutorial_lib.theory.dimensions import Dimensions
+from tutorial_lib.theory.layouts import Layout, Workload
+
+BASE_BYTES = {16: 2.0, 8: 1.0, 4: 0.516}
+"""Bytes per frozen parameter, by the bits it is stored in."""
+
+
+@dataclass(frozen=True, slots=True)
+class States:
+    """Bytes of one rank: on the device at most, of them gradients that do not exist before backward, on its host."""
+
+    device: float
+    gradients: float
+    host: float
+
+
+def lora_params(dimensions: Dimensions, rank: int) -> int:
+    """Return the elements that LoRA trains with an adapter at every matrix of every layer."""
+    return dimensions.layers * rank * sum(inputs + outputs for inputs, outputs in dimensions.linear_widths)
+
+
+def precision_of(workload: Workload, layout: Layout) -> memory.Precision:
+    """Return the bytes per trained parameter."""
+    if layout.strategy:
+        found = memory.FP32
+    elif workload.precision != "fp32":
+        found = memory.MIXED
+    else:
+        found = memory.DEEPSPEED_FP32 if layout.zero_stage else memory.FP32
+    saved = 8 - {"fp32": 8, "bf16": 4, "8bit": 2}[workload.moments]
+    return memory.Precision(found.parameters, found.gradients, found.optimizer - saved)
+
+
+def model_states(workload: Workload, layout: Layout, params: int, accumulation: int, ranks: int) -> States:
+    """Return the bytes of model states of one rank.
+
+    Args:
+        workload: what is trained.
+        layout: who holds what.
+        params: elements of this rank's part of the model, before data parallelism divides it.
+        accumulation: micro-batches per step.
+        ranks: how many ranks share one copy.
+    """
+    trained = params
+    frozen_device = 0.0
+    if workload.lora_rank:
+        trained = -(-lora_params(workload.dimensions, workload.lora_rank) // (layout.tp * layout.pp))
+        stage_3 = layout.zero_stage == 3
+        frozen_device = BASE_BYTES[workload.base_bits] * (
+            memory.partition_elements(params, ranks) if stage_3 else params
+        )
+    precision = precision_of(workload, layout)
+    if layout.strategy == "no_shard":
+        whole = memory.model_states(trained, 0, 1, precision)
+        in_buckets = ranks > 1  # DDP's, of which gradients are views
+        return States(whole.total + frozen_device, 0.0 if in_buckets else whole.gradients, 0.0)
+    if layout.strategy:
+        # Shards of fp32 weights, gradients and moments. Without resharding after forward the gathered copies stay: they
+        # count as buffers. Gradients that are reduced with the last micro-batch wait whole until then; their shards
+        # come after that.
+        sharded = memory.model_states(trained, 3, ranks, precision)
+        waits = layout.reduction == "last" and accumulation > 1 and ranks > 1
+        waiting = 4 * trained if waits else 0
+        if layout.offload == "all":
+            return States(waiting, waiting, sharded.total + frozen_device)
+        gradients = max(waiting, sharded.gradients)
+        return States(sharded.total - sharded.gradients + gradients + frozen_device, gradients, 0.0)
+    device = memory.device_states(trained, layout.zero_stage, ranks, precision, layout.offload)
+    host = memory.host_states(trained, layout.zero_stage, ranks, precision, layout.offload)
+    total, gradients = device.total, device.gradients
+    if layout.zero_stage == 1 and accumulation == 1:
+        # Reduced at once, as at stage 2: whole gradients wait between micro-batches alone (measured in lesson 01).
+        reduced = memory.model_states(trained, 2, ranks, precision).gradients
+        total, gradients = total - gradients + reduced, reduced
+    if layout.offload == "all":
+        return States(total, gradients, host.total + frozen_device)
+    return States(total + frozen_device, gradients, host.total)
