@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests.distributed import cases
 from tests.distributed.launching import Shell, train_command
 from tutorial_lib import checkpoint, launch
-from tutorial_lib.config import Config
+from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.engine.deepspeed.file import DIRECTORY
 from tutorial_lib.records import RunDirectory
 
@@ -28,9 +29,18 @@ EQUAL: dict[int, list[tuple[str, str]]] = {
         ("bloom", "zero0"),
         ("bloom", "zero3_cpu_offload"),
         ("untied", "zero2"),
+        ("gpt2", "load-accumulated"),
+        ("qwen2", "load"),
+        ("bloom", "load"),
     ],
 }
-"""By number of ranks: the case, and the DeepSpeed file (or plain DDP) with which it must equal our own loop."""
+"""By number of ranks: the case, and how it must equal our own loop: a DeepSpeed file, plain DDP, or sharded at load."""
+
+SETTINGS: dict[str, dict[str, Any]] = {"plain": {}, "load": {"shard_at_load": True, "measure": True}}
+"""What a variant that is no DeepSpeed file stands for."""
+
+VOCABULARY = 2048
+"""Of the embedded models."""
 
 INTERRUPTED = ("plain", "zero2_cpu_offload", "zero3")
 
@@ -47,7 +57,7 @@ def files(directory: Path) -> Path:
 def trained(directory: Path, case: str, variant: str, ranks: int) -> Config:
     file, _, accumulated = variant.partition("-")
     flat: dict[str, Any] = {"micro_batch": 1} if accumulated else {}
-    flat |= {} if file == "plain" else {"deepspeed": str(directory / f"{file}.json")}
+    flat |= SETTINGS.get(file, {"deepspeed": str(directory / f"{file}.json")})
     name = f"hf-{case}.{variant}.{ranks}"
     return cases.config(directory, name=name, engine="trainer", dp=ranks, **flat, **cases.CASES[case])
 
@@ -55,7 +65,7 @@ def trained(directory: Path, case: str, variant: str, ranks: int) -> Config:
 def interrupted(directory: Path, file: str, part: str) -> Config:
     """Return a run with dropout that trains in one go, or stops in the middle of an epoch and ends in the next."""
     flat: dict[str, Any] = {"stop_after": cases.STOP} if part == "halved" else {}
-    flat |= {} if file == "plain" else {"deepspeed": str(directory / f"{file}.json")}
+    flat |= SETTINGS.get(file, {"deepspeed": str(directory / f"{file}.json")})
     return cases.config(
         directory, name=f"hf-{part}.{file}", engine="trainer", dp=2, model="gpt2-dropout", max_examples=40,
         steps=cases.END, evaluate=True, evaluate_every="epoch", max_eval_examples=12, **flat,
@@ -89,19 +99,21 @@ def test_losses_are_those_of_our_own_loop(runs, ranks, case, variant):
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-6)
         if variant != "zero0":  # DeepSpeed reports no norm there
             assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
-    assert_same_states(run, reference, 1e-6)
+    assert_same_states(run, reference, 1e-6, weights_alone=run.config.engine.shard_at_load)
     for name in ("eval_loss_before", "eval_loss"):
         assert run.result[name] == (reference.result[name] and pytest.approx(reference.result[name], rel=1e-6))
     assert run.result["num_parameters"] == reference.result["num_parameters"]
 
 
-def assert_same_states(run: launch.Run, reference: launch.Run, tolerance: float) -> None:
+def assert_same_states(
+    run: launch.Run, reference: launch.Run, tolerance: float, *, weights_alone: bool = False
+) -> None:
     """Compare full parameters and moments, as an export or a report would read them."""
     one, other = (checkpoint.open_full(checkpoint.latest(each.directory)) for each in (run, reference))
     assert one.names == other.names and one.trained == other.trained
     for name in one.names:
         assert torch.allclose(one.parameter(name), other.parameter(name), rtol=tolerance, atol=tolerance)
-    for name in one.trained:
+    for name in () if weights_alone else one.trained:
         assert one.adam_step(name) == other.adam_step(name)
         for moment in checkpoint.MOMENTS:
             assert torch.allclose(one.moment(name, moment), other.moment(name, moment), rtol=tolerance, atol=tolerance)
@@ -137,6 +149,33 @@ def test_the_result_tells_what_every_auto_has_become(runs):
     }
     assert result["deepspeed_config"]["zero_optimization"]["stage"] == 3
     assert runs["hf-qwen2.plain.2"].result["deepspeed_config"] is None
+
+
+@pytest.mark.parametrize(("name", "shares"), [("hf-qwen2.load.2", 2), ("hf-gpt2.load-accumulated.2", 1)])
+def test_each_rank_holds_a_share_of_a_model_sharded_at_load(runs, name, shares):
+    """transformers gathers and reduces a tied weight once for each of its names, and waits with whole gradients."""
+    num_parameters, tied = runs[name].result["num_parameters"], VOCABULARY * cases.HIDDEN
+    for rank in runs[name].result["ranks"]:
+        held = rank["measured"]["state_bytes"]
+        assert (held["parameters"], held["optimizer"]) == (4 * num_parameters // 2, 8 * num_parameters // 2)
+        assert held["gradients"] == 4 * (num_parameters + tied) // shares
+
+
+def test_a_model_sharded_at_load_is_exported_and_never_resumed(runs, tmp_path):
+    for name in ("hf-gpt2.load-accumulated.2", "hf-bloom.load.2"):
+        saved = checkpoint.latest(runs[name].directory)
+        full = checkpoint.open_full(saved)
+        for directory in (checkpoint.export(saved, tmp_path / name), *saved.glob("engine/checkpoint-*")):
+            loaded = AutoModelForCausalLM.from_pretrained(directory)
+            assert all(parameter.equal(full.parameter(name)) for name, parameter in loaded.named_parameters())
+    config = runs["hf-qwen2.load.2"].config
+    for again in (config, config.override(shard_at_load=False)):
+        with pytest.raises(
+            ConfigError, match=r"sharded at load.*optimizer state cannot be checkpointed.*tutorial_lib export"
+        ):
+            launch.run(again)
+    with pytest.raises(ConfigError, match="has a checkpoint, and shard_at_load=True can resume none"):
+        launch.run(runs["hf-qwen2.plain.2"].config.override(shard_at_load=True))
 
 
 @pytest.fixture(scope="module")

@@ -94,10 +94,12 @@ def summary(run: Any) -> str:
 
 def _engine(config: Config) -> str:
     """Return what trained, with what a DeepSpeed file decided: ``deepspeed, zero_stage=2, offload=none, fp32``."""
-    by_engine = {"deepspeed": ("zero_stage", "offload"), "fsdp": ("sharding", "offload")}
+    by_engine: dict[str, tuple[str, ...]] = {"deepspeed": ("zero_stage", "offload"), "fsdp": ("sharding", "offload")}
     shown = by_engine.get(config.engine.name, ())
     if config.engine.name == "trainer" and config.engine.deepspeed_file:
         shown = by_engine["deepspeed"]
+    if config.engine.shard_at_load:
+        shown = ("shard_at_load",)
     flat = config.flat()
     return ", ".join([config.engine.name, *(f"{name}={flat[name]}" for name in shown), config.engine.precision])
 
