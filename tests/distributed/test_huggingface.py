@@ -1,6 +1,7 @@
 """The Hugging Face Trainer trains as our own loop does, and its runs stop, resume and are refused like all others."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.distributed import cases
-from tests.distributed.launching import Shell, train_command
+from tests.distributed.launching import interrupt_when, train_command
 from tutorial_lib import checkpoint, launch
+from tutorial_lib.cli import main
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.engine.deepspeed.file import DIRECTORY
 from tutorial_lib.records import RunDirectory
@@ -62,18 +64,36 @@ def trained(directory: Path, case: str, variant: str, ranks: int) -> Config:
     return cases.config(directory, name=name, engine="trainer", dp=ranks, **flat, **cases.CASES[case])
 
 
-def interrupted(directory: Path, file: str, part: str) -> Config:
-    """Return a run with dropout that trains in one go, or stops in the middle of an epoch and ends in the next."""
-    flat: dict[str, Any] = {"stop_after": cases.STOP} if part == "halved" else {}
-    flat |= SETTINGS.get(file, {"deepspeed": str(directory / f"{file}.json")})
+def with_dropout(directory: Path, file: str, name: str) -> Config:
+    """Return a run that saves in the middle of an epoch and ends in the next."""
+    flat = SETTINGS.get(file, {"deepspeed": str(directory / f"{file}.json")})
     return cases.config(
-        directory, name=f"hf-{part}.{file}", engine="trainer", dp=2, model="gpt2-dropout", max_examples=40,
-        steps=cases.END, evaluate=True, evaluate_every="epoch", max_eval_examples=12, **flat,
+        directory, name=f"hf-{name}.{file}", engine="trainer", dp=2, model="gpt2-dropout", max_examples=40,
+        steps=cases.END, evaluate=True, evaluate_every="epoch", max_eval_examples=12, checkpoint_every=cases.STOP,
+        **flat,
+    )  # fmt: skip
+
+
+def halved(whole: launch.Run) -> Config:
+    """Return a run that has the first checkpoint of another, and none of its later ones."""
+    config = whole.config.override(name=whole.config.run.name.replace("whole", "halved"))
+    shutil.copytree(whole.directory.path, config.directory)
+    for path in RunDirectory(config.directory).checkpoints.iterdir():
+        if path.name != f"step-{cases.STOP:08d}":
+            shutil.rmtree(path)
+    return config
+
+
+def in_16_bits(directory: Path, file: str) -> Config:
+    flat = SETTINGS.get(file, {"deepspeed": str(directory / f"{file}.json")})
+    return cases.config(
+        directory, name=f"hf-half.{file}", engine="trainer", dp=2, model="qwen2", precision="bf16", steps=2,
+        measure=True, **flat,
     )  # fmt: skip
 
 
 def own_loop(directory: Path) -> Config:
-    return interrupted(directory, "plain", "own").override(engine="fsdp", sharding="no_shard")
+    return with_dropout(directory, "plain", "own").override(engine="fsdp", sharding="no_shard")
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +103,11 @@ def runs(files: Path) -> dict[str, launch.Run]:
     one = [config.override(name=f"hf-{config.run.name}") for config in one]
     one += [trained(files, *each, 1) for each in EQUAL[1]]
     two = [trained(files, *each, 2) for each in EQUAL[2]] + [own_loop(files)]
-    two += [interrupted(files, file, part) for file in INTERRUPTED for part in ("whole", "halved")]
-    again = [interrupted(files, file, "halved").override(stop_after=None) for file in INTERRUPTED]
-    return {run.config.run.name: run for configs in (one, two, again) for run in launch.run_all(configs)}
+    two += [with_dropout(files, file, "whole") for file in INTERRUPTED]
+    two += [in_16_bits(files, file) for file in ("plain", "zero0", "zero2")]
+    done = {run.config.run.name: run for configs in (one, two) for run in launch.run_all(configs)}
+    resumed = launch.run_all([halved(done[f"hf-whole.{file}"]) for file in INTERRUPTED])
+    return done | {run.config.run.name: run for run in resumed}
 
 
 @pytest.mark.parametrize(
@@ -138,6 +160,19 @@ def test_dropout_draws_the_numbers_of_our_own_loop(runs):
     assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-6) and len(evaluated[0]) == 2
 
 
+def test_the_matched_baseline_of_16_bit_stages_is_stage_0(runs):
+    """The Trainer alone casts inside each operation; DeepSpeed casts the model, and Adam has an fp32 copy of it."""
+    first = {file: runs[f"hf-half.{file}"].rows[0]["loss"] for file in ("plain", "zero0", "zero2")}
+    assert first["zero0"] == pytest.approx(first["zero2"], rel=1e-6)
+    assert first["plain"] != pytest.approx(first["zero0"], rel=1e-6)
+    assert first["plain"] == pytest.approx(first["zero0"], rel=1e-3)
+    for file, bytes_each in (("plain", (4, 4, 8)), ("zero0", (2, 2, 12))):
+        result = runs[f"hf-half.{file}"].result
+        held = result["ranks"][0]["measured"]["state_bytes"]
+        parts = tuple(held[part] / result["num_parameters"] for part in ("parameters", "gradients", "optimizer"))
+        assert parts == bytes_each
+
+
 def test_the_result_tells_what_every_auto_has_become(runs):
     result = runs["hf-gpt2.zero3.2"].result
     assert result["deepspeed_auto"] == {
@@ -178,27 +213,15 @@ def test_a_model_sharded_at_load_is_exported_and_never_resumed(runs, tmp_path):
         launch.run(runs["hf-qwen2.plain.2"].config.override(shard_at_load=True))
 
 
-@pytest.fixture(scope="module")
-def stopped(files: Path, runs: dict[str, launch.Run], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A run that got SIGTERM in the middle of an epoch, as a shell saw it, and the exit code."""
-    shell = Shell(tmp_path_factory.mktemp("shell"))
-    config = interrupted(files, "zero3", "signalled").override(steps=400, schedule="constant", checkpoint_every=2)
-    shell.start(train_command(config))
-    try:
-        run = RunDirectory(config.directory)
-        shell.wait_for_step(run, 3)
-        assert shell.process is not None
-        shell.process.send_signal(signal.SIGTERM)
-        yield config, shell.exit_code(), shell.result()
-    finally:
-        shell.end()
-
-
-def test_sigterm_saves_and_the_same_command_goes_on(stopped):
-    config, code, result = stopped
+def test_sigterm_saves_and_the_same_command_goes_on(files, runs):
+    config = with_dropout(files, "zero3", "signalled").override(steps=400, schedule="constant", checkpoint_every=2)
+    directory = RunDirectory(config.directory)
+    striker = interrupt_when(lambda: any(row["step"] >= 3 for row in directory.rows()), number=signal.SIGTERM)
+    code, result = main(train_command(config)[1:]), directory.result()
+    striker.join()
     assert (code, result["status"], result["stopped_by"]) == (75, "stopped", "request")  # passed on by the launcher
     step = result["step"]
-    assert checkpoint.latest(RunDirectory(config.directory)).name == result["checkpoint"] == f"step-{step:08d}"
+    assert checkpoint.latest(directory).name == result["checkpoint"] == f"step-{step:08d}"
     run = launch.run(config.override(steps=step + 2))
     assert (run.result["status"], run.result["resumed_from"]) == ("completed", step)
     assert [row["step"] for row in run.rows] == list(range(1, step + 3))
