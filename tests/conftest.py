@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import time
@@ -32,6 +33,12 @@ os.environ.update(OFFLINE | SEVERAL_PROCESSES_ON_FEW_CORES | {MARK: SESSION})
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Ranks import their programs from here, wherever pytest was started.
 os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def pytest_collection_finish() -> None:
+    """Keep what the imports have made out of every garbage collection: a run in this process ends with a full one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(trylast=True)
