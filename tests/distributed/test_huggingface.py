@@ -1,5 +1,6 @@
 """The Hugging Face Trainer trains as our own loop does, and its runs stop, resume and are refused like all others."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -14,6 +15,7 @@ from tests.distributed import cases
 from tests.distributed.launching import interrupt_when, train_command
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.cli import main
+from tutorial_lib.cli.train import summary
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.engine.deepspeed.file import DIRECTORY
 from tutorial_lib.records import RunDirectory
@@ -194,6 +196,13 @@ def test_each_rank_holds_a_share_of_a_model_sharded_at_load(runs, name, shares):
         held = rank["measured"]["state_bytes"]
         assert (held["parameters"], held["optimizer"]) == (4 * num_parameters // 2, 8 * num_parameters // 2)
         assert held["gradients"] == 4 * (num_parameters + tied) // shares
+
+
+def test_the_command_says_that_a_stopped_run_sharded_at_load_ends_here(runs):
+    run = runs["hf-qwen2.load.2"]
+    said = summary(dataclasses.replace(run, result={**run.result, "status": "stopped"}))
+    assert "trainer, shard_at_load=True, fp32" in said
+    assert "its weights are saved, and it cannot be resumed" in said and "same command again" not in said
 
 
 def test_a_model_sharded_at_load_is_exported_and_never_resumed(runs, tmp_path):
