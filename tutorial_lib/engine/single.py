@@ -15,7 +15,9 @@ from torch import Tensor
 
 from tutorial_lib.checkpoint import MOMENTS, FullTensors, Writer
 from tutorial_lib.config import Config
+from tutorial_lib.engine.inputs import model_inputs
 from tutorial_lib.engine.layout import ParameterLayout
+from tutorial_lib.engine.schedule import Schedule
 from tutorial_lib.models import build_model
 from tutorial_lib.mpu import Topology
 
@@ -31,6 +33,7 @@ class TorchEngine:
 
     averages_over = 1
     update_was_skipped = False
+    schedule: Schedule
 
     def __init__(self, config: Config, topology: Topology, device: torch.device) -> None:
         self.config = config
@@ -51,8 +54,9 @@ class TorchEngine:
     def train(self, mode: bool) -> None:
         self.module.train(mode)
 
-    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Logits, shape (B, S, V). In bf16, weights stay fp32 and autocast computes."""
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the logits of a batch, shape (B, S, V). In bf16, weights stay fp32 and autocast computes."""
+        inputs = model_inputs(batch, self.device)
         precision = self.config.engine.precision
         autocast = torch.autocast(self.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
         with autocast:
@@ -60,10 +64,10 @@ class TorchEngine:
         return logits
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()
+        (loss * self.averages_over).backward()
 
     def step(self) -> float:
-        """Clip, update, clear the gradients; returns the gradient's global 2-norm before clipping."""
+        """Clip, update, clear the gradients, move the schedule on; returns the gradient's 2-norm before clipping."""
         limit = self.config.optimizer.gradient_clipping
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         norm = global_norm(gradients)
@@ -71,6 +75,7 @@ class TorchEngine:
             torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), limit, torch.tensor(norm))
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.schedule.step()
         return norm
 
     def model_states(self) -> dict[str, list[Tensor]]:

@@ -115,7 +115,7 @@ def test_a_stop_request_is_heeded_between_two_steps(model, tmp_path):
 
     RunDirectory(settings.directory).create()
     result = trainer.train(settings, on_checkpoint=stop)
-    assert (result["status"], result["stopped_by"], result["step"]) == ("stopped", "request", 3)
+    assert (result.status, result.stopped_by, result.step) == ("stopped", "request", 3)
 
 
 def test_runs_that_share_a_process_do_not_disturb_each_other(whole, model, tmp_path):
