@@ -23,6 +23,9 @@ def build_engine(config: Config, topology: Topology, num_steps: int) -> Engine:
         config: what to run.
         topology: this rank's place in the grid. With more than one rank the process group must exist.
         num_steps: optimizer steps of the whole run, which the schedule depends on: ``loader.num_steps``.
+
+    Raises:
+        ConfigError: the configuration does not have yet what its DeepSpeed file states, or this rank has no GPU.
     """
     seed_everything(config.run.seed)  # weights that are drawn are the same on every rank
     engine = _build(config, topology, local_device(config))
