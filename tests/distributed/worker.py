@@ -44,7 +44,7 @@ from tutorial_lib import checkpoint
 from tutorial_lib import engine as engines
 from tutorial_lib.checkpoint import writer
 from tutorial_lib.config import Config
-from tutorial_lib.dataloader import TrainLoader, loaders
+from tutorial_lib.dataloader import loaders
 from tutorial_lib.dataloader.collate import Collate
 from tutorial_lib.dataloader.sampler import StepSampler
 from tutorial_lib.engine import fsdp
@@ -485,7 +485,7 @@ def _random_states_not_restored() -> Iterator[None]:
 
 @contextmanager
 def _position_not_restored() -> Iterator[None]:
-    with mock.patch.object(TrainLoader, "load_state_dict", lambda self, state: None):
+    with mock.patch.object(StepSampler, "load_state_dict", lambda self, state: None):
         yield
 
 

@@ -15,7 +15,7 @@ from tutorial_lib.engine.schedule import Schedule
 
 
 class Engine(Protocol):
-    """What the trainer needs of an engine. Plain torch, DeepSpeed and FSDP2 are interchangeable behind it."""
+    """What a training loop needs of an engine. Plain torch, DeepSpeed and FSDP2 are interchangeable behind it."""
 
     device: torch.device
     optimizer: torch.optim.Optimizer
