@@ -39,7 +39,7 @@ def train_loop(settings):
         for batch in micro_batches:
             batch_sum = token_loss_sum(engine.forward(batch), batch["labels"])
             engine.backward(batch_sum / tokens)
-            loss_sum += float(batch_sum)
+            loss_sum += batch_sum.item()
         engine.step()  # clip, update, move the learning rate on
         losses.append(sum_over_ranks(loss_sum, topology) / tokens)
         if topology.rank == 0:

@@ -25,7 +25,7 @@ def script() -> Any:
     """Return the script as a module."""
     spec = importlib.util.spec_from_file_location("train_zero", SCRIPT)
     assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules["train_zero"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 

@@ -27,8 +27,20 @@ WAYS = {
     "zero3": {"zero_stage": 3, "micro_batch": 1},
     "fsdp": {"engine": "fsdp"},
     "fsdp-tp": {"engine": "fsdp", "dp": 1, "tp": 2},
+    "zero2-chunked": {"zero_stage": 2, "loss_chunks": 4},
+    "zero3-chunked": {"zero_stage": 3, "loss_chunks": 4, "micro_batch": 1},
+    "fsdp-chunked": {"engine": "fsdp", "loss_chunks": 4, "micro_batch": 2},
+    "ddp-chunked": {"engine": "fsdp", "sharding": "no_shard", "loss_chunks": 4},
 }
-"""How two ranks share the work."""
+"""How two ranks share the work, and whether logits exist all at once."""
+
+IN_BF16 = {
+    "zero3-bf16": {"zero_stage": 3, "precision": "bf16"},
+    "zero3-bf16-chunked": {"zero_stage": 3, "precision": "bf16", "loss_chunks": 4},
+    "fsdp-bf16": {"engine": "fsdp", "precision": "bf16"},
+    "fsdp-bf16-chunked": {"engine": "fsdp", "precision": "bf16", "loss_chunks": 4},
+}
+"""The same in 16 bits, where a loss in chunks is rounded per token."""
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +89,7 @@ def unbroken(directory):
 @pytest.fixture(scope="module")
 def begun(directory):
     """What the loop begins: a run for each way, and one that is stopped. Gives the losses by name."""
-    ways = [config(directory, name, **flat) for name, flat in WAYS.items()]
+    ways = [config(directory, name, **flat) for name, flat in (WAYS | IN_BF16).items()]
     stopped = resumable(directory, "begun", stop_after=STOP)
     background = resumable(directory, "background", checkpoint_every=1, async_save=True, keep_last=2)
     runs = [*ways, stopped, background]
@@ -89,6 +101,11 @@ def begun(directory):
 @pytest.mark.parametrize("way", WAYS)
 def test_the_loop_trains_as_one_process_does(begun, reference, way):
     assert begun[way] == pytest.approx(reference, rel=1e-6)
+
+
+@pytest.mark.parametrize("way", ["zero3-bf16", "fsdp-bf16"])
+def test_in_bf16_a_loss_in_chunks_is_the_same_to_its_rounding(begun, way):
+    assert begun[f"{way}-chunked"] == pytest.approx(begun[way], rel=2e-3)
 
 
 def test_the_script_trains_under_torchrun_and_the_command_line_takes_its_run_over(directory, reference):

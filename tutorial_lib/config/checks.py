@@ -84,6 +84,11 @@ def validate(config: Config, settings: Mapping[str, Setting]) -> None:
             f"engine='trainer' has no tensor parallelism, but tp={parallel.tp}: the Hugging Face Trainer refuses it on "
             "CPUs. Write tp=1, or engine='deepspeed' or 'fsdp'."
         )
+    if engine.loss_chunks > 1 and parallel.tp > 1:
+        raise ConfigError(
+            f"loss_chunks={engine.loss_chunks} computes the loss inside the output layer, which tp={parallel.tp} "
+            "splits, so that each rank would see a part of the vocabulary. Leave loss_chunks out, or write tp=1."
+        )
     _check_fsdp(engine, parallel)
     _check_batch_sizes(config)
     if run.stop_after is not None and run.steps is not None and run.stop_after > run.steps:

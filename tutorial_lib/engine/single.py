@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tutorial_lib.checkpoint import MOMENTS, FullTensors, Writer
 from tutorial_lib.config import Config
+from tutorial_lib.engine.chunked_loss import output_loss
 from tutorial_lib.engine.inputs import model_inputs
 from tutorial_lib.engine.layout import ParameterLayout
 from tutorial_lib.engine.schedule import Schedule
@@ -29,7 +30,7 @@ def global_norm(gradients: list[Tensor]) -> float:
 
 
 class TorchEngine:
-    """A model, ``torch.optim.AdamW`` and clipping on one device. See :class:`tutorial_lib.trainer.Engine`."""
+    """A model, ``torch.optim.AdamW`` and clipping on one device. See :class:`tutorial_lib.engine.Engine`."""
 
     averages_over = 1
     update_was_skipped = False
@@ -41,6 +42,7 @@ class TorchEngine:
         model = build_model(config)
         self.module: torch.nn.Module = model
         torch.nn.Module.to(model, device)
+        self._output_loss = output_loss(model, config.engine.loss_chunks)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         o = config.optimizer
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
@@ -55,11 +57,14 @@ class TorchEngine:
         self.module.train(mode)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return the logits of a batch, shape (B, S, V). In bf16, weights stay fp32 and autocast computes."""
+        """Return the logits of a batch, shape (B, S, V), or with ``loss_chunks`` the sum of its losses.
+
+        In bf16, weights stay fp32 and autocast computes.
+        """
         inputs = model_inputs(batch, self.device)
         precision = self.config.engine.precision
         autocast = torch.autocast(self.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-        with autocast:
+        with autocast, self._output_loss(batch):
             logits: Tensor = self.module(**inputs, use_cache=False).logits
         return logits
 

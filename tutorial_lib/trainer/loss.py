@@ -35,9 +35,11 @@ def token_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """Sum up next-token cross-entropies, in fp32.
 
     Args:
-        logits: (B, S, V).
+        logits: (B, S, V); or, of an engine that computes the loss in chunks (``loss_chunks``), the sum itself.
         labels: (B, S), on any device, not shifted; -100 marks tokens that do not count.
     """
+    if logits.dim() == 0:
+        return logits
     vocabulary = logits.size(-1)
     targets = labels[:, 1:].to(logits.device, non_blocking=True)
     return F.cross_entropy(
@@ -87,7 +89,8 @@ def sum_over_ranks(value: float | Tensor, topology: Topology, *, step: int | Non
         RanksDisagree: it differs within a tensor-parallel group; all ranks raise.
     """
     # As an integer a number passes to the last bit.
-    bits = torch.tensor(float(value), dtype=torch.float64).view(torch.int64)
+    own = value.item() if isinstance(value, Tensor) else value
+    bits = torch.tensor(own, dtype=torch.float64).view(torch.int64)
     by_rank = torch.tensor(all_gather_ints([int(bits)])).view(torch.float64).flatten()
     check_losses(topology, step, by_rank.tolist())
     return float(by_rank[:: topology.tp].sum())

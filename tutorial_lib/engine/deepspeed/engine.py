@@ -36,6 +36,7 @@ from torch import Tensor
 from tutorial_lib.checkpoint import MOMENTS, CheckpointError, FullTensors, Writer
 from tutorial_lib.checkpoint.formats.deepspeed import LAYOUT
 from tutorial_lib.config import Config
+from tutorial_lib.engine.chunked_loss import output_loss
 from tutorial_lib.engine.deepspeed import autotp, partitions
 from tutorial_lib.engine.deepspeed import config as ds_config
 from tutorial_lib.engine.inputs import model_inputs
@@ -87,6 +88,7 @@ class DeepSpeedEngine:
         settings = ds_config.build(config)
         with _partitioned_from_birth(settings):
             model = build_model(config)
+        self._output_loss = output_loss(model, config.engine.loss_chunks)
         if self.unit:
             ds_config.add_plan(settings, model.config)
         self.num_parameters = sum(_whole_numel(parameter) for parameter in model.parameters())
@@ -118,9 +120,10 @@ class DeepSpeedEngine:
         self.deepspeed.train(mode)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return the logits of a batch, shape (B, S, V)."""
+        """Return the logits of a batch, shape (B, S, V), or with ``loss_chunks`` the sum of its losses."""
         inputs = model_inputs(batch, self.device)
-        logits: Tensor = self.deepspeed(**inputs, use_cache=False).logits
+        with self._output_loss(batch):
+            logits: Tensor = self.deepspeed(**inputs, use_cache=False).logits
         return logits
 
     def backward(self, loss: Tensor) -> None:

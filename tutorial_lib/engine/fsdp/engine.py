@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from tutorial_lib.checkpoint import MOMENTS, FullTensors, Writer
 from tutorial_lib.config import Config
+from tutorial_lib.engine.chunked_loss import output_loss
 from tutorial_lib.engine.fsdp import dcp, sharding, tensor_parallel, weights
 from tutorial_lib.engine.inputs import model_inputs
 from tutorial_lib.engine.layout import ParameterLayout
@@ -31,7 +32,7 @@ from tutorial_lib.mpu import Topology
 
 
 class FSDPEngine:
-    """One rank's share of a model that PyTorch shards. See :class:`tutorial_lib.trainer.Engine`.
+    """One rank's share of a model that PyTorch shards. See :class:`tutorial_lib.engine.Engine`.
 
     Args:
         config: what to run; ``config.engine`` decides strategy, precision and offload.
@@ -49,6 +50,7 @@ class FSDPEngine:
         self.averages_over = topology.dp
         self._world_size = topology.world_size
         model: Any = model_outline(config)
+        self._output_loss = output_loss(model, config.engine.loss_chunks)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         dp_mesh, tp_mesh = sharding.meshes(config.engine, topology, device.type)
         if topology.tp > 1:
@@ -69,13 +71,14 @@ class FSDPEngine:
         self.module.train(mode)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return the logits of a batch, shape (B, S, V).
+        """Return the logits of a batch, shape (B, S, V), or with ``loss_chunks`` the sum of its losses.
 
         In bf16 the weights stay fp32: FSDP2 gathers bf16 copies, DDP uses autocast.
         """
         inputs = model_inputs(batch, self.device)
         bf16 = self.config.engine.precision == "bf16" and not self._is_fsdp
-        with self._reduced_with_the_last(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+        with self._reduced_with_the_last(), autocast, self._output_loss(batch):
             logits: Tensor = self._parallel(**inputs, use_cache=False).logits
         if not torch.is_grad_enabled():
             sharding.release(self.module)
