@@ -117,7 +117,7 @@ def test_a_stop_request_is_heeded_between_two_steps(model, tmp_path):
 
     RunDirectory(settings.directory).create()
     result = trainer.train(settings, on_checkpoint=stop)
-    assert (result["status"], result["stopped_by"], result["step"]) == ("stopped", "request", 3)
+    assert (result.status, result.stopped_by, result.step) == ("stopped", "request", 3)
 
 
 def test_a_launch_says_that_a_model_sharded_at_load_cannot_be_resumed(model, tmp_path, caplog):

@@ -2,7 +2,7 @@
 
 Ray Train places the workers and sets up the process group; the training function is the same as everywhere. Each
 worker writes its own files straight to the run's storage, and ``ray.train.report`` only registers the finished
-checkpoint (``NO_UPLOAD``): Ray then knows the newest one, and nothing is copied twice.
+checkpoint (:mod:`tutorial_lib.launch.ray.report`): Ray then knows the newest one, and nothing is copied twice.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import psutil
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.launch.errors import WorkerError, first_error
 from tutorial_lib.launch.ray.cluster import GROUP_START_SECONDS, is_own, renew_server, session
+from tutorial_lib.launch.ray.report import report
 from tutorial_lib.launch.watch import wait_for
 from tutorial_lib.records import RunDirectory
 
@@ -277,17 +278,7 @@ def _worker(given: dict[str, Any]) -> None:
     if ray.train.get_context().get_world_rank() == 0 and directory.restarts():
         directory.clear_errors()  # those of the workers that failed before these
     # Ray registers checkpoints under the directory of the run that it was started for, which is the last one.
-    train_all(configs, on_checkpoint=_register)
-
-
-def _register(path: Path, row: dict[str, Any]) -> None:
-    import ray.train
-    from ray.train import Checkpoint
-    from ray.train.v2.api.report_config import CheckpointUploadMode
-
-    ray.train.report(
-        row, checkpoint=Checkpoint(str(path.resolve())), checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD
-    )
+    train_all(configs, on_checkpoint=lambda path, row: report(row, path))
 
 
 def _resources(config: Config) -> dict[str, float]:
