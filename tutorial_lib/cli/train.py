@@ -111,7 +111,10 @@ def _engine(config: Config) -> str:
 
 
 def _by_epoch(losses: list[dict[str, Any]]) -> str:
-    return ", ".join(f"{each['epoch']:g}: {each['loss']:.4f}" for each in losses)
+    def beside(each: dict[str, Any]) -> str:
+        return f" ({each['all_tokens']:.4f} over all tokens)" if "all_tokens" in each else ""
+
+    return ", ".join(f"{each['epoch']:g}: {each['loss']:.4f}{beside(each)}" for each in losses)
 
 
 def _lost_rows(split: dict[str, Any]) -> str:

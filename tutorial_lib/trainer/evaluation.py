@@ -6,9 +6,10 @@ import time
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tutorial_lib.config import Config
-from tutorial_lib.dataloader import EvalLoader
+from tutorial_lib.dataloader import Batch, EvalLoader
 from tutorial_lib.dataloader.collate import fingerprint
 from tutorial_lib.engine import Engine
 from tutorial_lib.mpu import Topology
@@ -29,6 +30,8 @@ class Evaluator:
 
     Attributes:
         samples_per_second: of the last evaluation, or None.
+        all_token_loss: of the last evaluation, the mean loss over all tokens of the rows, prompts included; None where
+            labels mask no prompt, where rows are packed, and where the engine computes the loss itself, in chunks.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class Evaluator:
     ) -> None:
         self.engine, self.loader, self.topology = engine, loader, topology
         self.samples_per_second: float | None = None
+        self.all_token_loss: float | None = None
         self._every, self._steps_per_epoch = config.run.evaluate_every, steps_per_epoch
 
     def mean_loss(self, step: int) -> float:
@@ -46,15 +50,21 @@ class Evaluator:
         """
         began = time.perf_counter()
         self.engine.train(False)
-        totals = torch.zeros(2, dtype=torch.float64, device=self.engine.device)
+        totals = torch.zeros(4, dtype=torch.float64, device=self.engine.device)
         with torch.no_grad():
             for batch in self.loader:
                 if self.topology.tp > 1:
                     own = all_gather_ints([fingerprint([batch])])
                     check_batches(self.topology, step + 1, [number for (number,) in own])
-                totals[0] += token_loss_sum(self.engine.forward(batch), batch["labels"])
+                logits = self.engine.forward(batch)
+                totals[0] += token_loss_sum(logits, batch["labels"])
                 totals[1] += count_targets(batch["labels"])
-        loss_sum, tokens = (sum_over_ranks(total, self.topology, step=step + 1) for total in totals)
+                unmasked = _unmasked_labels(batch)
+                if unmasked is not None and logits.dim() > 0:
+                    totals[2] += token_loss_sum(logits, unmasked)
+                    totals[3] += count_targets(unmasked)
+        loss_sum, tokens, all_sum, all_tokens = (sum_over_ranks(each, self.topology, step=step + 1) for each in totals)
+        self.all_token_loss = all_sum / all_tokens if all_tokens > tokens else None
         self.samples_per_second = self.loader.num_examples / (time.perf_counter() - began)
         return loss_sum / tokens
 
@@ -70,12 +80,22 @@ class Evaluator:
         period = self._steps_per_epoch if self._every == "epoch" else int(self._every)
         if step % period == 0 and _noted(record, step) is None:
             loss = record["eval_loss_before"] if step == 0 else self.mean_loss(step)
-            losses.append({"epoch": step / self._steps_per_epoch, "step": step, "loss": loss})
+            beside = {} if self.all_token_loss is None else {"all_tokens": self.all_token_loss}
+            losses.append({"epoch": step / self._steps_per_epoch, "step": step, "loss": loss, **beside})
 
     def loss_at(self, record: dict[str, Any], step: int) -> float:
         """Return the loss after this step, the last one: what was noted of it, or evaluate now. Collective."""
         noted = _noted(record, step)
         return self.mean_loss(step) if noted is None else noted
+
+
+def _unmasked_labels(batch: Batch) -> Tensor | None:
+    """Return labels (B, S) that count every token of the rows; None for packed rows."""
+    mask = batch["attention_mask"]
+    if mask.dim() > 2:
+        return None
+    is_repeated = not (batch["labels"] != -100).any()  # it stands in for a batch that this rank does not have
+    return batch["labels"] if is_repeated else batch["input_ids"].masked_fill(mask == 0, -100)
 
 
 def _noted(record: dict[str, Any], step: int) -> float | None:
