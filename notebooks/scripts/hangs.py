@@ -19,7 +19,7 @@ TIMEOUT = 4
 
 
 def full_state_on_one_rank(model):
-    """Gather the full weights under `if rank == 0`, as old examples do."""
+    """Gather the full weights under `if rank == 0`, as DDP scripts do."""
     if dist.get_rank() == 0:
         get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
 

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 
 def build_model(path, mesh, precision):
-    """Shard a model that has no values yet, then fill the shards: no device ever holds all of it."""
+    """Shard a model that has no values yet, then fill the shards: rank 0's host memory holds all of it, no GPU does."""
     with torch.device("meta"):  # code and shapes, no memory
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32)
     policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32)
@@ -30,10 +30,10 @@ def build_model(path, mesh, precision):
     model.to_empty(device=mesh.device_type)  # memory for this rank's shards
     model.tie_weights()  # to_empty gave tied embeddings a tensor each
     model.init_weights()  # buffers such as rotary frequencies are not among the stored weights
-    # One rank reads the files and sends all others their shards.
+    # Rank 0 reads the files and broadcasts one tensor at a time; each rank keeps its shard.
     full = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict() if dist.get_rank() == 0 else {}
     sd.set_model_state_dict(model, full, options=sd.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
-    return model
+    return model.train()
 
 
 def read_rows(path, tokenizer, length):
@@ -73,7 +73,7 @@ def train(options, mesh):
     while state.step < options.steps:
         first = state.step * options.global_batch + rank * share  # the global batch does not depend on the ranks
         tokens = rows[torch.arange(first, first + share) % len(rows)].to(device)
-        logits = model(tokens).logits[:, :-1].float()
+        logits = model(tokens, use_cache=False).logits[:, :-1].float()
         loss = cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()  # averages gradients over the ranks, each of which keeps its shard
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # of all ranks' shards together
