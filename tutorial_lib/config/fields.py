@@ -109,7 +109,7 @@ class EngineConfig:
     name: str = _setting(
         "deepspeed",
         "deepspeed: ZeRO; fsdp: PyTorch's FSDP2, DDP and DTensor; torch: one plain process, the reference; "
-        "trainer: the Hugging Face Trainer, plain or with a DeepSpeed file",
+        "trainer: the Hugging Face Trainer, plain, with a DeepSpeed file, or with shard_at_load",
         flag="engine",
         choices=ENGINES,
         resume="free",
@@ -194,6 +194,13 @@ class EngineConfig:
         "a DeepSpeed JSON file, by path or by its name in tutorial_lib/ds_configs",
         flag="deepspeed",
         engines=("deepspeed", "trainer"),
+        resume="free",
+    )
+    shard_at_load: bool = _setting(
+        False,
+        "trainer: split the model over the dp ranks while it loads (transformers' DistributedConfig, FSDP2); saves "
+        "weights alone, at the end",
+        engines=("trainer",),
         resume="free",
     )
 

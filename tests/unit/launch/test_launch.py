@@ -260,8 +260,13 @@ def test_signal_handlers_are_put_back(tmp_path):
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return launch.run(config(tmp_path_factory.mktemp("whole"), steps=5))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_stops_after_the_step_it_came_in_and_saves(tmp_path, monkeypatch, number):
+def test_a_signal_stops_after_the_step_it_came_in_and_saves(whole, tmp_path, monkeypatch, number):
     from tutorial_lib.engine.single import TorchEngine
 
     update, steps = TorchEngine.step, []
@@ -272,7 +277,6 @@ def test_a_signal_stops_after_the_step_it_came_in_and_saves(tmp_path, monkeypatc
             signal.raise_signal(number)
         return update(self)
 
-    whole = launch.run(config(tmp_path, name="whole", steps=5))
     with monkeypatch.context() as patch:
         patch.setattr(TorchEngine, "step", interrupted)
         if number == signal.SIGINT:

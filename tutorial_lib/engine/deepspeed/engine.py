@@ -10,6 +10,7 @@ What remains is the gradient of the token-weighted mean, which a mean of per-ran
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import logging
@@ -27,6 +28,7 @@ import torch
 # has stated before what the run's configuration says.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
+import cpuinfo
 import deepspeed
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
@@ -62,6 +64,10 @@ def _import_muon_uncompiled() -> None:
 
 
 _import_muon_uncompiled()
+
+# DeepSpeed's CPU Adam asks for the processor's name whenever it is built, and cpuinfo starts a process for each answer:
+# more than a second for each run with offload. The processor stays the same.
+cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
 
 
 class DeepSpeedEngine:

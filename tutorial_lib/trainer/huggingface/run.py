@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from tutorial_lib.checkpoint import Writer
 from tutorial_lib.checkpoint.formats import trainer as trainer_format
@@ -23,6 +24,7 @@ from tutorial_lib.config import ConfigError
 from tutorial_lib.dataloader import build_epoch_loader
 from tutorial_lib.engine.deepspeed.file import find, read_json
 from tutorial_lib.engine.deepspeed.trainer_file import auto_keys
+from tutorial_lib.engine.fsdp.sharding import local, waiting_gradients
 from tutorial_lib.engine.inputs import model_inputs
 from tutorial_lib.models import build_model
 from tutorial_lib.mpu.device import local_device
@@ -143,6 +145,8 @@ class _TrainedModel:
         args = build_arguments(config, run.num_steps)
         if self._file:
             _join_process_group(self.device)
+        if config.engine.shard_at_load:
+            check_accelerator(self.device)
         model = build_model(config)
         self.num_parameters = sum(int(getattr(p, "ds_numel", p.numel())) for p in model.parameters())
         self.trainer = HuggingFaceTrainer(run, model, args)
@@ -165,8 +169,8 @@ class _TrainedModel:
         parameters = list(self.module.parameters())
         states = [t for state in self.trainer.optimizer_states() for t in state.values() if torch.is_tensor(t)]
         return {
-            "parameters": [*parameters],
-            "gradients": [p.grad for p in parameters if p.grad is not None],
+            "parameters": [_held(p) for p in parameters],
+            "gradients": [p.grad for p in parameters if p.grad is not None] + waiting_gradients(self.module),
             "optimizer": [t for t in states if t.dim() > 0],
         }
 
@@ -258,6 +262,29 @@ class _TrainersSchedule:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Leave it to the Trainer."""
+
+
+def _held(parameter: Tensor) -> Tensor:
+    """Return what this rank holds of a parameter.
+
+    On a CPU, a shard that transformers has loaded is a window on the mapped weight file. What lies beside the window
+    is never read into memory, so a copy of the window stands for it.
+    """
+    return local(parameter).clone() if isinstance(parameter, DTensor) else parameter
+
+
+def check_accelerator(device: torch.device) -> None:
+    """Refuse to split a model anywhere but where ``DistributedConfig`` puts it: on the accelerator that it finds.
+
+    Raises:
+        ConfigError: the run is to stay on the CPU, and there is a GPU.
+    """
+    found = torch.accelerator.current_accelerator()
+    if found is not None and found.type != device.type:
+        raise ConfigError(
+            f"shard_at_load=True puts the model on the {found.type} device that is there, and this run is to train on "
+            f"{device.type}. Write device={found.type!r}, or hide it (CUDA_VISIBLE_DEVICES='')."
+        )
 
 
 def _join_process_group(device: torch.device) -> None:
