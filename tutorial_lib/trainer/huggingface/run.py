@@ -247,23 +247,6 @@ class _TrainedModel:
         os.environ.update(self._environment)
 
 
-class _TrainersSchedule:
-    """The Trainer's learning-rate schedule, which checkpoints name, and which the Trainer restores from its own files.
-
-    Args:
-        scheduler: what the Trainer has built, or None before it trains.
-    """
-
-    def __init__(self, scheduler: Any) -> None:
-        self._scheduler = scheduler
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(self._scheduler.state_dict())
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Leave it to the Trainer."""
-
-
 def _held(parameter: Tensor) -> Tensor:
     """Return what this rank holds of a parameter.
 
@@ -285,6 +268,23 @@ def check_accelerator(device: torch.device) -> None:
             f"shard_at_load=True puts the model on the {found.type} device that is there, and this run is to train on "
             f"{device.type}. Write device={found.type!r}, or hide it (CUDA_VISIBLE_DEVICES='')."
         )
+
+
+class _TrainersSchedule:
+    """The Trainer's learning-rate schedule, which checkpoints name, and which the Trainer restores from its own files.
+
+    Args:
+        scheduler: what the Trainer has built, or None before it trains.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self._scheduler.state_dict())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Leave it to the Trainer."""
 
 
 def _join_process_group(device: torch.device) -> None:
