@@ -11,7 +11,8 @@ from pathlib import Path
 from tutorial_lib.cli.options import DONE, add_setting, given
 from tutorial_lib.cli.slurm import add_places, cpus_per_rank, nodes_and_ranks, with_sizes
 from tutorial_lib.config import PROFILES, Config, settings
-from tutorial_lib.launch.ray.manifest import FORMATS
+
+_FORMATS = ("cluster-yaml", "rayjob")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "`train --launcher ray`."
     )
     add_places(parser)
-    parser.add_argument("--format", choices=FORMATS, required=True, help="what to write")
+    parser.add_argument("--format", choices=_FORMATS, required=True, help="what to write")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write it there instead of printing it")
     parser.add_argument("--profile", default="cluster", help=f"where it runs: {', '.join(PROFILES)} (default: cluster)")
     for setting in settings().values():

@@ -17,8 +17,6 @@ from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.launch.command import Template, count, train_arguments, wrapped
 from tutorial_lib.launch.ray.room import possible_sizes
 
-FORMATS = ("cluster-yaml", "rayjob")
-
 _TEXTS = {"cluster-yaml": "cluster.yaml", "rayjob": "rayjob.yaml"}
 _LONGEST_NAME = 47  # of a RayJob: Kubernetes allows 63 letters, and KubeRay appends some
 
@@ -49,7 +47,7 @@ def write_manifest(config: Config, nodes: Nodes, kind: str, profile: str, comman
     Args:
         config: what to run, with ``launcher='ray'`` and as many ranks as the nodes have places.
         nodes: where.
-        kind: one of :data:`FORMATS`.
+        kind: ``cluster-yaml`` or ``rayjob``.
         profile: the profile that the configuration was made from.
         command: what was typed, for a comment.
 
