@@ -15,7 +15,7 @@ from tutorial_lib.launch.ray.room import Node
 ANSWER_SECONDS = 60
 """Seconds that all nodes together have to answer. Each starts a Python process."""
 
-_SEEN_SECONDS = 5
+_SEEN_SECONDS = 3
 """Seconds that a new file may take to be seen on other nodes: network file systems keep listings for a while."""
 
 
