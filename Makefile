@@ -61,8 +61,8 @@ notebooks: $(READY) ## every notebook as committed: it reads well, its claims ho
 
 nbval: $(READY) ## every notebook runs, all claims hold with the committed numbers, deterministic cells show what is committed
 	@$(PYTHON_IN) tests/notebooks/run.py --copy-to build/nbval
-	@$(TESTS) -p tests.conftest -p tests.notebooks.same_claims --nbval-lax --nbval-current-env --nbval-cell-timeout 600 \
-		--timeout 620 build/nbval/*.ipynb
+	@$(TESTS) -o addopts=-ra -p tests.conftest -p tests.notebooks.same_claims --nbval-lax --nbval-current-env \
+		--nbval-cell-timeout 600 --timeout 620 build/nbval/*.ipynb
 
 lint: $(READY) ## style, types and borders, at the same time
 	@$(MAKE) --jobs --output-sync=target style types borders

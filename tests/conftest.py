@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -26,12 +28,21 @@ MARK, SESSION = "TUTORIAL_LIB_TEST_SESSION", uuid.uuid4().hex
 GRACE_SECONDS = 20
 """Ray's daemons and killed workers are given this long to go."""
 
+# jsonschema, which nbformat imports, has this module build the grammar of international addresses: 5 seconds for each
+# process of pytest, and nobody asks. Where the module is missing, jsonschema does without.
+sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 # Set at import, because torch reads its thread count when it is first imported; what tests start inherits the mark.
 os.environ.update(OFFLINE | SEVERAL_PROCESSES_ON_FEW_CORES | {MARK: SESSION})
 # A shell's background jobs, and a CI's perhaps, ignore SIGINT; tests interrupt themselves and what they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Ranks import their programs from here, wherever pytest was started.
 os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def pytest_collection_finish() -> None:
+    """Keep what the imports have made out of every garbage collection: a run in this process ends with a full one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(trylast=True)

@@ -98,7 +98,7 @@ def compare(config: Config) -> None:
     topology = Topology.create(config.parallel, rank=dist.get_rank(), world_size=dist.get_world_size())
     session = trainer.Trainer(config, topology)
     batches = session.loader.steps()
-    session.train_step(next(batches))
+    session.train_step(next(batches)[1])
     plain = _Plain(config.directory / "plain")
     saving = _alternated(
         plain,
@@ -246,20 +246,21 @@ def _sum_of_ranks(number: int) -> int:
 def _stalls(session: Any, batches: Iterator[Any]) -> dict[str, Any]:
     """Seconds that a saving step waits, and that all steps lose until the files are there: either way, alternately."""
     for _ in range(3):
-        session.train_step(next(batches))
+        session.train_step(next(batches)[1])
     step = statistics.median(_one_step(session, batches) for _ in range(5))
     waits: dict[str, list[float]] = {"at once": [], "async_save": []}
     losses: dict[str, list[float]] = {"at once": [], "async_save": []}
     steps_meanwhile = []
     for attempt in range(8):
         name = ("at once", "async_save")[attempt % 2]
-        session.train_step(next(batches))
+        session.train_step(next(batches)[1])
         before = time.perf_counter()
         session.save(and_train_on=name == "async_save")
         count = 0
         while session.checkpoints.is_saving():
             count += 1
-            session.train_step(next(batches))
+            session.train_step(next(batches)[1])
+            session.checkpoints.finish_if_written()
         lost = time.perf_counter() - before - count * step
         if attempt >= 2:  # the first of each allocates
             waits[name].append(session.checkpoints.saves[-1]["stall_seconds"])
@@ -281,7 +282,7 @@ def _stalls(session: Any, batches: Iterator[Any]) -> dict[str, Any]:
 
 def _one_step(session: Any, batches: Iterator[Any]) -> float:
     began = time.perf_counter()
-    session.train_step(next(batches))
+    session.train_step(next(batches)[1])
     return time.perf_counter() - began
 
 

@@ -19,16 +19,16 @@ import torch
 import torch.distributed as dist
 
 from tests.benchmarks.on_ranks import run_on_ranks
+from tutorial_lib import trainer
 from tutorial_lib.config import Config
 from tutorial_lib.dataloader import build_train_loader
+from tutorial_lib.engine import build_engine
 from tutorial_lib.launch import worker
 from tutorial_lib.measure.speed import time_ratio
 from tutorial_lib.measure.traffic import count_collectives
 from tutorial_lib.models import load_tokenizer
 from tutorial_lib.mpu import Topology
-from tutorial_lib.mpu.random_states import seed_everything
 from tutorial_lib.records import RunDirectory
-from tutorial_lib.trainer import loop as trainer
 
 RANKS = 2
 PAIRS = 12
@@ -90,11 +90,8 @@ def _step(config: Config) -> Callable[[], float]:
     alone = config.parallel.world_size == 1
     topology = Topology.create(config.parallel, rank=0 if alone else dist.get_rank(), world_size=1 if alone else RANKS)
     threads = torch.get_num_threads()
-    seed_everything(config.run.seed)
-    engine = trainer.build_engine(config, topology, torch.device("cpu"))
-    loader = build_train_loader(
-        config, load_tokenizer(config.model.name), dp_rank=topology.dp_rank, dp_size=topology.dp
-    )
+    loader = build_train_loader(config, load_tokenizer(config.model.name), topology)
+    engine = build_engine(config, topology, loader.num_steps)
     batches = loader.steps()
 
     def over_ranks(value: torch.Tensor) -> float:
@@ -103,12 +100,10 @@ def _step(config: Config) -> Callable[[], float]:
         return float(value) / topology.tp
 
     def step() -> float:
-        (batch,) = next(batches)
-        batch = dict(batch)
-        labels = batch.pop("labels")
-        tokens = over_ranks(torch.tensor(trainer.count_tokens(labels), dtype=torch.float64))
-        loss = trainer.token_loss_sum(engine.forward(batch), labels)
-        engine.backward(loss * (engine.averages_over / tokens))
+        _, (batch,) = next(batches)
+        tokens = over_ranks(torch.tensor(trainer.count_targets(batch["labels"]), dtype=torch.float64))
+        loss = trainer.token_loss_sum(engine.forward(batch), batch["labels"])
+        engine.backward(loss / tokens)
         engine.step()
         return over_ranks(loss.detach().double()) / tokens
 
@@ -121,7 +116,6 @@ def _step(config: Config) -> Callable[[], float]:
         dist.broadcast(loss, src=0)
         return float(loss)
 
-    engine.train(True)
     return step_alone if alone else step
 
 

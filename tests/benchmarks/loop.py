@@ -97,8 +97,8 @@ def compare(config: Config) -> None:
         processor[name].append(time.process_time() - began)
 
     def our_step() -> float:
-        session.train_step(next(batches))
-        return float(session.row["loss"])
+        session.train_step(next(batches)[1])
+        return float(session.records.last_row()["loss"])
 
     ratio = time_ratio(
         lambda: timed("ours", our_step),
@@ -127,11 +127,11 @@ def shortest_loop(config: Config, topology: Topology) -> Callable[[], float]:
     engine = ours.deepspeed
     scheduler = get_scheduler("linear", ours.optimizer, 0, config.run.steps)
     tokenizer = load_tokenizer(config.model.name)
-    steps = build_train_loader(config, tokenizer, dp_rank=topology.dp_rank, dp_size=topology.dp).steps()
+    steps = build_train_loader(config, tokenizer, topology).steps()
     engine.train()
 
     def one_step() -> float:
-        micro_batches = next(steps)
+        _, micro_batches = next(steps)
         tokens = torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in micro_batches]).sum()
         dist.all_reduce(tokens)
         total = torch.zeros(())

@@ -14,7 +14,7 @@ from tutorial_lib.dataloader import build_train_loader
 from tutorial_lib.engine import build_engine
 from tutorial_lib.models import load_tokenizer
 from tutorial_lib.mpu import Topology
-from tutorial_lib.trainer import count_tokens, token_loss_sum
+from tutorial_lib.trainer import count_targets, token_loss_sum
 
 SEQ_LENGTH, BATCH, PAIRS = 512, 8, 7
 STEPS = {"longest": 12, "packed": 2, "max_length": 2}
@@ -53,18 +53,18 @@ def _trainer(batching: str) -> Callable[[], float]:
         seq_length=SEQ_LENGTH,
         global_batch=BATCH,
         batching=batching,
+        steps=10_000,
     )
-    engine = build_engine(config, Topology.create(config.parallel, rank=0, world_size=1), torch.device("cpu"))
-    engine.train(True)
-    steps = build_train_loader(config, load_tokenizer(config.model.name), dp_rank=0, dp_size=1).steps()
+    topology = Topology.create(config.parallel, rank=0, world_size=1)
+    loader = build_train_loader(config, load_tokenizer(config.model.name), topology)
+    engine, steps = build_engine(config, topology, loader.num_steps), loader.steps()
 
     def some_steps() -> float:
         began, counted = time.perf_counter(), 0
         for _ in range(STEPS[batching]):
-            for batch in next(steps):
-                labels = batch.pop("labels")
-                tokens = count_tokens(labels)
-                engine.backward(token_loss_sum(engine.forward(batch), labels) / tokens)
+            for batch in next(steps)[1]:
+                tokens = count_targets(batch["labels"])
+                engine.backward(token_loss_sum(engine.forward(batch), batch["labels"]) / tokens)
                 counted += tokens
             engine.step()
         return counted / (time.perf_counter() - began)

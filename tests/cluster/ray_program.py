@@ -37,12 +37,12 @@ def _in_no_hurry(given: dict[str, Any]) -> None:
     """Be a worker that gives the test time after each checkpoint. It runs where nobody has replaced anything yet."""
     import ray.train
 
-    config, register = Config.from_json(given["configs"][0]), ray_train._register
+    config, report = Config.from_json(given["configs"][0]), ray_train.report
     full, size = config.parallel.world_size, ray.train.get_context().get_world_size()
     has_lost_a_node = bool(RunDirectory(config.directory).restarts())
 
-    def register_and_wait(path: Path, row: dict[str, Any]) -> None:
-        register(path, row)
+    def report_and_wait(row: dict[str, Any], path: Path) -> None:
+        report(row, path)
         if not has_lost_a_node and row["step"] >= HELD_AT:
             time.sleep(1000)  # a node is about to be lost
         if size < full:
@@ -51,7 +51,7 @@ def _in_no_hurry(given: dict[str, Any]) -> None:
                 time.sleep(0.1)
             time.sleep(1.5)  # now there is room: let it be seen
 
-    ray_train._register = register_and_wait
+    ray_train.report = report_and_wait
     ray_train._worker(given)
 
 

@@ -39,6 +39,7 @@ class FSDP1Engine(TorchEngine):
         norm = float(self.module.clip_grad_norm_(limit if limit > 0 else float("inf")))
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.schedule.step()
         return norm
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tutorial_lib import launch
@@ -15,6 +17,29 @@ from tutorial_lib.config import Config
 from tutorial_lib.records import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+
+
+def interrupt_when(
+    condition: Callable[[], object], times: int = 1, number: signal.Signals = signal.SIGINT
+) -> threading.Thread:
+    """Send this process a signal once something has happened, as Ctrl-C does, and again half a second later."""
+
+    def strike() -> None:
+        wait_until(condition, 60)
+        for again in range(times):
+            time.sleep(0.5 if again else 0)
+            os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=strike)
+    thread.start()
+    return thread
 
 
 def observe(configs: Sequence[Config], worker: str = "tests.distributed.worker") -> list[launch.Run]:

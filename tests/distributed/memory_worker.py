@@ -18,17 +18,16 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
 import torch.distributed as dist
 
 from tutorial_lib.config import Config
+from tutorial_lib.engine import build_engine
 from tutorial_lib.engine.deepspeed import engine
 from tutorial_lib.engine.fsdp import weights
 from tutorial_lib.launch import worker
 from tutorial_lib.measure.memory import PeakMemory
 from tutorial_lib.mpu import Topology
 from tutorial_lib.records import RunDirectory
-from tutorial_lib.trainer import loop as trainer
 
 
 def main(*arguments: str) -> None:
@@ -55,7 +54,7 @@ def build_and_measure(config: Config) -> None:
         mock.patch.object(engine, "build_model", watched(engine.build_model)),
         mock.patch.object(weights, "fill", watched(weights.fill)),
     ):
-        built = trainer.build_engine(config, topology, torch.device("cpu"))
+        built = build_engine(config, topology, num_steps=1)
     seen["num_parameters"] = built.num_parameters
     built.close()
     del built

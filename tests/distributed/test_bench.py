@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.launching import Shell
+from tests.distributed.launching import interrupt_when
 from tutorial_lib import bench, launch
 from tutorial_lib.bench import Matrix
+from tutorial_lib.cli import main
 from tutorial_lib.config import Config, ConfigError
 
 KILLED = "tests.distributed.killed_worker"
@@ -70,9 +68,17 @@ def test_memory_and_speed_are_measured(matrix):
             assert row.steps_per_epoch == 8 and len(row.eval_losses) == 1
 
 
-def test_a_retry_runs_the_killed_row_alone(matrix):
+def test_an_interrupted_retry_keeps_all_other_rows_and_goes_on(matrix, capsys):
     kept = {row.name: row for row in matrix.rows}
-    again = bench.run_matrix("zero-stages", config(matrix.path.parent, "stages", dp=2), retry=True, sample_interval=0.1)
+    before = matrix.path / "rows" / "stage-1" / "config.json"
+    flags = [word for flag, value in COMMON.items() for word in (f"--{flag.replace('_', '-')}", str(value))]
+    striker = interrupt_when(lambda: not before.exists())  # the retry has removed it
+    code = main(["bench", "zero-stages", "--name", "stages", "--storage", str(matrix.path.parent), "--dp", "2",
+                 "--retry", *flags])  # fmt: skip
+    striker.join()
+    assert code == 75 and "Give the same command again to go on" in capsys.readouterr().err
+    assert Matrix.read(matrix.path)["stage-1"].status == "stopped"
+    again = bench.run_matrix("zero-stages", config(matrix.path.parent, "stages", dp=2), sample_interval=0.1)
     assert_as_predicted(again["stage-1"])
     assert [row for row in again.rows if row.name != "stage-1"] == [kept[n] for n in kept if n != "stage-1"]
 
@@ -82,23 +88,3 @@ def test_offloaded_states_in_16_bits_are_what_arithmetic_says(tmp_path):
     (row,) = bench.run_matrix("offload", asked, rows=("2ZO-2G1N",)).rows
     assert_as_predicted(row)
     assert row.world_size == 2 and row.settings["offload"] == "optimizer"
-
-
-def test_an_interrupted_command_keeps_its_rows_and_goes_on(tmp_path):
-    shell, asked = Shell(tmp_path), config(tmp_path, "asked", dp=2)
-    flags = [word for flag, value in COMMON.items() for word in (f"--{flag.replace('_', '-')}", str(value))]
-    rows = ("stage-0", "stage-3")
-    shell.start(["tutorial_lib", "bench", "zero-stages", "--name", "asked", "--storage", str(tmp_path), "--dp", "2",
-                 *flags, "--rows", *rows])  # fmt: skip
-    try:
-        end = time.monotonic() + 120
-        while not (tmp_path / "asked" / "rows" / "stage-3").exists():
-            assert shell.process.poll() is None and time.monotonic() < end, (tmp_path / "stderr").read_text()
-            time.sleep(0.02)
-        os.kill(shell.process.pid, signal.SIGINT)
-        assert shell.exit_code() == 75
-    finally:
-        shell.end()
-    assert "Give the same command again to go on" in (tmp_path / "stderr").read_text()
-    assert [row.status for row in Matrix.read(asked.directory).rows] == ["done", "stopped"]
-    assert all(row.is_done for row in bench.run_matrix("zero-stages", asked, rows=rows).rows)

@@ -1,17 +1,22 @@
 """The Hugging Face Trainer trains as our own loop does, and its runs stop, resume and are refused like all others."""
 
+import dataclasses
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests.distributed import cases
-from tests.distributed.launching import Shell, train_command
+from tests.distributed.launching import interrupt_when, train_command
 from tutorial_lib import checkpoint, launch
-from tutorial_lib.config import Config
+from tutorial_lib.cli import main
+from tutorial_lib.cli.train import summary
+from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.engine.deepspeed.file import DIRECTORY
 from tutorial_lib.records import RunDirectory
 
@@ -28,9 +33,18 @@ EQUAL: dict[int, list[tuple[str, str]]] = {
         ("bloom", "zero0"),
         ("bloom", "zero3_cpu_offload"),
         ("untied", "zero2"),
+        ("gpt2", "load-accumulated"),
+        ("qwen2", "load"),
+        ("bloom", "load"),
     ],
 }
-"""By number of ranks: the case, and the DeepSpeed file (or plain DDP) with which it must equal our own loop."""
+"""By number of ranks: the case, and how it must equal our own loop: a DeepSpeed file, plain DDP, or sharded at load."""
+
+SETTINGS: dict[str, dict[str, Any]] = {"plain": {}, "load": {"shard_at_load": True, "measure": True}}
+"""What a variant that is no DeepSpeed file stands for."""
+
+VOCABULARY = 2048
+"""Of the embedded models."""
 
 INTERRUPTED = ("plain", "zero2_cpu_offload", "zero3")
 
@@ -47,23 +61,41 @@ def files(directory: Path) -> Path:
 def trained(directory: Path, case: str, variant: str, ranks: int) -> Config:
     file, _, accumulated = variant.partition("-")
     flat: dict[str, Any] = {"micro_batch": 1} if accumulated else {}
-    flat |= {} if file == "plain" else {"deepspeed": str(directory / f"{file}.json")}
+    flat |= SETTINGS.get(file, {"deepspeed": str(directory / f"{file}.json")})
     name = f"hf-{case}.{variant}.{ranks}"
     return cases.config(directory, name=name, engine="trainer", dp=ranks, **flat, **cases.CASES[case])
 
 
-def interrupted(directory: Path, file: str, part: str) -> Config:
-    """Return a run with dropout that trains in one go, or stops in the middle of an epoch and ends in the next."""
-    flat: dict[str, Any] = {"stop_after": cases.STOP} if part == "halved" else {}
-    flat |= {} if file == "plain" else {"deepspeed": str(directory / f"{file}.json")}
+def with_dropout(directory: Path, file: str, name: str) -> Config:
+    """Return a run that saves in the middle of an epoch and ends in the next."""
+    flat = SETTINGS.get(file, {"deepspeed": str(directory / f"{file}.json")})
     return cases.config(
-        directory, name=f"hf-{part}.{file}", engine="trainer", dp=2, model="gpt2-dropout", max_examples=40,
-        steps=cases.END, evaluate=True, evaluate_every="epoch", max_eval_examples=12, **flat,
+        directory, name=f"hf-{name}.{file}", engine="trainer", dp=2, model="gpt2-dropout", max_examples=40,
+        steps=cases.END, evaluate=True, evaluate_every="epoch", max_eval_examples=12, checkpoint_every=cases.STOP,
+        **flat,
+    )  # fmt: skip
+
+
+def halved(whole: launch.Run) -> Config:
+    """Return a run that has the first checkpoint of another, and none of its later ones."""
+    config = whole.config.override(name=whole.config.run.name.replace("whole", "halved"))
+    shutil.copytree(whole.directory.path, config.directory)
+    for path in RunDirectory(config.directory).checkpoints.iterdir():
+        if path.name != f"step-{cases.STOP:08d}":
+            shutil.rmtree(path)
+    return config
+
+
+def in_16_bits(directory: Path, file: str) -> Config:
+    flat = SETTINGS.get(file, {"deepspeed": str(directory / f"{file}.json")})
+    return cases.config(
+        directory, name=f"hf-half.{file}", engine="trainer", dp=2, model="qwen2", precision="bf16", steps=2,
+        measure=True, **flat,
     )  # fmt: skip
 
 
 def own_loop(directory: Path) -> Config:
-    return interrupted(directory, "plain", "own").override(engine="fsdp", sharding="no_shard")
+    return with_dropout(directory, "plain", "own").override(engine="fsdp", sharding="no_shard")
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +105,11 @@ def runs(files: Path) -> dict[str, launch.Run]:
     one = [config.override(name=f"hf-{config.run.name}") for config in one]
     one += [trained(files, *each, 1) for each in EQUAL[1]]
     two = [trained(files, *each, 2) for each in EQUAL[2]] + [own_loop(files)]
-    two += [interrupted(files, file, part) for file in INTERRUPTED for part in ("whole", "halved")]
-    again = [interrupted(files, file, "halved").override(stop_after=None) for file in INTERRUPTED]
-    return {run.config.run.name: run for configs in (one, two, again) for run in launch.run_all(configs)}
+    two += [with_dropout(files, file, "whole") for file in INTERRUPTED]
+    two += [in_16_bits(files, file) for file in ("plain", "zero0", "zero2")]
+    done = {run.config.run.name: run for configs in (one, two) for run in launch.run_all(configs)}
+    resumed = launch.run_all([halved(done[f"hf-whole.{file}"]) for file in INTERRUPTED])
+    return done | {run.config.run.name: run for run in resumed}
 
 
 @pytest.mark.parametrize(
@@ -89,19 +123,21 @@ def test_losses_are_those_of_our_own_loop(runs, ranks, case, variant):
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-6)
         if variant != "zero0":  # DeepSpeed reports no norm there
             assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
-    assert_same_states(run, reference, 1e-6)
+    assert_same_states(run, reference, 1e-6, weights_alone=run.config.engine.shard_at_load)
     for name in ("eval_loss_before", "eval_loss"):
         assert run.result[name] == (reference.result[name] and pytest.approx(reference.result[name], rel=1e-6))
     assert run.result["num_parameters"] == reference.result["num_parameters"]
 
 
-def assert_same_states(run: launch.Run, reference: launch.Run, tolerance: float) -> None:
+def assert_same_states(
+    run: launch.Run, reference: launch.Run, tolerance: float, *, weights_alone: bool = False
+) -> None:
     """Compare full parameters and moments, as an export or a report would read them."""
     one, other = (checkpoint.open_full(checkpoint.latest(each.directory)) for each in (run, reference))
     assert one.names == other.names and one.trained == other.trained
     for name in one.names:
         assert torch.allclose(one.parameter(name), other.parameter(name), rtol=tolerance, atol=tolerance)
-    for name in one.trained:
+    for name in () if weights_alone else one.trained:
         assert one.adam_step(name) == other.adam_step(name)
         for moment in checkpoint.MOMENTS:
             assert torch.allclose(one.moment(name, moment), other.moment(name, moment), rtol=tolerance, atol=tolerance)
@@ -126,6 +162,19 @@ def test_dropout_draws_the_numbers_of_our_own_loop(runs):
     assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-6) and len(evaluated[0]) == 2
 
 
+def test_the_matched_baseline_of_16_bit_stages_is_stage_0(runs):
+    """The Trainer alone casts inside each operation; DeepSpeed casts the model, and Adam has an fp32 copy of it."""
+    first = {file: runs[f"hf-half.{file}"].rows[0]["loss"] for file in ("plain", "zero0", "zero2")}
+    assert first["zero0"] == pytest.approx(first["zero2"], rel=1e-6)
+    assert first["plain"] != pytest.approx(first["zero0"], rel=1e-6)
+    assert first["plain"] == pytest.approx(first["zero0"], rel=1e-3)
+    for file, bytes_each in (("plain", (4, 4, 8)), ("zero0", (2, 2, 12))):
+        result = runs[f"hf-half.{file}"].result
+        held = result["ranks"][0]["measured"]["state_bytes"]
+        parts = tuple(held[part] / result["num_parameters"] for part in ("parameters", "gradients", "optimizer"))
+        assert parts == bytes_each
+
+
 def test_the_result_tells_what_every_auto_has_become(runs):
     result = runs["hf-gpt2.zero3.2"].result
     assert result["deepspeed_auto"] == {
@@ -139,27 +188,49 @@ def test_the_result_tells_what_every_auto_has_become(runs):
     assert runs["hf-qwen2.plain.2"].result["deepspeed_config"] is None
 
 
-@pytest.fixture(scope="module")
-def stopped(files: Path, runs: dict[str, launch.Run], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A run that got SIGTERM in the middle of an epoch, as a shell saw it, and the exit code."""
-    shell = Shell(tmp_path_factory.mktemp("shell"))
-    config = interrupted(files, "zero3", "signalled").override(steps=400, schedule="constant", checkpoint_every=2)
-    shell.start(train_command(config))
-    try:
-        run = RunDirectory(config.directory)
-        shell.wait_for_step(run, 3)
-        assert shell.process is not None
-        shell.process.send_signal(signal.SIGTERM)
-        yield config, shell.exit_code(), shell.result()
-    finally:
-        shell.end()
+@pytest.mark.parametrize(("name", "shares"), [("hf-qwen2.load.2", 2), ("hf-gpt2.load-accumulated.2", 1)])
+def test_each_rank_holds_a_share_of_a_model_sharded_at_load(runs, name, shares):
+    """transformers gathers and reduces a tied weight once for each of its names, and waits with whole gradients."""
+    num_parameters, tied = runs[name].result["num_parameters"], VOCABULARY * cases.HIDDEN
+    for rank in runs[name].result["ranks"]:
+        held = rank["measured"]["state_bytes"]
+        assert (held["parameters"], held["optimizer"]) == (4 * num_parameters // 2, 8 * num_parameters // 2)
+        assert held["gradients"] == 4 * (num_parameters + tied) // shares
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(stopped):
-    config, code, result = stopped
+def test_the_command_says_that_a_stopped_run_sharded_at_load_ends_here(runs):
+    run = runs["hf-qwen2.load.2"]
+    said = summary(dataclasses.replace(run, result={**run.result, "status": "stopped"}))
+    assert "trainer, shard_at_load=True, fp32" in said
+    assert "its weights are saved, and it cannot be resumed" in said and "same command again" not in said
+
+
+def test_a_model_sharded_at_load_is_exported_and_never_resumed(runs, tmp_path):
+    for name in ("hf-gpt2.load-accumulated.2", "hf-bloom.load.2"):
+        saved = checkpoint.latest(runs[name].directory)
+        full = checkpoint.open_full(saved)
+        for directory in (checkpoint.export(saved, tmp_path / name), *saved.glob("engine/checkpoint-*")):
+            loaded = AutoModelForCausalLM.from_pretrained(directory)
+            assert all(parameter.equal(full.parameter(name)) for name, parameter in loaded.named_parameters())
+    config = runs["hf-qwen2.load.2"].config
+    for again in (config, config.override(shard_at_load=False)):
+        with pytest.raises(
+            ConfigError, match=r"sharded at load.*optimizer state cannot be checkpointed.*tutorial_lib export"
+        ):
+            launch.run(again)
+    with pytest.raises(ConfigError, match="has a checkpoint, and shard_at_load=True can resume none"):
+        launch.run(runs["hf-qwen2.plain.2"].config.override(shard_at_load=True))
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(files, runs):
+    config = with_dropout(files, "zero3", "signalled").override(steps=400, schedule="constant", checkpoint_every=2)
+    directory = RunDirectory(config.directory)
+    striker = interrupt_when(lambda: any(row["step"] >= 3 for row in directory.rows()), number=signal.SIGTERM)
+    code, result = main(train_command(config)[1:]), directory.result()
+    striker.join()
     assert (code, result["status"], result["stopped_by"]) == (75, "stopped", "request")  # passed on by the launcher
     step = result["step"]
-    assert checkpoint.latest(RunDirectory(config.directory)).name == result["checkpoint"] == f"step-{step:08d}"
+    assert checkpoint.latest(directory).name == result["checkpoint"] == f"step-{step:08d}"
     run = launch.run(config.override(steps=step + 2))
     assert (run.result["status"], run.result["resumed_from"]) == ("completed", step)
     assert [row["step"] for row in run.rows] == list(range(1, step + 3))

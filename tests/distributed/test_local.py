@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.distributed.launching import Shell, train_command
+from tests.distributed.launching import Shell, interrupt_when, train_command, wait_until
 from tutorial_lib import launch
 from tutorial_lib.config import Config
 from tutorial_lib.launch import local
@@ -48,13 +48,6 @@ def tell(storage: Path, name: str = "run", dp: int = 2) -> list[dict]:
 def have_told(run: Path) -> bool:
     """Return whether both ranks of a run have told what they are."""
     return all((run / f"rank-{rank}.json").exists() for rank in range(2))
-
-
-def wait_until(condition, seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
 
 
 @pytest.mark.usefixtures("light")
@@ -227,20 +220,6 @@ def test_a_signal_to_every_process_of_a_job_saves_and_exits_with_75(tmp_path, nu
 
 
 # ----------------------------------------------------------------------------------------------------- interrupts
-
-
-def interrupt_when(condition, times: int = 1) -> threading.Thread:
-    """Send SIGINT to this process once something has happened, as Ctrl-C does, and again half a second later."""
-
-    def strike() -> None:
-        wait_until(condition, 60)
-        for _ in range(times):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.5)
-
-    thread = threading.Thread(target=strike)
-    thread.start()
-    return thread
 
 
 def test_one_interrupt_saves_drops_the_other_runs_and_ends_the_call(tmp_path, capfd):

@@ -11,7 +11,7 @@ from contextlib import redirect_stderr, redirect_stdout
 import psutil
 import pytest
 
-from tests.distributed import cases, worker
+from tests.distributed import cases, own_loop, worker
 from tests.distributed.launching import ROOT
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.config import ConfigError
@@ -82,6 +82,24 @@ def test_ray_knows_the_checkpoints(runs, cluster):
     assert result.checkpoint.path == str(newest)
     assert result.metrics["step"] == cases.END
     assert len(list(second.directory.path.rglob("manifest.json"))) == 2
+
+
+def test_rays_own_trainer_takes_the_loop_that_a_reader_writes(cluster, directory, runs):
+    """``notebooks/scripts/train_zero.py`` calls ``TorchTrainer(...).fit()``; it stops once, and resumes exactly."""
+    import ray.train
+    from ray import cloudpickle
+
+    (_, second), _, _ = runs
+    own = own_loop.script()
+    cloudpickle.register_pickle_by_value(own)  # as Ray does by itself with what a notebook or a script defines
+    losses = []
+    for stop in (cases.STOP, None):
+        config = on_ray(directory, stop_after=stop).override(name="ray-own")
+        losses += own.main(config)
+    assert losses == [row["loss"] for row in second.rows]
+    result = ray.train.Result.from_path(str(config.directory))
+    assert result.checkpoint.path == str(checkpoint.latest(RunDirectory(config.directory)))
+    assert result.metrics == {"step": cases.END, "loss": losses[-1]}
 
 
 ASK = "import sys, ray; ray._raylet.GcsClient(address=sys.argv[1]).internal_kv_get(b'key', None); print('answered')"

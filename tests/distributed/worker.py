@@ -41,18 +41,20 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from tests.distributed.fsdp1 import FSDP1Engine
 from tests.late_writes import late_writes, without_snapshot
 from tutorial_lib import checkpoint
+from tutorial_lib import engine as engines
 from tutorial_lib.checkpoint import writer
 from tutorial_lib.config import Config
-from tutorial_lib.dataloader import TrainLoader, loaders
+from tutorial_lib.dataloader import loaders
 from tutorial_lib.dataloader.collate import Collate
 from tutorial_lib.dataloader.sampler import StepSampler
+from tutorial_lib.engine import fsdp
 from tutorial_lib.engine.deepspeed import config as ds_config
 from tutorial_lib.launch import worker
 from tutorial_lib.launch.ray import train as ray_train
 from tutorial_lib.measure.memory import StateBytes, count_allocations
 from tutorial_lib.mpu import Topology
 from tutorial_lib.records import RunDirectory
-from tutorial_lib.trainer import consistency
+from tutorial_lib.trainer import consistency, count_targets, train
 from tutorial_lib.trainer import loop as trainer
 
 OBSERVATION = "observed.pt"
@@ -76,17 +78,17 @@ def train_observed(config: Config) -> None:
     """Train, and write down what can be seen from outside the trainer."""
     probe_averages(Path(config.run.storage))
     if config.run.name.startswith("twice."):
-        trainer.train(config)
+        train(config)
         config = config.override(stop_after=None)
     if config.run.name.startswith("late."):
         with late_writes(), without_snapshot() if "without_snapshot" in config.run.name else nullcontext():
-            trainer.train(config)
+            train(config)
         _forget_newest(config)
         config = config.override(stop_after=None)
     with ExitStack() as patches:
         kind, _, rest = config.run.name.partition("-")
         if kind == "fsdp1":
-            patches.enter_context(mock.patch.object(trainer, "build_engine", FSDP1Engine))
+            patches.enter_context(mock.patch.object(fsdp, "FSDPEngine", FSDP1Engine))
         watch = patches.enter_context(_watching())
         fault = rest.partition(".")[0]
         if kind == "broken" or (kind == "refused" and fault in BROKEN):
@@ -102,7 +104,7 @@ def train_observed(config: Config) -> None:
         if config.run.name.startswith("refused-"):
             _train_in_vain(config)
         else:
-            trainer.train(config, on_checkpoint=observe)
+            train(config, on_checkpoint=observe)
     # The trainer collects garbage after every run; what is there after the first one need not be looked at again.
     gc.freeze()
 
@@ -116,7 +118,7 @@ def _forget_newest(config: Config) -> None:
 
 def _train_in_vain(config: Config) -> None:
     try:
-        trainer.train(config)
+        train(config)
     except Exception as error:
         refused: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(refused, {"type": type(error).__name__, "message": str(error)})
@@ -144,17 +146,17 @@ def failing_on_ray(given: dict[str, Any]) -> None:
 
 def killed_on_ray(given: dict[str, Any]) -> None:
     """What Ray's workers run, but the first time rank 1 is killed when it is to tell Ray of its second checkpoint."""
-    register, reports = ray_train._register, []
+    tell, reports = ray_train.report, []
     struck = Path(json.loads(given["configs"][-1])["storage"]) / "struck-on-ray"
 
-    def registering(path: Path, row: dict[str, Any]) -> None:
+    def telling(row: dict[str, Any], path: Path) -> None:
         reports.append(path)
         if dist.get_rank() == 1 and len(reports) == 2 and not struck.exists():
             struck.write_text("")
             _killed()
-        register(path, row)
+        tell(row, path)
 
-    with mock.patch.object(ray_train, "_register", registering):
+    with mock.patch.object(ray_train, "report", telling):
         ray_train._worker(given)
 
 
@@ -180,12 +182,12 @@ class _Watch:
             loader = build(*args, **kwargs)
             steps = loader.steps
 
-            def watched() -> Iterator[list[dict[str, Tensor]]]:
-                for micro_batches in steps():
+            def watched(start: int | None = None) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
+                for step, micro_batches in steps(start):
                     self.inputs = self.inputs or {k: t[:2] for k, t in micro_batches[0].items() if k != "labels"}
                     self.steps.append([example for batch in micro_batches for example in _examples(batch)])
                     self.tokens.append(_own_tokens(micro_batches))
-                    yield micro_batches
+                    yield step, micro_batches
 
             loader.steps = watched
             return loader
@@ -348,8 +350,8 @@ def _sampler_of_the_world() -> Iterator[None]:
 @contextmanager
 def _seed_of_each_rank() -> Iterator[None]:
     """Dropout masks that differ between ranks which share their layers."""
-    seed = trainer.seed_everything
-    with mock.patch.object(trainer, "seed_everything", lambda number: seed(number + 1000 * dist.get_rank())):
+    seed = engines.seed_everything
+    with mock.patch.object(engines, "seed_everything", lambda number: seed(number + 1000 * dist.get_rank())):
         yield
 
 
@@ -421,7 +423,7 @@ def _deepspeed_config(change: Callable[[dict[str, Any]], None]) -> Iterator[None
 
 @contextmanager
 def _averages_over(ranks: Callable[[int], int]) -> Iterator[None]:
-    """Have the trainer believe that the engine averages gradients over another number of ranks than it does."""
+    """Have the engine believe that it averages gradients over another number of ranks than it does."""
     build = trainer.build_engine
 
     def built(*args: Any) -> Any:
@@ -436,13 +438,13 @@ def _averages_over(ranks: Callable[[int], int]) -> Iterator[None]:
 @contextmanager
 def _loss_times(factor: Callable[[int, int, int], float]) -> Iterator[None]:
     """Scale the loss that goes into backward by a function of (this rank's tokens, all tokens, ranks)."""
-    agree, build = trainer.Trainer._agree, trainer.build_engine
+    count, build = trainer.count_tokens, trainer.build_engine
     scale = [1.0]
 
-    def agreed(self: Any, micro_batches: Any) -> tuple[int, bool, bool]:
-        total, stop, written = agree(self, micro_batches)
-        scale[0] = factor(_own_tokens(micro_batches), total, self.topology.dp)
-        return total, stop, written
+    def counted(micro_batches: Any, topology: Topology, **given: Any) -> int:
+        total = count(micro_batches, topology, **given)
+        scale[0] = factor(_own_tokens(micro_batches), total, topology.dp)
+        return total
 
     def built(*args: Any) -> Any:
         engine = build(*args)
@@ -450,28 +452,27 @@ def _loss_times(factor: Callable[[int, int, int], float]) -> Iterator[None]:
         engine.backward = lambda loss: backward(loss * scale[0])
         return engine
 
-    with mock.patch.object(trainer.Trainer, "_agree", agreed), mock.patch.object(trainer, "build_engine", built):
+    with mock.patch.object(trainer, "count_tokens", counted), mock.patch.object(trainer, "build_engine", built):
         yield
 
 
 def _own_tokens(micro_batches: Sequence[dict[str, Tensor]]) -> int:
-    return sum(trainer.count_tokens(batch["labels"]) for batch in micro_batches)
+    return sum(count_targets(batch["labels"]) for batch in micro_batches)
 
 
 @contextmanager
 def _losses_of_own_tokens() -> Iterator[None]:
     """Each rank reports the mean over its own tokens."""
-    agree = trainer.Trainer._agree
 
-    def own(self: Any, micro_batches: Any) -> tuple[int, bool, bool]:
-        return _own_tokens(micro_batches), *agree(self, micro_batches)[1:]
+    def own(micro_batches: Any, topology: Topology, **given: Any) -> int:
+        return _own_tokens(micro_batches)
 
-    def not_reduced(self: Any, value: Tensor) -> float:
+    def not_reduced(value: Tensor, topology: Topology, **given: Any) -> float:
         return float(value)
 
     with (
-        mock.patch.object(trainer.Trainer, "_agree", own),
-        mock.patch.object(trainer.Trainer, "_sum_over_ranks", not_reduced),
+        mock.patch.object(trainer, "count_tokens", own),
+        mock.patch.object(trainer, "sum_over_ranks", not_reduced),
     ):
         yield
 
@@ -484,7 +485,7 @@ def _random_states_not_restored() -> Iterator[None]:
 
 @contextmanager
 def _position_not_restored() -> Iterator[None]:
-    with mock.patch.object(TrainLoader, "load_state_dict", lambda self, state: None):
+    with mock.patch.object(StepSampler, "load_state_dict", lambda self, state: None):
         yield
 
 

@@ -40,14 +40,14 @@ def save_twice(setting: Setting) -> dict[str, Any]:
     result = trainer.train(config)
     rows = RunDirectory(config.directory).rows()
     shutil.rmtree(config.directory)
-    behind, at_end = result["saves"]
+    behind, at_end = result.saves
     during, elapsed = [], 0.0
     for row in rows[middle:]:
         elapsed += row["seconds"]
         if elapsed <= behind["write_seconds"]:
             during.append(row["seconds"])
     return {
-        "num_params": result["num_parameters"],
+        "num_params": result.num_parameters,
         "adapted_to_older_versions": adapted,
         "checkpoint_bytes": behind["bytes"],
         "async_stall_seconds": behind["stall_seconds"],

@@ -21,7 +21,7 @@ from tutorial_lib.embedded import model_directory
 from tutorial_lib.engine import Engine, build_engine
 from tutorial_lib.launch.torchrun import process_group
 from tutorial_lib.mpu import Topology
-from tutorial_lib.trainer import count_tokens, token_loss_sum
+from tutorial_lib.trainer import count_targets, token_loss_sum
 
 DENSE_BF16_PEAK = {"H100": 989e12, "H200": 989e12}
 """Dense FLOP/s of the SXM modules, from NVIDIA's data sheets. PCIe and NVL cards match the names but are slower."""
@@ -81,7 +81,7 @@ def join_group(config: Config) -> Topology:
 @contextmanager
 def engine_of(config: Config, setting: Setting) -> Iterator[Engine]:
     """Build the engine that a configuration names, and release it at the end."""
-    engine = build_engine(config, join_group(config), device_of(setting))
+    engine = build_engine(config, join_group(config), num_steps=config.run.steps or 1)
     try:
         yield engine
     finally:
@@ -92,14 +92,13 @@ def train_step(
     engine: Engine, micro_batches: list[dict[str, Tensor]], before_update: Callable[[], None] | None = None
 ) -> float:
     """Train one optimizer step as the trainer does, and return its loss: the mean over the step's tokens."""
-    tokens = sum(count_tokens(batch["labels"]) for batch in micro_batches)
+    tokens = sum(count_targets(batch["labels"]) for batch in micro_batches)
     engine.train(True)
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
     for batch in micro_batches:
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        loss = token_loss_sum(engine.forward(inputs), batch["labels"])
+        loss = token_loss_sum(engine.forward(batch), batch["labels"])
         total += loss.detach()
-        engine.backward(loss * (engine.averages_over / tokens))
+        engine.backward(loss / tokens)
         del loss
     if before_update:
         before_update()

@@ -53,8 +53,8 @@ class Execution:
 
 
 def committed_notebooks() -> list[Path]:
-    """The course in reading order."""
-    return sorted(NOTEBOOKS.glob("*.ipynb"))
+    """The lessons in reading order, then the labs. No two have the same name."""
+    return [*sorted(NOTEBOOKS.glob("*.ipynb")), *sorted(NOTEBOOKS.glob("labs/*.ipynb"))]
 
 
 def execute(notebook: Path, *, progress_bar: bool = False) -> Execution:
@@ -131,7 +131,7 @@ def code_cells(document: NotebookNode) -> list[NotebookNode]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the notebooks in order and stop at the first that fails. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("notebooks", nargs="*", type=Path, help="default: all of notebooks/, in order")
+    parser.add_argument("notebooks", nargs="*", type=Path, help="default: all lessons, then all labs")
     parser.add_argument("--in-place", action="store_true", help="write the outputs into the notebooks themselves")
     parser.add_argument("--copy-to", type=Path, metavar="DIRECTORY", help="copy the notebooks there; run nothing")
     options = parser.parse_args(arguments)

@@ -31,6 +31,7 @@ def outputs(document: NotebookNode) -> list[NotebookNode]:
 def test_there_is_a_course() -> None:
     names = [path.stem for path in run.committed_notebooks()]
     assert names[:2] == ["00_start_here", "01_zero_finetuning"]
+    assert len(set(names)) == len(names), "a run's folder has its notebook's name"
 
 
 @COURSE
@@ -69,16 +70,26 @@ def test_imports_stand_before_everything_that_takes_time(notebook: Path) -> None
     assert importing == list(range(1, 1 + len(importing))), "right after the cell of parameters"
 
 
-def test_the_readme_lists_every_lesson_with_the_minutes_that_reading_takes() -> None:
+def test_the_readme_lists_every_lesson_and_lab_with_the_minutes_that_reading_takes() -> None:
     """200 words a minute, and 24 seconds for a cell of code."""
     readme = (run.ROOT / "README.md").read_text(encoding="utf-8")
-    listed = re.findall(r"^\| \[[^]]+\]\(notebooks/(\w+)\.ipynb\) \|.*\| (\d+) min \| \d+ s \|$", readme, re.MULTILINE)
-    assert listed == [(path.stem, str(_minutes(read(path)))) for path in run.committed_notebooks()]
+    listed = re.findall(
+        r"^\| \[[^]]+\]\(notebooks/([\w/]+)\.ipynb\) \|.*\| (\d+) min \| \d+ s \|$", readme, re.MULTILINE
+    )
+    there = {path.relative_to(run.NOTEBOOKS).with_suffix("").as_posix(): path for path in run.committed_notebooks()}
+    assert listed == [(name, str(_minutes(read(path)))) for name, path in there.items()]
 
 
 def _minutes(document: Any) -> int:
     words = sum(len(cell.source.split()) for cell in document.cells if cell.cell_type == "markdown")
     return round(words / 200 + 0.4 * len(run.code_cells(document)))
+
+
+@COURSE
+def test_relative_links_lead_to_files(notebook: Path) -> None:
+    text = "\n".join(cell.source for cell in read(notebook).cells if cell.cell_type == "markdown")
+    targets = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text)
+    assert [target for target in targets if not (notebook.parent / target).exists()] == []
 
 
 @COURSE

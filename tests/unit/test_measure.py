@@ -139,7 +139,7 @@ def test_a_run_records_the_peak_of_its_measured_step(tmp_path: Path) -> None:
             "cpu", name=f"rows-of-{length}", storage=str(tmp_path), engine="torch", dp=1, launcher="none", steps=3,
             global_batch=2, seq_length=length, batching="max_length", measure=True, evaluate=False,
         )  # fmt: skip
-        (rank,) = trainer.train(config)["ranks"]
+        (rank,) = trainer.train(config).ranks
         peaks[length] = rank["measured"]["peak_bytes"]["cpu"]
         assert peaks[length] >= 4 * rank["measured"]["num_parameters"]
     logits = 4 * 2 * 32 * 2048  # fp32, two rows of 32 tokens, a vocabulary of 2048

@@ -28,11 +28,12 @@ from tutorial_lib.checkpoint.directory import (
 from tutorial_lib.checkpoint.exporter import export
 from tutorial_lib.checkpoint.formats import MOMENTS, FullTensors, open_full
 from tutorial_lib.checkpoint.loader import load
-from tutorial_lib.checkpoint.lock import check_free, held_for_launch, held_for_training
+from tutorial_lib.checkpoint.lock import check_free, held_for_launch
 from tutorial_lib.checkpoint.manager import CheckpointManager, OnCheckpoint
 from tutorial_lib.checkpoint.manifest import CheckpointError, verify
 from tutorial_lib.checkpoint.reshape import checkpoint_of, reshaped_config, staged
 from tutorial_lib.checkpoint.saver import Progress
+from tutorial_lib.checkpoint.start import Start, find_start, opened_for_training
 from tutorial_lib.checkpoint.storage import check_storage, storage_failure
 from tutorial_lib.checkpoint.writer import Writer
 
@@ -43,6 +44,7 @@ __all__ = [
     "FullTensors",
     "OnCheckpoint",
     "Progress",
+    "Start",
     "Writer",
     "check_continues",
     "check_free",
@@ -51,14 +53,15 @@ __all__ = [
     "clear_remains",
     "directory_of",
     "export",
+    "find_start",
     "finish_deletions",
     "held_for_launch",
-    "held_for_training",
     "latest",
     "load",
     "newest_intact",
     "next_start_from",
     "open_full",
+    "opened_for_training",
     "reads_data",
     "reshaped_config",
     "shape",

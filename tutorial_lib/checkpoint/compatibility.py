@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from tutorial_lib.checkpoint.directory import step_of
 from tutorial_lib.checkpoint.manifest import read_trainer_state
 from tutorial_lib.config import FREE_ON_RESUME, Config, ConfigError
+from tutorial_lib.config.checks import NO_RESUME
 from tutorial_lib.models import load_tokenizer, load_trained_config
 from tutorial_lib.models.loading import resolve_model
 from tutorial_lib.models.stored import locate_weights
@@ -74,6 +75,7 @@ def check_same_run(trainer: dict[str, Any], config: Config, data: DataIdentity |
         ConfigError: names every setting that differs, with both values, or what has changed.
     """
     saved, before = trainer["config"], trainer.get("identity", {})  # format 1 kept no identity
+    _check_is_resumable(saved, config)
     _check_shape(saved, config)
     moved = {flag for flag in ("model", "dataset") if saved[flag] != config.flat()[flag]}
     model_changes = _model_changes(before, identity(config)) if before else []
@@ -123,6 +125,20 @@ def _check_settings(saved: dict[str, Any], config: Config, may_differ: set[str],
         f"Run {config.run.name!r} cannot go on with other settings: {changes}. {why}"
         f"Write the old values, or give the new run another name. {_from_its_export(config)}"
     )
+
+
+def _check_is_resumable(saved: dict[str, Any], config: Config) -> None:
+    """Refuse a checkpoint that holds weights alone, and a run that could load none."""
+    if saved.get("shard_at_load"):
+        raise ConfigError(
+            f"Run {config.run.name!r} has a checkpoint of a model that was sharded at load (shard_at_load=True). "
+            f"{NO_RESUME}, but not continued. Give the new run another name. {_from_its_export(config)}"
+        )
+    if config.engine.shard_at_load:
+        raise ConfigError(
+            f"Run {config.run.name!r} has a checkpoint, and shard_at_load=True can resume none. {NO_RESUME}. Leave "
+            "shard_at_load out, or give the new run another name."
+        )
 
 
 def _check_shape(saved: dict[str, Any], config: Config) -> None:

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from tutorial_lib.checkpoint.compatibility import DataIdentity, check_continues, identity, reads_data
-from tutorial_lib.checkpoint.directory import clear_remains, directory_of, finish_deletions, newest_intact
+import numpy as np
+
+from tutorial_lib.checkpoint.directory import directory_of, finish_deletions
 from tutorial_lib.checkpoint.loader import load
-from tutorial_lib.checkpoint.manifest import read_trainer_state
 from tutorial_lib.checkpoint.retention import Pruner
 from tutorial_lib.checkpoint.saver import Progress, Save, save
+from tutorial_lib.checkpoint.start import Start, find_start, opened_for_training
 from tutorial_lib.checkpoint.writer import make_stager
-from tutorial_lib.config import Config
+from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.config.checks import check_warmup
 from tutorial_lib.models.side_files import load_side_files
 from tutorial_lib.mpu import Topology
+from tutorial_lib.mpu.collectives import all_gather_ints
+from tutorial_lib.mpu.random_states import seed_everything
 from tutorial_lib.records import Row, RunDirectory
 
 OnCheckpoint = Callable[[Path, Row], None]
-"""Called on every rank when a checkpoint is complete, with its path and the newest metrics row."""
+"""Called on every rank when a checkpoint is complete, with its path and the metrics row of its step."""
 
-_LOG = logging.getLogger(__name__)
+
+class Loader(Protocol):
+    """What the manager needs of a training loader."""
+
+    @property
+    def num_steps(self) -> int: ...
+    @property
+    def last_step(self) -> int: ...
+    def state_at(self, step: int) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class CheckpointManager:
@@ -30,91 +43,127 @@ class CheckpointManager:
 
     Args:
         config: the run's settings; ``config.run`` says how often to save and what to keep.
+        engine: what is saved and restored, with its learning-rate schedule.
+        loader: whose position in the data is saved and restored.
         topology: this rank's place in the grid.
-        data: returns the digests of the run's data; without, a resume does not notice that they have changed.
+        start: where this start of the run begins, if the caller has found it and holds the run's directory. Without,
+            the manager does both, from here to :meth:`close`.
+        evaluate: returns the evaluation loss for ``keep_best``, or None if there is no time for it. Collective.
         on_checkpoint: called when a checkpoint is complete.
 
     Attributes:
-        found: the intact checkpoint that this start resumes from, or None.
-        left_out: newer checkpoints that are damaged.
-        reads_data: whether this start trains or evaluates; a reshape does neither, and needs no data.
+        start: where this start of the run begins.
         saved_at: step of the newest complete checkpoint, or None.
+        record: what the training loop wants to find again (JSON), saved with every checkpoint.
+        reshaped_from: the shape that the run was saved in, if it goes on in a different one.
         saves: what :meth:`Save.finish` returned for each save of this start.
 
     Raises:
-        ConfigError: the run cannot resume from its checkpoint, because settings, model or data differ.
+        ConfigError: another start of the run has not ended; or the run cannot resume from its checkpoint, because
+            settings, model or data differ; or its settings ask for what cannot be done.
         CheckpointError: there are checkpoints, and none of them is intact.
     """
 
     def __init__(
         self,
         config: Config,
+        engine: Any,
+        loader: Any,
         topology: Topology,
         *,
-        data: DataIdentity | None = None,
+        start: Start | None = None,
+        evaluate: Callable[[], float | None] | None = None,
         on_checkpoint: OnCheckpoint | None = None,
     ) -> None:
-        self.config, self.topology, self.on_checkpoint = config, topology, on_checkpoint
+        self.config, self.engine, self.topology = config, engine, topology
+        self.loader: Loader = loader
+        self.evaluate, self.on_checkpoint = evaluate, on_checkpoint
         self.run = RunDirectory(config.directory)
-        if topology.rank == 0:
-            clear_remains(self.run)
-        self.found, self.left_out = newest_intact(self.run, topology)
-        self.reads_data = reads_data(config, self.found)
-        data = data if self.reads_data else None
-        self._saved = read_trainer_state(self.found) if self.found else {}
-        if self.found:
-            check_continues(config, self.found, data)
-        if topology.rank == 0:
-            for each in self.left_out:
-                _LOG.warning("Not resumed from %s: %s Going on from %s.", each.checkpoint, each.why, self.found)
+        if config.run.keep_best and evaluate is None:
+            raise ConfigError(
+                "keep_best=True compares evaluation losses, and nobody evaluates: give "
+                "CheckpointManager(..., evaluate=...) a function that does, or write keep_best=False."
+            )
+        self._held = ExitStack()
+        if start is None:
+            self._held.enter_context(opened_for_training(self.run, topology))
+            start = find_start(config, topology, lambda: {"train": loader.summary.sha256})
+        self.start = start
+        if start.found is None:
+            check_warmup(config.optimizer.warmup_steps, self.loader.num_steps)
         self.saved_at: int | None = None
+        self.record: dict[str, Any] = {}
+        self.reshaped_from: dict[str, Any] | None = None
         self.saves: list[dict[str, Any]] = []
-        self._identity: dict[str, Any] = {}
         if topology.rank == 0:
-            known = self._saved.get("identity", {}).get("data", {})
-            self._identity = identity(config) | {"data": known | (data() if data else {})}
             self._side_files = load_side_files(config.model.name, trust_remote_code=config.model.trust_remote_code)
         self._pruner = Pruner(self.run, config, topology)
         self._stager = make_stager() if config.run.async_save else None
         self._under_way: tuple[Save, Row] | None = None
 
-    def saved_num_steps(self) -> int:
-        """Return the number of steps of the run that the checkpoint belongs to."""
-        return int(self._saved["record"]["num_steps"])
-
-    def restore(self, engine: Any, loader: Any) -> Progress | None:
-        """Fill the engine, the loader and this rank's random states from the checkpoint found. Collective.
+    def restore(self) -> int:
+        """Fill engine, schedule, loader and this rank's random states from the newest intact checkpoint. Collective.
 
         Returns:
-            What else was saved: step, schedule, the trainer's record. None if there is no checkpoint.
+            How many optimizer steps are done: 0 if there is no checkpoint.
         """
-        if self.found is None:
-            return None
-        progress = load(self.found, engine, self.config, self.topology)
-        loader.load_state_dict(progress.loader)
+        if self.start.found is None:
+            return 0
+        progress = load(self.start.found, self.engine, self.config, self.topology)
+        self.loader.load_state_dict(progress.loader)
+        self.engine.schedule.load_state_dict(progress.scheduler)
+        self.record, self.reshaped_from = progress.record, progress.reshaped_from
+        if self.reshaped_from:
+            # The random states that were saved belong to ranks that no longer exist.
+            place = (self.config.run.seed, progress.step, self.topology.dp_rank)
+            seed_everything(int(np.random.SeedSequence(place).generate_state(1)[0]))
         self.saved_at = progress.step
-        self._pruner.mark_intact(self.found)
-        return progress
+        self._pruner.mark_intact(self.start.found)
+        return progress.step
 
     def is_due(self, step: int) -> bool:
         """Return whether ``checkpoint_every`` asks for a save after this step."""
         every = self.config.run.checkpoint_every
         return bool(every) and step % every == 0
 
-    def save(self, progress: Progress, engine: Any, row: Row, *, and_train_on: bool) -> None:
+    def save_if_due(self, step: int, row: Row | None = None) -> Path | None:
+        """Save after a step if ``checkpoint_every`` asks for it, or if it is the last of this start. Collective.
+
+        With ``async_save``, training goes on while files are written, and a later call makes the checkpoint visible.
+
+        Args:
+            step: the step that was just trained.
+            row: its metrics, for ``on_checkpoint``.
+
+        Returns:
+            The newest checkpoint if it has become complete in this call, else None.
+        """
+        before = self.saved_at
+        self.finish_if_written()
+        is_last = step >= self.loader.last_step
+        if is_last or self.is_due(step):
+            self.save(step, row, and_train_on=not is_last)
+        return self.newest() if self.saved_at != before else None
+
+    def save(self, step: int, row: Row | None = None, *, and_train_on: bool) -> None:
         """Write a checkpoint, after the save under way. Collective.
 
         Args:
-            progress: step, data position, schedule, record.
-            engine: what is saved.
-            row: the newest metrics row, for ``on_checkpoint``.
+            step: the step that was just trained.
+            row: its metrics, for ``on_checkpoint``.
             and_train_on: more steps follow. With ``async_save`` they need not wait until the files are written.
         """
         self.finish()
+        self.record.pop("eval_loss", None)
+        self.record["num_steps"] = self.loader.num_steps
+        if self.config.run.keep_best and self.evaluate and (loss := self.evaluate()) is not None:
+            self.record["eval_loss"] = loss
+        state = self.loader.state_at(step), self.engine.schedule.state_dict(), self.record
+        progress = Progress(step, *state, self.start.identity)
         stager = self._stager if and_train_on else None
         side_files = self._side_files if self.topology.rank == 0 else None
-        begun = save(self.run, engine, self.config, self.topology, progress, side_files, stager)
-        self._under_way = begun, row
+        begun = save(self.run, self.engine, self.config, self.topology, progress, side_files, stager)
+        self._under_way = begun, row or {}
         if stager is None:
             self.finish()
 
@@ -122,13 +171,17 @@ class CheckpointManager:
         """Return whether a save is under way."""
         return self._under_way is not None
 
-    def is_written(self) -> bool:
-        """Return whether a save is under way and this rank's files of it are complete.
+    def finish_if_written(self) -> None:
+        """Make the save under way visible if all ranks' files are complete. Collective.
 
         Raises:
-            OSError: this rank's files could not be written.
+            OSError: this rank's files could not be written; this rank alone raises.
         """
-        return self._under_way is not None and self._under_way[0].is_written()
+        if self._under_way is None:
+            return
+        written = all_gather_ints([int(self._under_way[0].is_written())])
+        if all(own for (own,) in written):
+            self.finish()
 
     def finish(self) -> None:
         """Make the save under way visible, if there is one. Collective; waits for all ranks' files."""
@@ -142,10 +195,6 @@ class CheckpointManager:
             self.on_checkpoint(path, row)
         self._pruner.prune(path)
 
-    def identity(self) -> dict[str, Any]:
-        """Return what model, tokenizer and data are, for :class:`Progress`; empty on all ranks but rank 0."""
-        return self._identity
-
     def newest(self) -> Path | None:
         """Return the newest complete checkpoint."""
         return None if self.saved_at is None else directory_of(self.run, self.saved_at)
@@ -157,3 +206,4 @@ class CheckpointManager:
         if self._stager:
             self._stager.close()
         finish_deletions()
+        self._held.close()

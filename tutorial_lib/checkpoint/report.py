@@ -15,8 +15,11 @@ from tutorial_lib.checkpoint.manifest import MANIFEST, CheckpointError, file_dam
 from tutorial_lib.config import ConfigError
 from tutorial_lib.records import RunDirectory
 
-_SHOWN = ("model", "dataset", "engine", "dp", "tp", "zero_stage", "sharding", "deepspeed", "offload", "precision")
-_OF_ENGINE = {"zero_stage": "deepspeed", "sharding": "fsdp", "deepspeed": "trainer"}
+_SHOWN = (
+    "model", "dataset", "engine", "dp", "tp", "zero_stage", "sharding", "deepspeed", "shard_at_load", "offload",
+    "precision",
+)  # fmt: skip
+_OF_ENGINE = {"zero_stage": "deepspeed", "sharding": "fsdp", "deepspeed": "trainer", "shard_at_load": "trainer"}
 
 _PATHS = ("model", "dataset", "deepspeed")
 

@@ -22,6 +22,7 @@ from tutorial_lib.config.checks import check_path
 from tutorial_lib.theory.activations import CHECKPOINTING
 from tutorial_lib.theory.cost import backward_all_reduces
 from tutorial_lib.theory.hardware import GPUS, find_gpu, peak_flops
+from tutorial_lib.theory.known_models import HUB_NAMES
 from tutorial_lib.theory.layouts import ENGINES, MOMENTS, PRECISIONS, Cluster, Workload
 from tutorial_lib.theory.plan import plan
 from tutorial_lib.theory.reasons import reasons
@@ -130,7 +131,7 @@ def _answer(options: argparse.Namespace) -> Answer:
             here = plan(dataclasses.replace(workload, beyond=False), cluster, options.engine)[0]
         return Answer(
             workload=workload, cluster=cluster, engine=options.engine, gpu=options.gpu or "", plausible=plausible,
-            model=options.model or "MODEL", source=source, candidates=candidates,
+            model=HUB_NAMES.get(options.model, options.model or "MODEL"), source=source, candidates=candidates,
             here=here if here.fits and not here.missing else None,
             why=reasons(workload, cluster, best) if best.fits else [],
             advice=[] if best.fits else remedies(workload, cluster, options.engine),

@@ -138,6 +138,7 @@ def workload_and_layout(config: Config, dimensions: Dimensions, num_params: int)
         num_params=num_params, dimensions=dimensions, seq_length=config.data.seq_length, micro_batch=config.micro_batch,
         global_batch=config.run.global_batch, precision=engine.precision, bucket_size=engine.bucket_size,
         checkpointing=checkpointing, gradient_reduction="all_reduce", foreach=config.run.device != "cpu",
+        loss_chunks=engine.loss_chunks,
     )  # fmt: skip
     layout = Layout(
         dp=parallel.dp, tp=parallel.tp, zero_stage=stage, strategy=strategy, shard_size=engine.shard_size,

@@ -27,6 +27,8 @@ def settings_of(workload: Workload, best: Candidate, model: str) -> dict[str, An
         "global_batch": best.tokens // workload.seq_length, "micro_batch": layout.micro_batch,
         "activation_checkpointing": layout.checkpointing == "full",
     }  # fmt: skip
+    if workload.loss_chunks > 1:
+        found["loss_chunks"] = workload.loss_chunks
     if layout.strategy is None:
         found |= {"zero_stage": layout.zero_stage, "offload": layout.offload}
         if layout.zero_stage:

@@ -24,7 +24,7 @@ _HEADER = " dp tp  sharding         b rec off state activ bufs  peak    dp    tp
 _SHORT = {
     "does not fit by": "too large by", "host too small by": "host lacks", "global batch": "batch", " traffic": "",
     "computing": "compute", "the update": "update", "as fast; holds more memory": "tie; more memory",
-    "as fast; more knobs": "tie; more knobs",
+    "as fast; more knobs": "tie; more knobs", "as fast; offloads": "tie; offloads",
 }  # fmt: skip
 """What the table says for what the plan does."""
 

@@ -79,7 +79,7 @@ def summary(run: Any) -> str:
             if result["reshaped_from"]
             else ""
         )
-        + ("; give the same command again to go on" if result["status"] == "stopped" else ""),
+        + (_what_follows(run.config) if result["status"] == "stopped" else ""),
         **{f"left out{' ' * n}": f"{o['checkpoint']}: {o['why']}" for n, o in enumerate(result["left_out"])},
         **{f"restart {n}": _restart(r) for n, r in enumerate(result["restarts"], 1)},
         **{f"{use} rows": _lost_rows(split) for use, split in result["data"].items() if _lost_rows(split)},
@@ -92,12 +92,20 @@ def summary(run: Any) -> str:
     return "\n".join(f"{name:18} {value}" for name, value in rows.items())
 
 
+def _what_follows(config: Config) -> str:
+    if config.engine.shard_at_load:
+        return "; its weights are saved, and it cannot be resumed"
+    return "; give the same command again to go on"
+
+
 def _engine(config: Config) -> str:
     """Return what trained, with what a DeepSpeed file decided: ``deepspeed, zero_stage=2, offload=none, fp32``."""
-    by_engine = {"deepspeed": ("zero_stage", "offload"), "fsdp": ("sharding", "offload")}
+    by_engine: dict[str, tuple[str, ...]] = {"deepspeed": ("zero_stage", "offload"), "fsdp": ("sharding", "offload")}
     shown = by_engine.get(config.engine.name, ())
     if config.engine.name == "trainer" and config.engine.deepspeed_file:
         shown = by_engine["deepspeed"]
+    if config.engine.shard_at_load:
+        shown = ("shard_at_load",)
     flat = config.flat()
     return ", ".join([config.engine.name, *(f"{name}={flat[name]}" for name in shown), config.engine.precision])
 

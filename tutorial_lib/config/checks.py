@@ -81,10 +81,18 @@ def validate(config: Config, settings: Mapping[str, Setting]) -> None:
             )
     if engine.name == "trainer" and parallel.tp > 1:
         raise ConfigError(
-            f"engine='trainer' has no tensor parallelism, but tp={parallel.tp}: the Hugging Face Trainer refuses it on "
-            "CPUs. Write tp=1, or engine='deepspeed' or 'fsdp'."
+            f"engine='trainer' has no tensor parallelism, but tp={parallel.tp}. For a model that transformers splits "
+            "while loading it, accelerate raises on CPUs: 'ParallelismConfig is only compatible DistributedType.FSDP "
+            "(version 2) or DistributedType.Multi{Device} or DistributedType.DEEPSPEED, but got "
+            "DistributedType.MULTI_CPU.' Write tp=1, or engine='deepspeed' or 'fsdp'."
+        )
+    if engine.loss_chunks > 1 and parallel.tp > 1:
+        raise ConfigError(
+            f"loss_chunks={engine.loss_chunks} computes the loss inside the output layer, which tp={parallel.tp} "
+            "splits, so that each rank would see a part of the vocabulary. Leave loss_chunks out, or write tp=1."
         )
     _check_fsdp(engine, parallel)
+    _check_shard_at_load(config)
     _check_batch_sizes(config)
     if run.stop_after is not None and run.steps is not None and run.stop_after > run.steps:
         raise ConfigError(f"stop_after={run.stop_after} lies beyond the last step, steps={run.steps}.")
@@ -264,6 +272,46 @@ def _check_shard_size(engine: EngineConfig, dp: int) -> None:
         raise ConfigError(
             f"sharding='hybrid_shard' shares a copy among shard_size ranks, and shard_size={engine.shard_size} does "
             f"not divide dp={dp} into several groups of several ranks. Write shard_size as one of {possible}."
+        )
+
+
+NO_RESUME = (
+    "transformers says: 'Resuming is not supported for models sharded at load time (`DistributedConfig`), so their "
+    "optimizer state cannot be checkpointed.' The checkpoint holds the weights alone, which can be exported"
+)
+"""Why nobody continues from a checkpoint of a model that was sharded at load."""
+
+
+def _check_shard_at_load(config: Config) -> None:
+    engine, run = config.engine, config.run
+    if not engine.shard_at_load:
+        return
+    if engine.name != "trainer":
+        raise ConfigError(
+            f"shard_at_load=True is a setting of engine='trainer', not of engine={engine.name!r}. Leave it out "
+            "(engine='fsdp' splits the model anyway), or write engine='trainer'."
+        )
+    if engine.deepspeed_file:
+        raise ConfigError(
+            f"shard_at_load=True and deepspeed={engine.deepspeed_file!r} would both split the model states. Leave one "
+            "of them out."
+        )
+    if config.parallel.dp == 1:
+        raise ConfigError("shard_at_load=True has nothing to split with dp=1: leave it out, or write dp=2 or more.")
+    if config.model.random_init:
+        raise ConfigError(
+            "shard_at_load=True splits stored weights while reading them, and random_init=True reads none. Save the "
+            "random model once and write its directory as the model, or leave one of the two out."
+        )
+    if engine.precision == "fp16":
+        raise ConfigError("shard_at_load=True runs in fp32 and bf16; fp16 is not tried. Write precision='bf16'.")
+    needs_resume = {"checkpoint_every": run.checkpoint_every, "stop_after": run.stop_after,
+                    "max_failures": run.max_failures, "keep_best": run.keep_best}  # fmt: skip
+    if asked := [f"{name}={value}" for name, value in needs_resume.items() if value]:
+        raise ConfigError(
+            f"shard_at_load=True does not go with {asked[0]}, as this run could not be resumed. {NO_RESUME}: one is "
+            f"written at the end. Leave {asked[0]} out, or write a DeepSpeed file (deepspeed='zero3') instead of "
+            "shard_at_load."
         )
 
 

@@ -109,7 +109,7 @@ class EngineConfig:
     name: str = _setting(
         "deepspeed",
         "deepspeed: ZeRO; fsdp: PyTorch's FSDP2, DDP and DTensor; torch: one plain process, the reference; "
-        "trainer: the Hugging Face Trainer, plain or with a DeepSpeed file",
+        "trainer: the Hugging Face Trainer, plain, with a DeepSpeed file, or with shard_at_load",
         flag="engine",
         choices=ENGINES,
         resume="free",
@@ -179,11 +179,28 @@ class EngineConfig:
     activation_checkpointing: bool = _setting(
         False, "recompute activations in backward instead of keeping them", resume="free"
     )
+    loss_chunks: int = _setting(
+        1,
+        "pieces in which output layer and loss are computed, so that a micro-batch's logits never exist all at once",
+        at_least=1,
+        engines=_OWN_LOOP,
+        resume="free",
+    )
+    """With a large vocabulary, logits are the largest tensor of a step: B x S x V numbers in fp32, and their gradient.
+
+    In fp32, loss and gradients are the same to rounding; in 16 bits the reported loss is rounded per token."""
     deepspeed_file: str | None = _setting(
         None,
         "a DeepSpeed JSON file, by path or by its name in tutorial_lib/ds_configs",
         flag="deepspeed",
         engines=("deepspeed", "trainer"),
+        resume="free",
+    )
+    shard_at_load: bool = _setting(
+        False,
+        "trainer: split the model over the dp ranks while it loads (transformers' DistributedConfig, FSDP2); saves "
+        "weights alone, at the end",
+        engines=("trainer",),
         resume="free",
     )
 

@@ -11,50 +11,53 @@ import torch
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.config import Config, ConfigError, RunConfig
 from tutorial_lib.dataloader.collate import Batch, Collate
 from tutorial_lib.dataloader.packing import Examples
 from tutorial_lib.dataloader.rows import load_rows
 from tutorial_lib.dataloader.sampler import EpochSampler, StepSampler
 from tutorial_lib.dataloader.tokens import TokenSummary, document_maker, summary_of, tokenize_rows
+from tutorial_lib.mpu import Topology
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 def build_train_loader(
-    config: Config, tokenizer: PreTrainedTokenizerBase, *, dp_rank: int, dp_size: int, num_workers: int = 0
+    config: Config, tokenizer: PreTrainedTokenizerBase, topology: Topology, *, num_workers: int = 0
 ) -> TrainLoader:
-    """Load the training split as optimizer steps, for one data-parallel rank.
+    """Load the training split as optimizer steps, for one rank.
 
     Args:
-        dp_rank: rank in the data-parallel group, not in the world: ranks that share a layer read the same examples.
+        config: what to train on, and for how long.
+        tokenizer: the model's.
+        topology: this rank's place in the grid: ranks that share a layer read the same examples.
         num_workers: processes that read ahead; with memory-mapped tokens 0 is fast enough.
 
     Raises:
         ConfigError: the data cannot be read, or does not fill one global batch.
     """
-    return TrainLoader(*_training_steps(config, tokenizer, dp_rank, dp_size), num_workers)
+    return TrainLoader(*_training_steps(config, tokenizer, topology), config.run, num_workers)
 
 
-def build_epoch_loader(
-    config: Config, tokenizer: PreTrainedTokenizerBase, *, dp_rank: int, dp_size: int
-) -> EpochLoader:
+def build_epoch_loader(config: Config, tokenizer: PreTrainedTokenizerBase, topology: Topology) -> EpochLoader:
     """Load the training split as epochs of micro-batches: the same ones in the same order as the steps.
 
     Args:
-        dp_rank: rank in the data-parallel group, not in the world.
+        config: what to train on, and for how long.
+        tokenizer: the model's.
+        topology: this rank's place in the grid.
 
     Raises:
         ConfigError: as :func:`build_train_loader`.
     """
-    return EpochLoader(*_training_steps(config, tokenizer, dp_rank, dp_size))
+    return EpochLoader(*_training_steps(config, tokenizer, topology), config.run)
 
 
 def _training_steps(
-    config: Config, tokenizer: PreTrainedTokenizerBase, dp_rank: int, dp_size: int
+    config: Config, tokenizer: PreTrainedTokenizerBase, topology: Topology
 ) -> tuple[Examples, StepSampler, Collate]:
-    _check_ranks(config, dp_rank, dp_size)
+    _check_grid(config, topology)
     data, global_batch = config.data, config.run.global_batch
     examples = _load_examples(config, tokenizer, data.train_split, data.max_examples)
     if len(examples) < global_batch:
@@ -67,37 +70,48 @@ def _training_steps(
         len(examples),
         global_batch=global_batch,
         seed=config.run.seed,
-        dp_rank=dp_rank,
-        dp_size=dp_size,
+        dp_rank=topology.dp_rank,
+        dp_size=topology.dp,
         lengths=examples.lengths if data.batching == "longest" else None,
     )
     return examples, sampler, _collate(config, tokenizer)
 
 
-def build_eval_loader(config: Config, tokenizer: PreTrainedTokenizerBase, *, dp_rank: int, dp_size: int) -> EvalLoader:
-    """Load the evaluation split as batches, for one data-parallel rank.
+def build_eval_loader(config: Config, tokenizer: PreTrainedTokenizerBase, topology: Topology) -> EvalLoader:
+    """Load the evaluation split as batches, for one rank.
 
     Args:
-        dp_rank: rank in the data-parallel group, not in the world.
+        config: what to evaluate on.
+        tokenizer: the model's.
+        topology: this rank's place in the grid.
 
     Raises:
         ConfigError: the data cannot be read.
     """
-    _check_ranks(config, dp_rank, dp_size)
+    _check_grid(config, topology)
     examples = _load_examples(config, tokenizer, config.data.eval_split, config.data.max_eval_examples)
-    return EvalLoader(examples, _collate(config, tokenizer), dp_rank, dp_size)
+    return EvalLoader(examples, _collate(config, tokenizer), topology.dp_rank, topology.dp)
 
 
 class TrainLoader:
-    """Endless optimizer steps of one data-parallel rank, resumable after any of them.
+    """The optimizer steps of one data-parallel rank, epoch after epoch, resumable after any of them.
 
     An epoch is :attr:`steps_per_epoch` full steps; the examples that do not fill another one are left out, each epoch
     others. The position, including that of processes that read ahead, is kept by torchdata's ``StatefulDataLoader``.
+
+    Attributes:
+        num_steps: optimizer steps of the whole run.
+        last_step: the step that this start of the run ends with: the last one, or ``stop_after``.
+        summary: of the training split's tokens.
     """
 
-    def __init__(self, examples: Examples, sampler: StepSampler, collate: Collate, num_workers: int = 0) -> None:
+    def __init__(
+        self, examples: Examples, sampler: StepSampler, collate: Collate, run: RunConfig, num_workers: int = 0
+    ) -> None:
         self.steps_per_epoch = sampler.steps_per_epoch
+        self.num_steps, self.last_step = _run_length(run, self.steps_per_epoch)
         self.summary: TokenSummary = examples.summary
+        self._sampler = sampler
         self._step = 0
         self._iterator: Iterator[list[Batch]] | None = None
         with warnings.catch_warnings():
@@ -111,14 +125,28 @@ class TrainLoader:
                 generator=torch.Generator(),
             )
 
-    def steps(self) -> Iterator[list[Batch]]:
-        """Yield this rank's micro-batches, one optimizer step after another without end."""
-        while True:
+    def steps(self, start: int | None = None) -> Iterator[tuple[int, list[Batch]]]:
+        """Yield each optimizer step until :attr:`last_step`: its number, from 1, and this rank's micro-batches.
+
+        Args:
+            start: how many steps are done already, as ``CheckpointManager.restore`` returns it; default: as many as
+                this loader has yielded.
+        """
+        if start is not None and start != self._step:
+            self._sampler.load_state_dict(self._sampler.state_dict() | {"step": start})
+            self._step, self._iterator = start, None
+        while self._step < self.last_step:
             if self._iterator is None:
                 self._iterator = iter(self._loader)
             micro_batches = next(self._iterator)
             self._step += 1
-            yield micro_batches
+            yield self._step, micro_batches
+
+    def state_at(self, step: int) -> dict[str, Any]:
+        """Return the position after a step, which must be the one that was yielded last, as a checkpoint keeps it."""
+        if step != self._step:
+            raise ValueError(f"This loader stands after step {self._step}, so it has no position after step {step}.")
+        return self.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the step that was yielded last, which holds for any number of ranks."""
@@ -142,8 +170,9 @@ class EpochLoader(DataLoader[Any]):
     as many micro-batches as were trained.
     """
 
-    def __init__(self, examples: Examples, sampler: StepSampler, collate: Collate) -> None:
+    def __init__(self, examples: Examples, sampler: StepSampler, collate: Collate, run: RunConfig) -> None:
         self.steps_per_epoch = sampler.steps_per_epoch
+        self.num_steps, self.last_step = _run_length(run, self.steps_per_epoch)
         self.summary: TokenSummary = examples.summary
         self._steps, self._epochs = sampler, EpochSampler(sampler, collate.micro_batch)
 
@@ -262,10 +291,14 @@ def _collate(config: Config, tokenizer: PreTrainedTokenizerBase) -> Collate:
     )
 
 
-def _check_ranks(config: Config, dp_rank: int, dp_size: int) -> None:
-    if dp_size != config.parallel.dp:
+def _run_length(run: RunConfig, steps_per_epoch: int) -> tuple[int, int]:
+    """Return how many optimizer steps a run has, and the one that this start of it ends with."""
+    num_steps = run.steps or run.epochs * steps_per_epoch
+    return num_steps, min(num_steps, run.stop_after or num_steps)
+
+
+def _check_grid(config: Config, topology: Topology) -> None:
+    if topology.dp != config.parallel.dp:
         raise ConfigError(
-            f"The data-parallel group has {dp_size} ranks, but dp={config.parallel.dp}. Write dp={dp_size}."
+            f"The data-parallel group has {topology.dp} ranks, but dp={config.parallel.dp}. Write dp={topology.dp}."
         )
-    if not 0 <= dp_rank < dp_size:
-        raise ValueError(f"dp_rank={dp_rank} is not in the data-parallel group of size {dp_size}; is it a world rank?")

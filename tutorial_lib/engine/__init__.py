@@ -6,15 +6,37 @@ import os
 
 import torch
 
-from tutorial_lib.config import Config
+from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.engine.protocol import Engine
+from tutorial_lib.engine.schedule import Schedule
 from tutorial_lib.mpu import Topology
+from tutorial_lib.mpu.device import local_device
+from tutorial_lib.mpu.random_states import seed_everything
 
-__all__ = ["Engine", "build_engine"]
+__all__ = ["Engine", "Schedule", "build_engine"]
 
 
-def build_engine(config: Config, topology: Topology, device: torch.device) -> Engine:
-    """The engine that the configuration names."""
+def build_engine(config: Config, topology: Topology, num_steps: int) -> Engine:
+    """Build the engine that the configuration names, ready to train: model, AdamW, learning-rate schedule, seeds.
+
+    Args:
+        config: what to run.
+        topology: this rank's place in the grid. With more than one rank the process group must exist.
+        num_steps: optimizer steps of the whole run, which the schedule depends on: ``loader.num_steps``.
+
+    Raises:
+        ConfigError: the configuration does not have yet what its DeepSpeed file states, or this rank has no GPU.
+    """
+    seed_everything(config.run.seed)  # weights that are drawn are the same on every rank
+    engine = _build(config, topology, local_device(config))
+    engine.schedule = Schedule(config.optimizer, engine.optimizer, num_steps)
+    engine.train(True)
+    # Ranks that read different data draw different dropout masks; the ranks of a tensor-parallel group the same.
+    seed_everything(config.run.seed + 1 + topology.dp_rank)
+    return engine
+
+
+def _build(config: Config, topology: Topology, device: torch.device) -> Engine:
     if config.engine.name == "torch":
         from tutorial_lib.engine.single import TorchEngine
 
@@ -23,6 +45,13 @@ def build_engine(config: Config, topology: Topology, device: torch.device) -> En
         from tutorial_lib.engine.fsdp import FSDPEngine
 
         return FSDPEngine(config, topology, device)
+    from tutorial_lib.engine.deepspeed.config import apply_file
+
+    if apply_file(config) != config:
+        raise ConfigError(
+            f"deepspeed={config.engine.deepspeed_file!r} states settings that this configuration does not have yet. "
+            "Build the engine with what `tutorial_lib.launch.preflight(config)` returns."
+        )
     # DeepSpeed would take a GPU that is there, also for a run that is to stay on the CPU.
     os.environ["DS_ACCELERATOR"] = device.type
     from tutorial_lib.engine.deepspeed.engine import DeepSpeedEngine

@@ -64,9 +64,10 @@ def expected_states(config: Config, sizes: ParameterSizes) -> list[ModelStates] 
         sizes: of the model's parameters.
 
     Returns:
-        A :class:`ModelStates` per rank, or None under tensor parallelism, for which there is no such formula here.
+        A :class:`ModelStates` per rank, or None where there is no such formula here: under tensor parallelism, and for
+        a model sharded at load, of which transformers reduces the gradients of tied weights twice.
     """
-    if config.parallel.tp > 1:
+    if config.parallel.tp > 1 or config.engine.shard_at_load:
         return None
     engine, ranks = config.engine, config.parallel.dp
     if engine.name == "deepspeed" or engine.deepspeed_file:

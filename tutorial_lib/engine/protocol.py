@@ -11,23 +11,25 @@ from torch import Tensor
 
 from tutorial_lib.checkpoint import FullTensors, Writer
 from tutorial_lib.engine.layout import ParameterLayout
+from tutorial_lib.engine.schedule import Schedule
 
 
 class Engine(Protocol):
-    """What the trainer needs of an engine. Plain torch, DeepSpeed and FSDP2 are interchangeable behind it."""
+    """What a training loop needs of an engine. Plain torch, DeepSpeed and FSDP2 are interchangeable behind it."""
 
     device: torch.device
     optimizer: torch.optim.Optimizer
     num_parameters: int
+    schedule: Schedule
     averages_over: int
-    """How many ranks' gradients the engine averages. The trainer multiplies the loss by it, to get their sum."""
+    """How many ranks' gradients the engine averages. :meth:`backward` multiplies the loss by it, to get their sum."""
 
     @property
     def module(self) -> torch.nn.Module: ...
     @property
     def update_was_skipped(self) -> bool: ...
     def train(self, mode: bool) -> None: ...
-    def forward(self, inputs: dict[str, Tensor]) -> Tensor: ...
+    def forward(self, batch: dict[str, Tensor]) -> Tensor: ...
     def backward(self, loss: Tensor) -> None: ...
     def step(self) -> float: ...
     def model_states(self) -> dict[str, list[Tensor]]: ...

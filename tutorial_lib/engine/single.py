@@ -15,7 +15,10 @@ from torch import Tensor
 
 from tutorial_lib.checkpoint import MOMENTS, FullTensors, Writer
 from tutorial_lib.config import Config
+from tutorial_lib.engine.chunked_loss import output_loss
+from tutorial_lib.engine.inputs import model_inputs
 from tutorial_lib.engine.layout import ParameterLayout
+from tutorial_lib.engine.schedule import Schedule
 from tutorial_lib.models import build_model
 from tutorial_lib.mpu import Topology
 
@@ -27,10 +30,11 @@ def global_norm(gradients: list[Tensor]) -> float:
 
 
 class TorchEngine:
-    """A model, ``torch.optim.AdamW`` and clipping on one device. See :class:`tutorial_lib.trainer.Engine`."""
+    """A model, ``torch.optim.AdamW`` and clipping on one device. See :class:`tutorial_lib.engine.Engine`."""
 
     averages_over = 1
     update_was_skipped = False
+    schedule: Schedule
 
     def __init__(self, config: Config, topology: Topology, device: torch.device) -> None:
         self.config = config
@@ -38,6 +42,7 @@ class TorchEngine:
         model = build_model(config)
         self.module: torch.nn.Module = model
         torch.nn.Module.to(model, device)
+        self._output_loss = output_loss(model, config.engine.loss_chunks)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         o = config.optimizer
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
@@ -51,19 +56,23 @@ class TorchEngine:
     def train(self, mode: bool) -> None:
         self.module.train(mode)
 
-    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Logits, shape (B, S, V). In bf16, weights stay fp32 and autocast computes."""
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the logits of a batch, shape (B, S, V), or with ``loss_chunks`` the sum of its losses.
+
+        In bf16, weights stay fp32 and autocast computes.
+        """
+        inputs = model_inputs(batch, self.device)
         precision = self.config.engine.precision
         autocast = torch.autocast(self.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-        with autocast:
+        with autocast, self._output_loss(batch):
             logits: Tensor = self.module(**inputs, use_cache=False).logits
         return logits
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()
+        (loss * self.averages_over).backward()
 
     def step(self) -> float:
-        """Clip, update, clear the gradients; returns the gradient's global 2-norm before clipping."""
+        """Clip, update, clear the gradients, move the schedule on; returns the gradient's 2-norm before clipping."""
         limit = self.config.optimizer.gradient_clipping
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         norm = global_norm(gradients)
@@ -71,6 +80,7 @@ class TorchEngine:
             torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), limit, torch.tensor(norm))
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.schedule.step()
         return norm
 
     def model_states(self) -> dict[str, list[Tensor]]:

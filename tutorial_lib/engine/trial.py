@@ -2,7 +2,8 @@
 
 The copy has the configuration's code, two layers, narrow widths and random weights. Three promises of
 :mod:`tutorial_lib.models.masks` are held against it: the family takes the batches of this run, a document that shares
-a batch has the logits it has alone, and no token sees a later one.
+a batch has the logits it has alone, and no token sees a later one. With ``loss_chunks`` there is a fourth: the family's
+logits are what its output layer returns.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.dataloader.collate import Collate
+from tutorial_lib.engine.chunked_loss import ChunkedLoss
 from tutorial_lib.models.loading import prepare
 
 _LAYERS, _MOST_LAYERS = 2, 8
@@ -50,15 +53,16 @@ def trial_forward(config: Config, model_config: PretrainedConfig) -> None:
     No random state changes, and nothing of the real model's size is allocated.
 
     Args:
-        config: what is to be run; its model, batching and ``seq_length`` count.
+        config: what is to be run; its model, batching, ``seq_length`` and ``loss_chunks`` count.
         model_config: the configuration of its model.
 
     Raises:
-        ConfigError: names the family, the batching and the reason, and what to write instead.
+        ConfigError: names the family, the setting and the reason, and what to write instead.
     """
     _check_is_language_model(config, model_config)
     asked = config.data.batching
-    tried = (type(model_config), model_config.to_json_string(), asked, config.data.seq_length)
+    chunked = config.engine.loss_chunks > 1
+    tried = (type(model_config), model_config.to_json_string(), asked, config.data.seq_length, chunked)
     if tried in _PASSED:
         return
     probe = _Probe.of(config, model_config)
@@ -77,6 +81,12 @@ def trial_forward(config: Config, model_config: PretrainedConfig) -> None:
         raise ConfigError(
             f"The model {config.model.name!r}, of type {model_config.model_type!r}, cannot be trained with "
             f"batching={asked!r}: {problem} {advice}. (Found with a tiny copy of the model.)"
+        )
+    if chunked and (problem := probe.output_problem()):
+        raise ConfigError(
+            f"The model {config.model.name!r}, of type {model_config.model_type!r}, cannot be trained with "
+            f"loss_chunks={config.engine.loss_chunks}: {problem} Leave loss_chunks out. (Found with a tiny copy of the "
+            "model.)"
         )
     _PASSED.add(tried)
 
@@ -200,6 +210,20 @@ class _Probe:
             return "it is not causal: a token sees the tokens after it, so nothing would be left to predict."
         if any(map(_differ, together, alone)):
             return "a document has other logits than alone, so it sees other documents or padding, or misses tokens."
+        return None
+
+    def output_problem(self) -> str | None:
+        """Return why the loss cannot be computed inside the output layer, or None. Spoils the copy."""
+        ids = torch.arange(1, self.row + 1)[None] * 7 % (_VOCABULARY - 1) + 1
+        logits_NV = self.forward({"input_ids": ids})[:, :-1].flatten(0, 1)
+        expected = F.cross_entropy(logits_NV, ids[:, 1:].flatten(), reduction="sum")
+        try:
+            with ChunkedLoss(self.model, 4).given(ids):
+                loss = self.forward({"input_ids": ids})
+        except (ConfigError, RuntimeError, NotImplementedError, AttributeError) as error:
+            return f"it has no plain output layer ({str(error).partition(chr(10))[0].rstrip('.')})."
+        if loss.dim() > 0 or not torch.isclose(loss, expected, rtol=_TOLERANCE):
+            return "it changes what its output layer returns before that becomes its logits."
         return None
 
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -158,8 +158,8 @@ def panel(**defaults: Any) -> Any:
         "gpus": choose("GPUs", sorted({*_COUNTS, start.gpus}), start.gpus),
         "seq_length": choose("tokens", sorted({*_SEQUENCES, start.seq_length}), start.seq_length),
         "global_batch": choose(
-            "batch", [(_FREE, None), *((str(n), n) for n in sorted({*_COUNTS, start.global_batch or 1}))],
-            start.global_batch,
+            "batch", [(_FREE, 0), *((str(n), n) for n in sorted({*_COUNTS, start.global_batch or 1}))],
+            start.global_batch or 0,  # a dropdown shows None as an empty line
         ),
         "engine": choose("engine", list(ENGINES), start.engine),
         "only_here": ipywidgets.Checkbox(
@@ -169,7 +169,8 @@ def panel(**defaults: Any) -> Any:
     shown = ipywidgets.HTML(answer(start))
 
     def redraw(_change: Any = None) -> None:
-        shown.value = answer(Question(**{name: widget.value for name, widget in widgets.items()}))
+        asked = {name: widget.value for name, widget in widgets.items()}
+        shown.value = answer(Question(**asked | {"global_batch": asked["global_batch"] or None}))
 
     for widget in widgets.values():
         widget.observe(redraw, names="value")

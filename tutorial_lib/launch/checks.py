@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.config.checks import NO_RESUME
 from tutorial_lib.doctor.machine import MEMORY_TO_START_GB, available_memory_gb
 from tutorial_lib.launch.environment import check_environment, joined_rank, ray_address
 from tutorial_lib.records import RunDirectory
+
+_LOG = logging.getLogger(__name__)
 
 HEADROOM = 1 / 3
 """Share of the memory, besides what starting takes, that model states must leave: BLOOM of 560 million parameters, with
@@ -42,6 +46,8 @@ def preflight(config: Config) -> Config:
     from tutorial_lib.models.side_files import check_side_files
 
     check_environment(config)
+    if config.engine.shard_at_load:
+        _LOG.warning("shard_at_load=True: this run cannot be resumed. %s.", NO_RESUME)
     config = apply_file(config.with_absolute_paths())
     if config.run.launcher != "ray" and config.run.device == "cuda":
         _check_gpus(config)

@@ -86,7 +86,7 @@ def process_group(config: Config, init_method: str) -> Iterator[None]:
     Raises:
         RendezvousError: the ranks did not come together in time.
     """
-    from tutorial_lib.trainer.process import local_device
+    from tutorial_lib.mpu.device import local_device
 
     device = local_device(config)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -157,7 +157,7 @@ def log_ranks(config: Config) -> None:
     """Print on rank 0 where the ranks met, and which of them is where. Collective."""
     from tutorial_lib.mpu import Topology
     from tutorial_lib.mpu.collectives import all_gather_objects
-    from tutorial_lib.trainer.process import local_device
+    from tutorial_lib.mpu.device import local_device
 
     own = (socket.gethostname(), os.environ["LOCAL_RANK"], str(local_device(config)))
     places = all_gather_objects(own)

@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.distributed import DistributedConfig
 from transformers.initialization import no_init_weights
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
@@ -47,6 +48,7 @@ def load_model(
     seed: int = 0,
     freeze: Sequence[str] = (),
     trust_remote_code: bool = False,
+    num_shards: int = 1,
 ) -> PreTrainedModel:
     """Load or draw a causal language model that takes our batches and keeps no generation cache.
 
@@ -61,6 +63,8 @@ def load_model(
         seed: of the random weights.
         freeze: patterns (``fnmatch``) of parameter names that get no gradient.
         trust_remote_code: run Python code that the hub model ships with.
+        num_shards: ranks over which transformers splits pretrained weights while reading them (FSDP2). Collective if
+            more than one.
 
     Raises:
         ConfigError: there is no such model, it has no weights, or a pattern matches nothing.
@@ -74,9 +78,10 @@ def load_model(
         if is_local(name):
             check_files(resolve_model(name))
             check_generation_config(resolve_model(name))
+        split = {"distributed_config": DistributedConfig(fsdp_size=num_shards)} if num_shards > 1 else {}
         model = fetch(
             _load_pretrained, "model", name, called=name, config=config, dtype=dtype,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trust_remote_code, **split,
         )  # fmt: skip
     return prepare(model, freeze)
 
@@ -127,6 +132,7 @@ def build_model(config: Config) -> PreTrainedModel:
         seed=config.run.seed,
         freeze=config.model.freeze,
         trust_remote_code=config.model.trust_remote_code,
+        num_shards=config.parallel.dp if config.engine.shard_at_load else 1,
     )
     if config.engine.activation_checkpointing:
         set_activation_checkpointing(model)

@@ -34,13 +34,15 @@ def all_gather_objects(value: T) -> list[T]:
     return values
 
 
-def all_gather_ints(numbers: Sequence[int], device: torch.device) -> list[list[int]]:
+def all_gather_ints(numbers: Sequence[int]) -> list[list[int]]:
     """Return every rank's integers, by rank. All ranks give equally many.
 
     Integers, so that :mod:`tutorial_lib.measure.traffic` counts them as bookkeeping on any number of ranks.
     """
     if not dist.is_initialized():
         return [list(numbers)]
+    # NCCL alone, as Ray sets it up by itself, exchanges nothing that is in host memory.
+    device = "cpu" if "cpu:" in dist.get_backend_config() else "cuda"
     own = torch.tensor(numbers, dtype=torch.int64, device=device)
     by_rank = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(by_rank, own)

@@ -15,6 +15,7 @@ One object owns this arithmetic. Data loading asks it for ``dp_rank``, never for
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,24 @@ class Topology:
                 "or start as many ranks per node as tp divides."
             )
         return cls(dp=parallel.dp, tp=parallel.tp, rank=rank)
+
+    @classmethod
+    def from_environment(cls, parallel: ParallelConfig) -> Topology:
+        """Return the place of this process among those that torchrun, Ray Train or another launcher has started.
+
+        Rank and world size are those of the default process group. Without one, this process is alone.
+
+        Args:
+            parallel: ``dp`` and ``tp``.
+
+        Raises:
+            ConfigError: as :meth:`create`.
+        """
+        import torch.distributed as dist
+
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        local = os.environ.get("LOCAL_WORLD_SIZE")
+        return cls.create(parallel, rank=rank, world_size=world_size, local_world_size=int(local) if local else None)
 
     @property
     def world_size(self) -> int:

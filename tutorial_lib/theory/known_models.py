@@ -47,6 +47,25 @@ MODELS: dict[str, Dimensions] = {
 }  # fmt: skip
 
 
+HUB_NAMES = {
+    "gpt2": "openai-community/gpt2",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-large": "openai-community/gpt2-large",
+    "gpt2-xl": "openai-community/gpt2-xl",
+    "bloom-560m": "bigscience/bloom-560m",
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama-2-13b": "meta-llama/Llama-2-13b-hf",
+    "llama-2-70b": "meta-llama/Llama-2-70b-hf",
+    "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
+    "llama-3-70b": "meta-llama/Meta-Llama-3-70B",
+    "llama-3-405b": "meta-llama/Llama-3.1-405B",
+    "mistral-7b": "mistralai/Mistral-7B-v0.1",
+    "qwen2-0.5b": "Qwen/Qwen2-0.5B",
+    "qwen2-7b": "Qwen/Qwen2-7B",
+}
+"""What each of :data:`MODELS` is called on the Hugging Face hub, for a command that loads its weights."""
+
+
 def nearest_model(num_params: float, *, within: float = 0.02) -> str | None:
     """Return the name of the public model whose size is nearest, or None if none is as near as ``within``.
 

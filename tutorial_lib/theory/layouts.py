@@ -185,7 +185,7 @@ def missing_here(layout: Layout, workload: Workload, accumulation: int) -> list[
         and layout.reduction == "each" and accumulation > 1,
         "LoRA": workload.lora_rank > 0,
         f"moments in {workload.moments}": workload.moments != "fp32",
-        "a loss in chunks": workload.loss_chunks > 1,
+        "a loss in chunks of a split output layer": workload.loss_chunks > 1 and layout.tp > 1,
         "stage 0 with tp in 16 bits": layout.strategy is None and layout.zero_stage == 0 and layout.tp > 1
         and workload.precision != "fp32",
     }  # fmt: skip

@@ -38,7 +38,7 @@ def plan(workload: Workload, cluster: Cluster, engine: str = "deepspeed") -> lis
     chosen = [_best_of_shape(found, cluster, fastest) for found in by_shape]
     fitting = sorted((c for c in chosen if c.fits), key=lambda c: _order(c, cluster, fastest))
     others = sorted((c for c in chosen if not c.fits), key=lambda c: (c.memory, c.host))
-    return [dataclasses.replace(c, slower=_why_slower(c, fitting[0], cluster)) for c in fitting] + others
+    return [dataclasses.replace(c, slower=_why_slower(c, fitting[0], cluster, fastest)) for c in fitting] + others
 
 
 def something_fits(workload: Workload, cluster: Cluster, engine: str = "deepspeed") -> bool:
@@ -70,19 +70,28 @@ def _best_of_shape(found: list[Candidate], cluster: Cluster, fastest: float) -> 
 
 def _order(candidate: Candidate, cluster: Cluster, fastest: float) -> tuple[float, ...]:
     """The order of those that fit: see the module's docstring. Beyond the tie, speed alone decides."""
-    speed = float(f"{candidate.tokens_per_gpu_second:.6g}")  # sums of the same terms differ in their last bits
-    layout = candidate.layout
-    if speed < (1 - TIE) * fastest:
+    speed, layout = _speed(candidate), candidate.layout
+    if not _ties(candidate, fastest):
         return (1, -speed, layout.knobs, layout.zero_stage, layout.tp)
     crowded = max(COMFORTABLE, round(candidate.memory / cluster.usable_memory, 1))
     return (0, layout.offload != "none", crowded, layout.knobs, layout.zero_stage, -speed, layout.tp)
 
 
-def _why_slower(candidate: Candidate, best: Candidate, cluster: Cluster) -> str:
+def _ties(candidate: Candidate, fastest: float) -> bool:
+    return _speed(candidate) >= (1 - TIE) * fastest
+
+
+def _speed(candidate: Candidate) -> float:
+    return float(f"{candidate.tokens_per_gpu_second:.6g}")  # sums of the same terms differ in their last bits
+
+
+def _why_slower(candidate: Candidate, best: Candidate, cluster: Cluster, fastest: float) -> str:
     if candidate is best:
         return ""
     percent = 100 * (best.tokens_per_gpu_second / candidate.tokens_per_gpu_second - 1)
-    if percent < 100 * TIE:
+    if _ties(candidate, fastest):
+        if candidate.layout.offload != best.layout.offload:
+            return "as fast; offloads"
         full = candidate.memory > max(best.memory, COMFORTABLE * cluster.usable_memory)
         return "as fast; holds more memory" if full else "as fast; more knobs"
     per_token = {

@@ -20,12 +20,12 @@ class RanksDisagree(RuntimeError):
     """Ranks of one tensor-parallel group differ in what they must have in common. The message says where to look."""
 
 
-def check_batches(topology: Topology, step: int, fingerprints: Sequence[int]) -> None:
+def check_batches(topology: Topology, step: int | None, fingerprints: Sequence[int]) -> None:
     """Refuse batches that differ within a tensor-parallel group.
 
     Args:
         topology: the grid.
-        step: the step that the batches are for, from 1.
+        step: the step that the batches are for, from 1, for the message.
         fingerprints: by world rank, as :func:`tutorial_lib.dataloader.collate.fingerprint` gives them.
 
     Raises:
@@ -35,18 +35,18 @@ def check_batches(topology: Topology, step: int, fingerprints: Sequence[int]) ->
         own = [fingerprints[rank] for rank in ranks]
         if len(set(own)) > 1:
             raise RanksDisagree(
-                f"At step {step} ranks {ranks} share every layer, but read different batches, of the fingerprints "
+                f"{_at(step)} ranks {ranks} share every layer, but read different batches, of the fingerprints "
                 f"{', '.join(f'{number % 2**64:016x}' for number in own)}. Look at what the data loader is given: "
                 "dp_rank and dp_size, never the world rank and the world size."
             )
 
 
-def check_losses(topology: Topology, step: int, losses: Sequence[float]) -> None:
+def check_losses(topology: Topology, step: int | None, losses: Sequence[float]) -> None:
     """Refuse losses that differ within a tensor-parallel group by more than :data:`SAME_LOSS`.
 
     Args:
         topology: the grid.
-        step: the step that the losses are of, from 1.
+        step: the step that the losses are of, from 1, for the message.
         losses: by world rank. What is not a number, or infinite, is left to the check of the sum.
 
     Raises:
@@ -56,8 +56,12 @@ def check_losses(topology: Topology, step: int, losses: Sequence[float]) -> None
         own = [losses[rank] for rank in ranks]
         if max(own) - min(own) > SAME_LOSS * max(map(abs, own)):
             raise RanksDisagree(
-                f"At step {step} ranks {ranks} share every layer and read the same batch, but the sums of its losses "
+                f"{_at(step)} ranks {ranks} share every layer and read the same batch, but the sums of its losses "
                 f"differ: {', '.join(f'{number:.6f}' for number in own)}. Look at the seed, which must be the same "
                 "within a tensor-parallel group (dropout masks and random weights depend on it), and at the all-reduce "
                 "of the row-parallel layers."
             )
+
+
+def _at(step: int | None) -> str:
+    return "In one step" if step is None else f"At step {step}"

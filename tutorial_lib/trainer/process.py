@@ -1,4 +1,4 @@
-"""This process as one rank: its device, the signals that ask it to stop, and where its output goes."""
+"""This process as one rank: the signals that ask it to stop, and where its output goes."""
 
 from __future__ import annotations
 
@@ -11,29 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.records import STOPPING
-
-
-def local_device(config: Config) -> torch.device:
-    """Where this rank computes: the CPU, or the GPU of its local rank. A rank that sees one GPU alone uses that.
-
-    Raises:
-        ConfigError: the node has fewer GPUs than ranks.
-    """
-    if config.run.device == "cpu":
-        return torch.device("cpu")
-    local_rank, visible = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if not visible or local_rank >= visible > 1:
-        raise ConfigError(
-            f"Local rank {local_rank} has no GPU of its own: {visible} can be seen here. Start as many ranks per node "
-            "as it has GPUs, or write device='cpu'."
-        )
-    device = torch.device("cuda", local_rank if local_rank < visible else 0)
-    torch.cuda.set_device(device)
-    return device
 
 
 @contextmanager

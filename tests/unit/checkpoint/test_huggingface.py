@@ -1,6 +1,7 @@
 """Checkpoints that the Hugging Face Trainer writes: hashed and named as all others, and read by it alone."""
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from tests.unit.checkpoint.runs import STEPS, config, flip_a_bit, names, steps
@@ -8,6 +9,7 @@ from tutorial_lib import checkpoint, launch, trainer
 from tutorial_lib.cli import main
 from tutorial_lib.config import ConfigError
 from tutorial_lib.records import RunDirectory
+from tutorial_lib.trainer.huggingface.run import check_accelerator
 
 
 def trained(storage, model, **flat):
@@ -115,7 +117,19 @@ def test_a_stop_request_is_heeded_between_two_steps(model, tmp_path):
 
     RunDirectory(settings.directory).create()
     result = trainer.train(settings, on_checkpoint=stop)
-    assert (result["status"], result["stopped_by"], result["step"]) == ("stopped", "request", 3)
+    assert (result.status, result.stopped_by, result.step) == ("stopped", "request", 3)
+
+
+def test_a_launch_says_that_a_model_sharded_at_load_cannot_be_resumed(model, tmp_path, caplog):
+    launch.preflight(trained(tmp_path, model, dp=2, launcher="local", shard_at_load=True))
+    assert "this run cannot be resumed" in caplog.text and "Resuming is not supported for models" in caplog.text
+
+
+def test_a_model_sharded_at_load_stays_off_a_gpu_that_the_run_is_not_to_use(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    with pytest.raises(ConfigError, match=r"puts the model on the cuda device.*train on cpu.*CUDA_VISIBLE_DEVICES=''"):
+        check_accelerator(torch.device("cpu"))
+    check_accelerator(torch.device("cuda"))
 
 
 def test_runs_that_share_a_process_do_not_disturb_each_other(whole, model, tmp_path):

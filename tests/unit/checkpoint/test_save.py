@@ -111,7 +111,7 @@ def test_a_checkpoint_is_reported_when_it_is_there_and_with_its_own_row(model, t
     result = trainer.train(settings, on_checkpoint=report)
     assert reported == [(f"step-{step:08d}", step) for step in (2, 4, 6, 7)]
     run = RunDirectory(settings.directory)
-    for saved, step in zip(result["saves"], (2, 4, 6, 7), strict=True):
+    for saved, step in zip(result.saves, (2, 4, 6, 7), strict=True):
         path = checkpoint.directory_of(run, step)
         sizes = [p.stat().st_size for p in path.rglob("*") if p.is_file() and p.name != manifest.MANIFEST]
         assert (saved["step"], saved["bytes"]) == (step, sum(sizes))

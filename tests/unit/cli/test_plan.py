@@ -23,7 +23,7 @@ from tutorial_lib.engine.deepspeed.config import apply_file, build
 from tutorial_lib.theory import traffic
 from tutorial_lib.theory.cost import Candidate
 from tutorial_lib.theory.dimensions import PUBLISHED, Dimensions, derive
-from tutorial_lib.theory.known_models import MODELS
+from tutorial_lib.theory.known_models import HUB_NAMES, MODELS
 from tutorial_lib.theory.layouts import FSDP_STRATEGIES, Cluster, Workload
 from tutorial_lib.theory.plan import plan
 from tutorial_lib.theory.remedies import remedies, smallest_gpus
@@ -437,6 +437,12 @@ def test_a_named_model_brings_its_dimensions(capsys: pytest.CaptureFixture[str])
     assert document["workload"]["num_params"] == 677_472
     assert {row["tp"] for row in document["candidates"]} == {1, 2, 4}  # four key and value heads
     assert main(["plan", "--model", "embedded/qwen2", "--layers", "2", "--gpus", "8", "--gpu-memory", "1"]) == 2
+
+
+def test_the_commands_of_a_public_model_load_it_by_its_hub_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", "bloom-560m", "--gpus", "1", "--gpu", "a100-80"]) == 0
+    assert " --model bigscience/bloom-560m " in capsys.readouterr().out
+    assert HUB_NAMES.keys() == MODELS.keys()
 
 
 def test_an_uncounted_family_is_counted_on_a_model_without_memory(tmp_path: Path) -> None:

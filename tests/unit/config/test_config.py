@@ -7,6 +7,8 @@ import pytest
 
 from tutorial_lib.config import PROFILES, Config, ConfigError, settings
 
+AT_LOAD = {"engine": "trainer", "shard_at_load": True}
+
 
 @pytest.mark.parametrize(
     ("flat", "message"),
@@ -56,7 +58,16 @@ from tutorial_lib.config import PROFILES, Config, ConfigError, settings
         ({"zero_stage": 2, "persistence_threshold": 5}, "it needs zero_stage=3"),
         ({"pin_memory": True}, "pin_memory=True would have no effect: it needs offload"),
         ({"engine": "fsdp", "tp_plan": "plain"}, "it needs tp=2 or more"),
-        ({"engine": "trainer", "tp": 2}, "has no tensor parallelism, but tp=2.* Write tp=1"),
+        ({"engine": "trainer", "tp": 2}, "has no tensor parallelism, but tp=2.*DistributedType.MULTI_CPU.* Write tp=1"),
+        ({"shard_at_load": True}, "a setting of engine='trainer', not of engine='deepspeed'"),
+        ({**AT_LOAD, "deepspeed": "zero2"}, "would both split the model states"),
+        ({**AT_LOAD, "dp": 1}, "has nothing to split with dp=1"),
+        ({**AT_LOAD, "random_init": True}, "random_init=True reads none"),
+        ({**AT_LOAD, "precision": "fp16", "device": "cuda"}, "fp16 is not tried"),
+        ({**AT_LOAD, "checkpoint_every": 2}, "does not go with checkpoint_every=2.*cannot be checkpointed"),
+        ({**AT_LOAD, "stop_after": 2}, "does not go with stop_after=2.*Resuming is not supported"),
+        ({**AT_LOAD, "launcher": "ray", "max_failures": 1}, "does not go with max_failures=1"),
+        ({**AT_LOAD, "keep_best": True}, "does not go with keep_best=True"),
         ({"engine": "trainer", "precision": "fp16"}, "needs a GPU"),
         ({"engine": "trainer", "zero_stage": 2}, r"zero_stage=2 would .*a DeepSpeed file that states it \(deepspeed="),
         ({"engine": "trainer", "offload": "optimizer"}, "a DeepSpeed file that states it"),

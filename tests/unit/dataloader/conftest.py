@@ -63,6 +63,7 @@ def toy_config(toy_directory: Callable[[int], str]) -> Callable[..., Config]:
     """A configuration for toy rows of up to 25 tokens."""
 
     def make(num_rows: int, **flat: object) -> Config:
-        return Config.create(**{"dataset": toy_directory(num_rows), "seq_length": 32, "dp": 1, **flat})
+        settings = {"dataset": toy_directory(num_rows), "seq_length": 32, "dp": 1, "epochs": 5}
+        return Config.create(**(settings | flat))
 
     return make

@@ -16,6 +16,7 @@ from tutorial_lib.dataloader.collate import Collate, fingerprint
 from tutorial_lib.dataloader.packing import Examples, pack
 from tutorial_lib.embedded import MODEL_NAMES
 from tutorial_lib.models import load_model, load_tokenizer
+from tutorial_lib.mpu import Topology
 
 from .conftest import write_jsonl
 
@@ -115,7 +116,7 @@ def family(request):
 def eval_batches(rows, name, tokenizer, directory, **flat):
     write_jsonl(directory / "validation.jsonl", rows)
     config = Config.create(model=name, dataset=str(directory), seq_length=64, dp=1, global_batch=2, **flat)
-    return list(build_eval_loader(config, tokenizer, dp_rank=0, dp_size=1))
+    return list(build_eval_loader(config, tokenizer, Topology(dp=1, tp=1, rank=0)))
 
 
 def losses_by_document(model, batches):

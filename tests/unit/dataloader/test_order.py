@@ -29,8 +29,12 @@ def step_numbers(micro_batches, tokenizer):
     return sorted(itertools.chain.from_iterable(row_numbers(batch, tokenizer) for batch in micro_batches))
 
 
+def place(dp=1, dp_rank=0):
+    return Topology(dp=dp, tp=1, rank=dp_rank)
+
+
 def read(loader, num_steps):
-    return list(itertools.islice(loader.steps(), num_steps))
+    return [micro_batches for _, micro_batches in itertools.islice(loader.steps(), num_steps)]
 
 
 def equal(left, right):
@@ -103,7 +107,7 @@ def test_length_groups_are_others_in_each_epoch(num_steps):
 def test_longest_groups_by_length_and_max_length_does_not(toy_config, byte_tokenizer):
     def spread(batching):
         config = toy_config(200, batching=batching, global_batch=8, micro_batch=8)
-        loader = build_train_loader(config, byte_tokenizer, dp_rank=0, dp_size=1)
+        loader = build_train_loader(config, byte_tokenizer, place())
         lengths = [batch["attention_mask"].sum(1) for (batch,) in read(loader, loader.steps_per_epoch)]
         return sum(int(step.max() - step.min()) for step in lengths) / len(lengths)
 
@@ -114,13 +118,13 @@ def test_longest_groups_by_length_and_max_length_does_not(toy_config, byte_token
 @pytest.mark.parametrize("batching", BATCHINGS)
 def test_step_k_does_not_depend_on_ranks_or_micro_batches(toy_config, byte_tokenizer, batching):
     config = toy_config(61, batching=batching, global_batch=12, seed=3, micro_batch=12)
-    loader = build_train_loader(config, byte_tokenizer, dp_rank=0, dp_size=1)
+    loader = build_train_loader(config, byte_tokenizer, place())
     num_steps = 2 * loader.steps_per_epoch + 1
     reference = [step_numbers(step, byte_tokenizer) for step in read(loader, num_steps)]
     assert len({tuple(step) for step in reference}) == num_steps
     for dp, micro_batch in [(1, 1), (1, 4), (2, 1), (2, 3), (3, 2), (4, 3), (6, 1), (12, 1)]:
         other = config.override(dp=dp, micro_batch=micro_batch)
-        ranks = [read(build_train_loader(other, byte_tokenizer, dp_rank=r, dp_size=dp), num_steps) for r in range(dp)]
+        ranks = [read(build_train_loader(other, byte_tokenizer, place(dp, r)), num_steps) for r in range(dp)]
         for step, shares in zip(reference, zip(*ranks, strict=True), strict=True):
             for share in shares:
                 assert len(share) == other.accumulation
@@ -132,9 +136,7 @@ def test_step_k_does_not_depend_on_ranks_or_micro_batches(toy_config, byte_token
 def test_step_k_depends_on_seed_data_and_global_batch(toy_config, byte_tokenizer):
     def first(num_rows=61, **flat):
         config = toy_config(num_rows, **{"global_batch": 12, **flat})
-        return step_numbers(
-            read(build_train_loader(config, byte_tokenizer, dp_rank=0, dp_size=1), 1)[0], byte_tokenizer
-        )
+        return step_numbers(read(build_train_loader(config, byte_tokenizer, place()), 1)[0], byte_tokenizer)
 
     assert first() == first()
     assert len({tuple(first(**change)) for change in ({}, {"seed": 1}, {"num_rows": 60}, {"global_batch": 6})}) == 4
@@ -148,27 +150,53 @@ def test_ranks_that_share_a_layer_read_the_same_and_others_do_not(toy_config, by
         topology = Topology(dp=2, tp=2, rank=rank)
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "4")
-        loader = build_train_loader(config, byte_tokenizer, dp_rank=topology.dp_rank, dp_size=topology.dp)
+        loader = build_train_loader(config, byte_tokenizer, topology)
         numbers.append([step_numbers(step, byte_tokenizer) for step in read(loader, 3)])
     assert numbers[0] == numbers[1]
     assert numbers[2] == numbers[3]
     assert all(not set(a) & set(b) for a, b in zip(numbers[0], numbers[2], strict=True))
 
 
-def test_a_world_rank_is_refused(toy_config, byte_tokenizer):
+def test_another_grid_than_the_configurations_is_refused(toy_config, byte_tokenizer):
     config = toy_config(40, dp=2, global_batch=8)
     for build in (build_train_loader, build_eval_loader):
-        with pytest.raises(ValueError, match="is it a world rank"):
-            build(config, byte_tokenizer, dp_rank=2, dp_size=2)
         with pytest.raises(ConfigError, match="4 ranks, but dp=2"):
-            build(config, byte_tokenizer, dp_rank=0, dp_size=4)
+            build(config, byte_tokenizer, place(4))
+
+
+def test_steps_end_with_the_run_or_its_slot(toy_config, byte_tokenizer):
+    config = toy_config(40, global_batch=8)
+    assert [step for step, _ in build_train_loader(config, byte_tokenizer, place()).steps()] == list(range(1, 26))
+
+    def numbers(**flat):
+        return [step for step, _ in build_train_loader(config.override(**flat), byte_tokenizer, place()).steps()]
+
+    assert numbers(epochs=2) == list(range(1, 11))
+    assert numbers(epochs=2, stop_after=3) == [1, 2, 3]
+    assert numbers(epochs=2, stop_after=99) == numbers(epochs=2)
+
+
+def test_steps_begin_where_they_are_asked_to(toy_config, byte_tokenizer):
+    config = toy_config(65, global_batch=6, micro_batch=3)
+    whole = read(build_train_loader(config, byte_tokenizer, place()), 24)
+    loader = build_train_loader(config, byte_tokenizer, place())
+    read(loader, 3)
+    for start in (13, 0):
+        step, micro_batches = next(loader.steps(start=start))
+        assert step == start + 1
+        assert equal(micro_batches, whole[start])
+    with pytest.raises(ValueError, match="stands after step 1, so it has no position after step 2"):
+        loader.state_at(2)
+    resumed = build_train_loader(config, byte_tokenizer, place())
+    resumed.load_state_dict(loader.state_at(1))
+    assert equal(read(resumed, 1)[0], whole[1])
 
 
 @pytest.mark.parametrize("batching, unit", [("longest", "11 rows"), ("packed", "6 packed rows")])
 def test_less_than_one_global_batch_is_refused(toy_config, byte_tokenizer, batching, unit):
     config = toy_config(11, global_batch=12, batching=batching)
     with pytest.raises(ConfigError, match=rf"has {unit}, fewer than global_batch=12.*smaller global_batch"):
-        build_train_loader(config, byte_tokenizer, dp_rank=0, dp_size=1)
+        build_train_loader(config, byte_tokenizer, place())
 
 
 @pytest.mark.parametrize("batching", BATCHINGS)
@@ -177,7 +205,7 @@ def test_resume_continues_with_the_next_step(toy_config, byte_tokenizer, batchin
     config = toy_config(65, batching=batching, global_batch=6, micro_batch=3, seed=1)
 
     def build():
-        return build_train_loader(config, byte_tokenizer, dp_rank=0, dp_size=1)
+        return build_train_loader(config, byte_tokenizer, place())
 
     whole = read(build(), 24)
     loader = build()
@@ -187,21 +215,21 @@ def test_resume_continues_with_the_next_step(toy_config, byte_tokenizer, batchin
     resumed = build()
     resumed.load_state_dict(state)
     for expected in whole[stop:]:
-        assert equal(next(resumed.steps()), expected)
+        assert equal(read(resumed, 1)[0], expected)
     resumed.load_state_dict(state)
-    assert equal(next(resumed.steps()), whole[stop]), "a loader in use can be set back"
+    assert equal(read(resumed, 1)[0], whole[stop]), "a loader in use can be set back"
 
 
 @pytest.mark.parametrize("dp, other_dp", [(1, 4), (4, 1), (2, 3), (3, 2)])
 @pytest.mark.parametrize("stop", [2, 5, 7])
 def test_a_position_holds_for_another_number_of_ranks(toy_config, byte_tokenizer, dp, other_dp, stop):
     config = toy_config(65, global_batch=12, micro_batch=1)
-    reference = read(build_train_loader(config, byte_tokenizer, dp_rank=0, dp_size=1), 14)
-    first = build_train_loader(config.override(dp=dp), byte_tokenizer, dp_rank=dp - 1, dp_size=dp)
+    reference = read(build_train_loader(config, byte_tokenizer, place()), 14)
+    first = build_train_loader(config.override(dp=dp), byte_tokenizer, place(dp, dp - 1))
     read(first, stop)
     ranks = []
     for rank in range(other_dp):
-        loader = build_train_loader(config.override(dp=other_dp), byte_tokenizer, dp_rank=rank, dp_size=other_dp)
+        loader = build_train_loader(config.override(dp=other_dp), byte_tokenizer, place(other_dp, rank))
         loader.load_state_dict(first.state_dict())
         ranks.append(read(loader, 14 - stop))
     for expected, shares in zip(reference[stop:], zip(*ranks, strict=True), strict=True):
@@ -211,10 +239,10 @@ def test_a_position_holds_for_another_number_of_ranks(toy_config, byte_tokenizer
 
 def test_resume_with_processes_that_read_ahead(toy_config, byte_tokenizer):
     config = toy_config(65, global_batch=6, micro_batch=3)
-    whole = read(build_train_loader(config, byte_tokenizer, dp_rank=0, dp_size=1), 14)
-    loader = build_train_loader(config, byte_tokenizer, dp_rank=0, dp_size=1, num_workers=2)
+    whole = read(build_train_loader(config, byte_tokenizer, place()), 14)
+    loader = build_train_loader(config, byte_tokenizer, place(), num_workers=2)
     assert all(equal(got, expected) for got, expected in zip(read(loader, 9), whole, strict=False))
-    resumed = build_train_loader(config, byte_tokenizer, dp_rank=0, dp_size=1, num_workers=2)
+    resumed = build_train_loader(config, byte_tokenizer, place(), num_workers=2)
     resumed.load_state_dict(loader.state_dict())
     assert all(equal(got, expected) for got, expected in zip(read(resumed, 5), whole[9:], strict=True))
 
@@ -222,11 +250,11 @@ def test_resume_with_processes_that_read_ahead(toy_config, byte_tokenizer):
 @pytest.mark.parametrize("batching", BATCHINGS)
 def test_epochs_hold_the_micro_batches_of_the_steps(toy_config, byte_tokenizer, batching):
     config = toy_config(65, batching=batching, global_batch=12, micro_batch=3, seed=1).override(dp=2)
-    steps = build_train_loader(config, byte_tokenizer, dp_rank=1, dp_size=2)
-    epochs = build_epoch_loader(config, byte_tokenizer, dp_rank=1, dp_size=2)
+    steps = build_train_loader(config, byte_tokenizer, place(2, 1))
+    epochs = build_epoch_loader(config, byte_tokenizer, place(2, 1))
     assert len(epochs) == 2 * epochs.steps_per_epoch == 2 * steps.steps_per_epoch
     for epoch in (0, 1, 2, 1):
-        steps = build_train_loader(config, byte_tokenizer, dp_rank=1, dp_size=2)
+        steps = build_train_loader(config, byte_tokenizer, place(2, 1))
         per_epoch = steps.steps_per_epoch
         expected = [batch for step in read(steps, (epoch + 1) * per_epoch)[epoch * per_epoch :] for batch in step]
         before = torch.get_rng_state()
@@ -238,9 +266,9 @@ def test_epochs_hold_the_micro_batches_of_the_steps(toy_config, byte_tokenizer, 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"global_batch": 8}, {"max_examples": 60}])
 def test_a_position_in_another_order_is_refused(toy_config, byte_tokenizer, change):
     config = toy_config(65, global_batch=16)
-    loader = build_train_loader(config, byte_tokenizer, dp_rank=0, dp_size=1)
+    loader = build_train_loader(config, byte_tokenizer, place())
     read(loader, 2)
-    other = build_train_loader(config.override(**change), byte_tokenizer, dp_rank=0, dp_size=1)
+    other = build_train_loader(config.override(**change), byte_tokenizer, place())
     with pytest.raises(ConfigError, match=r"another order of examples: \w+=\d+ then, \d+ now"):
         other.load_state_dict(loader.state_dict())
 
@@ -248,10 +276,10 @@ def test_a_position_in_another_order_is_refused(toy_config, byte_tokenizer, chan
 def test_loaders_draw_nothing_from_the_global_generators(toy_config, byte_tokenizer):
     config = toy_config(40, global_batch=8)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-    loader = build_train_loader(config, byte_tokenizer, dp_rank=0, dp_size=1)
+    loader = build_train_loader(config, byte_tokenizer, place())
     loader.load_state_dict(loader.state_dict())
     read(loader, 7)
-    list(build_eval_loader(config, byte_tokenizer, dp_rank=0, dp_size=1))
+    list(build_eval_loader(config, byte_tokenizer, place()))
     assert torch.equal(torch.get_rng_state(), before[0]), "a resume would change dropout"
     assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
 
@@ -265,7 +293,7 @@ def test_evaluation_counts_every_example_once_in_equally_many_batches(
     config = toy_config(
         7, batching=batching, dp=dp, micro_batch=micro_batch, global_batch=global_batch, max_eval_examples=None
     )
-    ranks = [build_eval_loader(config, byte_tokenizer, dp_rank=rank, dp_size=dp) for rank in range(dp)]
+    ranks = [build_eval_loader(config, byte_tokenizer, place(dp, rank)) for rank in range(dp)]
     read_by_rank = [list(loader) for loader in ranks]
     assert {len(loader) for loader in ranks} == {len(batches) for batches in read_by_rank}
     assert len({len(batches) for batches in read_by_rank}) == 1
@@ -280,7 +308,7 @@ def test_evaluation_counts_every_example_once_in_equally_many_batches(
 
 def test_dummy_batches_exist_and_a_second_pass_is_the_same(toy_config, byte_tokenizer):
     config = toy_config(7, dp=4, micro_batch=6, global_batch=24, max_eval_examples=7)
-    loader = build_eval_loader(config, byte_tokenizer, dp_rank=3, dp_size=4)
+    loader = build_eval_loader(config, byte_tokenizer, place(4, 3))
     first, second = list(loader), list(loader)
     assert len(first) == 1
     assert (first[0]["labels"] == -100).all()

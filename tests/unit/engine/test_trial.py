@@ -25,8 +25,8 @@ WINDOWED = {
 }  # fmt: skip
 
 
-def trial(model_config, batching, seq_length=128):
-    config = Config.create(model=model_config.model_type, batching=batching, seq_length=seq_length)
+def trial(model_config, batching, seq_length=128, **flat):
+    config = Config.create(model=model_config.model_type, batching=batching, seq_length=seq_length, **flat)
     trial_forward(config, model_config)
 
 
@@ -81,6 +81,27 @@ def test_documents_that_see_each_other_are_noticed(monkeypatch):
     monkeypatch.setattr("tutorial_lib.engine.trial._PASSED", set())
     with pytest.raises(ConfigError, match="sees other documents"):
         trial(load_config("embedded/gpt2"), "packed")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "bloom", "llama", "gpt_neox", "mixtral", "gemma3_text"])
+def test_families_whose_loss_can_be_computed_in_chunks(family):
+    trial(AutoConfig.for_model(family), "longest", loss_chunks=8)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("granite", {"logits_scaling": 8.0}),
+        ("gemma2", {"final_logit_softcapping": 5.0}),
+        ("cohere", {"logit_scale": 0.0625}),
+    ],
+)
+def test_a_family_that_changes_its_logits_is_refused_with_loss_chunks(family, changes):
+    """Else it would be trained on another loss, and nothing would say so."""
+    model_config = AutoConfig.for_model(family, **changes)
+    trial(model_config, "longest")
+    with pytest.raises(ConfigError, match=f"type '{family}'.*loss_chunks=8: it changes what .*Leave loss_chunks out"):
+        trial(model_config, "longest", loss_chunks=8)
 
 
 def test_an_encoder_decoder_is_no_language_model():

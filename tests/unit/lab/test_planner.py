@@ -67,6 +67,12 @@ def test_widgets_redraw(evaluations: list[Any]) -> None:
     shown = box.children[-1]
     first = shown.value
     assert "tokens/s per GPU" in first and "the best of" in first
+    batch = box.children[1].children[1]
+    assert batch.label == "chosen"
+    batch.label = "64"
+    assert shown.value != first
+    batch.label = "chosen"
+    assert shown.value == first
     gpus = box.children[0].children[2]
     gpus.value = 1
     assert shown.value != first
@@ -74,6 +80,12 @@ def test_widgets_redraw(evaluations: list[Any]) -> None:
     model.value = "llama-3-405b"
     assert shown.value.startswith("<p>Nothing fits; the smallest layout is")
     assert re.search(r"host too small by|does not fit by", shown.value)
+
+
+def test_nothing_slower_stands_before_a_tie() -> None:
+    found, _ = candidates(Question(model="llama-3-70b", gpus=64, seq_length=131_072))
+    slower = ["slower" in candidate.slower for candidate in found if candidate.fits]
+    assert any(slower) and slower == sorted(slower)
 
 
 def test_what_cannot_be_planned_is_said() -> None:

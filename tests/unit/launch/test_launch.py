@@ -263,8 +263,13 @@ def test_signal_handlers_are_put_back(tmp_path):
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return launch.run(config(tmp_path_factory.mktemp("whole"), steps=5))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_saves_at_the_next_step_and_stops(tmp_path, monkeypatch, number):
+def test_a_signal_stops_after_the_step_it_came_in_and_saves(whole, tmp_path, monkeypatch, number):
     from tutorial_lib.engine.single import TorchEngine
 
     update, steps = TorchEngine.step, []
@@ -275,18 +280,17 @@ def test_a_signal_saves_at_the_next_step_and_stops(tmp_path, monkeypatch, number
             signal.raise_signal(number)
         return update(self)
 
-    whole = launch.run(config(tmp_path, name="whole", steps=5))
     with monkeypatch.context() as patch:
         patch.setattr(TorchEngine, "step", interrupted)
         if number == signal.SIGINT:
-            with pytest.raises(launch.Interrupted, match="run 'run' stopped at step 3 of 5 and was saved") as error:
+            with pytest.raises(launch.Interrupted, match="run 'run' stopped at step 2 of 5 and was saved") as error:
                 launch.run(config(tmp_path, steps=5))
             (run,) = error.value.runs
         else:
             run = launch.run(config(tmp_path, steps=5))
     assert run.result["stopped_by"] == signal.Signals(number).name
-    # The wish is noticed when the next step begins; that step is trained, saved, and is the last.
-    assert (run.result["status"], run.result["step"], run.result["checkpoint"]) == ("stopped", 3, "step-00000003")
+    # The request is noticed when the step is done; it is saved, and is the last.
+    assert (run.result["status"], run.result["step"], run.result["checkpoint"]) == ("stopped", 2, "step-00000002")
     run = launch.run(config(tmp_path, steps=5))
     assert [row["loss"] for row in run.rows] == [row["loss"] for row in whole.rows]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tutorial_lib.cli import main
-from tutorial_lib.cli.plan import from_config
+from tutorial_lib.cli.plan_models import from_config
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.engine.expected import parameter_sizes
 from tutorial_lib.launch import preflight

@@ -132,6 +132,9 @@ def test_the_best_is_within_the_tie_of_the_fastest() -> None:
         assert fitting[0].tokens_per_gpu_second >= (1 - TIE) * fastest
         beyond = [c for c in fitting if c.tokens_per_gpu_second < (1 - TIE) * fastest]
         assert beyond == sorted(beyond, key=lambda c: -c.tokens_per_gpu_second)
+        assert fitting[-len(beyond) :] == beyond
+        for candidate in fitting[1:]:
+            assert candidate.slower.startswith("as fast") == (candidate not in beyond)
 
 
 def test_presets() -> None:

@@ -54,8 +54,13 @@ def written_by_trainer(directory: Path) -> Path:
 class FullFiles(FullTensors):
     """One process has written every tensor in full, weights maybe in several files."""
 
+    def __init__(self, directory: Path, settings: Config, model: Any) -> None:
+        super().__init__(directory, settings, model)
+        self._second_names = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {*self.names}
+
     def _stored_names(self) -> Iterable[str]:
-        return self._file_of
+        # Of a model that was sharded at load, transformers writes a tied parameter under each of its names.
+        return self._file_of.keys() - self._second_names
 
     def _read(self, name: str, kind: str) -> Tensor:
         tensor: Tensor

@@ -2,14 +2,15 @@
 
 Shape legend: B sequences of a micro-batch, S tokens, V vocabulary.
 
-The trainer hands over a loss that is already divided by the optimizer step's token count over *all* ranks and
-micro-batches. DeepSpeed averages gradients over the data-parallel ranks, so the loss is multiplied by their number
-first (:attr:`DeepSpeedEngine.averages_over`), and DeepSpeed's own division by the accumulation steps is turned off.
+The training loop hands over a loss that is already divided by the optimizer step's token count over *all* ranks and
+micro-batches. DeepSpeed averages gradients over the data-parallel ranks, so :meth:`DeepSpeedEngine.backward` multiplies
+the loss by their number first, and DeepSpeed's own division by the accumulation steps is turned off.
 What remains is the gradient of the token-weighted mean, which a mean of per-rank means is not.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import logging
@@ -27,6 +28,7 @@ import torch
 # has stated before what the run's configuration says.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
+import cpuinfo
 import deepspeed
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
@@ -36,9 +38,12 @@ from torch import Tensor
 from tutorial_lib.checkpoint import MOMENTS, CheckpointError, FullTensors, Writer
 from tutorial_lib.checkpoint.formats.deepspeed import LAYOUT
 from tutorial_lib.config import Config
+from tutorial_lib.engine.chunked_loss import output_loss
 from tutorial_lib.engine.deepspeed import autotp, partitions
 from tutorial_lib.engine.deepspeed import config as ds_config
+from tutorial_lib.engine.inputs import model_inputs
 from tutorial_lib.engine.layout import ParameterLayout
+from tutorial_lib.engine.schedule import Schedule
 from tutorial_lib.engine.single import global_norm
 from tutorial_lib.models import build_model, slice_alibi
 from tutorial_lib.mpu import ModelParallelUnit, Topology, device_mesh
@@ -60,6 +65,10 @@ def _import_muon_uncompiled() -> None:
 
 _import_muon_uncompiled()
 
+# DeepSpeed's CPU Adam asks for the processor's name whenever it is built, and cpuinfo starts a process for each answer:
+# more than a second for each run with offload. The processor stays the same.
+cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+
 
 class DeepSpeedEngine:
     """One rank's share of a model that DeepSpeed trains.
@@ -72,6 +81,8 @@ class DeepSpeedEngine:
     The process group must exist: at stage 3 the model is partitioned while it is built, over that group.
     """
 
+    schedule: Schedule
+
     def __init__(self, config: Config, topology: Topology, device: torch.device) -> None:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         deepspeed.init_distributed(dist_init_required=False)
@@ -83,6 +94,7 @@ class DeepSpeedEngine:
         settings = ds_config.build(config)
         with _partitioned_from_birth(settings):
             model = build_model(config)
+        self._output_loss = output_loss(model, config.engine.loss_chunks)
         if self.unit:
             ds_config.add_plan(settings, model.config)
         self.num_parameters = sum(_whole_numel(parameter) for parameter in model.parameters())
@@ -113,21 +125,23 @@ class DeepSpeedEngine:
     def train(self, mode: bool) -> None:
         self.deepspeed.train(mode)
 
-    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Logits, shape (B, S, V), of a batch without its labels."""
-        logits: Tensor = self.deepspeed(**inputs, use_cache=False).logits
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the logits of a batch, shape (B, S, V), or with ``loss_chunks`` the sum of its losses."""
+        inputs = model_inputs(batch, self.device)
+        with self._output_loss(batch):
+            logits: Tensor = self.deepspeed(**inputs, use_cache=False).logits
         return logits
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of ``loss`` (a scalar, see the module's docstring) to this optimizer step's gradient."""
-        self.deepspeed.backward(loss, scale_wrt_gas=False)
+        self.deepspeed.backward(loss * self.averages_over, scale_wrt_gas=False)
         self._micro_steps += 1
         if self._micro_steps < self.config.accumulation:
             # DeepSpeed counts micro-batches in step(); only the last one of an optimizer step updates anything.
             self.deepspeed.step()
 
     def step(self) -> float:
-        """Clip, update, clear the gradients.
+        """Clip, update, clear the gradients, and move the schedule on unless the update was skipped.
 
         Returns:
             The gradient's global 2-norm before clipping; infinite if DeepSpeed skipped the update (fp16 overflow).
@@ -135,6 +149,8 @@ class DeepSpeedEngine:
         self._micro_steps = 0
         norm: Any = self._norm_without_zero() if self._plain_optimizer else None
         self.deepspeed.step()
+        if not self.update_was_skipped:
+            self.schedule.step()
         if norm is None:
             norm = self.deepspeed.get_global_grad_norm()
         # ZeRO reports a norm that is not a number as -1.

@@ -2,9 +2,9 @@
 
 Shape legend: B sequences of a micro-batch, S tokens, V vocabulary.
 
-The trainer hands over a loss that is divided by the optimizer step's token count over *all* ranks and micro-batches.
-FSDP2 and DDP average gradients over the data-parallel ranks, so the loss is multiplied by their number first
-(:attr:`FSDPEngine.averages_over`). Tensor-parallel ranks compute one gradient together and average nothing.
+The training loop hands over a loss that is divided by the optimizer step's token count over *all* ranks and
+micro-batches. FSDP2 and DDP average gradients over the data-parallel ranks, so :meth:`FSDPEngine.backward` multiplies
+the loss by their number first. Tensor-parallel ranks compute one gradient together and average nothing.
 """
 
 from __future__ import annotations
@@ -21,15 +21,18 @@ from torch.distributed.tensor import DTensor
 
 from tutorial_lib.checkpoint import MOMENTS, FullTensors, Writer
 from tutorial_lib.config import Config
+from tutorial_lib.engine.chunked_loss import output_loss
 from tutorial_lib.engine.fsdp import dcp, sharding, tensor_parallel, weights
+from tutorial_lib.engine.inputs import model_inputs
 from tutorial_lib.engine.layout import ParameterLayout
+from tutorial_lib.engine.schedule import Schedule
 from tutorial_lib.models.fused_qkv import by_part, is_fused_by_part
 from tutorial_lib.models.meta import model_outline
 from tutorial_lib.mpu import Topology
 
 
 class FSDPEngine:
-    """One rank's share of a model that PyTorch shards. See :class:`tutorial_lib.trainer.Engine`.
+    """One rank's share of a model that PyTorch shards. See :class:`tutorial_lib.engine.Engine`.
 
     Args:
         config: what to run; ``config.engine`` decides strategy, precision and offload.
@@ -40,12 +43,14 @@ class FSDPEngine:
     """
 
     update_was_skipped = False
+    schedule: Schedule
 
     def __init__(self, config: Config, topology: Topology, device: torch.device) -> None:
         self.config, self.device = config, device
         self.averages_over = topology.dp
         self._world_size = topology.world_size
         model: Any = model_outline(config)
+        self._output_loss = output_loss(model, config.engine.loss_chunks)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         dp_mesh, tp_mesh = sharding.meshes(config.engine, topology, device.type)
         if topology.tp > 1:
@@ -65,10 +70,15 @@ class FSDPEngine:
     def train(self, mode: bool) -> None:
         self.module.train(mode)
 
-    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Logits, shape (B, S, V). In bf16 the weights stay fp32: FSDP2 gathers bf16 copies, DDP uses autocast."""
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the logits of a batch, shape (B, S, V), or with ``loss_chunks`` the sum of its losses.
+
+        In bf16 the weights stay fp32: FSDP2 gathers bf16 copies, DDP uses autocast.
+        """
+        inputs = model_inputs(batch, self.device)
         bf16 = self.config.engine.precision == "bf16" and not self._is_fsdp
-        with self._reduced_with_the_last(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+        with self._reduced_with_the_last(), autocast, self._output_loss(batch):
             logits: Tensor = self._parallel(**inputs, use_cache=False).logits
         if not torch.is_grad_enabled():
             sharding.release(self.module)
@@ -86,11 +96,11 @@ class FSDPEngine:
         return nullcontext() if last else self._parallel.no_sync()
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()
+        (loss * self.averages_over).backward()
         self._micro_steps += 1
 
     def step(self) -> float:
-        """Clip, update, clear the gradients; returns the gradient's global 2-norm before clipping."""
+        """Clip, update, clear the gradients, move the schedule on; returns the gradient's 2-norm before clipping."""
         self._micro_steps = 0
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         norm, limit = self._global_norm(gradients), self.config.optimizer.gradient_clipping
@@ -100,6 +110,7 @@ class FSDPEngine:
                 sharding.local(gradient).mul_(factor)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.schedule.step()
         return norm
 
     def _global_norm(self, gradients: list[Tensor]) -> float:

@@ -2,7 +2,7 @@
 
 Ray Train places the workers and sets up the process group; the training function is the same as everywhere. Each
 worker writes its own files straight to the run's storage, and ``ray.train.report`` only registers the finished
-checkpoint (``NO_UPLOAD``): Ray then knows the newest one, and nothing is copied twice.
+checkpoint (:mod:`tutorial_lib.launch.ray.report`): Ray then knows the newest one, and nothing is copied twice.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import psutil
 from tutorial_lib.config import Config
 from tutorial_lib.launch.errors import WorkerError, first_error, next_start
 from tutorial_lib.launch.ray.cluster import is_own, renew_server, session
+from tutorial_lib.launch.ray.report import report
 from tutorial_lib.launch.ray.room import Demand, ResourcesMissing, check_room, read_nodes, resized
 from tutorial_lib.launch.ray.storage import check_shared
 from tutorial_lib.launch.watch import wait_for
@@ -329,14 +330,4 @@ def _worker(given: dict[str, Any]) -> None:
     with output_to(directory.log_file(rank)):
         log_ranks(configs[-1])
     # Ray registers checkpoints under the directory of the run that it was started for, which is the last one.
-    train_all(configs, on_checkpoint=_register)
-
-
-def _register(path: Path, row: dict[str, Any]) -> None:
-    import ray.train
-    from ray.train import Checkpoint
-    from ray.train.v2.api.report_config import CheckpointUploadMode
-
-    ray.train.report(
-        row, checkpoint=Checkpoint(str(path.resolve())), checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD
-    )
+    train_all(configs, on_checkpoint=lambda path, row: report(row, path))

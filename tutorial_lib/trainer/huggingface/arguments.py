@@ -54,6 +54,7 @@ def build_arguments(config: Config, num_steps: int) -> TrainingArguments:
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # it would put an average in the place of a loss that is no number
         "save_strategy": "no",
+        "save_only_model": config.engine.shard_at_load,  # transformers saves no optimizer state of such a model
         "eval_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,

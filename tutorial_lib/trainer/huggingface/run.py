@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from tutorial_lib.checkpoint import Writer
 from tutorial_lib.checkpoint.formats import trainer as trainer_format
@@ -23,45 +24,47 @@ from tutorial_lib.config import ConfigError
 from tutorial_lib.dataloader import build_epoch_loader
 from tutorial_lib.engine.deepspeed.file import find, read_json
 from tutorial_lib.engine.deepspeed.trainer_file import auto_keys
+from tutorial_lib.engine.fsdp.sharding import local, waiting_gradients
+from tutorial_lib.engine.inputs import model_inputs
 from tutorial_lib.models import build_model
+from tutorial_lib.mpu.device import local_device
 from tutorial_lib.mpu.random_states import seed_everything
 from tutorial_lib.trainer.huggingface.arguments import build_arguments, forget_state
 from tutorial_lib.trainer.huggingface.trainer import HuggingFaceTrainer
 from tutorial_lib.trainer.loop import Trainer
-from tutorial_lib.trainer.loss import NonFiniteLoss
+from tutorial_lib.trainer.loss import NonFiniteLoss, count_tokens
 from tutorial_lib.trainer.probe import StepProbe, measured_step
 
 
 class HuggingFaceRun(Trainer):
     """One start of a run on one rank, trained by the Hugging Face Trainer."""
 
-    def _build_loader(self, *, dp_rank: int, dp_size: int) -> Any:
-        return build_epoch_loader(self.config, self.tokenizer, dp_rank=dp_rank, dp_size=dp_size)
+    def build_loader(self) -> Any:
+        return build_epoch_loader(self.config, self.tokenizer, self.topology)
 
-    def _build_engine(self) -> None:
-        self.engine = _TrainedModel(self)
+    def build_engine(self) -> Any:
         self._probe: StepProbe | None = None
         self._probing = ExitStack()
+        seed_everything(self.config.run.seed)
+        engine = _TrainedModel(self)
+        seed_everything(self.config.run.seed + 1 + self.topology.dp_rank)
+        return engine
 
     def close(self) -> None:
         self._probing.close()
         super().close()
 
-    def _restore_schedule(self, state: dict[str, Any]) -> None:
-        """Leave the schedule to the Trainer, which restores it from its own checkpoint."""
-
     def _train_steps(self) -> None:
-        if self._is_over() and self.eval_loader is None:
+        if self._has_no_step() and self.evaluator is None:
             return
         self.engine.trainer.train(resume_from_checkpoint=self.engine.resumes_from)
 
     def begin_training(self) -> bool:
         """Evaluate before the first step. Return whether there is none in this start. Collective."""
-        self.scheduler = self.engine.trainer.lr_scheduler
         self._prepare_first_step()
         if self.resumed_from is None:  # else the Trainer restores the states that were saved
             seed_everything(self.config.run.seed + 1 + self.topology.dp_rank)
-        return self._is_over()
+        return self._has_no_step()
 
     def begin_step(self) -> None:
         """Start the clock of a step, and its probe if it is to be measured: its batches are about to be read."""
@@ -77,7 +80,7 @@ class HuggingFaceRun(Trainer):
             self._probe.note_states(self.engine)
 
     def note_batches(self, batches: list[Any], num_tokens: Tensor | int | None) -> None:
-        """Agree with all ranks on the tokens of the step that begins, and on stop requests. Collective.
+        """Agree with all ranks on the tokens of the step that begins. Collective.
 
         Args:
             batches: this rank's micro-batches of the step.
@@ -86,7 +89,7 @@ class HuggingFaceRun(Trainer):
         Raises:
             ConfigError: no token counts, or the Trainer would divide by something else than their number.
         """
-        self._tokens, self._stop, _ = self._agree(batches)
+        self._tokens = count_tokens(batches, self.topology, step=self.step + 1)
         if num_tokens is None or int(num_tokens) != self._tokens:
             raise ConfigError(
                 f"engine='trainer' with {self.config.model.name!r}: the Hugging Face Trainer divides the loss of step "
@@ -95,7 +98,7 @@ class HuggingFaceRun(Trainer):
             )
 
     def end_step(self, step: int, logs: dict[str, float]) -> bool:
-        """Record a step that was trained. Return whether it was the last one of this start.
+        """Record a step that was trained. Return whether it was the last one of this start. Collective.
 
         Args:
             step: optimizer steps done.
@@ -113,20 +116,11 @@ class HuggingFaceRun(Trainer):
         if self._probe:
             self._probing.close()
             self.measured, self._probe = self._probe.report(self.engine), None
-        self._record_row(
-            loss=logs["loss"],
-            tokens=self._tokens,
-            norm=math.inf if norm is None else norm,
-            rate=logs["learning_rate"],
-            seconds=time.perf_counter() - self._step_began,
-        )
-        is_over = self._is_over(self._stop)
+        norm = norm if norm is not None and math.isfinite(norm) else None
+        self._record(logs["loss"], self._tokens, norm, logs["learning_rate"], time.perf_counter() - self._step_began)
+        is_over = self._is_over()
         self._evaluate_if_due()
         return is_over
-
-    def _position(self) -> dict[str, Any]:
-        position: dict[str, Any] = self.loader.state_at(self.step)
-        return position
 
     def _facts(self) -> dict[str, Any]:
         return {"deepspeed_config": self.engine.deepspeed_config(), "deepspeed_auto": self.engine.filled_in()}
@@ -141,7 +135,7 @@ class _TrainedModel:
 
     def __init__(self, run: HuggingFaceRun) -> None:
         config = run.config
-        self.device = run.device
+        self.device = local_device(config)
         self.resumes_from: str | None = None
         self._rank, self._zero_stage = run.topology.rank, config.engine.zero_stage
         self._file = config.engine.deepspeed_file
@@ -151,6 +145,8 @@ class _TrainedModel:
         args = build_arguments(config, run.num_steps)
         if self._file:
             _join_process_group(self.device)
+        if config.engine.shard_at_load:
+            check_accelerator(self.device)
         model = build_model(config)
         self.num_parameters = sum(int(getattr(p, "ds_numel", p.numel())) for p in model.parameters())
         self.trainer = HuggingFaceTrainer(run, model, args)
@@ -158,6 +154,10 @@ class _TrainedModel:
     @property
     def module(self) -> Any:
         return self.trainer.model
+
+    @property
+    def schedule(self) -> _TrainersSchedule:
+        return _TrainersSchedule(self.trainer.lr_scheduler)
 
     def model_states(self) -> dict[str, list[Tensor]]:
         """The tensors of this rank's model states by part: ``parameters``, ``gradients``, ``optimizer``."""
@@ -169,8 +169,8 @@ class _TrainedModel:
         parameters = list(self.module.parameters())
         states = [t for state in self.trainer.optimizer_states() for t in state.values() if torch.is_tensor(t)]
         return {
-            "parameters": [*parameters],
-            "gradients": [p.grad for p in parameters if p.grad is not None],
+            "parameters": [_held(p) for p in parameters],
+            "gradients": [p.grad for p in parameters if p.grad is not None] + waiting_gradients(self.module),
             "optimizer": [t for t in states if t.dim() > 0],
         }
 
@@ -203,9 +203,9 @@ class _TrainedModel:
     def train(self, mode: bool) -> None:
         self.trainer.model_wrapped.train(mode)
 
-    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Logits, shape (B, S, V), of a batch without its labels."""
-        logits: Tensor = self.trainer.model_wrapped(**inputs, use_cache=False).logits
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the logits of a batch, shape (B, S, V)."""
+        logits: Tensor = self.trainer.model_wrapped(**model_inputs(batch, self.device), use_cache=False).logits
         return logits
 
     def save(self, directory: Path, writer: Writer) -> None:
@@ -245,6 +245,46 @@ class _TrainedModel:
         forget_state()
         os.environ.clear()
         os.environ.update(self._environment)
+
+
+def _held(parameter: Tensor) -> Tensor:
+    """Return what this rank holds of a parameter.
+
+    On a CPU, a shard that transformers has loaded is a window on the mapped weight file. What lies beside the window
+    is never read into memory, so a copy of the window stands for it.
+    """
+    return local(parameter).clone() if isinstance(parameter, DTensor) else parameter
+
+
+def check_accelerator(device: torch.device) -> None:
+    """Refuse to split a model anywhere but where ``DistributedConfig`` puts it: on the accelerator that it finds.
+
+    Raises:
+        ConfigError: the run is to stay on the CPU, and there is a GPU.
+    """
+    found = torch.accelerator.current_accelerator()
+    if found is not None and found.type != device.type:
+        raise ConfigError(
+            f"shard_at_load=True puts the model on the {found.type} device that is there, and this run is to train on "
+            f"{device.type}. Write device={found.type!r}, or hide it (CUDA_VISIBLE_DEVICES='')."
+        )
+
+
+class _TrainersSchedule:
+    """The Trainer's learning-rate schedule, which checkpoints name, and which the Trainer restores from its own files.
+
+    Args:
+        scheduler: what the Trainer has built, or None before it trains.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self._scheduler.state_dict())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Leave it to the Trainer."""
 
 
 def _join_process_group(device: torch.device) -> None:

@@ -1,0 +1,48 @@
+"""Ranks of ``test_own_loop.py``: those of the local launcher, but ``notebooks/scripts/train_zero.py`` has the loop.
+
+The losses of each start are left in its run's ``losses.json``.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tutorial_lib.config import Config
+from tutorial_lib.launch import worker
+from tutorial_lib.mpu import Topology
+from tutorial_lib.records import RunDirectory
+
+SCRIPT = Path(__file__).resolve().parents[2] / "notebooks" / "scripts" / "train_zero.py"
+
+
+def script() -> Any:
+    """Return the script as a module."""
+    spec = importlib.util.spec_from_file_location("train_zero", SCRIPT)
+    assert spec and spec.loader
+    module = sys.modules["train_zero"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def main(*arguments: str) -> None:
+    worker.main(*arguments, train=train_all)
+
+
+def train_all(configs: Sequence[Config]) -> None:
+    for config in configs:
+        losses = script().train_loop({"config": config.to_json()})
+        gc.collect()
+        run = RunDirectory(config.directory)
+        if Topology.from_environment(config.parallel).rank == 0:
+            (run.path / "losses.json").write_text(json.dumps(losses))
+            run.result_file.write_text("{}")  # what the launcher expects of a run that has ended
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

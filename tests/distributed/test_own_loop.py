@@ -1,0 +1,184 @@
+"""A loop that a reader writes from the package's parts trains as the package's own, and each resumes the other's runs.
+
+The loop is that of ``notebooks/scripts/train_zero.py``. ``test_ray.py`` gives it to Ray's own ``TorchTrainer``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.distributed import cases, own_loop
+from tests.distributed.launching import ROOT, train_command
+from tutorial_lib import checkpoint, launch
+from tutorial_lib.checkpoint import manifest, open_full
+from tutorial_lib.config import ConfigError
+from tutorial_lib.records import RunDirectory
+
+STOP, END = 3, 8
+WAYS = {
+    "zero0": {"zero_stage": 0},
+    "zero3": {"zero_stage": 3, "micro_batch": 1},
+    "fsdp": {"engine": "fsdp"},
+    "fsdp-tp": {"engine": "fsdp", "dp": 1, "tp": 2},
+    "zero2-chunked": {"zero_stage": 2, "loss_chunks": 4},
+    "zero3-chunked": {"zero_stage": 3, "loss_chunks": 4, "micro_batch": 1},
+    "fsdp-chunked": {"engine": "fsdp", "loss_chunks": 4, "micro_batch": 2},
+    "ddp-chunked": {"engine": "fsdp", "sharding": "no_shard", "loss_chunks": 4},
+}
+"""How two ranks share the work, and whether logits exist all at once."""
+
+IN_BF16 = {
+    "zero3-bf16": {"zero_stage": 3, "precision": "bf16"},
+    "zero3-bf16-chunked": {"zero_stage": 3, "precision": "bf16", "loss_chunks": 4},
+    "fsdp-bf16": {"engine": "fsdp", "precision": "bf16"},
+    "fsdp-bf16-chunked": {"engine": "fsdp", "precision": "bf16", "loss_chunks": 4},
+}
+"""The same in 16 bits, where a loss in chunks is rounded per token."""
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("own-loop")
+    cases.small_model("gpt2", directory / "gpt2", **cases.MODELS["gpt2"])
+    cases.small_model("gpt2", directory / "gpt2-dropout", **cases.MODELS["gpt2"], **cases.DROPOUT["gpt2"])
+    return directory
+
+
+def config(directory, name, **changes):
+    flat = {"model": "gpt2", "max_examples": 40, "steps": END, "dp": 2, "warmup_steps": 2, "zero_stage": 2}
+    if changes.get("engine", "deepspeed") != "deepspeed":
+        del flat["zero_stage"]
+    return cases.config(directory, **(flat | {"name": name} | changes))
+
+
+def resumable(directory, name, **changes):
+    """A run with dropout, which other random numbers than the uninterrupted run's would change."""
+    return config(directory, name, model="gpt2-dropout", zero_stage=1, schedule="cosine", **changes)
+
+
+def train_with_loop(configs):
+    """Train in loaded processes; return the losses of each start."""
+    launch.run_all(configs, worker="tests.distributed.own_loop")
+    return [json.loads((each.directory / "losses.json").read_text()) for each in configs]
+
+
+def losses_of(run, first=1):
+    return [row["loss"] for row in run.rows if row["step"] >= first]
+
+
+@pytest.fixture(scope="module")
+def reference(directory):
+    """The package's trainer in one process of plain PyTorch."""
+    run = launch.run(config(directory, "reference", engine="torch", dp=1, launcher="none"))
+    return losses_of(run)
+
+
+@pytest.fixture(scope="module")
+def unbroken(directory):
+    """The package's trainer on two ranks, never stopped."""
+    return launch.run(resumable(directory, "unbroken"))
+
+
+@pytest.fixture(scope="module")
+def begun(directory):
+    """What the loop begins: a run for each way, and one that is stopped. Gives the losses by name."""
+    ways = [config(directory, name, **flat) for name, flat in (WAYS | IN_BF16).items()]
+    stopped = resumable(directory, "begun", stop_after=STOP)
+    background = resumable(directory, "background", checkpoint_every=1, async_save=True, keep_last=2)
+    runs = [*ways, stopped, background]
+    losses = dict(zip([each.run.name for each in runs], train_with_loop(runs), strict=True))
+    shutil.copytree(stopped.directory, directory / "runs" / "handed-on")
+    return losses
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_loop_trains_as_one_process_does(begun, reference, way):
+    assert begun[way] == pytest.approx(reference, rel=1e-6)
+
+
+@pytest.mark.parametrize("way", ["zero3-bf16", "fsdp-bf16"])
+def test_in_bf16_a_loss_in_chunks_is_the_same_to_its_rounding(begun, way):
+    assert begun[f"{way}-chunked"] == pytest.approx(begun[way], rel=2e-3)
+
+
+def test_the_script_trains_under_torchrun_and_the_command_line_takes_its_run_over(directory, reference):
+    whole = config(directory, "torchrun", launcher="none", stop_after=STOP)
+    (directory / "torchrun.json").write_text(whole.to_json())
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def start(*command):
+        done = subprocess.run(
+            [*torchrun, *command], env=environment, capture_output=True, text=True, timeout=240, cwd=directory
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    shown = start(str(own_loop.SCRIPT), str(directory / "torchrun.json"))
+    losses = [float(loss) for loss in re.findall(r"^step +\d+  loss (\S+)$", shown, re.MULTILINE)]
+    assert losses == pytest.approx(reference[:STOP], rel=1e-6)
+    result = json.loads(start("-m", *train_command(whole.override(stop_after=None))))
+    assert (result["status"], result["resumed_from"]) == ("completed", STOP)
+    rows = RunDirectory(whole.directory).rows()
+    assert [row["step"] for row in rows] == list(range(STOP + 1, END + 1))
+    assert [row["loss"] for row in rows] == pytest.approx(reference[STOP:], rel=1e-6)
+
+
+def test_the_loop_resumes_bit_for_bit(directory, begun, unbroken):
+    (losses,) = train_with_loop([resumable(directory, "begun")])
+    assert begun["begun"] + losses == losses_of(unbroken)
+    newest = checkpoint.latest(RunDirectory(directory / "runs" / "begun"))
+    ours, theirs = (open_full(path) for path in (newest, checkpoint.latest(unbroken.directory)))
+    for name in ours.names:
+        assert ours.parameter(name).equal(theirs.parameter(name)), name
+        assert ours.moment(name, "exp_avg").equal(theirs.moment(name, "exp_avg")), name
+
+
+def test_the_trainer_goes_on_from_the_loops_checkpoint(directory, begun, unbroken):
+    run = launch.run(resumable(directory, "handed-on"))
+    assert run.result["resumed_from"] == STOP
+    assert losses_of(run) == losses_of(unbroken, STOP + 1)
+    assert [row["lr"] for row in run.rows] == [row["lr"] for row in unbroken.rows[STOP:]]
+
+
+def test_the_loop_goes_on_from_the_trainers_checkpoint(directory, unbroken):
+    launch.run(resumable(directory, "taken-over", stop_after=STOP))
+    (losses,) = train_with_loop([resumable(directory, "taken-over")])
+    assert losses == losses_of(unbroken, STOP + 1)
+
+
+def test_both_save_the_same_things(directory, begun, unbroken):
+    ours, theirs = (
+        checkpoint.directory_of(RunDirectory(directory / "runs" / name), END) for name in ("background", "unbroken")
+    )
+    assert sorted(manifest.read_manifest(ours)) == sorted(manifest.read_manifest(theirs))
+    state, expected = manifest.read_trainer_state(ours), manifest.read_trainer_state(theirs)
+    for part in ("step", "scheduler", "identity", "world_size", "format"):
+        assert state[part] == expected[part], part
+
+
+def test_files_are_written_in_the_background_and_old_checkpoints_go(directory, begun, unbroken):
+    assert begun["background"] == losses_of(unbroken)
+    kept = RunDirectory(directory / "runs" / "background").checkpoints.iterdir()
+    assert sorted(path.name for path in kept) == [f"step-{step:08d}" for step in (END - 1, END)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keep_best": True, "evaluate": True}, r"nobody evaluates: give CheckpointManager\(\.\.\., evaluate=\.\.\.\)"),
+        ({"steps": None, "epochs": 1, "warmup_steps": 9}, "warmup_steps=9 goes on after the last step of a run of 5"),
+        ({"name": "unbroken", "seed": 1}, "seed was 0, now 1"),
+    ],
+)
+def test_what_the_loop_would_not_do_is_refused_before_training(directory, unbroken, changes, message):
+    settings = {"engine": "torch", "dp": 1, "launcher": "none", "name": "refused", "max_examples": 40, **changes}
+    with pytest.raises(ConfigError, match=message):
+        own_loop.script().train_loop({"config": cases.config(directory, **{"model": "gpt2", **settings}).to_json()})

@@ -1,0 +1,90 @@
+"""Loss of the output layer in chunks: the same numbers in less memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.distributed.cases import altered_model
+from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.embedded import MODEL_NAMES
+from tutorial_lib.engine import build_engine
+from tutorial_lib.measure.memory import count_allocations
+from tutorial_lib.mpu import Topology
+from tutorial_lib.trainer import token_loss_sum
+
+ALONE = Topology(dp=1, tp=1, rank=0)
+
+
+def engine_of(**flat):
+    return build_engine(Config.create(engine="torch", dp=1, **flat), ALONE, 1)
+
+
+def batch_of(rows, tokens, vocabulary):
+    labels = torch.randint(vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": labels.clone(), "attention_mask": torch.ones_like(labels), "labels": labels}
+    batch["labels"][:, : tokens // 4] = -100
+    return batch
+
+
+def train(engine, batch):
+    loss = token_loss_sum(engine.forward(batch), batch["labels"])
+    engine.backward(loss / 100)
+    return float(loss.detach()), {name: p.grad.clone() for name, p in engine.module.named_parameters()}
+
+
+@pytest.mark.parametrize("name", MODEL_NAMES)
+@pytest.mark.parametrize("chunks", [2, 7, 10_000])
+def test_loss_and_gradients_are_those_of_full_logits(name, chunks):
+    batch = batch_of(3, 40, 500)
+    loss, gradients = train(engine_of(model=name), batch)
+    chunked_loss, chunked = train(engine_of(model=name, loss_chunks=chunks), batch)
+    assert chunked_loss == pytest.approx(loss, rel=1e-6)
+    for parameter, expected in gradients.items():
+        difference = (chunked[parameter] - expected).abs().max()
+        assert difference <= 1e-6 * max(1.0, float(expected.abs().max())), parameter
+
+
+def test_in_bf16_the_loss_differs_by_what_bf16_rounds():
+    batch = batch_of(3, 40, 500)
+    losses = [
+        token_loss_sum(engine.forward(batch), batch["labels"]).item()
+        for engine in (engine_of(precision="bf16"), engine_of(precision="bf16", loss_chunks=4))
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+
+
+def test_a_batch_without_labels_has_logits():
+    engine = engine_of(loss_chunks=2)
+    batch = batch_of(2, 16, 500)
+    with torch.no_grad():
+        assert engine.forward(batch).dim() == 0, "an evaluation needs no logits either"
+        logits = engine.forward({name: tensor for name, tensor in batch.items() if name != "labels"})
+    assert logits.shape[:2] == (2, 16)
+
+
+def test_the_peak_is_without_the_logits(tmp_path):
+    """Of a vocabulary of 40,000, whose logits are the largest tensor of the step, and their gradient another one."""
+    vocabulary, rows, tokens = 40_000, 4, 128
+    altered_model("embedded/gpt2", tmp_path / "large", vocab_size=vocabulary, n_embd=32, n_layer=1, n_head=2)
+    batch = batch_of(rows, tokens, vocabulary)
+    peaks = {}
+    for chunks in (1, 16):
+        engine = engine_of(model=str(tmp_path / "large"), random_init=True, loss_chunks=chunks)
+        train(engine, batch)  # afterwards gradients are there already
+        with count_allocations() as allocations:
+            train(engine, batch)
+        peaks[chunks] = allocations.peak["cpu"]
+    logits = 4 * rows * (tokens - 1) * vocabulary
+    assert peaks[1] > 2 * logits
+    assert peaks[16] < logits / 4, "a chunk's logits and their gradient, and what is as large as the output layer"
+
+
+def test_tensor_parallelism_is_refused():
+    with pytest.raises(ConfigError, match="loss_chunks=8 computes the loss inside the output layer, which tp=2 splits"):
+        Config.create(engine="fsdp", dp=1, tp=2, loss_chunks=8)
+
+
+def test_the_hugging_face_trainer_has_no_such_loss():
+    with pytest.raises(ConfigError, match="loss_chunks=8 would have no effect: it needs engine='deepspeed' or"):
+        Config.create(engine="trainer", loss_chunks=8)

@@ -1,0 +1,51 @@
+"""The step timeline: FSDP2's marks in a profiler's trace become spans."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tutorial_lib.lab.timeline import LANES, Span, draw, read_trace
+
+
+def write_trace(path: Path, marks: list[tuple[str, float, float]]) -> Path:
+    """Write marks (name, start and end in ms) as ``export_chrome_trace`` does, between events of other kinds."""
+    events = [{"ph": "X", "name": name, "ts": 1e6 + 1e3 * a, "dur": 1e3 * (b - a)} for name, a, b in marks]
+    path.write_text(json.dumps({"traceEvents": [{"ph": "M", "name": "process_name"}, *events]}))
+    return path
+
+
+def test_a_step_of_one_layer(tmp_path: Path) -> None:
+    trace = write_trace(
+        tmp_path / "trace.json",
+        [
+            ("FSDP::all_gather", 0, 1),
+            ("FSDP::pre_forward (h.0)", 1, 3),
+            ("FSDP::all_gather (h.0)", 2, 3),
+            ("FSDP::post_forward (h.0)", 7, 8),
+            ("FSDP::pre_backward", 10, 12),
+            ("FSDP::all_gather (h.0)", 11, 12),
+            ("FSDP::pre_backward (h.0)", 12, 13),
+            ("aten::mm", 13, 14),
+            ("FSDP::post_backward_accumulate (h.0)", 20, 21),
+            ("FSDP::post_backward_reduce (h.0)", 21, 22),
+            ("FSDP::post_backward_reduce", 23, 24),
+        ],
+    )
+    assert read_trace(trace) == [
+        Span("all-gather", "", 0, 1),
+        Span("all-gather", "h.0", 2, 3),
+        Span("compute", "h.0", 3, 7),
+        Span("compute", "loss", 8, 10),
+        Span("all-gather", "h.0", 11, 12),
+        Span("compute", "h.0", 13, 20),
+        Span("reduce-scatter", "h.0", 21, 22),
+        Span("reduce-scatter", "", 23, 24),
+    ]
+    assert draw(read_trace(trace), title="One step", alt="Three lanes.").alt == "Three lanes."
+    assert list(LANES) == ["all-gather", "compute", "reduce-scatter"]
+
+
+def test_a_trace_without_fsdp_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no marks of FSDP2"):
+        read_trace(write_trace(tmp_path / "trace.json", [("aten::mm", 0, 1)]))

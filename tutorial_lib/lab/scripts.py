@@ -1,0 +1,74 @@
+"""Take-home scripts of ``notebooks/scripts``, imported by their names, so that a lesson can show and start them.
+
+>>> from tutorial_lib.lab.scripts import train_fsdp
+>>> show_source(train_fsdp, only="train")
+>>> torchrun(train_fsdp, 2, "--model", "gpt2", "--steps", 20)
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+DIRECTORY = Path(__file__).parents[2] / "notebooks" / "scripts"
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Import the script of this name.
+
+    Raises:
+        AttributeError: there is none, or this is a copy of the package without the course.
+    """
+    path = DIRECTORY / f"{name}.py"
+    if name.startswith("_") or not path.is_file():
+        there = ", ".join(sorted(script.stem for script in DIRECTORY.glob("*.py")))
+        raise AttributeError(
+            f"notebooks/scripts has no {name}.py. It has: {there or 'nothing: use a clone of the repository'}."
+        )
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = globals()[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def torchrun(
+    script: ModuleType, num_ranks: int, *arguments: object, on_line: Callable[[str], object] = lambda line: None
+) -> list[str]:
+    """Start a script with torchrun on processes of this machine, and return the lines that it prints.
+
+    Args:
+        script: of :data:`DIRECTORY`.
+        num_ranks: processes.
+        *arguments: of the script; numbers and paths are written as text.
+        on_line: called with each line as soon as it is there.
+
+    Raises:
+        RuntimeError: a rank failed; the message ends with what it wrote on standard error.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    command += [str(script.__file__), *map(str, arguments)]
+    environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore"} | os.environ
+    lines = []
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                lines.append(line.rstrip())
+                on_line(lines[-1])
+        except BaseException:
+            process.terminate()  # torchrun ends its ranks
+            raise
+        if process.wait():
+            errors.seek(0)
+            raise RuntimeError(f"{script.__name__} failed on {num_ranks} ranks:\n{errors.read()[-3000:]}")
+    return lines

@@ -1,0 +1,28 @@
+"""Device of one rank: the CPU, or the GPU of its local rank."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from tutorial_lib.config import Config, ConfigError
+
+
+def local_device(config: Config) -> torch.device:
+    """Return where this rank computes, and make it the current GPU. A rank that sees one GPU alone uses that.
+
+    Raises:
+        ConfigError: the node has fewer GPUs than ranks.
+    """
+    if config.run.device == "cpu":
+        return torch.device("cpu")
+    local_rank, visible = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if not visible or local_rank >= visible > 1:
+        raise ConfigError(
+            f"Local rank {local_rank} has no GPU of its own: {visible} can be seen here. Start as many ranks per node "
+            "as it has GPUs, or write device='cpu'."
+        )
+    device = torch.device("cuda", local_rank if local_rank < visible else 0)
+    torch.cuda.set_device(device)
+    return device

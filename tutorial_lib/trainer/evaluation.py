@@ -1,0 +1,84 @@
+"""Evaluation during training: the mean loss per token over the evaluation split, and when it is computed."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from tutorial_lib.config import Config
+from tutorial_lib.dataloader import EvalLoader
+from tutorial_lib.dataloader.collate import fingerprint
+from tutorial_lib.engine import Engine
+from tutorial_lib.mpu import Topology
+from tutorial_lib.mpu.collectives import all_gather_ints
+from tutorial_lib.trainer.consistency import check_batches
+from tutorial_lib.trainer.loss import count_targets, sum_over_ranks, token_loss_sum
+
+
+class Evaluator:
+    """Evaluates a model, and keeps what it found in the run's record, which checkpoints save.
+
+    Args:
+        config: says how often to evaluate.
+        engine: what is evaluated.
+        loader: the evaluation split.
+        topology: this rank's place in the grid.
+        steps_per_epoch: optimizer steps of an epoch, for ``evaluate_every='epoch'``.
+
+    Attributes:
+        samples_per_second: of the last evaluation, or None.
+    """
+
+    def __init__(
+        self, config: Config, engine: Engine, loader: EvalLoader, topology: Topology, steps_per_epoch: int
+    ) -> None:
+        self.engine, self.loader, self.topology = engine, loader, topology
+        self.samples_per_second: float | None = None
+        self._every, self._steps_per_epoch = config.run.evaluate_every, steps_per_epoch
+
+    def mean_loss(self, step: int) -> float:
+        """Return the mean loss per token, weighing every token alike: the same on all ranks. Collective.
+
+        Args:
+            step: optimizer steps done, for messages.
+        """
+        began = time.perf_counter()
+        self.engine.train(False)
+        totals = torch.zeros(2, dtype=torch.float64, device=self.engine.device)
+        with torch.no_grad():
+            for batch in self.loader:
+                if self.topology.tp > 1:
+                    own = all_gather_ints([fingerprint([batch])])
+                    check_batches(self.topology, step + 1, [number for (number,) in own])
+                totals[0] += token_loss_sum(self.engine.forward(batch), batch["labels"])
+                totals[1] += count_targets(batch["labels"])
+        loss_sum, tokens = (sum_over_ranks(total, self.topology, step=step + 1) for total in totals)
+        self.samples_per_second = self.loader.num_examples / (time.perf_counter() - began)
+        return loss_sum / tokens
+
+    def note_before(self, record: dict[str, Any]) -> None:
+        """Evaluate the model that has not been trained yet. Collective."""
+        record["eval_loss_before"] = self.mean_loss(0)
+
+    def note_if_due(self, record: dict[str, Any], step: int) -> None:
+        """Add this step to ``eval_losses``, if ``evaluate_every`` asks for it. Collective."""
+        if self._every is None:
+            return
+        losses: list[dict[str, Any]] = record.setdefault("eval_losses", [])
+        period = self._steps_per_epoch if self._every == "epoch" else int(self._every)
+        if step % period == 0 and _noted(record, step) is None:
+            loss = record["eval_loss_before"] if step == 0 else self.mean_loss(step)
+            losses.append({"epoch": step / self._steps_per_epoch, "step": step, "loss": loss})
+
+    def loss_at(self, record: dict[str, Any], step: int) -> float:
+        """Return the loss after this step, the last one: what was noted of it, or evaluate now. Collective."""
+        noted = _noted(record, step)
+        return self.mean_loss(step) if noted is None else noted
+
+
+def _noted(record: dict[str, Any], step: int) -> float | None:
+    """Return the evaluation loss after the last step, if ``evaluate_every`` has asked for it."""
+    last = next(iter(record.get("eval_losses", [])[-1:]), None)
+    return last["loss"] if last and last["step"] == step else None

@@ -1,0 +1,92 @@
+"""One rank of a launch: it trains the runs that it is given, in the process group that its launcher has set up."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+from tutorial_lib import checkpoint
+from tutorial_lib.checkpoint import OnCheckpoint
+from tutorial_lib.config import Config
+from tutorial_lib.mpu import Topology
+from tutorial_lib.mpu.collectives import barrier
+from tutorial_lib.records import RunDirectory
+from tutorial_lib.trainer.loop import Trainer
+from tutorial_lib.trainer.process import output_to, stop_signals
+from tutorial_lib.trainer.result import Result
+from tutorial_lib.trainer.stops import SLOT_IS_OVER
+
+
+def train_all(configs: Sequence[Config], *, on_checkpoint: OnCheckpoint | None = None) -> list[Result]:
+    """Run or continue several runs one after the other, until one of them is asked to stop. Collective.
+
+    Args:
+        configs: what to train.
+        on_checkpoint: for the last of them, see :func:`train`.
+
+    Returns:
+        The results of those that were begun.
+    """
+    results: list[Result] = []
+    for config in configs:
+        results.append(train(config, on_checkpoint=on_checkpoint if config is configs[-1] else None))
+        if results[-1].stopped_by not in (None, SLOT_IS_OVER):
+            break
+    return results
+
+
+def train(config: Config, *, on_checkpoint: OnCheckpoint | None = None) -> Result:
+    """Run or continue one training run in this process, as one rank of the process group that exists. Collective.
+
+    Every launcher calls this on every rank. Without a process group it is a run of one rank.
+
+    Args:
+        config: what to run, with what its DeepSpeed file states, as ``launch.preflight`` returns it.
+        on_checkpoint: called on every rank when a checkpoint is complete.
+
+    Raises:
+        ConfigError: the configuration cannot run here, or another start of this run has not ended.
+        CheckpointError: there are checkpoints, but none that can be continued.
+        NonFiniteLoss: training diverged.
+        RanksDisagree: ranks of a tensor-parallel group read different batches, or computed different losses.
+    """
+    started = time.perf_counter()
+    topology, run = Topology.from_environment(config.parallel), RunDirectory(config.directory)
+    with checkpoint.opened_for_training(run, topology):
+        # Only torchrun's ranks clear old requests here. Elsewhere the launcher did, and a new request may be there.
+        if topology.rank == 0 and config.run.launcher == "none" and "RANK" in os.environ:
+            run.clear_requests()
+        barrier()
+        log = run.log_file(topology.rank) if config.run.launcher != "none" else None
+        with output_to(log), stop_signals() as stop_signalled:
+            try:
+                trainer = _trainer_of(config)(
+                    config, topology, on_checkpoint=on_checkpoint, stop_signalled=stop_signalled
+                )
+                try:
+                    return trainer.fit(started)
+                finally:
+                    trainer.close()
+                    gc.collect()
+            except BaseException as error:
+                refused = checkpoint.storage_failure(run, error)
+                with suppress(OSError):
+                    if refused:
+                        checkpoint.clear_remains(run)  # a half checkpoint takes the room that the error needs
+                    # Where nothing can be written, the launcher has what Python prints at the end.
+                    run.write_error(topology.rank, refused or error)
+                if refused:
+                    raise refused from error
+                raise
+
+
+def _trainer_of(config: Config) -> type[Trainer]:
+    """Return who runs the training loop: this package, or the Hugging Face Trainer."""
+    if config.engine.name != "trainer":
+        return Trainer
+    from tutorial_lib.trainer.huggingface import HuggingFaceRun  # loads transformers' Trainer and accelerate
+
+    return HuggingFaceRun

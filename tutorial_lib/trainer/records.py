@@ -1,0 +1,81 @@
+"""Records of a run that its rank 0 keeps while it trains: settings, a row per step, restarts."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tutorial_lib.config import Config
+from tutorial_lib.mpu import Topology
+from tutorial_lib.records import Row, RunDirectory, write_atomically
+
+
+@dataclass(frozen=True, slots=True)
+class StepRow:
+    """A row of ``metrics.jsonl``: one optimizer step.
+
+    Attributes:
+        step: its number, from 1.
+        epoch: the epoch it belongs to, from 0.
+        loss: mean over the step's tokens, on all ranks.
+        tokens: how many tokens entered the loss, on all ranks.
+        grad_norm: the gradient's global 2-norm before clipping; None if fp16 skipped the update.
+        lr: the learning rate of the update.
+        seconds: the step's duration on rank 0.
+    """
+
+    step: int
+    epoch: int
+    loss: float
+    tokens: int
+    grad_norm: float | None
+    lr: float
+    seconds: float
+
+
+class Records:
+    """What rank 0 writes; on all other ranks nothing is written.
+
+    Args:
+        config: what is run.
+        topology: this rank's place in the grid.
+
+    Attributes:
+        restarts: the failures of this launch that led to this start, with the step that each was answered from.
+    """
+
+    def __init__(self, config: Config, topology: Topology) -> None:
+        self.run, self._config, self._writes = RunDirectory(config.directory), config, topology.rank == 0
+        self.restarts: list[dict[str, Any]] = []
+        self._last: StepRow | None = None
+
+    def resume(self, step: int) -> None:
+        """Continue after a step: rows after it are dropped, as they will be written again."""
+        if not self._writes:
+            return
+        if step:
+            self.run.keep_rows_until(step)
+        self.restarts = self.run.restarts()
+        for restart in self.restarts:
+            restart.setdefault("from_step", step)
+        if self.restarts:
+            self.run.write_restarts(self.restarts)
+
+    def begin(self, *, is_resumed: bool) -> None:
+        """Write the settings, and remove what a start that this one replaces has left."""
+        if not self._writes:
+            return
+        write_atomically(self.run.config_file, self._config.to_json())
+        self.run.result_file.unlink(missing_ok=True)
+        if not is_resumed:
+            self.run.metrics_file.unlink(missing_ok=True)
+
+    def add(self, row: StepRow) -> None:
+        """Append the row of the step that was just trained."""
+        self._last = row
+        if self._writes:
+            self.run.append(asdict(row))
+
+    def last_row(self) -> Row:
+        """Return the newest row, of this start or of an earlier one; empty before the first step."""
+        return asdict(self._last) if self._last else next(iter(self.run.rows()[-1:]), {})

@@ -1,0 +1,110 @@
+"""Result of a run: what ``result.json`` holds when one start of it has ended."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from tutorial_lib import checkpoint
+from tutorial_lib.measure.memory import peak_memory
+from tutorial_lib.mpu.collectives import all_gather_objects
+
+if TYPE_CHECKING:
+    from tutorial_lib.trainer.loop import Trainer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """How a start of a run ended.
+
+    Attributes:
+        status: ``completed``, or ``stopped`` with steps left.
+        stopped_by: a signal's name, ``request``, ``stop_after``, or None.
+        step: optimizer steps done, of ``num_steps`` in all.
+        resumed_from: the step of the checkpoint that this start resumed from, and ``reshaped_from`` the shape it had.
+        left_out: newer checkpoints that are damaged.
+        restarts: the failures of this launch that led to this start.
+        data: what became of the rows of each split.
+        train_loss: of the last step.
+        eval_loss_before: before the first step, ``eval_loss`` at the end, ``eval_losses`` on the way.
+        tokens_per_second: of this start's steps but the first, which allocates and compiles.
+        saves: seconds and bytes of each save of this start.
+        ranks: peak memory of each rank, and what its probe measured.
+        facts: what one way of training alone reports, each under its own name.
+    """
+
+    status: str
+    stopped_by: str | None
+    step: int
+    num_steps: int
+    steps_per_epoch: int | None
+    resumed_from: int | None
+    reshaped_from: dict[str, Any] | None
+    left_out: list[dict[str, Any]]
+    restarts: list[dict[str, Any]]
+    data: dict[str, Any]
+    train_loss: float | None
+    eval_loss_before: float | None
+    eval_loss: float | None
+    eval_losses: list[dict[str, Any]]
+    eval_samples_per_second: float | None
+    tokens_per_second: float | None
+    seconds_to_first_step: float
+    num_parameters: int
+    checkpoint: str
+    saves: list[dict[str, Any]]
+    ranks: list[dict[str, Any]]
+    versions: dict[str, str]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Return the text of ``result.json``."""
+        own = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "facts"}
+        return json.dumps(own | self.facts, indent=2) + "\n"
+
+
+def collect_result(trainer: Trainer, eval_loss: float | None, facts: dict[str, Any]) -> Result:
+    """Return how a start of a run ended, the same on every rank. Collective.
+
+    Args:
+        trainer: what has trained.
+        eval_loss: after the last step, or None.
+        facts: see :class:`Result`.
+    """
+    rows, record, checkpoints = trainer.run.rows(), trainer.checkpoints.record, trainer.checkpoints
+    steady = [row for row in rows if row["step"] > (trainer.resumed_from or 0) + 1]
+    seconds = sum(row["seconds"] for row in steady)
+    loaders: dict[str, Any] = {"train": trainer.loader, "eval": trainer.evaluator and trainer.evaluator.loader}
+    own = {
+        "rank": trainer.topology.rank,
+        "peak_memory_bytes": peak_memory(trainer.engine.device),
+        "measured": trainer.measured,
+    }
+    packages = ("torch", "deepspeed", "transformers", "datasets")
+    return Result(
+        status="completed" if trainer.stops.stopped_by is None else "stopped",
+        stopped_by=trainer.stops.stopped_by,
+        step=trainer.step,
+        num_steps=trainer.num_steps,
+        steps_per_epoch=getattr(trainer.loader, "steps_per_epoch", None),
+        resumed_from=trainer.resumed_from,
+        reshaped_from=checkpoints.reshaped_from,
+        left_out=[asdict(each) for each in checkpoints.start.left_out],
+        restarts=trainer.records.restarts,
+        data={use: asdict(loader.summary) for use, loader in loaders.items() if hasattr(loader, "summary")},
+        train_loss=rows[-1]["loss"] if rows else None,
+        eval_loss_before=record.get("eval_loss_before"),
+        eval_loss=eval_loss,
+        eval_losses=record.get("eval_losses", []),
+        eval_samples_per_second=trainer.evaluator.samples_per_second if trainer.evaluator else None,
+        tokens_per_second=sum(row["tokens"] for row in steady) / seconds if seconds else None,
+        seconds_to_first_step=record["seconds_to_first_step"],
+        num_parameters=trainer.engine.num_parameters,
+        checkpoint=checkpoint.directory_of(trainer.run, trainer.step).name,
+        saves=checkpoints.saves,
+        ranks=all_gather_objects(own),
+        versions={name: importlib.metadata.version(name) for name in packages},
+        facts=facts,
+    )

@@ -1,0 +1,60 @@
+"""Stop requests: a signal to any rank, the stop file, or the end of a time slot. All ranks heed them together."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+
+from tutorial_lib.mpu import Topology
+from tutorial_lib.mpu.collectives import all_gather_ints
+from tutorial_lib.records import RunDirectory
+
+SLOT_IS_OVER, REQUEST = "stop_after", "request"
+"""Values of ``stopped_by`` in ``result.json``; a signal is given by its name, such as ``SIGTERM``."""
+
+_REQUESTED = 1000
+"""Stands beside signal numbers for a request through the stop file; larger than any of them."""
+
+
+class StopRequests:
+    """What asks one start of a run to stop.
+
+    Args:
+        run: whose stop file is looked for.
+        topology: this rank's place in the grid; rank 0 looks for the file.
+        stop_after: the last step of the time slot, or None.
+        stop_signalled: returns the number of the signal that asked this process to stop, or 0.
+
+    Attributes:
+        stopped_by: what asked the run to stop, as ``result.json`` has it, or None.
+    """
+
+    def __init__(
+        self, run: RunDirectory, topology: Topology, stop_after: int | None, stop_signalled: Callable[[], int]
+    ) -> None:
+        self._run, self._topology, self._stop_after = run, topology, stop_after
+        self._stop_signalled = stop_signalled
+        self.stopped_by: str | None = None
+
+    def is_in_a_hurry(self) -> bool:
+        """Return whether somebody has asked the run to stop, and may end it soon."""
+        return self.stopped_by not in (None, SLOT_IS_OVER)
+
+    def slot_is_over(self, step: int) -> bool:
+        """Return whether the time slot ends with this step or has ended before."""
+        is_over = self._stop_after is not None and step >= self._stop_after
+        self.stopped_by = SLOT_IS_OVER if is_over else None
+        return is_over
+
+    def all_gather(self, step: int) -> bool:
+        """Return whether training stops after this step, the same on every rank. Collective."""
+        is_over = self.slot_is_over(step)
+        stop = max(own for (own,) in all_gather_ints([self._own_request()]))
+        if stop:
+            self.stopped_by = REQUEST if stop == _REQUESTED else signal.Signals(stop).name
+        return is_over or bool(stop)
+
+    def _own_request(self) -> int:
+        if self._topology.rank == 0 and self._run.stop_file.exists():
+            return _REQUESTED
+        return self._stop_signalled()
