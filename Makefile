@@ -50,7 +50,7 @@ unit: $(READY) ## functions, as many at a time as there are cores
 distributed: $(READY) ## real runs on 1, 2 and 4 processes, compared number by number: all valid pairs of settings
 	@$(TESTS) tests/distributed
 
-cluster: $(READY) cluster-tools ## torchrun and SLURM on virtual nodes of this machine (root and Linux; skipped elsewhere)
+cluster: $(READY) cluster-tools ## torchrun, SLURM and Ray on virtual nodes of this machine (root and Linux; skipped elsewhere)
 	@$(TESTS) tests/cluster
 
 cluster-tools: ## install SLURM and munge, which cluster needs (as root, with apt-get)

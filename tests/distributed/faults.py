@@ -1,4 +1,6 @@
-"""Table of the faults that a run survives: ``test_faults.py`` proves it row by row, ``docs/faults.md`` shows it.
+"""Tables of the faults that a run survives, which ``docs/faults.md`` shows.
+
+``tests/distributed/test_faults.py`` proves the first row by row, ``tests/cluster/test_ray.py`` the second.
 
 ``python -m tests.distributed.faults`` writes that page.
 """
@@ -90,19 +92,58 @@ FAULTS = (
     ),
 )
 
+ON_NODES = (
+    Fault(
+        "node_lost",
+        "a node with half of the ranks loses power, `max_failures=1`, `min_dp`",
+        "goes on with the ranks that have room, from the newest intact checkpoint; tensor-parallel groups stay whole",
+    ),
+    Fault(
+        "node_back",
+        "the node comes back",
+        "grows back to all its ranks, from the next checkpoint on",
+    ),
+    Fault(
+        "room_taken",
+        "somebody else holds a part of the cluster",
+        "ends after `resource_timeout` with what it wants and what is free on each node",
+    ),
+    Fault(
+        "group_on_no_node",
+        "no node has the CPUs or GPUs of a tensor-parallel group",
+        "refused before a rank starts, with what each node has",
+    ),
+    Fault(
+        "storage_not_shared",
+        "a node does not see the storage",
+        "refused before a rank starts, with the node and the directory",
+    ),
+)
+"""On several nodes under Ray."""
+
+
+def _table(faults: tuple[Fault, ...]) -> str:
+    rows = "\n".join(f"| {fault.happens} | {fault.outcome} |" for fault in faults)
+    return f"| what happens | what the run does |\n| --- | --- |\n{rows}"
+
 
 def page() -> str:
     """Return the text of ``docs/faults.md``."""
-    rows = "\n".join(f"| {fault.happens} | {fault.outcome} |" for fault in FAULTS)
     return f"""\
 # What a run survives
 
 Each of these {len(FAULTS)} faults is injected for real by `tests/distributed/test_faults.py`. Wherever a run resumes,
 its rows and final weights are bit for bit those of the undisturbed run, and no intact checkpoint is lost.
 
-| what happens | what the run does |
-| --- | --- |
-{rows}
+{_table(FAULTS)}
+
+## On several nodes
+
+`tests/cluster/test_ray.py` injects these {len(ON_NODES)} on a Ray cluster of virtual nodes. Where the number of ranks
+changes, each step has the same examples, and losses are those of the undisturbed run to 1e-6: sums add up in a
+different order.
+
+{_table(ON_NODES)}
 
 `python -m tests.distributed.faults` writes this page.
 """

@@ -1,7 +1,9 @@
-"""The page of faults is the table that the tests prove, and every row of it has a test."""
+"""The page of faults is the tables that the tests prove, and every row of them has a test."""
 
 import re
 from pathlib import Path
+
+import pytest
 
 from tests.distributed import faults
 
@@ -10,7 +12,13 @@ def test_the_page_shows_the_table():
     assert faults.PAGE.read_text(encoding="utf-8") == faults.page(), "run `python -m tests.distributed.faults`"
 
 
-def test_every_row_is_proved():
-    tests = (Path(faults.__file__).parent / "test_faults.py").read_text(encoding="utf-8")
-    assert len({fault.name for fault in faults.FAULTS}) == len(faults.FAULTS)
-    assert {f"{fault.name}" for fault in faults.FAULTS} == set(re.findall(r'^@proves\("(\w+)"\)', tests, re.MULTILINE))
+@pytest.mark.parametrize(
+    ("table", "proofs"),
+    [(faults.FAULTS, "distributed/test_faults.py"), (faults.ON_NODES, "cluster/test_ray.py")],
+    ids=["ranks", "nodes"],
+)
+def test_every_row_is_proved(table, proofs):
+    tests = (Path(faults.__file__).parents[1] / proofs).read_text(encoding="utf-8")
+    assert len({fault.name for fault in table}) == len(table)
+    stated = " ".join(re.findall(r"^@proves\((.+)\)", tests, re.MULTILINE))
+    assert {fault.name for fault in table} == set(re.findall(r'"(\w+)"', stated))

@@ -1,4 +1,4 @@
-"""The package from a shell: ``python -m tutorial_lib COMMAND``: ``train``, ``bench``, ``slurm``, ``plan`` and more.
+"""The package from a shell: ``python -m tutorial_lib COMMAND``: ``train``, ``bench``, ``slurm``, ``ray`` and more.
 
 Exit codes, which scripts and schedulers may rely on: 0 done; 2 bad usage or configuration, or a plan in which nothing
 fits, with what to write instead; 75 stopped before the end after saving, run it again to go on; 1 anything else, with
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from tutorial_lib.cli import bench, checkpoints, plan, slurm, train
+from tutorial_lib.cli import bench, checkpoints, plan, ray, slurm, train
 from tutorial_lib.cli.options import BAD_CONFIGURATION, DONE, FAILED, STOPPED
 from tutorial_lib.config import ConfigError
 
@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         "train": (train.add_arguments, train.main, "run or continue a training run"),
         "bench": (bench.add_arguments, bench.main, "the same training in several ways, side by side in a table"),
         "slurm": (slurm.add_arguments, slurm.main, "write the SLURM batch script of a run, or submit and follow it"),
+        "ray": (ray.add_arguments, ray.main, "write the cluster.yaml or RayJob that starts a Ray cluster for a run"),
         "plan": (
             plan.add_arguments,
             plan.main,

@@ -24,13 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Write a SLURM batch script that trains on several nodes, saves and queues itself again before its time "
         "limit, and resumes. dp follows from nodes, GPUs and tp."
     )
-    parser.add_argument("--nodes", type=int, metavar="N", help="nodes (default: 1)")
-    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs, and so processes, on each node")
-    parser.add_argument("--ranks-per-node", type=int, metavar="N", help="with --profile cpu: processes on each node")
-    parser.add_argument("--cpus-per-rank", type=int, metavar="N", help="cores of a process (default: 8; on CPUs 1)")
-    parser.add_argument(
-        "--experiment", metavar="NAME", help="a name of the workshop: 3Z-8G4N is stage 3, 8 GPUs on 4 nodes"
-    )
+    add_places(parser)
     parser.add_argument("--time", default="01:00:00", metavar="LIMIT", help="time limit (default: 01:00:00)")
     parser.add_argument(
         "--grace", type=int, default=120, metavar="SECONDS",
@@ -55,17 +49,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add_setting(parser, setting)
 
 
+def add_places(parser: argparse.ArgumentParser) -> None:
+    """Add the nodes that a run is to have, and the processes on each."""
+    parser.add_argument("--nodes", type=int, metavar="N", help="nodes (default: 1)")
+    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs, and so processes, on each node")
+    parser.add_argument("--ranks-per-node", type=int, metavar="N", help="with --profile cpu: processes on each node")
+    parser.add_argument("--cpus-per-rank", type=int, metavar="N", help="cores of a process (default: 8; on CPUs 1)")
+    parser.add_argument(
+        "--experiment", metavar="NAME", help="a name of the workshop: 3Z-8G4N is stage 3, 8 GPUs on 4 nodes"
+    )
+
+
 def main(options: argparse.Namespace) -> int:
     """Write or submit a batch script; returns the exit code."""
     from tutorial_lib.launch.slurm import Allocation, write_script
 
     stated = given(options)
-    nodes, ranks = _nodes_and_ranks(options, stated)
-    device = stated.get("device") or Config.create(options.profile).run.device
+    nodes, ranks = nodes_and_ranks(options, stated)
     allocation = Allocation(
         nodes=nodes,
         ranks_per_node=ranks,
-        cpus_per_rank=_CPUS_PER_RANK.get(device, 1) if options.cpus_per_rank is None else options.cpus_per_rank,
+        cpus_per_rank=cpus_per_rank(options, stated),
         time_limit=options.time,
         grace=options.grace,
         requeue=options.requeue,
@@ -74,7 +78,7 @@ def main(options: argparse.Namespace) -> int:
         partition=options.partition,
         account=options.account,
     )
-    config = Config.create(options.profile, **_with_sizes(stated, allocation.world_size))
+    config = Config.create(options.profile, **with_sizes({"launcher": "none", **stated}, allocation.world_size))
     script = write_script(
         config, allocation, options.profile, shlex.join(["python", "-m", "tutorial_lib", *sys.argv[1:]])
     )
@@ -106,9 +110,20 @@ def _submit(config: Config, script: str, as_json: bool) -> int:
     return STOPPED if run.result["status"] == "stopped" else DONE
 
 
-def _nodes_and_ranks(options: argparse.Namespace, stated: dict[str, Any]) -> tuple[int, int]:
+def cpus_per_rank(options: argparse.Namespace, stated: dict[str, Any]) -> int:
+    """Return how many cores each process gets."""
+    if options.cpus_per_rank is not None:
+        return int(options.cpus_per_rank)
+    return _CPUS_PER_RANK.get(_device(options, stated), 1)
+
+
+def _device(options: argparse.Namespace, stated: dict[str, Any]) -> str:
+    return str(stated.get("device") or Config.create(options.profile).run.device)
+
+
+def nodes_and_ranks(options: argparse.Namespace, stated: dict[str, Any]) -> tuple[int, int]:
     """Return the number of nodes and of processes on each. Add the settings that an experiment's name stands for."""
-    device = stated.get("device") or Config.create(options.profile).run.device
+    device = _device(options, stated)
     own, other = ("gpus_per_node", "ranks_per_node") if device == "cuda" else ("ranks_per_node", "gpus_per_node")
     flag, wrong = (f"--{name.replace('_', '-')}" for name in (own, other))
     if getattr(options, other) is not None:
@@ -128,8 +143,8 @@ def _nodes_and_ranks(options: argparse.Namespace, stated: dict[str, Any]) -> tup
     return experiment.nodes, experiment.gpus_per_node
 
 
-def _with_sizes(stated: dict[str, Any], world_size: int) -> dict[str, Any]:
+def with_sizes(stated: dict[str, Any], world_size: int) -> dict[str, Any]:
     """Return the settings of the run, with the sizes that follow from the number of processes."""
     tp = stated.get("tp", 1)
     dp = stated.get("dp", world_size // tp if isinstance(tp, int) and tp > 0 else 1) or 1
-    return {"launcher": "none", **stated, "dp": dp}
+    return {**stated, "dp": dp}

@@ -109,6 +109,26 @@ def validate(config: Config, settings: Mapping[str, Setting]) -> None:
             "again: write launcher='ray', or leave max_failures out and give the same command again, which goes on "
             "from the newest intact checkpoint."
         )
+    _check_elastic(config, settings)
+
+
+def _check_elastic(config: Config, settings: Mapping[str, Setting]) -> None:
+    run, dp = config.run, config.parallel.dp
+    for flag, value in (("min_dp", run.min_dp), ("resource_timeout", run.resource_timeout)):
+        if value != settings[flag].default and run.launcher != "ray":
+            raise ConfigError(
+                f"{flag}={value} is kept by Ray Train, and launcher={run.launcher!r} waits for no nodes: write "
+                f"launcher='ray', or leave {flag} out."
+            )
+    if run.min_dp is None:
+        return
+    if run.min_dp > dp:
+        raise ConfigError(f"min_dp={run.min_dp} is more than dp={dp}: write min_dp={dp} or less, or a larger dp.")
+    if run.min_dp < dp and not run.checkpoint_every:
+        raise ConfigError(
+            f"min_dp={run.min_dp}: whenever the number of ranks changes, the run goes on from its newest checkpoint, "
+            "and checkpoint_every=0 saves at the end alone. Write checkpoint_every, such as 50."
+        )
 
 
 def check_path(flag: str, name: str) -> None:

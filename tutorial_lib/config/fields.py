@@ -273,6 +273,19 @@ class RunConfig:
     max_failures: int = _setting(
         0, "launcher='ray': start the workers again after up to this many failures", at_least=0, resume="free"
     )
+    min_dp: int | None = _setting(
+        None,
+        "launcher='ray': when nodes are lost, go on with as few as this many data-parallel ranks, and grow back to dp; "
+        "default: dp",
+        at_least=1,
+        resume="free",
+    )
+    resource_timeout: int = _setting(
+        300,
+        "launcher='ray': give up, and say what is missing, when the cluster has had no room for this many seconds",
+        at_least=1,
+        resume="free",
+    )
     async_save: bool = _setting(
         False,
         "write files while training goes on, from a copy in host memory (another one of the rank's states)",

@@ -97,6 +97,11 @@ def check_together(configs: Sequence[Config]) -> None:
             "max_failures works with a single run only; otherwise it would be unclear which run failed. "
             "Start them separately."
         )
+    if len(configs) > 1 and any(config.run.min_dp for config in configs):
+        raise ConfigError(
+            "min_dp works with a single run only: each of several would go on with a size of its own. Start them "
+            "separately."
+        )
     for config in configs[1:]:
         for what in ("launcher", "device"):
             if getattr(config.run, what) != getattr(first.run, what):

@@ -60,7 +60,7 @@ def launch(configs: Sequence[Config]) -> int:
             init_method = f"file://{stack.enter_context(TemporaryDirectory())}/rendezvous"
         stack.enter_context(process_group(configs[0], init_method))
         if "RANK" in os.environ:
-            _log_ranks(configs[0])
+            log_ranks(configs[0])
         return len(train_all(configs))
 
 
@@ -153,7 +153,7 @@ def _resolves(host: str) -> bool:
     return True
 
 
-def _log_ranks(config: Config) -> None:
+def log_ranks(config: Config) -> None:
     """Print on rank 0 where the ranks met, and which of them is where. Collective."""
     from tutorial_lib.mpu import Topology
     from tutorial_lib.mpu.collectives import all_gather_objects

@@ -237,6 +237,9 @@ def test_restarts_are_for_one_run_alone(tmp_path):
     runs = [config(tmp_path, name=name, launcher="ray", max_failures=1) for name in ("a", "b")]
     with pytest.raises(ConfigError, match=r"max_failures works with a single run only.*Start them separately"):
         launch.run_all(runs)
+    elastic = [run.override(max_failures=0, min_dp=1, checkpoint_every=1) for run in runs]
+    with pytest.raises(ConfigError, match=r"min_dp works with a single run only.*Start them separately"):
+        launch.run_all(elastic)
 
 
 def test_several_runs_in_one_start(tmp_path):

@@ -36,8 +36,8 @@ CONNECT_TIMEOUT = 10
 HEALTH_TIMEOUT = 60
 """Seconds that the program that asks the cluster of ``RAY_ADDRESS`` whether it is well has to answer."""
 
-GROUP_START_SECONDS = 60
-"""Seconds that Ray waits for all slots of a run at once before it counts that as a failure and tries again."""
+GROUP_START_SECONDS = 15
+"""Seconds that Ray waits for all slots of a run at once, which were free a moment ago, before it looks again."""
 
 SETTINGS = {
     "RAY_TRAIN_V2_ENABLED": "1",

@@ -17,17 +17,28 @@ from typing import Any
 
 import psutil
 
-from tutorial_lib.config import Config, ConfigError
-from tutorial_lib.launch.errors import WorkerError, first_error
-from tutorial_lib.launch.ray.cluster import GROUP_START_SECONDS, is_own, renew_server, session
+from tutorial_lib.config import Config
+from tutorial_lib.launch.errors import WorkerError, first_error, next_start
+from tutorial_lib.launch.ray.cluster import is_own, renew_server, session
 from tutorial_lib.launch.ray.report import report
+from tutorial_lib.launch.ray.room import Demand, ResourcesMissing, check_room, read_nodes, resized
+from tutorial_lib.launch.ray.storage import check_shared
 from tutorial_lib.launch.watch import wait_for
 from tutorial_lib.records import RunDirectory
 
 __all__ = ["launch", "session"]
 
 START_TIMEOUT = 600
-"""Seconds that Ray has to start the first worker. On a busy laptop it takes a minute or two."""
+"""Seconds that Ray has to start the first worker where there is room. On a busy laptop it takes a minute or two."""
+
+START_ATTEMPTS = 10
+"""How often workers that do not come up are started again."""
+
+SETTLE_SECONDS = 5.0
+"""Seconds that a run which can go on with fewer ranks waits for the nodes of all of them."""
+
+GROW_SECONDS = 60.0
+"""Seconds between two looks for room for the ranks that a run goes on without."""
 
 _END_SECONDS = 3
 """Seconds that the workers of an interrupted fit may take to end before they are killed."""
@@ -37,16 +48,19 @@ _TITLES = ("ray::TrainController", "ray::RayTrainWorker", "ray::SynchronizationA
 
 
 def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
-    """Run the configurations one after the other on ``dp x tp`` Ray Train workers.
+    """Run the configurations one after the other on ``dp x tp`` Ray Train workers, or as few as ``min_dp`` allows.
 
     Whatever it raises, even ``KeyboardInterrupt``, it first ends the workers of these runs; on somebody else's cluster,
     Ray may take longer to end them. If the runs are asked to stop before a worker has begun, it returns untrained.
 
     Raises:
-        ConfigError: the cluster does not have that many CPUs or GPUs. Ray would wait for them without end.
-        WorkerError: a worker failed; the message is its own traceback.
+        ConfigError: the cluster does not have that many CPUs or GPUs, no node holds a tensor-parallel group, or a node
+            does not see the storage.
+        WorkerError: a worker failed, and the message is its own traceback; or the cluster had no room for
+            ``resource_timeout`` seconds, and the message lists what it has.
     """
     first = configs[0]
+    demand = Demand.of(first)
     directories = [RunDirectory(config.directory) for config in configs]
     with session(first):
         import ray.train
@@ -54,23 +68,21 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
         from ray.train.v2.api.config import FailureConfig
 
         renew_server(first)
-        _check_resources(first)
+        _check_cluster(demand, directories[-1].path)
         _forget_deleted_checkpoints(directories[-1])
-        trainer = _trainer_class()(
+        trainer = _trainer_class(first, demand)(
             _worker,
-            train_loop_config={"configs": [config.to_json() for config in configs]},
+            train_loop_config={"configs": [config.to_json() for config in configs], "tp": first.parallel.tp},
             scaling_config=ray.train.ScalingConfig(
                 num_workers=first.parallel.world_size,
                 use_gpu=first.run.device == "cuda",
-                resources_per_worker=_resources(first),
+                resources_per_worker=dict(demand.per_worker),
             ),
             run_config=ray.train.RunConfig(
                 name=configs[-1].run.name,
                 storage_path=configs[-1].run.storage,
                 failure_config=FailureConfig(
-                    max_failures=first.run.max_failures,
-                    # How often it may wait for slots that the cluster no longer has. Unstated, it waits for ever.
-                    controller_failure_limit=START_TIMEOUT // GROUP_START_SECONDS,
+                    max_failures=first.run.max_failures, controller_failure_limit=START_ATTEMPTS
                 ),
                 callbacks=[_recorder(directories[-1])],
             ),
@@ -81,7 +93,9 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
         has_begun = _sign_of_life(directories)
         fit.start()
         try:
-            wait_for(fit, poll, _patience(has_begun), _stop_before_begin(has_begun, directories))
+            wait_for(
+                fit, poll, _patience(has_begun, first.run.resource_timeout), _stop_before_begin(has_begun, directories)
+            )
         except _StoppedBeforeBegin:
             trainer.end()
             return
@@ -91,8 +105,27 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
         if failed and is_own():
             _free_slots()
     if failed:
-        error = first_error(directories, f"Ray Train failed: {failed[0]}")
-        raise error from (None if _have_error(directories) else failed[0])
+        raise _error(failed[0], directories) from (None if _have_error(directories) else failed[0])
+
+
+def _error(failed: BaseException, directories: Sequence[RunDirectory]) -> Exception:
+    """Return why a fit failed: for want of room, or as the rank that failed first tells it."""
+    missing = getattr(failed, "controller_failure", None)
+    if not isinstance(missing, ResourcesMissing):
+        return first_error(directories, f"Ray Train failed: {failed}")
+    before = [restart["failed"] for directory in directories for restart in directory.restarts()]
+    why = f"\nIt had to start again as rank {before[-1]['rank']} failed: {before[-1]['message']}" if before else ""
+    return WorkerError(f"{missing}{why}\n{next_start(directories)}")
+
+
+def _check_cluster(demand: Demand, directory: Path) -> None:
+    """Refuse a cluster without room for the run, unless it can grow, and storage that its nodes do not share."""
+    from ray._private.state import state
+
+    nodes = read_nodes()
+    if not state.get_max_resources_from_cluster_config():  # else an autoscaler may add nodes
+        check_room(demand, nodes)
+    check_shared(directory, [node for node in nodes if demand.groups_on(node.total)])
 
 
 def _recorder(directory: RunDirectory) -> Any:
@@ -149,14 +182,15 @@ def _sign_of_life(directories: Sequence[RunDirectory]) -> Callable[[], bool]:
     return lambda: last_written() != before
 
 
-def _patience(has_begun: Callable[[], bool]) -> Callable[[], None]:
+def _patience(has_begun: Callable[[], bool], resource_timeout: float = 0) -> Callable[[], None]:
     """A check that raises if no worker has begun by the end of :data:`START_TIMEOUT`: Ray itself waits for ever."""
     since = time.monotonic()
 
     def check() -> None:
-        if time.monotonic() - since >= START_TIMEOUT and not has_begun():
+        seconds = START_TIMEOUT + resource_timeout
+        if time.monotonic() - since >= seconds and not has_begun():
             raise WorkerError(
-                f"Ray started no worker within {START_TIMEOUT} s. `ray status` shows what it waits for; its own logs "
+                f"Ray started no worker within {seconds:.0f} s. `ray status` shows what it waits for; its own logs "
                 "are under session_latest/logs in its temporary directory."
             )
 
@@ -177,13 +211,17 @@ def _stop_before_begin(has_begun: Callable[[], bool], directories: Sequence[RunD
     return check
 
 
-def _trainer_class() -> Any:
-    """Ray's ``TorchTrainer``, whose fit can be ended from another thread. Not at the top: Ray is imported late."""
+def _trainer_class(config: Config, demand: Demand) -> Any:
+    """Ray's ``TorchTrainer``, with the run's placement and waiting, and a fit that another thread can end.
+
+    Not at the top: Ray is imported late.
+    """
     import ray
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
     from ray.train.v2._internal.constants import get_env_vars_to_propagate
-    from ray.train.v2._internal.execution.controller import TrainController
     from ray.train.v2.torch.torch_trainer import TorchTrainer
+
+    from tutorial_lib.launch.ray.placement import BoundedScaling, TrainControllerOfGroups
 
     class Trainer(TorchTrainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -200,14 +238,22 @@ def _trainer_class() -> Any:
             return [each for each in callbacks if not isinstance(each, PlacementGroupCleanerCallback)]
 
         def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
-            # As in the class above, but that the controller is kept.
+            # As in the class above, but that the controller is kept, and places groups and waits as we want it to.
+            kwargs["scaling_policy"] = BoundedScaling(
+                self.scaling_config,
+                demand,
+                timeout=config.run.resource_timeout,
+                settle=SETTLE_SECONDS,
+                every=GROW_SECONDS,
+                directory=config.directory,
+            )
             here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
             environment = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0", **get_env_vars_to_propagate()}
             remote = ray.remote(num_cpus=0, label_selector=here, runtime_env={"env_vars": environment})
             with self._lock:
                 if self._ended:
                     raise RuntimeError("the fit was ended before it began")
-                self._controller = remote(TrainController).remote(**kwargs)
+                self._controller = remote(TrainControllerOfGroups).remote(**kwargs)
             try:
                 ray.get(self._controller.run.remote())
                 return ray.get(self._controller.get_result.remote())
@@ -271,29 +317,17 @@ def _worker(given: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
     import ray.train
 
+    from tutorial_lib.launch.torchrun import log_ranks
     from tutorial_lib.trainer import train_all
+    from tutorial_lib.trainer.process import output_to
 
-    configs = [Config.from_json(text) for text in given["configs"]]
+    context = ray.train.get_context()
+    rank, dp = context.get_world_rank(), context.get_world_size() // given["tp"]
+    configs = [resized(Config.from_json(text), dp) for text in given["configs"]]
     directory = RunDirectory(configs[-1].directory)
-    if ray.train.get_context().get_world_rank() == 0 and directory.restarts():
+    if rank == 0 and directory.restarts():
         directory.clear_errors()  # those of the workers that failed before these
+    with output_to(directory.log_file(rank)):
+        log_ranks(configs[-1])
     # Ray registers checkpoints under the directory of the run that it was started for, which is the last one.
     train_all(configs, on_checkpoint=lambda path, row: report(row, path))
-
-
-def _resources(config: Config) -> dict[str, float]:
-    return {"CPU": 1, "GPU": 1} if config.run.device == "cuda" else {"CPU": 1}
-
-
-def _check_resources(config: Config) -> None:
-    import ray
-
-    offered = ray.cluster_resources()
-    for kind, each in _resources(config).items():
-        needed = each * config.parallel.world_size
-        if offered.get(kind, 0) < needed:
-            raise ConfigError(
-                f"{config.parallel.world_size} workers need {needed:g} {kind}s, and the Ray cluster has "
-                f"{offered.get(kind, 0):g}. Write a smaller dp"
-                + (", or device='cpu'." if kind == "GPU" else ", or add nodes to the cluster.")
-            )

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 import shlex
-import string
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.launch.command import Template, count, train_arguments, wrapped
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d{1,2}):(?P<minutes>[0-5]?\d):(?P<seconds>[0-5]?\d)")
 
@@ -84,12 +84,12 @@ def write_script(config: Config, allocation: Allocation, profile: str, command: 
     template = Path(__file__).with_name("train.sbatch").read_text(encoding="utf-8")
     engine, parallel = config.engine, config.parallel
     on_gpus = config.run.device == "cuda"
-    ranks = _count(allocation.ranks_per_node, "process", "processes")
-    places = f"{_count(allocation.nodes, 'node', 'nodes')} with {_count(allocation.ranks_per_node, *_PLACES[on_gpus])}"
+    ranks = count(allocation.ranks_per_node, "process", "processes")
+    places = f"{count(allocation.nodes, 'node', 'nodes')} with {count(allocation.ranks_per_node, *_PLACES[on_gpus])}"
     zero = engine.deepspeed_file or f"ZeRO stage {engine.zero_stage}"
     what = f"{engine.name}, {zero}" if engine.name == "deepspeed" else engine.name
     directory = config.with_absolute_paths().directory
-    return _Template(template).substitute(
+    return Template(template).substitute(
         title=f"Run {config.run.name}: {what}, dp={parallel.dp} x tp={parallel.tp}, on {places}"
         + ("." if allocation.nodes == 1 else " each."),
         command=command,
@@ -103,23 +103,12 @@ def write_script(config: Config, allocation: Allocation, profile: str, command: 
         time_limit=allocation.time_limit,
         grace_in_words=f"{allocation.grace} s",
         sampler=_SAMPLER if allocation.sample_memory else "",
-        train_arguments=_wrapped(train_arguments(config, profile), indent=8),
+        train_arguments=" \\\n        ".join(wrapped(train_arguments(config, profile, "none"), width=102)),
         requeue=_REQUEUE if allocation.requeue else "",
     )
 
 
-class _Template(string.Template):
-    """Template whose values are at ``@{name}``: the shell has its own use for ``$``."""
-
-    delimiter = "@"
-    pattern = r"@\{(?P<braced>\w+)\}|(?P<escaped>(?!))|(?P<named>(?!))|(?P<invalid>(?!))"  # type: ignore[assignment]
-
-
 _PLACES = {True: ("GPU", "GPUs"), False: ("process", "processes")}
-
-
-def _count(number: int, one: str, more: str) -> str:
-    return f"{number} {one if number == 1 else more}"
 
 
 def _directives(config: Config, allocation: Allocation) -> list[str]:
@@ -130,7 +119,7 @@ def _directives(config: Config, allocation: Allocation) -> list[str]:
         (f"job-name={config.run.name}", ""),
         *((f"{name}={value}", "") for name in ("partition", "account") if (value := getattr(allocation, name))),
         (f"nodes={allocation.nodes}", ""),
-        ("ntasks-per-node=1", f"a torchrun, which starts {_count(allocation.ranks_per_node, 'process', 'processes')}"),
+        ("ntasks-per-node=1", f"a torchrun, which starts {count(allocation.ranks_per_node, 'process', 'processes')}"),
         *([(f"gpus-per-node={allocation.ranks_per_node}", "one for each process")] if on_gpus else []),
         (f"cpus-per-task={cpus}", f"{allocation.cpus_per_rank} for each process"),
         (f"time={allocation.time_limit}", ""),
@@ -141,42 +130,6 @@ def _directives(config: Config, allocation: Allocation) -> list[str]:
         ("output=slurm-%x-%j.out", ""),
     ]
     return [f"#SBATCH --{option:27} # {reason}" if reason else f"#SBATCH --{option}" for option, reason in options]
-
-
-def train_arguments(config: Config, profile: str) -> list[str]:
-    """Return the arguments of ``train``: the profile, the settings that were stated, and those that follow."""
-    config = config.with_absolute_paths()
-    flat = config.flat()
-    wanted = [name for name in flat if name in config.given | {"dp", "name", "storage"}]
-    words = ["--profile", profile, "--launcher", "none"]
-    for name in wanted:
-        flag, value = f"--{name.replace('_', '-')}", flat[name]
-        if name == "launcher" or value is None:
-            continue
-        if isinstance(value, bool):
-            words.append(flag if value else f"--no-{flag[2:]}")
-        elif isinstance(value, tuple):
-            words += [flag, *value]
-        else:
-            words += [flag, str(value)]
-    return words
-
-
-def _wrapped(words: list[str], indent: int, width: int = 110) -> str:
-    """Return the options of a shell command, quoted, over several lines. A value stays with its option."""
-    options: list[str] = []
-    for word in words:
-        if word.startswith("--"):
-            options.append(word)
-        else:
-            options[-1] += f" {shlex.quote(word)}"
-    lines = options[:1]
-    for option in options[1:]:
-        if indent + len(f"{lines[-1]} {option}") > width:
-            lines.append(option)
-        else:
-            lines[-1] += f" {option}"
-    return f" \\\n{' ' * indent}".join(lines)
 
 
 def _check(config: Config, allocation: Allocation) -> None:

@@ -1,0 +1,48 @@
+"""``python -m tutorial_lib ray``: write the file that starts a Ray cluster for a run, in a cloud or on Kubernetes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from tutorial_lib.cli.options import DONE, add_setting, given
+from tutorial_lib.cli.slurm import add_places, cpus_per_rank, nodes_and_ranks, with_sizes
+from tutorial_lib.config import PROFILES, Config, settings
+
+_FORMATS = ("cluster-yaml", "rayjob")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add where the run is to run, and every setting of a run."""
+    parser.description = (
+        "Write a cluster.yaml for Ray's cluster launcher (ray up), or a RayJob for KubeRay, that trains on several "
+        "nodes. dp follows from nodes, GPUs and tp. On a Ray cluster that runs already, set RAY_ADDRESS and use "
+        "`train --launcher ray`."
+    )
+    add_places(parser)
+    parser.add_argument("--format", choices=_FORMATS, required=True, help="what to write")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write it there instead of printing it")
+    parser.add_argument("--profile", default="cluster", help=f"where it runs: {', '.join(PROFILES)} (default: cluster)")
+    for setting in settings().values():
+        add_setting(parser, setting)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Write a manifest; returns the exit code."""
+    from tutorial_lib.launch.ray.manifest import Nodes, write_manifest
+
+    stated = given(options)
+    number, ranks = nodes_and_ranks(options, stated)
+    nodes = Nodes(number=number, ranks_per_node=ranks, cpus_per_rank=cpus_per_rank(options, stated))
+    config = Config.create(options.profile, **with_sizes({"launcher": "ray", **stated}, nodes.world_size))
+    command = shlex.join(["python", "-m", "tutorial_lib", *sys.argv[1:]])
+    text = write_manifest(config, nodes, options.format, options.profile, command)
+    if options.output:
+        options.output.write_text(text, encoding="utf-8")
+        print(f"{options.output}: replace what says FILL IN; its first lines say how to start it", file=sys.stderr)
+    else:
+        print(json.dumps({"manifest": text}) if options.json else text, end="\n" if options.json else "")
+    return DONE

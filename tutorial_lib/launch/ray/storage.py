@@ -1,0 +1,117 @@
+"""Check of shared storage: what one node writes, every node of a Ray cluster reads, before a run starts."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tutorial_lib.config import ConfigError
+from tutorial_lib.launch.ray.room import Node
+
+ANSWER_SECONDS = 60
+"""Seconds that all nodes together have to answer. Each starts a Python process."""
+
+_SEEN_SECONDS = 3
+"""Seconds that a new file may take to be seen on other nodes: network file systems keep listings for a while."""
+
+
+def check_shared(directory: Path, nodes: Sequence[Node]) -> None:
+    """Refuse a directory that one of the nodes does not share with this one, in either direction.
+
+    Args:
+        directory: it exists here.
+        nodes: those that may get workers.
+
+    Raises:
+        ConfigError: names the node and the directory.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    own = ray.get_runtime_context().get_node_id()
+    others = {node.id: node for node in nodes if node.id != own}
+    if not others:
+        return
+    here = next((node.name for node in nodes if node.id == own), "this node")
+    probe = directory / f".shared-{uuid.uuid4().hex}"
+    probe.write_text(here)
+    task = ray.remote(num_cpus=0, max_retries=0)(_see_and_answer)
+    try:
+        answers = {
+            task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(str(probe)): node
+            for node in others
+        }
+        ready, late = ray.wait(list(answers), num_returns=len(answers), timeout=ANSWER_SECONDS)
+        for answer in ready:
+            problem = _problem(answer, directory, others[answers[answer]].name, here)
+            if not problem and not _appears(probe.with_name(f"{probe.name}-{answers[answer]}")):
+                problem = f"{here} does not see what {others[answers[answer]].name} writes into {directory}. {_SHARE}"
+            if problem:
+                raise ConfigError(problem)
+        if late:
+            names = ", ".join(others[answers[answer]].name for answer in late)
+            raise ConfigError(
+                f"No answer within {ANSWER_SECONDS} s from {names}, asked whether {directory} is there. `ray status` "
+                "shows which nodes live. Remove those that do not, or try again."
+            )
+    finally:
+        for path in directory.glob(f"{probe.name}*"):
+            path.unlink(missing_ok=True)
+
+
+_SHARE = (
+    "Checkpoints and records need a directory that every node shares: write storage=... with one on a network file "
+    "system, such as NFS, Lustre or a bucket that is mounted everywhere at the same path."
+)
+
+
+def _see_and_answer(probe: str) -> str:
+    """Look for a file, and write another one beside it. Returns what went wrong, or nothing. Runs on another node."""
+    import ray
+
+    path = Path(probe)
+    if not _appears(path):
+        return "missing" if path.parent.is_dir() else "no directory"
+    answer = path.with_name(f"{path.name}-{ray.get_runtime_context().get_node_id()}")
+    try:
+        answer.write_text("seen")
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def _appears(path: Path) -> bool:
+    """Return whether a file is there, or comes soon."""
+    until = time.monotonic() + _SEEN_SECONDS
+    while not path.exists():
+        if time.monotonic() > until:
+            return False
+        with suppress(OSError):
+            list(path.parent.iterdir())  # a listing makes NFS look again
+        time.sleep(0.1)
+    return True
+
+
+def _problem(answer: Any, directory: Path, node: str, here: str) -> str:
+    """Return what is wrong on a node, in words, or nothing."""
+    import ray
+
+    try:
+        said = ray.get(answer)
+    except ray.exceptions.RayError as error:
+        last = str(error).strip().splitlines()[-1]
+        return (
+            f"{node} cannot run this package ({last}). Install it there with the pins of constraints.txt, in the same "
+            "version as here."
+        )
+    if said == "no directory":
+        return f"{node} has no directory {directory}, which {here} has made. {_SHARE}"
+    if said == "missing":
+        return f"{node} has a directory {directory} of its own: it does not see what {here} writes there. {_SHARE}"
+    if said:
+        return f"{node} cannot write into {directory}: {said}. Give the user of Ray's processes the right to write."
+    return ""
