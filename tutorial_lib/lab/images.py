@@ -224,12 +224,49 @@ def checkpoint(axes: Any) -> None:
     _frame(axes, total + 0.1, bottom + 0.6)
 
 
+def launchers(axes: Any) -> None:
+    """Who starts whom for a job on two nodes of two GPUs, and who says which process is which."""
+    node_width, gap, left = 4.6, 0.5, 3.3
+    right = left + 2 * node_width + gap
+    stages = [
+        (0.0, "sbatch", "queues the script"),
+        (1.35, "srun", "starts one task per node"),
+        (2.7, "torchrun", "starts one process per GPU"),
+        (4.05, "your script", "one process for each GPU"),
+    ]
+    for y, name, what in stages:
+        _text(axes, 0, y + 0.25, name, size=13, weight="bold")
+        _text(axes, 0, y + 0.62, what)
+    for node in range(2):
+        _box(axes, left + node * (node_width + gap), 2.2, node_width, 2.95, INK, fill=False)
+        _text(axes, left + node * (node_width + gap) + 0.15, 2.42, f"node{node + 1}", weight="bold")
+    middle = (left + right) / 2
+    _box(axes, middle - 2.2, 0, 4.4, 0.75, ORANGE, "batch script, on the first node")
+    _box(axes, middle - 2.2, 1.15, 4.4, 0.75, ORANGE, "srun")
+    _arrow(axes, middle, 0.77, middle, 1.12)
+    for node in range(2):
+        x = left + node * (node_width + gap)
+        _box(axes, x + 1.0, 2.7, node_width - 1.2, 0.75, BLUE, "torchrun", size=11)
+        _arrow(axes, middle, 1.92, x + node_width / 2 + 0.4, 2.67)
+        for local in range(2):
+            at = x + 0.2 + local * (node_width / 2 - 0.05)
+            _box(axes, at, 4.0, node_width / 2 - 0.35, 0.95, GREEN, f"RANK={2 * node + local}\nLOCAL_RANK={local}")
+            _arrow(axes, x + node_width / 2 + 0.4, 3.47, at + 0.9, 3.97)
+    bottom = 5.4
+    for x, color, meaning in ((0.0, ORANGE, "SLURM"), (1.35, BLUE, "one per node"), (3.4, GREEN, "one per GPU")):
+        _box(axes, x, bottom, 0.3, 0.22, color, rounded=False)
+        _text(axes, x + 0.42, bottom + 0.11, meaning)
+    _text(axes, 5.4, bottom + 0.11, "All four see WORLD_SIZE=4, LOCAL_WORLD_SIZE=2, MASTER_ADDR=node1", size=9)
+    _frame(axes, right + 0.1, bottom + 0.35)
+
+
 PICTURES: dict[str, Callable[[Any], None]] = {
     "parallelism": parallelism,
     "zero-stages": zero_stages,
     "tensor-parallel": tensor_parallel,
     "fsdp-strategies": fsdp_strategies,
     "checkpoint": checkpoint,
+    "launchers": launchers,
 }
 """Pictures by the name of their file."""
 

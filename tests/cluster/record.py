@@ -1,0 +1,242 @@
+"""Recording of what lesson 06 shows of a cluster, for readers who have none: a real SLURM on virtual nodes.
+
+``python -m tests.cluster.record`` writes ``tutorial_lib/lab/recorded/cluster.json`` (as root, after ``make
+cluster-tools``). ``test_recorded.py`` runs its parts again and compares what does not depend on the machine's speed.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import torch
+
+from tests.cluster.nodes import ROOT, VirtualNodes, end
+from tests.cluster.slurm import CORES, SlurmCluster
+from tutorial_lib import cli
+from tutorial_lib.lab.scaling import RECORDING
+from tutorial_lib.measure.sampler_log import MIB, read_memory_log
+from tutorial_lib.records import RunDirectory
+
+SECONDS = 300
+STEPS = 100
+BOTH = "--nodelist=node[1-2]"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+JOB = ["--profile", "cpu", "--seq-length", "64", "--zero-stage", "2", "--no-evaluate", "--ranks-per-node", "1"]
+"""The lesson's job, but for its nodes, its steps and its global batch."""
+
+TWO_NODES = ["--nodes", "2", "--steps", str(STEPS), "--global-batch", "16"]
+
+ASKED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "SLURM_PROCID", "SLURM_LOCALID")
+
+_TELL = f"import json, os; print(json.dumps({{name: os.environ.get(name) for name in {ASKED}}}))"
+
+
+def lesson_script() -> str:
+    """Return the training script that lesson 06 writes in a cell of its own."""
+    document = nbformat.read(ROOT / "notebooks" / "06_scaling_out.ipynb", as_version=4)
+    (source,) = [cell.source for cell in document.cells if cell.source.startswith("%%writefile")]
+    return str(source.partition("\n")[2])
+
+
+def variables_of_srun(cluster: SlurmCluster, directory: Path) -> list[dict[str, str | None]]:
+    """Return what each of four tasks on two nodes finds in its environment, in the order of their numbers."""
+    out = _srun(cluster, directory, ["--nodes=2", "--ntasks-per-node=2"], [sys.executable, "-c", _TELL])
+    return sorted((json.loads(line) for line in out.splitlines()), key=lambda found: found["SLURM_PROCID"])
+
+
+def lesson_on_two_nodes(cluster: SlurmCluster, directory: Path) -> list[dict[str, Any]]:
+    """Return what the lesson's script finds and computes on two processes on each of two nodes, by rank."""
+    script, output = directory / "train.py", directory / "ranks"
+    script.write_text(lesson_script())
+    output.mkdir()
+    head = cluster.head.name
+    torchrun = ["--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d", f"--rdzv-endpoint={head}:29400"]
+    _srun(
+        cluster, directory, ["--nodes=2", "--ntasks-per-node=1"], [*TORCHRUN, *torchrun, str(script), str(output)]
+    )  # fmt: skip
+    return [json.loads(path.read_text()) for path in sorted(output.glob("rank-*.json"))]
+
+
+def wrong_interface(nodes: VirtualNodes) -> str:
+    """Return what gloo says of two nodes that are told to talk over their loopback."""
+    join = (
+        "import datetime, torch.distributed as dist; "
+        "dist.init_process_group('gloo', timeout=datetime.timedelta(seconds=10))"
+    )
+    given = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500", "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
+    started = [
+        node.start(
+            ["env", f"RANK={rank}", *(f"{name}={value}" for name, value in given.items()), sys.executable, "-c", join],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank, node in enumerate(nodes.nodes[:2])
+    ]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in started]
+    finally:
+        for process in started:
+            end(process)
+    (said, *_) = re.findall(r"RuntimeError: (.*)", "\n".join(outputs))
+    return str(said)
+
+
+class Job:
+    """The lesson's job on some nodes, written by the command line."""
+
+    def __init__(
+        self, cluster: SlurmCluster, directory: Path, name: str, *flags: str, options: Sequence[str] = ()
+    ) -> None:
+        self.cluster, self.directory = cluster, directory
+        self.script, self.output = directory / f"{name}.sbatch", directory / f"{name}.out"
+        self.run = RunDirectory(directory / "runs" / name)
+        arguments = ["slurm", *JOB, *flags, "--name", name, "--storage", str(directory / "runs")]
+        assert cli.main([*arguments, "--output", str(self.script)]) == cli.DONE
+        self.id = cluster.submit(self.script, f"--output={self.output}", *options)
+
+    def finish(self) -> None:
+        """Wait for its end.
+
+        Raises:
+            RuntimeError: it did not complete.
+        """
+        state = self.cluster.wait_for_end(self.id, SECONDS)
+        if state != "COMPLETED":
+            raise RuntimeError(f"{state}: {self.output.read_text()}")
+
+    @property
+    def losses(self) -> list[float]:
+        return [row["loss"] for row in self.run.rows()]
+
+
+def undisturbed(cluster: SlurmCluster, directory: Path) -> list[float]:
+    """Return the losses of the lesson's job on two nodes."""
+    job = Job(cluster, directory, "undisturbed", *TWO_NODES)
+    job.finish()
+    return job.losses
+
+
+def preempted(cluster: SlurmCluster, directory: Path) -> dict[str, Any]:
+    """Return the story of the same job when a job of higher priority takes its nodes on the way."""
+    began = time.monotonic()
+    events: list[dict[str, Any]] = []
+
+    def note(what: str) -> None:
+        events.append({"seconds": round(time.monotonic() - began, 1), "what": what})
+
+    job = Job(cluster, directory, "preempted", *TWO_NODES, options=[BOTH])
+    note("the job is submitted")
+    cluster.wait_until(lambda: job.run.rows(), SECONDS, "a first step")
+    note("it trains")
+    cluster.wait_until(lambda: job.run.rows()[-1]["step"] >= 20, SECONDS, "some steps")
+    urgent = directory / "urgent.sh"
+    urgent.write_text("#!/usr/bin/env bash\nsrun sleep 3\n")
+    other = cluster.submit(
+        urgent, "--partition=urgent", "--nodes=2", BOTH, f"--cpus-per-task={CORES}", "--ntasks-per-node=1",
+        "--output=/dev/null",
+    )  # fmt: skip
+    note("a job of higher priority wants both nodes; SLURM sends USR1")
+    cluster.wait_until(lambda: cluster.state(other) == "RUNNING", SECONDS, "the urgent job runs")
+    note(f"saved at step {job.run.result()['step']}; back in the queue; the other job runs")
+    stopped = job.run.result()
+    cluster.wait_until(lambda: cluster.state(job.id) == "PENDING", SECONDS, "the job is queued again")
+    assert cluster.wait_for_end(other, SECONDS) == "COMPLETED"
+    note("the other job has ended")
+    cluster.run(["scontrol", "update", f"JobId={job.id}", "StartTime=now+3"])
+    cluster.wait_until(lambda: cluster.state(job.id) == "RUNNING", SECONDS, "the job runs again")
+    note("the job runs again")
+    job.finish()
+    note("completed")
+    result = job.run.result()
+    return {
+        "events": events,
+        "stopped_by": stopped["stopped_by"],
+        "stopped_at": stopped["step"],
+        "resumed_from": result["resumed_from"],
+        "restarts": int(cluster.job(job.id)["Restarts"]),
+        "losses": job.losses,
+        "output": [line for line in job.output.read_text().splitlines() if line.startswith("job ")],
+    }
+
+
+def scaling_row(cluster: SlurmCluster, directory: Path, nodes: int, steps: int = 12) -> dict[str, Any]:
+    """Return the row of one number of nodes: the workshop's table of multi-node scaling, 16 rows for each node."""
+    size = ["--nodes", str(nodes), "--steps", str(steps), "--global-batch", str(16 * nodes)]
+    job = Job(cluster, directory, f"nodes-{nodes}", *size)
+    job.finish()
+    rows = job.run.rows()[1:]
+    trees = [
+        series.summary(rounding=10 * MIB)
+        for log in job.run.logs.glob("memory-*.jsonl")
+        for series in read_memory_log(log).series
+        if series.label == "process tree"
+    ]
+    tree = max(trees, key=lambda each: each.peak)
+    return {
+        "nodes": nodes,
+        "samples_per_second": 16 * nodes * len(rows) / sum(row["seconds"] for row in rows),
+        "step_seconds": statistics.median(row["seconds"] for row in rows),
+        "train_loss": job.run.rows()[-1]["loss"],
+        "memory_peak": tree.peak,
+        "memory_mean": tree.mean,
+        "memory_modes": list(tree.modes) if tree.mode_count > 1 else [],
+    }
+
+
+def versions(cluster: SlurmCluster) -> dict[str, str]:
+    """Return when and with what the recording is made."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "SLURM": cluster.run(["sinfo", "--version"]).removeprefix("slurm-wlm "),
+        "PyTorch": torch.__version__,
+        "Python": platform.python_version(),
+        "machine": "two cores; each node is a set of Linux namespaces with an address of its own",
+    }
+
+
+def _srun(cluster: SlurmCluster, directory: Path, options: Sequence[str], command: Sequence[str]) -> str:
+    srun = ["srun", "--time=5", f"--chdir={directory}", *options, *command]
+    return cluster.run(srun, timeout=SECONDS)
+
+
+def main() -> None:
+    """Make the recording anew, or only the parts that are named."""
+    wanted = sys.argv[1:]
+    found = json.loads(RECORDING.read_text()) if wanted and RECORDING.exists() else {}
+    directory = ROOT / "build" / "record"
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    (directory / "slurm").mkdir()
+    with VirtualNodes(8, [directory]) as nodes, SlurmCluster(nodes, directory / "slurm") as cluster:
+        parts: dict[str, Any] = {
+            "made": lambda: versions(cluster),
+            "srun": lambda: variables_of_srun(cluster, directory),
+            "torchrun": lambda: lesson_on_two_nodes(cluster, directory),
+            "wrong_interface": lambda: wrong_interface(nodes),
+            "undisturbed": lambda: undisturbed(cluster, directory),
+            "preempted": lambda: preempted(cluster, directory),
+            "nodes": lambda: [scaling_row(cluster, directory, number) for number in (1, 2, 4, 8)],
+        }
+        for name, make in parts.items():
+            if not wanted or name in wanted:
+                print(name, "...", flush=True)
+                found[name] = make()
+                lines = [f"{json.dumps(part)}: {json.dumps(content)}" for part, content in found.items()]
+                RECORDING.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Lesson 06's exercises, its recording, and the paths that it hides."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tutorial_lib.lab import scaling
+
+TASKS = [{"RANK": None, "LOCAL_RANK": None, "WORLD_SIZE": None, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}]
+EXERCISES = {
+    "efficiency": (scaling.weak_efficiency(2, {1: 100.0, 2: 150.0}), 75, {150: "speed-up", 40: "too low"}),
+    "constant": (
+        scaling.what_stays_constant(),
+        "seconds per step",
+        {"samples/s": "all processes together", "global batch": "learning rate"},
+    ),
+    "memory": (
+        scaling.memory_of_nodes([700 * 2**20, 650 * 2**20]),
+        "libraries",
+        {"activations": "16 rows", "gradients": "2.6 MiB"},
+    ),
+    "tokens": (scaling.break_even_tokens(4e14, 5e10), 5333, {2667: "twice", 100: "too low"}),
+    "local rank": (
+        scaling.who_sets_local_rank(TASKS),
+        "SLURM_LOCALID",
+        {"LOCAL_RANK": "RANK, LOCAL_RANK, WORLD_SIZE are missing", "SLURM_PROCID": "through all nodes"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_the_right_answer_is_accepted_and_wrong_ones_are_explained(name: str) -> None:
+    exercise, right, wrong = EXERCISES[name]
+    assert exercise.check(right).right is True
+    assert exercise.check().right is None
+    for answer, reason in wrong.items():
+        feedback: Any = exercise.check(answer)
+        assert feedback.right is False and reason.casefold() in feedback.reason.casefold(), feedback
+
+
+def test_the_recording_says_when_and_with_what_it_was_made() -> None:
+    recorded = scaling.recording()
+    assert {"date", "SLURM", "PyTorch", "Python", "machine"} <= recorded["made"].keys()
+    assert [task["SLURM_PROCID"] for task in recorded["srun"]] == ["0", "1", "2", "3"]
+    assert [each["found"]["RANK"] for each in recorded["torchrun"]] == ["0", "1", "2", "3"]
+    assert [row["nodes"] for row in recorded["nodes"]] == [1, 2, 4, 8]
+    assert recorded["preempted"]["losses"] == recorded["undisturbed"], "bit for bit"
+
+
+def test_paths_of_this_machine_are_hidden(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = f"PATH={Path(sys.executable).parent}:$PATH run={tmp_path}/runs"
+    assert scaling.hide_paths(text) == "PATH=/shared/course/bin:$PATH run=/shared/run/runs"

@@ -1,0 +1,84 @@
+"""Stacks of running processes, read from outside."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tutorial_lib.lab import stacks
+
+SCRIPT = """\
+import time
+
+def outer():
+    inner()
+
+def inner():
+    print("here", flush=True)
+    time.sleep(60)
+
+outer()
+"""
+
+
+@pytest.fixture
+def sleeping(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that waits two calls deep."""
+    script = tmp_path / "sleeps.py"
+    script.write_text(SCRIPT)
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "here\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def read(pid: int) -> stacks.Stack:
+    """Read a stack, or skip where that is not possible."""
+    try:
+        return stacks.read_stack(pid)
+    except stacks.CannotRead as why:
+        pytest.skip(str(why))
+
+
+def test_a_stack_names_files_lines_and_functions(sleeping: subprocess.Popen[str]) -> None:
+    stack = read(sleeping.pid)
+    assert stack[-3:] == ("sleeps.py:8 inner", "sleeps.py:4 outer", "sleeps.py:10 <module>")
+
+
+def test_a_process_that_cannot_be_read_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    with pytest.raises(stacks.CannotRead):
+        stacks.read_stack(ended.pid)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(stacks.CannotRead, match="pip install py-spy"):
+        stacks.read_stack(ended.pid)
+
+
+def test_ranks_come_in_the_order_of_their_numbers_and_others_are_left_out() -> None:
+    wait = [sys.executable, "-c", "import time; time.sleep(60)"]
+    numbers: list[dict[str, str]] = [{"LOCAL_RANK": "1"}, {}, {"LOCAL_RANK": "0"}]
+    plain = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}
+    started = [subprocess.Popen(wait, env={**plain, **more}) for more in numbers]
+    try:
+        assert stacks.workers_of(os.getpid())[-2:] == [started[2].pid, started[0].pid]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def test_waiting_for_ranks_that_are_not_there_ends() -> None:
+    began = time.monotonic()
+    with pytest.raises(stacks.CannotRead, match="not stuck within 1 s"):
+        stacks.wait_until_stuck(os.getpid(), 2, "nothing.py", seconds=1)
+    assert time.monotonic() - began < 10
