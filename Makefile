@@ -41,8 +41,9 @@ check: $(READY) ## lint and unit: what to run all the time
 test: $(READY) ## lint, unit, distributed, cluster, notebooks and nbval, and how long each took
 	@.ci/parts lint unit distributed cluster notebooks nbval
 
-matrix: $(READY) ## distributed with every valid combination of settings, each rank in a new interpreter
+matrix: $(READY) cluster-tools ## distributed with every valid combination of settings, each rank in a new interpreter
 	@MATRIX=1 TUTORIAL_LIB_WARM_WORKERS=0 $(TESTS) tests/distributed
+	@MATRIX=1 $(TESTS) tests/cluster
 
 unit: $(READY) ## functions, as many at a time as there are cores
 	@$(TESTS) tests/unit -n logical --maxprocesses 8

@@ -9,13 +9,17 @@ import pytest
 from tests.cluster import record
 from tests.cluster.nodes import VirtualNodes
 from tests.cluster.slurm import SlurmCluster
+from tests.distributed.cases import MATRIX
 from tutorial_lib.lab.scaling import recording
+
+slow = pytest.mark.skipif(not MATRIX, reason="make matrix repeats the whole recording; the others need seconds")
 
 
 def test_srun_sets_the_recorded_variables(cluster: SlurmCluster, shared: Path) -> None:
     assert record.variables_of_srun(cluster, shared) == recording()["srun"]
 
 
+@slow
 def test_the_lessons_script_finds_and_computes_what_was_recorded(
     cluster: SlurmCluster, shared: Path, tmp_path: Path
 ) -> None:
@@ -26,6 +30,7 @@ def test_the_lessons_script_finds_and_computes_what_was_recorded(
         assert now["losses"] == pytest.approx(then["losses"], rel=1e-5)
 
 
+@slow
 def test_the_lessons_job_takes_the_recorded_steps(cluster: SlurmCluster, shared: Path) -> None:
     directory = shared / "job"
     directory.mkdir()
