@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from tests.theory import errors
 from tests.theory.published import ROWS, Published
 from tutorial_lib.cli import main
 from tutorial_lib.config import Config
+from tutorial_lib.theory.cost import OFFLOADED_RUN
 
-MODELLED = [run for run in ROWS if not run.not_modelled]
+MODELLED = [run for run in ROWS if not run.not_modelled and run.layout.offload == "none"]
 LARGE = [run for run in MODELLED if run.workload.num_params >= 1e9]
 
 
@@ -31,6 +33,16 @@ def test_small_models_are_slower_than_the_time_model_says() -> None:
     """It leaves out launches of kernels: the direction of that error is known, and its size is not."""
     small = [errors.errors_of(run).speed_error for run in MODELLED if run not in LARGE]
     assert len(small) == 4 and min(small) > 0.5
+
+
+def test_offload_is_a_known_miss() -> None:
+    """Plans warn of it with the factor of this row."""
+    (offloaded,) = [run for run in ROWS if run.layout.offload != "none"]
+    without = replace(offloaded, layout=replace(offloaded.layout, offload="none")).predict()
+    seconds = offloaded.predict().seconds
+    assert without.seconds == pytest.approx(2.86, rel=0.05)
+    assert round(13.70 / seconds, 1) == OFFLOADED_RUN
+    assert errors.errors_of(offloaded).is_judged and f"{seconds - without.seconds:.1f} s" in offloaded.why
 
 
 def test_our_own_runs() -> None:
