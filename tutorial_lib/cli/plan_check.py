@@ -86,14 +86,7 @@ def compare(
     states = model_states(workload, layout, part.params, config.accumulation, layout.shard_size or layout.dp)
     early = states.device - states.gradients
     moments = peak.moments(workload, layout, part, states, config.accumulation)
-    cluster = Cluster(gpus=ranks, gpus_per_node=ranks, gpu_memory=80e9)
-    if gpu:
-        preset = find_gpu(gpu)
-        cluster = Cluster(
-            gpus=ranks, gpus_per_node=ranks, gpu_memory=preset.memory, efficiency=preset.efficiency,
-            gpu_flops=peak_flops(gpu, config.engine.precision), memory_bandwidth=preset.memory_bandwidth,
-            within=preset.within, between=preset.between, host_link=preset.host_link,
-        )  # fmt: skip
+    cluster = _cluster_of(gpu, ranks, config.engine.precision)
     candidate = evaluate(workload, cluster, layout)
     rows = [
         Compared(
@@ -115,6 +108,25 @@ def compare(
     if gpu and seconds:
         rows.append(Compared("seconds per step", candidate.seconds, seconds))
     return rows
+
+
+def _cluster_of(gpu: str | None, ranks: int, precision: str) -> Cluster:
+    """Return the devices of a preset.
+
+    Raises:
+        ConfigError: there is none of that name, or it does not compute in that precision.
+    """
+    if gpu is None:
+        return Cluster(gpus=ranks, gpus_per_node=ranks, gpu_memory=80e9)
+    try:
+        preset, flops = find_gpu(gpu), peak_flops(gpu, precision)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return Cluster(
+        gpus=ranks, gpus_per_node=ranks, gpu_memory=preset.memory, efficiency=preset.efficiency, gpu_flops=flops,
+        memory_bandwidth=preset.memory_bandwidth, within=preset.within, between=preset.between,
+        host_link=preset.host_link,
+    )  # fmt: skip
 
 
 def workload_and_layout(config: Config, dimensions: Dimensions, num_params: int) -> tuple[Workload, Layout]:

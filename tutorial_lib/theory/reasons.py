@@ -39,6 +39,10 @@ def reasons(workload: Workload, cluster: Cluster, best: Candidate) -> list[str]:
 
 def _against(best: Candidate, other: Candidate) -> str:
     """Return how another layout compares: it does not fit, or is slower, or holds more."""
+    if other.problem.startswith("global batch"):
+        return f"makes passes of {other.layout.micro_batch * other.layout.dp} sequences, no divisor of the global batch"
+    if other.problem.startswith("host too small by "):
+        return f"lacks {other.problem.removeprefix('host too small by ')} of host memory"
     if not other.fits:
         return other.problem
     percent = 100 * (best.tokens_per_gpu_second / other.tokens_per_gpu_second - 1)

@@ -75,6 +75,9 @@ def test_a_run_is_checked_from_its_records(tmp_path: Path, capsys: pytest.Captur
     assert main(["plan", "--check", str(tmp_path), "--gpu", "h100", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[3]["measured"] == 0.5
 
+    assert main(["plan", "--check", str(tmp_path), "--gpu", "nope"]) == 2
+    assert "gpu is 'nope'. Write one of: a100-80" in capsys.readouterr().err
+
     (tmp_path / "result.json").write_text(json.dumps({"ranks": [{"measured": None}]}))
     assert main(["plan", "--check", str(tmp_path)]) == 2
     assert "train it with --measure" in capsys.readouterr().err

@@ -165,4 +165,6 @@ def test_a_size_means_the_public_model_of_that_size() -> None:
     assert [nearest_model(size) for size in (8e9, 13e9, 70e9, 405e9)] == [
         "llama-3-8b", "llama-2-13b", "llama-3-70b", "llama-3-405b",
     ]  # fmt: skip
-    assert nearest_model(7e9) is None
+    # "7B" is Llama 2's name for itself, though Mistral's 7.24 B are a little nearer.
+    assert [nearest_model(size) for size in (7e9, 7.2e9, 1.5e9)] == ["llama-2-7b", "mistral-7b", "gpt2-xl"]
+    assert nearest_model(10e9) is None and nearest_model(30e9) is None
