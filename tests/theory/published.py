@@ -67,6 +67,7 @@ def _titan(
     gpu: str = "h100", not_modelled: str = "", why: str = "", **layout: Any,
 ) -> Published:  # fmt: skip
     """Return a run of torchtitan; ``batch`` is local, per data-parallel rank."""
+    name += ", compiled, float8" if not_modelled == _FLOAT8 else ""
     axes = {"tp": 1, "cp": 1, "pp": 1, **layout}
     dp = gpus // (axes["tp"] * axes["cp"] * axes["pp"])
     stages = axes["pp"]

@@ -81,6 +81,7 @@ class Workload:
         precision: ``bf16``, ``fp16`` or ``fp32``.
         checkpointing: how much is recomputed, ``none``, ``selective`` or ``full``; ``None``: the planner chooses.
         bucket_size: elements of DeepSpeed's reduction and gathering buckets.
+        overlap_comm: DeepSpeed's stages 1 and 2 fill one bucket of gradients while they reduce another.
         live_params: elements that DeepSpeed's stage 3 may keep gathered (``stage3_max_live_parameters``).
         gradient_reduction: of stages 1 and 2, as in :func:`tutorial_lib.theory.traffic.zero_volume`.
         lora_rank: train adapters of this rank alone; 0: train all parameters.
@@ -99,6 +100,7 @@ class Workload:
     precision: str = "bf16"
     checkpointing: str | None = None
     bucket_size: int = 500_000_000
+    overlap_comm: bool = False
     live_params: int = 1_000_000_000
     gradient_reduction: str = "reduce_scatter"
     lora_rank: int = 0

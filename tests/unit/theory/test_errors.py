@@ -11,7 +11,9 @@ import pytest
 from tests.theory import errors
 from tests.theory.published import ROWS, Published
 from tutorial_lib.cli import main
+from tutorial_lib.cli.plan_check import compare
 from tutorial_lib.config import Config
+from tutorial_lib.engine.deepspeed.config import apply_file
 from tutorial_lib.theory.cost import OFFLOADED_RUN
 
 MODELLED = [run for run in ROWS if not run.not_modelled and run.layout.offload == "none"]
@@ -45,6 +47,16 @@ def test_offload_is_a_known_miss() -> None:
     assert errors.errors_of(offloaded).is_judged and f"{seconds - without.seconds:.1f} s" in offloaded.why
 
 
+def test_the_page_says_what_the_rows_do_not_show() -> None:
+    found = [errors.errors_of(run) for run in ROWS]
+    layouts = [e.run.layout for e in found if e.is_judged]
+    assert all(layout.tp == layout.cp == layout.pp == 1 for layout in layouts)
+    assert sum(layout.offload != "none" for layout in layouts) == 1
+    low = sum(e.memory_error < 0 for e in found if e.memory_error is not None)
+    assert f"{low} of the 12 are too low" in errors.page()
+    assert all("float8" in run.name for run in ROWS if "float8" in run.not_modelled)
+
+
 def test_our_own_runs() -> None:
     for config, (states, peak, sent) in errors.own_runs():
         assert abs(states.error) <= 0.01 and abs(sent.error) <= 0.01, config
@@ -58,6 +70,22 @@ def test_every_published_run_names_its_source() -> None:
 
 def test_the_page_shows_the_table() -> None:
     assert errors.PAGE.read_text(encoding="utf-8") == errors.page(), "run `python -m tests.theory.errors`"
+
+
+@pytest.mark.parametrize(
+    ("stated", "share"),
+    [({"use_multi_rank_bucket_allreduce": False}, 0.5), ({}, 1.0), ({"use_multi_rank_bucket_allreduce": True}, 1.0)],
+)
+def test_a_check_reads_how_the_deepspeed_file_reduces(tmp_path: Path, stated: dict[str, bool], share: float) -> None:
+    """Reduce-scattered gradients are half of all-reduced ones: 1 + 1 instead of 2 + 1 elements sent per parameter."""
+    ds_file = tmp_path / "ds.json"
+    ds_file.write_text(json.dumps({"zero_optimization": {"stage": 2, **stated}}))
+    row = next(r for r in json.loads(errors.MEASURED.read_text()) if r["settings"].get("zero_stage") == 2)
+    plain = compare(Config.create("cpu", **row["settings"]), [row["measured"]])
+    config = apply_file(Config.create("cpu", **row["settings"], deepspeed=str(ds_file)))
+    states, _, sent = compare(config, [row["measured"]])
+    assert states.predicted == plain[0].predicted
+    assert sent.predicted == pytest.approx(plain[2].predicted * (1 + 2 * share) / 3)
 
 
 def test_a_run_is_checked_from_its_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
