@@ -27,7 +27,7 @@ from tutorial_lib.theory.dimensions import PUBLISHED, Dimensions, derive
 from tutorial_lib.theory.known_models import HUB_NAMES, MODELS
 from tutorial_lib.theory.layouts import FSDP_STRATEGIES, Cluster, Workload
 from tutorial_lib.theory.plan import plan
-from tutorial_lib.theory.remedies import remedies, smallest_gpus
+from tutorial_lib.theory.remedies import faster_than_offload, remedies, smallest_gpus
 from tutorial_lib.theory.search import layouts
 
 SEVEN = derive(7e9)
@@ -545,6 +545,10 @@ def test_offload_says_what_it_takes_and_what_would_be_faster(capsys: pytest.Capt
     assert "--lora 16" in shown and "--gpus 8, the fewest" in shown
     best, *others = [float(match.replace(",", "")) for match in re.findall(r"([\d,]+) tokens/s per GPU", shown)]
     assert len(others) >= 2 and min(others) > 1.05 * best
+    dims = MODELS["llama-2-13b"]
+    task, four = Workload(num_params=dims.num_params, dimensions=dims, seq_length=2048), cluster(4, 40)
+    endless = dataclasses.replace(plan(task, four)[0], tokens_per_gpu_second=1e9)
+    assert faster_than_offload(task, four, "deepspeed", endless) == []
 
 
 @pytest.mark.parametrize(
