@@ -195,7 +195,7 @@ def _best(answer: Answer) -> list[str]:
         elif not missing_for(answer.workload, answer.engine):
             lines.append("None of the layouts that they run fits.")
     if answer.advice:
-        lines += ["Faster than offload would be, each tried:", *_advice(answer)]
+        lines += ["Faster, and without offload, each tried:", *_advice(answer)]
     if runs:
         lines += [
             "",
@@ -231,8 +231,8 @@ def _advice(answer: Answer) -> list[str]:
         beyond = f"; not in this course: {', '.join(best.missing)}" if best.missing else ""
         lines.append(f"  {remedy.change}")
         lines.append(f"    {best.tokens_per_gpu_second:,.0f} tokens/s per GPU with {describe(best)}{beyond}")
-        if best.layout.offload != "none":
-            lines.append(f"    {OFFLOAD_WARNING}")
+    if any(remedy.best.layout.offload != "none" for remedy in answer.advice):
+        lines.append(f"  {OFFLOAD_WARNING}")
     return lines
 
 
