@@ -77,10 +77,10 @@ def test_shares_are_padded_to_be_equal() -> None:
     ("stage", "offload", "device", "host"),
     [
         (1, "none", (2, 2, 3), (0, 0, 0)),
-        (1, "optimizer", (2, 2, 0), (0, 0, 3)),
-        (2, "optimizer", (2, 0, 0), (0, 0.5, 3)),
-        (3, "optimizer", (0.5, 0, 0), (0, 0.5, 3)),
-        (3, "all", (0, 0, 0), (0.5, 0.5, 3)),
+        (1, "optimizer", (2, 2, 0), (0, 1, 3)),
+        (2, "optimizer", (2, 0, 0), (0, 1, 3)),
+        (3, "optimizer", (0.5, 0, 0), (0, 1, 3)),
+        (3, "all", (0, 0, 0), (0.5, 1, 3)),
     ],
 )
 def test_offload_moves_states_to_the_host(

@@ -15,18 +15,17 @@ from typing import Any
 
 from tutorial_lib.cli import plan_check, plan_commands, plan_text
 from tutorial_lib.cli.options import add_model_config, model_of
-from tutorial_lib.cli.plan_models import find_model
+from tutorial_lib.cli.plan_models import SEQ_LENGTH, find_model
 from tutorial_lib.cli.plan_text import Answer
 from tutorial_lib.config import ConfigError
 from tutorial_lib.config.checks import check_path
 from tutorial_lib.theory.activations import CHECKPOINTING
-from tutorial_lib.theory.cost import backward_all_reduces
+from tutorial_lib.theory.cost import Candidate, backward_all_reduces
 from tutorial_lib.theory.hardware import GPUS, find_gpu, peak_flops
-from tutorial_lib.theory.known_models import HUB_NAMES
-from tutorial_lib.theory.layouts import ENGINES, MOMENTS, PRECISIONS, Cluster, Workload
+from tutorial_lib.theory.layouts import ENGINES, MOMENTS, PRECISIONS, Cluster, Workload, missing_for
 from tutorial_lib.theory.plan import plan
 from tutorial_lib.theory.reasons import reasons
-from tutorial_lib.theory.remedies import remedies
+from tutorial_lib.theory.remedies import faster_than_offload, remedies
 
 FITS, NOTHING_FITS = 0, 2
 
@@ -49,13 +48,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--random-init", action="store_true", help="with --model-config, as for train; plan reads no weights anyway"
     )
-    number("--model-size", float, "parameters, such as 7e9: the public model of this size, or a shape derived from it")
+    number(
+        "--model-size",
+        _parse_size,
+        "parameters, such as 7e9 or 7B: the public model of this size, or a shape derived from it",
+    )
     for name in ("layers", "hidden", "heads", "vocabulary"):
         number(f"--{name}", int, f"with --model-size: {name} of the model")
     number("--gpus", int, "devices in all")
-    parser.add_argument("--gpu", help=f"preset: {', '.join(GPUS)} (without one: --gpu-memory, and an A100's speed)")
+    parser.add_argument(
+        "--gpu", type=str.lower, help=f"preset: {', '.join(GPUS)} (without one: --gpu-memory, and an A100's speed)"
+    )
     number("--gpu-memory", float, "GB of one device")
-    number("--seq-length", int, "tokens per sequence (default: 2048)", 2048)
+    number("--seq-length", int, f"tokens per sequence (default: {SEQ_LENGTH}, or a model's learned positions)")
     number("--micro-batch", int, "sequences per forward pass and data-parallel rank (default: chosen)")
     number("--global-batch", int, "sequences per optimizer step (default: one micro-batch per rank)")
     parser.add_argument("--precision", help=f"{', '.join(PRECISIONS)} (default: bf16; fp16 where a GPU has no bf16)")
@@ -70,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how much backward recomputes; alone it means full (default: chosen)",
     )  # fmt: skip
     number("--lora", int, "train adapters of this rank alone", 0)
-    number("--base-bits", int, "with --lora: bits per frozen weight: 16 (default), 8 or 4 (QLoRA)", 16)
+    number("--base-bits", int, "with --lora: bits per frozen weight: 16 (default), 8 or 4 (QLoRA)")
     parser.add_argument("--moments", default="fp32", help=f"Adam's moments in {', '.join(MOMENTS)} (default: fp32)")
     number("--loss-chunks", int, "pieces in which output layer and loss are computed (default: 1)", 1)
     parser.add_argument(
@@ -115,29 +120,60 @@ def _answer(options: argparse.Namespace) -> Answer:
     model = model_of(options)
     if model is not None:
         check_path("model", model)
-    dimensions, num_params, source = find_model(model, options.model_size, given)
+    found = find_model(model, options.model_size, given, options.seq_length)
     try:
         cluster, precision, plausible = _cluster(options)
         workload = Workload(
-            num_params=num_params, dimensions=dimensions, seq_length=options.seq_length,
+            num_params=found.num_params, dimensions=found.dimensions,
+            seq_length=options.seq_length or found.usual_seq_length(),
             micro_batch=options.micro_batch, global_batch=options.global_batch, precision=precision,
             bucket_size=options.bucket_size, checkpointing=options.activation_checkpointing,
-            gradient_reduction=options.gradient_reduction, lora_rank=options.lora, base_bits=options.base_bits,
+            gradient_reduction=options.gradient_reduction, lora_rank=options.lora, base_bits=options.base_bits or 16,
             moments=options.moments, loss_chunks=options.loss_chunks, beyond=not options.only_here,
         )  # fmt: skip
+        if options.base_bits and not options.lora:
+            raise ConfigError(
+                f"--base-bits {options.base_bits} is of frozen weights. Add --lora RANK, or leave it out."
+            )
         candidates = plan(workload, cluster, options.engine)
-        best = here = candidates[0]
-        if best.missing:
-            here = plan(dataclasses.replace(workload, beyond=False), cluster, options.engine)[0]
+        best = candidates[0]
+        if not best.fits:
+            advice = remedies(workload, cluster, options.engine)
+        elif best.layout.offload != "none":
+            advice = faster_than_offload(workload, cluster, options.engine, best)
+        else:
+            advice = []
         return Answer(
             workload=workload, cluster=cluster, engine=options.engine, gpu=options.gpu or "", plausible=plausible,
-            model=HUB_NAMES.get(options.model, options.model or "MODEL"), source=source, candidates=candidates,
-            here=here if here.fits and not here.missing else None,
-            why=reasons(workload, cluster, best) if best.fits else [],
-            advice=[] if best.fits else remedies(workload, cluster, options.engine),
+            model=found.name, random_init=found.random_init or options.random_init, source=found.source,
+            candidates=candidates, here=_best_here(workload, cluster, options.engine, best),
+            why=reasons(workload, cluster, best) if best.fits else [], advice=advice,
         )  # fmt: skip
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _best_here(workload: Workload, cluster: Cluster, engine: str, best: Candidate) -> Candidate | None:
+    """Return the best layout that this course's engines run, as ``--only-here`` finds it; None if none fits."""
+    if best.fits and not best.missing:
+        return best
+    if missing_for(workload, engine):
+        return None
+    here = plan(dataclasses.replace(workload, beyond=False), cluster, engine)[0]
+    return here if here.fits else None
+
+
+def _parse_size(text: str) -> float:
+    """Return a number of parameters from ``7e9`` or ``7B``.
+
+    Raises:
+        argparse.ArgumentTypeError: neither.
+    """
+    unit = {"m": 1e6, "b": 1e9, "t": 1e12}.get(text[-1:].lower())
+    try:
+        return float(text[:-1]) * unit if unit else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of parameters; write one such as 7e9 or 7B") from None
 
 
 def _cluster(options: argparse.Namespace) -> tuple[Cluster, str, tuple[str, ...]]:
@@ -199,7 +235,7 @@ def _document(answer: Answer) -> dict[str, Any]:
     runs = answer.here
     if runs:
         config = plan_commands.deepspeed_config(workload, runs)
-        settings = plan_commands.settings_of(workload, runs, answer.model)
+        settings = plan_commands.settings_of(workload, runs, answer.model, random_init=answer.random_init)
         line = plan_commands.train_line(answer.cluster, settings, with_file=config is not None)
         document["run"] = {"settings": settings, "deepspeed": config, "line": line}
     return document

@@ -86,14 +86,7 @@ def compare(
     states = model_states(workload, layout, part.params, config.accumulation, layout.shard_size or layout.dp)
     early = states.device - states.gradients
     moments = peak.moments(workload, layout, part, states, config.accumulation)
-    cluster = Cluster(gpus=ranks, gpus_per_node=ranks, gpu_memory=80e9)
-    if gpu:
-        preset = find_gpu(gpu)
-        cluster = Cluster(
-            gpus=ranks, gpus_per_node=ranks, gpu_memory=preset.memory, efficiency=preset.efficiency,
-            gpu_flops=peak_flops(gpu, config.engine.precision), memory_bandwidth=preset.memory_bandwidth,
-            within=preset.within, between=preset.between, host_link=preset.host_link,
-        )  # fmt: skip
+    cluster = _cluster_of(gpu, ranks, config.engine.precision)
     candidate = evaluate(workload, cluster, layout)
     rows = [
         Compared(
@@ -103,7 +96,7 @@ def compare(
         ),
         Compared(
             "peak beyond weights and moments",
-            max(moment.total for moment in moments) - early,
+            max(moment.total for moment in moments) - early - peak.standing_bucket(workload, layout),
             max(sum(m["peak_bytes"].values()) for m in measured),
         ),
         Compared(
@@ -115,6 +108,25 @@ def compare(
     if gpu and seconds:
         rows.append(Compared("seconds per step", candidate.seconds, seconds))
     return rows
+
+
+def _cluster_of(gpu: str | None, ranks: int, precision: str) -> Cluster:
+    """Return the devices of a preset.
+
+    Raises:
+        ConfigError: there is none of that name, or it does not compute in that precision.
+    """
+    if gpu is None:
+        return Cluster(gpus=ranks, gpus_per_node=ranks, gpu_memory=80e9)
+    try:
+        preset, flops = find_gpu(gpu), peak_flops(gpu, precision)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return Cluster(
+        gpus=ranks, gpus_per_node=ranks, gpu_memory=preset.memory, efficiency=preset.efficiency, gpu_flops=flops,
+        memory_bandwidth=preset.memory_bandwidth, within=preset.within, between=preset.between,
+        host_link=preset.host_link,
+    )  # fmt: skip
 
 
 def workload_and_layout(config: Config, dimensions: Dimensions, num_params: int) -> tuple[Workload, Layout]:
@@ -137,14 +149,31 @@ def workload_and_layout(config: Config, dimensions: Dimensions, num_params: int)
     workload = Workload(
         num_params=num_params, dimensions=dimensions, seq_length=config.data.seq_length, micro_batch=config.micro_batch,
         global_batch=config.run.global_batch, precision=engine.precision, bucket_size=engine.bucket_size,
-        checkpointing=checkpointing, gradient_reduction="all_reduce", foreach=config.run.device != "cpu",
-        loss_chunks=engine.loss_chunks,
+        checkpointing=checkpointing, foreach=config.run.device != "cpu", loss_chunks=engine.loss_chunks,
+        **_from_deepspeed_file(engine.deepspeed_file),
     )  # fmt: skip
     layout = Layout(
         dp=parallel.dp, tp=parallel.tp, zero_stage=stage, strategy=strategy, shard_size=engine.shard_size,
         offload=engine.offload, micro_batch=config.micro_batch, checkpointing=checkpointing, reduction="last",
     )  # fmt: skip
     return workload, layout
+
+
+def _from_deepspeed_file(name: str | None) -> dict[str, Any]:
+    """Return what a run's DeepSpeed file decides and no setting of the run shows, else DeepSpeed's defaults.
+
+    Raises:
+        ConfigError: the file is gone, or holds what DeepSpeed does not take.
+    """
+    from tutorial_lib.engine.deepspeed import file
+
+    zero = {} if name is None else file.read(name).get("zero_optimization", {})
+    scatters = zero.get("reduce_scatter", True) and not zero.get("use_multi_rank_bucket_allreduce", True)
+    return {
+        "gradient_reduction": "reduce_scatter" if scatters else "all_reduce",
+        "overlap_comm": zero.get("overlap_comm") or False,
+        "live_params": zero.get("stage3_max_live_parameters", 1_000_000_000),
+    }
 
 
 def _across_the_border(config: Config, workload: Workload, layout: Layout) -> float:

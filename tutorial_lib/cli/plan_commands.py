@@ -12,13 +12,14 @@ from tutorial_lib.theory.layouts import Cluster, Workload
 DEEPSPEED_FILE = "ds_config.json"
 
 
-def settings_of(workload: Workload, best: Candidate, model: str) -> dict[str, Any]:
+def settings_of(workload: Workload, best: Candidate, model: str, *, random_init: bool = False) -> dict[str, Any]:
     """Return the settings of ``train`` by flat name, as :meth:`tutorial_lib.config.Config.create` takes them.
 
     Args:
         workload: what was planned.
         best: a candidate that this course's engines run (:attr:`Candidate.missing` is empty).
         model: what to train.
+        random_init: it has no weights, or they are not wanted.
     """
     layout = best.layout
     found: dict[str, Any] = {
@@ -27,6 +28,8 @@ def settings_of(workload: Workload, best: Candidate, model: str) -> dict[str, An
         "global_batch": best.tokens // workload.seq_length, "micro_batch": layout.micro_batch,
         "activation_checkpointing": layout.checkpointing == "full",
     }  # fmt: skip
+    if random_init:
+        found["random_init"] = True
     if workload.loss_chunks > 1:
         found["loss_chunks"] = workload.loss_chunks
     if layout.strategy is None:
@@ -99,10 +102,13 @@ def train_line(cluster: Cluster, settings: dict[str, Any], *, with_file: bool) -
     return f"{shlex.join(start)} {place} {shlex.join(words)}"
 
 
-def in_words(workload: Workload, cluster: Cluster, best: Candidate, model: str) -> list[str]:
+def in_words(
+    workload: Workload, cluster: Cluster, best: Candidate, model: str, *, random_init: bool = False
+) -> list[str]:
     """Return the lines to paste."""
     config = deepspeed_config(workload, best)
-    line = train_line(cluster, settings_of(workload, best, model), with_file=config is not None)
+    settings = settings_of(workload, best, model, random_init=random_init)
+    line = train_line(cluster, settings, with_file=config is not None)
     each = " (on every node)" if cluster.gpus > cluster.per_node else ""
     lines = [f"To run it{each}:", f"  {line}"]
     if config is not None:

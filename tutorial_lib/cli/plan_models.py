@@ -6,20 +6,50 @@ are counted on a model that is built on the meta device: code and shapes, withou
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.theory.dimensions import Dimensions, derive
-from tutorial_lib.theory.known_models import MODELS, nearest_model
+from tutorial_lib.theory.known_models import HUB_NAMES, MODELS, nearest_model
+
+SEQ_LENGTH = 2048
+"""Tokens per sequence, where none are given."""
 
 
-def find_model(name: str | None, size: float | None, given: dict[str, int | None]) -> tuple[Dimensions, int, str]:
-    """Return dimensions, parameters, and in words where they are from.
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The model that is planned.
+
+    Args:
+        dimensions: its own, or derived ones.
+        num_params: Psi.
+        source: in words, where they are from.
+        name: what ``train`` takes.
+        random_init: it has no weights, so that ``train`` needs ``--random-init``.
+    """
+
+    dimensions: Dimensions
+    num_params: int
+    source: str
+    name: str
+    random_init: bool = False
+
+    def usual_seq_length(self) -> int:
+        """Return :data:`SEQ_LENGTH`, or as many tokens as there are learned positions."""
+        return min(SEQ_LENGTH, self.dimensions.positions or SEQ_LENGTH)
+
+
+def find_model(
+    name: str | None, size: float | None, given: dict[str, int | None], seq_length: int | None = None
+) -> Found:
+    """Return the model, with in words where its dimensions are from.
 
     Args:
         name: a public model's, a hub name, a directory or embedded/...
-        size: parameters; the nearest public model within 2 % stands for it, unless dimensions are given.
+        size: parameters; the nearest public model within 5 % stands for it, unless dimensions are given.
         given: ``layers``, ``hidden``, ``heads`` and ``vocabulary``, where stated.
+        seq_length: where stated; a public model without so many positions does not stand for a size.
 
     Raises:
         ConfigError: neither or both of name and size, or what makes no model.
@@ -31,19 +61,29 @@ def find_model(name: str | None, size: float | None, given: dict[str, int | None
         if stated:
             raise ConfigError(f"--{stated[0]} goes with --model-size; the dimensions of {name} are its own.")
         if name in MODELS:
-            return MODELS[name], MODELS[name].num_params, name
-        return *read_config(name), name
+            return _public(name, name)
+        return _from_hugging_face(name)
     assert size is not None
     near = None if stated else nearest_model(size)
-    if near:
-        return MODELS[near], MODELS[near].num_params, f"{near}'s, the public model of about this size"
+    if near and not (seq_length or 0) > MODELS[near].positions > 0:
+        return _public(near, f"{near}'s, the public model of about this size")
     try:
         dimensions = derive(size, **given)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if len(stated) == len(given):
-        return dimensions, int(size), "as given"
-    return dimensions, int(size), "assumed, after GPT-3's and LLaMA's sizes"
+    source = "as given" if len(stated) == len(given) else "assumed, after GPT-3's and LLaMA's sizes"
+    return Found(dimensions, int(size), source, "MODEL")
+
+
+def _public(name: str, source: str) -> Found:
+    return Found(MODELS[name], MODELS[name].num_params, source, HUB_NAMES[name])
+
+
+def _from_hugging_face(name: str) -> Found:
+    dimensions, num_params = read_config(name)
+    from tutorial_lib.models.loading import is_config_only
+
+    return Found(dimensions, num_params, name, name, random_init=is_config_only(name))
 
 
 def read_config(name: str) -> tuple[Dimensions, int]:
@@ -54,7 +94,13 @@ def read_config(name: str) -> tuple[Dimensions, int]:
     """
     from tutorial_lib.models import load_config
 
-    config = load_config(name).get_text_config()
+    config = load_config(name)
+    if config.is_encoder_decoder:
+        raise ConfigError(
+            f"{name} is a {config.model_type} model, an encoder with a decoder, and the planner knows decoders alone. "
+            "Name a causal language model, or write --model-size with the parameters of one."
+        )
+    config = config.get_text_config()
     dimensions = _of_family(config)
     if dimensions is not None:
         return dimensions, dimensions.num_params

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from tutorial_lib.cli import plan_commands
 from tutorial_lib.theory.cost import Candidate, backward_all_reduces, short_gb
-from tutorial_lib.theory.layouts import Cluster, Workload
+from tutorial_lib.theory.layouts import Cluster, Workload, missing_for
+from tutorial_lib.theory.reasons import OFFLOAD_WARNING
 from tutorial_lib.theory.remedies import Remedy
 
 ROWS = 12
@@ -24,7 +25,7 @@ _HEADER = " dp tp  sharding         b rec off state activ bufs  peak    dp    tp
 _SHORT = {
     "does not fit by": "too large by", "host too small by": "host lacks", "global batch": "batch", " traffic": "",
     "computing": "compute", "the update": "update", "as fast; holds more memory": "tie; more memory",
-    "as fast; more knobs": "tie; more knobs", "as fast; offloads": "tie; offloads",
+    "as fast": "tie",
 }  # fmt: skip
 """What the table says for what the plan does."""
 
@@ -38,11 +39,12 @@ class Answer:
         gpu: the preset's name, if one was named.
         plausible: its fields that nobody measured.
         model: what ``train`` takes.
+        random_init: whether ``train`` is to draw its weights.
         source: where the dimensions are from.
         candidates: all shapes, best first.
         here: the best one that this course's engines run, if any fits.
         why: sentences about the best.
-        advice: what would make something fit.
+        advice: what would make something fit, or be faster than the best, if that offloads.
     """
 
     workload: Workload
@@ -51,6 +53,7 @@ class Answer:
     gpu: str
     plausible: tuple[str, ...]
     model: str
+    random_init: bool
     source: str
     candidates: list[Candidate]
     here: Candidate | None
@@ -144,6 +147,7 @@ def _table(answer: Answer, rows: int) -> list[str]:
     lines = [_row(candidate, best) for candidate in shown]
     lines += [_row(candidate, best) for candidate in others[: max(1, rows // 2)]]
     hidden = len(answer.candidates) - len(lines)
+    lines.append(" peak may be below state + activ + bufs: state counts gradients that do not exist at its moment")
     if any(candidate.missing for candidate in answer.candidates):
         lines.append(" * not in this course's engines (--only-here leaves such layouts out)")
     return lines + ([f" ... {hidden} more: --rows {len(answer.candidates)}, or --json"] if hidden > 0 else [])
@@ -185,13 +189,28 @@ def _best(answer: Answer) -> list[str]:
     if best.missing:
         lines.append(f"This course's engines do not have: {', '.join(best.missing)}.")
         if runs:
-            slower = 100 * (best.tokens_per_gpu_second / runs.tokens_per_gpu_second - 1)
-            lines.append(f"The best that they run: {describe(runs)}: {slower:.0f} % slower.")
-        else:
-            lines.append("Nothing that they run fits.")
+            lines.append(f"The best that they run: {describe(runs)}: {_how_much_slower(runs, best)}.")
+            if runs.layout.offload != "none" and best.layout.offload == "none":
+                lines.append(f"  {OFFLOAD_WARNING}")
+        elif not missing_for(answer.workload, answer.engine):
+            lines.append("None of the layouts that they run fits.")
+    if answer.advice:
+        lines += ["Faster, and without offload, each tried:", *_advice(answer)]
     if runs:
-        lines += ["", *plan_commands.in_words(answer.workload, answer.cluster, runs, answer.model)]
+        lines += [
+            "",
+            *plan_commands.in_words(
+                answer.workload, answer.cluster, runs, answer.model, random_init=answer.random_init
+            ),
+        ]
     return lines
+
+
+def _how_much_slower(one: Candidate, best: Candidate) -> str:
+    percent = round(100 * (best.tokens_per_gpu_second / one.tokens_per_gpu_second - 1))
+    if percent == 0:
+        return "as fast"
+    return f"{percent:,} % slower" if percent > 0 else f"{-percent} % faster, which counts as a tie"
 
 
 def _nothing(answer: Answer) -> list[str]:
@@ -199,14 +218,21 @@ def _nothing(answer: Answer) -> list[str]:
     lines = [
         "Nothing fits. What would, each tried, the fastest first:" if answer.advice else f"Nothing fits. {hopeless}"
     ]
-    for remedy in answer.advice:
-        beyond = f"; not in this course: {', '.join(remedy.best.missing)}" if remedy.best.missing else ""
-        lines.append(f"  {remedy.change}")
-        lines.append(
-            f"    {remedy.best.tokens_per_gpu_second:,.0f} tokens/s per GPU with {describe(remedy.best)}{beyond}"
-        )
+    lines += _advice(answer)
     smallest = min(answer.candidates, key=lambda c: c.memory)
     lines.append(f"The smallest layout needs {short_gb(smallest.memory)} GB per GPU: {describe(smallest)}.")
+    return lines
+
+
+def _advice(answer: Answer) -> list[str]:
+    lines = []
+    for remedy in answer.advice:
+        best = remedy.best
+        beyond = f"; not in this course: {', '.join(best.missing)}" if best.missing else ""
+        lines.append(f"  {remedy.change}")
+        lines.append(f"    {best.tokens_per_gpu_second:,.0f} tokens/s per GPU with {describe(best)}{beyond}")
+    if any(remedy.best.layout.offload != "none" for remedy in answer.advice):
+        lines.append(f"  {OFFLOAD_WARNING}")
     return lines
 
 

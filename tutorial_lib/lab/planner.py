@@ -21,6 +21,7 @@ from tutorial_lib.theory.hardware import GPUS, find_gpu, peak_flops
 from tutorial_lib.theory.known_models import MODELS
 from tutorial_lib.theory.layouts import ENGINES, Cluster, Workload
 from tutorial_lib.theory.plan import plan
+from tutorial_lib.theory.reasons import OFFLOAD_WARNING
 
 BARS = 8
 """Layouts that are drawn and listed."""
@@ -184,6 +185,7 @@ def _finding(found: list[Candidate]) -> str:
         smallest = min(found, key=lambda c: c.memory)
         return f"Nothing fits; the smallest layout is {_name(smallest)} with {smallest.memory / 1e9:.0f} GB per GPU."
     more = f" This course's engines do not have {', '.join(best.missing)}." if best.missing else ""
+    more += f" {OFFLOAD_WARNING[0].upper()}{OFFLOAD_WARNING[1:]}" if best.layout.offload != "none" else ""
     fitting = sum(c.fits for c in found)
     return (
         f"{_name(best)} with micro-batch {best.layout.micro_batch}: {best.tokens_per_gpu_second:,.0f} tokens/s per "

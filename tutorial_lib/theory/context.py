@@ -4,8 +4,8 @@ Each of c ranks holds s / c tokens, so activations and logits shrink by c. Atten
 
 - **Ring** (arXiv:2310.01889): keys and values travel round the ring, ``c - 1`` times a rank's share, in forward; in
   backward they travel again, with their gradients. Works for any number of heads, and hides behind attention.
-- **Ulysses** (arXiv:2309.14509): four all-to-alls turn a share of the tokens with all heads into all tokens with a
-  share of the heads, and back: queries, keys, values and the output. Sends less for large c, but c divides the heads.
+- **Ulysses** (arXiv:2309.14509) turns a share of the tokens with all heads into all tokens with a share of the heads by
+  all-to-alls. The planner costs the ring alone.
 
 The parameters are gathered and their gradients reduced over all data-parallel and context-parallel ranks, as if these
 were data-parallel ranks (torchtitan: ``dp_shard_cp``). Not checked by a run: this course's engines do not have it; the
@@ -25,8 +25,3 @@ def ring_elements(tokens: float, key_value_width: int, ranks: int, *, recompute:
         recompute: forward runs again before backward.
     """
     return (3 + recompute) * 2 * tokens * key_value_width * (ranks - 1)
-
-
-def ulysses_elements(tokens: float, hidden: int, key_value_width: int, ranks: int, *, recompute: bool = False) -> float:
-    """Return the same with all-to-alls: of queries and outputs, keys and values, in forward and in backward."""
-    return (2 + recompute) * 2 * tokens * (hidden + key_value_width) * (ranks - 1) / ranks

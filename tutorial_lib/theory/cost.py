@@ -7,12 +7,13 @@ The model of a step::
     dp         gradients and parameters; computing hides the share ``overlap`` of it, as far as it lasts
     cp         keys and values round a ring, hidden likewise
     update     Adam reads and writes 28 bytes per trained parameter of its shard
-    offload    states over the host link, and Adam on the host's processors; nothing hides them
+    offload    gradients and parameters over the host link, and Adam on the host's processors; nothing hides them. Too
+               cheap: the one published run was :data:`OFFLOADED_RUN` times slower
 
 Sources: FLOPs, arXiv:2204.02311, appendix B; volumes, :mod:`tutorial_lib.theory.traffic`; the update, AdamW's fp32
 gradient, weight and two moments (16 bytes read, 12 written). Assumptions: Adam reaches four fifths of the memory
 bandwidth (plausible); kernels are as efficient on small micro-batches as on large ones.
-Left out: latency of collectives, launches of kernels, reading data.
+Left out: latency of collectives, launches of kernels, sends between a pipeline's stages, reading data.
 Checked: docs/planner-errors.md.
 """
 
@@ -29,6 +30,8 @@ from tutorial_lib.theory.search import step_batch
 from tutorial_lib.theory.states import lora_params, model_states
 
 UPDATE_BYTES = 28
+OFFLOADED_RUN = 2.7
+"""How many times slower the one published run with offload was than this model says: docs/planner-errors.md."""
 REACHED_MEMORY_BANDWIDTH = 0.8
 
 
@@ -215,10 +218,7 @@ def _compute_seconds(workload: Workload, cluster: Cluster, layout: Layout, token
 def _update_seconds(
     workload: Workload, cluster: Cluster, layout: Layout, params: int, accumulation: int
 ) -> tuple[float, float]:
-    """Seconds that offload adds, and those of Adam on the device. One of them is 0.
-
-    Offload: gradients down, parameters up, Adam in between; with ``all``, parameters up for each forward and backward.
-    """
+    """Seconds that offload adds, and those of Adam on the device. One of them is 0."""
     trained = params
     if workload.lora_rank:
         trained = min(params, lora_params(workload.dimensions, workload.lora_rank) // (layout.tp * layout.pp))
@@ -227,13 +227,35 @@ def _update_seconds(
     shard = memory.partition_elements(trained, ranks)
     if layout.offload == "none":
         return 0.0, shard * UPDATE_BYTES / (REACHED_MEMORY_BANDWIDTH * cluster.memory_bandwidth)
-    reductions = 1 if layout.zero_stage == 1 or (layout.reduction == "last" and layout.strategy) else accumulation
-    moved = reductions * shard
-    if layout.offload == "all":
-        moved += 2 * accumulation * memory.partition_elements(params, ranks)
-    else:
-        moved += shard
-    return moved * workload.bytes_per_element / cluster.host_link + shard * cluster.per_node / cluster.host_adam, 0.0
+    moved = _host_link_bytes(workload, layout, shard, memory.partition_elements(params, ranks), accumulation)
+    return moved / cluster.host_link + shard * cluster.per_node / cluster.host_adam, 0.0
+
+
+def _host_link_bytes(workload: Workload, layout: Layout, trained: int, all_params: int, accumulation: int) -> float:
+    """Return the bytes of a rank's shard that cross its host link per step: gradients down, parameters up.
+
+    FSDP2 keeps fp32 shards on the host, moves them as they are for each gather and casts them on the device
+    (``all_gather_inputs`` of ``_fsdp_param.py``); reduced gradients go down in fp32 (``_fsdp_collectives.py``).
+    DeepSpeed sends 16-bit parameters up, and gradients down as the fp32 that its host Adam reads. Stage 3 also keeps
+    every micro-batch's 16-bit gradients in a buffer on the host, and fetches them back (``partition_grads``).
+
+    Args:
+        workload, layout: what is trained, and how.
+        trained: elements of the shard that have gradients.
+        all_params: elements of the shard, frozen ones included.
+        accumulation: micro-batches per step.
+    """
+    element = workload.bytes_per_element
+    if layout.strategy:
+        reductions = 1 if layout.reduction == "last" else accumulation
+        gathers = accumulation * (1 if layout.strategy == "shard_grad_op" else 2)
+        stored = element if workload.lora_rank else 4  # a frozen base is stored in 16 bits
+        return 4 * reductions * trained + stored * gathers * all_params
+    down = 4 * trained * (accumulation if layout.zero_stage == 2 else 1)
+    if layout.zero_stage == 3:
+        down += 2 * element * accumulation * trained
+    up = 2 * accumulation * all_params if layout.offload == "all" else trained
+    return down + element * up
 
 
 def _problem(cluster: Cluster, device: float, host: float, batch: int, share: int) -> str:

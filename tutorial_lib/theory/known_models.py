@@ -66,12 +66,19 @@ HUB_NAMES = {
 """What each of :data:`MODELS` is called on the Hugging Face hub, for a command that loads its weights."""
 
 
-def nearest_model(num_params: float, *, within: float = 0.02) -> str | None:
+_MEANT = {7e9: "llama-2-7b"}
+"""What people mean by a size that is about as near to several models: Llama 2 has 6.74 B, Mistral 7.24 B."""
+
+
+def nearest_model(num_params: float, *, within: float = 0.05) -> str | None:
     """Return the name of the public model whose size is nearest, or None if none is as near as ``within``.
 
     People say 70B and mean a model with grouped queries and a vocabulary of 128,256: a shape derived from the size
     alone would miss both.
     """
+
+    if num_params in _MEANT:
+        return _MEANT[num_params]
 
     def distance(name: str) -> float:
         return abs(MODELS[name].num_params / num_params - 1)

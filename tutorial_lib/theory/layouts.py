@@ -81,6 +81,7 @@ class Workload:
         precision: ``bf16``, ``fp16`` or ``fp32``.
         checkpointing: how much is recomputed, ``none``, ``selective`` or ``full``; ``None``: the planner chooses.
         bucket_size: elements of DeepSpeed's reduction and gathering buckets.
+        overlap_comm: DeepSpeed's stages 1 and 2 fill one bucket of gradients while they reduce another.
         live_params: elements that DeepSpeed's stage 3 may keep gathered (``stage3_max_live_parameters``).
         gradient_reduction: of stages 1 and 2, as in :func:`tutorial_lib.theory.traffic.zero_volume`.
         lora_rank: train adapters of this rank alone; 0: train all parameters.
@@ -99,6 +100,7 @@ class Workload:
     precision: str = "bf16"
     checkpointing: str | None = None
     bucket_size: int = 500_000_000
+    overlap_comm: bool = False
     live_params: int = 1_000_000_000
     gradient_reduction: str = "reduce_scatter"
     lora_rank: int = 0
@@ -183,12 +185,21 @@ def missing_here(layout: Layout, workload: Workload, accumulation: int) -> list[
         "a pipeline": layout.pp > 1,
         "reducing gradients with every micro-batch under FSDP2": layout.strategy not in (None, "no_shard")
         and layout.reduction == "each" and accumulation > 1,
-        "LoRA": workload.lora_rank > 0,
-        f"moments in {workload.moments}": workload.moments != "fp32",
         "a loss in chunks of a split output layer": workload.loss_chunks > 1 and layout.tp > 1,
         "stage 0 with tp in 16 bits": layout.strategy is None and layout.zero_stage == 0 and layout.tp > 1
         and workload.precision != "fp32",
     }  # fmt: skip
+    found = [name for name, is_needed in needs.items() if is_needed]
+    return found + missing_for(workload, layout.engine)
+
+
+def missing_for(workload: Workload, engine: str) -> list[str]:
+    """Return what every layout of a workload needs that this course's engines do not have."""
+    needs = {
+        "LoRA": workload.lora_rank > 0,
+        f"moments in {workload.moments}": workload.moments != "fp32",
+        "fp16 under FSDP2": engine == "fsdp" and workload.precision == "fp16",
+    }
     return [name for name, is_needed in needs.items() if is_needed]
 
 
@@ -215,6 +226,9 @@ def check(workload: Workload, cluster: Cluster, engine: str) -> None:
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} is {value}; the smallest possible value is 1.")
+    _check_sizes(workload)
+    if not workload.beyond and (lacking := missing_for(workload, engine)):
+        raise ValueError(f"This course's engines do not have {', '.join(lacking)}. Leave out --only-here.")
     for name in ("gpu_memory", "host_memory", "gpu_flops", "memory_bandwidth", "within", "between", "host_link",
                  "host_adam"):  # fmt: skip
         if not getattr(cluster, name) > 0:
@@ -226,4 +240,23 @@ def check(workload: Workload, cluster: Cluster, engine: str) -> None:
         raise ValueError(
             f"{cluster.gpus} gpus do not fill nodes of {cluster.gpus_per_node}. Write {whole} or "
             f"{whole + cluster.gpus_per_node}, or another gpus_per_node."
+        )
+
+
+def _check_sizes(workload: Workload) -> None:
+    dims = workload.dimensions
+    if workload.seq_length > dims.positions > 0:
+        raise ValueError(
+            f"seq_length is {workload.seq_length}, but this model has learned positions for {dims.positions} tokens. "
+            f"Write at most {dims.positions}."
+        )
+    if workload.loss_chunks > workload.seq_length:
+        raise ValueError(
+            f"loss_chunks is {workload.loss_chunks}, more than the {workload.seq_length} tokens of a sequence. Write a "
+            "smaller number, such as 8."
+        )
+    if workload.lora_rank > dims.hidden:
+        raise ValueError(
+            f"lora is {workload.lora_rank}: adapters of a rank above the hidden size, {dims.hidden}, are larger than "
+            "the matrices that they adapt. Write a smaller number, such as 16."
         )

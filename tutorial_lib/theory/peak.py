@@ -17,14 +17,18 @@ What an engine allocates beside states and activations (*buffers*)::
                those of the root (twice where the output layer is the embedding)
     DDP        16-bit copies of all weights, which autocast caches until backward has used them; gradients live in its
                buckets, which always exist
-    DeepSpeed  in backward a bucket of gradients, at the update one of updated parameters (1, 2); parameters that stay
-               gathered up to ``stage3_max_live_parameters`` (3)
+    DeepSpeed  a bucket of gradients of the full ``reduce_bucket_size``, however small the model: from the start on (3),
+               from a step's first backward on (1), or during backward (2), twice with ``overlap_comm`` (1, 2); at the
+               update a bucket of updated parameters (1, 2); parameters that stay gathered up to
+               ``stage3_max_live_parameters`` (3)
     pipeline   gathered weights (whole gradients, which wait for the last micro-batch, count as states)
 
 Sources: ``torch.distributed.fsdp`` (``_fsdp_collectives.py``: copy-in and copy-out), ``torch.amp`` (weight cache),
-``deepspeed/runtime/zero``. Assumptions: one layer is gathered ahead; on GPUs AdamW updates plain tensors all at once
+``deepspeed/runtime/zero`` (``setup_buckets`` of stage_1_and_2.py; the bucket that stage3.py makes with the optimizer).
+Assumptions: one layer is gathered ahead; on GPUs AdamW updates plain tensors all at once
 (``foreach``), with one more copy of them, and FSDP2's DTensors one by one (``_default_to_fused_or_foreach`` in
 torch/optim/optimizer.py).
+Left out: what a pipeline's stages send each other waits in buffers; a mask of packed rows.
 Checked: docs/planner-errors.md, against peaks of our own runs and published ones.
 """
 
@@ -157,11 +161,22 @@ def _buffers(workload: Workload, layout: Layout, part: Part, micro_batches: int)
             return whole, whole + trained * layer + reduced, update
         return root, root + ahead + trained * layer + reduced, update
     copy = copied * part.params / (shards if layout.zero_stage else 1)
-    if shards == 1 and layout.offload != "all":
+    if shards == 1 and layout.zero_stage == 0:
         return 0.0, 0.0, copy
-    bucket = trained * min(part.params, workload.bucket_size) * element
-    earlier = bucket if micro_batches > 1 and layout.zero_stage > 0 else 0.0  # made in the first backward of a step
+    some_params = float(min(part.params, workload.bucket_size) * element)
+    if layout.zero_stage == 0:
+        return 0.0, trained * some_params, max(trained * some_params, copy)
+    bucket = float(workload.bucket_size * element)
     if layout.zero_stage == 3:
-        live = min(part.params, workload.live_params) * element
-        return live + earlier, live + bucket, live + max(bucket, copy)
-    return earlier, bucket, max(bucket if layout.zero_stage == 0 else 2 * bucket, copy)
+        kept = standing_bucket(workload, layout) + min(part.params, workload.live_params) * element
+        return kept, kept, kept + copy
+    buckets = bucket * (2 if workload.overlap_comm else 1)
+    earlier = buckets if micro_batches > 1 and layout.zero_stage == 1 else 0.0  # made in the first backward of a step
+    return earlier, buckets, max(buckets + trained * some_params, copy)
+
+
+def standing_bucket(workload: Workload, layout: Layout) -> float:
+    """Return the bytes of the bucket that DeepSpeed's stage 3 makes with the optimizer, before any step."""
+    if layout.strategy or layout.zero_stage != 3:
+        return 0.0
+    return float(workload.bucket_size * workload.bytes_per_element)

@@ -7,8 +7,8 @@ first one p. A stage waits ``p - 1`` micro-batches' time for the pipeline to fil
 top of computing. Interleaving divides that by v, and the first stage then holds ``p (1 + (p - 1) / (p v))``.
 
 Sources: Megatron-LM on GPU clusters, arXiv:2104.04473, sections 2.2 and 2.3; what interleaving holds, arXiv:2205.05198,
-section 4.3. Assumptions: stages of equal time; sends between stages hide behind computing, except for what the bubble
-shows. Not checked by a run: this course's engines have no pipeline.
+section 4.3. Assumption: stages of equal time. Left out: what stages send each other, which is taken to hide behind
+computing. Not checked by a run: this course's engines have no pipeline.
 """
 
 from __future__ import annotations
@@ -32,8 +32,3 @@ def micro_batches_held(stages: int, micro_batches: int, chunks: int = 1) -> floa
     if chunks == 1 or stages == 1:
         return min(stages, micro_batches)
     return min(float(micro_batches), stages + (stages - 1) / chunks)
-
-
-def sent_elements(micro_batches: int, micro_batch_tokens: float, hidden: int, chunks: int = 1) -> float:
-    """Return the elements that a stage between two others sends per step: activations onwards, gradients back."""
-    return 2 * chunks * micro_batches * micro_batch_tokens * hidden

@@ -33,7 +33,8 @@ def plan(workload: Workload, cluster: Cluster, engine: str = "deepspeed") -> lis
         ValueError: an unknown engine or precision, a number below its smallest value, or half-used nodes.
     """
     check(workload, cluster, engine)
-    by_shape = [list(_costs(shape, workload, cluster)) for shape in layouts(workload, cluster, engine)]
+    shapes = [list(_costs(shape, workload, cluster)) for shape in layouts(workload, cluster, engine)]
+    by_shape = [found for found in shapes if found]
     fastest = max((c.tokens_per_gpu_second for found in by_shape for c in found if c.fits), default=0.0)
     chosen = [_best_of_shape(found, cluster, fastest) for found in by_shape]
     fitting = sorted((c for c in chosen if c.fits), key=lambda c: _order(c, cluster, fastest))
@@ -44,19 +45,24 @@ def plan(workload: Workload, cluster: Cluster, engine: str = "deepspeed") -> lis
 def something_fits(workload: Workload, cluster: Cluster, engine: str = "deepspeed") -> bool:
     """Return whether :func:`plan` would find a layout that fits, without ranking any."""
     check(workload, cluster, engine)
-    return any(
-        evaluate(workload, cluster, layout).fits
+    smallest = (
+        evaluate(workload, cluster, layout)
         for shape in layouts(workload, cluster, engine)
         for layout in smallest_variants(shape, workload, cluster)
     )
+    return any(candidate.fits and (workload.beyond or not candidate.missing) for candidate in smallest)
 
 
 def _costs(shape: Layout, workload: Workload, cluster: Cluster) -> Iterable[Candidate]:
-    """Evaluate a shape's variants; larger micro-batches than one that does not fit need not be looked at."""
+    """Evaluate a shape's variants; larger micro-batches than one that does not fit need not be looked at.
+
+    Unless the workload says to look ``beyond`` them, what this course's engines do not run is left out.
+    """
     for sizes in variants(shape, workload, cluster):
         for layout in sizes:
             candidate = evaluate(workload, cluster, layout)
-            yield candidate
+            if workload.beyond or not candidate.missing:
+                yield candidate
             if candidate.memory > cluster.usable_memory:
                 break
 
@@ -66,6 +72,10 @@ def _best_of_shape(found: list[Candidate], cluster: Cluster, fastest: float) -> 
     if fitting:
         return min(fitting, key=lambda c: _order(c, cluster, fastest))
     return min(found, key=lambda c: (c.problem.startswith("global"), c.memory))
+
+
+_DECIDES = ("", "offloads", "holds more memory", "more knobs", "shards more", "fewer tokens/s", "larger tp")
+"""What puts a layout behind an equally fast one, in the order of :func:`_order`."""
 
 
 def _order(candidate: Candidate, cluster: Cluster, fastest: float) -> tuple[float, ...]:
@@ -90,10 +100,9 @@ def _why_slower(candidate: Candidate, best: Candidate, cluster: Cluster, fastest
         return ""
     percent = 100 * (best.tokens_per_gpu_second / candidate.tokens_per_gpu_second - 1)
     if _ties(candidate, fastest):
-        if candidate.layout.offload != best.layout.offload:
-            return "as fast; offloads"
-        full = candidate.memory > max(best.memory, COMFORTABLE * cluster.usable_memory)
-        return "as fast; holds more memory" if full else "as fast; more knobs"
+        pairs = zip(_order(candidate, cluster, fastest), _order(best, cluster, fastest), _DECIDES, strict=True)
+        decides = next((name for own, its, name in pairs if own != its), "")
+        return f"as fast; {decides}" if decides else "as fast"
     per_token = {
         "computing": (candidate.compute_seconds, best.compute_seconds),
         "tp traffic": (candidate.tp_seconds, best.tp_seconds),

@@ -8,8 +8,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tutorial_lib.theory.activations import CHECKPOINTING
-from tutorial_lib.theory.cost import Candidate, evaluate
+from tutorial_lib.theory.cost import OFFLOADED_RUN, Candidate, evaluate
 from tutorial_lib.theory.layouts import Cluster, Layout, Workload
+
+OFFLOAD_WARNING = (
+    f"offload: the one published run was {OFFLOADED_RUN:g} times slower than this model says: docs/planner-errors.md."
+)
 
 
 def reasons(workload: Workload, cluster: Cluster, best: Candidate) -> list[str]:
@@ -26,12 +30,19 @@ def reasons(workload: Workload, cluster: Cluster, best: Candidate) -> list[str]:
     if layout.pp > 1:
         found.append(f"pp={layout.pp}: a stage holds 1/{layout.pp} of the layers and waits while the pipeline fills.")
     if layout.offload != "none":
-        found.append("offload: the states do not fit the GPUs, and on hosts they do.")
+        found.append(
+            f"offload: the states do not fit the GPUs; they take {best.host / 1e9:,.0f} GB of a node's memory."
+        )
+        found.append(OFFLOAD_WARNING)
     return [sentence for sentence in found if sentence]
 
 
 def _against(best: Candidate, other: Candidate) -> str:
     """Return how another layout compares: it does not fit, or is slower, or holds more."""
+    if other.problem.startswith("global batch"):
+        return f"makes passes of {other.layout.micro_batch * other.layout.dp} sequences, no divisor of the global batch"
+    if other.problem.startswith("host too small by "):
+        return f"lacks {other.problem.removeprefix('host too small by ')} of host memory"
     if not other.fits:
         return other.problem
     percent = 100 * (best.tokens_per_gpu_second / other.tokens_per_gpu_second - 1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from tutorial_lib.theory.cost import Candidate
 from tutorial_lib.theory.layouts import Cluster, Workload
-from tutorial_lib.theory.plan import plan, something_fits
+from tutorial_lib.theory.plan import TIE, plan, something_fits
 
 MOST_GPUS = 65_536
 LORA_RANK = 16
@@ -36,20 +36,33 @@ class Remedy:
 
 def remedies(workload: Workload, cluster: Cluster, engine: str = "deepspeed") -> list[Remedy]:
     """Return single changes, or if none is enough, one set of them; empty if nothing that the planner knows helps."""
-    found = [
-        Remedy(change, best)
-        for change, changed, machine in _changes(workload, cluster, engine)
-        if (best := plan(changed, machine, engine)[0]).fits
-    ]
+    found = _try_changes(workload, cluster, engine)
     if not found:
         least = replace(
-            workload, checkpointing="full", micro_batch=1, global_batch=None, moments="8bit", loss_chunks=LOSS_CHUNKS
-        )
+            workload, checkpointing="full", micro_batch=1, global_batch=None, moments="8bit", loss_chunks=LOSS_CHUNKS,
+            beyond=True,
+        )  # fmt: skip
         if gpus := smallest_gpus(least, cluster, engine):
             best = plan(least, replace(cluster, gpus=gpus), engine)[0]
             together = f"--activation-checkpointing full --micro-batch 1 --moments 8bit --loss-chunks {LOSS_CHUNKS}"
             found.append(Remedy(f"{together} --gpus {gpus}, all together", best))
     return sorted(found, key=lambda remedy: -remedy.best.tokens_per_gpu_second)
+
+
+def faster_than_offload(workload: Workload, cluster: Cluster, engine: str, best: Candidate) -> list[Remedy]:
+    """Return single changes with which nothing need be offloaded and training is faster, the fastest first."""
+    found = _try_changes(workload, replace(cluster, host_memory=1.0), engine)
+    speed = best.tokens_per_gpu_second * (1 + TIE)
+    faster = [r for r in found if r.best.layout.offload == "none" and r.best.tokens_per_gpu_second > speed]
+    return sorted(faster, key=lambda remedy: -remedy.best.tokens_per_gpu_second)
+
+
+def _try_changes(workload: Workload, cluster: Cluster, engine: str) -> list[Remedy]:
+    return [
+        Remedy(change, best)
+        for change, changed, machine in _changes(workload, cluster, engine)
+        if (best := plan(changed, machine, engine)[0]).fits
+    ]
 
 
 def _changes(workload: Workload, cluster: Cluster, engine: str) -> list[tuple[str, Workload, Cluster]]:
@@ -75,11 +88,12 @@ def _changes(workload: Workload, cluster: Cluster, engine: str) -> list[tuple[st
         add(f"--activation-checkpointing full instead of {workload.checkpointing}", checkpointing="full")
     if workload.loss_chunks == 1:
         add(f"--loss-chunks {LOSS_CHUNKS}", loss_chunks=LOSS_CHUNKS)
+    beyond = "" if workload.beyond else " without --only-here"
     for moments in ("bf16", "8bit"):
         if workload.moments == "fp32":
-            add(f"--moments {moments}", moments=moments)
+            add(f"--moments {moments}{beyond}", moments=moments, beyond=True)
     if not workload.lora_rank:
-        add(f"--lora {LORA_RANK}", lora_rank=LORA_RANK)
+        add(f"--lora {LORA_RANK}{beyond}", lora_rank=LORA_RANK, beyond=True)
     if needed := _host_memory(workload, cluster, engine):
         add(f"offload, with --host-memory {needed / 1e9:.0f} (GB per node)", replace(cluster, host_memory=needed))
     if (gpus := smallest_gpus(workload, cluster, engine)) and gpus > cluster.gpus:

@@ -10,7 +10,9 @@ DeepSpeed stage 0, FSDP2, DDP  4          4          8                          
 
 Moments in bf16 take 4 bytes instead of 8, in 8 bits 2 (and a scale per block of 2048, left out: under 0.1 %). A frozen
 parameter has weights alone; LoRA (arXiv:2106.09685) freezes all and trains ``r (inputs + outputs)`` elements per
-matrix; QLoRA (arXiv:2305.14314) stores the frozen ones in 4 bits (0.5 bytes, and 0.016 for doubly quantized scales).
+matrix; QLoRA (arXiv:2305.14314) stores the layers' frozen matrices in 4 bits (0.5 bytes, and 0.016 for doubly
+quantized scales), and embeddings, output layer, norms and biases stay in 16 bits: bitsandbytes replaces linear layers
+but the output layer (``replace_with_bnb_linear`` of transformers). So do 8 bits.
 
 Sources: ZeRO, arXiv:1910.02054, section 3.1; 8-bit optimizers, arXiv:2110.02861; what FSDP2 shards (fp32, the bf16 copy
 exists while gathered): ``torch.distributed.fsdp.fully_shard``.
@@ -27,7 +29,7 @@ from tutorial_lib.theory.dimensions import Dimensions
 from tutorial_lib.theory.layouts import Layout, Workload
 
 BASE_BYTES = {16: 2.0, 8: 1.0, 4: 0.516}
-"""Bytes per frozen parameter, by the bits it is stored in."""
+"""Bytes per element of the layers' frozen matrices, by the bits they are stored in; all else has 2 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,20 @@ class States:
 def lora_params(dimensions: Dimensions, rank: int) -> int:
     """Return the elements that LoRA trains with an adapter at every matrix of every layer."""
     return dimensions.layers * rank * sum(inputs + outputs for inputs, outputs in dimensions.linear_widths)
+
+
+def base_bytes(workload: Workload, layout: Layout, params: int) -> float:
+    """Return the bytes of a rank's frozen base: matrices of the layers in ``base_bits``, all else in 16.
+
+    Args:
+        workload: what is trained.
+        layout: how.
+        params: elements of this rank's part of the model.
+    """
+    dims = workload.dimensions
+    widths = sum(inputs * outputs for inputs, outputs in dims.linear_widths)
+    matrices = min(float(params), dims.layers * widths / (layout.tp * layout.pp))
+    return BASE_BYTES[workload.base_bits] * matrices + 2 * (params - matrices)
 
 
 def precision_of(workload: Workload, layout: Layout) -> memory.Precision:
@@ -71,9 +87,9 @@ def model_states(workload: Workload, layout: Layout, params: int, accumulation: 
     if workload.lora_rank:
         trained = -(-lora_params(workload.dimensions, workload.lora_rank) // (layout.tp * layout.pp))
         stage_3 = layout.zero_stage == 3
-        frozen_device = BASE_BYTES[workload.base_bits] * (
-            memory.partition_elements(params, ranks) if stage_3 else params
-        )
+        frozen_device = base_bytes(workload, layout, params)
+        if stage_3:
+            frozen_device /= ranks
     precision = precision_of(workload, layout)
     if layout.strategy == "no_shard":
         whole = memory.model_states(trained, 0, 1, precision)

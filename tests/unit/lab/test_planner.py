@@ -37,7 +37,7 @@ def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         Question(model="llama-3-405b", gpus=1024, seq_length=8192, global_batch=1024),
         Question(model="llama-3-405b", gpus=1024, seq_length=131_072),
         Question(model="gpt2", gpus=1024, seq_length=512, global_batch=1024),
-        Question(model="gpt2", gpus=1024, engine="deepspeed"),
+        Question(model="gpt2", gpus=1024, seq_length=1024, engine="deepspeed"),
         Question(model="llama-3-70b", gpus=64, global_batch=1024),
     ],
 )

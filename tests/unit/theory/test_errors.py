@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,12 @@ import pytest
 from tests.theory import errors
 from tests.theory.published import ROWS, Published
 from tutorial_lib.cli import main
+from tutorial_lib.cli.plan_check import compare
 from tutorial_lib.config import Config
+from tutorial_lib.engine.deepspeed.config import apply_file
+from tutorial_lib.theory.cost import OFFLOADED_RUN
 
-MODELLED = [run for run in ROWS if not run.not_modelled]
+MODELLED = [run for run in ROWS if not run.not_modelled and run.layout.offload == "none"]
 LARGE = [run for run in MODELLED if run.workload.num_params >= 1e9]
 
 
@@ -33,6 +37,26 @@ def test_small_models_are_slower_than_the_time_model_says() -> None:
     assert len(small) == 4 and min(small) > 0.5
 
 
+def test_offload_is_a_known_miss() -> None:
+    """Plans warn of it with the factor of this row."""
+    (offloaded,) = [run for run in ROWS if run.layout.offload != "none"]
+    without = replace(offloaded, layout=replace(offloaded.layout, offload="none")).predict()
+    seconds = offloaded.predict().seconds
+    assert without.seconds == pytest.approx(2.86, rel=0.05)
+    assert round(13.70 / seconds, 1) == OFFLOADED_RUN
+    assert errors.errors_of(offloaded).is_judged and f"{seconds - without.seconds:.1f} s" in offloaded.why
+
+
+def test_the_page_says_what_the_rows_do_not_show() -> None:
+    found = [errors.errors_of(run) for run in ROWS]
+    layouts = [e.run.layout for e in found if e.is_judged]
+    assert all(layout.tp == layout.cp == layout.pp == 1 for layout in layouts)
+    assert sum(layout.offload != "none" for layout in layouts) == 1
+    low = sum(e.memory_error < 0 for e in found if e.memory_error is not None)
+    assert f"{low} of the 12 are too low" in errors.page()
+    assert all("float8" in run.name for run in ROWS if "float8" in run.not_modelled)
+
+
 def test_our_own_runs() -> None:
     for config, (states, peak, sent) in errors.own_runs():
         assert abs(states.error) <= 0.01 and abs(sent.error) <= 0.01, config
@@ -46,6 +70,22 @@ def test_every_published_run_names_its_source() -> None:
 
 def test_the_page_shows_the_table() -> None:
     assert errors.PAGE.read_text(encoding="utf-8") == errors.page(), "run `python -m tests.theory.errors`"
+
+
+@pytest.mark.parametrize(
+    ("stated", "share"),
+    [({"use_multi_rank_bucket_allreduce": False}, 0.5), ({}, 1.0), ({"use_multi_rank_bucket_allreduce": True}, 1.0)],
+)
+def test_a_check_reads_how_the_deepspeed_file_reduces(tmp_path: Path, stated: dict[str, bool], share: float) -> None:
+    """Reduce-scattered gradients are half of all-reduced ones: 1 + 1 instead of 2 + 1 elements sent per parameter."""
+    ds_file = tmp_path / "ds.json"
+    ds_file.write_text(json.dumps({"zero_optimization": {"stage": 2, **stated}}))
+    row = next(r for r in json.loads(errors.MEASURED.read_text()) if r["settings"].get("zero_stage") == 2)
+    plain = compare(Config.create("cpu", **row["settings"]), [row["measured"]])
+    config = apply_file(Config.create("cpu", **row["settings"], deepspeed=str(ds_file)))
+    states, _, sent = compare(config, [row["measured"]])
+    assert states.predicted == plain[0].predicted
+    assert sent.predicted == pytest.approx(plain[2].predicted * (1 + 2 * share) / 3)
 
 
 def test_a_run_is_checked_from_its_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,6 +102,9 @@ def test_a_run_is_checked_from_its_records(tmp_path: Path, capsys: pytest.Captur
     assert "model states, bytes" in capsys.readouterr().out
     assert main(["plan", "--check", str(tmp_path), "--gpu", "h100", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[3]["measured"] == 0.5
+
+    assert main(["plan", "--check", str(tmp_path), "--gpu", "nope"]) == 2
+    assert "gpu is 'nope'. Write one of: a100-80" in capsys.readouterr().err
 
     (tmp_path / "result.json").write_text(json.dumps({"ranks": [{"measured": None}]}))
     assert main(["plan", "--check", str(tmp_path)]) == 2
