@@ -1,4 +1,8 @@
-"""This process as one rank: the signals that ask it to stop, and where its output goes."""
+"""This process as one rank: the signals that ask it to stop, and where its output goes.
+
+A signal is only noted here. After each step the ranks agree to stop (:mod:`tutorial_lib.trainer.stops`), and the loop
+saves and ends (:mod:`tutorial_lib.trainer.loop`). ``launch.watch`` passes on what reaches the launching process.
+"""
 
 from __future__ import annotations
 
