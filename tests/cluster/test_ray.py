@@ -17,6 +17,7 @@ from tests.cluster.ray_cluster import RayCluster, wait_until
 from tests.cluster.ray_program import HELD_AT, IS_BACK, TIMEOUT
 from tests.cluster.weights import trained_weights
 from tests.distributed import cases
+from tests.distributed.faults import proves
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.config import Config
 from tutorial_lib.records import RunDirectory
@@ -25,11 +26,6 @@ SECONDS = 200
 STEPS = 24
 CASE = {**cases.CASES["qwen2"], "evaluate": False, "steps": STEPS}
 ELASTIC = {"dp": 2, "tp": 2, "min_dp": 1, "engine": "fsdp", "max_failures": 1, "checkpoint_every": 2}
-
-
-def proves(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The test is the proof of these faults of ``tests/distributed/faults.py``."""
-    return lambda test: test
 
 
 @pytest.fixture(scope="module")

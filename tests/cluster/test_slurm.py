@@ -11,6 +11,7 @@ import pytest
 
 from tests.cluster.slurm import ACTIVE, CORES, SlurmCluster
 from tests.cluster.weights import trained_weights
+from tests.distributed.faults import proves
 from tutorial_lib import cli
 from tutorial_lib.measure.sampler_log import read_sampler
 from tutorial_lib.records import RunDirectory
@@ -109,6 +110,7 @@ def test_the_memory_of_each_node_is_logged(undisturbed: Job) -> None:
         assert max(max(series.num_bytes) for series in read_sampler(log).series) > 300 * 2**20
 
 
+@proves("time_limit")
 def test_a_job_saves_before_its_time_limit_and_resumes_after_a_requeue(
     cluster: SlurmCluster, inputs: Path, undisturbed: Job, tmp_path: Path
 ) -> None:
@@ -144,6 +146,7 @@ def test_submit_ends_with_the_exit_code_of_train(cluster: SlurmCluster, inputs: 
     assert len(ports) == 2
 
 
+@proves("preempted", "cancelled")
 def test_a_preempted_job_saves_and_goes_on_later_and_a_cancelled_one_saves(cluster: SlurmCluster, inputs: Path) -> None:
     job = Job(cluster, inputs, "preempted", *ONE_PROCESS, "--steps", "3000")
     job.submit("--nodelist=node1")
@@ -165,6 +168,7 @@ def test_a_preempted_job_saves_and_goes_on_later_and_a_cancelled_one_saves(clust
     assert result["step"] > stopped_at
 
 
+@proves("slurm_node_fails")
 def test_a_job_goes_on_elsewhere_when_its_node_fails(cluster_to_break: SlurmCluster, inputs: Path) -> None:
     cluster = cluster_to_break
     job = Job(cluster, inputs, "orphaned", *ONE_PROCESS, "--steps", "3000", "--checkpoint-every", "5")

@@ -13,6 +13,7 @@ import pytest
 from tests.cluster.nodes import Node, VirtualNodes, end
 from tests.cluster.weights import trained_weights
 from tests.distributed import cases
+from tests.distributed.faults import proves
 from tests.distributed.launching import train_command
 from tutorial_lib import launch
 from tutorial_lib.records import RunDirectory
@@ -94,6 +95,7 @@ def test_two_nodes_train_like_one(
     assert sorted(placed.values()) == [node.name for node in virtual_nodes.nodes for _ in range(per_node)]
 
 
+@proves("unknown_head", "node_never_comes")
 @pytest.mark.parametrize(
     ("given", "why"),
     [
@@ -113,6 +115,7 @@ def test_torchrun_waits_as_long_as_its_flags_say(virtual_nodes: VirtualNodes, gi
     assert why in output
 
 
+@proves("port_in_use")
 def test_a_rendezvous_is_checked_before_torchrun_starts(virtual_nodes: VirtualNodes) -> None:
     first, second = virtual_nodes.nodes
 
@@ -134,6 +137,7 @@ def test_a_rendezvous_is_checked_before_torchrun_starts(virtual_nodes: VirtualNo
         end(listening)
 
 
+@proves("wrong_interface")
 def test_an_interface_that_other_nodes_cannot_reach_is_refused(
     virtual_nodes: VirtualNodes, inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

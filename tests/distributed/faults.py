@@ -1,12 +1,13 @@
 """Tables of the faults that a run survives, which ``docs/faults.md`` shows.
 
-``tests/distributed/test_faults.py`` proves the first row by row, ``tests/cluster/test_ray.py`` the second.
+``tests/distributed/test_faults.py`` proves the first row by row, the tests of ``tests/cluster`` the other two.
 
 ``python -m tests.distributed.faults`` writes that page.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,6 +122,39 @@ ON_NODES = (
 )
 """On several nodes under Ray."""
 
+BETWEEN_NODES = (
+    Fault(
+        "time_limit",
+        "a SLURM job's time limit comes near (USR1)",
+        "saves, goes back into the queue, and resumes: final weights are bit for bit those of the undisturbed job",
+    ),
+    Fault("preempted", "a more urgent SLURM job takes the nodes", "saves, waits in the queue, and resumes"),
+    Fault("cancelled", "`scancel`", "saves and ends; the same command resumes"),
+    Fault(
+        "slurm_node_fails",
+        "a node of a SLURM job loses power",
+        "is requeued, and resumes on another node from the newest intact checkpoint",
+    ),
+    Fault(
+        "unknown_head",
+        "the head node's name does not resolve",
+        "`doctor --rendezvous`, which the batch script asks first, names it; torchrun ends after its flags' seconds",
+    ),
+    Fault("node_never_comes", "a node of torchrun never comes", "torchrun ends after its flags' seconds"),
+    Fault("port_in_use", "the rendezvous port is in use", "`doctor --rendezvous` names it"),
+    Fault(
+        "wrong_interface",
+        "`GLOO_SOCKET_IFNAME` names an interface that other nodes cannot reach",
+        "refused with exit code 2, with the interfaces that can",
+    ),
+)
+"""Under torchrun and SLURM."""
+
+
+def proves(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Mark a test of ``tests/cluster`` as the proof of these faults; ``tests/unit/test_fault_table.py`` reads it."""
+    return lambda test: test
+
 
 def _table(faults: tuple[Fault, ...]) -> str:
     rows = "\n".join(f"| {fault.happens} | {fault.outcome} |" for fault in faults)
@@ -144,6 +178,11 @@ changes, each step has the same examples, and losses are those of the undisturbe
 different order.
 
 {_table(ON_NODES)}
+
+`tests/cluster/test_torchrun.py` and `tests/cluster/test_slurm.py` inject these {len(BETWEEN_NODES)} under torchrun and
+a real SLURM.
+
+{_table(BETWEEN_NODES)}
 
 `python -m tests.distributed.faults` writes this page.
 """

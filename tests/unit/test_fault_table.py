@@ -14,11 +14,16 @@ def test_the_page_shows_the_table():
 
 @pytest.mark.parametrize(
     ("table", "proofs"),
-    [(faults.FAULTS, "distributed/test_faults.py"), (faults.ON_NODES, "cluster/test_ray.py")],
-    ids=["ranks", "nodes"],
+    [
+        (faults.FAULTS, ["distributed/test_faults.py"]),
+        (faults.ON_NODES, ["cluster/test_ray.py"]),
+        (faults.BETWEEN_NODES, ["cluster/test_slurm.py", "cluster/test_torchrun.py"]),
+    ],
+    ids=["ranks", "ray", "torchrun"],
 )
 def test_every_row_is_proved(table, proofs):
-    tests = (Path(faults.__file__).parents[1] / proofs).read_text(encoding="utf-8")
+    here = Path(faults.__file__).parents[1]
+    tests = "\n".join((here / proof).read_text(encoding="utf-8") for proof in proofs)
     assert len({fault.name for fault in table}) == len(table)
     stated = " ".join(re.findall(r"^@proves\((.+)\)", tests, re.MULTILINE))
     assert {fault.name for fault in table} == set(re.findall(r'"(\w+)"', stated))
