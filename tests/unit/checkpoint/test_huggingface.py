@@ -126,7 +126,7 @@ def test_a_launch_says_that_a_model_sharded_at_load_cannot_be_resumed(model, tmp
 
 
 def test_a_model_sharded_at_load_stays_off_a_gpu_that_the_run_is_not_to_use(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
     with pytest.raises(ConfigError, match=r"puts the model on the cuda device.*train on cpu.*CUDA_VISIBLE_DEVICES=''"):
         check_accelerator(torch.device("cpu"))
     check_accelerator(torch.device("cuda"))

@@ -262,7 +262,7 @@ def check_accelerator(device: torch.device) -> None:
     Raises:
         ConfigError: the run is to stay on the CPU, and there is a GPU.
     """
-    found = torch.accelerator.current_accelerator()
+    found = torch.accelerator.current_accelerator(check_available=True)  # a CUDA build alone is no GPU
     if found is not None and found.type != device.type:
         raise ConfigError(
             f"shard_at_load=True puts the model on the {found.type} device that is there, and this run is to train on "
