@@ -12,7 +12,7 @@ from tests.cluster.slurm import SlurmCluster
 from tests.distributed.cases import MATRIX
 from tutorial_lib.lab.scaling import recording
 
-slow = pytest.mark.skipif(not MATRIX, reason="make matrix repeats the whole recording; the others need seconds")
+slow = pytest.mark.skipif(not MATRIX, reason="make matrix repeats the whole recording; the other test needs seconds")
 
 
 def test_srun_sets_the_recorded_variables(cluster: SlurmCluster, shared: Path) -> None:
@@ -37,6 +37,7 @@ def test_the_lessons_job_takes_the_recorded_steps(cluster: SlurmCluster, shared:
     assert record.undisturbed(cluster, directory) == pytest.approx(recording()["undisturbed"], rel=1e-6)
 
 
+@slow
 def test_gloo_over_the_loopback_fails_in_the_recorded_words(virtual_nodes: VirtualNodes) -> None:
     def words(text: str) -> str:
         return text.partition("connectFullMesh failed")[1]
