@@ -1,4 +1,4 @@
-"""What holds for every test: no network, one thread per process, and no process left behind."""
+"""Rules for every test: no network, one thread per process, and no process left behind."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def read_rows(path, tokenizer, length):
 
 
 class TrainingState:
-    """What a resume needs. DCP saves and loads anything that has these two methods; each rank writes its shards."""
+    """The state that a resume needs. DCP takes any object with these two methods; each rank writes its shards."""
 
     def __init__(self, model, optimizer):
         self.model, self.optimizer, self.step = model, optimizer, 0

@@ -1,4 +1,4 @@
-"""What the processes of ``test_memory.py`` run: they build the engine of a run, watch their memory, and do not train.
+"""Worker processes of ``test_memory.py``: they build the engine of a run, watch their memory, and do not train.
 
 ``memory.json`` in a run's directory holds, for every rank, how many bytes its resident set rose above what it was
 before the model: until the model is built or read (``loading``), and until the engine is ready (``initializing``);

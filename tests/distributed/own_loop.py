@@ -6,28 +6,15 @@ The losses of each start are left in its run's ``losses.json``.
 from __future__ import annotations
 
 import gc
-import importlib.util
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 from tutorial_lib.config import Config
+from tutorial_lib.lab.scripts import train_zero
 from tutorial_lib.launch import worker
 from tutorial_lib.mpu import Topology
 from tutorial_lib.records import RunDirectory
-
-SCRIPT = Path(__file__).resolve().parents[2] / "notebooks" / "scripts" / "train_zero.py"
-
-
-def script() -> Any:
-    """Return the script as a module."""
-    spec = importlib.util.spec_from_file_location("train_zero", SCRIPT)
-    assert spec and spec.loader
-    module = sys.modules["train_zero"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def main(*arguments: str) -> None:
@@ -36,7 +23,7 @@ def main(*arguments: str) -> None:
 
 def train_all(configs: Sequence[Config]) -> None:
     for config in configs:
-        losses = script().train_loop({"config": config.to_json()})
+        losses = train_zero.train_loop({"config": config.to_json()})
         gc.collect()
         run = RunDirectory(config.directory)
         if Topology.from_environment(config.parallel).rank == 0:

@@ -1,4 +1,4 @@
-"""What FSDP2 and DTensor cost is what the formulas say: bytes per rank, elements on the wire; and what they start with.
+"""FSDP2 and DTensor cost what the formulas say: bytes per rank, elements on the wire; and what they start with.
 
 What is kept is fp32: 4 bytes each for parameter, gradient and two moments. The embedded models' tensors divide evenly.
 """

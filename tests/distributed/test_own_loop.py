@@ -14,11 +14,12 @@ import sys
 
 import pytest
 
-from tests.distributed import cases, own_loop
+from tests.distributed import cases
 from tests.distributed.launching import ROOT, train_command
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.checkpoint import manifest, open_full
 from tutorial_lib.config import ConfigError
+from tutorial_lib.lab.scripts import train_zero
 from tutorial_lib.records import RunDirectory
 
 STOP, END = 3, 8
@@ -88,7 +89,7 @@ def unbroken(directory):
 
 @pytest.fixture(scope="module")
 def begun(directory):
-    """What the loop begins: a run for each way, and one that is stopped. Gives the losses by name."""
+    """Begin a run with the loop for each way, and one that is stopped; give the losses by name."""
     ways = [config(directory, name, **flat) for name, flat in (WAYS | IN_BF16).items()]
     stopped = resumable(directory, "begun", stop_after=STOP)
     background = resumable(directory, "background", checkpoint_every=1, async_save=True, keep_last=2)
@@ -121,7 +122,7 @@ def test_the_script_trains_under_torchrun_and_the_command_line_takes_its_run_ove
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    shown = start(str(own_loop.SCRIPT), str(directory / "torchrun.json"))
+    shown = start(str(train_zero.__file__), str(directory / "torchrun.json"))
     losses = [float(loss) for loss in re.findall(r"^step +\d+  loss (\S+)$", shown, re.MULTILINE)]
     assert losses == pytest.approx(reference[:STOP], rel=1e-6)
     result = json.loads(start("-m", *train_command(whole.override(stop_after=None))))
@@ -181,4 +182,4 @@ def test_files_are_written_in_the_background_and_old_checkpoints_go(directory, b
 def test_what_the_loop_would_not_do_is_refused_before_training(directory, unbroken, changes, message):
     settings = {"engine": "torch", "dp": 1, "launcher": "none", "name": "refused", "max_examples": 40, **changes}
     with pytest.raises(ConfigError, match=message):
-        own_loop.script().train_loop({"config": cases.config(directory, **{"model": "gpt2", **settings}).to_json()})
+        train_zero.train_loop({"config": cases.config(directory, **{"model": "gpt2", **settings}).to_json()})

@@ -11,10 +11,11 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 import psutil
 import pytest
 
-from tests.distributed import cases, own_loop, worker
+from tests.distributed import cases, worker
 from tests.distributed.launching import ROOT
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.config import ConfigError
+from tutorial_lib.lab.scripts import train_zero
 from tutorial_lib.launch.ray import cluster as ray_cluster
 from tutorial_lib.launch.ray import train as ray_train
 from tutorial_lib.records import RunDirectory
@@ -90,12 +91,11 @@ def test_rays_own_trainer_takes_the_loop_that_a_reader_writes(cluster, directory
     from ray import cloudpickle
 
     (_, second), _, _ = runs
-    own = own_loop.script()
-    cloudpickle.register_pickle_by_value(own)  # as Ray does by itself with what a notebook or a script defines
+    cloudpickle.register_pickle_by_value(train_zero)  # as Ray does by itself with what a notebook or a script defines
     losses = []
     for stop in (cases.STOP, None):
         config = on_ray(directory, stop_after=stop).override(name="ray-own")
-        losses += own.main(config)
+        losses += train_zero.main(config)
     assert losses == [row["loss"] for row in second.rows]
     result = ray.train.Result.from_path(str(config.directory))
     assert result.checkpoint.path == str(checkpoint.latest(RunDirectory(config.directory)))

@@ -1,4 +1,4 @@
-"""What tensor-parallel runs measure of themselves, what they notice, and that they can be stopped and continued.
+"""Tensor-parallel runs: their measurements, the faults that they notice, and that they can be stopped and continued.
 
 That they train as one plain process does is in ``test_equivalence.py``, and their exports in ``test_export.py``.
 """

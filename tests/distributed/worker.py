@@ -1,4 +1,4 @@
-"""What the processes of these tests run: the local launcher's worker, observed, and in some runs deliberately broken.
+"""Worker processes of these tests: the local launcher's worker, observed, and in some runs deliberately broken.
 
 ``python -m tests.distributed.worker`` takes the place of ``python -m tutorial_lib.launch.worker`` and calls it. At
 every checkpoint a run leaves ``observed.pt`` in its directory: whole parameters, whole optimizer states, the examples
@@ -132,7 +132,7 @@ def _train_in_vain(config: Config) -> None:
 
 
 def failing_on_ray(given: dict[str, Any]) -> None:
-    """What Ray's workers run, but rank 1 fails in its second step."""
+    """Train as Ray's workers do, but rank 1 fails in its second step."""
     step = trainer.Trainer.train_step
 
     def failing(self: Any, micro_batches: Any) -> Any:
@@ -145,7 +145,7 @@ def failing_on_ray(given: dict[str, Any]) -> None:
 
 
 def killed_on_ray(given: dict[str, Any]) -> None:
-    """What Ray's workers run, but the first time rank 1 is killed when it is to tell Ray of its second checkpoint."""
+    """Train as Ray's workers do, but once kill rank 1 when it is to tell Ray of its second checkpoint."""
     tell, reports = ray_train.report, []
     struck = Path(json.loads(given["configs"][-1])["storage"]) / "struck-on-ray"
 

@@ -1,4 +1,4 @@
-"""What the steps that train share: model directories, full rows, the engine of a configuration, timed steps."""
+"""Parts that the training steps share: model directories, full rows, the engine of a configuration, timed steps."""
 
 from __future__ import annotations
 

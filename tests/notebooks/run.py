@@ -35,7 +35,7 @@ QUIET_KERNEL = ["--IPKernelApp.log_level=ERROR"]
 
 @dataclass(frozen=True)
 class Execution:
-    """How one notebook went.
+    """Outcome of one notebook.
 
     Attributes:
         notebook: its name, without the extension.

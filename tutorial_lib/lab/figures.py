@@ -102,7 +102,7 @@ def lines(
         x_end: where the horizontal axis ends at least, from 1 on; default: where the values end.
         y_start: where the vertical axis starts; default: where the values do.
     """
-    with _axes(title, alt, size=(7.0, 3.6)) as (axes, drawn):
+    with styled_axes(title, alt, size=(7.0, 3.6)) as (axes, drawn):
         dashes = ("-", (0, (5, 2)), (0, (2, 2)), (0, (6, 2, 1, 2)), (0, (1, 1)))
         for index, (label, (xs, values)) in enumerate(series.items()):
             axes.plot(
@@ -176,7 +176,7 @@ def bars(
         unit: what the values are, for the axis.
         reference: a labelled vertical line to compare with.
     """
-    with _axes(title, alt, size=(7.0, 1.3 + 0.38 * len(values)), grid="x") as (axes, drawn):
+    with styled_axes(title, alt, size=(7.0, 1.3 + 0.38 * len(values)), grid="x") as (axes, drawn):
         container = axes.barh(list(values), list(values.values()), color=BLUE, height=0.62)
         axes.bar_label(container, labels=[_number(v) for v in values.values()], padding=4, color=INK)
         axes.invert_yaxis()
@@ -212,7 +212,7 @@ def grouped_memory(
     scale = _UNITS[unit]
     names = list(dict.fromkeys(name for series in states.values() for name in series))
     width = 0.8 / len(names)
-    with _axes(title, alt, size=(7.0, 3.8), grid="y") as (axes, drawn):
+    with styled_axes(title, alt, size=(7.0, 3.8), grid="y") as (axes, drawn):
         for group, series in enumerate(states.values()):
             for index, name in enumerate(names):
                 if name not in series:
@@ -282,7 +282,7 @@ def stacked_bars(
     gaps = [next((i for i, group in enumerate(groups) if label.startswith(group)), 0) for label in values]
     places = [index + 0.6 * gap for index, gap in enumerate(gaps)]
     height = 1.4 + 0.3 * (places[-1] + 1) + 0.2 * math.ceil(len(parts) / 2)
-    with _axes(title, alt, size=(7.0, height), grid="x") as (axes, drawn):
+    with styled_axes(title, alt, size=(7.0, height), grid="x") as (axes, drawn):
         totals = [0.0] * len(values)
         for index, part in enumerate(parts):
             widths = [bar.get(part, 0.0) for bar in values.values()]
@@ -309,7 +309,7 @@ def shards(panels: Mapping[str, Sequence[Sequence[int]]], *, title: str, alt: st
         title: the finding.
         alt: the figure in words.
     """
-    with _axes(title, alt, size=(7.0, 3.2)) as (axes, drawn):
+    with styled_axes(title, alt, size=(7.0, 3.2)) as (axes, drawn):
         axes.set_axis_off()
         for index, (heading, grid) in enumerate(panels.items()):
             each = 1 / len(panels)
@@ -337,7 +337,9 @@ def _fields(grid: Sequence[Sequence[int]]) -> dict[int, list[tuple[int, int]]]:
 
 
 @contextmanager
-def _axes(title: str, alt: str, *, size: tuple[float, float], grid: str = "both") -> Iterator[tuple[Any, list[Figure]]]:
+def styled_axes(
+    title: str, alt: str, *, size: tuple[float, float], grid: str = "both"
+) -> Iterator[tuple[Any, list[Figure]]]:
     """Axes in the course's style; when the block ends, the drawn figure is in the list."""
     if not alt.strip() or not title.strip():
         raise ValueError("A figure needs a title that states the finding and an alt text that tells what it shows.")

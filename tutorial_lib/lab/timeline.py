@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tutorial_lib.lab.figures import BLUE, GREEN, ORANGE, Figure, _axes
+from tutorial_lib.lab.figures import BLUE, GREEN, ORANGE, Figure, styled_axes
 
 LANES = {"all-gather": BLUE, "compute": GREEN, "reduce-scatter": ORANGE}
 """What a rank does at a time, with its colour."""
@@ -74,7 +74,7 @@ def read_trace(path: str | Path) -> list[Span]:
 
 def draw(spans: Sequence[Span], *, title: str, alt: str) -> Figure:
     """Draw a lane for each kind of work and a bar for each span, labelled with the last part of its unit's name."""
-    with _axes(title, alt, size=(7.2, 2.6), grid="x") as (axes, drawn):
+    with styled_axes(title, alt, size=(7.2, 2.6), grid="x") as (axes, drawn):
         for height, (lane, color) in enumerate(LANES.items()):
             for span in spans:
                 if span.lane == lane:

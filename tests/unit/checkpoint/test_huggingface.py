@@ -132,6 +132,14 @@ def test_a_model_sharded_at_load_stays_off_a_gpu_that_the_run_is_not_to_use(monk
     check_accelerator(torch.device("cuda"))
 
 
+def test_a_cuda_build_without_a_gpu_is_no_gpu(monkeypatch):
+    def built_for_cuda(check_available=False):
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", built_for_cuda)
+    check_accelerator(torch.device("cpu"))
+
+
 def test_runs_that_share_a_process_do_not_disturb_each_other(whole, model, tmp_path):
     """DeepSpeed leaves its traces in global variables and in the environment."""
     sharded = launch.run(trained(tmp_path, model, name="sharded", deepspeed="zero3"))
