@@ -4,6 +4,7 @@ torchrun --standalone --nproc-per-node 2 hangs.py full_state_on_one_rank
 torchrun --standalone --nproc-per-node 2 hangs.py save_on_one_rank
 """
 
+import os
 import sys
 import tempfile
 import time
@@ -40,3 +41,4 @@ if __name__ == "__main__":
     except RuntimeError as error:
         reason = str(error).rpartition("] ")[2]
         print(f"rank {dist.get_rank()} gave up after {time.perf_counter() - started:.0f} s: {reason}", flush=True)
+    os._exit(0)  # the other rank never came, so the group cannot be closed properly
