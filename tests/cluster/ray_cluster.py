@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.cluster.nodes import ROOT, Node, VirtualNodes, end
+from tutorial_lib.lab import ray_nodes
 
 PORT = 6379
 CPUS = 3
@@ -36,15 +37,8 @@ class RayCluster:
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "RAY_ADDRESS": f"{self.head.address}:{PORT}",
-            "RAY_AUTH_MODE": "token",
+            **ray_nodes.SETTINGS,
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
-            # A node is dead when it has not answered for 1.5 s; by default for 15 s and more.
-            "RAY_health_check_initial_delay_ms": "500",
-            "RAY_health_check_period_ms": "500",
-            "RAY_health_check_timeout_ms": "1000",
-            "RAY_health_check_failure_threshold": "3",
-            "RAY_enable_worker_prestart": "0",
-            "RAY_prestart_worker_first_driver": "0",
         }
 
     def __enter__(self) -> RayCluster:

@@ -29,6 +29,7 @@ from tutorial_lib import checkpoint, launch
 from tutorial_lib.checkpoint import CheckpointError
 from tutorial_lib.checkpoint.directory import checkpoints
 from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.lab import ray_nodes
 from tutorial_lib.launch.ray import cluster
 from tutorial_lib.launch.ray import train as ray_train
 from tutorial_lib.records import RunDirectory
@@ -482,17 +483,11 @@ def newer_format(request):
 
 
 @pytest.fixture(scope="module")
-def ray_nodes() -> Iterator[Any]:
+def three_ray_nodes() -> Iterator[Any]:
     """Three Ray nodes of one slot each, as raylets on this machine. Rank 1 is not on the first, which must live."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in cluster.SETTINGS.items():
-            patch.setenv(name, value)
-        for name, value in {
-            "PYTHONPATH": str(ROOT),
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": cluster.TOKEN,
-            "GLOO_SOCKET_IFNAME": "lo",
-        }.items():
+        ours = {"PYTHONPATH": str(ROOT), "RAY_AUTH_TOKEN": cluster.TOKEN, "GLOO_SOCKET_IFNAME": "lo"}
+        for name, value in {**cluster.SETTINGS, **ray_nodes.SETTINGS, **ours}.items():
             patch.setenv(name, value)
         from ray.cluster_utils import Cluster
 
@@ -535,7 +530,7 @@ def ray_worker_killed(request):
 
 @proves("ray_node_dies")
 def ray_node_dies(request):
-    cluster, whole = request.getfixturevalue("ray_nodes"), request.getfixturevalue("sound")["long"]
+    cluster, whole = request.getfixturevalue("three_ray_nodes"), request.getfixturevalue("sound")["long"]
     config = on_ray(request, "ray-node", steps=LONG)
     gone: list[Any] = []
 
