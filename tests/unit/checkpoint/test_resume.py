@@ -92,7 +92,7 @@ def test_a_run_that_diverges_stops_and_names_the_last_good_checkpoint(model, tmp
 
 def test_a_warm_up_longer_than_the_epochs_is_refused_before_the_first_step(model, tmp_path):
     settings = config(tmp_path, model=model, steps=None, epochs=1, warmup_steps=4)
-    with pytest.raises(ConfigError, match="warmup_steps=4 goes on after the last step of a run of 3"):
+    with pytest.raises(ConfigError, match="warmup_steps=4 is longer than the whole run of 3"):
         launch.run(settings)
     assert not RunDirectory(settings.directory).rows()
 

@@ -41,7 +41,7 @@ def places(tmp_path):
 
 
 BAD = {
-    "a run name with a separator": (["--name", "a/b"], "cannot be a directory name. Use letters, digits"),
+    "a run name with a separator": (["--name", "a/b"], "cannot be a directory name. Use only letters, digits"),
     "a run name that leads out": (["--name", ".."], "cannot be a directory name"),
     "a model that is not there": (["--model", "no-such-model"], "embedded model: embedded/gpt2, embedded/qwen2"),
     "an embedded model misspelt": (["--model", "embedded/gtp2"], "Write one of: embedded/gpt2, embedded/qwen2"),

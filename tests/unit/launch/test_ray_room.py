@@ -57,10 +57,10 @@ def test_fewer_ranks_take_more_micro_batches_and_no_larger_ones() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"min_dp": 1, "checkpoint_every": 2}, "min_dp=1 is kept by Ray Train, and launcher='local'"),
-        ({"resource_timeout": 5}, "resource_timeout=5 is kept by Ray Train"),
+        ({"min_dp": 1, "checkpoint_every": 2}, "min_dp=1 is for Ray Train; launcher='local' does not wait"),
+        ({"resource_timeout": 5}, "resource_timeout=5 is for Ray Train"),
         ({"min_dp": 3, **ELASTIC}, "min_dp=3 is more than dp=2"),
-        ({"min_dp": 1, "launcher": "ray"}, "checkpoint_every=0 saves at the end alone. Write checkpoint_every"),
+        ({"min_dp": 1, "launcher": "ray"}, "checkpoint_every=0 saves only at the end. Write a checkpoint_every"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], message: str) -> None:
