@@ -76,7 +76,7 @@ def test_unknown_name_without_a_hub(load):
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c", "~/nowhere"])
 def test_a_path_that_is_not_there(name):
-    with pytest.raises(ConfigError, match="no directory here, and no hub name"):
+    with pytest.raises(ConfigError, match="neither a local directory nor a hub name"):
         load_model(name)
 
 

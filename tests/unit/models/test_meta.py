@@ -143,8 +143,8 @@ def test_a_damaged_index_is_named(copied, content):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"quantization_config": {"quant_method": "fp8"}}, r"is quantized .*Write the model that it was made of"),
-        ({"activation_function": "foo"}, r"config\.json of this gpt2 model makes no model: KeyError: 'foo'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"is quantized .*Write the name of the original model"),
+        ({"activation_function": "foo"}, r"can be built from the config\.json of this gpt2 model: KeyError: 'foo'"),
         ({"n_layer": "2"}, r"does not hold a usable model: Validation error for field 'n_layer': .*got str"),
     ],
 )  # fmt: skip
@@ -229,7 +229,7 @@ def test_a_pickle_of_tensors_alone_is_checked_and_read(pickled, save):
     with pytest.raises(ConfigError, match=r"lack 1 of its parameters: transformer\.ln_f\.bias"):
         check_stored_weights(config)
     save(list(tensors), path)
-    with pytest.raises(ConfigError, match=r"pytorch_model\.bin holds a list, not tensors by the names"):
+    with pytest.raises(ConfigError, match=r"pytorch_model\.bin holds a list, not tensors by parameter name"):
         check_stored_weights(config)
 
 
@@ -237,7 +237,7 @@ def test_a_pickle_of_tensors_alone_is_checked_and_read(pickled, save):
 def test_a_file_that_is_no_pickle_is_named(pickled, content):
     directory, _, path = pickled
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"pytorch_model\.bin is damaged, or no file of weights .*Copy or download"):
+    with pytest.raises(ConfigError, match=r"pytorch_model\.bin is damaged, or not a weight file .*Copy or download"):
         check_stored_weights(Config.create("cpu", dp=1, engine="torch", model=str(directory)))
 
 
