@@ -199,7 +199,7 @@ def test_conversations_are_written_by_the_chat_template(byte_tokenizer):
 
 
 def test_conversations_that_cannot_be_written_are_refused(byte_tokenizer):
-    with pytest.raises(ConfigError, match=r"'messages' of this data set holds conversations, and .* no chat template"):
+    with pytest.raises(ConfigError, match=r"'messages' of this data set holds conversations, but .* no chat template"):
         documents_of([{"messages": TALK}], byte_tokenizer)
     strict = chatting(byte_tokenizer, "{{ raise_exception('roles must alternate') }}")
     with pytest.raises(ConfigError, match="does not take a conversation of this data set: roles must alternate"):
