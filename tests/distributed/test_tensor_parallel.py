@@ -185,7 +185,7 @@ def test_evaluation_is_that_of_one_process(observed, ranks, case, variant):
         (
             "projection_left_whole",
             "ConfigError",
-            rf"left {3 * LAYERS} projections whole on every rank, model\.layers\.0\.mlp\.gate_proj\.weight first\.",
+            rf"left {3 * LAYERS} projections unsplit on every rank, model\.layers\.0\.mlp\.gate_proj\.weight first\.",
         ),
     ],
 )

@@ -60,5 +60,5 @@ def test_a_position_in_a_schedule_holds_for_another_number_of_parameter_groups()
 
 def test_a_configuration_without_what_its_deepspeed_file_states_is_refused():
     config = Config.create(dp=1, deepspeed="zero2")
-    with pytest.raises(ConfigError, match=r"deepspeed='zero2' states settings.*launch\.preflight"):
+    with pytest.raises(ConfigError, match=r"deepspeed='zero2' contains settings.*launch\.preflight"):
         build_engine(config, ALONE, 1)

@@ -95,7 +95,7 @@ COMPLETE = dict.fromkeys((*ds_config._BATCH_KEYS, "gradient_clipping"), "auto") 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"gradient_clipping": None}, 'gradient_clipping is missing.*Write it there, as "auto"'),
+        ({"gradient_clipping": None}, 'gradient_clipping is missing.*Write gradient_clipping as "auto"'),
         ({"train_batch_size": None}, "train_batch_size is missing"),
         ({"zero_optimization": {}}, "zero_optimization.stage is missing.*as 0, 1, 2 or 3"),
         ({"zero_optimization": {"stage": "auto"}}, 'zero_optimization.stage is "auto", which the Hugging Face Trainer'),
@@ -343,7 +343,7 @@ def test_a_profile_is_not_given_by_hand_and_the_same_value_is_no_contradiction(t
         ({"csv_monitor": {"output_path": 5}}, "csv_monitor.output_path is 5; write a string"),
         ({"csv_monitor": {"output_dir": "x"}}, "'output_dir' is not a key that DeepSpeed knows in csv_monitor"),
         ({"communication_data_type": "fp8"}, 'communication_data_type is "fp8"; write one of: fp32, bf16, fp16'),
-        ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_quantized_weights is true, and its kernels"),
+        ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_quantized_weights is true, but its kernels"),
         ({"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}, "elastic_checkpoint is true: checkpoints"),
         ({"zero_optimization": {"zenflow": {}}}, "zenflow is {}: it puts another optimizer in place"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "ratio is 0.5: a part of"),
@@ -517,7 +517,7 @@ def test_a_monitor_that_is_not_installed(tmp_path, monkeypatch):
     path = write(tmp_path, {"tensorboard": {"enabled": True}, "wandb": {"enabled": False}})
     monkeypatch.setattr(for_run.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        ConfigError, match=f"^{path}: tensorboard.enabled is true, and the package 'tensorboard' is not"
+        ConfigError, match=f"^{path}: tensorboard.enabled is true, but the package 'tensorboard' is not"
     ):
         ds_config.apply_file(Config.create(deepspeed=path))
 
