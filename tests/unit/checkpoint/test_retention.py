@@ -215,7 +215,7 @@ def test_a_run_that_is_asked_to_stop_saves_without_evaluating_first(model, tmp_p
         ({"keep_last": 0}, "smallest possible value is 1"),
         ({"keep_best": True, "evaluate": False}, "write evaluate=True, or keep_best=False"),
         ({"max_failures": 1}, r"launcher='local' does not restart workers. Write launcher='ray'.*same command again"),
-        ({"max_failures": 1, "launcher": "none"}, "write launcher='ray'"),
+        ({"max_failures": 1, "launcher": "none"}, "Write launcher='ray'"),
         ({"max_failures": -1, "launcher": "ray"}, "smallest possible value is 0"),
     ],
 )
