@@ -317,7 +317,7 @@ def launcher_killed(request):
 def two_starts(request):
     seen = request.getfixturevalue("interrupted_long")
     said, pid = seen["second_start"]
-    assert re.search(rf"is running already: process {pid} on \S+, since \d{{4}}-\S+\. Wait for its end", said)
+    assert re.search(rf"is already running: process {pid} on \S+, since \d{{4}}-\S+\. Wait for its end", said)
     ends_like_the_undisturbed(request, seen)
 
 
@@ -347,7 +347,7 @@ def same_states(run: RunDirectory, reference: RunDirectory) -> None:
 def mended_storage(request: pytest.FixtureRequest, name: str, run_name: str, reason: str) -> None:
     told = request.getfixturevalue("on_small_storage")[name]
     assert re.search(reason, told["error"].splitlines()[0] + told["error"].splitlines()[1]), told["error"]
-    assert "give the same command again" in told["error"]
+    assert "run the same command again" in told["error"]
     assert (told["newest"], told["left_out"]) == ("step-00000002", 0)
     config = cases.fault(request.getfixturevalue("directory"), "zero1", run_name)
     assert_identical(Observed.read(config), request.getfixturevalue("sound")["zero1"])
@@ -356,12 +356,12 @@ def mended_storage(request: pytest.FixtureRequest, name: str, run_name: str, rea
 
 @proves("disk_full")
 def disk_full(request):
-    mended_storage(request, "disk_full", "disk_full", r"refuses to be written to \(No space left on device")
+    mended_storage(request, "disk_full", "disk_full", r"cannot be written to \(No space left on device")
 
 
 @proves("read_only")
 def read_only(request):
-    mended_storage(request, "read_only", "broken-read_only", r"refuses to be written to \(Read-only file system")
+    mended_storage(request, "read_only", "broken-read_only", r"cannot be written to \(Read-only file system")
 
 
 # -------------------------------------------------------------------------------------------------- damaged checkpoints

@@ -218,7 +218,7 @@ def test_a_model_sharded_at_load_is_exported_and_never_resumed(runs, tmp_path):
             ConfigError, match=r"sharded at load.*optimizer state cannot be checkpointed.*tutorial_lib export"
         ):
             launch.run(again)
-    with pytest.raises(ConfigError, match="has a checkpoint, and shard_at_load=True can resume none"):
+    with pytest.raises(ConfigError, match="has a checkpoint, but shard_at_load=True cannot resume"):
         launch.run(runs["hf-qwen2.plain.2"].config.override(shard_at_load=True))
 
 

@@ -174,7 +174,10 @@ def test_files_are_written_in_the_background_and_old_checkpoints_go(directory, b
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"keep_best": True, "evaluate": True}, r"nobody evaluates: give CheckpointManager\(\.\.\., evaluate=\.\.\.\)"),
+        (
+            {"keep_best": True, "evaluate": True},
+            r"nothing evaluates: give CheckpointManager\(\.\.\., evaluate=\.\.\.\)",
+        ),
         ({"steps": None, "epochs": 1, "warmup_steps": 9}, "warmup_steps=9 is longer than the whole run of 5"),
         ({"name": "unbroken", "seed": 1}, "seed was 0, now 1"),
     ],

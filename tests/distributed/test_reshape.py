@@ -171,5 +171,5 @@ def test_the_command_makes_a_run_that_goes_on(observed, launched, directory, cap
         assert new.parameter(name).equal(old.parameter(name))
         assert all(new.moment(name, kind).equal(old.moment(name, kind)) for kind in checkpoint.MOMENTS)
     assert main(given) == 2
-    assert f"There is a run {storage / 'made'} already" in capsys.readouterr().err
+    assert f"There is already a run {storage / 'made'}" in capsys.readouterr().err
     shutil.rmtree(run.path)

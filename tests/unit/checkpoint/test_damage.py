@@ -57,7 +57,7 @@ def test_without_any_intact_checkpoint_nothing_restarts(halved, name, damage, me
         damage(checkpoint.directory_of(halved.directory, step) / name)
     with pytest.raises(CheckpointError, match=message.replace("00000004", "00000002")) as error:
         launch.run(halved.config.override(stop_after=None))
-    assert "none of them is intact" in str(error.value) and "to begin again from step 0" in str(error.value)
+    assert "none of them is intact" in str(error.value) and "to start over from step 0" in str(error.value)
     assert [row["step"] for row in halved.directory.rows()] == [1, 2, 3, 4]
 
 

@@ -58,7 +58,7 @@ def test_an_export_that_is_interrupted_leaves_nothing_that_looks_complete(unbrok
 
 
 def test_a_size_that_is_none_is_refused(unbroken, tmp_path):
-    with pytest.raises(ConfigError, match=r"max_shard_size='large' is no size: write one such as '5GB'"):
+    with pytest.raises(ConfigError, match=r"max_shard_size='large' is not a size: write one such as '5GB'"):
         checkpoint.export(checkpoint.latest(unbroken.directory), tmp_path / "exported", "large")
     assert not list(tmp_path.iterdir())
 

@@ -51,7 +51,7 @@ def test_a_second_start_is_refused_and_told_who_runs(holder, tmp_path, capsys, w
     assert main(["train", *given]) == 2
     shown = capsys.readouterr().err
     assert (
-        f"Run 'run' in {tmp_path} is running already: process {process.pid} on {os.uname().nodename}, since 20" in shown
+        f"Run 'run' in {tmp_path} is already running: process {process.pid} on {os.uname().nodename}, since 20" in shown
     )
     assert "give this run another name" in shown
     assert time.monotonic() - began < checkpoint.lock.PREDECESSOR_SECONDS

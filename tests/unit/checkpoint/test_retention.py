@@ -57,7 +57,7 @@ def test_nothing_else_is_ever_deleted(run):
     pruner(run, keep_last=1).prune(checkpoint.directory_of(run, 3))
     checkpoint.clear_remains(run)
     assert names(run) == sorted([*others, "note.txt", *steps(3)])
-    with pytest.raises(ValueError, match="not named as a checkpoint"):
+    with pytest.raises(ValueError, match="not named like a checkpoint"):
         directory.delete(run.checkpoints / "mine")
 
 

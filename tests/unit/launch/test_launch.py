@@ -306,7 +306,7 @@ def test_a_run_that_goes_on_with_other_settings_is_refused_before_processes_star
     launch.run(config_)
     with pytest.raises(ConfigError, match=r"cannot go on with other settings: learning_rate was 0.001, now 0.5"):
         launch.preflight(config_.override(learning_rate=0.5))
-    with pytest.raises(ConfigError, match="resume='never' forbids to continue it"):
+    with pytest.raises(ConfigError, match="resume='never' forbids resuming from it"):
         launch.preflight(config_.override(resume="never"))
 
 
