@@ -71,18 +71,18 @@ def test_what_the_cluster_cannot_hold_is_refused_in_words(ray_cluster: RayCluste
     expected = {
         "private": (
             "ConfigError",
-            r"^node2 has no directory /tmp/private-runs/private, which node1 has made\. .* write storage=",
+            r"^node2 has no directory /tmp/private-runs/private, although node1 has created it\. .* write storage=",
         ),
         "wide": (
             "ConfigError",
-            r"^The 4 workers of a tensor-parallel group share a node, and the Ray cluster has too few nodes with 4 "
+            r"^The 4 workers of a tensor-parallel group share a node, but the Ray cluster has too few nodes with 4 "
             r"CPUs for 1 group: 3 on node\d, 3 on node\d\. Write a smaller tp",
         ),
-        "large": ("ConfigError", r"^8 workers need 8 CPUs, and the Ray cluster has 6: 3 on node\d, 3 on node\d\."),
+        "large": ("ConfigError", r"^8 workers need 8 CPUs, but the Ray cluster has 6: 3 on node\d, 3 on node\d\."),
         "busy": (
             "WorkerError",
-            r"^The run wants 2 groups of 2 workers on one node, each with 1 CPU, and for \d s the Ray cluster had no "
-            r"room for them\. Free are now, on 2 nodes: node\d: [13] of 3 CPUs; node\d: [13] of 3 CPUs\.",
+            r"^The run needs 2 groups of 2 workers on one node, each with 1 CPU, but for \d s the Ray cluster had no "
+            r"room for them\. Free now, on 2 nodes: node\d: [13] of 3 CPUs; node\d: [13] of 3 CPUs\.",
         ),
     }
     for name, (kind, words) in expected.items():

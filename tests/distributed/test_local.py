@@ -227,7 +227,7 @@ def test_one_interrupt_saves_drops_the_other_runs_and_ends_the_call(tmp_path, ca
     thread = interrupt_when(lambda: (tmp_path / "a" / "metrics.jsonl").exists())
     began = time.monotonic()
     with pytest.raises(
-        launch.Interrupted, match=r"run 'a' stopped at step \d+ of 400 and was saved; not begun: b\."
+        launch.Interrupted, match=r"run 'a' stopped at step \d+ of 400 and was saved; not started: b\."
     ) as e:
         launch.run_all(configs)
     thread.join()
@@ -258,7 +258,7 @@ def test_an_interrupt_while_the_server_loads_is_answered_at_once(tmp_path, monke
     local.stop_server()
     monkeypatch.setattr(local, "warm_up", lambda device: None)  # it starts to load when the run is launched
     thread = interrupt_when((tmp_path / "run" / "logs").exists)
-    with pytest.raises(launch.Interrupted, match="stopped before training began; no step was run") as error:
+    with pytest.raises(launch.Interrupted, match="stopped before training started; no step was run") as error:
         launch.run_all([config(tmp_path)], worker=TELLING)
     thread.join()
     assert error.value.runs == []

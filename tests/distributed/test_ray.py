@@ -182,7 +182,7 @@ def test_more_workers_than_the_cluster_has_is_an_error_at_once(cluster, director
     began = time.monotonic()
     many = on_ray(directory).override(name="ray-many", dp=256, global_batch=256)
     with pytest.raises(
-        ConfigError, match=r"256 workers need 256 CPUs, and the Ray cluster has \d+\. Write a smaller dp"
+        ConfigError, match=r"256 workers need 256 CPUs, but the Ray cluster has \d+\. Write a smaller dp"
     ):
         launch.run(many)
     assert time.monotonic() - began < 10
@@ -193,5 +193,5 @@ def test_a_gpu_where_the_cluster_has_none_is_an_error_at_once(cluster, directory
 
     if ray.cluster_resources().get("GPU", 0) >= 2:
         pytest.skip("this machine has the GPUs that are asked for")
-    with pytest.raises(ConfigError, match=r"2 workers need 2 GPUs, and the Ray cluster has \d.*or device='cpu'"):
+    with pytest.raises(ConfigError, match=r"2 workers need 2 GPUs, but the Ray cluster has \d.*or device='cpu'"):
         launch.run(on_ray(directory).override(name="ray-gpu", device="cuda"))

@@ -57,7 +57,7 @@ def test_one_interrupt_stops_the_cell_and_a_restart_leaves_nothing(kernel: Any, 
     reply, written = result_of(client, cell)
     assert time.monotonic() - interrupted < 30
     assert (reply["status"], reply["ename"]) == ("error", "Interrupted"), "Run All stops here"
-    assert "and was saved; not begun: b, c. Run it again to go on from there." in reply["evalue"]
+    assert "and was saved; not started: b, c. Run it again to continue from there." in reply["evalue"]
     assert written.startswith("Stopping: saving after this step.")
     assert not (storage / "b" / "metrics.jsonl").exists()
 

@@ -45,7 +45,7 @@ BAD = {
     "a run name that leads out": (["--name", ".."], "cannot be a directory name"),
     "a model that is not there": (["--model", "no-such-model"], "embedded model: embedded/gpt2, embedded/qwen2"),
     "an embedded model misspelt": (["--model", "embedded/gtp2"], "Write one of: embedded/gpt2, embedded/qwen2"),
-    "a model directory that is not there": (["--model", "{missing}"], "no directory here"),
+    "a model directory that is not there": (["--model", "{missing}"], "neither a local directory nor a hub name"),
     "a model without weights": (["--model", "embedded/gpt2-small"], "Write random_init=True"),
     "a data set that is not there": (["--dataset", "no-such-data"], "embedded/news, embedded/articles, embedded/qa"),
     "an embedded data set misspelt": (["--dataset", "embedded/new"], "Write one of: embedded/news"),

@@ -33,7 +33,7 @@ def test_a_group_is_not_split_over_nodes() -> None:
         check_room(demand, [node("a", 3), node("b", 1)])
     on_gpus = Demand({"CPU": 1, "GPU": 1}, tp=2, sizes=(1,))
     assert on_gpus.groups_on({"CPU": 8, "GPU": 3}) == 1
-    with pytest.raises(ConfigError, match=r"2 workers need 2 GPUs, and the Ray cluster has 1: 1 on a, 0 on b.*'cpu'"):
+    with pytest.raises(ConfigError, match=r"2 workers need 2 GPUs, but the Ray cluster has 1: 1 on a, 0 on b.*'cpu'"):
         check_room(on_gpus, [node("a", 8, gpus=1), node("b", 8)])
 
 
@@ -71,7 +71,7 @@ def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], 
 def test_what_is_missing_is_listed_by_node() -> None:
     said = missing(Demand({"CPU": 1.0}, tp=1, sizes=(2, 4)), [node("a", 2, free=1), node("b", 2, free=0)], 300)
     assert said.startswith(
-        "The run wants at least 2 workers, each with 1 CPU, and for 300 s the Ray cluster had no room for them. Free "
+        "The run needs at least 2 workers, each with 1 CPU, but for 300 s the Ray cluster had no room for them. Free "
         "are now, on 2 nodes: a: 1 of 2 CPUs; b: 0 of 2 CPUs."
     )
 

@@ -28,9 +28,9 @@ def test_a_python_under_a_path_with_a_space_is_refused_before_ray_starts(monkeyp
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        ("127.0.0.1:1", r"RAY_ADDRESS is '127.0.0.1:1', and nothing answers there .*unset RAY_ADDRESS to start Ray on"),
+        ("127.0.0.1:1", r"RAY_ADDRESS is '127.0.0.1:1', but nothing answers there .*unset RAY_ADDRESS to start Ray on"),
         ("ray://127.0.0.1:10001", "Ray Train does not run through Ray's client. Write HOST:PORT of the head node"),
-        ("head", "RAY_ADDRESS is 'head', and nothing answers there"),
+        ("head", "RAY_ADDRESS is 'head', but nothing answers there"),
     ],
 )
 def test_an_address_without_a_cluster_is_refused_at_once(
@@ -55,7 +55,7 @@ def test_an_address_at_which_something_else_listens_is_refused_in_time(monkeypat
         (OSError("AF_UNIX path length cannot exceed 107 bytes: /very/long"), "Set TMPDIR to a shorter one"),
         (TimeoutError("no raylet"), "end other programs and try again"),
         (RuntimeError("The current node timed out during startup."), "end other programs and try again"),
-        (ValueError("num_cpus must not be provided"), "Its own logs are under"),
+        (ValueError("num_cpus must not be provided"), "Ray's own logs are under"),
     ],
 )
 def test_each_cause_has_its_own_advice(error: Exception, advice: str) -> None:

@@ -89,13 +89,13 @@ def test_an_experiment_by_its_workshop_name(capsys: pytest.CaptureFixture[str]) 
         ([*ON_GPUS, "--launcher", "ray"], "under SLURM torchrun starts them"),
         ([*ON_GPUS, "--resume", "never"], "write --no-requeue"),
         ([*ON_GPUS, "--time", "soon"], "Write HOURS:MINUTES:SECONDS"),
-        ([*ON_GPUS, "--time", "00:02:00"], "before it begins"),
+        ([*ON_GPUS, "--time", "00:02:00"], "which is before it starts"),
         ([*ON_GPUS, "--partition", "a b"], "partition is 'a b'"),
         ([*ON_CPUS, "--device", "tpu"], "device is 'tpu'|Write --ranks-per-node"),
         (["slurm", "--nodes", "0", "--gpus-per-node", "1"], "nodes is 0"),
         (["slurm", "--experiment", "2Z-2G1N", "--nodes", "2"], "--nodes is what experiment 2Z-2G1N decides"),
         (["slurm", "--experiment", "2Z-2G1N", "--zero-stage", "3"], "--zero-stage is what experiment"),
-        (["slurm", "--experiment", "2Z-3G2N"], "cannot be shared out evenly"),
+        (["slurm", "--experiment", "2Z-3G2N"], "2 nodes cannot share 3 GPUs evenly"),
     ],
 )
 def test_what_does_not_go_together_is_refused(
