@@ -72,7 +72,7 @@ def test_what_is_missing_is_listed_by_node() -> None:
     said = missing(Demand({"CPU": 1.0}, tp=1, sizes=(2, 4)), [node("a", 2, free=1), node("b", 2, free=0)], 300)
     assert said.startswith(
         "The run needs at least 2 workers, each with 1 CPU, but for 300 s the Ray cluster had no room for them. Free "
-        "are now, on 2 nodes: a: 1 of 2 CPUs; b: 0 of 2 CPUs."
+        "now, on 2 nodes: a: 1 of 2 CPUs; b: 0 of 2 CPUs."
     )
 
 
