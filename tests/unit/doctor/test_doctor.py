@@ -172,7 +172,7 @@ def test_what_stops_the_cpu_profile(laptop: doctor.Report, changes: dict[str, ob
     "changes, note",
     [
         ({"operators": {"cpu_adam": "not compiled"}}, "make setup does it beforehand"),
-        ({"operators": {"cpu_adam": "locked by /x/lock"}}, "a run will wait for ever"),
+        ({"operators": {"cpu_adam": "locked by /x/lock"}}, "a run will hang"),
         ({"shm_gb": 0.06}, "--shm-size=1g"),
         ({"packages": {"ray": machine.Package("2.61.0", "2.60.0")}}, "ray is 2.61.0, tested with 2.60.0"),
     ],
