@@ -146,7 +146,7 @@ def test_a_signal_between_two_rows_interrupts(config):
     [
         ({"steps": 6}, r"were run with steps=5 \(now 6\)"),
         ({"seq_length": 32}, r"seq_length=128 \(now 32\)"),
-        ({"resume": "never"}, "is a matrix already"),
+        ({"resume": "never"}, "is already a matrix"),
     ],
 )
 def test_rows_with_other_settings_are_not_mixed(config, change, message):
@@ -157,7 +157,7 @@ def test_rows_with_other_settings_are_not_mixed(config, change, message):
 
 def test_another_experiment_or_a_run_of_this_name_is_refused(config):
     run(config, Runs())
-    with pytest.raises(ConfigError, match="is a zero-stages matrix, so it does not go on as offload"):
+    with pytest.raises(ConfigError, match="is a zero-stages matrix, so it cannot continue as offload"):
         run_matrix("offload", config, run=Runs())
     leave_run(config.override(name="a-run"))
     with pytest.raises(ConfigError, match="a-run is a run"):
@@ -216,11 +216,11 @@ def test_a_second_bench_in_the_same_matrix_is_refused(config):
         return leave_run(row)
 
     run(config, run_again)
-    assert len(errors) == 3 and "Another process runs" in errors[0]
+    assert len(errors) == 3 and "Another process is running" in errors[0]
 
 
 def test_an_unreadable_matrix_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"holds no matrix\.json"):
+    with pytest.raises(ConfigError, match=r"has no matrix\.json"):
         Matrix.read(tmp_path)
     (tmp_path / "matrix.json").write_text(json.dumps({"rows": []})[:-1])
     with pytest.raises(ConfigError, match=r"matrix\.json cannot be read"):
