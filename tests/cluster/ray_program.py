@@ -1,6 +1,6 @@
-"""Programs that the head node of a Ray cluster runs: ``python -m tests.cluster.ray_program NAME CONFIG``.
+"""Programs for the head node of a Ray cluster: ``python -m tests.cluster.ray_program NAME CONFIG``.
 
-They are given a configuration's file, and do what ``train --launcher ray`` does, with less patience and slower runs.
+They take a configuration's file, and work like ``train --launcher ray``, with less patience and slower runs.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ IS_BACK = "node-is-back"
 
 
 def elastic(config: Config) -> None:
-    """Train while the test takes a node away and brings it back."""
+    """Train while the test removes a node and brings it back."""
     ray_train.GROW_SECONDS, ray_train.SETTLE_SECONDS = 1.0, 2.0
     ray_train._worker = _in_no_hurry
     launch.run(config)
 
 
 def _in_no_hurry(given: dict[str, Any]) -> None:
-    """Be a worker that gives the test time after each checkpoint. It runs where nobody has replaced anything yet."""
+    """Be a worker that pauses after each checkpoint, to give the test time. It runs where nothing is patched yet."""
     import ray.train
 
     config, report = Config.from_json(given["configs"][0]), ray_train.report

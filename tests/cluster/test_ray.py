@@ -1,4 +1,4 @@
-"""Ray on two virtual nodes: where ranks go, a node that is lost and comes back, and refusals in words and in time."""
+"""Ray on two virtual nodes: placement of ranks, a node that is lost and comes back, and clear, timely refusals."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ ELASTIC = {"dp": 2, "tp": 2, "min_dp": 1, "engine": "fsdp", "max_failures": 1, "
 
 @pytest.fixture(scope="module")
 def ray_cluster(shared: Path) -> Iterator[RayCluster]:
-    """Ray on two nodes of its own: the tests take one away."""
+    """Start Ray on two separate nodes, because the tests remove one."""
     skip_for(nodes.missing_tools())
     with VirtualNodes(2, [shared]) as own, RayCluster(own) as started:
         yield started
 
 
 class Program:
-    """A program on the head node, at work on one configuration."""
+    """A program on the head node, running one configuration."""
 
     def __init__(self, cluster: RayCluster, name: str, config: Config, inputs: Path) -> None:
         self.run, self.log = RunDirectory(config.directory), inputs / f"{name}.log"

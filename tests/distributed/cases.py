@@ -1,4 +1,4 @@
-"""Which runs are compared: a case is a training problem, a variant a way to solve it that must change nothing.
+"""Runs to compare: a case is a training problem, a variant is a way to solve it that must not change the result.
 
 ``make matrix`` runs every valid combination of the two, ``make test`` those that :mod:`tests.distributed.covering`
 chooses: every pair of settings that some combination has still meets.
@@ -49,7 +49,7 @@ COMMON: dict[str, Any] = {
     "seq_length": 64,
     "max_examples": 160,
     "evaluate": False,
-    # Some gradients are zero but for rounding (a key's bias shifts all scores alike). Adam divides by their size, and
+    # Some gradients are zero except for rounding (a key's bias shifts all scores equally). Adam divides by their size,
     # with the default of 1e-8 makes updates of full length out of noise. This keeps updates continuous.
     "eps": 1e-4,
 }
@@ -92,7 +92,7 @@ BF16 = {f"{name}-bf16": {**flat, "precision": "bf16"} for name, flat in STAGES.i
 
 
 def split(dp: int, tp: int, variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The variants on a grid with a tensor-parallel axis."""
+    """Return the variants on a grid with a tensor-parallel axis."""
     return {f"{dp}x{tp}-{name}": {**flat, "dp": dp, "tp": tp, "measure": True} for name, flat in variants.items()}
 
 
@@ -185,7 +185,7 @@ VALID_COMBINATIONS: list[Combination] = [
 
 
 def settings(combination: Combination) -> dict[str, Any]:
-    """Return everything that tells a combination from others, with None for what is left to its default."""
+    """Return everything that distinguishes a combination from others, with None for defaults."""
     ranks, case, name = combination
     told = {
         key for variants in VALID.values() for flats in variants.values() for flat in flats.values() for key in flat
@@ -234,7 +234,7 @@ BROKEN_RUNS = {
 
 
 def combinations() -> list[Combination]:
-    """Return the combinations that are run: all that are valid, or some that cover every pair of settings."""
+    """Return the combinations to run: all valid ones, or enough to cover every pair of settings."""
     if MATRIX:
         return VALID_COMBINATIONS
     sound = {run_name((2, *origin)) for origin in BROKEN_RUNS.values()} | {"gpt2.zero1-bf16.2"}
@@ -255,7 +255,7 @@ VARIANTS = {
 
 
 def among_runs(listed: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Return the tuples of a number of ranks, a run's name and more whose run is among those that are run."""
+    """Keep the tuples (number of ranks, name of a run, and more) whose run is one of those that are run."""
     run = {*map(run_name, COMBINATIONS), *(f"{case}.reference" for case in CASES)}
     known = run | {*map(run_name, VALID_COMBINATIONS)}
     assert all(name in known for _, name, *_ in listed), listed
@@ -263,7 +263,7 @@ def among_runs(listed: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
 
 
 def make_inputs(directory: Path) -> None:
-    """Models and data that are not embedded."""
+    """Create models and data that are not embedded."""
     for name, smaller in MODELS.items():
         small_model(name, directory / name, **smaller)
     for name, rates in DROPOUT.items():
@@ -280,13 +280,13 @@ def make_inputs(directory: Path) -> None:
 
 
 def small_model(name: str, target: Path, **changes: Any) -> None:
-    """An altered model with random weights in a file, the same ones each time."""
+    """Write an altered model with random weights to a file, the same ones each time."""
     without_weights(name, target, **changes)
     load_model(str(target), random_init=True).save_pretrained(target)
 
 
 def without_weights(name: str, target: Path, **changes: Any) -> None:
-    # Logits that tell tokens apart, as trained ones do: with weights of the usual size all are nearly as likely.
+    # Make logits distinguish tokens, as trained ones do: with the usual weights, all are about equally likely.
     altered_model(f"embedded/{name}", target, initializer_range=0.2, **changes)
     (target / "model.safetensors").unlink()
 
@@ -298,7 +298,7 @@ def altered_model(name: str, target: Path, **changes: Any) -> None:
 
 
 def config(directory: Path, **flat: Any) -> Config:
-    """A configuration whose ``model`` and ``dataset`` may be names in ``directory``."""
+    """Return a configuration whose ``model`` and ``dataset`` may be names in ``directory``."""
     flat = COMMON | flat
     for kind in ("model", "dataset"):
         if (directory / str(flat.get(kind))).is_dir():
@@ -307,13 +307,13 @@ def config(directory: Path, **flat: Any) -> Config:
 
 
 def variant(directory: Path, case: str, variant: str, ranks: int, **changes: Any) -> Config:
-    """A run that must equal the case's reference."""
+    """Return a run that must equal the case's reference."""
     flat = {**CASES[case], **VALID[ranks][case][variant], **changes}
     return config(directory, **{"name": f"{case}.{variant}.{ranks}", "dp": ranks // flat.get("tp", 1), **flat})
 
 
 def reference(directory: Path, case: str) -> Config:
-    """The case in one process with plain torch."""
+    """Return the case in one process with plain torch."""
     return config(directory, name=f"{case}.reference", engine="torch", dp=1, **CASES[case])
 
 
@@ -369,7 +369,7 @@ def untouched(directory: Path, name: str) -> Config:
 
 
 def interruptible(directory: Path, kind: str, part: str, **changes: Any) -> Config:
-    """The ``whole`` run, or the one ``halved`` by a stop."""
+    """Return the ``whole`` run, or the one ``halved`` by a stop."""
     flat = {"model": "gpt2-dropout", "max_examples": 40, "steps": END, **(INTERRUPTED | INTERRUPTED_ON_4)[kind]}
     stop = {"stop_after": STOP} if part == "halved" else {}
     if flat.get("batching") == "packed":
@@ -455,7 +455,7 @@ RESHAPED_BADLY = {
 
 
 def unbroken(directory: Path, case: str) -> Config:
-    """The run that the reshaped ones must equal: in one process with plain torch, never stopped."""
+    """Return the run that reshaped runs must equal: in one process with plain torch, never stopped."""
     return _reshapable(directory, case, 1, {"engine": "torch"}, f"unbroken.{case}")
 
 
@@ -476,7 +476,7 @@ def case_of(name: str) -> str:
 
 
 def ancestors(directory: Path, name: str) -> list[Config]:
-    """The starts that a reshaped run goes on from, the last one first."""
+    """Return the starts that a reshaped run continues from, the last one first."""
     _, source, _ = (RESHAPED | STILL)[name]
     if source in SAVED:
         return [saved(directory, source)]
@@ -489,7 +489,7 @@ def _reshapable(directory: Path, case: str, ranks: int, flat: dict[str, Any], na
 
 
 def reshaped_runs(directory: Path, ranks: int) -> list[Config]:
-    """The starts in another shape on this many ranks, each in a copy of the run that it goes on from."""
+    """Return the starts in a different shape on this many ranks, each in a copy of the run that it continues."""
     table = RESHAPED | STILL | {name: RESHAPED[origin] for name, origin in RESHAPED_BADLY.items()}
     runs = []
     for name, (needed, source, _) in table.items():
@@ -506,7 +506,7 @@ def reshaped_runs(directory: Path, ranks: int) -> list[Config]:
 
 
 def shared_runs(directory: Path, ranks: int) -> list[Config]:
-    """All runs on this many ranks that need no launch of their own."""
+    """Return all runs on this many ranks that can share a launch."""
     runs = [variant(directory, case, name, ranks) for case, names in VARIANTS[ranks].items() for name in names]
     if ranks == 1:
         runs += [reference(directory, case) for case in CASES]
@@ -563,7 +563,7 @@ IN_BACKGROUND = ("killed_in_write", "limit_in_write")
 
 
 def fault(directory: Path, kind: str, name: str, **changes: Any) -> Config:
-    """A run that has a checkpoint at every second step. Its name ends with that of the fault."""
+    """Return a run with a checkpoint at every second step, whose name ends with the name of a fault."""
     strikes = name.partition("-")[2]
     given = {
         "name": name,
@@ -581,7 +581,7 @@ DIVERGING = {"learning_rate": 1e30, "checkpoint_every": 1}
 
 
 def resumed_runs(directory: Path) -> list[Config]:
-    """The second starts of the halved runs, and of copies of them that something has happened to."""
+    """Return the second starts of the halved runs, and of altered copies of them."""
     runs = [interruptible(directory, kind, "halved", stop_after=None) for kind in INTERRUPTED]
     for name, origin in (CONTINUED_BADLY | REFUSED).items():
         runs.append(interruptible(directory, origin, "halved", name=name, stop_after=None))
@@ -602,7 +602,7 @@ def resumed_runs(directory: Path) -> list[Config]:
 
 
 def shard(run: Path, step: int, rank: int) -> Path:
-    """The file with a rank's share of the optimizer's states."""
+    """Return the file with a rank's share of the optimizer's states."""
     engine = checkpoint_of(run, step) / "engine" / "engine"
     return next(engine.glob(f"*zero_pp_rank_{rank}_*optim_states.pt"))
 

@@ -1,4 +1,4 @@
-"""Tables of the faults that a run survives, which ``docs/faults.md`` shows.
+"""Faults that a run survives, as tables for ``docs/faults.md``.
 
 ``tests/distributed/test_faults.py`` proves the first row by row, the tests of ``tests/cluster`` the other two.
 
@@ -24,8 +24,8 @@ class Fault:
 
     Attributes:
         name: the run, or the test, that it happens to.
-        happens: what it is.
-        outcome: what is promised.
+        happens: description of the fault.
+        outcome: the promised outcome.
     """
 
     name: str

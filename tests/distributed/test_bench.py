@@ -1,4 +1,4 @@
-"""A real benchmark matrix: its account is what arithmetic says, and it survives a killed row and an interrupt."""
+"""A real benchmark matrix: its memory matches the formulas, and it survives a killed row and an interrupt."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def config(storage: Path, name: str, **flat) -> Config:
 
 
 def run(row: Config, *, on_rows=None) -> launch.Run:
-    """Run a row, of which stage 1's last rank is killed."""
+    """Run a row; in stage 1, kill the last rank."""
     stage_1 = row.engine.name == "deepspeed" and row.engine.zero_stage == 1
     return launch.run_all([row], on_rows=on_rows, worker=KILLED if stage_1 else None)[0]
 
 
 @pytest.fixture(scope="module")
 def matrix(tmp_path_factory) -> Matrix:
-    """The stages of ZeRO, stage 1 of which was killed."""
+    """Run the stages of ZeRO, and kill stage 1."""
     storage = tmp_path_factory.mktemp("bench")
     return bench.run_matrix("zero-stages", config(storage, "stages", dp=2), run=run, sample_interval=0.1)
 
 
 def assert_as_predicted(row: bench.RowRecord) -> None:
-    """Hold every part of every rank's model states to the formula: 2 %."""
+    """Compare every part of every rank's model states with the formula, to 2 %."""
     assert row.is_done, row.error
     assert len(row.states) == len(row.predicted_states) == row.world_size
     for measured, predicted in zip(row.states, row.predicted_states, strict=True):

@@ -1,7 +1,7 @@
-"""What happens to runs, injected for real, and what is left: every row of ``faults.FAULTS`` is a test here.
+"""Faults, really injected, and the state that they leave: every row of ``faults.FAULTS`` is a test here.
 
-After each fault a run either goes on, and its rows and final weights are those of the undisturbed run bit for bit, or
-it stops with an error that names the cause and the next step; and no intact checkpoint is lost.
+After each fault a run either continues, with rows and final weights equal to the undisturbed run bit for bit, or
+stops with an error that names the cause and the next step; and no intact checkpoint is lost.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PROOFS: dict[str, Callable[..., None]] = {}
 
 
 def proves(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The function is the proof of the fault of this name. It is given pytest's ``request``."""
+    """Mark a function as the proof of the fault of this name. It gets pytest's ``request``."""
 
     def register(proof: Callable[..., None]) -> Callable[..., None]:
         PROOFS[name] = proof
@@ -63,7 +63,7 @@ def test_a_run_survives(fault: faults.Fault, request: pytest.FixtureRequest) -> 
 
 @pytest.fixture(scope="module")
 def sound(directory: Path) -> dict[str, Observed]:
-    """The undisturbed runs, by kind."""
+    """Run the undisturbed runs, and return them by kind."""
     configs = {kind: cases.fault(directory, kind, f"sound-{kind}") for kind in {*cases.FATAL.values()}}
     configs["long"] = cases.fault(directory, "zero1", "sound-long", steps=LONG, checkpoint_every=0)
     observe(list(configs.values()))
@@ -72,7 +72,7 @@ def sound(directory: Path) -> dict[str, Observed]:
 
 @pytest.fixture(scope="module")
 def struck(directory: Path) -> dict[str, tuple[launch.WorkerError, float]]:
-    """The runs that a fault takes down: the error, and how long the launch lived on after the last it wrote."""
+    """Run everything that a fault takes down; return errors, and the time that each launch outlived its last write."""
     outcomes = {}
     for name, kind in cases.FATAL.items():
         config = cases.fault(directory, kind, f"broken-{name}")
@@ -115,7 +115,7 @@ DAMAGED = {
 
 @pytest.fixture(scope="module")
 def mended(directory: Path, sound: Any, struck: Any) -> dict[str, Observed]:
-    """The second starts, in one launch: of the runs that were taken down, and of copies with damaged checkpoints."""
+    """Start again, in one launch, the runs that were taken down, and copies with damaged checkpoints."""
     configs = {}
     for name, kind in cases.FATAL.items():
         configs[name] = cases.fault(directory, kind, f"mended-{name}")
@@ -130,7 +130,7 @@ def mended(directory: Path, sound: Any, struck: Any) -> dict[str, Observed]:
 
 @pytest.fixture(scope="module")
 def on_small_storage(directory: Path, sound: Any) -> dict[str, dict[str, Any]]:
-    """What :mod:`tests.distributed.small_storage` tells of its runs."""
+    """Return the report of :mod:`tests.distributed.small_storage` on its runs."""
     trial = subprocess.run([*small_storage.NAMESPACE, "true"], capture_output=True, text=True)
     if trial.returncode:
         pytest.skip(f"this system lets nobody make a mount namespace: {trial.stderr.strip()}")
@@ -143,7 +143,7 @@ def on_small_storage(directory: Path, sound: Any) -> dict[str, dict[str, Any]]:
 
 
 def all_intact(run: RunDirectory) -> list[int]:
-    """The steps of a run's checkpoints, each of which must be whole."""
+    """Return the steps of a run's checkpoints, each of which must be intact."""
     for path in checkpoints(run):
         checkpoint.verify(path)
     return [int(path.name.removeprefix("step-")) for path in checkpoints(run)]
@@ -158,15 +158,15 @@ def same_records(run: RunDirectory, reference: RunDirectory) -> None:
 
 
 def left_by(name: str) -> tuple[list[int], int, list[int]]:
-    """The intact checkpoints that a fault leaves, the step that the run goes on from, the checkpoints at its end."""
+    """Return the intact checkpoints after a fault, the step that the run resumes from, and its final checkpoints."""
     return {
-        "killed_in_publish": ([2], 4, [2, 4, 6, 8]),  # that of step 4 lacks but its name
+        "killed_in_publish": ([2], 4, [2, 4, 6, 8]),  # the checkpoint of step 4 only lacks its name
         "killed_in_prune": ([4], 4, [8]),
     }.get(name, ([2], 2, [2, 4, 6, 8]))
 
 
 def goes_on_after(name: str, request: pytest.FixtureRequest, directory: Path) -> str:
-    """What all faults in a rank have in common; returns the error's text."""
+    """Check everything that faults in a rank have in common, and return the error's text."""
     error, seconds = request.getfixturevalue("struck")[name]
     assert seconds < SOON
     whole, resumed_from, kept = left_by(name)
@@ -268,7 +268,7 @@ def limit_in_write(request):
 
 @pytest.fixture(scope="module")
 def interrupted_long(directory: Path, sound: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A run that is refused a second start, stopped by SIGTERM, and whose next launcher is killed."""
+    """Run a long run: refuse it a second start, stop it by SIGTERM, and kill its next launcher."""
     shell = Shell(tmp_path_factory.mktemp("shell"))
     config = cases.fault(directory, "zero1", "signalled", steps=LONG, checkpoint_every=0)
     run, seen = RunDirectory(config.directory), {"config": config}
@@ -331,7 +331,7 @@ def ends_like_the_undisturbed(request: pytest.FixtureRequest, seen: dict[str, An
 
 
 def same_states(run: RunDirectory, reference: RunDirectory) -> None:
-    """The last checkpoints' weights and moments, bit for bit."""
+    """Compare the weights and moments of the last checkpoints, bit for bit."""
     found, expected = (checkpoint.open_full(checkpoint.latest(each)) for each in (run, reference))
     assert found.names == expected.names
     for name in expected.names:
@@ -401,7 +401,7 @@ def no_manifest(request):
 
 @proves("none_intact")
 def none_intact(request):
-    """What only the ranks' reading shows: every rank refuses, and the first error is what is printed."""
+    """Check damage that only shows when ranks read it: every rank refuses, and the first error is printed."""
     directory, shell = request.getfixturevalue("directory"), request.getfixturevalue("shell")
     request.getfixturevalue("sound")
     config = cases.fault(directory, "zero1", "none-whole")
@@ -458,7 +458,7 @@ def other_model(request):
 
 @proves("other_tokenizer")
 def other_tokenizer(request):
-    """Two tokens exchanged: as many as before, and texts become other ids."""
+    """Exchange two tokens: their number stays the same, but texts get different ids."""
     request.getfixturevalue("sound")
 
     def exchange(content: dict[str, Any]) -> None:
@@ -483,7 +483,7 @@ def newer_format(request):
 
 @pytest.fixture(scope="module")
 def ray_nodes() -> Iterator[Any]:
-    """Three Ray nodes of one slot each, as raylets on this machine. Rank 1 is not on the first, which must live."""
+    """Start three Ray nodes of one slot each, as raylets here. Rank 1 is not on the first one, which must survive."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in cluster.SETTINGS.items():
             patch.setenv(name, value)

@@ -1,6 +1,6 @@
-"""The local launcher: ranks from a warm server, and what is left of them when something ends before its time.
+"""Local launcher: ranks from a warm server, and the state they leave if something ends too early.
 
-Most ranks here only tell what they are (``telling_worker.py``).
+Most ranks here only report their own state (``telling_worker.py``).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TELLING = "tests.distributed.telling_worker"
 
 @pytest.fixture
 def light(monkeypatch):
-    """Servers that import next to nothing: enough for ranks that train nothing."""
+    """Use servers that import next to nothing: enough for ranks that do not train."""
     monkeypatch.setattr(local, "MODULES", ("tutorial_lib.records",))
 
 
@@ -40,13 +40,13 @@ def config(storage: Path, name: str = "run", dp: int = 2, **flat) -> Config:
 
 
 def tell(storage: Path, name: str = "run", dp: int = 2) -> list[dict]:
-    """Launch ranks that tell what they are; return what they told."""
+    """Launch ranks that report their state, and return the reports."""
     launch.run_all([config(storage, name, dp)], worker=TELLING)
     return [json.loads((storage / name / f"rank-{rank}.json").read_text()) for rank in range(dp)]
 
 
 def have_told(run: Path) -> bool:
-    """Return whether both ranks of a run have told what they are."""
+    """Return whether both ranks of a run have reported."""
     return all((run / f"rank-{rank}.json").exists() for rank in range(2))
 
 
@@ -105,7 +105,7 @@ def test_warming_up_returns_at_once_and_starts_one_server(tmp_path):
 
 @pytest.fixture(params=["warm", "cold"])
 def way(request, monkeypatch):
-    """Both kinds of server: one that forks its ranks, one that starts new interpreters."""
+    """Return both kinds of server: one that forks its ranks, one that starts new interpreters."""
     monkeypatch.setenv("TUTORIAL_LIB_WARM_WORKERS", "1" if request.param == "warm" else "0")
 
 

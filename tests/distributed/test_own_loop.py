@@ -1,6 +1,6 @@
-"""A loop that a reader writes from the package's parts trains as the package's own, and each resumes the other's runs.
+"""A reader's own loop from the package's parts trains like the package's, and each can resume the other's runs.
 
-The loop is that of ``notebooks/scripts/train_zero.py``. ``test_ray.py`` gives it to Ray's own ``TorchTrainer``.
+The loop is in ``notebooks/scripts/train_zero.py``. ``test_ray.py`` gives it to Ray's own ``TorchTrainer``.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def config(directory, name, **changes):
 
 
 def resumable(directory, name, **changes):
-    """A run with dropout, which other random numbers than the uninterrupted run's would change."""
+    """Return a run with dropout, which different random numbers would change."""
     return config(directory, name, model="gpt2-dropout", zero_stage=1, schedule="cosine", **changes)
 
 
@@ -76,20 +76,20 @@ def losses_of(run, first=1):
 
 @pytest.fixture(scope="module")
 def reference(directory):
-    """The package's trainer in one process of plain PyTorch."""
+    """Train with the package's trainer in one process of plain PyTorch."""
     run = launch.run(config(directory, "reference", engine="torch", dp=1, launcher="none"))
     return losses_of(run)
 
 
 @pytest.fixture(scope="module")
 def unbroken(directory):
-    """The package's trainer on two ranks, never stopped."""
+    """Train with the package's trainer on two ranks, never stopped."""
     return launch.run(resumable(directory, "unbroken"))
 
 
 @pytest.fixture(scope="module")
 def begun(directory):
-    """Begin a run with the loop for each way, and one that is stopped; give the losses by name."""
+    """Start a run with the loop in each way, and one that is stopped; return the losses by name."""
     ways = [config(directory, name, **flat) for name, flat in (WAYS | IN_BF16).items()]
     stopped = resumable(directory, "begun", stop_after=STOP)
     background = resumable(directory, "background", checkpoint_every=1, async_save=True, keep_last=2)

@@ -1,4 +1,4 @@
-"""Ray Train runs the same worker function: the same numbers, the same resume, the same errors, and no noise."""
+"""Ray Train runs the same training function: same numbers, same resume, same errors, and no noise."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tutorial_lib.trainer.process import output_to
 
 @pytest.fixture(scope="module")
 def cluster(directory):
-    """One cluster for all of this module: starting it takes longer than any run in it."""
+    """Start one cluster for the entire module: starting it takes longer than any run in it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         with ray_train.session(on_ray(directory)):
@@ -37,7 +37,7 @@ def on_ray(directory, **changes):
 
 @pytest.fixture(scope="module")
 def runs(cluster, directory):
-    """A run that is stopped, and started again under the same name; the rows as they came; what was printed."""
+    """Stop a run and start it again under the same name; return it, the rows as they came, and the output."""
     shown, rows, starts = directory / "shown", [], []
     for stop in (cases.STOP, None):
         with shown.open("a") as file, redirect_stdout(file), redirect_stderr(file), output_to(shown):

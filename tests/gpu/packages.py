@@ -1,4 +1,4 @@
-"""A site directory for packages that this Python lacks, unpacked from wheels that came along (``pack.py``)."""
+"""Site directory for packages that this Python lacks, unpacked from wheels that came along (``pack.py``)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ALSO_USED = (
 def unpack_missing(wheels: Path, site: Path) -> dict[str, str]:
     """Unpack the wheel of every package that cannot be found, and return where each came from.
 
-    What is there already stays as it is, whatever its version: two versions of a package that its neighbours rely on
+    Installed packages stay, whatever their version: two versions of a package that its neighbours rely on
     are worse than one unexpected version, which the report names.
     """
     site.mkdir(parents=True, exist_ok=True)

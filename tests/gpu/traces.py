@@ -1,4 +1,4 @@
-"""Step 5: what one step does, kernel by kernel: chrome traces of a ZeRO-1 and a ZeRO-3 step, gzipped, in one archive.
+"""Step 5: chrome traces of a ZeRO-1 and a ZeRO-3 step, kernel by kernel, gzipped, in one archive.
 
 Open a trace at https://ui.perfetto.dev or in chrome://tracing.
 """

@@ -1,4 +1,4 @@
-"""How often to save: the closed forms against each other, against a simulation, and against a search."""
+"""Checkpoint interval: the closed forms against each other, a simulation, and a search."""
 
 import math
 

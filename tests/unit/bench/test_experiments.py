@@ -1,4 +1,4 @@
-"""Rows of a matrix: what their names stand for, and which settings a matrix decides itself."""
+"""Rows of a matrix: the settings behind their names, and the settings that a matrix decides itself."""
 
 from __future__ import annotations
 

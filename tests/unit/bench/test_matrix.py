@@ -1,4 +1,4 @@
-"""A matrix is kept after every row, goes on where it stopped, and lives through rows that fail."""
+"""A matrix is saved after every row, continues where it stopped, and survives rows that fail."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROWS = ("stage-1", "stage-2", "stage-3")
 
 
 class Runs:
-    """Stands in for ``launch.run``: leaves a run's files, or raises what a row's name is given here."""
+    """Stand-in for ``launch.run``: writes a run's files, or raises the error given here for a row."""
 
     def __init__(self, **failing: BaseException) -> None:
         self.failing = {name.replace("_", "-"): error for name, error in failing.items()}
@@ -38,7 +38,7 @@ def statuses(matrix: Matrix) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch):
-    """Four figures take a second. ``test_figures.py`` draws them."""
+    """Skip the figures: four of them take a second, and ``test_figures.py`` draws them."""
     monkeypatch.setattr(figures, "write", lambda *arguments: [])
 
 
@@ -124,7 +124,7 @@ def test_a_run_that_stopped_on_a_signal_interrupts_the_matrix(config):
 
 def test_a_signal_between_two_rows_interrupts(config):
     class Signalled:
-        """Progress during which the scheduler's signal comes."""
+        """Progress that a scheduler's signal interrupts."""
 
         def plan(self, rows): ...
         def begin(self, row, config): ...

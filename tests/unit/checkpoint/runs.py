@@ -1,4 +1,4 @@
-"""Small runs of the torch engine, and how two of them are compared."""
+"""Small runs of the torch engine, and the comparison of two of them."""
 
 import json
 
@@ -26,7 +26,7 @@ def config(storage, **flat):
 
 
 def make_checkpoint(run, step, **trainer):
-    """Write the smallest intact checkpoint, of a run that trains nothing."""
+    """Write the smallest intact checkpoint, without training anything."""
     path = checkpoint.directory_of(run, step)
     path.mkdir()
     (path / "trainer.json").write_text(json.dumps({"format": 2, "step": step, "record": {}} | trainer))

@@ -23,7 +23,7 @@ def hold_lock(run, which, held):
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that holds one of a run's locks. It is forked, as a new one takes seconds to import torch."""
+    """Start another process that holds one of a run's locks; forked, because importing torch takes seconds."""
     fork, started = multiprocessing.get_context("fork"), []
 
     def hold(which):

@@ -1,4 +1,4 @@
-"""Reshape: the configuration of the new shape, and what an interruption leaves."""
+"""Reshape: the configuration of the new shape, and interruptions."""
 
 import json
 import shutil
@@ -78,7 +78,7 @@ def test_a_reshape_that_cannot_be_is_refused_before_anything_is_made(tmp_path, g
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_interrupted_reshape_leaves_no_run(halved, monkeypatch, error):
-    """Nor does it keep what a killed one has left."""
+    """The next attempt also removes the leftovers of a killed one."""
     storage = halved.directory.path.parent
     (storage / ".new.reshaping" / "new").mkdir(parents=True)
     (storage / ".new.reshaping" / "new" / "half").write_text("")

@@ -1,6 +1,6 @@
 """Resume: it continues exactly or refuses, and never restarts silently.
 
-One process and the torch engine; ``tests/distributed`` has the same for DeepSpeed's stages and several ranks.
+One process with the torch engine; ``tests/distributed`` tests the same for DeepSpeed's stages and several ranks.
 """
 
 import json
@@ -18,7 +18,7 @@ from tutorial_lib.records import RunDirectory
 
 @pytest.mark.parametrize("stop", [2, 3])
 def test_a_run_stopped_once_continues_exactly(unbroken, model, tmp_path, stop):
-    """Within an epoch, and at its end. The next test stops after every step."""
+    """Once within an epoch, and once at its end. The next test stops after every step."""
     first = launch.run(config(tmp_path, model=model, stop_after=stop))
     assert (first.result["status"], first.result["step"]) == ("stopped", stop)
     second = launch.run(config(tmp_path, model=model))
@@ -55,7 +55,7 @@ def test_resume_never_starts_a_new_run(model, tmp_path):
 
 
 def test_a_checkpoint_of_format_1_is_still_read(halved, unbroken):
-    """It has no fingerprint of model and tokenizer, so that nothing is compared."""
+    """It has no fingerprint of model and tokenizer, so nothing is compared."""
     path = checkpoint.directory_of(halved.directory, 4)
     trainer = json.loads((path / "trainer.json").read_text())
     del trainer["identity"]

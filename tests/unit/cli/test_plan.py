@@ -1,4 +1,4 @@
-"""Plans: known answers, agreement with what runs were measured to hold, and the command."""
+"""Plans: known answers, agreement with measured runs, and the command."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FIXED: dict[str, Any] = {"micro_batch": 1, "checkpointing": "none"}
 
 
 def work(num_params: float = 7e9, **changes: Any) -> Workload:
-    """A workload in which nothing but the layout is left to choose."""
+    """Return a workload in which only the layout is left to choose."""
     given = {"num_params": int(num_params), "dimensions": derive(num_params), "seq_length": 2048, **FIXED}
     return Workload(**{**given, **changes})
 
@@ -230,7 +230,7 @@ def test_a_larger_share_of_the_peak_is_a_shorter_step() -> None:
 
 
 def test_recomputing_everything_costs_a_third_and_selectively_a_ninth() -> None:
-    """Of the layers: the output layer is never recomputed."""
+    """Only of the layers: the output layer is never recomputed."""
     llama = MODELS["llama-3-8b"]
     seconds = [
         find(plan(work(8e9, dimensions=llama, checkpointing=how), cluster(8, 1000)), zero_stage=1).compute_seconds
@@ -262,7 +262,7 @@ def test_a_model_that_fits_whole_is_not_divided() -> None:
 
 
 def test_what_offload_adds_does_not_depend_on_the_micro_batch() -> None:
-    """So a published difference says something, even where its micro-batch is unknown (docs/planner-errors.md)."""
+    """So a published difference is informative, even if its micro-batch is unknown (docs/planner-errors.md)."""
     added = []
     for micro_batch, checkpointing in ((1, "none"), (2, "full"), (4, "full")):
         candidates = plan(work(micro_batch=micro_batch, checkpointing=checkpointing), cluster(gigabytes=100))

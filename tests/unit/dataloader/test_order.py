@@ -1,4 +1,4 @@
-"""Which examples make up a step, who reads them, and where a resumed run continues."""
+"""Order of examples: the examples of a step, the ranks that read them, and the place where a resumed run continues."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BATCHINGS = ("max_length", "longest", "packed")
 
 
 def row_numbers(batch, tokenizer):
-    """The rows that a batch was made of, from what their tokens say; an EOS ends each."""
+    """Return the rows that a batch was made of, read from their tokens; an EOS ends each."""
     texts = [tokenizer.decode(ids) for ids in batch["input_ids"]]
     return [int(number) for text in texts for number in re.findall(r"(\d{5}):", text)]
 

@@ -1,4 +1,4 @@
-"""Names -> rows: every kind of source through one path, and what each kind of mistake is told."""
+"""From names to rows: every kind of source through one path, and an error message for every kind of mistake."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEXTS = {"train": ["one", "two", "three"], "validation": ["four"]}
 
 @pytest.fixture
 def no_hub(monkeypatch):
-    """No address for the hub, also where the tests run with a network."""
+    """Remove the hub's address, even if the tests run with a network."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.invalid")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)

@@ -1,4 +1,4 @@
-"""What ``build_engine`` does besides building: seeds, the schedule, training mode, and a check of what it is given."""
+"""Side effects of ``build_engine``: seeds, the schedule, training mode, and a check of its arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A DeepSpeed configuration states what DeepSpeed would otherwise decide silently, and refuses what it would ignore."""
+"""DeepSpeed configuration: it sets what DeepSpeed would otherwise decide silently, and refuses ignored keys."""
 
 import json
 import typing
@@ -228,7 +228,7 @@ def test_bloom_gets_deepspeeds_plan_and_others_their_own():
 
 
 def kind_of(annotation):
-    """Name a type of DeepSpeed's as the tables do."""
+    """Name one of DeepSpeed's types as in the tables."""
     parts = typing.get_args(annotation) if typing.get_origin(annotation) is typing.Union else (annotation,)
     nullable = "?" if type(None) in parts else ""
     (one,) = (part for part in parts if part is not type(None)) if len(parts) - bool(nullable) == 1 else (object,)

@@ -1,4 +1,4 @@
-"""Variables of torchrun count where a process has been started by it, and are refused or ignored elsewhere."""
+"""Variables of torchrun: used in processes that torchrun started, and refused or ignored elsewhere."""
 
 import json
 import os
@@ -81,7 +81,7 @@ def test_a_rendezvous_with_a_variable_missing_or_wrong(monkeypatch, capsys, tmp_
 
 
 def test_a_run_of_one_process_under_deepspeed_needs_no_variables_and_ignores_old_ones(monkeypatch, tmp_path):
-    """In a process of its own: DeepSpeed keeps its groups in global variables."""
+    """Runs in its own process, because DeepSpeed keeps its groups in global variables."""
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     arguments = ["train", "--launcher", "none", "--zero-stage", "1", *SMALL, "--storage", str(tmp_path), "--json"]

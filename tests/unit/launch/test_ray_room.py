@@ -1,4 +1,4 @@
-"""Room on a Ray cluster by arithmetic: what nodes hold, with how many ranks a run can go on, and what it is told."""
+"""Room on a Ray cluster: the groups that nodes hold, the sizes that a run can continue with, and messages."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_what_is_missing_is_listed_by_node() -> None:
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """Free CPUs by node."""
+    """Return a fake cluster's free CPUs by node."""
     free = {"a": 2.0, "b": 2.0}
     monkeypatch.setattr(placement, "read_nodes", lambda: [node(name, 2, cpus) for name, cpus in free.items()])
     monkeypatch.setattr(BoundedScaling, "_maybe_send_resource_request", lambda self: None)

@@ -1,4 +1,4 @@
-"""Ray waits for ever where it cannot start a worker; the launcher does not. Workers start with and without a server."""
+"""Start under Ray: the launcher does not hang if Ray cannot start a worker. Workers start with or without a server."""
 
 import json
 import os
@@ -98,7 +98,7 @@ def test_rays_list_is_kept_while_its_checkpoints_are_there_and_dropped_when_one_
 
 
 def start_worker(tmp_path: Path, context: dict[str, object]) -> str:
-    """Run what the raylet runs, with a script for Ray's own that says so. Returns what was printed."""
+    """Run the raylet's command, with a stand-in for Ray's own script, and return what was printed."""
     rays_own = tmp_path / "rays_own.py"
     rays_own.write_text("import sys; print(*sys.argv[1:3])")
     given = ["default_worker.py", "--node-id=1", "--language=PYTHON"]

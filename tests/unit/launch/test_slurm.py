@@ -1,4 +1,4 @@
-"""Batch scripts as text, and a job followed through what ``squeue`` says of it. ``tests/cluster`` runs real ones."""
+"""Batch scripts as text, and a job followed through answers of ``squeue``. ``tests/cluster`` runs real ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ON_CPUS = ["slurm", "--profile", "cpu", "--nodes", "2", "--ranks-per-node", "2"]
 
 
 def written(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
-    """Return the script, after bash has found nothing wrong with it."""
+    """Return the script, after bash has checked its syntax."""
     assert cli.main(arguments) == cli.DONE
     script = capsys.readouterr().out
     assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True).stderr == ""
@@ -106,7 +106,7 @@ def test_what_does_not_go_together_is_refused(
 
 
 class FakeSlurm:
-    """Programs named like SLURM's that answer as they are told."""
+    """Fake SLURM programs that answer as told."""
 
     def __init__(self, directory: Path) -> None:
         self.run = RunDirectory(directory / "runs" / "job")
@@ -130,7 +130,7 @@ class FakeSlurm:
         (self._programs / name).chmod(0o755)
 
     def answer(self, *states: str, **result: object) -> None:
-        """Let ``squeue`` say these, one after the other, and the job leave a result."""
+        """Let ``squeue`` answer these, one after the other, and let the job leave a result."""
         (self.directory / "state").write_text("\n".join(states) + "\n")
         if result:
             whole = {"train_loss": 1.0, "eval_loss": None, "eval_loss_before": None, "eval_losses": [],

@@ -1,4 +1,4 @@
-"""Memory logs in three formats, whole, torn and foreign: numbers worked out by hand."""
+"""Memory logs in three formats, complete, cut off and foreign, with numbers worked out by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model's directory whose files besides the weights are damaged, pointers, or of another kind."""
+"""Model directories whose files besides the weights are damaged, git-lfs pointers, or of the wrong kind."""
 
 from __future__ import annotations
 

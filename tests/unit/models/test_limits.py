@@ -1,4 +1,4 @@
-"""Refusals of sequences and tensor-parallel sizes that a model's dimensions do not allow."""
+"""Limits: refusals of sequences and tensor-parallel sizes that a model's dimensions do not allow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model before it has values: the same code and shapes, and the files that hold the values."""
+"""Models on the meta device: the same code and shapes, and the files that hold the values."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def save_plain(content, path):
 
 @pytest.fixture
 def pickled(copied):
-    """Return the directory of a model without safetensors, the parameters that it had, and where they belong."""
+    """Return a model's directory without safetensors, its parameters, and the path of their file."""
     tensors = load_file(copied / "model.safetensors")
     (copied / "model.safetensors").unlink()
     return copied, tensors, copied / "pytorch_model.bin"
@@ -279,7 +279,7 @@ def qwen2_layer(number):
     [f"{qwen2_layer(0)}.o_proj.bias", f"{qwen2_layer(9)}.o_proj.weight", f"{qwen2_layer(0)}.q_proj.lora_A.weight"],
 )
 def test_tensors_that_a_model_would_drop_are_refused(tmp_path, engine, name):
-    """A bias that config.json denies, a layer too many, an adapter: without them another function is trained."""
+    """A bias that config.json turns off, an extra layer, an adapter: without them a different function is trained."""
     directory = shutil.copytree(model_directory("embedded/qwen2"), tmp_path / "model")
     change(directory, lambda tensors: tensors.update({name: torch.ones(4)}))
     config = Config.create("cpu", engine=engine, dp=1, model=str(directory))
