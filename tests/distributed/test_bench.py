@@ -76,7 +76,7 @@ def test_an_interrupted_retry_keeps_all_other_rows_and_goes_on(matrix, capsys):
     code = main(["bench", "zero-stages", "--name", "stages", "--storage", str(matrix.path.parent), "--dp", "2",
                  "--retry", *flags])  # fmt: skip
     striker.join()
-    assert code == 75 and "Give the same command again to go on" in capsys.readouterr().err
+    assert code == 75 and "Run the same command again to continue" in capsys.readouterr().err
     assert Matrix.read(matrix.path)["stage-1"].status == "stopped"
     again = bench.run_matrix("zero-stages", config(matrix.path.parent, "stages", dp=2), sample_interval=0.1)
     assert_as_predicted(again["stage-1"])

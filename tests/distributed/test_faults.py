@@ -185,7 +185,7 @@ def killed(name: str, rank: int) -> Callable[[pytest.FixtureRequest], None]:
     def proof(request: pytest.FixtureRequest) -> None:
         said = goes_on_after(name, request, request.getfixturevalue("directory"))
         assert f"Rank {rank} ended with exit code -9 and left no traceback: it was killed" in said
-        assert f"it goes on: 'broken-{name}' from step-0000000{left_by(name)[1]}." in said
+        assert f"it resumes: 'broken-{name}' from step-0000000{left_by(name)[1]}." in said
 
     return proof
 

@@ -299,10 +299,10 @@ def _as_json(config: Config) -> dict[str, Any]:
 
 def _where_stopped(matrix: Matrix, row: str) -> str:
     done, status = sum(each.is_done for each in matrix.rows), matrix[row].status
-    where = f"in row {row!r}, which will start anew" if status == STOPPED else f"after row {row!r} ({status})"
+    where = f"in row {row!r}, which will start over" if status == STOPPED else f"after row {row!r} ({status})"
     return (
         f"matrix {matrix.path.name!r} stopped {where}; {done} of {len(matrix.rows)} rows are done and kept. "
-        "Give the same command again to go on."
+        "Run the same command again to continue."
     )
 
 

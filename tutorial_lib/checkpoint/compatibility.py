@@ -1,4 +1,4 @@
-"""Compatibility between a checkpoint and the run that wants to resume from it, checked before any process starts.
+"""Compatibility between a checkpoint and a run that would resume from it, checked before any process starts.
 
 Settings that would change an update must be the same, and so must the model, tokenizer and data that they name. These
 are compared by content (their *identity*): a directory that was moved is still the same, but one that kept its name and

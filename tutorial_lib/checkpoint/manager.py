@@ -28,7 +28,7 @@ OnCheckpoint = Callable[[Path, Row], None]
 
 
 class Loader(Protocol):
-    """What the manager needs of a training loader."""
+    """Interface of a training loader for the manager."""
 
     @property
     def num_steps(self) -> int: ...

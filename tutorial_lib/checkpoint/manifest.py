@@ -115,7 +115,7 @@ def _manifest_or_error(path: Path) -> tuple[dict[str, dict[str, Any]], Checkpoin
 
 
 def damage_at_a_glance(path: Path) -> CheckpointError | None:
-    """Return damage that shows without reading more than the manifest and ``trainer.json``; see :func:`damage`."""
+    """Check a checkpoint without reading more than the manifest and ``trainer.json``; return as :func:`damage`."""
     files, problem = _manifest_or_error(path)
     if problem:
         return problem

@@ -122,7 +122,7 @@ def _state(there: bool, listed: bool, damaged: bool) -> str:
 
 
 def _contents(name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the rank that wrote a file, and a word for its content, judging by its name."""
+    """Return the rank that wrote a file, and the file's contents, judging by its name."""
     if found := re.fullmatch(r"rank-(\d+)\.pt", name):
         rank, what = int(found[1]), "random states and data position"
     elif found_by_format := rank_and_contents(name, settings.get("tp", 1), settings.get("zero_stage", 0)):

@@ -75,7 +75,7 @@ def summary(run: Any) -> str:
         "status": f"{result['status']} at step {result['step']} of {result['num_steps']}"
         + (f", resumed from {result['resumed_from']}" if result["resumed_from"] is not None else "")
         + (
-            f" of {shape_in_words(result['reshaped_from'])}; random numbers seeded anew"
+            f" of {shape_in_words(result['reshaped_from'])}; random numbers seeded again"
             if result["reshaped_from"]
             else ""
         )
@@ -95,7 +95,7 @@ def summary(run: Any) -> str:
 def _what_follows(config: Config) -> str:
     if config.engine.shard_at_load:
         return "; its weights are saved, and it cannot be resumed"
-    return "; give the same command again to go on"
+    return "; run the same command again to continue"
 
 
 def _engine(config: Config) -> str:

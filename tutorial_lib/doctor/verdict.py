@@ -24,7 +24,7 @@ SHM_FOR_RAY_GB = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether a profile will work here. Each problem and each note says what to do about it."""
+    """Verdict on a profile: whether it will work here. Each problem and each note says what to do about it."""
 
     works: bool
     problems: tuple[str, ...]

@@ -44,7 +44,7 @@ _PUBLIC_NAMES = {
 
 
 def extract_documents() -> list[Document]:
-    """Extract all documents from the running interpreter, sorted by name, sharing no paragraph."""
+    """Extract all documents from the running interpreter, sorted by name, without shared paragraphs."""
     # If two modules share a paragraph, the public one keeps it.
     found = sorted([*_modules(), *_topics()], key=lambda d: (d.name.startswith(("_", "ntpath")), d.name))
     seen: set[str] = set()

@@ -93,7 +93,7 @@ class TorchEngine:
         }
 
     def layout(self) -> list[ParameterLayout]:
-        """List every parameter as replicated: nothing is split."""
+        """Return the layout of every parameter: replicated, because nothing is split."""
         return [
             ParameterLayout(name, "replicated", None, tuple(p.shape), tuple(p.shape), 1, p.numel() * p.element_size())
             for name, p in self.module.named_parameters()

@@ -39,7 +39,7 @@ def ray_address() -> str | None:
 
 
 def check_environment(config: Config) -> None:
-    """Refuse an environment that must be a mistake.
+    """Refuse environment variables that contradict the configuration or cannot work.
 
     Raises:
         ConfigError: torchrun has started this process, but the launcher would start all ranks again; a variable of

@@ -38,4 +38,4 @@ def next_start(directories: Sequence[RunDirectory]) -> str:
     except CheckpointError as error:
         return str(error)
     where = ", ".join(f"{name!r} from {start or 'step 0'}" for name, start in found.items())
-    return f"Given the same command again, it goes on: {where}."
+    return f"Run the same command again, and it resumes: {where}."

@@ -21,7 +21,7 @@ Besides states and activations, engines allocate *buffers*::
                from a step's first backward on (1), or during backward (2), twice with ``overlap_comm`` (1, 2); at the
                update a bucket of updated parameters (1, 2); parameters that stay gathered up to
                ``stage3_max_live_parameters`` (3)
-    pipeline   gathered weights (whole gradients, which wait for the last micro-batch, count as states)
+    pipeline   gathered weights (full gradients, which wait for the last micro-batch, count as states)
 
 Sources: ``torch.distributed.fsdp`` (``_fsdp_collectives.py``: copy-in and copy-out), ``torch.amp`` (weight cache),
 ``deepspeed/runtime/zero`` (``setup_buckets`` of stage_1_and_2.py; the bucket that stage3.py makes with the optimizer).

@@ -1,4 +1,4 @@
-"""Reasons for the best layout: one sentence for each of its settings, from planning its neighbours.
+"""Reasons for the best layout: one sentence for each of its settings, found by planning its neighbours.
 
 Each sentence compares with the nearest alternative that was actually evaluated: one setting changed, all else equal.
 """

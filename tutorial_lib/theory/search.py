@@ -94,7 +94,7 @@ def _tensor_parallel(workload: Workload, cluster: Cluster, engine: str) -> Itera
 
 
 def _beyond(workload: Workload, cluster: Cluster, tp: int) -> Iterator[tuple[int, int, int]]:
-    """Yield sizes of context parallelism and of a pipeline, and the pipeline's chunks; first, none of them."""
+    """Yield sizes of context parallelism and of a pipeline, and the pipeline's chunks, starting with none of them."""
     yield 1, 1, 1
     if not workload.beyond:
         return

@@ -102,7 +102,7 @@ def test_more_rows_may_follow(config):
 
 def test_an_interrupt_keeps_what_is_there_and_the_row_starts_anew(config):
     with pytest.raises(
-        Interrupted, match="stopped in row 'stage-2', which will start anew; 1 of 3 rows are done and kept"
+        Interrupted, match="stopped in row 'stage-2', which will start over; 1 of 3 rows are done and kept"
     ):
         run(config, Runs(stage_2=KeyboardInterrupt()))
     path = config.directory

@@ -198,14 +198,14 @@ def test_a_job_that_failed_before_training_shows_what_it_printed(
 
 @pytest.mark.parametrize(
     ("state", "why"),
-    [("TIMEOUT", "raise --grace"), ("OUT_OF_MEMORY", "too little memory"), ("CANCELLED", "somebody cancelled it")],
+    [("TIMEOUT", "raise --grace"), ("OUT_OF_MEMORY", "too little memory"), ("CANCELLED", "it was cancelled")],
 )
 def test_other_ends_are_told_in_words(
     slurm: FakeSlurm, capsys: pytest.CaptureFixture[str], state: str, why: str
 ) -> None:
     slurm.answer(*RUNNING, f"{state}|None|node1")
     assert cli.main(slurm.arguments) == cli.FAILED
-    assert re.search(f"Job 7 ended as {state}: .*{why}.* it goes on: 'job' from step 0", capsys.readouterr().err)
+    assert re.search(f"Job 7 ended as {state}: .*{why}.* it resumes: 'job' from step 0", capsys.readouterr().err)
 
 
 def test_an_error_of_an_earlier_job_is_not_this_ones(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,7 +57,7 @@ def open_full(path: Path, *, verified: bool = False) -> FullTensors:
 
 
 def rank_and_contents(name: str, tp: int, zero_stage: int) -> tuple[int, str] | None:
-    """Return the rank that wrote an engine's file, and a word for its content, or None if no engine wrote it.
+    """Return the rank that wrote an engine's file, and the file's contents, or None if no engine wrote it.
 
     Args:
         name: the file's name within the checkpoint.

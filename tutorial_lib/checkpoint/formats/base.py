@@ -17,7 +17,7 @@ WEIGHTS, OPTIMIZER = "weights", "optimizer"
 WEIGHTS_AND_OPTIMIZER = "weights and optimizer"
 OPTIMIZER_AND_MASTERS = "optimizer and fp32 weights"
 SCRIPTS = "scripts that DeepSpeed adds"
-"""Contents of a checkpoint's files, in the words of a report."""
+"""Names for the contents of a checkpoint's files, in reports."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Moments that AdamW keeps for every trained parameter, besides the number of its updates."""

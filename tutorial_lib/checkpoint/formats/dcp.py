@@ -45,7 +45,7 @@ class DCP(FullTensors):
 
 
 def rank_and_contents(name: str) -> tuple[int, str] | None:
-    """Return the rank that wrote a file of this format, and a word for its content, or None for any other file."""
+    """Return the rank that wrote a file of this format, and the file's contents, or None for any other file."""
     if found := re.search(r"__(\d+)_\d+\.distcp$", name):
         return int(found[1]), WEIGHTS_AND_OPTIMIZER
     return (0, "index of the shards") if name == "engine/.metadata" else None

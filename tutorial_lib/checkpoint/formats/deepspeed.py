@@ -234,7 +234,7 @@ STAGES: tuple[type[_Stage], ...] = (Stage0, Stage12, Stage12, Stage3)
 
 
 def rank_and_contents(name: str, tp: int, zero_stage: int) -> tuple[int, str] | None:
-    """Return the rank that wrote a file of this format, and a word for its content, or None for any other file."""
+    """Return the rank that wrote a file of this format, and the file's contents, or None for any other file."""
     if found := re.search(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_(model|optim)_states\.pt$", name):
         rank = int(found[1]) * tp + int(found[2])
         return rank, OPTIMIZER_AND_MASTERS if found[3] == "optim" else "shapes and buffers"

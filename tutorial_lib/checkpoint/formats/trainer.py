@@ -96,7 +96,7 @@ class FullFiles(FullTensors):
 
 
 def rank_and_contents(name: str, zero_stage: int) -> tuple[int, str] | None:
-    """Return the rank that wrote a file of this format, and a word for its content, or None for any other file."""
+    """Return the rank that wrote a file of this format, and the file's contents, or None for any other file."""
     found = re.match(r"engine/checkpoint-\d+/(.*)", name)
     if not found:
         return None

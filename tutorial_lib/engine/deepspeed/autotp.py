@@ -21,7 +21,7 @@ _NOTES = "ds_autotp_universal_checkpoint_meta"
 
 
 def layouts(module: nn.Module) -> list[ParameterLayout]:
-    """List how each parameter lies on the ranks of its tensor-parallel group, in the model's order."""
+    """Return the layout of each parameter on the ranks of its tensor-parallel group, in the model's order."""
     found = []
     for name, parameter in module.named_parameters():
         held = getattr(parameter, "ds_tensor", parameter)

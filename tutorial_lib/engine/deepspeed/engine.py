@@ -195,7 +195,7 @@ class DeepSpeedEngine:
         return held_tensors(self.deepspeed, self.optimizer)
 
     def layout(self) -> list[ParameterLayout]:
-        """List how AutoTP split each parameter, in the model's order."""
+        """Return AutoTP's layout of each parameter, in the model's order."""
         return autotp.layouts(self.module)
 
     def _over_tp(self, parameter: torch.nn.Parameter, share: Tensor) -> Tensor:

@@ -209,7 +209,7 @@ def _without_effect(stated: dict[str, Any]) -> list[str]:
     compiling = stated.get("compile")
     if isinstance(compiling, dict):
         problems += [
-            f"compile.{key} needs a model that is compiled, and none here is; remove it"
+            f"compile.{key} needs a compiled model, and none here is; remove it"
             for key, value in compiling.items()
             if value
         ]

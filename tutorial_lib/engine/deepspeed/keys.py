@@ -143,7 +143,7 @@ ONLY: dict[str, tuple[Any, str]] = {
     "managed_gradient_accumulation": (True, "the training loop here leaves accumulation to DeepSpeed"),
     "gradient_allreduce_op": ("mean", "the loss is scaled here for gradients that are averaged over the ranks"),
     "tensor_parallel.dtype": (None, "DeepSpeed takes an object of Python there; the setting precision decides"),
-    "tensor_parallel.vocab_parallel_lm_head": (False, "each rank would see the logits of its own tokens alone"),
+    "tensor_parallel.vocab_parallel_lm_head": (False, "a rank would only see the logits of its share of words"),
 }
 """The only value that a key may have here, and why. Other values are refused before the first step."""
 

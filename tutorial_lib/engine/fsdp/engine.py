@@ -143,7 +143,7 @@ class FSDPEngine:
         }
 
     def layout(self) -> list[ParameterLayout]:
-        """List how each parameter lies on the ranks of its tensor-parallel group, in the model's order."""
+        """Return the layout of each parameter on the ranks of its tensor-parallel group, in the model's order."""
         return tensor_parallel.layouts(self.module)
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:

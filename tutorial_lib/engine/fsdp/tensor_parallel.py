@@ -67,7 +67,7 @@ def split(model: Any, mesh: DeviceMesh, plan: str = "megatron") -> None:
 
 
 def layouts(model: Any) -> list[ParameterLayout]:
-    """List how each parameter lies on the ranks of its tensor-parallel group, in the model's order.
+    """Return the layout of each parameter on the ranks of its tensor-parallel group, in the model's order.
 
     Args:
         model: a model that is split, and sharded by FSDP2. GPT-2's fused projections are listed as saved, by part.

@@ -1,4 +1,4 @@
-"""SLURM job: submit it and follow it to its end, through the queue and through its training progress."""
+"""SLURM job of a run: submit it, and follow it through the queue and through training to its end."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _ENDS = {
     "TIMEOUT": "it was at its time limit and had not saved in time: raise --grace",
     "OUT_OF_MEMORY": "a node had too little memory for it",
     "NODE_FAIL": "a node failed",
-    "CANCELLED": "somebody cancelled it",
+    "CANCELLED": "it was cancelled",
     "PREEMPTED": "a job of higher priority took its nodes",
     "FAILED": "it failed",
 }
