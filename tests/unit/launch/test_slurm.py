@@ -93,8 +93,8 @@ def test_an_experiment_by_its_workshop_name(capsys: pytest.CaptureFixture[str]) 
         ([*ON_GPUS, "--partition", "a b"], "partition is 'a b'"),
         ([*ON_CPUS, "--device", "tpu"], "device is 'tpu'|Write --ranks-per-node"),
         (["slurm", "--nodes", "0", "--gpus-per-node", "1"], "nodes is 0"),
-        (["slurm", "--experiment", "2Z-2G1N", "--nodes", "2"], "--nodes is what experiment 2Z-2G1N decides"),
-        (["slurm", "--experiment", "2Z-2G1N", "--zero-stage", "3"], "--zero-stage is what experiment"),
+        (["slurm", "--experiment", "2Z-2G1N", "--nodes", "2"], "Experiment 2Z-2G1N decides --nodes itself"),
+        (["slurm", "--experiment", "2Z-2G1N", "--zero-stage", "3"], "decides --zero-stage itself"),
         (["slurm", "--experiment", "2Z-3G2N"], "2 nodes cannot share 3 GPUs evenly"),
     ],
 )
