@@ -449,7 +449,7 @@ def test_nothing_fits_is_exit_code_2_with_what_would(capsys: pytest.CaptureFixtu
         (["--moments", "4bit"], "Write one of: fp32, bf16, 8bit"),
         (["--check", "nowhere"], "has no config.json"),
         (["--layers", "3", "--hidden", "512"], "Write a model-size"),
-        (["--base-bits", "4"], "--base-bits 4 is of frozen weights. Add --lora RANK"),
+        (["--base-bits", "4"], "--base-bits 4 is for frozen weights. Add --lora RANK"),
         (["--loss-chunks", "1000000"], "more than the 2048 tokens of a sequence"),
         (["--lora", "100000"], "a rank above the hidden size, 4096"),
         (["--lora", "8", "--only-here"], "This course's engines do not have LoRA. Leave out --only-here"),
@@ -475,7 +475,7 @@ def test_a_size_and_a_gpu_are_understood_as_people_write_them(size: str, capsys:
 def test_a_size_that_is_no_number_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["plan", "--model-size", "sevenB", "--gpus", "8", "--gpu", "h100"])
-    assert "'sevenB' is no number of parameters; write one such as 7e9 or 7B" in capsys.readouterr().err
+    assert "'sevenB' is not a number of parameters; write one such as 7e9 or 7B" in capsys.readouterr().err
 
 
 def test_no_more_tokens_than_learned_positions(capsys: pytest.CaptureFixture[str]) -> None:
