@@ -26,7 +26,7 @@ SEVERAL_PROCESSES_ON_FEW_CORES = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELIS
 ROOT = str(Path(__file__).resolve().parents[1])
 MARK, SESSION = "TUTORIAL_LIB_TEST_SESSION", uuid.uuid4().hex
 GRACE_SECONDS = 20
-"""Ray's daemons and killed workers are given this long to go."""
+"""Seconds for Ray's daemons and killed workers to end."""
 
 # jsonschema, which nbformat imports, has this module build the grammar of international addresses: 5 seconds for each
 # process of pytest, and nobody asks. Where the module is missing, jsonschema does without.

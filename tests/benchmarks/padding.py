@@ -18,7 +18,7 @@ from tutorial_lib.trainer import count_targets, token_loss_sum
 
 SEQ_LENGTH, BATCH, PAIRS = 512, 8, 7
 STEPS = {"longest": 12, "packed": 2, "max_length": 2}
-"""In one measurement; about equally long ones."""
+"""Steps of one measurement, so that all take about the same time."""
 
 
 def measure() -> dict[str, Any]:

@@ -17,13 +17,13 @@ from tutorial_lib.launch.ray import train as ray_train
 from tutorial_lib.records import RunDirectory
 
 HELD_AT = 4
-"""Step at which a run of all ranks waits for the loss of a node, and after which one of fewer ranks takes its time."""
+"""Step at which a run with all ranks waits for the loss of a node, and after which one with fewer ranks is slow."""
 
 TIMEOUT = 3
-"""Seconds that a run waits for what somebody else holds."""
+"""Seconds that a run waits for resources that are in use."""
 
 IS_BACK = "node-is-back"
-"""Name of a file in the run's directory that the test makes when the node has joined the cluster again."""
+"""Name of a file in the run's directory that the test creates when the node has joined the cluster again."""
 
 
 def elastic(config: Config) -> None:

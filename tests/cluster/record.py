@@ -35,7 +35,7 @@ BOTH = "--nodelist=node[1-2]"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 JOB = ["--profile", "cpu", "--seq-length", "64", "--zero-stage", "2", "--no-evaluate", "--ranks-per-node", "1"]
-"""The lesson's job, but for its nodes, its steps and its global batch."""
+"""Arguments of the lesson's job, without its nodes, steps and global batch."""
 
 TWO_NODES = ["--nodes", "2", "--steps", str(STEPS), "--global-batch", "16"]
 

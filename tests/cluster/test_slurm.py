@@ -17,14 +17,14 @@ from tutorial_lib.measure.sampler_log import read_sampler
 from tutorial_lib.records import RunDirectory
 
 STEPS = 40
-"""So many that a signal finds the run on its way: they take seconds."""
+"""Enough steps that a signal arrives while the run trains: they take seconds."""
 SECONDS = 120
-"""For one start of a tiny run on two busy cores, which takes 13 when they are idle."""
+"""Seconds for one start of a tiny run on two busy cores; on idle ones it takes 13."""
 
 
 TWO_NODES = ["--nodes", "2", "--ranks-per-node", "1", "--zero-stage", "2"]
 ONE_PROCESS = ["--nodes", "1", "--ranks-per-node", "1", "--engine", "torch"]
-"""Starts faster, for what does not depend on the number of processes."""
+"""A single process, which starts faster, for tests that do not depend on the number of processes."""
 
 
 class Job:

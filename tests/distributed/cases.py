@@ -25,7 +25,7 @@ STEPS = 4
 """One more than the step that is measured."""
 
 LAYERS, HIDDEN = 2, 32
-"""Of the models below. Equality to 1e-6 needs no more."""
+"""Layers and hidden size of the models below. Equality to 1e-6 needs no more."""
 
 MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_layer": LAYERS, "n_embd": HIDDEN, "n_head": 4},
@@ -36,7 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "bloom": {"n_layer": LAYERS, "hidden_size": HIDDEN, "n_head": 8},
 }  # fmt: skip
-"""The embedded models, smaller and with random weights: how each differs from the one of its name."""
+"""Smaller versions of the embedded models with random weights: the differences from the model of that name."""
 
 DROPOUT: dict[str, dict[str, float]] = {
     "gpt2": dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.1),
@@ -174,7 +174,7 @@ VALID: dict[int, dict[str, dict[str, dict[str, Any]]]] = {
         "frozen": {"zero2": STAGES["zero2"]},
     },
 }
-"""By number of ranks and case: what must equal the case's reference."""
+"""Variants that must equal the case's reference, by number of ranks and case."""
 
 Combination = tuple[int, str, str]
 """The number of ranks, the case and the variant."""
@@ -230,7 +230,7 @@ BROKEN_RUNS = {
     "whole_gradients_counted_twice": ("gpt2", "fsdp-tp2"),
     "slopes_of_the_first_heads": ("bloom", "fsdp-tp2"),
 }
-"""The case and variant that each fault of ``worker.BROKEN`` is put into, on two ranks."""
+"""Case and variant for each fault of ``worker.BROKEN``, on two ranks."""
 
 
 def combinations() -> list[Combination]:
@@ -251,7 +251,7 @@ VARIANTS = {
     }
     for ranks, by_case in VALID.items()
 }
-"""Those of ``VALID`` that are run."""
+"""The combinations of ``VALID`` that are run."""
 
 
 def among_runs(listed: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
@@ -323,7 +323,7 @@ REFUSED_RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "row_all_reduce_skipped": ("qwen2", "1x2-zero2", {"evaluate": False}),
     "projection_left_whole": ("qwen2", "1x2-zero3", {}),
 }
-"""The same for the faults that a run finds itself."""
+"""The same for faults that a run detects itself."""
 
 STOP, END = 3, 8
 INTERRUPTED: dict[str, dict[str, Any]] = {
@@ -339,7 +339,7 @@ INTERRUPTED: dict[str, dict[str, Any]] = {
     "1x2-zero0": {"zero_stage": 0, "model": "bloom-dropout", "dp": 1, "tp": 2},
     "1x2-zero2": {"zero_stage": 2, "model": "bloom-dropout", "dp": 1, "tp": 2},
 }  # fmt: skip
-"""Runs with dropout that are stopped in the middle of an epoch of five steps, and end in the middle of the next."""
+"""Runs with dropout that stop in the middle of an epoch of five steps, and end in the middle of the next."""
 
 
 INTERRUPTED_ON_4: dict[str, dict[str, Any]] = {
@@ -353,14 +353,14 @@ LATE: dict[int, tuple[str, ...]] = {
     2: ("zero1", "zero3", "fsdp-full", "1x2-zero2", "zero1-without_snapshot"),
     4: ("2x2-zero1", "fsdp-tp2"),
 }
-"""By number of ranks: those that are saved while training goes on, stopped, and resumed in the same launch."""
+"""Runs that save during training, stop, and resume in the same launch, by number of ranks."""
 
 UNTOUCHED: dict[str, dict[str, Any]] = {
     "drawn-gpt2": {"model": "gpt2", "random_init": True},
     "drawn-qwen2": {"model": "qwen2", "random_init": True, "seed": 7},
     "read-bloom": {"model": "bloom"},
 }
-"""Runs on 2 x 2 ranks of one step that changes nothing: what they end with is what they started with."""
+"""Runs on 2 x 2 ranks with one step that changes nothing: their final weights equal the initial ones."""
 
 
 def untouched(directory: Path, name: str) -> Config:
@@ -384,7 +384,7 @@ def late(directory: Path, kind: str) -> Config:
 
 
 RESHAPE_CASES = ("gpt2", "qwen2", "frozen", "odd")
-"""Without dropout: another number of ranks draws other random numbers."""
+"""Without dropout, because a different number of ranks draws different random numbers."""
 
 SAVED: dict[str, tuple[int, str, dict[str, Any]]] = {
     "torch": (1, "gpt2", {"engine": "torch"}),
@@ -405,7 +405,7 @@ SAVED: dict[str, tuple[int, str, dict[str, Any]]] = {
     "2x2-zero3": (4, "qwen2", {"zero_stage": 3, "tp": 2}),
     "4x1-zero2": (4, "odd", STAGES["zero2"]),
 }
-"""Runs stopped at ``STOP``, in the middle of an epoch: the number of ranks, the case, and the shape."""
+"""Runs that stop at ``STOP``, in the middle of an epoch: number of ranks, case, and shape."""
 
 RESHAPED: dict[str, tuple[int, str, dict[str, Any]]] = {
     "4x1-of-2x2": (4, "2x2-zero3", {"zero_stage": 1, "stop_after": STOP + 1}),
@@ -435,7 +435,7 @@ RESHAPED: dict[str, tuple[int, str, dict[str, Any]]] = {
     "zero3-of-frozen-zero1": (1, "frozen-zero1", STAGES["zero3"]),
     "zero0-of-odd-zero3": (1, "odd-zero3", STAGES["zero0"]),
 }
-"""Runs that go on from a saved one: the number of ranks, which one, and the new shape."""
+"""Runs that continue a saved one: number of ranks, name of the saved run, and new shape."""
 
 STILL: dict[str, tuple[int, str, dict[str, Any]]] = {
     "zero3-of-zero1-bf16": (2, "zero1-bf16", BF16["zero3-bf16"]),
@@ -443,7 +443,7 @@ STILL: dict[str, tuple[int, str, dict[str, Any]]] = {
     "zero2-optimizer-of-zero3-bf16": (2, "zero3-bf16", OFFLOADED["zero2-optimizer"]),
     "fsdp-of-1x2-zero1-bf16": (2, "1x2-zero1-bf16", {"engine": "fsdp"}),
 }
-"""The same, stopped where they begin: what they save is what was saved, in another shape."""
+"""The same, but stopped at once: they save the loaded states in a different shape."""
 
 SEEDED_ANEW = ("dropout-once", "dropout-twice")
 
@@ -556,10 +556,10 @@ FATAL = {
     "killed_in_write": "zero1",
     "limit_in_write": "zero1",
 }
-"""Faults that take their launch down with them, with the kind of the run that each is put into."""
+"""Faults that take their launch down with them, with the kind of run for each."""
 
 IN_BACKGROUND = ("killed_in_write", "limit_in_write")
-"""Those that strike while files are written by a thread and training has gone on."""
+"""Faults that happen while a thread writes files and training continues."""
 
 
 def fault(directory: Path, kind: str, name: str, **changes: Any) -> Config:

@@ -15,9 +15,9 @@ from tests.distributed.launching import Shell, observe
 from tutorial_lib.config import Config
 
 TIMEOUT = 1800
-"""Seconds for a test that may be the one that waits for all shared launches.
+"""Seconds for a test, because it may be the one that waits for all shared launches.
 
-On two busy cores they took 334 together, and those of the whole matrix about twice that.
+On two busy cores they took 334 in total, and the launches of the full matrix about twice that.
 """
 
 

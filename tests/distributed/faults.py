@@ -120,7 +120,7 @@ ON_NODES = (
         "refused before a rank starts, with the node and the directory",
     ),
 )
-"""On several nodes under Ray."""
+"""Faults on several nodes under Ray."""
 
 BETWEEN_NODES = (
     Fault(
@@ -148,7 +148,7 @@ BETWEEN_NODES = (
         "refused with exit code 2, with the interfaces that can",
     ),
 )
-"""Under torchrun and SLURM."""
+"""Faults under torchrun and SLURM."""
 
 
 def proves(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

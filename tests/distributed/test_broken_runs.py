@@ -27,7 +27,7 @@ SHOWN_BY = {
     "whole_gradients_counted_twice": {"grad_norm", "exp_avg"},
     "slopes_of_the_first_heads": {"loss", "grad_norm", "parameters", "exp_avg"},
 }
-"""What each fault must show up in, at least."""
+"""Quantities in which each fault must show, at least."""
 
 
 def test_every_fault_is_tried():

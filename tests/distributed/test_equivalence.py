@@ -102,10 +102,10 @@ def test_a_steps_examples_do_not_depend_on_the_number_of_ranks(observed, case):
 
 
 BF16_AGAINST_FP32 = {"tolerance": 2e-3, "grad_norm": 1e-2, "parameters": 1e-2, "moments": 0.15}
-"""bf16 keeps 8 bits: rounding a number moves it by up to 2^-9 = 2e-3 of its size. Losses average over many."""
+"""bf16 keeps 8 bits: rounding changes a number by up to 2^-9 = 2e-3 of its size. Losses average over many."""
 
 STAGE_0_IN_BF16 = {"tolerance": 2e-3, "grad_norm": 2e-3, "parameters": 4e-3, "moments": 0.1}
-"""Without ZeRO, gradients are reduced one by one in other groupings, and each sum is rounded to bf16."""
+"""Without ZeRO, gradients are reduced one by one in different groupings, and each sum is rounded to bf16."""
 
 
 @pytest.mark.parametrize(("ranks", "case", "variant"), BF16)

@@ -38,7 +38,7 @@ SOON = 30
 
 RECORD = ("step", "loss", "grad_norm", "tokens", "epoch", "lr")
 LONG = 48
-"""Steps of a run that signals from outside are sent to, at no step in particular."""
+"""Steps of a run that gets signals from outside, at no particular step."""
 
 PROOFS: dict[str, Callable[..., None]] = {}
 

@@ -38,13 +38,13 @@ EQUAL: dict[int, list[tuple[str, str]]] = {
         ("bloom", "load"),
     ],
 }
-"""By number of ranks: the case, and how it must equal our own loop: a DeepSpeed file, plain DDP, or sharded at load."""
+"""Cases that must equal our own loop, by number of ranks, with a DeepSpeed file, plain DDP, or sharded at load."""
 
 SETTINGS: dict[str, dict[str, Any]] = {"plain": {}, "load": {"shard_at_load": True, "measure": True}}
-"""What a variant that is no DeepSpeed file stands for."""
+"""Settings of variants that are not DeepSpeed files."""
 
 VOCABULARY = 2048
-"""Of the embedded models."""
+"""Size of the embedded models' vocabulary."""
 
 INTERRUPTED = ("plain", "zero2_cpu_offload", "zero3")
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads the kerne
 
 MIB = 2**20
 SLACK = 16 * MIB
-"""Communication buffers, and what Python itself allocates."""
+"""Bytes of communication buffers, and of Python's own allocations."""
 
 
 @pytest.fixture(scope="module")

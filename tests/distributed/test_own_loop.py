@@ -33,7 +33,7 @@ WAYS = {
     "fsdp-chunked": {"engine": "fsdp", "loss_chunks": 4, "micro_batch": 2},
     "ddp-chunked": {"engine": "fsdp", "sharding": "no_shard", "loss_chunks": 4},
 }
-"""How two ranks share the work, and whether logits exist all at once."""
+"""Ways for two ranks to share the work, with and without chunks of logits."""
 
 IN_BF16 = {
     "zero3-bf16": {"zero_stage": 3, "precision": "bf16"},
@@ -41,7 +41,7 @@ IN_BF16 = {
     "fsdp-bf16": {"engine": "fsdp", "precision": "bf16"},
     "fsdp-bf16-chunked": {"engine": "fsdp", "precision": "bf16", "loss_chunks": 4},
 }
-"""The same in 16 bits, where a loss in chunks is rounded per token."""
+"""Ways in 16 bits, where a chunked loss is rounded per token."""
 
 
 @pytest.fixture(scope="module")

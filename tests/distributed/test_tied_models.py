@@ -14,7 +14,7 @@ from tutorial_lib import checkpoint, launch
 from tutorial_lib.checkpoint import CheckpointError
 
 AFTER = {"torch": "ZeRO-1", "ZeRO-1": "FSDP2", "ZeRO-3": "torch", "FSDP2": "ZeRO-3"}
-"""Which engine finishes which one's run."""
+"""Engine that finishes each engine's run."""
 
 ENGINES = {
     "torch": {},

@@ -583,7 +583,7 @@ def _killed() -> None:
 
 
 STRUCK_IN_STEP = 4
-"""Two steps after the only checkpoint, so that one finished step is lost as well."""
+"""Step of the fault: two steps after the only checkpoint, so that one finished step is lost as well."""
 
 
 @contextmanager

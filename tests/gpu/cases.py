@@ -25,7 +25,7 @@ Cases = dict[str, Callable[[], dict[str, Any]]]
 PR_SET_PDEATHSIG = 1
 
 AT_END = ExitStack()
-"""What the cases of this process share, such as a process group; released when the last one has ended."""
+"""Resources that this process's cases share, such as a process group; released after the last case."""
 
 
 @dataclass(frozen=True)

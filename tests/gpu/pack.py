@@ -21,7 +21,7 @@ MISSING = (
 ).split()
 PLATFORMS = "manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64".split()
 LIMIT_BYTES = 60 * 2**20
-"""What may travel, less the checkout itself."""
+"""Bytes that may travel, minus the checkout itself."""
 
 
 def pinned_versions() -> dict[str, str]:

@@ -19,7 +19,7 @@ MODULES = {
     "multiprocess": "multiprocess",
     "torchdata": "torchdata",
 }
-"""Packages that may come as wheels, and the module that tells whether one is there already."""
+"""Packages that may come as wheels, and the module that shows whether each is already installed."""
 
 ALSO_USED = (
     "torch transformers tokenizers accelerate safetensors numpy pyarrow psutil filelock ninja msgpack py-cpuinfo "

@@ -19,7 +19,7 @@ from tests.gpu.training import engine_of, full_rows, synchronize, time_steps, tr
 from tests.gpu.workshop import configure, models
 
 LARGEST_BYTES = 6 * 2**20
-"""Of one gzipped trace: files that come back from a lent machine are limited."""
+"""Largest gzipped trace in bytes, because a lent machine only returns small files."""
 
 
 def cases(setting: Setting) -> Cases:

@@ -22,7 +22,7 @@ from tutorial_lib.theory.cost import OFFLOADED_RUN
 PAGE = Path(__file__).parents[2] / "docs" / "planner-errors.md"
 MEASURED = Path(__file__).with_name("measured.json")
 HEADROOM = 0.1
-"""What the planner keeps free, as a share of a device, for fragments and for what is not PyTorch's."""
+"""Share of a device that the planner keeps free, for fragmentation and memory outside PyTorch."""
 
 MEMORY_GOAL, TIME_GOAL = 0.10, 0.20
 

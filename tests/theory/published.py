@@ -213,4 +213,4 @@ OUTSIDE = (
         "overlaps tensor-parallel traffic with computing, which the time model does not.",
     ),
 )
-"""Published runs that are not compared, and why."""
+"""Published runs that are not compared, with the reason."""

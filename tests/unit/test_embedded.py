@@ -57,7 +57,7 @@ ROWS = {
     "embedded/qa validation": (350, "bcf5adf3e64dcfb95b741ade"),
     "embedded/qa test": (339, "c261c6bc21eecb5ade421dab"),
 }
-"""How many rows every split has and the hash of them. Losses in notebooks and weights of models are of these rows."""
+"""Number of rows in every split, and their hash. Losses in notebooks and weights of models depend on these rows."""
 
 
 # ------------------------------------------------------------------------------------------------------ data sets

@@ -20,7 +20,7 @@ from tests.gpu import measure, packages, processes
 from tests.gpu.processes import MemorySampler, Record, Step, run_step
 
 UNIT = re.compile("(^|_)(bytes|seconds|second|flops|losses|settings)(_|$)")
-"""In the name of a number that has a unit, or of what holds several; losses are in nats per token."""
+"""Units in the names of numbers, or of groups of numbers; losses are in nats per token."""
 
 COUNTS_AND_RATIOS = set(
     "cores compared_steps skipped_updates largest_difference tolerance resumed_from num_params mfu_of_measured_peak "

@@ -10,7 +10,7 @@ from tutorial_lib.config import Config
 from tutorial_lib.mpu import Topology
 
 STEPS = 7
-"""Of epochs of three steps."""
+"""Steps of a run, in epochs of three steps."""
 
 
 def config(storage, **flat):
