@@ -355,9 +355,9 @@ def test_a_profile_is_not_given_by_hand_and_the_same_value_is_no_contradiction(t
         ({"activation_checkpointing": {"partition_activations": True}}, "write the setting activation_checkpointing"),
         (
             {"compile": {"deepcompile": True}},
-            "compile.deepcompile needs a model that is compiled, and none here is; rem",
+            "compile.deepcompile needs a compiled model, and none here is; rem",
         ),
-        ({"compile": {"passes": ["z1"]}}, "compile.passes needs a model that is compiled"),
+        ({"compile": {"passes": ["z1"]}}, "compile.passes needs a compiled model"),
         ({"compile": {"backend": "inductor"}}, "'backend' is not a key that DeepSpeed knows in compile"),
         ({"deepcompile": True}, "'deepcompile' has no meaning at the top level.* belongs under 'compile'"),
         ({"leaf_module": {"names": []}}, "'leaf_module' has no meaning at the top level.* under 'zero_optimization'"),
