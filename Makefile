@@ -1,14 +1,14 @@
-# The tasks of the course. `make` alone lists them. Each does the set-up it needs, once; python is .venv's own.
+# Tasks of the course. `make` alone lists them. Each runs the set-up if needed; python is the one in .venv.
 SHELL := /usr/bin/env bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-# Another environment's settings must not reach into ours.
+# Ignore the settings of any other Python environment.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONDA_PREFIX
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 PYTHON_IN := .venv/bin/python
 READY := .venv/ready
-# An environment that was made elsewhere (a moved or copied directory), or with another python than PYTHON, is made anew.
+# Rebuild an environment that was made elsewhere (a moved or copied directory), or with a different python than PYTHON.
 ifneq ($(PYTHON)$(shell cat $(READY) 2>/dev/null),$(CURDIR))
 .PHONY: $(READY)
 endif
@@ -22,8 +22,8 @@ help: ## list the targets
 	@echo "make TARGET, where TARGET is one of:"
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "  %-14s %s\n", $$1, $$2 }'
 
-setup: $(READY) ## what every other target does first: .venv with everything pinned (PYTHON=... names another python)
-	@echo "set-up: ready (remove .venv to make it anew)"
+setup: $(READY) ## the first step of every other target: .venv with everything pinned (PYTHON=... chooses another python)
+	@echo "set-up: ready (remove .venv to rebuild it)"
 
 $(READY): constraints.txt pyproject.toml
 	@PYTHON="$(PYTHON)" .ci/setup
@@ -31,11 +31,11 @@ $(READY): constraints.txt pyproject.toml
 run-notebooks: $(READY) ## run the whole course without a browser; executed copies in build/notebooks
 	@$(PYTHON_IN) tests/notebooks/run.py
 
-lab: $(READY) ## JupyterLab for this machine alone: 127.0.0.1, with its token
+lab: $(READY) ## JupyterLab for this machine only: 127.0.0.1, with its token
 	@$(PYTHON_IN) -m jupyterlab --log-level=WARN --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=. \
 		--LabApp.default_url=/lab/tree/notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
 
-check: $(READY) ## lint and unit: what to run all the time
+check: $(READY) ## lint and unit: run this all the time
 	@.ci/parts lint unit
 
 test: $(READY) ## lint, unit, distributed, cluster, notebooks and nbval, and how long each took
@@ -45,7 +45,7 @@ matrix: $(READY) cluster-tools ## distributed with every valid combination of se
 	@MATRIX=1 TUTORIAL_LIB_WARM_WORKERS=0 $(TESTS) tests/distributed
 	@MATRIX=1 $(TESTS) tests/cluster
 
-unit: $(READY) ## functions, as many at a time as there are cores
+unit: $(READY) ## fast tests of single functions, in parallel on all cores
 	@$(TESTS) tests/unit -n logical --maxprocesses 8
 
 distributed: $(READY) ## real runs on 1, 2 and 4 processes, compared number by number: all valid pairs of settings
@@ -57,7 +57,7 @@ cluster: $(READY) cluster-tools ## torchrun, SLURM and Ray on virtual nodes of t
 cluster-tools: ## install SLURM and munge, which cluster needs (as root, with apt-get)
 	@.ci/cluster-tools
 
-notebooks: $(READY) ## every notebook as committed: it reads well, its claims hold, what it shows is the library
+notebooks: $(READY) ## every notebook as committed: its form, its claims, and that the code it shows is the library's
 	@$(TESTS) tests/notebooks
 
 nbval: $(READY) ## every notebook runs, all claims hold with the committed numbers, deterministic cells show what is committed
@@ -68,19 +68,19 @@ nbval: $(READY) ## every notebook runs, all claims hold with the committed numbe
 lint: $(READY) ## style, types and borders, at the same time
 	@$(MAKE) --jobs --output-sync=target style types borders
 
-style: $(READY) ## what ruff says
+style: $(READY) ## run ruff
 	@ruff check --quiet . && ruff format --quiet --check . || { echo "style: make format repairs most of this"; exit 1; }
 
-types: $(READY) ## what mypy says
+types: $(READY) ## run mypy
 	@mypy
 
-borders: $(READY) ## which module may import which
+borders: $(READY) ## check which module may import which
 	@lint-imports --no-logo
 
 format: $(READY) ## let ruff repair style
 	@ruff check --quiet --fix . ; ruff format .
 
-execute: $(READY) ## run the committed notebooks in place, so that their outputs are those of this code
+execute: $(READY) ## run the committed notebooks in place, so that their outputs match this code
 	@$(PYTHON_IN) tests/notebooks/run.py --in-place
 
 # `make bench startup ray` measures these alone: the words after `bench` are its arguments, not targets.
@@ -93,13 +93,13 @@ endif
 bench: $(READY) ## measure the figures of docs/benchmarks.md: a table and JSON; `make bench startup` measures one of them
 	@$(PYTHON_IN) -m tests.benchmarks.bench $(BENCHMARKS)
 
-images: $(READY) ## draw images/ anew
+images: $(READY) ## draw images/ again
 	@$(PYTHON_IN) -m tutorial_lib.lab.images
 
-embedded: $(READY) ## train the embedded tiny models anew, from their seed
+embedded: $(READY) ## train the embedded tiny models again, from their seed
 	@$(PYTHON_IN) -m tutorial_lib.embedded.pretrain
 
-embedded-text: $(READY) ## extract the embedded text anew, which takes CPython 3.11.7
+embedded-text: $(READY) ## extract the embedded text again, which needs CPython 3.11.7
 	@$(PYTHON_IN) -m tutorial_lib.embedded.extract
 
 clean: ## remove what tools and tests leave behind; .venv and your runs stay

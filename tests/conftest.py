@@ -26,7 +26,7 @@ SEVERAL_PROCESSES_ON_FEW_CORES = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELIS
 ROOT = str(Path(__file__).resolve().parents[1])
 MARK, SESSION = "TUTORIAL_LIB_TEST_SESSION", uuid.uuid4().hex
 GRACE_SECONDS = 20
-"""Ray's daemons and killed workers are given this long to go."""
+"""Seconds for Ray's daemons and killed workers to end."""
 
 # jsonschema, which nbformat imports, has this module build the grammar of international addresses: 5 seconds for each
 # process of pytest, and nobody asks. Where the module is missing, jsonschema does without.
@@ -40,14 +40,14 @@ os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get(
 
 
 def pytest_collection_finish() -> None:
-    """Keep what the imports have made out of every garbage collection: a run in this process ends with a full one."""
+    """Exclude objects from imports from garbage collection: a run in this process ends with a full collection."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """After the last test and the last fixture: fail if a process that a test started is still there."""
+    """Fail after the last test and fixture if a process that a test started is still running."""
     if nextitem is not None:
         return
     left = leftover_processes(GRACE_SECONDS)
@@ -60,7 +60,7 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 def leftover_processes(grace: float) -> list[psutil.Process]:
-    """Processes started since this session began, by it or by what it started, that outlive ``grace`` seconds."""
+    """Return processes that this session or its children started, and that outlive ``grace`` seconds."""
     end = time.monotonic() + grace
     while (left := list(_started_by_this_session())) and time.monotonic() < end:
         time.sleep(0.2)
@@ -81,7 +81,7 @@ def _started_by_this_session() -> Iterator[psutil.Process]:
 
 
 def _ends_with_this_process(process: psutil.Process) -> bool:
-    """Check for the resource tracker and the launchers' warm servers; what is forked from a server lives on its own."""
+    """Return whether this is the resource tracker or a launcher's warm server, but not a fork of a server."""
     command = " ".join(process.cmdline())
     helpers = ("multiprocessing.resource_tracker", "tutorial_lib.launch.warm_server", "tutorial_lib.launch.ray.server")
     return process.ppid() == os.getpid() and any(helper in command for helper in helpers)

@@ -19,7 +19,7 @@ PATIENCE = 120
 
 @contextmanager
 def late_writes(then: Callable[[int], None] | None = None) -> Iterator[list[str | None]]:
-    """Have files that are written while training goes on written after the step that follows the save.
+    """Delay background writes until after the step that follows the save.
 
     By then training has changed weights, moments, random states and the position in the data.
 
@@ -50,5 +50,5 @@ def late_writes(then: Callable[[int], None] | None = None) -> Iterator[list[str 
 
 
 def without_snapshot() -> Any:
-    """Patch: what is written is what training changes meanwhile."""
+    """Patch the snapshot away, so that the files contain states that training changes meanwhile."""
     return mock.patch.object(Writer, "snapshot", lambda self, states: states)

@@ -1,3 +1,3 @@
-"""The tested package behind the notebooks: train one language model on many devices, and measure what that costs."""
+"""Tested code behind the notebooks: train a language model on many devices, and measure memory, traffic and speed."""
 
 __version__ = "0.1.0"

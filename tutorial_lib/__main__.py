@@ -1,4 +1,4 @@
-"""``python -m tutorial_lib``."""
+"""Entry point of ``python -m tutorial_lib``."""
 
 import sys
 

@@ -1,6 +1,6 @@
-"""What a run leaves behind under ``STORAGE/RUN``, and how it is read back.
+"""Records of a run: the files under ``STORAGE/RUN``, written by its workers and read by everything else.
 
-Workers write records, they do not print; notebooks, tests and the command line read them. The files are
+Workers write records instead of printing; notebooks, tests and the command line read them. The files are
 
 ``config.json``
     every setting of the run by its flat name;
@@ -13,11 +13,11 @@ Workers write records, they do not print; notebooks, tests and the command line 
 ``.lock``, ``.launch.lock``
     held while the run trains, and while its launcher runs: see :mod:`tutorial_lib.checkpoint.lock`;
 ``logs/rank-NNN.log``, ``logs/rank-NNN.error.json``
-    a worker's output, and the traceback of one that failed;
+    a worker's output, and its traceback if it failed;
 ``logs/memory-JOB.START-NODE.jsonl``
-    under SLURM, what a node's processes hold over time: see :mod:`tutorial_lib.measure.sampler`.
+    under SLURM, the memory of a node's processes over time: see :mod:`tutorial_lib.measure.sampler`.
 
-Nothing here imports more than the standard library, so that reading a record costs little.
+This module imports only the standard library, so that reading a record is cheap.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ STOPPING = "Stopping: saving after this step. Interrupt again to stop now, witho
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's content so that a reader sees the old or the new text, never a part."""
+    """Replace a file's content so that a reader sees the old text or the new one, never a mixture."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
@@ -82,7 +82,7 @@ class RunDirectory:
         self.checkpoints.mkdir(exist_ok=True)
 
     def rows(self) -> list[Row]:
-        """The metrics rows written so far, in step order. A line still being written is left out."""
+        """Return the metrics rows written so far, in step order, without a line that is still being written."""
         try:
             lines = self.metrics_file.read_text(encoding="utf-8").split("\n")
         except FileNotFoundError:
@@ -94,15 +94,15 @@ class RunDirectory:
             file.write(json.dumps(row) + "\n")
 
     def keep_rows_until(self, step: int) -> None:
-        """Drop the rows of steps after ``step``: the run goes on from there and writes them again."""
+        """Drop the rows of steps after ``step``: the run resumes from there and writes them again."""
         kept = [row for row in self.rows() if row["step"] <= step]
         write_atomically(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
 
     def result(self) -> dict[str, Any]:
-        """What ``result.json`` holds.
+        """Return the content of ``result.json``.
 
         Raises:
-            FileNotFoundError: the run has not ended, or never began.
+            FileNotFoundError: the run has not ended, or never started.
         """
         return dict(json.loads(self.result_file.read_text(encoding="utf-8")))
 
@@ -110,7 +110,7 @@ class RunDirectory:
         return self.logs / f"rank-{rank:03d}.log"
 
     def write_error(self, rank: int, error: BaseException) -> None:
-        """Keep a worker's own traceback where the launcher finds it, with the time at which it failed."""
+        """Save a worker's own traceback, and the time it failed, where the launcher finds them."""
         record = {
             "rank": rank,
             "time": time.time(),
@@ -121,16 +121,16 @@ class RunDirectory:
         write_atomically(self.logs / f"rank-{rank:03d}.error.json", json.dumps(record))
 
     def first_error(self) -> dict[str, Any] | None:
-        """The record of the rank that failed first: the others' errors are usually its consequence."""
+        """Return the error of the rank that failed first: the errors of other ranks usually follow from it."""
         return next(iter(self.errors()), None)
 
     def errors(self) -> list[dict[str, Any]]:
-        """Return the errors that :meth:`write_error` has kept of this launch, earliest first."""
+        """Return the errors that :meth:`write_error` saved during this launch, earliest first."""
         found = [json.loads(path.read_text(encoding="utf-8")) for path in self.logs.glob("rank-*.error.json")]
         return sorted(found, key=lambda record: record["time"])
 
     def clear_requests(self) -> None:
-        """Forget errors, restarts and stop requests of an earlier launch of the same run."""
+        """Delete errors, restarts and stop requests of an earlier launch of the same run."""
         self.clear_errors()
         for path in (self.stop_file, self.restarts_file):
             path.unlink(missing_ok=True)
@@ -140,10 +140,10 @@ class RunDirectory:
             path.unlink(missing_ok=True)
 
     def restarts(self) -> list[dict[str, Any]]:
-        """The failures of this launch after which its workers were started again, the oldest first.
+        """Return the failures of this launch after which its workers were restarted, oldest first.
 
-        Each has ``time`` (seconds since 1970), ``failed`` (rank and error) and, once the workers are there again,
-        ``from_step``, the step that they went on from.
+        Each has ``time`` (seconds since 1970), ``failed`` (rank and error) and, once the new workers are running,
+        ``from_step``, the step they resumed from.
         """
         if not self.restarts_file.exists():
             return []

@@ -1,7 +1,7 @@
 """Figures that the README quotes, measured by ``python -m tests.benchmarks.bench [NAMES] [--json]`` (``make bench``).
 
-What is compared runs alternately on the same machine, and the figure is their ratio. Each benchmark's newest outcome
-is kept in ``results.json`` beside this file, with when and on what it was measured. These are no tests: a slow
+Competitors run alternately on the same machine, and the figure is their ratio. Each benchmark's newest result
+is saved in ``results.json`` beside this file, with the date and the machine. These are not tests: a slow
 machine fails nothing. A target that was missed is marked in the table.
 """
 
@@ -27,7 +27,7 @@ RESULTS = Path(__file__).with_name("results.json")
 _PACKAGES = ("torch", "deepspeed", "ray", "transformers", "datasets")
 
 Rows = list[tuple[str, str, str, bool | None]]
-"""What was measured, the figure, its target, and whether it was met."""
+"""Name of the measurement, its figure, its target, and whether that was met."""
 
 
 def _padding(result: dict[str, Any]) -> Rows:
@@ -221,7 +221,7 @@ def main(names: Sequence[str] = (), as_json: bool = False) -> int:
 
 
 def _in_new_process(module: str) -> dict[str, Any]:
-    """What the module's ``measure`` returns. Nothing is imported or warm because another benchmark ran before."""
+    """Return the result of the module's ``measure``, from a new process that no earlier benchmark has warmed up."""
     with tempfile.TemporaryDirectory(prefix="tutorial-lib-bench-") as scratch:
         outcome = Path(scratch) / "outcome.json"
         write = f"pathlib.Path({str(outcome)!r}).write_text(json.dumps(measure()))"
@@ -233,7 +233,7 @@ def _in_new_process(module: str) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """What :func:`main` measured, for people: the figure, its target, ``MISSED`` where that was not reached."""
+    """Format the results of :func:`main`: the figure, its target, and ``MISSED`` if that was not reached."""
     lines = []
     for name, result in results.items():
         where = result["measured"]

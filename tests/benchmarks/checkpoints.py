@@ -1,4 +1,4 @@
-"""Checkpoints of each engine: their size, how fast they are saved and restored, and how long a step waits for them.
+"""Checkpoints of each engine: their size, the speed of saving and restoring, and the time that a step waits.
 
 The measure is a plain ``torch.save`` of the same tensors by the same ranks, with the CRC-32 that it adds: once with
 ``fsync`` and a rename after it, which makes it a checkpoint that a power cut leaves; once as it is, which is a copy in
@@ -57,7 +57,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 
 def measure() -> dict[str, Any]:
-    """By engine: bytes over the formula's, MB/s over the plain ones, seconds that training waits."""
+    """Return, by engine, bytes relative to the formula, MB/s relative to plain saves, and seconds of waiting."""
     with tempfile.TemporaryDirectory(prefix="tutorial-lib-bench-") as storage:
         model = Path(storage) / "model"
         # AutoTP splits no GPT-2.
@@ -90,7 +90,7 @@ def _larger(source: Path, target: Path) -> None:
 
 
 def compare(config: Config) -> None:
-    """On every rank: one engine, its saves and loads against plain ones; rank 0 leaves the run's result."""
+    """Compare one engine's saves and loads with plain ones, on every rank; rank 0 writes the run's result."""
     run = RunDirectory(config.directory)
     if dist.get_rank() == 0:
         run.create()
@@ -145,14 +145,14 @@ def _formula(config: Config, engine: Any) -> int:
 
 
 class _Plain:
-    """What each rank writes, by ``torch.save`` into files of its own."""
+    """Plain saves: each rank writes its own files with ``torch.save``."""
 
     def __init__(self, directory: Path) -> None:
         self.directory, self.bytes = directory, 0
         directory.mkdir(exist_ok=True)
 
     def save(self, engine: Any, on_disk: bool = False) -> None:
-        """Into new files. With ``on_disk`` these are on the disk itself, and in the old ones' place, at its end."""
+        """Write new files. With ``on_disk``, sync them to the disk and put them in place of the old ones."""
         # Some engines copy their states to save them: that is part of a plain save, too.
         collected = _Collected(self.directory / "unused")
         engine.save(self.directory / "unused", collected)

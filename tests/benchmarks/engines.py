@@ -1,4 +1,4 @@
-"""Every engine's steps against those of data parallelism without sharding (DDP), on the same batches, on two ranks.
+"""Every engine's steps against data parallelism without sharding (DDP), on the same batches, on two ranks.
 
 One process that has both cores to itself is among them. ``measure`` starts the ranks; each runs
 ``python -m tests.benchmarks.engines``, the local launcher's worker with :func:`compare` in place of the trainer.
@@ -44,7 +44,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 
 def measure() -> dict[str, Any]:
-    """Tokens per second of each engine over DDP's."""
+    """Return the tokens per second of each engine, relative to DDP."""
     with tempfile.TemporaryDirectory(prefix="tutorial-lib-bench-") as storage:
         config = Config.create(
             "cpu", name="ddp", storage=storage, model="embedded/qwen2", dp=RANKS, engine="fsdp", sharding="no_shard",
@@ -55,7 +55,7 @@ def measure() -> dict[str, Any]:
 
 
 def compare(config: Config) -> None:
-    """On every rank: alternate steps of DDP and of each engine; rank 0 leaves the ratios as the run's result."""
+    """Alternate steps of DDP and of each engine, on every rank; rank 0 writes the ratios as the run's result."""
     ratios = {}
     for name, flat in ENGINES.items():
         ratios[name] = _speed(config.override(**({"sharding": "full_shard"} | flat)), config)
@@ -66,7 +66,7 @@ def compare(config: Config) -> None:
 
 
 def _speed(config: Config, reference: Config) -> dict[str, Any]:
-    """Speed of a configuration over the reference's, and the collectives of one of its steps by kind."""
+    """Return a configuration's speed relative to the reference, and the collectives of one of its steps by kind."""
     step, reference_step = _step(config), _step(reference)
     losses = {}
 
@@ -86,7 +86,7 @@ def _speed(config: Config, reference: Config) -> dict[str, Any]:
 
 
 def _step(config: Config) -> Callable[[], float]:
-    """A function that trains one step, and returns its loss over all ranks. One process works on rank 0 alone."""
+    """Return a function that trains one step, and returns its loss over all ranks. A single process is rank 0."""
     alone = config.parallel.world_size == 1
     topology = Topology.create(config.parallel, rank=0 if alone else dist.get_rank(), world_size=1 if alone else RANKS)
     threads = torch.get_num_threads()

@@ -39,9 +39,9 @@ PAIRS = 40
 
 
 def measure() -> dict[str, Any]:
-    """Time of our steps over time of the shortest loop's steps, for each stage.
+    """Return the time of our steps relative to the shortest loop's steps, for each stage.
 
-    The engine that is built first lies better in memory: each stage runs twice, either one first, and its figure is
+    The engine that is built first has a better place in memory, so each stage runs twice, in both orders. Its figure is
     the geometric mean of both medians.
     """
     with tempfile.TemporaryDirectory(prefix="tutorial-lib-bench-") as storage:
@@ -78,7 +78,7 @@ def _either_first(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def compare(config: Config) -> None:
-    """On every rank: alternate steps of both loops; rank 0 leaves the ratio as the run's result."""
+    """Alternate steps of both loops, on every rank; rank 0 writes the ratio as the run's result."""
     run = RunDirectory(config.directory)
     topology = Topology.create(config.parallel, rank=dist.get_rank(), world_size=dist.get_world_size())
     ours_first = config.run.name.endswith(FIRST[0])
@@ -118,9 +118,9 @@ def compare(config: Config) -> None:
 
 
 def shortest_loop(config: Config, topology: Topology) -> Callable[[], float]:
-    """A function that trains one step with DeepSpeed and nothing else, and returns the loss over all ranks.
+    """Return a function that trains one step with only DeepSpeed, and returns the loss over all ranks.
 
-    Correct all the same: every token weighs alike wherever it is, and the loss is that of all ranks.
+    It is still correct: every token has the same weight, and the loss covers all ranks.
     """
     seed_everything(config.run.seed)
     ours = DeepSpeedEngine(config, topology, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Wall time of each lesson, executed as ``make run-notebooks`` does it, with its data sets built before."""
+"""Wall time of each lesson, executed as in ``make run-notebooks``, with its data sets built beforehand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def measure() -> dict[str, Any]:
     """Run each notebook once.
 
     Raises:
-        ConfigError: one is not there.
+        ConfigError: a notebook is missing.
         RuntimeError: one of its cells failed.
     """
     for name in DATASET_NAMES:

@@ -1,4 +1,4 @@
-"""Starts the ranks of a benchmark as the local launcher starts those of a run."""
+"""Ranks of a benchmark, started like the ranks of a run by the local launcher."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from tutorial_lib.config import Config
 
 
 def run_on_ranks(module: str, configs: Sequence[Config]) -> list[launch.Run]:
-    """Run the module's ``main`` on every rank, in place of the worker that trains; it leaves each run's result."""
+    """Run the module's ``main`` on every rank, instead of the worker that trains; it writes each run's result."""
     with mock.patch.dict("os.environ", PYTHONPATH=str(ROOT)):
         return launch.run_all(configs, worker=module)

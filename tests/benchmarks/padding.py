@@ -18,11 +18,11 @@ from tutorial_lib.trainer import count_targets, token_loss_sum
 
 SEQ_LENGTH, BATCH, PAIRS = 512, 8, 7
 STEPS = {"longest": 12, "packed": 2, "max_length": 2}
-"""In one measurement; about equally long ones."""
+"""Steps of one measurement, so that all take about the same time."""
 
 
 def measure() -> dict[str, Any]:
-    """``longest`` and ``packed`` against ``max_length``: forward, backward and step in this process, alternating."""
+    """Compare ``longest`` and ``packed`` with ``max_length``: forward, backward and step here, alternating."""
     torch.set_num_threads(1)
     padded, *others = (_trainer(batching) for batching in ("max_length", "longest", "packed"))
     result: dict[str, Any] = {"seq_length": SEQ_LENGTH, "batch": BATCH, "pairs": PAIRS, "tokens_per_second": {}}
@@ -43,7 +43,7 @@ def measure() -> dict[str, Any]:
 
 
 def _trainer(batching: str) -> Callable[[], float]:
-    """A function that trains some steps and returns the counted tokens per second."""
+    """Return a function that trains some steps, and returns the counted tokens per second."""
     config = Config.create(
         "cpu",
         engine="torch",

@@ -28,7 +28,7 @@ PARTS = (
 
 
 def measure() -> dict[str, Any]:
-    """Two fits of two workers that train a step each: from nothing running or imported, and with Ray there."""
+    """Measure two fits of two workers that train a step each: first from scratch, then with Ray running."""
     from tutorial_lib.launch.ray import cluster  # imports Ray only when it starts it, which is measured
 
     with tempfile.TemporaryDirectory(prefix="tutorial-lib-bench-") as storage:

@@ -52,7 +52,7 @@ def measure() -> dict[str, Any]:
 
 
 def config(storage: str, name: str) -> Config:
-    """Four steps of ZeRO-1 on two ranks."""
+    """Return the configuration of four steps of ZeRO-1 on two ranks."""
     return Config.create(
         "cpu", storage=storage, name=name, launcher="local", dp=2, zero_stage=1, steps=4, evaluate=False,
         max_examples=160,
@@ -72,7 +72,7 @@ def launch_often(storage: str) -> None:
 
 
 def main(configs_file: str, rendezvous: str) -> None:
-    """Be a rank that notes how long its part took."""
+    """Be a rank that records the duration of its part."""
     began = time.perf_counter()
     worker.main(configs_file, rendezvous)
     (flat,) = json.loads(Path(configs_file).read_text())

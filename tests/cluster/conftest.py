@@ -1,4 +1,4 @@
-"""One SLURM cluster of two virtual nodes for all tests that leave it as it was."""
+"""One SLURM cluster of two virtual nodes, for all tests that do not change it."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory that all nodes see, as on a network file system."""
+    """Return a directory that all nodes see, as on a network file system."""
     return tmp_path_factory.mktemp("shared")
 
 
 @pytest.fixture(scope="session")
 def inputs(shared: Path) -> Path:
-    """A directory with tiny models, which all nodes see."""
+    """Return a directory with tiny models, which all nodes see."""
     cases.make_inputs(shared)
     return shared
 
 
 @pytest.fixture(scope="session")
 def virtual_nodes(shared: Path) -> Iterator[VirtualNodes]:
-    """Two virtual nodes."""
+    """Start two virtual nodes."""
     skip_for(nodes.missing_tools())
     with VirtualNodes(2, [shared]) as started:
         yield started
@@ -46,7 +46,7 @@ def virtual_nodes(shared: Path) -> Iterator[VirtualNodes]:
 
 @pytest.fixture(scope="session")
 def cluster(virtual_nodes: VirtualNodes, shared: Path) -> SlurmCluster:
-    """SLURM on the two nodes."""
+    """Start SLURM on the two nodes."""
     skip_for(slurm.missing())
     (shared / "slurm").mkdir()
     with SlurmCluster(virtual_nodes, shared / "slurm") as started:
@@ -55,7 +55,7 @@ def cluster(virtual_nodes: VirtualNodes, shared: Path) -> SlurmCluster:
 
 @pytest.fixture
 def cluster_to_break(virtual_nodes: VirtualNodes, shared: Path) -> Iterator[SlurmCluster]:
-    """SLURM on two nodes of its own, for a test that leaves them broken."""
+    """Start SLURM on two separate nodes, for a test that leaves them broken."""
     skip_for(slurm.missing())
     (shared / "slurm-to-break").mkdir()
     with VirtualNodes(2, [shared]) as own, SlurmCluster(own, shared / "slurm-to-break") as started:
@@ -63,7 +63,7 @@ def cluster_to_break(virtual_nodes: VirtualNodes, shared: Path) -> Iterator[Slur
 
 
 def skip_for(reason: str | None) -> None:
-    """Skip a test that cannot run here. In continuous integration, packages that are not installed are an error."""
+    """Skip a test that cannot run here. In continuous integration, missing packages are an error."""
     if reason and os.environ.get("CI") == "true" and "make cluster-tools" in reason:
         pytest.fail(reason, pytrace=False)
     if reason:

@@ -2,7 +2,7 @@
 
 Each node has its own address, host name, ``/etc/hosts``, ``/tmp`` and ``/dev/shm``; the rest of the file system is
 shared, as on a cluster with a network file system. All nodes and their bridge live inside one more set of namespaces,
-the *enclosure*. Its first process reads from a pipe that this process holds: when this process ends, however it ends,
+the *enclosure*. Its first process reads from a pipe that this process holds. When this process ends for any reason,
 the pipe closes, the first process ends, and the kernel takes every process, bridge and interface inside with it.
 Nothing is ever created in the machine's own network namespace.
 """
@@ -98,7 +98,7 @@ class Node:
         return ["nsenter", "--target", str(self.init), *namespaces, f"--wdns={directory}", "--", *given]
 
     def start(self, given: Sequence[str], directory: Path = ROOT, **options: Any) -> subprocess.Popen[str]:
-        """Start a command inside the node. :func:`end` ends it: a signal to ``nsenter`` alone would not."""
+        """Start a command inside the node. Use :func:`end` to end it; a signal to ``nsenter`` is not enough."""
         return subprocess.Popen(
             self.command(given, directory), stdin=subprocess.DEVNULL, text=True, start_new_session=True, **options
         )
@@ -117,7 +117,7 @@ class Node:
         return subprocess.CompletedProcess(given, process.returncode, output, errors)
 
     def bytes_sent(self, interface: str = "eth0") -> int:
-        """Return how many bytes the node has sent over an interface so far."""
+        """Return the bytes that the node has sent over an interface so far."""
         for line in self.run(["cat", "/proc/net/dev"]).stdout.splitlines():
             name, _, counters = line.partition(":")
             if name.strip() == interface:
@@ -134,7 +134,7 @@ class VirtualNodes:
     """Virtual nodes ``node1`` to ``nodeN``, as a context manager.
 
     Args:
-        count: how many.
+        count: number of nodes.
         shared: directories below ``/tmp`` that all nodes see; the repository and the Python environment are shared
             anyway.
         names: host names that only ``/etc/hosts`` knows, with their addresses, besides the nodes' own.
@@ -168,7 +168,7 @@ class VirtualNodes:
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def add(self, name: str, address: str) -> Node:
-        """Plug in a node: a new one, or one in the place of a node that was killed."""
+        """Plug in a node: a new one, or a replacement for a node that was killed."""
         hosts = self._scratch / f"hosts-{name}"
         hosts.write_text("".join(f"{address} {name}\n" for name, address in self._names.items()))
         inside = ["nsenter", "--target", str(self._inside), "--net", "--uts", "--mount", "--pid", "--wdns=/", "--"]
@@ -182,7 +182,7 @@ class VirtualNodes:
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """End a command that was started inside a node, and all that it has started in its session."""
+    """End a command that was started inside a node, and everything that it started in its session."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
@@ -201,5 +201,5 @@ def _start(command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
 
 
 def _first_process(process: subprocess.Popen[str]) -> int:
-    """Return the number, outside, of the process that is number 1 in the namespace that ``process`` has made."""
+    """Return the outside id of the process that is number 1 in the namespace created by ``process``."""
     return int(psutil.Process(process.pid).children(recursive=True)[-1].pid)

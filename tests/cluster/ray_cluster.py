@@ -1,6 +1,6 @@
 """A Ray cluster on virtual nodes: ``ray start --head`` on the first node, ``ray start --address`` on the others.
 
-Ray's processes live inside the nodes' namespaces, and so end with them. A token that is made here is required of
+Ray's processes live inside the nodes' namespaces, and end with them. A token that is created here is required of
 whoever connects, as on clusters that ``tutorial_lib`` starts itself.
 """
 
@@ -48,7 +48,7 @@ class RayCluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing to do: Ray's processes end with their nodes' namespaces."""
+        """Do nothing: Ray's processes end with their nodes' namespaces."""
 
     def join(self, node: Node) -> None:
         """Start Ray on a node, as a member of the cluster."""

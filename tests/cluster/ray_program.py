@@ -1,6 +1,6 @@
-"""Programs that the head node of a Ray cluster runs: ``python -m tests.cluster.ray_program NAME CONFIG``.
+"""Programs for the head node of a Ray cluster: ``python -m tests.cluster.ray_program NAME CONFIG``.
 
-They are given a configuration's file, and do what ``train --launcher ray`` does, with less patience and slower runs.
+They take a configuration's file, and work like ``train --launcher ray``, with less patience and slower runs.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from tutorial_lib.launch.ray import train as ray_train
 from tutorial_lib.records import RunDirectory
 
 HELD_AT = 4
-"""Step at which a run of all ranks waits for the loss of a node, and after which one of fewer ranks takes its time."""
+"""Step at which a run with all ranks waits for the loss of a node, and after which one with fewer ranks is slow."""
 
 TIMEOUT = 3
-"""Seconds that a run waits for what somebody else holds."""
+"""Seconds that a run waits for resources that are in use."""
 
 IS_BACK = "node-is-back"
-"""Name of a file in the run's directory that the test makes when the node has joined the cluster again."""
+"""Name of a file in the run's directory that the test creates when the node has joined the cluster again."""
 
 
 def elastic(config: Config) -> None:
-    """Train while the test takes a node away and brings it back."""
+    """Train while the test removes a node and brings it back."""
     ray_train.GROW_SECONDS, ray_train.SETTLE_SECONDS = 1.0, 2.0
     ray_train._worker = _in_no_hurry
     launch.run(config)
 
 
 def _in_no_hurry(given: dict[str, Any]) -> None:
-    """Be a worker that gives the test time after each checkpoint. It runs where nobody has replaced anything yet."""
+    """Be a worker that pauses after each checkpoint, to give the test time. It runs where nothing is patched yet."""
     import ray.train
 
     config, report = Config.from_json(given["configs"][0]), ray_train.report

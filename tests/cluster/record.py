@@ -1,7 +1,7 @@
-"""Recording of what lesson 06 shows of a cluster, for readers who have none: a real SLURM on virtual nodes.
+"""Recording of a real SLURM on virtual nodes, which lesson 06 shows to readers without a cluster.
 
 ``python -m tests.cluster.record`` writes ``tutorial_lib/lab/recorded/cluster.json`` (as root, after ``make
-cluster-tools``). ``test_recorded.py`` runs its parts again and compares what does not depend on the machine's speed.
+cluster-tools``). ``test_recorded.py`` runs its parts again, and compares all but the machine's speed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BOTH = "--nodelist=node[1-2]"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 JOB = ["--profile", "cpu", "--seq-length", "64", "--zero-stage", "2", "--no-evaluate", "--ranks-per-node", "1"]
-"""The lesson's job, but for its nodes, its steps and its global batch."""
+"""Arguments of the lesson's job, without its nodes, steps and global batch."""
 
 TWO_NODES = ["--nodes", "2", "--steps", str(STEPS), "--global-batch", "16"]
 
@@ -52,13 +52,13 @@ def lesson_script() -> str:
 
 
 def variables_of_srun(cluster: SlurmCluster, directory: Path) -> list[dict[str, str | None]]:
-    """Return what each of four tasks on two nodes finds in its environment, in the order of their numbers."""
+    """Return the environment variables of each of four tasks on two nodes, in the order of their numbers."""
     out = _srun(cluster, directory, ["--nodes=2", "--ntasks-per-node=2"], [sys.executable, "-c", _TELL])
     return sorted((json.loads(line) for line in out.splitlines()), key=lambda found: found["SLURM_PROCID"])
 
 
 def lesson_on_two_nodes(cluster: SlurmCluster, directory: Path) -> list[dict[str, Any]]:
-    """Return what the lesson's script finds and computes on two processes on each of two nodes, by rank."""
+    """Return the output of the lesson's script on two processes on each of two nodes, by rank."""
     script, output = directory / "train.py", directory / "ranks"
     script.write_text(lesson_script())
     output.mkdir()
@@ -71,7 +71,7 @@ def lesson_on_two_nodes(cluster: SlurmCluster, directory: Path) -> list[dict[str
 
 
 def wrong_interface(nodes: VirtualNodes) -> str:
-    """Return what gloo says of two nodes that are told to talk over their loopback."""
+    """Return gloo's error for two nodes that are told to use their loopback interface."""
     join = (
         "import datetime, torch.distributed as dist; "
         "dist.init_process_group('gloo', timeout=datetime.timedelta(seconds=10))"
@@ -130,7 +130,7 @@ def undisturbed(cluster: SlurmCluster, directory: Path) -> list[float]:
 
 
 def preempted(cluster: SlurmCluster, directory: Path) -> dict[str, Any]:
-    """Return the story of the same job when a job of higher priority takes its nodes on the way."""
+    """Return the story of the same job when a job of higher priority takes its nodes."""
     began = time.monotonic()
     events: list[dict[str, Any]] = []
 
@@ -197,7 +197,7 @@ def scaling_row(cluster: SlurmCluster, directory: Path, nodes: int, steps: int =
 
 
 def versions(cluster: SlurmCluster) -> dict[str, str]:
-    """Return when and with what the recording is made."""
+    """Return the date and the versions of the recording."""
     return {
         "date": datetime.date.today().isoformat(),
         "SLURM": cluster.run(["sinfo", "--version"]).removeprefix("slurm-wlm "),
@@ -213,7 +213,7 @@ def _srun(cluster: SlurmCluster, directory: Path, options: Sequence[str], comman
 
 
 def main() -> None:
-    """Make the recording anew, or only the parts that are named."""
+    """Make the recording again, or only the named parts of it."""
     wanted = sys.argv[1:]
     found = json.loads(RECORDING.read_text()) if wanted and RECORDING.exists() else {}
     directory = ROOT / "build" / "record"

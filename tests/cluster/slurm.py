@@ -77,7 +77,7 @@ def _find(tool: str) -> str | None:
 
 
 class SlurmError(RuntimeError):
-    """SLURM did not do what was expected within its time. The message ends with what its logs say."""
+    """SLURM did not do in time what was expected. The message ends with its logs."""
 
 
 class SlurmCluster:
@@ -121,7 +121,7 @@ class SlurmCluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing to do: the daemons end with their nodes' namespaces."""
+        """Do nothing: the daemons end with their nodes' namespaces."""
 
     def start_daemon(self, node: Node) -> None:
         """Start slurmd on a node."""
@@ -139,7 +139,7 @@ class SlurmCluster:
         return done.stdout.strip()
 
     def submit(self, script: Path, *options: str) -> str:
-        """Submit a batch script. Returns the job's id."""
+        """Submit a batch script, and return the job's id."""
         return self.run(["sbatch", "--parsable", *options, str(script)])
 
     def state(self, job: str) -> str:
@@ -147,12 +147,12 @@ class SlurmCluster:
         return self.job(job)["JobState"]
 
     def job(self, job: str) -> dict[str, str]:
-        """Return what ``scontrol show job`` says."""
+        """Return the output of ``scontrol show job``."""
         shown = self.run(["scontrol", "--oneliner", "show", "job", job])
         return dict(pair.split("=", 1) for pair in shown.split() if "=" in pair)
 
     def wait_for_end(self, job: str, seconds: float) -> str:
-        """Wait until a job has ended. Returns its last state."""
+        """Wait until a job has ended, and return its last state."""
         self.wait_until(lambda: self.state(job) not in ACTIVE, seconds, f"job {job} ends")
         return self.state(job)
 

@@ -1,4 +1,4 @@
-"""Virtual nodes are separate machines as far as a program can tell, and nothing of them is left behind."""
+"""Virtual nodes are separate machines as far as a program can tell, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_nothing_is_left_when_a_test_fails_or_pytest_is_killed(cluster: object, 
 
 
 def _namespaces() -> set[str]:
-    """Return the network namespaces that any process is in."""
+    """Return the network namespaces of all processes."""
     found = set()
     for process in Path("/proc").glob("[0-9]*/ns/net"):
         try:

@@ -1,4 +1,4 @@
-"""Ray on two virtual nodes: where ranks go, a node that is lost and comes back, and refusals in words and in time."""
+"""Ray on two virtual nodes: placement of ranks, a node that is lost and comes back, and clear, timely refusals."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ ELASTIC = {"dp": 2, "tp": 2, "min_dp": 1, "engine": "fsdp", "max_failures": 1, "
 
 @pytest.fixture(scope="module")
 def ray_cluster(shared: Path) -> Iterator[RayCluster]:
-    """Ray on two nodes of its own: the tests take one away."""
+    """Start Ray on two separate nodes, because the tests remove one."""
     skip_for(nodes.missing_tools())
     with VirtualNodes(2, [shared]) as own, RayCluster(own) as started:
         yield started
 
 
 class Program:
-    """A program on the head node, at work on one configuration."""
+    """A program on the head node, running one configuration."""
 
     def __init__(self, cluster: RayCluster, name: str, config: Config, inputs: Path) -> None:
         self.run, self.log = RunDirectory(config.directory), inputs / f"{name}.log"
@@ -71,18 +71,18 @@ def test_what_the_cluster_cannot_hold_is_refused_in_words(ray_cluster: RayCluste
     expected = {
         "private": (
             "ConfigError",
-            r"^node2 has no directory /tmp/private-runs/private, which node1 has made\. .* write storage=",
+            r"^node2 has no directory /tmp/private-runs/private, although node1 has created it\. .* write storage=",
         ),
         "wide": (
             "ConfigError",
-            r"^The 4 workers of a tensor-parallel group share a node, and the Ray cluster has too few nodes with 4 "
+            r"^The 4 workers of a tensor-parallel group share a node, but the Ray cluster has too few nodes with 4 "
             r"CPUs for 1 group: 3 on node\d, 3 on node\d\. Write a smaller tp",
         ),
-        "large": ("ConfigError", r"^8 workers need 8 CPUs, and the Ray cluster has 6: 3 on node\d, 3 on node\d\."),
+        "large": ("ConfigError", r"^8 workers need 8 CPUs, but the Ray cluster has 6: 3 on node\d, 3 on node\d\."),
         "busy": (
             "WorkerError",
-            r"^The run wants 2 groups of 2 workers on one node, each with 1 CPU, and for \d s the Ray cluster had no "
-            r"room for them\. Free are now, on 2 nodes: node\d: [13] of 3 CPUs; node\d: [13] of 3 CPUs\.",
+            r"^The run needs 2 groups of 2 workers on one node, each with 1 CPU, but for \d s the Ray cluster had no "
+            r"room for them\. Free now, on 2 nodes: node\d: [13] of 3 CPUs; node\d: [13] of 3 CPUs\.",
         ),
     }
     for name, (kind, words) in expected.items():

@@ -1,4 +1,4 @@
-"""Lesson 06's recording of a cluster: its parts, run again on a real SLURM, say the same."""
+"""Lesson 06's recording of a cluster: its parts give the same results again on a real SLURM."""
 
 from __future__ import annotations
 

@@ -17,14 +17,14 @@ from tutorial_lib.measure.sampler_log import read_sampler
 from tutorial_lib.records import RunDirectory
 
 STEPS = 40
-"""So many that a signal finds the run on its way: they take seconds."""
+"""Enough steps that a signal arrives while the run trains: they take seconds."""
 SECONDS = 120
-"""For one start of a tiny run on two busy cores, which takes 13 when they are idle."""
+"""Seconds for one start of a tiny run on two busy cores; on idle ones it takes 13."""
 
 
 TWO_NODES = ["--nodes", "2", "--ranks-per-node", "1", "--zero-stage", "2"]
 ONE_PROCESS = ["--nodes", "1", "--ranks-per-node", "1", "--engine", "torch"]
-"""Starts faster, for what does not depend on the number of processes."""
+"""A single process, which starts faster, for tests that do not depend on the number of processes."""
 
 
 class Job:
@@ -42,7 +42,7 @@ class Job:
         assert cli.main([*self.arguments, "--output", str(self.script)]) == cli.DONE
 
     def follow(self) -> subprocess.Popen[str]:
-        """Submit it as a user would who wants to see its end."""
+        """Submit it like a user who wants to watch it to its end."""
         command = [sys.executable, "-m", "tutorial_lib", *self.arguments, "--submit"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return self.cluster.head.start(command, self.script.parent, env=self.cluster.environment, **pipes)
@@ -51,7 +51,7 @@ class Job:
         self.id = self.cluster.submit(self.script, f"--output={self.output}", *options)
 
     def finish(self, seconds: float = SECONDS) -> str:
-        """Wait for the end; returns the last state."""
+        """Wait for the end, and return the last state."""
         return self.cluster.wait_for_end(self.id, seconds)
 
     def wait_for_step(self, step: int) -> None:
@@ -70,7 +70,7 @@ class Job:
     def go_on_soon(self, **changes: str) -> None:
         """Wait until the job is back in the queue, and let it start after three seconds instead of two minutes.
 
-        At once would be too soon: a node refuses a job's new credential from the second in which the old one ended.
+        Immediately would be too soon: a node refuses a new credential from the same second in which the old one ended.
         """
         self.wait_until_queued()
         asked = {"StartTime": "now+3", **changes}
@@ -79,7 +79,7 @@ class Job:
 
 @pytest.fixture(scope="session")
 def undisturbed(cluster: SlurmCluster, inputs: Path) -> Job:
-    """A job that nobody has disturbed, after its end."""
+    """Run a job without disturbing it, and return it after its end."""
     job = Job(cluster, inputs, "undisturbed", *TWO_NODES, "--steps", str(STEPS))
     job.submit()
     assert job.finish() == "COMPLETED", job.output.read_text()
@@ -114,7 +114,7 @@ def test_the_memory_of_each_node_is_logged(undisturbed: Job) -> None:
 def test_a_job_saves_before_its_time_limit_and_resumes_after_a_requeue(
     cluster: SlurmCluster, inputs: Path, undisturbed: Job, tmp_path: Path
 ) -> None:
-    """SLURM sends USR1 to the batch script; here scancel does, as nobody wants to wait for a limit in minutes."""
+    """SLURM sends USR1 to the batch script; here scancel does, because a time limit takes minutes."""
     job = Job(cluster, inputs, "disturbed", *TWO_NODES, "--steps", str(STEPS))
     job.submit()
     job.wait_for_step(2)

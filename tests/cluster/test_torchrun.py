@@ -1,4 +1,4 @@
-"""``torchrun`` on two virtual nodes: the numbers of one node, and failures that end in time and say why."""
+"""``torchrun`` on two virtual nodes: the same numbers as on one node, and failures that end in time and say why."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def static(node: Node) -> list[str]:
 
 
 def run_on(nodes: Sequence[Node], commands: Sequence[Sequence[str]], seconds: float = SECONDS) -> list[tuple[int, str]]:
-    """Run one command on each node at the same time. Returns exit codes and outputs."""
+    """Run one command on each node at the same time, and return exit codes and outputs."""
     started = [
         node.start(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         for node, command in zip(nodes, commands, strict=False)
@@ -44,7 +44,7 @@ def run_on(nodes: Sequence[Node], commands: Sequence[Sequence[str]], seconds: fl
 
 @pytest.fixture(scope="session")
 def on_one_node(inputs: Path) -> dict[str, launch.Run]:
-    """The same training in one process, by case."""
+    """Run the same training in one process, by case."""
     runs = launch.run_all([cases.reference(inputs, case) for case in ("gpt2", "qwen2")])
     return dict(zip(("gpt2", "qwen2"), runs, strict=True))
 
@@ -109,7 +109,7 @@ def test_two_nodes_train_like_one(
     ids=["a name that does not resolve", "a node that never comes", "static"],
 )
 def test_torchrun_waits_as_long_as_its_flags_say(virtual_nodes: VirtualNodes, given: list[str], why: str) -> None:
-    """The batch script bounds these by flags: they happen in torchrun, before our first line runs."""
+    """The batch script limits these waits by flags: they happen in torchrun, before our first line runs."""
     ((code, output),) = run_on(virtual_nodes.nodes[:1], [[*TORCHRUN, *given, "-m", "tutorial_lib"]], seconds=60)
     assert code == 1
     assert why in output
@@ -141,7 +141,7 @@ def test_a_rendezvous_is_checked_before_torchrun_starts(virtual_nodes: VirtualNo
 def test_an_interface_that_other_nodes_cannot_reach_is_refused(
     virtual_nodes: VirtualNodes, inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One node says so; torchrun would start the other just to be told the same."""
+    """One node says so; torchrun would start the other one only to get the same error."""
     config = cases.config(inputs, model="gpt2", name="loopback", launcher="none", dp=2)
     own = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": "lo"}
     for name, value in {**own, "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}.items():

@@ -1,4 +1,4 @@
-"""Where these tests cannot run they say what is missing. These need neither root nor SLURM."""
+"""Requirements of the cluster tests: if something is missing, they say what. Needs neither root nor SLURM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which runs are compared: a case is a training problem, a variant a way to solve it that must change nothing.
+"""Runs to compare: a case is a training problem, a variant is a way to solve it that must not change the result.
 
 ``make matrix`` runs every valid combination of the two, ``make test`` those that :mod:`tests.distributed.covering`
 chooses: every pair of settings that some combination has still meets.
@@ -25,7 +25,7 @@ STEPS = 4
 """One more than the step that is measured."""
 
 LAYERS, HIDDEN = 2, 32
-"""Of the models below. Equality to 1e-6 needs no more."""
+"""Layers and hidden size of the models below. Equality to 1e-6 needs no more."""
 
 MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_layer": LAYERS, "n_embd": HIDDEN, "n_head": 4},
@@ -36,7 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "bloom": {"n_layer": LAYERS, "hidden_size": HIDDEN, "n_head": 8},
 }  # fmt: skip
-"""The embedded models, smaller and with random weights: how each differs from the one of its name."""
+"""Smaller versions of the embedded models with random weights: the differences from the model of that name."""
 
 DROPOUT: dict[str, dict[str, float]] = {
     "gpt2": dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.1),
@@ -49,7 +49,7 @@ COMMON: dict[str, Any] = {
     "seq_length": 64,
     "max_examples": 160,
     "evaluate": False,
-    # Some gradients are zero but for rounding (a key's bias shifts all scores alike). Adam divides by their size, and
+    # Some gradients are zero except for rounding (a key's bias shifts all scores equally). Adam divides by their size,
     # with the default of 1e-8 makes updates of full length out of noise. This keeps updates continuous.
     "eps": 1e-4,
 }
@@ -92,7 +92,7 @@ BF16 = {f"{name}-bf16": {**flat, "precision": "bf16"} for name, flat in STAGES.i
 
 
 def split(dp: int, tp: int, variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The variants on a grid with a tensor-parallel axis."""
+    """Return the variants on a grid with a tensor-parallel axis."""
     return {f"{dp}x{tp}-{name}": {**flat, "dp": dp, "tp": tp, "measure": True} for name, flat in variants.items()}
 
 
@@ -174,7 +174,7 @@ VALID: dict[int, dict[str, dict[str, dict[str, Any]]]] = {
         "frozen": {"zero2": STAGES["zero2"]},
     },
 }
-"""By number of ranks and case: what must equal the case's reference."""
+"""Variants that must equal the case's reference, by number of ranks and case."""
 
 Combination = tuple[int, str, str]
 """The number of ranks, the case and the variant."""
@@ -185,7 +185,7 @@ VALID_COMBINATIONS: list[Combination] = [
 
 
 def settings(combination: Combination) -> dict[str, Any]:
-    """Return everything that tells a combination from others, with None for what is left to its default."""
+    """Return everything that distinguishes a combination from others, with None for defaults."""
     ranks, case, name = combination
     told = {
         key for variants in VALID.values() for flats in variants.values() for flat in flats.values() for key in flat
@@ -230,11 +230,11 @@ BROKEN_RUNS = {
     "whole_gradients_counted_twice": ("gpt2", "fsdp-tp2"),
     "slopes_of_the_first_heads": ("bloom", "fsdp-tp2"),
 }
-"""The case and variant that each fault of ``worker.BROKEN`` is put into, on two ranks."""
+"""Case and variant for each fault of ``worker.BROKEN``, on two ranks."""
 
 
 def combinations() -> list[Combination]:
-    """Return the combinations that are run: all that are valid, or some that cover every pair of settings."""
+    """Return the combinations to run: all valid ones, or enough to cover every pair of settings."""
     if MATRIX:
         return VALID_COMBINATIONS
     sound = {run_name((2, *origin)) for origin in BROKEN_RUNS.values()} | {"gpt2.zero1-bf16.2"}
@@ -251,11 +251,11 @@ VARIANTS = {
     }
     for ranks, by_case in VALID.items()
 }
-"""Those of ``VALID`` that are run."""
+"""The combinations of ``VALID`` that are run."""
 
 
 def among_runs(listed: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Return the tuples of a number of ranks, a run's name and more whose run is among those that are run."""
+    """Keep the tuples (number of ranks, name of a run, and more) whose run is one of those that are run."""
     run = {*map(run_name, COMBINATIONS), *(f"{case}.reference" for case in CASES)}
     known = run | {*map(run_name, VALID_COMBINATIONS)}
     assert all(name in known for _, name, *_ in listed), listed
@@ -263,7 +263,7 @@ def among_runs(listed: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
 
 
 def make_inputs(directory: Path) -> None:
-    """Models and data that are not embedded."""
+    """Create models and data that are not embedded."""
     for name, smaller in MODELS.items():
         small_model(name, directory / name, **smaller)
     for name, rates in DROPOUT.items():
@@ -280,13 +280,13 @@ def make_inputs(directory: Path) -> None:
 
 
 def small_model(name: str, target: Path, **changes: Any) -> None:
-    """An altered model with random weights in a file, the same ones each time."""
+    """Write an altered model with random weights to a file, the same ones each time."""
     without_weights(name, target, **changes)
     load_model(str(target), random_init=True).save_pretrained(target)
 
 
 def without_weights(name: str, target: Path, **changes: Any) -> None:
-    # Logits that tell tokens apart, as trained ones do: with weights of the usual size all are nearly as likely.
+    # Make logits distinguish tokens, as trained ones do: with the usual weights, all are about equally likely.
     altered_model(f"embedded/{name}", target, initializer_range=0.2, **changes)
     (target / "model.safetensors").unlink()
 
@@ -298,7 +298,7 @@ def altered_model(name: str, target: Path, **changes: Any) -> None:
 
 
 def config(directory: Path, **flat: Any) -> Config:
-    """A configuration whose ``model`` and ``dataset`` may be names in ``directory``."""
+    """Return a configuration whose ``model`` and ``dataset`` may be names in ``directory``."""
     flat = COMMON | flat
     for kind in ("model", "dataset"):
         if (directory / str(flat.get(kind))).is_dir():
@@ -307,13 +307,13 @@ def config(directory: Path, **flat: Any) -> Config:
 
 
 def variant(directory: Path, case: str, variant: str, ranks: int, **changes: Any) -> Config:
-    """A run that must equal the case's reference."""
+    """Return a run that must equal the case's reference."""
     flat = {**CASES[case], **VALID[ranks][case][variant], **changes}
     return config(directory, **{"name": f"{case}.{variant}.{ranks}", "dp": ranks // flat.get("tp", 1), **flat})
 
 
 def reference(directory: Path, case: str) -> Config:
-    """The case in one process with plain torch."""
+    """Return the case in one process with plain torch."""
     return config(directory, name=f"{case}.reference", engine="torch", dp=1, **CASES[case])
 
 
@@ -323,7 +323,7 @@ REFUSED_RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "row_all_reduce_skipped": ("qwen2", "1x2-zero2", {"evaluate": False}),
     "projection_left_whole": ("qwen2", "1x2-zero3", {}),
 }
-"""The same for the faults that a run finds itself."""
+"""The same for faults that a run detects itself."""
 
 STOP, END = 3, 8
 INTERRUPTED: dict[str, dict[str, Any]] = {
@@ -339,7 +339,7 @@ INTERRUPTED: dict[str, dict[str, Any]] = {
     "1x2-zero0": {"zero_stage": 0, "model": "bloom-dropout", "dp": 1, "tp": 2},
     "1x2-zero2": {"zero_stage": 2, "model": "bloom-dropout", "dp": 1, "tp": 2},
 }  # fmt: skip
-"""Runs with dropout that are stopped in the middle of an epoch of five steps, and end in the middle of the next."""
+"""Runs with dropout that stop in the middle of an epoch of five steps, and end in the middle of the next."""
 
 
 INTERRUPTED_ON_4: dict[str, dict[str, Any]] = {
@@ -353,14 +353,14 @@ LATE: dict[int, tuple[str, ...]] = {
     2: ("zero1", "zero3", "fsdp-full", "1x2-zero2", "zero1-without_snapshot"),
     4: ("2x2-zero1", "fsdp-tp2"),
 }
-"""By number of ranks: those that are saved while training goes on, stopped, and resumed in the same launch."""
+"""Runs that save during training, stop, and resume in the same launch, by number of ranks."""
 
 UNTOUCHED: dict[str, dict[str, Any]] = {
     "drawn-gpt2": {"model": "gpt2", "random_init": True},
     "drawn-qwen2": {"model": "qwen2", "random_init": True, "seed": 7},
     "read-bloom": {"model": "bloom"},
 }
-"""Runs on 2 x 2 ranks of one step that changes nothing: what they end with is what they started with."""
+"""Runs on 2 x 2 ranks with one step that changes nothing: their final weights equal the initial ones."""
 
 
 def untouched(directory: Path, name: str) -> Config:
@@ -369,7 +369,7 @@ def untouched(directory: Path, name: str) -> Config:
 
 
 def interruptible(directory: Path, kind: str, part: str, **changes: Any) -> Config:
-    """The ``whole`` run, or the one ``halved`` by a stop."""
+    """Return the ``whole`` run, or the one ``halved`` by a stop."""
     flat = {"model": "gpt2-dropout", "max_examples": 40, "steps": END, **(INTERRUPTED | INTERRUPTED_ON_4)[kind]}
     stop = {"stop_after": STOP} if part == "halved" else {}
     if flat.get("batching") == "packed":
@@ -384,7 +384,7 @@ def late(directory: Path, kind: str) -> Config:
 
 
 RESHAPE_CASES = ("gpt2", "qwen2", "frozen", "odd")
-"""Without dropout: another number of ranks draws other random numbers."""
+"""Without dropout, because a different number of ranks draws different random numbers."""
 
 SAVED: dict[str, tuple[int, str, dict[str, Any]]] = {
     "torch": (1, "gpt2", {"engine": "torch"}),
@@ -405,7 +405,7 @@ SAVED: dict[str, tuple[int, str, dict[str, Any]]] = {
     "2x2-zero3": (4, "qwen2", {"zero_stage": 3, "tp": 2}),
     "4x1-zero2": (4, "odd", STAGES["zero2"]),
 }
-"""Runs stopped at ``STOP``, in the middle of an epoch: the number of ranks, the case, and the shape."""
+"""Runs that stop at ``STOP``, in the middle of an epoch: number of ranks, case, and shape."""
 
 RESHAPED: dict[str, tuple[int, str, dict[str, Any]]] = {
     "4x1-of-2x2": (4, "2x2-zero3", {"zero_stage": 1, "stop_after": STOP + 1}),
@@ -435,7 +435,7 @@ RESHAPED: dict[str, tuple[int, str, dict[str, Any]]] = {
     "zero3-of-frozen-zero1": (1, "frozen-zero1", STAGES["zero3"]),
     "zero0-of-odd-zero3": (1, "odd-zero3", STAGES["zero0"]),
 }
-"""Runs that go on from a saved one: the number of ranks, which one, and the new shape."""
+"""Runs that continue a saved one: number of ranks, name of the saved run, and new shape."""
 
 STILL: dict[str, tuple[int, str, dict[str, Any]]] = {
     "zero3-of-zero1-bf16": (2, "zero1-bf16", BF16["zero3-bf16"]),
@@ -443,7 +443,7 @@ STILL: dict[str, tuple[int, str, dict[str, Any]]] = {
     "zero2-optimizer-of-zero3-bf16": (2, "zero3-bf16", OFFLOADED["zero2-optimizer"]),
     "fsdp-of-1x2-zero1-bf16": (2, "1x2-zero1-bf16", {"engine": "fsdp"}),
 }
-"""The same, stopped where they begin: what they save is what was saved, in another shape."""
+"""The same, but stopped at once: they save the loaded states in a different shape."""
 
 SEEDED_ANEW = ("dropout-once", "dropout-twice")
 
@@ -455,7 +455,7 @@ RESHAPED_BADLY = {
 
 
 def unbroken(directory: Path, case: str) -> Config:
-    """The run that the reshaped ones must equal: in one process with plain torch, never stopped."""
+    """Return the run that reshaped runs must equal: in one process with plain torch, never stopped."""
     return _reshapable(directory, case, 1, {"engine": "torch"}, f"unbroken.{case}")
 
 
@@ -476,7 +476,7 @@ def case_of(name: str) -> str:
 
 
 def ancestors(directory: Path, name: str) -> list[Config]:
-    """The starts that a reshaped run goes on from, the last one first."""
+    """Return the starts that a reshaped run continues from, the last one first."""
     _, source, _ = (RESHAPED | STILL)[name]
     if source in SAVED:
         return [saved(directory, source)]
@@ -489,7 +489,7 @@ def _reshapable(directory: Path, case: str, ranks: int, flat: dict[str, Any], na
 
 
 def reshaped_runs(directory: Path, ranks: int) -> list[Config]:
-    """The starts in another shape on this many ranks, each in a copy of the run that it goes on from."""
+    """Return the starts in a different shape on this many ranks, each in a copy of the run that it continues."""
     table = RESHAPED | STILL | {name: RESHAPED[origin] for name, origin in RESHAPED_BADLY.items()}
     runs = []
     for name, (needed, source, _) in table.items():
@@ -506,7 +506,7 @@ def reshaped_runs(directory: Path, ranks: int) -> list[Config]:
 
 
 def shared_runs(directory: Path, ranks: int) -> list[Config]:
-    """All runs on this many ranks that need no launch of their own."""
+    """Return all runs on this many ranks that can share a launch."""
     runs = [variant(directory, case, name, ranks) for case, names in VARIANTS[ranks].items() for name in names]
     if ranks == 1:
         runs += [reference(directory, case) for case in CASES]
@@ -556,14 +556,14 @@ FATAL = {
     "killed_in_write": "zero1",
     "limit_in_write": "zero1",
 }
-"""Faults that take their launch down with them, with the kind of the run that each is put into."""
+"""Faults that take their launch down with them, with the kind of run for each."""
 
 IN_BACKGROUND = ("killed_in_write", "limit_in_write")
-"""Those that strike while files are written by a thread and training has gone on."""
+"""Faults that happen while a thread writes files and training continues."""
 
 
 def fault(directory: Path, kind: str, name: str, **changes: Any) -> Config:
-    """A run that has a checkpoint at every second step. Its name ends with that of the fault."""
+    """Return a run with a checkpoint at every second step, whose name ends with the name of a fault."""
     strikes = name.partition("-")[2]
     given = {
         "name": name,
@@ -581,7 +581,7 @@ DIVERGING = {"learning_rate": 1e30, "checkpoint_every": 1}
 
 
 def resumed_runs(directory: Path) -> list[Config]:
-    """The second starts of the halved runs, and of copies of them that something has happened to."""
+    """Return the second starts of the halved runs, and of altered copies of them."""
     runs = [interruptible(directory, kind, "halved", stop_after=None) for kind in INTERRUPTED]
     for name, origin in (CONTINUED_BADLY | REFUSED).items():
         runs.append(interruptible(directory, origin, "halved", name=name, stop_after=None))
@@ -602,7 +602,7 @@ def resumed_runs(directory: Path) -> list[Config]:
 
 
 def shard(run: Path, step: int, rank: int) -> Path:
-    """The file with a rank's share of the optimizer's states."""
+    """Return the file with a rank's share of the optimizer's states."""
     engine = checkpoint_of(run, step) / "engine" / "engine"
     return next(engine.glob(f"*zero_pp_rank_{rank}_*optim_states.pt"))
 

@@ -1,4 +1,4 @@
-"""One comparison for all runs: what the equivalence tests assert is what the deliberately broken runs must fail.
+"""One comparison for all runs: equivalence tests assert it, and deliberately broken runs must fail it.
 
 Tolerances, all for fp32 unless said otherwise:
 
@@ -23,7 +23,7 @@ from tutorial_lib.records import Row, RunDirectory
 
 @dataclass(frozen=True)
 class Observed:
-    """A finished run: its records, and what :mod:`tests.distributed.worker` saw in it."""
+    """A finished run: its records, and the observations of :mod:`tests.distributed.worker`."""
 
     config: Config
     rows: list[Row]
@@ -50,7 +50,7 @@ class Observed:
 
 @dataclass
 class Differences:
-    """The largest differences by kind, and what exceeds its tolerance."""
+    """The largest differences by kind, and those that exceed their tolerance."""
 
     largest: dict[str, float] = field(default_factory=dict)
     found: dict[str, str] = field(default_factory=dict)
@@ -74,7 +74,7 @@ def compare(
     grad_norm: float | None = None,
     parameters: float | None = None,
 ) -> Differences:
-    """Every difference between a run and its reference, see the module's docstring."""
+    """Collect all differences between a run and its reference, see the module's docstring."""
     grad_norm = tolerance if grad_norm is None else grad_norm
     parameters = tolerance if parameters is None else parameters
     differences = Differences()

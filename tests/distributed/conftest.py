@@ -1,4 +1,4 @@
-"""One launch per number of ranks for all tests that need no launch of their own: starting processes is what costs."""
+"""Shared launches: one per number of ranks for all tests that can share it, because starting processes is slow."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tests.distributed.launching import Shell, observe
 from tutorial_lib.config import Config
 
 TIMEOUT = 1800
-"""Seconds for a test that may be the one that waits for all shared launches.
+"""Seconds for a test, because it may be the one that waits for all shared launches.
 
-On two busy cores they took 334 together, and those of the whole matrix about twice that.
+On two busy cores they took 334 in total, and the launches of the full matrix about twice that.
 """
 
 
@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Models, data, and the storage of all shared runs; gone afterwards, as it is large."""
+    """Yield the directory of models, data and all shared runs; it is large, so remove it afterwards."""
     directory = tmp_path_factory.mktemp("distributed")
     cases.make_inputs(directory)
     (directory / "runs").mkdir()
@@ -40,7 +40,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def launched(directory: Path) -> Callable[[int], dict[str, Config]]:
-    """For a number of ranks: the configurations of all shared runs, by name, after they have been run."""
+    """Return a function that launches all shared runs on a number of ranks; it returns their configurations."""
 
     @functools.cache
     def attempt(ranks: int) -> dict[str, Config] | Exception:
@@ -62,7 +62,7 @@ def launched(directory: Path) -> Callable[[int], dict[str, Config]]:
 
 @pytest.fixture(scope="session")
 def observed(launched: Callable[[int], dict[str, Config]]) -> Callable[[int, str], Observed]:
-    """A shared run, by its number of ranks and its name."""
+    """Return a function that reads a shared run by its number of ranks and its name."""
 
     @functools.lru_cache(maxsize=16)
     def read(ranks: int, name: str) -> Observed:
@@ -75,7 +75,7 @@ def observed(launched: Callable[[int], dict[str, Config]]) -> Callable[[int, str
 
 @pytest.fixture(scope="session")
 def resumed(directory: Path, launched: Callable[[int], dict[str, Config]]) -> Callable[[str], Observed]:
-    """A run of ``cases.resumed_runs`` after its second start, by name."""
+    """Return a function that reads a run of ``cases.resumed_runs`` after its second start, by name."""
     launched(2)
     configs = cases.resumed_runs(directory)
     observe(configs)
@@ -85,7 +85,7 @@ def resumed(directory: Path, launched: Callable[[int], dict[str, Config]]) -> Ca
 
 @pytest.fixture(scope="session")
 def reshaped(directory: Path, launched: Callable[[int], dict[str, Config]]) -> Callable[[str], Observed]:
-    """A run of ``cases.reshaped_runs`` after its start in another shape, by name."""
+    """Return a function that reads a run of ``cases.reshaped_runs`` after its start in a different shape, by name."""
 
     @functools.cache
     def launch() -> dict[str, Config]:

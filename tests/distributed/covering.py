@@ -1,4 +1,4 @@
-"""A few runs for many: of all valid combinations of settings, enough that every pair of them still occurs."""
+"""Covering runs: enough of all valid combinations of settings that every pair of settings still occurs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Settings = Mapping[str, Hashable]
 def cover(runs: Mapping[Name, Settings], needed: Collection[Name] = ()) -> list[Name]:
     """Choose runs until every pair of settings that occurs in any run occurs in a chosen one.
 
-    Greedy, and so not the fewest possible: each time, take the run that adds most pairs, and of equals the first.
+    This is greedy, so not always minimal: each time, take the run that adds the most pairs; of equals, the first.
 
     Args:
         runs: the settings of every valid run. All have the same keys.
-        needed: runs to choose in any case.
+        needed: runs that are always chosen.
     """
     covers = {name: pairs(settings) for name, settings in runs.items()}
     chosen = set(needed)

@@ -1,4 +1,4 @@
-"""Tables of the faults that a run survives, which ``docs/faults.md`` shows.
+"""Faults that a run survives, as tables for ``docs/faults.md``.
 
 ``tests/distributed/test_faults.py`` proves the first row by row, the tests of ``tests/cluster`` the other two.
 
@@ -24,8 +24,8 @@ class Fault:
 
     Attributes:
         name: the run, or the test, that it happens to.
-        happens: what it is.
-        outcome: what is promised.
+        happens: description of the fault.
+        outcome: the promised outcome.
     """
 
     name: str
@@ -120,7 +120,7 @@ ON_NODES = (
         "refused before a rank starts, with the node and the directory",
     ),
 )
-"""On several nodes under Ray."""
+"""Faults on several nodes under Ray."""
 
 BETWEEN_NODES = (
     Fault(
@@ -148,7 +148,7 @@ BETWEEN_NODES = (
         "refused with exit code 2, with the interfaces that can",
     ),
 )
-"""Under torchrun and SLURM."""
+"""Faults under torchrun and SLURM."""
 
 
 def proves(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -1,4 +1,4 @@
-"""PyTorch's first FSDP, the class ``FullyShardedDataParallel``, behind the trainer, to compare FSDP2 with."""
+"""FSDP1, PyTorch's class ``FullyShardedDataParallel``, behind the trainer, for comparison with FSDP2."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Launches of the tests: ranks that leave observations, and commands typed into a shell."""
+"""Launches for the tests: ranks that record observations, and commands in a shell."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
 def interrupt_when(
     condition: Callable[[], object], times: int = 1, number: signal.Signals = signal.SIGINT
 ) -> threading.Thread:
-    """Send this process a signal once something has happened, as Ctrl-C does, and again half a second later."""
+    """Send this process a signal like Ctrl-C once something has happened, and again half a second later."""
 
     def strike() -> None:
         wait_until(condition, 60)
@@ -43,12 +43,12 @@ def interrupt_when(
 
 
 def observe(configs: Sequence[Config], worker: str = "tests.distributed.worker") -> list[launch.Run]:
-    """Run ``launch.run_all`` with ranks that leave observations."""
+    """Run ``launch.run_all`` with ranks that record observations."""
     return launch.run_all(configs, worker=worker)
 
 
 def train_command(config: Config) -> list[str]:
-    """Return what to type after ``python -m`` for a run with this configuration."""
+    """Return the command line after ``python -m`` for a run with this configuration."""
     given = ["tutorial_lib", "train", "--json"]
     settings = config.flat()
     if config.run.steps:
@@ -63,7 +63,7 @@ def train_command(config: Config) -> list[str]:
 
 
 class Shell:
-    """Starts ``python -m ...`` as a shell would: in a process group of its own, its output in files."""
+    """Starts ``python -m ...`` as a shell would: in a separate process group, with output to files."""
 
     def __init__(self, scratch: Path) -> None:
         self.scratch = scratch

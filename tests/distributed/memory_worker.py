@@ -1,4 +1,4 @@
-"""Worker processes of ``test_memory.py``: they build the engine of a run, watch their memory, and do not train.
+"""Worker processes of ``test_memory.py``: they build a run's engine and watch their memory, without training.
 
 ``memory.json`` in a run's directory holds, for every rank, how many bytes its resident set rose above what it was
 before the model: until the model is built or read (``loading``), and until the engine is ready (``initializing``);
@@ -35,7 +35,7 @@ def main(*arguments: str) -> None:
 
 
 def build_and_measure(config: Config) -> None:
-    """Collective."""
+    """Build the engine of a run, and measure the memory that this takes. Collective."""
     seen: dict[str, int] = {}
 
     def watched(load: Any) -> Any:

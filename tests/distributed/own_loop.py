@@ -1,4 +1,4 @@
-"""Ranks of ``test_own_loop.py``: those of the local launcher, but ``notebooks/scripts/train_zero.py`` has the loop.
+"""Ranks of ``test_own_loop.py``: the local launcher's, but with the loop of ``notebooks/scripts/train_zero.py``.
 
 The losses of each start are left in its run's ``losses.json``.
 """

@@ -1,6 +1,6 @@
 """Runs on a file system that fills up, and on one that turns read-only: ``python -m ... small_storage DIRECTORY``.
 
-To be started in a mount namespace of its own (:data:`NAMESPACE`), where root and, on most systems, everybody may
+Start it in a separate mount namespace (:data:`NAMESPACE`), where root and, on most systems, everybody may
 mount: nothing outside sees the mounts, and they are gone with the process. What the runs leave is copied to
 ``DIRECTORY/runs``.
 """
@@ -48,7 +48,7 @@ def mount(*arguments: str) -> None:
 
 
 def checkpoint_bytes(storage: Path) -> int:
-    """The size of a checkpoint of the same model and engine that is there already."""
+    """Return the size of an existing checkpoint of the same model and engine."""
     newest = checkpoint.latest(RunDirectory(storage / "sound-zero1"))
     assert newest
     return sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())

@@ -1,4 +1,4 @@
-"""Ranks for ``test_local.py``: each tells what it is, and takes its time if its run's name says so.
+"""Ranks for ``test_local.py``: each reports its own state, and takes its time if its run's name says so.
 
 The module takes the place of the local launcher's worker: it leaves each run's result, and ``rank-N.json`` beside it.
 """

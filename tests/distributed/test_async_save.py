@@ -1,6 +1,6 @@
-"""Checkpoints that are written while training goes on are those of the step that they are named after.
+"""Asynchronous saves: checkpoints written during training hold the states of the step in their name.
 
-What fails meanwhile is among the faults of ``test_faults.py``.
+Failures during a save are among the faults of ``test_faults.py``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tutorial_lib import checkpoint
     [(ranks, kind) for ranks, kinds in cases.LATE.items() for kind in kinds if "without" not in kind],
 )
 def test_a_run_resumed_from_one_continues_bit_for_bit(observed, ranks, kind):
-    """Its files were written when the step after it had changed the states."""
+    """Its files were written after the next step had changed the states."""
     run = observed(ranks, f"late.{kind}")
     assert_identical(run, observed(ranks, f"whole.{kind}"))
     assert run.directory.result()["resumed_from"] == cases.STOP - 1

@@ -1,4 +1,4 @@
-"""A real benchmark matrix: its account is what arithmetic says, and it survives a killed row and an interrupt."""
+"""A real benchmark matrix: its memory matches the formulas, and it survives a killed row and an interrupt."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def config(storage: Path, name: str, **flat) -> Config:
 
 
 def run(row: Config, *, on_rows=None) -> launch.Run:
-    """Run a row, of which stage 1's last rank is killed."""
+    """Run a row; in stage 1, kill the last rank."""
     stage_1 = row.engine.name == "deepspeed" and row.engine.zero_stage == 1
     return launch.run_all([row], on_rows=on_rows, worker=KILLED if stage_1 else None)[0]
 
 
 @pytest.fixture(scope="module")
 def matrix(tmp_path_factory) -> Matrix:
-    """The stages of ZeRO, stage 1 of which was killed."""
+    """Run the stages of ZeRO, and kill stage 1."""
     storage = tmp_path_factory.mktemp("bench")
     return bench.run_matrix("zero-stages", config(storage, "stages", dp=2), run=run, sample_interval=0.1)
 
 
 def assert_as_predicted(row: bench.RowRecord) -> None:
-    """Hold every part of every rank's model states to the formula: 2 %."""
+    """Compare every part of every rank's model states with the formula, to 2 %."""
     assert row.is_done, row.error
     assert len(row.states) == len(row.predicted_states) == row.world_size
     for measured, predicted in zip(row.states, row.predicted_states, strict=True):
@@ -76,7 +76,7 @@ def test_an_interrupted_retry_keeps_all_other_rows_and_goes_on(matrix, capsys):
     code = main(["bench", "zero-stages", "--name", "stages", "--storage", str(matrix.path.parent), "--dp", "2",
                  "--retry", *flags])  # fmt: skip
     striker.join()
-    assert code == 75 and "Give the same command again to go on" in capsys.readouterr().err
+    assert code == 75 and "Run the same command again to continue" in capsys.readouterr().err
     assert Matrix.read(matrix.path)["stage-1"].status == "stopped"
     again = bench.run_matrix("zero-stages", config(matrix.path.parent, "stages", dp=2), sample_interval=0.1)
     assert_as_predicted(again["stage-1"])

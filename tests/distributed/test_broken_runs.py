@@ -1,4 +1,4 @@
-"""The comparison must fail where it should: each run here has one deliberate fault, and is compared like sound ones."""
+"""Broken runs: each has one deliberate fault and is compared like a sound run, and the comparison must fail."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ SHOWN_BY = {
     "clipping_left_to_the_default": {"loss", "parameters", "exp_avg", "exp_avg_sq"},
     "mean_of_means": {"loss", "grad_norm", "parameters", "exp_avg", "exp_avg_sq"},
     "loss_of_own_tokens": {"tokens", "loss", "grad_norm", "parameters", "exp_avg"},
-    # Adam makes nearly the same update of a gradient of any length.
+    # Adam's update hardly depends on the length of the gradient.
     "gradients_summed": {"grad_norm", "exp_avg", "exp_avg_sq"},
-    # Each rank trains what is replicated with its own part of the gradient.
+    # Each rank trains replicated parameters with its own part of the gradient.
     "column_all_reduce_skipped": {"loss", "grad_norm", "parameters", "exp_avg", "exp_avg_sq", "ranks_agree"},
     # Clipping hides a wrong length from everything but the norm that is reported.
     "gradients_averaged_twice": {"grad_norm"},
@@ -27,7 +27,7 @@ SHOWN_BY = {
     "whole_gradients_counted_twice": {"grad_norm", "exp_avg"},
     "slopes_of_the_first_heads": {"loss", "grad_norm", "parameters", "exp_avg"},
 }
-"""What each fault must show up in, at least."""
+"""Quantities in which each fault must show, at least."""
 
 
 def test_every_fault_is_tried():

@@ -1,7 +1,7 @@
-"""Every engine, on any grid of ranks, is plain torch in one process: losses, norms, weights and moments.
+"""Equivalence: every engine on any grid of ranks equals plain torch in one process, to the moments.
 
 fp32 tolerances: losses, gradient norms, parameters and moments agree within 1e-6 (relative where they exceed 1), and
-moments, being small, within 2e-5 of each tensor's largest value. Bounds are wider where DeepSpeed itself rounds more
+moments, which are small, within 2e-5 of each tensor's largest value. Bounds are wider if DeepSpeed itself rounds more
 coarsely than torch:
 
 - stage 0 clips by a norm that it sums in fp32, which is off by 1e-5 here, and so are its moments: 1e-4;
@@ -9,7 +9,7 @@ coarsely than torch:
   every second moment 1.3e-5 smaller: 1e-4.
 
 With Adam's usual epsilon, a weight whose gradient is nothing but rounding may move by the learning rate at every step,
-either way. Losses and norms hold to 1e-6 all the same, and only such weights differ by more than 1e-4.
+either way. Losses and norms still agree to 1e-6, and only such weights differ by more than 1e-4.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def test_training_is_that_of_one_torch_process(observed, record_property, ranks,
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_reference_has_what_its_case_is_about(observed, case):
-    """Else the comparison would prove less than it says."""
+    """Otherwise the comparison would prove less than it claims."""
     run = observed(1, f"{case}.reference")
     first = run.rows[0]
     assert len(run.rows) == STEPS
@@ -69,7 +69,7 @@ def test_the_reference_has_what_its_case_is_about(observed, case):
     ("ranks", "name"), among_runs([(2, "usual.zero0.2"), (2, "usual.zero3.2"), (4, "usual.zero2.4")])
 )
 def test_with_the_usual_epsilon_only_weights_without_a_gradient_differ(observed, ranks, name):
-    """GPT-2's key biases: they shift all scores of a query alike, which softmax ignores."""
+    """GPT-2's key biases: they shift all scores of a query equally, which softmax ignores."""
     run, reference = observed(ranks, name), observed(1, "usual.reference")
     for name, expected in reference.parameters.items():
         difference = (run.parameters[name] - expected).abs()
@@ -93,7 +93,7 @@ def test_accumulation_is_really_used(observed):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_steps_examples_do_not_depend_on_the_number_of_ranks(observed, case):
-    """Compared above run by run; here that all are there, and once each."""
+    """The runs are compared above; here every example must occur exactly once."""
     expected = observed(1, f"{case}.reference").examples
     assert all(len(step) == CASES[case].get("global_batch", 8) for step in expected)
     for ranks in (2, 4):
@@ -102,10 +102,10 @@ def test_a_steps_examples_do_not_depend_on_the_number_of_ranks(observed, case):
 
 
 BF16_AGAINST_FP32 = {"tolerance": 2e-3, "grad_norm": 1e-2, "parameters": 1e-2, "moments": 0.15}
-"""bf16 keeps 8 bits: rounding a number moves it by up to 2^-9 = 2e-3 of its size. Losses average over many."""
+"""bf16 keeps 8 bits: rounding changes a number by up to 2^-9 = 2e-3 of its size. Losses average over many."""
 
 STAGE_0_IN_BF16 = {"tolerance": 2e-3, "grad_norm": 2e-3, "parameters": 4e-3, "moments": 0.1}
-"""Without ZeRO, gradients are reduced one by one in other groupings, and each sum is rounded to bf16."""
+"""Without ZeRO, gradients are reduced one by one in different groupings, and each sum is rounded to bf16."""
 
 
 @pytest.mark.parametrize(("ranks", "case", "variant"), BF16)
@@ -120,7 +120,7 @@ def test_bf16_stays_near_fp32(observed, record_property, ranks, case, variant):
     among_runs([(2, "gpt2.zero0-bf16.2", STAGE_0_IN_BF16), (2, "gpt2.zero2-bf16.2", {}), (2, "gpt2.zero3-bf16.2", {})]),
 )
 def test_bf16_in_every_stage_is_that_of_stage_1(observed, record_property, ranks, name, bounds):
-    """ZeRO's stages among each other within the bounds of fp32."""
+    """ZeRO's stages agree with each other within the bounds of fp32."""
     run, stage_1 = observed(ranks, name), observed(2, "gpt2.zero1-bf16.2")
     record_property("largest_differences", assert_equal(run, stage_1, **bounds).largest)
 
@@ -128,7 +128,7 @@ def test_bf16_in_every_stage_is_that_of_stage_1(observed, record_property, ranks
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("collective", ["all_reduce", "reduce_scatter_tensor", "reduce_scatter"])
 def test_gloo_averages_where_it_is_asked_to(launched, directory, ranks, collective):
-    """Older torch returned the sum from reduce-scatter (pytorch issue 162338), which no error would have shown."""
+    """Older torch silently returned the sum from reduce-scatter (pytorch issue 162338)."""
     launched(ranks)
     outcome = torch.load(directory / "runs" / f"averages-{ranks}.pt", weights_only=True)[collective]
     assert outcome.tolist() == [(ranks + 1) / 2] * 3

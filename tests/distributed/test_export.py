@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and the Hugging Face directory that is made of it."""
+"""Contents of a checkpoint, and its export to a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_an_export_holds_the_fp32_master_weights(observed, tmp_path, ranks, name
 
 
 def test_an_export_of_fsdp_in_bf16_holds_the_fp32_weights_too(observed, tmp_path):
-    """They are what is sharded and updated; the gathered copies alone are bf16."""
+    """These are sharded and updated; only the gathered copies are bf16."""
     run = observed(2, "gpt2.fsdp-full-bf16.2")
     model = AutoModelForCausalLM.from_pretrained(exported(run, tmp_path), dtype=torch.float32)
     parameters = dict(model.named_parameters())

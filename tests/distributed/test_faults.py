@@ -1,7 +1,7 @@
-"""What happens to runs, injected for real, and what is left: every row of ``faults.FAULTS`` is a test here.
+"""Faults, really injected, and the state that they leave: every row of ``faults.FAULTS`` is a test here.
 
-After each fault a run either goes on, and its rows and final weights are those of the undisturbed run bit for bit, or
-it stops with an error that names the cause and the next step; and no intact checkpoint is lost.
+After each fault a run either continues, with rows and final weights equal to the undisturbed run bit for bit, or
+stops with an error that names the cause and the next step; and no intact checkpoint is lost.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ SOON = 30
 
 RECORD = ("step", "loss", "grad_norm", "tokens", "epoch", "lr")
 LONG = 48
-"""Steps of a run that signals from outside are sent to, at no step in particular."""
+"""Steps of a run that gets signals from outside, at no particular step."""
 
 PROOFS: dict[str, Callable[..., None]] = {}
 
 
 def proves(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The function is the proof of the fault of this name. It is given pytest's ``request``."""
+    """Mark a function as the proof of the fault of this name. It gets pytest's ``request``."""
 
     def register(proof: Callable[..., None]) -> Callable[..., None]:
         PROOFS[name] = proof
@@ -64,7 +64,7 @@ def test_a_run_survives(fault: faults.Fault, request: pytest.FixtureRequest) -> 
 
 @pytest.fixture(scope="module")
 def sound(directory: Path) -> dict[str, Observed]:
-    """The undisturbed runs, by kind."""
+    """Run the undisturbed runs, and return them by kind."""
     configs = {kind: cases.fault(directory, kind, f"sound-{kind}") for kind in {*cases.FATAL.values()}}
     configs["long"] = cases.fault(directory, "zero1", "sound-long", steps=LONG, checkpoint_every=0)
     observe(list(configs.values()))
@@ -73,7 +73,7 @@ def sound(directory: Path) -> dict[str, Observed]:
 
 @pytest.fixture(scope="module")
 def struck(directory: Path) -> dict[str, tuple[launch.WorkerError, float]]:
-    """The runs that a fault takes down: the error, and how long the launch lived on after the last it wrote."""
+    """Run everything that a fault takes down; return errors, and the time that each launch outlived its last write."""
     outcomes = {}
     for name, kind in cases.FATAL.items():
         config = cases.fault(directory, kind, f"broken-{name}")
@@ -116,7 +116,7 @@ DAMAGED = {
 
 @pytest.fixture(scope="module")
 def mended(directory: Path, sound: Any, struck: Any) -> dict[str, Observed]:
-    """The second starts, in one launch: of the runs that were taken down, and of copies with damaged checkpoints."""
+    """Start again, in one launch, the runs that were taken down, and copies with damaged checkpoints."""
     configs = {}
     for name, kind in cases.FATAL.items():
         configs[name] = cases.fault(directory, kind, f"mended-{name}")
@@ -131,7 +131,7 @@ def mended(directory: Path, sound: Any, struck: Any) -> dict[str, Observed]:
 
 @pytest.fixture(scope="module")
 def on_small_storage(directory: Path, sound: Any) -> dict[str, dict[str, Any]]:
-    """What :mod:`tests.distributed.small_storage` tells of its runs."""
+    """Return the report of :mod:`tests.distributed.small_storage` on its runs."""
     trial = subprocess.run([*small_storage.NAMESPACE, "true"], capture_output=True, text=True)
     if trial.returncode:
         pytest.skip(f"this system lets nobody make a mount namespace: {trial.stderr.strip()}")
@@ -144,7 +144,7 @@ def on_small_storage(directory: Path, sound: Any) -> dict[str, dict[str, Any]]:
 
 
 def all_intact(run: RunDirectory) -> list[int]:
-    """The steps of a run's checkpoints, each of which must be whole."""
+    """Return the steps of a run's checkpoints, each of which must be intact."""
     for path in checkpoints(run):
         checkpoint.verify(path)
     return [int(path.name.removeprefix("step-")) for path in checkpoints(run)]
@@ -159,15 +159,15 @@ def same_records(run: RunDirectory, reference: RunDirectory) -> None:
 
 
 def left_by(name: str) -> tuple[list[int], int, list[int]]:
-    """The intact checkpoints that a fault leaves, the step that the run goes on from, the checkpoints at its end."""
+    """Return the intact checkpoints after a fault, the step that the run resumes from, and its final checkpoints."""
     return {
-        "killed_in_publish": ([2], 4, [2, 4, 6, 8]),  # that of step 4 lacks but its name
+        "killed_in_publish": ([2], 4, [2, 4, 6, 8]),  # the checkpoint of step 4 only lacks its name
         "killed_in_prune": ([4], 4, [8]),
     }.get(name, ([2], 2, [2, 4, 6, 8]))
 
 
 def goes_on_after(name: str, request: pytest.FixtureRequest, directory: Path) -> str:
-    """What all faults in a rank have in common; returns the error's text."""
+    """Check everything that faults in a rank have in common, and return the error's text."""
     error, seconds = request.getfixturevalue("struck")[name]
     assert seconds < SOON
     whole, resumed_from, kept = left_by(name)
@@ -186,7 +186,7 @@ def killed(name: str, rank: int) -> Callable[[pytest.FixtureRequest], None]:
     def proof(request: pytest.FixtureRequest) -> None:
         said = goes_on_after(name, request, request.getfixturevalue("directory"))
         assert f"Rank {rank} ended with exit code -9 and left no traceback: it was killed" in said
-        assert f"it goes on: 'broken-{name}' from step-0000000{left_by(name)[1]}." in said
+        assert f"it resumes: 'broken-{name}' from step-0000000{left_by(name)[1]}." in said
 
     return proof
 
@@ -269,7 +269,7 @@ def limit_in_write(request):
 
 @pytest.fixture(scope="module")
 def interrupted_long(directory: Path, sound: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A run that is refused a second start, stopped by SIGTERM, and whose next launcher is killed."""
+    """Run a long run: refuse it a second start, stop it by SIGTERM, and kill its next launcher."""
     shell = Shell(tmp_path_factory.mktemp("shell"))
     config = cases.fault(directory, "zero1", "signalled", steps=LONG, checkpoint_every=0)
     run, seen = RunDirectory(config.directory), {"config": config}
@@ -318,7 +318,7 @@ def launcher_killed(request):
 def two_starts(request):
     seen = request.getfixturevalue("interrupted_long")
     said, pid = seen["second_start"]
-    assert re.search(rf"is running already: process {pid} on \S+, since \d{{4}}-\S+\. Wait for its end", said)
+    assert re.search(rf"is already running: process {pid} on \S+, since \d{{4}}-\S+\. Wait for its end", said)
     ends_like_the_undisturbed(request, seen)
 
 
@@ -332,7 +332,7 @@ def ends_like_the_undisturbed(request: pytest.FixtureRequest, seen: dict[str, An
 
 
 def same_states(run: RunDirectory, reference: RunDirectory) -> None:
-    """The last checkpoints' weights and moments, bit for bit."""
+    """Compare the weights and moments of the last checkpoints, bit for bit."""
     found, expected = (checkpoint.open_full(checkpoint.latest(each)) for each in (run, reference))
     assert found.names == expected.names
     for name in expected.names:
@@ -348,7 +348,7 @@ def same_states(run: RunDirectory, reference: RunDirectory) -> None:
 def mended_storage(request: pytest.FixtureRequest, name: str, run_name: str, reason: str) -> None:
     told = request.getfixturevalue("on_small_storage")[name]
     assert re.search(reason, told["error"].splitlines()[0] + told["error"].splitlines()[1]), told["error"]
-    assert "give the same command again" in told["error"]
+    assert "run the same command again" in told["error"]
     assert (told["newest"], told["left_out"]) == ("step-00000002", 0)
     config = cases.fault(request.getfixturevalue("directory"), "zero1", run_name)
     assert_identical(Observed.read(config), request.getfixturevalue("sound")["zero1"])
@@ -357,12 +357,12 @@ def mended_storage(request: pytest.FixtureRequest, name: str, run_name: str, rea
 
 @proves("disk_full")
 def disk_full(request):
-    mended_storage(request, "disk_full", "disk_full", r"refuses to be written to \(No space left on device")
+    mended_storage(request, "disk_full", "disk_full", r"cannot be written to \(No space left on device")
 
 
 @proves("read_only")
 def read_only(request):
-    mended_storage(request, "read_only", "broken-read_only", r"refuses to be written to \(Read-only file system")
+    mended_storage(request, "read_only", "broken-read_only", r"cannot be written to \(Read-only file system")
 
 
 # -------------------------------------------------------------------------------------------------- damaged checkpoints
@@ -402,7 +402,7 @@ def no_manifest(request):
 
 @proves("none_intact")
 def none_intact(request):
-    """What only the ranks' reading shows: every rank refuses, and the first error is what is printed."""
+    """Check damage that only shows when ranks read it: every rank refuses, and the first error is printed."""
     directory, shell = request.getfixturevalue("directory"), request.getfixturevalue("shell")
     request.getfixturevalue("sound")
     config = cases.fault(directory, "zero1", "none-whole")
@@ -459,7 +459,7 @@ def other_model(request):
 
 @proves("other_tokenizer")
 def other_tokenizer(request):
-    """Two tokens exchanged: as many as before, and texts become other ids."""
+    """Exchange two tokens: their number stays the same, but texts get different ids."""
     request.getfixturevalue("sound")
 
     def exchange(content: dict[str, Any]) -> None:
@@ -484,7 +484,7 @@ def newer_format(request):
 
 @pytest.fixture(scope="module")
 def three_ray_nodes() -> Iterator[Any]:
-    """Three Ray nodes of one slot each, as raylets on this machine. Rank 1 is not on the first, which must live."""
+    """Start three Ray nodes of one slot each, as raylets here. Rank 1 is not on the first one, which must survive."""
     with pytest.MonkeyPatch.context() as patch:
         ours = {"PYTHONPATH": str(ROOT), "RAY_AUTH_TOKEN": cluster.TOKEN, "GLOO_SOCKET_IFNAME": "lo"}
         for name, value in {**cluster.SETTINGS, **ray_nodes.SETTINGS, **ours}.items():

@@ -1,6 +1,6 @@
-"""FSDP2 and DTensor cost what the formulas say: bytes per rank, elements on the wire; and what they start with.
+"""FSDP2 and DTensor: bytes per rank and elements on the wire match the formulas, and initial weights are right.
 
-What is kept is fp32: 4 bytes each for parameter, gradient and two moments. The embedded models' tensors divide evenly.
+States are kept in fp32: 4 bytes each for parameter, gradient and two moments. The models' tensors divide evenly.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tutorial_lib.theory import memory, traffic
 
 
 def measured(run):
-    """Of every rank: what the trainer measured in its third step."""
+    """Return every rank's measurements of its third step."""
     return [rank["measured"] for rank in run.directory.result()["ranks"]]
 
 
@@ -31,7 +31,7 @@ def counts(one):
 
 
 def tensors_whole(model):
-    """Elements that every tensor-parallel rank holds: all but the split products; their row-parallel biases too."""
+    """Return the elements that every tensor-parallel rank holds: all but the split products, with row biases."""
     split = ("attn", "attention", "mlp")
     row = ("c_proj.bias", "dense.bias", "dense_4h_to_h.bias")
     return sum(
@@ -57,14 +57,14 @@ SHARDED = [
 
 @pytest.mark.parametrize(("ranks", "name", "pieces"), among_runs(SHARDED))
 def test_a_rank_holds_its_share_to_the_byte(observed, ranks, name, pieces):
-    """Between backward and the update, when gradients exist. bf16 changes nothing: what is kept is fp32."""
+    """Between backward and the update, when gradients exist. bf16 changes nothing, because states are kept in fp32."""
     for one in measured(observed(ranks, name)):
         expected = memory.model_states(one["num_parameters"], 3, pieces, memory.FP32)
         assert {part: one["state_bytes"][part] for part in expected.to_dict()} == expected.to_dict()
 
 
 def test_a_shard_that_is_shorter_than_the_others_is_padded(observed):
-    """Parameters are cut by rows, and all ranks must send as much; the moments are never sent."""
+    """Parameters are cut by rows, and all ranks must send the same amount; moments are never sent."""
     run = observed(4, "odd.fsdp-full.4")
     shapes = [p.shape for p in model_outline(run.config).parameters()]
     padded = sum(-(-shape[0] // 4) * shape[1:].numel() for shape in shapes)
@@ -78,7 +78,7 @@ def test_a_shard_that_is_shorter_than_the_others_is_padded(observed):
 
 @pytest.mark.parametrize(("ranks", "name", "pieces"), among_runs(SHARDED))
 def test_nothing_stays_gathered_after_evaluation(observed, ranks, name, pieces):
-    """A forward without backward: shard_grad_op waits for a backward to free what it has gathered."""
+    """After a forward without backward, shard_grad_op still waits for a backward to free gathered parameters."""
     run = observed(ranks, name)
     assert run.evaluation["parameters_after"] == 4 * psi(run) // pieces
 
@@ -132,7 +132,7 @@ def test_tensor_parallel_ranks_hold_what_is_split_once_and_the_rest_whole(observ
     ),
 )
 def test_the_planner_predicts_what_a_run_holds_and_sends(observed, ranks, name):
-    """``plan --check``; peaks, which depend on how long rows are, stand in docs/planner-errors.md."""
+    """Uses ``plan --check``; peaks, which depend on the length of rows, are in docs/planner-errors.md."""
     run = observed(ranks, name)
     states, _, sent = plan_check.compare(run.config, measured(run))
     assert abs(states.error) <= 0.01 and abs(sent.error) <= 0.01
@@ -156,7 +156,7 @@ TRAFFIC = [
 
 @pytest.mark.parametrize(("ranks", "name", "times_psi"), among_runs(TRAFFIC))
 def test_what_crosses_the_wire_is_what_the_formula_says(observed, ranks, name, times_psi):
-    """Element by element and kind by kind; the multiple of Psi is there to be read."""
+    """Element by element and kind by kind, as multiples of Psi."""
     run = observed(ranks, name)
     engine = run.config.engine
     for one in measured(run):
@@ -229,7 +229,7 @@ def psi(run):
 
 @pytest.mark.parametrize("name", cases.SHARDED)
 def test_the_first_fsdp_takes_the_same_steps(observed, record_property, name):
-    """Losses and parameters to 1e-6, whatever the strategy. FSDP1 sums the norm that it clips by in fp32."""
+    """Losses and parameters agree to 1e-6 with any strategy. FSDP1 sums its clipping norm in fp32."""
     run, second = observed(2, f"fsdp1-{name}"), observed(2, f"gpt2.{name}.2")
     differences = assert_equal(run, second, grad_norm=2e-5, moments=1e-4)
     record_property("largest_differences", differences.largest)

@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer trains as our own loop does, and its runs stop, resume and are refused like all others."""
+"""Hugging Face Trainer: it trains like our own loop, and its runs stop, resume and are refused like all others."""
 
 import dataclasses
 import json
@@ -38,20 +38,20 @@ EQUAL: dict[int, list[tuple[str, str]]] = {
         ("bloom", "load"),
     ],
 }
-"""By number of ranks: the case, and how it must equal our own loop: a DeepSpeed file, plain DDP, or sharded at load."""
+"""Cases that must equal our own loop, by number of ranks, with a DeepSpeed file, plain DDP, or sharded at load."""
 
 SETTINGS: dict[str, dict[str, Any]] = {"plain": {}, "load": {"shard_at_load": True, "measure": True}}
-"""What a variant that is no DeepSpeed file stands for."""
+"""Settings of variants that are not DeepSpeed files."""
 
 VOCABULARY = 2048
-"""Of the embedded models."""
+"""Size of the embedded models' vocabulary."""
 
 INTERRUPTED = ("plain", "zero2_cpu_offload", "zero3")
 
 
 @pytest.fixture(scope="module")
 def files(directory: Path) -> Path:
-    """The package's DeepSpeed files, but with the run's own gradient clipping."""
+    """Write the package's DeepSpeed files, but with the run's own gradient clipping."""
     for path in DIRECTORY.glob("*.json"):
         given = json.loads(path.read_text()) | {"gradient_clipping": "auto"}
         (directory / path.name).write_text(json.dumps(given))
@@ -100,7 +100,7 @@ def own_loop(directory: Path) -> Config:
 
 @pytest.fixture(scope="module")
 def runs(files: Path) -> dict[str, launch.Run]:
-    """All runs of this page, by name: two launches, and one more to resume."""
+    """Return all runs of this module by name: two launches, and one more to resume."""
     one = [cases.reference(files, case) for case in ("gpt2", "qwen2", "bloom", "untied")]
     one = [config.override(name=f"hf-{config.run.name}") for config in one]
     one += [trained(files, *each, 1) for each in EQUAL[1]]
@@ -163,7 +163,7 @@ def test_dropout_draws_the_numbers_of_our_own_loop(runs):
 
 
 def test_the_matched_baseline_of_16_bit_stages_is_stage_0(runs):
-    """The Trainer alone casts inside each operation; DeepSpeed casts the model, and Adam has an fp32 copy of it."""
+    """The plain Trainer casts inside each operation; DeepSpeed casts the model, and Adam has an fp32 copy of it."""
     first = {file: runs[f"hf-half.{file}"].rows[0]["loss"] for file in ("plain", "zero0", "zero2")}
     assert first["zero0"] == pytest.approx(first["zero2"], rel=1e-6)
     assert first["plain"] != pytest.approx(first["zero0"], rel=1e-6)
@@ -190,7 +190,7 @@ def test_the_result_tells_what_every_auto_has_become(runs):
 
 @pytest.mark.parametrize(("name", "shares"), [("hf-qwen2.load.2", 2), ("hf-gpt2.load-accumulated.2", 1)])
 def test_each_rank_holds_a_share_of_a_model_sharded_at_load(runs, name, shares):
-    """transformers gathers and reduces a tied weight once for each of its names, and waits with whole gradients."""
+    """transformers gathers and reduces a tied weight once for each of its names, and keeps full gradients meanwhile."""
     num_parameters, tied = runs[name].result["num_parameters"], VOCABULARY * cases.HIDDEN
     for rank in runs[name].result["ranks"]:
         held = rank["measured"]["state_bytes"]
@@ -218,7 +218,7 @@ def test_a_model_sharded_at_load_is_exported_and_never_resumed(runs, tmp_path):
             ConfigError, match=r"sharded at load.*optimizer state cannot be checkpointed.*tutorial_lib export"
         ):
             launch.run(again)
-    with pytest.raises(ConfigError, match="has a checkpoint, and shard_at_load=True can resume none"):
+    with pytest.raises(ConfigError, match="has a checkpoint, but shard_at_load=True cannot resume"):
         launch.run(runs["hf-qwen2.plain.2"].config.override(shard_at_load=True))
 
 

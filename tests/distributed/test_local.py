@@ -1,6 +1,6 @@
-"""The local launcher: ranks from a warm server, and what is left of them when something ends before its time.
+"""Local launcher: ranks from a warm server, and the state they leave if something ends too early.
 
-Most ranks here only tell what they are (``telling_worker.py``).
+Most ranks here only report their own state (``telling_worker.py``).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TELLING = "tests.distributed.telling_worker"
 
 @pytest.fixture
 def light(monkeypatch):
-    """Servers that import next to nothing: enough for ranks that train nothing."""
+    """Use servers that import next to nothing: enough for ranks that do not train."""
     monkeypatch.setattr(local, "MODULES", ("tutorial_lib.records",))
 
 
@@ -40,13 +40,13 @@ def config(storage: Path, name: str = "run", dp: int = 2, **flat) -> Config:
 
 
 def tell(storage: Path, name: str = "run", dp: int = 2) -> list[dict]:
-    """Launch ranks that tell what they are; return what they told."""
+    """Launch ranks that report their state, and return the reports."""
     launch.run_all([config(storage, name, dp)], worker=TELLING)
     return [json.loads((storage / name / f"rank-{rank}.json").read_text()) for rank in range(dp)]
 
 
 def have_told(run: Path) -> bool:
-    """Return whether both ranks of a run have told what they are."""
+    """Return whether both ranks of a run have reported."""
     return all((run / f"rank-{rank}.json").exists() for rank in range(2))
 
 
@@ -105,7 +105,7 @@ def test_warming_up_returns_at_once_and_starts_one_server(tmp_path):
 
 @pytest.fixture(params=["warm", "cold"])
 def way(request, monkeypatch):
-    """Both kinds of server: one that forks its ranks, one that starts new interpreters."""
+    """Return both kinds of server: one that forks its ranks, one that starts new interpreters."""
     monkeypatch.setenv("TUTORIAL_LIB_WARM_WORKERS", "1" if request.param == "warm" else "0")
 
 
@@ -227,7 +227,7 @@ def test_one_interrupt_saves_drops_the_other_runs_and_ends_the_call(tmp_path, ca
     thread = interrupt_when(lambda: (tmp_path / "a" / "metrics.jsonl").exists())
     began = time.monotonic()
     with pytest.raises(
-        launch.Interrupted, match=r"run 'a' stopped at step \d+ of 400 and was saved; not begun: b\."
+        launch.Interrupted, match=r"run 'a' stopped at step \d+ of 400 and was saved; not started: b\."
     ) as e:
         launch.run_all(configs)
     thread.join()
@@ -258,7 +258,7 @@ def test_an_interrupt_while_the_server_loads_is_answered_at_once(tmp_path, monke
     local.stop_server()
     monkeypatch.setattr(local, "warm_up", lambda device: None)  # it starts to load when the run is launched
     thread = interrupt_when((tmp_path / "run" / "logs").exists)
-    with pytest.raises(launch.Interrupted, match="stopped before training began; no step was run") as error:
+    with pytest.raises(launch.Interrupted, match="stopped before training started; no step was run") as error:
         launch.run_all([config(tmp_path)], worker=TELLING)
     thread.join()
     assert error.value.runs == []

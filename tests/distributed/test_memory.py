@@ -1,9 +1,9 @@
-"""At stage 3 and under FSDP2 no rank ever holds the whole model, also where AutoTP splits it.
+"""Memory at start: at stage 3 and with FSDP2, no rank ever holds the full model, even if AutoTP splits it.
 
 Measured while it is built, while it is read, and until it can train.
 
-glibc keeps freed blocks of up to 32 MiB for later, and with the gaps between them the resident set grows far beyond
-what is held: without the settings below, to more than the whole model. They have it give back all above 256 KiB.
+glibc keeps freed blocks of up to 32 MiB for later, and with the gaps between them the resident set grows far above
+the memory in use: to more than the full model. The settings below make it return everything above 256 KiB.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads the kerne
 
 MIB = 2**20
 SLACK = 16 * MIB
-"""Communication buffers, and what Python itself allocates."""
+"""Bytes of communication buffers, and of Python's own allocations."""
 
 
 @pytest.fixture(scope="module")
 def sizes(directory):
-    """A model of 59 million parameters, as a configuration and as saved weights. Bytes: of all of it, of one layer."""
+    """Write a model of 59 million parameters with its weights; return the bytes of all of it and of one layer."""
     cases.altered_model("embedded/gpt2", directory / "large", n_embd=768, n_head=12, n_layer=8)
     (directory / "large" / "model.safetensors").unlink()
     model = load_model(str(directory / "large"), random_init=True)
@@ -39,7 +39,7 @@ def sizes(directory):
 
 @pytest.fixture(scope="module")
 def split_sizes(directory):
-    """The same of a model that AutoTP splits."""
+    """Do the same for a model that AutoTP splits."""
     changes = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 2048, "num_hidden_layers": 9}
     cases.altered_model("embedded/qwen2", directory / "large-split", layer_types=["full_attention"] * 9, **changes)
     (directory / "large-split" / "model.safetensors").unlink()
@@ -56,7 +56,7 @@ def measured(model, layer_of):
 
 @pytest.fixture(scope="module", params=[2, 4])
 def built(request, directory, sizes, split_sizes):
-    """How many bytes each rank's memory rose, by what was built."""
+    """Return how many bytes each rank's memory rose, by kind of model."""
     ranks = request.param
     shared = {"dp": ranks, "zero_stage": 3}
     runs = {

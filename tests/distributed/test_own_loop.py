@@ -1,6 +1,6 @@
-"""A loop that a reader writes from the package's parts trains as the package's own, and each resumes the other's runs.
+"""A reader's own loop from the package's parts trains like the package's, and each can resume the other's runs.
 
-The loop is that of ``notebooks/scripts/train_zero.py``. ``test_ray.py`` gives it to Ray's own ``TorchTrainer``.
+The loop is in ``notebooks/scripts/train_zero.py``. ``test_ray.py`` gives it to Ray's own ``TorchTrainer``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WAYS = {
     "fsdp-chunked": {"engine": "fsdp", "loss_chunks": 4, "micro_batch": 2},
     "ddp-chunked": {"engine": "fsdp", "sharding": "no_shard", "loss_chunks": 4},
 }
-"""How two ranks share the work, and whether logits exist all at once."""
+"""Ways for two ranks to share the work, with and without chunks of logits."""
 
 IN_BF16 = {
     "zero3-bf16": {"zero_stage": 3, "precision": "bf16"},
@@ -41,7 +41,7 @@ IN_BF16 = {
     "fsdp-bf16": {"engine": "fsdp", "precision": "bf16"},
     "fsdp-bf16-chunked": {"engine": "fsdp", "precision": "bf16", "loss_chunks": 4},
 }
-"""The same in 16 bits, where a loss in chunks is rounded per token."""
+"""Ways in 16 bits, where a chunked loss is rounded per token."""
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def config(directory, name, **changes):
 
 
 def resumable(directory, name, **changes):
-    """A run with dropout, which other random numbers than the uninterrupted run's would change."""
+    """Return a run with dropout, which different random numbers would change."""
     return config(directory, name, model="gpt2-dropout", zero_stage=1, schedule="cosine", **changes)
 
 
@@ -76,20 +76,20 @@ def losses_of(run, first=1):
 
 @pytest.fixture(scope="module")
 def reference(directory):
-    """The package's trainer in one process of plain PyTorch."""
+    """Train with the package's trainer in one process of plain PyTorch."""
     run = launch.run(config(directory, "reference", engine="torch", dp=1, launcher="none"))
     return losses_of(run)
 
 
 @pytest.fixture(scope="module")
 def unbroken(directory):
-    """The package's trainer on two ranks, never stopped."""
+    """Train with the package's trainer on two ranks, never stopped."""
     return launch.run(resumable(directory, "unbroken"))
 
 
 @pytest.fixture(scope="module")
 def begun(directory):
-    """Begin a run with the loop for each way, and one that is stopped; give the losses by name."""
+    """Start a run with the loop in each way, and one that is stopped; return the losses by name."""
     ways = [config(directory, name, **flat) for name, flat in (WAYS | IN_BF16).items()]
     stopped = resumable(directory, "begun", stop_after=STOP)
     background = resumable(directory, "background", checkpoint_every=1, async_save=True, keep_last=2)
@@ -174,8 +174,11 @@ def test_files_are_written_in_the_background_and_old_checkpoints_go(directory, b
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"keep_best": True, "evaluate": True}, r"nobody evaluates: give CheckpointManager\(\.\.\., evaluate=\.\.\.\)"),
-        ({"steps": None, "epochs": 1, "warmup_steps": 9}, "warmup_steps=9 goes on after the last step of a run of 5"),
+        (
+            {"keep_best": True, "evaluate": True},
+            r"nothing evaluates: give CheckpointManager\(\.\.\., evaluate=\.\.\.\)",
+        ),
+        ({"steps": None, "epochs": 1, "warmup_steps": 9}, "warmup_steps=9 is longer than the whole run of 5"),
         ({"name": "unbroken", "seed": 1}, "seed was 0, now 1"),
     ],
 )

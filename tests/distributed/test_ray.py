@@ -1,4 +1,4 @@
-"""Ray Train runs the same worker function: the same numbers, the same resume, the same errors, and no noise."""
+"""Ray Train runs the same training function: same numbers, same resume, same errors, and no noise."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tutorial_lib.trainer.process import output_to
 
 @pytest.fixture(scope="module")
 def cluster(directory):
-    """One cluster for all of this module: starting it takes longer than any run in it."""
+    """Start one cluster for the entire module: starting it takes longer than any run in it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         with ray_train.session(on_ray(directory)):
@@ -37,7 +37,7 @@ def on_ray(directory, **changes):
 
 @pytest.fixture(scope="module")
 def runs(cluster, directory):
-    """A run that is stopped, and started again under the same name; the rows as they came; what was printed."""
+    """Stop a run and start it again under the same name; return it, the rows as they came, and the output."""
     shown, rows, starts = directory / "shown", [], []
     for stop in (cases.STOP, None):
         with shown.open("a") as file, redirect_stdout(file), redirect_stderr(file), output_to(shown):
@@ -182,7 +182,7 @@ def test_more_workers_than_the_cluster_has_is_an_error_at_once(cluster, director
     began = time.monotonic()
     many = on_ray(directory).override(name="ray-many", dp=256, global_batch=256)
     with pytest.raises(
-        ConfigError, match=r"256 workers need 256 CPUs, and the Ray cluster has \d+\. Write a smaller dp"
+        ConfigError, match=r"256 workers need 256 CPUs, but the Ray cluster has \d+\. Write a smaller dp"
     ):
         launch.run(many)
     assert time.monotonic() - began < 10
@@ -193,5 +193,5 @@ def test_a_gpu_where_the_cluster_has_none_is_an_error_at_once(cluster, directory
 
     if ray.cluster_resources().get("GPU", 0) >= 2:
         pytest.skip("this machine has the GPUs that are asked for")
-    with pytest.raises(ConfigError, match=r"2 workers need 2 GPUs, and the Ray cluster has \d.*or device='cpu'"):
+    with pytest.raises(ConfigError, match=r"2 workers need 2 GPUs, but the Ray cluster has \d.*or device='cpu'"):
         launch.run(on_ray(directory).override(name="ray-gpu", device="cuda"))

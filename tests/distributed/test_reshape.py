@@ -1,6 +1,6 @@
-"""A run saved in one shape goes on in another as if nothing had happened: the same examples, losses and states.
+"""Reshape: a run saved in one shape resumes in another as if nothing had happened: same examples, losses, states.
 
-A shape is who holds what: the number of ranks, data- and tensor-parallel, the engine, the ZeRO stage, sharding and
+A shape is the layout of the states: data- and tensor-parallel ranks, the engine, the ZeRO stage, sharding and
 offload. The runs are stopped after step 3 of epochs of five steps and go on to step 8.
 """
 
@@ -38,7 +38,7 @@ READ = [
 
 @pytest.mark.parametrize(("ranks", "name"), cases.among_runs(READ))
 def test_full_tensors_are_what_the_engine_had(observed, ranks, name):
-    """Of weights, which the engine shows as it computes with them, those in 16 bits are the masters, rounded."""
+    """The engine shows the weights that it computes with; in 16 bits they are the rounded master copies."""
     run = observed(ranks, name)
     full = checkpoint.open_full(checkpoint.latest(run.directory))
     assert list(full.names) == list(run.parameters)
@@ -66,7 +66,7 @@ def test_full_tensors_are_what_the_engine_had(observed, ranks, name):
     ),
 )
 def test_it_is_what_deepspeed_itself_converts(observed, tmp_path, ranks, name):
-    """To its universal format, which has a file for every full tensor.
+    """Compare with DeepSpeed's universal format, which has a file for every full tensor.
 
     Stage 3 with AutoTP is not among these: DeepSpeed 0.19.8 takes every parameter for one that is cut among the
     data-parallel ranks, and its conversion ends in an error.
@@ -93,7 +93,7 @@ def test_it_is_what_deepspeed_itself_converts(observed, tmp_path, ranks, name):
 
 @pytest.mark.parametrize("name", cases.RESHAPED)
 def test_a_run_goes_on_in_another_shape(observed, reshaped, directory, name):
-    """The new start reads each example of the later steps once, whatever the number of ranks."""
+    """The new start reads each example of the remaining steps once, with any number of ranks."""
     run, whole = reshaped(f"reshaped.{name}"), observed(1, f"unbroken.{cases.case_of(name)}")
     result, (before, *_) = run.directory.result(), cases.ancestors(directory, name)
     assert result["resumed_from"] == before.run.stop_after
@@ -101,7 +101,7 @@ def test_a_run_goes_on_in_another_shape(observed, reshaped, directory, name):
     if run.config.run.stop_after:
         assert run.examples == whole.examples[cases.STOP : run.config.run.stop_after]
         return
-    # What either shape may differ by, both may.
+    # The tolerances of both shapes apply.
     bounds: dict[str, float] = {}
     for config in (run.config, *cases.ancestors(directory, name)):
         bounds |= {kind: max(size, bounds.get(kind, 0.0)) for kind, size in allowed(config).items()}
@@ -112,7 +112,7 @@ def test_a_run_goes_on_in_another_shape(observed, reshaped, directory, name):
 
 @pytest.mark.parametrize("name", cases.STILL)
 def test_in_16_bits_the_masters_are_kept_and_their_copies_rounded(observed, reshaped, directory, name):
-    """Stopped where it begins, the new start writes what it has read."""
+    """Stopped at once, the new start saves exactly what it loaded."""
     run = reshaped(f"reshaped.{name}")
     (before, *_) = cases.ancestors(directory, name)
     old, new = (checkpoint.open_full(checkpoint.latest(RunDirectory(c.directory))) for c in (before, run.config))
@@ -171,5 +171,5 @@ def test_the_command_makes_a_run_that_goes_on(observed, launched, directory, cap
         assert new.parameter(name).equal(old.parameter(name))
         assert all(new.moment(name, kind).equal(old.moment(name, kind)) for kind in checkpoint.MOMENTS)
     assert main(given) == 2
-    assert f"There is a run {storage / 'made'} already" in capsys.readouterr().err
+    assert f"There is already a run {storage / 'made'}" in capsys.readouterr().err
     shutil.rmtree(run.path)

@@ -1,4 +1,4 @@
-"""A run that is stopped in the middle of an epoch and started again is the run that was never stopped, bit for bit."""
+"""Resume: a run that is stopped within an epoch and started again equals the uninterrupted run, bit for bit."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_refused_start_leaves_the_run_as_it_was(resumed, directory):
 
 
 def test_dropout_is_active(observed):
-    """Else random states would not matter to these runs."""
+    """Otherwise random states would not matter to these runs."""
     with_dropout, without = observed(2, "whole.zero1"), observed(1, "unbroken.gpt2")
     assert with_dropout.config.run.seed == without.config.run.seed
     assert with_dropout.examples == without.examples

@@ -17,7 +17,7 @@ def losses(lines: list[str]) -> list[float]:
 
 
 def test_fsdp_on_two_ranks_and_then_on_one_is_plain_pytorch(tmp_path: Path) -> None:
-    """Qwen2 has rotary frequencies, buffers that are stored nowhere; lesson 03 does the same with tied GPT-2."""
+    """Qwen2 has rotary frequencies, which are buffers that no file stores; lesson 03 uses the tied GPT-2."""
     path, corpus = resolve_model("embedded/qwen2"), tmp_path / "corpus.txt"
     corpus.write_text("\n".join(load_rows("embedded/news", "train", max_examples=100)["text"]))
     flags = [

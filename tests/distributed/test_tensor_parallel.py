@@ -1,6 +1,6 @@
-"""Tensor-parallel runs: their measurements, the faults that they notice, and that they can be stopped and continued.
+"""Tensor-parallel runs: their measurements, the faults that they detect, and stopping and resuming them.
 
-That they train as one plain process does is in ``test_equivalence.py``, and their exports in ``test_export.py``.
+``test_equivalence.py`` compares their training with one plain process, and ``test_export.py`` has their exports.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ ALL_REDUCED = [
 
 @pytest.mark.parametrize(("ranks", "name", "backward"), cases.among_runs(ALL_REDUCED))
 def test_all_reduces_per_layer(observed, ranks, name, backward):
-    """Forward, one for each row-parallel layer: 2. Backward, one for each column-parallel one: q, k, v, gate and up."""
+    """In forward, one per row-parallel layer: 2. In backward, one per column-parallel layer: q, k, v, gate and up."""
     run = observed(ranks, name)
     for rank in measured(run):
         (row,) = rank["traffic"]["axes"]["tp"]["tensors"]
@@ -144,7 +144,7 @@ def test_gradients_are_reduced_over_the_data_parallel_ranks_alone(observed):
 
 
 def test_the_check_within_a_group_costs_two_small_gathers_a_step(observed):
-    """Tokens and fingerprint of every rank; then the losses. (Stop requests are gathered when the step is done.)"""
+    """Tokens and fingerprint of every rank; then the losses. Stop requests come after the step."""
     bookkeeping = measured(observed(4, "qwen2.2x2-zero0.4"))[0]["traffic"]["bookkeeping"]
     gathers = [row for row in bookkeeping if row["kind"] == "all_gather"]
     numbers = 4 * (2 + 1)
@@ -185,7 +185,7 @@ def test_evaluation_is_that_of_one_process(observed, ranks, case, variant):
         (
             "projection_left_whole",
             "ConfigError",
-            rf"left {3 * LAYERS} projections whole on every rank, model\.layers\.0\.mlp\.gate_proj\.weight first\.",
+            rf"left {3 * LAYERS} projections unsplit on every rank, model\.layers\.0\.mlp\.gate_proj\.weight first\.",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""A model that config.json calls tied and whose file has an output layer of its own: one model for all engines."""
+"""A model that config.json calls tied, but with a separate output layer in its file: the same for all engines."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from tutorial_lib import checkpoint, launch
 from tutorial_lib.checkpoint import CheckpointError
 
 AFTER = {"torch": "ZeRO-1", "ZeRO-1": "FSDP2", "ZeRO-3": "torch", "FSDP2": "ZeRO-3"}
-"""Which engine finishes which one's run."""
+"""Engine that finishes each engine's run."""
 
 ENGINES = {
     "torch": {},
@@ -37,7 +37,7 @@ def own_head(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def runs(own_head, tmp_path_factory):
-    """Each engine's run, stopped after two of three steps; and a copy of each, finished by a different engine."""
+    """Run each engine, stopped after two of three steps, and finish a copy of each with a different engine."""
     storage = tmp_path_factory.mktemp("tied")
     flat = {"model": own_head, "max_examples": 40, "launcher": "local"}
     alone = config(storage, name="alone", steps=3, **flat)
@@ -73,7 +73,7 @@ def test_it_goes_on_in_another_shape(runs, name):
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_a_checkpoint_that_describes_another_model_is_refused(runs, name, tmp_path):
-    """As older versions wrote them: a tied configuration beside two weights."""
+    """As older versions wrote them: a tied configuration beside two different weights."""
     path = checkpoint.directory_of(runs[name].directory, 2)
     settings = path / "model" / "config.json"
     kept = settings.read_text()

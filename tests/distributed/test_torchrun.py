@@ -1,4 +1,4 @@
-"""``--launcher none`` joins the processes that torchrun has started; the numbers are those of the local launcher."""
+"""``--launcher none`` joins the processes that torchrun started, with the same numbers as the local launcher."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tutorial_lib.records import RunDirectory
     ("kind", "stops"), [("zero1", (cases.STOP, None)), ("1x2-zero0", (None,)), ("fsdp-full", (None,))]
 )
 def test_a_run_started_by_torchrun_is_the_one_of_local_processes(observed, directory, shell, kind, stops):
-    """Stopped once: torchrun takes 75 for a failure, so the code is 0, and the result tells that the run goes on."""
+    """Stopped once: torchrun treats 75 as a failure, so the exit code is 0, and the result says that steps are left."""
     whole = observed(2, f"whole.{kind}")
     for stop in stops:
         config = cases.interruptible(

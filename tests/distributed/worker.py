@@ -1,7 +1,7 @@
 """Worker processes of these tests: the local launcher's worker, observed, and in some runs deliberately broken.
 
 ``python -m tests.distributed.worker`` takes the place of ``python -m tutorial_lib.launch.worker`` and calls it. At
-every checkpoint a run leaves ``observed.pt`` in its directory: whole parameters, whole optimizer states, the examples
+every checkpoint a run leaves ``observed.pt`` in its directory: full parameters, full optimizer states, the examples
 of every step. The names of some runs ask for more:
 
 - ``broken-NAME``: the run trains with the patch that :data:`BROKEN` has under NAME;
@@ -75,7 +75,7 @@ def train_all_observed(configs: Sequence[Config]) -> None:
 
 
 def train_observed(config: Config) -> None:
-    """Train, and write down what can be seen from outside the trainer."""
+    """Train, and record everything that can be observed from outside the trainer."""
     probe_averages(Path(config.run.storage))
     if config.run.name.startswith("twice."):
         train(config)
@@ -110,7 +110,7 @@ def train_observed(config: Config) -> None:
 
 
 def _forget_newest(config: Config) -> None:
-    """Remove the checkpoint that was written when training had stopped. Collective."""
+    """Remove the checkpoint that was written when training stopped. Collective."""
     if dist.get_rank() == 0:
         shutil.rmtree(checkpoint.latest(RunDirectory(config.directory)))
     dist.barrier()
@@ -145,7 +145,7 @@ def failing_on_ray(given: dict[str, Any]) -> None:
 
 
 def killed_on_ray(given: dict[str, Any]) -> None:
-    """Train as Ray's workers do, but once kill rank 1 when it is to tell Ray of its second checkpoint."""
+    """Train as Ray's workers do, but once kill rank 1 when it reports its second checkpoint to Ray."""
     tell, reports = ray_train.report, []
     struck = Path(json.loads(given["configs"][-1])["storage"]) / "struck-on-ray"
 
@@ -161,7 +161,7 @@ def killed_on_ray(given: dict[str, Any]) -> None:
 
 
 class _Watch:
-    """Keeps the engine and what the loader yields."""
+    """Keeps the engine, and the batches that the loader yields."""
 
     def __init__(self) -> None:
         self.engine: Any = None
@@ -219,7 +219,7 @@ class _Watch:
             self.written.add("/".join(parts[parts.index("checkpoints") + 2 :]))
 
     def observation(self) -> dict[str, Any]:
-        """Collective. The same on every rank, or it says so."""
+        """Return the observation, the same on every rank, or raise. Collective."""
         parameters = dict(self.engine.full_parameters())
         moments = dict(self.engine.full_optimizer_states())
         everything = [*parameters.values(), *(m for both in moments.values() for m in both.values())]
@@ -252,7 +252,7 @@ class _Watch:
         }
 
     def load_of_nothing(self, directory: Path) -> str:
-        """Collective. What the engine says when there is nothing to load. Spoils the engine."""
+        """Return the engine's error if there is nothing to load. Do not use the engine afterwards. Collective."""
         directory.mkdir(exist_ok=True)
         try:
             self.engine.load(directory)
@@ -274,7 +274,7 @@ def _watching() -> Iterator[_Watch]:
 
 
 def _examples(batch: dict[str, Tensor]) -> list[str]:
-    """A fingerprint of every row of a batch that does not depend on how far the row was padded."""
+    """Return a fingerprint of every row of a batch, without its padding."""
     mask = batch["attention_mask"]
     width = mask.sum(-1) if mask.dim() == 2 else torch.full((mask.size(0),), mask.size(-1))
     return [_digest([ids[:n]]) for ids, n in zip(batch["input_ids"], width.tolist(), strict=True)]
@@ -288,7 +288,7 @@ def _digest(tensors: Sequence[Tensor]) -> str:
 
 
 def probe_averages(storage: Path) -> None:
-    """Record what gloo makes of ``ReduceOp.AVG`` over ranks that hold 1, 2, ...; rank 0 leaves ``averages.pt``."""
+    """Record gloo's result of ``ReduceOp.AVG`` over ranks that hold 1, 2, ...; rank 0 writes ``averages.pt``."""
     size, rank = dist.get_world_size(), dist.get_rank()
     target = storage / f"averages-{size}.pt"
     if target.exists():
@@ -321,7 +321,7 @@ def _same_data_on_each_rank() -> Iterator[None]:
 
 @contextmanager
 def _sharded_over_a_larger_grid() -> Iterator[None]:
-    """Examples dealt out over twice as many ranks as read them, as when the world's size is taken for the group's."""
+    """Deal examples out over twice as many ranks as read them, as if the world size were the group's size."""
 
     def steps(self: Any) -> Iterator[list[int]]:
         while True:
@@ -335,7 +335,7 @@ def _sharded_over_a_larger_grid() -> Iterator[None]:
 
 @contextmanager
 def _sampler_of_the_world() -> Iterator[None]:
-    """Examples dealt out over all ranks, also to those that share their layers."""
+    """Deal examples out over all ranks, even if they share their layers."""
 
     def steps(self: Any) -> Iterator[list[int]]:
         while True:
@@ -349,7 +349,7 @@ def _sampler_of_the_world() -> Iterator[None]:
 
 @contextmanager
 def _seed_of_each_rank() -> Iterator[None]:
-    """Dropout masks that differ between ranks which share their layers."""
+    """Draw different dropout masks on ranks that share their layers."""
     seed = engines.seed_everything
     with mock.patch.object(engines, "seed_everything", lambda number: seed(number + 1000 * dist.get_rank())):
         yield
@@ -357,7 +357,7 @@ def _seed_of_each_rank() -> Iterator[None]:
 
 @contextmanager
 def _all_reduce_skipped(function: str, direction: str) -> Iterator[None]:
-    """One of AutoTP's two functions of autograd passes on what this rank has alone."""
+    """Make one of AutoTP's two autograd functions pass on only this rank's part."""
     from deepspeed.module_inject import layers
 
     def passed_on(ctx: Any, *given: Any) -> Any:
@@ -381,7 +381,7 @@ def _column_all_reduce_skipped() -> Iterator[None]:
 
 @contextmanager
 def _projection_left_whole() -> Iterator[None]:
-    """A plan that names all projections but one pair, so that shapes still fit."""
+    """Use a plan without one pair of projections, so that shapes still fit."""
     from tutorial_lib.engine.deepspeed import engine
 
     attention = [
@@ -423,7 +423,7 @@ def _deepspeed_config(change: Callable[[dict[str, Any]], None]) -> Iterator[None
 
 @contextmanager
 def _averages_over(ranks: Callable[[int], int]) -> Iterator[None]:
-    """Have the engine believe that it averages gradients over another number of ranks than it does."""
+    """Make the engine believe that it averages gradients over a different number of ranks."""
     build = trainer.build_engine
 
     def built(*args: Any) -> Any:
@@ -462,7 +462,7 @@ def _own_tokens(micro_batches: Sequence[dict[str, Tensor]]) -> int:
 
 @contextmanager
 def _losses_of_own_tokens() -> Iterator[None]:
-    """Each rank reports the mean over its own tokens."""
+    """Report the mean over each rank's own tokens."""
 
     def own(micro_batches: Any, topology: Topology, **given: Any) -> int:
         return _own_tokens(micro_batches)
@@ -491,7 +491,7 @@ def _position_not_restored() -> Iterator[None]:
 
 @contextmanager
 def _optimizer_not_restored() -> Iterator[None]:
-    """Weights come back, moments do not: what a checkpoint of the weights alone would give."""
+    """Restore weights but not moments, like a checkpoint with only weights."""
     from tutorial_lib.engine.deepspeed.engine import DeepSpeedEngine
 
     def load(self: Any, directory: Path) -> None:
@@ -503,7 +503,7 @@ def _optimizer_not_restored() -> Iterator[None]:
 
 @contextmanager
 def _fault_in_second_save(strike: Callable[[], None]) -> Iterator[None]:
-    """Rank 1 does not come back from the second checkpoint, when its files are written but the rest is not."""
+    """Stop rank 1 in the second checkpoint, when its own files are written but the rest is not."""
     from tutorial_lib.engine.deepspeed.engine import DeepSpeedEngine
 
     save, saves = DeepSpeedEngine.save, []
@@ -520,7 +520,7 @@ def _fault_in_second_save(strike: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def _killed_in_publish() -> Iterator[None]:
-    """Rank 0 is killed when its second checkpoint is complete, and still has the name that nobody reads."""
+    """Kill rank 0 when its second checkpoint is complete, but still has its temporary name."""
     publish, published = checkpoint.saver.publish, []
 
     def publishing(partial: Path, final: Path) -> None:
@@ -535,7 +535,7 @@ def _killed_in_publish() -> Iterator[None]:
 
 @contextmanager
 def _killed_in_prune() -> Iterator[None]:
-    """Rank 0 is killed when an old checkpoint has lost its name and one of its files."""
+    """Kill rank 0 when an old checkpoint has lost its name and one of its files."""
 
     def discarding(doomed: Path) -> None:
         next(doomed.rglob("*.pt")).unlink()
@@ -547,7 +547,7 @@ def _killed_in_prune() -> Iterator[None]:
 
 @contextmanager
 def _fault_in_second_write(strike: Callable[[], None]) -> Iterator[None]:
-    """The same while the files of the second checkpoint are written, and training has gone on."""
+    """Do the same while the files of the second checkpoint are written and training continues."""
 
     def second(step: int) -> None:
         if step == 4 and dist.get_rank() == 1:
@@ -558,12 +558,12 @@ def _fault_in_second_write(strike: Callable[[], None]) -> Iterator[None]:
 
 
 def _limit_files() -> None:
-    """From now on a file ends after 64 KiB, as under a quota."""
+    """Limit files to 64 KiB from now on, as under a quota."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))
 
 
 def _kill_half_way() -> None:
-    """The process ends when half of what it writes next is in its file."""
+    """End the process when half of its next write is in the file."""
 
     def half(self: Any, data: Any) -> None:
         data = memoryview(data).cast("B")
@@ -583,12 +583,12 @@ def _killed() -> None:
 
 
 STRUCK_IN_STEP = 4
-"""Two steps after the only checkpoint, so that one finished step is lost as well."""
+"""Step of the fault: two steps after the only checkpoint, so that one finished step is lost as well."""
 
 
 @contextmanager
 def _killed_in_pass(backward: bool) -> Iterator[None]:
-    """Rank 1 is killed in the middle of the model, when a batch goes through it or its gradient comes back."""
+    """Kill rank 1 in the middle of the model, in a forward pass or in a backward pass."""
     build, passes = trainer.build_engine, []
 
     def strike(*_: Any) -> None:
@@ -614,7 +614,7 @@ def _killed_in_pass(backward: bool) -> Iterator[None]:
 
 @contextmanager
 def _killed_in_update() -> Iterator[None]:
-    """Rank 1 is killed when AdamW has updated its shard and nobody has the new weights yet."""
+    """Kill rank 1 when AdamW has updated its shard, but no other rank has the new weights yet."""
     step, steps = torch.optim.AdamW.step, []
 
     def updating(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -630,7 +630,7 @@ def _killed_in_update() -> Iterator[None]:
 
 @contextmanager
 def _killed_in_report() -> Iterator[None]:
-    """Rank 0 is killed when half of a metrics row is in its file."""
+    """Kill rank 0 when half of a metrics row is in its file."""
     append = RunDirectory.append
 
     def appending(self: RunDirectory, row: dict[str, Any]) -> None:
@@ -647,7 +647,7 @@ def _killed_in_report() -> Iterator[None]:
 
 @contextmanager
 def _read_only() -> Iterator[None]:
-    """Before its second save the directory of the checkpoints becomes read-only, once; see ``small_storage.py``."""
+    """Make the directory of checkpoints read-only before the second save, once; see ``small_storage.py``."""
     save, saves = checkpoint.manager.save, []
 
     def saving(run: RunDirectory, *args: Any) -> Any:
@@ -673,7 +673,7 @@ def _trial_step_kept() -> Iterator[None]:
 
 @contextmanager
 def _columns_not_moved() -> Iterator[None]:
-    """GPT-2's fused columns cut as they are: the first rank gets all queries and half the keys."""
+    """Cut GPT-2's fused columns without reordering: the first rank gets all queries and half of the keys."""
     from tutorial_lib.engine.fsdp import weights
 
     with mock.patch.object(weights, "by_rank", lambda tensor, tp: tensor):
@@ -682,7 +682,7 @@ def _columns_not_moved() -> Iterator[None]:
 
 @contextmanager
 def _whole_gradients_counted_twice() -> Iterator[None]:
-    """Gradients that every tensor-parallel rank holds enter the norm once per rank."""
+    """Count replicated gradients in the norm once per tensor-parallel rank."""
     from tutorial_lib.engine.fsdp import sharding
 
     with mock.patch.object(sharding, "copies", lambda gradient, world_size: 1):
@@ -707,7 +707,7 @@ def _slopes_of_the_first_heads() -> Iterator[None]:
 
 @contextmanager
 def _updates_not_counted() -> Iterator[None]:
-    """Adam corrects its moments as in its first update, after three."""
+    """Make Adam correct its moments as in its first update, after three updates."""
     with mock.patch.object(checkpoint.formats.deepspeed.Stage3, "adam_step", lambda self, name: 0):
         yield
 

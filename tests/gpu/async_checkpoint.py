@@ -1,6 +1,6 @@
-"""Step 6: what a checkpoint of a 1 B-parameter model costs: for how long training waits, and what is hidden behind it.
+"""Step 6: cost of checkpoints of a 1 B-parameter model: the time that training waits, and the time that is hidden.
 
-One run of the trainer saves twice: in the middle while training goes on (``async_save``), and at the end, when nothing
+One run of the trainer saves twice: in the middle while training continues (``async_save``), and at the end when nothing
 follows and the trainer waits for the files.
 """
 

@@ -1,4 +1,4 @@
-"""What the processes of a step share: ``python -m tests.gpu.cases MODULE EVENTS FIRST SETTING`` runs a page's cases.
+"""Common code of a step's processes: ``python -m tests.gpu.cases MODULE EVENTS FIRST SETTING`` runs a page's cases.
 
 A page has a function ``cases(setting)`` that returns names and functions. Each function does one measurement and
 returns what JSON can hold; a name with a unit ends in it (``peak_bytes``, ``step_seconds``). One that raises is
@@ -25,12 +25,12 @@ Cases = dict[str, Callable[[], dict[str, Any]]]
 PR_SET_PDEATHSIG = 1
 
 AT_END = ExitStack()
-"""What the cases of this process share, such as a process group; released when the last one has ended."""
+"""Resources that this process's cases share, such as a process group; released after the last case."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how large.
+    """Setting of the measurements: where, and how large.
 
     Args:
         device: ``cuda`` or ``cpu``.
@@ -85,7 +85,7 @@ def main(module: str, events_file: str, first: str, setting_json: str) -> None:
 
 
 def clear_memory() -> None:
-    """Give back what a case has left in the allocator's cache, so that the next one starts from nothing."""
+    """Free the allocator's cache after a case, so that the next one starts from nothing."""
     gc.collect()
     torch: Any = sys.modules.get("torch")
     if torch and torch.cuda.is_initialized():

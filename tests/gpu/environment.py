@@ -1,4 +1,4 @@
-"""Step 1: what the machine is, and its measured ceilings: matrix product, memory, the link to the host."""
+"""Step 1: facts about the machine, and its measured ceilings: matrix product, memory, the link to the host."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def measure_bandwidth(setting: Setting) -> dict[str, Any]:
 
 
 def measure_disk(setting: Setting) -> dict[str, Any]:
-    """Return the bytes per second that a file takes until it is on the disk itself: what checkpoints are up against."""
+    """Return the bytes per second of writing a file until it is on the disk: the limit for checkpoints."""
     size = setting.pick(full=2**30, quick=2**28, tiny=2**20)
     block, path = os.urandom(min(size, 2**24)), setting.path("disk-test")
     began = time.perf_counter()
@@ -131,7 +131,7 @@ def measure_disk(setting: Setting) -> dict[str, Any]:
 
 
 def compile_operators(setting: Setting) -> dict[str, Any]:
-    """Compile DeepSpeed's Adam for the host, which offload needs, and say what was left out.
+    """Compile DeepSpeed's Adam for the host, which offload needs, and report the rest as left out.
 
     FusedAdam is not compiled: without offload the engine updates with ``torch.optim.AdamW``.
     """

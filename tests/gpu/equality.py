@@ -95,7 +95,7 @@ def full_fp32() -> Iterator[None]:
 
 
 def compare(setting: Setting, model: str, engine: str, precision: str) -> dict[str, Any]:
-    """Train a few steps, and return the losses beside the CPU's."""
+    """Train a few steps, and return the losses next to the CPU's."""
     config = configure(setting, f"{model} {engine} {precision}", model, precision=precision, **ENGINES[engine])
     join_group(config)
     with full_fp32():
@@ -118,7 +118,7 @@ def compare(setting: Setting, model: str, engine: str, precision: str) -> dict[s
 
 
 def resume(setting: Setting, engine: str) -> dict[str, Any]:
-    """Return whether a run that was interrupted after three of six steps ends like one that was not, bit for bit.
+    """Return whether a run that was interrupted after three of six steps ends like an uninterrupted one, bit for bit.
 
     ``repeatable`` says whether two uninterrupted runs end alike. If not, kernels sum in a different order each time,
     and a resume cannot be judged. PyTorch is told to prefer deterministic kernels.

@@ -1,4 +1,4 @@
-"""What a step of the measurement must survive, for the tests: a case that raises, one that hangs, one that dies."""
+"""Faulty cases for the tests, which a step must survive: one that raises, one that hangs, one that dies."""
 
 from __future__ import annotations
 

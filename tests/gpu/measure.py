@@ -1,4 +1,4 @@
-"""Measure the course on a GPU: ``python tests/gpu/measure.py --out DIR [--quick]``.
+"""Measurement of the course on a GPU: ``python tests/gpu/measure.py --out DIR [--quick]``.
 
 Runs from a plain checkout with whatever Python has torch, without Ray and without a network, in at most 8 minutes
 (``--quick``: about 2). Each step runs in a process of its own with a time limit, so a failure or a

@@ -1,4 +1,4 @@
-"""What the library expects of newer packages than a lent machine has: adapted here, and named beside the figures."""
+"""Adaptations to a lent machine's older packages, which are reported with the figures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @cache
 def adapt() -> list[str]:
-    """Give older packages what the library calls; return what was done, empty with the pinned versions."""
+    """Add functions that the library calls to older packages; return the changes, empty with the pinned versions."""
     from torch.distributed.checkpoint.staging import DefaultStager
     from torch.distributed.checkpoint.staging import StateDictStager as Copier
     from transformers import PreTrainedModel

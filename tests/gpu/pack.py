@@ -1,7 +1,7 @@
-"""Wheels of what a lent GPU machine lacks: ``python tests/gpu/pack.py`` collects them in ``build/gpu-wheels``.
+"""Wheels of packages that a lent GPU machine lacks: ``python tests/gpu/pack.py`` collects them in ``build/gpu-wheels``.
 
 The machine has Python 3.12, torch, transformers, pyarrow and most of what our packages need in turn (its list is in the
-device tool's documentation), and it reaches no registry. What is named here travels with the checkout, under 8 MiB of
+device tool's documentation), and it reaches no registry. These packages travel with the checkout, under 8 MiB of
 the 64 that may. pyarrow (45 MiB) stays behind, because it is there. DeepSpeed becomes a wheel without compiled
 operators: those that a run needs are compiled there, at first use.
 """
@@ -21,7 +21,7 @@ MISSING = (
 ).split()
 PLATFORMS = "manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64".split()
 LIMIT_BYTES = 60 * 2**20
-"""What may travel, less the checkout itself."""
+"""Bytes that may travel, minus the checkout itself."""
 
 
 def pinned_versions() -> dict[str, str]:

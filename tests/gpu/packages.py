@@ -1,4 +1,4 @@
-"""A site directory for packages that this Python lacks, unpacked from wheels that came along (``pack.py``)."""
+"""Site directory for packages that this Python lacks, unpacked from wheels that came along (``pack.py``)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MODULES = {
     "multiprocess": "multiprocess",
     "torchdata": "torchdata",
 }
-"""Packages that may come as wheels, and the module that tells whether one is there already."""
+"""Packages that may come as wheels, and the module that shows whether each is already installed."""
 
 ALSO_USED = (
     "torch transformers tokenizers accelerate safetensors numpy pyarrow psutil filelock ninja msgpack py-cpuinfo "
@@ -30,7 +30,7 @@ ALSO_USED = (
 def unpack_missing(wheels: Path, site: Path) -> dict[str, str]:
     """Unpack the wheel of every package that cannot be found, and return where each came from.
 
-    What is there already stays as it is, whatever its version: two versions of a package that its neighbours rely on
+    Installed packages stay, whatever their version: two versions of a package that its neighbours rely on
     are worse than one unexpected version, which the report names.
     """
     site.mkdir(parents=True, exist_ok=True)

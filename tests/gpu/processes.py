@@ -1,4 +1,4 @@
-"""One step of the measurement in processes of its own: started, followed, ended in time, started again after a crash.
+"""Processes of one step: started, followed, ended in time, and restarted after a crash.
 
 A step is a list of cases (:mod:`tests.gpu.cases`). Its process writes an event when a case starts and when it ends. The
 driver turns the events into the step's JSON file after each of them, so that a cut-off run leaves what it had. A
@@ -100,7 +100,7 @@ class MemorySampler:
 
 @dataclass
 class Record:
-    """What becomes of a step: the content of its JSON file."""
+    """Record of a step: the content of its JSON file."""
 
     step: Step
     setting: dict[str, Any]
@@ -111,7 +111,7 @@ class Record:
     changed: float = 0.0
 
     def write(self) -> None:
-        """Replace the file, so that a reader sees the old or the new content, never a part."""
+        """Replace the file, so that a reader sees the old or the new content, never a mixture."""
         self.changed = time.time()
         content = {
             "step": self.step.name,
@@ -135,7 +135,7 @@ class Record:
         return bool(self.cases) and self.done() == len(self.cases)
 
     def done(self) -> int:
-        """Return how many cases are over, well or badly: where the next process begins."""
+        """Return the number of cases that are over, well or badly: the next process starts there."""
         return sum(case["status"] not in ("not run", "running") for case in self.cases)
 
 
@@ -178,7 +178,7 @@ def _follow(
     process: subprocess.Popen[bytes], record: Record, events: Path, sampler: MemorySampler, say: Callable[[str], None],
     deadline: float,
 ) -> str:  # fmt: skip
-    """Take a process's events until it has ended, or end it. Returns why it ended."""
+    """Take a process's events until it has ended, or end it, and return why it ended."""
     why = unfinished = ""
     with events.open() as written:
         try:

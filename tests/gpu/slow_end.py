@@ -1,4 +1,4 @@
-"""For the tests: a last case that takes a second, in a process that does not want to end."""
+"""A last case for the tests that takes a second, in a process that refuses to end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Step 5: what one step does, kernel by kernel: chrome traces of a ZeRO-1 and a ZeRO-3 step, gzipped, in one archive.
+"""Step 5: chrome traces of a ZeRO-1 and a ZeRO-3 step, kernel by kernel, gzipped, in one archive.
 
 Open a trace at https://ui.perfetto.dev or in chrome://tracing.
 """
@@ -19,7 +19,7 @@ from tests.gpu.training import engine_of, full_rows, synchronize, time_steps, tr
 from tests.gpu.workshop import configure, models
 
 LARGEST_BYTES = 6 * 2**20
-"""Of one gzipped trace: files that come back from a lent machine are limited."""
+"""Largest gzipped trace in bytes, because a lent machine only returns small files."""
 
 
 def cases(setting: Setting) -> Cases:

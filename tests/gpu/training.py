@@ -62,7 +62,7 @@ def write_model(setting: Setting, name: str, like: str, **dimensions: Any) -> st
 
 
 def full_rows(vocabulary: int, config: Config, device: torch.device) -> list[dict[str, Tensor]]:
-    """Return an optimizer step's micro-batches of random tokens: every row is ``seq_length`` long, without padding."""
+    """Return an optimizer step's micro-batches of random tokens: every row has ``seq_length`` tokens, no padding."""
     generator = torch.Generator().manual_seed(config.run.seed)
     shape = (config.micro_batch, config.data.seq_length)
     ids = [torch.randint(vocabulary, shape, generator=generator).to(device) for _ in range(config.accumulation)]

@@ -1,7 +1,7 @@
 """Step 3: the workshop's models on one GPU: plain torch, then ZeRO by stage, offload and pinned memory.
 
 Weights are random: only the dimensions matter here. Every case trains the same optimizer step, 16 sequences in four
-micro-batches of full rows, in bf16. What :mod:`tutorial_lib.theory` predicts stands beside what was measured.
+micro-batches of full rows, in bf16. The predictions of :mod:`tutorial_lib.theory` are next to the measurements.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Model:
 
 
 def models(setting: Setting) -> dict[str, Callable[[], Model]]:
-    """Return how each of the workshop's models is made."""
+    """Return the recipe of each of the workshop's models."""
     bloom = TINY_BLOOM if setting.tiny else BLOOM_560M
     found = {"bloom-560m": lambda: Model(write_model(setting, "bloom-560m", "embedded/bloom", **bloom), _length(512))}
     found["gpt2"] = lambda: Model("embedded/gpt2" if setting.tiny else "embedded/gpt2-small", _length(1024))
@@ -166,7 +166,7 @@ def measured_peak(setting: Setting) -> float:
 
 
 def predict(config: Config, dimensions: Dimensions, params: int) -> dict[str, float]:
-    """Return what the arithmetic says of a case's device memory: states, activations at their peak, and the peak."""
+    """Return the predicted device memory of a case: states, activations at their peak, and the peak."""
     workload, layout = workload_and_layout(config, dimensions, params)
     part = peak.part_of_model(dimensions, params)
     states = model_states(workload, layout, part.params, config.accumulation, 1)

@@ -1,4 +1,4 @@
-"""Runs the course's notebooks without a browser. `make run-notebooks`, `execute`, `nbval` and the tests all use this.
+"""Runner of the course's notebooks without a browser, for `make run-notebooks`, `execute`, `nbval` and the tests.
 
 Every notebook runs on the profile it was committed with (the CPU's), in a working directory of its own that starts
 empty, and with its parameter ``STORAGE`` pointing there: what an earlier run left behind is never found again.
@@ -53,7 +53,7 @@ class Execution:
 
 
 def committed_notebooks() -> list[Path]:
-    """The lessons in reading order, then the labs. No two have the same name."""
+    """Return the lessons in reading order, then the labs. No two have the same name."""
     return [*sorted(NOTEBOOKS.glob("*.ipynb")), *sorted(NOTEBOOKS.glob("labs/*.ipynb"))]
 
 
@@ -87,7 +87,7 @@ def execute(notebook: Path, *, progress_bar: bool = False) -> Execution:
 
 
 def execute_in_place(notebook: Path) -> Execution:
-    """Replace a committed notebook's outputs by those of a fresh run, and keep nothing that changes from run to run."""
+    """Replace a committed notebook's outputs by a fresh run's, without anything that changes from run to run."""
     document = nbformat.read(notebook, as_version=4)
     scratch = _fresh(ROOT / "build" / "execute" / notebook.stem)
     client = NotebookClient(
@@ -117,19 +117,19 @@ def execute_in_place(notebook: Path) -> Execution:
 
 
 def copy_to(directory: Path, notebooks: Sequence[Path]) -> None:
-    """Copy notebooks to an empty directory, for a tool that runs notebooks where they lie."""
+    """Copy notebooks to an empty directory, for a tool that runs notebooks in place."""
     _fresh(directory)
     for notebook in notebooks:
         shutil.copy(notebook, directory)
 
 
 def code_cells(document: NotebookNode) -> list[NotebookNode]:
-    """The code cells that hold code."""
+    """Return the code cells that are not empty."""
     return [cell for cell in document.cells if cell.cell_type == "code" and cell.source.strip()]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the notebooks in order and stop at the first that fails. Returns the exit status."""
+    """Run the notebooks in order, stop at the first that fails, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("notebooks", nargs="*", type=Path, help="default: all lessons, then all labs")
     parser.add_argument("--in-place", action="store_true", help="write the outputs into the notebooks themselves")

@@ -1,4 +1,4 @@
-"""A pytest plugin beside nbval: what a notebook claims when it runs is what it was committed with.
+"""Pytest plugin beside nbval: compares a notebook's claims when it runs with the committed ones.
 
 ``-p tests.notebooks.same_claims`` adds one test to every notebook, after its last cell. It reads the claims from what
 nbval's cells have just shown, so that no notebook runs twice: every claim holds, and every number is the committed one.
@@ -21,7 +21,7 @@ Claim = dict[str, Any]
 
 
 def describe_untrue(found: list[Claim]) -> list[str]:
-    """Describe the claims that do not hold, by their own word or compared again, and those that were made twice."""
+    """Describe the claims that do not hold, as stated or compared again, and those that were made twice."""
     again = Claims()
     for claim in found:
         text, expected, measured = claim["claim"], claim["expected"], claim["measured"]
@@ -39,7 +39,7 @@ def describe_untrue(found: list[Claim]) -> list[str]:
 
 
 def describe_differences(committed: list[Claim], fresh: list[Claim]) -> list[str]:
-    """Describe where a run's claims are not the committed ones. Of a claim that varies only the text is compared."""
+    """Describe the differences between a run's claims and the committed ones. If one varies, only its text counts."""
     texts, fresh_texts = ([claim["claim"] for claim in claims] for claims in (committed, fresh))
     if texts != fresh_texts:
         lost, new = set(texts) - set(fresh_texts), set(fresh_texts) - set(texts)

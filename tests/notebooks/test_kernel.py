@@ -1,4 +1,4 @@
-"""A training cell in a real Jupyter kernel: one interrupt stops it, and nothing is left when the kernel has gone."""
+"""A training cell in a real Jupyter kernel: one interrupt stops it, and nothing is left when the kernel is gone."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def kernel(tmp_path: Path) -> Iterator[tuple[KernelManager, BlockingKernelClient
 
 
 def result_of(client: BlockingKernelClient, cell: str) -> tuple[dict[str, Any], str]:
-    """Wait for a cell's end. Returns the reply and what the cell wrote to standard error."""
+    """Wait for a cell's end, and return the reply and its standard error."""
     reply = client.get_shell_msg(timeout=120)
     while reply["parent_header"].get("msg_id") != cell:
         reply = client.get_shell_msg(timeout=120)
@@ -57,7 +57,7 @@ def test_one_interrupt_stops_the_cell_and_a_restart_leaves_nothing(kernel: Any, 
     reply, written = result_of(client, cell)
     assert time.monotonic() - interrupted < 30
     assert (reply["status"], reply["ename"]) == ("error", "Interrupted"), "Run All stops here"
-    assert "and was saved; not begun: b, c. Run it again to go on from there." in reply["evalue"]
+    assert "and was saved; not started: b, c. Run it again to continue from there." in reply["evalue"]
     assert written.startswith("Stopping: saving after this step.")
     assert not (storage / "b" / "metrics.jsonl").exists()
 

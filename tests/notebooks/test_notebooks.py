@@ -1,4 +1,4 @@
-"""The course itself: every notebook as it is committed, its claims read back as data. `make nbval` runs it again."""
+"""Committed notebooks of the course, with their claims read back as data. `make nbval` runs them again."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_committed_with_outputs_that_read_well_anywhere(notebook: Path) -> None:
 
 @COURSE
 def test_one_cell_of_literal_parameters(notebook: Path) -> None:
-    """An injected parameter recomputes nothing, so what is derived from one must stand in a later cell."""
+    """An injected parameter recomputes nothing, so values derived from one must be in a later cell."""
     (cell,) = [c for c in run.code_cells(read(notebook)) if "parameters" in c.metadata.get("tags", [])]
     values = {}
     for statement in ast.parse(cell.source).body:
@@ -64,14 +64,14 @@ def test_cells_are_short(notebook: Path) -> None:
 
 @COURSE
 def test_imports_stand_before_everything_that_takes_time(notebook: Path) -> None:
-    """Whoever starts in the middle, after a restart, must not train for a minute and then meet a NameError."""
+    """A reader who starts in the middle after a restart must not train for a minute and then get a NameError."""
     bodies = [ast.parse(_without_magics(cell.source)).body for cell in run.code_cells(read(notebook))]
     importing = [n for n, body in enumerate(bodies) if any(isinstance(s, (ast.Import, ast.ImportFrom)) for s in body)]
     assert importing == list(range(1, 1 + len(importing))), "right after the cell of parameters"
 
 
 def test_the_readme_lists_every_lesson_and_lab_with_the_minutes_that_reading_takes() -> None:
-    """200 words a minute, and 24 seconds for a cell of code."""
+    """At 200 words a minute, and 24 seconds for a cell of code."""
     readme = (run.ROOT / "README.md").read_text(encoding="utf-8")
     listed = re.findall(
         r"^\| \[[^]]+\]\(notebooks/([\w/]+)\.ipynb\) \|.*\| (\d+) min \| \d+ s \|$", readme, re.MULTILINE

@@ -1,4 +1,4 @@
-"""The runner itself: what it runs, what it keeps, and what it says when a cell fails."""
+"""Notebook runner: the notebooks that it runs, the files that it keeps, and its message when a cell fails."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.notebooks import run
 
 @pytest.fixture
 def course(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A course of its own: notebooks/ and build/ under a temporary directory."""
+    """Return a separate course: notebooks/ and build/ under a temporary directory."""
     for name, directory in {"ROOT": "", "NOTEBOOKS": "notebooks", "RESULTS": "build/notebooks"}.items():
         monkeypatch.setattr(run, name, tmp_path / directory)
     run.NOTEBOOKS.mkdir()

@@ -1,4 +1,4 @@
-"""The test that follows a notebook's last cell in `make nbval`: red where a number is not the committed one."""
+"""Test that follows a notebook's last cell in `make nbval`: it fails if a number differs from the committed one."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_claims_that_do_not_hold_are_described_whatever_they_say_of_themselves()
 
 
 def write(path: Path, measured: float, *, committed: Made | None = None, more: str = "", varies: bool = False) -> None:
-    """A notebook that claims to measure a number, committed with claims of another run."""
+    """Write a notebook that claims to measure a number, committed with the claims of another run."""
     source = (
         "from tutorial_lib.lab.claims import Claims\nclaims = Claims()\n"
         f"claims.at_most('the loss', 5.0, {measured}, varies={varies})\n{more}\nclaims.show()"
@@ -130,7 +130,7 @@ def test_nbval_runs_a_notebook_once_and_its_claims_are_compared(tmp_path: Path) 
 
 
 def test_a_lesson_that_makes_a_claim_twice_is_seen() -> None:
-    """A reader may run a cell again; a lesson that runs from top to bottom states each claim once."""
+    """A reader may run a cell again; a lesson that runs from top to bottom makes each claim once."""
     claims = Claims()
     claims.equal("one", 1, 1)
     assert describe_untrue(claims.to_list()) == []

@@ -1,4 +1,4 @@
-"""The planner's error table: what it predicts beside published runs and our own, with a reason for each miss.
+"""Error table of the planner: predictions beside published runs and our own, with a reason for each miss.
 
 ``python -m tests.theory.errors`` writes docs/planner-errors.md. ``python -m tests.theory.errors measure`` trains the
 small runs of its second part again first (about two minutes), into measured.json.
@@ -22,14 +22,14 @@ from tutorial_lib.theory.cost import OFFLOADED_RUN
 PAGE = Path(__file__).parents[2] / "docs" / "planner-errors.md"
 MEASURED = Path(__file__).with_name("measured.json")
 HEADROOM = 0.1
-"""What the planner keeps free, as a share of a device, for fragments and for what is not PyTorch's."""
+"""Share of a device that the planner keeps free, for fragmentation and memory outside PyTorch."""
 
 MEMORY_GOAL, TIME_GOAL = 0.10, 0.20
 
 
 @dataclass(frozen=True)
 class Errors:
-    """How far predictions of a published run are off, as shares; None where nothing is published.
+    """Relative errors of the predictions for a published run; None if nothing was published.
 
     A published memory is what an allocator had reserved, or a tool had seen: a prediction with its headroom.
     """
@@ -58,14 +58,14 @@ def errors_of(run: Published) -> Errors:
 
 
 def own_runs() -> Iterator[tuple[Config, list[Compared]]]:
-    """Yield our own small runs, and what was predicted and measured of each."""
+    """Yield our own small runs, with predictions and measurements for each."""
     for row in json.loads(MEASURED.read_text(encoding="utf-8")):
         config = Config.create("cpu", **row["settings"])
         yield config, compare(config, [row["measured"]])
 
 
 def measure() -> None:
-    """Train the runs of measured.json again and write what they held and sent, of each the rank that held most."""
+    """Train the runs of measured.json again, and write memory and traffic of each one's fullest rank."""
     from tutorial_lib import launch
 
     settings = [row["settings"] for row in json.loads(MEASURED.read_text(encoding="utf-8"))]

@@ -1,6 +1,6 @@
 """Published training runs with stated model, hardware and settings, as the planner sees them.
 
-Every row names where its figures are from. No constant of the planner was chosen by them: efficiencies and bandwidths
+Every row names the source of its figures. No constant of the planner was fitted to them: efficiencies and bandwidths
 are other people's measurements (tutorial_lib/theory/hardware.py), the rest counts bytes and operations.
 """
 
@@ -213,4 +213,4 @@ OUTSIDE = (
         "overlaps tensor-parallel traffic with computing, which the time model does not.",
     ),
 )
-"""Published runs that are not compared, and why."""
+"""Published runs that are not compared, with the reason."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 def changed(arguments: Sequence[str], changes: Sequence[str]) -> list[str]:
-    """Return a command's arguments with some of them, such as ``["--dp", "2"]``, in place of those there."""
+    """Return a command's arguments with some of them replaced, such as by ``["--dp", "2"]``."""
     kept = list(arguments)
     for flag in (change for change in changes if change.startswith("--")):
         if flag in kept:

@@ -1,4 +1,4 @@
-"""What the ranks of a tensor-parallel group must have in common."""
+"""Consistency checks within a tensor-parallel group."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Few runs for many: what is chosen covers every pair of settings, the same runs each time."""
+"""Covering runs: a few runs cover every pair of settings, and the choice is always the same."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from tests.distributed import cases
 from tests.distributed.covering import cover, pairs
 
-# Every combination of three settings with three values each, but those of a coarse grid on a large model.
+# Every combination of three settings with three values each, except for a coarse grid on a large model.
 GRID = {
     f"{model}-{grid}-{stage}": {"model": model, "grid": grid, "stage": stage}
     for model in ("small", "medium", "large")

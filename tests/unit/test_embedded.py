@@ -1,4 +1,4 @@
-"""The embedded data sets keep their schemas and share nothing between splits; the embedded models are what they say."""
+"""Embedded data sets keep their schemas and share nothing between splits; embedded models match their summaries."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ ROWS = {
     "embedded/qa validation": (350, "bcf5adf3e64dcfb95b741ade"),
     "embedded/qa test": (339, "c261c6bc21eecb5ade421dab"),
 }
-"""How many rows every split has and the hash of them. Losses in notebooks and weights of models are of these rows."""
+"""Number of rows in every split, and their hash. Losses in notebooks and weights of models depend on these rows."""
 
 
 # ------------------------------------------------------------------------------------------------------ data sets
@@ -65,7 +65,7 @@ ROWS = {
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """All three, built here and now: no cache of this machine hides a change."""
+    """Build all three from scratch, so that no cache of this machine hides a change."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUTORIAL_LIB_CACHE", str(tmp_path_factory.mktemp("cache")))
         return {name: dataset_directory(name) for name in DATASET_NAMES}
@@ -73,7 +73,7 @@ def built(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(built, tmp_path_factory):
-    """As `datasets` reads them, offline."""
+    """Load them with `datasets`, offline."""
     cache = str(tmp_path_factory.mktemp("hf"))
     return {name: load_dataset(str(directory), cache_dir=cache) for name, directory in built.items()}
 
@@ -83,7 +83,7 @@ def hashed(found: list[dict]) -> tuple[int, str]:
 
 
 def hashed_files(directories: Iterable[Path]) -> dict[str, tuple[int, str]]:
-    """The rows of built data sets, read back from their parquet files."""
+    """Hash the rows of built data sets, read back from their parquet files."""
     return {
         f"embedded/{file.parent.name} {file.stem}": hashed(pyarrow.parquet.read_table(file).to_pylist())
         for directory in directories
@@ -92,13 +92,13 @@ def hashed_files(directories: Iterable[Path]) -> dict[str, tuple[int, str]]:
 
 
 def test_the_rows_are_the_committed_ones(built):
-    """Whoever means to change them: models and notebooks are to be made again too."""
+    """If you mean to change them, build the models and execute the notebooks again, too."""
     assert {f"{name} {split}": hashed(rows(name, split)) for name in DATASET_NAMES for split in SPLITS} == ROWS
     assert hashed_files(built.values()) == ROWS
 
 
 def test_a_python_without_packages_gives_the_same_rows():
-    """Any Python of any version should: nothing of an environment is imported, and strings have other hashes."""
+    """Any Python of any version should: nothing from an environment is imported, and strings have different hashes."""
     code = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -114,7 +114,7 @@ print(json.dumps({{f"{{name}} {{split}}": rows(name, split) for name in names fo
 
 
 def test_a_jupyter_kernel_builds_the_same_rows(tmp_path):
-    """A kernel replaces built-in functions, ``input`` for one, and their docstrings with them."""
+    """A kernel replaces some built-in functions, such as ``input``, together with their docstrings."""
     code = f"""
 import builtins, os
 os.environ["TUTORIAL_LIB_CACHE"] = {str(tmp_path)!r}
@@ -192,7 +192,7 @@ def test_every_answer_is_a_span_of_its_context(loaded):
 
 
 def test_a_question_asks_what_the_answer_says(loaded):
-    """The answer stands in the sentence about the thing that the question names."""
+    """The answer is in the sentence about the thing that the question names."""
     for row in loaded["embedded/qa"]["train"]:
         named = re.match(r"(?:What does|What is the module|What is|When does) ([\w.]+)", row["question"])
         before = row["context"][: row["answers"]["answer_start"][0]]
@@ -213,7 +213,7 @@ def test_splits_share_no_document_and_no_text():
 
 @functools.cache
 def _pieces(split: str) -> dict[str, set[str]]:
-    """What must not occur in two splits, without names and case, as a copied docstring would differ there."""
+    """Return text that must not occur in two splits, without names and case, which copied docstrings may differ in."""
     plain = [
         {re.sub(r"\W+", " ", p).lower() for row in rows("embedded/articles", split) for p in row["text"].split("\n")},
         {re.sub(r"\W+", " ", row["text"].split(" - ", 1)[1]).lower() for row in rows("embedded/news", split)},

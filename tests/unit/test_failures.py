@@ -1,4 +1,4 @@
-"""How often to save: the closed forms against each other, against a simulation, and against a search."""
+"""Checkpoint interval: the closed forms against each other, a simulation, and a search."""
 
 import math
 
@@ -7,7 +7,7 @@ import pytest
 from tutorial_lib.theory import failures
 
 CASES = [(30.0, 6 * 3600.0, 300.0), (120.0, 3600.0, 600.0), (5.0, 86_400.0, 60.0)]
-"""Seconds of a save, between failures, of a restart."""
+"""Seconds of a save, between failures, and of a restart."""
 
 
 @pytest.mark.parametrize("save, mean_time, restart", CASES)

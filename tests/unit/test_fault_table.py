@@ -1,4 +1,4 @@
-"""The page of faults is the tables that the tests prove, and every row of them has a test."""
+"""Table of faults: docs/faults.md matches the tables, and every row has a test."""
 
 import re
 from pathlib import Path

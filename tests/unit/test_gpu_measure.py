@@ -1,4 +1,4 @@
-"""The script that measures the course on a lent GPU, rehearsed on the CPU: there is no second try on that machine."""
+"""Rehearsal on the CPU of the script that measures the course on a lent GPU, where there is no second try."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.gpu import measure, packages, processes
 from tests.gpu.processes import MemorySampler, Record, Step, run_step
 
 UNIT = re.compile("(^|_)(bytes|seconds|second|flops|losses|settings)(_|$)")
-"""In the name of a number that has a unit, or of what holds several; losses are in nats per token."""
+"""Units in the names of numbers, or of groups of numbers; losses are in nats per token."""
 
 COUNTS_AND_RATIOS = set(
     "cores compared_steps skipped_updates largest_difference tolerance resumed_from num_params mfu_of_measured_peak "
@@ -30,7 +30,7 @@ COUNTS_AND_RATIOS = set(
 
 @pytest.fixture
 def run(tmp_path: Path) -> Any:
-    """Run a step with the smallest models, and return what its file holds."""
+    """Run a step with the smallest models, and return the content of its file."""
     (tmp_path / "scratch").mkdir()
     (tmp_path / "scratch" / "origins.json").write_text("{}")
     setting = {"device": "cpu", "size": "tiny", "scratch": str(tmp_path / "scratch"), "out": str(tmp_path)}

@@ -1,4 +1,4 @@
-"""What notebooks show: claims that can fail, figures that are the same twice, sources, progress, pictures."""
+"""Notebook tools: claims that can fail, reproducible figures, sources, progress, pictures."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_a_lesson_without_claims_is_refused() -> None:
 
 
 def test_a_claim_made_again_replaces_the_first_one() -> None:
-    """Whoever runs a cell twice makes its claims twice."""
+    """A reader who runs a cell twice makes its claims twice."""
     claims = Claims()
     claims.at_most("seconds", 5, 9)
     claims.check("more", True)
@@ -268,7 +268,7 @@ def test_who_waits_sees_seconds_go_by_and_the_last_rows(executed: Path) -> None:
 
 
 def test_a_run_without_a_new_step_says_so(executed: Path) -> None:
-    """Run again, a complete run leaves nothing to train; its line must not promise processes for ever."""
+    """A complete run has nothing left to train; its line must not promise processes forever."""
     assert [o.data["text/plain"] for o in outputs_of(executed, 7)] == ["again: no step was left to train"]
     assert [o.data["text/plain"] for o in outputs_of(executed, 8)] == ["broken: no step, KeyboardInterrupt"]
 
@@ -377,7 +377,7 @@ def test_figures_are_the_same_twice(drawn: dict[str, figures.Figure]) -> None:
 
 
 def lowest_contrast(colors: np.ndarray) -> float:
-    """The least contrast (as WCAG 2 defines it) of any colour with a white page or with a dark one, #111111."""
+    """Return the lowest contrast (as in WCAG 2) of any colour against a white page or a dark one, #111111."""
     linear = np.where(colors <= 0.04045, colors / 12.92, ((colors + 0.055) / 1.055) ** 2.4)
     luminance = linear @ np.array([0.2126, 0.7152, 0.0722])
     return float(min((1.05 / (luminance + 0.05)).min(), ((luminance + 0.05) / 0.0556).min()))

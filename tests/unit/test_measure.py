@@ -1,4 +1,4 @@
-"""Measuring instruments on things of known size: if one of them is off by a byte, so is the course."""
+"""Measuring instruments on objects of known size: if they are off by a byte, so is the course."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_peak_memory_begins_anew_and_sees_what_has_been_freed() -> None:
 
 
 def test_a_run_records_the_peak_of_its_measured_step(tmp_path: Path) -> None:
-    """Rows of twice the length need their gradients once, and their logits and more twice."""
+    """With rows of twice the length, gradients stay the same, but logits and more double."""
     peaks = {}
     for length in (32, 64):
         config = Config.create(
@@ -151,7 +151,7 @@ def test_a_run_records_the_peak_of_its_measured_step(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What traffic_worker.py counted on each of two ranks."""
+    """Return the counts of traffic_worker.py on each of two ranks."""
     directory = tmp_path_factory.mktemp("traffic")
     worker = Path(__file__).with_name("traffic_worker.py")
     root = str(Path(__file__).parents[2])

@@ -1,4 +1,4 @@
-"""The rank grid."""
+"""Rank grid."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The check after the last test sees what a test left running, and only that."""
+"""Check for leftover processes after the last test: it finds what a test left running, and only that."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ENDS_AT_ONCE_LEAVING_A_CHILD = (
 
 @pytest.fixture
 def orphan() -> Iterator[psutil.Process]:
-    """A process whose parent has gone, as a daemon's or a killed launcher's would be."""
+    """Start a process whose parent has gone, like a daemon's or a killed launcher's child."""
     run = subprocess.run(
         [sys.executable, "-c", ENDS_AT_ONCE_LEAVING_A_CHILD], capture_output=True, text=True, check=True
     )

@@ -1,4 +1,4 @@
-"""What a run leaves behind, and what a reader may rely on while it is written."""
+"""Records of a run, and the guarantees for readers while they are written."""
 
 import json
 import subprocess

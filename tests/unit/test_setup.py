@@ -1,4 +1,4 @@
-"""Set-up says one thing in several files: what is wanted, at which versions, on which Python, under which borders."""
+"""Set-up: several files agree on packages, versions, Pythons and import borders."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_everything_wanted_is_pinned_and_versions_stand_in_constraints_alone() -
 
 
 def test_the_pins_are_closed_and_installed() -> None:
-    """Whatever the wanted packages need in turn is pinned too, and is what this environment holds."""
+    """Dependencies of the packages are pinned too, and this environment has exactly those versions."""
     seen: dict[str, str] = {}
     todo = wanted()
     while todo:
@@ -93,7 +93,7 @@ def test_conda_and_binder_get_the_same_packages_on_the_same_python() -> None:
 
 
 def test_the_same_pythons_everywhere() -> None:
-    """The tools hold the code to the oldest; continuous integration runs the oldest and the newest."""
+    """The tools check against the oldest; continuous integration runs the oldest and the newest."""
     pythons = SpecifierSet(PROJECT["project"]["requires-python"])
     assert [minor for minor in range(8, 20) if pythons.contains(f"3.{minor}.0")] == [11, 12, 13]
     assert PROJECT["tool"]["ruff"]["target-version"] == "py311"
@@ -162,7 +162,7 @@ def test_help_is_the_default_and_lists_every_target() -> None:
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """A checkout without an environment, in a directory whose name has a space."""
+    """Return a checkout without an environment, in a directory whose name has a space."""
     directory = tmp_path / "a clone"
     directory.mkdir()
     for name in ("Makefile", "constraints.txt", "pyproject.toml"):
@@ -212,7 +212,7 @@ def test_a_moved_directory_sets_up_again(clone: Path) -> None:
 
 @pytest.fixture
 def bare_path(tmp_path: Path) -> Path:
-    """A PATH with the shell's tools, and neither a Python nor a compiler."""
+    """Return a PATH with the shell's tools, but neither a Python nor a compiler."""
     tools = tmp_path / "bin"
     tools.mkdir()
     for name in ("bash", "env", "dirname", "mkdir", "cat", "rm", "sed", "tail"):
@@ -257,7 +257,7 @@ def test_what_is_missing_is_named_in_one_line_with_its_command(
 
 
 def functions(clone: Path) -> Path:
-    """The set-up script without its last line: it calls what it is given."""
+    """Return the set-up script without its last line, so that it calls a given function."""
     script = clone / ".ci" / "functions"
     script.write_text((clone / ".ci" / "setup").read_text().removesuffix("main\n") + '"$@"\n')
     script.chmod(0o755)
@@ -359,7 +359,7 @@ def test_uv_takes_packages_from_where_pip_does(clone: Path, tmp_path: Path) -> N
     ],
 )
 def test_a_crossed_border_is_seen(tmp_path: Path, module: str, forbidden: str, contract: str) -> None:
-    """`make lint` holds the borders; here each contract is seen to break, so that it cannot have gone blind."""
+    """`make lint` checks the borders; this breaks each contract once, to show that the check still works."""
     ignore = shutil.ignore_patterns("__pycache__", "*.safetensors", "*.json")
     shutil.copytree(ROOT / "tutorial_lib", tmp_path / "tutorial_lib", ignore=ignore)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)

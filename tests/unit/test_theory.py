@@ -1,4 +1,4 @@
-"""The formulas against published tables, DeepSpeed's own estimators, and what DeepSpeed was seen to send."""
+"""Formulas against published tables, DeepSpeed's own estimators, and traffic measured with DeepSpeed."""
 
 from __future__ import annotations
 
@@ -290,7 +290,7 @@ def test_palm_540b_reaches_the_published_mfu() -> None:
 
 
 def test_flops_agree_with_pytorchs_counter() -> None:
-    """PyTorch counts matrix products alone: a little below the formula, which counts norms and biases too."""
+    """PyTorch only counts matrix products: a little less than the formula, which counts norms and biases too."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import GPT2Config, GPT2LMHeadModel

@@ -1,4 +1,4 @@
-"""What test_measure.py runs on two gloo ranks: known collectives, counted; the counts go to a JSON file.
+"""Known collectives for test_measure.py, run and counted on two gloo ranks; the counts go to a JSON file.
 
 Arguments: rank, the store's file, the output's file.
 """
@@ -26,7 +26,7 @@ N = 2
 
 
 def each_kind(rank: int) -> Traffic:
-    """One collective of each kind, each with its own number of elements."""
+    """Run one collective of each kind, each with a different number of elements."""
     with count_collectives() as traffic:
         dist.all_reduce(torch.ones(101))
         dist.all_reduce_coalesced([torch.ones(50), torch.ones(52)])
@@ -50,7 +50,7 @@ def each_kind(rank: int) -> Traffic:
 
 
 def bookkeeping() -> Traffic:
-    """A bf16 tensor among a loss, a norm in float64, an object, integers and a barrier."""
+    """Send a bf16 tensor among a loss, a norm in float64, an object, integers and a barrier."""
     with count_collectives() as traffic:
         dist.all_reduce(torch.ones(64, dtype=torch.bfloat16), async_op=True).wait()
         dist.all_reduce(torch.ones(()))
@@ -62,7 +62,7 @@ def bookkeeping() -> Traffic:
 
 
 def in_backward() -> Traffic:
-    """A gradient that is reduced by a hook while backward runs, and nothing that lies outside the block."""
+    """Reduce a gradient in a hook while backward runs, and count nothing outside the block."""
     weight = torch.ones(77, requires_grad=True)
     weight.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad))
     dist.all_reduce(torch.ones(55))
@@ -81,7 +81,7 @@ def of_one_rank() -> Traffic:
 
 
 def along_axes(rank: int) -> Traffic:
-    """Over all ranks, which are those of ``tp``; over each rank alone, which is its ``dp``."""
+    """Send over all ranks, which are along ``tp``, and over each rank alone, which is its ``dp``."""
     groups = [dist.new_group([alone]) for alone in range(N)]
     mesh = init_device_mesh("cpu", (N,))
     with count_collectives({"tp": [0, 1], "dp": [rank]}) as traffic:
@@ -93,7 +93,7 @@ def along_axes(rank: int) -> Traffic:
 
 
 def fsdp_and_tensor_parallel() -> tuple[Traffic, Traffic]:
-    """FSDP2 over two layers of 128 weights each; a column- and a row-parallel layer on three rows of 8."""
+    """Run FSDP2 over two layers of 128 weights each, and a column- and a row-parallel layer on three rows of 8."""
     mesh = init_device_mesh("cpu", (N,))
 
     def model() -> torch.nn.Sequential:
@@ -115,7 +115,7 @@ def fsdp_and_tensor_parallel() -> tuple[Traffic, Traffic]:
 
 
 def inside_an_operator() -> Traffic:
-    """Adding rows to columns: the DTensor operator itself has to redistribute one of them."""
+    """Add rows to columns, so that the DTensor operator itself has to redistribute one of them."""
     mesh = init_device_mesh("cpu", (N,))
     rows, columns = (distribute_tensor(torch.ones(8, 8), mesh, [Shard(dim)]) for dim in (0, 1))
     with count_collectives() as traffic:

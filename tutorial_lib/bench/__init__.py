@@ -1,7 +1,7 @@
 """Benchmark matrices: the same training in several ways, each row in its own processes, side by side in one table.
 
-A row that fails says so in the table and the next one goes on. What was measured is kept after every row, so that a
-matrix can be interrupted and continued.
+If a row fails, the table says so, and the next row runs. Results are saved after every row, so that a matrix can be
+interrupted and continued.
 """
 
 from tutorial_lib.bench.compare import Comparison, compare

@@ -1,4 +1,4 @@
-"""Two rows compared, or two matrices row by row: memory without and with, saving; runtime without and with, change."""
+"""Comparison of two rows, or of two matrices row by row: memory and its saving, runtime and its change."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from tutorial_lib.measure.sampler_log import MIB
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Cost of one row against another, in bytes and seconds.
+    """Cost of one row compared with another, in bytes and seconds.
 
     Attributes:
-        rows: the name of the row, or of both.
-        memory: of what: ``process tree`` (peak of all processes together), ``GPU`` (peak of the GPU that held most),
-            or ``states per rank``.
-        memory_without: of the first row.
-        memory_with: of the second.
+        rows: name of the row, or of both rows.
+        memory: kind of memory: ``process tree`` (peak of all processes together), ``GPU`` (peak of the fullest GPU), or
+            ``states per rank``.
+        memory_without: bytes of the first row.
+        memory_with: bytes of the second row.
         runtime_without: seconds of all optimizer steps of the first row.
-        runtime_with: of the second.
+        runtime_with: seconds of all optimizer steps of the second row.
     """
 
     rows: str
@@ -39,12 +39,12 @@ class Difference:
 
     @property
     def saving_percent(self) -> float:
-        """Memory that the second row saved, in percent of the first row's."""
+        """Memory saved by the second row, in percent of the first row's."""
         return 100 * (1 - self.memory_with / self.memory_without)
 
     @property
     def change_percent(self) -> float:
-        """Runtime that the second row added, in percent of the first row's."""
+        """Runtime added by the second row, in percent of the first row's."""
         return 100 * (self.runtime_with / self.runtime_without - 1)
 
 
@@ -53,8 +53,8 @@ class Comparison:
     """Differences between two rows, or between the rows of the same names of two matrices.
 
     Attributes:
-        title: what is compared with what.
-        differences: one for each pair of rows and each kind of memory that both measured.
+        title: names of the two rows or matrices.
+        differences: one for each pair of rows and each kind of memory that both have measured.
     """
 
     title: str
@@ -77,7 +77,7 @@ class Comparison:
         return display.Table(columns, cells, tuple(index > 1 for index in range(len(columns))), caption=self.title)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON takes it."""
+        """Return the comparison, ready for JSON."""
         differences = [
             {
                 **dataclasses.asdict(each),
@@ -96,10 +96,10 @@ def compare(without: str | Path, with_: str | Path, *, storage: str | Path = "ru
     """Compare two rows, or two matrices row by row.
 
     Args:
-        without: ``MATRIX/ROW``, ``MATRIX``, or the directory of a matrix or of a row. A row may be called as in the
+        without: ``MATRIX/ROW``, ``MATRIX``, or the directory of a matrix or of a row. A row may have its name from the
             workshop (``2ZO-1G1N``).
-        with_: what to compare with it, of the same kind.
-        storage: where matrices are that are named without a directory.
+        with_: the row or matrix to compare with it.
+        storage: directory of matrices that are given by name only.
 
     Raises:
         ConfigError: there is no such row, one is not done, or nothing can be compared.
@@ -119,7 +119,7 @@ def compare(without: str | Path, with_: str | Path, *, storage: str | Path = "ru
 
 
 def _find(name: str | Path, storage: Path) -> RowRecord | Matrix:
-    """Return the matrix or the finished row that a name or a directory stands for."""
+    """Find a matrix or a finished row by name or by directory."""
     for path in (Path(name).expanduser(), storage.expanduser() / name):
         if (path / MATRIX_FILE).is_file():
             return Matrix.read(path)
@@ -127,8 +127,8 @@ def _find(name: str | Path, storage: Path) -> RowRecord | Matrix:
             if (matrix / MATRIX_FILE).is_file():
                 return _done(_row(Matrix.read(matrix), path.name))
     raise ConfigError(
-        f"There is no matrix {str(name)!r}, here or in {storage}. Write MATRIX/ROW or MATRIX as bench has named them, "
-        "and --storage if they are elsewhere."
+        f"There is no matrix {str(name)!r}, here or in {storage}. Write MATRIX/ROW or MATRIX, as named by bench, and "
+        "--storage if they are elsewhere."
     )
 
 

@@ -1,7 +1,7 @@
-"""Experiments of a benchmark matrix: each row by its name, with the settings in which it differs from the others.
+"""Experiments of a benchmark matrix: the rows by name, with the settings in which they differ.
 
-A matrix is data. To add one, add names and settings to :data:`EXPERIMENTS`; to run it with an engine that takes ZeRO
-from a DeepSpeed file, nothing changes here (:func:`rows_of` names the file).
+A matrix is data. To add one, add names and settings to :data:`EXPERIMENTS`. This also covers engines that take ZeRO
+from a DeepSpeed file (:func:`rows_of` chooses the file).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ OFFLOAD: dict[str, Overrides] = {
     "stage-3-offload": _zero(3, "all"),
     "stage-3-offload-pinned": _zero(3, "all", pinned=True),
 }
-"""At stage 3 the parameters are offloaded as well, as in the workshop's zero3_cpu_offload.json."""
+"""Rows with offload. At stage 3 the parameters are offloaded as well, as in the workshop's zero3_cpu_offload.json."""
 
 SCALING: dict[str, Overrides] = {f"dp-{ranks}": {"dp": ranks} for ranks in (1, 2, 4)}
 
@@ -62,20 +62,20 @@ FILES: dict[tuple[int, str, bool], str] = {
 """Files of ``ds_configs`` by stage, offload and pinned memory, for engines that take ZeRO from a file."""
 
 FILE_ENGINES = frozenset({"trainer"})
-"""Engines that take ZeRO from a DeepSpeed file, and train without it where there is none."""
+"""Engines that take ZeRO from a DeepSpeed file, and train without ZeRO if there is none."""
 
 _RANKS_NAME = re.compile(r"dp-([1-9]\d*)")
 
 
 def rows_of(experiment: str, config: Config, chosen: Sequence[str] = ()) -> dict[str, Config]:
-    """Return the rows of a matrix, each with its whole configuration but for its name and storage.
+    """Return the rows of a matrix, each with its complete configuration except for its name and storage.
 
     Args:
         experiment: one of :data:`EXPERIMENTS`.
-        config: what all rows have in common.
-        chosen: names of the rows to run, in this order: those of the matrix, ``dp-N``, or a name of the original
-            workshop such as ``2ZO-1G1N`` (stage 2 with offload, 1 GPU in all, 1 node; ``2ZOP`` with pinned memory).
-            Default: all of the matrix's that mean something on the configuration's device.
+        config: the settings that all rows have in common.
+        chosen: names of the rows to run, in this order: rows of the matrix, ``dp-N``, or a name of the original
+            workshop such as ``2ZO-1G1N`` (stage 2 with offload, 1 GPU in total, 1 node; ``2ZOP`` with pinned memory).
+            Default: all rows of the matrix that make sense on the configuration's device.
 
     Raises:
         ConfigError: an unknown name, a setting that the matrix decides itself, or a row that cannot run anywhere.
@@ -92,10 +92,10 @@ def rows_of(experiment: str, config: Config, chosen: Sequence[str] = ()) -> dict
 
 
 def workshop_name(name: str) -> Overrides | None:
-    """Return what a name of the original workshop stands for, such as ``2ZO-1G1N``; None if it is no such name.
+    """Return the settings for a name of the original workshop, such as ``2ZO-1G1N``, or None for any other name.
 
     Raises:
-        ConfigError: it looks like one, and cannot be run.
+        ConfigError: it looks like one, but cannot be run.
     """
     if not looks_like_experiment(name):
         return None
@@ -117,7 +117,7 @@ def _named(name: str, known: Mapping[str, Overrides]) -> Overrides:
 
 
 def _means_something(overrides: Overrides, config: Config) -> bool:
-    """Return False for pinned memory without a GPU, and for a row whose DeepSpeed file does not exist."""
+    """Return whether a row makes sense: not with pinned memory but no GPU, nor without the DeepSpeed file it needs."""
     if overrides.get("pin_memory") and config.run.device == "cpu":
         return False
     takes_file = config.engine.name in FILE_ENGINES and "zero_stage" in overrides
@@ -129,17 +129,17 @@ def _file_key(overrides: Overrides) -> tuple[int, str, bool]:
 
 
 def _refuse_decided(experiment: str, config: Config, rows: Mapping[str, Overrides]) -> None:
-    """Refuse settings that somebody states and rows would replace with other values."""
+    """Refuse settings that the caller gave and that rows would replace with other values."""
     flat = config.flat()
     replaced = {flag for overrides in rows.values() for flag, value in overrides.items() if value != flat[flag]}
     replaced -= {"engine"}
     if any("zero_stage" in overrides for overrides in rows.values()):
         replaced.add("deepspeed")
     if "dp" in replaced and not all("dp" in overrides for overrides in rows.values()):
-        replaced.remove("dp")  # the baseline's one process; all other rows have the dp that was given
+        replaced.remove("dp")  # only the baseline's single process differs; all other rows use the given dp
     if given := sorted(replaced & config.given):
         raise ConfigError(
-            f"{given[0]} is what the rows of this {experiment} matrix decide ({', '.join(rows)}). Leave it out, or "
+            f"The rows of this {experiment} matrix decide {given[0]} themselves ({', '.join(rows)}). Leave it out, or "
             "choose rows that do not."
         )
     if "stop_after" in config.given:
@@ -154,7 +154,7 @@ def _refuse_decided(experiment: str, config: Config, rows: Mapping[str, Override
 
 def _configure(experiment: str, name: str, overrides: Overrides, config: Config) -> Config:
     engine = config.engine.name
-    if overrides.get("engine") == "torch":  # the baseline: one process, and nothing of ZeRO
+    if overrides.get("engine") == "torch":  # the baseline: one process without ZeRO
         own = engine if engine in FILE_ENGINES else "torch"
         overrides = {**_PLAIN, "deepspeed": None, **overrides, "engine": own}
     elif "zero_stage" in overrides and engine in FILE_ENGINES:

@@ -1,4 +1,4 @@
-"""Failures of a row: out of memory, killed, refused before it began, or another error, told apart for the table."""
+"""Failures of a row, told apart for the table: out of memory, killed, refused before it started, or another error."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _KILLED = re.compile(r"exit code -9\b|SIGKILL|it was killed")
 
 
 class OomKills:
-    """Processes that the kernel ended for memory since this object was made, on this machine."""
+    """Counts the processes that this machine's kernel has killed for memory since this object was created."""
 
     def __init__(self) -> None:
         self._before = _count_kills()
 
     def since(self) -> int:
-        """Return how many."""
+        """Return the number of processes killed since then."""
         return _count_kills() - self._before
 
 
@@ -29,8 +29,8 @@ def explain(error: Exception, oom_kills: int) -> tuple[str, str]:
     """Return a failed row's status, and its cause in one line.
 
     Args:
-        error: what running it raised.
-        oom_kills: how many processes the kernel ended for memory meanwhile.
+        error: the exception that running it raised.
+        oom_kills: number of processes that the kernel killed for memory meanwhile.
     """
     text = str(error)
     cause = text.strip().partition("\n")[0][:300] or type(error).__name__
@@ -44,7 +44,7 @@ def explain(error: Exception, oom_kills: int) -> tuple[str, str]:
 
 
 def _count_kills() -> int:
-    """Return how many processes the kernel has ended for memory, or 0 where it does not tell."""
+    """Return the number of processes that the kernel has killed for memory, or 0 if it does not tell."""
     try:
         lines = Path("/proc/vmstat").read_text().splitlines()
     except OSError:

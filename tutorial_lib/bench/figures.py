@@ -12,17 +12,17 @@ from tutorial_lib.measure.sampler_log import MIB, MemoryLogError, read_memory_lo
 
 
 def write(experiment: str, rows: Sequence[RowRecord], logs: Mapping[str, Path], directory: Path) -> list[Path]:
-    """Write the figures of the rows that are done as PNG files, each with its description as ``.txt``.
+    """Write the figures of all finished rows as PNG files, each with its description as ``.txt``.
 
     Args:
-        experiment: what is compared.
-        rows: of the matrix.
+        experiment: name of the experiment.
+        rows: rows of the matrix.
         logs: the sampler's log of each row, by the row's name.
-        directory: of the matrix.
+        directory: directory of the matrix.
 
     Returns:
-        The files with pictures: ``states.png``, ``memory.png``, ``speed.png`` and ``timeline.png``, as far as there is
-        something to draw.
+        The picture files: ``states.png``, ``memory.png``, ``speed.png`` and ``timeline.png``, if there is data for
+        them.
     """
     drawn = {
         "states": model_states(rows),
@@ -41,7 +41,7 @@ def write(experiment: str, rows: Sequence[RowRecord], logs: Mapping[str, Path], 
 
 
 def model_states(rows: Sequence[RowRecord]) -> Figure | None:
-    """Draw each row's model states per rank, predicted and measured; None if none was measured."""
+    """Draw each row's model states per rank, predicted and measured; return None if none were measured."""
     found = {}
     for row in rows:
         if row.states and row.predicted_states:
@@ -63,10 +63,10 @@ def model_states(rows: Sequence[RowRecord]) -> Figure | None:
 
 
 def peak_memory(rows: Sequence[RowRecord]) -> Figure | None:
-    """Draw each row's peak memory beside the model states that it should hold.
+    """Draw each row's peak memory beside its predicted model states.
 
-    On GPUs that is the GPU that held most and one rank's states there; without GPUs, all processes and all ranks
-    together. What the peak has on top is libraries, activations and buffers.
+    With GPUs, this compares the fullest GPU with one rank's states on it; without, all processes with all ranks'
+    states. The rest of the peak is libraries, activations and buffers.
     """
     on_gpu = any(row.gpu for row in rows)
     found: dict[str, dict[str, dict[str, float]]] = {}
@@ -106,7 +106,7 @@ def speed(rows: Sequence[RowRecord]) -> Figure | None:
 
 
 def timeline(rows: Sequence[RowRecord], logs: Mapping[str, Path]) -> Figure | None:
-    """Draw the memory of each row's process tree (with GPUs: of the first one) over time."""
+    """Draw the memory of each row's process tree (with GPUs, of the first GPU) over time."""
     series = {}
     for row in rows:
         if not row.is_done:

@@ -1,4 +1,4 @@
-"""A matrix of runs: one row after the other, measured, kept after each, and continued where it stopped."""
+"""Matrix of runs: run and measure one row after the other, save after each, and continue where it stopped."""
 
 from __future__ import annotations
 
@@ -30,43 +30,43 @@ FORMAT = 1
 MATRIX_FILE, MEMORY_LOG = "matrix.json", "memory.jsonl"
 
 _NOT_COMPARED = frozenset({"name", "storage", "resume"})
-"""Settings that a matrix may be continued with in another form."""
+"""Settings that may change when a matrix is continued."""
 
 
 class Runner(Protocol):
-    """What runs a row: :func:`tutorial_lib.launch.run`, or what stands in for it."""
+    """Function that runs a row: :func:`tutorial_lib.launch.run`, or a stand-in for it."""
 
     def __call__(self, config: Config, *, on_rows: OnRows | None = None) -> Run: ...
 
 
 class Progress(Protocol):
-    """What is told how a matrix goes."""
+    """Receiver of a matrix's progress."""
 
     def plan(self, rows: Sequence[str]) -> None:
-        """These rows are left to run."""
+        """Take the names of the rows that are left to run."""
 
     def begin(self, row: str, config: Config) -> None:
-        """A row begins."""
+        """Note that a row starts."""
 
     def on_rows(self, rows: list[dict[str, Any]]) -> None:
-        """Its run has written these rows of ``metrics.jsonl``."""
+        """Take new rows of ``metrics.jsonl`` from the current row's run."""
 
     def end(self, record: RowRecord) -> None:
-        """The row has ended."""
+        """Note that the row has ended."""
 
     def close(self) -> None:
-        """No row follows."""
+        """Note that no row follows."""
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """Rows that were run, or are still to be run.
+    """A matrix with its rows, finished or not.
 
     Attributes:
-        experiment: what is compared.
-        path: the matrix's directory.
-        settings: what all rows have in common, by flat name.
-        rows: in the order in which they run.
+        experiment: name of the experiment.
+        path: directory of the matrix.
+        settings: settings that all rows have in common, by flat name.
+        rows: the rows, in the order in which they run.
     """
 
     experiment: str
@@ -88,7 +88,7 @@ class Matrix:
             rows = tuple(RowRecord.from_dict(row) for row in given["rows"])
             return cls(given["experiment"], path, given["settings"], rows)
         except FileNotFoundError:
-            raise ConfigError(f"{path} holds no {MATRIX_FILE}. Write a matrix that bench has made.") from None
+            raise ConfigError(f"{path} has no {MATRIX_FILE}. Write the directory of a matrix made by bench.") from None
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{file} cannot be read ({error}). Remove {path}, or write another name.") from error
 
@@ -100,11 +100,11 @@ class Matrix:
         raise KeyError(f"{self.path.name} has no row {name!r}. Write one of: {', '.join(r.name for r in self.rows)}.")
 
     def with_row(self, row: RowRecord) -> Matrix:
-        """Return the matrix with a row replaced."""
+        """Return a copy of the matrix with one row replaced."""
         return replace(self, rows=tuple(row if row.name == old.name else old for old in self.rows))
 
     def write(self) -> None:
-        """Write ``matrix.json``, so that a reader sees the old or the new one."""
+        """Write ``matrix.json`` atomically: a reader sees either the old or the new one."""
         content = {
             "format": FORMAT,
             "experiment": self.experiment,
@@ -124,7 +124,7 @@ class Matrix:
         """Return a table of the rows, which a notebook displays as HTML.
 
         Args:
-            about: which columns.
+            about: the columns to show: all, or only those about speed or memory.
             only: titles of the columns to show, in this order; default: all of them.
 
         Raises:
@@ -133,7 +133,7 @@ class Matrix:
         return table.build(self.experiment, self.rows, about, only)
 
     def run_directory(self, row: str) -> RunDirectory:
-        """Return what the run of a row left on disk."""
+        """Return the run directory of a row."""
         return RunDirectory(self.path / "rows" / self[row].name)
 
     def memory_log(self, row: str) -> Path:
@@ -155,29 +155,27 @@ def run_matrix(
     run: Runner = launch.run,
     progress: Progress | None = None,
 ) -> Matrix:
-    """Run a matrix, or what is left of it, and write its table and figures.
+    """Run a matrix, or the rest of it, and write its table and figures.
 
-    Rows that are done are not run again. A row that was interrupted starts anew. A row that failed stays so, unless
-    ``retry`` is given.
+    Finished rows are not run again. An interrupted row starts over. A failed row is only run again with ``retry``.
 
     Args:
         experiment: ``zero-stages``, ``offload``, ``weak-scaling`` or ``strong-scaling``.
-        config: what all rows have in common. Its name is that of the matrix. In ``weak-scaling``, its global batch is
-            that of one rank.
+        config: the settings that all rows have in common. Its name is the name of the matrix. In ``weak-scaling``, its
+            global batch is for one rank.
         rows: names of the rows to run, see :func:`tutorial_lib.bench.experiments.rows_of`; default: all.
-        retry: run rows again that have failed.
+        retry: run failed rows again.
         sample_interval: seconds between two readings of the memory of the process tree and the GPUs.
-        keep_checkpoints: keep the checkpoints of rows that are done; they may be large.
-        run: runs one row.
-        progress: told how it goes.
+        keep_checkpoints: keep the checkpoints of finished rows; they may be large.
+        run: function that runs one row.
+        progress: receives the progress.
 
     Returns:
-        The matrix as it is on disk.
+        The matrix, as it is on disk.
 
     Raises:
-        ConfigError: a row that could not run anywhere, a matrix of this name with other settings, or no row that can
-            run here.
-        Interrupted: Ctrl-C or a signal. All rows before are kept; the same call goes on.
+        ConfigError: a row cannot run anywhere, a matrix of this name has other settings, or no row can run here.
+        Interrupted: Ctrl-C or a signal. All earlier rows are kept, and the same call continues from there.
     """
     _check(config, sample_interval)
     config = config.with_absolute_paths()
@@ -223,7 +221,7 @@ def run_matrix(
 
 
 class _Silent:
-    """Progress that nobody sees."""
+    """Progress that shows nothing."""
 
     def plan(self, rows: Sequence[str]) -> None: ...
 
@@ -237,14 +235,14 @@ class _Silent:
 
 
 def _run_row(row: RowRecord, config: Config, run: Runner, on_rows: OnRows | None, interval: float) -> RowRecord:
-    """Run one row with the sampler around it; return what it cost, or why it failed."""
+    """Run one row under the memory sampler, and return its record, finished or failed."""
     log = config.directory / MEMORY_LOG
     kills, began = OomKills(), time.monotonic()
     try:
         with sample_memory(log, interval=interval):
             done = run(config, on_rows=on_rows)
         seconds = time.monotonic() - began
-        if done.result["status"] == "stopped":  # SIGTERM: the run has saved and ended as if nothing were wrong
+        if done.result["status"] == "stopped":  # after SIGTERM, the run has saved and ended normally
             raise KeyboardInterrupt
         return measure_row(row.name, done, log, wall_seconds=seconds)
     except Exception as error:
@@ -258,18 +256,18 @@ def _check(config: Config, sample_interval: float) -> None:
         raise ConfigError(f"sample_interval is {sample_interval}. Write seconds above 0, such as 0.5.")
     if config.run.launcher == "none":
         raise ConfigError(
-            "bench starts the processes of each row itself, and launcher='none' expects somebody else to have started "
-            "them. Write launcher='local', or 'ray'."
+            "bench starts the processes of each row itself, but launcher='none' expects them to be started by "
+            "torchrun. Write launcher='local', or 'ray'."
         )
     if config.run.steps == 1:
         raise ConfigError("steps=1 leaves nothing to measure: the first step allocates. Write steps=2 or more.")
 
 
 def _open(experiment: str, config: Config, configs: Mapping[str, Config]) -> Matrix:
-    """Return the matrix that is to be continued, or a new one.
+    """Open the matrix to continue, or create a new one.
 
     Raises:
-        ConfigError: there is one of this name that does not go on like this.
+        ConfigError: there is a matrix of this name that cannot be continued with these settings.
     """
     path = config.directory
     common = {flag: value for flag, value in _as_json(config).items() if flag not in _NOT_COMPARED}
@@ -280,16 +278,16 @@ def _open(experiment: str, config: Config, configs: Mapping[str, Config]) -> Mat
         return Matrix(experiment, path, common, new)
     old = Matrix.read(path)
     if config.run.resume == "never":
-        raise ConfigError(f"{path} is a matrix already, and resume='never' was given. Write another name.")
+        raise ConfigError(f"{path} is already a matrix, and resume='never' was given. Write another name.")
     if old.experiment != experiment:
         raise ConfigError(
-            f"{path} is a {old.experiment} matrix, so it does not go on as {experiment}. Write another name."
+            f"{path} is a {old.experiment} matrix, so it cannot continue as {experiment}. Write another name."
         )
     if changed := [flag for flag, value in common.items() if old.settings.get(flag) != value]:
         was = ", ".join(f"{flag}={old.settings.get(flag)!r} (now {common[flag]!r})" for flag in changed)
         raise ConfigError(
-            f"The rows of {path} were run with {was}, and rows are compared with each other. Write the settings as "
-            "they were, or another name."
+            f"The rows of {path} were run with {was}, and all rows of a matrix must be comparable. Write the old "
+            "settings, or another name."
         )
     kept = {row.name: row for row in old.rows}
     return replace(old, rows=tuple(kept.values()) + tuple(row for row in new if row.name not in kept))
@@ -301,18 +299,18 @@ def _as_json(config: Config) -> dict[str, Any]:
 
 def _where_stopped(matrix: Matrix, row: str) -> str:
     done, status = sum(each.is_done for each in matrix.rows), matrix[row].status
-    where = f"in row {row!r}, which will start anew" if status == STOPPED else f"after row {row!r} ({status})"
+    where = f"in row {row!r}, which will start over" if status == STOPPED else f"after row {row!r} ({status})"
     return (
         f"matrix {matrix.path.name!r} stopped {where}; {done} of {len(matrix.rows)} rows are done and kept. "
-        "Give the same command again to go on."
+        "Run the same command again to continue."
     )
 
 
 def _threads_of_a_rank(experiment: str, configs: Mapping[str, Config]) -> int | None:
-    """Return how many threads each rank is to compute with; None to leave that to the launcher.
+    """Return the number of threads for each rank; None leaves that to the launcher.
 
-    The launcher divides the cores among a run's ranks. In a scaling matrix a rank stands for a device, so it must not
-    become smaller as others join: each gets what the largest row leaves it.
+    The launcher divides the cores among a run's ranks. In a scaling matrix a rank stands for a device, so its share
+    must not shrink when others join: every rank gets the share that it has in the largest row.
     """
     if experiment not in IS_SCALING or any(config.run.device != "cpu" for config in configs.values()):
         return None
@@ -321,7 +319,7 @@ def _threads_of_a_rank(experiment: str, configs: Mapping[str, Config]) -> int | 
 
 @contextmanager
 def _omp_threads(threads: int | None) -> Iterator[None]:
-    """Set ``OMP_NUM_THREADS`` for the ranks, unless somebody has."""
+    """Set ``OMP_NUM_THREADS`` for the ranks, unless the user has set it."""
     if threads is None or "OMP_NUM_THREADS" in os.environ:
         yield
         return
@@ -334,7 +332,7 @@ def _omp_threads(threads: int | None) -> Iterator[None]:
 
 @contextmanager
 def _held(path: Path) -> Iterator[None]:
-    """Keep a second bench out of the same matrix."""
+    """Keep other processes out of the same matrix while the block runs."""
     from filelock import FileLock, Timeout
 
     path.mkdir(parents=True, exist_ok=True)
@@ -342,12 +340,12 @@ def _held(path: Path) -> Iterator[None]:
         with FileLock(path / ".bench.lock", timeout=0, fallback_to_soft=False):
             yield
     except Timeout:
-        raise ConfigError(f"Another process runs {path}. Wait until it ends, or write another name.") from None
+        raise ConfigError(f"Another process is running {path}. Wait until it ends, or write another name.") from None
 
 
 @contextmanager
 def _raising_on_signals() -> Iterator[None]:
-    """Turn SIGTERM and SIGUSR1 between two rows into an interrupt. While a row runs, its launcher heeds them."""
+    """Turn SIGTERM and SIGUSR1 between two rows into an interrupt. During a row, its launcher handles them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""How a matrix goes, while it goes: which row, its step, its seconds, and about how long the rest will take."""
+"""Progress of a matrix while it runs: the row, its step, its seconds, and an estimate for the rest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BEAT_SECONDS = 0.5
 
 
 class MatrixProgress:
-    """Lines about a matrix: a line that is rewritten in a terminal or a notebook, else a line per row.
+    """Shows a matrix's progress: a line that is rewritten in a terminal or a notebook, otherwise a line per row.
 
     Args:
         file: where to write outside notebooks; default: standard error.
@@ -45,7 +45,7 @@ class MatrixProgress:
             self._beats.start()
 
     def begin(self, row: str, config: Config) -> None:
-        """Take the row that begins."""
+        """Take the row that starts."""
         self._row, self._step, self._num_steps = row, "starting processes", config.run.steps
         self._began = time.monotonic()
         if not self._rewrites:
@@ -74,16 +74,16 @@ class MatrixProgress:
             self._rewrite(f"{len(self._seconds)} of {len(self._rows)} rows run" if self._in_notebook else "")
 
     def line(self) -> str:
-        """Return which row runs, how far it is, and about how long the rest will take."""
+        """Return the current row, its progress, and an estimate of the time left."""
         seconds = f", {time.monotonic() - self._began:.0f} s" if self._began else ""
         return f"row {len(self._seconds) + 1} of {len(self._rows)}, {self._row}: {self._step}{seconds}{self._left()}"
 
     def seconds_left(self) -> float | None:
-        """Return about how many seconds are left; None before the first row has ended."""
+        """Estimate the seconds left; return None before the first row has ended."""
         if not self._seconds:
             return None
         running = time.monotonic() - self._began if self._began else 0.0
-        per_row = statistics.fmean(self._seconds[1:] or self._seconds)  # the first one waits for imports
+        per_row = statistics.fmean(self._seconds[1:] or self._seconds)  # the first row also waits for imports
         waiting = len(self._rows) - len(self._seconds) - bool(self._began)
         return waiting * per_row + (max(0.0, per_row - running) if self._began else 0.0)
 

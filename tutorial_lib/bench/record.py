@@ -1,4 +1,4 @@
-"""Record of a row: what one run of a matrix cost, or why it did not end, as ``matrix.json`` keeps it."""
+"""Record of a row in ``matrix.json``: the cost of one run of a matrix, or the reason why it did not finish."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tutorial_lib.theory.memory import ModelStates
 
 NOT_RUN, DONE, STOPPED = "not run", "done", "stopped"
 FAILED, KILLED, OUT_OF_MEMORY, REFUSED = "failed", "killed", "out of memory", "refused"
-"""Values of a row's status; with any of the last four it has failed."""
+"""Values of a row's status; the last four mean that it has failed."""
 
 MODE_ROUNDING = 10 * MIB
-"""Bytes to which samples are rounded before the most frequent ones are counted."""
+"""Samples are rounded to this many bytes before the most frequent ones are counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Memory:
     peak: int
     mean: float
     modes: tuple[int, ...]
-    """To ten MiB; empty if no value came twice."""
+    """Most frequent values, rounded to ten MiB; empty if no value occurred twice."""
     num_samples: int
 
     @classmethod
@@ -45,34 +45,34 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class RowRecord:
-    """One row of a matrix. A value that was not measured is None.
+    """One row of a matrix. Values that were not measured are None.
 
     Attributes:
-        name: of the row.
-        status: :data:`NOT_RUN`, :data:`DONE`, :data:`STOPPED`, or how it failed.
-        cause: why it is not done, in one line.
-        error: the whole error.
-        settings: those in which rows of a matrix may differ, with what a DeepSpeed file decided once it is done.
-        wall_seconds: from before its processes started until they had ended.
-        train_seconds: of all optimizer steps together.
-        step_seconds: median of the steps that are like all others: not the first, nor the one that was measured.
-        samples_per_second: sequences trained per second in such steps, over all ranks.
-        tokens_per_second: likewise.
-        eval_samples_per_second: of the last evaluation.
-        train_loss: of the last step.
-        eval_losses: as often as ``evaluate_every`` says, else at its end alone.
+        name: name of the row.
+        status: :data:`NOT_RUN`, :data:`DONE`, :data:`STOPPED`, or the kind of failure.
+        cause: reason why it is not done, in one line.
+        error: the complete error.
+        settings: settings in which rows of a matrix may differ; once it is done, with the values of its DeepSpeed file.
+        wall_seconds: time from before its processes started until they had ended.
+        train_seconds: time of all optimizer steps together.
+        step_seconds: median time of a typical step, neither the first one nor the one that was measured.
+        samples_per_second: sequences trained per second in typical steps, over all ranks.
+        tokens_per_second: tokens trained per second in typical steps, over all ranks.
+        eval_samples_per_second: speed of the last evaluation.
+        train_loss: loss of the last step.
+        eval_losses: evaluation losses, as often as ``evaluate_every`` says, otherwise only at the end.
         steps_per_epoch: optimizer steps of one pass over the training rows.
         num_steps: optimizer steps of the run.
-        num_parameters: of the model.
-        world_size: processes.
+        num_parameters: number of parameters of the model.
+        world_size: number of processes.
         process_tree: host memory of the launching process and all its descendants.
-        gpu: memory of the GPU that held most; None without one.
-        gpus: that of every GPU.
+        gpu: memory of the fullest GPU; None without a GPU.
+        gpus: memory of every GPU.
         states: bytes of each rank's model states, counted tensor by tensor in one step.
         device_states: the part of them that is on a GPU.
-        predicted_states: the same by arithmetic, for each data-parallel rank.
-        predicted_device_states: the part of these that offload leaves on the device.
-        note: what to know about these numbers.
+        predicted_states: predicted bytes of model states for each data-parallel rank.
+        predicted_device_states: the part of these that stays on the device despite offload.
+        note: remark about these numbers.
     """
 
     name: str
@@ -111,27 +111,27 @@ class RowRecord:
 
     @property
     def states_bytes(self) -> int | None:
-        """Bytes of model states on the rank that holds most."""
+        """Largest model states of any rank, in bytes."""
         return max((each.total for each in self.states), default=None)
 
     @property
     def predicted_bytes(self) -> int | None:
-        """Bytes that :attr:`states_bytes` should be."""
+        """Prediction for :attr:`states_bytes`."""
         return max((each.total for each in self.predicted_states), default=None)
 
     @property
     def error_percent(self) -> float | None:
-        """By how much the measured states exceed the predicted ones."""
+        """Difference of the measured states from the predicted ones, in percent."""
         measured, predicted = self.states_bytes, self.predicted_bytes
         return None if measured is None or not predicted else 100 * (measured / predicted - 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the row as JSON takes it."""
+        """Return the row, ready for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> RowRecord:
-        """Return the inverse of :meth:`to_dict`."""
+        """Build a row from the result of :meth:`to_dict`."""
         values = dict(given)
         for name in ("process_tree", "gpu"):
             values[name] = _memory(values[name])
@@ -148,20 +148,20 @@ def _memory(given: dict[str, Any] | None) -> Any:
 
 
 def variant_of(config: Config) -> dict[str, Any]:
-    """Return the settings that rows of a matrix may differ in, by flat name."""
+    """Return the settings in which rows of a matrix may differ, by flat name."""
     flat = config.flat()
     names = ("engine", "dp", "tp", "zero_stage", "sharding", "offload", "pin_memory", "deepspeed", "global_batch")
     return {name: flat[name] for name in names}
 
 
 def measure_row(name: str, run: Run, log: Path, *, wall_seconds: float) -> RowRecord:
-    """Return the record of a run that has completed.
+    """Return the record of a completed run.
 
     Args:
-        name: of the row.
+        name: name of the row.
         run: the run.
-        log: the sampler's log of it.
-        wall_seconds: how long it took, start of its processes included.
+        log: the sampler's log of the run.
+        wall_seconds: its duration, including the start of its processes.
     """
     from tutorial_lib.engine.expected import expected_states, on_device, parameter_sizes
 
@@ -200,7 +200,7 @@ def measure_row(name: str, run: Run, log: Path, *, wall_seconds: float) -> RowRe
 
 
 def _steady_steps(run: Run) -> tuple[Sequence[dict[str, Any]], str | None]:
-    """Return the rows of steps that are like all others, and what to know about them."""
+    """Return the metrics rows of typical steps, and a remark about them or None."""
     from tutorial_lib.trainer.probe import measured_step
 
     measured = measured_step(run.result["num_steps"]) if run.config.run.measure else 0
@@ -212,7 +212,7 @@ def _steady_steps(run: Run) -> tuple[Sequence[dict[str, Any]], str | None]:
 
 
 def _shared_cores(config: Config) -> str | None:
-    """Say that ranks waited for each other's cores, where they did."""
+    """Return a remark if ranks had to share cores, or None."""
     cores, ranks = usable_cores(), config.parallel.world_size
     if config.run.device != "cpu" or config.run.launcher != "local" or ranks <= cores:
         return None
@@ -231,7 +231,7 @@ def _sampled(log: Path, config: Config) -> tuple[Memory | None, tuple[Memory, ..
     except MemoryLogError:
         return None, ()
     names = sorted({f"GPU {each.gpu}" for each in series.values() if each.gpu is not None})
-    # The share of these processes where the driver tells it, else all that the GPU holds.
+    # The share of these processes if the driver reports it, otherwise the GPU's total use.
     gpus = [series.get(f"{name}, process tree", series[name]) for name in names]
     on_gpu = config.run.device == "cuda"
     return Memory.of(series["process tree"]), tuple(map(Memory.of, gpus)) if on_gpu else ()

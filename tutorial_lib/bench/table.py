@@ -1,4 +1,4 @@
-"""Tables of a matrix: for a notebook, a terminal, a spreadsheet and a page, from the same rows."""
+"""Tables of a matrix, for notebooks, terminals, spreadsheets and Markdown, from the same rows."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Column:
     """One column of a matrix's table.
 
     Attributes:
-        title: with its unit.
-        about: ``speed`` or ``memory``; ``both`` for what every table shows.
-        value: of a row: a number, a text, or None if it was not measured.
-        form: how a number is shown.
+        title: title, with its unit.
+        about: ``speed`` or ``memory``; ``both`` for columns that every table shows.
+        value: function from a row to a number, a text, or None if it was not measured.
+        form: format of a number.
     """
 
     title: str
@@ -85,11 +85,11 @@ def columns(experiment: str, rows: Sequence[RowRecord]) -> list[Column]:
 
 
 def build(experiment: str, rows: Sequence[RowRecord], about: str = "all", only: Sequence[str] = ()) -> display.Table:
-    """Return the table as a notebook and a terminal show it.
+    """Build the table for notebooks and terminals.
 
     Args:
-        experiment: what is compared.
-        rows: of the matrix.
+        experiment: name of the experiment.
+        rows: rows of the matrix.
         about: ``speed`` or ``memory`` for some columns, ``all`` for all.
         only: titles of columns, in the order in which to show them; default: all that ``about`` asks for.
     """
@@ -107,14 +107,14 @@ def build(experiment: str, rows: Sequence[RowRecord], about: str = "all", only: 
 
 
 def remarks(rows: Sequence[RowRecord]) -> list[str]:
-    """Return a sentence for each row that is not done, or of which there is something to know."""
+    """Return a sentence for each row that is not done, or that has a note."""
     return [f"{row.name}: {row.status}: {row.cause}" for row in rows if row.cause] + [
         f"{row.name}: {row.note}" for row in rows if row.note
     ]
 
 
 def write(experiment: str, rows: Sequence[RowRecord], directory: Path) -> None:
-    """Write ``table.csv`` with plain numbers and ``table.md`` as it is shown."""
+    """Write ``table.csv`` with plain numbers, and ``table.md`` with formatted ones."""
     shown = columns(experiment, rows)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -126,7 +126,7 @@ def write(experiment: str, rows: Sequence[RowRecord], directory: Path) -> None:
 
 
 def markdown(table: display.Table, remarks: Sequence[str] = ()) -> str:
-    """Return a table as a Markdown page."""
+    """Format a table as Markdown."""
 
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
@@ -148,7 +148,7 @@ def _plain(value: Any) -> Any:
 
 
 def _efficiencies(rows: Sequence[RowRecord]) -> dict[str, float]:
-    """Return, in percent, the samples per second and process against those of the row with the fewest processes."""
+    """Return each row's samples per second and process, in percent of the row with the fewest processes."""
     per_process = {
         row.name: row.samples_per_second / row.world_size
         for row in sorted(rows, key=lambda row: row.world_size or 0)

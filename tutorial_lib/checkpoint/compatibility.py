@@ -1,8 +1,8 @@
-"""Compatibility between a checkpoint and the run that wants to resume from it, checked before any process starts.
+"""Compatibility between a checkpoint and a run that would resume from it, checked before any process starts.
 
-Settings that would change an update must be the same, and so must what they name: model, tokenizer and data. These are
-compared by content (their *identity*), so a directory that was moved is still the same, and one that has kept its name
-with different content is not.
+Settings that would change an update must be the same, and so must the model, tokenizer and data that they name. These
+are compared by content (their *identity*): a directory that was moved is still the same, but one that kept its name and
+got different content is not.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tutorial_lib.models.loading import resolve_model
 from tutorial_lib.models.stored import locate_weights
 
 DataIdentity = Callable[[], dict[str, str]]
-"""Returns the SHA-256 of the tokens of each split (``train``, and ``eval`` if the run evaluates)."""
+"""Function that returns the SHA-256 of each split's tokens (``train``, and ``eval`` if the run evaluates)."""
 
 _SHAPE = {
     "torch": (),
@@ -35,7 +35,7 @@ _SHAPE = {
 
 
 def shape(flat: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings, by flat name, that decide which rank holds what of a run's state and how it is saved."""
+    """Return the settings, by flat name, that decide which rank holds which part of a run's state, and its format."""
     return {name: flat[name] for name in ("engine", "device", "dp", "tp", *_SHAPE[flat["engine"]])}
 
 
@@ -43,36 +43,36 @@ def check_continues(config: Config, found: Path, data: DataIdentity | None) -> N
     """Refuse to resume a run from a checkpoint that it must not, or cannot, continue.
 
     Args:
-        config: what is to run.
+        config: what to run.
         found: the checkpoint.
-        data: of the run's data as they are now; it is called only if there is something to compare them with. None if
-            nobody reads data in this start, or not on this machine: then they are not compared.
+        data: digests the run's data as they are now; only called if there is something to compare them with. None if
+            this start reads no data, or not on this machine: then data is not compared.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
-        ConfigError: its settings, model, tokenizer or data are different, or ``resume='never'`` forbids to touch it.
+        ConfigError: its settings, model, tokenizer or data are different, or ``resume='never'`` forbids resuming.
     """
     if config.run.resume == "never":
         raise ConfigError(
-            f"Run {config.run.name!r} has the checkpoint {found}, and resume='never' forbids to continue it. "
+            f"Run {config.run.name!r} has the checkpoint {found}, and resume='never' forbids resuming from it. "
             "Choose another name, or write resume='auto'."
         )
     check_same_run(read_trainer_state(found), config, data)
 
 
 def check_same_run(trainer: dict[str, Any], config: Config, data: DataIdentity | None) -> None:
-    """Refuse to continue a run under settings, or with a model or data, that would make its updates different.
+    """Refuse to continue a run with settings, a model or data that would make its updates different.
 
-    The number of ranks, the engine, the ZeRO stage and all else that decides where the state lies may change, except
-    under the Hugging Face Trainer. So may the directory of a model or data set, if its content is the same.
+    The number of ranks, the engine, the ZeRO stage and everything else that decides where the state is kept may change,
+    except under the Hugging Face Trainer. So may the directory of a model or data set, if its content is the same.
 
     Args:
-        trainer: what ``trainer.json`` of the checkpoint holds.
-        config: what is to run.
+        trainer: content of the checkpoint's ``trainer.json``.
+        config: what to run.
         data: as in :func:`check_continues`.
 
     Raises:
-        ConfigError: names every setting that differs, with both values, or what has changed.
+        ConfigError: names every setting that differs, with both values, or the content that changed.
     """
     saved, before = trainer["config"], trainer.get("identity", {})  # format 1 kept no identity
     _check_is_resumable(saved, config)
@@ -91,11 +91,11 @@ def check_same_run(trainer: dict[str, Any], config: Config, data: DataIdentity |
 
 
 def reads_data(config: Config, found: Path | None) -> bool:
-    """Return whether a start reads any data: a reshape neither trains nor evaluates, and does without.
+    """Return whether this start of a run reads data: a reshape neither trains nor evaluates, so it needs none.
 
     Args:
-        config: what is to run.
-        found: the checkpoint that it begins from.
+        config: what to run.
+        found: the checkpoint to start from.
     """
     stop, knows_length = config.run.stop_after, config.run.steps is not None
     if found is None or config.run.evaluate or stop is None or step_of(found) < stop:
@@ -104,7 +104,7 @@ def reads_data(config: Config, found: Path | None) -> bool:
 
 
 def _check_settings(saved: dict[str, Any], config: Config, may_differ: set[str], within: dict[str, list[str]]) -> None:
-    """Refuse settings that differ. Of what a setting names, ``within`` says what is different besides the name."""
+    """Refuse settings that differ. ``within`` lists, for a setting that names something, what changed inside it."""
     now = json.loads(json.dumps(config.flat()))
     free = FREE_ON_RESUME | may_differ
     if config.optimizer.schedule == "constant":
@@ -128,7 +128,7 @@ def _check_settings(saved: dict[str, Any], config: Config, may_differ: set[str],
 
 
 def _check_is_resumable(saved: dict[str, Any], config: Config) -> None:
-    """Refuse a checkpoint that holds weights alone, and a run that could load none."""
+    """Refuse a checkpoint that only holds weights, and a run that cannot load any checkpoint."""
     if saved.get("shard_at_load"):
         raise ConfigError(
             f"Run {config.run.name!r} has a checkpoint of a model that was sharded at load (shard_at_load=True). "
@@ -136,21 +136,21 @@ def _check_is_resumable(saved: dict[str, Any], config: Config) -> None:
         )
     if config.engine.shard_at_load:
         raise ConfigError(
-            f"Run {config.run.name!r} has a checkpoint, and shard_at_load=True can resume none. {NO_RESUME}. Leave "
+            f"Run {config.run.name!r} has a checkpoint, but shard_at_load=True cannot resume. {NO_RESUME}. Leave "
             "shard_at_load out, or give the new run another name."
         )
 
 
 def _check_shape(saved: dict[str, Any], config: Config) -> None:
-    """Refuse to continue in a different shape what the Hugging Face Trainer saved, or what it would have to load."""
+    """Refuse a different shape if the Hugging Face Trainer saved the checkpoint, or would have to load it."""
     before, now = shape(saved), shape(config.flat())
     if "trainer" in (before["engine"], now["engine"]) and before != now:
         names = [name for name in before | now if before.get(name) != now.get(name)]
         changes = "; ".join(f"{name} was {before.get(name)!r}, now {now.get(name)!r}" for name in names)
         raise ConfigError(
             f"Run {config.run.name!r} cannot go on in a different shape: {changes}. The Hugging Face Trainer reads "
-            "only its own checkpoints, in the shape they were saved in, and nobody else reads them. Write the old "
-            "values. " + _from_its_export(config)
+            "only its own checkpoints, in the shape they were saved in, and no other engine reads those. Write the "
+            "old values. " + _from_its_export(config)
         )
 
 
@@ -162,12 +162,12 @@ def _from_its_export(config: Config) -> str:
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """Return what a run's model and tokenizer are, whatever they are called.
+    """Identify a run's model and tokenizer by their content rather than their names.
 
     Returns:
-        ``model``: the configuration's entries that are not defaults; ``tokenizer``: SHA-256 of all that decides which
-        ids a text becomes; ``vocabulary``: how many tokens it has; ``weights``: of a model in a directory, SHA-256 of
-        its weight files' sizes, first and last MiB (else None: a hub's model does not move).
+        ``model``: entries of its configuration that are not defaults; ``tokenizer``: SHA-256 of everything that decides
+        which ids a text gets; ``vocabulary``: its number of tokens; ``weights``: for a model in a directory, SHA-256 of
+        its weight files' sizes and their first and last MiB (otherwise None, because hub models do not change).
 
     Raises:
         ConfigError: there is no such model.
@@ -189,7 +189,7 @@ _OF_THE_MOMENT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype
 def _rules(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = json.loads(backend.to_str()) if backend else {"vocab": tokenizer.get_vocab()}
-    # How the last text happened to be cut and padded.
+    # These two only tell how the last text was cut and padded.
     rules = {name: value for name, value in rules.items() if name not in ("truncation", "padding")}
     return json.dumps([type(tokenizer).__name__, rules, tokenizer.special_tokens_map], sort_keys=True, default=str)
 
@@ -198,7 +198,7 @@ _SAMPLE = 2**20
 
 
 def _sample_weights(target: str) -> str | None:
-    """Hash samples of a model's weight files: enough to tell two trainings apart, however large the files are."""
+    """Hash samples of a model's weight files: enough to tell two models apart, however large the files are."""
     if not Path(target).is_dir():
         return None
     found = hashlib.sha256()
@@ -215,7 +215,7 @@ _OTHER_WEIGHTS = "its weights are different"
 
 
 def _model_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return what differs between two identities of a model."""
+    """Return the differences between two identities of a model."""
     then, is_now = before["model"], now["model"]
     changes = [
         f"{key} was {then.get(key, 'the default')!r}, now {is_now.get(key, 'the default')!r}"
@@ -233,7 +233,7 @@ def _model_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _data_changes(before: dict[str, str], now: dict[str, str], config: Config) -> list[str]:
-    """Return the splits whose tokens differ, of those that both starts read."""
+    """Return the splits that both starts read, and whose tokens differ."""
     splits = {"train": config.data.train_split, "eval": config.data.eval_split}
     changed = [splits[use] for use in splits if use in before and use in now and before[use] != now[use]]
     return [f"split {split!r} has other tokens" for split in changed]

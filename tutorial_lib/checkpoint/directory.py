@@ -1,4 +1,4 @@
-"""Checkpoint directories: names, the newest one, and renames that show a reader all of a checkpoint or nothing."""
+"""Checkpoint directories: their names, the newest one, and renames that show a checkpoint completely or not at all."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _REMAINS = re.compile(r"\.(partial|deleting)-(?P<final>step-\d{8})(-[0-9a-f]{8})
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """A checkpoint that a resume has passed over.
+    """A damaged checkpoint that a resume skipped.
 
     Attributes:
-        checkpoint: its directory's name.
-        why: what is wrong with it, with the file's name.
+        checkpoint: name of its directory.
+        why: its problem, with the name of the file.
     """
 
     checkpoint: str
@@ -42,7 +42,7 @@ class LeftOut:
 
 
 def directory_of(run: RunDirectory, step: int) -> Path:
-    """Return where a run's checkpoint of a step lies, or would."""
+    """Return the directory of a run's checkpoint at a step, even if it does not exist."""
     return run.checkpoints / f"step-{step:08d}"
 
 
@@ -52,30 +52,30 @@ def step_of(path: Path) -> int:
 
 
 def checkpoints(run: RunDirectory) -> list[Path]:
-    """Return all directories that are named as a checkpoint, intact or not, the oldest first."""
+    """Return all directories named like a checkpoint, intact or not, oldest first."""
     return sorted(path for path in run.checkpoints.glob("step-*") if _NAME.fullmatch(path.name))
 
 
 def latest(run: RunDirectory) -> Path | None:
-    """Return the newest checkpoint that looks intact, or ``None`` for a run that has saved nothing.
+    """Return the newest checkpoint that looks intact, or ``None`` if the run has saved nothing.
 
-    This is cheap: it compares the files' sizes, and reads ``trainer.json``. :func:`newest_intact` reads every byte.
+    This is cheap: it compares file sizes and reads ``trainer.json``. :func:`newest_intact` reads every byte.
 
     Raises:
-        CheckpointError: there are checkpoints, and none of them looks intact; or the newest is of a newer format.
+        CheckpointError: there are checkpoints, but none looks intact; or the newest has a newer format.
     """
     return _newest(run, checkpoints(run), damage_at_a_glance)[0]
 
 
 def newest_intact(run: RunDirectory, topology: Topology | None = None) -> tuple[Path | None, list[LeftOut]]:
-    """Return the newest checkpoint in which every byte is as written, and the newer ones that were left out.
+    """Return the newest checkpoint whose every byte is intact, and the newer ones that were skipped.
 
-    With a topology this is collective: the ranks share the reading, and all return the same.
+    With a topology this is collective: the ranks share the reading, and all return the same result.
 
     Raises:
-        CheckpointError: there are checkpoints, and none of them is intact; or the newest is of a newer format.
+        CheckpointError: there are checkpoints, but none is intact; or the newest has a newer format.
     """
-    # One rank lists: on a network file system others may still see an older listing.
+    # Only one rank lists: on a network file system, others may still see an older listing.
     found = broadcast_object(checkpoints(run)) if topology else checkpoints(run)
     return _newest(run, found, lambda path: damage(path, topology))
 
@@ -93,15 +93,15 @@ def _newest(
         left_out.append(LeftOut(path.name, str(why)))
     if left_out:
         raise CheckpointError(
-            f"Run {run.path.name!r} has checkpoints, and none of them is intact: "
+            f"Run {run.path.name!r} has checkpoints, but none of them is intact: "
             + " ".join(each.why for each in left_out)
-            + f" Restore the files of one of them, or remove {run.checkpoints} to begin again from step 0."
+            + f" Restore the files of one of them, or remove {run.checkpoints} to start over from step 0."
         )
     return None, []
 
 
 def clear_remains(run: RunDirectory) -> None:
-    """Remove what saves and deletions of killed starts have left behind under names that nobody reads."""
+    """Clean up the unfinished saves and deletions of starts that were killed."""
     for path, final in _remains(run):
         if _is_complete(path, final):
             os.rename(path, final)
@@ -110,7 +110,7 @@ def clear_remains(run: RunDirectory) -> None:
 
 
 def next_start_from(run: RunDirectory) -> str | None:
-    """Return the name of what :func:`latest` will find after the next start has cleared the remains of this one."""
+    """Return the name of the checkpoint that the next start will find, once it has cleaned up after this one."""
     unnamed = [final.name for path, final in _remains(run) if _is_complete(path, final)]
     newest = latest(run)
     return max([*unnamed, *([newest.name] if newest else [])], default=None)
@@ -127,15 +127,15 @@ def _is_complete(path: Path, final: Path) -> bool:
 
 
 def partial_of(final: Path) -> Path:
-    """Return a new name under which a checkpoint is written, and which nobody reads.
+    """Return a new temporary name for a checkpoint while it is written.
 
-    No two saves share one: a rank that outlives its start may still be writing into its own.
+    Two saves never share one: a rank that outlives its start may still be writing into its own directory.
     """
     return final.with_name(f"{_PARTIAL}{final.name}-{secrets.token_hex(4)}")
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Give a complete checkpoint its name. A checkpoint that has the name already is replaced, then deleted."""
+    """Give a complete checkpoint its final name. An older checkpoint of that name is replaced, then deleted."""
     doomed = _doomed(final)
     if final.exists():
         os.rename(final, doomed)
@@ -146,13 +146,13 @@ def publish(partial: Path, final: Path) -> None:
 
 
 def delete(path: Path) -> None:
-    """Delete a checkpoint. A reader sees all of it or nothing: it loses its name first, at once.
+    """Delete a checkpoint. It loses its name first, so a reader sees either all of it or nothing.
 
     Raises:
-        ValueError: the path is not named as a checkpoint.
+        ValueError: the path is not named like a checkpoint.
     """
     if not _NAME.fullmatch(path.name):
-        raise ValueError(f"{path} is not named as a checkpoint")
+        raise ValueError(f"{path} is not named like a checkpoint")
     doomed = _doomed(path)
     os.rename(path, doomed)
     sync(path.parent)
@@ -167,17 +167,17 @@ _deletions: list[threading.Thread] = []
 
 
 def _discard(doomed: Path) -> None:
-    """Delete a directory that has lost its name, in the background: freeing its room can take a while."""
+    """Delete a renamed directory in the background: freeing its space can take a while."""
     thread = threading.Thread(target=shutil.rmtree, args=(doomed, True), name="checkpoint-deletion")
     try:
-        thread.start()  # what cannot be removed now, the next start tries again
-    except RuntimeError:  # this system has no more threads
+        thread.start()  # the next start tries again to remove anything left
+    except RuntimeError:  # the system has no threads left
         thread.run()
     else:
         _deletions.append(thread)
 
 
 def finish_deletions() -> None:
-    """Wait until all deleted files are gone, or cannot be removed now."""
+    """Wait until all deletions in the background have ended."""
     while _deletions:
         _deletions.pop().join()

@@ -1,4 +1,4 @@
-"""Export of a checkpoint's weights to a Hugging Face directory, a parameter at a time."""
+"""Export of a checkpoint's weights to a Hugging Face directory, one parameter at a time."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from tutorial_lib.config import ConfigError
 from tutorial_lib.models.side_files import GENERATION_CONFIG
 
 MAX_SHARD_SIZE = "50GB"
-"""Size from which transformers' ``save_pretrained`` begins a new file."""
+"""Largest weight file, as in transformers' ``save_pretrained``."""
 
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
            torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
            torch.bool: "BOOL"}  # fmt: skip
-"""As safetensors names them."""
+"""Dtypes by PyTorch type, in safetensors' spelling."""
 
 
 def export(path: Path, target: Path, max_shard_size: str = MAX_SHARD_SIZE) -> Path:
     """Write a checkpoint's weights as a Hugging Face directory that ``from_pretrained`` loads.
 
-    One process, no GPU: the shards of any ZeRO stage, of FSDP2 and of any tensor-parallel size are merged on the CPU.
-    Under mixed precision the fp32 master weights are exported, not their 16-bit copies. However large the model is, the
-    process holds no more of it than about twice its largest parameter: pieces, and what is made of them. The directory
-    appears under its name when all is in it and on the disk.
+    Runs in one process, without a GPU: the CPU merges shards of any ZeRO stage, FSDP2 and any tensor-parallel size.
+    With mixed precision, the fp32 master weights are exported, not their 16-bit copies. However large the model, the
+    process holds only about twice its largest parameter at a time: the pieces, and the merged result. The directory
+    gets its name when everything in it is on the disk.
 
     Args:
         path: the checkpoint.
         target: a new directory.
-        max_shard_size: largest file of weights, such as ``"5GB"``; a parameter that is larger has a file of its own.
+        max_shard_size: largest weight file, such as ``"5GB"``; a larger parameter gets a file of its own.
 
     Raises:
         CheckpointError: the checkpoint is damaged.
-        ConfigError: ``target`` already holds something, or the size cannot be read.
+        ConfigError: ``target`` is not empty, or the size cannot be parsed.
     """
     target = target.expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -52,7 +52,7 @@ def export(path: Path, target: Path, max_shard_size: str = MAX_SHARD_SIZE) -> Pa
     outlines |= {name: buffer.to("meta") for name, buffer in buffers.items()}
     files = _files(outlines, max_shard_size)
     partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # left over from an export that was killed
     partial.mkdir(parents=True)
     for file, names in files.items():
         _write_safetensors(partial / file, {name: outlines[name] for name in names}, _read(full, buffers, names))
@@ -71,14 +71,14 @@ def export(path: Path, target: Path, max_shard_size: str = MAX_SHARD_SIZE) -> Pa
 
 
 def _files(outlines: dict[str, Tensor], max_shard_size: str) -> dict[str, list[str]]:
-    """Return which file gets which tensors, as ``save_pretrained`` would distribute them."""
+    """Distribute tensors over files as ``save_pretrained`` would: the names of the tensors in each file."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     pattern = "model{suffix}.safetensors"
     try:
         split = split_torch_state_dict_into_shards(outlines, filename_pattern=pattern, max_shard_size=max_shard_size)
     except ValueError as error:
-        raise ConfigError(f"max_shard_size={max_shard_size!r} is no size: write one such as '5GB'.") from error
+        raise ConfigError(f"max_shard_size={max_shard_size!r} is not a size: write one such as '5GB'.") from error
     return dict(split.filename_to_tensors)
 
 
@@ -88,9 +88,9 @@ def _read(full: FullTensors, buffers: dict[str, Tensor], names: list[str]) -> It
 
 
 def _write_safetensors(path: Path, outlines: dict[str, Tensor], tensors: Iterator[Tensor]) -> None:
-    """Write a file whose tensors need not be in memory together, as ``safetensors.torch.save_file`` wants them.
+    """Write a safetensors file one tensor at a time; ``safetensors.torch.save_file`` needs all of them in memory.
 
-    The format: the header's length in 8 bytes, the header (JSON), and the tensors' bytes one after another.
+    The format is the header's length in 8 bytes, the header (JSON), and the tensors' bytes one after another.
 
     Source: https://github.com/huggingface/safetensors#format
     """

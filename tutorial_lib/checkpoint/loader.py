@@ -1,4 +1,4 @@
-"""Loading a run from a verified checkpoint, in the shape that it was saved in or in a different one."""
+"""Loading of a verified checkpoint, in the shape that it was saved in or in a different one."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from tutorial_lib.mpu.random_states import restore_random_states
 
 
 def load(path: Path, engine: Any, config: Config, topology: Topology) -> Progress:
-    """Restore the engine and this rank's random-number states from a checkpoint that was verified. Collective.
+    """Restore the engine and this rank's random-number states from a verified checkpoint. Collective.
 
-    A run may go on in a different shape: number of ranks, engine, ZeRO stage, sharding or offload. Then
+    A run may resume in a different shape: number of ranks, engine, ZeRO stage, sharding or offload. Then
 
-    - weights, both moments and Adam's count of updates are the saved ones, bit for bit; of weights in 16 bits, the fp32
-      master copies are, and the 16-bit weights are rounded from them;
-    - the position in the data is the same for every rank: it counts steps of the global batch;
-    - random-number states are *not* restored, because the ranks are different ones: the caller has to seed again;
-    - fp16's dynamic loss scale starts from its first value, and updates are skipped until it has come down.
+    - weights, both moments and Adam's count of updates are restored bit for bit; for weights in 16 bits this holds for
+      the fp32 master copies, and the 16-bit weights are rounded from them;
+    - the position in the data is the same for every rank, because it counts steps of the global batch;
+    - random-number states are *not* restored, because the ranks are different ones: the caller must seed again;
+    - fp16's dynamic loss scale starts from its initial value, and updates are skipped until it has come down.
 
     Raises:
         CheckpointError: the engine found nothing to load.
@@ -47,7 +47,7 @@ def load(path: Path, engine: Any, config: Config, topology: Topology) -> Progres
 
 
 def _dcp_reshards(saved: dict[str, Any], wanted: dict[str, Any], model: Any) -> bool:
-    """Return whether FSDP's own files can be read in the new shape as they are, each rank reading only its share."""
+    """Return whether FSDP's files can be read directly in the new shape, with each rank reading only its share."""
     fused = any(is_fused_by_part(name, model.config.model_type) for name, _ in model.named_parameters())
-    # The columns of a fused matrix are stored in the order of the tensor-parallel ranks.
+    # A fused matrix is stored with its columns in the order of the tensor-parallel ranks.
     return saved["engine"] == wanted["engine"] == "fsdp" and (saved["tp"] == wanted["tp"] or not fused)

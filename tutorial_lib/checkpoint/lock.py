@@ -1,8 +1,8 @@
-"""Locks of a run, so that only one start runs at a time: the kernel drops them with the process that took them.
+"""Run locks, so that only one start of a run is active: the kernel drops them when their process ends.
 
-A run has two. ``.launch.lock`` is held by the process that launches it, from before its workers start until they are
-gone; ``.lock`` by rank 0 for as long as it trains, because workers outlive a launcher that is killed by the one step
-and the save that they still make. A start that finds either of them held is refused.
+A run has two. Its launching process holds ``.launch.lock``, from before its workers start until they are gone. Rank 0
+holds ``.lock`` while it trains, because workers outlive a killed launcher: they still finish a step and save. A start
+that finds either lock held is refused.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from tutorial_lib.mpu.collectives import broadcast_object
 from tutorial_lib.records import RunDirectory
 
 PREDECESSOR_SECONDS = 30
-"""How long rank 0 waits for the lock of a killed rank 0 whose end its launcher has seen before the kernel was done."""
+"""Seconds that rank 0 waits for the lock of a killed rank 0, whose launcher may notice its end before the kernel."""
 
 
 @contextmanager
 def held_for_launch(run: RunDirectory, rank: int = 0) -> Iterator[None]:
-    """Keep every other start of this run out while the block runs. The launching process calls this.
+    """Keep other starts of this run out while the block runs. For the launching process.
 
     Args:
         run: the run.
-        rank: which of the ranks that torchrun has started calls; rank 0 speaks for all, the others hold nothing.
+        rank: the calling rank, if torchrun started the ranks; only rank 0 takes the lock.
 
     Raises:
-        ConfigError: another start of the run has not ended. Nothing of it was touched.
+        ConfigError: another start of the run has not ended. It was not disturbed.
     """
     if rank != 0:
         yield
@@ -48,10 +48,10 @@ def held_for_launch(run: RunDirectory, rank: int = 0) -> Iterator[None]:
 
 
 def check_free(run: RunDirectory, rank: int = 0) -> None:
-    """Refuse a run that another process launches or trains at this moment.
+    """Refuse a run that another process is launching or training right now.
 
     Raises:
-        ConfigError: says which process.
+        ConfigError: names the process.
     """
     with held_for_launch(run, rank):
         pass
@@ -62,7 +62,7 @@ def held_for_training(run: RunDirectory, topology: Topology) -> Iterator[None]:
     """Hold the run's lock, on rank 0, while the block runs. Collective: all ranks learn whether rank 0 got it.
 
     Raises:
-        ConfigError: another start of the run trains; on every rank.
+        ConfigError: another start of the run is training. Every rank raises.
     """
     with ExitStack() as held:
         refused = None
@@ -79,13 +79,13 @@ def held_for_training(run: RunDirectory, topology: Topology) -> Iterator[None]:
 @contextmanager
 def _held(run: RunDirectory, name: str, seconds: float = 0) -> Iterator[None]:
     path = run.path / name
-    # By default filelock falls back on a file, which a killed process would leave locked.
+    # By default filelock falls back to a plain file, which a killed process would leave locked.
     lock = FileLock(path, timeout=seconds, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:
         raise ConfigError(
-            f"Run {run.path.name!r} in {run.path.parent} is running already: {_holder(path)}. Wait for its end, stop "
+            f"Run {run.path.name!r} in {run.path.parent} is already running: {_holder(path)}. Wait for its end, stop "
             "it, or give this run another name."
         ) from None
     except OSError as error:
@@ -98,7 +98,7 @@ def _held(run: RunDirectory, name: str, seconds: float = 0) -> Iterator[None]:
         return
     try:
         since = datetime.now(UTC).isoformat(timespec="seconds")
-        with suppress(OSError):  # a full disk is found by what needs the room
+        with suppress(OSError):  # if the disk is full, a later write will report it
             path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}) + "\n")
         yield
     finally:
@@ -112,4 +112,4 @@ def _holder(path: Path) -> str:
         holder = json.loads(path.read_text(encoding="utf-8"))
         return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
     except (OSError, ValueError, KeyError):
-        return "by a process that has not written its number yet"
+        return "a process that has not written its number yet"

@@ -28,7 +28,7 @@ OnCheckpoint = Callable[[Path, Row], None]
 
 
 class Loader(Protocol):
-    """What the manager needs of a training loader."""
+    """Interface of a training loader for the manager."""
 
     @property
     def num_steps(self) -> int: ...
@@ -43,25 +43,25 @@ class CheckpointManager:
 
     Args:
         config: the run's settings; ``config.run`` says how often to save and what to keep.
-        engine: what is saved and restored, with its learning-rate schedule.
-        loader: whose position in the data is saved and restored.
+        engine: the engine to save and restore, with its learning-rate schedule.
+        loader: the loader whose position in the data is saved and restored.
         topology: this rank's place in the grid.
-        start: where this start of the run begins, if the caller has found it and holds the run's directory. Without,
-            the manager does both, from here to :meth:`close`.
+        start: where this start of the run begins, if the caller has found it and holds the run's directory. Otherwise
+            the manager does both, until :meth:`close`.
         evaluate: returns the evaluation loss for ``keep_best``, or None if there is no time for it. Collective.
         on_checkpoint: called when a checkpoint is complete.
 
     Attributes:
         start: where this start of the run begins.
         saved_at: step of the newest complete checkpoint, or None.
-        record: what the training loop wants to find again (JSON), saved with every checkpoint.
-        reshaped_from: the shape that the run was saved in, if it goes on in a different one.
-        saves: what :meth:`Save.finish` returned for each save of this start.
+        record: the training loop's own notes (JSON), saved with every checkpoint.
+        reshaped_from: the shape that the run was saved in, if it resumed in a different one.
+        saves: results of :meth:`Save.finish` for each save of this start.
 
     Raises:
         ConfigError: another start of the run has not ended; or the run cannot resume from its checkpoint, because
-            settings, model or data differ; or its settings ask for what cannot be done.
-        CheckpointError: there are checkpoints, and none of them is intact.
+            settings, model or data differ; or its settings cannot be satisfied.
+        CheckpointError: there are checkpoints, but none is intact.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class CheckpointManager:
         self.run = RunDirectory(config.directory)
         if config.run.keep_best and evaluate is None:
             raise ConfigError(
-                "keep_best=True compares evaluation losses, and nobody evaluates: give "
+                "keep_best=True compares evaluation losses, but nothing evaluates: give "
                 "CheckpointManager(..., evaluate=...) a function that does, or write keep_best=False."
             )
         self._held = ExitStack()
@@ -102,10 +102,10 @@ class CheckpointManager:
         self._under_way: tuple[Save, Row] | None = None
 
     def restore(self) -> int:
-        """Fill engine, schedule, loader and this rank's random states from the newest intact checkpoint. Collective.
+        """Restore engine, schedule, loader and this rank's random states from the newest intact checkpoint. Collective.
 
         Returns:
-            How many optimizer steps are done: 0 if there is no checkpoint.
+            Number of optimizer steps done so far: 0 if there is no checkpoint.
         """
         if self.start.found is None:
             return 0
@@ -127,16 +127,16 @@ class CheckpointManager:
         return bool(every) and step % every == 0
 
     def save_if_due(self, step: int, row: Row | None = None) -> Path | None:
-        """Save after a step if ``checkpoint_every`` asks for it, or if it is the last of this start. Collective.
+        """Save after a step if ``checkpoint_every`` asks for it, or if it is the last step of this start. Collective.
 
-        With ``async_save``, training goes on while files are written, and a later call makes the checkpoint visible.
+        With ``async_save``, training continues while files are written, and a later call makes the checkpoint visible.
 
         Args:
             step: the step that was just trained.
             row: its metrics, for ``on_checkpoint``.
 
         Returns:
-            The newest checkpoint if it has become complete in this call, else None.
+            The newest checkpoint if this call completed it, otherwise None.
         """
         before = self.saved_at
         self.finish_if_written()
@@ -146,12 +146,12 @@ class CheckpointManager:
         return self.newest() if self.saved_at != before else None
 
     def save(self, step: int, row: Row | None = None, *, and_train_on: bool) -> None:
-        """Write a checkpoint, after the save under way. Collective.
+        """Write a checkpoint, once any save under way has finished. Collective.
 
         Args:
             step: the step that was just trained.
             row: its metrics, for ``on_checkpoint``.
-            and_train_on: more steps follow. With ``async_save`` they need not wait until the files are written.
+            and_train_on: whether more steps follow. With ``async_save`` they do not wait until the files are written.
         """
         self.finish()
         self.record.pop("eval_loss", None)
@@ -175,7 +175,7 @@ class CheckpointManager:
         """Make the save under way visible if all ranks' files are complete. Collective.
 
         Raises:
-            OSError: this rank's files could not be written; this rank alone raises.
+            OSError: this rank's files could not be written. Other ranks do not raise.
         """
         if self._under_way is None:
             return
@@ -184,7 +184,7 @@ class CheckpointManager:
             self.finish()
 
     def finish(self) -> None:
-        """Make the save under way visible, if there is one. Collective; waits for all ranks' files."""
+        """Wait for all ranks' files, and make the save under way visible, if there is one. Collective."""
         if self._under_way is None:
             return
         begun, row = self._under_way
@@ -200,7 +200,7 @@ class CheckpointManager:
         return None if self.saved_at is None else directory_of(self.run, self.saved_at)
 
     def close(self) -> None:
-        """Release what outlives this object. A save that is not finished stays invisible; deletions are waited for."""
+        """Wait for deletions, and release locks and threads. An unfinished save stays invisible."""
         if self._under_way:
             self._under_way[0].abandon()
         if self._stager:

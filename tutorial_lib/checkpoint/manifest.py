@@ -14,26 +14,26 @@ from tutorial_lib.mpu.collectives import all_gather_objects, broadcast_object
 MANIFEST = "manifest.json"
 
 FORMAT = 2
-"""Written into ``trainer.json`` and the manifest. 2: with the fingerprints of model and tokenizer. 1 is still read."""
+"""Format number in ``trainer.json`` and the manifest. 2 added fingerprints of model and tokenizer; 1 is still read."""
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that is missing, damaged, or of another run. The message names the file and the next step."""
+    """A checkpoint is missing, damaged, or belongs to another run. The message names the file and what to do."""
 
 
 class NewerFormat(CheckpointError):
-    """A checkpoint that a newer version has written: it may be intact, so nothing is put in its place."""
+    """A newer version wrote this checkpoint. It may be intact, so it is never replaced."""
 
 
 class Unreadable(CheckpointError):
-    """A file that the storage did not give now; it may be intact."""
+    """A file cannot be read right now. It may be intact."""
 
 
 def read_trainer_state(path: Path) -> dict[str, Any]:
-    """Return what ``trainer.json`` of a checkpoint holds.
+    """Read a checkpoint's ``trainer.json``.
 
     Raises:
-        CheckpointError: not there, or of a format that this version does not know.
+        CheckpointError: it is missing, or in a format that this version does not know.
     """
     try:
         trainer = dict(json.loads((path / "trainer.json").read_text(encoding="utf-8")))
@@ -54,7 +54,7 @@ def _check_format(path: Path, number: Any) -> None:
 
 
 def verify(path: Path, topology: Topology | None = None) -> None:
-    """Compare every file with the manifest. With a topology the work is shared out, and all ranks learn the outcome.
+    """Compare every file with the manifest. With a topology, the ranks share the work, and all learn the result.
 
     Raises:
         CheckpointError: names the first missing or altered file.
@@ -66,15 +66,15 @@ def verify(path: Path, topology: Topology | None = None) -> None:
 
 
 def damage(path: Path, topology: Topology | None = None) -> CheckpointError | None:
-    """Return what is wrong with a checkpoint, naming the first missing or altered file, or ``None`` if it is intact.
+    """Return a checkpoint's damage, naming the first missing or altered file, or ``None`` if it is intact.
 
-    :class:`NewerFormat` and :class:`Unreadable` mean that it may be intact, but cannot be checked here and now. With a
+    :class:`NewerFormat` and :class:`Unreadable` mean that it may be intact, but cannot be checked right now. With a
     topology this is collective, and every rank reads a share of the files.
     """
     rank, size = (topology.rank, topology.world_size) if topology else (0, 1)
     files, problem = _manifest_or_error(path) if rank == 0 else ({}, None)
     if size > 1:
-        # One rank reads the manifest: if each did, one that cannot would leave the others waiting for it.
+        # Only one rank reads the manifest: if every rank did, one that fails to would leave the others waiting.
         files, problem = broadcast_object((files, problem))
     if problem:
         return problem
@@ -85,10 +85,10 @@ def damage(path: Path, topology: Topology | None = None) -> CheckpointError | No
 
 
 def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
-    """Return size and SHA-256 of every file of a checkpoint, by its name within it.
+    """Return the size and SHA-256 of every file of a checkpoint, by its name within the checkpoint.
 
     Raises:
-        CheckpointError: there is no manifest, or it is not one.
+        CheckpointError: the manifest is missing or damaged.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
@@ -115,7 +115,7 @@ def _manifest_or_error(path: Path) -> tuple[dict[str, dict[str, Any]], Checkpoin
 
 
 def damage_at_a_glance(path: Path) -> CheckpointError | None:
-    """Return damage that shows without reading more than the manifest and ``trainer.json``, see :func:`damage`."""
+    """Check a checkpoint without reading more than the manifest and ``trainer.json``; return as :func:`damage`."""
     files, problem = _manifest_or_error(path)
     if problem:
         return problem
@@ -152,7 +152,7 @@ def wrong_size(path: Path, entry: dict[str, Any]) -> CheckpointError | None:
 
 
 def file_damage(path: Path, entry: dict[str, Any]) -> CheckpointError | None:
-    """Return what is wrong with a file, or ``None`` if it matches its entry in the manifest."""
+    """Return a file's damage, or ``None`` if it matches its entry in the manifest."""
     if wrong := wrong_size(path, entry):
         return wrong
     try:

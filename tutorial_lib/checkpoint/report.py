@@ -1,6 +1,6 @@
-"""Report on a checkpoint, or on a run's checkpoints: who wrote them, what lies in which file, and what is damaged.
+"""Report on one or all checkpoints of a run: the run that wrote them, the contents of each file, and any damage.
 
-Nothing is unpickled: names, sizes and JSON are enough, so a checkpoint of unknown origin can be looked at.
+Nothing is unpickled: names, sizes and JSON are enough, so a checkpoint of unknown origin is safe to inspect.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _PATHS = ("model", "dataset", "deepspeed")
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """Return everything about a checkpoint, or about a run's checkpoints, as JSON would hold it.
+    """Collect everything about a checkpoint, or about all checkpoints of a run, ready for JSON.
 
     Raises:
-        ConfigError: the path is neither.
+        ConfigError: the path is neither a checkpoint nor a run with checkpoints.
     """
     path = path.expanduser()
     if (path / "checkpoints").is_dir():
@@ -39,7 +39,7 @@ def inspect(path: Path) -> dict[str, Any]:
 
 
 def inspect_run(run: RunDirectory) -> dict[str, Any]:
-    """Return a run's checkpoints, the oldest first, the newest intact one, and the one of lowest evaluation loss."""
+    """Describe a run's checkpoints, oldest first, and name the newest intact one and the one with the lowest loss."""
     rows = []
     for path in checkpoints(run):
         full = inspect_checkpoint(path)
@@ -56,7 +56,7 @@ def inspect_run(run: RunDirectory) -> dict[str, Any]:
 
 
 def inspect_checkpoint(path: Path) -> dict[str, Any]:
-    """Return who wrote a checkpoint, what lies in its files, and what is damaged. Reads every byte."""
+    """Describe a checkpoint: the run that wrote it, the contents of its files, and any damage. Reads every byte."""
     damage: list[str] = []
     trainer: dict[str, Any] = {}
     listed: dict[str, dict[str, Any]] = {}
@@ -104,7 +104,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _shown(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that matter of the run that wrote it. Paths lose all but their last part, for privacy."""
+    """Return the main settings of the run that wrote it. Paths are cut to their last part, for privacy."""
     named = {name: settings[name] for name in _SHOWN if name in settings}
     return {
         name: Path(value).name if name in _PATHS and value and Path(value).is_absolute() else value
@@ -122,7 +122,7 @@ def _state(there: bool, listed: bool, damaged: bool) -> str:
 
 
 def _contents(name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return which rank wrote a file, and what the file holds, going by its name."""
+    """Return the rank that wrote a file, and the file's contents, judging by its name."""
     if found := re.fullmatch(r"rank-(\d+)\.pt", name):
         rank, what = int(found[1]), "random states and data position"
     elif found_by_format := rank_and_contents(name, settings.get("tp", 1), settings.get("zero_stage", 0)):
@@ -133,7 +133,7 @@ def _contents(name: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """Return a report as text."""
+    """Format a report as text."""
     if "checkpoints" in report:
         return _run_table(report)
     written, settings = report["written"] or {}, report["settings"]

@@ -1,4 +1,4 @@
-"""Reshape of a checkpoint for different ranks, engine or ZeRO stage: ranks of the new shape resume, save and end."""
+"""Reshape of a checkpoint for different ranks, engine or ZeRO stage: ranks of the new shape load it, save and end."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _NOT_FOR_EVERY_ENGINE = tuple(
 
 
 def checkpoint_of(source: Path) -> Path:
-    """Return the checkpoint that a user names: by its own directory, or by its run's, for the newest intact one.
+    """Find a checkpoint by its own directory, or a run's newest intact one by the run's directory.
 
-    Newer ones that are damaged are named in a warning.
+    A warning names newer checkpoints that are damaged.
 
     Raises:
-        CheckpointError: the run has checkpoints, and none of them is intact.
-        ConfigError: there is none.
+        CheckpointError: the run has checkpoints, but none is intact.
+        ConfigError: there is no checkpoint.
     """
     source = source.expanduser()
     if (source / MANIFEST).is_file():
@@ -45,29 +45,31 @@ def checkpoint_of(source: Path) -> Path:
 
 
 def reshaped_config(source: Path, flat: dict[str, Any]) -> Config:
-    """Return the configuration of the run that continues a checkpoint in a different shape.
+    """Build the configuration of the run that continues a checkpoint in a different shape.
 
     Args:
         source: the checkpoint.
-        flat: settings that differ from those that it was saved with, among them the new run's ``name``. Without
-            ``storage``, it lies beside the old one. A change of engine takes the other engine's settings back to
-            their defaults, and one of ``zero_stage`` or ``offload`` takes them out of the DeepSpeed file's hands.
+        flat: settings that differ from the saved ones, including the new run's ``name``. Without ``storage``, it is
+            placed beside the old run. If the engine changes, the old engine's settings return to their defaults; if
+            ``zero_stage`` or ``offload`` changes, the new value wins over the DeepSpeed file.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
-        ConfigError: the settings cannot run or would make other updates, or a run of this name exists.
+        ConfigError: the settings cannot run or would change the updates, or a run of this name exists.
     """
     trainer = read_trainer_state(source)
     saved = trainer["config"]
     given = dict(flat)
     if other := sorted(given.keys() & OF_ONE_START):
-        raise ConfigError(f"A reshape trains no step: {', '.join(other)} cannot be set. Give it to the training run.")
+        raise ConfigError(
+            f"A reshape trains no steps, so {', '.join(other)} cannot be set. Give it to the training run."
+        )
     if "name" not in given:
-        raise ConfigError("A reshape makes a new run: write its name.")
+        raise ConfigError("A reshape creates a new run: write its name.")
     if given.setdefault("launcher", "local") == "none":
         raise ConfigError(
-            "A reshape starts its own processes: write launcher='local' or 'ray'. Under torchrun or srun no reshape is "
-            "needed: train on the run as it is, in the shape that is wanted."
+            "A reshape starts its own processes: write launcher='local' or 'ray'. Under torchrun or srun you need no "
+            "reshape: just continue the run in the new shape."
         )
     engines = {saved["engine"], given.get("engine", saved["engine"])}
     if "trainer" in engines:
@@ -89,19 +91,19 @@ def reshaped_config(source: Path, flat: dict[str, Any]) -> Config:
     config = Config.from_json(json.dumps(base | given)).override(**given)
     check_same_run(trainer, config, None)
     if config.directory.exists() and any(config.directory.iterdir()):
-        raise ConfigError(f"There is a run {config.directory} already. Give the new run another name.")
+        raise ConfigError(f"There is already a run {config.directory}. Give the new run another name.")
     return config
 
 
 @contextmanager
 def staged(source: Path, config: Config) -> Iterator[Config]:
-    """Make a directory beside the new run's, in which it resumes from ``source`` and saves a checkpoint of its own.
+    """Create a temporary directory in which the new run resumes from ``source`` and saves its own checkpoint.
 
-    When the block ends, the new run gets its name, complete; if the block raises, there is no new run. What a failure
-    (logs) or a kill leaves is hidden, ``STORAGE/.NAME.reshaping``, and replaced by the next attempt.
+    When the block ends, the complete run gets its name; if the block raises, there is no new run. Anything left by a
+    failure (logs) or a kill is hidden in ``STORAGE/.NAME.reshaping``, and replaced by the next attempt.
 
     Args:
-        source: a checkpoint; it is linked, or where that cannot be, copied, and stays as it is.
+        source: a checkpoint. It is hard-linked or, if that is impossible, copied, and does not change.
         config: from :func:`reshaped_config`.
 
     Yields:
@@ -128,14 +130,14 @@ def staged(source: Path, config: Config) -> Iterator[Config]:
 
 
 def _run_of(checkpoint: Path) -> Path | None:
-    """Return the directory of the run that a checkpoint lies in, or None if it was copied out of one."""
+    """Return the directory of the run that a checkpoint is in, or None if the checkpoint was copied elsewhere."""
     directory = checkpoint.resolve().parent
     return directory.parent if directory.name == "checkpoints" else None
 
 
 def _link(source: str, target: str) -> None:
-    # A checkpoint's files are never written to again. They are removed and replaced, which leaves other links alone.
+    # A checkpoint's files are never modified, only removed and replaced, which does not affect other hard links.
     try:
         os.link(source, target)
-    except OSError:  # another file system, or one without links
+    except OSError:  # another file system, or one without hard links
         shutil.copy2(source, target)

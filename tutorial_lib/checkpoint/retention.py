@@ -1,4 +1,4 @@
-"""Retention of checkpoints: the newest few intact ones stay, and the best; older ones go."""
+"""Retention of checkpoints: the newest intact ones and the best one stay, older ones are deleted."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ _MAY_BE_INTACT = (NewerFormat, Unreadable)
 
 
 class Pruner:
-    """Deletes a run's older checkpoints as ``keep_last`` and ``keep_best`` say.
+    """Deletes a run's older checkpoints, according to ``keep_last`` and ``keep_best``.
 
-    A checkpoint counts as kept only if this start wrote and hashed it, or has read it to its last byte. A damaged one
-    does not count. One that cannot be read now, or not by this version, does not count either, and is not deleted.
+    A checkpoint only counts towards ``keep_last`` if this start wrote and hashed it, or read every byte of it. Damaged
+    ones do not count. Those that cannot be read right now, or not by this version, do not count either, but are never
+    deleted.
     """
 
     def __init__(self, run: RunDirectory, config: Config, topology: Topology) -> None:
@@ -33,19 +34,20 @@ class Pruner:
         self._damage: dict[str, CheckpointError | None] = {}
 
     def mark_intact(self, path: Path) -> None:
-        """Note that a checkpoint was just written or verified."""
+        """Record that a checkpoint was just written or verified."""
         self._damage[path.name] = None
 
     def prune(self, newest: Path) -> list[str]:
-        """Delete what is not kept. Collective; returns the names of what was deleted.
+        """Delete checkpoints that need not be kept, and return their names. Collective.
 
         Args:
-            newest: the checkpoint that the run stands at. Later steps are another history: they neither count nor go.
+            newest: the run's current checkpoint. Later steps belong to another history: they neither count nor are
+                deleted.
         """
         if self.settings.keep_last is None:
             return []
         self.mark_intact(newest)
-        # Rank 0 lists: on a network file system others may still see an older listing.
+        # Only rank 0 lists: on a network file system, others may still see an older listing.
         found = broadcast_object([path for path in checkpoints(self.run) if step_of(path) <= step_of(newest)])
         kept: list[Path] = []
         for path in reversed(found):
@@ -64,7 +66,7 @@ class Pruner:
         return [path.name for path in doomed]
 
     def _is_intact(self, path: Path) -> bool:
-        """Return whether a checkpoint is intact, the same on every rank. Collective."""
+        """Return whether a checkpoint is intact, with the same answer on every rank. Collective."""
         if path.name not in self._damage or isinstance(self._damage[path.name], _MAY_BE_INTACT):
             self._damage[path.name] = damage(path, self.topology)
         return self._damage[path.name] is None
@@ -82,7 +84,7 @@ class Pruner:
 
 
 def eval_losses(found: list[Path]) -> dict[Path, float]:
-    """Return the evaluation losses of those checkpoints that were evaluated and can be read."""
+    """Return the evaluation losses of all checkpoints that were evaluated and can be read."""
     losses = {}
     for path in found:
         try:

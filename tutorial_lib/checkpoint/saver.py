@@ -1,4 +1,4 @@
-"""Saving a run: every rank writes its own share, and the complete checkpoint becomes visible at once."""
+"""Saving of checkpoints: every rank writes its own share, and the complete checkpoint becomes visible at once."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ from tutorial_lib.records import RunDirectory, write_atomically
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a resumed run needs besides the engine's own state, as saved or loaded.
+    """Progress of a run: everything that a resume needs besides the engine's own state.
 
     Attributes:
         step: optimizer steps done.
-        loader: this rank's data position, as the loader gives it.
-        scheduler: the learning-rate schedule's state.
-        record: what the trainer wants to find again (JSON).
-        identity: of model, tokenizer and data, see :mod:`tutorial_lib.checkpoint.compatibility`.
-        reshaped_from: the shape in which it was saved, if the run goes on in another one.
+        loader: this rank's data position, from the loader.
+        scheduler: state of the learning-rate schedule.
+        record: the trainer's own notes (JSON).
+        identity: identity of model, tokenizer and data, see :mod:`tutorial_lib.checkpoint.compatibility`.
+        reshaped_from: the shape in which it was saved, if the run resumed in a different one.
     """
 
     step: int
@@ -60,25 +60,25 @@ def save(
     side_files: SideFiles | None,
     stager: DefaultStager | None = None,
 ) -> Save:
-    """Begin to write a checkpoint; :meth:`Save.finish` makes it visible. Collective.
+    """Start writing a checkpoint; :meth:`Save.finish` makes it visible. Collective.
 
     Args:
         run: the run's directory, on storage that every rank sees.
         engine: anything with ``save(directory, writer)`` and ``module``.
-        config: settings of the run, kept for the resume to compare.
+        config: settings of the run, saved so that a resume can compare them.
         topology: this rank's place in the grid.
         progress: step, data position, schedule.
         side_files: saved beside the model's configuration, for exports; rank 0 has them.
-        stager: with one, see :func:`make_stager`, training may go on when this returns: what is written is a snapshot.
-            Without, all files are written when this returns.
+        stager: with a stager from :func:`make_stager`, training may continue as soon as this returns, because a
+            snapshot is written. Without one, all files are written when this returns.
     """
     began = time.perf_counter()
     final = directory_of(run, progress.step)
     partial = partial_of(final)
     if topology.rank == 0:
-        finish_deletions()  # their room may be needed
+        finish_deletions()  # this save may need their space
         partial.mkdir(parents=True)
-    partial = broadcast_object(partial)  # rank 0's, which is there when the others learn its name
+    partial = broadcast_object(partial)  # rank 0's directory, which exists before the others learn its name
     writer = Writer(partial, stager)
     engine.save(partial / "engine", writer)
     own = {"loader": progress.loader, "random": capture_random_states(engine.device)}
@@ -90,7 +90,7 @@ def save(
             "step": progress.step,
             "scheduler": progress.scheduler,
             "record": progress.record,
-            # A checkpoint does not know where it lies: its run may be moved.
+            # A checkpoint does not record its own location: its run may be moved.
             "config": {name: value for name, value in config.flat().items() if name != "storage"},
             "world_size": topology.world_size,
             "identity": progress.identity,
@@ -114,11 +114,11 @@ def _describe(writer: Writer, partial: Path, trainer: str, config: Any, side_fil
 
 @dataclass(slots=True)
 class Save:
-    """A checkpoint that is being written under a name that nobody reads.
+    """A checkpoint that is being written under a temporary name.
 
     Attributes:
         step: optimizer steps done.
-        seconds: for how long training has waited for it.
+        seconds: time that training has waited for it.
     """
 
     step: int
@@ -129,21 +129,21 @@ class Save:
     seconds: float
 
     def is_written(self) -> bool:
-        """Return whether this rank's files are complete. If they cannot be, raise this rank's own error."""
+        """Return whether this rank's files are complete. If writing failed, raise this rank's own error."""
         return self._writer.is_done()
 
     def finish(self) -> dict[str, Any]:
         """Wait for every rank's files, then make the checkpoint visible. Collective.
 
-        Ranks talk to each other only here, on the thread that trains, between two steps.
+        Ranks communicate only here, on the training thread, between two steps.
 
         Returns:
             On every rank the ``step``, the ``stall_seconds`` of training, the ``write_seconds`` until the last file was
-            on the disk (both of the rank that took longest), and the ``bytes`` of all files.
+            on the disk (both from the slowest rank), and the ``bytes`` of all files.
 
         Raises:
-            CheckpointError: some rank's files are not visible here, as the storage is not shared; or not in the size
-                in which they were written.
+            CheckpointError: some rank's files are not visible here, because the storage is not shared; or their size
+                has changed since they were written.
             OSError: this rank's files could not be written.
         """
         began = time.perf_counter()
@@ -171,13 +171,13 @@ class Save:
         missing = sorted(name for name in files if not (self._partial / name).is_file())
         if missing:
             raise CheckpointError(
-                f"{missing[0]} was written, but is not visible in {self._partial} from rank 0. The storage must be one "
-                "that every node sees, such as a network file system: choose another --storage."
+                f"{missing[0]} was written, but rank 0 does not see it in {self._partial}. The storage must be visible "
+                "to every node, such as a network file system: choose another --storage."
             )
         if wrong := next(filter(None, (wrong_size(self._partial / name, files[name]) for name in sorted(files))), None):
             raise CheckpointError(
-                f"{wrong} Another process has changed it since. This save stays invisible; what was saved before is "
-                "untouched. End what writes there, then give the same command again."
+                f"{wrong} Another process has changed it since. This save stays invisible; earlier checkpoints are "
+                "untouched. End the process that writes there, then run the same command again."
             )
         write_atomically(self._partial / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))
         sync(self._partial / MANIFEST)
@@ -185,5 +185,5 @@ class Save:
         publish(self._partial, self._final)
 
     def abandon(self) -> None:
-        """Leave it as it is: invisible. Return when this rank no longer writes."""
+        """Give the save up, which stays invisible, and return when this rank no longer writes."""
         self._writer.close()

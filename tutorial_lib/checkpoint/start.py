@@ -1,4 +1,4 @@
-"""Start of a run: from step 0, or from the newest intact checkpoint, if that belongs to what is to run."""
+"""Start of a run: from step 0, or from its newest intact checkpoint, if that is compatible."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where a start of a run begins.
+    """The place where a start of a run begins.
 
     Attributes:
         found: the intact checkpoint that it resumes from, or None.
         left_out: newer checkpoints that are damaged.
         reads_data: whether it trains or evaluates; a reshape does neither, and needs no data.
-        identity: what model, tokenizer and data are, for the checkpoints of this start; empty on all ranks but rank 0.
+        identity: identity of model, tokenizer and data, for the checkpoints of this start; empty except on rank 0.
     """
 
     found: Path | None
@@ -48,13 +48,13 @@ def find_start(config: Config, topology: Topology, data: DataIdentity) -> Start:
     """Find the checkpoint that a run resumes from, read every byte of it, and compare it with the run. Collective.
 
     Args:
-        config: what is to run.
+        config: what to run.
         topology: this rank's place in the grid.
-        data: returns the digests of the run's data; it is called only if this start reads data.
+        data: returns the digests of the run's data; only called if this start reads data.
 
     Raises:
         ConfigError: the run cannot resume from its checkpoint, because settings, model or data differ.
-        CheckpointError: there are checkpoints, and none of them is intact.
+        CheckpointError: there are checkpoints, but none is intact.
     """
     run = RunDirectory(config.directory)
     if topology.rank == 0:
@@ -75,7 +75,7 @@ def find_start(config: Config, topology: Topology, data: DataIdentity) -> Start:
 
 @contextmanager
 def opened_for_training(run: RunDirectory, topology: Topology) -> Iterator[None]:
-    """Create a run's directory, and keep every other start of the run out while the block runs. Collective.
+    """Create a run's directory, and keep other starts of the run out while the block runs. Collective.
 
     Raises:
         ConfigError: another start of the run has not ended, or this rank does not see the directory.
@@ -86,7 +86,7 @@ def opened_for_training(run: RunDirectory, topology: Topology) -> Iterator[None]
         barrier()
         if not run.logs.is_dir():
             raise ConfigError(
-                f"{run.path} cannot be seen from rank {topology.rank}. Storage must be a directory that every node "
-                "sees, such as one on a network file system: choose another one."
+                f"Rank {topology.rank} does not see {run.path}. The storage must be a directory that every node sees, "
+                "such as one on a network file system: choose another one."
             )
         yield

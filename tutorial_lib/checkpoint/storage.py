@@ -1,4 +1,4 @@
-"""Checks of a run's storage: refused before processes start, and told apart from a bug when it fails later."""
+"""Storage checks: refuse unusable storage before processes start, and tell a later storage failure from a bug."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ _PROBE_BYTES = 2**20
 
 
 def storage_failure(run: RunDirectory, error: BaseException) -> CheckpointError | None:
-    """What to say of an error that comes of the run's storage, if it does: PyTorch reports a full disk as a bug."""
+    """Return a clear error if the run's storage caused this one, or None: PyTorch reports a full disk as a bug."""
     if isinstance(error, OSError) and error.errno in _FULL_OR_CLOSED:
-        # A data set or a cache lies elsewhere, and its errors are its own.
+        # An error elsewhere, such as in a data set or a cache, has nothing to do with the run's storage.
         reason = f"{error.strerror}: {error.filename}" if _is_under(error.filename, run.path) else _refusal(run.path)
     elif isinstance(error, RuntimeError) and any(sign in str(error) for sign in _TORCH_COULD_NOT_WRITE):
         reason = _refusal(run.path) or str(error).splitlines()[0]
@@ -52,22 +52,22 @@ def storage_failure(run: RunDirectory, error: BaseException) -> CheckpointError 
     if reason is None:
         return None
     return CheckpointError(
-        f"The storage of run {run.path.name!r} refuses to be written to ({reason}; "
-        f"{shutil.disk_usage(run.path).free / 2**20:.0f} MiB are free there). What was saved before is untouched. "
-        "Make room or make it writable, then give the same command again: it resumes from the newest intact "
-        "checkpoint. keep_last deletes older ones as it goes."
+        f"The storage of run {run.path.name!r} cannot be written to ({reason}; "
+        f"{shutil.disk_usage(run.path).free / 2**20:.0f} MiB are free there). Earlier checkpoints are untouched. "
+        "Make room or make it writable, then run the same command again: it resumes from the newest intact "
+        "checkpoint. The setting keep_last deletes older ones along the way."
     )
 
 
 def _is_under(name: Any, directory: Path) -> bool:
-    """Whether an error's ``filename``, which may be a descriptor or nothing, is one of the directory's."""
+    """Return whether an error's ``filename``, which may be a descriptor or None, is within a directory."""
     if not isinstance(name, str | bytes | os.PathLike):
         return False
     return Path(os.fsdecode(name)).resolve().is_relative_to(directory.resolve())
 
 
 def _refusal(directory: Path) -> str | None:
-    """Why a small file cannot be written there now."""
+    """Return why a small file cannot be written there right now, or None if it can."""
     probe = directory / f".write-test-{os.getpid()}"
     try:
         probe.write_bytes(bytes(_PROBE_BYTES))

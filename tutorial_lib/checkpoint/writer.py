@@ -1,7 +1,7 @@
-"""Writer of one rank's files: at once, or from a snapshot in host memory by a thread, while training goes on.
+"""Writer of one rank's files: at once, or on a thread from a snapshot in host memory, while training continues.
 
 Each rank hashes its files while writing them, so no file is read again for its SHA-256. A file counts as written when
-it is on the disk itself (``fsync``).
+it is on the disk (``fsync``).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from tutorial_lib.checkpoint.manifest import digest, sync
 
 
 def make_stager() -> DefaultStager:
-    """Return what copies states to host memory, as ``torch.distributed.checkpoint.async_save`` does.
+    """Return a stager that copies states to host memory, as in ``torch.distributed.checkpoint.async_save``.
 
-    It keeps its copy of tensors that live on, and the next snapshot goes into the same memory: one more copy of this
-    rank's states, until the run ends. What shares memory in the states shares it in the copy.
+    It reuses the memory of one snapshot for the next: one more copy of this rank's states, until the run ends. Tensors
+    that share memory in the states share it in the copy, too.
     """
     return DefaultStager(StagingOptions(False, False, False, False))
 
@@ -38,11 +38,11 @@ class Writer:
 
     Args:
         root: the checkpoint's directory.
-        stager: with one, :meth:`submit` returns before the work is done, and what is to be written must be a
-            :meth:`snapshot`. Without, everything is done at once, from the states themselves.
+        stager: with a stager, :meth:`submit` returns before the work is done, so it must only use a :meth:`snapshot`.
+            Without one, everything is done at once, directly from the states.
 
     Attributes:
-        files: size and SHA-256 of every file written so far, by its name under ``root``.
+        files: size and SHA-256 of every file written so far, by name relative to ``root``.
     """
 
     def __init__(self, root: Path, stager: DefaultStager | None = None) -> None:
@@ -55,11 +55,11 @@ class Writer:
         self._seconds = 0.0
 
     def snapshot(self, states: dict[str, Any]) -> Any:
-        """Return the states as they are now: with a stager a copy in host memory, as training changes them in place."""
+        """Return the current states; with a stager as a copy in host memory, because training changes them in place."""
         return self._stager.stage(states) if self._stager else states
 
     def save(self, states: dict[str, Any], path: Path) -> None:
-        """Write a file as ``torch.save`` does."""
+        """Write a file with ``torch.save``."""
         self.submit(self._save, self.snapshot(states), path)
 
     def _save(self, states: Any, path: Path) -> None:
@@ -67,17 +67,17 @@ class Writer:
             torch.save(states, stream)
 
     def sharded(self, directory: Path) -> FileSystemWriter:
-        """Return what ``torch.distributed.checkpoint`` writes with, so that its files count among :attr:`files`."""
+        """Return a storage writer for ``torch.distributed.checkpoint`` that adds its files to :attr:`files`."""
         storage = FileSystemWriter(directory, sync_files=False)  # synced when closed, like all others
         storage.fs = self.file_system
         return storage
 
     def count(self, directory: Path, is_own: Callable[[str], bool] = lambda name: True) -> None:
-        """Add files that a library has written by itself.
+        """Add files that a library wrote by itself.
 
         Args:
             directory: where they are.
-            is_own: tells from a file's name under the checkpoint's directory whether this rank wrote it.
+            is_own: tells from a file's name, relative to the checkpoint's directory, whether this rank wrote it.
         """
         for path in sorted(directory.rglob("*")):
             if path.is_file() and is_own(self.file_system.name(path)):
@@ -85,40 +85,40 @@ class Writer:
                 self.files[self.file_system.name(path)] = digest(path)
 
     def submit(self, job: Callable[..., Any], *given: Any) -> None:
-        """Do a job: now, or on the thread after those that were submitted before it."""
+        """Run a job: right now, or on the thread after the jobs submitted before it."""
         if self._thread:
             self._jobs.append(self._thread.submit(self._run, job, *given))
         else:
             self._run(job, *given)
 
     def _run(self, job: Callable[..., Any], *given: Any) -> None:
-        # torch's own checksum costs half of what a SHA-256 does, and torch.load does not look at it.
+        # torch's own checksum costs half as much as a SHA-256, and torch.load ignores it.
         with serialization.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
             job(*given)
         self._seconds = time.perf_counter() - self._began
 
     def is_done(self) -> bool:
-        """Return whether all files are written. Raises the first error that a job has met."""
+        """Return whether all files are written. Raises the first error of a job."""
         done = [job for job in self._jobs if job.done()]
         for job in done:
             job.result()
         return len(done) == len(self._jobs)
 
     def wait(self) -> float:
-        """Wait until all files are written; return the seconds from the start until the last one was."""
+        """Wait until all files are written; return the seconds from the start to the last one."""
         for job in self._jobs:
             job.result()
         self.close()
         return self._seconds
 
     def close(self) -> None:
-        """Wait until the thread has ended, whatever became of its work."""
+        """Wait until the thread has ended, even if its work failed."""
         if self._thread:
             self._thread.shutdown(wait=True, cancel_futures=True)
 
 
 class _HashingFileSystem(FileSystem):
-    """What torch's writers open files with, here of :class:`_HashedFile`."""
+    """File system for torch's writers that opens every file as a :class:`_HashedFile`."""
 
     def __init__(self, root: Path, files: dict[str, dict[str, Any]]) -> None:
         self._root, self._files = root, files
@@ -136,10 +136,10 @@ class _HashingFileSystem(FileSystem):
             try:
                 yield hashed
                 stream.flush()
-                # Otherwise a power cut could leave a checkpoint that has its name and not its content.
+                # Otherwise a power cut could leave a checkpoint with its name, but without its content.
                 os.fsync(stream.fileno())
             except Exception as error:
-                # Where a disk is full, torch.save says "unexpected pos".
+                # If the disk is full, torch.save reports "unexpected pos".
                 failure = hashed.failure or error
                 if isinstance(failure, OSError) and failure.filename is None:
                     failure.filename = str(path)
@@ -154,11 +154,11 @@ class _HashingFileSystem(FileSystem):
 
 
 class _HashedFile:
-    """A file that is written from its beginning to its end, and hashed on the way.
+    """A file that is written sequentially, and hashed on the way.
 
     Attributes:
-        digest: the SHA-256 of what was written so far.
-        failure: the first error of a write; ``torch.save`` may raise a different one in its place.
+        digest: SHA-256 of the bytes written so far.
+        failure: the first error of a write; ``torch.save`` may replace it by a different one.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -183,4 +183,4 @@ class _HashedFile:
         self._stream.flush()
 
     def close(self) -> None:
-        """Closed by whoever opened it."""
+        """Do nothing: the caller that opened the file closes it."""

@@ -1,8 +1,9 @@
-"""The package from a shell: ``python -m tutorial_lib COMMAND``: ``train``, ``bench``, ``slurm``, ``ray`` and more.
+"""Command line: ``python -m tutorial_lib COMMAND``, with ``train``, ``bench``, ``slurm``, ``ray`` and more.
 
 Exit codes, which scripts and schedulers may rely on: 0 done; 2 bad usage or configuration, or a plan in which nothing
-fits, with what to write instead; 75 stopped before the end after saving, run it again to go on; 1 anything else, with
-the failing rank's own error on top, an inspected checkpoint that is not whole, or a matrix of which a row failed.
+fits, with advice on what to write instead; 75 stopped early after saving (run it again to continue); 1 anything else:
+a failed run, with the failing rank's own error on top, an inspected checkpoint that is damaged, or a matrix with a
+failed row.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ __all__ = ["BAD_CONFIGURATION", "DONE", "FAILED", "STOPPED", "main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code."""
+    """Run one command, and return its exit code."""
     options = _parser().parse_args(arguments)
     try:
         return int(options.command(options))
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Once(argparse.Action):
-    """Store a value. A second one for the same option is an error, where argparse would forget the first."""
+    """Store a value. Giving an option twice is an error; argparse would silently forget the first value."""
 
     is_used = False
 
@@ -43,7 +44,7 @@ class _Once(argparse.Action):
 
 
 class _OnceOrNo(argparse.BooleanOptionalAction):
-    """Store true for ``--x``, false for ``--no-x``. Both, or one of them twice, are an error."""
+    """Store true for ``--x``, false for ``--no-x``. Giving both, or one of them twice, is an error."""
 
     is_used = False
 
@@ -59,7 +60,7 @@ def _refuse_twice(action: _Once | _OnceOrNo) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Parser that says what is wrong in one line, instead of the names of all arguments."""
+    """Parser that reports an error in one line, without listing all arguments."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -92,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         "reshape": (
             checkpoints.add_reshape_arguments,
             checkpoints.reshape,
-            "make a run of a checkpoint, written anew for another number of ranks, engine or ZeRO stage",
+            "rewrite a checkpoint as a new run with a different number of ranks, engine or ZeRO stage",
         ),
         "export": (
             checkpoints.add_export_arguments,
@@ -102,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         "inspect": (
             checkpoints.add_inspect_arguments,
             checkpoints.inspect,
-            "what a checkpoint, or a run's checkpoints, hold, and if they are whole",
+            "show the contents of one or all checkpoints of a run, and whether they are intact",
         ),
     }
     for name, (add_arguments, command, help) in pages.items():
@@ -115,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--rendezvous", metavar="HOST:PORT", help="check instead that processes can meet there, as torchrun's do"
+        "--rendezvous", metavar="HOST:PORT", help="only check that processes can meet there, as torchrun's do"
     )
 
 

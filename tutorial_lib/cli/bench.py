@@ -1,4 +1,4 @@
-"""``python -m tutorial_lib bench``: matrices of runs side by side, and the difference between two of them."""
+"""Command ``bench``: matrices of runs side by side, and the difference between two of them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ DEFAULT_STEPS = 20
 MATRICES = {
     "zero-stages": "one plain process, then ZeRO's stages 0 to 3",
     "offload": "stages 1 to 3, each without and with offload (and pinned memory on a GPU)",
-    "weak-scaling": "1, 2 and 4 data-parallel ranks with the same work per rank (--global-batch is that of one rank)",
+    "weak-scaling": "1, 2 and 4 data-parallel ranks with the same work per rank (--global-batch is for one rank)",
     "strong-scaling": "1, 2 and 4 data-parallel ranks with the same global batch",
 }
 
 
 _ROWS_HELP = (
-    "run these rows alone: names of the matrix's, dp-N, or the workshop's, such as 2ZO-1G1N (stage 2, offload, 1 GPU, "
+    "run only these rows: names from the matrix, dp-N, or the workshop, such as 2ZO-1G1N (stage 2, offload, 1 GPU, "
     "1 node)"
 )
 _INTERVAL_HELP = "between two readings of the memory of all processes and GPUs (default: 0.5)"
@@ -31,23 +31,23 @@ _INTERVAL_HELP = "between two readings of the memory of all processes and GPUs (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add a command per matrix with all settings of ``train``, and ``compare``."""
     parser.description = (
-        "Run the same training in several ways, each row in processes of its own, and compare what it cost. The same "
-        "command again goes on where it stopped: rows that are done are kept, one that was interrupted starts anew."
+        "Run the same training in several ways, each row in its own processes, and compare the costs. Run the same "
+        "command again to continue: finished rows are kept, and an interrupted one starts over."
     )
     commands = parser.add_subparsers(required=True, metavar="MATRIX")
     for name, help in MATRICES.items():
         page = commands.add_parser(name, help=help, description=help)
         page.add_argument("--rows", nargs="+", default=(), metavar="ROW", help=_ROWS_HELP)
-        page.add_argument("--retry", action="store_true", help="run rows again that have failed")
+        page.add_argument("--retry", action="store_true", help="run failed rows again")
         page.add_argument("--sample-interval", type=float, default=0.5, metavar="SECONDS", help=_INTERVAL_HELP)
-        page.add_argument("--keep-checkpoints", action="store_true", help="keep those of rows that are done")
+        page.add_argument("--keep-checkpoints", action="store_true", help="keep the checkpoints of finished rows")
         train.add_arguments(page)
         _add_json(page)
         page.set_defaults(part=_run, experiment=name)
     page = commands.add_parser("compare", help="memory and runtime of two rows, or of two matrices row by row")
     page.add_argument("without", help="MATRIX/ROW, MATRIX, or a directory of either")
-    page.add_argument("with_", metavar="with", help="what to compare with it")
-    page.add_argument("--storage", default="runs", help="where matrices are (default: runs)")
+    page.add_argument("with_", metavar="with", help="the row or matrix to compare with it")
+    page.add_argument("--storage", default="runs", help="directory of the matrices (default: runs)")
     _add_json(page)
     page.set_defaults(part=_compare)
 
@@ -57,7 +57,7 @@ def _add_json(page: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Run a matrix or compare; returns the exit code."""
+    """Run a matrix or compare two, and return the exit code."""
     return int(options.part(options))
 
 

@@ -1,4 +1,4 @@
-"""``python -m tutorial_lib reshape | export | inspect``: what can be done with a checkpoint besides training on."""
+"""Commands ``reshape``, ``export`` and ``inspect``: everything to do with a checkpoint besides training."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from tutorial_lib.config import FREE_ON_RESUME, OF_ONE_START, settings
 def add_reshape_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the source and the settings that a reshape may change."""
     parser.description = (
-        "Make a run NAME whose checkpoint is SOURCE's, written anew by other ranks. What is not stated is as in "
-        "SOURCE. No step is trained, and SOURCE stays as it is. To train on in another shape no reshape is needed: "
-        "give train the same name, and the shape that is wanted."
+        "Create a run NAME with SOURCE's checkpoint, rewritten by a different set of ranks. Settings that are not "
+        "given are taken from SOURCE. No step is trained, and SOURCE does not change. To continue training in a "
+        "different shape you need no reshape: run train with the same name and the new shape."
     )
     parser.add_argument("source", type=Path, help="a run's directory (its newest checkpoint), or one checkpoint")
     for setting in settings().values():
-        # The others are taken all the same, to be refused with the value that the run has.
+        # Accept the other settings too, in order to refuse them with the value that the run has.
         add_setting(parser, setting, hidden=setting.flag not in FREE_ON_RESUME - OF_ONE_START, default=False)
 
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the source, the target and the size of the files."""
+    """Add the source, the target and the largest size of a file."""
     parser.add_argument("source", type=Path, help="a run's directory (its newest checkpoint), or one checkpoint")
     parser.add_argument("target", type=Path, help="a new directory")
     parser.add_argument(
@@ -58,7 +58,7 @@ def reshape(options: argparse.Namespace) -> int:
 def export(options: argparse.Namespace) -> int:
     from tutorial_lib import checkpoint
 
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # shards are merged there; unasked, DeepSpeed warns of a missing GPU
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the CPU merges shards; otherwise DeepSpeed warns of a missing GPU
     source = checkpoint.checkpoint_of(options.source)
     with stdout_for_json_alone(options.json):
         target = checkpoint.export(source, options.target, options.max_shard_size)

@@ -1,4 +1,4 @@
-"""Command-line options that several commands share, and the exit codes."""
+"""Options that several commands share, and the exit codes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ DONE, FAILED, BAD_CONFIGURATION, STOPPED = 0, 1, 2, 75
 def add_setting(
     parser: argparse.ArgumentParser, setting: Setting, *, hidden: bool = False, default: bool = True
 ) -> None:
-    """Add the option of a setting.
+    """Add the option for a setting.
 
     Args:
-        parser: where.
-        setting: which one.
-        hidden: whether the help leaves it out.
-        default: whether the help tells the default.
+        parser: parser to add it to.
+        setting: the setting.
+        hidden: whether to leave it out of the help.
+        default: whether the help shows the default.
     """
     flag = "--" + setting.flag.replace("_", "-")
     shown = setting.help
@@ -44,7 +44,7 @@ def add_setting(
 
 
 def _reading(kind: type, meaning: str) -> Callable[[str], Any]:
-    """Return a reader of a number, whose error says what the argument means, where the values are named."""
+    """Return a parser of numbers whose error message explains the argument."""
 
     def read(text: str) -> Any:
         try:
@@ -57,7 +57,7 @@ def _reading(kind: type, meaning: str) -> Callable[[str], Any]:
 
 
 def add_model_config(parser: argparse.ArgumentParser) -> None:
-    """Add the option that names a published model's dimensions: another spelling of a model's name."""
+    """Add ``--model-config``, which names a published model's dimensions: another way to name a model."""
     parser.add_argument(
         "--model-config",
         metavar="NAME",
@@ -68,7 +68,7 @@ def add_model_config(parser: argparse.ArgumentParser) -> None:
 
 
 def model_of(options: argparse.Namespace) -> str | None:
-    """Return the model that ``--model`` or ``--model-config`` names, or None.
+    """Return the model named by ``--model`` or ``--model-config``, or None.
 
     Raises:
         ConfigError: both are given.
@@ -83,7 +83,7 @@ def model_of(options: argparse.Namespace) -> str | None:
 
 
 def given(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings that the command line states, by flat name."""
+    """Return the settings given on the command line, by flat name."""
     given = {name: getattr(options, name) for name in settings() if hasattr(options, name)}
     if model := model_of(options):
         given["model"] = model
@@ -91,7 +91,7 @@ def given(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def shape_in_words(shape: dict[str, Any]) -> str:
-    """Return a shape as ``deepspeed, dp=2, tp=1, zero_stage=3``."""
+    """Format a shape as ``deepspeed, dp=2, tp=1, zero_stage=3``."""
     rest = {
         name: value for name, value in shape.items() if name not in ("engine", "device") and value not in (None, "none")
     }
@@ -99,5 +99,5 @@ def shape_in_words(shape: dict[str, Any]) -> str:
 
 
 def stdout_for_json_alone(as_json: bool) -> AbstractContextManager[Any]:
-    """Keep everything but JSON off standard output: DeepSpeed logs there when it is imported."""
+    """Keep everything except JSON off standard output: DeepSpeed logs there when it is imported."""
     return redirect_stdout(sys.stderr) if as_json else nullcontext()

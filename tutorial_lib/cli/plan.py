@@ -1,8 +1,8 @@
-"""``python -m tutorial_lib plan``: which layouts fit given devices, the fastest first, and why the others lose.
+"""Command ``plan``: the layouts that fit given devices, fastest first, and why the others are worse.
 
-The arithmetic is :mod:`tutorial_lib.theory`'s. Here are the command's arguments and its two forms: a plan, and
-(``--check RUN``) what the arithmetic says of a run that was measured. Unless ``--model`` names a model that is not
-public, neither torch nor transformers is imported.
+The arithmetic is in :mod:`tutorial_lib.theory`. This module has the command's arguments and its two forms: a plan, and
+(``--check RUN``) the prediction for a run that was measured. It imports neither torch nor transformers, unless
+``--model`` names a model that is not public.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _DEFAULT_GPU = "a100-80"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``plan``. ``--json`` is every command's own."""
+    """Add the arguments of ``plan``, except ``--json``, which every command has."""
     preset = GPUS[_DEFAULT_GPU]
 
     def number(flag: str, kind: Any, help: str, default: Any = None) -> None:
@@ -74,13 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--activation-checkpointing", nargs="?", const="full", choices=CHECKPOINTING,
         help="how much backward recomputes; alone it means full (default: chosen)",
     )  # fmt: skip
-    number("--lora", int, "train adapters of this rank alone", 0)
+    number("--lora", int, "train only adapters of this rank", 0)
     number("--base-bits", int, "with --lora: bits per frozen weight: 16 (default), 8 or 4 (QLoRA)")
     parser.add_argument("--moments", default="fp32", help=f"Adam's moments in {', '.join(MOMENTS)} (default: fp32)")
     number("--loss-chunks", int, "pieces in which output layer and loss are computed (default: 1)", 1)
     parser.add_argument(
         "--only-here", action="store_true",
-        help="leave out what this course's engines do not have: cp, pp, sequence parallelism, selective recomputing",
+        help="leave out layouts that this course's engines lack: cp, pp, sequence parallelism, selective recomputing",
     )  # fmt: skip
     number("--bucket-size", int, "elements of DeepSpeed's buckets (default: 500000000, DeepSpeed's own)", 500_000_000)
     number("--gpus-per-node", int, f"devices of a node, which tp stays within (default: {preset.gpus_per_node})")
@@ -94,11 +94,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     number("--overlap", float, "share of dp traffic that computing can hide (default: 0.8, an assumption)", 0.8)
     number("--headroom", float, "share of device memory to keep free (default: 0.1, an assumption)", 0.1)
     number("--rows", int, f"rows of the table that fit (default: {plan_text.ROWS})", plan_text.ROWS)
-    parser.add_argument("--check", metavar="RUN", help="compare with what a run of `train --measure` held and sent")
+    parser.add_argument(
+        "--check", metavar="RUN", help="compare with the memory and traffic of a run of `train --measure`"
+    )
 
 
 def main(options: argparse.Namespace) -> int:
-    """Print the plan; returns 0, or 2 if nothing fits.
+    """Print the plan, and return 0, or 2 if nothing fits.
 
     Raises:
         ConfigError: impossible arguments.
@@ -133,7 +135,7 @@ def _answer(options: argparse.Namespace) -> Answer:
         )  # fmt: skip
         if options.base_bits and not options.lora:
             raise ConfigError(
-                f"--base-bits {options.base_bits} is of frozen weights. Add --lora RANK, or leave it out."
+                f"--base-bits {options.base_bits} is for frozen weights. Add --lora RANK, or leave it out."
             )
         candidates = plan(workload, cluster, options.engine)
         best = candidates[0]
@@ -154,7 +156,7 @@ def _answer(options: argparse.Namespace) -> Answer:
 
 
 def _best_here(workload: Workload, cluster: Cluster, engine: str, best: Candidate) -> Candidate | None:
-    """Return the best layout that this course's engines run, as ``--only-here`` finds it; None if none fits."""
+    """Return the best layout that this course's engines can run, as with ``--only-here``; None if none fits."""
     if best.fits and not best.missing:
         return best
     if missing_for(workload, engine):
@@ -164,20 +166,22 @@ def _best_here(workload: Workload, cluster: Cluster, engine: str, best: Candidat
 
 
 def _parse_size(text: str) -> float:
-    """Return a number of parameters from ``7e9`` or ``7B``.
+    """Parse a number of parameters such as ``7e9`` or ``7B``.
 
     Raises:
-        argparse.ArgumentTypeError: neither.
+        argparse.ArgumentTypeError: it is neither.
     """
     unit = {"m": 1e6, "b": 1e9, "t": 1e12}.get(text[-1:].lower())
     try:
         return float(text[:-1]) * unit if unit else float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of parameters; write one such as 7e9 or 7B") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of parameters; write one such as 7e9 or 7B"
+        ) from None
 
 
 def _cluster(options: argparse.Namespace) -> tuple[Cluster, str, tuple[str, ...]]:
-    """Return the devices, the precision, and the names of what is only plausible of them."""
+    """Return the devices, the precision, and the names of the devices' values that are only plausible."""
     if options.gpus is None:
         raise ConfigError("Write --gpus NUMBER: how many devices there are.")
     if options.gpu is None and options.gpu_memory is None:

@@ -1,8 +1,8 @@
-"""``plan --check RUN``: what the arithmetic says of a run, beside what ``train --measure`` saw it hold and send.
+"""Command ``plan --check RUN``: predictions for a run beside the measurements of ``train --measure``.
 
-The run's records say what was trained (``config.json``) and what was measured in one step (``result.json``). Compared
-are the bytes of model states, the peak of what the step allocated beyond the states that were there before, and the
-bytes on the wire. Time is compared where a GPU preset says what the devices could do; a shared CPU has none.
+The run's records have its settings (``config.json``) and the measurements of one step (``result.json``). This compares
+the bytes of model states, the peak of the step's allocations on top of existing states, and the bytes on the wire. Time
+is only compared if a GPU preset says how fast the devices are; there is none for a shared CPU.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Compared:
 
     @property
     def error(self) -> float:
-        """Share by which the prediction is above the measurement."""
+        """Relative difference of the prediction from the measurement; positive if the prediction is higher."""
         return self.predicted / self.measured - 1 if self.measured else 0.0
 
 
@@ -42,12 +42,12 @@ def report(run: str, *, gpu: str | None = None, as_json: bool = False) -> str:
     """Return the comparison as a table, or as JSON.
 
     Args:
-        run: its directory.
-        gpu: the preset that it ran on; time is compared then.
-        as_json: for machines.
+        run: directory of the run.
+        gpu: preset of the GPU that it ran on, to compare time as well.
+        as_json: return JSON instead of a table.
 
     Raises:
-        ConfigError: it was not measured, or is of an engine or a batching that cannot be predicted.
+        ConfigError: the run was not measured, or its engine or batching cannot be predicted.
     """
     records = RunDirectory(Path(run).expanduser())
     try:
@@ -72,13 +72,13 @@ def report(run: str, *, gpu: str | None = None, as_json: bool = False) -> str:
 def compare(
     config: Config, measured: list[dict[str, Any]], *, gpu: str | None = None, seconds: float | None = None
 ) -> list[Compared]:
-    """Return the quantities of a run.
+    """Compare the quantities of a run.
 
     Args:
-        config: what was trained.
-        measured: each rank's account.
-        gpu: the preset that it ran on.
-        seconds: of a step.
+        config: settings of the run.
+        measured: each rank's measurements.
+        gpu: preset of the GPU that it ran on.
+        seconds: time of a step.
     """
     workload, layout = workload_and_layout(config, *read_config(config.model.name))
     ranks = config.parallel.world_size
@@ -114,7 +114,7 @@ def _cluster_of(gpu: str | None, ranks: int, precision: str) -> Cluster:
     """Return the devices of a preset.
 
     Raises:
-        ConfigError: there is none of that name, or it does not compute in that precision.
+        ConfigError: there is no such preset, or the device does not support that precision.
     """
     if gpu is None:
         return Cluster(gpus=ranks, gpus_per_node=ranks, gpu_memory=80e9)
@@ -130,11 +130,12 @@ def _cluster_of(gpu: str | None, ranks: int, precision: str) -> Cluster:
 
 
 def workload_and_layout(config: Config, dimensions: Dimensions, num_params: int) -> tuple[Workload, Layout]:
-    """Return a run as the planner sees it.
+    """Translate a run into the planner's terms.
 
     Args:
-        config: what is trained.
-        dimensions, num_params: of the model.
+        config: settings of the run.
+        dimensions: dimensions of the model.
+        num_params: its number of parameters.
     """
     engine, parallel = config.engine, config.parallel
     if engine.name == "torch":
@@ -160,10 +161,10 @@ def workload_and_layout(config: Config, dimensions: Dimensions, num_params: int)
 
 
 def _from_deepspeed_file(name: str | None) -> dict[str, Any]:
-    """Return what a run's DeepSpeed file decides and no setting of the run shows, else DeepSpeed's defaults.
+    """Return values of a run's DeepSpeed file that are not settings of the run, or DeepSpeed's defaults for them.
 
     Raises:
-        ConfigError: the file is gone, or holds what DeepSpeed does not take.
+        ConfigError: the file no longer exists, or DeepSpeed does not accept it.
     """
     from tutorial_lib.engine.deepspeed import file
 
@@ -179,8 +180,8 @@ def _from_deepspeed_file(name: str | None) -> dict[str, Any]:
 def _across_the_border(config: Config, workload: Workload, layout: Layout) -> float:
     """Return the gradients that ZeRO's stages 1 and 2 hold on both sides of a border between two ranks' shares.
 
-    A tensor that lies across it is held whole on both (:func:`tutorial_lib.theory.memory.reduced_gradients`). In a
-    large model it is nothing, in a model of four layers a per cent.
+    A tensor across the border is held in full on both ranks (:func:`tutorial_lib.theory.memory.reduced_gradients`).
+    This is negligible in a large model, and about one per cent in a model of four layers.
     """
     is_reduced = layout.zero_stage == 2 or (layout.zero_stage == 1 and config.accumulation == 1)
     if layout.strategy or not is_reduced or layout.tp > 1 or layout.offload != "none":

@@ -1,4 +1,4 @@
-"""Commands that run a plan's winner: the settings of ``train``, a DeepSpeed file, and the line that starts it."""
+"""Commands that run a plan's best layout: settings for ``train``, a DeepSpeed file, and the line that starts it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ DEEPSPEED_FILE = "ds_config.json"
 
 
 def settings_of(workload: Workload, best: Candidate, model: str, *, random_init: bool = False) -> dict[str, Any]:
-    """Return the settings of ``train`` by flat name, as :meth:`tutorial_lib.config.Config.create` takes them.
+    """Return the settings of ``train`` by flat name, for :meth:`tutorial_lib.config.Config.create`.
 
     Args:
-        workload: what was planned.
-        best: a candidate that this course's engines run (:attr:`Candidate.missing` is empty).
-        model: what to train.
-        random_init: it has no weights, or they are not wanted.
+        workload: the planned training.
+        best: a candidate that this course's engines can run (:attr:`Candidate.missing` is empty).
+        model: name of the model.
+        random_init: whether to start from random weights.
     """
     layout = best.layout
     found: dict[str, Any] = {
@@ -46,7 +46,7 @@ def settings_of(workload: Workload, best: Candidate, model: str, *, random_init:
 
 
 def deepspeed_config(workload: Workload, best: Candidate) -> dict[str, Any] | None:
-    """Return the DeepSpeed configuration of a candidate, as a JSON file holds it; None for another engine."""
+    """Return the DeepSpeed configuration of a candidate, for a JSON file; None for another engine."""
     layout = best.layout
     if layout.strategy is not None:
         return None
@@ -80,8 +80,8 @@ def train_line(cluster: Cluster, settings: dict[str, Any], *, with_file: bool) -
 
     Args:
         cluster: the devices.
-        settings: of :func:`settings_of`.
-        with_file: a DeepSpeed file states what it can, so that the line need not.
+        settings: from :func:`settings_of`.
+        with_file: whether a DeepSpeed file holds the settings that it can, so that the line does not repeat them.
     """
     in_file = {"zero_stage", "offload", "bucket_size", "precision"} if with_file else set()
     flags = ["--profile", "gpu" if cluster.gpus == 1 else "cluster"]

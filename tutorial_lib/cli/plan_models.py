@@ -1,7 +1,7 @@
-"""Dimensions of the model that is planned: a public one by name or size, a Hugging Face configuration, or a size alone.
+"""Dimensions of the model to plan: a public model by name or size, a Hugging Face configuration, or just a size.
 
-Public models need neither the network nor PyTorch. Of a configuration whose family is not known here, the parameters
-are counted on a model that is built on the meta device: code and shapes, without memory.
+Public models need neither the network nor PyTorch. For a configuration of an unknown family, the parameters are counted
+on a model that is built on the meta device: code and shapes, without memory.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from tutorial_lib.theory.dimensions import Dimensions, derive
 from tutorial_lib.theory.known_models import HUB_NAMES, MODELS, nearest_model
 
 SEQ_LENGTH = 2048
-"""Tokens per sequence, where none are given."""
+"""Default number of tokens per sequence."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The model that is planned.
+    """The model to plan.
 
     Args:
-        dimensions: its own, or derived ones.
+        dimensions: its own dimensions, or derived ones.
         num_params: Psi.
-        source: in words, where they are from.
-        name: what ``train`` takes.
-        random_init: it has no weights, so that ``train`` needs ``--random-init``.
+        source: origin of the dimensions, in words.
+        name: its name for ``train``.
+        random_init: it has no weights, so ``train`` needs ``--random-init``.
     """
 
     dimensions: Dimensions
@@ -36,23 +36,23 @@ class Found:
     random_init: bool = False
 
     def usual_seq_length(self) -> int:
-        """Return :data:`SEQ_LENGTH`, or as many tokens as there are learned positions."""
+        """Return :data:`SEQ_LENGTH`, or the number of learned positions."""
         return min(SEQ_LENGTH, self.dimensions.positions or SEQ_LENGTH)
 
 
 def find_model(
     name: str | None, size: float | None, given: dict[str, int | None], seq_length: int | None = None
 ) -> Found:
-    """Return the model, with in words where its dimensions are from.
+    """Find the model to plan by its name or its size.
 
     Args:
-        name: a public model's, a hub name, a directory or embedded/...
-        size: parameters; the nearest public model within 5 % stands for it, unless dimensions are given.
-        given: ``layers``, ``hidden``, ``heads`` and ``vocabulary``, where stated.
-        seq_length: where stated; a public model without so many positions does not stand for a size.
+        name: name of a public model, a hub name, a directory or embedded/...
+        size: number of parameters; the nearest public model within 5 % is used for it, unless dimensions are given.
+        given: ``layers``, ``hidden``, ``heads`` and ``vocabulary``, or None for those that are not given.
+        seq_length: tokens per sequence, if given; a public model with fewer positions is not used for a size.
 
     Raises:
-        ConfigError: neither or both of name and size, or what makes no model.
+        ConfigError: neither or both of name and size are given, or they do not make a model.
     """
     if (name is None) == (size is None):
         raise ConfigError("Write either --model NAME or --model-size PARAMETERS, such as --model-size 7e9.")
@@ -87,17 +87,17 @@ def _from_hugging_face(name: str) -> Found:
 
 
 def read_config(name: str) -> tuple[Dimensions, int]:
-    """Return the dimensions of a Hugging Face model, and its parameters: counted, if its family is not known here.
+    """Return the dimensions of a Hugging Face model, and its number of parameters, counted if its family is unknown.
 
     Raises:
-        ConfigError: there is no such model, or it is no dense decoder.
+        ConfigError: there is no such model, or it is not a dense decoder.
     """
     from tutorial_lib.models import load_config
 
     config = load_config(name)
     if config.is_encoder_decoder:
         raise ConfigError(
-            f"{name} is a {config.model_type} model, an encoder with a decoder, and the planner knows decoders alone. "
+            f"{name} is a {config.model_type} model, an encoder with a decoder, but the planner only knows decoders. "
             "Name a causal language model, or write --model-size with the parameters of one."
         )
     config = config.get_text_config()
@@ -111,10 +111,10 @@ def read_config(name: str) -> tuple[Dimensions, int]:
 
 
 def from_config(config: Any) -> Dimensions:
-    """The dimensions that a model's configuration (transformers' ``PretrainedConfig``) states.
+    """Read the dimensions from a model's configuration (transformers' ``PretrainedConfig``).
 
     Raises:
-        ConfigError: a family whose parameters are not counted here.
+        ConfigError: the parameters of this family do not follow from its configuration here.
     """
     dimensions = _of_family(config)
     if dimensions is None:
@@ -126,7 +126,7 @@ def from_config(config: Any) -> Dimensions:
 
 
 def measure(model: Any) -> Dimensions:
-    """Return the dimensions of a decoder that is built, on the meta device for example.
+    """Measure the dimensions of a decoder that has been built, for example on the meta device.
 
     Raises:
         ConfigError: it has experts, or no layers that its configuration names.
@@ -165,7 +165,7 @@ def _shared(config: Any) -> dict[str, Any]:
 
 
 def _of_family(config: Any) -> Dimensions | None:
-    """Return the dimensions of a family whose parameters follow from its configuration, to the last one; else None."""
+    """Return the dimensions if the family's configuration determines every parameter, otherwise None."""
     family = config.model_type
     if family == "gpt2":
         return Dimensions(

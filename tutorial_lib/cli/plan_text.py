@@ -1,4 +1,4 @@
-"""The plan as text: what is assumed, the table of layouts, the best with its reasons, or what would make one fit."""
+"""Plan as text: the assumptions, the table of layouts, the best one with its reasons, or changes that make one fit."""
 
 from __future__ import annotations
 
@@ -27,24 +27,26 @@ _SHORT = {
     "computing": "compute", "the update": "update", "as fast; holds more memory": "tie; more memory",
     "as fast": "tie",
 }  # fmt: skip
-"""What the table says for what the plan does."""
+"""Abbreviations of the plan's words for the table."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """Everything that a plan says.
+    """All contents of a plan.
 
     Args:
-        workload, cluster, engine: the question.
-        gpu: the preset's name, if one was named.
-        plausible: its fields that nobody measured.
-        model: what ``train`` takes.
-        random_init: whether ``train`` is to draw its weights.
-        source: where the dimensions are from.
+        workload: the training to plan.
+        cluster: the devices.
+        engine: the engine.
+        gpu: name of the preset, if one was given.
+        plausible: fields of the preset that nobody has measured.
+        model: name of the model for ``train``.
+        random_init: whether ``train`` starts from random weights.
+        source: origin of the dimensions.
         candidates: all shapes, best first.
-        here: the best one that this course's engines run, if any fits.
-        why: sentences about the best.
-        advice: what would make something fit, or be faster than the best, if that offloads.
+        here: the best shape that this course's engines can run, if any fits.
+        why: reasons for the best shape.
+        advice: changes that make something fit or, if the best shape offloads, make training faster.
     """
 
     workload: Workload
@@ -62,7 +64,7 @@ class Answer:
 
 
 def write(answer: Answer, *, rows: int = ROWS) -> str:
-    """Return the whole text; no line of the table is longer than 100 columns."""
+    """Return the complete text; no line of the table is longer than 100 columns."""
     best = answer.candidates[0]
     lines = [*_assumed(answer), "", f"{'GB per GPU':>44}{'GB sent/step':>18}{'per GPU':>10}", _HEADER]
     lines += [*_table(answer, rows), ""]
@@ -71,7 +73,7 @@ def write(answer: Answer, *, rows: int = ROWS) -> str:
 
 
 def describe(candidate: Candidate) -> str:
-    """Return a layout in words: ``dp=8 tp=1 ZeRO-1, offload none, micro-batch 1``."""
+    """Describe a layout: ``dp=8 tp=1 ZeRO-1, offload none, micro-batch 1``."""
     layout = candidate.layout
     text = f"dp={layout.dp} tp={layout.tp}{' with sequence parallelism' if layout.sequence_parallel else ''} "
     text += f"{layout.name}, offload {layout.offload}, micro-batch {layout.micro_batch}"
@@ -120,7 +122,7 @@ def _batch(work: Workload) -> str:
 
 
 def _communication(answer: Answer) -> list[str]:
-    """What is assumed of tensor parallelism's all-reduces, and of how gradients are reduced."""
+    """Return the assumptions about tensor parallelism's all-reduces, and about reducing gradients."""
     work, engine = answer.workload, answer.engine
     backward = backward_all_reduces(work.dimensions, engine)
     forward = "2 forward, 1 recomputed" if work.checkpointing == "full" else "2 forward"
@@ -237,7 +239,7 @@ def _advice(answer: Answer) -> list[str]:
 
 
 def _short(number: float) -> str:
-    """At most five characters, three digits that count."""
+    """Format a number with three significant digits, in at most five characters."""
     if number == 0:
         return "0"
     if number < 0.001:

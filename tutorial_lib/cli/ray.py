@@ -1,4 +1,4 @@
-"""``python -m tutorial_lib ray``: write the file that starts a Ray cluster for a run, in a cloud or on Kubernetes."""
+"""Command ``ray``: write the file that starts a Ray cluster for a run, in a cloud or on Kubernetes."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ _FORMATS = ("cluster-yaml", "rayjob")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add where the run is to run, and every setting of a run."""
+    """Add the options for the nodes, and every setting of a run."""
     parser.description = (
         "Write a cluster.yaml for Ray's cluster launcher (ray up), or a RayJob for KubeRay, that trains on several "
-        "nodes. dp follows from nodes, GPUs and tp. On a Ray cluster that runs already, set RAY_ADDRESS and use "
+        "nodes. dp follows from nodes, GPUs and tp. On a Ray cluster that is already running, set RAY_ADDRESS and use "
         "`train --launcher ray`."
     )
     add_places(parser)
     parser.add_argument("--format", choices=_FORMATS, required=True, help="what to write")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write it there instead of printing it")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the manifest there instead of printing it")
     parser.add_argument("--profile", default="cluster", help=f"where it runs: {', '.join(PROFILES)} (default: cluster)")
     for setting in settings().values():
         add_setting(parser, setting)
 
 
 def main(options: argparse.Namespace) -> int:
-    """Write a manifest; returns the exit code."""
+    """Write a manifest, and return the exit code."""
     from tutorial_lib.launch.ray.manifest import Nodes, write_manifest
 
     stated = given(options)
@@ -42,7 +42,7 @@ def main(options: argparse.Namespace) -> int:
     text = write_manifest(config, nodes, options.format, options.profile, command)
     if options.output:
         options.output.write_text(text, encoding="utf-8")
-        print(f"{options.output}: replace what says FILL IN; its first lines say how to start it", file=sys.stderr)
+        print(f"{options.output}: replace every FILL IN; its first lines say how to start it", file=sys.stderr)
     else:
         print(json.dumps({"manifest": text}) if options.json else text, end="\n" if options.json else "")
     return DONE

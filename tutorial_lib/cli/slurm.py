@@ -1,4 +1,4 @@
-"""``python -m tutorial_lib slurm``: write the batch script of a run, or submit it and follow the job."""
+"""Command ``slurm``: write the batch script of a run, or submit it and follow the job."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _CPUS_PER_RANK = {"cuda": 8, "cpu": 1}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what SLURM is asked for, and every setting of a run."""
+    """Add the options for the allocation, and every setting of a run."""
     parser.description = (
-        "Write a SLURM batch script that trains on several nodes, saves and queues itself again before its time "
-        "limit, and resumes. dp follows from nodes, GPUs and tp."
+        "Write a SLURM batch script that trains on several nodes, saves and requeues itself before its time limit, "
+        "and resumes. dp follows from nodes, GPUs and tp."
     )
     add_places(parser)
     parser.add_argument("--time", default="01:00:00", metavar="LIMIT", help="time limit (default: 01:00:00)")
@@ -33,7 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--partition", metavar="NAME", help="queue to wait in")
     parser.add_argument("--account", metavar="NAME", help="whom to charge")
     parser.add_argument(
-        "--requeue", action=argparse.BooleanOptionalAction, default=True, help="go on in a new slot (default: yes)"
+        "--requeue",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="continue in a new time slot (default: yes)",
     )
     parser.add_argument(
         "--sample-memory", action=argparse.BooleanOptionalAction, default=True,
@@ -50,18 +53,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_places(parser: argparse.ArgumentParser) -> None:
-    """Add the nodes that a run is to have, and the processes on each."""
+    """Add the options for the number of nodes, and of processes on each."""
     parser.add_argument("--nodes", type=int, metavar="N", help="nodes (default: 1)")
-    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs, and so processes, on each node")
+    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs, and therefore processes, on each node")
     parser.add_argument("--ranks-per-node", type=int, metavar="N", help="with --profile cpu: processes on each node")
     parser.add_argument("--cpus-per-rank", type=int, metavar="N", help="cores of a process (default: 8; on CPUs 1)")
     parser.add_argument(
-        "--experiment", metavar="NAME", help="a name of the workshop: 3Z-8G4N is stage 3, 8 GPUs on 4 nodes"
+        "--experiment", metavar="NAME", help="a name from the workshop: 3Z-8G4N is stage 3, 8 GPUs on 4 nodes"
     )
 
 
 def main(options: argparse.Namespace) -> int:
-    """Write or submit a batch script; returns the exit code."""
+    """Write or submit a batch script, and return the exit code."""
     from tutorial_lib.launch.slurm import Allocation, write_script
 
     stated = given(options)
@@ -94,7 +97,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _submit(config: Config, script: str, as_json: bool) -> int:
-    """Submit a batch script and follow the job; returns the exit code that ``train`` would."""
+    """Submit a batch script, follow the job, and return the same exit code as ``train``."""
     from tutorial_lib import launch
     from tutorial_lib.lab.progress import progress
     from tutorial_lib.launch.slurm import submit_and_follow
@@ -111,7 +114,7 @@ def _submit(config: Config, script: str, as_json: bool) -> int:
 
 
 def cpus_per_rank(options: argparse.Namespace, stated: dict[str, Any]) -> int:
-    """Return how many cores each process gets."""
+    """Return the number of cores for each process."""
     if options.cpus_per_rank is not None:
         return int(options.cpus_per_rank)
     return _CPUS_PER_RANK.get(_device(options, stated), 1)
@@ -122,7 +125,7 @@ def _device(options: argparse.Namespace, stated: dict[str, Any]) -> str:
 
 
 def nodes_and_ranks(options: argparse.Namespace, stated: dict[str, Any]) -> tuple[int, int]:
-    """Return the number of nodes and of processes on each. Add the settings that an experiment's name stands for."""
+    """Return the numbers of nodes and of processes on each; add the settings of a named experiment to ``stated``."""
     device = _device(options, stated)
     own, other = ("gpus_per_node", "ranks_per_node") if device == "cuda" else ("ranks_per_node", "gpus_per_node")
     flag, wrong = (f"--{name.replace('_', '-')}" for name in (own, other))
@@ -137,14 +140,14 @@ def nodes_and_ranks(options: argparse.Namespace, stated: dict[str, Any]) -> tupl
     for name in ("nodes", own, *experiment.settings):
         if decided.get(name) is not None:
             raise ConfigError(
-                f"--{name.replace('_', '-')} is what experiment {options.experiment} decides. Leave one of them out."
+                f"Experiment {options.experiment} decides --{name.replace('_', '-')} itself. Leave one of them out."
             )
     stated.update({"name": options.experiment} | experiment.settings | stated)
     return experiment.nodes, experiment.gpus_per_node
 
 
 def with_sizes(stated: dict[str, Any], world_size: int) -> dict[str, Any]:
-    """Return the settings of the run, with the sizes that follow from the number of processes."""
+    """Add to a run's settings the sizes that follow from the number of processes."""
     tp = stated.get("tp", 1)
     dp = stated.get("dp", world_size // tp if isinstance(tp, int) and tp > 0 else 1) or 1
     return {**stated, "dp": dp}

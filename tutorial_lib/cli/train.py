@@ -1,4 +1,4 @@
-"""``python -m tutorial_lib train``: run or continue a training run."""
+"""Command ``train``: start or resume a training run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Run or continue a training run, and print what came of it; returns the exit code."""
+    """Start or resume a training run, print its summary, and return the exit code."""
     config = Config.create(options.profile, **given(options))
 
     from tutorial_lib import launch
@@ -61,12 +61,12 @@ def main(options: argparse.Namespace) -> int:
         print(json.dumps(run.result) if options.json else summary(run))
     if run.result["status"] != "stopped":
         return DONE
-    # torchrun takes any other code of a worker for a failure; result.json tells that the run goes on.
+    # torchrun treats any other exit code of a worker as a failure; result.json says that the run is not finished.
     return DONE if is_under_torchrun(config) else STOPPED
 
 
 def summary(run: Any) -> str:
-    """Return what came of a run, as a table."""
+    """Summarise a run's result as a table."""
     result = run.result
     loss = {name: f"{result[name]:.4f}" for name in ("train_loss", "eval_loss_before", "eval_loss") if result[name]}
     rows = {
@@ -75,7 +75,7 @@ def summary(run: Any) -> str:
         "status": f"{result['status']} at step {result['step']} of {result['num_steps']}"
         + (f", resumed from {result['resumed_from']}" if result["resumed_from"] is not None else "")
         + (
-            f" of {shape_in_words(result['reshaped_from'])}; random numbers seeded anew"
+            f" of {shape_in_words(result['reshaped_from'])}; random numbers seeded again"
             if result["reshaped_from"]
             else ""
         )
@@ -95,11 +95,11 @@ def summary(run: Any) -> str:
 def _what_follows(config: Config) -> str:
     if config.engine.shard_at_load:
         return "; its weights are saved, and it cannot be resumed"
-    return "; give the same command again to go on"
+    return "; run the same command again to continue"
 
 
 def _engine(config: Config) -> str:
-    """Return what trained, with what a DeepSpeed file decided: ``deepspeed, zero_stage=2, offload=none, fp32``."""
+    """Describe the engine, with the values of a DeepSpeed file: ``deepspeed, zero_stage=2, offload=none, fp32``."""
     by_engine: dict[str, tuple[str, ...]] = {"deepspeed": ("zero_stage", "offload"), "fsdp": ("sharding", "offload")}
     shown = by_engine.get(config.engine.name, ())
     if config.engine.name == "trainer" and config.engine.deepspeed_file:
@@ -118,7 +118,7 @@ def _by_epoch(losses: list[dict[str, Any]]) -> str:
 
 
 def _lost_rows(split: dict[str, Any]) -> str:
-    """Say how many rows of a split were not trained on, or not all of them; nothing if there are none."""
+    """Say how many rows of a split were left out or cut, or return an empty string if there are none."""
     lost = {
         "left out (blank, or no room for the answer)": split["num_left_out"],
         "cut at seq_length": split["num_cut"],

@@ -1,12 +1,12 @@
 """Configuration of a run: one frozen tree of dataclasses, three profiles, and validation.
 
-A run is described by a :class:`Config` and by nothing else. Profiles (``cpu``, ``gpu``, ``cluster``) differ in
-*values* only; the code that reads them is the same everywhere. Every field has a *flat* name (the command line's
-flag without dashes), so that ``Config.create("cpu", zero_stage=2, dataset="embedded/qa")``, a notebook's parameters
-and ``python -m tutorial_lib train --zero-stage 2 --dataset embedded/qa`` say the same thing.
+A :class:`Config` describes a run completely. Profiles (``cpu``, ``gpu``, ``cluster``) differ in *values* only; the code
+that reads them is the same everywhere. Every field has a *flat* name (its command-line flag without the dashes), so
+that ``Config.create("cpu", zero_stage=2, dataset="embedded/qa")``, a notebook's parameters and
+``python -m tutorial_lib train --zero-stage 2 --dataset embedded/qa`` say the same thing.
 
-This module imports nothing but the standard library: arithmetic, launchers and schedulers can read a configuration
-without starting torch.
+This module imports only the standard library: planners, launchers and schedulers can read a configuration without
+loading torch.
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
     given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
-    """Flat names of the settings that somebody stated, by :meth:`create` or :meth:`override`, besides a profile."""
+    """Flat names of the settings that the caller gave to :meth:`create` or :meth:`override`, beyond the profile's."""
 
     def __post_init__(self) -> None:
         validate(self, settings())
 
     @classmethod
     def create(cls, profile: str = "cpu", **flat: Any) -> Config:
-        """A profile's configuration with some settings replaced, named as on the command line.
+        """Build a profile's configuration with some settings replaced, named as on the command line.
 
         Raises:
             ConfigError: unknown profile or setting, or a combination that cannot run.
@@ -89,7 +89,7 @@ class Config:
         return _stated(_build(flat, base=self), flat)
 
     def replaced(self, **flat: Any) -> Config:
-        """Return a copy with settings replaced that nobody stated: they follow from others."""
+        """Return a copy with derived settings replaced: values that follow from others, and that no caller gave."""
         return _build(flat, base=self)
 
     @property
@@ -104,11 +104,11 @@ class Config:
 
     @property
     def directory(self) -> Path:
-        """Where the run's records and checkpoints are: ``storage/name``."""
+        """Directory of the run's records and checkpoints: ``storage/name``."""
         return Path(self.run.storage).expanduser() / self.run.name
 
     def with_absolute_paths(self) -> Config:
-        """The same run for a process that may start in another directory, as Ray's workers do."""
+        """Return the same run for a process that may start in a different directory, as Ray's workers do."""
         names = {"storage": self.run.storage, "model": self.model.name, "dataset": self.data.name}
         if self.engine.deepspeed_file:
             names["deepspeed"] = self.engine.deepspeed_file
@@ -123,7 +123,7 @@ class Config:
         return self.replaced(**{flag: str(p.resolve()) for flag, p in paths.items() if is_path[flag](p)})
 
     def flat(self) -> dict[str, Any]:
-        """The settings by their flat names."""
+        """Return all settings by flat name."""
         return {s.flag: getattr(getattr(self, s.section), s.field) for s in settings().values()}
 
     def to_json(self) -> str:
@@ -131,10 +131,10 @@ class Config:
 
     @classmethod
     def from_json(cls, text: str) -> Config:
-        """The inverse of :meth:`to_json`.
+        """Build a configuration from the text that :meth:`to_json` returned.
 
         Raises:
-            ConfigError: the text is no JSON object, or holds what :meth:`create` refuses.
+            ConfigError: the text is not a JSON object, or holds a setting that :meth:`create` refuses.
         """
         try:
             flat = json.loads(text)
@@ -180,7 +180,7 @@ def _build(flat: dict[str, Any], base: Config | None) -> Config:
 
 
 def _stated(config: Config, flat: dict[str, Any]) -> Config:
-    """Note the settings as stated by hand. Refuse those that the configuration would not use as they are."""
+    """Mark settings as given by the caller, and refuse those that this configuration would not use as given."""
     config = dataclasses.replace(config, given=config.given | flat.keys())
     check_used(config, {name: settings()[name] for name in flat})
     check_length(config)
@@ -191,4 +191,4 @@ FREE_ON_RESUME = frozenset(name for name, setting in settings().items() if setti
 """Flat names of settings that a resumed run may change."""
 
 OF_ONE_START = frozenset(name for name, setting in settings().items() if setting.resume == "one start")
-"""Flat names of settings that describe one start of a run. A reshape, which trains no step, decides them itself."""
+"""Flat names of settings that describe a single start of a run. A reshape, which trains no steps, sets them itself."""

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from tutorial_lib.config import Config
 
 
-_LARGEST_SEED = 2**32 - 1  # what every generator of random numbers takes
-_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes, of Linux and its file systems
+_LARGEST_SEED = 2**32 - 1  # the largest that every random-number generator accepts
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes; limits of Linux and its file systems
 
 
 def validate(config: Config, settings: Mapping[str, Setting]) -> None:
@@ -49,7 +49,7 @@ def validate(config: Config, settings: Mapping[str, Setting]) -> None:
             raise ConfigError(f"{flag} is {flat[flag]}; the smallest possible value is {setting.at_least}.")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", run.name):
         raise ConfigError(
-            f"Run name {run.name!r} cannot be a directory name. Use letters, digits, '.', '_' and '-' alone, "
+            f"Run name {run.name!r} cannot be a directory name. Use only letters, digits, '.', '_' and '-', "
             "starting with a letter or digit, at most 200; directories go into storage."
         )
     if run.seed > _LARGEST_SEED:
@@ -77,7 +77,7 @@ def validate(config: Config, settings: Mapping[str, Setting]) -> None:
             )
         if engine.offload != "none" or engine.deepspeed_file or engine.precision == "fp16":
             raise ConfigError(
-                "engine='torch' has no offload, no fp16 and reads no DeepSpeed file; write engine='deepspeed'."
+                "engine='torch' has no offload and no fp16, and reads no DeepSpeed file; write engine='deepspeed'."
             )
     if engine.name == "trainer" and parallel.tp > 1:
         raise ConfigError(
@@ -105,9 +105,9 @@ def validate(config: Config, settings: Mapping[str, Setting]) -> None:
         raise ConfigError(f"evaluate_every={every!r} needs an evaluation: write evaluate=True, or leave it out.")
     if run.max_failures > 0 and run.launcher != "ray":
         raise ConfigError(
-            f"max_failures={run.max_failures} is kept by Ray Train, and launcher={run.launcher!r} starts nothing "
-            "again: write launcher='ray', or leave max_failures out and give the same command again, which goes on "
-            "from the newest intact checkpoint."
+            f"max_failures={run.max_failures} is for Ray Train; launcher={run.launcher!r} does not restart workers. "
+            "Write launcher='ray', or leave max_failures out and run the same command again: it resumes from the "
+            "newest intact checkpoint."
         )
     _check_elastic(config, settings)
 
@@ -117,7 +117,7 @@ def _check_elastic(config: Config, settings: Mapping[str, Setting]) -> None:
     for flag, value in (("min_dp", run.min_dp), ("resource_timeout", run.resource_timeout)):
         if value != settings[flag].default and run.launcher != "ray":
             raise ConfigError(
-                f"{flag}={value} is kept by Ray Train, and launcher={run.launcher!r} waits for no nodes: write "
+                f"{flag}={value} is for Ray Train; launcher={run.launcher!r} does not wait for nodes. Write "
                 f"launcher='ray', or leave {flag} out."
             )
     if run.min_dp is None:
@@ -126,16 +126,16 @@ def _check_elastic(config: Config, settings: Mapping[str, Setting]) -> None:
         raise ConfigError(f"min_dp={run.min_dp} is more than dp={dp}: write min_dp={dp} or less, or a larger dp.")
     if run.min_dp < dp and not run.checkpoint_every:
         raise ConfigError(
-            f"min_dp={run.min_dp}: whenever the number of ranks changes, the run goes on from its newest checkpoint, "
-            "and checkpoint_every=0 saves at the end alone. Write checkpoint_every, such as 50."
+            f"min_dp={run.min_dp}: whenever the number of ranks changes, the run resumes from its newest checkpoint, "
+            "and checkpoint_every=0 saves only at the end. Write a checkpoint_every, such as 50."
         )
 
 
 def check_path(flag: str, name: str) -> None:
-    """Refuse what no file or directory can be called, and no model or data set of a hub.
+    """Refuse a name that no file, directory, hub model or hub data set can have.
 
     Raises:
-        ConfigError: says what is wrong with it.
+        ConfigError: says what is wrong with the name.
     """
     encoded = name.encode(errors="surrogatepass")
     longest = max(map(len, encoded.split(b"/")))
@@ -150,15 +150,15 @@ def check_path(flag: str, name: str) -> None:
 
 
 def check_used(config: Config, stated: Mapping[str, Setting], *, is_resolved: bool = False) -> None:
-    """Refuse settings that somebody states and this run would not read. A default is not worth an error.
+    """Refuse settings that the caller gave and that this run would ignore. An unused default is no error.
 
     Args:
         config: what to run.
-        stated: the settings, by flat name.
-        is_resolved: whether the configuration has what its DeepSpeed file states.
+        stated: the settings that the caller gave, by flat name.
+        is_resolved: whether the values of its DeepSpeed file have been applied to the configuration.
 
     Raises:
-        ConfigError: says who reads the setting.
+        ConfigError: says what the setting needs to have an effect.
     """
     engine, flat = config.engine, config.flat()
     needs = {
@@ -184,7 +184,7 @@ def check_used(config: Config, stated: Mapping[str, Setting], *, is_resolved: bo
 
 
 def check_length(config: Config) -> None:
-    """Refuse two statements of how long a run is, and a warm-up that goes on after its end.
+    """Refuse a run whose length is given twice, and a warm-up that outlasts the run.
 
     Raises:
         ConfigError: says what to write instead.
@@ -194,7 +194,7 @@ def check_length(config: Config) -> None:
         return
     if {"steps", "epochs"} <= config.given:
         raise ConfigError(
-            f"steps={run.steps} and epochs={run.epochs} both say how long the run is, and steps would decide alone. "
+            f"steps={run.steps} and epochs={run.epochs} both set the length of the run, and epochs would be ignored. "
             "Leave one of them out."
         )
     if config.given & {"steps", "warmup_steps"}:
@@ -209,13 +209,13 @@ def check_warmup(warmup_steps: int, num_steps: int) -> None:
     """
     if warmup_steps > num_steps:
         raise ConfigError(
-            f"warmup_steps={warmup_steps} goes on after the last step of a run of {num_steps}: the learning rate would "
+            f"warmup_steps={warmup_steps} is longer than the whole run of {num_steps} steps: the learning rate would "
             f"never reach its peak. Write warmup_steps={num_steps} or less, or train longer (steps, epochs)."
         )
 
 
 SHARDINGS = ("full_shard", "shard_grad_op", "hybrid_shard", "no_shard")
-"""FSDP1's names of its strategies, in lower case."""
+"""Sharding strategies by FSDP1's names, in lower case."""
 
 
 def _check_fsdp(engine: EngineConfig, parallel: ParallelConfig) -> None:
@@ -233,7 +233,9 @@ def _check_fsdp(engine: EngineConfig, parallel: ParallelConfig) -> None:
                 )
         return
     if engine.precision == "fp16":
-        raise ConfigError("engine='fsdp' scales no loss, which fp16 needs: write precision='bf16' or 'fp32'.")
+        raise ConfigError(
+            "engine='fsdp' has no loss scaling, which fp16 needs: write precision='bf16' or precision='fp32'."
+        )
     if engine.deepspeed_file:
         raise ConfigError("engine='fsdp' reads no DeepSpeed file: leave it out, or write engine='deepspeed'.")
     if engine.offload == "optimizer":
@@ -279,7 +281,7 @@ NO_RESUME = (
     "transformers says: 'Resuming is not supported for models sharded at load time (`DistributedConfig`), so their "
     "optimizer state cannot be checkpointed.' The checkpoint holds the weights alone, which can be exported"
 )
-"""Why nobody continues from a checkpoint of a model that was sharded at load."""
+"""Reason why a run of a model that was sharded at load cannot be resumed."""
 
 
 def _check_shard_at_load(config: Config) -> None:
@@ -309,8 +311,8 @@ def _check_shard_at_load(config: Config) -> None:
                     "max_failures": run.max_failures, "keep_best": run.keep_best}  # fmt: skip
     if asked := [f"{name}={value}" for name, value in needs_resume.items() if value]:
         raise ConfigError(
-            f"shard_at_load=True does not go with {asked[0]}, as this run could not be resumed. {NO_RESUME}: one is "
-            f"written at the end. Leave {asked[0]} out, or write a DeepSpeed file (deepspeed='zero3') instead of "
+            f"shard_at_load=True does not go with {asked[0]}, because this run could not be resumed. {NO_RESUME}: one "
+            f"is written at the end. Leave {asked[0]} out, or write a DeepSpeed file (deepspeed='zero3') instead of "
             "shard_at_load."
         )
 

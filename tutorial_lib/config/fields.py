@@ -1,7 +1,7 @@
-"""Sections of a configuration: every setting with its default, its help, and the rules that hold for it alone.
+"""Sections of a configuration: every setting with its default, its help text, and the rules for that setting alone.
 
-A field's metadata is the only place that says who reads the setting, its lowest value, and whether a resumed run may
-change it. The lists that other modules use are derived from it.
+A field's metadata is the single source for the engines that read the setting, its smallest value, and whether a
+resumed run may change it. The lists that other modules use are derived from it.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ class ConfigError(ValueError):
 
 
 Resume = Literal["fixed", "free", "one start"]
-"""Whether a resumed run may change a setting: never; freely; or freely, as the setting describes one start of the run.
+"""Rule for changing a setting on resume: never; freely; or freely because it describes a single start of the run.
 
-A free setting does not change which update comes next, except for the order in which numbers are added, and for
-dropout's random numbers where the number of ranks changes."""
+A free setting leaves the next update the same, up to the order in which numbers are added, and up to dropout's random
+numbers if the number of ranks changes."""
 
 ENGINES = ("deepspeed", "fsdp", "torch", "trainer")
 
 _OWN_LOOP = ("deepspeed", "fsdp", "torch")
-"""Engines of the package's own training loop; the other one is the Hugging Face Trainer's."""
+"""Engines that run in the package's own training loop, rather than in the Hugging Face Trainer's."""
 
 
 def _setting(
@@ -41,11 +41,11 @@ def _setting(
     Args:
         default: its value in the cpu profile.
         help: one line for the command line.
-        flag: the flat name, where it is not the field's own.
+        flag: the flat name, if it differs from the field's name.
         choices: all possible values.
         at_least: the smallest possible value.
-        engines: those that read it.
-        resume: see :data:`Resume`.
+        engines: the engines that read it.
+        resume: whether a resumed run may change it; see :data:`Resume`.
     """
     metadata = {
         "flag": flag, "help": help, "choices": choices, "at_least": at_least, "engines": engines, "resume": resume
@@ -55,7 +55,7 @@ def _setting(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """Which causal language model is trained."""
+    """The causal language model to train."""
 
     name: str = _setting(
         "embedded/gpt2",
@@ -69,7 +69,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """Which rows are read, and how they become batches."""
+    """The rows to read, and how they become batches."""
 
     name: str = _setting(
         "embedded/news",
@@ -84,10 +84,8 @@ class DataConfig:
     )
     train_split: str = _setting("train", "split to train on")
     eval_split: str = _setting("validation", "split to evaluate on")
-    max_examples: int | None = _setting(None, "use only the first this many rows of the training split", at_least=1)
-    max_eval_examples: int | None = _setting(
-        64, "use only the first this many rows of the evaluation split", at_least=1
-    )
+    max_examples: int | None = _setting(None, "use only the first N rows of the training split", at_least=1)
+    max_eval_examples: int | None = _setting(64, "use only the first N rows of the evaluation split", at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,7 +102,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
-    """Who turns a loss into an update, and where model states live."""
+    """The engine that turns a loss into an update, and where model states live."""
 
     name: str = _setting(
         "deepspeed",
@@ -116,7 +114,7 @@ class EngineConfig:
     )
     zero_stage: int = _setting(
         3,
-        "0: nothing partitioned; 1: optimizer states; 2: + gradients; 3: + parameters (deepspeed alone reads it)",
+        "0: nothing partitioned; 1: optimizer states; 2: + gradients; 3: + parameters (deepspeed only)",
         engines=("deepspeed",),
         resume="free",
     )
@@ -143,7 +141,8 @@ class EngineConfig:
     )
     tp_plan: str = _setting(
         "megatron",
-        "fsdp with tp: megatron: one all-reduce per attention and MLP and direction; plain: one per product",
+        "fsdp with tp: megatron: one all-reduce per attention or MLP block, forward and backward; plain: one per "
+        "matrix product",
         choices=("megatron", "plain"),
         engines=("fsdp",),
         resume="free",
@@ -157,14 +156,14 @@ class EngineConfig:
     )
     pin_memory: bool = _setting(
         False,
-        "page-lock offloaded memory; always stated, DeepSpeed's default has changed",
+        "page-lock offloaded memory (always set explicitly: DeepSpeed's default has changed)",
         engines=("deepspeed", "fsdp"),
         resume="free",
     )
-    precision: str = _setting("fp32", "arithmetic of forward and backward", choices=("fp32", "bf16", "fp16"))
+    precision: str = _setting("fp32", "number format of forward and backward", choices=("fp32", "bf16", "fp16"))
     persistence_threshold: int = _setting(
         0,
-        "stage 3 keeps parameters below this many elements whole on every rank (DeepSpeed's default: 100000)",
+        "stage 3 keeps parameters smaller than this many elements in full on every rank (DeepSpeed's default: 100000)",
         at_least=0,
         engines=("deepspeed",),
         resume="free",
@@ -181,14 +180,14 @@ class EngineConfig:
     )
     loss_chunks: int = _setting(
         1,
-        "pieces in which output layer and loss are computed, so that a micro-batch's logits never exist all at once",
+        "compute output layer and loss in this many pieces, so that a micro-batch's logits never exist all at once",
         at_least=1,
         engines=_OWN_LOOP,
         resume="free",
     )
-    """With a large vocabulary, logits are the largest tensor of a step: B x S x V numbers in fp32, and their gradient.
+    """With a large vocabulary, the logits and their gradient are the largest tensors of a step: B x S x V in fp32.
 
-    In fp32, loss and gradients are the same to rounding; in 16 bits the reported loss is rounded per token."""
+    In fp32, chunks change loss and gradients only by rounding; in 16 bits the reported loss is rounded per token."""
     deepspeed_file: str | None = _setting(
         None,
         "a DeepSpeed JSON file, by path or by its name in tutorial_lib/ds_configs",
@@ -205,7 +204,7 @@ class EngineConfig:
     )
 
     def __post_init__(self) -> None:
-        # FSDP1 wrote them in upper case, and so does what has been written about it.
+        # FSDP1, and most of what has been written about it, spells these in upper case.
         if isinstance(self.sharding, str):
             object.__setattr__(self, "sharding", self.sharding.lower())
 
@@ -229,27 +228,25 @@ class OptimizerConfig:
 
     @property
     def scheduler_name(self) -> str:
-        """The schedule as transformers calls it: its plain ``constant`` knows no warm-up."""
+        """The schedule's name in transformers, whose plain ``constant`` has no warm-up."""
         return "constant_with_warmup" if self.schedule == "constant" else self.schedule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """How long, from which seed, under which name, started by whom."""
+    """The run itself: its name, length, batch sizes, seed, launcher and checkpoints."""
 
-    name: str = _setting(
-        "run", "name of the run: its directory under storage, and what a resume finds again", resume="free"
-    )
+    name: str = _setting("run", "name of the run: its directory under storage, where a resume finds it", resume="free")
     storage: str = _setting("runs", "directory that every rank can write to", resume="free")
     launcher: str = _setting(
         "local",
-        "local: start processes here; ray: Ray Train; none: be the rank that torchrun's variables name",
+        "local: start processes here; ray: Ray Train; none: be the rank that torchrun's environment variables describe",
         choices=("local", "ray", "none"),
         resume="free",
     )
     device: str = _setting("cpu", "cpu or cuda", choices=("cpu", "cuda"), resume="free")
     epochs: int = _setting(1, "passes over the training split, when steps is not given", at_least=1)
-    steps: int | None = _setting(None, "optimizer steps in all; overrides epochs", at_least=1)
+    steps: int | None = _setting(None, "optimizer steps in total; overrides epochs", at_least=1)
     stop_after: int | None = _setting(
         None, "save and stop after this optimizer step, as a time limit would", at_least=1, resume="one start"
     )
@@ -258,12 +255,10 @@ class RunConfig:
     micro_batch: int | None = _setting(
         None, "sequences per forward pass and rank; default: global_batch / dp", at_least=1, resume="free"
     )
-    checkpoint_every: int = _setting(
-        0, "save every this many optimizer steps; 0: only at the end", at_least=0, resume="free"
-    )
+    checkpoint_every: int = _setting(0, "save every N optimizer steps; 0: only at the end", at_least=0, resume="free")
     keep_last: int | None = _setting(
         None,
-        "keep the newest this many intact checkpoints and delete older ones; default: keep all",
+        "keep only the newest N intact checkpoints; default: keep all",
         at_least=1,
         resume="free",
     )
@@ -271,24 +266,24 @@ class RunConfig:
         False, "evaluate at every checkpoint, and never delete the one with the lowest evaluation loss", resume="free"
     )
     max_failures: int = _setting(
-        0, "launcher='ray': start the workers again after up to this many failures", at_least=0, resume="free"
+        0, "launcher='ray': restart the workers after up to this many failures", at_least=0, resume="free"
     )
     min_dp: int | None = _setting(
         None,
-        "launcher='ray': when nodes are lost, go on with as few as this many data-parallel ranks, and grow back to dp; "
-        "default: dp",
+        "launcher='ray': when nodes are lost, continue with at least this many data-parallel ranks, and grow back to "
+        "dp; default: dp",
         at_least=1,
         resume="free",
     )
     resource_timeout: int = _setting(
         300,
-        "launcher='ray': give up, and say what is missing, when the cluster has had no room for this many seconds",
+        "launcher='ray': give up, and name what is missing, after waiting this many seconds for room in the cluster",
         at_least=1,
         resume="free",
     )
     async_save: bool = _setting(
         False,
-        "write files while training goes on, from a copy in host memory (another one of the rank's states)",
+        "write files while training continues, from a second copy of the rank's states in host memory",
         engines=_OWN_LOOP,
         resume="free",
     )
@@ -301,10 +296,10 @@ class RunConfig:
     evaluate: bool = _setting(True, "evaluate before the first and after the last step", resume="one start")
     evaluate_every: str | None = _setting(
         None,
-        "evaluate also every this many optimizer steps, or after every epoch (epoch): eval_losses in result.json",
+        "also evaluate every N optimizer steps, or after every epoch (epoch): eval_losses in result.json",
         resume="free",
     )
-    measure: bool = _setting(False, "account memory and count traffic of one step; slows that step", resume="one start")
+    measure: bool = _setting(False, "measure memory and traffic of one step; slows that step", resume="one start")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Profiles: the values in which a laptop, a machine with a GPU and a cluster differ."""
+"""Profiles: the values that differ between a laptop, a machine with a GPU, and a cluster."""
 
 from __future__ import annotations
 

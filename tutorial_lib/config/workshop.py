@@ -1,7 +1,7 @@
 """Experiment names of the original workshop: ``2ZO-1G1N`` is ZeRO stage 2 with offload, on 1 GPU of 1 node.
 
-Digits before ``Z`` are the ZeRO stage. ``O`` is offload, ``OP`` offload to pinned memory. Then come the GPUs of all
-nodes together, and the nodes: ``3Z-8G4N`` has 8 GPUs, 2 on each of 4 nodes.
+The digit before ``Z`` is the ZeRO stage. ``O`` is offload, ``OP`` offload to pinned memory. Then come the total number
+of GPUs and the number of nodes: ``3Z-8G4N`` has 8 GPUs, 2 on each of 4 nodes.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _NAME = re.compile(r"([0-3])Z(OP|O)?-([1-9]\d*)G([1-9]\d*)N")
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """What a workshop name stands for."""
+    """An experiment of the workshop, as its name describes it."""
 
     zero_stage: int
     offload: str
-    """``none``, ``optimizer``, or at stage 3 ``all``: the parameters as well."""
+    """``none``, ``optimizer``, or at stage 3 ``all``, which moves the parameters as well."""
     pin_memory: bool
     gpus: int
-    """Of all nodes together."""
+    """GPUs in total, over all nodes."""
     nodes: int
 
     @property
@@ -33,34 +33,32 @@ class Experiment:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings of a run, by flat name, without those that follow from the number of GPUs."""
+        """The run's settings by flat name, except those that depend on the number of GPUs."""
         return {"zero_stage": self.zero_stage, "offload": self.offload, "pin_memory": self.pin_memory}
 
 
 def looks_like_experiment(name: str) -> bool:
-    """Return whether a name has the form of the workshop's; :func:`parse_experiment` may still refuse it."""
+    """Return whether a name looks like one of the workshop's; :func:`parse_experiment` may still refuse it."""
     return _NAME.fullmatch(name) is not None
 
 
 def parse_experiment(name: str) -> Experiment:
-    """Return what a workshop name stands for.
+    """Parse a workshop name into the experiment that it describes.
 
     Raises:
-        ConfigError: it is no such name, its GPUs cannot be shared out evenly, or its stage has nothing to offload.
+        ConfigError: the name does not parse, its nodes cannot share the GPUs evenly, or its stage has nothing to
+            offload.
     """
     match = _NAME.fullmatch(name)
     if not match:
         raise ConfigError(
-            f"{name!r} is no experiment of the workshop. Write a name such as 2ZO-1G1N: ZeRO stage 2, with offload "
-            "(leave out the O for none), 1 GPU in all, 1 node."
+            f"{name!r} is not an experiment of the workshop. Write a name such as 2ZO-1G1N: ZeRO stage 2, with offload "
+            "(leave out the O for none), 1 GPU in total, 1 node."
         )
     stage, gpus, nodes = int(match[1]), int(match[3]), int(match[4])
     if gpus % nodes:
         near = gpus - gpus % nodes or nodes
-        raise ConfigError(
-            f"{name}: {gpus} GPUs in all cannot be shared out evenly among {nodes} nodes. Write {near}G{nodes}N or "
-            f"{gpus}G1N."
-        )
+        raise ConfigError(f"{name}: {nodes} nodes cannot share {gpus} GPUs evenly. Write {near}G{nodes}N or {gpus}G1N.")
     if match[2] and stage == 0:
         raise ConfigError(f"{name}: ZeRO stage 0 has nothing to offload. Write 0Z-{gpus}G{nodes}N, or stage 1, 2 or 3.")
     offload = "none" if not match[2] else "all" if stage == 3 else "optimizer"

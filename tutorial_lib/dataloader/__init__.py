@@ -1,11 +1,11 @@
-"""Rows -> token blocks and labels; sharded by data-parallel rank; resumable.
+"""Data loading: from rows of text to batches of tokens, sharded by data-parallel rank, and resumable.
 
 :mod:`~tutorial_lib.dataloader.rows` finds the data, ``tokens`` turns rows into documents of tokens, ``packing`` lets
-documents share a row, ``sampler`` says which rows make up which step, ``collate`` builds the tensors, and ``loaders``
-puts them together.
+documents share a row, ``sampler`` decides which rows make up which step, ``collate`` builds the tensors, and
+``loaders`` puts it all together.
 
-Which examples make up optimizer step k depends on the data settings, the seed and the global batch alone: never on the
-number of ranks, micro-batches, the launcher or a resume. So the same step of two runs can be compared.
+The examples of optimizer step k depend only on the data settings, the seed and the global batch: never on the number of
+ranks, micro-batches, the launcher or a resume. That makes the same step of two runs comparable.
 """
 
 from tutorial_lib.dataloader.collate import Batch

@@ -1,4 +1,4 @@
-"""Batches: the tensors of examples, padded or packed.
+"""Collation: examples become the tensors of a batch, padded or packed.
 
 Shapes: B sequences, S tokens.
 """
@@ -18,11 +18,11 @@ from tutorial_lib.dataloader.packing import Document
 Batch = dict[str, Tensor]
 
 _IGNORED = -100
-_WIDTH_MULTIPLE = 8  # Tensor cores want it; on short texts (embedded/news) it costs 5 % more tokens.
+_WIDTH_MULTIPLE = 8  # Tensor cores need it; on short texts (embedded/news) it costs 5 % more tokens.
 
 
 def fingerprint(batches: Sequence[Batch]) -> int:
-    """Return a number that is the same for the same tokens and labels in the same order, and differs for others.
+    """Hash tokens and labels in order: the same batches give the same number, different ones a different number.
 
     Returns:
         64 bits, as a signed integer.
@@ -40,12 +40,12 @@ class Collate:
     """Collate function: examples -> micro-batches, padded on the right.
 
     Each has ``input_ids [B,S]``; ``labels [B,S]``, not shifted, -100 where a token is not counted in the loss; and
-    ``attention_mask``: ``[B,S]`` int64, 1 for what is no padding. Padding is known by its place, never by its id:
-    GPT-2's padding token *is* its EOS.
+    ``attention_mask``: ``[B,S]`` int64, 0 on padding. Padding is recognised by its position, never by its id: GPT-2's
+    padding token *is* its EOS.
 
-    With ``packed`` batching the mask is ``[B,1,S,S]`` bool, True where the token of that row may look at the token of
-    that column: its own document, up to itself. ``position_ids [B,S]`` start anew with each document. Padding forms one
-    more document, as softmax over nothing is undefined.
+    With ``packed`` batching the mask is ``[B,1,S,S]`` bool: True where the token of that row may attend to the token of
+    that column, which is within its own document, up to itself. ``position_ids [B,S]`` restart with each document.
+    Padding forms one more document, because softmax over nothing is undefined.
     """
 
     seq_length: int

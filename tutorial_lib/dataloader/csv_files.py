@@ -1,4 +1,4 @@
-"""CSV files that are not what their reader takes them for: rows of another length, other separators, open quotes."""
+"""Malformed CSV files that pandas misreads: rows of different lengths, other separators, unclosed quotes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open
 
 
 def looks_misread(columns: list[str]) -> bool:
-    """Return whether columns are what pandas makes of a CSV file that it misunderstands, without an error.
+    """Return whether these columns look like a CSV file that pandas misread without an error.
 
-    It takes the first fields for an index where rows have more fields than the first line, takes a line with other
-    separators for one name, and renames the second of two columns of one name.
+    If rows have more fields than the first line, pandas takes the first fields as an index. It takes a line with other
+    separators as a single name, and renames the second of two columns with the same name.
     """
     as_one_name = len(columns) == 1 and any(separator in columns[0] for separator in _SEPARATORS)
     renamed = any(f"{column}.1" in columns for column in columns)
@@ -30,7 +30,7 @@ def looks_misread(columns: list[str]) -> bool:
 
 
 def csv_problem(path: Path) -> str | None:
-    """Return the first thing that is wrong with a CSV file, with its line and what to write, or None."""
+    """Return the first problem of a CSV file, with its line and what to write instead, or None."""
     if path.suffix == ".zst":
         return None
     opened = _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8-sig", newline="")
@@ -45,8 +45,8 @@ def csv_problem(path: Path) -> str | None:
                     header, problem = row, _header_problem(row)
                 elif len(row) > len(header):
                     problem = (
-                        f"{len(row)} fields, and the first line names {len(header)}. Put a text that holds commas into "
-                        'double quotes: "one, two"'
+                        f"{len(row)} fields, and the first line names {len(header)}. Put a text that contains commas "
+                        'in double quotes: "one, two"'
                     )
                 if problem:
                     return f"line {line}: {problem}"
@@ -57,7 +57,7 @@ def csv_problem(path: Path) -> str | None:
             return None  # pandas takes what Python's reader does not, such as quotes in mid-field
         except UnicodeDecodeError:
             return None
-    return None if header else "line 1: it is blank, and has to name the columns"
+    return None if header else "line 1: it is blank, but must name the columns"
 
 
 def _header_problem(header: list[str]) -> str | None:
@@ -74,7 +74,7 @@ def _header_problem(header: list[str]) -> str | None:
 
 @contextmanager
 def _long_fields() -> Iterator[None]:
-    """Let Python's reader take texts of any length."""
+    """Let Python's CSV reader take fields of any length."""
     before = csv.field_size_limit(sys.maxsize)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Loaders: the training and the evaluation split as batches of one data-parallel rank, resumable."""
+"""Data loaders: training and evaluation batches of one data-parallel rank, resumable."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def build_train_loader(
         config: what to train on, and for how long.
         tokenizer: the model's.
         topology: this rank's place in the grid: ranks that share a layer read the same examples.
-        num_workers: processes that read ahead; with memory-mapped tokens 0 is fast enough.
+        num_workers: processes that read ahead; tokens are memory-mapped, so 0 is fast enough.
 
     Raises:
         ConfigError: the data cannot be read, or does not fill one global batch.
@@ -41,7 +41,7 @@ def build_train_loader(
 
 
 def build_epoch_loader(config: Config, tokenizer: PreTrainedTokenizerBase, topology: Topology) -> EpochLoader:
-    """Load the training split as epochs of micro-batches: the same ones in the same order as the steps.
+    """Load the training split as epochs of micro-batches, the same ones in the same order as :class:`TrainLoader`.
 
     Args:
         config: what to train on, and for how long.
@@ -64,7 +64,7 @@ def _training_steps(
         unit = "packed rows" if data.batching == "packed" else "rows"
         raise ConfigError(
             f"Split {data.train_split!r} of {data.name!r} has {len(examples)} {unit}, fewer than "
-            f"global_batch={global_batch}: not one step. Write a smaller global_batch, or use more data."
+            f"global_batch={global_batch}: not enough for one step. Write a smaller global_batch, or use more data."
         )
     sampler = StepSampler(
         len(examples),
@@ -96,13 +96,14 @@ def build_eval_loader(config: Config, tokenizer: PreTrainedTokenizerBase, topolo
 class TrainLoader:
     """The optimizer steps of one data-parallel rank, epoch after epoch, resumable after any of them.
 
-    An epoch is :attr:`steps_per_epoch` full steps; the examples that do not fill another one are left out, each epoch
-    others. The position, including that of processes that read ahead, is kept by torchdata's ``StatefulDataLoader``.
+    An epoch has :attr:`steps_per_epoch` full steps; the examples that do not fill another step are left out, different
+    ones in each epoch. torchdata's ``StatefulDataLoader`` keeps the position, including that of workers that read
+    ahead.
 
     Attributes:
         num_steps: optimizer steps of the whole run.
-        last_step: the step that this start of the run ends with: the last one, or ``stop_after``.
-        summary: of the training split's tokens.
+        last_step: the step at which this start of the run ends: the last one, or ``stop_after``.
+        summary: summary of the training split's tokens.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class TrainLoader:
                 batch_sampler=sampler,
                 collate_fn=collate,
                 num_workers=num_workers,
-                # Of its own, as each iterator draws from it: dropout must not depend on how often a run was resumed.
+                # Each iterator draws from it. With the global one, dropout would depend on how often a run was resumed.
                 generator=torch.Generator(),
             )
 
@@ -145,11 +146,11 @@ class TrainLoader:
     def state_at(self, step: int) -> dict[str, Any]:
         """Return the position after a step, which must be the one that was yielded last, as a checkpoint keeps it."""
         if step != self._step:
-            raise ValueError(f"This loader stands after step {self._step}, so it has no position after step {step}.")
+            raise ValueError(f"This loader is at step {self._step}, so it cannot give the position after step {step}.")
         return self.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position after the step that was yielded last, which holds for any number of ranks."""
+        """Return the position after the step that was yielded last; it is valid for any number of ranks."""
         return {"step": self._step, "loader": self._loader.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -164,10 +165,10 @@ class TrainLoader:
 
 
 class EpochLoader(DataLoader[Any]):
-    """One epoch of micro-batches of one data-parallel rank: a ``DataLoader`` as the Hugging Face Trainer takes it.
+    """One epoch of micro-batches of one data-parallel rank: a ``DataLoader`` for the Hugging Face Trainer.
 
-    Its position is no state of its own: ``set_epoch`` says which epoch comes next, and whoever resumes within one skips
-    as many micro-batches as were trained.
+    It keeps no position: ``set_epoch`` chooses the epoch, and to resume within one, the caller skips the micro-batches
+    that were trained already.
     """
 
     def __init__(self, examples: Examples, sampler: StepSampler, collate: Collate, run: RunConfig) -> None:
@@ -180,7 +181,7 @@ class EpochLoader(DataLoader[Any]):
             (batch,) = collate(members)
             return batch
 
-        # A generator of its own, as each iterator draws from it: dropout must not depend on how often a run resumed.
+        # Each iterator draws from this generator. With the global one, dropout would depend on how often a run resumed.
         super().__init__(examples, batch_sampler=self._epochs, collate_fn=collate_one, generator=torch.Generator())
 
     def set_epoch(self, epoch: int) -> None:
@@ -201,10 +202,10 @@ class EpochLoader(DataLoader[Any]):
 
 
 class EvalLoader:
-    """Batches of one data-parallel rank; over all ranks every example is in exactly one.
+    """Evaluation batches of one data-parallel rank; over all ranks, every example is in exactly one batch.
 
-    Every rank yields equally many, as ranks that share parameters (ZeRO stage 3) must compute in lockstep. A rank that
-    has fewer repeats one with all labels -100, which counts for nothing.
+    Every rank yields the same number of batches, because ranks that share parameters (ZeRO stage 3) must compute in
+    lockstep. A rank with fewer batches repeats one with all labels set to -100, which does not count.
     """
 
     def __init__(self, examples: Examples, collate: Collate, dp_rank: int, dp_size: int) -> None:
@@ -234,7 +235,7 @@ class EvalLoader:
 
 
 def check_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse data that cannot be read, and columns that cannot be tokenised, from the first row of each split.
+    """Refuse data that cannot be read and columns that cannot be tokenised, judging by the first row of each split.
 
     Raises:
         ConfigError: says what is wrong and what to write instead.
@@ -246,9 +247,9 @@ def check_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def data_identity(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Digest the tokens that a run trains on and evaluates on, in order: ``{"train": sha256, "eval": sha256}``.
+    """Return digests of the tokens that a run trains and evaluates on: ``{"train": sha256, "eval": sha256}``.
 
-    A split that is tokenised already is not tokenised again, nor are its tokens read: their digest is kept with them.
+    A split that is tokenised already is neither tokenised nor read again: its digest is saved beside it.
 
     Raises:
         ConfigError: the data cannot be read.
@@ -258,7 +259,7 @@ def data_identity(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[st
 
 
 def _splits(config: Config) -> dict[str, tuple[str, int | None]]:
-    """Return the splits that a run reads, by what for: their names, and how many of their rows."""
+    """Return the splits that a run reads, by purpose: the name of each, and the most rows to read of it."""
     data = config.data
     splits = {"train": (data.train_split, data.max_examples)}
     if config.run.evaluate:
@@ -292,7 +293,7 @@ def _collate(config: Config, tokenizer: PreTrainedTokenizerBase) -> Collate:
 
 
 def _run_length(run: RunConfig, steps_per_epoch: int) -> tuple[int, int]:
-    """Return how many optimizer steps a run has, and the one that this start of it ends with."""
+    """Return the number of optimizer steps of a run, and the step at which this start of it ends."""
     num_steps = run.steps or run.epochs * steps_per_epoch
     return num_steps, min(num_steps, run.stop_after or num_steps)
 

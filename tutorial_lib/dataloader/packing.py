@@ -1,7 +1,7 @@
-"""Examples: which documents share a row of a batch.
+"""Packing: the documents that share a row of a batch.
 
-An *example* is one row of a batch: a document, or with ``packed`` batching several that together fit into
-``seq_length``.
+An *example* is one row of a batch: a single document, or with ``packed`` batching several that fit into ``seq_length``
+together.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from tutorial_lib.dataloader.tokens import summary_of
 
 Document = tuple[NDArray[np.int32], int]
-"""Token ids, and how many of the first are no target."""
+"""Token ids, and the number of leading ones that are no target."""
 
 
 class Examples(Dataset[list[Document]]):
@@ -26,7 +26,7 @@ class Examples(Dataset[list[Document]]):
 
     Args:
         documents: columns ``input_ids`` and ``num_uncounted``.
-        pack_to: fill examples with whole documents up to this many tokens; None: one document each.
+        pack_to: fill examples with complete documents up to this many tokens; None: one document each.
     """
 
     def __init__(self, documents: datasets.Dataset, *, pack_to: int | None = None) -> None:
@@ -49,13 +49,14 @@ class Examples(Dataset[list[Document]]):
 
 
 def pack(lengths: NDArray[np.integer[Any]], capacity: int) -> list[list[int]]:
-    """Distribute documents over rows of ``capacity`` tokens, never splitting one: best fit, longest first.
+    """Distribute documents over rows of ``capacity`` tokens without splitting any: best fit, longest first.
 
     Args:
         lengths: tokens of each document, none more than ``capacity``.
+        capacity: tokens of a row.
 
     Returns:
-        For each row the numbers of its documents. It depends on the arguments alone.
+        For each row, the numbers of its documents. The result depends only on the arguments.
     """
     rows: list[list[int]] = []
     rows_by_space: dict[int, list[int]] = {}

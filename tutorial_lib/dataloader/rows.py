@@ -1,4 +1,4 @@
-"""Rows of a data set by its name: hub name, directory, file or ``embedded/...``, all through ``datasets``."""
+"""Rows of a data set by name: a hub name, directory, file or ``embedded/...``, all loaded through ``datasets``."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ from tutorial_lib.embedded import DATASET_NAMES, dataset_directory
 def load_rows(name: str, split: str, *, max_examples: int | None = None) -> datasets.Dataset:
     """Load the rows of one split, memory-mapped from disk.
 
-    Code that a data set ships with is never run: ``datasets`` has not supported that since its version 4.
+    Code that a data set ships with is never run: ``datasets`` has not supported that since version 4.
 
     Args:
-        name: ``embedded/...``; a directory of parquet, jsonl, csv or arrow files, or one that ``save_to_disk`` wrote;
-            one such file, or a txt file with a row per line, which are a training split; or a hub name. Where a data
-            set has several configurations, the wanted one follows a colon: ``Salesforce/wikitext:wikitext-2-raw-v1``.
-        split: a split's name, or a slice of one, ``train[:90%]``.
-        max_examples: use only the first this many rows of the split.
+        name: ``embedded/...``; a directory of parquet, jsonl, csv or arrow files, or one that ``save_to_disk`` wrote; a
+            single such file, or a txt file with a row per line, as the training split; or a hub name. If a data set
+            has several configurations, name one after a colon: ``Salesforce/wikitext:wikitext-2-raw-v1``.
+        split: name of a split, or a slice of one such as ``train[:90%]``.
+        max_examples: use only the first rows of the split, at most this many.
 
     Raises:
-        ConfigError: no such data set or split, no way to reach the hub, files that cannot be read, no rows.
+        ConfigError: there is no such data set or split, the hub cannot be reached, files cannot be read, or there are
+            no rows.
     """
     source, configuration = _source(name)
     try:
@@ -62,23 +63,23 @@ def _data_file(name: str) -> Path | None:
     """Return the file that a data set's name stands for, or None if it stands for something else.
 
     Raises:
-        ConfigError: it is a file of an unknown format.
+        ConfigError: it is a file in an unknown format.
     """
     path = Path(name).expanduser()
     if not path.is_file() or not path.suffix:
         return None  # a plain file that happens to be called ag_news does not hide the hub's
     if _format(path) is None:
         raise ConfigError(
-            f"The data set {name!r} is a file of a format that is not known here. Write one that ends in "
+            f"The data set {name!r} is a file in an unknown format. Write one that ends in "
             f"{', '.join(_FORMATS)}, or a directory of such files."
         )
     return path.resolve()
 
 
 def _check_one_format(name: str, source: str) -> None:
-    """Refuse a directory with data files of several formats, of which ``datasets`` would read one and drop the others.
+    """Refuse a directory with data files in several formats: ``datasets`` would read one format and drop the others.
 
-    JSON beside other formats is usually a description, and a README can say which files are meant.
+    JSON files beside another format are usually descriptions. A README can say which files are meant.
     """
     directory = Path(source)
     if not directory.is_dir() or (directory / "README.md").is_file():
@@ -87,7 +88,7 @@ def _check_one_format(name: str, source: str) -> None:
     if len(found) > 1:
         raise ConfigError(
             f"The data set {name!r} is a directory with files of several formats ({', '.join(found)}): one of them "
-            "would be read and the others dropped. Leave one format in it, or name one file."
+            "would be read and the others dropped. Leave only one format in it, or name a single file."
         )
 
 
@@ -97,12 +98,12 @@ def _format(path: Path) -> str | None:
 
 
 def _rows_of_file(path: Path, split: str) -> datasets.Dataset:
-    files = {"train": glob.escape(str(path))}  # one file, whatever its name: [ and * are no patterns here
+    files = {"train": glob.escape(str(path))}  # a single file, even with [ or * in its name
     return datasets.load_dataset(_format(path), data_files=files, split=split, keep_in_memory=False)
 
 
 def _source(name: str) -> tuple[str, str | None]:
-    """Return a directory or a hub name for ``load_dataset``, and the configuration that follows a colon."""
+    """Split a name into a directory or hub name for ``load_dataset``, and the configuration after the colon."""
     if name.startswith("embedded/"):
         return str(dataset_directory(name)), None
     if Path(name).expanduser().is_dir():
@@ -128,9 +129,9 @@ def _saved_split(name: str, directory: str, split: str) -> datasets.Dataset:
 
 @contextmanager
 def _no_retries_without_a_hub(source: str) -> Iterator[None]:
-    """Tell ``datasets`` that it is offline where it is, so that a mistyped name fails at once, not after 24 seconds.
+    """Tell ``datasets`` if the machine is offline, so that a mistyped name fails at once rather than after 24 seconds.
 
-    Data sets that are in its cache load either way.
+    Data sets in its cache load either way.
     """
     from tutorial_lib.models.loading import hub_reachable  # loads transformers, which local data does not need
 
@@ -143,14 +144,14 @@ def _no_retries_without_a_hub(source: str) -> Iterator[None]:
 
 
 def _explain(name: str, split: str, error: Exception) -> str:
-    """Say what was wrong with the request, and what to write instead, for each way in which ``datasets`` fails."""
+    """Turn an error of ``datasets`` into a message that says what was wrong and what to write instead."""
     text = " ".join(str(_cause(error)).split())
     embedded = (
         f"a directory with parquet, jsonl, csv or arrow files, one such file, or one of {', '.join(DATASET_NAMES)}"
     )
     if isinstance(error, ConnectionError):
         return (
-            f"Data set {name!r} is no directory here, and the hub cannot be reached to look for it there. "
+            f"Data set {name!r} is not a local directory, and the hub cannot be reached to look for it there. "
             f"Without a hub write {embedded}. ({text})"
         )
     if isinstance(error, datasets.exceptions.DatasetNotFoundError):
@@ -159,17 +160,17 @@ def _explain(name: str, split: str, error: Exception) -> str:
         directory = Path(_source(name)[0])
         if directory.is_dir() and glob.has_magic(str(directory)):
             return (
-                f"Data set {name!r} cannot be read: `datasets` takes [, * and ? in a directory's path for a pattern. "
+                f"Data set {name!r} cannot be read: `datasets` takes [, * and ? in a directory's path as a pattern. "
                 "Rename the directory."
             )
-        return f"Data set {name!r} has no data files that can be read. Write {embedded}. ({text})"
+        return f"Data set {name!r} has no readable data files. Write {embedded}. ({text})"
     if found := re.search(r"Unknown split .*Should be one of \[(.*)\]", text):
         known = re.findall(r"['\"](.+?)['\"]", found[1])
         return f"Data set {name!r} has no split {split!r}. It has: {', '.join(known)}. {_split_advice(known)}"
     if "corresponds to no data" in text:
         return f"Split {split!r} of data set {name!r} has no rows. Write a split, or a slice of one, that has some."
     if "onfig name is missing" in text or re.search(r"BuilderConfig .* not found", text):
-        return f"Write which configuration of {name!r} is meant, after a colon: {name.split(':')[0]}:NAME. ({text})"
+        return f"Name the configuration of {name!r} that you want, after a colon: {name.split(':')[0]}:NAME. ({text})"
     if isinstance(error, OSError):
         return (
             f"Data set {name!r} cannot be kept on disk: {error}. "
@@ -179,7 +180,7 @@ def _explain(name: str, split: str, error: Exception) -> str:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Return what an error of ``datasets`` came from: the column, the line, the encoding."""
+    """Return the root cause of an error of ``datasets``: the column, the line, the encoding."""
     while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
         error = error.__cause__
     return error
@@ -188,10 +189,10 @@ def _cause(error: BaseException) -> BaseException:
 def _split_advice(known: list[str]) -> str:
     if known == ["train"]:
         return (
-            "Write evaluate=False (--no-evaluate) to do without evaluation, or train_split='train[5%:]' and "
+            "Write evaluate=False (--no-evaluate) to skip evaluation, or train_split='train[5%:]' and "
             "eval_split='train[:5%]' to keep some of it for evaluation."
         )
-    return "Write train_split / eval_split as one that it has, or as a slice of one, such as train[90%:]."
+    return "Write train_split / eval_split as one of these, or as a slice of one, such as train[90%:]."
 
 
 def _local_files(name: str) -> list[Path]:
@@ -202,7 +203,7 @@ def _local_files(name: str) -> list[Path]:
 
 
 def _misread_csv(name: str) -> str | None:
-    """Find a local data set's CSV file that pandas misunderstands, and say how."""
+    """Find a CSV file of a local data set that pandas misreads, and say how."""
     for file in _local_files(name):
         if _format(file) == "csv" and (problem := csv_problem(file)):
             return f"{file}, {problem}"
@@ -210,7 +211,7 @@ def _misread_csv(name: str) -> str | None:
 
 
 def _bad_file(name: str) -> str | None:
-    """Find a local data set's file that is empty, a git-lfs pointer, not UTF-8, or no JSON or CSV, and say where."""
+    """Find a file of a local data set that is empty, a git-lfs pointer, not UTF-8, or not valid, and say where."""
     for file in _local_files(name):
         with file.open("rb") as content:
             start = content.read(len(_LFS_POINTER))
@@ -224,7 +225,7 @@ def _bad_file(name: str) -> str | None:
 
 
 def _bad_line(file: Path) -> str | None:
-    """Return which line of a file is not UTF-8 or, where each has to be, not JSON."""
+    """Describe the first line of a file that is not UTF-8 or, in a file of JSON lines, not JSON."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:

@@ -1,4 +1,4 @@
-"""Order of examples: which of them make up each optimizer step, and which of those a rank reads."""
+"""Order of examples: the examples of each optimizer step, and each rank's share of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.data import Sampler
 
 from tutorial_lib.config import ConfigError
 
-_GROUPED_STEPS = 50  # Enough to find neighbours in length, few enough to keep an epoch's order random.
+_GROUPED_STEPS = 50  # Enough to find examples of similar length, few enough to keep an epoch's order random.
 
 
 def epoch_order(
@@ -24,19 +24,23 @@ def epoch_order(
 ) -> NDArray[np.int64]:
     """Choose the examples of each step of an epoch: ``[steps, global_batch]``.
 
-    An epoch is a permutation without its last, incomplete step. Every epoch has another permutation, so that no
-    example is always among those left out.
+    An epoch is a permutation without its last, incomplete step. Every epoch has a different permutation, so that no
+    example is always left out.
 
     Args:
-        lengths: tokens of each example, to let a step's examples be of similar length: within every 50 steps of the
-            permutation (in small data sets every quarter) they are sorted by length, and the steps shuffled again.
+        num_examples: number of examples in the data set.
+        global_batch: examples per step.
+        seed: seed of the permutations.
+        epoch: number of the epoch, from 0.
+        lengths: tokens of each example, to group examples of similar length into steps: every 50 steps of the
+            permutation (every quarter of a small data set) are sorted by length, then shuffled step by step.
     """
     random = np.random.default_rng((seed, epoch))
     steps = num_examples // global_batch
     order = random.permutation(num_examples)[: steps * global_batch]
     if lengths is None:
         return order.reshape(steps, global_batch)
-    # Were a whole epoch sorted at once, each epoch would consist of the same steps.
+    # If a whole epoch were sorted at once, every epoch would consist of the same steps.
     window = min(_GROUPED_STEPS, max(1, steps // 4)) * global_batch
     windows = [order[start : start + window] for start in range(0, len(order), window)]
     grouped = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in windows])
@@ -44,15 +48,15 @@ def epoch_order(
 
 
 class StepSampler(Sampler[list[int]]):
-    """This data-parallel rank's examples of one optimizer step after another, epoch after epoch without end.
+    """A data-parallel rank's examples of each optimizer step, epoch after epoch without end.
 
-    The examples of a step are dealt out to the ranks like cards. As they are sorted by length where lengths matter,
-    ranks get nearly equal token counts, and neighbours in length share a micro-batch. A state counts steps alone, so
-    that it holds for any number of ranks.
+    The examples of a step are dealt out to the ranks like cards. If lengths matter they are sorted first, so that ranks
+    get nearly equal token counts, and examples of similar length share a micro-batch. The state only counts steps, so
+    it is valid for any number of ranks.
 
     Args:
-        dp_rank: rank in the *data-parallel* group. Ranks that share a layer (tensor parallelism) share a ``dp_rank``,
-            and have to: they work on the same examples.
+        dp_rank: rank in the *data-parallel* group. Ranks that share a layer (tensor parallelism) must share a
+            ``dp_rank``: they work on the same examples.
     """
 
     def __init__(
@@ -72,7 +76,7 @@ class StepSampler(Sampler[list[int]]):
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty((0, 0), dtype=np.int64))
 
     def examples(self, step: int) -> NDArray[np.int64]:
-        """Return the examples of a step (from 0, over all epochs) of all ranks together: ``[global_batch]``."""
+        """Return the examples of a step (from 0, over all epochs), for all ranks together: ``[global_batch]``."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
             order = epoch_order(
@@ -86,7 +90,7 @@ class StepSampler(Sampler[list[int]]):
         return self._order[1][step_in_epoch]
 
     def own_examples(self, step: int) -> list[int]:
-        """Return the examples of a step that are this rank's: its cards."""
+        """Return this rank's examples of a step: its hand of cards."""
         mine: list[int] = self.examples(step)[self._dp_rank :: self._dp_size].tolist()
         return mine
 
@@ -103,13 +107,13 @@ class StepSampler(Sampler[list[int]]):
         """Continue after ``state["step"]`` steps.
 
         Raises:
-            ConfigError: the state counts steps of another order of examples.
+            ConfigError: the state belongs to a different order of examples.
         """
         now = self._identity()
         if changed := [f"{key}={state[key]} then, {now[key]} now" for key in now if state[key] != now[key]]:
             raise ConfigError(
-                f"The saved data position belongs to another order of examples: {'; '.join(changed)}. "
-                "Resume with the settings of the run that saved it, or start a run of another name."
+                f"The saved data position belongs to a different order of examples: {'; '.join(changed)}. "
+                "Resume with the settings of the run that saved it, or start a run with another name."
             )
         self._step = state["step"]
 
@@ -118,10 +122,10 @@ class StepSampler(Sampler[list[int]]):
 
 
 class EpochSampler(Sampler[list[int]]):
-    """This rank's micro-batches of one epoch, for a loop that starts each epoch itself and skips what it has trained.
+    """A rank's micro-batches of one epoch, for a loop that starts each epoch itself and skips trained ones.
 
     Args:
-        steps: says which examples make up which step.
+        steps: sampler that decides the examples of each step.
         micro_batch: sequences per forward pass on one rank.
     """
 

@@ -1,6 +1,6 @@
-"""Documents of tokens, made of rows, written to disk once per node and memory-mapped by every process.
+"""Tokenised documents, written to disk once per node and memory-mapped by every process.
 
-A *document* is what becomes of one row: its token ids, and how many of the first ones are no target of the loss.
+A *document* is one row after tokenising: its token ids, and the number of leading ones that are no target of the loss.
 
 ============================== ================================================ ===============================
 columns                        document                                         counted in the loss
@@ -11,15 +11,15 @@ columns                        document                                         
 ``content``                    as ``text``                                      all but the first token
 ============================== ================================================ ===============================
 
-Of a data set with columns of several kinds, the first kind of the table is read. An answer may be a text, a list of
+If a data set has columns of several kinds, the first kind in the table is read. An answer may be a text, a list of
 texts, or either of them with ``answer_start`` as in SQuAD; the first answer that is not blank counts.
 
-The first token is never counted, because nothing before it could predict it. Of a conversation every turn counts, the
-user's as well as the assistant's: a model that is to learn the answers alone takes ``question, context, answers``.
+The first token is never counted, because nothing before it could predict it. In a conversation every turn counts, the
+user's as well as the assistant's. To learn only the answers, use ``question, context, answers``.
 
-Rows that do not fit into ``seq_length`` are cut. A text loses its end, and with it the EOS: it goes on, and a model
-told otherwise would learn to stop in mid-sentence. A question keeps its answer and EOS, and loses context: from the
-end, or from the start where the answer's own words stand at the end.
+Rows that do not fit into ``seq_length`` are cut. A text loses its end, and with it the EOS: otherwise the model would
+learn to stop in mid-sentence. A question keeps its answer and EOS, and loses context: from the end, or from the start
+if the answer's words are at the end.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from tutorial_lib.embedded import cache_directory
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FORMAT = 2  # Raise it when the same row becomes another document: older files are then not read any more.
+_FORMAT = 2  # Raise it when the same row becomes a different document, so that older files are no longer read.
 _SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("num_uncounted", pa.int32())])
 _QA_COLUMNS = ("question", "context", "answers")
 _READ_COLUMNS = ("text", "content", "messages", *_QA_COLUMNS)
@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 
 class Document(NamedTuple):
-    """Token ids, how many of the first are no target, and whether tokens are missing for want of room."""
+    """Token ids, the number of leading ones that are no target, and whether tokens were cut to fit ``seq_length``."""
 
     ids: list[int]
     num_uncounted: int
@@ -66,10 +66,10 @@ DocumentMaker = Callable[[dict[str, list[Any]]], Iterator[Document]]
 
 @dataclass(frozen=True, slots=True)
 class TokenSummary:
-    """What became of a split's rows, kept beside their documents.
+    """Summary of tokenising a split, saved beside its documents.
 
     Attributes:
-        sha256: of all documents in order: their tokens, their borders and which tokens are no targets.
+        sha256: digest of all documents in order: their tokens, their borders and which tokens are no targets.
         num_rows: rows that were read.
         num_left_out: rows that gave no document.
         num_cut: documents that lost tokens because they were longer than ``seq_length``.
@@ -86,13 +86,13 @@ def tokenize_rows(
 ) -> datasets.Dataset:
     """Tokenise rows into documents: columns ``input_ids`` (2 to ``seq_length`` ids) and ``num_uncounted``.
 
-    The first process on a node that asks tokenises, while others wait for its lock; from then on the Arrow file is
-    only mapped. Its name is a digest of everything that the documents depend on. Rows that give nothing to learn are
-    left out: blank texts, questions without an answer, questions that with their answer fill ``seq_length``.
+    The first process on a node that asks for them tokenises, while others wait for its lock; after that, everyone just
+    maps the Arrow file. Its name is a digest of everything that the documents depend on. Rows with nothing to learn are
+    left out: blank texts, questions without an answer, questions that fill ``seq_length`` together with their answer.
 
     Raises:
-        ConfigError: columns of no kind, an unsuitable tokenizer, text that is not UTF-8, no documents, a cache that
-            cannot be written.
+        ConfigError: unknown columns, an unsuitable tokenizer, text that is not UTF-8, no documents at all, or a cache
+            that cannot be written.
     """
     to_documents = document_maker(rows, tokenizer, seq_length, name)
     directory = cache_directory() / "tokens"
@@ -114,7 +114,7 @@ def tokenize_rows(
 
 
 def summary_of(documents: datasets.Dataset) -> TokenSummary:
-    """Return the summary that :func:`tokenize_rows` wrote beside these documents."""
+    """Read the summary that :func:`tokenize_rows` wrote beside these documents."""
     (file,) = documents.cache_files
     return TokenSummary(**json.loads(Path(file["filename"]).with_suffix(".json").read_text()))
 
@@ -130,7 +130,7 @@ def _write(
     seq_length: int,
     name: str,
 ) -> None:
-    """Tokenise into a file beside ``path``, then rename: whoever sees ``path`` sees all of it, and its summary."""
+    """Tokenise into a temporary file, then rename it, so that ``path`` is always complete and has its summary."""
     unfinished = path.with_suffix(".unfinished")
     num_documents = num_cut = 0
     read = rows.select_columns([column for column in rows.column_names if column in _READ_COLUMNS])  # no images
@@ -166,7 +166,7 @@ def _digest(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, seq_leng
     if backend is None:
         state: Any = datasets.fingerprint.Hasher.hash(tokenizer)
     else:
-        # Left behind by the last call with padding or truncation; calls below set their own.
+        # Padding and truncation are left over from the last call; the calls below set their own.
         state = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
     parts = [_FORMAT, rows._fingerprint, state, tokenizer.eos_token_id, tokenizer.chat_template, seq_length]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
@@ -175,26 +175,26 @@ def _digest(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, seq_leng
 def document_maker(
     rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, seq_length: int, name: str
 ) -> DocumentMaker:
-    """Return the function from a batch of columns to documents that fits the columns.
+    """Return the function that turns a batch of these columns into documents.
 
     Raises:
-        ConfigError: columns of no kind, or a tokenizer that cannot make documents of them.
+        ConfigError: the columns are unknown, or the tokenizer cannot make documents from them.
     """
     columns = rows.features
     if tokenizer.eos_token_id is None:
-        raise ConfigError("The tokenizer has no EOS token, so nothing can say that a text ends. Write another model.")
+        raise ConfigError("The tokenizer has no EOS token to mark the end of a text. Choose another model.")
     if _is_text(columns.get("text")):
         return lambda batch: _text_documents(batch["text"], tokenizer, seq_length)
     question, context, answers = (columns.get(column) for column in _QA_COLUMNS)
     if _is_text(question) and _is_text(context) and _holds_answers(answers):
         if not tokenizer.is_fast:
-            raise ConfigError("Finding the answer's tokens needs a fast tokenizer. Write a model that has one.")
+            raise ConfigError("Finding the answer's tokens needs a fast tokenizer. Choose a model that has one.")
         return lambda batch: _qa_documents(batch, tokenizer, seq_length)
     if _holds_messages(columns.get("messages")):
         if not tokenizer.chat_template:
             raise ConfigError(
-                f"The column 'messages' of {name} holds conversations, and the tokenizer has no chat template that "
-                "says how to write them. Write a model that has one, or a data set with a column 'text'."
+                f"The column 'messages' of {name} holds conversations, but the tokenizer has no chat template that "
+                "says how to write them. Choose a model that has one, or a data set with a column 'text'."
             )
         return lambda batch: _chat_documents(batch["messages"], tokenizer, seq_length, name)
     if _is_text(columns.get("content")):
@@ -203,7 +203,7 @@ def document_maker(
     raise ConfigError(
         f"The columns of {name} are {described}. Needed are strings in 'text' or 'content'; or 'question', 'context' "
         "and 'answers' as SQuAD has them: {'text': [...], 'answer_start': [...]}; or 'messages' of a conversation: "
-        "[{'role': ..., 'content': ...}]. Rename or convert the columns, or write another data set."
+        "[{'role': ..., 'content': ...}]. Rename or convert the columns, or choose another data set."
     )
 
 
@@ -224,7 +224,7 @@ def _holds_answers(feature: Any) -> bool:
 
 
 def _may_be_answer(feature: Any) -> bool:
-    # The type of a column of which every value is None is null.
+    # If every value of a column is None, its type is null.
     return _is_text(feature) or getattr(feature, "dtype", None) == "null"
 
 
@@ -242,7 +242,7 @@ def _describe_type(feature: Any) -> str:
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: Any) -> Any:
-    # Without padding, truncation or the warning about the model's length: documents are cut here.
+    # No padding, no truncation, and no warning about the model's length: this module cuts documents itself.
     return tokenizer(texts, padding=False, truncation=False, return_attention_mask=False, verbose=False, **options)
 
 
@@ -262,17 +262,17 @@ def _chat_documents(
 ) -> Iterator[Document]:
     try:
         texts: Any = [tokenizer.apply_chat_template(each, tokenize=False) for each in conversations if each]
-    except Exception as error:  # templates refuse in words of their own, or fail in code of theirs
+    except Exception as error:  # a template can refuse in its own words, or fail in its own code
         raise ConfigError(
-            f"The tokenizer's chat template does not take a conversation of {name}: {error}. Change the data, or write "
-            "a model with another template."
+            f"The tokenizer's chat template does not take a conversation of {name}: {error}. Change the data, or "
+            "choose a model with another template."
         ) from error
     # The template writes the special tokens itself, and may end its text with a newline.
     return _text_documents([text.rstrip() for text in texts], tokenizer, seq_length, add_special_tokens=False)
 
 
 def _first_answer(answers: Any) -> tuple[str, int]:
-    """Return the first answer that is not blank, and where it starts in the context (-1 if that is unknown)."""
+    """Return the first answer that is not blank, and its start in the context (-1 if unknown)."""
     if isinstance(answers, str):
         return answers.strip(), -1
     if isinstance(answers, Mapping):
@@ -287,7 +287,7 @@ def _first_answer(answers: Any) -> tuple[str, int]:
 
 
 def _position(start: Any) -> int:
-    """Return ``answer_start`` as a number, also if the file has it as ``"12"`` or ``12.0``; -1 if it is none."""
+    """Return ``answer_start`` as an integer, even if the file has it as ``"12"`` or ``12.0``; -1 if it is no number."""
     try:
         return int(start)
     except (TypeError, ValueError, OverflowError):
@@ -295,7 +295,7 @@ def _position(start: Any) -> int:
 
 
 def gold_answers(answers: Any) -> list[str]:
-    """Return every answer of a question that is not blank, in whatever form a data set has them."""
+    """Return all answers that are not blank, in any of the forms that a data set may have them in."""
     if isinstance(answers, Mapping):
         return gold_answers(answers["text"])
     if isinstance(answers, str):
@@ -306,12 +306,12 @@ def gold_answers(answers: Any) -> list[str]:
 def encode_prompt(
     question: str, context: str, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[list[int], bool]:
-    """Tokenise a question as a model is asked it: its document up to, and without, the answer.
+    """Tokenise a question as a prompt: its document up to, but not including, the answer.
 
-    A context that does not fit loses its end. Unlike in training, nothing here knows where the answer stands.
+    A context that does not fit loses its end: unlike in training, the place of the answer is unknown here.
 
     Returns:
-        The ids, and whether the context was cut.
+        The token ids, and whether the context was cut.
 
     Raises:
         ConfigError: the question alone is longer than ``max_length``.
@@ -327,14 +327,14 @@ def encode_prompt(
     if excess >= max(1, len(in_context)):
         raise ConfigError(
             f"The question {question!r} leaves no room for its context in {max_length} tokens. Write a larger "
-            "seq_length, or fewer max_new_tokens."
+            "seq_length, or a smaller max_new_tokens."
         )
     removed = set(in_context[len(in_context) - excess :])
     return [token for i, (token, _) in enumerate(tokens) if i not in removed], bool(removed)
 
 
 def _prompt(question: str, context: str) -> tuple[str, str]:
-    """Return the text before the context, and all before the answer."""
+    """Return the text before the context, and the full text before the answer."""
     before = f"Question: {question.strip()} Context:"
     return before, f"{before} {context} Answer:"
 
@@ -348,7 +348,7 @@ def _qa_documents(
         if not answer or not question or context is None:
             continue
         before, prompt = _prompt(question, context)
-        # Where the answer stands in the context, in characters of the prompt; the context's start if unknown.
+        # Position of the answer within the prompt, in characters; the context's start if unknown.
         known = at >= 0 and context[at : at + len(answer)] == answer
         answer_end = len(before) + 1 + at + len(answer) if known else len(before)
         texts.append(f"{prompt} {answer}")
@@ -371,12 +371,14 @@ def _with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _cut_context(
     ids: list[int], offsets: list[tuple[int, int]], span: tuple[int, int, int, int], excess: int
 ) -> Document | None:
-    """Remove ``excess`` tokens of context; None if no context would be left.
+    """Remove ``excess`` tokens of context, or return None if no context would be left.
 
     Args:
-        offsets: the characters of each token, first and one past the last.
-        span: in characters, where the context starts (with the blank before it), where the answer in it ends, where
-            the context ends, and where the prompt ends.
+        ids: tokens of the prompt and the answer.
+        offsets: the characters of each token: the first, and one past the last.
+        span: positions in characters: the start of the context (with the blank before it), the end of the answer within
+            it, the end of the context, and the end of the prompt.
+        excess: number of tokens to remove.
     """
     context_start, answer_end, context_end, prompt_end = span
     num_prompt = next(i for i, (_, end) in enumerate(offsets) if end > prompt_end)

@@ -1,6 +1,6 @@
-"""Doctor: what this machine can run, and whether each profile will work.
+"""Doctor: facts about this machine, and a verdict on whether each profile will work.
 
-The answer takes well under a second, because nothing heavy is imported for it.
+It takes well under a second, because it imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ __all__ = ["Report", "Verdict", "diagnose", "judge", "main", "rendezvous_problem
 
 
 def main(json: bool = False) -> int:
-    """Print the report as a table or as JSON. Returns 0 if at least one profile will work, else 1."""
+    """Print the report as a table or as JSON. Return 0 if at least one profile will work, otherwise 1."""
     report = diagnose()
     print(report.to_json() if json else report.to_text())
     return 0 if any(verdict.works for verdict in report.profiles.values()) else 1
 
 
 def diagnose() -> Report:
-    """Look at this machine. Starts no process group, opens no connection but to itself."""
+    """Examine this machine, without starting a process group, and without connecting to any other machine."""
     import psutil
 
     memory = psutil.virtual_memory()

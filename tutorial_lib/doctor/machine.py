@@ -1,7 +1,7 @@
 """Facts about this machine: cores, memory, GPUs, compiler, packages.
 
-Nothing heavy is imported to find out: package versions come from their metadata, GPUs from the driver, and torch is
-asked only where the driver reports a GPU. The launchers ask this page how many processes fit.
+This imports nothing heavy: package versions come from their metadata, GPUs from the driver, and torch is only asked if
+the driver reports a GPU. Launchers also use this module, to find out how many processes fit.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any
 
 PACKAGES = ("torch", "deepspeed", "ray", "transformers", "datasets", "accelerate", "torchdata", "jupyterlab")
 OPERATORS = ("deepspeed_shm_comm", "cpu_adam")
-"""What DeepSpeed needs compiled on a CPU: the first by every start, the second by offload of the optimizer."""
+"""Operators that DeepSpeed compiles for a CPU: every start needs the first one, optimizer offload the second."""
 
 MEMORY_TO_START_GB = 0.45
-"""What a worker process takes before it has a model: its imports."""
+"""Memory of a worker process before it has a model, that is, of its imports."""
 
 STALE_LOCK_SECONDS = 600
 GB = 1e9
@@ -32,7 +32,7 @@ GB = 1e9
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU as the driver and torch see it; what only torch knows is ``None`` where torch cannot use it."""
+    """One GPU according to the driver and torch; facts that only torch knows are ``None`` if torch cannot use it."""
 
     name: str
     memory_gb: float
@@ -42,7 +42,7 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """An installed package. ``expected`` is the version in constraints.txt, where the checkout is at hand."""
+    """An installed package. ``expected`` is its version in constraints.txt, if this is a checkout of the course."""
 
     version: str | None
     expected: str | None
@@ -53,7 +53,7 @@ class Package:
 
 
 def usable_cores() -> int:
-    """Cores this process may use: its affinity, and the share a container was given."""
+    """Return the number of cores that this process may use, given its affinity and the container's limit."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _read_cgroup("cpu.max").split()
     if len(quota) == 2 and quota[0] != "max":
@@ -62,7 +62,7 @@ def usable_cores() -> int:
 
 
 def available_memory_gb() -> float:
-    """Memory that new processes could take without the kernel having to end one."""
+    """Return the memory that new processes can use before the kernel has to kill one, in GB."""
     import psutil
 
     memory = psutil.virtual_memory()
@@ -70,7 +70,7 @@ def available_memory_gb() -> float:
 
 
 def memory_within_cgroup(total: int, available: int) -> tuple[int, int]:
-    """Return both as the container's limit leaves them. Files that it has read count as used, and are given back."""
+    """Lower both to the container's limit. Its page cache does not count as used, because it can be reclaimed."""
     limit, used = _read_cgroup("memory.max"), _read_cgroup("memory.current")
     if limit.isdigit() and int(limit) < total:
         total = int(limit)
@@ -88,7 +88,7 @@ def _read_cgroup(name: str) -> str:
 
 
 def find_gpus() -> tuple[tuple[Gpu, ...], str | None]:
-    """The GPUs, and what stands against using them: ``None`` if nothing does."""
+    """Return the GPUs, and the reason why they cannot be used, or ``None`` if they can."""
     try:
         import pynvml
 
@@ -115,14 +115,14 @@ def find_gpus() -> tuple[tuple[Gpu, ...], str | None]:
             f"torch is built for CUDA {torch.version.cuda} and cannot use this driver or these devices. "
             "Update the driver, or look at CUDA_VISIBLE_DEVICES"
         )
-    # Emulated bf16 is slow and hides that the GPU has none.
+    # Emulated bf16 is slow, and would hide that the GPU has no bf16 arithmetic.
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return tuple(Gpu(d.name, d.total_memory / GB, f"{d.major}.{d.minor}", bf16) for d in devices), None
 
 
 def search_path() -> str:
-    """PATH with this interpreter's own scripts first, as they are when its environment is activated."""
+    """Return PATH with this interpreter's own scripts first, as in its activated environment."""
     return os.pathsep.join((str(Path(sys.prefix) / "bin"), os.environ.get("PATH", os.defpath)))
 
 
@@ -139,7 +139,7 @@ def find_compiler() -> str | None:
 
 
 def operator_states() -> dict[str, str]:
-    """State of each operator: ``compiled``, ``not compiled``, or ``locked`` by a build that did not end."""
+    """Return the state of each operator: ``compiled``, ``not compiled``, or ``locked`` by an unfinished build."""
     compiled = _operators_in_the_package()
     cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
     states = {}
@@ -153,7 +153,7 @@ def operator_states() -> dict[str, str]:
 
 
 def _operators_in_the_package() -> dict[str, Any]:
-    # What DeepSpeed's set-up wrote down; read, not imported, because importing DeepSpeed imports torch.
+    # Read the record of DeepSpeed's installation without importing it, because importing DeepSpeed imports torch.
     found = util.find_spec("deepspeed")
     record = Path(found.origin).with_name("git_version_info_installed.py") if found and found.origin else None
     if record is None or not record.is_file():
@@ -166,7 +166,7 @@ def _operators_in_the_package() -> dict[str, Any]:
 
 
 def loopback_problem() -> str | None:
-    """Why two processes could not talk over a free port of 127.0.0.1, or ``None`` if they can."""
+    """Return why two processes cannot talk over a free port of 127.0.0.1, or ``None`` if they can."""
     try:
         with socket.create_server(("127.0.0.1", 0)) as server:
             with socket.create_connection(server.getsockname(), timeout=2):
@@ -186,10 +186,10 @@ def port_state(port: int) -> str:
 
 
 def rendezvous_problem(endpoint: str) -> str | None:
-    """Return why the processes of a run cannot meet at ``HOST:PORT`` as far as this machine can tell, or None.
+    """Return why the processes of a run cannot meet at ``HOST:PORT``, as far as this machine can tell, or None.
 
-    The name must resolve here. If the address is this machine's own, the port must be free as well. Nothing is
-    connected to, so another machine may check before the first process of the run listens there.
+    The name must resolve here. If the address belongs to this machine, the port must be free as well. This opens no
+    connection, so other machines may check before the first process of the run listens there.
     """
     host, _, port = endpoint.rpartition(":")
     here = socket.gethostname()
@@ -218,7 +218,7 @@ def rendezvous_problem(endpoint: str) -> str | None:
 
 
 def find_scheduler() -> str | None:
-    """Who would start the ranks of a ``--launcher none`` run from here."""
+    """Return the program that would start the ranks of a ``--launcher none`` run here, or None."""
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return "torchrun"
     if "SLURM_JOB_ID" in os.environ or _slurm_answers():
@@ -227,7 +227,7 @@ def find_scheduler() -> str | None:
 
 
 def _slurm_answers() -> bool:
-    """Check for a SLURM that answers: its commands may be installed where there is no cluster."""
+    """Return whether SLURM answers: its commands may be installed on a machine without a cluster."""
     if not shutil.which("sbatch"):
         return False
     try:

@@ -1,6 +1,6 @@
-"""Verdict of the doctor: whether each profile will work on a machine, and what to do where it will not.
+"""Doctor's verdict: whether each profile will work on a machine, and what to do if not.
 
-The demands of a profile are read from :class:`tutorial_lib.config.Config`, not repeated here.
+The demands of a profile come from :class:`tutorial_lib.config.Config`; they are not repeated here.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from tutorial_lib.config import Config
 from tutorial_lib.doctor.machine import Gpu, Package
 
 MEMORY_PER_WORKER_GB = 1.0
-"""A worker process with torch, DeepSpeed, Ray and a tiny model takes about 0.7 GB; this leaves room."""
+"""Memory per worker: with torch, DeepSpeed, Ray and a tiny model it needs about 0.7 GB; this leaves some room."""
 
 MEMORY_BESIDES_GB = 2.0
-"""The notebook or shell that starts the run, and Ray's own processes."""
+"""Memory of the notebook or shell that starts the run, and of Ray's own processes."""
 
 SHM_FOR_RAY_GB = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether a profile will work here. Each problem and each note says what to do about it."""
+    """Verdict on a profile: whether it will work here. Each problem and each note says what to do about it."""
 
     works: bool
     problems: tuple[str, ...]
@@ -33,7 +33,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What :func:`diagnose` found. Sizes are in GB (10^9 bytes)."""
+    """Findings of :func:`diagnose`. Sizes are in GB (10^9 bytes)."""
 
     system: str
     python: str
@@ -57,12 +57,12 @@ class Report:
         return json_module.dumps(dataclasses.asdict(self), indent=2)
 
     def to_text(self) -> str:
-        """A table for people: the machine, the packages, then a verdict on each profile."""
+        """Format the report for people: the machine, the packages, then a verdict on each profile."""
         return "\n".join(_table(self))
 
 
 def judge(machine: Report, config: Config) -> Verdict:
-    """Whether ``config`` can run on ``machine``; ``machine.profiles`` is not looked at."""
+    """Judge whether ``config`` can run on ``machine``; ``machine.profiles`` is ignored."""
     problems = list(_everywhere(machine))
     notes: list[str] = []
     if config.run.device == "cuda":
@@ -79,7 +79,7 @@ def judge(machine: Report, config: Config) -> Verdict:
         problems += _cpu_problems(machine, config)
     if config.run.launcher == "none" and not machine.scheduler:
         notes.append(
-            "no scheduler and no torchrun here: start it with "
+            "there is no scheduler and no torchrun here: start it with "
             f"python -m torch.distributed.run --nproc_per_node {max(1, len(machine.gpus))} -m tutorial_lib train "
             f"--profile cluster --dp {max(1, len(machine.gpus))}"
         )
@@ -126,7 +126,7 @@ def _gpu_problems(machine: Report, config: Config) -> Iterator[str]:
     if machine.gpu_problem:
         yield machine.gpu_problem
         return
-    # A launcher of our own starts all ranks here; --launcher none joins ranks that may be spread over nodes.
+    # Our own launchers start all ranks here; with --launcher none, the ranks may be spread over several nodes.
     needed = config.parallel.world_size if config.run.launcher != "none" else 1
     if len(machine.gpus) < needed:
         yield f"{len(machine.gpus)} GPUs here, {needed} wanted. Write --dp {len(machine.gpus)}"
@@ -138,7 +138,7 @@ def _gpu_problems(machine: Report, config: Config) -> Iterator[str]:
 def _operator_notes(machine: Report) -> Iterator[str]:
     for name, state in machine.operators.items():
         if state.startswith("locked"):
-            yield f"{name}: {state}; if no build is running, a run will wait for ever. Remove that file"
+            yield f"{name}: {state}; if no build is running, a run will hang. Remove that file"
         elif state == "not compiled":
             yield f"DeepSpeed compiles {name} at its first use (about a minute). make setup does it beforehand"
 

@@ -1,8 +1,8 @@
-"""The default data sets and models: real English text and small pretrained models, with nothing to download.
+"""Embedded data sets and models, the defaults: real English text and small pretrained models, nothing to download.
 
 The models are files of this package, and so is the text: the documentation of CPython 3.11.7, the same on every
-machine. The first use of a data set arranges it under the schema that the course names and keeps the rows as parquet in
-a cache directory, where ``datasets.load_dataset`` reads them like any other data set directory.
+machine. On first use, a data set is converted to its schema and saved as parquet in a cache directory, where
+``datasets.load_dataset`` reads it like any other data set directory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MODEL_NAMES = ("embedded/gpt2", "embedded/qwen2", "embedded/bloom")
 """Pretrained models of this package."""
 
 CONFIG_ONLY_NAMES = ("embedded/gpt2-small",)
-"""Configurations and tokenizers without weights: usable with random weights only."""
+"""Configurations and tokenizers without weights, for random weights only."""
 
 DATASET_NAMES = ("embedded/news", "embedded/articles", "embedded/qa")
 """Data sets of this package."""
@@ -27,13 +27,13 @@ _HERE = Path(__file__).parent
 
 
 def cache_directory() -> Path:
-    """Where built data sets are kept: ``$TUTORIAL_LIB_CACHE``, or ``~/.cache/tutorial_lib``."""
+    """Return the directory for built data sets: ``$TUTORIAL_LIB_CACHE``, or ``~/.cache/tutorial_lib``."""
     chosen = os.environ.get("TUTORIAL_LIB_CACHE")
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "tutorial_lib"
 
 
 def model_directory(name: str) -> Path:
-    """The directory of an embedded model.
+    """Return the directory of an embedded model.
 
     Args:
         name: one of ``MODEL_NAMES`` or ``CONFIG_ONLY_NAMES``.
@@ -49,8 +49,9 @@ def model_directory(name: str) -> Path:
 def dataset_directory(name: str) -> Path:
     """Return the directory of an embedded data set: ``train``, ``validation`` and ``test`` as parquet.
 
-    It is built on first use. Any number of processes may ask at once: one builds, under a file lock, and the finished
-    directory appears in one rename. The path names what the rows are made of, so that older ones are never found.
+    It is built on first use. Any number of processes may ask at once: one builds it, under a file lock, and the
+    finished directory appears in one rename. The path contains a hash of the sources, so that outdated versions are
+    never found.
 
     Args:
         name: one of ``DATASET_NAMES``.

@@ -1,4 +1,4 @@
-"""The embedded data sets: Python's documentation under the schemas of the data sets that the course names.
+"""Embedded data sets: Python's documentation in the schemas of well-known data sets.
 
 | name | schema of | one row |
 | --- | --- | --- |
@@ -7,7 +7,7 @@
 | ``embedded/qa`` | SQuAD v1.1: ``id``, ``title``, ``context``, ``question``, ``answers`` | a question about one entry, answered by a span of the context |
 
 A document (see :mod:`tutorial_lib.embedded.documents`) belongs to one split in all three, so no model pretrained or
-fine-tuned on training rows has seen what it is evaluated on.
+fine-tuned on training rows has seen its evaluation rows.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tutorial_lib.embedded.documents import SPLITS, TEXT, Document, Entry, diges
 Row = dict[str, Any]
 
 NEWS_LABELS = ("Language", "Data", "Network", "System")
-"""Which field a module serves: Python itself, values and formats, communication, or the machine it runs on."""
+"""Modules by field: Python itself, values and formats, communication, or the machine it runs on."""
 
 _FIELDS = {
     "Language": "__future__ _py_abc abc ast bdb builtins cProfile code codeop contextlib copyreg cmd compileall "
@@ -51,7 +51,7 @@ _SHORTEST_CONTEXT = 150
 
 
 def fingerprint() -> str:
-    """Return a hash of all that built files depend on: the text, the code that arranges it, and what writes parquet."""
+    """Return a hash of everything that built files depend on: the text, the code, and what writes parquet."""
     files = (TEXT, TEXT.with_name("documents.py"), TEXT.with_name("corpora.py"))
     content = hashlib.sha256(b"".join(file.read_bytes() for file in files))
     for package in ("datasets", "pyarrow"):
@@ -83,7 +83,7 @@ def write_corpus(name: str, directory: Path) -> None:
 
 
 def rows(name: str, split: str) -> list[Row]:
-    """The rows of one split, in an order that depends on the text alone."""
+    """Return the rows of one split, in an order that only depends on the text."""
     builder: Callable[[Document], Iterator[Row]] = {
         "embedded/news": _news, "embedded/articles": _articles, "embedded/qa": _questions,
     }[name]  # fmt: skip
@@ -93,7 +93,7 @@ def rows(name: str, split: str) -> list[Row]:
         chosen.sort(key=lambda document: digest(document.name))
         return [row for document in chosen for row in builder(document)]
     found = [row for document in chosen for row in builder(document)]
-    # The first rows of a split are all that a short run uses: they must not come from one module.
+    # A short run only uses the first rows of a split, so these must not all come from the same module.
     return sorted(found, key=lambda row: digest("".join(str(value) for value in row.values())))
 
 
@@ -122,7 +122,7 @@ def _news(document: Document) -> Iterator[Row]:
     for entry in document.entries:
         if not topic and not (entry.public and entry.opening):
             continue
-        # A topic is long: each of its paragraphs is news of its own. A docstring is one piece of news.
+        # A topic is long, so each of its paragraphs is a separate piece of news. A docstring is a single piece.
         for story in entry.paragraphs if topic else (" ".join(entry.paragraphs[:3]),):
             text = f"{entry.name} - {story}"
             text = _shortened(text, _NEWS_CHARACTERS[1])
@@ -131,7 +131,7 @@ def _news(document: Document) -> Iterator[Row]:
 
 
 def _shortened(text: str, longest: int) -> str:
-    """Whole sentences up to a length, or whole words where the first sentence is longer than that."""
+    """Cut a text to complete sentences up to a length, or to complete words if the first sentence is longer."""
     if len(text) <= longest:
         return text
     ends = [found.start() for found in re.finditer(r"(?<=[.!?]) ", text[:longest])]
@@ -161,7 +161,7 @@ def _questions(document: Document) -> Iterator[Row]:
 
 
 def _asked_about(entry: Entry) -> Iterator[tuple[str, int, str]]:
-    """Questions that an entry answers: the question, the paragraph that holds the answer, and the answer."""
+    """Yield questions that an entry answers: the question, the number of the answer's paragraph, and the answer."""
     first = _SENTENCE.match(entry.paragraphs[0])
     if first and len(first[1].split()) >= 3:
         sentence = first[1]
@@ -191,7 +191,7 @@ _RAISES = re.compile(
 
 
 def _context(usable: list[Entry], number: int, paragraph: int, answer: str, salt: str) -> tuple[str, int]:
-    """The entry's text among that of its neighbours, and where in it the answer starts."""
+    """Return the entry's text together with its neighbours', and the answer's start within it."""
     entry = usable[number]
     lead = f"{entry.name}: "
     own = lead + " ".join(entry.paragraphs)

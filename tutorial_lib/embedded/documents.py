@@ -1,6 +1,6 @@
 """Source documents of the embedded data sets: the text of ``documents.jsonl.gz``, one per Python module or topic.
 
-The text is the documentation of CPython 3.11.7, as :mod:`tutorial_lib.embedded.extract` read it. It is shipped rather
+The text is the documentation of CPython 3.11.7, extracted by :mod:`tutorial_lib.embedded.extract`. It is shipped rather
 than read from the running Python, so that everybody trains on the same rows: docstrings differ between versions, and
 a Jupyter kernel replaces some built-in functions along with their docstrings.
 """
@@ -19,7 +19,7 @@ TEXT = Path(__file__).with_name("documents.jsonl.gz")
 SPLITS = ("train", "validation", "test")
 
 _SPLIT_SALT = 1554
-"""Chosen so that the three splits hold the four labels of the news in about the same shares."""
+"""Chosen so that the four labels of the news have about the same shares in all three splits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Entry:
     """One documented thing: a module, class, function or language topic.
 
     Attributes:
-        name: what a programmer writes, such as ``os.path.join``; for a topic, its title.
+        name: the name in code, such as ``os.path.join``; for a topic, its title.
         kind: ``module``, ``class``, ``function``, ``property`` or ``topic``.
         paragraphs: the prose, one line each; code, tables and grammar are left out.
         opening: whether the first paragraph is the docstring's own first paragraph.
@@ -45,14 +45,14 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """What one source says: a module's file, or a language topic."""
+    """The entries of one source: a module's file, or a language topic."""
 
     name: str
     entries: tuple[Entry, ...]
 
     @property
     def split(self) -> str:
-        """The split this document belongs to, in every corpus: about 10 % validation, 10 % test."""
+        """The split of this document in every corpus: about 10 % validation, 10 % test."""
         bucket = int(digest(f"{_SPLIT_SALT}:{self.name}"), 16) % 10
         return {0: "test", 1: "validation"}.get(bucket, "train")
 

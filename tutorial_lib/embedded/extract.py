@@ -3,10 +3,10 @@
 ``python -m tutorial_lib.embedded.extract`` (``make embedded-text``) replaces that file. It refuses to run on any
 other version, whose documentation differs. You need it only to change what is extracted.
 
-Docstrings are read by parsing the sources, so nothing is imported and nothing runs; ``builtins``, which has no source
-file, is the one module that is looked at instead. There is one document per standard-library module and per language
-topic. A paragraph that occurs in several documents (an inherited docstring, a section repeated in a longer topic)
-stays only in the first one: documents share no paragraph, and splits made of full documents share no text.
+Docstrings are read by parsing the sources, so nothing is imported and nothing runs, except for ``builtins``, which has
+no source file and is inspected instead. There is one document per standard-library module and per language topic. A
+paragraph that occurs in several documents (an inherited docstring, a section repeated in a longer topic) only stays in
+the first one: documents share no paragraph, and splits made of full documents share no text.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SKIPPED = {
     "antigravity", "distutils", "encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "site-packages", "test",
     "tests", "this", "tkinter", "turtle", "turtledemo", "venv",
 }  # fmt: skip
-"""Not part of every installation, or not prose: the modules of encodings are one sentence, over and over."""
+"""Modules to skip: not part of every installation, or not prose (modules of encodings repeat a single sentence)."""
 
 _PUBLIC_NAMES = {
     "_collections_abc": "collections.abc", "_pydatetime": "datetime", "_pydecimal": "decimal", "_pyio": "io",
@@ -44,8 +44,8 @@ _PUBLIC_NAMES = {
 
 
 def extract_documents() -> list[Document]:
-    """Extract all documents from the running interpreter, sorted by name, sharing no paragraph."""
-    # Of two modules that share a paragraph the public one keeps it.
+    """Extract all documents from the running interpreter, sorted by name, without shared paragraphs."""
+    # If two modules share a paragraph, the public one keeps it.
     found = sorted([*_modules(), *_topics()], key=lambda d: (d.name.startswith(("_", "ntpath")), d.name))
     seen: set[str] = set()
     kept = []
@@ -131,7 +131,7 @@ def _entry(name: str, kind: str, text: str | None) -> Iterator[Entry]:
 
 
 def _is_prose(block: str) -> bool:
-    """Check that a paragraph is sentences rather than code, a table, a heading or a grammar rule."""
+    """Return whether a paragraph consists of sentences rather than code, a table, a heading or a grammar rule."""
     if re.search(r">>>|::=|->|[=*~^-]{4,}|[{}|]|^\s*\w+\s*=\s|\$", block, re.MULTILINE):
         return False
     letters = sum(c.isalpha() or c == " " for c in block)
@@ -142,7 +142,7 @@ def main() -> None:
     """Replace the shipped text.
 
     Raises:
-        SystemExit: another Python than the one that the text is from.
+        SystemExit: this is a different Python than the one the text comes from.
     """
     if (platform.python_implementation(), platform.python_version()) != ("CPython", PYTHON):
         raise SystemExit(

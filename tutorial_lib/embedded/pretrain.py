@@ -1,7 +1,7 @@
-"""Make the embedded models: one byte-level BPE vocabulary, three tiny pretrained models, one bare configuration.
+"""Pretraining of the embedded models: a byte-level BPE vocabulary, three tiny models, and one bare configuration.
 
-``python -m tutorial_lib.embedded.pretrain`` (``make embedded``) replaces the committed files. All of it is seeded, and
-the text is the one that this package ships.
+``python -m tutorial_lib.embedded.pretrain`` (``make embedded``) replaces the committed files. Everything is seeded, and
+trained on the text that this package ships.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from tutorial_lib.embedded import MODEL_NAMES, model_directory
 from tutorial_lib.embedded.corpora import rows
 
 VOCAB_SIZE = 2048
-"""Divisible by 4, so that a vocabulary split over 2 or 4 tensor-parallel ranks is even."""
+"""Divisible by 4, so that 2 or 4 tensor-parallel ranks can split the vocabulary evenly."""
 
 SEED = 0
 HIDDEN, LAYERS, HEADS, LENGTH = 96, 4, 8, 512
 STEPS, PEAK_LEARNING_RATE, WARMUP = 1500, 6e-3, 100
 INITIALIZER_RANGE = 0.06
-"""The originals' 0.02 suits hidden sizes ten times ours; with it the loss is 0.2 higher after 500 steps."""
+"""The original 0.02 suits hidden sizes ten times ours; here it makes the loss 0.2 higher after 500 steps."""
 
 SHAPES = ((8, 128), (8, 128), (8, 128), (2, 512))
 """Rows and columns of successive batches: mostly short rows, which are cheap; long ones to train every position."""
@@ -46,11 +46,11 @@ SAMPLE = (
     "the program that called it should say which name was wrong. The default value of an argument is used when the "
     "caller gives none."
 )
-"""Text of our own: the loss on it identifies the weights."""
+"""Text written for this course: the loss on it identifies the weights."""
 
 
 def tokenizers_of(merged: Tokenizer) -> dict[str, PreTrainedTokenizerBase]:
-    """The three families' tokenizers over one vocabulary: special tokens and word borders are as in the originals."""
+    """Return the three families' tokenizers over one vocabulary, with the original special tokens and word borders."""
     state = json.loads(merged.to_str())["model"]
     vocab: dict[str, int] = state["vocab"]
     merges = [tuple(pair) for pair in state["merges"]]
@@ -84,7 +84,7 @@ def tokenizers_of(merged: Tokenizer) -> dict[str, PreTrainedTokenizerBase]:
 
 
 def train_vocabulary() -> Tokenizer:
-    """Byte-level BPE over the training articles: 256 bytes and as many merges as the vocabulary has room for."""
+    """Train byte-level BPE on the training articles: 256 bytes, and merges up to the size of the vocabulary."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -95,11 +95,11 @@ def train_vocabulary() -> Tokenizer:
 
 
 def configurations(tokenizers: dict[str, PreTrainedTokenizerBase]) -> dict[str, dict[str, Any]]:
-    """The models' dimensions, and those of GPT-2 small.
+    """Return the dimensions of the models and of GPT-2 small.
 
-    Dropout is 0 everywhere: the course compares runs on different numbers of ranks digit by digit, and a random
-    number drawn on two ranks is not the one drawn on one. GPT-2's own default, 0.1, can be set in ``config.json``.
-    Heads, hidden sizes and the vocabulary are divisible by 4, so that 2 or 4 tensor-parallel ranks share them evenly.
+    Dropout is 0 everywhere, because the course compares runs on different numbers of ranks digit by digit, and two
+    ranks draw different random numbers than one. GPT-2's own default, 0.1, can be set in ``config.json``. Heads, hidden
+    sizes and the vocabulary are divisible by 4, so that 2 or 4 tensor-parallel ranks share them evenly.
     """
     gpt2, qwen2, bloom = (tokenizers[name] for name in MODEL_NAMES)
     shared = {"vocab_size": VOCAB_SIZE, "initializer_range": INITIALIZER_RANGE}
@@ -129,7 +129,7 @@ def configurations(tokenizers: dict[str, PreTrainedTokenizerBase]) -> dict[str, 
 
 
 def token_stream(tokenizer: PreTrainedTokenizerBase, split: str) -> torch.Tensor:
-    """The articles of one split as one row of token ids, each article ending in EOS. Shape [tokens], int64."""
+    """Return the articles of one split as a single row of token ids, shape [tokens], int64; each ends with EOS."""
     ids: list[int] = []
     for row in rows("embedded/articles", split):
         ids += [*tokenizer(row["text"], verbose=False)["input_ids"], tokenizer.eos_token_id]
@@ -137,21 +137,21 @@ def token_stream(tokenizer: PreTrainedTokenizerBase, split: str) -> torch.Tensor
 
 
 def unigram_entropy(train: torch.Tensor, evaluation: torch.Tensor) -> float:
-    """Cross-entropy in nats per token of a model that knows token frequencies alone (add-one smoothed)."""
+    """Return the cross-entropy in nats per token of a model that only knows token frequencies (add-one smoothed)."""
     counts = torch.bincount(train, minlength=VOCAB_SIZE).double() + 1
     return float(-(counts / counts.sum()).log()[evaluation].mean())
 
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, stream: torch.Tensor) -> float:
-    """Mean next-token loss in nats per token, over consecutive windows of LENGTH tokens."""
+    """Return the mean next-token loss in nats per token, over consecutive windows of LENGTH tokens."""
     model.eval()
     windows = stream[: len(stream) // LENGTH * LENGTH].view(-1, 1, LENGTH)
     return float(torch.stack([model(input_ids=window, labels=window).loss for window in windows]).mean())
 
 
 def batches(stream: torch.Tensor, steps: int) -> Iterator[torch.Tensor]:
-    """Random windows of a stream, the same ones on every run. Each of one of SHAPES."""
+    """Yield random windows of a stream, the same ones on every run, each in one of SHAPES."""
     generator = torch.Generator().manual_seed(SEED)
     for step in range(steps):
         num_rows, length = SHAPES[step % len(SHAPES)]
@@ -160,7 +160,7 @@ def batches(stream: torch.Tensor, steps: int) -> Iterator[torch.Tensor]:
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine down to a tenth of the peak."""
+    """Return the learning rate: a linear warm-up, then a cosine down to a tenth of the peak."""
     if step < WARMUP:
         return PEAK_LEARNING_RATE * (step + 1) / WARMUP
     done = (step - WARMUP) / max(1, steps - WARMUP)
@@ -168,7 +168,7 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def pretrain(config: Any, tokenizer: PreTrainedTokenizerBase, steps: int) -> tuple[Any, dict[str, Any]]:
-    """Train one model from seeded random weights. Returns it with the summary that is committed beside it."""
+    """Train one model from seeded random weights, and return it with the summary that is committed beside it."""
     started = time.perf_counter()
     train, validation = token_stream(tokenizer, "train"), token_stream(tokenizer, "validation")
     torch.manual_seed(SEED)
@@ -208,7 +208,7 @@ def pretrain(config: Any, tokenizer: PreTrainedTokenizerBase, steps: int) -> tup
 
 @torch.no_grad()
 def sample_loss(model: Any, tokenizer: PreTrainedTokenizerBase) -> float:
-    """Mean next-token loss on ``SAMPLE``: tells whether weights are those of the summary beside them."""
+    """Return the mean next-token loss on ``SAMPLE``, which tells whether weights match the summary beside them."""
     ids = torch.tensor([tokenizer(SAMPLE)["input_ids"]])
     return float(model.eval()(input_ids=ids, labels=ids, use_cache=False).loss)
 
@@ -229,7 +229,7 @@ def main() -> None:
     parser.add_argument("--only", choices=MODEL_NAMES, help="pretrain only this model")
     arguments = parser.parse_args()
 
-    # One thread adds up in one order: the result does not depend on how many cores there are.
+    # A single thread always adds up in the same order, so the result does not depend on the number of cores.
     torch.set_num_threads(1)
     tokenizers = tokenizers_of(train_vocabulary())
     settings = configurations(tokenizers)

@@ -22,16 +22,17 @@ def build_engine(config: Config, topology: Topology, num_steps: int) -> Engine:
     Args:
         config: what to run.
         topology: this rank's place in the grid. With more than one rank the process group must exist.
-        num_steps: optimizer steps of the whole run, which the schedule depends on: ``loader.num_steps``.
+        num_steps: optimizer steps of the whole run, for the schedule: ``loader.num_steps``.
 
     Raises:
-        ConfigError: the configuration does not have yet what its DeepSpeed file states, or this rank has no GPU.
+        ConfigError: the values of its DeepSpeed file have not been applied to the configuration, or this rank has no
+            GPU.
     """
-    seed_everything(config.run.seed)  # weights that are drawn are the same on every rank
+    seed_everything(config.run.seed)  # every rank draws the same weights
     engine = _build(config, topology, local_device(config))
     engine.schedule = Schedule(config.optimizer, engine.optimizer, num_steps)
     engine.train(True)
-    # Ranks that read different data draw different dropout masks; the ranks of a tensor-parallel group the same.
+    # Ranks that read different data draw different dropout masks; ranks of a tensor-parallel group draw the same.
     seed_everything(config.run.seed + 1 + topology.dp_rank)
     return engine
 
@@ -49,10 +50,10 @@ def _build(config: Config, topology: Topology, device: torch.device) -> Engine:
 
     if apply_file(config) != config:
         raise ConfigError(
-            f"deepspeed={config.engine.deepspeed_file!r} states settings that this configuration does not have yet. "
-            "Build the engine with what `tutorial_lib.launch.preflight(config)` returns."
+            f"deepspeed={config.engine.deepspeed_file!r} contains settings that this configuration does not have yet. "
+            "Build the engine with the configuration that `tutorial_lib.launch.preflight(config)` returns."
         )
-    # DeepSpeed would take a GPU that is there, also for a run that is to stay on the CPU.
+    # Otherwise DeepSpeed would use a GPU whenever there is one, even for a run on the CPU.
     os.environ["DS_ACCELERATOR"] = device.type
     from tutorial_lib.engine.deepspeed.engine import DeepSpeedEngine
 

@@ -1,14 +1,14 @@
-"""Loss of the output layer in chunks of tokens, so that a micro-batch's logits never exist all at once.
+"""Chunked loss: output layer and loss computed a few tokens at a time, so that the logits never exist all at once.
 
 Shape legend: B sequences of a micro-batch, S tokens, H hidden size, V vocabulary, N = B (S - 1) predicted tokens.
 
-A language model ends with ``logits_NV = hidden_NH @ weight_VH.T``. The loss needs them in fp32, and its gradient is as
-large again: with BLOOM's V = 250,880 and N = 4096, 4.1 GB each, beside a model of 560 million parameters. PyTorch's
-``linear_cross_entropy`` computes the output layer, the loss and the gradient for a chunk of tokens, then forgets the
-chunk's logits. With ``loss_chunks=8`` an eighth of them exists at a time.
+A language model ends with ``logits_NV = hidden_NH @ weight_VH.T``. The loss needs the logits in fp32, and their
+gradient is just as large: with BLOOM's V = 250,880 and N = 4096, each takes 4.1 GB, for a model of 560 million
+parameters. PyTorch's ``linear_cross_entropy`` computes the output layer, the loss and the gradient for a chunk of
+tokens, then frees the chunk's logits. With ``loss_chunks=8``, only an eighth of them exist at a time.
 
-The output layer has to be whole where it computes. ZeRO-3 and FSDP2 gather it as they gather every layer, because the
-loss is computed inside its own ``forward``; tensor parallelism splits it, and is refused.
+The output layer must have its full weight while it computes. ZeRO-3 and FSDP2 gather it like every layer, because the
+loss is computed inside its own ``forward``. Tensor parallelism splits it, and is refused.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from torch import Tensor, nn
 from tutorial_lib.config import ConfigError
 
 GivenBatch = Callable[[dict[str, Tensor]], AbstractContextManager[None]]
-"""Returns the block in which a model goes through a batch."""
+"""Function from a batch to the context in which the model runs on it."""
 
 
 def output_loss(model: Any, num_chunks: int) -> GivenBatch:
-    """Prepare a model's output layer for the loss in chunks, if there are several.
+    """Prepare a model's output layer for a chunked loss, if there is more than one chunk.
 
     Returns:
-        The block to run the model in: there its "logits" are the sum of the batch's losses. With one chunk, and of a
-        batch without labels, they are logits.
+        A context to run the model in: there, its "logits" are the sum of the batch's losses. With one chunk, or for a
+        batch without labels, they stay logits.
     """
     if num_chunks == 1:
         return lambda batch: nullcontext()
@@ -42,11 +42,11 @@ def output_loss(model: Any, num_chunks: int) -> GivenBatch:
 
 
 class ChunkedLoss:
-    """Makes a model return the sum of its next-token losses in the place of logits, where it is given labels.
+    """Makes a model return the sum of its next-token losses instead of logits, if it is given labels.
 
     Args:
-        model: a causal language model whose logits are what its output layer returns.
-        num_chunks: pieces in which the tokens of a micro-batch are taken.
+        model: a causal language model whose logits are the result of its output layer.
+        num_chunks: number of chunks that the tokens of a micro-batch are split into.
 
     Raises:
         ConfigError: its output layer is not a linear layer.
@@ -66,7 +66,7 @@ class ChunkedLoss:
 
     @contextmanager
     def given(self, labels_BS: Tensor | None) -> Iterator[None]:
-        """Let the output layer return the sum of losses while the block runs; with None it returns logits as ever."""
+        """Let the output layer return the sum of losses while the block runs; with None it returns logits as usual."""
         self._labels_BS = labels_BS
         try:
             yield
@@ -85,7 +85,7 @@ class ChunkedLoss:
             bias_V = None if bias_V is None else bias_V.to(dtype)
         hidden_NH = hidden_BSH[:, :-1].flatten(0, 1)
         targets_N = self._labels_BS[:, 1:].flatten().to(hidden_NH.device, non_blocking=True)
-        # In 16 bits the operator's sum would have 16 bits as well: a sum of thousands would lose three digits.
+        # In 16 bits the operator would also sum in 16 bits: a sum of thousands would lose three digits.
         is_exact = hidden_NH.dtype == torch.float32
         losses = F.linear_cross_entropy(
             hidden_NH,

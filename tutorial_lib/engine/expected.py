@@ -1,7 +1,7 @@
-"""Expected model states: theory's arithmetic applied to a run's configuration, for every data-parallel rank.
+"""Expected model states: the formulas of ``theory`` applied to a run's configuration, for every data-parallel rank.
 
-What an engine does differently from the paper is stated here, in one place: DeepSpeed keeps a master copy even of fp32
-weights, reduces a gradient whole on both ranks that share it, and waits with fp32 gradients where it offloads.
+Engines deviate from the paper, and this module is the one place for that: DeepSpeed keeps a master copy even of fp32
+weights, reduces a gradient in full on both ranks that share it, and holds fp32 gradients if it offloads.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from tutorial_lib.theory.memory import DEEPSPEED_FP32, FP32, MIXED, ModelStates
 
 @dataclass(frozen=True, slots=True)
 class ParameterSizes:
-    """Elements of each parameter in the model's order, tied ones once.
+    """Number of elements of each parameter, in the model's order, tied ones counted once.
 
     Attributes:
-        trained: parameters with a gradient.
-        frozen: all others.
-        persistent: elements of those that stage 3 keeps whole on every rank, because they are small.
+        trained: sizes of parameters with a gradient.
+        frozen: sizes of all others.
+        persistent: total size of the parameters that stage 3 keeps in full on every rank because they are small.
     """
 
     trained: tuple[int, ...]
@@ -48,7 +48,7 @@ def parameter_sizes(config: Config) -> ParameterSizes:
 
 
 def _persistence_threshold(config: Config, hidden: int) -> int:
-    """Return the elements below which stage 3 keeps a parameter whole."""
+    """Return the size below which stage 3 keeps a parameter in full, in elements."""
     file = config.engine.deepspeed_file
     if config.engine.name != "trainer" or file is None:
         return config.engine.persistence_threshold
@@ -57,15 +57,15 @@ def _persistence_threshold(config: Config, hidden: int) -> int:
 
 
 def expected_states(config: Config, sizes: ParameterSizes) -> list[ModelStates] | None:
-    """Return the bytes of model states that each data-parallel rank should hold at most, wherever they are kept.
+    """Return the most bytes of model states that each data-parallel rank should hold, on its device or on the host.
 
     Args:
-        config: a configuration that already has what its DeepSpeed file decides.
-        sizes: of the model's parameters.
+        config: a configuration to which the values of its DeepSpeed file have been applied.
+        sizes: sizes of the model's parameters.
 
     Returns:
-        A :class:`ModelStates` per rank, or None where there is no such formula here: under tensor parallelism, and for
-        a model sharded at load, of which transformers reduces the gradients of tied weights twice.
+        A :class:`ModelStates` per rank, or None if there is no formula for it here: with tensor parallelism, and for a
+        model sharded at load, where transformers reduces the gradients of tied weights twice.
     """
     if config.parallel.tp > 1 or config.engine.shard_at_load:
         return None
@@ -92,7 +92,7 @@ def _zero(config: Config, sizes: ParameterSizes, rank: int) -> ModelStates:
         return _divided(sizes, 0, ranks, FP32 if in_fp32 else MIXED)
     precision = DEEPSPEED_FP32 if in_fp32 else MIXED
     states = _divided(sizes, stage, ranks, precision)
-    if engine.offload != "none":  # each rank's share waits beside its master copy, as fp32
+    if engine.offload != "none":  # each rank's share waits beside its master copy, in fp32
         gradients = 4 * memory.partition_elements(sum(sizes.trained), ranks)
         if stage == 1 and config.accumulation > 1:  # besides those that are reduced after the last micro-batch
             gradients += states.gradients
@@ -111,11 +111,11 @@ def _zero(config: Config, sizes: ParameterSizes, rank: int) -> ModelStates:
 
 
 def on_device(config: Config, states: ModelStates) -> ModelStates:
-    """Return the part of a rank's model states that offload leaves on its device."""
+    """Return the part of a rank's model states that stays on its device despite offload."""
     offload, stage = config.engine.offload, config.engine.zero_stage
     if offload == "none":
         return states
-    if offload == "all":  # what remains is the working set of the layers that are gathered at the moment
+    if offload == "all":  # only the layers that are gathered at the moment use device memory
         return ModelStates(0, 0, 0)
-    # Stage 1 keeps a whole gradient, as large as the weights, on the device until it is reduced.
+    # Stage 1 keeps the full gradient, as large as the weights, on the device until it is reduced.
     return ModelStates(states.parameters, states.parameters if stage == 1 else 0, 0)

@@ -1,4 +1,4 @@
-"""What tensor parallelism did to each parameter, whichever engine did it."""
+"""Tensor-parallel layout of a parameter, for any engine."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class ParameterLayout:
-    """How one parameter lies on the ranks of a tensor-parallel group.
+    """Layout of one parameter on the ranks of a tensor-parallel group.
 
     Attributes:
-        parameter: its name.
+        parameter: name of the parameter.
         how: ``column`` (each rank computes some of the outputs), ``row`` (each rank computes with some of the inputs,
             and the results are summed), or ``replicated``.
-        dim: the tensor dimension that is split into equal shares, by tensor-parallel rank; None where replicated.
-        before: shape of the whole parameter.
+        dim: the tensor dimension that is split into equal shares, by tensor-parallel rank; None if replicated.
+        before: shape of the full parameter.
         after: shape of this rank's share.
-        partitions: over how many ranks ZeRO-3 divides the share once more; 1 where nothing does.
-        bytes: what this rank holds of it.
+        partitions: number of ranks that ZeRO-3 divides the share over; 1 if it does not.
+        bytes: bytes that this rank holds.
     """
 
     parameter: str
@@ -31,5 +31,5 @@ class ParameterLayout:
     bytes: int
 
     def to_dict(self) -> dict[str, Any]:
-        """The attributes by name, as JSON takes them."""
+        """Return the attributes by name, ready for JSON."""
         return dataclasses.asdict(self)

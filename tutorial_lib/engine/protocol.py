@@ -1,4 +1,4 @@
-"""Engine protocol: what the training loop asks of plain PyTorch, DeepSpeed and FSDP2 alike."""
+"""Engine protocol: the interface of plain PyTorch, DeepSpeed and FSDP2 for the training loop."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tutorial_lib.engine.schedule import Schedule
 
 
 class Engine(Protocol):
-    """What a training loop needs of an engine. Plain torch, DeepSpeed and FSDP2 are interchangeable behind it."""
+    """Interface of an engine for a training loop. Plain PyTorch, DeepSpeed and FSDP2 are interchangeable behind it."""
 
     device: torch.device
     optimizer: torch.optim.Optimizer
     num_parameters: int
     schedule: Schedule
     averages_over: int
-    """How many ranks' gradients the engine averages. :meth:`backward` multiplies the loss by it, to get their sum."""
+    """Number of ranks whose gradients the engine averages. :meth:`backward` multiplies the loss by it to get a sum."""
 
     @property
     def module(self) -> torch.nn.Module: ...

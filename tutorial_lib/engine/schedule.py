@@ -1,4 +1,4 @@
-"""Learning-rate schedule: a warm-up, then a constant rate, or one that falls along a line or a cosine."""
+"""Learning-rate schedule: a warm-up, then a constant rate, or linear or cosine decay."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from tutorial_lib.config import OptimizerConfig
 
 
 class Schedule:
-    """The learning rate of an optimizer, step by step. Every engine's ``step()`` moves it on after an update.
+    """The learning rate of an optimizer, step by step. Every engine's ``step()`` advances it after an update.
 
     Args:
-        settings: the peak rate, the warm-up and what follows it.
-        optimizer: what uses the rate. All its groups of parameters have the same one.
+        settings: peak rate, warm-up, and the kind of schedule after it.
+        optimizer: the optimizer that uses the rate. All its parameter groups have the same one.
         num_steps: optimizer steps of the whole run.
     """
 
@@ -29,15 +29,15 @@ class Schedule:
         return float(self._scheduler.get_last_lr()[0])
 
     def step(self) -> None:
-        """Move on to the next step's rate."""
+        """Advance to the next step's rate."""
         self._scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position in the schedule, as a checkpoint keeps it."""
+        """Return the position in the schedule, for a checkpoint."""
         return dict(self._scheduler.state_dict())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a position that was saved, by any engine: how many groups it has depends on its meshes."""
+        """Restore a saved position of any engine, even if its number of parameter groups was different."""
         per_group = ("base_lrs", "_last_lr", "lr_lambdas")
         self._scheduler.load_state_dict(state | {name: state[name][:1] * len(self._groups) for name in per_group})
         for group in self._groups:

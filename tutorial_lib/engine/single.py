@@ -1,7 +1,7 @@
-"""The reference: one plain PyTorch process behind the engine protocol.
+"""Reference engine: one plain PyTorch process behind the engine protocol.
 
-Nothing here is distributed, sharded or fused. Every other engine is measured against its losses, gradient norms,
-parameters and optimizer states.
+Nothing here is distributed, sharded or fused. The losses, gradient norms, parameters and optimizer states of every
+other engine are compared with the ones computed here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tutorial_lib.mpu import Topology
 
 
 def global_norm(gradients: list[Tensor]) -> float:
-    """The 2-norm of all gradients together, summed in fp64: fp32 sums over a million squares are off by 1e-6."""
+    """Return the 2-norm of all gradients together, summed in fp64: fp32 sums of a million squares are off by 1e-6."""
     norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]
     return float(torch.stack(norms).norm()) if norms else 0.0
 
@@ -72,7 +72,7 @@ class TorchEngine:
         (loss * self.averages_over).backward()
 
     def step(self) -> float:
-        """Clip, update, clear the gradients, move the schedule on; returns the gradient's 2-norm before clipping."""
+        """Clip, update, clear the gradients, advance the schedule; return the gradient's 2-norm before clipping."""
         limit = self.config.optimizer.gradient_clipping
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         norm = global_norm(gradients)
@@ -93,7 +93,7 @@ class TorchEngine:
         }
 
     def layout(self) -> list[ParameterLayout]:
-        """Every parameter is whole."""
+        """Return the layout of every parameter: replicated, because nothing is split."""
         return [
             ParameterLayout(name, "replicated", None, tuple(p.shape), tuple(p.shape), 1, p.numel() * p.element_size())
             for name, p in self.module.named_parameters()
@@ -122,7 +122,7 @@ class TorchEngine:
 
     @torch.no_grad()
     def load_full(self, full: FullTensors) -> None:
-        """Restore weights and optimizer states that an engine of any shape has saved."""
+        """Restore weights and optimizer states saved by an engine of any shape."""
         for name, parameter in self.module.named_parameters():
             parameter.copy_(full.parameter(name))
             if parameter.requires_grad:
@@ -132,4 +132,4 @@ class TorchEngine:
                 }
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Do nothing: there is nothing to release."""

@@ -1,9 +1,9 @@
-"""Trial of a model's family: one forward of a tiny copy, before anything starts.
+"""Trial of a model family: one forward pass of a tiny copy, before anything starts.
 
-The copy has the configuration's code, two layers, narrow widths and random weights. Three promises of
-:mod:`tutorial_lib.models.masks` are held against it: the family takes the batches of this run, a document that shares
-a batch has the logits it has alone, and no token sees a later one. With ``loss_chunks`` there is a fourth: the family's
-logits are what its output layer returns.
+The copy runs the same model code with two layers, narrow widths and random weights. It must keep three promises of
+:mod:`tutorial_lib.models.masks`: the family takes the batches of this run, a document gets the same logits in a shared
+row as on its own, and no token sees a later one. With ``loss_chunks`` there is a fourth: the logits are exactly the
+result of the output layer.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from tutorial_lib.models.loading import prepare
 _LAYERS, _MOST_LAYERS = 2, 8
 _HEADS, _WIDTH, _EXPERTS, _VOCABULARY = 4, 64, 16, 96
 _ROW = 24  # tokens of a row: two documents and some padding
-_WINDOW = 4  # of a copy whose model's window is shorter than the run's rows, so that the copy's is as well
+_WINDOW = 4  # tokens; for a model whose window is shorter than the run's rows, so that the copy's is shorter, too
 _LARGEST_COPY = 30_000_000  # parameters
-_TOLERANCE = 1e-3  # of logits around 1; a token more or less in view changes them by 0.01 and more
+_TOLERANCE = 1e-3  # for logits around 1; seeing one token more or less changes them by 0.01 and more
 
 _SIZES = {
     "intermediate_size": _WIDTH, "ffn_dim": _WIDTH, "n_inner": _WIDTH, "ffn_hidden_size": _WIDTH, "dff": _WIDTH,
     "moe_intermediate_size": _WIDTH, "shared_expert_intermediate_size": _WIDTH, "vocab_size": _VOCABULARY,
     "num_experts": _EXPERTS, "num_local_experts": _EXPERTS, "n_routed_experts": _EXPERTS, "decoder_layers": _LAYERS,
 }  # fmt: skip
-"""What configurations call their sizes, and the most that a copy has of them."""
+"""Names of sizes in configurations, and the largest value of each in a copy."""
 
 _PASSED: set[tuple[Any, ...]] = set()
-"""What this process has tried with success, so that many runs of one model pay once."""
+"""Trials that passed in this process, so that many runs of one model pay only once."""
 
 _GROUPS = ("num_key_value_heads", "num_kv_heads")
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")
@@ -48,13 +48,13 @@ _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 def trial_forward(config: Config, model_config: PretrainedConfig) -> None:
-    """Refuse a model that cannot be trained on the batches that were asked for, at the cost of a tiny forward.
+    """Refuse a model that cannot be trained on the requested batches, at the cost of a tiny forward pass.
 
-    No random state changes, and nothing of the real model's size is allocated.
+    No random state changes, and nothing as large as the real model is allocated.
 
     Args:
-        config: what is to be run; its model, batching, ``seq_length`` and ``loss_chunks`` count.
-        model_config: the configuration of its model.
+        config: what to run; only its model, batching, ``seq_length`` and ``loss_chunks`` matter.
+        model_config: configuration of the model.
 
     Raises:
         ConfigError: names the family, the setting and the reason, and what to write instead.
@@ -97,7 +97,7 @@ def _check_is_language_model(config: Config, model_config: PretrainedConfig) -> 
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not ships_code:
         raise ConfigError(
             f"The model {config.model.name!r} is of type {kind!r}, which transformers has no causal language model "
-            "for. Write a model that predicts the next token, such as a GPT-2, Llama or Qwen2."
+            "for. Choose a model that predicts the next token, such as a GPT-2, Llama or Qwen2."
         )
 
 
@@ -105,7 +105,7 @@ def _check_is_language_model(config: Config, model_config: PretrainedConfig) -> 
 
 
 def _narrow(config: PretrainedConfig, seq_length: int) -> None:
-    """Shrink a configuration in place: few layers, heads and columns. The width of a head stays."""
+    """Shrink a configuration in place to few layers, heads and columns. Heads keep their width."""
     _shorten(config, seq_length)
     text: Any = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
@@ -159,7 +159,7 @@ def _build(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel
             return None
         with torch.device("cpu"):
             model = AutoModelForCausalLM.from_config(config, **options)
-    # Usual initial weights are so small that a token hardly notices another.
+    # With the usual small initial weights, a token hardly reacts to any other token.
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -173,17 +173,17 @@ def _build(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel
 
 @dataclass(frozen=True)
 class _Probe:
-    """A tiny copy, and two documents to give it in batches as this run's would be."""
+    """A tiny copy, and two documents to run through it in batches like those of the run."""
 
     model: Any
     row: int
 
     @classmethod
     def of(cls, config: Config, model_config: PretrainedConfig) -> _Probe | None:
-        """Build a copy that works, or return None where the family has none that is small: then nothing is tried."""
+        """Build a copy that works, or return None if the family has no small one: then nothing is tried."""
         for shrink in (_narrow, _shorten):
             tiny = copy.deepcopy(model_config)
-            with suppress(Exception):  # whatever a family's code raises of sizes that do not go together
+            with suppress(Exception):  # a family's code may raise anything if sizes do not fit together
                 shrink(tiny, config.data.seq_length)
                 model = _build(tiny, config.model.trust_remote_code)
                 if model is not None:
@@ -193,7 +193,7 @@ class _Probe:
         return None
 
     def problem(self, batching: str) -> str | None:
-        """Return which promise the family breaks, or None."""
+        """Return the promise that the family breaks, or None."""
         ids = np.arange(1, self.row + 1, dtype=np.int32) * 7 % (_VOCABULARY - 1) + 1
         half, third = max(self.row // 2, 1), max(self.row // 3, 1)
         first, second = ids[:half], ids[half : half + third]
@@ -207,13 +207,13 @@ class _Probe:
             reason = str(error).strip().partition("\n")[0].rstrip(".")
             return f"its code fails with {type(error).__name__}: {reason}."
         if _differ(with_another_end[0][:-1], together[0][:-1]):
-            return "it is not causal: a token sees the tokens after it, so nothing would be left to predict."
+            return "it is not causal: a token sees the tokens after it, so there is nothing left to predict."
         if any(map(_differ, together, alone)):
-            return "a document has other logits than alone, so it sees other documents or padding, or misses tokens."
+            return "a document's logits depend on its row, so it sees other documents or padding, or misses tokens."
         return None
 
     def output_problem(self) -> str | None:
-        """Return why the loss cannot be computed inside the output layer, or None. Spoils the copy."""
+        """Return why the loss cannot be computed inside the output layer, or None. Do not use the copy afterwards."""
         ids = torch.arange(1, self.row + 1)[None] * 7 % (_VOCABULARY - 1) + 1
         logits_NV = self.forward({"input_ids": ids})[:, :-1].flatten(0, 1)
         expected = F.cross_entropy(logits_NV, ids[:, 1:].flatten(), reduction="sum")
@@ -232,7 +232,7 @@ class _Probe:
         return logits_BSV
 
     def _logits(self, documents: list[Any], batching: str) -> list[torch.Tensor]:
-        """Return the logits of each document, from one batch of all."""
+        """Return the logits of each document, from one batch with all of them."""
         collate = Collate(seq_length=self.row, batching=batching, micro_batch=len(documents), pad_token_id=0)
         examples = [(document, 1) for document in documents]
         (batch,) = collate([examples] if batching == "packed" else [[example] for example in examples])

@@ -1,5 +1,5 @@
-"""What a notebook shows: claims, figures, source listings, progress.
+"""Notebook tools: claims, figures, source listings, progress, exercises.
 
 Notebooks stay short because these functions take plain rows and dictionaries. Nothing here imports torch, an engine or
-the trainer; the drawing library is imported when something is drawn.
+the trainer, and the drawing library is only imported when something is drawn.
 """

@@ -1,14 +1,14 @@
-"""A lesson's claims, each checked against a measured value, shown as a table and kept as data.
+"""Claims of a lesson, each checked against a measured value, shown as a table and kept as data.
 
 >>> claims = Claims()
 >>> claims.equal("ZeRO-3 computes the reference's loss", reference_loss, zero3_loss, tolerance=1e-6)
 >>> claims.at_least("stage 3 saves at least 1.9 x on two ranks", 1.9, saved)
 >>> claims.show()
 
-:meth:`Claims.show` raises if a claim does not hold, after showing which, so a notebook with a false claim does not run
-to its end. It also emits the claims under :data:`MIME_TYPE`; :func:`claims_in` reads them back from the executed
-notebook. Tests run every notebook again and compare each claim's numbers with the committed ones. A number that differs
-from run to run, such as a time, is marked with ``varies=True``; then the claim only has to hold.
+:meth:`Claims.show` first displays the table, then raises if a claim does not hold, so that a notebook with a false
+claim does not run to its end. It also emits the claims under :data:`MIME_TYPE`; :func:`claims_in` reads them back from
+the executed notebook. Tests run every notebook again and compare each claim's numbers with the committed ones. A number
+that differs from run to run, such as a time, is marked with ``varies=True``; then the claim only has to hold.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ from typing import Any
 from tutorial_lib.lab import display
 
 MIME_TYPE = "application/vnd.tutorial-lib.claims+json"
-"""Under this type an executed notebook carries a list of ``{claim, relation, expected, measured, ...}``."""
+"""MIME type of the claims in an executed notebook: a list of ``{claim, relation, expected, measured, ...}``."""
 
 _SIGNS = {"equal": "=", "at least": "≥", "at most": "≤", "holds": ""}
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """One line of the table. ``difference`` is what was compared with ``tolerance``, where that makes sense.
+    """One line of the table.
 
-    ``relative`` is the tolerance as it was stated, if it was stated as a share of the expected value's size. ``varies``
-    marks numbers that another run or machine does not repeat. ``made`` counts how often the claim was made: a reader
-    who runs a cell twice makes its claims twice, and the last values count.
+    ``difference`` is the number that was compared with ``tolerance``, if there is one. ``relative`` is the tolerance as
+    a share of the expected value, if it was given that way. ``varies`` marks numbers that another run or machine does
+    not repeat. ``made`` counts how often the claim was made: a reader who runs a cell twice makes its claims twice, and
+    the last values count.
     """
 
     claim: str
@@ -52,7 +53,7 @@ class Claim:
     made: int = 1
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able; a number that is not finite becomes text, which strict JSON has no number for."""
+        """Return the claim for JSON; NaN and infinity become text, because strict JSON has no such numbers."""
         return {name: _plain(getattr(self, name)) for name in self.__slots__}
 
 
@@ -75,16 +76,16 @@ class Claims:
         """Claim that two values, or two sequences of them, are equal.
 
         Args:
-            text: the claim, as a sentence. Made again, as by a cell that runs twice, it replaces the earlier one.
+            text: the claim, as a sentence. If it is made again, as by a cell that runs twice, it replaces the old one.
             expected: a number, text, or a (nested) sequence of them.
-            measured: likewise. NaN equals nothing.
+            measured: the same kind of value. NaN equals nothing.
             tolerance: largest absolute difference between two numbers.
-            relative: the tolerance as a share of the expected value's size instead.
+            relative: the tolerance as a share of the expected value instead.
             varies: the numbers differ between runs or machines; the claim must still hold.
         """
         if relative is not None:
             if tolerance:
-                raise ValueError("State tolerance or relative, not both.")
+                raise ValueError("Give tolerance or relative, not both.")
             tolerance = relative * max((abs(n) for n in _numbers(expected)), default=0.0)
         difference = _largest_difference(expected, measured)
         holds = difference is not None and difference <= tolerance
@@ -105,10 +106,10 @@ class Claims:
         Args:
             text: the claim, as a sentence.
             condition: whether it holds.
-            expected: what a reader should compare ``measured`` with.
+            expected: the value to compare ``measured`` with.
             measured: the value behind the condition; default: the condition itself.
         """
-        # A NaN is "true" in Python; it never proves anything here.
+        # NaN is "true" in Python, but proves nothing here.
         holds = bool(condition) and condition == condition
         self._add(text, "holds", expected, condition if measured is None else measured, None, None, holds)
 
@@ -133,7 +134,7 @@ class Claims:
             raise AssertionError(f"{len(failed)} of {len(self._claims)} claims do not hold:\n" + "\n".join(lines))
 
     def to_list(self) -> list[dict[str, Any]]:
-        """The claims as data, as :func:`claims_in` returns them."""
+        """Return the claims as data, in the same form as :func:`claims_in`."""
         return [claim.to_dict() for claim in self._claims]
 
     def _add(self, text: str, *rest: Any) -> None:
@@ -165,18 +166,18 @@ class Claims:
 
 
 def claims_in(notebook: str | Path) -> list[dict[str, Any]]:
-    """The claims that an executed notebook carries in its outputs, in order; empty if it shows none."""
+    """Read the claims from an executed notebook's outputs, in order; empty if it shows none."""
     cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
     return claims_of(output for cell in cells for output in cell.get("outputs", []))
 
 
 def claims_of(outputs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the claims among the outputs of cells, in order."""
+    """Collect the claims among the outputs of cells, in order."""
     return [claim for output in outputs for claim in output.get("data", {}).get(MIME_TYPE, [])]
 
 
 def _largest_difference(expected: Any, measured: Any) -> float | None:
-    """Largest absolute difference of corresponding numbers; None where there is no comparing the two."""
+    """Return the largest absolute difference of corresponding numbers; None if the values cannot be compared."""
     if _is_sequence(expected) or _is_sequence(measured):
         if not (_is_sequence(expected) and _is_sequence(measured)) or len(expected) != len(measured):
             return None
@@ -209,7 +210,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    """Numbers with the digits that a tolerance of 1e-6 needs; of a long sequence its ends."""
+    """Format numbers with enough digits for a tolerance of 1e-6, and long sequences by their ends."""
     if _is_sequence(value):
         shown = [_short(v) for v in value]
         return ", ".join(shown if len(shown) <= 4 else [*shown[:2], "…", shown[-1]])
@@ -227,6 +228,6 @@ def _plain(value: Any) -> Any:
         return int(value)
     if isinstance(value, Real):
         number = float(value)
-        # As JupyterLab writes it when a reader saves the notebook: 0.0 would become 0 there.
+        # JupyterLab would turn 0.0 into 0 when a reader saves the notebook, so write it like that from the start.
         return int(number) if number.is_integer() else number if math.isfinite(number) else str(number)
     return str(value)

@@ -1,4 +1,4 @@
-"""Things that a notebook, a terminal and a rendered page each show in their own way, from the same numbers."""
+"""Tables and numbers, each displayed in its own way in a notebook, a terminal and a rendered page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Table:
         return {"text/html": self.html(), "text/plain": str(self)}
 
     def html(self) -> str:
-        """An HTML table without colours of its own, so that any theme's text and background apply."""
+        """Return an HTML table without colours of its own, so that any theme's text and background apply."""
         align = ["right" if n else "left" for n in self.numeric]
         head = "".join(
             f'<th scope="col" style="{_CELL};text-align:{a}">{html.escape(c)}</th>'
@@ -54,13 +54,13 @@ class Table:
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None, *, caption: str = "") -> Table:
-    """A table of rows, as a notebook's last expression or printed.
+    """Build a table from rows, to be printed or to end a notebook cell.
 
     Args:
         rows: values by column; a missing value or ``None`` shows as a dash. Numbers are formatted by
-            :func:`format_value`; give text for any other form.
-        columns: which columns, in which order; default: as they first appear.
-        caption: what the table says.
+            :func:`format_value`; pass text for any other format.
+        columns: columns to show, in this order; default: in order of first appearance.
+        caption: the message of the table.
     """
     names = list(columns) if columns is not None else list(dict.fromkeys(key for row in rows for key in row))
     values = [[row.get(name) for name in names] for row in rows]
@@ -74,7 +74,7 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = Non
 
 
 def format_value(value: Any) -> str:
-    """Text for a value: thousands separated, at most six significant digits after a point, ``None`` as a dash."""
+    """Format a value: separated thousands, at most six significant digits after a point, ``None`` as a dash."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -91,7 +91,7 @@ def format_value(value: Any) -> str:
 
 
 def format_bytes(num_bytes: float) -> str:
-    """Bytes with a binary unit: ``139,840 B`` stays exact below 10 KiB, above it ``1.33 MiB``."""
+    """Format bytes with a binary unit: exact below 10 KiB (``9,840 B``), ``1.33 MiB`` above."""
     if abs(num_bytes) < 10 * 1024:
         return f"{num_bytes:,.0f} B"
     for unit in ("KiB", "MiB", "GiB"):
@@ -102,10 +102,10 @@ def format_bytes(num_bytes: float) -> str:
 
 
 def in_notebook() -> bool:
-    """Whether this process is a Jupyter kernel."""
+    """Return whether this process is a Jupyter kernel."""
     import sys
 
-    # Asking IPython would import it, which a worker or a script has no use for.
+    # Asking IPython would import it, although workers and scripts do not need it.
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     return shell is not None and hasattr(shell, "kernel")

@@ -1,4 +1,4 @@
-"""Exercises: a question with hints and a solution folded away, and a check of the reader's own answer.
+"""Exercises: a question with folded hints and a folded solution, and a check of the reader's own answer.
 
 A lesson shows the exercise in one cell and checks the answer in the next::
 
@@ -12,7 +12,7 @@ A lesson shows the exercise in one cell and checks the answer in the next::
 
     lowest.check(...)  # write your answer in place of the dots
 
-An answer that is not given yet is neither right nor wrong, so a notebook runs to its end with open exercises.
+A missing answer is neither right nor wrong, so a notebook with open exercises runs to its end.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _MARKS = {True: "✓ Right.", False: "✗ Not yet.", None: "✎ Write your answe
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Feedback:
-    """What a check says to an answer. Shows itself in a notebook; ``str`` elsewhere."""
+    """A check's verdict on an answer. A notebook displays it; use ``str`` elsewhere."""
 
     right: bool | None
-    """None if there is no answer yet."""
+    """Whether the answer is right; None if there is none yet."""
     reason: str = ""
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
@@ -50,20 +50,20 @@ class Feedback:
 
 
 Check = Callable[[Any], "bool | Feedback"]
-"""Judges an answer. Use :func:`number`, :func:`choice`, or any function that returns True, False or a Feedback."""
+"""Function that judges an answer: :func:`number`, :func:`choice`, or any that returns True, False or a Feedback."""
 
 
 class Exercise:
     """A question to the reader.
 
-    Texts may hold `code` between backquotes, blocks of code between lines of three backquotes, and paragraphs between
-    empty lines. Anything else shows as it is written.
+    Texts may contain `code` between backquotes, blocks of code between lines of three backquotes, and paragraphs
+    between empty lines. Everything else is shown as written.
 
     Args:
-        question: what to find out.
-        check: judges an answer that was given.
-        hints: from the gentlest to the plainest; each is folded away.
-        solution: the answer with its reason, folded away.
+        question: the question.
+        check: judges an answer.
+        hints: from the gentlest to the plainest; each is folded.
+        solution: the answer with its reason, folded.
     """
 
     def __init__(self, question: str, *, check: Check, solution: str, hints: Sequence[str] = ()) -> None:
@@ -82,7 +82,7 @@ class Exercise:
             return Feedback(None, "Put it in place of the dots, then run the cell again.")
         try:
             verdict = self._check(answer)
-        except (TypeError, ValueError) as error:  # such as a text where the check compares numbers
+        except (TypeError, ValueError) as error:  # for example, the answer is text but the check compares numbers
             return Feedback(False, f"The check cannot use the answer {answer!r} ({error}). Write it in another form.")
         if isinstance(verdict, Feedback):
             return verdict
@@ -97,7 +97,7 @@ class Exercise:
         return {"text/html": self.html(), "text/plain": str(self)}
 
     def html(self) -> str:
-        """Return the question, with each hint and the solution folded."""
+        """Return the question as HTML, with each hint and the solution folded."""
         folded = [*zip(self._hint_names(), self.hints, strict=True), ("Solution", self.solution)]
         details = "".join(f"<details><summary>{name}</summary>{_blocks(text)}</details>" for name, text in folded)
         return f'<div style="{_FRAME}"><p><b>Exercise</b></p>{_blocks(self.question)}{details}</div>'
@@ -107,7 +107,7 @@ class Exercise:
         return ["Hint"] if count == 1 else [f"Hint {number} of {count}" for number in range(1, count + 1)]
 
     def __str__(self) -> str:
-        """Return the question, and where the rest is: text cannot be folded."""
+        """Return the question and the names of the attributes with the rest, because text cannot be folded."""
         count = len(self.hints)
         places = [f"{count} hint{'s' if count > 1 else ''} in .hints"] if count else []
         return f"Exercise: {self.question}\n({', '.join([*places, 'solution in .solution'])})"
@@ -123,14 +123,14 @@ def number(
     unit: str = "",
     near: Mapping[float, str] | None = None,
 ) -> Check:
-    """Return a check that accepts numbers close to the expected one, and says which side a wrong one is on.
+    """Return a check that accepts numbers close to the expected one, and says whether a wrong one is too low or high.
 
     Args:
-        expected: the right number, from the reader's own run where it depends on it.
-        tolerance: how far an answer may be off.
-        relative: the same as a share of ``expected``; the larger of the two counts.
-        unit: what the number is counted in, such as ``MiB``.
-        near: what to say to likely mistakes, by their number; the same tolerances hold.
+        expected: the right number, from the reader's own run if it depends on the run.
+        tolerance: largest absolute error of an answer.
+        relative: largest error as a share of ``expected``; the larger of the two counts.
+        unit: unit of the number, such as ``MiB``.
+        near: replies to likely mistakes, by their number, with the same tolerances.
 
     Raises:
         ValueError: a tolerance is negative or not a number, a right answer would be refused, or a mistake in ``near``
@@ -164,11 +164,11 @@ def choice(right: str, *, near: Mapping[str, str]) -> Check:
     """Return a check that accepts one of several answers, and explains each wrong one.
 
     Args:
-        right: the right answer. Case and spaces do not matter, and ``3`` stands for ``"3"``.
-        near: the other answers, each with what is nearly right about it.
+        right: the right answer. Case and spaces do not matter, and ``3`` means the same as ``"3"``.
+        near: the other answers, each with an explanation of what is wrong with it.
 
     Raises:
-        ValueError: an answer stands there twice.
+        ValueError: an answer occurs twice.
     """
     explained = {_fold(option): text for option, text in near.items()}
     options = [right, *near]
@@ -186,7 +186,7 @@ def choice(right: str, *, near: Mapping[str, str]) -> Check:
 
 
 def _is_close(value: float, expected: float, tolerance: float, relative: float) -> bool:
-    # A little more than the tolerance: 1.1 is within 0.1 of 1, though not in binary.
+    # Allow a little more than the tolerance: 1.1 is within 0.1 of 1, but not in binary arithmetic.
     return abs(value - expected) <= max(tolerance, relative * abs(expected)) * (1 + 1e-9)
 
 

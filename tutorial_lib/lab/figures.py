@@ -1,9 +1,9 @@
-"""The course's figures: one palette, readable on light and dark pages, drawn from plain rows and dictionaries.
+"""Figures of the course: one palette, readable on light and dark pages, drawn from plain rows and dictionaries.
 
 Every function returns a :class:`Figure`, which a notebook displays as a cell's last expression. Conventions: the title
-states the finding, axis labels carry units, and ``alt`` says in words what the picture shows, for those who cannot see
-it. Backgrounds are transparent and text is a grey that stands out from white and from black alike. The same numbers
-give the same bytes: no date, no random ids.
+states the finding, axis labels have units, and ``alt`` describes the picture in words, for readers who cannot see it.
+Backgrounds are transparent, and text is a grey that stands out from both white and black. The same numbers give the
+same bytes, without dates or random ids.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 BLUE, ORANGE, GREEN, PURPLE, RED = "#3a86d1", "#d97a1e", "#2e9e73", "#9a6fd0", "#d1495b"
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, RED)
-"""Colours in order of use: at least 3 : 1 against white and against black, and apart for colour-blind readers."""
+"""Colours in order of use: at least 3 : 1 against white and black, and distinct for colour-blind readers."""
 
 INK = "#767676"
 """Text and axes: 4.5 : 1 against white and 4.2 : 1 against a dark page. No grey has 4.5 : 1 against both."""
@@ -48,7 +48,7 @@ class Figure:
         return self.bundle()
 
     def bundle(self) -> tuple[dict[str, str], dict[str, Any]]:
-        """MIME data and metadata: the image with its alt text, and the alt text alone where no image can be shown."""
+        """Return MIME data and metadata: the image with its alt text, and the alt text for places without images."""
         data = {"image/png": base64.b64encode(self.png).decode(), "text/plain": f"{self.title}\n{self.alt}"}
         return data, {"image/png": {"alt": self.alt, "width": self.width, "height": self.height}}
 
@@ -63,18 +63,18 @@ def loss_curves(
     marks: Mapping[str, int] | None = None,
     total_steps: int | None = None,
 ) -> Figure:
-    """A curve per run over optimizer steps.
+    """Draw a curve per run over optimizer steps.
 
-    Curves that lie on top of each other stay visible: later ones are drawn thinner, with other dashes.
+    Curves on top of each other stay visible: later ones are thinner, with different dashes.
 
     Args:
         runs: rows of ``metrics.jsonl`` by the run's label.
         title: the finding.
         alt: the figure in words.
         y: the row's key on the vertical axis.
-        y_label: that axis, with its unit.
+        y_label: label of that axis, with its unit.
         marks: labelled vertical lines at optimizer steps (``{"stopped": 20}``).
-        total_steps: where the runs are to end, so that a curve under way shows how far it is.
+        total_steps: last step of the runs, so that an unfinished curve shows its progress.
     """
     series = {label: ([row["step"] for row in rows], [row[y] for row in rows]) for label, rows in runs.items()}
     x_end = total_steps if total_steps and total_steps > 1 else None
@@ -94,13 +94,14 @@ def lines(
     x_end: float | None = None,
     y_start: float | None = None,
 ) -> Figure:
-    """A line per series of ``(x values, y values)``. Arguments as in :func:`loss_curves`.
+    """Draw a line per series of ``(x values, y values)``. Other arguments as in :func:`loss_curves`.
 
     Args:
-        points: series that are drawn as circles, such as measurements on the lines of formulas.
-        log: both axes count in factors of ten.
-        x_end: where the horizontal axis ends at least, from 1 on; default: where the values end.
-        y_start: where the vertical axis starts; default: where the values do.
+        series: the lines by label.
+        points: series drawn as circles, such as measurements on the lines of formulas.
+        log: logarithmic axes.
+        x_end: smallest end of the horizontal axis, from 1 on; default: where the values end.
+        y_start: start of the vertical axis; default: where the values start.
     """
     with styled_axes(title, alt, size=(7.0, 3.6)) as (axes, drawn):
         dashes = ("-", (0, (5, 2)), (0, (2, 2)), (0, (6, 2, 1, 2)), (0, (1, 1)))
@@ -136,7 +137,7 @@ def lines(
             axes.set_xlim(1 - margin, max([x_end, *(x for xs, _ in series.values() for x in xs)]) + margin)
         if y_start is not None:
             axes.set_ylim(bottom=y_start)
-        if points or (marks and len(series) > 1):  # they may be anywhere, so there may be no room among the lines
+        if points or (marks and len(series) > 1):  # these may be anywhere and leave no room for a legend inside
             axes.figure.legend(frameon=False, ncols=len(series) + len(points or ()), loc="outside lower center")
         elif len(series) > 1:
             axes.legend(frameon=False)
@@ -151,10 +152,10 @@ def memory_timeline(
     unit: str = "MiB",
     marks: Mapping[str, float] | None = None,
 ) -> Figure:
-    """A line per process or GPU: the memory it holds over time, from zero up. Arguments as in :func:`loss_curves`.
+    """Draw a line per process or GPU: its memory over time, from zero up. Other arguments as in :func:`loss_curves`.
 
     Args:
-        series: seconds and bytes by label, such as ``read_memory_log(path).timeline()`` gives.
+        series: seconds and bytes by label, for example from ``read_memory_log(path).timeline()``.
         unit: ``B``, ``kB``, ``MB``, ``GB``, ``KiB``, ``MiB`` or ``GiB``.
         marks: labelled vertical lines at seconds (``{"first step": 4.2}``).
     """
@@ -167,13 +168,13 @@ def memory_timeline(
 def bars(
     values: Mapping[str, float], *, title: str, alt: str, unit: str, reference: tuple[str, float] | None = None
 ) -> Figure:
-    """A horizontal bar per value, each with its number.
+    """Draw a horizontal bar per value, each with its number.
 
     Args:
-        values: by label, drawn from top to bottom.
+        values: numbers by label, drawn from top to bottom.
         title: the finding.
         alt: the figure in words.
-        unit: what the values are, for the axis.
+        unit: name and unit of the values, for the axis.
         reference: a labelled vertical line to compare with.
     """
     with styled_axes(title, alt, size=(7.0, 1.3 + 0.38 * len(values)), grid="x") as (axes, drawn):
@@ -197,17 +198,17 @@ def grouped_memory(
     unit: str = "MiB",
     y_label: str = "model states per rank",
 ) -> Figure:
-    """Model states as stacked bars: groups along the axis, in each group a bar per series, in each bar the parts.
+    """Draw model states as stacked bars: groups along the axis, a bar per series in each group, parts in each bar.
 
     Args:
         states: bytes by group, series and part, such as
             ``{"stage 1": {"predicted": {"parameters": ..., "gradients": ..., "optimizer": ...}, "measured": ...}}``.
-            Of a part's mapping only the keys of :data:`PARTS` are drawn, or ``total`` where there are none of them:
-            a grey bar, for a figure that is not split.
+            Only the keys of :data:`PARTS` are drawn, or ``total`` if there are none of them: a grey bar, for a number
+            that is not split.
         title: the finding.
         alt: the figure in words.
         unit: ``B``, ``kB``, ``MB``, ``GB``, ``KiB``, ``MiB`` or ``GiB``.
-        y_label: what the bars are; the unit is added.
+        y_label: name of the values; the unit is added.
     """
     scale = _UNITS[unit]
     names = list(dict.fromkeys(name for series in states.values() for name in series))
@@ -244,12 +245,12 @@ _HATCH_INK = "#ffffff99"
 
 
 def _parts(bar: Mapping[str, float]) -> dict[str, str]:
-    """The parts of one bar with their colours."""
+    """Return the parts of one bar with their colours."""
     return {part: color for part, color in PARTS.items() if part in bar} or _TOTAL
 
 
 def _legend(axes: Any, colors: Mapping[str, str], names: Sequence[str]) -> None:
-    """Below the axes: a row for the parts' colours, and one for the series' hatches if there are several."""
+    """Draw a legend below the axes: a row for the parts' colours, and one for the hatches of several series."""
     from matplotlib.patches import Patch
 
     parts = [Patch(color=color, label="not split" if part in _TOTAL else part) for part, color in colors.items()]
@@ -257,7 +258,7 @@ def _legend(axes: Any, colors: Mapping[str, str], names: Sequence[str]) -> None:
         Patch(facecolor=INK, edgecolor=_HATCH_INK, hatch=_HATCHES[index % 3], linewidth=0, label=name)
         for index, name in enumerate(names if len(names) > 1 else ())
     ]
-    # A legend fills its columns first.
+    # A legend fills up its columns first.
     blank = Patch(alpha=0, label=" ")
     columns = zip_longest(parts, series, fillvalue=blank) if series else [(part,) for part in parts]
     handles = [handle for column in columns for handle in column]
@@ -269,14 +270,14 @@ def _legend(axes: Any, colors: Mapping[str, str], names: Sequence[str]) -> None:
 def stacked_bars(
     values: Mapping[str, Mapping[str, float]], *, title: str, alt: str, unit: str, groups: Sequence[str] = ()
 ) -> Figure:
-    """A horizontal bar per label, stacked of parts, with its total.
+    """Draw a horizontal bar per label, stacked from parts, with its total.
 
     Args:
         values: numbers by the bar's label, drawn from top to bottom, and by part.
         title: the finding.
         alt: the figure in words.
-        unit: what the numbers are, for the axis.
-        groups: beginnings of labels: between bars of two of them is a gap.
+        unit: name and unit of the numbers, for the axis.
+        groups: prefixes of labels: there is a gap between bars with different prefixes.
     """
     parts = list(dict.fromkeys(part for bar in values.values() for part in bar))
     gaps = [next((i for i, group in enumerate(groups) if label.startswith(group)), 0) for label in values]
@@ -302,10 +303,10 @@ def stacked_bars(
 
 
 def shards(panels: Mapping[str, Sequence[Sequence[int]]], *, title: str, alt: str) -> Figure:
-    """Which rank's file holds which part of a matrix: a panel per checkpoint, a colour and a number per rank.
+    """Draw which rank's file holds which part of a matrix: a panel per checkpoint, a colour and a number per rank.
 
     Args:
-        panels: by heading, a grid that lies over the matrix, of the rank that holds each field.
+        panels: by heading, a grid over the matrix with the rank that holds each field.
         title: the finding.
         alt: the figure in words.
     """
@@ -328,7 +329,7 @@ def shards(panels: Mapping[str, Sequence[Sequence[int]]], *, title: str, alt: st
 
 
 def _fields(grid: Sequence[Sequence[int]]) -> dict[int, list[tuple[int, int]]]:
-    """The fields of a grid, (row, column), by what they hold."""
+    """Return the fields of a grid, (row, column), by their value."""
     found: dict[int, list[tuple[int, int]]] = {}
     for row, held in enumerate(grid):
         for column, rank in enumerate(held):
@@ -340,10 +341,10 @@ def _fields(grid: Sequence[Sequence[int]]) -> dict[int, list[tuple[int, int]]]:
 def styled_axes(
     title: str, alt: str, *, size: tuple[float, float], grid: str = "both"
 ) -> Iterator[tuple[Any, list[Figure]]]:
-    """Axes in the course's style; when the block ends, the drawn figure is in the list."""
+    """Yield axes in the course's style, and a list that holds the drawn figure when the block ends."""
     if not alt.strip() or not title.strip():
-        raise ValueError("A figure needs a title that states the finding and an alt text that tells what it shows.")
-    # Not pyplot: it keeps global state and picks a backend that may want a screen.
+        raise ValueError("A figure needs a title that states the finding, and an alt text that describes the picture.")
+    # Do not use pyplot: it keeps global state, and may pick a backend that needs a screen.
     from matplotlib import style
     from matplotlib.figure import Figure as Canvas
 
@@ -377,7 +378,7 @@ STYLE: dict[str, Any] = {
     "svg.fonttype": "path",
     "svg.hashsalt": "tutorial_lib",
 }
-"""Settings for everything that is drawn: DejaVu Sans ships with the drawing library, so it is the same everywhere."""
+"""Settings for all drawings. DejaVu Sans ships with the drawing library, so it is the same everywhere."""
 
 
 def _number(value: float) -> str:
@@ -385,7 +386,7 @@ def _number(value: float) -> str:
 
 
 def _whole_numbers(axis: Any, values: Sequence[float]) -> None:
-    """Ticks at whole numbers where the values are whole: there is no step 2.5."""
+    """Put ticks at whole numbers if the values are whole: there is no step 2.5."""
     from matplotlib.ticker import MaxNLocator
 
     if all(float(v).is_integer() for v in values):

@@ -1,4 +1,4 @@
-"""Exercises of lesson 03: what FSDP2 holds, what it sends, and what makes it wait."""
+"""Exercises of lesson 03: FSDP2's memory, its traffic, and a hang."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def bytes_per_rank(num_params: int, num_ranks: int) -> Exercise:
 
 
 def bytes_between_nodes(num_params: int, shard_size: int) -> Exercise:
-    """Ask for what hybrid sharding sends across the network."""
+    """Ask for the traffic of hybrid sharding over the network."""
     sent = 2 * num_params / shard_size
     return Exercise(
         f"`hybrid_shard` on two nodes of {shard_size} GPUs: each node holds a full copy, sharded over its GPUs. The "
@@ -52,7 +52,7 @@ def bytes_between_nodes(num_params: int, shard_size: int) -> Exercise:
 
 
 def what_waits() -> Exercise:
-    """Ask which mistake a pair of stacks shows."""
+    """Ask for the mistake behind a pair of stacks."""
     return Exercise(
         "A job of two ranks stands still. `py-spy dump` shows rank 0 in `get_model_state_dict`, called by "
         '`save_weights`, and rank 1 in `forward`, in an all-gather. What is wrong? Answer "a", "b" or "c".\n\n'

@@ -1,7 +1,7 @@
-"""Draws the committed pictures: ``python -m tutorial_lib.lab.images [DIRECTORY]``, or ``make images``.
+"""Committed pictures of the course: ``python -m tutorial_lib.lab.images [DIRECTORY]``, or ``make images``, draws them.
 
 Pictures explain, figures (:mod:`tutorial_lib.lab.figures`) show measurements. Both share palette and style. Drawing
-twice gives the same bytes, so a test can hold the committed files to this code.
+twice gives the same bytes, so a test can compare the committed files with this code.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ DIRECTORY = Path(__file__).parents[2] / "images"
 NUM_RANKS = 4
 WHITE = "#ffffff"
 _GHOST = 0.25
-"""Opacity of what is not there, or only for a moment."""
+"""Opacity of things that are absent, or only there for a moment."""
 
 
 def parallelism(axes: Any) -> None:
-    """Data parallel, sharded data parallel, tensor parallel: who holds what, and what is sent."""
+    """Draw data parallel, sharded data parallel and tensor parallel: each device's memory and messages."""
     kinds = [
         ("Data parallel", "DDP, ZeRO stage 0", "Every device holds the\nwhole model and reads\ndifferent data.",
          "gradients,\nonce per step", "2 Ψ"),
@@ -62,7 +62,7 @@ def parallelism(axes: Any) -> None:
 
 
 def zero_stages(axes: Any) -> None:
-    """What each of four ranks holds at ZeRO stages 0 to 3, after figure 1 of the ZeRO paper."""
+    """Draw the model states on each of four ranks at ZeRO stages 0 to 3, after figure 1 of the ZeRO paper."""
     rows = [
         ("Stage 0", "plain data parallel", (), "16 Ψ"),
         ("Stage 1", "optimizer states divided", ("optimizer",), "4 Ψ + 12 Ψ/N"),
@@ -105,7 +105,7 @@ def zero_stages(axes: Any) -> None:
 
 
 def tensor_parallel(axes: Any) -> None:
-    """A column-parallel and a row-parallel product on two ranks, and the two all-reduces that they cost."""
+    """Draw a column-parallel and a row-parallel product on two ranks, and the two all-reduces that they cost."""
     colors, side, top = (BLUE, GREEN), 1.6, 0.75
     places = {"X": 1.5, "A": 4.0, "Y": 6.5, "B": 9.0, "Z": 11.5}
     captions = {
@@ -138,7 +138,7 @@ def tensor_parallel(axes: Any) -> None:
 
 
 def _matrix(axes: Any, x: float, y: float, side: float, name: str, rank: int, color: str) -> None:
-    """One matrix of :func:`tensor_parallel`: whole, one half of its columns, or one half of its rows."""
+    """Draw one matrix of :func:`tensor_parallel`: in full, half of its columns, or half of its rows."""
     half, label = side / 2, name if name == "X" else name + "₀₁"[rank]
     if name in "XZ":
         _box(axes, x, y, side, side, PURPLE if name == "X" else color, label, size=14, rounded=False)
@@ -151,7 +151,7 @@ def _matrix(axes: Any, x: float, y: float, side: float, name: str, rank: int, co
 
 
 def fsdp_strategies(axes: Any) -> None:
-    """What rank 0 of four holds of a model's parameters while a step goes on, under each of FSDP's strategies."""
+    """Draw the parameters on rank 0 of four in the course of a step, under each of FSDP's strategies."""
     phases = ["before", "forward\n1", "forward\n2", "forward\n3", "backward\n3", "backward\n2", "backward\n1",
               "update"]  # fmt: skip
     none, one, all_layers = (), ((0,), (1,), (2,)), (0, 1, 2)
@@ -192,7 +192,7 @@ def fsdp_strategies(axes: Any) -> None:
 
 
 def checkpoint(axes: Any) -> None:
-    """How a save becomes visible, and what a kill leaves behind in each of its phases."""
+    """Draw the phases of a save until it becomes visible, and the files that a kill leaves behind in each."""
     partial, whole = ".partial-step-8/", (1.0,) * NUM_RANKS
     phases = [
         ("1  write", "Every rank writes its\nown shard, in parallel.", BLUE, partial, (0.55, 0.8, 0.35, 0.65)),
@@ -225,7 +225,7 @@ def checkpoint(axes: Any) -> None:
 
 
 def launchers(axes: Any) -> None:
-    """Who starts whom for a job on two nodes of two GPUs, and who says which process is which."""
+    """Draw the processes of a job on two nodes of two GPUs: who starts them, and who numbers them."""
     node_width, gap, left = 4.6, 0.5, 3.3
     right = left + 2 * node_width + gap
     stages = [
@@ -272,7 +272,7 @@ PICTURES: dict[str, Callable[[Any], None]] = {
 
 
 def draw(name: str, directory: Path = DIRECTORY) -> Path:
-    """Draw one picture as ``directory/name.svg`` and return its path. The same bytes every time."""
+    """Draw one picture as ``directory/name.svg``, with the same bytes every time, and return its path."""
     from matplotlib import style
     from matplotlib.figure import Figure as Canvas
 
@@ -285,7 +285,7 @@ def draw(name: str, directory: Path = DIRECTORY) -> Path:
         PICTURES[name](axes)
         canvas.set_size_inches(9, 9 * axes.get_ylim()[0] / axes.get_xlim()[1])
         canvas.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
-    # The writer ends some lines with blanks, which version control would complain about.
+    # The writer leaves blanks at the end of some lines, which version control would complain about.
     path.write_text("".join(f"{line.rstrip()}\n" for line in path.read_text().splitlines()))
     return path
 
@@ -335,7 +335,7 @@ def _arrow(axes: Any, x: float, y: float, to_x: float, to_y: float) -> None:
 
 
 def _frame(axes: Any, width: float, height: float) -> None:
-    """Show the area from (0, 0), top left, to here, with a little room around."""
+    """Show the area from (0, 0), top left, to (width, height), with a small margin."""
     axes.set_xlim(-0.1, width)
     axes.set_ylim(height, -0.1)
 

@@ -1,4 +1,4 @@
-"""A lesson's storage directory: emptied of earlier runs when a reader starts, and kept from a second reader."""
+"""Storage directory of a lesson: cleared of earlier runs at the start, and reserved for one reader."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ _held: dict[Path, FileLock] = {}
 def remove_runs(storage: str) -> None:
     """Remove the runs directly under a lesson's own storage directory, so that none is resumed. Other files stay.
 
-    From then on the directory belongs to this process until it ends: a second kernel that opens the same lesson is told
-    so, instead of removing the runs that the first one is about to use. A directory that does not exist yet, or is
-    empty, becomes the lesson's own: a marker file in it says so.
+    From then on the directory belongs to this process until it ends: a second kernel that opens the same lesson gets an
+    error, instead of removing the runs that the first one is about to use. A directory that is new or empty becomes the
+    lesson's own, and gets a marker file.
 
     Args:
         storage: the lesson's ``STORAGE``.
 
     Raises:
-        ConfigError: the directory holds something that no lesson made, another process uses it, or a run in it is still
-            running. Nothing is removed.
+        ConfigError: the directory was not made by a lesson, another process uses it, or a run in it is still running.
+            Nothing is removed.
     """
     directory = Path(storage)
     marker = directory / _LESSON
     if not marker.is_file():
         if directory.exists() and any(directory.iterdir()):
             raise ConfigError(
-                f"{directory} was not made by a lesson, so its runs may be somebody's: none was removed. Write the "
-                f"name of a new directory, such as STORAGE = {str(directory / 'lesson')!r}. If all runs in it may go, "
-                f"create the empty file {marker} first."
+                f"{directory} was not made by a lesson, so its runs may still be needed: none was removed. Write the "
+                f"name of a new directory, such as STORAGE = {str(directory / 'lesson')!r}. If all runs in it may be "
+                f"deleted, create the empty file {marker} first."
             )
         directory.mkdir(parents=True, exist_ok=True)
         marker.write_text("The lesson that uses this directory removes the runs in it when it begins.\n")
@@ -55,7 +55,7 @@ def remove_runs(storage: str) -> None:
 
 
 def _reserve(directory: Path) -> None:
-    """Keep every other process out of the directory until this one ends. The kernel releases the lock then."""
+    """Keep other processes out of the directory until this one ends, when the operating system releases the lock."""
     path = directory.resolve() / _READER
     if path in _held:
         return
@@ -83,7 +83,7 @@ def _reader(path: Path) -> str:
 
 
 def _is_running(run: Path) -> bool:
-    """Return whether a process launches or trains the run: it then holds a lock of tutorial_lib.checkpoint.lock."""
+    """Return whether a process is launching or training the run, which holds a lock of tutorial_lib.checkpoint.lock."""
     for name in (".launch.lock", ".lock"):
         if not (run / name).exists():
             continue

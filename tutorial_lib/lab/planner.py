@@ -3,8 +3,8 @@
 >>> from tutorial_lib.lab.planner import panel
 >>> panel(model="llama-3-8b", gpus=8, gpu="h100")
 
-A bar per layout stacks model states, activations and buffers at their common peak, against the line of what a GPU may
-use; the table ranks the layouts. The panel asks :mod:`tutorial_lib.theory`, and remembers what it has been asked.
+A bar per layout stacks model states, activations and buffers at their common peak, with a line for a GPU's usable
+memory; the table ranks the layouts. The panel asks :mod:`tutorial_lib.theory`, and caches the answers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tutorial_lib.theory.plan import plan
 from tutorial_lib.theory.reasons import OFFLOAD_WARNING
 
 BARS = 8
-"""Layouts that are drawn and listed."""
+"""Number of layouts to draw and list."""
 
 _PARTS = {"states": BLUE, "activations": ORANGE, "buffers": GREEN}
 _SEQUENCES = (512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072)
@@ -34,16 +34,16 @@ _FREE = "chosen"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What the panel's widgets ask.
+    """Question of the panel's widgets to the planner.
 
     Args:
-        model: a public model's name.
-        gpu: a preset's name.
-        gpus: how many.
+        model: name of a public model.
+        gpu: name of a preset.
+        gpus: number of GPUs.
         seq_length: tokens per sequence.
         global_batch: sequences per step; ``None``: one micro-batch per rank.
         engine: ``deepspeed`` or ``fsdp``.
-        only_here: leave out what this course's engines do not have.
+        only_here: leave out layouts that this course's engines cannot run.
     """
 
     model: str = "llama-3-8b"
@@ -60,7 +60,7 @@ def candidates(question: Question) -> tuple[list[Candidate], Cluster]:
     """Return the layouts, best first, and the devices.
 
     Raises:
-        ValueError: a preset or a combination that cannot be planned.
+        ValueError: the preset or the combination cannot be planned.
     """
     preset, dims = find_gpu(question.gpu), MODELS[question.model]
     precision = "bf16" if "bf16" in preset.flops else "fp16"
@@ -78,7 +78,7 @@ def candidates(question: Question) -> tuple[list[Candidate], Cluster]:
 
 
 def answer(question: Question) -> str:
-    """Return the answer as HTML: a finding in words, the bars, the table."""
+    """Return the answer as HTML: the finding in words, the bars, the table."""
     try:
         found, cluster = candidates(question)
     except ValueError as error:
@@ -88,7 +88,7 @@ def answer(question: Question) -> str:
 
 
 def ranked(shown: list[Candidate]) -> Table:
-    """Return the layouts as a table, the best first."""
+    """Return the layouts as a table, best first."""
     return table(
         [
             {
@@ -102,7 +102,7 @@ def ranked(shown: list[Candidate]) -> Table:
 
 
 def bars(shown: list[Candidate], cluster: Cluster) -> str:
-    """Return an SVG: a stacked bar per layout, and the line of what one GPU may use."""
+    """Return an SVG: a stacked bar per layout, and a line for one GPU's usable memory."""
     left, width, step, bar = 270, 430, 24, 14
     most = max([cluster.gpu_memory, *(c.memory for c in shown)])
     scale = width / most
@@ -140,7 +140,7 @@ def bars(shown: list[Candidate], cluster: Cluster) -> str:
 
 
 def panel(**defaults: Any) -> Any:
-    """Return the widgets, with what they say now below them.
+    """Return the widgets, with their current answer below them.
 
     Args:
         **defaults: fields of :class:`Question` to start from.

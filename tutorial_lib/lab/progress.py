@@ -1,6 +1,6 @@
-"""How a run goes, while it goes: a curve or a line in a notebook, a bar in a terminal, a line now and then in a log.
+"""Progress of a run: a curve or a line in a notebook, a bar in a terminal, occasional lines in a log.
 
-All of them take the new rows of ``metrics.jsonl``, as whoever started the run finds them:
+All of them take new rows of ``metrics.jsonl`` from the process that started the run:
 
 >>> with progress(total_steps=60) as shown:
 ...     run(config, on_rows=shown.on_rows)
@@ -20,14 +20,14 @@ Row = Mapping[str, Any]
 
 
 class Progress:
-    """What all have in common: rows come in, :meth:`close` ends it. A context manager that closes itself.
+    """Base class: takes rows until :meth:`close`. A context manager that closes itself.
 
-    Several runs may follow one another: where the step number goes back, the next run begins. Until the first step is
-    done, which takes as long as processes take to start, :meth:`start` has said that something is on its way.
+    Several runs may follow one another: when the step number goes back, the next run has started. While processes start
+    and there is no step yet, :meth:`start` shows that something is on its way.
 
     Args:
         total_steps: optimizer steps of each run, or None if only its epochs are known.
-        title: what is running.
+        title: name of the activity.
         labels: names of the runs, in order, if there are several.
     """
 
@@ -47,10 +47,10 @@ class Progress:
             self._update()
 
     def start(self) -> None:
-        """Say that nothing is to be seen yet. :meth:`__enter__` calls it."""
+        """Show that there is nothing to see yet. :meth:`__enter__` calls this."""
 
     def close(self) -> None:
-        """Show the end. Safe to call twice."""
+        """Show the final state. Safe to call twice."""
 
     def __enter__(self) -> Progress:
         self.start()
@@ -78,9 +78,9 @@ class Progress:
 
 
 class NotebookProgress(Progress):
-    """One output of a cell, replaced while workers run: what the live curve and the live line share.
+    """One output of a cell, updated while workers run: the common part of the live curve and the live line.
 
-    A thread looks at it twice a second, so that a reader who waits sees seconds go by, and the last rows are shown even
+    A thread refreshes it twice a second, so that a waiting reader sees the seconds go by, and sees the latest rows even
     if no more follow.
     """
 
@@ -131,7 +131,7 @@ class NotebookProgress(Progress):
                     self._show({"text/plain": f"{self.title}: starting processes ... {self._waited():.0f} s"})
 
     def _refresh(self) -> None:
-        """Show again what has changed without a new row. The heartbeat calls it."""
+        """Update everything that changes without new rows. The heartbeat calls this."""
         raise NotImplementedError
 
     def _show_end(self) -> None:
@@ -159,7 +159,7 @@ class NotebookProgress(Progress):
 
 
 class LiveLine(NotebookProgress):
-    """A line in a notebook's output that says which run is on; at the end it counts them."""
+    """A line in a notebook's output that names the current run, and at the end counts all runs."""
 
     def _show_end(self) -> None:
         steps = sum(len(rows) for rows in self.runs)
@@ -185,9 +185,9 @@ class LiveCurve(NotebookProgress):
 
     Args:
         total_steps: as for :class:`Progress`, like ``title`` and ``labels``.
-        title: what is running. The last figure's title states where the loss began and ended.
+        title: name of the activity. The final figure's title also states the first and the last loss.
         labels: names of the runs.
-        interval: smallest number of seconds between two drawings: the processors are needed elsewhere.
+        interval: least number of seconds between two drawings, to leave the processors to the run.
     """
 
     def __init__(
@@ -256,7 +256,7 @@ class TerminalBar(Progress):
         while len(self._bars) < len(self.runs):
             self.close()
             self._bars.append(self._new_bar())
-            # A resumed run begins in the middle.
+            # A resumed run starts in the middle.
             self._bars[-1].initial = self.runs[len(self._bars) - 1][0]["step"] - 1
         last, bar = self._last(), self._bars[-1]
         bar.set_description(self._label(len(self.runs) - 1), refresh=False)
@@ -269,9 +269,9 @@ class LogLines(Progress):
 
     Args:
         total_steps: as for :class:`Progress`, like ``title`` and ``labels``.
-        title: what is running.
+        title: name of the activity.
         labels: names of the runs.
-        interval: seconds between two lines, at least. The last step is always reported.
+        interval: least number of seconds between two lines. The last step is always reported.
         file: where to write; default: standard error.
     """
 
@@ -309,13 +309,13 @@ class LogLines(Progress):
 def progress(
     total_steps: int | None, *, title: str = "training", labels: Sequence[str] = (), curve: bool = True
 ) -> Progress:
-    """The right one for where this process runs: notebook, terminal or log.
+    """Choose the right kind of progress for this process: notebook, terminal or log.
 
     Args:
         total_steps: optimizer steps of each run, or None if only its epochs are known.
-        title: what is running.
+        title: name of the activity.
         labels: names of the runs, in order, if there are several.
-        curve: in a notebook, draw a curve; else one line says which run is on.
+        curve: in a notebook, draw a curve; otherwise one line names the current run.
     """
     if display.in_notebook():
         kind = LiveCurve if curve else LiveLine
@@ -326,5 +326,5 @@ def progress(
 
 
 def _speed(row: Row) -> float:
-    """Tokens per second of one step, over all ranks."""
+    """Return the tokens per second of one step, over all ranks."""
     return float(row["tokens"]) / max(float(row["seconds"]), 1e-9)

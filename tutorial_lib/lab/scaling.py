@@ -1,6 +1,6 @@
-"""Scaling out (lesson 06): what was recorded on a cluster, and exercises checked against the reader's own runs.
+"""Exercises of lesson 06, scaling out, checked against the reader's own runs, and a recording from a cluster.
 
-Hints and solutions live here, so that nobody reads them before the question.
+Hints and solutions are kept here, so that nobody reads them before the question.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ RECORDING = Path(__file__).with_name("recorded") / "cluster.json"
 
 
 def recording() -> dict[str, Any]:
-    """Return what was recorded on a cluster, for readers who have none: see :data:`RECORDING`."""
+    """Return the recording from a cluster, for readers who have none: see :data:`RECORDING`."""
     return dict(json.loads(RECORDING.read_text(encoding="utf-8")))
 
 
 def hide_paths(text: str) -> str:
-    """Return a text with this machine's directories replaced by those of an imaginary cluster."""
+    """Replace this machine's directories in a text by the directories of an imaginary cluster."""
     for here, there in {str(Path.cwd()): "/shared/run", str(Path(sys.executable).parent): "/shared/course/bin"}.items():
         text = text.replace(here, there).replace(os.path.realpath(here), there)
     return text
@@ -34,8 +34,8 @@ def weak_efficiency(num_ranks: int, samples_per_second: Mapping[int, float]) -> 
     """Return the exercise on the efficiency of weak scaling.
 
     Args:
-        num_ranks: of the row that is asked for.
-        samples_per_second: of the reader's rows, over all ranks, by the number of ranks; 1 must be there.
+        num_ranks: number of ranks of the row in question.
+        samples_per_second: speeds of the reader's rows, over all ranks, by number of ranks, including 1.
     """
     one, many = samples_per_second[1], samples_per_second[num_ranks]
     expected = 100 * many / (num_ranks * one)
@@ -75,7 +75,7 @@ def memory_of_nodes(peaks: Sequence[int]) -> Exercise:
     """Return the exercise on the memory of virtual nodes.
 
     Args:
-        peaks: bytes of the node that held most, from fewest to most nodes.
+        peaks: bytes of the fullest node, from fewest to most nodes.
     """
     fell = (peaks[0] - peaks[-1]) / 2**20
     return Exercise(
@@ -127,7 +127,7 @@ def who_sets_local_rank(found: Sequence[Mapping[str, str | None]]) -> Exercise:
     """Return the exercise on variables under plain ``srun``.
 
     Args:
-        found: what each task found in its environment.
+        found: environment variables of each task.
     """
     missing = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if found[0][name] is None]
     return Exercise(

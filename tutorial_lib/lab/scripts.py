@@ -1,4 +1,4 @@
-"""Take-home scripts of ``notebooks/scripts``, imported by their names, so that a lesson can show and start them.
+"""Take-home scripts of ``notebooks/scripts``, importable by name, so that a lesson can show and start them.
 
 >>> from tutorial_lib.lab.scripts import train_fsdp
 >>> show_source(train_fsdp, only="train")
@@ -23,7 +23,7 @@ def __getattr__(name: str) -> ModuleType:
     """Import the script of this name.
 
     Raises:
-        AttributeError: there is none, or this is a copy of the package without the course.
+        AttributeError: there is no such script, or this is the package without the course.
     """
     path = DIRECTORY / f"{name}.py"
     if name.startswith("_") or not path.is_file():
@@ -44,13 +44,13 @@ def torchrun(
     """Start a script with torchrun on processes of this machine, and return the lines that it prints.
 
     Args:
-        script: of :data:`DIRECTORY`.
-        num_ranks: processes.
-        *arguments: of the script; numbers and paths are written as text.
-        on_line: called with each line as soon as it is there.
+        script: a script from :data:`DIRECTORY`.
+        num_ranks: number of processes.
+        *arguments: arguments of the script; numbers and paths are converted to text.
+        on_line: called with each line as soon as it is printed.
 
     Raises:
-        RuntimeError: a rank failed; the message ends with what it wrote on standard error.
+        RuntimeError: a rank failed; the message ends with its standard error.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
     command += [str(script.__file__), *map(str, arguments)]

@@ -1,4 +1,4 @@
-"""Library code shown in a lesson, from its source: what the text speaks of cannot drift from what runs."""
+"""Source listings: library code in a lesson, read from its source, so that it cannot drift from the code that runs."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _COLORS = {
     "def": "#3a7fc4",
     "builtin": "#2e7f9e",
 }
-"""Colours that can be read on a light and on a dark page. Fixed ones: JupyterLab removes its own theme's variables from
-the committed outputs of a notebook that has not been run yet."""
+"""Colours that are readable on light and dark pages. They are fixed, because JupyterLab removes its own theme's
+variables from the committed outputs of a notebook that has not been run yet."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Source text with the dotted name of what it defines."""
+    """Source text with the dotted name of the object that it defines."""
 
     name: str
     text: str
@@ -53,16 +53,16 @@ class Source:
 
 
 def show_source(obj: Any, *, only: str | Sequence[str] | None = None, docstrings: bool = True) -> Source:
-    """The source of a function, class or module, as a cell's last expression.
+    """Show the source of a function, class or module, as a cell's last expression.
 
     Args:
-        obj: what to show.
+        obj: the function, class or module.
         only: names defined in a class or module, shown in this order; a dotted name (``Trainer.save``) reaches
             into a class of a module.
-        docstrings: keep docstrings; without them a short function shows its code alone.
+        docstrings: keep docstrings; without them, a short function shows just its code.
 
     Raises:
-        ValueError: a name of ``only`` that is not there, with the names that are.
+        ValueError: ``only`` has an unknown name; the message lists the names that exist.
     """
     name = obj.__name__ if isinstance(obj, ModuleType) else f"{obj.__module__}.{obj.__qualname__}"
     members = [only] if isinstance(only, str) else only
@@ -78,7 +78,7 @@ def show_source(obj: Any, *, only: str | Sequence[str] | None = None, docstrings
 def _member(obj: Any, name: str, member: str) -> Callable[..., Any]:
     found = obj
     for part in member.split("."):
-        # What a class holds, not what it answers with: properties and class methods have their source inside.
+        # Get the attribute without binding it: properties and class methods have their source inside.
         found = inspect.getattr_static(found, part, None)
     for inner in ("fget", "__func__", "__wrapped__"):
         found = getattr(found, inner, None) or found
@@ -89,7 +89,7 @@ def _member(obj: Any, name: str, member: str) -> Callable[..., Any]:
 
 
 def _without_docstrings(text: str) -> str:
-    """Drop the lines of docstrings, keeping every other line as it is written."""
+    """Remove the lines of docstrings, and keep every other line as written."""
     lines = text.splitlines()
     drop: set[int] = set()
     for node in ast.walk(ast.parse(text)):

@@ -1,7 +1,7 @@
-"""Stacks of running processes: where in its own code each rank of a stuck run waits.
+"""Stacks of running processes: the place in its own code where each rank of a hanging run waits.
 
-Uses `py-spy <https://github.com/benfred/py-spy>`_, which reads a process's memory from outside: the process need not
-have been prepared. The kernel allows that to root and, where ``kernel.yama.ptrace_scope`` is 0, to the same user.
+Uses `py-spy <https://github.com/benfred/py-spy>`_, which reads a process's memory from outside, so the process needs no
+preparation. The kernel allows this to root and, if ``kernel.yama.ptrace_scope`` is 0, to the same user.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 Stack = tuple[str, ...]
-"""Calls of the main thread as ``FILE:LINE FUNCTION``, the innermost first."""
+"""Calls of the main thread as ``FILE:LINE FUNCTION``, innermost first."""
 
 
 class CannotRead(RuntimeError):
@@ -25,21 +25,21 @@ class CannotRead(RuntimeError):
 
 
 def workers_of(launcher: int) -> list[int]:
-    """Return the process ids of the ranks that a torchrun has started, in the order of their local ranks."""
+    """Return the process ids of the ranks that torchrun started, in the order of their local ranks."""
     found = {}
     for child in psutil.Process(launcher).children():
         try:
             found[int(child.environ()["LOCAL_RANK"])] = child.pid
-        except (psutil.Error, KeyError):  # it has just ended, or is no rank
+        except (psutil.Error, KeyError):  # it has just ended, or is not a rank
             continue
     return [found[rank] for rank in sorted(found)]
 
 
 def read_stack(pid: int) -> Stack:
-    """Return where the main thread of a process is.
+    """Read the stack of a process's main thread.
 
     Raises:
-        CannotRead: py-spy is not installed, may not look, or the process has ended.
+        CannotRead: py-spy is not installed or not allowed to read it, or the process has ended.
     """
     program = shutil.which("py-spy") or shutil.which("py-spy", path=str(Path(sys.executable).parent))
     if program is None:
@@ -58,11 +58,11 @@ def read_stack(pid: int) -> Stack:
 
 
 def wait_until_stuck(launcher: int, num_ranks: int, script: str, *, seconds: float = 60) -> list[Stack]:
-    """Wait until no rank has moved for a second, and return where each is.
+    """Wait until no rank has moved for a second, and return the stack of each.
 
     Args:
         launcher: process id of torchrun.
-        num_ranks: how many ranks it starts.
+        num_ranks: number of ranks that it starts.
         script: file name of the reader's script; a rank that is still importing is not in it.
         seconds: give up after this long.
 
@@ -82,11 +82,11 @@ def wait_until_stuck(launcher: int, num_ranks: int, script: str, *, seconds: flo
 
 
 def calls_in(stack: Sequence[str], script: str) -> list[str]:
-    """Return the calls of a stack that are in one file, and the library's call above them, the innermost first."""
+    """Return the calls of a stack that are in one file, and the library call inside them, innermost first."""
     own = [place for place, call in enumerate(stack) if call.startswith(f"{script}:")]
     return [*list(stack[:1]), *(stack[place] for place in own)]
 
 
 def _is_inside(stack: Stack, script: str) -> bool:
-    """Check that a rank is in a function of the script: at its top level it may still be importing."""
+    """Return whether a rank is in a function of the script: at its top level it may still be importing."""
     return sum(call.startswith(f"{script}:") for call in stack) > 1

@@ -1,7 +1,7 @@
-"""Step timeline: who gathers, computes and reduces when, read from a profiler's trace of one FSDP2 step.
+"""Step timeline: when a rank gathers, computes and reduces, read from a profiler's trace of one FSDP2 step.
 
-``torch.profiler`` records FSDP2's own marks, such as ``FSDP::all_gather (transformer.h.0)``. Between a unit's last mark
-before computing and its first one afterwards it computes.
+``torch.profiler`` records FSDP2's own marks, such as ``FSDP::all_gather (transformer.h.0)``. A unit computes between
+its last mark before computing and its first one afterwards.
 
 Source of the marks: ``torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py`` and ``_fsdp_state.py``.
 """
@@ -18,21 +18,21 @@ from typing import Any
 from tutorial_lib.lab.figures import BLUE, GREEN, ORANGE, Figure, styled_axes
 
 LANES = {"all-gather": BLUE, "compute": GREEN, "reduce-scatter": ORANGE}
-"""What a rank does at a time, with its colour."""
+"""Kinds of work of a rank, with their colours."""
 
 _MARK = re.compile(r"FSDP::(?P<what>[\w ]+?)(?: \((?P<unit>[\w.]*)\))?$")
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Something that a rank did.
+    """A piece of work of a rank.
 
     Args:
         lane: one of :data:`LANES`.
-        unit: the module that is gathered, computed or reduced; empty for the root, ``loss`` for what lies between
+        unit: the module that is gathered, computed or reduced; empty for the root, ``loss`` for the time between
             forward and backward of the layers.
-        start: milliseconds since the step began.
-        end: the same.
+        start: milliseconds since the start of the step.
+        end: milliseconds since the start of the step.
     """
 
     lane: str
@@ -42,7 +42,7 @@ class Span:
 
 
 def read_trace(path: str | Path) -> list[Span]:
-    """Return the spans of a trace by ``export_chrome_trace``, in the order in which they began.
+    """Read the spans from a trace by ``export_chrome_trace``, in the order in which they started.
 
     Raises:
         ValueError: the trace has none of FSDP2's marks.

@@ -1,7 +1,6 @@
 """Exercises of the ZeRO workshop (lesson 05), checked against the reader's own runs.
 
-The questions follow those of the workshop. Hints and solutions live here, so that nobody reads them before the
-question.
+The questions follow the workshop's. Hints and solutions are kept here, so that nobody reads them before the question.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ def when_to_stop(eval_losses: Sequence[float]) -> Exercise:
     """Return the exercise on overfitting.
 
     Args:
-        eval_losses: of the reader's baseline, after each epoch.
+        eval_losses: losses of the reader's baseline after each epoch.
     """
     best = min(range(len(eval_losses)), key=eval_losses.__getitem__) + 1
     others = {
@@ -36,12 +35,12 @@ def when_to_stop(eval_losses: Sequence[float]) -> Exercise:
 
 
 def batch_on_more_gpus(per_device: int, accumulation: int, num_gpus: int) -> Exercise:
-    """Return the exercise on what ``"auto"`` makes of the batch size.
+    """Return the exercise on the batch size that follows from ``"auto"``.
 
     Args:
         per_device: ``per_device_train_batch_size``.
         accumulation: ``gradient_accumulation_steps``.
-        num_gpus: processes of the job in the question.
+        num_gpus: number of processes of the job in the question.
     """
     total = per_device * accumulation * num_gpus
     return Exercise(
@@ -62,10 +61,10 @@ def batch_on_more_gpus(per_device: int, accumulation: int, num_gpus: int) -> Exe
 
 
 def fewest_bytes(rows: Sequence[Any]) -> Exercise:
-    """Return the exercise on which stage holds least.
+    """Return the exercise on the stage with the least memory.
 
     Args:
-        rows: of the reader's matrix of stages, with ``name`` and ``states_bytes``.
+        rows: rows of the reader's matrix of stages, with ``name`` and ``states_bytes``.
     """
     best = min(rows, key=lambda row: row.states_bytes)
     return Exercise(
@@ -83,7 +82,7 @@ def optimizer_share(num_parameters: int, num_ranks: int) -> Exercise:
     """Return the exercise on optimizer states under stage 1.
 
     Args:
-        num_parameters: of the reader's model.
+        num_parameters: number of parameters of the reader's model.
         num_ranks: data-parallel size in the question.
     """
     share = -(-num_parameters // num_ranks)
@@ -111,7 +110,7 @@ def price_of_offload(change_percent: float) -> Exercise:
     """Return the exercise on the runtime of offload.
 
     Args:
-        change_percent: of the runtime of stage 2 with offload against without, in the reader's run.
+        change_percent: change of stage 2's runtime through offload, in the reader's run.
     """
     return Exercise(
         "By how many percent did offload change the runtime of stage 2 in your run? A minus means that it became "

@@ -1,4 +1,4 @@
-"""Checks before a launch: everything that can be refused before a process starts."""
+"""Preflight checks: everything that can be refused before a process starts."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from tutorial_lib.records import RunDirectory
 _LOG = logging.getLogger(__name__)
 
 HEADROOM = 1 / 3
-"""Share of the memory, besides what starting takes, that model states must leave: BLOOM of 560 million parameters, with
-its optimizer offloaded on a CPU, peaked at 1.5 times its states, in moments when DeepSpeed copies them."""
+"""Share of the memory, beyond the start of the processes, that model states must leave free. BLOOM with 560 million
+parameters and its optimizer offloaded on a CPU peaked at 1.5 times its states, while DeepSpeed was copying them."""
 
 
 def preflight(config: Config) -> Config:
-    """Refuse what cannot run here, before a process starts.
+    """Refuse a configuration that cannot run here, before a process starts.
 
     Returns:
-        The configuration with the settings that its DeepSpeed file decides, and with absolute paths.
+        The configuration with the values of its DeepSpeed file applied, and with absolute paths.
 
     Raises:
         ConfigError: names what cannot run here and what to write instead.
-        CheckpointError: there are checkpoints, and none of them can be continued.
+        CheckpointError: there are checkpoints, but none of them can be resumed.
     """
     from tutorial_lib.checkpoint import check_continues, check_free, check_storage, latest, reads_data
     from tutorial_lib.dataloader import check_data, data_identity
@@ -56,21 +56,21 @@ def preflight(config: Config) -> Config:
     m = config.model
     model = load_config(m.name, trust_remote_code=m.trust_remote_code)
     check_sequence_length(config.data.seq_length, model)
-    trial_forward(config, model)  # first: what is no language model may have no tokenizer and no vocabulary
+    trial_forward(config, model)  # first: without a language model there may be no tokenizer and no vocabulary
     tokenizer = load_tokenizer(m.name, trust_remote_code=m.trust_remote_code)
     check_vocabulary(tokenizer, model)
     check_side_files(m.name)
     check_stored_weights(config)
     if m.freeze or config.engine.activation_checkpointing:
-        model_outline(config)  # refuses a pattern without a parameter, and a family that cannot recompute
+        model_outline(config)  # refuses a pattern that matches nothing, and a family that cannot recompute
     _check_states(config)
-    if config.parallel.tp > 1:  # an output layer with a weight of its own is split as well
+    if config.parallel.tp > 1:  # an output layer with its own weight is split as well
         model = load_trained_config(m.name, random_init=m.random_init, trust_remote_code=m.trust_remote_code)
     check_tensor_parallel(config.parallel.tp, model)
     if config.engine.name == "deepspeed":
         check_autotp(config, model)
         check_leaf_modules(config, lambda: model_outline(config))
-        if config.run.launcher != "ray":  # whose workers may be elsewhere
+        if config.run.launcher != "ray":  # Ray's workers may be on other machines
             check_outputs(config)
     check_storage(config)
     check_free(RunDirectory(config.directory), joined_rank(config) or 0)
@@ -79,7 +79,7 @@ def preflight(config: Config) -> Config:
     if has_data:
         check_data(config, tokenizer)
     if found:
-        # Under Ray the workers may have the tokens, and this machine not: they compare.
+        # Under Ray the workers may have the tokens while this machine has not, so the workers compare them.
         compares = has_data and config.run.launcher != "ray"
         check_continues(config, found, (lambda: data_identity(config, tokenizer)) if compares else None)
     return config
@@ -89,7 +89,7 @@ def check_together(configs: Sequence[Config]) -> None:
     """Refuse runs that cannot share processes.
 
     Raises:
-        ConfigError: says which setting keeps them apart.
+        ConfigError: names the setting in which they differ.
     """
     first = configs[0]
     if len(configs) > 1 and any(config.run.max_failures for config in configs):
@@ -99,8 +99,8 @@ def check_together(configs: Sequence[Config]) -> None:
         )
     if len(configs) > 1 and any(config.run.min_dp for config in configs):
         raise ConfigError(
-            "min_dp works with a single run only: each of several would go on with a size of its own. Start them "
-            "separately."
+            "min_dp works with a single run only: each of several runs would continue with a different size. Start "
+            "them separately."
         )
     for config in configs[1:]:
         for what in ("launcher", "device"):
@@ -114,7 +114,7 @@ def check_together(configs: Sequence[Config]) -> None:
                 f"{config.parallel.world_size} processes: start them separately."
             )
     if len({config.directory.resolve() for config in configs}) < len(configs):
-        raise ConfigError("Two runs have the same name and storage: each needs a name of its own.")
+        raise ConfigError("Two runs have the same name and storage: give each its own name.")
 
 
 def _check_gpus(config: Config) -> None:
@@ -124,16 +124,16 @@ def _check_gpus(config: Config) -> None:
     needed = config.parallel.world_size if config.run.launcher == "local" else 1
     if found < needed:
         raise ConfigError(
-            f"device='cuda' and {config.parallel.world_size} processes need {needed} GPUs here, and this machine has "
+            f"device='cuda' and {config.parallel.world_size} processes need {needed} GPUs here, but this machine has "
             f"{found}. Write profile='cpu', or a smaller dp. `python -m tutorial_lib doctor` shows what would run."
         )
 
 
 def _check_states(config: Config) -> None:
-    """Refuse model states that this machine has no memory for, if its processes are to hold them.
+    """Refuse model states that do not fit into this machine's memory, if its processes hold them.
 
-    What comes on top depends on the batch and the moment: activations, buffers, gradients that are not reduced yet.
-    A third of the memory is kept for them, so what passes may still be too large.
+    Activations, buffers and gradients that are not reduced yet come on top, and depend on the batch and the moment. A
+    third of the memory is reserved for them, so a run that passes may still be too large.
     """
     from tutorial_lib.engine.expected import expected_states, parameter_sizes
 
@@ -149,9 +149,8 @@ def _check_states(config: Config) -> None:
         where = "offload moves nothing on a CPU; " if config.engine.offload != "none" else ""
         raise ConfigError(
             f"This run needs {held + to_start:.1f} GB of memory, and {available:.1f} GB are free here: {held:.1f} GB "
-            f"for model states on {_ranks(ranks)}, and {to_start:.1f} GB to start; activations and buffers come on "
-            f"top, for which a third is kept. Write a smaller model, precision='bf16', or more ZeRO; {where}or close "
-            "other programs. "
+            f"for model states on {_ranks(ranks)}, and {to_start:.1f} GB to start; a third is reserved for activations "
+            f"and buffers. Write a smaller model, precision='bf16', or more ZeRO; {where}or close other programs. "
             "`python -m tutorial_lib plan` shows what would fit elsewhere."
         )
 
@@ -161,12 +160,12 @@ def _ranks(number: int) -> str:
 
 
 def _check_memory(config: Config) -> None:
-    """Refuse more processes than this machine has memory for: the kernel would end some of them, or other programs."""
+    """Refuse more processes than this machine has memory for: the kernel would kill some of them, or other programs."""
     world_size, available = config.parallel.world_size, available_memory_gb()
     possible = int(available / MEMORY_TO_START_GB)
     if world_size > possible:
         fewer = f"Write dp x tp of at most {possible}, close" if possible else "Close"
         raise ConfigError(
-            f"{world_size} processes need about {world_size * MEMORY_TO_START_GB:.1f} GB of memory to start, and "
+            f"{world_size} processes need about {world_size * MEMORY_TO_START_GB:.1f} GB of memory to start, but only "
             f"{available:.1f} GB are free here. {fewer} other programs, or raise the container's memory limit."
         )

@@ -1,22 +1,22 @@
-"""The ``train`` command of a run, as a scheduler's file holds it, and the template of such a file."""
+"""Scheduler files: their template, the ``train`` command in them, and whether a run fits the nodes they ask for."""
 
 from __future__ import annotations
 
 import shlex
 import string
 
-from tutorial_lib.config import Config
+from tutorial_lib.config import Config, ConfigError, ParallelConfig
 
 
 class Template(string.Template):
-    """Template whose values are at ``@{name}``: the shell has its own use for ``$``."""
+    """Template with placeholders ``@{name}``, because shells use ``$`` themselves."""
 
     delimiter = "@"
     pattern = r"@\{(?P<braced>\w+)\}|(?P<escaped>(?!))|(?P<named>(?!))|(?P<invalid>(?!))"  # type: ignore[assignment]
 
 
 def train_arguments(config: Config, profile: str, launcher: str) -> list[str]:
-    """Return the arguments of ``train``: the profile, the settings that were stated, and those that follow."""
+    """Return the arguments of ``train``: the profile, the settings that the caller gave, and those that follow."""
     config = config.with_absolute_paths()
     flat = config.flat()
     wanted = [name for name in flat if name in config.given | {"dp", "name", "storage"}]
@@ -34,8 +34,37 @@ def train_arguments(config: Config, profile: str, launcher: str) -> list[str]:
     return words
 
 
+def check_positive(**numbers: int) -> None:
+    """Refuse numbers below 1.
+
+    Raises:
+        ConfigError: names the number.
+    """
+    for name, number in numbers.items():
+        if number < 1:
+            raise ConfigError(f"{name} is {number}; the smallest possible value is 1.")
+
+
+def check_grid(parallel: ParallelConfig, nodes: int, ranks_per_node: int) -> None:
+    """Refuse a rank grid that does not fill its nodes exactly, or has a tensor-parallel group that spans nodes.
+
+    Raises:
+        ConfigError: says what to write instead.
+    """
+    if parallel.world_size != nodes * ranks_per_node:
+        raise ConfigError(
+            f"dp x tp is {parallel.world_size}, but {nodes} x {ranks_per_node} ranks are {nodes * ranks_per_node}. "
+            "Leave dp out: it follows from the others."
+        )
+    if ranks_per_node % parallel.tp:
+        raise ConfigError(
+            f"tp={parallel.tp} does not divide the {ranks_per_node} ranks of a node, so a tensor-parallel group would "
+            "span nodes. Write a tp that does."
+        )
+
+
 def wrapped(words: list[str], width: int) -> list[str]:
-    """Return the options of a shell command, quoted, in lines of about this width. A value stays with its option."""
+    """Return the options of a shell command, quoted, in lines of about this width. Options and values stay together."""
     options: list[str] = []
     for word in words:
         if word.startswith("--"):
@@ -52,5 +81,5 @@ def wrapped(words: list[str], width: int) -> list[str]:
 
 
 def count(number: int, one: str, more: str) -> str:
-    """Return a number and what it counts: ``1 node``, ``2 nodes``."""
+    """Return a number with the right form of its noun: ``1 node``, ``2 nodes``."""
     return f"{number} {one if number == 1 else more}"

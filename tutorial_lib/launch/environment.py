@@ -1,7 +1,7 @@
-"""Environment variables that say who starts a run: torchrun's, and Ray's.
+"""Environment variables of torchrun and Ray, which tell how a run is started.
 
-Those of torchrun are meant for ``launcher='none'`` alone. The other launchers start ranks of their own, whatever a
-shell still holds from earlier.
+Only ``launcher='none'`` uses torchrun's variables. The other launchers start their own ranks, and ignore variables that
+are left over in a shell.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def joined_rank(config: Config) -> int | None:
-    """Return this process's rank among those that somebody else has started, or None if it starts the run itself.
+    """Return this process's rank if torchrun or srun started it, or None if it starts the run itself.
 
     Raises:
         ConfigError: see :func:`check_environment`.
@@ -28,29 +28,29 @@ def joined_rank(config: Config) -> int | None:
 
 
 def is_under_torchrun(config: Config) -> bool:
-    """Check whether torchrun watches this process's exit code."""
+    """Return whether torchrun watches this process's exit code."""
     return joined_rank(config) is not None and "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def ray_address() -> str | None:
-    """Return the cluster that ``RAY_ADDRESS`` names, or None if Ray is to be started on this machine."""
+    """Return the cluster in ``RAY_ADDRESS``, or None if Ray is started on this machine."""
     address = os.environ.get("RAY_ADDRESS", "")
     return None if address in ("", "local") else address
 
 
 def check_environment(config: Config) -> None:
-    """Refuse an environment that cannot be meant so.
+    """Refuse environment variables that contradict the configuration or cannot work.
 
     Raises:
         ConfigError: torchrun has started this process, but the launcher would start all ranks again; a variable of
-            torchrun is missing or no number; or ``GLOO_SOCKET_IFNAME`` names no network interface, or one that the
+            torchrun is missing or not a number; or ``GLOO_SOCKET_IFNAME`` is not a network interface, or one that
             other nodes cannot reach.
     """
     if config.run.launcher == "none":
         _check_rendezvous(config.parallel.world_size)
     elif {"TORCHELASTIC_RUN_ID", "RANK"} <= os.environ.keys():
         raise ConfigError(
-            f"torchrun has started this process, and launcher={config.run.launcher!r} would start all "
+            f"torchrun has started this process, but launcher={config.run.launcher!r} would start all "
             f"{config.parallel.world_size} ranks again in each of its processes. Write --launcher none; or, if the "
             "variable TORCHELASTIC_RUN_ID is left over in this shell, unset it."
         )
@@ -59,13 +59,13 @@ def check_environment(config: Config) -> None:
         interfaces = [interface for _, interface in socket.if_nameindex()]
         if not set(name.split(",")) & set(interfaces):
             raise ConfigError(
-                f"GLOO_SOCKET_IFNAME is {name!r}, and this machine has no such network interface. Unset it, or write "
+                f"GLOO_SOCKET_IFNAME is {name!r}, but this machine has no such network interface. Unset it, or write "
                 f"one of: {', '.join(interfaces)}."
             )
 
 
 def _check_interfaces() -> None:
-    """Refuse an interface that no other node can reach."""
+    """Refuse a network interface that no other node can reach."""
     here, everywhere = (os.environ.get(name, "") for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     if not here or here == everywhere:
         return
@@ -98,11 +98,11 @@ def _check_rendezvous(world_size: int) -> None:
             raise ConfigError(f"{name} is {os.environ[name]!r}, not a whole number. {start}")
     if int(os.environ["WORLD_SIZE"]) != world_size:
         raise ConfigError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and dp x tp asks for {world_size} ranks: the others would "
-            f"never come. Write dp x tp = {os.environ['WORLD_SIZE']}, or start {world_size} ranks."
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but dp x tp asks for {world_size} ranks, so the run would "
+            f"hang. Write dp x tp = {os.environ['WORLD_SIZE']}, or start {world_size} ranks."
         )
     if not 0 < int(os.environ["MASTER_PORT"]) < 2**16:
-        raise ConfigError(f"MASTER_PORT is {os.environ['MASTER_PORT']}, no port from 1 to 65535. {start}")
+        raise ConfigError(f"MASTER_PORT is {os.environ['MASTER_PORT']}, not a port from 1 to 65535. {start}")
     if int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
         raise ConfigError(f"RANK is {os.environ['RANK']}, but WORLD_SIZE is {os.environ['WORLD_SIZE']}. {start}")
     _check_interfaces()

@@ -1,4 +1,4 @@
-"""Errors of a launch: what a failed rank could tell, and what the same command would do next."""
+"""Launch errors: the message of the rank that failed first, and what running the same command again would do."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from tutorial_lib.config import ConfigError
 from tutorial_lib.records import RunDirectory
 
 OUTPUT_OF_A_RANK = "\nIts output: "
-"""Words before the name of a failed rank's log."""
+"""Text before the name of a failed rank's log."""
 
 
 class WorkerError(RuntimeError):
-    """A worker failed. The message is the failing rank's own traceback."""
+    """A worker failed. The message holds the failing rank's own traceback."""
 
 
 def first_error(directories: Sequence[RunDirectory], otherwise: str) -> Exception:
-    """Return the error of the rank that failed first, or ``otherwise`` if no rank could write one."""
+    """Return the error of the rank that failed first, or an error with the text ``otherwise`` if no rank wrote one."""
     for directory in directories:
         record = directory.first_error()
         if record and record["type"] == ConfigError.__name__:
@@ -30,7 +30,7 @@ def first_error(directories: Sequence[RunDirectory], otherwise: str) -> Exceptio
 
 
 def next_start(directories: Sequence[RunDirectory]) -> str:
-    """Return what a start of the same runs would do."""
+    """Describe where the same runs would resume if they were started again."""
     from tutorial_lib.checkpoint import CheckpointError, next_start_from
 
     try:
@@ -38,4 +38,4 @@ def next_start(directories: Sequence[RunDirectory]) -> str:
     except CheckpointError as error:
         return str(error)
     where = ", ".join(f"{name!r} from {start or 'step 0'}" for name, start in found.items())
-    return f"Given the same command again, it goes on: {where}."
+    return f"Run the same command again, and it resumes: {where}."

@@ -2,8 +2,8 @@
 
 The first launch starts the server (:mod:`tutorial_lib.launch.warm_server`), which loads torch, transformers and
 DeepSpeed while the launching process checks the configuration; :func:`warm_up` starts it earlier. Later launches find
-it ready. Each launch has new processes, which find each other through a new file instead of a port, and gloo talks
-over loopback: nothing outside this machine can connect.
+it ready. Each launch gets new processes, which find each other through a new file instead of a port. gloo uses the
+loopback interface, so nothing outside this machine can connect.
 
 ``TUTORIAL_LIB_WARM_WORKERS=0`` in the environment starts each rank as a new interpreter instead.
 """
@@ -39,13 +39,13 @@ from tutorial_lib.records import RunDirectory
 WORKER = "tutorial_lib.launch.worker"
 
 _FATAL = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
-"""A rank killed by one of these signals cannot say why; its peers' errors are only consequences."""
+"""Signals that kill a rank before it can say why; its peers' errors are only consequences."""
 
 _NOTICED_SECONDS = 2.0
 """Seconds within which the end of a killed rank is noticed."""
 
 _PEERS_SECONDS = 10
-"""Seconds that the other ranks may take to end after one has failed."""
+"""Seconds that the other ranks have to end after one has failed."""
 
 _LIMITS = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
 
@@ -53,11 +53,11 @@ _HARMLESS = frozenset(
     "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE OMP_NUM_THREADS GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME DS_ACCELERATOR "
     "PYTHONBREAKPOINT PYTORCH_NVML_BASED_CUDA_CHECK PYTEST_CURRENT_TEST".split()
 )
-"""Environment variables that may change without a new server: ranks get them, or their effect, after the fork."""
+"""Environment variables that may change without a new server, because ranks get them after the fork."""
 
 
 def warm_up(device: str = "cpu") -> None:
-    """Start loading what local runs need, in the background. Returns at once; safe to call again."""
+    """Start loading the libraries of local runs in the background. Returns at once; safe to call again."""
     _idle.append(_take(device))
 
 
@@ -65,12 +65,12 @@ def launch(configs: Sequence[Config], poll: Callable[[], None], worker: str = WO
     """Run the configurations one after the other on ``dp x tp`` new processes.
 
     Args:
-        configs: what to run; all have the same number of ranks and the same device.
+        configs: what to run; all need the same number of ranks and the same device.
         poll: called a few times per second while the ranks run.
-        worker: the module that every rank runs: it has a ``main(configs_file, rendezvous_file)``.
+        worker: module that every rank runs; it has a ``main(configs_file, rendezvous_file)``.
 
     Raises:
-        WorkerError: a rank failed; all are gone when this is raised.
+        WorkerError: a rank failed. All ranks have ended when this is raised.
     """
     directories = [RunDirectory(config.directory) for config in configs]
     scratch = Path(tempfile.mkdtemp(prefix="tutorial-lib-"))
@@ -84,7 +84,7 @@ def launch(configs: Sequence[Config], poll: Callable[[], None], worker: str = WO
         )
         if failures and not _ended_by_request(failures, directories):
             raise _error(failures, outputs, directories)
-    except KeyboardInterrupt:  # the second: the first asked the ranks to save
+    except KeyboardInterrupt:  # the second one: the first only asked the ranks to save
         server.close(patience=0)
         raise
     finally:
@@ -97,20 +97,20 @@ def launch(configs: Sequence[Config], poll: Callable[[], None], worker: str = WO
 
 
 def stop_server() -> None:
-    """End the idle servers of this process. Nothing needs this: they end with the process that started them."""
+    """End the idle servers of this process. Optional: they end with the process that started them."""
     while _idle:
         _idle.pop().close()
 
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    """A rank that ended with another exit code than 0.
+    """A rank that ended with a nonzero exit code.
 
     Attributes:
-        rank: which one.
-        exit_code: 1 after an exception; minus the number of the signal that ended it.
+        rank: number of the rank.
+        exit_code: 1 after an exception; after a signal, minus the signal's number.
         time: when its end was noticed, in seconds since 1970.
-        is_by_us: whether the launcher killed it, because it did not end after another rank had failed.
+        is_by_us: whether the launcher killed it because it did not end after another rank had failed.
     """
 
     rank: int
@@ -130,10 +130,10 @@ class _Server:
         ours, theirs = socketpair()
         self._output = tempfile.TemporaryFile()
         self._connection = Connection(ours.detach())
-        # The package and its libraries are those of this process, whatever lies in the working directory.
+        # The package and its libraries come from this process, whatever is in the working directory.
         program = [sys.executable, "-P", "-m", "tutorial_lib.launch.warm_server"]
         path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
-        # DeepSpeed decides at import what it computes on. A server must not touch the GPU, see there.
+        # DeepSpeed chooses its device at import. The server itself must not touch the GPU, see its module.
         special = {"DS_ACCELERATOR": device, "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "PYTHONPATH": path}
         with theirs:
             self._process = subprocess.Popen(
@@ -143,7 +143,7 @@ class _Server:
                 stdin=subprocess.DEVNULL,
                 stdout=self._output,
                 stderr=self._output,
-                # Ctrl-C in a terminal reaches this process, which then asks the ranks to save and stop.
+                # Ctrl-C in a terminal must only reach this process, which then asks the ranks to save and stop.
                 start_new_session=True,
             )
 
@@ -152,12 +152,12 @@ class _Server:
         return self._owner == os.getpid() and self._process.poll() is None
 
     def run(self, job: Job, poll: Callable[[], None], is_stopped: Callable[[], bool]) -> list[_Failure]:
-        """Start the ranks and wait for their end. Returns those that failed.
+        """Start the ranks, wait for their end, and return those that failed.
 
         Args:
-            job: the ranks.
+            job: the ranks to start.
             poll: called a few times per second.
-            is_stopped: whether the runs were asked to stop. If they are before the ranks have started, none starts.
+            is_stopped: whether the runs were asked to stop. If so before the ranks have started, none is started.
 
         Raises:
             WorkerError: the server itself has died.
@@ -181,7 +181,7 @@ class _Server:
                 self._tell("signal", signal.SIGKILL)
                 has_killed = True
             elif not self._has_started and is_stopped():
-                return []  # busy as it is, the server is closed by the caller
+                return []  # the server is still busy, so the caller closes it
             poll()
         self.is_busy = False
         return failures
@@ -193,7 +193,7 @@ class _Server:
             raise self._death() from error
 
     def _hear(self) -> tuple[Any, ...]:
-        """Return the server's next message, or one of no kind if none comes within a moment."""
+        """Return the server's next message, or one with an empty kind if none comes within a moment."""
         try:
             return self._connection.recv() if self._connection.poll(POLL_SECONDS) else ("",)
         except (EOFError, OSError) as error:
@@ -205,13 +205,13 @@ class _Server:
         return WorkerError(f"The process that starts the ranks has died. Its output:\n{printed}")
 
     def close(self, patience: float = _PEERS_SECONDS) -> None:
-        """Ask any ranks to save and stop, kill those still there after ``patience`` seconds, and end the server."""
+        """Ask any ranks to save and stop, kill those left after ``patience`` seconds, and end the server."""
         if self._owner != os.getpid() or self.is_closed:
             return
         self.is_closed = True
         self._connection.close()
         try:
-            # The ranks share the server's process group: if it was killed, they save and stop all the same.
+            # The ranks share the server's process group, so they save and stop even if the server was killed.
             end = time.monotonic() + (patience if self._has_started else 0)
             while time.monotonic() < end and self._is_any_alive():
                 time.sleep(0.05)
@@ -222,8 +222,8 @@ class _Server:
             self._output.close()
 
     def _is_any_alive(self) -> bool:
-        """Check for the server and its ranks, which are one process group."""
-        self._process.poll()  # else a server that has ended would stay one of them
+        """Return whether the server or a rank is alive; together they are one process group."""
+        self._process.poll()  # reaps a server that has ended, which would otherwise still count
         try:
             os.killpg(self._process.pid, 0)
         except ProcessLookupError:
@@ -237,7 +237,7 @@ atexit.register(stop_server)
 
 
 def _take(device: str) -> _Server:
-    """Return a server that nobody uses, and whose modules and environment are those of this process now."""
+    """Return an idle server with this process's current modules and environment; start one if needed."""
     wanted = _state(device)
     with _taking:
         for server in list(_idle):
@@ -251,7 +251,7 @@ def _take(device: str) -> _Server:
 
 
 def _state(device: str) -> dict[str, object]:
-    """Return what a server inherits or reads once. If any of it changes, a new server is needed."""
+    """Return everything that a server inherits or reads only once. If it changes, a new server is needed."""
     package = Path(__file__).parents[1]
     return {
         "device": device,
@@ -266,7 +266,7 @@ def _state(device: str) -> dict[str, object]:
 
 
 def _modules() -> tuple[str, ...]:
-    """Return the modules that a server is to import: none for a cold one."""
+    """Return the modules for a server to import: none for a cold one."""
     return () if os.environ.get("TUTORIAL_LIB_WARM_WORKERS") == "0" else MODULES
 
 
@@ -280,7 +280,7 @@ def _job(configs: Sequence[Config], scratch: Path, outputs: Sequence[Path], work
         "NCCL_SOCKET_IFNAME": "lo",
     }
     size = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
-    shared = {**defaults, **os.environ, **size}  # once: a pickle holds each of these strings a single time
+    shared = {**defaults, **os.environ, **size}  # shared by all ranks, so that a pickle holds each string only once
     return Job(
         module=worker,
         arguments=(str(configs_file), str(scratch / "rendezvous")),
@@ -292,14 +292,14 @@ def _job(configs: Sequence[Config], scratch: Path, outputs: Sequence[Path], work
 
 
 def _ended_by_request(failures: Sequence[_Failure], directories: Sequence[RunDirectory]) -> bool:
-    """Check that the ranks were asked to stop, and that those that failed met the signal outside of training."""
+    """Return whether the ranks were asked to stop, and failed ones were only hit by the signal outside training."""
     asked = any(directory.stop_file.exists() for directory in directories)
     by_signal = all(failure.exit_code in (-signal.SIGTERM, -signal.SIGUSR1) for failure in failures)
     return asked and by_signal and not any(directory.errors() for directory in directories)
 
 
 def _error(failures: Sequence[_Failure], outputs: Sequence[Path], directories: Sequence[RunDirectory]) -> Exception:
-    """Return the error of the rank that failed first, in its own words where it could leave any."""
+    """Return the error of the rank that failed first, in its own words if it left any."""
     written = [record for directory in directories for record in directory.errors()]
     failure = _first_failure(failures, written)
     if -failure.exit_code in _FATAL and failure.rank not in {record["rank"] for record in written}:
@@ -311,8 +311,8 @@ def _error(failures: Sequence[_Failure], outputs: Sequence[Path], directories: S
 def _first_failure(failures: Sequence[_Failure], written: Sequence[dict[str, Any]]) -> _Failure:
     """Return the failure that caused the others.
 
-    A rank that a fatal signal ended cannot say why, and its peers fail as soon as they miss it, so their errors may be
-    noticed a moment earlier than its end. Later than that moment, the signal is a consequence itself: a collective that
+    A rank that was killed by a signal cannot say why. Its peers fail as soon as they miss it, so their errors may be
+    noticed a moment before its end. If the signal comes later than that, it is a consequence itself: a collective that
     lost its peer may abort, and the launcher kills ranks that do not end.
     """
     own = [failure for failure in failures if not failure.is_by_us] or list(failures)
@@ -321,7 +321,7 @@ def _first_failure(failures: Sequence[_Failure], written: Sequence[dict[str, Any
 
 
 def _describe(failure: _Failure, outputs: Sequence[Path], directories: Sequence[RunDirectory]) -> str:
-    """Return what is known of a rank that wrote no error."""
+    """Describe the end of a rank that wrote no error."""
     output = outputs[failure.rank]
     printed = output.read_text(errors="replace").strip() if output.exists() else ""
     ended = f"Rank {failure.rank} ended with exit code {failure.exit_code} and "
@@ -336,7 +336,7 @@ def _describe(failure: _Failure, outputs: Sequence[Path], directories: Sequence[
 
 
 def _last_output(rank: int, printed: str, directories: Sequence[RunDirectory], lines: int = 20) -> str:
-    """Return the end of what a rank wrote: into its newest run's log, and before and after its runs."""
+    """Return the last lines of a rank's output: from its newest run's log, and from before and after its runs."""
     logs = [path for path in (directory.log_file(rank) for directory in directories) if path.is_file()]
     newest = max(logs, key=lambda log: log.stat().st_mtime, default=None)
     parts = [newest.read_text(errors="replace") if newest else "", printed]

@@ -1,4 +1,4 @@
-"""Runs: start one or several with the launcher that the configuration names, and wait for their end."""
+"""Runs: start one or several with the configured launcher, and wait for their end."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Run:
     """A run that has ended.
 
     Attributes:
-        config: what was run.
-        result: what ``result.json`` holds.
-        rows: what ``metrics.jsonl`` holds, a row per optimizer step.
+        config: the configuration that was run.
+        result: content of ``result.json``.
+        rows: rows of ``metrics.jsonl``, one per optimizer step.
     """
 
     config: Config
@@ -43,7 +43,7 @@ class Interrupted(KeyboardInterrupt):
     It is a KeyboardInterrupt, so that neither a script nor *Run All* continues as if nothing had happened.
 
     Attributes:
-        runs: the runs that had begun; each has saved. Empty if the request came before the first one.
+        runs: the runs that had started; each has saved. Empty if the request came before the first one.
     """
 
     def __init__(self, message: str, runs: Sequence[Run]) -> None:
@@ -55,7 +55,8 @@ def warm_up(config: Config) -> None:
     """Start loading libraries for runs like this one in the background, so that the first run starts sooner.
 
     Args:
-        config: its launcher and device decide what is loaded. It is not checked, so it may still be incomplete.
+        config: a configuration whose launcher and device decide what to load. It is not checked, so it may still be
+            incomplete.
     """
     if config.run.launcher == "local":
         local.warm_up(config.run.device)
@@ -66,21 +67,21 @@ def warm_up(config: Config) -> None:
 
 
 def run(config: Config, *, on_rows: OnRows | None = None) -> Run:
-    """Run or continue one training run with the launcher that the configuration names.
+    """Start or resume a training run with the configured launcher, and wait for its end.
 
     Raises:
         ConfigError: the configuration cannot run here; no rank was started.
         WorkerError: a worker failed; the message is its own traceback.
-        Interrupted: Ctrl-C was pressed, or a signal came before the run began. A run that had begun has saved.
+        Interrupted: Ctrl-C was pressed, or a signal came before the run started. A run that had started has saved.
     """
     return run_all([config], on_rows=on_rows)[0]
 
 
 def reshape(source: Path, **flat: Any) -> Run:
-    """Make a run whose checkpoint is that of another, saved in another shape, by ranks of that shape.
+    """Create a new run from another run's checkpoint, saved in a different shape by ranks of that shape.
 
-    Training goes on in another shape without it: a run resumes in any. This writes the checkpoint and trains nothing,
-    and it leaves the old run as it is.
+    Training does not need this, because a run can resume in any shape. A reshape writes the checkpoint without training
+    a step, and leaves the old run unchanged.
 
     Args:
         source: a run's directory (its newest checkpoint), or one checkpoint.
@@ -88,7 +89,7 @@ def reshape(source: Path, **flat: Any) -> Run:
 
     Raises:
         CheckpointError: the checkpoint is damaged.
-        ConfigError: the settings cannot run or would make other updates, or a run of this name exists.
+        ConfigError: the settings cannot run or would change the updates, or a run of this name exists.
         WorkerError: a worker failed; there is no new run.
     """
     from tutorial_lib import checkpoint
@@ -99,23 +100,23 @@ def reshape(source: Path, **flat: Any) -> Run:
         with checkpoint.staged(source, config) as start:
             run(start)
     except WorkerError as error:
-        # The logs went with the directory in which the attempt was made.
+        # The logs are gone together with the temporary directory of the attempt.
         raise WorkerError(str(error).partition(OUTPUT_OF_A_RANK)[0]) from error
     directory = RunDirectory(config.directory)
     return Run(config, directory.result(), directory.rows())
 
 
 def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None, worker: str | None = None) -> list[Run]:
-    """Run several configurations one after the other, in the same processes, because starting them takes longest.
+    """Run several configurations one after the other in the same processes, because starting those takes longest.
 
     Args:
-        configs: all ask for the same launcher, device and number of processes, and have names of their own.
+        configs: configurations with the same launcher, device and number of processes, and with different names.
         on_rows: called with new metrics rows.
-        worker: with the local launcher, the module that each rank runs in place of ``tutorial_lib.launch.worker``.
+        worker: with the local launcher, the module that each rank runs instead of ``tutorial_lib.launch.worker``.
 
     Raises:
-        Interrupted: Ctrl-C was pressed, or a signal came before the last run had begun. The run under way, if any,
-            has saved; the runs after it have not begun.
+        Interrupted: Ctrl-C was pressed, or a signal came before the last run had started. The current run, if any, has
+            saved; the runs after it have not started.
     """
     first = configs[0]
     warm_up(first)
@@ -133,7 +134,7 @@ def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None, worker:
             held.enter_context(checkpoint.held_for_launch(directory, rank or 0))
         signals: list[int] = []
         watched = Watcher(directories, on_rows, signals)
-        if rank is None:  # else rank 0 does so when it trains
+        if rank is None:  # otherwise rank 0 does this when it trains
             for directory in directories:
                 directory.create()
                 directory.clear_requests()
@@ -161,7 +162,7 @@ def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None, worker:
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
-    """Return what changes when a file is written again, or None if it does not exist."""
+    """Return a stamp that changes whenever a file is rewritten, or None if the file does not exist."""
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -171,11 +172,11 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 def _where_stopped(runs: Sequence[Run], configs: Sequence[Config]) -> str:
     if not runs:
-        return "stopped before training began; no step was run. Run it again to start or resume."
+        return "stopped before training started; no step was run. Run it again to start or resume."
     last = runs[-1]
     not_begun = [config.run.name for config in configs[len(runs) :]]
-    more = f"; not begun: {', '.join(not_begun)}" if not_begun else ""
+    more = f"; not started: {', '.join(not_begun)}" if not_begun else ""
     if last.result["status"] == "completed":
         return f"run {last.config.run.name!r} had completed when the interrupt came{more}."
     where = f"stopped at step {last.result['step']} of {last.result['num_steps']} and was saved"
-    return f"run {last.config.run.name!r} {where}{more}. Run it again to go on from there."
+    return f"run {last.config.run.name!r} {where}{more}. Run it again to continue from there."

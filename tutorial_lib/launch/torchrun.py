@@ -1,7 +1,7 @@
-"""Act as the rank named in the environment (``--launcher none``): ``torchrun`` sets these variables.
+"""Launcher for torchrun (``--launcher none``): be the rank that the environment describes.
 
-RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT come from ``torchrun``, which under SLURM ``srun`` starts once
-per node; nothing is set by hand. Without them, a run of one process is a process group of one.
+``torchrun`` sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; never set them by hand. Under SLURM,
+``srun`` starts one ``torchrun`` per node. Without these variables, a run with one rank is its own process group.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.launch.environment import addresses
 
 TIMEOUT = timedelta(minutes=10)
-"""After this long without an answer from a peer, a collective fails instead of waiting on."""
+"""Time without an answer from a peer after which a collective fails instead of hanging."""
 
 JOIN_TIMEOUT = timedelta(minutes=5)
-"""Ranks wait this long for each other at the start: nodes may take minutes to load from a busy file system."""
+"""Time that ranks wait for each other at the start: nodes may take minutes to load from a busy file system."""
 
 
 class RendezvousError(RuntimeError):
-    """The ranks did not come together. The message says why, as far as this rank can tell."""
+    """The ranks did not find each other. The message says why, as far as this rank can tell."""
 
 
 def launch(configs: Sequence[Config]) -> int:
-    """Run the configurations as one rank of a process group that somebody else has started.
+    """Run the configurations as one rank of a process group that torchrun or srun started.
 
     Returns:
-        How many were begun: fewer than all if one was asked to stop.
+        Number of configurations that were started: fewer than all if one was asked to stop.
 
     Raises:
-        ConfigError: the launcher's environment variables are missing although several ranks are asked for.
+        ConfigError: the launcher's environment variables are missing, although several ranks are needed.
     """
     from tutorial_lib.trainer import train_all
 
@@ -52,9 +52,9 @@ def launch(configs: Sequence[Config]) -> int:
                     f"`python -m torch.distributed.run --nproc_per_node {world_size} -m tutorial_lib train ...`, "
                     "or write launcher='local'."
                 )
-            # DeepSpeed reads LOCAL_RANK even when it runs alone; what an earlier shell left over is not meant.
+            # DeepSpeed reads LOCAL_RANK even in a single process. Ignore one that is left over in the shell.
             alone = {"LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-            # Nobody else has to reach this process.
+            # No other process has to reach this one.
             interface = {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
             stack.enter_context(_environment({**alone, **interface}))
             init_method = f"file://{stack.enter_context(TemporaryDirectory())}/rendezvous"
@@ -66,7 +66,7 @@ def launch(configs: Sequence[Config]) -> int:
 
 @contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Set environment variables for as long as the block runs."""
+    """Set environment variables while the block runs."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -81,10 +81,10 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 @contextmanager
 def process_group(config: Config, init_method: str) -> Iterator[None]:
-    """The default process group for as long as the block runs: gloo on CPUs; on GPUs NCCL, with gloo for objects.
+    """Create the default process group while the block runs: gloo on CPUs; on GPUs NCCL, with gloo for objects.
 
     Raises:
-        RendezvousError: the ranks did not come together in time.
+        RendezvousError: the ranks did not find each other in time.
     """
     from tutorial_lib.mpu.device import local_device
 
@@ -102,7 +102,7 @@ def process_group(config: Config, init_method: str) -> Iterator[None]:
             device_id=None if device.type == "cpu" else device,
         )
         store.set_timeout(TIMEOUT)
-    except RuntimeError as error:  # all of torch.distributed's are
+    except RuntimeError as error:  # every error of torch.distributed is one
         if init_method != "env://":
             raise
         raise RendezvousError(_why_apart(error)) from error
@@ -113,7 +113,7 @@ def process_group(config: Config, init_method: str) -> Iterator[None]:
 
 
 def _why_apart(error: RuntimeError) -> str:
-    """Return in words why the ranks that the environment names did not come together."""
+    """Explain why the ranks that the environment describes did not find each other."""
     said = str(error).splitlines()[0] if str(error) else type(error).__name__
     rank, world_size, host, port = (os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
     who = f"Rank {rank} of {world_size}, on {socket.gethostname()},"
@@ -128,8 +128,8 @@ def _why_apart(error: RuntimeError) -> str:
         )
     elif "EADDRINUSE" in said:
         why = (
-            f"{who} cannot wait for the others at {host}:{port}: another program uses the port. Choose another port, "
-            "or end that program."
+            f"{who} cannot wait for the others at {host}:{port}: another program is using the port. Choose another "
+            "port, or end that program."
         )
     elif not _resolves(host):
         why = (
@@ -154,7 +154,7 @@ def _resolves(host: str) -> bool:
 
 
 def log_ranks(config: Config) -> None:
-    """Print on rank 0 where the ranks met, and which of them is where. Collective."""
+    """Print on rank 0 where the ranks met, and the node and process of each. Collective."""
     from tutorial_lib.mpu import Topology
     from tutorial_lib.mpu.collectives import all_gather_objects
     from tutorial_lib.mpu.device import local_device

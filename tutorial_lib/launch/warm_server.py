@@ -1,18 +1,18 @@
 """Warm server: a process with everything imported, from which the local launcher forks its ranks.
 
-Importing torch, transformers and DeepSpeed takes seconds; a training run of a few steps takes one. So the process that
-launches keeps one server beside it. The server imports everything once and then only waits: it runs no torch operation
-and no tokenizer, because the threads of OpenMP, autograd and tokenizers do not survive a fork. Each launch gets
-new processes, forked from here, and they are never reused.
+Importing torch, transformers and DeepSpeed takes several seconds; a training run of a few steps takes one. So the
+launching process keeps a server beside it. The server imports everything once and then only waits: it runs no torch
+operation and no tokenizer, because the threads of OpenMP, autograd and tokenizers do not survive a fork. Each launch
+gets new processes, forked from here and never reused.
 
-The two sides talk through a socket pair in pickled messages. The launching process sends ``("start", Job)`` and
+The two sides exchange pickled messages through a socket pair. The launching process sends ``("start", Job)`` and
 ``("signal", number)``; the server answers ``("started",)`` and, for each rank, ``("ended", rank, exit code, time)``.
-When the launching process is gone, the socket closes: the server then asks its ranks to save and stop, waits for them,
+When the launching process ends, the socket closes: the server then asks its ranks to save and stop, waits for them,
 and ends.
 
 The launcher starts it with ``python -m tutorial_lib.launch.warm_server PID DESCRIPTOR [MODULE ...]``: its own process
-id, the server's end of the socket pair, and what to import. A *cold* server imports nothing, and starts each rank as a
-new interpreter.
+id, the server's end of the socket pair, and the modules to import. A *cold* server imports nothing, and starts each
+rank as a new interpreter.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ MODULES = (
     *(f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "qwen2", "bloom")),
     *(f"transformers.models.{name}.tokenization_{name}" for name in ("gpt2", "qwen2")),
 )
-"""Modules that a warm server imports. Imports inside their functions are left to the ranks that need them."""
+"""Modules that a warm server imports. The ranks do the imports inside functions themselves."""
 
 _PARENT_CHECK_SECONDS, _LOOK_SECONDS = 1.0, 0.1
 
 _ORPHANS_SECONDS = 600
-"""Seconds that ranks may take to save and stop when their launching process is gone."""
+"""Seconds for ranks to save and stop when their launching process is gone."""
 
 OF_A_JOB = (signal.SIGTERM, signal.SIGUSR1)
-"""Signals that schedulers send to every process of a job when its time is nearly up."""
+"""Signals that schedulers send to every process of a job shortly before its time is up."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -62,10 +62,10 @@ class Job:
     """The ranks of one launch.
 
     Attributes:
-        module: has a ``main`` that takes ``arguments``, and is a program for ``python -m`` as well.
-        arguments: the same for every rank.
-        environments: each rank's whole environment.
-        outputs: the file that takes each rank's standard output and standard error.
+        module: module with a ``main`` that takes ``arguments``; also a program for ``python -m``.
+        arguments: arguments of ``main``, the same for every rank.
+        environments: each rank's complete environment.
+        outputs: file for each rank's standard output and standard error.
         directory: the working directory.
         path: the launching process's ``sys.path``.
     """
@@ -79,24 +79,24 @@ class Job:
 
 
 def main(launcher_pid: str, descriptor: str, *modules: str) -> None:
-    """Serve the launching process until it is gone."""
+    """Serve the launching process until it ends."""
     launcher = int(launcher_pid)
     ranks: dict[int, ForkProcess] = {}
-    # A scheduler may signal every process of a job. The ranks save and stop; this one stays to tell how they ended.
+    # A scheduler may signal every process of a job. The ranks save and stop; the server stays to report how they ended.
     for number in OF_A_JOB:
         signal.signal(number, lambda received, _frame: _signal(ranks.values(), received))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = Connection(int(descriptor))
     with ending_with(launcher):
         can_fork = bool(modules) and import_everything(modules)
-    while os.getppid() == launcher:  # else somebody the launcher forked still holds its end of the socket
-        # A sentinel tells the end of a forked rank at once. A new interpreter has closed it, and is looked at instead.
+    while os.getppid() == launcher:  # if not, another fork of the launcher still holds its end of the socket
+        # A sentinel shows the end of a forked rank at once. New interpreters close theirs, and must be polled.
         sentinels = [process.sentinel for process in ranks.values()] if can_fork else []
         wait([connection, *sentinels], timeout=_PARENT_CHECK_SECONDS if can_fork else _LOOK_SECONDS)
         for rank, process in list(ranks.items()):
             if process.exitcode is not None:
                 del ranks[rank]
-                with suppress(OSError):  # a launcher that is gone is noticed below
+                with suppress(OSError):  # if the launcher is gone, the loop notices it below
                     connection.send(("ended", rank, process.exitcode, time.time()))
         try:
             message: tuple[str, Any] = connection.recv() if connection.poll() else ("", None)
@@ -117,7 +117,7 @@ def main(launcher_pid: str, descriptor: str, *modules: str) -> None:
 
 @contextmanager
 def ending_with(launcher: int) -> Iterator[None]:
-    """Exit soon after the launching process ends, even while imports keep this one from reading messages."""
+    """Exit soon after the launching process ends, even while imports keep this process from reading messages."""
 
     def check(*_: Any) -> None:
         if os.getppid() != launcher:
@@ -133,12 +133,12 @@ def ending_with(launcher: int) -> Iterator[None]:
 
 
 def import_everything(modules: Sequence[str] = MODULES) -> bool:
-    """Import what ranks need. Returns whether they can be forked from this process."""
+    """Import the modules that ranks need, and return whether ranks can be forked from this process."""
     warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
     import_modules(modules)
     with suppress(Exception):
-        # Fill caches that every rank would otherwise fill again: a thousand regular expressions for weight names, and
-        # the list of DeepSpeed operators that can be built here.
+        # Fill caches that every rank would otherwise fill by itself: a thousand regular expressions for weight names,
+        # and the list of DeepSpeed operators that can be built here.
         sys.modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("gpt2")
         _ = sys.modules["deepspeed.ops"].__compatible_ops__
     torch = sys.modules.get("torch")
@@ -149,10 +149,10 @@ def import_everything(modules: Sequence[str] = MODULES) -> bool:
 def import_modules(names: Iterable[str]) -> None:
     """Import modules for processes that are forked from this one."""
     for name in names:
-        # A rank that needs a broken module fails with its own traceback; the others do without it.
+        # A rank that needs a broken module fails with its own traceback; other ranks do not need it.
         with suppress(Exception):
             importlib.import_module(name)
-    # Keep the collector from touching, and so copying, the pages that all ranks share.
+    # Keep the garbage collector from touching, and so copying, the memory pages that all ranks share.
     gc.collect()
     gc.freeze()
 
@@ -167,7 +167,7 @@ def _start(job: Job, connection: Connection, can_fork: bool, ranks: dict[int, Fo
     """Add the job's ranks to ``ranks`` as they start."""
     context = multiprocessing.get_context("fork")
     become = _run_module if can_fork else _replace_process
-    # A signal in between would find a rank that has not put this process's handlers away yet.
+    # Otherwise a signal could hit a rank that still has this process's signal handlers.
     signal.pthread_sigmask(signal.SIG_BLOCK, OF_A_JOB)
     try:
         for rank in range(len(job.environments)):
@@ -179,8 +179,8 @@ def _start(job: Job, connection: Connection, can_fork: bool, ranks: dict[int, Fo
 
 
 def _be_rank(job: Job, rank: int, connection: Connection, become: Any, server: int) -> None:
-    """Turn this forked process into a rank: its environment, output, directory, and then its program."""
-    # If the server is killed, the kernel sends this: the run saves and stops at its next step. Outlives an exec.
+    """Turn this forked process into a rank: set its environment, output and directory, then run its program."""
+    # If the server is killed, the kernel sends SIGTERM, and the run saves and stops. This survives an exec.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != server:
         os._exit(1)
@@ -199,7 +199,7 @@ def _be_rank(job: Job, rank: int, connection: Connection, become: Any, server: i
 
 
 def _run_module(job: Job) -> None:
-    """Call the program's ``main`` in this process, set up as a new interpreter would be."""
+    """Call the program's ``main`` in this process, set up like a new interpreter."""
     sys.path[:] = job.path
     sys.argv = [job.module, *job.arguments]
     use_threads_of_environment()
@@ -207,14 +207,14 @@ def _run_module(job: Job) -> None:
 
 
 def use_threads_of_environment() -> None:
-    """Set torch's number of threads from ``OMP_NUM_THREADS``, which torch read only at import, before the fork."""
+    """Set torch's number of threads from ``OMP_NUM_THREADS``, which torch only read at import, before the fork."""
     threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     if "torch" in sys.modules and threads.isdecimal():
         sys.modules["torch"].set_num_threads(int(threads))
 
 
 def _replace_process(job: Job) -> None:
-    # The package may be importable only by the launching process's own path.
+    # The package may only be importable with the launching process's own path.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, job.path))
     os.execv(sys.executable, [sys.executable, "-m", job.module, *job.arguments])
 

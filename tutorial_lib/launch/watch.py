@@ -1,4 +1,4 @@
-"""Watching a launch: new metrics rows, signals that ask it to stop, and waiting for its end."""
+"""Watching of a launch: new metrics rows, stop signals, and waiting for its end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from tutorial_lib.records import STOPPING, Row, RunDirectory
 
 OnRows = Callable[[list[Row]], None]
-"""Called in the launching process with the metrics rows that have come since the last call."""
+"""Function called in the launching process with the metrics rows since the last call."""
 
 POLL_SECONDS = 0.2
 
@@ -42,7 +42,7 @@ class Watcher:
             except FileNotFoundError:  # not there yet, or removed by a start from step 0
                 size = 0
             if self._sizes.get(directory.path) == size:
-                continue  # five times a second, a long run's file is not read for nothing
+                continue  # unchanged: do not read a long run's file five times a second
             self._sizes[directory.path] = size
             new = [row for row in directory.rows() if row["step"] > self._seen[directory.path]]
             if new:
@@ -60,7 +60,7 @@ class Watcher:
 
 @contextmanager
 def stop_on_signal(watched: Watcher) -> Iterator[None]:
-    """Pass a stop request on to the workers: they save at the next step, and the launch ends normally."""
+    """Turn signals into a stop request for the workers: they save at the next step, and the launch ends normally."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -70,10 +70,10 @@ def stop_on_signal(watched: Watcher) -> Iterator[None]:
         for directory in watched.directories:
             directory.logs.parent.mkdir(parents=True, exist_ok=True)
             directory.stop_file.write_text(f"signal {number} at {time.time()}\n")
-        # A second signal means now.
+        # A second signal stops the launch at once.
         signal.signal(number, before[signal.Signals(number)])
 
-    # What is ignored stays ignored, as SIGINT is in the background of a shell.
+    # Signals that are ignored stay ignored, such as SIGINT for a shell's background jobs.
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, request_stop) for number in heeded}
@@ -87,7 +87,7 @@ def stop_on_signal(watched: Watcher) -> Iterator[None]:
 
 
 def wait_for(thread: threading.Thread, *calls: Callable[[], None]) -> None:
-    """Call each of ``calls`` every 0.2 s until the thread ends or one of them raises."""
+    """Call each of ``calls`` every 0.2 s until the thread ends or a call raises."""
     while thread.is_alive():
         thread.join(POLL_SECONDS)
         for call in calls:

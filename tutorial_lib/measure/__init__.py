@@ -1,4 +1,4 @@
-"""What a run did cost: bytes held, bytes sent, tokens per second.
+"""Measurements of a run: memory held, bytes sent, tokens per second.
 
-These functions look at tensors, collectives and records; they know no engine, so that every engine is measured alike.
+These functions look at tensors, collectives and records. They know no engine, so every engine is measured the same way.
 """

@@ -1,17 +1,17 @@
-"""Bandwidth gate: how long collectives take by size, and the latency and bandwidth that explain those times.
+"""Bandwidth gate: the time of collectives by size, and the latency and bandwidth that explain it.
 
 Run it on the nodes of a job before the job, with the job's own launcher::
 
     torchrun --nnodes 2 --nproc-per-node 8 ... -m tutorial_lib.measure.bandwidth --at-least 20
 
-It prints one JSON line, and fails if an all-reduce is slower than so many GB/s: one bad cable then costs a minute, not
-a night.
+It prints one JSON line, and fails if an all-reduce is slower than the given GB/s, so that a bad cable costs a minute
+instead of a night.
 
 The model of a collective is ``t = a + s / b``: a latency, in seconds, and the bytes ``s`` that each rank of a ring
 sends (:func:`tutorial_lib.theory.traffic.ring_factor`) over the bandwidth ``b``, in bytes per second.
 
-Sources: the model, Hockney, "The communication challenge for MPP", Parallel Computing 20(3), 1994; ``b`` is what
-nccl-tests call bus bandwidth (doc/PERFORMANCE.md there).
+Sources: Hockney, "The communication challenge for MPP", Parallel Computing 20(3), 1994, for the model; ``b`` is the
+"bus bandwidth" of nccl-tests (doc/PERFORMANCE.md there).
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from tutorial_lib.theory.traffic import ring_factor
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter")
 SIZES = tuple(4**power for power in range(5, 13))
-"""Bytes from 1 KiB to 16 MiB."""
+"""Sizes from 1 KiB to 16 MiB, in bytes."""
 
 Collective = Callable[[torch.Tensor, torch.Tensor], object]
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """How long a collective takes.
+    """Time of a collective.
 
     Attributes:
         kind: one of :data:`KINDS`.
-        num_bytes: of the full tensor.
-        num_ranks: ranks that take part.
-        seconds: of one call on the slowest rank, the median of many.
+        num_bytes: size of the full tensor.
+        num_ranks: number of ranks that take part.
+        seconds: time of one call on the slowest rank, as the median of many.
     """
 
     kind: str
@@ -61,13 +61,13 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """What explains the times of a collective: ``latency`` in seconds, ``bandwidth`` in bytes per second."""
+    """Model of the times of a collective: ``latency`` in seconds, ``bandwidth`` in bytes per second."""
 
     latency: float
     bandwidth: float
 
     def seconds(self, sent_bytes: float) -> float:
-        """Return how long a collective takes in which each rank sends so many bytes."""
+        """Return the time of a collective in which each rank sends this many bytes."""
         return self.latency + sent_bytes / self.bandwidth
 
 
@@ -81,13 +81,13 @@ def time_collectives(
     """Time collectives of the default process group. Collective.
 
     Args:
-        sizes: bytes of the full fp32 tensor; each rank's share is rounded down to whole elements, at least one.
-        kinds: out of :data:`KINDS`.
-        repeats: calls of each, of which the median counts.
+        sizes: sizes of the full fp32 tensor in bytes; each rank's share is rounded down to at least one element.
+        kinds: some of :data:`KINDS`.
+        repeats: number of calls of each, whose median counts.
         device: where the tensors are; ``cuda`` with NCCL.
 
     Returns:
-        On every rank the same timings.
+        The same timings on every rank.
     """
     num_ranks = dist.get_world_size()
     timings = []
@@ -102,15 +102,16 @@ def time_collectives(
 
 
 def fit_link(timings: Sequence[Timing]) -> Link:
-    """Return the latency and the bandwidth that explain timings best, by least squares of relative errors.
+    """Fit the latency and the bandwidth that explain timings best, by least squares of relative errors.
 
-    Relative, because times differ a thousandfold and each size should count alike. A latency comes out no lower than 0.
+    Errors are relative because times differ a thousandfold, and every size should have the same weight. The latency is
+    never below 0.
 
     Args:
-        timings: of one kind, of at least two sizes, on at least two ranks.
+        timings: timings of one kind, with at least two sizes, on at least two ranks.
 
     Raises:
-        ValueError: there are fewer sizes, a single rank, or large tensors take no longer than small ones.
+        ValueError: there are fewer sizes or a single rank, or large tensors take no longer than small ones.
     """
     sent = [each.sent_bytes for each in timings]
     if len(set(sent)) < 2 or min(sent) <= 0:
@@ -130,10 +131,12 @@ def fit_link(timings: Sequence[Timing]) -> Link:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Time collectives as one rank that torchrun has started; rank 0 prints one JSON line. Returns the exit code."""
+    """Time collectives as one rank that torchrun started; rank 0 prints one JSON line. Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--at-least", type=float, default=0.0, metavar="GB/S", help="fail below this")
-    parser.add_argument("--repeats", type=int, default=15, metavar="N", help="calls of each size (default: 15)")
+    parser.add_argument(
+        "--repeats", type=int, default=15, metavar="N", help="number of calls for each size (default: 15)"
+    )
     options = parser.parse_args(arguments)
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -164,7 +167,7 @@ def _median_seconds(call: Collective, full: torch.Tensor, shard: torch.Tensor, r
     wait = torch.cuda.synchronize if full.is_cuda else lambda: None
     times = []
     for _ in range(1 + repeats):  # the first one allocates and connects
-        full.fill_(1.0)  # sums of sums would overflow
+        full.fill_(1.0)  # repeated sums would overflow
         shard.fill_(1.0)
         wait()
         dist.barrier()

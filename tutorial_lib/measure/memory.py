@@ -1,11 +1,11 @@
-"""Bytes that a process holds: an exact account of its tensors, exact allocator peaks, and the operating system's view.
+"""Memory of a process: the exact size of its tensors, exact allocator peaks, and the operating system's view.
 
 Three instruments, from the sharpest to the widest:
 
-- :func:`tensor_bytes` and :class:`StateBytes` add up the storages behind given tensors: exact, for what you name.
+- :func:`tensor_bytes` and :class:`StateBytes` add up the storages behind given tensors: exact, but only for those.
 - :func:`count_allocations` follows PyTorch's allocator through a block: the exact peak of everything it handed out,
-  activations and a kernel's temporaries included.
-- :class:`PeakMemory` watches the whole process as the operating system sees it: libraries, caches and all.
+  including activations and a kernel's temporaries.
+- :class:`PeakMemory` watches the entire process as the operating system sees it, including libraries and caches.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ import torch
 
 
 def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the storages behind the tensors, each storage counted once.
+    """Return the bytes of the storages behind the tensors, counting each storage once.
 
-    Tied parameters and views cost nothing extra; a slice counts as the whole buffer that it keeps alive. A parameter
-    that ZeRO-3 or FSDP2 has released holds no storage and counts nothing, nor does a tensor on the meta device. Of a
-    DTensor this rank's local part counts.
+    Tied parameters and views cost nothing extra; a slice counts as the full buffer that it keeps alive. A parameter
+    that ZeRO-3 or FSDP2 has released has no storage and counts as 0, as does a tensor on the meta device. Of a DTensor,
+    this rank's local part counts.
     """
     return sum(_storages(tensors).values())
 
@@ -42,21 +42,21 @@ class StateBytes:
     gradients: int
     optimizer: int
     by_device: Mapping[str, int] = field(default_factory=dict)
-    """The same bytes by the type of device that holds them: offloaded states are under ``cpu``."""
+    """The same bytes by type of device: offloaded states are under ``cpu``."""
 
     @classmethod
     def of(cls, states: Mapping[str, Iterable[torch.Tensor]]) -> StateBytes:
-        """Account for tensors named ``parameters``, ``gradients`` and ``optimizer``.
+        """Add up tensors named ``parameters``, ``gradients`` and ``optimizer``.
 
-        A storage that several parts share (a gradient that lives in the optimizer's flat buffer) counts once, for
-        the first of parameters, gradients, optimizer that names it.
+        A storage that several parts share (such as a gradient in the optimizer's flat buffer) counts once, for the
+        first of parameters, gradients, optimizer that contains it.
 
         Raises:
-            ValueError: a part with another name, which would go uncounted.
+            ValueError: a part has another name, and would not be counted.
         """
         parts = ("parameters", "gradients", "optimizer")
         if unknown := set(states) - set(parts):
-            raise ValueError(f"{sorted(unknown)} are no parts of the model states. Write some of: {', '.join(parts)}.")
+            raise ValueError(f"{sorted(unknown)} are not parts of the model states. Write some of: {', '.join(parts)}.")
         counted: dict[tuple[str, int], int] = {}
         totals, by_device = dict.fromkeys(parts, 0), dict[str, int]()
         for part in parts:
@@ -72,7 +72,7 @@ class StateBytes:
         return self.parameters + self.gradients + self.optimizer
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it in bytes, with ``total`` and ``by_device``."""
+        """Return all sizes in bytes, with ``total`` and ``by_device``."""
         return {
             "parameters": self.parameters,
             "gradients": self.gradients,
@@ -84,7 +84,7 @@ class StateBytes:
 
 @dataclass(slots=True)
 class Allocations:
-    """What PyTorch's allocator did in a block, per type of device, relative to the block's beginning."""
+    """Activity of PyTorch's allocator in a block, per type of device, relative to the start of the block."""
 
     peak: dict[str, int] = field(default_factory=dict)
     """Highest number of bytes held at one time."""
@@ -96,15 +96,16 @@ class Allocations:
 def count_allocations() -> Iterator[Allocations]:
     """Follow every allocation of the block: exact peaks, which no sampler can miss.
 
-    Counts what the block itself allocates, in this thread and in backward, with temporaries inside kernels; memory
-    from before counts neither when it stays nor when it goes. Yields an object that is filled at the block's end. Every
-    operator is recorded, so use it for a model's construction or for single steps, not for a whole run.
+    Counts the memory that the block itself allocates, in this thread and in backward, including temporaries inside
+    kernels. Memory from before the block does not count, whether it stays or is freed. The yielded object is filled at
+    the end of the block. Every operator is recorded, so use it for building a model or for single steps, not for a long
+    run.
     """
     allocations = Allocations()
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         yield allocations
-    # The profiler's own tables attach allocations to operators and lose their order; its raw events keep it.
+    # The profiler's tables assign allocations to operators and lose their order; its raw events keep it.
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):
         device = event.device_type().name.lower()
@@ -117,8 +118,8 @@ def count_allocations() -> Iterator[Allocations]:
 class HostMemory:
     """Host memory of this process in bytes, as the operating system counts it.
 
-    ``rss`` is every resident page, ``peak_rss`` its highest value so far. ``pss`` divides pages that several processes
-    share among them, so that it may be summed over ranks; it exists on Linux only.
+    ``rss`` counts every resident page, and ``peak_rss`` is its highest value so far. ``pss`` divides each shared page
+    among its processes, so that it adds up over ranks; it only exists on Linux.
     """
 
     rss: int
@@ -127,7 +128,7 @@ class HostMemory:
 
 
 def host_memory() -> HostMemory:
-    """Host memory of this process now, and its peak since the process started."""
+    """Return the current host memory of this process, and its peak since the process started."""
     process = psutil.Process()
     # Linux counts in KiB, macOS in bytes.
     unit = 1 if sys.platform == "darwin" else 1024
@@ -137,7 +138,7 @@ def host_memory() -> HostMemory:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Begin a new :func:`peak_memory`: another run in the same process starts from what is held now."""
+    """Reset :func:`peak_memory` to the memory that is held now, for another run in the same process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -145,9 +146,9 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes since :func:`reset_peak_memory`: a GPU's allocator peak, or on a CPU the process's largest resident set.
+    """Return the peak since :func:`reset_peak_memory` in bytes: of a GPU's allocator, or on a CPU of the process's RSS.
 
-    Where the operating system cannot be told to begin anew (it is not Linux), the latter is that since the start.
+    Only Linux can reset the peak of RSS; elsewhere it counts from the start of the process.
     """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
@@ -167,9 +168,9 @@ class PeakMemory:
     """Watch this process's host memory during a block.
 
     A thread reads RSS (and PSS, if asked) every ``interval`` seconds: the timeline :attr:`samples`. A sampler misses
-    what is shorter than its interval; on Linux the peak of RSS therefore comes from the kernel's own high-water mark,
-    which is reset at the start. The kernel keeps its counters per thread and adds them up in batches, so RSS is right
-    to some hundred KiB: use :func:`count_allocations` for models smaller than that.
+    peaks shorter than its interval; on Linux the peak of RSS therefore comes from the kernel's own high-water mark,
+    which is reset at the start. The kernel keeps counters per thread and adds them up in batches, so RSS is only
+    accurate to a few hundred KiB: use :func:`count_allocations` for models smaller than that.
 
     Args:
         interval: seconds between readings.
@@ -180,7 +181,7 @@ class PeakMemory:
         start_rss: bytes when the block began.
         peak_rss: highest bytes during the block.
         peak_pss: highest PSS among the samples, None if it was not read.
-        exact: whether ``peak_rss`` is the kernel's mark, not the highest sample.
+        exact: whether ``peak_rss`` is the kernel's mark rather than the highest sample.
     """
 
     def __init__(self, interval: float = 0.01, *, pss: bool = False) -> None:
@@ -201,7 +202,7 @@ class PeakMemory:
         return self.peak_rss - self.start_rss
 
     def summary(self) -> dict[str, Any]:
-        """``peak``, ``mean`` and ``mode`` of the sampled RSS in bytes (mode: to the MiB), and the peak of PSS."""
+        """Return ``peak``, ``mean`` and ``mode`` of sampled RSS in bytes (mode: to the MiB), and the peak of PSS."""
         rss = [s.rss for s in self.samples]
         mebibytes = [r >> 20 for r in rss]
         return {
@@ -245,8 +246,8 @@ class PeakMemory:
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> dict[tuple[str, int], int]:
-    """Bytes by storage; a storage is known by its device's type and its address inside PyTorch."""
-    # The list keeps temporary tensors alive: an address that is freed is soon given to another storage.
+    """Return the bytes of each storage, identified by its device's type and its address inside PyTorch."""
+    # The list keeps temporary tensors alive: a freed address would soon be reused for another storage.
     alive = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors]
     return {
         (tensor.device.type, tensor.untyped_storage()._cdata): tensor.untyped_storage().nbytes()
@@ -262,7 +263,7 @@ def _pss(process: psutil.Process) -> int | None:
 
 
 def _reset_high_water_mark() -> bool:
-    """Have Linux forget the highest RSS so far. False where that cannot be done."""
+    """Make Linux forget the highest RSS so far, and return whether that was possible."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -1,10 +1,10 @@
-"""Memory sampler: a log of what a process tree and the machine's GPUs hold over time, read from outside PyTorch.
+"""Memory sampler: a log of the memory of a process tree and of the machine's GPUs, measured from outside PyTorch.
 
 The log is JSON lines. The first line is a header; each further line is a :class:`Reading`, written at once, so that the
 log can be read while it grows. :mod:`tutorial_lib.measure.sampler_log` reads it.
 
-A sampler sees whole processes, libraries and caches included, and misses peaks shorter than its interval. The exact
-accounts are in :mod:`tutorial_lib.measure.memory`.
+A sampler sees entire processes, including libraries and caches, but misses peaks shorter than its interval. For exact
+numbers see :mod:`tutorial_lib.measure.memory`.
 
 ``python -m tutorial_lib.measure.sampler LOG COMMAND ...`` runs a command and logs its memory: batch scripts put it in
 front of ``torchrun`` on each node.
@@ -39,10 +39,10 @@ class ProcessMemory:
     pid: int
     name: str
     rss: int
-    """All resident pages, shared ones in full. Added up over processes, it counts shared pages several times."""
+    """All resident pages, with shared ones in full: a sum over processes counts shared pages several times."""
     pss: int | None
     """Like ``rss``, with each shared page divided by the processes that share it, so that it adds up over processes.
-    None where the system does not tell: it is not Linux, or the process belongs to somebody else."""
+    None if the system does not tell: it is not Linux, or the process belongs to another user."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +51,10 @@ class GpuMemory:
 
     index: int
     used: int
-    """By everybody on this device, as ``nvidia-smi`` reports it."""
+    """Total use of the device by all processes, as in ``nvidia-smi``."""
     processes: dict[int, int]
-    """By process id, for the processes of the tree. In a container that numbers its processes by itself it stays
-    empty, because the driver knows them by the host's numbers."""
+    """Use by process id, for the processes of the tree. Empty in a container with its own process ids, because the
+    driver only knows the host's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,23 +62,23 @@ class Reading:
     """One line of the log."""
 
     seconds: float
-    """Since the sampler started."""
+    """Seconds since the sampler started."""
     processes: tuple[ProcessMemory, ...]
     gpus: tuple[GpuMemory, ...]
 
 
 @contextmanager
 def sample_memory(path: str | Path, *, interval: float = 1.0, pid: int | None = None) -> Iterator[Path]:
-    """Log the memory of a process tree and of the GPUs for as long as the block runs.
+    """Log the memory of a process tree and of the GPUs while the block runs.
 
     A thread takes a reading at the start, every ``interval`` seconds, and at the end. It ends early when no process of
     the tree is left. A process that was once seen in the tree is followed until it ends, even if its parent ends first.
 
     Args:
-        path: the log. A memory log that is already there is replaced; any other file is left alone.
+        path: the log. An existing memory log is replaced; any other file is left alone.
         interval: seconds between readings. At 1 s, three processes with PyTorch loaded (0.4 GB each) cost 2.5 % of one
-            core: a reading took 25 ms. Nearly all of it goes into PSS, for which Linux walks every page. It grows by
-            10 ms with each GiB a process holds (measured on a 2-core virtual machine, without GPUs).
+            core: a reading took 25 ms. Nearly all of that is PSS, for which Linux walks every page, and adds 10 ms for
+            each GiB that a process holds (measured on a 2-core virtual machine, without GPUs).
         pid: root of the tree; default: this process.
 
     Yields:
@@ -89,10 +89,10 @@ def sample_memory(path: str | Path, *, interval: float = 1.0, pid: int | None = 
         FileExistsError: the file at ``path`` is not a memory log.
 
     Warns:
-        RuntimeWarning: at the end of the block, if the log could not be written to its end.
+        RuntimeWarning: at the end of the block, if the log is incomplete.
     """
     if not 0 < interval <= threading.TIMEOUT_MAX:
-        raise ValueError(f"interval={interval} is not a time between two readings. Write seconds above 0, such as 1.0.")
+        raise ValueError(f"interval={interval} must be a positive number of seconds. Write for instance 1.0.")
     tree = ProcessTree(os.getpid() if pid is None else pid)
     gpus = Gpus()
     try:
@@ -111,22 +111,22 @@ class ProcessTree:
     """A process and its descendants, which may come and go at any time.
 
     Args:
-        pid: of the root.
+        pid: process id of the root.
     """
 
     def __init__(self, pid: int) -> None:
         try:
             self._root = psutil.Process(pid)
         except (psutil.Error, ValueError) as error:
-            raise ValueError(f"There is no process {pid} to sample: it has ended, or its id is another one.") from error
+            raise ValueError(f"There is no process {pid} to sample: it has ended, or the id is wrong.") from error
         self._known: dict[psutil.Process, None] = {self._root: None}
         if not self.read():
             raise ValueError(
-                f"Process {pid} shows no memory: it has ended, or it belongs to somebody else. Sample as its owner."
+                f"Process {pid} shows no memory: it has ended, or it belongs to another user. Sample as that user."
             )
 
     def read(self) -> tuple[ProcessMemory, ...]:
-        """Return the memory of every process that is alive now, the root first; nothing once all have ended."""
+        """Return the memory of every live process, the root first; nothing once all have ended."""
         self._known = {process: None for process in self._look_around() if process.is_running()}
         return tuple(memory for process in self._known if (memory := _read_process(process)))
 
@@ -142,7 +142,7 @@ class ProcessTree:
 
 
 def _read_process(process: psutil.Process) -> ProcessMemory | None:
-    """Return the memory of a process, or None if it ends meanwhile or has ended and waits for its parent (a zombie)."""
+    """Return the memory of a process, or None if it ends meanwhile or is a zombie."""
     try:
         name = process.name()
         try:
@@ -152,15 +152,15 @@ def _read_process(process: psutil.Process) -> ProcessMemory | None:
     except psutil.Error:
         return None
     pss = getattr(memory, "pss", None)
-    # The kernel takes a process's memory away before the process itself: what is read in between is 0.
+    # The kernel frees a process's memory before the process disappears; readings in between are 0.
     return None if memory.rss == 0 or pss == 0 else ProcessMemory(process.pid, name, memory.rss, pss)
 
 
 class Gpus:
-    """This machine's NVIDIA GPUs through NVML; none where there is no driver.
+    """This machine's NVIDIA GPUs, read through NVML; none without a driver.
 
     Attributes:
-        described: index, name and bytes of each.
+        described: index, name and bytes of each GPU.
     """
 
     def __init__(self) -> None:
@@ -177,14 +177,14 @@ class Gpus:
                 self._describe(index)
 
     def _describe(self, index: int) -> None:
-        with suppress(self._nvml.NVMLError):  # one that fails, or has no memory of its own
+        with suppress(self._nvml.NVMLError):  # the GPU fails, or has no memory of its own
             handle = self._nvml.nvmlDeviceGetHandleByIndex(index)
             total = self._memory(handle).total
             self.described.append({"index": index, "name": self._nvml.nvmlDeviceGetName(handle), "total": total})
             self._handles[index] = handle
 
     def read(self, pids: set[int]) -> tuple[GpuMemory, ...]:
-        """Return the memory of every GPU, and the share of each of these processes. A GPU that fails is left out."""
+        """Return the memory of every GPU, and each process's share of it. A GPU that fails is left out."""
         readings = []
         for index, handle in self._handles.items():
             with suppress(self._nvml.NVMLError):
@@ -192,13 +192,13 @@ class Gpus:
         return tuple(readings)
 
     def close(self) -> None:
-        """Let go of the driver."""
+        """Release the driver."""
         if self._open:
             with suppress(self._nvml.NVMLError):
                 self._nvml.nvmlShutdown()
 
     def _memory(self, handle: Any) -> Any:
-        try:  # The first version of this call counts what the driver keeps to itself as used; nvidia-smi does not.
+        try:  # Version 1 of this call counts memory reserved by the driver as used; nvidia-smi does not.
             return self._nvml.nvmlDeviceGetMemoryInfo(handle, version=self._nvml.nvmlMemory_v2)
         except self._nvml.NVMLError_FunctionNotFound:
             return self._nvml.nvmlDeviceGetMemoryInfo(handle)
@@ -213,7 +213,7 @@ class Gpus:
 
 
 class _Recorder:
-    """The thread that takes the readings and writes them down."""
+    """Thread that takes readings and writes them to the log."""
 
     def __init__(self, file: TextIO, tree: ProcessTree, gpus: Gpus, interval: float) -> None:
         self._file, self._tree, self._gpus, self._interval = file, tree, gpus, interval
@@ -224,13 +224,13 @@ class _Recorder:
         self._thread = threading.Thread(target=self._run, name="memory-sampler", daemon=True)
 
     def start(self) -> None:
-        """Write the header and the first reading, then go on in the thread."""
+        """Write the header and the first reading, then continue in the thread."""
         self._write({"format": FORMAT, "interval": self._interval, "gpus": self._gpus.described})
         self._record()
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread and write the last reading; warn if the log is not complete."""
+        """End the thread and write the last reading; warn if the log is incomplete."""
         self._stopped.set()
         self._thread.join()
         if not self._failure:
@@ -248,11 +248,11 @@ class _Recorder:
                 return
 
     def _until_next(self) -> float:
-        """Return the seconds to the next multiple of the interval: a slow reading does not shift the later ones."""
+        """Return the seconds to the next multiple of the interval, so that a slow reading does not shift later ones."""
         return self._interval - (time.perf_counter() - self._began) % self._interval
 
     def _try_to_record(self) -> bool:
-        """Return whether to go on. A measurement that fails must not end what it measures."""
+        """Take a reading and return whether to continue. A failed measurement must not end the measured program."""
         try:
             return self._record()
         except Exception as error:
@@ -276,13 +276,15 @@ class _Recorder:
 
 
 def _create_log(path: Path) -> TextIO:
-    """Open a new log for appending, in place of an older one."""
+    """Open a new log for appending, replacing an older one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         with path.open("rb") as file:
             beginning = file.read(len(_HEADER_BEGINS))
         if beginning not in (b"", _HEADER_BEGINS):
-            raise FileExistsError(f"{path} is not a memory log, so it is not replaced. Write another path for the log.")
+            raise FileExistsError(
+                f"{path} is not a memory log, so it is not replaced. Choose another path for the log."
+            )
         path.unlink()
     return path.open("a", encoding="utf-8")
 
@@ -291,12 +293,12 @@ _HEADER_BEGINS = f'{{"format": "{FORMAT}"'.encode()
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run a command and log the memory of its processes, and of this one; returns the command's exit code."""
+    """Run a command, log the memory of its processes and of this one, and return the command's exit code."""
     if len(arguments) < 2:
         print("usage: python -m tutorial_lib.measure.sampler LOG COMMAND ...", file=sys.stderr)
         return 2
     path, *command = arguments
-    # A scheduler signals all processes of a job. The command decides what that means; this one waits for its end.
+    # A scheduler signals all processes of a job. The command decides what to do; this process waits for its end.
     signal.signal(signal.SIGTERM, lambda *_: None)
     with sample_memory(path), subprocess.Popen(command) as process:
         code = process.wait()

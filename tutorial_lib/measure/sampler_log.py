@@ -1,9 +1,9 @@
-"""Memory logs of the sampler, of ``nvidia-smi`` and of ``psrecord``, read back as peak, mean, modes and timeline.
+"""Memory logs of the sampler, of ``nvidia-smi`` and of ``psrecord``, summarised by peak, mean, modes and timeline.
 
-All memory is in bytes here. ``psrecord`` writes "MB" and means 2^20 bytes, as ``nvidia-smi`` does with its "MiB".
+All memory is in bytes here. ``psrecord`` writes "MB" but means 2^20 bytes, like "MiB" in ``nvidia-smi``.
 
-The last line of a log that does not end in a line break is being written, or was cut off: it is left out. Any other
-line that cannot be read is an error.
+A last line without a line break is still being written, or was cut off, and is left out. Any other line that cannot be
+read is an error.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tutorial_lib.measure.sampler import FORMAT, GpuMemory, ProcessMemory, Readi
 MIB = 2**20
 
 SMI_QUERY = ("timestamp", "index", "memory.used")
-"""The first columns of a ``nvidia-smi`` log that has no header."""
+"""First columns of an ``nvidia-smi`` log without a header."""
 
 _ACCEPTED = """Accepted are the logs of
   - tutorial_lib.measure.sampler.sample_memory(path)
@@ -31,22 +31,22 @@ _ACCEPTED = """Accepted are the logs of
 
 
 class MemoryLogError(ValueError):
-    """A memory log is missing, empty, damaged, or in no known format. The message says where and what to do."""
+    """A memory log is missing, empty, damaged, or in an unknown format. The message says where and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemorySummary:
-    """What a series comes to, in bytes and seconds."""
+    """Summary of a series, in bytes and seconds."""
 
     label: str
     counted: str
     peak: int
     mean: float
-    """Of the samples, each with the same weight."""
+    """Mean of the samples, each with the same weight."""
     modes: tuple[int, ...]
-    """The most frequent values, all of them, each rounded to a multiple of ``rounding``; in ascending order."""
+    """All most frequent values, each rounded to a multiple of ``rounding``, in ascending order."""
     mode_count: int
-    """How many samples each mode has. With 1, no value came twice, and every sample is a mode."""
+    """Number of samples of each mode. If 1, no value occurred twice, and every sample is a mode."""
     rounding: int
     duration: float
     num_samples: int
@@ -60,7 +60,7 @@ class MemorySeries:
     counted: str
     """``PSS``, ``RSS`` or ``GPU``: PSS divides shared pages among their processes, RSS counts them in each."""
     seconds: tuple[float, ...]
-    """Since the log began. A process has samples for as long as it lived."""
+    """Seconds since the start of the log. A process has samples while it lives."""
     num_bytes: tuple[int, ...]
     pid: int | None = None
     gpu: int | None = None
@@ -69,13 +69,13 @@ class MemorySeries:
         """Return peak, mean, modes and duration.
 
         Args:
-            rounding: bytes; values that round to the same multiple are one value for the modes.
+            rounding: bytes; values that round to the same multiple count as one value for the modes.
 
         Raises:
             ValueError: the rounding is below one byte.
         """
         if rounding < 1:
-            raise ValueError(f"rounding={rounding} is no number of bytes. Write 1 or more, such as 2**20 for MiB.")
+            raise ValueError(f"rounding={rounding} is not a number of bytes. Write 1 or more, such as 2**20 for MiB.")
         rounded = [round(value / rounding) * rounding for value in self.num_bytes]
         modes = sorted(statistics.multimode(rounded))
         return MemorySummary(
@@ -93,7 +93,7 @@ class MemorySeries:
 
 @dataclass(frozen=True, slots=True)
 class MemoryLog:
-    """A log that has been read."""
+    """The content of a memory log."""
 
     path: Path
     source: str
@@ -118,7 +118,7 @@ class MemoryLog:
 
 
 def read_memory_log(path: str | Path) -> MemoryLog:
-    """Read a log in whichever of the three formats it is.
+    """Read a log in any of the three formats.
 
     Raises:
         MemoryLogError: see the class.
@@ -136,9 +136,9 @@ def read_memory_log(path: str | Path) -> MemoryLog:
 def read_sampler(path: str | Path) -> MemoryLog:
     """Read a log of :func:`tutorial_lib.measure.sampler.sample_memory`.
 
-    Its series are ``process tree``; ``process 1 (NAME)`` and so on in the order in which they appear; for each GPU
-    ``GPU 0``, and ``GPU 0, process tree`` if the driver told the share of these processes. Host memory is PSS if every
-    reading has it, else RSS in all of them, so that no series mixes the two.
+    Its series are ``process tree``; ``process 1 (NAME)`` and so on, in order of appearance; and for each GPU ``GPU 0``,
+    with ``GPU 0, process tree`` if the driver reported the share of these processes. Host memory is PSS if every
+    reading has it, otherwise RSS throughout, so that no series mixes the two.
 
     Raises:
         MemoryLogError: see the class.
@@ -149,14 +149,14 @@ def read_sampler(path: str | Path) -> MemoryLog:
         raise MemoryLogError(f"{path}:{number} is not the header of a sampler's log: {_short(header)}. {_ACCEPTED}")
     readings = [_reading(path, number, line) for number, line in lines]
     if not readings:
-        raise MemoryLogError(f"{path} has a header and no reading yet. Read it when the sampler has written one.")
+        raise MemoryLogError(f"{path} has a header but no reading yet. Read it when the sampler has written one.")
     return MemoryLog(path, "sampler", tuple([*_host_series(readings), *_gpu_series(readings)]))
 
 
 def read_psrecord(path: str | Path) -> MemoryLog:
-    """Read a text log of ``psrecord PID --log FILE``. Its one series is ``process tree``, the column "Real (MB)".
+    """Read a text log of ``psrecord PID --log FILE``. Its only series is ``process tree``, the column "Real (MB)".
 
-    That is RSS: with ``--include-children``, pages that processes share are counted once for each of them.
+    That is RSS: with ``--include-children``, a page that processes share counts once for each of them.
 
     Raises:
         MemoryLogError: see the class.
@@ -181,15 +181,15 @@ def read_psrecord(path: str | Path) -> MemoryLog:
 def read_nvidia_smi(path: str | Path, *, columns: Sequence[str] | None = None) -> MemoryLog:
     """Read a CSV log of ``nvidia-smi --query-gpu=timestamp,index,memory.used,...``. Its series are ``GPU 0`` and so on.
 
-    Columns may stand in any order, with others among them, with or without units; headers may come again.
+    Columns may be in any order, mixed with others, with or without units; headers may be repeated.
 
     Args:
         path: the log.
-        columns: the query of a log without header (``csv,noheader``). Default: its first three columns are those of
-            :data:`SMI_QUERY`, and its memory has units.
+        columns: the query of a log without a header (``csv,noheader``). By default its first three columns must be
+            :data:`SMI_QUERY`, with units for memory.
 
     Raises:
-        MemoryLogError: see the class; also if ``columns`` are given for a log with a header.
+        MemoryLogError: see the class; also if ``columns`` is given for a log with a header.
     """
     path = Path(path)
     header = list(columns) if columns else None
@@ -219,7 +219,7 @@ def read_nvidia_smi(path: str | Path, *, columns: Sequence[str] | None = None) -
         if began
     ]
     if not series:
-        raise MemoryLogError(f"{path} has a header and no sample yet. Read it when nvidia-smi has written one.")
+        raise MemoryLogError(f"{path} has a header but no sample yet. Read it when nvidia-smi has written one.")
     return MemoryLog(path, "nvidia-smi", tuple(series))
 
 
@@ -228,12 +228,12 @@ _SMI_TIME = re.compile(r"\d{4}/\d\d/\d\d \d\d:\d\d:\d\d")
 
 
 def _smi_columns(path: Path, number: int, header: Sequence[str] | None) -> dict[str, int]:
-    """Return where the three columns of SMI_QUERY are."""
+    """Return the positions of the three columns of SMI_QUERY."""
     names = list(header or SMI_QUERY)
     if missing := [name for name in SMI_QUERY if name not in names]:
         raise MemoryLogError(
-            f"{path}:{number} is of a query without {', '.join(missing)} ({', '.join(names)}), so its samples cannot "
-            f"be told apart. Record it with --query-gpu={','.join(SMI_QUERY)}."
+            f"{path}:{number} comes from a query without {', '.join(missing)} ({', '.join(names)}), so its samples "
+            f"cannot be told apart. Record it with --query-gpu={','.join(SMI_QUERY)}."
         )
     return {name: names.index(name) for name in SMI_QUERY}
 
@@ -247,7 +247,7 @@ def _smi_bytes(cell: str, *, needs_unit: bool) -> int:
 
 
 def _reading(path: Path, number: int, line: str) -> Reading:
-    """Return what a line of the sampler's log holds."""
+    """Parse a line of the sampler's log."""
     try:
         row = json.loads(line)
         gpus = (
@@ -260,7 +260,7 @@ def _reading(path: Path, number: int, line: str) -> Reading:
 
 
 def _host_series(readings: Sequence[Reading]) -> Iterator[MemorySeries]:
-    """Return the process tree's memory, then every process's."""
+    """Yield the process tree's memory, then each process's."""
     has_pss = all(process.pss is not None for reading in readings for process in reading.processes)
     counted = "PSS" if has_pss else "RSS"
 
@@ -277,7 +277,7 @@ def _host_series(readings: Sequence[Reading]) -> Iterator[MemorySeries]:
 
 
 def _gpu_series(readings: Sequence[Reading]) -> Iterator[MemorySeries]:
-    """Return each GPU's memory, then the process tree's part of it."""
+    """Yield each GPU's memory, then the process tree's share of it."""
     for index in sorted({gpu.index for reading in readings for gpu in reading.gpus}):
         found = [(reading.seconds, gpu) for reading in readings for gpu in reading.gpus if gpu.index == index]
         seconds = tuple(at for at, _ in found)
@@ -290,10 +290,10 @@ def _gpu_series(readings: Sequence[Reading]) -> Iterator[MemorySeries]:
 def _in_order(
     path: Path, label: str, counted: str, samples: Iterable[tuple[int, float, int]], gpu: int | None = None
 ) -> MemorySeries:
-    """Return a series of (line, seconds, bytes), which must not go back in time."""
+    """Build a series from (line, seconds, bytes), whose seconds must not decrease."""
     samples = list(samples)
     if not samples:
-        raise MemoryLogError(f"{path} has a header and no sample yet. Read it when one has been written.")
+        raise MemoryLogError(f"{path} has a header but no sample yet. Read it when one has been written.")
     for (_, before, _), (number, after, _) in itertools.pairwise(samples):
         if after < before:
             raise MemoryLogError(
@@ -308,13 +308,13 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         text = path.read_bytes().decode("utf-8")
     except FileNotFoundError:
-        raise MemoryLogError(f"{path} does not exist. Check the path, and that what writes it was started.") from None
+        raise MemoryLogError(f"{path} does not exist. Check the path, and that its writer was started.") from None
     except OSError as error:
         raise MemoryLogError(f"{path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError:
-        raise MemoryLogError(f"{path} is not a text in UTF-8, so it is not a memory log. {_ACCEPTED}") from None
+        raise MemoryLogError(f"{path} is not UTF-8 text, so it is not a memory log. {_ACCEPTED}") from None
     if not text:
-        raise MemoryLogError(f"{path} is empty: what should write it wrote nothing. Look at its output for an error.")
+        raise MemoryLogError(f"{path} is empty: its writer wrote nothing. Look for an error in the writer's output.")
     *complete, _unfinished = text.split("\n")
     found = [(number, line.rstrip()) for number, line in enumerate(complete, start=1) if line.strip()]
     if not found:
@@ -324,7 +324,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _damaged(path: Path, number: int, line: str, error: Exception) -> MemoryLogError:
     return MemoryLogError(
-        f"{path}:{number} cannot be read ({error}): {_short(line)}. Remove that line if the rest is sound."
+        f"{path}:{number} cannot be read ({error}): {_short(line)}. Remove that line if the rest is intact."
     )
 
 

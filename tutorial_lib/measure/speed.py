@@ -1,4 +1,4 @@
-"""How fast a run was: tokens per second from its records, and the peak of this machine to compare it with."""
+"""Speed of a run: tokens per second from its records, and this machine's peak to compare with."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 
 
 def tokens_per_second(rows: Sequence[Mapping[str, Any]], *, skip: int = 1) -> float:
-    """Tokens per second over the rows of a run's ``metrics.jsonl``, all ranks together.
+    """Return tokens per second over the rows of a run's ``metrics.jsonl``, all ranks together.
 
     Args:
-        rows: with ``tokens`` (counted over all ranks) and ``seconds``.
-        skip: leave out this many rows at the start: the first step allocates, compiles and records.
+        rows: metrics rows with ``tokens`` (counted over all ranks) and ``seconds``.
+        skip: number of rows to leave out at the start: the first step allocates, compiles and records.
 
     Raises:
         ValueError: no row is left.
@@ -35,17 +35,17 @@ def matmul_peak(
     seconds: float = 0.5,
     num_threads: int | None = None,
 ) -> float:
-    """FLOP/s of the fastest square matrix product seen here and now: the peak to state a run's share of.
+    """Measure this machine's peak for comparison with a run: the FLOP/s of the fastest square matrix product.
 
-    Measured in the same process as the run, with the same threads, because a vendor's figure says nothing of a shared
+    Measure in the same process as the run, with the same threads, because a vendor's figure says nothing about a shared
     laptop.
 
     Args:
-        size: rows and columns; below about 512 the product does not fill a processor.
-        dtype: arithmetic.
+        size: rows and columns; below about 512 the product does not keep a processor busy.
+        dtype: number format of the matrices.
         device: ``cpu`` or a CUDA device.
-        seconds: how long to repeat it.
-        num_threads: CPU threads; default: as PyTorch is set.
+        seconds: how long to repeat the product.
+        num_threads: CPU threads; default: PyTorch's current setting.
     """
     a, b = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
@@ -53,7 +53,7 @@ def matmul_peak(
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads or before)
     try:
-        # At least one product more than the first, which pays for the library's start.
+        # At least one more product after the first, which includes the library's start-up.
         best, end = float("inf"), time.perf_counter() + seconds
         for attempt in range(1_000_000):
             wait()
@@ -72,7 +72,7 @@ def matmul_peak(
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """How two procedures compare: the median of pairwise ratios of their times, and the pairs' extremes."""
+    """Comparison of two procedures: the median, lowest and highest ratio of their times over all pairs."""
 
     median: float
     lowest: float
@@ -81,14 +81,14 @@ class Ratio:
 
 
 def time_ratio(ours: Callable[[], object], theirs: Callable[[], object], *, pairs: int = 5) -> Ratio:
-    """Time of ``ours`` over time of ``theirs``, alternating, so that a noisy machine disturbs both alike.
+    """Measure the time of ``ours`` over ``theirs``, alternating, so that a noisy machine disturbs both equally.
 
-    Each is called once before, unmeasured. Below 1 means that ours is faster.
+    Each is called once before, without measuring. Below 1 means that ours is faster.
     """
     ours(), theirs()
     ratios = []
     for pair in range(pairs):
-        # Whoever goes second may find warmer caches: take turns.
+        # The second one may find warmer caches, so take turns.
         first, second = (ours, theirs) if pair % 2 == 0 else (theirs, ours)
         one, other = _seconds(first), _seconds(second)
         ratios.append(one / other if pair % 2 == 0 else other / one)

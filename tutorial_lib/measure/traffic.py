@@ -1,13 +1,12 @@
-"""What crossed the wire: every collective of a block of code, with its kind, element count and data type.
+"""Communication traffic: every collective of a block of code, with its kind, number of elements and data type.
 
 >>> with count_collectives() as traffic:
 ...     engine.backward(loss); engine.step()
 >>> traffic.tensors().elements("all_gather"), traffic.tensors().volume()
 
-**What is counted.** Collectives as the program *asks* for them, on this rank, whatever the backend does with them:
-gloo, for instance, carries out a reduce-scatter as an all-reduce followed by a copy, and is still counted as the
-reduce-scatter that NCCL would run. Elements are those of the full logical tensor, the Psi of the formulas in
-:mod:`tutorial_lib.theory.traffic`:
+**Counting.** Collectives count as the program *requests* them on this rank, whatever the backend does: gloo, for
+instance, runs a reduce-scatter as an all-reduce followed by a copy, but it still counts as the reduce-scatter that NCCL
+would run. Elements belong to the full logical tensor, the Psi of the formulas in :mod:`tutorial_lib.theory.traffic`:
 
 ============== ====================================================================
 all_reduce     elements of the reduced tensor
@@ -19,14 +18,14 @@ all_to_all     elements of this rank's input
 send, recv     elements of the message
 ============== ====================================================================
 
-**How.** ``torch.distributed`` hands each collective to PyTorch's dispatcher (operators ``c10d::*`` and
+**Method.** ``torch.distributed`` sends each collective through PyTorch's dispatcher (operators ``c10d::*`` and
 ``_c10d_functional::*``), where a :class:`~torch.utils._python_dispatch.TorchDispatchMode` sees the tensors themselves.
-``torch.profiler`` sees the same operators, but records no shapes for arguments that are *lists* of tensors, which is
-how all-reduce, broadcast and all-gather into a list pass theirs.
+``torch.profiler`` sees the same operators, but records no shapes for *lists* of tensors, which all-reduce, broadcast
+and all-gather into a list use.
 
 **Bookkeeping.** Losses, norms, overflow flags, pickled objects and barriers use collectives too.
-:meth:`Traffic.tensors` leaves them out: integers, raw bytes, and anything up to :data:`BOOKKEEPING_ELEMENTS` elements,
-which :meth:`Traffic.bookkeeping` holds. (While it initialises, DeepSpeed broadcasts parameters as raw bytes: count
+:meth:`Traffic.tensors` leaves these out: integers, raw bytes, and anything up to :data:`BOOKKEEPING_ELEMENTS` elements
+are in :meth:`Traffic.bookkeeping`. (DeepSpeed broadcasts parameters as raw bytes while it initialises, so only count
 steps.)
 """
 
@@ -53,7 +52,7 @@ VOLUME = {
 
 @dataclass(frozen=True, slots=True)
 class Collective:
-    """One call: its kind, elements of the full logical tensor, data type, the number of ranks, and their axis."""
+    """One call: its kind, elements of the full logical tensor, data type, number of ranks, and axis."""
 
     kind: str
     elements: int
@@ -62,7 +61,7 @@ class Collective:
     group_size: int
     floating: bool
     axis: str | None = None
-    """Along which axis of the rank grid the ranks lie; None if that was not asked, or they lie along none."""
+    """Axis of the rank grid that the group lies along; None if it lies along none, or if no axes were given."""
     in_backward: bool = False
     """Whether autograd was running backward when it was called."""
 
@@ -77,7 +76,7 @@ class Collective:
 
     @property
     def ring_share(self) -> float:
-        """The share of :attr:`volume` that a rank of a ring of this size really sends."""
+        """Fraction of :attr:`volume` that a rank really sends in a ring of this size."""
         return 1.0 if self.kind in ("send", "recv") else (self.group_size - 1) / self.group_size
 
     @property
@@ -92,52 +91,52 @@ class Traffic:
     collectives: list[Collective] = field(default_factory=list)
 
     def tensors(self) -> Traffic:
-        """Without bookkeeping: only collectives that carry floating-point tensors of some size."""
+        """Return only collectives that carry floating-point tensors of some size, without bookkeeping."""
         return Traffic([c for c in self.collectives if not c.is_bookkeeping])
 
     def bookkeeping(self) -> Traffic:
-        """Only losses, norms, flags, objects and barriers."""
+        """Return only losses, norms, flags, objects and barriers."""
         return Traffic([c for c in self.collectives if c.is_bookkeeping])
 
     def along(self, axis: str) -> Traffic:
-        """Only the collectives among the ranks of one axis, as :func:`count_collectives` was told them."""
+        """Return only the collectives along one of the axes that :func:`count_collectives` was given."""
         return Traffic([c for c in self.collectives if c.axis == axis])
 
     def count(self, kind: str | None = None) -> int:
-        """Number of calls, of one kind or of all."""
+        """Return the number of calls, of one kind or of all."""
         return len(self._of(kind))
 
     def elements(self, kind: str | None = None) -> int:
-        """Elements of the full logical tensors, of one kind or of all. See the module's table."""
+        """Return the elements of the full logical tensors, of one kind or of all. See the module's table."""
         return sum(c.elements for c in self._of(kind))
 
     def bytes(self, kind: str | None = None) -> int:
-        """:meth:`elements` times the size of each data type."""
+        """Return the bytes of :meth:`elements`, by the size of each data type."""
         return sum(c.bytes for c in self._of(kind))
 
     def volume(self) -> int:
-        """Elements as the formulas count them: an all-reduce twice, a gather or scatter once (:data:`VOLUME`).
+        """Return elements as the formulas count them: an all-reduce twice, a gather or scatter once (:data:`VOLUME`).
 
         A group of one rank sends nothing.
         """
         return sum(c.volume for c in self.collectives)
 
     def volume_bytes(self) -> int:
-        """:meth:`volume`, each element at the size of its data type."""
+        """Return the bytes of :meth:`volume`, by the size of each data type."""
         return sum(c.volume * c.bytes_per_element for c in self.collectives)
 
     def wire_bytes(self) -> float:
-        """Bytes that a rank sends if every collective runs as a ring: (n - 1) / n of :meth:`volume_bytes` each."""
+        """Return the bytes that a rank sends if all collectives run as rings: (n - 1) / n of :meth:`volume_bytes`."""
         return sum(c.volume * c.bytes_per_element * c.ring_share for c in self.collectives)
 
     def kinds(self) -> list[str]:
-        """Kinds that occur, in order of first appearance."""
+        """Return the kinds that occur, in order of first appearance."""
         return list(dict.fromkeys(c.kind for c in self.collectives))
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row per kind and data type: ``kind, dtype, count, in_backward, elements, bytes``.
+        """Return one row per kind and data type: ``kind, dtype, count, in_backward, elements, bytes``.
 
-        ``in_backward`` is how many of the ``count`` calls came out of autograd's backward.
+        ``in_backward`` is the number of calls from autograd's backward, out of ``count``.
         """
         groups: dict[tuple[str, str], list[Collective]] = {}
         for c in self.collectives:
@@ -155,9 +154,9 @@ class Traffic:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able summary; ``tensors`` and ``bookkeeping`` hold :meth:`rows`, ``volume`` is of the tensors.
+        """Return a summary for JSON; ``tensors`` and ``bookkeeping`` hold :meth:`rows`, ``volume`` covers the tensors.
 
-        Where axes are known, ``axes`` holds ``volume``, ``volume_bytes``, ``wire_bytes`` and ``tensors`` of each.
+        If axes are known, ``axes`` holds ``volume``, ``volume_bytes``, ``wire_bytes`` and ``tensors`` for each.
         """
         tensors = self.tensors()
         known = dict.fromkeys(c.axis for c in tensors.collectives if c.axis)
@@ -178,21 +177,21 @@ class Traffic:
 
     def _of(self, kind: str | None) -> list[Collective]:
         if kind is not None and kind not in VOLUME:
-            raise ValueError(f"{kind!r} is no kind of collective. Write one of: {', '.join(VOLUME)}.")
+            raise ValueError(f"{kind!r} is not a kind of collective. Write one of: {', '.join(VOLUME)}.")
         return [c for c in self.collectives if kind is None or c.kind == kind]
 
 
 @contextlib.contextmanager
 def count_collectives(axes: Mapping[str, Sequence[int]] | None = None) -> Iterator[Traffic]:
-    """Record every collective that this process starts in the block, forward and backward alike.
+    """Record every collective that this process starts in the block, in forward and in backward.
 
     Args:
-        axes: by the name of an axis, the world ranks of this rank's group along it. A group of the same ranks lies
-            along that axis; where two axes have the same ranks, along the first.
+        axes: world ranks of this rank's group along each axis, by name. Collectives among the same ranks count along
+            that axis; if two axes have the same ranks, along the first.
 
     Yields:
-        A :class:`Traffic` that fills while the block runs. The block runs slower (each operator passes through
-        Python), and computes the same.
+        A :class:`Traffic` that fills while the block runs. The block computes the same results, but more slowly,
+        because each operator passes through Python.
     """
     traffic = Traffic()
     with _Recorder(traffic, {tuple(ranks): axis for axis, ranks in reversed(list((axes or {}).items()))}):
@@ -209,8 +208,8 @@ class _Recorder(TorchDispatchMode):
         if func.namespace in _NAMESPACES:
             self._record(func._schema, args, kwargs or {})
         elif any(t.__name__ == "DTensor" for t in types):
-            # A DTensor communicates inside its operators. It must unfold them first, because nothing below the call
-            # that this method makes comes here again.
+            # A DTensor communicates inside its operators. Let it unfold them first: nothing below the call that this
+            # method makes would come here again.
             return NotImplemented
         return func(*args, **(kwargs or {}))
 
@@ -278,12 +277,12 @@ _KINDS = {operator: kind for kind, operators in _OPERATORS.items() for operator 
 _LOOK_AT_OUTPUT = frozenset(
     {"allgather_", "_allgather_base_", "allgather_coalesced_", "allgather_into_tensor_coalesced_", "scatter_"}
 )
-"""Operators whose size is known from their output: gathers, and a scatter, whose input only one rank has."""
+"""Operators whose size follows from their output: gathers, and a scatter, whose input only one rank has."""
 
 _ONE_RANKS_PIECE = frozenset(
     {"all_gather_into_tensor", "all_gather_into_tensor_out", "all_gather_into_tensor_coalesced", "gather_", "scatter_"}
 )
-"""Operators that are given one rank's piece of the full tensor."""
+"""Operators whose argument is one rank's piece of the full tensor."""
 
 
 def _flatten(value: Any) -> Iterator[torch.Tensor]:
@@ -295,7 +294,7 @@ def _flatten(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _group(arguments: dict[str, Any]) -> tuple[int, tuple[int, ...]]:
-    """How many ranks take part, and which, in ascending order."""
+    """Return the number of ranks that take part, and the ranks in ascending order."""
     group = dist.ProcessGroup.unbox(arguments["process_group"]) if "process_group" in arguments else None
     named = arguments["group_name"] if group is None else group.group_name
     resolve: Any = dist.distributed_c10d._resolve_process_group

@@ -1,4 +1,4 @@
-"""Models and tokenizers, from a hub name, a directory or the embedded default: one code path for all three."""
+"""Models and tokenizers from a hub name, a directory or the embedded default: one code path for all three."""
 
 from tutorial_lib.models.limits import check_sequence_length, check_tensor_parallel, check_vocabulary
 from tutorial_lib.models.loading import (

@@ -1,4 +1,4 @@
-"""A model's directory: its files besides the weights, refused where they cannot be what their names say."""
+"""Model directories: checks of all files besides the weights."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ GENERATION_CONFIG = "generation_config.json"
 _LFS_POINTER = b"version https://git-lfs"
 _TOKENIZER_OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json")
 _OLDER_VOCABULARIES = ("*.txt", "*.model", "*.tiktoken")
-"""Read only where there is no ``tokenizer.json``."""
+"""Tokenizer files that are read only if there is no ``tokenizer.json``."""
 
 
 def check_no_pointer(path: Path) -> None:
-    """Refuse a file that ``git clone`` has left as a pointer to the real one.
+    """Refuse a file that ``git clone`` left as a git-lfs pointer to the real one.
 
     Raises:
-        ConfigError: names it, and says how to get the real one.
+        ConfigError: names the file, and says how to get the real one.
     """
     with path.open("rb") as file:
         start = file.read(len(_LFS_POINTER))
@@ -36,7 +36,7 @@ def check_no_pointer(path: Path) -> None:
 
 
 def check_config(directory: str) -> None:
-    """Refuse a ``config.json`` that is no JSON object, or names a type of numbers that PyTorch does not have.
+    """Refuse a ``config.json`` that is not a JSON object, or names a dtype that PyTorch does not have.
 
     Raises:
         ConfigError: names the file, what is wrong with it, and what to write.
@@ -45,13 +45,13 @@ def check_config(directory: str) -> None:
     for key, value in _dtypes(_read_object(path)):
         if not isinstance(getattr(torch, value, None) if isinstance(value, str) else None, torch.dtype):
             raise ConfigError(
-                f'{path}: {key} is {json.dumps(value)}, which is no type of PyTorch. Write one, such as "float32" or '
-                '"bfloat16", or remove the key; it describes the files, and the setting precision decides the training.'
+                f'{path}: {key} is {json.dumps(value)}, which is not a PyTorch dtype. Write one, such as "float32" or '
+                '"bfloat16", or remove the key: it describes the files, and the setting precision decides the training.'
             )
 
 
 def check_tokenizer_files(directory: str) -> None:
-    """Refuse tokenizer files that are no JSON objects, or pointers in place of the files.
+    """Refuse tokenizer files that are not JSON objects, or are only git-lfs pointers.
 
     Raises:
         ConfigError: names the file, what is wrong with it, and what to do.
@@ -68,48 +68,49 @@ def check_tokenizer_files(directory: str) -> None:
 
 
 def check_generation_config(directory: str) -> None:
-    """Refuse a ``generation_config.json`` that the library which loads the model would not take.
+    """Refuse a ``generation_config.json`` that transformers would not accept.
 
     Raises:
         ConfigError: names the file, what is wrong with it, and what to do.
     """
     path = Path(directory, GENERATION_CONFIG)
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # who loads the model warns of settings that contradict each other
+    logging.set_verbosity_error()  # loading the model will warn of settings that contradict each other
     try:
         GenerationConfig.from_dict(_read_object(path))
     except (ValueError, TypeError, AttributeError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(
-            f"{path} does not describe how to generate: {error} Correct it, or remove the file: training does without."
+            f"{path} is not a valid generation config: {error} Correct it, or remove the file: training does not need "
+            "it."
         ) from error
     finally:
         logging.set_verbosity(verbosity)
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """Return what a JSON file holds, or an empty object if there is no such file.
+    """Return the object in a JSON file, or an empty one if there is no such file.
 
     Raises:
-        ConfigError: it is a directory, a pointer, no JSON, or no object.
+        ConfigError: it is a directory, a git-lfs pointer, not JSON, or not an object.
     """
     if not path.exists():
         return {}
     if not path.is_file():
-        raise ConfigError(f"{path} is a directory, and has to be a file. Copy or download the model again.")
+        raise ConfigError(f"{path} is a directory, but must be a file. Copy or download the model again.")
     check_no_pointer(path)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}. Copy or download it again.") from error
     if not isinstance(found, dict):
-        raise ConfigError(f"{path} holds a JSON {type(found).__name__}, and has to hold an object: {{...}}.")
+        raise ConfigError(f"{path} holds a JSON {type(found).__name__}, but must hold an object: {{...}}.")
     return found
 
 
 def _dtypes(config: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Return the types that a configuration and its parts state, by their dotted keys."""
+    """Return the dtypes in a configuration and its nested parts, with their dotted keys."""
     found = []
     for key, value in config.items():
         if key in ("dtype", "torch_dtype") and value is not None:

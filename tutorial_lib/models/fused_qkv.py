@@ -1,13 +1,13 @@
-"""GPT-2's fused projection: query, key and value are three blocks of columns of one matrix.
+"""GPT-2's fused QKV projection: query, key and value are three blocks of columns of one matrix.
 
-A column-parallel rank needs its heads' columns of all three blocks, and tensors are cut into contiguous pieces. So the
-columns are put in the order of the ranks first; here for two ranks, each letter half of a block's columns::
+A column-parallel rank needs its heads' columns from all three blocks, but tensors are cut into contiguous pieces. So
+the columns are sorted by rank first. Here for two ranks; each letter is half of a block's columns::
 
-    by part   [ Q q | K k | V v ]      what transformers and every saved model has
-    by rank   [ Q K V | q k v ]        what is cut in two
+    by part   [ Q q | K k | V v ]      the order in transformers and in every saved model
+    by rank   [ Q K V | q k v ]        the order that can be cut in two
 
-Qwen2 has three matrices. BLOOM's fused matrix goes head by head, each with its query, key and value: contiguous heads
-are contiguous columns, and nothing needs to move.
+Qwen2 has three separate matrices. BLOOM's fused matrix goes head by head, each with its query, key and value, so
+contiguous heads are contiguous columns and nothing needs to move.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _PARTS = 3
 
 
 def is_fused_by_part(name: str, model_type: str) -> bool:
-    """Return whether the parameter called ``name`` holds query, key and value as three blocks of its last dimension."""
+    """Return whether the parameter ``name`` holds query, key and value as three blocks of its last dimension."""
     return model_type == "gpt2" and ".attn.c_attn." in name
 
 

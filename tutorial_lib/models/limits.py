@@ -1,4 +1,4 @@
-"""Limits of a model's dimensions: the longest sequence, the token ids, the tensor-parallel sizes that divide it."""
+"""Limits of a model: its longest sequence, its range of token ids, and the tensor-parallel sizes that divide it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from tutorial_lib.config import ConfigError
 
 
 def max_sequence_length(model_config: PretrainedConfig) -> int | None:
-    """Return how many positions a model has, or None where it has no limit (BLOOM's ALiBi)."""
+    """Return the number of positions of a model, or None if it has no limit (BLOOM's ALiBi)."""
     found = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     return int(found) if found and found > 0 else None  # XLNet says -1
 
 
 def check_sequence_length(seq_length: int, model_config: PretrainedConfig) -> None:
-    """Refuse rows that are longer than the model has positions for.
+    """Refuse sequences with more tokens than the model has positions.
 
     Raises:
         ConfigError: ``seq_length`` exceeds the model's limit.
@@ -31,7 +31,7 @@ def check_sequence_length(seq_length: int, model_config: PretrainedConfig) -> No
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> None:
-    """Refuse a tokenizer with ids that the model has no embedding for, such as those of tokens added later.
+    """Refuse a tokenizer with ids that the model has no embedding for, such as ids of tokens that were added later.
 
     Raises:
         ConfigError: names such a token, its id and the size of the embedding.
@@ -40,25 +40,26 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model_config: Pretraine
     token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if highest >= rows:
         raise ConfigError(
-            f"The tokenizer gives {token!r} the id {highest}, and this {model_config.model_type} model has embeddings "
-            f"for the ids 0 to {rows - 1} alone (vocab_size={rows}). Take tokenizer files without the added tokens, or "
-            f"give the model {highest + 1} embeddings once: model.resize_token_embeddings({highest + 1}), and "
-            "save_pretrained of the model."
+            f"The tokenizer gives {token!r} the id {highest}, but this {model_config.model_type} model only has "
+            f"embeddings for the ids 0 to {rows - 1} (vocab_size={rows}). Use tokenizer files without the added "
+            f"tokens, or enlarge the model once with model.resize_token_embeddings({highest + 1}) and save it with "
+            "save_pretrained."
         )
 
 
 def check_tensor_parallel(tp: int, model_config: PretrainedConfig) -> None:
-    """Refuse a tensor-parallel size that would not give every rank the same share of every layer.
+    """Refuse a tensor-parallel size that cannot give every rank the same share of every layer.
 
-    Each rank computes whole attention heads, so ``tp`` must divide the query and the key-value heads; it must divide
-    the width of the MLP; and the vocabulary where the output layer has weights of its own. Tied embeddings stay whole.
+    Each rank computes complete attention heads, so ``tp`` must divide the query heads and the key-value heads. It must
+    also divide the width of the MLP and, if the output layer has its own weights, the vocabulary. Tied embeddings are
+    not split.
 
     Args:
         tp: tensor-parallel size.
         model_config: the model's dimensions.
 
     Raises:
-        ConfigError: names what ``tp`` does not divide, and the sizes that would do.
+        ConfigError: names what ``tp`` does not divide, and the sizes that work.
     """
     if tp == 1:
         return

@@ -1,4 +1,4 @@
-"""Model and tokenizer from a hub name, a directory, or the embedded default: one code path for all three.
+"""Loading of models and tokenizers from a hub name, a directory, or the embedded default: one code path for all three.
 
 Every model takes the same batches, padded or packed: see :mod:`tutorial_lib.models.masks`.
 """
@@ -50,21 +50,21 @@ def load_model(
     trust_remote_code: bool = False,
     num_shards: int = 1,
 ) -> PreTrainedModel:
-    """Load or draw a causal language model that takes our batches and keeps no generation cache.
+    """Load a causal language model, or draw random weights for it; it takes our batches and keeps no generation cache.
 
-    Within a stage-3 ``HfDeepSpeedConfig`` the parameters are partitioned as they are made, here as everywhere in
-    transformers. Of pretrained weights, rank 0 reads the files and hands out each tensor.
+    While a stage-3 ``HfDeepSpeedConfig`` is alive, parameters are partitioned as soon as they are created, as
+    everywhere in transformers. Rank 0 then reads the files of pretrained weights and hands out each tensor.
 
     Args:
         name: hub name, directory, a name of :data:`tutorial_lib.embedded.MODEL_NAMES`, or ``published/NAME``.
         dtype: type of the parameters.
-        random_init: weights drawn from the configuration's distribution instead of pretrained ones. One seed gives
-            the same weights on every device, with and without partitioning.
-        seed: of the random weights.
-        freeze: patterns (``fnmatch``) of parameter names that get no gradient.
+        random_init: draw weights from the configuration's distribution instead of loading pretrained ones. A seed
+            gives the same weights on every device, with and without partitioning.
+        seed: seed of the random weights.
+        freeze: name patterns (``fnmatch``) of parameters that get no gradient.
         trust_remote_code: run Python code that the hub model ships with.
         num_shards: ranks over which transformers splits pretrained weights while reading them (FSDP2). Collective if
-            more than one.
+            greater than 1.
 
     Raises:
         ConfigError: there is no such model, it has no weights, or a pattern matches nothing.
@@ -87,7 +87,7 @@ def load_model(
 
 
 def _load_pretrained(target: str, *, called: str, **options: Any) -> PreTrainedModel:
-    """Load a model, and refuse files that lack some of its parameters: transformers draws those, and only logs it."""
+    """Load a model, and refuse files that lack some of its parameters: transformers draws those and only logs it."""
     check_pickles(target, options["local_files_only"])
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         target, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -104,7 +104,7 @@ def _load_pretrained(target: str, *, called: str, **options: Any) -> PreTrainedM
 
 
 def no_weights(name: str) -> str:
-    """Describe what to write in place of a model that is a configuration alone."""
+    """Return the message for a model without weights: what to write instead."""
     return (
         f"{name} is a configuration without weights. Write random_init=True to start from random ones, or choose "
         f"a pretrained model: {', '.join(MODEL_NAMES)}."
@@ -112,7 +112,7 @@ def no_weights(name: str) -> str:
 
 
 def prepare(model: PreTrainedModel, freeze: Sequence[str]) -> PreTrainedModel:
-    """Let a model take our batches and keep no cache, and freeze parameters by name patterns."""
+    """Make a model take our batches, turn its generation cache off, and freeze parameters by name patterns."""
     model.config.use_cache = False
     record_tying(model)
     accept_document_masks(model)
@@ -142,11 +142,11 @@ def build_model(config: Config) -> PreTrainedModel:
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model, with a pad token and padding on the right.
 
-    GPT-2's tokenizer has no pad token; its EOS token then pads. So an id does not tell padding from a real end of
-    text: only ``attention_mask`` does.
+    GPT-2's tokenizer has no pad token, so its EOS token pads. The id alone then cannot tell padding from a real end of
+    text; only ``attention_mask`` can.
 
     Raises:
-        ConfigError: there is no such tokenizer, it has neither a pad nor an EOS token, or no other token at all.
+        ConfigError: there is no such tokenizer, or it has no EOS token, or no tokens besides the special ones.
     """
     if is_local(name):
         check_tokenizer_files(resolve_model(name))
@@ -156,11 +156,11 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     if not tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens}:
         raise ConfigError(
             f"The tokenizer of {name!r} has no tokens but {', '.join(map(repr, tokenizer.all_special_tokens))}: its "
-            "vocabulary is missing. Add the model's tokenizer.json, or write another model."
+            "vocabulary is missing. Add the model's tokenizer.json, or choose another model."
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    # Some families pad on the left, for generation. Training reads a row from its first position on.
+    # Some families pad on the left, for generation. In training, every row starts at its first position.
     tokenizer.padding_side = "right"
     return tokenizer
 
@@ -177,7 +177,7 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConf
 
 
 def load_trained_config(name: str, *, random_init: bool = False, trust_remote_code: bool = False) -> PretrainedConfig:
-    """Return the configuration of a model as it is trained: tied only if its weights are (see :mod:`.tying`).
+    """Return a model's configuration as it will be trained: tied only if its weights are (see :mod:`.tying`).
 
     Raises:
         ConfigError: there is no such model, or it is quantized.
@@ -187,14 +187,14 @@ def load_trained_config(name: str, *, random_init: bool = False, trust_remote_co
         return config
     if getattr(config, "quantization_config", None):
         raise ConfigError(
-            f"The model {name!r} is quantized (quantization_config in its config.json): its numbers are for inference. "
-            "Write the model that it was made of, or random_init=True."
+            f"The model {name!r} is quantized (quantization_config in its config.json), which only serves inference. "
+            "Write the name of the original model, or random_init=True."
         )
     return fetch(resolve_tying, "model", name, model_config=config)
 
 
 def is_local(name: str) -> bool:
-    """Return whether a model's name stands for a directory here, not for a model of the hub."""
+    """Return whether a model's name stands for a local directory rather than a hub model."""
     return name.startswith(("embedded/", PREFIX)) or Path(name).is_dir()
 
 
@@ -204,7 +204,7 @@ def is_config_only(name: str) -> bool:
 
 
 def resolve_model(name: str) -> str:
-    """Return what ``from_pretrained`` takes: the directory of an embedded or published model, any other name as it is.
+    """Return the argument for ``from_pretrained``: an embedded or published model's directory, or the name unchanged.
 
     Raises:
         ConfigError: ``name`` starts with ``embedded/`` or ``published/`` but there is no such model.
@@ -216,9 +216,9 @@ def resolve_model(name: str) -> str:
 
 @functools.cache
 def hub_reachable() -> bool:
-    """Return whether the model hub answers; ask once, for at most 5 seconds, and not if HF_HUB_OFFLINE is set.
+    """Return whether the model hub answers. Asks once, for at most 5 seconds, and not at all if HF_HUB_OFFLINE is set.
 
-    Without this question every load of an unknown name retries for minutes on a machine without internet.
+    Without this check, loading an unknown name on a machine without internet retries for minutes.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
@@ -233,25 +233,26 @@ def hub_reachable() -> bool:
 
 
 def fetch(load: Callable[..., Any], what: str, name: str, **options: Any) -> Any:
-    """Call ``load`` for a model or tokenizer by name, with one error message for all that can be wrong with a name.
+    """Call ``load`` for a model or tokenizer by name, and turn every problem with the name into a ``ConfigError``.
 
-    Errors that say nothing of a name or its files pass: those of DeepSpeed's settings, which are checked while a
-    stage-3 model loads, of a library that is not installed, of memory.
+    Errors about something else pass through: DeepSpeed's settings, which are checked while a stage-3 model loads, a
+    library that is not installed, or a lack of memory.
 
     Args:
-        load: is given what the name stands for, ``local_files_only`` and the options.
+        load: gets the resolved name, ``local_files_only`` and the options.
         what: ``model`` or ``tokenizer``, for the message.
+        name: the name as the user wrote it.
 
     Raises:
-        ConfigError: there is no such thing.
+        ConfigError: there is no such model or tokenizer, or its files cannot be used.
     """
     local = is_local(name)
     if not local and (Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
-        raise ConfigError(f"The {what} {name!r} is no directory here, and no hub name. {_ADVICE}")
+        raise ConfigError(f"The {what} {name!r} is neither a local directory nor a hub name. {_ADVICE}")
     target = resolve_model(name)
     if local and Path(target, "adapter_config.json").is_file():
         raise ConfigError(
-            f"The directory {name!r} holds an adapter (adapter_config.json), and this package trains whole models. "
+            f"The directory {name!r} holds an adapter (adapter_config.json), but this package trains full models. "
             "Merge it once (peft: merge_and_unload, then save_pretrained), or write the directory of its base model."
         )
     reachable = local or hub_reachable()
@@ -266,8 +267,8 @@ def fetch(load: Callable[..., Any], what: str, name: str, **options: Any) -> Any
             reason = " ".join(str(error).split())
         if not options.get("trust_remote_code") and "trust_remote_code" in str(error):
             raise ConfigError(
-                f"The {what} {name!r} ships Python code of its own, which is not run unasked. Read it, and if you "
-                "trust it, write trust_remote_code=True."
+                f"The {what} {name!r} ships its own Python code, which only runs with your consent. Read it and, if "
+                "you trust it, write trust_remote_code=True."
             ) from error
         if local:
             raise ConfigError(f"The directory {name!r} does not hold a usable {what}: {reason}") from error
@@ -283,9 +284,9 @@ def fetch(load: Callable[..., Any], what: str, name: str, **options: Any) -> Any
 
 
 def _concerns_files(error: Exception, target: str) -> bool:
-    """Return whether an error speaks of what a name stands for: missing, unreadable or of an unknown kind."""
+    """Return whether an error is about the model's files: missing, unreadable or of an unknown kind."""
     if isinstance(error, OSError):
-        # transformers' own say what is missing, and have no number; the system's name a file.
+        # transformers' own OSErrors say what is missing and have no errno; the system's name a file.
         return error.errno is None or str(error.filename).startswith(target)
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
     return not any(f"/{library}/" in raised_in for library in ("deepspeed", "pydantic", "torch"))
@@ -293,7 +294,7 @@ def _concerns_files(error: Exception, target: str) -> bool:
 
 @contextmanager
 def _quiet(tiny: bool) -> Iterator[None]:
-    """Hide the progress bar of a model that loads in a moment."""
+    """Hide the progress bar of a model that loads in an instant."""
     hide = tiny and logging.is_progress_bar_enabled()
     if hide:
         logging.disable_progress_bar()
@@ -315,7 +316,7 @@ def _random_model(config: PretrainedConfig, dtype: torch.dtype, seed: int, trust
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     with torch.random.fork_rng(), _DrawOnHost():
         if is_deepspeed_zero3_enabled():
-            # Constructors draw nothing here: transformers partitions first, then initialises layer by layer.
+            # Constructors draw nothing: transformers partitions first, then initialises layer by layer.
             torch.manual_seed(seed)
             return AutoModelForCausalLM.from_config(config, **options)
         with no_init_weights():
@@ -327,7 +328,7 @@ def _random_model(config: PretrainedConfig, dtype: torch.dtype, seed: int, trust
 
 
 class _DrawOnHost(TorchFunctionMode):
-    """Draw random weights with the host's generator, whose numbers do not depend on the device."""
+    """Draws random weights with the host's generator, whose numbers do not depend on the device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -341,11 +342,12 @@ class _DrawOnHost(TorchFunctionMode):
 
 
 def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Take parameters out of training. Returns the names of those now frozen.
+    """Freeze parameters by name patterns, and return the names of the frozen ones.
 
-    Tied weights are one parameter under several names: any of them freezes it, under all of them.
+    Tied weights are one parameter with several names: matching any of its names freezes it under all of them.
 
     Args:
+        model: the model to change.
         patterns: as in ``fnmatch``: ``*`` matches any characters, dots included.
 
     Raises:
@@ -367,10 +369,10 @@ def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
 
 
 def set_activation_checkpointing(model: PreTrainedModel) -> None:
-    """Keep only each layer's input, and recompute its activations in backward.
+    """Make a model keep only each layer's input, and recompute the layer's activations in backward.
 
     Raises:
-        ConfigError: the model's code has no such mode.
+        ConfigError: the model does not support it.
     """
     try:
         model.activation_checkpointing_enable({"use_reentrant": False})

@@ -1,21 +1,21 @@
-"""Masks: one kind of batch for every model, so that nothing after this page asks for a model's family.
+"""Attention masks: the same kind of batch for every model, so that no other module needs to know a model's family.
 
 | key | padded | packed |
 | --- | --- | --- |
 | ``input_ids`` | [B, S] int64 | [B, S] int64 |
 | ``attention_mask`` | [B, S] int64, 0 on padding | [B, 1, S, S] bool: may query i (row) look at key j (column)? |
-| ``position_ids`` | left out | [B, S] int64, from 0 again at every document |
+| ``position_ids`` | left out | [B, S] int64, starting from 0 at every document |
 
 B is the batch size, S the sequence length. A packed mask is causal and blocked at document borders. Models with
 PyTorch's fused attention ("sdpa": GPT-2, Qwen2 and most others) take it as it is. Two kinds of models do not, and
 :func:`accept_document_masks` teaches them:
 
-- Layers with a sliding window (Mistral, Gemma). transformers cuts a mask to the window when it builds the mask itself;
-  a mask that it is given goes to every layer as it is.
-- BLOOM. Its attention *adds* the mask to the scores, and its ALiBi bias wants the distance between tokens, which it
-  derives from a padding mask and not from ``position_ids``.
+- Layers with a sliding window (Mistral, Gemma). When transformers builds the mask itself, it cuts it to the window; a
+  ready-made mask goes to every layer unchanged.
+- BLOOM. Its attention *adds* the mask to the scores, and its ALiBi bias needs the distance between tokens, which it
+  derives from a padding mask rather than from ``position_ids``.
 
-Whether a family takes both kinds of batch is tried before a run starts: see :mod:`tutorial_lib.engine.trial`.
+Before a run starts, :mod:`tutorial_lib.engine.trial` tries whether its model's family takes both kinds of batch.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from typing import Any, TypeGuard
 import torch
 from transformers import PreTrainedModel
 
-_SLIDING = "sliding_attention"  # transformers' name of such a layer, and of its mask
+_SLIDING = "sliding_attention"  # transformers' name for such a layer and its mask
 
 
 def accept_document_masks(model: PreTrainedModel) -> None:
-    """Let a model take a boolean [B, 1, S, S] mask where it would misread one: sliding windows, added masks, ALiBi.
+    """Teach a model to take a boolean [B, 1, S, S] mask that it would misread: sliding windows, added masks, ALiBi.
 
-    A row of a packed mask says how many keys a token sees, itself included: one less is its position within its
-    document. ALiBi built from these positions is the one that the document has when it is alone. (Positions counted
-    over the whole row would give the same attention, as softmax ignores a constant per document, but with rounding
+    Each row of a packed mask shows how many keys its token sees, itself included. One less is the token's position
+    within its document, so ALiBi built from these positions equals the document's ALiBi on its own. (Positions counted
+    over the whole row would give the same attention, because softmax ignores a constant per document, but with rounding
     errors that grow with the row.)
     """
     inner: Any = model.base_model
@@ -48,15 +48,15 @@ def accept_document_masks(model: PreTrainedModel) -> None:
 
 
 def slice_alibi(model: PreTrainedModel, tp: int, tp_rank: int) -> None:
-    """Make a model with ALiBi give the biases of one tensor-parallel rank's heads; leave other models alone.
+    """Make a model with ALiBi use the biases of one tensor-parallel rank's heads; leave other models alone.
 
-    A head's slope depends on its number among all heads. A model that is told of its own share of heads alone would
-    give the first rank's slopes, or none of a larger model's, to every rank, and nothing would say so.
+    A head's slope depends on its number among all heads. A model that only knows its own share of the heads would
+    silently use the slopes of a smaller model, the same ones on every rank.
 
     Args:
-        model: as :func:`load_model` gives it; its attention layers may have been split already.
+        model: from :func:`load_model`; its attention layers may have been split already.
         tp: tensor-parallel size.
-        tp_rank: whose heads: the ``tp_rank``-th share of them.
+        tp_rank: the rank whose share of the heads the model has.
     """
     inner: Any = model.base_model
     if hasattr(inner, "build_alibi_tensor"):
@@ -72,14 +72,14 @@ def slice_alibi(model: PreTrainedModel, tp: int, tp_rank: int) -> None:
 
 
 def _window(model: PreTrainedModel) -> int | None:
-    """Return how many keys the sliding layers of a model see, or None if it has no such layers."""
+    """Return the number of keys that a model's sliding-window layers see, or None if it has no such layers."""
     text: Any = model.config.get_text_config()
     types = getattr(text, "layer_types", None)
     return getattr(text, "sliding_window", None) if types is None or _SLIDING in types else None
 
 
 def _cut_to_window(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Give sliding layers a mask of their own. A ready mask that transformers is given, it gives to every layer."""
+    """Give sliding-window layers their own mask: transformers would pass a ready-made one to every layer."""
     mask, window = kwargs.get("attention_mask"), _window(module)
     if mask is not None and _is_document_mask(mask) and window is not None:
         near = mask & mask.new_ones(mask.shape[-2:]).triu(1 - window)
@@ -114,6 +114,6 @@ def _build_alibi(self: Any, attention_mask: torch.Tensor, num_heads: int, dtype:
         return build(attention_mask)
     batch_size, _, _, length = attention_mask.shape
     positions_BS = (attention_mask[:, 0] == 0).sum(-1).sub(1).clamp(min=0)
-    # For an unpadded row of the same length the builder gives slope * 0, 1, 2, ...: a table to look positions up in.
+    # For an unpadded row of the same length the builder gives slope * 0, 1, 2, ...: a lookup table for positions.
     table_HS = build(attention_mask.new_ones(1, length, dtype=torch.int64))[:, 0]
     return table_HS[:, positions_BS].transpose(0, 1).reshape(batch_size * num_heads, 1, length)

@@ -1,6 +1,6 @@
-"""A model before it has values: its code and shapes on the meta device, and where the values are to come from.
+"""Models on the meta device: code and shapes without values, and the files that hold the values.
 
-For engines that split a model first and fill the pieces afterwards. :func:`tutorial_lib.models.load_model` gives the
+For engines that split a model first and fill the pieces afterwards. :func:`tutorial_lib.models.load_model` returns the
 same model with its values.
 """
 
@@ -56,23 +56,23 @@ def _trained_config(m: ModelConfig) -> PretrainedConfig:
 
 
 def _outline(model_config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
-    """Build a model on the meta device, and do not tie it: while weights are drawn, tied ones are still two."""
+    """Build a model on the meta device without tying it: weights are drawn before they are tied."""
     options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
     try:
         with no_init_weights(), torch.device("meta"):
             return AutoModelForCausalLM.from_config(model_config, **options)
     except (KeyError, AttributeError, TypeError, AssertionError, ImportError) as error:
         raise ConfigError(
-            f"The config.json of this {model_config.model_type} model makes no model: {type(error).__name__}: {error}. "
-            "Correct it, or write another model."
+            f"No model can be built from the config.json of this {model_config.model_type} model: "
+            f"{type(error).__name__}: {error}. Correct it, or choose another model."
         ) from error
 
 
 @contextmanager
 def drawing_weights(config: Config) -> Iterator[PreTrainedModel]:
-    """Yield a model on the meta device, with the random numbers of :func:`load_model` while the block runs.
+    """Yield a model on the meta device, and draw the same random numbers as :func:`load_model` while the block runs.
 
-    Whoever initialises its modules in transformers' order gets the weights of :func:`load_model`.
+    Initialise its modules in transformers' order, and they get the weights of :func:`load_model`.
     """
     m = config.model
     model = _outline(_trained_config(m), m.trust_remote_code)
@@ -82,9 +82,9 @@ def drawing_weights(config: Config) -> Iterator[PreTrainedModel]:
 
 
 def check_stored_weights(config: Config) -> None:
-    """Refuse a directory whose files do not hold the pretrained model's parameters, whatever the engine.
+    """Refuse a directory whose files do not hold the pretrained model's parameters, for any engine.
 
-    Models of the hub are not looked at: they may not be on this machine yet.
+    Hub models are not checked: they may not be on this machine yet.
 
     Raises:
         ConfigError: names the file or the parameters, and what to do.
@@ -96,13 +96,13 @@ def check_stored_weights(config: Config) -> None:
 
 
 def locate_parameters(m: ModelConfig) -> dict[str, StoredTensor]:
-    """Find where each parameter of a pretrained model is stored. Fetches the files if need be.
+    """Find where each parameter of a pretrained model is stored, and download the files if needed.
 
     Returns:
-        Stored tensors by the names of their parameters; of tied parameters one name may be missing.
+        Stored tensors by parameter name. Of tied parameters, one name may be missing.
 
     Raises:
-        ConfigError: there is no such model, or its files do not hold all parameters as they are.
+        ConfigError: there is no such model, or its files do not hold every parameter in the model's own layout.
     """
     return _match_stored(m, must_be_read_as_stored=True)
 
@@ -120,7 +120,7 @@ def _match_stored(m: ModelConfig, *, must_be_read_as_stored: bool) -> dict[str, 
             "transformers converts while it loads. Write engine='deepspeed', or save the model in its own layout once: "
             "model.save_pretrained(DIRECTORY, save_original_format=False)."
         )
-    if not converted:  # else transformers alone knows what becomes of them, and says so when it loads
+    if not converted:  # otherwise only transformers knows the result, and reports problems when it loads
         own = dict(model.named_parameters(remove_duplicate=False))
         there = {id(own[name]) for name in found}
         wrong = {n: (t.shape, tuple(own[n].shape)) for n, t in found.items() if t.shape != tuple(own[n].shape)}
@@ -136,7 +136,7 @@ def _stored(target: str, *, local_files_only: bool, in_slices: bool) -> list[Sto
         raise OSError("it has no weights: neither model.safetensors nor pytorch_model.bin, nor the index of either")
     if in_slices and paths[0].suffix != ".safetensors":
         raise OSError(
-            "it has no safetensors file, of which engine='fsdp' reads slices. Load it once with transformers and "
-            "save_pretrained it, or write engine='deepspeed'"
+            "it has no safetensors file, and engine='fsdp' reads slices of those. Load it once with transformers and "
+            "save it with save_pretrained, or write engine='deepspeed'"
         )
     return stored_tensors(paths)

@@ -1,11 +1,11 @@
-"""Published models as configurations alone: real dimensions, random weights, nothing to download.
+"""Published models without their weights: real dimensions, random weights, nothing to download.
 
 ``published/bloom-560m`` is a directory that is written on first use: the published ``config.json`` with the tokenizer
-of the embedded model of the same family, whose ids are all below the published vocabulary's size. It is for measuring
-memory and speed at real sizes. What such a model predicts means nothing.
+of the embedded model of the same family, whose ids all fit into the published vocabulary. Use it to measure memory and
+speed at real sizes; its predictions mean nothing.
 
 Sources: the ``config.json`` of bigscience/bloom-560m, openai-community/gpt2, openai-community/gpt2-medium and
-Qwen/Qwen2.5-0.5B on the Hugging Face Hub. The numbers of parameters are those of their model cards' weight files.
+Qwen/Qwen2.5-0.5B on the Hugging Face Hub. The numbers of parameters come from the weight files on their model cards.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class PublishedModel:
     """Dimensions of a published model.
 
     Attributes:
-        family: the embedded model whose tokenizer it gets here.
-        num_parameters: tied ones counted once.
-        values: what its ``config.json`` states and the embedded model's does not.
+        family: the embedded model whose tokenizer it borrows.
+        num_parameters: number of parameters, tied ones counted once.
+        values: entries of its ``config.json`` that differ from the embedded model's.
     """
 
     family: str
@@ -64,11 +64,11 @@ PUBLISHED: dict[str, PublishedModel] = {
         },
     ),
 }  # fmt: skip
-"""By the name that follows :data:`PREFIX`."""
+"""Published models by name, without the :data:`PREFIX`."""
 
 
 def published_directory(name: str) -> Path:
-    """Return the directory of a published model: ``config.json`` and a tokenizer, written if need be.
+    """Return the directory of a published model, with its ``config.json`` and a tokenizer; write it if needed.
 
     Args:
         name: with or without :data:`PREFIX`.
@@ -116,7 +116,7 @@ def _write(target: Path, config: str, tokenizer: list[Path]) -> None:
             if not target.is_dir():
                 scratch.replace(target)
         except OSError:
-            if not target.is_dir():  # else another process was quicker
+            if not target.is_dir():  # otherwise another process was quicker
                 raise
         finally:
             shutil.rmtree(scratch, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""Side files of a model: its tokenizer, generation settings and cache setting, as they came.
+"""Side files of a model: its original tokenizer, generation settings and cache setting.
 
-Training changes some of them: it pads on the right, gives GPT-2's tokenizer a pad token and keeps no generation cache.
-A checkpoint, and what is exported from it, must not.
+Training changes some of them: it pads on the right, gives GPT-2's tokenizer a pad token, and turns the generation cache
+off. Checkpoints and exports must keep the originals.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from tutorial_lib.models.loading import fetch, is_local, load_config, resolve_mo
 
 @dataclass(frozen=True, slots=True)
 class SideFiles:
-    """What belongs to a model besides its weights and dimensions.
+    """A model's files besides its weights and dimensions.
 
     Attributes:
-        tokenizer: as ``from_pretrained`` gives it, without the changes of :func:`tutorial_lib.models.load_tokenizer`.
+        tokenizer: as ``from_pretrained`` returns it, without the changes of :func:`tutorial_lib.models.load_tokenizer`.
         generation_config: the text of ``generation_config.json``, or None if the model has none.
-        use_cache: the configuration's own setting.
+        use_cache: the original setting in ``config.json``.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -33,7 +33,7 @@ class SideFiles:
     use_cache: bool
 
     def save(self, directory: Path, model_config: PretrainedConfig) -> None:
-        """Write them, and the configuration of the model that was trained, into a directory."""
+        """Write these files, and the configuration of the trained model, into a directory."""
         own = copy.deepcopy(model_config)
         own.use_cache = self.use_cache
         own.save_pretrained(directory)
@@ -43,7 +43,7 @@ class SideFiles:
 
 
 def check_side_files(name: str) -> None:
-    """Refuse a directory whose side files, besides the tokenizer's, cannot be read. The hub's are not looked at.
+    """Refuse a directory whose side files, besides the tokenizer's, cannot be read. Hub models are not checked.
 
     Raises:
         ConfigError: names the file, what is wrong with it, and what to do.

@@ -1,4 +1,4 @@
-"""Stored weights: the files that hold a pretrained model's tensors, and refusals of those that do not hold them all."""
+"""Stored weights: the files that hold a pretrained model's tensors, and checks that they are complete."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from tutorial_lib.config import ConfigError
 from tutorial_lib.models.directory import check_no_pointer
 
 _NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-"""Where a model's weights are looked for, in transformers' order."""
+"""Names of weight files, in the order in which transformers looks for them."""
 
-_FEW = 3  # names that a message shows
+_FEW = 3  # number of names shown in a message
 
 
 def locate_weights(target: str, local_files_only: bool) -> list[Path]:
-    """Return the files of a model's weights; fetches them from the hub if need be.
+    """Return the files of a model's weights, downloading them from the hub if needed.
 
     Args:
         target: hub name or directory, as ``from_pretrained`` takes it.
-        local_files_only: ask no hub.
+        local_files_only: do not contact the hub.
     """
     options: dict[str, Any] = {"local_files_only": local_files_only, "_raise_exceptions_for_missing_entries": False}
     for name in _NAMES:
@@ -46,7 +46,7 @@ def locate_weights(target: str, local_files_only: bool) -> list[Path]:
 
 
 def check_files(directory: str) -> None:
-    """Refuse a model's directory whose weight files are incomplete. Reads nothing but their first bytes.
+    """Refuse a model's directory whose weight files are incomplete. Reads only their first bytes.
 
     Raises:
         ConfigError: names the file, what is wrong with it, and how to get it.
@@ -65,8 +65,8 @@ def _shards(index: Path) -> list[str]:
         return sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"{index} is damaged: it is no JSON object with a weight_map from tensors to files. Copy or download it "
-            "again."
+            f"{index} is damaged: it is not a JSON object with a weight_map from tensors to files. Copy or download "
+            "it again."
         ) from error
 
 
@@ -84,7 +84,7 @@ def _torn(path: Path) -> str | None:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor in a file, under the name that it has there."""
+    """One tensor in a file, by its name in that file."""
 
     path: str
     name: str
@@ -92,7 +92,7 @@ class StoredTensor:
 
 
 def stored_tensors(paths: Iterable[Path]) -> list[StoredTensor]:
-    """Return what files of weights hold: from the headers of safetensors, and without the values of other files.
+    """List the tensors in weight files, without reading their values.
 
     Raises:
         ConfigError: as :func:`load_pickled`.
@@ -109,7 +109,7 @@ def stored_tensors(paths: Iterable[Path]) -> list[StoredTensor]:
 
 
 def check_pickles(target: str, local_files_only: bool) -> None:
-    """Refuse weights that cannot be read without running code from their files; arguments as :func:`locate_weights`.
+    """Refuse weights that cannot be read without running code from their files. Arguments as :func:`locate_weights`.
 
     Raises:
         ConfigError: as :func:`load_pickled`.
@@ -120,30 +120,30 @@ def check_pickles(target: str, local_files_only: bool) -> None:
 
 
 def load_pickled(path: Path, device: str) -> dict[str, torch.Tensor]:
-    """Load a file that ``torch.save`` wrote, and run no code from it, which a pickle can hold.
+    """Load a file that ``torch.save`` wrote, without running any code that its pickle may hold.
 
     Args:
         path: such as ``pytorch_model.bin``.
-        device: where its tensors are to be; ``meta`` gives their shapes alone.
+        device: where to put its tensors; ``meta`` gives only their shapes.
 
     Raises:
-        ConfigError: the file holds more than tensors, or is damaged. Says how to convert it.
+        ConfigError: the file holds more than tensors, or is damaged. The message says how to convert it.
     """
     try:
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of pickle protocols
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # about pickle protocols
             found = torch.load(path, map_location=device, mmap=zipfile.is_zipfile(path), weights_only=True)
-    except Exception as error:  # there is no end to what a damaged pickle makes its reader raise
+    except Exception as error:  # a damaged pickle can make its reader raise almost anything
         raise ConfigError(_why_not_loaded(path, error)) from error
     if not isinstance(found, dict):
         raise ConfigError(
-            f"{path} holds a {type(found).__name__}, not tensors by the names of their parameters. Write the directory "
-            "of a model that save_pretrained has saved."
+            f"{path} holds a {type(found).__name__}, not tensors by parameter name. Write the directory of a model "
+            "that was saved with save_pretrained."
         )
     return {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
 
 
 _WRITTEN_BY_TORCH = (b"PK", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19")
-"""First bytes of a file of ``torch.save``: a zip archive, or before torch 1.6 a pickled number."""
+"""First bytes of a file from ``torch.save``: a zip archive, or before torch 1.6 a pickled number."""
 
 
 def _why_not_loaded(path: Path, error: Exception) -> str:
@@ -152,15 +152,15 @@ def _why_not_loaded(path: Path, error: Exception) -> str:
     code = re.search(r"GLOBAL (\S+)|class (\S+)", str(error)) if "weights only" in str(error).lower() else None
     if not start.startswith((*_WRITTEN_BY_TORCH, b"\x80")) or (not code and start.startswith(_WRITTEN_BY_TORCH)):
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 120, placeholder=" ...")
-        return f"{path} is damaged, or no file of weights ({reason}). Copy or download it again."
+        return f"{path} is damaged, or not a weight file ({reason}). Copy or download it again."
     holds = f" ({code[1] or code[2]})" if code else ""
     load = "torch.load(f, map_location='cpu', weights_only=False)"
     if not start.startswith(_WRITTEN_BY_TORCH):
         load = "pickle.load(f)"
     directory = str(path.parent)
     return (
-        f"{path} is a pickle of more than tensors{holds}, and reading one can run any code that it holds: it is not "
-        "read here. Write a model with safetensors files. Or, if you trust who made it, convert it once:\n"
+        f"{path} is a pickle of more than tensors{holds}. Reading it could run any code it holds, so it was not "
+        "read. Choose a model with safetensors files or, if you trust the author, convert it once:\n"
         "python - <<'END'\n"
         "import pathlib, pickle, torch\n"
         "from safetensors.torch import save_file\n"
@@ -178,11 +178,11 @@ def _why_not_loaded(path: Path, error: Exception) -> str:
 def match_parameters(
     model: PreTrainedModel, stored: Iterable[StoredTensor]
 ) -> tuple[dict[str, StoredTensor], list[StoredTensor], list[str]]:
-    """Find a model's parameters among stored tensors, under the names that transformers would accept for them.
+    """Match a model's parameters with stored tensors, by the names that transformers accepts for them.
 
     Returns:
-        The tensors by the names of their parameters; those that transformers would convert while loading, such as
-        experts that are stored one by one and trained as one tensor; and the names of all others.
+        Stored tensors by parameter name; those that transformers would convert while loading, such as experts that are
+        stored one by one and trained as one tensor; and the names of all others.
     """
     conversions = get_model_conversion_mapping(model)
     renamings: Any = [each for each in conversions if isinstance(each, WeightRenaming)]
@@ -203,15 +203,15 @@ def match_parameters(
 def check_complete(
     name: str, *, missing: Iterable[str], wrong_shapes: Mapping[str, tuple[Sequence[int], Sequence[int]]]
 ) -> None:
-    """Refuse pretrained weights that would leave parameters as they were drawn.
+    """Refuse pretrained weights that would leave some parameters at their random initial values.
 
     Args:
-        name: of the model.
+        name: name of the model.
         missing: parameters that no file holds.
-        wrong_shapes: for other parameters, the shape in the file and the shape in the model.
+        wrong_shapes: for parameters stored in the wrong shape, the shape in the file and the shape in the model.
 
     Raises:
-        ConfigError: names the first few of them.
+        ConfigError: names the first few of these parameters.
     """
     if wrong_shapes:
         found = [f"{key} as {list(stored)} in place of {list(own)}" for key, (stored, own) in wrong_shapes.items()]
@@ -222,24 +222,24 @@ def check_complete(
     if names := sorted(missing, key=_natural):
         raise ConfigError(
             f"The files of the model {name!r} lack {len(names)} of its parameters: {_some(names)}. Training would "
-            "start from random numbers there. Write a model whose files are complete, such as one saved by "
-            "save_pretrained from the class of causal language models."
+            "start from random numbers there. Choose a model whose files are complete, such as one that "
+            "AutoModelForCausalLM loaded and save_pretrained saved."
         )
 
 
 def check_all_used(name: str, model: PreTrainedModel, others: Iterable[str]) -> None:
-    """Refuse pretrained weights of which a part would be dropped, so that another function would be trained.
+    """Refuse pretrained weights that would be dropped in part, so that a different function would be trained.
 
-    A tensor counts if the model has its place and not the tensor: a bias of a layer that has none by ``config.json``, a
-    layer beyond ``num_hidden_layers``, an adapter of a layer. Heads of other tasks and old buffers do not count.
+    A tensor counts if it belongs to a module of the model that has no such parameter: a bias that ``config.json`` turns
+    off, a layer beyond ``num_hidden_layers``, an adapter of a layer. Heads of other tasks and old buffers do not count.
 
     Args:
-        name: of the model.
-        model: with its parameters, on any device.
-        others: names of stored tensors that are no parameters of it.
+        name: name of the model.
+        model: the model with its parameters, on any device.
+        others: names of stored tensors that match none of its parameters.
 
     Raises:
-        ConfigError: names the first few of them.
+        ConfigError: names the first few of these tensors.
     """
     own = [key for key, _ in model.named_parameters(remove_duplicate=False)]
     modules = {key.rpartition(".")[0] for key in own}

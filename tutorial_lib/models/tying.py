@@ -1,8 +1,8 @@
-"""Tied embeddings: whether a model's output layer shares its input embedding's weight, decided once for all engines.
+"""Tied embeddings: whether a model's output layer shares the input embedding's weight, decided once for all engines.
 
-``config.json`` says so (``tie_word_embeddings``), and is sometimes wrong: its files hold a weight of the output layer
-that differs from the embedding. transformers then unties the two, except at ZeRO stage 3. Here the files win always,
-and the configuration that everybody builds the model from is corrected before anything is built.
+``config.json`` claims it (``tie_word_embeddings``), and is sometimes wrong: the files hold an output weight that
+differs from the embedding. transformers then unties the two, except at ZeRO stage 3. Here the files always win, and the
+configuration that every engine builds the model from is corrected first.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers.core_model_loading import WeightRenaming
 from tutorial_lib.models.stored import load_pickled, locate_weights
 
 _ROWS = 4096
-"""Rows of two embeddings that are compared at once, so that neither is ever read in full."""
+"""Number of rows to compare at once, so that neither embedding is ever read in full."""
 
 
 def resolve_tying(target: str, *, local_files_only: bool, model_config: PretrainedConfig) -> PretrainedConfig:
@@ -27,8 +27,8 @@ def resolve_tying(target: str, *, local_files_only: bool, model_config: Pretrain
 
     Args:
         target: hub name or directory, as ``from_pretrained`` takes it.
-        local_files_only: ask no hub.
-        model_config: from ``config.json``; it is changed in place.
+        local_files_only: do not contact the hub.
+        model_config: from ``config.json``; changed in place.
 
     Raises:
         ConfigError: a pickled file holds more than tensors.
@@ -44,14 +44,14 @@ def resolve_tying(target: str, *, local_files_only: bool, model_config: Pretrain
                 for one, other in pairs.items()
             )
     except SafetensorError:
-        return model_config  # who loads the weights next says what is wrong with the file
+        return model_config  # loading the weights will say what is wrong with the file
     if differing:
         _set_tied(model_config, False)
     return model_config
 
 
 def record_tying(model: PreTrainedModel) -> None:
-    """Write into a model's configuration whether its weights are tied, so that it is saved as it is."""
+    """Write into a model's configuration whether its weights are tied, so that the saved configuration is true."""
     if getattr(model.config, "tie_word_embeddings", False):
         parameters = dict(model.named_parameters(remove_duplicate=False))
         pairs = model.get_expanded_tied_weights_keys(all_submodels=True).items()
@@ -65,7 +65,7 @@ def _set_tied(model_config: PretrainedConfig, tied: bool) -> None:
 
 
 def _naming(model_class: Any, model_config: PretrainedConfig) -> Callable[[str], str]:
-    """Return what turns a tensor's name in a file into its name in the model."""
+    """Return a function that maps a tensor's name in a file to its name in the model."""
     conversions = get_checkpoint_conversion_mapping(model_config.model_type) or []
     renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
     prefix = f"{model_class.base_model_prefix}."
@@ -84,7 +84,7 @@ def _naming(model_class: Any, model_config: PretrainedConfig) -> Callable[[str],
 def _stored_weights(
     target: str, local_files_only: bool, name_in_model: Callable[[str], str]
 ) -> Iterator[dict[str, Any]]:
-    """Open a model's files; yields every tensor by its name in the model, to be read slice by slice."""
+    """Open a model's files, and yield their tensors by name in the model, to be read slice by slice."""
     with ExitStack() as stack:
         stored: dict[str, Any] = {}
         for path in locate_weights(target, local_files_only):

@@ -1,7 +1,7 @@
-"""Collectives that every room uses: objects, integers and tensors from all ranks, and the barrier.
+"""Collectives that every package uses: gathering objects, integers and tensors from all ranks, and the barrier.
 
-Every function here is collective: all ranks must call it, in the same order. Without a process group there is one rank,
-and nothing is sent.
+All ranks must call these functions, in the same order. Without a process group there is a single rank, and nothing is
+sent.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def broadcast_object(value: T) -> T:
 
 
 def all_gather_objects(value: T) -> list[T]:
-    """Return every rank's value, by rank."""
+    """Return the values of all ranks, in rank order."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -35,13 +35,13 @@ def all_gather_objects(value: T) -> list[T]:
 
 
 def all_gather_ints(numbers: Sequence[int]) -> list[list[int]]:
-    """Return every rank's integers, by rank. All ranks give equally many.
+    """Return the integers of all ranks, in rank order. Every rank must pass the same number of them.
 
-    Integers, so that :mod:`tutorial_lib.measure.traffic` counts them as bookkeeping on any number of ranks.
+    They travel as an integer tensor, so that :mod:`tutorial_lib.measure.traffic` counts them as bookkeeping.
     """
     if not dist.is_initialized():
         return [list(numbers)]
-    # NCCL alone, as Ray sets it up by itself, exchanges nothing that is in host memory.
+    # With NCCL alone, which is Ray's default, nothing in host memory can be exchanged.
     device = "cpu" if "cpu:" in dist.get_backend_config() else "cuda"
     own = torch.tensor(numbers, dtype=torch.int64, device=device)
     by_rank = [torch.empty_like(own) for _ in range(dist.get_world_size())]
@@ -50,11 +50,11 @@ def all_gather_ints(numbers: Sequence[int]) -> list[list[int]]:
 
 
 def all_gather_tensor(share: Tensor, dim: int | None, group: Any) -> Tensor:
-    """Return the full tensor of which each rank of ``group`` holds an equal share along ``dim``.
+    """All-gather the full tensor from equal shares along ``dim``, one on each rank of ``group``.
 
     Args:
         share: this rank's share.
-        dim: the tensor dimension that was split; with None the tensor is replicated, and returned as it is.
+        dim: the tensor dimension that was split; None if the tensor is replicated, and returned unchanged.
         group: the process group that shares it.
     """
     if dim is None:
@@ -65,6 +65,6 @@ def all_gather_tensor(share: Tensor, dim: int | None, group: Any) -> Tensor:
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank has arrived."""
     if dist.is_initialized():
         dist.barrier()

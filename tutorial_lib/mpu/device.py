@@ -10,7 +10,7 @@ from tutorial_lib.config import Config, ConfigError
 
 
 def local_device(config: Config) -> torch.device:
-    """Return where this rank computes, and make it the current GPU. A rank that sees one GPU alone uses that.
+    """Return the device of this rank, and make it the current GPU. A rank that sees a single GPU uses that one.
 
     Raises:
         ConfigError: the node has fewer GPUs than ranks.
@@ -20,8 +20,8 @@ def local_device(config: Config) -> torch.device:
     local_rank, visible = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if not visible or local_rank >= visible > 1:
         raise ConfigError(
-            f"Local rank {local_rank} has no GPU of its own: {visible} can be seen here. Start as many ranks per node "
-            "as it has GPUs, or write device='cpu'."
+            f"Local rank {local_rank} has no GPU of its own: this process sees {visible}. Start no more ranks per node "
+            "than it has GPUs, or write device='cpu'."
         )
     device = torch.device("cuda", local_rank if local_rank < visible else 0)
     torch.cuda.set_device(device)

@@ -1,4 +1,4 @@
-"""Random-number states of one rank: seeding, and capture and restore for checkpoints."""
+"""Random-number states of one rank: seeding, and saving and restoring them in checkpoints."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and PyTorch's generators, those of GPUs included."""
+    """Seed the generators of Python, NumPy and PyTorch, on GPUs too."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def capture_random_states(device: torch.device) -> dict[str, Any]:
-    """Return the states of all generators, as ``torch.load(..., weights_only=True)`` can read them back.
+    """Return the states of all generators, in a form that ``torch.load(..., weights_only=True)`` can read.
 
     Args:
-        device: where this rank computes; a GPU has a generator of its own.
+        device: where this rank computes; a GPU has its own generator.
     """
     kind, keys, *rest = np.random.get_state()
     version, words, gauss = random.getstate()
@@ -35,7 +35,7 @@ def capture_random_states(device: torch.device) -> dict[str, Any]:
 
 
 def restore_random_states(states: dict[str, Any], device: torch.device) -> None:
-    """Put back what :func:`capture_random_states` returned."""
+    """Restore the states that :func:`capture_random_states` returned."""
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, *rest = states["numpy"]

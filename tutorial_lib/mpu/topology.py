@@ -1,4 +1,4 @@
-"""The rank grid: which ranks read different data, and which share a layer.
+"""Rank grid: the ranks that read different data, and the ranks that share a layer.
 
 ``world size = dp x tp``. Ranks of one tensor-parallel group are adjacent, so that they land on one node, where
 links are fast; with ``dp=2, tp=2``::
@@ -9,7 +9,7 @@ links are fast; with ``dp=2, tp=2``::
                ^
                one data-parallel group: same shard, different data
 
-One object owns this arithmetic. Data loading asks it for ``dp_rank``, never for the world rank.
+:class:`Topology` owns this arithmetic. Data loading asks it for ``dp_rank``, never for the world rank.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ class Topology:
     def create(
         cls, parallel: ParallelConfig, *, rank: int, world_size: int, local_world_size: int | None = None
     ) -> Topology:
-        """The place of ``rank`` in the grid that the configuration asks for.
+        """Place ``rank`` in the grid that the configuration asks for.
 
         Args:
             parallel: ``dp`` and ``tp``.
             rank: this process's world rank.
             world_size: number of processes that were started.
-            local_world_size: how many of them are on this node; None if that is not known.
+            local_world_size: number of processes on this node; None if unknown.
 
         Raises:
-            ConfigError: ``dp x tp`` is not the number of processes that were started, or a tensor-parallel group would
-                span nodes.
+            ConfigError: ``dp x tp`` differs from the number of processes that were started, or a tensor-parallel group
+                would span nodes.
         """
         if parallel.world_size != world_size:
             raise ConfigError(
@@ -71,9 +71,9 @@ class Topology:
 
     @classmethod
     def from_environment(cls, parallel: ParallelConfig) -> Topology:
-        """Return the place of this process among those that torchrun, Ray Train or another launcher has started.
+        """Find the place of this process among those that torchrun, Ray Train or another launcher has started.
 
-        Rank and world size are those of the default process group. Without one, this process is alone.
+        Rank and world size come from the default process group. Without one, this process is alone.
 
         Args:
             parallel: ``dp`` and ``tp``.
@@ -100,16 +100,16 @@ class Topology:
         return self.rank % self.tp
 
     def grid(self) -> list[list[int]]:
-        """World ranks as rows of tensor-parallel groups; columns are the data-parallel groups."""
+        """World ranks; each row is a tensor-parallel group, each column a data-parallel group."""
         return [[dp_rank * self.tp + tp_rank for tp_rank in range(self.tp)] for dp_rank in range(self.dp)]
 
     def axes(self) -> dict[str, list[int]]:
-        """The world ranks of this rank's groups, by the name of their axis: ``tp`` and ``dp``."""
+        """Return the world ranks of this rank's groups, by the name of their axis: ``tp`` and ``dp``."""
         grid = self.grid()
         return {"tp": grid[self.dp_rank], "dp": [row[self.tp_rank] for row in grid]}
 
     def drawing(self) -> str:
-        """The grid as text: a row per tensor-parallel group, a column per data-parallel group."""
+        """Draw the grid as text: a row per tensor-parallel group, a column per data-parallel group."""
         width = max(len(str(self.world_size - 1)), len(f"tp {self.tp - 1}")) + 2
         header = " " * 8 + "".join(f"tp {tp_rank}".rjust(width) for tp_rank in range(self.tp))
         rows = [
@@ -120,15 +120,15 @@ class Topology:
 
 
 class ModelParallelUnit:
-    """What DeepSpeed calls an ``mpu``: the groups of this rank, their sizes, and its place in them.
+    """The ``mpu`` object that DeepSpeed asks for: this rank's groups, their sizes, and its place in them.
 
-    DeepSpeed asks for it in two places. Its check of the batch sizes takes the data-parallel size from here; without
-    it, that would be the world size, and the check would fail. And ``zero.Init`` must partition over the data-parallel
-    group alone.
+    DeepSpeed uses it in two places. Its check of the batch sizes takes the data-parallel size from here; otherwise it
+    would take the world size, and the check would fail. And ``zero.Init`` must partition over the data-parallel group
+    only.
 
     Args:
         topology: this rank's place in the grid.
-        mesh: the grid's groups, see :func:`device_mesh`.
+        mesh: the grid's process groups, see :func:`device_mesh`.
     """
 
     def __init__(self, topology: Topology, mesh: DeviceMesh) -> None:
@@ -155,9 +155,9 @@ class ModelParallelUnit:
 
 
 def device_mesh(topology: Topology, device_type: str) -> DeviceMesh:
-    """The grid as a PyTorch mesh with the axes ``dp`` and ``tp``, and one process group per row and column. Collective.
+    """Build the grid as a PyTorch mesh with axes ``dp`` and ``tp``: a process group per row and column. Collective.
 
-    The groups are created once per default process group, however many runs a process does.
+    The groups are created once per default process group, however many runs the process goes through.
 
     Args:
         topology: this rank's place in the grid.

@@ -1,4 +1,4 @@
-"""Activations: what a transformer keeps between forward and backward, and what the loss needs at its peak.
+"""Activations: the tensors that a transformer keeps between forward and backward, and the peak memory of the loss.
 
 Counted per kernel, as PyTorch's autograd keeps tensors for today's Hugging Face and torchtitan models, in units of
 tokens times width. Notation: h hidden, k width of all keys, f width of the MLP, V vocabulary, t tensor-parallel size,
@@ -12,16 +12,16 @@ e bytes per element. A layer keeps, per token::
 
 Recomputing (``checkpointing``)::
 
-    none        all of it
+    none        keeps everything
     selective   the layer's input, attention's output, and every second matrix product: torchtitan's per-operator policy
-    full        the layer's input alone
+    full        only the layer's input
 
-While a layer that is recomputed runs backward, all that it would have kept is there once: the *transient*. The
-logits are gone by then, so a step peaks at the larger of the two.
+While a recomputed layer runs backward, everything that it would have kept exists once: the *transient*. By then the
+logits are gone, so a step peaks at the larger of the two.
 
-The loss (:func:`logits_bytes`) peaks in its backward at three fp32 copies of the logits: the log-probabilities, the
-gradient of those, and the gradient of the logits, 12 bytes each. Split over the vocabulary, PyTorch's ``loss_parallel``
-has four of its share at once.
+The loss (:func:`logits_bytes`) peaks in its backward at three fp32 copies of the logits: the log-probabilities, their
+gradient, and the gradient of the logits, together 12 bytes per element. Split over the vocabulary, PyTorch's
+``loss_parallel`` holds four copies of its share at once.
 
 Assumptions: dropout off (its masks are one byte per element and layer), no ``torch.compile`` (which keeps less), the
 sequence axis of a DTensor gathered before each matrix product and kept so.
@@ -31,8 +31,8 @@ torchtitan's ``parallelize_llama.py`` of December 2024 (selective policy, sequen
 another implementation *Reducing Activation Recomputation*, arXiv:2205.05198, section 4:
 :func:`megatron_bytes_per_layer`.
 
-Checked: tests/unit/theory/test_activations.py counts what autograd keeps in this course's three models; a run's whole
-peak and published runs stand in docs/planner-errors.md.
+Checked: tests/unit/theory/test_activations.py counts the tensors that autograd keeps in this course's three models;
+docs/planner-errors.md compares peaks of complete runs, ours and published ones.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from functools import cache
 from tutorial_lib.theory.dimensions import Dimensions
 
 CHECKPOINTING = ("none", "selective", "full")
-"""How much is recomputed in backward, least first."""
+"""Amounts of recomputing in backward, least first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,8 @@ class LayerActivations:
     """Bytes per token of one layer.
 
     Args:
-        kept: until the layer's backward.
-        transient: more, while it runs backward.
+        kept: bytes kept until the layer's backward.
+        transient: extra bytes while the layer runs backward.
     """
 
     kept: float
@@ -69,18 +69,18 @@ def layer_activations(
     bytes_per_element: int = 2,
     seq_length: int = 0,
 ) -> LayerActivations:
-    """Return what one layer keeps of one token, in bytes.
+    """Return the activations that one layer keeps for one token, in bytes.
 
     Args:
-        dimensions: of the model.
+        dimensions: dimensions of the model.
         checkpointing: ``none``, ``selective`` or ``full``.
         tp: t.
         sequence_parallel: norms and residuals are divided over the tensor-parallel ranks, too.
-        bytes_per_element: e, of what layers compute in.
-        seq_length: s, which matters without a fused attention kernel alone.
+        bytes_per_element: e, for the type that layers compute in.
+        seq_length: s, which only matters without a fused attention kernel.
 
     Raises:
-        ValueError: another way of recomputing.
+        ValueError: unknown ``checkpointing``.
     """
     if checkpointing not in CHECKPOINTING:
         raise ValueError(f"checkpointing is {checkpointing!r}. Write one of: {', '.join(CHECKPOINTING)}.")
@@ -114,7 +114,7 @@ def _norm(dimensions: Dimensions, bytes_per_element: int) -> float:
 
 
 def recomputed_share(dimensions: Dimensions, checkpointing: str) -> tuple[float, float]:
-    """Return which shares of a layer's forward matrix products, and of its attention, backward computes again.
+    """Return the shares of a layer's forward matrix products, and of its attention, that backward recomputes.
 
     Selective: every second product in the order query, key, value, output, gate, up, down; attention is kept.
     """
@@ -127,13 +127,13 @@ def recomputed_share(dimensions: Dimensions, checkpointing: str) -> tuple[float,
 
 
 def logits_bytes(tokens: float, vocabulary: int, *, vocabulary_parallel: int = 1, chunks: int = 1) -> float:
-    """Return the peak of the loss, in bytes: three fp32 copies of the logits, four of a share of them.
+    """Return the peak of the loss in bytes: three fp32 copies of the logits, or four of a rank's share of them.
 
     Args:
-        tokens: of a micro-batch on one rank.
+        tokens: tokens of a micro-batch on one rank.
         vocabulary: V.
-        vocabulary_parallel: over how many ranks the logits are split; 1: not split.
-        chunks: in how many pieces, one after the other, output layer and loss are computed.
+        vocabulary_parallel: number of ranks that the logits are split over; 1: not split.
+        chunks: number of pieces in which output layer and loss are computed, one after the other.
     """
     copies = 16 if vocabulary_parallel > 1 else 12
     return copies * tokens / chunks * vocabulary / vocabulary_parallel
@@ -149,12 +149,12 @@ def megatron_bytes_per_layer(
     sequence_parallel: bool = False,
     fused_attention: bool = False,
 ) -> float:
-    """Activations that one GPT layer of Megatron-LM keeps for backward, in bytes, with 16-bit activations.
+    """Return the 16-bit activations that one GPT layer of Megatron-LM keeps for backward, in bytes.
 
     ``s b h (10 + 24/t + 5 a s / (h t))`` under tensor parallelism, ``s b h / t (34 + 5 a s / h)`` with sequence
     parallelism as well (arXiv:2205.05198, section 4.2). For t = 1 both are ``s b h (34 + 5 a s / h)``.
-    The last term is the attention matrix, which fused attention kernels (``fused_attention``) do not keep. An MLP of
-    4 h, LayerNorm, GELU and dropout are assumed: :func:`layer_activations` knows others.
+    The last term is the attention matrix, which fused attention kernels (``fused_attention``) do not keep. This
+    assumes an MLP of 4 h, LayerNorm, GELU and dropout; :func:`layer_activations` covers other models.
     """
     sbh = seq_length * micro_batch * hidden
     attention = 0.0 if fused_attention else 5 * num_heads * seq_length / hidden

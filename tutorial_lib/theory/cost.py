@@ -1,19 +1,19 @@
-"""What a layout costs: bytes per device, bytes sent, and seconds per step.
+"""Cost of a layout: bytes per device, bytes sent, and seconds per step.
 
 The model of a step::
 
-    computing  FLOPs, recomputed ones included / (devices * peak * efficiency), and the pipeline's bubble on top
-    tp         all-reduces of activations; the next operation waits for them: nothing hides them
-    dp         gradients and parameters; computing hides the share ``overlap`` of it, as far as it lasts
-    cp         keys and values round a ring, hidden likewise
+    computing  FLOPs, including recomputed ones / (devices * peak * efficiency), plus the pipeline's bubble
+    tp         all-reduces of activations; the next operation waits for them, so nothing hides them
+    dp         gradients and parameters; computing hides the share ``overlap`` of it, for as long as it lasts
+    cp         keys and values around a ring, hidden in the same way
     update     Adam reads and writes 28 bytes per trained parameter of its shard
-    offload    gradients and parameters over the host link, and Adam on the host's processors; nothing hides them. Too
-               cheap: the one published run was :data:`OFFLOADED_RUN` times slower
+    offload    gradients and parameters over the host link, and Adam on the host's processors; nothing hides them. This
+               is too optimistic: the one published run was :data:`OFFLOADED_RUN` times slower
 
 Sources: FLOPs, arXiv:2204.02311, appendix B; volumes, :mod:`tutorial_lib.theory.traffic`; the update, AdamW's fp32
 gradient, weight and two moments (16 bytes read, 12 written). Assumptions: Adam reaches four fifths of the memory
 bandwidth (plausible); kernels are as efficient on small micro-batches as on large ones.
-Left out: latency of collectives, launches of kernels, sends between a pipeline's stages, reading data.
+Not modelled: latency of collectives, launches of kernels, sends between a pipeline's stages, reading data.
 Checked: docs/planner-errors.md.
 """
 
@@ -31,7 +31,7 @@ from tutorial_lib.theory.states import lora_params, model_states
 
 UPDATE_BYTES = 28
 OFFLOADED_RUN = 2.7
-"""How many times slower the one published run with offload was than this model says: docs/planner-errors.md."""
+"""Factor by which the one published run with offload was slower than this model says: docs/planner-errors.md."""
 REACHED_MEMORY_BANDWIDTH = 0.8
 
 
@@ -39,9 +39,9 @@ REACHED_MEMORY_BANDWIDTH = 0.8
 class Candidate:
     """A layout with its costs: bytes per device (``host`` per node), bytes that a device sends per step, seconds.
 
-    ``states`` are all that exist in a step; ``memory`` is the peak, at which gradients may not be there yet
-    (``moment``). ``problem`` says why it cannot run; ``missing`` what this course's engines lack for it; ``slower``
-    why it is not the best.
+    ``states`` are all model states that exist in a step; ``memory`` is the peak, when there may be no gradients yet
+    (``moment``). ``problem`` says why the layout cannot run, ``missing`` lists features that this course's engines lack
+    for it, and ``slower`` says why it is not the best.
     """
 
     layout: Layout
@@ -80,15 +80,16 @@ class Candidate:
 
 
 def backward_all_reduces(dimensions: Dimensions, engine: str) -> int:
-    """All-reduces per layer in backward under tensor parallelism: AutoTP sums once per column-parallel projection.
+    """Return the all-reduces per layer in backward with tensor parallelism.
 
-    This course's DTensor plan, which goes with FSDP2, sums once per attention and MLP, as Megatron does.
+    AutoTP sums once per column-parallel projection. This course's DTensor plan for FSDP2 sums once per attention and
+    MLP, as Megatron does.
     """
     return 2 if engine == "fsdp" else dimensions.column_layers
 
 
 def evaluate(workload: Workload, cluster: Cluster, layout: Layout) -> Candidate:
-    """Return a layout's costs."""
+    """Compute a layout's costs."""
     dims = workload.dimensions
     part = part_of_model(
         dims, workload.num_params, layout.tp, layout.pp, sequence_parallel=layout.sequence_parallel
@@ -123,14 +124,14 @@ def evaluate(workload: Workload, cluster: Cluster, layout: Layout) -> Candidate:
 
 
 def _copies(layout: Layout) -> int:
-    """Return how many ranks share one copy of the states."""
+    """Return the number of ranks that share one copy of the states."""
     return layout.shard_size or layout.dp * layout.cp
 
 
 def _dp_traffic(
     workload: Workload, cluster: Cluster, layout: Layout, params: int, accumulation: int
 ) -> tuple[float, float]:
-    """Bytes that a device sends in its data-parallel group per step, and the seconds that takes."""
+    """Return the bytes that a device sends in its data-parallel group per step, and the seconds that this takes."""
     element = workload.bytes_per_element
     # FSDP2 gathers 16-bit copies and reduces gradients in fp32.
     reduced = 4 if layout.strategy else element
@@ -149,8 +150,8 @@ def _dp_traffic(
         return sent, sent / traffic.bus_bandwidth(members, ranks, cluster.within, cluster.between)
 
     if layout.strategy is None:
-        # A layer waits for its backward while up to 2 Psi elements of others are used; DeepSpeed keeps it that long if
-        # its limit allows.
+        # Between a layer's forward and backward, up to 2 Psi elements of other layers are used; DeepSpeed keeps it
+        # gathered that long if its limit allows.
         stays = 2 * params <= workload.live_params
         volume = traffic.zero_volume(
             trained, layout.zero_stage, accumulation=accumulation, gradient_reduction=workload.gradient_reduction,
@@ -177,7 +178,10 @@ def _dp_traffic(
 def _tp_traffic(
     workload: Workload, cluster: Cluster, layout: Layout, part: Part, accumulation: int
 ) -> tuple[float, float]:
-    """All-reduces of activations; with sequence parallelism all-gathers and reduce-scatters of the same volume."""
+    """Return bytes and seconds of the all-reduces of activations.
+
+    With sequence parallelism they are all-gathers and reduce-scatters of the same volume.
+    """
     tensor = traffic.tensor_parallel_volume(
         part.layers, layout.micro_batch, workload.seq_length // layout.cp, workload.dimensions.hidden, layout.tp,
         accumulation=accumulation, recompute=layout.checkpointing == "full",
@@ -200,14 +204,14 @@ def _cp_traffic(
 
 
 def _compute_seconds(workload: Workload, cluster: Cluster, layout: Layout, tokens: int) -> float:
-    """Forward, backward and what backward recomputes. A whole output layer is computed whole on every rank of tp."""
+    """Return the seconds of forward, backward and recomputing. Every rank of tp computes an unsplit output layer."""
     dims = workload.dimensions
     per_token: float = flops.flops_per_token(workload.num_params, dims.layers, dims.hidden, workload.seq_length)
     if not dims.tied:
         per_token -= 6 * dims.embedding_params  # looked up, never multiplied
     in_layers = 2 * (workload.num_params - dims.root_params)
     if workload.lora_rank:
-        per_token -= in_layers  # no gradients of frozen weights, while those of activations pass through them
+        per_token -= in_layers  # frozen weights need no gradients, only gradients of activations
     whole = 6 * dims.vocabulary * dims.hidden if dims.tied and not layout.sequence_parallel else 0
     products, attention = recomputed_share(dims, layout.checkpointing)
     per_token += products * in_layers + attention * 4 * dims.layers * dims.hidden * workload.seq_length
@@ -218,7 +222,7 @@ def _compute_seconds(workload: Workload, cluster: Cluster, layout: Layout, token
 def _update_seconds(
     workload: Workload, cluster: Cluster, layout: Layout, params: int, accumulation: int
 ) -> tuple[float, float]:
-    """Seconds that offload adds, and those of Adam on the device. One of them is 0."""
+    """Return the seconds that offload adds, and the seconds of Adam on the device. One of them is 0."""
     trained = params
     if workload.lora_rank:
         trained = min(params, lora_params(workload.dimensions, workload.lora_rank) // (layout.tp * layout.pp))
@@ -234,15 +238,16 @@ def _update_seconds(
 def _host_link_bytes(workload: Workload, layout: Layout, trained: int, all_params: int, accumulation: int) -> float:
     """Return the bytes of a rank's shard that cross its host link per step: gradients down, parameters up.
 
-    FSDP2 keeps fp32 shards on the host, moves them as they are for each gather and casts them on the device
+    FSDP2 keeps fp32 shards on the host, moves them unchanged for each gather and casts them on the device
     (``all_gather_inputs`` of ``_fsdp_param.py``); reduced gradients go down in fp32 (``_fsdp_collectives.py``).
-    DeepSpeed sends 16-bit parameters up, and gradients down as the fp32 that its host Adam reads. Stage 3 also keeps
+    DeepSpeed sends 16-bit parameters up, and gradients down in fp32, which its host Adam reads. Stage 3 also keeps
     every micro-batch's 16-bit gradients in a buffer on the host, and fetches them back (``partition_grads``).
 
     Args:
-        workload, layout: what is trained, and how.
+        workload: the training to run.
+        layout: how it is laid out.
         trained: elements of the shard that have gradients.
-        all_params: elements of the shard, frozen ones included.
+        all_params: elements of the shard, including frozen ones.
         accumulation: micro-batches per step.
     """
     element = workload.bytes_per_element

@@ -1,4 +1,4 @@
-"""The dimensions of a decoder-only transformer, and how many parameters they make.
+"""Dimensions of a decoder-only transformer, and the number of parameters that follows from them.
 
 Sources:
     GPT-3, arXiv:2005.14165, table 2.1 (up to 13 B and 175 B; its hidden size of 5140 for 13 B is a misprint of 5120)
@@ -7,7 +7,7 @@ Sources:
     Scaling Laws for Neural Language Models, arXiv:2001.08361, section 2.1 (12 L h^2 parameters outside embeddings)
 
 Checked: against the parameters of built models and published counts, in ``tests/unit/cli/test_plan.py`` and
-``tests/unit/theory``. :func:`derive` is plausible, no more: models of one size differ in shape.
+``tests/unit/theory``. :func:`derive` is only plausible: models of the same size differ in shape.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ PUBLISHED = (
 """Parameters, layers and hidden size of published dense models: the shapes that :func:`derive` follows."""
 
 VOCABULARY = 32_000
-"""Tokens assumed where nothing is known: Llama 2's."""
+"""Size of the vocabulary if nothing is known: Llama 2's."""
 
 _GROUPS = ((3000, 1024), (1900, 512), (512, 256), (0, 64))
-"""From this hidden size on, hidden sizes are multiples of this."""
+"""Hidden sizes of at least this are multiples of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dimensions:
-    """What the arithmetic has to know of a model's architecture.
+    """Dimensions of a model's architecture.
 
     Args:
         layers: L.
@@ -49,15 +49,15 @@ class Dimensions:
         positions: learned position embeddings, 0 for rotary or ALiBi ones.
         gated: three matrices in the MLP (SwiGLU) instead of two.
         qkv_bias: whether the query, key and value projections add a bias.
-        bias: whether the attention's output projection and the MLP do.
+        bias: whether the attention's output projection and the MLP add a bias.
         norm_vectors: vectors of h elements per norm: 2 for LayerNorm, 1 for RMSNorm.
-        embedding_norm: a norm right after the embedding, as BLOOM has.
-        tied: the output layer is the embedding.
+        embedding_norm: whether there is a norm right after the embedding, as in BLOOM.
+        tied: whether the output layer shares the embedding's weight.
         column_layers: separate projections per layer that tensor parallelism divides by columns: 2 with one fused
             query-key-value projection and one MLP input, 5 with separate ones and a gated MLP.
         mlp_tensors: tensors as wide as the MLP that a layer keeps for backward; ``None``: 4 if gated (gate, its
-            activation, up, their product), else 2 (before and after). GPT-2's tanh-GELU in Python keeps 5.
-        fused_attention: whether attention runs in one kernel, which keeps no matrix of scores. BLOOM's does not.
+            activation, up, their product), otherwise 2 (before and after). GPT-2's tanh-GELU in Python keeps 5.
+        fused_attention: whether attention runs in one kernel that keeps no matrix of scores. BLOOM's does not.
     """
 
     layers: int
@@ -83,7 +83,7 @@ class Dimensions:
 
     @property
     def embedding_params(self) -> int:
-        """Elements of token and position embeddings, without an output layer of its own."""
+        """Elements of token and position embeddings, without a separate output layer."""
         return (self.vocabulary + self.positions) * self.hidden
 
     @property
@@ -98,17 +98,17 @@ class Dimensions:
 
     @property
     def replicated_params(self) -> int:
-        """R: what every rank of a tensor-parallel group keeps whole under DeepSpeed's AutoTP.
+        """R: elements that every rank of a tensor-parallel group holds in full with DeepSpeed's AutoTP.
 
         Embeddings, norms, and the biases of the two projections whose outputs are summed over the group. An output
-        layer that is tied to the embedding is whole with it; one of its own is divided.
+        layer that is tied to the embedding is not split either; a separate one is.
         """
         norms_outside = (1 + self.embedding_norm) * self.norm_vectors * self.hidden
         return self.embedding_params + norms_outside + self.layers * self._whole_per_layer
 
     @property
     def key_value_width(self) -> int:
-        """Width of the keys of all heads together, and of the values."""
+        """Width of the keys of all heads together; the same for the values."""
         return self.hidden // self.heads * self.key_value_heads
 
     @property
@@ -117,7 +117,7 @@ class Dimensions:
 
     @property
     def root_params(self) -> int:
-        """Elements outside the layers: embeddings, their norm, the last norm, and an output layer of its own."""
+        """Elements outside the layers: embeddings, their norm, the last norm, and a separate output layer."""
         return self.num_params - self.layers * self.layer_params
 
     @property
@@ -150,11 +150,11 @@ def derive(
     heads: int | None = None,
     vocabulary: int | None = None,
 ) -> Dimensions:
-    """Plausible dimensions of a model of ``num_params`` parameters; what is given is kept.
+    """Derive plausible dimensions for a model of ``num_params`` parameters; given dimensions are kept.
 
-    The published model nearest in size gives the ratio r = h / L, ``12 L h^2 = 12 h^3 / r`` parameters then give h,
-    rounded so that heads (of 128 elements from h = 2048 on, of 64 below) divide over many devices, and L is what is
-    left. The MLP is 4 h wide, the output layer has its own weights, and every query head its own key and value head.
+    The published model nearest in size gives the ratio r = h / L. Then ``12 L h^2 = 12 h^3 / r`` parameters give h,
+    rounded so that many devices can share the heads (of 128 elements from h = 2048 on, of 64 below), and L follows. The
+    MLP is 4 h wide, the output layer has its own weights, and every query head has its own key and value head.
 
     Raises:
         ValueError: the given dimensions do not make a model of about this size (within a fifth), or do not divide.

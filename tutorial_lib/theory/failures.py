@@ -1,8 +1,8 @@
-"""How often to save: between the time that saving costs and the work that a failure loses.
+"""Checkpoint interval: the best compromise between the time that saving takes and the work that a failure loses.
 
-Notation: C, seconds that training stands still for one save; M, mean seconds between failures of the whole job; R,
-seconds from a failure to the first step afterwards; tau, seconds of training between two saves. Failures come at
-random, independently of each other, at the rate 1/M.
+Notation: C, seconds that training stalls for one save; M, mean seconds between failures of the whole job; R, seconds
+from a failure to the first step afterwards; tau, seconds of training between two saves. Failures are random and
+independent of each other, at the rate 1/M.
 
 Sources: Young, "A first order approximation to the optimum checkpoint interval", CACM 17(9), 1974; Daly, "A higher
 order estimate of the optimum checkpoint interval for restart dumps", FGCS 22(3), 2006.
@@ -17,20 +17,20 @@ import random
 
 
 def job_mean_time(device_mean_time: float, num_devices: int) -> float:
-    """Mean time between failures of a job, which fails when any of its devices does: M = M_device / N."""
+    """Return the mean time between failures of a job, which fails when any of its devices does: M = M_device / N."""
     if device_mean_time <= 0 or num_devices < 1:
         raise ValueError(f"A mean time of {device_mean_time} on {num_devices} devices: both must be positive.")
     return device_mean_time / num_devices
 
 
 def young_interval(save_seconds: float, mean_time: float) -> float:
-    """Young's interval, sqrt(2 C M): seconds of training between two saves. Good where C is far below M."""
+    """Return Young's interval, sqrt(2 C M): seconds of training between two saves. Good if C is far below M."""
     _check(save_seconds, mean_time)
     return math.sqrt(2 * save_seconds * mean_time)
 
 
 def daly_interval(save_seconds: float, mean_time: float) -> float:
-    """Daly's interval: Young's with the next two terms, less C; M where a save takes longer than 2 M."""
+    """Return Daly's interval: Young's with the next two terms, minus C; M if a save takes longer than 2 M."""
     _check(save_seconds, mean_time)
     share = save_seconds / (2 * mean_time)
     if share >= 1:
@@ -39,11 +39,10 @@ def daly_interval(save_seconds: float, mean_time: float) -> float:
 
 
 def lost_share(interval: float, save_seconds: float, mean_time: float, restart_seconds: float = 0.0) -> float:
-    """Share of the wall time that is no training, when saving every ``interval`` seconds of training.
+    """Return the share of the wall time that is lost, when saving every ``interval`` seconds of training.
 
-    Daly's model of the wall time for a given work, which is exact for failures at a constant rate that may strike
-    during a save and during a restart too: ``M e^(R/M) (e^((tau + C)/M) - 1) / tau`` seconds of wall time for a second
-    of training.
+    Daly's model of the wall time is exact for failures at a constant rate, which may also happen during a save or a
+    restart: one second of training takes ``M e^(R/M) (e^((tau + C)/M) - 1) / tau`` seconds of wall time.
 
     Args:
         interval: tau, seconds of training between two saves.
@@ -55,7 +54,7 @@ def lost_share(interval: float, save_seconds: float, mean_time: float, restart_s
     if interval <= 0:
         raise ValueError(f"An interval of {interval} s between saves: it must be positive.")
     exponent = (interval + save_seconds) / mean_time
-    if exponent + restart_seconds / mean_time > 700:  # e^700 is the largest that a float holds: nothing gets done
+    if exponent + restart_seconds / mean_time > 700:  # about the largest exponent for a float: nothing gets done
         return 1.0
     wall = mean_time * math.exp(restart_seconds / mean_time) * math.expm1(exponent) / interval
     return 1 - 1 / wall
@@ -70,7 +69,7 @@ def simulate_lost_share(
     num_saves: int = 20_000,
     seed: int = 0,
 ) -> float:
-    """The same by playing it: failures drawn at random until ``num_saves`` intervals are trained and saved."""
+    """Simulate :func:`lost_share`: draw random failures until ``num_saves`` intervals are trained and saved."""
     _check(save_seconds, mean_time)
     draw = random.Random(seed)
     wall, done = 0.0, 0
@@ -84,7 +83,7 @@ def simulate_lost_share(
             )
             continue
         wall += until_failure
-        # A restart may fail as well, and begins anew.
+        # A restart may fail as well, and then starts over.
         while (until_failure := draw.expovariate(1 / mean_time)) < restart_seconds:
             wall += until_failure
         wall, until_failure = wall + restart_seconds, until_failure - restart_seconds

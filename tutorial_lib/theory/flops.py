@@ -1,12 +1,12 @@
-"""Arithmetic of a training step: floating-point operations, utilisation, and how long it should take.
+"""FLOPs of a training step: floating-point operations, utilisation, and the time it should take.
 
 Sources:
     PaLM, arXiv:2204.02311, appendix B (6 N + 12 L h s FLOPs per token; MFU and HFU)
     Scaling Laws for Neural Language Models, arXiv:2001.08361 (6 N)
     How to Scale Your Model, jax-ml.github.io/scaling-book (when data parallelism is limited by computing)
 
-Assumptions: matrix products alone take time; attention counts all positions (PaLM's convention: a causal kernel does
-half of them, so long sequences look more efficient than they are, here as in the published figures they meet).
+Assumptions: only matrix products take time; attention counts all positions (PaLM's convention: a causal kernel only
+computes half of them, so long sequences look more efficient than they are, here and in the published figures).
 Checked: against PyTorch's FLOP counter and PaLM's published MFU in ``tests/unit/test_theory.py``.
 """
 
@@ -15,18 +15,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FORWARD_BACKWARD = 3
-"""Passes of a training step in units of a forward pass: forward, and backward for inputs and for weights."""
+"""Cost of a training step in forward passes: forward, and backward for inputs and for weights."""
 
 WITH_RECOMPUTE = 4
-"""The same with activations computed a second time before backward."""
+"""The same if activations are recomputed before backward."""
 
 
 def flops_per_token(num_params: int, num_layers: int, hidden: int, seq_length: int) -> int:
-    """Floating-point operations of forward and backward for one token: ``6 N + 12 L h s`` (arXiv:2204.02311).
+    """Return the floating-point operations of forward and backward for one token: ``6 N + 12 L h s``.
 
     Six per parameter (a multiply and an add, in three passes), plus attention over all heads and ``seq_length``
-    positions, without the factor of one half that a causal mask could save. Embeddings are counted as if they were
-    multiplied, which is right for tied ones (their second use is the output layer).
+    positions, without the factor of one half that a causal mask could save (arXiv:2204.02311). Embeddings count as if
+    they were multiplied, which is right for tied ones (their second use is the output layer).
 
     Args:
         num_params: parameters of the model.
@@ -40,14 +40,14 @@ def flops_per_token(num_params: int, num_layers: int, hidden: int, seq_length: i
 def utilisation(
     tokens_per_second: float, flops_per_token: float, peak_flops: float, *, recompute: bool = False
 ) -> float:
-    """Share of the peak that a run achieves.
+    """Return the share of the peak that a run achieves.
 
-    Without ``recompute`` this is MFU, model FLOPs utilisation: only the work that the model needs counts. With it,
-    HFU, hardware FLOPs utilisation of a run with activation checkpointing: the second forward counts too, a factor
-    4 / 3. State which one a figure is (arXiv:2204.02311, appendix B).
+    Without ``recompute`` this is MFU, model FLOPs utilisation: only the work that the model needs counts. With it, this
+    is HFU, hardware FLOPs utilisation of a run with activation checkpointing: the second forward counts too, a factor
+    of 4 / 3. Always say which of the two a figure is (arXiv:2204.02311, appendix B).
 
     Args:
-        tokens_per_second: of all devices together.
+        tokens_per_second: tokens per second of all devices together.
         flops_per_token: from :func:`flops_per_token`.
         peak_flops: FLOP/s of all devices together; on a CPU a matmul peak measured in the same run.
         recompute: count recomputed forward passes.
@@ -58,14 +58,14 @@ def utilisation(
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """Seconds of one step, if computing and communicating each ran at full speed."""
+    """Seconds of one step if computing and communicating each run at full speed."""
 
     compute: float
     communication: float
 
     @property
     def overlapped(self) -> float:
-        """Lower bound: communication entirely hidden behind computing, or the reverse."""
+        """Lower bound: communication hides completely behind computing, or the reverse."""
         return max(self.compute, self.communication)
 
     @property
@@ -75,7 +75,7 @@ class StepTime:
 
     @property
     def bound(self) -> str:
-        """What limits the step: ``compute`` or ``communication``."""
+        """The limit of the step: ``compute`` or ``communication``."""
         return "compute" if self.compute >= self.communication else "communication"
 
 
@@ -90,16 +90,16 @@ def step_time(
     bytes_per_element: int = 2,
     recompute: bool = False,
 ) -> StepTime:
-    """Model of a step's time: ``passes * 2 Psi * tokens / (devices * FLOP/s)`` and ``volume * bytes / bandwidth``.
+    """Model a step's time: ``passes * 2 Psi * tokens / (devices * FLOP/s)`` and ``volume * bytes / bandwidth``.
 
     Args:
         num_params: Psi.
-        tokens: of the whole step, over all devices.
-        volume: elements that each rank sends, as :class:`tutorial_lib.theory.traffic.StepVolume` counts them.
-        num_devices: how many share the tokens.
+        tokens: tokens of the step, over all devices.
+        volume: elements that each rank sends, as in :class:`tutorial_lib.theory.traffic.StepVolume`.
+        num_devices: number of devices that share the tokens.
         device_flops: FLOP/s of one device.
         bandwidth: bytes per second that one device sends.
-        bytes_per_element: of what is sent.
+        bytes_per_element: size of an element that is sent.
         recompute: four passes instead of three.
     """
     passes = WITH_RECOMPUTE if recompute else FORWARD_BACKWARD
@@ -110,7 +110,7 @@ def step_time(
 
 
 def critical_tokens_per_device(device_flops: float, bandwidth: float, bytes_per_element: int = 2) -> float:
-    """Tokens per device above which plain data parallelism is limited by computing, not by the network.
+    """Return the tokens per device above which computing limits plain data parallelism, rather than the network.
 
     Backward takes ``4 Psi tokens / FLOP/s`` and hides an all-reduce of ``2 Psi bytes / bandwidth``; the two are equal
     at ``bytes / 2 * FLOP/s / bandwidth``, which in 16 bits is FLOP/s over bandwidth (scaling-book, "Training").

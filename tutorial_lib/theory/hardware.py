@@ -1,7 +1,7 @@
-"""Hardware presets: what a GPU holds, what it computes at its peak and in training, and what its links carry.
+"""Hardware presets: a GPU's memory, its FLOP/s at peak and in training, and the bandwidth of its links.
 
-Memory and peaks are the vendors' (dense, no sparsity). Everything that training only *reaches* was measured by somebody
-who says so, or is marked *plausible* below: a value of a similar device, to be replaced by your own measurement.
+Memory and peaks come from the vendors (dense, no sparsity). Values that training *reaches* were measured by the sources
+below, or are marked *plausible*: taken from a similar device, to be replaced by your own measurement.
 
 Sources, by their letter in the table:
     a  stas00/ml-engineering, compute/accelerator (specifications; MAMF, the largest matmul FLOP/s measured)
@@ -26,18 +26,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """One device of a node of ``gpus_per_node``.
+    """One device of a node with ``gpus_per_node``.
 
     Args:
-        memory: bytes, as the vendor names them (80 GB are 80e9).
+        memory: bytes, in the vendor's decimal units (80 GB are 80e9).
         flops: dense peak FLOP/s by precision.
         efficiency: share of the peak that all computing of a training step reaches (HFU: recomputing counts).
         memory_bandwidth: bytes/s of the device's own memory.
         within: bytes/s that a device sends to others of its node in a collective.
         between: bytes/s of a device's share of its node's network.
         host_link: bytes/s between a device and its host.
-        plausible: the fields that are no measurement of this device.
-        sources: letters of this page's list.
+        plausible: names of fields that were not measured on this device.
+        sources: letters from the list in the module's docstring.
     """
 
     memory: float
@@ -96,10 +96,10 @@ GPUS: dict[str, Gpu] = {
 }  # fmt: skip
 """Presets by name.
 
-What is plausible in them: H200 computes as H100 does; L4, L40S and RTX 4090 reach H100's share of their peak, their
-links are PCIe 4.0 (issue 307) and their network 100, 400 and 100 Gbit/s for a node of eight; V100's links reach four
-fifths of their line rate, as A100's and H100's were seen to, and its node has four NICs of 100 Gbit/s; MI300X reaches
-as much less of its peak than H100 as its largest measured matmul does (0.51 against 0.80).
+Plausible values: H200 computes like H100; L4, L40S and RTX 4090 reach the same share of their peak as H100, their links
+are PCIe 4.0 (issue 307), and their network has 100, 400 and 100 Gbit/s for a node of eight; V100's links reach four
+fifths of their line rate, as measured for A100 and H100, and its node has four NICs of 100 Gbit/s; MI300X reaches less
+of its peak than H100, in proportion to their largest measured matmuls (0.51 against 0.80).
 """
 
 

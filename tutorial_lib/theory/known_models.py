@@ -1,4 +1,4 @@
-"""Dimensions of public models that people name or mean by a size: "llama-3-70b", or ``--model-size 70e9``.
+"""Dimensions of public models, by name ("llama-3-70b") or by the size that people use for them (``70e9``).
 
 Sources: the models' ``config.json`` on the Hugging Face hub, and their papers: GPT-2 (Radford et al., 2019), BLOOM
 (arXiv:2211.05100), LLaMA (arXiv:2302.13971), Llama 2 (arXiv:2307.09288), Llama 3 (arXiv:2407.21783, table 3), Mistral
@@ -63,18 +63,18 @@ HUB_NAMES = {
     "qwen2-0.5b": "Qwen/Qwen2-0.5B",
     "qwen2-7b": "Qwen/Qwen2-7B",
 }
-"""What each of :data:`MODELS` is called on the Hugging Face hub, for a command that loads its weights."""
+"""Names of :data:`MODELS` on the Hugging Face hub, for a command that loads their weights."""
 
 
 _MEANT = {7e9: "llama-2-7b"}
-"""What people mean by a size that is about as near to several models: Llama 2 has 6.74 B, Mistral 7.24 B."""
+"""Models that people mean by a size that is about equally near to several: Llama 2 has 6.74 B, Mistral 7.24 B."""
 
 
 def nearest_model(num_params: float, *, within: float = 0.05) -> str | None:
-    """Return the name of the public model whose size is nearest, or None if none is as near as ``within``.
+    """Return the name of the public model nearest in size, or None if no model is ``within`` this distance.
 
-    People say 70B and mean a model with grouped queries and a vocabulary of 128,256: a shape derived from the size
-    alone would miss both.
+    By "70B" people mean a model with grouped queries and a vocabulary of 128,256: a shape derived only from the size
+    would miss both.
     """
 
     if num_params in _MEANT:

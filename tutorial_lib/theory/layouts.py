@@ -1,4 +1,4 @@
-"""What is planned: the devices, the work, and the layouts that place one on the other.
+"""Inputs and outputs of the planner: a cluster, a workload, and the layouts that place the work on the devices.
 
 Bytes are decimal (1 GB = 1e9 bytes). The defaults of :class:`Cluster` are the preset ``a100-80`` of
 :mod:`tutorial_lib.theory.hardware`, with its sources, and four assumptions that say so.
@@ -17,7 +17,7 @@ PRECISIONS = ("bf16", "fp16", "fp32")
 FSDP_STRATEGIES = ("no_shard", "shard_grad_op", "full_shard", "hybrid")
 MOMENTS = ("fp32", "bf16", "8bit")
 REDUCTIONS = ("each", "last")
-"""Gradients are reduced with every micro-batch, or once per step with the last one."""
+"""When gradients are reduced: with every micro-batch, or once per step with the last one."""
 
 _A100 = GPUS["a100-80"]
 
@@ -27,20 +27,19 @@ class Cluster:
     """The devices.
 
     Args:
-        gpus: devices in all.
-        gpus_per_node: of one node; the last node may not be partly used.
+        gpus: total number of devices.
+        gpus_per_node: devices of one node; the last node must be used completely.
         gpu_memory: bytes of one device.
         host_memory: bytes of one node.
         gpu_flops: peak FLOP/s of one device in the precision of the run.
-        efficiency: share of that peak that all computing reaches, what is recomputed included (HFU, not MFU).
-        memory_bandwidth: bytes/s of a device's own memory, which the optimizer's update is bound by.
+        efficiency: share of that peak that all computing reaches, including recomputing (HFU, not MFU).
+        memory_bandwidth: bytes/s of a device's own memory, which limits the optimizer's update.
         within: bytes/s that a device sends to others of its node.
         between: bytes/s of a device's share of its node's network.
         host_link: bytes/s between a device and its host.
         host_adam: parameters per second and node that Adam on the host updates; an assumption, measure your own.
         overlap: share of data-parallel communication that computing can hide; an assumption.
-        headroom: share of a device's memory that stays free, for fragments and for what CUDA and NCCL take; an
-            assumption.
+        headroom: share of a device's memory that stays free for fragmentation, CUDA and NCCL; an assumption.
     """
 
     gpus: int
@@ -63,33 +62,33 @@ class Cluster:
 
     @property
     def per_node(self) -> int:
-        """Devices of a node that are used."""
+        """Number of devices used per node."""
         return min(self.gpus, self.gpus_per_node)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What is trained.
+    """The training to plan.
 
     Args:
         num_params: Psi.
-        dimensions: of the model.
+        dimensions: dimensions of the model.
         seq_length: s, in tokens.
         micro_batch: b, sequences per forward pass and data-parallel rank; ``None``: the planner chooses.
-        global_batch: sequences per optimizer step; ``None``: micro-batch times devices, or if the planner chooses
-            the micro-batch, what makes one micro-batch per step.
+        global_batch: sequences per optimizer step; ``None``: micro-batch times devices or, if the planner chooses the
+            micro-batch, one micro-batch per step.
         precision: ``bf16``, ``fp16`` or ``fp32``.
-        checkpointing: how much is recomputed, ``none``, ``selective`` or ``full``; ``None``: the planner chooses.
+        checkpointing: amount of recomputing, ``none``, ``selective`` or ``full``; ``None``: the planner chooses.
         bucket_size: elements of DeepSpeed's reduction and gathering buckets.
         overlap_comm: DeepSpeed's stages 1 and 2 fill one bucket of gradients while they reduce another.
         live_params: elements that DeepSpeed's stage 3 may keep gathered (``stage3_max_live_parameters``).
-        gradient_reduction: of stages 1 and 2, as in :func:`tutorial_lib.theory.traffic.zero_volume`.
-        lora_rank: train adapters of this rank alone; 0: train all parameters.
-        base_bits: bits per frozen parameter under LoRA: 16, 8 or 4 (QLoRA).
-        moments: what Adam's moments are kept in: ``fp32``, ``bf16`` or ``8bit``.
-        loss_chunks: pieces in which output layer and loss are computed.
-        foreach: AdamW updates plain tensors all at once, with a copy of them, as it does on GPUs unless it is fused.
-        beyond: also look at layouts that this course's engines do not have.
+        gradient_reduction: for stages 1 and 2, as in :func:`tutorial_lib.theory.traffic.zero_volume`.
+        lora_rank: train only adapters of this rank; 0: train all parameters.
+        base_bits: bits per frozen parameter with LoRA: 16, 8 or 4 (QLoRA).
+        moments: number format of Adam's moments: ``fp32``, ``bf16`` or ``8bit``.
+        loss_chunks: number of pieces in which output layer and loss are computed.
+        foreach: AdamW updates all plain tensors at once, with a copy of them, as on GPUs unless it is fused.
+        beyond: also consider layouts that this course's engines do not have.
     """
 
     num_params: int
@@ -122,17 +121,17 @@ class Layout:
     Args:
         dp: data-parallel size.
         tp: tensor-parallel size, within a node.
-        zero_stage: DeepSpeed's, or the one that FSDP2's strategy equals.
+        zero_stage: DeepSpeed's stage, or the equivalent of FSDP2's strategy.
         offload: ``none``, ``optimizer`` or ``all``.
-        strategy: FSDP2's, or ``None``.
-        shard_size: how many ranks share one copy under ``hybrid``.
+        strategy: FSDP2's strategy, or ``None``.
+        shard_size: number of ranks that share one copy with ``hybrid``.
         sequence_parallel: with tp: norms and residuals divided by tokens, embeddings and loss by vocabulary.
         cp: context-parallel size.
         pp: pipeline stages.
         chunks: model chunks per stage; above 1: interleaved.
         micro_batch: b.
         checkpointing: ``none``, ``selective`` or ``full``.
-        reduction: ``each`` or ``last``: with which micro-batch FSDP2 reduces gradients.
+        reduction: ``each`` or ``last``: the micro-batch with which FSDP2 reduces gradients.
     """
 
     dp: int
@@ -151,7 +150,7 @@ class Layout:
 
     @property
     def name(self) -> str:
-        """The sharding, and the axes that have no column of their own: ``full_shard cp4 pp8``."""
+        """The sharding, with the axes that have no column in the planner's table: ``full_shard cp4 pp8``."""
         sharding = self.strategy or f"ZeRO-{self.zero_stage}"
         if self.shard_size:
             sharding += f"/{self.shard_size}"
@@ -164,7 +163,7 @@ class Layout:
 
     @property
     def knobs(self) -> int:
-        """Settings that depart from plain data parallelism: fewer are easier to run and to debug."""
+        """Number of settings that differ from plain data parallelism: fewer are easier to run and to debug."""
         return (
             (0 if self.zero_stage == 0 or self.strategy == "no_shard" else 1)
             + (self.strategy == "hybrid")
@@ -177,7 +176,7 @@ class Layout:
 
 
 def missing_here(layout: Layout, workload: Workload, accumulation: int) -> list[str]:
-    """Return what a layout needs that this course's engines do not have; empty if they run it."""
+    """List the features that a layout needs and this course's engines lack; empty if they can run it."""
     needs = {
         "selective recomputing": layout.checkpointing == "selective",
         "sequence parallelism and a vocabulary-parallel loss": layout.sequence_parallel,
@@ -194,7 +193,7 @@ def missing_here(layout: Layout, workload: Workload, accumulation: int) -> list[
 
 
 def missing_for(workload: Workload, engine: str) -> list[str]:
-    """Return what every layout of a workload needs that this course's engines do not have."""
+    """List the features that every layout of a workload needs and this course's engines lack."""
     needs = {
         "LoRA": workload.lora_rank > 0,
         f"moments in {workload.moments}": workload.moments != "fp32",
@@ -204,10 +203,10 @@ def missing_for(workload: Workload, engine: str) -> list[str]:
 
 
 def check(workload: Workload, cluster: Cluster, engine: str) -> None:
-    """Refuse what cannot be planned.
+    """Refuse inputs that cannot be planned.
 
     Raises:
-        ValueError: an unknown engine, precision or other choice, a number outside its range, half-used nodes.
+        ValueError: an unknown engine, precision or other choice, a number outside its range, partly used nodes.
     """
     choices = {
         "engine": (engine, ENGINES), "precision": (workload.precision, PRECISIONS),

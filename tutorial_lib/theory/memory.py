@@ -1,7 +1,8 @@
 """Model states: bytes of parameters, gradients and optimizer states, and DeepSpeed's estimates of them.
 
 Notation, here and in the course: Psi is the number of parameters, N the number of data-parallel ranks, t the
-tensor-parallel size. Assumed: AdamW, and every parameter trained; :mod:`tutorial_lib.theory.states` knows other cases.
+tensor-parallel size. This assumes AdamW, and that every parameter is trained; :mod:`tutorial_lib.theory.states` covers
+other cases.
 
 Sources:
     ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, arXiv:1910.02054 (figure 1, section 5)
@@ -61,10 +62,10 @@ class ModelStates:
 
 
 def model_states(num_params: int, stage: int, num_ranks: int, precision: Precision = MIXED) -> ModelStates:
-    """Model-state bytes per rank under ZeRO, wherever they are kept.
+    """Return the bytes of model states per rank under ZeRO, on the device and on the host together.
 
     Stage 1 divides the optimizer states by N, stage 2 also the gradients, stage 3 also the parameters
-    (arXiv:1910.02054, figure 1). Where N does not divide Psi, a rank holds the larger share.
+    (arXiv:1910.02054, figure 1). If N does not divide Psi, the larger share counts.
 
     Args:
         num_params: Psi, tied parameters counted once.
@@ -90,11 +91,11 @@ def model_states(num_params: int, stage: int, num_ranks: int, precision: Precisi
 def device_states(
     num_params: int, stage: int, num_ranks: int, precision: Precision = MIXED, offload: str = "none"
 ) -> ModelStates:
-    """The part of :func:`model_states` that stays on the device; :func:`host_states` says what the host keeps.
+    """Return the part of :func:`model_states` that stays on the device; see :func:`host_states` for the host's part.
 
-    Optimizer offload moves the optimizer states and, from stage 2, the gradients that they are updated with
-    (arXiv:2101.06840: the device keeps the 16-bit parameters alone). Offloading ``all`` at stage 3 moves the parameter
-    shards as well (arXiv:2104.07857); what remains is the working set of the layers that are gathered at the moment.
+    Optimizer offload moves the optimizer states and, from stage 2 on, the gradients for their update (arXiv:2101.06840:
+    the device only keeps the 16-bit parameters). Offloading ``all`` at stage 3 moves the parameter shards as well
+    (arXiv:2104.07857); only the layers that are gathered at the moment remain on the device.
 
     Raises:
         ValueError: an unknown offload, or one that the stage does not allow.
@@ -118,12 +119,12 @@ def device_states(
 def host_states(
     num_params: int, stage: int, num_ranks: int, precision: Precision = MIXED, offload: str = "none"
 ) -> ModelStates:
-    """Bytes that offload keeps in host memory, per rank. Arguments as of :func:`device_states`.
+    """Return the bytes that offload keeps in host memory, per rank. Arguments as in :func:`device_states`.
 
-    More than :func:`device_states` leaves of :func:`model_states`: the host's Adam reads gradients in fp32, so each
-    rank's share of them waits there in 4 bytes even where training is in 16 bits. All offloaded in 16 bits are thus
-    2 + 4 + 12 = 18 bytes per parameter (DeepSpeed's ``initialize_optimizer_states``; measured in ``tests/distributed``,
-    see :mod:`tutorial_lib.engine.expected`).
+    This is more than the difference between :func:`model_states` and :func:`device_states`: the host's Adam reads
+    gradients in fp32, so each rank's share of them takes 4 bytes there, even when training in 16 bits. Offloading
+    everything in 16 bits therefore takes 2 + 4 + 12 = 18 bytes per parameter (DeepSpeed's
+    ``initialize_optimizer_states``; measured in ``tests/distributed``, see :mod:`tutorial_lib.engine.expected`).
     """
     whole = model_states(num_params, stage, num_ranks, precision)
     device = device_states(num_params, stage, num_ranks, precision, offload)
@@ -132,29 +133,29 @@ def host_states(
 
 
 def checkpoint_bytes(num_params: int, stage: int, precision: Precision = MIXED) -> int:
-    """Bytes on disk of a checkpoint to train on from, all ranks' files together: no gradients, nothing twice.
+    """Return the bytes on disk of a resumable checkpoint, with the files of all ranks: no gradients, nothing twice.
 
-    Every scheme writes its optimizer states once: K bytes per parameter, whoever holds them. They include the fp32
-    master copy where there is one. What differs is the weights that forward and backward use. Stages 0 to 2 write them
-    as well, by one data-parallel rank, since :data:`MIXED` states do not hold the 16-bit weights, and since DeepSpeed
-    makes no difference where the master copy is equal to them (:data:`DEEPSPEED_FP32`). At stage 3 the master copy
-    alone is written. So in bytes per parameter::
+    Every scheme writes its optimizer states once: K bytes per parameter, whichever ranks hold them. They include the
+    fp32 master copy if there is one. The schemes differ in the weights that forward and backward use. At stages 0 to 2,
+    one data-parallel rank writes them as well: :data:`MIXED` states do not include the 16-bit weights, and DeepSpeed
+    does the same even if the master copy equals the weights (:data:`DEEPSPEED_FP32`). At stage 3, only the master copy
+    is written. So in bytes per parameter::
 
         stage 1, 2      MIXED 2 + 12 = 14     DEEPSPEED_FP32 4 + 12 = 16
         stage 3         MIXED     12          DEEPSPEED_FP32     12
         one process, DDP, DeepSpeed's stage 0 and FSDP2 in fp32: FP32 with stage 0, 4 + 8 = 12
 
     Args:
-        num_params: Psi, all of them trained, tied ones counted once. Under tensor parallelism, in engines whose
-            tensor-parallel ranks write what they hold (DeepSpeed), t times :func:`tensor_parallel_params`.
-        stage: 0 (every rank holds all, or FSDP2, whose shards are written once) to 3.
+        num_params: Psi, all of them trained, tied ones counted once. With tensor parallelism, if every tensor-parallel
+            rank writes its own part (DeepSpeed), t times :func:`tensor_parallel_params`.
+        stage: 0 (every rank holds everything, or FSDP2, whose shards are written once) to 3.
         precision: bytes per parameter.
 
     Raises:
         ValueError: a stage outside 0-3.
 
-    Source: what is saved, ``deepspeed/runtime/engine.py`` (``save_checkpoint``: ``module_state_dict`` and the
-    optimizer's ``state_dict``; placeholders at stage 3); how large it is, arXiv:1910.02054, section 3.1.
+    Sources: ``deepspeed/runtime/engine.py`` for the saved tensors (``save_checkpoint``: ``module_state_dict`` and the
+    optimizer's ``state_dict``; placeholders at stage 3); arXiv:1910.02054, section 3.1, for their sizes.
     """
     if stage not in STAGES:
         raise ValueError(f"stage is {stage}; ZeRO has the stages 0, 1, 2 and 3.")
@@ -162,9 +163,9 @@ def checkpoint_bytes(num_params: int, stage: int, precision: Precision = MIXED) 
 
 
 def savings_ratio(stage: int, num_ranks: int, precision: Precision = MIXED) -> float:
-    """How many times less model-state memory a rank needs than under plain data parallelism.
+    """Return how many times smaller a rank's model states are than under plain data parallelism.
 
-    The often-quoted 4 x and 8 x for stages 1 and 2 are what this approaches as N grows, not what it is.
+    The often-quoted 4 x and 8 x for stages 1 and 2 are only the limits as N grows.
     """
     num_params = num_ranks * 1000  # any multiple of N: the ratio does not depend on Psi
     whole = model_states(num_params, 0, num_ranks, precision).total
@@ -172,7 +173,7 @@ def savings_ratio(stage: int, num_ranks: int, precision: Precision = MIXED) -> f
 
 
 def partition_elements(num_elements: int, num_ranks: int, alignment: int = 1) -> int:
-    """Elements of one rank's share of a flat tensor that is padded so that all shares are equal.
+    """Return the elements of one rank's share of a flat tensor that is padded to make all shares equal.
 
     Args:
         num_elements: elements before padding.
@@ -183,15 +184,15 @@ def partition_elements(num_elements: int, num_ranks: int, alignment: int = 1) ->
 
 
 def partitioned_elements(sizes: Iterable[int], num_ranks: int) -> int:
-    """Elements per rank if every tensor is partitioned, and padded, by itself, as stage 3 does."""
+    """Return the elements per rank if every tensor is partitioned and padded by itself, as at stage 3."""
     return sum(partition_elements(size, num_ranks) for size in sizes)
 
 
 def reduced_gradients(sizes: Sequence[int], num_ranks: int, rank: int = 0, alignment: int = 2) -> int:
-    """Elements of gradients that a rank holds under DeepSpeed's stages 1 and 2 once they are reduced.
+    """Return the elements of gradients that a rank holds with DeepSpeed's stages 1 and 2 once they are reduced.
 
-    A rank's share is a stretch of all trained parameters laid end to end. A tensor that lies across the stretch's
-    border is held whole on both sides of it.
+    A rank's share is a stretch of all trained parameters laid end to end. A tensor across the border between two
+    stretches is held in full on both ranks.
 
     Args:
         sizes: elements of each trained parameter on this rank, in the model's order.
@@ -223,7 +224,7 @@ def deepspeed_estimate_zero2(
     offload_optimizer: bool = True,
     buffer_factor: float = 1.5,
 ) -> Estimate:
-    """What ``deepspeed.runtime.zero.stage_1_and_2.estimate_zero2_model_states_mem_needs`` computes.
+    """Compute the same as ``deepspeed.runtime.zero.stage_1_and_2.estimate_zero2_model_states_mem_needs``.
 
     It differs from the paper: without offload a rank needs ``2 Psi + 18 Psi / N`` instead of ``2 Psi + 14 Psi / N``,
     because it also counts fp32 gradients.
@@ -244,15 +245,15 @@ def deepspeed_estimate_zero3(
     zero_init: bool = True,
     buffer_factor: float = 1.5,
 ) -> Estimate:
-    """What ``deepspeed.runtime.zero.stage3.estimate_zero3_model_states_mem_needs`` computes.
+    """Compute the same as ``deepspeed.runtime.zero.stage3.estimate_zero3_model_states_mem_needs``.
 
     Args:
         num_params: Psi.
-        largest_layer: parameters of the largest module, gathered whole while it computes.
+        largest_layer: parameters of the largest module, gathered in full while it computes.
         ranks_per_node: data-parallel ranks that share one host's memory.
         num_nodes: number of hosts.
         offload: ``none``, ``optimizer`` or ``all`` (optimizer and parameters).
-        zero_init: the model is partitioned while it is built, so that no rank ever holds it whole.
+        zero_init: the model is partitioned while it is built, so that no rank ever holds it in full.
         buffer_factor: spare host memory, as a factor.
     """
     if offload not in OFFLOADS:
@@ -269,7 +270,7 @@ def deepspeed_estimate_zero3(
 
 
 def tensor_parallel_params(num_params: int, replicated: int, tp: int) -> int:
-    """Parameters per rank under tensor parallelism: ``(Psi - R) / t + R``, R being kept whole on every rank.
+    """Return the parameters per rank with tensor parallelism: ``(Psi - R) / t + R``, where R is replicated.
 
     With DeepSpeed's AutoTP the embeddings and norms are replicated, so the memory is not ``Psi / t``.
     """

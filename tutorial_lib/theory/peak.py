@@ -1,34 +1,34 @@
-"""Peak memory of a step: which of a rank's bytes exist at the same time.
+"""Peak memory of a step: the bytes of a rank that exist at the same time.
 
-A step has three moments at which memory may peak, and what is large differs::
+A step has three moments at which memory may peak, each with different large tensors::
 
     loss        activations of all layers, the loss's copies of the logits; no gradients yet, unless micro-batches
                 accumulate
     backward    activations of all layers, those that one layer recomputes, gathered layers, gradients on their way
     update      no activations; all gradients, the embeddings' on their way, the update's temporaries
 
-The peak is the largest sum. Adding everything up, as many estimates do, counts gradients and logits together, which
-never meet.
+The peak is the largest of the three sums. Many estimates simply add everything up, and so count gradients and logits
+together, which never exist at the same time.
 
-What an engine allocates beside states and activations (*buffers*)::
+Besides states and activations, engines allocate *buffers*::
 
-    FSDP2      gathered copies of the root's parameters, in backward of two layers as well, or of all under
-               shard_grad_op; a layer's gradient, and its fp32 copy on the way into the reduce-scatter; at the end
-               those of the root (twice where the output layer is the embedding)
-    DDP        16-bit copies of all weights, which autocast caches until backward has used them; gradients live in its
+    FSDP2      gathered copies of the root's parameters, and in backward of two layers, or of all with shard_grad_op;
+               a layer's gradient, and its fp32 copy on the way into the reduce-scatter; at the end the same for the
+               root (twice if the output layer is the embedding)
+    DDP        16-bit copies of all weights, which autocast caches until backward has used them; gradients are in its
                buckets, which always exist
     DeepSpeed  a bucket of gradients of the full ``reduce_bucket_size``, however small the model: from the start on (3),
                from a step's first backward on (1), or during backward (2), twice with ``overlap_comm`` (1, 2); at the
                update a bucket of updated parameters (1, 2); parameters that stay gathered up to
                ``stage3_max_live_parameters`` (3)
-    pipeline   gathered weights (whole gradients, which wait for the last micro-batch, count as states)
+    pipeline   gathered weights (full gradients, which wait for the last micro-batch, count as states)
 
 Sources: ``torch.distributed.fsdp`` (``_fsdp_collectives.py``: copy-in and copy-out), ``torch.amp`` (weight cache),
 ``deepspeed/runtime/zero`` (``setup_buckets`` of stage_1_and_2.py; the bucket that stage3.py makes with the optimizer).
 Assumptions: one layer is gathered ahead; on GPUs AdamW updates plain tensors all at once
 (``foreach``), with one more copy of them, and FSDP2's DTensors one by one (``_default_to_fused_or_foreach`` in
 torch/optim/optimizer.py).
-Left out: what a pipeline's stages send each other waits in buffers; a mask of packed rows.
+Not modelled: buffers for messages between a pipeline's stages; masks of packed rows.
 Checked: docs/planner-errors.md, against peaks of our own runs and published ones.
 """
 
@@ -46,7 +46,7 @@ from tutorial_lib.theory.states import States
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """Bytes on a device at the moment at which they are most, beside the states that always exist."""
+    """Bytes on a device at their peak, besides the states that always exist."""
 
     moment: str
     activations: float
@@ -60,7 +60,7 @@ class Peak:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one rank computes with: elements of a layer, of what is outside the layers, and of both together."""
+    """A rank's part of the model: elements of a layer, elements outside the layers, and the total."""
 
     layers: int
     layer: float
@@ -75,9 +75,9 @@ def part_of_model(
     """Return a rank's part of the model, before data parallelism shards it; with a pipeline, the largest stage's.
 
     Args:
-        dimensions: of the model.
-        num_params: Psi, which may differ a little from what the dimensions make.
-        tp: tensor-parallel size. Embeddings, norms and, where it is tied, the output layer stay whole, unless
+        dimensions: dimensions of the model.
+        num_params: Psi, which may differ a little from the number that follows from the dimensions.
+        tp: tensor-parallel size. Embeddings, norms and a tied output layer are replicated, unless
             ``sequence_parallel`` splits them by vocabulary.
         pp: pipeline stages; the first has the embedding, the last the output layer.
         sequence_parallel: see ``tp``.
@@ -95,19 +95,19 @@ def part_of_model(
 
 
 def peak_memory(workload: Workload, layout: Layout, part: Part, states: States, micro_batches: int) -> Peak:
-    """Return the largest of a step's :func:`moments`."""
+    """Return the moment of a step with the most memory, out of :func:`moments`."""
     return max(moments(workload, layout, part, states, micro_batches), key=lambda moment: moment.total)
 
 
 def moments(workload: Workload, layout: Layout, part: Part, states: States, micro_batches: int) -> list[Peak]:
-    """Return a step's moments at which memory may peak.
+    """Return the moments of a step at which memory may peak.
 
     Args:
-        workload: what is trained.
-        layout: how.
-        part: of :func:`part_of_model`.
-        states: of one rank.
-        micro_batches: per step.
+        workload: the training to run.
+        layout: how it is laid out.
+        part: the rank's part of the model, from :func:`part_of_model`.
+        states: model states of one rank.
+        micro_batches: number of micro-batches per step.
     """
     dims, element = workload.dimensions, workload.bytes_per_element
     tokens = layout.micro_batch * workload.seq_length / layout.cp
@@ -122,7 +122,7 @@ def moments(workload: Workload, layout: Layout, part: Part, states: States, micr
         tokens, dims.vocabulary, chunks=workload.loss_chunks,
         vocabulary_parallel=layout.tp if layout.sequence_parallel else 1,
     )  # fmt: skip
-    early = states.device - states.gradients  # what exists before backward has made a gradient
+    early = states.device - states.gradients  # states before backward has produced a gradient
     before = states.device if micro_batches > 1 else early
     if layout.pp > 1:
         held = pipeline.micro_batches_held(layout.pp, micro_batches, layout.chunks)
@@ -148,7 +148,7 @@ def _buffers(workload: Workload, layout: Layout, part: Part, micro_batches: int)
     if layout.strategy == "no_shard":
         in_fp32 = element == 2 and not workload.lora_rank  # a frozen base is stored in 16 bits or fewer
         casts = float(element * part.params) if in_fp32 else 0.0
-        # The norm of the largest gradient is taken in fp64, while the gradient of its second use may still be there.
+        # The norm of the largest gradient is computed in fp64, and the gradient of its second use may still exist.
         embedding = trained * 12 * workload.dimensions.vocabulary * workload.dimensions.hidden / layout.tp
         return casts, casts, max(copied * part.params, embedding)
     if layout.strategy:
@@ -176,7 +176,7 @@ def _buffers(workload: Workload, layout: Layout, part: Part, micro_batches: int)
 
 
 def standing_bucket(workload: Workload, layout: Layout) -> float:
-    """Return the bytes of the bucket that DeepSpeed's stage 3 makes with the optimizer, before any step."""
+    """Return the bytes of the bucket that DeepSpeed's stage 3 allocates together with the optimizer."""
     if layout.strategy or layout.zero_stage != 3:
         return 0.0
     return float(workload.bucket_size * workload.bytes_per_element)

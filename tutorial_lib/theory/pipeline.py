@@ -1,13 +1,14 @@
-"""Pipeline parallelism: which micro-batches a stage holds at once, and how long it stands idle.
+"""Pipeline parallelism: the micro-batches that a stage holds at once, and its idle time.
 
 Notation: p pipeline stages, m micro-batches per step, v model chunks per stage (interleaved schedule; 1F1B has 1).
 
-1F1B starts a micro-batch's backward as soon as it can, so stage i (from 0) holds ``min(m, p - i)`` micro-batches, the
-first one p. A stage waits ``p - 1`` micro-batches' time for the pipeline to fill and drain: a share ``(p - 1) / m`` on
-top of computing. Interleaving divides that by v, and the first stage then holds ``p (1 + (p - 1) / (p v))``.
+1F1B starts a micro-batch's backward as soon as it can, so stage i (from 0) holds ``min(m, p - i)`` micro-batches, and
+the first stage holds p. A stage waits for the time of ``p - 1`` micro-batches while the pipeline fills and drains: a
+share ``(p - 1) / m`` on top of computing. Interleaving divides that by v, and the first stage then holds
+``p (1 + (p - 1) / (p v))``.
 
-Sources: Megatron-LM on GPU clusters, arXiv:2104.04473, sections 2.2 and 2.3; what interleaving holds, arXiv:2205.05198,
-section 4.3. Assumption: stages of equal time. Left out: what stages send each other, which is taken to hide behind
+Sources: Megatron-LM on GPU clusters, arXiv:2104.04473, sections 2.2 and 2.3; for interleaving's memory,
+arXiv:2205.05198, section 4.3. Assumptions: all stages take the same time, and messages between them hide behind
 computing. Not checked by a run: this course's engines have no pipeline.
 """
 
@@ -28,7 +29,7 @@ def bubble_share(stages: int, micro_batches: int, chunks: int = 1) -> float:
 
 
 def micro_batches_held(stages: int, micro_batches: int, chunks: int = 1) -> float:
-    """Return how many micro-batches' activations the first stage holds at most (of all its layers each)."""
+    """Return the most micro-batches whose activations the first stage holds at once (for all of its layers)."""
     if chunks == 1 or stages == 1:
         return min(stages, micro_batches)
     return min(float(micro_batches), stages + (stages - 1) / chunks)

@@ -1,11 +1,11 @@
-"""Which way to train a model on given devices: every layout with its memory, its traffic and its step time.
+"""Planner: every layout for training a model on given devices, with its memory, its traffic and its step time.
 
-:func:`plan` costs the layouts of :mod:`tutorial_lib.theory.search`, finds which fit, and orders those by speed: tokens
-per second and device, since layouts may differ in their global batch.
+:func:`plan` evaluates the layouts of :mod:`tutorial_lib.theory.search`, finds those that fit, and orders them by speed:
+tokens per second and device, because layouts may differ in their global batch.
 
-The estimate is some ten per cent off (docs/planner-errors.md), so layouts within :data:`TIE` of the fastest count as
-equally fast. Among them, less memory is better down to :data:`COMFORTABLE` of a device (a margin for what the model
-leaves out), then fewer knobs, then speed; nothing is offloaded for the sake of a tie.
+The estimate is off by some ten per cent (docs/planner-errors.md), so layouts within :data:`TIE` of the fastest count as
+equally fast. Among them, less memory is better down to :data:`COMFORTABLE` of a device (a margin for everything that
+the model leaves out), then fewer knobs, then speed; a tie is no reason to offload.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ TIE = 0.05
 """Layouts whose speeds differ by less than this share count as equally fast."""
 
 COMFORTABLE = 0.8
-"""Below this share of the usable memory nobody need save more of it."""
+"""Share of the usable memory below which saving more of it is pointless."""
 
 
 def plan(workload: Workload, cluster: Cluster, engine: str = "deepspeed") -> list[Candidate]:
-    """All shapes, each with its best micro-batch and recomputing: first those that fit, best first, then the others.
+    """Plan all shapes, each with its best micro-batch and recomputing: first those that fit, best first, then the rest.
 
-    Those that do not fit are shown with what needs least memory.
+    Shapes that do not fit come with the settings that need the least memory.
 
     Raises:
-        ValueError: an unknown engine or precision, a number below its smallest value, or half-used nodes.
+        ValueError: an unknown engine or precision, a number below its smallest value, or partly used nodes.
     """
     check(workload, cluster, engine)
     shapes = [list(_costs(shape, workload, cluster)) for shape in layouts(workload, cluster, engine)]
@@ -54,9 +54,9 @@ def something_fits(workload: Workload, cluster: Cluster, engine: str = "deepspee
 
 
 def _costs(shape: Layout, workload: Workload, cluster: Cluster) -> Iterable[Candidate]:
-    """Evaluate a shape's variants; larger micro-batches than one that does not fit need not be looked at.
+    """Evaluate a shape's variants, but no micro-batch larger than one that does not fit.
 
-    Unless the workload says to look ``beyond`` them, what this course's engines do not run is left out.
+    Variants that this course's engines cannot run are left out, unless the workload asks to look ``beyond`` them.
     """
     for sizes in variants(shape, workload, cluster):
         for layout in sizes:
@@ -75,11 +75,11 @@ def _best_of_shape(found: list[Candidate], cluster: Cluster, fastest: float) -> 
 
 
 _DECIDES = ("", "offloads", "holds more memory", "more knobs", "shards more", "fewer tokens/s", "larger tp")
-"""What puts a layout behind an equally fast one, in the order of :func:`_order`."""
+"""Reasons that put a layout behind an equally fast one, in the order of :func:`_order`."""
 
 
 def _order(candidate: Candidate, cluster: Cluster, fastest: float) -> tuple[float, ...]:
-    """The order of those that fit: see the module's docstring. Beyond the tie, speed alone decides."""
+    """Return the sort key of a layout that fits: see the module's docstring. Outside a tie, only speed decides."""
     speed, layout = _speed(candidate), candidate.layout
     if not _ties(candidate, fastest):
         return (1, -speed, layout.knobs, layout.zero_stage, layout.tp)

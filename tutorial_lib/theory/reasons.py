@@ -1,6 +1,6 @@
-"""Why the best layout is what it is: one sentence for each of its settings, from planning its neighbours.
+"""Reasons for the best layout: one sentence for each of its settings, found by planning its neighbours.
 
-Each sentence compares with the nearest alternative that was really evaluated: one setting changed, all else equal.
+Each sentence compares with the nearest alternative that was actually evaluated: one setting changed, all else equal.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ OFFLOAD_WARNING = (
 
 
 def reasons(workload: Workload, cluster: Cluster, best: Candidate) -> list[str]:
-    """Return the sentences, most weighty first."""
+    """Return the sentences, the most important first."""
     layout = best.layout
     found = [
         _sharding(workload, cluster, best),
@@ -38,7 +38,7 @@ def reasons(workload: Workload, cluster: Cluster, best: Candidate) -> list[str]:
 
 
 def _against(best: Candidate, other: Candidate) -> str:
-    """Return how another layout compares: it does not fit, or is slower, or holds more."""
+    """Describe another layout in comparison: it does not fit, or is slower, or needs more memory."""
     if other.problem.startswith("global batch"):
         return f"makes passes of {other.layout.micro_batch * other.layout.dp} sequences, no divisor of the global batch"
     if other.problem.startswith("host too small by "):

@@ -1,4 +1,4 @@
-"""What would make a run fit that does not: changes that were tried by planning again, the fastest first."""
+"""Remedies for a run that does not fit: changes that were tried by planning again, fastest first."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tutorial_lib.theory.plan import TIE, plan, something_fits
 MOST_GPUS = 65_536
 LORA_RANK = 16
 LOSS_CHUNKS = 8
-"""As torchtune's chunked cross-entropy has by default (``CEWithChunkedOutputLoss``)."""
+"""The default of torchtune's chunked cross-entropy (``CEWithChunkedOutputLoss``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +20,8 @@ class Remedy:
     """A change after which something fits.
 
     Args:
-        change: what to write, as the command line takes it.
-        best: the best layout then.
+        change: text to write on the command line.
+        best: the best layout after the change.
     """
 
     change: str
@@ -35,7 +35,7 @@ class Remedy:
 
 
 def remedies(workload: Workload, cluster: Cluster, engine: str = "deepspeed") -> list[Remedy]:
-    """Return single changes, or if none is enough, one set of them; empty if nothing that the planner knows helps."""
+    """Return single changes or, if none is enough, one set of changes; empty if nothing the planner knows helps."""
     found = _try_changes(workload, cluster, engine)
     if not found:
         least = replace(
@@ -50,7 +50,7 @@ def remedies(workload: Workload, cluster: Cluster, engine: str = "deepspeed") ->
 
 
 def faster_than_offload(workload: Workload, cluster: Cluster, engine: str, best: Candidate) -> list[Remedy]:
-    """Return single changes with which nothing need be offloaded and training is faster, the fastest first."""
+    """Return single changes that avoid offload and make training faster, fastest first."""
     found = _try_changes(workload, replace(cluster, host_memory=1.0), engine)
     speed = best.tokens_per_gpu_second * (1 + TIE)
     faster = [r for r in found if r.best.layout.offload == "none" and r.best.tokens_per_gpu_second > speed]
@@ -66,7 +66,7 @@ def _try_changes(workload: Workload, cluster: Cluster, engine: str) -> list[Reme
 
 
 def _changes(workload: Workload, cluster: Cluster, engine: str) -> list[tuple[str, Workload, Cluster]]:
-    """Return the single changes to try: what to write, and what is planned then."""
+    """Return the single changes to try: the text to write, and the workload and cluster to plan."""
     found: list[tuple[str, Workload, Cluster]] = []
 
     def add(change: str, machine: Cluster = cluster, **changes: object) -> None:
@@ -105,7 +105,7 @@ def _changes(workload: Workload, cluster: Cluster, engine: str) -> list[tuple[st
 
 
 def smallest_gpus(workload: Workload, cluster: Cluster, engine: str = "deepspeed") -> int | None:
-    """The fewest devices on which something fits: any number within one node, whole nodes beyond; ``None``: none."""
+    """Return the fewest devices on which something fits: any number in one node, then full nodes; ``None`` if none."""
 
     def fits(gpus: int) -> bool:
         return something_fits(workload, replace(cluster, gpus=gpus), engine)
@@ -136,7 +136,7 @@ def _host_memory(workload: Workload, cluster: Cluster, engine: str) -> float | N
 
 
 def _halves(number: int) -> list[int]:
-    """Half of the number, a quarter, ... down to 1."""
+    """Return half of the number, a quarter, ... down to 1."""
     halves = []
     while number > 1:
         number //= 2

@@ -1,15 +1,15 @@
-"""The search space: which layouts :func:`tutorial_lib.theory.plan.plan` weighs, and which it need not look at.
+"""Search space of the planner: the layouts that :func:`tutorial_lib.theory.plan.plan` considers.
 
-A *shape* is how devices are arranged and states sharded; for each, micro-batch, recomputing and the reduction of
-gradients vary. Left out, since another layout is better or nobody trains so:
+A *shape* is an arrangement of devices and a sharding of the states; for each shape, the micro-batch, recomputing and
+the reduction of gradients vary. These are left out, because another layout is better or nobody trains like that:
 
 - tensor parallelism across nodes, and sizes that do not divide the heads;
-- context parallelism below 32,768 tokens, or where its group with tp exceeds a node;
-- a pipeline below 100 B parameters or 64 devices, and other than with whole parameters per stage (ZeRO-1, or FSDP2
-  without resharding), as gathering them for each micro-batch would repeat with every one;
+- context parallelism below 32,768 tokens, or if its group together with tp exceeds a node;
+- a pipeline below 100 B parameters or 64 devices, and any pipeline that shards the parameters of a stage (it must be
+  ZeRO-1, or FSDP2 without resharding), because they would be gathered again for every micro-batch;
 - offload together with context parallelism or a pipeline;
 - hybrid groups that are smaller than a node or larger than 16 nodes;
-- micro-batches that are no powers of two, unless one is given.
+- micro-batches that are not powers of two, unless one is given.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ LARGE_MODEL = 100e9
 MANY_GPUS = 64
 LARGEST_MICRO_BATCH = 64
 MICRO_BATCHES_PER_STAGE = 4
-"""With a pipeline and no global batch given, a step has this many micro-batches per stage."""
+"""Micro-batches per stage and step, with a pipeline and no given global batch."""
 
 
 def layouts(workload: Workload, cluster: Cluster, engine: str = "deepspeed") -> list[Layout]:
-    """Return the shapes to weigh, each with the first of its micro-batches."""
+    """Return the shapes to consider, each with its first micro-batch."""
     found = []
     for tp, sequence_parallel in _tensor_parallel(workload, cluster, engine):
         for cp, pp, chunks in _beyond(workload, cluster, tp):
@@ -42,7 +42,7 @@ def layouts(workload: Workload, cluster: Cluster, engine: str = "deepspeed") -> 
 
 
 def variants(shape: Layout, workload: Workload, cluster: Cluster) -> Iterator[list[Layout]]:
-    """Yield, for each way of recomputing and reducing, the layouts with smaller to larger micro-batches."""
+    """Yield, for each way of recomputing and reducing, the layouts with increasing micro-batches."""
     recompute = [workload.checkpointing] if workload.checkpointing else list(CHECKPOINTING)
     if not workload.beyond and not workload.checkpointing:
         recompute.remove("selective")
@@ -56,14 +56,14 @@ def variants(shape: Layout, workload: Workload, cluster: Cluster) -> Iterator[li
 
 
 def smallest_variants(shape: Layout, workload: Workload, cluster: Cluster) -> Iterator[Layout]:
-    """Yield the variants of a shape that need least memory: most recomputing, the smallest micro-batch."""
+    """Yield the variants of a shape that need the least memory: most recomputing, smallest micro-batch."""
     found = [sizes[0] for sizes in variants(shape, workload, cluster)]
     most = max(CHECKPOINTING.index(layout.checkpointing) for layout in found)
     yield from (layout for layout in found if layout.checkpointing == CHECKPOINTING[most])
 
 
 def micro_batches(shape: Layout, workload: Workload, cluster: Cluster) -> list[int]:
-    """Return the micro-batches to try, the smallest first: of a given global batch those that divide its share."""
+    """Return the micro-batches to try, smallest first; with a given global batch, those that divide a rank's share."""
     if workload.micro_batch:
         return [workload.micro_batch]
     sizes = [1 << n for n in range(LARGEST_MICRO_BATCH.bit_length())]
@@ -83,7 +83,7 @@ def step_batch(workload: Workload, cluster: Cluster, layout: Layout) -> int:
 
 
 def _tensor_parallel(workload: Workload, cluster: Cluster, engine: str) -> Iterator[tuple[int, bool]]:
-    """Yield tensor-parallel sizes within a node; under FSDP2 also with sequence parallelism, which AutoTP has not."""
+    """Yield tensor-parallel sizes within a node; for FSDP2 also with sequence parallelism, which AutoTP lacks."""
     dims, per_node = workload.dimensions, cluster.per_node
     for tp in range(1, per_node + 1):
         if per_node % tp or dims.heads % tp or dims.key_value_heads % tp:
@@ -94,7 +94,7 @@ def _tensor_parallel(workload: Workload, cluster: Cluster, engine: str) -> Itera
 
 
 def _beyond(workload: Workload, cluster: Cluster, tp: int) -> Iterator[tuple[int, int, int]]:
-    """Yield sizes of context parallelism and of a pipeline, and its chunks; first of all none of them."""
+    """Yield sizes of context parallelism and of a pipeline, and the pipeline's chunks, starting with none of them."""
     yield 1, 1, 1
     if not workload.beyond:
         return

@@ -1,4 +1,4 @@
-"""Model states of a layout: what an engine keeps per parameter, trained or frozen, and on which side of the host link.
+"""Model states of a layout: bytes per trained or frozen parameter, on the device and on the host.
 
 ============================== ========== ========== ============================= ======
 per trained parameter          weights    gradients  optimizer                     bytes
@@ -8,14 +8,14 @@ DeepSpeed ZeRO 1 to 3, fp32    4          4          4 (master copy) + 8        
 DeepSpeed stage 0, FSDP2, DDP  4          4          8                             16
 ============================== ========== ========== ============================= ======
 
-Moments in bf16 take 4 bytes instead of 8, in 8 bits 2 (and a scale per block of 2048, left out: under 0.1 %). A frozen
-parameter has weights alone; LoRA (arXiv:2106.09685) freezes all and trains ``r (inputs + outputs)`` elements per
-matrix; QLoRA (arXiv:2305.14314) stores the layers' frozen matrices in 4 bits (0.5 bytes, and 0.016 for doubly
-quantized scales), and embeddings, output layer, norms and biases stay in 16 bits: bitsandbytes replaces linear layers
-but the output layer (``replace_with_bnb_linear`` of transformers). So do 8 bits.
+Moments in bf16 take 4 bytes instead of 8, in 8 bits 2 (plus a scale per block of 2048, ignored: under 0.1 %). A frozen
+parameter only has its weight. LoRA (arXiv:2106.09685) freezes all weights and trains ``r (inputs + outputs)`` elements
+per matrix. QLoRA (arXiv:2305.14314) stores the layers' frozen matrices in 4 bits (0.5 bytes, and 0.016 for doubly
+quantized scales), while embeddings, output layer, norms and biases stay in 16 bits: bitsandbytes replaces all linear
+layers except the output layer (``replace_with_bnb_linear`` of transformers). The same holds for 8 bits.
 
-Sources: ZeRO, arXiv:1910.02054, section 3.1; 8-bit optimizers, arXiv:2110.02861; what FSDP2 shards (fp32, the bf16 copy
-exists while gathered): ``torch.distributed.fsdp.fully_shard``.
+Sources: ZeRO, arXiv:1910.02054, section 3.1; 8-bit optimizers, arXiv:2110.02861; ``torch.distributed.fsdp.fully_shard``
+for FSDP2's shards (fp32; the bf16 copy only exists while gathered).
 Checked: fp32 moments byte for byte in ``tests/distributed``; bf16 and 8-bit moments and LoRA are not in this course's
 engines, and not measured.
 """
@@ -29,12 +29,12 @@ from tutorial_lib.theory.dimensions import Dimensions
 from tutorial_lib.theory.layouts import Layout, Workload
 
 BASE_BYTES = {16: 2.0, 8: 1.0, 4: 0.516}
-"""Bytes per element of the layers' frozen matrices, by the bits they are stored in; all else has 2 bytes."""
+"""Bytes per element of the layers' frozen matrices, by the bits they are stored in; everything else has 2 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class States:
-    """Bytes of one rank: on the device at most, of them gradients that do not exist before backward, on its host."""
+    """Bytes of one rank: on its device at most, the gradients among them that backward creates, and on its host."""
 
     device: float
     gradients: float
@@ -42,16 +42,16 @@ class States:
 
 
 def lora_params(dimensions: Dimensions, rank: int) -> int:
-    """Return the elements that LoRA trains with an adapter at every matrix of every layer."""
+    """Return the elements that LoRA trains, with an adapter on every matrix of every layer."""
     return dimensions.layers * rank * sum(inputs + outputs for inputs, outputs in dimensions.linear_widths)
 
 
 def base_bytes(workload: Workload, layout: Layout, params: int) -> float:
-    """Return the bytes of a rank's frozen base: matrices of the layers in ``base_bits``, all else in 16.
+    """Return the bytes of a rank's frozen base: matrices of the layers in ``base_bits``, everything else in 16.
 
     Args:
-        workload: what is trained.
-        layout: how.
+        workload: the training to run.
+        layout: how it is laid out.
         params: elements of this rank's part of the model.
     """
     dims = workload.dimensions
@@ -76,11 +76,11 @@ def model_states(workload: Workload, layout: Layout, params: int, accumulation: 
     """Return the bytes of model states of one rank.
 
     Args:
-        workload: what is trained.
-        layout: who holds what.
+        workload: the training to run.
+        layout: how it is laid out.
         params: elements of this rank's part of the model, before data parallelism divides it.
         accumulation: micro-batches per step.
-        ranks: how many ranks share one copy.
+        ranks: number of ranks that share one copy.
     """
     trained = params
     frozen_device = 0.0
@@ -93,12 +93,12 @@ def model_states(workload: Workload, layout: Layout, params: int, accumulation: 
     precision = precision_of(workload, layout)
     if layout.strategy == "no_shard":
         whole = memory.model_states(trained, 0, 1, precision)
-        in_buckets = ranks > 1  # DDP's, of which gradients are views
+        in_buckets = ranks > 1  # with DDP, gradients are views of its buckets
         return States(whole.total + frozen_device, 0.0 if in_buckets else whole.gradients, 0.0)
     if layout.strategy:
-        # Shards of fp32 weights, gradients and moments. Without resharding after forward the gathered copies stay: they
-        # count as buffers. Gradients that are reduced with the last micro-batch wait whole until then; their shards
-        # come after that.
+        # Shards of fp32 weights, gradients and moments. Without resharding after forward, the gathered copies stay and
+        # count as buffers. Gradients that are reduced with the last micro-batch wait in full until then, and only
+        # become shards afterwards.
         sharded = memory.model_states(trained, 3, ranks, precision)
         waits = layout.reduction == "last" and accumulation > 1 and ranks > 1
         waiting = 4 * trained if waits else 0
@@ -110,7 +110,7 @@ def model_states(workload: Workload, layout: Layout, params: int, accumulation: 
     host = memory.host_states(trained, layout.zero_stage, ranks, precision, layout.offload)
     total, gradients = device.total, device.gradients
     if layout.zero_stage == 1 and accumulation == 1:
-        # Reduced at once, as at stage 2: whole gradients wait between micro-batches alone (measured in lesson 01).
+        # Reduced at once, as at stage 2: full gradients only wait between micro-batches (measured in lesson 01).
         reduced = memory.model_states(trained, 2, ranks, precision).gradients
         total, gradients = total - gradients + reduced, reduced
     if layout.offload == "all":

@@ -1,16 +1,16 @@
-"""Elements that should cross the wire in one optimizer step.
+"""Communication volume of one optimizer step, in elements that should cross the wire.
 
-Volumes are in *elements per rank*, counted as the ZeRO paper counts them: an all-gather or a reduce-scatter of Psi
-elements costs Psi, an all-reduce 2 Psi (it is a reduce-scatter and an all-gather). The exact cost of a ring is
-(n - 1) / n of that: :func:`ring_factor`.
+Volumes are in *elements per rank*, counted as in the ZeRO paper: an all-gather or a reduce-scatter of Psi elements
+costs Psi, an all-reduce 2 Psi (it is a reduce-scatter and an all-gather). The exact cost of a ring is (n - 1) / n of
+that: :func:`ring_factor`.
 
 Sources:
     ZeRO, arXiv:1910.02054, section 7 (2 Psi for stages 1 and 2, 3 Psi for stage 3)
     Megatron-LM, arXiv:1909.08053, section 3 (two all-reduces per layer and direction)
     Bandwidth optimal all-reduce algorithms, Patarasuk and Yuan, 2009 (ring factors)
 
-Assumptions: rings; latency left out. Checked: elements counted in real runs equal these, in ``tests/distributed`` and
-lessons 01 to 03.
+Assumptions: rings, without latency. Checked: these equal the elements counted in real runs, in ``tests/distributed``
+and lessons 01 to 03.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class StepVolume:
         return 2 * self.all_reduce + self.all_gather + self.reduce_scatter
 
     def ring_elements(self, num_ranks: int) -> float:
-        """Elements that each rank of a ring really sends: :attr:`total` times (n - 1) / n."""
+        """Return the elements that each rank of a ring really sends: :attr:`total` times (n - 1) / n."""
         return (
             ring_factor("all_reduce", num_ranks) * self.all_reduce
             + ring_factor("all_gather", num_ranks) * self.all_gather
@@ -42,7 +42,7 @@ class StepVolume:
         )
 
     def to_dict(self) -> dict[str, int]:
-        """Elements by kind."""
+        """Return the elements by kind."""
         return {
             "all_reduce": self.all_reduce,
             "all_gather": self.all_gather,
@@ -60,7 +60,7 @@ def zero_volume(
     persistent: int = 0,
     tied: int = 0,
 ) -> StepVolume:
-    """Communication of one optimizer step under ZeRO (arXiv:1910.02054, section 7).
+    """Return the communication of one optimizer step under ZeRO (arXiv:1910.02054, section 7).
 
     ======= ==================================================================== ==================
     stage   per optimizer step                                                   GAS = 1
@@ -73,15 +73,15 @@ def zero_volume(
     ======= ==================================================================== ==================
 
     Args:
-        num_params: Psi, the elements that are trained, tied ones counted once.
+        num_params: Psi, the number of trained elements, tied ones counted once.
         stage: 0 to 3.
         accumulation: micro-batches per optimizer step (GAS).
         gradient_reduction: how stages 1 and 2 reduce gradients. The paper's ``reduce_scatter`` costs Psi; DeepSpeed
             does an ``all_reduce`` for 2 Psi unless ``use_multi_rank_bucket_allreduce`` is false.
-        parameters_stay: stage 3 keeps gathered parameters alive between forward and backward, so the second
-            all-gather falls away: 2 Psi. DeepSpeed's defaults do that for a model below
-            ``stage3_max_live_parameters`` whose layers are used again within ``stage3_max_reuse_distance``.
-        persistent: elements of parameters that stage 3 keeps whole on every rank (smaller than
+        parameters_stay: stage 3 keeps gathered parameters alive between forward and backward, which saves the second
+            all-gather: 2 Psi. DeepSpeed's defaults do that for a model below ``stage3_max_live_parameters`` whose
+            layers are used again within ``stage3_max_reuse_distance``.
+        persistent: elements of parameters that stage 3 keeps in full on every rank (smaller than
             ``stage3_param_persistence_threshold``): gathered once per step, after their update.
         tied: elements of parameters that a second module uses too (tied embeddings): stage 3 gathers them once
             per use if parameters do not stay.
@@ -120,7 +120,7 @@ def fsdp_volume(
     frozen: int = 0,
     reduce_each: bool = False,
 ) -> StepVolume:
-    """Communication of one optimizer step under FSDP2.
+    """Return the communication of one optimizer step under FSDP2.
 
     ============== ===================================================== =============
     sharding       per optimizer step                                    one
@@ -130,20 +130,20 @@ def fsdp_volume(
     shard_grad_op  one all-gather per micro-batch, one reduce-scatter    2 Psi
     full_shard     two all-gathers per micro-batch, one reduce-scatter   3 Psi
     hybrid_shard   the same within shard_size ranks, and an all-reduce   3 Psi and
-                   of what remains, Psi / shard_size, among the copies   2 Psi / S
+                   of the shards, Psi / shard_size, among the copies     2 Psi / S
     ============== ===================================================== =============
 
-    The table has gradients reduced once per step, as this course's engine does: whole gradients wait in memory until
-    the last micro-batch. FSDP2's default (``reduce_each``) reduces, and shards, with every micro-batch, as ZeRO's
-    stages 2 and 3 do. DDP is meant to reduce once (``no_sync``) in both cases.
+    The table assumes that gradients are reduced once per step, as in this course's engine: full gradients wait in
+    memory until the last micro-batch. FSDP2's default (``reduce_each``) reduces and shards them with every micro-batch,
+    as ZeRO's stages 2 and 3 do. DDP reduces once (``no_sync``) in both cases.
 
     Args:
-        num_params: Psi, tied parameters counted once: FSDP2 gathers a unit, and what is in it, once.
-        sharding: by FSDP1's names, in lower case.
-        shard_size: S, of ``hybrid_shard``: how many ranks share one copy.
+        num_params: Psi, tied parameters counted once, because FSDP2 gathers a unit with all its parameters once.
+        sharding: strategy by FSDP1's names, in lower case.
+        shard_size: S, for ``hybrid_shard``: number of ranks that share one copy.
         accumulation: micro-batches per optimizer step.
-        frozen: elements of Psi that are gathered, and have no gradient.
-        reduce_each: gradients are reduced with every micro-batch, not with the last one alone.
+        frozen: elements of Psi that are gathered, but have no gradient.
+        reduce_each: gradients are reduced with every micro-batch, rather than only with the last one.
 
     Raises:
         ValueError: an unknown sharding, or ``hybrid_shard`` without its size.
@@ -178,11 +178,11 @@ def tensor_parallel_volume(
     recompute: bool = False,
     column_layers: int = 2,
 ) -> StepVolume:
-    """Communication of one optimizer step inside a tensor-parallel group, without embedding and output layer.
+    """Return the communication of one optimizer step in a tensor-parallel group, without embedding and output layer.
 
     Each layer all-reduces ``b s h`` elements twice in forward (after attention, after the MLP) and twice in backward
-    (arXiv:1909.08053, section 3). PyTorch's activation checkpointing runs the first of the forward two again; it stops
-    recomputing at the last tensor that backward needs, which comes before the sum after the MLP.
+    (arXiv:1909.08053, section 3). PyTorch's activation checkpointing repeats only the first all-reduce of forward: it
+    stops recomputing at the last tensor that backward needs, which comes before the sum after the MLP.
 
     Args:
         num_layers: L.
@@ -210,20 +210,20 @@ def tensor_parallel_crossover(
     recompute: bool = False,
     column_layers: int = 2,
 ) -> float:
-    """Tokens of a step at which tensor parallelism over n devices sends as much as ZeRO-3 over the same n devices.
+    """Return the tokens per step at which tensor parallelism and ZeRO-3 send the same amount over n devices.
 
     A tensor-parallel group passes *all* tokens T of the step through each of its ranks: ``8 L h T`` elements with
     two all-reduces per layer and direction. ZeRO-3 sends ``3 Psi`` per micro-batch, however many tokens it has. The
-    two are equal at ``T = 3 Psi / (8 L h)``, which is 4.5 h where Psi = 12 L h^2. Above it ZeRO-3 sends less. Both are
+    two are equal at ``T = 3 Psi / (8 L h)``, which is 4.5 h if Psi = 12 L h^2. Above that, ZeRO-3 sends less. Both are
     rings over n ranks, so the ring factor cancels.
 
     Args:
         num_params: Psi.
         num_layers: L.
         hidden: h.
-        accumulation: micro-batches in which ZeRO-3 works through the step's tokens.
-        recompute: activation checkpointing, which repeats one forward all-reduce of a layer. ZeRO-3's volume stays: its
-            gather for backward serves the second forward too.
+        accumulation: micro-batches that ZeRO-3 splits the step's tokens into.
+        recompute: activation checkpointing, which repeats one forward all-reduce per layer. ZeRO-3's volume stays the
+            same: its gather for backward also serves the second forward.
         column_layers: as in :func:`tensor_parallel_volume`.
     """
     per_token = tensor_parallel_volume(
@@ -233,27 +233,27 @@ def tensor_parallel_crossover(
 
 
 def bus_bandwidth(members_per_node: int, num_ranks: int, within: float, between: float) -> float:
-    """Bytes per second that each rank of a group's ring sends.
+    """Return the bytes per second that each rank of a group's ring sends.
 
-    A group inside one node uses the links within. A ring over several nodes enters and leaves each node as often as
-    the group has members there, each time through the network share of one device, until the links within are full.
+    A group inside one node uses the links within the node. Rings over several nodes enter and leave each node once per
+    member there, each time through one device's share of the network, until the links within the node are saturated.
 
     Args:
         members_per_node: ranks of the group on each node.
         num_ranks: ranks of the group.
-        within: bytes per second of one device to another in its node.
+        within: bytes per second from one device to another in its node.
         between: bytes per second of one device's share of its node's network.
     """
     return within if num_ranks <= members_per_node else min(within, members_per_node * between)
 
 
 def ring_factor(kind: str, num_ranks: int) -> float:
-    """Elements that each rank of a ring sends, per element of the full tensor.
+    """Return the elements that each rank of a ring sends, per element of the full tensor.
 
     ``(n - 1) / n`` for an all-gather and a reduce-scatter, ``2 (n - 1) / n`` for an all-reduce.
 
     Raises:
-        ValueError: another kind, or fewer than one rank.
+        ValueError: an unknown kind, or less than one rank.
     """
     if num_ranks < 1:
         raise ValueError(f"num_ranks is {num_ranks}; a ring has at least one rank.")

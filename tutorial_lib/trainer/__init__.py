@@ -1,4 +1,4 @@
-"""The training loop, its loss and its checks: the same for every engine and every launcher."""
+"""Training loop, loss and consistency checks: the same for every engine and every launcher."""
 
 from tutorial_lib.trainer.loop import Trainer
 from tutorial_lib.trainer.loss import NonFiniteLoss, count_targets, count_tokens, sum_over_ranks, token_loss_sum

@@ -1,8 +1,8 @@
-"""Answers of a trained model to the questions of a data set, and their scores by SQuAD's rules.
+"""Question answering: a trained model's answers to a data set's questions, scored by SQuAD's rules.
 
-The model reads ``Question: q Context: c Answer:``, as in training, and continues it greedily: the likeliest token, one
-after another, until EOS. Questions of a batch are padded on the left, so that all of them end where the answers begin.
-The attention mask hides the padding, and positions count from the first real token: a question has the same answer in
+The model reads ``Question: q Context: c Answer:``, as in training, and continues it greedily: always the most likely
+next token, until EOS. Questions in a batch are padded on the left, so that they all end where the answers begin. The
+attention mask hides the padding, and positions count from the first real token, so a question gets the same answer in
 every batch.
 """
 
@@ -24,13 +24,13 @@ from tutorial_lib.trainer.squad import AnswerScore, SquadScore, average_scores, 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """One question, what the model answered, and how well.
+    """A question with the model's answer and its score.
 
     Attributes:
-        question: as the data set has it.
+        question: text of the question.
         prediction: the model's answer, empty if it gave none.
-        golds: the answers that count as right.
-        score: the best exact match and F1 over all of them.
+        golds: the correct answers.
+        score: the best exact match and F1 over all correct answers.
     """
 
     question: str
@@ -44,9 +44,9 @@ class AnswerReport:
     """The answers to all questions.
 
     Attributes:
-        score: means in percent.
+        score: mean scores in percent.
         answers: one per question, in the order of the data set.
-        num_cut: questions whose context lost its end for want of room, and maybe the answer with it.
+        num_cut: questions whose context was too long and lost its end, perhaps together with the answer.
         num_left_out: rows without a question, a context or a gold answer.
     """
 
@@ -70,13 +70,13 @@ def evaluate_answers(
     """Let a model answer a data set's questions, and score the answers.
 
     Args:
-        model: the directory of an export, or another name of a model.
-        dataset: with the columns ``question``, ``context`` and ``answers``.
-        split: of the data set.
-        max_examples: use only the first this many rows.
-        seq_length: room for question, context and answer, in tokens.
+        model: directory of an export, or any other model name.
+        dataset: name of a data set with the columns ``question``, ``context`` and ``answers``.
+        split: split of the data set.
+        max_examples: use at most this many rows, the first ones.
+        seq_length: longest question, context and answer together, in tokens.
         max_new_tokens: longest answer, in tokens.
-        batch_size: questions that are answered at once. It changes the speed, never an answer.
+        batch_size: questions to answer at once. It changes the speed, never an answer.
         device: where the model computes.
 
     Raises:
@@ -85,8 +85,8 @@ def evaluate_answers(
     rows = load_rows(dataset, split, max_examples=max_examples)
     if missing := {"question", "context", "answers"} - set(rows.column_names):
         raise ConfigError(
-            f"Split {split!r} of {dataset!r} has no column {', '.join(sorted(missing))}. Write a data set of questions "
-            "as SQuAD has them, such as embedded/qa."
+            f"Split {split!r} of {dataset!r} has no column {', '.join(sorted(missing))}. Choose a data set with "
+            "questions like SQuAD's, such as embedded/qa."
         )
     tokenizer = load_tokenizer(model)
     asked = [row for row in rows if _is_complete(row)]
@@ -118,14 +118,14 @@ def answer_greedily(
     max_new_tokens: int,
     batch_size: int,
 ) -> list[str]:
-    """Return what the model continues each prompt with, up to EOS, in the order of the prompts.
+    """Continue each prompt greedily up to EOS, and return the texts in the order of the prompts.
 
     Args:
         model: a causal language model, in evaluation mode.
-        tokenizer: of the model.
+        tokenizer: tokenizer of the model.
         prompts: token ids, without EOS.
-        max_new_tokens: longest continuation.
-        batch_size: prompts that are continued at once, neighbours in length.
+        max_new_tokens: longest continuation, in tokens.
+        batch_size: prompts of similar length to continue at once.
     """
     by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     answers: dict[int, str] = {}
@@ -140,11 +140,11 @@ def answer_greedily(
 def _continue(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> torch.Tensor:
-    """Return the new tokens of each prompt (B, S): from EOS on, padding."""
+    """Return the new tokens of each prompt, shape (B, S), with padding after EOS."""
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     width = max(map(len, prompts))
     ids_BS = torch.tensor([[pad] * (width - len(ids)) + list(ids) for ids in prompts], device=model.device)
-    # Padding is known by its place: GPT-2's padding token is its EOS.
+    # Padding is known by its position: GPT-2's padding token is its EOS.
     mask_BS = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
     greedy = GenerationConfig(
         max_new_tokens=max_new_tokens,

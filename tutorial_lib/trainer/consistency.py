@@ -1,9 +1,9 @@
-"""What the ranks of a tensor-parallel group must have in common, compared in every step.
+"""Consistency checks within a tensor-parallel group: its ranks must read the same batches and compute the same loss.
 
-They share every layer, and nothing in the layers notices when they are given different batches or draw different
-dropout masks: losses go on looking plausible. The trainer therefore exchanges a fingerprint of each rank's batches,
-and its loss, among a few numbers that all ranks need anyway. As every rank sees all of them, all ranks raise together
-and none waits for another.
+They share every layer, and nothing in the layers notices if they get different batches or draw different dropout
+masks: losses still look plausible. The trainer therefore exchanges a fingerprint of each rank's batches, and its loss,
+together with a few numbers that all ranks need anyway. Every rank sees all of them, so all ranks raise together and
+none is left waiting.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from collections.abc import Sequence
 from tutorial_lib.mpu import Topology
 
 SAME_LOSS = 1e-4
-"""Relative difference up to which the losses of a group are the same but for rounding."""
+"""Largest relative difference between losses of a group that rounding can explain."""
 
 
 class RanksDisagree(RuntimeError):
-    """Ranks of one tensor-parallel group differ in what they must have in common. The message says where to look."""
+    """Ranks of a tensor-parallel group read different batches or computed different losses. The message says more."""
 
 
 def check_batches(topology: Topology, step: int | None, fingerprints: Sequence[int]) -> None:
     """Refuse batches that differ within a tensor-parallel group.
 
     Args:
-        topology: the grid.
-        step: the step that the batches are for, from 1, for the message.
-        fingerprints: by world rank, as :func:`tutorial_lib.dataloader.collate.fingerprint` gives them.
+        topology: this rank's place in the grid.
+        step: number of the step, from 1, for the message.
+        fingerprints: by world rank, from :func:`tutorial_lib.dataloader.collate.fingerprint`.
 
     Raises:
-        RanksDisagree: with the ranks and their fingerprints.
+        RanksDisagree: names the ranks and their fingerprints.
     """
     for ranks in topology.grid():
         own = [fingerprints[rank] for rank in ranks]
@@ -45,12 +45,12 @@ def check_losses(topology: Topology, step: int | None, losses: Sequence[float]) 
     """Refuse losses that differ within a tensor-parallel group by more than :data:`SAME_LOSS`.
 
     Args:
-        topology: the grid.
-        step: the step that the losses are of, from 1, for the message.
-        losses: by world rank. What is not a number, or infinite, is left to the check of the sum.
+        topology: this rank's place in the grid.
+        step: number of the step, from 1, for the message.
+        losses: by world rank. NaN and infinity are left to the check of the sum.
 
     Raises:
-        RanksDisagree: with the ranks and their losses.
+        RanksDisagree: names the ranks and their losses.
     """
     for ranks in topology.grid():
         own = [losses[rank] for rank in ranks]

@@ -19,19 +19,19 @@ from tutorial_lib.trainer.loss import count_targets, sum_over_ranks, token_loss_
 
 
 class Evaluator:
-    """Evaluates a model, and keeps what it found in the run's record, which checkpoints save.
+    """Evaluates a model, and keeps the losses in the run's record, which checkpoints save.
 
     Args:
         config: says how often to evaluate.
-        engine: what is evaluated.
-        loader: the evaluation split.
+        engine: the engine that holds the model.
+        loader: loader of the evaluation split.
         topology: this rank's place in the grid.
         steps_per_epoch: optimizer steps of an epoch, for ``evaluate_every='epoch'``.
 
     Attributes:
-        samples_per_second: of the last evaluation, or None.
-        all_token_loss: of the last evaluation, the mean loss over all tokens of the rows, prompts included; None where
-            labels mask no prompt, where rows are packed, and where the engine computes the loss itself, in chunks.
+        samples_per_second: speed of the last evaluation, or None.
+        all_token_loss: mean loss of the last evaluation over all tokens, including prompts; None if labels mask no
+            prompt, if rows are packed, or if the engine computes the loss itself, in chunks.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Evaluator:
         self._every, self._steps_per_epoch = config.run.evaluate_every, steps_per_epoch
 
     def mean_loss(self, step: int) -> float:
-        """Return the mean loss per token, weighing every token alike: the same on all ranks. Collective.
+        """Return the mean loss per token, with the same weight for every token, on all ranks. Collective.
 
         Args:
             step: optimizer steps done, for messages.
@@ -69,7 +69,7 @@ class Evaluator:
         return loss_sum / tokens
 
     def note_before(self, record: dict[str, Any]) -> None:
-        """Evaluate the model that has not been trained yet. Collective."""
+        """Evaluate the model before training. Collective."""
         record["eval_loss_before"] = self.mean_loss(0)
 
     def note_if_due(self, record: dict[str, Any], step: int) -> None:
@@ -84,21 +84,21 @@ class Evaluator:
             losses.append({"epoch": step / self._steps_per_epoch, "step": step, "loss": loss, **beside})
 
     def loss_at(self, record: dict[str, Any], step: int) -> float:
-        """Return the loss after this step, the last one: what was noted of it, or evaluate now. Collective."""
+        """Return the loss after the last step: the recorded one, or evaluate now. Collective."""
         noted = _noted(record, step)
         return self.mean_loss(step) if noted is None else noted
 
 
 def _unmasked_labels(batch: Batch) -> Tensor | None:
-    """Return labels (B, S) that count every token of the rows; None for packed rows."""
+    """Return labels (B, S) that count every token, or None for packed rows."""
     mask = batch["attention_mask"]
     if mask.dim() > 2:
         return None
-    is_repeated = not (batch["labels"] != -100).any()  # it stands in for a batch that this rank does not have
+    is_repeated = not (batch["labels"] != -100).any()  # it only fills in for a batch that this rank lacks
     return batch["labels"] if is_repeated else batch["input_ids"].masked_fill(mask == 0, -100)
 
 
 def _noted(record: dict[str, Any], step: int) -> float | None:
-    """Return the evaluation loss after the last step, if ``evaluate_every`` has asked for it."""
+    """Return the evaluation loss recorded for this step, or None if ``evaluate_every`` did not ask for one."""
     last = next(iter(record.get("eval_losses", [])[-1:]), None)
     return last["loss"] if last and last["step"] == step else None

@@ -1,6 +1,6 @@
-"""The training loop over any engine, with what a long run needs: evaluation, records, stop requests, a probe.
+"""Training loop for any engine, with everything a long run needs: evaluation, records, stop requests, a probe.
 
-Without these it is the loop of ``notebooks/scripts/train_zero.py``, which has the same parts.
+Without these it is the same loop as in ``notebooks/scripts/train_zero.py``.
 """
 
 from __future__ import annotations
@@ -85,11 +85,11 @@ class Trainer:
         )
 
     def build_loader(self) -> Any:
-        """Return the training split."""
+        """Return the loader of the training split."""
         return build_train_loader(self.config, self.tokenizer, self.topology)
 
     def build_engine(self) -> Any:
-        """Return the model with its optimizer and schedule. Collective."""
+        """Return the engine: the model with its optimizer and schedule. Collective."""
         return build_engine(self.config, self.topology, self.num_steps)
 
     def fit(self, started: float | None = None) -> Result:
@@ -101,7 +101,7 @@ class Trainer:
         self._began = time.perf_counter() if started is None else started
         self.records.begin(is_resumed=self.resumed_from is not None)
         self._train_steps()
-        # A run that resumed in a different shape, and stops where it was, still leaves a checkpoint of that shape.
+        # A run that resumes in a different shape and stops at once still saves a checkpoint in that shape.
         reshaped_alone = self.checkpoints.reshaped_from and self.step == self.resumed_from
         if self.checkpoints.saved_at != self.step or reshaped_alone:
             self.save(and_train_on=False)
@@ -109,7 +109,7 @@ class Trainer:
         return self._finish()
 
     def close(self) -> None:
-        """Release what outlives this object. A save that is not finished stays invisible."""
+        """Release the engine and the checkpoint manager. An unfinished save stays invisible."""
         self.checkpoints.close()
         self.engine.close()
 
@@ -128,15 +128,15 @@ class Trainer:
     def _prepare_first_step(self) -> None:
         if self.evaluator and self.step == 0:
             self.evaluator.note_before(self.checkpoints.record)
-        self._evaluate_if_due()  # also where a start that was stopped in a hurry has left it out
+        self._evaluate_if_due()  # also if the previous start stopped in a hurry and skipped it
         self.checkpoints.record.setdefault("seconds_to_first_step", time.perf_counter() - self._began)
 
     def _has_no_step(self) -> bool:
-        """Return whether this start trains nothing: the run, or its time slot, is over already."""
+        """Return whether this start has no steps to train: the run, or its time slot, is already over."""
         return self.step >= self.num_steps or self.stops.slot_is_over(self.step)
 
     def _is_over(self) -> bool:
-        """Return whether no step follows: it was the last one, or something asks to stop. Collective."""
+        """Return whether training ends here: this was the last step, or a stop was requested. Collective."""
         return self.step >= self.num_steps or self.stops.all_gather(self.step)
 
     def _evaluate_if_due(self) -> None:
@@ -149,7 +149,7 @@ class Trainer:
         return self.evaluator.loss_at(self.checkpoints.record, self.step)
 
     def evaluate(self) -> float:
-        """Return the mean loss per token over the evaluation split, the same on all ranks. Collective."""
+        """Return the mean loss per token over the evaluation split, on all ranks. Collective."""
         assert self.evaluator is not None
         return self.evaluator.mean_loss(self.step)
 
@@ -160,7 +160,7 @@ class Trainer:
             micro_batches: this rank's share of the global batch.
 
         Raises:
-            NonFiniteLoss: the loss or the gradient is no longer a number.
+            NonFiniteLoss: the loss or the gradient is NaN or infinite.
         """
         began, step = time.perf_counter(), self.step + 1
         is_measured = self.config.run.measure and step == measured_step(self.num_steps)
@@ -195,22 +195,22 @@ class Trainer:
         """Write a checkpoint of the state after the last step, evaluated first for ``keep_best``. Collective.
 
         Args:
-            and_train_on: more steps follow, and with ``async_save`` they need not wait until the files are written.
+            and_train_on: whether more steps follow; with ``async_save`` they do not wait until the files are written.
         """
         self.checkpoints.save(self.step, self.records.last_row(), and_train_on=and_train_on)
 
     def _diverged(self, what: str, step: int) -> str:
         if step == 1 and what.startswith("the loss"):
             return (
-                f"Before the first update {what}: the weights of {self.config.model.name!r} give it by themselves. "
+                f"Before the first update {what}, so it comes from the weights of {self.config.model.name!r}. "
                 "Look for NaN or infinite numbers in its files, or write precision='fp32' if they need its range."
             )
-        self.checkpoints.finish()  # all ranks are here, and it may be the last good one
+        self.checkpoints.finish()  # all ranks get here, and this save may be the last good one
         newest = self.checkpoints.newest()
         good = f"The last good checkpoint is {newest}." if newest else "No checkpoint was saved before."
         return (
             f"At step {step} {what}. {good} "
-            f"Lower learning_rate (now {self.config.optimizer.learning_rate}), raise warmup_steps, or state "
+            f"Lower learning_rate (now {self.config.optimizer.learning_rate}), raise warmup_steps, or set "
             "gradient_clipping."
         )
 
@@ -227,15 +227,15 @@ class Trainer:
         return result
 
     def _facts(self) -> dict[str, Any]:
-        """Return what the result holds besides, for one way of training alone."""
+        """Return extra entries of the result that only some kinds of training have."""
         return {}
 
 
 class _NoData:
-    """The training data of a start that trains no step: the position in them that was saved.
+    """Stand-in for the training data of a start that trains no steps: it only keeps the saved position.
 
     Args:
-        config: what is run.
+        config: the run's settings.
         start: where this start begins.
     """
 

@@ -1,14 +1,13 @@
-"""Next-token loss, summed over tokens so that ranks and micro-batches weigh every token alike.
+"""Next-token loss, summed over tokens so that every token has the same weight across ranks and micro-batches.
 
 Shape legend: B sequences of a micro-batch, S tokens, V vocabulary.
 
-The loss of an optimizer step is the mean over the step's tokens, wherever they are: over every rank and every
-micro-batch. Ranks hold different numbers of tokens, so a mean of per-rank means would weigh them differently, in the
-report and, worse, in the gradient. A training loop therefore counts the step's tokens first (one small all-gather),
-divides every micro-batch's loss *sum* by that count, and adds up.
+The loss of an optimizer step is the mean over all of its tokens, on every rank and in every micro-batch. Ranks hold
+different numbers of tokens, so a mean of per-rank means would weigh tokens differently, in the reported loss and,
+worse, in the gradient. A training loop therefore counts the step's tokens first (one small all-gather), divides every
+micro-batch's loss *sum* by that count, and adds up.
 
-What the ranks of a tensor-parallel group must have in common is compared on the way
-(:mod:`tutorial_lib.trainer.consistency`).
+The same exchanges check that the ranks of a tensor-parallel group agree (:mod:`tutorial_lib.trainer.consistency`).
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ from tutorial_lib.trainer.consistency import check_batches, check_losses
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss or the gradient is no longer a number. The message names the last good checkpoint."""
+    """The loss or the gradient is NaN or infinite. The message names the last good checkpoint."""
 
 
 def token_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """Sum up next-token cross-entropies, in fp32.
 
     Args:
-        logits: (B, S, V); or, of an engine that computes the loss in chunks (``loss_chunks``), the sum itself.
+        logits: (B, S, V); from an engine that computes the loss in chunks (``loss_chunks``), the sum itself.
         labels: (B, S), on any device, not shifted; -100 marks tokens that do not count.
     """
     if logits.dim() == 0:
@@ -48,7 +47,7 @@ def token_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def count_targets(labels: Tensor) -> int:
-    """Count the positions of ``labels`` (B, S) that enter :func:`token_loss_sum`, on this rank alone."""
+    """Count the positions of ``labels`` (B, S) that enter :func:`token_loss_sum`, on this rank only."""
     return int((labels[:, 1:] != -100).sum())
 
 
@@ -58,7 +57,7 @@ def count_tokens(micro_batches: Sequence[Batch], topology: Topology, *, step: in
     Args:
         micro_batches: this rank's share of the global batch.
         topology: this rank's place in the grid: ranks that share a layer read the same tokens, which count once.
-        step: the step's number, for messages.
+        step: number of the step, for messages.
 
     Raises:
         ConfigError: no token of the step counts.
@@ -83,12 +82,12 @@ def sum_over_ranks(value: float | Tensor, topology: Topology, *, step: int | Non
     Args:
         value: this rank's sum of losses.
         topology: this rank's place in the grid: ranks that share a layer have the same sum, which counts once.
-        step: the number of the step that it is of, for messages.
+        step: number of the step, for messages.
 
     Raises:
-        RanksDisagree: it differs within a tensor-parallel group; all ranks raise.
+        RanksDisagree: the sum differs within a tensor-parallel group; all ranks raise.
     """
-    # As an integer a number passes to the last bit.
+    # Sent as integers, the bits of the number arrive unchanged.
     own = value.item() if isinstance(value, Tensor) else value
     bits = torch.tensor(own, dtype=torch.float64).view(torch.int64)
     by_rank = torch.tensor(all_gather_ints([int(bits)])).view(torch.float64).flatten()

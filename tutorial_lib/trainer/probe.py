@@ -1,4 +1,4 @@
-"""Step probe: the bytes that one optimizer step holds, the peak of what it allocates, and what it sends."""
+"""Step probe: the model states, peak memory and traffic of one optimizer step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tutorial_lib.measure.traffic import Traffic, count_collectives
 from tutorial_lib.mpu import Topology
 
 MEASURED_STEP = 3
-"""Buffers and optimizer states exist, and ZeRO-3 has learnt the order of its parameters: this step is like the rest."""
+"""Step to measure. By now, buffers and optimizer states exist, and ZeRO-3 has learnt the order of its parameters."""
 
 
 def measured_step(num_steps: int) -> int:
@@ -46,7 +46,7 @@ class StepProbe:
             self._states = now
 
     def report(self, engine: Engine) -> dict[str, Any]:
-        """Return what was measured, as JSON takes it."""
+        """Return the measurements, ready for JSON."""
         assert self._states is not None and self._traffic is not None
         return {
             "state_bytes": self._states.to_dict(),

@@ -1,7 +1,7 @@
-"""This process as one rank: the signals that ask it to stop, and where its output goes.
+"""Process of one rank: the signals that ask it to stop, and the file for its output.
 
-A signal is only noted here. After each step the ranks agree to stop (:mod:`tutorial_lib.trainer.stops`), and the loop
-saves and ends (:mod:`tutorial_lib.trainer.loop`). ``launch.watch`` passes on what reaches the launching process.
+A signal is only recorded here. After each step the ranks agree whether to stop (:mod:`tutorial_lib.trainer.stops`), and
+the loop saves and ends (:mod:`tutorial_lib.trainer.loop`). ``launch.watch`` handles signals to the launching process.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from tutorial_lib.records import STOPPING
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], int]]:
-    """Keep the number of a SIGTERM, SIGUSR1 or SIGINT for the loop to read between two steps; 0 if none has come.
+    """Record the number of a SIGTERM, SIGUSR1 or SIGINT, for the loop to read between steps; 0 if none has come.
 
-    A second SIGINT is not kept: it interrupts at once.
+    A second SIGINT is not recorded: it interrupts at once.
     """
     seen: list[int] = []
     said: list[int] = []
@@ -39,11 +39,11 @@ def stop_signals() -> Iterator[Callable[[], int]]:
         return seen[0] if seen else 0
 
     if threading.current_thread() is not threading.main_thread():
-        # Ray calls the training function in a thread, and stops it through the stop file.
+        # Ray calls the training function in a thread, where signals do not arrive; it stops it by the stop file.
         yield lambda: 0
         return
-    # What is ignored stays ignored, as SIGINT is in the background of a shell. Not so SIGUSR1: batch scripts start
-    # torchrun with it ignored, as torchrun would die of it, and its ranks, for whom it is meant, inherit that.
+    # Signals that are ignored stay ignored, such as SIGINT for a shell's background jobs. SIGUSR1 is different: batch
+    # scripts ignore it for torchrun, which would die of it, and the ranks, which should get it, inherit that.
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     heeded = [n for n in numbers if n == signal.SIGUSR1 or signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, keep) for number in heeded}
@@ -56,13 +56,13 @@ def stop_signals() -> Iterator[Callable[[], int]]:
 
 @contextmanager
 def output_to(path: Path | None) -> Iterator[None]:
-    """Send this process's output to a file, file descriptors included, so that C++ libraries' lines go there too."""
+    """Redirect this process's output to a file at the level of file descriptors, to include output from C++."""
     if path is None:
         yield
         return
     kept = [os.dup(1), os.dup(2)]
     with path.open("ab", buffering=0) as file:
-        os.utime(path)  # a sign of life for whoever waits for this process, also if it writes nothing
+        os.utime(path)  # a sign of life for the launcher, even if this process writes nothing
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         try:

@@ -1,4 +1,4 @@
-"""One rank of a launch: it trains the runs that it is given, in the process group that its launcher has set up."""
+"""Rank of a launch: train one or several runs in the process group that the launcher has set up."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from tutorial_lib.trainer.stops import SLOT_IS_OVER
 
 
 def train_all(configs: Sequence[Config], *, on_checkpoint: OnCheckpoint | None = None) -> list[Result]:
-    """Run or continue several runs one after the other, until one of them is asked to stop. Collective.
+    """Start or resume several runs one after the other, until one of them is asked to stop. Collective.
 
     Args:
-        configs: what to train.
-        on_checkpoint: for the last of them, see :func:`train`.
+        configs: the runs to train.
+        on_checkpoint: called for the last of them, see :func:`train`.
 
     Returns:
-        The results of those that were begun.
+        The results of all runs that were started.
     """
     results: list[Result] = []
     for config in configs:
@@ -39,24 +39,24 @@ def train_all(configs: Sequence[Config], *, on_checkpoint: OnCheckpoint | None =
 
 
 def train(config: Config, *, on_checkpoint: OnCheckpoint | None = None) -> Result:
-    """Run or continue one training run in this process, as one rank of the process group that exists. Collective.
+    """Start or resume a training run in this process, as one rank of the existing process group. Collective.
 
-    Every launcher calls this on every rank. Without a process group it is a run of one rank.
+    Every launcher calls this on every rank. Without a process group, the run has one rank.
 
     Args:
-        config: what to run, with what its DeepSpeed file states, as ``launch.preflight`` returns it.
+        config: what to run, with the values of its DeepSpeed file applied, from ``launch.preflight``.
         on_checkpoint: called on every rank when a checkpoint is complete.
 
     Raises:
         ConfigError: the configuration cannot run here, or another start of this run has not ended.
-        CheckpointError: there are checkpoints, but none that can be continued.
+        CheckpointError: there are checkpoints, but none can be resumed.
         NonFiniteLoss: training diverged.
         RanksDisagree: ranks of a tensor-parallel group read different batches, or computed different losses.
     """
     started = time.perf_counter()
     topology, run = Topology.from_environment(config.parallel), RunDirectory(config.directory)
     with checkpoint.opened_for_training(run, topology):
-        # Only torchrun's ranks clear old requests here. Elsewhere the launcher did, and a new request may be there.
+        # Only torchrun's ranks clear old requests here. Other launchers already did, and a new request may have come.
         if topology.rank == 0 and config.run.launcher == "none" and "RANK" in os.environ:
             run.clear_requests()
         barrier()
@@ -75,8 +75,8 @@ def train(config: Config, *, on_checkpoint: OnCheckpoint | None = None) -> Resul
                 refused = checkpoint.storage_failure(run, error)
                 with suppress(OSError):
                     if refused:
-                        checkpoint.clear_remains(run)  # a half checkpoint takes the room that the error needs
-                    # Where nothing can be written, the launcher has what Python prints at the end.
+                        checkpoint.clear_remains(run)  # a partial checkpoint may leave no space to write the error
+                    # If nothing can be written, the launcher still has the output that Python prints at the end.
                     run.write_error(topology.rank, refused or error)
                 if refused:
                     raise refused from error
@@ -84,7 +84,7 @@ def train(config: Config, *, on_checkpoint: OnCheckpoint | None = None) -> Resul
 
 
 def _trainer_of(config: Config) -> type[Trainer]:
-    """Return who runs the training loop: this package, or the Hugging Face Trainer."""
+    """Return the class that runs the training loop: this package's, or the Hugging Face Trainer's."""
     if config.engine.name != "trainer":
         return Trainer
     from tutorial_lib.trainer.huggingface import HuggingFaceRun  # loads transformers' Trainer and accelerate

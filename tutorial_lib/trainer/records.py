@@ -1,4 +1,4 @@
-"""Records of a run that its rank 0 keeps while it trains: settings, a row per step, restarts."""
+"""Records that rank 0 writes during training: settings, a row per step, restarts."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class StepRow:
     """A row of ``metrics.jsonl``: one optimizer step.
 
     Attributes:
-        step: its number, from 1.
-        epoch: the epoch it belongs to, from 0.
+        step: number of the step, from 1.
+        epoch: number of its epoch, from 0.
         loss: mean over the step's tokens, on all ranks.
-        tokens: how many tokens entered the loss, on all ranks.
+        tokens: number of tokens in the loss, on all ranks.
         grad_norm: the gradient's global 2-norm before clipping; None if fp16 skipped the update.
         lr: the learning rate of the update.
         seconds: the step's duration on rank 0.
@@ -34,14 +34,14 @@ class StepRow:
 
 
 class Records:
-    """What rank 0 writes; on all other ranks nothing is written.
+    """Records of rank 0; other ranks write nothing.
 
     Args:
-        config: what is run.
+        config: the run's settings.
         topology: this rank's place in the grid.
 
     Attributes:
-        restarts: the failures of this launch that led to this start, with the step that each was answered from.
+        restarts: failures of this launch that led to this start, each with the step that the run resumed from.
     """
 
     def __init__(self, config: Config, topology: Topology) -> None:
@@ -50,7 +50,7 @@ class Records:
         self._last: StepRow | None = None
 
     def resume(self, step: int) -> None:
-        """Continue after a step: rows after it are dropped, as they will be written again."""
+        """Continue after a step, and drop the rows after it, because they will be written again."""
         if not self._writes:
             return
         if step:
@@ -62,7 +62,7 @@ class Records:
             self.run.write_restarts(self.restarts)
 
     def begin(self, *, is_resumed: bool) -> None:
-        """Write the settings, and remove what a start that this one replaces has left."""
+        """Write the settings, and remove the leftovers of a start that this one replaces."""
         if not self._writes:
             return
         write_atomically(self.run.config_file, self._config.to_json())

@@ -1,4 +1,4 @@
-"""Result of a run: what ``result.json`` holds when one start of it has ended."""
+"""Result of a run: the content of ``result.json`` after a start of the run has ended."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """How a start of a run ended.
+    """Result of one start of a run.
 
     Attributes:
         status: ``completed``, or ``stopped`` with steps left.
         stopped_by: a signal's name, ``request``, ``stop_after``, or None.
-        step: optimizer steps done, of ``num_steps`` in all.
-        resumed_from: the step of the checkpoint that this start resumed from, and ``reshaped_from`` the shape it had.
+        step: optimizer steps done, of ``num_steps`` in total.
+        resumed_from: step of the checkpoint that this start resumed from; ``reshaped_from`` is the shape it had.
         left_out: newer checkpoints that are damaged.
-        restarts: the failures of this launch that led to this start.
-        data: what became of the rows of each split.
-        train_loss: of the last step.
-        eval_loss_before: before the first step, ``eval_loss`` at the end, ``eval_losses`` on the way.
-        tokens_per_second: of this start's steps but the first, which allocates and compiles.
+        restarts: failures of this launch that led to this start.
+        data: summary of tokenising each split.
+        train_loss: loss of the last step.
+        eval_loss_before: evaluation loss before the first step; ``eval_loss`` at the end, ``eval_losses`` in between.
+        tokens_per_second: speed of this start without its first step, which allocates and compiles.
         saves: seconds and bytes of each save of this start.
-        ranks: peak memory of each rank, and what its probe measured.
-        facts: what one way of training alone reports, each under its own name.
+        ranks: peak memory of each rank, and the measurements of its probe.
+        facts: extra entries that only some kinds of training have, by name.
     """
 
     status: str
@@ -66,12 +66,12 @@ class Result:
 
 
 def collect_result(trainer: Trainer, eval_loss: float | None, facts: dict[str, Any]) -> Result:
-    """Return how a start of a run ended, the same on every rank. Collective.
+    """Collect the result of a start of a run, the same on every rank. Collective.
 
     Args:
-        trainer: what has trained.
-        eval_loss: after the last step, or None.
-        facts: see :class:`Result`.
+        trainer: the trainer that has just finished.
+        eval_loss: evaluation loss after the last step, or None.
+        facts: extra entries, see :class:`Result`.
     """
     rows, record, checkpoints = trainer.run.rows(), trainer.checkpoints.record, trainer.checkpoints
     steady = [row for row in rows if row["step"] > (trainer.resumed_from or 0) + 1]

@@ -1,8 +1,8 @@
-"""Exact match and F1 of answers by the rules of SQuAD v1.1's official evaluation script.
+"""SQuAD scores: exact match and F1 of answers, by the rules of SQuAD v1.1's official evaluation script.
 
-The rules are short and have to be met to the letter, so they stand here. torchmetrics would bring two packages, scores
-a whole list only, and follows v2 where v1.1 differs: two answers of which nothing is left after normalisation have
-F1 = 0 in v1.1.
+The rules are short and must be followed to the letter, so they are implemented here. torchmetrics would add two
+packages, only scores a complete list, and follows v2 where v1.1 differs: in v1.1, F1 = 0 for two answers that are both
+empty after normalisation.
 
 Source: Rajpurkar et al., "SQuAD: 100,000+ Questions for Machine Comprehension of Text", EMNLP 2016, section 6.1, and
 ``evaluate-v1.1.py``, which came with the data set.
@@ -21,7 +21,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 @dataclass(frozen=True, slots=True)
 class AnswerScore:
-    """How well one answer does, each from 0 to 1."""
+    """Scores of one answer, each from 0 to 1."""
 
     exact_match: float
     f1: float
@@ -29,7 +29,7 @@ class AnswerScore:
 
 @dataclass(frozen=True, slots=True)
 class SquadScore:
-    """The means over all questions, in percent as SQuAD reports them."""
+    """Means over all questions, in percent, as SQuAD reports them."""
 
     exact_match: float
     f1: float
@@ -42,17 +42,17 @@ def normalize_answer(text: str) -> str:
 
 
 def score_answer(prediction: str, golds: Sequence[str]) -> AnswerScore:
-    """Compare an answer with every gold answer and return the best exact match and the best F1.
+    """Compare an answer with every gold answer, and return the best exact match and the best F1.
 
-    F1 is the harmonic mean of precision and recall over the multiset of words: a word counts as often as it stands in
+    F1 is the harmonic mean of precision and recall over the multiset of words: a word counts as often as it occurs in
     both answers.
 
     Args:
-        prediction: what the model answered.
-        golds: the answers that count as right, at least one.
+        prediction: the model's answer.
+        golds: the correct answers, at least one.
 
     Raises:
-        ValueError: there is no gold answer, or a single text where a list of them belongs.
+        ValueError: there is no gold answer, or ``golds`` is a single text instead of a list.
     """
     if isinstance(golds, str) or not golds:
         raise ValueError(f"golds={golds!r} is not a list of gold answers. Write at least one, such as ['1976'].")
@@ -61,7 +61,7 @@ def score_answer(prediction: str, golds: Sequence[str]) -> AnswerScore:
 
 
 def average_scores(scores: Sequence[AnswerScore]) -> SquadScore:
-    """Return the means in percent. With several ranks, gather all their scores first, each question's once.
+    """Return the means in percent. With several ranks, first gather their scores, so that each question counts once.
 
     Raises:
         ValueError: there is no score.
@@ -76,7 +76,7 @@ def score_answers(predictions: Sequence[str], golds: Sequence[Sequence[str]]) ->
     """Score a model's answers to a list of questions.
 
     Args:
-        predictions: one answer per question; an empty text where the model gave none.
+        predictions: one answer per question; an empty text if the model gave none.
         golds: the gold answers of each question, in the same order.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Stop requests: a signal to any rank, the stop file, or the end of a time slot. All ranks heed them together."""
+"""Stop requests: a signal to any rank, the stop file, or the end of a time slot. All ranks obey them together."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from tutorial_lib.mpu.collectives import all_gather_ints
 from tutorial_lib.records import RunDirectory
 
 SLOT_IS_OVER, REQUEST = "stop_after", "request"
-"""Values of ``stopped_by`` in ``result.json``; a signal is given by its name, such as ``SIGTERM``."""
+"""Values of ``stopped_by`` in ``result.json``; for a signal it is the name, such as ``SIGTERM``."""
 
 _REQUESTED = 1000
-"""Stands beside signal numbers for a request through the stop file; larger than any of them."""
+"""Number for a request through the stop file; larger than any signal number."""
 
 
 class StopRequests:
-    """What asks one start of a run to stop.
+    """Requests for one start of a run to stop.
 
     Args:
-        run: whose stop file is looked for.
+        run: the run, which may have a stop file.
         topology: this rank's place in the grid; rank 0 looks for the file.
         stop_after: the last step of the time slot, or None.
         stop_signalled: returns the number of the signal that asked this process to stop, or 0.
 
     Attributes:
-        stopped_by: what asked the run to stop, as ``result.json`` has it, or None.
+        stopped_by: reason why the run stopped, as in ``result.json``, or None.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class StopRequests:
         self.stopped_by: str | None = None
 
     def is_in_a_hurry(self) -> bool:
-        """Return whether somebody has asked the run to stop, and may end it soon."""
+        """Return whether a stop was requested from outside, so that the run may be killed soon."""
         return self.stopped_by not in (None, SLOT_IS_OVER)
 
     def slot_is_over(self, step: int) -> bool:
@@ -47,7 +47,7 @@ class StopRequests:
         return is_over
 
     def all_gather(self, step: int) -> bool:
-        """Return whether training stops after this step, the same on every rank. Collective."""
+        """Return whether training stops after this step, with the same answer on every rank. Collective."""
         is_over = self.slot_is_over(step)
         stop = max(own for (own,) in all_gather_ints([self._own_request()]))
         if stop:

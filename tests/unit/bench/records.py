@@ -16,7 +16,7 @@ STEPS = 5
 
 
 def done(name: str, **values: Any) -> RowRecord:
-    """Return a row that is done: 1 GiB at its peak, 10 samples per second, 2 s of training."""
+    """Return a finished row: peak memory 1 GiB, 10 samples per second, 2 s of training."""
     tree = Memory("PSS", 1024 * MIB, 900.0 * MIB, (890 * MIB,), 10)
     states = (ModelStates(40 * MIB, 40 * MIB, 80 * MIB),)
     own = {
@@ -28,7 +28,7 @@ def done(name: str, **values: Any) -> RowRecord:
 
 
 def leave_run(config: Config, **result: Any) -> Run:
-    """Leave the files of a run that has completed, and return it."""
+    """Write the files of a completed run, and return it."""
     directory = RunDirectory(config.directory)
     directory.create()
     directory.config_file.write_text(config.to_json())

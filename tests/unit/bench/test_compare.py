@@ -1,4 +1,4 @@
-"""Two rows, or two matrices, compared: saving of memory, change of runtime, and what cannot be compared."""
+"""Comparison of two rows or two matrices: saved memory, changed runtime, and rows that cannot be compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of a matrix: what their names stand for, and which settings a matrix decides itself."""
+"""Rows of a matrix: the settings behind their names, and the settings that a matrix decides itself."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ def test_other_names_are_none_of_the_workshop(name):
         ("zero", {}, (), "There is no matrix 'zero'. Write one of: zero-stages, offload"),
         ("offload", {}, ("stage-9",), "There is no row 'stage-9'. Write one of: stage-1, stage-1-offload"),
         ("offload", {}, ("stage-1", "stage-1"), "names a row twice"),
-        ("zero-stages", {"zero_stage": 2}, (), "zero_stage is what the rows of this zero-stages matrix decide"),
-        ("zero-stages", {"deepspeed": "zero2"}, (), "deepspeed is what the rows"),
-        ("weak-scaling", {"dp": 4}, (), "dp is what the rows of this weak-scaling matrix decide"),
+        ("zero-stages", {"zero_stage": 2}, (), "rows of this zero-stages matrix decide zero_stage"),
+        ("zero-stages", {"deepspeed": "zero2"}, (), "rows of this zero-stages matrix decide deepspeed"),
+        ("weak-scaling", {"dp": 4}, (), "rows of this weak-scaling matrix decide dp"),
         ("zero-stages", {"engine": "fsdp"}, (), "which engine='fsdp' does not have"),
         ("strong-scaling", {"global_batch": 2}, (), "Row dp-4: global_batch=2 is not a multiple of dp=4"),
         ("offload", {"steps": 4, "stop_after": 2}, (), "stop_after would leave every row unfinished"),

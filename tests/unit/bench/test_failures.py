@@ -1,4 +1,4 @@
-"""Why a row failed: out of memory, killed, refused, or another error."""
+"""Failures of a row: out of memory, killed, refused, or another error."""
 
 from __future__ import annotations
 

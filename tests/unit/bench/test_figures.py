@@ -1,4 +1,4 @@
-"""Figures of a matrix: what is drawn, and what is left out where nothing was measured."""
+"""Figures of a matrix: the ones that are drawn, and the ones left out for lack of measurements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A matrix is kept after every row, goes on where it stopped, and lives through rows that fail."""
+"""A matrix is saved after every row, continues where it stopped, and survives rows that fail."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROWS = ("stage-1", "stage-2", "stage-3")
 
 
 class Runs:
-    """Stands in for ``launch.run``: leaves a run's files, or raises what a row's name is given here."""
+    """Stand-in for ``launch.run``: writes a run's files, or raises the error given here for a row."""
 
     def __init__(self, **failing: BaseException) -> None:
         self.failing = {name.replace("_", "-"): error for name, error in failing.items()}
@@ -38,7 +38,7 @@ def statuses(matrix: Matrix) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch):
-    """Four figures take a second. ``test_figures.py`` draws them."""
+    """Skip the figures: four of them take a second, and ``test_figures.py`` draws them."""
     monkeypatch.setattr(figures, "write", lambda *arguments: [])
 
 
@@ -102,7 +102,7 @@ def test_more_rows_may_follow(config):
 
 def test_an_interrupt_keeps_what_is_there_and_the_row_starts_anew(config):
     with pytest.raises(
-        Interrupted, match="stopped in row 'stage-2', which will start anew; 1 of 3 rows are done and kept"
+        Interrupted, match="stopped in row 'stage-2', which will start over; 1 of 3 rows are done and kept"
     ):
         run(config, Runs(stage_2=KeyboardInterrupt()))
     path = config.directory
@@ -124,7 +124,7 @@ def test_a_run_that_stopped_on_a_signal_interrupts_the_matrix(config):
 
 def test_a_signal_between_two_rows_interrupts(config):
     class Signalled:
-        """Progress during which the scheduler's signal comes."""
+        """Progress that a scheduler's signal interrupts."""
 
         def plan(self, rows): ...
         def begin(self, row, config): ...
@@ -146,7 +146,7 @@ def test_a_signal_between_two_rows_interrupts(config):
     [
         ({"steps": 6}, r"were run with steps=5 \(now 6\)"),
         ({"seq_length": 32}, r"seq_length=128 \(now 32\)"),
-        ({"resume": "never"}, "is a matrix already"),
+        ({"resume": "never"}, "is already a matrix"),
     ],
 )
 def test_rows_with_other_settings_are_not_mixed(config, change, message):
@@ -157,7 +157,7 @@ def test_rows_with_other_settings_are_not_mixed(config, change, message):
 
 def test_another_experiment_or_a_run_of_this_name_is_refused(config):
     run(config, Runs())
-    with pytest.raises(ConfigError, match="is a zero-stages matrix, so it does not go on as offload"):
+    with pytest.raises(ConfigError, match="is a zero-stages matrix, so it cannot continue as offload"):
         run_matrix("offload", config, run=Runs())
     leave_run(config.override(name="a-run"))
     with pytest.raises(ConfigError, match="a-run is a run"):
@@ -216,11 +216,11 @@ def test_a_second_bench_in_the_same_matrix_is_refused(config):
         return leave_run(row)
 
     run(config, run_again)
-    assert len(errors) == 3 and "Another process runs" in errors[0]
+    assert len(errors) == 3 and "Another process is running" in errors[0]
 
 
 def test_an_unreadable_matrix_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"holds no matrix\.json"):
+    with pytest.raises(ConfigError, match=r"has no matrix\.json"):
         Matrix.read(tmp_path)
     (tmp_path / "matrix.json").write_text(json.dumps({"rows": []})[:-1])
     with pytest.raises(ConfigError, match=r"matrix\.json cannot be read"):

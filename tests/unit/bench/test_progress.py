@@ -1,4 +1,4 @@
-"""Lines that say how a matrix goes: the row, its step, and about how long the rest takes."""
+"""Progress lines of a matrix: the row, its step, and an estimate for the rest."""
 
 from __future__ import annotations
 

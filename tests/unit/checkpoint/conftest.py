@@ -1,4 +1,4 @@
-"""A small model and runs of it, made once."""
+"""A small model and runs of it, created once."""
 
 import shutil
 from dataclasses import replace
@@ -13,7 +13,7 @@ from tutorial_lib.records import RunDirectory
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
-    """A small GPT-2 with dropout: a resume that draws other random numbers gives other losses."""
+    """Write a small GPT-2 with dropout: a resume that draws different random numbers gives different losses."""
     directory = tmp_path_factory.mktemp("models") / "dropout"
     small_model("gpt2", directory, **MODELS["gpt2"], embd_pdrop=0.1, resid_pdrop=0.1)
     return str(directory)
@@ -26,13 +26,13 @@ def unbroken(model, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def stopped(model, tmp_path_factory):
-    """The same run, stopped after step 4, with a checkpoint at step 2 as well."""
+    """Run the same settings, but stop after step 4, with a checkpoint at step 2 as well."""
     return launch.run(config(tmp_path_factory.mktemp("stopped"), model=model, stop_after=4, checkpoint_every=2))
 
 
 @pytest.fixture
 def halved(stopped, tmp_path):
-    """A copy of it, to be damaged and continued."""
+    """Return a copy of it, to be damaged and continued."""
     run = replace(stopped, config=stopped.config.override(storage=str(tmp_path)))
     shutil.copytree(stopped.directory.path, run.directory.path)
     return run

@@ -1,4 +1,4 @@
-"""Small runs of the torch engine, and how two of them are compared."""
+"""Small runs of the torch engine, and the comparison of two of them."""
 
 import json
 
@@ -10,7 +10,7 @@ from tutorial_lib.config import Config
 from tutorial_lib.mpu import Topology
 
 STEPS = 7
-"""Of epochs of three steps."""
+"""Steps of a run, in epochs of three steps."""
 
 
 def config(storage, **flat):
@@ -26,7 +26,7 @@ def config(storage, **flat):
 
 
 def make_checkpoint(run, step, **trainer):
-    """Write the smallest intact checkpoint, of a run that trains nothing."""
+    """Write the smallest intact checkpoint, without training anything."""
     path = checkpoint.directory_of(run, step)
     path.mkdir()
     (path / "trainer.json").write_text(json.dumps({"format": 2, "step": step, "record": {}} | trainer))

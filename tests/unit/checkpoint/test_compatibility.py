@@ -1,4 +1,4 @@
-"""Compatibility: which settings, models and tokenizers a run may resume with."""
+"""Compatibility: the settings, models and tokenizers that a run may resume with."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def test_every_setting_that_differs_is_named(halved):
 
 
 def test_what_changes_no_update_may_change(halved, unbroken):
-    """Recomputed activations drop the same elements: the random state of the first pass is kept."""
+    """Recomputing draws the same dropout masks, because it restores the first pass's random state."""
     free = {"activation_checkpointing": True, "checkpoint_every": 0, "stop_after": None}
     assert_same(launch.run(halved.config.override(**free)), unbroken)
 
@@ -46,7 +46,7 @@ def test_another_model_is_named_too(halved):
 
 @pytest.fixture
 def own_model(model, tmp_path):
-    """A copy of the model that a test may change, and a run of it."""
+    """Return a copy of the model that a test may change, and a run of it."""
     own = tmp_path / "model"
     shutil.copytree(model, own)
     return own, launch.run(config(tmp_path, model=str(own), stop_after=2))
@@ -71,7 +71,7 @@ def test_another_tokenizer_is_refused_before_anything_starts(own_model):
 
 
 def exchange_two_tokens(own):
-    """Change a tokenizer: it has as many tokens as before, and every text becomes other ids."""
+    """Change a tokenizer: it keeps its number of tokens, but every text gets different ids."""
     tokenizer = json.loads((own / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     one, other = list(vocabulary)[300:302]
@@ -124,7 +124,7 @@ def test_what_says_nothing_of_the_model_may_differ(own_model):
 
 @pytest.fixture
 def own_data(model, tmp_path):
-    """A data set that a test may change, and a run of it that is half done."""
+    """Return a data set that a test may change, and a half-finished run of it."""
     write_rows(tmp_path / "data", range(40))
     flat = {"model": model, "dataset": str(tmp_path / "data"), "evaluate": True, "stop_after": 2}
     return tmp_path / "data", launch.run(config(tmp_path, **flat))
@@ -155,7 +155,7 @@ def test_other_texts_of_the_same_number_are_refused_before_anything_starts(own_d
 
 
 def test_the_ranks_compare_the_data_too(own_data):
-    """Under Ray the launching process need not have them."""
+    """Under Ray, the launching process may not have the data."""
     data, run = own_data
     write_rows(data, range(100, 140))
     with pytest.raises(ConfigError, match=f"different data: .*{TRAIN}"):
@@ -216,7 +216,7 @@ def edit_trainer_state(path, edit):
 
 
 def test_a_start_that_trains_nothing_reads_no_data(own_data):
-    """What a reshape does."""
+    """As in a reshape."""
     data, run = own_data
     shutil.rmtree(data)
     again = launch.run(run.config.override(evaluate=False, steps=None))

@@ -1,4 +1,4 @@
-"""Damage: it is named before anything is opened, and the newest intact checkpoint goes on."""
+"""Damage: reported before anything is opened, and the run resumes from the newest intact checkpoint."""
 
 import json
 import re
@@ -57,12 +57,12 @@ def test_without_any_intact_checkpoint_nothing_restarts(halved, name, damage, me
         damage(checkpoint.directory_of(halved.directory, step) / name)
     with pytest.raises(CheckpointError, match=message.replace("00000004", "00000002")) as error:
         launch.run(halved.config.override(stop_after=None))
-    assert "none of them is intact" in str(error.value) and "to begin again from step 0" in str(error.value)
+    assert "none of them is intact" in str(error.value) and "to start over from step 0" in str(error.value)
     assert [row["step"] for row in halved.directory.rows()] == [1, 2, 3, 4]
 
 
 def test_what_cannot_be_seen_at_a_glance_is_left_out_by_the_ranks_alone(halved):
-    """Before processes start only sizes are looked at; that two agree is not required."""
+    """Before processes start, only sizes are compared, so this damage is not found yet."""
     damaged = checkpoint.directory_of(halved.directory, 4)
     flip_a_bit(damaged / "engine" / "model.pt")
     assert checkpoint.latest(halved.directory) == damaged
@@ -72,7 +72,7 @@ def test_what_cannot_be_seen_at_a_glance_is_left_out_by_the_ranks_alone(halved):
 
 
 def test_a_checkpoint_of_a_newer_format_is_refused_before_anything_starts(halved):
-    """It may be intact: to go on from the one before it would throw steps away."""
+    """It may be intact, and resuming from the one before it would throw steps away."""
     path = checkpoint.directory_of(halved.directory, 4)
     for name in ("trainer.json", "manifest.json"):
         (path / name).write_text(json.dumps(json.loads((path / name).read_text()) | {"format": 99}))

@@ -1,4 +1,4 @@
-"""Export: a Hugging Face directory, written a parameter at a time."""
+"""Export: a Hugging Face directory, written one parameter at a time."""
 
 import json
 import shutil
@@ -58,7 +58,7 @@ def test_an_export_that_is_interrupted_leaves_nothing_that_looks_complete(unbrok
 
 
 def test_a_size_that_is_none_is_refused(unbroken, tmp_path):
-    with pytest.raises(ConfigError, match=r"max_shard_size='large' is no size: write one such as '5GB'"):
+    with pytest.raises(ConfigError, match=r"max_shard_size='large' is not a size: write one such as '5GB'"):
         checkpoint.export(checkpoint.latest(unbroken.directory), tmp_path / "exported", "large")
     assert not list(tmp_path.iterdir())
 
@@ -95,7 +95,7 @@ print(json.dumps([*peaks, rise(large, target + "-at-once")]))
 
 
 def test_an_export_holds_a_parameter_at_a_time(unbroken, model, tmp_path):
-    """In a new process. To read all first is the control: it must show."""
+    """Measured in a new process. As a control, reading everything first must show."""
     larger = tmp_path / "larger"
     shutil.copytree(model, larger)
     (larger / "model.safetensors").unlink()
@@ -115,7 +115,7 @@ def test_an_export_holds_a_parameter_at_a_time(unbroken, model, tmp_path):
 
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_what_was_changed_for_training_alone_is_not_exported(model, tmp_path, monkeypatch, use_cache):
-    """Padding side, pad token, generation settings and the use of a cache are those of the user's model."""
+    """Padding side, pad token, generation settings and cache setting equal the user's original model."""
     own = tmp_path / "own"
     shutil.copytree(model, own)
     generation = {"eos_token_id": [255, 5], "temperature": 0.6, "do_sample": False}  # transformers would not save these

@@ -1,4 +1,4 @@
-"""Checkpoints that the Hugging Face Trainer writes: hashed and named as all others, and read by it alone."""
+"""Checkpoints of the Hugging Face Trainer: hashed and named like all others, but only the Trainer reads them."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def timeless(run):
 
 @pytest.fixture(scope="module")
 def whole(model, tmp_path_factory):
-    """A run that was never stopped, evaluated every two steps, and keeps its last two checkpoints and the best."""
+    """Run without a stop; evaluate every two steps, and keep the last two checkpoints and the best."""
     flat = {"evaluate": True, "evaluate_every": "2", "max_eval_examples": 6, "checkpoint_every": 2}
     return launch.run(trained(tmp_path_factory.mktemp("whole"), model, keep_last=2, keep_best=True, **flat))
 
@@ -141,7 +141,7 @@ def test_a_cuda_build_without_a_gpu_is_no_gpu(monkeypatch):
 
 
 def test_runs_that_share_a_process_do_not_disturb_each_other(whole, model, tmp_path):
-    """DeepSpeed leaves its traces in global variables and in the environment."""
+    """DeepSpeed leaves traces in global variables and in the environment."""
     sharded = launch.run(trained(tmp_path, model, name="sharded", deepspeed="zero3"))
     plain = launch.run(trained(tmp_path, model, name="plain"))
     for run in (sharded, plain):

@@ -23,7 +23,7 @@ def hold_lock(run, which, held):
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that holds one of a run's locks. It is forked, as a new one takes seconds to import torch."""
+    """Start another process that holds one of a run's locks; forked, because importing torch takes seconds."""
     fork, started = multiprocessing.get_context("fork"), []
 
     def hold(which):
@@ -51,7 +51,7 @@ def test_a_second_start_is_refused_and_told_who_runs(holder, tmp_path, capsys, w
     assert main(["train", *given]) == 2
     shown = capsys.readouterr().err
     assert (
-        f"Run 'run' in {tmp_path} is running already: process {process.pid} on {os.uname().nodename}, since 20" in shown
+        f"Run 'run' in {tmp_path} is already running: process {process.pid} on {os.uname().nodename}, since 20" in shown
     )
     assert "give this run another name" in shown
     assert time.monotonic() - began < checkpoint.lock.PREDECESSOR_SECONDS

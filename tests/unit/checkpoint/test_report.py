@@ -1,4 +1,4 @@
-"""Report: what can be seen in a checkpoint without unpickling it."""
+"""Report: everything that a checkpoint shows without unpickling it."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def test_inspecting_a_run_tells_which_checkpoints_are_intact(run, capsys):
 
 
 def test_inspecting_unpickles_nothing(run, tmp_path, capsys):
-    """A file that would, when unpickled, leave a trace."""
+    """A file would leave a trace if it were unpickled."""
     import pickle
 
     class Trap:

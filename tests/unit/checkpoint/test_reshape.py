@@ -1,4 +1,4 @@
-"""Reshape: the configuration of the new shape, and what an interruption leaves."""
+"""Reshape: the configuration of the new shape, and interruptions."""
 
 import json
 import shutil
@@ -62,11 +62,11 @@ def test_a_reshape_takes_over_what_fits_the_new_shape(tmp_path, what):
     [
         ({}, "write its name"),
         ({"name": "new", "seed": 1, "global_batch": 4}, "seed was 0, now 1; global_batch was 8, now 4"),
-        ({"name": "new", "launcher": "none"}, "train on the run as it is, in the shape that is wanted"),
+        ({"name": "new", "launcher": "none"}, "just continue the run in the new shape"),
         ({"name": "new", "stop_after": 5}, "stop_after cannot be set"),
         ({"name": "new", "engine": "torch"}, "Write dp=1, tp=1"),
         ({"name": "new", "zero_stge": 1}, "Did you mean 'zero_stage'"),
-        ({"name": "old"}, "There is a run .*old already. Give the new run another name"),
+        ({"name": "old"}, "There is already a run .*old. Give the new run another name"),
     ],
 )
 def test_a_reshape_that_cannot_be_is_refused_before_anything_is_made(tmp_path, given, message):
@@ -78,7 +78,7 @@ def test_a_reshape_that_cannot_be_is_refused_before_anything_is_made(tmp_path, g
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_interrupted_reshape_leaves_no_run(halved, monkeypatch, error):
-    """Nor does it keep what a killed one has left."""
+    """The next attempt also removes the leftovers of a killed one."""
     storage = halved.directory.path.parent
     (storage / ".new.reshaping" / "new").mkdir(parents=True)
     (storage / ".new.reshaping" / "new" / "half").write_text("")

@@ -1,6 +1,6 @@
 """Resume: it continues exactly or refuses, and never restarts silently.
 
-One process and the torch engine; ``tests/distributed`` has the same for DeepSpeed's stages and several ranks.
+One process with the torch engine; ``tests/distributed`` tests the same for DeepSpeed's stages and several ranks.
 """
 
 import json
@@ -18,7 +18,7 @@ from tutorial_lib.records import RunDirectory
 
 @pytest.mark.parametrize("stop", [2, 3])
 def test_a_run_stopped_once_continues_exactly(unbroken, model, tmp_path, stop):
-    """Within an epoch, and at its end. The next test stops after every step."""
+    """Once within an epoch, and once at its end. The next test stops after every step."""
     first = launch.run(config(tmp_path, model=model, stop_after=stop))
     assert (first.result["status"], first.result["step"]) == ("stopped", stop)
     second = launch.run(config(tmp_path, model=model))
@@ -55,7 +55,7 @@ def test_resume_never_starts_a_new_run(model, tmp_path):
 
 
 def test_a_checkpoint_of_format_1_is_still_read(halved, unbroken):
-    """It has no fingerprint of model and tokenizer, so that nothing is compared."""
+    """It has no fingerprint of model and tokenizer, so nothing is compared."""
     path = checkpoint.directory_of(halved.directory, 4)
     trainer = json.loads((path / "trainer.json").read_text())
     del trainer["identity"]
@@ -92,7 +92,7 @@ def test_a_run_that_diverges_stops_and_names_the_last_good_checkpoint(model, tmp
 
 def test_a_warm_up_longer_than_the_epochs_is_refused_before_the_first_step(model, tmp_path):
     settings = config(tmp_path, model=model, steps=None, epochs=1, warmup_steps=4)
-    with pytest.raises(ConfigError, match="warmup_steps=4 goes on after the last step of a run of 3"):
+    with pytest.raises(ConfigError, match="warmup_steps=4 is longer than the whole run of 3"):
         launch.run(settings)
     assert not RunDirectory(settings.directory).rows()
 
@@ -113,6 +113,6 @@ def test_a_model_of_nan_is_told_apart_from_divergence(model, tmp_path):
     tensors = load_file(directory / "model.safetensors")
     next(iter(tensors.values()))[:] = float("nan")
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-    with pytest.raises(trainer.NonFiniteLoss, match="Before the first update the loss is nan: the weights of") as told:
+    with pytest.raises(trainer.NonFiniteLoss, match="the loss is nan, so it comes from the weights of") as told:
         launch.run(config(tmp_path, model=str(directory)))
     assert "learning_rate" not in str(told.value)

@@ -1,4 +1,4 @@
-"""Retention: which checkpoints are kept, and which may go."""
+"""Retention: the checkpoints that are kept, and the ones that may be deleted."""
 
 import errno
 import json
@@ -57,7 +57,7 @@ def test_nothing_else_is_ever_deleted(run):
     pruner(run, keep_last=1).prune(checkpoint.directory_of(run, 3))
     checkpoint.clear_remains(run)
     assert names(run) == sorted([*others, "note.txt", *steps(3)])
-    with pytest.raises(ValueError, match="not named as a checkpoint"):
+    with pytest.raises(ValueError, match="not named like a checkpoint"):
         directory.delete(run.checkpoints / "mine")
 
 
@@ -70,7 +70,7 @@ def test_a_damaged_checkpoint_does_not_count_as_kept(run):
 
 
 def test_a_damaged_checkpoint_of_a_later_step_neither_counts_nor_goes(run):
-    """The run went back to step 2 and has saved step 3; step 4 is what it left out."""
+    """The run went back to step 2 and saved step 3; it had skipped the damaged step 4."""
     for step in (1, 2, 3, 4):
         make_checkpoint(run, step)
     flip_a_bit(checkpoint.directory_of(run, 4) / "trainer.json")
@@ -91,7 +91,7 @@ def test_the_best_that_is_damaged_gives_way_to_the_best_that_is_intact(run):
 
 @pytest.fixture
 def unreadable(monkeypatch):
-    """Steps whose files the storage does not give at the moment."""
+    """Return a set of steps whose files cannot be read for now."""
     steps_of_none, digest = set(), manifest.digest
 
     def failing(path):
@@ -167,7 +167,7 @@ def test_a_deletion_that_is_interrupted_leaves_nothing_that_looks_like_a_checkpo
 
 
 def test_pruning_does_not_wait_until_files_are_gone(run, monkeypatch):
-    """Freeing the room of a large file takes a while on some disks."""
+    """Freeing the space of a large file takes a while on some disks."""
     for step in (1, 2):
         make_checkpoint(run, step)
     rmtree, may_delete = shutil.rmtree, threading.Event()
@@ -214,8 +214,8 @@ def test_a_run_that_is_asked_to_stop_saves_without_evaluating_first(model, tmp_p
     [
         ({"keep_last": 0}, "smallest possible value is 1"),
         ({"keep_best": True, "evaluate": False}, "write evaluate=True, or keep_best=False"),
-        ({"max_failures": 1}, r"launcher='local' starts nothing again: write launcher='ray'.*same command again"),
-        ({"max_failures": 1, "launcher": "none"}, "write launcher='ray'"),
+        ({"max_failures": 1}, r"launcher='local' does not restart workers. Write launcher='ray'.*same command again"),
+        ({"max_failures": 1, "launcher": "none"}, "Write launcher='ray'"),
         ({"max_failures": -1, "launcher": "ray"}, "smallest possible value is 0"),
     ],
 )

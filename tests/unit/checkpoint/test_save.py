@@ -1,4 +1,4 @@
-"""Saves: visible when complete, and whatever interrupts them leaves the checkpoint before."""
+"""Saves: visible when complete, and any interruption leaves the previous checkpoint."""
 
 import errno
 import json
@@ -31,7 +31,7 @@ def test_checkpoints_come_every_so_many_steps_and_at_the_end(halved):
 
 
 def test_an_interrupted_save_leaves_the_checkpoint_before_it(unbroken, model, tmp_path, monkeypatch):
-    """It also leaves half a directory, under a name that nobody reads, and rows that are written again."""
+    """It also leaves a partial directory under a temporary name, and rows that are written again."""
     save, saves = TorchEngine.save, []
 
     def failing(self, directory, writer):
@@ -55,7 +55,7 @@ def test_an_interrupted_save_leaves_the_checkpoint_before_it(unbroken, model, tm
 
 
 def test_a_file_that_is_cut_short_before_the_save_ends_is_not_published(model, tmp_path, monkeypatch):
-    """Its SHA-256 is taken as it is written: its size alone tells of another process."""
+    """The SHA-256 is computed while writing, so only the size reveals another process."""
     save = TorchEngine.save
 
     def truncated(self, directory, writer):
@@ -121,7 +121,7 @@ def test_a_checkpoint_is_reported_when_it_is_there_and_with_its_own_row(model, t
 
 @pytest.mark.parametrize("async_save", [False, True])
 def test_a_full_disk_is_an_error_and_the_checkpoint_before_it_stays(unbroken, model, tmp_path, async_save):
-    """A limit on the size of files stands for the end of the disk."""
+    """A limit on the size of files simulates a full disk."""
     settings = config(tmp_path, model=model, checkpoint_every=2, async_save=async_save)
     launch.run(settings.override(stop_after=2))
     limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -1,4 +1,4 @@
-"""Plans: known answers, agreement with what runs were measured to hold, and the command."""
+"""Plans: known answers, agreement with measured runs, and the command."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FIXED: dict[str, Any] = {"micro_batch": 1, "checkpointing": "none"}
 
 
 def work(num_params: float = 7e9, **changes: Any) -> Workload:
-    """A workload in which nothing but the layout is left to choose."""
+    """Return a workload in which only the layout is left to choose."""
     given = {"num_params": int(num_params), "dimensions": derive(num_params), "seq_length": 2048, **FIXED}
     return Workload(**{**given, **changes})
 
@@ -230,7 +230,7 @@ def test_a_larger_share_of_the_peak_is_a_shorter_step() -> None:
 
 
 def test_recomputing_everything_costs_a_third_and_selectively_a_ninth() -> None:
-    """Of the layers: the output layer is never recomputed."""
+    """Only of the layers: the output layer is never recomputed."""
     llama = MODELS["llama-3-8b"]
     seconds = [
         find(plan(work(8e9, dimensions=llama, checkpointing=how), cluster(8, 1000)), zero_stage=1).compute_seconds
@@ -262,7 +262,7 @@ def test_a_model_that_fits_whole_is_not_divided() -> None:
 
 
 def test_what_offload_adds_does_not_depend_on_the_micro_batch() -> None:
-    """So a published difference says something, even where its micro-batch is unknown (docs/planner-errors.md)."""
+    """So a published difference is informative, even if its micro-batch is unknown (docs/planner-errors.md)."""
     added = []
     for micro_batch, checkpointing in ((1, "none"), (2, "full"), (4, "full")):
         candidates = plan(work(micro_batch=micro_batch, checkpointing=checkpointing), cluster(gigabytes=100))
@@ -449,7 +449,7 @@ def test_nothing_fits_is_exit_code_2_with_what_would(capsys: pytest.CaptureFixtu
         (["--moments", "4bit"], "Write one of: fp32, bf16, 8bit"),
         (["--check", "nowhere"], "has no config.json"),
         (["--layers", "3", "--hidden", "512"], "Write a model-size"),
-        (["--base-bits", "4"], "--base-bits 4 is of frozen weights. Add --lora RANK"),
+        (["--base-bits", "4"], "--base-bits 4 is for frozen weights. Add --lora RANK"),
         (["--loss-chunks", "1000000"], "more than the 2048 tokens of a sequence"),
         (["--lora", "100000"], "a rank above the hidden size, 4096"),
         (["--lora", "8", "--only-here"], "This course's engines do not have LoRA. Leave out --only-here"),
@@ -475,7 +475,7 @@ def test_a_size_and_a_gpu_are_understood_as_people_write_them(size: str, capsys:
 def test_a_size_that_is_no_number_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["plan", "--model-size", "sevenB", "--gpus", "8", "--gpu", "h100"])
-    assert "'sevenB' is no number of parameters; write one such as 7e9 or 7B" in capsys.readouterr().err
+    assert "'sevenB' is not a number of parameters; write one such as 7e9 or 7B" in capsys.readouterr().err
 
 
 def test_no_more_tokens_than_learned_positions(capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,7 +40,7 @@ AT_LOAD = {"engine": "trainer", "shard_at_load": True}
         ({"engine": "fsdp", "sharding": "FSDP"}, "Write one of: full_shard, shard_grad_op, hybrid_shard, no_shard"),
         ({"sharding": "no_shard"}, "a setting of engine='fsdp', not of engine='deepspeed'"),
         ({"engine": "torch", "dp": 1, "wrap": "root"}, "a setting of engine='fsdp', not of engine='torch'"),
-        ({"engine": "fsdp", "precision": "fp16", "device": "cuda"}, "scales no loss"),
+        ({"engine": "fsdp", "precision": "fp16", "device": "cuda"}, "has no loss scaling"),
         ({"engine": "fsdp", "deepspeed": "zero2"}, "reads no DeepSpeed file"),
         ({"engine": "fsdp", "offload": "optimizer"}, "write offload='all', or offload='none'"),
         ({"engine": "fsdp", "sharding": "no_shard", "offload": "all"}, r"\(DDP\) has no offload"),
@@ -81,11 +81,11 @@ AT_LOAD = {"engine": "trainer", "shard_at_load": True}
         ({"evaluate_every": "epoch", "evaluate": False}, "needs an evaluation"),
         ({"steps": 0}, "smallest possible value is 1"),
         ({"steps": 5, "stop_after": 6}, "beyond the last step"),
-        ({"steps": 3, "epochs": 2}, "steps=3 and epochs=2 both say how long the run is.*Leave one of them out"),
-        ({"steps": 3, "epochs": 1}, "steps=3 and epochs=1 both say"),
+        ({"steps": 3, "epochs": 2}, "steps=3 and epochs=2 both set the length of the run.*Leave one of them out"),
+        ({"steps": 3, "epochs": 1}, "steps=3 and epochs=1 both set"),
         (
             {"steps": 3, "warmup_steps": 4},
-            "warmup_steps=4 goes on after the last step of a run of 3.*Write warmup_steps=3",
+            "warmup_steps=4 is longer than the whole run of 3.*Write warmup_steps=3",
         ),
         ({"learning_rate": -1.0}, "smallest possible value is 0.0"),
     ],
@@ -97,9 +97,9 @@ def test_what_cannot_run_is_refused_with_what_to_write_instead(flat, message):
 
 def test_the_length_of_a_run_is_stated_once_however_it_is_stated():
     for first, second in (({"epochs": 2}, {"steps": 3}), ({"steps": 3}, {"epochs": 2})):
-        with pytest.raises(ConfigError, match="steps=3 and epochs=2 both say"):
+        with pytest.raises(ConfigError, match="steps=3 and epochs=2 both set"):
             Config.create("cpu", **first).override(**second)
-    with pytest.raises(ConfigError, match="warmup_steps=4 goes on after the last step of a run of 3"):
+    with pytest.raises(ConfigError, match="warmup_steps=4 is longer than the whole run of 3"):
         Config.create("cpu", warmup_steps=4).override(steps=3)
     assert Config.create("cpu", steps=3).override(steps=None, epochs=2).run.epochs == 2
     assert Config.create("cpu", steps=3, warmup_steps=3).override(dp=1).optimizer.warmup_steps == 3

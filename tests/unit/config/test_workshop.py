@@ -27,10 +27,10 @@ def test_gpus_are_counted_over_all_nodes():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("4Z-1G1N", "no experiment of the workshop. Write a name such as 2ZO-1G1N"),
-        ("2zo-1g1n", "no experiment"),
-        ("2Z-0G1N", "no experiment"),
-        ("3Z-6G4N", "6 GPUs in all cannot be shared out evenly among 4 nodes. Write 4G4N or 6G1N"),
+        ("4Z-1G1N", "not an experiment of the workshop. Write a name such as 2ZO-1G1N"),
+        ("2zo-1g1n", "not an experiment"),
+        ("2Z-0G1N", "not an experiment"),
+        ("3Z-6G4N", "4 nodes cannot share 6 GPUs evenly. Write 4G4N or 6G1N"),
         ("3Z-2G4N", "Write 4G4N or 2G1N"),
         ("0ZO-1G1N", "stage 0 has nothing to offload. Write 0Z-1G1N"),
     ],

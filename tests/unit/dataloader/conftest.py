@@ -1,4 +1,4 @@
-"""Toy data whose tokens say which row they came from, and caches that belong to the test alone."""
+"""Toy data whose tokens reveal their row, and caches that belong to a single test."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per ASCII character, and like GPT-2's an EOS but no padding token."""
+    """Return a tokenizer with one token per ASCII character and, like GPT-2's, an EOS but no padding token."""
     vocab = {character: n for n, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     vocab["<eos>"] = len(vocab)
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -35,7 +35,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def toy_directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], str]:
-    """A data set directory with n training rows ``00007:xxx`` of many lengths, and 3 * n evaluation rows."""
+    """Write a data set directory with n training rows ``00007:xxx`` of many lengths, and 3 * n evaluation rows."""
 
     def make(num_rows: int) -> str:
         directory = base / str(num_rows)
@@ -60,7 +60,7 @@ def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
 
 @pytest.fixture
 def toy_config(toy_directory: Callable[[int], str]) -> Callable[..., Config]:
-    """A configuration for toy rows of up to 25 tokens."""
+    """Return a configuration for toy rows of up to 25 tokens."""
 
     def make(num_rows: int, **flat: object) -> Config:
         settings = {"dataset": toy_directory(num_rows), "seq_length": 32, "dp": 1, "epochs": 5}

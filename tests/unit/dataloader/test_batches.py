@@ -1,4 +1,4 @@
-"""The tensors: padding out of the loss, EOS in it, documents kept apart where they share a row."""
+"""Batch tensors: the loss excludes padding but includes EOS, and documents in the same row do not mix."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def eval_batches(rows, name, tokenizer, directory, **flat):
 
 
 def losses_by_document(model, batches):
-    """For each document, by its counted tokens: the mean loss over them."""
+    """Return the mean loss of each document over its counted tokens, by these tokens."""
     found = {}
     for batch in batches:
         labels = batch.pop("labels")

@@ -1,4 +1,4 @@
-"""Rows -> documents: what is kept, what is counted in the loss, and that a node tokenises once."""
+"""From rows to documents: the tokens that are kept and counted in the loss, and tokenising only once per node."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def documents_of(rows, tokenizer, seq_length=128):
 
 
 def read(document, tokenizer):
-    """What is not counted in the loss, and what is."""
+    """Return the part that is not counted in the loss, and the part that is."""
     ids, n = document["input_ids"], document["num_uncounted"]
     return tokenizer.decode(ids[:n]), tokenizer.decode(ids[n:])
 
@@ -199,7 +199,7 @@ def test_conversations_are_written_by_the_chat_template(byte_tokenizer):
 
 
 def test_conversations_that_cannot_be_written_are_refused(byte_tokenizer):
-    with pytest.raises(ConfigError, match=r"'messages' of this data set holds conversations, and .* no chat template"):
+    with pytest.raises(ConfigError, match=r"'messages' of this data set holds conversations, but .* no chat template"):
         documents_of([{"messages": TALK}], byte_tokenizer)
     strict = chatting(byte_tokenizer, "{{ raise_exception('roles must alternate') }}")
     with pytest.raises(ConfigError, match="does not take a conversation of this data set: roles must alternate"):
@@ -233,7 +233,7 @@ def test_a_tokenizer_without_eos_is_refused(byte_tokenizer):
 
 
 class Counted(PreTrainedTokenizerFast):
-    """Writes down each call, and takes so long that another process arrives meanwhile."""
+    """Records each call, and takes so long that another process arrives meanwhile."""
 
     calls: Path
 
@@ -269,7 +269,7 @@ def test_processes_that_start_together_tokenise_once(tmp_path, byte_tokenizer):
 
 
 def test_another_interpreter_maps_the_file_and_tokenises_nothing(tmp_path, byte_tokenizer, toy_directory):
-    """What is equal within a process need not be so across processes: strings, for one, have other hashes there."""
+    """Equality within a process does not imply equality across processes, where strings have different hashes."""
     byte_tokenizer.save_pretrained(tmp_path)
     here = tokenize_rows(load_rows(toy_directory(30), "train"), byte_tokenizer, 32)
     code = f"""

@@ -1,4 +1,4 @@
-"""Which examples make up a step, who reads them, and where a resumed run continues."""
+"""Order of examples: the examples of a step, the ranks that read them, and the place where a resumed run continues."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BATCHINGS = ("max_length", "longest", "packed")
 
 
 def row_numbers(batch, tokenizer):
-    """The rows that a batch was made of, from what their tokens say; an EOS ends each."""
+    """Return the rows that a batch was made of, read from their tokens; an EOS ends each."""
     texts = [tokenizer.decode(ids) for ids in batch["input_ids"]]
     return [int(number) for text in texts for number in re.findall(r"(\d{5}):", text)]
 
@@ -185,7 +185,7 @@ def test_steps_begin_where_they_are_asked_to(toy_config, byte_tokenizer):
         step, micro_batches = next(loader.steps(start=start))
         assert step == start + 1
         assert equal(micro_batches, whole[start])
-    with pytest.raises(ValueError, match="stands after step 1, so it has no position after step 2"):
+    with pytest.raises(ValueError, match="is at step 1, so it cannot give the position after step 2"):
         loader.state_at(2)
     resumed = build_train_loader(config, byte_tokenizer, place())
     resumed.load_state_dict(loader.state_at(1))
@@ -269,7 +269,7 @@ def test_a_position_in_another_order_is_refused(toy_config, byte_tokenizer, chan
     loader = build_train_loader(config, byte_tokenizer, place())
     read(loader, 2)
     other = build_train_loader(config.override(**change), byte_tokenizer, place())
-    with pytest.raises(ConfigError, match=r"another order of examples: \w+=\d+ then, \d+ now"):
+    with pytest.raises(ConfigError, match=r"a different order of examples: \w+=\d+ then, \d+ now"):
         other.load_state_dict(loader.state_dict())
 
 

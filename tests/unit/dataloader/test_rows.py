@@ -1,4 +1,4 @@
-"""Names -> rows: every kind of source through one path, and what each kind of mistake is told."""
+"""From names to rows: every kind of source through one path, and an error message for every kind of mistake."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEXTS = {"train": ["one", "two", "three"], "validation": ["four"]}
 
 @pytest.fixture
 def no_hub(monkeypatch):
-    """No address for the hub, also where the tests run with a network."""
+    """Remove the hub's address, even if the tests run with a network."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.invalid")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
@@ -92,7 +92,7 @@ def test_a_file_is_a_training_split(kind, tmp_path, monkeypatch):
 
 def test_a_file_of_an_unknown_format_is_refused(tmp_path):
     (tmp_path / "rows.docx").touch()
-    with pytest.raises(ConfigError, match=r"a file of a format that is not known here\. Write one .* \.jsonl"):
+    with pytest.raises(ConfigError, match=r"a file in an unknown format\. Write one .* \.jsonl"):
         load_rows(str(tmp_path / "rows.docx"), "train")
 
 
@@ -105,7 +105,7 @@ def test_a_file_of_an_unknown_format_is_refused(tmp_path):
         ({"train.csv": "text\na\n".encode("utf-16")}, r"train\.csv, line 1: .* the file is in UTF-16\. Save it as"),
         ({"train.csv": b"text\na\nb,c,d\n"}, r"train\.csv, line 3: 3 fields, and the first line names 1\. Put a text"),
         ({"train.csv": b'text\na\n"b\nc\n'}, r"train\.csv, line 3: a double quote is opened and never closed"),
-        ({"train.csv": b"\n\n"}, r"train\.csv, line 1: it is blank, and has to name the columns"),
+        ({"train.csv": b"\n\n"}, r"train\.csv, line 1: it is blank, but must name the columns"),
         ({"a.csv": b"text\na\n", "b.csv": b"text\na\nb,c\n"}, r"b\.csv, line 3: 2 fields"),
         # What pandas reads without an error, and differently.
         ({"train.csv": b"id,text\n" + b"1,one,two\n" * 3}, r"train\.csv, line 2: 3 fields, and the first line names 2"),
@@ -155,7 +155,7 @@ def test_a_configuration_follows_a_colon(tmp_path):
         "---\nconfigs:\n- config_name: a\n  data_files: a/*.jsonl\n- config_name: b\n  data_files: b/*.jsonl\n---\n"
     )
     assert load_rows(f"{tmp_path}:b", "train")["text"][0] == "of b"
-    with pytest.raises(ConfigError, match=r"which configuration of .* after a colon: .*:NAME.*'a', 'b'"):
+    with pytest.raises(ConfigError, match=r"Name the configuration of .* after a colon: .*:NAME.*'a', 'b'"):
         load_rows(str(tmp_path), "train")
     with pytest.raises(ConfigError, match=r"after a colon: .*:NAME.*'a', 'b'"):
         load_rows(f"{tmp_path}:c", "train")
@@ -172,7 +172,7 @@ def test_an_unknown_name_without_a_hub(name, no_hub):
     with pytest.raises(ConfigError) as raised:
         load_rows(name, "train")
     message = str(raised.value)
-    assert f"{name!r} is no directory here, and the hub cannot be reached" in message
+    assert f"{name!r} is not a local directory, and the hub cannot be reached" in message
     assert all(embedded in message for embedded in DATASET_NAMES)
     assert "OfflineModeIsEnabled" in message, "without half a minute of retries"
     assert datasets.config.HF_HUB_OFFLINE is False, "the next call looks again"
@@ -184,12 +184,12 @@ def test_an_unknown_embedded_name():
 
 
 def test_a_path_that_does_not_exist(tmp_path):
-    with pytest.raises(ConfigError, match=r"has no data files that can be read.*embedded/news"):
+    with pytest.raises(ConfigError, match=r"has no readable data files.*embedded/news"):
         load_rows(str(tmp_path / "missing"), "train")
 
 
 def test_a_directory_without_data(tmp_path):
-    with pytest.raises(ConfigError, match=r"has no data files that can be read.*parquet.*embedded/news"):
+    with pytest.raises(ConfigError, match=r"has no readable data files.*parquet.*embedded/news"):
         load_rows(str(tmp_path), "train")
 
 
@@ -226,7 +226,7 @@ def test_a_files_name_is_no_pattern(tmp_path, name):
 
 def test_a_directory_whose_name_is_a_pattern_is_told_so(tmp_path):
     write("jsonl", tmp_path / "data[1]")
-    with pytest.raises(ConfigError, match=r"for a pattern\. Rename the directory"):
+    with pytest.raises(ConfigError, match=r"as a pattern\. Rename the directory"):
         load_rows(str(tmp_path / "data[1]"), "train")
 
 
@@ -235,7 +235,7 @@ def test_a_directory_of_two_formats_is_refused(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"text": "one"}\n')
     (tmp_path / "dataset_infos.json").write_text("{}")
     (tmp_path / "train.csv").write_text("text\ntwo\n")
-    with pytest.raises(ConfigError, match=r"several formats \(\.csv, \.jsonl\).*or name one file"):
+    with pytest.raises(ConfigError, match=r"several formats \(\.csv, \.jsonl\).*or name a single file"):
         load_rows(str(tmp_path), "train")
     (tmp_path / "train.csv").unlink()
     assert load_rows(str(tmp_path), "train")["text"] == ["one"]

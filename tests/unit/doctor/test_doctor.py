@@ -1,4 +1,4 @@
-"""The doctor reads this machine as it is, and judges machines that are described to it."""
+"""Doctor: it examines this machine, and judges machines that are described to it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def here() -> doctor.Report:
 
 @pytest.fixture
 def laptop(here: doctor.Report) -> doctor.Report:
-    """A machine on which the CPU profile works and the others do not, whatever this one is."""
+    """Describe a machine on which only the CPU profile works, whatever this machine is."""
     return dataclasses.replace(
         here,
         python="3.11.9",
@@ -80,7 +80,7 @@ def test_table_has_a_line_for_every_finding_and_verdict(here: doctor.Report) -> 
 
 
 def test_without_a_gpu_nothing_heavy_is_imported() -> None:
-    """That is what keeps the answer fast; where a driver reports a GPU, torch is asked."""
+    """This keeps the answer fast; torch is only asked if a driver reports a GPU."""
     code = (
         "import sys; from tutorial_lib import doctor; gpus = doctor.diagnose().gpus;"
         "print([m for m in ('torch', 'deepspeed', 'ray', 'transformers') if m in sys.modules and not gpus])"
@@ -172,7 +172,7 @@ def test_what_stops_the_cpu_profile(laptop: doctor.Report, changes: dict[str, ob
     "changes, note",
     [
         ({"operators": {"cpu_adam": "not compiled"}}, "make setup does it beforehand"),
-        ({"operators": {"cpu_adam": "locked by /x/lock"}}, "a run will wait for ever"),
+        ({"operators": {"cpu_adam": "locked by /x/lock"}}, "a run will hang"),
         ({"shm_gb": 0.06}, "--shm-size=1g"),
         ({"packages": {"ray": machine.Package("2.61.0", "2.60.0")}}, "ray is 2.61.0, tested with 2.60.0"),
     ],
@@ -203,7 +203,7 @@ def test_fewer_gpus_than_ranks(laptop: doctor.Report) -> None:
 def test_slurm_counts_where_it_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, found: str | None
 ) -> None:
-    """The commands alone may be there: ``make cluster-tools`` installs them on a machine that is no cluster."""
+    """Only the commands may be there: ``make cluster-tools`` installs them without a cluster."""
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     for name in ("sbatch", "sinfo"):
         (tmp_path / name).write_text(f"#!/bin/sh\nexit {code}\n")

@@ -1,4 +1,4 @@
-"""What ``build_engine`` does besides building: seeds, the schedule, training mode, and a check of what it is given."""
+"""Side effects of ``build_engine``: seeds, the schedule, training mode, and a check of its arguments."""
 
 from __future__ import annotations
 
@@ -60,5 +60,5 @@ def test_a_position_in_a_schedule_holds_for_another_number_of_parameter_groups()
 
 def test_a_configuration_without_what_its_deepspeed_file_states_is_refused():
     config = Config.create(dp=1, deepspeed="zero2")
-    with pytest.raises(ConfigError, match=r"deepspeed='zero2' states settings.*launch\.preflight"):
+    with pytest.raises(ConfigError, match=r"deepspeed='zero2' contains settings.*launch\.preflight"):
         build_engine(config, ALONE, 1)

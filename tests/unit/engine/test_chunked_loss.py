@@ -1,4 +1,4 @@
-"""Loss of the output layer in chunks: the same numbers in less memory."""
+"""Chunked loss of the output layer: the same numbers in less memory."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_batch_without_labels_has_logits():
 
 
 def test_the_peak_is_without_the_logits(tmp_path):
-    """Of a vocabulary of 40,000, whose logits are the largest tensor of the step, and their gradient another one."""
+    """With a vocabulary of 40,000, the logits and their gradient are the largest tensors of the step."""
     vocabulary, rows, tokens = 40_000, 4, 128
     altered_model("embedded/gpt2", tmp_path / "large", vocab_size=vocabulary, n_embd=32, n_layer=1, n_head=2)
     batch = batch_of(rows, tokens, vocabulary)

@@ -1,4 +1,4 @@
-"""A DeepSpeed configuration states what DeepSpeed would otherwise decide silently, and refuses what it would ignore."""
+"""DeepSpeed configuration: it sets what DeepSpeed would otherwise decide silently, and refuses ignored keys."""
 
 import json
 import typing
@@ -95,7 +95,7 @@ COMPLETE = dict.fromkeys((*ds_config._BATCH_KEYS, "gradient_clipping"), "auto") 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"gradient_clipping": None}, 'gradient_clipping is missing.*Write it there, as "auto"'),
+        ({"gradient_clipping": None}, 'gradient_clipping is missing.*Write gradient_clipping as "auto"'),
         ({"train_batch_size": None}, "train_batch_size is missing"),
         ({"zero_optimization": {}}, "zero_optimization.stage is missing.*as 0, 1, 2 or 3"),
         ({"zero_optimization": {"stage": "auto"}}, 'zero_optimization.stage is "auto", which the Hugging Face Trainer'),
@@ -228,7 +228,7 @@ def test_bloom_gets_deepspeeds_plan_and_others_their_own():
 
 
 def kind_of(annotation):
-    """Name a type of DeepSpeed's as the tables do."""
+    """Name one of DeepSpeed's types as in the tables."""
     parts = typing.get_args(annotation) if typing.get_origin(annotation) is typing.Union else (annotation,)
     nullable = "?" if type(None) in parts else ""
     (one,) = (part for part in parts if part is not type(None)) if len(parts) - bool(nullable) == 1 else (object,)
@@ -343,7 +343,7 @@ def test_a_profile_is_not_given_by_hand_and_the_same_value_is_no_contradiction(t
         ({"csv_monitor": {"output_path": 5}}, "csv_monitor.output_path is 5; write a string"),
         ({"csv_monitor": {"output_dir": "x"}}, "'output_dir' is not a key that DeepSpeed knows in csv_monitor"),
         ({"communication_data_type": "fp8"}, 'communication_data_type is "fp8"; write one of: fp32, bf16, fp16'),
-        ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_quantized_weights is true, and its kernels"),
+        ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_quantized_weights is true, but its kernels"),
         ({"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}, "elastic_checkpoint is true: checkpoints"),
         ({"zero_optimization": {"zenflow": {}}}, "zenflow is {}: it puts another optimizer in place"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "ratio is 0.5: a part of"),
@@ -355,9 +355,9 @@ def test_a_profile_is_not_given_by_hand_and_the_same_value_is_no_contradiction(t
         ({"activation_checkpointing": {"partition_activations": True}}, "write the setting activation_checkpointing"),
         (
             {"compile": {"deepcompile": True}},
-            "compile.deepcompile needs a model that is compiled, and none here is; rem",
+            "compile.deepcompile needs a compiled model, and none here is; rem",
         ),
-        ({"compile": {"passes": ["z1"]}}, "compile.passes needs a model that is compiled"),
+        ({"compile": {"passes": ["z1"]}}, "compile.passes needs a compiled model"),
         ({"compile": {"backend": "inductor"}}, "'backend' is not a key that DeepSpeed knows in compile"),
         ({"deepcompile": True}, "'deepcompile' has no meaning at the top level.* belongs under 'compile'"),
         ({"leaf_module": {"names": []}}, "'leaf_module' has no meaning at the top level.* under 'zero_optimization'"),
@@ -517,7 +517,7 @@ def test_a_monitor_that_is_not_installed(tmp_path, monkeypatch):
     path = write(tmp_path, {"tensorboard": {"enabled": True}, "wandb": {"enabled": False}})
     monkeypatch.setattr(for_run.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        ConfigError, match=f"^{path}: tensorboard.enabled is true, and the package 'tensorboard' is not"
+        ConfigError, match=f"^{path}: tensorboard.enabled is true, but the package 'tensorboard' is not"
     ):
         ds_config.apply_file(Config.create(deepspeed=path))
 

@@ -1,4 +1,4 @@
-"""Expected model states: where engines differ from the paper. ``test_bench.py`` holds this to real runs."""
+"""Expected model states: where engines differ from the paper. ``test_bench.py`` compares this with real runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What FSDP needs no second process for: the values of its shards, and refusals."""
+"""FSDP without a second process: the values of its shards, and refusals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tutorial_lib.models.meta import model_outline
 @pytest.mark.parametrize("random_init", [False, True])
 @pytest.mark.parametrize("name", MODEL_NAMES)
 def test_a_filled_outline_is_the_model_bit_for_bit(name, random_init):
-    """Without a process group every tensor is whole, and so are its slices."""
+    """Without a process group, every slice is the full tensor."""
     config = Config.create("cpu", engine="fsdp", model=name, random_init=random_init, seed=5)
     outline, model = model_outline(config), build_model(config)
     weights.fill(outline, config, device=torch.device("cpu"), host=False)

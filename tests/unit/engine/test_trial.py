@@ -1,4 +1,4 @@
-"""A tiny copy of a model tells before a start whether the family can be trained on the batches that were asked for."""
+"""Trial: a tiny copy of a model shows before a start whether its family can be trained on the requested batches."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_families_whose_loss_can_be_computed_in_chunks(family):
     ],
 )
 def test_a_family_that_changes_its_logits_is_refused_with_loss_chunks(family, changes):
-    """Else it would be trained on another loss, and nothing would say so."""
+    """Otherwise it would silently be trained on a different loss."""
     model_config = AutoConfig.for_model(family, **changes)
     trial(model_config, "longest")
     with pytest.raises(ConfigError, match=f"type '{family}'.*loss_chunks=8: it changes what .*Leave loss_chunks out"):

@@ -13,7 +13,7 @@ from tutorial_lib.lab.planner import Question, answer, candidates, panel
 from tutorial_lib.theory import plan as plan_page
 
 MOST_EVALUATIONS = 3_000
-"""Of one redraw: an evaluation takes about 60 microseconds, a redraw then 0.2 s."""
+"""Most evaluations of a redraw: each takes about 60 microseconds, so a redraw takes 0.2 s."""
 
 
 @pytest.fixture

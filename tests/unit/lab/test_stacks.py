@@ -29,7 +29,7 @@ outer()
 
 @pytest.fixture
 def sleeping(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that waits two calls deep."""
+    """Start a process that waits two calls deep."""
     script = tmp_path / "sleeps.py"
     script.write_text(SCRIPT)
     with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as process:
@@ -41,7 +41,7 @@ def sleeping(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def read(pid: int) -> stacks.Stack:
-    """Read a stack, or skip where that is not possible."""
+    """Read a stack, or skip the test if that is not possible."""
     try:
         return stacks.read_stack(pid)
     except stacks.CannotRead as why:

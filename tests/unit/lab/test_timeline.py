@@ -1,4 +1,4 @@
-"""The step timeline: FSDP2's marks in a profiler's trace become spans."""
+"""Step timeline: FSDP2's marks in a profiler's trace become spans."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Ranks for ``test_launch.py``: rank 0 is aborted, as C++ code does it, after rank 1 has failed.
+"""Ranks for ``test_launch.py``: rank 0 aborts, as C++ code would, after rank 1 has failed.
 
 In a run called ``waiting``, rank 0 raises instead, and rank 1 waits where SIGTERM does not end it.
 

@@ -1,4 +1,4 @@
-"""Variables of torchrun count where a process has been started by it, and are refused or ignored elsewhere."""
+"""Variables of torchrun: used in processes that torchrun started, and refused or ignored elsewhere."""
 
 import json
 import os
@@ -70,8 +70,8 @@ def test_under_torchrun_another_launcher_is_refused(monkeypatch, capsys, tmp_pat
         ({"MASTER_ADDR": None, "WORLD_SIZE": None}, "RANK is set, but WORLD_SIZE, MASTER_ADDR is not"),
         ({"RANK": "one"}, "RANK is 'one', not a whole number"),
         ({"RANK": "2"}, "RANK is 2, but WORLD_SIZE is 1"),
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, and dp x tp asks for 1 ranks: the others would never come"),
-        ({"MASTER_PORT": "99999"}, "MASTER_PORT is 99999, no port from 1 to 65535"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but dp x tp asks for 1 ranks, so the run would hang"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT is 99999, not a port from 1 to 65535"),
     ],
 )
 def test_a_rendezvous_with_a_variable_missing_or_wrong(monkeypatch, capsys, tmp_path, changes, message):
@@ -81,7 +81,7 @@ def test_a_rendezvous_with_a_variable_missing_or_wrong(monkeypatch, capsys, tmp_
 
 
 def test_a_run_of_one_process_under_deepspeed_needs_no_variables_and_ignores_old_ones(monkeypatch, tmp_path):
-    """In a process of its own: DeepSpeed keeps its groups in global variables."""
+    """Runs in its own process, because DeepSpeed keeps its groups in global variables."""
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     arguments = ["train", "--launcher", "none", "--zero-stage", "1", *SMALL, "--storage", str(tmp_path), "--json"]
@@ -135,7 +135,7 @@ def test_ranks_that_do_not_come_together_say_why(monkeypatch, changes, why):
 def test_a_port_in_use_is_told(monkeypatch):
     with socket.create_server(("0.0.0.0", 0)) as taken:
         torchrun(monkeypatch, WORLD_SIZE="2", MASTER_PORT=str(taken.getsockname()[1]))
-        with pytest.raises(joining.RendezvousError, match="another program uses the port"):
+        with pytest.raises(joining.RendezvousError, match="another program is using the port"):
             with joining.process_group(Config.create(launcher="none"), "env://"):
                 pass
 

@@ -1,6 +1,6 @@
-"""What is refused before a process starts, and the exit codes that scripts rely on.
+"""Launch: refusals before a process starts, and the exit codes that scripts rely on.
 
-Runs that do start are of one process here, in this very process, but for ranks that do nothing but fail;
+Runs that start here have one rank, in this very process, except for ranks that only fail;
 ``tests/distributed`` starts real ones.
 """
 
@@ -31,7 +31,7 @@ def storage(tmp_path):
 
 @pytest.fixture
 def places(tmp_path):
-    """Paths that are wrong in one way each, for the arguments below to name."""
+    """Return paths that are each wrong in one way, for the arguments below."""
     (tmp_path / "file").write_text("")
     (tmp_path / "broken.json").write_text('{"zero_optimization": {"stage": 2},}')
     (tmp_path / "blank").mkdir()
@@ -41,11 +41,11 @@ def places(tmp_path):
 
 
 BAD = {
-    "a run name with a separator": (["--name", "a/b"], "cannot be a directory name. Use letters, digits"),
+    "a run name with a separator": (["--name", "a/b"], "cannot be a directory name. Use only letters, digits"),
     "a run name that leads out": (["--name", ".."], "cannot be a directory name"),
     "a model that is not there": (["--model", "no-such-model"], "embedded model: embedded/gpt2, embedded/qwen2"),
     "an embedded model misspelt": (["--model", "embedded/gtp2"], "Write one of: embedded/gpt2, embedded/qwen2"),
-    "a model directory that is not there": (["--model", "{missing}"], "no directory here"),
+    "a model directory that is not there": (["--model", "{missing}"], "neither a local directory nor a hub name"),
     "a model without weights": (["--model", "embedded/gpt2-small"], "Write random_init=True"),
     "a data set that is not there": (["--dataset", "no-such-data"], "embedded/news, embedded/articles, embedded/qa"),
     "an embedded data set misspelt": (["--dataset", "embedded/new"], "Write one of: embedded/news"),
@@ -158,7 +158,7 @@ def test_arguments_that_cannot_be_read_exit_with_2_and_one_line(capsys, given, m
 
 
 def test_a_run_from_the_shell(storage, capsys, monkeypatch):
-    """Stopped, it exits with 75; run again it goes on and exits with 0. One JSON object is all that it prints."""
+    """Stopped, it exits with 75; run again, it continues and exits with 0. It only prints one JSON object."""
     arguments = ["train", *ONE_PROCESS, *SMALL, *storage, "--json"]
     assert main([*arguments, "--stop-after", "1"]) == 75
     stopped = json.loads(capsys.readouterr().out)
@@ -233,7 +233,7 @@ def test_runs_that_cannot_share_processes_are_refused(tmp_path, changes, message
 
 
 def test_restarts_are_for_one_run_alone(tmp_path):
-    """Of several it could not be said which one failed."""
+    """With several runs it would be unclear which one failed."""
     runs = [config(tmp_path, name=name, launcher="ray", max_failures=1) for name in ("a", "b")]
     with pytest.raises(ConfigError, match=r"max_failures works with a single run only.*Start them separately"):
         launch.run_all(runs)
@@ -306,7 +306,7 @@ def test_a_run_that_goes_on_with_other_settings_is_refused_before_processes_star
     launch.run(config_)
     with pytest.raises(ConfigError, match=r"cannot go on with other settings: learning_rate was 0.001, now 0.5"):
         launch.preflight(config_.override(learning_rate=0.5))
-    with pytest.raises(ConfigError, match="resume='never' forbids to continue it"):
+    with pytest.raises(ConfigError, match="resume='never' forbids resuming from it"):
         launch.preflight(config_.override(resume="never"))
 
 
@@ -332,7 +332,7 @@ def test_an_aborted_rank_is_told_with_what_it_and_its_peers_could_write(tmp_path
 
 
 def test_a_rank_that_waits_for_one_that_failed_is_ended_and_not_told_of(tmp_path, monkeypatch):
-    """Nor does it take long: the launcher kills it."""
+    """It does not take long, because the launcher kills it."""
     monkeypatch.setattr(launch.local, "_PEERS_SECONDS", 1)
     config = Config.create("cpu", dp=2, storage=str(tmp_path), name="waiting", launcher="local", steps=1)
     with pytest.raises(launch.WorkerError, match=r"^Rank 0 of run 'waiting' failed with ModuleNotFoundError") as error:

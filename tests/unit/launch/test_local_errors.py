@@ -1,4 +1,4 @@
-"""The rank that failed first is told of: not those that ended as a consequence, by themselves or by the launcher."""
+"""Errors name the rank that failed first, not the ranks that ended or were killed as a consequence."""
 
 import signal
 

@@ -1,4 +1,4 @@
-"""Files that start a Ray cluster: they fit Ray's schema and Kubernetes' structure, and train what was configured."""
+"""Manifests that start a Ray cluster: they fit Ray's schema and Kubernetes' structure, and train the right run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ON_CPUS = ["ray", "--profile", "cpu", "--nodes", "2", "--ranks-per-node", "2"]
 
 
 def written(capsys: pytest.CaptureFixture[str], arguments: list[str], kind: str) -> tuple[str, dict[str, Any]]:
-    """Return a manifest as text, and what YAML makes of it."""
+    """Return a manifest as text, and parsed as YAML."""
     assert cli.main([*arguments, "--format", kind]) == cli.DONE
     text = capsys.readouterr().out
     return text, yaml.safe_load(text)
@@ -40,7 +40,7 @@ def test_cluster_yaml_fits_rays_schema(capsys: pytest.CaptureFixture[str], argum
 
 
 def test_a_ray_job_has_the_structure_that_kuberay_documents(capsys: pytest.CaptureFixture[str]) -> None:
-    """Its full schema, of 1.4 MB, comes with KubeRay, not with Ray: this holds the parts that the manifest uses."""
+    """The full schema, 1.4 MB, comes with KubeRay, not with Ray: this one has the parts that the manifest uses."""
     text, job = written(capsys, ON_GPUS, "rayjob")
     assert text.startswith("# Not run here")
     assert (job["apiVersion"], job["kind"], job["metadata"]) == ("ray.io/v1", "RayJob", {"name": "news-a"})

@@ -1,4 +1,4 @@
-"""Room on a Ray cluster by arithmetic: what nodes hold, with how many ranks a run can go on, and what it is told."""
+"""Room on a Ray cluster: the groups that nodes hold, the sizes that a run can continue with, and messages."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_group_is_not_split_over_nodes() -> None:
         check_room(demand, [node("a", 3), node("b", 1)])
     on_gpus = Demand({"CPU": 1, "GPU": 1}, tp=2, sizes=(1,))
     assert on_gpus.groups_on({"CPU": 8, "GPU": 3}) == 1
-    with pytest.raises(ConfigError, match=r"2 workers need 2 GPUs, and the Ray cluster has 1: 1 on a, 0 on b.*'cpu'"):
+    with pytest.raises(ConfigError, match=r"2 workers need 2 GPUs, but the Ray cluster has 1: 1 on a, 0 on b.*'cpu'"):
         check_room(on_gpus, [node("a", 8, gpus=1), node("b", 8)])
 
 
@@ -57,10 +57,10 @@ def test_fewer_ranks_take_more_micro_batches_and_no_larger_ones() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"min_dp": 1, "checkpoint_every": 2}, "min_dp=1 is kept by Ray Train, and launcher='local'"),
-        ({"resource_timeout": 5}, "resource_timeout=5 is kept by Ray Train"),
+        ({"min_dp": 1, "checkpoint_every": 2}, "min_dp=1 is for Ray Train; launcher='local' does not wait"),
+        ({"resource_timeout": 5}, "resource_timeout=5 is for Ray Train"),
         ({"min_dp": 3, **ELASTIC}, "min_dp=3 is more than dp=2"),
-        ({"min_dp": 1, "launcher": "ray"}, "checkpoint_every=0 saves at the end alone. Write checkpoint_every"),
+        ({"min_dp": 1, "launcher": "ray"}, "checkpoint_every=0 saves only at the end. Write a checkpoint_every"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -71,14 +71,14 @@ def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], 
 def test_what_is_missing_is_listed_by_node() -> None:
     said = missing(Demand({"CPU": 1.0}, tp=1, sizes=(2, 4)), [node("a", 2, free=1), node("b", 2, free=0)], 300)
     assert said.startswith(
-        "The run wants at least 2 workers, each with 1 CPU, and for 300 s the Ray cluster had no room for them. Free "
-        "are now, on 2 nodes: a: 1 of 2 CPUs; b: 0 of 2 CPUs."
+        "The run needs at least 2 workers, each with 1 CPU, but for 300 s the Ray cluster had no room for them. Free "
+        "now, on 2 nodes: a: 1 of 2 CPUs; b: 0 of 2 CPUs."
     )
 
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """Free CPUs by node."""
+    """Return a fake cluster's free CPUs by node."""
     free = {"a": 2.0, "b": 2.0}
     monkeypatch.setattr(placement, "read_nodes", lambda: [node(name, 2, cpus) for name, cpus in free.items()])
     monkeypatch.setattr(BoundedScaling, "_maybe_send_resource_request", lambda self: None)

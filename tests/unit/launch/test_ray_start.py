@@ -1,4 +1,4 @@
-"""Ray waits for ever where it cannot start a worker; the launcher does not. Workers start with and without a server."""
+"""Start under Ray: the launcher does not hang if Ray cannot start a worker. Workers start with or without a server."""
 
 import json
 import os
@@ -28,9 +28,9 @@ def test_a_python_under_a_path_with_a_space_is_refused_before_ray_starts(monkeyp
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        ("127.0.0.1:1", r"RAY_ADDRESS is '127.0.0.1:1', and nothing answers there .*unset RAY_ADDRESS to start Ray on"),
+        ("127.0.0.1:1", r"RAY_ADDRESS is '127.0.0.1:1', but nothing answers there .*unset RAY_ADDRESS to start Ray on"),
         ("ray://127.0.0.1:10001", "Ray Train does not run through Ray's client. Write HOST:PORT of the head node"),
-        ("head", "RAY_ADDRESS is 'head', and nothing answers there"),
+        ("head", "RAY_ADDRESS is 'head', but nothing answers there"),
     ],
 )
 def test_an_address_without_a_cluster_is_refused_at_once(
@@ -55,7 +55,7 @@ def test_an_address_at_which_something_else_listens_is_refused_in_time(monkeypat
         (OSError("AF_UNIX path length cannot exceed 107 bytes: /very/long"), "Set TMPDIR to a shorter one"),
         (TimeoutError("no raylet"), "end other programs and try again"),
         (RuntimeError("The current node timed out during startup."), "end other programs and try again"),
-        (ValueError("num_cpus must not be provided"), "Its own logs are under"),
+        (ValueError("num_cpus must not be provided"), "Ray's own logs are under"),
     ],
 )
 def test_each_cause_has_its_own_advice(error: Exception, advice: str) -> None:
@@ -98,7 +98,7 @@ def test_rays_list_is_kept_while_its_checkpoints_are_there_and_dropped_when_one_
 
 
 def start_worker(tmp_path: Path, context: dict[str, object]) -> str:
-    """Run what the raylet runs, with a script for Ray's own that says so. Returns what was printed."""
+    """Run the raylet's command, with a stand-in for Ray's own script, and return what was printed."""
     rays_own = tmp_path / "rays_own.py"
     rays_own.write_text("import sys; print(*sys.argv[1:3])")
     given = ["default_worker.py", "--node-id=1", "--language=PYTHON"]

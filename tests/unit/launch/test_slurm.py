@@ -1,4 +1,4 @@
-"""Batch scripts as text, and a job followed through what ``squeue`` says of it. ``tests/cluster`` runs real ones."""
+"""Batch scripts as text, and a job followed through answers of ``squeue``. ``tests/cluster`` runs real ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ON_CPUS = ["slurm", "--profile", "cpu", "--nodes", "2", "--ranks-per-node", "2"]
 
 
 def written(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
-    """Return the script, after bash has found nothing wrong with it."""
+    """Return the script, after bash has checked its syntax."""
     assert cli.main(arguments) == cli.DONE
     script = capsys.readouterr().out
     assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True).stderr == ""
@@ -89,13 +89,13 @@ def test_an_experiment_by_its_workshop_name(capsys: pytest.CaptureFixture[str]) 
         ([*ON_GPUS, "--launcher", "ray"], "under SLURM torchrun starts them"),
         ([*ON_GPUS, "--resume", "never"], "write --no-requeue"),
         ([*ON_GPUS, "--time", "soon"], "Write HOURS:MINUTES:SECONDS"),
-        ([*ON_GPUS, "--time", "00:02:00"], "before it begins"),
+        ([*ON_GPUS, "--time", "00:02:00"], "which is before it starts"),
         ([*ON_GPUS, "--partition", "a b"], "partition is 'a b'"),
         ([*ON_CPUS, "--device", "tpu"], "device is 'tpu'|Write --ranks-per-node"),
         (["slurm", "--nodes", "0", "--gpus-per-node", "1"], "nodes is 0"),
-        (["slurm", "--experiment", "2Z-2G1N", "--nodes", "2"], "--nodes is what experiment 2Z-2G1N decides"),
-        (["slurm", "--experiment", "2Z-2G1N", "--zero-stage", "3"], "--zero-stage is what experiment"),
-        (["slurm", "--experiment", "2Z-3G2N"], "cannot be shared out evenly"),
+        (["slurm", "--experiment", "2Z-2G1N", "--nodes", "2"], "Experiment 2Z-2G1N decides --nodes itself"),
+        (["slurm", "--experiment", "2Z-2G1N", "--zero-stage", "3"], "decides --zero-stage itself"),
+        (["slurm", "--experiment", "2Z-3G2N"], "2 nodes cannot share 3 GPUs evenly"),
     ],
 )
 def test_what_does_not_go_together_is_refused(
@@ -106,7 +106,7 @@ def test_what_does_not_go_together_is_refused(
 
 
 class FakeSlurm:
-    """Programs named like SLURM's that answer as they are told."""
+    """Fake SLURM programs that answer as told."""
 
     def __init__(self, directory: Path) -> None:
         self.run = RunDirectory(directory / "runs" / "job")
@@ -130,7 +130,7 @@ class FakeSlurm:
         (self._programs / name).chmod(0o755)
 
     def answer(self, *states: str, **result: object) -> None:
-        """Let ``squeue`` say these, one after the other, and the job leave a result."""
+        """Let ``squeue`` answer these, one after the other, and let the job leave a result."""
         (self.directory / "state").write_text("\n".join(states) + "\n")
         if result:
             whole = {"train_loss": 1.0, "eval_loss": None, "eval_loss_before": None, "eval_losses": [],
@@ -198,14 +198,14 @@ def test_a_job_that_failed_before_training_shows_what_it_printed(
 
 @pytest.mark.parametrize(
     ("state", "why"),
-    [("TIMEOUT", "raise --grace"), ("OUT_OF_MEMORY", "too little memory"), ("CANCELLED", "somebody cancelled it")],
+    [("TIMEOUT", "raise --grace"), ("OUT_OF_MEMORY", "too little memory"), ("CANCELLED", "it was cancelled")],
 )
 def test_other_ends_are_told_in_words(
     slurm: FakeSlurm, capsys: pytest.CaptureFixture[str], state: str, why: str
 ) -> None:
     slurm.answer(*RUNNING, f"{state}|None|node1")
     assert cli.main(slurm.arguments) == cli.FAILED
-    assert re.search(f"Job 7 ended as {state}: .*{why}.* it goes on: 'job' from step 0", capsys.readouterr().err)
+    assert re.search(f"Job 7 ended as {state}: .*{why}.* it resumes: 'job' from step 0", capsys.readouterr().err)
 
 
 def test_an_error_of_an_earlier_job_is_not_this_ones(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:

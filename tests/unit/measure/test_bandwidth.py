@@ -1,4 +1,4 @@
-"""The bandwidth gate: fits that find what was put in, and a real gate on two gloo processes."""
+"""Bandwidth gate: fits recover the values that were put in, and a real gate runs on two gloo processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LINK = Link(latency=2e-4, bandwidth=1.5e9)
 
 
 def timings(kind: str, num_ranks: int, link: Link = LINK) -> list[Timing]:
-    """Times that a link explains exactly."""
+    """Return timings that a link explains exactly."""
     share = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}[kind] * (num_ranks - 1) / num_ranks
     return [Timing(kind, size, num_ranks, link.latency + share * size / link.bandwidth) for size in SIZES]
 

@@ -1,4 +1,4 @@
-"""The memory sampler on real processes, and on GPUs that a stand-in for NVML describes."""
+"""Memory sampler on real processes, and on GPUs of a stand-in for NVML."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HOLD = f"import sys; held = b'x' * (64 * {MIB}); print('ready', flush=True); sys
 
 
 def start(program: str, *arguments: str) -> subprocess.Popen[bytes]:
-    """Start Python with a program that says when it is ready and ends when its input does."""
+    """Start a Python program that says when it is ready, and ends when its input ends."""
     process = subprocess.Popen(
         [sys.executable, "-c", program, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -40,7 +40,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def pids(row: dict[str, Any]) -> set[int]:
-    """Return who is in a reading: this process, what a test started, and helpers that other tests have left running."""
+    """Return the processes in a reading: this one, a test's own, and helpers that other tests have left running."""
     return {process["pid"] for process in row["processes"]}
 
 
@@ -141,7 +141,7 @@ def test_processes_that_come_and_go_do_not_disturb_it(tmp_path: Path) -> None:
 def test_a_process_that_ends_while_it_is_looked_at_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    """The same by force: the child ends just before the call that is named."""
+    """The same by force: the child ends just before the named call."""
     child, original = start(HOLD), getattr(psutil.Process, call)
 
     def end_before(process: psutil.Process, **arguments: Any) -> Any:
@@ -187,7 +187,7 @@ def test_what_cannot_be_sampled_is_refused_before_anything_is_written(tmp_path: 
         with pytest.raises(ValueError, match=f"no process {pid}"), sample_memory(tmp_path / "log", pid=pid):
             pass
     for interval in (0, -1, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="seconds above 0"), sample_memory(tmp_path / "log", interval=interval):
+        with pytest.raises(ValueError, match="must be a positive"), sample_memory(tmp_path / "log", interval=interval):
             pass
     assert not (tmp_path / "log").exists()
 

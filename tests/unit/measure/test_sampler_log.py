@@ -1,4 +1,4 @@
-"""Memory logs in three formats, whole, torn and foreign: numbers worked out by hand."""
+"""Memory logs in three formats, complete, cut off and foreign, with numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -246,10 +246,10 @@ def test_a_header_alone_has_no_samples_yet(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "is empty: .*Look at its output"),
+        (b"", "is empty: .*in the writer's output"),
         (b"# Elapsed", "no complete line yet"),
         (b"\n\n", "no complete line yet"),
-        (b"\xff\xfet\x00i\x00", "not a text in UTF-8"),
+        (b"\xff\xfet\x00i\x00", "not UTF-8 text"),
         (b"No devices were found\n", "first line is 'No devices were found'.*sample_memory.*nvidia-smi.*psrecord"),
         (b"elapsed_time,nproc,cpu,mem_real,mem_virtual\n", "not a memory log"),
         (b'{"step": 1, "loss": 2.0}\n', "log:1 is not the header of a sampler's log"),

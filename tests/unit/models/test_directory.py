@@ -1,4 +1,4 @@
-"""A model's directory whose files besides the weights are damaged, pointers, or of another kind."""
+"""Model directories whose files besides the weights are damaged, git-lfs pointers, or of the wrong kind."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def copied(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"[1]", "holds a JSON list, and has to hold an object"),
-        (b"null", "holds a JSON NoneType, and has to hold an object"),
+        (b"[1]", "holds a JSON list, but must hold an object"),
+        (b"null", "holds a JSON NoneType, but must hold an object"),
         (b"{", "is not valid JSON: .*line 1.*Copy or download it again"),
         (b'{"a": "\xe9"}', "is not valid JSON: .*byte 0xe9.*Copy or download it again"),
         (POINTER.encode(), "is a git-lfs pointer of \\d+ bytes.*Run `git lfs pull` in .*/model, or download the file"),
-        (None, "is a directory, and has to be a file"),
+        (None, "is a directory, but must be a file"),
     ],
 )
 def test_a_file_that_is_no_json_object_is_named(copied, file, content, message):
@@ -70,7 +70,7 @@ def test_a_tokenizer_without_a_vocabulary_is_refused(tmp_path, name):
 def test_generation_settings_that_the_library_refuses_are_refused_before(copied):
     (copied / "generation_config.json").write_text('{"cache_implementation": "papyrus"}')
     for load in (check_side_files, load_model):
-        with pytest.raises(ConfigError, match=r"generation_config\.json does not describe how to generate: .*papyrus"):
+        with pytest.raises(ConfigError, match=r"generation_config\.json is not a valid generation config: .*papyrus"):
             load(str(copied))
 
 
@@ -78,7 +78,7 @@ def test_generation_settings_that_the_library_refuses_are_refused_before(copied)
 @pytest.mark.parametrize("value", ["float13", "torch.float32", "Tensor", 32, ["float32"]])
 def test_a_type_of_numbers_that_there_is_not_is_named(copied, key, value):
     change_config(copied, {key: value})
-    said = re.escape(f"config.json: {key} is {json.dumps(value)}, which is no type of PyTorch")
+    said = re.escape(f"config.json: {key} is {json.dumps(value)}, which is not a PyTorch dtype")
     with pytest.raises(ConfigError, match=f'{said}.*Write one, such as "float32"'):
         load_config(str(copied))
 

@@ -1,4 +1,4 @@
-"""Column orders of GPT-2's fused projection: by part as saved, by rank as cut."""
+"""Column orders of GPT-2's fused projection: by part when saved, by rank when cut."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Refusals of sequences and tensor-parallel sizes that a model's dimensions do not allow."""
+"""Limits: refusals of sequences and tensor-parallel sizes that a model's dimensions do not allow."""
 
 from __future__ import annotations
 
@@ -76,5 +76,5 @@ def test_a_tokenizer_whose_ids_the_model_can_embed_is_taken(name):
 def test_an_added_token_beyond_the_embedding_is_named_with_both_numbers():
     tokenizer = load_tokenizer("embedded/gpt2")
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    with pytest.raises(ConfigError, match=r"gives '\[PAD\]' the id 2048.*ids 0 to 2047 alone.*resize.*\(2049\)"):
+    with pytest.raises(ConfigError, match=r"gives '\[PAD\]' the id 2048.*ids 0 to 2047 \(vocab.*resize.*\(2049\)"):
         check_vocabulary(tokenizer, load_config("embedded/gpt2"))

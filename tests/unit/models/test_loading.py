@@ -1,4 +1,4 @@
-"""One path to every model, and errors that say what to write instead."""
+"""Loading: one path to every model, and errors that say what to write instead."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_unknown_name_without_a_hub(load):
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c", "~/nowhere"])
 def test_a_path_that_is_not_there(name):
-    with pytest.raises(ConfigError, match="no directory here, and no hub name"):
+    with pytest.raises(ConfigError, match="neither a local directory nor a hub name"):
         load_model(name)
 
 
@@ -119,7 +119,7 @@ def test_deepspeed_settings_that_fail_while_a_model_loads_are_not_the_models_fau
 
 
 class Refusing(BaseHTTPRequestHandler):
-    """A hub that answers, and knows no model."""
+    """A hub that answers, but knows no model."""
 
     def do_HEAD(self) -> None:
         self.send_response(200 if self.path == "/" else 404)
@@ -159,7 +159,7 @@ except ConfigError as error:
 
 
 def test_a_hub_that_is_away_is_asked_once(monkeypatch):
-    """Left to itself, transformers retries for 23 seconds."""
+    """By default, transformers retries for 23 seconds."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     hub_reachable.cache_clear()
@@ -253,7 +253,7 @@ for (name, i), expected in plain.items():
 
 
 def test_partitioned_as_they_are_made_models_are_the_same():
-    """Pretrained and random, in a stage-3 configuration: nothing whole, and bit for bit the same weights."""
+    """Pretrained and random, at stage 3: no parameter in full, and the same weights bit for bit."""
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     done = subprocess.run(
         [sys.executable, "-c", STAGE_3], env={**os.environ, **alone}, capture_output=True, text=True, timeout=280

@@ -1,4 +1,4 @@
-"""One batch for every family: documents that share a row have the logits they have alone."""
+"""Attention masks: documents that share a row have the same logits as on their own, for every family."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ families = pytest.mark.parametrize("name", MODEL_NAMES)
 
 
 def packed_batch(lengths: list[int], total: int) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-    """Random documents, and one row that holds them all, filled up with padding that is a document of its own."""
+    """Return random documents, and one row with all of them, filled up with padding as a document of its own."""
     generator = torch.Generator().manual_seed(0)
     docs = [torch.randint(4, 2040, (length,), generator=generator) for length in [*lengths, total - sum(lengths)]]
     owner = torch.cat([torch.full((len(doc),), number) for number, doc in enumerate(docs)])
@@ -40,7 +40,7 @@ def test_packed_documents_have_the_logits_they_have_alone(name):
 
 
 def test_without_help_bloom_cannot_take_a_packed_batch():
-    """What load_model adds is needed: transformers' own BLOOM fails on the mask that all others take."""
+    """load_model's patch is needed: transformers' own BLOOM fails on the mask that all other families take."""
     model = AutoModelForCausalLM.from_pretrained(model_directory("embedded/bloom"))
     with pytest.raises(ValueError, match="too many values to unpack"):
         model(**packed_batch([5, 6], 16)[1])
@@ -128,7 +128,7 @@ def test_every_tensor_parallel_rank_gets_the_slopes_of_its_own_heads(tp, packed)
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
 def test_layers_with_a_window_keep_it_in_packed_batches(family):
-    """The documents are longer than the window, so that a window that is lost changes their logits."""
+    """The documents are longer than the window, so losing the window would change their logits."""
     config = AutoConfig.for_model(
         family, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=32, vocab_size=2048, sliding_window=8, pad_token_id=0,

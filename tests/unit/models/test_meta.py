@@ -1,4 +1,4 @@
-"""A model before it has values: the same code and shapes, and the files that hold the values."""
+"""Models on the meta device: the same code and shapes, and the files that hold the values."""
 
 from __future__ import annotations
 
@@ -143,8 +143,8 @@ def test_a_damaged_index_is_named(copied, content):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"quantization_config": {"quant_method": "fp8"}}, r"is quantized .*Write the model that it was made of"),
-        ({"activation_function": "foo"}, r"config\.json of this gpt2 model makes no model: KeyError: 'foo'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"is quantized .*Write the name of the original model"),
+        ({"activation_function": "foo"}, r"can be built from the config\.json of this gpt2 model: KeyError: 'foo'"),
         ({"n_layer": "2"}, r"does not hold a usable model: Validation error for field 'n_layer': .*got str"),
     ],
 )  # fmt: skip
@@ -190,7 +190,7 @@ def save_plain(content, path):
 
 @pytest.fixture
 def pickled(copied):
-    """Return the directory of a model without safetensors, the parameters that it had, and where they belong."""
+    """Return a model's directory without safetensors, its parameters, and the path of their file."""
     tensors = load_file(copied / "model.safetensors")
     (copied / "model.safetensors").unlink()
     return copied, tensors, copied / "pytorch_model.bin"
@@ -229,7 +229,7 @@ def test_a_pickle_of_tensors_alone_is_checked_and_read(pickled, save):
     with pytest.raises(ConfigError, match=r"lack 1 of its parameters: transformer\.ln_f\.bias"):
         check_stored_weights(config)
     save(list(tensors), path)
-    with pytest.raises(ConfigError, match=r"pytorch_model\.bin holds a list, not tensors by the names"):
+    with pytest.raises(ConfigError, match=r"pytorch_model\.bin holds a list, not tensors by parameter name"):
         check_stored_weights(config)
 
 
@@ -237,7 +237,7 @@ def test_a_pickle_of_tensors_alone_is_checked_and_read(pickled, save):
 def test_a_file_that_is_no_pickle_is_named(pickled, content):
     directory, _, path = pickled
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"pytorch_model\.bin is damaged, or no file of weights .*Copy or download"):
+    with pytest.raises(ConfigError, match=r"pytorch_model\.bin is damaged, or not a weight file .*Copy or download"):
         check_stored_weights(Config.create("cpu", dp=1, engine="torch", model=str(directory)))
 
 
@@ -279,7 +279,7 @@ def qwen2_layer(number):
     [f"{qwen2_layer(0)}.o_proj.bias", f"{qwen2_layer(9)}.o_proj.weight", f"{qwen2_layer(0)}.q_proj.lora_A.weight"],
 )
 def test_tensors_that_a_model_would_drop_are_refused(tmp_path, engine, name):
-    """A bias that config.json denies, a layer too many, an adapter: without them another function is trained."""
+    """A bias that config.json turns off, an extra layer, an adapter: without them a different function is trained."""
     directory = shutil.copytree(model_directory("embedded/qwen2"), tmp_path / "model")
     change(directory, lambda tensors: tensors.update({name: torch.ones(4)}))
     config = Config.create("cpu", engine=engine, dp=1, model=str(directory))

@@ -1,4 +1,4 @@
-"""Models whose config.json says tied: whether they are is decided by their files, alike for every engine."""
+"""Tying: if config.json says tied, the files decide whether that is true, in the same way for every engine."""
 
 import json
 
@@ -14,7 +14,7 @@ from tutorial_lib.models.meta import model_outline
 
 @pytest.fixture(params=["safetensors", "shards", "bin"])
 def own_head(request, tmp_path):
-    """A Qwen2 that says it is tied, and a file with an output layer of its own."""
+    """Write a Qwen2 that claims to be tied, and a file with a separate output layer."""
     directory = tmp_path / "model"
     small_model("qwen2", directory, **MODELS["qwen2"])
     path = directory / "model.safetensors"
@@ -56,7 +56,7 @@ def test_random_weights_follow_the_configuration_alone(own_head):
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_a_copy_of_the_embedding_stays_tied(tmp_path, kind):
-    """As in every file that torch.save has written of a tied model."""
+    """As in every file that torch.save wrote for a tied model."""
     directory = tmp_path / "model"
     small_model("qwen2", directory, **MODELS["qwen2"])
     tensors = load_file(directory / "model.safetensors")

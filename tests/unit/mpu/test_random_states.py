@@ -1,4 +1,4 @@
-"""Random states: what was captured comes back."""
+"""Random states: captured and restored."""
 
 import torch
 

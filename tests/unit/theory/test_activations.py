@@ -1,4 +1,4 @@
-"""What a layer keeps for backward, counted by autograd itself in this course's three models."""
+"""Activations that a layer keeps for backward, counted by autograd itself in this course's three models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tutorial_lib.theory.known_models import MODELS
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen2", "bloom"])
 def test_a_layer_keeps_what_is_counted(family: str) -> None:
-    """In fp32, four sequences of 128 tokens; without the statistics of norms and attention, a per cent."""
+    """In fp32, four sequences of 128 tokens; the statistics of norms and attention, one per cent, are ignored."""
     import torch
     from transformers import AutoModelForCausalLM
 

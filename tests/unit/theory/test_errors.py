@@ -1,4 +1,4 @@
-"""The error table: predictions stay within what it promises, and the page shows the table."""
+"""Error table of the planner: predictions stay within its bounds, and docs/planner-errors.md shows it."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def test_speed_of_published_runs_of_large_models(run: Published) -> None:
 
 
 def test_small_models_are_slower_than_the_time_model_says() -> None:
-    """It leaves out launches of kernels: the direction of that error is known, and its size is not."""
+    """The model ignores launches of kernels: the direction of that error is known, but not its size."""
     small = [errors.errors_of(run).speed_error for run in MODELLED if run not in LARGE]
     assert len(small) == 4 and min(small) > 0.5
 
 
 def test_offload_is_a_known_miss() -> None:
-    """Plans warn of it with the factor of this row."""
+    """Plans warn about it, with the factor of this row."""
     (offloaded,) = [run for run in ROWS if run.layout.offload != "none"]
     without = replace(offloaded, layout=replace(offloaded.layout, offload="none")).predict()
     seconds = offloaded.predict().seconds

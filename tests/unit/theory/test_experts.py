@@ -1,4 +1,4 @@
-"""Nine ordinary questions, answered as a practitioner would."""
+"""Nine ordinary questions, answered as an expert would."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_one_billion_on_eight_of_80_gb() -> None:
 
 
 def test_half_a_billion_on_one_of_24_gb() -> None:
-    """Plain training, with as large a micro-batch as is worth its memory."""
+    """Plain training, with the largest micro-batch that is worth its memory."""
     found = best(work(0.5e9), cluster(1, "rtx4090"), "fsdp")
     assert found.layout.strategy == "no_shard" and found.layout.offload == "none"
     assert 2 <= found.layout.micro_batch <= 8 and found.layout.checkpointing == "none"
@@ -75,7 +75,7 @@ def test_seventy_billion_on_64_of_80_gb() -> None:
 
 
 def test_seventy_billion_with_a_large_batch_reduces_with_every_micro_batch() -> None:
-    """The planner once had whole gradients wait, and took tp=8 with everything offloaded: 164 tokens/s."""
+    """The planner once let full gradients wait, and chose tp=8 with everything offloaded: 164 tokens/s."""
     found = best(work("llama-3-70b", global_batch=1024), cluster(64), "fsdp")
     assert found.layout.reduction == "each" and found.layout.offload == "none" and found.layout.tp == 1
 

@@ -1,4 +1,4 @@
-"""What must hold of every plan, whatever its numbers."""
+"""Properties of every plan, whatever its numbers."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_qlora_keeps_all_but_the_layers_matrices_in_16_bits(model: str, gigabyte
 
 
 def test_deepspeeds_buckets_have_their_full_size() -> None:
-    """500 M elements of 2 bytes are 1 GB more than a bucket of 1 element, though GPT-2 has but 124 M parameters."""
+    """500 M elements of 2 bytes are 1 GB more than a bucket of 1 element, although GPT-2 only has 124 M parameters."""
     for stage, overlap, micro_batches, more in ((1, 0, 1, 1), (1, 1, 1, 2), (2, 0, 2, 1), (3, 0, 1, 1), (0, 0, 1, 0)):
         big, small = (
             evaluate(

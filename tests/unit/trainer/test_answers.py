@@ -1,4 +1,4 @@
-"""Greedy answers: those of a batch are those of each question alone, and what is scored is what the model said."""
+"""Greedy answers: a batch gives the same answers as single questions, and the model's own words are scored."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Evaluation: the loss over answers, and over all tokens beside it."""
+"""Evaluation: the loss over answers, and the loss over all tokens."""
 
 from pathlib import Path
 from typing import Any

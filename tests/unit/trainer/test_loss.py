@@ -1,4 +1,4 @@
-"""Loss of an optimizer step: every token weighs alike, and a step without tokens is refused."""
+"""Loss of an optimizer step: every token has the same weight, and a step without tokens is refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def batch(*rows):
 
 
 def test_a_token_counts_if_it_is_a_target():
-    """The first of a row is predicted by nothing, and -100 marks what is no target."""
+    """Nothing predicts the first token of a row, and -100 marks tokens that are no targets."""
     one, other = batch([7, 8, -100, 9], [7, -100, -100, 3]), batch([1, 2, 3, 4])
     assert [count_targets(each["labels"]) for each in (one, other)] == [3, 3]
     assert count_tokens([one, other], ALONE) == 6

@@ -1,4 +1,4 @@
-"""Stop requests: who asked, and what counts when several did."""
+"""Stop requests: where they came from, and which one counts if there are several."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""Full tensors, one at a time, from the files of any engine: a page per on-disk format.
+"""On-disk formats: full tensors, one at a time, from the files of any engine.
 
 Each engine cuts a parameter, its fp32 master copy and both of Adam's moments in its own way. All of them start from the
-same full tensors: the names, shapes and order of the Hugging Face model. So a checkpoint of one shape becomes one of a
-different shape through its full tensors, a parameter at a time, and an export is the same without the moments. The
-pages :mod:`~tutorial_lib.checkpoint.formats.single`, :mod:`~tutorial_lib.checkpoint.formats.dcp`,
-:mod:`~tutorial_lib.checkpoint.formats.deepspeed` and :mod:`~tutorial_lib.checkpoint.formats.trainer` draw where the
-pieces lie.
+same full tensors: the names, shapes and order of the Hugging Face model. So a checkpoint is converted to a different
+shape through its full tensors, one parameter at a time, and an export does the same without the moments. The modules
+:mod:`~tutorial_lib.checkpoint.formats.single`, :mod:`~tutorial_lib.checkpoint.formats.dcp`,
+:mod:`~tutorial_lib.checkpoint.formats.deepspeed` and :mod:`~tutorial_lib.checkpoint.formats.trainer` describe where the
+pieces are.
 
 Files are memory-mapped or read in parts: memory holds about one parameter at a time, whatever the model's size.
-DeepSpeed's own converter (``ds_to_universal``) first writes everything out as files; the tests compare with it.
+DeepSpeed's own converter (``ds_to_universal``) writes everything to files first; the tests compare with it.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ __all__ = ["MOMENTS", "FullTensors", "open_full", "rank_and_contents"]
 
 
 def open_full(path: Path, *, verified: bool = False) -> FullTensors:
-    """Return a reader of a checkpoint's full tensors.
+    """Open a checkpoint to read its full tensors.
 
     The files are pickles, so every byte is verified before any of them is opened.
 
     Args:
         path: a checkpoint's directory, ``step-NNNNNNNN``.
-        verified: the caller has just verified it.
+        verified: whether the caller has just verified it.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or its files are not those of the model described beside them.
+        CheckpointError: the checkpoint is damaged, or its files do not match the model described beside them.
     """
     if not verified:
         verify(path)
@@ -57,12 +57,12 @@ def open_full(path: Path, *, verified: bool = False) -> FullTensors:
 
 
 def rank_and_contents(name: str, tp: int, zero_stage: int) -> tuple[int, str] | None:
-    """Return which rank wrote an engine's file, and what the file holds, or None for a file of no engine.
+    """Return the rank that wrote an engine's file, and the file's contents, or None if no engine wrote it.
 
     Args:
         name: the file's name within the checkpoint.
         tp: tensor-parallel size of the run that wrote it.
-        zero_stage: its ZeRO stage.
+        zero_stage: ZeRO stage of that run.
     """
     return (
         trainer.rank_and_contents(name, zero_stage)

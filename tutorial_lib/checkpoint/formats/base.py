@@ -1,4 +1,4 @@
-"""Full tensors of a checkpoint: the interface that a page of each on-disk format implements."""
+"""Full tensors of a checkpoint: the interface that each on-disk format implements."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ WEIGHTS, OPTIMIZER = "weights", "optimizer"
 WEIGHTS_AND_OPTIMIZER = "weights and optimizer"
 OPTIMIZER_AND_MASTERS = "optimizer and fp32 weights"
 SCRIPTS = "scripts that DeepSpeed adds"
-"""What a file of a checkpoint holds, in the words of a report."""
+"""Names for the contents of a checkpoint's files, in reports."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""What AdamW keeps of every trained parameter, besides the number of its updates."""
+"""Moments that AdamW keeps for every trained parameter, besides the number of its updates."""
 
 WEIGHT = "weight"
 """The parameter itself, beside its :data:`MOMENTS`."""
 
 
 def names_once(state: dict[str, Tensor]) -> list[str]:
-    """Return the names in a module's state, of tied parameters (which share memory) only the first."""
+    """Return the names in a module's state; of tied parameters, which share memory, only the first."""
     first: dict[tuple[int, torch.Size], str] = {}
     for name, tensor in state.items():
         first.setdefault((tensor.data_ptr(), tensor.shape), name)
@@ -35,13 +35,13 @@ def names_once(state: dict[str, Tensor]) -> list[str]:
 
 
 class FullTensors(ABC):
-    """Reader of a checkpoint's full parameters, and of the optimizer's states of those that are trained.
+    """Reader of a checkpoint's full parameters, and of the optimizer states of the trained ones.
 
     Attributes:
-        names: all parameters as the Hugging Face model's ``named_parameters`` gives them: a tied one under its first
-            name alone.
-        trained: those that the optimizer updates; the others are frozen.
-        shapes: by name.
+        names: names of all parameters, as in the Hugging Face model's ``named_parameters``: a tied one only has its
+            first name.
+        trained: names of the parameters that the optimizer updates; the others are frozen.
+        shapes: full shapes by name.
     """
 
     def __init__(self, directory: Path, settings: Config, model: Any) -> None:
@@ -55,10 +55,10 @@ class FullTensors(ABC):
         self._number = {name: number for number, name in enumerate(self.trained)}
 
     def check_names(self) -> None:
-        """Refuse files that do not hold exactly the parameters of the model that is described beside them.
+        """Refuse files that do not hold exactly the parameters of the model described beside them.
 
         Raises:
-            CheckpointError: names the parameters that are too many or missing.
+            CheckpointError: names the extra or missing parameters.
         """
         stored = set(self._stored_names())
         unknown = stored - {*self.names, *self._buffer_names}
@@ -73,24 +73,24 @@ class FullTensors(ABC):
                 )
 
     def parameter(self, name: str) -> Tensor:
-        """Return a full parameter, fp32, on the CPU; for one trained in 16 bits, the fp32 master copy."""
+        """Return a full parameter in fp32 on the CPU; if it was trained in 16 bits, its fp32 master copy."""
         return self._checked(name, self._read(name, WEIGHT))
 
     def moment(self, name: str, which: str) -> Tensor:
-        """Return Adam's full ``exp_avg`` or ``exp_avg_sq`` of a trained parameter, fp32, on the CPU."""
+        """Return Adam's full ``exp_avg`` or ``exp_avg_sq`` of a trained parameter, in fp32 on the CPU."""
         return self._checked(name, self._read(name, which))
 
     @abstractmethod
     def adam_step(self, name: str) -> int:
-        """Return how often Adam has updated a trained parameter. Updates that fp16 skipped do not count."""
+        """Return the number of Adam's updates of a trained parameter, without those that fp16 skipped."""
 
     def buffers(self) -> dict[str, Tensor]:
-        """Return the buffers that the engine has saved. Few models have any: most compute theirs again."""
+        """Return the buffers that the engine saved. Few models have any: most recompute theirs."""
         return {}
 
     @abstractmethod
     def _stored_names(self) -> Iterable[str]:
-        """Return the names of all parameters in the files, a tied one under its first name, and maybe of buffers."""
+        """Return the names of all parameters in the files, tied ones by their first name, and perhaps of buffers."""
 
     @abstractmethod
     def _read(self, name: str, kind: str) -> Tensor:
@@ -99,7 +99,7 @@ class FullTensors(ABC):
     def _checked(self, name: str, tensor: Tensor) -> Tensor:
         if tuple(tensor.shape) != self.shapes[name]:
             raise CheckpointError(
-                f"{self._directory} holds {name} in the shape {tuple(tensor.shape)}, and the model's configuration "
+                f"{self._directory} holds {name} in the shape {tuple(tensor.shape)}, but the model's configuration "
                 f"beside it says {self.shapes[name]}."
             )
         return tensor.float()

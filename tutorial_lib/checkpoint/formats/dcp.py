@@ -1,4 +1,4 @@
-"""Checkpoints of FSDP: pieces of any shape, with an index of where each lies (``torch.distributed.checkpoint``)."""
+"""Checkpoints of FSDP: pieces of any shape, with an index of where each is (``torch.distributed.checkpoint``)."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class DCP(FullTensors):
         return steps
 
     def _load(self, wanted: dict[str, Any]) -> None:
-        """Fill tensors in place. DCP finds in its index, a pickle, the files and the parts of them that it needs."""
+        """Fill tensors in place. DCP looks up the parts of files that it needs in its index, which is a pickle."""
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*load in a single process")  # that is the intent
+            warnings.filterwarnings("ignore", message=".*load in a single process")  # that is intended
             dcp.load(wanted, checkpoint_id=str(self._directory), no_dist=True)
 
 
 def rank_and_contents(name: str) -> tuple[int, str] | None:
-    """Return which rank wrote a file of this format, and what the file holds."""
+    """Return the rank that wrote a file of this format, and the file's contents, or None for any other file."""
     if found := re.search(r"__(\d+)_\d+\.distcp$", name):
         return int(found[1]), WEIGHTS_AND_OPTIMIZER
     return (0, "index of the shards") if name == "engine/.metadata" else None

@@ -1,10 +1,10 @@
-"""Checkpoints of DeepSpeed: the names of its files, and how each ZeRO stage has cut the tensors in them.
+"""Checkpoints of DeepSpeed: the names of its files, and how each ZeRO stage cuts the tensors in them.
 
-With t tensor-parallel and d data-parallel ranks, the files of one parameter W are::
+With t tensor-parallel and d data-parallel ranks, one parameter W is stored as::
 
-    stage 0       share 1 ... share t       each in the file of one tensor-parallel rank, if AutoTP has split it
+    stage 0       share 1 ... share t       each in the file of one tensor-parallel rank, if AutoTP split it
     stages 1, 2   share i = a stretch of one long vector, cut into d files wherever their bounds happen to fall
-    stage 3       share i = d equal pieces, the last one padded; a parameter that AutoTP has not split: d t pieces
+    stage 3       share i = d equal pieces, the last one padded; a parameter that AutoTP did not split: d t pieces
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from tutorial_lib.checkpoint.formats.base import (
 from tutorial_lib.config import Config
 
 LAYOUT = "layout.json"
-"""Among the files of an engine that splits parameters over tensor-parallel ranks: how each of them was split."""
+"""File beside the engine's own, which says how tensor parallelism split each parameter."""
 
 
 class _Stage(FullTensors):
-    """What the stages have in common: files by rank, and the shares of tensor-parallel ranks side by side.
+    """Common part of all stages: files by rank, and joining the shares of tensor-parallel ranks.
 
     Args:
-        folder: where in ``directory`` the files are: DeepSpeed's tag.
+        folder: folder of the files within ``directory``: DeepSpeed's tag.
     """
 
     def __init__(self, directory: Path, settings: Config, model: Any, folder: str = "engine") -> None:
         super().__init__(directory, settings, model)
         self._folder = folder
-        # DeepSpeed's files name its classes. Imported for them, unasked it would warn that there is no GPU.
+        # Unpickling its files imports DeepSpeed, which would warn that there is no GPU unless it is told so.
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
         self._dp, self._tp = settings.parallel.dp, settings.parallel.tp
         rows = json.loads((directory / LAYOUT).read_text(encoding="utf-8")) if self._tp > 1 else []
@@ -64,7 +64,7 @@ class _Stage(FullTensors):
 
     @abstractmethod
     def _share(self, tp_rank: int, name: str, kind: str) -> Tensor:
-        """A parameter, or what belongs to it, as far as one tensor-parallel rank has it."""
+        """Return one tensor-parallel rank's share of a parameter or of its moment."""
 
     def buffers(self) -> dict[str, Tensor]:
         state = self._model_states(0)
@@ -80,7 +80,7 @@ class _Stage(FullTensors):
 
     def _file(self, name: str) -> Any:
         if name not in self._opened:
-            # Mapped: tensors are read when they are used, and only as much of them.
+            # Memory-mapped: tensors are read when they are used, and only as far as needed.
             path = self._directory / self._folder / name
             self._opened[name] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
         return self._opened[name]
@@ -93,7 +93,7 @@ class Stage0(_Stage):
             weight = self._share(tp_rank, name, WEIGHT)
             tensor = self._state(tp_rank, name).get(kind, torch.zeros_like(weight, dtype=torch.float32))
         elif name in self._number and self._settings.engine.precision != "fp32":
-            # The masters have no names: they are in the order of the trained parameters.
+            # Master copies have no names: they are in the order of the trained parameters.
             groups = self._model_states(tp_rank)["optimizer"]["fp32_groups"]
             tensor = next(itertools.islice(itertools.chain(*groups), self._number[name], None)).detach()
         else:
@@ -105,22 +105,22 @@ class Stage0(_Stage):
 
     def _state(self, tp_rank: int, name: str) -> dict[str, Any]:
         optimizer = self._model_states(tp_rank)["optimizer"]
-        states = optimizer.get("optimizer_state_dict", optimizer)["state"]  # wrapped in 16 bits
+        states = optimizer.get("optimizer_state_dict", optimizer)["state"]  # nested if trained in 16 bits
         # Nothing is there before the first update.
         state: dict[str, Any] = states.get(self._number[name], {})
         return state
 
 
 class Stage12(_Stage):
-    """Each group of parameters is one vector, padded at its end, of which every data-parallel rank has a stretch."""
+    """Stages 1 and 2: each parameter group is one vector, padded at its end and cut into a stretch per rank."""
 
     def __init__(self, directory: Path, settings: Config, model: Any, folder: str = "engine") -> None:
         super().__init__(directory, settings, model, folder)
         self._places = [self._places_of(tp_rank) for tp_rank in range(self._tp)]
 
     def _places_of(self, tp_rank: int) -> dict[str, tuple[int, int, torch.Size]]:
-        """By name: the group, where the parameter begins in its vector, and its shape."""
-        # In the order of the vector, which is not always that of the model (round_robin_gradients).
+        """Return each parameter's group, its first index in the group's vector, and its shape, by name."""
+        # In the order of the vector, which round_robin_gradients makes different from the model's.
         groups = self._model_states(tp_rank)["param_shapes"]
         paddings = self._optimizer(0, tp_rank)["param_alignment_paddings"]
         places = {}
@@ -162,7 +162,7 @@ class Stage12(_Stage):
 
 
 class Stage3(_Stage):
-    """Every parameter is cut into equal pieces, and a rank's pieces of a group of parameters are one vector."""
+    """Stage 3: every parameter is cut into equal pieces, and a rank's pieces of a parameter group form one vector."""
 
     def __init__(self, directory: Path, settings: Config, model: Any, folder: str = "engine") -> None:
         super().__init__(directory, settings, model, folder)
@@ -170,7 +170,7 @@ class Stage3(_Stage):
         self._places = [self._places_of(tp_rank) for tp_rank in range(self._tp)]
 
     def _places_of(self, tp_rank: int) -> dict[str, tuple[int, int, torch.Size]]:
-        """By name: the group, where a rank's piece begins in its vector, and the shape of what is cut."""
+        """Return each parameter's group, its piece's first index in the rank's vector, and its shape, by name."""
         places = {}
         for group, shapes in enumerate(self._rank_states(0, tp_rank)["param_shapes"]):
             first = 0
@@ -184,8 +184,8 @@ class Stage3(_Stage):
         return itertools.chain(*state["param_shapes"], state["frozen_param_shapes"] or ())
 
     def _pieces(self, name: str) -> int:
-        # What AutoTP has split is cut among the data-parallel ranks, and all else, as it was when the model was built,
-        # among all ranks. DeepSpeed's own merge (zero_to_fp32) knows one number of ranks alone.
+        # Parameters that AutoTP split are cut among the data-parallel ranks, all others among all ranks, as they were
+        # when the model was built. DeepSpeed's own merge (zero_to_fp32) only knows a single number of ranks.
         return int(self._layout[name]["partitions"]) if self._tp > 1 else self._dp
 
     def _piece_numel(self, name: str, shape: torch.Size) -> int:
@@ -230,11 +230,11 @@ class Stage3(_Stage):
 
 
 STAGES: tuple[type[_Stage], ...] = (Stage0, Stage12, Stage12, Stage3)
-"""The reader of each ZeRO stage."""
+"""Reader of each ZeRO stage."""
 
 
 def rank_and_contents(name: str, tp: int, zero_stage: int) -> tuple[int, str] | None:
-    """Return which rank wrote a file of this format, and what the file holds."""
+    """Return the rank that wrote a file of this format, and the file's contents, or None for any other file."""
     if found := re.search(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_(model|optim)_states\.pt$", name):
         rank = int(found[1]) * tp + int(found[2])
         return rank, OPTIMIZER_AND_MASTERS if found[3] == "optim" else "shapes and buffers"

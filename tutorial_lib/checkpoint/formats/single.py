@@ -40,5 +40,5 @@ class Single(FullTensors):
 
 
 def rank_and_contents(name: str) -> tuple[int, str] | None:
-    """Return which rank wrote a file of this format, and what the file holds."""
+    """Return the rank that wrote a file of this format, and the file's contents, or None for any other file."""
     return {"engine/model.pt": (0, WEIGHTS), "engine/optimizer.pt": (0, OPTIMIZER)}.get(name)

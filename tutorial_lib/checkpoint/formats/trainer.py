@@ -1,8 +1,8 @@
 """Checkpoints of the Hugging Face Trainer: its own directory ``checkpoint-N``, written by its own code.
 
-Without DeepSpeed every tensor is in full: ``model.safetensors``, and ``optimizer.pt`` in the order of the trained
-parameters. With DeepSpeed the shards are in ``global_stepN``, where DeepSpeed's own pages find them, and the Trainer
-adds what it needs besides: ``trainer_state.json``, ``scheduler.pt`` and each rank's ``rng_state_R.pth``.
+Without DeepSpeed, every tensor is stored in full: ``model.safetensors``, and ``optimizer.pt`` in the order of the
+trained parameters. With DeepSpeed, the shards are in ``global_stepN``, in DeepSpeed's own format. The Trainer adds its
+own files: ``trainer_state.json``, ``scheduler.pt`` and each rank's ``rng_state_R.pth``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DIRECTORY, _SHARDS = "checkpoint-*", "global_step*"
 
 
 def reader(directory: Path, settings: Config, model: Any) -> FullTensors:
-    """Return the reader of a checkpoint: of DeepSpeed's shards if the run had a DeepSpeed file.
+    """Return the reader for a checkpoint: the one for DeepSpeed's shards if the run had a DeepSpeed file.
 
     Raises:
         CheckpointError: there is no such checkpoint.
@@ -40,7 +40,7 @@ def reader(directory: Path, settings: Config, model: Any) -> FullTensors:
 
 
 def written_by_trainer(directory: Path) -> Path:
-    """Return the Trainer's own directory of a checkpoint, which ``resume_from_checkpoint`` takes.
+    """Return the Trainer's own directory within a checkpoint, for ``resume_from_checkpoint``.
 
     Raises:
         CheckpointError: there is none, or several.
@@ -52,14 +52,14 @@ def written_by_trainer(directory: Path) -> Path:
 
 
 class FullFiles(FullTensors):
-    """One process has written every tensor in full, weights maybe in several files."""
+    """Reader for tensors that one process wrote in full, with the weights in one or several files."""
 
     def __init__(self, directory: Path, settings: Config, model: Any) -> None:
         super().__init__(directory, settings, model)
         self._second_names = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {*self.names}
 
     def _stored_names(self) -> Iterable[str]:
-        # Of a model that was sharded at load, transformers writes a tied parameter under each of its names.
+        # If a model was sharded at load, transformers writes tied parameters under each of their names.
         return self._file_of.keys() - self._second_names
 
     def _read(self, name: str, kind: str) -> Tensor:
@@ -96,7 +96,7 @@ class FullFiles(FullTensors):
 
 
 def rank_and_contents(name: str, zero_stage: int) -> tuple[int, str] | None:
-    """Return which rank wrote a file of this format, and what the file holds."""
+    """Return the rank that wrote a file of this format, and the file's contents, or None for any other file."""
     found = re.match(r"engine/checkpoint-\d+/(.*)", name)
     if not found:
         return None

@@ -1,11 +1,11 @@
-"""What DeepSpeed's automatic tensor parallelism (AutoTP) has made of a model, and how to make it whole again.
+"""DeepSpeed's automatic tensor parallelism (AutoTP): how it split each parameter of a model.
 
-AutoTP replaces linear layers by ones that hold a share of the weight. With x the input and t ranks::
+AutoTP replaces linear layers with layers that hold a share of the weight. With x the input and t ranks::
 
     column: y = x [W_1 ... W_t]             each rank computes some outputs; backward sums dx over the ranks
     row:    y = [x_1 ... x_t] [W_1; ...; W_t]  each rank takes some inputs; forward sums y over the ranks
 
-It notes on every parameter of such a layer how it was split. This module reads these notes. It imports no DeepSpeed.
+It notes on every parameter of such a layer how it was split. This module reads these notes without importing DeepSpeed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NOTES = "ds_autotp_universal_checkpoint_meta"
 
 
 def layouts(module: nn.Module) -> list[ParameterLayout]:
-    """How each parameter lies on the ranks of its tensor-parallel group, in the model's order."""
+    """Return the layout of each parameter on the ranks of its tensor-parallel group, in the model's order."""
     found = []
     for name, parameter in module.named_parameters():
         held = getattr(parameter, "ds_tensor", parameter)
@@ -43,7 +43,7 @@ def layouts(module: nn.Module) -> list[ParameterLayout]:
 
 
 def check_layouts(found: list[ParameterLayout]) -> None:
-    """Refuse a model of which a projection stayed whole: it costs the memory and the work that splitting was to save.
+    """Refuse a model with an unsplit projection: it would cost the memory and the work that splitting should save.
 
     Raises:
         ConfigError: names matrices of the model's blocks that are replicated.
@@ -55,6 +55,6 @@ def check_layouts(found: list[ParameterLayout]) -> None:
     ]
     if whole:
         raise ConfigError(
-            f"AutoTP left {len(whole)} projections whole on every rank, {whole[0]} first. Look at the plan that it "
+            f"AutoTP left {len(whole)} projections unsplit on every rank, {whole[0]} first. Look at the plan that it "
             "follows: tensor_parallel.partition_config of the DeepSpeed file, or the model's own."
         )

@@ -1,7 +1,7 @@
-"""DeepSpeed configuration: built from a :class:`Config`, and from a user's JSON file where there is one.
+"""DeepSpeed configuration: built from a :class:`Config` and, if there is one, a user's JSON file.
 
 DeepSpeed's defaults for gradient clipping, pinned memory and the persistence threshold change results or memory, so
-all three are always stated.
+all three are always set explicitly.
 
 This module does not import DeepSpeed: a configuration can be built and checked before any engine starts.
 """
@@ -24,9 +24,9 @@ _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_a
 
 
 def build(config: Config) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run, as the dictionary that ``deepspeed.initialize`` takes.
+    """Build the DeepSpeed configuration of a run: the dictionary that ``deepspeed.initialize`` takes.
 
-    With ``config.engine.deepspeed_file`` the file decides, and what it leaves out or calls ``"auto"`` is filled in.
+    Values in ``config.engine.deepspeed_file`` win; values that are missing there or ``"auto"`` come from the run.
 
     Raises:
         ConfigError: the file does not parse, holds unknown or misplaced keys, or contradicts the run's batch sizes.
@@ -54,22 +54,22 @@ def build(config: Config) -> dict[str, Any]:
 
 
 def check_tensor_parallel(config: Config, model_config: Any) -> None:
-    """Refuse what DeepSpeed's automatic tensor parallelism (AutoTP) cannot split.
+    """Refuse a model or setup that DeepSpeed's automatic tensor parallelism (AutoTP) cannot handle.
 
     Args:
         config: what to run.
         model_config: the model's configuration, as transformers gives it.
 
     Raises:
-        ConfigError: an architecture without a plan that AutoTP follows, stage 3 before DeepSpeed 0.19.4, or stage 0 in
-            16 bits.
+        ConfigError: the architecture has no plan that AutoTP can follow; or it is stage 3 before DeepSpeed 0.19.4, or
+            stage 0 in 16 bits.
     """
     if config.parallel.tp == 1:
         return
     if config.engine.zero_stage == 0 and config.engine.precision != "fp32":
         raise ConfigError(
             f"zero_stage=0 with tp={config.parallel.tp} and precision={config.engine.precision!r}: DeepSpeed's 16-bit "
-            "optimizer without ZeRO counts one rank's gradients alone, and would clip by a norm that is too small. "
+            "optimizer without ZeRO only counts one rank's gradients, and would clip by a norm that is too small. "
             "Write zero_stage=1, or precision='fp32'."
         )
     if config.engine.zero_stage == 3:
@@ -94,17 +94,17 @@ def check_tensor_parallel(config: Config, model_config: Any) -> None:
 
 
 def add_plan(settings: dict[str, Any], model_config: Any) -> None:
-    """Name DeepSpeed's own plan in the settings, for a model of which transformers has none."""
+    """Name DeepSpeed's own plan in the settings, for a model without one in transformers."""
     preset = AUTOTP_PRESETS.get(model_config.get_text_config().model_type)
     if preset and "partition_config" not in settings["tensor_parallel"]:
         settings["tensor_parallel"].setdefault("preset_model", preset)
 
 
 AUTOTP_STAGE_3_SINCE = (0, 19, 4)
-"""The first DeepSpeed that takes stage 3 with AutoTP; up to 0.19.3 it refuses."""
+"""First DeepSpeed version that accepts stage 3 with AutoTP; 0.19.3 still refuses."""
 
 AUTOTP_PRESETS = {"bloom": "bloom"}
-"""Plans of DeepSpeed's own, by model type, for families of which transformers has none."""
+"""DeepSpeed's own plans, by model type, for families that have none in transformers."""
 
 _AUTOTP_STYLES = frozenset(
     {"colwise", "rowwise", "colwise_rep", "colwise_gather_output", "replicated_with_grad_allreduce"}
@@ -112,17 +112,17 @@ _AUTOTP_STYLES = frozenset(
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """``0.19.8+cpu`` as ``(0, 19, 8)``."""
+    """Parse ``0.19.8+cpu`` into ``(0, 19, 8)``."""
     return tuple(int(part) for part in re.match(r"[\d.]*\d", version)[0].split("."))  # type: ignore[index]
 
 
 def apply_file(config: Config) -> Config:
-    """Return the configuration with the settings that its DeepSpeed file states, so that records tell what really ran.
+    """Apply the values of a DeepSpeed file to the configuration, so that records show what really ran.
 
-    What the file leaves out, or calls ``"auto"``, stays as the run has it.
+    Settings that the file leaves out or calls ``"auto"`` stay unchanged.
 
     Raises:
-        ConfigError: as :func:`build`; the file contradicts a setting that was given by hand; or its values cannot run.
+        ConfigError: as :func:`build`; or the file contradicts a setting that the caller gave; or its values cannot run.
     """
     name = config.engine.deepspeed_file
     if name is None:
@@ -151,7 +151,7 @@ def apply_file(config: Config) -> Config:
 
 
 def _stated_settings(given: dict[str, Any], config: Config, name: str) -> dict[str, tuple[str, Any]]:
-    """Return the settings that a file states: by flat name, the file's key and the setting's value."""
+    """Return the settings in a file: by flat name, the file's key and the setting's value."""
     keys = {
         "zero_stage": "zero_optimization.stage",
         "bucket_size": "zero_optimization.reduce_bucket_size",
@@ -171,7 +171,7 @@ def _stated_settings(given: dict[str, Any], config: Config, name: str) -> dict[s
 
 
 def _betas(given: dict[str, Any], name: str) -> list[float]:
-    kind = find(given, "optimizer.type", "AdamW")  # absent and "auto" mean the run's own, as everywhere
+    kind = find(given, "optimizer.type", "AdamW")  # if missing or "auto", the run's own, as everywhere
     if str(kind).lower() not in ("adam", "adamw"):
         raise ConfigError(
             f"{name}: optimizer.type is {json.dumps(kind)}, but this package trains with AdamW. Write that, or remove "
@@ -244,13 +244,13 @@ def _from_config(config: Config) -> dict[str, Any]:
         "gradient_accumulation_steps": config.accumulation,
         "gradient_clipping": config.optimizer.gradient_clipping,
         "zero_optimization": zero,
-        # No line per ten steps in the log: metrics.jsonl has every one.
+        # No log line every ten steps: metrics.jsonl has every step.
         "steps_per_print": None,
     }
     if engine.precision != "fp32":
         built[engine.precision] = {"enabled": True}
     if config.parallel.tp > 1:
-        # Left to itself, DeepSpeed splits tied embeddings by vocabulary and returns a rank's own logits alone.
+        # By default, DeepSpeed splits tied embeddings by vocabulary and returns only the rank's own logits.
         built["tensor_parallel"] = {"autotp_size": config.parallel.tp, "vocab_parallel_lm_head": False}
     assert config.run.global_batch == dp * config.micro_batch * config.accumulation
     return built

@@ -2,10 +2,10 @@
 
 Shape legend: B sequences of a micro-batch, S tokens, V vocabulary.
 
-The training loop hands over a loss that is already divided by the optimizer step's token count over *all* ranks and
+The training loop passes a loss that is already divided by the optimizer step's token count over *all* ranks and
 micro-batches. DeepSpeed averages gradients over the data-parallel ranks, so :meth:`DeepSpeedEngine.backward` multiplies
-the loss by their number first, and DeepSpeed's own division by the accumulation steps is turned off.
-What remains is the gradient of the token-weighted mean, which a mean of per-rank means is not.
+the loss by their number first, and DeepSpeed's own division by the accumulation steps is turned off. The result is the
+gradient of the token-weighted mean; a mean of per-rank means would be a different one.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from unittest import mock
 
 import torch
 
-# Stated, because DeepSpeed warns on every start when it finds out by itself that there is no GPU. A worker's trainer
-# has stated before what the run's configuration says.
+# Set explicitly, because DeepSpeed warns on every start if it has to find out that there is no GPU. In a worker, the
+# trainer has already set it from the run's configuration.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import cpuinfo
@@ -55,9 +55,8 @@ _TAG = "engine"
 def _import_muon_uncompiled() -> None:
     """Import DeepSpeed's Muon optimizer without compiling it.
 
-    ``deepspeed.initialize`` imports it, whatever the optimizer, and its decorators import torch's whole compiler. That
-    takes each rank a second or more, for kernels that nobody here calls. This switch of torch leaves them plain
-    functions.
+    ``deepspeed.initialize`` imports it for any optimizer, and its decorators import torch's entire compiler. That takes
+    each rank a second or more, for kernels that nothing here calls. This torch switch leaves them plain functions.
     """
     with mock.patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"), suppress(ImportError):
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
@@ -65,8 +64,8 @@ def _import_muon_uncompiled() -> None:
 
 _import_muon_uncompiled()
 
-# DeepSpeed's CPU Adam asks for the processor's name whenever it is built, and cpuinfo starts a process for each answer:
-# more than a second for each run with offload. The processor stays the same.
+# DeepSpeed's CPU Adam asks for the processor's name whenever it is built, and cpuinfo starts a process to find out:
+# more than a second for each run with offload. Ask only once: the processor does not change.
 cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
 
 
@@ -114,12 +113,12 @@ class DeepSpeedEngine:
         autotp.check_layouts(self.layout())
         assert self.unit is not None
         slice_alibi(model, self.unit.topology.tp, self.unit.topology.tp_rank)
-        # It compares the batches of a group in the first forward pass alone. The trainer does so in every step.
+        # This hook compares a group's batches, but only in the first forward pass. The trainer does so in every step.
         self.deepspeed.first_dataloader_check.remove()
 
     @property
     def module(self) -> torch.nn.Module:
-        """The model. At stage 3 its parameters are partitioned: use :meth:`full_parameters` to see them whole."""
+        """The model. At stage 3 its parameters are partitioned: use :meth:`full_parameters` to see them in full."""
         return self.deepspeed.module
 
     def train(self, mode: bool) -> None:
@@ -141,7 +140,7 @@ class DeepSpeedEngine:
             self.deepspeed.step()
 
     def step(self) -> float:
-        """Clip, update, clear the gradients, and move the schedule on unless the update was skipped.
+        """Clip, update, clear the gradients, and advance the schedule unless the update was skipped.
 
         Returns:
             The gradient's global 2-norm before clipping; infinite if DeepSpeed skipped the update (fp16 overflow).
@@ -166,8 +165,8 @@ class DeepSpeedEngine:
         return self.deepspeed.optimizer is self.optimizer
 
     def _norm_without_zero(self) -> float:
-        # Stage 0 in fp32 wraps no optimizer and reports no norm; the gradients are already averaged. Those of split
-        # parameters are shares, and those of replicated ones count once.
+        # Stage 0 in fp32 does not wrap the optimizer and reports no norm. The gradients are averaged already. Split
+        # parameters have only their share on each rank; replicated ones count once.
         gradients = [(p.grad, self._dims[p] is None) for p in self.module.parameters() if p.grad is not None]
         whole, shares = ([g for g, replicated in gradients if replicated is wanted] for wanted in (True, False))
         norms = torch.tensor([global_norm(whole), global_norm(shares)], dtype=torch.float64, device=self.device)
@@ -178,9 +177,9 @@ class DeepSpeedEngine:
         return float(norms.norm())
 
     def _undo_trial_step(self) -> None:
-        # To allocate Adam's moments, DeepSpeed's 16-bit optimizer without ZeRO takes a step with zero gradients. It
-        # moves the fp32 weights by their decay and leaves Adam's step count at 1, which shrinks the first real update
-        # to three quarters.
+        # To allocate Adam's moments, DeepSpeed's 16-bit optimizer without ZeRO takes a step with zero gradients. That
+        # decays the fp32 weights and leaves Adam's step count at 1, which shrinks the first real update to three
+        # quarters.
         self.optimizer.state.clear()
         wrapper = self.deepspeed.optimizer
         for masters, copies in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
@@ -188,33 +187,33 @@ class DeepSpeedEngine:
                 master.data.copy_(copy.data)
 
     def model_states(self) -> dict[str, list[Tensor]]:
-        """The tensors of this rank's model states by part: ``parameters``, ``gradients``, ``optimizer``.
+        """Return the tensors of this rank's model states by part: ``parameters``, ``gradients``, ``optimizer``.
 
-        ``optimizer`` holds the moments and, where DeepSpeed keeps one, the fp32 master copy. Offloaded tensors are
+        ``optimizer`` holds the moments and, if DeepSpeed keeps one, the fp32 master copy. Offloaded tensors are
         included; their device tells where they are.
         """
         return held_tensors(self.deepspeed, self.optimizer)
 
     def layout(self) -> list[ParameterLayout]:
-        """What AutoTP did to each parameter, in the model's order."""
+        """Return AutoTP's layout of each parameter, in the model's order."""
         return autotp.layouts(self.module)
 
     def _over_tp(self, parameter: torch.nn.Parameter, share: Tensor) -> Tensor:
-        """What belongs to a whole parameter, of what belongs to this rank's share of it. Collective."""
+        """All-gather the full tensor from this rank's share of a parameter, gradient or moment. Collective."""
         if self.unit is None:
             return share
-        # What is offloaded is in host memory, and the ranks exchange what is on their devices.
+        # Offloaded tensors are in host memory, but the ranks exchange tensors on their devices.
         on_device = share.detach().to(self.device)
         return all_gather_tensor(on_device, self._dims[parameter], self.unit.get_model_parallel_group())
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter whole, one at a time, as fp32 on the CPU. Collective: all ranks must iterate."""
+        """Yield every full parameter, one at a time, in fp32 on the CPU. Collective: all ranks must iterate."""
         for name, parameter in self.module.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
                 yield name, self._over_tp(parameter, parameter).detach().to("cpu", torch.float32, copy=True)
 
     def full_optimizer_states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Both moments of every trained parameter, whole, on the CPU. Collective: all ranks must iterate."""
+        """Yield both full moments of every trained parameter, on the CPU. Collective: all ranks must iterate."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         kept_under = self._kept_under() if self.config.engine.zero_stage == 0 else None
@@ -228,7 +227,7 @@ class DeepSpeedEngine:
                 yield name, {key: self._over_tp(parameter, m).detach().cpu().clone() for key, m in moments.items()}
 
     def _kept_under(self) -> dict[Tensor, Tensor]:
-        """Without ZeRO, the optimizer's key for each trained parameter: itself, or in 16 bits its fp32 master copy."""
+        """Map each trained parameter to the optimizer's key without ZeRO: itself, or in 16 bits its master copy."""
         if self._plain_optimizer:
             return {parameter: parameter for parameter in self.module.parameters()}
         wrapper = self.deepspeed.optimizer
@@ -248,7 +247,7 @@ class DeepSpeedEngine:
         """Restore weights and optimizer states. Collective.
 
         Raises:
-            CheckpointError: there is nothing to load. DeepSpeed says so by returning ``None`` or by a bare assertion.
+            CheckpointError: there is nothing to load. DeepSpeed then returns ``None`` or fails a bare assertion.
         """
         path = None
         if any((directory / _TAG).glob("*.pt")):
@@ -258,16 +257,16 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def load_full(self, full: FullTensors) -> None:
-        """Restore weights and optimizer states that an engine of any shape has saved. Every rank reads all of them.
+        """Restore weights and optimizer states saved by an engine of any shape. Every rank reads all of them.
 
-        A rank keeps its share of a parameter (AutoTP), and of that its piece (ZeRO), in up to four places: what the
-        model computes with, maybe in 16 bits, and the fp32 master copy and both moments, which are stretches of long
-        vectors from stage 1 on (:mod:`tutorial_lib.engine.deepspeed.partitions`). Adam's updates are counted once per
-        vector.
+        A rank keeps its share of a parameter (AutoTP), and its piece of that share (ZeRO), in up to four places: the
+        weights that the model computes with, maybe in 16 bits, the fp32 master copy, and both moments. From stage 1 on,
+        the last three are stretches of long vectors (:mod:`tutorial_lib.engine.deepspeed.partitions`). Adam's updates
+        are counted once per vector.
         """
         wrapper, stage = self.deepspeed.optimizer, self.config.engine.zero_stage
         if stage == 3:
-            wrapper.checkpoint_event_prologue()  # releases what is gathered
+            wrapper.checkpoint_event_prologue()  # releases gathered parameters
         pieces = self._pieces()
         for name, parameter in self.module.named_parameters():
             share = self._share(parameter, full.parameter(name))
@@ -293,14 +292,14 @@ class DeepSpeedEngine:
         return {parameter: partitions.Piece(kept, 0, 0, kept.numel()) for parameter, kept in kept_under.items()}
 
     def _share(self, parameter: torch.nn.Parameter, tensor: Tensor) -> Tensor:
-        """The inverse of :meth:`_over_tp`: this rank's share of a whole tensor."""
+        """Return this rank's share of a full tensor: the inverse of :meth:`_over_tp`."""
         dim = self._dims[parameter]
         if self.unit is None or dim is None:
             return tensor
         return tensor.chunk(self.unit.topology.tp, dim)[self.unit.topology.tp_rank]
 
     def _state_of(self, vector: Tensor, step: int) -> dict[str, Any]:
-        """The optimizer's state of what it updates, allocated as in its first step."""
+        """Return the optimizer's state for a vector that it updates, allocated as in its first step."""
         state: dict[str, Any] = self.optimizer.state[vector]
         if not state:
             offloaded = isinstance(self.optimizer, DeepSpeedCPUAdam)
@@ -315,7 +314,7 @@ class DeepSpeedEngine:
 
 
 class _CheckpointEngine(TorchCheckpointEngine):
-    """What DeepSpeed gives its files to: our writer decides when they are written."""
+    """Checkpoint engine that hands DeepSpeed's files to our writer, which decides when to write them."""
 
     def __init__(self, writer: Writer) -> None:
         super(TorchCheckpointEngine, self).__init__()
@@ -329,17 +328,17 @@ def held_tensors(engine: Any, optimizer: torch.optim.Optimizer) -> dict[str, lis
     """Return the tensors of a rank's model states by part, as :meth:`DeepSpeedEngine.model_states` describes them.
 
     Args:
-        engine: what ``deepspeed.initialize`` returned.
-        optimizer: PyTorch's, which DeepSpeed has wrapped.
+        engine: the engine that ``deepspeed.initialize`` returned.
+        optimizer: the PyTorch optimizer that DeepSpeed wrapped.
     """
     wrapper, model = engine.optimizer, engine.module
     parameters = [p.data for p in model.parameters()]
-    # Stage 3: this rank's shards. A gathered or persistent parameter is held besides, a released one is empty.
+    # Stage 3: this rank's shards. Gathered and persistent parameters come on top; released ones are empty.
     parameters += [p.ds_tensor for p in model.parameters() if hasattr(p, "ds_tensor")]
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     gradients += _tensors(getattr(wrapper, "averaged_gradients", None))
     for masters in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
-        # Where the optimizer is offloaded, its gradients wait beside the master copy.
+        # If the optimizer is offloaded, its gradients wait beside the master copy.
         gradients += [flat.grad for flat in getattr(wrapper, masters, []) if flat.grad is not None]
     states = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
     for masters in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups"):
@@ -348,9 +347,9 @@ def held_tensors(engine: Any, optimizer: torch.optim.Optimizer) -> dict[str, lis
 
 
 def join_process_group() -> None:
-    """Let DeepSpeed use the process group that exists, for an engine that somebody else builds.
+    """Let DeepSpeed use the existing process group, for an engine that the Hugging Face Trainer builds.
 
-    At stage 3 this comes before the model is built: without a group DeepSpeed would see one rank alone.
+    At stage 3, call this before the model is built: without a group, DeepSpeed would see a single rank.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed.init_distributed(dist_init_required=False)
@@ -358,10 +357,10 @@ def join_process_group() -> None:
 
 
 def _share_groups(unit: ModelParallelUnit | None) -> None:
-    """Have DeepSpeed use the grid's groups, or none.
+    """Make DeepSpeed use the grid's groups, or none.
 
-    It keeps its groups in global variables. Left to itself it would create the same groups once more, and a later run
-    of this process would find those of the run before.
+    It keeps its groups in global variables. By default it would create the same groups again, and a later run in this
+    process would find the groups of the previous run.
     """
     groups.mpu = None
     groups._DATA_PARALLEL_GROUP = unit and unit.get_data_parallel_group()
@@ -373,15 +372,15 @@ _NOT_FOR_BUILDING = ("tensor_parallel", "train_batch_size", "gradient_accumulati
 
 @contextmanager
 def _partitioned_from_birth(settings: dict[str, Any]) -> Iterator[None]:
-    """At stage 3, have every parameter partitioned over all ranks as soon as it is created."""
+    """At stage 3, partition every parameter over all ranks as soon as it is created."""
     if settings["zero_optimization"]["stage"] != 3:
         yield
         return
     from transformers.integrations import HfDeepSpeedConfig
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    # What transformers takes from it is stage 3. It would refuse to read weights for AutoTP, which splits what it has
-    # read, and it partitions over all ranks, for which a batch size per data-parallel rank does not hold.
+    # transformers only needs to know the stage. With the AutoTP section it would refuse to read weights, although
+    # AutoTP splits them later; and it partitions over all ranks, which batch sizes per data-parallel rank do not fit.
     keep_alive = HfDeepSpeedConfig({key: value for key, value in settings.items() if key not in _NOT_FOR_BUILDING})
     try:
         yield

@@ -1,9 +1,9 @@
-"""A user's DeepSpeed JSON file: read, and judged key by key and value by value before any engine starts.
+"""DeepSpeed JSON files of users: read, and checked key by key and value by value before any engine starts.
 
-DeepSpeed ignores top-level keys that it does not know, takes ``"false"`` for true where it asks Python, and lets some
-keys pick another optimizer or another layout of checkpoint files. Here each of them is an error that names the file,
-the key and what to write. A key that is absent or ``"auto"`` means the run's own setting or, where the run has none,
-DeepSpeed's default.
+DeepSpeed ignores unknown top-level keys, reads ``"false"`` as true in places where it relies on Python's truth value,
+and lets some keys pick a different optimizer or layout of checkpoint files. Here each of these is an error that names
+the file, the key and what to write. A key that is missing or ``"auto"`` means the run's own setting or, if the run has
+none, DeepSpeed's default.
 
 This module does not import DeepSpeed.
 """
@@ -37,19 +37,20 @@ def read(name: str) -> dict[str, Any]:
     """Read a DeepSpeed JSON file, by path or by its name in ``tutorial_lib/ds_configs``, and check it.
 
     Returns:
-        What it states: without what is ``"auto"``, under today's names, with whole numbers as ``int``.
+        Its settings: without ``"auto"`` values, under today's key names, with integral numbers as ``int``.
 
     Raises:
-        ConfigError: no such file, no valid JSON object, unknown or misplaced keys, or impossible values.
+        ConfigError: there is no such file, it is not a valid JSON object, or it has unknown or misplaced keys or
+            impossible values.
     """
     return check(read_json(name), source=name)
 
 
 def read_json(name: str) -> dict[str, Any]:
-    """Read a DeepSpeed JSON file as it stands, by path or by its name in ``tutorial_lib/ds_configs``.
+    """Read a DeepSpeed JSON file unchanged, by path or by its name in ``tutorial_lib/ds_configs``.
 
     Raises:
-        ConfigError: no such file, or no valid JSON object.
+        ConfigError: there is no such file, or it is not a valid JSON object.
     """
     shipped = DIRECTORY / f"{name.removesuffix('.json')}.json"
     path = Path(name) if Path(name).is_file() else shipped
@@ -75,13 +76,13 @@ def read_json(name: str) -> dict[str, Any]:
 
 
 def check(given: dict[str, Any], *, source: str) -> dict[str, Any]:
-    """Refuse keys that DeepSpeed would ignore or reject, and values that would do something else than they say.
+    """Refuse keys that DeepSpeed would ignore or reject, and values that do not mean what they say.
 
     Returns:
-        What is stated, see :func:`read`.
+        The file's settings, see :func:`read`.
 
     Raises:
-        ConfigError: names each wrong key, and what to write.
+        ConfigError: names each wrong key, and what to write instead.
     """
     problems: list[str] = []
     stated = _section(_with_todays_names(given, problems), "", problems)
@@ -115,7 +116,7 @@ def check(given: dict[str, Any], *, source: str) -> dict[str, Any]:
 
 
 def find(given: dict[str, Any], key: str, otherwise: Any = None) -> Any:
-    """Return the value under a dotted key, or ``otherwise`` where nothing is stated."""
+    """Return the value under a dotted key, or ``otherwise`` if it is missing or ``"auto"``."""
     inside: Any = given
     for part in key.split("."):
         if not isinstance(inside, dict) or part not in inside:
@@ -139,20 +140,20 @@ def _with_todays_names(given: dict[str, Any], problems: list[str]) -> dict[str, 
         return given
     if zero.pop("cpu_offload_use_pin_memory", None) is not None:
         problems.append(
-            "zero_optimization.cpu_offload_use_pin_memory has no effect in DeepSpeed any more; write "
+            "zero_optimization.cpu_offload_use_pin_memory no longer has an effect in DeepSpeed; write "
             "zero_optimization.offload_optimizer.pin_memory"
         )
     for old, new in OFFLOADS.items():
         value = _value(zero.pop(old, None), "bool?", f"zero_optimization.{old}", problems)
         if value is not None and new in zero:
-            problems.append(f"zero_optimization.{old} is the old name of {new}, which is there too; remove {old}")
+            problems.append(f"zero_optimization.{old} is the old name of {new}, which is also there; remove {old}")
         elif value is not None:
             zero[new] = {"device": "cpu" if value else "none"}
     return given
 
 
 def _section(given: dict[str, Any], section: str, problems: list[str]) -> dict[str, Any]:
-    """Return what a section states, and add what is wrong with it to ``problems``."""
+    """Return the settings in a section, and add its problems to ``problems``."""
     kinds = SECTION_KEYS.get(section) if section else TOP_LEVEL_KEYS
     stated = {}
     for key, value in given.items():
@@ -173,7 +174,7 @@ _TYPES: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str"
 
 
 def _value(value: Any, kind: str, where: str, problems: list[str]) -> Any:
-    """Return a value as its kind, whole floats as ``int``; add to ``problems`` if it is something else."""
+    """Return a value as its kind, with integral floats as ``int``; add to ``problems`` if it is something else."""
     nullable, kind = kind.endswith("?"), kind.rstrip("?")
     if kind == "any" or (value is None and nullable):
         return value
@@ -197,7 +198,7 @@ def _without_quotes(value: Any, kind: str) -> str:
 
 
 def _without_effect(stated: dict[str, Any]) -> list[str]:
-    """Return what is stated and would do nothing in this package."""
+    """Return the problems of settings that would have no effect in this package."""
     problems = []
     section = stated.get("activation_checkpointing")
     if isinstance(section, dict) and any(section.values()):
@@ -208,7 +209,7 @@ def _without_effect(stated: dict[str, Any]) -> list[str]:
     compiling = stated.get("compile")
     if isinstance(compiling, dict):
         problems += [
-            f"compile.{key} needs a model that is compiled, and none here is; remove it"
+            f"compile.{key} needs a compiled model, and none here is; remove it"
             for key, value in compiling.items()
             if value
         ]

@@ -1,4 +1,4 @@
-"""A DeepSpeed file and the run that uses it: what the two together cannot do is refused before any engine starts.
+"""Checks of a DeepSpeed file against the run that uses it, before any engine starts.
 
 This module does not import DeepSpeed.
 """
@@ -19,15 +19,15 @@ from tutorial_lib.engine.deepspeed.keys import DTYPES, MONITORS, ON_GPUS, OTHER_
 
 
 def check_for_run(given: dict[str, Any], config: Config, *, source: str) -> None:
-    """Refuse what this run cannot do: another optimizer for its precision and stage, kernels that are not here.
+    """Refuse keys that do not work in this run: a different optimizer at its precision and stage, or missing kernels.
 
     Args:
-        given: what :func:`.file.read` returned.
-        config: the run, with the file's settings.
+        given: the settings that :func:`.file.read` returned.
+        config: the run, with the file's settings applied.
         source: the file's name.
 
     Raises:
-        ConfigError: names the key, and what to write.
+        ConfigError: names the key, and what to write instead.
     """
     stage, precision = config.engine.zero_stage, config.engine.precision
     communication = find(given, "communication_data_type")
@@ -44,8 +44,8 @@ def check_for_run(given: dict[str, Any], config: Config, *, source: str) -> None
     if accumulated != precision and (stage == 0 or (stage, precision, config.engine.offload) == (1, "bf16", "none")):
         raise ConfigError(
             f"{source}: data_types.grad_accum_dtype is {accumulated!r}: with zero_stage={stage} and "
-            f"precision={precision!r}, DeepSpeed has another optimizer for that or none, and {OTHER_LAYOUT}. Write "
-            "zero_stage=2, or remove it."
+            f"precision={precision!r}, DeepSpeed uses a different optimizer for that or has none, and {OTHER_LAYOUT}. "
+            "Write zero_stage=2, or remove it."
         )
     if stage > 1 and find(given, "zero_optimization.reduce_scatter", True):
         for key, only in (("gradient_predivide_factor", 1), ("prescale_gradients", False)):
@@ -57,7 +57,7 @@ def check_for_run(given: dict[str, Any], config: Config, *, source: str) -> None
     _check_low_precision_masters(given, config, source)
     if stage < 3 and find(given, "zero_optimization.leaf_module"):
         raise ConfigError(
-            f"{source}: zero_optimization.leaf_module is for parameters that are partitioned, and would have no effect "
+            f"{source}: zero_optimization.leaf_module is for partitioned parameters, and would have no effect "
             f"with zero_stage={stage}. Remove it, or write zero_stage=3."
         )
     for name in find(given, "torch_autocast.lower_precision_safe_modules", []):
@@ -75,19 +75,19 @@ def check_for_run(given: dict[str, Any], config: Config, *, source: str) -> None
     for name in ON_GPUS:
         if config.run.device == "cpu" and find(given, f"zero_optimization.{name}"):
             raise ConfigError(
-                f"{source}: zero_optimization.{name} is true, and its kernels are for GPUs: write device='cuda', or "
+                f"{source}: zero_optimization.{name} is true, but its kernels need a GPU: write device='cuda', or "
                 "remove it."
             )
     for name, module in MONITORS.items():
         if find(given, f"{name}.enabled") and importlib.util.find_spec(module) is None:
             raise ConfigError(
-                f"{source}: {name}.enabled is true, and the package {module!r} is not installed. Install it "
+                f"{source}: {name}.enabled is true, but the package {module!r} is not installed. Install it "
                 f"(pip install {module}), write false, or use csv_monitor."
             )
 
 
 def _check_low_precision_masters(given: dict[str, Any], config: Config, source: str) -> None:
-    """Refuse weights and moments that the optimizer would keep in 16 bits where DeepSpeed, or its Adam, cannot."""
+    """Refuse master weights and moments in 16 bits if DeepSpeed or its Adam cannot keep them so."""
     engine = config.engine
     states = find(given, "bf16.bf16_optimizer_states", False)
     for precision in ("bf16", "fp16"):
@@ -110,13 +110,13 @@ def _check_low_precision_masters(given: dict[str, Any], config: Config, source: 
         )
     if states and engine.offload != "none":
         raise ConfigError(
-            f"{source}: bf16.bf16_optimizer_states is true, and an optimizer on the host keeps its moments in fp32 "
+            f"{source}: bf16.bf16_optimizer_states is true, but an optimizer on the host keeps its moments in fp32 "
             "here. Remove it, or write offload='none'."
         )
 
 
 def check_outputs(config: Config) -> None:
-    """Refuse a file whose monitor or profiler could not write where it says. Makes the directories.
+    """Create the directories of a file's monitors and profiler, and refuse any that cannot be written to.
 
     Raises:
         ConfigError: names the key and the reason.
@@ -143,19 +143,19 @@ def check_outputs(config: Config) -> None:
         except OSError as error:
             raise ConfigError(
                 f"{source}: {key}: {str(directory)!r} cannot be written to: {error.strerror}. Write a directory that "
-                "can."
+                "you can write to."
             ) from error
 
 
 def check_leaf_modules(config: Config, outline: Callable[[], Any]) -> None:
-    """Refuse a file's ``leaf_module`` that names what the model does not have: DeepSpeed only logs that.
+    """Refuse a ``leaf_module`` that names modules the model does not have: DeepSpeed would only log that.
 
     Args:
         config: what to run.
-        outline: returns the model, whose values do not matter. It is called if there is something to look for.
+        outline: returns the model; its values do not matter. Only called if the file has a ``leaf_module``.
 
     Raises:
-        ConfigError: names what is not there, and what is.
+        ConfigError: names the missing module, and some that exist.
     """
     name = config.engine.deepspeed_file
     leaves = find(read(name), "zero_optimization.leaf_module") if name else None

@@ -1,6 +1,6 @@
 """Keys of a DeepSpeed JSON file: the kind of each value, old names, and values that this package cannot train with.
 
-A test holds these tables to the installed DeepSpeed's own.
+A test compares these tables with the installed DeepSpeed's own.
 
 Source of the key names: https://www.deepspeed.ai/docs/config-json/
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def _kinds(text: str) -> dict[str, str]:
-    """Read a table of ``key:kind``; a kind that ends in ``?`` may be null."""
+    """Parse a table of ``key:kind`` pairs; a kind that ends in ``?`` may be null."""
     return dict(entry.split(":") for entry in text.split())
 
 
@@ -105,10 +105,10 @@ RENAMED = {
         "zero_optimization.stage3_gather_16bit_weights_on_model_save"
     ),
 }
-"""Old names that DeepSpeed still takes, and today's."""
+"""Old key names that DeepSpeed still accepts, and today's names."""
 
 OFFLOADS = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
-"""Old switches in ``zero_optimization``, and the sections that took their place."""
+"""Old switches in ``zero_optimization``, and the sections that replaced them."""
 
 OTHER_LAYOUT = "checkpoints would have files that can neither be resumed nor exported here"
 _OURS = "this package writes and reads checkpoints itself, so it would have no effect"
@@ -143,21 +143,21 @@ ONLY: dict[str, tuple[Any, str]] = {
     "managed_gradient_accumulation": (True, "the training loop here leaves accumulation to DeepSpeed"),
     "gradient_allreduce_op": ("mean", "the loss is scaled here for gradients that are averaged over the ranks"),
     "tensor_parallel.dtype": (None, "DeepSpeed takes an object of Python there; the setting precision decides"),
-    "tensor_parallel.vocab_parallel_lm_head": (False, "each rank would see the logits of its own tokens alone"),
+    "tensor_parallel.vocab_parallel_lm_head": (False, "a rank would only see the logits of its share of words"),
 }
-"""The only value that a key may have here, and why. The other ones are refused before a step is trained."""
+"""The only value that a key may have here, and why. Other values are refused before the first step."""
 
 CHOICES = {
     "checkpoint.tag_validation": ("Warn", "Ignore", "Fail"),
     "log_level": ("debug", "info", "warning", "error", "critical"),
 }
-"""Words that a key may have, in capitals or not."""
+"""Words that a key may have, in upper or lower case."""
 
 ABOVE_0 = ("steps_per_print", "gradient_predivide_factor")
 """Numbers that DeepSpeed divides by."""
 
 AT_MOST_1 = ("zero_optimization.offload_optimizer.cpuadam_cores_perc",)
-"""Shares of something."""
+"""Fractions, from 0 to 1."""
 
 LISTS_OF_STRINGS = (
     *(f"zero_optimization.leaf_module.{key}" for key in SECTION_KEYS["zero_optimization.leaf_module"]),
@@ -168,10 +168,10 @@ LISTS_OF_STRINGS = (
 
 ON_GPUS = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
-"""DeepSpeed's monitors, and the module that each imports when a run starts."""
+"""DeepSpeed's monitors, and the module that each of them imports when a run starts."""
 
 WRITES_INTO = ("csv_monitor", "tensorboard")
-"""Monitors that make a directory, ``output_path/job_name``, when a run starts."""
+"""Monitors that create a directory, ``output_path/job_name``, when a run starts."""
 
 DTYPES = {"fp32": ("fp32", "float32", "float", "torch.float32"), "bf16": ("bf16", "bfloat16", "torch.bfloat16"),
           "fp16": ("fp16", "float16", "half", "torch.float16")}  # fmt: skip

@@ -1,16 +1,16 @@
-"""Where ZeRO keeps a rank's piece of each parameter's fp32 copy and moments.
+"""ZeRO partitions: where a rank keeps its piece of each parameter's fp32 copy and moments.
 
-The optimizer sees long vectors, one or a few per rank, in place of the model's parameters. At stages 1 and 2 all
-parameters are laid end to end and the whole is cut in d equal stretches, so a cut may fall inside a parameter::
+The optimizer sees long vectors, one or a few per rank, instead of the model's parameters. At stages 1 and 2 all
+parameters are laid end to end and cut into d equal stretches, so a cut may fall inside a parameter::
 
     [   wte   |  wpe | ln | c_attn  | ...   ]
     [  rank 0's vector  ][  rank 1's vector ]
 
-At stage 3 every parameter is cut in d pieces, the last one padded, and a rank's pieces are laid end to end::
+At stage 3 every parameter is cut into d pieces, the last one padded, and a rank's pieces are laid end to end::
 
     rank 0: [ wte 1/2 | wpe 1/2 | ln 1/2 | ... ]     rank 1: [ wte 2/2 | wpe 2/2 | ln 2/2 | ... ]
 
-This module reads DeepSpeed's objects. It imports no DeepSpeed.
+This module reads DeepSpeed's objects without importing DeepSpeed.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Elements of a parameter, and where they are among what the optimizer holds.
+    """A rank's piece of a parameter, and its place in the vector that the optimizer updates.
 
     Attributes:
-        vector: what the optimizer updates, and has its states under.
-        first: the piece's first index in it.
-        start: the piece's first index in the flattened parameter.
-        stop: the index after its last one; no more than ``start`` where this rank has nothing of the parameter.
+        vector: the vector that the optimizer updates, and that its states belong to.
+        first: first index of the piece in the vector.
+        start: first index of the piece in the flattened parameter.
+        stop: index after the piece's last one; at most ``start`` if this rank has no part of the parameter.
     """
 
     vector: Tensor
@@ -40,18 +40,18 @@ class Piece:
     stop: int
 
     def fill(self, target: Tensor, values: Tensor) -> None:
-        """Copy this piece of a parameter's values into the vector, or one like it."""
+        """Copy this piece of a parameter's values into the vector, or into one with the same layout."""
         if self.start < self.stop:
             held = target.view(-1)[self.first : self.first + self.stop - self.start]
             held.copy_(values.reshape(-1)[self.start : self.stop])
 
 
 def pieces(optimizer: Any, stage: int) -> Iterator[tuple[Tensor, Piece]]:
-    """This rank's piece of every parameter that is trained.
+    """Yield every trained parameter with this rank's piece of it.
 
     Args:
-        optimizer: DeepSpeed's, of stage 1, 2 or 3.
-        stage: which of them.
+        optimizer: DeepSpeed's optimizer of stage 1, 2 or 3.
+        stage: the ZeRO stage.
     """
     if stage == 3:
         for parameter in (parameter for group in optimizer.fp16_groups for parameter in group):
@@ -61,7 +61,7 @@ def pieces(optimizer: Any, stage: int) -> Iterator[tuple[Tensor, Piece]]:
         return
     for group, vector in enumerate(optimizer.single_partition_of_fp32_groups):
         begin = dist.get_rank(optimizer.real_dp_process_group[group]) * vector.numel()
-        # In the order in which they are laid out, which round_robin_gradients makes another than the model's.
+        # In the order of the layout, which differs from the model's with round_robin_gradients.
         offsets = optimizer.round_robin_bit16_offsets[group]
         for parameter, offset in zip(optimizer.round_robin_bit16_groups[group], offsets, strict=True):
             start, stop = max(begin - offset, 0), min(begin + vector.numel() - offset, parameter.numel())
@@ -69,13 +69,13 @@ def pieces(optimizer: Any, stage: int) -> Iterator[tuple[Tensor, Piece]]:
 
 
 def fill_shard(parameter: Any, values: Tensor) -> None:
-    """At stage 3, copy this rank's piece of a parameter's values into what the model gathers the parameter from."""
+    """At stage 3, copy this rank's piece of a parameter's values into the shard that the model gathers it from."""
     start, stop = _bounds(parameter)
     Piece(parameter.ds_tensor, 0, start, stop).fill(parameter.ds_tensor, values)
 
 
 def _bounds(parameter: Any) -> tuple[int, int]:
-    # AutoTP's shares are cut among the data-parallel ranks, other parameters among all ranks.
+    # A share from AutoTP is cut among the data-parallel ranks; any other parameter is cut among all ranks.
     size = parameter.ds_tensor.numel()
     start = parameter.ds_zero_partition_rank * size
     return start, min(start + size, parameter.ds_numel)

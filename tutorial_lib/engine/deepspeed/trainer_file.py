@@ -1,8 +1,8 @@
-"""A user's DeepSpeed JSON file on its way to the Hugging Face Trainer, which fills in ``"auto"`` values by itself.
+"""DeepSpeed JSON files for the Hugging Face Trainer, which fills in ``"auto"`` values by itself.
 
-The Trainer takes most of them from its ``TrainingArguments`` and three from the model's hidden size. It fills in what
-is ``"auto"``, never what is absent: then DeepSpeed's default holds, which may be none of the run's settings. So what
-has to agree with the run must be there, as a value or as ``"auto"``.
+The Trainer takes most of them from its ``TrainingArguments``, and three from the model's hidden size. It only fills in
+``"auto"``, never a missing key: there, DeepSpeed's default applies, which may contradict the run's settings. So every
+key that must agree with the run has to be there, as a value or as ``"auto"``.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ FILLED = frozenset({
     "fp16.enabled", "bf16.enabled", "zero_optimization.reduce_bucket_size",
     "zero_optimization.stage3_prefetch_bucket_size", "zero_optimization.stage3_param_persistence_threshold",
 })  # fmt: skip
-"""Keys whose ``"auto"`` the Trainer fills in."""
+"""Keys that the Trainer fills in if they are ``"auto"``."""
 
 NEEDED = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
     "zero_optimization.stage",
 )  # fmt: skip
-"""Keys that must be there: DeepSpeed's default for them does not follow the run."""
+"""Keys that must be there, because DeepSpeed's default does not follow the run."""
 
 
 def check(name: str) -> None:
@@ -48,16 +48,16 @@ def check(name: str) -> None:
         if find(given, key) is None:
             values = '"auto"' if key in FILLED else "0, 1, 2 or 3"
             raise ConfigError(
-                f'{name}: {key} is missing. The Hugging Face Trainer fills in what is "auto", and leaves what is '
-                f"absent to DeepSpeed's default, which does not follow this run. Write it there, as {values}."
+                f'{name}: {key} is missing. The Hugging Face Trainer fills in "auto" values, but leaves missing keys '
+                f"to DeepSpeed's defaults, which do not follow this run. Write {key} as {values}."
             )
 
 
 def for_trainer(name: str) -> dict[str, Any]:
-    """Return what the Trainer gets of a file: all of it, without the ``optimizer`` section.
+    """Return a file's content for the Trainer: everything except the ``optimizer`` section.
 
-    That section's values have become settings of the run by now. Left in, it would make DeepSpeed build its FusedAdam,
-    which has to be compiled. PyTorch's AdamW does the same, or DeepSpeed's CPU Adam where the optimizer is offloaded.
+    That section's values are settings of the run by now. Left in, it would make DeepSpeed build its FusedAdam, which
+    has to be compiled. PyTorch's AdamW does the same, or DeepSpeed's CPU Adam if the optimizer is offloaded.
     """
     given = read_json(name)
     given.pop("optimizer", None)

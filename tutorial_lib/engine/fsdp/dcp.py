@@ -1,8 +1,8 @@
-"""Checkpoints by ``torch.distributed.checkpoint`` (DCP): every rank writes what it holds into a file of its own.
+"""Checkpoints with ``torch.distributed.checkpoint`` (DCP): every rank writes its shards into a file of its own.
 
-DCP keeps, in ``.metadata``, which file has which part of which tensor, so that another number of processes, or another
-sharding, can read it: each rank finds the parts that it needs in the files of any ranks. What several ranks hold alike
-is written by one of them.
+DCP records in ``.metadata`` which file has which part of which tensor, so that a different number of processes, or a
+different sharding, can read it: each rank finds the parts that it needs in any rank's file. If several ranks hold the
+same part, one of them writes it.
 
 Source: https://docs.pytorch.org/docs/stable/distributed.checkpoint.html
 """
@@ -31,14 +31,15 @@ def save(
 ) -> None:
     """Write parameters and AdamW's states. Collective.
 
-    What ``dcp.async_save`` does with a thread of its own, on the writer's.
+    Does the work of ``dcp.async_save``, but on the writer's thread instead of a new one.
 
     Args:
-        directory: where to.
-        writer: decides when.
-        model: the parameters.
-        optimizer: their moments.
-        group: where ranks agree on who writes what; if the writer has a thread, one that nothing else uses.
+        directory: directory to write into.
+        writer: decides when to write.
+        model: the model that holds the parameters.
+        optimizer: the optimizer that holds their moments.
+        group: process group in which ranks agree on who writes what. If the writer has a thread, nothing else may use
+            this group.
     """
     writer.submit(_save, writer.snapshot(_states(model, optimizer)), writer.sharded(directory), group)
 
@@ -47,14 +48,14 @@ def _save(states: dict[str, Any], storage: dcp.FileSystemWriter, group: dist.Pro
     try:
         dcp.save(states, storage_writer=storage, process_group=group)
     except CheckpointException as error:
-        # It tells all ranks. The one that failed raises; the others meet it, or its end, when they next wait for it.
+        # DCP tells every rank. The rank that failed raises its own error; the others notice at their next collective.
         own = error.failures.get(dist.get_rank())
         if own is not None:
             raise own[0] from error
 
 
 def load(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Restore what :func:`save` wrote, in place. Collective. ``.metadata`` is a pickle: verify it first.
+    """Restore the states that :func:`save` wrote, in place. Collective. ``.metadata`` is a pickle: verify it first.
 
     Raises:
         CheckpointError: there is nothing to load.
@@ -73,7 +74,7 @@ def load(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
 
 @torch.no_grad()
 def load_full(full: FullTensors, model: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Restore what an engine of any shape has saved, in place: each rank takes its slices of every whole tensor."""
+    """Restore the states of an engine of any shape, in place: each rank takes its slices of every full tensor."""
     states, model_type = _states(model, optimizer), model.config.model_type
     for name, parameter in states["parameters"].items():
         put(parameter, name, model_type, full.parameter(name).__getitem__)
@@ -84,11 +85,11 @@ def load_full(full: FullTensors, model: Any, optimizer: torch.optim.Optimizer) -
 
 
 def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Tensors by name. Under names, not numbers: a parameter group's order depends on how the model is split."""
+    """Collect all tensors by name, not by number: the order in a parameter group depends on how the model is split."""
     trained = list(_trained(model))
     for _, parameter in trained:
         if not optimizer.state[parameter]:
-            # What AdamW allocates in its first step.
+            # The tensors that AdamW would allocate in its first step.
             moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
             optimizer.state[parameter].update({"step": torch.tensor(0.0), **moments})
     return {

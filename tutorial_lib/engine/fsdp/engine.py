@@ -2,9 +2,9 @@
 
 Shape legend: B sequences of a micro-batch, S tokens, V vocabulary.
 
-The training loop hands over a loss that is divided by the optimizer step's token count over *all* ranks and
-micro-batches. FSDP2 and DDP average gradients over the data-parallel ranks, so :meth:`FSDPEngine.backward` multiplies
-the loss by their number first. Tensor-parallel ranks compute one gradient together and average nothing.
+The training loop passes a loss that is divided by the optimizer step's token count over *all* ranks and micro-batches.
+FSDP2 and DDP average gradients over the data-parallel ranks, so :meth:`FSDPEngine.backward` multiplies the loss by
+their number first. Tensor-parallel ranks compute one gradient together and average nothing.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class FSDPEngine:
         self._model_type: str = model.config.model_type
         self._parallel: Any = sharding.data_parallel(model, dp_mesh) if replicated else model
         self.optimizer = _adamw(model, config)
-        # Ranks that write while they train exchange plans, on the CPU; training's own group stays training's.
+        # Ranks that write while they train exchange plans on the CPU. They must not use the training loop's group.
         self._group_of_writers = dist.new_group(backend="gloo") if config.run.async_save else None
         self._micro_steps = 0
 
@@ -85,9 +85,9 @@ class FSDPEngine:
         return logits
 
     def _reduced_with_the_last(self) -> Any:
-        """Have the gradients of all micro-batches of a step reduced once, in the backward of the last one.
+        """Reduce the gradients of a step's micro-batches only once, in the backward of the last one.
 
-        Until then every rank holds them whole: Psi elements more than its shard, and as many fewer on the wire.
+        Until then every rank holds them in full: Psi elements on top of its shard, in return for less traffic.
         """
         last = self._micro_steps + 1 == self.config.accumulation
         if self._is_fsdp:
@@ -100,7 +100,7 @@ class FSDPEngine:
         self._micro_steps += 1
 
     def step(self) -> float:
-        """Clip, update, clear the gradients, move the schedule on; returns the gradient's 2-norm before clipping."""
+        """Clip, update, clear the gradients, advance the schedule; return the gradient's 2-norm before clipping."""
         self._micro_steps = 0
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         norm, limit = self._global_norm(gradients), self.config.optimizer.gradient_clipping
@@ -114,11 +114,11 @@ class FSDPEngine:
         return norm
 
     def _global_norm(self, gradients: list[Tensor]) -> float:
-        """The 2-norm of all gradients together, in fp64. Collective.
+        """Return the 2-norm of all gradients together, in fp64. Collective.
 
-        ``torch.nn.utils.clip_grad_norm_`` cannot mix gradients that are split over different meshes, as those of split
-        and of whole layers are. So every rank adds up the squares of its pieces, each divided by the number of ranks
-        that hold the same piece, and the sums of all ranks are added.
+        ``torch.nn.utils.clip_grad_norm_`` cannot mix gradients on different meshes, and split and unsplit layers have
+        different meshes. So every rank adds up the squares of its pieces, each divided by the number of ranks that hold
+        the same piece, and the ranks add up their sums.
         """
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
         for gradient in gradients:
@@ -132,7 +132,7 @@ class FSDPEngine:
         return self._parallel is self.module
 
     def model_states(self) -> dict[str, list[Tensor]]:
-        """This rank's tensors by part. Shards may be padded: see them by their storages."""
+        """Return this rank's tensors by part. Shards may be padded, so measure their storages."""
         parameters = list(self.module.parameters())
         gradients = [p.grad for p in parameters if p.grad is not None]
         states = [t for state in self.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
@@ -143,16 +143,16 @@ class FSDPEngine:
         }
 
     def layout(self) -> list[ParameterLayout]:
-        """How each parameter lies on the ranks of its tensor-parallel group, in the model's order."""
+        """Return the layout of each parameter on the ranks of its tensor-parallel group, in the model's order."""
         return tensor_parallel.layouts(self.module)
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter whole, one at a time, as fp32 on the CPU. Collective: all ranks must iterate."""
+        """Yield every full parameter, one at a time, in fp32 on the CPU. Collective: all ranks must iterate."""
         for name, parameter in self.module.named_parameters():
             yield name, self._whole(name, parameter)
 
     def full_optimizer_states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Both moments of every trained parameter, whole, on the CPU. Collective: all ranks must iterate."""
+        """Yield both full moments of every trained parameter, on the CPU. Collective: all ranks must iterate."""
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
                 state = self.optimizer.state[parameter]
@@ -177,17 +177,17 @@ class FSDPEngine:
         dcp.load(directory, self.module, self.optimizer)
 
     def load_full(self, full: FullTensors) -> None:
-        """Restore weights and optimizer states that an engine of any shape has saved. Every rank reads all of them."""
+        """Restore weights and optimizer states saved by an engine of any shape. Every rank reads all of them."""
         dcp.load_full(full, self.module, self.optimizer)
 
     def close(self) -> None:
-        """Release what is no tensor."""
+        """Release everything that is not a tensor."""
         if self._group_of_writers is not None:
             dist.destroy_process_group(self._group_of_writers)
 
 
 def _adamw(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
-    """AdamW with a group of parameters per mesh: fused loops over parameters cannot mix meshes."""
+    """Build AdamW with a parameter group per mesh: fused loops over parameters cannot mix meshes."""
     groups: dict[Any, list[Tensor]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -1,4 +1,4 @@
-"""Who holds which part of a model, and when it is gathered: the four strategies, by FSDP1's names, on FSDP2.
+"""Sharding strategies: what each rank holds and when it is gathered. FSDP1's four names, built on FSDP2.
 
 ============== ================================================== ==========================================
 strategy       between steps a rank holds                         gathered parameters live
@@ -9,13 +9,13 @@ hybrid_shard   1/S of them, each shard on N/S ranks               while their la
 no_shard       all of them (plain data parallel)                  always
 ============== ================================================== ==========================================
 
-N is the data-parallel size, S the ``shard_size``. Elements that cross the wire per micro-batch of Psi parameters:
+N is the data-parallel size, S the ``shard_size``. Elements on the wire per micro-batch, with Psi parameters:
 ``full_shard`` all-gathers Psi twice and reduce-scatters Psi (3 Psi); ``shard_grad_op`` gathers once (2 Psi);
-``hybrid_shard`` does what ``full_shard`` does within S ranks, and all-reduces the Psi/S that remain among N/S ranks;
+``hybrid_shard`` works like ``full_shard`` within S ranks, then all-reduces the resulting Psi/S over N/S ranks;
 ``no_shard`` all-reduces Psi (2 Psi).
 
 ``no_shard`` is :class:`torch.nn.parallel.DistributedDataParallel`, not FSDP2's own ``replicate``: it shares no code
-with the other three, so that it can be a reference for them.
+with the other three, and so can serve as their reference.
 
 Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
@@ -45,7 +45,7 @@ from tutorial_lib.mpu import Topology, device_mesh
 
 
 def meshes(engine: EngineConfig, topology: Topology, device_type: str) -> tuple[DeviceMesh, DeviceMesh]:
-    """The mesh that data-parallel states are sharded over, and the tensor-parallel mesh. Collective.
+    """Return the mesh that data-parallel states are sharded over, and the tensor-parallel mesh. Collective.
 
     The first has the axis ``dp``; for ``hybrid_shard`` the axes ``replicate`` and ``shard``.
     """
@@ -60,24 +60,27 @@ def meshes(engine: EngineConfig, topology: Topology, device_type: str) -> tuple[
 
 @functools.cache
 def _hybrid_mesh(world: object, device_type: str, sizes: tuple[int, int, int]) -> DeviceMesh:
-    """Adjacent data-parallel ranks share one copy, so that gathers stay within a node. Once per process group."""
+    """Build the mesh of ``hybrid_shard``, once per process group.
+
+    Adjacent data-parallel ranks share a copy, so that gathers stay within a node.
+    """
     return init_device_mesh(device_type, sizes, mesh_dim_names=("replicate", "shard", "tp"))
 
 
 def shard(model: Any, engine: EngineConfig, mesh: DeviceMesh) -> None:
     """Turn a transformers model into FSDP2 modules, in place.
 
-    Every layer is a unit of its own, gathered by one all-gather; embeddings, the last norm and the head are the root's.
-    With ``engine.wrap="root"`` the root is the only unit: the whole model is gathered at once.
+    Every layer is a unit, gathered by one all-gather; embeddings, the last norm and the head belong to the root. With
+    ``engine.wrap="root"`` the root is the only unit: the full model is gathered at once.
 
     Args:
-        model: on any device, the meta device included; tensor-parallel parameters are DTensors already.
+        model: on any device, including meta; tensor-parallel parameters are DTensors already.
         engine: decides strategy, precision, offload and units.
         mesh: with one axis (shard), or two (replicate, shard).
     """
     options: dict[str, Any] = {
         "mesh": mesh,
-        # Stated for the root, too: left to itself FSDP2 keeps the root's parameters until its backward.
+        # Set for the root, too: by default FSDP2 keeps the root's parameters until its backward.
         "reshard_after_forward": engine.sharding != "shard_grad_op",
         "mp_policy": _precision(engine),
         "offload_policy": CPUOffloadPolicy(pin_memory=engine.pin_memory)
@@ -92,10 +95,10 @@ def shard(model: Any, engine: EngineConfig, mesh: DeviceMesh) -> None:
 
 
 def layers_of(model: Any) -> list[Any]:
-    """Return the layers of a transformers model, in order: the modules that its authors say must stay together.
+    """Return the layers of a transformers model, in order: the modules that its authors say must not be split.
 
-    Of modules within each other the outermost counts (Mamba names both). A module with tied weights, such as BERT's
-    embeddings, is left to the root, which gathers the other end as well.
+    Of nested modules, only the outermost counts (Mamba names both). A module with tied weights, such as BERT's
+    embeddings, is left to the root, which also gathers the other end of the tie.
     """
     named = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     inner = {part for module in named for part in module.modules() if part is not module}
@@ -105,39 +108,39 @@ def layers_of(model: Any) -> list[Any]:
 
 
 def _precision(engine: EngineConfig) -> MixedPrecisionPolicy:
-    """bf16 computes in bf16 on gathered copies; shards, gradient sums and the update stay fp32."""
+    """Return FSDP2's precision: bf16 computes on gathered copies; shards, gradient sums and the update stay fp32."""
     if engine.precision == "bf16":
         return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     return MixedPrecisionPolicy()
 
 
 def _prefetch(layers: list[FSDPModule]) -> None:
-    """Have each layer start the all-gather of the layer that computes after it, in forward and in backward."""
+    """Make each layer start the all-gather of the layer that computes next, in forward and in backward."""
     for layer, following in itertools.pairwise(layers):
         layer.set_modules_to_forward_prefetch([following])
         following.set_modules_to_backward_prefetch([layer])
 
 
 def data_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.parallel.DistributedDataParallel:
-    """The model with an all-reduce of its gradients behind backward. Ranks must hold equal weights."""
+    """Wrap a model in DDP, which all-reduces its gradients after backward. Ranks must hold equal weights."""
     return nn.parallel.DistributedDataParallel(
         model,
         process_group=mesh.get_group(),
         init_sync=False,  # every rank has read or drawn the same weights
         forward_sync_buffers=False,  # they are constants
-        gradient_as_bucket_view=True,  # else every gradient is held twice
+        gradient_as_bucket_view=True,  # otherwise every gradient is held twice
     )
 
 
 def release(model: nn.Module) -> None:
-    """Free what is gathered. After a forward without backward, ``shard_grad_op`` would keep all of it."""
+    """Free gathered parameters. After a forward without backward, ``shard_grad_op`` would keep all of them."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def copies(tensor: torch.Tensor, world_size: int) -> int:
-    """How many ranks hold the same piece of a parameter or gradient as this one."""
+    """Count the ranks that hold the same piece of a parameter or gradient as this one."""
     if not isinstance(tensor, DTensor):
         return world_size
     pieces = 1
@@ -148,24 +151,24 @@ def copies(tensor: torch.Tensor, world_size: int) -> int:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a DTensor; any other tensor itself."""
+    """Return this rank's part of a DTensor, or any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All parts of a DTensor together. Collective; any other tensor itself."""
+    """Return the full tensor of a DTensor, or any other tensor unchanged. Collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def waiting_gradients(model: nn.Module) -> list[torch.Tensor]:
-    """Whole gradients of earlier micro-batches, which wait for the last one to be reduced with its own.
+    """Return the full gradients of earlier micro-batches, which wait to be reduced together with the last one's.
 
-    FSDP2 keeps them in no public place.
+    FSDP2 has no public attribute for them.
     """
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     groups = [group for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups]
     parameters = [parameter for group in groups for parameter in group.fsdp_params]
-    # In fp32 they stay where autograd has put them, in bf16 an fp32 sum is made.
+    # In fp32 they stay where autograd put them; in bf16 they are summed in fp32.
     found = [p.unsharded_accumulated_grad for p in parameters]
     found += [p.unsharded_param.grad for p in parameters if hasattr(p, "_unsharded_param")]
     return [local(gradient) for gradient in found if gradient is not None]

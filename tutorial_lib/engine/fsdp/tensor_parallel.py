@@ -1,21 +1,22 @@
-"""DTensor tensor parallelism for GPT-2, Qwen2 and BLOOM: which layers are split by columns, which by rows.
+"""DTensor tensor parallelism for GPT-2, Qwen2 and BLOOM: layers split by columns and by rows.
 
-Attention and MLP are each a column-parallel product, something element-wise or per head, and a row-parallel product
-(Megatron-LM, arXiv:1909.08053)::
+Attention and MLP each consist of a column-parallel product, something element-wise or per head, and a row-parallel
+product (Megatron-LM, arXiv:1909.08053)::
 
     x  --column-->  heads / t  --row-->  a sum over the tensor-parallel ranks
 
-Forward, each row-parallel product ends in one all-reduce: 2 per layer. Backward, the gradient of ``x`` is a sum over
-the ranks, too. Where ``x`` becomes a DTensor once, at the door of attention or MLP (``PrepareModuleInput``), that is
-one all-reduce each: 2 per layer. In the plan ``plain`` every column-parallel product takes ``x`` for itself and
+In forward, each row-parallel product ends in one all-reduce: 2 per layer. In backward, the gradient of ``x`` is a sum
+over the ranks, too. If ``x`` becomes a DTensor once, on entering attention or the MLP (``PrepareModuleInput``), each
+block needs one all-reduce: 2 per layer. In the plan ``plain``, every column-parallel product takes ``x`` by itself and
 all-reduces its own gradient: Qwen2 has five of them (query, key, value, gate, up), so 2 + 5. GPT-2 and BLOOM have two
-fused ones, and for them both plans cost the same.
+fused ones, so both plans cost the same.
 
-Embeddings, norms and the head stay whole on every rank. All three families tie the head to the embedding: to split
-one is to split both by vocabulary, and then the loss, which the trainer computes for every engine alike, would have to
-know. Whole parameters see the same numbers on every tensor-parallel rank, so their gradients are equal unasked.
+Embeddings, norms and the head are replicated on every rank. All three families tie the head to the embedding:
+splitting one by vocabulary means splitting both, and then the loss, which the trainer computes in the same way for
+every engine, would have to know. Replicated parameters see the same numbers on every tensor-parallel rank, so their
+gradients are equal without any communication.
 
-Ranks of a group draw the same dropout masks. For attention's dropout this means that their heads share them.
+Ranks of a group draw the same dropout masks. In attention this means that their heads share masks.
 """
 
 from __future__ import annotations
@@ -45,12 +46,12 @@ def split(model: Any, mesh: DeviceMesh, plan: str = "megatron") -> None:
     """Split every layer of a model over the mesh, in place. On the meta device nothing is allocated or sent.
 
     Args:
-        model: of one of the three families; its head counts must be multiples of the mesh's size.
-        mesh: with the one axis ``tp``.
-        plan: ``megatron`` (2 + 2 all-reduces per layer), or ``plain``, see the module's docstring.
+        model: a model of one of the three families; its numbers of heads must be multiples of the mesh's size.
+        mesh: the mesh, with the single axis ``tp``.
+        plan: ``megatron`` (2 + 2 all-reduces per layer), or ``plain``; see the module's docstring.
 
     Raises:
-        ConfigError: the model is of another family.
+        ConfigError: the model belongs to another family.
     """
     family = model.config.model_type
     if family not in _FAMILIES:
@@ -66,10 +67,10 @@ def split(model: Any, mesh: DeviceMesh, plan: str = "megatron") -> None:
 
 
 def layouts(model: Any) -> list[ParameterLayout]:
-    """How each parameter lies on the ranks of its tensor-parallel group, in the model's order.
+    """Return the layout of each parameter on the ranks of its tensor-parallel group, in the model's order.
 
     Args:
-        model: split, and sharded by FSDP2; GPT-2's fused projections are shown as they are saved, by part.
+        model: a model that is split, and sharded by FSDP2. GPT-2's fused projections are listed as saved, by part.
     """
     found = []
     for prefix, module in model.named_modules():
@@ -106,7 +107,7 @@ def _axes(parameter: Tensor) -> tuple[str, ...]:
 
 
 def _how(module: nn.Module, parameter: Tensor, dim: int) -> str:
-    # A bias that is split belongs to a column-parallel layer: a row-parallel one adds its own once, after the sum.
+    # A split bias belongs to a column-parallel layer: a row-parallel layer adds its full bias once, after the sum.
     outputs = 1 if isinstance(module, Conv1D) and parameter.dim() == 2 else 0
     return "column" if dim == outputs else "row"
 
@@ -144,7 +145,7 @@ def _distribute(style: Any, module: nn.Module, mesh: DeviceMesh, *, weight: Any,
 
 
 def _input(num_others: int = 0) -> PrepareModuleInput:
-    """The first positional argument becomes a DTensor; others are left alone."""
+    """Turn a module's first positional argument into a DTensor, and leave the others alone."""
     layouts = (Replicate(), *[None] * num_others)
     return PrepareModuleInput(input_layouts=layouts, desired_input_layouts=layouts)
 
@@ -182,7 +183,7 @@ def _qwen2() -> dict[str, ParallelStyle]:
 
 
 def _localize_qwen2(model: Any, mesh: DeviceMesh) -> None:
-    """Nothing: its attention takes the number of heads from the width that it is given."""
+    """Change nothing: Qwen2's attention infers the number of heads from the width of its input."""
 
 
 def _bloom() -> dict[str, ParallelStyle]:

@@ -1,10 +1,10 @@
-"""Values of a model that no rank ever holds in full: each rank fills its own shards.
+"""Initial weights of a model that no rank ever holds in full: each rank fills its own shards.
 
-The model is built on the meta device, where tensors have shapes and no memory, split and sharded there, and only then
-given memory: that of this rank's shards. Pretrained values are read from safetensors files slice by slice, every rank
-its own. Random ones are drawn whole, as one process draws them, one layer or tensor at a time, and all but this rank's
-slice is dropped: every rank draws everything, which costs time but neither memory nor communication, and the result
-is the plain model's bit for bit.
+The model is built on the meta device, where tensors have shapes but no memory. It is split and sharded there, and only
+then gets memory, for this rank's shards alone. Every rank reads its own slices of pretrained values from safetensors
+files. Random values are drawn in full, as in a single process, one layer or tensor at a time, and everything but this
+rank's slice is dropped. Drawing everything on every rank costs time, but neither memory nor communication, and the
+result equals the plain model bit for bit.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ Slices = tuple[slice, ...]
 
 
 def fill(model: Any, config: Config, *, device: torch.device, host: bool) -> None:
-    """Allocate a model that lies on the meta device, and give it the values that its configuration names.
+    """Allocate a model that is on the meta device, and fill in the values that its configuration asks for.
 
     Args:
-        model: from :func:`tutorial_lib.models.meta.model_outline`, parallelised since.
-        config: names the model, and whether it is read or drawn.
+        model: from :func:`tutorial_lib.models.meta.model_outline`, parallelised since then.
+        config: names the model, and says whether its weights are read or drawn.
         device: where the model computes.
-        host: keep the parameters in host memory all the same.
+        host: keep the parameters in host memory instead.
 
     Raises:
-        ConfigError: the files lack a parameter, or hold it in another shape.
+        ConfigError: the files lack a parameter, or hold it in a different shape.
     """
     model.to_empty(device="cpu" if host else device)
-    # to_empty gives plain tied parameters a tensor each.
+    # to_empty gives each of two tied parameters a tensor of its own.
     model.tie_weights()
     _compute_buffers(model, device)
     parameters: dict[Tensor, list[str]] = {}
@@ -54,10 +54,10 @@ def fill(model: Any, config: Config, *, device: torch.device, host: bool) -> Non
 
 
 def slices(parameter: Tensor) -> Slices:
-    """Return where this rank's part lies in the full parameter.
+    """Return the slices of the full parameter that this rank holds.
 
-    Tensor-parallel pieces are sharded further, so the mesh's last axis cuts first. Pieces are those of ``torch.chunk``:
-    the last may be shorter, or empty.
+    Tensor-parallel pieces are sharded further, so the mesh's last axis cuts first. Pieces are cut as by
+    ``torch.chunk``: the last one may be shorter, or empty.
     """
     bounds = [(0, size) for size in parameter.shape]
     if isinstance(parameter, DTensor):
@@ -73,10 +73,10 @@ def slices(parameter: Tensor) -> Slices:
 
 
 def put(parameter: Tensor, name: str, model_type: str, read: Callable[[Slices], Tensor]) -> None:
-    """Copy this rank's slices of a tensor, of which ``read`` gives any part."""
+    """Copy this rank's slices of a tensor into a parameter; ``read`` returns any slices of it."""
     mine, tp = slices(parameter), tensor_parallel_size(parameter)
     if tp > 1 and is_fused_by_part(name, model_type):
-        # Columns are moved before they are cut, so all of them are needed.
+        # All columns are needed, because they are reordered before they are cut.
         part = by_rank(read((*mine[:-1], slice(None))), tp)[..., mine[-1]]
     else:
         part = read(mine)
@@ -84,7 +84,7 @@ def put(parameter: Tensor, name: str, model_type: str, read: Callable[[Slices], 
 
 
 def tensor_parallel_size(parameter: Tensor) -> int:
-    """Return among how many tensor-parallel ranks a parameter is split."""
+    """Return the number of tensor-parallel ranks that a parameter is split over."""
     if not isinstance(parameter, DTensor) or "tp" not in (parameter.device_mesh.mesh_dim_names or ()):
         return 1
     return parameter.device_mesh["tp"].size()
@@ -97,14 +97,14 @@ def _read(parameters: dict[Tensor, list[str]], config: Config, model_type: str) 
         paths = sorted({tensor.path for tensor in stored.values()})
         opened = {path: stack.enter_context(safe_open(path, "pt")) for path in paths}
         for parameter, names in parameters.items():
-            # Tied weights are stored under one of their names at least.
+            # Tied weights are stored under at least one of their names.
             tensor = next(stored[name] for name in names if name in stored)
             put(parameter, names[0], model_type, opened[tensor.path].get_slice(tensor.name).__getitem__)
 
 
 def _draw(parameters: dict[Tensor, list[str]], config: Config, model_type: str) -> None:
     """Fill parameters as :func:`tutorial_lib.models.load_model` draws them."""
-    # While they are drawn, tied weights are still two, and transformers keeps the first one's numbers.
+    # While weights are drawn, tied ones are still separate, and transformers keeps the numbers of the first one.
     own = {names[0]: parameter for parameter, names in parameters.items()}
     with drawing_weights(config) as source:
         for prefix, unit in _initialized(source):
@@ -114,9 +114,9 @@ def _draw(parameters: dict[Tensor, list[str]], config: Config, model_type: str) 
 
 
 def _initialized(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules of a model on the meta device, children first, each with values while it is looked at.
+    """Yield the modules of a model on the meta device, children first; each has values until the next one is asked for.
 
-    A layer is one module, because its parts may set each other's weights, as GPT-2's do.
+    A layer counts as one module, because its parts may set each other's weights, as in GPT-2.
     """
     layers = set(layers_of(model))
 

@@ -1,4 +1,4 @@
-"""Ray cluster of a launch: join the one that ``RAY_ADDRESS`` names, or start one on this machine.
+"""Ray cluster of a launch: join the one at ``RAY_ADDRESS``, or start one on this machine.
 
 On this machine, Ray's workers are forked from a warm server (:mod:`tutorial_lib.launch.ray.server`), which loads torch,
 transformers, DeepSpeed and Ray Train once, while Ray itself starts.
@@ -31,45 +31,45 @@ from tutorial_lib.launch.environment import ray_address
 from tutorial_lib.launch.warm_server import OF_A_JOB
 
 CONNECT_TIMEOUT = 10
-"""Seconds that the machine of ``RAY_ADDRESS`` has to accept a connection."""
+"""Seconds to wait for a connection to ``RAY_ADDRESS``."""
 
 HEALTH_TIMEOUT = 60
-"""Seconds that the program that asks the cluster of ``RAY_ADDRESS`` whether it is well has to answer."""
+"""Seconds to wait for the health check of the cluster at ``RAY_ADDRESS``."""
 
 GROUP_START_SECONDS = 15
-"""Seconds that Ray waits for all slots of a run at once, which were free a moment ago, before it looks again."""
+"""Seconds that Ray waits to reserve all slots of a run, which were free a moment ago, before it looks again."""
 
 SETTINGS = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(GROUP_START_SECONDS),
-    # Ray Train's own progress goes to its log files; a notebook cell shows our curve.
+    # Ray Train's own progress goes to its log files; a notebook cell shows our loss curve.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # How long the end of the workers may go unnoticed, seconds.
+    # Seconds that the end of the workers may go unnoticed.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    # Prestarted worker processes are of no use: what Ray Train starts has a runtime environment, and so processes of
-    # its own. The warm server forks those.
+    # Prestarted workers are useless here: Ray Train's processes have a runtime environment, which needs new ones. The
+    # warm server forks those.
     "RAY_prestart_worker_first_driver": "0",
     "RAY_enable_worker_prestart": "0",
-    # By default workers give way to every other program (nice 15). What that costs here was not measured.
+    # By default workers yield to every other program (nice 15). The cost of that was not measured here.
     "RAY_worker_niceness": "0",
 }
 
 
 TOKEN = secrets.token_hex(32)
-"""Required to connect to a cluster that this process starts."""
+"""Token that a process needs to connect to a cluster that this process starts."""
 
 _REPLACEMENTS = str(Path(__file__).with_name("replacements"))
-"""Directory that comes first on the import path of Ray's processes."""
+"""Directory that is first on the import path of Ray's processes."""
 
 _changed_environment: dict[str, str | None] = {}
 
 
 class _Server:
-    """This process's end of the warm server: a process that has loaded everything, and a socket to ask it for forks."""
+    """This process's handle on the warm server, which has loaded everything and forks workers on request."""
 
     def __init__(self) -> None:
         self._scratch = tempfile.mkdtemp(prefix="tutorial-lib-ray-")
@@ -79,17 +79,17 @@ class _Server:
         self._cluster: dict[str, str] = {}
 
     def renew(self, config: Config) -> None:
-        """Start the server if it is not there, or cannot follow: other source files, or another kind of device."""
+        """Start the server if there is none, or if it is outdated: source files or the kind of device have changed."""
         package = Path(__file__).parents[2]
         wanted = config.run.device, {str(path): path.stat().st_mtime_ns for path in package.rglob("*.py")}
         if self._process and self._process.poll() is None and self._made_for == wanted:
             return
         self._end()
         self._made_for = wanted
-        # DeepSpeed decides at import what it computes on. A GPU that the server touches could not be used after a fork.
+        # DeepSpeed chooses its device at import. If the server touched a GPU, forked workers could not use it.
         environment = {"DS_ACCELERATOR": config.run.device, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
         with _lean_imports():
-            # The package and its libraries are those of this process, whatever lies in the working directory.
+            # The package and its libraries come from this process, whatever is in the working directory.
             path = [_REPLACEMENTS, str(package.parent), *filter(None, sys.path)]
             environment["PYTHONPATH"] = os.pathsep.join(path)
             self._process = subprocess.Popen(
@@ -98,24 +98,24 @@ class _Server:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                # Ctrl-C in a terminal is for the launching process.
+                # Ctrl-C in a terminal must only reach the launching process.
                 start_new_session=True,
             )
         self._tell()
 
     def serve(self, raylet: int, job: str) -> None:
-        """Tell the server, and those that take its place, which cluster its workers are for."""
+        """Tell the server, and its successors, which cluster its workers belong to."""
         self._cluster = {**os.environ, "RAY_RAYLET_PID": str(raylet), "RAY_JOB_ID": job}
         self._tell()
 
     def _tell(self) -> None:
         if self._process and self._process.stdin and self._cluster:
-            with suppress(BrokenPipeError):  # the server is gone: Ray starts its workers itself
+            with suppress(BrokenPipeError):  # if the server is gone, Ray starts its workers itself
                 self._process.stdin.write(json.dumps(self._cluster).encode() + b"\n")
                 self._process.stdin.flush()
 
     def close(self) -> None:
-        """End the server, and with it every worker that was forked from it."""
+        """End the server and every worker that was forked from it."""
         self._end()
         shutil.rmtree(self._scratch, ignore_errors=True)
 
@@ -131,9 +131,9 @@ _server: _Server | None = None
 
 
 def warm_up(config: Config) -> None:
-    """Start loading what Ray's workers on this machine need, in the background. Returns at once; safe to call again.
+    """Start loading the libraries of Ray's workers in the background. Returns at once; safe to call again.
 
-    :func:`start` does so too. Call it earlier if there is something else to do meanwhile; :func:`stop` ends it.
+    :func:`start` does this too. Call it earlier if there is other work to do meanwhile; :func:`stop` ends it.
     """
     global _server
     if ray_address() or sys.platform != "linux" or os.environ.get("TUTORIAL_LIB_WARM_WORKERS") == "0":
@@ -144,24 +144,24 @@ def warm_up(config: Config) -> None:
 
 
 def start(config: Config) -> bool:
-    """Connect to the Ray cluster named by ``RAY_ADDRESS``, or start one on this machine. :func:`stop` ends it.
+    """Connect to the Ray cluster at ``RAY_ADDRESS``, or start one on this machine. :func:`stop` ends it.
 
-    The local one has no dashboard and grants as many CPU slots as there are workers, so that four workers can share
-    two cores. Ray's servers listen on every network interface, whatever address they are given; they serve only who
-    has the token that is made here and handed to Ray's processes in the environment (``RAY_AUTH_TOKEN``;
-    ``RAY_AUTH_MODE=disabled`` turns that off).
+    The local cluster has no dashboard, and grants one CPU slot per worker, so that four workers can share two cores.
+    Ray's servers always listen on every network interface, but they only serve clients with the token that is created
+    here and passed to Ray's processes in the environment (``RAY_AUTH_TOKEN``; ``RAY_AUTH_MODE=disabled`` turns that
+    off).
 
     Returns:
-        Whether anything was started: False if Ray was running in this process already.
+        Whether anything was started: False if Ray was already running in this process.
 
     Raises:
-        ConfigError: Ray cannot run from where this Python is, or no cluster answers at ``RAY_ADDRESS``.
+        ConfigError: Ray cannot run from the path of this Python, or no cluster answers at ``RAY_ADDRESS``.
         RuntimeError: Ray did not start, and none of its processes is left; or it did not connect.
     """
     if " " in sys.executable and not ray_address():
         raise ConfigError(
-            "Ray cannot start workers from a path with a space in it, and this Python's has one. Clone the course into "
-            "a directory without spaces, or write launcher='local'."
+            "Ray cannot start workers from a path that contains a space, like the path of this Python. Clone the "
+            "course into a directory without spaces, or write launcher='local'."
         )
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -188,7 +188,7 @@ def start(config: Config) -> bool:
     children = set(psutil.Process().children())
     try:
         with _lean_imports(), _workers_from_server(), _signals_of_a_job_stay_ours():
-            # "local": not one that somebody else has started on this machine.
+            # "local": do not join a cluster that somebody else has started on this machine.
             ray.init("local", num_cpus=max(world_size, cores), include_dashboard=False, **quiet)
         if _server:
             _server.serve(_raylet(children), ray.get_runtime_context().get_job_id())
@@ -202,7 +202,7 @@ def start(config: Config) -> bool:
 
 
 def _check_cluster(address: str) -> None:
-    """Refuse an address at which no Ray cluster answers: ``ray.init`` would ask again for many minutes.
+    """Refuse an address where no Ray cluster answers: ``ray.init`` would retry for many minutes.
 
     Raises:
         ConfigError: says what is wrong with ``RAY_ADDRESS``.
@@ -210,8 +210,8 @@ def _check_cluster(address: str) -> None:
     what = f"RAY_ADDRESS is {address!r}"
     if "://" in address:
         raise ConfigError(
-            f"{what}, and Ray Train does not run through Ray's client. Write HOST:PORT of the head node (port 6379 "
-            "unless it was given another), from a machine of the cluster."
+            f"{what}, but Ray Train does not run through Ray's client. Write HOST:PORT of the head node (the port is "
+            "6379 unless you chose another), and start from a machine of the cluster."
         )
     instead = "Start the cluster or write its address; unset RAY_ADDRESS to start Ray on this machine."
     command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
@@ -222,16 +222,16 @@ def _check_cluster(address: str) -> None:
                 pass
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=HEALTH_TIMEOUT)
     except subprocess.TimeoutExpired as error:
-        raise ConfigError(f"{what}, and no Ray cluster answers there within {error.timeout:.0f} s. {instead}") from None
+        raise ConfigError(f"{what}, but no Ray cluster answers there within {error.timeout:.0f} s. {instead}") from None
     except subprocess.CalledProcessError as error:
         said = (error.stderr.strip().splitlines() or ["no Ray cluster answers there"])[-1]
         raise ConfigError(f"{what}: {said.rstrip('.')}. {instead}") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{what}, and nothing answers there ({error}). {instead}") from None
+        raise ConfigError(f"{what}, but nothing answers there ({error}). {instead}") from None
 
 
 def _advice(error: BaseException) -> str:
-    """Return what to do about an error of Ray's start, by its cause."""
+    """Return advice on an error from Ray's start, by its cause."""
     said = str(error)
     if "AF_UNIX path length" in said:
         return (
@@ -241,17 +241,17 @@ def _advice(error: BaseException) -> str:
     if isinstance(error, TimeoutError) or "timed out" in said.lower():
         load = ", ".join(f"{average:.1f}" for average in os.getloadavg())
         return (
-            f"It gives up when its processes need more than 30 s. Load averages are {load} on {usable_cores()} cores: "
-            "end other programs and try again, or write launcher='local', which needs no Ray."
+            f"Ray gives up if its processes need more than 30 s to start. Load averages are {load} on {usable_cores()} "
+            "cores: end other programs and try again, or write launcher='local', which needs no Ray."
         )
     return (
-        f"Its own logs are under {tempfile.gettempdir()}/ray/session_latest/logs. launcher='local' does the same "
-        "without Ray."
+        f"Ray's own logs are under {tempfile.gettempdir()}/ray/session_latest/logs. launcher='local' trains without "
+        "Ray."
     )
 
 
 def _raylet(before: set[psutil.Process]) -> int:
-    """Return the process id of the raylet among the children of this process that were not there before."""
+    """Return the process id of the raylet, one of this process's new children."""
     for process in set(psutil.Process().children()) - before:
         with suppress(psutil.NoSuchProcess):
             if process.name() == "raylet":
@@ -260,18 +260,18 @@ def _raylet(before: set[psutil.Process]) -> int:
 
 
 def is_own() -> bool:
-    """Check whether the cluster was started by this process."""
+    """Return whether this process started the cluster."""
     return bool(_changed_environment)
 
 
 def renew_server(config: Config) -> None:
-    """Start the warm server anew if it cannot serve this configuration. Does nothing where there is none."""
+    """Restart the warm server if it cannot serve this configuration. Does nothing if there is none."""
     if _server:
         _server.renew(config)
 
 
 def stop() -> None:
-    """End the connection, and the cluster if :func:`start` started one. Its processes are gone afterwards."""
+    """End the connection and, if :func:`start` started the cluster, the cluster with all its processes."""
     import ray
 
     global _server
@@ -293,10 +293,10 @@ _TO_SERVER = ("TUTORIAL_LIB_RAY_SERVER", "TUTORIAL_LIB_RAY_SETUP_WORKER")
 
 @contextmanager
 def _signals_of_a_job_stay_ours() -> Iterator[None]:
-    """Keep a scheduler's signals for this process while Ray starts: this process saves, then ends what Ray started.
+    """Keep a scheduler's signals for this process while Ray starts: it saves first, then ends Ray's processes.
 
     Ray's servers inherit the blocked signals. Otherwise a SIGTERM to all processes of a job would end them first, and
-    the run could not end with what it saved. ``ray.init`` also installs a handler of SIGTERM that exits without a save.
+    the run could not save. ``ray.init`` also installs a SIGTERM handler that exits without saving.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -306,14 +306,14 @@ def _signals_of_a_job_stay_ours() -> Iterator[None]:
     try:
         yield
     finally:
-        if before is not None:  # None: a handler that is not Python's
+        if before is not None:  # None means that the handler was not installed from Python
             signal.signal(signal.SIGTERM, before)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @contextmanager
 def _workers_from_server() -> Iterator[None]:
-    """Have the cluster that is started meanwhile get its workers from the warm server, if there is one."""
+    """Make a cluster that starts within the block get its workers from the warm server, if there is one."""
     if _server is None:
         yield
         return
@@ -321,25 +321,25 @@ def _workers_from_server() -> Iterator[None]:
 
     (rays_own,) = (Path(path) / "setup_worker.py" for path in workers.__path__)
     os.environ.update(zip(_TO_SERVER, (_server.address, str(rays_own)), strict=True))
-    # The log monitor would hand the workers' output on, which goes to their own files.
+    # The log monitor would forward the workers' output, which already goes to their own files.
     ours: dict[str, Any] = {"setup_worker_path": f"{_REPLACEMENTS}/setup_worker.py", "include_log_monitor": False}
     with mock.patch.object(parameter, "RayParams", partial(parameter.RayParams, **ours)):
         yield
 
 
 def _of_a_cluster(config: Config) -> dict[str, str]:
-    """The environment that a cluster on this machine gets, and the warm server too: Ray reads it at import."""
+    """Return the environment of a cluster on this machine and of the warm server: Ray reads it at import."""
     threads = max(1, usable_cores() // config.parallel.world_size)
     environment = {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo"}
     environment["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process that asks whether this machine is taken away
     if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        # Otherwise Ray makes a token that outlives the cluster, in the home directory.
+        # Otherwise Ray stores a token in the home directory that outlives the cluster.
         environment["RAY_AUTH_TOKEN"] = TOKEN
     return environment
 
 
 def end_processes(processes: set[psutil.Process]) -> None:
-    # Ray ends what it has started only when this process ends.
+    # By itself, Ray would only end these processes when this process ends.
     whole = {child for process in processes for child in (process, *process.children(recursive=True))}
     for process in whole:
         with suppress(psutil.NoSuchProcess):
@@ -349,7 +349,7 @@ def end_processes(processes: set[psutil.Process]) -> None:
 
 @contextmanager
 def _lean_imports() -> Iterator[None]:
-    """Have this process, and the processes that Ray starts, not import what ``replacements`` says is not needed."""
+    """Keep this process, and the processes that Ray starts, from importing the packages that ``replacements`` hides."""
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([_REPLACEMENTS, *([before] if before else [])])
     sys.path.insert(0, _REPLACEMENTS)
@@ -365,7 +365,7 @@ def _lean_imports() -> Iterator[None]:
 
 @contextmanager
 def session(config: Config) -> Iterator[None]:
-    """A Ray cluster for as long as the block runs. One that was there before is used, and left running."""
+    """Provide a Ray cluster while the block runs. An existing one is used, and left running."""
     started = start(config)
     try:
         yield

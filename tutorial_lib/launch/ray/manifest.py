@@ -1,7 +1,7 @@
-"""Files that start a Ray cluster for a run: ``cluster.yaml`` of Ray's cluster launcher, and a KubeRay ``RayJob``.
+"""Manifests that start a Ray cluster for a run: ``cluster.yaml`` for Ray's cluster launcher, or a KubeRay ``RayJob``.
 
-The texts are in ``cluster.yaml`` and ``rayjob.yaml``, next to this page, with ``@{name}`` where a value belongs. What
-only the owner of an account or a cluster knows, such as an image, is left open and says what to fill in.
+The templates are ``cluster.yaml`` and ``rayjob.yaml`` next to this module, with placeholders ``@{name}``. Values that
+only the owner of an account or a cluster knows, such as an image, are left as marked blanks to fill in.
 """
 
 from __future__ import annotations
@@ -14,27 +14,24 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tutorial_lib.config import Config, ConfigError
-from tutorial_lib.launch.command import Template, count, train_arguments, wrapped
+from tutorial_lib.launch.command import Template, check_grid, check_positive, count, train_arguments, wrapped
 from tutorial_lib.launch.ray.room import possible_sizes
 
 _TEXTS = {"cluster-yaml": "cluster.yaml", "rayjob": "rayjob.yaml"}
-_LONGEST_NAME = 47  # of a RayJob: Kubernetes allows 63 letters, and KubeRay appends some
+_LONGEST_NAME = 47  # for a RayJob: Kubernetes allows 63 letters, and KubeRay appends some
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Nodes:
-    """The nodes that hold a run's ranks. The head of the cluster comes on top, and holds none."""
+    """The nodes that hold a run's ranks. The cluster's head node is extra, and holds none."""
 
     number: int
     ranks_per_node: int
-    """One per GPU; on CPUs, processes."""
+    """One rank per GPU; on CPUs, the number of processes."""
     cpus_per_rank: int
 
     def __post_init__(self) -> None:
-        for name in ("number", "ranks_per_node", "cpus_per_rank"):
-            if getattr(self, name) < 1:
-                shown = "nodes" if name == "number" else name
-                raise ConfigError(f"{shown} is {getattr(self, name)}; the smallest possible value is 1.")
+        check_positive(nodes=self.number, ranks_per_node=self.ranks_per_node, cpus_per_rank=self.cpus_per_rank)
 
     @property
     def world_size(self) -> int:
@@ -42,17 +39,17 @@ class Nodes:
 
 
 def write_manifest(config: Config, nodes: Nodes, kind: str, profile: str, command: str) -> str:
-    """Return the file that starts a cluster for a run.
+    """Return the text of a file that starts a cluster for a run.
 
     Args:
-        config: what to run, with ``launcher='ray'`` and as many ranks as the nodes have places.
-        nodes: where.
+        config: what to run, with ``launcher='ray'`` and as many ranks as the nodes hold.
+        nodes: the nodes to ask for.
         kind: ``cluster-yaml`` or ``rayjob``.
-        profile: the profile that the configuration was made from.
-        command: what was typed, for a comment.
+        profile: the profile that the configuration is based on.
+        command: the command that the user typed, for a comment.
 
     Raises:
-        ConfigError: the configuration and the nodes do not go together.
+        ConfigError: the configuration does not fit the nodes.
     """
     _check(config, nodes)
     on_gpus = config.run.device == "cuda"
@@ -83,25 +80,16 @@ def write_manifest(config: Config, nodes: Nodes, kind: str, profile: str, comman
 
 
 def _name(run: str) -> str:
-    """Return a run's name as Kubernetes allows it: lower-case letters, digits and dashes."""
+    """Turn a run's name into one that Kubernetes allows: lower-case letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")[:_LONGEST_NAME].rstrip("-")
 
 
 def _fewest_nodes(config: Config, nodes: Nodes) -> int:
-    """Return the number of nodes with which the run can still go on."""
+    """Return the smallest number of nodes that the run can continue with."""
     return math.ceil(possible_sizes(config)[0] * config.parallel.tp / nodes.ranks_per_node)
 
 
 def _check(config: Config, nodes: Nodes) -> None:
     if config.run.launcher != "ray":
         raise ConfigError(f"launcher={config.run.launcher!r} does not run on a Ray cluster. Leave launcher out.")
-    if config.parallel.world_size != nodes.world_size:
-        raise ConfigError(
-            f"dp x tp is {config.parallel.world_size}, and {nodes.number} x {nodes.ranks_per_node} ranks are "
-            f"{nodes.world_size}. Leave dp out: it follows from the others."
-        )
-    if nodes.ranks_per_node % config.parallel.tp:
-        raise ConfigError(
-            f"tp={config.parallel.tp} does not divide the {nodes.ranks_per_node} ranks of a node, so that a "
-            "tensor-parallel group would span nodes. Write a tp that does."
-        )
+    check_grid(config.parallel, nodes.number, nodes.ranks_per_node)

@@ -1,12 +1,12 @@
-"""Placement of Ray Train's workers: whole tensor-parallel groups on one node, as many as the nodes hold.
+"""Placement of Ray Train's workers: each tensor-parallel group on one node, and as many groups as the nodes hold.
 
-Ray Train reserves a bundle of resources for each worker, and packs them on few nodes if it can. That may split a
-tensor-parallel group over two nodes, whose every layer would then wait for the network. Here a bundle is for a whole
+Ray Train reserves a bundle of resources for each worker, and packs the bundles on few nodes if it can. That may split a
+tensor-parallel group over two nodes, and every layer would then wait for the network. Here a bundle is for a complete
 group, and Ray never splits a bundle::
 
     dp=2, tp=2        node 1: bundle 0 = ranks 0 and 1        node 2: bundle 1 = ranks 2 and 3
 
-Ray Train waits without end for resources that the cluster does not have. Here the wait is bounded.
+Ray Train waits forever for resources that the cluster does not have. Here the wait is limited.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from tutorial_lib.launch.ray.room import Demand, ResourcesMissing, missing, read
 from tutorial_lib.records import RunDirectory
 
 POLL_SECONDS = 0.5
-"""Seconds between two looks at the cluster while the run waits for room."""
+"""Seconds between two looks at the cluster while a run waits for room."""
 
 
 class BoundedScaling(ScalingPolicy):
-    """Ray Train's scaling policy of a run: start with as many ranks as there is room for, and wait no longer than told.
+    """Scaling policy for Ray Train: start with as many ranks as there is room for, after a limited wait.
 
     Args:
-        scaling: the ``ScalingConfig`` that Ray Train is given; it asks an autoscaler for the largest number of them.
-        demand: what the run wants.
+        scaling: Ray Train's ``ScalingConfig``; it asks an autoscaler for the largest number of workers.
+        demand: resources that the run needs.
         timeout: seconds to wait for room.
-        settle: seconds to wait for the full size where a smaller one has room already.
-        every: seconds between two looks, while the run trains on fewer ranks, for room for more.
-        directory: of the run. It grows when it has just saved, so that no step is trained twice.
+        settle: seconds to wait for the full size if there is already room for a smaller one.
+        every: seconds between two looks for room for more ranks, while the run trains on fewer.
+        directory: directory of the run. The run grows when it has just saved, so that no step is trained twice.
     """
 
     def __init__(
@@ -52,16 +52,16 @@ class BoundedScaling(ScalingPolicy):
         self._waits_since: float | None = None
         self._looked = 0.0
         self._saved_at: str | None = None
-        """Name of the newest checkpoint when there was room for more ranks; None while there is none."""
+        """Name of the newest checkpoint when room for more ranks appeared; None without such room."""
 
     def _get_num_workers_for_resource_request(self) -> int:
         return self.demand.sizes[-1] * self.demand.tp
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
-        """Return how many workers to start, or to wait.
+        """Decide how many workers to start, or whether to wait.
 
         Raises:
-            ResourcesMissing: the wait has been as long as it may be.
+            ResourcesMissing: the wait has reached its limit.
         """
         self._maybe_send_resource_request()
         now = time.monotonic()
@@ -78,7 +78,7 @@ class BoundedScaling(ScalingPolicy):
     def make_decision_for_running_worker_group(
         self, worker_group_state: Any, worker_group_status: Any
     ) -> ScalingDecision:
-        """Return whether to start again with more workers: if there is room, and the run has just saved."""
+        """Decide whether to restart with more workers: if there is room for them, and the run has just saved."""
         self._maybe_send_resource_request()
         if self._waits_since is not None:
             self._waits_since, self._looked = None, time.monotonic()
@@ -98,7 +98,7 @@ class BoundedScaling(ScalingPolicy):
         return self._start(larger) if larger > size else NoopDecision()
 
     def _room_besides(self, workers: list[Any]) -> int:
-        """Return the size that the run could have with what is free and what it holds itself."""
+        """Return the size that the run could have with all free resources and its own."""
         held = Counter(worker.metadata.node_id for worker in workers)
         groups = 0
         for node in read_nodes():
@@ -117,7 +117,7 @@ class BoundedScaling(ScalingPolicy):
 
 
 class WorkersInGroups(WorkerGroup):
-    """Workers of which each tensor-parallel group has one bundle, and so one node."""
+    """Worker group in which each tensor-parallel group has one bundle, and therefore one node."""
 
     def _tp(self) -> int:
         config: dict[str, Any] = self._train_run_context.train_loop_config or {}
@@ -139,18 +139,18 @@ class WorkersInGroups(WorkerGroup):
 
 
 class TrainControllerOfGroups(TrainController):
-    """Ray Train's controller, with workers in groups."""
+    """Ray Train's controller, with :class:`WorkersInGroups`."""
 
     worker_group_cls = WorkersInGroups
 
     def _make_and_handle_scaling_decision_for_non_running_worker_group(self, controller_state: Any) -> Any:
         if self._worker_group:
-            self._shutdown_worker_group()  # else what is left of a failed group holds the room that the next one needs
+            self._shutdown_worker_group()  # the rest of a failed group would hold the room that the next one needs
         return super()._make_and_handle_scaling_decision_for_non_running_worker_group(controller_state)
 
     async def _step(self) -> Any:
         result = await super()._step()
         if result.next_state is self.get_state():
-            # It waits for room. Ray Train would ask again at once, and could not even be told to stop meanwhile.
+            # The run waits for room. Ray Train would ask again at once, and could not even be stopped meanwhile.
             await asyncio.sleep(POLL_SECONDS)
         return result

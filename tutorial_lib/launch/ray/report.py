@@ -1,4 +1,4 @@
-"""Reports to Ray Train: metrics, and checkpoints that are already where they belong."""
+"""Reports to Ray Train: metrics, and checkpoints that are already in their final place."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 
 def report(metrics: dict[str, Any], checkpoint: Path | None = None) -> None:
-    """Tell Ray Train of a step and, if there is one, of a checkpoint that is complete. Collective.
+    """Report a step and, if there is one, a complete checkpoint to Ray Train. Collective.
 
-    Outside a function that Ray Train runs, such as under torchrun, this does nothing. Ray copies no file: each rank has
-    written its own straight to the run's directory.
+    Outside a function that Ray Train runs, such as under torchrun, this does nothing. Ray copies no files: each rank
+    has written its own directly to the run's directory.
 
     Args:
         metrics: numbers and words; Ray keeps them with the checkpoint.
-        checkpoint: its directory.
+        checkpoint: directory of the checkpoint.
     """
     if not _is_ray_worker():
         return

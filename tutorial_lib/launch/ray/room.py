@@ -1,7 +1,7 @@
-"""Room on a Ray cluster: which nodes could hold the run's tensor-parallel groups, and what is missing, in words.
+"""Room on a Ray cluster: the tensor-parallel groups that its nodes can hold, and messages about what is missing.
 
-A tensor-parallel group (``tp`` workers that share every layer) lies on one node. So a node with 3 free CPUs has room
-for one group of ``tp=2``, and its third CPU is of no use to the run.
+A tensor-parallel group (``tp`` workers that share every layer) must fit on one node. So a node with 3 free CPUs has
+room for one group of ``tp=2``, and the run cannot use its third CPU.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from tutorial_lib.config import Config, ConfigError
 
 
 class ResourcesMissing(RuntimeError):
-    """The cluster had no room for the run within the stated time. The message lists what it has, node by node."""
+    """The cluster had no room for the run within the timeout. The message lists its resources, node by node."""
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A node that is alive, with its resources (``CPU``, ``GPU``) in all and those that nobody has taken."""
+    """A node that is alive, with its total and free resources (``CPU``, ``GPU``)."""
 
     id: str
     name: str
@@ -29,12 +29,12 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a run wants.
+    """Resources that a run needs.
 
     Attributes:
         per_worker: resources of one worker.
         tp: workers of a tensor-parallel group.
-        sizes: data-parallel sizes with which the run can go on, smallest first.
+        sizes: data-parallel sizes that the run can continue with, smallest first.
     """
 
     per_worker: Mapping[str, float]
@@ -43,23 +43,23 @@ class Demand:
 
     @classmethod
     def of(cls, config: Config) -> Demand:
-        """Return what a configuration wants."""
+        """Return the demand of a configuration."""
         per_worker = {"CPU": 1.0, "GPU": 1.0} if config.run.device == "cuda" else {"CPU": 1.0}
         return cls(per_worker, config.parallel.tp, tuple(possible_sizes(config)))
 
     def groups_on(self, resources: Mapping[str, float]) -> int:
-        """Return how many tensor-parallel groups these resources of one node hold."""
+        """Return the number of tensor-parallel groups that fit into these resources of one node."""
         return min(int(resources.get(kind, 0) // (each * self.tp)) for kind, each in self.per_worker.items())
 
     def largest_size(self, groups: int) -> int | None:
-        """Return the largest data-parallel size that this many groups allow, or None if they are too few."""
+        """Return the largest data-parallel size that this many groups allow, or None if there are too few."""
         return max((size for size in self.sizes if size <= groups), default=None)
 
 
 def possible_sizes(config: Config) -> list[int]:
-    """Return the data-parallel sizes with which a run can go on: ``dp``, and with ``min_dp`` what lies between.
+    """Return the data-parallel sizes that a run can continue with: ``dp`` and, with ``min_dp``, the sizes in between.
 
-    A size is left out if the configuration cannot run with it, such as one that does not divide ``global_batch``.
+    Sizes that the configuration cannot run with are left out, such as one that does not divide ``global_batch``.
     """
     least = config.parallel.dp if config.run.min_dp is None else config.run.min_dp
     return [size for size in range(least, config.parallel.dp) if _can_run(config, size)] + [config.parallel.dp]
@@ -76,10 +76,10 @@ def _can_run(config: Config, dp: int) -> bool:
 
 
 def resized(config: Config, dp: int) -> Config:
-    """Return the configuration for fewer data-parallel ranks: the same global batch, and no larger micro-batches.
+    """Adapt a configuration to fewer data-parallel ranks, with the same global batch and no larger micro-batches.
 
     Raises:
-        ConfigError: it cannot run with that many.
+        ConfigError: the configuration cannot run with this many ranks.
     """
     if dp == config.parallel.dp:
         return config
@@ -90,7 +90,7 @@ def resized(config: Config, dp: int) -> Config:
 
 
 def read_nodes() -> list[Node]:
-    """Return the nodes of the cluster that are alive, as Ray's head knows them: some seconds late."""
+    """Return the cluster's live nodes, as Ray's head knows them, with a delay of some seconds."""
     import ray
     from ray._private.state import available_resources_per_node
 
@@ -103,10 +103,10 @@ def read_nodes() -> list[Node]:
 
 
 def check_room(demand: Demand, nodes: Sequence[Node]) -> None:
-    """Refuse a run for which the cluster is too small even when nobody else uses it.
+    """Refuse a run that does not fit the cluster even if nothing else runs there.
 
     Raises:
-        ConfigError: says what is wanted, and what each node has.
+        ConfigError: lists what the run needs, and what each node has.
     """
     if demand.largest_size(sum(demand.groups_on(node.total) for node in nodes)):
         return
@@ -115,20 +115,20 @@ def check_room(demand: Demand, nodes: Sequence[Node]) -> None:
         offered = sum(node.total.get(kind, 0) for node in nodes)
         if offered < each * workers:
             raise ConfigError(
-                f"{workers} workers need {each * workers:g} {kind}s, and the Ray cluster has {offered:g}"
+                f"{workers} workers need {each * workers:g} {kind}s, but the Ray cluster has {offered:g}"
                 f"{_by_node(nodes, kind)}. Write a smaller dp"
                 + (", or device='cpu'." if kind == "GPU" else ", or add nodes to the cluster.")
             )
     kind = "GPU" if "GPU" in demand.per_worker else "CPU"
     groups = _count(demand.sizes[0], "group")
     raise ConfigError(
-        f"The {demand.tp} workers of a tensor-parallel group share a node, and the Ray cluster has too few nodes with "
+        f"The {demand.tp} workers of a tensor-parallel group share a node, but the Ray cluster has too few nodes with "
         f"{demand.tp} {kind}s for {groups}{_by_node(nodes, kind)}. Write a smaller tp, or add larger nodes."
     )
 
 
 def missing(demand: Demand, nodes: Sequence[Node], seconds: float) -> str:
-    """Return what a run has waited for in vain: what it wants, and what is free on each node."""
+    """Describe what a run waited for in vain: its demand, and the free resources of each node."""
     groups = f"{_count(demand.sizes[0], 'group')} of {demand.tp} workers on one node"
     workers = _count(demand.sizes[0], "worker") if demand.tp == 1 else groups
     each = " and ".join(f"{number:g} {kind}" for kind, number in demand.per_worker.items())
@@ -139,9 +139,9 @@ def missing(demand: Demand, nodes: Sequence[Node], seconds: float) -> str:
         for node in nodes
     )
     return (
-        f"The run wants {least}{workers}, each with {each}, and for {seconds:.0f} s the Ray cluster had no room for "
-        f"them. Free are now, on {_count(len(nodes), 'node')}: {here}. Add nodes, end what runs there, or write a "
-        "smaller dp, a min_dp to go on with fewer, or a longer resource_timeout."
+        f"The run needs {least}{workers}, each with {each}, but for {seconds:.0f} s the Ray cluster had no room for "
+        f"them. Free now, on {_count(len(nodes), 'node')}: {here}. Add nodes, end other jobs there, or write a "
+        "smaller dp, a min_dp to continue with fewer, or a longer resource_timeout."
     )
 
 

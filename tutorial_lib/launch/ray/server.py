@@ -1,8 +1,9 @@
 """Warm server for Ray: a process with everything imported, from which Ray's workers on this machine are forked.
 
-Ray starts a new interpreter for each worker, for the controller of a fit, and for its helpers. Each imports Ray, most
-of them torch, and the workers DeepSpeed and transformers too. This server imports all of that once, while Ray itself
-starts, and then only waits. The raylet runs ``replacements/setup_worker.py``, which asks for a fork through a socket.
+Ray starts a new interpreter for each worker, for the controller of a fit, and for its helpers. Each of them imports
+Ray, most import torch, and workers import DeepSpeed and transformers as well. This server imports all of that once,
+while Ray itself starts, and then only waits. The raylet runs ``replacements/setup_worker.py``, which asks for a fork
+through a socket.
 
 The server runs no torch operation, no tokenizer and no Ray client, because their threads do not survive a fork. When
 the process that started it closes the pipe at its standard input, or ends, the server and its forks end too.
@@ -35,10 +36,10 @@ from tutorial_lib.launch.warm_server import (
 )
 
 RAYS_MODULES = ("ray.train.torch", "ray.train.v2._internal.execution.controller.controller")
-"""Modules to import when the cluster is there: Ray reads at import which cluster and job its process is for."""
+"""Modules to import once the cluster is running: at import, Ray reads which cluster and job its process belongs to."""
 
 OF_A_CLUSTER = ("RAY_RAYLET_PID", "RAY_JOB_ID")
-"""Environment variables that are read at that import, and at no other time."""
+"""Environment variables that are only read at that import."""
 
 _PR_SET_PDEATHSIG = 1
 _SERVER = os.getpid()
@@ -48,7 +49,7 @@ def main(launcher_pid: str, address: str) -> None:
     """Serve until standard input ends."""
     launcher = int(launcher_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, OF_A_JOB)  # the launching process answers them; so in every fork
+    signal.pthread_sigmask(signal.SIG_BLOCK, OF_A_JOB)  # here and in every fork: the launching process handles them
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(address)
         server.listen(64)
@@ -59,8 +60,8 @@ def main(launcher_pid: str, address: str) -> None:
             os.environ.update(json.loads(cluster))
             _import_ray()
         if importlib.import_module("torch").cuda.is_initialized() or not _forks_differ():
-            return  # Ray then starts its workers itself
-        # Nobody waits for the forked processes. Not before: what is imported runs programs and asks how they ended.
+            return  # Ray will start its workers itself
+        # Nothing waits for the forked processes. Not earlier: imports run programs and need their exit codes.
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         while True:
             ready, _, _ = select.select([server, sys.stdin], [], [])
@@ -91,7 +92,7 @@ def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
 
 
 def _import_ray() -> None:
-    """Import Ray Train without drawing one of Ray's random numbers: all forked processes would draw the same next."""
+    """Import Ray Train without drawing any of Ray's random numbers: all forks would draw the same ones next."""
     ray = importlib.import_module("ray.actor")
     new = ray.ActorClassID
     with mock.patch.object(ray, "ActorClassID", SimpleNamespace(from_random=lambda: new(os.urandom(new.size())))):
@@ -99,7 +100,7 @@ def _import_ray() -> None:
 
 
 def _forks_differ() -> bool:
-    """Check that forks draw different identifiers. If not, Ray would mistake one actor's task for another's."""
+    """Return whether forks draw different identifiers. If not, Ray would confuse the tasks of different actors."""
     drawn = set()
     for _ in range(2):
         reading, writing = os.pipe()
@@ -114,7 +115,7 @@ def _forks_differ() -> bool:
 
 
 def _be_worker(request: dict[str, Any], outputs: list[int]) -> None:
-    """Become the worker: run its script as a new interpreter would."""
+    """Become the worker: run its script like a new interpreter."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.setpgid(0, 0)  # when a worker ends, Ray ends its process group
     for number in (signal.SIGINT, signal.SIGCHLD):
@@ -137,5 +138,5 @@ if __name__ == "__main__":
         main(sys.argv[1], sys.argv[2])
     finally:
         if os.getpid() == _SERVER and os.getppid() != int(sys.argv[1]):
-            # The process that started this one was killed: nobody else is left to remove the socket's directory.
+            # The process that started this one was killed, so nothing else can remove the socket's directory.
             shutil.rmtree(os.path.dirname(sys.argv[2]), ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Check of shared storage: what one node writes, every node of a Ray cluster reads, before a run starts."""
+"""Check of shared storage before a run: every node of a Ray cluster must see the files that another node writes."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from tutorial_lib.config import ConfigError
 from tutorial_lib.launch.ray.room import Node
 
 ANSWER_SECONDS = 60
-"""Seconds that all nodes together have to answer. Each starts a Python process."""
+"""Seconds for all nodes together to answer. Each starts a Python process."""
 
 _SEEN_SECONDS = 3
-"""Seconds that a new file may take to be seen on other nodes: network file systems keep listings for a while."""
+"""Seconds until other nodes must see a new file: network file systems cache listings for a while."""
 
 
 def check_shared(directory: Path, nodes: Sequence[Node]) -> None:
-    """Refuse a directory that one of the nodes does not share with this one, in either direction.
+    """Refuse a directory that some node does not share with this one, in either direction.
 
     Args:
-        directory: it exists here.
-        nodes: those that may get workers.
+        directory: a directory that exists here.
+        nodes: the nodes that may get workers.
 
     Raises:
         ConfigError: names the node and the directory.
@@ -55,8 +55,8 @@ def check_shared(directory: Path, nodes: Sequence[Node]) -> None:
         if late:
             names = ", ".join(others[answers[answer]].name for answer in late)
             raise ConfigError(
-                f"No answer within {ANSWER_SECONDS} s from {names}, asked whether {directory} is there. `ray status` "
-                "shows which nodes live. Remove those that do not, or try again."
+                f"{names} did not say within {ANSWER_SECONDS} s whether {directory} is there. `ray status` shows which "
+                "nodes are alive. Remove the others, or try again."
             )
     finally:
         for path in directory.glob(f"{probe.name}*"):
@@ -70,7 +70,7 @@ _SHARE = (
 
 
 def _see_and_answer(probe: str) -> str:
-    """Look for a file, and write another one beside it. Returns what went wrong, or nothing. Runs on another node."""
+    """Look for a file and write another one beside it, on another node. Return the problem, or an empty string."""
     import ray
 
     path = Path(probe)
@@ -85,7 +85,7 @@ def _see_and_answer(probe: str) -> str:
 
 
 def _appears(path: Path) -> bool:
-    """Return whether a file is there, or comes soon."""
+    """Return whether a file is there, or appears soon."""
     until = time.monotonic() + _SEEN_SECONDS
     while not path.exists():
         if time.monotonic() > until:
@@ -97,7 +97,7 @@ def _appears(path: Path) -> bool:
 
 
 def _problem(answer: Any, directory: Path, node: str, here: str) -> str:
-    """Return what is wrong on a node, in words, or nothing."""
+    """Describe the problem on a node, or return an empty string if there is none."""
     import ray
 
     try:
@@ -105,13 +105,13 @@ def _problem(answer: Any, directory: Path, node: str, here: str) -> str:
     except ray.exceptions.RayError as error:
         last = str(error).strip().splitlines()[-1]
         return (
-            f"{node} cannot run this package ({last}). Install it there with the pins of constraints.txt, in the same "
-            "version as here."
+            f"{node} cannot run this package ({last}). Install it there, in the same version as here and with the "
+            "pins of constraints.txt."
         )
     if said == "no directory":
-        return f"{node} has no directory {directory}, which {here} has made. {_SHARE}"
+        return f"{node} has no directory {directory}, although {here} has created it. {_SHARE}"
     if said == "missing":
         return f"{node} has a directory {directory} of its own: it does not see what {here} writes there. {_SHARE}"
     if said:
-        return f"{node} cannot write into {directory}: {said}. Give the user of Ray's processes the right to write."
+        return f"{node} cannot write into {directory}: {said}. Give the user of Ray's processes write permission."
     return ""

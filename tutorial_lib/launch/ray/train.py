@@ -1,7 +1,7 @@
-"""Ray Train: run the ranks as its workers, here or on a Ray cluster.
+"""Ray Train launcher: run the ranks as Ray Train's workers, on this machine or on a Ray cluster.
 
 Ray Train places the workers and sets up the process group; the training function is the same as everywhere. Each
-worker writes its own files straight to the run's storage, and ``ray.train.report`` only registers the finished
+worker writes its own files directly to the run's storage, and ``ray.train.report`` only registers the finished
 checkpoint (:mod:`tutorial_lib.launch.ray.report`): Ray then knows the newest one, and nothing is copied twice.
 """
 
@@ -29,35 +29,36 @@ from tutorial_lib.records import RunDirectory
 __all__ = ["launch", "session"]
 
 START_TIMEOUT = 600
-"""Seconds that Ray has to start the first worker where there is room. On a busy laptop it takes a minute or two."""
+"""Seconds for Ray to start the first worker if there is room. On a busy laptop it takes a minute or two."""
 
 START_ATTEMPTS = 10
-"""How often workers that do not come up are started again."""
+"""Number of times that workers are restarted if they do not come up."""
 
 SETTLE_SECONDS = 5.0
-"""Seconds that a run which can go on with fewer ranks waits for the nodes of all of them."""
+"""Seconds that a run waits for the nodes of all its ranks before it starts with fewer, if it can."""
 
 GROW_SECONDS = 60.0
-"""Seconds between two looks for room for the ranks that a run goes on without."""
+"""Seconds between two looks for room for missing ranks."""
 
 _END_SECONDS = 3
-"""Seconds that the workers of an interrupted fit may take to end before they are killed."""
+"""Seconds for the workers of an interrupted fit to end before they are killed."""
 
 _TITLES = ("ray::TrainController", "ray::RayTrainWorker", "ray::SynchronizationActor", "ray::DatasetManager")
-"""Beginnings of the titles of a fit's processes."""
+"""Prefixes of the titles of a fit's processes."""
 
 
 def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
-    """Run the configurations one after the other on ``dp x tp`` Ray Train workers, or as few as ``min_dp`` allows.
+    """Run the configurations one after the other on ``dp x tp`` Ray Train workers, or fewer if ``min_dp`` allows it.
 
-    Whatever it raises, even ``KeyboardInterrupt``, it first ends the workers of these runs; on somebody else's cluster,
-    Ray may take longer to end them. If the runs are asked to stop before a worker has begun, it returns untrained.
+    Before it raises anything, even ``KeyboardInterrupt``, it ends the workers of these runs; on somebody else's cluster
+    Ray may take longer to end them. If the runs are asked to stop before a worker has started, it returns without
+    training.
 
     Raises:
-        ConfigError: the cluster does not have that many CPUs or GPUs, no node holds a tensor-parallel group, or a node
-            does not see the storage.
+        ConfigError: the cluster has too few CPUs or GPUs, no node can hold a tensor-parallel group, or a node does not
+            see the storage.
         WorkerError: a worker failed, and the message is its own traceback; or the cluster had no room for
-            ``resource_timeout`` seconds, and the message lists what it has.
+            ``resource_timeout`` seconds, and the message lists its resources.
     """
     first = configs[0]
     demand = Demand.of(first)
@@ -109,27 +110,27 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
 
 
 def _error(failed: BaseException, directories: Sequence[RunDirectory]) -> Exception:
-    """Return why a fit failed: for want of room, or as the rank that failed first tells it."""
+    """Return the error of a failed fit: a lack of room, or the error of the rank that failed first."""
     missing = getattr(failed, "controller_failure", None)
     if not isinstance(missing, ResourcesMissing):
         return first_error(directories, f"Ray Train failed: {failed}")
     before = [restart["failed"] for directory in directories for restart in directory.restarts()]
-    why = f"\nIt had to start again as rank {before[-1]['rank']} failed: {before[-1]['message']}" if before else ""
+    why = f"\nIt had to restart because rank {before[-1]['rank']} failed: {before[-1]['message']}" if before else ""
     return WorkerError(f"{missing}{why}\n{next_start(directories)}")
 
 
 def _check_cluster(demand: Demand, directory: Path) -> None:
-    """Refuse a cluster without room for the run, unless it can grow, and storage that its nodes do not share."""
+    """Refuse storage that the nodes do not share, and a cluster without room for the run, unless it can grow."""
     from ray._private.state import state
 
     nodes = read_nodes()
-    if not state.get_max_resources_from_cluster_config():  # else an autoscaler may add nodes
+    if not state.get_max_resources_from_cluster_config():  # otherwise an autoscaler may add nodes
         check_room(demand, nodes)
     check_shared(directory, [node for node in nodes if demand.groups_on(node.total)])
 
 
 def _recorder(directory: RunDirectory) -> Any:
-    """What Ray's controller calls when workers fail: it notes who failed first and why, for the restart to show."""
+    """Return a callback for Ray's controller that records the worker that failed first and why, for the restart."""
     from ray.exceptions import RayActorError
     from ray.train import UserCallback
 
@@ -137,7 +138,7 @@ def _recorder(directory: RunDirectory) -> Any:
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             written = directory.first_error()
             by_rank = {rank: getattr(e, "health_check_failure", e) for rank, e in sorted(worker_exceptions.items())}
-            # A worker that is gone wrote nothing; what its peers then write is the consequence.
+            # A worker that died wrote nothing; the errors of its peers are consequences.
             gone = next((rank for rank, e in by_rank.items() if isinstance(e, RayActorError)), None)
             if written and gone is None:
                 failed = {name: written[name] for name in ("rank", "type", "message")}
@@ -151,9 +152,9 @@ def _recorder(directory: RunDirectory) -> Any:
 
 
 def _forget_deleted_checkpoints(directory: RunDirectory) -> None:
-    """Drop Ray's own list of a run's checkpoints if it would refuse the run for it; ours decide what a resume reads.
+    """Delete Ray's own list of a run's checkpoints if Ray would reject it: a resume reads our checkpoints anyway.
 
-    It does so if one of them is gone, by pruning or by hand, or if it was killed in writing the list.
+    Ray rejects the list if one of the checkpoints has been deleted, or if Ray was killed while writing it.
     """
     snapshot = directory.path / "checkpoint_manager_snapshot.json"
     if not snapshot.is_file():
@@ -172,7 +173,7 @@ def _have_error(directories: Sequence[RunDirectory]) -> bool:
 
 
 def _sign_of_life(directories: Sequence[RunDirectory]) -> Callable[[], bool]:
-    """Return a function that tells whether a worker has begun since now: whether it has written to a log."""
+    """Return a function that tells whether a worker has started since now, that is, has written to a log."""
 
     def last_written() -> dict[Path, int]:
         logs = (log for directory in directories for log in directory.logs.glob("rank-*.log"))
@@ -183,26 +184,26 @@ def _sign_of_life(directories: Sequence[RunDirectory]) -> Callable[[], bool]:
 
 
 def _patience(has_begun: Callable[[], bool], resource_timeout: float = 0) -> Callable[[], None]:
-    """A check that raises if no worker has begun by the end of :data:`START_TIMEOUT`: Ray itself waits for ever."""
+    """Return a check that raises if no worker has started within :data:`START_TIMEOUT`: Ray itself waits forever."""
     since = time.monotonic()
 
     def check() -> None:
         seconds = START_TIMEOUT + resource_timeout
         if time.monotonic() - since >= seconds and not has_begun():
             raise WorkerError(
-                f"Ray started no worker within {seconds:.0f} s. `ray status` shows what it waits for; its own logs "
-                "are under session_latest/logs in its temporary directory."
+                f"Ray started no worker within {seconds:.0f} s. `ray status` shows what it is waiting for; its own "
+                "logs are under session_latest/logs in its temporary directory."
             )
 
     return check
 
 
 class _StoppedBeforeBegin(Exception):
-    """The runs were asked to stop before the first worker had begun."""
+    """The runs were asked to stop before the first worker had started."""
 
 
 def _stop_before_begin(has_begun: Callable[[], bool], directories: Sequence[RunDirectory]) -> Callable[[], None]:
-    """A check that raises if the runs are asked to stop and there is no worker yet that would notice."""
+    """Return a check that raises if the runs are asked to stop before there is a worker to notice it."""
 
     def check() -> None:
         if any(directory.stop_file.exists() for directory in directories) and not has_begun():
@@ -212,9 +213,9 @@ def _stop_before_begin(has_begun: Callable[[], bool], directories: Sequence[RunD
 
 
 def _trainer_class(config: Config, demand: Demand) -> Any:
-    """Ray's ``TorchTrainer``, with the run's placement and waiting, and a fit that another thread can end.
+    """Return Ray's ``TorchTrainer`` with the run's placement and waiting, and a fit that another thread can end.
 
-    Not at the top: Ray is imported late.
+    The class is defined within a function because Ray is imported late.
     """
     import ray
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -234,11 +235,11 @@ def _trainer_class(config: Config, demand: Demand) -> Any:
             if not is_own():
                 return callbacks
             # This callback frees the slots of a dead controller. On our own cluster it cannot: it asks the dashboard,
-            # which is off, and each fit would end by waiting for it. `_free_slots` does this instead.
+            # which is off, and each fit would wait for it at the end. `_free_slots` frees them instead.
             return [each for each in callbacks if not isinstance(each, PlacementGroupCleanerCallback)]
 
         def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
-            # As in the class above, but that the controller is kept, and places groups and waits as we want it to.
+            # As in the parent class, except that we keep the controller, and use our own placement and waiting.
             kwargs["scaling_policy"] = BoundedScaling(
                 self.scaling_config,
                 demand,
@@ -252,16 +253,16 @@ def _trainer_class(config: Config, demand: Demand) -> Any:
             remote = ray.remote(num_cpus=0, label_selector=here, runtime_env={"env_vars": environment})
             with self._lock:
                 if self._ended:
-                    raise RuntimeError("the fit was ended before it began")
+                    raise RuntimeError("the fit was ended before it started")
                 self._controller = remote(TrainControllerOfGroups).remote(**kwargs)
             try:
                 ray.get(self._controller.run.remote())
                 return ray.get(self._controller.get_result.remote())
             finally:
-                self._controller = None  # its process ends with the last reference, and an error's traceback has this
+                self._controller = None  # its process ends with the last reference, and an error's traceback holds self
 
         def end(self) -> None:
-            """End the fit's processes. Does nothing if there are none, and takes no longer than some seconds."""
+            """End the fit's processes, if there are any, within a few seconds."""
             with self._lock:
                 self._ended, controller = True, self._controller
             if controller:
@@ -274,7 +275,7 @@ def _end_fit(controller: Any) -> None:
     import ray
 
     if not is_own():
-        # A cluster of somebody else. The controller ends its workers and frees their slots, unless it is busy.
+        # On somebody else's cluster, the controller ends its workers and frees their slots, unless it is busy.
         with suppress(ray.exceptions.RayError):
             ray.get(controller.abort.remote(), timeout=_END_SECONDS)
         ray.kill(controller)
@@ -290,7 +291,7 @@ def _end_fit(controller: Any) -> None:
 
 
 def _free_slots() -> None:
-    """Free what a controller that is gone has reserved, on our own cluster."""
+    """Free the slots that a dead controller had reserved on our own cluster."""
     from ray import PlacementGroupID
     from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
@@ -314,7 +315,7 @@ def _fit(trainer: Any, failed: list[BaseException]) -> None:
 
 
 def _worker(given: dict[str, Any]) -> None:
-    """What each Ray Train worker runs."""
+    """Run a Ray Train worker: train all configurations."""
     import ray.train
 
     from tutorial_lib.launch.torchrun import log_ranks
@@ -326,8 +327,8 @@ def _worker(given: dict[str, Any]) -> None:
     configs = [resized(Config.from_json(text), dp) for text in given["configs"]]
     directory = RunDirectory(configs[-1].directory)
     if rank == 0 and directory.restarts():
-        directory.clear_errors()  # those of the workers that failed before these
+        directory.clear_errors()  # left by failed workers that these replace
     with output_to(directory.log_file(rank)):
         log_ranks(configs[-1])
-    # Ray registers checkpoints under the directory of the run that it was started for, which is the last one.
+    # Ray registers checkpoints under the directory of the run it was started for: the last one.
     train_all(configs, on_checkpoint=lambda path, row: report(row, path))

@@ -1,7 +1,7 @@
-"""SLURM: a batch script for a run, and a submitted job followed to its end.
+"""SLURM: a batch script for a run, and following a submitted job to its end.
 
-The script starts one ``torchrun`` per node, saves and queues itself again before its time limit, and then resumes the
-run of the same name.
+The script starts one ``torchrun`` per node. Shortly before the time limit the run saves and the job requeues itself;
+its next start resumes the run.
 """
 
 from tutorial_lib.launch.slurm.job import submit_and_follow

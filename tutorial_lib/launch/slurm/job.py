@@ -1,4 +1,4 @@
-"""A submitted job followed to its end: its place in the queue, its progress, and the run that came of it."""
+"""SLURM job of a run: submit it, and follow it through the queue and through training to its end."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tutorial_lib.launch.watch import POLL_SECONDS, OnRows, Watcher, stop_on_sig
 from tutorial_lib.records import RunDirectory
 
 ASK_SECONDS = 3.0
-"""Seconds between two questions to the controller, which serves all users."""
+"""Seconds between two queries to SLURM's controller, which serves all users."""
 
 _ANSWER_SECONDS = 300.0
-"""For this long a controller that does not answer is asked again."""
+"""Seconds to keep asking a controller that does not answer."""
 
 _RESULT_SECONDS = 15.0
-"""For this long after a job's end its result may be on its way through a network file system."""
+"""Seconds to wait after a job's end for its result to arrive through a network file system."""
 
 _ACTIVE = frozenset(
     "PENDING CONFIGURING RUNNING COMPLETING SUSPENDED STOPPED REQUEUED REQUEUE_HOLD REQUEUE_FED RESIZING SIGNALING "
@@ -32,7 +32,7 @@ _ENDS = {
     "TIMEOUT": "it was at its time limit and had not saved in time: raise --grace",
     "OUT_OF_MEMORY": "a node had too little memory for it",
     "NODE_FAIL": "a node failed",
-    "CANCELLED": "somebody cancelled it",
+    "CANCELLED": "it was cancelled",
     "PREEMPTED": "a job of higher priority took its nodes",
     "FAILED": "it failed",
 }
@@ -40,10 +40,10 @@ _ENDS = {
 
 @dataclass(frozen=True, slots=True)
 class JobState:
-    """What ``squeue`` says of a job."""
+    """A job's state according to ``squeue``."""
 
     name: str
-    """Such as ``RUNNING``; empty if SLURM no longer knows the job."""
+    """Name such as ``RUNNING``; empty if SLURM no longer knows the job."""
     reason: str = ""
     nodes: str = ""
 
@@ -60,23 +60,23 @@ class JobState:
 def submit_and_follow(script: str, config: Config, on_rows: OnRows | None = None) -> Run:
     """Submit a batch script, wait for the job's end through all its requeues, and return its run.
 
-    A first SIGINT, SIGTERM or SIGUSR1 asks the run to save and end; a second one ends this function, not the job.
+    The first SIGINT, SIGTERM or SIGUSR1 asks the run to save and end; a second one ends this function, but not the job.
 
     Args:
-        script: what :func:`write_script` has returned.
-        config: of the run that the script trains.
+        script: text from :func:`write_script`.
+        config: configuration of the run in the script.
         on_rows: called with new metrics rows.
 
     Raises:
         ConfigError: there is no SLURM here, it refuses the job, or a rank refused the configuration.
-        WorkerError: the job failed; the message is the failing rank's own traceback where there is one.
+        WorkerError: the job failed; the message is the failing rank's own traceback, if there is one.
         Interrupted: a signal came before the job had started.
     """
     directory = RunDirectory(config.directory)
     signals: list[int] = []
     watched = Watcher([directory], on_rows, signals)
     before = _stamp(directory.result_file)
-    directory.clear_errors()  # those of an earlier job
+    directory.clear_errors()  # left by an earlier job
     job = _submit(script)
     log = Path.cwd() / f"slurm-{config.run.name}-{job}.out"
     print(f"job {job}: submitted; its output is in {log}", file=sys.stderr, flush=True)
@@ -85,7 +85,7 @@ def submit_and_follow(script: str, config: Config, on_rows: OnRows | None = None
         while (state := queue.look()).is_active:
             if signals and state.name == "PENDING":
                 subprocess.run(["scancel", "--state=PENDING", job], capture_output=True, timeout=120)
-            elif signals and not directory.stop_file.exists():  # a start of the run forgets earlier requests
+            elif signals and not directory.stop_file.exists():  # each start of the run deletes earlier requests
                 directory.stop_file.write_text(f"signal {signals[0]} at {time.time()}\n")
             watched.poll()
             time.sleep(POLL_SECONDS)
@@ -101,12 +101,12 @@ def submit_and_follow(script: str, config: Config, on_rows: OnRows | None = None
 
 
 def _submit(script: str) -> str:
-    """Submit a batch script. Returns the job's id."""
+    """Submit a batch script, and return the job's id."""
     try:
         done = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True, timeout=120)
     except FileNotFoundError:
         raise ConfigError(
-            "There is no sbatch here, so nothing can be submitted. Run this on a login node of the cluster; or write "
+            "There is no sbatch here, so nothing can be submitted. Run this on a login node of the cluster, or write "
             "--output FILE instead of --submit, and submit the file there."
         ) from None
     if done.returncode:
@@ -115,7 +115,7 @@ def _submit(script: str) -> str:
 
 
 class _Queue:
-    """What ``squeue`` says of one job, asked every few seconds.
+    """State of one job, from asking ``squeue`` every few seconds.
 
     Attributes:
         state: the last answer.
@@ -126,7 +126,7 @@ class _Queue:
         self._asked, self._answered = float("-inf"), time.monotonic()
 
     def look(self) -> JobState:
-        """Return the job's state, at most a few seconds old, and tell the user when it has changed.
+        """Return the job's state, at most a few seconds old, and tell the user if it has changed.
 
         Raises:
             WorkerError: the controller has not answered for minutes.
@@ -150,7 +150,7 @@ class _Queue:
             if time.monotonic() - self._answered > _ANSWER_SECONDS:
                 raise WorkerError(
                     f"SLURM's controller has not answered for {_ANSWER_SECONDS:.0f} s: {done.stderr.strip()}. Job "
-                    f"{self.job} goes on without being watched; `squeue --jobs={self.job}` will show it."
+                    f"{self.job} continues, but is no longer watched; `squeue --jobs={self.job}` will show it."
                 )
             return self.state
         self._answered = time.monotonic()
@@ -159,7 +159,7 @@ class _Queue:
 
 
 def _failure(job: str, state: JobState, directory: RunDirectory, log: Path) -> Exception:
-    """Return why a job left no result: a rank's own error, else what its log says."""
+    """Return the error of a job without a result: a rank's own error, or the errors in the job's log."""
     why = _ENDS.get(state.name, "it left no result")
     return first_error(
         [directory],
@@ -168,7 +168,7 @@ def _failure(job: str, state: JobState, directory: RunDirectory, log: Path) -> E
 
 
 def _cause(job: str, log: Path, lines: int = 20) -> str:
-    """Return the errors that a job's last start has printed, each once, or the end of its log."""
+    """Return the errors that a job's last start printed, each once, or the end of its log."""
     if not log.is_file():
         return f"It has no log: {log} does not exist."
     text = log.read_text(encoding="utf-8", errors="replace")
@@ -178,7 +178,7 @@ def _cause(job: str, log: Path, lines: int = 20) -> str:
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
-    """Return what changes when a file is written again, or None if it does not exist."""
+    """Return a stamp that changes whenever a file is rewritten, or None if the file does not exist."""
     try:
         status = path.stat()
     except FileNotFoundError:

@@ -1,6 +1,6 @@
-"""Batch script of a run: what SLURM is asked for, and how ``torchrun`` starts on each node.
+"""SLURM batch script of a run: the resources to ask for, and the start of ``torchrun`` on each node.
 
-The text is in ``train.sbatch``, next to this page, with ``@{name}`` where a value belongs.
+The template is ``train.sbatch`` next to this module, with placeholders ``@{name}``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tutorial_lib.config import Config, ConfigError
-from tutorial_lib.launch.command import Template, count, train_arguments, wrapped
+from tutorial_lib.launch.command import Template, check_grid, check_positive, count, train_arguments, wrapped
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d{1,2}):(?P<minutes>[0-5]?\d):(?P<seconds>[0-5]?\d)")
 
@@ -30,18 +30,18 @@ python -m tutorial_lib.measure.sampler "$run/logs/memory-$attempt-$SLURMD_NODENA
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Allocation:
-    """What SLURM is asked for."""
+    """Resources to ask SLURM for."""
 
     nodes: int
     ranks_per_node: int
-    """One per GPU; on CPUs, processes."""
+    """One rank per GPU; on CPUs, the number of processes."""
     cpus_per_rank: int
     time_limit: str = "01:00:00"
-    """``HOURS:MINUTES:SECONDS``, perhaps with ``DAYS-`` in front."""
+    """``HOURS:MINUTES:SECONDS``, optionally with ``DAYS-`` in front."""
     grace: int = 120
     """Seconds before the time limit at which the run is asked to save and end."""
     requeue: bool = True
-    """Go back into the queue when the time is up, or a node fails."""
+    """Go back into the queue when the time is up or a node fails."""
     sample_memory: bool = True
     """Log the memory of each node's processes."""
     join_timeout: int = 300
@@ -50,13 +50,12 @@ class Allocation:
     account: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("nodes", "ranks_per_node", "cpus_per_rank", "grace", "join_timeout"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; the smallest possible value is 1.")
+        numbers = ("nodes", "ranks_per_node", "cpus_per_rank", "grace", "join_timeout")
+        check_positive(**{name: getattr(self, name) for name in numbers})
         if self.grace >= _seconds(self.time_limit):
             raise ConfigError(
-                f"The run would be asked to save {self.grace} s before a time limit of {self.time_limit}: "
-                "before it begins. Write a longer time limit, or a shorter grace."
+                f"The run would be asked to save {self.grace} s before its time limit of {self.time_limit}, which is "
+                "before it starts. Write a longer time limit, or a shorter grace."
             )
         for name in ("partition", "account"):
             value = getattr(self, name)
@@ -69,16 +68,16 @@ class Allocation:
 
 
 def write_script(config: Config, allocation: Allocation, profile: str, command: str) -> str:
-    """Return the batch script of a run.
+    """Return the text of a run's batch script.
 
     Args:
         config: what to run, with ``launcher='none'`` and as many ranks as the allocation has.
-        allocation: what SLURM is asked for.
-        profile: the profile that the configuration was made from.
-        command: what was typed, for a comment.
+        allocation: the resources to ask for.
+        profile: the profile that the configuration is based on.
+        command: the command that the user typed, for a comment.
 
     Raises:
-        ConfigError: the two do not go together.
+        ConfigError: the configuration does not fit the allocation.
     """
     _check(config, allocation)
     template = Path(__file__).with_name("train.sbatch").read_text(encoding="utf-8")
@@ -112,7 +111,7 @@ _PLACES = {True: ("GPU", "GPUs"), False: ("process", "processes")}
 
 
 def _directives(config: Config, allocation: Allocation) -> list[str]:
-    """Return the ``#SBATCH`` lines, each option with what it is for."""
+    """Return the ``#SBATCH`` lines, with a comment on the purpose of an option where it helps."""
     on_gpus = config.run.device == "cuda"
     cpus = allocation.cpus_per_rank * allocation.ranks_per_node
     options = [
@@ -138,16 +137,7 @@ def _check(config: Config, allocation: Allocation) -> None:
             f"launcher={config.run.launcher!r} starts its ranks by itself; under SLURM torchrun starts them. Leave "
             "launcher out."
         )
-    if config.parallel.world_size != allocation.world_size:
-        raise ConfigError(
-            f"dp x tp is {config.parallel.world_size}, and {allocation.nodes} x {allocation.ranks_per_node} processes "
-            f"are {allocation.world_size}. Leave dp out: it follows from the others."
-        )
-    if allocation.ranks_per_node % config.parallel.tp:
-        raise ConfigError(
-            f"tp={config.parallel.tp} does not divide the {allocation.ranks_per_node} processes of a node, so that a "
-            "tensor-parallel group would span nodes. Write a tp that does."
-        )
+    check_grid(config.parallel, allocation.nodes, allocation.ranks_per_node)
     if config.run.resume == "never" and allocation.requeue:
         raise ConfigError(
             "resume='never' would refuse the run's own checkpoint after a requeue. Leave it out, or write --no-requeue."

@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer as the training loop of a run: same data, same records, same checkpoints' safety.
+"""Hugging Face Trainer as a run's training loop: same data, same records, equally safe checkpoints.
 
 ``arguments`` turns a run's settings into ``TrainingArguments``, ``trainer`` is transformers' ``Trainer`` with this
 package's data order and optimizer, and ``run`` keeps the run's records while that ``Trainer`` trains.

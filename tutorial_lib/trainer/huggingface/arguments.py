@@ -1,7 +1,7 @@
 """``TrainingArguments`` of a run, and the global state that they leave in a process.
 
-transformers and accelerate keep who trains how in global variables and in the environment. Several runs may share a
-process here, so each run begins without what the one before has left.
+transformers and accelerate keep their setup in global variables and in the environment. Several runs may share a
+process here, so each run starts by clearing the state of the previous one.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from tutorial_lib.engine.deepspeed.trainer_file import for_trainer
 
 
 def build_arguments(config: Config, num_steps: int) -> TrainingArguments:
-    """Return a run's settings as transformers takes them.
+    """Translate a run's settings for transformers.
 
-    Logging happens at every step, as a row is written for each; saving and evaluating when the run's own settings say.
+    It logs every step, because a row is written for each, and saves and evaluates when the run's own settings say so.
 
     Args:
         config: what to run.
@@ -52,9 +52,9 @@ def build_arguments(config: Config, num_steps: int) -> TrainingArguments:
         "ddp_backend": "gloo" if on_cpu and config.parallel.world_size > 1 else None,
         "logging_strategy": "steps",
         "logging_steps": 1,
-        "logging_nan_inf_filter": False,  # it would put an average in the place of a loss that is no number
+        "logging_nan_inf_filter": False,  # it would replace a NaN or infinite loss by an average
         "save_strategy": "no",
-        "save_only_model": config.engine.shard_at_load,  # transformers saves no optimizer state of such a model
+        "save_only_model": config.engine.shard_at_load,  # transformers cannot save the optimizer state of such a model
         "eval_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,
@@ -66,7 +66,7 @@ def build_arguments(config: Config, num_steps: int) -> TrainingArguments:
 
 @contextmanager
 def _alone(is_alone: bool) -> Iterator[None]:
-    """Hide that this process is a rank, where it is the only one: accelerate would wrap the model for one rank too."""
+    """Hide a single process's rank: accelerate would wrap the model even for one rank."""
     hidden = {name: os.environ.pop(name) for name in ("LOCAL_RANK",) if is_alone and name in os.environ}
     try:
         yield
@@ -75,7 +75,7 @@ def _alone(is_alone: bool) -> Iterator[None]:
 
 
 def forget_state() -> None:
-    """Forget who trained how in this process: the global state of transformers and accelerate."""
+    """Clear the global state of transformers and accelerate in this process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     unset_hf_deepspeed_config()

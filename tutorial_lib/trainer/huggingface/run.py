@@ -1,6 +1,6 @@
-"""A run that the Hugging Face Trainer trains: its rows, evaluations, stops, checkpoints and result.
+"""Run of the Hugging Face Trainer: its rows, evaluations, stops, checkpoints and result.
 
-The ``Trainer`` has the loop. This page is what the package's own loop does between two steps, called from there.
+The ``Trainer`` has the loop, and calls this module for the work that the package's own loop does between two steps.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ class HuggingFaceRun(Trainer):
         self.engine.trainer.train(resume_from_checkpoint=self.engine.resumes_from)
 
     def begin_training(self) -> bool:
-        """Evaluate before the first step. Return whether there is none in this start. Collective."""
+        """Evaluate before the first step, and return whether this start has no steps at all. Collective."""
         self._prepare_first_step()
-        if self.resumed_from is None:  # else the Trainer restores the states that were saved
+        if self.resumed_from is None:  # otherwise the Trainer restores the saved states
             seed_everything(self.config.run.seed + 1 + self.topology.dp_rank)
         return self._has_no_step()
 
     def begin_step(self) -> None:
-        """Start the clock of a step, and its probe if it is to be measured: its batches are about to be read."""
+        """Start the clock of a step, and the probe if this step is measured, just before its batches are read."""
         self._step_began = time.perf_counter()
         if self.config.run.measure and self.step + 1 == measured_step(self.num_steps):
             self._probe = StepProbe(self.topology)
@@ -75,37 +75,37 @@ class HuggingFaceRun(Trainer):
             self._probing.enter_context(self.engine.telling_after_backward(self.note_states))
 
     def note_states(self) -> None:
-        """Have the probe note the model states of this moment, if there is one: gradients are at their peak."""
+        """Let the probe, if there is one, note the current model states: gradients are at their peak now."""
         if self._probe:
             self._probe.note_states(self.engine)
 
     def note_batches(self, batches: list[Any], num_tokens: Tensor | int | None) -> None:
-        """Agree with all ranks on the tokens of the step that begins. Collective.
+        """Count the tokens of the step that starts, over all ranks. Collective.
 
         Args:
             batches: this rank's micro-batches of the step.
-            num_tokens: what the Trainer divides the loss sum by.
+            num_tokens: number by which the Trainer divides the loss sum.
 
         Raises:
-            ConfigError: no token counts, or the Trainer would divide by something else than their number.
+            ConfigError: no token counts, or the Trainer would divide by a different number.
         """
         self._tokens = count_tokens(batches, self.topology, step=self.step + 1)
         if num_tokens is None or int(num_tokens) != self._tokens:
             raise ConfigError(
                 f"engine='trainer' with {self.config.model.name!r}: the Hugging Face Trainer divides the loss of step "
-                f"{self.step + 1} by {num_tokens} tokens, and the step has {self._tokens}. This family's loss does not "
-                "weigh every token alike. Write another engine, such as engine='deepspeed'."
+                f"{self.step + 1} by {num_tokens} tokens, but the step has {self._tokens}. This family's loss does not "
+                "give every token the same weight. Choose another engine, such as engine='deepspeed'."
             )
 
     def end_step(self, step: int, logs: dict[str, float]) -> bool:
-        """Record a step that was trained. Return whether it was the last one of this start. Collective.
+        """Record a trained step, and return whether it was the last one of this start. Collective.
 
         Args:
             step: optimizer steps done.
-            logs: what the Trainer logs of it: ``loss``, ``learning_rate`` and, if known, ``grad_norm``.
+            logs: the Trainer's log of the step: ``loss``, ``learning_rate`` and, if known, ``grad_norm``.
 
         Raises:
-            NonFiniteLoss: the loss or the gradient is no longer a number.
+            NonFiniteLoss: the loss or the gradient is NaN or infinite.
         """
         norm = logs.get("grad_norm")
         if not math.isfinite(logs["loss"]):
@@ -127,10 +127,10 @@ class HuggingFaceRun(Trainer):
 
 
 class _TrainedModel:
-    """The model that a Trainer trains, as evaluation and checkpoints need it.
+    """The Trainer's model, with the interface that evaluation and checkpoints need.
 
     Args:
-        run: what is run.
+        run: the run that trains it.
     """
 
     def __init__(self, run: HuggingFaceRun) -> None:
@@ -160,7 +160,7 @@ class _TrainedModel:
         return _TrainersSchedule(self.trainer.lr_scheduler)
 
     def model_states(self) -> dict[str, list[Tensor]]:
-        """The tensors of this rank's model states by part: ``parameters``, ``gradients``, ``optimizer``."""
+        """Return the tensors of this rank's model states by part: ``parameters``, ``gradients``, ``optimizer``."""
         engine = self.trainer.deepspeed
         if engine is not None:
             from tutorial_lib.engine.deepspeed.engine import held_tensors
@@ -175,12 +175,12 @@ class _TrainedModel:
         }
 
     def layout(self) -> list[Any]:
-        """Nothing: the Trainer splits no parameter over a tensor-parallel group."""
+        """Return an empty list: the Trainer splits no parameter over a tensor-parallel group."""
         return []
 
     @contextmanager
     def telling_after_backward(self, tell: Callable[[], None]) -> Iterator[None]:
-        """Call ``tell`` after each backward pass. accelerate lets DeepSpeed update the weights right afterwards."""
+        """Call ``tell`` after each backward pass, before accelerate lets DeepSpeed update the weights."""
         engine = self.trainer.deepspeed
         if engine is None:
             self.trainer.after_backward = tell
@@ -198,7 +198,7 @@ class _TrainedModel:
         finally:
             self.trainer.after_backward = None
             if engine is not None:
-                del engine.backward  # the class's own again
+                del engine.backward  # uncovers the class's own method
 
     def train(self, mode: bool) -> None:
         self.trainer.model_wrapped.train(mode)
@@ -224,21 +224,21 @@ class _TrainedModel:
         self.resumes_from = str(trainer_format.written_by_trainer(directory))
 
     def deepspeed_config(self) -> dict[str, Any] | None:
-        """Return the configuration that DeepSpeed got in the end, or None without DeepSpeed."""
+        """Return the final DeepSpeed configuration, or None without DeepSpeed."""
         if not self._file:
             return None
         resolved = self.trainer.accelerator.state.deepspeed_plugin.deepspeed_config
         return dict(json.loads(json.dumps(resolved), parse_constant=str))  # JSON has no word for infinity
 
     def filled_in(self) -> dict[str, Any] | None:
-        """Return what every ``"auto"`` of the DeepSpeed file has become, by dotted key."""
+        """Return the final value of every ``"auto"`` in the DeepSpeed file, by dotted key."""
         resolved = self.deepspeed_config()
         if resolved is None or self._file is None:
             return None
         return {key: find(resolved, key) for key in auto_keys(read_json(self._file))}
 
     def close(self) -> None:
-        """Release what outlives the run, so that another one can be trained in the same process."""
+        """Release global state, so that another run can be trained in the same process."""
         if self.trainer.deepspeed is not None:
             self.trainer.deepspeed.destroy()
         self.trainer.accelerator.free_memory()
@@ -248,33 +248,33 @@ class _TrainedModel:
 
 
 def _held(parameter: Tensor) -> Tensor:
-    """Return what this rank holds of a parameter.
+    """Return the part of a parameter that this rank holds.
 
-    On a CPU, a shard that transformers has loaded is a window on the mapped weight file. What lies beside the window
-    is never read into memory, so a copy of the window stands for it.
+    On a CPU, a shard that transformers loaded is a window into the memory-mapped weight file. The rest of the file is
+    never read into memory, so this returns a copy of the window.
     """
     return local(parameter).clone() if isinstance(parameter, DTensor) else parameter
 
 
 def check_accelerator(device: torch.device) -> None:
-    """Refuse to split a model anywhere but where ``DistributedConfig`` puts it: on the accelerator that it finds.
+    """Refuse a run on a different device than the accelerator where ``DistributedConfig`` puts the model.
 
     Raises:
-        ConfigError: the run is to stay on the CPU, and there is a GPU.
+        ConfigError: the run should use the CPU, but there is a GPU.
     """
-    found = torch.accelerator.current_accelerator(check_available=True)  # a CUDA build alone is no GPU
+    found = torch.accelerator.current_accelerator(check_available=True)  # a CUDA build does not imply a GPU
     if found is not None and found.type != device.type:
         raise ConfigError(
-            f"shard_at_load=True puts the model on the {found.type} device that is there, and this run is to train on "
-            f"{device.type}. Write device={found.type!r}, or hide it (CUDA_VISIBLE_DEVICES='')."
+            f"shard_at_load=True puts the model on the {found.type} device of this machine, but this run should train "
+            f"on {device.type}. Write device={found.type!r}, or hide the device (CUDA_VISIBLE_DEVICES='')."
         )
 
 
 class _TrainersSchedule:
-    """The Trainer's learning-rate schedule, which checkpoints name, and which the Trainer restores from its own files.
+    """The Trainer's learning-rate schedule: checkpoints record it, but the Trainer restores it from its own files.
 
     Args:
-        scheduler: what the Trainer has built, or None before it trains.
+        scheduler: the Trainer's scheduler, or None before it trains.
     """
 
     def __init__(self, scheduler: Any) -> None:
@@ -284,11 +284,11 @@ class _TrainersSchedule:
         return dict(self._scheduler.state_dict())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Leave it to the Trainer."""
+        """Do nothing: the Trainer restores its schedule itself."""
 
 
 def _join_process_group(device: torch.device) -> None:
-    # DeepSpeed would take a GPU that is there, also for a run that is to stay on the CPU.
+    # Otherwise DeepSpeed would use a GPU whenever there is one, even for a run on the CPU.
     os.environ["DS_ACCELERATOR"] = device.type
     from tutorial_lib.engine.deepspeed.engine import join_process_group
 

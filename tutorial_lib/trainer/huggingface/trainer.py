@@ -1,14 +1,14 @@
-"""transformers' ``Trainer`` with this package's order of examples, AdamW and place for checkpoints.
+"""transformers' ``Trainer`` with this package's order of examples, AdamW and checkpoint directory.
 
-Four methods are enough to make its losses those of the package's own loop:
+Overriding four methods makes its losses equal those of the package's own loop:
 
 - ``get_train_dataloader``: micro-batches of this data-parallel rank, in the order that data, seed and global batch
   decide. accelerate must not deal them out to the ranks a second time;
-- ``create_optimizer``: AdamW decays every trained parameter. Left to itself, the ``Trainer`` leaves out biases and
-  norms, while DeepSpeed's JSON files have no such exception;
-- ``get_batch_samples``: where the ``Trainer`` counts the step's tokens, over all micro-batches and ranks, to divide the
-  loss sum by them. The run learns the number here;
-- ``_save_checkpoint``: the checkpoint goes into a directory that is hashed and gets its name when it is complete.
+- ``create_optimizer``: AdamW decays every trained parameter. By default, the ``Trainer`` excludes biases and norms,
+  while DeepSpeed's JSON files have no such exception;
+- ``get_batch_samples``: here the ``Trainer`` counts the step's tokens, over all micro-batches and ranks, and will
+  divide the loss sum by them. The run learns the number here;
+- ``_save_checkpoint``: the checkpoint goes into a directory that is hashed, and gets its name when it is complete.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class HuggingFaceTrainer(Trainer):
     """The ``Trainer`` of one run.
 
     Args:
-        run: has the data and the settings, and is told of every step.
-        model: what is trained.
+        run: the run, which has the data and the settings, and is informed of every step.
+        model: the model to train.
         args: from :func:`tutorial_lib.trainer.huggingface.arguments.build_arguments`.
     """
 
@@ -58,7 +58,7 @@ class HuggingFaceTrainer(Trainer):
         return self.optimizer
 
     def optimizer_states(self) -> list[dict[str, Any]]:
-        """Return what the optimizer keeps for each parameter; nothing before the first step."""
+        """Return the optimizer's state of each parameter; an empty list before the first step."""
         return list(self.optimizer.state.values()) if self.optimizer else []
 
     def training_step(self, *args: Any, **given: Any) -> Tensor:
@@ -77,14 +77,14 @@ class HuggingFaceTrainer(Trainer):
 
     def _run_epoch(self, *args: Any, **given: Any) -> None:
         if self.control.should_training_stop:
-            return  # asked for before the first step: nothing is left to train in this start
+            return  # this start has no steps left to train
         super()._run_epoch(*args, **given)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.run.save(and_train_on=True)
 
     def write_checkpoint(self, directory: Path) -> None:
-        """Write ``checkpoint-N`` into a directory, as the ``Trainer`` does. Collective."""
+        """Write the ``Trainer``'s ``checkpoint-N`` into a directory. Collective."""
         usual = self.args.output_dir
         self.args.output_dir = str(directory)
         try:
@@ -94,7 +94,7 @@ class HuggingFaceTrainer(Trainer):
 
 
 class _Callback(TrainerCallback):
-    """Tells the run of what happens, and the ``Trainer`` when to stop and to save."""
+    """Informs the run of the ``Trainer``'s progress, and tells the ``Trainer`` when to stop and to save."""
 
     def __init__(self, run: HuggingFaceRun) -> None:
         self.run = run
@@ -103,7 +103,7 @@ class _Callback(TrainerCallback):
         control.should_training_stop = self.run.begin_training()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if logs is not None and "loss" in logs:  # others sum up the whole training
+        if logs is not None and "loss" in logs:  # other logs summarise the training as a whole
             is_over = self.run.end_step(state.global_step, logs)
             control.should_training_stop = is_over
             control.should_save = not is_over and self.run.checkpoints.is_due(state.global_step)

@@ -1,9 +1,9 @@
-"""Empty stand-in for a package that Ray's processes would import and not use.
+"""Empty stand-in for a package that Ray's processes would import without using it.
 
-``import ray`` imports ``jsonschema``, and that imports ``rfc3987_syntax`` where it is installed, as Jupyter has it do.
-It builds a parser at import: 0.85 of the 1.14 seconds of processor time that ``import ray`` takes (median of three, on
-the machine of ``tests/benchmarks/results.json``), in each Python process that Ray starts. Without it ``jsonschema``
-leaves out one check (``format: iri``), which Ray never asks for.
+``import ray`` imports ``jsonschema``, which imports ``rfc3987_syntax`` if it is installed, as it is with Jupyter. At
+import it builds a parser: 0.85 of the 1.14 seconds of processor time that ``import ray`` takes (median of three, on the
+machine of ``tests/benchmarks/results.json``), in each Python process that Ray starts. Without it, ``jsonschema`` skips
+one check (``format: iri``), which Ray never needs.
 """
 
 raise ImportError("left out: slow to import, and Ray does not need it")

@@ -1,10 +1,10 @@
 """Worker start for Ray: the raylet runs this script, which asks the warm server to fork a worker.
 
-It stands in for Ray's own ``setup_worker.py``, which has the same task and arguments: put the environment variables of
-the runtime environment in place, then become the worker. Without a server, or where more than variables is asked for,
-it runs Ray's own. The name has to stay the same: the raylet looks for it.
+It stands in for Ray's own ``setup_worker.py``, which has the same task and arguments: set the environment variables of
+the runtime environment, then become the worker. Without a server, or if the runtime environment has more than
+variables, it runs Ray's own script. The file must keep this name, because the raylet looks for it.
 
-This module imports little, for it runs whenever a worker starts.
+This module imports little, because it runs whenever a worker starts.
 """
 
 import json
@@ -20,9 +20,9 @@ SERVER = "TUTORIAL_LIB_RAY_SERVER"
 
 
 def main() -> None:
-    """Have a worker forked; where that cannot be, become one the way Ray does."""
+    """Ask the server to fork a worker; if that is impossible, become one in Ray's own way."""
     context, worker = _split(sys.argv[1:])
-    plain = set(context) <= {"env_vars", "py_executable"} and worker[0].endswith(".py")  # and not an option of Python's
+    plain = set(context) <= {"env_vars", "py_executable"} and worker[0].endswith(".py")  # not an option for Python
     if plain and context.get("py_executable", sys.executable) == sys.executable:
         environment = {**os.environ, **context.get("env_vars", {})}
         if _fork({"arguments": worker, "environment": environment, "directory": os.getcwd(), "path": sys.path}):
@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def _split(arguments: list[str]) -> tuple[dict, list[str]]:
-    """Return the runtime environment's context, of which only what is set, and the worker's script and arguments."""
+    """Return the runtime environment's context without empty values, and the worker's script and arguments."""
     context, rest = {}, []
     for argument in arguments:
         name, _, value = argument.partition("=")
