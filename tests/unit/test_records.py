@@ -110,8 +110,10 @@ def test_a_lesson_removes_the_runs_of_its_own_directory_alone(tmp_path):
     storage = tmp_path / "runs" / "lesson"
     remove_runs(str(storage))
     a_run(storage, "one")
+    a_run(storage, "own-loop")
+    (storage / "own-loop" / "config.json").rename(storage / "own-loop" / ".lock")  # it writes no config.json
     (storage / "note.json").write_text("")
-    (storage / "mine").mkdir()
+    (storage / "mine" / "checkpoints").mkdir(parents=True)
     remove_runs(str(storage))
     assert sorted(path.name for path in storage.iterdir()) == [".lesson", ".reader.lock", "mine", "note.json"]
 

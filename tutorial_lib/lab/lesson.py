@@ -44,7 +44,12 @@ def remove_runs(storage: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         marker.write_text("The lesson that uses this directory removes the runs in it when it begins.\n")
     _reserve(directory)
-    runs = [path.parent for path in directory.glob("*/config.json") if (path.parent / "checkpoints").is_dir()]
+    # A loop of the reader's own leaves a lock beside its checkpoints, and no config.json.
+    runs = [
+        path.parent
+        for path in directory.glob("*/checkpoints")
+        if path.is_dir() and ((path.parent / "config.json").exists() or (path.parent / ".lock").exists())
+    ]
     if running := sorted(run.name for run in runs if _is_running(run)):
         raise ConfigError(
             f"{directory} cannot be emptied: {', '.join(running)} is still running in it. Wait until it ends, stop it, "

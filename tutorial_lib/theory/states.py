@@ -110,7 +110,7 @@ def model_states(workload: Workload, layout: Layout, params: int, accumulation: 
     host = memory.host_states(trained, layout.zero_stage, ranks, precision, layout.offload)
     total, gradients = device.total, device.gradients
     if layout.zero_stage == 1 and accumulation == 1:
-        # Reduced at once, as at stage 2: full gradients only wait between micro-batches (measured in lesson 01).
+        # Reduced at once, as at stage 2: full gradients only wait between micro-batches (measured in lab 01).
         reduced = memory.model_states(trained, 2, ranks, precision).gradients
         total, gradients = total - gradients + reduced, reduced
     if layout.offload == "all":
