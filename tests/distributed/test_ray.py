@@ -54,12 +54,22 @@ def test_a_resumed_run_on_ray_is_the_one_of_local_processes(runs, observed):
         assert [row[key] for row in second.rows] == [row[key] for row in whole.rows], key
 
 
-@pytest.mark.parametrize("kind", ["1x2-zero2", "fsdp-full"])
-def test_a_run_on_ray_is_the_one_of_local_processes(cluster, directory, observed, kind):
-    run = launch.run(cases.interruptible(directory, kind, "whole", name=f"ray-{kind}", launcher="ray"))
-    whole = observed(2, f"whole.{kind}")
-    for key in ("step", "loss", "grad_norm", "tokens", "epoch", "lr"):
-        assert [row[key] for row in run.rows] == [row[key] for row in whole.rows], key
+def test_local_processes_continue_a_run_that_ray_began(cluster, directory, observed):
+    begun = on_ray(directory).override(name="ray-begun")
+    launch.run(begun.override(stop_after=cases.STOP))
+    run = launch.run(begun.override(launcher="local"))
+    assert run.result["resumed_from"] == cases.STOP
+    assert [row["loss"] for row in run.rows] == [row["loss"] for row in observed(2, "whole.zero1").rows]
+
+
+def test_runs_on_ray_are_those_of_local_processes(cluster, directory, observed):
+    """They share two workers, although one is 1 x 2 and the other 2 x 1."""
+    kinds = ("1x2-zero2", "fsdp-full")
+    configs = [cases.interruptible(directory, kind, "whole", name=f"ray-{kind}", launcher="ray") for kind in kinds]
+    for kind, run in zip(kinds, launch.run_all(configs), strict=True):
+        whole = observed(2, f"whole.{kind}")
+        for key in ("step", "loss", "grad_norm", "tokens", "epoch", "lr"):
+            assert [row[key] for row in run.rows] == [row[key] for row in whole.rows], (kind, key)
 
 
 def test_rows_are_handed_on_once(runs):

@@ -8,46 +8,58 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tutorial_lib.dataloader import load_rows
-from tutorial_lib.lab.scripts import hangs, torchrun, train_fsdp
+from tutorial_lib.lab.scripts import hangs, torchrun, train_2d, train_fsdp
 from tutorial_lib.models.loading import resolve_model
+
+SIZES = ["--global-batch", 4, "--seq-length", 32]
+
+
+@pytest.fixture(scope="module")
+def model_and_text(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """Options that name a model and a text. Qwen2 has rotary frequencies, buffers that are stored nowhere."""
+    corpus = tmp_path_factory.mktemp("text") / "corpus.txt"
+    corpus.write_text("\n".join(load_rows("embedded/news", "train", max_examples=100)["text"]))
+    return ["--model", resolve_model("embedded/qwen2"), "--text", corpus]
 
 
 def losses(lines: list[str]) -> list[float]:
     return [float(line.split()[3]) for line in lines]
 
 
-def test_fsdp_on_two_ranks_and_then_on_one_is_plain_pytorch(tmp_path: Path) -> None:
-    """Qwen2 has rotary frequencies, which are buffers that no file stores; lesson 03 uses the tied GPT-2."""
-    path, corpus = resolve_model("embedded/qwen2"), tmp_path / "corpus.txt"
-    corpus.write_text("\n".join(load_rows("embedded/news", "train", max_examples=100)["text"]))
-    flags = [
-        "--model",
-        path,
-        "--text",
-        corpus,
-        "--directory",
-        tmp_path / "run",
-        "--global-batch",
-        4,
-        "--seq-length",
-        32,
-    ]
-    sharded = losses(torchrun(train_fsdp, 2, *flags, "--steps", 2)) + losses(
-        torchrun(train_fsdp, 1, *flags, "--steps", 3)
-    )
-
+def train_plainly(model_and_text: list[object], num_steps: int) -> list[float]:
+    """Train in this process, on the rows that the scripts read with these sizes."""
+    _, path, _, corpus = model_and_text
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     rows = train_fsdp.read_rows(corpus, AutoTokenizer.from_pretrained(path), 32)
-    plain = []
-    for tokens in rows[:12].split(4):
+    found = []
+    for tokens in rows[: 4 * num_steps].split(4):
         loss = cross_entropy(model(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        plain.append(loss.item())
-    assert sharded == pytest.approx(plain, rel=1e-6)
+        found.append(loss.item())
+    return found
+
+
+def test_fsdp_on_two_ranks_and_then_on_one_is_plain_pytorch(tmp_path: Path, model_and_text: list[object]) -> None:
+    """Lesson 03 does the same with tied GPT-2."""
+    flags = [*model_and_text, *SIZES, "--directory", tmp_path / "run"]
+    first = losses(torchrun(train_fsdp, 2, *flags, "--steps", 2))
+    second = losses(torchrun(train_fsdp, 1, *flags, "--steps", 3))
+    assert first + second == pytest.approx(train_plainly(model_and_text, 3), rel=1e-6)
+
+
+def test_a_grid_of_four_and_then_two_tensor_parallel_ranks_are_plain_pytorch(
+    tmp_path: Path, model_and_text: list[object]
+) -> None:
+    """The last of three steps after the resume would show moments that were not restored."""
+    flags = [*model_and_text, *SIZES, "--directory", tmp_path / "run"]
+    first = losses(torchrun(train_2d, 4, *flags, "--tp", 2, "--steps", 2))
+    second = losses(torchrun(train_2d, 2, *flags, "--tp", 2, "--steps", 5))
+    assert (len(first), len(second)) == (2, 3)
+    assert first + second == pytest.approx(train_plainly(model_and_text, 5), rel=1e-6)
 
 
 def test_a_script_that_fails_shows_its_own_error() -> None:

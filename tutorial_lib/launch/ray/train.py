@@ -323,8 +323,9 @@ def _worker(given: dict[str, Any]) -> None:
     from tutorial_lib.trainer.process import output_to
 
     context = ray.train.get_context()
-    rank, dp = context.get_world_rank(), context.get_world_size() // given["tp"]
-    configs = [resized(Config.from_json(text), dp) for text in given["configs"]]
+    rank, num_ranks = context.get_world_rank(), context.get_world_size()
+    asked = [Config.from_json(text) for text in given["configs"]]
+    configs = [resized(config, num_ranks // config.parallel.tp) for config in asked]
     directory = RunDirectory(configs[-1].directory)
     if rank == 0 and directory.restarts():
         directory.clear_errors()  # left by failed workers that these replace

@@ -1,0 +1,74 @@
+"""Functions of a notebook on several ranks, the picture of the grid, and the exercises of lesson 02."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.multiprocessing import ProcessRaisedException
+
+from tutorial_lib.lab import tensor_parallel
+
+
+def test_every_rank_calls_the_function_in_one_process_group() -> None:
+    factor = 10
+
+    def add_up(power: int) -> list[float]:  # a function of this function, as a notebook's cells have them
+        print("not shown")
+        number = torch.tensor(float(factor**power * dist.get_rank()))
+        dist.all_reduce(number)
+        return [dist.get_rank(), dist.get_world_size(), number.item()]
+
+    assert tensor_parallel.on_ranks(3, add_up, 2) == [[0, 3, 300.0], [1, 3, 300.0], [2, 3, 300.0]]
+
+
+def test_what_a_rank_prints_is_not_shown(capfd: pytest.CaptureFixture[str]) -> None:
+    tensor_parallel.on_ranks(1, lambda: print("said by a rank"))
+    assert capfd.readouterr().out == ""
+
+
+def test_an_error_of_one_rank_ends_the_others_and_is_told() -> None:
+    def fail() -> None:
+        if dist.get_rank() == 1:
+            raise ValueError("rank 1 has a reason")
+        dist.barrier()
+
+    with pytest.raises(ProcessRaisedException, match="rank 1 has a reason"):
+        tensor_parallel.on_ranks(2, fail)
+
+
+def test_the_picture_names_the_grid() -> None:
+    drawn = tensor_parallel.draw_grid(2, 3)
+    assert "2 x 3" in drawn.title and "2 rows" in drawn.alt and "3 columns" in drawn.alt
+
+
+def test_the_global_batch_counts_ranks_that_read_different_rows() -> None:
+    batch = tensor_parallel.global_batch(micro_batch=2, dp=4, tp=2, accumulation=4)
+    assert batch.check(32).right is True
+    assert batch.check(64).right is False and "every process" in batch.check(64).reason
+    assert batch.check(8).right is False and "one pass" in batch.check(8).reason
+
+
+def test_tp_divides_both_kinds_of_heads_and_the_node() -> None:
+    largest = tensor_parallel.largest_tp(heads=28, kv_heads=4, gpus_per_node=8)
+    assert largest.check(4).right is True
+    assert largest.check(8).right is False and "as many heads" in largest.check(8).reason
+    assert largest.check(7).right is False and "key-value heads" in largest.check(7).reason
+    few = tensor_parallel.largest_tp(heads=16, kv_heads=2, gpus_per_node=8)
+    assert few.check(2).right is True and "key-value heads" in few.check(8).reason
+
+
+def test_partners_are_a_column_of_the_grid() -> None:
+    partners = tensor_parallel.gradient_partners(rank=5, dp=4, tp=2)
+    assert partners.check([1, 3, 5, 7]).right is True and partners.check({7, 5, 3, 1}).right is True
+    assert partners.check([4, 5]).right is False and "a row of the grid" in partners.check([4, 5]).reason
+    assert "Add rank 5" in partners.check([1, 3, 7]).reason
+    assert "a column" in partners.check([0, 2, 4, 6]).reason
+    assert partners.check(5).right is False and "another form" in partners.check(5).reason
+    assert partners.check().right is None
+
+
+def test_only_activations_grow_with_the_sequence() -> None:
+    grows = tensor_parallel.what_grows()
+    assert grows.check("tensor parallel").right is True
+    assert grows.check("ZeRO-3").right is False and grows.check("both").right is False

@@ -1,0 +1,173 @@
+"""Lesson 02: functions of a notebook on several ranks, the picture of the grid, and the exercises."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tutorial_lib.lab.exercises import Exercise, Feedback, choice, number
+from tutorial_lib.lab.figures import BLUE, GREEN, INK, ORANGE, PURPLE, Figure, styled_axes
+
+T = TypeVar("T")
+
+
+def on_ranks(num_ranks: int, function: Callable[..., T], *arguments: Any) -> list[T]:
+    """Call a function in several processes that form a process group, and return what each rank returned.
+
+    The processes are forked from this one, so the function may be one of a notebook's cells. They compute on CPUs, with
+    one thread each, and talk over loopback alone. What they print is not shown.
+
+    Args:
+        num_ranks: processes.
+        function: what every rank calls; what it returns can be pickled.
+        *arguments: the same for every rank.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: the function raised on a rank, and the others were ended; the
+            message is the traceback.
+    """
+    import torch.multiprocessing as mp
+
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # warns of each rank that it ends
+    with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
+        scratch = Path(name)
+        given = (num_ranks, scratch, function, arguments)
+        mp.start_processes(_be_rank, given, nprocs=num_ranks, start_method="fork")
+        return [pickle.loads((scratch / str(rank)).read_bytes()) for rank in range(num_ranks)]
+
+
+def _be_rank(
+    rank: int, num_ranks: int, scratch: Path, function: Callable[..., object], arguments: tuple[Any, ...]
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    sys.stdout = sys.stderr = (scratch / f"{rank}.out").open("w")
+    for descriptor in (1, 2):
+        os.dup2(sys.stdout.fileno(), descriptor)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)  # threads do not survive a fork
+    dist.init_process_group("gloo", init_method=f"file://{scratch}/rendezvous", rank=rank, world_size=num_ranks)
+    result = function(*arguments)
+    (scratch / str(rank)).write_bytes(pickle.dumps(result))
+    dist.destroy_process_group()
+
+
+def draw_grid(dp: int, tp: int) -> Figure:
+    """Draw the ranks of a grid: a coloured row for each tensor-parallel group, a frame for each data-parallel one."""
+    from matplotlib.patches import FancyBboxPatch
+
+    rows, columns = (BLUE, GREEN), (ORANGE, PURPLE)
+    title = f"Every rank of a {dp} x {tp} grid belongs to one row and one column"
+    alt = f"A grid of {dp} rows, the tensor-parallel groups, and {tp} columns, the data-parallel groups, of ranks."
+    step = 1.6  # from column to column
+    with styled_axes(title, alt, size=(7.0, 1.5 + 0.9 * dp)) as (axes, drawn):
+        axes.set_axis_off()
+        axes.set(xlim=(-0.75, step * tp + 2.6), ylim=(dp + 0.1, -0.75))
+
+        def box(x: float, y: float, width: float, height: float, **look: Any) -> None:
+            axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=0.1", **look))
+
+        def write(x: float, y: float, text: str, **look: Any) -> None:
+            axes.text(x, y, text, **{"va": "center", "ha": "center", "fontsize": 9, **look})
+
+        for row in range(dp):
+            box(-0.65, row + 0.1, step * tp - 0.1, 0.8, facecolor=rows[row % 2], alpha=0.3, linewidth=0)
+            told = f"TP group {row}: the same rows of text,\nevery layer split {tp} ways"
+            write(step * tp - 0.6, row + 0.5, told, ha="left")
+        for column in range(tp):
+            x = step * column + 0.1
+            box(x - 0.6, -0.2, 1.2, dp + 0.25, fill=False, edgecolor=columns[column % 2], linewidth=2.5)
+            write(x, -0.3, f"DP group {column}:\nthe same shares", va="bottom")
+            for row in range(dp):
+                box(x - 0.45, row + 0.22, 0.9, 0.56, facecolor=INK, linewidth=0)
+                write(x, row + 0.5, f"rank {row * tp + column}", color="#ffffff", fontsize=9.5, fontweight="bold")
+    return drawn[0]
+
+
+def global_batch(micro_batch: int, dp: int, tp: int, accumulation: int) -> Exercise:
+    """Ask for the sequences per step of a grid."""
+    return Exercise(
+        f"You start {dp * tp} processes as dp = {dp} x tp = {tp}. Each forward pass takes {micro_batch} sequences, and "
+        f"gradients accumulate over {accumulation} passes. How many sequences make up one optimizer step?",
+        check=number(
+            micro_batch * dp * accumulation,
+            unit="sequences",
+            near={
+                micro_batch * dp * tp * accumulation: "You counted every process. Which of them read different rows?",
+                micro_batch * dp: "That is one pass of all ranks. A step has several.",
+            },
+        ),
+        hints=["How many of the ranks read different rows?", "micro-batch x dp x accumulation."],
+        solution=f"{micro_batch} x {dp} x {accumulation} = {micro_batch * dp * accumulation}. The {tp} ranks of a "
+        "tensor-parallel group read the same rows, so they count once.",
+    )
+
+
+def largest_tp(heads: int, kv_heads: int, gpus_per_node: int) -> Exercise:
+    """Ask for the largest tensor-parallel size that a model and a node allow."""
+    sizes = [tp for tp in range(1, gpus_per_node + 1) if gpus_per_node % tp == heads % tp == kv_heads % tp == 0]
+    near: dict[float, str] = {
+        gpus_per_node: "Every rank needs as many heads as the others. Can you deal them out?",
+        max(tp for tp in range(1, gpus_per_node + 1) if heads % tp == 0): "That divides the attention heads. Does it "
+        "divide the key-value heads, and the GPUs of a node?",
+    }
+    near.pop(max(sizes), None)
+    return Exercise(
+        f"A model has {heads} attention heads and {kv_heads} key-value heads. Your nodes have {gpus_per_node} GPUs, "
+        "and a tensor-parallel group should stay inside one. What is the largest tp?",
+        check=number(max(sizes), near=near),
+        hints=["Attention is split by heads.", "tp must divide both numbers of heads, and the GPUs of a node."],
+        solution=f"{max(sizes)}. It divides {heads} heads, {kv_heads} key-value heads and {gpus_per_node} GPUs; no "
+        "larger number does.",
+    )
+
+
+def gradient_partners(rank: int, dp: int, tp: int) -> Exercise:
+    """Ask for the data-parallel group of a rank."""
+    partners = list(range(rank % tp, dp * tp, tp))
+    row = list(range(rank // tp * tp, rank // tp * tp + tp))
+
+    def check(answer: Any) -> Feedback:
+        found = sorted(int(each) for each in answer)
+        if found == partners:
+            return Feedback(True)
+        if found == sorted(set(partners) - {rank}):
+            return Feedback(False, f"Add rank {rank} itself: a group has all its members.")
+        if found == row:
+            return Feedback(False, "Those share its layers: that is the tensor-parallel group, a row of the grid.")
+        return Feedback(False, "Draw the grid: rows are filled first. The data-parallel group is a column.")
+
+    return Exercise(
+        f"dp = {dp} x tp = {tp}. Which ranks form the data-parallel group of rank {rank}? Answer with a list of ranks.",
+        check=check,
+        hints=["Draw the grid, rows first.", f"They all have tp rank {rank} % {tp}."],
+        solution=f"{partners}: every rank with tp rank {rank % tp}. They hold the same part of every layer and average "
+        "its gradients.",
+    )
+
+
+def what_grows() -> Exercise:
+    """Ask which traffic depends on the tokens of a step."""
+    return Exercise(
+        "You double the sequence length and keep everything else. Whose traffic per step doubles? Answer `tensor "
+        "parallel`, `ZeRO-3` or `both`.",
+        check=choice(
+            "tensor parallel",
+            near={
+                "ZeRO-3": "It sends parameters and gradients. Do those depend on how long a sequence is?",
+                "both": "One of them sends parameters and gradients, which do not grow.",
+            },
+        ),
+        hints=["What does each of them send: activations, or parameters?"],
+        solution="`tensor parallel`. It sends activations, which grow with every token. ZeRO-3 sends 3Ψ elements per "
+        "micro-batch, however many tokens that has.",
+    )
