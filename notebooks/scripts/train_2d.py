@@ -54,7 +54,7 @@ def build_model(path, mesh, precision=torch.float32):
 
 
 def train(options, mesh):
-    """Train, or continue, up to step `options.steps`. (`clip_grad_norm_` refuses gradients on two meshes at once.)"""
+    """Train, or continue, up to step `options.steps`."""
     device, dp = mesh.device_type, mesh["dp"]
     model = build_model(options.model, mesh, torch.bfloat16 if device == "cuda" else torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, foreach=False)  # one mesh at a time
@@ -72,7 +72,8 @@ def train(options, mesh):
         tokens = rows[(step * options.global_batch + mine) % len(rows)].to(device)
         loss = model(tokens, labels=tokens, use_cache=False).loss
         loss.backward()
-        groups = [[p for p in model.parameters() if p.device_mesh.ndim == n] for n in (1, 2)]  # on dp; on dp and tp
+        # clip_grad_norm_ refuses gradients on two meshes at once: parameters on dp, and those on dp and tp
+        groups = [[p for p in model.parameters() if p.device_mesh.ndim == n] for n in (1, 2)]
         norms = [get_total_norm([p.grad for p in group]).full_tensor() for group in groups]
         for group in groups:
             clip_grads_with_norm_(group, 1.0, torch.stack(norms).norm())
