@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.cluster.nodes import ROOT, Node, VirtualNodes, end
-from tutorial_lib.lab import ray_nodes
+from tutorial_lib.launch.ray.nodes import NOTICE_A_LOST_NODE
 
 PORT = 6379
 CPUS = 3
@@ -37,7 +37,7 @@ class RayCluster:
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "RAY_ADDRESS": f"{self.head.address}:{PORT}",
-            **ray_nodes.SETTINGS,
+            **NOTICE_A_LOST_NODE,
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
         }
 

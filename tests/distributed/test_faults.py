@@ -29,9 +29,9 @@ from tutorial_lib import checkpoint, launch
 from tutorial_lib.checkpoint import CheckpointError
 from tutorial_lib.checkpoint.directory import checkpoints
 from tutorial_lib.config import Config, ConfigError
-from tutorial_lib.lab import ray_nodes
 from tutorial_lib.launch.ray import cluster
 from tutorial_lib.launch.ray import train as ray_train
+from tutorial_lib.launch.ray.nodes import NOTICE_A_LOST_NODE
 from tutorial_lib.records import RunDirectory
 
 SOON = 30
@@ -487,7 +487,7 @@ def three_ray_nodes() -> Iterator[Any]:
     """Start three Ray nodes of one slot each, as raylets here. Rank 1 is not on the first one, which must survive."""
     with pytest.MonkeyPatch.context() as patch:
         ours = {"PYTHONPATH": str(ROOT), "RAY_AUTH_TOKEN": cluster.TOKEN, "GLOO_SOCKET_IFNAME": "lo"}
-        for name, value in {**cluster.SETTINGS, **ray_nodes.SETTINGS, **ours}.items():
+        for name, value in {**cluster.SETTINGS, **NOTICE_A_LOST_NODE, **ours}.items():
             patch.setenv(name, value)
         from ray.cluster_utils import Cluster
 

@@ -1,9 +1,9 @@
 """Ray cluster of two nodes on one machine, one of which can be lost: for lessons without a cluster.
 
 Each node is a raylet with CPU slots of its own, as ``ray start`` makes it, so Ray treats the second one as it treats
-another machine. The loss is a SIGKILL to all its processes. Another process owns the nodes
-(``python -m tutorial_lib.lab.ray_nodes CPUS``): Ray keeps one cluster's token per process, and a notebook may have used
-another cluster before.
+another machine. The loss is a SIGKILL to all its processes. A process of their own starts the nodes
+(``python -m tutorial_lib.launch.ray.nodes CPUS``): Ray keeps one cluster's token per process, and a notebook may have
+used another cluster before.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from types import TracebackType
 from typing import Any
 
-SETTINGS = {
+NOTICE_A_LOST_NODE = {
     "RAY_AUTH_MODE": "token",
     # A node counts as dead when it has not answered for about 1.5 s. By default that takes 15 s and more.
     "RAY_health_check_initial_delay_ms": "500",
@@ -27,6 +27,7 @@ SETTINGS = {
     "RAY_prestart_worker_first_driver": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+"""Environment of a cluster that notices a lost node within seconds."""
 
 
 class TwoNodes:
@@ -43,9 +44,9 @@ class TwoNodes:
     """
 
     def __init__(self, cpus: int = 1) -> None:
-        self.environment = {**SETTINGS, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        self.environment = {**NOTICE_A_LOST_NODE, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         self._owner = subprocess.Popen(
-            [sys.executable, "-m", "tutorial_lib.lab.ray_nodes", str(cpus)],
+            [sys.executable, "-m", "tutorial_lib.launch.ray.nodes", str(cpus)],
             env={**os.environ, **self.environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
