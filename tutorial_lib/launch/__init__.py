@@ -9,7 +9,19 @@ the caller. Its modules therefore import anything that needs torch inside functi
 
 from tutorial_lib.launch.checks import preflight
 from tutorial_lib.launch.errors import WorkerError
+from tutorial_lib.launch.loops import run_loop
 from tutorial_lib.launch.runs import Interrupted, Run, reshape, run, run_all, warm_up
 from tutorial_lib.launch.watch import OnRows
 
-__all__ = ["Interrupted", "OnRows", "Run", "WorkerError", "preflight", "reshape", "run", "run_all", "warm_up"]
+__all__ = [
+    "Interrupted",
+    "OnRows",
+    "Run",
+    "WorkerError",
+    "preflight",
+    "reshape",
+    "run",
+    "run_all",
+    "run_loop",
+    "warm_up",
+]

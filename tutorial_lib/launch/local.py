@@ -61,13 +61,16 @@ def warm_up(device: str = "cpu") -> None:
     _idle.append(_take(device))
 
 
-def launch(configs: Sequence[Config], poll: Callable[[], None], worker: str = WORKER) -> None:
+def launch(
+    configs: Sequence[Config], poll: Callable[[], None], worker: str = WORKER, arguments: Sequence[str] = ()
+) -> None:
     """Run the configurations one after the other on ``dp x tp`` new processes.
 
     Args:
         configs: what to run; all need the same number of ranks and the same device.
         poll: called a few times per second while the ranks run.
-        worker: module that every rank runs; it has a ``main(configs_file, rendezvous_file)``.
+        worker: module that every rank runs; it has a ``main(configs_file, rendezvous_file, *arguments)``.
+        arguments: further arguments of its ``main``.
 
     Raises:
         WorkerError: a rank failed. All ranks have ended when this is raised.
@@ -78,7 +81,7 @@ def launch(configs: Sequence[Config], poll: Callable[[], None], worker: str = WO
     try:
         outputs = [scratch / f"rank-{rank:03d}.out" for rank in range(configs[0].parallel.world_size)]
         failures = server.run(
-            _job(configs, scratch, outputs, worker),
+            _job(configs, scratch, outputs, worker, arguments),
             poll,
             is_stopped=lambda: any(directory.stop_file.exists() for directory in directories),
         )
@@ -270,7 +273,9 @@ def _modules() -> tuple[str, ...]:
     return () if os.environ.get("TUTORIAL_LIB_WARM_WORKERS") == "0" else MODULES
 
 
-def _job(configs: Sequence[Config], scratch: Path, outputs: Sequence[Path], worker: str) -> Job:
+def _job(
+    configs: Sequence[Config], scratch: Path, outputs: Sequence[Path], worker: str, arguments: Sequence[str]
+) -> Job:
     configs_file = scratch / "configs.json"
     configs_file.write_text(json.dumps([config.flat() for config in configs]))
     world_size = len(outputs)
@@ -283,7 +288,7 @@ def _job(configs: Sequence[Config], scratch: Path, outputs: Sequence[Path], work
     shared = {**defaults, **os.environ, **size}  # shared by all ranks, so that a pickle holds each string only once
     return Job(
         module=worker,
-        arguments=(str(configs_file), str(scratch / "rendezvous")),
+        arguments=(str(configs_file), str(scratch / "rendezvous"), *arguments),
         environments=tuple({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)),
         outputs=tuple(map(str, outputs)),
         directory=os.getcwd(),

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
 
 from tutorial_lib.checkpoint.formats.base import WEIGHT, WEIGHTS_AND_OPTIMIZER, FullTensors
 from tutorial_lib.models.fused_qkv import by_part, is_fused_by_part
@@ -18,7 +20,7 @@ from tutorial_lib.models.fused_qkv import by_part, is_fused_by_part
 
 class DCP(FullTensors):
     def _stored_names(self) -> Iterable[str]:
-        stored = dcp.FileSystemReader(self._directory).read_metadata().state_dict_metadata
+        stored = self._reader.read_metadata().state_dict_metadata
         return (name.removeprefix("parameters.") for name in stored if name.startswith("parameters."))
 
     def _read(self, name: str, kind: str) -> Tensor:
@@ -40,8 +42,23 @@ class DCP(FullTensors):
     def _load(self, wanted: dict[str, Any]) -> None:
         """Fill tensors in place. DCP looks up the parts of files that it needs in its index, which is a pickle."""
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*load in a single process")  # that is intended
-            dcp.load(wanted, checkpoint_id=str(self._directory), no_dist=True)
+            warnings.filterwarnings("ignore", message=".*load in a single process")  # that is the intent
+            dcp.load(wanted, storage_reader=self._reader, no_dist=True)
+
+    @functools.cached_property
+    def _reader(self) -> FileSystemReader:
+        return _Reader(self._directory)
+
+
+class _Reader(FileSystemReader):
+    """Read the index once. Otherwise each tensor that is loaded by itself would read all of it again."""
+
+    _index: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._index is None:
+            self._index = super().read_metadata(*args, **kwargs)
+        return self._index
 
 
 def rank_and_contents(name: str) -> tuple[int, str] | None:

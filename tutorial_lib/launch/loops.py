@@ -1,0 +1,78 @@
+"""Training loops of the reader's own, such as that of ``notebooks/scripts/train_zero.py``, on local ranks."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.launch import local
+from tutorial_lib.launch.checks import preflight
+from tutorial_lib.records import RunDirectory
+
+Loop = Callable[[dict[str, Any]], Any]
+"""A function of ``{"config": JSON text}``, as Ray's ``TorchTrainer`` calls it on every worker."""
+
+
+def run_loop(loop: Loop, config: Config) -> Any:
+    """Call a training loop on every rank of a local launch, and return what it returns on rank 0.
+
+    What the ranks print goes into the logs of the run.
+
+    Args:
+        loop: a function of a Python file, which every rank imports.
+        config: what to run, with ``launcher="local"``.
+
+    Raises:
+        ConfigError: the configuration cannot run here, or the loop is in no file; no rank was started.
+        WorkerError: a rank failed; all are gone when this is raised.
+    """
+    file = Path(inspect.getfile(loop))
+    if not file.is_file() or config.run.launcher != "local":
+        raise ConfigError(
+            f"run_loop starts launcher='local' (here {config.run.launcher!r}) on a loop that each rank imports from "
+            f"its file (here {file}). Write the loop into a .py file, or give it to Ray's TorchTrainer."
+        )
+    config = preflight(config)
+    run = RunDirectory(config.directory)
+    run.create()
+    run.clear_requests()
+    with TemporaryDirectory() as scratch:
+        result = Path(scratch) / "result.json"
+        local.launch([config], lambda: None, __name__, (str(file.resolve()), loop.__name__, str(result)))
+        return json.loads(result.read_text())
+
+
+def main(configs_file: str, rendezvous: str, file: str, name: str, result: str) -> None:
+    """Be one rank: import the loop and call it in a process group of all ranks."""
+    from tutorial_lib.launch import worker
+
+    worker.main(configs_file, rendezvous, functools.partial(_call, file, name, Path(result)))
+
+
+def _call(file: str, name: str, result: Path, configs: Sequence[Config]) -> None:
+    from tutorial_lib.mpu import Topology
+    from tutorial_lib.trainer.process import output_to
+
+    (config,) = configs
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    rank = Topology.from_environment(config.parallel).rank
+    with output_to(RunDirectory(config.directory).log_file(rank)):
+        returned = getattr(module, name)({"config": config.to_json()})
+    if rank == 0:
+        result.write_text(json.dumps(returned))
+
+
+if __name__ == "__main__":
+    import sys
+
+    main(*sys.argv[1:])
