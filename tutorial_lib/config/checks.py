@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from tutorial_lib.config import Config
 
 
-_LARGEST_SEED = 2**32 - 1  # the largest that every random-number generator accepts
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes; limits of Linux and its file systems
 
 
@@ -41,21 +40,13 @@ def validate(config: Config, settings: Mapping[str, Setting]) -> None:
     for flag in ("model", "dataset", "deepspeed", "storage"):
         if flat[flag] is not None:
             check_path(flag, flat[flag])
-    for flag in ("beta1", "beta2"):
-        if not 0 <= flat[flag] < 1:
-            raise ConfigError(f"{flag} is {flat[flag]}; write a number from 0 up to, but not including, 1.")
-    for flag, setting in settings.items():
-        if setting.at_least is not None and flat[flag] is not None and flat[flag] < setting.at_least:
-            raise ConfigError(f"{flag} is {flat[flag]}; the smallest possible value is {setting.at_least}.")
+    for setting in settings.values():
+        _check_range(setting, flat[setting.flag])
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", run.name):
         raise ConfigError(
             f"Run name {run.name!r} cannot be a directory name. Use only letters, digits, '.', '_' and '-', "
             "starting with a letter or digit, at most 200; directories go into storage."
         )
-    if run.seed > _LARGEST_SEED:
-        raise ConfigError(f"seed is {run.seed}; the largest possible value is {_LARGEST_SEED}.")
-    if engine.zero_stage not in (0, 1, 2, 3):
-        raise ConfigError(f"zero_stage is {engine.zero_stage}; ZeRO has the stages 0, 1, 2 and 3.")
     has_zero = engine.name == "deepspeed" or (engine.name == "trainer" and engine.deepspeed_file is not None)
     if has_zero and engine.offload == "all" and engine.zero_stage != 3:
         raise ConfigError(
@@ -315,6 +306,17 @@ def _check_shard_at_load(config: Config) -> None:
             f"is written at the end. Leave {asked[0]} out, or write a DeepSpeed file (deepspeed='zero3') instead of "
             "shard_at_load."
         )
+
+
+def _check_range(setting: Setting, value: Any) -> None:
+    if value is None:
+        return
+    if setting.at_least is not None and value < setting.at_least:
+        raise ConfigError(f"{setting.flag} is {value}; the smallest possible value is {setting.at_least}.")
+    if setting.at_most is not None and value > setting.at_most:
+        raise ConfigError(f"{setting.flag} is {value}; the largest possible value is {setting.at_most}.")
+    if setting.below is not None and value >= setting.below:
+        raise ConfigError(f"{setting.flag} is {value}; write a number below {setting.below}.")
 
 
 def _check_type(setting: Setting, value: Any) -> None:

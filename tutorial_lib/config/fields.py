@@ -1,6 +1,6 @@
 """Sections of a configuration: every setting with its default, its help text, and the rules for that setting alone.
 
-A field's metadata is the single source for the engines that read the setting, its smallest value, and whether a
+A field's metadata is the single source for the engines that read the setting, its choices and range, and whether a
 resumed run may change it. The lists that other modules use are derived from it.
 """
 
@@ -33,6 +33,8 @@ def _setting(
     flag: str | None = None,
     choices: tuple[Any, ...] | None = None,
     at_least: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
     engines: tuple[str, ...] = ENGINES,
     resume: Resume = "fixed",
 ) -> Any:
@@ -44,11 +46,14 @@ def _setting(
         flag: the flat name, if it differs from the field's name.
         choices: all possible values.
         at_least: the smallest possible value.
+        at_most: the largest possible value.
+        below: the smallest value that is too large.
         engines: the engines that read it.
         resume: whether a resumed run may change it; see :data:`Resume`.
     """
     metadata = {
-        "flag": flag, "help": help, "choices": choices, "at_least": at_least, "engines": engines, "resume": resume
+        "flag": flag, "help": help, "choices": choices, "at_least": at_least, "at_most": at_most, "below": below,
+        "engines": engines, "resume": resume,
     }  # fmt: skip
     return field(default=default, metadata=metadata)
 
@@ -115,6 +120,8 @@ class EngineConfig:
     zero_stage: int = _setting(
         3,
         "0: nothing partitioned; 1: optimizer states; 2: + gradients; 3: + parameters (deepspeed only)",
+        at_least=0,
+        at_most=3,
         engines=("deepspeed",),
         resume="free",
     )
@@ -214,8 +221,8 @@ class OptimizerConfig:
     """AdamW and its learning-rate schedule."""
 
     learning_rate: float = _setting(1e-3, "peak learning rate", at_least=0.0)
-    beta1: float = _setting(0.9, "decay of the first moment")
-    beta2: float = _setting(0.999, "decay of the second moment")
+    beta1: float = _setting(0.9, "decay of the first moment", at_least=0, below=1)
+    beta2: float = _setting(0.999, "decay of the second moment", at_least=0, below=1)
     eps: float = _setting(1e-8, "added to the denominator", at_least=0.0)
     weight_decay: float = _setting(0.01, "decoupled weight decay, applied to every trained parameter", at_least=0.0)
     gradient_clipping: float = _setting(1.0, "largest global gradient norm; 0 turns clipping off", at_least=0.0)
@@ -250,7 +257,12 @@ class RunConfig:
     stop_after: int | None = _setting(
         None, "save and stop after this optimizer step, as a time limit would", at_least=1, resume="one start"
     )
-    seed: int = _setting(0, "seed of the data order, of dropout, and of random weights", at_least=0)
+    seed: int = _setting(
+        0,
+        "seed of the data order, of dropout, and of random weights",
+        at_least=0,
+        at_most=2**32 - 1,  # the largest that every random-number generator accepts
+    )
     global_batch: int = _setting(8, "sequences per optimizer step, over all ranks and micro-batches", at_least=1)
     micro_batch: int | None = _setting(
         None, "sequences per forward pass and rank; default: global_batch / dp", at_least=1, resume="free"
@@ -314,5 +326,7 @@ class Setting:
     help: str
     choices: tuple[Any, ...] | None
     at_least: float | None
+    at_most: float | None
+    below: float | None
     engines: tuple[str, ...]
     resume: Resume

@@ -13,10 +13,10 @@ AT_LOAD = {"engine": "trainer", "shard_at_load": True}
 @pytest.mark.parametrize(
     ("flat", "message"),
     [
-        ({"zero_stage": 5}, "ZeRO has the stages 0, 1, 2 and 3"),
+        ({"zero_stage": 5}, "zero_stage is 5; the largest possible value is 3"),
         ({"model": ""}, "model is empty; write a value"),
         ({"storage": " "}, "storage is empty; write a value"),
-        ({"zero_stage": -1}, "ZeRO has the stages 0, 1, 2 and 3"),
+        ({"zero_stage": -1}, "zero_stage is -1; the smallest possible value is 0"),
         ({"zero_stage": 2, "offload": "all"}, "needs zero_stage=3, not 2"),
         ({"zero_stage": 0, "offload": "optimizer"}, "zero_stage=1, 2 or 3"),
         ({"precision": "fp16"}, "needs a GPU: on a CPU write precision='bf16' or 'fp32'"),
@@ -28,6 +28,8 @@ AT_LOAD = {"engine": "trainer", "shard_at_load": True}
         ({"name": ""}, "cannot be a directory name"),
         ({"name": "a" * 201}, "cannot be a directory name.* at most 200"),
         ({"seed": 2**32}, "seed is 4294967296; the largest possible value is 4294967295"),
+        ({"beta1": 1.0}, "beta1 is 1.0; write a number below 1"),
+        ({"beta2": -0.1}, "beta2 is -0.1; the smallest possible value is 0"),
         ({"zero_stge": 1}, "Did you mean 'zero_stage'"),
         ({"seq_length": "long"}, "seq_length is 'long', a str; write a value of type int"),
         ({"dp": True}, "dp is True, a bool"),

@@ -58,7 +58,7 @@ BAD = {
         ["--engine", "deepspeed", "--dp", "2", "--global-batch", "7"],
         "Write global_batch=6 or 8",
     ),
-    "a stage that does not exist": (["--zero-stage", "4"], "ZeRO has the stages 0, 1, 2 and 3"),
+    "a stage that does not exist": (["--zero-stage", "4"], "zero_stage is 4; the largest possible value is 3"),
     "parameter offload below stage 3": (
         ["--engine", "deepspeed", "--offload", "all", "--zero-stage", "2"],
         "Write offload='optimizer', or zero_stage=3",
