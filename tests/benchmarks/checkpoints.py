@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_map
 from tests.benchmarks.on_ranks import run_on_ranks
 from tutorial_lib import checkpoint
 from tutorial_lib.checkpoint import writer
+from tutorial_lib.checkpoint.directory import finish_deletions
 from tutorial_lib.checkpoint.manifest import sync
 from tutorial_lib.config import Config
 from tutorial_lib.embedded import model_directory
@@ -128,7 +129,7 @@ def compare(config: Config) -> None:
     session.close()
     if topology.rank == 0:
         run.result_file.write_text(json.dumps(result))
-        checkpoint.finish_deletions()
+        finish_deletions()
         shutil.rmtree(run.checkpoints)
         shutil.rmtree(plain.directory)
     gc.collect()
@@ -213,7 +214,7 @@ def _alternated(files: _Plain, **procedures: Callable[[], float | None]) -> list
         seconds = {}
         for name, procedure in list(procedures.items())[:: 1 if number % 2 else -1]:
             files.settle()
-            checkpoint.finish_deletions()
+            finish_deletions()
             os.sync()
             dist.barrier()
             began = time.perf_counter()

@@ -18,6 +18,7 @@ from tests.distributed import cases
 from tests.distributed.comparing import assert_equal, assert_identical, compare
 from tests.distributed.test_equivalence import allowed
 from tutorial_lib import checkpoint
+from tutorial_lib.checkpoint.compatibility import shape
 from tutorial_lib.cli import main
 from tutorial_lib.config import Config
 from tutorial_lib.records import RunDirectory
@@ -97,7 +98,7 @@ def test_a_run_goes_on_in_another_shape(observed, reshaped, directory, name):
     run, whole = reshaped(f"reshaped.{name}"), observed(1, f"unbroken.{cases.case_of(name)}")
     result, (before, *_) = run.directory.result(), cases.ancestors(directory, name)
     assert result["resumed_from"] == before.run.stop_after
-    assert result["reshaped_from"] == checkpoint.shape(before.flat())
+    assert result["reshaped_from"] == shape(before.flat())
     if run.config.run.stop_after:
         assert run.examples == whole.examples[cases.STOP : run.config.run.stop_after]
         return
@@ -158,7 +159,7 @@ def test_the_command_makes_a_run_that_goes_on(observed, launched, directory, cap
     made = json.loads(capsys.readouterr().out)
     assert made["run"] == str(storage / "made") and made["step"] == cases.STOP
     assert made["shape"] == {"engine": "torch", "device": "cpu", "dp": 1, "tp": 1}
-    assert made["reshaped_from"] == checkpoint.shape(source.flat())
+    assert made["reshaped_from"] == shape(source.flat())
     assert {path: path.read_bytes() for path in files} == files, "the old run is as it was"
     assert not [path.name for path in storage.iterdir() if path.name.startswith(".")]
     run = RunDirectory(storage / "made")

@@ -17,25 +17,12 @@ The engine's files are pickles, FSDP2's ``.metadata`` among them: unpickling run
 you or your job wrote. The manifest protects against damage, not against forgery.
 """
 
-from tutorial_lib.checkpoint.compatibility import check_continues, reads_data, shape
-from tutorial_lib.checkpoint.directory import (
-    clear_remains,
-    directory_of,
-    finish_deletions,
-    latest,
-    newest_intact,
-    next_start_from,
-)
+from tutorial_lib.checkpoint.directory import directory_of, latest, newest_intact
 from tutorial_lib.checkpoint.exporter import export
 from tutorial_lib.checkpoint.formats import MOMENTS, FullTensors, open_full
 from tutorial_lib.checkpoint.loader import load
-from tutorial_lib.checkpoint.lock import check_free, held_for_launch
-from tutorial_lib.checkpoint.manager import CheckpointManager, OnCheckpoint
+from tutorial_lib.checkpoint.manager import CheckpointManager
 from tutorial_lib.checkpoint.manifest import CheckpointError, verify
-from tutorial_lib.checkpoint.reshape import checkpoint_of, reshaped_config, staged
-from tutorial_lib.checkpoint.saver import Progress
-from tutorial_lib.checkpoint.start import Start, find_start, opened_for_training
-from tutorial_lib.checkpoint.storage import check_storage, storage_failure
 from tutorial_lib.checkpoint.writer import Writer
 
 __all__ = [
@@ -43,30 +30,12 @@ __all__ = [
     "CheckpointError",
     "CheckpointManager",
     "FullTensors",
-    "OnCheckpoint",
-    "Progress",
-    "Start",
     "Writer",
-    "check_continues",
-    "check_free",
-    "check_storage",
-    "checkpoint_of",
-    "clear_remains",
     "directory_of",
     "export",
-    "find_start",
-    "finish_deletions",
-    "held_for_launch",
     "latest",
     "load",
     "newest_intact",
-    "next_start_from",
     "open_full",
-    "opened_for_training",
-    "reads_data",
-    "reshaped_config",
-    "shape",
-    "staged",
-    "storage_failure",
     "verify",
 ]

@@ -40,6 +40,7 @@ def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
 
 def reshape(options: argparse.Namespace) -> int:
     from tutorial_lib import checkpoint, launch
+    from tutorial_lib.checkpoint.compatibility import shape
 
     with stdout_for_json_alone(options.json):
         run = launch.reshape(options.source, **given(options))
@@ -48,7 +49,7 @@ def reshape(options: argparse.Namespace) -> int:
         "checkpoint": str(checkpoint.latest(run.directory)),
         "step": run.result["step"],
         "reshaped_from": run.result["reshaped_from"],
-        "shape": checkpoint.shape(run.config.flat()),
+        "shape": shape(run.config.flat()),
     }
     before, after = shape_in_words(made["reshaped_from"] or made["shape"]), shape_in_words(made["shape"])
     print(json.dumps(made) if options.json else f"{before}\n-> {after}: {made['checkpoint']}")
@@ -57,9 +58,10 @@ def reshape(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace) -> int:
     from tutorial_lib import checkpoint
+    from tutorial_lib.checkpoint.reshape import checkpoint_of
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the CPU merges shards; otherwise DeepSpeed warns of a missing GPU
-    source = checkpoint.checkpoint_of(options.source)
+    source = checkpoint_of(options.source)
     with stdout_for_json_alone(options.json):
         target = checkpoint.export(source, options.target, options.max_shard_size)
     print(json.dumps({"checkpoint": str(source), "export": str(target)}) if options.json else f"{source} -> {target}")

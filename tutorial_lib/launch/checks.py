@@ -28,7 +28,10 @@ def preflight(config: Config) -> Config:
         ConfigError: names what cannot run here and what to write instead.
         CheckpointError: there are checkpoints, but none of them can be resumed.
     """
-    from tutorial_lib.checkpoint import check_continues, check_free, check_storage, latest, reads_data
+    from tutorial_lib.checkpoint import latest
+    from tutorial_lib.checkpoint.compatibility import check_continues, reads_data
+    from tutorial_lib.checkpoint.lock import check_free
+    from tutorial_lib.checkpoint.storage import check_storage
     from tutorial_lib.dataloader import check_data, data_identity
     from tutorial_lib.engine.deepspeed.config import apply_file
     from tutorial_lib.engine.deepspeed.config import check_tensor_parallel as check_autotp

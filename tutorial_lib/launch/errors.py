@@ -31,7 +31,8 @@ def first_error(directories: Sequence[RunDirectory], otherwise: str) -> Exceptio
 
 def next_start(directories: Sequence[RunDirectory]) -> str:
     """Describe where the same runs would resume if they were started again."""
-    from tutorial_lib.checkpoint import CheckpointError, next_start_from
+    from tutorial_lib.checkpoint import CheckpointError
+    from tutorial_lib.checkpoint.directory import next_start_from
 
     try:
         found = {directory.path.name: next_start_from(directory) for directory in directories}

@@ -85,19 +85,20 @@ def reshape(source: Path, **flat: Any) -> Run:
 
     Args:
         source: a run's directory (its newest checkpoint), or one checkpoint.
-        flat: ``name`` of the new run, and settings that differ (see :func:`tutorial_lib.checkpoint.reshaped_config`).
+        flat: ``name`` of the new run, and settings that differ, as in
+            :func:`tutorial_lib.checkpoint.reshape.reshaped_config`.
 
     Raises:
         CheckpointError: the checkpoint is damaged.
         ConfigError: the settings cannot run or would change the updates, or a run of this name exists.
         WorkerError: a worker failed; there is no new run.
     """
-    from tutorial_lib import checkpoint
+    from tutorial_lib.checkpoint.reshape import checkpoint_of, reshaped_config, staged
 
-    source = checkpoint.checkpoint_of(source)
-    config = checkpoint.reshaped_config(source, flat)
+    source = checkpoint_of(source)
+    config = reshaped_config(source, flat)
     try:
-        with checkpoint.staged(source, config) as start:
+        with staged(source, config) as start:
             run(start)
     except WorkerError as error:
         # The logs are gone together with the temporary directory of the attempt.
@@ -122,7 +123,7 @@ def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None, worker:
     warm_up(first)
     if worker and first.run.launcher != "local":
         raise ValueError(f"worker={worker!r} is for launcher='local'; launcher={first.run.launcher!r} has its own.")
-    from tutorial_lib import checkpoint
+    from tutorial_lib.checkpoint.lock import held_for_launch
 
     configs = [preflight(config) for config in configs]
     check_together(configs)
@@ -131,7 +132,7 @@ def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None, worker:
     directories = [RunDirectory(config.directory) for config in configs]
     with ExitStack() as held:
         for directory in directories:
-            held.enter_context(checkpoint.held_for_launch(directory, rank or 0))
+            held.enter_context(held_for_launch(directory, rank or 0))
         signals: list[int] = []
         watched = Watcher(directories, on_rows, signals)
         if rank is None:  # otherwise rank 0 does this when it trains

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tutorial_lib import checkpoint
-from tutorial_lib.checkpoint import CheckpointManager, OnCheckpoint
+from tutorial_lib.checkpoint import CheckpointManager
+from tutorial_lib.checkpoint.directory import finish_deletions
+from tutorial_lib.checkpoint.manager import OnCheckpoint
+from tutorial_lib.checkpoint.start import Start, find_start
 from tutorial_lib.config import Config
 from tutorial_lib.dataloader import build_eval_loader, build_train_loader, data_identity
 from tutorial_lib.engine import build_engine
@@ -65,7 +67,7 @@ class Trainer:
         """Build data, model, optimizer and checkpoints. Collective."""
         config, topology = self.config, self.topology
         self.tokenizer = load_tokenizer(config.model.name, trust_remote_code=config.model.trust_remote_code)
-        start = checkpoint.find_start(config, topology, lambda: data_identity(config, self.tokenizer))
+        start = find_start(config, topology, lambda: data_identity(config, self.tokenizer))
         loader: Any = self.build_loader() if start.reads_data else _NoData(config, start)
         self.loader = loader
         self.num_steps: int = self.loader.num_steps
@@ -105,7 +107,7 @@ class Trainer:
         reshaped_alone = self.checkpoints.reshaped_from and self.step == self.resumed_from
         if self.checkpoints.saved_at != self.step or reshaped_alone:
             self.save(and_train_on=False)
-        checkpoint.finish_deletions()
+        finish_deletions()
         return self._finish()
 
     def close(self) -> None:
@@ -239,7 +241,7 @@ class _NoData:
         start: where this start begins.
     """
 
-    def __init__(self, config: Config, start: checkpoint.Start) -> None:
+    def __init__(self, config: Config, start: Start) -> None:
         self.num_steps = self.last_step = config.run.steps or start.saved_num_steps()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

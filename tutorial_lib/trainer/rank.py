@@ -8,8 +8,10 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
-from tutorial_lib import checkpoint
-from tutorial_lib.checkpoint import OnCheckpoint
+from tutorial_lib.checkpoint.directory import clear_remains
+from tutorial_lib.checkpoint.manager import OnCheckpoint
+from tutorial_lib.checkpoint.start import opened_for_training
+from tutorial_lib.checkpoint.storage import storage_failure
 from tutorial_lib.config import Config
 from tutorial_lib.mpu import Topology
 from tutorial_lib.mpu.collectives import barrier
@@ -55,7 +57,7 @@ def train(config: Config, *, on_checkpoint: OnCheckpoint | None = None) -> Resul
     """
     started = time.perf_counter()
     topology, run = Topology.from_environment(config.parallel), RunDirectory(config.directory)
-    with checkpoint.opened_for_training(run, topology):
+    with opened_for_training(run, topology):
         # Only torchrun's ranks clear old requests here. Other launchers already did, and a new request may have come.
         if topology.rank == 0 and config.run.launcher == "none" and "RANK" in os.environ:
             run.clear_requests()
@@ -72,10 +74,10 @@ def train(config: Config, *, on_checkpoint: OnCheckpoint | None = None) -> Resul
                     trainer.close()
                     gc.collect()
             except BaseException as error:
-                refused = checkpoint.storage_failure(run, error)
+                refused = storage_failure(run, error)
                 with suppress(OSError):
                     if refused:
-                        checkpoint.clear_remains(run)  # a partial checkpoint may leave no space to write the error
+                        clear_remains(run)  # a partial checkpoint may leave no space to write the error
                     # If nothing can be written, the launcher still has the output that Python prints at the end.
                     run.write_error(topology.rank, refused or error)
                 if refused:

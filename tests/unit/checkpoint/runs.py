@@ -6,6 +6,7 @@ import torch
 
 from tutorial_lib import checkpoint
 from tutorial_lib.checkpoint import manifest
+from tutorial_lib.checkpoint.directory import finish_deletions
 from tutorial_lib.config import Config
 from tutorial_lib.mpu import Topology
 
@@ -59,7 +60,7 @@ ALONE = Topology(dp=1, tp=1, rank=0)
 
 
 def names(run):
-    checkpoint.finish_deletions()
+    finish_deletions()
     return sorted(path.name for path in run.checkpoints.iterdir())
 
 

@@ -9,6 +9,7 @@ import pytest
 from tests.unit.checkpoint.runs import config
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.checkpoint import manifest
+from tutorial_lib.checkpoint.reshape import checkpoint_of, reshaped_config
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.records import RunDirectory
 
@@ -52,7 +53,7 @@ def saved_with(run, **flat):
 @pytest.mark.parametrize("what", SHAPES)
 def test_a_reshape_takes_over_what_fits_the_new_shape(tmp_path, what):
     saved, given, expected = SHAPES[what]
-    reshaped = checkpoint.reshaped_config(saved_with(tmp_path / "old", **saved), {"name": "new", **given})
+    reshaped = reshaped_config(saved_with(tmp_path / "old", **saved), {"name": "new", **given})
     assert {name: reshaped.flat()[name] for name in expected} == expected
     assert reshaped.directory == tmp_path / "new", "beside the old run"
 
@@ -72,7 +73,7 @@ def test_a_reshape_takes_over_what_fits_the_new_shape(tmp_path, what):
 def test_a_reshape_that_cannot_be_is_refused_before_anything_is_made(tmp_path, given, message):
     path = saved_with(tmp_path / "old")
     with pytest.raises(ConfigError, match=message):
-        checkpoint.reshaped_config(path, given)
+        reshaped_config(path, given)
     assert [p.name for p in tmp_path.iterdir()] == ["old"]
 
 
@@ -132,5 +133,5 @@ def test_a_reshape_needs_no_data(model, tmp_path, monkeypatch):
 
 def test_a_source_may_be_under_the_users_home(halved, monkeypatch):
     monkeypatch.setenv("HOME", str(halved.directory.path.parent))
-    found = checkpoint.checkpoint_of(Path("~") / halved.directory.path.name)
+    found = checkpoint_of(Path("~") / halved.directory.path.name)
     assert found == checkpoint.latest(halved.directory)

@@ -20,6 +20,7 @@ from tests.unit.checkpoint.runs import (
 )
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.checkpoint import directory, manifest
+from tutorial_lib.checkpoint.directory import clear_remains, finish_deletions
 from tutorial_lib.checkpoint.retention import Pruner
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.engine.single import TorchEngine
@@ -55,7 +56,7 @@ def test_nothing_else_is_ever_deleted(run):
         (run.checkpoints / name).mkdir()
     (run.checkpoints / "note.txt").write_text("")
     pruner(run, keep_last=1).prune(checkpoint.directory_of(run, 3))
-    checkpoint.clear_remains(run)
+    clear_remains(run)
     assert names(run) == sorted([*others, "note.txt", *steps(3)])
     with pytest.raises(ValueError, match="not named like a checkpoint"):
         directory.delete(run.checkpoints / "mine")
@@ -162,7 +163,7 @@ def test_a_deletion_that_is_interrupted_leaves_nothing_that_looks_like_a_checkpo
     assert remains.startswith(".deleting-step-00000001-")
     assert seen == steps(2)
     assert checkpoint.newest_intact(run) == (checkpoint.directory_of(run, 2), [])
-    checkpoint.clear_remains(run)
+    clear_remains(run)
     assert names(run) == steps(2)
 
 
@@ -182,7 +183,7 @@ def test_pruning_does_not_wait_until_files_are_gone(run, monkeypatch):
         assert [path.name for path in directory.checkpoints(run)] == steps(2)
         assert len(list(run.checkpoints.iterdir())) == 2, "the room is not free yet"
         may_delete.set()
-        checkpoint.finish_deletions()
+        finish_deletions()
     assert sorted(path.name for path in run.checkpoints.iterdir()) == steps(2)
 
 

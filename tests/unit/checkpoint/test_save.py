@@ -21,6 +21,8 @@ from tests.unit.checkpoint.runs import (
 )
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.checkpoint import CheckpointError, Writer, directory, manifest, storage
+from tutorial_lib.checkpoint.directory import clear_remains
+from tutorial_lib.checkpoint.storage import storage_failure
 from tutorial_lib.engine.single import TorchEngine
 from tutorial_lib.records import RunDirectory
 
@@ -163,7 +165,7 @@ def test_only_an_error_of_the_runs_own_storage_is_told_as_one(tmp_path, monkeypa
     if refused:
         monkeypatch.setattr(storage, "_refusal", lambda directory: refused)
     error = OSError(number, os.strerror(number), str(tmp_path / name) if isinstance(name, str) else name)
-    found = checkpoint.storage_failure(run, error)
+    found = storage_failure(run, error)
     assert re.search(expected, str(found)) if expected else found is None
 
 
@@ -175,6 +177,6 @@ def test_a_save_killed_before_its_last_rename_is_completed_and_others_are_remove
     (partials[1] / "manifest.json").unlink()
     make_checkpoint(run, 3)
     (run.checkpoints / ".partial-step-00000004").mkdir()
-    checkpoint.clear_remains(run)
+    clear_remains(run)
     assert names(run) == steps(1, 3)
     assert directory.partial_of(finals[0]) != partials[0], "what outlives a start writes into another one"
