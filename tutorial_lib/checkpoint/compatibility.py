@@ -122,7 +122,7 @@ def _check_settings(saved: dict[str, Any], config: Config, may_differ: set[str],
             "more steps. "
         )
     raise ConfigError(
-        f"Run {config.run.name!r} cannot go on with other settings: {changes}. {why}"
+        f"Run {config.run.name!r} cannot resume with different settings: {changes}. {why}"
         f"Write the old values, or give the new run another name. {_from_its_export(config)}"
     )
 
@@ -148,7 +148,7 @@ def _check_shape(saved: dict[str, Any], config: Config) -> None:
         names = [name for name in before | now if before.get(name) != now.get(name)]
         changes = "; ".join(f"{name} was {before.get(name)!r}, now {now.get(name)!r}" for name in names)
         raise ConfigError(
-            f"Run {config.run.name!r} cannot go on in a different shape: {changes}. The Hugging Face Trainer reads "
+            f"Run {config.run.name!r} cannot resume in a different shape: {changes}. The Hugging Face Trainer reads "
             "only its own checkpoints, in the shape they were saved in, and no other engine reads those. Write the "
             "old values. " + _from_its_export(config)
         )
@@ -242,7 +242,7 @@ def _data_changes(before: dict[str, str], now: dict[str, str], config: Config) -
 def _check_model(changes: list[str], config: Config) -> None:
     if changes:
         raise ConfigError(
-            f"Run {config.run.name!r} cannot go on with another model than the one of its checkpoint: "
+            f"Run {config.run.name!r} cannot resume with a model that differs from its checkpoint's: "
             f"{'; '.join(changes)}. Put back what {config.model.name!r} was, or give the new run another name."
         )
 
@@ -250,7 +250,7 @@ def _check_model(changes: list[str], config: Config) -> None:
 def _check_data(changes: list[str], config: Config) -> None:
     if changes:
         raise ConfigError(
-            f"Run {config.run.name!r} cannot go on with different data: of {config.data.name!r}, "
+            f"Run {config.run.name!r} cannot resume with different data: of {config.data.name!r}, "
             f"{' and '.join(changes)} than when the checkpoint was saved. Put the old data back, or give the new run "
             "another name. " + _from_its_export(config)
         )

@@ -342,7 +342,6 @@ def _check_batch_sizes(config: Config) -> None:
     if run.micro_batch and share % run.micro_batch:
         divisors = [d for d in range(1, share + 1) if share % d == 0]
         raise ConfigError(
-            f"Batch sizes do not multiply: global_batch={run.global_batch} = dp={dp} x micro_batch={run.micro_batch} "
-            f"x accumulation has no whole accumulation. A rank's share is {share}; write micro_batch as one of "
-            f"{divisors}."
+            f"global_batch={run.global_batch} cannot be split: dp={dp} x micro_batch={run.micro_batch} = "
+            f"{dp * run.micro_batch} does not divide it. Write micro_batch as one of {divisors}."
         )

@@ -57,7 +57,7 @@ def test_another_model_of_the_same_name_is_refused_before_anything_starts(own_mo
     settings = json.loads((own / "config.json").read_text())
     (own / "config.json").write_text(json.dumps(settings | {"n_head": 2, "embd_pdrop": 0.2}))
     with pytest.raises(
-        ConfigError, match=r"another model.*embd_pdrop was 0.1, now 0.2; n_head was 4, now 2\."
+        ConfigError, match=r"a model that differs.*embd_pdrop was 0.1, now 0.2; n_head was 4, now 2\."
     ) as error:
         launch.preflight(run.config.override(stop_after=None))
     assert "or give the new run another name" in str(error.value)

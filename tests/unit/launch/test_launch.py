@@ -53,7 +53,7 @@ BAD = {
     "no row left after filtering": (["--dataset", "{blank}"], "all 8 are blank"),
     "too few rows for a step": (["--global-batch", "16"], "has 8 rows, fewer than global_batch=16"),
     "sequences longer than the model": (["--seq-length", "513"], "Write seq_length=512 or less"),
-    "batch sizes that do not multiply": (["--micro-batch", "4", "--global-batch", "6"], "one of [1, 2, 3, 6]"),
+    "a batch that cannot be split": (["--micro-batch", "4", "--global-batch", "6"], "one of [1, 2, 3, 6]"),
     "a global batch that ranks cannot share": (
         ["--engine", "deepspeed", "--dp", "2", "--global-batch", "7"],
         "Write global_batch=6 or 8",
@@ -304,7 +304,7 @@ def test_a_stop_request_of_an_earlier_start_is_forgotten(tmp_path):
 def test_a_run_that_goes_on_with_other_settings_is_refused_before_processes_start(tmp_path):
     config_ = config(tmp_path, name="same", dp=1, engine="torch", steps=1)
     launch.run(config_)
-    with pytest.raises(ConfigError, match=r"cannot go on with other settings: learning_rate was 0.001, now 0.5"):
+    with pytest.raises(ConfigError, match=r"cannot resume with different settings: learning_rate was 0.001, now 0.5"):
         launch.preflight(config_.override(learning_rate=0.5))
     with pytest.raises(ConfigError, match="resume='never' forbids resuming from it"):
         launch.preflight(config_.override(resume="never"))
