@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 
 from tests.cluster import record
-from tests.cluster.nodes import VirtualNodes
+from tests.cluster.nodes import ROOT, VirtualNodes
 from tests.cluster.slurm import SlurmCluster
 from tests.distributed.cases import MATRIX
 from tutorial_lib.lab.scaling import recording
@@ -42,3 +45,19 @@ def test_gloo_over_the_loopback_fails_in_the_recorded_words(virtual_nodes: Virtu
     words = "connectFullMesh failed"
     assert words in recording()["wrong_interface"]
     assert words in record.wrong_interface(virtual_nodes)
+
+
+@slow
+def test_the_lesson_submits_its_job_where_slurm_answers(cluster: SlurmCluster, shared: Path) -> None:
+    """Its kernel runs on the head node, so that its `--submit` meets the real SLURM."""
+    lesson = nbformat.read(ROOT / "notebooks" / "06_scaling_out.ipynb", as_version=4)
+    needed = ("PROFILE = ", "import json", "if diagnose().scheduler")
+    lesson.cells = [cell for cell in lesson.cells if cell.cell_type == "code" and cell.source.startswith(needed)]
+    assert len(lesson.cells) == len(needed)
+    lesson.cells[0].source += f"\nSTORAGE = {str(shared / 'submitted')!r}"
+    nbformat.write(lesson, shared / "lesson.ipynb")
+    cluster.run([sys.executable, "-m", "jupyter", "execute", "--inplace", str(shared / "lesson.ipynb")], timeout=200)
+    outputs = nbformat.read(shared / "lesson.ipynb", as_version=4).cells[-1].outputs
+    said = "".join(output.text for output in outputs if output.output_type == "stream")
+    (apart,) = re.findall(r"two nodes \(submitted here\) .* at most (\S+) of their size", said)
+    assert float(apart) <= 1e-6
