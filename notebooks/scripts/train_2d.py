@@ -72,8 +72,7 @@ def train(options, mesh):
         tokens = rows[(step * options.global_batch + mine) % len(rows)].to(device)
         loss = model(tokens, labels=tokens, use_cache=False).loss
         loss.backward()
-        # clip_grad_norm_ refuses gradients on two meshes at once: parameters on dp, and those on dp and tp
-        groups = [[p for p in model.parameters() if p.device_mesh.ndim == n] for n in (1, 2)]
+        groups = [[p for p in model.parameters() if p.device_mesh.ndim == n] for n in (1, 2)]  # clip each mesh's own
         norms = [get_total_norm([p.grad for p in group]).full_tensor() for group in groups]
         for group in groups:
             clip_grads_with_norm_(group, 1.0, torch.stack(norms).norm())
