@@ -1,6 +1,10 @@
-"""Functions of a notebook on several ranks, the picture of the grid, and the exercises of lesson 02."""
+"""Functions and scripts on several ranks, the picture of the grid, and the exercises of lesson 02."""
 
 from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -27,6 +31,18 @@ def test_what_a_rank_prints_is_not_shown(capfd: pytest.CaptureFixture[str]) -> N
     assert capfd.readouterr().out == ""
 
 
+def test_what_a_rank_logs_does_not_reach_a_handler_of_the_notebook(tmp_path: Path) -> None:
+    handler = logging.FileHandler(tmp_path / "notebook.log")
+    logger = logging.getLogger("of-a-library")
+    logger.addHandler(handler)
+    try:
+        tensor_parallel.on_ranks(1, lambda: logger.warning("said by a rank"))
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+    assert (tmp_path / "notebook.log").read_text() == ""
+
+
 def test_an_error_of_one_rank_ends_the_others_and_is_told() -> None:
     def fail() -> None:
         if dist.get_rank() == 1:
@@ -35,6 +51,20 @@ def test_an_error_of_one_rank_ends_the_others_and_is_told() -> None:
 
     with pytest.raises(ProcessRaisedException, match="rank 1 has a reason"):
         tensor_parallel.on_ranks(2, fail)
+
+
+def test_a_script_runs_as_under_torchrun(tmp_path: Path) -> None:
+    (tmp_path / "say.py").write_text(
+        "import sys, torch, torch.distributed as dist\n"
+        "dist.init_process_group('gloo')\n"
+        "number = torch.tensor(float(sys.argv[1]))\n"
+        "dist.all_reduce(number)\n"
+        "print(__name__, dist.get_rank(), number.item())\n"
+        "dist.destroy_process_group()\n"
+    )
+    script = ModuleType("say")
+    script.__file__ = str(tmp_path / "say.py")
+    assert tensor_parallel.run_script(script, 2, 1.5) == ["__main__ 0 3.0"]
 
 
 def test_the_picture_names_the_grid() -> None:
