@@ -1,4 +1,4 @@
-"""What a resume reads: the bytes that each rank takes from the files of a checkpoint. Lesson 04 starts it."""
+"""Bytes that each rank reads from the files of a checkpoint when a run resumes. Lesson 04 starts it."""
 
 import psutil
 import torch.distributed as dist

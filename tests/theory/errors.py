@@ -42,7 +42,7 @@ class Errors:
 
     @property
     def is_judged(self) -> bool:
-        """Whether the time model covers the run."""
+        """Return True if the time model covers the run."""
         return not self.run.not_modelled
 
 

@@ -1,18 +1,15 @@
-"""Lesson 02: functions and scripts on several ranks, the picture of the grid, and the exercises."""
+"""Lesson 02: functions on several ranks, the picture of the grid, and the exercises."""
 
 from __future__ import annotations
 
 import logging
 import os
 import pickle
-import runpy
-import socket
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeVar
 
 from tutorial_lib.lab.exercises import Exercise, Feedback, choice, number
@@ -36,44 +33,19 @@ def on_ranks(num_ranks: int, function: Callable[..., T], *arguments: Any) -> lis
         torch.multiprocessing.ProcessRaisedException: the function raised on a rank, and the others were ended; the
             message is the traceback.
     """
-    with tempfile.TemporaryDirectory() as name:
-        scratch = Path(name)
-        _fork(num_ranks, scratch, _call, function, arguments)
-        return [pickle.loads((scratch / str(rank)).read_bytes()) for rank in range(num_ranks)]
-
-
-def run_script(script: ModuleType, num_ranks: int, *arguments: object) -> list[str]:
-    """Run a script as ``torchrun`` does, and return the lines that rank 0 prints.
-
-    The processes are forked from this one, so they need not import PyTorch and transformers again.
-
-    Args:
-        script: of :mod:`tutorial_lib.lab.scripts`; it sets up its process group itself.
-        num_ranks: processes.
-        *arguments: of the script; numbers and paths are written as text.
-
-    Raises:
-        torch.multiprocessing.ProcessRaisedException: as :func:`on_ranks`.
-    """
-    with tempfile.TemporaryDirectory() as name, socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-        free.close()
-        _fork(num_ranks, Path(name), _run, [str(script.__file__), *map(str, arguments)], port)
-        return (Path(name) / "0.out").read_text().splitlines()
-
-
-def _fork(num_ranks: int, scratch: Path, target: Callable[..., None], *arguments: Any) -> None:
-    """Call ``target(rank, num_ranks, scratch, *arguments)`` in forked processes, and wait for their end."""
     import torch.multiprocessing as mp
 
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # warns of each rank that it ends
-    with warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
-        mp.start_processes(_be_rank, (num_ranks, scratch, target, arguments), nprocs=num_ranks, start_method="fork")
+        scratch = Path(name)
+        mp.start_processes(_be_rank, (num_ranks, scratch, function, arguments), nprocs=num_ranks, start_method="fork")
+        return [pickle.loads((scratch / str(rank)).read_bytes()) for rank in range(num_ranks)]
 
 
-def _be_rank(rank: int, num_ranks: int, scratch: Path, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _be_rank(rank: int, num_ranks: int, scratch: Path, function: Callable[..., object], arguments: Any) -> None:
     import torch
+    import torch.distributed as dist
 
     sys.stdout = (scratch / f"{rank}.out").open("w")
     sys.stderr = (scratch / f"{rank}.err").open("w")
@@ -82,26 +54,10 @@ def _be_rank(rank: int, num_ranks: int, scratch: Path, target: Callable[..., Non
     logging.disable(logging.CRITICAL)  # handlers still write where the notebook's output goes
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)  # threads do not survive a fork
-    target(rank, num_ranks, scratch, *arguments)
-    sys.stdout.flush()
-
-
-def _call(
-    rank: int, num_ranks: int, scratch: Path, function: Callable[..., object], arguments: tuple[Any, ...]
-) -> None:
-    import torch.distributed as dist
-
     dist.init_process_group("gloo", init_method=f"file://{scratch}/rendezvous", rank=rank, world_size=num_ranks)
     result = function(*arguments)
     (scratch / str(rank)).write_bytes(pickle.dumps(result))
     dist.destroy_process_group()
-
-
-def _run(rank: int, num_ranks: int, scratch: Path, command: list[str], port: int) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    sys.argv = command
-    runpy.run_path(command[0], run_name="__main__")
 
 
 def draw_grid(dp: int, tp: int) -> Figure:

@@ -1,4 +1,4 @@
-"""Figures and exercises of lesson 01: a loss that falls, a run that stops and resumes, and which stage to choose."""
+"""Figure and exercises of lesson 01: a loss that falls, which stage to choose, and what a resume forgot."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tutorial_lib.lab.exercises import Exercise, choice, number
-from tutorial_lib.lab.figures import BLUE, INK, ORANGE, PURPLE, Figure, styled_axes
+from tutorial_lib.lab.figures import BLUE, ORANGE, Figure, styled_axes
 from tutorial_lib.theory.memory import model_states
 
 
@@ -39,38 +39,6 @@ def loss_figure(losses: Sequence[float], evaluated: Mapping[int, float], *, titl
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("loss (nats per token)")
         axes.figure.legend(frameon=False, ncols=3, loc="outside lower center")
-    return drawn[0]
-
-
-def resume_figure(
-    undisturbed: Sequence[float], slots: Mapping[str, Sequence[float]], *, title: str, alt: str
-) -> Figure:
-    """Draw slots of a run one after the other on one axis, over the same run left alone.
-
-    Args:
-        undisturbed: the losses of the run left alone, from step 1.
-        slots: the losses of each slot by its label; each goes on where the one before it ended.
-        title: the finding.
-        alt: the figure in words.
-    """
-    from matplotlib.ticker import MaxNLocator
-
-    with styled_axes(title, alt, size=(7.0, 3.6)) as (axes, drawn):
-        steps = range(1, len(undisturbed) + 1)
-        axes.plot(steps, undisturbed, color=INK, alpha=0.35, linewidth=7, label="never stopped")
-        done = 0
-        for (label, losses), color in zip(slots.items(), (BLUE, ORANGE, PURPLE), strict=False):
-            if done:
-                axes.axvline(done + 0.5, color=INK, linewidth=1, linestyle=":")
-                axes.annotate("stopped, resumed", (done + 0.5, 1), xycoords=("data", "axes fraction"), xytext=(4, -11),
-                              textcoords="offset points")  # fmt: skip
-            axes.plot(range(done + 1, done + len(losses) + 1), losses, "o-", color=color, linewidth=1.8, markersize=3,
-                      label=label)  # fmt: skip
-            done += len(losses)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("optimizer step")
-        axes.set_ylabel("loss (nats per token)")
-        axes.figure.legend(frameon=False, ncols=1 + len(slots), loc="outside lower center")
     return drawn[0]
 
 

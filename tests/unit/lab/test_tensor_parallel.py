@@ -1,10 +1,9 @@
-"""Functions and scripts on several ranks, the picture of the grid, and the exercises of lesson 02."""
+"""Functions on several ranks, the picture of the grid, and the exercises of lesson 02."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -51,20 +50,6 @@ def test_an_error_of_one_rank_ends_the_others_and_is_told() -> None:
 
     with pytest.raises(ProcessRaisedException, match="rank 1 has a reason"):
         tensor_parallel.on_ranks(2, fail)
-
-
-def test_a_script_runs_as_under_torchrun(tmp_path: Path) -> None:
-    (tmp_path / "say.py").write_text(
-        "import sys, torch, torch.distributed as dist\n"
-        "dist.init_process_group('gloo')\n"
-        "number = torch.tensor(float(sys.argv[1]))\n"
-        "dist.all_reduce(number)\n"
-        "print(__name__, dist.get_rank(), number.item())\n"
-        "dist.destroy_process_group()\n"
-    )
-    script = ModuleType("say")
-    script.__file__ = str(tmp_path / "say.py")
-    assert tensor_parallel.run_script(script, 2, 1.5) == ["__main__ 0 3.0"]
 
 
 def test_the_picture_names_the_grid() -> None:

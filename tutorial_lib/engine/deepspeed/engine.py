@@ -157,7 +157,7 @@ class DeepSpeedEngine:
 
     @property
     def update_was_skipped(self) -> bool:
-        """Whether the last :meth:`step` changed nothing because fp16 gradients overflowed."""
+        """Return True if the last :meth:`step` changed nothing because fp16 gradients overflowed."""
         return self.config.engine.precision == "fp16" and not self.deepspeed.was_step_applied()
 
     @property

@@ -1,9 +1,9 @@
 """Ray cluster of two nodes on one machine, one of which can be lost: for lessons without a cluster.
 
 Each node is a raylet with CPU slots of its own, as ``ray start`` makes it, so Ray treats the second one as it treats
-another machine. The loss is a SIGKILL to all its processes. A process of their own starts the nodes
-(``python -m tutorial_lib.launch.ray.nodes CPUS``): Ray keeps one cluster's token per process, and a notebook may have
-used another cluster before.
+another machine. The loss is a SIGKILL to all its processes. The nodes are started from a separate process
+(``python -m tutorial_lib.launch.ray.nodes CPUS``), because Ray keeps one cluster's token per process and a notebook may
+have used another cluster before.
 """
 
 from __future__ import annotations
