@@ -31,7 +31,7 @@ def fill(model: Any, config: Config, *, device: torch.device, host: bool) -> Non
     """Allocate a model that is on the meta device, and fill in the values that its configuration asks for.
 
     Args:
-        model: from :func:`tutorial_lib.models.meta.model_outline`, parallelised since then.
+        model: from :func:`tutorial_lib.models.meta.model_outline`, and parallelised since.
         config: names the model, and says whether its weights are read or drawn.
         device: where the model computes.
         host: keep the parameters in host memory instead.
