@@ -12,7 +12,7 @@ from tutorial_lib.theory.reasons import OFFLOAD_WARNING
 from tutorial_lib.theory.remedies import Remedy
 
 ROWS = 12
-"""Rows of the table that fit; of those that do not, half as many."""
+"""Number of table rows for layouts that fit; layouts that do not fit get half as many."""
 
 LEFT_OUT = (
     "Left out: fragmentation, CUDA's and NCCL's own memory (--headroom stands for them), latency of collectives and of "
@@ -39,7 +39,7 @@ class Answer:
         cluster: the devices.
         engine: the engine.
         gpu: name of the preset, if one was given.
-        plausible: fields of the preset that nobody has measured.
+        plausible: fields of the preset that are not measured.
         model: name of the model for ``train``.
         random_init: whether ``train`` starts from random weights.
         source: origin of the dimensions.
@@ -216,7 +216,7 @@ def _how_much_slower(one: Candidate, best: Candidate) -> str:
 
 
 def _nothing(answer: Answer) -> list[str]:
-    hopeless = "This planner knows no change after which it would: fewer parameters, or shorter sequences."
+    hopeless = "No change that this planner knows would help. Try fewer parameters, or shorter sequences."
     lines = [
         "Nothing fits. What would, each tried, the fastest first:" if answer.advice else f"Nothing fits. {hopeless}"
     ]

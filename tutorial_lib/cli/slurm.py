@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from tutorial_lib.cli.options import DONE, STOPPED, add_setting, given, stdout_for_json_alone
+from tutorial_lib.cli.options import DONE, STOPPED, add_setting, given, reserve_stdout_for_json
 from tutorial_lib.cli.train import summary
 from tutorial_lib.config import PROFILES, Config, ConfigError, settings
 from tutorial_lib.config.workshop import parse_experiment
@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--grace", type=int, default=120, metavar="SECONDS",
         help="ask the run to save this long before the time limit (default: 120)",
     )  # fmt: skip
-    parser.add_argument("--partition", metavar="NAME", help="queue to wait in")
-    parser.add_argument("--account", metavar="NAME", help="whom to charge")
+    parser.add_argument("--partition", metavar="NAME", help="partition (queue) to submit to")
+    parser.add_argument("--account", metavar="NAME", help="account to charge")
     parser.add_argument(
         "--requeue",
         action=argparse.BooleanOptionalAction,
@@ -103,7 +103,7 @@ def _submit(config: Config, script: str, as_json: bool) -> int:
     from tutorial_lib.launch.slurm import submit_and_follow
 
     shown = None if as_json else progress(config.run.stop_after or config.run.steps, title=config.run.name)
-    with shown or nullcontext(), stdout_for_json_alone(as_json):
+    with shown or nullcontext(), reserve_stdout_for_json(as_json):
         try:
             run = submit_and_follow(script, config, on_rows=shown.on_rows if shown else None)
         except launch.Interrupted as interrupted:
@@ -130,7 +130,7 @@ def nodes_and_ranks(options: argparse.Namespace, stated: dict[str, Any]) -> tupl
     own, other = ("gpus_per_node", "ranks_per_node") if device == "cuda" else ("ranks_per_node", "gpus_per_node")
     flag, wrong = (f"--{name.replace('_', '-')}" for name in (own, other))
     if getattr(options, other) is not None:
-        raise ConfigError(f"{wrong} does not go with device={device!r}. Write {flag}.")
+        raise ConfigError(f"{wrong} cannot be used with device={device!r}. Write {flag}.")
     if options.experiment is None:
         if getattr(options, own) is None:
             raise ConfigError(f"How many processes does each node run? Write {flag} N, or --experiment NAME.")
@@ -140,7 +140,7 @@ def nodes_and_ranks(options: argparse.Namespace, stated: dict[str, Any]) -> tupl
     for name in ("nodes", own, *experiment.settings):
         if decided.get(name) is not None:
             raise ConfigError(
-                f"Experiment {options.experiment} decides --{name.replace('_', '-')} itself. Leave one of them out."
+                f"Experiment {options.experiment} sets --{name.replace('_', '-')} itself. Leave one of them out."
             )
     stated.update({"name": options.experiment} | experiment.settings | stated)
     return experiment.nodes, experiment.gpus_per_node
