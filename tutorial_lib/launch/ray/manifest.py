@@ -18,7 +18,7 @@ from tutorial_lib.launch.command import Template, check_grid, check_positive, co
 from tutorial_lib.launch.ray.room import possible_sizes
 
 _TEXTS = {"cluster-yaml": "cluster.yaml", "rayjob": "rayjob.yaml"}
-_LONGEST_NAME = 47  # for a RayJob: Kubernetes allows 63 letters, and KubeRay appends some
+_LONGEST_NAME = 47  # for a RayJob: Kubernetes allows 63 characters, and KubeRay appends some
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

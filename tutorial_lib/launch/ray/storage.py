@@ -70,7 +70,7 @@ _SHARE = (
 
 
 def _see_and_answer(probe: str) -> str:
-    """Look for a file and write another one beside it, on another node. Return the problem, or an empty string."""
+    """Look for a file and write another one next to it, on another node. Return the problem, or an empty string."""
     import ray
 
     path = Path(probe)

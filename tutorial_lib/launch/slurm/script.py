@@ -147,6 +147,6 @@ def _check(config: Config, allocation: Allocation) -> None:
 def _seconds(time_limit: str) -> int:
     match = _TIME.fullmatch(time_limit)
     if not match:
-        raise ConfigError(f"The time limit {time_limit!r} is not clear. Write HOURS:MINUTES:SECONDS, such as 01:30:00.")
+        raise ConfigError(f"The time limit {time_limit!r} is ambiguous. Write HOURS:MINUTES:SECONDS, such as 01:30:00.")
     days, hours, minutes, seconds = (int(match[unit] or 0) for unit in ("days", "hours", "minutes", "seconds"))
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
