@@ -18,13 +18,13 @@ DIRECTORY = Path(__file__).parents[2] / "images"
 NUM_RANKS = 4
 WHITE = "#ffffff"
 _GHOST = 0.25
-"""Opacity of things that are absent, or only there for a moment."""
+"""Opacity of things that are absent or temporary."""
 
 
 def parallelism(axes: Any) -> None:
     """Draw data parallel, sharded data parallel and tensor parallel: each device's memory and messages."""
     kinds = [
-        ("Data parallel", "DDP, ZeRO stage 0", "Every device holds the\nwhole model and reads\ndifferent data.",
+        ("Data parallel", "DDP, ZeRO stage 0", "Every device holds the\nfull model and reads\ndifferent data.",
          "gradients,\nonce per step", "2 Ψ"),
         ("Sharded data parallel", "ZeRO stage 3, FSDP",
          "Each device keeps a share\nof every layer and gathers\nthe rest to compute with it.",
@@ -49,12 +49,12 @@ def parallelism(axes: Any) -> None:
             _box(axes, x + 0.15, top + 0.15, width - 0.3, 0.36, PURPLE, f"batch {rank + 1 if row < 2 else 1}")
             for layer in range(3):
                 y = top + 0.66 + layer * 0.39
-                _layer(axes, x + 0.15, y, width - 0.3, rank, kept_whole=row == 0, gathered=row == 1)
+                _layer(axes, x + 0.15, y, width - 0.3, rank, kept_in_full=row == 0, gathered=row == 1)
         _text(axes, right, top + 0.6, sent)
         _text(axes, right, top + 1.3, volume, size=12, weight="bold")
     bottom = 0.45 + 3 * height + 0.05
     for x, color, alpha, meaning in ((0.0, PURPLE, 1.0, "data"), (1.3, BLUE, 1.0, "parameters kept"),
-                                     (3.75, BLUE, _GHOST, "gathered for the moment")):  # fmt: skip
+                                     (3.75, BLUE, _GHOST, "gathered temporarily")):  # fmt: skip
         _box(axes, x, bottom, 0.3, 0.22, color, alpha=alpha)
         _text(axes, x + 0.42, bottom + 0.11, meaning)
     _text(axes, 7.1, bottom + 0.11, "Ψ: parameters    b s h: activations of a layer")
@@ -168,23 +168,23 @@ def fsdp_strategies(axes: Any) -> None:
     right = left + len(phases) * (width + gap) + 0.1
     for place, phase in enumerate(phases):
         _text(axes, left + place * (width + gap) + width / 2, 0.3, phase, ha="center", size=9)
-    _text(axes, right, 0.3, "sent for a step")
+    _text(axes, right, 0.3, "sent per step")
     for row, (name, alias, shards, gathered, sent, volume) in enumerate(strategies):
         y = top + row * height
         _text(axes, 0, y + 0.3, name, size=13, weight="bold")
         _text(axes, 0, y + 0.68, alias)
-        for place, whole in enumerate(gathered):
+        for place, layers in enumerate(gathered):
             x = left + place * (width + gap)
             _box(axes, x, y, width, height - 0.25, INK, fill=False)
             for layer in range(3):
                 at = y + 0.12 + layer * 0.29
-                if layer in whole:
+                if layer in layers:
                     _box(axes, x + 0.1, at, width - 0.2, 0.22, BLUE, alpha=_GHOST, rounded=False)
                 _box(axes, x + 0.1, at, (width - 0.2) / shards, 0.22, BLUE, rounded=False)
         _text(axes, right, y + 0.3, sent)
         _text(axes, right, y + 0.8, volume, size=12, weight="bold")
     bottom = top + len(strategies) * height + 0.05
-    for x, alpha, meaning in ((0.0, 1.0, "kept by rank 0 of 4"), (2.75, _GHOST, "gathered for the moment")):
+    for x, alpha, meaning in ((0.0, 1.0, "kept by rank 0 of 4"), (2.75, _GHOST, "gathered temporarily")):
         _box(axes, x, bottom, 0.3, 0.22, BLUE, alpha=alpha, rounded=False)
         _text(axes, x + 0.42, bottom + 0.11, meaning)
     _text(axes, 6.2, bottom + 0.11, "In each box the parameters of layers 1, 2 and 3.    Ψ: all parameters")
@@ -193,12 +193,12 @@ def fsdp_strategies(axes: Any) -> None:
 
 def checkpoint(axes: Any) -> None:
     """Draw the phases of a save until it becomes visible, and the files that a kill leaves behind in each."""
-    partial, whole = ".partial-step-8/", (1.0,) * NUM_RANKS
+    partial, complete = ".partial-step-8/", (1.0,) * NUM_RANKS
     phases = [
         ("1  write", "Every rank writes its\nown shard, in parallel.", BLUE, partial, (0.55, 0.8, 0.35, 0.65)),
-        ("2  sync and hash", "Each file reaches the disk;\nits SHA-256 is taken.", BLUE, partial, whole),
-        ("3  manifest", "Rank 0 lists all files,\nwith size and hash.", ORANGE, partial, whole),
-        ("4  rename", "One operation of the\nfile system.", GREEN, "step-8/", whole),
+        ("2  sync and hash", "Each file reaches the disk;\nits SHA-256 is taken.", BLUE, partial, complete),
+        ("3  manifest", "Rank 0 lists all files,\nwith size and hash.", ORANGE, partial, complete),
+        ("4  rename", "One operation of the\nfile system.", GREEN, "step-8/", complete),
     ]  # fmt: skip
     width, gap, height = 2.85, 0.55, 2.6
     for index, (title, what, color, name, written) in enumerate(phases):
@@ -218,8 +218,8 @@ def checkpoint(axes: Any) -> None:
             _arrow(axes, x + width + 0.06, 1.4 + height / 2, x + width + gap - 0.06, 1.4 + height / 2)
     bottom, total = 1.4 + height + 0.2, 4 * width + 3 * gap
     unlisted, last = 2 * width + gap, 3 * (width + gap)
-    _box(axes, 0, bottom, unlisted, 0.5, INK, "killed here: it goes on from step-4", size=11)
-    _box(axes, unlisted + gap, bottom, width, 0.5, ORANGE, "here: it renames first", size=10)
+    _box(axes, 0, bottom, unlisted, 0.5, INK, "killed here: resumes from step-4", size=11)
+    _box(axes, unlisted + gap, bottom, width, 0.5, ORANGE, "here: renamed on resume", size=9)
     _box(axes, last, bottom, width, 0.5, GREEN, "here: from step-8", size=11)
     _frame(axes, total + 0.1, bottom + 0.6)
 
@@ -285,7 +285,7 @@ def draw(name: str, directory: Path = DIRECTORY) -> Path:
         PICTURES[name](axes)
         canvas.set_size_inches(9, 9 * axes.get_ylim()[0] / axes.get_xlim()[1])
         canvas.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
-    # The writer leaves blanks at the end of some lines, which version control would complain about.
+    # The writer leaves spaces at the end of some lines, which version control would complain about.
     path.write_text("".join(f"{line.rstrip()}\n" for line in path.read_text().splitlines()))
     return path
 
@@ -300,8 +300,8 @@ def main() -> None:
         print(draw(name, directory))
 
 
-def _layer(axes: Any, x: float, y: float, width: float, rank: int, *, kept_whole: bool, gathered: bool) -> None:
-    if kept_whole:
+def _layer(axes: Any, x: float, y: float, width: float, rank: int, *, kept_in_full: bool, gathered: bool) -> None:
+    if kept_in_full:
         _box(axes, x, y, width, 0.28, BLUE, rounded=False)
         return
     if gathered:

@@ -22,28 +22,28 @@ def on_ranks(num_ranks: int, function: Callable[..., T], *arguments: Any) -> lis
     """Call a function in several processes that form a process group, and return what each rank returned.
 
     The processes are forked from this one, so the function may be one of a notebook's cells. They compute on CPUs, with
-    one thread each, and talk over loopback alone. What they print is not shown.
+    one thread each, and communicate over the loopback interface only. Their output is not shown.
 
     Args:
-        num_ranks: processes.
-        function: what every rank calls; what it returns can be pickled.
+        num_ranks: number of processes.
+        function: called on every rank; its result must be picklable.
         *arguments: the same for every rank.
 
     Raises:
-        torch.multiprocessing.ProcessRaisedException: the function raised on a rank, and the others were ended; the
-            message is the traceback.
+        torch.multiprocessing.ProcessRaisedException: the function raised on a rank; the message is its traceback. The
+            other ranks were ended.
     """
     import torch.multiprocessing as mp
 
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # warns of each rank that it ends
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it warns about each rank that it ends
     with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
         scratch = Path(name)
-        mp.start_processes(_be_rank, (num_ranks, scratch, function, arguments), nprocs=num_ranks, start_method="fork")
+        mp.start_processes(_run_rank, (num_ranks, scratch, function, arguments), nprocs=num_ranks, start_method="fork")
         return [pickle.loads((scratch / str(rank)).read_bytes()) for rank in range(num_ranks)]
 
 
-def _be_rank(rank: int, num_ranks: int, scratch: Path, function: Callable[..., object], arguments: Any) -> None:
+def _run_rank(rank: int, num_ranks: int, scratch: Path, function: Callable[..., object], arguments: Any) -> None:
     import torch
     import torch.distributed as dist
 
