@@ -123,7 +123,7 @@ def _check_settings(saved: dict[str, Any], config: Config, may_differ: set[str],
         )
     raise ConfigError(
         f"Run {config.run.name!r} cannot resume with different settings: {changes}. {why}"
-        f"Write the old values, or give the new run another name. {_from_its_export(config)}"
+        f"Write the old values, or give the new run another name. {_export_advice(config)}"
     )
 
 
@@ -132,7 +132,7 @@ def _check_is_resumable(saved: dict[str, Any], config: Config) -> None:
     if saved.get("shard_at_load"):
         raise ConfigError(
             f"Run {config.run.name!r} has a checkpoint of a model that was sharded at load (shard_at_load=True). "
-            f"{NO_RESUME}, but not continued. Give the new run another name. {_from_its_export(config)}"
+            f"{NO_RESUME}, but not continued. Give the new run another name. {_export_advice(config)}"
         )
     if config.engine.shard_at_load:
         raise ConfigError(
@@ -150,11 +150,11 @@ def _check_shape(saved: dict[str, Any], config: Config) -> None:
         raise ConfigError(
             f"Run {config.run.name!r} cannot resume in a different shape: {changes}. The Hugging Face Trainer reads "
             "only its own checkpoints, in the shape they were saved in, and no other engine reads those. Write the "
-            "old values. " + _from_its_export(config)
+            "old values. " + _export_advice(config)
         )
 
 
-def _from_its_export(config: Config) -> str:
+def _export_advice(config: Config) -> str:
     return (
         f"To start a new run from its weights: `python -m tutorial_lib export {config.directory} DIR`, then write "
         "model='DIR' and another name."
@@ -252,5 +252,5 @@ def _check_data(changes: list[str], config: Config) -> None:
         raise ConfigError(
             f"Run {config.run.name!r} cannot resume with different data: of {config.data.name!r}, "
             f"{' and '.join(changes)} than when the checkpoint was saved. Restore the old data, or give the new run "
-            "another name. " + _from_its_export(config)
+            "another name. " + _export_advice(config)
         )

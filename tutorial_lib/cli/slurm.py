@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Write a SLURM batch script that trains on several nodes, saves and requeues itself before its time limit, "
         "and resumes. dp follows from nodes, GPUs and tp."
     )
-    add_places(parser)
+    add_node_options(parser)
     parser.add_argument("--time", default="01:00:00", metavar="LIMIT", help="time limit (default: 01:00:00)")
     parser.add_argument(
         "--grace", type=int, default=120, metavar="SECONDS",
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add_setting(parser, setting)
 
 
-def add_places(parser: argparse.ArgumentParser) -> None:
+def add_node_options(parser: argparse.ArgumentParser) -> None:
     """Add the options for the number of nodes, and of processes on each."""
     parser.add_argument("--nodes", type=int, metavar="N", help="nodes (default: 1)")
     parser.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs, and therefore processes, on each node")
@@ -81,7 +81,7 @@ def main(options: argparse.Namespace) -> int:
         partition=options.partition,
         account=options.account,
     )
-    config = Config.create(options.profile, **with_sizes({"launcher": "none", **stated}, allocation.world_size))
+    config = Config.create(options.profile, **add_dp({"launcher": "none", **stated}, allocation.world_size))
     script = write_script(
         config, allocation, options.profile, shlex.join(["python", "-m", "tutorial_lib", *sys.argv[1:]])
     )
@@ -146,8 +146,8 @@ def nodes_and_ranks(options: argparse.Namespace, stated: dict[str, Any]) -> tupl
     return experiment.nodes, experiment.gpus_per_node
 
 
-def with_sizes(stated: dict[str, Any], world_size: int) -> dict[str, Any]:
-    """Add to a run's settings the sizes that follow from the number of processes."""
+def add_dp(stated: dict[str, Any], world_size: int) -> dict[str, Any]:
+    """Add ``dp``, which follows from the number of processes, to a run's settings."""
     tp = stated.get("tp", 1)
     dp = stated.get("dp", world_size // tp if isinstance(tp, int) and tp > 0 else 1) or 1
     return {**stated, "dp": dp}

@@ -140,7 +140,7 @@ def find_compiler() -> str | None:
 
 def operator_states() -> dict[str, str]:
     """Return the state of each operator: ``compiled``, ``not compiled``, or ``locked`` by an unfinished build."""
-    compiled = _operators_in_the_package()
+    compiled = _prebuilt_operators()
     cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
     states = {}
     for name in OPERATORS:
@@ -152,7 +152,7 @@ def operator_states() -> dict[str, str]:
     return states
 
 
-def _operators_in_the_package() -> dict[str, Any]:
+def _prebuilt_operators() -> dict[str, Any]:
     # Read the record of DeepSpeed's installation without importing it, because importing DeepSpeed imports torch.
     found = util.find_spec("deepspeed")
     record = Path(found.origin).with_name("git_version_info_installed.py") if found and found.origin else None

@@ -49,7 +49,7 @@ SAMPLE = (
 """Text written for this course: the loss on it identifies the weights."""
 
 
-def tokenizers_of(merged: Tokenizer) -> dict[str, PreTrainedTokenizerBase]:
+def build_tokenizers(merged: Tokenizer) -> dict[str, PreTrainedTokenizerBase]:
     """Return three families' tokenizers over one vocabulary, with each family's special tokens and word boundaries."""
     state = json.loads(merged.to_str())["model"]
     vocab: dict[str, int] = state["vocab"]
@@ -231,7 +231,7 @@ def main() -> None:
 
     # A single thread always adds in the same order, so the result does not depend on the number of cores.
     torch.set_num_threads(1)
-    tokenizers = tokenizers_of(train_vocabulary())
+    tokenizers = build_tokenizers(train_vocabulary())
     settings = configurations(tokenizers)
     for name in [arguments.only] if arguments.only else MODEL_NAMES:
         print(name, flush=True)

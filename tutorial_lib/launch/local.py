@@ -193,16 +193,16 @@ class _Server:
         try:
             self._connection.send((kind, content))
         except OSError as error:
-            raise self._death() from error
+            raise self._server_error() from error
 
     def _receive(self) -> tuple[Any, ...]:
         """Return the server's next message, or one with an empty kind if none comes within a moment."""
         try:
             return self._connection.recv() if self._connection.poll(POLL_SECONDS) else ("",)
         except (EOFError, OSError) as error:
-            raise self._death() from error
+            raise self._server_error() from error
 
-    def _death(self) -> WorkerError:
+    def _server_error(self) -> WorkerError:
         self._output.seek(0)
         printed = self._output.read().decode(errors="replace")
         return WorkerError(f"The process that starts the ranks has died. Its output:\n{printed}")

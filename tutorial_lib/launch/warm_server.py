@@ -171,14 +171,14 @@ def _start(job: Job, connection: Connection, can_fork: bool, ranks: dict[int, Fo
     signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
     try:
         for rank in range(len(job.environments)):
-            process = context.Process(target=_be_rank, args=(job, rank, connection, become, os.getpid()))
+            process = context.Process(target=_become_rank, args=(job, rank, connection, become, os.getpid()))
             process.start()
             ranks[rank] = process
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, JOB_SIGNALS)
 
 
-def _be_rank(job: Job, rank: int, connection: Connection, become: Any, server: int) -> None:
+def _become_rank(job: Job, rank: int, connection: Connection, become: Any, server: int) -> None:
     """Turn this forked process into a rank: set its environment, output and directory, then run its program."""
     # If the server is killed, the kernel sends SIGTERM, and the run saves and stops. This survives an exec.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

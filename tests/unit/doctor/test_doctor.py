@@ -112,7 +112,7 @@ def test_a_rendezvous_that_cannot_work_is_told(capsys: pytest.CaptureFixture[str
 
 def test_the_lock_of_a_killed_build_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(machine, "_operators_in_the_package", dict)
+    monkeypatch.setattr(machine, "_prebuilt_operators", dict)
     lock = tmp_path / "cpu_adam" / "lock"
     lock.parent.mkdir()
     lock.touch()

@@ -198,7 +198,7 @@ class DeepSpeedEngine:
         """Return AutoTP's layout of each parameter, in the model's order."""
         return autotp.layouts(self.module)
 
-    def _over_tp(self, parameter: torch.nn.Parameter, share: Tensor) -> Tensor:
+    def _gather_over_tp(self, parameter: torch.nn.Parameter, share: Tensor) -> Tensor:
         """All-gather the full tensor from this rank's share of a parameter, gradient or moment. Collective."""
         if self.unit is None:
             return share
@@ -210,7 +210,7 @@ class DeepSpeedEngine:
         """Yield every full parameter, one at a time, in fp32 on the CPU. Collective: all ranks must iterate."""
         for name, parameter in self.module.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-                yield name, self._over_tp(parameter, parameter).detach().to("cpu", torch.float32, copy=True)
+                yield name, self._gather_over_tp(parameter, parameter).detach().to("cpu", torch.float32, copy=True)
 
     def full_optimizer_states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Yield both full moments of every trained parameter, on the CPU. Collective: all ranks must iterate."""
@@ -224,7 +224,10 @@ class DeepSpeedEngine:
                     moments = {key: state[key] for key in MOMENTS}
                 else:
                     moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
-                yield name, {key: self._over_tp(parameter, m).detach().cpu().clone() for key, m in moments.items()}
+                yield (
+                    name,
+                    {key: self._gather_over_tp(parameter, m).detach().cpu().clone() for key, m in moments.items()},
+                )
 
     def _optimizer_keys(self) -> dict[Tensor, Tensor]:
         """Map each trained parameter to the optimizer's key without ZeRO: itself, or in 16 bits its master copy."""
@@ -292,7 +295,7 @@ class DeepSpeedEngine:
         return {parameter: partitions.Piece(key, 0, 0, key.numel()) for parameter, key in keys.items()}
 
     def _share(self, parameter: torch.nn.Parameter, tensor: Tensor) -> Tensor:
-        """Return this rank's share of a full tensor: the inverse of :meth:`_over_tp`."""
+        """Return this rank's share of a full tensor: the inverse of :meth:`_gather_over_tp`."""
         dim = self._dims[parameter]
         if self.unit is None or dim is None:
             return tensor

@@ -75,7 +75,7 @@ def main(launcher_pid: str, address: str) -> None:
                     server.close()
                     connection.close()
                     try:
-                        _be_worker(request, outputs)
+                        _become_worker(request, outputs)
                     except Exception:
                         traceback.print_exc()
                         sys.exit(1)
@@ -114,7 +114,7 @@ def _forks_differ() -> bool:
     return len(drawn) == 2
 
 
-def _be_worker(request: dict[str, Any], outputs: list[int]) -> None:
+def _become_worker(request: dict[str, Any], outputs: list[int]) -> None:
     """Become the worker: run its script like a new interpreter."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.setpgid(0, 0)  # when a worker ends, Ray ends its process group

@@ -91,7 +91,7 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
         )
         failed: list[BaseException] = []
         fit = threading.Thread(target=_fit, args=(trainer, failed), daemon=True)
-        has_begun = _sign_of_life(directories)
+        has_begun = _watch_for_start(directories)
         fit.start()
         try:
             wait_for(
@@ -172,7 +172,7 @@ def _have_error(directories: Sequence[RunDirectory]) -> bool:
     return any(directory.first_error() for directory in directories)
 
 
-def _sign_of_life(directories: Sequence[RunDirectory]) -> Callable[[], bool]:
+def _watch_for_start(directories: Sequence[RunDirectory]) -> Callable[[], bool]:
     """Return a function that returns whether a worker has started since now, judging by writes to the logs."""
 
     def last_written() -> dict[Path, int]:

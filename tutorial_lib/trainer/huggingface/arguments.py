@@ -74,7 +74,7 @@ def _hidden_rank(is_alone: bool) -> Iterator[None]:
         os.environ.update(hidden)
 
 
-def forget_state() -> None:
+def reset_global_state() -> None:
     """Clear the global state of transformers and accelerate in this process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

@@ -29,7 +29,7 @@ from tutorial_lib.engine.inputs import model_inputs
 from tutorial_lib.models import build_model
 from tutorial_lib.mpu.device import local_device
 from tutorial_lib.mpu.random_states import seed_everything
-from tutorial_lib.trainer.huggingface.arguments import build_arguments, forget_state
+from tutorial_lib.trainer.huggingface.arguments import build_arguments, reset_global_state
 from tutorial_lib.trainer.huggingface.trainer import HuggingFaceTrainer
 from tutorial_lib.trainer.loop import Trainer
 from tutorial_lib.trainer.loss import NonFiniteLoss, count_tokens
@@ -140,7 +140,7 @@ class _TrainedModel:
         self._rank, self._zero_stage = run.topology.rank, config.engine.zero_stage
         self._file = config.engine.deepspeed_file
         self._environment = dict(os.environ)
-        forget_state()
+        reset_global_state()
         # Build these before the model: if they ask for stage 3, transformers partitions the model while building it.
         args = build_arguments(config, run.num_steps)
         if self._file:
@@ -242,7 +242,7 @@ class _TrainedModel:
         if self.trainer.deepspeed is not None:
             self.trainer.deepspeed.destroy()
         self.trainer.accelerator.free_memory()
-        forget_state()
+        reset_global_state()
         os.environ.clear()
         os.environ.update(self._environment)
 
