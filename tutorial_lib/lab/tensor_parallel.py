@@ -13,10 +13,10 @@ def draw_grid(dp: int, tp: int) -> Figure:
     from matplotlib.patches import FancyBboxPatch
 
     rows, columns = (BLUE, GREEN), (ORANGE, PURPLE)
-    title = f"Every rank of a {dp} x {tp} grid belongs to one row and one column"
+    title = f"A {dp} x {tp} grid: rows share layers, columns average gradients"
     alt = f"A grid of {dp} rows, the tensor-parallel groups, and {tp} columns, the data-parallel groups, of ranks."
     step = 1.6  # from column to column
-    with styled_axes(title, alt, size=(7.0, 1.5 + 0.9 * dp)) as (axes, drawn):
+    with styled_axes(title, alt, size=(6.2, 1.5 + 0.9 * dp)) as (axes, drawn):
         axes.set_axis_off()
         axes.set(xlim=(-0.75, step * tp + 2.6), ylim=(dp + 0.1, -0.75))
 
@@ -33,7 +33,7 @@ def draw_grid(dp: int, tp: int) -> Figure:
         for column in range(tp):
             x = step * column + 0.1
             box(x - 0.6, -0.2, 1.2, dp + 0.25, fill=False, edgecolor=columns[column % 2], linewidth=2.5)
-            write(x, -0.3, f"DP group {column}:\nthe same shares", va="bottom")
+            write(x, -0.3, f"DP group {column}: the same\nshares, different text", va="bottom")
             for row in range(dp):
                 box(x - 0.45, row + 0.22, 0.9, 0.56, facecolor=INK, linewidth=0)
                 write(x, row + 0.5, f"rank {row * tp + column}", color="#ffffff", fontsize=9.5, fontweight="bold")
