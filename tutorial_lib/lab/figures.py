@@ -138,9 +138,11 @@ def lines(
         if y_start is not None:
             axes.set_ylim(bottom=y_start)
         if points or (marks and len(series) > 1):  # these may be anywhere and leave no room for a legend inside
-            axes.figure.legend(frameon=False, ncols=len(series) + len(points or ()), loc="outside lower center")
+            axes.figure.legend(
+                frameon=False, ncols=len(series) + len(points or ()), loc="outside lower center", handlelength=3
+            )
         elif len(series) > 1:
-            axes.legend(frameon=False)
+            axes.legend(frameon=False, handlelength=3)
     return drawn[0]
 
 
@@ -386,8 +388,9 @@ def _number(value: float) -> str:
 
 
 def _whole_numbers(axis: Any, values: Sequence[float]) -> None:
-    """Put ticks at whole numbers if the values are whole: there is no step 2.5."""
+    """Put ticks at whole numbers, with commas, if the values are whole: there is no step 2.5."""
     from matplotlib.ticker import MaxNLocator
 
     if all(float(v).is_integer() for v in values):
         axis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_major_formatter(lambda value, _: f"{value:,.0f}")

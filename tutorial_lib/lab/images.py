@@ -29,7 +29,7 @@ def parallelism(axes: Any) -> None:
         ("Sharded data parallel", "ZeRO stage 3, FSDP",
          "Each device keeps a share\nof every layer and gathers\nthe rest to compute with it.",
          "parameters twice,\ngradients once", "3 Ψ"),
-        ("Tensor parallel", "Megatron, AutoTP",
+        ("Tensor parallel", "Megatron, DeepSpeed's AutoTP",
          "Each device computes with\nits share of every layer;\nall read the same data.",
          "activations, 4 times\nper layer (Megatron)", "8 b s h  per layer"),
     ]  # fmt: skip
@@ -57,7 +57,7 @@ def parallelism(axes: Any) -> None:
                                      (3.75, BLUE, _GHOST, "gathered temporarily")):  # fmt: skip
         _box(axes, x, bottom, 0.3, 0.22, color, alpha=alpha)
         _text(axes, x + 0.42, bottom + 0.11, meaning)
-    _text(axes, 7.1, bottom + 0.11, "Ψ: parameters    b s h: activations of a layer")
+    _text(axes, 7.1, bottom + 0.11, "Ψ: parameters   b s h: batch x sequence x width")
     _frame(axes, right + 2.35, bottom + 0.35)
 
 
@@ -66,8 +66,8 @@ def zero_stages(axes: Any) -> None:
     rows = [
         ("Stage 0", "plain data parallel", (), "16 Ψ"),
         ("Stage 1", "optimizer states divided", ("optimizer",), "4 Ψ + 12 Ψ/N"),
-        ("Stage 2", "and gradients", ("optimizer", "gradients"), "2 Ψ + 14 Ψ/N"),
-        ("Stage 3", "and parameters", tuple(PARTS), "16 Ψ/N"),
+        ("Stage 2", "and gradients divided", ("optimizer", "gradients"), "2 Ψ + 14 Ψ/N"),
+        ("Stage 3", "and parameters divided", tuple(PARTS), "16 Ψ/N"),
     ]
     share = {"parameters": MIXED.parameters, "gradients": MIXED.gradients, "optimizer": MIXED.optimizer}
     left, width, gap, height = 2.75, 1.25, 0.2, 1.28
@@ -75,7 +75,7 @@ def zero_stages(axes: Any) -> None:
     for rank in range(NUM_RANKS):
         _text(axes, left + rank * (width + gap) + width / 2, 0.32, f"rank {rank}", ha="center")
     _text(axes, right, 0.32, "bytes per rank")
-    _text(axes, right + 2.1, 0.22, "Ψ = 7.5 billion,\nN = 64")
+    _text(axes, right + 2.1, 0.22, "Ψ = 7 billion,\nN = 4")
     for row, (stage, what, divided, formula) in enumerate(rows):
         top = 0.6 + row * (height + 0.22)
         _text(axes, 0, top + height / 2 - 0.18, stage, size=13, weight="bold")
@@ -90,7 +90,7 @@ def zero_stages(axes: Any) -> None:
                 else:
                     _box(axes, x, y, width, depth, color, rounded=False)
                 y += depth
-        gigabytes = model_states(7_500_000_000, row, 64).total / 1e9
+        gigabytes = model_states(7_000_000_000, row, NUM_RANKS).total / 1e9
         _text(axes, right, top + height / 2, formula, size=11)
         _text(axes, right + 2.1, top + height / 2, f"{gigabytes:.4g} GB" if row == 0 else f"{gigabytes:.1f} GB",
               size=13, weight="bold")  # fmt: skip
@@ -107,9 +107,9 @@ def zero_stages(axes: Any) -> None:
 def tensor_parallel(axes: Any) -> None:
     """Draw a column-parallel and a row-parallel product on two ranks, and the two all-reduces that they cost."""
     colors, side, top = (BLUE, GREEN), 1.6, 0.75
-    places = {"X": 1.5, "A": 4.0, "Y": 6.5, "B": 9.0, "Z": 11.5}
+    places = {"x": 1.5, "A": 4.0, "Y": 6.5, "B": 9.0, "Z": 11.5}
     captions = {
-        "X": "input\nthe same on both", "A": "column-parallel\nsplit by outputs", "Y": "activation\nsplit, not sent",
+        "x": "input\nthe same on both", "A": "column-parallel\nsplit by outputs", "Y": "activation\nsplit, not sent",
         "B": "row-parallel\nsplit by inputs", "Z": "partial sums",
     }  # fmt: skip
     for name, x in places.items():
@@ -128,20 +128,20 @@ def tensor_parallel(axes: Any) -> None:
             _text(axes, x, y + side / 2, sign, size=16, ha="center")
     middle, right = top + side + 0.25, places["Z"] + side + 0.15
     _text(axes, right, middle, "all-reduce\nin forward:\nZ = Z₀ + Z₁", weight="bold")
-    _text(axes, places["X"] + side / 2, middle, "all-reduce of dX in backward", ha="center", weight="bold")
+    _text(axes, places["x"] + side / 2, middle, "backward: all-reduce of dx", ha="center", weight="bold")
     bottom = top + 2 * side + 0.8
     _text(
         axes, 0, bottom,
-        "Filled: what a rank holds or computes. GELU acts on single numbers of Y, so each rank applies it alone.",
+        "Filled: what a rank holds or computes. GELU comes between Y and B: elementwise, so each rank does it alone.",
     )  # fmt: skip
     _frame(axes, right + 1.75, bottom + 0.3)
 
 
 def _matrix(axes: Any, x: float, y: float, side: float, name: str, rank: int, color: str) -> None:
     """Draw one matrix of :func:`tensor_parallel`: in full, half of its columns, or half of its rows."""
-    half, label = side / 2, name if name == "X" else name + "₀₁"[rank]
-    if name in "XZ":
-        _box(axes, x, y, side, side, PURPLE if name == "X" else color, label, size=14, rounded=False)
+    half, label = side / 2, name if name == "x" else name + "₀₁"[rank]
+    if name in "xZ":
+        _box(axes, x, y, side, side, PURPLE if name == "x" else color, label, size=14, rounded=False)
         return
     _box(axes, x, y, side, side, INK, fill=False, rounded=False)
     if name == "B":
@@ -260,6 +260,38 @@ def launchers(axes: Any) -> None:
     _frame(axes, right + 0.1, bottom + 0.35)
 
 
+def ray_train(axes: Any) -> None:
+    """Draw what goes where when Ray Train runs a loop: driver, controller, workers and storage."""
+    height, workers, storage = 0.95, 8.3, 12.6
+    _box(axes, 0, 1.0, 2.6, height, PURPLE, "your notebook\ntrainer.fit()", size=11)
+    _box(axes, 4.4, 1.0, 2.2, height, ORANGE, "Ray Train's\ncontroller", size=11)
+    _arrow(axes, 2.7, 1.3, 4.3, 1.3)
+    _text(axes, 3.5, 0.7, "function,\nsettings", ha="center", size=9)
+    _arrow(axes, 4.3, 1.65, 2.7, 1.65)
+    _text(axes, 3.5, 1.95, "Result", ha="center", size=9)
+    for rank, y in enumerate((0.2, 1.8)):
+        _box(axes, workers, y, 2.3, height, BLUE, f"worker, rank {rank}\ntrain_loop(...)", size=11)
+        _arrow(axes, 6.7, 1.35, workers - 0.1, y + 0.35)
+        _arrow(axes, workers + 2.4, y + height / 2, storage - 0.1, y + height / 2)
+        _box(axes, storage + 0.15, y, 2.4, height, BLUE, f"shard of rank {rank}", size=10, rounded=False)
+    _text(axes, 7.4, 0.25, "starts", ha="center", size=9)
+    _arrow(axes, workers - 0.1, 2.55, 6.7, 1.75)
+    _text(axes, 7.1, 2.5, "report", ha="center", size=9)
+    axes.annotate("", (workers + 1.15, 1.77), (workers + 1.15, 1.18),
+                  arrowprops={"arrowstyle": "<|-|>", "color": INK, "linewidth": 2})  # fmt: skip
+    _text(axes, workers + 1.3, 1.47, "gloo or NCCL", size=9)
+    _text(axes, 11.6, 0.3, "writes", ha="center", size=9)
+    _box(axes, storage, 0, 2.7, 3.0, INK, fill=False)
+    _text(axes, storage, 3.25, "shared storage")
+    _text(
+        axes,
+        0,
+        3.25,
+        "Model data goes between workers and into the storage, never through notebook or controller.",
+    )
+    _frame(axes, storage + 2.8, 3.45)
+
+
 PICTURES: dict[str, Callable[[Any], None]] = {
     "parallelism": parallelism,
     "zero-stages": zero_stages,
@@ -267,6 +299,7 @@ PICTURES: dict[str, Callable[[Any], None]] = {
     "fsdp-strategies": fsdp_strategies,
     "checkpoint": checkpoint,
     "launchers": launchers,
+    "ray-train": ray_train,
 }
 """Pictures by the name of their file."""
 

@@ -32,9 +32,9 @@ def loss_figure(losses: Sequence[float], evaluated: Mapping[int, float], *, titl
     steps = range(1, len(losses) + 1)
     with styled_axes(title, alt, size=(7.0, 3.6)) as (axes, drawn):
         axes.plot(steps, losses, "o", color=BLUE, alpha=0.45, markersize=4, label="training, each step")
-        axes.plot(steps, smooth(losses), color=BLUE, linewidth=2.4, label="mean of the last 8 steps")
+        axes.plot(steps, smooth(losses), color=BLUE, linewidth=2.4, label="mean of up to 8 steps")
         axes.plot(list(evaluated), list(evaluated.values()), "o--", color=ORANGE, markersize=8, fillstyle="none",
-                  markeredgewidth=1.8, linewidth=1.2, label="new documents")  # fmt: skip
+                  markeredgewidth=1.8, linewidth=1.2, label="unseen documents")  # fmt: skip
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("loss (nats per token)")
