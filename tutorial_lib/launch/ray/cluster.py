@@ -76,7 +76,7 @@ class _Server:
         self.address = f"{self._scratch}/server"
         self._process: subprocess.Popen[bytes] | None = None
         self._made_for: tuple[str, dict[str, int]] | None = None
-        self._cluster: dict[str, str] = {}
+        self._cluster: dict[str, str] | None = None
 
     def renew(self, config: Config) -> None:
         """Start the server if there is none, or if it is outdated: source files or the kind of device have changed."""
@@ -108,8 +108,13 @@ class _Server:
         self._cluster = {**os.environ, "RAY_RAYLET_PID": str(raylet), "RAY_JOB_ID": job}
         self._tell()
 
+    def serve_any(self) -> None:
+        """Tell the server to fork workers for every node that asks. They import Ray themselves."""
+        self._cluster = {}
+        self._tell()
+
     def _tell(self) -> None:
-        if self._process and self._process.stdin and self._cluster:
+        if self._process and self._process.stdin and self._cluster is not None:
             with suppress(BrokenPipeError):  # if the server is gone, Ray starts its workers itself
                 self._process.stdin.write(json.dumps(self._cluster).encode() + b"\n")
                 self._process.stdin.flush()
@@ -220,7 +225,8 @@ def _check_cluster(address: str) -> None:
             host, _, port = address.rpartition(":")
             with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT):
                 pass
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=HEALTH_TIMEOUT)
+        with _lean_imports():
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=HEALTH_TIMEOUT)
     except subprocess.TimeoutExpired as error:
         raise ConfigError(f"{what}, but no Ray cluster answers there within {error.timeout:.0f} s. {instead}") from None
     except subprocess.CalledProcessError as error:
@@ -262,6 +268,13 @@ def _raylet(before: set[psutil.Process]) -> int:
 def is_own() -> bool:
     """Return whether this process started the cluster."""
     return bool(_changed_environment)
+
+
+def has_dashboard() -> bool:
+    """Return whether the cluster that this process is connected to has a dashboard."""
+    from ray._private.worker import _global_node
+
+    return bool(_global_node and _global_node.webui_url)
 
 
 def renew_server(config: Config) -> None:
@@ -309,6 +322,16 @@ def _job_signals_blocked() -> Iterator[None]:
         if before is not None:  # None means that the handler was not installed from Python
             signal.signal(signal.SIGTERM, before)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@contextmanager
+def forked_workers(config: Config) -> Iterator[None]:
+    """Fork the workers of all Ray nodes that this process starts within the block from a warm server."""
+    warm_up(config)
+    with _lean_imports(), _workers_from_server():
+        if _server:
+            _server.serve_any()
+        yield
 
 
 @contextmanager

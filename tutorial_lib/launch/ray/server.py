@@ -5,6 +5,9 @@ Ray, most import torch, and workers import DeepSpeed and transformers as well. T
 while Ray itself starts, and then only waits. The raylet runs ``replacements/setup_worker.py``, which asks for a fork
 through a socket.
 
+Ray reads at import which node and job its process belongs to. So a server that forks for several nodes leaves Ray's own
+modules to its forks.
+
 The server runs no torch operation, no tokenizer and no Ray client, because their threads do not survive a fork. When
 the process that started it closes the pipe at its standard input, or ends, the server and its forks end too.
 """
@@ -55,12 +58,15 @@ def main(launcher_pid: str, address: str) -> None:
         server.listen(64)
         with ending_with(launcher):
             import_everything()
-            if not (cluster := sys.stdin.readline()):
+            if not (told := sys.stdin.readline()):
                 return
-            os.environ.update(json.loads(cluster))
-            _import_ray()
-        if importlib.import_module("torch").cuda.is_initialized() or not _forks_differ():
+            of_a_cluster: dict[str, str] = json.loads(told)
+            if of_a_cluster:
+                os.environ.update(of_a_cluster)
+                _import_ray()
+        if importlib.import_module("torch").cuda.is_initialized() or (of_a_cluster and not _forks_differ()):
             return  # Ray will start its workers itself
+        wanted = {(name, of_a_cluster[name]) for name in OF_A_CLUSTER if of_a_cluster}
         # Nothing waits for the forked processes. Not earlier: imports run programs and need their exit codes.
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         while True:
@@ -70,7 +76,7 @@ def main(launcher_pid: str, address: str) -> None:
             connection, _ = server.accept()
             with connection, contextlib.suppress(OSError, ValueError):
                 request, outputs = _receive(connection)
-                is_ours = all(request["environment"].get(name) == os.environ[name] for name in CLUSTER_VARIABLES)
+                is_ours = wanted <= request["environment"].items()
                 if is_ours and os.fork() == 0:
                     server.close()
                     connection.close()

@@ -19,7 +19,7 @@ import psutil
 
 from tutorial_lib.config import Config
 from tutorial_lib.launch.errors import WorkerError, first_error, next_start
-from tutorial_lib.launch.ray.cluster import is_own, renew_server, session
+from tutorial_lib.launch.ray.cluster import has_dashboard, is_own, renew_server, session
 from tutorial_lib.launch.ray.report import report
 from tutorial_lib.launch.ray.room import Demand, ResourcesMissing, check_room, read_nodes, resized
 from tutorial_lib.launch.ray.storage import check_shared
@@ -218,6 +218,7 @@ def _trainer_class(config: Config, demand: Demand) -> Any:
     The class is defined within a function because Ray is imported late.
     """
     import ray
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
     from ray.train.v2._internal.constants import get_env_vars_to_propagate
     from ray.train.v2.torch.torch_trainer import TorchTrainer
@@ -232,11 +233,12 @@ def _trainer_class(config: Config, demand: Demand) -> Any:
 
         def _create_default_callbacks(self) -> list[Any]:
             callbacks: list[Any] = super()._create_default_callbacks()
-            if not is_own():
-                return callbacks
-            # This callback frees the slots of a dead controller. On our own cluster it cannot: it asks the dashboard,
-            # which is off, and each fit would wait for it at the end. `_free_slots` frees them instead.
-            return [each for each in callbacks if not isinstance(each, PlacementGroupCleanerCallback)]
+            left_out: tuple[type, ...] = (DatasetsCallback,)  # starts a process for Ray's datasets: we use none
+            if not has_dashboard():
+                # It frees the slots of a dead controller. Without a dashboard to ask, it frees none, and each fit would
+                # wait for it at the end. On our own cluster, `_free_slots` frees them.
+                left_out += (PlacementGroupCleanerCallback,)
+            return [each for each in callbacks if not isinstance(each, left_out)]
 
         def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
             # As in the parent class, except that we keep the controller, and use our own placement and waiting.
