@@ -1,6 +1,6 @@
 """Asynchronous saves: checkpoints written during training hold the states of the step in their name.
 
-Failures during a save are among the faults of ``test_faults.py``.
+The tests in ``faults`` have failures during a save.
 """
 
 from __future__ import annotations

@@ -647,7 +647,7 @@ def _killed_in_report() -> Iterator[None]:
 
 @contextmanager
 def _read_only() -> Iterator[None]:
-    """Make the directory of checkpoints read-only before the second save, once; see ``small_storage.py``."""
+    """Make the directory of checkpoints read-only before the second save, once; see ``faults/small_storage.py``."""
     save, saves = checkpoint.manager.save, []
 
     def saving(run: RunDirectory, *args: Any) -> Any:

@@ -1,29 +1,35 @@
-"""Table of faults: docs/faults.md matches the tables, and every row has a test."""
-
-import re
-from pathlib import Path
+"""Page of faults: ``docs/faults.md`` lists the faults that the tests are marked with."""
 
 import pytest
 
-from tests.distributed import faults
+from tests.distributed.faults import page
+from tests.distributed.faults.outcomes import AGAIN
+from tests.distributed.faults.page import BETWEEN_NODES, ON_RANKS, ON_RAY_NODES, Fault
+
+MARKED = """
+@pytest.mark.fault("SIGKILL of a rank", AGAIN)
+@pytest.mark.timeout(3)
+@pytest.mark.fault("a full disk", "stops "
+    "and says so")
+def {name}(): ...
+"""
 
 
-def test_the_page_shows_the_table():
-    assert faults.PAGE.read_text(encoding="utf-8") == faults.page(), "run `python -m tests.distributed.faults`"
+def test_the_page_lists_the_faults_of_the_tests():
+    assert page.PAGE.read_text(encoding="utf-8") == page.text(), "run `python -m tests.distributed.faults`"
 
 
-@pytest.mark.parametrize(
-    ("table", "proofs"),
-    [
-        (faults.FAULTS, ["distributed/test_faults.py"]),
-        (faults.ON_NODES, ["cluster/test_ray.py"]),
-        (faults.BETWEEN_NODES, ["cluster/test_slurm.py", "cluster/test_torchrun.py"]),
-    ],
-    ids=["ranks", "ray", "torchrun"],
-)
-def test_every_row_is_proved(table, proofs):
-    here = Path(faults.__file__).parents[1]
-    tests = "\n".join((here / proof).read_text(encoding="utf-8") for proof in proofs)
-    assert len({fault.name for fault in table}) == len(table)
-    stated = " ".join(re.findall(r"^@proves\((.+)\)", tests, re.MULTILINE))
-    assert {fault.name for fault in table} == set(re.findall(r'"(\w+)"', stated))
+@pytest.mark.parametrize("files", [ON_RANKS, ON_RAY_NODES, BETWEEN_NODES], ids=["ranks", "ray", "torchrun"])
+def test_each_fault_is_listed_once(files):
+    faults = [fault.happens for fault in page.faults_in(files)]
+    assert faults and len(set(faults)) == len(faults)
+
+
+def test_marks_are_read_from_top_to_bottom():
+    faults = [Fault("SIGKILL of a rank", AGAIN), Fault("a full disk", "stops and says so")]
+    assert page.faults_of(MARKED.format(name="test_both")) == faults
+
+
+def test_a_mark_on_a_helper_is_an_error():
+    with pytest.raises(AssertionError, match="helper is marked with a fault, but is not a test"):
+        page.faults_of(MARKED.format(name="helper"))
