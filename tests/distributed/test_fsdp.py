@@ -230,7 +230,7 @@ def psi(run):
 @pytest.mark.parametrize("name", cases.SHARDED)
 def test_the_first_fsdp_takes_the_same_steps(observed, record_property, name):
     """Losses and parameters agree to 1e-6 with any strategy. FSDP1 sums its clipping norm in fp32."""
-    run, second = observed(2, f"fsdp1-{name}"), observed(2, f"gpt2.{name}.2")
+    run, second = observed(2, f"fsdp1.{name}"), observed(2, f"gpt2.{name}.2")
     differences = assert_equal(run, second, grad_norm=2e-5, moments=1e-4)
     record_property("largest_differences", differences.largest)
 

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.distributed import cases
-from tests.distributed.launching import observe
+from tutorial_lib import launch
 from tutorial_lib.models import load_model, load_tokenizer
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads the kernel's accounts of a process")
@@ -77,7 +77,7 @@ def built(request, directory, sizes, split_sizes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**18))
         patch.setenv("MALLOC_TRIM_THRESHOLD_", str(2**18))
-        observe(configs, worker="tests.distributed.memory_worker")
+        launch.run_all(configs, worker="tests.distributed.workers.memory")
     by_rank = [json.loads((config.directory / "memory.json").read_text()) for config in configs]
     return ranks, dict(zip(runs, by_rank, strict=True))
 

@@ -66,7 +66,7 @@ def resumable(directory, name, **changes):
 
 def train_with_loop(configs):
     """Train in loaded processes; return the losses of each start."""
-    launch.run_all(configs, worker="tests.distributed.own_loop")
+    launch.run_all(configs, worker="tests.distributed.workers.own_loop")
     return [json.loads((each.directory / "losses.json").read_text()) for each in configs]
 
 

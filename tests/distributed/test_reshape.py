@@ -138,14 +138,14 @@ def test_random_numbers_are_seeded_anew(reshaped, directory):
 @pytest.mark.parametrize(
     ("fault", "shown_by"),
     [
-        ("updates_not_counted", {"loss", "parameters"}),
-        ("columns_left_by_rank", {"loss", "grad_norm", "parameters", "exp_avg", "exp_avg_sq"}),
-        ("moments_exchanged", {"loss", "parameters", "exp_avg", "exp_avg_sq"}),
+        ("restore.updates_not_counted", {"loss", "parameters"}),
+        ("restore.columns_left_by_rank", {"loss", "grad_norm", "parameters", "exp_avg", "exp_avg_sq"}),
+        ("restore.moments_exchanged", {"loss", "parameters", "exp_avg", "exp_avg_sq"}),
     ],
 )
 def test_a_reshape_that_loses_something_is_seen(observed, reshaped, fault, shown_by):
-    origin = cases.RESHAPED_BADLY[f"broken-{fault}"]
-    differences = compare(reshaped(f"broken-{fault}"), observed(1, f"unbroken.{cases.case_of(origin)}"))
+    reference = observed(1, f"unbroken.{cases.case_of(cases.RESHAPED_BADLY[fault])}")
+    differences = compare(reshaped(fault), reference)
     assert shown_by <= differences.found.keys(), differences.found
 
 

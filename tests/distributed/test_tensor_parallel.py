@@ -13,6 +13,7 @@ import pytest
 
 from tests.distributed import cases
 from tests.distributed.cases import HIDDEN, LAYERS
+from tests.distributed.probe import ERRORS
 from tutorial_lib.theory import memory, traffic
 
 MEASURED = [each for each in cases.COMBINATIONS if cases.settings(each)["tp"]]
@@ -171,19 +172,23 @@ def test_evaluation_is_that_of_one_process(observed, ranks, case, variant):
     ("fault", "error", "message"),
     [
         (
-            "sampler_of_the_world",
+            "data.sampler_of_the_world",
             "RanksDisagree",
             r"At step 1 ranks \[0, 1\] share every layer, but read different batches, of the fingerprints "
             r"([0-9a-f]{16}), (?!\1)[0-9a-f]{16}\. Look at what the data loader is given: dp_rank and dp_size",
         ),
         (
-            "seed_of_each_rank",
+            "tensor_parallel.seed_of_each_rank",
             "RanksDisagree",
             r"At step 1 ranks \[0, 1\] .* its losses differ: (\d+\.\d{6}), (?!\1)\d+\.\d{6}\. Look at the seed",
         ),
-        ("row_all_reduce_skipped", "RanksDisagree", r"its losses differ: .* and at the all-reduce of the row-parallel"),
         (
-            "projection_left_whole",
+            "tensor_parallel.row_all_reduce_skipped",
+            "RanksDisagree",
+            r"its losses differ: .* and at the all-reduce of the row-parallel",
+        ),
+        (
+            "tensor_parallel.projections_not_split",
             "ConfigError",
             rf"left {3 * LAYERS} projections unsplit on every rank, model\.layers\.0\.mlp\.gate_proj\.weight first\.",
         ),
@@ -191,7 +196,7 @@ def test_evaluation_is_that_of_one_process(observed, ranks, case, variant):
 )
 def test_a_run_notices_what_is_wrong_within_a_group(launched, directory, fault, error, message):
     launched(2)
-    errors = json.loads((directory / "runs" / f"refused-{fault}" / "refused.json").read_text())
+    errors = json.loads((directory / "runs" / fault / ERRORS).read_text())
     assert len(errors) == 2, "all ranks raise, none waits for another"
     for found in errors:
         assert found["type"] == error

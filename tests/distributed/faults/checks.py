@@ -12,9 +12,6 @@ RECORD = ("step", "loss", "grad_norm", "tokens", "epoch", "lr")
 SOON = 30
 """Seconds from a rank's end to the error. Gloo's own timeout is 600."""
 
-LONG = 48
-"""Steps of a run that is hit from outside, at no particular step."""
-
 
 def assert_all_intact(run: RunDirectory) -> list[int]:
     """Verify each checkpoint of a run, and return their steps."""

@@ -18,8 +18,9 @@ import pytest
 from tests.distributed import cases
 from tests.distributed.comparing import Observed, assert_identical
 from tests.distributed.faults import damage
-from tests.distributed.faults.checks import LONG, SOON, assert_all_intact
+from tests.distributed.faults.checks import SOON, assert_all_intact
 from tests.distributed.launching import observe
+from tests.distributed.probe import Probe, ProbedRun
 from tutorial_lib import launch
 from tutorial_lib.records import RunDirectory
 
@@ -40,9 +41,10 @@ class Crash:
 @pytest.fixture(scope="session")
 def undisturbed(directory: Path) -> dict[str, Observed]:
     """Run the undisturbed runs, and return them by kind."""
-    configs = {kind: cases.fault(directory, kind, f"sound-{kind}") for kind in {*cases.FATAL.values()}}
-    configs["long"] = cases.fault(directory, "zero1", "sound-long", steps=LONG, checkpoint_every=0)
-    observe(list(configs.values()))
+    kinds = {kind for kind, _ in cases.FATAL.values()}
+    configs = {kind: cases.saving(directory, kind, f"undisturbed.{kind}") for kind in kinds}
+    configs["long"] = cases.saving(directory, "zero1", "undisturbed.long", checkpoint_every=0, **cases.LONG)
+    observe([ProbedRun(config) for config in configs.values()])
     return {kind: Observed.read(config) for kind, config in configs.items()}
 
 
@@ -50,28 +52,28 @@ def undisturbed(directory: Path) -> dict[str, Observed]:
 def crashed(directory: Path) -> dict[str, Crash]:
     """Launch one run for every fault that takes its launch down, and return the crashes by fault."""
     crashes = {}
-    for name, kind in cases.FATAL.items():
-        config = cases.fault(directory, kind, f"broken-{name}")
+    for fault, (kind, settings) in cases.FATAL.items():
+        config = cases.saving(directory, kind, fault, **settings)
         with pytest.raises(launch.WorkerError) as error:
-            observe([config])
+            observe([ProbedRun(config, Probe(fault=fault))])
         last = max(path.stat().st_mtime for path in config.directory.rglob("*") if "lock" not in path.name)
-        crashes[name] = Crash(error.value, time.time() - last)
+        crashes[fault] = Crash(error.value, time.time() - last)
     assert not [p for server in psutil.Process().children() for p in server.children()], "a rank outlives its launch"
     return crashes
 
 
 @pytest.fixture(scope="session")
-def recovered(directory: Path, undisturbed: object, crashed: object) -> dict[str, Observed]:
+def recovered(directory: Path, undisturbed: dict[str, Observed], crashed: object) -> dict[str, Observed]:
     """Start again, in one launch, copies of the runs that crashed, and copies with damaged checkpoints."""
     configs = {}
-    for name, kind in cases.FATAL.items():
-        configs[name] = cases.fault(directory, kind, f"mended-{name}")
-        shutil.copytree(directory / "runs" / f"broken-{name}", configs[name].directory)
+    for fault, (kind, settings) in cases.FATAL.items():
+        configs[fault] = cases.saving(directory, kind, f"recovered.{fault}", **settings)
+        shutil.copytree(directory / "runs" / fault, configs[fault].directory)
     for way in damage.WAYS:
-        configs[way.__name__] = cases.fault(directory, "zero1", f"mended-{way.__name__}")
-        shutil.copytree(directory / "runs" / "sound-zero1", configs[way.__name__].directory)
+        configs[way.__name__] = cases.saving(directory, "zero1", f"recovered.{way.__name__}")
+        shutil.copytree(undisturbed["zero1"].directory.path, configs[way.__name__].directory)
         way(configs[way.__name__].directory)
-    observe(list(configs.values()))
+    observe([ProbedRun(config) for config in configs.values()])
     return {name: Observed.read(config) for name, config in configs.items()}
 
 
@@ -93,11 +95,11 @@ def assert_recovers(
             kept: steps of the checkpoints when the next start has ended.
         """
         assert crashed[fault].seconds < SOON
-        assert assert_all_intact(RunDirectory(directory / "runs" / f"broken-{fault}")) == [*intact]
+        assert assert_all_intact(RunDirectory(directory / "runs" / fault)) == [*intact]
         run = recovered[fault]
         assert run.directory.result()["resumed_from"] == resumes_from
         assert len(run.examples) == cases.END - resumes_from, "it trained the lost steps again, and no others"
-        assert_identical(run, undisturbed[cases.FATAL[fault]])
+        assert_identical(run, undisturbed[cases.FATAL[fault][0]])
         assert assert_all_intact(run.directory) == [*kept]
         assert not list(run.directory.checkpoints.glob(".*")), "half-written and half-deleted directories are gone"
         return str(crashed[fault].error)
@@ -112,6 +114,6 @@ def assert_recovers_from_a_kill(assert_recovers: Callable[..., str]) -> Callable
     def check(fault: str, *, rank: int, resumes_from: int = 2, **expected: Sequence[int]) -> None:
         said = assert_recovers(fault, resumes_from=resumes_from, **expected)
         assert f"Rank {rank} ended with exit code -9 and left no traceback: it was killed" in said
-        assert f"it resumes: 'broken-{fault}' from step-0000000{resumes_from}." in said
+        assert f"it resumes: {fault!r} from step-0000000{resumes_from}." in said
 
     return check

@@ -13,10 +13,7 @@ def cut_short(run: Path) -> None:
 
 
 def flip_a_bit(run: Path) -> None:
-    saved = cases.shard(run, cases.END, rank=1)
-    content = bytearray(saved.read_bytes())
-    content[len(content) // 2] ^= 1
-    saved.write_bytes(content)
+    cases.flip_a_bit(cases.shard(run, cases.END, rank=1))
 
 
 def remove_a_file(run: Path) -> None:

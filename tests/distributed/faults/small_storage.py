@@ -16,30 +16,32 @@ from typing import Any
 
 from tests.distributed import cases
 from tests.distributed.launching import observe
-from tests.distributed.worker import OBSERVATION
+from tests.distributed.probe import OBSERVATION, Probe, ProbedRun
 from tutorial_lib import checkpoint, launch
-from tutorial_lib.config import Config
 from tutorial_lib.records import RunDirectory
 
 NAMESPACE = ["unshare", "--mount", "--map-root-user"]
-RUNS = ("disk_full", "broken-read_only")
+FULL, READ_ONLY = "disk_full", "storage.read_only"
+"""Names of the two runs."""
 
 
 def main(directory: Path) -> None:
     storage = directory / "runs"
     small = directory / "small"
     small.mkdir()
-    full, closed = (cases.fault(directory, "zero1", name=name, storage=str(small)) for name in RUNS)
+    full = ProbedRun(cases.saving(directory, "zero1", FULL, storage=str(small)))
+    fault = Probe(fault="storage.read_only")
+    read_only = ProbedRun(cases.saving(directory, "zero1", READ_ONLY, storage=str(small)), fault)
     # One checkpoint and what the tests observe fit, two checkpoints do not.
-    room = checkpoint_bytes(storage) * 3 // 2 + (storage / "sound-zero1" / OBSERVATION).stat().st_size
+    room = checkpoint_bytes(storage) * 3 // 2 + (storage / "undisturbed.zero1" / OBSERVATION).stat().st_size
     mount("-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(small))
     report = {"disk_full": failure_of(full)}
     mount("-o", f"remount,size={checkpoint_bytes(storage) * 30}", str(small))
-    report["read_only"] = failure_of(closed)
-    subprocess.run(["umount", str(small / closed.run.name / "checkpoints")], check=True)
-    observe([full, closed])
-    for config in (full, closed):
-        shutil.copytree(config.directory, storage / config.run.name)
+    report["read_only"] = failure_of(read_only)
+    subprocess.run(["umount", str(small / READ_ONLY / "checkpoints")], check=True)
+    observe([full, read_only])
+    for run in (full, read_only):
+        shutil.copytree(run.config.directory, storage / run.config.run.name)
     (directory / "small_storage.json").write_text(json.dumps(report))
 
 
@@ -49,18 +51,19 @@ def mount(*arguments: str) -> None:
 
 def checkpoint_bytes(storage: Path) -> int:
     """Return the size of an existing checkpoint of the same model and engine."""
-    newest = checkpoint.latest(RunDirectory(storage / "sound-zero1"))
+    newest = checkpoint.latest(RunDirectory(storage / "undisturbed.zero1"))
     assert newest
     return sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
 
 
-def failure_of(config: Config) -> dict[str, Any]:
+def failure_of(run: ProbedRun) -> dict[str, Any]:
+    """Start a run that must fail; return its error, and the newest intact checkpoint that it leaves."""
     try:
-        observe([config])
+        observe([run])
     except launch.WorkerError as error:
-        found, left_out = checkpoint.newest_intact(RunDirectory(config.directory))
+        found, left_out = checkpoint.newest_intact(RunDirectory(run.config.directory))
         return {"error": str(error), "newest": found and found.name, "left_out": len(left_out)}
-    raise AssertionError(f"{config.run.name} ended as if nothing were wrong")
+    raise AssertionError(f"{run.config.run.name} ended without an error")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def test_two_missing_manifests(assert_falls_back: Callable[..., None]) -> None:
 @pytest.mark.fault("no checkpoint is intact", "refused with every cause; it never silently starts from step 0")
 def test_no_intact_checkpoint(undisturbed: dict[str, Observed], directory: Path, shell: Shell) -> None:
     """Only ranks that read the files find this damage: every rank refuses, and the first error is printed."""
-    config = cases.fault(directory, "zero1", "none-intact")
+    config = cases.saving(directory, "zero1", "none-intact")
     shutil.copytree(undisturbed["zero1"].directory.path, config.directory)
     for step in (2, 4, 6, 8):
         saved = cases.shard(config.directory, step, rank=1)

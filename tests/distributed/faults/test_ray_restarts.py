@@ -10,9 +10,10 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.distributed import cases, worker
+from tests.distributed import cases
 from tests.distributed.comparing import Observed
-from tests.distributed.faults.checks import LONG, assert_all_intact, assert_same_records, assert_same_states
+from tests.distributed.faults.checks import assert_all_intact, assert_same_records, assert_same_states
+from tests.distributed.injected import on_ray as injected
 from tests.distributed.launching import ROOT
 from tutorial_lib import launch
 from tutorial_lib.config import Config
@@ -47,7 +48,7 @@ def three_nodes() -> Iterator[Any]:
 
 
 def on_ray(directory: Path, name: str, **changes: Any) -> Config:
-    return cases.fault(directory, "zero1", name, **{"launcher": "ray", "max_failures": 1, **changes})
+    return cases.saving(directory, "zero1", name, launcher="ray", max_failures=1, **changes)
 
 
 @pytest.mark.fault(
@@ -55,7 +56,7 @@ def on_ray(directory: Path, name: str, **changes: Any) -> Config:
     "Ray starts the workers again; `result.json` records when and why",
 )
 def test_a_killed_worker(undisturbed: dict[str, Observed], directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_train, "_worker", worker.killed_on_ray)
+    monkeypatch.setattr(ray_train, "_worker", injected.be_killed_once)
     config = on_ray(directory, "ray-killed")
     with ray_train.session(config):
         run = launch.run(config)
@@ -70,7 +71,7 @@ def test_a_killed_worker(undisturbed: dict[str, Observed], directory: Path, monk
 
 @pytest.mark.fault("a Ray node dies, another has room, `max_failures=1`", "Ray starts the workers on the other node")
 def test_a_node_that_dies(undisturbed: dict[str, Observed], three_nodes: Any, directory: Path) -> None:
-    config = on_ray(directory, "ray-node", steps=LONG)
+    config = on_ray(directory, "ray-node", **cases.LONG)
     gone: list[Any] = []
 
     def remove_a_node(rows: list[Any]) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.distributed import cases
 from tests.distributed.comparing import Observed
-from tests.distributed.faults.checks import LONG, SOON, assert_all_intact, assert_same_records, assert_same_states
+from tests.distributed.faults.checks import SOON, assert_all_intact, assert_same_records, assert_same_states
 from tests.distributed.launching import Shell, train_command
 from tutorial_lib import launch
 from tutorial_lib.config import ConfigError
@@ -24,7 +24,7 @@ from tutorial_lib.records import RunDirectory
 def signalled(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Start a long run; refuse it a second start, stop it by SIGTERM, kill its next launcher, and let it end."""
     shell = Shell(tmp_path_factory.mktemp("shell"))
-    config = cases.fault(directory, "zero1", "signalled", steps=LONG, checkpoint_every=0)
+    config = cases.saving(directory, "zero1", "signalled", checkpoint_every=0, **cases.LONG)
     run, seen = RunDirectory(config.directory), {"config": config}
     try:
         shell.start(train_command(config))
@@ -63,7 +63,7 @@ def test_sigterm(signalled: dict[str, Any], undisturbed: dict[str, Observed]) ->
 def test_sigkill_of_the_launching_process(signalled: dict[str, Any], undisturbed: dict[str, Observed]) -> None:
     assert not signalled["alive"], "workers outlive the process that started them"
     assert signalled["killed"]["status"] == "stopped"
-    assert signalled["ended"][2]["resumed_from"] == signalled["killed"]["step"] < LONG
+    assert signalled["ended"][2]["resumed_from"] == signalled["killed"]["step"] < cases.LONG["steps"]
     assert_ends_undisturbed(signalled, undisturbed["long"])
 
 

@@ -40,14 +40,14 @@ def on_small_storage(directory: Path, undisturbed: dict[str, Observed]) -> dict[
 def test_a_full_disk(on_small_storage: dict[str, Any], undisturbed: dict[str, Observed], directory: Path) -> None:
     assert re.search(r"cannot be written to \(No space left on device", start_of(on_small_storage["disk_full"]))
     assert_resumable(on_small_storage["disk_full"])
-    assert_ends_undisturbed(cases.fault(directory, "zero1", "disk_full"), undisturbed["zero1"])
+    assert_ends_undisturbed(cases.saving(directory, "zero1", small_storage.FULL), undisturbed["zero1"])
 
 
 @pytest.mark.fault("storage that turns read-only", "stops and says so; writable again, the same command resumes")
 def test_read_only_storage(on_small_storage: dict[str, Any], undisturbed: dict[str, Observed], directory: Path) -> None:
     assert re.search(r"cannot be written to \(Read-only file system", start_of(on_small_storage["read_only"]))
     assert_resumable(on_small_storage["read_only"])
-    assert_ends_undisturbed(cases.fault(directory, "zero1", "broken-read_only"), undisturbed["zero1"])
+    assert_ends_undisturbed(cases.saving(directory, "zero1", small_storage.READ_ONLY), undisturbed["zero1"])
 
 
 def start_of(report: dict[str, Any]) -> str:

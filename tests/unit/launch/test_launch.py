@@ -13,7 +13,6 @@ import sys
 import pytest
 import torch
 
-from tests.distributed.launching import observe
 from tests.unit.arguments import changed
 from tutorial_lib import launch
 from tutorial_lib.cli import main
@@ -324,7 +323,7 @@ def test_a_run_that_goes_on_with_other_settings_is_refused_before_processes_star
 def test_an_aborted_rank_is_told_with_what_it_and_its_peers_could_write(tmp_path, name, begin, also):
     config = Config.create("cpu", dp=2, storage=str(tmp_path), name=name, launcher="local", steps=1)
     with pytest.raises(launch.WorkerError) as error:
-        observe([config], worker="tests.unit.launch.aborting_worker")
+        launch.run_all([config], worker="tests.unit.launch.aborting_worker")
     said = str(error.value)
     assert said.startswith(begin)
     assert re.search(also, said)
@@ -336,5 +335,5 @@ def test_a_rank_that_waits_for_one_that_failed_is_ended_and_not_told_of(tmp_path
     monkeypatch.setattr(launch.local, "_PEERS_SECONDS", 1)
     config = Config.create("cpu", dp=2, storage=str(tmp_path), name="waiting", launcher="local", steps=1)
     with pytest.raises(launch.WorkerError, match=r"^Rank 0 of run 'waiting' failed with ModuleNotFoundError") as error:
-        observe([config], worker="tests.unit.launch.aborting_worker")
+        launch.run_all([config], worker="tests.unit.launch.aborting_worker")
     assert "killed" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Ranks of ``test_own_loop.py``: the local launcher's, but with the loop of ``notebooks/scripts/train_zero.py``.
+"""Worker with a reader's own loop, that of ``notebooks/scripts/train_zero.py``, for ``test_own_loop.py``.
 
 The losses of each start are left in its run's ``losses.json``.
 """

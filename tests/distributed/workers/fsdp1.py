@@ -1,4 +1,4 @@
-"""FSDP1, PyTorch's class ``FullyShardedDataParallel``, behind the trainer, for comparison with FSDP2."""
+"""Engine of FSDP1, PyTorch's class ``FullyShardedDataParallel``, for comparison with FSDP2."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class FSDP1Engine(TorchEngine):
             yield from list(super().full_parameters())
 
     def full_optimizer_states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        whole = get_optimizer_state_dict(self.module, self.optimizer, options=StateDictOptions(full_state_dict=True))
-        for name, state in whole["state"].items():
+        full = get_optimizer_state_dict(self.module, self.optimizer, options=StateDictOptions(full_state_dict=True))
+        for name, state in full["state"].items():
             yield name, {key: state[key].clone() for key in ("exp_avg", "exp_avg_sq")}
 
     def save(self, directory: Path, writer: Writer) -> None:
