@@ -309,25 +309,32 @@ def test_a_run_that_goes_on_with_other_settings_is_refused_before_processes_star
         launch.preflight(config_.override(resume="never"))
 
 
+WORKERS = "tests.unit.launch.workers"
+
+
 @pytest.mark.parametrize(
-    ("name", "begin", "also"),
+    ("worker", "begin", "also"),
     [
         (
-            "silent",
+            "aborting",
             "Rank 0 ended with exit code -6 and left no traceback. ",
             "Rank 1 failed with RuntimeError: of a peer",
         ),
-        ("told", "Rank 0 of run 'told' failed with ValueError: its own", r"Its output: \S+rank-000\.log"),
+        (
+            "telling_and_aborting",
+            "Rank 0 of run 'aborts' failed with ValueError: its own",
+            r"Its output: \S+rank-000\.log",
+        ),
     ],
 )
-def test_an_aborted_rank_is_told_with_what_it_and_its_peers_could_write(tmp_path, name, begin, also):
-    config = Config.create("cpu", dp=2, storage=str(tmp_path), name=name, launcher="local", steps=1)
+def test_an_aborted_rank_is_told_with_what_it_and_its_peers_could_write(tmp_path, worker, begin, also):
+    config = Config.create("cpu", dp=2, storage=str(tmp_path), name="aborts", launcher="local", steps=1)
     with pytest.raises(launch.WorkerError) as error:
-        launch.run_all([config], worker="tests.unit.launch.aborting_worker")
+        launch.run_all([config], worker=f"{WORKERS}.{worker}")
     said = str(error.value)
     assert said.startswith(begin)
     assert re.search(also, said)
-    assert ("what(): from C++" in said) == (name == "silent"), "the end of its output, where it is all there is"
+    assert ("what(): from C++" in said) == (worker == "aborting"), "the end of its output, where it is all there is"
 
 
 def test_a_rank_that_waits_for_one_that_failed_is_ended_and_not_told_of(tmp_path, monkeypatch):
@@ -335,5 +342,5 @@ def test_a_rank_that_waits_for_one_that_failed_is_ended_and_not_told_of(tmp_path
     monkeypatch.setattr(launch.local, "_PEERS_SECONDS", 1)
     config = Config.create("cpu", dp=2, storage=str(tmp_path), name="waiting", launcher="local", steps=1)
     with pytest.raises(launch.WorkerError, match=r"^Rank 0 of run 'waiting' failed with ModuleNotFoundError") as error:
-        launch.run_all([config], worker="tests.unit.launch.aborting_worker")
+        launch.run_all([config], worker=f"{WORKERS}.waiting")
     assert "killed" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Known collectives for test_measure.py, run and counted on two gloo ranks; the counts go to a JSON file.
+"""Known collectives for test_traffic.py, run and counted on two gloo ranks; the counts go to a JSON file.
 
 Arguments: rank, the store's file, the output's file.
 """
