@@ -452,7 +452,7 @@ STILL: dict[str, tuple[int, str, dict[str, Any]]] = {
 }
 """The same, but stopped at once: they save the loaded states in a different shape."""
 
-SEEDED_ANEW = ("dropout-once", "dropout-twice")
+SEEDED_AGAIN = ("dropout-once", "dropout-twice")
 
 RESHAPED_BADLY = {
     "restore.updates_not_counted": "zero1-of-zero3",
@@ -509,7 +509,7 @@ def reshaped_runs(directory: Path, ranks: int) -> list[ProbedRun]:
             again = reshaped(directory, name).override(name=fault)
             runs.append(ProbedRun(_copy(before, again), Probe(fault=fault)))
     if ranks == 2:
-        for name in SEEDED_ANEW:
+        for name in SEEDED_AGAIN:
             shape = {"engine": "fsdp", "model": "gpt2-dropout"}
             again = _reshapable(directory, "gpt2", 2, shape, f"reshaped.{name}")
             runs.append(ProbedRun(_copy(saved(directory, "dropout"), again)))

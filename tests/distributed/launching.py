@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not happen"
+        assert time.monotonic() < end, f"nothing happened within {seconds} s"
         time.sleep(0.02)
 
 

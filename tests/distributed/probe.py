@@ -22,7 +22,7 @@ ERRORS = "expected_errors.json"
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What is done to a run.
+    """Everything that the observing worker does to a run beside training it.
 
     Attributes:
         fault: train with a deliberate fault, a context manager in :mod:`tests.distributed.injected`, by page and name,

@@ -14,7 +14,7 @@ from tutorial_lib import checkpoint
 
 @pytest.mark.parametrize(("ranks", "kind"), [(ranks, kind) for ranks, kinds in cases.LATE.items() for kind in kinds])
 def test_a_run_resumed_from_one_continues_bit_for_bit(observed, ranks, kind):
-    """Its files were written after the next step had changed the states."""
+    """Write the files only after the next step has changed the states."""
     run = observed(ranks, f"late.{kind}")
     assert_identical(run, observed(ranks, f"uninterrupted.{kind}"))
     assert run.directory.result()["resumed_from"] == cases.STOP - 1

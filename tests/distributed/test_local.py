@@ -195,7 +195,7 @@ def test_a_server_ends_with_the_process_that_started_it(when):
     ],
 )
 def test_a_signal_to_every_process_of_a_job_saves_and_exits_with_75(tmp_path, number, when, launcher):
-    """As SLURM sends it: to the launching process, the servers (Ray's own included), and the ranks."""
+    """Send the signal as SLURM does: to the launching process, the servers (Ray's own included), and the ranks."""
     asked = config(tmp_path, zero_stage=1, steps=5000, max_examples=800, launcher=launcher)
     run = RunDirectory(asked.directory)
     shell = Shell(tmp_path)

@@ -46,7 +46,7 @@ def runs(cluster, directory):
     return starts, rows, shown.read_text()
 
 
-def test_a_resumed_run_on_ray_is_the_one_of_local_processes(runs, observed):
+def test_a_resumed_run_on_ray_matches_local_processes(runs, observed):
     (first, second), _, _ = runs
     local = observed(2, "uninterrupted.zero1")
     assert (first.result["status"], second.result["status"]) == ("stopped", "completed")
@@ -63,8 +63,8 @@ def test_local_processes_continue_a_run_that_ray_began(cluster, directory, obser
     assert [row["loss"] for row in run.rows] == [row["loss"] for row in observed(2, "uninterrupted.zero1").rows]
 
 
-def test_runs_on_ray_are_those_of_local_processes(cluster, directory, observed):
-    """They share two workers, although one is 1 x 2 and the other 2 x 1."""
+def test_runs_on_ray_match_local_processes(cluster, directory, observed):
+    """Run a 1 x 2 and a 2 x 1 grid on the same two workers."""
     kinds = ("1x2-zero2", "fsdp-full")
     configs = [cases.uninterrupted(directory, kind, name=f"ray-{kind}", launcher="ray") for kind in kinds]
     for kind, run in zip(kinds, launch.run_all(configs), strict=True):
@@ -85,7 +85,7 @@ def test_workers_write_to_files_and_not_to_the_notebook(runs):
 
 
 def test_ray_knows_the_checkpoints(runs, cluster):
-    """They are registered, not copied: Ray's own directory holds a list of them and no second copy."""
+    """Ray registers the checkpoints without copying them: its own directory holds only a list."""
     import ray.train
 
     (_, second), _, _ = runs
@@ -122,7 +122,7 @@ ASK = "import sys, ray; ray._raylet.GcsClient(address=sys.argv[1]).internal_kv_g
     ids=["this-process", "another", "none"],
 )
 def test_the_cluster_answers_only_with_this_processs_token(cluster, tmp_path, token, answer):
-    """Otherwise it would be the one that Ray keeps in the home directory for all clusters and all time."""
+    """Without this, every cluster would share the token that Ray keeps in the home directory."""
     import ray
 
     environment = {**os.environ, "HOME": str(tmp_path), "RAY_AUTH_MODE": "token"}

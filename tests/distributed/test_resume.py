@@ -40,7 +40,7 @@ def test_an_engine_that_finds_nothing_to_load_says_so(observed, name):
 
 
 def test_rows_after_the_checkpoint_are_written_again(resumed):
-    """``cases.resumed_runs`` left rows of steps 4 and 5 there, and half a row."""
+    """``cases.resumed_runs`` added rows of steps 4 and 5 to the file, and half a row."""
     run = resumed("interrupted.zero1")
     assert [row["step"] for row in run.rows] == list(range(1, cases.END + 1))
     assert all(row["loss"] < 99 for row in run.rows)
@@ -54,7 +54,7 @@ def test_a_refused_start_leaves_the_run_as_it_was(resumed, directory):
 
 
 def test_dropout_is_active(observed):
-    """Otherwise random states would not matter to these runs."""
+    """Check that random states matter to these runs."""
     with_dropout, without = observed(2, "uninterrupted.zero1"), observed(1, "unbroken.gpt2")
     assert with_dropout.config.run.seed == without.config.run.seed
     assert with_dropout.examples == without.examples
@@ -69,7 +69,7 @@ def test_dropout_is_active(observed):
         ("restore.optimizer_not_restored", {"loss", "parameters", "exp_avg", "exp_avg_sq"}),
     ],
 )
-def test_a_resume_that_loses_something_is_seen(observed, resumed, fault, shown_by):
+def test_the_comparison_shows_a_resume_that_loses_something(observed, resumed, fault, shown_by):
     run, reference = resumed(fault), observed(2, f"uninterrupted.{cases.RESUMED_BADLY[fault]}")
     differences = compare(run, reference, tolerance=0.0, moments=0.0)
     assert shown_by <= differences.found.keys(), differences.found

@@ -12,8 +12,8 @@ from tutorial_lib.records import RunDirectory
 @pytest.mark.parametrize(
     ("kind", "stops"), [("zero1", (cases.STOP, None)), ("1x2-zero0", (None,)), ("fsdp-full", (None,))]
 )
-def test_a_run_started_by_torchrun_is_the_one_of_local_processes(observed, directory, shell, kind, stops):
-    """Stopped once: torchrun treats 75 as a failure, so the exit code is 0, and the result says that steps are left."""
+def test_a_run_started_by_torchrun_matches_local_processes(observed, directory, shell, kind, stops):
+    """Stop it once. torchrun treats 75 as a failure, so the exit code is 0, and the result says that steps are left."""
     local = observed(2, f"uninterrupted.{kind}")
     for stop in stops:
         config = cases.uninterrupted(

@@ -59,7 +59,7 @@ def test_no_dropout(embedded):
     assert {v for k, v in settings if "drop" in k and not k.startswith("summary")} == {0.0}
 
 
-def test_weights_are_those_of_their_summary(embedded):
+def test_weights_match_their_summary(embedded):
     _, directory, model, tokenizer = embedded
     summary = json.loads((directory / "pretraining.json").read_text())
     assert sample_loss(model, tokenizer) == pytest.approx(summary["sample_loss"], abs=1e-4)

@@ -146,7 +146,7 @@ def test_the_time_for_everything_bounds_a_step(run: Any) -> None:
     assert run(Step("faults", "tests.gpu.faults", limit=60, case_limit=60), until=time.time())["status"] == "timed out"
 
 
-def test_the_whole_fits_what_a_lent_machine_allows() -> None:
+def test_all_steps_fit_what_a_lent_machine_allows() -> None:
     """Eight files come back, a command has ten minutes: six steps, the log and the traces, in eight minutes."""
     assert len(measure.STEPS) + 2 <= 8
     assert max(measure.MINUTES.values()) * 60 + max(step.case_limit for step in measure.STEPS) < 600

@@ -111,7 +111,7 @@ def test_host_memory_is_this_process() -> None:
     assert now.pss is None or 0 < now.pss <= now.rss
 
 
-def test_peak_memory_begins_anew_and_sees_what_has_been_freed() -> None:
+def test_peak_memory_restarts_and_sees_what_has_been_freed() -> None:
     cpu = torch.device("cpu")
     before = memory.host_memory().rss
     memory.reset_peak_memory(cpu)

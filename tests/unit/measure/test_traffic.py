@@ -60,7 +60,7 @@ def test_volume_counts_an_all_reduce_twice(counted: list[dict[str, Any]]) -> Non
     once = 201 + 301 + 802 + 804 + 806 + 1002 + 1004 + 1006 + 1200 + 1402 + 1602
     volume = 2 * (101 + 102 + 103) + once
     assert [c["each_kind"]["volume"] for c in counted] == [volume + 901, volume]
-    # A ring of two sends half; a message goes whole.
+    # A ring of two sends half; a message is sent in full.
     assert [c["each_kind"]["wire_bytes"] for c in counted] == [4 * (volume / 2 + 901), 4 * volume / 2]
 
 

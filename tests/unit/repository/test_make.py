@@ -33,7 +33,7 @@ def test_scripts_parse(script: str) -> None:
     subprocess.run(["bash", "-n", str(ROOT / ".ci" / script)], check=True)
 
 
-def test_one_failing_part_fails_the_whole_and_the_others_still_run(clone: Path) -> None:
+def test_one_failing_part_fails_all_and_the_others_still_run(clone: Path) -> None:
     recipes = 'unit:\n\t@echo "== 3 passed in 1.50s =="\nbad:\n\t@echo "== 1 failed, 2 passed in 2s =="; exit 1\n'
     (clone / "Makefile").write_text(recipes)
     run = subprocess.run([".ci/parts", "unit", "bad", "unit"], cwd=clone, capture_output=True, text=True)

@@ -21,7 +21,7 @@ def all_pairs(settings):
     return set().union(*map(pairs, settings))
 
 
-def test_pairs_are_those_of_different_settings():
+def test_pairs_combine_different_settings():
     assert pairs({"model": "small", "grid": 1, "stage": None}) == {
         (("grid", 1), ("model", "small")),
         (("grid", 1), ("stage", None)),

@@ -147,7 +147,7 @@ def test_estimator_prints_what_we_compute() -> None:
     assert "11.28GB | offload_optimizer=none" in out.getvalue()
 
 
-def test_tensor_parallelism_keeps_replicated_parameters_whole() -> None:
+def test_tensor_parallelism_does_not_divide_replicated_parameters() -> None:
     assert memory.tensor_parallel_params(1000, 200, 4) == 200 + 200
     assert memory.tensor_parallel_params(1000, 0, 4) == 250
     assert memory.tensor_parallel_params(1000, 200, 1) == 1000
