@@ -1,7 +1,7 @@
-"""Command ``plan --check RUN``: predictions for a run beside the measurements of ``train --measure``.
+"""Command ``plan --check RUN``: predictions for a run next to the measurements of ``train --measure``.
 
 The run's records have its settings (``config.json``) and the measurements of one step (``result.json``). This compares
-the bytes of model states, the peak of the step's allocations on top of existing states, and the bytes on the wire. Time
+the bytes of model states, the peak of the step's allocations beyond existing states, and the bytes on the wire. Time
 is only compared if a GPU preset says how fast the devices are; there is none for a shared CPU.
 """
 
@@ -91,7 +91,7 @@ def compare(
     rows = [
         Compared(
             "model states, bytes",
-            states.device + states.host + _across_the_border(config, workload, layout),
+            states.device + states.host + _boundary_gradients(config, workload, layout),
             max(m["state_bytes"]["total"] for m in measured),
         ),
         Compared(
@@ -177,11 +177,12 @@ def _from_deepspeed_file(name: str | None) -> dict[str, Any]:
     }
 
 
-def _across_the_border(config: Config, workload: Workload, layout: Layout) -> float:
-    """Return the gradients that ZeRO's stages 1 and 2 hold on both sides of a border between two ranks' shares.
+def _boundary_gradients(config: Config, workload: Workload, layout: Layout) -> float:
+    """Return the gradients that ZeRO's stages 1 and 2 hold on both sides of a boundary between two ranks' shares.
 
-    A tensor across the border is held in full on both ranks (:func:`tutorial_lib.theory.memory.reduced_gradients`).
-    This is negligible in a large model, and about one per cent in a model of four layers.
+    A tensor that crosses the boundary is held in full on both ranks
+    (:func:`tutorial_lib.theory.memory.reduced_gradients`). This is negligible in a large model, and about one per cent
+    in a model of four layers.
     """
     is_reduced = layout.zero_stage == 2 or (layout.zero_stage == 1 and config.accumulation == 1)
     if layout.strategy or not is_reduced or layout.tp > 1 or layout.offload != "none":

@@ -16,7 +16,7 @@ class Schedule:
     Args:
         settings: peak rate, warm-up, and the kind of schedule after it.
         optimizer: the optimizer that uses the rate. All its parameter groups have the same one.
-        num_steps: optimizer steps of the whole run.
+        num_steps: total number of optimizer steps of the run.
     """
 
     def __init__(self, settings: OptimizerConfig, optimizer: torch.optim.Optimizer, num_steps: int) -> None:

@@ -59,7 +59,7 @@ class TorchEngine:
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the logits of a batch, shape (B, S, V), or with ``loss_chunks`` the sum of its losses.
 
-        In bf16, weights stay fp32 and autocast computes.
+        In bf16, the weights stay fp32, and autocast computes in bf16.
         """
         inputs = model_inputs(batch, self.device)
         precision = self.config.engine.precision

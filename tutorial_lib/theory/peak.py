@@ -157,8 +157,8 @@ def _buffers(workload: Workload, layout: Layout, part: Part, micro_batches: int)
         twice = element * workload.dimensions.vocabulary * workload.dimensions.hidden if workload.dimensions.tied else 0
         update = root + trained * ((element + 4) * part.root + twice / layout.tp) + reduced
         if layout.strategy == "shard_grad_op":
-            whole = float(element * part.params)
-            return whole, whole + trained * layer + reduced, update
+            gathered = float(element * part.params)
+            return gathered, gathered + trained * layer + reduced, update
         return root, root + ahead + trained * layer + reduced, update
     copy = copied * part.params / (shards if layout.zero_stage else 1)
     if shards == 1 and layout.zero_stage == 0:

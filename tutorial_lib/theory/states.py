@@ -34,7 +34,7 @@ BASE_BYTES = {16: 2.0, 8: 1.0, 4: 0.516}
 
 @dataclass(frozen=True, slots=True)
 class States:
-    """Bytes of one rank: on its device at most, the gradients among them that backward creates, and on its host."""
+    """Bytes of one rank: on its device at most, the gradients included in them, and on its host."""
 
     device: float
     gradients: float
@@ -92,9 +92,9 @@ def model_states(workload: Workload, layout: Layout, params: int, accumulation: 
             frozen_device /= ranks
     precision = precision_of(workload, layout)
     if layout.strategy == "no_shard":
-        whole = memory.model_states(trained, 0, 1, precision)
+        replicated = memory.model_states(trained, 0, 1, precision)
         in_buckets = ranks > 1  # with DDP, gradients are views of its buckets
-        return States(whole.total + frozen_device, 0.0 if in_buckets else whole.gradients, 0.0)
+        return States(replicated.total + frozen_device, 0.0 if in_buckets else replicated.gradients, 0.0)
     if layout.strategy:
         # Shards of fp32 weights, gradients and moments. Without resharding after forward, the gathered copies stay and
         # count as buffers. Gradients that are reduced with the last micro-batch wait in full until then, and only

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from tutorial_lib.mpu import Topology
 
 SAME_LOSS = 1e-4
-"""Largest relative difference between losses of a group that rounding can explain."""
+"""Largest relative difference between the losses within a group that rounding can explain."""
 
 
 class RanksDisagree(RuntimeError):

@@ -25,7 +25,7 @@ def stop_signals() -> Iterator[Callable[[], int]]:
     A second SIGINT is not recorded: it interrupts at once.
     """
     seen: list[int] = []
-    said: list[int] = []
+    announced: list[int] = []
 
     def keep(number: int, _frame: Any) -> None:
         if number == signal.SIGINT and number in seen:
@@ -33,20 +33,20 @@ def stop_signals() -> Iterator[Callable[[], int]]:
         seen.append(number)
 
     def stop_signalled() -> int:
-        if signal.SIGINT in seen and not said:
-            said.append(signal.SIGINT)
+        if signal.SIGINT in seen and not announced:
+            announced.append(signal.SIGINT)
             print(STOPPING, file=sys.stderr, flush=True)
         return seen[0] if seen else 0
 
     if threading.current_thread() is not threading.main_thread():
-        # Ray calls the training function in a thread, where signals do not arrive; it stops it by the stop file.
+        # Ray calls the training function in a thread, where signals do not arrive, and stops it with the stop file.
         yield lambda: 0
         return
-    # Signals that are ignored stay ignored, such as SIGINT for a shell's background jobs. SIGUSR1 is different: batch
-    # scripts ignore it for torchrun, which would die of it, and the ranks, which should get it, inherit that.
+    # Ignored signals stay ignored, such as SIGINT for a shell's background jobs. SIGUSR1 is the exception: batch
+    # scripts ignore it because it would kill torchrun, and the ranks inherit that, although they should receive it.
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    heeded = [n for n in numbers if n == signal.SIGUSR1 or signal.getsignal(n) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, keep) for number in heeded}
+    handled = [n for n in numbers if n == signal.SIGUSR1 or signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, keep) for number in handled}
     try:
         yield stop_signalled
     finally:
@@ -62,7 +62,7 @@ def output_to(path: Path | None) -> Iterator[None]:
         return
     kept = [os.dup(1), os.dup(2)]
     with path.open("ab", buffering=0) as file:
-        os.utime(path)  # a sign of life for the launcher, even if this process writes nothing
+        os.utime(path)  # shows the launcher that this process is alive, even if this process writes nothing
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         try:

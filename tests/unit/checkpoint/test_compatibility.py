@@ -66,7 +66,7 @@ def test_another_model_of_the_same_name_is_refused_before_anything_starts(own_mo
 def test_another_tokenizer_is_refused_before_anything_starts(own_model):
     own, run = own_model
     exchange_two_tokens(own)
-    with pytest.raises(ConfigError, match=r"another tokenizer, which makes other ids.*another name"):
+    with pytest.raises(ConfigError, match=r"another tokenizer, which gives the same text different ids.*another name"):
         launch.preflight(run.config.override(stop_after=None))
 
 
@@ -90,7 +90,8 @@ def test_of_a_model_that_moved_everything_that_changed_is_named(own_model, tmp_p
         launch.preflight(run.config.override(stop_after=None, model=str(moved), seed=1))
     for part in (
         "seed was 0, now 1",
-        f"model was '{own}', now '{moved}' (embd_pdrop was 0.1, now 0.2, another tokenizer, which makes other ids",
+        f"model was '{own}', now '{moved}' (embd_pdrop was 0.1, now 0.2, another tokenizer, which gives the "
+        "same text different ids",
         "its weights are different)",
     ):
         assert part in str(error.value)
@@ -137,7 +138,7 @@ def write_rows(directory, train, evaluation=range(8)):
         (directory / f"{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
-TRAIN, VALIDATION = "split 'train' has other tokens", "split 'validation' has other tokens"
+TRAIN, VALIDATION = "split 'train' has different tokens", "split 'validation' has different tokens"
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,7 @@ def test_other_texts_of_the_same_number_are_refused_before_anything_starts(own_d
     write_rows(data, train, evaluation)
     with pytest.raises(ConfigError, match=rf"different data: of '.*/data', {split} than when") as error:
         launch.preflight(run.config.override(stop_after=None))
-    assert "Put the old data back, or give the new run another name" in str(error.value)
+    assert "Restore the old data, or give the new run another name" in str(error.value)
     assert f"export {run.config.directory} DIR`" in str(error.value)
 
 

@@ -100,7 +100,7 @@ def test_a_warm_up_longer_than_the_epochs_is_refused_before_the_first_step(model
 def test_divergence_before_any_checkpoint_says_so(model, tmp_path):
     from tutorial_lib import trainer
 
-    with pytest.raises(trainer.NonFiniteLoss, match="No checkpoint was saved before"):
+    with pytest.raises(trainer.NonFiniteLoss, match="No checkpoint had been saved"):
         launch.run(config(tmp_path, model=model, learning_rate=1e30, warmup_steps=0))
 
 

@@ -202,7 +202,7 @@ def test_conversations_that_cannot_be_written_are_refused(byte_tokenizer):
     with pytest.raises(ConfigError, match=r"'messages' of this data set holds conversations, but .* no chat template"):
         documents_of([{"messages": TALK}], byte_tokenizer)
     strict = chatting(byte_tokenizer, "{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(ConfigError, match="does not take a conversation of this data set: roles must alternate"):
+    with pytest.raises(ConfigError, match="rejects a conversation of this data set: roles must alternate"):
         documents_of([{"messages": TALK}], strict)
 
 
@@ -346,7 +346,7 @@ def test_what_a_killed_process_left_is_not_read(byte_tokenizer, toy_directory):
 def test_a_cache_that_cannot_be_written_is_named(byte_tokenizer, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("TUTORIAL_LIB_CACHE", str(tmp_path / "file"))
-    with pytest.raises(ConfigError, match=r"cannot be kept in .*file/tokens.*Set TUTORIAL_LIB_CACHE"):
+    with pytest.raises(ConfigError, match=r"cannot be stored in .*file/tokens.*Set TUTORIAL_LIB_CACHE"):
         documents_of([{"text": "hello"}], byte_tokenizer)
 
 

@@ -81,7 +81,7 @@ BAD = {
     ),
     "a JSON file that is not there": (["--engine", "deepspeed", "--deepspeed", "zero9"], "or one of: zero0"),
     "a profile that does not exist": (["--profile", "tpu"], "Write one of: cpu, gpu, cluster"),
-    "a stop beyond the end": (["--stop-after", "4"], "beyond the last step, steps=3"),
+    "a stop beyond the end": (["--stop-after", "4"], "past the last step, steps=3"),
     "nothing that is trained": (["--freeze", "*"], "leaves no parameter to train"),
 }
 

@@ -81,7 +81,7 @@ def test_an_experiment_by_its_workshop_name(capsys: pytest.CaptureFixture[str]) 
     ("arguments", "message"),
     [
         (["slurm"], "Write --gpus-per-node N, or --experiment NAME"),
-        (["slurm", "--ranks-per-node", "2"], "does not go with device='cuda'. Write --gpus-per-node"),
+        (["slurm", "--ranks-per-node", "2"], "cannot be used with device='cuda'. Write --gpus-per-node"),
         (["slurm", "--profile", "cpu", "--gpus-per-node", "2"], "Write --ranks-per-node"),
         ([*ON_GPUS, "--dp", "4"], "Leave dp out: it follows"),
         ([*ON_GPUS, "--tp", "8"], "a tensor-parallel group would span nodes"),
@@ -93,8 +93,8 @@ def test_an_experiment_by_its_workshop_name(capsys: pytest.CaptureFixture[str]) 
         ([*ON_GPUS, "--partition", "a b"], "partition is 'a b'"),
         ([*ON_CPUS, "--device", "tpu"], "device is 'tpu'|Write --ranks-per-node"),
         (["slurm", "--nodes", "0", "--gpus-per-node", "1"], "nodes is 0"),
-        (["slurm", "--experiment", "2Z-2G1N", "--nodes", "2"], "Experiment 2Z-2G1N decides --nodes itself"),
-        (["slurm", "--experiment", "2Z-2G1N", "--zero-stage", "3"], "decides --zero-stage itself"),
+        (["slurm", "--experiment", "2Z-2G1N", "--nodes", "2"], "Experiment 2Z-2G1N sets --nodes itself"),
+        (["slurm", "--experiment", "2Z-2G1N", "--zero-stage", "3"], "sets --zero-stage itself"),
         (["slurm", "--experiment", "2Z-3G2N"], "2 nodes cannot share 3 GPUs evenly"),
     ],
 )

@@ -154,7 +154,7 @@ except ConfigError as error:
     environment |= {"HF_ENDPOINT": refusing_hub, "HF_HOME": str(tmp_path), "NO_PROXY": "*"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "'no-such/model' is neither a directory nor embedded, and the hub did not give it" in done.stdout
+    assert "'no-such/model' is neither a directory nor embedded, and the hub did not provide it" in done.stdout
     assert "embedded/gpt2" in done.stdout
 
 

@@ -20,7 +20,7 @@ def handlers_as_before() -> Iterator[None]:
 
 
 def test_usr1_is_heeded_although_torchrun_was_started_with_it_ignored() -> None:
-    """Batch scripts ignore it for torchrun, which would die of it, and the ranks inherit that."""
+    """Batch scripts ignore it because it would kill torchrun, and the ranks inherit that."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     with stop_signals() as stop_signalled:
         assert stop_signalled() == 0

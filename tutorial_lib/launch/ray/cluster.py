@@ -28,7 +28,7 @@ import psutil
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.doctor.machine import usable_cores
 from tutorial_lib.launch.environment import ray_address
-from tutorial_lib.launch.warm_server import OF_A_JOB
+from tutorial_lib.launch.warm_server import JOB_SIGNALS
 
 CONNECT_TIMEOUT = 10
 """Seconds to wait for a connection to ``RAY_ADDRESS``."""
@@ -37,7 +37,7 @@ HEALTH_TIMEOUT = 60
 """Seconds to wait for the health check of the cluster at ``RAY_ADDRESS``."""
 
 GROUP_START_SECONDS = 15
-"""Seconds that Ray waits to reserve all slots of a run, which were free a moment ago, before it looks again."""
+"""Seconds that Ray waits to reserve all slots of a run, which were free a moment ago, before it tries again."""
 
 SETTINGS = {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -48,7 +48,7 @@ SETTINGS = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Seconds that the end of the workers may go unnoticed.
+    # Seconds until the end of a worker is noticed.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     # Prestarted workers are useless here: Ray Train's processes have a runtime environment, which needs new ones. The
     # warm server forks those.
@@ -94,7 +94,7 @@ class _Server:
             environment["PYTHONPATH"] = os.pathsep.join(path)
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "tutorial_lib.launch.ray.server", str(os.getpid()), self.address],
-                env={**_of_a_cluster(config), **os.environ, **environment},
+                env={**_cluster_environment(config), **os.environ, **environment},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -133,7 +133,7 @@ _server: _Server | None = None
 def warm_up(config: Config) -> None:
     """Start loading the libraries of Ray's workers in the background. Returns at once; safe to call again.
 
-    :func:`start` does this too. Call it earlier if there is other work to do meanwhile; :func:`stop` ends it.
+    :func:`start` does this too. Call it earlier if there is other work to do in the meantime; :func:`stop` ends it.
     """
     global _server
     if ray_address() or sys.platform != "linux" or os.environ.get("TUTORIAL_LIB_WARM_WORKERS") == "0":
@@ -174,21 +174,21 @@ def start(config: Config) -> bool:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address := ray_address():
         _check_cluster(address)
-        with _signals_of_a_job_stay_ours():
+        with _job_signals_blocked():
             try:
                 ray.init(**quiet)
             except Exception as error:
                 raise RuntimeError(f"Ray did not connect to RAY_ADDRESS={address!r}: {error}") from error
         return True
     cores, world_size = usable_cores(), config.parallel.world_size
-    of_a_cluster = _of_a_cluster(config)
-    _changed_environment.update({name: os.environ.get(name) for name in (*of_a_cluster, "RAY_AUTH_MODE", *_TO_SERVER)})
-    for name, value in of_a_cluster.items():
+    environment = _cluster_environment(config)
+    _changed_environment.update({name: os.environ.get(name) for name in (*environment, "RAY_AUTH_MODE", *_TO_SERVER)})
+    for name, value in environment.items():
         os.environ.setdefault(name, value)
     children = set(psutil.Process().children())
     try:
-        with _lean_imports(), _workers_from_server(), _signals_of_a_job_stay_ours():
-            # "local": do not join a cluster that somebody else has started on this machine.
+        with _lean_imports(), _workers_from_server(), _job_signals_blocked():
+            # "local": do not join a cluster that another process has started on this machine.
             ray.init("local", num_cpus=max(world_size, cores), include_dashboard=False, **quiet)
         if _server:
             _server.serve(_raylet(children), ray.get_runtime_context().get_job_id())
@@ -292,8 +292,8 @@ _TO_SERVER = ("TUTORIAL_LIB_RAY_SERVER", "TUTORIAL_LIB_RAY_SETUP_WORKER")
 
 
 @contextmanager
-def _signals_of_a_job_stay_ours() -> Iterator[None]:
-    """Keep a scheduler's signals for this process while Ray starts: it saves first, then ends Ray's processes.
+def _job_signals_blocked() -> Iterator[None]:
+    """Keep a scheduler's signals from Ray's processes: this process saves first, then ends them.
 
     Ray's servers inherit the blocked signals. Otherwise a SIGTERM to all processes of a job would end them first, and
     the run could not save. ``ray.init`` also installs a SIGTERM handler that exits without saving.
@@ -302,7 +302,7 @@ def _signals_of_a_job_stay_ours() -> Iterator[None]:
         yield
         return
     before = signal.getsignal(signal.SIGTERM)
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, OF_A_JOB)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
     try:
         yield
     finally:
@@ -327,11 +327,12 @@ def _workers_from_server() -> Iterator[None]:
         yield
 
 
-def _of_a_cluster(config: Config) -> dict[str, str]:
+def _cluster_environment(config: Config) -> dict[str, str]:
     """Return the environment of a cluster on this machine and of the warm server: Ray reads it at import."""
     threads = max(1, usable_cores() // config.parallel.world_size)
     environment = {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo"}
-    environment["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process that asks whether this machine is taken away
+    # No process that asks whether a cloud provider will take this machine away.
+    environment["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
         # Otherwise Ray stores a token in the home directory that outlives the cluster.
         environment["RAY_AUTH_TOKEN"] = TOKEN
@@ -339,12 +340,12 @@ def _of_a_cluster(config: Config) -> dict[str, str]:
 
 
 def end_processes(processes: set[psutil.Process]) -> None:
-    # By itself, Ray would only end these processes when this process ends.
-    whole = {child for process in processes for child in (process, *process.children(recursive=True))}
-    for process in whole:
+    # Ray itself would only end these processes when this process ends.
+    trees = {child for process in processes for child in (process, *process.children(recursive=True))}
+    for process in trees:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(list(whole), timeout=10)
+    psutil.wait_procs(list(trees), timeout=10)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Ray cluster of two nodes on one machine, one of which can be lost: for lessons without a cluster.
 
-Each node is a raylet with CPU slots of its own, as ``ray start`` makes it, so Ray treats the second one as it treats
-another machine. The loss is a SIGKILL to all its processes. The nodes are started from a separate process
+Each node is a raylet with its own CPU slots, like one from ``ray start``, so Ray treats the second one like another
+machine. A SIGKILL to all its processes simulates its loss. The nodes are started from a separate process
 (``python -m tutorial_lib.launch.ray.nodes CPUS``), because Ray keeps one cluster's token per process and a notebook may
 have used another cluster before.
 """
@@ -82,7 +82,7 @@ class TwoNodes:
 
 
 def serve(cpus: int) -> None:
-    """Start two nodes and print their address. Lose the second one at the first line of input; end with the input."""
+    """Start two nodes and print their address. A line of input kills the second one; the end of the input ends both."""
     from ray.cluster_utils import Cluster
 
     slots: dict[str, Any] = {"num_cpus": cpus, "object_store_memory": 100_000_000}

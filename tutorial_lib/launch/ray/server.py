@@ -28,7 +28,7 @@ from typing import Any
 from unittest import mock
 
 from tutorial_lib.launch.warm_server import (
-    OF_A_JOB,
+    JOB_SIGNALS,
     ending_with,
     import_everything,
     import_modules,
@@ -38,7 +38,7 @@ from tutorial_lib.launch.warm_server import (
 RAYS_MODULES = ("ray.train.torch", "ray.train.v2._internal.execution.controller.controller")
 """Modules to import once the cluster is running: at import, Ray reads which cluster and job its process belongs to."""
 
-OF_A_CLUSTER = ("RAY_RAYLET_PID", "RAY_JOB_ID")
+CLUSTER_VARIABLES = ("RAY_RAYLET_PID", "RAY_JOB_ID")
 """Environment variables that are only read at that import."""
 
 _PR_SET_PDEATHSIG = 1
@@ -49,7 +49,7 @@ def main(launcher_pid: str, address: str) -> None:
     """Serve until standard input ends."""
     launcher = int(launcher_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, OF_A_JOB)  # here and in every fork: the launching process handles them
+    signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)  # here and in every fork: the launching process handles them
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(address)
         server.listen(64)
@@ -70,12 +70,12 @@ def main(launcher_pid: str, address: str) -> None:
             connection, _ = server.accept()
             with connection, contextlib.suppress(OSError, ValueError):
                 request, outputs = _receive(connection)
-                is_ours = all(request["environment"].get(name) == os.environ[name] for name in OF_A_CLUSTER)
+                is_ours = all(request["environment"].get(name) == os.environ[name] for name in CLUSTER_VARIABLES)
                 if is_ours and os.fork() == 0:
                     server.close()
                     connection.close()
                     try:
-                        _be_worker(request, outputs)
+                        _become_worker(request, outputs)
                     except Exception:
                         traceback.print_exc()
                         sys.exit(1)
@@ -114,7 +114,7 @@ def _forks_differ() -> bool:
     return len(drawn) == 2
 
 
-def _be_worker(request: dict[str, Any], outputs: list[int]) -> None:
+def _become_worker(request: dict[str, Any], outputs: list[int]) -> None:
     """Become the worker: run its script like a new interpreter."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.setpgid(0, 0)  # when a worker ends, Ray ends its process group
