@@ -31,7 +31,7 @@ def test_pinned_memory_is_compared_where_there_is_a_gpu():
     assert [config.engine.offload for config in on_cpu.values()] == ["none", "optimizer"] * 2 + ["none", "all"]
 
 
-def test_scaling_keeps_the_work_per_rank_or_the_whole():
+def test_scaling_keeps_the_work_per_rank_or_the_total():
     config = Config.create("cpu", global_batch=4)
     weak, strong = (rows_of(f"{kind}-scaling", config) for kind in ("weak", "strong"))
     assert [(c.parallel.dp, c.run.global_batch) for c in weak.values()] == [(1, 4), (2, 8), (4, 16)]

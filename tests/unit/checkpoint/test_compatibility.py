@@ -11,8 +11,8 @@ from tutorial_lib.checkpoint import compatibility, manifest
 from tutorial_lib.config import ConfigError
 
 
-def test_every_setting_that_differs_is_named(halved):
-    other = halved.config.override(
+def test_every_setting_that_differs_is_named(interrupted):
+    other = interrupted.config.override(
         seed=1,
         learning_rate=0.5,
         dataset="embedded/articles",
@@ -33,15 +33,15 @@ def test_every_setting_that_differs_is_named(halved):
     assert "another name" in str(error.value)
 
 
-def test_what_changes_no_update_may_change(halved, unbroken):
+def test_what_changes_no_update_may_change(interrupted, unbroken):
     """Recomputing draws the same dropout masks, because it restores the first pass's random state."""
     free = {"activation_checkpointing": True, "checkpoint_every": 0, "stop_after": None}
-    assert_same(launch.run(halved.config.override(**free)), unbroken)
+    assert_same(launch.run(interrupted.config.override(**free)), unbroken)
 
 
-def test_another_model_is_named_too(halved):
+def test_another_model_is_named_too(interrupted):
     with pytest.raises(ConfigError, match=r"model was '.*/dropout', now 'embedded/gpt2'"):
-        launch.run(halved.config.override(model="embedded/gpt2", stop_after=None))
+        launch.run(interrupted.config.override(model="embedded/gpt2", stop_after=None))
 
 
 @pytest.fixture
@@ -187,7 +187,7 @@ def test_other_data_in_another_directory_are_refused(own_data, tmp_path):
 
 
 def test_a_checkpoint_that_knows_nothing_of_its_data_goes_on(own_data):
-    """As older versions wrote them."""
+    """Older versions wrote checkpoints like this."""
     data, run = own_data
     write_rows(data, range(100, 140))
     edit_trainer_state(checkpoint.latest(run.directory), lambda state: state["identity"].pop("data"))
@@ -198,7 +198,7 @@ def test_a_checkpoint_that_knows_nothing_of_its_data_goes_on(own_data):
 
 
 def test_a_checkpoint_that_knows_nothing_of_its_weights_takes_no_other_directory(own_model, tmp_path):
-    """As older versions wrote them."""
+    """Older versions wrote checkpoints like this."""
     own, run = own_model
     path = checkpoint.latest(run.directory)
     own.rename(tmp_path / "moved")
@@ -217,7 +217,7 @@ def edit_trainer_state(path, edit):
 
 
 def test_a_start_that_trains_nothing_reads_no_data(own_data):
-    """As in a reshape."""
+    """A reshape starts like this."""
     data, run = own_data
     shutil.rmtree(data)
     again = launch.run(run.config.override(evaluate=False, steps=None))

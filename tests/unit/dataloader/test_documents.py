@@ -335,11 +335,11 @@ def test_earlier_calls_of_the_tokenizer_change_nothing(byte_tokenizer, toy_direc
 def test_what_a_killed_process_left_is_not_read(byte_tokenizer, toy_directory):
     rows = load_rows(toy_directory(31), "train")
     path = Path(tokenize_rows(rows, byte_tokenizer, 32).cache_files[0]["filename"])
-    whole = path.read_bytes()
+    complete = path.read_bytes()
     path.unlink()
-    path.with_suffix(".unfinished").write_bytes(whole[: len(whole) // 2])
+    path.with_suffix(".unfinished").write_bytes(complete[: len(complete) // 2])
     assert len(tokenize_rows(rows, byte_tokenizer, 32)) == 31
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == complete
     assert not path.with_suffix(".unfinished").exists()
 
 
@@ -353,7 +353,7 @@ def test_a_cache_that_cannot_be_written_is_named(byte_tokenizer, tmp_path, monke
 # ------------------------------------------------------------------------------------------- what a run was trained on
 
 
-def test_the_identity_of_data_is_that_of_their_tokens_in_order(tmp_path, byte_tokenizer):
+def test_data_are_identified_by_their_tokens_in_order(tmp_path, byte_tokenizer):
     def identity(train, evaluation, **flat):
         for split, texts in (("train", train), ("validation", evaluation)):
             write_jsonl(tmp_path / f"{split}.jsonl", [{"text": text} for text in texts])

@@ -57,14 +57,14 @@ def test_the_cpu_profile_works_where_these_tests_run(here: doctor.Report) -> Non
     assert set(here.profiles) == {"cpu", "gpu", "cluster"}
 
 
-def test_figures_are_those_of_the_system(here: doctor.Report) -> None:
+def test_figures_agree_with_the_system(here: doctor.Report) -> None:
     assert 1 <= here.cores <= (os.cpu_count() or 1)
     assert 0 < here.memory_available_gb <= here.memory_gb < 1e5
     assert here.packages["torch"].version is not None
     assert here.packages["torch"].as_expected
 
 
-def test_json_is_the_whole_report(here: doctor.Report, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_holds_the_full_report(here: doctor.Report, capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main(json=True) == 0
     printed = json.loads(capsys.readouterr().out)
     assert set(printed) == {field.name for field in dataclasses.fields(doctor.Report)}

@@ -170,7 +170,7 @@ def test_shipped_files_run_and_differ_in_what_their_name_says(name):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_autotp_keeps_tied_embeddings_whole(stage):
+def test_autotp_does_not_split_tied_embeddings(stage):
     assert "tensor_parallel" not in ds_config.build(Config.create(zero_stage=stage))
     built = ds_config.build(Config.create(zero_stage=stage, dp=2, tp=4))
     assert built["tensor_parallel"] == {"autotp_size": 4, "vocab_parallel_lm_head": False}

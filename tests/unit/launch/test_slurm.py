@@ -48,8 +48,8 @@ def test_the_cpu_script_differs_in_gpu_lines_alone(capsys: pytest.CaptureFixture
 
 
 def test_what_can_be_switched_off(capsys: pytest.CaptureFixture[str]) -> None:
-    whole = written(capsys, ON_GPUS)
-    assert "measure.sampler" in whole and "scontrol requeue" in whole and "requeue" in options(whole)
+    script = written(capsys, ON_GPUS)
+    assert "measure.sampler" in script and "scontrol requeue" in script and "requeue" in options(script)
     less = written(capsys, [*ON_GPUS, "--no-sample-memory", "--no-requeue"])
     assert "measure.sampler" not in less and "scontrol requeue" not in less and "no-requeue" in options(less)
 
@@ -133,11 +133,11 @@ class FakeSlurm:
         """Let ``squeue`` answer these, one after the other, and let the job leave a result."""
         (self.directory / "state").write_text("\n".join(states) + "\n")
         if result:
-            whole = {"train_loss": 1.0, "eval_loss": None, "eval_loss_before": None, "eval_losses": [],
+            complete = {"train_loss": 1.0, "eval_loss": None, "eval_loss_before": None, "eval_losses": [],
                      "step": 1, "num_steps": 2,
                      "resumed_from": None, "reshaped_from": None, "left_out": [], "restarts": [], "data": {},
                      "tokens_per_second": 1.0, "ranks": [], "checkpoint": "step-00000001"}  # fmt: skip
-            self.left.result_file.write_text(json.dumps(whole | result))
+            self.left.result_file.write_text(json.dumps(complete | result))
 
     def refuse(self, words: str) -> None:
         self._program("sbatch", f"echo '{words}' >&2; exit 1")

@@ -239,7 +239,7 @@ position_ids = torch.cat([torch.arange(12), torch.arange(18)])[None]
 for (name, i), expected in plain.items():
     model = load_model(name, **options[i], freeze=("*.bias",))
     parameters = list(model.parameters())
-    assert all(p.numel() == 0 and hasattr(p, "ds_id") for p in parameters), "a parameter is whole"
+    assert all(p.numel() == 0 and hasattr(p, "ds_id") for p in parameters), "a parameter is not partitioned"
     assert {n for n, p in model.named_parameters() if not p.requires_grad} == {
         n for n, _ in model.named_parameters() if n.endswith(".bias")
     }
