@@ -66,7 +66,7 @@ def main(launcher_pid: str, address: str) -> None:
                 _import_ray()
         if importlib.import_module("torch").cuda.is_initialized() or (of_a_cluster and not _forks_differ()):
             return  # Ray will start its workers itself
-        wanted = {(name, of_a_cluster[name]) for name in OF_A_CLUSTER if of_a_cluster}
+        wanted = {(name, of_a_cluster[name]) for name in CLUSTER_VARIABLES if of_a_cluster}
         # Nothing waits for the forked processes. Not earlier: imports run programs and need their exit codes.
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         while True:
