@@ -20,7 +20,7 @@ from tutorial_lib.lab.scripts import train_zero
 from tutorial_lib.launch.ray import cluster as ray_cluster
 from tutorial_lib.launch.ray import train as ray_train
 from tutorial_lib.records import RunDirectory
-from tutorial_lib.trainer.process import output_to
+from tutorial_lib.trainer.signals import output_to
 
 
 @pytest.fixture(scope="module")

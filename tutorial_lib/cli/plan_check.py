@@ -16,12 +16,12 @@ from typing import Any
 from tutorial_lib.cli.plan_models import read_config
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.records import RunDirectory
-from tutorial_lib.theory import memory, peak
+from tutorial_lib.theory import memory, peak_memory
 from tutorial_lib.theory.cost import evaluate
 from tutorial_lib.theory.dimensions import Dimensions
 from tutorial_lib.theory.hardware import find_gpu, peak_flops
 from tutorial_lib.theory.layouts import Cluster, Layout, Workload
-from tutorial_lib.theory.states import model_states
+from tutorial_lib.theory.state_bytes import model_states
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +82,10 @@ def compare(
     """
     workload, layout = workload_and_layout(config, *read_config(config.model.name))
     ranks = config.parallel.world_size
-    part = peak.part_of_model(workload.dimensions, workload.num_params, layout.tp)
+    part = peak_memory.part_of_model(workload.dimensions, workload.num_params, layout.tp)
     states = model_states(workload, layout, part.params, config.accumulation, layout.shard_size or layout.dp)
     early = states.device - states.gradients
-    moments = peak.moments(workload, layout, part, states, config.accumulation)
+    moments = peak_memory.moments(workload, layout, part, states, config.accumulation)
     cluster = _cluster_of(gpu, ranks, config.engine.precision)
     candidate = evaluate(workload, cluster, layout)
     rows = [
@@ -96,7 +96,7 @@ def compare(
         ),
         Compared(
             "peak beyond weights and moments",
-            max(moment.total for moment in moments) - early - peak.standing_bucket(workload, layout),
+            max(moment.total for moment in moments) - early - peak_memory.standing_bucket(workload, layout),
             max(sum(m["peak_bytes"].values()) for m in measured),
         ),
         Compared(

@@ -7,8 +7,8 @@ import os
 import torch
 
 from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.engine.learning_rate import Schedule
 from tutorial_lib.engine.protocol import Engine
-from tutorial_lib.engine.schedule import Schedule
 from tutorial_lib.mpu import Topology
 from tutorial_lib.mpu.device import local_device
 from tutorial_lib.mpu.random_states import seed_everything

@@ -58,7 +58,7 @@ def main(configs_file: str, rendezvous: str, file: str, name: str, result: str) 
 
 def _call(file: str, name: str, result: Path, configs: Sequence[Config]) -> None:
     from tutorial_lib.mpu import Topology
-    from tutorial_lib.trainer.process import output_to
+    from tutorial_lib.trainer.signals import output_to
 
     (config,) = configs
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)

@@ -25,9 +25,9 @@ from tutorial_lib.theory import context, flops, memory, pipeline, traffic
 from tutorial_lib.theory.activations import recomputed_share
 from tutorial_lib.theory.dimensions import Dimensions
 from tutorial_lib.theory.layouts import Cluster, Layout, Workload, missing_here
-from tutorial_lib.theory.peak import Part, part_of_model, peak_memory
+from tutorial_lib.theory.peak_memory import Part, part_of_model, peak_memory
 from tutorial_lib.theory.search import step_batch
-from tutorial_lib.theory.states import lora_params, model_states
+from tutorial_lib.theory.state_bytes import lora_params, model_states
 
 UPDATE_BYTES = 28
 OFFLOADED_RUN = 2.7

@@ -1,8 +1,8 @@
 """Model states: bytes of parameters, gradients and optimizer states, and DeepSpeed's estimates of them.
 
 Notation, here and in the course: Psi is the number of parameters, N the number of data-parallel ranks, t the
-tensor-parallel size. This assumes AdamW, and that every parameter is trained; :mod:`tutorial_lib.theory.states` covers
-other cases.
+tensor-parallel size. This assumes AdamW, and that every parameter is trained; other cases are in
+:mod:`tutorial_lib.theory.state_bytes`.
 
 Sources:
     ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, arXiv:1910.02054 (figure 1, section 5)

@@ -14,8 +14,8 @@ from tutorial_lib.dataloader.collate import fingerprint
 from tutorial_lib.engine import Engine
 from tutorial_lib.mpu import Topology
 from tutorial_lib.mpu.collectives import all_gather_ints
-from tutorial_lib.trainer.consistency import check_batches
 from tutorial_lib.trainer.loss import count_targets, sum_over_ranks, token_loss_sum
+from tutorial_lib.trainer.rank_agreement import check_batches
 
 
 class Evaluator:

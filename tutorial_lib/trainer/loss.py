@@ -7,7 +7,7 @@ different numbers of tokens, so a mean of per-rank means would weigh tokens diff
 worse, in the gradient. A training loop therefore counts the step's tokens first (one small all-gather), divides every
 micro-batch's loss *sum* by that count, and adds up.
 
-The same exchanges check that the ranks of a tensor-parallel group agree (:mod:`tutorial_lib.trainer.consistency`).
+The same exchanges check that the ranks of a tensor-parallel group agree (:mod:`tutorial_lib.trainer.rank_agreement`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tutorial_lib.dataloader import Batch
 from tutorial_lib.dataloader.collate import fingerprint
 from tutorial_lib.mpu import Topology
 from tutorial_lib.mpu.collectives import all_gather_ints
-from tutorial_lib.trainer.consistency import check_batches, check_losses
+from tutorial_lib.trainer.rank_agreement import check_batches, check_losses
 
 
 class NonFiniteLoss(RuntimeError):

@@ -17,8 +17,8 @@ from tutorial_lib.mpu import Topology
 from tutorial_lib.mpu.collectives import barrier
 from tutorial_lib.records import RunDirectory
 from tutorial_lib.trainer.loop import Trainer
-from tutorial_lib.trainer.process import output_to, stop_signals
 from tutorial_lib.trainer.result import Result
+from tutorial_lib.trainer.signals import output_to, stop_signals
 from tutorial_lib.trainer.stops import STOP_AFTER
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from tests.distributed.injected.engine import changed_deepspeed_config
 from tutorial_lib import engine as engines
-from tutorial_lib.trainer import consistency
+from tutorial_lib.trainer import rank_agreement
 
 
 @contextmanager
@@ -31,7 +31,10 @@ def row_all_reduce_skipped() -> Iterator[None]:
 @contextmanager
 def column_all_reduce_skipped() -> Iterator[None]:
     """Skip the all-reduce in backward, and let the group not compare its losses."""
-    with _all_reduce_skipped("ColumnParallel", "backward"), mock.patch.object(consistency, "SAME_LOSS", float("inf")):
+    with (
+        _all_reduce_skipped("ColumnParallel", "backward"),
+        mock.patch.object(rank_agreement, "SAME_LOSS", float("inf")),
+    ):
         yield
 
 

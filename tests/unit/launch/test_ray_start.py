@@ -14,7 +14,7 @@ from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.launch import WorkerError
 from tutorial_lib.launch.ray import cluster
 from tutorial_lib.launch.ray import train as ray_train
-from tutorial_lib.launch.ray.replacements import setup_worker
+from tutorial_lib.launch.ray.lean_imports import setup_worker
 from tutorial_lib.records import RunDirectory
 
 

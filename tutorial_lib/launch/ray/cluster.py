@@ -62,7 +62,7 @@ SETTINGS = {
 TOKEN = secrets.token_hex(32)
 """Token that a process needs to connect to a cluster that this process starts."""
 
-_REPLACEMENTS = str(Path(__file__).with_name("replacements"))
+_LEAN_IMPORTS = str(Path(__file__).with_name("lean_imports"))
 """Directory that is first on the import path of Ray's processes."""
 
 _changed_environment: dict[str, str | None] = {}
@@ -90,7 +90,7 @@ class _Server:
         environment = {"DS_ACCELERATOR": config.run.device, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
         with _lean_imports():
             # The package and its libraries come from this process, whatever is in the working directory.
-            path = [_REPLACEMENTS, str(package.parent), *filter(None, sys.path)]
+            path = [_LEAN_IMPORTS, str(package.parent), *filter(None, sys.path)]
             environment["PYTHONPATH"] = os.pathsep.join(path)
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "tutorial_lib.launch.ray.server", str(os.getpid()), self.address],
@@ -301,7 +301,7 @@ def stop() -> None:
 
 
 _TO_SERVER = ("TUTORIAL_LIB_RAY_SERVER", "TUTORIAL_LIB_RAY_SETUP_WORKER")
-"""Environment variables that ``replacements/setup_worker.py`` reads in each new process of Ray."""
+"""Environment variables that ``lean_imports/setup_worker.py`` reads in each new process of Ray."""
 
 
 @contextmanager
@@ -345,7 +345,7 @@ def _workers_from_server() -> Iterator[None]:
     (rays_own,) = (Path(path) / "setup_worker.py" for path in workers.__path__)
     os.environ.update(zip(_TO_SERVER, (_server.address, str(rays_own)), strict=True))
     # The log monitor would forward the workers' output, which already goes to their own files.
-    ours: dict[str, Any] = {"setup_worker_path": f"{_REPLACEMENTS}/setup_worker.py", "include_log_monitor": False}
+    ours: dict[str, Any] = {"setup_worker_path": f"{_LEAN_IMPORTS}/setup_worker.py", "include_log_monitor": False}
     with mock.patch.object(parameter, "RayParams", partial(parameter.RayParams, **ours)):
         yield
 
@@ -373,14 +373,14 @@ def end_processes(processes: set[psutil.Process]) -> None:
 
 @contextmanager
 def _lean_imports() -> Iterator[None]:
-    """Keep this process, and the processes that Ray starts, from importing the packages that ``replacements`` hides."""
+    """Keep this process, and the processes that Ray starts, from importing the packages that ``lean_imports`` hides."""
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([_REPLACEMENTS, *([before] if before else [])])
-    sys.path.insert(0, _REPLACEMENTS)
+    os.environ["PYTHONPATH"] = os.pathsep.join([_LEAN_IMPORTS, *([before] if before else [])])
+    sys.path.insert(0, _LEAN_IMPORTS)
     try:
         yield
     finally:
-        sys.path.remove(_REPLACEMENTS)
+        sys.path.remove(_LEAN_IMPORTS)
         if before is None:
             del os.environ["PYTHONPATH"]
         else:

@@ -2,7 +2,7 @@
 
 Ray starts a new interpreter for each worker, for the controller of a fit, and for its helpers. Each of them imports
 Ray, most import torch, and workers import DeepSpeed and transformers as well. This server imports all of that once,
-while Ray itself starts, and then only waits. The raylet runs ``replacements/setup_worker.py``, which asks for a fork
+while Ray itself starts, and then only waits. The raylet runs ``lean_imports/setup_worker.py``, which asks for a fork
 through a socket.
 
 Ray reads at import which node and job its process belongs to. So a server that forks for several nodes leaves Ray's own

@@ -322,7 +322,7 @@ def _worker(given: dict[str, Any]) -> None:
 
     from tutorial_lib.launch.torchrun import log_ranks
     from tutorial_lib.trainer import train_all
-    from tutorial_lib.trainer.process import output_to
+    from tutorial_lib.trainer.signals import output_to
 
     context = ray.train.get_context()
     rank, num_ranks = context.get_world_rank(), context.get_world_size()

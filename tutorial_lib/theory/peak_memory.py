@@ -41,7 +41,7 @@ from tutorial_lib.theory import memory, pipeline
 from tutorial_lib.theory.activations import last_norm, layer_activations, logits_bytes
 from tutorial_lib.theory.dimensions import Dimensions
 from tutorial_lib.theory.layouts import Layout, Workload
-from tutorial_lib.theory.states import States
+from tutorial_lib.theory.state_bytes import States
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tutorial_lib.trainer.process import stop_signals
+from tutorial_lib.trainer.signals import stop_signals
 
 
 @pytest.fixture(autouse=True)

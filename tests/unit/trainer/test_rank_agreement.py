@@ -5,7 +5,7 @@ import math
 import pytest
 
 from tutorial_lib.mpu import Topology
-from tutorial_lib.trainer.consistency import RanksDisagree, check_batches, check_losses
+from tutorial_lib.trainer.rank_agreement import RanksDisagree, check_batches, check_losses
 
 GRID = Topology(dp=2, tp=2, rank=0)
 
