@@ -287,17 +287,21 @@ def stop() -> None:
     """End the connection and, if :func:`start` started the cluster, the cluster with all its processes."""
     import ray
 
-    global _server
     ray.shutdown()
-    if _server:
-        _server.close()
-        _server = None
+    _close_server()
     for name, value in _changed_environment.items():
         if value is None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
     _changed_environment.clear()
+
+
+def _close_server() -> None:
+    global _server
+    if _server:
+        _server.close()
+        _server = None
 
 
 _TO_SERVER = ("TUTORIAL_LIB_RAY_SERVER", "TUTORIAL_LIB_RAY_SETUP_WORKER")
@@ -326,12 +330,15 @@ def _job_signals_blocked() -> Iterator[None]:
 
 @contextmanager
 def forked_workers(config: Config) -> Iterator[None]:
-    """Fork the workers of all Ray nodes that this process starts within the block from a warm server."""
+    """Fork the workers of Ray nodes that start within the block from a warm server, which ends with it."""
     warm_up(config)
-    with _lean_imports(), _workers_from_server():
-        if _server:
-            _server.serve_any()
-        yield
+    try:
+        with _lean_imports(), _workers_from_server():
+            if _server:
+                _server.serve_any()
+            yield
+    finally:
+        _close_server()
 
 
 @contextmanager
