@@ -69,6 +69,20 @@ def test_equality_within_a_tolerance(expected: Any, measured: Any, tolerance: fl
     assert claims.to_list()[0]["holds"] is holds
 
 
+def test_each_claim_is_printed_as_it_is_made(capsys: pytest.CaptureFixture[str]) -> None:
+    claims = Claims(print_each=True)
+    claims.equal("losses", [1.0, 2.0], [1.0, 2.0000001], relative=1e-6)
+    claims.equal("names that differ", [], [])
+    claims.at_most("largest difference", 1e-6, 2e-6)
+    claims.check("it is refused", True)
+    assert capsys.readouterr().out.splitlines() == [
+        "✓ losses: 1, 2 = 1, 2 within 1e-06 of expected",
+        "✓ names that differ: none = none",
+        "✗ largest difference: 2e-06 ≤ 1e-06",
+        "✓ it is refused: yes",
+    ]
+
+
 def test_relative_tolerance(capsys: pytest.CaptureFixture[str]) -> None:
     claims = Claims()
     claims.equal("inside", 200.0, 201.9, relative=0.01)
