@@ -421,6 +421,12 @@ def test_memory_over_time_is_drawn_from_zero_in_the_unit_asked_for() -> None:
     assert drawn != figures.lines({"GPU 0": ([0.0, 2.5], [1, 3])}, **labels, **words)
 
 
+def test_a_note_is_drawn_in_the_figure() -> None:
+    words = {"title": "It falls", "alt": "A line.", "x_label": "s", "y_label": "B"}
+    line = {"a": ([0, 1], [2, 1])}
+    assert figures.lines(line, notes={"1.5 B": (0.5, 1.6)}, **words) != figures.lines(line, **words)
+
+
 def test_a_figure_needs_a_title_and_a_description() -> None:
     for title, alt in (("", "alt"), ("title", " ")):
         with pytest.raises(ValueError, match="alt text"):
