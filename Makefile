@@ -43,7 +43,7 @@ test: $(READY) ## lint, unit, distributed, cluster, notebooks and nbval, and how
 
 matrix: $(READY) cluster-tools ## distributed with every valid combination of settings, each rank in a new interpreter
 	@MATRIX=1 TUTORIAL_LIB_WARM_WORKERS=0 $(TESTS) tests/distributed
-	@MATRIX=1 $(TESTS) tests/cluster
+	@MATRIX=1 $(TESTS) tests/cluster -n 2 --dist loadfile --no-loadscope-reorder
 
 unit: $(READY) ## fast tests of single functions, in parallel on all cores
 	@$(TESTS) tests/unit -n logical --maxprocesses 8
@@ -52,7 +52,7 @@ distributed: $(READY) ## real runs on 1, 2 and 4 processes, compared number by n
 	@$(TESTS) tests/distributed
 
 cluster: $(READY) cluster-tools ## torchrun, SLURM and Ray on virtual nodes of this machine (root and Linux; skipped elsewhere)
-	@$(TESTS) tests/cluster
+	@$(TESTS) tests/cluster -n 2 --dist loadfile --no-loadscope-reorder
 
 cluster-tools: ## install SLURM and munge, which cluster needs (as root, with apt-get)
 	@.ci/cluster-tools

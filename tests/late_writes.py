@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,11 +30,18 @@ def late_writes(then: Callable[[int], None] | None = None) -> Iterator[list[str 
     Yields:
         The newest checkpoint that was visible before each piece of work was done.
     """
-    run_job, newest = Writer._run, []
+    create, submit = Writer.__init__, Writer.submit
+    roots: weakref.WeakKeyDictionary[Writer, Path] = weakref.WeakKeyDictionary()
+    newest: list[str | None] = []
 
-    def late(self: Any, job: Callable[..., Any], *given: Any) -> None:
-        if self._thread is not None:
-            root: Path = self.file_system._root
+    def creating(self: Writer, root: Path, stager: Any = None) -> None:
+        create(self, root, stager)
+        if stager is not None:
+            roots[self] = root
+
+    def submitting(self: Writer, job: Callable[..., Any], *given: Any) -> None:
+        def late(*given: Any) -> None:
+            root = roots[self]
             run, step = RunDirectory(root.parents[1]), int(root.name.split("-")[2])
             deadline = time.monotonic() + PATIENCE
             while run.rows()[-1]["step"] <= step:
@@ -43,9 +51,11 @@ def late_writes(then: Callable[[int], None] | None = None) -> Iterator[list[str 
             newest.append(visible and visible.name)
             if then:
                 then(step)
-        run_job(self, job, *given)
+            job(*given)
 
-    with mock.patch.object(Writer, "_run", late):
+        submit(self, late if self in roots else job, *given)
+
+    with mock.patch.multiple(Writer, __init__=creating, submit=submitting):
         yield newest
 
 

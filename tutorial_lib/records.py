@@ -5,7 +5,7 @@ Workers write records instead of printing; notebooks, tests and the command line
 ``config.json``
     every setting of the run by its flat name;
 ``metrics.jsonl``
-    a row per optimizer step: ``step, epoch, loss, tokens, grad_norm, lr, seconds``;
+    one row per optimizer step: ``step, epoch, loss, tokens, grad_norm, lr, seconds``;
 ``result.json``
     how the run ended: losses, speed, memory per rank, versions;
 ``checkpoints/step-NNNNNNNN/``
@@ -110,7 +110,7 @@ class RunDirectory:
         return self.logs / f"rank-{rank:03d}.log"
 
     def write_error(self, rank: int, error: BaseException) -> None:
-        """Save a worker's own traceback, and the time it failed, where the launcher finds them."""
+        """Save a worker's own traceback, and the time it failed, where the launcher looks for them."""
         record = {
             "rank": rank,
             "time": time.time(),

@@ -1,4 +1,4 @@
-"""Two mistakes that make an FSDP2 job wait, with a timeout of four seconds instead of the usual ten minutes or more.
+"""Two mistakes that make an FSDP2 job hang, with a timeout of four seconds instead of the usual ten minutes or more.
 
 torchrun --standalone --nproc-per-node 2 hangs.py full_state_on_one_rank
 torchrun --standalone --nproc-per-node 2 hangs.py save_on_one_rank
@@ -37,8 +37,8 @@ if __name__ == "__main__":
     started = time.perf_counter()
     try:
         {"full_state_on_one_rank": full_state_on_one_rank, "save_on_one_rank": save_on_one_rank}[sys.argv[1]](model)
-        time.sleep(TIMEOUT + 1)  # the other rank has something else to do: it never asks
+        time.sleep(TIMEOUT + 1)  # the other rank does something else and never joins the collective
     except RuntimeError as error:
         reason = str(error).rpartition("] ")[2]
         print(f"rank {dist.get_rank()} gave up after {time.perf_counter() - started:.0f} s: {reason}", flush=True)
-    os._exit(0)  # the other rank never came, so the group cannot be closed properly
+    os._exit(0)  # the other rank never joined, so the group cannot be closed properly

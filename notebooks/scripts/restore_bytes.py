@@ -23,6 +23,6 @@ def count_bytes(settings):
     read = psutil.Process().io_counters().read_chars - before
     checkpoints.close()
     engine.close()
-    of_ranks = [None] * topology.world_size
-    dist.all_gather_object(of_ranks, read)
-    return of_ranks
+    by_rank = [None] * topology.world_size
+    dist.all_gather_object(by_rank, read)
+    return by_rank

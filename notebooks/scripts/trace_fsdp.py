@@ -1,4 +1,4 @@
-"""Write a profiler trace of rank 0's step, as Chrome and Perfetto read it.
+"""Write a profiler trace of rank 0's step, for Chrome's trace viewer or Perfetto.
 
 torchrun --standalone --nproc-per-node 2 trace_fsdp.py gpt2 trace.json
 """
@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import profile
 
 if __name__ == "__main__":
-    from train_fsdp import build_model  # which lies beside this script
+    from train_fsdp import build_model  # next to this script
 
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))

@@ -1,4 +1,4 @@
-"""Fine-tune a causal language model on a grid of ranks, tensor parallel x FSDP2: PyTorch and transformers alone.
+"""Fine-tune a causal language model on a grid of ranks, tensor parallel x FSDP2, using only PyTorch and transformers.
 
     torchrun --standalone --nproc-per-node 4 train_2d.py --tp 2 --model Qwen/Qwen2.5-0.5B --text FILE --directory run
 
@@ -35,7 +35,7 @@ def split_layer(layer, mesh):
 
 
 def build_model(path, mesh, precision=torch.float32):
-    """Split the layers over the axis tp, shard what each rank has over the axis dp, then fill the shards."""
+    """Split the layers over the axis tp, shard each rank's part over the axis dp, then load the weights."""
     config = AutoConfig.from_pretrained(path)
     assert config.model_type in ("llama", "mistral", "qwen2"), f"split_layer has no plan for {config.model_type}"
     assert config.num_key_value_heads % mesh["tp"].size() == 0, "--tp must divide the number of key-value heads"

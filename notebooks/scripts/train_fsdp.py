@@ -1,4 +1,4 @@
-"""Fine-tune a causal language model with FSDP2: PyTorch and transformers, nothing from this course.
+"""Fine-tune a causal language model with FSDP2, using only PyTorch and transformers.
 
     torchrun --standalone --nproc-per-node 2 train_fsdp.py --model gpt2 --text corpus.txt --directory run --steps 20
 
@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 
 def build_model(path, mesh, precision):
-    """Shard a model that has no values yet, then fill the shards: rank 0's host memory holds all of it, no GPU does."""
+    """Shard a model on the meta device, then load its weights: only rank 0's host memory ever holds the full model."""
     with torch.device("meta"):  # code and shapes, no memory
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32)
     policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32)

@@ -3,7 +3,7 @@
     python -m torch.distributed.run --nproc_per_node 2 notebooks/scripts/train_zero.py
     python notebooks/scripts/train_zero.py ray
 
-Stop it when you like and start it again: it resumes from its newest checkpoint, on either launcher. So does
+Stop it at any time and start it again: it resumes from its newest checkpoint, with either launcher. So does
 `python -m tutorial_lib train` with the same settings, which adds evaluation, metrics files and stop requests.
 """
 
@@ -52,7 +52,7 @@ def train_loop(settings):
 
 
 def train_on_ray(config):
-    """Give the loop to Ray Train, which starts the ranks as its workers."""
+    """Run the loop on Ray Train, which starts the ranks as its workers."""
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 

@@ -16,11 +16,16 @@ from tests.distributed import cases
 TIMEOUT = 240
 
 
+LONGEST_FIRST = ("test_ray.py", "test_slurm.py")
+"""Files with which two processes of pytest, as in ``make cluster``, begin: what is left then is easy to share."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents and not any(item.iter_markers("timeout")):
             item.add_marker(pytest.mark.timeout(TIMEOUT))
+    items.sort(key=lambda item: item.path.parent == here and item.path.name not in LONGEST_FIRST)
 
 
 @pytest.fixture(scope="session")

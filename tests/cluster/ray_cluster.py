@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.cluster.nodes import ROOT, Node, VirtualNodes, end
+from tutorial_lib.launch.ray import lean_imports
 from tutorial_lib.launch.ray.nodes import NOTICE_A_LOST_NODE
 
 PORT = 6379
@@ -35,7 +36,8 @@ class RayCluster:
         self.head = nodes.nodes[0]
         self.environment = {
             **os.environ,
-            "PYTHONPATH": str(ROOT),
+            # The replacements save each of Ray's many processes a second of imports.
+            "PYTHONPATH": f"{Path(lean_imports.__file__).parent}:{ROOT}",
             "RAY_ADDRESS": f"{self.head.address}:{PORT}",
             **NOTICE_A_LOST_NODE,
             "RAY_AUTH_TOKEN": secrets.token_hex(32),

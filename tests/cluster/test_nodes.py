@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from tests.cluster.nodes import ROOT, VirtualNodes, end
@@ -49,16 +50,15 @@ def test_a_killed_node_is_gone_at_once(virtual_nodes: VirtualNodes, shared: Path
 
 
 _PROGRAM = """
-import sys, time
+import sys
 from pathlib import Path
 from tests.cluster.nodes import VirtualNodes
 from tests.cluster.slurm import SlurmCluster
 directory = Path(sys.argv[1])
 with VirtualNodes(2, [directory]) as nodes, SlurmCluster(nodes, directory):
     print("ready", flush=True)
-    if sys.argv[2] == "fails":
-        raise AssertionError
-    time.sleep(1000)
+    sys.stdin.readline()
+    raise AssertionError
 """
 
 
@@ -70,37 +70,38 @@ def test_nothing_is_left_when_a_test_fails_or_pytest_is_killed(cluster: object, 
         directory.mkdir()
         before = _namespaces()
         program = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM, str(directory), how],
+            [sys.executable, "-c", _PROGRAM, str(directory)],
             cwd=ROOT,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
         assert program.stdout is not None
         assert program.stdout.readline() == b"ready\n"
+        daemons = _daemons(directory)
+        used = _namespaces(daemons) - before
+        assert daemons and used
         if how == "is killed":
-            assert _namespaces() > before
-            assert _daemons(directory)
             program.send_signal(signal.SIGKILL)
-        program.wait(timeout=20)
-        program.stdout.close()
+        program.communicate(timeout=20)
         _wait_until(lambda: not _daemons(directory), 5)  # noqa: B023
-        _wait_until(lambda: _namespaces() <= before, 5)  # noqa: B023
+        _wait_until(lambda: not _namespaces() & used, 5)  # noqa: B023
     assert os.listdir("/sys/class/net") == interfaces
 
 
-def _namespaces() -> set[str]:
-    """Return the network namespaces of all processes."""
+def _namespaces(processes: Iterable[Path] = ()) -> set[str]:
+    """Return the network namespaces of some processes, or of all."""
     found = set()
-    for process in Path("/proc").glob("[0-9]*/ns/net"):
+    for process in processes or Path("/proc").glob("[0-9]*"):
         try:
-            found.add(os.readlink(process))
+            found.add(os.readlink(process / "ns" / "net"))
         except OSError:  # it has just ended
             continue
     return found
 
 
-def _daemons(directory: Path) -> list[str]:
-    """Return the command lines of programs that work in this directory."""
+def _daemons(directory: Path) -> list[Path]:
+    """Return the processes that work in this directory."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -108,7 +109,7 @@ def _daemons(directory: Path) -> list[str]:
         except OSError:
             continue
         if str(directory).encode() in files and int(process.name) != os.getpid():
-            found.append(str(files[:100]))
+            found.append(process)
     return found
 
 

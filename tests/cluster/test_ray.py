@@ -17,7 +17,6 @@ from tests.cluster.ray_cluster import RayCluster, wait_until
 from tests.cluster.ray_program import HELD_AT, IS_BACK, TIMEOUT
 from tests.cluster.weights import trained_weights
 from tests.distributed import cases
-from tests.distributed.faults import proves
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.config import Config
 from tutorial_lib.records import RunDirectory
@@ -59,7 +58,15 @@ class Program:
         return [[line.split()[3] for line in table.splitlines()] for table in tables]
 
 
-@proves("storage_not_shared", "group_on_no_node", "room_taken")
+@pytest.mark.fault(
+    "somebody else holds a part of the cluster",
+    "ends after `resource_timeout` with what it wants and what is free on each node",
+)
+@pytest.mark.fault(
+    "no node has the CPUs or GPUs of a tensor-parallel group",
+    "refused before a rank starts, with what each node has",
+)
+@pytest.mark.fault("a node does not see the storage", "refused before a rank starts, with the node and the directory")
 def test_what_the_cluster_cannot_hold_is_refused_in_words(ray_cluster: RayCluster, inputs: Path) -> None:
     config = cases.config(inputs, **{**CASE, "steps": 1}, dp=2, zero_stage=1, name="refused", launcher="ray")
     program = Program(ray_cluster, "refusals", config, inputs)
@@ -92,7 +99,11 @@ def test_what_the_cluster_cannot_hold_is_refused_in_words(ray_cluster: RayCluste
 
 
 @pytest.mark.timeout(2 * SECONDS)
-@proves("node_lost", "node_back")
+@pytest.mark.fault(
+    "a node with half of the ranks loses power, `max_failures=1`, `min_dp`",
+    "goes on with the ranks that have room, from the newest intact checkpoint; tensor-parallel groups stay whole",
+)
+@pytest.mark.fault("the node comes back", "grows back to all its ranks, from the next checkpoint on")
 def test_a_run_goes_on_without_a_lost_node_and_grows_when_it_is_back(
     ray_cluster: RayCluster, inputs: Path, tmp_path: Path
 ) -> None:

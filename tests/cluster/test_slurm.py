@@ -11,7 +11,6 @@ import pytest
 
 from tests.cluster.slurm import ACTIVE, CORES, SlurmCluster
 from tests.cluster.weights import trained_weights
-from tests.distributed.faults import proves
 from tutorial_lib import cli
 from tutorial_lib.measure.sampler_log import read_sampler
 from tutorial_lib.records import RunDirectory
@@ -110,7 +109,10 @@ def test_the_memory_of_each_node_is_logged(undisturbed: Job) -> None:
         assert max(max(series.num_bytes) for series in read_sampler(log).series) > 300 * 2**20
 
 
-@proves("time_limit")
+@pytest.mark.fault(
+    "a SLURM job's time limit comes near (USR1)",
+    "saves, goes back into the queue, and resumes: final weights are bit for bit those of the undisturbed job",
+)
 def test_a_job_saves_before_its_time_limit_and_resumes_after_a_requeue(
     cluster: SlurmCluster, inputs: Path, undisturbed: Job, tmp_path: Path
 ) -> None:
@@ -146,7 +148,8 @@ def test_submit_ends_with_the_exit_code_of_train(cluster: SlurmCluster, inputs: 
     assert len(ports) == 2
 
 
-@proves("preempted", "cancelled")
+@pytest.mark.fault("a more urgent SLURM job takes the nodes", "saves, waits in the queue, and resumes")
+@pytest.mark.fault("`scancel`", "saves and ends; the same command resumes")
 def test_a_preempted_job_saves_and_goes_on_later_and_a_cancelled_one_saves(cluster: SlurmCluster, inputs: Path) -> None:
     job = Job(cluster, inputs, "preempted", *ONE_PROCESS, "--steps", "3000")
     job.submit("--nodelist=node1")
@@ -168,7 +171,9 @@ def test_a_preempted_job_saves_and_goes_on_later_and_a_cancelled_one_saves(clust
     assert result["step"] > stopped_at
 
 
-@proves("slurm_node_fails")
+@pytest.mark.fault(
+    "a node of a SLURM job loses power", "is requeued, and resumes on another node from the newest intact checkpoint"
+)
 def test_a_job_goes_on_elsewhere_when_its_node_fails(cluster_to_break: SlurmCluster, inputs: Path) -> None:
     cluster = cluster_to_break
     job = Job(cluster, inputs, "orphaned", *ONE_PROCESS, "--steps", "3000", "--checkpoint-every", "5")

@@ -13,7 +13,6 @@ import pytest
 from tests.cluster.nodes import Node, VirtualNodes, end
 from tests.cluster.weights import trained_weights
 from tests.distributed import cases
-from tests.distributed.faults import proves
 from tests.distributed.launching import train_command
 from tutorial_lib import launch
 from tutorial_lib.records import RunDirectory
@@ -95,7 +94,11 @@ def test_two_nodes_train_like_one(
     assert sorted(placed.values()) == [node.name for node in virtual_nodes.nodes for _ in range(per_node)]
 
 
-@proves("unknown_head", "node_never_comes")
+@pytest.mark.fault(
+    "the head node's name does not resolve",
+    "`doctor --rendezvous`, which the batch script asks first, names it; torchrun ends after its flags' seconds",
+)
+@pytest.mark.fault("a node of torchrun never comes", "torchrun ends after its flags' seconds")
 @pytest.mark.parametrize(
     ("given", "why"),
     [
@@ -115,7 +118,7 @@ def test_torchrun_waits_as_long_as_its_flags_say(virtual_nodes: VirtualNodes, gi
     assert why in output
 
 
-@proves("port_in_use")
+@pytest.mark.fault("the rendezvous port is in use", "`doctor --rendezvous` names it")
 def test_a_rendezvous_is_checked_before_torchrun_starts(virtual_nodes: VirtualNodes) -> None:
     first, second = virtual_nodes.nodes
 
@@ -137,7 +140,10 @@ def test_a_rendezvous_is_checked_before_torchrun_starts(virtual_nodes: VirtualNo
         end(listening)
 
 
-@proves("wrong_interface")
+@pytest.mark.fault(
+    "`GLOO_SOCKET_IFNAME` names an interface that other nodes cannot reach",
+    "refused with exit code 2, with the interfaces that can",
+)
 def test_an_interface_that_other_nodes_cannot_reach_is_refused(
     virtual_nodes: VirtualNodes, inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed.covering import cover
+from tests.distributed.probe import Probe, ProbedRun
 from tutorial_lib.config import Config
 from tutorial_lib.embedded import model_directory
 from tutorial_lib.models import load_model
@@ -200,7 +201,7 @@ def run_name(combination: Combination) -> str:
 
 
 NEEDED = {
-    # Asked for by name in tests of one thing. Those of BROKEN_RUNS are needed too.
+    # Tests of one thing ask for these by name. The runs without the faults of MUTANTS are needed, too.
     "untied.zero3-accumulated.1",
     "gpt2.zero2-accumulated.2",
     "gpt2.zero1.2",
@@ -214,32 +215,35 @@ NEEDED = {
     "odd.fsdp-full.4",
 }  # fmt: skip
 
-BROKEN_RUNS = {
-    "same_data_on_each_rank": ("gpt2", "zero1"),
-    "sharded_over_a_larger_grid": ("gpt2", "zero2"),
-    "padding_in_the_loss": ("gpt2", "zero3"),
-    "clipping_dropped": ("gpt2", "zero2"),
-    "clipping_left_to_the_default": ("gpt2", "zero0"),
-    "mean_of_means": ("uneven", "zero2"),
-    "loss_of_own_tokens": ("uneven", "zero1"),
-    "gradients_summed": ("untied", "zero1"),
-    "gradients_averaged_twice": ("gpt2", "zero3"),
-    "trial_step_kept": ("gpt2", "zero0-bf16"),
-    "column_all_reduce_skipped": ("qwen2", "1x2-zero1"),
-    "columns_not_moved": ("gpt2", "fsdp-tp2"),
-    "whole_gradients_counted_twice": ("gpt2", "fsdp-tp2"),
-    "slopes_of_the_first_heads": ("bloom", "fsdp-tp2"),
+MUTANTS = {
+    "data.same_data_on_each_rank": ("gpt2", "zero1"),
+    "data.sharded_over_a_larger_grid": ("gpt2", "zero2"),
+    "data.padding_in_the_loss": ("gpt2", "zero3"),
+    "engine.clipping_dropped": ("gpt2", "zero2"),
+    "engine.clipping_left_to_the_default": ("gpt2", "zero0"),
+    "engine.mean_of_means": ("uneven", "zero2"),
+    "engine.loss_of_own_tokens": ("uneven", "zero1"),
+    "engine.gradients_summed": ("untied", "zero1"),
+    "engine.gradients_averaged_twice": ("gpt2", "zero3"),
+    "engine.trial_step_kept": ("gpt2", "zero0-bf16"),
+    "tensor_parallel.column_all_reduce_skipped": ("qwen2", "1x2-zero1"),
+    "tensor_parallel.columns_not_moved": ("gpt2", "fsdp-tp2"),
+    "tensor_parallel.replicated_gradients_counted_twice": ("gpt2", "fsdp-tp2"),
+    "tensor_parallel.slopes_of_the_first_heads": ("bloom", "fsdp-tp2"),
 }
-"""Case and variant for each fault of ``worker.BROKEN``, on two ranks."""
+"""Deliberate faults that the comparison with a reference must show: case and variant of each, on two ranks.
+
+The run with a fault has the fault's name.
+"""
 
 
 def combinations() -> list[Combination]:
     """Return the combinations to run: all valid ones, or enough to cover every pair of settings."""
     if MATRIX:
         return VALID_COMBINATIONS
-    sound = {run_name((2, *origin)) for origin in BROKEN_RUNS.values()} | {"gpt2.zero1-bf16.2"}
-    needed = [each for each in VALID_COMBINATIONS if run_name(each) in NEEDED | sound]
-    assert len(needed) == len(NEEDED | sound), "each name is that of a valid combination"
+    without_faults = {run_name((2, *origin)) for origin in MUTANTS.values()} | {"gpt2.zero1-bf16.2"}
+    needed = [each for each in VALID_COMBINATIONS if run_name(each) in NEEDED | without_faults]
+    assert len(needed) == len(NEEDED | without_faults), "each name is the name of a valid combination"
     return cover({each: settings(each) for each in VALID_COMBINATIONS}, needed)
 
 
@@ -317,13 +321,13 @@ def reference(directory: Path, case: str) -> Config:
     return config(directory, name=f"{case}.reference", engine="torch", dp=1, **CASES[case])
 
 
-REFUSED_RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "sampler_of_the_world": ("qwen2", "1x2-zero1", {"evaluate": False}),
-    "seed_of_each_rank": ("bloom", "1x2-zero2", {"model": "bloom-dropout"}),
-    "row_all_reduce_skipped": ("qwen2", "1x2-zero2", {"evaluate": False}),
-    "projection_left_whole": ("qwen2", "1x2-zero3", {}),
+DETECTED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "data.sampler_of_the_world": ("qwen2", "1x2-zero1", {"evaluate": False}),
+    "tensor_parallel.seed_of_each_rank": ("bloom", "1x2-zero2", {"model": "bloom-dropout"}),
+    "tensor_parallel.row_all_reduce_skipped": ("qwen2", "1x2-zero2", {"evaluate": False}),
+    "tensor_parallel.projections_not_split": ("qwen2", "1x2-zero3", {}),
 }
-"""The same for faults that a run detects itself."""
+"""Deliberate faults that the run itself detects: case, variant and changes of each, on two ranks."""
 
 STOP, END = 3, 8
 INTERRUPTED: dict[str, dict[str, Any]] = {
@@ -349,10 +353,7 @@ INTERRUPTED_ON_4: dict[str, dict[str, Any]] = {
 }
 """The same on four ranks, and resumed in the same launch."""
 
-LATE: dict[int, tuple[str, ...]] = {
-    2: ("zero1", "zero3", "fsdp-full", "1x2-zero2", "zero1-without_snapshot"),
-    4: ("2x2-zero1", "fsdp-tp2"),
-}
+LATE: dict[int, tuple[str, ...]] = {2: ("zero1", "zero3", "fsdp-full", "1x2-zero2"), 4: ("2x2-zero1", "fsdp-tp2")}
 """Runs that save during training, stop, and resume in the same launch, by number of ranks."""
 
 UNTOUCHED: dict[str, dict[str, Any]] = {
@@ -368,19 +369,25 @@ def untouched(directory: Path, name: str) -> Config:
     return config(directory, name=f"untouched.{name}", **still, **UNTOUCHED[name])
 
 
-def interruptible(directory: Path, kind: str, part: str, **changes: Any) -> Config:
-    """Return the ``whole`` run, or the one ``halved`` by a stop."""
+def uninterrupted(directory: Path, kind: str, **changes: Any) -> Config:
+    """Return a run of a kind of ``INTERRUPTED``, without the interruption."""
     flat = {"model": "gpt2-dropout", "max_examples": 40, "steps": END, **(INTERRUPTED | INTERRUPTED_ON_4)[kind]}
-    stop = {"stop_after": STOP} if part == "halved" else {}
     if flat.get("batching") == "packed":
         # As many documents as fill five steps of eight rows with several each.
         flat["max_examples"] = 90
-    return config(directory, **{"name": f"{part}.{kind}", "dp": 2, **flat, **stop, **changes})
+    return config(directory, **{"name": f"uninterrupted.{kind}", "dp": 2, **flat, **changes})
 
 
-def late(directory: Path, kind: str) -> Config:
-    asynchronous = {"checkpoint_every": 2, "async_save": True}
-    return interruptible(directory, kind.partition("-without")[0], "halved", name=f"late.{kind}", **asynchronous)
+def interrupted(directory: Path, kind: str, **changes: Any) -> Config:
+    """Return the same run, stopped in the middle."""
+    return uninterrupted(directory, kind, **{"name": f"interrupted.{kind}", "stop_after": STOP, **changes})
+
+
+def late(directory: Path, kind: str, *, no_snapshot: bool = False) -> ProbedRun:
+    """Return a run whose background writes are late, resumed from a checkpoint that was written during training."""
+    name = f"no_snapshot.{kind}" if no_snapshot else f"late.{kind}"
+    asked = interrupted(directory, kind, name=name, checkpoint_every=2, async_save=True)
+    return ProbedRun(asked, Probe(late_writes=True, no_snapshot=no_snapshot))
 
 
 RESHAPE_CASES = ("gpt2", "qwen2", "frozen", "odd")
@@ -445,13 +452,14 @@ STILL: dict[str, tuple[int, str, dict[str, Any]]] = {
 }
 """The same, but stopped at once: they save the loaded states in a different shape."""
 
-SEEDED_ANEW = ("dropout-once", "dropout-twice")
+SEEDED_AGAIN = ("dropout-once", "dropout-twice")
 
 RESHAPED_BADLY = {
-    "broken-updates_not_counted": "zero1-of-zero3",
-    "broken-columns_left_by_rank": "fsdp-none-of-fsdp-tp2",
-    "broken-moments_exchanged": "fsdp-of-zero3",
+    "restore.updates_not_counted": "zero1-of-zero3",
+    "restore.columns_left_by_rank": "fsdp-none-of-fsdp-tp2",
+    "restore.moments_exchanged": "fsdp-of-zero3",
 }
+"""Deliberate faults in a reshape, and the reshaped run of each. The run with a fault has the fault's name."""
 
 
 def unbroken(directory: Path, case: str) -> Config:
@@ -465,10 +473,10 @@ def saved(directory: Path, name: str) -> Config:
 
 
 def reshaped(directory: Path, name: str) -> Config:
-    ranks, source, flat = (RESHAPED | STILL)[RESHAPED_BADLY.get(name, name)]
+    ranks, source, flat = (RESHAPED | STILL)[name]
     if name in STILL:
         flat = {**flat, "precision": "bf16", "stop_after": STOP}
-    return _reshapable(directory, case_of(source), ranks, flat, name if name in RESHAPED_BADLY else f"reshaped.{name}")
+    return _reshapable(directory, case_of(source), ranks, flat, f"reshaped.{name}")
 
 
 def case_of(name: str) -> str:
@@ -488,117 +496,131 @@ def _reshapable(directory: Path, case: str, ranks: int, flat: dict[str, Any], na
     return config(directory, **{"dp": ranks // flat.get("tp", 1), **CASES[case], **length, **flat, "name": name})
 
 
-def reshaped_runs(directory: Path, ranks: int) -> list[Config]:
+def reshaped_runs(directory: Path, ranks: int) -> list[ProbedRun]:
     """Return the starts in a different shape on this many ranks, each in a copy of the run that it continues."""
-    table = RESHAPED | STILL | {name: RESHAPED[origin] for name, origin in RESHAPED_BADLY.items()}
     runs = []
-    for name, (needed, source, _) in table.items():
+    for name, (needed, *_) in (RESHAPED | STILL).items():
         if needed == ranks:
-            runs.append(reshaped(directory, name))
-            origin = saved(directory, source) if source in SAVED else reshaped(directory, source)
-            shutil.copytree(origin.directory, runs[-1].directory)
+            (before, *_) = ancestors(directory, name)
+            runs.append(ProbedRun(_copy(before, reshaped(directory, name))))
+    for fault, name in RESHAPED_BADLY.items():
+        if RESHAPED[name][0] == ranks:
+            (before, *_) = ancestors(directory, name)
+            again = reshaped(directory, name).override(name=fault)
+            runs.append(ProbedRun(_copy(before, again), Probe(fault=fault)))
     if ranks == 2:
-        for name in SEEDED_ANEW:
+        for name in SEEDED_AGAIN:
             shape = {"engine": "fsdp", "model": "gpt2-dropout"}
-            runs.append(_reshapable(directory, "gpt2", 2, shape, f"reshaped.{name}"))
-            shutil.copytree(saved(directory, "dropout").directory, runs[-1].directory)
+            again = _reshapable(directory, "gpt2", 2, shape, f"reshaped.{name}")
+            runs.append(ProbedRun(_copy(saved(directory, "dropout"), again)))
     return runs
 
 
-def shared_runs(directory: Path, ranks: int) -> list[Config]:
+def _copy(before: Config, after: Config) -> Config:
+    """Give a run everything that another one has left, and return it."""
+    shutil.copytree(before.directory, after.directory)
+    return after
+
+
+def shared_runs(directory: Path, ranks: int) -> list[ProbedRun]:
     """Return all runs on this many ranks that can share a launch."""
-    runs = [variant(directory, case, name, ranks) for case, names in VARIANTS[ranks].items() for name in names]
+    runs = [
+        ProbedRun(variant(directory, case, name, ranks)) for case, names in VARIANTS[ranks].items() for name in names
+    ]
     if ranks == 1:
-        runs += [reference(directory, case) for case in CASES]
-        runs += [unbroken(directory, case) for case in RESHAPE_CASES]
+        runs += [ProbedRun(reference(directory, case)) for case in CASES]
+        runs += [ProbedRun(unbroken(directory, case)) for case in RESHAPE_CASES]
     if ranks == 2:
-        runs += [interruptible(directory, kind, "whole") for kind in INTERRUPTED]
-        runs += [interruptible(directory, kind, "halved") for kind in INTERRUPTED]
-        runs += [variant(directory, "gpt2", name, 2, name=f"fsdp1-{name}", measure=False) for name in SHARDED]
-        runs += [variant(directory, *where, 2, name=f"broken-{fault}") for fault, where in BROKEN_RUNS.items()]
-        runs += [
-            variant(directory, case, name, 2, name=f"refused-{fault}", **changes)
-            for fault, (case, name, changes) in REFUSED_RUNS.items()
-        ]
+        for kind in INTERRUPTED:
+            runs += [
+                ProbedRun(uninterrupted(directory, kind), Probe(load_nothing=True)),
+                ProbedRun(interrupted(directory, kind)),
+            ]
+        for name in SHARDED:
+            again = variant(directory, "gpt2", name, 2, name=f"fsdp1.{name}", measure=False)
+            runs.append(ProbedRun(again, Probe(engine="fsdp1")))
+        for fault, (case, name) in MUTANTS.items():
+            runs.append(ProbedRun(variant(directory, case, name, 2, name=fault), Probe(fault=fault)))
+        for fault, (case, name, changes) in DETECTED.items():
+            broken = variant(directory, case, name, 2, name=fault, **changes)
+            runs.append(ProbedRun(broken, Probe(fault=fault, must_fail=True)))
+        runs.append(late(directory, "zero1", no_snapshot=True))
     runs += [late(directory, kind) for kind in LATE.get(ranks, ())]
     if ranks == 4:
-        runs += [untouched(directory, name) for name in UNTOUCHED]
+        runs += [ProbedRun(untouched(directory, name)) for name in UNTOUCHED]
         for kind in INTERRUPTED_ON_4:
             runs += [
-                interruptible(directory, kind, "whole"),
-                interruptible(directory, kind, "halved", name=f"twice.{kind}"),
+                ProbedRun(uninterrupted(directory, kind), Probe(load_nothing=True)),
+                ProbedRun(interrupted(directory, kind, name=f"restarted.{kind}"), Probe(start_twice=True)),
             ]
-    runs += [saved(directory, name) for name, (needed, *_) in SAVED.items() if needed == ranks]
+    runs += [ProbedRun(saved(directory, name)) for name, (needed, *_) in SAVED.items() if needed == ranks]
     return runs
 
 
-CONTINUED_BADLY = {
-    "broken-random_states_not_restored": "zero1",
-    "broken-position_not_restored": "zero1",
-    "broken-optimizer_not_restored": "zero1",
+RESUMED_BADLY = {
+    "restore.random_states_not_restored": "zero1",
+    "restore.position_not_restored": "zero1",
+    "restore.optimizer_not_restored": "zero1",
 }
-REFUSED = {
-    "refused-flipped-position": "zero3",
-    "refused-flipped": "zero3",
-    "refused-flipped-metadata": "fsdp-full",
+"""Deliberate faults in a resume, and the kind of run for each. The run with a fault has the fault's name."""
+
+ALTERED = {"altered.position": "zero3", "altered.shard": "zero3", "altered.metadata": "fsdp-full"}
+"""Runs with one bit flipped in a file of their checkpoint, and the kind of each."""
+
+FATAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "killed.in_forward": ("zero3", {}),
+    "killed.in_backward": ("zero1", {}),
+    "killed.in_update": ("fsdp-full", {}),
+    "killed.in_save": ("zero1", {}),
+    "killed.in_publish": ("zero3", {}),
+    "killed.in_prune": ("zero1", {"keep_last": 1}),
+    "killed.in_report": ("zero1", {}),
+    "storage.save_raises": ("zero1", {}),
+    "killed.in_write": ("zero1", {"async_save": True}),
+    "storage.limit_in_write": ("zero1", {"async_save": True}),
 }
+"""Faults that take their launch down with them, with the kind of run and its settings for each."""
+
+LONG: dict[str, Any] = {"steps": 48, "model": "gpt2-dropout-slow"}
+"""Settings of a run that is hit from outside, at no particular step, and has to be running still."""
 
 
-FATAL = {
-    "killed_in_forward": "zero3",
-    "killed_in_backward": "zero1",
-    "killed_in_update": "fsdp-full",
-    "killed_in_save": "zero1",
-    "killed_in_publish": "zero3",
-    "killed_in_prune": "zero1",
-    "killed_in_report": "zero1",
-    "save_raises": "zero1",
-    "killed_in_write": "zero1",
-    "limit_in_write": "zero1",
-}
-"""Faults that take their launch down with them, with the kind of run for each."""
-
-IN_BACKGROUND = ("killed_in_write", "limit_in_write")
-"""Faults that happen while a thread writes files and training continues."""
-
-
-def fault(directory: Path, kind: str, name: str, **changes: Any) -> Config:
-    """Return a run with a checkpoint at every second step, whose name ends with the name of a fault."""
-    strikes = name.partition("-")[2]
-    given = {
-        "name": name,
-        "checkpoint_every": 2,
-        "async_save": strikes in IN_BACKGROUND,
-        "keep_last": 1 if strikes == "killed_in_prune" else None,
-        # What comes from outside has to find it still running.
-        **({"model": "gpt2-dropout-slow"} if changes.get("steps", END) > END else {}),
-        **changes,
-    }
-    return interruptible(directory, kind, "whole", **given)
+def saving(directory: Path, kind: str, name: str, **changes: Any) -> Config:
+    """Return a run with a checkpoint at every second step."""
+    return uninterrupted(directory, kind, **{"name": name, "checkpoint_every": 2, **changes})
 
 
 DIVERGING = {"learning_rate": 1e30, "checkpoint_every": 1}
 
 
-def resumed_runs(directory: Path) -> list[Config]:
-    """Return the second starts of the halved runs, and of altered copies of them."""
-    runs = [interruptible(directory, kind, "halved", stop_after=None) for kind in INTERRUPTED]
-    for name, origin in (CONTINUED_BADLY | REFUSED).items():
-        runs.append(interruptible(directory, origin, "halved", name=name, stop_after=None))
-        shutil.copytree(directory / "runs" / f"halved.{origin}", runs[-1].directory)
-    # The start before did not stop at its checkpoint: it had written two more rows and half a third when it was killed.
-    metrics = directory / "runs" / "halved.zero1" / "metrics.jsonl"
+def resumed_runs(directory: Path) -> list[ProbedRun]:
+    """Return the second starts of the interrupted runs, and of altered copies of them."""
+    second_start = {"stop_after": None}
+    runs = [ProbedRun(interrupted(directory, kind, **second_start)) for kind in INTERRUPTED]
+    for fault, kind in RESUMED_BADLY.items():
+        again = _copy(interrupted(directory, kind), interrupted(directory, kind, name=fault, **second_start))
+        runs.append(ProbedRun(again, Probe(fault=fault)))
+    for name, kind in ALTERED.items():
+        again = _copy(interrupted(directory, kind), interrupted(directory, kind, name=name, **second_start))
+        runs.append(ProbedRun(again, Probe(must_fail=True)))
+    position = checkpoint_of(directory / "runs" / "altered.position", STOP) / "rank-001.pt"
+    metadata = checkpoint_of(directory / "runs" / "altered.metadata", STOP) / "engine" / ".metadata"
+    for file in (shard(directory / "runs" / "altered.shard", STOP, rank=1), position, metadata):
+        flip_a_bit(file)
+    # Pretend that the start before was killed after its checkpoint, with two more rows and half a third written.
+    metrics = directory / "runs" / "interrupted.zero1" / "metrics.jsonl"
     last = json.loads(metrics.read_text().splitlines()[-1])
     lost = "".join(json.dumps(last | {"step": STOP + more, "loss": 99.0}) + "\n" for more in (1, 2))
     metrics.write_text(metrics.read_text() + lost + '{"step": 6, "lo')
-    runs.append(interruptible(directory, "zero2-optimizer", "whole", name="refused-diverging", **DIVERGING))
-    position = checkpoint_of(directory / "runs" / "refused-flipped-position", STOP) / "rank-001.pt"
-    metadata = checkpoint_of(directory / "runs" / "refused-flipped-metadata", STOP) / "engine" / ".metadata"
-    for saved in (shard(directory / "runs" / "refused-flipped", STOP, rank=1), position, metadata):
-        content = bytearray(saved.read_bytes())
-        content[len(content) // 2] ^= 1
-        saved.write_bytes(content)
+    diverging = uninterrupted(directory, "zero2-optimizer", name="diverging", **DIVERGING)
+    runs.append(ProbedRun(diverging, Probe(must_fail=True)))
     return runs
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 def shard(run: Path, step: int, rank: int) -> Path:

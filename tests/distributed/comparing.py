@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from tests.distributed.worker import OBSERVATION
+from tests.distributed.probe import OBSERVATION
 from tutorial_lib.config import Config
 from tutorial_lib.records import Row, RunDirectory
 
 
 @dataclass(frozen=True)
 class Observed:
-    """A finished run: its records, and the observations of :mod:`tests.distributed.worker`."""
+    """A finished run: its records, and the observations of :mod:`tests.distributed.workers.observing`."""
 
     config: Config
     rows: list[Row]

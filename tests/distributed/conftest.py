@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ import pytest
 from tests.distributed import cases
 from tests.distributed.comparing import Observed
 from tests.distributed.launching import Shell, observe
+from tests.distributed.probe import ProbedRun
 from tutorial_lib.config import Config
 
 TIMEOUT = 1800
@@ -44,12 +45,12 @@ def launched(directory: Path) -> Callable[[int], dict[str, Config]]:
 
     @functools.cache
     def attempt(ranks: int) -> dict[str, Config] | Exception:
-        configs = cases.shared_runs(directory, ranks)
+        runs = cases.shared_runs(directory, ranks)
         try:
-            observe(configs)
+            observe(runs)
         except Exception as error:  # kept: one launch that fails is enough
             return error
-        return {config.run.name: config for config in configs}
+        return _by_name(runs)
 
     def launch(ranks: int) -> dict[str, Config]:
         outcome = attempt(ranks)
@@ -77,9 +78,9 @@ def observed(launched: Callable[[int], dict[str, Config]]) -> Callable[[int, str
 def resumed(directory: Path, launched: Callable[[int], dict[str, Config]]) -> Callable[[str], Observed]:
     """Return a function that reads a run of ``cases.resumed_runs`` after its second start, by name."""
     launched(2)
-    configs = cases.resumed_runs(directory)
-    observe(configs)
-    by_name = {config.run.name: config for config in configs}
+    runs = cases.resumed_runs(directory)
+    observe(runs)
+    by_name = _by_name(runs)
     return lambda name: Observed.read(by_name[name])
 
 
@@ -93,12 +94,16 @@ def reshaped(directory: Path, launched: Callable[[int], dict[str, Config]]) -> C
         for ranks in (1, 2, 4):
             launched(ranks)
         for ranks in (4, 2, 1):  # one that was four ranks goes on as one
-            configs = cases.reshaped_runs(directory, ranks)
-            observe(configs)
-            by_name |= {config.run.name: config for config in configs}
+            runs = cases.reshaped_runs(directory, ranks)
+            observe(runs)
+            by_name |= _by_name(runs)
         return by_name
 
     return lambda name: Observed.read(launch()[name])
+
+
+def _by_name(runs: Sequence[ProbedRun]) -> dict[str, Config]:
+    return {run.config.run.name: run.config for run in runs}
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tests.distributed.probe import ProbedRun
 from tutorial_lib import launch
 from tutorial_lib.config import Config
 from tutorial_lib.records import RunDirectory
@@ -22,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not happen"
+        assert time.monotonic() < end, f"nothing happened within {seconds} s"
         time.sleep(0.02)
 
 
@@ -42,9 +43,11 @@ def interrupt_when(
     return thread
 
 
-def observe(configs: Sequence[Config], worker: str = "tests.distributed.worker") -> list[launch.Run]:
-    """Run ``launch.run_all`` with ranks that record observations."""
-    return launch.run_all(configs, worker=worker)
+def observe(runs: Sequence[ProbedRun]) -> list[launch.Run]:
+    """Run ``launch.run_all`` with ranks that record observations, and do what each run's probe says."""
+    for run in runs:
+        run.probe.write(run.config)
+    return launch.run_all([run.config for run in runs], worker="tests.distributed.workers.observing")
 
 
 def train_command(config: Config) -> list[str]:

@@ -12,7 +12,7 @@ from tutorial_lib.bench import Matrix
 from tutorial_lib.cli import main
 from tutorial_lib.config import Config, ConfigError
 
-KILLED = "tests.distributed.killed_worker"
+KILLED = "tests.distributed.workers.killed"
 COMMON = {"steps": 4, "seq_length": 32, "max_examples": 32, "max_eval_examples": 8, "global_batch": 4, "micro_batch": 1}
 
 

@@ -36,7 +36,7 @@ def allowed(config: Config) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(("ranks", "case", "variant"), FP32)
-def test_training_is_that_of_one_torch_process(observed, record_property, ranks, case, variant):
+def test_training_matches_one_torch_process(observed, record_property, ranks, case, variant):
     run = observed(ranks, f"{case}.{variant}.{ranks}")
     differences = assert_equal(run, observed(1, f"{case}.reference"), **allowed(run.config))
     record_property("largest_differences", differences.largest)
@@ -44,7 +44,7 @@ def test_training_is_that_of_one_torch_process(observed, record_property, ranks,
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_reference_has_what_its_case_is_about(observed, case):
-    """Otherwise the comparison would prove less than it claims."""
+    """Check that each case exercises its subject, so that the comparison proves what it claims."""
     run = observed(1, f"{case}.reference")
     first = run.rows[0]
     assert len(run.rows) == STEPS
@@ -69,7 +69,7 @@ def test_the_reference_has_what_its_case_is_about(observed, case):
     ("ranks", "name"), among_runs([(2, "usual.zero0.2"), (2, "usual.zero3.2"), (4, "usual.zero2.4")])
 )
 def test_with_the_usual_epsilon_only_weights_without_a_gradient_differ(observed, ranks, name):
-    """GPT-2's key biases: they shift all scores of a query equally, which softmax ignores."""
+    """GPT-2's key biases have no gradient: they shift all scores of a query equally, which softmax ignores."""
     run, reference = observed(ranks, name), observed(1, "usual.reference")
     for name, expected in reference.parameters.items():
         difference = (run.parameters[name] - expected).abs()
@@ -93,7 +93,7 @@ def test_accumulation_is_really_used(observed):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_steps_examples_do_not_depend_on_the_number_of_ranks(observed, case):
-    """The runs are compared above; here every example must occur exactly once."""
+    """Check that every example occurs exactly once. The runs themselves are compared above."""
     expected = observed(1, f"{case}.reference").examples
     assert all(len(step) == CASES[case].get("global_batch", 8) for step in expected)
     for ranks in (2, 4):
@@ -119,7 +119,7 @@ def test_bf16_stays_near_fp32(observed, record_property, ranks, case, variant):
     ("ranks", "name", "bounds"),
     among_runs([(2, "gpt2.zero0-bf16.2", STAGE_0_IN_BF16), (2, "gpt2.zero2-bf16.2", {}), (2, "gpt2.zero3-bf16.2", {})]),
 )
-def test_bf16_in_every_stage_is_that_of_stage_1(observed, record_property, ranks, name, bounds):
+def test_bf16_in_every_stage_matches_stage_1(observed, record_property, ranks, name, bounds):
     """ZeRO's stages agree with each other within the bounds of fp32."""
     run, stage_1 = observed(ranks, name), observed(2, "gpt2.zero1-bf16.2")
     record_property("largest_differences", assert_equal(run, stage_1, **bounds).largest)

@@ -68,7 +68,7 @@ def test_an_export_holds_the_fp32_master_weights(observed, tmp_path, ranks, name
 
 
 def test_an_export_of_fsdp_in_bf16_holds_the_fp32_weights_too(observed, tmp_path):
-    """These are sharded and updated; only the gathered copies are bf16."""
+    """FSDP2 shards and updates fp32 parameters; only the gathered copies are bf16."""
     run = observed(2, "gpt2.fsdp-full-bf16.2")
     model = AutoModelForCausalLM.from_pretrained(exported(run, tmp_path), dtype=torch.float32)
     parameters = dict(model.named_parameters())

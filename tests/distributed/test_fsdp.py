@@ -30,7 +30,7 @@ def counts(one):
     return {row["kind"]: row["count"] for row in one["traffic"]["tensors"]}
 
 
-def tensors_whole(model):
+def num_replicated(model):
     """Return the elements that every tensor-parallel rank holds: all but the split products, with row biases."""
     split = ("attn", "attention", "mlp")
     row = ("c_proj.bias", "dense.bias", "dense_4h_to_h.bias")
@@ -57,7 +57,7 @@ SHARDED = [
 
 @pytest.mark.parametrize(("ranks", "name", "pieces"), among_runs(SHARDED))
 def test_a_rank_holds_its_share_to_the_byte(observed, ranks, name, pieces):
-    """Between backward and the update, when gradients exist. bf16 changes nothing, because states are kept in fp32."""
+    """Measure between backward and the update, when gradients exist. bf16 changes nothing: states are kept in fp32."""
     for one in measured(observed(ranks, name)):
         expected = memory.model_states(one["num_parameters"], 3, pieces, memory.FP32)
         assert {part: one["state_bytes"][part] for part in expected.to_dict()} == expected.to_dict()
@@ -83,15 +83,15 @@ def test_nothing_stays_gathered_after_evaluation(observed, ranks, name, pieces):
     assert run.evaluation["parameters_after"] == 4 * psi(run) // pieces
 
 
-def test_one_unit_gathers_the_whole_model_at_once_and_layers_only_themselves(observed):
-    """Twice over: FSDP2 receives into one buffer and copies each parameter out of it. The rest is activations."""
+def test_one_unit_gathers_the_full_model_at_once_and_layers_only_themselves(observed):
+    """Expect the model twice: FSDP2 receives into one buffer and copies each parameter out. The rest is activations."""
     by_layer, root = (observed(2, f"gpt2.{name}.2") for name in ("fsdp-full", "fsdp-full-root"))
-    whole = 4 * psi(root)
-    assert root.evaluation["peak"] >= 2 * whole
-    assert by_layer.evaluation["peak"] <= root.evaluation["peak"] - 0.8 * whole
+    full = 4 * psi(root)
+    assert root.evaluation["peak"] >= 2 * full
+    assert by_layer.evaluation["peak"] <= root.evaluation["peak"] - 0.8 * full
 
 
-def test_gradients_that_wait_for_the_last_micro_batch_are_whole(observed):
+def test_gradients_that_wait_for_the_last_micro_batch_are_full(observed):
     run = observed(2, "gpt2.fsdp-full-accumulated.2")
     for one in measured(run):
         psi = one["num_parameters"]
@@ -114,11 +114,11 @@ def test_frozen_parameters_are_sharded_too_and_have_neither_gradient_nor_moments
         [(r, f"{case}.fsdp-tp{t}.{r}") for case in ("gpt2", "untied", "bloom") for r, t in ((2, 2), (4, 2), (4, 4))]
     ),
 )
-def test_tensor_parallel_ranks_hold_what_is_split_once_and_the_rest_whole(observed, ranks, name):
+def test_tensor_parallel_ranks_split_once_and_replicate_the_rest(observed, ranks, name):
     run = observed(ranks, name)
     model, parallel = model_outline(run.config), run.config.parallel
     psi = sum(p.numel() for p in model.parameters())
-    own = memory.tensor_parallel_params(psi, tensors_whole(model), parallel.tp)
+    own = memory.tensor_parallel_params(psi, num_replicated(model), parallel.tp)
     expected = memory.model_states(own, 3, parallel.dp, memory.FP32)
     for one in measured(run):
         assert one["num_parameters"] == psi
@@ -132,7 +132,7 @@ def test_tensor_parallel_ranks_hold_what_is_split_once_and_the_rest_whole(observ
     ),
 )
 def test_the_planner_predicts_what_a_run_holds_and_sends(observed, ranks, name):
-    """Uses ``plan --check``; peaks, which depend on the length of rows, are in docs/planner-errors.md."""
+    """Use ``plan --check``. Peaks depend on the length of rows: docs/planner-errors.md has them."""
     run = observed(ranks, name)
     states, _, sent = plan_check.compare(run.config, measured(run))
     assert abs(states.error) <= 0.01 and abs(sent.error) <= 0.01
@@ -156,7 +156,7 @@ TRAFFIC = [
 
 @pytest.mark.parametrize(("ranks", "name", "times_psi"), among_runs(TRAFFIC))
 def test_what_crosses_the_wire_is_what_the_formula_says(observed, ranks, name, times_psi):
-    """Element by element and kind by kind, as multiples of Psi."""
+    """Count the elements of each kind of collective, as multiples of Psi."""
     run = observed(ranks, name)
     engine = run.config.engine
     for one in measured(run):
@@ -216,7 +216,7 @@ def test_tensor_parallelism_all_reduces_twice_per_layer_and_direction(observed, 
 
 def test_data_and_tensor_parallelism_add_up(observed):
     run = observed(4, "gpt2.fsdp-tp2.4")
-    own = memory.tensor_parallel_params(psi(run), tensors_whole(model_outline(run.config)), 2)
+    own = memory.tensor_parallel_params(psi(run), num_replicated(model_outline(run.config)), 2)
     for one in measured(run):
         assert counts(one)["all_reduce"] == LAYERS * 4
         found = collectives(one)
@@ -230,7 +230,7 @@ def psi(run):
 @pytest.mark.parametrize("name", cases.SHARDED)
 def test_the_first_fsdp_takes_the_same_steps(observed, record_property, name):
     """Losses and parameters agree to 1e-6 with any strategy. FSDP1 sums its clipping norm in fp32."""
-    run, second = observed(2, f"fsdp1-{name}"), observed(2, f"gpt2.{name}.2")
+    run, second = observed(2, f"fsdp1.{name}"), observed(2, f"gpt2.{name}.2")
     differences = assert_equal(run, second, grad_norm=2e-5, moments=1e-4)
     record_property("largest_differences", differences.largest)
 

@@ -76,10 +76,10 @@ def with_dropout(directory: Path, file: str, name: str) -> Config:
     )  # fmt: skip
 
 
-def halved(whole: launch.Run) -> Config:
+def interrupted(uninterrupted: launch.Run, file: str) -> Config:
     """Return a run that has the first checkpoint of another, and none of its later ones."""
-    config = whole.config.override(name=whole.config.run.name.replace("whole", "halved"))
-    shutil.copytree(whole.directory.path, config.directory)
+    config = uninterrupted.config.override(name=f"hf-interrupted.{file}")
+    shutil.copytree(uninterrupted.directory.path, config.directory)
     for path in RunDirectory(config.directory).checkpoints.iterdir():
         if path.name != f"step-{cases.STOP:08d}":
             shutil.rmtree(path)
@@ -105,17 +105,17 @@ def runs(files: Path) -> dict[str, launch.Run]:
     one = [config.override(name=f"hf-{config.run.name}") for config in one]
     one += [trained(files, *each, 1) for each in EQUAL[1]]
     two = [trained(files, *each, 2) for each in EQUAL[2]] + [own_loop(files)]
-    two += [with_dropout(files, file, "whole") for file in INTERRUPTED]
+    two += [with_dropout(files, file, "uninterrupted") for file in INTERRUPTED]
     two += [in_16_bits(files, file) for file in ("plain", "zero0", "zero2")]
     done = {run.config.run.name: run for configs in (one, two) for run in launch.run_all(configs)}
-    resumed = launch.run_all([halved(done[f"hf-whole.{file}"]) for file in INTERRUPTED])
+    resumed = launch.run_all([interrupted(done[f"hf-uninterrupted.{file}"], file) for file in INTERRUPTED])
     return done | {run.config.run.name: run for run in resumed}
 
 
 @pytest.mark.parametrize(
     ("ranks", "case", "variant"), [(ranks, *each) for ranks, listed in EQUAL.items() for each in listed]
 )
-def test_losses_are_those_of_our_own_loop(runs, ranks, case, variant):
+def test_losses_match_our_own_loop(runs, ranks, case, variant):
     run, reference = runs[f"hf-{case}.{variant}.{ranks}"], runs[f"hf-{case}.reference"]
     assert len(run.rows) == cases.STEPS
     for row, expected in zip(run.rows, reference.rows, strict=True):
@@ -145,20 +145,22 @@ def assert_same_states(
 
 @pytest.mark.parametrize("file", INTERRUPTED)
 def test_a_resumed_run_ends_bit_for_bit_as_one_that_never_stopped(runs, file):
-    whole, halved = runs[f"hf-whole.{file}"], runs[f"hf-halved.{file}"]
-    assert halved.result["resumed_from"] == cases.STOP and whole.result["resumed_from"] is None
-    timeless = [[{**row, "seconds": 0} for row in run.rows] for run in (whole, halved)]
+    uninterrupted, interrupted = runs[f"hf-uninterrupted.{file}"], runs[f"hf-interrupted.{file}"]
+    assert interrupted.result["resumed_from"] == cases.STOP and uninterrupted.result["resumed_from"] is None
+    timeless = [[{**row, "seconds": 0} for row in run.rows] for run in (uninterrupted, interrupted)]
     assert timeless[0] == timeless[1] and len(timeless[0]) == cases.END
-    assert_same_states(halved, whole, 0.0)
+    assert_same_states(interrupted, uninterrupted, 0.0)
     for name in ("eval_loss_before", "eval_losses", "eval_loss"):
-        assert halved.result[name] == whole.result[name]
-    assert [(each["epoch"], each["step"]) for each in whole.result["eval_losses"]] == [(0, 0), (1, 5)]
+        assert interrupted.result[name] == uninterrupted.result[name]
+    assert [(each["epoch"], each["step"]) for each in uninterrupted.result["eval_losses"]] == [(0, 0), (1, 5)]
 
 
 def test_dropout_draws_the_numbers_of_our_own_loop(runs):
-    losses = [[row["loss"] for row in runs[name].rows] for name in ("hf-whole.plain", "hf-own.plain")]
+    losses = [[row["loss"] for row in runs[name].rows] for name in ("hf-uninterrupted.plain", "hf-own.plain")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-    evaluated = [[each["loss"] for each in runs[n].result["eval_losses"]] for n in ("hf-whole.plain", "hf-own.plain")]
+    evaluated = [
+        [each["loss"] for each in runs[n].result["eval_losses"]] for n in ("hf-uninterrupted.plain", "hf-own.plain")
+    ]
     assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-6) and len(evaluated[0]) == 2
 
 

@@ -1,6 +1,6 @@
 """Local launcher: ranks from a warm server, and the state they leave if something ends too early.
 
-Most ranks here only report their own state (``telling_worker.py``).
+Most ranks here only report their own state (``workers/telling.py``).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tutorial_lib.records import RunDirectory
 
 pytestmark = pytest.mark.timeout(180)
 
-TELLING = "tests.distributed.telling_worker"
+TELLING, FAILING, SLEEPING = (f"tests.distributed.workers.{name}" for name in ("telling", "failing", "sleeping"))
 
 
 @pytest.fixture
@@ -113,8 +113,8 @@ def way(request, monkeypatch):
 def test_a_failing_rank_is_shown_in_its_own_words_and_the_server_lives_on(tmp_path):
     before = tell(tmp_path, "before")
     with pytest.raises(launch.WorkerError, match=r"could not write why. It printed:\nValueError: of ") as error:
-        launch.run_all([config(tmp_path, "fails")], worker=TELLING)
-    assert "telling_worker.py" in str(error.value) and "speaks" in str(error.value)
+        launch.run_all([config(tmp_path, "fails")], worker=FAILING)
+    assert "failing.py" in str(error.value) and "speaks" in str(error.value)
     assert tell(tmp_path, "after")[0]["parent"] == before[0]["parent"]
 
 
@@ -127,7 +127,7 @@ def test_a_server_that_is_killed_takes_its_ranks_along_and_says_so(tmp_path):
     thread = threading.Thread(target=strike)
     thread.start()
     with pytest.raises(launch.WorkerError, match="The process that starts the ranks has died"):
-        launch.run_all([config(tmp_path, "sleeps")], worker=TELLING)
+        launch.run_all([config(tmp_path, "sleeps")], worker=SLEEPING)
     thread.join()
     ranks = [json.loads((tmp_path / "sleeps" / f"rank-{rank}.json").read_text())["pid"] for rank in range(2)]
     wait_until(lambda: not any(psutil.pid_exists(pid) for pid in ranks))
@@ -143,7 +143,7 @@ def test_an_error_of_the_caller_is_shown_as_such_and_ends_the_ranks(tmp_path):
     asked = config(tmp_path, "sleeps")
     RunDirectory(asked.directory).create()
     with pytest.raises(OSError, match="of the caller"):
-        local.launch([asked], fail, TELLING)
+        local.launch([asked], fail, SLEEPING)
     ranks = [json.loads((tmp_path / "sleeps" / f"rank-{rank}.json").read_text())["pid"] for rank in range(2)]
     wait_until(lambda: not any(psutil.pid_exists(pid) for pid in ranks), 5)
 
@@ -195,7 +195,7 @@ def test_a_server_ends_with_the_process_that_started_it(when):
     ],
 )
 def test_a_signal_to_every_process_of_a_job_saves_and_exits_with_75(tmp_path, number, when, launcher):
-    """As SLURM sends it: to the launching process, the servers (Ray's own included), and the ranks."""
+    """Send the signal as SLURM does: to the launching process, the servers (Ray's own included), and the ranks."""
     asked = config(tmp_path, zero_stage=1, steps=5000, max_examples=800, launcher=launcher)
     run = RunDirectory(asked.directory)
     shell = Shell(tmp_path)
@@ -246,7 +246,7 @@ def test_a_second_interrupt_stops_now_and_nothing_trains_on(tmp_path):
     thread = interrupt_when(lambda: have_told(tmp_path / "sleeps"), times=2)
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        launch.run_all([config(tmp_path, "sleeps")], worker=TELLING)
+        launch.run_all([config(tmp_path, "sleeps")], worker=SLEEPING)
     thread.join()
     assert time.monotonic() - began < 30
     ranks = [json.loads((tmp_path / "sleeps" / f"rank-{rank}.json").read_text())["pid"] for rank in range(2)]

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.distributed import cases
-from tests.distributed.launching import observe
+from tutorial_lib import launch
 from tutorial_lib.models import load_model, load_tokenizer
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads the kernel's accounts of a process")
@@ -49,9 +49,9 @@ def split_sizes(directory):
 def measured(model, layer_of):
     with torch.device("meta"):
         outline = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
-    whole, layer = (sum(p.numel() for p in m.parameters()) * 4 for m in (outline, layer_of(outline)))
-    assert whole > 200 * MIB
-    return whole, layer
+    full, layer = (sum(p.numel() for p in m.parameters()) * 4 for m in (outline, layer_of(outline)))
+    assert full > 200 * MIB
+    return full, layer
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -77,14 +77,14 @@ def built(request, directory, sizes, split_sizes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**18))
         patch.setenv("MALLOC_TRIM_THRESHOLD_", str(2**18))
-        observe(configs, worker="tests.distributed.memory_worker")
+        launch.run_all(configs, worker="tests.distributed.workers.memory")
     by_rank = [json.loads((config.directory / "memory.json").read_text()) for config in configs]
     return ranks, dict(zip(runs, by_rank, strict=True))
 
 
 def bound(ranks, sizes):
-    whole, layer = sizes
-    return whole / ranks + layer + SLACK
+    full, layer = sizes
+    return full / ranks + layer + SLACK
 
 
 @pytest.mark.parametrize("how", ["drawn", "read", "drawn, fsdp", "read, fsdp"])
@@ -107,37 +107,37 @@ def test_without_partitioning_the_bound_is_exceeded(built, sizes):
 
 @pytest.mark.parametrize("how", ["drawn", "read"])
 def test_ready_to_train_a_rank_holds_its_share_of_all_states(built, sizes, record_property, how):
-    """16 bytes per parameter in fp32: weight, master weight and two moments. The gradient comes later."""
+    """Expect 16 bytes per parameter in fp32: weight, master weight and two moments. The gradient comes later."""
     ranks, rise = built
-    whole, layer = sizes
+    full, layer = sizes
     peaks = [rank["initializing_anonymous"] for rank in rise[how]]
     record_property("peak_mib", [round(peak / MIB) for peak in peaks])
-    assert max(peaks) <= 4 * whole / ranks + layer + SLACK
+    assert max(peaks) <= 4 * full / ranks + layer + SLACK
 
 
 @pytest.mark.parametrize("how", ["drawn, fsdp", "read, fsdp"])
 def test_ready_to_train_a_rank_of_fsdp_holds_its_parameters(built, sizes, record_property, how):
-    """No second copy of them; gradients and moments come with the first step."""
+    """Find no second copy of the parameters. Gradients and moments come with the first step."""
     ranks, rise = built
     peaks = [rank["initializing_anonymous"] for rank in rise[how]]
     record_property("peak_mib", [round(peak / MIB) for peak in peaks])
     assert max(peaks) <= bound(ranks, sizes)
 
 
-def test_a_model_that_is_split_over_ranks_never_stands_whole_on_one_at_stage_3(built, split_sizes, record_property):
-    """It is built in parts over all ranks; then each layer is gathered, split, and its share kept."""
+def test_a_split_model_is_never_full_on_one_rank_at_stage_3(built, split_sizes, record_property):
+    """Build the model in parts over all ranks. Then each layer is gathered and split, and each rank keeps its share."""
     ranks, rise = built
-    whole, layer = split_sizes
+    full, layer = split_sizes
     record_property("peak_mib", [round(rank["loading_anonymous"] / MIB) for rank in rise["split"]])
-    assert max(rank["loading_anonymous"] for rank in rise["split"]) <= bound(ranks, split_sizes) < whole
+    assert max(rank["loading_anonymous"] for rank in rise["split"]) <= bound(ranks, split_sizes) < full
     peaks = [rank["initializing_anonymous"] for rank in rise["split"]]
     record_property("peak_mib_ready", [round(peak / MIB) for peak in peaks])
     # Its share of the weights before ZeRO divides that, and then 12 bytes per parameter more.
-    assert max(peaks) <= whole / 2 + 3 * whole / ranks + layer + SLACK
+    assert max(peaks) <= full / 2 + 3 * full / ranks + layer + SLACK
 
 
-def test_below_stage_3_it_does_in_host_memory(built, split_sizes, record_property):
-    """AutoTP moves share by share from there to the device."""
+def test_below_stage_3_it_is_full_in_host_memory(built, split_sizes, record_property):
+    """AutoTP moves one share after the other from host memory to the device."""
     _, rise = built
     peaks = [rank["loading_anonymous"] for rank in rise["split, not partitioned"]]
     record_property("peak_mib", [round(peak / MIB) for peak in peaks])

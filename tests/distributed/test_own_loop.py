@@ -66,7 +66,7 @@ def resumable(directory, name, **changes):
 
 def train_with_loop(configs):
     """Train in loaded processes; return the losses of each start."""
-    launch.run_all(configs, worker="tests.distributed.own_loop")
+    launch.run_all(configs, worker="tests.distributed.workers.own_loop")
     return [json.loads((each.directory / "losses.json").read_text()) for each in configs]
 
 
@@ -110,8 +110,8 @@ def test_in_bf16_a_loss_in_chunks_is_the_same_to_its_rounding(begun, way):
 
 
 def test_the_script_trains_under_torchrun_and_the_command_line_takes_its_run_over(directory, reference):
-    whole = config(directory, "torchrun", launcher="none", stop_after=STOP)
-    (directory / "torchrun.json").write_text(whole.to_json())
+    stopped = config(directory, "torchrun", launcher="none", stop_after=STOP)
+    (directory / "torchrun.json").write_text(stopped.to_json())
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
@@ -125,9 +125,9 @@ def test_the_script_trains_under_torchrun_and_the_command_line_takes_its_run_ove
     shown = start(str(train_zero.__file__), str(directory / "torchrun.json"))
     losses = [float(loss) for loss in re.findall(r"^step +\d+  loss (\S+)$", shown, re.MULTILINE)]
     assert losses == pytest.approx(reference[:STOP], rel=1e-6)
-    result = json.loads(start("-m", *train_command(whole.override(stop_after=None))))
+    result = json.loads(start("-m", *train_command(stopped.override(stop_after=None))))
     assert (result["status"], result["resumed_from"]) == ("completed", STOP)
-    rows = RunDirectory(whole.directory).rows()
+    rows = RunDirectory(stopped.directory).rows()
     assert [row["step"] for row in rows] == list(range(STOP + 1, END + 1))
     assert [row["loss"] for row in rows] == pytest.approx(reference[STOP:], rel=1e-6)
 

@@ -11,7 +11,8 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 import psutil
 import pytest
 
-from tests.distributed import cases, worker
+from tests.distributed import cases
+from tests.distributed.injected import on_ray as injected
 from tests.distributed.launching import ROOT
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.config import ConfigError
@@ -19,7 +20,7 @@ from tutorial_lib.lab.scripts import train_zero
 from tutorial_lib.launch.ray import cluster as ray_cluster
 from tutorial_lib.launch.ray import train as ray_train
 from tutorial_lib.records import RunDirectory
-from tutorial_lib.trainer.process import output_to
+from tutorial_lib.trainer.signals import output_to
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def cluster(directory):
 
 
 def on_ray(directory, **changes):
-    return cases.interruptible(directory, "zero1", "whole", name="ray", launcher="ray", **changes)
+    return cases.uninterrupted(directory, "zero1", name="ray", launcher="ray", **changes)
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +46,13 @@ def runs(cluster, directory):
     return starts, rows, shown.read_text()
 
 
-def test_a_resumed_run_on_ray_is_the_one_of_local_processes(runs, observed):
+def test_a_resumed_run_on_ray_matches_local_processes(runs, observed):
     (first, second), _, _ = runs
-    whole = observed(2, "whole.zero1")
+    local = observed(2, "uninterrupted.zero1")
     assert (first.result["status"], second.result["status"]) == ("stopped", "completed")
     assert second.result["resumed_from"] == cases.STOP
     for key in ("step", "loss", "grad_norm", "tokens", "epoch", "lr"):
-        assert [row[key] for row in second.rows] == [row[key] for row in whole.rows], key
+        assert [row[key] for row in second.rows] == [row[key] for row in local.rows], key
 
 
 def test_local_processes_continue_a_run_that_ray_began(cluster, directory, observed):
@@ -59,17 +60,17 @@ def test_local_processes_continue_a_run_that_ray_began(cluster, directory, obser
     launch.run(begun.override(stop_after=cases.STOP))
     run = launch.run(begun.override(launcher="local"))
     assert run.result["resumed_from"] == cases.STOP
-    assert [row["loss"] for row in run.rows] == [row["loss"] for row in observed(2, "whole.zero1").rows]
+    assert [row["loss"] for row in run.rows] == [row["loss"] for row in observed(2, "uninterrupted.zero1").rows]
 
 
-def test_runs_on_ray_are_those_of_local_processes(cluster, directory, observed):
-    """They share two workers, although one is 1 x 2 and the other 2 x 1."""
+def test_runs_on_ray_match_local_processes(cluster, directory, observed):
+    """Run a 1 x 2 and a 2 x 1 grid on the same two workers."""
     kinds = ("1x2-zero2", "fsdp-full")
-    configs = [cases.interruptible(directory, kind, "whole", name=f"ray-{kind}", launcher="ray") for kind in kinds]
+    configs = [cases.uninterrupted(directory, kind, name=f"ray-{kind}", launcher="ray") for kind in kinds]
     for kind, run in zip(kinds, launch.run_all(configs), strict=True):
-        whole = observed(2, f"whole.{kind}")
+        local = observed(2, f"uninterrupted.{kind}")
         for key in ("step", "loss", "grad_norm", "tokens", "epoch", "lr"):
-            assert [row[key] for row in run.rows] == [row[key] for row in whole.rows], (kind, key)
+            assert [row[key] for row in run.rows] == [row[key] for row in local.rows], (kind, key)
 
 
 def test_rows_are_handed_on_once(runs):
@@ -84,7 +85,7 @@ def test_workers_write_to_files_and_not_to_the_notebook(runs):
 
 
 def test_ray_knows_the_checkpoints(runs, cluster):
-    """They are registered, not copied: Ray's own directory holds a list of them and no second copy."""
+    """Ray registers the checkpoints without copying them: its own directory holds only a list."""
     import ray.train
 
     (_, second), _, _ = runs
@@ -121,7 +122,7 @@ ASK = "import sys, ray; ray._raylet.GcsClient(address=sys.argv[1]).internal_kv_g
     ids=["this-process", "another", "none"],
 )
 def test_the_cluster_answers_only_with_this_processs_token(cluster, tmp_path, token, answer):
-    """Otherwise it would be the one that Ray keeps in the home directory for all clusters and all time."""
+    """Without this, every cluster would share the token that Ray keeps in the home directory."""
     import ray
 
     environment = {**os.environ, "HOME": str(tmp_path), "RAY_AUTH_MODE": "token"}
@@ -139,7 +140,7 @@ def test_the_cluster_answers_only_with_this_processs_token(cluster, tmp_path, to
 
 
 def test_a_failing_ranks_own_traceback_is_what_the_user_sees(cluster, directory, monkeypatch, capfd):
-    monkeypatch.setattr(ray_train, "_worker", worker.failing_on_ray)
+    monkeypatch.setattr(ray_train, "_worker", injected.fail)
     began = time.monotonic()
     with pytest.raises(launch.WorkerError) as error:
         launch.run(on_ray(directory).override(name="ray-failing"))

@@ -38,7 +38,7 @@ READ = [
 
 
 @pytest.mark.parametrize(("ranks", "name"), cases.among_runs(READ))
-def test_full_tensors_are_what_the_engine_had(observed, ranks, name):
+def test_full_tensors_match_the_engines(observed, ranks, name):
     """The engine shows the weights that it computes with; in 16 bits they are the rounded master copies."""
     run = observed(ranks, name)
     full = checkpoint.open_full(checkpoint.latest(run.directory))
@@ -66,7 +66,7 @@ def test_full_tensors_are_what_the_engine_had(observed, ranks, name):
         ]
     ),
 )
-def test_it_is_what_deepspeed_itself_converts(observed, tmp_path, ranks, name):
+def test_full_tensors_match_deepspeeds_own_conversion(observed, tmp_path, ranks, name):
     """Compare with DeepSpeed's universal format, which has a file for every full tensor.
 
     Stage 3 with AutoTP is not among these: DeepSpeed 0.19.8 takes every parameter for one that is cut among the
@@ -95,25 +95,25 @@ def test_it_is_what_deepspeed_itself_converts(observed, tmp_path, ranks, name):
 @pytest.mark.parametrize("name", cases.RESHAPED)
 def test_a_run_goes_on_in_another_shape(observed, reshaped, directory, name):
     """The new start reads each example of the remaining steps once, with any number of ranks."""
-    run, whole = reshaped(f"reshaped.{name}"), observed(1, f"unbroken.{cases.case_of(name)}")
+    run, reference = reshaped(f"reshaped.{name}"), observed(1, f"unbroken.{cases.case_of(name)}")
     result, (before, *_) = run.directory.result(), cases.ancestors(directory, name)
     assert result["resumed_from"] == before.run.stop_after
     assert result["reshaped_from"] == shape(before.flat())
     if run.config.run.stop_after:
-        assert run.examples == whole.examples[cases.STOP : run.config.run.stop_after]
+        assert run.examples == reference.examples[cases.STOP : run.config.run.stop_after]
         return
     # The tolerances of both shapes apply.
     bounds: dict[str, float] = {}
     for config in (run.config, *cases.ancestors(directory, name)):
         bounds |= {kind: max(size, bounds.get(kind, 0.0)) for kind, size in allowed(config).items()}
-    assert_equal(run, whole, **bounds)
+    assert_equal(run, reference, **bounds)
     assert len(run.examples) == cases.END - result["resumed_from"]
     assert [row["epoch"] for row in run.rows] == [0] * 5 + [1] * 3, "it goes on into another epoch"
 
 
 @pytest.mark.parametrize("name", cases.STILL)
 def test_in_16_bits_the_masters_are_kept_and_their_copies_rounded(observed, reshaped, directory, name):
-    """Stopped at once, the new start saves exactly what it loaded."""
+    """Stop the new start at once: it saves exactly what it loaded."""
     run = reshaped(f"reshaped.{name}")
     (before, *_) = cases.ancestors(directory, name)
     old, new = (checkpoint.open_full(checkpoint.latest(RunDirectory(c.directory))) for c in (before, run.config))
@@ -128,9 +128,9 @@ def test_in_16_bits_the_masters_are_kept_and_their_copies_rounded(observed, resh
         assert new.adam_step(name) == old.adam_step(name) == cases.STOP
 
 
-def test_random_numbers_are_seeded_anew(reshaped, directory):
-    """By the seed, the step and the data-parallel rank: two resumes of one checkpoint are the same."""
-    once, twice = (reshaped(f"reshaped.{name}") for name in cases.SEEDED_ANEW)
+def test_random_numbers_are_seeded_again(reshaped, directory):
+    """Resume one checkpoint twice: the seed, the step and the data-parallel rank give both the same random numbers."""
+    once, twice = (reshaped(f"reshaped.{name}") for name in cases.SEEDED_AGAIN)
     assert_identical(once, twice)
     assert len(once.examples) == cases.END - cases.STOP
 
@@ -138,14 +138,14 @@ def test_random_numbers_are_seeded_anew(reshaped, directory):
 @pytest.mark.parametrize(
     ("fault", "shown_by"),
     [
-        ("updates_not_counted", {"loss", "parameters"}),
-        ("columns_left_by_rank", {"loss", "grad_norm", "parameters", "exp_avg", "exp_avg_sq"}),
-        ("moments_exchanged", {"loss", "parameters", "exp_avg", "exp_avg_sq"}),
+        ("restore.updates_not_counted", {"loss", "parameters"}),
+        ("restore.columns_left_by_rank", {"loss", "grad_norm", "parameters", "exp_avg", "exp_avg_sq"}),
+        ("restore.moments_exchanged", {"loss", "parameters", "exp_avg", "exp_avg_sq"}),
     ],
 )
-def test_a_reshape_that_loses_something_is_seen(observed, reshaped, fault, shown_by):
-    origin = cases.RESHAPED_BADLY[f"broken-{fault}"]
-    differences = compare(reshaped(f"broken-{fault}"), observed(1, f"unbroken.{cases.case_of(origin)}"))
+def test_the_comparison_shows_a_reshape_that_loses_something(observed, reshaped, fault, shown_by):
+    reference = observed(1, f"unbroken.{cases.case_of(cases.RESHAPED_BADLY[fault])}")
+    differences = compare(reshaped(fault), reference)
     assert shown_by <= differences.found.keys(), differences.found
 
 

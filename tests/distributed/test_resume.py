@@ -9,21 +9,22 @@ import pytest
 
 from tests.distributed import cases
 from tests.distributed.comparing import assert_identical, compare
+from tests.distributed.probe import ERRORS
 from tutorial_lib.records import RunDirectory
 
 
 @pytest.mark.parametrize("name", cases.INTERRUPTED)
 def test_a_resumed_run_continues_bit_for_bit(observed, resumed, name):
-    check_resumed(resumed(f"halved.{name}"), observed(2, f"whole.{name}"))
+    assert_continues(resumed(f"interrupted.{name}"), observed(2, f"uninterrupted.{name}"))
 
 
 @pytest.mark.parametrize("name", cases.INTERRUPTED_ON_4)
 def test_so_does_one_on_four_ranks(observed, name):
-    check_resumed(observed(4, f"twice.{name}"), observed(4, f"whole.{name}"))
+    assert_continues(observed(4, f"restarted.{name}"), observed(4, f"uninterrupted.{name}"))
 
 
-def check_resumed(run, whole):
-    assert_identical(run, whole)
+def assert_continues(run, uninterrupted):
+    assert_identical(run, uninterrupted)
     assert [row["step"] for row in run.rows] == list(range(1, cases.END + 1))
     assert len(run.examples) == cases.END - cases.STOP
     assert [row["epoch"] for row in run.rows] == [0] * 5 + [1] * 3, "it stops within one epoch, and ends within another"
@@ -34,27 +35,27 @@ def check_resumed(run, whole):
 @pytest.mark.parametrize("name", cases.INTERRUPTED)
 def test_an_engine_that_finds_nothing_to_load_says_so(observed, name):
     """DeepSpeed itself returns ``(None, None)``, and training would start again from the base weights."""
-    said = observed(2, f"whole.{name}").load_of_nothing
+    said = observed(2, f"uninterrupted.{name}").load_of_nothing
     assert "found nothing to load in" in said and "not resumed" in said
 
 
 def test_rows_after_the_checkpoint_are_written_again(resumed):
-    """``cases.resumed_runs`` left rows of steps 4 and 5 there, and half a row."""
-    run = resumed("halved.zero1")
+    """``cases.resumed_runs`` added rows of steps 4 and 5 to the file, and half a row."""
+    run = resumed("interrupted.zero1")
     assert [row["step"] for row in run.rows] == list(range(1, cases.END + 1))
     assert all(row["loss"] < 99 for row in run.rows)
     assert run.config.directory.joinpath("metrics.jsonl").read_text().endswith("}\n")
 
 
 def test_a_refused_start_leaves_the_run_as_it_was(resumed, directory):
-    run = RunDirectory(directory / "runs" / "refused-flipped")
+    run = RunDirectory(directory / "runs" / "altered.shard")
     assert [row["step"] for row in run.rows()] == list(range(1, cases.STOP + 1))
     assert [path.name for path in run.checkpoints.iterdir()] == [f"step-{cases.STOP:08d}"]
 
 
 def test_dropout_is_active(observed):
-    """Otherwise random states would not matter to these runs."""
-    with_dropout, without = observed(2, "whole.zero1"), observed(1, "unbroken.gpt2")
+    """Check that random states matter to these runs."""
+    with_dropout, without = observed(2, "uninterrupted.zero1"), observed(1, "unbroken.gpt2")
     assert with_dropout.config.run.seed == without.config.run.seed
     assert with_dropout.examples == without.examples
     assert abs(with_dropout.rows[0]["loss"] - without.rows[0]["loss"]) > 1e-4
@@ -63,27 +64,27 @@ def test_dropout_is_active(observed):
 @pytest.mark.parametrize(
     ("fault", "shown_by"),
     [
-        ("random_states_not_restored", {"loss", "grad_norm", "parameters"}),
-        ("position_not_restored", {"examples", "tokens", "loss", "parameters"}),
-        ("optimizer_not_restored", {"loss", "parameters", "exp_avg", "exp_avg_sq"}),
+        ("restore.random_states_not_restored", {"loss", "grad_norm", "parameters"}),
+        ("restore.position_not_restored", {"examples", "tokens", "loss", "parameters"}),
+        ("restore.optimizer_not_restored", {"loss", "parameters", "exp_avg", "exp_avg_sq"}),
     ],
 )
-def test_a_resume_that_loses_something_is_seen(observed, resumed, fault, shown_by):
-    run, whole = resumed(f"broken-{fault}"), observed(2, f"whole.{cases.CONTINUED_BADLY[f'broken-{fault}']}")
-    differences = compare(run, whole, tolerance=0.0, moments=0.0)
+def test_the_comparison_shows_a_resume_that_loses_something(observed, resumed, fault, shown_by):
+    run, reference = resumed(fault), observed(2, f"uninterrupted.{cases.RESUMED_BADLY[fault]}")
+    differences = compare(run, reference, tolerance=0.0, moments=0.0)
     assert shown_by <= differences.found.keys(), differences.found
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("refused-flipped-position", r"rank-001\.pt was altered"),
-        ("refused-flipped", r"zero_pp_rank_1_\S+optim_states\.pt was altered"),
-        ("refused-flipped-metadata", r"engine/\.metadata was altered"),
+        ("altered.position", r"rank-001\.pt was altered"),
+        ("altered.shard", r"zero_pp_rank_1_\S+optim_states\.pt was altered"),
+        ("altered.metadata", r"engine/\.metadata was altered"),
     ],
 )
 def test_every_rank_refuses_what_one_rank_finds(resumed, directory, name, message):
-    errors = json.loads((directory / "runs" / name / "refused.json").read_text())
+    errors = json.loads((directory / "runs" / name / ERRORS).read_text())
     assert len(errors) == 2
     for error in errors:
         assert error["type"] == "CheckpointError"
@@ -93,8 +94,8 @@ def test_every_rank_refuses_what_one_rank_finds(resumed, directory, name, messag
 
 def test_a_run_that_diverges_stops_on_every_rank_and_names_the_last_good_checkpoint(resumed, directory):
     """The first update throws the weights out of range; the second step's loss shows it."""
-    run = RunDirectory(directory / "runs" / "refused-diverging")
-    errors = json.loads((run.path / "refused.json").read_text())
+    run = RunDirectory(directory / "runs" / "diverging")
+    errors = json.loads((run.path / ERRORS).read_text())
     assert len(errors) == 2
     for error in errors:
         assert error["type"] == "NonFiniteLoss"

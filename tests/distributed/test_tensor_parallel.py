@@ -13,6 +13,7 @@ import pytest
 
 from tests.distributed import cases
 from tests.distributed.cases import HIDDEN, LAYERS
+from tests.distributed.probe import ERRORS
 from tutorial_lib.theory import memory, traffic
 
 MEASURED = [each for each in cases.COMBINATIONS if cases.settings(each)["tp"]]
@@ -24,7 +25,7 @@ def measured(run):
     return [rank["measured"] for rank in run.directory.result()["ranks"]]
 
 
-def whole(row):
+def num_elements(row):
     return math.prod(row["before"])
 
 
@@ -35,7 +36,7 @@ def test_the_layout_of_every_run_adds_up(observed, ranks, case, variant):
     for rank in measured(run):
         rows = rank["layout"]
         assert [row["parameter"] for row in rows] == list(run.parameters)
-        assert sum(map(whole, rows)) == rank["num_parameters"]
+        assert sum(map(num_elements, rows)) == rank["num_parameters"]
         for row in rows:
             assert tuple(row["before"]) == tuple(run.parameters[row["parameter"]].shape)
             split = list(row["before"])
@@ -66,13 +67,13 @@ def test_projections_are_split_and_all_else_is_replicated(observed, case, projec
 
 @pytest.mark.parametrize(("ranks", "case", "variant"), [m for m in IN_FP32 if m[1] != "frozen-split"])
 def test_model_states_are_what_theory_says_to_the_byte(observed, ranks, case, variant):
-    """(Psi - R) / t + R parameters per rank, of which R are replicated, then divided by ZeRO."""
+    """Expect (Psi - R) / t + R parameters per rank, R of them replicated, which ZeRO then divides."""
     run = observed(ranks, f"{case}.{variant}.{ranks}")
     stage, dp, tp = run.config.engine.zero_stage, run.config.parallel.dp, run.config.parallel.tp
     for number, rank in enumerate(measured(run)):
         rows, states = rank["layout"], rank["state_bytes"]
         psi = rank["num_parameters"]
-        replicated = sum(whole(row) for row in rows if row["dim"] is None)
+        replicated = sum(num_elements(row) for row in rows if row["dim"] is None)
         own = memory.tensor_parallel_params(psi, replicated, tp)
         assert own == sum(math.prod(row["after"]) for row in rows) == (psi - replicated) // tp + replicated
         shard = own if stage < 3 else sum(-(-math.prod(row["after"]) // row["partitions"]) for row in rows)
@@ -97,7 +98,7 @@ ALL_REDUCED = [
 
 @pytest.mark.parametrize(("ranks", "name", "backward"), cases.among_runs(ALL_REDUCED))
 def test_all_reduces_per_layer(observed, ranks, name, backward):
-    """In forward, one per row-parallel layer: 2. In backward, one per column-parallel layer: q, k, v, gate and up."""
+    """Expect one per row-parallel layer in forward (2), and per column-parallel one in backward (q, k, v, gate, up)."""
     run = observed(ranks, name)
     for rank in measured(run):
         (row,) = rank["traffic"]["axes"]["tp"]["tensors"]
@@ -144,7 +145,7 @@ def test_gradients_are_reduced_over_the_data_parallel_ranks_alone(observed):
 
 
 def test_the_check_within_a_group_costs_two_small_gathers_a_step(observed):
-    """Tokens and fingerprint of every rank; then the losses. Stop requests come after the step."""
+    """One gathers tokens and fingerprints, the other the losses. Stop requests come after the step."""
     bookkeeping = measured(observed(4, "qwen2.2x2-zero0.4"))[0]["traffic"]["bookkeeping"]
     gathers = [row for row in bookkeeping if row["kind"] == "all_gather"]
     numbers = 4 * (2 + 1)
@@ -161,7 +162,7 @@ def test_the_check_within_a_group_costs_two_small_gathers_a_step(observed):
 
 
 @pytest.mark.parametrize(("ranks", "case", "variant"), [m for m in IN_FP32 if m[1] == "qwen2"])
-def test_evaluation_is_that_of_one_process(observed, ranks, case, variant):
+def test_evaluation_matches_one_process(observed, ranks, case, variant):
     run, reference = observed(ranks, f"{case}.{variant}.{ranks}"), observed(1, f"{case}.reference")
     for name in ("eval_loss_before", "eval_loss"):
         assert run.directory.result()[name] == pytest.approx(reference.directory.result()[name], rel=1e-6)
@@ -171,27 +172,31 @@ def test_evaluation_is_that_of_one_process(observed, ranks, case, variant):
     ("fault", "error", "message"),
     [
         (
-            "sampler_of_the_world",
+            "data.sampler_of_the_world",
             "RanksDisagree",
             r"At step 1 ranks \[0, 1\] share every layer, but read different batches, of the fingerprints "
             r"([0-9a-f]{16}), (?!\1)[0-9a-f]{16}\. Look at what the data loader is given: dp_rank and dp_size",
         ),
         (
-            "seed_of_each_rank",
+            "tensor_parallel.seed_of_each_rank",
             "RanksDisagree",
             r"At step 1 ranks \[0, 1\] .* its losses differ: (\d+\.\d{6}), (?!\1)\d+\.\d{6}\. Look at the seed",
         ),
-        ("row_all_reduce_skipped", "RanksDisagree", r"its losses differ: .* and at the all-reduce of the row-parallel"),
         (
-            "projection_left_whole",
+            "tensor_parallel.row_all_reduce_skipped",
+            "RanksDisagree",
+            r"its losses differ: .* and at the all-reduce of the row-parallel",
+        ),
+        (
+            "tensor_parallel.projections_not_split",
             "ConfigError",
             rf"left {3 * LAYERS} projections unsplit on every rank, model\.layers\.0\.mlp\.gate_proj\.weight first\.",
         ),
     ],
 )
-def test_a_run_notices_what_is_wrong_within_a_group(launched, directory, fault, error, message):
+def test_a_run_detects_a_fault_within_a_group(launched, directory, fault, error, message):
     launched(2)
-    errors = json.loads((directory / "runs" / f"refused-{fault}" / "refused.json").read_text())
+    errors = json.loads((directory / "runs" / fault / ERRORS).read_text())
     assert len(errors) == 2, "all ranks raise, none waits for another"
     for found in errors:
         assert found["type"] == error

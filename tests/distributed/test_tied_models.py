@@ -73,7 +73,7 @@ def test_it_goes_on_in_another_shape(runs, name):
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_a_checkpoint_that_describes_another_model_is_refused(runs, name, tmp_path):
-    """As older versions wrote them: a tied configuration beside two different weights."""
+    """Write the checkpoint as older versions did: a tied configuration beside two different weights."""
     path = checkpoint.directory_of(runs[name].directory, 2)
     settings = path / "model" / "config.json"
     kept = settings.read_text()

@@ -12,15 +12,15 @@ from tutorial_lib.records import RunDirectory
 @pytest.mark.parametrize(
     ("kind", "stops"), [("zero1", (cases.STOP, None)), ("1x2-zero0", (None,)), ("fsdp-full", (None,))]
 )
-def test_a_run_started_by_torchrun_is_the_one_of_local_processes(observed, directory, shell, kind, stops):
-    """Stopped once: torchrun treats 75 as a failure, so the exit code is 0, and the result says that steps are left."""
-    whole = observed(2, f"whole.{kind}")
+def test_a_run_started_by_torchrun_matches_local_processes(observed, directory, shell, kind, stops):
+    """Stop it once. torchrun treats 75 as a failure, so the exit code is 0, and the result says that steps are left."""
+    local = observed(2, f"uninterrupted.{kind}")
     for stop in stops:
-        config = cases.interruptible(
-            directory, kind, "whole", name=f"torchrun-{kind}", launcher="none", stop_after=stop, checkpoint_every=0
+        config = cases.uninterrupted(
+            directory, kind, name=f"torchrun-{kind}", launcher="none", stop_after=stop, checkpoint_every=0
         )
         shell.start(["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", *train_command(config)])
         assert shell.exit_code() == 0, (shell.scratch / "stderr").read_text()
         assert shell.result()["status"] == ("stopped" if stop else "completed")
     for key in ("step", "loss", "grad_norm", "tokens", "epoch", "lr"):
-        assert [row[key] for row in RunDirectory(config.directory).rows()] == [row[key] for row in whole.rows], key
+        assert [row[key] for row in RunDirectory(config.directory).rows()] == [row[key] for row in local.rows], key

@@ -7,11 +7,12 @@ import pytest
 from tests.distributed import cases
 from tests.distributed.comparing import Observed, assert_identical
 from tests.distributed.launching import observe
+from tests.distributed.probe import ProbedRun
 
 
 @pytest.mark.parametrize("variant", ["zero3", "fsdp-full"])
-def test_a_run_of_new_interpreters_is_that_of_forked_ranks(directory, observed, monkeypatch, variant):
+def test_a_run_of_new_interpreters_matches_forked_ranks(directory, observed, monkeypatch, variant):
     monkeypatch.setenv("TUTORIAL_LIB_WARM_WORKERS", "0")
     config = cases.variant(directory, "gpt2", variant, 2, name=f"cold-{variant}")
-    observe([config])
+    observe([ProbedRun(config)])
     assert_identical(Observed.read(config), observed(2, f"gpt2.{variant}.2"))

@@ -99,45 +99,46 @@ def page() -> str:
     return f"""\
 # How far off the planner is
 
-`python -m tutorial_lib plan` counts bytes and operations. Here its predictions stand beside {len(ROWS)} published
-runs and {len(own)} of our own. No constant was chosen by a published row: how much of a GPU's peak training reaches,
-and what its links carry, are other people's measurements
-([hardware.py](../tutorial_lib/theory/hardware.py) names them); which bytes exist at the same time was worked out on
-our own runs, so that part 2 shows how well they are described, and part 1 how well that carries over. (Two faults were
-found on published rows and repaired as faults: a pipeline's waiting gradients were counted twice, and a norm was not
+`python -m tutorial_lib plan` counts bytes and operations. This page compares its predictions with {len(ROWS)}
+published runs and {len(own)} of our own. No constant was fitted to a published run. The share of a GPU's peak that
+training reaches, and the bandwidth of its links, were measured by others
+([hardware.py](../tutorial_lib/theory/hardware.py) names them). Which bytes exist at the same time was worked out on
+our own runs: part 2 shows how well the planner describes those, and part 1 how well it generalises. (Two bugs were
+found on published runs and fixed as bugs: a pipeline's pending gradients were counted twice, and a norm was not
 divided.)
 
 - **Memory of published runs**: {good_memory} of {len(with_memory)} within {MEMORY_GOAL:.0%}.
-  {low} of the {len(with_memory)} are too low, which is the dangerous side: a layout that is said to fit may not. Leave
-  it some room, or raise `--headroom`.
+  {low} of the {len(with_memory)} predictions are too low, which is the dangerous side: a layout that should fit may
+  not. Leave some room, or raise `--headroom`.
 - **Speed of published runs** that the model covers: {good_time} of {len(judged)} within {TIME_GOAL:.0%}.
-  None of those uses tensor, context or pipeline parallelism: the runs below that do are compiled and in float8, which
-  the model leaves out. One judged run offloads, and it is a miss: the model is {OFFLOADED_RUN:g} times too fast.
+  None of those uses tensor, context or pipeline parallelism: the runs below that do use torch.compile and float8,
+  which the model leaves out. One of the {len(judged)} offloads; there the model is {OFFLOADED_RUN:g} times too fast.
 - **Our own runs**: model states within {worst[0]:.1%}, peak of a step within {worst[1]:.1%}, bytes sent within
   {worst[2]:.1%}.
-- **GPU runs of ours**: not measured.
+- **Our own GPU runs**: not measured.
 
 ## 1. Published runs
 
-Memory is the predicted peak divided by {1 - HEADROOM:g}: a published figure is what PyTorch's allocator had *reserved*
-(torchtitan) or `nvidia-smi` showed (KAUST), and the planner's default headroom of {HEADROOM:.0%} stands for the
+Memory is the predicted peak divided by {1 - HEADROOM:g}. Published figures are what PyTorch's allocator had *reserved*
+(torchtitan) or what `nvidia-smi` showed (KAUST); the planner's default headroom of {HEADROOM:.0%} accounts for the
 difference. Without it, every memory figure would be a tenth lower. Speed is in tokens per second and GPU. An error is
-predicted / published - 1. Speeds in brackets are shown and not judged: those runs have something that the time model
-leaves out (torch.compile, or torch.compile and float8, as their names say), or settings that are assumed.
+predicted / published - 1. Speeds in brackets are shown for information: those runs use something that the time model
+leaves out (torch.compile, or torch.compile and float8, as their names say), or their settings are assumed.
 
 | run | memory, GiB: predicted | published | error | tokens/s: predicted | published | error |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: |
 {chr(10).join(_published_row(e) for e in errors)}
 
-Why those over {MEMORY_GOAL:.0%} of memory or {TIME_GOAL:.0%} of time miss, as far as known:
+Why predictions are off by more than {MEMORY_GOAL:.0%} in memory or {TIME_GOAL:.0%} in speed, as far as we know:
 
 {chr(10).join(f"- **{e.run.name}**: {_reason(e)}" for e in errors if _misses(e))}
 
-What is taken for granted: torchtitan with a pipeline runs as many micro-batches as stages (its default then), its H100
-of 96 GB and 500 W reach what others' of 80 GB and 700 W do, and Granite's runs recompute ({ROWS[17].why}).
+Assumptions: torchtitan with a pipeline runs as many micro-batches as stages (its default at the time), its H100s of
+96 GB and 500 W are as fast as those of 80 GB and 700 W, and Granite's runs recompute ({ROWS[17].why}).
 
-The efficiency of a preset decides the speeds, and other rows would give another: the H100's 0.42 is the median
-of llm-foundry's rows from 1 B parameters on; from 7 B on it is 0.48, and the first row's speed would be 29 % too high.
+Speeds depend on the preset's efficiency, which depends on the runs it is taken from. The H100's 0.42 is the median of
+llm-foundry's runs with 1 B parameters or more. From 7 B on the median is 0.48, and the first row's speed would be 29 %
+too high.
 
 Not compared:
 
@@ -147,20 +148,21 @@ Sources, in the order of the table: {"; ".join(dict.fromkeys(run.source for run 
 
 ## 2. Our own runs
 
-Two processes on a CPU, the embedded models of four layers, steps of full (packed) rows, measured in the third step by
-`train --measure`. The peak is what the step allocated beyond the weights and moments that were there before. Bytes are
-of the rank that holds most. The rows with tp were measured last, when nothing of the model was changed any more.
+Two processes on a CPU, the embedded models with four layers, full (packed) rows, measured in the third step by
+`train --measure`. The peak is what the step allocated beyond the existing weights and moments. Bytes are those of the
+rank that holds the most. The rows with tp were measured last, after the final change to the planner's model.
 
 | run | states: predicted | measured | error | peak: predicted | measured | error | sent: error |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 {chr(10).join(_own_row(config, rows) for config, rows in own)}
 
-What the peaks leave out is probably the mask of packed rows. Models of 3 MB have other errors than large ones: what
-is a per cent here may be nothing there, and the reverse.
+What the predicted peaks leave out is probably the mask of packed rows. Models of 3 MB have different errors than large
+ones: an error of one per cent here may vanish there, and the reverse.
 
-## 3. GPU runs of ours
+## 3. Our own GPU runs
 
-Not measured. `python -m tutorial_lib plan --check RUN --gpu PRESET` compares any run of `train --measure` in this way.
+Not measured. `python -m tutorial_lib plan --check RUN --gpu PRESET` compares any run of `train --measure` in the same
+way.
 
 `python -m tests.theory.errors` writes this page.
 """

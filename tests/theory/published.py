@@ -193,9 +193,9 @@ ROWS += [
     ),
     _falcon(
         "Falcon 7B, the same, all offloaded", 13.70, "all",
-        why="offload added 10.8 s to a step of 2.86 s; the model says 2.1 s, and that hardly depends on the settings "
-        "that are assumed. Parameters alone added 3.2 s in the same table, where the model has 0.1 s of copies, "
-        "gradients and Adam the other 7.7 s. Not known is the processor, whether host memory was pinned (DeepSpeed's "
+        why="offload added 10.8 s to a step of 2.86 s; the model says 2.1 s, and that hardly depends on the assumed "
+        "settings. Parameters alone added 3.2 s in the same table, where the model has 0.1 s of copies, "
+        "gradients and Adam the other 7.7 s. Unknown are the processor, whether host memory was pinned (DeepSpeed's "
         "pull request 5301 later made the update's copies on 8 GPUs 4 to 5 times faster by pinning them), and which "
         "Adam ran: PyTorch's, which DeepSpeed's tutorial calls 5 to 7 times slower than its own, would take 9 to "
         "12 s of it. Nothing of this was put into the model",
@@ -205,7 +205,7 @@ ROWS += [
 OUTSIDE = (
     (
         "torchtitan, tables 1 and 3, float8 rows",
-        "a peak of their own and other activations: memory 76.8 GiB and 61.8 GiB are within 0.3 % of the compiled rows "
+        "different peak FLOP/s and activations: memory 76.8 GiB and 61.8 GiB are within 0.3 % of the compiled rows "
         "above.",
     ),
     (

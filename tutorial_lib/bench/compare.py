@@ -96,8 +96,8 @@ def compare(without: str | Path, with_: str | Path, *, storage: str | Path = "ru
     """Compare two rows, or two matrices row by row.
 
     Args:
-        without: ``MATRIX/ROW``, ``MATRIX``, or the directory of a matrix or of a row. A row may have its name from the
-            workshop (``2ZO-1G1N``).
+        without: ``MATRIX/ROW``, ``MATRIX``, or the directory of a matrix or of a row. A row may also be given by
+            its name in the workshop (``2ZO-1G1N``).
         with_: the row or matrix to compare with it.
         storage: directory of matrices that are given by name only.
 
@@ -109,8 +109,8 @@ def compare(without: str | Path, with_: str | Path, *, storage: str | Path = "ru
         title = f"{without} (without) and {with_} (with)"
         return Comparison(title, tuple(_differences(f"{first.name}, {second.name}", first, second)))
     if isinstance(first, Matrix) and isinstance(second, Matrix):
-        there = {row.name for row in second.rows}
-        names = [row.name for row in first.rows if row.name in there]
+        in_second = {row.name for row in second.rows}
+        names = [row.name for row in first.rows if row.name in in_second]
         if not names:
             raise ConfigError(f"{without} and {with_} have no row of the same name. Write MATRIX/ROW twice.")
         found = [each for name in names for each in _differences(name, _done(first[name]), _done(second[name]))]

@@ -78,16 +78,16 @@ def rows_of(experiment: str, config: Config, chosen: Sequence[str] = ()) -> dict
             Default: all rows of the matrix that make sense on the configuration's device.
 
     Raises:
-        ConfigError: an unknown name, a setting that the matrix decides itself, or a row that cannot run anywhere.
+        ConfigError: an unknown name, a setting that the matrix sets itself, or a row that cannot run anywhere.
     """
     if experiment not in EXPERIMENTS:
         raise ConfigError(f"There is no matrix {experiment!r}. Write one of: {', '.join(EXPERIMENTS)}.")
     if len(set(chosen)) < len(chosen):
         raise ConfigError(f"rows: {', '.join(chosen)} names a row twice; write each once.")
     known = EXPERIMENTS[experiment]
-    meant = {name: known[name] for name in known if _means_something(known[name], config)}
-    rows = {name: _named(name, known) for name in chosen} if chosen else meant
-    _refuse_decided(experiment, config, rows)
+    sensible = {name: known[name] for name in known if _makes_sense(known[name], config)}
+    rows = {name: _named(name, known) for name in chosen} if chosen else sensible
+    _refuse_replaced(experiment, config, rows)
     return {name: _configure(experiment, name, overrides, config) for name, overrides in rows.items()}
 
 
@@ -116,8 +116,8 @@ def _named(name: str, known: Mapping[str, Overrides]) -> Overrides:
     )
 
 
-def _means_something(overrides: Overrides, config: Config) -> bool:
-    """Return whether a row makes sense: not with pinned memory but no GPU, nor without the DeepSpeed file it needs."""
+def _makes_sense(overrides: Overrides, config: Config) -> bool:
+    """Return whether a row makes sense: pinned memory needs a GPU, and some engines need a DeepSpeed file."""
     if overrides.get("pin_memory") and config.run.device == "cpu":
         return False
     takes_file = config.engine.name in FILE_ENGINES and "zero_stage" in overrides
@@ -128,7 +128,7 @@ def _file_key(overrides: Overrides) -> tuple[int, str, bool]:
     return overrides["zero_stage"], overrides["offload"], overrides["pin_memory"]
 
 
-def _refuse_decided(experiment: str, config: Config, rows: Mapping[str, Overrides]) -> None:
+def _refuse_replaced(experiment: str, config: Config, rows: Mapping[str, Overrides]) -> None:
     """Refuse settings that the caller gave and that rows would replace with other values."""
     flat = config.flat()
     replaced = {flag for overrides in rows.values() for flag, value in overrides.items() if value != flat[flag]}
@@ -139,7 +139,7 @@ def _refuse_decided(experiment: str, config: Config, rows: Mapping[str, Override
         replaced.remove("dp")  # only the baseline's single process differs; all other rows use the given dp
     if given := sorted(replaced & config.given):
         raise ConfigError(
-            f"The rows of this {experiment} matrix decide {given[0]} themselves ({', '.join(rows)}). Leave it out, or "
+            f"The rows of this {experiment} matrix set {given[0]} themselves ({', '.join(rows)}). Leave it out, or "
             "choose rows that do not."
         )
     if "stop_after" in config.given:

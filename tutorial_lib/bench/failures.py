@@ -15,7 +15,7 @@ _KILLED = re.compile(r"exit code -9\b|SIGKILL|it was killed")
 
 
 class OomKills:
-    """Counts the processes that this machine's kernel has killed for memory since this object was created."""
+    """Counts the processes that the kernel has killed because memory ran out, since this object was created."""
 
     def __init__(self) -> None:
         self._before = _count_kills()
@@ -30,7 +30,7 @@ def explain(error: Exception, oom_kills: int) -> tuple[str, str]:
 
     Args:
         error: the exception that running it raised.
-        oom_kills: number of processes that the kernel killed for memory meanwhile.
+        oom_kills: number of processes that the kernel killed in that time because memory ran out.
     """
     text = str(error)
     cause = text.strip().partition("\n")[0][:300] or type(error).__name__
@@ -38,13 +38,13 @@ def explain(error: Exception, oom_kills: int) -> tuple[str, str]:
         return REFUSED, cause
     if _KILLED.search(cause):
         if oom_kills > 0:
-            return OUT_OF_MEMORY, f"{cause} The kernel ended {oom_kills} process(es) for memory meanwhile."
+            return OUT_OF_MEMORY, f"{cause} The kernel killed {oom_kills} process(es) because memory ran out."
         return KILLED, cause
     return (OUT_OF_MEMORY if _NO_MEMORY.search(text) else FAILED), cause
 
 
 def _count_kills() -> int:
-    """Return the number of processes that the kernel has killed for memory, or 0 if it does not tell."""
+    """Return the number of processes that the kernel has killed because memory ran out, or 0 if it is not known."""
     try:
         lines = Path("/proc/vmstat").read_text().splitlines()
     except OSError:

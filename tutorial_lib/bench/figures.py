@@ -63,7 +63,7 @@ def model_states(rows: Sequence[RowRecord]) -> Figure | None:
 
 
 def peak_memory(rows: Sequence[RowRecord]) -> Figure | None:
-    """Draw each row's peak memory beside its predicted model states.
+    """Draw each row's peak memory next to its predicted model states.
 
     With GPUs, this compares the fullest GPU with one rank's states on it; without, all processes with all ranks'
     states. The rest of the peak is libraries, activations and buffers.

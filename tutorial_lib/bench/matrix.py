@@ -162,7 +162,7 @@ def run_matrix(
     Args:
         experiment: ``zero-stages``, ``offload``, ``weak-scaling`` or ``strong-scaling``.
         config: the settings that all rows have in common. Its name is the name of the matrix. In ``weak-scaling``, its
-            global batch is for one rank.
+            global batch is per rank.
         rows: names of the rows to run, see :func:`tutorial_lib.bench.experiments.rows_of`; default: all.
         retry: run failed rows again.
         sample_interval: seconds between two readings of the memory of the process tree and the GPUs.
@@ -310,7 +310,7 @@ def _threads_of_a_rank(experiment: str, configs: Mapping[str, Config]) -> int | 
     """Return the number of threads for each rank; None leaves that to the launcher.
 
     The launcher divides the cores among a run's ranks. In a scaling matrix a rank stands for a device, so its share
-    must not shrink when others join: every rank gets the share that it has in the largest row.
+    must not shrink with more ranks: every rank gets the share that it has in the largest row.
     """
     if experiment not in IS_SCALING or any(config.run.device != "cpu" for config in configs.values()):
         return None

@@ -45,8 +45,8 @@ def check_continues(config: Config, found: Path, data: DataIdentity | None) -> N
     Args:
         config: what to run.
         found: the checkpoint.
-        data: digests the run's data as they are now; only called if there is something to compare them with. None if
-            this start reads no data, or not on this machine: then data is not compared.
+        data: returns the digests of the run's current data; only called if there is something to compare them with.
+            None if this start reads no data, or not on this machine: then the data is not compared.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -63,8 +63,8 @@ def check_continues(config: Config, found: Path, data: DataIdentity | None) -> N
 def check_same_run(trainer: dict[str, Any], config: Config, data: DataIdentity | None) -> None:
     """Refuse to continue a run with settings, a model or data that would make its updates different.
 
-    The number of ranks, the engine, the ZeRO stage and everything else that decides where the state is kept may change,
-    except under the Hugging Face Trainer. So may the directory of a model or data set, if its content is the same.
+    The number of ranks, the engine, the ZeRO stage and everything else about where the state is kept may change, except
+    under the Hugging Face Trainer. So may the directory of a model or data set, if its content is the same.
 
     Args:
         trainer: content of the checkpoint's ``trainer.json``.
@@ -123,7 +123,7 @@ def _check_settings(saved: dict[str, Any], config: Config, may_differ: set[str],
         )
     raise ConfigError(
         f"Run {config.run.name!r} cannot resume with different settings: {changes}. {why}"
-        f"Write the old values, or give the new run another name. {_from_its_export(config)}"
+        f"Write the old values, or give the new run another name. {_export_advice(config)}"
     )
 
 
@@ -132,7 +132,7 @@ def _check_is_resumable(saved: dict[str, Any], config: Config) -> None:
     if saved.get("shard_at_load"):
         raise ConfigError(
             f"Run {config.run.name!r} has a checkpoint of a model that was sharded at load (shard_at_load=True). "
-            f"{NO_RESUME}, but not continued. Give the new run another name. {_from_its_export(config)}"
+            f"{NO_RESUME}, but not continued. Give the new run another name. {_export_advice(config)}"
         )
     if config.engine.shard_at_load:
         raise ConfigError(
@@ -150,11 +150,11 @@ def _check_shape(saved: dict[str, Any], config: Config) -> None:
         raise ConfigError(
             f"Run {config.run.name!r} cannot resume in a different shape: {changes}. The Hugging Face Trainer reads "
             "only its own checkpoints, in the shape they were saved in, and no other engine reads those. Write the "
-            "old values. " + _from_its_export(config)
+            "old values. " + _export_advice(config)
         )
 
 
-def _from_its_export(config: Config) -> str:
+def _export_advice(config: Config) -> str:
     return (
         f"To start a new run from its weights: `python -m tutorial_lib export {config.directory} DIR`, then write "
         "model='DIR' and another name."
@@ -166,7 +166,7 @@ def identity(config: Config) -> dict[str, Any]:
 
     Returns:
         ``model``: entries of its configuration that are not defaults; ``tokenizer``: SHA-256 of everything that decides
-        which ids a text gets; ``vocabulary``: its number of tokens; ``weights``: for a model in a directory, SHA-256 of
+        the ids of a text; ``vocabulary``: its number of tokens; ``weights``: for a model in a directory, SHA-256 of
         its weight files' sizes and their first and last MiB (otherwise None, because hub models do not change).
 
     Raises:
@@ -176,20 +176,20 @@ def identity(config: Config) -> dict[str, Any]:
     model = load_trained_config(config.model.name, random_init=config.model.random_init, **options).to_diff_dict()
     tokenizer = load_tokenizer(config.model.name, **options)
     return {
-        "model": {name: value for name, value in json.loads(json.dumps(model)).items() if name not in _OF_THE_MOMENT},
-        "tokenizer": hashlib.sha256(_rules(tokenizer).encode()).hexdigest(),
+        "model": {name: value for name, value in json.loads(json.dumps(model)).items() if name not in _INCIDENTAL},
+        "tokenizer": hashlib.sha256(_tokenizer_rules(tokenizer).encode()).hexdigest(),
         "vocabulary": len(tokenizer),
         "weights": _sample_weights(resolve_model(config.model.name)),
     }
 
 
-_OF_THE_MOMENT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "_attn_implementation")
+_INCIDENTAL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "_attn_implementation")
 
 
-def _rules(tokenizer: PreTrainedTokenizerBase) -> str:
+def _tokenizer_rules(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = json.loads(backend.to_str()) if backend else {"vocab": tokenizer.get_vocab()}
-    # These two only tell how the last text was cut and padded.
+    # These two only record how the last text was cut and padded.
     rules = {name: value for name, value in rules.items() if name not in ("truncation", "padding")}
     return json.dumps([type(tokenizer).__name__, rules, tokenizer.special_tokens_map], sort_keys=True, default=str)
 
@@ -224,7 +224,7 @@ def _model_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
     if before["tokenizer"] != now["tokenizer"]:
         changes.append(
-            "another tokenizer, which makes other ids of the same text "
+            "another tokenizer, which gives the same text different ids "
             f"(it had {before['vocabulary']} tokens, now {now['vocabulary']})"
         )
     if before.get("weights") and before["weights"] != now["weights"]:
@@ -236,14 +236,14 @@ def _data_changes(before: dict[str, str], now: dict[str, str], config: Config) -
     """Return the splits that both starts read, and whose tokens differ."""
     splits = {"train": config.data.train_split, "eval": config.data.eval_split}
     changed = [splits[use] for use in splits if use in before and use in now and before[use] != now[use]]
-    return [f"split {split!r} has other tokens" for split in changed]
+    return [f"split {split!r} has different tokens" for split in changed]
 
 
 def _check_model(changes: list[str], config: Config) -> None:
     if changes:
         raise ConfigError(
             f"Run {config.run.name!r} cannot resume with a model that differs from its checkpoint's: "
-            f"{'; '.join(changes)}. Put back what {config.model.name!r} was, or give the new run another name."
+            f"{'; '.join(changes)}. Restore {config.model.name!r} as it was, or give the new run another name."
         )
 
 
@@ -251,6 +251,6 @@ def _check_data(changes: list[str], config: Config) -> None:
     if changes:
         raise ConfigError(
             f"Run {config.run.name!r} cannot resume with different data: of {config.data.name!r}, "
-            f"{' and '.join(changes)} than when the checkpoint was saved. Put the old data back, or give the new run "
-            "another name. " + _from_its_export(config)
+            f"{' and '.join(changes)} than when the checkpoint was saved. Restore the old data, or give the new run "
+            "another name. " + _export_advice(config)
         )

@@ -16,7 +16,7 @@ from tutorial_lib.checkpoint.manifest import (
     CheckpointError,
     NewerFormat,
     damage,
-    damage_at_a_glance,
+    damage_by_size,
     sync,
 )
 from tutorial_lib.mpu import Topology
@@ -64,11 +64,11 @@ def latest(run: RunDirectory) -> Path | None:
     Raises:
         CheckpointError: there are checkpoints, but none looks intact; or the newest has a newer format.
     """
-    return _newest(run, checkpoints(run), damage_at_a_glance)[0]
+    return _newest(run, checkpoints(run), damage_by_size)[0]
 
 
 def newest_intact(run: RunDirectory, topology: Topology | None = None) -> tuple[Path | None, list[LeftOut]]:
-    """Return the newest checkpoint whose every byte is intact, and the newer ones that were skipped.
+    """Return the newest checkpoint that is intact in every byte, and the newer ones that were skipped.
 
     With a topology this is collective: the ranks share the reading, and all return the same result.
 
@@ -101,7 +101,7 @@ def _newest(
 
 
 def clear_remains(run: RunDirectory) -> None:
-    """Clean up the unfinished saves and deletions of starts that were killed."""
+    """Clean up unfinished saves and deletions after starts that were killed."""
     for path, final in _remains(run):
         if _is_complete(path, final):
             os.rename(path, final)
@@ -146,7 +146,7 @@ def publish(partial: Path, final: Path) -> None:
 
 
 def delete(path: Path) -> None:
-    """Delete a checkpoint. It loses its name first, so a reader sees either all of it or nothing.
+    """Delete a checkpoint. It is renamed first, so a reader sees either all of it or nothing.
 
     Raises:
         ValueError: the path is not named like a checkpoint.
@@ -170,7 +170,7 @@ def _discard(doomed: Path) -> None:
     """Delete a renamed directory in the background: freeing its space can take a while."""
     thread = threading.Thread(target=shutil.rmtree, args=(doomed, True), name="checkpoint-deletion")
     try:
-        thread.start()  # the next start tries again to remove anything left
+        thread.start()  # the next start removes anything left
     except RuntimeError:  # the system has no threads left
         thread.run()
     else:

@@ -30,8 +30,8 @@ def export(path: Path, target: Path, max_shard_size: str = MAX_SHARD_SIZE) -> Pa
 
     Runs in one process, without a GPU: the CPU merges shards of any ZeRO stage, FSDP2 and any tensor-parallel size.
     With mixed precision, the fp32 master weights are exported, not their 16-bit copies. However large the model, the
-    process holds only about twice its largest parameter at a time: the pieces, and the merged result. The directory
-    gets its name when everything in it is on the disk.
+    process holds only about twice its largest parameter at a time: its pieces and the merged result. The directory
+    gets its final name once everything in it is on the disk.
 
     Args:
         path: the checkpoint.
@@ -110,7 +110,7 @@ def _write_safetensors(path: Path, outlines: dict[str, Tensor], tensors: Iterato
 
 
 def _describe(model: Path, target: Path) -> None:
-    """Write the configuration of the exported weights, and copy the files beside the checkpoint's own configuration."""
+    """Write the configuration of the exported weights, and copy the tokenizer and the model's other files."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     shutil.copytree(model, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("config.json"))

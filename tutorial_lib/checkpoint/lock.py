@@ -1,7 +1,7 @@
-"""Run locks, so that only one start of a run is active: the kernel drops them when their process ends.
+"""Run locks, so that only one start of a run is active: the kernel releases them when their process ends.
 
-A run has two. Its launching process holds ``.launch.lock``, from before its workers start until they are gone. Rank 0
-holds ``.lock`` while it trains, because workers outlive a killed launcher: they still finish a step and save. A start
+Each run has two. Its launching process holds ``.launch.lock``, from before its workers start until they are gone. Rank
+0 holds ``.lock`` while it trains, because workers may outlive a killed launcher, to finish a step and save. A start
 that finds either lock held is refused.
 """
 
@@ -29,14 +29,14 @@ PREDECESSOR_SECONDS = 30
 
 @contextmanager
 def held_for_launch(run: RunDirectory, rank: int = 0) -> Iterator[None]:
-    """Keep other starts of this run out while the block runs. For the launching process.
+    """Keep out other starts of this run while the block runs. The launching process calls this.
 
     Args:
         run: the run.
         rank: the calling rank, if torchrun started the ranks; only rank 0 takes the lock.
 
     Raises:
-        ConfigError: another start of the run has not ended. It was not disturbed.
+        ConfigError: another start of the run has not ended. It is not affected.
     """
     if rank != 0:
         yield
@@ -112,4 +112,4 @@ def _holder(path: Path) -> str:
         holder = json.loads(path.read_text(encoding="utf-8"))
         return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
     except (OSError, ValueError, KeyError):
-        return "a process that has not written its number yet"
+        return "a process that has not written its id yet"

@@ -46,8 +46,8 @@ class CheckpointManager:
         engine: the engine to save and restore, with its learning-rate schedule.
         loader: the loader whose position in the data is saved and restored.
         topology: this rank's place in the grid.
-        start: where this start of the run begins, if the caller has found it and holds the run's directory. Otherwise
-            the manager does both, until :meth:`close`.
+        start: where this start of the run begins, if the caller has found it and locked the run's directory. Otherwise
+            the manager does both, and holds the lock until :meth:`close`.
         evaluate: returns the evaluation loss for ``keep_best``, or None if there is no time for it. Collective.
         on_checkpoint: called when a checkpoint is complete.
 

@@ -74,7 +74,7 @@ def damage(path: Path, topology: Topology | None = None) -> CheckpointError | No
     rank, size = (topology.rank, topology.world_size) if topology else (0, 1)
     files, problem = _manifest_or_error(path) if rank == 0 else ({}, None)
     if size > 1:
-        # Only one rank reads the manifest: if every rank did, one that fails to would leave the others waiting.
+        # Only rank 0 reads the manifest: if every rank did, one that failed would leave the others waiting.
         files, problem = broadcast_object((files, problem))
     if problem:
         return problem
@@ -114,8 +114,8 @@ def _manifest_or_error(path: Path) -> tuple[dict[str, dict[str, Any]], Checkpoin
         return {}, error
 
 
-def damage_at_a_glance(path: Path) -> CheckpointError | None:
-    """Check a checkpoint without reading more than the manifest and ``trainer.json``; return as :func:`damage`."""
+def damage_by_size(path: Path) -> CheckpointError | None:
+    """Return a checkpoint's damage as :func:`damage` does, but judging only by file sizes and ``trainer.json``."""
     files, problem = _manifest_or_error(path)
     if problem:
         return problem

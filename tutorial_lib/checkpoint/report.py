@@ -43,14 +43,14 @@ def inspect_run(run: RunDirectory) -> dict[str, Any]:
     rows = []
     for path in checkpoints(run):
         full = inspect_checkpoint(path)
-        kept = ("step", "written", "bytes", "eval_loss", "whole", "damage")
+        kept = ("step", "written", "bytes", "eval_loss", "intact", "damage")
         rows.append({"checkpoint": path.name, **{name: full[name] for name in kept}})
-    whole = [row for row in rows if row["whole"]]
-    evaluated = [row for row in whole if row["eval_loss"] is not None]
+    intact = [row for row in rows if row["intact"]]
+    evaluated = [row for row in intact if row["eval_loss"] is not None]
     return {
         "run": str(run.path),
         "checkpoints": rows,
-        "newest": whole[-1]["checkpoint"] if whole else None,
+        "newest": intact[-1]["checkpoint"] if intact else None,
         "best": min(evaluated, key=lambda row: row["eval_loss"])["checkpoint"] if evaluated else None,
     }
 
@@ -68,7 +68,8 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
         trainer = read_trainer_state(path)
     except CheckpointError as error:
         damage.append(str(error))
-    there = {str(p.relative_to(path)): p.stat().st_size for p in path.rglob("*") if p.is_file() and p.name != MANIFEST}
+    found_files = (p for p in path.rglob("*") if p.is_file() and p.name != MANIFEST)
+    present = {str(p.relative_to(path)): p.stat().st_size for p in found_files}
     damaged = {name: found for name, entry in sorted(listed.items()) if (found := file_damage(path / name, entry))}
     damage += map(str, damaged.values())
     settings = trainer.get("config", {})
@@ -76,10 +77,10 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
         {
             "file": name,
             **_contents(name, settings),
-            "bytes": there.get(name, 0),
-            "state": _state(name in there, name in listed, name in damaged),
+            "bytes": present.get(name, 0),
+            "state": _state(name in present, name in listed, name in damaged),
         }
-        for name in sorted({*there, *listed})
+        for name in sorted({*present, *listed})
     ]
     parts: dict[str, int] = {}
     by_rank: dict[int, int] = {}
@@ -94,7 +95,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
         "versions": trainer.get("versions"),
         "settings": _shown(settings),
         "eval_loss": trainer.get("record", {}).get("eval_loss"),
-        "whole": not damage,
+        "intact": not damage,
         "damage": damage,
         "bytes": sum(file["bytes"] for file in files),
         "parts": parts,
@@ -113,12 +114,12 @@ def _shown(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _state(there: bool, listed: bool, damaged: bool) -> str:
-    if not there:
+def _state(present: bool, listed: bool, damaged: bool) -> str:
+    if not present:
         return "missing"
     if not listed:
         return "not in the manifest"
-    return "damaged" if damaged else "whole"
+    return "damaged" if damaged else "intact"
 
 
 def _contents(name: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -141,7 +142,7 @@ def table(report: dict[str, Any]) -> str:
     head = {
         "checkpoint": report["checkpoint"],
         "step": report["step"],
-        "intact": "yes, every byte is as it was written" if report["whole"] else "NO",
+        "intact": "yes, every byte is as it was written" if report["intact"] else "NO",
         "written": f"{written['time']} on {written['host']}" if written else "unknown",
         "by": versions or "unknown",
         "settings": ", ".join(f"{name}={value}" for name, value in settings.items()),
@@ -155,7 +156,7 @@ def table(report: dict[str, Any]) -> str:
     width = max((len(file["file"]) for file in report["files"]), default=0)
     lines += ["", f"{'rank':>4}  {'file':{width}}  {'bytes':>15}  what"]
     for file in sorted(report["files"], key=lambda file: (file["rank"], file["file"])):
-        note = "" if file["state"] == "whole" else f"  <- {file['state'].upper()}"
+        note = "" if file["state"] == "intact" else f"  <- {file['state'].upper()}"
         lines.append(f"{file['rank']:>4}  {file['file']:{width}}  {file['bytes']:>15,}  {file['what']}{note}")
     return "\n".join(lines)
 
@@ -165,6 +166,6 @@ def _run_table(report: dict[str, Any]) -> str:
     for row in report["checkpoints"]:
         loss = "-" if row["eval_loss"] is None else f"{row['eval_loss']:.4f}"
         marks = [mark for mark in ("newest", "best") if report[mark] == row["checkpoint"]]
-        whole = ("yes" if row["whole"] else f"NO: {row['damage'][0]}") + (f"  <- {', '.join(marks)}" if marks else "")
-        lines.append(f"{row['checkpoint']:20} {row['bytes']:>15,}  {loss:>9}  {whole}")
+        intact = ("yes" if row["intact"] else f"NO: {row['damage'][0]}") + (f"  <- {', '.join(marks)}" if marks else "")
+        lines.append(f"{row['checkpoint']:20} {row['bytes']:>15,}  {loss:>9}  {intact}")
     return "\n".join(lines)

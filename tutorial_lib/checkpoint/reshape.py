@@ -1,4 +1,4 @@
-"""Reshape of a checkpoint for different ranks, engine or ZeRO stage: ranks of the new shape load it, save and end."""
+"""Reshape of a checkpoint to different ranks, engine or ZeRO stage: ranks of the new shape load it, save and end."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ from tutorial_lib.records import RunDirectory, write_atomically
 
 _LOG = logging.getLogger(__name__)
 
-_NOT_FOR_EVERY_ENGINE = tuple(
-    name for name, setting in settings().items() if {*ENGINES} - {"trainer"} - {*setting.engines}
-)
+_ENGINE_SPECIFIC = tuple(name for name, setting in settings().items() if {*ENGINES} - {"trainer"} - {*setting.engines})
 
 
 def checkpoint_of(source: Path) -> Path:
@@ -50,7 +48,7 @@ def reshaped_config(source: Path, flat: dict[str, Any]) -> Config:
     Args:
         source: the checkpoint.
         flat: settings that differ from the saved ones, including the new run's ``name``. Without ``storage``, it is
-            placed beside the old run. If the engine changes, the old engine's settings return to their defaults; if
+            placed next to the old run. If the engine changes, the old engine's settings return to their defaults; if
             ``zero_stage`` or ``offload`` changes, the new value wins over the DeepSpeed file.
 
     Raises:
@@ -78,14 +76,14 @@ def reshaped_config(source: Path, flat: dict[str, Any]) -> Config:
             f"weights instead: `python -m tutorial_lib export {source} DIR`, then train with model='DIR'."
         )
     defaults = {name: setting.default for name, setting in settings().items()}
-    back: tuple[str, ...] = ()
+    reset: tuple[str, ...] = ()
     if len(engines) > 1:
-        back = _NOT_FOR_EVERY_ENGINE
+        reset = _ENGINE_SPECIFIC
     elif given.keys() & {"zero_stage", "offload"}:
-        back = ("deepspeed",)
+        reset = ("deepspeed",)
     elif "sharding" in given:
-        back = ("shard_size",)
-    base = saved | {name: defaults[name] for name in (*back, *OF_ONE_START)}
+        reset = ("shard_size",)
+    base = saved | {name: defaults[name] for name in (*reset, *OF_ONE_START)}
     run = _run_of(source)
     base |= {"storage": str((run or source).parent), "evaluate": saved["evaluate"]}
     config = Config.from_json(json.dumps(base | given)).override(**given)
@@ -99,8 +97,8 @@ def reshaped_config(source: Path, flat: dict[str, Any]) -> Config:
 def staged(source: Path, config: Config) -> Iterator[Config]:
     """Create a temporary directory in which the new run resumes from ``source`` and saves its own checkpoint.
 
-    When the block ends, the complete run gets its name; if the block raises, there is no new run. Anything left by a
-    failure (logs) or a kill is hidden in ``STORAGE/.NAME.reshaping``, and replaced by the next attempt.
+    When the block ends, the complete run gets its final name; if the block raises, there is no new run. Anything left
+    by a failure (logs) or a kill is hidden in ``STORAGE/.NAME.reshaping``, and replaced by the next attempt.
 
     Args:
         source: a checkpoint. It is hard-linked or, if that is impossible, copied, and does not change.

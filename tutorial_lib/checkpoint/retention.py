@@ -10,7 +10,7 @@ from tutorial_lib.checkpoint.manifest import (
     NewerFormat,
     Unreadable,
     damage,
-    damage_at_a_glance,
+    damage_by_size,
     read_trainer_state,
 )
 from tutorial_lib.config import Config
@@ -41,8 +41,8 @@ class Pruner:
         """Delete checkpoints that need not be kept, and return their names. Collective.
 
         Args:
-            newest: the run's current checkpoint. Later steps belong to another history: they neither count nor are
-                deleted.
+            newest: the run's current checkpoint. Those of later steps were saved before the run went back to an earlier
+                one: they neither count nor are deleted.
         """
         if self.settings.keep_last is None:
             return []
@@ -72,7 +72,7 @@ class Pruner:
         return self._damage[path.name] is None
 
     def _may_be_needed(self, path: Path) -> bool:
-        found = self._damage[path.name] if path.name in self._damage else damage_at_a_glance(path)
+        found = self._damage[path.name] if path.name in self._damage else damage_by_size(path)
         return isinstance(found, _MAY_BE_INTACT)
 
     def _best(self, found: list[Path]) -> Path | None:

@@ -68,9 +68,9 @@ def save(
         config: settings of the run, saved so that a resume can compare them.
         topology: this rank's place in the grid.
         progress: step, data position, schedule.
-        side_files: saved beside the model's configuration, for exports; rank 0 has them.
-        stager: with a stager from :func:`make_stager`, training may continue as soon as this returns, because a
-            snapshot is written. Without one, all files are written when this returns.
+        side_files: saved along with the model's configuration, for exports; rank 0 has them.
+        stager: from :func:`make_stager`. Training may then continue as soon as this returns, because the files are
+            written from a snapshot. Without a stager, all files are written when this returns.
     """
     began = time.perf_counter()
     final = directory_of(run, progress.step)
@@ -118,7 +118,7 @@ class Save:
 
     Attributes:
         step: optimizer steps done.
-        seconds: time that training has waited for it.
+        seconds: time that training has spent waiting for it.
     """
 
     step: int
@@ -166,7 +166,7 @@ class Save:
             name = str(path.relative_to(self._partial))
             if path.is_dir() or name not in files:
                 sync(path)
-            if path.is_file() and name not in files:  # small ones, beside the engine's own
+            if path.is_file() and name not in files:  # small files besides the engine's
                 files[name] = digest(path)
         missing = sorted(name for name in files if not (self._partial / name).is_file())
         if missing:
@@ -185,5 +185,5 @@ class Save:
         publish(self._partial, self._final)
 
     def abandon(self) -> None:
-        """Give the save up, which stays invisible, and return when this rank no longer writes."""
+        """Abandon the save, which stays invisible, and return once this rank has stopped writing."""
         self._writer.close()

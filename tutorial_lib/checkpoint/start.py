@@ -24,7 +24,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """The place where a start of a run begins.
+    """Beginning of one start of a run: its checkpoint, and what it needs.
 
     Attributes:
         found: the intact checkpoint that it resumes from, or None.
@@ -67,7 +67,7 @@ def find_start(config: Config, topology: Topology, data: DataIdentity) -> Start:
     own: dict[str, Any] = {}
     if topology.rank == 0:
         for each in left_out:
-            _LOG.warning("Not resumed from %s: %s Going on from %s.", each.checkpoint, each.why, found)
+            _LOG.warning("Not resumed from %s: %s Resuming from %s.", each.checkpoint, each.why, found)
         known = read_trainer_state(found).get("identity", {}).get("data", {}) if found else {}
         own = identity(config) | {"data": known | (digests() if digests else {})}
     return Start(found, left_out, needs_data, own)

@@ -27,8 +27,8 @@ from tutorial_lib.checkpoint.manifest import digest, sync
 def make_stager() -> DefaultStager:
     """Return a stager that copies states to host memory, as in ``torch.distributed.checkpoint.async_save``.
 
-    It reuses the memory of one snapshot for the next: one more copy of this rank's states, until the run ends. Tensors
-    that share memory in the states share it in the copy, too.
+    It reuses one snapshot's memory for the next: one more copy of this rank's states, until the run ends. Tensors that
+    share memory in the states also share it in the copy.
     """
     return DefaultStager(StagingOptions(False, False, False, False))
 
@@ -55,7 +55,7 @@ class Writer:
         self._seconds = 0.0
 
     def snapshot(self, states: dict[str, Any]) -> Any:
-        """Return the current states; with a stager as a copy in host memory, because training changes them in place."""
+        """Return the current states, or with a stager a copy in host memory, because training changes them in place."""
         return self._stager.stage(states) if self._stager else states
 
     def save(self, states: dict[str, Any], path: Path) -> None:
@@ -136,7 +136,7 @@ class _HashingFileSystem(FileSystem):
             try:
                 yield hashed
                 stream.flush()
-                # Otherwise a power cut could leave a checkpoint with its name, but without its content.
+                # Otherwise a power cut could leave a checkpoint with its final name, but without its content.
                 os.fsync(stream.fileno())
             except Exception as error:
                 # If the disk is full, torch.save reports "unexpected pos".
@@ -154,11 +154,11 @@ class _HashingFileSystem(FileSystem):
 
 
 class _HashedFile:
-    """A file that is written sequentially, and hashed on the way.
+    """A file that is hashed while it is written sequentially.
 
     Attributes:
         digest: SHA-256 of the bytes written so far.
-        failure: the first error of a write; ``torch.save`` may replace it by a different one.
+        failure: the first error of a write; ``torch.save`` may replace it with a different one.
     """
 
     def __init__(self, stream: Any) -> None:

@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from tutorial_lib.cli import train
-from tutorial_lib.cli.options import DONE, FAILED, STOPPED, given, stdout_for_json_alone
+from tutorial_lib.cli.options import DONE, FAILED, STOPPED, given, reserve_stdout_for_json
 from tutorial_lib.config import Config
 
 DEFAULT_STEPS = 20
@@ -16,7 +16,7 @@ DEFAULT_STEPS = 20
 MATRICES = {
     "zero-stages": "one plain process, then ZeRO's stages 0 to 3",
     "offload": "stages 1 to 3, each without and with offload (and pinned memory on a GPU)",
-    "weak-scaling": "1, 2 and 4 data-parallel ranks with the same work per rank (--global-batch is for one rank)",
+    "weak-scaling": "1, 2 and 4 data-parallel ranks with the same work per rank (--global-batch is per rank)",
     "strong-scaling": "1, 2 and 4 data-parallel ranks with the same global batch",
 }
 
@@ -25,7 +25,7 @@ _ROWS_HELP = (
     "run only these rows: names from the matrix, dp-N, or the workshop, such as 2ZO-1G1N (stage 2, offload, 1 GPU, "
     "1 node)"
 )
-_INTERVAL_HELP = "between two readings of the memory of all processes and GPUs (default: 0.5)"
+_INTERVAL_HELP = "between readings of the memory of all processes and GPUs (default: 0.5)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +72,7 @@ def _run(options: argparse.Namespace) -> int:
     from tutorial_lib.launch import Interrupted
 
     progress: Any = None if options.json else bench.MatrixProgress()
-    with stdout_for_json_alone(options.json):
+    with reserve_stdout_for_json(options.json):
         try:
             matrix = bench.run_matrix(
                 options.experiment, config, rows=options.rows, retry=options.retry,

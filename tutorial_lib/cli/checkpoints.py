@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from tutorial_lib.cli.options import DONE, FAILED, add_setting, given, shape_in_words, stdout_for_json_alone
+from tutorial_lib.cli.options import DONE, FAILED, add_setting, given, reserve_stdout_for_json, shape_in_words
 from tutorial_lib.config import FREE_ON_RESUME, OF_ONE_START, settings
 
 
@@ -42,7 +42,7 @@ def reshape(options: argparse.Namespace) -> int:
     from tutorial_lib import checkpoint, launch
     from tutorial_lib.checkpoint.compatibility import shape
 
-    with stdout_for_json_alone(options.json):
+    with reserve_stdout_for_json(options.json):
         run = launch.reshape(options.source, **given(options))
     made = {
         "run": str(run.config.directory),
@@ -62,7 +62,7 @@ def export(options: argparse.Namespace) -> int:
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the CPU merges shards; otherwise DeepSpeed warns of a missing GPU
     source = checkpoint_of(options.source)
-    with stdout_for_json_alone(options.json):
+    with reserve_stdout_for_json(options.json):
         target = checkpoint.export(source, options.target, options.max_shard_size)
     print(json.dumps({"checkpoint": str(source), "export": str(target)}) if options.json else f"{source} -> {target}")
     return DONE
@@ -74,4 +74,4 @@ def inspect(options: argparse.Namespace) -> int:
 
     report = report_on(options.path)
     print(json.dumps(report) if options.json else table(report))
-    return DONE if report.get("whole", report.get("newest")) else FAILED
+    return DONE if report.get("intact", report.get("newest")) else FAILED

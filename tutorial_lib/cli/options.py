@@ -39,11 +39,11 @@ def add_setting(
     else:
         kind = next((t for t in (int, float) if setting.type in (t, t | None)), str)
         parser.add_argument(
-            flag, type=_reading(kind, setting.help), metavar=setting.flag.split("_")[-1].upper(), **shared
+            flag, type=_number_parser(kind, setting.help), metavar=setting.flag.split("_")[-1].upper(), **shared
         )
 
 
-def _reading(kind: type, meaning: str) -> Callable[[str], Any]:
+def _number_parser(kind: type, meaning: str) -> Callable[[str], Any]:
     """Return a parser of numbers whose error message explains the argument."""
 
     def read(text: str) -> Any:
@@ -98,6 +98,6 @@ def shape_in_words(shape: dict[str, Any]) -> str:
     return ", ".join([shape["engine"], *(f"{name}={value}" for name, value in rest.items())])
 
 
-def stdout_for_json_alone(as_json: bool) -> AbstractContextManager[Any]:
+def reserve_stdout_for_json(as_json: bool) -> AbstractContextManager[Any]:
     """Keep everything except JSON off standard output: DeepSpeed logs there when it is imported."""
     return redirect_stdout(sys.stderr) if as_json else nullcontext()

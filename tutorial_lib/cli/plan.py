@@ -55,11 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for name in ("layers", "hidden", "heads", "vocabulary"):
         number(f"--{name}", int, f"with --model-size: {name} of the model")
-    number("--gpus", int, "devices in all")
+    number("--gpus", int, "total number of devices")
     parser.add_argument(
         "--gpu", type=str.lower, help=f"preset: {', '.join(GPUS)} (without one: --gpu-memory, and an A100's speed)"
     )
-    number("--gpu-memory", float, "GB of one device")
+    number("--gpu-memory", float, "memory of one device in GB")
     number("--seq-length", int, f"tokens per sequence (default: {SEQ_LENGTH}, or a model's learned positions)")
     number("--micro-batch", int, "sequences per forward pass and data-parallel rank (default: chosen)")
     number("--global-batch", int, "sequences per optimizer step (default: one micro-batch per rank)")
@@ -77,14 +77,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     number("--lora", int, "train only adapters of this rank", 0)
     number("--base-bits", int, "with --lora: bits per frozen weight: 16 (default), 8 or 4 (QLoRA)")
     parser.add_argument("--moments", default="fp32", help=f"Adam's moments in {', '.join(MOMENTS)} (default: fp32)")
-    number("--loss-chunks", int, "pieces in which output layer and loss are computed (default: 1)", 1)
+    number("--loss-chunks", int, "number of chunks in which output layer and loss are computed (default: 1)", 1)
     parser.add_argument(
         "--only-here", action="store_true",
         help="leave out layouts that this course's engines lack: cp, pp, sequence parallelism, selective recomputing",
     )  # fmt: skip
     number("--bucket-size", int, "elements of DeepSpeed's buckets (default: 500000000, DeepSpeed's own)", 500_000_000)
     number("--gpus-per-node", int, f"devices of a node, which tp stays within (default: {preset.gpus_per_node})")
-    number("--host-memory", float, "GB of a node's memory, for offload (default: 1000)", 1000.0)
+    number("--host-memory", float, "memory of a node in GB, for offload (default: 1000)", 1000.0)
     number("--gpu-tflops", float, "peak of one device in the run's precision (default: the preset's, or an A100's)")
     number("--efficiency", float, "share of the peak that all computing reaches, HFU (default: the preset's)")
     number("--bandwidth-within", float, "GB/s a device sends within its node (default: the preset's)")

@@ -1,7 +1,7 @@
-"""Command ``plan --check RUN``: predictions for a run beside the measurements of ``train --measure``.
+"""Command ``plan --check RUN``: predictions for a run next to the measurements of ``train --measure``.
 
 The run's records have its settings (``config.json``) and the measurements of one step (``result.json``). This compares
-the bytes of model states, the peak of the step's allocations on top of existing states, and the bytes on the wire. Time
+the bytes of model states, the peak of the step's allocations beyond existing states, and the bytes on the wire. Time
 is only compared if a GPU preset says how fast the devices are; there is none for a shared CPU.
 """
 
@@ -16,12 +16,12 @@ from typing import Any
 from tutorial_lib.cli.plan_models import read_config
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.records import RunDirectory
-from tutorial_lib.theory import memory, peak
+from tutorial_lib.theory import memory, peak_memory
 from tutorial_lib.theory.cost import evaluate
 from tutorial_lib.theory.dimensions import Dimensions
 from tutorial_lib.theory.hardware import find_gpu, peak_flops
 from tutorial_lib.theory.layouts import Cluster, Layout, Workload
-from tutorial_lib.theory.states import model_states
+from tutorial_lib.theory.state_bytes import model_states
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,21 +82,21 @@ def compare(
     """
     workload, layout = workload_and_layout(config, *read_config(config.model.name))
     ranks = config.parallel.world_size
-    part = peak.part_of_model(workload.dimensions, workload.num_params, layout.tp)
+    part = peak_memory.part_of_model(workload.dimensions, workload.num_params, layout.tp)
     states = model_states(workload, layout, part.params, config.accumulation, layout.shard_size or layout.dp)
     early = states.device - states.gradients
-    moments = peak.moments(workload, layout, part, states, config.accumulation)
+    moments = peak_memory.moments(workload, layout, part, states, config.accumulation)
     cluster = _cluster_of(gpu, ranks, config.engine.precision)
     candidate = evaluate(workload, cluster, layout)
     rows = [
         Compared(
             "model states, bytes",
-            states.device + states.host + _across_the_border(config, workload, layout),
+            states.device + states.host + _boundary_gradients(config, workload, layout),
             max(m["state_bytes"]["total"] for m in measured),
         ),
         Compared(
             "peak beyond weights and moments",
-            max(moment.total for moment in moments) - early - peak.standing_bucket(workload, layout),
+            max(moment.total for moment in moments) - early - peak_memory.standing_bucket(workload, layout),
             max(sum(m["peak_bytes"].values()) for m in measured),
         ),
         Compared(
@@ -177,11 +177,12 @@ def _from_deepspeed_file(name: str | None) -> dict[str, Any]:
     }
 
 
-def _across_the_border(config: Config, workload: Workload, layout: Layout) -> float:
-    """Return the gradients that ZeRO's stages 1 and 2 hold on both sides of a border between two ranks' shares.
+def _boundary_gradients(config: Config, workload: Workload, layout: Layout) -> float:
+    """Return the gradients that ZeRO's stages 1 and 2 hold on both sides of a boundary between two ranks' shares.
 
-    A tensor across the border is held in full on both ranks (:func:`tutorial_lib.theory.memory.reduced_gradients`).
-    This is negligible in a large model, and about one per cent in a model of four layers.
+    A tensor that crosses the boundary is held in full on both ranks
+    (:func:`tutorial_lib.theory.memory.reduced_gradients`). This is negligible in a large model, and about one per cent
+    in a model of four layers.
     """
     is_reduced = layout.zero_stage == 2 or (layout.zero_stage == 1 and config.accumulation == 1)
     if layout.strategy or not is_reduced or layout.tp > 1 or layout.offload != "none":

@@ -1,7 +1,7 @@
 """Dimensions of the model to plan: a public model by name or size, a Hugging Face configuration, or just a size.
 
 Public models need neither the network nor PyTorch. For a configuration of an unknown family, the parameters are counted
-on a model that is built on the meta device: code and shapes, without memory.
+on a model that is built on the meta device: structure and shapes, without memory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Found:
         num_params: Psi.
         source: origin of the dimensions, in words.
         name: its name for ``train``.
-        random_init: it has no weights, so ``train`` needs ``--random-init``.
+        random_init: whether it has no weights, so that ``train`` needs ``--random-init``.
     """
 
     dimensions: Dimensions

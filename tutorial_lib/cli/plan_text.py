@@ -12,7 +12,7 @@ from tutorial_lib.theory.reasons import OFFLOAD_WARNING
 from tutorial_lib.theory.remedies import Remedy
 
 ROWS = 12
-"""Rows of the table that fit; of those that do not, half as many."""
+"""Number of table rows for layouts that fit; layouts that do not fit get half as many."""
 
 LEFT_OUT = (
     "Left out: fragmentation, CUDA's and NCCL's own memory (--headroom stands for them), latency of collectives and of "
@@ -39,7 +39,7 @@ class Answer:
         cluster: the devices.
         engine: the engine.
         gpu: name of the preset, if one was given.
-        plausible: fields of the preset that nobody has measured.
+        plausible: fields of the preset that are not measured.
         model: name of the model for ``train``.
         random_init: whether ``train`` starts from random weights.
         source: origin of the dimensions.
@@ -66,9 +66,9 @@ class Answer:
 def write(answer: Answer, *, rows: int = ROWS) -> str:
     """Return the complete text; no line of the table is longer than 100 columns."""
     best = answer.candidates[0]
-    lines = [*_assumed(answer), "", f"{'GB per GPU':>44}{'GB sent/step':>18}{'per GPU':>10}", _HEADER]
+    lines = [*_assumptions(answer), "", f"{'GB per GPU':>44}{'GB sent/step':>18}{'per GPU':>10}", _HEADER]
     lines += [*_table(answer, rows), ""]
-    lines += _best(answer) if best.fits else _nothing(answer)
+    lines += _best(answer) if best.fits else _nothing_fits(answer)
     return "\n".join([*lines, "", *textwrap.wrap(LEFT_OUT, 100)])
 
 
@@ -84,7 +84,7 @@ def describe(candidate: Candidate) -> str:
     return text
 
 
-def _assumed(answer: Answer) -> list[str]:
+def _assumptions(answer: Answer) -> list[str]:
     work, machine = answer.workload, answer.cluster
     dims = work.dimensions
     of = f"{answer.gpu} GPUs" if answer.gpu else "GPUs"
@@ -215,8 +215,8 @@ def _how_much_slower(one: Candidate, best: Candidate) -> str:
     return f"{percent:,} % slower" if percent > 0 else f"{-percent} % faster, which counts as a tie"
 
 
-def _nothing(answer: Answer) -> list[str]:
-    hopeless = "This planner knows no change after which it would: fewer parameters, or shorter sequences."
+def _nothing_fits(answer: Answer) -> list[str]:
+    hopeless = "No change that this planner knows would help. Try fewer parameters, or shorter sequences."
     lines = [
         "Nothing fits. What would, each tried, the fastest first:" if answer.advice else f"Nothing fits. {hopeless}"
     ]

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from tutorial_lib.cli.options import DONE, add_setting, given
-from tutorial_lib.cli.slurm import add_places, cpus_per_rank, nodes_and_ranks, with_sizes
+from tutorial_lib.cli.slurm import add_dp, add_node_options, cpus_per_rank, nodes_and_ranks
 from tutorial_lib.config import PROFILES, Config, settings
 
 _FORMATS = ("cluster-yaml", "rayjob")
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "nodes. dp follows from nodes, GPUs and tp. On a Ray cluster that is already running, set RAY_ADDRESS and use "
         "`train --launcher ray`."
     )
-    add_places(parser)
+    add_node_options(parser)
     parser.add_argument("--format", choices=_FORMATS, required=True, help="what to write")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the manifest there instead of printing it")
     parser.add_argument("--profile", default="cluster", help=f"where it runs: {', '.join(PROFILES)} (default: cluster)")
@@ -37,7 +37,7 @@ def main(options: argparse.Namespace) -> int:
     stated = given(options)
     number, ranks = nodes_and_ranks(options, stated)
     nodes = Nodes(number=number, ranks_per_node=ranks, cpus_per_rank=cpus_per_rank(options, stated))
-    config = Config.create(options.profile, **with_sizes({"launcher": "ray", **stated}, nodes.world_size))
+    config = Config.create(options.profile, **add_dp({"launcher": "ray", **stated}, nodes.world_size))
     command = shlex.join(["python", "-m", "tutorial_lib", *sys.argv[1:]])
     text = write_manifest(config, nodes, options.format, options.profile, command)
     if options.output:

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from tutorial_lib.cli.options import DONE, STOPPED, add_setting, given, stdout_for_json_alone
+from tutorial_lib.cli.options import DONE, STOPPED, add_setting, given, reserve_stdout_for_json
 from tutorial_lib.cli.train import summary
 from tutorial_lib.config import PROFILES, Config, ConfigError, settings
 from tutorial_lib.config.workshop import parse_experiment
@@ -24,14 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Write a SLURM batch script that trains on several nodes, saves and requeues itself before its time limit, "
         "and resumes. dp follows from nodes, GPUs and tp."
     )
-    add_places(parser)
+    add_node_options(parser)
     parser.add_argument("--time", default="01:00:00", metavar="LIMIT", help="time limit (default: 01:00:00)")
     parser.add_argument(
         "--grace", type=int, default=120, metavar="SECONDS",
         help="ask the run to save this long before the time limit (default: 120)",
     )  # fmt: skip
-    parser.add_argument("--partition", metavar="NAME", help="queue to wait in")
-    parser.add_argument("--account", metavar="NAME", help="whom to charge")
+    parser.add_argument("--partition", metavar="NAME", help="partition (queue) to submit to")
+    parser.add_argument("--account", metavar="NAME", help="account to charge")
     parser.add_argument(
         "--requeue",
         action=argparse.BooleanOptionalAction,
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add_setting(parser, setting)
 
 
-def add_places(parser: argparse.ArgumentParser) -> None:
+def add_node_options(parser: argparse.ArgumentParser) -> None:
     """Add the options for the number of nodes, and of processes on each."""
     parser.add_argument("--nodes", type=int, metavar="N", help="nodes (default: 1)")
     parser.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs, and therefore processes, on each node")
@@ -81,7 +81,7 @@ def main(options: argparse.Namespace) -> int:
         partition=options.partition,
         account=options.account,
     )
-    config = Config.create(options.profile, **with_sizes({"launcher": "none", **stated}, allocation.world_size))
+    config = Config.create(options.profile, **add_dp({"launcher": "none", **stated}, allocation.world_size))
     script = write_script(
         config, allocation, options.profile, shlex.join(["python", "-m", "tutorial_lib", *sys.argv[1:]])
     )
@@ -103,7 +103,7 @@ def _submit(config: Config, script: str, as_json: bool) -> int:
     from tutorial_lib.launch.slurm import submit_and_follow
 
     shown = None if as_json else progress(config.run.stop_after or config.run.steps, title=config.run.name)
-    with shown or nullcontext(), stdout_for_json_alone(as_json):
+    with shown or nullcontext(), reserve_stdout_for_json(as_json):
         try:
             run = submit_and_follow(script, config, on_rows=shown.on_rows if shown else None)
         except launch.Interrupted as interrupted:
@@ -130,7 +130,7 @@ def nodes_and_ranks(options: argparse.Namespace, stated: dict[str, Any]) -> tupl
     own, other = ("gpus_per_node", "ranks_per_node") if device == "cuda" else ("ranks_per_node", "gpus_per_node")
     flag, wrong = (f"--{name.replace('_', '-')}" for name in (own, other))
     if getattr(options, other) is not None:
-        raise ConfigError(f"{wrong} does not go with device={device!r}. Write {flag}.")
+        raise ConfigError(f"{wrong} cannot be used with device={device!r}. Write {flag}.")
     if options.experiment is None:
         if getattr(options, own) is None:
             raise ConfigError(f"How many processes does each node run? Write {flag} N, or --experiment NAME.")
@@ -140,14 +140,14 @@ def nodes_and_ranks(options: argparse.Namespace, stated: dict[str, Any]) -> tupl
     for name in ("nodes", own, *experiment.settings):
         if decided.get(name) is not None:
             raise ConfigError(
-                f"Experiment {options.experiment} decides --{name.replace('_', '-')} itself. Leave one of them out."
+                f"Experiment {options.experiment} sets --{name.replace('_', '-')} itself. Leave one of them out."
             )
     stated.update({"name": options.experiment} | experiment.settings | stated)
     return experiment.nodes, experiment.gpus_per_node
 
 
-def with_sizes(stated: dict[str, Any], world_size: int) -> dict[str, Any]:
-    """Add to a run's settings the sizes that follow from the number of processes."""
+def add_dp(stated: dict[str, Any], world_size: int) -> dict[str, Any]:
+    """Add ``dp``, which follows from the number of processes, to a run's settings."""
     tp = stated.get("tp", 1)
     dp = stated.get("dp", world_size // tp if isinstance(tp, int) and tp > 0 else 1) or 1
     return {**stated, "dp": dp}

@@ -15,8 +15,8 @@ from tutorial_lib.cli.options import (
     add_model_config,
     add_setting,
     given,
+    reserve_stdout_for_json,
     shape_in_words,
-    stdout_for_json_alone,
 )
 from tutorial_lib.config import PROFILES, Config, settings
 
@@ -49,7 +49,7 @@ def main(options: argparse.Namespace) -> int:
         from tutorial_lib.mpu import Topology
 
         print(Topology(config.parallel.dp, config.parallel.tp, rank=0).drawing(), file=sys.stderr)
-    with shown or nullcontext(), stdout_for_json_alone(options.json):
+    with shown or nullcontext(), reserve_stdout_for_json(options.json):
         try:
             run = launch.run(config, on_rows=shown.on_rows if shown else None)
         except launch.Interrupted as interrupted:
@@ -61,7 +61,7 @@ def main(options: argparse.Namespace) -> int:
         print(json.dumps(run.result) if options.json else summary(run))
     if run.result["status"] != "stopped":
         return DONE
-    # torchrun treats any other exit code of a worker as a failure; result.json says that the run is not finished.
+    # torchrun treats any other exit code as a failed worker; result.json says that the run is not finished.
     return DONE if is_under_torchrun(config) else STOPPED
 
 
@@ -111,10 +111,10 @@ def _engine(config: Config) -> str:
 
 
 def _by_epoch(losses: list[dict[str, Any]]) -> str:
-    def beside(each: dict[str, Any]) -> str:
+    def over_all_tokens(each: dict[str, Any]) -> str:
         return f" ({each['all_tokens']:.4f} over all tokens)" if "all_tokens" in each else ""
 
-    return ", ".join(f"{each['epoch']:g}: {each['loss']:.4f}{beside(each)}" for each in losses)
+    return ", ".join(f"{each['epoch']:g}: {each['loss']:.4f}{over_all_tokens(each)}" for each in losses)
 
 
 def _lost_rows(split: dict[str, Any]) -> str:

@@ -78,7 +78,7 @@ class Config:
         """
         if profile not in PROFILES:
             raise ConfigError(f"profile {profile!r} is not known. Write one of: {', '.join(PROFILES)}.")
-        return _stated(_build(PROFILE_VALUES[profile] | flat, base=None), flat)
+        return _mark_given(_build(PROFILE_VALUES[profile] | flat, base=None), flat)
 
     def override(self, **flat: Any) -> Config:
         """Return a copy with some settings replaced, named as on the command line.
@@ -86,10 +86,10 @@ class Config:
         Raises:
             ConfigError: unknown settings, or a combination that cannot run.
         """
-        return _stated(_build(flat, base=self), flat)
+        return _mark_given(_build(flat, base=self), flat)
 
     def replaced(self, **flat: Any) -> Config:
-        """Return a copy with derived settings replaced: values that follow from others, and that no caller gave."""
+        """Return a copy with derived settings replaced: values that follow from others, not given by a caller."""
         return _build(flat, base=self)
 
     @property
@@ -179,7 +179,7 @@ def _build(flat: dict[str, Any], base: Config | None) -> Config:
     )
 
 
-def _stated(config: Config, flat: dict[str, Any]) -> Config:
+def _mark_given(config: Config, flat: dict[str, Any]) -> Config:
     """Mark settings as given by the caller, and refuse those that this configuration would not use as given."""
     config = dataclasses.replace(config, given=config.given | flat.keys())
     check_used(config, {name: settings()[name] for name in flat})

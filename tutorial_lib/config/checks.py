@@ -45,7 +45,7 @@ def validate(config: Config, settings: Mapping[str, Setting]) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", run.name):
         raise ConfigError(
             f"Run name {run.name!r} cannot be a directory name. Use only letters, digits, '.', '_' and '-', "
-            "starting with a letter or digit, at most 200; directories go into storage."
+            "at most 200, starting with a letter or digit. A path to a directory goes into storage."
         )
     has_zero = engine.name == "deepspeed" or (engine.name == "trainer" and engine.deepspeed_file is not None)
     if has_zero and engine.offload == "all" and engine.zero_stage != 3:
@@ -80,13 +80,13 @@ def validate(config: Config, settings: Mapping[str, Setting]) -> None:
     if engine.loss_chunks > 1 and parallel.tp > 1:
         raise ConfigError(
             f"loss_chunks={engine.loss_chunks} computes the loss inside the output layer, which tp={parallel.tp} "
-            "splits, so that each rank would see a part of the vocabulary. Leave loss_chunks out, or write tp=1."
+            "splits, so that each rank would see only part of the vocabulary. Leave loss_chunks out, or write tp=1."
         )
     _check_fsdp(engine, parallel)
     _check_shard_at_load(config)
     _check_batch_sizes(config)
     if run.stop_after is not None and run.steps is not None and run.stop_after > run.steps:
-        raise ConfigError(f"stop_after={run.stop_after} lies beyond the last step, steps={run.steps}.")
+        raise ConfigError(f"stop_after={run.stop_after} is past the last step, steps={run.steps}.")
     if run.keep_best and not run.evaluate:
         raise ConfigError("keep_best=True compares evaluation losses: write evaluate=True, or keep_best=False.")
     every = run.evaluate_every
@@ -132,7 +132,7 @@ def check_path(flag: str, name: str) -> None:
     longest = max(map(len, encoded.split(b"/")))
     shown = name if len(name) <= 60 else f"{name[:40]} ..."
     if "\0" in name:
-        raise ConfigError(f"{flag} is {shown!r}, which holds a zero byte. Write the name without it.")
+        raise ConfigError(f"{flag} is {shown!r}, which contains a zero byte. Write the name without it.")
     if longest > _LONGEST_NAME or len(encoded) > _LONGEST_PATH:
         raise ConfigError(
             f"{flag} is {shown!r}, {len(encoded)} bytes long. A path has at most {_LONGEST_PATH}, and each name in it "
@@ -141,7 +141,7 @@ def check_path(flag: str, name: str) -> None:
 
 
 def check_used(config: Config, stated: Mapping[str, Setting], *, is_resolved: bool = False) -> None:
-    """Refuse settings that the caller gave and that this run would ignore. An unused default is no error.
+    """Refuse settings that the caller gave and that this run would ignore. An unused default is not an error.
 
     Args:
         config: what to run.
@@ -240,7 +240,7 @@ def _check_fsdp(engine: EngineConfig, parallel: ParallelConfig) -> None:
         )
     if engine.sharding == "no_shard" and parallel.tp > 1:
         raise ConfigError(
-            f"sharding='no_shard' (DDP) does not go with tp={parallel.tp}: write tp=1, or sharding='full_shard'."
+            f"sharding='no_shard' (DDP) cannot be combined with tp={parallel.tp}: write tp=1, or sharding='full_shard'."
         )
     if engine.sharding == "no_shard" and engine.wrap != "layer":
         raise ConfigError("sharding='no_shard' (DDP) gathers nothing: leave wrap out, or write sharding='full_shard'.")
@@ -258,7 +258,7 @@ def _check_shard_size(engine: EngineConfig, dp: int) -> None:
     possible = [size for size in range(2, dp) if dp % size == 0]
     if not possible:
         raise ConfigError(
-            f"sharding='hybrid_shard' splits dp={dp} ranks into groups that share one copy, and {dp} cannot be split. "
+            f"sharding='hybrid_shard' splits dp={dp} ranks into groups that share one copy, but {dp} cannot be split. "
             "Write sharding='full_shard', or a dp such as 4."
         )
     if engine.shard_size not in possible:
@@ -297,14 +297,14 @@ def _check_shard_at_load(config: Config) -> None:
             "random model once and write its directory as the model, or leave one of the two out."
         )
     if engine.precision == "fp16":
-        raise ConfigError("shard_at_load=True runs in fp32 and bf16; fp16 is not tried. Write precision='bf16'.")
+        raise ConfigError("shard_at_load=True runs in fp32 and bf16; fp16 is untested. Write precision='bf16'.")
     needs_resume = {"checkpoint_every": run.checkpoint_every, "stop_after": run.stop_after,
                     "max_failures": run.max_failures, "keep_best": run.keep_best}  # fmt: skip
     if asked := [f"{name}={value}" for name, value in needs_resume.items() if value]:
         raise ConfigError(
-            f"shard_at_load=True does not go with {asked[0]}, because this run could not be resumed. {NO_RESUME}: one "
-            f"is written at the end. Leave {asked[0]} out, or write a DeepSpeed file (deepspeed='zero3') instead of "
-            "shard_at_load."
+            f"shard_at_load=True cannot be combined with {asked[0]}, because this run could not be resumed. "
+            f"{NO_RESUME}, and is written at the end. Leave {asked[0]} out, or write a DeepSpeed file "
+            "(deepspeed='zero3') instead of shard_at_load."
         )
 
 

@@ -17,8 +17,8 @@ class ConfigError(ValueError):
 Resume = Literal["fixed", "free", "one start"]
 """Rule for changing a setting on resume: never; freely; or freely because it describes a single start of the run.
 
-A free setting leaves the next update the same, up to the order in which numbers are added, and up to dropout's random
-numbers if the number of ranks changes."""
+Changing a free setting does not change the next update, except for rounding (the order in which numbers are added) and,
+if the number of ranks changes, dropout's random numbers."""
 
 ENGINES = ("deepspeed", "fsdp", "torch", "trainer")
 
@@ -128,7 +128,7 @@ class EngineConfig:
     sharding: str = _setting(
         "full_shard",
         "fsdp: full_shard, shard_grad_op (parameters stay gathered until backward ends), hybrid_shard (sharded over "
-        "shard_size ranks, copied over the others) or no_shard (DDP)",
+        "shard_size ranks, replicated over the others) or no_shard (DDP)",
         engines=("fsdp",),
         resume="free",
     )
@@ -141,7 +141,7 @@ class EngineConfig:
     )
     wrap: str = _setting(
         "layer",
-        "fsdp: what is gathered at once: one layer, or the whole model (root)",
+        "fsdp: what one all-gather collects: one layer, or the full model (root)",
         choices=("layer", "root"),
         engines=("fsdp",),
         resume="free",
@@ -187,7 +187,7 @@ class EngineConfig:
     )
     loss_chunks: int = _setting(
         1,
-        "compute output layer and loss in this many pieces, so that a micro-batch's logits never exist all at once",
+        "compute output layer and loss in this many chunks, so that a micro-batch's logits never exist all at once",
         at_least=1,
         engines=_OWN_LOOP,
         resume="free",
@@ -211,7 +211,7 @@ class EngineConfig:
     )
 
     def __post_init__(self) -> None:
-        # FSDP1, and most of what has been written about it, spells these in upper case.
+        # FSDP1, and most articles about it, spell these in upper case.
         if isinstance(self.sharding, str):
             object.__setattr__(self, "sharding", self.sharding.lower())
 
@@ -247,7 +247,7 @@ class RunConfig:
     storage: str = _setting("runs", "directory that every rank can write to", resume="free")
     launcher: str = _setting(
         "local",
-        "local: start processes here; ray: Ray Train; none: be the rank that torchrun's environment variables describe",
+        "local: start processes here; ray: Ray Train; none: run as the rank given by torchrun's environment variables",
         choices=("local", "ray", "none"),
         resume="free",
     )
@@ -259,7 +259,7 @@ class RunConfig:
     )
     seed: int = _setting(
         0,
-        "seed of the data order, of dropout, and of random weights",
+        "seed for the data order, dropout and random weights",
         at_least=0,
         at_most=2**32 - 1,  # the largest that every random-number generator accepts
     )
@@ -289,7 +289,7 @@ class RunConfig:
     )
     resource_timeout: int = _setting(
         300,
-        "launcher='ray': give up, and name what is missing, after waiting this many seconds for room in the cluster",
+        "launcher='ray': seconds to wait for free resources in the cluster; then give up, and name what is missing",
         at_least=1,
         resume="free",
     )

@@ -1,4 +1,4 @@
-"""Malformed CSV files that pandas misreads: rows of different lengths, other separators, unclosed quotes."""
+"""Malformed CSV files that pandas misreads: rows of different lengths, unusual separators, unclosed quotes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open
 def looks_misread(columns: list[str]) -> bool:
     """Return whether these columns look like a CSV file that pandas misread without an error.
 
-    If rows have more fields than the first line, pandas takes the first fields as an index. It takes a line with other
+    If rows have more fields than the first line, pandas takes the first fields as an index. It reads a line with other
     separators as a single name, and renames the second of two columns with the same name.
     """
     as_one_name = len(columns) == 1 and any(separator in columns[0] for separator in _SEPARATORS)
@@ -54,7 +54,7 @@ def csv_problem(path: Path) -> str | None:
         except csv.Error as error:
             if "unexpected end of data" in str(error):
                 return f'line {line}: a double quote is opened and never closed. Write a quote within a text twice: ""'
-            return None  # pandas takes what Python's reader does not, such as quotes in mid-field
+            return None  # pandas accepts some files that Python's reader rejects, such as with quotes in mid-field
         except UnicodeDecodeError:
             return None
     return None if header else "line 1: it is blank, but must name the columns"
@@ -74,7 +74,7 @@ def _header_problem(header: list[str]) -> str | None:
 
 @contextmanager
 def _long_fields() -> Iterator[None]:
-    """Let Python's CSV reader take fields of any length."""
+    """Make Python's CSV reader accept fields of any length."""
     before = csv.field_size_limit(sys.maxsize)
     try:
         yield

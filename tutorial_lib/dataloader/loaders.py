@@ -97,11 +97,10 @@ class TrainLoader:
     """The optimizer steps of one data-parallel rank, epoch after epoch, resumable after any of them.
 
     An epoch has :attr:`steps_per_epoch` full steps; the examples that do not fill another step are left out, different
-    ones in each epoch. torchdata's ``StatefulDataLoader`` keeps the position, including that of workers that read
-    ahead.
+    ones in each epoch. torchdata's ``StatefulDataLoader`` keeps the position, even if workers read ahead.
 
     Attributes:
-        num_steps: optimizer steps of the whole run.
+        num_steps: total number of optimizer steps of the run.
         last_step: the step at which this start of the run ends: the last one, or ``stop_after``.
         summary: summary of the training split's tokens.
     """
@@ -122,7 +121,7 @@ class TrainLoader:
                 batch_sampler=sampler,
                 collate_fn=collate,
                 num_workers=num_workers,
-                # Each iterator draws from it. With the global one, dropout would depend on how often a run was resumed.
+                # Each iterator draws from it. With the global one, dropout would depend on how often a run resumed.
                 generator=torch.Generator(),
             )
 
@@ -130,8 +129,8 @@ class TrainLoader:
         """Yield each optimizer step until :attr:`last_step`: its number, from 1, and this rank's micro-batches.
 
         Args:
-            start: how many steps are done already, as ``CheckpointManager.restore`` returns it; default: as many as
-                this loader has yielded.
+            start: number of steps already done, from ``CheckpointManager.restore``; default: the number that this
+                loader has yielded.
         """
         if start is not None and start != self._step:
             self._sampler.load_state_dict(self._sampler.state_dict() | {"step": start})
@@ -144,7 +143,7 @@ class TrainLoader:
             yield self._step, micro_batches
 
     def state_at(self, step: int) -> dict[str, Any]:
-        """Return the position after a step, which must be the one that was yielded last, as a checkpoint keeps it."""
+        """Return the position after a step, for a checkpoint. It must be the step that was yielded last."""
         if step != self._step:
             raise ValueError(f"This loader is at step {self._step}, so it cannot give the position after step {step}.")
         return self.state_dict()
@@ -154,10 +153,10 @@ class TrainLoader:
         return {"step": self._step, "loader": self._loader.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let :meth:`steps` continue from a saved position.
+        """Make :meth:`steps` continue from a saved position.
 
         Raises:
-            ConfigError: the position belongs to other data, another seed or another global batch.
+            ConfigError: the position belongs to different data, or to a different seed or global batch.
         """
         self._loader.load_state_dict(state["loader"])
         self._iterator = iter(self._loader)
@@ -185,18 +184,18 @@ class EpochLoader(DataLoader[Any]):
         super().__init__(examples, batch_sampler=self._epochs, collate_fn=collate_one, generator=torch.Generator())
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, from 0, that the next iteration goes through."""
+        """Choose the epoch, from 0, of the next iteration."""
         self._epochs.set_epoch(epoch)
 
     def state_at(self, step: int) -> dict[str, int]:
-        """Return the position after a step, as a checkpoint keeps it."""
+        """Return the position after a step, for a checkpoint."""
         return self._steps.state_dict() | {"step": step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Check that a saved position belongs to this order of examples.
 
         Raises:
-            ConfigError: it belongs to other data, another seed or another global batch.
+            ConfigError: it belongs to different data, or to a different seed or global batch.
         """
         self._steps.load_state_dict(state)
 
@@ -205,7 +204,7 @@ class EvalLoader:
     """Evaluation batches of one data-parallel rank; over all ranks, every example is in exactly one batch.
 
     Every rank yields the same number of batches, because ranks that share parameters (ZeRO stage 3) must compute in
-    lockstep. A rank with fewer batches repeats one with all labels set to -100, which does not count.
+    lockstep. A rank with fewer batches repeats one with all labels set to -100, which adds nothing to the loss.
     """
 
     def __init__(self, examples: Examples, collate: Collate, dp_rank: int, dp_size: int) -> None:
@@ -249,7 +248,7 @@ def check_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
 def data_identity(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Return digests of the tokens that a run trains and evaluates on: ``{"train": sha256, "eval": sha256}``.
 
-    A split that is tokenised already is neither tokenised nor read again: its digest is saved beside it.
+    A split that is already tokenised is not read again: its digest is saved next to it.
 
     Raises:
         ConfigError: the data cannot be read.

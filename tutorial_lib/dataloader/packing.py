@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from tutorial_lib.dataloader.tokens import summary_of
 
 Document = tuple[NDArray[np.int32], int]
-"""Token ids, and the number of leading ones that are no target."""
+"""Token ids, and the number of leading ones that are not targets."""
 
 
 class Examples(Dataset[list[Document]]):
@@ -52,7 +52,7 @@ def pack(lengths: NDArray[np.integer[Any]], capacity: int) -> list[list[int]]:
     """Distribute documents over rows of ``capacity`` tokens without splitting any: best fit, longest first.
 
     Args:
-        lengths: tokens of each document, none more than ``capacity``.
+        lengths: tokens of each document, at most ``capacity``.
         capacity: tokens of a row.
 
     Returns:

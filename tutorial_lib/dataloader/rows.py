@@ -79,7 +79,7 @@ def _data_file(name: str) -> Path | None:
 def _check_one_format(name: str, source: str) -> None:
     """Refuse a directory with data files in several formats: ``datasets`` would read one format and drop the others.
 
-    JSON files beside another format are usually descriptions. A README can say which files are meant.
+    JSON files next to another format are usually descriptions. A README can say which files are meant.
     """
     directory = Path(source)
     if not directory.is_dir() or (directory / "README.md").is_file():
@@ -155,7 +155,7 @@ def _explain(name: str, split: str, error: Exception) -> str:
             f"Without a hub write {embedded}. ({text})"
         )
     if isinstance(error, datasets.exceptions.DatasetNotFoundError):
-        return f"The hub does not have the data set {name!r}, or does not show it to you. Write {embedded}. ({text})"
+        return f"The hub does not have the data set {name!r}, or you have no access to it. Write {embedded}. ({text})"
     if isinstance(error, FileNotFoundError) and error.errno is None:
         directory = Path(_source(name)[0])
         if directory.is_dir() and glob.has_magic(str(directory)):
@@ -173,8 +173,8 @@ def _explain(name: str, split: str, error: Exception) -> str:
         return f"Name the configuration of {name!r} that you want, after a colon: {name.split(':')[0]}:NAME. ({text})"
     if isinstance(error, OSError):
         return (
-            f"Data set {name!r} cannot be kept on disk: {error}. "
-            "Set HF_HOME to a directory that you can write to and that has space."
+            f"Data set {name!r} cannot be stored on disk: {error}. "
+            "Set HF_HOME to a directory that you can write to and that has space left."
         )
     return f"Data set {name!r} cannot be read: {_bad_file(name) or text or type(error).__name__}."
 

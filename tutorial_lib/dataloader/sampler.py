@@ -40,7 +40,7 @@ def epoch_order(
     order = random.permutation(num_examples)[: steps * global_batch]
     if lengths is None:
         return order.reshape(steps, global_batch)
-    # If a whole epoch were sorted at once, every epoch would consist of the same steps.
+    # If an entire epoch were sorted at once, every epoch would consist of the same steps.
     window = min(_GROUPED_STEPS, max(1, steps // 4)) * global_batch
     windows = [order[start : start + window] for start in range(0, len(order), window)]
     grouped = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in windows])
@@ -48,7 +48,7 @@ def epoch_order(
 
 
 class StepSampler(Sampler[list[int]]):
-    """A data-parallel rank's examples of each optimizer step, epoch after epoch without end.
+    """A data-parallel rank's examples of each optimizer step, for an endless series of epochs.
 
     The examples of a step are dealt out to the ranks like cards. If lengths matter they are sorted first, so that ranks
     get nearly equal token counts, and examples of similar length share a micro-batch. The state only counts steps, so
@@ -90,7 +90,7 @@ class StepSampler(Sampler[list[int]]):
         return self._order[1][step_in_epoch]
 
     def own_examples(self, step: int) -> list[int]:
-        """Return this rank's examples of a step: its hand of cards."""
+        """Return this rank's examples of a step."""
         mine: list[int] = self.examples(step)[self._dp_rank :: self._dp_size].tolist()
         return mine
 
@@ -133,7 +133,7 @@ class EpochSampler(Sampler[list[int]]):
         self._steps, self._micro_batch, self._epoch = steps, micro_batch, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, from 0, that the next iteration goes through."""
+        """Choose the epoch, from 0, of the next iteration."""
         self._epoch = epoch
 
     def __len__(self) -> int:

@@ -1,18 +1,19 @@
 """Tokenised documents, written to disk once per node and memory-mapped by every process.
 
-A *document* is one row after tokenising: its token ids, and the number of leading ones that are no target of the loss.
+A *document* is one row after tokenising: its token ids, and the number of leading ones that are not targets of the
+loss.
 
 ============================== ================================================ ===============================
 columns                        document                                         counted in the loss
 ============================== ================================================ ===============================
 ``text``                       text, EOS                                        all but the first token
 ``question, context, answers`` ``Question: q Context: c Answer: a``, EOS        answer and EOS
-``messages``                   the conversation by the chat template, EOS       all but the first token
-``content``                    as ``text``                                      all but the first token
+``messages``                   the conversation in the chat template, EOS       all but the first token
+``content``                    like ``text``                                    all but the first token
 ============================== ================================================ ===============================
 
-If a data set has columns of several kinds, the first kind in the table is read. An answer may be a text, a list of
-texts, or either of them with ``answer_start`` as in SQuAD; the first answer that is not blank counts.
+If a data set has columns of several kinds, the first kind in the table is read. An answer may be a string, a list of
+strings, or either of them with ``answer_start`` as in SQuAD; the first answer that is not blank is used.
 
 The first token is never counted, because nothing before it could predict it. In a conversation every turn counts, the
 user's as well as the assistant's. To learn only the answers, use ``question, context, answers``.
@@ -44,7 +45,7 @@ from tutorial_lib.embedded import cache_directory
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FORMAT = 2  # Raise it when the same row becomes a different document, so that older files are no longer read.
+_FORMAT = 2  # Raise it when the same row gives a different document, so that older files are no longer read.
 _SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("num_uncounted", pa.int32())])
 _QA_COLUMNS = ("question", "context", "answers")
 _READ_COLUMNS = ("text", "content", "messages", *_QA_COLUMNS)
@@ -54,7 +55,7 @@ logger = logging.getLogger(__name__)
 
 
 class Document(NamedTuple):
-    """Token ids, the number of leading ones that are no target, and whether tokens were cut to fit ``seq_length``."""
+    """Token ids, the number of leading ones that are not targets, and whether tokens were cut to fit ``seq_length``."""
 
     ids: list[int]
     num_uncounted: int
@@ -66,10 +67,10 @@ DocumentMaker = Callable[[dict[str, list[Any]]], Iterator[Document]]
 
 @dataclass(frozen=True, slots=True)
 class TokenSummary:
-    """Summary of tokenising a split, saved beside its documents.
+    """Summary of tokenising a split, saved next to its documents.
 
     Attributes:
-        sha256: digest of all documents in order: their tokens, their borders and which tokens are no targets.
+        sha256: digest of all documents in order: their tokens, their boundaries, and which tokens are not targets.
         num_rows: rows that were read.
         num_left_out: rows that gave no document.
         num_cut: documents that lost tokens because they were longer than ``seq_length``.
@@ -86,8 +87,8 @@ def tokenize_rows(
 ) -> datasets.Dataset:
     """Tokenise rows into documents: columns ``input_ids`` (2 to ``seq_length`` ids) and ``num_uncounted``.
 
-    The first process on a node that asks for them tokenises, while others wait for its lock; after that, everyone just
-    maps the Arrow file. Its name is a digest of everything that the documents depend on. Rows with nothing to learn are
+    The first process on a node that asks for them tokenises, while others wait for its lock; after that, all just map
+    the Arrow file. Its name is a digest of everything that the documents depend on. Rows with nothing to learn are
     left out: blank texts, questions without an answer, questions that fill ``seq_length`` together with their answer.
 
     Raises:
@@ -107,14 +108,14 @@ def tokenize_rows(
         raise ConfigError(f"A text of {name} is not UTF-8: {error}. Write the files again in UTF-8.") from error
     except OSError as error:
         raise ConfigError(
-            f"Tokenised rows cannot be kept in {directory}: {error}. "
+            f"Tokenised rows cannot be stored in {directory}: {error}. "
             "Set TUTORIAL_LIB_CACHE to a directory that you can write to and that has space."
         ) from error
     return datasets.Dataset.from_file(str(path))
 
 
 def summary_of(documents: datasets.Dataset) -> TokenSummary:
-    """Read the summary that :func:`tokenize_rows` wrote beside these documents."""
+    """Read the summary that :func:`tokenize_rows` wrote next to these documents."""
     (file,) = documents.cache_files
     return TokenSummary(**json.loads(Path(file["filename"]).with_suffix(".json").read_text()))
 
@@ -134,7 +135,7 @@ def _write(
     unfinished = path.with_suffix(".unfinished")
     num_documents = num_cut = 0
     read = rows.select_columns([column for column in rows.column_names if column in _READ_COLUMNS])  # no images
-    tokens, borders = hashlib.sha256(), hashlib.sha256()
+    tokens, boundaries = hashlib.sha256(), hashlib.sha256()
     with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
         for batch in read.iter(_ROWS_PER_BATCH):
             documents = [document for document in to_documents(batch) if len(document.ids) > 1]
@@ -145,7 +146,7 @@ def _write(
             writer.write_batch(written)
             tokens.update(written["input_ids"].flatten().to_numpy())
             for column in (written["input_ids"].value_lengths(), written["num_uncounted"]):
-                borders.update(column.to_numpy())
+                boundaries.update(column.to_numpy())
     left_out = len(rows) - num_documents
     if not num_documents:
         unfinished.unlink()
@@ -155,7 +156,7 @@ def _write(
         )
     if left_out:
         logger.warning("%s: %d of %d rows left out (blank, or too long to keep the answer)", name, left_out, len(rows))
-    sha256 = hashlib.sha256(tokens.digest() + borders.digest()).hexdigest()
+    sha256 = hashlib.sha256(tokens.digest() + boundaries.digest()).hexdigest()
     summary = TokenSummary(sha256, len(rows), left_out, num_cut)
     path.with_suffix(".json").write_text(json.dumps(asdict(summary)) + "\n")
     os.replace(unfinished, path)
@@ -202,7 +203,7 @@ def document_maker(
     described = ", ".join(f"{column} ({_describe_type(feature)})" for column, feature in columns.items())
     raise ConfigError(
         f"The columns of {name} are {described}. Needed are strings in 'text' or 'content'; or 'question', 'context' "
-        "and 'answers' as SQuAD has them: {'text': [...], 'answer_start': [...]}; or 'messages' of a conversation: "
+        "and 'answers' as in SQuAD: {'text': [...], 'answer_start': [...]}; or 'messages' of a conversation: "
         "[{'role': ..., 'content': ...}]. Rename or convert the columns, or choose another data set."
     )
 
@@ -212,7 +213,7 @@ def _is_text(feature: Any) -> bool:
 
 
 def _element(feature: Any) -> Any:
-    """Return the feature of a list's elements, or None if it is no list."""
+    """Return the feature of a list's elements, or None if it is not a list."""
     return feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
 
 
@@ -262,10 +263,10 @@ def _chat_documents(
 ) -> Iterator[Document]:
     try:
         texts: Any = [tokenizer.apply_chat_template(each, tokenize=False) for each in conversations if each]
-    except Exception as error:  # a template can refuse in its own words, or fail in its own code
+    except Exception as error:  # a template can raise an error of its own, or its code can fail
         raise ConfigError(
-            f"The tokenizer's chat template does not take a conversation of {name}: {error}. Change the data, or "
-            "choose a model with another template."
+            f"The tokenizer's chat template rejects a conversation of {name}: {error}. Change the data, or "
+            "choose a model with a different template."
         ) from error
     # The template writes the special tokens itself, and may end its text with a newline.
     return _text_documents([text.rstrip() for text in texts], tokenizer, seq_length, add_special_tokens=False)
@@ -287,7 +288,7 @@ def _first_answer(answers: Any) -> tuple[str, int]:
 
 
 def _position(start: Any) -> int:
-    """Return ``answer_start`` as an integer, even if the file has it as ``"12"`` or ``12.0``; -1 if it is no number."""
+    """Return ``answer_start`` as an integer, even if the file has ``"12"`` or ``12.0``; -1 if it is not a number."""
     try:
         return int(start)
     except (TypeError, ValueError, OverflowError):
@@ -295,7 +296,7 @@ def _position(start: Any) -> int:
 
 
 def gold_answers(answers: Any) -> list[str]:
-    """Return all answers that are not blank, in any of the forms that a data set may have them in."""
+    """Return all answers that are not blank, in any form that a data set may have."""
     if isinstance(answers, Mapping):
         return gold_answers(answers["text"])
     if isinstance(answers, str):
@@ -376,7 +377,7 @@ def _cut_context(
     Args:
         ids: tokens of the prompt and the answer.
         offsets: the characters of each token: the first, and one past the last.
-        span: positions in characters: the start of the context (with the blank before it), the end of the answer within
+        span: positions in characters: the start of the context (with the space before it), the end of the answer within
             it, the end of the context, and the end of the prompt.
         excess: number of tokens to remove.
     """

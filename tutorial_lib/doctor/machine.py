@@ -1,7 +1,7 @@
 """Facts about this machine: cores, memory, GPUs, compiler, packages.
 
-This imports nothing heavy: package versions come from their metadata, GPUs from the driver, and torch is only asked if
-the driver reports a GPU. Launchers also use this module, to find out how many processes fit.
+This imports nothing heavy: package versions come from their metadata, GPUs from the driver, and torch is imported only
+if the driver reports a GPU. Launchers also use this module, to find out how many processes fit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OPERATORS = ("deepspeed_shm_comm", "cpu_adam")
 """Operators that DeepSpeed compiles for a CPU: every start needs the first one, optimizer offload the second."""
 
 MEMORY_TO_START_GB = 0.45
-"""Memory of a worker process before it has a model, that is, of its imports."""
+"""Memory that a worker process needs for its imports, before it builds a model."""
 
 STALE_LOCK_SECONDS = 600
 GB = 1e9
@@ -93,7 +93,7 @@ def find_gpus() -> tuple[tuple[Gpu, ...], str | None]:
         import pynvml
 
         pynvml.nvmlInit()
-    except Exception:  # no module, no library, no driver: all the same to the reader
+    except Exception:  # no module, no library or no driver: the advice is the same
         return (), "no NVIDIA driver answers here. Use --profile cpu, or a machine with a GPU"
     handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
     seen = [(pynvml.nvmlDeviceGetName(h), pynvml.nvmlDeviceGetMemoryInfo(h).total / GB) for h in handles]
@@ -108,21 +108,21 @@ def find_gpus() -> tuple[tuple[Gpu, ...], str | None]:
     if not torch.cuda.is_available():
         if torch.version.cuda is None:
             return by_driver, (
-                f"torch {torch.__version__} is the build without CUDA. Install the one with: "
+                f"torch {torch.__version__} is a build without CUDA. Install one with CUDA: "
                 f"pip install --force-reinstall torch=={torch.__version__.split('+')[0]} from an index that has it"
             )
         return by_driver, (
-            f"torch is built for CUDA {torch.version.cuda} and cannot use this driver or these devices. "
-            "Update the driver, or look at CUDA_VISIBLE_DEVICES"
+            f"torch is built for CUDA {torch.version.cuda}, but cannot use this driver or these GPUs. "
+            "Update the driver, or check CUDA_VISIBLE_DEVICES"
         )
-    # Emulated bf16 is slow, and would hide that the GPU has no bf16 arithmetic.
+    # Leave out emulated bf16: it is slow, and would hide that the GPU has no native bf16.
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return tuple(Gpu(d.name, d.total_memory / GB, f"{d.major}.{d.minor}", bf16) for d in devices), None
 
 
 def search_path() -> str:
-    """Return PATH with this interpreter's own scripts first, as in its activated environment."""
+    """Return PATH with this interpreter's own scripts first, as if its environment were activated."""
     return os.pathsep.join((str(Path(sys.prefix) / "bin"), os.environ.get("PATH", os.defpath)))
 
 
@@ -140,7 +140,7 @@ def find_compiler() -> str | None:
 
 def operator_states() -> dict[str, str]:
     """Return the state of each operator: ``compiled``, ``not compiled``, or ``locked`` by an unfinished build."""
-    compiled = _operators_in_the_package()
+    compiled = _prebuilt_operators()
     cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
     states = {}
     for name in OPERATORS:
@@ -152,7 +152,7 @@ def operator_states() -> dict[str, str]:
     return states
 
 
-def _operators_in_the_package() -> dict[str, Any]:
+def _prebuilt_operators() -> dict[str, Any]:
     # Read the record of DeepSpeed's installation without importing it, because importing DeepSpeed imports torch.
     found = util.find_spec("deepspeed")
     record = Path(found.origin).with_name("git_version_info_installed.py") if found and found.origin else None

@@ -14,9 +14,9 @@ from tutorial_lib.config import Config
 from tutorial_lib.doctor.machine import Gpu, Package
 
 MEMORY_PER_WORKER_GB = 1.0
-"""Memory per worker: with torch, DeepSpeed, Ray and a tiny model it needs about 0.7 GB; this leaves some room."""
+"""Memory per worker. With torch, DeepSpeed, Ray and a tiny model it needs about 0.7 GB; the rest is headroom."""
 
-MEMORY_BESIDES_GB = 2.0
+MEMORY_OVERHEAD_GB = 2.0
 """Memory of the notebook or shell that starts the run, and of Ray's own processes."""
 
 SHM_FOR_RAY_GB = 0.5
@@ -63,14 +63,14 @@ class Report:
 
 def judge(machine: Report, config: Config) -> Verdict:
     """Judge whether ``config`` can run on ``machine``; ``machine.profiles`` is ignored."""
-    problems = list(_everywhere(machine))
+    problems = list(_common_problems(machine))
     notes: list[str] = []
     if config.run.device == "cuda":
         gpu_problems = list(_gpu_problems(machine, config))
         if gpu_problems and config.run.launcher == "none" and machine.scheduler:
             notes.append(
-                f"{machine.scheduler} can start jobs on nodes with GPUs; this node need not have any. "
-                "Look at one of those: srun --gpus 1 python -m tutorial_lib doctor"
+                f"{machine.scheduler} can start jobs on nodes with GPUs; this node does not need one. "
+                "Check a node with a GPU: srun --gpus 1 python -m tutorial_lib doctor"
                 + ("; write a job with python -m tutorial_lib slurm" if machine.scheduler == "SLURM" else "")
             )
         else:
@@ -79,7 +79,7 @@ def judge(machine: Report, config: Config) -> Verdict:
         problems += _cpu_problems(machine, config)
     if config.run.launcher == "none" and not machine.scheduler:
         notes.append(
-            "there is no scheduler and no torchrun here: start it with "
+            "neither a scheduler nor torchrun starts the ranks here. Start them with "
             f"python -m torch.distributed.run --nproc_per_node {max(1, len(machine.gpus))} -m tutorial_lib train "
             f"--profile cluster --dp {max(1, len(machine.gpus))}"
         )
@@ -97,7 +97,7 @@ def judge(machine: Report, config: Config) -> Verdict:
     return Verdict(not problems, tuple(problems), tuple(notes) if not problems else ())
 
 
-def _everywhere(machine: Report) -> Iterator[str]:
+def _common_problems(machine: Report) -> Iterator[str]:
     absent = [name for name, package in machine.packages.items() if package.version is None]
     if absent:
         yield f"not installed: {', '.join(absent)}. Run make setup, or pip install -e '.[dev]' -c constraints.txt"
@@ -115,7 +115,7 @@ def _cpu_problems(machine: Report, config: Config) -> Iterator[str]:
             f"DeepSpeed has to compile {' and '.join(uncompiled)}, but there is no C++ compiler with ninja. "
             "Install g++ (Debian: sudo apt-get install g++) and run make setup"
         )
-    if machine.memory_available_gb < (needed := workers * MEMORY_PER_WORKER_GB + MEMORY_BESIDES_GB):
+    if machine.memory_available_gb < (needed := workers * MEMORY_PER_WORKER_GB + MEMORY_OVERHEAD_GB):
         yield (
             f"{machine.memory_available_gb:.1f} GB of memory are free, and {workers} workers need about {needed:.0f}. "
             "Close other programs, or raise the container's limit"
@@ -129,10 +129,10 @@ def _gpu_problems(machine: Report, config: Config) -> Iterator[str]:
     # Our own launchers start all ranks here; with --launcher none, the ranks may be spread over several nodes.
     needed = config.parallel.world_size if config.run.launcher != "none" else 1
     if len(machine.gpus) < needed:
-        yield f"{len(machine.gpus)} GPUs here, {needed} wanted. Write --dp {len(machine.gpus)}"
+        yield f"{len(machine.gpus)} GPUs here, but {needed} needed. Write --dp {len(machine.gpus)}"
     without = [gpu.name for gpu in machine.gpus if gpu.bf16 is False]
     if config.engine.precision == "bf16" and without:
-        yield f"{without[0]} has no bf16 arithmetic of its own. Write --precision fp16 or fp32"
+        yield f"{without[0]} has no native bf16. Write --precision fp16 or fp32"
 
 
 def _operator_notes(machine: Report) -> Iterator[str]:
@@ -140,7 +140,7 @@ def _operator_notes(machine: Report) -> Iterator[str]:
         if state.startswith("locked"):
             yield f"{name}: {state}; if no build is running, a run will hang. Remove that file"
         elif state == "not compiled":
-            yield f"DeepSpeed compiles {name} at its first use (about a minute). make setup does it beforehand"
+            yield f"DeepSpeed compiles {name} on first use (about a minute). make setup does it in advance"
 
 
 def _table(report: Report) -> Iterator[str]:

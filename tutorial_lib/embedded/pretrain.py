@@ -36,7 +36,7 @@ SEED = 0
 HIDDEN, LAYERS, HEADS, LENGTH = 96, 4, 8, 512
 STEPS, PEAK_LEARNING_RATE, WARMUP = 1500, 6e-3, 100
 INITIALIZER_RANGE = 0.06
-"""The original 0.02 suits hidden sizes ten times ours; here it makes the loss 0.2 higher after 500 steps."""
+"""The original 0.02 suits hidden sizes ten times as large; here it makes the loss 0.2 higher after 500 steps."""
 
 SHAPES = ((8, 128), (8, 128), (8, 128), (2, 512))
 """Rows and columns of successive batches: mostly short rows, which are cheap; long ones to train every position."""
@@ -49,8 +49,8 @@ SAMPLE = (
 """Text written for this course: the loss on it identifies the weights."""
 
 
-def tokenizers_of(merged: Tokenizer) -> dict[str, PreTrainedTokenizerBase]:
-    """Return the three families' tokenizers over one vocabulary, with the original special tokens and word borders."""
+def build_tokenizers(merged: Tokenizer) -> dict[str, PreTrainedTokenizerBase]:
+    """Return three families' tokenizers over one vocabulary, with each family's special tokens and word boundaries."""
     state = json.loads(merged.to_str())["model"]
     vocab: dict[str, int] = state["vocab"]
     merges = [tuple(pair) for pair in state["merges"]]
@@ -98,8 +98,8 @@ def configurations(tokenizers: dict[str, PreTrainedTokenizerBase]) -> dict[str, 
     """Return the dimensions of the models and of GPT-2 small.
 
     Dropout is 0 everywhere, because the course compares runs on different numbers of ranks digit by digit, and two
-    ranks draw different random numbers than one. GPT-2's own default, 0.1, can be set in ``config.json``. Heads, hidden
-    sizes and the vocabulary are divisible by 4, so that 2 or 4 tensor-parallel ranks share them evenly.
+    ranks draw other random numbers than a single one. GPT-2's own default, 0.1, can be set in ``config.json``. Heads,
+    hidden sizes and the vocabulary are divisible by 4, so that 2 or 4 tensor-parallel ranks share them evenly.
     """
     gpt2, qwen2, bloom = (tokenizers[name] for name in MODEL_NAMES)
     shared = {"vocab_size": VOCAB_SIZE, "initializer_range": INITIALIZER_RANGE}
@@ -168,7 +168,7 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def pretrain(config: Any, tokenizer: PreTrainedTokenizerBase, steps: int) -> tuple[Any, dict[str, Any]]:
-    """Train one model from seeded random weights, and return it with the summary that is committed beside it."""
+    """Train one model from seeded random weights, and return it with the summary that is committed along with it."""
     started = time.perf_counter()
     train, validation = token_stream(tokenizer, "train"), token_stream(tokenizer, "validation")
     torch.manual_seed(SEED)
@@ -208,7 +208,7 @@ def pretrain(config: Any, tokenizer: PreTrainedTokenizerBase, steps: int) -> tup
 
 @torch.no_grad()
 def sample_loss(model: Any, tokenizer: PreTrainedTokenizerBase) -> float:
-    """Return the mean next-token loss on ``SAMPLE``, which tells whether weights match the summary beside them."""
+    """Return the mean next-token loss on ``SAMPLE``, which shows whether weights match their summary."""
     ids = torch.tensor([tokenizer(SAMPLE)["input_ids"]])
     return float(model.eval()(input_ids=ids, labels=ids, use_cache=False).loss)
 
@@ -223,15 +223,15 @@ def save(directory: Path, model: Any, tokenizer: PreTrainedTokenizerBase, summar
 
 
 def main() -> None:
-    """Build everything, or with ``--steps`` a quicker, worse version."""
+    """Build everything; fewer ``--steps`` are quicker but give worse models."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps per model (default: {STEPS})")
     parser.add_argument("--only", choices=MODEL_NAMES, help="pretrain only this model")
     arguments = parser.parse_args()
 
-    # A single thread always adds up in the same order, so the result does not depend on the number of cores.
+    # A single thread always adds in the same order, so the result does not depend on the number of cores.
     torch.set_num_threads(1)
-    tokenizers = tokenizers_of(train_vocabulary())
+    tokenizers = build_tokenizers(train_vocabulary())
     settings = configurations(tokenizers)
     for name in [arguments.only] if arguments.only else MODEL_NAMES:
         print(name, flush=True)

@@ -7,8 +7,8 @@ import os
 import torch
 
 from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.engine.learning_rate import Schedule
 from tutorial_lib.engine.protocol import Engine
-from tutorial_lib.engine.schedule import Schedule
 from tutorial_lib.mpu import Topology
 from tutorial_lib.mpu.device import local_device
 from tutorial_lib.mpu.random_states import seed_everything
@@ -22,10 +22,10 @@ def build_engine(config: Config, topology: Topology, num_steps: int) -> Engine:
     Args:
         config: what to run.
         topology: this rank's place in the grid. With more than one rank the process group must exist.
-        num_steps: optimizer steps of the whole run, for the schedule: ``loader.num_steps``.
+        num_steps: total number of optimizer steps of the run, for the schedule: ``loader.num_steps``.
 
     Raises:
-        ConfigError: the values of its DeepSpeed file have not been applied to the configuration, or this rank has no
+        ConfigError: the values of the DeepSpeed file have not been applied to the configuration, or this rank has no
             GPU.
     """
     seed_everything(config.run.seed)  # every rank draws the same weights

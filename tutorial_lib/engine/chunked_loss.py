@@ -8,7 +8,7 @@ parameters. PyTorch's ``linear_cross_entropy`` computes the output layer, the lo
 tokens, then frees the chunk's logits. With ``loss_chunks=8``, only an eighth of them exist at a time.
 
 The output layer must have its full weight while it computes. ZeRO-3 and FSDP2 gather it like every layer, because the
-loss is computed inside its own ``forward``. Tensor parallelism splits it, and is refused.
+loss is computed inside its own ``forward``. Tensor parallelism would split it, so it is refused.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from tutorial_lib.config import ConfigError
 
-GivenBatch = Callable[[dict[str, Tensor]], AbstractContextManager[None]]
-"""Function from a batch to the context in which the model runs on it."""
+ContextForBatch = Callable[[dict[str, Tensor]], AbstractContextManager[None]]
+"""Function that takes a batch, and returns the context to run the model in."""
 
 
-def output_loss(model: Any, num_chunks: int) -> GivenBatch:
+def output_loss(model: Any, num_chunks: int) -> ContextForBatch:
     """Prepare a model's output layer for a chunked loss, if there is more than one chunk.
 
     Returns:
@@ -38,7 +38,7 @@ def output_loss(model: Any, num_chunks: int) -> GivenBatch:
     if num_chunks == 1:
         return lambda batch: nullcontext()
     chunked = ChunkedLoss(model, num_chunks)
-    return lambda batch: chunked.given(batch.get("labels"))
+    return lambda batch: chunked.with_labels(batch.get("labels"))
 
 
 class ChunkedLoss:
@@ -65,8 +65,8 @@ class ChunkedLoss:
         layer.forward = self._forward  # type: ignore[method-assign, assignment]
 
     @contextmanager
-    def given(self, labels_BS: Tensor | None) -> Iterator[None]:
-        """Let the output layer return the sum of losses while the block runs; with None it returns logits as usual."""
+    def with_labels(self, labels_BS: Tensor | None) -> Iterator[None]:
+        """Make the output layer return the sum of losses while the block runs; with None it returns logits as usual."""
         self._labels_BS = labels_BS
         try:
             yield
@@ -79,7 +79,7 @@ class ChunkedLoss:
         if self._labels_BS is None:
             return F.linear(hidden_BSH, weight_VH, bias_V)
         kind = hidden_BSH.device.type
-        if torch.is_autocast_enabled(kind):  # the operator below does not know of it
+        if torch.is_autocast_enabled(kind):  # the operator below ignores autocast
             dtype = torch.get_autocast_dtype(kind)
             hidden_BSH, weight_VH = hidden_BSH.to(dtype), weight_VH.to(dtype)
             bias_V = None if bias_V is None else bias_V.to(dtype)

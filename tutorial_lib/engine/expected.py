@@ -1,6 +1,6 @@
 """Expected model states: the formulas of ``theory`` applied to a run's configuration, for every data-parallel rank.
 
-Engines deviate from the paper, and this module is the one place for that: DeepSpeed keeps a master copy even of fp32
+Engines deviate from the paper, and only this module accounts for it: DeepSpeed keeps a master copy even of fp32
 weights, reduces a gradient in full on both ranks that share it, and holds fp32 gradients if it offloads.
 """
 
@@ -75,10 +75,10 @@ def expected_states(config: Config, sizes: ParameterSizes) -> list[ModelStates] 
     pieces = 1
     if engine.name == "fsdp" and engine.sharding != "no_shard":
         pieces = engine.shard_size or ranks
-    return [_divided(sizes, 3, pieces, FP32)] * ranks
+    return [_paper_states(sizes, 3, pieces, FP32)] * ranks
 
 
-def _divided(sizes: ParameterSizes, stage: int, ranks: int, precision: memory.Precision) -> ModelStates:
+def _paper_states(sizes: ParameterSizes, stage: int, ranks: int, precision: memory.Precision) -> ModelStates:
     """Return the paper's model states. Frozen parameters have neither gradients nor optimizer states."""
     trained = memory.model_states(sum(sizes.trained), stage, ranks, precision)
     share = memory.partition_elements(sum(sizes.frozen), ranks if stage == 3 else 1)
@@ -89,10 +89,10 @@ def _zero(config: Config, sizes: ParameterSizes, rank: int) -> ModelStates:
     engine, ranks = config.engine, config.parallel.dp
     in_fp32, stage = engine.precision == "fp32", engine.zero_stage
     if stage == 0:
-        return _divided(sizes, 0, ranks, FP32 if in_fp32 else MIXED)
+        return _paper_states(sizes, 0, ranks, FP32 if in_fp32 else MIXED)
     precision = DEEPSPEED_FP32 if in_fp32 else MIXED
-    states = _divided(sizes, stage, ranks, precision)
-    if engine.offload != "none":  # each rank's share waits beside its master copy, in fp32
+    states = _paper_states(sizes, stage, ranks, precision)
+    if engine.offload != "none":  # each rank's share is kept next to its master copy, in fp32
         gradients = 4 * memory.partition_elements(sum(sizes.trained), ranks)
         if stage == 1 and config.accumulation > 1:  # besides those that are reduced after the last micro-batch
             gradients += states.gradients
@@ -103,7 +103,7 @@ def _zero(config: Config, sizes: ParameterSizes, rank: int) -> ModelStates:
     else:
         gradients = precision.gradients * memory.reduced_gradients(sizes.trained, ranks, rank)
     parameters, optimizer = states.parameters, states.optimizer
-    if stage == 3:  # every parameter is divided and padded by itself
+    if stage == 3:  # every parameter is divided and padded separately
         shards = memory.partitioned_elements([*sizes.trained, *sizes.frozen], ranks)
         parameters = precision.parameters * (shards + (sizes.persistent if ranks > 1 else 0))
         optimizer = precision.optimizer * memory.partitioned_elements(sizes.trained, ranks)

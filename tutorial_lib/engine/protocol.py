@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tutorial_lib.checkpoint import FullTensors, Writer
 from tutorial_lib.engine.layout import ParameterLayout
-from tutorial_lib.engine.schedule import Schedule
+from tutorial_lib.engine.learning_rate import Schedule
 
 
 class Engine(Protocol):

@@ -18,7 +18,7 @@ from tutorial_lib.config import Config
 from tutorial_lib.engine.chunked_loss import output_loss
 from tutorial_lib.engine.inputs import model_inputs
 from tutorial_lib.engine.layout import ParameterLayout
-from tutorial_lib.engine.schedule import Schedule
+from tutorial_lib.engine.learning_rate import Schedule
 from tutorial_lib.models import build_model
 from tutorial_lib.mpu import Topology
 
@@ -59,7 +59,7 @@ class TorchEngine:
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the logits of a batch, shape (B, S, V), or with ``loss_chunks`` the sum of its losses.
 
-        In bf16, weights stay fp32 and autocast computes.
+        In bf16, the weights stay fp32, and autocast computes in bf16.
         """
         inputs = model_inputs(batch, self.device)
         precision = self.config.engine.precision

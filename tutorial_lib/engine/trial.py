@@ -1,9 +1,9 @@
 """Trial of a model family: one forward pass of a tiny copy, before anything starts.
 
-The copy runs the same model code with two layers, narrow widths and random weights. It must keep three promises of
-:mod:`tutorial_lib.models.masks`: the family takes the batches of this run, a document gets the same logits in a shared
-row as on its own, and no token sees a later one. With ``loss_chunks`` there is a fourth: the logits are exactly the
-result of the output layer.
+The copy runs the same model code with two layers, narrow widths and random weights. It must meet three requirements of
+:mod:`tutorial_lib.models.masks`: the family accepts the batches of this run, a document gets the same logits in a
+shared row as on its own, and no token sees a later one. With ``loss_chunks`` there is a fourth: the logits are exactly
+the result of the output layer.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def _shorten(config: PretrainedConfig, seq_length: int) -> None:
     first_of_each = [types.index(each) for each in dict.fromkeys(types)]
     layers = min(max(_LAYERS, *(first + 1 for first in first_of_each), 0), _MOST_LAYERS)
     if types:
-        with suppress(AttributeError):  # some families derive it
+        with suppress(AttributeError):  # some families compute it
             text.layer_types = list(types[:layers])
     text.num_hidden_layers = layers
     if getattr(text, "num_kv_shared_layers", None):
@@ -168,7 +168,7 @@ def _build(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel
     return prepare(model.eval(), ())
 
 
-# -------------------------------------------------------------------------------------------------------- the promises
+# ---------------------------------------------------------------------------------------------------- the requirements
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class _Probe:
 
     @classmethod
     def of(cls, config: Config, model_config: PretrainedConfig) -> _Probe | None:
-        """Build a copy that works, or return None if the family has no small one: then nothing is tried."""
+        """Build a copy that works, or return None if the family has no small one, and cannot be tried."""
         for shrink in (_narrow, _shorten):
             tiny = copy.deepcopy(model_config)
             with suppress(Exception):  # a family's code may raise anything if sizes do not fit together
@@ -193,7 +193,7 @@ class _Probe:
         return None
 
     def problem(self, batching: str) -> str | None:
-        """Return the promise that the family breaks, or None."""
+        """Return how the family breaks a requirement, or None."""
         ids = np.arange(1, self.row + 1, dtype=np.int32) * 7 % (_VOCABULARY - 1) + 1
         half, third = max(self.row // 2, 1), max(self.row // 3, 1)
         first, second = ids[:half], ids[half : half + third]
@@ -218,7 +218,7 @@ class _Probe:
         logits_NV = self.forward({"input_ids": ids})[:, :-1].flatten(0, 1)
         expected = F.cross_entropy(logits_NV, ids[:, 1:].flatten(), reduction="sum")
         try:
-            with ChunkedLoss(self.model, 4).given(ids):
+            with ChunkedLoss(self.model, 4).with_labels(ids):
                 loss = self.forward({"input_ids": ids})
         except (ConfigError, RuntimeError, NotImplementedError, AttributeError) as error:
             return f"it has no plain output layer ({str(error).partition(chr(10))[0].rstrip('.')})."

@@ -27,7 +27,7 @@ def copy_model(name: str, directory: Path, **changes: Any) -> str:
 
     Args:
         name: hub name, directory or embedded model.
-        directory: where the copy goes; what is there is replaced.
+        directory: directory of the copy; anything in it is replaced.
         **changes: keys of its ``config.json``.
 
     Returns:
@@ -39,7 +39,7 @@ def copy_model(name: str, directory: Path, **changes: Any) -> str:
     file = directory / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     if unknown := changes.keys() - config.keys():
-        raise ValueError(f"{name} has no {', '.join(sorted(unknown))} in its config.json: name keys that are there.")
+        raise ValueError(f"{name} has no {', '.join(sorted(unknown))} in its config.json: name keys that it has.")
     file.write_text(json.dumps(config | changes), encoding="utf-8")
     return str(directory)
 
@@ -49,7 +49,7 @@ def kill_a_worker(*, when: Callable[[], bool]) -> Iterator[None]:
     """Send SIGKILL to the youngest of this process's workers as soon as a condition holds.
 
     Args:
-        when: asked a hundred times per second.
+        when: called a hundred times per second.
     """
     ended = threading.Event()
 
@@ -70,7 +70,7 @@ def kill_a_worker(*, when: Callable[[], bool]) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Drop warnings and what libraries print, from Python and below it, as DeepSpeed's do a lot."""
+    """Suppress warnings and the output of libraries, from Python and from C++: DeepSpeed prints a lot."""
     kept = [os.dup(1), os.dup(2)]
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         for number in (1, 2):
@@ -135,7 +135,7 @@ def minutes_between_saves(save_seconds: float, days_between_failures: float) -> 
 
 
 def terabytes_read(num_params: float, num_ranks: int) -> Exercise:
-    """Ask what a reshape reads if every rank reads everything."""
+    """Ask how much a reshape reads if every rank reads everything."""
     checkpoint = 12 * num_params
     return Exercise(
         f"A checkpoint of {num_params / 1e9:g} billion parameters holds 12 bytes for each: the fp32 weight and Adam's "

@@ -6,7 +6,7 @@
 >>> claims.show()
 
 :meth:`Claims.show` first displays the table, then raises if a claim does not hold, so that a notebook with a false
-claim does not run to its end. It also emits the claims under :data:`MIME_TYPE`; :func:`claims_in` reads them back from
+claim stops there. It also emits the claims under :data:`MIME_TYPE`; :func:`claims_in` reads them back from
 the executed notebook. Tests run every notebook again and compare each claim's numbers with the committed ones. A number
 that differs from run to run, such as a time, is marked with ``varies=True``; then the claim only has to hold.
 """
@@ -37,8 +37,8 @@ class Claim:
 
     ``difference`` is the number that was compared with ``tolerance``, if there is one. ``relative`` is the tolerance as
     a share of the expected value, if it was given that way. ``varies`` marks numbers that another run or machine does
-    not repeat. ``made`` counts how often the claim was made: a reader who runs a cell twice makes its claims twice, and
-    the last values count.
+    not reproduce. ``made`` counts how often the claim was made: a reader who runs a cell twice makes its claims twice,
+    and the last values count.
     """
 
     claim: str
@@ -106,7 +106,7 @@ class Claims:
         self._add(text, "at most", bound, measured, None, None, bool(measured <= bound), None, varies)
 
     def check(self, text: str, condition: bool, *, expected: Any = True, measured: Any = None) -> None:
-        """Claim anything else that is true or false, with the value that shows it.
+        """Claim any other condition, with the value behind it.
 
         Args:
             text: the claim, as a sentence.

@@ -1,4 +1,4 @@
-"""Tables and numbers, each displayed in its own way in a notebook, a terminal and a rendered page."""
+"""Tables and numbers, formatted for notebooks, terminals and rendered pages."""
 
 from __future__ import annotations
 

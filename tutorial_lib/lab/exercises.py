@@ -12,7 +12,7 @@ A lesson shows the exercise in one cell and checks the answer in the next::
 
     lowest.check(...)  # write your answer in place of the dots
 
-A missing answer is neither right nor wrong, so a notebook with open exercises runs to its end.
+A missing answer is neither right nor wrong, so a notebook with open exercises still runs.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Exercise:
     Args:
         question: the question.
         check: judges an answer.
-        hints: from the gentlest to the plainest; each is folded.
+        hints: from the vaguest to the most explicit; each is folded.
         solution: the answer with its reason, folded.
     """
 
@@ -76,7 +76,7 @@ class Exercise:
         """Return whether the answer is right, wrong, or still missing (``None``, ``...`` or an empty text).
 
         Raises:
-            TypeError: the exercise's own check returned something else than True, False or a Feedback.
+            TypeError: the exercise's own check returned something other than True, False or a Feedback.
         """
         if answer is None or answer is ... or (isinstance(answer, str) and not answer.strip()):
             return Feedback(None, "Put it in place of the dots, then run the cell again.")
@@ -87,7 +87,7 @@ class Exercise:
         if isinstance(verdict, Feedback):
             return verdict
         if verdict not in (True, False):
-            raise TypeError(f"The check of {self.question!r} returned {verdict!r}: let it return True or False.")
+            raise TypeError(f"The check of {self.question!r} returned {verdict!r}: it must return True or False.")
         return Feedback(True) if verdict else Feedback(False, self._encourage())
 
     def _encourage(self) -> str:
@@ -130,18 +130,18 @@ def number(
         tolerance: largest absolute error of an answer.
         relative: largest error as a share of ``expected``; the larger of the two counts.
         unit: unit of the number, such as ``MiB``.
-        near: replies to likely mistakes, by their number, with the same tolerances.
+        near: replies to likely mistakes, by the wrong number, with the same tolerances.
 
     Raises:
         ValueError: a tolerance is negative or not a number, a right answer would be refused, or a mistake in ``near``
             would be accepted.
     """
     if not (tolerance >= 0 and relative >= 0 and math.isfinite(expected)):
-        raise ValueError(f"{expected=}, {tolerance=}, {relative=}: write finite numbers, the tolerances from 0 on.")
+        raise ValueError(f"{expected=}, {tolerance=}, {relative=}: write finite numbers, and tolerances of 0 or more.")
     mistakes = dict(near or {})
     for mistake in mistakes:
         if _is_close(mistake, expected, tolerance, relative):
-            raise ValueError(f"near={mistake} is within the tolerance of {expected}, so it would be called right.")
+            raise ValueError(f"near={mistake} is within the tolerance of {expected}, so it would be accepted.")
 
     def check(answer: Any) -> Feedback:
         if isinstance(answer, (bool, str)):
@@ -213,5 +213,5 @@ def _blocks(text: str) -> str:
 
 
 def _inline(text: str) -> str:
-    """Return HTML for a line of text, its code between backquotes set as code."""
+    """Return HTML for a line of text, with code between backquotes marked as code."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))

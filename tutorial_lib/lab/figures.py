@@ -99,7 +99,7 @@ def lines(
 
     Args:
         series: the lines by label.
-        points: series drawn as circles, such as measurements on the lines of formulas.
+        points: series drawn as circles, such as measurements over the lines of formulas.
         notes: texts, each with its centre.
         log: logarithmic axes.
         x_end: smallest end of the horizontal axis, from 1 on; default: where the values end.
@@ -142,9 +142,11 @@ def lines(
         if y_start is not None:
             axes.set_ylim(bottom=y_start)
         if points or (marks and len(series) > 1):  # these may be anywhere and leave no room for a legend inside
-            axes.figure.legend(frameon=False, ncols=len(series) + len(points or ()), loc="outside lower center")
+            axes.figure.legend(
+                frameon=False, ncols=len(series) + len(points or ()), loc="outside lower center", handlelength=3
+            )
         elif len(series) > 1:
-            axes.legend(frameon=False)
+            axes.legend(frameon=False, handlelength=3)
     return drawn[0]
 
 
@@ -310,7 +312,7 @@ def shards(panels: Mapping[str, Sequence[Sequence[int]]], *, title: str, alt: st
     """Draw which rank's file holds which part of a matrix: a panel per checkpoint, a colour and a number per rank.
 
     Args:
-        panels: by heading, a grid over the matrix with the rank that holds each field.
+        panels: by heading, a grid over the matrix with the rank that holds each cell.
         title: the finding.
         alt: the figure in words.
     """
@@ -322,18 +324,18 @@ def shards(panels: Mapping[str, Sequence[Sequence[int]]], *, title: str, alt: st
             panel.set_title(heading, fontsize=8.5, pad=4)
             panel.set(xlim=(0, len(grid[0])), ylim=(len(grid), 0), xticks=[], yticks=[])
             panel.spines[:].set_visible(True)
-            for rank, fields in _fields(grid).items():
-                rows, columns = zip(*fields, strict=True)
-                for row, column in fields:
+            for rank, cells in _cells(grid).items():
+                rows, columns = zip(*cells, strict=True)
+                for row, column in cells:
                     panel.barh(row + 0.5, 1, left=column, height=1.03, color=PALETTE[rank % len(PALETTE)])
-                middle = sum(columns) / len(fields) + 0.5, sum(rows) / len(fields) + 0.5
+                middle = sum(columns) / len(cells) + 0.5, sum(rows) / len(cells) + 0.5
                 panel.text(*middle, f"rank {rank}", color="#ffffff", ha="center", va="center", fontsize=9,
                            fontweight="bold")  # fmt: skip
     return drawn[0]
 
 
-def _fields(grid: Sequence[Sequence[int]]) -> dict[int, list[tuple[int, int]]]:
-    """Return the fields of a grid, (row, column), by their value."""
+def _cells(grid: Sequence[Sequence[int]]) -> dict[int, list[tuple[int, int]]]:
+    """Return the cells of a grid, (row, column), by their value."""
     found: dict[int, list[tuple[int, int]]] = {}
     for row, held in enumerate(grid):
         for column, rank in enumerate(held):
@@ -390,8 +392,9 @@ def _number(value: float) -> str:
 
 
 def _whole_numbers(axis: Any, values: Sequence[float]) -> None:
-    """Put ticks at whole numbers if the values are whole: there is no step 2.5."""
+    """Put ticks at whole numbers, with commas, if the values are whole: there is no step 2.5."""
     from matplotlib.ticker import MaxNLocator
 
     if all(float(v).is_integer() for v in values):
         axis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_major_formatter(lambda value, _: f"{value:,.0f}")

@@ -18,18 +18,18 @@ DIRECTORY = Path(__file__).parents[2] / "images"
 NUM_RANKS = 4
 WHITE = "#ffffff"
 _GHOST = 0.25
-"""Opacity of things that are absent, or only there for a moment."""
+"""Opacity of things that are absent or temporary."""
 
 
 def parallelism(axes: Any) -> None:
     """Draw data parallel, sharded data parallel and tensor parallel: each device's memory and messages."""
     kinds = [
-        ("Data parallel", "DDP, ZeRO stage 0", "Every device holds the\nwhole model and reads\ndifferent data.",
+        ("Data parallel", "DDP, ZeRO stage 0", "Every device holds the\nfull model and reads\ndifferent data.",
          "gradients,\nonce per step", "2 Ψ"),
         ("Sharded data parallel", "ZeRO stage 3, FSDP",
          "Each device keeps a share\nof every layer and gathers\nthe rest to compute with it.",
          "parameters twice,\ngradients once", "3 Ψ"),
-        ("Tensor parallel", "Megatron, AutoTP",
+        ("Tensor parallel", "Megatron, DeepSpeed's AutoTP",
          "Each device computes with\nits share of every layer;\nall read the same data.",
          "activations, 4 times\nper layer (Megatron)", "8 b s h  per layer"),
     ]  # fmt: skip
@@ -49,15 +49,15 @@ def parallelism(axes: Any) -> None:
             _box(axes, x + 0.15, top + 0.15, width - 0.3, 0.36, PURPLE, f"batch {rank + 1 if row < 2 else 1}")
             for layer in range(3):
                 y = top + 0.66 + layer * 0.39
-                _layer(axes, x + 0.15, y, width - 0.3, rank, kept_whole=row == 0, gathered=row == 1)
+                _layer(axes, x + 0.15, y, width - 0.3, rank, kept_in_full=row == 0, gathered=row == 1)
         _text(axes, right, top + 0.6, sent)
         _text(axes, right, top + 1.3, volume, size=12, weight="bold")
     bottom = 0.45 + 3 * height + 0.05
     for x, color, alpha, meaning in ((0.0, PURPLE, 1.0, "data"), (1.3, BLUE, 1.0, "parameters kept"),
-                                     (3.75, BLUE, _GHOST, "gathered for the moment")):  # fmt: skip
+                                     (3.75, BLUE, _GHOST, "gathered temporarily")):  # fmt: skip
         _box(axes, x, bottom, 0.3, 0.22, color, alpha=alpha)
         _text(axes, x + 0.42, bottom + 0.11, meaning)
-    _text(axes, 7.1, bottom + 0.11, "Ψ: parameters    b s h: activations of a layer")
+    _text(axes, 7.1, bottom + 0.11, "Ψ: parameters   b s h: batch x sequence x width")
     _frame(axes, right + 2.35, bottom + 0.35)
 
 
@@ -66,8 +66,8 @@ def zero_stages(axes: Any) -> None:
     rows = [
         ("Stage 0", "plain data parallel", (), "16 Ψ"),
         ("Stage 1", "optimizer states divided", ("optimizer",), "4 Ψ + 12 Ψ/N"),
-        ("Stage 2", "and gradients", ("optimizer", "gradients"), "2 Ψ + 14 Ψ/N"),
-        ("Stage 3", "and parameters", tuple(PARTS), "16 Ψ/N"),
+        ("Stage 2", "and gradients divided", ("optimizer", "gradients"), "2 Ψ + 14 Ψ/N"),
+        ("Stage 3", "and parameters divided", tuple(PARTS), "16 Ψ/N"),
     ]
     share = {"parameters": MIXED.parameters, "gradients": MIXED.gradients, "optimizer": MIXED.optimizer}
     left, width, gap, height = 2.75, 1.25, 0.2, 1.28
@@ -75,7 +75,7 @@ def zero_stages(axes: Any) -> None:
     for rank in range(NUM_RANKS):
         _text(axes, left + rank * (width + gap) + width / 2, 0.32, f"rank {rank}", ha="center")
     _text(axes, right, 0.32, "bytes per rank")
-    _text(axes, right + 2.1, 0.22, "Ψ = 7.5 billion,\nN = 64")
+    _text(axes, right + 2.1, 0.22, "Ψ = 7 billion,\nN = 4")
     for row, (stage, what, divided, formula) in enumerate(rows):
         top = 0.6 + row * (height + 0.22)
         _text(axes, 0, top + height / 2 - 0.18, stage, size=13, weight="bold")
@@ -90,7 +90,7 @@ def zero_stages(axes: Any) -> None:
                 else:
                     _box(axes, x, y, width, depth, color, rounded=False)
                 y += depth
-        gigabytes = model_states(7_500_000_000, row, 64).total / 1e9
+        gigabytes = model_states(7_000_000_000, row, NUM_RANKS).total / 1e9
         _text(axes, right, top + height / 2, formula, size=11)
         _text(axes, right + 2.1, top + height / 2, f"{gigabytes:.4g} GB" if row == 0 else f"{gigabytes:.1f} GB",
               size=13, weight="bold")  # fmt: skip
@@ -107,9 +107,9 @@ def zero_stages(axes: Any) -> None:
 def tensor_parallel(axes: Any) -> None:
     """Draw a column-parallel and a row-parallel product on two ranks, and the two all-reduces that they cost."""
     colors, side, top = (BLUE, GREEN), 1.6, 0.75
-    places = {"X": 1.5, "A": 4.0, "Y": 6.5, "B": 9.0, "Z": 11.5}
+    places = {"x": 1.5, "A": 4.0, "Y": 6.5, "B": 9.0, "Z": 11.5}
     captions = {
-        "X": "input\nthe same on both", "A": "column-parallel\nsplit by outputs", "Y": "activation\nsplit, not sent",
+        "x": "input\nthe same on both", "A": "column-parallel\nsplit by outputs", "Y": "activation\nsplit, not sent",
         "B": "row-parallel\nsplit by inputs", "Z": "partial sums",
     }  # fmt: skip
     for name, x in places.items():
@@ -128,20 +128,20 @@ def tensor_parallel(axes: Any) -> None:
             _text(axes, x, y + side / 2, sign, size=16, ha="center")
     middle, right = top + side + 0.25, places["Z"] + side + 0.15
     _text(axes, right, middle, "all-reduce\nin forward:\nZ = Z₀ + Z₁", weight="bold")
-    _text(axes, places["X"] + side / 2, middle, "all-reduce of dX in backward", ha="center", weight="bold")
+    _text(axes, places["x"] + side / 2, middle, "backward: all-reduce of dx", ha="center", weight="bold")
     bottom = top + 2 * side + 0.8
     _text(
         axes, 0, bottom,
-        "Filled: what a rank holds or computes. GELU acts on single numbers of Y, so each rank applies it alone.",
+        "Filled: what a rank holds or computes. GELU comes between Y and B: elementwise, so each rank does it alone.",
     )  # fmt: skip
     _frame(axes, right + 1.75, bottom + 0.3)
 
 
 def _matrix(axes: Any, x: float, y: float, side: float, name: str, rank: int, color: str) -> None:
     """Draw one matrix of :func:`tensor_parallel`: in full, half of its columns, or half of its rows."""
-    half, label = side / 2, name if name == "X" else name + "₀₁"[rank]
-    if name in "XZ":
-        _box(axes, x, y, side, side, PURPLE if name == "X" else color, label, size=14, rounded=False)
+    half, label = side / 2, name if name == "x" else name + "₀₁"[rank]
+    if name in "xZ":
+        _box(axes, x, y, side, side, PURPLE if name == "x" else color, label, size=14, rounded=False)
         return
     _box(axes, x, y, side, side, INK, fill=False, rounded=False)
     if name == "B":
@@ -173,18 +173,18 @@ def fsdp_strategies(axes: Any) -> None:
         y = top + row * height
         _text(axes, 0, y + 0.3, name, size=13, weight="bold")
         _text(axes, 0, y + 0.68, alias)
-        for place, whole in enumerate(gathered):
+        for place, layers in enumerate(gathered):
             x = left + place * (width + gap)
             _box(axes, x, y, width, height - 0.25, INK, fill=False)
             for layer in range(3):
                 at = y + 0.12 + layer * 0.29
-                if layer in whole:
+                if layer in layers:
                     _box(axes, x + 0.1, at, width - 0.2, 0.22, BLUE, alpha=_GHOST, rounded=False)
                 _box(axes, x + 0.1, at, (width - 0.2) / shards, 0.22, BLUE, rounded=False)
         _text(axes, right, y + 0.3, sent)
         _text(axes, right, y + 0.8, volume, size=12, weight="bold")
     bottom = top + len(strategies) * height + 0.05
-    for x, alpha, meaning in ((0.0, 1.0, "kept by rank 0 of 4"), (2.75, _GHOST, "gathered for the moment")):
+    for x, alpha, meaning in ((0.0, 1.0, "kept by rank 0 of 4"), (2.75, _GHOST, "gathered temporarily")):
         _box(axes, x, bottom, 0.3, 0.22, BLUE, alpha=alpha, rounded=False)
         _text(axes, x + 0.42, bottom + 0.11, meaning)
     _text(axes, 6.2, bottom + 0.11, "In each box: the parameters of layers 1, 2 and 3, Ψ in all.")
@@ -194,12 +194,12 @@ def fsdp_strategies(axes: Any) -> None:
 
 def checkpoint(axes: Any) -> None:
     """Draw the phases of a save until it becomes visible, and the files that a kill leaves behind in each."""
-    partial, whole = ".partial-step-8/", (1.0,) * NUM_RANKS
+    partial, complete = ".partial-step-8/", (1.0,) * NUM_RANKS
     phases = [
         ("1  write", "Every rank writes its\nown shard, in parallel.", BLUE, partial, (0.55, 0.8, 0.35, 0.65)),
-        ("2  sync and hash", "Each file reaches the disk;\nits SHA-256 is taken.", BLUE, partial, whole),
-        ("3  manifest", "Rank 0 lists all files,\nwith size and hash.", ORANGE, partial, whole),
-        ("4  rename", "One operation of the\nfile system.", GREEN, "step-8/", whole),
+        ("2  sync and hash", "Each file reaches the disk;\nits SHA-256 is taken.", BLUE, partial, complete),
+        ("3  manifest", "Rank 0 lists all files,\nwith size and hash.", ORANGE, partial, complete),
+        ("4  rename", "One operation of the\nfile system.", GREEN, "step-8/", complete),
     ]  # fmt: skip
     width, gap, height = 2.85, 0.55, 2.6
     for index, (title, what, color, name, written) in enumerate(phases):
@@ -219,7 +219,7 @@ def checkpoint(axes: Any) -> None:
             _arrow(axes, x + width + 0.06, 1.4 + height / 2, x + width + gap - 0.06, 1.4 + height / 2)
     bottom, total = 1.4 + height + 0.2, 4 * width + 3 * gap
     unlisted, last = 2 * width + gap, 3 * (width + gap)
-    _box(axes, 0, bottom, unlisted, 0.62, INK, "killed here: it goes on from step-4", size=11)
+    _box(axes, 0, bottom, unlisted, 0.62, INK, "killed here: resumes from step-4", size=11)
     _box(axes, unlisted + gap, bottom, width, 0.62, ORANGE, "killed here:\nnext start renames it", size=9)
     _box(axes, last, bottom, width, 0.62, GREEN, "here: from step-8", size=11)
     _frame(axes, total + 0.1, bottom + 0.72)
@@ -261,6 +261,38 @@ def launchers(axes: Any) -> None:
     _frame(axes, right + 0.1, bottom + 0.35)
 
 
+def ray_train(axes: Any) -> None:
+    """Draw what goes where when Ray Train runs a loop: driver, controller, workers and storage."""
+    height, workers, storage = 0.95, 8.3, 12.6
+    _box(axes, 0, 1.0, 2.6, height, PURPLE, "your notebook\ntrainer.fit()", size=11)
+    _box(axes, 4.4, 1.0, 2.2, height, ORANGE, "Ray Train's\ncontroller", size=11)
+    _arrow(axes, 2.7, 1.3, 4.3, 1.3)
+    _text(axes, 3.5, 0.7, "function,\nsettings", ha="center", size=9)
+    _arrow(axes, 4.3, 1.65, 2.7, 1.65)
+    _text(axes, 3.5, 1.95, "Result", ha="center", size=9)
+    for rank, y in enumerate((0.2, 1.8)):
+        _box(axes, workers, y, 2.3, height, BLUE, f"worker, rank {rank}\ntrain_loop(...)", size=11)
+        _arrow(axes, 6.7, 1.35, workers - 0.1, y + 0.35)
+        _arrow(axes, workers + 2.4, y + height / 2, storage - 0.1, y + height / 2)
+        _box(axes, storage + 0.15, y, 2.4, height, BLUE, f"shard of rank {rank}", size=10, rounded=False)
+    _text(axes, 7.4, 0.25, "starts", ha="center", size=9)
+    _arrow(axes, workers - 0.1, 2.55, 6.7, 1.75)
+    _text(axes, 7.1, 2.5, "report", ha="center", size=9)
+    axes.annotate("", (workers + 1.15, 1.77), (workers + 1.15, 1.18),
+                  arrowprops={"arrowstyle": "<|-|>", "color": INK, "linewidth": 2})  # fmt: skip
+    _text(axes, workers + 1.3, 1.47, "gloo or NCCL", size=9)
+    _text(axes, 11.6, 0.3, "writes", ha="center", size=9)
+    _box(axes, storage, 0, 2.7, 3.0, INK, fill=False)
+    _text(axes, storage, 3.25, "shared storage")
+    _text(
+        axes,
+        0,
+        3.25,
+        "Model data goes between workers and into the storage, never through notebook or controller.",
+    )
+    _frame(axes, storage + 2.8, 3.45)
+
+
 PICTURES: dict[str, Callable[[Any], None]] = {
     "parallelism": parallelism,
     "zero-stages": zero_stages,
@@ -268,6 +300,7 @@ PICTURES: dict[str, Callable[[Any], None]] = {
     "fsdp-strategies": fsdp_strategies,
     "checkpoint": checkpoint,
     "launchers": launchers,
+    "ray-train": ray_train,
 }
 """Pictures by the name of their file."""
 
@@ -286,7 +319,7 @@ def draw(name: str, directory: Path = DIRECTORY) -> Path:
         PICTURES[name](axes)
         canvas.set_size_inches(9, 9 * axes.get_ylim()[0] / axes.get_xlim()[1])
         canvas.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
-    # The writer leaves blanks at the end of some lines, which version control would complain about.
+    # The writer leaves spaces at the end of some lines, which version control would complain about.
     path.write_text("".join(f"{line.rstrip()}\n" for line in path.read_text().splitlines()))
     return path
 
@@ -301,8 +334,8 @@ def main() -> None:
         print(draw(name, directory))
 
 
-def _layer(axes: Any, x: float, y: float, width: float, rank: int, *, kept_whole: bool, gathered: bool) -> None:
-    if kept_whole:
+def _layer(axes: Any, x: float, y: float, width: float, rank: int, *, kept_in_full: bool, gathered: bool) -> None:
+    if kept_in_full:
         _box(axes, x, y, width, 0.28, BLUE, rounded=False)
         return
     if gathered:

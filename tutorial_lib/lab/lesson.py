@@ -44,7 +44,7 @@ def remove_runs(storage: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         marker.write_text("The lesson that uses this directory removes the runs in it when it begins.\n")
     _reserve(directory)
-    # A loop of the reader's own leaves a lock beside its checkpoints, and no config.json.
+    # A reader's own training loop leaves a lock next to its checkpoints, but no config.json.
     runs = [
         path.parent
         for path in directory.glob("*/checkpoints")
@@ -98,5 +98,5 @@ def _is_running(run: Path) -> bool:
         except Timeout:
             return True
         except OSError:
-            continue  # on a file system without locks its starts do without them, too
+            continue  # on a file system without locks, runs take none either
     return False

@@ -1,4 +1,4 @@
-"""Planner panel: ``python -m tutorial_lib plan`` as widgets, redrawn while you turn them.
+"""Planner panel: ``python -m tutorial_lib plan`` as widgets, redrawn as you change them.
 
 >>> from tutorial_lib.lab.planner import panel
 >>> panel(model="llama-3-8b", gpus=8, gpu="h100")
@@ -34,7 +34,7 @@ _FREE = "chosen"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """Question of the panel's widgets to the planner.
+    """Question that the panel's widgets put to the planner.
 
     Args:
         model: name of a public model.

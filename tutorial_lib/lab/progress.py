@@ -23,7 +23,7 @@ class Progress:
     """Base class: takes rows until :meth:`close`. A context manager that closes itself.
 
     Several runs may follow one another: when the step number goes back, the next run has started. While processes start
-    and there is no step yet, :meth:`start` shows that something is on its way.
+    and there is no step yet, :meth:`start` shows that the run is starting.
 
     Args:
         total_steps: optimizer steps of each run, or None if only its epochs are known.
@@ -47,7 +47,7 @@ class Progress:
             self._update()
 
     def start(self) -> None:
-        """Show that there is nothing to see yet. :meth:`__enter__` calls this."""
+        """Show that the run is starting. :meth:`__enter__` calls this."""
 
     def close(self) -> None:
         """Show the final state. Safe to call twice."""
@@ -187,7 +187,7 @@ class LiveCurve(NotebookProgress):
         total_steps: as for :class:`Progress`, like ``title`` and ``labels``.
         title: name of the activity. The final figure's title also states the first and the last loss.
         labels: names of the runs.
-        interval: least number of seconds between two drawings, to leave the processors to the run.
+        interval: minimum number of seconds between drawings, to leave the processor to the run.
     """
 
     def __init__(
@@ -271,7 +271,7 @@ class LogLines(Progress):
         total_steps: as for :class:`Progress`, like ``title`` and ``labels``.
         title: name of the activity.
         labels: names of the runs.
-        interval: least number of seconds between two lines. The last step is always reported.
+        interval: minimum number of seconds between lines. The last step is always reported.
         file: where to write; default: standard error.
     """
 

@@ -24,7 +24,7 @@ def recording() -> dict[str, Any]:
 
 
 def hide_paths(text: str) -> str:
-    """Replace this machine's directories in a text by the directories of an imaginary cluster."""
+    """Replace this machine's directories in a text with the directories of an imaginary cluster."""
     for here, there in {str(Path.cwd()): "/shared/run", str(Path(sys.executable).parent): "/shared/course/bin"}.items():
         text = text.replace(here, there).replace(os.path.realpath(here), there)
     return text

@@ -27,9 +27,9 @@ def __getattr__(name: str) -> ModuleType:
     """
     path = DIRECTORY / f"{name}.py"
     if name.startswith("_") or not path.is_file():
-        there = ", ".join(sorted(script.stem for script in DIRECTORY.glob("*.py")))
+        found = ", ".join(sorted(script.stem for script in DIRECTORY.glob("*.py")))
         raise AttributeError(
-            f"notebooks/scripts has no {name}.py. It has: {there or 'nothing: use a clone of the repository'}."
+            f"notebooks/scripts has no {name}.py. It has: {found or 'nothing: use a clone of the repository'}."
         )
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None

@@ -83,8 +83,8 @@ def _member(obj: Any, name: str, member: str) -> Callable[..., Any]:
     for inner in ("fget", "__func__", "__wrapped__"):
         found = getattr(found, inner, None) or found
     if not (inspect.isfunction(found) or inspect.isclass(found)):
-        there = [key for key, value in vars(obj).items() if callable(value) or isinstance(value, property)]
-        raise ValueError(f"{name} defines no function or class {member!r}. It has: {', '.join(there)}.")
+        names = [key for key, value in vars(obj).items() if callable(value) or isinstance(value, property)]
+        raise ValueError(f"{name} defines no function or class {member!r}. It has: {', '.join(names)}.")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Stacks of running processes: the place in its own code where each rank of a hanging run waits.
+"""Stacks of running processes: the line of code where each rank of a hanging run waits.
 
 Uses `py-spy <https://github.com/benfred/py-spy>`_, which reads a process's memory from outside, so the process needs no
 preparation. The kernel allows this to root and, if ``kernel.yama.ptrace_scope`` is 0, to the same user.
@@ -30,7 +30,7 @@ def workers_of(launcher: int) -> list[int]:
     for child in psutil.Process(launcher).children():
         try:
             found[int(child.environ()["LOCAL_RANK"])] = child.pid
-        except (psutil.Error, KeyError):  # it has just ended, or is not a rank
+        except (psutil.Error, KeyError):  # it has just ended, or it is not a rank
             continue
     return [found[rank] for rank in sorted(found)]
 
@@ -49,7 +49,7 @@ def read_stack(pid: int) -> Stack:
             [program, "dump", "--json", "--pid", str(pid)], capture_output=True, text=True, timeout=20
         )
     except subprocess.TimeoutExpired:
-        raise CannotRead(f"py-spy has read nothing of process {pid} in 20 s") from None
+        raise CannotRead(f"py-spy read nothing from process {pid} within 20 s") from None
     if done.returncode:
         raise CannotRead(f"py-spy cannot read process {pid}: {done.stderr.strip()}")
     threads = json.loads(done.stdout)  # Python names the main one only once something has imported threading

@@ -1,63 +1,11 @@
-"""Lesson 02: functions on several ranks, the picture of the grid, and the exercises."""
+"""Lesson 02: the picture of the grid, and the exercises."""
 
 from __future__ import annotations
 
-import logging
-import os
-import pickle
-import sys
-import tempfile
-import warnings
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from tutorial_lib.lab.exercises import Exercise, Feedback, choice, number
 from tutorial_lib.lab.figures import BLUE, GREEN, INK, ORANGE, PURPLE, Figure, styled_axes
-
-T = TypeVar("T")
-
-
-def on_ranks(num_ranks: int, function: Callable[..., T], *arguments: Any) -> list[T]:
-    """Call a function in several processes that form a process group, and return what each rank returned.
-
-    The processes are forked from this one, so the function may be one of a notebook's cells. They compute on CPUs, with
-    one thread each, and talk over loopback alone. What they print is not shown.
-
-    Args:
-        num_ranks: processes.
-        function: what every rank calls; what it returns can be pickled.
-        *arguments: the same for every rank.
-
-    Raises:
-        torch.multiprocessing.ProcessRaisedException: the function raised on a rank, and the others were ended; the
-            message is the traceback.
-    """
-    import torch.multiprocessing as mp
-
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # warns of each rank that it ends
-    with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
-        scratch = Path(name)
-        mp.start_processes(_be_rank, (num_ranks, scratch, function, arguments), nprocs=num_ranks, start_method="fork")
-        return [pickle.loads((scratch / str(rank)).read_bytes()) for rank in range(num_ranks)]
-
-
-def _be_rank(rank: int, num_ranks: int, scratch: Path, function: Callable[..., object], arguments: Any) -> None:
-    import torch
-    import torch.distributed as dist
-
-    sys.stdout = (scratch / f"{rank}.out").open("w")
-    sys.stderr = (scratch / f"{rank}.err").open("w")
-    for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
-        os.dup2(stream.fileno(), descriptor)
-    logging.disable(logging.CRITICAL)  # handlers still write where the notebook's output goes
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)  # threads do not survive a fork
-    dist.init_process_group("gloo", init_method=f"file://{scratch}/rendezvous", rank=rank, world_size=num_ranks)
-    result = function(*arguments)
-    (scratch / str(rank)).write_bytes(pickle.dumps(result))
-    dist.destroy_process_group()
 
 
 def draw_grid(dp: int, tp: int) -> Figure:
@@ -65,10 +13,10 @@ def draw_grid(dp: int, tp: int) -> Figure:
     from matplotlib.patches import FancyBboxPatch
 
     rows, columns = (BLUE, GREEN), (ORANGE, PURPLE)
-    title = f"Every rank of a {dp} x {tp} grid belongs to one row and one column"
+    title = f"A {dp} x {tp} grid: rows share layers, columns average gradients"
     alt = f"A grid of {dp} rows, the tensor-parallel groups, and {tp} columns, the data-parallel groups, of ranks."
     step = 1.6  # from column to column
-    with styled_axes(title, alt, size=(7.0, 1.5 + 0.9 * dp)) as (axes, drawn):
+    with styled_axes(title, alt, size=(6.2, 1.5 + 0.9 * dp)) as (axes, drawn):
         axes.set_axis_off()
         axes.set(xlim=(-0.75, step * tp + 2.6), ylim=(dp + 0.1, -0.75))
 
@@ -85,7 +33,7 @@ def draw_grid(dp: int, tp: int) -> Figure:
         for column in range(tp):
             x = step * column + 0.1
             box(x - 0.6, -0.2, 1.2, dp + 0.25, fill=False, edgecolor=columns[column % 2], linewidth=2.5)
-            write(x, -0.3, f"DP group {column}:\nthe same shares", va="bottom")
+            write(x, -0.3, f"DP group {column}: the same\nshares, different text", va="bottom")
             for row in range(dp):
                 box(x - 0.45, row + 0.22, 0.9, 0.56, facecolor=INK, linewidth=0)
                 write(x, row + 0.5, f"rank {row * tp + column}", color="#ffffff", fontsize=9.5, fontweight="bold")

@@ -1,7 +1,8 @@
 """Step timeline: when a rank gathers, computes and reduces, and what it holds, read from a trace of one FSDP2 step.
 
 ``torch.profiler`` records FSDP2's own marks, such as ``FSDP::all_gather (transformer.h.0)``. A unit computes between
-its last mark before computing and its first one afterwards. With ``profile_memory`` it records every allocation, too.
+its last mark before the computation and its first one afterwards. With ``profile_memory`` it records every allocation,
+too.
 
 Source of the marks: ``torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py`` and ``_fsdp_state.py``.
 """
@@ -43,7 +44,7 @@ class Span:
 
 
 def read_trace(path: str | Path) -> list[Span]:
-    """Read the spans from a trace by ``export_chrome_trace``, in the order in which they started.
+    """Read the spans from a trace that ``export_chrome_trace`` wrote, in the order in which they started.
 
     Raises:
         ValueError: the trace has none of FSDP2's marks.
@@ -147,5 +148,5 @@ def _marks(events: Sequence[dict[str, Any]], path: str | Path) -> list[tuple[flo
         if event.get("ph") == "X" and found:
             marks.append((event["ts"] / 1e3, (event["ts"] + event["dur"]) / 1e3, found["what"], found["unit"] or ""))
     if not marks:
-        raise ValueError(f"{path} has no marks of FSDP2. Record a step of a model that fully_shard has sharded.")
+        raise ValueError(f"{path} has none of FSDP2's marks. Record a step of a model that fully_shard has sharded.")
     return sorted(marks)

@@ -22,7 +22,7 @@ def loss_figure(losses: Sequence[float], evaluated: Mapping[int, float], *, titl
     """Draw a run's losses as faint dots, their running mean as a line, and evaluations as circles.
 
     Args:
-        losses: of each optimizer step, from step 1.
+        losses: loss of each optimizer step, from step 1.
         evaluated: evaluation loss by optimizer step.
         title: the finding.
         alt: the figure in words.
@@ -32,9 +32,9 @@ def loss_figure(losses: Sequence[float], evaluated: Mapping[int, float], *, titl
     steps = range(1, len(losses) + 1)
     with styled_axes(title, alt, size=(7.0, 3.6)) as (axes, drawn):
         axes.plot(steps, losses, "o", color=BLUE, alpha=0.45, markersize=4, label="training, each step")
-        axes.plot(steps, smooth(losses), color=BLUE, linewidth=2.4, label="mean of the last 8 steps")
+        axes.plot(steps, smooth(losses), color=BLUE, linewidth=2.4, label="mean of up to 8 steps")
         axes.plot(list(evaluated), list(evaluated.values()), "o--", color=ORANGE, markersize=8, fillstyle="none",
-                  markeredgewidth=1.8, linewidth=1.2, label="new documents")  # fmt: skip
+                  markeredgewidth=1.8, linewidth=1.2, label="unseen documents")  # fmt: skip
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("loss (nats per token)")
@@ -70,10 +70,10 @@ def which_stage(num_params: int, num_ranks: int, gpu_gb: int, rest_gb: int) -> E
     """Ask for the lowest ZeRO stage with which a model fits, in mixed precision.
 
     Args:
-        num_params: of the model.
-        num_ranks: GPUs.
+        num_params: number of parameters of the model.
+        num_ranks: number of GPUs.
         gpu_gb: memory of each, in GB (1e9 bytes).
-        rest_gb: what activations and buffers take on each.
+        rest_gb: memory that activations and buffers take on each, in GB.
 
     Raises:
         ValueError: no stage fits, or even stage 0 does.
@@ -106,7 +106,7 @@ def which_stage(num_params: int, num_ranks: int, gpu_gb: int, rest_gb: int) -> E
 
 
 def what_was_forgotten() -> Exercise:
-    """Ask which state a resume left out, from how its losses go."""
+    """Ask which state a resume left out, judging by its losses."""
     return Exercise(
         "A resumed run repeats the undisturbed run's loss exactly at its first step. From the second step on, its "
         'losses are a little different. What did the resume forget? Answer "a", "b" or "c".\n\n'
@@ -131,7 +131,7 @@ def loss_of_the_step(means: Sequence[float], tokens: Sequence[int]) -> Exercise:
 
     Args:
         means: each rank's mean loss per token.
-        tokens: how many tokens each rank counted.
+        tokens: number of tokens that each rank counted.
     """
     total = sum(tokens)
     loss = sum(mean * count for mean, count in zip(means, tokens, strict=True)) / total

@@ -14,7 +14,7 @@ from tutorial_lib.records import RunDirectory
 _LOG = logging.getLogger(__name__)
 
 HEADROOM = 1 / 3
-"""Share of the memory, beyond the start of the processes, that model states must leave free. BLOOM with 560 million
+"""Share of the memory, once the processes have started, that model states must leave free. BLOOM with 560 million
 parameters and its optimizer offloaded on a CPU peaked at 1.5 times its states, while DeepSpeed was copying them."""
 
 
@@ -135,7 +135,7 @@ def _check_gpus(config: Config) -> None:
 def _check_states(config: Config) -> None:
     """Refuse model states that do not fit into this machine's memory, if its processes hold them.
 
-    Activations, buffers and gradients that are not reduced yet come on top, and depend on the batch and the moment. A
+    Activations, buffers and unreduced gradients need memory too, depending on the batch and the point in the step. A
     third of the memory is reserved for them, so a run that passes may still be too large.
     """
     from tutorial_lib.engine.expected import expected_states, parameter_sizes
@@ -153,8 +153,8 @@ def _check_states(config: Config) -> None:
         raise ConfigError(
             f"This run needs {held + to_start:.1f} GB of memory, and {available:.1f} GB are free here: {held:.1f} GB "
             f"for model states on {_ranks(ranks)}, and {to_start:.1f} GB to start; a third is reserved for activations "
-            f"and buffers. Write a smaller model, precision='bf16', or more ZeRO; {where}or close other programs. "
-            "`python -m tutorial_lib plan` shows what would fit elsewhere."
+            f"and buffers. Write a smaller model, precision='bf16', or a higher ZeRO stage; {where}or close other "
+            "programs. `python -m tutorial_lib plan` shows what would fit elsewhere."
         )
 
 

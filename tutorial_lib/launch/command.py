@@ -63,7 +63,7 @@ def check_grid(parallel: ParallelConfig, nodes: int, ranks_per_node: int) -> Non
         )
 
 
-def wrapped(words: list[str], width: int) -> list[str]:
+def wrap_options(words: list[str], width: int) -> list[str]:
     """Return the options of a shell command, quoted, in lines of about this width. Options and values stay together."""
     options: list[str] = []
     for word in words:

@@ -1,4 +1,4 @@
-"""Environment variables of torchrun and Ray, which tell how a run is started.
+"""Environment variables of torchrun and Ray, which determine how a run is started.
 
 Only ``launcher='none'`` uses torchrun's variables. The other launchers start their own ranks, and ignore variables that
 are left over in a shell.
@@ -84,7 +84,7 @@ def addresses() -> list[tuple[str, str]]:
     import psutil
 
     found = psutil.net_if_addrs().items()
-    return [(name, a.address) for name, all_of_it in found for a in all_of_it if a.family == socket.AF_INET]
+    return [(name, a.address) for name, entries in found for a in entries if a.family == socket.AF_INET]
 
 
 def _check_rendezvous(world_size: int) -> None:

@@ -42,7 +42,7 @@ _FATAL = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.
 """Signals that kill a rank before it can say why; its peers' errors are only consequences."""
 
 _NOTICED_SECONDS = 2.0
-"""Seconds within which the end of a killed rank is noticed."""
+"""Seconds until the end of a killed rank has been noticed."""
 
 _PEERS_SECONDS = 10
 """Seconds that the other ranks have to end after one has failed."""
@@ -113,13 +113,13 @@ class _Failure:
         rank: number of the rank.
         exit_code: 1 after an exception; after a signal, minus the signal's number.
         time: when its end was noticed, in seconds since 1970.
-        is_by_us: whether the launcher killed it because it did not end after another rank had failed.
+        killed_by_launcher: whether the launcher killed it because it did not end after another rank had failed.
     """
 
     rank: int
     exit_code: int
     time: float
-    is_by_us: bool = False
+    killed_by_launcher: bool = False
 
 
 class _Server:
@@ -155,21 +155,21 @@ class _Server:
         return self._owner == os.getpid() and self._process.poll() is None
 
     def run(self, job: Job, poll: Callable[[], None], is_stopped: Callable[[], bool]) -> list[_Failure]:
-        """Start the ranks, wait for their end, and return those that failed.
+        """Start the ranks, wait until they have ended, and return those that failed.
 
         Args:
             job: the ranks to start.
             poll: called a few times per second.
-            is_stopped: whether the runs were asked to stop. If so before the ranks have started, none is started.
+            is_stopped: whether the runs were asked to stop. If they were before the ranks have started, none starts.
 
         Raises:
             WorkerError: the server itself has died.
         """
         self.is_busy, self._has_started = True, False
-        self._tell("start", job)
+        self._send("start", job)
         left, failures, patience, has_killed = len(job.environments), list[_Failure](), float("inf"), False
         while left:
-            kind, *content = self._hear()
+            kind, *content = self._receive()
             if kind == "started":
                 self._has_started = True
             elif kind == "ended":
@@ -178,10 +178,10 @@ class _Server:
                 if exit_code:
                     failures.append(_Failure(rank, exit_code, ended, has_killed and exit_code == -signal.SIGKILL))
                 if len(failures) == 1 and patience == float("inf"):
-                    self._tell("signal", signal.SIGTERM)
+                    self._send("signal", signal.SIGTERM)
                     patience = time.monotonic() + _PEERS_SECONDS
             elif time.monotonic() > patience:
-                self._tell("signal", signal.SIGKILL)
+                self._send("signal", signal.SIGKILL)
                 has_killed = True
             elif not self._has_started and is_stopped():
                 return []  # the server is still busy, so the caller closes it
@@ -189,20 +189,20 @@ class _Server:
         self.is_busy = False
         return failures
 
-    def _tell(self, kind: str, content: object) -> None:
+    def _send(self, kind: str, content: object) -> None:
         try:
             self._connection.send((kind, content))
         except OSError as error:
-            raise self._death() from error
+            raise self._server_error() from error
 
-    def _hear(self) -> tuple[Any, ...]:
+    def _receive(self) -> tuple[Any, ...]:
         """Return the server's next message, or one with an empty kind if none comes within a moment."""
         try:
             return self._connection.recv() if self._connection.poll(POLL_SECONDS) else ("",)
         except (EOFError, OSError) as error:
-            raise self._death() from error
+            raise self._server_error() from error
 
-    def _death(self) -> WorkerError:
+    def _server_error(self) -> WorkerError:
         self._output.seek(0)
         printed = self._output.read().decode(errors="replace")
         return WorkerError(f"The process that starts the ranks has died. Its output:\n{printed}")
@@ -235,14 +235,14 @@ class _Server:
 
 
 _idle: list[_Server] = []
-_taking = threading.Lock()
+_idle_lock = threading.Lock()
 atexit.register(stop_server)
 
 
 def _take(device: str) -> _Server:
     """Return an idle server with this process's current modules and environment; start one if needed."""
     wanted = _state(device)
-    with _taking:
+    with _idle_lock:
         for server in list(_idle):
             if server.is_usable and server.made_for == wanted:
                 _idle.remove(server)
@@ -304,7 +304,7 @@ def _ended_by_request(failures: Sequence[_Failure], directories: Sequence[RunDir
 
 
 def _error(failures: Sequence[_Failure], outputs: Sequence[Path], directories: Sequence[RunDirectory]) -> Exception:
-    """Return the error of the rank that failed first, in its own words if it left any."""
+    """Return the error of the rank that failed first: its own message, if it left one."""
     written = [record for directory in directories for record in directory.errors()]
     failure = _first_failure(failures, written)
     if -failure.exit_code in _FATAL and failure.rank not in {record["rank"] for record in written}:
@@ -320,7 +320,7 @@ def _first_failure(failures: Sequence[_Failure], written: Sequence[dict[str, Any
     noticed a moment before its end. If the signal comes later than that, it is a consequence itself: a collective that
     lost its peer may abort, and the launcher kills ranks that do not end.
     """
-    own = [failure for failure in failures if not failure.is_by_us] or list(failures)
+    own = [failure for failure in failures if not failure.killed_by_launcher] or list(failures)
     first = min([failure.time for failure in own] + [record["time"] for record in written])
     return min(own, key=lambda f: (-f.exit_code not in _FATAL or f.time > first + _NOTICED_SECONDS, f.time))
 

@@ -1,4 +1,4 @@
-"""Training loops of the reader's own, such as that of ``notebooks/scripts/train_zero.py``, on local ranks."""
+"""Launch of your own training loop on local ranks, such as the one in ``notebooks/scripts/train_zero.py``."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from tutorial_lib.launch.checks import preflight
 from tutorial_lib.records import RunDirectory
 
 Loop = Callable[[dict[str, Any]], Any]
-"""A function of ``{"config": JSON text}``, as Ray's ``TorchTrainer`` calls it on every worker."""
+"""Function that takes ``{"config": JSON text}``, as Ray's ``TorchTrainer`` calls it on every worker."""
 
 
 def run_loop(loop: Loop, config: Config) -> Any:
     """Call a training loop on every rank of a local launch, and return what it returns on rank 0.
 
-    What the ranks print goes into the logs of the run.
+    The ranks' output goes into the run's logs.
 
     Args:
-        loop: a function of a Python file, which every rank imports.
+        loop: a function in a Python file, which every rank imports.
         config: what to run, with ``launcher="local"``.
 
     Raises:
-        ConfigError: the configuration cannot run here, or the loop is in no file; no rank was started.
-        WorkerError: a rank failed; all are gone when this is raised.
+        ConfigError: the configuration cannot run here, or the loop is not in a file; no rank was started.
+        WorkerError: a rank failed. All ranks have ended when this is raised.
     """
     file = Path(inspect.getfile(loop))
     if not file.is_file() or config.run.launcher != "local":
@@ -50,7 +50,7 @@ def run_loop(loop: Loop, config: Config) -> Any:
 
 
 def main(configs_file: str, rendezvous: str, file: str, name: str, result: str) -> None:
-    """Be one rank: import the loop and call it in a process group of all ranks."""
+    """Run one rank: import the loop and call it in a process group of all ranks."""
     from tutorial_lib.launch import worker
 
     worker.main(configs_file, rendezvous, functools.partial(_call, file, name, Path(result)))
@@ -58,7 +58,7 @@ def main(configs_file: str, rendezvous: str, file: str, name: str, result: str) 
 
 def _call(file: str, name: str, result: Path, configs: Sequence[Config]) -> None:
     from tutorial_lib.mpu import Topology
-    from tutorial_lib.trainer.process import output_to
+    from tutorial_lib.trainer.signals import output_to
 
     (config,) = configs
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)

@@ -1,7 +1,8 @@
-"""Launcher for torchrun (``--launcher none``): be the rank that the environment describes.
+"""Launcher for torchrun (``--launcher none``): run as the rank that the environment describes.
 
 ``torchrun`` sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; never set them by hand. Under SLURM,
-``srun`` starts one ``torchrun`` per node. Without these variables, a run with one rank is its own process group.
+``srun`` starts one ``torchrun`` per node. Without these variables, a run with one rank makes a process group of its
+own.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def launch(configs: Sequence[Config]) -> int:
                 )
             # DeepSpeed reads LOCAL_RANK even in a single process. Ignore one that is left over in the shell.
             alone = {"LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-            # No other process has to reach this one.
+            # No other process needs to reach this one.
             interface = {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
             stack.enter_context(_environment({**alone, **interface}))
             init_method = f"file://{stack.enter_context(TemporaryDirectory())}/rendezvous"
@@ -105,14 +106,14 @@ def process_group(config: Config, init_method: str) -> Iterator[None]:
     except RuntimeError as error:  # every error of torch.distributed is one
         if init_method != "env://":
             raise
-        raise RendezvousError(_why_apart(error)) from error
+        raise RendezvousError(_explain_rendezvous(error)) from error
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
-def _why_apart(error: RuntimeError) -> str:
+def _explain_rendezvous(error: RuntimeError) -> str:
     """Explain why the ranks that the environment describes did not find each other."""
     said = str(error).splitlines()[0] if str(error) else type(error).__name__
     rank, world_size, host, port = (os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))

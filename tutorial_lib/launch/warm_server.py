@@ -1,7 +1,7 @@
 """Warm server: a process with everything imported, from which the local launcher forks its ranks.
 
 Importing torch, transformers and DeepSpeed takes several seconds; a training run of a few steps takes one. So the
-launching process keeps a server beside it. The server imports everything once and then only waits: it runs no torch
+launching process keeps a server running. The server imports everything once and then only waits: it runs no torch
 operation and no tokenizer, because the threads of OpenMP, autograd and tokenizers do not survive a fork. Each launch
 gets new processes, forked from here and never reused.
 
@@ -44,14 +44,14 @@ MODULES = (
     *(f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "qwen2", "bloom")),
     *(f"transformers.models.{name}.tokenization_{name}" for name in ("gpt2", "qwen2")),
 )
-"""Modules that a warm server imports. The ranks do the imports inside functions themselves."""
+"""Modules that a warm server imports. Imports inside functions are left to the ranks."""
 
 _PARENT_CHECK_SECONDS, _LOOK_SECONDS = 1.0, 0.1
 
-_ORPHANS_SECONDS = 600
+_ORPHAN_SECONDS = 600
 """Seconds for ranks to save and stop when their launching process is gone."""
 
-OF_A_JOB = (signal.SIGTERM, signal.SIGUSR1)
+JOB_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """Signals that schedulers send to every process of a job shortly before its time is up."""
 
 _PR_SET_PDEATHSIG = 1
@@ -83,7 +83,7 @@ def main(launcher_pid: str, descriptor: str, *modules: str) -> None:
     launcher = int(launcher_pid)
     ranks: dict[int, ForkProcess] = {}
     # A scheduler may signal every process of a job. The ranks save and stop; the server stays to report how they ended.
-    for number in OF_A_JOB:
+    for number in JOB_SIGNALS:
         signal.signal(number, lambda received, _frame: _signal(ranks.values(), received))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = Connection(int(descriptor))
@@ -109,7 +109,7 @@ def main(launcher_pid: str, descriptor: str, *modules: str) -> None:
         elif kind == "signal":
             _signal(ranks.values(), content)
     _signal(ranks.values(), signal.SIGTERM)
-    end = time.monotonic() + _ORPHANS_SECONDS
+    end = time.monotonic() + _ORPHAN_SECONDS
     for process in ranks.values():
         process.join(max(0.0, end - time.monotonic()))
         process.kill()
@@ -137,7 +137,7 @@ def import_everything(modules: Sequence[str] = MODULES) -> bool:
     warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
     import_modules(modules)
     with suppress(Exception):
-        # Fill caches that every rank would otherwise fill by itself: a thousand regular expressions for weight names,
+        # Fill caches that every rank would otherwise fill for itself: a thousand regular expressions for weight names,
         # and the list of DeepSpeed operators that can be built here.
         sys.modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("gpt2")
         _ = sys.modules["deepspeed.ops"].__compatible_ops__
@@ -168,26 +168,26 @@ def _start(job: Job, connection: Connection, can_fork: bool, ranks: dict[int, Fo
     context = multiprocessing.get_context("fork")
     become = _run_module if can_fork else _replace_process
     # Otherwise a signal could hit a rank that still has this process's signal handlers.
-    signal.pthread_sigmask(signal.SIG_BLOCK, OF_A_JOB)
+    signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
     try:
         for rank in range(len(job.environments)):
-            process = context.Process(target=_be_rank, args=(job, rank, connection, become, os.getpid()))
+            process = context.Process(target=_become_rank, args=(job, rank, connection, become, os.getpid()))
             process.start()
             ranks[rank] = process
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, OF_A_JOB)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, JOB_SIGNALS)
 
 
-def _be_rank(job: Job, rank: int, connection: Connection, become: Any, server: int) -> None:
+def _become_rank(job: Job, rank: int, connection: Connection, become: Any, server: int) -> None:
     """Turn this forked process into a rank: set its environment, output and directory, then run its program."""
     # If the server is killed, the kernel sends SIGTERM, and the run saves and stops. This survives an exec.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != server:
         os._exit(1)
     connection.close()
-    for number in (signal.SIGINT, *OF_A_JOB):
+    for number in (signal.SIGINT, *JOB_SIGNALS):
         signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, OF_A_JOB)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, JOB_SIGNALS)
     output = os.open(job.outputs[rank], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for descriptor in (1, 2):
         os.dup2(output, descriptor)

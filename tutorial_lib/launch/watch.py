@@ -1,4 +1,4 @@
-"""Watching of a launch: new metrics rows, stop signals, and waiting for its end."""
+"""Watcher of a launch: reports new metrics rows, handles stop signals, and waits for the end."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Watcher:
         self.directories = directories
         self.on_rows = on_rows
         self.signals = signals
-        self._has_said = False
+        self._has_announced = False
         self._seen = {directory.path: self._last_step(directory) for directory in directories}
         self._sizes: dict[Path, int] = {}
 
     def poll(self) -> None:
-        if signal.SIGINT in self.signals and not self._has_said:
-            self._has_said = True
+        if signal.SIGINT in self.signals and not self._has_announced:
+            self._has_announced = True
             print(STOPPING, file=sys.stderr, flush=True)
         if self.on_rows is None:
             return
@@ -53,7 +53,7 @@ class Watcher:
     def _last_step(directory: RunDirectory) -> int:
         from tutorial_lib.checkpoint import latest
 
-        # Rows after the newest checkpoint will be written again; those before it are history.
+        # Rows after the newest checkpoint will be written again; those before it are old.
         found = latest(directory) if directory.checkpoints.is_dir() else None
         return int(found.name.removeprefix("step-")) if found else 0
 
@@ -73,10 +73,10 @@ def stop_on_signal(watched: Watcher) -> Iterator[None]:
         # A second signal stops the launch at once.
         signal.signal(number, before[signal.Signals(number)])
 
-    # Signals that are ignored stay ignored, such as SIGINT for a shell's background jobs.
+    # Ignored signals stay ignored, such as SIGINT for a shell's background jobs.
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, request_stop) for number in heeded}
+    handled = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, request_stop) for number in handled}
     try:
         yield
     finally:

@@ -83,7 +83,7 @@ def time_collectives(
     Args:
         sizes: sizes of the full fp32 tensor in bytes; each rank's share is rounded down to at least one element.
         kinds: some of :data:`KINDS`.
-        repeats: number of calls of each, whose median counts.
+        repeats: number of calls of each; the result is their median.
         device: where the tensors are; ``cuda`` with NCCL.
 
     Returns:

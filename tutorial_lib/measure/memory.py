@@ -1,6 +1,6 @@
 """Memory of a process: the exact size of its tensors, exact allocator peaks, and the operating system's view.
 
-Three instruments, from the sharpest to the widest:
+Three instruments, from the most exact to the broadest:
 
 - :func:`tensor_bytes` and :class:`StateBytes` add up the storages behind given tensors: exact, but only for those.
 - :func:`count_allocations` follows PyTorch's allocator through a block: the exact peak of everything it handed out,
@@ -28,8 +28,8 @@ def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Return the bytes of the storages behind the tensors, counting each storage once.
 
     Tied parameters and views cost nothing extra; a slice counts as the full buffer that it keeps alive. A parameter
-    that ZeRO-3 or FSDP2 has released has no storage and counts as 0, as does a tensor on the meta device. Of a DTensor,
-    this rank's local part counts.
+    that ZeRO-3 or FSDP2 has released has no storage and counts as 0, as does a tensor on the meta device. A DTensor
+    counts as this rank's local part.
     """
     return sum(_storages(tensors).values())
 
@@ -105,7 +105,7 @@ def count_allocations() -> Iterator[Allocations]:
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         yield allocations
-    # The profiler's tables assign allocations to operators and lose their order; its raw events keep it.
+    # The profiler's tables group allocations by operator and lose their order; its raw events keep it.
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):
         device = event.device_type().name.lower()
@@ -263,7 +263,7 @@ def _pss(process: psutil.Process) -> int | None:
 
 
 def _reset_high_water_mark() -> bool:
-    """Make Linux forget the highest RSS so far, and return whether that was possible."""
+    """Reset Linux's record of the highest RSS, and return whether that was possible."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -42,7 +42,7 @@ class ProcessMemory:
     """All resident pages, with shared ones in full: a sum over processes counts shared pages several times."""
     pss: int | None
     """Like ``rss``, with each shared page divided by the processes that share it, so that it adds up over processes.
-    None if the system does not tell: it is not Linux, or the process belongs to another user."""
+    None if the system does not report it: it is not Linux, or the process belongs to another user."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,14 +127,14 @@ class ProcessTree:
 
     def read(self) -> tuple[ProcessMemory, ...]:
         """Return the memory of every live process, the root first; nothing once all have ended."""
-        self._known = {process: None for process in self._look_around() if process.is_running()}
+        self._known = {process: None for process in self._find_processes() if process.is_running()}
         return tuple(memory for process in self._known if (memory := _read_process(process)))
 
-    def _look_around(self) -> dict[psutil.Process, None]:
+    def _find_processes(self) -> dict[psutil.Process, None]:
         """Return the known processes and all their descendants."""
         found: dict[psutil.Process, None] = {}
         for process in self._known:
-            if process not in found:  # otherwise its descendants are there already
+            if process not in found:  # otherwise its descendants are already included
                 found[process] = None
                 with suppress(psutil.Error):
                     found |= dict.fromkeys(process.children(recursive=True))
@@ -142,7 +142,7 @@ class ProcessTree:
 
 
 def _read_process(process: psutil.Process) -> ProcessMemory | None:
-    """Return the memory of a process, or None if it ends meanwhile or is a zombie."""
+    """Return the memory of a process, or None if it has ended in the meantime or is a zombie."""
     try:
         name = process.name()
         try:

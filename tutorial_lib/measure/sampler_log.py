@@ -242,7 +242,7 @@ def _smi_bytes(cell: str, *, needs_unit: bool) -> int:
     """Return the bytes in a cell such as ``21658 MiB``, or ``21658`` below a header that says MiB."""
     match = re.fullmatch(r"(\d+)( MiB)?", cell)
     if not match or (needs_unit and not match[2]):
-        raise ValueError(f"{cell!r} is not memory such as '21658 MiB'; without a header, say columns=[...]")
+        raise ValueError(f"{cell!r} is not memory such as '21658 MiB'; without a header, pass columns=[...]")
     return int(match[1]) * MIB
 
 

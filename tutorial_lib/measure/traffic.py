@@ -208,8 +208,8 @@ class _Recorder(TorchDispatchMode):
         if func.namespace in _NAMESPACES:
             self._record(func._schema, args, kwargs or {})
         elif any(t.__name__ == "DTensor" for t in types):
-            # A DTensor communicates inside its operators. Let it unfold them first: nothing below the call that this
-            # method makes would come here again.
+            # A DTensor communicates inside its operators. Let it unfold them first: operators inside a call that this
+            # method makes would not be recorded.
             return NotImplemented
         return func(*args, **(kwargs or {}))
 

@@ -50,16 +50,17 @@ def load_model(
     trust_remote_code: bool = False,
     num_shards: int = 1,
 ) -> PreTrainedModel:
-    """Load a causal language model, or draw random weights for it; it takes our batches and keeps no generation cache.
+    """Load a causal language model with its pretrained weights, or with random ones.
 
-    While a stage-3 ``HfDeepSpeedConfig`` is alive, parameters are partitioned as soon as they are created, as
-    everywhere in transformers. Rank 0 then reads the files of pretrained weights and hands out each tensor.
+    The model accepts this package's batches, and its generation cache is off. While a stage-3 ``HfDeepSpeedConfig`` is
+    alive, transformers partitions parameters as soon as they are created; rank 0 then reads the pretrained weights and
+    broadcasts each tensor.
 
     Args:
         name: hub name, directory, a name of :data:`tutorial_lib.embedded.MODEL_NAMES`, or ``published/NAME``.
         dtype: type of the parameters.
-        random_init: draw weights from the configuration's distribution instead of loading pretrained ones. A seed
-            gives the same weights on every device, with and without partitioning.
+        random_init: draw weights from the configuration's distribution instead of loading pretrained ones. The same
+            seed gives the same weights on every device, with and without partitioning.
         seed: seed of the random weights.
         freeze: name patterns (``fnmatch``) of parameters that get no gradient.
         trust_remote_code: run Python code that the hub model ships with.
@@ -87,7 +88,7 @@ def load_model(
 
 
 def _load_pretrained(target: str, *, called: str, **options: Any) -> PreTrainedModel:
-    """Load a model, and refuse files that lack some of its parameters: transformers draws those and only logs it."""
+    """Load a model, and refuse files that lack parameters: transformers would only log that it draws them at random."""
     check_pickles(target, options["local_files_only"])
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         target, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -112,7 +113,7 @@ def no_weights(name: str) -> str:
 
 
 def prepare(model: PreTrainedModel, freeze: Sequence[str]) -> PreTrainedModel:
-    """Make a model take our batches, turn its generation cache off, and freeze parameters by name patterns."""
+    """Make a model accept our batches, turn its generation cache off, and freeze parameters by name patterns."""
     model.config.use_cache = False
     record_tying(model)
     accept_document_masks(model)
@@ -121,7 +122,7 @@ def prepare(model: PreTrainedModel, freeze: Sequence[str]) -> PreTrainedModel:
 
 
 def build_model(config: Config) -> PreTrainedModel:
-    """Build the model of a run: loaded or drawn, frozen, and set to recompute activations as configured.
+    """Build the model of a run, with frozen parameters and activation checkpointing as configured.
 
     Raises:
         ConfigError: as :func:`load_model`, or the model cannot recompute activations.
@@ -142,7 +143,7 @@ def build_model(config: Config) -> PreTrainedModel:
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model, with a pad token and padding on the right.
 
-    GPT-2's tokenizer has no pad token, so its EOS token pads. The id alone then cannot tell padding from a real end of
+    GPT-2's tokenizer has no pad token, so its EOS token pads. An id alone then cannot tell padding from a real end of
     text; only ``attention_mask`` can.
 
     Raises:
@@ -187,7 +188,7 @@ def load_trained_config(name: str, *, random_init: bool = False, trust_remote_co
         return config
     if getattr(config, "quantization_config", None):
         raise ConfigError(
-            f"The model {name!r} is quantized (quantization_config in its config.json), which only serves inference. "
+            f"The model {name!r} is quantized (quantization_config in its config.json), which is for inference only. "
             "Write the name of the original model, or random_init=True."
         )
     return fetch(resolve_tying, "model", name, model_config=config)
@@ -235,11 +236,11 @@ def hub_reachable() -> bool:
 def fetch(load: Callable[..., Any], what: str, name: str, **options: Any) -> Any:
     """Call ``load`` for a model or tokenizer by name, and turn every problem with the name into a ``ConfigError``.
 
-    Errors about something else pass through: DeepSpeed's settings, which are checked while a stage-3 model loads, a
-    library that is not installed, or a lack of memory.
+    Other errors pass through: DeepSpeed's checks of its settings while a stage-3 model loads, a library that is not
+    installed, running out of memory.
 
     Args:
-        load: gets the resolved name, ``local_files_only`` and the options.
+        load: called with the resolved name, ``local_files_only`` and the options.
         what: ``model`` or ``tokenizer``, for the message.
         name: the name as the user wrote it.
 
@@ -273,7 +274,7 @@ def fetch(load: Callable[..., Any], what: str, name: str, **options: Any) -> Any
         if local:
             raise ConfigError(f"The directory {name!r} does not hold a usable {what}: {reason}") from error
         hub = (
-            f"the hub did not give it ({reason})" if reachable
+            f"the hub did not provide it ({reason})" if reachable
             else "the hub could not be reached, and the hub's local cache does not have it"
         )  # fmt: skip
         near = difflib.get_close_matches(name, MODEL_NAMES, n=1, cutoff=0.8)
@@ -286,7 +287,7 @@ def fetch(load: Callable[..., Any], what: str, name: str, **options: Any) -> Any
 def _concerns_files(error: Exception, target: str) -> bool:
     """Return whether an error is about the model's files: missing, unreadable or of an unknown kind."""
     if isinstance(error, OSError):
-        # transformers' own OSErrors say what is missing and have no errno; the system's name a file.
+        # transformers' own OSErrors say what is missing and have no errno; the operating system's name a file.
         return error.errno is None or str(error.filename).startswith(target)
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
     return not any(f"/{library}/" in raised_in for library in ("deepspeed", "pydantic", "torch"))
@@ -312,7 +313,7 @@ _ADVICE = f"Write a hub name, a directory, or an embedded model: {', '.join(MODE
 
 
 def _random_model(config: PretrainedConfig, dtype: torch.dtype, seed: int, trust_remote_code: bool) -> PreTrainedModel:
-    """Draw weights in transformers' order and from its distributions, so that partitioning changes no number."""
+    """Draw weights in transformers' order and from its distributions, so that partitioning does not change them."""
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     with torch.random.fork_rng(), _DrawOnHost():
         if is_deepspeed_zero3_enabled():
@@ -328,7 +329,7 @@ def _random_model(config: PretrainedConfig, dtype: torch.dtype, seed: int, trust
 
 
 class _DrawOnHost(TorchFunctionMode):
-    """Draws random weights with the host's generator, whose numbers do not depend on the device."""
+    """Draws random weights with the CPU's generator, so that they do not depend on the device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

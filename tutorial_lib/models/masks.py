@@ -3,19 +3,19 @@
 | key | padded | packed |
 | --- | --- | --- |
 | ``input_ids`` | [B, S] int64 | [B, S] int64 |
-| ``attention_mask`` | [B, S] int64, 0 on padding | [B, 1, S, S] bool: may query i (row) look at key j (column)? |
+| ``attention_mask`` | [B, S] int64, 0 on padding | [B, 1, S, S] bool: whether query i (row) attends to key j (column) |
 | ``position_ids`` | left out | [B, S] int64, starting from 0 at every document |
 
-B is the batch size, S the sequence length. A packed mask is causal and blocked at document borders. Models with
+B is the batch size, S the sequence length. A packed mask is causal and blocked at document boundaries. Models with
 PyTorch's fused attention ("sdpa": GPT-2, Qwen2 and most others) take it as it is. Two kinds of models do not, and
-:func:`accept_document_masks` teaches them:
+:func:`accept_document_masks` adapts them:
 
-- Layers with a sliding window (Mistral, Gemma). When transformers builds the mask itself, it cuts it to the window; a
-  ready-made mask goes to every layer unchanged.
+- Layers with a sliding window (Mistral, Gemma). When transformers builds the mask itself, it cuts it to the window, but
+  it passes a ready-made mask to every layer unchanged.
 - BLOOM. Its attention *adds* the mask to the scores, and its ALiBi bias needs the distance between tokens, which it
   derives from a padding mask rather than from ``position_ids``.
 
-Before a run starts, :mod:`tutorial_lib.engine.trial` tries whether its model's family takes both kinds of batch.
+Before a run starts, :mod:`tutorial_lib.engine.trial` checks that its model's family accepts both kinds of batch.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _SLIDING = "sliding_attention"  # transformers' name for such a layer and its ma
 
 
 def accept_document_masks(model: PreTrainedModel) -> None:
-    """Teach a model to take a boolean [B, 1, S, S] mask that it would misread: sliding windows, added masks, ALiBi.
+    """Make a model accept a boolean [B, 1, S, S] mask that it would misread: sliding windows, added masks, ALiBi.
 
-    Each row of a packed mask shows how many keys its token sees, itself included. One less is the token's position
-    within its document, so ALiBi built from these positions equals the document's ALiBi on its own. (Positions counted
-    over the whole row would give the same attention, because softmax ignores a constant per document, but with rounding
-    errors that grow with the row.)
+    Each row of a packed mask shows how many keys its token sees, itself included. That number minus one is the token's
+    position within its document, so ALiBi built from these positions equals the document's ALiBi on its own. (Positions
+    counted over the full row would give the same attention, because softmax ignores a constant per document, but with
+    rounding errors that grow with the row.)
     """
     inner: Any = model.base_model
     if _window(model) is not None:
@@ -50,8 +50,8 @@ def accept_document_masks(model: PreTrainedModel) -> None:
 def slice_alibi(model: PreTrainedModel, tp: int, tp_rank: int) -> None:
     """Make a model with ALiBi use the biases of one tensor-parallel rank's heads; leave other models alone.
 
-    A head's slope depends on its number among all heads. A model that only knows its own share of the heads would
-    silently use the slopes of a smaller model, the same ones on every rank.
+    A head's slope depends on its index among all heads. A model that only knows its own share of the heads would
+    silently use a smaller model's slopes, the same ones on every rank.
 
     Args:
         model: from :func:`load_model`; its attention layers may have been split already.
@@ -65,8 +65,8 @@ def slice_alibi(model: PreTrainedModel, tp: int, tp_rank: int) -> None:
         build = functools.partial(_build_alibi, inner)
 
         def build_share(attention_mask: torch.Tensor, num_heads: int, dtype: torch.dtype) -> torch.Tensor:
-            whole = build(attention_mask, num_heads, dtype).unflatten(0, (-1, heads))
-            return whole.tensor_split(tp, dim=1)[tp_rank].flatten(0, 1)
+            all_heads = build(attention_mask, num_heads, dtype).unflatten(0, (-1, heads))
+            return all_heads.tensor_split(tp, dim=1)[tp_rank].flatten(0, 1)
 
         inner.build_alibi_tensor = build_share
 
@@ -82,9 +82,9 @@ def _cut_to_window(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[
     """Give sliding-window layers their own mask: transformers would pass a ready-made one to every layer."""
     mask, window = kwargs.get("attention_mask"), _window(module)
     if mask is not None and _is_document_mask(mask) and window is not None:
-        near = mask & mask.new_ones(mask.shape[-2:]).triu(1 - window)
+        windowed = mask & mask.new_ones(mask.shape[-2:]).triu(1 - window)
         has_types = getattr(module.config.get_text_config(), "layer_types", None) is not None
-        kwargs["attention_mask"] = {"full_attention": mask, _SLIDING: near} if has_types else near
+        kwargs["attention_mask"] = {"full_attention": mask, _SLIDING: windowed} if has_types else windowed
     return args, kwargs
 
 

@@ -1,7 +1,7 @@
-"""Models on the meta device: code and shapes without values, and the files that hold the values.
+"""Models on the meta device: structure and shapes without values, and the files that hold the values.
 
-For engines that split a model first and fill the pieces afterwards. :func:`tutorial_lib.models.load_model` returns the
-same model with its values.
+This is for engines that split a model first and load the pieces afterwards. :func:`tutorial_lib.models.load_model`
+returns the same model with its values.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tutorial_lib.models.stored import (
 
 
 def model_outline(config: Config) -> PreTrainedModel:
-    """Build the model of :func:`build_model` on the meta device: code and shapes, without values or memory.
+    """Build the model of :func:`build_model` on the meta device: structure and shapes, without values or memory.
 
     Raises:
         ConfigError: as :func:`build_model`.
@@ -72,7 +72,7 @@ def _outline(model_config: PretrainedConfig, trust_remote_code: bool) -> PreTrai
 def drawing_weights(config: Config) -> Iterator[PreTrainedModel]:
     """Yield a model on the meta device, and draw the same random numbers as :func:`load_model` while the block runs.
 
-    Initialise its modules in transformers' order, and they get the weights of :func:`load_model`.
+    If you initialise its modules in transformers' order, they get the same weights as from :func:`load_model`.
     """
     m = config.model
     model = _outline(_trained_config(m), m.trust_remote_code)
@@ -120,11 +120,11 @@ def _match_stored(m: ModelConfig, *, must_be_read_as_stored: bool) -> dict[str, 
             "transformers converts while it loads. Write engine='deepspeed', or save the model in its own layout once: "
             "model.save_pretrained(DIRECTORY, save_original_format=False)."
         )
-    if not converted:  # otherwise only transformers knows the result, and reports problems when it loads
+    if not converted:  # otherwise only transformers knows the result, and it reports problems while loading
         own = dict(model.named_parameters(remove_duplicate=False))
-        there = {id(own[name]) for name in found}
+        stored_ids = {id(own[name]) for name in found}
         wrong = {n: (t.shape, tuple(own[n].shape)) for n, t in found.items() if t.shape != tuple(own[n].shape)}
-        missing = [name for name, parameter in own.items() if id(parameter) not in there]
+        missing = [name for name, parameter in own.items() if id(parameter) not in stored_ids]
         check_complete(m.name, missing=missing, wrong_shapes=wrong)
         check_all_used(m.name, model, others)
     return found

@@ -5,7 +5,7 @@ of the embedded model of the same family, whose ids all fit into the published v
 speed at real sizes; its predictions mean nothing.
 
 Sources: the ``config.json`` of bigscience/bloom-560m, openai-community/gpt2, openai-community/gpt2-medium and
-Qwen/Qwen2.5-0.5B on the Hugging Face Hub. The numbers of parameters come from the weight files on their model cards.
+Qwen/Qwen2.5-0.5B on the Hugging Face Hub. The parameter counts come from the weight files on their model cards.
 """
 
 from __future__ import annotations

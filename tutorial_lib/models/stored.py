@@ -56,7 +56,7 @@ def check_files(directory: str) -> None:
             raise ConfigError(f"{index} names files that are not there: {_some(absent)}. Copy or download them again.")
     for path in locate_weights(directory, local_files_only=True):
         check_no_pointer(path)
-        if reason := _torn(path):
+        if reason := _damage(path):
             raise ConfigError(f"{path} is damaged or cut short ({reason}). Copy or download it again.")
 
 
@@ -70,7 +70,7 @@ def _shards(index: Path) -> list[str]:
         ) from error
 
 
-def _torn(path: Path) -> str | None:
+def _damage(path: Path) -> str | None:
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, "pt"):
@@ -133,7 +133,7 @@ def load_pickled(path: Path, device: str) -> dict[str, torch.Tensor]:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # about pickle protocols
             found = torch.load(path, map_location=device, mmap=zipfile.is_zipfile(path), weights_only=True)
     except Exception as error:  # a damaged pickle can make its reader raise almost anything
-        raise ConfigError(_why_not_loaded(path, error)) from error
+        raise ConfigError(_load_failure(path, error)) from error
     if not isinstance(found, dict):
         raise ConfigError(
             f"{path} holds a {type(found).__name__}, not tensors by parameter name. Write the directory of a model "
@@ -146,7 +146,7 @@ _WRITTEN_BY_TORCH = (b"PK", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19")
 """First bytes of a file from ``torch.save``: a zip archive, or before torch 1.6 a pickled number."""
 
 
-def _why_not_loaded(path: Path, error: Exception) -> str:
+def _load_failure(path: Path, error: Exception) -> str:
     with path.open("rb") as file:
         start = file.read(16)
     code = re.search(r"GLOBAL (\S+)|class (\S+)", str(error)) if "weights only" in str(error).lower() else None
@@ -228,10 +228,11 @@ def check_complete(
 
 
 def check_all_used(name: str, model: PreTrainedModel, others: Iterable[str]) -> None:
-    """Refuse pretrained weights that would be dropped in part, so that a different function would be trained.
+    """Refuse files with tensors that loading would silently drop, so that a different model would be trained.
 
-    A tensor counts if it belongs to a module of the model that has no such parameter: a bias that ``config.json`` turns
-    off, a layer beyond ``num_hidden_layers``, an adapter of a layer. Heads of other tasks and old buffers do not count.
+    A tensor is refused if it belongs to a module of the model that has no such parameter: a bias that ``config.json``
+    turns off, a layer beyond ``num_hidden_layers``, an adapter of a layer. Heads for other tasks and old buffers are
+    allowed.
 
     Args:
         name: name of the model.
@@ -248,7 +249,7 @@ def check_all_used(name: str, model: PreTrainedModel, others: Iterable[str]) -> 
     ignored = [*(model._keys_to_ignore_on_load_unexpected or ())]
     buffers = {key for key, _ in model.named_buffers()}
 
-    def has_its_place(key: str) -> bool:
+    def belongs_to_model(key: str) -> bool:
         item = re.match(r"(.*?\.)\d+\.", key)
         beyond = item is not None and item[1] in lists and item[0] not in items
         return key.rpartition(".")[0] in modules or beyond or ".lora_" in key
@@ -256,7 +257,7 @@ def check_all_used(name: str, model: PreTrainedModel, others: Iterable[str]) -> 
     dropped = [
         key
         for key in sorted(set(others) - buffers, key=_natural)
-        if has_its_place(key) and not any(re.search(pattern, key) for pattern in ignored)
+        if belongs_to_model(key) and not any(re.search(pattern, key) for pattern in ignored)
     ]
     if dropped:
         raise ConfigError(

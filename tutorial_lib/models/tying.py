@@ -38,7 +38,7 @@ def resolve_tying(target: str, *, local_files_only: bool, model_config: Pretrain
     if not getattr(model_config, "tie_word_embeddings", False) or not isinstance(pairs, dict):
         return model_config
     try:
-        with _stored_weights(target, local_files_only, _naming(model_class, model_config)) as stored:
+        with _stored_weights(target, local_files_only, _name_mapper(model_class, model_config)) as stored:
             differing = any(
                 one in stored and other in stored and not _equal(stored[one], stored[other])
                 for one, other in pairs.items()
@@ -51,7 +51,7 @@ def resolve_tying(target: str, *, local_files_only: bool, model_config: Pretrain
 
 
 def record_tying(model: PreTrainedModel) -> None:
-    """Write into a model's configuration whether its weights are tied, so that the saved configuration is true."""
+    """Correct a model's configuration if its weights are not tied, so that the saved configuration is right."""
     if getattr(model.config, "tie_word_embeddings", False):
         parameters = dict(model.named_parameters(remove_duplicate=False))
         pairs = model.get_expanded_tied_weights_keys(all_submodels=True).items()
@@ -64,7 +64,7 @@ def _set_tied(model_config: PretrainedConfig, tied: bool) -> None:
         each.tie_word_embeddings = tied
 
 
-def _naming(model_class: Any, model_config: PretrainedConfig) -> Callable[[str], str]:
+def _name_mapper(model_class: Any, model_config: PretrainedConfig) -> Callable[[str], str]:
     """Return a function that maps a tensor's name in a file to its name in the model."""
     conversions = get_checkpoint_conversion_mapping(model_config.model_type) or []
     renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
@@ -74,7 +74,7 @@ def _naming(model_class: Any, model_config: PretrainedConfig) -> Callable[[str],
     def name_in_model(name: str) -> str:
         for each in renamings:
             name, _ = each.rename_source_key(name)
-        # A base model is saved without the prefix of the model with a head.
+        # A base model is saved without the prefix that the model with a head has.
         return prefix + name if prefix + name in with_prefix else name
 
     return name_in_model

@@ -37,11 +37,11 @@ def all_gather_objects(value: T) -> list[T]:
 def all_gather_ints(numbers: Sequence[int]) -> list[list[int]]:
     """Return the integers of all ranks, in rank order. Every rank must pass the same number of them.
 
-    They travel as an integer tensor, so that :mod:`tutorial_lib.measure.traffic` counts them as bookkeeping.
+    They are sent as an integer tensor, so that :mod:`tutorial_lib.measure.traffic` counts them as bookkeeping.
     """
     if not dist.is_initialized():
         return [list(numbers)]
-    # With NCCL alone, which is Ray's default, nothing in host memory can be exchanged.
+    # With NCCL alone, which is Ray's default, tensors in host memory cannot be sent.
     device = "cpu" if "cpu:" in dist.get_backend_config() else "cuda"
     own = torch.tensor(numbers, dtype=torch.int64, device=device)
     by_rank = [torch.empty_like(own) for _ in range(dist.get_world_size())]

@@ -1,6 +1,6 @@
 """Rank grid: the ranks that read different data, and the ranks that share a layer.
 
-``world size = dp x tp``. Ranks of one tensor-parallel group are adjacent, so that they land on one node, where
+``world size = dp x tp``. Ranks of one tensor-parallel group are adjacent, so that they share a node, where
 links are fast; with ``dp=2, tp=2``::
 
               tp 0   tp 1
@@ -71,9 +71,9 @@ class Topology:
 
     @classmethod
     def from_environment(cls, parallel: ParallelConfig) -> Topology:
-        """Find the place of this process among those that torchrun, Ray Train or another launcher has started.
+        """Find this process's place among those that torchrun, Ray Train or another launcher has started.
 
-        Rank and world size come from the default process group. Without one, this process is alone.
+        Rank and world size come from the default process group. Without one, this process is the only rank.
 
         Args:
             parallel: ``dp`` and ``tp``.
@@ -157,7 +157,7 @@ class ModelParallelUnit:
 def device_mesh(topology: Topology, device_type: str) -> DeviceMesh:
     """Build the grid as a PyTorch mesh with axes ``dp`` and ``tp``: a process group per row and column. Collective.
 
-    The groups are created once per default process group, however many runs the process goes through.
+    The groups are created once per default process group, however many runs the process trains.
 
     Args:
         topology: this rank's place in the grid.

@@ -89,15 +89,15 @@ def layer_activations(
     norm = _norm(dimensions, e)
     scores = 0 if dimensions.fused_attention else dimensions.heads * seq_length * (4 if e == 4 else 6)
     mlp = (dimensions.mlp_tensors or (4 if dimensions.gated else 2)) * e * f
-    whole = 2 * norm / own + 2 * e * h + (e * (2 * h + 2 * k) + scores + mlp) / tp
+    everything = 2 * norm / own + 2 * e * h + (e * (2 * h + 2 * k) + scores + mlp) / tp
     if checkpointing == "none":
-        return LayerActivations(whole, 0.0)
+        return LayerActivations(everything, 0.0)
     kept = e * h / own
     if checkpointing == "selective":
         products = h + k + f if dimensions.column_layers > 2 else h + 2 * k + f
         kept += e * ((h + products) / tp + (h if dimensions.column_layers > 2 else 0))
         kept += scores / tp
-    return LayerActivations(kept, max(0.0, whole - kept))
+    return LayerActivations(kept, max(0.0, everything - kept))
 
 
 def last_norm(

@@ -25,9 +25,9 @@ from tutorial_lib.theory import context, flops, memory, pipeline, traffic
 from tutorial_lib.theory.activations import recomputed_share
 from tutorial_lib.theory.dimensions import Dimensions
 from tutorial_lib.theory.layouts import Cluster, Layout, Workload, missing_here
-from tutorial_lib.theory.peak import Part, part_of_model, peak_memory
+from tutorial_lib.theory.peak_memory import Part, part_of_model, peak_memory
 from tutorial_lib.theory.search import step_batch
-from tutorial_lib.theory.states import lora_params, model_states
+from tutorial_lib.theory.state_bytes import lora_params, model_states
 
 UPDATE_BYTES = 28
 OFFLOADED_RUN = 2.7
@@ -97,7 +97,7 @@ def evaluate(workload: Workload, cluster: Cluster, layout: Layout) -> Candidate:
     batch = step_batch(workload, cluster, layout)
     share = layout.micro_batch * layout.dp
     accumulation = max(1, batch // share)
-    states = model_states(workload, layout, part.params, accumulation, _copies(layout))
+    states = model_states(workload, layout, part.params, accumulation, _ranks_per_copy(layout))
     peak = peak_memory(workload, layout, part, states, accumulation)
     host = states.host * cluster.per_node
 
@@ -123,7 +123,7 @@ def evaluate(workload: Workload, cluster: Cluster, layout: Layout) -> Candidate:
     )  # fmt: skip
 
 
-def _copies(layout: Layout) -> int:
+def _ranks_per_copy(layout: Layout) -> int:
     """Return the number of ranks that share one copy of the states."""
     return layout.shard_size or layout.dp * layout.cp
 
@@ -158,8 +158,8 @@ def _dp_traffic(
             parameters_stay=stays,
         )  # fmt: skip
         frozen = (params - trained) * accumulation * (1 if stays else 2) if layout.zero_stage == 3 else 0
-        whole = traffic.StepVolume(volume.all_reduce, volume.all_gather + frozen, volume.reduce_scatter)
-        return cost(whole, ranks, members)
+        with_frozen = traffic.StepVolume(volume.all_reduce, volume.all_gather + frozen, volume.reduce_scatter)
+        return cost(with_frozen, ranks, members)
     shared = {"accumulation": accumulation, "frozen": params - trained, "reduce_each": layout.reduction == "each"}
     if layout.strategy != "hybrid":
         return cost(traffic.fsdp_volume(params, layout.strategy, **shared), ranks, members)  # type: ignore[arg-type]
@@ -212,10 +212,10 @@ def _compute_seconds(workload: Workload, cluster: Cluster, layout: Layout, token
     in_layers = 2 * (workload.num_params - dims.root_params)
     if workload.lora_rank:
         per_token -= in_layers  # frozen weights need no gradients, only gradients of activations
-    whole = 6 * dims.vocabulary * dims.hidden if dims.tied and not layout.sequence_parallel else 0
+    unsplit = 6 * dims.vocabulary * dims.hidden if dims.tied and not layout.sequence_parallel else 0
     products, attention = recomputed_share(dims, layout.checkpointing)
     per_token += products * in_layers + attention * 4 * dims.layers * dims.hidden * workload.seq_length
-    work = tokens / (layout.dp * layout.cp * layout.pp) * ((per_token - whole) / layout.tp + whole)
+    work = tokens / (layout.dp * layout.cp * layout.pp) * ((per_token - unsplit) / layout.tp + unsplit)
     return work / (cluster.gpu_flops * cluster.efficiency)
 
 
@@ -226,8 +226,8 @@ def _update_seconds(
     trained = params
     if workload.lora_rank:
         trained = min(params, lora_params(workload.dimensions, workload.lora_rank) // (layout.tp * layout.pp))
-    is_whole = layout.strategy == "no_shard" or (layout.strategy is None and layout.zero_stage == 0)
-    ranks = 1 if is_whole else _copies(layout)
+    is_replicated = layout.strategy == "no_shard" or (layout.strategy is None and layout.zero_stage == 0)
+    ranks = 1 if is_replicated else _ranks_per_copy(layout)
     shard = memory.partition_elements(trained, ranks)
     if layout.offload == "none":
         return 0.0, shard * UPDATE_BYTES / (REACHED_MEMORY_BANDWIDTH * cluster.memory_bandwidth)

@@ -89,7 +89,7 @@ class Dimensions:
     @property
     def layer_params(self) -> int:
         """Elements of one layer."""
-        return self._divided_per_layer + self._whole_per_layer
+        return self._divided_per_layer + self._replicated_per_layer
 
     @property
     def num_params(self) -> int:
@@ -104,7 +104,7 @@ class Dimensions:
         layer that is tied to the embedding is not split either; a separate one is.
         """
         norms_outside = (1 + self.embedding_norm) * self.norm_vectors * self.hidden
-        return self.embedding_params + norms_outside + self.layers * self._whole_per_layer
+        return self.embedding_params + norms_outside + self.layers * self._replicated_per_layer
 
     @property
     def key_value_width(self) -> int:
@@ -138,7 +138,7 @@ class Dimensions:
         return sum(rows * columns for rows, columns in self.linear_widths) + biases
 
     @property
-    def _whole_per_layer(self) -> int:
+    def _replicated_per_layer(self) -> int:
         return (2 * self.norm_vectors + 2 * self.bias) * self.hidden
 
 

@@ -7,7 +7,7 @@ Sources:
 
 Assumptions: only matrix products take time; attention counts all positions (PaLM's convention: a causal kernel only
 computes half of them, so long sequences look more efficient than they are, here and in the published figures).
-Checked: against PyTorch's FLOP counter and PaLM's published MFU in ``tests/unit/test_theory.py``.
+Checked: against PyTorch's FLOP counter and PaLM's published MFU in ``tests/unit/theory/test_flops.py``.
 """
 
 from __future__ import annotations

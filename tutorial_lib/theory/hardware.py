@@ -122,5 +122,5 @@ def peak_flops(name: str, precision: str) -> float:
     """
     flops = find_gpu(name).flops
     if precision not in flops:
-        raise ValueError(f"{name} has no {precision}. Write a precision out of: {', '.join(flops)}.")
+        raise ValueError(f"{name} has no {precision}. Write one of: {', '.join(flops)}.")
     return flops[precision]

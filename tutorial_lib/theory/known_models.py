@@ -66,8 +66,8 @@ HUB_NAMES = {
 """Names of :data:`MODELS` on the Hugging Face hub, for a command that loads their weights."""
 
 
-_MEANT = {7e9: "llama-2-7b"}
-"""Models that people mean by a size that is about equally near to several: Llama 2 has 6.74 B, Mistral 7.24 B."""
+_USUALLY_MEANT = {7e9: "llama-2-7b"}
+"""Models that people usually mean by a size that is close to several: Llama 2 has 6.74 B, Mistral 7.24 B."""
 
 
 def nearest_model(num_params: float, *, within: float = 0.05) -> str | None:
@@ -77,8 +77,8 @@ def nearest_model(num_params: float, *, within: float = 0.05) -> str | None:
     would miss both.
     """
 
-    if num_params in _MEANT:
-        return _MEANT[num_params]
+    if num_params in _USUALLY_MEANT:
+        return _USUALLY_MEANT[num_params]
 
     def distance(name: str) -> float:
         return abs(MODELS[name].num_params / num_params - 1)

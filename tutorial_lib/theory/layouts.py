@@ -1,7 +1,7 @@
 """Inputs and outputs of the planner: a cluster, a workload, and the layouts that place the work on the devices.
 
 Bytes are decimal (1 GB = 1e9 bytes). The defaults of :class:`Cluster` are the preset ``a100-80`` of
-:mod:`tutorial_lib.theory.hardware`, with its sources, and four assumptions that say so.
+:mod:`tutorial_lib.theory.hardware`, with its sources, and four assumptions that are marked as such.
 """
 
 from __future__ import annotations
@@ -235,10 +235,10 @@ def check(workload: Workload, cluster: Cluster, engine: str) -> None:
     if not 0 < cluster.efficiency <= 1 or not 0 <= cluster.overlap <= 1 or not 0 <= cluster.headroom < 1:
         raise ValueError("efficiency, overlap and headroom are shares: write numbers from 0 to 1, such as 0.45.")
     if cluster.gpus > cluster.gpus_per_node and cluster.gpus % cluster.gpus_per_node:
-        whole = cluster.gpus // cluster.gpus_per_node * cluster.gpus_per_node
+        fewer = cluster.gpus // cluster.gpus_per_node * cluster.gpus_per_node
         raise ValueError(
-            f"{cluster.gpus} gpus do not fill nodes of {cluster.gpus_per_node}. Write {whole} or "
-            f"{whole + cluster.gpus_per_node}, or another gpus_per_node."
+            f"{cluster.gpus} gpus do not fill nodes of {cluster.gpus_per_node}. Write {fewer} or "
+            f"{fewer + cluster.gpus_per_node}, or another gpus_per_node."
         )
 
 

@@ -1,8 +1,8 @@
 """Model states: bytes of parameters, gradients and optimizer states, and DeepSpeed's estimates of them.
 
 Notation, here and in the course: Psi is the number of parameters, N the number of data-parallel ranks, t the
-tensor-parallel size. This assumes AdamW, and that every parameter is trained; :mod:`tutorial_lib.theory.states` covers
-other cases.
+tensor-parallel size. This assumes AdamW, and that every parameter is trained; other cases are in
+:mod:`tutorial_lib.theory.state_bytes`.
 
 Sources:
     ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, arXiv:1910.02054 (figure 1, section 5)
@@ -126,10 +126,10 @@ def host_states(
     everything in 16 bits therefore takes 2 + 4 + 12 = 18 bytes per parameter (DeepSpeed's
     ``initialize_optimizer_states``; measured in ``tests/distributed``, see :mod:`tutorial_lib.engine.expected`).
     """
-    whole = model_states(num_params, stage, num_ranks, precision)
+    everything = model_states(num_params, stage, num_ranks, precision)
     device = device_states(num_params, stage, num_ranks, precision, offload)
     gradients = 0 if offload == "none" else 4 * partition_elements(num_params, num_ranks)
-    return ModelStates(whole.parameters - device.parameters, gradients, whole.optimizer - device.optimizer)
+    return ModelStates(everything.parameters - device.parameters, gradients, everything.optimizer - device.optimizer)
 
 
 def checkpoint_bytes(num_params: int, stage: int, precision: Precision = MIXED) -> int:
@@ -168,8 +168,8 @@ def savings_ratio(stage: int, num_ranks: int, precision: Precision = MIXED) -> f
     The often-quoted 4 x and 8 x for stages 1 and 2 are only the limits as N grows.
     """
     num_params = num_ranks * 1000  # any multiple of N: the ratio does not depend on Psi
-    whole = model_states(num_params, 0, num_ranks, precision).total
-    return whole / model_states(num_params, stage, num_ranks, precision).total
+    replicated = model_states(num_params, 0, num_ranks, precision).total
+    return replicated / model_states(num_params, stage, num_ranks, precision).total
 
 
 def partition_elements(num_elements: int, num_ranks: int, alignment: int = 1) -> int:
@@ -184,15 +184,15 @@ def partition_elements(num_elements: int, num_ranks: int, alignment: int = 1) ->
 
 
 def partitioned_elements(sizes: Iterable[int], num_ranks: int) -> int:
-    """Return the elements per rank if every tensor is partitioned and padded by itself, as at stage 3."""
+    """Return the elements per rank if every tensor is partitioned and padded separately, as at stage 3."""
     return sum(partition_elements(size, num_ranks) for size in sizes)
 
 
 def reduced_gradients(sizes: Sequence[int], num_ranks: int, rank: int = 0, alignment: int = 2) -> int:
     """Return the elements of gradients that a rank holds with DeepSpeed's stages 1 and 2 once they are reduced.
 
-    A rank's share is a stretch of all trained parameters laid end to end. A tensor across the border between two
-    stretches is held in full on both ranks.
+    A rank's share is a contiguous slice of all trained parameters, concatenated. A tensor that crosses the boundary
+    between two slices is held in full on both ranks.
 
     Args:
         sizes: elements of each trained parameter on this rank, in the model's order.

@@ -46,7 +46,7 @@ class AnswerReport:
     Attributes:
         score: mean scores in percent.
         answers: one per question, in the order of the data set.
-        num_cut: questions whose context was too long and lost its end, perhaps together with the answer.
+        num_cut: questions whose context was too long: its end was cut off, perhaps along with the answer.
         num_left_out: rows without a question, a context or a gold answer.
     """
 
@@ -67,7 +67,7 @@ def evaluate_answers(
     batch_size: int = 8,
     device: str = "cpu",
 ) -> AnswerReport:
-    """Let a model answer a data set's questions, and score the answers.
+    """Answer a data set's questions with a model, and score the answers.
 
     Args:
         model: directory of an export, or any other model name.
@@ -76,8 +76,8 @@ def evaluate_answers(
         max_examples: use at most this many rows, the first ones.
         seq_length: longest question, context and answer together, in tokens.
         max_new_tokens: longest answer, in tokens.
-        batch_size: questions to answer at once. It changes the speed, never an answer.
-        device: where the model computes.
+        batch_size: questions to answer at once. It changes the speed, never the answers.
+        device: device to run the model on.
 
     Raises:
         ConfigError: there is no such model or data, or the data has no questions.
@@ -101,7 +101,7 @@ def evaluate_answers(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
     )
-    answers = tuple(_scored(row, prediction) for row, prediction in zip(asked, predictions, strict=True))
+    answers = tuple(_score_row(row, prediction) for row, prediction in zip(asked, predictions, strict=True))
     return AnswerReport(
         average_scores([answer.score for answer in answers]),
         answers,
@@ -132,7 +132,7 @@ def answer_greedily(
     for start in range(0, len(prompts), batch_size):
         numbers = by_length[start : start + batch_size]
         new_BS = _continue(model, tokenizer, [prompts[number] for number in numbers], max_new_tokens)
-        answers |= dict(zip(numbers, (_text(ids, tokenizer) for ids in new_BS.tolist()), strict=True))
+        answers |= dict(zip(numbers, (_decode_until_eos(ids, tokenizer) for ids in new_BS.tolist()), strict=True))
     return [answers[number] for number in range(len(prompts))]
 
 
@@ -144,7 +144,7 @@ def _continue(
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     width = max(map(len, prompts))
     ids_BS = torch.tensor([[pad] * (width - len(ids)) + list(ids) for ids in prompts], device=model.device)
-    # Padding is known by its position: GPT-2's padding token is its EOS.
+    # The mask follows positions, not ids, because GPT-2's padding token is also its EOS.
     mask_BS = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
     greedy = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -157,7 +157,7 @@ def _continue(
     return all_BS[:, width:]
 
 
-def _text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+def _decode_until_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     eos = tokenizer.eos_token_id
     until_eos = ids[: ids.index(eos)] if eos in ids else ids
     return str(tokenizer.decode(until_eos, skip_special_tokens=True)).strip()
@@ -167,6 +167,6 @@ def _is_complete(row: dict[str, Any]) -> bool:
     return bool(row["question"] and row["context"] and gold_answers(row["answers"]))
 
 
-def _scored(row: dict[str, Any], prediction: str) -> Answered:
+def _score_row(row: dict[str, Any], prediction: str) -> Answered:
     golds = gold_answers(row["answers"])
     return Answered(row["question"], prediction, tuple(golds), score_answer(prediction, golds))

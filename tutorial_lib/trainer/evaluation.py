@@ -14,8 +14,8 @@ from tutorial_lib.dataloader.collate import fingerprint
 from tutorial_lib.engine import Engine
 from tutorial_lib.mpu import Topology
 from tutorial_lib.mpu.collectives import all_gather_ints
-from tutorial_lib.trainer.consistency import check_batches
 from tutorial_lib.trainer.loss import count_targets, sum_over_ranks, token_loss_sum
+from tutorial_lib.trainer.rank_agreement import check_batches
 
 
 class Evaluator:
@@ -26,7 +26,7 @@ class Evaluator:
         engine: the engine that holds the model.
         loader: loader of the evaluation split.
         topology: this rank's place in the grid.
-        steps_per_epoch: optimizer steps of an epoch, for ``evaluate_every='epoch'``.
+        steps_per_epoch: optimizer steps per epoch, for ``evaluate_every='epoch'``.
 
     Attributes:
         samples_per_second: speed of the last evaluation, or None.
@@ -78,15 +78,15 @@ class Evaluator:
             return
         losses: list[dict[str, Any]] = record.setdefault("eval_losses", [])
         period = self._steps_per_epoch if self._every == "epoch" else int(self._every)
-        if step % period == 0 and _noted(record, step) is None:
+        if step % period == 0 and _recorded_loss(record, step) is None:
             loss = record["eval_loss_before"] if step == 0 else self.mean_loss(step)
-            beside = {} if self.all_token_loss is None else {"all_tokens": self.all_token_loss}
-            losses.append({"epoch": step / self._steps_per_epoch, "step": step, "loss": loss, **beside})
+            extra = {} if self.all_token_loss is None else {"all_tokens": self.all_token_loss}
+            losses.append({"epoch": step / self._steps_per_epoch, "step": step, "loss": loss, **extra})
 
     def loss_at(self, record: dict[str, Any], step: int) -> float:
-        """Return the loss after the last step: the recorded one, or evaluate now. Collective."""
-        noted = _noted(record, step)
-        return self.mean_loss(step) if noted is None else noted
+        """Return the evaluation loss after the last step, evaluating now unless it is recorded. Collective."""
+        recorded = _recorded_loss(record, step)
+        return self.mean_loss(step) if recorded is None else recorded
 
 
 def _unmasked_labels(batch: Batch) -> Tensor | None:
@@ -94,11 +94,11 @@ def _unmasked_labels(batch: Batch) -> Tensor | None:
     mask = batch["attention_mask"]
     if mask.dim() > 2:
         return None
-    is_repeated = not (batch["labels"] != -100).any()  # it only fills in for a batch that this rank lacks
-    return batch["labels"] if is_repeated else batch["input_ids"].masked_fill(mask == 0, -100)
+    is_placeholder = not (batch["labels"] != -100).any()  # this rank has no real batch here
+    return batch["labels"] if is_placeholder else batch["input_ids"].masked_fill(mask == 0, -100)
 
 
-def _noted(record: dict[str, Any], step: int) -> float | None:
+def _recorded_loss(record: dict[str, Any], step: int) -> float | None:
     """Return the evaluation loss recorded for this step, or None if ``evaluate_every`` did not ask for one."""
     last = next(iter(record.get("eval_losses", [])[-1:]), None)
     return last["loss"] if last and last["step"] == step else None

@@ -29,8 +29,8 @@ from tutorial_lib.mpu.device import local_device
 from tutorial_lib.records import RunDirectory, write_atomically
 from tutorial_lib.trainer.evaluation import Evaluator
 from tutorial_lib.trainer.loss import NonFiniteLoss, count_tokens, sum_over_ranks, token_loss_sum
+from tutorial_lib.trainer.metrics import Records, StepRow
 from tutorial_lib.trainer.probe import StepProbe, measured_step
-from tutorial_lib.trainer.records import Records, StepRow
 from tutorial_lib.trainer.result import Result, collect_result
 from tutorial_lib.trainer.stops import StopRequests
 
@@ -104,8 +104,8 @@ class Trainer:
         self.records.begin(is_resumed=self.resumed_from is not None)
         self._train_steps()
         # A run that resumes in a different shape and stops at once still saves a checkpoint in that shape.
-        reshaped_alone = self.checkpoints.reshaped_from and self.step == self.resumed_from
-        if self.checkpoints.saved_at != self.step or reshaped_alone:
+        only_reshapes = self.checkpoints.reshaped_from and self.step == self.resumed_from
+        if self.checkpoints.saved_at != self.step or only_reshapes:
             self.save(and_train_on=False)
         finish_deletions()
         return self._finish()
@@ -117,7 +117,7 @@ class Trainer:
 
     def _train_steps(self) -> None:
         self._prepare_first_step()
-        if self._has_no_step():
+        if self._has_no_steps_left():
             return
         for _, micro_batches in self.loader.steps(start=self.step):
             self.train_step(micro_batches)
@@ -130,23 +130,23 @@ class Trainer:
     def _prepare_first_step(self) -> None:
         if self.evaluator and self.step == 0:
             self.evaluator.note_before(self.checkpoints.record)
-        self._evaluate_if_due()  # also if the previous start stopped in a hurry and skipped it
+        self._evaluate_if_due()  # the previous start may have had to stop before it could evaluate
         self.checkpoints.record.setdefault("seconds_to_first_step", time.perf_counter() - self._began)
 
-    def _has_no_step(self) -> bool:
+    def _has_no_steps_left(self) -> bool:
         """Return whether this start has no steps to train: the run, or its time slot, is already over."""
-        return self.step >= self.num_steps or self.stops.slot_is_over(self.step)
+        return self.step >= self.num_steps or self.stops.time_slot_has_ended(self.step)
 
     def _is_over(self) -> bool:
         """Return whether training ends here: this was the last step, or a stop was requested. Collective."""
-        return self.step >= self.num_steps or self.stops.all_gather(self.step)
+        return self.step >= self.num_steps or self.stops.agree(self.step)
 
     def _evaluate_if_due(self) -> None:
-        if self.evaluator and not self.stops.is_in_a_hurry():
+        if self.evaluator and not self.stops.may_be_killed_soon():
             self.evaluator.note_if_due(self.checkpoints.record, self.step)
 
     def _evaluate_for_best(self) -> float | None:
-        if self.evaluator is None or self.stops.is_in_a_hurry():
+        if self.evaluator is None or self.stops.may_be_killed_soon():
             return None
         return self.evaluator.loss_at(self.checkpoints.record, self.step)
 
@@ -204,12 +204,12 @@ class Trainer:
     def _diverged(self, what: str, step: int) -> str:
         if step == 1 and what.startswith("the loss"):
             return (
-                f"Before the first update {what}, so it comes from the weights of {self.config.model.name!r}. "
-                "Look for NaN or infinite numbers in its files, or write precision='fp32' if they need its range."
+                f"Before the first update, {what}, so it comes from the weights of {self.config.model.name!r}. "
+                "Look for NaN or infinite numbers in its files, or write precision='fp32' if they need that range."
             )
         self.checkpoints.finish()  # all ranks get here, and this save may be the last good one
         newest = self.checkpoints.newest()
-        good = f"The last good checkpoint is {newest}." if newest else "No checkpoint was saved before."
+        good = f"The last good checkpoint is {newest}." if newest else "No checkpoint had been saved."
         return (
             f"At step {step} {what}. {good} "
             f"Lower learning_rate (now {self.config.optimizer.learning_rate}), raise warmup_steps, or set "

@@ -7,7 +7,7 @@ different numbers of tokens, so a mean of per-rank means would weigh tokens diff
 worse, in the gradient. A training loop therefore counts the step's tokens first (one small all-gather), divides every
 micro-batch's loss *sum* by that count, and adds up.
 
-The same exchanges check that the ranks of a tensor-parallel group agree (:mod:`tutorial_lib.trainer.consistency`).
+The same exchanges check that the ranks of a tensor-parallel group agree (:mod:`tutorial_lib.trainer.rank_agreement`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tutorial_lib.dataloader import Batch
 from tutorial_lib.dataloader.collate import fingerprint
 from tutorial_lib.mpu import Topology
 from tutorial_lib.mpu.collectives import all_gather_ints
-from tutorial_lib.trainer.consistency import check_batches, check_losses
+from tutorial_lib.trainer.rank_agreement import check_batches, check_losses
 
 
 class NonFiniteLoss(RuntimeError):
@@ -35,7 +35,7 @@ def token_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: (B, S, V); from an engine that computes the loss in chunks (``loss_chunks``), the sum itself.
-        labels: (B, S), on any device, not shifted; -100 marks tokens that do not count.
+        labels: (B, S), on any device, not shifted; -100 marks tokens that are ignored.
     """
     if logits.dim() == 0:
         return logits
@@ -60,7 +60,7 @@ def count_tokens(micro_batches: Sequence[Batch], topology: Topology, *, step: in
         step: number of the step, for messages.
 
     Raises:
-        ConfigError: no token of the step counts.
+        ConfigError: no token of the step enters the loss.
         RanksDisagree: the ranks of a tensor-parallel group read different batches; all ranks raise.
     """
     own = sum(count_targets(batch["labels"]) for batch in micro_batches)
@@ -70,7 +70,7 @@ def count_tokens(micro_batches: Sequence[Batch], topology: Topology, *, step: in
     if total == 0:
         width = max(batch["labels"].size(1) for batch in micro_batches)
         raise ConfigError(
-            f"No token of {'this step' if step is None else f'step {step}'} counts: every label is masked. "
+            f"No token of {'this step' if step is None else f'step {step}'} enters the loss: every label is masked. "
             f"Raise seq_length ({width}), so that answers are not cut off."
         )
     return total
@@ -87,7 +87,7 @@ def sum_over_ranks(value: float | Tensor, topology: Topology, *, step: int | Non
     Raises:
         RanksDisagree: the sum differs within a tensor-parallel group; all ranks raise.
     """
-    # Sent as integers, the bits of the number arrive unchanged.
+    # Send the number as an integer, so that its bits arrive unchanged.
     own = value.item() if isinstance(value, Tensor) else value
     bits = torch.tensor(own, dtype=torch.float64).view(torch.int64)
     by_rank = torch.tensor(all_gather_ints([int(bits)])).view(torch.float64).flatten()

@@ -12,7 +12,7 @@ from tutorial_lib.measure.traffic import Traffic, count_collectives
 from tutorial_lib.mpu import Topology
 
 MEASURED_STEP = 3
-"""Step to measure. By now, buffers and optimizer states exist, and ZeRO-3 has learnt the order of its parameters."""
+"""Step to measure. By then, buffers and optimizer states exist, and ZeRO-3 has traced the order of its parameters."""
 
 
 def measured_step(num_steps: int) -> int:

@@ -17,9 +17,9 @@ from tutorial_lib.mpu import Topology
 from tutorial_lib.mpu.collectives import barrier
 from tutorial_lib.records import RunDirectory
 from tutorial_lib.trainer.loop import Trainer
-from tutorial_lib.trainer.process import output_to, stop_signals
 from tutorial_lib.trainer.result import Result
-from tutorial_lib.trainer.stops import SLOT_IS_OVER
+from tutorial_lib.trainer.signals import output_to, stop_signals
+from tutorial_lib.trainer.stops import STOP_AFTER
 
 
 def train_all(configs: Sequence[Config], *, on_checkpoint: OnCheckpoint | None = None) -> list[Result]:
@@ -35,7 +35,7 @@ def train_all(configs: Sequence[Config], *, on_checkpoint: OnCheckpoint | None =
     results: list[Result] = []
     for config in configs:
         results.append(train(config, on_checkpoint=on_checkpoint if config is configs[-1] else None))
-        if results[-1].stopped_by not in (None, SLOT_IS_OVER):
+        if results[-1].stopped_by not in (None, STOP_AFTER):
             break
     return results
 
@@ -65,7 +65,7 @@ def train(config: Config, *, on_checkpoint: OnCheckpoint | None = None) -> Resul
         log = run.log_file(topology.rank) if config.run.launcher != "none" else None
         with output_to(log), stop_signals() as stop_signalled:
             try:
-                trainer = _trainer_of(config)(
+                trainer = _trainer_class(config)(
                     config, topology, on_checkpoint=on_checkpoint, stop_signalled=stop_signalled
                 )
                 try:
@@ -77,7 +77,7 @@ def train(config: Config, *, on_checkpoint: OnCheckpoint | None = None) -> Resul
                 refused = storage_failure(run, error)
                 with suppress(OSError):
                     if refused:
-                        clear_remains(run)  # a partial checkpoint may leave no space to write the error
+                        clear_remains(run)  # a partial checkpoint may have left no space to write the error
                     # If nothing can be written, the launcher still has the output that Python prints at the end.
                     run.write_error(topology.rank, refused or error)
                 if refused:
@@ -85,7 +85,7 @@ def train(config: Config, *, on_checkpoint: OnCheckpoint | None = None) -> Resul
                 raise
 
 
-def _trainer_of(config: Config) -> type[Trainer]:
+def _trainer_class(config: Config) -> type[Trainer]:
     """Return the class that runs the training loop: this package's, or the Hugging Face Trainer's."""
     if config.engine.name != "trainer":
         return Trainer

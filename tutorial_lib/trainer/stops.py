@@ -1,4 +1,4 @@
-"""Stop requests: a signal to any rank, the stop file, or the end of a time slot. All ranks obey them together."""
+"""Stop requests: a signal to any rank, the stop file, or the end of a time slot. All ranks stop together."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tutorial_lib.mpu import Topology
 from tutorial_lib.mpu.collectives import all_gather_ints
 from tutorial_lib.records import RunDirectory
 
-SLOT_IS_OVER, REQUEST = "stop_after", "request"
+STOP_AFTER, REQUEST = "stop_after", "request"
 """Values of ``stopped_by`` in ``result.json``; for a signal it is the name, such as ``SIGTERM``."""
 
 _REQUESTED = 1000
@@ -36,19 +36,19 @@ class StopRequests:
         self._stop_signalled = stop_signalled
         self.stopped_by: str | None = None
 
-    def is_in_a_hurry(self) -> bool:
+    def may_be_killed_soon(self) -> bool:
         """Return whether a stop was requested from outside, so that the run may be killed soon."""
-        return self.stopped_by not in (None, SLOT_IS_OVER)
+        return self.stopped_by not in (None, STOP_AFTER)
 
-    def slot_is_over(self, step: int) -> bool:
+    def time_slot_has_ended(self, step: int) -> bool:
         """Return whether the time slot ends with this step or has ended before."""
         is_over = self._stop_after is not None and step >= self._stop_after
-        self.stopped_by = SLOT_IS_OVER if is_over else None
+        self.stopped_by = STOP_AFTER if is_over else None
         return is_over
 
-    def all_gather(self, step: int) -> bool:
+    def agree(self, step: int) -> bool:
         """Return whether training stops after this step, with the same answer on every rank. Collective."""
-        is_over = self.slot_is_over(step)
+        is_over = self.time_slot_has_ended(step)
         stop = max(own for (own,) in all_gather_ints([self._own_request()]))
         if stop:
             self.stopped_by = REQUEST if stop == _REQUESTED else signal.Signals(stop).name

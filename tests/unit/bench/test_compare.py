@@ -32,7 +32,7 @@ def test_two_rows_show_saving_and_change(storage):
     assert (second.memory, second.saving_percent) == ("states per rank", 0.0)
 
 
-def test_the_table_is_that_of_the_workshop(storage):
+def test_the_table_matches_the_workshop(storage):
     shown = compare("one/stage-2", "one/stage-2-offload", storage=storage).table()
     assert shown.columns == (
         "rows", "memory of", "memory without (MiB)", "memory with (MiB)", "saving (%)",

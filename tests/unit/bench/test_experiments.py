@@ -31,7 +31,7 @@ def test_pinned_memory_is_compared_where_there_is_a_gpu():
     assert [config.engine.offload for config in on_cpu.values()] == ["none", "optimizer"] * 2 + ["none", "all"]
 
 
-def test_scaling_keeps_the_work_per_rank_or_the_whole():
+def test_scaling_keeps_the_work_per_rank_or_the_total():
     config = Config.create("cpu", global_batch=4)
     weak, strong = (rows_of(f"{kind}-scaling", config) for kind in ("weak", "strong"))
     assert [(c.parallel.dp, c.run.global_batch) for c in weak.values()] == [(1, 4), (2, 8), (4, 16)]
@@ -67,9 +67,9 @@ def test_other_names_are_none_of_the_workshop(name):
         ("zero", {}, (), "There is no matrix 'zero'. Write one of: zero-stages, offload"),
         ("offload", {}, ("stage-9",), "There is no row 'stage-9'. Write one of: stage-1, stage-1-offload"),
         ("offload", {}, ("stage-1", "stage-1"), "names a row twice"),
-        ("zero-stages", {"zero_stage": 2}, (), "rows of this zero-stages matrix decide zero_stage"),
-        ("zero-stages", {"deepspeed": "zero2"}, (), "rows of this zero-stages matrix decide deepspeed"),
-        ("weak-scaling", {"dp": 4}, (), "rows of this weak-scaling matrix decide dp"),
+        ("zero-stages", {"zero_stage": 2}, (), "rows of this zero-stages matrix set zero_stage"),
+        ("zero-stages", {"deepspeed": "zero2"}, (), "rows of this zero-stages matrix set deepspeed"),
+        ("weak-scaling", {"dp": 4}, (), "rows of this weak-scaling matrix set dp"),
         ("zero-stages", {"engine": "fsdp"}, (), "which engine='fsdp' does not have"),
         ("strong-scaling", {"global_batch": 2}, (), "Row dp-4: global_batch=2 is not a multiple of dp=4"),
         ("offload", {"steps": 4, "stop_after": 2}, (), "stop_after would leave every row unfinished"),

@@ -100,7 +100,7 @@ def test_more_rows_may_follow(config):
     assert [row.name for row in matrix.rows] == [*ROWS, "baseline", "stage-0"]
 
 
-def test_an_interrupt_keeps_what_is_there_and_the_row_starts_anew(config):
+def test_an_interrupt_keeps_what_is_there_and_the_row_starts_again(config):
     with pytest.raises(
         Interrupted, match="stopped in row 'stage-2', which will start over; 1 of 3 rows are done and kept"
     ):

@@ -29,7 +29,7 @@ def test_a_log_has_a_line_for_each_begin_and_end():
     assert "10 samples/s" in lines[1] and lines[3].count("Rank 0 ended with exit code -9") == 1
 
 
-def test_the_time_left_is_that_of_the_rows_before(monkeypatch):
+def test_the_time_left_follows_the_rows_before(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
     progress = MatrixProgress(io.StringIO())

@@ -31,7 +31,7 @@ def stopped(model, tmp_path_factory):
 
 
 @pytest.fixture
-def halved(stopped, tmp_path):
+def interrupted(stopped, tmp_path):
     """Return a copy of it, to be damaged and continued."""
     run = replace(stopped, config=stopped.config.override(storage=str(tmp_path)))
     shutil.copytree(stopped.directory.path, run.directory.path)

@@ -11,8 +11,8 @@ from tutorial_lib.checkpoint import compatibility, manifest
 from tutorial_lib.config import ConfigError
 
 
-def test_every_setting_that_differs_is_named(halved):
-    other = halved.config.override(
+def test_every_setting_that_differs_is_named(interrupted):
+    other = interrupted.config.override(
         seed=1,
         learning_rate=0.5,
         dataset="embedded/articles",
@@ -33,15 +33,15 @@ def test_every_setting_that_differs_is_named(halved):
     assert "another name" in str(error.value)
 
 
-def test_what_changes_no_update_may_change(halved, unbroken):
+def test_what_changes_no_update_may_change(interrupted, unbroken):
     """Recomputing draws the same dropout masks, because it restores the first pass's random state."""
     free = {"activation_checkpointing": True, "checkpoint_every": 0, "stop_after": None}
-    assert_same(launch.run(halved.config.override(**free)), unbroken)
+    assert_same(launch.run(interrupted.config.override(**free)), unbroken)
 
 
-def test_another_model_is_named_too(halved):
+def test_another_model_is_named_too(interrupted):
     with pytest.raises(ConfigError, match=r"model was '.*/dropout', now 'embedded/gpt2'"):
-        launch.run(halved.config.override(model="embedded/gpt2", stop_after=None))
+        launch.run(interrupted.config.override(model="embedded/gpt2", stop_after=None))
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_another_model_of_the_same_name_is_refused_before_anything_starts(own_mo
 def test_another_tokenizer_is_refused_before_anything_starts(own_model):
     own, run = own_model
     exchange_two_tokens(own)
-    with pytest.raises(ConfigError, match=r"another tokenizer, which makes other ids.*another name"):
+    with pytest.raises(ConfigError, match=r"another tokenizer, which gives the same text different ids.*another name"):
         launch.preflight(run.config.override(stop_after=None))
 
 
@@ -90,7 +90,8 @@ def test_of_a_model_that_moved_everything_that_changed_is_named(own_model, tmp_p
         launch.preflight(run.config.override(stop_after=None, model=str(moved), seed=1))
     for part in (
         "seed was 0, now 1",
-        f"model was '{own}', now '{moved}' (embd_pdrop was 0.1, now 0.2, another tokenizer, which makes other ids",
+        f"model was '{own}', now '{moved}' (embd_pdrop was 0.1, now 0.2, another tokenizer, which gives the "
+        "same text different ids",
         "its weights are different)",
     ):
         assert part in str(error.value)
@@ -137,7 +138,7 @@ def write_rows(directory, train, evaluation=range(8)):
         (directory / f"{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
-TRAIN, VALIDATION = "split 'train' has other tokens", "split 'validation' has other tokens"
+TRAIN, VALIDATION = "split 'train' has different tokens", "split 'validation' has different tokens"
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,7 @@ def test_other_texts_of_the_same_number_are_refused_before_anything_starts(own_d
     write_rows(data, train, evaluation)
     with pytest.raises(ConfigError, match=rf"different data: of '.*/data', {split} than when") as error:
         launch.preflight(run.config.override(stop_after=None))
-    assert "Put the old data back, or give the new run another name" in str(error.value)
+    assert "Restore the old data, or give the new run another name" in str(error.value)
     assert f"export {run.config.directory} DIR`" in str(error.value)
 
 
@@ -186,7 +187,7 @@ def test_other_data_in_another_directory_are_refused(own_data, tmp_path):
 
 
 def test_a_checkpoint_that_knows_nothing_of_its_data_goes_on(own_data):
-    """As older versions wrote them."""
+    """Older versions wrote checkpoints like this."""
     data, run = own_data
     write_rows(data, range(100, 140))
     edit_trainer_state(checkpoint.latest(run.directory), lambda state: state["identity"].pop("data"))
@@ -197,7 +198,7 @@ def test_a_checkpoint_that_knows_nothing_of_its_data_goes_on(own_data):
 
 
 def test_a_checkpoint_that_knows_nothing_of_its_weights_takes_no_other_directory(own_model, tmp_path):
-    """As older versions wrote them."""
+    """Older versions wrote checkpoints like this."""
     own, run = own_model
     path = checkpoint.latest(run.directory)
     own.rename(tmp_path / "moved")
@@ -216,7 +217,7 @@ def edit_trainer_state(path, edit):
 
 
 def test_a_start_that_trains_nothing_reads_no_data(own_data):
-    """As in a reshape."""
+    """A reshape starts like this."""
     data, run = own_data
     shutil.rmtree(data)
     again = launch.run(run.config.override(evaluate=False, steps=None))

@@ -29,11 +29,11 @@ DAMAGE = [
 
 
 @pytest.mark.parametrize(("name", "damage", "message"), DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(halved, unbroken, name, damage, message):
-    damaged = checkpoint.directory_of(halved.directory, 4)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(interrupted, unbroken, name, damage, message):
+    damaged = checkpoint.directory_of(interrupted.directory, 4)
     damage(damaged / name)
     before = {path: path.read_bytes() for path in damaged.rglob("*") if path.is_file()}
-    resumed = halved.config.override(stop_after=None, checkpoint_every=0)
+    resumed = interrupted.config.override(stop_after=None, checkpoint_every=0)
     run = launch.run(resumed)
     assert run.result["resumed_from"] == 2
     (left_out,) = run.result["left_out"]
@@ -43,47 +43,47 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(halved, unb
     assert {path: path.read_bytes() for path in damaged.rglob("*") if path.is_file()} == before, "nothing is deleted"
 
 
-def test_a_damaged_checkpoint_is_replaced_when_its_step_is_saved_again(halved, unbroken):
-    damaged = checkpoint.directory_of(halved.directory, 4)
+def test_a_damaged_checkpoint_is_replaced_when_its_step_is_saved_again(interrupted, unbroken):
+    damaged = checkpoint.directory_of(interrupted.directory, 4)
     flip_a_bit(damaged / "engine" / "model.pt")
-    assert_same(launch.run(halved.config.override(stop_after=None)), unbroken)
+    assert_same(launch.run(interrupted.config.override(stop_after=None)), unbroken)
     checkpoint.verify(damaged)
     assert sorted(path.name for path in damaged.parent.iterdir()) == [f"step-{n:08d}" for n in (2, 4, 6, 7)]
 
 
 @pytest.mark.parametrize(("name", "damage", "message"), [DAMAGE[1], DAMAGE[2], DAMAGE[6]])
-def test_without_any_intact_checkpoint_nothing_restarts(halved, name, damage, message):
+def test_without_any_intact_checkpoint_nothing_restarts(interrupted, name, damage, message):
     for step in (2, 4):
-        damage(checkpoint.directory_of(halved.directory, step) / name)
+        damage(checkpoint.directory_of(interrupted.directory, step) / name)
     with pytest.raises(CheckpointError, match=message.replace("00000004", "00000002")) as error:
-        launch.run(halved.config.override(stop_after=None))
+        launch.run(interrupted.config.override(stop_after=None))
     assert "none of them is intact" in str(error.value) and "to start over from step 0" in str(error.value)
-    assert [row["step"] for row in halved.directory.rows()] == [1, 2, 3, 4]
+    assert [row["step"] for row in interrupted.directory.rows()] == [1, 2, 3, 4]
 
 
-def test_what_cannot_be_seen_at_a_glance_is_left_out_by_the_ranks_alone(halved):
+def test_what_cannot_be_seen_at_a_glance_is_left_out_by_the_ranks_alone(interrupted):
     """Before processes start, only sizes are compared, so this damage is not found yet."""
-    damaged = checkpoint.directory_of(halved.directory, 4)
+    damaged = checkpoint.directory_of(interrupted.directory, 4)
     flip_a_bit(damaged / "engine" / "model.pt")
-    assert checkpoint.latest(halved.directory) == damaged
-    assert checkpoint.newest_intact(halved.directory)[0] == checkpoint.directory_of(halved.directory, 2)
+    assert checkpoint.latest(interrupted.directory) == damaged
+    assert checkpoint.newest_intact(interrupted.directory)[0] == checkpoint.directory_of(interrupted.directory, 2)
     cut_short(damaged / "engine" / "model.pt")
-    assert checkpoint.latest(halved.directory) == checkpoint.directory_of(halved.directory, 2)
+    assert checkpoint.latest(interrupted.directory) == checkpoint.directory_of(interrupted.directory, 2)
 
 
-def test_a_checkpoint_of_a_newer_format_is_refused_before_anything_starts(halved):
-    """It may be intact, and resuming from the one before it would throw steps away."""
-    path = checkpoint.directory_of(halved.directory, 4)
+def test_a_checkpoint_of_a_newer_format_is_refused_before_anything_starts(interrupted):
+    """The checkpoint may be intact, and resuming from the one before it would throw steps away."""
+    path = checkpoint.directory_of(interrupted.directory, 4)
     for name in ("trainer.json", "manifest.json"):
         (path / name).write_text(json.dumps(json.loads((path / name).read_text()) | {"format": 99}))
         with pytest.raises(CheckpointError, match=r"written by a newer version, in format 99.*Update tutorial_lib"):
             manifest.read_trainer_state(path)
     with pytest.raises(CheckpointError, match=r"written by a newer version, in format 99.*Update tutorial_lib"):
-        launch.preflight(halved.config)
+        launch.preflight(interrupted.config)
 
 
-def test_what_is_damaged_is_not_opened(halved):
-    path = checkpoint.latest(halved.directory)
+def test_what_is_damaged_is_not_opened(interrupted):
+    path = checkpoint.latest(interrupted.directory)
     flip_a_bit(path / "engine" / "model.pt")
     with pytest.raises(CheckpointError, match=r"engine/model\.pt was altered"):
         checkpoint.open_full(path)

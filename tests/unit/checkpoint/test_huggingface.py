@@ -21,60 +21,62 @@ def timeless(run):
 
 
 @pytest.fixture(scope="module")
-def whole(model, tmp_path_factory):
+def full_run(model, tmp_path_factory):
     """Run without a stop; evaluate every two steps, and keep the last two checkpoints and the best."""
     flat = {"evaluate": True, "evaluate_every": "2", "max_eval_examples": 6, "checkpoint_every": 2}
-    return launch.run(trained(tmp_path_factory.mktemp("whole"), model, keep_last=2, keep_best=True, **flat))
+    return launch.run(trained(tmp_path_factory.mktemp("full_run"), model, keep_last=2, keep_best=True, **flat))
 
 
-def test_losses_are_those_of_plain_torch(whole, unbroken):
-    assert len(whole.rows) == STEPS
-    for row, expected in zip(timeless(whole), timeless(unbroken), strict=True):
+def test_losses_match_plain_torch(full_run, unbroken):
+    assert len(full_run.rows) == STEPS
+    for row, expected in zip(timeless(full_run), timeless(unbroken), strict=True):
         assert row == pytest.approx(expected, rel=1e-5)
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-6)
 
 
-def test_evaluation_is_listed_by_step_and_decides_what_is_kept(whole):
-    losses = whole.result["eval_losses"]
+def test_evaluation_is_listed_by_step_and_decides_what_is_kept(full_run):
+    losses = full_run.result["eval_losses"]
     assert [(each["step"], each["epoch"]) for each in losses] == [(step, step / 3) for step in (0, 2, 4, 6)]
-    assert losses[0]["loss"] == whole.result["eval_loss_before"]
-    saved = {each["step"]: each["loss"] for each in losses[1:]} | {STEPS: whole.result["eval_loss"]}
+    assert losses[0]["loss"] == full_run.result["eval_loss_before"]
+    saved = {each["step"]: each["loss"] for each in losses[1:]} | {STEPS: full_run.result["eval_loss"]}
     best = min(saved, key=saved.__getitem__)
-    assert names(whole.directory) == steps(*sorted({6, STEPS, best}))
+    assert names(full_run.directory) == steps(*sorted({6, STEPS, best}))
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_as_if_nothing_had_happened(whole, model, tmp_path):
+def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_as_if_nothing_had_happened(full_run, model, tmp_path):
     flat = {"evaluate": True, "evaluate_every": "2", "max_eval_examples": 6, "checkpoint_every": 2}
-    halved = trained(tmp_path, model, stop_after=5, **flat)
-    launch.run(halved)
-    run = RunDirectory(halved.directory)
+    interrupted = trained(tmp_path, model, stop_after=5, **flat)
+    launch.run(interrupted)
+    run = RunDirectory(interrupted.directory)
     assert names(run) == steps(2, 4, 5)
     flip_a_bit(checkpoint.directory_of(run, 5) / "engine/checkpoint-5/optimizer.pt")
-    resumed = launch.run(halved.override(stop_after=None))
+    resumed = launch.run(interrupted.override(stop_after=None))
     assert resumed.result["resumed_from"] == 4
     assert [left["checkpoint"] for left in resumed.result["left_out"]] == steps(5)
-    assert timeless(resumed) == timeless(whole)
+    assert timeless(resumed) == timeless(full_run)
     for name in ("eval_loss_before", "eval_losses", "eval_loss"):
-        assert resumed.result[name] == whole.result[name]
-    exports = [checkpoint.open_full(checkpoint.latest(each.directory)) for each in (resumed, whole)]
+        assert resumed.result[name] == full_run.result[name]
+    exports = [checkpoint.open_full(checkpoint.latest(each.directory)) for each in (resumed, full_run)]
     assert all(exports[0].parameter(name).equal(exports[1].parameter(name)) for name in exports[0].names)
 
 
-def test_the_same_command_after_the_end_evaluates_and_trains_nothing(whole):
-    rows, saved = whole.directory.rows(), names(whole.directory)
-    again = launch.run(whole.config)
+def test_the_same_command_after_the_end_evaluates_and_trains_nothing(full_run):
+    rows, saved = full_run.directory.rows(), names(full_run.directory)
+    again = launch.run(full_run.config)
     assert (again.result["status"], again.result["step"], again.result["resumed_from"]) == ("completed", STEPS, STEPS)
-    assert again.result["eval_loss"] == whole.result["eval_loss"]
-    assert (whole.directory.rows(), names(whole.directory)) == (rows, saved)
-    idle = launch.run(whole.config.override(evaluate=False, evaluate_every=None, keep_best=False, stop_after=STEPS))
-    assert (idle.result["status"], whole.directory.rows()) == ("completed", rows)
+    assert again.result["eval_loss"] == full_run.result["eval_loss"]
+    assert (full_run.directory.rows(), names(full_run.directory)) == (rows, saved)
+    idle = launch.run(full_run.config.override(evaluate=False, evaluate_every=None, keep_best=False, stop_after=STEPS))
+    assert (idle.result["status"], full_run.directory.rows()) == ("completed", rows)
 
 
-def test_an_export_loads_and_a_report_names_every_file(whole, tmp_path, capsys):
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.export(checkpoint.latest(whole.directory), tmp_path / "x"))
-    full = checkpoint.open_full(checkpoint.latest(whole.directory))
+def test_an_export_loads_and_a_report_names_every_file(full_run, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint.export(checkpoint.latest(full_run.directory), tmp_path / "x")
+    )
+    full = checkpoint.open_full(checkpoint.latest(full_run.directory))
     assert all(parameter.equal(full.parameter(name)) for name, parameter in model.named_parameters())
-    assert main(["inspect", str(checkpoint.latest(whole.directory))]) == 0
+    assert main(["inspect", str(checkpoint.latest(full_run.directory))]) == 0
     shown = capsys.readouterr().out
     assert "engine=trainer" in shown and "engine/checkpoint-7/trainer_state.json" in shown
 
@@ -87,11 +89,11 @@ def test_an_export_loads_and_a_report_names_every_file(whole, tmp_path, capsys):
         ({"dp": 2, "launcher": "local"}, "dp was 1, now 2"),
     ],
 )
-def test_a_different_shape_is_refused(whole, flat, message):
+def test_a_different_shape_is_refused(full_run, flat, message):
     with pytest.raises(ConfigError, match=f"{message}.*The Hugging Face Trainer reads only its own checkpoints"):
-        launch.run(whole.config.override(**flat))
+        launch.run(full_run.config.override(**flat))
     with pytest.raises(ConfigError, match=r"cannot be reshaped\. Export the weights instead"):
-        launch.reshape(checkpoint.latest(whole.directory), name="other", **flat)
+        launch.reshape(checkpoint.latest(full_run.directory), name="other", **flat)
 
 
 def test_what_another_engine_saved_is_refused(unbroken):
@@ -140,10 +142,10 @@ def test_a_cuda_build_without_a_gpu_is_no_gpu(monkeypatch):
     check_accelerator(torch.device("cpu"))
 
 
-def test_runs_that_share_a_process_do_not_disturb_each_other(whole, model, tmp_path):
+def test_runs_that_share_a_process_do_not_disturb_each_other(full_run, model, tmp_path):
     """DeepSpeed leaves traces in global variables and in the environment."""
     sharded = launch.run(trained(tmp_path, model, name="sharded", deepspeed="zero3"))
     plain = launch.run(trained(tmp_path, model, name="plain"))
     for run in (sharded, plain):
-        assert [row["loss"] for row in run.rows] == pytest.approx([row["loss"] for row in whole.rows], rel=1e-6)
-    assert timeless(plain) == timeless(whole)
+        assert [row["loss"] for row in run.rows] == pytest.approx([row["loss"] for row in full_run.rows], rel=1e-6)
+    assert timeless(plain) == timeless(full_run)

@@ -12,7 +12,7 @@ def test_inspecting_a_checkpoint_tells_what_is_in_it(unbroken, capsys):
     path = checkpoint.latest(unbroken.directory)
     assert main(["inspect", str(path), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert (report["step"], report["whole"], report["damage"]) == (STEPS, True, [])
+    assert (report["step"], report["intact"], report["damage"]) == (STEPS, True, [])
     assert report["settings"]["engine"] == "torch" and report["versions"]["torch"]
     assert report["written"]["host"] == os.uname().nodename
     there = {str(p.relative_to(path)): p.stat().st_size for p in path.rglob("*") if p.is_file()}
@@ -34,7 +34,7 @@ def test_inspecting_a_run_tells_which_checkpoints_are_intact(run, capsys):
     (checkpoint.directory_of(run, 1) / "more").write_text("")
     assert main(["inspect", str(run.path), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert [row["whole"] for row in report["checkpoints"]] == [True, True, True, False]
+    assert [row["intact"] for row in report["checkpoints"]] == [True, True, True, False]
     assert (report["newest"], report["best"]) == (steps(3)[0], steps(2)[0])
     assert main(["inspect", str(damaged.parent)]) == 1
     shown = capsys.readouterr().out

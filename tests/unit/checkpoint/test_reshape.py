@@ -78,26 +78,26 @@ def test_a_reshape_that_cannot_be_is_refused_before_anything_is_made(tmp_path, g
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_reshape_leaves_no_run(halved, monkeypatch, error):
+def test_an_interrupted_reshape_leaves_no_run(interrupted, monkeypatch, error):
     """The next attempt also removes the leftovers of a killed one."""
-    storage = halved.directory.path.parent
+    storage = interrupted.directory.path.parent
     (storage / ".new.reshaping" / "new").mkdir(parents=True)
     (storage / ".new.reshaping" / "new" / "half").write_text("")
 
-    def interrupted(start):
+    def fail(start):
         made = [path.name for path in RunDirectory(start.directory).checkpoints.iterdir()]
         assert made == ["step-00000004"] and not (start.directory / "half").exists()
         raise error
 
-    monkeypatch.setattr(launch.runs, "run", interrupted)
+    monkeypatch.setattr(launch.runs, "run", fail)
     with pytest.raises(error):
-        launch.reshape(halved.directory.path, name="new", activation_checkpointing=True)
-    assert [path.name for path in storage.iterdir()] == [halved.directory.path.name]
-    checkpoint.verify(checkpoint.latest(halved.directory))
+        launch.reshape(interrupted.directory.path, name="new", activation_checkpointing=True)
+    assert [path.name for path in storage.iterdir()] == [interrupted.directory.path.name]
+    checkpoint.verify(checkpoint.latest(interrupted.directory))
 
 
-def test_a_failed_reshape_keeps_the_log_that_its_error_names(halved, monkeypatch):
-    storage = halved.directory.path.parent
+def test_a_failed_reshape_keeps_the_log_that_its_error_names(interrupted, monkeypatch):
+    storage = interrupted.directory.path.parent
 
     def failing(start):
         RunDirectory(start.directory).log_file(0).write_text("what rank 0 said")
@@ -106,7 +106,7 @@ def test_a_failed_reshape_keeps_the_log_that_its_error_names(halved, monkeypatch
     monkeypatch.setattr(launch.runs, "run", failing)
     for _ in range(2):
         with pytest.raises(launch.WorkerError):
-            launch.reshape(halved.directory.path, name="new")
+            launch.reshape(interrupted.directory.path, name="new")
         hidden = storage / ".new.reshaping"
         assert [path for path in hidden.rglob("*.log")] == [hidden / "new" / "logs" / "rank-000.log"]
         assert not list(hidden.rglob("*.pt")), "the checkpoint's files take no room"
@@ -131,7 +131,7 @@ def test_a_reshape_needs_no_data(model, tmp_path, monkeypatch):
     assert states[0]["identity"]["data"] == states[1]["identity"]["data"] != {}
 
 
-def test_a_source_may_be_under_the_users_home(halved, monkeypatch):
-    monkeypatch.setenv("HOME", str(halved.directory.path.parent))
-    found = checkpoint_of(Path("~") / halved.directory.path.name)
-    assert found == checkpoint.latest(halved.directory)
+def test_a_source_may_be_under_the_users_home(interrupted, monkeypatch):
+    monkeypatch.setenv("HOME", str(interrupted.directory.path.parent))
+    found = checkpoint_of(Path("~") / interrupted.directory.path.name)
+    assert found == checkpoint.latest(interrupted.directory)

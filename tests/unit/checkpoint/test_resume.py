@@ -44,26 +44,26 @@ def test_a_finished_run_started_again_trains_nothing(unbroken):
     assert again.rows == unbroken.rows
 
 
-def test_resume_never_refuses_a_run_that_exists(halved):
+def test_resume_never_refuses_a_run_that_exists(interrupted):
     with pytest.raises(ConfigError, match=r"step-00000004, and resume='never'.*another name"):
-        launch.run(halved.config.override(resume="never", stop_after=None))
-    assert [row["step"] for row in halved.directory.rows()] == [1, 2, 3, 4]
+        launch.run(interrupted.config.override(resume="never", stop_after=None))
+    assert [row["step"] for row in interrupted.directory.rows()] == [1, 2, 3, 4]
 
 
 def test_resume_never_starts_a_new_run(model, tmp_path):
     assert launch.run(config(tmp_path, model=model, steps=1, resume="never")).result["status"] == "completed"
 
 
-def test_a_checkpoint_of_format_1_is_still_read(halved, unbroken):
-    """It has no fingerprint of model and tokenizer, so nothing is compared."""
-    path = checkpoint.directory_of(halved.directory, 4)
+def test_a_checkpoint_of_format_1_is_still_read(interrupted, unbroken):
+    """Format 1 has no fingerprint of model and tokenizer, so nothing is compared."""
+    path = checkpoint.directory_of(interrupted.directory, 4)
     trainer = json.loads((path / "trainer.json").read_text())
     del trainer["identity"]
     (path / "trainer.json").write_text(json.dumps(trainer | {"format": 1}))
     listed = json.loads((path / "manifest.json").read_text())
     listed["files"]["trainer.json"] = manifest.digest(path / "trainer.json")
     (path / "manifest.json").write_text(json.dumps(listed | {"format": 1}))
-    run = launch.run(halved.config.override(stop_after=None))
+    run = launch.run(interrupted.config.override(stop_after=None))
     assert (run.result["resumed_from"], run.result["left_out"]) == (4, [])
     assert_same(run, unbroken)
 
@@ -100,7 +100,7 @@ def test_a_warm_up_longer_than_the_epochs_is_refused_before_the_first_step(model
 def test_divergence_before_any_checkpoint_says_so(model, tmp_path):
     from tutorial_lib import trainer
 
-    with pytest.raises(trainer.NonFiniteLoss, match="No checkpoint was saved before"):
+    with pytest.raises(trainer.NonFiniteLoss, match="No checkpoint had been saved"):
         launch.run(config(tmp_path, model=model, learning_rate=1e30, warmup_steps=0))
 
 

@@ -27,13 +27,13 @@ from tutorial_lib.engine.single import TorchEngine
 from tutorial_lib.records import RunDirectory
 
 
-def test_checkpoints_come_every_so_many_steps_and_at_the_end(halved):
-    names = sorted(path.name for path in halved.directory.checkpoints.iterdir())
+def test_checkpoints_come_every_so_many_steps_and_at_the_end(interrupted):
+    names = sorted(path.name for path in interrupted.directory.checkpoints.iterdir())
     assert names == ["step-00000002", "step-00000004"]
 
 
 def test_an_interrupted_save_leaves_the_checkpoint_before_it(unbroken, model, tmp_path, monkeypatch):
-    """It also leaves a partial directory under a temporary name, and rows that are written again."""
+    """The interrupt also leaves a partial directory under a temporary name, and rows that are written again."""
     save, saves = TorchEngine.save, []
 
     def failing(self, directory, writer):
@@ -76,7 +76,7 @@ def entries(run, step):
     return {name: entry for name, entry in files.items() if name.endswith(".pt")}
 
 
-def test_an_async_save_writes_what_a_save_at_once_would_have_written(halved, unbroken, model, tmp_path):
+def test_an_async_save_writes_what_a_save_at_once_would_have_written(interrupted, unbroken, model, tmp_path):
     settings = config(tmp_path / "late", model=model, checkpoint_every=2, async_save=True)
     with late_writes() as newest:
         late = launch.run(settings)
@@ -84,7 +84,7 @@ def test_an_async_save_writes_what_a_save_at_once_would_have_written(halved, unb
     assert newest == [None] * 4 + ["step-00000002"] * 4 + ["step-00000004"] * 4, "visible before it was complete"
     assert_same(late, unbroken)
     for step in (2, 4):
-        assert entries(late, step) == entries(halved, step)
+        assert entries(late, step) == entries(interrupted, step)
         checkpoint.verify(checkpoint.directory_of(late.directory, step))
     for step in (4, 6, 7):
         shutil.rmtree(checkpoint.directory_of(late.directory, step))
@@ -93,10 +93,10 @@ def test_an_async_save_writes_what_a_save_at_once_would_have_written(halved, unb
     assert_same(resumed, unbroken)
 
 
-def test_without_a_snapshot_it_would_not_be(halved, model, tmp_path):
+def test_without_a_snapshot_it_would_not_be(interrupted, model, tmp_path):
     with late_writes(), without_snapshot():
         late = launch.run(config(tmp_path / "late", model=model, checkpoint_every=2, async_save=True))
-    assert entries(late, 2)["engine/model.pt"] != entries(halved, 2)["engine/model.pt"]
+    assert entries(late, 2)["engine/model.pt"] != entries(interrupted, 2)["engine/model.pt"]
 
 
 @pytest.mark.parametrize("async_save", [False, True])
@@ -163,7 +163,7 @@ def test_only_an_error_of_the_runs_own_storage_is_told_as_one(tmp_path, monkeypa
     run = RunDirectory(tmp_path / "run")
     run.create()
     if refused:
-        monkeypatch.setattr(storage, "_refusal", lambda directory: refused)
+        monkeypatch.setattr(storage, "_write_failure", lambda directory: refused)
     error = OSError(number, os.strerror(number), str(tmp_path / name) if isinstance(name, str) else name)
     found = storage_failure(run, error)
     assert re.search(expected, str(found)) if expected else found is None

@@ -80,9 +80,9 @@ def test_dimensions_count_what_a_real_model_has(name: str, num_params: int, row_
     # What AutoTP does not divide: everything but projections, and the biases added after an all-reduce.
     norms_and_embeddings = ("wte", "wpe", "ln_", "embed_tokens", "layernorm", "norm.", "word_embeddings")
     summed = ("attn.c_proj.bias", "mlp.c_proj.bias", "attention.dense.bias", "dense_4h_to_h.bias")
-    whole = [key for key in sizes if any(part in key for part in norms_and_embeddings + summed)]
-    assert any(key.endswith(summed) for key in whole) == row_biases
-    assert dimensions.replicated_params == sum(sizes[key] for key in whole)
+    replicated = [key for key in sizes if any(part in key for part in norms_and_embeddings + summed)]
+    assert any(key.endswith(summed) for key in replicated) == row_biases
+    assert dimensions.replicated_params == sum(sizes[key] for key in replicated)
     layer = sum(size for key, size in sizes.items() if ".0." in key)
     assert dimensions.layer_params == layer
 
@@ -184,7 +184,7 @@ def test_traffic_is_the_papers() -> None:
 
 
 def test_a_small_model_stays_gathered_between_forward_and_backward() -> None:
-    """As counted in runs of the tiny models: 2 Psi at stage 3 with DeepSpeed's defaults, 3 Psi without live ones."""
+    """Runs of the tiny models send 2 Psi at stage 3 with DeepSpeed's defaults, and 3 Psi without live parameters."""
     for live, multiple in ((1_000_000_000, 2), (0, 3)):
         tiny = Workload(num_params=GPT2.num_params, dimensions=GPT2, seq_length=128, precision="fp32", live_params=live,
                         **FIXED)  # fmt: skip
@@ -230,7 +230,7 @@ def test_a_larger_share_of_the_peak_is_a_shorter_step() -> None:
 
 
 def test_recomputing_everything_costs_a_third_and_selectively_a_ninth() -> None:
-    """Only of the layers: the output layer is never recomputed."""
+    """Recompute only layers, never the output layer."""
     llama = MODELS["llama-3-8b"]
     seconds = [
         find(plan(work(8e9, dimensions=llama, checkpointing=how), cluster(8, 1000)), zero_stage=1).compute_seconds
@@ -254,7 +254,7 @@ def test_seven_billion_on_eight_of_80_gb() -> None:
     assert find(candidates, zero_stage=2, offload="optimizer").slower.endswith("slower: offload")
 
 
-def test_a_model_that_fits_whole_is_not_divided() -> None:
+def test_a_model_that_fits_unsharded_is_not_divided() -> None:
     for engine, plain in (("deepspeed", "ZeRO-0"), ("fsdp", "no_shard")):
         best, *others = plan(work(1e9, micro_batch=16), cluster(8, 200), engine)
         assert (best.layout.name, best.layout.tp, best.layout.offload) == (plain, 1, "none")
@@ -306,12 +306,12 @@ def test_tensor_parallelism_stays_in_a_node_and_divides_heads() -> None:
     assert {layout.tp for layout in layouts(work(dimensions=grouped), cluster())} == {1, 2}
 
 
-def test_fsdp_holds_whole_gradients_only_where_it_reduces_them_once_per_step() -> None:
+def test_fsdp_holds_full_gradients_only_where_it_reduces_them_once_per_step() -> None:
     accumulating = plan(work(7e9, dimensions=SEVEN, global_batch=16, beyond=False), cluster(8), "fsdp")
     once = find(plan(work(global_batch=8), cluster(8), "fsdp"), strategy="full_shard")
     last = find(accumulating, strategy="full_shard")
     assert (once.accumulation, last.accumulation) == (1, 2)
-    assert last.states - once.states == 4 * 7e9 * 7 / 8, "whole gradients instead of a shard"
+    assert last.states - once.states == 4 * 7e9 * 7 / 8, "full gradients instead of a shard"
     assert last.dp_traffic - once.dp_traffic == pytest.approx(7 / 8 * 2 * 2 * 7e9), "two more gathers, no reduction"
 
     # FSDP2's default reduces with every micro-batch: fewer bytes held, more sent, and it fits where waiting does not.
@@ -409,7 +409,7 @@ def test_what_is_assumed_of_communication_is_said(
     assert assumed in shown
 
 
-def test_json_holds_the_whole_plan(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_holds_the_full_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*USUAL, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["best"] == document["candidates"][0]
@@ -647,7 +647,7 @@ def test_experts_are_refused() -> None:
     ],
 )
 def test_the_winner_is_ready_to_run(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its settings make a configuration; its line parses to the same one, together with its DeepSpeed file."""
+    """Make a configuration from the settings. The command line, with its DeepSpeed file, parses to the same one."""
     assert main(["plan", *arguments, "--json"]) == 0
     run = json.loads(capsys.readouterr().out)["run"]
     profile = "gpu" if arguments[arguments.index("--gpus") + 1] == "1" else "cluster"

@@ -52,7 +52,7 @@ def test_longest_pads_to_a_multiple_of_8_within_seq_length(longest, width):
     assert [tuple(batch["input_ids"].shape) for batch in batches] == [(2, width), (1, 8)]
 
 
-def test_packed_rows_start_anew_with_each_document():
+def test_packed_rows_restart_with_each_document():
     examples = [[document(1, 2, EOS), document(3, 4, 5, 6, EOS, num_uncounted=2)], [document(*[7] * 16)]]
     (batch,) = collate("packed")(examples)
     assert batch["input_ids"][0].tolist() == [1, 2, EOS, 3, 4, 5, 6, EOS] + [EOS] * 8

@@ -202,7 +202,7 @@ def test_conversations_that_cannot_be_written_are_refused(byte_tokenizer):
     with pytest.raises(ConfigError, match=r"'messages' of this data set holds conversations, but .* no chat template"):
         documents_of([{"messages": TALK}], byte_tokenizer)
     strict = chatting(byte_tokenizer, "{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(ConfigError, match="does not take a conversation of this data set: roles must alternate"):
+    with pytest.raises(ConfigError, match="rejects a conversation of this data set: roles must alternate"):
         documents_of([{"messages": TALK}], strict)
 
 
@@ -335,25 +335,25 @@ def test_earlier_calls_of_the_tokenizer_change_nothing(byte_tokenizer, toy_direc
 def test_what_a_killed_process_left_is_not_read(byte_tokenizer, toy_directory):
     rows = load_rows(toy_directory(31), "train")
     path = Path(tokenize_rows(rows, byte_tokenizer, 32).cache_files[0]["filename"])
-    whole = path.read_bytes()
+    complete = path.read_bytes()
     path.unlink()
-    path.with_suffix(".unfinished").write_bytes(whole[: len(whole) // 2])
+    path.with_suffix(".unfinished").write_bytes(complete[: len(complete) // 2])
     assert len(tokenize_rows(rows, byte_tokenizer, 32)) == 31
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == complete
     assert not path.with_suffix(".unfinished").exists()
 
 
 def test_a_cache_that_cannot_be_written_is_named(byte_tokenizer, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("TUTORIAL_LIB_CACHE", str(tmp_path / "file"))
-    with pytest.raises(ConfigError, match=r"cannot be kept in .*file/tokens.*Set TUTORIAL_LIB_CACHE"):
+    with pytest.raises(ConfigError, match=r"cannot be stored in .*file/tokens.*Set TUTORIAL_LIB_CACHE"):
         documents_of([{"text": "hello"}], byte_tokenizer)
 
 
 # ------------------------------------------------------------------------------------------- what a run was trained on
 
 
-def test_the_identity_of_data_is_that_of_their_tokens_in_order(tmp_path, byte_tokenizer):
+def test_data_are_identified_by_their_tokens_in_order(tmp_path, byte_tokenizer):
     def identity(train, evaluation, **flat):
         for split, texts in (("train", train), ("validation", evaluation)):
             write_jsonl(tmp_path / f"{split}.jsonl", [{"text": text} for text in texts])

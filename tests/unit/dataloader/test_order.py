@@ -178,18 +178,18 @@ def test_steps_end_with_the_run_or_its_slot(toy_config, byte_tokenizer):
 
 def test_steps_begin_where_they_are_asked_to(toy_config, byte_tokenizer):
     config = toy_config(65, global_batch=6, micro_batch=3)
-    whole = read(build_train_loader(config, byte_tokenizer, place()), 24)
+    uninterrupted = read(build_train_loader(config, byte_tokenizer, place()), 24)
     loader = build_train_loader(config, byte_tokenizer, place())
     read(loader, 3)
     for start in (13, 0):
         step, micro_batches = next(loader.steps(start=start))
         assert step == start + 1
-        assert equal(micro_batches, whole[start])
+        assert equal(micro_batches, uninterrupted[start])
     with pytest.raises(ValueError, match="is at step 1, so it cannot give the position after step 2"):
         loader.state_at(2)
     resumed = build_train_loader(config, byte_tokenizer, place())
     resumed.load_state_dict(loader.state_at(1))
-    assert equal(read(resumed, 1)[0], whole[1])
+    assert equal(read(resumed, 1)[0], uninterrupted[1])
 
 
 @pytest.mark.parametrize("batching, unit", [("longest", "11 rows"), ("packed", "6 packed rows")])
@@ -207,17 +207,17 @@ def test_resume_continues_with_the_next_step(toy_config, byte_tokenizer, batchin
     def build():
         return build_train_loader(config, byte_tokenizer, place())
 
-    whole = read(build(), 24)
+    uninterrupted = read(build(), 24)
     loader = build()
-    for got, expected in zip(read(loader, stop), whole, strict=False):
+    for got, expected in zip(read(loader, stop), uninterrupted, strict=False):
         assert equal(got, expected)
     state = json.loads(json.dumps(loader.state_dict()))
     resumed = build()
     resumed.load_state_dict(state)
-    for expected in whole[stop:]:
+    for expected in uninterrupted[stop:]:
         assert equal(read(resumed, 1)[0], expected)
     resumed.load_state_dict(state)
-    assert equal(read(resumed, 1)[0], whole[stop]), "a loader in use can be set back"
+    assert equal(read(resumed, 1)[0], uninterrupted[stop]), "a loader in use can be set back"
 
 
 @pytest.mark.parametrize("dp, other_dp", [(1, 4), (4, 1), (2, 3), (3, 2)])
@@ -239,12 +239,12 @@ def test_a_position_holds_for_another_number_of_ranks(toy_config, byte_tokenizer
 
 def test_resume_with_processes_that_read_ahead(toy_config, byte_tokenizer):
     config = toy_config(65, global_batch=6, micro_batch=3)
-    whole = read(build_train_loader(config, byte_tokenizer, place()), 14)
+    uninterrupted = read(build_train_loader(config, byte_tokenizer, place()), 14)
     loader = build_train_loader(config, byte_tokenizer, place(), num_workers=2)
-    assert all(equal(got, expected) for got, expected in zip(read(loader, 9), whole, strict=False))
+    assert all(equal(got, expected) for got, expected in zip(read(loader, 9), uninterrupted, strict=False))
     resumed = build_train_loader(config, byte_tokenizer, place(), num_workers=2)
     resumed.load_state_dict(loader.state_dict())
-    assert all(equal(got, expected) for got, expected in zip(read(resumed, 5), whole[9:], strict=True))
+    assert all(equal(got, expected) for got, expected in zip(read(resumed, 5), uninterrupted[9:], strict=True))
 
 
 @pytest.mark.parametrize("batching", BATCHINGS)

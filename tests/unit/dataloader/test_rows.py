@@ -255,5 +255,5 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     write("jsonl", tmp_path / "data")
     (tmp_path / "file").touch()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "datasets")
-    with pytest.raises(ConfigError, match=r"cannot be kept on disk: .*file.*Set HF_HOME"):
+    with pytest.raises(ConfigError, match=r"cannot be stored on disk: .*file.*Set HF_HOME"):
         load_rows(str(tmp_path / "data"), "train")

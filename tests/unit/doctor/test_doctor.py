@@ -57,14 +57,14 @@ def test_the_cpu_profile_works_where_these_tests_run(here: doctor.Report) -> Non
     assert set(here.profiles) == {"cpu", "gpu", "cluster"}
 
 
-def test_figures_are_those_of_the_system(here: doctor.Report) -> None:
+def test_figures_agree_with_the_system(here: doctor.Report) -> None:
     assert 1 <= here.cores <= (os.cpu_count() or 1)
     assert 0 < here.memory_available_gb <= here.memory_gb < 1e5
     assert here.packages["torch"].version is not None
     assert here.packages["torch"].as_expected
 
 
-def test_json_is_the_whole_report(here: doctor.Report, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_holds_the_full_report(here: doctor.Report, capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main(json=True) == 0
     printed = json.loads(capsys.readouterr().out)
     assert set(printed) == {field.name for field in dataclasses.fields(doctor.Report)}
@@ -80,7 +80,7 @@ def test_table_has_a_line_for_every_finding_and_verdict(here: doctor.Report) -> 
 
 
 def test_without_a_gpu_nothing_heavy_is_imported() -> None:
-    """This keeps the answer fast; torch is only asked if a driver reports a GPU."""
+    """This keeps the answer fast; torch is imported only if a driver reports a GPU."""
     code = (
         "import sys; from tutorial_lib import doctor; gpus = doctor.diagnose().gpus;"
         "print([m for m in ('torch', 'deepspeed', 'ray', 'transformers') if m in sys.modules and not gpus])"
@@ -112,7 +112,7 @@ def test_a_rendezvous_that_cannot_work_is_told(capsys: pytest.CaptureFixture[str
 
 def test_the_lock_of_a_killed_build_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(machine, "_operators_in_the_package", dict)
+    monkeypatch.setattr(machine, "_prebuilt_operators", dict)
     lock = tmp_path / "cpu_adam" / "lock"
     lock.parent.mkdir()
     lock.touch()
@@ -171,7 +171,7 @@ def test_what_stops_the_cpu_profile(laptop: doctor.Report, changes: dict[str, ob
 @pytest.mark.parametrize(
     "changes, note",
     [
-        ({"operators": {"cpu_adam": "not compiled"}}, "make setup does it beforehand"),
+        ({"operators": {"cpu_adam": "not compiled"}}, "make setup does it in advance"),
         ({"operators": {"cpu_adam": "locked by /x/lock"}}, "a run will hang"),
         ({"shm_gb": 0.06}, "--shm-size=1g"),
         ({"packages": {"ray": machine.Package("2.61.0", "2.60.0")}}, "ray is 2.61.0, tested with 2.60.0"),
@@ -190,13 +190,13 @@ def test_a_gpu_box(laptop: doctor.Report) -> None:
 
 def test_bf16_by_emulation_does_not_count(laptop: doctor.Report) -> None:
     verdict = judge(laptop, "gpu", gpus=(T4,), gpu_problem=None)
-    assert verdict.problems == ("T4 has no bf16 arithmetic of its own. Write --precision fp16 or fp32",)
+    assert verdict.problems == ("T4 has no native bf16. Write --precision fp16 or fp32",)
 
 
 def test_fewer_gpus_than_ranks(laptop: doctor.Report) -> None:
     box = dataclasses.replace(laptop, gpus=(H200,), gpu_problem=None)
     verdict = doctor.judge(box, Config.create("gpu", dp=4))
-    assert verdict.problems == ("1 GPUs here, 4 wanted. Write --dp 1",)
+    assert verdict.problems == ("1 GPUs here, but 4 needed. Write --dp 1",)
 
 
 @pytest.mark.parametrize(("code", "found"), [(0, "SLURM"), (1, None)])

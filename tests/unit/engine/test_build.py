@@ -7,7 +7,7 @@ import torch
 
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.engine import build_engine
-from tutorial_lib.engine.schedule import Schedule
+from tutorial_lib.engine.learning_rate import Schedule
 from tutorial_lib.mpu import Topology
 
 SETTINGS = {"engine": "torch", "dp": 1, "random_init": True, "learning_rate": 0.1}

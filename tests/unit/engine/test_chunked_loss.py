@@ -35,7 +35,7 @@ def train(engine, batch):
 
 @pytest.mark.parametrize("name", MODEL_NAMES)
 @pytest.mark.parametrize("chunks", [2, 7, 10_000])
-def test_loss_and_gradients_are_those_of_full_logits(name, chunks):
+def test_loss_and_gradients_match_full_logits(name, chunks):
     batch = batch_of(3, 40, 500)
     loss, gradients = train(engine_of(model=name), batch)
     chunked_loss, chunked = train(engine_of(model=name, loss_chunks=chunks), batch)

@@ -170,7 +170,7 @@ def test_shipped_files_run_and_differ_in_what_their_name_says(name):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_autotp_keeps_tied_embeddings_whole(stage):
+def test_autotp_does_not_split_tied_embeddings(stage):
     assert "tensor_parallel" not in ds_config.build(Config.create(zero_stage=stage))
     built = ds_config.build(Config.create(zero_stage=stage, dp=2, tp=4))
     assert built["tensor_parallel"] == {"autotp_size": 4, "vocab_parallel_lm_head": False}
@@ -321,7 +321,7 @@ def test_a_profile_is_not_given_by_hand_and_the_same_value_is_no_contradiction(t
         ({"bf16": {"enabled": "false"}}, 'bf16.enabled is "false"; write true or false, without quotes: false'),
         ({"flops_profiler": {"enabled": "true"}}, 'flops_profiler.enabled is "true"; write true or false'),
         ({"gradient_clipping": None}, "gradient_clipping is null; write a number"),
-        ({"gradient_clipping": -1}, "gradient_clipping is -1; write a number from 0 on"),
+        ({"gradient_clipping": -1}, "gradient_clipping is -1; write a number, at least 0"),
         ({"fp16": None}, "fp16 is null; write an object"),
         ({"zero_optimization": {"sub_group_size": 1.5}}, "sub_group_size is 1.5; write a whole number"),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "bf16.enabled and fp16.enabled are both true"),
@@ -345,8 +345,8 @@ def test_a_profile_is_not_given_by_hand_and_the_same_value_is_no_contradiction(t
         ({"communication_data_type": "fp8"}, 'communication_data_type is "fp8"; write one of: fp32, bf16, fp16'),
         ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_quantized_weights is true, but its kernels"),
         ({"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}, "elastic_checkpoint is true: checkpoints"),
-        ({"zero_optimization": {"zenflow": {}}}, "zenflow is {}: it puts another optimizer in place"),
-        ({"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "ratio is 0.5: a part of"),
+        ({"zero_optimization": {"zenflow": {}}}, "zenflow is {}: it swaps in a different optimizer"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "ratio is 0.5: part of"),
         ({"zero_optimization": {"compute_grad_norm": False}}, "compute_grad_norm is false"),
         ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal is true: a run resumes from its own"),
         ({"checkpoint": {"use_node_local_storage": True}}, "use_node_local_storage is true"),
@@ -383,7 +383,7 @@ def test_a_profile_is_not_given_by_hand_and_the_same_value_is_no_contradiction(t
         ({"data_types": {"keep_in_fp32_modules": 3}}, "keep_in_fp32_modules is 3; write a list"),
         (
             {"tensor_parallel": {"dtype": "bf16"}},
-            'tensor_parallel.dtype is "bf16": DeepSpeed takes an object of Python',
+            'tensor_parallel.dtype is "bf16": DeepSpeed expects a Python object',
         ),
         (
             {"torch_autocast": {"lower_precision_safe_modules": ["no.Such"]}},
@@ -418,8 +418,8 @@ MASTERS_16 = "fp16_master_weights_and_grads"
             {"zero_stage": 0, "precision": "bf16"},
             f"{MASTERS} is true, which .* ZeRO partitions",
         ),
-        ({"bf16": {MASTERS: True}}, {}, f"{MASTERS} is true, which goes with precision='bf16', not 'fp32'"),
-        ({"fp16": {MASTERS_16: True}}, {}, f"{MASTERS_16} is true, which goes with precision='fp16', not 'fp32'"),
+        ({"bf16": {MASTERS: True}}, {}, f"{MASTERS} is true, which needs precision='bf16', not 'fp32'"),
+        ({"fp16": {MASTERS_16: True}}, {}, f"{MASTERS_16} is true, which needs precision='fp16', not 'fp32'"),
         ({"bf16": {STATES: True}}, {"precision": "bf16"}, f"{STATES} is true, which needs bf16.{MASTERS}. Set both"),
         (
             {"bf16": {STATES: True, MASTERS: True}},

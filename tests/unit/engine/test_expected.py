@@ -24,7 +24,7 @@ def states(**flat) -> list[tuple[int, int, int]]:
         ({"engine": "torch", "dp": 1}, [(4000, 4000, 8000)]),
         ({"zero_stage": 0}, [(4000, 4000, 8000)] * 2),
         ({"zero_stage": 0, "precision": "bf16"}, [(2000, 2000, 12000)] * 2),
-        # The first parameter lies across the border of both shares, so both hold its gradient whole.
+        # The first parameter lies across the border of both shares, so both hold its full gradient.
         ({"zero_stage": 1}, [(4000, 2400, 6000), (4000, 4000, 6000)]),
         ({"zero_stage": 2, "precision": "bf16"}, [(2000, 1200, 6000), (2000, 2000, 6000)]),
         ({"zero_stage": 1, "micro_batch": 1}, [(4000, 4000, 6000)] * 2),
@@ -62,6 +62,6 @@ def test_offload_leaves_on_the_device_what_forward_and_backward_need():
     }  # fmt: skip
 
 
-def test_sizes_are_those_of_the_model_with_tied_parameters_once():
+def test_sizes_count_tied_parameters_once():
     sizes = parameter_sizes(Config.create("cpu", freeze=("*.wpe.weight",)))
     assert sum(sizes.trained) + sum(sizes.frozen) == 693_312 and sizes.frozen == (512 * 96,)

@@ -97,7 +97,7 @@ def test_families_whose_loss_can_be_computed_in_chunks(family):
     ],
 )
 def test_a_family_that_changes_its_logits_is_refused_with_loss_chunks(family, changes):
-    """Otherwise it would silently be trained on a different loss."""
+    """Without the refusal, it would silently be trained on a different loss."""
     model_config = AutoConfig.for_model(family, **changes)
     trial(model_config, "longest")
     with pytest.raises(ConfigError, match=f"type '{family}'.*loss_chunks=8: it changes what .*Leave loss_chunks out"):

@@ -2,54 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
-
-import pytest
-import torch
-import torch.distributed as dist
-from torch.multiprocessing import ProcessRaisedException
-
 from tutorial_lib.lab import tensor_parallel
-
-
-def test_every_rank_calls_the_function_in_one_process_group() -> None:
-    factor = 10
-
-    def add_up(power: int) -> list[float]:  # a function of this function, as a notebook's cells have them
-        print("not shown")
-        number = torch.tensor(float(factor**power * dist.get_rank()))
-        dist.all_reduce(number)
-        return [dist.get_rank(), dist.get_world_size(), number.item()]
-
-    assert tensor_parallel.on_ranks(3, add_up, 2) == [[0, 3, 300.0], [1, 3, 300.0], [2, 3, 300.0]]
-
-
-def test_what_a_rank_prints_is_not_shown(capfd: pytest.CaptureFixture[str]) -> None:
-    tensor_parallel.on_ranks(1, lambda: print("said by a rank"))
-    assert capfd.readouterr().out == ""
-
-
-def test_what_a_rank_logs_does_not_reach_a_handler_of_the_notebook(tmp_path: Path) -> None:
-    handler = logging.FileHandler(tmp_path / "notebook.log")
-    logger = logging.getLogger("of-a-library")
-    logger.addHandler(handler)
-    try:
-        tensor_parallel.on_ranks(1, lambda: logger.warning("said by a rank"))
-    finally:
-        logger.removeHandler(handler)
-        handler.close()
-    assert (tmp_path / "notebook.log").read_text() == ""
-
-
-def test_an_error_of_one_rank_ends_the_others_and_is_told() -> None:
-    def fail() -> None:
-        if dist.get_rank() == 1:
-            raise ValueError("rank 1 has a reason")
-        dist.barrier()
-
-    with pytest.raises(ProcessRaisedException, match="rank 1 has a reason"):
-        tensor_parallel.on_ranks(2, fail)
 
 
 def test_the_picture_names_the_grid() -> None:

@@ -63,5 +63,5 @@ def test_a_trace_without_allocations_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_trace_without_fsdp_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no marks of FSDP2"):
+    with pytest.raises(ValueError, match="none of FSDP2's marks"):
         read_trace(write_trace(tmp_path / "trace.json", [("aten::mm", 0, 1)]))

@@ -124,7 +124,7 @@ def test_loopback_is_refused_where_ranks_are_on_other_nodes(monkeypatch, name):
     ids=["ranks that never come", "a name that does not resolve"],
 )
 def test_ranks_that_do_not_come_together_say_why(monkeypatch, changes, why):
-    """As with RANK=0 and WORLD_SIZE=2 exported by hand for one plain process."""
+    """Export RANK=0 and WORLD_SIZE=2 by hand for one plain process."""
     torchrun(monkeypatch, **({"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": None} | changes))
     monkeypatch.setattr(joining, "JOIN_TIMEOUT", timedelta(seconds=1))
     with pytest.raises(joining.RendezvousError, match=why):

@@ -13,7 +13,6 @@ import sys
 import pytest
 import torch
 
-from tests.distributed.launching import observe
 from tests.unit.arguments import changed
 from tutorial_lib import launch
 from tutorial_lib.cli import main
@@ -82,7 +81,7 @@ BAD = {
     ),
     "a JSON file that is not there": (["--engine", "deepspeed", "--deepspeed", "zero9"], "or one of: zero0"),
     "a profile that does not exist": (["--profile", "tpu"], "Write one of: cpu, gpu, cluster"),
-    "a stop beyond the end": (["--stop-after", "4"], "beyond the last step, steps=3"),
+    "a stop beyond the end": (["--stop-after", "4"], "past the last step, steps=3"),
     "nothing that is trained": (["--freeze", "*"], "leaves no parameter to train"),
 }
 
@@ -158,7 +157,7 @@ def test_arguments_that_cannot_be_read_exit_with_2_and_one_line(capsys, given, m
 
 
 def test_a_run_from_the_shell(storage, capsys, monkeypatch):
-    """Stopped, it exits with 75; run again, it continues and exits with 0. It only prints one JSON object."""
+    """Stop it: it exits with 75. Run it again: it continues and exits with 0. It only prints one JSON object."""
     arguments = ["train", *ONE_PROCESS, *SMALL, *storage, "--json"]
     assert main([*arguments, "--stop-after", "1"]) == 75
     stopped = json.loads(capsys.readouterr().out)
@@ -264,12 +263,12 @@ def test_signal_handlers_are_put_back(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return launch.run(config(tmp_path_factory.mktemp("whole"), steps=5))
+def uninterrupted(tmp_path_factory):
+    return launch.run(config(tmp_path_factory.mktemp("uninterrupted"), steps=5))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_stops_after_the_step_it_came_in_and_saves(whole, tmp_path, monkeypatch, number):
+def test_a_signal_stops_after_the_step_it_came_in_and_saves(uninterrupted, tmp_path, monkeypatch, number):
     from tutorial_lib.engine.single import TorchEngine
 
     update, steps = TorchEngine.step, []
@@ -292,7 +291,7 @@ def test_a_signal_stops_after_the_step_it_came_in_and_saves(whole, tmp_path, mon
     # The request is noticed when the step is done; it is saved, and is the last.
     assert (run.result["status"], run.result["step"], run.result["checkpoint"]) == ("stopped", 2, "step-00000002")
     run = launch.run(config(tmp_path, steps=5))
-    assert [row["loss"] for row in run.rows] == [row["loss"] for row in whole.rows]
+    assert [row["loss"] for row in run.rows] == [row["loss"] for row in uninterrupted.rows]
 
 
 def test_a_stop_request_of_an_earlier_start_is_forgotten(tmp_path):
@@ -310,31 +309,38 @@ def test_a_run_that_goes_on_with_other_settings_is_refused_before_processes_star
         launch.preflight(config_.override(resume="never"))
 
 
+WORKERS = "tests.unit.launch.workers"
+
+
 @pytest.mark.parametrize(
-    ("name", "begin", "also"),
+    ("worker", "begin", "also"),
     [
         (
-            "silent",
+            "aborting",
             "Rank 0 ended with exit code -6 and left no traceback. ",
             "Rank 1 failed with RuntimeError: of a peer",
         ),
-        ("told", "Rank 0 of run 'told' failed with ValueError: its own", r"Its output: \S+rank-000\.log"),
+        (
+            "telling_and_aborting",
+            "Rank 0 of run 'aborts' failed with ValueError: its own",
+            r"Its output: \S+rank-000\.log",
+        ),
     ],
 )
-def test_an_aborted_rank_is_told_with_what_it_and_its_peers_could_write(tmp_path, name, begin, also):
-    config = Config.create("cpu", dp=2, storage=str(tmp_path), name=name, launcher="local", steps=1)
+def test_an_aborted_rank_is_told_with_what_it_and_its_peers_could_write(tmp_path, worker, begin, also):
+    config = Config.create("cpu", dp=2, storage=str(tmp_path), name="aborts", launcher="local", steps=1)
     with pytest.raises(launch.WorkerError) as error:
-        observe([config], worker="tests.unit.launch.aborting_worker")
+        launch.run_all([config], worker=f"{WORKERS}.{worker}")
     said = str(error.value)
     assert said.startswith(begin)
     assert re.search(also, said)
-    assert ("what(): from C++" in said) == (name == "silent"), "the end of its output, where it is all there is"
+    assert ("what(): from C++" in said) == (worker == "aborting"), "the end of its output, where it is all there is"
 
 
 def test_a_rank_that_waits_for_one_that_failed_is_ended_and_not_told_of(tmp_path, monkeypatch):
-    """It does not take long, because the launcher kills it."""
+    """The launcher kills the waiting rank, so this does not take long."""
     monkeypatch.setattr(launch.local, "_PEERS_SECONDS", 1)
     config = Config.create("cpu", dp=2, storage=str(tmp_path), name="waiting", launcher="local", steps=1)
     with pytest.raises(launch.WorkerError, match=r"^Rank 0 of run 'waiting' failed with ModuleNotFoundError") as error:
-        observe([config], worker="tests.unit.launch.aborting_worker")
+        launch.run_all([config], worker=f"{WORKERS}.waiting")
     assert "killed" not in str(error.value)

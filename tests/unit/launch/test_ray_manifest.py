@@ -33,7 +33,7 @@ def test_cluster_yaml_fits_rays_schema(capsys: pytest.CaptureFixture[str], argum
     jsonschema.validate(content, schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(content | {"image": "of my own"}, schema)
-    assert text.startswith("# Not run here")
+    assert text.startswith("# Not tested on any")
     worker = content["available_node_types"]["worker"]
     assert (worker["min_workers"], worker["max_workers"], content["max_workers"]) == (2, 2, 2)
     assert worker["resources"] == ({"CPU": 32, "GPU": 4} if arguments is ON_GPUS else {"CPU": 2, "GPU": 0})
@@ -42,7 +42,7 @@ def test_cluster_yaml_fits_rays_schema(capsys: pytest.CaptureFixture[str], argum
 def test_a_ray_job_has_the_structure_that_kuberay_documents(capsys: pytest.CaptureFixture[str]) -> None:
     """The full schema, 1.4 MB, comes with KubeRay, not with Ray: this one has the parts that the manifest uses."""
     text, job = written(capsys, ON_GPUS, "rayjob")
-    assert text.startswith("# Not run here")
+    assert text.startswith("# Not tested on any")
     assert (job["apiVersion"], job["kind"], job["metadata"]) == ("ray.io/v1", "RayJob", {"name": "news-a"})
     cluster = job["spec"]["rayClusterSpec"]
     assert cluster["rayVersion"] == ray.__version__ and cluster["authOptions"] == {"mode": "token"}
@@ -75,7 +75,7 @@ def test_the_job_trains_what_was_configured(capsys: pytest.CaptureFixture[str]) 
     }.items():
         assert words[words.index(flag) + 1] == value, flag
     text, _ = written(capsys, ON_GPUS, "cluster-yaml")
-    (command,) = re.findall(r"(ray exec .*?)\n#    Given again", text, re.DOTALL)
+    (command,) = re.findall(r"(ray exec .*?)\n#    The same command", text, re.DOTALL)
     *start, remote = shlex.split(command.replace("\n#", "\n"))
     assert start == ["ray", "exec", "cluster.yaml"]
     assert shlex.split(remote)[:6] == ["RAY_ADDRESS=auto", "RAY_AUTH_MODE=token", *words[:4]]

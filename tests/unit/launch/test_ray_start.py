@@ -14,7 +14,7 @@ from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.launch import WorkerError
 from tutorial_lib.launch.ray import cluster
 from tutorial_lib.launch.ray import train as ray_train
-from tutorial_lib.launch.ray.replacements import setup_worker
+from tutorial_lib.launch.ray.lean_imports import setup_worker
 from tutorial_lib.records import RunDirectory
 
 
@@ -69,7 +69,7 @@ def test_no_worker_in_time_is_an_error_and_a_worker_is_a_sign_of_life(
 ) -> None:
     run = RunDirectory(tmp_path / "run")
     run.create()
-    check = ray_train._patience(ray_train._sign_of_life([run]))
+    check = ray_train._patience(ray_train._watch_for_start([run]))
     check()
     monkeypatch.setattr(ray_train, "START_TIMEOUT", 0)
     with pytest.raises(WorkerError, match="Ray started no worker within 0 s"):

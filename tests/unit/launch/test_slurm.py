@@ -48,8 +48,8 @@ def test_the_cpu_script_differs_in_gpu_lines_alone(capsys: pytest.CaptureFixture
 
 
 def test_what_can_be_switched_off(capsys: pytest.CaptureFixture[str]) -> None:
-    whole = written(capsys, ON_GPUS)
-    assert "measure.sampler" in whole and "scontrol requeue" in whole and "requeue" in options(whole)
+    script = written(capsys, ON_GPUS)
+    assert "measure.sampler" in script and "scontrol requeue" in script and "requeue" in options(script)
     less = written(capsys, [*ON_GPUS, "--no-sample-memory", "--no-requeue"])
     assert "measure.sampler" not in less and "scontrol requeue" not in less and "no-requeue" in options(less)
 
@@ -81,7 +81,7 @@ def test_an_experiment_by_its_workshop_name(capsys: pytest.CaptureFixture[str]) 
     ("arguments", "message"),
     [
         (["slurm"], "Write --gpus-per-node N, or --experiment NAME"),
-        (["slurm", "--ranks-per-node", "2"], "does not go with device='cuda'. Write --gpus-per-node"),
+        (["slurm", "--ranks-per-node", "2"], "cannot be used with device='cuda'. Write --gpus-per-node"),
         (["slurm", "--profile", "cpu", "--gpus-per-node", "2"], "Write --ranks-per-node"),
         ([*ON_GPUS, "--dp", "4"], "Leave dp out: it follows"),
         ([*ON_GPUS, "--tp", "8"], "a tensor-parallel group would span nodes"),
@@ -93,8 +93,8 @@ def test_an_experiment_by_its_workshop_name(capsys: pytest.CaptureFixture[str]) 
         ([*ON_GPUS, "--partition", "a b"], "partition is 'a b'"),
         ([*ON_CPUS, "--device", "tpu"], "device is 'tpu'|Write --ranks-per-node"),
         (["slurm", "--nodes", "0", "--gpus-per-node", "1"], "nodes is 0"),
-        (["slurm", "--experiment", "2Z-2G1N", "--nodes", "2"], "Experiment 2Z-2G1N decides --nodes itself"),
-        (["slurm", "--experiment", "2Z-2G1N", "--zero-stage", "3"], "decides --zero-stage itself"),
+        (["slurm", "--experiment", "2Z-2G1N", "--nodes", "2"], "Experiment 2Z-2G1N sets --nodes itself"),
+        (["slurm", "--experiment", "2Z-2G1N", "--zero-stage", "3"], "sets --zero-stage itself"),
         (["slurm", "--experiment", "2Z-3G2N"], "2 nodes cannot share 3 GPUs evenly"),
     ],
 )
@@ -133,11 +133,11 @@ class FakeSlurm:
         """Let ``squeue`` answer these, one after the other, and let the job leave a result."""
         (self.directory / "state").write_text("\n".join(states) + "\n")
         if result:
-            whole = {"train_loss": 1.0, "eval_loss": None, "eval_loss_before": None, "eval_losses": [],
+            complete = {"train_loss": 1.0, "eval_loss": None, "eval_loss_before": None, "eval_losses": [],
                      "step": 1, "num_steps": 2,
                      "resumed_from": None, "reshaped_from": None, "left_out": [], "restarts": [], "data": {},
                      "tokens_per_second": 1.0, "ranks": [], "checkpoint": "step-00000001"}  # fmt: skip
-            self.left.result_file.write_text(json.dumps(whole | result))
+            self.left.result_file.write_text(json.dumps(complete | result))
 
     def refuse(self, words: str) -> None:
         self._program("sbatch", f"echo '{words}' >&2; exit 1")

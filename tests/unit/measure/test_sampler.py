@@ -297,7 +297,7 @@ def test_a_command_is_logged_and_its_exit_code_handed_on(tmp_path: Path, ends: s
 
 
 def test_a_signal_to_all_processes_of_a_job_leaves_the_end_to_the_command(tmp_path: Path) -> None:
-    """As SLURM sends them: the command saves, and the sampler waits for it."""
+    """Send signals as SLURM does: the command saves, and the sampler waits for it."""
     saving = "import signal, sys, time; signal.signal(15, lambda *_: (time.sleep(0.5), sys.exit(7))); print(flush=True)"
     command = [sys.executable, "-c", f"{saving}; time.sleep(60)"]
     process = subprocess.Popen(

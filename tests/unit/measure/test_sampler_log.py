@@ -183,7 +183,7 @@ def test_a_query_without_a_needed_column_is_refused(tmp_path: Path, missing: str
         read_nvidia_smi(path)
 
 
-# --- logs that are not whole -----------------------------------------------------------------------------------------
+# --- incomplete logs -------------------------------------------------------------------------------------------------
 
 SAMPLES = {
     "psrecord.txt": ("process tree", 7),

@@ -8,7 +8,7 @@ import torch
 from tutorial_lib.models.fused_qkv import by_part, by_rank, is_fused_by_part
 
 
-def test_columns_by_rank_are_those_of_the_picture():
+def test_columns_by_rank_match_the_picture():
     assert "".join("QqKkVv"[i] for i in by_rank(torch.arange(6), 2).tolist()) == "QKVqkv"
 
 

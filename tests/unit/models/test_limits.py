@@ -64,7 +64,7 @@ def test_sizes_that_divide_are_taken(name):
         check_tensor_parallel(tp, load_config(name))
 
 
-def test_tied_embeddings_stay_whole_so_their_vocabulary_is_not_asked():
+def test_tied_embeddings_are_not_split_so_their_vocabulary_does_not_matter():
     check_tensor_parallel(2, AutoConfig.for_model("gpt2", vocab_size=50257))
 
 

@@ -154,7 +154,7 @@ except ConfigError as error:
     environment |= {"HF_ENDPOINT": refusing_hub, "HF_HOME": str(tmp_path), "NO_PROXY": "*"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "'no-such/model' is neither a directory nor embedded, and the hub did not give it" in done.stdout
+    assert "'no-such/model' is neither a directory nor embedded, and the hub did not provide it" in done.stdout
     assert "embedded/gpt2" in done.stdout
 
 
@@ -239,7 +239,7 @@ position_ids = torch.cat([torch.arange(12), torch.arange(18)])[None]
 for (name, i), expected in plain.items():
     model = load_model(name, **options[i], freeze=("*.bias",))
     parameters = list(model.parameters())
-    assert all(p.numel() == 0 and hasattr(p, "ds_id") for p in parameters), "a parameter is whole"
+    assert all(p.numel() == 0 and hasattr(p, "ds_id") for p in parameters), "a parameter is not partitioned"
     assert {n for n, p in model.named_parameters() if not p.requires_grad} == {
         n for n, _ in model.named_parameters() if n.endswith(".bias")
     }

@@ -115,7 +115,7 @@ def test_every_tensor_parallel_rank_gets_the_slopes_of_its_own_heads(tp, packed)
     if packed:
         mask = torch.zeros(1, 1, 16, 16).masked_fill(~batch["attention_mask"], -1.0)
     model = load_model("embedded/bloom")
-    whole = model.transformer.build_alibi_tensor(mask, 8, torch.float32).unflatten(0, (-1, 8))
+    full = model.transformer.build_alibi_tensor(mask, 8, torch.float32).unflatten(0, (-1, 8))
     shares = []
     for tp_rank in range(tp):
         model = load_model("embedded/bloom")
@@ -123,7 +123,7 @@ def test_every_tensor_parallel_rank_gets_the_slopes_of_its_own_heads(tp, packed)
         slice_alibi(model, tp, tp_rank)
         assert model.transformer.num_heads == 8
         shares.append(model.transformer.build_alibi_tensor(mask, 8, torch.float32).unflatten(0, (-1, 8 // tp)))
-    assert torch.cat(shares, dim=1).equal(whole)
+    assert torch.cat(shares, dim=1).equal(full)
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text"])

@@ -56,7 +56,7 @@ def test_random_weights_follow_the_configuration_alone(own_head):
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_a_copy_of_the_embedding_stays_tied(tmp_path, kind):
-    """As in every file that torch.save wrote for a tied model."""
+    """torch.save writes every tied model like this."""
     directory = tmp_path / "model"
     small_model("qwen2", directory, **MODELS["qwen2"])
     tensors = load_file(directory / "model.safetensors")

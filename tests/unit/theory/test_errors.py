@@ -53,7 +53,7 @@ def test_the_page_says_what_the_rows_do_not_show() -> None:
     assert all(layout.tp == layout.cp == layout.pp == 1 for layout in layouts)
     assert sum(layout.offload != "none" for layout in layouts) == 1
     low = sum(e.memory_error < 0 for e in found if e.memory_error is not None)
-    assert f"{low} of the 12 are too low" in errors.page()
+    assert f"{low} of the 12 predictions are too low" in errors.page()
     assert all("float8" in run.name for run in ROWS if "float8" in run.not_modelled)
 
 

@@ -47,7 +47,7 @@ def test_seven_billion_on_eight_of_80_gb() -> None:
 
 
 def test_one_billion_on_eight_of_80_gb() -> None:
-    """It fits one GPU: DDP."""
+    """The model fits one GPU, so the plan is DDP."""
     assert best(work(1e9, micro_batch=8), cluster(8), "fsdp").layout.strategy == "no_shard"
 
 

@@ -15,7 +15,7 @@ from tutorial_lib.theory.hardware import GPUS, find_gpu, peak_flops
 from tutorial_lib.theory.known_models import MODELS, nearest_model
 from tutorial_lib.theory.layouts import Cluster, Layout, Workload
 from tutorial_lib.theory.plan import TIE, plan, something_fits
-from tutorial_lib.theory.states import base_bytes, lora_params
+from tutorial_lib.theory.state_bytes import base_bytes, lora_params
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     **{f"ZeRO-{stage}": {"zero_stage": stage} for stage in range(4)},

@@ -30,9 +30,9 @@ def test_a_token_counts_if_it_is_a_target():
 
 
 def test_a_step_of_masked_labels_is_refused():
-    with pytest.raises(ConfigError, match=r"No token of this step counts: .*Raise seq_length \(3\)"):
+    with pytest.raises(ConfigError, match=r"No token of this step enters the loss: .*Raise seq_length \(3\)"):
         count_tokens([batch([5, -100, -100])], ALONE)
-    with pytest.raises(ConfigError, match="No token of step 4 counts"):
+    with pytest.raises(ConfigError, match="No token of step 4 enters the loss"):
         count_tokens([batch([5, -100, -100])], ALONE, step=4)
 
 

@@ -12,7 +12,7 @@ from tutorial_lib.trainer.stops import StopRequests
 
 
 @pytest.mark.parametrize(
-    ("number", "has_file", "stop_after", "stopped_by", "is_in_a_hurry"),
+    ("number", "has_file", "stop_after", "stopped_by", "may_be_killed_soon"),
     [
         (0, False, None, None, False),
         (0, False, 6, None, False),
@@ -24,17 +24,19 @@ from tutorial_lib.trainer.stops import StopRequests
         (signal.SIGTERM, True, 5, "request", True),
     ],
 )
-def test_a_step_may_be_the_last_for_several_reasons(tmp_path, number, has_file, stop_after, stopped_by, is_in_a_hurry):
+def test_a_step_may_be_the_last_for_several_reasons(
+    tmp_path, number, has_file, stop_after, stopped_by, may_be_killed_soon
+):
     run = RunDirectory(tmp_path)
     if has_file:
         run.stop_file.write_text("now")
     stops = StopRequests(run, Topology(dp=1, tp=1, rank=0), stop_after, lambda: number)
-    assert stops.all_gather(5) == (stopped_by is not None)
-    assert (stops.stopped_by, stops.is_in_a_hurry()) == (stopped_by, is_in_a_hurry)
+    assert stops.agree(5) == (stopped_by is not None)
+    assert (stops.stopped_by, stops.may_be_killed_soon()) == (stopped_by, may_be_killed_soon)
 
 
 def test_before_the_first_step_only_the_slot_counts(tmp_path):
     stops = StopRequests(RunDirectory(tmp_path), Topology(dp=1, tp=1, rank=0), 3, lambda: signal.SIGTERM)
-    assert not stops.slot_is_over(2)
-    assert stops.slot_is_over(3)
+    assert not stops.time_slot_has_ended(2)
+    assert stops.time_slot_has_ended(3)
     assert stops.stopped_by == "stop_after"

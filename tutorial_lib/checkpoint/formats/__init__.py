@@ -39,7 +39,7 @@ def open_full(path: Path, *, verified: bool = False) -> FullTensors:
         verified: whether the caller has just verified it.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or its files do not match the model described beside them.
+        CheckpointError: the checkpoint is damaged, or its files do not match the model configuration next to them.
     """
     if not verified:
         verify(path)

@@ -23,7 +23,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """Moments that AdamW keeps for every trained parameter, besides the number of its updates."""
 
 WEIGHT = "weight"
-"""The parameter itself, beside its :data:`MOMENTS`."""
+"""The parameter itself, as opposed to its :data:`MOMENTS`."""
 
 
 def names_once(state: dict[str, Tensor]) -> list[str]:
@@ -38,8 +38,8 @@ class FullTensors(ABC):
     """Reader of a checkpoint's full parameters, and of the optimizer states of the trained ones.
 
     Attributes:
-        names: names of all parameters, as in the Hugging Face model's ``named_parameters``: a tied one only has its
-            first name.
+        names: names of all parameters, as in the Hugging Face model's ``named_parameters``: a tied one appears only
+            under its first name.
         trained: names of the parameters that the optimizer updates; the others are frozen.
         shapes: full shapes by name.
     """
@@ -55,7 +55,7 @@ class FullTensors(ABC):
         self._number = {name: number for number, name in enumerate(self.trained)}
 
     def check_names(self) -> None:
-        """Refuse files that do not hold exactly the parameters of the model described beside them.
+        """Refuse files that do not hold exactly the parameters in the model configuration next to them.
 
         Raises:
             CheckpointError: names the extra or missing parameters.

@@ -42,7 +42,7 @@ class DCP(FullTensors):
     def _load(self, wanted: dict[str, Any]) -> None:
         """Fill tensors in place. DCP looks up the parts of files that it needs in its index, which is a pickle."""
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*load in a single process")  # that is the intent
+            warnings.filterwarnings("ignore", message=".*load in a single process")  # that is intended
             dcp.load(wanted, storage_reader=self._reader, no_dist=True)
 
     @functools.cached_property
@@ -51,7 +51,7 @@ class DCP(FullTensors):
 
 
 class _Reader(FileSystemReader):
-    """Read the index once. Otherwise each tensor that is loaded by itself would read all of it again."""
+    """Read the index once. Otherwise loading each tensor would read all of it again."""
 
     _index: Metadata | None = None
 

@@ -3,7 +3,7 @@
 With t tensor-parallel and d data-parallel ranks, one parameter W is stored as::
 
     stage 0       share 1 ... share t       each in the file of one tensor-parallel rank, if AutoTP split it
-    stages 1, 2   share i = a stretch of one long vector, cut into d files wherever their bounds happen to fall
+    stages 1, 2   share i = a slice of one long vector, which is cut into d files without regard to parameters
     stage 3       share i = d equal pieces, the last one padded; a parameter that AutoTP did not split: d t pieces
 """
 
@@ -33,7 +33,7 @@ from tutorial_lib.checkpoint.formats.base import (
 from tutorial_lib.config import Config
 
 LAYOUT = "layout.json"
-"""File beside the engine's own, which says how tensor parallelism split each parameter."""
+"""File next to the engine's own, which records how tensor parallelism split each parameter."""
 
 
 class _Stage(FullTensors):
@@ -46,7 +46,7 @@ class _Stage(FullTensors):
     def __init__(self, directory: Path, settings: Config, model: Any, folder: str = "engine") -> None:
         super().__init__(directory, settings, model)
         self._folder = folder
-        # Unpickling its files imports DeepSpeed, which would warn that there is no GPU unless it is told so.
+        # Unpickling its files imports DeepSpeed, which would otherwise warn if there is no GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
         self._dp, self._tp = settings.parallel.dp, settings.parallel.tp
         rows = json.loads((directory / LAYOUT).read_text(encoding="utf-8")) if self._tp > 1 else []
@@ -112,7 +112,7 @@ class Stage0(_Stage):
 
 
 class Stage12(_Stage):
-    """Stages 1 and 2: each parameter group is one vector, padded at its end and cut into a stretch per rank."""
+    """Stages 1 and 2: each parameter group is one vector, padded at its end and cut into one slice per rank."""
 
     def __init__(self, directory: Path, settings: Config, model: Any, folder: str = "engine") -> None:
         super().__init__(directory, settings, model, folder)
@@ -120,7 +120,7 @@ class Stage12(_Stage):
 
     def _places_of(self, tp_rank: int) -> dict[str, tuple[int, int, torch.Size]]:
         """Return each parameter's group, its first index in the group's vector, and its shape, by name."""
-        # In the order of the vector, which round_robin_gradients makes different from the model's.
+        # In the vector's order, which differs from the model's with round_robin_gradients.
         groups = self._model_states(tp_rank)["param_shapes"]
         paddings = self._optimizer(0, tp_rank)["param_alignment_paddings"]
         places = {}
@@ -139,14 +139,14 @@ class Stage12(_Stage):
         last = first + shape.numel()
         pieces, start = [], 0
         for dp_rank in range(self._dp):
-            stretch = self._stretch(dp_rank, tp_rank, group, kind)
-            if stretch is None:
+            partition = self._partition(dp_rank, tp_rank, group, kind)
+            if partition is None:
                 return torch.zeros(shape)
-            pieces.append(stretch[max(first - start, 0) : max(last - start, 0)])
-            start += stretch.numel()
+            pieces.append(partition[max(first - start, 0) : max(last - start, 0)])
+            start += partition.numel()
         return torch.cat(pieces).view(shape)
 
-    def _stretch(self, dp_rank: int, tp_rank: int, group: int, kind: str) -> Tensor | None:
+    def _partition(self, dp_rank: int, tp_rank: int, group: int, kind: str) -> Tensor | None:
         if kind == WEIGHT:
             masters: Tensor = self._optimizer(dp_rank, tp_rank)["single_partition_of_fp32_groups"][group].detach()
             return masters
@@ -184,8 +184,8 @@ class Stage3(_Stage):
         return itertools.chain(*state["param_shapes"], state["frozen_param_shapes"] or ())
 
     def _pieces(self, name: str) -> int:
-        # Parameters that AutoTP split are cut among the data-parallel ranks, all others among all ranks, as they were
-        # when the model was built. DeepSpeed's own merge (zero_to_fp32) only knows a single number of ranks.
+        # Parameters that AutoTP split are cut among the data-parallel ranks, all others among all ranks, as when the
+        # model was built. DeepSpeed's own merge (zero_to_fp32) assumes a single number of ranks.
         return int(self._layout[name]["partitions"]) if self._tp > 1 else self._dp
 
     def _piece_numel(self, name: str, shape: torch.Size) -> int:

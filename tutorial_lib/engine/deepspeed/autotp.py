@@ -5,7 +5,8 @@ AutoTP replaces linear layers with layers that hold a share of the weight. With 
     column: y = x [W_1 ... W_t]             each rank computes some outputs; backward sums dx over the ranks
     row:    y = [x_1 ... x_t] [W_1; ...; W_t]  each rank takes some inputs; forward sums y over the ranks
 
-It notes on every parameter of such a layer how it was split. This module reads these notes without importing DeepSpeed.
+On every parameter of such a layer, AutoTP records how it was split. This module reads those records without importing
+DeepSpeed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import nn
 from tutorial_lib.config import ConfigError
 from tutorial_lib.engine.layout import ParameterLayout
 
-_NOTES = "ds_autotp_universal_checkpoint_meta"
+_META = "ds_autotp_universal_checkpoint_meta"
 
 
 def layouts(module: nn.Module) -> list[ParameterLayout]:
@@ -26,14 +27,14 @@ def layouts(module: nn.Module) -> list[ParameterLayout]:
     for name, parameter in module.named_parameters():
         held = getattr(parameter, "ds_tensor", parameter)
         after = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        notes = getattr(parameter, _NOTES, None) or {}
-        dim = None if notes.get("replicated") else notes.get("partition_dim")
+        meta = getattr(parameter, _META, None) or {}
+        dim = None if meta.get("replicated") else meta.get("partition_dim")
         found.append(
             ParameterLayout(
                 parameter=name,
-                how="replicated" if dim is None else str(notes["partition_type"]),
+                how="replicated" if dim is None else str(meta["partition_type"]),
                 dim=dim,
-                before=after if dim is None else tuple(notes["logical_shape"]),
+                before=after if dim is None else tuple(meta["logical_shape"]),
                 after=after,
                 partitions=int(getattr(parameter, "ds_zero_partition_world_size", 1)),
                 bytes=held.numel() * held.element_size(),
@@ -48,13 +49,13 @@ def check_layouts(found: list[ParameterLayout]) -> None:
     Raises:
         ConfigError: names matrices of the model's blocks that are replicated.
     """
-    whole = [
+    unsplit = [
         layout.parameter
         for layout in found
         if layout.how == "replicated" and len(layout.before) > 1 and re.search(r"\.\d+\.", layout.parameter)
     ]
-    if whole:
+    if unsplit:
         raise ConfigError(
-            f"AutoTP left {len(whole)} projections unsplit on every rank, {whole[0]} first. Look at the plan that it "
+            f"AutoTP left {len(unsplit)} projections unsplit on every rank, {unsplit[0]} first. Check the plan that it "
             "follows: tensor_parallel.partition_config of the DeepSpeed file, or the model's own."
         )

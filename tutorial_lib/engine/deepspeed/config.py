@@ -26,7 +26,7 @@ _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_a
 def build(config: Config) -> dict[str, Any]:
     """Build the DeepSpeed configuration of a run: the dictionary that ``deepspeed.initialize`` takes.
 
-    Values in ``config.engine.deepspeed_file`` win; values that are missing there or ``"auto"`` come from the run.
+    Values in ``config.engine.deepspeed_file`` take precedence; missing and ``"auto"`` values come from the run.
 
     Raises:
         ConfigError: the file does not parse, holds unknown or misplaced keys, or contradicts the run's batch sizes.
@@ -171,7 +171,7 @@ def _stated_settings(given: dict[str, Any], config: Config, name: str) -> dict[s
 
 
 def _betas(given: dict[str, Any], name: str) -> list[float]:
-    kind = find(given, "optimizer.type", "AdamW")  # if missing or "auto", the run's own, as everywhere
+    kind = find(given, "optimizer.type", "AdamW")  # if missing or "auto", the run's own, as for every key
     if str(kind).lower() not in ("adam", "adamw"):
         raise ConfigError(
             f"{name}: optimizer.type is {json.dumps(kind)}, but this package trains with AdamW. Write that, or remove "
@@ -204,8 +204,8 @@ def _stated_offload(given: dict[str, Any], config: Config, name: str) -> dict[st
             )
     if devices["param"] == "cpu" and devices["optimizer"] != "cpu":
         raise ConfigError(
-            f"{name}: zero_optimization.offload_param without offload_optimizer is not a combination that this package "
-            "runs. Add zero_optimization.offload_optimizer, or remove offload_param."
+            f"{name}: zero_optimization.offload_param without offload_optimizer is a combination that this package "
+            "does not run. Add zero_optimization.offload_optimizer, or remove offload_param."
         )
     stated: dict[str, tuple[str, Any]] = {}
     if keys:
@@ -244,7 +244,7 @@ def _from_config(config: Config) -> dict[str, Any]:
         "gradient_accumulation_steps": config.accumulation,
         "gradient_clipping": config.optimizer.gradient_clipping,
         "zero_optimization": zero,
-        # No log line every ten steps: metrics.jsonl has every step.
+        # Turn off DeepSpeed's log line every ten steps: metrics.jsonl has every step.
         "steps_per_print": None,
     }
     if engine.precision != "fp32":

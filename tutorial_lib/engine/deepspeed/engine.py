@@ -43,7 +43,7 @@ from tutorial_lib.engine.deepspeed import autotp, partitions
 from tutorial_lib.engine.deepspeed import config as ds_config
 from tutorial_lib.engine.inputs import model_inputs
 from tutorial_lib.engine.layout import ParameterLayout
-from tutorial_lib.engine.schedule import Schedule
+from tutorial_lib.engine.learning_rate import Schedule
 from tutorial_lib.engine.single import global_norm
 from tutorial_lib.models import build_model, slice_alibi
 from tutorial_lib.mpu import ModelParallelUnit, Topology, device_mesh
@@ -91,12 +91,12 @@ class DeepSpeedEngine:
         self.unit = ModelParallelUnit(topology, device_mesh(topology, device.type)) if topology.tp > 1 else None
         _share_groups(self.unit)
         settings = ds_config.build(config)
-        with _partitioned_from_birth(settings):
+        with _partition_at_construction(settings):
             model = build_model(config)
         self._output_loss = output_loss(model, config.engine.loss_chunks)
         if self.unit:
             ds_config.add_plan(settings, model.config)
-        self.num_parameters = sum(_whole_numel(parameter) for parameter in model.parameters())
+        self.num_parameters = sum(_full_numel(parameter) for parameter in model.parameters())
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = _adamw(trained, config)
         self.deepspeed, *_ = deepspeed.initialize(
@@ -165,11 +165,11 @@ class DeepSpeedEngine:
         return self.deepspeed.optimizer is self.optimizer
 
     def _norm_without_zero(self) -> float:
-        # Stage 0 in fp32 does not wrap the optimizer and reports no norm. The gradients are averaged already. Split
-        # parameters have only their share on each rank; replicated ones count once.
+        # Stage 0 in fp32 does not wrap the optimizer and reports no norm. The gradients are already averaged. Each rank
+        # has only its share of a split parameter's gradient; replicated ones must count once.
         gradients = [(p.grad, self._dims[p] is None) for p in self.module.parameters() if p.grad is not None]
-        whole, shares = ([g for g, replicated in gradients if replicated is wanted] for wanted in (True, False))
-        norms = torch.tensor([global_norm(whole), global_norm(shares)], dtype=torch.float64, device=self.device)
+        full, shares = ([g for g, replicated in gradients if replicated is wanted] for wanted in (True, False))
+        norms = torch.tensor([global_norm(full), global_norm(shares)], dtype=torch.float64, device=self.device)
         if self.unit:
             squares = norms[1:].square()
             torch.distributed.all_reduce(squares, group=self.unit.get_model_parallel_group())
@@ -198,7 +198,7 @@ class DeepSpeedEngine:
         """Return AutoTP's layout of each parameter, in the model's order."""
         return autotp.layouts(self.module)
 
-    def _over_tp(self, parameter: torch.nn.Parameter, share: Tensor) -> Tensor:
+    def _gather_over_tp(self, parameter: torch.nn.Parameter, share: Tensor) -> Tensor:
         """All-gather the full tensor from this rank's share of a parameter, gradient or moment. Collective."""
         if self.unit is None:
             return share
@@ -210,23 +210,26 @@ class DeepSpeedEngine:
         """Yield every full parameter, one at a time, in fp32 on the CPU. Collective: all ranks must iterate."""
         for name, parameter in self.module.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-                yield name, self._over_tp(parameter, parameter).detach().to("cpu", torch.float32, copy=True)
+                yield name, self._gather_over_tp(parameter, parameter).detach().to("cpu", torch.float32, copy=True)
 
     def full_optimizer_states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Yield both full moments of every trained parameter, on the CPU. Collective: all ranks must iterate."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        kept_under = self._kept_under() if self.config.engine.zero_stage == 0 else None
+        keys = self._optimizer_keys() if self.config.engine.zero_stage == 0 else None
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
-                if kept_under is not None:
-                    state = self.optimizer.state[kept_under[parameter]]
+                if keys is not None:
+                    state = self.optimizer.state[keys[parameter]]
                     moments = {key: state[key] for key in MOMENTS}
                 else:
                     moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
-                yield name, {key: self._over_tp(parameter, m).detach().cpu().clone() for key, m in moments.items()}
+                yield (
+                    name,
+                    {key: self._gather_over_tp(parameter, m).detach().cpu().clone() for key, m in moments.items()},
+                )
 
-    def _kept_under(self) -> dict[Tensor, Tensor]:
+    def _optimizer_keys(self) -> dict[Tensor, Tensor]:
         """Map each trained parameter to the optimizer's key without ZeRO: itself, or in 16 bits its master copy."""
         if self._plain_optimizer:
             return {parameter: parameter for parameter in self.module.parameters()}
@@ -260,13 +263,13 @@ class DeepSpeedEngine:
         """Restore weights and optimizer states saved by an engine of any shape. Every rank reads all of them.
 
         A rank keeps its share of a parameter (AutoTP), and its piece of that share (ZeRO), in up to four places: the
-        weights that the model computes with, maybe in 16 bits, the fp32 master copy, and both moments. From stage 1 on,
-        the last three are stretches of long vectors (:mod:`tutorial_lib.engine.deepspeed.partitions`). Adam's updates
-        are counted once per vector.
+        weights that the model computes with (possibly in 16 bits), the fp32 master copy, and both moments. From stage 1
+        on, the last three are slices of long vectors (:mod:`tutorial_lib.engine.deepspeed.partitions`). Adam counts its
+        updates once per vector.
         """
         wrapper, stage = self.deepspeed.optimizer, self.config.engine.zero_stage
         if stage == 3:
-            wrapper.checkpoint_event_prologue()  # releases gathered parameters
+            wrapper.checkpoint_event_prologue()  # frees gathered parameters
         pieces = self._pieces()
         for name, parameter in self.module.named_parameters():
             share = self._share(parameter, full.parameter(name))
@@ -281,18 +284,18 @@ class DeepSpeedEngine:
                 for moment in MOMENTS:
                     piece.fill(state[moment], self._share(parameter, full.moment(name, moment)))
         if stage in (1, 2):
-            wrapper._lazy_init_hp_params_optimizer_state()  # parameters find their moments
+            wrapper._lazy_init_hp_params_optimizer_state()  # links parameters to their moments
         if stage == 3:
             wrapper.checkpoint_event_epilogue()  # small parameters are gathered again
 
     def _pieces(self) -> dict[Tensor, partitions.Piece]:
         if self.config.engine.zero_stage > 0:
             return dict(partitions.pieces(self.deepspeed.optimizer, self.config.engine.zero_stage))
-        kept_under = self._kept_under()
-        return {parameter: partitions.Piece(kept, 0, 0, kept.numel()) for parameter, kept in kept_under.items()}
+        keys = self._optimizer_keys()
+        return {parameter: partitions.Piece(key, 0, 0, key.numel()) for parameter, key in keys.items()}
 
     def _share(self, parameter: torch.nn.Parameter, tensor: Tensor) -> Tensor:
-        """Return this rank's share of a full tensor: the inverse of :meth:`_over_tp`."""
+        """Return this rank's share of a full tensor: the inverse of :meth:`_gather_over_tp`."""
         dim = self._dims[parameter]
         if self.unit is None or dim is None:
             return tensor
@@ -333,12 +336,12 @@ def held_tensors(engine: Any, optimizer: torch.optim.Optimizer) -> dict[str, lis
     """
     wrapper, model = engine.optimizer, engine.module
     parameters = [p.data for p in model.parameters()]
-    # Stage 3: this rank's shards. Gathered and persistent parameters come on top; released ones are empty.
+    # Stage 3: this rank's shards, in addition to gathered and persistent parameters; those that were freed are empty.
     parameters += [p.ds_tensor for p in model.parameters() if hasattr(p, "ds_tensor")]
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     gradients += _tensors(getattr(wrapper, "averaged_gradients", None))
     for masters in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
-        # If the optimizer is offloaded, its gradients wait beside the master copy.
+        # If the optimizer is offloaded, gradients are kept next to the master copy.
         gradients += [flat.grad for flat in getattr(wrapper, masters, []) if flat.grad is not None]
     states = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
     for masters in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups"):
@@ -367,21 +370,22 @@ def _share_groups(unit: ModelParallelUnit | None) -> None:
     groups._MODEL_PARALLEL_GROUP = groups._TENSOR_MODEL_PARALLEL_GROUP = unit and unit.get_model_parallel_group()
 
 
-_NOT_FOR_BUILDING = ("tensor_parallel", "train_batch_size", "gradient_accumulation_steps")
+_HIDDEN_FROM_TRANSFORMERS = ("tensor_parallel", "train_batch_size", "gradient_accumulation_steps")
 
 
 @contextmanager
-def _partitioned_from_birth(settings: dict[str, Any]) -> Iterator[None]:
-    """At stage 3, partition every parameter over all ranks as soon as it is created."""
+def _partition_at_construction(settings: dict[str, Any]) -> Iterator[None]:
+    """Partition every parameter over all ranks as soon as it is created, if this is stage 3."""
     if settings["zero_optimization"]["stage"] != 3:
         yield
         return
     from transformers.integrations import HfDeepSpeedConfig
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    # transformers only needs to know the stage. With the AutoTP section it would refuse to read weights, although
-    # AutoTP splits them later; and it partitions over all ranks, which batch sizes per data-parallel rank do not fit.
-    keep_alive = HfDeepSpeedConfig({key: value for key, value in settings.items() if key not in _NOT_FOR_BUILDING})
+    # transformers only needs to know the stage. With the AutoTP section it would refuse to load weights, although
+    # AutoTP splits them later. And it partitions over all ranks, which contradicts batch sizes per data-parallel rank.
+    visible = {key: value for key, value in settings.items() if key not in _HIDDEN_FROM_TRANSFORMERS}
+    keep_alive = HfDeepSpeedConfig(visible)
     try:
         yield
     finally:
@@ -400,7 +404,7 @@ def _adamw(parameters: list[torch.nn.Parameter], config: Config) -> torch.optim.
     return DeepSpeedCPUAdam(parameters, adamw_mode=True, **shared)
 
 
-def _whole_numel(parameter: torch.nn.Parameter) -> int:
+def _full_numel(parameter: torch.nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 

@@ -37,7 +37,7 @@ def read(name: str) -> dict[str, Any]:
     """Read a DeepSpeed JSON file, by path or by its name in ``tutorial_lib/ds_configs``, and check it.
 
     Returns:
-        Its settings: without ``"auto"`` values, under today's key names, with integral numbers as ``int``.
+        Its settings: without ``"auto"`` values, under current key names, with integral numbers as ``int``.
 
     Raises:
         ConfigError: there is no such file, it is not a valid JSON object, or it has unknown or misplaced keys or
@@ -76,7 +76,7 @@ def read_json(name: str) -> dict[str, Any]:
 
 
 def check(given: dict[str, Any], *, source: str) -> dict[str, Any]:
-    """Refuse keys that DeepSpeed would ignore or reject, and values that do not mean what they say.
+    """Refuse keys that DeepSpeed would ignore or reject, and values that it would misread.
 
     Returns:
         The file's settings, see :func:`read`.
@@ -85,7 +85,7 @@ def check(given: dict[str, Any], *, source: str) -> dict[str, Any]:
         ConfigError: names each wrong key, and what to write instead.
     """
     problems: list[str] = []
-    stated = _section(_with_todays_names(given, problems), "", problems)
+    stated = _section(_with_current_names(given, problems), "", problems)
     problems += [
         f"{key} is {json.dumps(value)}: {why}. Write {json.dumps(only)}, or leave it out"
         for key, (only, why) in ONLY.items()
@@ -109,7 +109,7 @@ def check(given: dict[str, Any], *, source: str) -> dict[str, Any]:
         for key in LISTS_OF_STRINGS
         if isinstance(value := find(stated, key), list) and not all(isinstance(each, str) for each in value)
     ]
-    problems += _without_effect(stated)
+    problems += _ineffective_settings(stated)
     if problems:
         raise ConfigError("; ".join(f"{source}: {problem}" for problem in problems) + ".")
     return stated
@@ -125,7 +125,7 @@ def find(given: dict[str, Any], key: str, otherwise: Any = None) -> Any:
     return inside
 
 
-def _with_todays_names(given: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+def _with_current_names(given: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     zero = given.get("zero_optimization")
     given = {**given, "zero_optimization": dict(zero)} if isinstance(zero, dict) else dict(given)
     for old, new in RENAMED.items():
@@ -168,8 +168,8 @@ def _section(given: dict[str, Any], section: str, problems: list[str]) -> dict[s
     return stated
 
 
-_WORDS = {"int": "a whole number from 0 on", "float": "a number from 0 on", "bool": "true or false", "str": "a string",
-          "list": "a list", "section": "an object"}  # fmt: skip
+_WORDS = {"int": "a whole number, at least 0", "float": "a number, at least 0", "bool": "true or false",
+          "str": "a string", "list": "a list", "section": "an object"}  # fmt: skip
 _TYPES: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str, "list": list, "section": dict}
 
 
@@ -197,8 +197,8 @@ def _without_quotes(value: Any, kind: str) -> str:
     return "" if found is None else f", without quotes: {json.dumps(found)}"
 
 
-def _without_effect(stated: dict[str, Any]) -> list[str]:
-    """Return the problems of settings that would have no effect in this package."""
+def _ineffective_settings(stated: dict[str, Any]) -> list[str]:
+    """Return a problem for each setting that would have no effect in this package."""
     problems = []
     section = stated.get("activation_checkpointing")
     if isinstance(section, dict) and any(section.values()):

@@ -87,7 +87,7 @@ def check_for_run(given: dict[str, Any], config: Config, *, source: str) -> None
 
 
 def _check_low_precision_masters(given: dict[str, Any], config: Config, source: str) -> None:
-    """Refuse master weights and moments in 16 bits if DeepSpeed or its Adam cannot keep them so."""
+    """Refuse master weights and moments in 16 bits if DeepSpeed or its Adam cannot keep them in 16 bits."""
     engine = config.engine
     states = find(given, "bf16.bf16_optimizer_states", False)
     for precision in ("bf16", "fp16"):
@@ -96,7 +96,7 @@ def _check_low_precision_masters(given: dict[str, Any], config: Config, source: 
         if not find(given, key, False):
             continue
         if engine.precision != precision:
-            problem = f"goes with precision={precision!r}, not {engine.precision!r}. Remove it, or write that"
+            problem = f"needs precision={precision!r}, not {engine.precision!r}. Remove it, or write that"
         elif engine.zero_stage == 0:
             problem = "needs an optimizer that ZeRO partitions. Remove it, or write zero_stage=1, 2 or 3"
         elif engine.offload == "none" and not (states and precision == "bf16"):
@@ -148,7 +148,7 @@ def check_outputs(config: Config) -> None:
 
 
 def check_leaf_modules(config: Config, outline: Callable[[], Any]) -> None:
-    """Refuse a ``leaf_module`` that names modules the model does not have: DeepSpeed would only log that.
+    """Refuse a ``leaf_module`` that names modules the model does not have: DeepSpeed would only log them.
 
     Args:
         config: what to run.
@@ -164,14 +164,14 @@ def check_leaf_modules(config: Config, outline: Callable[[], Any]) -> None:
     modules = dict(outline().named_modules())
     kinds = {type(module) for module in modules.values()}
     classes = {kind.__name__ for kind in kinds}
-    there: dict[str, Callable[[str], bool]] = {
+    exists: dict[str, Callable[[str], bool]] = {
         "classes": lambda wanted: wanted in classes | {f"{kind.__module__}.{kind.__qualname__}" for kind in kinds},
         "names": lambda wanted: wanted in modules,
         "name_suffixes": lambda wanted: any(each.endswith(wanted) for each in modules),
     }
     for key, wanted in leaves.items():
         for each in wanted:
-            if not there[key](each):
+            if not exists[key](each):
                 some = sorted(classes if key == "classes" else filter(None, modules), key=len)[:3]
                 raise ConfigError(
                     f"{name}: zero_optimization.leaf_module.{key} holds {each!r}, which the model does not have. It "

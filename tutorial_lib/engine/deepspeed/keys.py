@@ -105,7 +105,7 @@ RENAMED = {
         "zero_optimization.stage3_gather_16bit_weights_on_model_save"
     ),
 }
-"""Old key names that DeepSpeed still accepts, and today's names."""
+"""Old key names that DeepSpeed still accepts, and their current names."""
 
 OFFLOADS = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
 """Old switches in ``zero_optimization``, and the sections that replaced them."""
@@ -115,7 +115,7 @@ _OURS = "this package writes and reads checkpoints itself, so it would have no e
 
 ONLY: dict[str, tuple[Any, str]] = {
     "zero_optimization.elastic_checkpoint": (False, OTHER_LAYOUT),
-    "zero_optimization.zenflow": (None, "it puts another optimizer in place, which no checkpoint here can hold"),
+    "zero_optimization.zenflow": (None, "it swaps in a different optimizer, which checkpoints here cannot store"),
     "zero_optimization.legacy_stage1": (False, "DeepSpeed has removed that implementation"),
     "zero_optimization.stage3_module_granularity_threshold": (
         0,
@@ -124,26 +124,26 @@ ONLY: dict[str, tuple[Any, str]] = {
     "zero_optimization.compute_grad_norm": (True, "every step reports the gradient's norm, and clips by it"),
     "zero_optimization.offload_optimizer.super_offload": (
         False,
-        "it puts another optimizer in place, which no checkpoint here can hold",
+        "it swaps in a different optimizer, which checkpoints here cannot store",
     ),
     "zero_optimization.offload_optimizer.ratio": (
         1.0,
-        "a part of the optimizer would stay on the device under another optimizer, which no checkpoint here can hold",
+        "part of the states would stay on the device, under a different optimizer, which checkpoints here cannot store",
     ),
-    "optimizer.legacy_fusion": (False, "it picks another optimizer in 16 bits, which no checkpoint here can hold"),
+    "optimizer.legacy_fusion": (False, "in 16 bits it picks another optimizer, which checkpoints here cannot store"),
     "optimizer.params.adam_w_mode": (True, "weight decay is decoupled here (AdamW), not added to the gradient (Adam)"),
-    "optimizer.params.torch_adam": (True, "PyTorch's AdamW is what trains here"),
+    "optimizer.params.torch_adam": (True, "this package trains with PyTorch's AdamW"),
     "optimizer.params.amsgrad": (False, "this package trains with AdamW without the AMSGrad variant"),
     "optimizer.params.bias_correction": (True, "this package's AdamW corrects its moments' bias"),
-    "checkpoint.load_universal": (False, "a run resumes from its own checkpoints, which have another layout"),
+    "checkpoint.load_universal": (False, "a run resumes from its own checkpoints, which have a different layout"),
     "checkpoint.use_node_local_storage": (False, OTHER_LAYOUT),
     "checkpoint.parallel_write": ({}, _OURS),
     "checkpoint.checkpoint_serialization": (True, _OURS),
     "checkpoint.writer": (None, _OURS),
     "managed_gradient_accumulation": (True, "the training loop here leaves accumulation to DeepSpeed"),
     "gradient_allreduce_op": ("mean", "the loss is scaled here for gradients that are averaged over the ranks"),
-    "tensor_parallel.dtype": (None, "DeepSpeed takes an object of Python there; the setting precision decides"),
-    "tensor_parallel.vocab_parallel_lm_head": (False, "a rank would only see the logits of its share of words"),
+    "tensor_parallel.dtype": (None, "DeepSpeed expects a Python object there; the setting precision decides"),
+    "tensor_parallel.vocab_parallel_lm_head": (False, "a rank would only see its share of the logits"),
 }
 """The only value that a key may have here, and why. Other values are refused before the first step."""
 

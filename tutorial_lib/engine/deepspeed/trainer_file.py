@@ -1,8 +1,8 @@
 """DeepSpeed JSON files for the Hugging Face Trainer, which fills in ``"auto"`` values by itself.
 
-The Trainer takes most of them from its ``TrainingArguments``, and three from the model's hidden size. It only fills in
-``"auto"``, never a missing key: there, DeepSpeed's default applies, which may contradict the run's settings. So every
-key that must agree with the run has to be there, as a value or as ``"auto"``.
+The Trainer takes most of them from its ``TrainingArguments``, and three from the model's hidden size. It only replaces
+``"auto"``, and never adds a missing key: DeepSpeed's default applies there, and may contradict the run's settings. So
+the file must have every key that has to agree with the run, as a value or as ``"auto"``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NEEDED = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
     "zero_optimization.stage",
 )  # fmt: skip
-"""Keys that must be there, because DeepSpeed's default does not follow the run."""
+"""Keys that the file must have, because DeepSpeed's default does not follow the run."""
 
 
 def check(name: str) -> None:
@@ -56,8 +56,8 @@ def check(name: str) -> None:
 def for_trainer(name: str) -> dict[str, Any]:
     """Return a file's content for the Trainer: everything except the ``optimizer`` section.
 
-    That section's values are settings of the run by now. Left in, it would make DeepSpeed build its FusedAdam, which
-    has to be compiled. PyTorch's AdamW does the same, or DeepSpeed's CPU Adam if the optimizer is offloaded.
+    That section's values have become settings of the run. Left in, it would make DeepSpeed build its FusedAdam, which
+    has to be compiled. PyTorch's AdamW does the same job, or DeepSpeed's CPU Adam if the optimizer is offloaded.
     """
     given = read_json(name)
     given.pop("optimizer", None)

@@ -1,8 +1,8 @@
 """PyTorch's own parallelism behind the engine protocol: FSDP2, DDP as its reference, DTensor tensor parallelism.
 
-A module each: :mod:`.engine` (the protocol), :mod:`.sharding` (what each rank holds, and when it is gathered),
-:mod:`.tensor_parallel` (which layers are split, and how), :mod:`.weights` (a model that no rank ever holds in full),
-:mod:`.dcp` (checkpoints, with a file per rank).
+One module for each part: :mod:`.engine` (the protocol), :mod:`.sharding` (what each rank holds, and when it is
+gathered), :mod:`.tensor_parallel` (which layers are split, and how), :mod:`.weights` (a model that no rank ever holds
+in full), :mod:`.dcp` (checkpoints, with a file per rank).
 """
 
 from tutorial_lib.engine.fsdp.engine import FSDPEngine

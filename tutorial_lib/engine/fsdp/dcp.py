@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from tutorial_lib.checkpoint import MOMENTS, CheckpointError, FullTensors, Writer
-from tutorial_lib.engine.fsdp.weights import put
+from tutorial_lib.engine.fsdp.weights import copy_slices
 
 
 def save(
@@ -77,10 +77,10 @@ def load_full(full: FullTensors, model: Any, optimizer: torch.optim.Optimizer) -
     """Restore the states of an engine of any shape, in place: each rank takes its slices of every full tensor."""
     states, model_type = _states(model, optimizer), model.config.model_type
     for name, parameter in states["parameters"].items():
-        put(parameter, name, model_type, full.parameter(name).__getitem__)
+        copy_slices(parameter, name, model_type, full.parameter(name).__getitem__)
     for name, parameter in _trained(model):
         for moment in MOMENTS:
-            put(states[moment][name], name, model_type, full.moment(name, moment).__getitem__)
+            copy_slices(states[moment][name], name, model_type, full.moment(name, moment).__getitem__)
         optimizer.state[parameter]["step"].fill_(full.adam_step(name))
 
 

@@ -25,7 +25,7 @@ from tutorial_lib.engine.chunked_loss import output_loss
 from tutorial_lib.engine.fsdp import dcp, sharding, tensor_parallel, weights
 from tutorial_lib.engine.inputs import model_inputs
 from tutorial_lib.engine.layout import ParameterLayout
-from tutorial_lib.engine.schedule import Schedule
+from tutorial_lib.engine.learning_rate import Schedule
 from tutorial_lib.models.fused_qkv import by_part, is_fused_by_part
 from tutorial_lib.models.meta import model_outline
 from tutorial_lib.mpu import Topology
@@ -63,8 +63,8 @@ class FSDPEngine:
         self._model_type: str = model.config.model_type
         self._parallel: Any = sharding.data_parallel(model, dp_mesh) if replicated else model
         self.optimizer = _adamw(model, config)
-        # Ranks that write while they train exchange plans on the CPU. They must not use the training loop's group.
-        self._group_of_writers = dist.new_group(backend="gloo") if config.run.async_save else None
+        # With async_save, ranks exchange write plans on the CPU while they train, in a group of their own.
+        self._writers_group = dist.new_group(backend="gloo") if config.run.async_save else None
         self._micro_steps = 0
 
     def train(self, mode: bool) -> None:
@@ -78,13 +78,13 @@ class FSDPEngine:
         inputs = model_inputs(batch, self.device)
         bf16 = self.config.engine.precision == "bf16" and not self._is_fsdp
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
-        with self._reduced_with_the_last(), autocast, self._output_loss(batch):
+        with self._reduce_with_last_micro_batch(), autocast, self._output_loss(batch):
             logits: Tensor = self._parallel(**inputs, use_cache=False).logits
         if not torch.is_grad_enabled():
             sharding.release(self.module)
         return logits
 
-    def _reduced_with_the_last(self) -> Any:
+    def _reduce_with_last_micro_batch(self) -> Any:
         """Reduce the gradients of a step's micro-batches only once, in the backward of the last one.
 
         Until then every rank holds them in full: Psi elements on top of its shard, in return for less traffic.
@@ -138,7 +138,7 @@ class FSDPEngine:
         states = [t for state in self.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
         return {
             "parameters": [sharding.local(p.detach()) for p in parameters],
-            "gradients": [sharding.local(g) for g in gradients] + sharding.waiting_gradients(self.module),
+            "gradients": [sharding.local(g) for g in gradients] + sharding.unreduced_gradients(self.module),
             "optimizer": [sharding.local(t) for t in states if t.dim() > 0],
         }
 
@@ -149,24 +149,24 @@ class FSDPEngine:
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every full parameter, one at a time, in fp32 on the CPU. Collective: all ranks must iterate."""
         for name, parameter in self.module.named_parameters():
-            yield name, self._whole(name, parameter)
+            yield name, self._full_tensor(name, parameter)
 
     def full_optimizer_states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Yield both full moments of every trained parameter, on the CPU. Collective: all ranks must iterate."""
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
                 state = self.optimizer.state[parameter]
-                yield name, {moment: self._whole(name, state[moment]) for moment in MOMENTS}
+                yield name, {moment: self._full_tensor(name, state[moment]) for moment in MOMENTS}
 
-    def _whole(self, name: str, tensor: Tensor) -> Tensor:
-        gathered = sharding.whole(tensor.detach()).to("cpu", torch.float32, copy=True)
+    def _full_tensor(self, name: str, tensor: Tensor) -> Tensor:
+        gathered = sharding.full_tensor(tensor.detach()).to("cpu", torch.float32, copy=True)
         if is_fused_by_part(name, self._model_type):
             return by_part(gathered, weights.tensor_parallel_size(tensor)).contiguous()
         return gathered
 
     def save(self, directory: Path, writer: Writer) -> None:
         """Write this rank's file into ``directory``. Collective."""
-        dcp.save(directory, writer, self.module, self.optimizer, self._group_of_writers)
+        dcp.save(directory, writer, self.module, self.optimizer, self._writers_group)
 
     def load(self, directory: Path) -> None:
         """Restore weights and optimizer states. Collective.
@@ -182,8 +182,8 @@ class FSDPEngine:
 
     def close(self) -> None:
         """Release everything that is not a tensor."""
-        if self._group_of_writers is not None:
-            dist.destroy_process_group(self._group_of_writers)
+        if self._writers_group is not None:
+            dist.destroy_process_group(self._writers_group)
 
 
 def _adamw(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:

@@ -155,13 +155,13 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Return the full tensor of a DTensor, or any other tensor unchanged. Collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def waiting_gradients(model: nn.Module) -> list[torch.Tensor]:
-    """Return the full gradients of earlier micro-batches, which wait to be reduced together with the last one's.
+def unreduced_gradients(model: nn.Module) -> list[torch.Tensor]:
+    """Return the full gradients of earlier micro-batches, which will be reduced together with the last one's.
 
     FSDP2 has no public attribute for them.
     """

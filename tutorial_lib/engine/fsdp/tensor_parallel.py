@@ -1,6 +1,6 @@
 """DTensor tensor parallelism for GPT-2, Qwen2 and BLOOM: layers split by columns and by rows.
 
-Attention and MLP each consist of a column-parallel product, something element-wise or per head, and a row-parallel
+Attention and MLP each consist of a column-parallel product, an element-wise or per-head operation, and a row-parallel
 product (Megatron-LM, arXiv:1909.08053)::
 
     x  --column-->  heads / t  --row-->  a sum over the tensor-parallel ranks
@@ -12,11 +12,11 @@ all-reduces its own gradient: Qwen2 has five of them (query, key, value, gate, u
 fused ones, so both plans cost the same.
 
 Embeddings, norms and the head are replicated on every rank. All three families tie the head to the embedding:
-splitting one by vocabulary means splitting both, and then the loss, which the trainer computes in the same way for
-every engine, would have to know. Replicated parameters see the same numbers on every tensor-parallel rank, so their
-gradients are equal without any communication.
+splitting one by vocabulary means splitting both, and the loss, which the trainer computes in the same way for every
+engine, would have to handle split logits. Replicated parameters see the same numbers on every tensor-parallel rank, so
+their gradients are equal without any communication.
 
-Ranks of a group draw the same dropout masks. In attention this means that their heads share masks.
+Ranks of a group draw the same dropout masks. In attention this means that heads on different ranks share masks.
 """
 
 from __future__ import annotations

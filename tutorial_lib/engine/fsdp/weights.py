@@ -31,7 +31,7 @@ def fill(model: Any, config: Config, *, device: torch.device, host: bool) -> Non
     """Allocate a model that is on the meta device, and fill in the values that its configuration asks for.
 
     Args:
-        model: from :func:`tutorial_lib.models.meta.model_outline`, parallelised since then.
+        model: from :func:`tutorial_lib.models.meta.model_outline`, and parallelised since.
         config: names the model, and says whether its weights are read or drawn.
         device: where the model computes.
         host: keep the parameters in host memory instead.
@@ -72,7 +72,7 @@ def slices(parameter: Tensor) -> Slices:
     return tuple(slice(*bound) for bound in bounds)
 
 
-def put(parameter: Tensor, name: str, model_type: str, read: Callable[[Slices], Tensor]) -> None:
+def copy_slices(parameter: Tensor, name: str, model_type: str, read: Callable[[Slices], Tensor]) -> None:
     """Copy this rank's slices of a tensor into a parameter; ``read`` returns any slices of it."""
     mine, tp = slices(parameter), tensor_parallel_size(parameter)
     if tp > 1 and is_fused_by_part(name, model_type):
@@ -99,7 +99,7 @@ def _read(parameters: dict[Tensor, list[str]], config: Config, model_type: str) 
         for parameter, names in parameters.items():
             # Tied weights are stored under at least one of their names.
             tensor = next(stored[name] for name in names if name in stored)
-            put(parameter, names[0], model_type, opened[tensor.path].get_slice(tensor.name).__getitem__)
+            copy_slices(parameter, names[0], model_type, opened[tensor.path].get_slice(tensor.name).__getitem__)
 
 
 def _draw(parameters: dict[Tensor, list[str]], config: Config, model_type: str) -> None:
@@ -110,7 +110,7 @@ def _draw(parameters: dict[Tensor, list[str]], config: Config, model_type: str) 
         for prefix, unit in _initialized(source):
             for name, drawn in unit.named_parameters(prefix=prefix):
                 if name in own and not drawn.is_meta:
-                    put(own[name], name, model_type, drawn.__getitem__)
+                    copy_slices(own[name], name, model_type, drawn.__getitem__)
 
 
 def _initialized(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:

@@ -28,7 +28,7 @@ import psutil
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.doctor.machine import usable_cores
 from tutorial_lib.launch.environment import ray_address
-from tutorial_lib.launch.warm_server import OF_A_JOB
+from tutorial_lib.launch.warm_server import JOB_SIGNALS
 
 CONNECT_TIMEOUT = 10
 """Seconds to wait for a connection to ``RAY_ADDRESS``."""
@@ -37,7 +37,7 @@ HEALTH_TIMEOUT = 60
 """Seconds to wait for the health check of the cluster at ``RAY_ADDRESS``."""
 
 GROUP_START_SECONDS = 15
-"""Seconds that Ray waits to reserve all slots of a run, which were free a moment ago, before it looks again."""
+"""Seconds that Ray waits to reserve all slots of a run, which were free a moment ago, before it tries again."""
 
 SETTINGS = {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -48,7 +48,7 @@ SETTINGS = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Seconds that the end of the workers may go unnoticed.
+    # Seconds until the end of a worker is noticed.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     # Prestarted workers are useless here: Ray Train's processes have a runtime environment, which needs new ones. The
     # warm server forks those.
@@ -62,7 +62,7 @@ SETTINGS = {
 TOKEN = secrets.token_hex(32)
 """Token that a process needs to connect to a cluster that this process starts."""
 
-_REPLACEMENTS = str(Path(__file__).with_name("replacements"))
+_LEAN_IMPORTS = str(Path(__file__).with_name("lean_imports"))
 """Directory that is first on the import path of Ray's processes."""
 
 _changed_environment: dict[str, str | None] = {}
@@ -76,7 +76,7 @@ class _Server:
         self.address = f"{self._scratch}/server"
         self._process: subprocess.Popen[bytes] | None = None
         self._made_for: tuple[str, dict[str, int]] | None = None
-        self._cluster: dict[str, str] = {}
+        self._cluster: dict[str, str] | None = None
 
     def renew(self, config: Config) -> None:
         """Start the server if there is none, or if it is outdated: source files or the kind of device have changed."""
@@ -90,11 +90,11 @@ class _Server:
         environment = {"DS_ACCELERATOR": config.run.device, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
         with _lean_imports():
             # The package and its libraries come from this process, whatever is in the working directory.
-            path = [_REPLACEMENTS, str(package.parent), *filter(None, sys.path)]
+            path = [_LEAN_IMPORTS, str(package.parent), *filter(None, sys.path)]
             environment["PYTHONPATH"] = os.pathsep.join(path)
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "tutorial_lib.launch.ray.server", str(os.getpid()), self.address],
-                env={**_of_a_cluster(config), **os.environ, **environment},
+                env={**_cluster_environment(config), **os.environ, **environment},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -108,8 +108,13 @@ class _Server:
         self._cluster = {**os.environ, "RAY_RAYLET_PID": str(raylet), "RAY_JOB_ID": job}
         self._tell()
 
+    def serve_any(self) -> None:
+        """Tell the server to fork workers for every node that asks. They import Ray themselves."""
+        self._cluster = {}
+        self._tell()
+
     def _tell(self) -> None:
-        if self._process and self._process.stdin and self._cluster:
+        if self._process and self._process.stdin and self._cluster is not None:
             with suppress(BrokenPipeError):  # if the server is gone, Ray starts its workers itself
                 self._process.stdin.write(json.dumps(self._cluster).encode() + b"\n")
                 self._process.stdin.flush()
@@ -133,7 +138,7 @@ _server: _Server | None = None
 def warm_up(config: Config) -> None:
     """Start loading the libraries of Ray's workers in the background. Returns at once; safe to call again.
 
-    :func:`start` does this too. Call it earlier if there is other work to do meanwhile; :func:`stop` ends it.
+    :func:`start` does this too. Call it earlier if there is other work to do in the meantime; :func:`stop` ends it.
     """
     global _server
     if ray_address() or sys.platform != "linux" or os.environ.get("TUTORIAL_LIB_WARM_WORKERS") == "0":
@@ -174,21 +179,21 @@ def start(config: Config) -> bool:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address := ray_address():
         _check_cluster(address)
-        with _signals_of_a_job_stay_ours():
+        with _job_signals_blocked():
             try:
                 ray.init(**quiet)
             except Exception as error:
                 raise RuntimeError(f"Ray did not connect to RAY_ADDRESS={address!r}: {error}") from error
         return True
     cores, world_size = usable_cores(), config.parallel.world_size
-    of_a_cluster = _of_a_cluster(config)
-    _changed_environment.update({name: os.environ.get(name) for name in (*of_a_cluster, "RAY_AUTH_MODE", *_TO_SERVER)})
-    for name, value in of_a_cluster.items():
+    environment = _cluster_environment(config)
+    _changed_environment.update({name: os.environ.get(name) for name in (*environment, "RAY_AUTH_MODE", *_TO_SERVER)})
+    for name, value in environment.items():
         os.environ.setdefault(name, value)
     children = set(psutil.Process().children())
     try:
-        with _lean_imports(), _workers_from_server(), _signals_of_a_job_stay_ours():
-            # "local": do not join a cluster that somebody else has started on this machine.
+        with _lean_imports(), _workers_from_server(), _job_signals_blocked():
+            # "local": do not join a cluster that another process has started on this machine.
             ray.init("local", num_cpus=max(world_size, cores), include_dashboard=False, **quiet)
         if _server:
             _server.serve(_raylet(children), ray.get_runtime_context().get_job_id())
@@ -220,7 +225,8 @@ def _check_cluster(address: str) -> None:
             host, _, port = address.rpartition(":")
             with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT):
                 pass
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=HEALTH_TIMEOUT)
+        with _lean_imports():
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=HEALTH_TIMEOUT)
     except subprocess.TimeoutExpired as error:
         raise ConfigError(f"{what}, but no Ray cluster answers there within {error.timeout:.0f} s. {instead}") from None
     except subprocess.CalledProcessError as error:
@@ -264,6 +270,13 @@ def is_own() -> bool:
     return bool(_changed_environment)
 
 
+def has_dashboard() -> bool:
+    """Return whether the cluster that this process is connected to has a dashboard."""
+    from ray._private.worker import _global_node
+
+    return bool(_global_node and _global_node.webui_url)
+
+
 def renew_server(config: Config) -> None:
     """Restart the warm server if it cannot serve this configuration. Does nothing if there is none."""
     if _server:
@@ -288,12 +301,12 @@ def stop() -> None:
 
 
 _TO_SERVER = ("TUTORIAL_LIB_RAY_SERVER", "TUTORIAL_LIB_RAY_SETUP_WORKER")
-"""Environment variables that ``replacements/setup_worker.py`` reads in each new process of Ray."""
+"""Environment variables that ``lean_imports/setup_worker.py`` reads in each new process of Ray."""
 
 
 @contextmanager
-def _signals_of_a_job_stay_ours() -> Iterator[None]:
-    """Keep a scheduler's signals for this process while Ray starts: it saves first, then ends Ray's processes.
+def _job_signals_blocked() -> Iterator[None]:
+    """Keep a scheduler's signals from Ray's processes: this process saves first, then ends them.
 
     Ray's servers inherit the blocked signals. Otherwise a SIGTERM to all processes of a job would end them first, and
     the run could not save. ``ray.init`` also installs a SIGTERM handler that exits without saving.
@@ -302,13 +315,23 @@ def _signals_of_a_job_stay_ours() -> Iterator[None]:
         yield
         return
     before = signal.getsignal(signal.SIGTERM)
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, OF_A_JOB)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
     try:
         yield
     finally:
         if before is not None:  # None means that the handler was not installed from Python
             signal.signal(signal.SIGTERM, before)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@contextmanager
+def forked_workers(config: Config) -> Iterator[None]:
+    """Fork the workers of all Ray nodes that this process starts within the block from a warm server."""
+    warm_up(config)
+    with _lean_imports(), _workers_from_server():
+        if _server:
+            _server.serve_any()
+        yield
 
 
 @contextmanager
@@ -322,16 +345,17 @@ def _workers_from_server() -> Iterator[None]:
     (rays_own,) = (Path(path) / "setup_worker.py" for path in workers.__path__)
     os.environ.update(zip(_TO_SERVER, (_server.address, str(rays_own)), strict=True))
     # The log monitor would forward the workers' output, which already goes to their own files.
-    ours: dict[str, Any] = {"setup_worker_path": f"{_REPLACEMENTS}/setup_worker.py", "include_log_monitor": False}
+    ours: dict[str, Any] = {"setup_worker_path": f"{_LEAN_IMPORTS}/setup_worker.py", "include_log_monitor": False}
     with mock.patch.object(parameter, "RayParams", partial(parameter.RayParams, **ours)):
         yield
 
 
-def _of_a_cluster(config: Config) -> dict[str, str]:
+def _cluster_environment(config: Config) -> dict[str, str]:
     """Return the environment of a cluster on this machine and of the warm server: Ray reads it at import."""
     threads = max(1, usable_cores() // config.parallel.world_size)
     environment = {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo"}
-    environment["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process that asks whether this machine is taken away
+    # No process that asks whether a cloud provider will take this machine away.
+    environment["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
         # Otherwise Ray stores a token in the home directory that outlives the cluster.
         environment["RAY_AUTH_TOKEN"] = TOKEN
@@ -339,24 +363,24 @@ def _of_a_cluster(config: Config) -> dict[str, str]:
 
 
 def end_processes(processes: set[psutil.Process]) -> None:
-    # By itself, Ray would only end these processes when this process ends.
-    whole = {child for process in processes for child in (process, *process.children(recursive=True))}
-    for process in whole:
+    # Ray itself would only end these processes when this process ends.
+    trees = {child for process in processes for child in (process, *process.children(recursive=True))}
+    for process in trees:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(list(whole), timeout=10)
+    psutil.wait_procs(list(trees), timeout=10)
 
 
 @contextmanager
 def _lean_imports() -> Iterator[None]:
-    """Keep this process, and the processes that Ray starts, from importing the packages that ``replacements`` hides."""
+    """Keep this process, and the processes that Ray starts, from importing the packages that ``lean_imports`` hides."""
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([_REPLACEMENTS, *([before] if before else [])])
-    sys.path.insert(0, _REPLACEMENTS)
+    os.environ["PYTHONPATH"] = os.pathsep.join([_LEAN_IMPORTS, *([before] if before else [])])
+    sys.path.insert(0, _LEAN_IMPORTS)
     try:
         yield
     finally:
-        sys.path.remove(_REPLACEMENTS)
+        sys.path.remove(_LEAN_IMPORTS)
         if before is None:
             del os.environ["PYTHONPATH"]
         else:

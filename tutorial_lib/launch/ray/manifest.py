@@ -14,11 +14,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tutorial_lib.config import Config, ConfigError
-from tutorial_lib.launch.command import Template, check_grid, check_positive, count, train_arguments, wrapped
+from tutorial_lib.launch.command import Template, check_grid, check_positive, count, train_arguments, wrap_options
 from tutorial_lib.launch.ray.room import possible_sizes
 
 _TEXTS = {"cluster-yaml": "cluster.yaml", "rayjob": "rayjob.yaml"}
-_LONGEST_NAME = 47  # for a RayJob: Kubernetes allows 63 letters, and KubeRay appends some
+_LONGEST_NAME = 47  # for a RayJob: Kubernetes allows 63 characters, and KubeRay appends some
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +54,7 @@ def write_manifest(config: Config, nodes: Nodes, kind: str, profile: str, comman
     _check(config, nodes)
     on_gpus = config.run.device == "cuda"
     storage = str(Path(config.with_absolute_paths().run.storage))
-    arguments = wrapped(train_arguments(config, profile, "ray"), width=100)
+    arguments = wrap_options(train_arguments(config, profile, "ray"), width=100)
     lines = ["python -m tutorial_lib train", *arguments]
     cpus = nodes.ranks_per_node * nodes.cpus_per_rank
     text = Path(__file__).with_name(_TEXTS[kind]).read_text(encoding="utf-8")

@@ -1,19 +1,26 @@
 """Ray cluster of two nodes on one machine, one of which can be lost: for lessons without a cluster.
 
-Each node is a raylet with CPU slots of its own, as ``ray start`` makes it, so Ray treats the second one as it treats
-another machine. The loss is a SIGKILL to all its processes. The nodes are started from a separate process
-(``python -m tutorial_lib.launch.ray.nodes CPUS``), because Ray keeps one cluster's token per process and a notebook may
-have used another cluster before.
+Each node is a raylet with its own CPU slots, like one from ``ray start``, so Ray treats the second one like another
+machine. A SIGKILL to the raylet simulates its loss; the workers there end within a second. The nodes are started from a
+separate process (``python -m tutorial_lib.launch.ray.nodes CPUS CONFIG``), so that they start while a notebook does
+other work. That process also runs the warm server from which the nodes' workers are forked.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import secrets
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
+from unittest import mock
+
+from tutorial_lib.config import Config
+from tutorial_lib.launch.ray.cluster import SETTINGS, forked_workers
 
 NOTICE_A_LOST_NODE = {
     "RAY_AUTH_MODE": "token",
@@ -31,29 +38,47 @@ NOTICE_A_LOST_NODE = {
 
 
 class TwoNodes:
-    """A running Ray cluster of two nodes, as a context manager. Its processes end with the block, or with this process.
-
-    Attributes:
-        environment: variables for a process that connects to the cluster: ``RAY_ADDRESS``, a token, and settings.
+    """A Ray cluster of two nodes that starts in the background. Its processes end with the block, or with this process.
 
     Args:
+        config: a run that will use the cluster. Its device decides what workers load.
         cpus: slots for workers on each node.
-
-    Raises:
-        RuntimeError: Ray did not start; the message is Ray's.
     """
 
-    def __init__(self, cpus: int = 1) -> None:
-        self.environment = {**NOTICE_A_LOST_NODE, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    def __init__(self, config: Config, cpus: int = 1) -> None:
+        self._environment = {
+            **SETTINGS,
+            **NOTICE_A_LOST_NODE,
+            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process that asks whether this machine is taken away
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        }
         self._owner = subprocess.Popen(
-            [sys.executable, "-m", "tutorial_lib.launch.ray.nodes", str(cpus)],
-            env={**os.environ, **self.environment},
+            [sys.executable, "-m", "tutorial_lib.launch.ray.nodes", str(cpus), config.to_json()],
+            env={**os.environ, **self._environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # an interrupt of a notebook's cell reaches its process group
         )
-        self.environment["RAY_ADDRESS"] = self._answer()
+
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Wait for the cluster, and let what starts Ray within the block join it.
+
+        Raises:
+            RuntimeError: Ray did not start; the message is Ray's.
+        """
+        if "RAY_ADDRESS" not in self._environment:
+            self._environment["RAY_ADDRESS"] = self._answer()
+        with ExitStack() as left, mock.patch.dict(os.environ, self._environment):
+            from ray._private import worker
+
+            left.callback(_read_variables_again)
+            _read_variables_again()
+            # About the lost node, Ray would print the last 20 lines of its log.
+            with mock.patch.object(worker, "print_to_stdstream"):
+                yield
 
     def lose_one(self) -> None:
         """Kill the second node and all workers on it, as a power failure would."""
@@ -63,7 +88,8 @@ class TwoNodes:
 
     def close(self) -> None:
         """End all processes of the cluster."""
-        self._owner.communicate()
+        if self._owner.poll() is None:
+            self._owner.communicate()
 
     def _answer(self) -> str:
         assert self._owner.stdout is not None
@@ -81,21 +107,29 @@ class TwoNodes:
         self.close()
 
 
-def serve(cpus: int) -> None:
-    """Start two nodes and print their address. Lose the second one at the first line of input; end with the input."""
-    from ray.cluster_utils import Cluster
+def _read_variables_again() -> None:
+    """Let Ray read its environment again: it keeps the settings that it found at import, and its first token."""
+    raylet: Any = importlib.import_module("ray._raylet")
+    raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
 
-    slots: dict[str, Any] = {"num_cpus": cpus, "object_store_memory": 100_000_000}
-    cluster = Cluster(initialize_head=True, head_node_args={**slots, "include_dashboard": False})
-    try:
-        second = cluster.add_node(**slots)
-        print(cluster.address, flush=True)
-        for _ in sys.stdin:
-            cluster.remove_node(second, allow_graceful=False)
-            print("lost", flush=True)
-    finally:
-        cluster.shutdown()
+
+def serve(cpus: int, config: Config) -> None:
+    """Start two nodes and print their address. Lose the second one at the first line of input; end with the input."""
+    with forked_workers(config):
+        from ray.cluster_utils import Cluster
+
+        slots: dict[str, Any] = {"num_cpus": cpus, "object_store_memory": 100_000_000}
+        cluster = Cluster(initialize_head=True, head_node_args={**slots, "include_dashboard": False})
+        try:
+            second = cluster.add_node(**slots)
+            print(cluster.address, flush=True)
+            for _ in sys.stdin:
+                cluster.remove_node(second, allow_graceful=False)
+                print("lost", flush=True)
+        finally:
+            cluster.shutdown()
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]))
+    serve(int(sys.argv[1]), Config.from_json(sys.argv[2]))

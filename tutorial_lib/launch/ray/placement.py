@@ -1,7 +1,7 @@
 """Placement of Ray Train's workers: each tensor-parallel group on one node, and as many groups as the nodes hold.
 
-Ray Train reserves a bundle of resources for each worker, and packs the bundles on few nodes if it can. That may split a
-tensor-parallel group over two nodes, and every layer would then wait for the network. Here a bundle is for a complete
+Ray Train reserves a bundle of resources for each worker, and packs the bundles onto few nodes if it can. That may split
+a tensor-parallel group over two nodes, and every layer would then wait for the network. Here a bundle is for a complete
 group, and Ray never splits a bundle::
 
     dp=2, tp=2        node 1: bundle 0 = ranks 0 and 1        node 2: bundle 1 = ranks 2 and 3
@@ -28,7 +28,7 @@ from tutorial_lib.launch.ray.room import Demand, ResourcesMissing, missing, read
 from tutorial_lib.records import RunDirectory
 
 POLL_SECONDS = 0.5
-"""Seconds between two looks at the cluster while a run waits for room."""
+"""Seconds between checks of the cluster while a run waits for room."""
 
 
 class BoundedScaling(ScalingPolicy):
@@ -39,7 +39,7 @@ class BoundedScaling(ScalingPolicy):
         demand: resources that the run needs.
         timeout: seconds to wait for room.
         settle: seconds to wait for the full size if there is already room for a smaller one.
-        every: seconds between two looks for room for more ranks, while the run trains on fewer.
+        every: seconds between checks for room for more ranks, while the run trains on fewer.
         directory: directory of the run. The run grows when it has just saved, so that no step is trained twice.
     """
 
@@ -88,16 +88,16 @@ class BoundedScaling(ScalingPolicy):
         if self._saved_at is None:
             if time.monotonic() - self._looked >= self.every:
                 self._looked = time.monotonic()
-                if self._room_besides(worker_group_state.workers) > size:
+                if self._possible_size(worker_group_state.workers) > size:
                     self._saved_at = self._newest_checkpoint()
             return NoopDecision()
         if self._newest_checkpoint() == self._saved_at:
             return NoopDecision()
         self._saved_at = None
-        larger = self._room_besides(worker_group_state.workers)
+        larger = self._possible_size(worker_group_state.workers)
         return self._start(larger) if larger > size else NoopDecision()
 
-    def _room_besides(self, workers: list[Any]) -> int:
+    def _possible_size(self, workers: list[Any]) -> int:
         """Return the size that the run could have with all free resources and its own."""
         held = Counter(worker.metadata.node_id for worker in workers)
         groups = 0
@@ -125,10 +125,10 @@ class WorkersInGroups(WorkerGroup):
 
     def _create_placement_group(self, scaling_config: ScalingConfig, worker_group_context: Any) -> Any:
         tp = self._tp()
-        of_a_group = {kind: each * tp for kind, each in worker_group_context.resources_per_worker.items()}
+        per_group = {kind: each * tp for kind, each in worker_group_context.resources_per_worker.items()}
         bundles = replace(
             worker_group_context,
-            resources_per_worker=of_a_group,
+            resources_per_worker=per_group,
             num_workers=worker_group_context.num_workers // tp,
         )
         return super()._create_placement_group(scaling_config, bundles)
@@ -145,12 +145,12 @@ class TrainControllerOfGroups(TrainController):
 
     def _make_and_handle_scaling_decision_for_non_running_worker_group(self, controller_state: Any) -> Any:
         if self._worker_group:
-            self._shutdown_worker_group()  # the rest of a failed group would hold the room that the next one needs
+            self._shutdown_worker_group()  # the rest of a failed group would occupy the slots that the next one needs
         return super()._make_and_handle_scaling_decision_for_non_running_worker_group(controller_state)
 
     async def _step(self) -> Any:
         result = await super()._step()
         if result.next_state is self.get_state():
-            # The run waits for room. Ray Train would ask again at once, and could not even be stopped meanwhile.
+            # The run waits for room. Ray Train would ask again at once, and could not even be stopped in the meantime.
             await asyncio.sleep(POLL_SECONDS)
         return result

@@ -14,7 +14,7 @@ def report(metrics: dict[str, Any], checkpoint: Path | None = None) -> None:
     has written its own directly to the run's directory.
 
     Args:
-        metrics: numbers and words; Ray keeps them with the checkpoint.
+        metrics: numbers and strings; Ray keeps them with the checkpoint.
         checkpoint: directory of the checkpoint.
     """
     if not _is_ray_worker():

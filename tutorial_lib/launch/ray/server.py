@@ -2,8 +2,11 @@
 
 Ray starts a new interpreter for each worker, for the controller of a fit, and for its helpers. Each of them imports
 Ray, most import torch, and workers import DeepSpeed and transformers as well. This server imports all of that once,
-while Ray itself starts, and then only waits. The raylet runs ``replacements/setup_worker.py``, which asks for a fork
+while Ray itself starts, and then only waits. The raylet runs ``lean_imports/setup_worker.py``, which asks for a fork
 through a socket.
+
+Ray reads at import which node and job its process belongs to. So a server that forks for several nodes leaves Ray's own
+modules to its forks.
 
 The server runs no torch operation, no tokenizer and no Ray client, because their threads do not survive a fork. When
 the process that started it closes the pipe at its standard input, or ends, the server and its forks end too.
@@ -28,7 +31,7 @@ from typing import Any
 from unittest import mock
 
 from tutorial_lib.launch.warm_server import (
-    OF_A_JOB,
+    JOB_SIGNALS,
     ending_with,
     import_everything,
     import_modules,
@@ -38,7 +41,7 @@ from tutorial_lib.launch.warm_server import (
 RAYS_MODULES = ("ray.train.torch", "ray.train.v2._internal.execution.controller.controller")
 """Modules to import once the cluster is running: at import, Ray reads which cluster and job its process belongs to."""
 
-OF_A_CLUSTER = ("RAY_RAYLET_PID", "RAY_JOB_ID")
+CLUSTER_VARIABLES = ("RAY_RAYLET_PID", "RAY_JOB_ID")
 """Environment variables that are only read at that import."""
 
 _PR_SET_PDEATHSIG = 1
@@ -49,18 +52,21 @@ def main(launcher_pid: str, address: str) -> None:
     """Serve until standard input ends."""
     launcher = int(launcher_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, OF_A_JOB)  # here and in every fork: the launching process handles them
+    signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)  # here and in every fork: the launching process handles them
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(address)
         server.listen(64)
         with ending_with(launcher):
             import_everything()
-            if not (cluster := sys.stdin.readline()):
+            if not (told := sys.stdin.readline()):
                 return
-            os.environ.update(json.loads(cluster))
-            _import_ray()
-        if importlib.import_module("torch").cuda.is_initialized() or not _forks_differ():
+            of_a_cluster: dict[str, str] = json.loads(told)
+            if of_a_cluster:
+                os.environ.update(of_a_cluster)
+                _import_ray()
+        if importlib.import_module("torch").cuda.is_initialized() or (of_a_cluster and not _forks_differ()):
             return  # Ray will start its workers itself
+        wanted = {(name, of_a_cluster[name]) for name in CLUSTER_VARIABLES if of_a_cluster}
         # Nothing waits for the forked processes. Not earlier: imports run programs and need their exit codes.
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         while True:
@@ -70,12 +76,12 @@ def main(launcher_pid: str, address: str) -> None:
             connection, _ = server.accept()
             with connection, contextlib.suppress(OSError, ValueError):
                 request, outputs = _receive(connection)
-                is_ours = all(request["environment"].get(name) == os.environ[name] for name in OF_A_CLUSTER)
+                is_ours = wanted <= request["environment"].items()
                 if is_ours and os.fork() == 0:
                     server.close()
                     connection.close()
                     try:
-                        _be_worker(request, outputs)
+                        _become_worker(request, outputs)
                     except Exception:
                         traceback.print_exc()
                         sys.exit(1)
@@ -114,7 +120,7 @@ def _forks_differ() -> bool:
     return len(drawn) == 2
 
 
-def _be_worker(request: dict[str, Any], outputs: list[int]) -> None:
+def _become_worker(request: dict[str, Any], outputs: list[int]) -> None:
     """Become the worker: run its script like a new interpreter."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.setpgid(0, 0)  # when a worker ends, Ray ends its process group

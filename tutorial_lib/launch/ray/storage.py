@@ -39,7 +39,7 @@ def check_shared(directory: Path, nodes: Sequence[Node]) -> None:
     here = next((node.name for node in nodes if node.id == own), "this node")
     probe = directory / f".shared-{uuid.uuid4().hex}"
     probe.write_text(here)
-    task = ray.remote(num_cpus=0, max_retries=0)(_see_and_answer)
+    task = ray.remote(num_cpus=0, max_retries=0)(_probe_from_node)
     try:
         answers = {
             task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(str(probe)): node
@@ -48,7 +48,7 @@ def check_shared(directory: Path, nodes: Sequence[Node]) -> None:
         ready, late = ray.wait(list(answers), num_returns=len(answers), timeout=ANSWER_SECONDS)
         for answer in ready:
             problem = _problem(answer, directory, others[answers[answer]].name, here)
-            if not problem and not _appears(probe.with_name(f"{probe.name}-{answers[answer]}")):
+            if not problem and not _wait_for_file(probe.with_name(f"{probe.name}-{answers[answer]}")):
                 problem = f"{here} does not see what {others[answers[answer]].name} writes into {directory}. {_SHARE}"
             if problem:
                 raise ConfigError(problem)
@@ -69,12 +69,12 @@ _SHARE = (
 )
 
 
-def _see_and_answer(probe: str) -> str:
-    """Look for a file and write another one beside it, on another node. Return the problem, or an empty string."""
+def _probe_from_node(probe: str) -> str:
+    """Look for a file and write another one next to it, on another node. Return the problem, or an empty string."""
     import ray
 
     path = Path(probe)
-    if not _appears(path):
+    if not _wait_for_file(path):
         return "missing" if path.parent.is_dir() else "no directory"
     answer = path.with_name(f"{path.name}-{ray.get_runtime_context().get_node_id()}")
     try:
@@ -84,7 +84,7 @@ def _see_and_answer(probe: str) -> str:
     return ""
 
 
-def _appears(path: Path) -> bool:
+def _wait_for_file(path: Path) -> bool:
     """Return whether a file is there, or appears soon."""
     until = time.monotonic() + _SEEN_SECONDS
     while not path.exists():

@@ -1,6 +1,6 @@
 """Ray Train launcher: run the ranks as Ray Train's workers, on this machine or on a Ray cluster.
 
-Ray Train places the workers and sets up the process group; the training function is the same as everywhere. Each
+Ray Train places the workers and sets up the process group; the training function is the same as for any launcher. Each
 worker writes its own files directly to the run's storage, and ``ray.train.report`` only registers the finished
 checkpoint (:mod:`tutorial_lib.launch.ray.report`): Ray then knows the newest one, and nothing is copied twice.
 """
@@ -19,7 +19,7 @@ import psutil
 
 from tutorial_lib.config import Config
 from tutorial_lib.launch.errors import WorkerError, first_error, next_start
-from tutorial_lib.launch.ray.cluster import is_own, renew_server, session
+from tutorial_lib.launch.ray.cluster import has_dashboard, is_own, renew_server, session
 from tutorial_lib.launch.ray.report import report
 from tutorial_lib.launch.ray.room import Demand, ResourcesMissing, check_room, read_nodes, resized
 from tutorial_lib.launch.ray.storage import check_shared
@@ -32,13 +32,13 @@ START_TIMEOUT = 600
 """Seconds for Ray to start the first worker if there is room. On a busy laptop it takes a minute or two."""
 
 START_ATTEMPTS = 10
-"""Number of times that workers are restarted if they do not come up."""
+"""Number of times that workers are restarted if they fail to start."""
 
 SETTLE_SECONDS = 5.0
 """Seconds that a run waits for the nodes of all its ranks before it starts with fewer, if it can."""
 
 GROW_SECONDS = 60.0
-"""Seconds between two looks for room for missing ranks."""
+"""Seconds between checks for room for the missing ranks."""
 
 _END_SECONDS = 3
 """Seconds for the workers of an interrupted fit to end before they are killed."""
@@ -50,9 +50,9 @@ _TITLES = ("ray::TrainController", "ray::RayTrainWorker", "ray::SynchronizationA
 def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
     """Run the configurations one after the other on ``dp x tp`` Ray Train workers, or fewer if ``min_dp`` allows it.
 
-    Before it raises anything, even ``KeyboardInterrupt``, it ends the workers of these runs; on somebody else's cluster
-    Ray may take longer to end them. If the runs are asked to stop before a worker has started, it returns without
-    training.
+    Before it raises anything, even ``KeyboardInterrupt``, it ends the workers of these runs; on a cluster that it
+    did not start, Ray may take longer to end them. If the runs are asked to stop before a worker has started, it
+    returns without training.
 
     Raises:
         ConfigError: the cluster has too few CPUs or GPUs, no node can hold a tensor-parallel group, or a node does not
@@ -91,13 +91,13 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
         )
         failed: list[BaseException] = []
         fit = threading.Thread(target=_fit, args=(trainer, failed), daemon=True)
-        has_begun = _sign_of_life(directories)
+        has_begun = _watch_for_start(directories)
         fit.start()
         try:
             wait_for(
-                fit, poll, _patience(has_begun, first.run.resource_timeout), _stop_before_begin(has_begun, directories)
+                fit, poll, _patience(has_begun, first.run.resource_timeout), _stop_before_start(has_begun, directories)
             )
-        except _StoppedBeforeBegin:
+        except _StoppedBeforeStart:
             trainer.end()
             return
         except BaseException:
@@ -172,8 +172,8 @@ def _have_error(directories: Sequence[RunDirectory]) -> bool:
     return any(directory.first_error() for directory in directories)
 
 
-def _sign_of_life(directories: Sequence[RunDirectory]) -> Callable[[], bool]:
-    """Return a function that tells whether a worker has started since now, that is, has written to a log."""
+def _watch_for_start(directories: Sequence[RunDirectory]) -> Callable[[], bool]:
+    """Return a function that returns whether a worker has started since now, judging by writes to the logs."""
 
     def last_written() -> dict[Path, int]:
         logs = (log for directory in directories for log in directory.logs.glob("rank-*.log"))
@@ -198,16 +198,16 @@ def _patience(has_begun: Callable[[], bool], resource_timeout: float = 0) -> Cal
     return check
 
 
-class _StoppedBeforeBegin(Exception):
+class _StoppedBeforeStart(Exception):
     """The runs were asked to stop before the first worker had started."""
 
 
-def _stop_before_begin(has_begun: Callable[[], bool], directories: Sequence[RunDirectory]) -> Callable[[], None]:
+def _stop_before_start(has_begun: Callable[[], bool], directories: Sequence[RunDirectory]) -> Callable[[], None]:
     """Return a check that raises if the runs are asked to stop before there is a worker to notice it."""
 
     def check() -> None:
         if any(directory.stop_file.exists() for directory in directories) and not has_begun():
-            raise _StoppedBeforeBegin
+            raise _StoppedBeforeStart
 
     return check
 
@@ -218,6 +218,7 @@ def _trainer_class(config: Config, demand: Demand) -> Any:
     The class is defined within a function because Ray is imported late.
     """
     import ray
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
     from ray.train.v2._internal.constants import get_env_vars_to_propagate
     from ray.train.v2.torch.torch_trainer import TorchTrainer
@@ -232,11 +233,12 @@ def _trainer_class(config: Config, demand: Demand) -> Any:
 
         def _create_default_callbacks(self) -> list[Any]:
             callbacks: list[Any] = super()._create_default_callbacks()
-            if not is_own():
-                return callbacks
-            # This callback frees the slots of a dead controller. On our own cluster it cannot: it asks the dashboard,
-            # which is off, and each fit would wait for it at the end. `_free_slots` frees them instead.
-            return [each for each in callbacks if not isinstance(each, PlacementGroupCleanerCallback)]
+            left_out: tuple[type, ...] = (DatasetsCallback,)  # starts a process for Ray's datasets: we use none
+            if not has_dashboard():
+                # It frees the slots of a dead controller. Without a dashboard to ask, it frees none, and each fit would
+                # wait for it at the end. On our own cluster, `_free_slots` frees them.
+                left_out += (PlacementGroupCleanerCallback,)
+            return [each for each in callbacks if not isinstance(each, left_out)]
 
         def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
             # As in the parent class, except that we keep the controller, and use our own placement and waiting.
@@ -275,13 +277,13 @@ def _end_fit(controller: Any) -> None:
     import ray
 
     if not is_own():
-        # On somebody else's cluster, the controller ends its workers and frees their slots, unless it is busy.
+        # On a cluster that we did not start, the controller ends its workers and frees their slots, unless it is busy.
         with suppress(ray.exceptions.RayError):
             ray.get(controller.abort.remote(), timeout=_END_SECONDS)
         ray.kill(controller)
         return
     ray.kill(controller)
-    ours = [each for each in psutil.Process().children(recursive=True) if _is_of_a_fit(each)]
+    ours = [each for each in psutil.Process().children(recursive=True) if _belongs_to_fit(each)]
     _, alive = psutil.wait_procs(ours, timeout=_END_SECONDS)
     for process in alive:
         with suppress(psutil.NoSuchProcess):
@@ -300,7 +302,7 @@ def _free_slots() -> None:
             remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
 
 
-def _is_of_a_fit(process: psutil.Process) -> bool:
+def _belongs_to_fit(process: psutil.Process) -> bool:
     try:
         return process.cmdline()[0].startswith(_TITLES)  # Ray writes each actor's class there
     except (psutil.Error, IndexError):
@@ -320,7 +322,7 @@ def _worker(given: dict[str, Any]) -> None:
 
     from tutorial_lib.launch.torchrun import log_ranks
     from tutorial_lib.trainer import train_all
-    from tutorial_lib.trainer.process import output_to
+    from tutorial_lib.trainer.signals import output_to
 
     context = ray.train.get_context()
     rank, num_ranks = context.get_world_rank(), context.get_world_size()

@@ -15,7 +15,7 @@ from tutorial_lib.launch.watch import POLL_SECONDS, OnRows, Watcher, stop_on_sig
 from tutorial_lib.records import RunDirectory
 
 ASK_SECONDS = 3.0
-"""Seconds between two queries to SLURM's controller, which serves all users."""
+"""Seconds between queries to SLURM's controller, which serves all users."""
 
 _ANSWER_SECONDS = 300.0
 """Seconds to keep asking a controller that does not answer."""
@@ -29,7 +29,7 @@ _ACTIVE = frozenset(
 )
 
 _ENDS = {
-    "TIMEOUT": "it was at its time limit and had not saved in time: raise --grace",
+    "TIMEOUT": "it reached its time limit before it had saved: raise --grace",
     "OUT_OF_MEMORY": "a node had too little memory for it",
     "NODE_FAIL": "a node failed",
     "CANCELLED": "it was cancelled",
@@ -96,7 +96,7 @@ def submit_and_follow(script: str, config: Config, on_rows: OnRows | None = None
     if _stamp(directory.result_file) not in (None, before):
         return Run(config, directory.result(), directory.rows())
     if signals and state.name == "CANCELLED":
-        raise Interrupted(f"job {job} was cancelled before it had started; no step was run.", [])
+        raise Interrupted(f"job {job} was cancelled before it started; no step was run.", [])
     raise _failure(job, state, directory, log)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tutorial_lib.config import Config, ConfigError
-from tutorial_lib.launch.command import Template, check_grid, check_positive, count, train_arguments, wrapped
+from tutorial_lib.launch.command import Template, check_grid, check_positive, count, train_arguments, wrap_options
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d{1,2}):(?P<minutes>[0-5]?\d):(?P<seconds>[0-5]?\d)")
 
@@ -102,7 +102,7 @@ def write_script(config: Config, allocation: Allocation, profile: str, command: 
         time_limit=allocation.time_limit,
         grace_in_words=f"{allocation.grace} s",
         sampler=_SAMPLER if allocation.sample_memory else "",
-        train_arguments=" \\\n        ".join(wrapped(train_arguments(config, profile, "none"), width=102)),
+        train_arguments=" \\\n        ".join(wrap_options(train_arguments(config, profile, "none"), width=102)),
         requeue=_REQUEUE if allocation.requeue else "",
     )
 
@@ -147,6 +147,6 @@ def _check(config: Config, allocation: Allocation) -> None:
 def _seconds(time_limit: str) -> int:
     match = _TIME.fullmatch(time_limit)
     if not match:
-        raise ConfigError(f"The time limit {time_limit!r} is not clear. Write HOURS:MINUTES:SECONDS, such as 01:30:00.")
+        raise ConfigError(f"The time limit {time_limit!r} is ambiguous. Write HOURS:MINUTES:SECONDS, such as 01:30:00.")
     days, hours, minutes, seconds = (int(match[unit] or 0) for unit in ("days", "hours", "minutes", "seconds"))
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds

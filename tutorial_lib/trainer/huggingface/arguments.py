@@ -26,7 +26,7 @@ def build_arguments(config: Config, num_steps: int) -> TrainingArguments:
 
     Args:
         config: what to run.
-        num_steps: optimizer steps of the whole run.
+        num_steps: total number of optimizer steps of the run.
     """
     o, on_cpu = config.optimizer, config.run.device == "cpu"
     file = config.engine.deepspeed_file
@@ -60,13 +60,13 @@ def build_arguments(config: Config, num_steps: int) -> TrainingArguments:
         "disable_tqdm": True,
         "log_level": "warning",
     }
-    with _alone(config.parallel.world_size == 1 and not file):
+    with _hidden_rank(config.parallel.world_size == 1 and not file):
         return TrainingArguments(**given)
 
 
 @contextmanager
-def _alone(is_alone: bool) -> Iterator[None]:
-    """Hide a single process's rank: accelerate would wrap the model even for one rank."""
+def _hidden_rank(is_alone: bool) -> Iterator[None]:
+    """Hide the rank of a run with a single rank, or accelerate would wrap its model."""
     hidden = {name: os.environ.pop(name) for name in ("LOCAL_RANK",) if is_alone and name in os.environ}
     try:
         yield
@@ -74,7 +74,7 @@ def _alone(is_alone: bool) -> Iterator[None]:
         os.environ.update(hidden)
 
 
-def forget_state() -> None:
+def reset_global_state() -> None:
     """Clear the global state of transformers and accelerate in this process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

@@ -24,12 +24,12 @@ from tutorial_lib.config import ConfigError
 from tutorial_lib.dataloader import build_epoch_loader
 from tutorial_lib.engine.deepspeed.file import find, read_json
 from tutorial_lib.engine.deepspeed.trainer_file import auto_keys
-from tutorial_lib.engine.fsdp.sharding import local, waiting_gradients
+from tutorial_lib.engine.fsdp.sharding import local, unreduced_gradients
 from tutorial_lib.engine.inputs import model_inputs
 from tutorial_lib.models import build_model
 from tutorial_lib.mpu.device import local_device
 from tutorial_lib.mpu.random_states import seed_everything
-from tutorial_lib.trainer.huggingface.arguments import build_arguments, forget_state
+from tutorial_lib.trainer.huggingface.arguments import build_arguments, reset_global_state
 from tutorial_lib.trainer.huggingface.trainer import HuggingFaceTrainer
 from tutorial_lib.trainer.loop import Trainer
 from tutorial_lib.trainer.loss import NonFiniteLoss, count_tokens
@@ -55,7 +55,7 @@ class HuggingFaceRun(Trainer):
         super().close()
 
     def _train_steps(self) -> None:
-        if self._has_no_step() and self.evaluator is None:
+        if self._has_no_steps_left() and self.evaluator is None:
             return
         self.engine.trainer.train(resume_from_checkpoint=self.engine.resumes_from)
 
@@ -64,7 +64,7 @@ class HuggingFaceRun(Trainer):
         self._prepare_first_step()
         if self.resumed_from is None:  # otherwise the Trainer restores the saved states
             seed_everything(self.config.run.seed + 1 + self.topology.dp_rank)
-        return self._has_no_step()
+        return self._has_no_steps_left()
 
     def begin_step(self) -> None:
         """Start the clock of a step, and the probe if this step is measured, just before its batches are read."""
@@ -72,22 +72,22 @@ class HuggingFaceRun(Trainer):
         if self.config.run.measure and self.step + 1 == measured_step(self.num_steps):
             self._probe = StepProbe(self.topology)
             self._probing.enter_context(self._probe.measuring())
-            self._probing.enter_context(self.engine.telling_after_backward(self.note_states))
+            self._probing.enter_context(self.engine.calling_after_backward(self.note_states))
 
     def note_states(self) -> None:
-        """Let the probe, if there is one, note the current model states: gradients are at their peak now."""
+        """Tell the probe, if there is one, to note the current model states: gradients are at their peak now."""
         if self._probe:
             self._probe.note_states(self.engine)
 
     def note_batches(self, batches: list[Any], num_tokens: Tensor | int | None) -> None:
-        """Count the tokens of the step that starts, over all ranks. Collective.
+        """Count the tokens of the step that is about to start, over all ranks. Collective.
 
         Args:
             batches: this rank's micro-batches of the step.
             num_tokens: number by which the Trainer divides the loss sum.
 
         Raises:
-            ConfigError: no token counts, or the Trainer would divide by a different number.
+            ConfigError: no token enters the loss, or the Trainer would divide by a different number.
         """
         self._tokens = count_tokens(batches, self.topology, step=self.step + 1)
         if num_tokens is None or int(num_tokens) != self._tokens:
@@ -123,7 +123,7 @@ class HuggingFaceRun(Trainer):
         return is_over
 
     def _facts(self) -> dict[str, Any]:
-        return {"deepspeed_config": self.engine.deepspeed_config(), "deepspeed_auto": self.engine.filled_in()}
+        return {"deepspeed_config": self.engine.deepspeed_config(), "deepspeed_auto": self.engine.auto_values()}
 
 
 class _TrainedModel:
@@ -140,8 +140,8 @@ class _TrainedModel:
         self._rank, self._zero_stage = run.topology.rank, config.engine.zero_stage
         self._file = config.engine.deepspeed_file
         self._environment = dict(os.environ)
-        forget_state()
-        # Before the model: with stage 3 in them, transformers partitions it while building it.
+        reset_global_state()
+        # Build these before the model: if they ask for stage 3, transformers partitions the model while building it.
         args = build_arguments(config, run.num_steps)
         if self._file:
             _join_process_group(self.device)
@@ -170,7 +170,7 @@ class _TrainedModel:
         states = [t for state in self.trainer.optimizer_states() for t in state.values() if torch.is_tensor(t)]
         return {
             "parameters": [_held(p) for p in parameters],
-            "gradients": [p.grad for p in parameters if p.grad is not None] + waiting_gradients(self.module),
+            "gradients": [p.grad for p in parameters if p.grad is not None] + unreduced_gradients(self.module),
             "optimizer": [t for t in states if t.dim() > 0],
         }
 
@@ -179,17 +179,17 @@ class _TrainedModel:
         return []
 
     @contextmanager
-    def telling_after_backward(self, tell: Callable[[], None]) -> Iterator[None]:
-        """Call ``tell`` after each backward pass, before accelerate lets DeepSpeed update the weights."""
+    def calling_after_backward(self, callback: Callable[[], None]) -> Iterator[None]:
+        """Call ``callback`` after each backward pass, before accelerate lets DeepSpeed update the weights."""
         engine = self.trainer.deepspeed
         if engine is None:
-            self.trainer.after_backward = tell
+            self.trainer.after_backward = callback
         else:
             own = engine.backward
 
             def backward(*args: Any, **given: Any) -> Any:
                 result = own(*args, **given)
-                tell()
+                callback()
                 return result
 
             engine.backward = backward
@@ -198,7 +198,7 @@ class _TrainedModel:
         finally:
             self.trainer.after_backward = None
             if engine is not None:
-                del engine.backward  # uncovers the class's own method
+                del engine.backward  # restores the class's own method
 
     def train(self, mode: bool) -> None:
         self.trainer.model_wrapped.train(mode)
@@ -209,7 +209,7 @@ class _TrainedModel:
         return logits
 
     def save(self, directory: Path, writer: Writer) -> None:
-        """Let the Trainer write its checkpoint into ``directory``. Collective."""
+        """Make the Trainer write its checkpoint into ``directory``. Collective."""
         directory.mkdir(exist_ok=True)
         self.trainer.write_checkpoint(directory)
 
@@ -228,9 +228,9 @@ class _TrainedModel:
         if not self._file:
             return None
         resolved = self.trainer.accelerator.state.deepspeed_plugin.deepspeed_config
-        return dict(json.loads(json.dumps(resolved), parse_constant=str))  # JSON has no word for infinity
+        return dict(json.loads(json.dumps(resolved), parse_constant=str))  # JSON cannot express infinity
 
-    def filled_in(self) -> dict[str, Any] | None:
+    def auto_values(self) -> dict[str, Any] | None:
         """Return the final value of every ``"auto"`` in the DeepSpeed file, by dotted key."""
         resolved = self.deepspeed_config()
         if resolved is None or self._file is None:
@@ -242,7 +242,7 @@ class _TrainedModel:
         if self.trainer.deepspeed is not None:
             self.trainer.deepspeed.destroy()
         self.trainer.accelerator.free_memory()
-        forget_state()
+        reset_global_state()
         os.environ.clear()
         os.environ.update(self._environment)
 
@@ -257,10 +257,10 @@ def _held(parameter: Tensor) -> Tensor:
 
 
 def check_accelerator(device: torch.device) -> None:
-    """Refuse a run on a different device than the accelerator where ``DistributedConfig`` puts the model.
+    """Refuse a run whose device is not the accelerator that ``DistributedConfig`` puts the model on.
 
     Raises:
-        ConfigError: the run should use the CPU, but there is a GPU.
+        ConfigError: the run is meant for the CPU, but there is a GPU.
     """
     found = torch.accelerator.current_accelerator(check_available=True)  # a CUDA build does not imply a GPU
     if found is not None and found.type != device.type:

@@ -3,12 +3,13 @@
 Overriding four methods makes its losses equal those of the package's own loop:
 
 - ``get_train_dataloader``: micro-batches of this data-parallel rank, in the order that data, seed and global batch
-  decide. accelerate must not deal them out to the ranks a second time;
+  determine. accelerate must not split them among the ranks a second time;
 - ``create_optimizer``: AdamW decays every trained parameter. By default, the ``Trainer`` excludes biases and norms,
   while DeepSpeed's JSON files have no such exception;
-- ``get_batch_samples``: here the ``Trainer`` counts the step's tokens, over all micro-batches and ranks, and will
-  divide the loss sum by them. The run learns the number here;
-- ``_save_checkpoint``: the checkpoint goes into a directory that is hashed, and gets its name when it is complete.
+- ``get_batch_samples``: here the ``Trainer`` counts the step's tokens, over all micro-batches and ranks, to divide
+  the loss sum by. The run reads the count here;
+- ``_save_checkpoint``: the checkpoint goes into a directory that is hashed, and gets its final name once it is
+  complete.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class HuggingFaceTrainer(Trainer):
     """The ``Trainer`` of one run.
 
     Args:
-        run: the run, which has the data and the settings, and is informed of every step.
+        run: the run, which provides data and settings, and is notified of every step.
         model: the model to train.
         args: from :func:`tutorial_lib.trainer.huggingface.arguments.build_arguments`.
     """
@@ -85,16 +86,16 @@ class HuggingFaceTrainer(Trainer):
 
     def write_checkpoint(self, directory: Path) -> None:
         """Write the ``Trainer``'s ``checkpoint-N`` into a directory. Collective."""
-        usual = self.args.output_dir
+        original = self.args.output_dir
         self.args.output_dir = str(directory)
         try:
             super()._save_checkpoint(self.model_wrapped, trial=None)
         finally:
-            self.args.output_dir = usual
+            self.args.output_dir = original
 
 
 class _Callback(TrainerCallback):
-    """Informs the run of the ``Trainer``'s progress, and tells the ``Trainer`` when to stop and to save."""
+    """Notifies the run of the ``Trainer``'s progress, and tells the ``Trainer`` when to stop and to save."""
 
     def __init__(self, run: HuggingFaceRun) -> None:
         self.run = run
@@ -103,7 +104,7 @@ class _Callback(TrainerCallback):
         control.should_training_stop = self.run.begin_training()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if logs is not None and "loss" in logs:  # other logs summarise the training as a whole
+        if logs is not None and "loss" in logs:  # other logs summarise the full training
             is_over = self.run.end_step(state.global_step, logs)
             control.should_training_stop = is_over
             control.should_save = not is_over and self.run.checkpoints.is_due(state.global_step)

@@ -1,0 +1,6 @@
+"""Command ``python -m tests.distributed.faults``: write ``docs/faults.md``."""
+
+from tests.distributed.faults import page
+
+if __name__ == "__main__":
+    page.PAGE.write_text(page.text(), encoding="utf-8")

@@ -1,0 +1,37 @@
+"""Comparisons of a run that survived a fault with the undisturbed run."""
+
+from __future__ import annotations
+
+from tutorial_lib import checkpoint
+from tutorial_lib.checkpoint.directory import checkpoints
+from tutorial_lib.records import RunDirectory
+
+RECORD = ("step", "loss", "grad_norm", "tokens", "epoch", "lr")
+"""Columns of ``metrics.jsonl`` that do not depend on time."""
+
+SOON = 30
+"""Seconds from a rank's end to the error. Gloo's own timeout is 600."""
+
+
+def assert_all_intact(run: RunDirectory) -> list[int]:
+    """Verify each checkpoint of a run, and return their steps."""
+    for path in checkpoints(run):
+        checkpoint.verify(path)
+    return [int(path.name.removeprefix("step-")) for path in checkpoints(run)]
+
+
+def assert_same_records(run: RunDirectory, reference: RunDirectory) -> None:
+    """Compare the rows of two runs, bit for bit."""
+    for key in RECORD:
+        assert [row[key] for row in run.rows()] == [row[key] for row in reference.rows()], key
+
+
+def assert_same_states(run: RunDirectory, reference: RunDirectory) -> None:
+    """Compare the weights and moments of two runs' last checkpoints, bit for bit."""
+    found, expected = (checkpoint.open_full(checkpoint.latest(each)) for each in (run, reference))
+    assert found.names == expected.names
+    for name in expected.names:
+        assert found.parameter(name).equal(expected.parameter(name)), name
+    for name in expected.trained:
+        for moment in checkpoint.MOMENTS:
+            assert found.moment(name, moment).equal(expected.moment(name, moment)), (name, moment)

@@ -1,0 +1,119 @@
+"""Runs that faults hit, launched once for all tests of this directory.
+
+After each fault a run either continues, with rows and final weights equal to the undisturbed run bit for bit, or stops
+with an error that names the cause and the next step; and no intact checkpoint is lost.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.distributed import cases
+from tests.distributed.comparing import Observed, assert_identical
+from tests.distributed.faults import damage
+from tests.distributed.faults.checks import SOON, assert_all_intact
+from tests.distributed.launching import observe
+from tests.distributed.probe import Probe, ProbedRun
+from tutorial_lib import launch
+from tutorial_lib.records import RunDirectory
+
+
+@dataclass(frozen=True)
+class Crash:
+    """A launch that a fault took down.
+
+    Attributes:
+        error: the launch's error.
+        seconds: how long the launch outlived its last write.
+    """
+
+    error: launch.WorkerError
+    seconds: float
+
+
+@pytest.fixture(scope="session")
+def undisturbed(directory: Path) -> dict[str, Observed]:
+    """Run the undisturbed runs, and return them by kind."""
+    kinds = {kind for kind, _ in cases.FATAL.values()}
+    configs = {kind: cases.saving(directory, kind, f"undisturbed.{kind}") for kind in kinds}
+    configs["long"] = cases.saving(directory, "zero1", "undisturbed.long", checkpoint_every=0, **cases.LONG)
+    observe([ProbedRun(config) for config in configs.values()])
+    return {kind: Observed.read(config) for kind, config in configs.items()}
+
+
+@pytest.fixture(scope="session")
+def crashed(directory: Path) -> dict[str, Crash]:
+    """Launch one run for every fault that takes its launch down, and return the crashes by fault."""
+    crashes = {}
+    for fault, (kind, settings) in cases.FATAL.items():
+        config = cases.saving(directory, kind, fault, **settings)
+        with pytest.raises(launch.WorkerError) as error:
+            observe([ProbedRun(config, Probe(fault=fault))])
+        last = max(path.stat().st_mtime for path in config.directory.rglob("*") if "lock" not in path.name)
+        crashes[fault] = Crash(error.value, time.time() - last)
+    assert not [p for server in psutil.Process().children() for p in server.children()], "a rank outlives its launch"
+    return crashes
+
+
+@pytest.fixture(scope="session")
+def recovered(directory: Path, undisturbed: dict[str, Observed], crashed: object) -> dict[str, Observed]:
+    """Start again, in one launch, copies of the runs that crashed, and copies with damaged checkpoints."""
+    configs = {}
+    for fault, (kind, settings) in cases.FATAL.items():
+        configs[fault] = cases.saving(directory, kind, f"recovered.{fault}", **settings)
+        shutil.copytree(directory / "runs" / fault, configs[fault].directory)
+    for way in damage.WAYS:
+        configs[way.__name__] = cases.saving(directory, "zero1", f"recovered.{way.__name__}")
+        shutil.copytree(undisturbed["zero1"].directory.path, configs[way.__name__].directory)
+        way(configs[way.__name__].directory)
+    observe([ProbedRun(config) for config in configs.values()])
+    return {name: Observed.read(config) for name, config in configs.items()}
+
+
+@pytest.fixture(scope="session")
+def assert_recovers(
+    directory: Path, undisturbed: dict[str, Observed], crashed: dict[str, Crash], recovered: dict[str, Observed]
+) -> Callable[..., str]:
+    """Return a function that checks everything that crashes have in common, and returns the error's text."""
+
+    def check(
+        fault: str, *, intact: Sequence[int] = (2,), resumes_from: int = 2, kept: Sequence[int] = (2, 4, 6, 8)
+    ) -> str:
+        """Check a crash and what followed.
+
+        Args:
+            fault: what took the run down.
+            intact: steps of the intact checkpoints that it left.
+            resumes_from: step from which the next start resumes.
+            kept: steps of the checkpoints when the next start has ended.
+        """
+        assert crashed[fault].seconds < SOON
+        assert assert_all_intact(RunDirectory(directory / "runs" / fault)) == [*intact]
+        run = recovered[fault]
+        assert run.directory.result()["resumed_from"] == resumes_from
+        assert len(run.examples) == cases.END - resumes_from, "it trained the lost steps again, and no others"
+        assert_identical(run, undisturbed[cases.FATAL[fault][0]])
+        assert assert_all_intact(run.directory) == [*kept]
+        assert not list(run.directory.checkpoints.glob(".*")), "half-written and half-deleted directories are gone"
+        return str(crashed[fault].error)
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def assert_recovers_from_a_kill(assert_recovers: Callable[..., str]) -> Callable[..., None]:
+    """Return a function that also checks that the error names the killed rank and the next start's checkpoint."""
+
+    def check(fault: str, *, rank: int, resumes_from: int = 2, **expected: Sequence[int]) -> None:
+        said = assert_recovers(fault, resumes_from=resumes_from, **expected)
+        assert f"Rank {rank} ended with exit code -9 and left no traceback: it was killed" in said
+        assert f"it resumes: {fault!r} from step-0000000{resumes_from}." in said
+
+    return check

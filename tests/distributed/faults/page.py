@@ -1,0 +1,90 @@
+"""Page ``docs/faults.md``: every fault that a test injects, and how a run survives it.
+
+Each such test carries ``@pytest.mark.fault(happens, outcome)``, one mark per fault. The marks are read from the source
+of the test files, in their order, so nothing has to be imported.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.distributed.faults import outcomes
+
+TESTS = Path(__file__).resolve().parents[2]
+PAGE = TESTS.parent / "docs" / "faults.md"
+
+ON_RANKS = sorted((TESTS / "distributed" / "faults").glob("test_*.py"))
+ON_RAY_NODES = [TESTS / "cluster" / "test_ray.py"]
+BETWEEN_NODES = [TESTS / "cluster" / "test_slurm.py", TESTS / "cluster" / "test_torchrun.py"]
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Something that happens to a run.
+
+    Attributes:
+        happens: description of the fault.
+        outcome: how the run survives it.
+    """
+
+    happens: str
+    outcome: str
+
+
+def faults_in(files: Iterable[Path]) -> list[Fault]:
+    """Return the faults that the tests of these files are marked with, from top to bottom."""
+    return [fault for file in files for fault in faults_of(file.read_text(encoding="utf-8"))]
+
+
+def faults_of(source: str) -> list[Fault]:
+    """Return the faults in the marks of a test file's source."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        for decorator in getattr(node, "decorator_list", ()):
+            if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "pytest.mark.fault":
+                assert node.name.startswith("test_"), f"{node.name} is marked with a fault, but is not a test"
+                found.append(Fault(*map(_value_of, decorator.args)))
+    return found
+
+
+def _value_of(argument: ast.expr) -> str:
+    """Return a mark's argument: a string, or the name of a shared outcome."""
+    if isinstance(argument, ast.Name):
+        return str(getattr(outcomes, argument.id))
+    return str(ast.literal_eval(argument))
+
+
+def _table(faults: Iterable[Fault]) -> str:
+    rows = "\n".join(f"| {fault.happens} | {fault.outcome} |" for fault in faults)
+    return f"| what happens | what the run does |\n| --- | --- |\n{rows}"
+
+
+def text() -> str:
+    """Return the text of ``docs/faults.md``."""
+    on_ranks, on_ray_nodes, between_nodes = map(faults_in, (ON_RANKS, ON_RAY_NODES, BETWEEN_NODES))
+    return f"""\
+# What a run survives
+
+Each of these {len(on_ranks)} faults is injected for real by the tests in `tests/distributed/faults`. Wherever a run
+resumes, its rows and final weights are bit for bit those of the undisturbed run, and no intact checkpoint is lost.
+
+{_table(on_ranks)}
+
+## On several nodes
+
+`tests/cluster/test_ray.py` injects these {len(on_ray_nodes)} on a Ray cluster of virtual nodes. Where the number of
+ranks changes, each step has the same examples, and losses are those of the undisturbed run to 1e-6: sums add up in a
+different order.
+
+{_table(on_ray_nodes)}
+
+`tests/cluster/test_torchrun.py` and `tests/cluster/test_slurm.py` inject these {len(between_nodes)} under torchrun and
+a real SLURM.
+
+{_table(between_nodes)}
+
+`python -m tests.distributed.faults` writes this page.
+"""

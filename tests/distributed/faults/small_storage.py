@@ -1,0 +1,70 @@
+"""Runs on a file system that fills up, and on one that turns read-only: ``python -m ... small_storage DIRECTORY``.
+
+Start it in a separate mount namespace (:data:`NAMESPACE`), where root and, on most systems, everybody may
+mount: nothing outside sees the mounts, and they are gone with the process. What the runs leave is copied to
+``DIRECTORY/runs``.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.distributed import cases
+from tests.distributed.launching import observe
+from tests.distributed.probe import OBSERVATION, Probe, ProbedRun
+from tutorial_lib import checkpoint, launch
+from tutorial_lib.records import RunDirectory
+
+NAMESPACE = ["unshare", "--mount", "--map-root-user"]
+FULL, READ_ONLY = "disk_full", "storage.read_only"
+"""Names of the two runs."""
+
+
+def main(directory: Path) -> None:
+    storage = directory / "runs"
+    small = directory / "small"
+    small.mkdir()
+    full = ProbedRun(cases.saving(directory, "zero1", FULL, storage=str(small)))
+    fault = Probe(fault="storage.read_only")
+    read_only = ProbedRun(cases.saving(directory, "zero1", READ_ONLY, storage=str(small)), fault)
+    # One checkpoint and what the tests observe fit, two checkpoints do not.
+    room = checkpoint_bytes(storage) * 3 // 2 + (storage / "undisturbed.zero1" / OBSERVATION).stat().st_size
+    mount("-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(small))
+    report = {"disk_full": failure_of(full)}
+    mount("-o", f"remount,size={checkpoint_bytes(storage) * 30}", str(small))
+    report["read_only"] = failure_of(read_only)
+    subprocess.run(["umount", str(small / READ_ONLY / "checkpoints")], check=True)
+    observe([full, read_only])
+    for run in (full, read_only):
+        shutil.copytree(run.config.directory, storage / run.config.run.name)
+    (directory / "small_storage.json").write_text(json.dumps(report))
+
+
+def mount(*arguments: str) -> None:
+    subprocess.run(["mount", *arguments], check=True)
+
+
+def checkpoint_bytes(storage: Path) -> int:
+    """Return the size of an existing checkpoint of the same model and engine."""
+    newest = checkpoint.latest(RunDirectory(storage / "undisturbed.zero1"))
+    assert newest
+    return sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
+
+
+def failure_of(run: ProbedRun) -> dict[str, Any]:
+    """Start a run that must fail; return its error, and the newest intact checkpoint that it leaves."""
+    try:
+        observe([run])
+    except launch.WorkerError as error:
+        found, left_out = checkpoint.newest_intact(RunDirectory(run.config.directory))
+        return {"error": str(error), "newest": found and found.name, "left_out": len(left_out)}
+    raise AssertionError(f"{run.config.run.name} ended without an error")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,64 @@
+"""Storage that fills up or turns read-only in the middle of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed import cases
+from tests.distributed.comparing import Observed, assert_identical
+from tests.distributed.faults import small_storage
+from tests.distributed.faults.checks import assert_all_intact
+from tests.distributed.launching import ROOT
+from tutorial_lib.records import RunDirectory
+
+
+@pytest.fixture(scope="module")
+def on_small_storage(directory: Path, undisturbed: dict[str, Observed]) -> dict[str, dict[str, Any]]:
+    """Return the report of :mod:`tests.distributed.faults.small_storage` on its runs."""
+    trial = subprocess.run([*small_storage.NAMESPACE, "true"], capture_output=True, text=True)
+    if trial.returncode:
+        pytest.skip(f"this system lets nobody make a mount namespace: {trial.stderr.strip()}")
+    command = [*small_storage.NAMESPACE, sys.executable, "-m", small_storage.__name__, str(directory)]
+    ended = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    return dict(json.loads((directory / "small_storage.json").read_text()))
+
+
+@pytest.mark.fault(
+    "a disk that is full in the middle of a save", "stops and says so; with room again, the same command resumes"
+)
+def test_a_full_disk(on_small_storage: dict[str, Any], undisturbed: dict[str, Observed], directory: Path) -> None:
+    assert re.search(r"cannot be written to \(No space left on device", start_of(on_small_storage["disk_full"]))
+    assert_resumable(on_small_storage["disk_full"])
+    assert_ends_undisturbed(cases.saving(directory, "zero1", small_storage.FULL), undisturbed["zero1"])
+
+
+@pytest.mark.fault("storage that turns read-only", "stops and says so; writable again, the same command resumes")
+def test_read_only_storage(on_small_storage: dict[str, Any], undisturbed: dict[str, Observed], directory: Path) -> None:
+    assert re.search(r"cannot be written to \(Read-only file system", start_of(on_small_storage["read_only"]))
+    assert_resumable(on_small_storage["read_only"])
+    assert_ends_undisturbed(cases.saving(directory, "zero1", small_storage.READ_ONLY), undisturbed["zero1"])
+
+
+def start_of(report: dict[str, Any]) -> str:
+    return "".join(report["error"].splitlines()[:2])
+
+
+def assert_resumable(report: dict[str, Any]) -> None:
+    assert "run the same command again" in report["error"]
+    assert (report["newest"], report["left_out"]) == ("step-00000002", 0)
+
+
+def assert_ends_undisturbed(config: Any, undisturbed: Observed) -> None:
+    assert_identical(Observed.read(config), undisturbed)
+    assert assert_all_intact(RunDirectory(config.directory)) == [2, 4, 6, 8]

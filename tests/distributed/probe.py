@@ -1,0 +1,65 @@
+"""Probes: what the observing worker does to a run, beside training and observing it.
+
+A probe is given where a run is defined. :func:`tests.distributed.launching.observe` writes it next to the run's
+directory, and :mod:`tests.distributed.workers.observing` reads it there.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from tutorial_lib.config import Config
+
+OBSERVATION = "observed.pt"
+"""File in a run's directory with what the ranks observed at its newest checkpoint."""
+
+ERRORS = "expected_errors.json"
+"""File in a run's directory with the error of each rank, for a run that must fail."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Everything that the observing worker does to a run beside training it.
+
+    Attributes:
+        fault: train with a deliberate fault, a context manager in :mod:`tests.distributed.injected`, by page and name,
+            for example ``"data.padding_in_the_loss"``.
+        engine: train with an engine that is not the library's: ``"fsdp1"``.
+        load_nothing: at the end, ask the engine to load an empty directory, and keep its error.
+        start_twice: where the run stops, start it again in the same processes, and observe the second start.
+        late_writes: write files in the background only after the next step. Where the run stops, remove the newest
+            checkpoint and start it again, as with ``start_twice``.
+        no_snapshot: with ``late_writes``, write the states themselves instead of a snapshot of them.
+        must_fail: expect an error on every rank, keep it in :data:`ERRORS`, and let the launch go on.
+    """
+
+    fault: str | None = None
+    engine: str | None = None
+    load_nothing: bool = False
+    start_twice: bool = False
+    late_writes: bool = False
+    no_snapshot: bool = False
+    must_fail: bool = False
+
+    def write(self, config: Config) -> None:
+        """Leave the probe for the worker of a run."""
+        _file_of(config).parent.mkdir(parents=True, exist_ok=True)
+        _file_of(config).write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def read(cls, config: Config) -> Probe:
+        return cls(**json.loads(_file_of(config).read_text()))
+
+
+def _file_of(config: Config) -> Path:
+    return Path(config.run.storage) / f"{config.run.name}.probe.json"
+
+
+class ProbedRun(NamedTuple):
+    """A run and its probe."""
+
+    config: Config
+    probe: Probe = Probe()

@@ -1,0 +1,32 @@
+"""Averages of gloo: which of its collectives average when asked to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def probe_averages(storage: Path) -> None:
+    """Record gloo's result of ``ReduceOp.AVG`` over ranks that hold 1, 2, ...; rank 0 writes ``averages.pt``."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    target = storage / f"averages-{size}.pt"
+    if target.exists():
+        return
+    outcomes: dict[str, Any] = {}
+    for name, collective in {
+        "all_reduce": lambda given, out: dist.all_reduce(out.copy_(given[: out.numel()]), op=dist.ReduceOp.AVG),
+        "reduce_scatter_tensor": lambda given, out: dist.reduce_scatter_tensor(out, given, op=dist.ReduceOp.AVG),
+        "reduce_scatter": lambda given, out: dist.reduce_scatter(out, list(given.chunk(size)), op=dist.ReduceOp.AVG),
+    }.items():
+        out = torch.zeros(3)
+        try:
+            collective(torch.full((3 * size,), rank + 1.0), out)
+            outcomes[name] = out
+        except (RuntimeError, ValueError) as error:
+            outcomes[name] = str(error)
+    dist.barrier()
+    if rank == 0:
+        torch.save(outcomes, target)

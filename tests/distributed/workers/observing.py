@@ -1,0 +1,113 @@
+"""Observing worker: the local launcher's worker, which records everything that shows from outside the trainer.
+
+``python -m tests.distributed.workers.observing`` takes the place of ``python -m tutorial_lib.launch.worker`` and calls
+it. At every checkpoint a run leaves ``observed.pt`` in its directory: full parameters, full optimizer states, the
+examples of every step. What else happens to a run, its :class:`tests.distributed.probe.Probe` says.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+import pkgutil
+import shutil
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import cpuinfo
+import torch
+import torch.distributed as dist
+
+from tests.distributed.probe import ERRORS, OBSERVATION, Probe
+from tests.distributed.workers.averages import probe_averages
+from tests.distributed.workers.fsdp1 import FSDP1Engine
+from tests.distributed.workers.watch import watching
+from tests.late_writes import late_writes, without_snapshot
+from tutorial_lib import checkpoint
+from tutorial_lib.config import Config
+from tutorial_lib.dataloader import loaders
+from tutorial_lib.engine import fsdp
+from tutorial_lib.launch import worker
+from tutorial_lib.records import RunDirectory
+from tutorial_lib.trainer import train
+
+ENGINES = {"fsdp1": FSDP1Engine}
+
+
+def main(*arguments: str) -> None:
+    # DeepSpeed asks for the processor's maker, which takes a second, for every optimizer that it offloads.
+    ask_once = mock.patch.object(cpuinfo, "get_cpu_info", functools.cache(cpuinfo.get_cpu_info))
+    # Every run of a launch reads one of few data sets.
+    read_once = mock.patch.object(loaders, "load_rows", functools.cache(loaders.load_rows))
+    with ask_once, read_once:
+        worker.main(*arguments, train=train_all_observed)
+
+
+def train_all_observed(configs: Sequence[Config]) -> None:
+    for config in configs:
+        probe_averages(Path(config.run.storage))
+        train_observed(config, Probe.read(config))
+        # The trainer collects garbage after every run; objects that survive the first one need no second look.
+        gc.freeze()
+
+
+def train_observed(config: Config, probe: Probe) -> None:
+    """Train as the probe says, and leave the observation. Collective."""
+    if probe.start_twice or probe.late_writes:
+        config = _train_to_the_stop(config, probe)
+    with ExitStack() as patches:
+        if probe.engine:
+            patches.enter_context(mock.patch.object(fsdp, "FSDPEngine", ENGINES[probe.engine]))
+        watch = patches.enter_context(watching())
+        if probe.fault:
+            patches.enter_context(pkgutil.resolve_name(f"tests.distributed.injected.{probe.fault}")())
+
+        def observe(path: Path, row: dict[str, Any]) -> None:
+            observation = watch.observation()
+            if probe.load_nothing:
+                observation["load_of_nothing"] = watch.load_of_nothing(config.directory / "nothing")
+            if dist.get_rank() == 0:
+                torch.save(observation, config.directory / OBSERVATION)
+
+        if probe.must_fail:
+            _expect_an_error(config)
+        else:
+            train(config, on_checkpoint=observe)
+
+
+def _train_to_the_stop(config: Config, probe: Probe) -> Config:
+    """Train a run until it stops, unobserved, and return the configuration of its second start. Collective."""
+    if probe.late_writes:
+        with late_writes(), without_snapshot() if probe.no_snapshot else nullcontext():
+            train(config)
+        if dist.get_rank() == 0:  # the checkpoint of the stop was written when no training went on
+            shutil.rmtree(checkpoint.latest(RunDirectory(config.directory)))
+        dist.barrier()
+    else:
+        train(config)
+    return config.override(stop_after=None)
+
+
+def _expect_an_error(config: Config) -> None:
+    """Train a run, keep the error that each rank raises, and raise if there is none. Collective."""
+    try:
+        train(config)
+    except Exception as error:
+        errors: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, {"type": type(error).__name__, "message": str(error)})
+        if dist.get_rank() == 0:
+            (config.directory / ERRORS).write_text(json.dumps(errors))
+            # The launcher expects a result of a run that has ended, and would take its error for a later run's.
+            (config.directory / "result.json").write_text("{}")
+            RunDirectory(config.directory).clear_errors()
+    else:
+        raise AssertionError(f"{config.run.name} was trained without an error")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,35 @@
+"""Worker with a reader's own loop, that of ``notebooks/scripts/train_zero.py``, for ``test_own_loop.py``.
+
+The losses of each start are left in its run's ``losses.json``.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from collections.abc import Sequence
+
+from tutorial_lib.config import Config
+from tutorial_lib.lab.scripts import train_zero
+from tutorial_lib.launch import worker
+from tutorial_lib.mpu import Topology
+from tutorial_lib.records import RunDirectory
+
+
+def main(*arguments: str) -> None:
+    worker.main(*arguments, train=train_all)
+
+
+def train_all(configs: Sequence[Config]) -> None:
+    for config in configs:
+        losses = train_zero.train_loop({"config": config.to_json()})
+        gc.collect()
+        run = RunDirectory(config.directory)
+        if Topology.from_environment(config.parallel).rank == 0:
+            (run.path / "losses.json").write_text(json.dumps(losses))
+            run.result_file.write_text("{}")  # what the launcher expects of a run that has ended
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

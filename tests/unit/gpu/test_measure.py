@@ -1,0 +1,241 @@
+"""Rehearsal on the CPU of the script that measures the course on a lent GPU, where there is no second try."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.gpu import measure, packages, processes
+from tests.gpu.processes import MemorySampler, Record, Step, run_step
+
+UNIT = re.compile("(^|_)(bytes|seconds|second|flops|losses|settings)(_|$)")
+"""Units in the names of numbers, or of groups of numbers; losses are in nats per token."""
+
+COUNTS_AND_RATIOS = set(
+    "cores compared_steps skipped_updates largest_difference tolerance resumed_from num_params mfu_of_measured_peak "
+    "last_loss micro_batch largest_that_fitted calls steps_while_writing steps_after_the_save".split()
+)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Any:
+    """Run a step with the smallest models, and return the content of its file."""
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "scratch" / "origins.json").write_text("{}")
+    setting = {"device": "cpu", "size": "tiny", "scratch": str(tmp_path / "scratch"), "out": str(tmp_path)}
+
+    def run(step: Step, until: float = math.inf) -> dict[str, Any]:
+        said: list[str] = []
+        environment = measure.environment(tmp_path / "scratch")
+        run_step(step, setting, tmp_path, environment, MemorySampler(), said.append, until)
+        return {**json.loads((tmp_path / f"{step.name}.json").read_text()), "said": "\n".join(said)}
+
+    return run
+
+
+def by_case(content: dict[str, Any]) -> dict[str, Any]:
+    return {case["case"]: case for case in content["cases"]}
+
+
+def numbers(content: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from numbers(value, f"{path}.{key}")
+    elif isinstance(content, list):
+        for number, value in enumerate(content):
+            yield from numbers(value, f"{path}.{number}")
+    elif isinstance(content, int | float) and not isinstance(content, bool):
+        yield path, content
+
+
+def test_every_measurement_rehearsed(run: Any, tmp_path: Path) -> None:
+    content = run(Step("all", "tests.gpu.rehearsal", limit=270, case_limit=120))
+    failed = {name: case.get("error") for name, case in by_case(content).items() if case["status"] != "done"}
+    assert content["status"] == "done" and not failed, f"{failed}\n{content['said']}"
+    results = {name: case["result"] for name, case in by_case(content).items()}
+    for path, number in numbers(results):
+        assert math.isfinite(number), path
+
+    machine = results["environment: machine"]
+    assert machine["gpu"] is None and machine["host_memory_bytes"] > 2**30 and machine["versions"]["torch"]
+    assert results["environment: matrix product"]["bf16_peak_flops"] > 0
+    assert results["environment: bandwidth"]["pageable_to_device_bytes_per_second"] > 0
+    assert results["environment: DeepSpeed's operators"]["fused_adam"].startswith("left out")
+
+    for engine in ("zero1", "fsdp"):
+        compared = results[f"equality: embedded/gpt2 {engine} fp32"]
+        assert compared["equal"] and compared["compared_steps"] == 5 and compared["largest_difference"] < 1e-3
+    resumed = results["equality: resume zero1"]
+    assert resumed["resumed_from"] == 3 and resumed["repeatable"]
+    assert resumed["same_losses"] and resumed["same_weights_and_moments"]
+
+    plain, zero1, offloaded = (
+        results[f"workshop: bloom-560m: {way}"] for way in ("plain torch", "ZeRO-1", "ZeRO-3, offload all, pinned")
+    )
+    for case in (plain, zero1, offloaded):
+        assert case["samples_per_second"] > 0 and 0 < case["mfu_of_measured_peak"] < 1 and case["mfu"] is None
+        assert case["allocator_peak_bytes"] > 0 and case["predicted"]["memory_bytes"] > 0
+    # fp32 weights, gradients and moments: 16 bytes per parameter, in plain torch and in the arithmetic alike.
+    assert plain["states_bytes"]["total"] == plain["predicted"]["states_bytes"] == 16 * plain["num_params"]
+
+    for way in ("without", "with"):
+        climbed = results[f"activation_memory: {way} activation checkpointing"]
+        assert [row["micro_batch"] for row in climbed["rows"]] == [1, 2] and climbed["first_out_of_memory"] is None
+        assert climbed["adapted_to_older_versions"] == []
+    with zipfile.ZipFile(tmp_path / "traces.zip") as archive:
+        assert archive.namelist() == ["zero1.json.gz", "zero3.json.gz"]
+    assert results["traces: ZeRO-1"]["busy_seconds"] > 0 and results["traces: ZeRO-3"]["longest"]
+    saved = results["async_checkpoint: fsdp"]
+    assert saved["checkpoint_bytes"] > 12 * saved["num_params"] and saved["async_write_seconds"] > 0
+
+    without_unit = {
+        path.rstrip(".0123456789").rpartition(".")[2]
+        for path, _ in numbers(results)
+        if not any(UNIT.search(part) for part in path.split("."))
+    }
+    assert without_unit <= COUNTS_AND_RATIOS
+
+
+def test_a_bad_case_costs_no_other(run: Any) -> None:
+    content = run(Step("faults", "tests.gpu.faults", limit=60, case_limit=1.5))
+    cases = by_case(content)
+    assert {name: case["status"] for name, case in cases.items()} == {
+        "before": "done", "raises": "failed", "hangs": "timed out", "dies": "died", "after": "done"
+    }  # fmt: skip
+    assert content["status"] == "done"
+    assert cases["raises"]["error"]["type"] == "ValueError"
+    assert "another version" in cases["raises"]["error"]["message"]
+    assert "_raise" in cases["raises"]["error"]["traceback"]
+    assert "case limit" in cases["hangs"]["error"]["message"]
+    assert "exit code 7" in cases["dies"]["error"]["message"]
+
+
+def test_a_step_ends_at_its_limit_and_tells_what_it_did_not_reach(run: Any) -> None:
+    began = time.monotonic()
+    content = run(Step("faults", "tests.gpu.faults", limit=2, case_limit=60))
+    assert time.monotonic() - began < 20
+    assert content["status"] == "timed out"
+    assert [case["status"] for case in content["cases"]] == ["done", "failed", "timed out", "not run", "not run"]
+
+
+def test_the_last_case_may_take_longer_than_a_process_may_linger(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_GRACE_SECONDS", 0.2)
+    content = run(Step("slow", "tests.gpu.slow_end", limit=60, case_limit=60))
+    assert by_case(content)["last"]["status"] == "done"
+    assert content["seconds"] < 20, "the process that sleeps on was not ended"
+
+
+def test_a_page_that_cannot_be_imported_fails_its_step_alone(run: Any) -> None:
+    content = run(Step("none", "tests.gpu.no_such_page", limit=60, case_limit=60))
+    assert content["status"] == "failed"
+    assert "no_such_page" in content["cases"][0]["error"]["message"]
+
+
+def test_the_time_for_everything_bounds_a_step(run: Any) -> None:
+    assert run(Step("faults", "tests.gpu.faults", limit=60, case_limit=60), until=time.time())["status"] == "timed out"
+
+
+def test_all_steps_fit_what_a_lent_machine_allows() -> None:
+    """Eight files come back, a command has ten minutes: six steps, the log and the traces, in eight minutes."""
+    assert len(measure.STEPS) + 2 <= 8
+    assert max(measure.MINUTES.values()) * 60 + max(step.case_limit for step in measure.STEPS) < 600
+    assert all(step.case_limit <= step.limit for step in measure.STEPS)
+
+
+def test_only_missing_packages_are_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    for name in ("no_such_package", "hjson"):
+        with zipfile.ZipFile(wheels / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{name}/__init__.py", "")
+            wheel.writestr(f"{name}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    modules = {"no-such-package": "no_such_package", "hjson": "hjson", "nor-this": "nor_this"}
+    monkeypatch.setattr(packages, "MODULES", modules)
+    assert packages.unpack_missing(wheels, tmp_path / "site") == {
+        "no-such-package": "no_such_package-1.0-py3-none-any.whl",
+        "hjson": "was there",
+        "nor-this": "missing, and there is no wheel of it",
+    }
+    assert sorted(path.name for path in (tmp_path / "site").iterdir()) == [
+        "no_such_package", "no_such_package-1.0.dist-info"
+    ]  # fmt: skip
+    assert packages.versions(tmp_path / "site")["no-such-package"] == "1.0"
+
+
+def test_memory_is_read_from_nvidia_smi_where_nvml_has_no_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 100\necho 700\necho 300\nexec sleep 60\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    sampler, began = MemorySampler(), time.time()
+    sampler.start()
+    try:
+        while len(sampler.readings) < 3 and time.time() < began + 20:
+            time.sleep(0.01)
+    finally:
+        sampler.stop()
+    assert sampler.source == "nvidia-smi"
+    assert sampler.peak(began, time.time()) == 700 * 2**20
+    assert sampler.peak(0, 1) is None
+
+
+def test_a_file_is_never_half_written(tmp_path: Path) -> None:
+    record = Record(Step("one", "none", 1, 1), {}, tmp_path / "one.json")
+    record.write()
+    record.cases.append({"case": "a", "status": "not run"})
+    record.write()
+    assert json.loads((tmp_path / "one.json").read_text())["cases"] == record.cases
+    assert [path.name for path in tmp_path.iterdir()] == ["one.json"]
+
+
+@pytest.mark.parametrize(("size", "ways"), [("full", 13), ("quick", 5)])
+def test_what_the_gpu_will_be_asked(size: str, ways: int) -> None:
+    from tests.gpu import equality, workshop
+    from tests.gpu.cases import Setting
+
+    setting = Setting("cuda", size, "", "")
+    assert len(workshop.cases(setting)) == 2 * ways
+    compared = equality.cases(setting)
+    assert {
+        f"embedded/gpt2 zero{stage} {precision}" for stage in range(4) for precision in ("fp32", "bf16", "fp16")
+    } < (compared.keys())
+    assert "SIGTERM" in compared and "resume zero3" in compared
+
+
+def test_out_of_memory_is_a_row_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from tests.gpu import activation_memory
+    from tests.gpu.cases import Setting
+
+    def out_of_memory(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    class Engine:
+        device = torch.device("cpu")
+
+    setting = Setting("cpu", "tiny", "", "")
+    model = type("Model", (), {"dimensions": type("Dimensions", (), {"vocabulary": 16})})
+    monkeypatch.setattr(activation_memory, "full_rows", lambda *_: [])
+    monkeypatch.setattr(activation_memory, "time_steps", out_of_memory)
+    assert activation_memory.try_size(setting, Engine(), None, model) is None  # type: ignore[arg-type]
+
+
+def test_the_command_says_what_it_lacks() -> None:
+    done = subprocess.run([sys.executable, "tests/gpu/measure.py"], cwd=measure.ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--out DIR" in done.stderr

@@ -1,0 +1,34 @@
+"""Tables and sizes as text and HTML."""
+
+from __future__ import annotations
+
+import pytest
+
+from tutorial_lib.lab import display
+
+
+def test_a_table_is_aligned_text_and_plain_html() -> None:
+    shown = display.table(
+        [{"stage": "0", "bytes": 2179072, "ratio": 1.0}, {"stage": "3 <offload>", "bytes": None, "ratio": 1 / 3}],
+        caption="Model states",
+    )
+    assert str(shown).splitlines() == [
+        "Model states",
+        "stage            bytes     ratio",
+        "-----------  ---------  --------",
+        "0            2,179,072         1",
+        "3 <offload>          -  0.333333",
+    ]
+    html = shown._repr_mimebundle_()["text/html"]
+    assert "3 &lt;offload&gt;" in html and "<caption" in html and "text-align:right" in html
+    assert "color:#" not in html  # a theme's own colours apply
+    assert display.table([{"a": 1, "b": 2}], ["b"]).columns == ("b",)
+    assert str(display.table([])) == "\n"
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [(0, "0 B"), (9_999, "9,999 B"), (139_840 * 4, "546.2 KiB"), (7.5e9, "6.985 GiB"), (2**50, "1,024 TiB")],
+)
+def test_bytes_as_text(num_bytes: float, text: str) -> None:
+    assert display.format_bytes(num_bytes) == text

@@ -1,0 +1,59 @@
+"""Start of a lesson: it removes the runs of its own directory, and no others."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tutorial_lib.config import ConfigError
+from tutorial_lib.lab.lesson import remove_runs
+from tutorial_lib.records import RunDirectory
+
+
+def a_run(storage, name):
+    run = RunDirectory(storage / name)
+    run.create()
+    run.path.joinpath("config.json").write_text("{}")
+
+
+def test_a_lesson_removes_the_runs_of_its_own_directory_alone(tmp_path):
+    storage = tmp_path / "runs" / "lesson"
+    remove_runs(str(storage))
+    a_run(storage, "one")
+    a_run(storage, "own-loop")
+    (storage / "own-loop" / "config.json").rename(storage / "own-loop" / ".lock")  # it writes no config.json
+    (storage / "note.json").write_text("")
+    (storage / "mine" / "checkpoints").mkdir(parents=True)
+    remove_runs(str(storage))
+    assert sorted(path.name for path in storage.iterdir()) == [".lesson", ".reader.lock", "mine", "note.json"]
+
+
+def test_a_second_reader_of_the_same_lesson_is_told_of_the_first(tmp_path):
+    """Two kernels with one STORAGE: the second must not remove the runs that the first is about to use."""
+    storage = tmp_path / "lesson"
+    program = (
+        "import sys; from tutorial_lib.lab.lesson import remove_runs\n"
+        "remove_runs(sys.argv[1]); print('mine', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(storage)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as first:
+        assert first.stdout.readline() == "mine\n"
+        a_run(storage, "of-the-first")
+        with pytest.raises(ConfigError, match=rf"in use by process {first.pid} on .* since \d\d:\d\d.*STORAGE here"):
+            remove_runs(str(storage))
+        assert (storage / "of-the-first").is_dir()
+        first.stdin.close()
+    remove_runs(str(storage))
+    remove_runs(str(storage))  # the same reader, who runs the cell again
+    assert not (storage / "of-the-first").exists()
+
+
+def test_runs_in_a_directory_that_no_lesson_made_stay(tmp_path):
+    a_run(tmp_path, "somebodys")
+    with pytest.raises(ConfigError, match=r"was not made by a lesson.*create the empty file"):
+        remove_runs(str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["somebodys"]
+    (tmp_path / ".lesson").write_text("")
+    remove_runs(str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lesson", ".reader.lock"]

@@ -1,0 +1,71 @@
+"""Functions and scripts on several ranks that are forked from this process."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.multiprocessing import ProcessRaisedException
+
+from tutorial_lib.lab.ranks import on_ranks, script_on_ranks
+
+
+def test_every_rank_calls_the_function_in_one_process_group() -> None:
+    factor = 10
+
+    def add_up(power: int) -> list[float]:  # a function of this function, as a notebook's cells have them
+        print("not shown")
+        number = torch.tensor(float(factor**power * dist.get_rank()))
+        dist.all_reduce(number)
+        return [dist.get_rank(), dist.get_world_size(), number.item()]
+
+    assert on_ranks(3, add_up, 2) == [[0, 3, 300.0], [1, 3, 300.0], [2, 3, 300.0]]
+
+
+def test_what_a_rank_prints_is_not_shown(capfd: pytest.CaptureFixture[str]) -> None:
+    on_ranks(1, lambda: print("said by a rank"))
+    assert capfd.readouterr().out == ""
+
+
+def test_what_a_rank_logs_does_not_reach_a_handler_of_the_notebook(tmp_path: Path) -> None:
+    handler = logging.FileHandler(tmp_path / "notebook.log")
+    logger = logging.getLogger("of-a-library")
+    logger.addHandler(handler)
+    try:
+        on_ranks(1, lambda: logger.warning("said by a rank"))
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+    assert (tmp_path / "notebook.log").read_text() == ""
+
+
+def test_an_error_of_one_rank_ends_the_others_and_is_told() -> None:
+    def fail() -> None:
+        if dist.get_rank() == 1:
+            raise ValueError("rank 1 has a reason")
+        dist.barrier()
+
+    with pytest.raises(ProcessRaisedException, match="rank 1 has a reason"):
+        on_ranks(2, fail)
+
+
+SCRIPT = """
+import os, sys
+import torch, torch.distributed as dist
+if __name__ == "__main__":
+    rank, number = int(os.environ["RANK"]), torch.tensor(float(sys.argv[1]))
+    dist.all_reduce(number)
+    print("rank", rank, "of", os.environ["WORLD_SIZE"], "sum", number.item())
+    dist.destroy_process_group()
+"""
+
+
+def test_a_script_runs_on_every_rank_as_under_torchrun(tmp_path: Path) -> None:
+    script = ModuleType("adds")
+    script.__file__ = str(tmp_path / "adds.py")
+    (tmp_path / "adds.py").write_text(SCRIPT)
+    assert script_on_ranks(2, script, 1.5) == ["rank 0 of 2 sum 3.0"]

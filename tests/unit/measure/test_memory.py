@@ -1,0 +1,136 @@
+"""Memory instruments on objects of known size: if they are off by a byte, so is the course."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tutorial_lib import trainer
+from tutorial_lib.config import Config
+from tutorial_lib.measure import memory
+
+MIB = 1 << 20
+
+
+def test_views_and_tied_tensors_count_once() -> None:
+    a = torch.zeros(100)
+    tied = torch.nn.Parameter(a)
+    assert memory.tensor_bytes([a, a.view(10, 10), a[:3], tied]) == 400
+    assert memory.tensor_bytes([a, torch.zeros(100)]) == 800
+    assert memory.tensor_bytes([a.to(torch.bfloat16), torch.zeros(7, dtype=torch.float64)]) == 200 + 56
+
+
+def test_a_slice_counts_as_the_buffer_that_it_keeps_alive() -> None:
+    assert memory.tensor_bytes([torch.zeros(1000)[:1]]) == 4000
+
+
+def test_released_and_meta_tensors_hold_nothing() -> None:
+    released = torch.zeros(1000)
+    released.untyped_storage().resize_(0)
+    assert memory.tensor_bytes([released, torch.zeros(1000, device="meta")]) == 0
+
+
+def test_temporary_tensors_of_a_generator_are_told_apart() -> None:
+    assert memory.tensor_bytes(torch.zeros(100) for _ in range(5)) == 5 * 400
+
+
+def test_states_by_part_and_device() -> None:
+    flat = torch.zeros(100)
+    states = memory.StateBytes.of(
+        {"parameters": [flat[:50]], "gradients": [torch.zeros(10)], "optimizer": [flat[50:], torch.zeros(20)]}
+    )
+    assert states.to_dict() == {
+        "parameters": 400,
+        "gradients": 40,
+        "optimizer": 80,  # the flat buffer has been counted with the parameters
+        "total": 520,
+        "by_device": {"cpu": 520},
+    }
+    with pytest.raises(ValueError, match="gradient"):
+        memory.StateBytes.of({"gradient": [flat]})
+
+
+def test_allocations_of_a_block_to_the_byte() -> None:
+    before = torch.zeros(1_000_000)
+    with memory.count_allocations() as allocations:
+        a = torch.empty(2_500_000)  # 10 MB
+        b = torch.empty(1_000_000)  # + 4 MB
+        del a, before
+        c = torch.empty(500_000)  # - 10 MB, + 2 MB
+    assert allocations.peak == {"cpu": 14_000_000}
+    assert allocations.remaining == {"cpu": 6_000_000}
+    assert b.numel() + c.numel() == 1_500_000
+
+
+def test_allocations_see_what_an_operator_frees_again() -> None:
+    """Of (a * a).sum() only a number remains, but the product existed, in forward and in backward."""
+    a = torch.ones(1_000_000, requires_grad=True)
+    with memory.count_allocations() as allocations:
+        (a * a).sum().backward()
+    assert 8_000_000 <= allocations.peak["cpu"] < 20_000_000
+    assert a.grad is not None and allocations.remaining["cpu"] == 4_000_000
+
+
+def test_no_allocation_is_no_entry() -> None:
+    with memory.count_allocations() as allocations:
+        pass
+    assert allocations.peak == allocations.remaining == {}
+
+
+def test_peak_of_the_process_sees_a_buffer_come_and_go() -> None:
+    with memory.PeakMemory(interval=0.005, pss=True) as watched:
+        buffer = bytearray(os.urandom(1)) * (200 * MIB)
+        time.sleep(0.05)
+        del buffer
+        time.sleep(0.05)
+    assert 195 * MIB < watched.increase < 230 * MIB
+    assert watched.samples[-1].rss < watched.peak_rss - 150 * MIB
+    assert watched.peak_pss is None or 195 * MIB < watched.peak_pss
+    summary = watched.summary()
+    assert summary["peak"] == watched.peak_rss >= summary["mean"] > 0 and summary["mode"] > 0
+
+
+def test_the_kernels_mark_catches_what_the_sampler_misses() -> None:
+    with memory.PeakMemory(interval=60) as watched:
+        buffer = bytearray(os.urandom(1)) * (200 * MIB)
+        del buffer
+    if not watched.exact:
+        pytest.skip("this system does not let a process reset its high-water mark")
+    assert len(watched.samples) == 2 and max(s.rss for s in watched.samples) < watched.peak_rss - 150 * MIB
+    assert 195 * MIB < watched.increase < 230 * MIB
+
+
+def test_host_memory_is_this_process() -> None:
+    now = memory.host_memory()
+    assert now.peak_rss >= now.rss > 50 * MIB
+    assert now.pss is None or 0 < now.pss <= now.rss
+
+
+def test_peak_memory_restarts_and_sees_what_has_been_freed() -> None:
+    cpu = torch.device("cpu")
+    before = memory.host_memory().rss
+    memory.reset_peak_memory(cpu)
+    torch.ones(64 * 2**20)  # 256 MiB, written and freed
+    assert memory.peak_memory(cpu) > before + 200 * 2**20
+    if sys.platform == "linux" and memory._reset_high_water_mark():
+        assert memory.peak_memory(cpu) < before + 200 * 2**20
+
+
+def test_a_run_records_the_peak_of_its_measured_step(tmp_path: Path) -> None:
+    """With rows of twice the length, gradients stay the same, but logits and more double."""
+    peaks = {}
+    for length in (32, 64):
+        config = Config.create(
+            "cpu", name=f"rows-of-{length}", storage=str(tmp_path), engine="torch", dp=1, launcher="none", steps=3,
+            global_batch=2, seq_length=length, batching="max_length", measure=True, evaluate=False,
+        )  # fmt: skip
+        (rank,) = trainer.train(config).ranks
+        peaks[length] = rank["measured"]["peak_bytes"]["cpu"]
+        assert peaks[length] >= 4 * rank["measured"]["num_parameters"]
+    logits = 4 * 2 * 32 * 2048  # fp32, two rows of 32 tokens, a vocabulary of 2048
+    assert logits <= peaks[64] - peaks[32] <= 20 * logits

@@ -1,0 +1,15 @@
+"""Imports of the arithmetic."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+
+def test_theory_imports_neither_torch_nor_other_rooms() -> None:
+    program = (
+        "import sys, tutorial_lib.theory.remedies, tutorial_lib.theory.reasons, tutorial_lib.theory.known_models\n"
+        "others = [m for m in sys.modules if m.startswith('tutorial_lib.') and '.theory' not in m]\n"
+        "assert not others and not {'torch', 'transformers', 'numpy'} & set(sys.modules), others"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

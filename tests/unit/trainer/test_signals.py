@@ -1,0 +1,37 @@
+"""Signals that ask a rank to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from tutorial_lib.trainer.signals import stop_signals
+
+
+@pytest.fixture(autouse=True)
+def handlers_as_before() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_usr1_is_heeded_although_torchrun_was_started_with_it_ignored() -> None:
+    """Batch scripts ignore it because it would kill torchrun, and the ranks inherit that."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    with stop_signals() as stop_signalled:
+        assert stop_signalled() == 0
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGUSR1)  # it comes again and again
+        assert stop_signalled() == signal.SIGUSR1
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+
+
+def test_an_interrupt_that_a_shell_ignores_in_the_background_stays_ignored() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with stop_signals() as stop_signalled:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop_signalled() == 0

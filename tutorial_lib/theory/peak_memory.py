@@ -1,0 +1,182 @@
+"""Peak memory of a step: the bytes of a rank that exist at the same time.
+
+A step has three moments at which memory may peak, each with different large tensors::
+
+    loss        activations of all layers, the loss's copies of the logits; no gradients yet, unless micro-batches
+                accumulate
+    backward    activations of all layers, those that one layer recomputes, gathered layers, gradients on their way
+    update      no activations; all gradients, the embeddings' on their way, the update's temporaries
+
+The peak is the largest of the three sums. Many estimates simply add everything up, and so count gradients and logits
+together, which never exist at the same time.
+
+Besides states and activations, engines allocate *buffers*::
+
+    FSDP2      gathered copies of the root's parameters, and in backward of two layers, or of all with shard_grad_op;
+               a layer's gradient, and its fp32 copy on the way into the reduce-scatter; at the end the same for the
+               root (twice if the output layer is the embedding)
+    DDP        16-bit copies of all weights, which autocast caches until backward has used them; gradients are in its
+               buckets, which always exist
+    DeepSpeed  a bucket of gradients of the full ``reduce_bucket_size``, however small the model: from the start on (3),
+               from a step's first backward on (1), or during backward (2), twice with ``overlap_comm`` (1, 2); at the
+               update a bucket of updated parameters (1, 2); parameters that stay gathered up to
+               ``stage3_max_live_parameters`` (3)
+    pipeline   gathered weights (full gradients, which wait for the last micro-batch, count as states)
+
+Sources: ``torch.distributed.fsdp`` (``_fsdp_collectives.py``: copy-in and copy-out), ``torch.amp`` (weight cache),
+``deepspeed/runtime/zero`` (``setup_buckets`` of stage_1_and_2.py; the bucket that stage3.py makes with the optimizer).
+Assumptions: one layer is gathered ahead; on GPUs AdamW updates plain tensors all at once
+(``foreach``), with one more copy of them, and FSDP2's DTensors one by one (``_default_to_fused_or_foreach`` in
+torch/optim/optimizer.py).
+Not modelled: buffers for messages between a pipeline's stages; masks of packed rows.
+Checked: docs/planner-errors.md, against peaks of our own runs and published ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+from tutorial_lib.theory import memory, pipeline
+from tutorial_lib.theory.activations import last_norm, layer_activations, logits_bytes
+from tutorial_lib.theory.dimensions import Dimensions
+from tutorial_lib.theory.layouts import Layout, Workload
+from tutorial_lib.theory.state_bytes import States
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """Bytes on a device at their peak, besides the states that always exist."""
+
+    moment: str
+    activations: float
+    buffers: float
+    states: float
+
+    @property
+    def total(self) -> float:
+        return self.activations + self.buffers + self.states
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A rank's part of the model: elements of a layer, elements outside the layers, and the total."""
+
+    layers: int
+    layer: float
+    root: float
+    params: int
+
+
+@cache
+def part_of_model(
+    dimensions: Dimensions, num_params: int, tp: int = 1, pp: int = 1, *, sequence_parallel: bool = False
+) -> Part:
+    """Return a rank's part of the model, before data parallelism shards it; with a pipeline, the largest stage's.
+
+    Args:
+        dimensions: dimensions of the model.
+        num_params: Psi, which may differ a little from the number that follows from the dimensions.
+        tp: tensor-parallel size. Embeddings, norms and a tied output layer are replicated, unless
+            ``sequence_parallel`` splits them by vocabulary.
+        pp: pipeline stages; the first has the embedding, the last the output layer.
+        sequence_parallel: see ``tp``.
+    """
+    replicated = 0 if sequence_parallel else dimensions.replicated_params
+    params = memory.tensor_parallel_params(num_params, min(replicated, num_params), tp)
+    scale = num_params / dimensions.num_params
+    layer = scale * dimensions.layer_params / tp
+    root = max(0.0, params - dimensions.layers * layer)
+    if pp == 1:
+        return Part(dimensions.layers, layer, root, params)
+    layers = -(-dimensions.layers // pp)
+    end = root if dimensions.tied else root / 2
+    return Part(layers, layer, end, int(layers * layer + end))
+
+
+def peak_memory(workload: Workload, layout: Layout, part: Part, states: States, micro_batches: int) -> Peak:
+    """Return the moment of a step with the most memory, out of :func:`moments`."""
+    return max(moments(workload, layout, part, states, micro_batches), key=lambda moment: moment.total)
+
+
+def moments(workload: Workload, layout: Layout, part: Part, states: States, micro_batches: int) -> list[Peak]:
+    """Return the moments of a step at which memory may peak.
+
+    Args:
+        workload: the training to run.
+        layout: how it is laid out.
+        part: the rank's part of the model, from :func:`part_of_model`.
+        states: model states of one rank.
+        micro_batches: number of micro-batches per step.
+    """
+    dims, element = workload.dimensions, workload.bytes_per_element
+    tokens = layout.micro_batch * workload.seq_length / layout.cp
+    layer = layer_activations(
+        dims, layout.checkpointing, layout.tp, sequence_parallel=layout.sequence_parallel,
+        bytes_per_element=element, seq_length=0 if dims.fused_attention else workload.seq_length,
+    )  # fmt: skip
+    transient = layer.transient * tokens
+    kept = part.layers * layer.kept * tokens
+    last = last_norm(dims, element, layout.tp, sequence_parallel=layout.sequence_parallel) * tokens
+    logits = logits_bytes(
+        tokens, dims.vocabulary, chunks=workload.loss_chunks,
+        vocabulary_parallel=layout.tp if layout.sequence_parallel else 1,
+    )  # fmt: skip
+    early = states.device - states.gradients  # states before backward has produced a gradient
+    before = states.device if micro_batches > 1 else early
+    if layout.pp > 1:
+        held = pipeline.micro_batches_held(layout.pp, micro_batches, layout.chunks)
+        gathered = float(element * part.params) if layout.strategy else 0.0
+        return [
+            Peak("loss", kept + last + logits, gathered, before),
+            Peak("backward", held * kept + transient, gathered, before),
+            Peak("update", 0.0, gathered, states.device),
+        ]
+    gathered, backward, update = _buffers(workload, layout, part, micro_batches)
+    return [
+        Peak("loss", kept + last + logits, gathered, before),
+        Peak("backward", kept + transient, backward, before),
+        Peak("update", 0.0, update, states.device),
+    ]
+
+
+def _buffers(workload: Workload, layout: Layout, part: Part, micro_batches: int) -> tuple[float, float, float]:
+    """Return an engine's bytes at the loss, in backward, and from the last reduction of gradients to the update."""
+    element, shards = workload.bytes_per_element, layout.dp * layout.cp
+    trained = 0.0 if workload.lora_rank else 1.0
+    copied = 4 * trained if workload.foreach and layout.offload == "none" else 0.0
+    if layout.strategy == "no_shard":
+        in_fp32 = element == 2 and not workload.lora_rank  # a frozen base is stored in 16 bits or fewer
+        casts = float(element * part.params) if in_fp32 else 0.0
+        # The norm of the largest gradient is computed in fp64, and the gradient of its second use may still exist.
+        embedding = trained * 12 * workload.dimensions.vocabulary * workload.dimensions.hidden / layout.tp
+        return casts, casts, max(copied * part.params, embedding)
+    if layout.strategy:
+        root, layer, reduced = element * part.root, element * part.layer, 4 * trained * part.layer
+        ahead = layer * min(2, part.layers)
+        twice = element * workload.dimensions.vocabulary * workload.dimensions.hidden if workload.dimensions.tied else 0
+        update = root + trained * ((element + 4) * part.root + twice / layout.tp) + reduced
+        if layout.strategy == "shard_grad_op":
+            gathered = float(element * part.params)
+            return gathered, gathered + trained * layer + reduced, update
+        return root, root + ahead + trained * layer + reduced, update
+    copy = copied * part.params / (shards if layout.zero_stage else 1)
+    if shards == 1 and layout.zero_stage == 0:
+        return 0.0, 0.0, copy
+    some_params = float(min(part.params, workload.bucket_size) * element)
+    if layout.zero_stage == 0:
+        return 0.0, trained * some_params, max(trained * some_params, copy)
+    bucket = float(workload.bucket_size * element)
+    if layout.zero_stage == 3:
+        kept = standing_bucket(workload, layout) + min(part.params, workload.live_params) * element
+        return kept, kept, kept + copy
+    buckets = bucket * (2 if workload.overlap_comm else 1)
+    earlier = buckets if micro_batches > 1 and layout.zero_stage == 1 else 0.0  # made in the first backward of a step
+    return earlier, buckets, max(buckets + trained * some_params, copy)
+
+
+def standing_bucket(workload: Workload, layout: Layout) -> float:
+    """Return the bytes of the bucket that DeepSpeed's stage 3 allocates together with the optimizer."""
+    if layout.strategy or layout.zero_stage != 3:
+        return 0.0
+    return float(workload.bucket_size * workload.bytes_per_element)
