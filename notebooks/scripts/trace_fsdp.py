@@ -19,7 +19,7 @@ if __name__ == "__main__":
     tokens = torch.arange(8 * 128).view(8, 128)
     for _ in range(2):  # the first steps allocate
         model(tokens).logits.square().mean().backward()
-    with profile() as trace:
+    with profile(profile_memory=True) as trace:
         model(tokens).logits.square().mean().backward()
     if dist.get_rank() == 0:
         trace.export_chrome_trace(sys.argv[2])

@@ -58,9 +58,14 @@ class Claim:
 
 
 class Claims:
-    """The claims of one lesson, in the order in which they were made."""
+    """The claims of one lesson, in the order in which they were made.
 
-    def __init__(self) -> None:
+    Args:
+        print_each: print a line for each claim as it is made, besides the table at the end.
+    """
+
+    def __init__(self, *, print_each: bool = False) -> None:
+        self.print_each = print_each
         self._claims: list[Claim] = []
 
     def equal(
@@ -139,6 +144,8 @@ class Claims:
 
     def _add(self, text: str, *rest: Any) -> None:
         claim = Claim(text, *rest)
+        if self.print_each:
+            print(_line(claim))
         for place, earlier in enumerate(self._claims):
             if earlier.claim == text:
                 self._claims[place] = dataclasses.replace(claim, made=earlier.made + 1)
@@ -174,6 +181,13 @@ def claims_in(notebook: str | Path) -> list[dict[str, Any]]:
 def claims_of(outputs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Collect the claims among the outputs of cells, in order."""
     return [claim for output in outputs for claim in output.get("data", {}).get(MIME_TYPE, [])]
+
+
+def _line(claim: Claim) -> str:
+    """Return a claim as a line of text: the measured value, then the expected one and how close they have to be."""
+    bound = f" {_SIGNS[claim.relation]} {_short(claim.expected) or 'none'}" if claim.relation != "holds" else ""
+    within = f" within {_tolerance(claim)}" if claim.tolerance else ""
+    return f"{'✓' if claim.holds else '✗'} {claim.claim}: {_short(claim.measured) or 'none'}{bound}{within}"
 
 
 def _largest_difference(expected: Any, measured: Any) -> float | None:

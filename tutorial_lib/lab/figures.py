@@ -90,6 +90,7 @@ def lines(
     y_label: str,
     marks: Mapping[str, float] | None = None,
     points: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
+    notes: Mapping[str, tuple[float, float]] | None = None,
     log: bool = False,
     x_end: float | None = None,
     y_start: float | None = None,
@@ -99,6 +100,7 @@ def lines(
     Args:
         series: the lines by label.
         points: series drawn as circles, such as measurements over the lines of formulas.
+        notes: texts, each with its centre.
         log: logarithmic axes.
         x_end: smallest end of the horizontal axis, from 1 on; default: where the values end.
         y_start: start of the vertical axis; default: where the values start.
@@ -122,6 +124,8 @@ def lines(
             axes.annotate(
                 text, (at, 1), xycoords=("data", "axes fraction"), xytext=(4, -11), textcoords="offset points"
             )
+        for text, center in (notes or {}).items():
+            axes.annotate(text, center, ha="center", va="center")
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         if log:

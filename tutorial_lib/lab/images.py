@@ -161,14 +161,14 @@ def fsdp_strategies(axes: Any) -> None:
         ("shard_grad_op", "gathered once", 4, (none, (0,), (0, 1), all_layers, all_layers, (0, 1), (0,), none),
          "all-gather once,\nreduce-scatter", "2 Ψ"),
         ("hybrid_shard", "a copy on every 2 ranks", 2, (none, *one, *one[::-1], none),
-         "the same; all-reduce\nbetween the copies", "3 Ψ + 2 Ψ/2"),
+         "as full_shard; all-reduce\nbetween copies", "3 Ψ + 2 Ψ/S, S = 2"),
         ("no_shard", "DDP", 1, (none,) * len(phases), "all-reduce", "2 Ψ"),
     ]  # fmt: skip
     left, width, gap, height, top = 2.75, 0.97, 0.12, 1.3, 0.75
     right = left + len(phases) * (width + gap) + 0.1
     for place, phase in enumerate(phases):
         _text(axes, left + place * (width + gap) + width / 2, 0.3, phase, ha="center", size=9)
-    _text(axes, right, 0.3, "sent per step")
+    _text(axes, right, 0.3, "elements sent per step")
     for row, (name, alias, shards, gathered, sent, volume) in enumerate(strategies):
         y = top + row * height
         _text(axes, 0, y + 0.3, name, size=13, weight="bold")
@@ -187,8 +187,9 @@ def fsdp_strategies(axes: Any) -> None:
     for x, alpha, meaning in ((0.0, 1.0, "kept by rank 0 of 4"), (2.75, _GHOST, "gathered temporarily")):
         _box(axes, x, bottom, 0.3, 0.22, BLUE, alpha=alpha, rounded=False)
         _text(axes, x + 0.42, bottom + 0.11, meaning)
-    _text(axes, 6.2, bottom + 0.11, "In each box the parameters of layers 1, 2 and 3.    Ψ: all parameters")
-    _frame(axes, right + 2.55, bottom + 0.35)
+    _text(axes, 6.2, bottom + 0.11, "In each box: the parameters of layers 1, 2 and 3, Ψ in all.")
+    _text(axes, 6.2, bottom + 0.47, "Gradients and moments are not drawn.")
+    _frame(axes, right + 2.85, bottom + 0.7)
 
 
 def checkpoint(axes: Any) -> None:
@@ -218,10 +219,10 @@ def checkpoint(axes: Any) -> None:
             _arrow(axes, x + width + 0.06, 1.4 + height / 2, x + width + gap - 0.06, 1.4 + height / 2)
     bottom, total = 1.4 + height + 0.2, 4 * width + 3 * gap
     unlisted, last = 2 * width + gap, 3 * (width + gap)
-    _box(axes, 0, bottom, unlisted, 0.5, INK, "killed here: resumes from step-4", size=11)
-    _box(axes, unlisted + gap, bottom, width, 0.5, ORANGE, "here: renamed on resume", size=9)
-    _box(axes, last, bottom, width, 0.5, GREEN, "here: from step-8", size=11)
-    _frame(axes, total + 0.1, bottom + 0.6)
+    _box(axes, 0, bottom, unlisted, 0.62, INK, "killed here: resumes from step-4", size=11)
+    _box(axes, unlisted + gap, bottom, width, 0.62, ORANGE, "killed here:\nnext start renames it", size=9)
+    _box(axes, last, bottom, width, 0.62, GREEN, "here: from step-8", size=11)
+    _frame(axes, total + 0.1, bottom + 0.72)
 
 
 def launchers(axes: Any) -> None:

@@ -126,3 +126,17 @@ def test_claims_are_strict_json() -> None:
     claims.equal("whole", np.int64(3), Path("x"))
     text = json.dumps(claims.to_list(), allow_nan=False)
     assert json.loads(text)[0]["measured"] == [1.0, "nan"] and json.loads(text)[1]["measured"] == "x"
+
+
+def test_each_claim_is_printed_as_it_is_made(capsys: pytest.CaptureFixture[str]) -> None:
+    claims = Claims(print_each=True)
+    claims.equal("losses", [1.0, 2.0], [1.0, 2.0000001], relative=1e-6)
+    claims.equal("names that differ", [], [])
+    claims.at_most("largest difference", 1e-6, 2e-6)
+    claims.check("it is refused", True)
+    assert capsys.readouterr().out.splitlines() == [
+        "✓ losses: 1, 2 = 1, 2 within 1e-06 of expected",
+        "✓ names that differ: none = none",
+        "✗ largest difference: 2e-06 ≤ 1e-06",
+        "✓ it is refused: yes",
+    ]

@@ -103,3 +103,9 @@ def test_a_figure_needs_a_title_and_a_description() -> None:
     for title, alt in (("", "alt"), ("title", " ")):
         with pytest.raises(ValueError, match="alt text"):
             figures.bars({"a": 1}, title=title, alt=alt, unit="s")
+
+
+def test_a_note_is_drawn_in_the_figure() -> None:
+    words = {"title": "It falls", "alt": "A line.", "x_label": "s", "y_label": "B"}
+    line = {"a": ([0, 1], [2, 1])}
+    assert figures.lines(line, notes={"1.5 B": (0.5, 1.6)}, **words) != figures.lines(line, **words)

@@ -1,11 +1,11 @@
-"""Step timeline: FSDP2's marks in a profiler's trace become spans."""
+"""Step timeline: FSDP2's marks in a profiler's trace become spans, and its allocations the memory held."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from tutorial_lib.lab.timeline import LANES, Span, draw, read_trace
+from tutorial_lib.lab.timeline import LANES, Span, draw, read_memory, read_trace
 
 
 def write_trace(path: Path, marks: list[tuple[str, float, float]]) -> Path:
@@ -44,6 +44,22 @@ def test_a_step_of_one_layer(tmp_path: Path) -> None:
     ]
     assert draw(read_trace(trace), title="One step", alt="Three lanes.").alt == "Three lanes."
     assert list(LANES) == ["all-gather", "compute", "reduce-scatter"]
+
+
+def test_memory_is_what_the_allocations_add_up_to(tmp_path: Path) -> None:
+    """Events of a trace are in no particular order, and an allocation may lie before the first mark."""
+    trace = write_trace(tmp_path / "trace.json", [("FSDP::all_gather (h.0)", 0, 1)])
+    events = json.loads(trace.read_text())["traceEvents"]
+    changes = {2.0: 30, -1.0: 8, 3.0: -30, 1.0: 70}
+    events += [{"ph": "i", "name": "[memory]", "ts": 1e6 + 1e3 * t, "args": {"Bytes": b}} for t, b in changes.items()]
+    trace.write_text(json.dumps({"traceEvents": events}))
+    assert read_memory(trace) == [(-1.0, 8), (1.0, 78), (2.0, 108), (3.0, 78)]
+    assert draw(read_trace(trace), read_memory(trace), title="One step", alt="Lanes, and memory.").height > 200
+
+
+def test_a_trace_without_allocations_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="profile_memory=True"):
+        read_memory(write_trace(tmp_path / "trace.json", [("FSDP::all_gather (h.0)", 0, 1)]))
 
 
 def test_a_trace_without_fsdp_is_refused(tmp_path: Path) -> None:
