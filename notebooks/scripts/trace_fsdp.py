@@ -3,6 +3,7 @@
 torchrun --standalone --nproc-per-node 2 trace_fsdp.py gpt2 trace.json
 """
 
+import os
 import sys
 
 import torch
@@ -13,8 +14,7 @@ from torch.profiler import profile
 if __name__ == "__main__":
     from train_fsdp import build_model  # next to this script
 
-    dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh("cpu", (int(os.environ["WORLD_SIZE"]),))  # sets up the process group
     model = build_model(sys.argv[1], mesh, torch.float32)
     tokens = torch.arange(8 * 128).view(8, 128)
     for _ in range(2):  # the first steps allocate

@@ -80,6 +80,7 @@ def script_on_ranks(num_ranks: int, script: ModuleType, *arguments: object) -> l
 
 def _run_as_main(file: str, arguments: list[str]) -> list[str]:
     sys.argv = [file, *arguments]
+    sys.path.insert(0, str(Path(file).parent))  # as for any script: it may import its neighbours
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         runpy.run_path(file, run_name="__main__")
     return printed.getvalue().splitlines()
