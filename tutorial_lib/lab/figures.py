@@ -142,9 +142,9 @@ def lines(
         if y_start is not None:
             axes.set_ylim(bottom=y_start)
         if points or (marks and len(series) > 1):  # these may be anywhere and leave no room for a legend inside
-            axes.figure.legend(
-                frameon=False, ncols=len(series) + len(points or ()), loc="outside lower center", handlelength=3
-            )
+            labels = [*series, *(points or {})]
+            rows = 1 + sum(len(label) + 8 for label in labels) // 110  # about as many characters fit side by side
+            axes.figure.legend(frameon=False, ncols=-(-len(labels) // rows), loc="outside lower center", handlelength=3)
         elif len(series) > 1:
             axes.legend(frameon=False, handlelength=3)
     return drawn[0]
