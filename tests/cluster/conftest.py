@@ -17,7 +17,7 @@ TIMEOUT = 240
 
 
 LONGEST_FIRST = ("test_ray.py", "test_slurm.py")
-"""Files with which two processes of pytest, as in ``make cluster``, begin: what is left then is easy to share."""
+"""Files that run first: ``make cluster`` has two pytest processes, and shorter files are easy to distribute then."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -78,9 +78,9 @@ class RayCluster:
         return self.head.start([sys.executable, *given], env=self.environment, stdout=file, stderr=subprocess.STDOUT)
 
 
-def wait_until(is_so: Callable[[], object], seconds: float, why: Callable[[], str]) -> None:
+def wait_until(condition: Callable[[], object], seconds: float, why: Callable[[], str]) -> None:
     """Wait for something to become true, or fail with an explanation."""
     until = time.monotonic() + seconds
-    while not is_so():
+    while not condition():
         assert time.monotonic() < until, why()
         time.sleep(0.1)

@@ -156,14 +156,14 @@ class SlurmCluster:
         self.wait_until(lambda: self.state(job) not in ACTIVE, seconds, f"job {job} ends")
         return self.state(job)
 
-    def wait_until(self, is_so: Callable[[], object], seconds: float, what: str) -> None:
+    def wait_until(self, condition: Callable[[], object], seconds: float, what: str) -> None:
         """Wait for something to become true.
 
         Raises:
             SlurmError: it did not within this time.
         """
         end = time.monotonic() + seconds
-        while not is_so():
+        while not condition():
             if time.monotonic() > end:
                 logs = [f"{log.name}:\n" + "\n".join(_tail(log)) for log in sorted(self.directory.glob("*.log"))]
                 raise SlurmError(f"Waited {seconds} s until {what}.\n" + "\n".join(logs))

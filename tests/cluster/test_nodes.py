@@ -113,8 +113,8 @@ def _daemons(directory: Path) -> list[Path]:
     return found
 
 
-def _wait_until(is_so, seconds: float = 10) -> None:
+def _wait_until(condition, seconds: float = 10) -> None:
     end = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < end, "it did not become so in time"
+    while not condition():
+        assert time.monotonic() < end, "the condition did not become true in time"
         time.sleep(0.05)

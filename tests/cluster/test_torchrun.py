@@ -96,9 +96,10 @@ def test_two_nodes_train_like_one(
 
 @pytest.mark.fault(
     "the head node's name does not resolve",
-    "`doctor --rendezvous`, which the batch script asks first, names it; torchrun ends after its flags' seconds",
+    "`doctor --rendezvous`, which the batch script runs first, names it; torchrun gives up after the timeout in its "
+    "flags",
 )
-@pytest.mark.fault("a node of torchrun never comes", "torchrun ends after its flags' seconds")
+@pytest.mark.fault("a node never joins torchrun", "torchrun gives up after the timeout in its flags")
 @pytest.mark.parametrize(
     ("given", "why"),
     [

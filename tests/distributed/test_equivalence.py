@@ -43,7 +43,7 @@ def test_training_matches_one_torch_process(observed, record_property, ranks, ca
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_reference_has_what_its_case_is_about(observed, case):
+def test_each_case_exercises_its_subject(observed, case):
     """Check that each case exercises its subject, so that the comparison proves what it claims."""
     run = observed(1, f"{case}.reference")
     first = run.rows[0]

@@ -144,7 +144,7 @@ def assert_same_states(
 
 
 @pytest.mark.parametrize("file", INTERRUPTED)
-def test_a_resumed_run_ends_bit_for_bit_as_one_that_never_stopped(runs, file):
+def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(runs, file):
     uninterrupted, interrupted = runs[f"hf-uninterrupted.{file}"], runs[f"hf-interrupted.{file}"]
     assert interrupted.result["resumed_from"] == cases.STOP and uninterrupted.result["resumed_from"] is None
     timeless = [[{**row, "seconds": 0} for row in run.rows] for run in (uninterrupted, interrupted)]

@@ -112,7 +112,7 @@ def way(request, monkeypatch):
 @pytest.mark.usefixtures("light", "way")
 def test_a_failing_rank_is_shown_in_its_own_words_and_the_server_lives_on(tmp_path):
     before = tell(tmp_path, "before")
-    with pytest.raises(launch.WorkerError, match=r"could not write why. It printed:\nValueError: of ") as error:
+    with pytest.raises(launch.WorkerError, match=r"could not record its error. It printed:\nValueError: of ") as error:
         launch.run_all([config(tmp_path, "fails")], worker=FAILING)
     assert "failing.py" in str(error.value) and "speaks" in str(error.value)
     assert tell(tmp_path, "after")[0]["parent"] == before[0]["parent"]

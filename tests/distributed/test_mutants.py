@@ -49,7 +49,7 @@ def faults_on(page: str) -> set[str]:
 
 
 def test_every_injected_fault_is_in_one_run():
-    runs = [cases.MUTANTS, cases.DETECTED, cases.RESUMED_BADLY, cases.RESHAPED_BADLY, cases.FATAL]
+    runs = [cases.MUTANTS, cases.SELF_DETECTED_FAULTS, cases.RESUME_FAULTS, cases.RESHAPE_FAULTS, cases.FATAL]
     in_runs = ["storage.read_only", *(fault for faults in runs for fault in faults)]
     assert sorted(in_runs) == sorted(set().union(*map(faults_on, PAGES)))
     assert SHOWN_BY.keys() | {"engine.trial_step_kept"} == cases.MUTANTS.keys()

@@ -1,4 +1,4 @@
-"""Comparisons of a run that survived a fault with the undisturbed run."""
+"""Comparisons of a run that survived a fault with the uninterrupted run."""
 
 from __future__ import annotations
 

@@ -20,9 +20,9 @@ from tutorial_lib.records import RunDirectory
 
 
 @pytest.fixture
-def config(undisturbed: dict[str, Observed]) -> Config:
+def config(uninterrupted: dict[str, Observed]) -> Config:
     """Return a run that has ended, and could be started again."""
-    return undisturbed["zero1"].config
+    return uninterrupted["zero1"].config
 
 
 @pytest.mark.fault("the checkpoint belongs to a different model of the same name", REFUSED)

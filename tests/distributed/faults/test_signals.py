@@ -52,35 +52,35 @@ def signalled(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 @pytest.mark.fault(
     "SIGTERM, as a scheduler sends it before the end of a slot", "saves, exits with 75; the same command resumes"
 )
-def test_sigterm(signalled: dict[str, Any], undisturbed: dict[str, Observed]) -> None:
+def test_sigterm(signalled: dict[str, Any], uninterrupted: dict[str, Observed]) -> None:
     code, said, result = signalled["stopped"]
     assert (code, said, result["status"]) == (75, "", "stopped")
     assert 0 < result["step"] < signalled["killed"]["step"], "the next start went on"
-    assert_ends_undisturbed(signalled, undisturbed["long"])
+    assert_ends_like(signalled, uninterrupted["long"])
 
 
 @pytest.mark.fault("SIGKILL of the launching process", "the ranks save and stop; the same command resumes")
-def test_sigkill_of_the_launching_process(signalled: dict[str, Any], undisturbed: dict[str, Observed]) -> None:
+def test_sigkill_of_the_launching_process(signalled: dict[str, Any], uninterrupted: dict[str, Observed]) -> None:
     assert not signalled["alive"], "workers outlive the process that started them"
     assert signalled["killed"]["status"] == "stopped"
     assert signalled["ended"][2]["resumed_from"] == signalled["killed"]["step"] < cases.LONG["steps"]
-    assert_ends_undisturbed(signalled, undisturbed["long"])
+    assert_ends_like(signalled, uninterrupted["long"])
 
 
 @pytest.mark.fault(
     "two starts of one run at the same time",
     "the second is refused and told which process holds the run; the first is untouched",
 )
-def test_two_starts_of_one_run(signalled: dict[str, Any], undisturbed: dict[str, Observed]) -> None:
+def test_two_starts_of_one_run(signalled: dict[str, Any], uninterrupted: dict[str, Observed]) -> None:
     said, pid = signalled["second_start"]
     assert re.search(rf"is already running: process {pid} on \S+, since \d{{4}}-\S+\. Wait for its end", said)
-    assert_ends_undisturbed(signalled, undisturbed["long"])
+    assert_ends_like(signalled, uninterrupted["long"])
 
 
-def assert_ends_undisturbed(signalled: dict[str, Any], undisturbed: Observed) -> None:
+def assert_ends_like(signalled: dict[str, Any], uninterrupted: Observed) -> None:
     code, said, result = signalled["ended"]
     assert (code, said, result["status"]) == (0, "", "completed")
     run = RunDirectory(signalled["config"].directory)
-    assert_same_records(run, undisturbed.directory)
-    assert_same_states(run, undisturbed.directory)
+    assert_same_records(run, uninterrupted.directory)
+    assert_same_states(run, uninterrupted.directory)
     assert_all_intact(run)

@@ -21,7 +21,7 @@ from tutorial_lib.records import RunDirectory
 
 
 @pytest.fixture(scope="module")
-def on_small_storage(directory: Path, undisturbed: dict[str, Observed]) -> dict[str, dict[str, Any]]:
+def on_small_storage(directory: Path, uninterrupted: dict[str, Observed]) -> dict[str, dict[str, Any]]:
     """Return the report of :mod:`tests.distributed.faults.small_storage` on its runs."""
     trial = subprocess.run([*small_storage.NAMESPACE, "true"], capture_output=True, text=True)
     if trial.returncode:
@@ -35,19 +35,21 @@ def on_small_storage(directory: Path, undisturbed: dict[str, Observed]) -> dict[
 
 
 @pytest.mark.fault(
-    "a disk that is full in the middle of a save", "stops and says so; with room again, the same command resumes"
+    "a disk that is full in the middle of a save", "stops with an error; once there is space, the same command resumes"
 )
-def test_a_full_disk(on_small_storage: dict[str, Any], undisturbed: dict[str, Observed], directory: Path) -> None:
+def test_a_full_disk(on_small_storage: dict[str, Any], uninterrupted: dict[str, Observed], directory: Path) -> None:
     assert re.search(r"cannot be written to \(No space left on device", start_of(on_small_storage["disk_full"]))
     assert_resumable(on_small_storage["disk_full"])
-    assert_ends_undisturbed(cases.saving(directory, "zero1", small_storage.FULL), undisturbed["zero1"])
+    assert_ends_like(cases.saving(directory, "zero1", small_storage.NO_SPACE), uninterrupted["zero1"])
 
 
-@pytest.mark.fault("storage that turns read-only", "stops and says so; writable again, the same command resumes")
-def test_read_only_storage(on_small_storage: dict[str, Any], undisturbed: dict[str, Observed], directory: Path) -> None:
+@pytest.mark.fault("storage that turns read-only", "stops with an error; once it is writable, the same command resumes")
+def test_read_only_storage(
+    on_small_storage: dict[str, Any], uninterrupted: dict[str, Observed], directory: Path
+) -> None:
     assert re.search(r"cannot be written to \(Read-only file system", start_of(on_small_storage["read_only"]))
     assert_resumable(on_small_storage["read_only"])
-    assert_ends_undisturbed(cases.saving(directory, "zero1", small_storage.READ_ONLY), undisturbed["zero1"])
+    assert_ends_like(cases.saving(directory, "zero1", small_storage.READ_ONLY), uninterrupted["zero1"])
 
 
 def start_of(report: dict[str, Any]) -> str:
@@ -59,6 +61,6 @@ def assert_resumable(report: dict[str, Any]) -> None:
     assert (report["newest"], report["left_out"]) == ("step-00000002", 0)
 
 
-def assert_ends_undisturbed(config: Any, undisturbed: Observed) -> None:
-    assert_identical(Observed.read(config), undisturbed)
+def assert_ends_like(config: Any, uninterrupted: Observed) -> None:
+    assert_identical(Observed.read(config), uninterrupted)
     assert assert_all_intact(RunDirectory(config.directory)) == [2, 4, 6, 8]

@@ -30,7 +30,7 @@ def row_all_reduce_skipped() -> Iterator[None]:
 
 @contextmanager
 def column_all_reduce_skipped() -> Iterator[None]:
-    """Skip the all-reduce in backward, and let the group not compare its losses."""
+    """Skip the all-reduce in backward, and switch off the comparison of losses within the group."""
     with (
         _all_reduce_skipped("ColumnParallel", "backward"),
         mock.patch.object(rank_agreement, "SAME_LOSS", float("inf")),

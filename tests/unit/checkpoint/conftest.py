@@ -20,8 +20,8 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def unbroken(model, tmp_path_factory):
-    return launch.run(config(tmp_path_factory.mktemp("unbroken"), model=model))
+def uninterrupted(model, tmp_path_factory):
+    return launch.run(config(tmp_path_factory.mktemp("uninterrupted"), model=model))
 
 
 @pytest.fixture(scope="session")

@@ -3,11 +3,11 @@
 import pytest
 
 from tests.distributed.faults import page
-from tests.distributed.faults.outcomes import AGAIN
+from tests.distributed.faults.outcomes import RESUMES
 from tests.distributed.faults.page import BETWEEN_NODES, ON_RANKS, ON_RAY_NODES, Fault
 
 MARKED = """
-@pytest.mark.fault("SIGKILL of a rank", AGAIN)
+@pytest.mark.fault("SIGKILL of a rank", RESUMES)
 @pytest.mark.timeout(3)
 @pytest.mark.fault("a full disk", "stops "
     "and says so")
@@ -26,7 +26,7 @@ def test_each_fault_is_listed_once(files):
 
 
 def test_marks_are_read_from_top_to_bottom():
-    faults = [Fault("SIGKILL of a rank", AGAIN), Fault("a full disk", "stops and says so")]
+    faults = [Fault("SIGKILL of a rank", RESUMES), Fault("a full disk", "stops and says so")]
     assert page.faults_of(MARKED.format(name="test_both")) == faults
 
 
