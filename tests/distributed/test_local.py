@@ -17,9 +17,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.distributed import cases
 from tests.distributed.launching import Shell, interrupt_when, train_command, wait_until
 from tutorial_lib import launch
-from tutorial_lib.config import Config
+from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.launch import local
 from tutorial_lib.records import RunDirectory
 
@@ -264,3 +265,13 @@ def test_an_interrupt_while_the_server_loads_is_answered_at_once(tmp_path, monke
     assert error.value.runs == []
     assert not (tmp_path / "run" / "rank-0.json").exists()
     assert not [p for p in psutil.Process().children() if "warm_server" in " ".join(p.cmdline())]
+
+
+def test_a_configuration_error_that_only_a_worker_finds(directory):
+    blank = directory / "blank"
+    blank.mkdir()
+    (blank / "train.jsonl").write_text('{"text": " "}\n' * 8)
+    config = cases.config(directory, name="blank", dataset="blank", dp=2)
+    with pytest.raises(ConfigError, match="all 8 are blank") as error:
+        launch.run(config)
+    assert "Traceback" not in str(error.value)

@@ -6,11 +6,14 @@ stops with an error that names the cause and the next step; and no intact checkp
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -19,9 +22,10 @@ from tests.distributed import cases
 from tests.distributed.comparing import Observed, assert_identical
 from tests.distributed.faults import damage
 from tests.distributed.faults.checks import SOON, assert_all_intact
-from tests.distributed.launching import observe
+from tests.distributed.launching import Shell, observe, train_command
 from tests.distributed.probe import Probe, ProbedRun
 from tutorial_lib import launch
+from tutorial_lib.config import ConfigError
 from tutorial_lib.records import RunDirectory
 
 
@@ -117,3 +121,32 @@ def assert_recovers_from_a_kill(assert_recovers: Callable[..., str]) -> Callable
         assert f"it resumes: {fault!r} from step-0000000{resumes_from}." in said
 
     return check
+
+
+@pytest.fixture(scope="session")
+def signalled(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Start a long run; refuse it a second start, stop it by SIGTERM, kill its next launcher, and let it end."""
+    shell = Shell(tmp_path_factory.mktemp("shell"))
+    config = cases.saving(directory, "zero1", "signalled", checkpoint_every=0, **cases.LONG)
+    run, seen = RunDirectory(config.directory), {"config": config}
+    try:
+        shell.start(train_command(config))
+        shell.wait_for_step(run, 1)
+        with pytest.raises(ConfigError) as error:
+            launch.run(config)
+        seen["second_start"] = str(error.value), shell.process.pid
+        os.killpg(shell.process.pid, signal.SIGTERM)
+        seen["stopped"] = shell.exit_code(), (shell.scratch / "stderr").read_text(), shell.result()
+
+        shell.start(train_command(config))
+        shell.wait_for_step(run, seen["stopped"][2]["step"] + 1)
+        workers = psutil.Process(shell.process.pid).children(recursive=True)
+        os.kill(shell.process.pid, signal.SIGKILL)
+        seen["alive"] = psutil.wait_procs(workers, timeout=SOON)[1]
+        seen["killed"] = run.result()
+
+        shell.start(train_command(config))
+        seen["ended"] = shell.exit_code(), (shell.scratch / "stderr").read_text(), shell.result()
+    finally:
+        shell.end()
+    return seen

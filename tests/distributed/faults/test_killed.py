@@ -1,13 +1,13 @@
-"""Ranks that fail or are killed: in a pass, in the update, and at each stage of a save."""
+"""Killed ranks: in a pass, in the update, and at each stage of a save."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.distributed.faults.checks import assert_trained_on_during_the_save
 from tests.distributed.faults.outcomes import RESUMES
 from tutorial_lib.records import RunDirectory
 
@@ -56,14 +56,6 @@ def test_killed_with_half_a_row_written(assert_recovers_from_a_kill: Callable[..
     assert half.count("\n") == 3 and not half.endswith("\n")
 
 
-@pytest.mark.fault("an exception in one rank's save", RESUMES)
-def test_an_exception_in_a_save(assert_recovers: Callable[..., str]) -> None:
-    said = assert_recovers("storage.save_raises")
-    assert said.startswith("Rank 1 of run 'storage.save_raises' failed with OSError: the disk is full\n")
-    assert 'raise OSError("the disk is full")' in said
-    assert "rank-001.log" in said
-
-
 # ------------------------------------------------------------------- while a thread writes files and training continues
 
 
@@ -79,18 +71,3 @@ def test_killed_while_it_writes_in_the_background(
         for step in (".partial-step-00000004", "step-00000002")
     )
     assert 0 < half < full
-
-
-@pytest.mark.fault("a rank hits the limit on file sizes while it writes in the background (`async_save`)", RESUMES)
-def test_a_limit_on_file_sizes_in_the_background(assert_recovers: Callable[..., str], directory: Path) -> None:
-    said = assert_recovers("storage.limit_in_write")
-    first = said.splitlines()[0]
-    assert first.startswith("Rank 1 of run 'storage.limit_in_write' failed with OSError: [Errno 27] File too large")
-    assert re.search(r"/\.partial-step-00000004-[0-9a-f]{8}/engine/engine/", first)
-    assert_trained_on_during_the_save(RunDirectory(directory / "runs/storage.limit_in_write"))
-
-
-def assert_trained_on_during_the_save(left: RunDirectory) -> None:
-    partial, saved = sorted(path.name for path in left.checkpoints.iterdir())
-    assert partial.startswith(".partial-step-00000004-") and saved == "step-00000002"
-    assert left.rows()[-1]["step"] > 4
