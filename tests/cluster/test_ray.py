@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import nodes
-from tests.cluster.conftest import skip_for
 from tests.cluster.nodes import VirtualNodes, end
 from tests.cluster.ray_cluster import RayCluster, wait_until
 from tests.cluster.ray_program import HELD_AT, IS_BACK, TIMEOUT
+from tests.cluster.requirements import missing_tools, skip_for
 from tests.cluster.weights import trained_weights
 from tests.distributed import cases
 from tutorial_lib import checkpoint, launch
@@ -30,7 +29,7 @@ ELASTIC = {"dp": 2, "tp": 2, "min_dp": 1, "engine": "fsdp", "max_failures": 1, "
 @pytest.fixture(scope="module")
 def ray_cluster(shared: Path) -> Iterator[RayCluster]:
     """Start Ray on two separate nodes, because the tests remove one."""
-    skip_for(nodes.missing_tools())
+    skip_for(missing_tools())
     with VirtualNodes(2, [shared]) as own, RayCluster(own) as started:
         yield started
 

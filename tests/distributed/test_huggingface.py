@@ -43,6 +43,9 @@ EQUAL: dict[int, list[tuple[str, str]]] = {
 SETTINGS: dict[str, dict[str, Any]] = {"plain": {}, "load": {"shard_at_load": True, "measure": True}}
 """Settings of variants that are not DeepSpeed files."""
 
+ACCUMULATED = {"plain-accumulated": "plain", "zero2-accumulated": "zero2", "load-accumulated": "load"}
+"""Variants with one example per micro-batch, and the variant that each is otherwise."""
+
 VOCABULARY = 2048
 """Size of the embedded models' vocabulary."""
 
@@ -59,8 +62,8 @@ def files(directory: Path) -> Path:
 
 
 def trained(directory: Path, case: str, variant: str, ranks: int) -> Config:
-    file, _, accumulated = variant.partition("-")
-    flat: dict[str, Any] = {"micro_batch": 1} if accumulated else {}
+    file = ACCUMULATED.get(variant, variant)
+    flat: dict[str, Any] = {"micro_batch": 1} if variant in ACCUMULATED else {}
     flat |= SETTINGS.get(file, {"deepspeed": str(directory / f"{file}.json")})
     name = f"hf-{case}.{variant}.{ranks}"
     return cases.config(directory, name=name, engine="trainer", dp=ranks, **flat, **cases.CASES[case])

@@ -8,8 +8,7 @@ import inspect
 import pytest
 
 from tests.distributed import cases
-from tests.distributed.comparing import compare
-from tests.distributed.test_equivalence import STAGE_0_IN_BF16, allowed
+from tests.distributed.comparing import STAGE_0_IN_BF16, allowed, compare
 
 PAGES = ("data", "engine", "tensor_parallel", "restore", "killed", "storage")
 """Pages of :mod:`tests.distributed.injected` with faults of local runs."""

@@ -15,8 +15,7 @@ import torch
 from deepspeed.checkpoint import ds_to_universal
 
 from tests.distributed import cases
-from tests.distributed.comparing import assert_equal, assert_identical, compare
-from tests.distributed.test_equivalence import allowed
+from tests.distributed.comparing import allowed, assert_equal, assert_identical, compare
 from tutorial_lib import checkpoint
 from tutorial_lib.checkpoint.compatibility import shape
 from tutorial_lib.cli import main

@@ -17,8 +17,8 @@ from tests.distributed.probe import ERRORS
 from tutorial_lib.theory import memory, traffic
 
 MEASURED = [each for each in cases.COMBINATIONS if cases.settings(each)["tp"]]
-AUTOTP = [(ranks, case, variant) for ranks, case, variant in MEASURED if "fsdp" not in variant]
-IN_FP32 = [(ranks, case, variant) for ranks, case, variant in AUTOTP if "bf16" not in variant]
+AUTOTP = [each for each in MEASURED if cases.settings(each)["engine"] != "fsdp"]
+IN_FP32 = [each for each in AUTOTP if cases.settings(each)["precision"] != "bf16"]
 
 
 def measured(run):
@@ -107,7 +107,7 @@ def test_all_reduces_per_layer(observed, ranks, name, backward):
         tokens, rest = divmod(row["elements"], row["count"] * run.config.micro_batch * HIDDEN)
         assert rest == 0 and tokens <= run.config.data.seq_length
         # Packed rows are full; others are as long as the longest.
-        if name.startswith("bloom"):
+        if run.config.data.batching == "packed":
             assert tokens == run.config.data.seq_length
         volume = traffic.tensor_parallel_volume(
             LAYERS, run.config.micro_batch, tokens, HIDDEN, run.config.parallel.tp, column_layers=backward
