@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.nodes import VirtualNodes
 from tests.cluster.requirements import missing_for_slurm, missing_tools, skip_for
-from tests.cluster.slurm import SlurmCluster
+from tests.cluster.slurm_cluster import SlurmCluster
+from tests.cluster.virtual_nodes import VirtualNodes
 from tests.distributed import cases
 
 TIMEOUT = 240

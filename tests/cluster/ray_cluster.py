@@ -15,7 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.cluster.nodes import ROOT, Node, VirtualNodes, end
+from tests.cluster.virtual_nodes import ROOT, Node, VirtualNodes, end
 from tutorial_lib.launch.ray import lean_imports
 from tutorial_lib.launch.ray.nodes import NOTICE_A_LOST_NODE
 

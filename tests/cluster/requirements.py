@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from tests.cluster.nodes import UNSHARE
-from tests.cluster.slurm import find_program
+from tests.cluster.slurm_cluster import find_program
+from tests.cluster.virtual_nodes import UNSHARE
 
 TOOLS = ("unshare", "nsenter", "ip", "mount", "bash")
 PACKAGES = {"slurm-wlm": ("slurmctld", "slurmd", "sbatch", "squeue"), "munge": ("munged",)}

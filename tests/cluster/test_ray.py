@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.nodes import VirtualNodes, end
+from tests.cluster.exported_weights import trained_weights
 from tests.cluster.ray_cluster import RayCluster, wait_until
 from tests.cluster.ray_program import HELD_AT, IS_BACK, TIMEOUT
 from tests.cluster.requirements import missing_tools, skip_for
-from tests.cluster.weights import trained_weights
+from tests.cluster.virtual_nodes import VirtualNodes, end
 from tests.distributed import cases
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.config import Config

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.slurm import ACTIVE, CORES, SlurmCluster
-from tests.cluster.weights import trained_weights
+from tests.cluster.exported_weights import trained_weights
+from tests.cluster.slurm_cluster import ACTIVE, CORES, SlurmCluster
 from tutorial_lib import cli
 from tutorial_lib.measure.sampler_log import read_sampler
 from tutorial_lib.records import RunDirectory

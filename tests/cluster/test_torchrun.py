@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.nodes import Node, VirtualNodes, end
-from tests.cluster.weights import trained_weights
+from tests.cluster.exported_weights import trained_weights
+from tests.cluster.virtual_nodes import Node, VirtualNodes, end
 from tests.distributed import cases
 from tests.distributed.launching import train_command
 from tutorial_lib import launch

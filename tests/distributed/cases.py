@@ -1,6 +1,6 @@
 """Runs to compare: a case is a training problem, a variant is a way to solve it that must not change the result.
 
-``make matrix`` runs every valid combination of the two, ``make test`` those that :mod:`tests.distributed.covering`
+``make matrix`` runs every valid combination of the two, ``make test`` those that :mod:`tests.distributed.pairwise`
 chooses, so that every pair of settings that occurs in some valid combination is still run.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.covering import cover
+from tests.distributed.pairwise import cover
 from tests.distributed.probe import Probe, ProbedRun
 from tutorial_lib.config import Config
 from tutorial_lib.embedded import model_directory
@@ -219,13 +219,13 @@ MUTANTS = {
     "data.same_data_on_each_rank": ("gpt2", "zero1"),
     "data.sharded_over_a_larger_grid": ("gpt2", "zero2"),
     "data.padding_in_the_loss": ("gpt2", "zero3"),
-    "engine.clipping_dropped": ("gpt2", "zero2"),
-    "engine.clipping_left_to_the_default": ("gpt2", "zero0"),
-    "engine.mean_of_means": ("uneven", "zero2"),
-    "engine.loss_of_own_tokens": ("uneven", "zero1"),
-    "engine.gradients_summed": ("untied", "zero1"),
-    "engine.gradients_averaged_twice": ("gpt2", "zero3"),
-    "engine.trial_step_kept": ("gpt2", "zero0-bf16"),
+    "update.clipping_dropped": ("gpt2", "zero2"),
+    "update.clipping_left_to_the_default": ("gpt2", "zero0"),
+    "update.mean_of_means": ("uneven", "zero2"),
+    "update.loss_of_own_tokens": ("uneven", "zero1"),
+    "update.gradients_summed": ("untied", "zero1"),
+    "update.gradients_averaged_twice": ("gpt2", "zero3"),
+    "update.trial_step_kept": ("gpt2", "zero0-bf16"),
     "tensor_parallel.column_all_reduce_skipped": ("qwen2", "1x2-zero1"),
     "tensor_parallel.columns_not_moved": ("gpt2", "fsdp-tp2"),
     "tensor_parallel.replicated_gradients_counted_twice": ("gpt2", "fsdp-tp2"),

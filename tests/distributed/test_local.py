@@ -1,6 +1,6 @@
 """Local launcher: ranks from a warm server, and the state they leave if something ends too early.
 
-Most ranks here only report their own state (``workers/telling.py``).
+Most ranks here only report their own state (``workers/reporting_state.py``).
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from tutorial_lib.records import RunDirectory
 
 pytestmark = pytest.mark.timeout(180)
 
-TELLING, FAILING, SLEEPING = (f"tests.distributed.workers.{name}" for name in ("telling", "failing", "sleeping"))
+REPORTING_STATE, FAILING, SLEEPING = (
+    f"tests.distributed.workers.{name}" for name in ("reporting_state", "failing", "sleeping")
+)
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def config(storage: Path, name: str = "run", dp: int = 2, **flat) -> Config:
 
 def tell(storage: Path, name: str = "run", dp: int = 2) -> list[dict]:
     """Launch ranks that report their state, and return the reports."""
-    launch.run_all([config(storage, name, dp)], worker=TELLING)
+    launch.run_all([config(storage, name, dp)], worker=REPORTING_STATE)
     return [json.loads((storage / name / f"rank-{rank}.json").read_text()) for rank in range(dp)]
 
 
@@ -260,7 +262,7 @@ def test_an_interrupt_while_the_server_loads_is_answered_at_once(tmp_path, monke
     monkeypatch.setattr(local, "warm_up", lambda device: None)  # it starts to load when the run is launched
     thread = interrupt_when((tmp_path / "run" / "logs").exists)
     with pytest.raises(launch.Interrupted, match="stopped before training started; no step was run") as error:
-        launch.run_all([config(tmp_path)], worker=TELLING)
+        launch.run_all([config(tmp_path)], worker=REPORTING_STATE)
     thread.join()
     assert error.value.runs == []
     assert not (tmp_path / "run" / "rank-0.json").exists()

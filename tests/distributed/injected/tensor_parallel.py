@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch.distributed as dist
 
-from tests.distributed.injected.engine import changed_deepspeed_config
+from tests.distributed.injected.update import changed_deepspeed_config
 from tutorial_lib import engine as engines
 from tutorial_lib.trainer import rank_agreement
 

@@ -23,10 +23,10 @@ import cpuinfo
 import torch
 import torch.distributed as dist
 
+from tests.distributed.fsdp1_engine import FSDP1Engine
+from tests.distributed.gloo_averages import probe_averages
 from tests.distributed.probe import ERRORS, OBSERVATION, Probe
-from tests.distributed.workers.averages import probe_averages
-from tests.distributed.workers.fsdp1 import FSDP1Engine
-from tests.distributed.workers.watch import watching
+from tests.distributed.watching import watching
 from tests.late_writes import late_writes, without_snapshot
 from tutorial_lib import checkpoint
 from tutorial_lib.config import Config

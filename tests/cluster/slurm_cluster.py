@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.cluster.nodes import Node, VirtualNodes
+from tests.cluster.virtual_nodes import Node, VirtualNodes
 
 _CONFIGURATION = """\
 ClusterName=virtual
