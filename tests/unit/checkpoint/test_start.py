@@ -69,7 +69,7 @@ def test_a_checkpoint_of_format_1_is_still_read(interrupted, uninterrupted):
 
 
 @pytest.mark.parametrize(("what", "async_save"), [("loss", False), ("norm", False), ("norm", True)])
-def test_a_run_that_diverges_stops_and_names_the_last_good_checkpoint(model, tmp_path, monkeypatch, what, async_save):
+def test_a_run_that_diverges_stops_and_names_the_newest_checkpoint(model, tmp_path, monkeypatch, what, async_save):
     from tutorial_lib import trainer
 
     if what == "loss":
