@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.cluster import nodes, slurm
-from tests.cluster.nodes import VirtualNodes
-from tests.cluster.slurm import SlurmCluster
+from tests.cluster.requirements import missing_for_slurm, missing_tools, skip_for
+from tests.cluster.slurm_cluster import SlurmCluster
+from tests.cluster.virtual_nodes import VirtualNodes
 from tests.distributed import cases
 
 TIMEOUT = 240
 
 
 LONGEST_FIRST = ("test_ray.py", "test_slurm.py")
-"""Files with which two processes of pytest, as in ``make cluster``, begin: what is left then is easy to share."""
+"""Files that run first: ``make cluster`` has two pytest processes, and shorter files are easy to distribute then."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -44,7 +43,7 @@ def inputs(shared: Path) -> Path:
 @pytest.fixture(scope="session")
 def virtual_nodes(shared: Path) -> Iterator[VirtualNodes]:
     """Start two virtual nodes."""
-    skip_for(nodes.missing_tools())
+    skip_for(missing_tools())
     with VirtualNodes(2, [shared]) as started:
         yield started
 
@@ -52,7 +51,7 @@ def virtual_nodes(shared: Path) -> Iterator[VirtualNodes]:
 @pytest.fixture(scope="session")
 def cluster(virtual_nodes: VirtualNodes, shared: Path) -> SlurmCluster:
     """Start SLURM on the two nodes."""
-    skip_for(slurm.missing())
+    skip_for(missing_for_slurm())
     (shared / "slurm").mkdir()
     with SlurmCluster(virtual_nodes, shared / "slurm") as started:
         return started  # its daemons end with the nodes
@@ -61,15 +60,7 @@ def cluster(virtual_nodes: VirtualNodes, shared: Path) -> SlurmCluster:
 @pytest.fixture
 def cluster_to_break(virtual_nodes: VirtualNodes, shared: Path) -> Iterator[SlurmCluster]:
     """Start SLURM on two separate nodes, for a test that leaves them broken."""
-    skip_for(slurm.missing())
+    skip_for(missing_for_slurm())
     (shared / "slurm-to-break").mkdir()
     with VirtualNodes(2, [shared]) as own, SlurmCluster(own, shared / "slurm-to-break") as started:
         yield started
-
-
-def skip_for(reason: str | None) -> None:
-    """Skip a test that cannot run here. In continuous integration, missing packages are an error."""
-    if reason and os.environ.get("CI") == "true" and "make cluster-tools" in reason:
-        pytest.fail(reason, pytrace=False)
-    if reason:
-        pytest.skip(reason)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.cluster.nodes import ROOT, Node, VirtualNodes, end
+from tests.cluster.virtual_nodes import ROOT, Node, VirtualNodes, end
 from tutorial_lib.launch.ray import lean_imports
 from tutorial_lib.launch.ray.nodes import NOTICE_A_LOST_NODE
 
@@ -78,9 +78,9 @@ class RayCluster:
         return self.head.start([sys.executable, *given], env=self.environment, stdout=file, stderr=subprocess.STDOUT)
 
 
-def wait_until(is_so: Callable[[], object], seconds: float, why: Callable[[], str]) -> None:
+def wait_until(condition: Callable[[], object], seconds: float, why: Callable[[], str]) -> None:
     """Wait for something to become true, or fail with an explanation."""
     until = time.monotonic() + seconds
-    while not is_so():
+    while not condition():
         assert time.monotonic() < until, why()
         time.sleep(0.1)

@@ -1,6 +1,6 @@
 """Programs for the head node of a Ray cluster: ``python -m tests.cluster.ray_program NAME CONFIG``.
 
-They take a configuration's file, and work like ``train --launcher ray``, with less patience and slower runs.
+They take a configuration file and work like ``train --launcher ray``, with shorter timeouts and slower runs.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ IS_BACK = "node-is-back"
 def elastic(config: Config) -> None:
     """Train while the test removes a node and brings it back."""
     ray_train.GROW_SECONDS, ray_train.SETTLE_SECONDS = 1.0, 2.0
-    ray_train._worker = _in_no_hurry
+    ray_train._worker = _slow_worker
     launch.run(config)
 
 
-def _in_no_hurry(given: dict[str, Any]) -> None:
-    """Be a worker that pauses after each checkpoint, to give the test time. It runs where nothing is patched yet."""
+def _slow_worker(given: dict[str, Any]) -> None:
+    """Run a worker that pauses after each checkpoint. Its process has none of the test's patches."""
     import ray.train
 
     config, report = Config.from_json(given["configs"][0]), ray_train.report
-    full, size = config.parallel.world_size, ray.train.get_context().get_world_size()
+    all_ranks, ranks_now = config.parallel.world_size, ray.train.get_context().get_world_size()
     has_lost_a_node = bool(RunDirectory(config.directory).restarts())
 
     def report_and_wait(row: dict[str, Any], path: Path) -> None:
         report(row, path)
         if not has_lost_a_node and row["step"] >= HELD_AT:
             time.sleep(1000)  # a node is about to be lost
-        if size < full:
+        if ranks_now < all_ranks:
             until = time.monotonic() + 100
             while not (config.directory / IS_BACK).exists() and time.monotonic() < until:
                 time.sleep(0.1)
-            time.sleep(1.5)  # now there is room: let it be seen
+            time.sleep(1.5)  # there is room now: give Ray time to see it
 
     ray_train.report = report_and_wait
     ray_train._worker(given)

@@ -22,8 +22,8 @@ from typing import Any
 import nbformat
 import torch
 
-from tests.cluster.nodes import ROOT, VirtualNodes, end
-from tests.cluster.slurm import CORES, SlurmCluster
+from tests.cluster.slurm_cluster import CORES, SlurmCluster
+from tests.cluster.virtual_nodes import ROOT, VirtualNodes, end
 from tutorial_lib import cli
 from tutorial_lib.lab.scaling import RECORDING
 from tutorial_lib.measure.sampler_log import MIB, read_memory_log

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from tests.cluster.nodes import ROOT, VirtualNodes, end
+from tests.cluster.virtual_nodes import ROOT, VirtualNodes, end
 
 
 def test_each_node_has_its_own_name_address_and_temporary_files(virtual_nodes: VirtualNodes, shared: Path) -> None:
@@ -52,8 +52,8 @@ def test_a_killed_node_is_gone_at_once(virtual_nodes: VirtualNodes, shared: Path
 _PROGRAM = """
 import sys
 from pathlib import Path
-from tests.cluster.nodes import VirtualNodes
-from tests.cluster.slurm import SlurmCluster
+from tests.cluster.virtual_nodes import VirtualNodes
+from tests.cluster.slurm_cluster import SlurmCluster
 directory = Path(sys.argv[1])
 with VirtualNodes(2, [directory]) as nodes, SlurmCluster(nodes, directory):
     print("ready", flush=True)
@@ -113,8 +113,8 @@ def _daemons(directory: Path) -> list[Path]:
     return found
 
 
-def _wait_until(is_so, seconds: float = 10) -> None:
+def _wait_until(condition, seconds: float = 10) -> None:
     end = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < end, "it did not become so in time"
+    while not condition():
+        assert time.monotonic() < end, "the condition did not become true in time"
         time.sleep(0.05)

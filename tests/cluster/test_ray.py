@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import nodes
-from tests.cluster.conftest import skip_for
-from tests.cluster.nodes import VirtualNodes, end
+from tests.cluster.exported_weights import trained_weights
 from tests.cluster.ray_cluster import RayCluster, wait_until
 from tests.cluster.ray_program import HELD_AT, IS_BACK, TIMEOUT
-from tests.cluster.weights import trained_weights
+from tests.cluster.requirements import missing_tools, skip_for
+from tests.cluster.virtual_nodes import VirtualNodes, end
 from tests.distributed import cases
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.config import Config
@@ -30,7 +29,7 @@ ELASTIC = {"dp": 2, "tp": 2, "min_dp": 1, "engine": "fsdp", "max_failures": 1, "
 @pytest.fixture(scope="module")
 def ray_cluster(shared: Path) -> Iterator[RayCluster]:
     """Start Ray on two separate nodes, because the tests remove one."""
-    skip_for(nodes.missing_tools())
+    skip_for(missing_tools())
     with VirtualNodes(2, [shared]) as own, RayCluster(own) as started:
         yield started
 
@@ -46,9 +45,9 @@ class Program:
             ["-m", "tests.cluster.ray_program", name, str(given)], self.log
         )
 
-    def wait_until(self, is_so: Callable[[], object]) -> None:
-        wait_until(lambda: is_so() or self.process.poll() is not None, SECONDS, self.log.read_text)
-        assert is_so(), self.log.read_text()
+    def wait_until(self, condition: Callable[[], object]) -> None:
+        wait_until(lambda: condition() or self.process.poll() is not None, SECONDS, self.log.read_text)
+        assert condition(), self.log.read_text()
 
     def places(self) -> list[list[str]]:
         """Return the node of each rank, in the order of ranks, for each start of the run so far."""
@@ -59,15 +58,15 @@ class Program:
 
 
 @pytest.mark.fault(
-    "somebody else holds a part of the cluster",
-    "ends after `resource_timeout` with what it wants and what is free on each node",
+    "other jobs occupy part of the cluster",
+    "ends after `resource_timeout` with an error that lists what the run needs and what is free on each node",
 )
 @pytest.mark.fault(
     "no node has the CPUs or GPUs of a tensor-parallel group",
     "refused before a rank starts, with what each node has",
 )
 @pytest.mark.fault("a node does not see the storage", "refused before a rank starts, with the node and the directory")
-def test_what_the_cluster_cannot_hold_is_refused_in_words(ray_cluster: RayCluster, inputs: Path) -> None:
+def test_a_run_that_does_not_fit_the_cluster_is_refused_with_the_reason(ray_cluster: RayCluster, inputs: Path) -> None:
     config = cases.config(inputs, **{**CASE, "steps": 1}, dp=2, zero_stage=1, name="refused", launcher="ray")
     program = Program(ray_cluster, "refusals", config, inputs)
     try:
@@ -101,9 +100,9 @@ def test_what_the_cluster_cannot_hold_is_refused_in_words(ray_cluster: RayCluste
 @pytest.mark.timeout(2 * SECONDS)
 @pytest.mark.fault(
     "a node with half of the ranks loses power, `max_failures=1`, `min_dp`",
-    "goes on with the ranks that have room, from the newest intact checkpoint; tensor-parallel groups stay whole",
+    "continues with as many ranks as fit, from the newest intact checkpoint; tensor-parallel groups stay whole",
 )
-@pytest.mark.fault("the node comes back", "grows back to all its ranks, from the next checkpoint on")
+@pytest.mark.fault("the node comes back", "returns to all its ranks at the next checkpoint")
 def test_a_run_goes_on_without_a_lost_node_and_grows_when_it_is_back(
     ray_cluster: RayCluster, inputs: Path, tmp_path: Path
 ) -> None:
@@ -131,7 +130,7 @@ def test_a_run_goes_on_without_a_lost_node_and_grows_when_it_is_back(
     assert restart["from_step"] == HELD_AT
     result = program.run.result()
     assert result["resumed_from"] > HELD_AT and result["reshaped_from"]["dp"] == 1
-    # No example is repeated or left out, and the numbers are those of one process that nobody has disturbed.
+    # No example is repeated or left out, and the numbers are those of one uninterrupted process.
     ours, theirs = program.run.rows(), whole.rows
     for key in ("step", "tokens", "epoch", "lr"):
         assert [row[key] for row in ours] == [row[key] for row in theirs], key

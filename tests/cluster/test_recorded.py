@@ -10,8 +10,8 @@ import nbformat
 import pytest
 
 from tests.cluster import record
-from tests.cluster.nodes import ROOT, VirtualNodes
-from tests.cluster.slurm import SlurmCluster
+from tests.cluster.slurm_cluster import SlurmCluster
+from tests.cluster.virtual_nodes import ROOT, VirtualNodes
 from tests.distributed.cases import MATRIX
 from tutorial_lib.lab.scaling import recording
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.slurm import ACTIVE, CORES, SlurmCluster
-from tests.cluster.weights import trained_weights
+from tests.cluster.exported_weights import trained_weights
+from tests.cluster.slurm_cluster import ACTIVE, CORES, SlurmCluster
 from tutorial_lib import cli
 from tutorial_lib.measure.sampler_log import read_sampler
 from tutorial_lib.records import RunDirectory
 
 STEPS = 40
-"""Enough steps that a signal arrives while the run trains: they take seconds."""
+"""Enough steps for a signal to arrive during training; they take seconds."""
 SECONDS = 120
 """Seconds for one start of a tiny run on two busy cores; on idle ones it takes 13."""
 
@@ -69,7 +69,7 @@ class Job:
     def go_on_soon(self, **changes: str) -> None:
         """Wait until the job is back in the queue, and let it start after three seconds instead of two minutes.
 
-        Immediately would be too soon: a node refuses a new credential from the same second in which the old one ended.
+        Not at once: a node rejects a credential issued in the second in which the old one expired.
         """
         self.wait_until_queued()
         asked = {"StartTime": "now+3", **changes}
@@ -77,9 +77,9 @@ class Job:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(cluster: SlurmCluster, inputs: Path) -> Job:
-    """Run a job without disturbing it, and return it after its end."""
-    job = Job(cluster, inputs, "undisturbed", *TWO_NODES, "--steps", str(STEPS))
+def uninterrupted(cluster: SlurmCluster, inputs: Path) -> Job:
+    """Run a job without interrupting it, and return it after its end."""
+    job = Job(cluster, inputs, "uninterrupted", *TWO_NODES, "--steps", str(STEPS))
     job.submit()
     assert job.finish() == "COMPLETED", job.output.read_text()
     return job
@@ -93,17 +93,17 @@ def test_a_job_runs_on_both_nodes(cluster: SlurmCluster, shared: Path) -> None:
     assert Path(f"{script}.out").read_text() == "node1\nnode2\n"
 
 
-def test_the_generated_script_trains_on_two_nodes(undisturbed: Job) -> None:
-    assert undisturbed.run.result()["status"] == "completed"
-    assert [row["step"] for row in undisturbed.run.rows()] == list(range(1, STEPS + 1))
-    job = undisturbed.cluster.job(undisturbed.id)
+def test_the_generated_script_trains_on_two_nodes(uninterrupted: Job) -> None:
+    assert uninterrupted.run.result()["status"] == "completed"
+    assert [row["step"] for row in uninterrupted.run.rows()] == list(range(1, STEPS + 1))
+    job = uninterrupted.cluster.job(uninterrupted.id)
     assert (job["NumNodes"], job["NumTasks"], job["CPUs/Task"], job["ExitCode"]) == ("2", "2", "1", "0:0")
-    assert (job["TimeLimit"], job["Requeue"], job["JobName"]) == ("01:00:00", "1", "undisturbed")
+    assert (job["TimeLimit"], job["Requeue"], job["JobName"]) == ("01:00:00", "1", "uninterrupted")
 
 
-def test_the_memory_of_each_node_is_logged(undisturbed: Job) -> None:
-    logs = sorted(undisturbed.run.logs.glob("memory-*.jsonl"))
-    assert [log.name for log in logs] == [f"memory-{undisturbed.id}.0-node{n}.jsonl" for n in (1, 2)]
+def test_the_memory_of_each_node_is_logged(uninterrupted: Job) -> None:
+    logs = sorted(uninterrupted.run.logs.glob("memory-*.jsonl"))
+    assert [log.name for log in logs] == [f"memory-{uninterrupted.id}.0-node{n}.jsonl" for n in (1, 2)]
     for log in logs:
         # torchrun and one rank, each with torch loaded.
         assert max(max(series.num_bytes) for series in read_sampler(log).series) > 300 * 2**20
@@ -111,13 +111,13 @@ def test_the_memory_of_each_node_is_logged(undisturbed: Job) -> None:
 
 @pytest.mark.fault(
     "a SLURM job's time limit comes near (USR1)",
-    "saves, goes back into the queue, and resumes: final weights are bit for bit those of the undisturbed job",
+    "saves, goes back into the queue, and resumes: final weights are bit for bit those of the uninterrupted job",
 )
 def test_a_job_saves_before_its_time_limit_and_resumes_after_a_requeue(
-    cluster: SlurmCluster, inputs: Path, undisturbed: Job, tmp_path: Path
+    cluster: SlurmCluster, inputs: Path, uninterrupted: Job, tmp_path: Path
 ) -> None:
     """SLURM sends USR1 to the batch script; here scancel does, because a time limit takes minutes."""
-    job = Job(cluster, inputs, "disturbed", *TWO_NODES, "--steps", str(STEPS))
+    job = Job(cluster, inputs, "interrupted", *TWO_NODES, "--steps", str(STEPS))
     job.submit()
     job.wait_for_step(2)
     cluster.run(["scancel", "--batch", "--signal=USR1", job.id])
@@ -128,7 +128,7 @@ def test_a_job_saves_before_its_time_limit_and_resumes_after_a_requeue(
     assert cluster.job(job.id)["Restarts"] == "1"
     assert job.run.result()["resumed_from"] == stopped_at
     assert [row["step"] for row in job.run.rows()] == list(range(1, STEPS + 1))
-    ours, theirs = trained_weights(job.run, tmp_path), trained_weights(undisturbed.run, tmp_path)
+    ours, theirs = trained_weights(job.run, tmp_path), trained_weights(uninterrupted.run, tmp_path)
     assert ours.keys() == theirs.keys()
     assert all(ours[name].equal(theirs[name]) for name in ours)
 

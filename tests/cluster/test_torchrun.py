@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.nodes import Node, VirtualNodes, end
-from tests.cluster.weights import trained_weights
+from tests.cluster.exported_weights import trained_weights
+from tests.cluster.virtual_nodes import Node, VirtualNodes, end
 from tests.distributed import cases
 from tests.distributed.launching import train_command
 from tutorial_lib import launch
@@ -96,9 +96,10 @@ def test_two_nodes_train_like_one(
 
 @pytest.mark.fault(
     "the head node's name does not resolve",
-    "`doctor --rendezvous`, which the batch script asks first, names it; torchrun ends after its flags' seconds",
+    "`doctor --rendezvous`, which the batch script runs first, names it; torchrun gives up after the timeout in its "
+    "flags",
 )
-@pytest.mark.fault("a node of torchrun never comes", "torchrun ends after its flags' seconds")
+@pytest.mark.fault("a node never joins torchrun", "torchrun gives up after the timeout in its flags")
 @pytest.mark.parametrize(
     ("given", "why"),
     [

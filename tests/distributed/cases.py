@@ -1,7 +1,7 @@
 """Runs to compare: a case is a training problem, a variant is a way to solve it that must not change the result.
 
-``make matrix`` runs every valid combination of the two, ``make test`` those that :mod:`tests.distributed.covering`
-chooses: every pair of settings that some combination has still meets.
+``make matrix`` runs every valid combination of the two, ``make test`` those that :mod:`tests.distributed.pairwise`
+chooses, so that every pair of settings that occurs in some valid combination is still run.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.covering import cover
+from tests.distributed.pairwise import cover
 from tests.distributed.probe import Probe, ProbedRun
 from tutorial_lib.config import Config
 from tutorial_lib.embedded import model_directory
@@ -51,7 +51,7 @@ COMMON: dict[str, Any] = {
     "max_examples": 160,
     "evaluate": False,
     # Some gradients are zero except for rounding (a key's bias shifts all scores equally). Adam divides by their size,
-    # with the default of 1e-8 makes updates of full length out of noise. This keeps updates continuous.
+    # so the default of 1e-8 would turn noise into updates of normal size. This keeps updates continuous.
     "eps": 1e-4,
 }
 
@@ -188,11 +188,11 @@ VALID_COMBINATIONS: list[Combination] = [
 def settings(combination: Combination) -> dict[str, Any]:
     """Return everything that distinguishes a combination from others, with None for defaults."""
     ranks, case, name = combination
-    told = {
+    known = {
         key for variants in VALID.values() for flats in variants.values() for flat in flats.values() for key in flat
     }
     flat = VALID[ranks][case][name]
-    return {"ranks": ranks, "case": case} | {key: flat.get(key) for key in told - {"dp", "measure"}}
+    return {"ranks": ranks, "case": case} | {key: flat.get(key) for key in known - {"dp", "measure"}}
 
 
 def run_name(combination: Combination) -> str:
@@ -219,13 +219,13 @@ MUTANTS = {
     "data.same_data_on_each_rank": ("gpt2", "zero1"),
     "data.sharded_over_a_larger_grid": ("gpt2", "zero2"),
     "data.padding_in_the_loss": ("gpt2", "zero3"),
-    "engine.clipping_dropped": ("gpt2", "zero2"),
-    "engine.clipping_left_to_the_default": ("gpt2", "zero0"),
-    "engine.mean_of_means": ("uneven", "zero2"),
-    "engine.loss_of_own_tokens": ("uneven", "zero1"),
-    "engine.gradients_summed": ("untied", "zero1"),
-    "engine.gradients_averaged_twice": ("gpt2", "zero3"),
-    "engine.trial_step_kept": ("gpt2", "zero0-bf16"),
+    "update.clipping_dropped": ("gpt2", "zero2"),
+    "update.clipping_left_to_the_default": ("gpt2", "zero0"),
+    "update.mean_of_means": ("uneven", "zero2"),
+    "update.loss_of_own_tokens": ("uneven", "zero1"),
+    "update.gradients_summed": ("untied", "zero1"),
+    "update.gradients_averaged_twice": ("gpt2", "zero3"),
+    "update.trial_step_kept": ("gpt2", "zero0-bf16"),
     "tensor_parallel.column_all_reduce_skipped": ("qwen2", "1x2-zero1"),
     "tensor_parallel.columns_not_moved": ("gpt2", "fsdp-tp2"),
     "tensor_parallel.replicated_gradients_counted_twice": ("gpt2", "fsdp-tp2"),
@@ -321,7 +321,7 @@ def reference(directory: Path, case: str) -> Config:
     return config(directory, name=f"{case}.reference", engine="torch", dp=1, **CASES[case])
 
 
-DETECTED: dict[str, tuple[str, str, dict[str, Any]]] = {
+SELF_DETECTED_FAULTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "data.sampler_of_the_world": ("qwen2", "1x2-zero1", {"evaluate": False}),
     "tensor_parallel.seed_of_each_rank": ("bloom", "1x2-zero2", {"model": "bloom-dropout"}),
     "tensor_parallel.row_all_reduce_skipped": ("qwen2", "1x2-zero2", {"evaluate": False}),
@@ -353,10 +353,13 @@ INTERRUPTED_ON_4: dict[str, dict[str, Any]] = {
 }
 """The same on four ranks, and resumed in the same launch."""
 
-LATE: dict[int, tuple[str, ...]] = {2: ("zero1", "zero3", "fsdp-full", "1x2-zero2"), 4: ("2x2-zero1", "fsdp-tp2")}
+ASYNC_SAVED: dict[int, tuple[str, ...]] = {
+    2: ("zero1", "zero3", "fsdp-full", "1x2-zero2"),
+    4: ("2x2-zero1", "fsdp-tp2"),
+}
 """Runs that save during training, stop, and resume in the same launch, by number of ranks."""
 
-UNTOUCHED: dict[str, dict[str, Any]] = {
+ONE_STEP_WITHOUT_UPDATE: dict[str, dict[str, Any]] = {
     "drawn-gpt2": {"model": "gpt2", "random_init": True},
     "drawn-qwen2": {"model": "qwen2", "random_init": True, "seed": 7},
     "read-bloom": {"model": "bloom"},
@@ -364,9 +367,9 @@ UNTOUCHED: dict[str, dict[str, Any]] = {
 """Runs on 2 x 2 ranks with one step that changes nothing: their final weights equal the initial ones."""
 
 
-def untouched(directory: Path, name: str) -> Config:
+def one_step_without_update(directory: Path, name: str) -> Config:
     still = {"learning_rate": 0.0, "steps": 1, "engine": "fsdp", "dp": 2, "tp": 2}
-    return config(directory, name=f"untouched.{name}", **still, **UNTOUCHED[name])
+    return config(directory, name=f"one_step_without_update.{name}", **still, **ONE_STEP_WITHOUT_UPDATE[name])
 
 
 def uninterrupted(directory: Path, kind: str, **changes: Any) -> Config:
@@ -383,9 +386,9 @@ def interrupted(directory: Path, kind: str, **changes: Any) -> Config:
     return uninterrupted(directory, kind, **{"name": f"interrupted.{kind}", "stop_after": STOP, **changes})
 
 
-def late(directory: Path, kind: str, *, no_snapshot: bool = False) -> ProbedRun:
+def async_saved(directory: Path, kind: str, *, no_snapshot: bool = False) -> ProbedRun:
     """Return a run whose background writes are late, resumed from a checkpoint that was written during training."""
-    name = f"no_snapshot.{kind}" if no_snapshot else f"late.{kind}"
+    name = f"no_snapshot.{kind}" if no_snapshot else f"async_saved.{kind}"
     asked = interrupted(directory, kind, name=name, checkpoint_every=2, async_save=True)
     return ProbedRun(asked, Probe(late_writes=True, no_snapshot=no_snapshot))
 
@@ -444,7 +447,7 @@ RESHAPED: dict[str, tuple[int, str, dict[str, Any]]] = {
 }
 """Runs that continue a saved one: number of ranks, name of the saved run, and new shape."""
 
-STILL: dict[str, tuple[int, str, dict[str, Any]]] = {
+RESHAPED_WITHOUT_TRAINING: dict[str, tuple[int, str, dict[str, Any]]] = {
     "zero3-of-zero1-bf16": (2, "zero1-bf16", BF16["zero3-bf16"]),
     "zero0-of-zero3-bf16": (2, "zero3-bf16", BF16["zero0-bf16"]),
     "zero2-optimizer-of-zero3-bf16": (2, "zero3-bf16", OFFLOADED["zero2-optimizer"]),
@@ -452,9 +455,9 @@ STILL: dict[str, tuple[int, str, dict[str, Any]]] = {
 }
 """The same, but stopped at once: they save the loaded states in a different shape."""
 
-SEEDED_AGAIN = ("dropout-once", "dropout-twice")
+RESHAPED_TWICE = ("dropout-once", "dropout-twice")
 
-RESHAPED_BADLY = {
+RESHAPE_FAULTS = {
     "restore.updates_not_counted": "zero1-of-zero3",
     "restore.columns_left_by_rank": "fsdp-none-of-fsdp-tp2",
     "restore.moments_exchanged": "fsdp-of-zero3",
@@ -462,9 +465,9 @@ RESHAPED_BADLY = {
 """Deliberate faults in a reshape, and the reshaped run of each. The run with a fault has the fault's name."""
 
 
-def unbroken(directory: Path, case: str) -> Config:
-    """Return the run that reshaped runs must equal: in one process with plain torch, never stopped."""
-    return _reshapable(directory, case, 1, {"engine": "torch"}, f"unbroken.{case}")
+def uninterrupted_torch(directory: Path, case: str) -> Config:
+    """Return the run that reshaped runs must equal: in one process with plain torch, uninterrupted."""
+    return _reshapable(directory, case, 1, {"engine": "torch"}, f"uninterrupted-torch.{case}")
 
 
 def saved(directory: Path, name: str) -> Config:
@@ -473,19 +476,19 @@ def saved(directory: Path, name: str) -> Config:
 
 
 def reshaped(directory: Path, name: str) -> Config:
-    ranks, source, flat = (RESHAPED | STILL)[name]
-    if name in STILL:
+    ranks, source, flat = (RESHAPED | RESHAPED_WITHOUT_TRAINING)[name]
+    if name in RESHAPED_WITHOUT_TRAINING:
         flat = {**flat, "precision": "bf16", "stop_after": STOP}
     return _reshapable(directory, case_of(source), ranks, flat, f"reshaped.{name}")
 
 
 def case_of(name: str) -> str:
-    return SAVED[name][1] if name in SAVED else case_of((RESHAPED | STILL)[name][1])
+    return SAVED[name][1] if name in SAVED else case_of((RESHAPED | RESHAPED_WITHOUT_TRAINING)[name][1])
 
 
 def ancestors(directory: Path, name: str) -> list[Config]:
     """Return the starts that a reshaped run continues from, the last one first."""
-    _, source, _ = (RESHAPED | STILL)[name]
+    _, source, _ = (RESHAPED | RESHAPED_WITHOUT_TRAINING)[name]
     if source in SAVED:
         return [saved(directory, source)]
     return [reshaped(directory, source), *ancestors(directory, source)]
@@ -499,17 +502,17 @@ def _reshapable(directory: Path, case: str, ranks: int, flat: dict[str, Any], na
 def reshaped_runs(directory: Path, ranks: int) -> list[ProbedRun]:
     """Return the starts in a different shape on this many ranks, each in a copy of the run that it continues."""
     runs = []
-    for name, (needed, *_) in (RESHAPED | STILL).items():
+    for name, (needed, *_) in (RESHAPED | RESHAPED_WITHOUT_TRAINING).items():
         if needed == ranks:
             (before, *_) = ancestors(directory, name)
             runs.append(ProbedRun(_copy(before, reshaped(directory, name))))
-    for fault, name in RESHAPED_BADLY.items():
+    for fault, name in RESHAPE_FAULTS.items():
         if RESHAPED[name][0] == ranks:
             (before, *_) = ancestors(directory, name)
             again = reshaped(directory, name).override(name=fault)
             runs.append(ProbedRun(_copy(before, again), Probe(fault=fault)))
     if ranks == 2:
-        for name in SEEDED_AGAIN:
+        for name in RESHAPED_TWICE:
             shape = {"engine": "fsdp", "model": "gpt2-dropout"}
             again = _reshapable(directory, "gpt2", 2, shape, f"reshaped.{name}")
             runs.append(ProbedRun(_copy(saved(directory, "dropout"), again)))
@@ -517,7 +520,7 @@ def reshaped_runs(directory: Path, ranks: int) -> list[ProbedRun]:
 
 
 def _copy(before: Config, after: Config) -> Config:
-    """Give a run everything that another one has left, and return it."""
+    """Copy one run's directory to another run's, and return the other configuration."""
     shutil.copytree(before.directory, after.directory)
     return after
 
@@ -529,7 +532,7 @@ def shared_runs(directory: Path, ranks: int) -> list[ProbedRun]:
     ]
     if ranks == 1:
         runs += [ProbedRun(reference(directory, case)) for case in CASES]
-        runs += [ProbedRun(unbroken(directory, case)) for case in RESHAPE_CASES]
+        runs += [ProbedRun(uninterrupted_torch(directory, case)) for case in RESHAPE_CASES]
     if ranks == 2:
         for kind in INTERRUPTED:
             runs += [
@@ -541,13 +544,13 @@ def shared_runs(directory: Path, ranks: int) -> list[ProbedRun]:
             runs.append(ProbedRun(again, Probe(engine="fsdp1")))
         for fault, (case, name) in MUTANTS.items():
             runs.append(ProbedRun(variant(directory, case, name, 2, name=fault), Probe(fault=fault)))
-        for fault, (case, name, changes) in DETECTED.items():
+        for fault, (case, name, changes) in SELF_DETECTED_FAULTS.items():
             broken = variant(directory, case, name, 2, name=fault, **changes)
             runs.append(ProbedRun(broken, Probe(fault=fault, must_fail=True)))
-        runs.append(late(directory, "zero1", no_snapshot=True))
-    runs += [late(directory, kind) for kind in LATE.get(ranks, ())]
+        runs.append(async_saved(directory, "zero1", no_snapshot=True))
+    runs += [async_saved(directory, kind) for kind in ASYNC_SAVED.get(ranks, ())]
     if ranks == 4:
-        runs += [ProbedRun(untouched(directory, name)) for name in UNTOUCHED]
+        runs += [ProbedRun(one_step_without_update(directory, name)) for name in ONE_STEP_WITHOUT_UPDATE]
         for kind in INTERRUPTED_ON_4:
             runs += [
                 ProbedRun(uninterrupted(directory, kind), Probe(load_nothing=True)),
@@ -557,7 +560,7 @@ def shared_runs(directory: Path, ranks: int) -> list[ProbedRun]:
     return runs
 
 
-RESUMED_BADLY = {
+RESUME_FAULTS = {
     "restore.random_states_not_restored": "zero1",
     "restore.position_not_restored": "zero1",
     "restore.optimizer_not_restored": "zero1",
@@ -579,10 +582,10 @@ FATAL: dict[str, tuple[str, dict[str, Any]]] = {
     "killed.in_write": ("zero1", {"async_save": True}),
     "storage.limit_in_write": ("zero1", {"async_save": True}),
 }
-"""Faults that take their launch down with them, with the kind of run and its settings for each."""
+"""Faults that end the launch, each with its kind of run and settings."""
 
 LONG: dict[str, Any] = {"steps": 48, "model": "gpt2-dropout-slow"}
-"""Settings of a run that is hit from outside, at no particular step, and has to be running still."""
+"""Settings of a run that lasts long enough to be interrupted from outside at any step."""
 
 
 def saving(directory: Path, kind: str, name: str, **changes: Any) -> Config:
@@ -597,7 +600,7 @@ def resumed_runs(directory: Path) -> list[ProbedRun]:
     """Return the second starts of the interrupted runs, and of altered copies of them."""
     second_start = {"stop_after": None}
     runs = [ProbedRun(interrupted(directory, kind, **second_start)) for kind in INTERRUPTED]
-    for fault, kind in RESUMED_BADLY.items():
+    for fault, kind in RESUME_FAULTS.items():
         again = _copy(interrupted(directory, kind), interrupted(directory, kind, name=fault, **second_start))
         runs.append(ProbedRun(again, Probe(fault=fault)))
     for name, kind in ALTERED.items():

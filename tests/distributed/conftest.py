@@ -16,7 +16,7 @@ from tests.distributed.probe import ProbedRun
 from tutorial_lib.config import Config
 
 TIMEOUT = 1800
-"""Seconds for a test, because it may be the one that waits for all shared launches.
+"""Timeout of a test, in seconds: any test may be the one that waits for all shared launches.
 
 On two busy cores they took 334 in total, and the launches of the full matrix about twice that.
 """
@@ -48,7 +48,7 @@ def launched(directory: Path) -> Callable[[int], dict[str, Config]]:
         runs = cases.shared_runs(directory, ranks)
         try:
             observe(runs)
-        except Exception as error:  # kept: one launch that fails is enough
+        except Exception as error:  # remembered, so that a failed launch is not repeated
             return error
         return _by_name(runs)
 
@@ -93,7 +93,7 @@ def reshaped(directory: Path, launched: Callable[[int], dict[str, Config]]) -> C
         by_name = {}
         for ranks in (1, 2, 4):
             launched(ranks)
-        for ranks in (4, 2, 1):  # one that was four ranks goes on as one
+        for ranks in (4, 2, 1):  # one run is saved on four ranks and continues on one
             runs = cases.reshaped_runs(directory, ranks)
             observe(runs)
             by_name |= _by_name(runs)

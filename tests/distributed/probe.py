@@ -1,4 +1,4 @@
-"""Probes: what the observing worker does to a run, beside training and observing it.
+"""Probes: what the observing worker does to a run, besides training and observing it.
 
 A probe is given where a run is defined. :func:`tests.distributed.launching.observe` writes it next to the run's
 directory, and :mod:`tests.distributed.workers.observing` reads it there.
@@ -22,7 +22,7 @@ ERRORS = "expected_errors.json"
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Everything that the observing worker does to a run beside training it.
+    """Everything that the observing worker does to a run besides training it.
 
     Attributes:
         fault: train with a deliberate fault, a context manager in :mod:`tests.distributed.injected`, by page and name,

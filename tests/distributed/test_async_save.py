@@ -12,10 +12,12 @@ from tests.distributed.comparing import assert_identical, compare
 from tutorial_lib import checkpoint
 
 
-@pytest.mark.parametrize(("ranks", "kind"), [(ranks, kind) for ranks, kinds in cases.LATE.items() for kind in kinds])
-def test_a_run_resumed_from_one_continues_bit_for_bit(observed, ranks, kind):
+@pytest.mark.parametrize(
+    ("ranks", "kind"), [(ranks, kind) for ranks, kinds in cases.ASYNC_SAVED.items() for kind in kinds]
+)
+def test_a_run_resumed_from_an_async_save_continues_bit_for_bit(observed, ranks, kind):
     """Write the files only after the next step has changed the states."""
-    run = observed(ranks, f"late.{kind}")
+    run = observed(ranks, f"async_saved.{kind}")
     assert_identical(run, observed(ranks, f"uninterrupted.{kind}"))
     assert run.directory.result()["resumed_from"] == cases.STOP - 1
     assert len(run.examples) == cases.END - cases.STOP + 1
@@ -24,7 +26,7 @@ def test_a_run_resumed_from_one_continues_bit_for_bit(observed, ranks, kind):
     assert [saved["step"] for saved in run.directory.result()["saves"]] == [4, 6, 8]
 
 
-def test_the_comparison_shows_one_that_was_written_without_a_snapshot(observed):
+def test_the_comparison_shows_a_save_without_a_snapshot(observed):
     run, reference = observed(2, "no_snapshot.zero1"), observed(2, "uninterrupted.zero1")
     differences = compare(run, reference, tolerance=0.0, moments=0.0)
     assert {"loss", "parameters", "exp_avg"} <= differences.found.keys(), differences.found

@@ -41,14 +41,14 @@ def assert_as_predicted(row: bench.RowRecord) -> None:
         assert measured.to_dict() == pytest.approx(predicted.to_dict(), rel=0.02), row.name
 
 
-def test_a_killed_rank_is_told_and_the_next_row_goes_on(matrix):
+def test_a_killed_rank_is_reported_and_the_next_row_runs(matrix):
     assert [row.status for row in matrix.rows] == ["done", "done", "killed", "done", "done"]
     assert "Rank 1 ended with exit code -9" in matrix["stage-1"].cause
     with pytest.raises(ConfigError, match="'stage-1' is not done: killed"):
         bench.compare(matrix.path / "stage-2", matrix.path / "stage-1")
 
 
-def test_the_account_is_what_arithmetic_says(matrix):
+def test_model_states_match_the_formulas(matrix):
     for row in matrix.rows:
         if row.name != "stage-1":
             assert_as_predicted(row)
@@ -83,7 +83,7 @@ def test_an_interrupted_retry_keeps_all_other_rows_and_goes_on(matrix, capsys):
     assert [row for row in again.rows if row.name != "stage-1"] == [kept[n] for n in kept if n != "stage-1"]
 
 
-def test_offloaded_states_in_16_bits_are_what_arithmetic_says(tmp_path):
+def test_offloaded_16_bit_states_match_the_formulas(tmp_path):
     asked = config(tmp_path, "off", dp=2, precision="bf16")
     (row,) = bench.run_matrix("offload", asked, rows=("2ZO-2G1N",)).rows
     assert_as_predicted(row)

@@ -43,7 +43,7 @@ def test_an_export_gives_the_logits_of_the_engine(observed, tmp_path, ranks, nam
     run = observed(ranks, name)
     target = exported(run, tmp_path)
     # Packed rows need the document masks that load_model teaches BLOOM; everything else is transformers alone.
-    load = load_model if "bloom" in name else AutoModelForCausalLM.from_pretrained
+    load = load_model if run.config.data.batching == "packed" else AutoModelForCausalLM.from_pretrained
     model = load(str(target))
     parameters = dict(model.named_parameters())
     assert parameters.keys() == run.parameters.keys()

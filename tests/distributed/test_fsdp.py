@@ -168,7 +168,7 @@ def test_what_crosses_the_wire_is_what_the_formula_says(observed, ranks, name, t
         assert one["traffic"]["volume"] == expected.total == times_psi * psi
 
 
-def test_frozen_parameters_are_gathered_and_never_reduced(observed):
+def test_frozen_parameters_are_all_gathered_and_never_reduce_scattered(observed):
     run = observed(2, "frozen.fsdp-full.2")
     trained = sum(both["exp_avg"].numel() for both in run.moments.values())
     one = measured(run)[0]
@@ -184,7 +184,7 @@ def test_a_layer_is_one_collective_and_so_is_the_rest(observed):
     assert counts(measured(observed(4, "gpt2.fsdp-hybrid.4"))[0])["all_reduce"] == units
 
 
-def test_bf16_halves_what_is_gathered_and_sums_gradients_in_fp32(observed):
+def test_bf16_halves_what_is_all_gathered_and_sums_gradients_in_fp32(observed):
     one = measured(observed(2, "gpt2.fsdp-full-bf16.2"))[0]
     assert {(row["kind"], row["dtype"]) for row in one["traffic"]["tensors"]} == {
         ("all_gather", "bfloat16"),
@@ -228,16 +228,16 @@ def psi(run):
 
 
 @pytest.mark.parametrize("name", cases.SHARDED)
-def test_the_first_fsdp_takes_the_same_steps(observed, record_property, name):
+def test_fsdp1_takes_the_same_steps(observed, record_property, name):
     """Losses and parameters agree to 1e-6 with any strategy. FSDP1 sums its clipping norm in fp32."""
     run, second = observed(2, f"fsdp1.{name}"), observed(2, f"gpt2.{name}.2")
     differences = assert_equal(run, second, grad_norm=2e-5, moments=1e-4)
     record_property("largest_differences", differences.largest)
 
 
-@pytest.mark.parametrize("name", cases.UNTOUCHED)
+@pytest.mark.parametrize("name", cases.ONE_STEP_WITHOUT_UPDATE)
 def test_shards_are_filled_with_the_plain_models_weights_bit_for_bit(observed, name):
-    run = observed(4, f"untouched.{name}")
+    run = observed(4, f"one_step_without_update.{name}")
     model, run_config = run.config.model, run.config.run
     expected = dict(load_model(model.name, random_init=model.random_init, seed=run_config.seed).named_parameters())
     assert run.parameters.keys() == expected.keys()

@@ -43,6 +43,9 @@ EQUAL: dict[int, list[tuple[str, str]]] = {
 SETTINGS: dict[str, dict[str, Any]] = {"plain": {}, "load": {"shard_at_load": True, "measure": True}}
 """Settings of variants that are not DeepSpeed files."""
 
+ACCUMULATED = {"plain-accumulated": "plain", "zero2-accumulated": "zero2", "load-accumulated": "load"}
+"""Variants with one example per micro-batch, and the variant that each is otherwise."""
+
 VOCABULARY = 2048
 """Size of the embedded models' vocabulary."""
 
@@ -59,8 +62,8 @@ def files(directory: Path) -> Path:
 
 
 def trained(directory: Path, case: str, variant: str, ranks: int) -> Config:
-    file, _, accumulated = variant.partition("-")
-    flat: dict[str, Any] = {"micro_batch": 1} if accumulated else {}
+    file = ACCUMULATED.get(variant, variant)
+    flat: dict[str, Any] = {"micro_batch": 1} if variant in ACCUMULATED else {}
     flat |= SETTINGS.get(file, {"deepspeed": str(directory / f"{file}.json")})
     name = f"hf-{case}.{variant}.{ranks}"
     return cases.config(directory, name=name, engine="trainer", dp=ranks, **flat, **cases.CASES[case])
@@ -144,7 +147,7 @@ def assert_same_states(
 
 
 @pytest.mark.parametrize("file", INTERRUPTED)
-def test_a_resumed_run_ends_bit_for_bit_as_one_that_never_stopped(runs, file):
+def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(runs, file):
     uninterrupted, interrupted = runs[f"hf-uninterrupted.{file}"], runs[f"hf-interrupted.{file}"]
     assert interrupted.result["resumed_from"] == cases.STOP and uninterrupted.result["resumed_from"] is None
     timeless = [[{**row, "seconds": 0} for row in run.rows] for run in (uninterrupted, interrupted)]

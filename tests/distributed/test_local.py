@@ -1,6 +1,6 @@
 """Local launcher: ranks from a warm server, and the state they leave if something ends too early.
 
-Most ranks here only report their own state (``workers/telling.py``).
+Most ranks here only report their own state (``workers/reporting_state.py``).
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.distributed import cases
 from tests.distributed.launching import Shell, interrupt_when, train_command, wait_until
 from tutorial_lib import launch
-from tutorial_lib.config import Config
+from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.launch import local
 from tutorial_lib.records import RunDirectory
 
 pytestmark = pytest.mark.timeout(180)
 
-TELLING, FAILING, SLEEPING = (f"tests.distributed.workers.{name}" for name in ("telling", "failing", "sleeping"))
+REPORTING_STATE, FAILING, SLEEPING = (
+    f"tests.distributed.workers.{name}" for name in ("reporting_state", "failing", "sleeping")
+)
 
 
 @pytest.fixture
@@ -41,7 +44,7 @@ def config(storage: Path, name: str = "run", dp: int = 2, **flat) -> Config:
 
 def tell(storage: Path, name: str = "run", dp: int = 2) -> list[dict]:
     """Launch ranks that report their state, and return the reports."""
-    launch.run_all([config(storage, name, dp)], worker=TELLING)
+    launch.run_all([config(storage, name, dp)], worker=REPORTING_STATE)
     return [json.loads((storage / name / f"rank-{rank}.json").read_text()) for rank in range(dp)]
 
 
@@ -112,7 +115,7 @@ def way(request, monkeypatch):
 @pytest.mark.usefixtures("light", "way")
 def test_a_failing_rank_is_shown_in_its_own_words_and_the_server_lives_on(tmp_path):
     before = tell(tmp_path, "before")
-    with pytest.raises(launch.WorkerError, match=r"could not write why. It printed:\nValueError: of ") as error:
+    with pytest.raises(launch.WorkerError, match=r"could not record its error. It printed:\nValueError: of ") as error:
         launch.run_all([config(tmp_path, "fails")], worker=FAILING)
     assert "failing.py" in str(error.value) and "speaks" in str(error.value)
     assert tell(tmp_path, "after")[0]["parent"] == before[0]["parent"]
@@ -259,8 +262,18 @@ def test_an_interrupt_while_the_server_loads_is_answered_at_once(tmp_path, monke
     monkeypatch.setattr(local, "warm_up", lambda device: None)  # it starts to load when the run is launched
     thread = interrupt_when((tmp_path / "run" / "logs").exists)
     with pytest.raises(launch.Interrupted, match="stopped before training started; no step was run") as error:
-        launch.run_all([config(tmp_path)], worker=TELLING)
+        launch.run_all([config(tmp_path)], worker=REPORTING_STATE)
     thread.join()
     assert error.value.runs == []
     assert not (tmp_path / "run" / "rank-0.json").exists()
     assert not [p for p in psutil.Process().children() if "warm_server" in " ".join(p.cmdline())]
+
+
+def test_a_configuration_error_that_only_a_worker_finds(directory):
+    blank = directory / "blank"
+    blank.mkdir()
+    (blank / "train.jsonl").write_text('{"text": " "}\n' * 8)
+    config = cases.config(directory, name="blank", dataset="blank", dp=2)
+    with pytest.raises(ConfigError, match="all 8 are blank") as error:
+        launch.run(config)
+    assert "Traceback" not in str(error.value)

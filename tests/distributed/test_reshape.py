@@ -15,8 +15,7 @@ import torch
 from deepspeed.checkpoint import ds_to_universal
 
 from tests.distributed import cases
-from tests.distributed.comparing import assert_equal, assert_identical, compare
-from tests.distributed.test_equivalence import allowed
+from tests.distributed.comparing import allowed, assert_equal, assert_identical, compare
 from tutorial_lib import checkpoint
 from tutorial_lib.checkpoint.compatibility import shape
 from tutorial_lib.cli import main
@@ -95,7 +94,7 @@ def test_full_tensors_match_deepspeeds_own_conversion(observed, tmp_path, ranks,
 @pytest.mark.parametrize("name", cases.RESHAPED)
 def test_a_run_goes_on_in_another_shape(observed, reshaped, directory, name):
     """The new start reads each example of the remaining steps once, with any number of ranks."""
-    run, reference = reshaped(f"reshaped.{name}"), observed(1, f"unbroken.{cases.case_of(name)}")
+    run, reference = reshaped(f"reshaped.{name}"), observed(1, f"uninterrupted-torch.{cases.case_of(name)}")
     result, (before, *_) = run.directory.result(), cases.ancestors(directory, name)
     assert result["resumed_from"] == before.run.stop_after
     assert result["reshaped_from"] == shape(before.flat())
@@ -111,7 +110,7 @@ def test_a_run_goes_on_in_another_shape(observed, reshaped, directory, name):
     assert [row["epoch"] for row in run.rows] == [0] * 5 + [1] * 3, "it goes on into another epoch"
 
 
-@pytest.mark.parametrize("name", cases.STILL)
+@pytest.mark.parametrize("name", cases.RESHAPED_WITHOUT_TRAINING)
 def test_in_16_bits_the_masters_are_kept_and_their_copies_rounded(observed, reshaped, directory, name):
     """Stop the new start at once: it saves exactly what it loaded."""
     run = reshaped(f"reshaped.{name}")
@@ -130,7 +129,7 @@ def test_in_16_bits_the_masters_are_kept_and_their_copies_rounded(observed, resh
 
 def test_random_numbers_are_seeded_again(reshaped, directory):
     """Resume one checkpoint twice: the seed, the step and the data-parallel rank give both the same random numbers."""
-    once, twice = (reshaped(f"reshaped.{name}") for name in cases.SEEDED_AGAIN)
+    once, twice = (reshaped(f"reshaped.{name}") for name in cases.RESHAPED_TWICE)
     assert_identical(once, twice)
     assert len(once.examples) == cases.END - cases.STOP
 
@@ -144,7 +143,7 @@ def test_random_numbers_are_seeded_again(reshaped, directory):
     ],
 )
 def test_the_comparison_shows_a_reshape_that_loses_something(observed, reshaped, fault, shown_by):
-    reference = observed(1, f"unbroken.{cases.case_of(cases.RESHAPED_BADLY[fault])}")
+    reference = observed(1, f"uninterrupted-torch.{cases.case_of(cases.RESHAPE_FAULTS[fault])}")
     differences = compare(reshaped(fault), reference)
     assert shown_by <= differences.found.keys(), differences.found
 

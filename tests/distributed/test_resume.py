@@ -19,7 +19,7 @@ def test_a_resumed_run_continues_bit_for_bit(observed, resumed, name):
 
 
 @pytest.mark.parametrize("name", cases.INTERRUPTED_ON_4)
-def test_so_does_one_on_four_ranks(observed, name):
+def test_a_run_resumed_on_four_ranks_continues_bit_for_bit(observed, name):
     assert_continues(observed(4, f"restarted.{name}"), observed(4, f"uninterrupted.{name}"))
 
 
@@ -55,7 +55,7 @@ def test_a_refused_start_leaves_the_run_as_it_was(resumed, directory):
 
 def test_dropout_is_active(observed):
     """Check that random states matter to these runs."""
-    with_dropout, without = observed(2, "uninterrupted.zero1"), observed(1, "unbroken.gpt2")
+    with_dropout, without = observed(2, "uninterrupted.zero1"), observed(1, "uninterrupted-torch.gpt2")
     assert with_dropout.config.run.seed == without.config.run.seed
     assert with_dropout.examples == without.examples
     assert abs(with_dropout.rows[0]["loss"] - without.rows[0]["loss"]) > 1e-4
@@ -70,7 +70,7 @@ def test_dropout_is_active(observed):
     ],
 )
 def test_the_comparison_shows_a_resume_that_loses_something(observed, resumed, fault, shown_by):
-    run, reference = resumed(fault), observed(2, f"uninterrupted.{cases.RESUMED_BADLY[fault]}")
+    run, reference = resumed(fault), observed(2, f"uninterrupted.{cases.RESUME_FAULTS[fault]}")
     differences = compare(run, reference, tolerance=0.0, moments=0.0)
     assert shown_by <= differences.found.keys(), differences.found
 
@@ -92,7 +92,7 @@ def test_every_rank_refuses_what_one_rank_finds(resumed, directory, name, messag
         assert "none of them is intact" in error["message"]
 
 
-def test_a_run_that_diverges_stops_on_every_rank_and_names_the_last_good_checkpoint(resumed, directory):
+def test_a_run_that_diverges_stops_on_every_rank_and_names_the_newest_checkpoint(resumed, directory):
     """The first update throws the weights out of range; the second step's loss shows it."""
     run = RunDirectory(directory / "runs" / "diverging")
     errors = json.loads((run.path / ERRORS).read_text())
@@ -100,5 +100,5 @@ def test_a_run_that_diverges_stops_on_every_rank_and_names_the_last_good_checkpo
     for error in errors:
         assert error["type"] == "NonFiniteLoss"
         assert error["message"].startswith("At step 2 the loss is")
-        assert f"The last good checkpoint is {run.checkpoints / 'step-00000001'}." in error["message"]
+        assert f"The newest checkpoint is {run.checkpoints / 'step-00000001'}." in error["message"]
     assert [row["step"] for row in run.rows()] == [1]

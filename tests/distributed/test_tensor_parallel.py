@@ -17,8 +17,8 @@ from tests.distributed.probe import ERRORS
 from tutorial_lib.theory import memory, traffic
 
 MEASURED = [each for each in cases.COMBINATIONS if cases.settings(each)["tp"]]
-AUTOTP = [(ranks, case, variant) for ranks, case, variant in MEASURED if "fsdp" not in variant]
-IN_FP32 = [(ranks, case, variant) for ranks, case, variant in AUTOTP if "bf16" not in variant]
+AUTOTP = [each for each in MEASURED if cases.settings(each)["engine"] != "fsdp"]
+IN_FP32 = [each for each in AUTOTP if cases.settings(each)["precision"] != "bf16"]
 
 
 def measured(run):
@@ -107,7 +107,7 @@ def test_all_reduces_per_layer(observed, ranks, name, backward):
         tokens, rest = divmod(row["elements"], row["count"] * run.config.micro_batch * HIDDEN)
         assert rest == 0 and tokens <= run.config.data.seq_length
         # Packed rows are full; others are as long as the longest.
-        if name.startswith("bloom"):
+        if run.config.data.batching == "packed":
             assert tokens == run.config.data.seq_length
         volume = traffic.tensor_parallel_volume(
             LAYERS, run.config.micro_batch, tokens, HIDDEN, run.config.parallel.tp, column_layers=backward
@@ -129,7 +129,7 @@ def test_recomputing_a_layer_repeats_one_of_its_forward_all_reduces(observed):
         assert (row["elements"], axis["volume"]) == (expected.all_reduce, expected.total)
 
 
-def test_an_output_layer_of_its_own_gathers_the_logits(observed):
+def test_an_output_layer_of_its_own_all_gathers_the_logits(observed):
     run = observed(4, "untied.2x2-zero1.4")
     by_kind = {row["kind"]: row for row in measured(run)[0]["traffic"]["axes"]["tp"]["tensors"]}
     assert by_kind["all_reduce"]["count"] == LAYERS * 7 + 1
@@ -137,15 +137,15 @@ def test_an_output_layer_of_its_own_gathers_the_logits(observed):
     assert by_kind["all_gather"]["elements"] % (run.config.micro_batch * 2048) == 0
 
 
-def test_gradients_are_reduced_over_the_data_parallel_ranks_alone(observed):
+def test_gradients_are_all_reduced_over_the_data_parallel_ranks_alone(observed):
     run = observed(4, "qwen2.2x2-zero0.4")
     rank = measured(run)[0]
     (row,) = rank["traffic"]["axes"]["dp"]["tensors"]
     assert (row["kind"], row["elements"]) == ("all_reduce", sum(math.prod(r["after"]) for r in rank["layout"]))
 
 
-def test_the_check_within_a_group_costs_two_small_gathers_a_step(observed):
-    """One gathers tokens and fingerprints, the other the losses. Stop requests come after the step."""
+def test_the_check_within_a_group_costs_two_small_all_gathers_a_step(observed):
+    """One all-gathers tokens and fingerprints, the other the losses. Stop requests come after the step."""
     bookkeeping = measured(observed(4, "qwen2.2x2-zero0.4"))[0]["traffic"]["bookkeeping"]
     gathers = [row for row in bookkeeping if row["kind"] == "all_gather"]
     numbers = 4 * (2 + 1)
@@ -174,8 +174,8 @@ def test_evaluation_matches_one_process(observed, ranks, case, variant):
         (
             "data.sampler_of_the_world",
             "RanksDisagree",
-            r"At step 1 ranks \[0, 1\] share every layer, but read different batches, of the fingerprints "
-            r"([0-9a-f]{16}), (?!\1)[0-9a-f]{16}\. Look at what the data loader is given: dp_rank and dp_size",
+            r"At step 1 ranks \[0, 1\] share every layer, but read different batches, with the fingerprints "
+            r"([0-9a-f]{16}), (?!\1)[0-9a-f]{16}\. Check the data loader's arguments: dp_rank and dp_size",
         ),
         (
             "tensor_parallel.seed_of_each_rank",

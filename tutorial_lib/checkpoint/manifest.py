@@ -62,7 +62,7 @@ def verify(path: Path, topology: Topology | None = None) -> None:
     if found := damage(path, topology):
         if isinstance(found, NewerFormat):
             raise found
-        raise CheckpointError(f"{found} Nothing was loaded. Restore its files, or take another checkpoint.")
+        raise CheckpointError(f"{found} Nothing was loaded. Restore its files, or use another checkpoint.")
 
 
 def damage(path: Path, topology: Topology | None = None) -> CheckpointError | None:

@@ -42,9 +42,9 @@ def inspect_run(run: RunDirectory) -> dict[str, Any]:
     """Describe a run's checkpoints, oldest first, and name the newest intact one and the one with the lowest loss."""
     rows = []
     for path in checkpoints(run):
-        full = inspect_checkpoint(path)
+        described = inspect_checkpoint(path)
         kept = ("step", "written", "bytes", "eval_loss", "intact", "damage")
-        rows.append({"checkpoint": path.name, **{name: full[name] for name in kept}})
+        rows.append({"checkpoint": path.name, **{name: described[name] for name in kept}})
     intact = [row for row in rows if row["intact"]]
     evaluated = [row for row in intact if row["eval_loss"] is not None]
     return {

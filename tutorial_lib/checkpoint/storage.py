@@ -56,7 +56,7 @@ def storage_failure(run: RunDirectory, error: BaseException) -> CheckpointError 
         f"The storage of run {run.path.name!r} cannot be written to ({reason}; "
         f"{shutil.disk_usage(run.path).free / 2**20:.0f} MiB are free there). Earlier checkpoints are untouched. "
         "Make room or make it writable, then run the same command again: it resumes from the newest intact "
-        "checkpoint. The setting keep_last deletes older ones along the way."
+        "checkpoint. Set keep_last to delete older ones during the run."
     )
 
 

@@ -331,7 +331,7 @@ def _describe(failure: _Failure, outputs: Sequence[Path], directories: Sequence[
     printed = output.read_text(errors="replace").strip() if output.exists() else ""
     ended = f"Rank {failure.rank} ended with exit code {failure.exit_code} and "
     if failure.exit_code > 0 and printed:
-        return f"{ended}could not write why. It printed:\n{printed.splitlines()[-1]}\n\n{printed}"
+        return f"{ended}could not record its error. It printed:\n{printed.splitlines()[-1]}\n\n{printed}"
     return (
         f"{ended}left no traceback"
         + (": it was killed, perhaps for memory." if -failure.exit_code == signal.SIGKILL else ".")

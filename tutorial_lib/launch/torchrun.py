@@ -122,7 +122,7 @@ def _explain_rendezvous(error: RuntimeError) -> str:
         chosen = os.environ.get("GLOO_SOCKET_IFNAME")
         why = (
             f"{who} met the others at {host}:{port}, but gloo could not connect it with each of them. It went through "
-            + (f"GLOO_SOCKET_IFNAME={chosen}" if chosen else "the address that its host name stands for")
+            + (f"GLOO_SOCKET_IFNAME={chosen}" if chosen else "the address of its host name")
             + ". Write GLOO_SOCKET_IFNAME=... with the interface of the network between the nodes; here are "
             + ", ".join(f"{name} ({address})" for name, address in addresses())
             + "."
@@ -139,9 +139,9 @@ def _explain_rendezvous(error: RuntimeError) -> str:
         )
     else:
         why = (
-            f"{who} waited {JOIN_TIMEOUT.total_seconds():.0f} s at {host}:{port}, and not all of the others came. Look "
-            "for ranks that failed before, or were not started. If RANK and WORLD_SIZE were exported by hand, unset "
-            "them: torchrun sets them for each rank that it starts."
+            f"{who} waited {JOIN_TIMEOUT.total_seconds():.0f} s at {host}:{port}, but not all of the others arrived. "
+            "Look for ranks that failed before, or were not started. If RANK and WORLD_SIZE were exported by hand, "
+            "unset them: torchrun sets them for each rank that it starts."
         )
     return f"{why} ({said})"
 

@@ -1,4 +1,4 @@
-"""Collectives that every package uses: gathering objects, integers and tensors from all ranks, and the barrier.
+"""Collectives for all packages: all-gather of objects, integers and tensors, broadcast of an object, and the barrier.
 
 All ranks must call these functions, in the same order. Without a process group there is a single rank, and nothing is
 sent.

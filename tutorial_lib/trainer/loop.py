@@ -207,11 +207,11 @@ class Trainer:
                 f"Before the first update, {what}, so it comes from the weights of {self.config.model.name!r}. "
                 "Look for NaN or infinite numbers in its files, or write precision='fp32' if they need that range."
             )
-        self.checkpoints.finish()  # all ranks get here, and this save may be the last good one
+        self.checkpoints.finish()  # all ranks get here, and this save may be the newest one
         newest = self.checkpoints.newest()
-        good = f"The last good checkpoint is {newest}." if newest else "No checkpoint had been saved."
+        saved = f"The newest checkpoint is {newest}." if newest else "No checkpoint had been saved."
         return (
-            f"At step {step} {what}. {good} "
+            f"At step {step} {what}. {saved} "
             f"Lower learning_rate (now {self.config.optimizer.learning_rate}), raise warmup_steps, or set "
             "gradient_clipping."
         )

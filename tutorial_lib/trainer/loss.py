@@ -7,7 +7,7 @@ different numbers of tokens, so a mean of per-rank means would weigh tokens diff
 worse, in the gradient. A training loop therefore counts the step's tokens first (one small all-gather), divides every
 micro-batch's loss *sum* by that count, and adds up.
 
-The same exchanges check that the ranks of a tensor-parallel group agree (:mod:`tutorial_lib.trainer.rank_agreement`).
+The same all-gathers check that the ranks of a tensor-parallel group agree (:mod:`tutorial_lib.trainer.rank_agreement`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tutorial_lib.trainer.rank_agreement import check_batches, check_losses
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss or the gradient is NaN or infinite. The message names the last good checkpoint."""
+    """The loss or the gradient is NaN or infinite. The message names the newest checkpoint."""
 
 
 def token_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:

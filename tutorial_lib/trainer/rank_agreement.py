@@ -35,9 +35,9 @@ def check_batches(topology: Topology, step: int | None, fingerprints: Sequence[i
         own = [fingerprints[rank] for rank in ranks]
         if len(set(own)) > 1:
             raise RanksDisagree(
-                f"{_at(step)} ranks {ranks} share every layer, but read different batches, of the fingerprints "
-                f"{', '.join(f'{number % 2**64:016x}' for number in own)}. Look at what the data loader is given: "
-                "dp_rank and dp_size, never the world rank and the world size."
+                f"{_at(step)} ranks {ranks} share every layer, but read different batches, with the fingerprints "
+                f"{', '.join(f'{number % 2**64:016x}' for number in own)}. Check the data loader's arguments: "
+                "dp_rank and dp_size, not the world rank and world size."
             )
 
 
@@ -64,4 +64,4 @@ def check_losses(topology: Topology, step: int | None, losses: Sequence[float]) 
 
 
 def _at(step: int | None) -> str:
-    return "In one step" if step is None else f"At step {step}"
+    return "In a step" if step is None else f"At step {step}"

@@ -1,7 +1,10 @@
-"""Comparisons of a run that survived a fault with the undisturbed run."""
+"""Comparisons of a run that survived a fault with the uninterrupted run."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from tests.distributed.comparing import Observed
 from tutorial_lib import checkpoint
 from tutorial_lib.checkpoint.directory import checkpoints
 from tutorial_lib.records import RunDirectory
@@ -35,3 +38,20 @@ def assert_same_states(run: RunDirectory, reference: RunDirectory) -> None:
     for name in expected.trained:
         for moment in checkpoint.MOMENTS:
             assert found.moment(name, moment).equal(expected.moment(name, moment)), (name, moment)
+
+
+def assert_trained_on_during_the_save(left: RunDirectory) -> None:
+    """Check that a launch ended in its second save, which was in the background, after more steps."""
+    partial, saved = sorted(path.name for path in left.checkpoints.iterdir())
+    assert partial.startswith(".partial-step-00000004-") and saved == "step-00000002"
+    assert left.rows()[-1]["step"] > 4
+
+
+def assert_ends_like(signalled: dict[str, Any], uninterrupted: Observed) -> None:
+    """Check that the last start of the ``signalled`` run completed it like an uninterrupted one."""
+    code, said, result = signalled["ended"]
+    assert (code, said, result["status"]) == (0, "", "completed")
+    run = RunDirectory(signalled["config"].directory)
+    assert_same_records(run, uninterrupted.directory)
+    assert_same_states(run, uninterrupted.directory)
+    assert_all_intact(run)

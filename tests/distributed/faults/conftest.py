@@ -1,16 +1,19 @@
 """Runs that faults hit, launched once for all tests of this directory.
 
-After each fault a run either continues, with rows and final weights equal to the undisturbed run bit for bit, or stops
-with an error that names the cause and the next step; and no intact checkpoint is lost.
+After each fault a run either continues, with rows and final weights equal to the uninterrupted run bit for bit, or
+stops with an error that names the cause and the next step; and no intact checkpoint is lost.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -19,9 +22,10 @@ from tests.distributed import cases
 from tests.distributed.comparing import Observed, assert_identical
 from tests.distributed.faults import damage
 from tests.distributed.faults.checks import SOON, assert_all_intact
-from tests.distributed.launching import observe
+from tests.distributed.launching import Shell, observe, train_command
 from tests.distributed.probe import Probe, ProbedRun
 from tutorial_lib import launch
+from tutorial_lib.config import ConfigError
 from tutorial_lib.records import RunDirectory
 
 
@@ -39,11 +43,11 @@ class Crash:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(directory: Path) -> dict[str, Observed]:
-    """Run the undisturbed runs, and return them by kind."""
+def uninterrupted(directory: Path) -> dict[str, Observed]:
+    """Run the uninterrupted runs, and return them by kind."""
     kinds = {kind for kind, _ in cases.FATAL.values()}
-    configs = {kind: cases.saving(directory, kind, f"undisturbed.{kind}") for kind in kinds}
-    configs["long"] = cases.saving(directory, "zero1", "undisturbed.long", checkpoint_every=0, **cases.LONG)
+    configs = {kind: cases.saving(directory, kind, f"uninterrupted-saving.{kind}") for kind in kinds}
+    configs["long"] = cases.saving(directory, "zero1", "uninterrupted-saving.long", checkpoint_every=0, **cases.LONG)
     observe([ProbedRun(config) for config in configs.values()])
     return {kind: Observed.read(config) for kind, config in configs.items()}
 
@@ -63,7 +67,7 @@ def crashed(directory: Path) -> dict[str, Crash]:
 
 
 @pytest.fixture(scope="session")
-def recovered(directory: Path, undisturbed: dict[str, Observed], crashed: object) -> dict[str, Observed]:
+def recovered(directory: Path, uninterrupted: dict[str, Observed], crashed: object) -> dict[str, Observed]:
     """Start again, in one launch, copies of the runs that crashed, and copies with damaged checkpoints."""
     configs = {}
     for fault, (kind, settings) in cases.FATAL.items():
@@ -71,7 +75,7 @@ def recovered(directory: Path, undisturbed: dict[str, Observed], crashed: object
         shutil.copytree(directory / "runs" / fault, configs[fault].directory)
     for way in damage.WAYS:
         configs[way.__name__] = cases.saving(directory, "zero1", f"recovered.{way.__name__}")
-        shutil.copytree(undisturbed["zero1"].directory.path, configs[way.__name__].directory)
+        shutil.copytree(uninterrupted["zero1"].directory.path, configs[way.__name__].directory)
         way(configs[way.__name__].directory)
     observe([ProbedRun(config) for config in configs.values()])
     return {name: Observed.read(config) for name, config in configs.items()}
@@ -79,7 +83,7 @@ def recovered(directory: Path, undisturbed: dict[str, Observed], crashed: object
 
 @pytest.fixture(scope="session")
 def assert_recovers(
-    directory: Path, undisturbed: dict[str, Observed], crashed: dict[str, Crash], recovered: dict[str, Observed]
+    directory: Path, uninterrupted: dict[str, Observed], crashed: dict[str, Crash], recovered: dict[str, Observed]
 ) -> Callable[..., str]:
     """Return a function that checks everything that crashes have in common, and returns the error's text."""
 
@@ -99,7 +103,7 @@ def assert_recovers(
         run = recovered[fault]
         assert run.directory.result()["resumed_from"] == resumes_from
         assert len(run.examples) == cases.END - resumes_from, "it trained the lost steps again, and no others"
-        assert_identical(run, undisturbed[cases.FATAL[fault][0]])
+        assert_identical(run, uninterrupted[cases.FATAL[fault][0]])
         assert assert_all_intact(run.directory) == [*kept]
         assert not list(run.directory.checkpoints.glob(".*")), "half-written and half-deleted directories are gone"
         return str(crashed[fault].error)
@@ -117,3 +121,32 @@ def assert_recovers_from_a_kill(assert_recovers: Callable[..., str]) -> Callable
         assert f"it resumes: {fault!r} from step-0000000{resumes_from}." in said
 
     return check
+
+
+@pytest.fixture(scope="session")
+def signalled(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Start a long run; refuse it a second start, stop it by SIGTERM, kill its next launcher, and let it end."""
+    shell = Shell(tmp_path_factory.mktemp("shell"))
+    config = cases.saving(directory, "zero1", "signalled", checkpoint_every=0, **cases.LONG)
+    run, seen = RunDirectory(config.directory), {"config": config}
+    try:
+        shell.start(train_command(config))
+        shell.wait_for_step(run, 1)
+        with pytest.raises(ConfigError) as error:
+            launch.run(config)
+        seen["second_start"] = str(error.value), shell.process.pid
+        os.killpg(shell.process.pid, signal.SIGTERM)
+        seen["stopped"] = shell.exit_code(), (shell.scratch / "stderr").read_text(), shell.result()
+
+        shell.start(train_command(config))
+        shell.wait_for_step(run, seen["stopped"][2]["step"] + 1)
+        workers = psutil.Process(shell.process.pid).children(recursive=True)
+        os.kill(shell.process.pid, signal.SIGKILL)
+        seen["alive"] = psutil.wait_procs(workers, timeout=SOON)[1]
+        seen["killed"] = run.result()
+
+        shell.start(train_command(config))
+        seen["ended"] = shell.exit_code(), (shell.scratch / "stderr").read_text(), shell.result()
+    finally:
+        shell.end()
+    return seen

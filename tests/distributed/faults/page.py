@@ -1,7 +1,7 @@
 """Page ``docs/faults.md``: every fault that a test injects, and how a run survives it.
 
 Each such test carries ``@pytest.mark.fault(happens, outcome)``, one mark per fault. The marks are read from the source
-of the test files, in their order, so nothing has to be imported.
+of all test files of ``tests/distributed`` and ``tests/cluster``, in their order, so nothing has to be imported.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from tests.distributed.faults import outcomes
 TESTS = Path(__file__).resolve().parents[2]
 PAGE = TESTS.parent / "docs" / "faults.md"
 
-ON_RANKS = sorted((TESTS / "distributed" / "faults").glob("test_*.py"))
-ON_RAY_NODES = [TESTS / "cluster" / "test_ray.py"]
-BETWEEN_NODES = [TESTS / "cluster" / "test_slurm.py", TESTS / "cluster" / "test_torchrun.py"]
+GROUPS = {
+    "ranks": ("distributed/faults/test_*.py",),
+    "ray": ("cluster/test_ray.py",),
+    "torchrun": ("cluster/test_slurm.py", "cluster/test_torchrun.py"),
+}
+"""The page's groups of faults, and the files of each: patterns of paths below ``tests``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +37,23 @@ class Fault:
     outcome: str
 
 
-def faults_in(files: Iterable[Path]) -> list[Fault]:
-    """Return the faults that the tests of these files are marked with, from top to bottom."""
-    return [fault for file in files for fault in faults_of(file.read_text(encoding="utf-8"))]
+def faults_by_group() -> dict[str, list[Fault]]:
+    """Return the faults that the tests of each group are marked with, in the order of files, from top to bottom."""
+    faults: dict[str, list[Fault]] = {group: [] for group in GROUPS}
+    for folder in ("distributed", "cluster"):
+        for file in sorted((TESTS / folder).rglob("test_*.py")):
+            if found := faults_of(file.read_text(encoding="utf-8")):
+                faults[group_of(file)] += found
+    return faults
+
+
+def group_of(file: Path) -> str:
+    """Return the page's group for a test file."""
+    path = file.relative_to(TESTS)
+    for group, files in GROUPS.items():
+        if any(path.match(pattern) for pattern in files):
+            return group
+    raise AssertionError(f"tests/{path} has tests marked with a fault: add it to a group in page.GROUPS")
 
 
 def faults_of(source: str) -> list[Fault]:
@@ -64,19 +81,19 @@ def _table(faults: Iterable[Fault]) -> str:
 
 def text() -> str:
     """Return the text of ``docs/faults.md``."""
-    on_ranks, on_ray_nodes, between_nodes = map(faults_in, (ON_RANKS, ON_RAY_NODES, BETWEEN_NODES))
+    on_ranks, on_ray_nodes, between_nodes = faults_by_group().values()
     return f"""\
 # What a run survives
 
 Each of these {len(on_ranks)} faults is injected for real by the tests in `tests/distributed/faults`. Wherever a run
-resumes, its rows and final weights are bit for bit those of the undisturbed run, and no intact checkpoint is lost.
+resumes, its rows and final weights are bit for bit those of the uninterrupted run, and no intact checkpoint is lost.
 
 {_table(on_ranks)}
 
 ## On several nodes
 
 `tests/cluster/test_ray.py` injects these {len(on_ray_nodes)} on a Ray cluster of virtual nodes. Where the number of
-ranks changes, each step has the same examples, and losses are those of the undisturbed run to 1e-6: sums add up in a
+ranks changes, each step has the same examples, and losses are those of the uninterrupted run to 1e-6: sums add up in a
 different order.
 
 {_table(on_ray_nodes)}

@@ -21,7 +21,7 @@ from tutorial_lib import checkpoint, launch
 from tutorial_lib.records import RunDirectory
 
 NAMESPACE = ["unshare", "--mount", "--map-root-user"]
-FULL, READ_ONLY = "disk_full", "storage.read_only"
+NO_SPACE, READ_ONLY = "disk_full", "storage.read_only"
 """Names of the two runs."""
 
 
@@ -29,18 +29,18 @@ def main(directory: Path) -> None:
     storage = directory / "runs"
     small = directory / "small"
     small.mkdir()
-    full = ProbedRun(cases.saving(directory, "zero1", FULL, storage=str(small)))
+    no_space = ProbedRun(cases.saving(directory, "zero1", NO_SPACE, storage=str(small)))
     fault = Probe(fault="storage.read_only")
     read_only = ProbedRun(cases.saving(directory, "zero1", READ_ONLY, storage=str(small)), fault)
     # One checkpoint and what the tests observe fit, two checkpoints do not.
-    room = checkpoint_bytes(storage) * 3 // 2 + (storage / "undisturbed.zero1" / OBSERVATION).stat().st_size
+    room = checkpoint_bytes(storage) * 3 // 2 + (storage / "uninterrupted-saving.zero1" / OBSERVATION).stat().st_size
     mount("-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(small))
-    report = {"disk_full": failure_of(full)}
+    report = {"disk_full": failure_of(no_space)}
     mount("-o", f"remount,size={checkpoint_bytes(storage) * 30}", str(small))
     report["read_only"] = failure_of(read_only)
     subprocess.run(["umount", str(small / READ_ONLY / "checkpoints")], check=True)
-    observe([full, read_only])
-    for run in (full, read_only):
+    observe([no_space, read_only])
+    for run in (no_space, read_only):
         shutil.copytree(run.config.directory, storage / run.config.run.name)
     (directory / "small_storage.json").write_text(json.dumps(report))
 
@@ -51,7 +51,7 @@ def mount(*arguments: str) -> None:
 
 def checkpoint_bytes(storage: Path) -> int:
     """Return the size of an existing checkpoint of the same model and engine."""
-    newest = checkpoint.latest(RunDirectory(storage / "undisturbed.zero1"))
+    newest = checkpoint.latest(RunDirectory(storage / "uninterrupted-saving.zero1"))
     assert newest
     return sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
 

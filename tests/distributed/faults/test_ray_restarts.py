@@ -55,7 +55,7 @@ def on_ray(directory: Path, name: str, **changes: Any) -> Config:
     "SIGKILL of a Ray worker while it reports, `max_failures=1`",
     "Ray starts the workers again; `result.json` records when and why",
 )
-def test_a_killed_worker(undisturbed: dict[str, Observed], directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_worker(uninterrupted: dict[str, Observed], directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_train, "_worker", injected.be_killed_once)
     config = on_ray(directory, "ray-killed")
     with ray_train.session(config):
@@ -64,13 +64,13 @@ def test_a_killed_worker(undisturbed: dict[str, Observed], directory: Path, monk
     assert (run.result["resumed_from"], restart["from_step"], restart["failed"]["rank"]) == (4, 4, 1)
     assert restart["failed"]["type"] == "ActorDiedError", restart
     assert abs(time.time() - restart["time"]) < 600
-    assert_same_records(run.directory, undisturbed["zero1"].directory)
-    assert_same_states(run.directory, undisturbed["zero1"].directory)
+    assert_same_records(run.directory, uninterrupted["zero1"].directory)
+    assert_same_states(run.directory, uninterrupted["zero1"].directory)
     assert assert_all_intact(run.directory) == [2, 4, 6, 8]
 
 
 @pytest.mark.fault("a Ray node dies, another has room, `max_failures=1`", "Ray starts the workers on the other node")
-def test_a_node_that_dies(undisturbed: dict[str, Observed], three_nodes: Any, directory: Path) -> None:
+def test_a_node_that_dies(uninterrupted: dict[str, Observed], three_nodes: Any, directory: Path) -> None:
     config = on_ray(directory, "ray-node", **cases.LONG)
     gone: list[Any] = []
 
@@ -89,6 +89,6 @@ def test_a_node_that_dies(undisturbed: dict[str, Observed], three_nodes: Any, di
     assert gone
     (restart,) = run.result["restarts"]
     assert run.result["resumed_from"] == restart["from_step"] >= 2
-    assert_same_records(run.directory, undisturbed["long"].directory)
-    assert_same_states(run.directory, undisturbed["long"].directory)
+    assert_same_records(run.directory, uninterrupted["long"].directory)
+    assert_same_states(run.directory, uninterrupted["long"].directory)
     assert_all_intact(run.directory)

@@ -1,4 +1,4 @@
-"""Storage that fills up or turns read-only in the middle of a run."""
+"""Storage that fills up, turns read-only, or raises an error in the middle of a run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ import pytest
 from tests.distributed import cases
 from tests.distributed.comparing import Observed, assert_identical
 from tests.distributed.faults import small_storage
-from tests.distributed.faults.checks import assert_all_intact
+from tests.distributed.faults.checks import assert_all_intact, assert_trained_on_during_the_save
+from tests.distributed.faults.outcomes import RESUMES
 from tests.distributed.launching import ROOT
 from tutorial_lib.records import RunDirectory
 
 
 @pytest.fixture(scope="module")
-def on_small_storage(directory: Path, undisturbed: dict[str, Observed]) -> dict[str, dict[str, Any]]:
+def on_small_storage(directory: Path, uninterrupted: dict[str, Observed]) -> dict[str, dict[str, Any]]:
     """Return the report of :mod:`tests.distributed.faults.small_storage` on its runs."""
     trial = subprocess.run([*small_storage.NAMESPACE, "true"], capture_output=True, text=True)
     if trial.returncode:
@@ -35,19 +37,38 @@ def on_small_storage(directory: Path, undisturbed: dict[str, Observed]) -> dict[
 
 
 @pytest.mark.fault(
-    "a disk that is full in the middle of a save", "stops and says so; with room again, the same command resumes"
+    "a disk that is full in the middle of a save", "stops with an error; once there is space, the same command resumes"
 )
-def test_a_full_disk(on_small_storage: dict[str, Any], undisturbed: dict[str, Observed], directory: Path) -> None:
+def test_a_full_disk(on_small_storage: dict[str, Any], uninterrupted: dict[str, Observed], directory: Path) -> None:
     assert re.search(r"cannot be written to \(No space left on device", start_of(on_small_storage["disk_full"]))
     assert_resumable(on_small_storage["disk_full"])
-    assert_ends_undisturbed(cases.saving(directory, "zero1", small_storage.FULL), undisturbed["zero1"])
+    assert_completed_like(cases.saving(directory, "zero1", small_storage.NO_SPACE), uninterrupted["zero1"])
 
 
-@pytest.mark.fault("storage that turns read-only", "stops and says so; writable again, the same command resumes")
-def test_read_only_storage(on_small_storage: dict[str, Any], undisturbed: dict[str, Observed], directory: Path) -> None:
+@pytest.mark.fault("storage that turns read-only", "stops with an error; once it is writable, the same command resumes")
+def test_read_only_storage(
+    on_small_storage: dict[str, Any], uninterrupted: dict[str, Observed], directory: Path
+) -> None:
     assert re.search(r"cannot be written to \(Read-only file system", start_of(on_small_storage["read_only"]))
     assert_resumable(on_small_storage["read_only"])
-    assert_ends_undisturbed(cases.saving(directory, "zero1", small_storage.READ_ONLY), undisturbed["zero1"])
+    assert_completed_like(cases.saving(directory, "zero1", small_storage.READ_ONLY), uninterrupted["zero1"])
+
+
+@pytest.mark.fault("an exception in one rank's save", RESUMES)
+def test_an_exception_in_a_save(assert_recovers: Callable[..., str]) -> None:
+    said = assert_recovers("storage.save_raises")
+    assert said.startswith("Rank 1 of run 'storage.save_raises' failed with OSError: the disk is full\n")
+    assert 'raise OSError("the disk is full")' in said
+    assert "rank-001.log" in said
+
+
+@pytest.mark.fault("a rank hits the limit on file sizes while it writes in the background (`async_save`)", RESUMES)
+def test_a_limit_on_file_sizes_in_the_background(assert_recovers: Callable[..., str], directory: Path) -> None:
+    said = assert_recovers("storage.limit_in_write")
+    first = said.splitlines()[0]
+    assert first.startswith("Rank 1 of run 'storage.limit_in_write' failed with OSError: [Errno 27] File too large")
+    assert re.search(r"/\.partial-step-00000004-[0-9a-f]{8}/engine/engine/", first)
+    assert_trained_on_during_the_save(RunDirectory(directory / "runs/storage.limit_in_write"))
 
 
 def start_of(report: dict[str, Any]) -> str:
@@ -59,6 +80,6 @@ def assert_resumable(report: dict[str, Any]) -> None:
     assert (report["newest"], report["left_out"]) == ("step-00000002", 0)
 
 
-def assert_ends_undisturbed(config: Any, undisturbed: Observed) -> None:
-    assert_identical(Observed.read(config), undisturbed)
+def assert_completed_like(config: Any, uninterrupted: Observed) -> None:
+    assert_identical(Observed.read(config), uninterrupted)
     assert assert_all_intact(RunDirectory(config.directory)) == [2, 4, 6, 8]

@@ -22,7 +22,7 @@ def same_data_on_each_rank() -> Iterator[None]:
 
 @contextmanager
 def sharded_over_a_larger_grid() -> Iterator[None]:
-    """Deal examples out over twice as many ranks as read them, as if the world size were the group's size."""
+    """Distribute examples over twice as many ranks as read them, as if the world size were the group's size."""
 
     def steps(self: Any) -> Iterator[list[int]]:
         while True:
@@ -36,7 +36,7 @@ def sharded_over_a_larger_grid() -> Iterator[None]:
 
 @contextmanager
 def sampler_of_the_world() -> Iterator[None]:
-    """Deal examples out over all ranks, even if they share their layers."""
+    """Distribute examples over all ranks, even if they share their layers."""
 
     def steps(self: Any) -> Iterator[list[int]]:
         while True:

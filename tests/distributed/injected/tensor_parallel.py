@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch.distributed as dist
 
-from tests.distributed.injected.engine import changed_deepspeed_config
+from tests.distributed.injected.update import changed_deepspeed_config
 from tutorial_lib import engine as engines
 from tutorial_lib.trainer import rank_agreement
 
@@ -30,7 +30,7 @@ def row_all_reduce_skipped() -> Iterator[None]:
 
 @contextmanager
 def column_all_reduce_skipped() -> Iterator[None]:
-    """Skip the all-reduce in backward, and let the group not compare its losses."""
+    """Skip the all-reduce in backward, and switch off the comparison of losses within the group."""
     with (
         _all_reduce_skipped("ColumnParallel", "backward"),
         mock.patch.object(rank_agreement, "SAME_LOSS", float("inf")),

@@ -1,4 +1,4 @@
-"""Memory worker, for ``test_memory.py``: each rank builds a run's engine and watches its memory, without training.
+"""Memory worker, for ``test_memory_at_start.py``: each rank builds an engine and watches its memory, without training.
 
 ``memory.json`` in a run's directory holds, for every rank, how many bytes its resident set rose above what it was
 before the model: until the model is built or read (``loading``), and until the engine is ready (``initializing``);

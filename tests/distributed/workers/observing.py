@@ -2,7 +2,7 @@
 
 ``python -m tests.distributed.workers.observing`` takes the place of ``python -m tutorial_lib.launch.worker`` and calls
 it. At every checkpoint a run leaves ``observed.pt`` in its directory: full parameters, full optimizer states, the
-examples of every step. What else happens to a run, its :class:`tests.distributed.probe.Probe` says.
+examples of every step. A run's :class:`tests.distributed.probe.Probe` says what else happens to it.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import cpuinfo
 import torch
 import torch.distributed as dist
 
+from tests.distributed.fsdp1_engine import FSDP1Engine
+from tests.distributed.gloo_averages import probe_averages
 from tests.distributed.probe import ERRORS, OBSERVATION, Probe
-from tests.distributed.workers.averages import probe_averages
-from tests.distributed.workers.fsdp1 import FSDP1Engine
-from tests.distributed.workers.watch import watching
+from tests.distributed.watching import watching
 from tests.late_writes import late_writes, without_snapshot
 from tutorial_lib import checkpoint
 from tutorial_lib.config import Config
@@ -85,7 +85,7 @@ def _train_to_the_stop(config: Config, probe: Probe) -> Config:
     if probe.late_writes:
         with late_writes(), without_snapshot() if probe.no_snapshot else nullcontext():
             train(config)
-        if dist.get_rank() == 0:  # the checkpoint of the stop was written when no training went on
+        if dist.get_rank() == 0:  # the checkpoint at the stop was written after training had ended
             shutil.rmtree(checkpoint.latest(RunDirectory(config.directory)))
         dist.barrier()
     else:
@@ -102,7 +102,7 @@ def _expect_an_error(config: Config) -> None:
         dist.all_gather_object(errors, {"type": type(error).__name__, "message": str(error)})
         if dist.get_rank() == 0:
             (config.directory / ERRORS).write_text(json.dumps(errors))
-            # The launcher expects a result of a run that has ended, and would take its error for a later run's.
+            # The launcher expects a result from each finished run, and would blame a later run for this error.
             (config.directory / "result.json").write_text("{}")
             RunDirectory(config.directory).clear_errors()
     else:

@@ -1,4 +1,4 @@
-"""Worker with a reader's own loop, that of ``notebooks/scripts/train_zero.py``, for ``test_own_loop.py``.
+"""Worker with a reader's own loop, that of ``notebooks/scripts/train_zero.py``, for ``test_readers_loop.py``.
 
 The losses of each start are left in its run's ``losses.json``.
 """

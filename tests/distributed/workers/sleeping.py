@@ -7,13 +7,13 @@ import sys
 import time
 from pathlib import Path
 
-from tests.distributed.workers.telling import tell
+from tests.distributed.workers.reporting_state import report_state
 from tutorial_lib.records import RunDirectory
 
 
 def main(configs_file: str, rendezvous: str) -> None:
     (flat,) = json.loads(Path(configs_file).read_text())
-    tell(RunDirectory(Path(flat["storage"]) / flat["name"]), rendezvous)
+    report_state(RunDirectory(Path(flat["storage"]) / flat["name"]), rendezvous)
     time.sleep(600)
 
 

@@ -5,23 +5,19 @@ from dataclasses import replace
 
 import pytest
 
-from tests.distributed.cases import MODELS, small_model
-from tests.unit.checkpoint.runs import config
+from tests.unit.checkpoint.runs import config, make_model
 from tutorial_lib import launch
 from tutorial_lib.records import RunDirectory
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
-    """Write a small GPT-2 with dropout: a resume that draws different random numbers gives different losses."""
-    directory = tmp_path_factory.mktemp("models") / "dropout"
-    small_model("gpt2", directory, **MODELS["gpt2"], embd_pdrop=0.1, resid_pdrop=0.1)
-    return str(directory)
+    return make_model(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")
-def unbroken(model, tmp_path_factory):
-    return launch.run(config(tmp_path_factory.mktemp("unbroken"), model=model))
+def uninterrupted(model, tmp_path_factory):
+    return launch.run(config(tmp_path_factory.mktemp("uninterrupted"), model=model))
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,10 @@
-"""Small runs of the torch engine, and the comparison of two of them."""
+"""A small model, runs of it with the torch engine, and the comparison of two of them."""
 
 import json
 
 import torch
 
+from tests.distributed.cases import MODELS, small_model
 from tutorial_lib import checkpoint
 from tutorial_lib.checkpoint import manifest
 from tutorial_lib.checkpoint.directory import finish_deletions
@@ -24,6 +25,12 @@ def config(storage, **flat):
         "storage": str(storage),
     }
     return Config.create("cpu", **(settings | flat))
+
+
+def make_model(directory):
+    """Write a small GPT-2 with dropout: a resume that draws different random numbers gives different losses."""
+    small_model("gpt2", directory / "dropout", **MODELS["gpt2"], embd_pdrop=0.1, resid_pdrop=0.1)
+    return str(directory / "dropout")
 
 
 def make_checkpoint(run, step, **trainer):

@@ -33,10 +33,10 @@ def test_every_setting_that_differs_is_named(interrupted):
     assert "another name" in str(error.value)
 
 
-def test_what_changes_no_update_may_change(interrupted, unbroken):
+def test_settings_that_do_not_affect_updates_may_change(interrupted, uninterrupted):
     """Recomputing draws the same dropout masks, because it restores the first pass's random state."""
     free = {"activation_checkpointing": True, "checkpoint_every": 0, "stop_after": None}
-    assert_same(launch.run(interrupted.config.override(**free)), unbroken)
+    assert_same(launch.run(interrupted.config.override(**free)), uninterrupted)
 
 
 def test_another_model_is_named_too(interrupted):
@@ -79,7 +79,7 @@ def exchange_two_tokens(own):
     (own / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
-def test_of_a_model_that_moved_everything_that_changed_is_named(own_model, tmp_path):
+def test_every_change_in_a_moved_model_is_named(own_model, tmp_path):
     own, run = own_model
     moved = own.rename(tmp_path / "moved")
     exchange_two_tokens(moved)
@@ -116,7 +116,7 @@ def test_other_weights_in_another_directory_are_another_model(own_model, tmp_pat
         launch.preflight(given)
 
 
-def test_what_says_nothing_of_the_model_may_differ(own_model):
+def test_settings_that_do_not_affect_the_model_may_differ(own_model):
     own, run = own_model
     settings = json.loads((own / "config.json").read_text())
     (own / "config.json").write_text(json.dumps(settings | {"transformers_version": "0", "use_cache": False}))
@@ -186,7 +186,7 @@ def test_other_data_in_another_directory_are_refused(own_data, tmp_path):
         launch.preflight(run.config.override(stop_after=None, dataset=str(tmp_path / "other")))
 
 
-def test_a_checkpoint_that_knows_nothing_of_its_data_goes_on(own_data):
+def test_a_checkpoint_without_a_data_identity_still_resumes(own_data):
     """Older versions wrote checkpoints like this."""
     data, run = own_data
     write_rows(data, range(100, 140))
@@ -197,7 +197,7 @@ def test_a_checkpoint_that_knows_nothing_of_its_data_goes_on(own_data):
         launch.preflight(run.config)
 
 
-def test_a_checkpoint_that_knows_nothing_of_its_weights_takes_no_other_directory(own_model, tmp_path):
+def test_without_a_weights_identity_the_model_directory_must_stay_the_same(own_model, tmp_path):
     """Older versions wrote checkpoints like this."""
     own, run = own_model
     path = checkpoint.latest(run.directory)

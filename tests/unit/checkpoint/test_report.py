@@ -8,8 +8,8 @@ from tutorial_lib import checkpoint
 from tutorial_lib.cli import main
 
 
-def test_inspecting_a_checkpoint_tells_what_is_in_it(unbroken, capsys):
-    path = checkpoint.latest(unbroken.directory)
+def test_inspecting_a_checkpoint_tells_what_is_in_it(uninterrupted, capsys):
+    path = checkpoint.latest(uninterrupted.directory)
     assert main(["inspect", str(path), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["step"], report["intact"], report["damage"]) == (STEPS, True, [])
@@ -61,6 +61,6 @@ def test_inspecting_unpickles_nothing(run, tmp_path, capsys):
     assert "NOT IN THE MANIFEST" in capsys.readouterr().out
 
 
-def test_what_is_neither_a_checkpoint_nor_a_run_is_said(tmp_path, capsys):
+def test_a_path_without_a_checkpoint_is_refused(tmp_path, capsys):
     assert main(["inspect", str(tmp_path)]) == 2
     assert "neither a checkpoint nor the directory of a run" in capsys.readouterr().err

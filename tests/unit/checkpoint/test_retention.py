@@ -70,7 +70,7 @@ def test_a_damaged_checkpoint_does_not_count_as_kept(run):
     assert names(run) == steps(2, 3, 4)
 
 
-def test_a_damaged_checkpoint_of_a_later_step_neither_counts_nor_goes(run):
+def test_a_damaged_later_checkpoint_is_not_counted_and_not_deleted(run):
     """The run went back to step 2 and saved step 3; it had skipped the damaged step 4."""
     for step in (1, 2, 3, 4):
         make_checkpoint(run, step)
@@ -109,7 +109,7 @@ def of_a_newer_format(path):
     (path / "manifest.json").write_text(text.replace('"format": 2', '"format": 3'))
 
 
-def test_where_fewer_intact_ones_are_found_than_are_to_be_kept_nothing_goes(run):
+def test_nothing_is_deleted_while_too_few_checkpoints_are_intact(run):
     for step in (1, 2, 3):
         flip_a_bit(make_checkpoint(run, step) / "trainer.json")
     make_checkpoint(run, 4)
@@ -118,7 +118,7 @@ def test_where_fewer_intact_ones_are_found_than_are_to_be_kept_nothing_goes(run)
     assert names(run) == steps(1, 2, 3, 4, 5)
 
 
-def test_what_cannot_be_read_now_neither_counts_nor_goes_and_is_asked_again(run, unreadable):
+def test_an_unreadable_checkpoint_is_not_counted_not_deleted_and_checked_again(run, unreadable):
     for step in (1, 2, 3, 4):
         make_checkpoint(run, step)
     unreadable |= {1, 3}
@@ -130,7 +130,7 @@ def test_what_cannot_be_read_now_neither_counts_nor_goes_and_is_asked_again(run,
     assert names(run) == steps(3, 4)
 
 
-def test_the_best_that_cannot_be_read_now_does_not_go(run, unreadable):
+def test_an_unreadable_best_checkpoint_is_not_deleted(run, unreadable):
     for step, loss in enumerate((1.0, 2.0, 3.0, 4.0), 1):
         make_checkpoint(run, step, record={"eval_loss": loss})
     unreadable |= {1}
@@ -138,7 +138,7 @@ def test_the_best_that_cannot_be_read_now_does_not_go(run, unreadable):
     assert names(run) == steps(1, 2, 4)
 
 
-def test_what_a_newer_version_has_written_neither_counts_nor_goes(run):
+def test_a_checkpoint_of_a_newer_format_is_not_counted_and_not_deleted(run):
     for step in (1, 2, 3, 4, 5):
         make_checkpoint(run, step)
     for step in (2, 4):
@@ -187,11 +187,11 @@ def test_pruning_does_not_wait_until_files_are_gone(run, monkeypatch):
     assert sorted(path.name for path in run.checkpoints.iterdir()) == steps(2)
 
 
-def test_a_run_that_prunes_is_the_run_that_keeps_all(unbroken, model, tmp_path):
+def test_pruning_does_not_change_the_run(uninterrupted, model, tmp_path):
     settings = config(tmp_path, model=model, checkpoint_every=2, keep_last=2, keep_best=True, evaluate=True)
     launch.run(settings.override(stop_after=5))
     run = launch.run(settings)
-    assert_same(run, unbroken)
+    assert_same(run, uninterrupted)
     losses = {
         path.name: loss for path, loss in checkpoint.retention.eval_losses(directory.checkpoints(run.directory)).items()
     }

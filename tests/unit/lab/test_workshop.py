@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.unit.lab.answers import assert_explains
+from tests.unit.lab.exercise_assertions import assert_explains
 from tutorial_lib.lab import workshop
 
 ROWS = [SimpleNamespace(name=f"stage-{stage}", states_bytes=(4 - stage) * workshop.MIB) for stage in range(4)]

@@ -48,7 +48,7 @@ def torchrun(monkeypatch, **changes):
 
 
 @pytest.mark.parametrize("launcher", ["local", "ray"])
-def test_a_rank_that_an_earlier_shell_left_over_is_none(monkeypatch, launcher):
+def test_a_rank_variable_left_over_in_a_shell_is_ignored(monkeypatch, launcher):
     torchrun(monkeypatch, RANK="1", WORLD_SIZE="2", TORCHELASTIC_RUN_ID=None)
     config = Config.create(launcher=launcher)
     check_environment(config)
@@ -118,7 +118,7 @@ def test_loopback_is_refused_where_ranks_are_on_other_nodes(monkeypatch, name):
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({}, "waited 1 s at 127.0.0.1:[0-9]+, and not all of the others came. .*exported by hand, unset them"),
+        ({}, "waited 1 s at 127.0.0.1:[0-9]+, but not all of the others arrived. .*exported by hand, unset them"),
         ({"MASTER_ADDR": "no-such-host.invalid", "RANK": "1"}, "does not know the name 'no-such-host.invalid'"),
     ],
     ids=["ranks that never come", "a name that does not resolve"],
@@ -132,7 +132,7 @@ def test_ranks_that_do_not_come_together_say_why(monkeypatch, changes, why):
             pass
 
 
-def test_a_port_in_use_is_told(monkeypatch):
+def test_a_port_in_use_is_named(monkeypatch):
     with socket.create_server(("0.0.0.0", 0)) as taken:
         torchrun(monkeypatch, WORLD_SIZE="2", MASTER_PORT=str(taken.getsockname()[1]))
         with pytest.raises(joining.RendezvousError, match="another program is using the port"):

@@ -180,7 +180,7 @@ def test_a_damaged_checkpoint_exits_with_1_and_is_named(storage, tmp_path, capsy
     assert f"{damaged} has 0 bytes" in shown and "none of them is intact" in shown
 
 
-def test_a_checkpoint_that_is_left_out_is_told_of(storage, tmp_path, capsys):
+def test_a_skipped_checkpoint_is_reported(storage, tmp_path, capsys):
     arguments = ["train", *ONE_PROCESS, *SMALL, *storage, "--checkpoint-every", "1"]
     assert main([*arguments, "--stop-after", "2"]) == 75
     damaged = tmp_path / "runs" / "run" / "checkpoints" / "step-00000002" / "engine" / "model.pt"
@@ -327,7 +327,7 @@ WORKERS = "tests.unit.launch.workers"
         ),
     ],
 )
-def test_an_aborted_rank_is_told_with_what_it_and_its_peers_could_write(tmp_path, worker, begin, also):
+def test_the_error_of_an_aborted_rank_includes_what_all_ranks_wrote(tmp_path, worker, begin, also):
     config = Config.create("cpu", dp=2, storage=str(tmp_path), name="aborts", launcher="local", steps=1)
     with pytest.raises(launch.WorkerError) as error:
         launch.run_all([config], worker=f"{WORKERS}.{worker}")
@@ -337,7 +337,7 @@ def test_an_aborted_rank_is_told_with_what_it_and_its_peers_could_write(tmp_path
     assert ("what(): from C++" in said) == (worker == "aborting"), "the end of its output, where it is all there is"
 
 
-def test_a_rank_that_waits_for_one_that_failed_is_ended_and_not_told_of(tmp_path, monkeypatch):
+def test_a_waiting_rank_is_killed_and_not_blamed(tmp_path, monkeypatch):
     """The launcher kills the waiting rank, so this does not take long."""
     monkeypatch.setattr(launch.local, "_PEERS_SECONDS", 1)
     config = Config.create("cpu", dp=2, storage=str(tmp_path), name="waiting", launcher="local", steps=1)

@@ -44,9 +44,9 @@ def pids(row: dict[str, Any]) -> set[int]:
     return {process["pid"] for process in row["processes"]}
 
 
-def wait_until(is_so: Callable[[], object]) -> None:
+def wait_until(condition: Callable[[], object]) -> None:
     end = time.monotonic() + 10
-    while not is_so():
+    while not condition():
         assert time.monotonic() < end, "waited for ten seconds"
         time.sleep(0.01)
 

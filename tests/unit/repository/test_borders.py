@@ -16,7 +16,7 @@ from tests.unit.repository.files import ROOT
 @pytest.mark.parametrize(
     "module, forbidden, contract",
     [
-        ("config/__init__", "from tutorial_lib import records", "config knows nobody"),
+        ("config/__init__", "from tutorial_lib import records", "config imports no other package"),
         ("theory/memory", "import torch", "theory is arithmetic"),
         ("theory/memory", "from tutorial_lib import config", "theory is arithmetic"),
         ("trainer/loop", "import deepspeed", "only engine.deepspeed and checkpoint.formats"),

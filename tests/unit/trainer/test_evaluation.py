@@ -46,7 +46,7 @@ def test_all_tokens_are_questions_contexts_and_answers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flat", [{"dataset": "embedded/news"}, {"dataset": "embedded/qa", "batching": "packed"}])
-def test_nothing_stands_beside_where_no_prompt_is_masked_or_rows_are_packed(tmp_path: Path, flat: Any) -> None:
+def test_no_all_token_loss_for_unmasked_prompts_or_packed_rows(tmp_path: Path, flat: Any) -> None:
     evaluating, _ = evaluator(tmp_path, **flat)
     record: dict[str, Any] = {}
     evaluating.note_before(record)

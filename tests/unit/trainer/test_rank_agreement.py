@@ -13,7 +13,7 @@ GRID = Topology(dp=2, tp=2, rank=0)
 def test_batches_may_differ_between_groups_and_not_within_one():
     check_batches(GRID, 7, [5, 5, 9, 9])
     check_batches(Topology(dp=4, tp=1, rank=0), 7, [1, 2, 3, 4])
-    with pytest.raises(RanksDisagree, match=r"At step 7 ranks \[2, 3\].*fingerprints 0{15}9, f{16}\. Look at what the"):
+    with pytest.raises(RanksDisagree, match=r"At step 7 ranks \[2, 3\].*fingerprints 0{15}9, f{16}\. Check the data"):
         check_batches(GRID, 7, [5, 5, 9, -1])
 
 
@@ -24,6 +24,6 @@ def test_losses_may_differ_by_rounding_alone():
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
-def test_a_loss_that_is_no_number_is_another_checks_business(loss):
+def test_nan_and_infinity_are_left_to_another_check(loss):
     check_losses(GRID, 3, [loss, loss, 1.0, 1.0])
     check_losses(GRID, 3, [1.0, loss, 1.0, 1.0])

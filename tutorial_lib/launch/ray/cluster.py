@@ -361,7 +361,7 @@ def _cluster_environment(config: Config) -> dict[str, str]:
     """Return the environment of a cluster on this machine and of the warm server: Ray reads it at import."""
     threads = max(1, usable_cores() // config.parallel.world_size)
     environment = {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo"}
-    # No process that asks whether a cloud provider will take this machine away.
+    # Do not start the process that watches for preemption by a cloud provider.
     environment["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
         # Otherwise Ray stores a token in the home directory that outlives the cluster.

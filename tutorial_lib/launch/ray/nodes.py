@@ -49,7 +49,7 @@ class TwoNodes:
         self._environment = {
             **SETTINGS,
             **NOTICE_A_LOST_NODE,
-            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process that asks whether this machine is taken away
+            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # would start a process that watches for preemption
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
         }
         self._owner = subprocess.Popen(

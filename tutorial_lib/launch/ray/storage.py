@@ -55,8 +55,8 @@ def check_shared(directory: Path, nodes: Sequence[Node]) -> None:
         if late:
             names = ", ".join(others[answers[answer]].name for answer in late)
             raise ConfigError(
-                f"{names} did not say within {ANSWER_SECONDS} s whether {directory} is there. `ray status` shows which "
-                "nodes are alive. Remove the others, or try again."
+                f"{names} did not report within {ANSWER_SECONDS} s whether {directory} exists. `ray status` shows "
+                "which nodes are alive. Remove the others, or try again."
             )
     finally:
         for path in directory.glob(f"{probe.name}*"):
@@ -111,7 +111,7 @@ def _problem(answer: Any, directory: Path, node: str, here: str) -> str:
     if said == "no directory":
         return f"{node} has no directory {directory}, although {here} has created it. {_SHARE}"
     if said == "missing":
-        return f"{node} has a directory {directory} of its own: it does not see what {here} writes there. {_SHARE}"
+        return f"{node} has its own {directory}: it does not see what {here} writes there. {_SHARE}"
     if said:
         return f"{node} cannot write into {directory}: {said}. Give the user of Ray's processes write permission."
     return ""

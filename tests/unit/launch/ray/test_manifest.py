@@ -86,7 +86,7 @@ def test_an_elastic_run_keeps_as_many_nodes_as_it_needs(capsys: pytest.CaptureFi
     assert content["available_node_types"]["worker"]["min_workers"] == 1
 
 
-def test_what_nobody_can_know_is_left_open(capsys: pytest.CaptureFixture[str]) -> None:
+def test_values_only_the_user_knows_are_left_blank(capsys: pytest.CaptureFixture[str]) -> None:
     """No image, account or claim is invented."""
     for kind, least in (("cluster-yaml", 8), ("rayjob", 2)):
         text, content = written(capsys, ON_GPUS, kind)

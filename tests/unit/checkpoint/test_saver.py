@@ -32,7 +32,7 @@ def test_checkpoints_come_every_so_many_steps_and_at_the_end(interrupted):
     assert names == ["step-00000002", "step-00000004"]
 
 
-def test_an_interrupted_save_leaves_the_checkpoint_before_it(unbroken, model, tmp_path, monkeypatch):
+def test_an_interrupted_save_leaves_the_checkpoint_before_it(uninterrupted, model, tmp_path, monkeypatch):
     """The interrupt also leaves a partial directory under a temporary name, and rows that are written again."""
     save, saves = TorchEngine.save, []
 
@@ -52,7 +52,7 @@ def test_an_interrupted_save_leaves_the_checkpoint_before_it(unbroken, model, tm
     assert partial.startswith(".partial-step-00000004-") and saved == "step-00000002"
     assert checkpoint.latest(run).name == "step-00000002"
     assert [row["step"] for row in run.rows()] == [1, 2, 3, 4]
-    assert_same(launch.run(settings), unbroken)
+    assert_same(launch.run(settings), uninterrupted)
     assert sorted(path.name for path in run.checkpoints.iterdir())[0] == "step-00000002"
 
 
@@ -76,13 +76,13 @@ def entries(run, step):
     return {name: entry for name, entry in files.items() if name.endswith(".pt")}
 
 
-def test_an_async_save_writes_what_a_save_at_once_would_have_written(interrupted, unbroken, model, tmp_path):
+def test_an_async_save_writes_what_a_save_at_once_would_have_written(interrupted, uninterrupted, model, tmp_path):
     settings = config(tmp_path / "late", model=model, checkpoint_every=2, async_save=True)
     with late_writes() as newest:
         late = launch.run(settings)
     # Three files and the description at each of the steps 2, 4 and 6. The last save has no training to wait for.
     assert newest == [None] * 4 + ["step-00000002"] * 4 + ["step-00000004"] * 4, "visible before it was complete"
-    assert_same(late, unbroken)
+    assert_same(late, uninterrupted)
     for step in (2, 4):
         assert entries(late, step) == entries(interrupted, step)
         checkpoint.verify(checkpoint.directory_of(late.directory, step))
@@ -90,10 +90,10 @@ def test_an_async_save_writes_what_a_save_at_once_would_have_written(interrupted
         shutil.rmtree(checkpoint.directory_of(late.directory, step))
     resumed = launch.run(settings)
     assert resumed.result["resumed_from"] == 2
-    assert_same(resumed, unbroken)
+    assert_same(resumed, uninterrupted)
 
 
-def test_without_a_snapshot_it_would_not_be(interrupted, model, tmp_path):
+def test_without_a_snapshot_the_file_holds_later_states(interrupted, model, tmp_path):
     with late_writes(), without_snapshot():
         late = launch.run(config(tmp_path / "late", model=model, checkpoint_every=2, async_save=True))
     assert entries(late, 2)["engine/model.pt"] != entries(interrupted, 2)["engine/model.pt"]
@@ -122,7 +122,7 @@ def test_a_checkpoint_is_reported_when_it_is_there_and_with_its_own_row(model, t
 
 
 @pytest.mark.parametrize("async_save", [False, True])
-def test_a_full_disk_is_an_error_and_the_checkpoint_before_it_stays(unbroken, model, tmp_path, async_save):
+def test_a_full_disk_is_an_error_and_the_checkpoint_before_it_stays(uninterrupted, model, tmp_path, async_save):
     """A limit on the size of files simulates a full disk."""
     settings = config(tmp_path, model=model, checkpoint_every=2, async_save=async_save)
     launch.run(settings.override(stop_after=2))
@@ -135,10 +135,10 @@ def test_a_full_disk_is_an_error_and_the_checkpoint_before_it_stays(unbroken, mo
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
     assert checkpoint.latest(RunDirectory(settings.directory)).name == "step-00000002"
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
-    assert_same(launch.run(settings), unbroken)
+    assert_same(launch.run(settings), uninterrupted)
 
 
-def test_an_error_of_a_file_bears_its_name_even_if_only_the_disk_tells(tmp_path, monkeypatch):
+def test_a_write_error_names_the_file_even_if_fsync_raises_it(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

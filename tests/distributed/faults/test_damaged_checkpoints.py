@@ -12,13 +12,13 @@ import pytest
 from tests.distributed import cases
 from tests.distributed.comparing import Observed, assert_identical
 from tests.distributed.faults.checks import assert_all_intact
-from tests.distributed.faults.outcomes import BACK
+from tests.distributed.faults.outcomes import FALLS_BACK
 from tests.distributed.launching import Shell, train_command
 
 
 @pytest.fixture
-def assert_falls_back(undisturbed: dict[str, Observed], recovered: dict[str, Observed]) -> Callable[..., None]:
-    """Return a function that checks which checkpoints a run left out, why, and that it ends undisturbed."""
+def assert_falls_back(uninterrupted: dict[str, Observed], recovered: dict[str, Observed]) -> Callable[..., None]:
+    """Return a function that checks which checkpoints a run skipped and why, and that it ends as if uninterrupted."""
 
     def check(name: str, left_out: list[int], why: str) -> None:
         run = recovered[name]
@@ -28,37 +28,37 @@ def assert_falls_back(undisturbed: dict[str, Observed], recovered: dict[str, Obs
         for each in result["left_out"]:
             assert re.search(why, each["why"]), each
             assert f"Not resumed from {each['checkpoint']}: {each['why']}" in run.directory.log_file(0).read_text()
-        assert_identical(run, undisturbed["zero1"])
+        assert_identical(run, uninterrupted["zero1"])
         assert assert_all_intact(run.directory) == [2, 4, 6, 8], "damaged checkpoints are replaced"
 
     return check
 
 
-@pytest.mark.fault("the newest checkpoint has a file that is cut short", BACK)
+@pytest.mark.fault("the newest checkpoint has a file that is cut short", FALLS_BACK)
 def test_a_file_that_is_cut_short(assert_falls_back: Callable[..., None]) -> None:
     assert_falls_back("cut_short", [8], r"rank-001\.pt has \d+ bytes, but \d+ were written\.")
 
 
-@pytest.mark.fault("the newest checkpoint has one bit flipped in a rank's shard", BACK)
+@pytest.mark.fault("the newest checkpoint has one bit flipped in a rank's shard", FALLS_BACK)
 def test_a_flipped_bit(assert_falls_back: Callable[..., None]) -> None:
     assert_falls_back("flip_a_bit", [8], r"zero_pp_rank_1_\S+optim_states\.pt was altered after it was written")
 
 
-@pytest.mark.fault("the newest checkpoint lacks a rank's file", BACK)
+@pytest.mark.fault("the newest checkpoint lacks a rank's file", FALLS_BACK)
 def test_a_missing_file(assert_falls_back: Callable[..., None]) -> None:
     assert_falls_back("remove_a_file", [8], r"zero_pp_rank_1_\S+optim_states\.pt is missing from the checkpoint\.")
 
 
-@pytest.mark.fault("the two newest checkpoints have lost their manifest", BACK)
+@pytest.mark.fault("the two newest checkpoints have lost their manifest", FALLS_BACK)
 def test_two_missing_manifests(assert_falls_back: Callable[..., None]) -> None:
     assert_falls_back("remove_two_manifests", [8, 6], r"step-0000000[68] has no manifest\.json")
 
 
 @pytest.mark.fault("no checkpoint is intact", "refused with every cause; it never silently starts from step 0")
-def test_no_intact_checkpoint(undisturbed: dict[str, Observed], directory: Path, shell: Shell) -> None:
+def test_no_intact_checkpoint(uninterrupted: dict[str, Observed], directory: Path, shell: Shell) -> None:
     """Only ranks that read the files find this damage: every rank refuses, and the first error is printed."""
     config = cases.saving(directory, "zero1", "none-intact")
-    shutil.copytree(undisturbed["zero1"].directory.path, config.directory)
+    shutil.copytree(uninterrupted["zero1"].directory.path, config.directory)
     for step in (2, 4, 6, 8):
         saved = cases.shard(config.directory, step, rank=1)
         saved.write_bytes(saved.read_bytes()[:-1] + b"?")

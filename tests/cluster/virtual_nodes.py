@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOLS = ("unshare", "nsenter", "ip", "mount", "bash")
+UNSHARE = ("unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
 
 _ENCLOSURE = """
 set -e
@@ -63,25 +63,6 @@ ip link add "$NAME" type veth peer name eth0 netns "$NODE"
 ip link set "$NAME" master bridge up
 nsenter --target "$NODE" --net bash -c "ip link set lo up; ip address add $ADDRESS/24 dev eth0; ip link set eth0 up"
 """
-
-
-def missing_tools() -> str | None:
-    """Return why this machine cannot have virtual nodes, or None if it can."""
-    if sys.platform != "linux":
-        return "virtual nodes need Linux"
-    if os.geteuid() != 0:
-        return "virtual nodes need root"
-    if absent := [tool for tool in TOOLS if not shutil.which(tool)]:
-        return f"virtual nodes need {', '.join(absent)} (`make cluster-tools` installs iproute2 and util-linux)"
-    attempt = subprocess.run(
-        [*_UNSHARE, "--net", "ip", "link", "add", "name", "bridge", "type", "bridge"], capture_output=True
-    )
-    if attempt.returncode:
-        return f"this machine does not allow namespaces: {attempt.stderr.decode().strip()}"
-    return None
-
-
-_UNSHARE = ("unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
 
 
 class Node:
@@ -150,7 +131,7 @@ class VirtualNodes:
     def __enter__(self) -> VirtualNodes:
         self._scratch = Path(tempfile.mkdtemp(prefix="nodes-", dir="/var/tmp"))
         try:
-            self._enclosure = _start([*_UNSHARE, "--net", "bash", "-c", _ENCLOSURE])
+            self._enclosure = _start([*UNSHARE, "--net", "bash", "-c", _ENCLOSURE])
             self._inside = _first_process(self._enclosure)
             for name, address in self._addresses.items():
                 self.add(name, address)
@@ -173,7 +154,7 @@ class VirtualNodes:
         hosts.write_text("".join(f"{address} {name}\n" for name, address in self._names.items()))
         inside = ["nsenter", "--target", str(self._inside), "--net", "--uts", "--mount", "--pid", "--wdns=/", "--"]
         environment = {**os.environ, "NAME": name, "ADDRESS": address, "HOSTS": str(hosts)}
-        process = _start([*inside, *_UNSHARE, "--net", "bash", "-c", _NODE, "node", *self._shared], env=environment)
+        process = _start([*inside, *UNSHARE, "--net", "bash", "-c", _NODE, "node", *self._shared], env=environment)
         node = Node(name, address, process)
         self.nodes.append(node)
         bridge = ["nsenter", "--target", str(self._inside), "--net", "bash", "-c", _PLUG_IN]

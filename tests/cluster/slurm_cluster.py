@@ -15,9 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.cluster.nodes import Node, VirtualNodes, missing_tools
-
-PACKAGES = {"slurm-wlm": ("slurmctld", "slurmd", "sbatch", "squeue"), "munge": ("munged",)}
+from tests.cluster.virtual_nodes import Node, VirtualNodes
 
 _CONFIGURATION = """\
 ClusterName=virtual
@@ -60,20 +58,9 @@ CORES = 4
 ACTIVE = frozenset({"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "STOPPED"})
 
 
-def missing_packages() -> list[str]:
-    """Return the packages that are not installed."""
-    return [name for name, tools in PACKAGES.items() if not all(_find(tool) for tool in tools)]
-
-
-def missing() -> str | None:
-    """Return why this machine cannot have a SLURM cluster, or None if it can."""
-    if (absent := missing_packages()) and not missing_tools():
-        return f"SLURM on virtual nodes needs {' and '.join(absent)}: `make cluster-tools` installs them"
-    return missing_tools()
-
-
-def _find(tool: str) -> str | None:
-    return shutil.which(tool, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+def find_program(name: str) -> str | None:
+    """Return the path of one of SLURM's or munge's programs, or None."""
+    return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 
 
 class SlurmError(RuntimeError):
@@ -156,14 +143,14 @@ class SlurmCluster:
         self.wait_until(lambda: self.state(job) not in ACTIVE, seconds, f"job {job} ends")
         return self.state(job)
 
-    def wait_until(self, is_so: Callable[[], object], seconds: float, what: str) -> None:
+    def wait_until(self, condition: Callable[[], object], seconds: float, what: str) -> None:
         """Wait for something to become true.
 
         Raises:
             SlurmError: it did not within this time.
         """
         end = time.monotonic() + seconds
-        while not is_so():
+        while not condition():
             if time.monotonic() > end:
                 logs = [f"{log.name}:\n" + "\n".join(_tail(log)) for log in sorted(self.directory.glob("*.log"))]
                 raise SlurmError(f"Waited {seconds} s until {what}.\n" + "\n".join(logs))
@@ -175,7 +162,7 @@ class SlurmCluster:
         ] * len(self.nodes.nodes)
 
     def _check(self, given: Sequence[str], node: Node | None = None) -> None:
-        self.run([str(_find(given[0])), *given[1:]], node)
+        self.run([str(find_program(given[0])), *given[1:]], node)
 
 
 def _tail(log: Path, lines: int = 15) -> list[str]:

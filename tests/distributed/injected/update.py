@@ -9,7 +9,7 @@ from unittest import mock
 
 from torch import Tensor
 
-from tests.distributed.workers.watch import own_tokens
+from tests.distributed.watching import own_tokens
 from tutorial_lib.config import Config
 from tutorial_lib.engine.deepspeed import config as ds_config
 from tutorial_lib.mpu import Topology

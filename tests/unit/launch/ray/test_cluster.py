@@ -64,9 +64,7 @@ def test_each_cause_has_its_own_advice(error: Exception, advice: str) -> None:
     assert ("other programs" in said) == (advice == "end other programs and try again")
 
 
-def test_no_worker_in_time_is_an_error_and_a_worker_is_a_sign_of_life(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ray_must_start_a_worker_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunDirectory(tmp_path / "run")
     run.create()
     check = ray_train._patience(ray_train._watch_for_start([run]))
@@ -115,7 +113,7 @@ def start_worker(tmp_path: Path, context: dict[str, object]) -> str:
 CONTEXT = {"env_vars": {"COLOUR": "blue"}, "command_prefix": [], "py_executable": sys.executable}
 
 
-def test_a_worker_is_asked_of_the_server_with_the_environment_that_it_is_to_have(tmp_path: Path) -> None:
+def test_the_server_is_sent_the_workers_environment(tmp_path: Path) -> None:
     asked = []
 
     def answer() -> None:

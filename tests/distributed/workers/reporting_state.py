@@ -1,4 +1,4 @@
-"""Telling worker: each rank reports its own state instead of training.
+"""Reporting worker: each rank reports its own state instead of training.
 
 The module takes the place of the local launcher's worker: it leaves each run's result, and ``rank-N.json`` beside it.
 """
@@ -16,12 +16,12 @@ from tutorial_lib.records import RunDirectory, write_atomically
 def main(configs_file: str, rendezvous: str) -> None:
     for flat in json.loads(Path(configs_file).read_text()):
         run = RunDirectory(Path(flat["storage"]) / flat["name"])
-        tell(run, rendezvous)
+        report_state(run, rendezvous)
         if os.environ["RANK"] == "0":
             run.result_file.write_text("{}")
 
 
-def tell(run: RunDirectory, rendezvous: str) -> None:
+def report_state(run: RunDirectory, rendezvous: str) -> None:
     """Write this rank's state into the run's directory, and print a line."""
     rank = os.environ["RANK"]
     state = {

@@ -8,10 +8,9 @@ import inspect
 import pytest
 
 from tests.distributed import cases
-from tests.distributed.comparing import compare
-from tests.distributed.test_equivalence import STAGE_0_IN_BF16, allowed
+from tests.distributed.comparing import STAGE_0_IN_BF16, allowed, compare
 
-PAGES = ("data", "engine", "tensor_parallel", "restore", "killed", "storage")
+PAGES = ("data", "update", "tensor_parallel", "restore", "killed", "storage")
 """Pages of :mod:`tests.distributed.injected` with faults of local runs."""
 
 SHOWN_BY = {
@@ -19,14 +18,14 @@ SHOWN_BY = {
     "data.sharded_over_a_larger_grid": {"examples", "tokens", "loss", "grad_norm", "parameters", "exp_avg"},
     "data.padding_in_the_loss": {"tokens", "loss", "grad_norm", "parameters", "exp_avg"},
     # The norm is reported as it was before clipping.
-    "engine.clipping_dropped": {"loss", "parameters", "exp_avg", "exp_avg_sq"},
-    "engine.clipping_left_to_the_default": {"loss", "parameters", "exp_avg", "exp_avg_sq"},
-    "engine.mean_of_means": {"loss", "grad_norm", "parameters", "exp_avg", "exp_avg_sq"},
-    "engine.loss_of_own_tokens": {"tokens", "loss", "grad_norm", "parameters", "exp_avg"},
+    "update.clipping_dropped": {"loss", "parameters", "exp_avg", "exp_avg_sq"},
+    "update.clipping_left_to_the_default": {"loss", "parameters", "exp_avg", "exp_avg_sq"},
+    "update.mean_of_means": {"loss", "grad_norm", "parameters", "exp_avg", "exp_avg_sq"},
+    "update.loss_of_own_tokens": {"tokens", "loss", "grad_norm", "parameters", "exp_avg"},
     # Adam's update hardly depends on the length of the gradient.
-    "engine.gradients_summed": {"grad_norm", "exp_avg", "exp_avg_sq"},
+    "update.gradients_summed": {"grad_norm", "exp_avg", "exp_avg_sq"},
     # Clipping hides a wrong length from everything but the norm that is reported.
-    "engine.gradients_averaged_twice": {"grad_norm"},
+    "update.gradients_averaged_twice": {"grad_norm"},
     # Each rank trains replicated parameters with its own part of the gradient.
     "tensor_parallel.column_all_reduce_skipped": {
         "loss", "grad_norm", "parameters", "exp_avg", "exp_avg_sq", "ranks_agree"
@@ -49,10 +48,10 @@ def faults_on(page: str) -> set[str]:
 
 
 def test_every_injected_fault_is_in_one_run():
-    runs = [cases.MUTANTS, cases.DETECTED, cases.RESUMED_BADLY, cases.RESHAPED_BADLY, cases.FATAL]
+    runs = [cases.MUTANTS, cases.SELF_DETECTED_FAULTS, cases.RESUME_FAULTS, cases.RESHAPE_FAULTS, cases.FATAL]
     in_runs = ["storage.read_only", *(fault for faults in runs for fault in faults)]
     assert sorted(in_runs) == sorted(set().union(*map(faults_on, PAGES)))
-    assert SHOWN_BY.keys() | {"engine.trial_step_kept"} == cases.MUTANTS.keys()
+    assert SHOWN_BY.keys() | {"update.trial_step_kept"} == cases.MUTANTS.keys()
 
 
 @pytest.mark.parametrize("fault", SHOWN_BY)
@@ -67,12 +66,12 @@ def test_the_comparison_shows_a_fault(observed, fault):
 
 def test_a_wrong_gradient_may_leave_the_first_loss_right(observed):
     """The first step's loss does not show that ranks were weighted wrongly: gradients must be compared."""
-    run, reference = observed(2, "engine.mean_of_means"), observed(1, "uneven.reference")
+    run, reference = observed(2, "update.mean_of_means"), observed(1, "uneven.reference")
     assert abs(run.rows[0]["loss"] - reference.rows[0]["loss"]) < 1e-6
     assert run.rows[0]["grad_norm"] != pytest.approx(reference.rows[0]["grad_norm"], rel=5e-6)
 
 
 def test_the_comparison_shows_deepspeeds_trial_step(observed):
     """Without ZeRO, DeepSpeed's 16-bit optimizer takes a step before the first one; the engine undoes it."""
-    run, reference = observed(2, "engine.trial_step_kept"), observed(2, "gpt2.zero1-bf16.2")
+    run, reference = observed(2, "update.trial_step_kept"), observed(2, "gpt2.zero1-bf16.2")
     assert compare(run, reference, **STAGE_0_IN_BF16).found

@@ -141,5 +141,5 @@ def test_below_stage_3_it_is_full_in_host_memory(built, split_sizes, record_prop
     _, rise = built
     peaks = [rank["loading_anonymous"] for rank in rise["split, not partitioned"]]
     record_property("peak_mib", [round(peak / MIB) for peak in peaks])
-    # All ranks but one: the first may build in what the runs before have left free in its process.
+    # All ranks but one: the first may reuse memory that earlier runs freed in its process.
     assert sorted(peaks)[1] >= split_sizes[0] - SLACK > bound(built[0], split_sizes)

@@ -17,31 +17,31 @@ from tutorial_lib.records import RunDirectory
 
 
 @pytest.mark.parametrize("stop", [2, 3])
-def test_a_run_stopped_once_continues_exactly(unbroken, model, tmp_path, stop):
+def test_a_run_stopped_once_continues_exactly(uninterrupted, model, tmp_path, stop):
     """Once within an epoch, and once at its end. The next test stops after every step."""
     first = launch.run(config(tmp_path, model=model, stop_after=stop))
     assert (first.result["status"], first.result["step"]) == ("stopped", stop)
     second = launch.run(config(tmp_path, model=model))
     assert (second.result["status"], second.result["resumed_from"]) == ("completed", stop)
-    assert_same(second, unbroken)
+    assert_same(second, uninterrupted)
 
 
-def test_a_run_may_be_stopped_at_every_step(unbroken, model, tmp_path):
+def test_a_run_may_be_stopped_at_every_step(uninterrupted, model, tmp_path):
     for stop in (*range(1, STEPS), None):
         run = launch.run(config(tmp_path, model=model, stop_after=stop))
         assert run.result["resumed_from"] == ((stop or STEPS) - 1 or None)
-    assert_same(run, unbroken)
+    assert_same(run, uninterrupted)
 
 
-def test_steps_may_be_raised_where_the_schedule_does_not_depend_on_them(unbroken, model, tmp_path):
+def test_steps_may_be_raised_where_the_schedule_does_not_depend_on_them(uninterrupted, model, tmp_path):
     launch.run(config(tmp_path, model=model, steps=4))
-    assert_same(launch.run(config(tmp_path, model=model)), unbroken)
+    assert_same(launch.run(config(tmp_path, model=model)), uninterrupted)
 
 
-def test_a_finished_run_started_again_trains_nothing(unbroken):
-    again = launch.run(unbroken.config)
+def test_a_finished_run_started_again_trains_nothing(uninterrupted):
+    again = launch.run(uninterrupted.config)
     assert (again.result["status"], again.result["step"]) == ("completed", STEPS)
-    assert again.rows == unbroken.rows
+    assert again.rows == uninterrupted.rows
 
 
 def test_resume_never_refuses_a_run_that_exists(interrupted):
@@ -54,7 +54,7 @@ def test_resume_never_starts_a_new_run(model, tmp_path):
     assert launch.run(config(tmp_path, model=model, steps=1, resume="never")).result["status"] == "completed"
 
 
-def test_a_checkpoint_of_format_1_is_still_read(interrupted, unbroken):
+def test_a_checkpoint_of_format_1_is_still_read(interrupted, uninterrupted):
     """Format 1 has no fingerprint of model and tokenizer, so nothing is compared."""
     path = checkpoint.directory_of(interrupted.directory, 4)
     trainer = json.loads((path / "trainer.json").read_text())
@@ -65,11 +65,11 @@ def test_a_checkpoint_of_format_1_is_still_read(interrupted, unbroken):
     (path / "manifest.json").write_text(json.dumps(listed | {"format": 1}))
     run = launch.run(interrupted.config.override(stop_after=None))
     assert (run.result["resumed_from"], run.result["left_out"]) == (4, [])
-    assert_same(run, unbroken)
+    assert_same(run, uninterrupted)
 
 
 @pytest.mark.parametrize(("what", "async_save"), [("loss", False), ("norm", False), ("norm", True)])
-def test_a_run_that_diverges_stops_and_names_the_last_good_checkpoint(model, tmp_path, monkeypatch, what, async_save):
+def test_a_run_that_diverges_stops_and_names_the_newest_checkpoint(model, tmp_path, monkeypatch, what, async_save):
     from tutorial_lib import trainer
 
     if what == "loss":
@@ -83,10 +83,10 @@ def test_a_run_that_diverges_stops_and_names_the_last_good_checkpoint(model, tmp
     with pytest.raises(trainer.NonFiniteLoss) as error:
         launch.run(settings)
     assert f"At step {step} the " in str(error.value)
-    good = checkpoint.directory_of(RunDirectory(settings.directory), step - 1)
-    assert f"last good checkpoint is {good}." in str(error.value)
-    assert checkpoint.latest(RunDirectory(settings.directory)) == good
-    checkpoint.verify(good)
+    newest = checkpoint.directory_of(RunDirectory(settings.directory), step - 1)
+    assert f"newest checkpoint is {newest}." in str(error.value)
+    assert checkpoint.latest(RunDirectory(settings.directory)) == newest
+    checkpoint.verify(newest)
     assert len(RunDirectory(settings.directory).rows()) == step - 1
 
 

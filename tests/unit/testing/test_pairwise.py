@@ -1,11 +1,11 @@
-"""Covering runs: a few runs cover every pair of settings, and the choice is always the same."""
+"""Pairwise runs: a few runs cover every pair of settings, and the choice is always the same."""
 
 from __future__ import annotations
 
 import pytest
 
 from tests.distributed import cases
-from tests.distributed.covering import cover, pairs
+from tests.distributed.pairwise import cover, pairs
 
 # Every combination of three settings with three values each, except for a coarse grid on a large model.
 GRID = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.unit.checkpoint.runs import STEPS, config, flip_a_bit, names, steps
+from tests.unit.checkpoint.runs import STEPS, config, flip_a_bit, make_model, names, steps
 from tutorial_lib import checkpoint, launch, trainer
 from tutorial_lib.cli import main
 from tutorial_lib.config import ConfigError
@@ -21,15 +21,26 @@ def timeless(run):
 
 
 @pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(model, tmp_path_factory):
+    """Run our own loop on plain torch."""
+    return launch.run(config(tmp_path_factory.mktemp("uninterrupted"), model=model))
+
+
+@pytest.fixture(scope="module")
 def full_run(model, tmp_path_factory):
     """Run without a stop; evaluate every two steps, and keep the last two checkpoints and the best."""
     flat = {"evaluate": True, "evaluate_every": "2", "max_eval_examples": 6, "checkpoint_every": 2}
     return launch.run(trained(tmp_path_factory.mktemp("full_run"), model, keep_last=2, keep_best=True, **flat))
 
 
-def test_losses_match_plain_torch(full_run, unbroken):
+def test_losses_match_plain_torch(full_run, uninterrupted):
     assert len(full_run.rows) == STEPS
-    for row, expected in zip(timeless(full_run), timeless(unbroken), strict=True):
+    for row, expected in zip(timeless(full_run), timeless(uninterrupted), strict=True):
         assert row == pytest.approx(expected, rel=1e-5)
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-6)
 
@@ -96,16 +107,14 @@ def test_a_different_shape_is_refused(full_run, flat, message):
         launch.reshape(checkpoint.latest(full_run.directory), name="other", **flat)
 
 
-def test_what_another_engine_saved_is_refused(unbroken):
+def test_what_another_engine_saved_is_refused(uninterrupted):
     with pytest.raises(ConfigError, match="engine was 'torch', now 'trainer'"):
-        launch.run(unbroken.config.override(engine="trainer"))
+        launch.run(uninterrupted.config.override(engine="trainer"))
 
 
-def test_a_run_that_diverges_stops_and_names_the_last_good_checkpoint(model, tmp_path):
+def test_a_run_that_diverges_stops_and_names_the_newest_checkpoint(model, tmp_path):
     settings = trained(tmp_path, model, checkpoint_every=1, learning_rate=1e30, warmup_steps=0)
-    with pytest.raises(
-        trainer.NonFiniteLoss, match=r"At step 2 the .* is nan.*last good checkpoint is .*step-00000001"
-    ):
+    with pytest.raises(trainer.NonFiniteLoss, match=r"At step 2 the .* is nan.*newest checkpoint is .*step-00000001"):
         launch.run(settings)
     assert len(RunDirectory(settings.directory).rows()) == 1
 

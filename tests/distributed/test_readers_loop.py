@@ -82,9 +82,9 @@ def reference(directory):
 
 
 @pytest.fixture(scope="module")
-def unbroken(directory):
-    """Train with the package's trainer on two ranks, never stopped."""
-    return launch.run(resumable(directory, "unbroken"))
+def uninterrupted(directory):
+    """Train with the package's trainer on two ranks, uninterrupted."""
+    return launch.run(resumable(directory, "uninterrupted"))
 
 
 @pytest.fixture(scope="module")
@@ -132,32 +132,33 @@ def test_the_script_trains_under_torchrun_and_the_command_line_takes_its_run_ove
     assert [row["loss"] for row in rows] == pytest.approx(reference[STOP:], rel=1e-6)
 
 
-def test_the_loop_resumes_bit_for_bit(directory, begun, unbroken):
+def test_the_loop_resumes_bit_for_bit(directory, begun, uninterrupted):
     (losses,) = train_with_loop([resumable(directory, "begun")])
-    assert begun["begun"] + losses == losses_of(unbroken)
+    assert begun["begun"] + losses == losses_of(uninterrupted)
     newest = checkpoint.latest(RunDirectory(directory / "runs" / "begun"))
-    ours, theirs = (open_full(path) for path in (newest, checkpoint.latest(unbroken.directory)))
+    ours, theirs = (open_full(path) for path in (newest, checkpoint.latest(uninterrupted.directory)))
     for name in ours.names:
         assert ours.parameter(name).equal(theirs.parameter(name)), name
         assert ours.moment(name, "exp_avg").equal(theirs.moment(name, "exp_avg")), name
 
 
-def test_the_trainer_goes_on_from_the_loops_checkpoint(directory, begun, unbroken):
+def test_the_trainer_goes_on_from_the_loops_checkpoint(directory, begun, uninterrupted):
     run = launch.run(resumable(directory, "handed-on"))
     assert run.result["resumed_from"] == STOP
-    assert losses_of(run) == losses_of(unbroken, STOP + 1)
-    assert [row["lr"] for row in run.rows] == [row["lr"] for row in unbroken.rows[STOP:]]
+    assert losses_of(run) == losses_of(uninterrupted, STOP + 1)
+    assert [row["lr"] for row in run.rows] == [row["lr"] for row in uninterrupted.rows[STOP:]]
 
 
-def test_the_loop_goes_on_from_the_trainers_checkpoint(directory, unbroken):
+def test_the_loop_goes_on_from_the_trainers_checkpoint(directory, uninterrupted):
     launch.run(resumable(directory, "taken-over", stop_after=STOP))
     (losses,) = train_with_loop([resumable(directory, "taken-over")])
-    assert losses == losses_of(unbroken, STOP + 1)
+    assert losses == losses_of(uninterrupted, STOP + 1)
 
 
-def test_both_save_the_same_things(directory, begun, unbroken):
+def test_both_save_the_same_things(directory, begun, uninterrupted):
     ours, theirs = (
-        checkpoint.directory_of(RunDirectory(directory / "runs" / name), END) for name in ("background", "unbroken")
+        checkpoint.directory_of(RunDirectory(directory / "runs" / name), END)
+        for name in ("background", "uninterrupted")
     )
     assert sorted(manifest.read_manifest(ours)) == sorted(manifest.read_manifest(theirs))
     state, expected = manifest.read_trainer_state(ours), manifest.read_trainer_state(theirs)
@@ -165,8 +166,8 @@ def test_both_save_the_same_things(directory, begun, unbroken):
         assert state[part] == expected[part], part
 
 
-def test_files_are_written_in_the_background_and_old_checkpoints_go(directory, begun, unbroken):
-    assert begun["background"] == losses_of(unbroken)
+def test_files_are_written_in_the_background_and_old_checkpoints_go(directory, begun, uninterrupted):
+    assert begun["background"] == losses_of(uninterrupted)
     kept = RunDirectory(directory / "runs" / "background").checkpoints.iterdir()
     assert sorted(path.name for path in kept) == [f"step-{step:08d}" for step in (END - 1, END)]
 
@@ -179,10 +180,10 @@ def test_files_are_written_in_the_background_and_old_checkpoints_go(directory, b
             r"nothing evaluates: give CheckpointManager\(\.\.\., evaluate=\.\.\.\)",
         ),
         ({"steps": None, "epochs": 1, "warmup_steps": 9}, "warmup_steps=9 is longer than the whole run of 5"),
-        ({"name": "unbroken", "seed": 1}, "seed was 0, now 1"),
+        ({"name": "uninterrupted", "seed": 1}, "seed was 0, now 1"),
     ],
 )
-def test_what_the_loop_would_not_do_is_refused_before_training(directory, unbroken, changes, message):
+def test_what_the_loop_would_not_do_is_refused_before_training(directory, uninterrupted, changes, message):
     settings = {"engine": "torch", "dp": 1, "launcher": "none", "name": "refused", "max_examples": 40, **changes}
     with pytest.raises(ConfigError, match=message):
         train_zero.train_loop({"config": cases.config(directory, **{"model": "gpt2", **settings}).to_json()})

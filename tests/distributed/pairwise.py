@@ -1,4 +1,4 @@
-"""Covering runs: enough of all valid combinations of settings that every pair of settings still occurs."""
+"""Pairwise runs: enough of all valid combinations of settings that every pair of settings still occurs."""
 
 from __future__ import annotations
 

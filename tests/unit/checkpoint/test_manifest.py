@@ -29,7 +29,7 @@ DAMAGE = [
 
 
 @pytest.mark.parametrize(("name", "damage", "message"), DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(interrupted, unbroken, name, damage, message):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(interrupted, uninterrupted, name, damage, message):
     damaged = checkpoint.directory_of(interrupted.directory, 4)
     damage(damaged / name)
     before = {path: path.read_bytes() for path in damaged.rglob("*") if path.is_file()}
@@ -39,14 +39,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(interrupted
     (left_out,) = run.result["left_out"]
     assert left_out["checkpoint"] == "step-00000004"
     assert re.search(message, left_out["why"])
-    assert_same(run, unbroken)
+    assert_same(run, uninterrupted)
     assert {path: path.read_bytes() for path in damaged.rglob("*") if path.is_file()} == before, "nothing is deleted"
 
 
-def test_a_damaged_checkpoint_is_replaced_when_its_step_is_saved_again(interrupted, unbroken):
+def test_a_damaged_checkpoint_is_replaced_when_its_step_is_saved_again(interrupted, uninterrupted):
     damaged = checkpoint.directory_of(interrupted.directory, 4)
     flip_a_bit(damaged / "engine" / "model.pt")
-    assert_same(launch.run(interrupted.config.override(stop_after=None)), unbroken)
+    assert_same(launch.run(interrupted.config.override(stop_after=None)), uninterrupted)
     checkpoint.verify(damaged)
     assert sorted(path.name for path in damaged.parent.iterdir()) == [f"step-{n:08d}" for n in (2, 4, 6, 7)]
 
@@ -61,7 +61,7 @@ def test_without_any_intact_checkpoint_nothing_restarts(interrupted, name, damag
     assert [row["step"] for row in interrupted.directory.rows()] == [1, 2, 3, 4]
 
 
-def test_what_cannot_be_seen_at_a_glance_is_left_out_by_the_ranks_alone(interrupted):
+def test_damage_that_sizes_do_not_show_is_found_by_reading_every_byte(interrupted):
     """Before processes start, only sizes are compared, so this damage is not found yet."""
     damaged = checkpoint.directory_of(interrupted.directory, 4)
     flip_a_bit(damaged / "engine" / "model.pt")
@@ -102,7 +102,7 @@ def test_the_newest_checkpoint_is_the_one_of_the_highest_step(tmp_path):
     assert checkpoint.newest_intact(run) == (checkpoint.directory_of(run, 100), [])
 
 
-def test_a_manifest_that_cannot_be_read_is_not_one_that_is_missing(run):
+def test_an_unreadable_manifest_is_not_a_missing_one(run):
     path = make_checkpoint(run, 1)
     (path / "manifest.json").unlink()
     assert not isinstance(manifest.damage(path), manifest.Unreadable)

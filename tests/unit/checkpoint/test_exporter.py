@@ -18,32 +18,32 @@ from tutorial_lib.config import ConfigError
 ROOT = Path(__file__).parents[3]
 
 
-def test_a_large_export_has_several_files_and_loads_the_same(unbroken, tmp_path):
+def test_a_large_export_has_several_files_and_loads_the_same(uninterrupted, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    path = checkpoint.latest(unbroken.directory)
+    path = checkpoint.latest(uninterrupted.directory)
     one, several = (checkpoint.export(path, tmp_path / size, size) for size in ("50GB", "60KB"))
     assert [p.name for p in one.glob("*.safetensors*")] == ["model.safetensors"]
     files = sorted(several.glob("model-*.safetensors"))
     assert len(files) > 2
-    largest = max(tensor.nbytes for tensor in weights(unbroken).values())
+    largest = max(tensor.nbytes for tensor in weights(uninterrupted).values())
     assert all(file.stat().st_size < max(60_000, largest) + 10_000 for file in files)
     assert json.loads((several / "model.safetensors.index.json").read_text())["weight_map"].keys() == {
-        name for name in weights(unbroken) if name != "lm_head.weight"
+        name for name in weights(uninterrupted) if name != "lm_head.weight"
     }
     inputs = torch.arange(24).view(2, 12)
     logits = []
     for export in (one, several):
         model, info = AutoModelForCausalLM.from_pretrained(export, output_loading_info=True)
         assert not any(info.values()), info
-        assert all(parameter.equal(weights(unbroken)[name]) for name, parameter in model.named_parameters())
+        assert all(parameter.equal(weights(uninterrupted)[name]) for name, parameter in model.named_parameters())
         with torch.no_grad():
             logits.append(model.eval()(inputs).logits)
     assert logits[0].equal(logits[1])
 
 
-def test_an_export_that_is_interrupted_leaves_nothing_that_looks_complete(unbroken, tmp_path, monkeypatch):
-    path, target = checkpoint.latest(unbroken.directory), tmp_path / "exported"
+def test_an_export_that_is_interrupted_leaves_nothing_that_looks_complete(uninterrupted, tmp_path, monkeypatch):
+    path, target = checkpoint.latest(uninterrupted.directory), tmp_path / "exported"
 
     def killed(*given):
         raise KeyboardInterrupt
@@ -57,9 +57,9 @@ def test_an_export_that_is_interrupted_leaves_nothing_that_looks_complete(unbrok
     assert [p.name for p in tmp_path.iterdir()] == ["exported"]
 
 
-def test_a_size_that_is_none_is_refused(unbroken, tmp_path):
+def test_an_invalid_shard_size_is_refused(uninterrupted, tmp_path):
     with pytest.raises(ConfigError, match=r"max_shard_size='large' is not a size: write one such as '5GB'"):
-        checkpoint.export(checkpoint.latest(unbroken.directory), tmp_path / "exported", "large")
+        checkpoint.export(checkpoint.latest(uninterrupted.directory), tmp_path / "exported", "large")
     assert not list(tmp_path.iterdir())
 
 
@@ -94,7 +94,7 @@ print(json.dumps([*peaks, rise(large, target + "-at-once")]))
 """
 
 
-def test_an_export_holds_a_parameter_at_a_time(unbroken, model, tmp_path):
+def test_an_export_holds_a_parameter_at_a_time(uninterrupted, model, tmp_path):
     """Measured in a new process. As a control, reading everything first must show."""
     larger = tmp_path / "larger"
     shutil.copytree(model, larger)
@@ -103,7 +103,7 @@ def test_an_export_holds_a_parameter_at_a_time(unbroken, model, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"n_embd": 128, "n_layer": 32}))
     run = launch.run(config(tmp_path, name="larger", model=str(larger), random_init=True, steps=1, global_batch=1))
     sizes = [tensor.nbytes for name, tensor in weights(run).items() if name != "lm_head.weight"]
-    given = [str(checkpoint.latest(r.directory)) for r in (unbroken, run)]
+    given = [str(checkpoint.latest(r.directory)) for r in (uninterrupted, run)]
     shown = subprocess.run(
         [sys.executable, "-c", _PEAKS, *given, str(tmp_path / "exported")], check=True, capture_output=True, cwd=ROOT
     )
@@ -137,7 +137,7 @@ def test_what_was_changed_for_training_alone_is_not_exported(model, tmp_path, mo
     assert (settings["use_cache"], settings["dtype"]) == (use_cache, "float32")
 
 
-def test_a_model_without_generation_settings_gets_its_configurations(unbroken, tmp_path):
-    target = checkpoint.export(checkpoint.latest(unbroken.directory), tmp_path / "exported")
+def test_a_model_without_generation_settings_gets_its_configurations(uninterrupted, tmp_path):
+    target = checkpoint.export(checkpoint.latest(uninterrupted.directory), tmp_path / "exported")
     settings = json.loads((target / "generation_config.json").read_text())
     assert settings["eos_token_id"] == json.loads((target / "config.json").read_text())["eos_token_id"]

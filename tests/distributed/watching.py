@@ -118,7 +118,7 @@ class Watch:
             self.engine.load(directory)
         except checkpoint.CheckpointError as error:
             return str(error)
-        return "nothing was loaded, and nothing was said"
+        return "nothing was loaded, and no error was raised"
 
 
 @contextmanager

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from tests.cluster import nodes, slurm
-from tests.cluster.conftest import skip_for
+from tests.cluster import requirements
+from tests.cluster.requirements import missing_for_slurm, missing_tools, skip_for
 
 
 def test_a_user_without_root_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 1000)
-    for reason in (nodes.missing_tools(), slurm.missing()):
+    for reason in (missing_tools(), missing_for_slurm()):
         assert reason == "virtual nodes need root"
 
 
 def test_packages_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slurm, "missing_tools", lambda: None)
-    monkeypatch.setattr(slurm, "missing_packages", lambda: ["slurm-wlm", "munge"])
-    assert slurm.missing() == "SLURM on virtual nodes needs slurm-wlm and munge: `make cluster-tools` installs them"
+    monkeypatch.setattr(requirements, "missing_tools", lambda: None)
+    monkeypatch.setattr(requirements, "missing_packages", lambda: ["slurm-wlm", "munge"])
+    assert missing_for_slurm() == "SLURM on virtual nodes needs slurm-wlm and munge: `make cluster-tools` installs them"
 
 
 def test_missing_packages_are_an_error_in_continuous_integration_alone(monkeypatch: pytest.MonkeyPatch) -> None:
