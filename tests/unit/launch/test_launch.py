@@ -337,7 +337,7 @@ def test_the_error_of_an_aborted_rank_includes_what_all_ranks_wrote(tmp_path, wo
     assert ("what(): from C++" in said) == (worker == "aborting"), "the end of its output, where it is all there is"
 
 
-def test_a_waiting_rank_is_killed_and_not_blamed(tmp_path, monkeypatch):
+def test_a_waiting_rank_is_ended_and_not_blamed(tmp_path, monkeypatch):
     """The launcher kills the waiting rank, so this does not take long."""
     monkeypatch.setattr(launch.local, "_PEERS_SECONDS", 1)
     config = Config.create("cpu", dp=2, storage=str(tmp_path), name="waiting", launcher="local", steps=1)
