@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -23,29 +23,28 @@ def same_data_on_each_rank() -> Iterator[None]:
 @contextmanager
 def sharded_over_a_larger_grid() -> Iterator[None]:
     """Distribute examples over twice as many ranks as read them, as if the world size were the group's size."""
-
-    def steps(self: Any) -> Iterator[list[int]]:
-        while True:
-            mine = self.examples(self._step)[self._dp_rank :: 2 * self._dp_size].tolist()
-            self._step += 1
-            yield mine
-
-    with mock.patch.object(StepSampler, "__iter__", steps):
+    with _examples_of(lambda sampler: (sampler._dp_rank, 2 * sampler._dp_size)):
         yield
 
 
 @contextmanager
 def sampler_of_the_world() -> Iterator[None]:
     """Distribute examples over all ranks, even if they share their layers."""
+    with _examples_of(lambda sampler: (dist.get_rank(), dist.get_world_size())):
+        yield
+
+
+def _examples_of(reader: Callable[[Any], tuple[int, int]]) -> AbstractContextManager[object]:
+    """Give a rank every n-th of a step's examples from the i-th on, where ``reader`` returns (i, n)."""
 
     def steps(self: Any) -> Iterator[list[int]]:
         while True:
-            mine = self.examples(self._step)[dist.get_rank() :: dist.get_world_size()].tolist()
+            first, every = reader(self)
+            mine = self.examples(self._step)[first::every].tolist()
             self._step += 1
             yield mine
 
-    with mock.patch.object(StepSampler, "__iter__", steps):
-        yield
+    return mock.patch.object(StepSampler, "__iter__", steps)
 
 
 @contextmanager

@@ -1,23 +1,13 @@
-"""A small model and runs of it, created once."""
+"""Runs that are stopped, created once."""
 
 import shutil
 from dataclasses import replace
 
 import pytest
 
-from tests.unit.checkpoint.runs import config, make_model
+from tests.unit.checkpoint.runs import config
 from tutorial_lib import launch
 from tutorial_lib.records import RunDirectory
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="session")
-def uninterrupted(model, tmp_path_factory):
-    return launch.run(config(tmp_path_factory.mktemp("uninterrupted"), model=model))
 
 
 @pytest.fixture(scope="session")

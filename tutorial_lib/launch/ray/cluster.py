@@ -58,6 +58,9 @@ SETTINGS = {
     "RAY_worker_niceness": "0",
 }
 
+ON_ONE_MACHINE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+"""Settings of a cluster on this machine alone, which no cloud provider will take away: it needs no process to watch."""
+
 
 TOKEN = secrets.token_hex(32)
 """Token that a process needs to connect to a cluster that this process starts."""
@@ -360,9 +363,7 @@ def _workers_from_server() -> Iterator[None]:
 def _cluster_environment(config: Config) -> dict[str, str]:
     """Return the environment of a cluster on this machine and of the warm server: Ray reads it at import."""
     threads = max(1, usable_cores() // config.parallel.world_size)
-    environment = {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo"}
-    # Do not start the process that watches for preemption by a cloud provider.
-    environment["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+    environment = {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo", **ON_ONE_MACHINE}
     if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
         # Otherwise Ray stores a token in the home directory that outlives the cluster.
         environment["RAY_AUTH_TOKEN"] = TOKEN

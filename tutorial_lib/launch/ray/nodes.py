@@ -20,7 +20,7 @@ from typing import Any
 from unittest import mock
 
 from tutorial_lib.config import Config
-from tutorial_lib.launch.ray.cluster import SETTINGS, forked_workers
+from tutorial_lib.launch.ray.cluster import ON_ONE_MACHINE, SETTINGS, forked_workers
 
 NOTICE_A_LOST_NODE = {
     "RAY_AUTH_MODE": "token",
@@ -49,7 +49,7 @@ class TwoNodes:
         self._environment = {
             **SETTINGS,
             **NOTICE_A_LOST_NODE,
-            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # would start a process that watches for preemption
+            **ON_ONE_MACHINE,
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
         }
         self._owner = subprocess.Popen(

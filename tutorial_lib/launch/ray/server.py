@@ -58,15 +58,15 @@ def main(launcher_pid: str, address: str) -> None:
         server.listen(64)
         with ending_with(launcher):
             import_everything()
-            if not (told := sys.stdin.readline()):
+            if not (line := sys.stdin.readline()):
                 return
-            of_a_cluster: dict[str, str] = json.loads(told)
-            if of_a_cluster:
-                os.environ.update(of_a_cluster)
+            cluster: dict[str, str] = json.loads(line)
+            if cluster:
+                os.environ.update(cluster)
                 _import_ray()
-        if importlib.import_module("torch").cuda.is_initialized() or (of_a_cluster and not _forks_differ()):
+        if importlib.import_module("torch").cuda.is_initialized() or (cluster and not _forks_differ()):
             return  # Ray will start its workers itself
-        wanted = {(name, of_a_cluster[name]) for name in CLUSTER_VARIABLES if of_a_cluster}
+        own = {(name, cluster[name]) for name in CLUSTER_VARIABLES if cluster}  # of any cluster, if none is given
         # Nothing waits for the forked processes. Not earlier: imports run programs and need their exit codes.
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         while True:
@@ -76,7 +76,7 @@ def main(launcher_pid: str, address: str) -> None:
             connection, _ = server.accept()
             with connection, contextlib.suppress(OSError, ValueError):
                 request, outputs = _receive(connection)
-                is_ours = wanted <= request["environment"].items()
+                is_ours = own <= request["environment"].items()
                 if is_ours and os.fork() == 0:
                     server.close()
                     connection.close()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.unit.checkpoint.runs import STEPS, config, flip_a_bit, make_model, names, steps
+from tests.unit.checkpoint.runs import STEPS, config, flip_a_bit, names, steps
 from tutorial_lib import checkpoint, launch, trainer
 from tutorial_lib.cli import main
 from tutorial_lib.config import ConfigError
@@ -18,17 +18,6 @@ def trained(storage, model, **flat):
 
 def timeless(run):
     return [{name: value for name, value in row.items() if name != "seconds"} for row in run.rows]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(model, tmp_path_factory):
-    """Run our own loop on plain torch."""
-    return launch.run(config(tmp_path_factory.mktemp("uninterrupted"), model=model))
 
 
 @pytest.fixture(scope="module")

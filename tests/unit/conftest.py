@@ -1,0 +1,19 @@
+"""A small model and a run of it, created once for the tests of checkpoints and of the Hugging Face Trainer."""
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    from tests.unit.checkpoint.runs import make_model  # most tests do without what this imports
+
+    return make_model(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(model, tmp_path_factory):
+    """Run our own loop on plain torch."""
+    from tests.unit.checkpoint.runs import config
+    from tutorial_lib import launch
+
+    return launch.run(config(tmp_path_factory.mktemp("uninterrupted"), model=model))
