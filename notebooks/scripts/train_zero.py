@@ -1,6 +1,6 @@
 """The training loop of this course in one file: ZeRO on several processes, started by torchrun or by Ray Train.
 
-    python -m torch.distributed.run --nproc_per_node 2 notebooks/scripts/train_zero.py
+    torchrun --standalone --nproc-per-node 2 notebooks/scripts/train_zero.py
     python notebooks/scripts/train_zero.py ray
 
 Stop it at any time and start it again: it resumes from its newest checkpoint, with either launcher. So does
