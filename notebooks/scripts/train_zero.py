@@ -34,7 +34,7 @@ def train_loop(settings):
 
     losses = []
     for step, micro_batches in loader.steps(start=checkpoints.restore()):
-        tokens = count_tokens(micro_batches, topology)  # of all ranks: every token weighs alike
+        tokens = count_tokens(micro_batches, topology)  # over all ranks, so that every token counts the same
         loss_sum = 0.0
         for batch in micro_batches:
             batch_sum = token_loss_sum(engine.forward(batch), batch["labels"])

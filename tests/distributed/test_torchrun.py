@@ -8,7 +8,6 @@ from tests.distributed import cases
 from tests.distributed.launching import train_command
 from tutorial_lib.records import RunDirectory
 
-
 KINDS = [("zero1", (cases.STOP, None)), *([("1x2-zero0", (None,)), ("fsdp-full", (None,))] if cases.MATRIX else [])]
 """Kinds of runs, with the steps at which each start ends. How ranks join does not depend on the engine."""
 
