@@ -368,7 +368,7 @@ def test_the_smallest_number_of_gpus_is_the_smallest(size: float) -> None:
 
 def test_a_global_batch_that_does_not_divide() -> None:
     task = work(global_batch=12, micro_batch=8)
-    assert plan(task, cluster())[0].problem.startswith("global batch: not a multiple of")
+    assert plan(task, cluster())[0].problem.startswith("global batch: not n x")
     assert "--global-batch 64 instead of 12" in [remedy.change for remedy in remedies(task, cluster())]
 
 
