@@ -30,7 +30,7 @@ EXERCISES: dict[str, tuple[Exercise, Any, dict[Any, str]]] = {
     "loss": (
         zero.loss_of_the_step(means=[2.0, 4.0], tokens=[100, 300]),
         3.5,
-        {3: "Weigh tokens alike", 2: "rank 0 alone", 4: "too high"},
+        {3: "Give every token the same weight", 2: "rank 0 alone", 4: "too high"},
     ),
 }
 
