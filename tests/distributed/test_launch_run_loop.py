@@ -1,4 +1,4 @@
-"""A loop of one's own on local ranks, started by its function."""
+"""A user's own training loop on local ranks, passed as a function."""
 
 from __future__ import annotations
 
