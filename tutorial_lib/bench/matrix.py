@@ -309,7 +309,7 @@ def _where_stopped(matrix: Matrix, row: str) -> str:
 def _threads_of_a_rank(experiment: str, configs: Mapping[str, Config]) -> int | None:
     """Return the number of threads for each rank; None leaves that to the launcher.
 
-    The launcher divides the cores among a run's ranks. In a scaling matrix a rank stands for a device, so its share
+    The launcher divides the cores among a run's ranks. In a scaling matrix a rank represents a device, so its share
     must not shrink with more ranks: every rank gets the share that it has in the largest row.
     """
     if experiment not in IS_SCALING or any(config.run.device != "cpu" for config in configs.values()):

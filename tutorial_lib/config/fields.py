@@ -308,7 +308,7 @@ class RunConfig:
     evaluate: bool = _setting(True, "evaluate before the first and after the last step", resume="one start")
     evaluate_every: str | None = _setting(
         None,
-        "also evaluate every N optimizer steps, or after every epoch (epoch): eval_losses in result.json",
+        "also evaluate every N optimizer steps, or after every epoch (epoch); see eval_losses in result.json",
         resume="free",
     )
     measure: bool = _setting(False, "measure memory and traffic of one step; slows that step", resume="one start")

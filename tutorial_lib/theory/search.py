@@ -128,7 +128,7 @@ def _sharded(axes: dict[str, int], cluster: Cluster, engine: str) -> list[Layout
 
 
 def _fsdp(axes: dict[str, int], cluster: Cluster, shards: int, plain: bool) -> Iterator[Layout]:
-    """Yield FSDP2's strategies. With one rank there is nothing to shard: full_shard stands for all of them."""
+    """Yield FSDP2's strategies. With one rank there is nothing to shard: full_shard represents them all."""
     if axes["pp"] > 1:
         yield Layout(zero_stage=2, strategy="shard_grad_op", **axes)  # type: ignore[arg-type]
         return
