@@ -3,7 +3,7 @@
 Sources:
     PaLM, arXiv:2204.02311, appendix B (6 N + 12 L h s FLOPs per token; MFU and HFU)
     Scaling Laws for Neural Language Models, arXiv:2001.08361 (6 N)
-    How to Scale Your Model, jax-ml.github.io/scaling-book (when data parallelism is limited by computing)
+    How to Scale Your Model, jax-ml.github.io/scaling-book (when data parallelism is compute-bound)
 
 Assumptions: only matrix products take time; attention counts all positions (PaLM's convention: a causal kernel only
 computes half of them, so long sequences look more efficient than they are, here and in the published figures).
@@ -58,14 +58,14 @@ def utilisation(
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """Seconds of one step if computing and communicating each run at full speed."""
+    """Seconds of one step if compute and communication each run at full speed."""
 
     compute: float
     communication: float
 
     @property
     def overlapped(self) -> float:
-        """Lower bound: communication hides completely behind computing, or the reverse."""
+        """Lower bound: communication hides completely behind compute, or the reverse."""
         return max(self.compute, self.communication)
 
     @property
@@ -110,7 +110,7 @@ def step_time(
 
 
 def critical_tokens_per_device(device_flops: float, bandwidth: float, bytes_per_element: int = 2) -> float:
-    """Return the tokens per device above which computing limits plain data parallelism, rather than the network.
+    """Return the tokens per device above which plain data parallelism is compute-bound, not communication-bound.
 
     Backward takes ``4 Psi tokens / FLOP/s`` and hides an all-reduce of ``2 Psi bytes / bandwidth``; the two are equal
     at ``bytes / 2 * FLOP/s / bandwidth``, which in 16 bits is FLOP/s over bandwidth (scaling-book, "Training").
