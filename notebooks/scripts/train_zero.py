@@ -40,7 +40,7 @@ def train_loop(settings):
             batch_sum = token_loss_sum(engine.forward(batch), batch["labels"])
             engine.backward(batch_sum / tokens)
             loss_sum += batch_sum.item()
-        engine.step()  # clip, update, move the learning rate on
+        engine.step()  # clip, update, advance the learning rate
         losses.append(sum_over_ranks(loss_sum, topology) / tokens)
         if topology.rank == 0:
             print(f"step {step:4}  loss {losses[-1]:.7f}", flush=True)

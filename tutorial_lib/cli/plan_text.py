@@ -78,7 +78,7 @@ def describe(candidate: Candidate) -> str:
     text = f"dp={layout.dp} tp={layout.tp}{' with sequence parallelism' if layout.sequence_parallel else ''} "
     text += f"{layout.name}, offload {layout.offload}, micro-batch {layout.micro_batch}"
     if layout.checkpointing != "none":
-        text += f", {layout.checkpointing} recomputing"
+        text += f", {layout.checkpointing} recomputation"
     if layout.strategy and layout.reduction == "each" and candidate.accumulation > 1:
         text += ", gradients reduced with every micro-batch"
     return text

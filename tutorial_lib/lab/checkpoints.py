@@ -116,7 +116,7 @@ def minutes_between_saves(save_seconds: float, days_between_failures: float) -> 
     mean = days_between_failures * 86_400
     best = math.sqrt(2 * save_seconds * mean) / 60
     return Exercise(
-        f"Your job fails once in {days_between_failures:g} days, and training stands still for {save_seconds:g} "
+        f"Your job fails once in {days_between_failures:g} days, and training stalls for {save_seconds:g} "
         "seconds per save. How many minutes of training should lie between two saves?",
         check=number(
             best,

@@ -334,7 +334,7 @@ def _describe(failure: _Failure, outputs: Sequence[Path], directories: Sequence[
         return f"{ended}could not record its error. It printed:\n{printed.splitlines()[-1]}\n\n{printed}"
     return (
         f"{ended}left no traceback"
-        + (": it was killed, perhaps for memory." if -failure.exit_code == signal.SIGKILL else ".")
+        + (": it was killed, perhaps for lack of memory." if -failure.exit_code == signal.SIGKILL else ".")
         + f" {next_start(directories)} The end of its output:\n"
         + _last_output(failure.rank, printed, directories)
     )

@@ -65,7 +65,7 @@ class Topology:
             raise ConfigError(
                 f"tp={parallel.tp} does not divide the {local_world_size} ranks of this node, so a tensor-parallel "
                 f"group would span nodes, and every layer would wait for the network. Write tp as one of {fitting}, "
-                "or start as many ranks per node as tp divides."
+                "or start a multiple of tp ranks on each node."
             )
         return cls(dp=parallel.dp, tp=parallel.tp, rank=rank)
 

@@ -178,7 +178,7 @@ class Layout:
 def missing_here(layout: Layout, workload: Workload, accumulation: int) -> list[str]:
     """List the features that a layout needs and this course's engines lack; empty if they can run it."""
     needs = {
-        "selective recomputing": layout.checkpointing == "selective",
+        "selective recomputation": layout.checkpointing == "selective",
         "sequence parallelism and a vocabulary-parallel loss": layout.sequence_parallel,
         "context parallelism": layout.cp > 1,
         "a pipeline": layout.pp > 1,
