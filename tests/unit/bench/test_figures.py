@@ -41,4 +41,4 @@ def test_on_gpus_the_peak_stands_beside_one_rank_and_what_it_keeps_there():
 
 def test_an_error_of_the_prediction_is_in_the_title():
     drawn = figures.model_states([done("a", states=(ModelStates(40 * MIB, 40 * MIB, 88 * MIB),))])
-    assert drawn is not None and "to 5 %" in drawn.title
+    assert drawn is not None and "to within 5 %" in drawn.title
