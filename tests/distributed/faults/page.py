@@ -87,6 +87,7 @@ def text() -> str:
 
 Each of these {len(on_ranks)} faults is injected for real by the tests in `tests/distributed/faults`. Wherever a run
 resumes, its rows and final weights are bit for bit those of the uninterrupted run, and no intact checkpoint is lost.
+The tests run on CPUs; [lesson 04](../notebooks/04_checkpoints.ipynb) says what GPUs need for that.
 
 {_table(on_ranks)}
 
