@@ -71,7 +71,8 @@ def column_names(path: Path) -> list[str]:
         return []
     try:
         with _long_fields(), _open(path) as file:
-            return next(filter(None, csv.reader(file)), [])
+            delimiter = "\t" if ".tsv" in path.name.lower() else ","
+            return next(filter(None, csv.reader(file, delimiter=delimiter)), [])
     except (OSError, EOFError, UnicodeDecodeError, csv.Error):
         return []
 

@@ -56,7 +56,10 @@ def load_rows(name: str, split: str, *, max_examples: int | None = None) -> data
     return rows
 
 
-_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
+_FORMATS = {
+    ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
+    ".arrow": "arrow", ".txt": "text",
+}  # fmt: skip
 TEXT_COLUMNS = ("text", "content", "question", "context", "answers")
 _LFS_POINTER = b"version https://git-lfs"
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
@@ -84,10 +87,11 @@ def _check_no_file_is_dropped(name: str, source: str) -> None:
     """Refuse a directory from which ``datasets`` would silently drop data files.
 
     It reads one format only. And if some names contain a split's name (``train.jsonl``), it reads only those files.
-    JSON and text files next to another format are usually descriptions. A README can say which files are meant.
+    JSON and text files next to another format are usually descriptions. A README with ``configs`` names the files that
+    are meant.
     """
     directory = Path(source)
-    if not directory.is_dir() or (directory / "README.md").is_file():
+    if not directory.is_dir() or _names_its_files(directory / "README.md"):
         return
     files = [path for path in sorted(directory.rglob("*")) if path.is_file() and _is_data(path.relative_to(directory))]
     if len({_format(path) for path in files}) > 1:
@@ -106,6 +110,14 @@ def _check_no_file_is_dropped(name: str, source: str) -> None:
         )
 
 
+def _names_its_files(readme: Path) -> bool:
+    """Return whether a README says which file belongs to which split, in the YAML at its start."""
+    if not readme.is_file():
+        return False
+    start, _, rest = readme.read_text(encoding="utf-8", errors="replace").partition("---\n")
+    return not start.strip() and re.search(r"^configs:", rest.partition("\n---")[0], re.MULTILINE) is not None
+
+
 def _is_data(path: Path) -> bool:
     """Return whether a file in a data set's directory holds rows, and is not a description or hidden."""
     is_hidden = any(part.startswith((".", "__")) for part in path.parts)
@@ -122,19 +134,22 @@ def _files_by_split(directory: Path) -> Mapping[str, Sequence[str]]:
 
 
 def _format(path: Path) -> str | None:
-    suffixes = [suffix for suffix in path.suffixes if suffix not in _COMPRESSED]
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix not in _COMPRESSED]
     return _FORMATS.get(suffixes[-1]) if suffixes else None
 
 
 def _rows_of_file(path: Path, split: str) -> datasets.Dataset:
     files = {"train": glob.escape(str(path))}  # a single file, even with [ or * in its name
     options = _as_written([path])
-    return datasets.load_dataset(_format(path), data_files=files, split=split, keep_in_memory=False, **options)
+    builder = _format(path)
+    if builder == "tsv":
+        builder, options["sep"] = "csv", "\t"
+    return datasets.load_dataset(builder, data_files=files, split=split, keep_in_memory=False, **options)
 
 
 def _as_written(files: Sequence[Path]) -> dict[str, Any]:
     """Return options that read the text columns of CSV files as written: pandas takes ``None`` and ``NA`` for blank."""
-    if {_format(file) for file in files} != {"csv"}:
+    if {_format(file) for file in files} not in ({"csv"}, {"tsv"}):
         return {}
     names = sorted({name for file in files for name in column_names(file)})
     blank = {name: [""] if name in TEXT_COLUMNS else [*NOT_A_VALUE] for name in names}

@@ -135,7 +135,9 @@ def test_words_that_pandas_takes_for_blank_stay_in_a_csv_files_text(tmp_path):
     content = "id,text\n1,None\nNA,NA\n3,\n"
     (tmp_path / "train.csv").write_text(content)
     (tmp_path / "train.csv.gz").write_bytes(gzip.compress(content.encode()))
-    for name in ("", "train.csv", "train.csv.gz"):
+    (tmp_path / "tabs").mkdir()
+    (tmp_path / "tabs" / "train.tsv").write_text(content.replace(",", "\t"))
+    for name in ("train.csv", "train.csv.gz", "tabs", "tabs/train.tsv"):
         rows = load_rows(str(tmp_path / name), "train[:3]")
         assert (rows["text"][:], rows["id"][:]) == (["None", "NA", None], [1, None, 3])
 
@@ -253,6 +255,27 @@ def test_a_directory_of_two_formats_is_refused(tmp_path):
     (tmp_path / "more.csv.gz").write_bytes(gzip.compress(b"text\ntwo\n"))
     with pytest.raises(ConfigError, match=r"several formats \(\.csv\.gz, \.jsonl\)"):
         load_rows(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("other", ["train.tsv", "train.CSV", "more.csv"])
+def test_a_readme_that_names_no_files_excuses_none(other, tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / other).write_text("text\ntwo\n")
+    (tmp_path / "README.md").write_text("# My texts\n")
+    with pytest.raises(ConfigError, match="several formats"):
+        load_rows(str(tmp_path), "train")
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: a\n  data_files: train.jsonl\n---\n")
+    assert load_rows(str(tmp_path), "train")["text"] == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("rows.tsv", 'id\ttext\n1\tone, two\n'), ("rows.ndjson", '{"text": "one, two"}\n'),
+     ("ROWS.JSONL", '{"text": "one, two"}\n'), ("rows.CSV", 'text\n"one, two"\n')],
+)  # fmt: skip
+def test_a_file_by_another_of_its_formats_names(name, content, tmp_path):
+    (tmp_path / name).write_text(content)
+    assert load_rows(str(tmp_path / name), "train")["text"] == ["one, two"]
 
 
 @pytest.mark.parametrize("name", ["more.jsonl", "part/more.jsonl", "more.jsonl.gz"])
