@@ -1,6 +1,6 @@
 """The training loop of this course in one file: ZeRO on several processes, started by torchrun or by Ray Train.
 
-    python -m torch.distributed.run --nproc_per_node 2 notebooks/scripts/train_zero.py
+    torchrun --standalone --nproc-per-node 2 notebooks/scripts/train_zero.py
     python notebooks/scripts/train_zero.py ray
 
 Stop it at any time and start it again: it resumes from its newest checkpoint, with either launcher. So does
@@ -34,7 +34,7 @@ def train_loop(settings):
 
     losses = []
     for step, micro_batches in loader.steps(start=checkpoints.restore()):
-        tokens = count_tokens(micro_batches, topology)  # of all ranks: every token weighs alike
+        tokens = count_tokens(micro_batches, topology)  # over all ranks, so that every token counts the same
         loss_sum = 0.0
         for batch in micro_batches:
             batch_sum = token_loss_sum(engine.forward(batch), batch["labels"])

@@ -143,7 +143,7 @@ def test_a_rendezvous_is_checked_before_torchrun_starts(virtual_nodes: VirtualNo
 
 @pytest.mark.fault(
     "`GLOO_SOCKET_IFNAME` names an interface that other nodes cannot reach",
-    "refused with exit code 2, with the interfaces that can",
+    "refused with exit code 2; the error lists other interfaces",
 )
 def test_an_interface_that_other_nodes_cannot_reach_is_refused(
     virtual_nodes: VirtualNodes, inputs: Path, monkeypatch: pytest.MonkeyPatch

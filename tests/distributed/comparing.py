@@ -4,7 +4,7 @@ Tolerances, all for fp32 unless said otherwise:
 
 - losses and gradient norms: ``|a - b| <= tolerance * max(1, |b|)``;
 - parameters: the same, element by element;
-- moments: the same, and as they are small also ``max |a - b| <= moments * max |b|`` per tensor.
+- moments: the same and, because they are small, also ``max |a - b| <= moments * max |b|`` per tensor.
 
 Tokens per step, learning rates, epochs, and the examples of every step must be equal.
 """

@@ -1,6 +1,6 @@
 """Asynchronous saves: checkpoints written during training hold the states of the step in their name.
 
-The tests in ``faults`` have failures during a save.
+Failures during a save are tested in ``faults``.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ coarsely than torch:
   every second moment 1.3e-5 smaller: 1e-4.
 
 With Adam's usual epsilon, a weight whose gradient is nothing but rounding may move by the learning rate at every step,
-either way. Losses and norms still agree to 1e-6, and only such weights differ by more than 1e-4.
+in either direction. Losses and norms still agree to 1e-6, and only such weights differ by more than 1e-4.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ SHARDED = [
 
 @pytest.mark.parametrize(("ranks", "name", "pieces"), among_runs(SHARDED))
 def test_a_rank_holds_its_share_to_the_byte(observed, ranks, name, pieces):
-    """Measure between backward and the update, when gradients exist. bf16 changes nothing: states are kept in fp32."""
+    """Measure between backward and the update, when gradients exist. bf16 changes nothing: states stay in fp32."""
     for one in measured(observed(ranks, name)):
         expected = memory.model_states(one["num_parameters"], 3, pieces, memory.FP32)
         assert {part: one["state_bytes"][part] for part in expected.to_dict()} == expected.to_dict()

@@ -1,4 +1,4 @@
-"""A loop of one's own on local ranks, started by its function."""
+"""A user's own training loop on local ranks, passed as a function."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_loop_that_fails_shows_its_own_error(directory):
 def test_a_loop_without_a_file_is_refused(directory):
     names: dict = {}
     exec(compile("def loop(settings): ...", "<cell>", "exec"), names)
-    with pytest.raises(ConfigError, match=r"imports from its file \(here <cell>\)\. Write the loop into a \.py file"):
+    with pytest.raises(ConfigError, match=r"can import \(here <cell>\)\. Put the loop in a \.py file"):
         launch.run_loop(names["loop"], config(directory, name="refused"))
     with pytest.raises(ConfigError, match=r"launcher='local' \(here 'ray'\)"):
         launch.run_loop(train_zero.train_loop, config(directory, name="refused", launcher="ray"))

@@ -1,4 +1,4 @@
-"""Watch over a run: its engine, examples, tokens and files, by patches of what the trainer calls."""
+"""Watch over a run: its engine, examples, tokens and files, by patching what the trainer calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Step 2: every engine's losses against a CPU's, a resume bit for bit, and a SIGTERM that is survived.
+"""Step 2: every engine's losses against a CPU's, a bit-for-bit resume, and a run that survives SIGTERM.
 
 The CPU's losses are committed in ``cpu_losses.json``: plain torch in fp32, on the rows of :mod:`tests.gpu.data`. Write
 them again with ``python tests/gpu/measure.py --write-cpu-losses`` whenever models, rows or these settings change.

@@ -111,7 +111,7 @@ class Record:
     changed: float = 0.0
 
     def write(self) -> None:
-        """Replace the file, so that a reader sees the old or the new content, never a mixture."""
+        """Replace the file, so that a reader sees the old or the new content, never a mix."""
         self.changed = time.time()
         content = {
             "step": self.step.name,
@@ -135,7 +135,7 @@ class Record:
         return bool(self.cases) and self.done() == len(self.cases)
 
     def done(self) -> int:
-        """Return the number of cases that are over, well or badly: the next process starts there."""
+        """Return the number of cases that have ended, successfully or not: the next process starts there."""
         return sum(case["status"] not in ("not run", "running") for case in self.cases)
 
 

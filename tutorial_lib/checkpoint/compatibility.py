@@ -46,7 +46,7 @@ def check_continues(config: Config, found: Path, data: DataIdentity | None) -> N
         config: what to run.
         found: the checkpoint.
         data: returns the digests of the run's current data; only called if there is something to compare them with.
-            None if this start reads no data, or not on this machine: then the data is not compared.
+            None if this start reads no data, or not on this machine; then data is not compared.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -74,7 +74,7 @@ def check_same_run(trainer: dict[str, Any], config: Config, data: DataIdentity |
     Raises:
         ConfigError: names every setting that differs, with both values, or the content that changed.
     """
-    saved, before = trainer["config"], trainer.get("identity", {})  # format 1 kept no identity
+    saved, before = trainer["config"], trainer.get("identity", {})  # format 1 recorded no identity
     _check_is_resumable(saved, config)
     _check_shape(saved, config)
     moved = {flag for flag in ("model", "dataset") if saved[flag] != config.flat()[flag]}
@@ -117,7 +117,7 @@ def _check_settings(saved: dict[str, Any], config: Config, may_differ: set[str],
     why = ""
     if {"steps", "epochs"} & set(differing):
         why = (
-            f"The {config.optimizer.schedule} schedule depends on the number of steps: with another one, every "
+            f"The {config.optimizer.schedule} schedule depends on the number of steps: with a different number, every "
             "learning rate so far would have been different. Only a run that began with schedule='constant' may get "
             "more steps. "
         )
@@ -250,7 +250,7 @@ def _check_model(changes: list[str], config: Config) -> None:
 def _check_data(changes: list[str], config: Config) -> None:
     if changes:
         raise ConfigError(
-            f"Run {config.run.name!r} cannot resume with different data: of {config.data.name!r}, "
+            f"Run {config.run.name!r} cannot resume with different data: in {config.data.name!r}, "
             f"{' and '.join(changes)} than when the checkpoint was saved. Restore the old data, or give the new run "
             "another name. " + _export_advice(config)
         )

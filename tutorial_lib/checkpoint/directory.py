@@ -178,6 +178,6 @@ def _discard(doomed: Path) -> None:
 
 
 def finish_deletions() -> None:
-    """Wait until all deletions in the background have ended."""
+    """Wait until all background deletions have ended."""
     while _deletions:
         _deletions.pop().join()

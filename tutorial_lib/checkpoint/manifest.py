@@ -124,7 +124,7 @@ def damage_by_size(path: Path) -> CheckpointError | None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or a directory's entries, are on the disk itself."""
+    """Wait until a file's content, or a directory's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -136,7 +136,7 @@ class _HashingFileSystem(FileSystem):
             try:
                 yield hashed
                 stream.flush()
-                # Otherwise a power cut could leave a checkpoint with its final name, but without its content.
+                # Otherwise a power failure could leave a checkpoint with its final name, but without its content.
                 os.fsync(stream.fileno())
             except Exception as error:
                 # If the disk is full, torch.save reports "unexpected pos".

@@ -90,16 +90,16 @@ def _parser() -> argparse.ArgumentParser:
         "doctor": (
             _add_doctor_arguments,
             _doctor,
-            "what this machine can run, and why a profile will or will not work",
+            "show what this machine can run, and why a profile will or will not work",
         ),
         "train": (train.add_arguments, train.main, "run or continue a training run"),
-        "bench": (bench.add_arguments, bench.main, "the same training in several ways, side by side in a table"),
+        "bench": (bench.add_arguments, bench.main, "run the same training in several ways, and compare them"),
         "slurm": (slurm.add_arguments, slurm.main, "write the SLURM batch script of a run, or submit and follow it"),
         "ray": (ray.add_arguments, ray.main, "write the cluster.yaml or RayJob that starts a Ray cluster for a run"),
         "plan": (
             plan.add_arguments,
             plan.main,
-            "which dp x tp, ZeRO stage and offload fit given GPUs, fastest first",
+            "list the dp x tp, ZeRO stages and offload that fit given GPUs, fastest first",
         ),
         "reshape": (
             checkpoints.add_reshape_arguments,
@@ -120,14 +120,14 @@ def _parser() -> argparse.ArgumentParser:
     for name, (add_arguments, command, help) in pages.items():
         page = commands.add_parser(name, help=help)
         add_arguments(page)
-        page.add_argument("--json", action="store_true", help="print JSON for machines")
+        page.add_argument("--json", action="store_true", help="print JSON instead of text")
         page.set_defaults(command=command)
     return parser
 
 
 def _add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--rendezvous", metavar="HOST:PORT", help="only check that processes can meet there, as torchrun's do"
+        "--rendezvous", metavar="HOST:PORT", help="only check that torchrun's processes can meet at this address"
     )
 
 

@@ -45,7 +45,7 @@ def add_setting(
 
 
 def _number_parser(kind: type, meaning: str) -> Callable[[str], Any]:
-    """Return a parser of numbers whose error message explains the argument."""
+    """Return a function that parses a number, with an error message that explains the argument."""
 
     def read(text: str) -> Any:
         try:

@@ -45,7 +45,7 @@ def validate(config: Config, settings: Mapping[str, Setting]) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", run.name):
         raise ConfigError(
             f"Run name {run.name!r} cannot be a directory name. Use only letters, digits, '.', '_' and '-', "
-            "at most 200, starting with a letter or digit. A path to a directory goes into storage."
+            "at most 200, starting with a letter or digit. Write the directory to keep runs in as storage."
         )
     has_zero = engine.name == "deepspeed" or (engine.name == "trainer" and engine.deepspeed_file is not None)
     if has_zero and engine.offload == "all" and engine.zero_stage != 3:
@@ -63,7 +63,7 @@ def validate(config: Config, settings: Mapping[str, Setting]) -> None:
     if engine.name == "torch":
         if parallel.world_size != 1:
             raise ConfigError(
-                f"engine='torch' is the one-process reference, but dp x tp = {parallel.world_size}. "
+                f"engine='torch' is the single-process reference, but dp x tp = {parallel.world_size}. "
                 "Write dp=1, tp=1, or engine='deepspeed' or 'fsdp'."
             )
         if engine.offload != "none" or engine.deepspeed_file or engine.precision == "fp16":

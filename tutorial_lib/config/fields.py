@@ -141,7 +141,7 @@ class EngineConfig:
     )
     wrap: str = _setting(
         "layer",
-        "fsdp: what one all-gather collects: one layer, or the full model (root)",
+        "fsdp: what one all-gather gathers: one layer, or the full model (root)",
         choices=("layer", "root"),
         engines=("fsdp",),
         resume="free",
@@ -223,7 +223,7 @@ class OptimizerConfig:
     learning_rate: float = _setting(1e-3, "peak learning rate", at_least=0.0)
     beta1: float = _setting(0.9, "decay of the first moment", at_least=0, below=1)
     beta2: float = _setting(0.999, "decay of the second moment", at_least=0, below=1)
-    eps: float = _setting(1e-8, "added to the denominator", at_least=0.0)
+    eps: float = _setting(1e-8, "added to the denominator of the update", at_least=0.0)
     weight_decay: float = _setting(0.01, "decoupled weight decay, applied to every trained parameter", at_least=0.0)
     gradient_clipping: float = _setting(1.0, "largest global gradient norm; 0 turns clipping off", at_least=0.0)
     schedule: str = _setting(
@@ -308,7 +308,7 @@ class RunConfig:
     evaluate: bool = _setting(True, "evaluate before the first and after the last step", resume="one start")
     evaluate_every: str | None = _setting(
         None,
-        "also evaluate every N optimizer steps, or after every epoch (epoch): eval_losses in result.json",
+        "also evaluate every N optimizer steps, or after every epoch (epoch); see eval_losses in result.json",
         resume="free",
     )
     measure: bool = _setting(False, "measure memory and traffic of one step; slows that step", resume="one start")

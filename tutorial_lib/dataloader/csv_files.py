@@ -27,8 +27,8 @@ _OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open
 def looks_misread(columns: list[str]) -> bool:
     """Return whether these columns look like a CSV file that pandas misread without an error.
 
-    If rows have more fields than the first line, pandas takes the first fields as an index. It reads a line with other
-    separators as a single name, and renames the second of two columns with the same name.
+    If rows have more fields than the first line, pandas takes the first fields as an index. It reads a line with
+    different separators as a single name, and renames the second of two columns with the same name.
     """
     as_one_name = len(columns) == 1 and any(separator in columns[0] for separator in _SEPARATORS)
     renamed = any(f"{column}.1" in columns for column in columns)

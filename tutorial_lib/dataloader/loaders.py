@@ -30,9 +30,9 @@ def build_train_loader(
 
     Args:
         config: what to train on, and for how long.
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         topology: this rank's place in the grid: ranks that share a layer read the same examples.
-        num_workers: processes that read ahead; tokens are memory-mapped, so 0 is fast enough.
+        num_workers: processes that prefetch; tokens are memory-mapped, so 0 is fast enough.
 
     Raises:
         ConfigError: the data cannot be read, or does not fill one global batch.
@@ -45,11 +45,11 @@ def build_epoch_loader(config: Config, tokenizer: PreTrainedTokenizerBase, topol
 
     Args:
         config: what to train on, and for how long.
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         topology: this rank's place in the grid.
 
     Raises:
-        ConfigError: as :func:`build_train_loader`.
+        ConfigError: as for :func:`build_train_loader`.
     """
     return EpochLoader(*_training_steps(config, tokenizer, topology), config.run)
 
@@ -82,7 +82,7 @@ def build_eval_loader(config: Config, tokenizer: PreTrainedTokenizerBase, topolo
 
     Args:
         config: what to evaluate on.
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         topology: this rank's place in the grid.
 
     Raises:
@@ -97,7 +97,7 @@ class TrainLoader:
     """The optimizer steps of one data-parallel rank, epoch after epoch, resumable after any of them.
 
     An epoch has :attr:`steps_per_epoch` full steps; the examples that do not fill another step are left out, different
-    ones in each epoch. torchdata's ``StatefulDataLoader`` keeps the position, even if workers read ahead.
+    ones in each epoch. torchdata's ``StatefulDataLoader`` keeps the position, even if workers prefetch.
 
     Attributes:
         num_steps: total number of optimizer steps of the run.
@@ -121,7 +121,7 @@ class TrainLoader:
                 batch_sampler=sampler,
                 collate_fn=collate,
                 num_workers=num_workers,
-                # Each iterator draws from it. With the global one, dropout would depend on how often a run resumed.
+                # Iterators draw a seed from it. With the global one, dropout would depend on how often a run resumed.
                 generator=torch.Generator(),
             )
 
@@ -180,7 +180,7 @@ class EpochLoader(DataLoader[Any]):
             (batch,) = collate(members)
             return batch
 
-        # Each iterator draws from this generator. With the global one, dropout would depend on how often a run resumed.
+        # Each iterator draws a seed from it. With the global one, dropout would depend on how often a run resumed.
         super().__init__(examples, batch_sampler=self._epochs, collate_fn=collate_one, generator=torch.Generator())
 
     def set_epoch(self, epoch: int) -> None:
@@ -258,7 +258,7 @@ def data_identity(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[st
 
 
 def _splits(config: Config) -> dict[str, tuple[str, int | None]]:
-    """Return the splits that a run reads, by purpose: the name of each, and the most rows to read of it."""
+    """Return the splits that a run reads, by purpose: the name of each, and the maximum number of its rows to read."""
     data = config.data
     splits = {"train": (data.train_split, data.max_examples)}
     if config.run.evaluate:

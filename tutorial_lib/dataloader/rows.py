@@ -67,7 +67,7 @@ _FEW = 3  # number of files shown in a message
 
 
 def _data_file(name: str) -> Path | None:
-    """Return the file that a data set's name stands for, or None if it stands for something else.
+    """Return the file that a data set's name refers to, or None if it refers to something else.
 
     Raises:
         ConfigError: it is a file in an unknown format.

@@ -45,7 +45,7 @@ from tutorial_lib.embedded import cache_directory
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FORMAT = 2  # Raise it when the same row gives a different document, so that older files are no longer read.
+_FORMAT = 2  # Increase it when the same row gives a different document, so that older files are no longer read.
 _SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("num_uncounted", pa.int32())])
 _QA_COLUMNS = ("question", "context", "answers")
 _READ_COLUMNS = ("text", "content", "messages", *_QA_COLUMNS)
@@ -72,7 +72,7 @@ class TokenSummary:
     Attributes:
         sha256: digest of all documents in order: their tokens, their boundaries, and which tokens are not targets.
         num_rows: rows that were read.
-        num_left_out: rows that gave no document.
+        num_left_out: rows that yielded no document.
         num_cut: documents that lost tokens because they were longer than ``seq_length``.
     """
 
@@ -202,7 +202,7 @@ def document_maker(
         return lambda batch: _text_documents(batch["content"], tokenizer, seq_length)
     described = ", ".join(f"{column} ({_describe_type(feature)})" for column, feature in columns.items())
     raise ConfigError(
-        f"The columns of {name} are {described}. Needed are strings in 'text' or 'content'; or 'question', 'context' "
+        f"The columns of {name} are {described}. Use strings in 'text' or 'content'; or 'question', 'context' "
         "and 'answers' as in SQuAD: {'text': [...], 'answer_start': [...]}; or 'messages' of a conversation: "
         "[{'role': ..., 'content': ...}]. Rename or convert the columns, or choose another data set."
     )
@@ -309,7 +309,7 @@ def encode_prompt(
 ) -> tuple[list[int], bool]:
     """Tokenise a question as a prompt: its document up to, but not including, the answer.
 
-    A context that does not fit loses its end: unlike in training, the place of the answer is unknown here.
+    A context that does not fit loses its end: unlike in training, the position of the answer is unknown here.
 
     Returns:
         The token ids, and whether the context was cut.

@@ -57,7 +57,7 @@ def _persistence_threshold(config: Config, hidden: int) -> int:
 
 
 def expected_states(config: Config, sizes: ParameterSizes) -> list[ModelStates] | None:
-    """Return the most bytes of model states that each data-parallel rank should hold, on its device or on the host.
+    """Return the maximum bytes of model states that each data-parallel rank should hold, on its device or on the host.
 
     Args:
         config: a configuration to which the values of its DeepSpeed file have been applied.

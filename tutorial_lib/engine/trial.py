@@ -75,9 +75,9 @@ def trial_forward(config: Config, model_config: PretrainedConfig) -> None:
         if batching != "longest":
             advice = "Write batching='longest'"
         elif getattr(model_config, "is_decoder", None) is False:
-            advice = 'Write "is_decoder": true into its config.json if it is meant to be causal, or another model'
+            advice = 'Set "is_decoder": true in its config.json if it is meant to be causal, or choose another model'
         else:
-            advice = "Write another model"
+            advice = "Choose another model"
         raise ConfigError(
             f"The model {config.model.name!r}, of type {model_config.model_type!r}, cannot be trained with "
             f"batching={asked!r}: {problem} {advice}. (Found with a tiny copy of the model.)"
@@ -96,8 +96,8 @@ def _check_is_language_model(config: Config, model_config: PretrainedConfig) -> 
     ships_code = "AutoModelForCausalLM" in (getattr(model_config, "auto_map", None) or {})
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not ships_code:
         raise ConfigError(
-            f"The model {config.model.name!r} is of type {kind!r}, which transformers has no causal language model "
-            "for. Choose a model that predicts the next token, such as a GPT-2, Llama or Qwen2."
+            f"The model {config.model.name!r} is of type {kind!r}, for which transformers has no causal language "
+            "model. Choose a model that predicts the next token, such as a GPT-2, Llama or Qwen2."
         )
 
 

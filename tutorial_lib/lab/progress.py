@@ -1,6 +1,6 @@
 """Progress of a run: a curve or a line in a notebook, a bar in a terminal, occasional lines in a log.
 
-All of them take new rows of ``metrics.jsonl`` from the process that started the run:
+All of them receive new rows of ``metrics.jsonl`` from the process that started the run:
 
 >>> with progress(total_steps=60) as shown:
 ...     run(config, on_rows=shown.on_rows)
@@ -20,7 +20,7 @@ Row = Mapping[str, Any]
 
 
 class Progress:
-    """Base class: takes rows until :meth:`close`. A context manager that closes itself.
+    """Base class: receives rows until :meth:`close`. A context manager that closes itself.
 
     Several runs may follow one another: when the step number goes back, the next run has started. While processes start
     and there is no step yet, :meth:`start` shows that the run is starting.
@@ -38,7 +38,7 @@ class Progress:
         self.runs: list[list[Row]] = []
 
     def on_rows(self, rows: Sequence[Row]) -> None:
-        """Take the rows that are new since the last call."""
+        """Receive the rows that are new since the last call."""
         for row in rows:
             if not self.runs or row["step"] <= self.runs[-1][-1]["step"]:
                 self.runs.append([])

@@ -42,10 +42,10 @@ _FATAL = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.
 """Signals that kill a rank before it can say why; its peers' errors are only consequences."""
 
 _NOTICED_SECONDS = 2.0
-"""Seconds until the end of a killed rank has been noticed."""
+"""Most seconds until a killed rank's end is noticed."""
 
 _PEERS_SECONDS = 10
-"""Seconds that the other ranks have to end after one has failed."""
+"""Seconds that the other ranks get to end after one has failed."""
 
 _LIMITS = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
 
@@ -53,7 +53,7 @@ _HARMLESS = frozenset(
     "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE OMP_NUM_THREADS GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME DS_ACCELERATOR "
     "PYTHONBREAKPOINT PYTORCH_NVML_BASED_CUDA_CHECK PYTEST_CURRENT_TEST".split()
 )
-"""Environment variables that may change without a new server, because ranks get them after the fork."""
+"""Environment variables that may change without requiring a new server, because ranks get them after the fork."""
 
 
 def warm_up(device: str = "cpu") -> None:

@@ -1,4 +1,4 @@
-"""Runs: start one or several with the configured launcher, and wait for their end."""
+"""Runs: start one or several with the configured launcher, and wait until they end."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def warm_up(config: Config) -> None:
 
 
 def run(config: Config, *, on_rows: OnRows | None = None) -> Run:
-    """Start or resume a training run with the configured launcher, and wait for its end.
+    """Start or resume a training run with the configured launcher, and wait until it ends.
 
     Raises:
         ConfigError: the configuration cannot run here; no rank was started.

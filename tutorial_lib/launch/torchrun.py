@@ -1,8 +1,8 @@
 """Launcher for torchrun (``--launcher none``): run as the rank that the environment describes.
 
 ``torchrun`` sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; never set them by hand. Under SLURM,
-``srun`` starts one ``torchrun`` per node. Without these variables, a run with one rank makes a process group of its
-own.
+``srun`` starts one ``torchrun`` per node. Without these variables, a run with one rank creates its own
+process group.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def _explain_rendezvous(error: RuntimeError) -> str:
     if "gloo" in said.lower() or "mesh" in said.lower():
         chosen = os.environ.get("GLOO_SOCKET_IFNAME")
         why = (
-            f"{who} met the others at {host}:{port}, but gloo could not connect it with each of them. It went through "
+            f"{who} met the others at {host}:{port}, but gloo could not connect it to each of them. It used "
             + (f"GLOO_SOCKET_IFNAME={chosen}" if chosen else "the address of its host name")
             + ". Write GLOO_SOCKET_IFNAME=... with the interface of the network between the nodes; here are "
             + ", ".join(f"{name} ({address})" for name, address in addresses())

@@ -92,7 +92,7 @@ def sample_memory(path: str | Path, *, interval: float = 1.0, pid: int | None = 
         RuntimeWarning: at the end of the block, if the log is incomplete.
     """
     if not 0 < interval <= threading.TIMEOUT_MAX:
-        raise ValueError(f"interval={interval} must be a positive number of seconds. Write for instance 1.0.")
+        raise ValueError(f"interval={interval} must be a positive number of seconds. Write 1.0, for example.")
     tree = ProcessTree(os.getpid() if pid is None else pid)
     gpus = Gpus()
     try:
@@ -142,7 +142,7 @@ class ProcessTree:
 
 
 def _read_process(process: psutil.Process) -> ProcessMemory | None:
-    """Return the memory of a process, or None if it has ended in the meantime or is a zombie."""
+    """Return the memory of a process, or None if it has ended or is a zombie."""
     try:
         name = process.name()
         try:

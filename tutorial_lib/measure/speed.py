@@ -66,7 +66,7 @@ class Ratio:
 def time_ratio(ours: Callable[[], object], theirs: Callable[[], object], *, pairs: int = 5) -> Ratio:
     """Measure the time of ``ours`` over ``theirs``, alternating, so that a noisy machine disturbs both equally.
 
-    Each is called once before, without measuring. Below 1 means that ours is faster.
+    Each is first called once without timing. A ratio below 1 means that ours is faster.
     """
     ours(), theirs()
     ratios = []

@@ -40,7 +40,7 @@ def model_outline(config: Config) -> PreTrainedModel:
     """Build the model of :func:`build_model` on the meta device: structure and shapes, without values or memory.
 
     Raises:
-        ConfigError: as :func:`build_model`.
+        ConfigError: as for :func:`build_model`.
     """
     m = config.model
     model = _outline(_trained_config(m), m.trust_remote_code)

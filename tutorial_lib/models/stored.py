@@ -95,7 +95,7 @@ def stored_tensors(paths: Iterable[Path]) -> list[StoredTensor]:
     """List the tensors in weight files, without reading their values.
 
     Raises:
-        ConfigError: as :func:`load_pickled`.
+        ConfigError: as for :func:`load_pickled`.
     """
     found = []
     for path in paths:
@@ -109,10 +109,10 @@ def stored_tensors(paths: Iterable[Path]) -> list[StoredTensor]:
 
 
 def check_pickles(target: str, local_files_only: bool) -> None:
-    """Refuse weights that cannot be read without running code from their files. Arguments as :func:`locate_weights`.
+    """Refuse weights that cannot be read without running code from their files. Arguments: see :func:`locate_weights`.
 
     Raises:
-        ConfigError: as :func:`load_pickled`.
+        ConfigError: as for :func:`load_pickled`.
     """
     for path in locate_weights(target, local_files_only):
         if path.suffix != ".safetensors":

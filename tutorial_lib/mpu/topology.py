@@ -79,7 +79,7 @@ class Topology:
             parallel: ``dp`` and ``tp``.
 
         Raises:
-            ConfigError: as :meth:`create`.
+            ConfigError: as for :meth:`create`.
         """
         import torch.distributed as dist
 
@@ -100,7 +100,7 @@ class Topology:
         return self.rank % self.tp
 
     def grid(self) -> list[list[int]]:
-        """World ranks; each row is a tensor-parallel group, each column a data-parallel group."""
+        """Return the world ranks; each row is a tensor-parallel group, each column a data-parallel group."""
         return [[dp_rank * self.tp + tp_rank for tp_rank in range(self.tp)] for dp_rank in range(self.dp)]
 
     def axes(self) -> dict[str, list[int]]:

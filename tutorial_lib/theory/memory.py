@@ -57,7 +57,7 @@ class ModelStates:
         return self.parameters + self.gradients + self.optimizer
 
     def to_dict(self) -> dict[str, int]:
-        """``parameters``, ``gradients``, ``optimizer`` in bytes."""
+        """Return the bytes of ``parameters``, ``gradients`` and ``optimizer``."""
         return {"parameters": self.parameters, "gradients": self.gradients, "optimizer": self.optimizer}
 
 

@@ -85,17 +85,17 @@ def text() -> str:
     return f"""\
 # What a run survives
 
-Each of these {len(on_ranks)} faults is injected for real by the tests in `tests/distributed/faults`. Wherever a run
-resumes, its rows and final weights are bit for bit those of the uninterrupted run, and no intact checkpoint is lost.
-The tests run on CPUs; [lesson 04](../notebooks/04_checkpoints.ipynb) says what GPUs need for that.
+The tests in `tests/distributed/faults` inject each of these {len(on_ranks)} faults into a real run. Wherever the run
+resumes, each step's loss and the final weights are bit for bit those of the uninterrupted run, and no intact checkpoint
+is lost. The tests run on CPUs; [lesson 04](../notebooks/04_checkpoints.ipynb) says what GPUs need for that.
 
 {_table(on_ranks)}
 
 ## On several nodes
 
 `tests/cluster/test_ray.py` injects these {len(on_ray_nodes)} on a Ray cluster of virtual nodes. Where the number of
-ranks changes, each step has the same examples, and losses are those of the uninterrupted run to 1e-6: sums add up in a
-different order.
+ranks changes, each step has the same examples, and losses are those of the uninterrupted run to 1e-6, because sums add
+up in a different order.
 
 {_table(on_ray_nodes)}
 

@@ -54,7 +54,9 @@ def test_two_missing_manifests(assert_falls_back: Callable[..., None]) -> None:
     assert_falls_back("remove_two_manifests", [8, 6], r"step-0000000[68] has no manifest\.json")
 
 
-@pytest.mark.fault("no checkpoint is intact", "refused with every cause; it never silently starts from step 0")
+@pytest.mark.fault(
+    "no checkpoint is intact", "refused, with the reason for each one; it never silently starts from step 0"
+)
 def test_no_intact_checkpoint(uninterrupted: dict[str, Observed], directory: Path, shell: Shell) -> None:
     """Only ranks that read the files find this damage: every rank refuses, and the first error is printed."""
     config = cases.saving(directory, "zero1", "none-intact")

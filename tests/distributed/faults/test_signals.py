@@ -12,7 +12,7 @@ from tests.distributed.faults.checks import assert_ends_like
 
 
 @pytest.mark.fault(
-    "SIGTERM, as a scheduler sends it before the end of a slot", "saves, exits with 75; the same command resumes"
+    "SIGTERM, as a scheduler sends it before a job's time limit", "saves, exits with 75; the same command resumes"
 )
 def test_sigterm(signalled: dict[str, Any], uninterrupted: dict[str, Observed]) -> None:
     code, said, result = signalled["stopped"]

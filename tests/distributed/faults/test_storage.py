@@ -45,7 +45,9 @@ def test_a_full_disk(on_small_storage: dict[str, Any], uninterrupted: dict[str, 
     assert_completed_like(cases.saving(directory, "zero1", small_storage.NO_SPACE), uninterrupted["zero1"])
 
 
-@pytest.mark.fault("storage that turns read-only", "stops with an error; once it is writable, the same command resumes")
+@pytest.mark.fault(
+    "storage that becomes read-only", "stops with an error; once it is writable, the same command resumes"
+)
 def test_read_only_storage(
     on_small_storage: dict[str, Any], uninterrupted: dict[str, Observed], directory: Path
 ) -> None:

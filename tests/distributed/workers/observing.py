@@ -40,7 +40,7 @@ ENGINES = {"fsdp1": FSDP1Engine}
 
 
 def main(*arguments: str) -> None:
-    # DeepSpeed asks for the processor's maker, which takes a second, for every optimizer that it offloads.
+    # DeepSpeed asks for the processor's vendor, which takes a second, for every optimizer that it offloads.
     ask_once = mock.patch.object(cpuinfo, "get_cpu_info", functools.cache(cpuinfo.get_cpu_info))
     # Every run of a launch reads one of few data sets.
     read_once = mock.patch.object(loaders, "load_rows", functools.cache(loaders.load_rows))

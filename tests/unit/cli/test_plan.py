@@ -528,7 +528,7 @@ def test_no_command_is_printed_that_train_refuses(
     assert main(["plan", *question]) == 0
     shown = capsys.readouterr().out
     assert f"This course's engines do not have: {lacking}." in shown
-    assert "To run it" not in shown and "that they run fits" not in shown
+    assert "To run it" not in shown and "that they can run fits" not in shown
 
 
 def test_only_here_leaves_out_what_is_missing_here(capsys: pytest.CaptureFixture[str]) -> None:
@@ -549,7 +549,7 @@ def test_offload_says_what_it_takes_and_what_would_be_faster(capsys: pytest.Capt
     host = 18 * MODELS["llama-2-13b"].num_params / 1e9
     assert f"they take {host:.0f} GB of a node's memory" in shown
     assert "offload: the one published run was 2.7 times slower than this model says" in shown
-    assert "Faster, and without offload, each tried:" in shown
+    assert "Faster, and without offload:" in shown
     assert "--lora 16" in shown and "--gpus 8, the fewest" in shown
     best, *others = [float(match.replace(",", "")) for match in re.findall(r"([\d,]+) tokens/s per GPU", shown)]
     assert len(others) >= 2 and min(others) > 1.05 * best
@@ -608,7 +608,7 @@ def test_an_uncounted_family_is_counted_on_a_model_without_memory(tmp_path: Path
     config = GPTNeoXConfig(
         hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=160, vocab_size=500
     )
-    with pytest.raises(ConfigError, match="gpt_neox model do not follow from its configuration"):
+    with pytest.raises(ConfigError, match="gpt_neox model cannot be counted from its configuration"):
         from_config(config)
     config.save_pretrained(tmp_path)
     dimensions, num_params = read_config(str(tmp_path))

@@ -105,7 +105,7 @@ def test_a_family_that_changes_its_logits_is_refused_with_loss_chunks(family, ch
 
 
 def test_an_encoder_decoder_is_no_language_model():
-    with pytest.raises(ConfigError, match="of type 't5', which transformers has no causal language model for"):
+    with pytest.raises(ConfigError, match="of type 't5', for which transformers has no causal language model"):
         trial(AutoConfig.for_model("t5"), "longest")
 
 

@@ -175,7 +175,7 @@ def test_a_slow_reading_does_not_shift_the_later_ones(tmp_path: Path, monkeypatc
     monkeypatch.setattr(sampler.ProcessTree, "read", read_slowly)
     with sample_memory(tmp_path / "log", interval=0.2):
         time.sleep(1.3)
-    # Were the interval a pause between two readings, these would be 0.14, 0.08, 0.02, 0.16 s late, and so on.
+    # If the interval were a pause between readings, these would be 0.14, 0.08, 0.02, 0.16 s late, and so on.
     late = [row["seconds"] % 0.2 for row in rows(tmp_path / "log")[1:-1]]
     assert statistics.median(late) < 0.05, late
 

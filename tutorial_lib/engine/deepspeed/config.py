@@ -181,7 +181,9 @@ def _betas(given: dict[str, Any], name: str) -> list[float]:
     if betas == []:
         return []
     if not (isinstance(betas, list) and len(betas) == 2 and all(type(beta) in (int, float) for beta in betas)):
-        raise ConfigError(f"{name}: optimizer.params.betas is {json.dumps(betas)}; write two numbers, as [0.9, 0.999].")
+        raise ConfigError(
+            f"{name}: optimizer.params.betas is {json.dumps(betas)}; write two numbers, such as [0.9, 0.999]."
+        )
     return [float(beta) for beta in betas]
 
 

@@ -24,7 +24,7 @@ from unittest import mock
 
 import torch
 
-# Set explicitly, because DeepSpeed warns on every start if it has to find out that there is no GPU. In a worker, the
+# Set explicitly: if DeepSpeed has to find out by itself that there is no GPU, it warns on every start. In a worker, the
 # trainer has already set it from the run's configuration.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 

@@ -54,12 +54,12 @@ SETTINGS = {
     # warm server forks those.
     "RAY_prestart_worker_first_driver": "0",
     "RAY_enable_worker_prestart": "0",
-    # By default workers yield to every other program (nice 15). The cost of that was not measured here.
+    # By default, workers run at nice 15 and yield to every other program. The cost of that was not measured here.
     "RAY_worker_niceness": "0",
 }
 
 ON_ONE_MACHINE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
-"""Settings of a cluster on this machine alone, which no cloud provider will take away: it needs no process to watch."""
+"""Settings of a cluster on this machine alone: no cloud provider can preempt it, so nothing needs to watch for that."""
 
 
 TOKEN = secrets.token_hex(32)
@@ -346,7 +346,7 @@ def forked_workers(config: Config) -> Iterator[None]:
 
 @contextmanager
 def _workers_from_server() -> Iterator[None]:
-    """Make a cluster that starts within the block get its workers from the warm server, if there is one."""
+    """Make a cluster that starts within the block fork its workers from the warm server, if there is one."""
     if _server is None:
         yield
         return
@@ -397,7 +397,7 @@ def _lean_imports() -> Iterator[None]:
 
 @contextmanager
 def session(config: Config) -> Iterator[None]:
-    """Provide a Ray cluster while the block runs. An existing one is used, and left running."""
+    """Provide a Ray cluster while the block runs. If one exists already, use it and leave it running."""
     started = start(config)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Check of shared storage before a run: every node of a Ray cluster must see the files that another node writes."""
+"""Check of shared storage before a run: every node of a Ray cluster must see the files that the others write."""
 
 from __future__ import annotations
 
@@ -105,8 +105,8 @@ def _problem(answer: Any, directory: Path, node: str, here: str) -> str:
     except ray.exceptions.RayError as error:
         last = str(error).strip().splitlines()[-1]
         return (
-            f"{node} cannot run this package ({last}). Install it there, in the same version as here and with the "
-            "pins of constraints.txt."
+            f"{node} cannot run this package ({last}). Install it there: the same version as here, with the "
+            "packages pinned in constraints.txt."
         )
     if said == "no directory":
         return f"{node} has no directory {directory}, although {here} has created it. {_SHARE}"

@@ -41,7 +41,7 @@ class Allocation:
     grace: int = 120
     """Seconds before the time limit at which the run is asked to save and end."""
     requeue: bool = True
-    """Go back into the queue when the time is up or a node fails."""
+    """Requeue the job at its time limit, or when a node fails."""
     sample_memory: bool = True
     """Log the memory of each node's processes."""
     join_timeout: int = 300
@@ -111,7 +111,7 @@ _PLACES = {True: ("GPU", "GPUs"), False: ("process", "processes")}
 
 
 def _directives(config: Config, allocation: Allocation) -> list[str]:
-    """Return the ``#SBATCH`` lines, with a comment on the purpose of an option where it helps."""
+    """Return the ``#SBATCH`` lines, with a comment where an option's purpose is not obvious."""
     on_gpus = config.run.device == "cuda"
     cpus = allocation.cpus_per_rank * allocation.ranks_per_node
     options = [
