@@ -87,7 +87,9 @@ def reshaped_config(source: Path, flat: dict[str, Any]) -> Config:
     run = _run_of(source)
     base |= {"storage": str((run or source).parent), "evaluate": saved["evaluate"]}
     config = Config.from_json(json.dumps(base | given)).override(**given)
-    check_same_run(trainer, config, None)
+    # An error names the old run, from which its weights can be exported.
+    old = {"storage": str(run.parent), "name": run.name} if run else {}
+    check_same_run(trainer, config.replaced(**old), None)
     if config.directory.exists() and any(config.directory.iterdir()):
         raise ConfigError(f"There is already a run {config.directory}. Give the new run another name.")
     return config

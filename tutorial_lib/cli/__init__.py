@@ -9,6 +9,7 @@ failed row.
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -67,6 +68,16 @@ class _Parser(argparse.ArgumentParser):
         for name in (None, "store"):
             self.register("action", name, _Once)
         self.register("action", argparse.BooleanOptionalAction, _OnceOrNo)
+
+    def parse_known_args(self, *given: Any, **options: Any) -> Any:
+        """Refuse an unknown option in its command's own parser, which knows the options that it may have been."""
+        found, unknown = super().parse_known_args(*given, **options)
+        if unknown:
+            flags = [each.partition("=")[0] for each in unknown if each.startswith("--")]
+            near = [difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.8) for flag in flags]
+            hint = ", ".join(name for names in near for name in names)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f" (did you mean {hint}?)" if hint else ""))
+        return found, unknown
 
     def error(self, message: str) -> NoReturn:
         self.exit(BAD_CONFIGURATION, f"error: {message}. See {self.prog} --help.\n")

@@ -14,7 +14,7 @@ import math
 from typing import Any
 
 from tutorial_lib.cli import plan_check, plan_commands, plan_text
-from tutorial_lib.cli.options import add_model_config, model_of
+from tutorial_lib.cli.options import add_model_config, model_of, path_of
 from tutorial_lib.cli.plan_models import SEQ_LENGTH, find_model
 from tutorial_lib.cli.plan_text import Answer
 from tutorial_lib.config import ConfigError
@@ -122,6 +122,7 @@ def _answer(options: argparse.Namespace) -> Answer:
     model = model_of(options)
     if model is not None:
         check_path("model", model)
+        model = str(path_of(model)) if model.startswith("~") else model
     found = find_model(model, options.model_size, given, options.seq_length)
     try:
         cluster, precision, plausible = _cluster(options)

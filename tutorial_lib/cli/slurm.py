@@ -7,10 +7,9 @@ import json
 import shlex
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
-from tutorial_lib.cli.options import DONE, STOPPED, add_setting, given, reserve_stdout_for_json
+from tutorial_lib.cli.options import DONE, STOPPED, add_setting, given, path_of, reserve_stdout_for_json
 from tutorial_lib.cli.train import summary
 from tutorial_lib.config import PROFILES, Config, ConfigError, settings
 from tutorial_lib.config.workshop import parse_experiment
@@ -49,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="how long a node waits for the others (default: 300)",
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the script there instead of printing it")
+    parser.add_argument("--output", type=path_of, metavar="FILE", help="write the script there instead of printing it")
     parser.add_argument("--submit", action="store_true", help="submit the script, and follow the job to its end")
     parser.add_argument("--profile", default="cluster", help=f"where it runs: {', '.join(PROFILES)} (default: cluster)")
     for setting in settings().values():

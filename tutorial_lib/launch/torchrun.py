@@ -28,6 +28,9 @@ JOIN_TIMEOUT = timedelta(minutes=5)
 """Time that ranks wait for each other at the start: nodes may take minutes to load from a busy file system."""
 
 
+_groups_of_deepspeed = False  # whether DeepSpeed keeps the groups of an earlier launch of this process
+
+
 class RendezvousError(RuntimeError):
     """The ranks did not find each other. The message says why, as far as this rank can tell."""
 
@@ -39,10 +42,19 @@ def launch(configs: Sequence[Config]) -> int:
         Number of configurations that were started: fewer than all if one was asked to stop.
 
     Raises:
-        ConfigError: the launcher's environment variables are missing, although several ranks are needed.
+        ConfigError: the launcher's environment variables are missing, although several ranks are needed; or this
+            process has run DeepSpeed before.
     """
     from tutorial_lib.trainer import train_all
 
+    global _groups_of_deepspeed
+    if any(config.engine.name == "deepspeed" for config in configs):
+        if _groups_of_deepspeed:
+            raise ConfigError(
+                "DeepSpeed keeps its process groups in global variables, so a process can run it only once with "
+                "launcher='none', and this one has. Write launcher='local', or start another process."
+            )
+        _groups_of_deepspeed = True
     world_size = configs[0].parallel.world_size
     with ExitStack() as stack:
         init_method = "env://"

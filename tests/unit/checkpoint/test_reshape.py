@@ -62,7 +62,10 @@ def test_a_reshape_takes_over_what_fits_the_new_shape(tmp_path, what):
     ("given", "message"),
     [
         ({}, "write its name"),
-        ({"name": "new", "seed": 1, "global_batch": 4}, "seed was 0, now 1; global_batch was 8, now 4"),
+        (
+            {"name": "new", "seed": 1, "global_batch": 4},
+            r"seed was 0, now 1; global_batch was 8, now 4.* export \S+/old DIR",
+        ),
         ({"name": "new", "launcher": "none"}, "just continue the run in the new shape"),
         ({"name": "new", "stop_after": 5}, "stop_after cannot be set"),
         ({"name": "new", "engine": "torch"}, "Write dp=1, tp=1"),

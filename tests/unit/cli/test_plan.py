@@ -20,6 +20,7 @@ from tutorial_lib.cli import _parser, main, plan_commands, plan_text
 from tutorial_lib.cli.options import given
 from tutorial_lib.cli.plan_models import from_config, measure, read_config
 from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.embedded import model_directory
 from tutorial_lib.engine.deepspeed.config import apply_file, build
 from tutorial_lib.theory import traffic
 from tutorial_lib.theory.cost import Candidate
@@ -463,6 +464,12 @@ def test_impossible_input_says_what_to_write(more: list[str], message: str, caps
 def test_a_model_that_no_directory_can_be_called(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--gpus", "1", "--gpu-memory", "80", "--model", "x" * 300]) == 2
     assert "300 bytes long. A path has at most" in capsys.readouterr().err
+
+
+def test_a_model_under_the_users_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").symlink_to(model_directory("embedded/gpt2"))
+    assert main(["plan", "--gpus", "1", "--gpu-memory", "80", "--model=~/model", "--json"]) == 0
 
 
 @pytest.mark.parametrize("size", ["7e9", "7B", "7b", "7000M"])

@@ -144,7 +144,13 @@ def test_patterns_of_parameters_are_checked_before_a_process_starts(storage, fre
             "argument --zero-stage: 'two' is not a whole number (0: nothing partitioned; 1: ",
         ),
         (["train", "--learning-rate", "low"], "argument --learning-rate: 'low' is not a number ("),
-        (["train", "--no-such-flag"], "unrecognized arguments: --no-such-flag. See python -m tutorial_lib --help."),
+        (["train", "--bogus"], "unrecognized arguments: --bogus. See python -m tutorial_lib train --help."),
+        (
+            ["train", "--learning_rate=1", "--zero_stage", "2"],
+            "unrecognized arguments: --learning_rate=1 --zero_stage 2 (did you mean --learning-rate, --zero-stage?). "
+            "See python -m tutorial_lib train",
+        ),
+        (["inspect", "run", "other"], "unrecognized arguments: other. See python -m tutorial_lib inspect --help."),
         (["--json"], "the following arguments are required: COMMAND. See python -m tutorial_lib --help."),
     ],
 )

@@ -15,7 +15,14 @@ from typing import Any
 
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.engine.deepspeed.file import find, read
-from tutorial_lib.engine.deepspeed.keys import DTYPES, MONITORS, ON_GPUS, OTHER_LAYOUT, WRITES_INTO
+from tutorial_lib.engine.deepspeed.keys import (
+    AT_STAGE_3,
+    DTYPES,
+    MONITORS,
+    ON_GPUS,
+    OTHER_LAYOUT,
+    WRITES_INTO,
+)
 
 
 def check_for_run(given: dict[str, Any], config: Config, *, source: str) -> None:
@@ -55,11 +62,12 @@ def check_for_run(given: dict[str, Any], config: Config, *, source: str) -> None
                     "and zero_optimization.reduce_scatter. Remove it, set that to false, or write zero_stage=1."
                 )
     _check_low_precision_masters(given, config, source)
-    if stage < 3 and find(given, "zero_optimization.leaf_module"):
-        raise ConfigError(
-            f"{source}: zero_optimization.leaf_module is for partitioned parameters, and would have no effect "
-            f"with zero_stage={stage}. Remove it, or write zero_stage=3."
-        )
+    for name in ("leaf_module", *AT_STAGE_3):
+        if stage < 3 and find(given, f"zero_optimization.{name}"):
+            raise ConfigError(
+                f"{source}: zero_optimization.{name} is for partitioned parameters, and would have no effect "
+                f"with zero_stage={stage}. Remove it, or write zero_stage=3."
+            )
     for name in find(given, "torch_autocast.lower_precision_safe_modules", []):
         if pydoc.locate(name) is None:
             raise ConfigError(

@@ -369,6 +369,21 @@ def test_a_profile_is_not_given_by_hand_and_the_same_value_is_no_contradiction(t
             "would have no effect with zero_stage=2",
         ),
         (
+            {"zero_optimization": {"stage": 2, "stage3_prefetch_bucket_size": 5e7}},
+            "stage3_prefetch_bucket_size is for partitioned parameters, and would have no effect with zero_stage=2",
+        ),
+        ({"zero_optimization": {"stage": 1, "zero_hpz_partition_size": 2}}, "no effect with zero_stage=1"),
+        (
+            {"zero_optimization": {"offload_param": {"device": "cpu", "nvme_path": "/nvme"}}},
+            "offload_param.nvme_path is for offload to NVMe disks",
+        ),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu", "fast_init": True}}}, "for offload to NVMe"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/nvme"}}},
+            'offload_optimizer.device is "nvme"; this package offloads to "cpu" or "none"',
+        ),
+        ({"bf16": {"enable": True}}, r"did you mean 'enabled'\?$"),
+        (
             {"zero_optimization": {"stage3_module_granularity_threshold": 9}},
             "threshold is 9: DeepSpeed's first step then",
         ),

@@ -49,6 +49,20 @@ def test_an_address_at_which_something_else_listens_is_refused_in_time(monkeypat
             cluster.start(Config.create(launcher="ray"))
 
 
+def test_a_cluster_that_others_started_on_this_machine_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray would join the cluster of ``ray start``, and then refuse num_cpus."""
+    import ray
+
+    def init(address: str | None = None, **options: object) -> None:
+        raise RuntimeError(f"asked for {address}")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("TUTORIAL_LIB_WARM_WORKERS", "0")
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(RuntimeError, match="Ray did not start: asked for local"):
+        cluster.start(Config.create(launcher="ray"))
+
+
 @pytest.mark.parametrize(
     ("error", "advice"),
     [
