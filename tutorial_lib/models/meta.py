@@ -30,6 +30,7 @@ from tutorial_lib.models.stored import (
     check_all_used,
     check_complete,
     check_files,
+    check_no_integers,
     locate_weights,
     match_parameters,
     stored_tensors,
@@ -126,6 +127,7 @@ def _match_stored(m: ModelConfig, *, must_be_read_as_stored: bool) -> dict[str, 
         wrong = {n: (t.shape, tuple(own[n].shape)) for n, t in found.items() if t.shape != tuple(own[n].shape)}
         missing = [name for name, parameter in own.items() if id(parameter) not in stored_ids]
         check_complete(m.name, missing=missing, wrong_shapes=wrong)
+        check_no_integers(found)
         check_all_used(m.name, model, others)
     return found
 
