@@ -12,7 +12,6 @@ import psutil
 import pytest
 
 from tests.distributed import cases
-from tests.distributed.injected import on_ray as injected
 from tests.distributed.launching import ROOT
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.config import ConfigError
@@ -139,11 +138,11 @@ def test_the_cluster_answers_only_with_this_processs_token(cluster, tmp_path, to
     assert answer in asked.stdout + asked.stderr
 
 
-def test_a_failing_ranks_own_traceback_is_what_the_user_sees(cluster, directory, monkeypatch, capfd):
-    monkeypatch.setattr(ray_train, "_worker", injected.fail)
+def test_a_failing_ranks_own_traceback_is_what_the_user_sees(cluster, directory, capfd):
     began = time.monotonic()
     with pytest.raises(launch.WorkerError) as error:
-        launch.run(on_ray(directory).override(name="ray-failing"))
+        failing = on_ray(directory).override(name="ray-failing")
+        launch.run_all([failing], worker="tests.distributed.workers.failing_on_ray")
     assert str(error.value).startswith("Rank 1 of run 'ray-failing' failed with ValueError: of rank 1 alone\n")
     assert 'raise ValueError("of rank 1 alone")' in str(error.value)
     assert time.monotonic() - began < 60

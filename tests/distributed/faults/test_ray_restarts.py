@@ -13,7 +13,6 @@ import pytest
 from tests.distributed import cases
 from tests.distributed.comparing import Observed
 from tests.distributed.faults.checks import assert_all_intact, assert_same_records, assert_same_states
-from tests.distributed.injected import on_ray as injected
 from tests.distributed.launching import ROOT
 from tutorial_lib import launch
 from tutorial_lib.config import Config
@@ -55,11 +54,10 @@ def on_ray(directory: Path, name: str, **changes: Any) -> Config:
     "SIGKILL of a Ray worker while it reports, `max_failures=1`",
     "Ray starts the workers again; `result.json` records when and why",
 )
-def test_a_killed_worker(uninterrupted: dict[str, Observed], directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_train, "_worker", injected.be_killed_once)
+def test_a_killed_worker(uninterrupted: dict[str, Observed], directory: Path) -> None:
     config = on_ray(directory, "ray-killed")
     with ray_train.session(config):
-        run = launch.run(config)
+        (run,) = launch.run_all([config], worker="tests.distributed.workers.killed_on_ray")
     (restart,) = run.result["restarts"]
     assert (run.result["resumed_from"], restart["from_step"], restart["failed"]["rank"]) == (4, 4, 1)
     assert restart["failed"]["type"] == "ActorDiedError", restart

@@ -7,6 +7,7 @@ checkpoint (:mod:`tutorial_lib.launch.ray.report`): Ray then knows the newest on
 
 from __future__ import annotations
 
+import importlib
 import json
 import threading
 import time
@@ -20,13 +21,14 @@ import psutil
 from tutorial_lib.config import Config
 from tutorial_lib.launch.errors import WorkerError, first_error, next_start
 from tutorial_lib.launch.ray.cluster import has_dashboard, is_own, renew_server, session
-from tutorial_lib.launch.ray.report import report
-from tutorial_lib.launch.ray.room import Demand, ResourcesMissing, check_room, read_nodes, resized
+from tutorial_lib.launch.ray.room import Demand, ResourcesMissing, check_room, read_nodes
 from tutorial_lib.launch.ray.storage import check_shared
 from tutorial_lib.launch.watch import wait_for
 from tutorial_lib.records import RunDirectory
 
-__all__ = ["launch", "session"]
+__all__ = ["WORKER", "launch", "session"]
+
+WORKER = "tutorial_lib.launch.ray.worker"
 
 START_TIMEOUT = 600
 """Seconds for Ray to start the first worker if there is room. On a busy laptop it takes a minute or two."""
@@ -47,12 +49,18 @@ _TITLES = ("ray::TrainController", "ray::RayTrainWorker", "ray::SynchronizationA
 """Prefixes of the titles of a fit's processes."""
 
 
-def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
+def launch(configs: Sequence[Config], poll: Callable[[], None], worker: str = WORKER) -> None:
     """Run the configurations one after the other on ``dp x tp`` Ray Train workers, or fewer if ``min_dp`` allows it.
 
     Before it raises anything, even ``KeyboardInterrupt``, it ends the workers of these runs; on a cluster that it
     did not start, Ray may take longer to end them. If the runs are asked to stop before a worker has started, it
     returns without training.
+
+    Args:
+        configs: what to run; all need the same number of ranks and the same device.
+        poll: called a few times per second while the workers run.
+        worker: module that every worker runs; it has a ``main(given)`` like that of
+            :mod:`tutorial_lib.launch.ray.worker`.
 
     Raises:
         ConfigError: the cluster has too few CPUs or GPUs, no node can hold a tensor-parallel group, or a node does not
@@ -72,8 +80,12 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
         _check_cluster(demand, directories[-1].path)
         _forget_deleted_checkpoints(directories[-1])
         trainer = _trainer_class(first, demand)(
-            _worker,
-            train_loop_config={"configs": [config.to_json() for config in configs], "tp": first.parallel.tp},
+            _run_worker,
+            train_loop_config={
+                "worker": worker,
+                "configs": [config.to_json() for config in configs],
+                "tp": first.parallel.tp,
+            },
             scaling_config=ray.train.ScalingConfig(
                 num_workers=first.parallel.world_size,
                 use_gpu=first.run.device == "cuda",
@@ -316,22 +328,6 @@ def _fit(trainer: Any, failed: list[BaseException]) -> None:
         failed.append(error)
 
 
-def _worker(given: dict[str, Any]) -> None:
-    """Run a Ray Train worker: train all configurations."""
-    import ray.train
-
-    from tutorial_lib.launch.torchrun import log_ranks
-    from tutorial_lib.trainer import train_all
-    from tutorial_lib.trainer.signals import output_to
-
-    context = ray.train.get_context()
-    rank, num_ranks = context.get_world_rank(), context.get_world_size()
-    asked = [Config.from_json(text) for text in given["configs"]]
-    configs = [resized(config, num_ranks // config.parallel.tp) for config in asked]
-    directory = RunDirectory(configs[-1].directory)
-    if rank == 0 and directory.restarts():
-        directory.clear_errors()  # left by failed workers that these replace
-    with output_to(directory.log_file(rank)):
-        log_ranks(configs[-1])
-    # Ray registers checkpoints under the directory of the run it was started for: the last one.
-    train_all(configs, on_checkpoint=lambda path, row: report(row, path))
+def _run_worker(given: dict[str, Any]) -> None:
+    """Call the worker's ``main`` in a process of Ray; only this process imports the worker."""
+    importlib.import_module(given["worker"]).main(given)
