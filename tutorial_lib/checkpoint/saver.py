@@ -21,7 +21,7 @@ from tutorial_lib.checkpoint.directory import (
     publish,
 )
 from tutorial_lib.checkpoint.manifest import FORMAT, MANIFEST, CheckpointError, digest, sync, wrong_size
-from tutorial_lib.checkpoint.writer import Writer
+from tutorial_lib.checkpoint.writer import MakeWriter, Writer
 from tutorial_lib.config import Config
 from tutorial_lib.models.side_files import SideFiles
 from tutorial_lib.mpu import Topology
@@ -59,6 +59,7 @@ def save(
     progress: Progress,
     side_files: SideFiles | None,
     stager: DefaultStager | None = None,
+    make_writer: MakeWriter = Writer,
 ) -> Save:
     """Start writing a checkpoint; :meth:`Save.finish` makes it visible. Collective.
 
@@ -71,6 +72,7 @@ def save(
         side_files: saved along with the model's configuration, for exports; rank 0 has them.
         stager: from :func:`make_stager`. Training may then continue as soon as this returns, because the files are
             written from a snapshot. Without a stager, all files are written when this returns.
+        make_writer: makes the writer of this rank's files.
     """
     began = time.perf_counter()
     final = directory_of(run, progress.step)
@@ -79,7 +81,7 @@ def save(
         finish_deletions()  # this save may need their space
         partial.mkdir(parents=True)
     partial = broadcast_object(partial)  # rank 0's directory, which exists before the others learn its name
-    writer = Writer(partial, stager)
+    writer = make_writer(partial, stager)
     engine.save(partial / "engine", writer)
     own = {"loader": progress.loader, "random": capture_random_states(engine.device)}
     writer.save(own, partial / f"rank-{topology.rank:03d}.pt")
