@@ -173,7 +173,7 @@ def test_only_an_error_of_the_runs_own_storage_is_told_as_one(tmp_path, monkeypa
     run = RunDirectory(tmp_path / "run")
     run.create()
     if refused:
-        monkeypatch.setattr(storage, "_write_failure", lambda directory: refused)
+        monkeypatch.setattr(storage, "write_failure", lambda directory: refused)
     error = OSError(number, os.strerror(number), str(tmp_path / name) if isinstance(name, str) else name)
     found = storage_failure(run, error)
     assert re.search(expected, str(found)) if expected else found is None

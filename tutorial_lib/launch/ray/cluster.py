@@ -205,7 +205,7 @@ def start(config: Config) -> bool:
         stop()
         if not isinstance(error, Exception):
             raise
-        raise RuntimeError(f"Ray did not start: {error}\n{_advice(error)}") from error
+        raise RuntimeError(f"Ray did not start: {error}\n{advise(error)}") from error
     return True
 
 
@@ -239,7 +239,7 @@ def _check_cluster(address: str) -> None:
         raise ConfigError(f"{what}, but nothing answers there ({error}). {instead}") from None
 
 
-def _advice(error: BaseException) -> str:
+def advise(error: BaseException) -> str:
     """Return advice on an error from Ray's start, by its cause."""
     said = str(error)
     if "AF_UNIX path length" in said:

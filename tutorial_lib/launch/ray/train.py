@@ -8,7 +8,6 @@ checkpoint (:mod:`tutorial_lib.launch.ray.report`): Ray then knows the newest on
 from __future__ import annotations
 
 import importlib
-import json
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,16 +21,14 @@ from tutorial_lib.config import Config
 from tutorial_lib.launch.errors import WorkerError, first_error, next_start
 from tutorial_lib.launch.ray.cluster import has_dashboard, is_own, renew_server, session
 from tutorial_lib.launch.ray.room import Demand, ResourcesMissing, check_room, read_nodes
-from tutorial_lib.launch.ray.storage import check_shared
+from tutorial_lib.launch.ray.storage import check_shared, forget_deleted_checkpoints
+from tutorial_lib.launch.ray.waiting import StoppedBeforeStart, limit_wait, stop_before_start, watch_for_start
 from tutorial_lib.launch.watch import wait_for
 from tutorial_lib.records import RunDirectory
 
 __all__ = ["WORKER", "launch", "session"]
 
 WORKER = "tutorial_lib.launch.ray.worker"
-
-START_TIMEOUT = 600
-"""Seconds for Ray to start the first worker if there is room. On a busy laptop it takes a minute or two."""
 
 START_ATTEMPTS = 10
 """Number of times that workers are restarted if they fail to start."""
@@ -78,7 +75,7 @@ def launch(configs: Sequence[Config], poll: Callable[[], None], worker: str = WO
 
         renew_server(first)
         _check_cluster(demand, directories[-1].path)
-        _forget_deleted_checkpoints(directories[-1])
+        forget_deleted_checkpoints(directories[-1])
         trainer = _trainer_class(first, demand)(
             _run_worker,
             train_loop_config={
@@ -103,13 +100,13 @@ def launch(configs: Sequence[Config], poll: Callable[[], None], worker: str = WO
         )
         failed: list[BaseException] = []
         fit = threading.Thread(target=_fit, args=(trainer, failed), daemon=True)
-        has_begun = _watch_for_start(directories)
+        has_begun = watch_for_start(directories)
         fit.start()
         try:
             wait_for(
-                fit, poll, _patience(has_begun, first.run.resource_timeout), _stop_before_start(has_begun, directories)
+                fit, poll, limit_wait(has_begun, first.run.resource_timeout), stop_before_start(has_begun, directories)
             )
-        except _StoppedBeforeStart:
+        except StoppedBeforeStart:
             trainer.end()
             return
         except BaseException:
@@ -163,65 +160,8 @@ def _recorder(directory: RunDirectory) -> Any:
     return Recorder()
 
 
-def _forget_deleted_checkpoints(directory: RunDirectory) -> None:
-    """Delete Ray's own list of a run's checkpoints if Ray would reject it: a resume reads our checkpoints anyway.
-
-    Ray rejects the list if one of the checkpoints has been deleted, or if Ray was killed while writing it.
-    """
-    snapshot = directory.path / "checkpoint_manager_snapshot.json"
-    if not snapshot.is_file():
-        return
-    try:
-        listed = json.loads(snapshot.read_text(encoding="utf-8"))["checkpoint_results"]
-        if all((directory.path / each["checkpoint_dir_name"]).exists() for each in listed):
-            return
-    except (ValueError, KeyError):
-        pass
-    snapshot.unlink()
-
-
 def _have_error(directories: Sequence[RunDirectory]) -> bool:
     return any(directory.first_error() for directory in directories)
-
-
-def _watch_for_start(directories: Sequence[RunDirectory]) -> Callable[[], bool]:
-    """Return a function that returns whether a worker has started since now, judging by writes to the logs."""
-
-    def last_written() -> dict[Path, int]:
-        logs = (log for directory in directories for log in directory.logs.glob("rank-*.log"))
-        return {log: log.stat().st_mtime_ns for log in logs}
-
-    before = last_written()
-    return lambda: last_written() != before
-
-
-def _patience(has_begun: Callable[[], bool], resource_timeout: float = 0) -> Callable[[], None]:
-    """Return a check that raises if no worker has started within :data:`START_TIMEOUT`: Ray itself waits forever."""
-    since = time.monotonic()
-
-    def check() -> None:
-        seconds = START_TIMEOUT + resource_timeout
-        if time.monotonic() - since >= seconds and not has_begun():
-            raise WorkerError(
-                f"Ray started no worker within {seconds:.0f} s. `ray status` shows what it is waiting for; its own "
-                "logs are under session_latest/logs in its temporary directory."
-            )
-
-    return check
-
-
-class _StoppedBeforeStart(Exception):
-    """The runs were asked to stop before the first worker had started."""
-
-
-def _stop_before_start(has_begun: Callable[[], bool], directories: Sequence[RunDirectory]) -> Callable[[], None]:
-    """Return a check that raises if the runs are asked to stop before there is a worker to notice it."""
-
-    def check() -> None:
-        if any(directory.stop_file.exists() for directory in directories) and not has_begun():
-            raise _StoppedBeforeStart
-
-    return check
 
 
 def _trainer_class(config: Config, demand: Demand) -> Any:
