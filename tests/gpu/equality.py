@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from tests.distributed.launching import train_command
 from tests.gpu.cases import Cases, Setting
 from tests.gpu.data import write_rows
 from tests.gpu.training import join_group
+from tests.support.launching import train_command
 from tutorial_lib import checkpoint, trainer
 from tutorial_lib.checkpoint.reshape import checkpoint_of
 from tutorial_lib.cli import DONE, STOPPED

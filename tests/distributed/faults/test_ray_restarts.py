@@ -10,10 +10,10 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.distributed import cases
-from tests.distributed.comparing import Observed
+from tests.distributed.cases import crashing
 from tests.distributed.faults.checks import assert_all_intact, assert_same_records, assert_same_states
-from tests.distributed.launching import ROOT
+from tests.distributed.observing.comparing import Observed
+from tests.support.launching import ROOT
 from tutorial_lib import launch
 from tutorial_lib.config import Config
 from tutorial_lib.launch.ray import cluster
@@ -47,7 +47,7 @@ def three_nodes() -> Iterator[Any]:
 
 
 def on_ray(directory: Path, name: str, **changes: Any) -> Config:
-    return cases.saving(directory, "zero1", name, launcher="ray", max_failures=1, **changes)
+    return crashing.saving(directory, "zero1", name, launcher="ray", max_failures=1, **changes)
 
 
 @pytest.mark.fault(
@@ -69,7 +69,7 @@ def test_a_killed_worker(uninterrupted: dict[str, Observed], directory: Path) ->
 
 @pytest.mark.fault("a Ray node dies, another has room, `max_failures=1`", "Ray starts the workers on the other node")
 def test_a_node_that_dies(uninterrupted: dict[str, Observed], three_nodes: Any, directory: Path) -> None:
-    config = on_ray(directory, "ray-node", **cases.LONG)
+    config = on_ray(directory, "ray-node", **crashing.LONG)
     gone: list[Any] = []
 
     def remove_a_node(rows: list[Any]) -> None:

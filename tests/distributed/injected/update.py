@@ -10,7 +10,7 @@ from unittest import mock
 
 from torch import Tensor
 
-from tests.distributed.watching import own_tokens
+from tests.distributed.observing.watching import own_tokens
 from tutorial_lib.checkpoint.manager import OnCheckpoint
 from tutorial_lib.config import Config
 from tutorial_lib.engine.deepspeed import config as ds_config

@@ -2,7 +2,7 @@
 
 ``python -m tests.distributed.workers.observing`` takes the place of ``python -m tutorial_lib.launch.worker`` and calls
 it. At every checkpoint a run leaves ``observed.pt`` in its directory: full parameters, full optimizer states, the
-examples of every step. A run's :class:`tests.distributed.probe.Probe` says what else happens to it.
+examples of every step. A run's :class:`tests.distributed.observing.probe.Probe` says what else happens to it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from tests.distributed.fsdp1_engine import FSDP1Engine
-from tests.distributed.gloo_averages import probe_averages
-from tests.distributed.probe import ERRORS, OBSERVATION, Probe
-from tests.distributed.watching import watching
+from tests.distributed.observing.fsdp1_engine import FSDP1Engine
+from tests.distributed.observing.gloo_averages import probe_averages
+from tests.distributed.observing.probe import ERRORS, OBSERVATION, Probe
+from tests.distributed.observing.watching import watching
 from tests.support.late_writes import LateTrainer, LateTrainerWithoutSnapshot
 from tutorial_lib import checkpoint
 from tutorial_lib.config import Config
