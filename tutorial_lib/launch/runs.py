@@ -93,9 +93,10 @@ def reshape(source: Path, **flat: Any) -> Run:
         ConfigError: the settings cannot run or would change the updates, or a run of this name exists.
         WorkerError: a worker failed; there is no new run.
     """
-    from tutorial_lib.checkpoint.reshape import checkpoint_of, reshaped_config, staged
+    from tutorial_lib import checkpoint
+    from tutorial_lib.checkpoint.reshape import reshaped_config, staged
 
-    source = checkpoint_of(source)
+    source = checkpoint.find(source)
     config = reshaped_config(source, flat)
     try:
         with staged(source, config) as start:
