@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tutorial_lib.checkpoint.directory import step_of
 from tutorial_lib.checkpoint.manifest import read_trainer_state
-from tutorial_lib.config import FREE_ON_RESUME, Config, ConfigError
+from tutorial_lib.config import FREE_ON_RESUME, Config, ConfigError, settings
 from tutorial_lib.config.checks import NO_RESUME
 from tutorial_lib.models import load_tokenizer, load_trained_config
 from tutorial_lib.models.loading import resolve_model
@@ -26,17 +26,11 @@ from tutorial_lib.models.stored import locate_weights
 DataIdentity = Callable[[], dict[str, str]]
 """Function that returns the SHA-256 of each split's tokens (``train``, and ``eval`` if the run evaluates)."""
 
-_SHAPE = {
-    "torch": (),
-    "fsdp": ("sharding", "shard_size", "offload"),
-    "deepspeed": ("zero_stage", "offload", "deepspeed"),
-    "trainer": ("zero_stage", "offload", "deepspeed"),
-}
-
 
 def shape(flat: dict[str, Any]) -> dict[str, Any]:
     """Return the settings, by flat name, that decide which rank holds which part of a run's state, and its format."""
-    return {name: flat[name] for name in ("engine", "device", "dp", "tp", *_SHAPE[flat["engine"]])}
+    names = (name for name, setting in settings().items() if flat["engine"] in setting.shape_of)
+    return {name: flat[name] for name in ("engine", "device")} | {name: flat[name] for name in names}
 
 
 def check_continues(config: Config, found: Path, data: DataIdentity | None) -> None:
