@@ -12,7 +12,7 @@ from tutorial_lib.checkpoint.directory import clear_remains
 from tutorial_lib.checkpoint.manager import OnCheckpoint
 from tutorial_lib.checkpoint.start import opened_for_training
 from tutorial_lib.checkpoint.storage import storage_failure
-from tutorial_lib.config import Config
+from tutorial_lib.config import Config, EngineConfig
 from tutorial_lib.mpu import Topology
 from tutorial_lib.mpu.collectives import barrier
 from tutorial_lib.records import RunDirectory
@@ -72,7 +72,7 @@ def train(
         log = run.log_file(topology.rank) if config.run.launcher != "none" else None
         with output_to(log), stop_signals() as stop_signalled:
             try:
-                build = trainer_class or _trainer_class(config)
+                build = trainer_class or _trainer_class(config.engine)
                 trainer = build(config, topology, on_checkpoint=on_checkpoint, stop_signalled=stop_signalled)
                 try:
                     return trainer.fit(started)
@@ -91,9 +91,9 @@ def train(
                 raise
 
 
-def _trainer_class(config: Config) -> type[Trainer]:
+def _trainer_class(engine: EngineConfig) -> type[Trainer]:
     """Return the class that runs the training loop: this package's, or the Hugging Face Trainer's."""
-    if config.engine.name != "trainer":
+    if engine.name != "trainer":
         return Trainer
     from tutorial_lib.trainer.huggingface import HuggingFaceRun  # loads transformers' Trainer and accelerate
 

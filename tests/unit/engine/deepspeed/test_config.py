@@ -460,12 +460,12 @@ def test_a_place_where_a_monitor_cannot_write_is_refused_before_the_engine_start
     path = write(tmp_path, filled)
     key = key.replace("{file}", f"{tmp_path}/file")
     with pytest.raises(ConfigError, match=f"^{path}: {key}.* cannot be written to: .*Write a directory"):
-        for_run.check_outputs(Config.create(deepspeed=path))
+        for_run.check_outputs(path)
 
 
 def test_a_place_where_a_monitor_can_write_is_made(tmp_path):
     section = {"csv_monitor": {"enabled": True, "output_path": str(tmp_path / "new"), "job_name": "job"}}
-    for_run.check_outputs(Config.create(deepspeed=write(tmp_path, section)))
+    for_run.check_outputs(write(tmp_path, section))
     assert (tmp_path / "new" / "job").is_dir()
 
 
@@ -482,10 +482,10 @@ def test_a_place_where_a_monitor_can_write_is_made(tmp_path):
 def test_leaf_modules_that_a_model_does_not_have_are_refused(tmp_path, leaves, message):
     config = Config.create(deepspeed=write(tmp_path, {"zero_optimization": {"stage": 3, "leaf_module": leaves}}))
     if message is None:
-        for_run.check_leaf_modules(config, lambda: build_model(config))
+        for_run.check_leaf_modules(config.engine.deepspeed_file, lambda: build_model(config))
     else:
         with pytest.raises(ConfigError, match=f"zero_optimization.leaf_module.{message}"):
-            for_run.check_leaf_modules(config, lambda: build_model(config))
+            for_run.check_leaf_modules(config.engine.deepspeed_file, lambda: build_model(config))
 
 
 def test_a_range_that_settings_have_is_told_with_the_files_key(tmp_path):
