@@ -152,7 +152,7 @@ def _same(rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> bool:
 
 
 def _same_states(one: Config, other: Config) -> bool:
-    a, b = (checkpoint.open_full(checkpoint.find(config.directory)) for config in (one, other))
+    a, b = (checkpoint.open_full(checkpoint.locate(config.directory)) for config in (one, other))
     names = [name for name, _ in parameters_of(one)]
     return all(
         torch.equal(a.parameter(name), b.parameter(name))

@@ -22,7 +22,7 @@ before a start, and one page per on-disk format (:mod:`~tutorial_lib.checkpoint.
 a different shape by ranks of that shape, so ``reshape`` is in :mod:`tutorial_lib.launch`.
 """
 
-from tutorial_lib.checkpoint.directory import directory_of, find, latest, newest_intact
+from tutorial_lib.checkpoint.directory import directory_of, latest, locate, newest_intact
 from tutorial_lib.checkpoint.exporter import export
 from tutorial_lib.checkpoint.formats import MOMENTS, FullTensors, open_full
 from tutorial_lib.checkpoint.manager import CheckpointManager
@@ -37,8 +37,8 @@ __all__ = [
     "Writer",
     "directory_of",
     "export",
-    "find",
     "latest",
+    "locate",
     "newest_intact",
     "open_full",
     "verify",

@@ -84,7 +84,7 @@ def newest_intact(run: RunDirectory, topology: Topology | None = None) -> tuple[
     return _newest(run, found, lambda path: damage(path, topology))
 
 
-def find(source: Path) -> Path:
+def locate(source: Path) -> Path:
     """Find a checkpoint by its own directory, or a run's newest intact one by the run's directory.
 
     A warning names newer checkpoints that are damaged.

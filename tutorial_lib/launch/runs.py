@@ -96,7 +96,7 @@ def reshape(source: Path, **flat: Any) -> Run:
     from tutorial_lib import checkpoint
     from tutorial_lib.checkpoint.reshape import reshaped_config, staged
 
-    source = checkpoint.find(source)
+    source = checkpoint.locate(source)
     config = reshaped_config(source, flat)
     try:
         with staged(source, config) as start:

@@ -133,5 +133,5 @@ def test_a_reshape_needs_no_data(model, tmp_path, monkeypatch):
 
 def test_a_source_may_be_under_the_users_home(interrupted, monkeypatch):
     monkeypatch.setenv("HOME", str(interrupted.directory.path.parent))
-    found = checkpoint.find(Path("~") / interrupted.directory.path.name)
+    found = checkpoint.locate(Path("~") / interrupted.directory.path.name)
     assert found == checkpoint.latest(interrupted.directory)

@@ -53,7 +53,7 @@ def build(config: Config) -> dict[str, Any]:
     return merged
 
 
-def check_tensor_parallel(config: Config, model_config: Any) -> None:
+def check_autotp(config: Config, model_config: Any) -> None:
     """Refuse a model or setup that DeepSpeed's automatic tensor parallelism (AutoTP) cannot handle.
 
     Args:

@@ -190,21 +190,21 @@ def test_stage_3_needs_a_deepspeed_that_splits_it(monkeypatch, version, taken):
     monkeypatch.setattr(ds_config.importlib.metadata, "version", lambda name: version)
     config, model = Config.create(tp=2, zero_stage=3), load_config("embedded/qwen2")
     for stage in (0, 1, 2):
-        ds_config.check_tensor_parallel(config.override(zero_stage=stage), model)
+        ds_config.check_autotp(config.override(zero_stage=stage), model)
     if taken:
-        ds_config.check_tensor_parallel(config, model)
+        ds_config.check_autotp(config, model)
     else:
         with pytest.raises(
             ConfigError, match=f"needs DeepSpeed 0.19.4, and {version} is installed. Write zero_stage=2"
         ):
-            ds_config.check_tensor_parallel(config, model)
+            ds_config.check_autotp(config, model)
 
 
 def test_16_bits_without_zero_are_refused():
     model = load_config("embedded/qwen2")
     with pytest.raises(ConfigError, match=r"norm that is too small. Write zero_stage=1, or precision='fp32'"):
-        ds_config.check_tensor_parallel(Config.create(tp=2, zero_stage=0, precision="bf16"), model)
-    ds_config.check_tensor_parallel(Config.create(tp=1, zero_stage=0, precision="bf16"), model)
+        ds_config.check_autotp(Config.create(tp=2, zero_stage=0, precision="bf16"), model)
+    ds_config.check_autotp(Config.create(tp=1, zero_stage=0, precision="bf16"), model)
 
 
 @pytest.mark.parametrize(
@@ -215,9 +215,9 @@ def test_16_bits_without_zero_are_refused():
 def test_what_autotp_does_not_split_is_refused(model_type, why):
     config = Config.create(tp=2, zero_stage=1)
     with pytest.raises(ConfigError, match=f"AutoTP does not split {model_type}, a model {why}. Write tp=1, or choose"):
-        ds_config.check_tensor_parallel(config, AutoConfig.for_model(model_type))
+        ds_config.check_autotp(config, AutoConfig.for_model(model_type))
     for name in ("qwen2", "llama", "mistral", "bloom"):
-        ds_config.check_tensor_parallel(config, AutoConfig.for_model(name))
+        ds_config.check_autotp(config, AutoConfig.for_model(name))
 
 
 def test_bloom_gets_deepspeeds_plan_and_others_their_own():
