@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed import cases
+from tests.distributed.cases import small_runs
+from tests.support.models import MODELS, small_model
 from tutorial_lib import launch
 from tutorial_lib.config import ConfigError
 from tutorial_lib.lab.scripts import restore_bytes, train_zero
@@ -13,13 +14,13 @@ from tutorial_lib.records import RunDirectory
 
 def config(directory, **changes):
     flat = {"model": "gpt2", "max_examples": 40, "steps": 4, "dp": 2, "engine": "fsdp", "name": "loop"}
-    return cases.config(directory, **(flat | changes))
+    return small_runs.config(directory, **(flat | changes))
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("run-loop")
-    cases.small_model("gpt2", directory / "gpt2", **cases.MODELS["gpt2"])
+    small_model("gpt2", directory / "gpt2", **MODELS["gpt2"])
     return directory
 
 

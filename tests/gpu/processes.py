@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 _POLL_SECONDS = 0.05
-_GRACE_SECONDS = 10
+GRACE_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def _follow(
                     why = "step limit"
                 elif case and now - case["began_unix_seconds"] > record.step.case_limit:
                     why = "case limit"
-                elif record.is_over() and now - record.changed > _GRACE_SECONDS:
+                elif record.is_over() and now - record.changed > GRACE_SECONDS:
                     why = "all is measured, and its process does not end"
                 time.sleep(_POLL_SECONDS)
         finally:

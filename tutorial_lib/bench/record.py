@@ -194,7 +194,7 @@ def measure_row(name: str, run: Run, log: Path, *, wall_seconds: float) -> RowRe
         states=tuple(ModelStates(each["parameters"], each["gradients"], each["optimizer"]) for each in accounts),
         device_states=tuple(each["by_device"].get("cuda", 0) for each in accounts),
         predicted_states=predicted,
-        predicted_device_states=tuple(on_device(config, each) for each in predicted),
+        predicted_device_states=tuple(on_device(config.engine, each) for each in predicted),
         note="; ".join(filter(None, (note, _shared_cores(config)))) or None,
     )
 

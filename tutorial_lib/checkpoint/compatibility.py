@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tutorial_lib.checkpoint.directory import step_of
 from tutorial_lib.checkpoint.manifest import read_trainer_state
-from tutorial_lib.config import FREE_ON_RESUME, Config, ConfigError
+from tutorial_lib.config import FREE_ON_RESUME, Config, ConfigError, DataConfig, ModelConfig, RunConfig, settings
 from tutorial_lib.config.checks import NO_RESUME
 from tutorial_lib.models import load_tokenizer, load_trained_config
 from tutorial_lib.models.loading import resolve_model
@@ -26,17 +26,11 @@ from tutorial_lib.models.stored import locate_weights
 DataIdentity = Callable[[], dict[str, str]]
 """Function that returns the SHA-256 of each split's tokens (``train``, and ``eval`` if the run evaluates)."""
 
-_SHAPE = {
-    "torch": (),
-    "fsdp": ("sharding", "shard_size", "offload"),
-    "deepspeed": ("zero_stage", "offload", "deepspeed"),
-    "trainer": ("zero_stage", "offload", "deepspeed"),
-}
-
 
 def shape(flat: dict[str, Any]) -> dict[str, Any]:
     """Return the settings, by flat name, that decide which rank holds which part of a run's state, and its format."""
-    return {name: flat[name] for name in ("engine", "device", "dp", "tp", *_SHAPE[flat["engine"]])}
+    names = (name for name, setting in settings().items() if flat["engine"] in setting.shape_of)
+    return {name: flat[name] for name in ("engine", "device")} | {name: flat[name] for name in names}
 
 
 def check_continues(config: Config, found: Path, data: DataIdentity | None) -> None:
@@ -78,10 +72,10 @@ def check_same_run(trainer: dict[str, Any], config: Config, data: DataIdentity |
     _check_is_resumable(saved, config)
     _check_shape(saved, config)
     moved = {flag for flag in ("model", "dataset") if saved[flag] != config.flat()[flag]}
-    model_changes = _model_changes(before, identity(config)) if before else []
+    model_changes = _model_changes(before, identity(config.model)) if before else []
 
     def data_changes() -> list[str]:
-        return _data_changes(before["data"], data(), config) if before.get("data") and data is not None else []
+        return _data_changes(before["data"], data(), config.data) if before.get("data") and data is not None else []
 
     known = {"model": bool(before.get("weights")), "dataset": bool(before.get("data"))}
     changes = {"model": model_changes, "dataset": data_changes() if "dataset" in moved else []}
@@ -90,15 +84,15 @@ def check_same_run(trainer: dict[str, Any], config: Config, data: DataIdentity |
     _check_data(data_changes(), config)
 
 
-def reads_data(config: Config, found: Path | None) -> bool:
+def reads_data(run: RunConfig, found: Path | None) -> bool:
     """Return whether this start of a run reads data: a reshape neither trains nor evaluates, so it needs none.
 
     Args:
-        config: what to run.
+        run: how long it trains, and whether it evaluates.
         found: the checkpoint to start from.
     """
-    stop, knows_length = config.run.stop_after, config.run.steps is not None
-    if found is None or config.run.evaluate or stop is None or step_of(found) < stop:
+    stop, knows_length = run.stop_after, run.steps is not None
+    if found is None or run.evaluate or stop is None or step_of(found) < stop:
         return True
     return not (knows_length or "num_steps" in read_trainer_state(found)["record"])
 
@@ -161,7 +155,7 @@ def _export_advice(config: Config) -> str:
     )
 
 
-def identity(config: Config) -> dict[str, Any]:
+def identity(config: ModelConfig) -> dict[str, Any]:
     """Identify a run's model and tokenizer by their content rather than their names.
 
     Returns:
@@ -172,14 +166,14 @@ def identity(config: Config) -> dict[str, Any]:
     Raises:
         ConfigError: there is no such model.
     """
-    options = {"trust_remote_code": config.model.trust_remote_code}
-    model = load_trained_config(config.model.name, random_init=config.model.random_init, **options).to_diff_dict()
-    tokenizer = load_tokenizer(config.model.name, **options)
+    options = {"trust_remote_code": config.trust_remote_code}
+    model = load_trained_config(config.name, random_init=config.random_init, **options).to_diff_dict()
+    tokenizer = load_tokenizer(config.name, **options)
     return {
         "model": {name: value for name, value in json.loads(json.dumps(model)).items() if name not in _INCIDENTAL},
         "tokenizer": hashlib.sha256(_tokenizer_rules(tokenizer).encode()).hexdigest(),
         "vocabulary": len(tokenizer),
-        "weights": _sample_weights(resolve_model(config.model.name)),
+        "weights": _sample_weights(resolve_model(config.name)),
     }
 
 
@@ -232,9 +226,9 @@ def _model_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return changes
 
 
-def _data_changes(before: dict[str, str], now: dict[str, str], config: Config) -> list[str]:
+def _data_changes(before: dict[str, str], now: dict[str, str], config: DataConfig) -> list[str]:
     """Return the splits that both starts read, and whose tokens differ."""
-    splits = {"train": config.data.train_split, "eval": config.data.eval_split}
+    splits = {"train": config.train_split, "eval": config.eval_split}
     changed = [splits[use] for use in splits if use in before and use in now and before[use] != now[use]]
     return [f"split {split!r} has different tokens" for split in changed]
 

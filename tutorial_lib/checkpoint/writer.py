@@ -117,6 +117,10 @@ class Writer:
             self._thread.shutdown(wait=True, cancel_futures=True)
 
 
+MakeWriter = Callable[[Path, DefaultStager | None], Writer]
+"""Makes a writer from a checkpoint's directory and the stager, if there is one."""
+
+
 class _HashingFileSystem(FileSystem):
     """File system for torch's writers that opens every file as a :class:`_HashedFile`."""
 

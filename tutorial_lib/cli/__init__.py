@@ -23,7 +23,7 @@ __all__ = ["BAD_CONFIGURATION", "DONE", "FAILED", "STOPPED", "main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command, and return its exit code."""
-    options = _parser().parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     try:
         return int(options.command(options))
     except ConfigError as error:
@@ -83,7 +83,8 @@ class _Parser(argparse.ArgumentParser):
         self.exit(BAD_CONFIGURATION, f"error: {message}. See {self.prog} --help.\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; its result's ``command`` runs the chosen one."""
     parser = _Parser(prog="python -m tutorial_lib", description="Train on many devices, and measure it.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     pages = {

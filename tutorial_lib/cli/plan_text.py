@@ -191,7 +191,7 @@ def _best(answer: Answer) -> list[str]:
     if best.missing:
         lines.append(f"This course's engines do not have: {', '.join(best.missing)}.")
         if runs:
-            lines.append(f"The best that they can run: {describe(runs)}: {_how_much_slower(runs, best)}.")
+            lines.append(f"The best that they can run: {describe(runs)}: {how_much_slower(runs, best)}.")
             if runs.layout.offload != "none" and best.layout.offload == "none":
                 lines.append(f"  {OFFLOAD_WARNING}")
         elif not missing_for(answer.workload, answer.engine):
@@ -208,7 +208,8 @@ def _best(answer: Answer) -> list[str]:
     return lines
 
 
-def _how_much_slower(one: Candidate, best: Candidate) -> str:
+def how_much_slower(one: Candidate, best: Candidate) -> str:
+    """Say by how many percent a layout is slower than the best one."""
     percent = round(100 * (best.tokens_per_gpu_second / one.tokens_per_gpu_second - 1))
     if percent == 0:
         return "as fast"

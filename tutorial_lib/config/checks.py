@@ -37,9 +37,9 @@ def validate(config: Config, settings: Mapping[str, Setting]) -> None:
             raise ConfigError(f"{flag} is {value}; write a finite number.")
         if isinstance(value, str) and not value.strip() and flag != "name":
             raise ConfigError(f"{flag} is empty; write a value, or leave the setting out.")
-    for flag in ("model", "dataset", "deepspeed", "storage"):
-        if flat[flag] is not None:
-            check_path(flag, flat[flag])
+    for setting in settings.values():
+        if setting.is_path and flat[setting.flag] is not None:
+            check_path(setting.flag, flat[setting.flag])
     for setting in settings.values():
         _check_range(setting, flat[setting.flag])
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", run.name):

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from tutorial_lib.config import Config, ConfigError, RunConfig
+from tutorial_lib.config import Config, ConfigError, DataConfig, ParallelConfig, RunConfig
 from tutorial_lib.dataloader.collate import Batch, Collate
 from tutorial_lib.dataloader.packing import Examples
 from tutorial_lib.dataloader.rows import load_rows
@@ -57,7 +57,7 @@ def build_epoch_loader(config: Config, tokenizer: PreTrainedTokenizerBase, topol
 def _training_steps(
     config: Config, tokenizer: PreTrainedTokenizerBase, topology: Topology
 ) -> tuple[Examples, StepSampler, Collate]:
-    _check_grid(config, topology)
+    _check_grid(config.parallel, topology)
     data, global_batch = config.data, config.run.global_batch
     examples = _load_examples(config, tokenizer, data.train_split, data.max_examples)
     if len(examples) < global_batch:
@@ -88,7 +88,7 @@ def build_eval_loader(config: Config, tokenizer: PreTrainedTokenizerBase, topolo
     Raises:
         ConfigError: the data cannot be read.
     """
-    _check_grid(config, topology)
+    _check_grid(config.parallel, topology)
     examples = _load_examples(config, tokenizer, config.data.eval_split, config.data.max_eval_examples)
     return EvalLoader(examples, _collate(config, tokenizer), topology.dp_rank, topology.dp)
 
@@ -254,7 +254,7 @@ def data_identity(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[st
         ConfigError: the data cannot be read.
     """
     splits = _splits(config)
-    return {use: summary_of(_load_documents(config, tokenizer, *split)).sha256 for use, split in splits.items()}
+    return {use: summary_of(_load_documents(config.data, tokenizer, *split)).sha256 for use, split in splits.items()}
 
 
 def _splits(config: Config) -> dict[str, tuple[str, int | None]]:
@@ -267,9 +267,8 @@ def _splits(config: Config) -> dict[str, tuple[str, int | None]]:
 
 
 def _load_documents(
-    config: Config, tokenizer: PreTrainedTokenizerBase, split: str, max_examples: int | None
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, split: str, max_examples: int | None
 ) -> datasets.Dataset:
-    data = config.data
     rows = load_rows(data.name, split, max_examples=max_examples)
     return tokenize_rows(rows, tokenizer, data.seq_length, name=f"split {split!r} of {data.name!r}")
 
@@ -277,7 +276,7 @@ def _load_documents(
 def _load_examples(
     config: Config, tokenizer: PreTrainedTokenizerBase, split: str, max_examples: int | None
 ) -> Examples:
-    documents = _load_documents(config, tokenizer, split, max_examples)
+    documents = _load_documents(config.data, tokenizer, split, max_examples)
     return Examples(documents, pack_to=config.data.seq_length if config.data.batching == "packed" else None)
 
 
@@ -297,8 +296,8 @@ def _run_length(run: RunConfig, steps_per_epoch: int) -> tuple[int, int]:
     return num_steps, min(num_steps, run.stop_after or num_steps)
 
 
-def _check_grid(config: Config, topology: Topology) -> None:
-    if topology.dp != config.parallel.dp:
+def _check_grid(parallel: ParallelConfig, topology: Topology) -> None:
+    if topology.dp != parallel.dp:
         raise ConfigError(
-            f"The data-parallel group has {topology.dp} ranks, but dp={config.parallel.dp}. Write dp={topology.dp}."
+            f"The data-parallel group has {topology.dp} ranks, but dp={parallel.dp}. Write dp={topology.dp}."
         )

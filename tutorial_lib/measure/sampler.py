@@ -96,7 +96,7 @@ def sample_memory(path: str | Path, *, interval: float = 1.0, pid: int | None = 
     tree = ProcessTree(os.getpid() if pid is None else pid)
     gpus = Gpus()
     try:
-        with _create_log(Path(path)) as file:
+        with _closing_quietly(_create_log(Path(path))) as file:
             recorder = _Recorder(file, tree, gpus, interval)
             recorder.start()
             try:
@@ -105,6 +105,16 @@ def sample_memory(path: str | Path, *, interval: float = 1.0, pid: int | None = 
                 recorder.stop()
     finally:
         gpus.close()
+
+
+@contextmanager
+def _closing_quietly(file: TextIO) -> Iterator[TextIO]:
+    """Close a file at the end of the block. On a full disk that would repeat the error of the last write."""
+    try:
+        yield file
+    finally:
+        with suppress(OSError):
+            file.close()
 
 
 class ProcessTree:

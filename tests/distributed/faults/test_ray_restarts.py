@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.distributed import cases
-from tests.distributed.comparing import Observed
+from tests.distributed.cases import crashing
 from tests.distributed.faults.checks import assert_all_intact, assert_same_records, assert_same_states
-from tests.distributed.injected import on_ray as injected
+from tests.distributed.observing.comparing import Observed
 from tutorial_lib import launch
 from tutorial_lib.config import Config
 from tutorial_lib.launch.ray import train as ray_train
@@ -19,18 +18,17 @@ from tutorial_lib.launch.ray.nodes import TwoNodes
 
 
 def on_ray(directory: Path, name: str, **changes: Any) -> Config:
-    return cases.saving(directory, "zero1", name, launcher="ray", max_failures=1, **changes)
+    return crashing.saving(directory, "zero1", name, launcher="ray", max_failures=1, **changes)
 
 
 @pytest.mark.fault(
     "SIGKILL of a Ray worker while it reports, `max_failures=1`",
     "Ray starts the workers again; `result.json` records when and why",
 )
-def test_a_killed_worker(uninterrupted: dict[str, Observed], directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_train, "_worker", injected.be_killed_once)
+def test_a_killed_worker(uninterrupted: dict[str, Observed], directory: Path) -> None:
     config = on_ray(directory, "ray-killed")
     with ray_train.session(config):
-        run = launch.run(config)
+        (run,) = launch.run_all([config], worker="tests.distributed.workers.killed_on_ray")
     (restart,) = run.result["restarts"]
     assert (run.result["resumed_from"], restart["from_step"], restart["failed"]["rank"]) == (4, 4, 1)
     assert restart["failed"]["type"] == "ActorDiedError", restart
@@ -43,7 +41,7 @@ def test_a_killed_worker(uninterrupted: dict[str, Observed], directory: Path, mo
 @pytest.mark.fault("a Ray node dies, another has room, `max_failures=1`", "Ray starts the workers on the other node")
 def test_a_node_that_dies(uninterrupted: dict[str, Observed], directory: Path) -> None:
     """Each node has two slots. Another job occupies one on each until the run has started, which spreads its ranks."""
-    config = on_ray(directory, "ray-node", **cases.LONG)
+    config = on_ray(directory, "ray-node", **crashing.LONG)
     lost: list[int] = []
     with TwoNodes(config, cpus=2) as nodes, nodes.joined(), ray_train.session(config):
         from ray.util import placement_group, remove_placement_group

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.comparing import Observed
 from tests.distributed.faults.checks import assert_ends_like
+from tests.distributed.observing.comparing import Observed
 
 
 @pytest.mark.fault(

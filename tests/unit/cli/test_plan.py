@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.unit.arguments import changed
-from tutorial_lib.cli import _parser, main, plan_commands, plan_text
+from tutorial_lib.cli import build_parser, main, plan_commands, plan_text
 from tutorial_lib.cli.options import given
 from tutorial_lib.cli.plan_models import from_config, measure, read_config
 from tutorial_lib.config import Config, ConfigError
@@ -585,7 +585,7 @@ def test_the_best_here_is_never_less_than_0_percent_slower() -> None:
     (best, *_) = plan(work(1e9), cluster())
     for factor, words in ((1.01, "1 % slower"), (1.001, "as fast"), (0.98, "2 % faster, which counts as a tie")):
         other = dataclasses.replace(best, tokens_per_gpu_second=best.tokens_per_gpu_second / factor)
-        assert plan_text._how_much_slower(other, best) == words
+        assert plan_text.how_much_slower(other, best) == words
 
 
 def test_a_named_model_brings_its_dimensions(capsys: pytest.CaptureFixture[str]) -> None:
@@ -667,7 +667,7 @@ def test_the_winner_is_ready_to_run(arguments: list[str], tmp_path: Path, capsys
         file = tmp_path / plan_commands.DEEPSPEED_FILE
         file.write_text(json.dumps(run["deepspeed"]))
         flags[flags.index(plan_commands.DEEPSPEED_FILE)] = str(file)
-    options = _parser().parse_args(["train", *flags])
+    options = build_parser().parse_args(["train", *flags])
     pasted = apply_file(Config.create(options.profile, **given(options)))
     changed_by_file = {"deepspeed", "pin_memory", "bucket_size"}
     same = {name: value for name, value in config.flat().items() if name not in changed_by_file}

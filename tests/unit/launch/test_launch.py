@@ -345,7 +345,7 @@ def test_the_error_of_an_aborted_rank_includes_what_all_ranks_wrote(tmp_path, wo
 
 def test_a_waiting_rank_is_ended_and_not_blamed(tmp_path, monkeypatch):
     """The launcher kills the waiting rank, so this does not take long."""
-    monkeypatch.setattr(launch.local, "_PEERS_SECONDS", 1)
+    monkeypatch.setattr(launch.local, "PEERS_SECONDS", 1)
     config = Config.create("cpu", dp=2, storage=str(tmp_path), name="waiting", launcher="local", steps=1)
     with pytest.raises(launch.WorkerError, match=r"^Rank 0 of run 'waiting' failed with ModuleNotFoundError") as error:
         launch.run_all([config], worker=f"{WORKERS}.waiting")

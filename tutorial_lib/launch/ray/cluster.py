@@ -97,7 +97,7 @@ class _Server:
             environment["PYTHONPATH"] = os.pathsep.join(path)
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "tutorial_lib.launch.ray.server", str(os.getpid()), self.address],
-                env={**_cluster_environment(config), **os.environ, **environment},
+                env={**_cluster_environment(config.parallel.world_size), **os.environ, **environment},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -189,7 +189,7 @@ def start(config: Config) -> bool:
                 raise RuntimeError(f"Ray did not connect to RAY_ADDRESS={address!r}: {error}") from error
         return True
     cores, world_size = usable_cores(), config.parallel.world_size
-    environment = _cluster_environment(config)
+    environment = _cluster_environment(config.parallel.world_size)
     _changed_environment.update({name: os.environ.get(name) for name in (*environment, "RAY_AUTH_MODE", *_TO_SERVER)})
     for name, value in environment.items():
         os.environ.setdefault(name, value)
@@ -205,7 +205,7 @@ def start(config: Config) -> bool:
         stop()
         if not isinstance(error, Exception):
             raise
-        raise RuntimeError(f"Ray did not start: {error}\n{_advice(error)}") from error
+        raise RuntimeError(f"Ray did not start: {error}\n{advise(error)}") from error
     return True
 
 
@@ -239,7 +239,7 @@ def _check_cluster(address: str) -> None:
         raise ConfigError(f"{what}, but nothing answers there ({error}). {instead}") from None
 
 
-def _advice(error: BaseException) -> str:
+def advise(error: BaseException) -> str:
     """Return advice on an error from Ray's start, by its cause."""
     said = str(error)
     if "AF_UNIX path length" in said:
@@ -360,9 +360,9 @@ def _workers_from_server() -> Iterator[None]:
         yield
 
 
-def _cluster_environment(config: Config) -> dict[str, str]:
+def _cluster_environment(num_workers: int) -> dict[str, str]:
     """Return the environment of a cluster on this machine and of the warm server: Ray reads it at import."""
-    threads = max(1, usable_cores() // config.parallel.world_size)
+    threads = max(1, usable_cores() // num_workers)
     environment = {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo", **ON_ONE_MACHINE}
     if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
         # Otherwise Ray stores a token in the home directory that outlives the cluster.

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from tests.distributed.cases import STEPS
-from tests.distributed.probe import OBSERVATION
+from tests.distributed.cases.small_runs import STEPS
+from tests.distributed.observing.probe import OBSERVATION
 from tutorial_lib.config import Config
 from tutorial_lib.records import Row, RunDirectory
 
