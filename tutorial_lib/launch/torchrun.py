@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -20,6 +21,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.launch.environment import addresses
+from tutorial_lib.launch.errors import error_of_joined_rank
+from tutorial_lib.records import RunDirectory
 
 TIMEOUT = timedelta(minutes=10)
 """Time without an answer from a peer after which a collective fails instead of hanging."""
@@ -40,7 +43,24 @@ def launch(configs: Sequence[Config]) -> int:
 
     Raises:
         ConfigError: the launcher's environment variables are missing, although several ranks are needed.
+        WorkerError: a rank that torchrun started has failed; the message names the one that failed first.
     """
+    began = time.time()
+    try:
+        return _train_joined(configs)
+    except ConfigError:
+        raise
+    except Exception as error:  # the process group is gone, so ranks that waited for this one have failed as well
+        if "RANK" not in os.environ:
+            raise
+        rank, num_ranks = int(os.environ["RANK"]), configs[0].parallel.world_size
+        for directory in [RunDirectory(config.directory) for config in configs]:
+            if any(record["rank"] == rank and record["time"] >= began for record in directory.errors()):
+                raise error_of_joined_rank(directory, rank, num_ranks) from error
+        raise
+
+
+def _train_joined(configs: Sequence[Config]) -> int:
     from tutorial_lib.trainer import train_all
 
     world_size = configs[0].parallel.world_size
