@@ -22,6 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.launch.environment import addresses
 from tutorial_lib.launch.errors import error_of_joined_rank
+from tutorial_lib.launch.reach import unreachable_rank
 from tutorial_lib.records import RunDirectory
 
 TIMEOUT = timedelta(minutes=10)
@@ -114,6 +115,9 @@ def process_group(config: Config, init_method: str) -> Iterator[None]:
     try:
         store, _, _ = next(rendezvous(init_method, rank, world_size, timeout=JOIN_TIMEOUT))
         store.set_timeout(JOIN_TIMEOUT)
+        is_on_several_nodes = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) < world_size
+        if is_on_several_nodes and (problem := unreachable_rank(store, rank, world_size)):
+            raise RendezvousError(problem)
         dist.init_process_group(
             "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
             store=store,
@@ -123,6 +127,8 @@ def process_group(config: Config, init_method: str) -> Iterator[None]:
             device_id=None if device.type == "cpu" else device,
         )
         store.set_timeout(TIMEOUT)
+    except RendezvousError:
+        raise
     except RuntimeError as error:  # every error of torch.distributed is one
         if init_method != "env://":
             raise
