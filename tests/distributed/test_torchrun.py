@@ -33,8 +33,11 @@ def test_a_run_started_by_torchrun_matches_local_processes(observed, directory, 
         assert [row[key] for row in RunDirectory(config.directory).rows()] == [row[key] for row in local.rows], key
 
 
+@pytest.mark.fault(
+    "an exception in a rank under torchrun", "the rank shows its traceback; the other ranks name it and its error"
+)
 def test_the_error_of_a_rank_ends_the_others_and_shows_its_traceback(directory, shell):
-    """``tests/cluster/test_torchrun.py`` does the same on two nodes, and kills a rank."""
+    """``tests/cluster/test_torchrun.py`` kills a rank on two nodes; ``make matrix`` raises an exception there too."""
     config = cases.saving(directory, "zero1", "torchrun-fails", launcher="none")
     program = ["tests.distributed.workers.with_fault", "storage.save_raises", *train_command(config)[1:]]
     shell.start(["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", *program])
