@@ -51,7 +51,7 @@ def lost_another_rank(error: Mapping[str, Any]) -> bool:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's content so that a reader sees the old text or the new one, never a mixture."""
+    """Replace a file's content so that a reader sees the old text or the new one, never a mix."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

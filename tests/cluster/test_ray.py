@@ -15,14 +15,14 @@ from tests.cluster.ray_cluster import RayCluster, wait_until
 from tests.cluster.ray_program import HELD_AT, IS_BACK, TIMEOUT
 from tests.cluster.requirements import missing_tools, skip_for
 from tests.cluster.virtual_nodes import VirtualNodes, end
-from tests.distributed import cases
+from tests.distributed.cases import equivalence, small_runs
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.config import Config
 from tutorial_lib.records import RunDirectory
 
 SECONDS = 200
 STEPS = 24
-CASE = {**cases.CASES["qwen2"], "evaluate": False, "steps": STEPS}
+CASE = {**equivalence.CASES["qwen2"], "evaluate": False, "steps": STEPS}
 ELASTIC = {"dp": 2, "tp": 2, "min_dp": 1, "engine": "fsdp", "max_failures": 1, "checkpoint_every": 2}
 
 
@@ -70,7 +70,7 @@ class Program:
     "refused before a rank starts, with the node and the directory",
 )
 def test_a_run_that_does_not_fit_the_cluster_is_refused_with_the_reason(ray_cluster: RayCluster, inputs: Path) -> None:
-    config = cases.config(inputs, **{**CASE, "steps": 1}, dp=2, zero_stage=1, name="refused", launcher="ray")
+    config = small_runs.config(inputs, **{**CASE, "steps": 1}, dp=2, zero_stage=1, name="refused", launcher="ray")
     ray_cluster.nodes.nodes[1].run(["mkdir", "-p", "/tmp/own-runs/own"])  # not what node1 has at this path
     program = Program(ray_cluster, "refusals", config, inputs)
     try:
@@ -114,11 +114,11 @@ def test_a_run_that_does_not_fit_the_cluster_is_refused_with_the_reason(ray_clus
 def test_a_run_goes_on_without_a_lost_node_and_grows_when_it_is_back(
     ray_cluster: RayCluster, inputs: Path, tmp_path: Path
 ) -> None:
-    config = cases.config(inputs, **CASE, **ELASTIC, name="elastic", launcher="ray")
+    config = small_runs.config(inputs, **CASE, **ELASTIC, name="elastic", launcher="ray")
     program = Program(ray_cluster, "elastic", config, inputs)
     try:
         alone = {"engine": "torch", "dp": 1, "launcher": "none"}  # in this process, while Ray starts
-        whole = launch.run(cases.config(inputs, **CASE, **alone, name="elastic-reference"))
+        whole = launch.run(small_runs.config(inputs, **CASE, **alone, name="elastic-reference"))
         program.wait_until(lambda: checkpoint.directory_of(program.run, HELD_AT).exists())
         ray_cluster.nodes.nodes[1].kill()
         program.wait_until(lambda: len(program.places()) == 2)

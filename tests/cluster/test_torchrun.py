@@ -13,9 +13,9 @@ import pytest
 
 from tests.cluster.exported_weights import trained_weights
 from tests.cluster.virtual_nodes import Node, VirtualNodes, end
-from tests.distributed import cases
+from tests.distributed.cases import equivalence, small_runs
 from tests.distributed.faults.checks import SOON
-from tests.distributed.launching import train_command
+from tests.support.launching import train_command
 from tutorial_lib import launch
 from tutorial_lib.records import RunDirectory
 
@@ -46,7 +46,8 @@ def run_on(nodes: Sequence[Node], commands: Sequence[Sequence[str]], seconds: fl
 @pytest.fixture(scope="session")
 def on_one_node(inputs: Path) -> dict[str, launch.Run]:
     """Run the same training in this process, by case."""
-    return {case: launch.run(cases.reference(inputs, case).override(launcher="none")) for case in ("gpt2", "qwen2")}
+    cases = ("gpt2", "qwen2")
+    return {case: launch.run(equivalence.reference(inputs, case).override(launcher="none")) for case in cases}
 
 
 @pytest.mark.parametrize(
@@ -66,8 +67,8 @@ def test_two_nodes_train_like_one(
     shape: dict[str, int],
     per_node: int,
 ) -> None:
-    settings = {**cases.CASES[case], **shape, "name": f"two-{rendezvous}", "launcher": "none"}
-    config = cases.config(inputs, **settings)
+    settings = {**equivalence.CASES[case], **shape, "name": f"two-{rendezvous}", "launcher": "none"}
+    config = small_runs.config(inputs, **settings)
     sent = [node.bytes_sent() for node in virtual_nodes.nodes]
     commands = [
         [*TORCHRUN, f"--nproc-per-node={per_node}", *(static(node) if rendezvous == "static" else C10D), "-m"]
@@ -113,11 +114,11 @@ FAILURES = {
     "SIGKILL of a rank under torchrun",
     "torchrun names the rank and the signal on its node; ranks of other nodes name the rank that left no error",
 )
-@pytest.mark.parametrize("fault", list(FAILURES) if cases.MATRIX else ["killed.in_forward"])
+@pytest.mark.parametrize("fault", list(FAILURES) if equivalence.MATRIX else ["killed.in_forward"])
 def test_a_rank_that_fails_ends_all_ranks_which_name_it(virtual_nodes: VirtualNodes, inputs: Path, fault: str) -> None:
     """``tests/distributed/test_torchrun.py`` has an exception on one node."""
-    settings = {**cases.CASES["gpt2"], "dp": 2, "zero_stage": 1, "steps": 8, "checkpoint_every": 2}
-    config = cases.config(inputs, **settings, name=f"torchrun-{fault}", launcher="none")
+    settings = {**equivalence.CASES["gpt2"], "dp": 2, "zero_stage": 1, "steps": 8, "checkpoint_every": 2}
+    config = small_runs.config(inputs, **settings, name=f"torchrun-{fault}", launcher="none")
     program = ["-m", "tests.distributed.workers.with_fault", fault, *train_command(config)[1:]]
     ended = run_on(virtual_nodes.nodes, [[*TORCHRUN, *static(node), *program] for node in virtual_nodes.nodes])
     failed_at = max(record["time"] for record in RunDirectory(config.directory).errors())
@@ -172,11 +173,11 @@ def test_a_rendezvous_is_checked_before_torchrun_starts(virtual_nodes: VirtualNo
 
 @pytest.mark.fault(
     "`GLOO_SOCKET_IFNAME` names the loopback",
-    "refused with exit code 2, with the interfaces that other nodes can reach",
+    "refused with exit code 2; the error lists other interfaces",
 )
 def test_the_loopback_is_refused(virtual_nodes: VirtualNodes, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One node says so; torchrun would start the other one only to get the same error."""
-    config = cases.config(inputs, model="gpt2", name="loopback", launcher="none", dp=2)
+    config = small_runs.config(inputs, model="gpt2", name="loopback", launcher="none", dp=2)
     own = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": "lo"}
     for name, value in {**own, "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)

@@ -8,22 +8,25 @@ from datetime import timedelta
 
 import pytest
 
-from tests.distributed import cases
-from tests.distributed.launching import train_command
+from tests.distributed.cases import crashing, interruption, small_runs
+from tests.distributed.cases.equivalence import MATRIX
+from tests.distributed.cases.interruption import STOP
+from tests.support.launching import train_command
 from tutorial_lib import cli
 from tutorial_lib.launch import torchrun
 from tutorial_lib.launch.environment import RENDEZVOUS
 from tutorial_lib.records import RunDirectory
 
+KINDS = [("zero1", (STOP, None)), *([("1x2-zero0", (None,)), ("fsdp-full", (None,))] if MATRIX else [])]
+"""Kinds of runs, with the steps at which each start ends. How ranks join does not depend on the engine."""
 
-@pytest.mark.parametrize(
-    ("kind", "stops"), [("zero1", (cases.STOP, None)), ("1x2-zero0", (None,)), ("fsdp-full", (None,))]
-)
+
+@pytest.mark.parametrize(("kind", "stops"), KINDS)
 def test_a_run_started_by_torchrun_matches_local_processes(observed, directory, shell, kind, stops):
     """Stop it once. torchrun treats 75 as a failure, so the exit code is 0, and the result says that steps are left."""
     local = observed(2, f"uninterrupted.{kind}")
     for stop in stops:
-        config = cases.uninterrupted(
+        config = interruption.uninterrupted(
             directory, kind, name=f"torchrun-{kind}", launcher="none", stop_after=stop, checkpoint_every=0
         )
         shell.start(["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", *train_command(config)])
@@ -38,7 +41,7 @@ def test_a_run_started_by_torchrun_matches_local_processes(observed, directory, 
 )
 def test_the_error_of_a_rank_ends_the_others_and_shows_its_traceback(directory, shell):
     """``tests/cluster/test_torchrun.py`` kills a rank on two nodes; ``make matrix`` raises an exception there too."""
-    config = cases.saving(directory, "zero1", "torchrun-fails", launcher="none")
+    config = crashing.saving(directory, "zero1", "torchrun-fails", launcher="none")
     program = ["tests.distributed.workers.with_fault", "storage.save_raises", *train_command(config)[1:]]
     shell.start(["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", *program])
     assert shell.exit_code() == 1
@@ -55,7 +58,7 @@ def test_the_error_of_a_rank_ends_the_others_and_shows_its_traceback(directory, 
 def test_variables_of_torchrun_that_were_exported_by_hand(directory, monkeypatch, capsys):
     for name in RENDEZVOUS:
         monkeypatch.delenv(name, raising=False)
-    config = cases.config(directory, name="by-hand", launcher="none")
+    config = small_runs.config(directory, name="by-hand", launcher="none", engine="fsdp")
     monkeypatch.setenv("RANK", "0")
     assert cli.main(train_command(config)[1:]) == cli.BAD_CONFIGURATION
     assert "RANK is set, but LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not." in capsys.readouterr().err

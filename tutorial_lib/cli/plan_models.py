@@ -52,14 +52,14 @@ def find_model(
         seq_length: tokens per sequence, if given; a public model with fewer positions is not used for a size.
 
     Raises:
-        ConfigError: neither or both of name and size are given, or they do not make a model.
+        ConfigError: neither or both of name and size are given, or no model has these dimensions.
     """
     if (name is None) == (size is None):
         raise ConfigError("Write either --model NAME or --model-size PARAMETERS, such as --model-size 7e9.")
     stated = [flag for flag, value in given.items() if value is not None]
     if name is not None:
         if stated:
-            raise ConfigError(f"--{stated[0]} goes with --model-size; the dimensions of {name} are its own.")
+            raise ConfigError(f"--{stated[0]} goes with --model-size; {name} has its own dimensions.")
         if name in MODELS:
             return _public(name, name)
         return _from_hugging_face(name)
@@ -71,7 +71,7 @@ def find_model(
         dimensions = derive(size, **given)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    source = "as given" if len(stated) == len(given) else "assumed, after GPT-3's and LLaMA's sizes"
+    source = "as given" if len(stated) == len(given) else "assumed, following GPT-3's and LLaMA's sizes"
     return Found(dimensions, int(size), source, "MODEL")
 
 
@@ -114,13 +114,13 @@ def from_config(config: Any) -> Dimensions:
     """Read the dimensions from a model's configuration (transformers' ``PretrainedConfig``).
 
     Raises:
-        ConfigError: the parameters of this family do not follow from its configuration here.
+        ConfigError: the parameters of this family cannot be counted from its configuration alone.
     """
     dimensions = _of_family(config)
     if dimensions is None:
         raise ConfigError(
-            f"The parameters of a {config.model_type} model do not follow from its configuration alone. Build it and "
-            "ask tutorial_lib.cli.plan_models.measure."
+            f"The parameters of a {config.model_type} model cannot be counted from its configuration alone. Build it "
+            "and call tutorial_lib.cli.plan_models.measure."
         )
     return dimensions
 
@@ -129,7 +129,7 @@ def measure(model: Any) -> Dimensions:
     """Measure the dimensions of a decoder that has been built, for example on the meta device.
 
     Raises:
-        ConfigError: it has experts, or no layers that its configuration names.
+        ConfigError: it has experts, or its configuration lacks a dimension that the planner needs.
     """
     config, names = model.config.get_text_config(), [name for name, _ in model.named_parameters()]
     if any(".experts." in name or ".block_sparse_moe." in name for name in names):
@@ -141,8 +141,8 @@ def measure(model: Any) -> Dimensions:
         shared = _shared(config)
     except AttributeError as error:
         raise ConfigError(
-            f"The configuration of this {config.model_type} model does not say what the planner needs: {error}. Write "
-            "--model-size with --layers, --hidden, --heads and --vocabulary."
+            f"The configuration of this {config.model_type} model lacks something that the planner needs: {error}. "
+            "Write --model-size with --layers, --hidden, --heads and --vocabulary."
         ) from error
     keys = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff")
     width = next((getattr(config, key) for key in keys if getattr(config, key, None)), None)
