@@ -188,14 +188,14 @@ def test_a_job_goes_on_elsewhere_when_its_node_fails(
     cluster_to_break: SlurmCluster, inputs: Path, uninterrupted: Job, tmp_path: Path
 ) -> None:
     cluster = cluster_to_break
-    job = Job(cluster, inputs, "orphaned", *ON_ONE_NODE, "--steps", str(STEPS), "--checkpoint-every", "5")
+    job = Job(cluster, inputs, "orphaned", *ON_ONE_NODE, "--steps", str(STEPS), "--checkpoint-every", "10")
     job.submit("--exclude=node1")
-    job.wait_for_step(6)
+    job.wait_for_step(11)
     cluster.nodes.nodes[1].kill()
     last = job.run.rows()[-1]["step"]
     job.go_on_soon(ExcNodeList="")
     assert job.finish() == "COMPLETED", job.output.read_text()
     assert cluster.job(job.id)["BatchHost"] == "node1"
     resumed_from = job.run.result()["resumed_from"]
-    assert 5 <= resumed_from <= last < STEPS and resumed_from % 5 == 0
+    assert 10 <= resumed_from <= last < STEPS and resumed_from % 10 == 0
     assert_same_training(job, uninterrupted, tmp_path)
