@@ -1,8 +1,9 @@
 """Check that ranks reach each other across nodes, before gloo connects all of them.
 
 Ranks that use a wrong network interface still meet, because they all go to the same address to meet. Only then does
-gloo connect each rank with each other one, and where that fails, the others wait for as long as a collective may take.
-So each rank first connects to the next one, for a few seconds, and all ranks learn which connection failed.
+gloo connect each two ranks, and where that fails, one of them fails at once and blames its own interface, while the
+other waits for as long as a collective may take. So each rank first connects to its neighbours, for a few seconds, and
+all ranks learn which connection failed.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import json
 import os
 import socket
 from dataclasses import asdict, dataclass
+from ipaddress import ip_address
 
 from torch.distributed import Store
 
 from tutorial_lib.launch.environment import addresses
 
 CONNECT_SECONDS = 10.0
-"""Seconds for a connection to the next rank."""
+"""Seconds for a connection to a neighbour."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +41,18 @@ class _Place:
     interfaces: str
 
 
-def unreachable_rank(store: Store, rank: int, world_size: int) -> str:
-    """Describe a rank that the rank before it cannot reach, or return an empty string if there is none. Collective.
+def unreachable_rank(store: Store, rank: int, num_ranks: int) -> str:
+    """Describe a rank that its neighbour cannot reach, or return an empty string if there is none. Collective.
 
-    Ranks of a node are consecutive, so each node is reached from another one. All ranks return the same.
+    Ranks of a node are consecutive, so every node has a neighbour on another one. All ranks return the same.
     """
     with _listen() as server:
-        store.set(f"reach/{rank}", json.dumps(asdict(_place(server))))
-        peer = (rank + 1) % world_size
-        if problem := _problem(rank, peer, _Place(**json.loads(store.get(f"reach/{peer}")))):
-            store.set("reach/problem", problem)
-        if store.add("reach/checked", 1) == world_size:
+        own = _place(server)
+        store.set(f"reach/{rank}", json.dumps(asdict(own)))
+        for peer in {(rank - 1) % num_ranks, (rank + 1) % num_ranks}:
+            if problem := _problem(rank, own, peer, _Place(**json.loads(store.get(f"reach/{peer}")))):
+                store.set("reach/problem", problem)
+        if store.add("reach/checked", 1) == num_ranks:
             store.set("reach/outcome", store.get("reach/problem").decode() if store.check(["reach/problem"]) else "")
         return str(store.get("reach/outcome").decode())
 
@@ -78,15 +81,20 @@ def _place(server: socket.socket) -> _Place:
     )
 
 
-def _problem(rank: int, peer: int, place: _Place) -> str:
-    """Return why a rank cannot connect to its peer, or an empty string if it can."""
+def _problem(rank: int, own: _Place, peer: int, place: _Place) -> str:
+    """Return why a rank cannot connect to its peer, or an empty string if it can, or need not.
+
+    As in gloo, the rank with the higher address connects, and the other one listens: it may be unable to connect.
+    """
+    if ip_address(own.address).packed < ip_address(place.address).packed:
+        return ""
     try:
         socket.create_connection((place.address, place.port), timeout=CONNECT_SECONDS).close()
         return ""
     except OSError as error:
         why = error.strerror or f"no answer within {CONNECT_SECONDS:g} s"
     return (
-        f"Rank {rank}, on {socket.gethostname()}, cannot reach rank {peer}, on {place.node}, at {place.address}, the "
-        f"address of {place.chosen}: {why}. On {place.node}, write GLOO_SOCKET_IFNAME=... with the interface of the "
-        f"network between the nodes; it has {place.interfaces}."
+        f"Rank {rank}, on {own.node}, cannot reach rank {peer}, on {place.node}, at {place.address}, the address of "
+        f"{place.chosen}: {why}. On {place.node}, write GLOO_SOCKET_IFNAME=... with the interface of the network "
+        f"between the nodes; it has {place.interfaces}."
     )

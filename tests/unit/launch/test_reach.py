@@ -45,6 +45,14 @@ def test_a_rank_that_cannot_be_reached_is_named_on_all_ranks(monkeypatch: pytest
     assert "lo (127.0.0.1)" in said
 
 
+def test_a_rank_that_only_connects_itself_need_not_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gloo has the rank with the higher address connect, so a run may work behind an address that leads nowhere."""
+    place, private = reach._place, [{"address": "203.0.113.1"}]
+    monkeypatch.setattr(reach, "CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(reach, "_place", lambda server: replace(place(server), **(private.pop() if private else {})))
+    assert outcomes(2) == {""}
+
+
 def test_an_address_that_does_not_answer_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A full queue of connections drops further ones, as a firewall does."""
     monkeypatch.setattr(reach, "CONNECT_SECONDS", 0.5)
