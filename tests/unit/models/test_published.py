@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from tutorial_lib.cli import main
-from tutorial_lib.cli.plan_models import from_config
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.engine.expected import parameter_sizes
 from tutorial_lib.launch import preflight
 from tutorial_lib.models import load_config, load_model, load_tokenizer
+from tutorial_lib.models.dimensions import from_config
 from tutorial_lib.models.published import PUBLISHED, published_directory
 
 VOCABULARIES = {"bloom-560m": 250_880, "gpt2": 50_257, "gpt2-medium": 50_257, "qwen2.5-0.5b": 151_936}
