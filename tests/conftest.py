@@ -28,12 +28,12 @@ MARK, SESSION = "TUTORIAL_LIB_TEST_SESSION", uuid.uuid4().hex
 GRACE_SECONDS = 20
 """Seconds for Ray's daemons and killed workers to end."""
 
-# jsonschema, which nbformat imports, has this module build the grammar of international addresses: 5 seconds for each
-# process of pytest, and nobody asks. Where the module is missing, jsonschema does without.
+# nbformat imports jsonschema, and that this module, which builds a parser of international addresses: 5 seconds in each
+# pytest process, for a check that nothing here uses. Without the module, jsonschema skips the check.
 sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 # Set at import, because torch reads its thread count when it is first imported; what tests start inherits the mark.
 os.environ.update(OFFLINE | SEVERAL_PROCESSES_ON_FEW_CORES | {MARK: SESSION})
-# A shell's background jobs, and a CI's perhaps, ignore SIGINT; tests interrupt themselves and what they start.
+# A shell's background jobs, and perhaps a CI's, ignore SIGINT; tests interrupt themselves and what they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Ranks import their programs from here, wherever pytest was started.
 os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])

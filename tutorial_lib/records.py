@@ -37,7 +37,7 @@ STOPPING = "Stopping: saving after this step. Interrupt again to stop now, witho
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's content so that a reader sees the old text or the new one, never a mixture."""
+    """Replace a file's content so that a reader sees the old text or the new one, never a mix."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

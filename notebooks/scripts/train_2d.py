@@ -57,7 +57,7 @@ def train(options, mesh):
     """Train, or continue, up to step `options.steps`."""
     device, dp = mesh.device_type, mesh["dp"]
     model = build_model(options.model, mesh, torch.bfloat16 if device == "cuda" else torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, foreach=False)  # one mesh at a time
+    optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, foreach=False)  # not two meshes at once
     start, names = 0, ("model_state_dict", "optim_state_dict")
     if saved := sorted(options.directory.glob("step-*/.metadata")):  # written last: without it a save is incomplete
         states = dict(zip(names, sd.get_state_dict(model, optimizer), strict=True))
@@ -72,7 +72,7 @@ def train(options, mesh):
         tokens = rows[(step * options.global_batch + mine) % len(rows)].to(device)
         loss = model(tokens, labels=tokens, use_cache=False).loss
         loss.backward()
-        groups = [[p for p in model.parameters() if p.device_mesh.ndim == n] for n in (1, 2)]  # clip each mesh's own
+        groups = [[p for p in model.parameters() if p.device_mesh.ndim == n] for n in (1, 2)]  # by mesh
         norms = [get_total_norm([p.grad for p in group]).full_tensor() for group in groups]
         for group in groups:
             clip_grads_with_norm_(group, 1.0, torch.stack(norms).norm())

@@ -25,7 +25,7 @@ def build_model(path, mesh, precision):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32)
     policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32)
     layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
-    for unit in [*layers, model]:  # a unit per layer, and one for what is left: embeddings and the last norm
+    for unit in [*layers, model]:  # layers first; the last call takes what is left: embeddings and the last norm
         fully_shard(unit, mesh=mesh, mp_policy=policy)
     model.to_empty(device=mesh.device_type)  # memory for this rank's shards
     model.tie_weights()  # to_empty gave tied embeddings a tensor each

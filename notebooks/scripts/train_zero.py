@@ -1,6 +1,6 @@
 """The training loop of this course in one file: ZeRO on several processes, started by torchrun or by Ray Train.
 
-    python -m torch.distributed.run --nproc_per_node 2 notebooks/scripts/train_zero.py
+    torchrun --standalone --nproc-per-node 2 notebooks/scripts/train_zero.py
     python notebooks/scripts/train_zero.py ray
 
 Stop it at any time and start it again: it resumes from its newest checkpoint, with either launcher. So does
@@ -34,13 +34,13 @@ def train_loop(settings):
 
     losses = []
     for step, micro_batches in loader.steps(start=checkpoints.restore()):
-        tokens = count_tokens(micro_batches, topology)  # of all ranks: every token weighs alike
+        tokens = count_tokens(micro_batches, topology)  # over all ranks, so that every token counts the same
         loss_sum = 0.0
         for batch in micro_batches:
             batch_sum = token_loss_sum(engine.forward(batch), batch["labels"])
             engine.backward(batch_sum / tokens)
             loss_sum += batch_sum.item()
-        engine.step()  # clip, update, move the learning rate on
+        engine.step()  # clip, update, advance the learning rate
         losses.append(sum_over_ranks(loss_sum, topology) / tokens)
         if topology.rank == 0:
             print(f"step {step:4}  loss {losses[-1]:.7f}", flush=True)

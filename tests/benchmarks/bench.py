@@ -27,7 +27,7 @@ RESULTS = Path(__file__).with_name("results.json")
 _PACKAGES = ("torch", "deepspeed", "ray", "transformers", "datasets")
 
 Rows = list[tuple[str, str, str, bool | None]]
-"""Name of the measurement, its figure, its target, and whether that was met."""
+"""Name of the measurement, its figure, its target, and whether the target was met."""
 
 
 def _padding(result: dict[str, Any]) -> Rows:

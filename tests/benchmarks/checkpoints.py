@@ -1,10 +1,10 @@
 """Checkpoints of each engine: their size, the speed of saving and restoring, and the time that a step waits.
 
-The measure is a plain ``torch.save`` of the same tensors by the same ranks, with the CRC-32 that it adds: once with
-``fsync`` and a rename after it, which makes it a checkpoint that a power cut leaves; once as it is, which is a copy in
-memory. A save that training waits for is on the disk at its end, and is compared with the first. With ``async_save``
-training waits until there is a copy in memory, which is compared with the second. Loads are compared with
-``torch.load``, which fills no engine; all read what the first, uncounted one has put into memory.
+The baseline is a plain ``torch.save`` of the same tensors by the same ranks, with the CRC-32 that it adds: once with
+``fsync`` and a rename, so that the checkpoint survives a power failure; once without, which leaves a copy in memory. A
+save that training waits for is on the disk at its end, and is compared with the first. With ``async_save``, training
+only waits for a copy in memory, which is compared with the second. Loads are compared with ``torch.load``, which fills
+no engine; all of them read files that the first, uncounted load has brought into memory.
 
 ``measure`` starts the ranks; each runs ``python -m tests.benchmarks.checkpoints``, the local launcher's worker with
 :func:`compare` in place of the trainer.
@@ -34,6 +34,7 @@ from tests.benchmarks.on_ranks import run_on_ranks
 from tutorial_lib import checkpoint
 from tutorial_lib.checkpoint import writer
 from tutorial_lib.checkpoint.directory import finish_deletions
+from tutorial_lib.checkpoint.loader import load
 from tutorial_lib.checkpoint.manifest import sync
 from tutorial_lib.config import Config
 from tutorial_lib.embedded import model_directory
@@ -112,7 +113,7 @@ def compare(config: Config) -> None:
 
     def restore() -> None:
         checkpoint.verify(path, topology)
-        checkpoint.load(path, session.engine, config, topology)
+        load(path, session.engine, config, topology)
 
     loading = _alternated(plain, ours=restore, plain=plain.load)
     written, plain_bytes = session.checkpoints.saves[-1]["bytes"], _sum_of_ranks(plain.bytes)
@@ -192,9 +193,9 @@ class _Collected(writer.Writer):
 
 
 def _hand_over(session: Any) -> float:
-    """Save as between two steps of training: seconds that these would wait, on the rank that waits longest.
+    """Save as between two training steps; return how long the steps would wait, on the rank that waits longest.
 
-    The second half, which makes the checkpoint visible, begins here when all files are written, and counts as well.
+    The second half, which makes the checkpoint visible, begins once all files are written, and counts as well.
     """
     session.save(and_train_on=True)
     while not session.checkpoints.is_written():
@@ -205,9 +206,10 @@ def _hand_over(session: Any) -> float:
 
 
 def _alternated(files: _Plain, **procedures: Callable[[], float | None]) -> list[dict[str, float]]:
-    """Seconds of each in rounds: what it returns, or else until the slowest rank is through. The first is not counted.
+    """Return each procedure's seconds in each round: what it returns, or the time until the slowest rank is done.
 
-    Each begins when the disk has come to rest: neither pays for what is left to be written, or for freeing old files.
+    The first round is not counted. Each call begins once the disk is idle, so that it does not pay for earlier writes
+    or for freeing old files.
     """
     rounds = []
     for number in range(PAIRS + 1):
@@ -245,7 +247,7 @@ def _sum_of_ranks(number: int) -> int:
 
 
 def _stalls(session: Any, batches: Iterator[Any]) -> dict[str, Any]:
-    """Seconds that a saving step waits, and that all steps lose until the files are there: either way, alternately."""
+    """Return the seconds that a saving step waits, and that all steps lose until the files are written, both ways."""
     for _ in range(3):
         session.train_step(next(batches)[1])
     step = statistics.median(_one_step(session, batches) for _ in range(5))
@@ -288,7 +290,7 @@ def _one_step(session: Any, batches: Iterator[Any]) -> float:
 
 
 def main(*arguments: str) -> None:
-    """Be a rank."""
+    """Run one rank."""
     worker.main(*arguments, train=lambda configs: [compare(config) for config in configs])
 
 

@@ -120,7 +120,7 @@ def _step(config: Config) -> Callable[[], float]:
 
 
 def main(*arguments: str) -> None:
-    """Be a rank."""
+    """Run one rank."""
     worker.main(*arguments, train=lambda configs: [compare(config) for config in configs])
 
 

@@ -87,7 +87,7 @@ def compare(config: Config) -> None:
     batches = session.loader.steps()
     shortest = shortest or shortest_loop(config, topology)
 
-    # A processor's time is shared less between the programs of a busy machine than a clock's.
+    # On a busy machine, other programs disturb processor time less than wall time.
     processor: dict[str, list[float]] = {"ours": [], "theirs": []}
     losses = {"ours": 0.0, "theirs": 0.0}
 
@@ -150,7 +150,7 @@ def shortest_loop(config: Config, topology: Topology) -> Callable[[], float]:
 
 
 def main(*arguments: str) -> None:
-    """Be a rank."""
+    """Run one rank."""
     worker.main(*arguments, train=lambda configs: [compare(config) for config in configs])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from unittest import mock
 
-from tests.distributed.launching import ROOT
+from tests.support.launching import ROOT
 from tutorial_lib import launch
 from tutorial_lib.config import Config
 

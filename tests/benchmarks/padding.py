@@ -1,4 +1,4 @@
-"""Useful tokens per second of the ways to batch, on short texts, with everything else the same."""
+"""Useful tokens per second of each way to batch, on short texts, with everything else the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a call of ``launch.run`` with Ray Train to the end of the first step, by part: a first fit, and a second."""
+"""Seconds from ``launch.run`` with Ray Train to the end of the first step, by part, for a first and a second fit."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Seconds that a launch takes: from a warm server, and with new interpreters, in the same program and from the shell.
 
-Each round starts new programs, by turns with and without the warm server. A program launches a four-step run on two
+Each round starts new programs, alternately with and without the warm server. A program launches a four-step run on two
 ranks three times; the first launch includes the imports of its checks and the loading of the server.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.on_ranks import run_on_ranks
-from tests.distributed.launching import ROOT, train_command
+from tests.support.launching import ROOT, train_command
 from tutorial_lib.config import Config
 from tutorial_lib.embedded import dataset_directory
 from tutorial_lib.launch import worker
@@ -72,7 +72,7 @@ def launch_often(storage: str) -> None:
 
 
 def main(configs_file: str, rendezvous: str) -> None:
-    """Be a rank that records the duration of its part."""
+    """Run one rank, and record the duration of its part."""
     began = time.perf_counter()
     worker.main(configs_file, rendezvous)
     (flat,) = json.loads(Path(configs_file).read_text())

@@ -10,7 +10,7 @@ import pytest
 from tests.cluster.requirements import missing_for_slurm, missing_tools, skip_for
 from tests.cluster.slurm_cluster import SlurmCluster
 from tests.cluster.virtual_nodes import VirtualNodes
-from tests.distributed import cases
+from tests.distributed.cases import small_runs
 
 TIMEOUT = 240
 
@@ -36,7 +36,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def inputs(shared: Path) -> Path:
     """Return a directory with tiny models, which all nodes see."""
-    cases.make_inputs(shared)
+    small_runs.make_inputs(shared)
     return shared
 
 

@@ -1,7 +1,7 @@
 """A Ray cluster on virtual nodes: ``ray start --head`` on the first node, ``ray start --address`` on the others.
 
-Ray's processes live inside the nodes' namespaces, and end with them. A token that is created here is required of
-whoever connects, as on clusters that ``tutorial_lib`` starts itself.
+Ray's processes live inside the nodes' namespaces, and end with them. Every client needs a
+token that is created here, as on clusters that ``tutorial_lib`` starts itself.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ from typing import Any
 from tutorial_lib import launch
 from tutorial_lib.config import Config
 from tutorial_lib.launch.ray import train as ray_train
-from tutorial_lib.records import RunDirectory
 
 HELD_AT = 4
 """Step at which a run with all ranks waits for the loss of a node, and after which one with fewer ranks is slow."""
@@ -27,32 +26,9 @@ IS_BACK = "node-is-back"
 
 
 def elastic(config: Config) -> None:
-    """Train while the test removes a node and brings it back."""
+    """Train while the test removes a node and brings it back; the worker is :mod:`tests.cluster.slow_worker`."""
     ray_train.GROW_SECONDS, ray_train.SETTLE_SECONDS = 1.0, 2.0
-    ray_train._worker = _slow_worker
-    launch.run(config)
-
-
-def _slow_worker(given: dict[str, Any]) -> None:
-    """Run a worker that pauses after each checkpoint. Its process has none of the test's patches."""
-    import ray.train
-
-    config, report = Config.from_json(given["configs"][0]), ray_train.report
-    all_ranks, ranks_now = config.parallel.world_size, ray.train.get_context().get_world_size()
-    has_lost_a_node = bool(RunDirectory(config.directory).restarts())
-
-    def report_and_wait(row: dict[str, Any], path: Path) -> None:
-        report(row, path)
-        if not has_lost_a_node and row["step"] >= HELD_AT:
-            time.sleep(1000)  # a node is about to be lost
-        if ranks_now < all_ranks:
-            until = time.monotonic() + 100
-            while not (config.directory / IS_BACK).exists() and time.monotonic() < until:
-                time.sleep(0.1)
-            time.sleep(1.5)  # there is room now: give Ray time to see it
-
-    ray_train.report = report_and_wait
-    ray_train._worker(given)
+    launch.run_all([config], worker="tests.cluster.slow_worker")
 
 
 def refusals(config: Config) -> None:

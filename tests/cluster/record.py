@@ -58,7 +58,7 @@ def variables_of_srun(cluster: SlurmCluster, directory: Path) -> list[dict[str, 
 
 
 def lesson_on_two_nodes(cluster: SlurmCluster, directory: Path) -> list[dict[str, Any]]:
-    """Return the output of the lesson's script on two processes on each of two nodes, by rank."""
+    """Return the output of the lesson's script with two processes on each of two nodes, by rank."""
     script, output = directory / "train.py", directory / "ranks"
     script.write_text(lesson_script())
     output.mkdir()
@@ -130,7 +130,7 @@ def undisturbed(cluster: SlurmCluster, directory: Path) -> list[float]:
 
 
 def preempted(cluster: SlurmCluster, directory: Path) -> dict[str, Any]:
-    """Return the story of the same job when a job of higher priority takes its nodes."""
+    """Return the events of the same job when a higher-priority job takes its nodes."""
     began = time.monotonic()
     events: list[dict[str, Any]] = []
 

@@ -64,7 +64,7 @@ def find_program(name: str) -> str | None:
 
 
 class SlurmError(RuntimeError):
-    """SLURM did not do in time what was expected. The message ends with its logs."""
+    """SLURM did not do what was expected in time. The message ends with its logs."""
 
 
 class SlurmCluster:

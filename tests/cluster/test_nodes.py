@@ -40,7 +40,7 @@ def test_nodes_reach_each_other_and_nobody_else(virtual_nodes: VirtualNodes) -> 
 
 
 def test_a_killed_node_is_gone_at_once(virtual_nodes: VirtualNodes, shared: Path) -> None:
-    """``virtual_nodes`` is asked for because of its reasons to skip."""
+    """The fixture ``virtual_nodes`` is only requested for its reasons to skip."""
     with VirtualNodes(2, [shared]) as nodes:
         sleeping = nodes.nodes[0].start(["sleep", "1000"])
         nodes.nodes[0].kill()
@@ -63,7 +63,7 @@ with VirtualNodes(2, [directory]) as nodes, SlurmCluster(nodes, directory):
 
 
 def test_nothing_is_left_when_a_test_fails_or_pytest_is_killed(cluster: object, tmp_path: Path) -> None:
-    """``cluster`` is asked for because of its reasons to skip. The kill leaves no chance to clean up."""
+    """The fixture ``cluster`` is only requested for its reasons to skip. The kill leaves no chance to clean up."""
     interfaces = os.listdir("/sys/class/net")
     for how in ("fails", "is killed"):
         directory = tmp_path / how.split()[-1]

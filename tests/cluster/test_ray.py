@@ -15,14 +15,14 @@ from tests.cluster.ray_cluster import RayCluster, wait_until
 from tests.cluster.ray_program import HELD_AT, IS_BACK, TIMEOUT
 from tests.cluster.requirements import missing_tools, skip_for
 from tests.cluster.virtual_nodes import VirtualNodes, end
-from tests.distributed import cases
+from tests.distributed.cases import equivalence, small_runs
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.config import Config
 from tutorial_lib.records import RunDirectory
 
 SECONDS = 200
 STEPS = 24
-CASE = {**cases.CASES["qwen2"], "evaluate": False, "steps": STEPS}
+CASE = {**equivalence.CASES["qwen2"], "evaluate": False, "steps": STEPS}
 ELASTIC = {"dp": 2, "tp": 2, "min_dp": 1, "engine": "fsdp", "max_failures": 1, "checkpoint_every": 2}
 
 
@@ -67,7 +67,7 @@ class Program:
 )
 @pytest.mark.fault("a node does not see the storage", "refused before a rank starts, with the node and the directory")
 def test_a_run_that_does_not_fit_the_cluster_is_refused_with_the_reason(ray_cluster: RayCluster, inputs: Path) -> None:
-    config = cases.config(inputs, **{**CASE, "steps": 1}, dp=2, zero_stage=1, name="refused", launcher="ray")
+    config = small_runs.config(inputs, **{**CASE, "steps": 1}, dp=2, zero_stage=1, name="refused", launcher="ray")
     program = Program(ray_cluster, "refusals", config, inputs)
     try:
         assert program.process.wait(timeout=SECONDS) == 0, program.log.read_text()
@@ -106,10 +106,10 @@ def test_a_run_that_does_not_fit_the_cluster_is_refused_with_the_reason(ray_clus
 def test_a_run_goes_on_without_a_lost_node_and_grows_when_it_is_back(
     ray_cluster: RayCluster, inputs: Path, tmp_path: Path
 ) -> None:
-    config = cases.config(inputs, **CASE, **ELASTIC, name="elastic", launcher="ray")
+    config = small_runs.config(inputs, **CASE, **ELASTIC, name="elastic", launcher="ray")
     program = Program(ray_cluster, "elastic", config, inputs)
     try:
-        whole = launch.run(cases.config(inputs, **CASE, name="elastic-reference", engine="torch", dp=1))
+        whole = launch.run(small_runs.config(inputs, **CASE, name="elastic-reference", engine="torch", dp=1))
         program.wait_until(lambda: checkpoint.directory_of(program.run, HELD_AT).exists())
         ray_cluster.nodes.nodes[1].kill()
         program.wait_until(lambda: len(program.places()) == 2)

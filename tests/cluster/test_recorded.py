@@ -12,7 +12,7 @@ import pytest
 from tests.cluster import record
 from tests.cluster.slurm_cluster import SlurmCluster
 from tests.cluster.virtual_nodes import ROOT, VirtualNodes
-from tests.distributed.cases import MATRIX
+from tests.distributed.cases.equivalence import MATRIX
 from tutorial_lib.lab.scaling import recording
 
 slow = pytest.mark.skipif(not MATRIX, reason="make matrix repeats the whole recording; the other test needs seconds")

@@ -111,7 +111,7 @@ def test_the_memory_of_each_node_is_logged(uninterrupted: Job) -> None:
 
 @pytest.mark.fault(
     "a SLURM job's time limit comes near (USR1)",
-    "saves, goes back into the queue, and resumes: final weights are bit for bit those of the uninterrupted job",
+    "saves, requeues itself, and resumes: final weights are bit for bit those of the uninterrupted job",
 )
 def test_a_job_saves_before_its_time_limit_and_resumes_after_a_requeue(
     cluster: SlurmCluster, inputs: Path, uninterrupted: Job, tmp_path: Path
@@ -148,7 +148,7 @@ def test_submit_ends_with_the_exit_code_of_train(cluster: SlurmCluster, inputs: 
     assert len(ports) == 2
 
 
-@pytest.mark.fault("a more urgent SLURM job takes the nodes", "saves, waits in the queue, and resumes")
+@pytest.mark.fault("a higher-priority SLURM job takes the nodes", "saves, waits in the queue, and resumes")
 @pytest.mark.fault("`scancel`", "saves and ends; the same command resumes")
 def test_a_preempted_job_saves_and_goes_on_later_and_a_cancelled_one_saves(cluster: SlurmCluster, inputs: Path) -> None:
     job = Job(cluster, inputs, "preempted", *ONE_PROCESS, "--steps", "3000")

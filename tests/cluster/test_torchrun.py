@@ -12,8 +12,8 @@ import pytest
 
 from tests.cluster.exported_weights import trained_weights
 from tests.cluster.virtual_nodes import Node, VirtualNodes, end
-from tests.distributed import cases
-from tests.distributed.launching import train_command
+from tests.distributed.cases import equivalence, small_runs
+from tests.support.launching import train_command
 from tutorial_lib import launch
 from tutorial_lib.records import RunDirectory
 
@@ -44,7 +44,7 @@ def run_on(nodes: Sequence[Node], commands: Sequence[Sequence[str]], seconds: fl
 @pytest.fixture(scope="session")
 def on_one_node(inputs: Path) -> dict[str, launch.Run]:
     """Run the same training in one process, by case."""
-    runs = launch.run_all([cases.reference(inputs, case) for case in ("gpt2", "qwen2")])
+    runs = launch.run_all([equivalence.reference(inputs, case) for case in ("gpt2", "qwen2")])
     return dict(zip(("gpt2", "qwen2"), runs, strict=True))
 
 
@@ -65,8 +65,8 @@ def test_two_nodes_train_like_one(
     shape: dict[str, int],
     per_node: int,
 ) -> None:
-    settings = {**cases.CASES[case], **shape, "name": f"two-{rendezvous}", "launcher": "none"}
-    config = cases.config(inputs, **settings)
+    settings = {**equivalence.CASES[case], **shape, "name": f"two-{rendezvous}", "launcher": "none"}
+    config = small_runs.config(inputs, **settings)
     sent = [node.bytes_sent() for node in virtual_nodes.nodes]
     commands = [
         [*TORCHRUN, f"--nproc-per-node={per_node}", *(static(node) if rendezvous == "static" else C10D), "-m"]
@@ -143,13 +143,13 @@ def test_a_rendezvous_is_checked_before_torchrun_starts(virtual_nodes: VirtualNo
 
 @pytest.mark.fault(
     "`GLOO_SOCKET_IFNAME` names an interface that other nodes cannot reach",
-    "refused with exit code 2, with the interfaces that can",
+    "refused with exit code 2; the error lists other interfaces",
 )
 def test_an_interface_that_other_nodes_cannot_reach_is_refused(
     virtual_nodes: VirtualNodes, inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One node says so; torchrun would start the other one only to get the same error."""
-    config = cases.config(inputs, model="gpt2", name="loopback", launcher="none", dp=2)
+    config = small_runs.config(inputs, model="gpt2", name="loopback", launcher="none", dp=2)
     own = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": "lo"}
     for name, value in {**own, "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)

@@ -108,7 +108,11 @@ class Node:
     def kill(self) -> None:
         """Pull the plug: every process of the node ends at once, and its sockets close."""
         os.kill(self.init, signal.SIGKILL)
-        self._process.wait()
+        self.wait()
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait until every process of the node has ended."""
+        self._process.wait(timeout)
 
 
 class VirtualNodes:
@@ -145,7 +149,7 @@ class VirtualNodes:
             enclosure.stdin.close()
             enclosure.wait(timeout=20)
         for node in self.nodes:
-            node._process.wait(timeout=20)
+            node.wait(timeout=20)
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def add(self, name: str, address: str) -> Node:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import cases
-from tests.distributed.comparing import Observed
-from tests.distributed.launching import Shell, observe
-from tests.distributed.probe import ProbedRun
+from tests.distributed.cases import interruption, reshaping, shared, small_runs
+from tests.distributed.observing.comparing import Observed
+from tests.distributed.observing.probe import ProbedRun, observe
+from tests.support.launching import Shell
 from tutorial_lib.config import Config
 
 TIMEOUT = 1800
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Yield the directory of models, data and all shared runs; it is large, so remove it afterwards."""
     directory = tmp_path_factory.mktemp("distributed")
-    cases.make_inputs(directory)
+    small_runs.make_inputs(directory)
     (directory / "runs").mkdir()
     yield directory
     shutil.rmtree(directory)
@@ -45,7 +45,7 @@ def launched(directory: Path) -> Callable[[int], dict[str, Config]]:
 
     @functools.cache
     def attempt(ranks: int) -> dict[str, Config] | Exception:
-        runs = cases.shared_runs(directory, ranks)
+        runs = shared.shared_runs(directory, ranks)
         try:
             observe(runs)
         except Exception as error:  # remembered, so that a failed launch is not repeated
@@ -68,7 +68,7 @@ def observed(launched: Callable[[int], dict[str, Config]]) -> Callable[[int, str
     @functools.lru_cache(maxsize=16)
     def read(ranks: int, name: str) -> Observed:
         runs = launched(ranks)
-        assert name in runs, f"{name} is not run: add it to cases.NEEDED, or choose another"
+        assert name in runs, f"{name} is not run: add it to equivalence.NEEDED, or choose another"
         return Observed.read(runs[name])
 
     return read
@@ -76,9 +76,9 @@ def observed(launched: Callable[[int], dict[str, Config]]) -> Callable[[int, str
 
 @pytest.fixture(scope="session")
 def resumed(directory: Path, launched: Callable[[int], dict[str, Config]]) -> Callable[[str], Observed]:
-    """Return a function that reads a run of ``cases.resumed_runs`` after its second start, by name."""
+    """Return a function that reads a run of ``interruption.resumed_runs`` after its second start, by name."""
     launched(2)
-    runs = cases.resumed_runs(directory)
+    runs = interruption.resumed_runs(directory)
     observe(runs)
     by_name = _by_name(runs)
     return lambda name: Observed.read(by_name[name])
@@ -86,7 +86,7 @@ def resumed(directory: Path, launched: Callable[[int], dict[str, Config]]) -> Ca
 
 @pytest.fixture(scope="session")
 def reshaped(directory: Path, launched: Callable[[int], dict[str, Config]]) -> Callable[[str], Observed]:
-    """Return a function that reads a run of ``cases.reshaped_runs`` after its start in a different shape, by name."""
+    """Return a function that reads a run of ``reshaped_runs`` after its start in a different shape, by name."""
 
     @functools.cache
     def launch() -> dict[str, Config]:
@@ -94,7 +94,7 @@ def reshaped(directory: Path, launched: Callable[[int], dict[str, Config]]) -> C
         for ranks in (1, 2, 4):
             launched(ranks)
         for ranks in (4, 2, 1):  # one run is saved on four ranks and continues on one
-            runs = cases.reshaped_runs(directory, ranks)
+            runs = reshaping.reshaped_runs(directory, ranks)
             observe(runs)
             by_name |= _by_name(runs)
         return by_name

@@ -1,26 +1,27 @@
 """Asynchronous saves: checkpoints written during training hold the states of the step in their name.
 
-The tests in ``faults`` have failures during a save.
+Failures during a save are tested in ``faults``.
 """
 
 from __future__ import annotations
 
 import pytest
 
-from tests.distributed import cases
-from tests.distributed.comparing import assert_identical, compare
+from tests.distributed.cases import interruption
+from tests.distributed.cases.interruption import END, STOP
+from tests.distributed.observing.comparing import assert_identical, compare
 from tutorial_lib import checkpoint
 
 
 @pytest.mark.parametrize(
-    ("ranks", "kind"), [(ranks, kind) for ranks, kinds in cases.ASYNC_SAVED.items() for kind in kinds]
+    ("ranks", "kind"), [(ranks, kind) for ranks, kinds in interruption.ASYNC_SAVED.items() for kind in kinds]
 )
 def test_a_run_resumed_from_an_async_save_continues_bit_for_bit(observed, ranks, kind):
     """Write the files only after the next step has changed the states."""
     run = observed(ranks, f"async_saved.{kind}")
     assert_identical(run, observed(ranks, f"uninterrupted.{kind}"))
-    assert run.directory.result()["resumed_from"] == cases.STOP - 1
-    assert len(run.examples) == cases.END - cases.STOP + 1
+    assert run.directory.result()["resumed_from"] == STOP - 1
+    assert len(run.examples) == END - STOP + 1
     for path in run.directory.checkpoints.iterdir():
         checkpoint.verify(path)
     assert [saved["step"] for saved in run.directory.result()["saves"]] == [4, 6, 8]

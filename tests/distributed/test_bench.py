@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.launching import interrupt_when
+from tests.support.launching import interrupt_when
 from tutorial_lib import bench, launch
 from tutorial_lib.bench import Matrix
 from tutorial_lib.cli import main

@@ -7,8 +7,8 @@ import inspect
 
 import pytest
 
-from tests.distributed import cases
-from tests.distributed.comparing import STAGE_0_IN_BF16, allowed, compare
+from tests.distributed.cases import crashing, equivalence, interruption, reshaping
+from tests.distributed.observing.comparing import STAGE_0_IN_BF16, allowed, compare
 
 PAGES = ("data", "update", "tensor_parallel", "restore", "killed", "storage")
 """Pages of :mod:`tests.distributed.injected` with faults of local runs."""
@@ -48,15 +48,16 @@ def faults_on(page: str) -> set[str]:
 
 
 def test_every_injected_fault_is_in_one_run():
-    runs = [cases.MUTANTS, cases.SELF_DETECTED_FAULTS, cases.RESUME_FAULTS, cases.RESHAPE_FAULTS, cases.FATAL]
+    local = (equivalence.MUTANTS, equivalence.SELF_DETECTED_FAULTS, interruption.RESUME_FAULTS)
+    runs = [*local, reshaping.RESHAPE_FAULTS, crashing.FATAL]
     in_runs = ["storage.read_only", *(fault for faults in runs for fault in faults)]
     assert sorted(in_runs) == sorted(set().union(*map(faults_on, PAGES)))
-    assert SHOWN_BY.keys() | {"update.trial_step_kept"} == cases.MUTANTS.keys()
+    assert SHOWN_BY.keys() | {"update.trial_step_kept"} == equivalence.MUTANTS.keys()
 
 
 @pytest.mark.parametrize("fault", SHOWN_BY)
 def test_the_comparison_shows_a_fault(observed, fault):
-    case, variant = cases.MUTANTS[fault]
+    case, variant = equivalence.MUTANTS[fault]
     run, reference = observed(2, fault), observed(1, f"{case}.reference")
     found = compare(run, reference, **allowed(run.config)).found
     assert SHOWN_BY[fault] <= set(found), found

@@ -9,7 +9,7 @@ coarsely than torch:
   every second moment 1.3e-5 smaller: 1e-4.
 
 With Adam's usual epsilon, a weight whose gradient is nothing but rounding may move by the learning rate at every step,
-either way. Losses and norms still agree to 1e-6, and only such weights differ by more than 1e-4.
+in either direction. Losses and norms still agree to 1e-6, and only such weights differ by more than 1e-4.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.distributed.cases import CASES, COMBINATIONS, STEPS, VARIANTS, among_runs, settings
-from tests.distributed.comparing import STAGE_0_IN_BF16, allowed, assert_equal
+from tests.distributed.cases.equivalence import CASES, COMBINATIONS, VARIANTS, among_runs, settings
+from tests.distributed.cases.small_runs import STEPS
+from tests.distributed.observing.comparing import STAGE_0_IN_BF16, allowed, assert_equal
 
 BF16 = [each for each in COMBINATIONS if settings(each)["precision"] == "bf16"]
 FP32 = [each for each in COMBINATIONS if each not in BF16]

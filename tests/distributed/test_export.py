@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.distributed.cases import among_runs
+from tests.distributed.cases.equivalence import among_runs
 from tutorial_lib import checkpoint
 from tutorial_lib.checkpoint.manifest import MANIFEST
 from tutorial_lib.config import ConfigError

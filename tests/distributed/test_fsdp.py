@@ -8,9 +8,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.distributed import cases
-from tests.distributed.cases import HIDDEN, LAYERS, among_runs
-from tests.distributed.comparing import assert_equal
+from tests.distributed.cases import equivalence
+from tests.distributed.cases.equivalence import among_runs
+from tests.distributed.observing.comparing import assert_equal
+from tests.support.models import HIDDEN, LAYERS
 from tutorial_lib.cli import plan_check
 from tutorial_lib.models import load_model
 from tutorial_lib.models.meta import model_outline
@@ -57,7 +58,7 @@ SHARDED = [
 
 @pytest.mark.parametrize(("ranks", "name", "pieces"), among_runs(SHARDED))
 def test_a_rank_holds_its_share_to_the_byte(observed, ranks, name, pieces):
-    """Measure between backward and the update, when gradients exist. bf16 changes nothing: states are kept in fp32."""
+    """Measure between backward and the update, when gradients exist. bf16 changes nothing: states stay in fp32."""
     for one in measured(observed(ranks, name)):
         expected = memory.model_states(one["num_parameters"], 3, pieces, memory.FP32)
         assert {part: one["state_bytes"][part] for part in expected.to_dict()} == expected.to_dict()
@@ -227,7 +228,7 @@ def psi(run):
     return measured(run)[0]["num_parameters"]
 
 
-@pytest.mark.parametrize("name", cases.SHARDED)
+@pytest.mark.parametrize("name", equivalence.SHARDED)
 def test_fsdp1_takes_the_same_steps(observed, record_property, name):
     """Losses and parameters agree to 1e-6 with any strategy. FSDP1 sums its clipping norm in fp32."""
     run, second = observed(2, f"fsdp1.{name}"), observed(2, f"gpt2.{name}.2")
@@ -235,7 +236,7 @@ def test_fsdp1_takes_the_same_steps(observed, record_property, name):
     record_property("largest_differences", differences.largest)
 
 
-@pytest.mark.parametrize("name", cases.ONE_STEP_WITHOUT_UPDATE)
+@pytest.mark.parametrize("name", equivalence.ONE_STEP_WITHOUT_UPDATE)
 def test_shards_are_filled_with_the_plain_models_weights_bit_for_bit(observed, name):
     run = observed(4, f"one_step_without_update.{name}")
     model, run_config = run.config.model, run.config.run

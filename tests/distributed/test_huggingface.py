@@ -11,8 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.distributed import cases
-from tests.distributed.launching import interrupt_when, train_command
+from tests.distributed.cases import equivalence, small_runs
+from tests.distributed.cases.interruption import END, STOP
+from tests.support.launching import interrupt_when, train_command
+from tests.support.models import HIDDEN
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.cli import main
 from tutorial_lib.cli.train import summary
@@ -66,15 +68,15 @@ def trained(directory: Path, case: str, variant: str, ranks: int) -> Config:
     flat: dict[str, Any] = {"micro_batch": 1} if variant in ACCUMULATED else {}
     flat |= SETTINGS.get(file, {"deepspeed": str(directory / f"{file}.json")})
     name = f"hf-{case}.{variant}.{ranks}"
-    return cases.config(directory, name=name, engine="trainer", dp=ranks, **flat, **cases.CASES[case])
+    return small_runs.config(directory, name=name, engine="trainer", dp=ranks, **flat, **equivalence.CASES[case])
 
 
 def with_dropout(directory: Path, file: str, name: str) -> Config:
     """Return a run that saves in the middle of an epoch and ends in the next."""
     flat = SETTINGS.get(file, {"deepspeed": str(directory / f"{file}.json")})
-    return cases.config(
+    return small_runs.config(
         directory, name=f"hf-{name}.{file}", engine="trainer", dp=2, model="gpt2-dropout", max_examples=40,
-        steps=cases.END, evaluate=True, evaluate_every="epoch", max_eval_examples=12, checkpoint_every=cases.STOP,
+        steps=END, evaluate=True, evaluate_every="epoch", max_eval_examples=12, checkpoint_every=STOP,
         **flat,
     )  # fmt: skip
 
@@ -84,7 +86,7 @@ def interrupted(uninterrupted: launch.Run, file: str) -> Config:
     config = uninterrupted.config.override(name=f"hf-interrupted.{file}")
     shutil.copytree(uninterrupted.directory.path, config.directory)
     for path in RunDirectory(config.directory).checkpoints.iterdir():
-        if path.name != f"step-{cases.STOP:08d}":
+        if path.name != f"step-{STOP:08d}":
             shutil.rmtree(path)
     return config
 
@@ -96,7 +98,7 @@ def own_loop(directory: Path) -> Config:
 @pytest.fixture(scope="module")
 def runs(files: Path) -> dict[str, launch.Run]:
     """Return all runs of this module by name: two launches, and one more to resume."""
-    one = [cases.reference(files, case) for case in ("gpt2", "qwen2", "bloom", "untied")]
+    one = [equivalence.reference(files, case) for case in ("gpt2", "qwen2", "bloom", "untied")]
     one = [config.override(name=f"hf-{config.run.name}") for config in one]
     one += [trained(files, *each, 1) for each in EQUAL[1]]
     two = [trained(files, *each, 2) for each in EQUAL[2]] + [own_loop(files)]
@@ -111,7 +113,7 @@ def runs(files: Path) -> dict[str, launch.Run]:
 )
 def test_losses_match_our_own_loop(runs, ranks, case, variant):
     run, reference = runs[f"hf-{case}.{variant}.{ranks}"], runs[f"hf-{case}.reference"]
-    assert len(run.rows) == cases.STEPS
+    assert len(run.rows) == small_runs.STEPS
     for row, expected in zip(run.rows, reference.rows, strict=True):
         assert all(row[name] == expected[name] for name in ("step", "epoch", "tokens", "lr"))
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-6)
@@ -139,9 +141,9 @@ def assert_same_states(
 @pytest.mark.parametrize("file", INTERRUPTED)
 def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(runs, file):
     uninterrupted, interrupted = runs[f"hf-uninterrupted.{file}"], runs[f"hf-interrupted.{file}"]
-    assert interrupted.result["resumed_from"] == cases.STOP and uninterrupted.result["resumed_from"] is None
+    assert interrupted.result["resumed_from"] == STOP and uninterrupted.result["resumed_from"] is None
     timeless = [[{**row, "seconds": 0} for row in run.rows] for run in (uninterrupted, interrupted)]
-    assert timeless[0] == timeless[1] and len(timeless[0]) == cases.END
+    assert timeless[0] == timeless[1] and len(timeless[0]) == END
     assert_same_states(interrupted, uninterrupted, 0.0)
     for name in ("eval_loss_before", "eval_losses", "eval_loss"):
         assert interrupted.result[name] == uninterrupted.result[name]
@@ -163,8 +165,8 @@ def test_the_result_tells_what_every_auto_has_become(runs):
         "train_batch_size": 8,
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": cases.CASES["gpt2"]["gradient_clipping"],
-        "zero_optimization.stage3_param_persistence_threshold": 10 * cases.HIDDEN,
+        "gradient_clipping": equivalence.CASES["gpt2"]["gradient_clipping"],
+        "zero_optimization.stage3_param_persistence_threshold": 10 * HIDDEN,
     }
     assert result["deepspeed_config"]["zero_optimization"]["stage"] == 3
     assert runs["hf-qwen2.plain.2"].result["deepspeed_config"] is None
@@ -173,7 +175,7 @@ def test_the_result_tells_what_every_auto_has_become(runs):
 @pytest.mark.parametrize(("name", "shares"), [("hf-qwen2.load.2", 2), ("hf-gpt2.load-accumulated.2", 1)])
 def test_each_rank_holds_a_share_of_a_model_sharded_at_load(runs, name, shares):
     """transformers gathers and reduces a tied weight once for each of its names, and keeps full gradients meanwhile."""
-    num_parameters, tied = runs[name].result["num_parameters"], VOCABULARY * cases.HIDDEN
+    num_parameters, tied = runs[name].result["num_parameters"], VOCABULARY * HIDDEN
     for rank in runs[name].result["ranks"]:
         held = rank["measured"]["state_bytes"]
         assert (held["parameters"], held["optimizer"]) == (4 * num_parameters // 2, 8 * num_parameters // 2)

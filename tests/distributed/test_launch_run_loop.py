@@ -1,10 +1,11 @@
-"""A loop of one's own on local ranks, started by its function."""
+"""A user's own training loop on local ranks, passed as a function."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.distributed import cases
+from tests.distributed.cases import small_runs
+from tests.support.models import MODELS, small_model
 from tutorial_lib import launch
 from tutorial_lib.config import ConfigError
 from tutorial_lib.lab.scripts import restore_bytes, train_zero
@@ -13,13 +14,13 @@ from tutorial_lib.records import RunDirectory
 
 def config(directory, **changes):
     flat = {"model": "gpt2", "max_examples": 40, "steps": 4, "dp": 2, "engine": "fsdp", "name": "loop"}
-    return cases.config(directory, **(flat | changes))
+    return small_runs.config(directory, **(flat | changes))
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("run-loop")
-    cases.small_model("gpt2", directory / "gpt2", **cases.MODELS["gpt2"])
+    small_model("gpt2", directory / "gpt2", **MODELS["gpt2"])
     return directory
 
 
@@ -43,7 +44,7 @@ def test_a_loop_that_fails_shows_its_own_error(directory):
 def test_a_loop_without_a_file_is_refused(directory):
     names: dict = {}
     exec(compile("def loop(settings): ...", "<cell>", "exec"), names)
-    with pytest.raises(ConfigError, match=r"imports from its file \(here <cell>\)\. Write the loop into a \.py file"):
+    with pytest.raises(ConfigError, match=r"can import \(here <cell>\)\. Put the loop in a \.py file"):
         launch.run_loop(names["loop"], config(directory, name="refused"))
     with pytest.raises(ConfigError, match=r"launcher='local' \(here 'ray'\)"):
         launch.run_loop(train_zero.train_loop, config(directory, name="refused", launcher="ray"))

@@ -17,8 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.distributed import cases
-from tests.distributed.launching import Shell, interrupt_when, train_command, wait_until
+from tests.distributed.cases import small_runs
+from tests.support.launching import Shell, interrupt_when, train_command, wait_until
 from tutorial_lib import launch
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.launch import local
@@ -273,7 +273,7 @@ def test_a_configuration_error_that_only_a_worker_finds(directory):
     blank = directory / "blank"
     blank.mkdir()
     (blank / "train.jsonl").write_text('{"text": " "}\n' * 8)
-    config = cases.config(directory, name="blank", dataset="blank", dp=2)
+    config = small_runs.config(directory, name="blank", dataset="blank", dp=2)
     with pytest.raises(ConfigError, match="all 8 are blank") as error:
         launch.run(config)
     assert "Traceback" not in str(error.value)

@@ -15,7 +15,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.distributed import cases
+from tests.distributed.cases import small_runs
+from tests.support.models import altered_model
 from tutorial_lib import launch
 from tutorial_lib.models import load_model, load_tokenizer
 
@@ -29,7 +30,7 @@ SLACK = 16 * MIB
 @pytest.fixture(scope="module")
 def sizes(directory):
     """Write a model of 59 million parameters with its weights; return the bytes of all of it and of one layer."""
-    cases.altered_model("embedded/gpt2", directory / "large", n_embd=768, n_head=12, n_layer=8)
+    altered_model("embedded/gpt2", directory / "large", n_embd=768, n_head=12, n_layer=8)
     (directory / "large" / "model.safetensors").unlink()
     model = load_model(str(directory / "large"), random_init=True)
     model.save_pretrained(directory / "large-saved")
@@ -41,7 +42,7 @@ def sizes(directory):
 def split_sizes(directory):
     """Do the same for a model that AutoTP splits."""
     changes = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 2048, "num_hidden_layers": 9}
-    cases.altered_model("embedded/qwen2", directory / "large-split", layer_types=["full_attention"] * 9, **changes)
+    altered_model("embedded/qwen2", directory / "large-split", layer_types=["full_attention"] * 9, **changes)
     (directory / "large-split" / "model.safetensors").unlink()
     return measured(directory / "large-split", lambda outline: outline.model.layers[0])
 
@@ -71,7 +72,7 @@ def built(request, directory, sizes, split_sizes):
     split = {"model": "large-split", "random_init": True, "dp": ranks // 2, "tp": 2}
     runs |= {"split": split, "split, not partitioned": {**split, "zero_stage": 1}}
     configs = [
-        cases.config(directory, name=f"memory-{ranks}-{number}", **(shared | flat))
+        small_runs.config(directory, name=f"memory-{ranks}-{number}", **(shared | flat))
         for number, flat in enumerate(runs.values())
     ]
     with pytest.MonkeyPatch.context() as patch:

@@ -11,9 +11,9 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 import psutil
 import pytest
 
-from tests.distributed import cases
-from tests.distributed.injected import on_ray as injected
-from tests.distributed.launching import ROOT
+from tests.distributed.cases import interruption
+from tests.distributed.cases.interruption import END, STOP
+from tests.support.launching import ROOT
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.config import ConfigError
 from tutorial_lib.lab.scripts import train_zero
@@ -33,14 +33,14 @@ def cluster(directory):
 
 
 def on_ray(directory, **changes):
-    return cases.uninterrupted(directory, "zero1", name="ray", launcher="ray", **changes)
+    return interruption.uninterrupted(directory, "zero1", name="ray", launcher="ray", **changes)
 
 
 @pytest.fixture(scope="module")
 def runs(cluster, directory):
     """Stop a run and start it again under the same name; return it, the rows as they came, and the output."""
     shown, rows, starts = directory / "shown", [], []
-    for stop in (cases.STOP, None):
+    for stop in (STOP, None):
         with shown.open("a") as file, redirect_stdout(file), redirect_stderr(file), output_to(shown):
             starts.append(launch.run(on_ray(directory, stop_after=stop), on_rows=rows.extend))
     return starts, rows, shown.read_text()
@@ -50,23 +50,23 @@ def test_a_resumed_run_on_ray_matches_local_processes(runs, observed):
     (first, second), _, _ = runs
     local = observed(2, "uninterrupted.zero1")
     assert (first.result["status"], second.result["status"]) == ("stopped", "completed")
-    assert second.result["resumed_from"] == cases.STOP
+    assert second.result["resumed_from"] == STOP
     for key in ("step", "loss", "grad_norm", "tokens", "epoch", "lr"):
         assert [row[key] for row in second.rows] == [row[key] for row in local.rows], key
 
 
 def test_local_processes_continue_a_run_that_ray_began(cluster, directory, observed):
     begun = on_ray(directory).override(name="ray-begun")
-    launch.run(begun.override(stop_after=cases.STOP))
+    launch.run(begun.override(stop_after=STOP))
     run = launch.run(begun.override(launcher="local"))
-    assert run.result["resumed_from"] == cases.STOP
+    assert run.result["resumed_from"] == STOP
     assert [row["loss"] for row in run.rows] == [row["loss"] for row in observed(2, "uninterrupted.zero1").rows]
 
 
 def test_runs_on_ray_match_local_processes(cluster, directory, observed):
     """Run a 1 x 2 and a 2 x 1 grid on the same two workers."""
     kinds = ("1x2-zero2", "fsdp-full")
-    configs = [cases.uninterrupted(directory, kind, name=f"ray-{kind}", launcher="ray") for kind in kinds]
+    configs = [interruption.uninterrupted(directory, kind, name=f"ray-{kind}", launcher="ray") for kind in kinds]
     for kind, run in zip(kinds, launch.run_all(configs), strict=True):
         local = observed(2, f"uninterrupted.{kind}")
         for key in ("step", "loss", "grad_norm", "tokens", "epoch", "lr"):
@@ -92,7 +92,7 @@ def test_ray_knows_the_checkpoints(runs, cluster):
     newest = checkpoint.latest(second.directory)
     result = ray.train.Result.from_path(str(second.directory.path))
     assert result.checkpoint.path == str(newest)
-    assert result.metrics["step"] == cases.END
+    assert result.metrics["step"] == END
     assert len(list(second.directory.path.rglob("manifest.json"))) == 2
 
 
@@ -104,13 +104,13 @@ def test_rays_own_trainer_takes_the_loop_that_a_reader_writes(cluster, directory
     (_, second), _, _ = runs
     cloudpickle.register_pickle_by_value(train_zero)  # as Ray does by itself with what a notebook or a script defines
     losses = []
-    for stop in (cases.STOP, None):
+    for stop in (STOP, None):
         config = on_ray(directory, stop_after=stop).override(name="ray-own")
         losses += train_zero.main(config)
     assert losses == [row["loss"] for row in second.rows]
     result = ray.train.Result.from_path(str(config.directory))
     assert result.checkpoint.path == str(checkpoint.latest(RunDirectory(config.directory)))
-    assert result.metrics == {"step": cases.END, "loss": losses[-1]}
+    assert result.metrics == {"step": END, "loss": losses[-1]}
 
 
 ASK = "import sys, ray; ray._raylet.GcsClient(address=sys.argv[1]).internal_kv_get(b'key', None); print('answered')"
@@ -139,11 +139,11 @@ def test_the_cluster_answers_only_with_this_processs_token(cluster, tmp_path, to
     assert answer in asked.stdout + asked.stderr
 
 
-def test_a_failing_ranks_own_traceback_is_what_the_user_sees(cluster, directory, monkeypatch, capfd):
-    monkeypatch.setattr(ray_train, "_worker", injected.fail)
+def test_a_failing_ranks_own_traceback_is_what_the_user_sees(cluster, directory, capfd):
     began = time.monotonic()
     with pytest.raises(launch.WorkerError) as error:
-        launch.run(on_ray(directory).override(name="ray-failing"))
+        failing = on_ray(directory).override(name="ray-failing")
+        launch.run_all([failing], worker="tests.distributed.workers.failing_on_ray")
     assert str(error.value).startswith("Rank 1 of run 'ray-failing' failed with ValueError: of rank 1 alone\n")
     assert 'raise ValueError("of rank 1 alone")' in str(error.value)
     assert time.monotonic() - began < 60

@@ -14,8 +14,9 @@ import sys
 
 import pytest
 
-from tests.distributed import cases
-from tests.distributed.launching import ROOT, train_command
+from tests.distributed.cases import small_runs
+from tests.support.launching import ROOT, train_command
+from tests.support.models import DROPOUT, MODELS, small_model
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.checkpoint import manifest, open_full
 from tutorial_lib.config import ConfigError
@@ -47,8 +48,8 @@ IN_BF16 = {
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("own-loop")
-    cases.small_model("gpt2", directory / "gpt2", **cases.MODELS["gpt2"])
-    cases.small_model("gpt2", directory / "gpt2-dropout", **cases.MODELS["gpt2"], **cases.DROPOUT["gpt2"])
+    small_model("gpt2", directory / "gpt2", **MODELS["gpt2"])
+    small_model("gpt2", directory / "gpt2-dropout", **MODELS["gpt2"], **DROPOUT["gpt2"])
     return directory
 
 
@@ -56,7 +57,7 @@ def config(directory, name, **changes):
     flat = {"model": "gpt2", "max_examples": 40, "steps": END, "dp": 2, "warmup_steps": 2, "zero_stage": 2}
     if changes.get("engine", "deepspeed") != "deepspeed":
         del flat["zero_stage"]
-    return cases.config(directory, **(flat | {"name": name} | changes))
+    return small_runs.config(directory, **(flat | {"name": name} | changes))
 
 
 def resumable(directory, name, **changes):
@@ -186,4 +187,4 @@ def test_files_are_written_in_the_background_and_old_checkpoints_go(directory, b
 def test_what_the_loop_would_not_do_is_refused_before_training(directory, uninterrupted, changes, message):
     settings = {"engine": "torch", "dp": 1, "launcher": "none", "name": "refused", "max_examples": 40, **changes}
     with pytest.raises(ConfigError, match=message):
-        train_zero.train_loop({"config": cases.config(directory, **{"model": "gpt2", **settings}).to_json()})
+        train_zero.train_loop({"config": small_runs.config(directory, **{"model": "gpt2", **settings}).to_json()})

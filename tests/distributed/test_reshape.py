@@ -14,8 +14,9 @@ import pytest
 import torch
 from deepspeed.checkpoint import ds_to_universal
 
-from tests.distributed import cases
-from tests.distributed.comparing import allowed, assert_equal, assert_identical, compare
+from tests.distributed.cases import equivalence, reshaping, small_runs
+from tests.distributed.cases.interruption import END, STOP
+from tests.distributed.observing.comparing import allowed, assert_equal, assert_identical, compare
 from tutorial_lib import checkpoint
 from tutorial_lib.checkpoint.compatibility import shape
 from tutorial_lib.cli import main
@@ -36,7 +37,7 @@ READ = [
 ]
 
 
-@pytest.mark.parametrize(("ranks", "name"), cases.among_runs(READ))
+@pytest.mark.parametrize(("ranks", "name"), equivalence.among_runs(READ))
 def test_full_tensors_match_the_engines(observed, ranks, name):
     """The engine shows the weights that it computes with; in 16 bits they are the rounded master copies."""
     run = observed(ranks, name)
@@ -50,12 +51,12 @@ def test_full_tensors_match_the_engines(observed, ranks, name):
         assert (parameter.bfloat16().float() if in_16_bits else parameter).equal(expected), name
     for name, moments in run.moments.items():
         assert all(full.moment(name, kind).equal(expected) for kind, expected in moments.items()), name
-        assert full.adam_step(name) == cases.STEPS
+        assert full.adam_step(name) == small_runs.STEPS
 
 
 @pytest.mark.parametrize(
     ("ranks", "name"),
-    cases.among_runs(
+    equivalence.among_runs(
         [
             *((2, f"gpt2.zero{stage}.2") for stage in (1, 2, 3)),
             (2, "gpt2.zero1-bf16.2"),
@@ -91,30 +92,30 @@ def test_full_tensors_match_deepspeeds_own_conversion(observed, tmp_path, ranks,
             assert ours.equal(theirs.view(ours.shape)), (name, kind)
 
 
-@pytest.mark.parametrize("name", cases.RESHAPED)
+@pytest.mark.parametrize("name", reshaping.RESHAPED)
 def test_a_run_goes_on_in_another_shape(observed, reshaped, directory, name):
     """The new start reads each example of the remaining steps once, with any number of ranks."""
-    run, reference = reshaped(f"reshaped.{name}"), observed(1, f"uninterrupted-torch.{cases.case_of(name)}")
-    result, (before, *_) = run.directory.result(), cases.ancestors(directory, name)
+    run, reference = reshaped(f"reshaped.{name}"), observed(1, f"uninterrupted-torch.{reshaping.case_of(name)}")
+    result, (before, *_) = run.directory.result(), reshaping.ancestors(directory, name)
     assert result["resumed_from"] == before.run.stop_after
     assert result["reshaped_from"] == shape(before.flat())
     if run.config.run.stop_after:
-        assert run.examples == reference.examples[cases.STOP : run.config.run.stop_after]
+        assert run.examples == reference.examples[STOP : run.config.run.stop_after]
         return
     # The tolerances of both shapes apply.
     bounds: dict[str, float] = {}
-    for config in (run.config, *cases.ancestors(directory, name)):
+    for config in (run.config, *reshaping.ancestors(directory, name)):
         bounds |= {kind: max(size, bounds.get(kind, 0.0)) for kind, size in allowed(config).items()}
     assert_equal(run, reference, **bounds)
-    assert len(run.examples) == cases.END - result["resumed_from"]
+    assert len(run.examples) == END - result["resumed_from"]
     assert [row["epoch"] for row in run.rows] == [0] * 5 + [1] * 3, "it goes on into another epoch"
 
 
-@pytest.mark.parametrize("name", cases.RESHAPED_WITHOUT_TRAINING)
+@pytest.mark.parametrize("name", reshaping.RESHAPED_WITHOUT_TRAINING)
 def test_in_16_bits_the_masters_are_kept_and_their_copies_rounded(observed, reshaped, directory, name):
     """Stop the new start at once: it saves exactly what it loaded."""
     run = reshaped(f"reshaped.{name}")
-    (before, *_) = cases.ancestors(directory, name)
+    (before, *_) = reshaping.ancestors(directory, name)
     old, new = (checkpoint.open_full(checkpoint.latest(RunDirectory(c.directory))) for c in (before, run.config))
     assert run.examples == [] and run.ranks_agree
     computes_in_16_bits = run.config.engine.name == "deepspeed"
@@ -124,14 +125,14 @@ def test_in_16_bits_the_masters_are_kept_and_their_copies_rounded(observed, resh
         assert run.parameters[name].equal(master.bfloat16().float() if computes_in_16_bits else master)
         assert not master.bfloat16().float().equal(master)
         assert all(new.moment(name, kind).equal(old.moment(name, kind)) for kind in checkpoint.MOMENTS)
-        assert new.adam_step(name) == old.adam_step(name) == cases.STOP
+        assert new.adam_step(name) == old.adam_step(name) == STOP
 
 
 def test_random_numbers_are_seeded_again(reshaped, directory):
     """Resume one checkpoint twice: the seed, the step and the data-parallel rank give both the same random numbers."""
-    once, twice = (reshaped(f"reshaped.{name}") for name in cases.RESHAPED_TWICE)
+    once, twice = (reshaped(f"reshaped.{name}") for name in reshaping.RESHAPED_TWICE)
     assert_identical(once, twice)
-    assert len(once.examples) == cases.END - cases.STOP
+    assert len(once.examples) == END - STOP
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def test_random_numbers_are_seeded_again(reshaped, directory):
     ],
 )
 def test_the_comparison_shows_a_reshape_that_loses_something(observed, reshaped, fault, shown_by):
-    reference = observed(1, f"uninterrupted-torch.{cases.case_of(cases.RESHAPE_FAULTS[fault])}")
+    reference = observed(1, f"uninterrupted-torch.{reshaping.case_of(reshaping.RESHAPE_FAULTS[fault])}")
     differences = compare(reshaped(fault), reference)
     assert shown_by <= differences.found.keys(), differences.found
 
@@ -151,19 +152,19 @@ def test_the_comparison_shows_a_reshape_that_loses_something(observed, reshaped,
 def test_the_command_makes_a_run_that_goes_on(observed, launched, directory, capsys):
     """Two ranks of ZeRO-1 become one process of plain torch; the new run then trains to the end of the old one."""
     launched(2)
-    source, storage = cases.saved(directory, "zero1"), directory / "runs"
+    source, storage = reshaping.saved(directory, "zero1"), directory / "runs"
     files = {path: path.read_bytes() for path in source.directory.rglob("*") if path.is_file()}
     given = ["reshape", str(source.directory), "--name", "made", "--engine", "torch", "--dp", "1", "--json"]
     assert main(given) == 0
     made = json.loads(capsys.readouterr().out)
-    assert made["run"] == str(storage / "made") and made["step"] == cases.STOP
+    assert made["run"] == str(storage / "made") and made["step"] == STOP
     assert made["shape"] == {"engine": "torch", "device": "cpu", "dp": 1, "tp": 1}
     assert made["reshaped_from"] == shape(source.flat())
     assert {path: path.read_bytes() for path in files} == files, "the old run is as it was"
     assert not [path.name for path in storage.iterdir() if path.name.startswith(".")]
     run = RunDirectory(storage / "made")
     assert run.rows() == RunDirectory(source.directory).rows()
-    assert [path.name for path in run.checkpoints.iterdir()] == [f"step-{cases.STOP:08d}"]
+    assert [path.name for path in run.checkpoints.iterdir()] == [f"step-{STOP:08d}"]
     assert Config.from_json(run.config_file.read_text()).directory == run.path
     old, new = (checkpoint.open_full(checkpoint.latest(d)) for d in (RunDirectory(source.directory), run))
     assert sorted(path.name for path in (checkpoint.latest(run) / "engine").iterdir()) == ["model.pt", "optimizer.pt"]

@@ -7,32 +7,33 @@ import re
 
 import pytest
 
-from tests.distributed import cases
-from tests.distributed.comparing import assert_identical, compare
-from tests.distributed.probe import ERRORS
+from tests.distributed.cases import interruption
+from tests.distributed.cases.interruption import END, STOP
+from tests.distributed.observing.comparing import assert_identical, compare
+from tests.distributed.observing.probe import ERRORS
 from tutorial_lib.records import RunDirectory
 
 
-@pytest.mark.parametrize("name", cases.INTERRUPTED)
+@pytest.mark.parametrize("name", interruption.INTERRUPTED)
 def test_a_resumed_run_continues_bit_for_bit(observed, resumed, name):
     assert_continues(resumed(f"interrupted.{name}"), observed(2, f"uninterrupted.{name}"))
 
 
-@pytest.mark.parametrize("name", cases.INTERRUPTED_ON_4)
+@pytest.mark.parametrize("name", interruption.INTERRUPTED_ON_4)
 def test_a_run_resumed_on_four_ranks_continues_bit_for_bit(observed, name):
     assert_continues(observed(4, f"restarted.{name}"), observed(4, f"uninterrupted.{name}"))
 
 
 def assert_continues(run, uninterrupted):
     assert_identical(run, uninterrupted)
-    assert [row["step"] for row in run.rows] == list(range(1, cases.END + 1))
-    assert len(run.examples) == cases.END - cases.STOP
+    assert [row["step"] for row in run.rows] == list(range(1, END + 1))
+    assert len(run.examples) == END - STOP
     assert [row["epoch"] for row in run.rows] == [0] * 5 + [1] * 3, "it stops within one epoch, and ends within another"
     result = RunDirectory(run.config.directory).result()
-    assert (result["status"], result["resumed_from"]) == ("completed", cases.STOP)
+    assert (result["status"], result["resumed_from"]) == ("completed", STOP)
 
 
-@pytest.mark.parametrize("name", cases.INTERRUPTED)
+@pytest.mark.parametrize("name", interruption.INTERRUPTED)
 def test_an_engine_that_finds_nothing_to_load_says_so(observed, name):
     """DeepSpeed itself returns ``(None, None)``, and training would start again from the base weights."""
     said = observed(2, f"uninterrupted.{name}").load_of_nothing
@@ -40,17 +41,17 @@ def test_an_engine_that_finds_nothing_to_load_says_so(observed, name):
 
 
 def test_rows_after_the_checkpoint_are_written_again(resumed):
-    """``cases.resumed_runs`` added rows of steps 4 and 5 to the file, and half a row."""
+    """``interruption.resumed_runs`` added rows of steps 4 and 5 to the file, and half a row."""
     run = resumed("interrupted.zero1")
-    assert [row["step"] for row in run.rows] == list(range(1, cases.END + 1))
+    assert [row["step"] for row in run.rows] == list(range(1, END + 1))
     assert all(row["loss"] < 99 for row in run.rows)
     assert run.config.directory.joinpath("metrics.jsonl").read_text().endswith("}\n")
 
 
 def test_a_refused_start_leaves_the_run_as_it_was(resumed, directory):
     run = RunDirectory(directory / "runs" / "altered.shard")
-    assert [row["step"] for row in run.rows()] == list(range(1, cases.STOP + 1))
-    assert [path.name for path in run.checkpoints.iterdir()] == [f"step-{cases.STOP:08d}"]
+    assert [row["step"] for row in run.rows()] == list(range(1, STOP + 1))
+    assert [path.name for path in run.checkpoints.iterdir()] == [f"step-{STOP:08d}"]
 
 
 def test_dropout_is_active(observed):
@@ -70,7 +71,7 @@ def test_dropout_is_active(observed):
     ],
 )
 def test_the_comparison_shows_a_resume_that_loses_something(observed, resumed, fault, shown_by):
-    run, reference = resumed(fault), observed(2, f"uninterrupted.{cases.RESUME_FAULTS[fault]}")
+    run, reference = resumed(fault), observed(2, f"uninterrupted.{interruption.RESUME_FAULTS[fault]}")
     differences = compare(run, reference, tolerance=0.0, moments=0.0)
     assert shown_by <= differences.found.keys(), differences.found
 

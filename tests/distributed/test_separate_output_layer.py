@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.distributed.cases import MODELS, small_model
+from tests.support.models import MODELS, small_model
 from tests.unit.checkpoint.runs import config
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.checkpoint import CheckpointError

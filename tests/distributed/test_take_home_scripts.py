@@ -1,4 +1,7 @@
-"""Take-home scripts under torchrun, against plain PyTorch in this process."""
+"""Take-home scripts on several ranks, against plain PyTorch in this process.
+
+Each is started by torchrun once and on forked ranks, which start sooner, once.
+"""
 
 from pathlib import Path
 
@@ -8,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tutorial_lib.dataloader import load_rows
+from tutorial_lib.lab.ranks import script_on_ranks
 from tutorial_lib.lab.scripts import hangs, torchrun, train_2d, train_fsdp
 from tutorial_lib.models.loading import resolve_model
 
@@ -16,7 +20,7 @@ SIZES = ["--global-batch", 4, "--seq-length", 32]
 
 @pytest.fixture(scope="module")
 def model_and_text(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
-    """Options that name a model and a text. Qwen2 has rotary frequencies, buffers that are stored nowhere."""
+    """Return options that name a model and a text. Qwen2 has rotary frequencies, buffers that are stored nowhere."""
     corpus = tmp_path_factory.mktemp("text") / "corpus.txt"
     corpus.write_text("\n".join(load_rows("embedded/news", "train", max_examples=100)["text"]))
     return ["--model", resolve_model("embedded/qwen2"), "--text", corpus]
@@ -47,7 +51,7 @@ def test_fsdp_on_two_ranks_and_then_on_one_is_plain_pytorch(tmp_path: Path, mode
     """Lesson 03 does the same with tied GPT-2."""
     flags = [*model_and_text, *SIZES, "--directory", tmp_path / "run"]
     first = losses(torchrun(train_fsdp, 2, *flags, "--steps", 2))
-    second = losses(torchrun(train_fsdp, 1, *flags, "--steps", 3))
+    second = losses(script_on_ranks(1, train_fsdp, *flags, "--steps", 3))
     assert first + second == pytest.approx(train_plainly(model_and_text, 3), rel=1e-6)
 
 
@@ -56,7 +60,7 @@ def test_a_grid_of_four_and_then_two_tensor_parallel_ranks_are_plain_pytorch(
 ) -> None:
     """The last of three steps after the resume would show moments that were not restored."""
     flags = [*model_and_text, *SIZES, "--directory", tmp_path / "run"]
-    first = losses(torchrun(train_2d, 4, *flags, "--tp", 2, "--steps", 2))
+    first = losses(script_on_ranks(4, train_2d, *flags, "--tp", 2, "--steps", 2))
     second = losses(torchrun(train_2d, 2, *flags, "--tp", 2, "--steps", 5))
     assert (len(first), len(second)) == (2, 3)
     assert first + second == pytest.approx(train_plainly(model_and_text, 5), rel=1e-6)

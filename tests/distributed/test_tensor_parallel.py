@@ -11,14 +11,14 @@ import re
 
 import pytest
 
-from tests.distributed import cases
-from tests.distributed.cases import HIDDEN, LAYERS
-from tests.distributed.probe import ERRORS
+from tests.distributed.cases import equivalence
+from tests.distributed.observing.probe import ERRORS
+from tests.support.models import HIDDEN, LAYERS
 from tutorial_lib.theory import memory, traffic
 
-MEASURED = [each for each in cases.COMBINATIONS if cases.settings(each)["tp"]]
-AUTOTP = [each for each in MEASURED if cases.settings(each)["engine"] != "fsdp"]
-IN_FP32 = [each for each in AUTOTP if cases.settings(each)["precision"] != "bf16"]
+MEASURED = [each for each in equivalence.COMBINATIONS if equivalence.settings(each)["tp"]]
+AUTOTP = [each for each in MEASURED if equivalence.settings(each)["engine"] != "fsdp"]
+IN_FP32 = [each for each in AUTOTP if equivalence.settings(each)["precision"] != "bf16"]
 
 
 def measured(run):
@@ -96,7 +96,7 @@ ALL_REDUCED = [
 ]
 
 
-@pytest.mark.parametrize(("ranks", "name", "backward"), cases.among_runs(ALL_REDUCED))
+@pytest.mark.parametrize(("ranks", "name", "backward"), equivalence.among_runs(ALL_REDUCED))
 def test_all_reduces_per_layer(observed, ranks, name, backward):
     """Expect one per row-parallel layer in forward (2), and per column-parallel one in backward (q, k, v, gate, up)."""
     run = observed(ranks, name)

@@ -1,4 +1,4 @@
-"""Step 2: every engine's losses against a CPU's, a resume bit for bit, and a SIGTERM that is survived.
+"""Step 2: every engine's losses against a CPU's, a bit-for-bit resume, and a run that survives SIGTERM.
 
 The CPU's losses are committed in ``cpu_losses.json``: plain torch in fp32, on the rows of :mod:`tests.gpu.data`. Write
 them again with ``python tests/gpu/measure.py --write-cpu-losses`` whenever models, rows or these settings change.
@@ -20,12 +20,11 @@ from typing import Any
 
 import torch
 
-from tests.distributed.launching import train_command
 from tests.gpu.cases import Cases, Setting
 from tests.gpu.data import write_rows
 from tests.gpu.training import join_group
+from tests.support.launching import train_command
 from tutorial_lib import checkpoint, trainer
-from tutorial_lib.checkpoint.reshape import checkpoint_of
 from tutorial_lib.cli import DONE, STOPPED
 from tutorial_lib.config import Config
 from tutorial_lib.records import RunDirectory
@@ -153,7 +152,7 @@ def _same(rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> bool:
 
 
 def _same_states(one: Config, other: Config) -> bool:
-    a, b = (checkpoint.open_full(checkpoint_of(config.directory)) for config in (one, other))
+    a, b = (checkpoint.open_full(checkpoint.locate(config.directory)) for config in (one, other))
     names = [name for name, _ in parameters_of(one)]
     return all(
         torch.equal(a.parameter(name), b.parameter(name))

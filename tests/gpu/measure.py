@@ -46,7 +46,7 @@ MINUTES = {"full": 8.0, "quick": 3.0, "tiny": 8.0}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the steps, and return 0 if all of them came to their end."""
+    """Run the steps, and return 0 if all of them completed."""
     options = _parser().parse_args(arguments)
     scratch = Path(tempfile.mkdtemp(prefix="tutorial-lib-gpu-"))
     try:
@@ -117,7 +117,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> list[Record]:
 
 
 def in_time_for(device: str, step: Step) -> Step:
-    """Return the step with four times its limits on a CPU, which may be a slow one."""
+    """Return the step, with four times its limits on a CPU, which may be slow."""
     factor = 1 if device == "cuda" else 4
     return dataclasses.replace(step, limit=factor * step.limit, case_limit=factor * step.case_limit)
 

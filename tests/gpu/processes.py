@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 _POLL_SECONDS = 0.05
-_GRACE_SECONDS = 10
+GRACE_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Record:
     changed: float = 0.0
 
     def write(self) -> None:
-        """Replace the file, so that a reader sees the old or the new content, never a mixture."""
+        """Replace the file, so that a reader sees the old or the new content, never a mix."""
         self.changed = time.time()
         content = {
             "step": self.step.name,
@@ -135,7 +135,7 @@ class Record:
         return bool(self.cases) and self.done() == len(self.cases)
 
     def done(self) -> int:
-        """Return the number of cases that are over, well or badly: the next process starts there."""
+        """Return the number of cases that have ended, successfully or not: the next process starts there."""
         return sum(case["status"] not in ("not run", "running") for case in self.cases)
 
 
@@ -194,7 +194,7 @@ def _follow(
                     why = "step limit"
                 elif case and now - case["began_unix_seconds"] > record.step.case_limit:
                     why = "case limit"
-                elif record.is_over() and now - record.changed > _GRACE_SECONDS:
+                elif record.is_over() and now - record.changed > GRACE_SECONDS:
                     why = "all is measured, and its process does not end"
                 time.sleep(_POLL_SECONDS)
         finally:

@@ -156,8 +156,8 @@ rank that holds the most. The rows with tp were measured last, after the final c
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 {chr(10).join(_own_row(config, rows) for config, rows in own)}
 
-What the predicted peaks leave out is probably the mask of packed rows. Models of 3 MB have different errors than large
-ones: an error of one per cent here may vanish there, and the reverse.
+What is missing from the predicted peaks is probably the mask of packed rows. Models of 3 MB have different errors than
+large ones: an error of one per cent here may vanish there, and vice versa.
 
 ## 3. Our own GPU runs
 

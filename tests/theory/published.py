@@ -28,8 +28,8 @@ class Published:
         workload, cluster, layout: the same as the planner takes it.
         speed: tokens per second and GPU.
         memory: bytes, as the source measures them.
-        not_modelled: what of the run is outside the time model, so that its time is shown and not judged.
-        why: what is known of a miss.
+        not_modelled: features of the run outside the time model, so that its time is shown but not judged.
+        why: known reasons for a miss.
     """
 
     source: str
@@ -194,11 +194,11 @@ ROWS += [
     _falcon(
         "Falcon 7B, the same, all offloaded", 13.70, "all",
         why="offload added 10.8 s to a step of 2.86 s; the model says 2.1 s, and that hardly depends on the assumed "
-        "settings. Parameters alone added 3.2 s in the same table, where the model has 0.1 s of copies, "
-        "gradients and Adam the other 7.7 s. Unknown are the processor, whether host memory was pinned (DeepSpeed's "
-        "pull request 5301 later made the update's copies on 8 GPUs 4 to 5 times faster by pinning them), and which "
-        "Adam ran: PyTorch's, which DeepSpeed's tutorial calls 5 to 7 times slower than its own, would take 9 to "
-        "12 s of it. Nothing of this was put into the model",
+        "settings. In the same table, offloading only the parameters added 3.2 s, where the model has 0.1 s of "
+        "copies; gradients and Adam added the other 7.7 s. Unknown are the processor, whether host memory was "
+        "pinned (DeepSpeed's pull request 5301 later made the update's copies on 8 GPUs 4 to 5 times faster by "
+        "pinning them), and which Adam ran: PyTorch's, which DeepSpeed's tutorial calls 5 to 7 times slower than "
+        "its own, would take 9 to 12 s of it. None of this went into the model",
     ),
 ]  # fmt: skip
 
@@ -210,7 +210,7 @@ OUTSIDE = (
     ),
     (
         "torchtitan, table 4 and 5, AsyncTP",
-        "overlaps tensor-parallel traffic with computing, which the time model does not.",
+        "overlaps tensor-parallel traffic with compute, which the time model does not.",
     ),
 )
 """Published runs that are not compared, with the reason."""

@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
-    from tests.unit.checkpoint.runs import make_model  # most tests do without what this imports
+    from tests.unit.checkpoint.runs import make_model  # most tests do not need what this imports
 
     return make_model(tmp_path_factory.mktemp("models"))
 

@@ -112,7 +112,7 @@ def compare(without: str | Path, with_: str | Path, *, storage: str | Path = "ru
         in_second = {row.name for row in second.rows}
         names = [row.name for row in first.rows if row.name in in_second]
         if not names:
-            raise ConfigError(f"{without} and {with_} have no row of the same name. Write MATRIX/ROW twice.")
+            raise ConfigError(f"{without} and {with_} have no row of the same name. Write MATRIX/ROW for each.")
         found = [each for name in names for each in _differences(name, _done(first[name]), _done(second[name]))]
         return Comparison(f"{without} (without) and {with_} (with)", tuple(found))
     raise ConfigError(f"{without} and {with_}: one is a row, the other a matrix. Write two rows, or two matrices.")
@@ -128,7 +128,7 @@ def _find(name: str | Path, storage: Path) -> RowRecord | Matrix:
                 return _done(_row(Matrix.read(matrix), path.name))
     raise ConfigError(
         f"There is no matrix {str(name)!r}, here or in {storage}. Write MATRIX/ROW or MATRIX, as named by bench, and "
-        "--storage if they are elsewhere."
+        "--storage if it is elsewhere."
     )
 
 

@@ -57,8 +57,8 @@ def model_states(rows: Sequence[RowRecord]) -> Figure | None:
         f"{sum(each['measured'].values()) / MIB:.2f} MiB."
         for name, each in found.items()
     )
-    to = f"to {max(errors):.2g} %" if max(errors) >= 0.01 else "to 0.01 %"
-    title = f"Model states are what arithmetic says, {to}"
+    to = f"to within {max(errors):.2g} %" if max(errors) >= 0.01 else "to within 0.01 %"
+    title = f"Model states match the arithmetic {to}"
     return figures.grouped_memory(found, title=title, alt=alt)
 
 

@@ -1,4 +1,4 @@
-"""Matrix of runs: run and measure one row after the other, save after each, and continue where it stopped."""
+"""Matrix of runs: run and measure one row after another, save after each, and continue where it stopped."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ class Progress(Protocol):
     """Receiver of a matrix's progress."""
 
     def plan(self, rows: Sequence[str]) -> None:
-        """Take the names of the rows that are left to run."""
+        """Receive the names of the rows that are left to run."""
 
     def begin(self, row: str, config: Config) -> None:
-        """Note that a row starts."""
+        """Note that a row has started."""
 
     def on_rows(self, rows: list[dict[str, Any]]) -> None:
-        """Take new rows of ``metrics.jsonl`` from the current row's run."""
+        """Receive new rows of ``metrics.jsonl`` from the current row's run."""
 
     def end(self, record: RowRecord) -> None:
         """Note that the row has ended."""
 
     def close(self) -> None:
-        """Note that no row follows."""
+        """Note that no more rows follow."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def run_matrix(
                 shown.end(record)
             except KeyboardInterrupt:
                 if running:
-                    why = "interrupted: the same command runs it"
+                    why = "interrupted: run the same command again to run it"
                     matrix = matrix.with_row(RowRecord(name, STOPPED, why, settings=matrix[name].settings))
                     matrix.write()
                 raise Interrupted(_where_stopped(matrix, name), []) from None
@@ -309,7 +309,7 @@ def _where_stopped(matrix: Matrix, row: str) -> str:
 def _threads_of_a_rank(experiment: str, configs: Mapping[str, Config]) -> int | None:
     """Return the number of threads for each rank; None leaves that to the launcher.
 
-    The launcher divides the cores among a run's ranks. In a scaling matrix a rank stands for a device, so its share
+    The launcher divides the cores among a run's ranks. In a scaling matrix a rank represents a device, so its share
     must not shrink with more ranks: every rank gets the share that it has in the largest row.
     """
     if experiment not in IS_SCALING or any(config.run.device != "cpu" for config in configs.values()):

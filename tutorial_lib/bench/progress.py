@@ -38,26 +38,26 @@ class MatrixProgress:
         self._handle: Any = None
 
     def plan(self, rows: Sequence[str]) -> None:
-        """Take the names of the rows that are left to run."""
+        """Receive the names of the rows that are left to run."""
         self._rows = list(rows)
         if self._rewrites:
             self._beats = threading.Thread(target=self._beat, name="matrix-progress", daemon=True)
             self._beats.start()
 
     def begin(self, row: str, config: Config) -> None:
-        """Take the row that starts."""
+        """Note that a row has started."""
         self._row, self._step, self._num_steps = row, "starting processes", config.run.steps
         self._began = time.monotonic()
         if not self._rewrites:
             self._print(self.line())
 
     def on_rows(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Take new rows of the run's metrics."""
+        """Receive new rows of the run's metrics."""
         of_all = f" of {self._num_steps}" if self._num_steps else ""
         self._step = f"step {rows[-1]['step']}{of_all}"
 
     def end(self, record: RowRecord) -> None:
-        """Take the row that has ended."""
+        """Note that the row has ended."""
         self._seconds.append(time.monotonic() - (self._began or 0))
         self._began = None
         speed = f", {record.samples_per_second:.3g} samples/s" if record.samples_per_second else ""

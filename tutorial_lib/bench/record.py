@@ -50,7 +50,7 @@ class RowRecord:
     Attributes:
         name: name of the row.
         status: :data:`NOT_RUN`, :data:`DONE`, :data:`STOPPED`, or the kind of failure.
-        cause: reason why it is not done, in one line.
+        cause: why it is not done, in one line.
         error: the complete error.
         settings: settings in which rows of a matrix may differ; once it is done, with the values of its DeepSpeed file.
         wall_seconds: time from before its processes started until they had ended.
@@ -60,7 +60,7 @@ class RowRecord:
         tokens_per_second: tokens trained per second in typical steps, over all ranks.
         eval_samples_per_second: speed of the last evaluation.
         train_loss: loss of the last step.
-        eval_losses: evaluation losses, as often as ``evaluate_every`` says, otherwise only at the end.
+        eval_losses: evaluation losses, one each time ``evaluate_every`` asks for one, otherwise only at the end.
         steps_per_epoch: optimizer steps of one pass over the training rows.
         num_steps: optimizer steps of the run.
         num_parameters: number of parameters of the model.
@@ -199,7 +199,7 @@ def measure_row(name: str, run: Run, log: Path, *, wall_seconds: float) -> RowRe
         states=tuple(ModelStates(each["parameters"], each["gradients"], each["optimizer"]) for each in accounts),
         device_states=tuple(each["by_device"].get("cuda", 0) for each in accounts),
         predicted_states=predicted,
-        predicted_device_states=tuple(on_device(config, each) for each in predicted),
+        predicted_device_states=tuple(on_device(config.engine, each) for each in predicted),
         peak_bytes=max((sum(each["peak_bytes"].values()) for each in measured if each), default=None),
         predicted_peak_bytes=predict_step_peak(config),
         note="; ".join(filter(None, (note, _shared_cores(config)))) or None,
@@ -214,8 +214,8 @@ def _steady_steps(run: Run) -> tuple[Sequence[dict[str, Any]], str | None]:
     after_first = [row for row in run.rows if row["step"] > 1]
     steady = [row for row in after_first if row["step"] != measured]
     if steady or not after_first:
-        return steady, None if steady else "one step, which also allocates: no speed"
-    return after_first, f"speed of step {measured}, which was slowed by counting memory and traffic: run more steps"
+        return steady, None if steady else "a single step, which also allocates memory: no speed"
+    return after_first, f"speed of step {measured}, which counting memory and traffic slowed down: run more steps"
 
 
 def _shared_cores(config: Config) -> str | None:

@@ -48,7 +48,7 @@ def _memory_columns(label: str, of: Callable[[RowRecord], Memory | None]) -> lis
         return value
 
     def modes(memory: Memory) -> str:
-        return ", ".join(f"{mode / MIB:.0f}" for mode in memory.modes[:3]) or "none twice"
+        return ", ".join(f"{mode / MIB:.0f}" for mode in memory.modes[:3]) or "all differ"
 
     return [
         Column(f"{label} peak (MiB)", "memory", part(lambda m: m.peak / MIB), ",.0f"),
@@ -101,7 +101,7 @@ def build(experiment: str, rows: Sequence[RowRecord], about: str = "all", only: 
     if only:
         by_title = {column.title: column for column in shown}
         if unknown := [title for title in only if title not in by_title]:
-            raise ValueError(f"There is no column {unknown[0]!r}. Write titles of: {', '.join(by_title)}.")
+            raise ValueError(f"There is no column {unknown[0]!r}. Write some of: {', '.join(by_title)}.")
         shown = [by_title[title] for title in only]
     cells = tuple(tuple(_cell(row, column) for column in shown) for row in rows)
     numeric = tuple(column.title not in ("row", "status") for column in shown)

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tutorial_lib.checkpoint.directory import step_of
 from tutorial_lib.checkpoint.manifest import read_trainer_state
-from tutorial_lib.config import FREE_ON_RESUME, Config, ConfigError
+from tutorial_lib.config import FREE_ON_RESUME, Config, ConfigError, DataConfig, ModelConfig, RunConfig, settings
 from tutorial_lib.config.checks import NO_RESUME
 from tutorial_lib.models import load_tokenizer, load_trained_config
 from tutorial_lib.models.loading import resolve_model
@@ -26,17 +26,11 @@ from tutorial_lib.models.stored import locate_weights
 DataIdentity = Callable[[], dict[str, str]]
 """Function that returns the SHA-256 of each split's tokens (``train``, and ``eval`` if the run evaluates)."""
 
-_SHAPE = {
-    "torch": (),
-    "fsdp": ("sharding", "shard_size", "offload"),
-    "deepspeed": ("zero_stage", "offload", "deepspeed"),
-    "trainer": ("zero_stage", "offload", "deepspeed"),
-}
-
 
 def shape(flat: dict[str, Any]) -> dict[str, Any]:
     """Return the settings, by flat name, that decide which rank holds which part of a run's state, and its format."""
-    return {name: flat[name] for name in ("engine", "device", "dp", "tp", *_SHAPE[flat["engine"]])}
+    names = (name for name, setting in settings().items() if flat["engine"] in setting.shape_of)
+    return {name: flat[name] for name in ("engine", "device")} | {name: flat[name] for name in names}
 
 
 def check_continues(config: Config, found: Path, data: DataIdentity | None) -> None:
@@ -46,7 +40,7 @@ def check_continues(config: Config, found: Path, data: DataIdentity | None) -> N
         config: what to run.
         found: the checkpoint.
         data: returns the digests of the run's current data; only called if there is something to compare them with.
-            None if this start reads no data, or not on this machine: then the data is not compared.
+            None if this start reads no data, or not on this machine; then data is not compared.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -74,14 +68,14 @@ def check_same_run(trainer: dict[str, Any], config: Config, data: DataIdentity |
     Raises:
         ConfigError: names every setting that differs, with both values, or the content that changed.
     """
-    saved, before = trainer["config"], trainer.get("identity", {})  # format 1 kept no identity
+    saved, before = trainer["config"], trainer.get("identity", {})  # format 1 recorded no identity
     _check_is_resumable(saved, config)
     _check_shape(saved, config)
     moved = {flag for flag in ("model", "dataset") if saved[flag] != config.flat()[flag]}
-    model_changes = _model_changes(before, identity(config)) if before else []
+    model_changes = _model_changes(before, identity(config.model)) if before else []
 
     def data_changes() -> list[str]:
-        return _data_changes(before["data"], data(), config) if before.get("data") and data is not None else []
+        return _data_changes(before["data"], data(), config.data) if before.get("data") and data is not None else []
 
     known = {"model": bool(before.get("weights")), "dataset": bool(before.get("data"))}
     changes = {"model": model_changes, "dataset": data_changes() if "dataset" in moved else []}
@@ -90,15 +84,15 @@ def check_same_run(trainer: dict[str, Any], config: Config, data: DataIdentity |
     _check_data(data_changes(), config)
 
 
-def reads_data(config: Config, found: Path | None) -> bool:
+def reads_data(run: RunConfig, found: Path | None) -> bool:
     """Return whether this start of a run reads data: a reshape neither trains nor evaluates, so it needs none.
 
     Args:
-        config: what to run.
+        run: how long it trains, and whether it evaluates.
         found: the checkpoint to start from.
     """
-    stop, knows_length = config.run.stop_after, config.run.steps is not None
-    if found is None or config.run.evaluate or stop is None or step_of(found) < stop:
+    stop, knows_length = run.stop_after, run.steps is not None
+    if found is None or run.evaluate or stop is None or step_of(found) < stop:
         return True
     return not (knows_length or "num_steps" in read_trainer_state(found)["record"])
 
@@ -117,7 +111,7 @@ def _check_settings(saved: dict[str, Any], config: Config, may_differ: set[str],
     why = ""
     if {"steps", "epochs"} & set(differing):
         why = (
-            f"The {config.optimizer.schedule} schedule depends on the number of steps: with another one, every "
+            f"The {config.optimizer.schedule} schedule depends on the number of steps: with a different number, every "
             "learning rate so far would have been different. Only a run that began with schedule='constant' may get "
             "more steps. "
         )
@@ -161,7 +155,7 @@ def _export_advice(config: Config) -> str:
     )
 
 
-def identity(config: Config) -> dict[str, Any]:
+def identity(config: ModelConfig) -> dict[str, Any]:
     """Identify a run's model and tokenizer by their content rather than their names.
 
     Returns:
@@ -172,14 +166,14 @@ def identity(config: Config) -> dict[str, Any]:
     Raises:
         ConfigError: there is no such model.
     """
-    options = {"trust_remote_code": config.model.trust_remote_code}
-    model = load_trained_config(config.model.name, random_init=config.model.random_init, **options).to_diff_dict()
-    tokenizer = load_tokenizer(config.model.name, **options)
+    options = {"trust_remote_code": config.trust_remote_code}
+    model = load_trained_config(config.name, random_init=config.random_init, **options).to_diff_dict()
+    tokenizer = load_tokenizer(config.name, **options)
     return {
         "model": {name: value for name, value in json.loads(json.dumps(model)).items() if name not in _INCIDENTAL},
         "tokenizer": hashlib.sha256(_tokenizer_rules(tokenizer).encode()).hexdigest(),
         "vocabulary": len(tokenizer),
-        "weights": _sample_weights(resolve_model(config.model.name)),
+        "weights": _sample_weights(resolve_model(config.name)),
     }
 
 
@@ -232,9 +226,9 @@ def _model_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return changes
 
 
-def _data_changes(before: dict[str, str], now: dict[str, str], config: Config) -> list[str]:
+def _data_changes(before: dict[str, str], now: dict[str, str], config: DataConfig) -> list[str]:
     """Return the splits that both starts read, and whose tokens differ."""
-    splits = {"train": config.data.train_split, "eval": config.data.eval_split}
+    splits = {"train": config.train_split, "eval": config.eval_split}
     changed = [splits[use] for use in splits if use in before and use in now and before[use] != now[use]]
     return [f"split {split!r} has different tokens" for split in changed]
 
@@ -250,7 +244,7 @@ def _check_model(changes: list[str], config: Config) -> None:
 def _check_data(changes: list[str], config: Config) -> None:
     if changes:
         raise ConfigError(
-            f"Run {config.run.name!r} cannot resume with different data: of {config.data.name!r}, "
+            f"Run {config.run.name!r} cannot resume with different data: in {config.data.name!r}, "
             f"{' and '.join(changes)} than when the checkpoint was saved. Restore the old data, or give the new run "
             "another name. " + _export_advice(config)
         )

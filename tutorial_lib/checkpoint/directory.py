@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import secrets
@@ -19,9 +20,12 @@ from tutorial_lib.checkpoint.manifest import (
     damage_by_size,
     sync,
 )
+from tutorial_lib.config import ConfigError
 from tutorial_lib.mpu import Topology
 from tutorial_lib.mpu.collectives import broadcast_object
 from tutorial_lib.records import RunDirectory
+
+_LOG = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step-\d{8}")
 _PARTIAL, _DELETING = ".partial-", ".deleting-"
@@ -78,6 +82,26 @@ def newest_intact(run: RunDirectory, topology: Topology | None = None) -> tuple[
     # Only one rank lists: on a network file system, others may still see an older listing.
     found = broadcast_object(checkpoints(run)) if topology else checkpoints(run)
     return _newest(run, found, lambda path: damage(path, topology))
+
+
+def locate(source: Path) -> Path:
+    """Find a checkpoint by its own directory, or a run's newest intact one by the run's directory.
+
+    A warning names newer checkpoints that are damaged.
+
+    Raises:
+        CheckpointError: the run has checkpoints, but none is intact.
+        ConfigError: there is no checkpoint.
+    """
+    source = source.expanduser()
+    if (source / MANIFEST).is_file():
+        return source
+    found, left_out = newest_intact(RunDirectory(source))
+    for each in left_out:
+        _LOG.warning("left out %s: %s", each.checkpoint, each.why)
+    if found is None:
+        raise ConfigError(f"{source} is neither a checkpoint nor the directory of a run that has one.")
+    return found
 
 
 def _newest(
@@ -178,6 +202,6 @@ def _discard(doomed: Path) -> None:
 
 
 def finish_deletions() -> None:
-    """Wait until all deletions in the background have ended."""
+    """Wait until all background deletions have ended."""
     while _deletions:
         _deletions.pop().join()

@@ -10,14 +10,14 @@ import torch
 from tutorial_lib.checkpoint.compatibility import shape
 from tutorial_lib.checkpoint.formats import open_full
 from tutorial_lib.checkpoint.manifest import read_trainer_state
-from tutorial_lib.checkpoint.saver import Progress
+from tutorial_lib.checkpoint.saver import TrainingState
 from tutorial_lib.config import Config
 from tutorial_lib.models.fused_qkv import is_fused_by_part
 from tutorial_lib.mpu import Topology
 from tutorial_lib.mpu.random_states import restore_random_states
 
 
-def load(path: Path, engine: Any, config: Config, topology: Topology) -> Progress:
+def load(path: Path, engine: Any, config: Config, topology: Topology) -> TrainingState:
     """Restore the engine and this rank's random-number states from a verified checkpoint. Collective.
 
     A run may resume in a different shape: number of ranks, engine, ZeRO stage, sharding or offload. Then
@@ -41,7 +41,7 @@ def load(path: Path, engine: Any, config: Config, topology: Topology) -> Progres
         engine.load_full(open_full(path, verified=True))
     if reshaped_from is None:
         restore_random_states(own["random"], engine.device)
-    return Progress(
+    return TrainingState(
         trainer["step"], own["loader"], trainer["scheduler"], trainer["record"], reshaped_from=reshaped_from
     )
 

@@ -85,8 +85,8 @@ def _held(run: RunDirectory, name: str, seconds: float = 0) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise ConfigError(
-            f"Run {run.path.name!r} in {run.path.parent} is already running: {_holder(path)}. Wait for its end, stop "
-            "it, or give this run another name."
+            f"Run {run.path.name!r} in {run.path.parent} is already running: {_holder(path)}. Wait until it "
+            "ends, stop it, or give this run another name."
         ) from None
     except OSError as error:
         logging.getLogger(__name__).warning(

@@ -12,9 +12,9 @@ import numpy as np
 from tutorial_lib.checkpoint.directory import directory_of, finish_deletions
 from tutorial_lib.checkpoint.loader import load
 from tutorial_lib.checkpoint.retention import Pruner
-from tutorial_lib.checkpoint.saver import Progress, Save, save
+from tutorial_lib.checkpoint.saver import Save, TrainingState, save
 from tutorial_lib.checkpoint.start import Start, find_start, opened_for_training
-from tutorial_lib.checkpoint.writer import make_stager
+from tutorial_lib.checkpoint.writer import MakeWriter, Writer, make_stager
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.config.checks import check_warmup
 from tutorial_lib.models.side_files import load_side_files
@@ -50,6 +50,7 @@ class CheckpointManager:
             the manager does both, and holds the lock until :meth:`close`.
         evaluate: returns the evaluation loss for ``keep_best``, or None if there is no time for it. Collective.
         on_checkpoint: called when a checkpoint is complete.
+        make_writer: makes the writer of one save, of this rank's files.
 
     Attributes:
         start: where this start of the run begins.
@@ -74,10 +75,11 @@ class CheckpointManager:
         start: Start | None = None,
         evaluate: Callable[[], float | None] | None = None,
         on_checkpoint: OnCheckpoint | None = None,
+        make_writer: MakeWriter = Writer,
     ) -> None:
         self.config, self.engine, self.topology = config, engine, topology
         self.loader: Loader = loader
-        self.evaluate, self.on_checkpoint = evaluate, on_checkpoint
+        self.evaluate, self.on_checkpoint, self.make_writer = evaluate, on_checkpoint, make_writer
         self.run = RunDirectory(config.directory)
         if config.run.keep_best and evaluate is None:
             raise ConfigError(
@@ -109,17 +111,17 @@ class CheckpointManager:
         """
         if self.start.found is None:
             return 0
-        progress = load(self.start.found, self.engine, self.config, self.topology)
-        self.loader.load_state_dict(progress.loader)
-        self.engine.schedule.load_state_dict(progress.scheduler)
-        self.record, self.reshaped_from = progress.record, progress.reshaped_from
+        state = load(self.start.found, self.engine, self.config, self.topology)
+        self.loader.load_state_dict(state.loader)
+        self.engine.schedule.load_state_dict(state.scheduler)
+        self.record, self.reshaped_from = state.record, state.reshaped_from
         if self.reshaped_from:
             # The random states that were saved belong to ranks that no longer exist.
-            place = (self.config.run.seed, progress.step, self.topology.dp_rank)
+            place = (self.config.run.seed, state.step, self.topology.dp_rank)
             seed_everything(int(np.random.SeedSequence(place).generate_state(1)[0]))
-        self.saved_at = progress.step
+        self.saved_at = state.step
         self._pruner.mark_intact(self.start.found)
-        return progress.step
+        return state.step
 
     def is_due(self, step: int) -> bool:
         """Return whether ``checkpoint_every`` asks for a save after this step."""
@@ -158,11 +160,11 @@ class CheckpointManager:
         self.record["num_steps"] = self.loader.num_steps
         if self.config.run.keep_best and self.evaluate and (loss := self.evaluate()) is not None:
             self.record["eval_loss"] = loss
-        state = self.loader.state_at(step), self.engine.schedule.state_dict(), self.record
-        progress = Progress(step, *state, self.start.identity)
+        parts = self.loader.state_at(step), self.engine.schedule.state_dict(), self.record
+        state = TrainingState(step, *parts, self.start.identity)
         stager = self._stager if and_train_on else None
         side_files = self._side_files if self.topology.rank == 0 else None
-        begun = save(self.run, self.engine, self.config, self.topology, progress, side_files, stager)
+        begun = save(self.run, self.engine, self.config, self.topology, state, side_files, stager, self.make_writer)
         self._under_way = begun, row or {}
         if stager is None:
             self.finish()

@@ -95,9 +95,7 @@ def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
         _check_format(path, manifest["format"])
         files = {name: {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in manifest["files"].items()}
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} has no {MANIFEST}: it was not written to its end, or a file was removed."
-        ) from None
+        raise CheckpointError(f"{path} has no {MANIFEST}: the save did not finish, or a file was removed.") from None
     except OSError as error:
         raise _unreadable(path / MANIFEST, error) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -124,7 +122,7 @@ def damage_by_size(path: Path) -> CheckpointError | None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or a directory's entries, are on the disk itself."""
+    """Wait until a file's content, or a directory's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -12,7 +12,7 @@ from typing import Any
 from tutorial_lib.checkpoint.directory import checkpoints, step_of
 from tutorial_lib.checkpoint.formats import rank_and_contents
 from tutorial_lib.checkpoint.manifest import MANIFEST, CheckpointError, file_damage, read_manifest, read_trainer_state
-from tutorial_lib.config import ConfigError
+from tutorial_lib.config import ConfigError, settings
 from tutorial_lib.records import RunDirectory
 
 _SHOWN = (
@@ -20,8 +20,7 @@ _SHOWN = (
     "precision",
 )  # fmt: skip
 _OF_ENGINE = {"zero_stage": "deepspeed", "sharding": "fsdp", "deepspeed": "trainer", "shard_at_load": "trainer"}
-
-_PATHS = ("model", "dataset", "deepspeed")
+"""Settings that are shown for one engine only."""
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -72,11 +71,11 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
     present = {str(p.relative_to(path)): p.stat().st_size for p in found_files}
     damaged = {name: found for name, entry in sorted(listed.items()) if (found := file_damage(path / name, entry))}
     damage += map(str, damaged.values())
-    settings = trainer.get("config", {})
+    saved = trainer.get("config", {})
     files = [
         {
             "file": name,
-            **_contents(name, settings),
+            **_contents(name, saved),
             "bytes": present.get(name, 0),
             "state": _state(name in present, name in listed, name in damaged),
         }
@@ -93,7 +92,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
         "format": trainer.get("format"),
         "written": trainer.get("written"),
         "versions": trainer.get("versions"),
-        "settings": _shown(settings),
+        "settings": _shown(saved),
         "eval_loss": trainer.get("record", {}).get("eval_loss"),
         "intact": not damage,
         "damage": damage,
@@ -104,13 +103,14 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
     }
 
 
-def _shown(settings: dict[str, Any]) -> dict[str, Any]:
+def _shown(saved: dict[str, Any]) -> dict[str, Any]:
     """Return the main settings of the run that wrote it. Paths are cut to their last part, for privacy."""
-    named = {name: settings[name] for name in _SHOWN if name in settings}
+    is_path = {name: setting.is_path for name, setting in settings().items()}
+    named = {name: saved[name] for name in _SHOWN if name in saved}
     return {
-        name: Path(value).name if name in _PATHS and value and Path(value).is_absolute() else value
+        name: Path(value).name if is_path[name] and value and Path(value).is_absolute() else value
         for name, value in named.items()
-        if _OF_ENGINE.get(name, settings["engine"]) == settings["engine"]
+        if _OF_ENGINE.get(name, saved["engine"]) == saved["engine"]
     }
 
 
@@ -122,11 +122,11 @@ def _state(present: bool, listed: bool, damaged: bool) -> str:
     return "damaged" if damaged else "intact"
 
 
-def _contents(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+def _contents(name: str, saved: dict[str, Any]) -> dict[str, Any]:
     """Return the rank that wrote a file, and the file's contents, judging by its name."""
     if found := re.fullmatch(r"rank-(\d+)\.pt", name):
         rank, what = int(found[1]), "random states and data position"
-    elif found_by_format := rank_and_contents(name, settings.get("tp", 1), settings.get("zero_stage", 0)):
+    elif found_by_format := rank_and_contents(name, saved.get("tp", 1), saved.get("zero_stage", 0)):
         rank, what = found_by_format
     else:
         rank, what = 0, "model configuration and tokenizer" if name.startswith("model/") else "record"
@@ -137,7 +137,7 @@ def table(report: dict[str, Any]) -> str:
     """Format a report as text."""
     if "checkpoints" in report:
         return _run_table(report)
-    written, settings = report["written"] or {}, report["settings"]
+    written, saved = report["written"] or {}, report["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in (report["versions"] or {}).items())
     head = {
         "checkpoint": report["checkpoint"],
@@ -145,7 +145,7 @@ def table(report: dict[str, Any]) -> str:
         "intact": "yes, every byte is as it was written" if report["intact"] else "NO",
         "written": f"{written['time']} on {written['host']}" if written else "unknown",
         "by": versions or "unknown",
-        "settings": ", ".join(f"{name}={value}" for name, value in settings.items()),
+        "settings": ", ".join(f"{name}={value}" for name, value in saved.items()),
         "evaluation loss": "not evaluated" if report["eval_loss"] is None else f"{report['eval_loss']:.4f}",
         "bytes": f"{report['bytes']:,}",
         **{f"  {what}": f"{size:,}" for what, size in report["parts"].items()},

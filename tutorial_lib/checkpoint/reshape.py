@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,34 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from tutorial_lib.checkpoint.compatibility import check_same_run
-from tutorial_lib.checkpoint.directory import directory_of, newest_intact
-from tutorial_lib.checkpoint.manifest import MANIFEST, read_trainer_state
+from tutorial_lib.checkpoint.directory import directory_of
+from tutorial_lib.checkpoint.manifest import read_trainer_state
 from tutorial_lib.config import ENGINES, OF_ONE_START, Config, ConfigError, settings
 from tutorial_lib.records import RunDirectory, write_atomically
 
-_LOG = logging.getLogger(__name__)
-
 _ENGINE_SPECIFIC = tuple(name for name, setting in settings().items() if {*ENGINES} - {"trainer"} - {*setting.engines})
-
-
-def checkpoint_of(source: Path) -> Path:
-    """Find a checkpoint by its own directory, or a run's newest intact one by the run's directory.
-
-    A warning names newer checkpoints that are damaged.
-
-    Raises:
-        CheckpointError: the run has checkpoints, but none is intact.
-        ConfigError: there is no checkpoint.
-    """
-    source = source.expanduser()
-    if (source / MANIFEST).is_file():
-        return source
-    found, left_out = newest_intact(RunDirectory(source))
-    for each in left_out:
-        _LOG.warning("left out %s: %s", each.checkpoint, each.why)
-    if found is None:
-        raise ConfigError(f"{source} is neither a checkpoint nor the directory of a run that has one.")
-    return found
 
 
 def reshaped_config(source: Path, flat: dict[str, Any]) -> Config:
@@ -87,7 +64,9 @@ def reshaped_config(source: Path, flat: dict[str, Any]) -> Config:
     run = _run_of(source)
     base |= {"storage": str((run or source).parent), "evaluate": saved["evaluate"]}
     config = Config.from_json(json.dumps(base | given)).override(**given)
-    check_same_run(trainer, config, None)
+    # An error names the old run, from which its weights can be exported.
+    old = {"storage": str(run.parent), "name": run.name} if run else {}
+    check_same_run(trainer, config.replaced(**old), None)
     if config.directory.exists() and any(config.directory.iterdir()):
         raise ConfigError(f"There is already a run {config.directory}. Give the new run another name.")
     return config

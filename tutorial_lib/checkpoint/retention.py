@@ -42,7 +42,7 @@ class Pruner:
 
         Args:
             newest: the run's current checkpoint. Those of later steps were saved before the run went back to an earlier
-                one: they neither count nor are deleted.
+                one: they are neither counted nor deleted.
         """
         if self.settings.keep_last is None:
             return []

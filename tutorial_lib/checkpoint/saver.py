@@ -21,7 +21,7 @@ from tutorial_lib.checkpoint.directory import (
     publish,
 )
 from tutorial_lib.checkpoint.manifest import FORMAT, MANIFEST, CheckpointError, digest, sync, wrong_size
-from tutorial_lib.checkpoint.writer import Writer
+from tutorial_lib.checkpoint.writer import MakeWriter, Writer
 from tutorial_lib.config import Config
 from tutorial_lib.models.side_files import SideFiles
 from tutorial_lib.mpu import Topology
@@ -31,8 +31,8 @@ from tutorial_lib.records import RunDirectory, write_atomically
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """Progress of a run: everything that a resume needs besides the engine's own state.
+class TrainingState:
+    """State of a run besides the engine's own: everything else that a resume needs.
 
     Attributes:
         step: optimizer steps done.
@@ -56,9 +56,10 @@ def save(
     engine: Any,
     config: Config,
     topology: Topology,
-    progress: Progress,
+    state: TrainingState,
     side_files: SideFiles | None,
     stager: DefaultStager | None = None,
+    make_writer: MakeWriter = Writer,
 ) -> Save:
     """Start writing a checkpoint; :meth:`Save.finish` makes it visible. Collective.
 
@@ -67,33 +68,34 @@ def save(
         engine: anything with ``save(directory, writer)`` and ``module``.
         config: settings of the run, saved so that a resume can compare them.
         topology: this rank's place in the grid.
-        progress: step, data position, schedule.
+        state: step, data position, schedule.
         side_files: saved along with the model's configuration, for exports; rank 0 has them.
         stager: from :func:`make_stager`. Training may then continue as soon as this returns, because the files are
             written from a snapshot. Without a stager, all files are written when this returns.
+        make_writer: makes the writer of this rank's files.
     """
     began = time.perf_counter()
-    final = directory_of(run, progress.step)
+    final = directory_of(run, state.step)
     partial = partial_of(final)
     if topology.rank == 0:
         finish_deletions()  # this save may need their space
         partial.mkdir(parents=True)
     partial = broadcast_object(partial)  # rank 0's directory, which exists before the others learn its name
-    writer = Writer(partial, stager)
+    writer = make_writer(partial, stager)
     engine.save(partial / "engine", writer)
-    own = {"loader": progress.loader, "random": capture_random_states(engine.device)}
+    own = {"loader": state.loader, "random": capture_random_states(engine.device)}
     writer.save(own, partial / f"rank-{topology.rank:03d}.pt")
     if topology.rank == 0:
         assert side_files is not None
         trainer = {
             "format": FORMAT,
-            "step": progress.step,
-            "scheduler": progress.scheduler,
-            "record": progress.record,
+            "step": state.step,
+            "scheduler": state.scheduler,
+            "record": state.record,
             # A checkpoint does not record its own location: its run may be moved.
             "config": {name: value for name, value in config.flat().items() if name != "storage"},
             "world_size": topology.world_size,
-            "identity": progress.identity,
+            "identity": state.identity,
             "written": {"host": socket.gethostname(), "time": datetime.now(UTC).isoformat(timespec="seconds")},
             "versions": {
                 "python": platform.python_version(),
@@ -102,7 +104,7 @@ def save(
         }
         text = json.dumps(trainer, indent=2)
         writer.submit(_describe, writer, partial, text, engine.module.config, side_files)
-    return Save(progress.step, partial, final, topology, writer, time.perf_counter() - began)
+    return Save(state.step, partial, final, topology, writer, time.perf_counter() - began)
 
 
 def _describe(writer: Writer, partial: Path, trainer: str, config: Any, side_files: SideFiles) -> None:

@@ -60,7 +60,7 @@ def find_start(config: Config, topology: Topology, data: DataIdentity) -> Start:
     if topology.rank == 0:
         clear_remains(run)
     found, left_out = newest_intact(run, topology)
-    needs_data = reads_data(config, found)
+    needs_data = reads_data(config.run, found)
     digests = functools.cache(data) if needs_data else None
     if found:
         check_continues(config, found, digests)
@@ -69,7 +69,7 @@ def find_start(config: Config, topology: Topology, data: DataIdentity) -> Start:
         for each in left_out:
             _LOG.warning("Not resumed from %s: %s Resuming from %s.", each.checkpoint, each.why, found)
         known = read_trainer_state(found).get("identity", {}).get("data", {}) if found else {}
-        own = identity(config) | {"data": known | (digests() if digests else {})}
+        own = identity(config.model) | {"data": known | (digests() if digests else {})}
     return Start(found, left_out, needs_data, own)
 
 

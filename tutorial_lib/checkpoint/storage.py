@@ -45,9 +45,9 @@ def storage_failure(run: RunDirectory, error: BaseException) -> CheckpointError 
     if isinstance(error, OSError) and error.errno in _FULL_OR_CLOSED:
         # An error elsewhere, such as in a data set or a cache, has nothing to do with the run's storage.
         is_here = _is_under(error.filename, run.path)
-        reason = f"{error.strerror}: {error.filename}" if is_here else _write_failure(run.path)
+        reason = f"{error.strerror}: {error.filename}" if is_here else write_failure(run.path)
     elif isinstance(error, RuntimeError) and any(sign in str(error) for sign in _TORCH_COULD_NOT_WRITE):
-        reason = _write_failure(run.path) or str(error).splitlines()[0]
+        reason = write_failure(run.path) or str(error).splitlines()[0]
     else:
         reason = None
     if reason is None:
@@ -67,7 +67,7 @@ def _is_under(name: Any, directory: Path) -> bool:
     return Path(os.fsdecode(name)).resolve().is_relative_to(directory.resolve())
 
 
-def _write_failure(directory: Path) -> str | None:
+def write_failure(directory: Path) -> str | None:
     """Return why a small file cannot be written there right now, or None if it can."""
     probe = directory / f".write-test-{os.getpid()}"
     try:

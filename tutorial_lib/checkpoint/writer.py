@@ -117,6 +117,10 @@ class Writer:
             self._thread.shutdown(wait=True, cancel_futures=True)
 
 
+MakeWriter = Callable[[Path, DefaultStager | None], Writer]
+"""Makes a writer from a checkpoint's directory and the stager, if there is one."""
+
+
 class _HashingFileSystem(FileSystem):
     """File system for torch's writers that opens every file as a :class:`_HashedFile`."""
 
@@ -136,7 +140,7 @@ class _HashingFileSystem(FileSystem):
             try:
                 yield hashed
                 stream.flush()
-                # Otherwise a power cut could leave a checkpoint with its final name, but without its content.
+                # Otherwise a power failure could leave a checkpoint with its final name, but without its content.
                 os.fsync(stream.fileno())
             except Exception as error:
                 # If the disk is full, torch.save reports "unexpected pos".

@@ -9,6 +9,7 @@ failed row.
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -22,7 +23,7 @@ __all__ = ["BAD_CONFIGURATION", "DONE", "FAILED", "STOPPED", "main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command, and return its exit code."""
-    options = _parser().parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     try:
         return int(options.command(options))
     except ConfigError as error:
@@ -68,27 +69,38 @@ class _Parser(argparse.ArgumentParser):
             self.register("action", name, _Once)
         self.register("action", argparse.BooleanOptionalAction, _OnceOrNo)
 
+    def parse_known_args(self, *given: Any, **options: Any) -> Any:
+        """Refuse an unknown option in its command's own parser, which knows the options that it may have been."""
+        found, unknown = super().parse_known_args(*given, **options)
+        if unknown:
+            flags = [each.partition("=")[0] for each in unknown if each.startswith("--")]
+            near = [difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.8) for flag in flags]
+            hint = ", ".join(name for names in near for name in names)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f" (did you mean {hint}?)" if hint else ""))
+        return found, unknown
+
     def error(self, message: str) -> NoReturn:
         self.exit(BAD_CONFIGURATION, f"error: {message}. See {self.prog} --help.\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; its result's ``command`` runs the chosen one."""
     parser = _Parser(prog="python -m tutorial_lib", description="Train on many devices, and measure it.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     pages = {
         "doctor": (
             _add_doctor_arguments,
             _doctor,
-            "what this machine can run, and why a profile will or will not work",
+            "show what this machine can run, and why a profile will or will not work",
         ),
         "train": (train.add_arguments, train.main, "run or continue a training run"),
-        "bench": (bench.add_arguments, bench.main, "the same training in several ways, side by side in a table"),
+        "bench": (bench.add_arguments, bench.main, "run the same training in several ways, and compare them"),
         "slurm": (slurm.add_arguments, slurm.main, "write the SLURM batch script of a run, or submit and follow it"),
         "ray": (ray.add_arguments, ray.main, "write the cluster.yaml or RayJob that starts a Ray cluster for a run"),
         "plan": (
             plan.add_arguments,
             plan.main,
-            "which dp x tp, ZeRO stage and offload fit given GPUs, fastest first",
+            "list the dp x tp, ZeRO stages and offload that fit given GPUs, fastest first",
         ),
         "reshape": (
             checkpoints.add_reshape_arguments,
@@ -109,14 +121,14 @@ def _parser() -> argparse.ArgumentParser:
     for name, (add_arguments, command, help) in pages.items():
         page = commands.add_parser(name, help=help)
         add_arguments(page)
-        page.add_argument("--json", action="store_true", help="print JSON for machines")
+        page.add_argument("--json", action="store_true", help="print JSON instead of text")
         page.set_defaults(command=command)
     return parser
 
 
 def _add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--rendezvous", metavar="HOST:PORT", help="only check that processes can meet there, as torchrun's do"
+        "--rendezvous", metavar="HOST:PORT", help="only check that torchrun's processes can meet at this address"
     )
 
 

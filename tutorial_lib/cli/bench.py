@@ -25,7 +25,7 @@ _ROWS_HELP = (
     "run only these rows: names from the matrix, dp-N, or the workshop, such as 2ZO-1G1N (stage 2, offload, 1 GPU, "
     "1 node)"
 )
-_INTERVAL_HELP = "between readings of the memory of all processes and GPUs (default: 0.5)"
+_INTERVAL_HELP = "time between readings of the memory of all processes and GPUs (default: 0.5)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         train.add_arguments(page)
         _add_json(page)
         page.set_defaults(part=_run, experiment=name)
-    page = commands.add_parser("compare", help="memory and runtime of two rows, or of two matrices row by row")
+    page = commands.add_parser("compare", help="compare memory and runtime of two rows, or of two matrices row by row")
     page.add_argument("without", help="MATRIX/ROW, MATRIX, or a directory of either")
     page.add_argument("with_", metavar="with", help="the row or matrix to compare with it")
     page.add_argument("--storage", default="runs", help="directory of the matrices (default: runs)")
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_json(page: argparse.ArgumentParser) -> None:
-    page.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON for machines")
+    page.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON instead of text")
 
 
 def main(options: argparse.Namespace) -> int:

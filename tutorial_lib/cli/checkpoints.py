@@ -14,7 +14,7 @@ from tutorial_lib.config import FREE_ON_RESUME, OF_ONE_START, settings
 def add_reshape_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the source and the settings that a reshape may change."""
     parser.description = (
-        "Create a run NAME with SOURCE's checkpoint, rewritten by a different set of ranks. Settings that are not "
+        "Create a run NAME from SOURCE's checkpoint, rewritten by a different set of ranks. Settings that are not "
         "given are taken from SOURCE. No step is trained, and SOURCE does not change. To continue training in a "
         "different shape you need no reshape: run train with the same name and the new shape."
     )
@@ -25,11 +25,11 @@ def add_reshape_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the source, the target and the largest size of a file."""
+    """Add the source, the target and the maximum size of a file."""
     parser.add_argument("source", type=Path, help="a run's directory (its newest checkpoint), or one checkpoint")
     parser.add_argument("target", type=Path, help="a new directory")
     parser.add_argument(
-        "--max-shard-size", default="50GB", metavar="SIZE", help="largest file of weights (default: 50GB)"
+        "--max-shard-size", default="50GB", metavar="SIZE", help="maximum size of a weight file (default: 50GB)"
     )
 
 
@@ -58,10 +58,9 @@ def reshape(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace) -> int:
     from tutorial_lib import checkpoint
-    from tutorial_lib.checkpoint.reshape import checkpoint_of
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the CPU merges shards; otherwise DeepSpeed warns of a missing GPU
-    source = checkpoint_of(options.source)
+    source = checkpoint.locate(options.source)
     with reserve_stdout_for_json(options.json):
         target = checkpoint.export(source, options.target, options.max_shard_size)
     print(json.dumps({"checkpoint": str(source), "export": str(target)}) if options.json else f"{source} -> {target}")

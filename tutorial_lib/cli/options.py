@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 from tutorial_lib.config import ConfigError, Setting, settings
@@ -44,7 +45,7 @@ def add_setting(
 
 
 def _number_parser(kind: type, meaning: str) -> Callable[[str], Any]:
-    """Return a parser of numbers whose error message explains the argument."""
+    """Return a function that parses a number, with an error message that explains the argument."""
 
     def read(text: str) -> Any:
         try:
@@ -54,6 +55,11 @@ def _number_parser(kind: type, meaning: str) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted} ({meaning})") from None
 
     return read
+
+
+def path_of(text: str) -> Path:
+    """Return a path as an argument gives it; a shell does not replace the ``~`` in ``--output=~/file``."""
+    return Path(text).expanduser()
 
 
 def add_model_config(parser: argparse.ArgumentParser) -> None:

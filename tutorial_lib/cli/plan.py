@@ -1,7 +1,7 @@
 """Command ``plan``: the layouts that fit given devices, fastest first, and why the others are worse.
 
-The arithmetic is in :mod:`tutorial_lib.theory`. This module has the command's arguments and its two forms: a plan, and
-(``--check RUN``) the prediction for a run that was measured. It imports neither torch nor transformers, unless
+The arithmetic is in :mod:`tutorial_lib.theory`. This module has the command's arguments and its two forms: a plan, or
+(``--check RUN``) a comparison with a run that was measured. It imports neither torch nor transformers, unless
 ``--model`` names a model that is not public.
 """
 
@@ -14,7 +14,7 @@ import math
 from typing import Any
 
 from tutorial_lib.cli import plan_check, plan_commands, plan_text
-from tutorial_lib.cli.options import add_model_config, model_of
+from tutorial_lib.cli.options import add_model_config, model_of, path_of
 from tutorial_lib.cli.plan_models import SEQ_LENGTH, find_model
 from tutorial_lib.cli.plan_text import Answer
 from tutorial_lib.config import ConfigError
@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag, type=kind, help=help, default=default, metavar=flag.rpartition("-")[2].upper())
 
     parser.description = (
-        "Every dp x tp x sharding x offload on given GPUs, each with its best micro-batch and recomputing: memory, "
-        "traffic, speed. " + plan_text.LEFT_OUT
+        "Memory, traffic and speed of every dp x tp x sharding x offload on given GPUs, each with its best "
+        "micro-batch and activation checkpointing. " + plan_text.LEFT_OUT
     )
     parser.add_argument("--model", help="llama-3-70b or another public model, a hub name, directory or embedded/...")
     add_model_config(parser)
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     number("--gpu-memory", float, "memory of one device in GB")
     number("--seq-length", int, f"tokens per sequence (default: {SEQ_LENGTH}, or a model's learned positions)")
-    number("--micro-batch", int, "sequences per forward pass and data-parallel rank (default: chosen)")
+    number("--micro-batch", int, "sequences per forward pass and data-parallel rank (default: the planner chooses)")
     number("--global-batch", int, "sequences per optimizer step (default: one micro-batch per rank)")
     parser.add_argument("--precision", help=f"{', '.join(PRECISIONS)} (default: bf16; fp16 where a GPU has no bf16)")
     parser.add_argument("--engine", default="deepspeed", help=f"{', '.join(ENGINES)} (default: deepspeed)")
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--activation-checkpointing", nargs="?", const="full", choices=CHECKPOINTING,
-        help="how much backward recomputes; alone it means full (default: chosen)",
+        help="how much backward recomputes; without a value, full (default: the planner chooses)",
     )  # fmt: skip
     number("--lora", int, "train only adapters of this rank", 0)
     number("--base-bits", int, "with --lora: bits per frozen weight: 16 (default), 8 or 4 (QLoRA)")
@@ -80,20 +80,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     number("--loss-chunks", int, "number of chunks in which output layer and loss are computed (default: 1)", 1)
     parser.add_argument(
         "--only-here", action="store_true",
-        help="leave out layouts that this course's engines lack: cp, pp, sequence parallelism, selective recomputing",
+        help="leave out layouts that this course's engines lack: cp, pp, sequence parallelism, selective recomputation",
     )  # fmt: skip
     number("--bucket-size", int, "elements of DeepSpeed's buckets (default: 500000000, DeepSpeed's own)", 500_000_000)
     number("--gpus-per-node", int, f"devices of a node, which tp stays within (default: {preset.gpus_per_node})")
     number("--host-memory", float, "memory of a node in GB, for offload (default: 1000)", 1000.0)
     number("--gpu-tflops", float, "peak of one device in the run's precision (default: the preset's, or an A100's)")
-    number("--efficiency", float, "share of the peak that all computing reaches, HFU (default: the preset's)")
-    number("--bandwidth-within", float, "GB/s a device sends within its node (default: the preset's)")
-    number("--bandwidth-between", float, "GB/s, a device's share of its node's network (default: the preset's)")
+    number("--efficiency", float, "share of the peak that training reaches, HFU (default: the preset's)")
+    number("--bandwidth-within", float, "GB/s that a device sends within its node (default: the preset's)")
+    number("--bandwidth-between", float, "GB/s of a device's share of its node's network (default: the preset's)")
     number("--bandwidth-host", float, "GB/s between a device and its host (default: the preset's)")
-    number("--host-adam", float, "1e9 parameters/s that a node's Adam updates (default: 4, an assumption)", 4.0)
-    number("--overlap", float, "share of dp traffic that computing can hide (default: 0.8, an assumption)", 0.8)
+    number("--host-adam", float, "1e9 parameters/s that Adam updates on a node's CPUs (default: 4, an assumption)", 4.0)
+    number("--overlap", float, "share of dp traffic that compute can hide (default: 0.8, an assumption)", 0.8)
     number("--headroom", float, "share of device memory to keep free (default: 0.1, an assumption)", 0.1)
-    number("--rows", int, f"rows of the table that fit (default: {plan_text.ROWS})", plan_text.ROWS)
+    number("--rows", int, f"table rows for layouts that fit (default: {plan_text.ROWS})", plan_text.ROWS)
     parser.add_argument(
         "--check", metavar="RUN", help="compare with the memory and traffic of a run of `train --measure`"
     )
@@ -122,6 +122,7 @@ def _answer(options: argparse.Namespace) -> Answer:
     model = model_of(options)
     if model is not None:
         check_path("model", model)
+        model = str(path_of(model)) if model.startswith("~") else model
     found = find_model(model, options.model_size, given, options.seq_length)
     try:
         cluster, precision, plausible = _cluster(options)
@@ -181,7 +182,7 @@ def _parse_size(text: str) -> float:
 
 
 def _cluster(options: argparse.Namespace) -> tuple[Cluster, str, tuple[str, ...]]:
-    """Return the devices, the precision, and the names of the devices' values that are only plausible."""
+    """Return the devices, the precision, and the names of their values that were not measured, only plausible."""
     if options.gpus is None:
         raise ConfigError("Write --gpus NUMBER: how many devices there are.")
     if options.gpu is None and options.gpu_memory is None:

@@ -1,6 +1,6 @@
 """Command ``plan --check RUN``: predictions for a run next to the measurements of ``train --measure``.
 
-The run's records have its settings (``config.json``) and the measurements of one step (``result.json``). This compares
+The run's records hold its settings (``config.json``) and the measurements of one step (``result.json``). This compares
 the bytes of model states, the peak of the step's allocations beyond existing states, and the bytes on the wire. Time
 is only compared if a GPU preset says how fast the devices are; there is none for a shared CPU.
 """
@@ -62,7 +62,7 @@ def report(run: str, *, gpu: str | None = None, as_json: bool = False) -> str:
     lines.append(f"{'':34}{'predicted':>16}{'measured':>16}{'error':>9}")
     lines += [f"{row.quantity:34}{row.predicted:>16,.4g}{row.measured:>16,.4g}{row.error:>+9.1%}" for row in rows]
     if config.data.batching == "longest":
-        lines.append(f"Rows are padded to the longest of a batch: {config.data.seq_length} tokens are an upper bound.")
+        lines.append(f"Rows are padded to the longest in a batch: {config.data.seq_length} tokens are an upper bound.")
     return "\n".join(lines)
 
 

@@ -50,14 +50,14 @@ def find_model(
         seq_length: tokens per sequence, if given; a public model with fewer positions is not used for a size.
 
     Raises:
-        ConfigError: neither or both of name and size are given, or they do not make a model.
+        ConfigError: neither or both of name and size are given, or no model has these dimensions.
     """
     if (name is None) == (size is None):
         raise ConfigError("Write either --model NAME or --model-size PARAMETERS, such as --model-size 7e9.")
     stated = [flag for flag, value in given.items() if value is not None]
     if name is not None:
         if stated:
-            raise ConfigError(f"--{stated[0]} goes with --model-size; the dimensions of {name} are its own.")
+            raise ConfigError(f"--{stated[0]} goes with --model-size; {name} has its own dimensions.")
         if name in MODELS:
             return _public(name, name)
         return _from_hugging_face(name)
@@ -69,7 +69,7 @@ def find_model(
         dimensions = derive(size, **given)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    source = "as given" if len(stated) == len(given) else "assumed, after GPT-3's and LLaMA's sizes"
+    source = "as given" if len(stated) == len(given) else "assumed, following GPT-3's and LLaMA's sizes"
     return Found(dimensions, int(size), source, "MODEL")
 
 

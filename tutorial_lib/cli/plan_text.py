@@ -15,7 +15,7 @@ ROWS = 12
 """Number of table rows for layouts that fit; layouts that do not fit get half as many."""
 
 LEFT_OUT = (
-    "Left out: fragmentation, CUDA's and NCCL's own memory (--headroom stands for them), latency of collectives and of "
+    "Left out: fragmentation, CUDA's and NCCL's own memory (--headroom covers them), latency of collectives and of "
     "kernels on small micro-batches, torch.compile, float8, reading data. GB are 1e9 bytes. How far off estimates are: "
     "docs/planner-errors.md. Measure the layout you choose."
 )
@@ -78,7 +78,7 @@ def describe(candidate: Candidate) -> str:
     text = f"dp={layout.dp} tp={layout.tp}{' with sequence parallelism' if layout.sequence_parallel else ''} "
     text += f"{layout.name}, offload {layout.offload}, micro-batch {layout.micro_batch}"
     if layout.checkpointing != "none":
-        text += f", {layout.checkpointing} recomputing"
+        text += f", {layout.checkpointing} recomputation"
     if layout.strategy and layout.reduction == "each" and candidate.accumulation > 1:
         text += ", gradients reduced with every micro-batch"
     return text
@@ -149,7 +149,7 @@ def _table(answer: Answer, rows: int) -> list[str]:
     lines = [_row(candidate, best) for candidate in shown]
     lines += [_row(candidate, best) for candidate in others[: max(1, rows // 2)]]
     hidden = len(answer.candidates) - len(lines)
-    lines.append(" peak may be below state + activ + bufs: state counts gradients that do not exist at its moment")
+    lines.append(" peak may be below state + activ + bufs: state counts gradients that do not exist at the peak")
     if any(candidate.missing for candidate in answer.candidates):
         lines.append(" * not in this course's engines (--only-here leaves such layouts out)")
     return lines + ([f" ... {hidden} more: --rows {len(answer.candidates)}, or --json"] if hidden > 0 else [])
@@ -191,13 +191,13 @@ def _best(answer: Answer) -> list[str]:
     if best.missing:
         lines.append(f"This course's engines do not have: {', '.join(best.missing)}.")
         if runs:
-            lines.append(f"The best that they run: {describe(runs)}: {_how_much_slower(runs, best)}.")
+            lines.append(f"The best that they can run: {describe(runs)}: {how_much_slower(runs, best)}.")
             if runs.layout.offload != "none" and best.layout.offload == "none":
                 lines.append(f"  {OFFLOAD_WARNING}")
         elif not missing_for(answer.workload, answer.engine):
-            lines.append("None of the layouts that they run fits.")
+            lines.append("None of the layouts that they can run fits.")
     if answer.advice:
-        lines += ["Faster, and without offload, each tried:", *_advice(answer)]
+        lines += ["Faster, and without offload:", *_advice(answer)]
     if runs:
         lines += [
             "",
@@ -208,7 +208,8 @@ def _best(answer: Answer) -> list[str]:
     return lines
 
 
-def _how_much_slower(one: Candidate, best: Candidate) -> str:
+def how_much_slower(one: Candidate, best: Candidate) -> str:
+    """Say by how many percent a layout is slower than the best one."""
     percent = round(100 * (best.tokens_per_gpu_second / one.tokens_per_gpu_second - 1))
     if percent == 0:
         return "as fast"
@@ -217,9 +218,7 @@ def _how_much_slower(one: Candidate, best: Candidate) -> str:
 
 def _nothing_fits(answer: Answer) -> list[str]:
     hopeless = "No change that this planner knows would help. Try fewer parameters, or shorter sequences."
-    lines = [
-        "Nothing fits. What would, each tried, the fastest first:" if answer.advice else f"Nothing fits. {hopeless}"
-    ]
+    lines = ["Nothing fits. These changes would help, fastest first:" if answer.advice else f"Nothing fits. {hopeless}"]
     lines += _advice(answer)
     smallest = min(answer.candidates, key=lambda c: c.memory)
     lines.append(f"The smallest layout needs {short_gb(smallest.memory)} GB per GPU: {describe(smallest)}.")

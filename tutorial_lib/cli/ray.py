@@ -6,9 +6,8 @@ import argparse
 import json
 import shlex
 import sys
-from pathlib import Path
 
-from tutorial_lib.cli.options import DONE, add_setting, given
+from tutorial_lib.cli.options import DONE, add_setting, given, path_of
 from tutorial_lib.cli.slurm import add_dp, add_node_options, cpus_per_rank, nodes_and_ranks
 from tutorial_lib.config import PROFILES, Config, settings
 
@@ -24,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_node_options(parser)
     parser.add_argument("--format", choices=_FORMATS, required=True, help="what to write")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the manifest there instead of printing it")
+    parser.add_argument(
+        "--output", type=path_of, metavar="FILE", help="write the manifest there instead of printing it"
+    )
     parser.add_argument("--profile", default="cluster", help=f"where it runs: {', '.join(PROFILES)} (default: cluster)")
     for setting in settings().values():
         add_setting(parser, setting)

@@ -7,10 +7,9 @@ import json
 import shlex
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
-from tutorial_lib.cli.options import DONE, STOPPED, add_setting, given, reserve_stdout_for_json
+from tutorial_lib.cli.options import DONE, STOPPED, add_setting, given, path_of, reserve_stdout_for_json
 from tutorial_lib.cli.train import summary
 from tutorial_lib.config import PROFILES, Config, ConfigError, settings
 from tutorial_lib.config.workshop import parse_experiment
@@ -28,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--time", default="01:00:00", metavar="LIMIT", help="time limit (default: 01:00:00)")
     parser.add_argument(
         "--grace", type=int, default=120, metavar="SECONDS",
-        help="ask the run to save this long before the time limit (default: 120)",
+        help="time before the limit at which to ask the run to save (default: 120)",
     )  # fmt: skip
     parser.add_argument("--partition", metavar="NAME", help="partition (queue) to submit to")
     parser.add_argument("--account", metavar="NAME", help="account to charge")
@@ -36,16 +35,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--requeue",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="continue in a new time slot (default: yes)",
+        help="requeue the job at its time limit, and continue (default: yes)",
     )
     parser.add_argument(
         "--sample-memory", action=argparse.BooleanOptionalAction, default=True,
         help="log the memory of each node's processes (default: yes)",
     )  # fmt: skip
     parser.add_argument(
-        "--join-timeout", type=int, default=300, metavar="SECONDS", help="a node waits this long for the others"
+        "--join-timeout",
+        type=int,
+        default=300,
+        metavar="SECONDS",
+        help="how long a node waits for the others (default: 300)",
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the script there instead of printing it")
+    parser.add_argument("--output", type=path_of, metavar="FILE", help="write the script there instead of printing it")
     parser.add_argument("--submit", action="store_true", help="submit the script, and follow the job to its end")
     parser.add_argument("--profile", default="cluster", help=f"where it runs: {', '.join(PROFILES)} (default: cluster)")
     for setting in settings().values():
@@ -57,7 +60,7 @@ def add_node_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, metavar="N", help="nodes (default: 1)")
     parser.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs, and therefore processes, on each node")
     parser.add_argument("--ranks-per-node", type=int, metavar="N", help="with --profile cpu: processes on each node")
-    parser.add_argument("--cpus-per-rank", type=int, metavar="N", help="cores of a process (default: 8; on CPUs 1)")
+    parser.add_argument("--cpus-per-rank", type=int, metavar="N", help="cores per process (default: 8; on CPUs 1)")
     parser.add_argument(
         "--experiment", metavar="NAME", help="a name from the workshop: 3Z-8G4N is stage 3, 8 GPUs on 4 nodes"
     )

@@ -76,11 +76,7 @@ def summary(run: Any) -> str:
         "engine": _engine(run.config),
         "status": f"{result['status']} at step {result['step']} of {result['num_steps']}"
         + (f", resumed from {result['resumed_from']}" if result["resumed_from"] is not None else "")
-        + (
-            f" of {shape_in_words(result['reshaped_from'])}; random numbers seeded again"
-            if result["reshaped_from"]
-            else ""
-        )
+        + (f" of {shape_in_words(result['reshaped_from'])}; random numbers reseeded" if result["reshaped_from"] else "")
         + (_what_follows(run.config) if result["status"] == "stopped" else ""),
         **{f"left out{' ' * n}": f"{o['checkpoint']}: {o['why']}" for n, o in enumerate(result["left_out"])},
         **{f"restart {n}": _restart(r) for n, r in enumerate(result["restarts"], 1)},
@@ -131,4 +127,4 @@ def _lost_rows(split: dict[str, Any]) -> str:
 
 def _restart(restart: dict[str, Any]) -> str:
     failed, when = restart["failed"], datetime.fromtimestamp(restart["time"], UTC).strftime("%H:%M:%S UTC")
-    return f"from step {restart['from_step']} at {when}, as rank {failed['rank']} failed: {failed['message'][:200]}"
+    return f"from step {restart['from_step']} at {when}, after rank {failed['rank']} failed: {failed['message'][:200]}"

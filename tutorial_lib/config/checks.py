@@ -37,15 +37,15 @@ def validate(config: Config, settings: Mapping[str, Setting]) -> None:
             raise ConfigError(f"{flag} is {value}; write a finite number.")
         if isinstance(value, str) and not value.strip() and flag != "name":
             raise ConfigError(f"{flag} is empty; write a value, or leave the setting out.")
-    for flag in ("model", "dataset", "deepspeed", "storage"):
-        if flat[flag] is not None:
-            check_path(flag, flat[flag])
+    for setting in settings.values():
+        if setting.is_path and flat[setting.flag] is not None:
+            check_path(setting.flag, flat[setting.flag])
     for setting in settings.values():
         _check_range(setting, flat[setting.flag])
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", run.name):
         raise ConfigError(
             f"Run name {run.name!r} cannot be a directory name. Use only letters, digits, '.', '_' and '-', "
-            "at most 200, starting with a letter or digit. A path to a directory goes into storage."
+            "at most 200, starting with a letter or digit. Write the directory to keep runs in as storage."
         )
     has_zero = engine.name == "deepspeed" or (engine.name == "trainer" and engine.deepspeed_file is not None)
     if has_zero and engine.offload == "all" and engine.zero_stage != 3:
@@ -63,7 +63,7 @@ def validate(config: Config, settings: Mapping[str, Setting]) -> None:
     if engine.name == "torch":
         if parallel.world_size != 1:
             raise ConfigError(
-                f"engine='torch' is the one-process reference, but dp x tp = {parallel.world_size}. "
+                f"engine='torch' is the single-process reference, but dp x tp = {parallel.world_size}. "
                 "Write dp=1, tp=1, or engine='deepspeed' or 'fsdp'."
             )
         if engine.offload != "none" or engine.deepspeed_file or engine.precision == "fp16":

@@ -37,6 +37,8 @@ def _setting(
     below: float | None = None,
     engines: tuple[str, ...] = ENGINES,
     resume: Resume = "fixed",
+    shape_of: tuple[str, ...] = (),
+    is_path: bool = False,
 ) -> Any:
     """Declare one setting.
 
@@ -50,10 +52,13 @@ def _setting(
         below: the smallest value that is too large.
         engines: the engines that read it.
         resume: whether a resumed run may change it; see :data:`Resume`.
+        shape_of: the engines for which it is part of the shape of a checkpoint: it decides which rank holds which part
+            of a run's state, or its format.
+        is_path: whether the value may be the path of a file or directory.
     """
     metadata = {
         "flag": flag, "help": help, "choices": choices, "at_least": at_least, "at_most": at_most, "below": below,
-        "engines": engines, "resume": resume,
+        "engines": engines, "resume": resume, "shape_of": shape_of, "is_path": is_path,
     }  # fmt: skip
     return field(default=default, metadata=metadata)
 
@@ -66,6 +71,7 @@ class ModelConfig:
         "embedded/gpt2",
         "hub name, a directory, embedded/gpt2, embedded/qwen2, embedded/bloom, or published/NAME (see --model-config)",
         flag="model",
+        is_path=True,
     )
     random_init: bool = _setting(False, "build the model from its configuration with seeded random weights")
     freeze: tuple[str, ...] = _setting((), "parameters not to train, as name patterns (* and ? match)")
@@ -80,6 +86,7 @@ class DataConfig:
         "embedded/news",
         "hub name, a directory, a file, or embedded/news, embedded/articles, embedded/qa",
         flag="dataset",
+        is_path=True,
     )
     seq_length: int = _setting(128, "longest sequence in tokens; longer rows are truncated", at_least=2)
     batching: str = _setting(
@@ -101,8 +108,12 @@ class DataConfig:
 class ParallelConfig:
     """The shape of the rank grid: world size = dp x tp."""
 
-    dp: int = _setting(2, "data-parallel size: how many ranks read different data", at_least=1, resume="free")
-    tp: int = _setting(1, "tensor-parallel size: how many ranks share each layer", at_least=1, resume="free")
+    dp: int = _setting(
+        2, "data-parallel size: how many ranks read different data", at_least=1, resume="free", shape_of=ENGINES
+    )
+    tp: int = _setting(
+        1, "tensor-parallel size: how many ranks share each layer", at_least=1, resume="free", shape_of=ENGINES
+    )
 
     @property
     def world_size(self) -> int:
@@ -120,6 +131,7 @@ class EngineConfig:
         flag="engine",
         choices=ENGINES,
         resume="free",
+        shape_of=ENGINES,
     )
     zero_stage: int = _setting(
         3,
@@ -128,6 +140,7 @@ class EngineConfig:
         at_most=3,
         engines=("deepspeed",),
         resume="free",
+        shape_of=("deepspeed", "trainer"),
     )
     sharding: str = _setting(
         "full_shard",
@@ -135,6 +148,7 @@ class EngineConfig:
         "shard_size ranks, replicated over the others) or no_shard (DDP)",
         engines=("fsdp",),
         resume="free",
+        shape_of=("fsdp",),
     )
     shard_size: int | None = _setting(
         None,
@@ -142,10 +156,11 @@ class EngineConfig:
         at_least=1,
         engines=("fsdp",),
         resume="free",
+        shape_of=("fsdp",),
     )
     wrap: str = _setting(
         "layer",
-        "fsdp: what one all-gather collects: one layer, or the full model (root)",
+        "fsdp: what one all-gather gathers: one layer, or the full model (root)",
         choices=("layer", "root"),
         engines=("fsdp",),
         resume="free",
@@ -164,6 +179,7 @@ class EngineConfig:
         choices=("none", "optimizer", "all"),
         engines=("deepspeed", "fsdp"),
         resume="free",
+        shape_of=("fsdp", "deepspeed", "trainer"),
     )
     pin_memory: bool = _setting(
         False,
@@ -205,6 +221,8 @@ class EngineConfig:
         flag="deepspeed",
         engines=("deepspeed", "trainer"),
         resume="free",
+        shape_of=("deepspeed", "trainer"),
+        is_path=True,
     )
     shard_at_load: bool = _setting(
         False,
@@ -227,7 +245,7 @@ class OptimizerConfig:
     learning_rate: float = _setting(1e-3, "peak learning rate", at_least=0.0)
     beta1: float = _setting(0.9, "decay of the first moment", at_least=0, below=1)
     beta2: float = _setting(0.999, "decay of the second moment", at_least=0, below=1)
-    eps: float = _setting(1e-8, "added to the denominator", at_least=0.0)
+    eps: float = _setting(1e-8, "added to the denominator of the update", at_least=0.0)
     weight_decay: float = _setting(0.01, "decoupled weight decay, applied to every trained parameter", at_least=0.0)
     gradient_clipping: float = _setting(1.0, "largest global gradient norm; 0 turns clipping off", at_least=0.0)
     schedule: str = _setting(
@@ -248,14 +266,14 @@ class RunConfig:
     """The run itself: its name, length, batch sizes, seed, launcher and checkpoints."""
 
     name: str = _setting("run", "name of the run: its directory under storage, where a resume finds it", resume="free")
-    storage: str = _setting("runs", "directory that every rank can write to", resume="free")
+    storage: str = _setting("runs", "directory that every rank can write to", resume="free", is_path=True)
     launcher: str = _setting(
         "local",
         "local: start processes here; ray: Ray Train; none: run as the rank given by torchrun's environment variables",
         choices=("local", "ray", "none"),
         resume="free",
     )
-    device: str = _setting("cpu", "cpu or cuda", choices=("cpu", "cuda"), resume="free")
+    device: str = _setting("cpu", "cpu or cuda", choices=("cpu", "cuda"), resume="free", shape_of=ENGINES)
     epochs: int = _setting(1, "passes over the training split, when steps is not given", at_least=1)
     steps: int | None = _setting(None, "optimizer steps in total; overrides epochs", at_least=1)
     stop_after: int | None = _setting(
@@ -312,7 +330,7 @@ class RunConfig:
     evaluate: bool = _setting(True, "evaluate before the first and after the last step", resume="one start")
     evaluate_every: str | None = _setting(
         None,
-        "also evaluate every N optimizer steps, or after every epoch (epoch): eval_losses in result.json",
+        "also evaluate every N optimizer steps, or after every epoch (epoch); see eval_losses in result.json",
         resume="free",
     )
     measure: bool = _setting(False, "measure memory and traffic of one step; slows that step", resume="one start")
@@ -334,3 +352,5 @@ class Setting:
     below: float | None
     engines: tuple[str, ...]
     resume: Resume
+    shape_of: tuple[str, ...]
+    is_path: bool

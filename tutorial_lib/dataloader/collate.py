@@ -22,7 +22,7 @@ _WIDTH_MULTIPLE = 8  # Tensor cores need it; on short texts (embedded/news) it c
 
 
 def fingerprint(batches: Sequence[Batch]) -> int:
-    """Hash tokens and labels in order: the same batches give the same number, different ones a different number.
+    """Hash tokens and labels in order: equal batches give equal numbers, and different ones different numbers.
 
     Returns:
         64 bits, as a signed integer.

@@ -12,6 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+NOT_A_VALUE = (
+    "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
+    "NULL", "NaN", "None", "n/a", "nan", "null",
+)  # fmt: skip
+"""What pandas takes for a missing value. In a column of numbers that is right; in a column of text it may be a word."""
+
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
@@ -21,8 +27,8 @@ _OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open
 def looks_misread(columns: list[str]) -> bool:
     """Return whether these columns look like a CSV file that pandas misread without an error.
 
-    If rows have more fields than the first line, pandas takes the first fields as an index. It reads a line with other
-    separators as a single name, and renames the second of two columns with the same name.
+    If rows have more fields than the first line, pandas takes the first fields as an index. It reads a line with
+    different separators as a single name, and renames the second of two columns with the same name.
     """
     as_one_name = len(columns) == 1 and any(separator in columns[0] for separator in _SEPARATORS)
     renamed = any(f"{column}.1" in columns for column in columns)
@@ -33,8 +39,7 @@ def csv_problem(path: Path) -> str | None:
     """Return the first problem of a CSV file, with its line and what to write instead, or None."""
     if path.suffix == ".zst":
         return None
-    opened = _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8-sig", newline="")
-    with _long_fields(), opened as file:
+    with _long_fields(), _open(path) as file:
         reader = csv.reader(file, strict=True)
         header: list[str] = []
         line = 1
@@ -58,6 +63,22 @@ def csv_problem(path: Path) -> str | None:
         except UnicodeDecodeError:
             return None
     return None if header else "line 1: it is blank, but must name the columns"
+
+
+def column_names(path: Path) -> list[str]:
+    """Return the names in the first line of a CSV file that is not blank; none if it cannot be read."""
+    if path.suffix == ".zst":
+        return []
+    try:
+        with _long_fields(), _open(path) as file:
+            delimiter = "\t" if ".tsv" in path.name.lower() else ","
+            return next(filter(None, csv.reader(file, delimiter=delimiter)), [])
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error):
+        return []
+
+
+def _open(path: Path) -> Any:
+    return _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8-sig", newline="")
 
 
 def _header_problem(header: list[str]) -> str | None:

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from tutorial_lib.config import Config, ConfigError, RunConfig
+from tutorial_lib.config import Config, ConfigError, DataConfig, ParallelConfig, RunConfig
 from tutorial_lib.dataloader.collate import Batch, Collate
 from tutorial_lib.dataloader.packing import Examples
 from tutorial_lib.dataloader.rows import load_rows
@@ -30,9 +30,9 @@ def build_train_loader(
 
     Args:
         config: what to train on, and for how long.
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         topology: this rank's place in the grid: ranks that share a layer read the same examples.
-        num_workers: processes that read ahead; tokens are memory-mapped, so 0 is fast enough.
+        num_workers: processes that prefetch; tokens are memory-mapped, so 0 is fast enough.
 
     Raises:
         ConfigError: the data cannot be read, or does not fill one global batch.
@@ -45,11 +45,11 @@ def build_epoch_loader(config: Config, tokenizer: PreTrainedTokenizerBase, topol
 
     Args:
         config: what to train on, and for how long.
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         topology: this rank's place in the grid.
 
     Raises:
-        ConfigError: as :func:`build_train_loader`.
+        ConfigError: as for :func:`build_train_loader`.
     """
     return EpochLoader(*_training_steps(config, tokenizer, topology), config.run)
 
@@ -57,7 +57,7 @@ def build_epoch_loader(config: Config, tokenizer: PreTrainedTokenizerBase, topol
 def _training_steps(
     config: Config, tokenizer: PreTrainedTokenizerBase, topology: Topology
 ) -> tuple[Examples, StepSampler, Collate]:
-    _check_grid(config, topology)
+    _check_grid(config.parallel, topology)
     data, global_batch = config.data, config.run.global_batch
     examples = _load_examples(config, tokenizer, data.train_split, data.max_examples)
     if len(examples) < global_batch:
@@ -82,13 +82,13 @@ def build_eval_loader(config: Config, tokenizer: PreTrainedTokenizerBase, topolo
 
     Args:
         config: what to evaluate on.
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         topology: this rank's place in the grid.
 
     Raises:
         ConfigError: the data cannot be read.
     """
-    _check_grid(config, topology)
+    _check_grid(config.parallel, topology)
     examples = _load_examples(config, tokenizer, config.data.eval_split, config.data.max_eval_examples)
     return EvalLoader(examples, _collate(config, tokenizer), topology.dp_rank, topology.dp)
 
@@ -97,7 +97,7 @@ class TrainLoader:
     """The optimizer steps of one data-parallel rank, epoch after epoch, resumable after any of them.
 
     An epoch has :attr:`steps_per_epoch` full steps; the examples that do not fill another step are left out, different
-    ones in each epoch. torchdata's ``StatefulDataLoader`` keeps the position, even if workers read ahead.
+    ones in each epoch. torchdata's ``StatefulDataLoader`` keeps the position, even if workers prefetch.
 
     Attributes:
         num_steps: total number of optimizer steps of the run.
@@ -121,7 +121,7 @@ class TrainLoader:
                 batch_sampler=sampler,
                 collate_fn=collate,
                 num_workers=num_workers,
-                # Each iterator draws from it. With the global one, dropout would depend on how often a run resumed.
+                # Iterators draw a seed from it. With the global one, dropout would depend on how often a run resumed.
                 generator=torch.Generator(),
             )
 
@@ -180,7 +180,7 @@ class EpochLoader(DataLoader[Any]):
             (batch,) = collate(members)
             return batch
 
-        # Each iterator draws from this generator. With the global one, dropout would depend on how often a run resumed.
+        # Each iterator draws a seed from it. With the global one, dropout would depend on how often a run resumed.
         super().__init__(examples, batch_sampler=self._epochs, collate_fn=collate_one, generator=torch.Generator())
 
     def set_epoch(self, epoch: int) -> None:
@@ -254,11 +254,11 @@ def data_identity(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[st
         ConfigError: the data cannot be read.
     """
     splits = _splits(config)
-    return {use: summary_of(_load_documents(config, tokenizer, *split)).sha256 for use, split in splits.items()}
+    return {use: summary_of(_load_documents(config.data, tokenizer, *split)).sha256 for use, split in splits.items()}
 
 
 def _splits(config: Config) -> dict[str, tuple[str, int | None]]:
-    """Return the splits that a run reads, by purpose: the name of each, and the most rows to read of it."""
+    """Return the splits that a run reads, by purpose: the name of each, and the maximum number of its rows to read."""
     data = config.data
     splits = {"train": (data.train_split, data.max_examples)}
     if config.run.evaluate:
@@ -267,9 +267,8 @@ def _splits(config: Config) -> dict[str, tuple[str, int | None]]:
 
 
 def _load_documents(
-    config: Config, tokenizer: PreTrainedTokenizerBase, split: str, max_examples: int | None
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, split: str, max_examples: int | None
 ) -> datasets.Dataset:
-    data = config.data
     rows = load_rows(data.name, split, max_examples=max_examples)
     return tokenize_rows(rows, tokenizer, data.seq_length, name=f"split {split!r} of {data.name!r}")
 
@@ -277,7 +276,7 @@ def _load_documents(
 def _load_examples(
     config: Config, tokenizer: PreTrainedTokenizerBase, split: str, max_examples: int | None
 ) -> Examples:
-    documents = _load_documents(config, tokenizer, split, max_examples)
+    documents = _load_documents(config.data, tokenizer, split, max_examples)
     return Examples(documents, pack_to=config.data.seq_length if config.data.batching == "packed" else None)
 
 
@@ -297,8 +296,8 @@ def _run_length(run: RunConfig, steps_per_epoch: int) -> tuple[int, int]:
     return num_steps, min(num_steps, run.stop_after or num_steps)
 
 
-def _check_grid(config: Config, topology: Topology) -> None:
-    if topology.dp != config.parallel.dp:
+def _check_grid(parallel: ParallelConfig, topology: Topology) -> None:
+    if topology.dp != parallel.dp:
         raise ConfigError(
-            f"The data-parallel group has {topology.dp} ranks, but dp={config.parallel.dp}. Write dp={topology.dp}."
+            f"The data-parallel group has {topology.dp} ranks, but dp={parallel.dp}. Write dp={topology.dp}."
         )

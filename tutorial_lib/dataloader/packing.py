@@ -56,7 +56,7 @@ def pack(lengths: NDArray[np.integer[Any]], capacity: int) -> list[list[int]]:
         capacity: tokens of a row.
 
     Returns:
-        For each row, the numbers of its documents. The result depends only on the arguments.
+        For each row, the indices of its documents. The result depends only on the arguments.
     """
     rows: list[list[int]] = []
     rows_by_space: dict[int, list[int]] = {}

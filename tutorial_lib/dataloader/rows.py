@@ -5,15 +5,16 @@ from __future__ import annotations
 import glob
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import datasets
 import datasets.exceptions
 
 from tutorial_lib.config import ConfigError
-from tutorial_lib.dataloader.csv_files import csv_problem, looks_misread
+from tutorial_lib.dataloader.csv_files import NOT_A_VALUE, column_names, csv_problem, looks_misread
 from tutorial_lib.embedded import DATASET_NAMES, dataset_directory
 
 
@@ -40,9 +41,10 @@ def load_rows(name: str, split: str, *, max_examples: int | None = None) -> data
         elif _is_saved_to_disk(source):
             rows = _saved_split(name, source, split)
         else:
-            _check_one_format(name, source)
+            _check_no_file_is_dropped(name, source)
             with _no_retries_without_a_hub(source):
-                rows = datasets.load_dataset(source, configuration, split=split, keep_in_memory=False)
+                options = _as_written(_local_files(name))
+                rows = datasets.load_dataset(source, configuration, split=split, keep_in_memory=False, **options)
     except ConfigError:
         raise
     except Exception as error:
@@ -54,13 +56,18 @@ def load_rows(name: str, split: str, *, max_examples: int | None = None) -> data
     return rows
 
 
-_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
+_FORMATS = {
+    ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
+    ".arrow": "arrow", ".txt": "text",
+}  # fmt: skip
+TEXT_COLUMNS = ("text", "content", "question", "context", "answers")
 _LFS_POINTER = b"version https://git-lfs"
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_FEW = 3  # number of files shown in a message
 
 
 def _data_file(name: str) -> Path | None:
-    """Return the file that a data set's name stands for, or None if it stands for something else.
+    """Return the file that a data set's name refers to, or None if it refers to something else.
 
     Raises:
         ConfigError: it is a file in an unknown format.
@@ -76,30 +83,77 @@ def _data_file(name: str) -> Path | None:
     return path.resolve()
 
 
-def _check_one_format(name: str, source: str) -> None:
-    """Refuse a directory with data files in several formats: ``datasets`` would read one format and drop the others.
+def _check_no_file_is_dropped(name: str, source: str) -> None:
+    """Refuse a directory from which ``datasets`` would silently drop data files.
 
-    JSON files next to another format are usually descriptions. A README can say which files are meant.
+    It reads one format only. And if some names contain a split's name (``train.jsonl``), it reads only those files.
+    JSON and text files next to another format are usually descriptions. A README with ``configs`` names the files that
+    are meant.
     """
     directory = Path(source)
-    if not directory.is_dir() or (directory / "README.md").is_file():
+    if not directory.is_dir() or _names_its_files(directory / "README.md"):
         return
-    found = sorted({path.suffix for path in directory.rglob("*") if path.suffix in (".jsonl", ".csv", ".parquet")})
-    if len(found) > 1:
+    files = [path for path in sorted(directory.rglob("*")) if path.is_file() and _is_data(path.relative_to(directory))]
+    if len({_format(path) for path in files}) > 1:
+        suffixes = {"".join(path.suffixes[-2:]) if path.suffix in _COMPRESSED else path.suffix for path in files}
         raise ConfigError(
-            f"The data set {name!r} is a directory with files of several formats ({', '.join(found)}): one of them "
-            "would be read and the others dropped. Leave only one format in it, or name a single file."
+            f"The data set {name!r} is a directory with files of several formats ({', '.join(sorted(suffixes))}): one "
+            "of them would be read and the others dropped. Leave only one format in it, or name a single file."
+        )
+    used = {Path(file) for split in _files_by_split(directory).values() for file in split}
+    if used and (dropped := [path for path in files if path not in used]):
+        some = ", ".join(str(path.relative_to(directory)) for path in dropped[:_FEW])
+        raise ConfigError(
+            f"The data set {name!r} is a directory in which {len(dropped)} of {len(files)} files would not be read, "
+            f"because other names there contain the name of a split, and theirs do not: {some}. Move them away, or "
+            f"rename them, such as train-{dropped[0].name}; or name a single file."
         )
 
 
+def _names_its_files(readme: Path) -> bool:
+    """Return whether a README says which file belongs to which split, in the YAML at its start."""
+    if not readme.is_file():
+        return False
+    start, _, rest = readme.read_text(encoding="utf-8", errors="replace").partition("---\n")
+    return not start.strip() and re.search(r"^configs:", rest.partition("\n---")[0], re.MULTILINE) is not None
+
+
+def _is_data(path: Path) -> bool:
+    """Return whether a file in a data set's directory holds rows, and is not a description or hidden."""
+    is_hidden = any(part.startswith((".", "__")) for part in path.parts)
+    return not is_hidden and _format(path) not in (None, "text") and ".json" not in path.suffixes
+
+
+def _files_by_split(directory: Path) -> Mapping[str, Sequence[str]]:
+    """Return the files that ``datasets`` would read, by split; none if the directory's path is itself a pattern."""
+    try:
+        patterns = datasets.data_files.get_data_patterns(str(directory))
+        return datasets.data_files.DataFilesDict.from_patterns(patterns, base_path=str(directory))
+    except FileNotFoundError:  # loading will say so
+        return {}
+
+
 def _format(path: Path) -> str | None:
-    suffixes = [suffix for suffix in path.suffixes if suffix not in _COMPRESSED]
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix not in _COMPRESSED]
     return _FORMATS.get(suffixes[-1]) if suffixes else None
 
 
 def _rows_of_file(path: Path, split: str) -> datasets.Dataset:
     files = {"train": glob.escape(str(path))}  # a single file, even with [ or * in its name
-    return datasets.load_dataset(_format(path), data_files=files, split=split, keep_in_memory=False)
+    options = _as_written([path])
+    builder = _format(path)
+    if builder == "tsv":
+        builder, options["sep"] = "csv", "\t"
+    return datasets.load_dataset(builder, data_files=files, split=split, keep_in_memory=False, **options)
+
+
+def _as_written(files: Sequence[Path]) -> dict[str, Any]:
+    """Return options that read the text columns of CSV files as written: pandas takes ``None`` and ``NA`` for blank."""
+    if {_format(file) for file in files} not in ({"csv"}, {"tsv"}):
+        return {}
+    names = sorted({name for file in files for name in column_names(file)})
+    blank = {name: [""] if name in TEXT_COLUMNS else [*NOT_A_VALUE] for name in names}
+    return {"keep_default_na": False, "na_values": blank}
 
 
 def _source(name: str) -> tuple[str, str | None]:
@@ -167,7 +221,7 @@ def _explain(name: str, split: str, error: Exception) -> str:
     if found := re.search(r"Unknown split .*Should be one of \[(.*)\]", text):
         known = re.findall(r"['\"](.+?)['\"]", found[1])
         return f"Data set {name!r} has no split {split!r}. It has: {', '.join(known)}. {_split_advice(known)}"
-    if "corresponds to no data" in text:
+    if "corresponds to no data" in text or "BatchSize must be greater than 0" in text:  # the latter is parquet's
         return f"Split {split!r} of data set {name!r} has no rows. Write a split, or a slice of one, that has some."
     if "onfig name is missing" in text or re.search(r"BuilderConfig .* not found", text):
         return f"Name the configuration of {name!r} that you want, after a colon: {name.split(':')[0]}:NAME. ({text})"
@@ -176,7 +230,7 @@ def _explain(name: str, split: str, error: Exception) -> str:
             f"Data set {name!r} cannot be stored on disk: {error}. "
             "Set HF_HOME to a directory that you can write to and that has space left."
         )
-    return f"Data set {name!r} cannot be read: {_bad_file(name) or text or type(error).__name__}."
+    return f"Data set {name!r} cannot be read: {_bad_file(name) or text.rstrip('.') or type(error).__name__}."
 
 
 def _cause(error: BaseException) -> BaseException:

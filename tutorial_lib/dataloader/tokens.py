@@ -45,7 +45,7 @@ from tutorial_lib.embedded import cache_directory
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FORMAT = 2  # Raise it when the same row gives a different document, so that older files are no longer read.
+_FORMAT = 2  # Increase it when the same row gives a different document, so that older files are no longer read.
 _SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("num_uncounted", pa.int32())])
 _QA_COLUMNS = ("question", "context", "answers")
 _READ_COLUMNS = ("text", "content", "messages", *_QA_COLUMNS)
@@ -54,7 +54,7 @@ _ROWS_PER_BATCH = 1000
 logger = logging.getLogger(__name__)
 
 
-class Document(NamedTuple):
+class TokenizedDocument(NamedTuple):
     """Token ids, the number of leading ones that are not targets, and whether tokens were cut to fit ``seq_length``."""
 
     ids: list[int]
@@ -62,7 +62,7 @@ class Document(NamedTuple):
     is_cut: bool
 
 
-DocumentMaker = Callable[[dict[str, list[Any]]], Iterator[Document]]
+DocumentMaker = Callable[[dict[str, list[Any]]], Iterator[TokenizedDocument]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class TokenSummary:
     Attributes:
         sha256: digest of all documents in order: their tokens, their boundaries, and which tokens are not targets.
         num_rows: rows that were read.
-        num_left_out: rows that gave no document.
+        num_left_out: rows that yielded no document.
         num_cut: documents that lost tokens because they were longer than ``seq_length``.
     """
 
@@ -202,7 +202,7 @@ def document_maker(
         return lambda batch: _text_documents(batch["content"], tokenizer, seq_length)
     described = ", ".join(f"{column} ({_describe_type(feature)})" for column, feature in columns.items())
     raise ConfigError(
-        f"The columns of {name} are {described}. Needed are strings in 'text' or 'content'; or 'question', 'context' "
+        f"The columns of {name} are {described}. Use strings in 'text' or 'content'; or 'question', 'context' "
         "and 'answers' as in SQuAD: {'text': [...], 'answer_start': [...]}; or 'messages' of a conversation: "
         "[{'role': ..., 'content': ...}]. Rename or convert the columns, or choose another data set."
     )
@@ -249,18 +249,18 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: Any
 
 def _text_documents(
     texts: list[str | None], tokenizer: PreTrainedTokenizerBase, seq_length: int, **options: Any
-) -> Iterator[Document]:
+) -> Iterator[TokenizedDocument]:
     given = [text for text in texts if text and text.strip()]
     if not given:
         return
     for ids in _encode(tokenizer, given, **options)["input_ids"]:
         ids = _with_eos(ids, tokenizer)
-        yield Document(ids[:seq_length], 1, len(ids) > seq_length)
+        yield TokenizedDocument(ids[:seq_length], 1, len(ids) > seq_length)
 
 
 def _chat_documents(
     conversations: list[Any], tokenizer: PreTrainedTokenizerBase, seq_length: int, name: str
-) -> Iterator[Document]:
+) -> Iterator[TokenizedDocument]:
     try:
         texts: Any = [tokenizer.apply_chat_template(each, tokenize=False) for each in conversations if each]
     except Exception as error:  # a template can raise an error of its own, or its code can fail
@@ -309,7 +309,7 @@ def encode_prompt(
 ) -> tuple[list[int], bool]:
     """Tokenise a question as a prompt: its document up to, but not including, the answer.
 
-    A context that does not fit loses its end: unlike in training, the place of the answer is unknown here.
+    A context that does not fit loses its end: unlike in training, the position of the answer is unknown here.
 
     Returns:
         The token ids, and whether the context was cut.
@@ -342,7 +342,7 @@ def _prompt(question: str, context: str) -> tuple[str, str]:
 
 def _qa_documents(
     batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, seq_length: int
-) -> Iterator[Document]:
+) -> Iterator[TokenizedDocument]:
     texts, spans = [], []
     for question, context, answers in zip(*(batch[column] for column in _QA_COLUMNS), strict=True):
         answer, at = _first_answer(answers)
@@ -371,7 +371,7 @@ def _with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _cut_context(
     ids: list[int], offsets: list[tuple[int, int]], span: tuple[int, int, int, int], excess: int
-) -> Document | None:
+) -> TokenizedDocument | None:
     """Remove ``excess`` tokens of context, or return None if no context would be left.
 
     Args:
@@ -384,7 +384,7 @@ def _cut_context(
     context_start, answer_end, context_end, prompt_end = span
     num_prompt = next(i for i, (_, end) in enumerate(offsets) if end > prompt_end)
     if excess <= 0:
-        return Document(ids, num_prompt, is_cut=False)
+        return TokenizedDocument(ids, num_prompt, is_cut=False)
     context = [i for i, (start, end) in enumerate(offsets) if context_start <= start < end <= context_end]
     keep = len(context) - excess
     if keep < 1:
@@ -393,4 +393,4 @@ def _cut_context(
     first = max(0, up_to_answer - keep)
     removed = {*context[:first], *context[first + keep :]}
     kept = [token for i, token in enumerate(ids) if i not in removed]
-    return Document(kept, num_prompt - excess, is_cut=True)
+    return TokenizedDocument(kept, num_prompt - excess, is_cut=True)

@@ -27,7 +27,7 @@ def main(json: bool = False) -> int:
 
 
 def diagnose() -> Report:
-    """Examine this machine, without starting a process group, and without connecting to any other machine."""
+    """Examine this machine without starting a process group or connecting to any other machine."""
     import psutil
 
     memory = psutil.virtual_memory()

@@ -26,6 +26,9 @@ OPERATORS = ("deepspeed_shm_comm", "cpu_adam")
 MEMORY_TO_START_GB = 0.45
 """Memory that a worker process needs for its imports, before it builds a model."""
 
+CGROUP = Path("/sys/fs/cgroup")
+"""Directory of the limits that apply to this process's container."""
+
 STALE_LOCK_SECONDS = 600
 GB = 1e9
 
@@ -82,7 +85,7 @@ def memory_within_cgroup(total: int, available: int) -> tuple[int, int]:
 
 def _read_cgroup(name: str) -> str:
     try:
-        return Path("/sys/fs/cgroup", name).read_text().strip()
+        return (CGROUP / name).read_text().strip()
     except OSError:
         return ""
 
@@ -140,7 +143,7 @@ def find_compiler() -> str | None:
 
 def operator_states() -> dict[str, str]:
     """Return the state of each operator: ``compiled``, ``not compiled``, or ``locked`` by an unfinished build."""
-    compiled = _prebuilt_operators()
+    compiled = prebuilt_operators()
     cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
     states = {}
     for name in OPERATORS:
@@ -152,8 +155,8 @@ def operator_states() -> dict[str, str]:
     return states
 
 
-def _prebuilt_operators() -> dict[str, Any]:
-    # Read the record of DeepSpeed's installation without importing it, because importing DeepSpeed imports torch.
+def prebuilt_operators() -> dict[str, Any]:
+    """Return which operators DeepSpeed's installation has compiled, by name, without importing DeepSpeed and torch."""
     found = util.find_spec("deepspeed")
     record = Path(found.origin).with_name("git_version_info_installed.py") if found and found.origin else None
     if record is None or not record.is_file():

@@ -10,7 +10,7 @@ import json as json_module
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tutorial_lib.config import Config
+from tutorial_lib.config import Config, ParallelConfig
 from tutorial_lib.doctor.machine import Gpu, Package
 
 MEMORY_PER_WORKER_GB = 1.0
@@ -76,7 +76,7 @@ def judge(machine: Report, config: Config) -> Verdict:
         else:
             problems += gpu_problems
     else:
-        problems += _cpu_problems(machine, config)
+        problems += _cpu_problems(machine, config.parallel)
     if config.run.launcher == "none" and not machine.scheduler:
         notes.append(
             "neither a scheduler nor torchrun starts the ranks here. Start them with "
@@ -107,8 +107,8 @@ def _common_problems(machine: Report) -> Iterator[str]:
         yield f"processes cannot talk over 127.0.0.1 ({machine.loopback_problem}). Bring the loopback interface up"
 
 
-def _cpu_problems(machine: Report, config: Config) -> Iterator[str]:
-    workers = config.parallel.world_size
+def _cpu_problems(machine: Report, parallel: ParallelConfig) -> Iterator[str]:
+    workers = parallel.world_size
     uncompiled = [name for name, state in machine.operators.items() if state == "not compiled"]
     if uncompiled and not (machine.compiler and machine.ninja):
         yield (

@@ -5,8 +5,8 @@ other version, whose documentation differs. You need it only to change what is e
 
 Docstrings are read by parsing the sources, so nothing is imported and nothing runs, except for ``builtins``, which has
 no source file and is inspected instead. There is one document per standard-library module and per language topic. A
-paragraph that occurs in several documents (an inherited docstring, a section repeated in a longer topic) only stays in
-the first one: documents share no paragraph, and splits made of full documents share no text.
+paragraph that occurs in several documents (an inherited docstring, a section repeated in a longer topic) stays only in
+the first one: documents share no paragraph, so splits made of full documents share no text.
 """
 
 from __future__ import annotations

@@ -97,8 +97,8 @@ def train_vocabulary() -> Tokenizer:
 def configurations(tokenizers: dict[str, PreTrainedTokenizerBase]) -> dict[str, dict[str, Any]]:
     """Return the dimensions of the models and of GPT-2 small.
 
-    Dropout is 0 everywhere, because the course compares runs on different numbers of ranks digit by digit, and two
-    ranks draw other random numbers than a single one. GPT-2's own default, 0.1, can be set in ``config.json``. Heads,
+    Dropout is 0 everywhere, because the course compares runs on different numbers of ranks digit by digit, and
+    two ranks draw different random numbers than one. GPT-2's own default, 0.1, can be set in ``config.json``. Heads,
     hidden sizes and the vocabulary are divisible by 4, so that 2 or 4 tensor-parallel ranks share them evenly.
     """
     gpt2, qwen2, bloom = (tokenizers[name] for name in MODEL_NAMES)

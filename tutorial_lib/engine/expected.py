@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tutorial_lib.config import Config
+from tutorial_lib.config import Config, EngineConfig
 from tutorial_lib.engine.deepspeed.file import find, read_json
 from tutorial_lib.theory import memory
 from tutorial_lib.theory.memory import DEEPSPEED_FP32, FP32, MIXED, ModelStates
@@ -39,7 +39,7 @@ def parameter_sizes(config: Config) -> ParameterSizes:
 
     model = model_outline(config)
     parameters = list(model.parameters())
-    threshold = _persistence_threshold(config, model.config.get_text_config().hidden_size)
+    threshold = _persistence_threshold(config.engine, model.config.get_text_config().hidden_size)
     return ParameterSizes(
         tuple(p.numel() for p in parameters if p.requires_grad),
         tuple(p.numel() for p in parameters if not p.requires_grad),
@@ -47,17 +47,17 @@ def parameter_sizes(config: Config) -> ParameterSizes:
     )
 
 
-def _persistence_threshold(config: Config, hidden: int) -> int:
+def _persistence_threshold(engine: EngineConfig, hidden: int) -> int:
     """Return the size below which stage 3 keeps a parameter in full, in elements."""
-    file = config.engine.deepspeed_file
-    if config.engine.name != "trainer" or file is None:
-        return config.engine.persistence_threshold
+    file = engine.deepspeed_file
+    if engine.name != "trainer" or file is None:
+        return engine.persistence_threshold
     stated = find(read_json(file), "zero_optimization.stage3_param_persistence_threshold", 100_000)  # DeepSpeed's own
     return 10 * hidden if stated == "auto" else int(stated)  # the Trainer's "auto"
 
 
 def expected_states(config: Config, sizes: ParameterSizes) -> list[ModelStates] | None:
-    """Return the most bytes of model states that each data-parallel rank should hold, on its device or on the host.
+    """Return the maximum bytes of model states that each data-parallel rank should hold, on its device or on the host.
 
     Args:
         config: a configuration to which the values of its DeepSpeed file have been applied.
@@ -110,9 +110,9 @@ def _zero(config: Config, sizes: ParameterSizes, rank: int) -> ModelStates:
     return ModelStates(parameters, gradients, optimizer)
 
 
-def on_device(config: Config, states: ModelStates) -> ModelStates:
+def on_device(engine: EngineConfig, states: ModelStates) -> ModelStates:
     """Return the part of a rank's model states that stays on its device despite offload."""
-    offload, stage = config.engine.offload, config.engine.zero_stage
+    offload, stage = engine.offload, engine.zero_stage
     if offload == "none":
         return states
     if offload == "all":  # only the layers that are gathered at the moment use device memory

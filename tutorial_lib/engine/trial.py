@@ -59,7 +59,7 @@ def trial_forward(config: Config, model_config: PretrainedConfig) -> None:
     Raises:
         ConfigError: names the family, the setting and the reason, and what to write instead.
     """
-    _check_is_language_model(config, model_config)
+    _check_is_language_model(config.model.name, model_config)
     asked = config.data.batching
     chunked = config.engine.loss_chunks > 1
     tried = (type(model_config), model_config.to_json_string(), asked, config.data.seq_length, chunked)
@@ -75,9 +75,9 @@ def trial_forward(config: Config, model_config: PretrainedConfig) -> None:
         if batching != "longest":
             advice = "Write batching='longest'"
         elif getattr(model_config, "is_decoder", None) is False:
-            advice = 'Write "is_decoder": true into its config.json if it is meant to be causal, or another model'
+            advice = 'Set "is_decoder": true in its config.json if it is meant to be causal, or choose another model'
         else:
-            advice = "Write another model"
+            advice = "Choose another model"
         raise ConfigError(
             f"The model {config.model.name!r}, of type {model_config.model_type!r}, cannot be trained with "
             f"batching={asked!r}: {problem} {advice}. (Found with a tiny copy of the model.)"
@@ -91,13 +91,13 @@ def trial_forward(config: Config, model_config: PretrainedConfig) -> None:
     _PASSED.add(tried)
 
 
-def _check_is_language_model(config: Config, model_config: PretrainedConfig) -> None:
+def _check_is_language_model(name: str, model_config: PretrainedConfig) -> None:
     kind = model_config.model_type
     ships_code = "AutoModelForCausalLM" in (getattr(model_config, "auto_map", None) or {})
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not ships_code:
         raise ConfigError(
-            f"The model {config.model.name!r} is of type {kind!r}, which transformers has no causal language model "
-            "for. Choose a model that predicts the next token, such as a GPT-2, Llama or Qwen2."
+            f"The model {name!r} is of type {kind!r}, for which transformers has no causal language "
+            "model. Choose a model that predicts the next token, such as a GPT-2, Llama or Qwen2."
         )
 
 

@@ -102,7 +102,7 @@ def what_was_lost() -> Exercise:
             near={
                 "weights": "Then the first loss would be that of an untrained model.",
                 "position": "Then rows would be read twice, or never.",
-                "random states": "Other dropout masks would change the first loss already.",
+                "random states": "Different dropout masks would already change the first loss.",
             },
         ),
         hints=["The first loss is computed before the first update.", "What does the update use besides the gradient?"],
@@ -116,14 +116,14 @@ def minutes_between_saves(save_seconds: float, days_between_failures: float) -> 
     mean = days_between_failures * 86_400
     best = math.sqrt(2 * save_seconds * mean) / 60
     return Exercise(
-        f"Your job fails once in {days_between_failures:g} days, and training stands still for {save_seconds:g} "
+        f"Your job fails once in {days_between_failures:g} days, and training stalls for {save_seconds:g} "
         "seconds per save. How many minutes of training should lie between two saves?",
         check=number(
             best,
             relative=0.05,
             unit="minutes",
             near={
-                math.sqrt(save_seconds * mean) / 60: "Nearly: there is a 2 under the root.",
+                math.sqrt(save_seconds * mean) / 60: "Close: there is a 2 under the square root.",
                 60 * best: "Those are seconds.",
                 best / 60: "Those are hours.",
             },

@@ -74,7 +74,7 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = Non
 
 
 def format_value(value: Any) -> str:
-    """Format a value: separated thousands, at most six significant digits after a point, ``None`` as a dash."""
+    """Format a value: thousands with commas, fractions with six significant digits, ``None`` as a dash."""
     if value is None:
         return "-"
     if isinstance(value, bool):

@@ -180,7 +180,7 @@ def choice(right: str, *, near: Mapping[str, str]) -> Check:
             return Feedback(True)
         if (text := explained.get(_fold(answer))) is not None:
             return Feedback(False, text)
-        return Feedback(False, f"{answer!r} is none of the answers. Write one of: {', '.join(sorted(options))}.")
+        return Feedback(False, f"{answer!r} is not one of the answers. Write one of: {', '.join(sorted(options))}.")
 
     return check
 

@@ -54,7 +54,7 @@ def bytes_between_nodes(num_params: int, shard_size: int) -> Exercise:
 def what_waits() -> Exercise:
     """Ask for the mistake behind a pair of stacks."""
     return Exercise(
-        "A job of two ranks stands still. `py-spy dump` shows rank 0 in `get_model_state_dict`, called by "
+        "A job of two ranks hangs. `py-spy dump` shows rank 0 in `get_model_state_dict`, called by "
         '`save_weights`, and rank 1 in `forward`, in an all-gather. What is wrong? Answer "a", "b" or "c".\n\n'
         "a: The network between the two is down.\n\n"
         "b: Only rank 0 calls `save_weights`.\n\n"

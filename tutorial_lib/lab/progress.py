@@ -1,6 +1,6 @@
 """Progress of a run: a curve or a line in a notebook, a bar in a terminal, occasional lines in a log.
 
-All of them take new rows of ``metrics.jsonl`` from the process that started the run:
+All of them receive new rows of ``metrics.jsonl`` from the process that started the run:
 
 >>> with progress(total_steps=60) as shown:
 ...     run(config, on_rows=shown.on_rows)
@@ -20,7 +20,7 @@ Row = Mapping[str, Any]
 
 
 class Progress:
-    """Base class: takes rows until :meth:`close`. A context manager that closes itself.
+    """Base class: receives rows until :meth:`close`. A context manager that closes itself.
 
     Several runs may follow one another: when the step number goes back, the next run has started. While processes start
     and there is no step yet, :meth:`start` shows that the run is starting.
@@ -38,7 +38,7 @@ class Progress:
         self.runs: list[list[Row]] = []
 
     def on_rows(self, rows: Sequence[Row]) -> None:
-        """Take the rows that are new since the last call."""
+        """Receive the rows that are new since the last call."""
         for row in rows:
             if not self.runs or row["step"] <= self.runs[-1][-1]["step"]:
                 self.runs.append([])
@@ -96,7 +96,7 @@ class NotebookProgress(Progress):
 
     def start(self) -> None:
         self._last_news = time.monotonic()
-        self._show({"text/plain": f"{self.title}: starting processes ..."})
+        self.show({"text/plain": f"{self.title}: starting processes ..."})
         self._heartbeat = threading.Thread(target=self._beat, name="progress", daemon=True)
         self._heartbeat.start()
 
@@ -120,7 +120,7 @@ class NotebookProgress(Progress):
         if not self.runs:
             failed = error[0].__name__ if isinstance(error[0], type) else None
             why = f"no step, {failed}" if failed else "no step was left to train"
-            self._show({"text/plain": f"{self.title}: {why}"})
+            self.show({"text/plain": f"{self.title}: {why}"})
 
     def _beat(self) -> None:
         while not self._ended.wait(self._BEAT_SECONDS):
@@ -128,7 +128,7 @@ class NotebookProgress(Progress):
                 if self.runs:
                     self._refresh()
                 else:
-                    self._show({"text/plain": f"{self.title}: starting processes ... {self._waited():.0f} s"})
+                    self.show({"text/plain": f"{self.title}: starting processes ... {self._waited():.0f} s"})
 
     def _refresh(self) -> None:
         """Update everything that changes without new rows. The heartbeat calls this."""
@@ -147,13 +147,13 @@ class NotebookProgress(Progress):
             return self.labels[len(self.runs)]
         return None
 
-    def _show(self, data: Mapping[str, Any], metadata: Mapping[str, Any] | None = None) -> None:
-        from IPython.display import display as show
-        from IPython.display import update_display
+    def show(self, data: Mapping[str, Any], metadata: Mapping[str, Any] | None = None) -> None:
+        """Replace the notebook's output by another one, by MIME type."""
+        from IPython.display import display, update_display
 
         shown: dict[str, Any] = {"metadata": dict(metadata or {}), "raw": True}
         if self._display_id is None:
-            self._display_id = show(dict(data), display_id=True, **shown).display_id
+            self._display_id = display(dict(data), display_id=True, **shown).display_id
         else:
             update_display(dict(data), display_id=self._display_id, **shown)
 
@@ -164,20 +164,20 @@ class LiveLine(NotebookProgress):
     def _show_end(self) -> None:
         steps = sum(len(rows) for rows in self.runs)
         runs = "1 run" if len(self.runs) == 1 else f"{len(self.runs)} runs"
-        self._show({"text/plain": f"{self.title}: {runs}, {steps} steps"})
+        self.show({"text/plain": f"{self.title}: {runs}, {steps} steps"})
 
     def _update(self) -> None:
         of_all = f"run {len(self.runs)} of {len(self.labels)}, " if self.labels else ""
-        self._show({"text/plain": of_all + self._state()})
+        self.show({"text/plain": of_all + self._state()})
 
     def _refresh(self) -> None:
         if self._waited() < 2:
             return
         if label := self._starts_next():
             start = f"run {len(self.runs) + 1} of {len(self.labels)}, {label}: starting"
-            self._show({"text/plain": f"{start} ... {self._waited():.0f} s"})
+            self.show({"text/plain": f"{start} ... {self._waited():.0f} s"})
         else:
-            self._show({"text/plain": f"{self._state()} ({self._waited():.0f} s ago)"})
+            self.show({"text/plain": f"{self._state()} ({self._waited():.0f} s ago)"})
 
 
 class LiveCurve(NotebookProgress):
@@ -223,7 +223,7 @@ class LiveCurve(NotebookProgress):
             f"{rows[-1]['step']}."
             for label, rows in curves.items()
         )
-        self._show(*figures.loss_curves(curves, title=title, alt=alt, total_steps=self.total_steps).bundle())
+        self.show(*figures.loss_curves(curves, title=title, alt=alt, total_steps=self.total_steps).bundle())
         self._drawn, self._drawn_rows = time.monotonic(), sum(map(len, self.runs))
 
 

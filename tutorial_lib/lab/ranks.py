@@ -1,4 +1,4 @@
-"""Functions and scripts on several ranks that are forked from this process, so that they start at once."""
+"""Functions and scripts on several ranks, which are forked from this process so that they start at once."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def who_sets_local_rank(found: Sequence[Mapping[str, str | None]]) -> Exercise:
             "SLURM_LOCALID",
             near={
                 "LOCAL_RANK": f"Under srun alone there is none: {', '.join(missing)} are missing in the table.",
-                "SLURM_PROCID": "That one counts through all nodes: it corresponds to RANK.",
+                "SLURM_PROCID": "That one counts across all nodes: it corresponds to RANK.",
             },
         ),
         hints=["Look at the table of variables: which columns start with SLURM?"],

@@ -26,7 +26,7 @@ def accumulation(global_batch: int, dp: int, micro_batch: int) -> Exercise:
         ),
         hints=[
             f"How many of the {global_batch} rows does each GPU get?",
-            "global batch = dp x micro-batch x accumulation",
+            "global batch = dp (GPUs that read different rows) x micro-batch x accumulation",
         ],
         solution=f"{expected}: each GPU gets {global_batch} / {dp} = {global_batch // dp} rows and computes "
         f"{micro_batch} at a time. `Config.create('cpu', global_batch={global_batch}, dp={dp}, "

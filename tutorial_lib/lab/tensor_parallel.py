@@ -63,7 +63,7 @@ def largest_tp(heads: int, kv_heads: int, gpus_per_node: int) -> Exercise:
     """Ask for the largest tensor-parallel size that a model and a node allow."""
     sizes = [tp for tp in range(1, gpus_per_node + 1) if gpus_per_node % tp == heads % tp == kv_heads % tp == 0]
     near: dict[float, str] = {
-        gpus_per_node: "Every rank needs as many heads as the others. Can you deal them out?",
+        gpus_per_node: "Every rank needs the same number of heads. Can you deal them out evenly?",
         max(tp for tp in range(1, gpus_per_node + 1) if heads % tp == 0): "That divides the attention heads. Does it "
         "divide the key-value heads, and the GPUs of a node?",
     }
@@ -88,7 +88,7 @@ def gradient_partners(rank: int, dp: int, tp: int) -> Exercise:
         if found == partners:
             return Feedback(True)
         if found == sorted(set(partners) - {rank}):
-            return Feedback(False, f"Add rank {rank} itself: a group has all its members.")
+            return Feedback(False, f"Add rank {rank} itself: it belongs to its own group.")
         if found == row:
             return Feedback(False, "Those share its layers: that is the tensor-parallel group, a row of the grid.")
         return Feedback(False, "Draw the grid: rows are filled first. The data-parallel group is a column.")

@@ -145,7 +145,7 @@ def loss_of_the_step(means: Sequence[float], tokens: Sequence[int]) -> Exercise:
             loss,
             relative=0.001,
             near={
-                sum(means) / len(means): "That weighs ranks alike. Weigh tokens alike.",
+                sum(means) / len(means): "That gives every rank the same weight. Give every token the same weight.",
                 means[0]: "That is what rank 0 alone would print.",
             },
         ),

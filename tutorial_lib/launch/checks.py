@@ -33,8 +33,7 @@ def preflight(config: Config) -> Config:
     from tutorial_lib.checkpoint.lock import check_free
     from tutorial_lib.checkpoint.storage import check_storage
     from tutorial_lib.dataloader import check_data, data_identity
-    from tutorial_lib.engine.deepspeed.config import apply_file
-    from tutorial_lib.engine.deepspeed.config import check_tensor_parallel as check_autotp
+    from tutorial_lib.engine.deepspeed.config import apply_file, check_autotp
     from tutorial_lib.engine.deepspeed.for_run import check_leaf_modules, check_outputs
     from tutorial_lib.engine.trial import trial_forward
     from tutorial_lib.models import (
@@ -55,7 +54,7 @@ def preflight(config: Config) -> Config:
     if config.run.launcher != "ray" and config.run.device == "cuda":
         _check_gpus(config)
     if config.run.launcher == "local" or (config.run.launcher == "ray" and not ray_address()):
-        _check_memory(config)
+        _check_memory(config.parallel.world_size)
     m = config.model
     model = load_config(m.name, trust_remote_code=m.trust_remote_code)
     check_sequence_length(config.data.seq_length, model)
@@ -72,13 +71,14 @@ def preflight(config: Config) -> Config:
     check_tensor_parallel(config.parallel.tp, model)
     if config.engine.name == "deepspeed":
         check_autotp(config, model)
-        check_leaf_modules(config, lambda: model_outline(config))
-        if config.run.launcher != "ray":  # Ray's workers may be on other machines
-            check_outputs(config)
+        if file := config.engine.deepspeed_file:
+            check_leaf_modules(file, lambda: model_outline(config))
+            if config.run.launcher != "ray":  # Ray's workers may be on other machines
+                check_outputs(file)
     check_storage(config)
     check_free(RunDirectory(config.directory), joined_rank(config) or 0)
     found = latest(RunDirectory(config.directory))
-    has_data = reads_data(config, found)
+    has_data = reads_data(config.run, found)
     if has_data:
         check_data(config, tokenizer)
     if found:
@@ -162,9 +162,9 @@ def _ranks(number: int) -> str:
     return "1 rank" if number == 1 else f"{number} ranks"
 
 
-def _check_memory(config: Config) -> None:
+def _check_memory(world_size: int) -> None:
     """Refuse more processes than this machine has memory for: the kernel would kill some of them, or other programs."""
-    world_size, available = config.parallel.world_size, available_memory_gb()
+    available = available_memory_gb()
     possible = int(available / MEMORY_TO_START_GB)
     if world_size > possible:
         fewer = f"Write dp x tp of at most {possible}, close" if possible else "Close"

@@ -1,4 +1,4 @@
-"""Scheduler files: their template, the ``train`` command in them, and whether a run fits the nodes they ask for."""
+"""Scheduler files: their templates, the ``train`` command in them, and whether a run fits the nodes they ask for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Template(string.Template):
 
 
 def train_arguments(config: Config, profile: str, launcher: str) -> list[str]:
-    """Return the arguments of ``train``: the profile, the settings that the caller gave, and those that follow."""
+    """Return the arguments of ``train``: profile, launcher, the caller's settings, dp, name and storage."""
     config = config.with_absolute_paths()
     flat = config.flat()
     wanted = [name for name in flat if name in config.given | {"dp", "name", "storage"}]
@@ -54,7 +54,7 @@ def check_grid(parallel: ParallelConfig, nodes: int, ranks_per_node: int) -> Non
     if parallel.world_size != nodes * ranks_per_node:
         raise ConfigError(
             f"dp x tp is {parallel.world_size}, but {nodes} x {ranks_per_node} ranks are {nodes * ranks_per_node}. "
-            "Leave dp out: it follows from the others."
+            "Leave dp out: it follows from the nodes, their ranks and tp."
         )
     if ranks_per_node % parallel.tp:
         raise ConfigError(

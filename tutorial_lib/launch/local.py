@@ -42,10 +42,10 @@ _FATAL = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.
 """Signals that kill a rank before it can say why; its peers' errors are only consequences."""
 
 _NOTICED_SECONDS = 2.0
-"""Seconds until the end of a killed rank has been noticed."""
+"""Most seconds until a killed rank's end is noticed."""
 
-_PEERS_SECONDS = 10
-"""Seconds that the other ranks have to end after one has failed."""
+PEERS_SECONDS = 10
+"""Seconds that the other ranks get to end after one has failed."""
 
 _LIMITS = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
 
@@ -53,7 +53,7 @@ _HARMLESS = frozenset(
     "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE OMP_NUM_THREADS GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME DS_ACCELERATOR "
     "PYTHONBREAKPOINT PYTORCH_NVML_BASED_CUDA_CHECK PYTEST_CURRENT_TEST".split()
 )
-"""Environment variables that may change without a new server, because ranks get them after the fork."""
+"""Environment variables that may change without requiring a new server, because ranks get them after the fork."""
 
 
 def warm_up(device: str = "cpu") -> None:
@@ -106,7 +106,7 @@ def stop_server() -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Failure:
+class Failure:
     """A rank that ended with a nonzero exit code.
 
     Attributes:
@@ -154,7 +154,7 @@ class _Server:
     def is_usable(self) -> bool:
         return self._owner == os.getpid() and self._process.poll() is None
 
-    def run(self, job: Job, poll: Callable[[], None], is_stopped: Callable[[], bool]) -> list[_Failure]:
+    def run(self, job: Job, poll: Callable[[], None], is_stopped: Callable[[], bool]) -> list[Failure]:
         """Start the ranks, wait until they have ended, and return those that failed.
 
         Args:
@@ -167,7 +167,7 @@ class _Server:
         """
         self.is_busy, self._has_started = True, False
         self._send("start", job)
-        left, failures, patience, has_killed = len(job.environments), list[_Failure](), float("inf"), False
+        left, failures, patience, has_killed = len(job.environments), list[Failure](), float("inf"), False
         while left:
             kind, *content = self._receive()
             if kind == "started":
@@ -176,10 +176,10 @@ class _Server:
                 left -= 1
                 rank, exit_code, ended = content
                 if exit_code:
-                    failures.append(_Failure(rank, exit_code, ended, has_killed and exit_code == -signal.SIGKILL))
+                    failures.append(Failure(rank, exit_code, ended, has_killed and exit_code == -signal.SIGKILL))
                 if len(failures) == 1 and patience == float("inf"):
                     self._send("signal", signal.SIGTERM)
-                    patience = time.monotonic() + _PEERS_SECONDS
+                    patience = time.monotonic() + PEERS_SECONDS
             elif time.monotonic() > patience:
                 self._send("signal", signal.SIGKILL)
                 has_killed = True
@@ -207,7 +207,7 @@ class _Server:
         printed = self._output.read().decode(errors="replace")
         return WorkerError(f"The process that starts the ranks has died. Its output:\n{printed}")
 
-    def close(self, patience: float = _PEERS_SECONDS) -> None:
+    def close(self, patience: float = PEERS_SECONDS) -> None:
         """Ask any ranks to save and stop, kill those left after ``patience`` seconds, and end the server."""
         if self._owner != os.getpid() or self.is_closed:
             return
@@ -296,24 +296,24 @@ def _job(
     )
 
 
-def _ended_by_request(failures: Sequence[_Failure], directories: Sequence[RunDirectory]) -> bool:
+def _ended_by_request(failures: Sequence[Failure], directories: Sequence[RunDirectory]) -> bool:
     """Return whether the ranks were asked to stop, and failed ones were only hit by the signal outside training."""
     asked = any(directory.stop_file.exists() for directory in directories)
     by_signal = all(failure.exit_code in (-signal.SIGTERM, -signal.SIGUSR1) for failure in failures)
     return asked and by_signal and not any(directory.errors() for directory in directories)
 
 
-def _error(failures: Sequence[_Failure], outputs: Sequence[Path], directories: Sequence[RunDirectory]) -> Exception:
+def _error(failures: Sequence[Failure], outputs: Sequence[Path], directories: Sequence[RunDirectory]) -> Exception:
     """Return the error of the rank that failed first: its own message, if it left one."""
     written = [record for directory in directories for record in directory.errors()]
-    failure = _first_failure(failures, written)
+    failure = first_failure(failures, written)
     if -failure.exit_code in _FATAL and failure.rank not in {record["rank"] for record in written}:
         peers = [f"\n\nRank {r['rank']} failed with {r['type']}: {r['message']}" for r in written]
         return WorkerError("".join([_describe(failure, outputs, directories), *peers]))
     return first_error(directories, _describe(failure, outputs, directories))
 
 
-def _first_failure(failures: Sequence[_Failure], written: Sequence[dict[str, Any]]) -> _Failure:
+def first_failure(failures: Sequence[Failure], written: Sequence[dict[str, Any]]) -> Failure:
     """Return the failure that caused the others.
 
     A rank that was killed by a signal cannot say why. Its peers fail as soon as they miss it, so their errors may be
@@ -325,7 +325,7 @@ def _first_failure(failures: Sequence[_Failure], written: Sequence[dict[str, Any
     return min(own, key=lambda f: (-f.exit_code not in _FATAL or f.time > first + _NOTICED_SECONDS, f.time))
 
 
-def _describe(failure: _Failure, outputs: Sequence[Path], directories: Sequence[RunDirectory]) -> str:
+def _describe(failure: Failure, outputs: Sequence[Path], directories: Sequence[RunDirectory]) -> str:
     """Describe the end of a rank that wrote no error."""
     output = outputs[failure.rank]
     printed = output.read_text(errors="replace").strip() if output.exists() else ""
@@ -334,7 +334,7 @@ def _describe(failure: _Failure, outputs: Sequence[Path], directories: Sequence[
         return f"{ended}could not record its error. It printed:\n{printed.splitlines()[-1]}\n\n{printed}"
     return (
         f"{ended}left no traceback"
-        + (": it was killed, perhaps for memory." if -failure.exit_code == signal.SIGKILL else ".")
+        + (": it was killed, perhaps for lack of memory." if -failure.exit_code == signal.SIGKILL else ".")
         + f" {next_start(directories)} The end of its output:\n"
         + _last_output(failure.rank, printed, directories)
     )

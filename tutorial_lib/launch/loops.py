@@ -36,8 +36,8 @@ def run_loop(loop: Loop, config: Config) -> Any:
     file = Path(inspect.getfile(loop))
     if not file.is_file() or config.run.launcher != "local":
         raise ConfigError(
-            f"run_loop starts launcher='local' (here {config.run.launcher!r}) on a loop that each rank imports from "
-            f"its file (here {file}). Write the loop into a .py file, or give it to Ray's TorchTrainer."
+            f"run_loop needs launcher='local' (here {config.run.launcher!r}), and a loop in a file that each rank can "
+            f"import (here {file}). Put the loop in a .py file, or pass it to Ray's TorchTrainer."
         )
     config = preflight(config)
     run = RunDirectory(config.directory)

@@ -1,4 +1,4 @@
-"""Runs: start one or several with the configured launcher, and wait for their end."""
+"""Runs: start one or several with the configured launcher, and wait until they end."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def warm_up(config: Config) -> None:
 
 
 def run(config: Config, *, on_rows: OnRows | None = None) -> Run:
-    """Start or resume a training run with the configured launcher, and wait for its end.
+    """Start or resume a training run with the configured launcher, and wait until it ends.
 
     Raises:
         ConfigError: the configuration cannot run here; no rank was started.
@@ -93,9 +93,10 @@ def reshape(source: Path, **flat: Any) -> Run:
         ConfigError: the settings cannot run or would change the updates, or a run of this name exists.
         WorkerError: a worker failed; there is no new run.
     """
-    from tutorial_lib.checkpoint.reshape import checkpoint_of, reshaped_config, staged
+    from tutorial_lib import checkpoint
+    from tutorial_lib.checkpoint.reshape import reshaped_config, staged
 
-    source = checkpoint_of(source)
+    source = checkpoint.locate(source)
     config = reshaped_config(source, flat)
     try:
         with staged(source, config) as start:
@@ -113,7 +114,8 @@ def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None, worker:
     Args:
         configs: configurations with the same launcher, device and number of processes, and with different names.
         on_rows: called with new metrics rows.
-        worker: with the local launcher, the module that each rank runs instead of ``tutorial_lib.launch.worker``.
+        worker: module that each rank runs instead of the launcher's own, for ``launcher="local"``
+            (:mod:`tutorial_lib.launch.worker`) or ``"ray"`` (:mod:`tutorial_lib.launch.ray.worker`).
 
     Raises:
         Interrupted: Ctrl-C was pressed, or a signal came before the last run had started. The current run, if any, has
@@ -121,8 +123,11 @@ def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None, worker:
     """
     first = configs[0]
     warm_up(first)
-    if worker and first.run.launcher != "local":
-        raise ValueError(f"worker={worker!r} is for launcher='local'; launcher={first.run.launcher!r} has its own.")
+    if worker and first.run.launcher == "none":
+        raise ValueError(
+            f"worker={worker!r} is for processes that a launcher starts, but launcher='none' trains in this one. Write "
+            "launcher='local' or 'ray', or leave worker out."
+        )
     from tutorial_lib.checkpoint.lock import held_for_launch
 
     configs = [preflight(config) for config in configs]
@@ -143,9 +148,9 @@ def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None, worker:
         if rank is None:
             held.enter_context(stop_on_signal(watched))
         if first.run.launcher == "ray":
-            from tutorial_lib.launch.ray.train import launch
+            from tutorial_lib.launch.ray import train as ray_train
 
-            launch(configs, watched.poll)
+            ray_train.launch(configs, watched.poll, worker or ray_train.WORKER)
         elif first.run.launcher == "local":
             local.launch(configs, watched.poll, worker or local.WORKER)
         else:

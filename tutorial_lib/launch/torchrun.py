@@ -1,8 +1,8 @@
 """Launcher for torchrun (``--launcher none``): run as the rank that the environment describes.
 
 ``torchrun`` sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; never set them by hand. Under SLURM,
-``srun`` starts one ``torchrun`` per node. Without these variables, a run with one rank makes a process group of its
-own.
+``srun`` starts one ``torchrun`` per node. Without these variables, a run with one rank creates its own
+process group.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ JOIN_TIMEOUT = timedelta(minutes=5)
 """Time that ranks wait for each other at the start: nodes may take minutes to load from a busy file system."""
 
 
+_groups_of_deepspeed = False  # whether DeepSpeed keeps the groups of an earlier launch of this process
+
+
 class RendezvousError(RuntimeError):
     """The ranks did not find each other. The message says why, as far as this rank can tell."""
 
@@ -39,10 +42,19 @@ def launch(configs: Sequence[Config]) -> int:
         Number of configurations that were started: fewer than all if one was asked to stop.
 
     Raises:
-        ConfigError: the launcher's environment variables are missing, although several ranks are needed.
+        ConfigError: the launcher's environment variables are missing, although several ranks are needed; or this
+            process has run DeepSpeed before.
     """
     from tutorial_lib.trainer import train_all
 
+    global _groups_of_deepspeed
+    if any(config.engine.name == "deepspeed" for config in configs):
+        if _groups_of_deepspeed:
+            raise ConfigError(
+                "DeepSpeed keeps its process groups in global variables, so a process can run it only once with "
+                "launcher='none', and this one has. Write launcher='local', or start another process."
+            )
+        _groups_of_deepspeed = True
     world_size = configs[0].parallel.world_size
     with ExitStack() as stack:
         init_method = "env://"
@@ -121,7 +133,7 @@ def _explain_rendezvous(error: RuntimeError) -> str:
     if "gloo" in said.lower() or "mesh" in said.lower():
         chosen = os.environ.get("GLOO_SOCKET_IFNAME")
         why = (
-            f"{who} met the others at {host}:{port}, but gloo could not connect it with each of them. It went through "
+            f"{who} met the others at {host}:{port}, but gloo could not connect it to each of them. It used "
             + (f"GLOO_SOCKET_IFNAME={chosen}" if chosen else "the address of its host name")
             + ". Write GLOO_SOCKET_IFNAME=... with the interface of the network between the nodes; here are "
             + ", ".join(f"{name} ({address})" for name, address in addresses())

@@ -1,4 +1,4 @@
-"""Bandwidth gate: the time of collectives by size, and the latency and bandwidth that explain it.
+"""Bandwidth check: the time of collectives by size, and the latency and bandwidth that explain it.
 
 Run it on the nodes of a job before the job, with the job's own launcher::
 

@@ -92,11 +92,11 @@ def sample_memory(path: str | Path, *, interval: float = 1.0, pid: int | None = 
         RuntimeWarning: at the end of the block, if the log is incomplete.
     """
     if not 0 < interval <= threading.TIMEOUT_MAX:
-        raise ValueError(f"interval={interval} must be a positive number of seconds. Write for instance 1.0.")
+        raise ValueError(f"interval={interval} must be a positive number of seconds. Write 1.0, for example.")
     tree = ProcessTree(os.getpid() if pid is None else pid)
     gpus = Gpus()
     try:
-        with _create_log(Path(path)) as file:
+        with _closing_quietly(_create_log(Path(path))) as file:
             recorder = _Recorder(file, tree, gpus, interval)
             recorder.start()
             try:
@@ -105,6 +105,16 @@ def sample_memory(path: str | Path, *, interval: float = 1.0, pid: int | None = 
                 recorder.stop()
     finally:
         gpus.close()
+
+
+@contextmanager
+def _closing_quietly(file: TextIO) -> Iterator[TextIO]:
+    """Close a file at the end of the block. On a full disk that would repeat the error of the last write."""
+    try:
+        yield file
+    finally:
+        with suppress(OSError):
+            file.close()
 
 
 class ProcessTree:
@@ -142,7 +152,7 @@ class ProcessTree:
 
 
 def _read_process(process: psutil.Process) -> ProcessMemory | None:
-    """Return the memory of a process, or None if it has ended in the meantime or is a zombie."""
+    """Return the memory of a process, or None if it has ended or is a zombie."""
     try:
         name = process.name()
         try:

@@ -1,30 +1,13 @@
-"""Speed of a run: tokens per second from its records, and this machine's peak to compare with."""
+"""Speed: this machine's peak in matrix products, and ratios of two calls' times."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-
-
-def tokens_per_second(rows: Sequence[Mapping[str, Any]], *, skip: int = 1) -> float:
-    """Return tokens per second over the rows of a run's ``metrics.jsonl``, all ranks together.
-
-    Args:
-        rows: metrics rows with ``tokens`` (counted over all ranks) and ``seconds``.
-        skip: number of rows to leave out at the start: the first step allocates, compiles and records.
-
-    Raises:
-        ValueError: no row is left.
-    """
-    steady = rows[skip:]
-    if not steady:
-        raise ValueError(f"{len(rows)} rows without the first {skip} leave none to measure: run more steps.")
-    return sum(row["tokens"] for row in steady) / sum(row["seconds"] for row in steady)
 
 
 def matmul_peak(
@@ -83,7 +66,7 @@ class Ratio:
 def time_ratio(ours: Callable[[], object], theirs: Callable[[], object], *, pairs: int = 5) -> Ratio:
     """Measure the time of ``ours`` over ``theirs``, alternating, so that a noisy machine disturbs both equally.
 
-    Each is called once before, without measuring. Below 1 means that ours is faster.
+    Each is first called once without timing. A ratio below 1 means that ours is faster.
     """
     ours(), theirs()
     ratios = []

@@ -40,13 +40,13 @@ def from_config(config: Any) -> Dimensions:
     """Read the dimensions from a model's configuration (transformers' ``PretrainedConfig``).
 
     Raises:
-        ConfigError: the parameters of this family do not follow from its configuration here.
+        ConfigError: the parameters of this family cannot be counted from its configuration alone.
     """
     dimensions = _of_family(config)
     if dimensions is None:
         raise ConfigError(
-            f"The parameters of a {config.model_type} model do not follow from its configuration alone. Build it and "
-            "ask tutorial_lib.models.dimensions.measure."
+            f"The parameters of a {config.model_type} model cannot be counted from its configuration alone. Build it "
+            "and call tutorial_lib.models.dimensions.measure."
         )
     return dimensions
 
@@ -55,7 +55,7 @@ def measure(model: Any) -> Dimensions:
     """Measure the dimensions of a decoder that has been built, for example on the meta device.
 
     Raises:
-        ConfigError: it has experts, or no layers that its configuration names.
+        ConfigError: it has experts, or its configuration lacks a dimension that the planner needs.
     """
     config, names = model.config.get_text_config(), [name for name, _ in model.named_parameters()]
     if any(".experts." in name or ".block_sparse_moe." in name for name in names):
@@ -67,8 +67,8 @@ def measure(model: Any) -> Dimensions:
         shared = _shared(config)
     except AttributeError as error:
         raise ConfigError(
-            f"The configuration of this {config.model_type} model does not say what the planner needs: {error}. Write "
-            "--model-size with --layers, --hidden, --heads and --vocabulary."
+            f"The configuration of this {config.model_type} model lacks something that the planner needs: {error}. "
+            "Write --model-size with --layers, --hidden, --heads and --vocabulary."
         ) from error
     keys = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff")
     width = next((getattr(config, key) for key in keys if getattr(config, key, None)), None)

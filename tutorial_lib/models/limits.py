@@ -82,6 +82,6 @@ def check_tensor_parallel(tp: int, model_config: PretrainedConfig) -> None:
         common = math.gcd(*sizes.values())
         fitting = [size for size in range(1, common + 1) if common % size == 0]
         raise ConfigError(
-            f"tp={tp} does not divide this {text.model_type} model's {' nor its '.join(problems)}. "
+            f"tp={tp} does not divide this {text.model_type} model's {' nor '.join(problems)}. "
             f"Write tp as one of {fitting}, or choose another model."
         )

@@ -125,7 +125,7 @@ def build_model(config: Config) -> PreTrainedModel:
     """Build the model of a run, with frozen parameters and activation checkpointing as configured.
 
     Raises:
-        ConfigError: as :func:`load_model`, or the model cannot recompute activations.
+        ConfigError: as for :func:`load_model`, or the model cannot recompute activations.
     """
     model = load_model(
         config.model.name,
@@ -156,7 +156,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
         raise ConfigError(f"The tokenizer of {name!r} has no EOS token, which ends every document here.")
     if not tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens}:
         raise ConfigError(
-            f"The tokenizer of {name!r} has no tokens but {', '.join(map(repr, tokenizer.all_special_tokens))}: its "
+            f"The tokenizer of {name!r} has no tokens except {', '.join(map(repr, tokenizer.all_special_tokens))}: its "
             "vocabulary is missing. Add the model's tokenizer.json, or choose another model."
         )
     if tokenizer.pad_token is None:
@@ -195,12 +195,12 @@ def load_trained_config(name: str, *, random_init: bool = False, trust_remote_co
 
 
 def is_local(name: str) -> bool:
-    """Return whether a model's name stands for a local directory rather than a hub model."""
+    """Return whether a model's name refers to a local directory rather than a hub model."""
     return name.startswith(("embedded/", PREFIX)) or Path(name).is_dir()
 
 
 def is_config_only(name: str) -> bool:
-    """Return whether a model's name stands for dimensions and a tokenizer without weights."""
+    """Return whether a model's name refers to dimensions and a tokenizer without weights."""
     return name in CONFIG_ONLY_NAMES or name.startswith(PREFIX)
 
 

@@ -39,7 +39,7 @@ def accept_document_masks(model: PreTrainedModel) -> None:
     rounding errors that grow with the row.)
     """
     inner: Any = model.base_model
-    if _window(model) is not None:
+    if window_of(model) is not None:
         inner.register_forward_pre_hook(_cut_to_window, with_kwargs=True)
     if model.config._attn_implementation != "sdpa":
         inner.register_forward_pre_hook(_boolean_mask_to_bias, with_kwargs=True)
@@ -71,7 +71,7 @@ def slice_alibi(model: PreTrainedModel, tp: int, tp_rank: int) -> None:
         inner.build_alibi_tensor = build_share
 
 
-def _window(model: PreTrainedModel) -> int | None:
+def window_of(model: PreTrainedModel) -> int | None:
     """Return the number of keys that a model's sliding-window layers see, or None if it has no such layers."""
     text: Any = model.config.get_text_config()
     types = getattr(text, "layer_types", None)
@@ -80,7 +80,7 @@ def _window(model: PreTrainedModel) -> int | None:
 
 def _cut_to_window(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Give sliding-window layers their own mask: transformers would pass a ready-made one to every layer."""
-    mask, window = kwargs.get("attention_mask"), _window(module)
+    mask, window = kwargs.get("attention_mask"), window_of(module)
     if mask is not None and _is_document_mask(mask) and window is not None:
         windowed = mask & mask.new_ones(mask.shape[-2:]).triu(1 - window)
         has_types = getattr(module.config.get_text_config(), "layer_types", None) is not None

@@ -30,6 +30,7 @@ from tutorial_lib.models.stored import (
     check_all_used,
     check_complete,
     check_files,
+    check_no_integers,
     locate_weights,
     match_parameters,
     stored_tensors,
@@ -40,7 +41,7 @@ def model_outline(config: Config) -> PreTrainedModel:
     """Build the model of :func:`build_model` on the meta device: structure and shapes, without values or memory.
 
     Raises:
-        ConfigError: as :func:`build_model`.
+        ConfigError: as for :func:`build_model`.
     """
     m = config.model
     model = _outline(_trained_config(m), m.trust_remote_code)
@@ -126,6 +127,7 @@ def _match_stored(m: ModelConfig, *, must_be_read_as_stored: bool) -> dict[str, 
         wrong = {n: (t.shape, tuple(own[n].shape)) for n, t in found.items() if t.shape != tuple(own[n].shape)}
         missing = [name for name, parameter in own.items() if id(parameter) not in stored_ids]
         check_complete(m.name, missing=missing, wrong_shapes=wrong)
+        check_no_integers(found)
         check_all_used(m.name, model, others)
     return found
 

@@ -74,7 +74,7 @@ def published_directory(name: str) -> Path:
         name: with or without :data:`PREFIX`.
 
     Raises:
-        ConfigError: the dimensions of this model are not known here.
+        ConfigError: this package has no dimensions for this model.
     """
     model = find(name)
     source = model_directory(model.family)
@@ -92,14 +92,14 @@ def find(name: str) -> PublishedModel:
     """Return a published model by its name, with or without :data:`PREFIX`.
 
     Raises:
-        ConfigError: the dimensions of this model are not known here.
+        ConfigError: this package has no dimensions for this model.
     """
     bare = name.removeprefix(PREFIX)
     if bare not in PUBLISHED:
         near = difflib.get_close_matches(bare, PUBLISHED, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
-            f"The dimensions of a model {bare!r} are not known here.{hint} Write one of: {', '.join(PUBLISHED)}."
+            f"This package has no dimensions for a model {bare!r}.{hint} Write one of: {', '.join(PUBLISHED)}."
         )
     return PUBLISHED[bare]
 

@@ -89,30 +89,47 @@ class StoredTensor:
     path: str
     name: str
     shape: tuple[int, ...]
+    is_integer: bool
 
 
 def stored_tensors(paths: Iterable[Path]) -> list[StoredTensor]:
     """List the tensors in weight files, without reading their values.
 
     Raises:
-        ConfigError: as :func:`load_pickled`.
+        ConfigError: as for :func:`load_pickled`.
     """
     found = []
     for path in paths:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
-                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+                for name in file.keys():
+                    tensor = file.get_slice(name)
+                    is_integer = tensor.get_dtype().startswith(("I", "U", "BOOL"))  # others are F32, BF16, F8_E4M3
+                    found.append(StoredTensor(str(path), name, tuple(tensor.get_shape()), is_integer))
         else:
-            shapes = {name: tensor.shape for name, tensor in load_pickled(path, "meta").items()}
-        found += [StoredTensor(str(path), name, tuple(shape)) for name, shape in shapes.items()]
+            for name, values in load_pickled(path, "meta").items():
+                found.append(StoredTensor(str(path), name, tuple(values.shape), not values.is_floating_point()))
     return found
 
 
-def check_pickles(target: str, local_files_only: bool) -> None:
-    """Refuse weights that cannot be read without running code from their files. Arguments as :func:`locate_weights`.
+def check_no_integers(found: Mapping[str, StoredTensor]) -> None:
+    """Refuse parameters that are stored as integers: read as plain numbers, quantized weights make another model.
 
     Raises:
-        ConfigError: as :func:`load_pickled`.
+        ConfigError: names the first file and tensor.
+    """
+    if integers := [tensor for tensor in found.values() if tensor.is_integer]:
+        raise ConfigError(
+            f"{integers[0].path} stores {integers[0].name} as integers, and config.json has no quantization_config to "
+            "say what they stand for. Write the directory of the model before it was quantized."
+        )
+
+
+def check_pickles(target: str, local_files_only: bool) -> None:
+    """Refuse weights that cannot be read without running code from their files. Arguments: see :func:`locate_weights`.
+
+    Raises:
+        ConfigError: as for :func:`load_pickled`.
     """
     for path in locate_weights(target, local_files_only):
         if path.suffix != ".safetensors":

@@ -65,7 +65,7 @@ class Topology:
             raise ConfigError(
                 f"tp={parallel.tp} does not divide the {local_world_size} ranks of this node, so a tensor-parallel "
                 f"group would span nodes, and every layer would wait for the network. Write tp as one of {fitting}, "
-                "or start as many ranks per node as tp divides."
+                "or start a multiple of tp ranks on each node."
             )
         return cls(dp=parallel.dp, tp=parallel.tp, rank=rank)
 
@@ -79,7 +79,7 @@ class Topology:
             parallel: ``dp`` and ``tp``.
 
         Raises:
-            ConfigError: as :meth:`create`.
+            ConfigError: as for :meth:`create`.
         """
         import torch.distributed as dist
 
@@ -100,7 +100,7 @@ class Topology:
         return self.rank % self.tp
 
     def grid(self) -> list[list[int]]:
-        """World ranks; each row is a tensor-parallel group, each column a data-parallel group."""
+        """Return the world ranks; each row is a tensor-parallel group, each column a data-parallel group."""
         return [[dp_rank * self.tp + tp_rank for tp_rank in range(self.tp)] for dp_rank in range(self.dp)]
 
     def axes(self) -> dict[str, list[int]]:

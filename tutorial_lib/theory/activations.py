@@ -10,7 +10,7 @@ e bytes per element. A layer keeps, per token::
                         without a fused kernel: the scores     heads x s x (4 [+ 2])   divided by t
     MLP                 2 tensors, 4 if gated, 5 in GPT-2      2..5 x (e f)            divided by t
 
-Recomputing (``checkpointing``)::
+Activation checkpointing (``checkpointing``)::
 
     none        keeps everything
     selective   the layer's input, attention's output, and every second matrix product: torchtitan's per-operator policy
@@ -43,7 +43,7 @@ from functools import cache
 from tutorial_lib.theory.dimensions import Dimensions
 
 CHECKPOINTING = ("none", "selective", "full")
-"""Amounts of recomputing in backward, least first."""
+"""Kinds of activation checkpointing, from least to most recomputation."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,10 @@
 
 The model of a step::
 
-    computing  FLOPs, including recomputed ones / (devices * peak * efficiency), plus the pipeline's bubble
+    compute    FLOPs, including recomputed ones / (devices * peak * efficiency), plus the pipeline's bubble
     tp         all-reduces of activations; the next operation waits for them, so nothing hides them
-    dp         gradients and parameters; computing hides the share ``overlap`` of it, for as long as it lasts
-    cp         keys and values around a ring, hidden in the same way
+    dp         gradients and parameters; compute hides ``overlap`` times whichever of the two takes less time
+    cp         keys and values around a ring, hidden the same way
     update     Adam reads and writes 28 bytes per trained parameter of its shard
     offload    gradients and parameters over the host link, and Adam on the host's processors; nothing hides them. This
                is too optimistic: the one published run was :data:`OFFLOADED_RUN` times slower
@@ -13,7 +13,7 @@ The model of a step::
 Sources: FLOPs, arXiv:2204.02311, appendix B; volumes, :mod:`tutorial_lib.theory.traffic`; the update, AdamW's fp32
 gradient, weight and two moments (16 bytes read, 12 written). Assumptions: Adam reaches four fifths of the memory
 bandwidth (plausible); kernels are as efficient on small micro-batches as on large ones.
-Not modelled: latency of collectives, launches of kernels, sends between a pipeline's stages, reading data.
+Not modelled: latency of collectives, kernel launches, sends between a pipeline's stages, reading data.
 Checked: docs/planner-errors.md.
 """
 
@@ -204,7 +204,7 @@ def _cp_traffic(
 
 
 def _compute_seconds(workload: Workload, cluster: Cluster, layout: Layout, tokens: int) -> float:
-    """Return the seconds of forward, backward and recomputing. Every rank of tp computes an unsplit output layer."""
+    """Return the seconds of forward, backward and recomputation. Every tp rank computes an unsplit output layer."""
     dims = workload.dimensions
     per_token: float = flops.flops_per_token(workload.num_params, dims.layers, dims.hidden, workload.seq_length)
     if not dims.tied:

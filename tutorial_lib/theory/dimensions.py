@@ -157,7 +157,7 @@ def derive(
     MLP is 4 h wide, the output layer has its own weights, and every query head has its own key and value head.
 
     Raises:
-        ValueError: the given dimensions do not make a model of about this size (within a fifth), or do not divide.
+        ValueError: the given dimensions do not make a model of about this size (within a fifth), or leave a remainder.
     """
     if not 1e7 <= num_params <= 1e14:
         raise ValueError(f"model-size is {num_params:g}; write a number of parameters from 1e7 to 1e14, such as 7e9.")

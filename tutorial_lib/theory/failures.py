@@ -19,7 +19,7 @@ import random
 def job_mean_time(device_mean_time: float, num_devices: int) -> float:
     """Return the mean time between failures of a job, which fails when any of its devices does: M = M_device / N."""
     if device_mean_time <= 0 or num_devices < 1:
-        raise ValueError(f"A mean time of {device_mean_time} on {num_devices} devices: both must be positive.")
+        raise ValueError(f"device_mean_time={device_mean_time} and num_devices={num_devices}: both must be positive.")
     return device_mean_time / num_devices
 
 
@@ -52,7 +52,7 @@ def lost_share(interval: float, save_seconds: float, mean_time: float, restart_s
     """
     _check(save_seconds, mean_time)
     if interval <= 0:
-        raise ValueError(f"An interval of {interval} s between saves: it must be positive.")
+        raise ValueError(f"interval={interval} s between saves: write a positive number.")
     exponent = (interval + save_seconds) / mean_time
     if exponent + restart_seconds / mean_time > 700:  # about the largest exponent for a float: nothing gets done
         return 1.0

@@ -1,9 +1,8 @@
-"""FLOPs of a training step: floating-point operations, utilisation, and the time it should take.
+"""FLOPs of a training step: floating-point operations and utilisation.
 
 Sources:
     PaLM, arXiv:2204.02311, appendix B (6 N + 12 L h s FLOPs per token; MFU and HFU)
     Scaling Laws for Neural Language Models, arXiv:2001.08361 (6 N)
-    How to Scale Your Model, jax-ml.github.io/scaling-book (when data parallelism is limited by computing)
 
 Assumptions: only matrix products take time; attention counts all positions (PaLM's convention: a causal kernel only
 computes half of them, so long sequences look more efficient than they are, here and in the published figures).
@@ -11,8 +10,6 @@ Checked: against PyTorch's FLOP counter and PaLM's published MFU in ``tests/unit
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 FORWARD_BACKWARD = 3
 """Cost of a training step in forward passes: forward, and backward for inputs and for weights."""
@@ -54,65 +51,3 @@ def utilisation(
     """
     factor = WITH_RECOMPUTE / FORWARD_BACKWARD if recompute else 1.0
     return factor * tokens_per_second * flops_per_token / peak_flops
-
-
-@dataclass(frozen=True, slots=True)
-class StepTime:
-    """Seconds of one step if computing and communicating each run at full speed."""
-
-    compute: float
-    communication: float
-
-    @property
-    def overlapped(self) -> float:
-        """Lower bound: communication hides completely behind computing, or the reverse."""
-        return max(self.compute, self.communication)
-
-    @property
-    def serial(self) -> float:
-        """Upper bound: nothing overlaps."""
-        return self.compute + self.communication
-
-    @property
-    def bound(self) -> str:
-        """The limit of the step: ``compute`` or ``communication``."""
-        return "compute" if self.compute >= self.communication else "communication"
-
-
-def step_time(
-    num_params: int,
-    tokens: int,
-    volume: float,
-    *,
-    num_devices: int,
-    device_flops: float,
-    bandwidth: float,
-    bytes_per_element: int = 2,
-    recompute: bool = False,
-) -> StepTime:
-    """Model a step's time: ``passes * 2 Psi * tokens / (devices * FLOP/s)`` and ``volume * bytes / bandwidth``.
-
-    Args:
-        num_params: Psi.
-        tokens: tokens of the step, over all devices.
-        volume: elements that each rank sends, as in :class:`tutorial_lib.theory.traffic.StepVolume`.
-        num_devices: number of devices that share the tokens.
-        device_flops: FLOP/s of one device.
-        bandwidth: bytes per second that one device sends.
-        bytes_per_element: size of an element that is sent.
-        recompute: four passes instead of three.
-    """
-    passes = WITH_RECOMPUTE if recompute else FORWARD_BACKWARD
-    return StepTime(
-        compute=passes * 2 * num_params * tokens / (num_devices * device_flops),
-        communication=volume * bytes_per_element / bandwidth,
-    )
-
-
-def critical_tokens_per_device(device_flops: float, bandwidth: float, bytes_per_element: int = 2) -> float:
-    """Return the tokens per device above which computing limits plain data parallelism, rather than the network.
-
-    Backward takes ``4 Psi tokens / FLOP/s`` and hides an all-reduce of ``2 Psi bytes / bandwidth``; the two are equal
-    at ``bytes / 2 * FLOP/s / bandwidth``, which in 16 bits is FLOP/s over bandwidth (scaling-book, "Training").
-    """
-    return bytes_per_element / 2 * device_flops / bandwidth

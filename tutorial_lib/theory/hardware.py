@@ -31,7 +31,7 @@ class Gpu:
     Args:
         memory: bytes, in the vendor's decimal units (80 GB are 80e9).
         flops: dense peak FLOP/s by precision.
-        efficiency: share of the peak that all computing of a training step reaches (HFU: recomputing counts).
+        efficiency: share of the peak that a training step reaches (HFU: recomputation counts).
         memory_bandwidth: bytes/s of the device's own memory.
         within: bytes/s that a device sends to others of its node in a collective.
         between: bytes/s of a device's share of its node's network.
@@ -107,7 +107,7 @@ def find_gpu(name: str) -> Gpu:
     """Return a preset.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is no preset of that name.
     """
     if name not in GPUS:
         raise ValueError(f"gpu is {name!r}. Write one of: {', '.join(GPUS)}; or state --gpu-memory and --gpu-tflops.")
@@ -118,7 +118,7 @@ def peak_flops(name: str, precision: str) -> float:
     """Return a preset's peak in a precision.
 
     Raises:
-        ValueError: the device does not compute in it.
+        ValueError: the device does not support it.
     """
     flops = find_gpu(name).flops
     if precision not in flops:

@@ -32,13 +32,13 @@ class Cluster:
         gpu_memory: bytes of one device.
         host_memory: bytes of one node.
         gpu_flops: peak FLOP/s of one device in the precision of the run.
-        efficiency: share of that peak that all computing reaches, including recomputing (HFU, not MFU).
+        efficiency: share of that peak that training reaches, recomputation included (HFU, not MFU).
         memory_bandwidth: bytes/s of a device's own memory, which limits the optimizer's update.
         within: bytes/s that a device sends to others of its node.
         between: bytes/s of a device's share of its node's network.
         host_link: bytes/s between a device and its host.
         host_adam: parameters per second and node that Adam on the host updates; an assumption, measure your own.
-        overlap: share of data-parallel communication that computing can hide; an assumption.
+        overlap: share of data-parallel communication that compute can hide; an assumption.
         headroom: share of a device's memory that stays free for fragmentation, CUDA and NCCL; an assumption.
     """
 
@@ -78,8 +78,8 @@ class Workload:
         global_batch: sequences per optimizer step; ``None``: micro-batch times devices or, if the planner chooses the
             micro-batch, one micro-batch per step.
         precision: ``bf16``, ``fp16`` or ``fp32``.
-        checkpointing: amount of recomputing, ``none``, ``selective`` or ``full``; ``None``: the planner chooses.
-        bucket_size: elements of DeepSpeed's reduction and gathering buckets.
+        checkpointing: activation checkpointing: ``none``, ``selective`` or ``full``; ``None``: the planner chooses.
+        bucket_size: elements of DeepSpeed's reduce and all-gather buckets.
         overlap_comm: DeepSpeed's stages 1 and 2 fill one bucket of gradients while they reduce another.
         live_params: elements that DeepSpeed's stage 3 may keep gathered (``stage3_max_live_parameters``).
         gradient_reduction: for stages 1 and 2, as in :func:`tutorial_lib.theory.traffic.zero_volume`.
@@ -178,7 +178,7 @@ class Layout:
 def missing_here(layout: Layout, workload: Workload, accumulation: int) -> list[str]:
     """List the features that a layout needs and this course's engines lack; empty if they can run it."""
     needs = {
-        "selective recomputing": layout.checkpointing == "selective",
+        "selective recomputation": layout.checkpointing == "selective",
         "sequence parallelism and a vocabulary-parallel loss": layout.sequence_parallel,
         "context parallelism": layout.cp > 1,
         "a pipeline": layout.pp > 1,

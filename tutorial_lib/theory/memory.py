@@ -1,4 +1,4 @@
-"""Model states: bytes of parameters, gradients and optimizer states, and DeepSpeed's estimates of them.
+"""Model states: bytes of parameters, gradients and optimizer states.
 
 Notation, here and in the course: Psi is the number of parameters, N the number of data-parallel ranks, t the
 tensor-parallel size. This assumes AdamW, and that every parameter is trained; other cases are in
@@ -57,7 +57,7 @@ class ModelStates:
         return self.parameters + self.gradients + self.optimizer
 
     def to_dict(self) -> dict[str, int]:
-        """``parameters``, ``gradients``, ``optimizer`` in bytes."""
+        """Return the bytes of ``parameters``, ``gradients`` and ``optimizer``."""
         return {"parameters": self.parameters, "gradients": self.gradients, "optimizer": self.optimizer}
 
 
@@ -206,67 +206,6 @@ def reduced_gradients(sizes: Sequence[int], num_ranks: int, rank: int = 0, align
     padding = max(0, last - max(first, sum(sizes)))
     touched = [size for size, end in zip(sizes, ends, strict=True) if end > first and end - size < last]
     return sum(touched) + padding
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """Bytes that DeepSpeed's estimator prints: host memory per node, device memory per rank."""
-
-    host: int
-    device: int
-
-
-def deepspeed_estimate_zero2(
-    num_params: int,
-    ranks_per_node: int = 1,
-    num_nodes: int = 1,
-    *,
-    offload_optimizer: bool = True,
-    buffer_factor: float = 1.5,
-) -> Estimate:
-    """Compute the same as ``deepspeed.runtime.zero.stage_1_and_2.estimate_zero2_model_states_mem_needs``.
-
-    It differs from the paper: without offload a rank needs ``2 Psi + 18 Psi / N`` instead of ``2 Psi + 14 Psi / N``,
-    because it also counts fp32 gradients.
-    """
-    ranks = ranks_per_node * num_nodes
-    if offload_optimizer:
-        return Estimate(int(num_params * max(4 * ranks, 16) * buffer_factor), 2 * num_params)
-    return Estimate(int(num_params * 4 * ranks_per_node * buffer_factor), 2 * num_params + int(18 * num_params / ranks))
-
-
-def deepspeed_estimate_zero3(
-    num_params: int,
-    largest_layer: int,
-    ranks_per_node: int = 1,
-    num_nodes: int = 1,
-    *,
-    offload: str = "all",
-    zero_init: bool = True,
-    buffer_factor: float = 1.5,
-) -> Estimate:
-    """Compute the same as ``deepspeed.runtime.zero.stage3.estimate_zero3_model_states_mem_needs``.
-
-    Args:
-        num_params: Psi.
-        largest_layer: parameters of the largest module, gathered in full while it computes.
-        ranks_per_node: data-parallel ranks that share one host's memory.
-        num_nodes: number of hosts.
-        offload: ``none``, ``optimizer`` or ``all`` (optimizer and parameters).
-        zero_init: the model is partitioned while it is built, so that no rank ever holds it in full.
-        buffer_factor: spare host memory, as a factor.
-    """
-    if offload not in OFFLOADS:
-        raise ValueError(f"offload is {offload!r}. Write one of: {', '.join(OFFLOADS)}.")
-    ranks, gathered, per_node = ranks_per_node * num_nodes, 4 * largest_layer, 1 / num_nodes
-    if offload == "none":
-        device = gathered + int(18 * num_params / ranks)
-        host = (largest_layer if zero_init else num_params) * 4 * ranks_per_node * buffer_factor
-    else:
-        device = gathered + (int(2 * num_params / ranks) if offload == "optimizer" else 0)
-        bytes_per_param = (18 if offload == "all" else 16) * per_node
-        host = num_params * (bytes_per_param if zero_init else max(4 * ranks_per_node, bytes_per_param)) * buffer_factor
-    return Estimate(int(host), device)
 
 
 def tensor_parallel_params(num_params: int, replicated: int, tp: int) -> int:

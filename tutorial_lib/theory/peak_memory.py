@@ -4,8 +4,8 @@ A step has three moments at which memory may peak, each with different large ten
 
     loss        activations of all layers, the loss's copies of the logits; no gradients yet, unless micro-batches
                 accumulate
-    backward    activations of all layers, those that one layer recomputes, gathered layers, gradients on their way
-    update      no activations; all gradients, the embeddings' on their way, the update's temporaries
+    backward    activations of all layers, those that one layer recomputes, gathered layers, gradients in flight
+    update      no activations; all gradients, the embeddings' still in flight, the update's temporaries
 
 The peak is the largest of the three sums. Many estimates simply add everything up, and so count gradients and logits
 together, which never exist at the same time.
@@ -13,8 +13,8 @@ together, which never exist at the same time.
 Besides states and activations, engines allocate *buffers*::
 
     FSDP2      gathered copies of the root's parameters, and in backward of two layers, or of all with shard_grad_op;
-               a layer's gradient, and its fp32 copy on the way into the reduce-scatter; at the end the same for the
-               root (twice if the output layer is the embedding)
+               a layer's gradient, and its fp32 copy for the reduce-scatter; at the end the same for the root (twice
+               if the output layer is the embedding)
     DDP        16-bit copies of all weights, which autocast caches until backward has used them; gradients are in its
                buckets, which always exist
     DeepSpeed  a bucket of gradients of the full ``reduce_bucket_size``, however small the model: from the start on (3),

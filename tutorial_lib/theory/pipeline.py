@@ -4,12 +4,12 @@ Notation: p pipeline stages, m micro-batches per step, v model chunks per stage 
 
 1F1B starts a micro-batch's backward as soon as it can, so stage i (from 0) holds ``min(m, p - i)`` micro-batches, and
 the first stage holds p. A stage waits for the time of ``p - 1`` micro-batches while the pipeline fills and drains: a
-share ``(p - 1) / m`` on top of computing. Interleaving divides that by v, and the first stage then holds
+share ``(p - 1) / m`` on top of its compute time. Interleaving divides that by v, and the first stage then holds
 ``p (1 + (p - 1) / (p v))``.
 
 Sources: Megatron-LM on GPU clusters, arXiv:2104.04473, sections 2.2 and 2.3; for interleaving's memory,
 arXiv:2205.05198, section 4.3. Assumptions: all stages take the same time, and messages between them hide behind
-computing. Not checked by a run: this course's engines have no pipeline.
+compute. Not checked by a run: this course's engines have no pipeline.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SCHEDULES = ("1f1b", "interleaved")
 
 
 def bubble_share(stages: int, micro_batches: int, chunks: int = 1) -> float:
-    """Return a stage's idle time as a share of its computing time.
+    """Return a stage's idle time as a share of its compute time.
 
     Args:
         stages: p.

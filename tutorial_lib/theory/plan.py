@@ -25,7 +25,7 @@ COMFORTABLE = 0.8
 
 
 def plan(workload: Workload, cluster: Cluster, engine: str = "deepspeed") -> list[Candidate]:
-    """Plan all shapes, each with its best micro-batch and recomputing: first those that fit, best first, then the rest.
+    """Plan all shapes, each with its best micro-batch and checkpointing: first those that fit, best first, then others.
 
     Shapes that do not fit come with the settings that need the least memory.
 

@@ -71,10 +71,10 @@ def _recomputing(workload: Workload, cluster: Cluster, best: Candidate) -> str:
         return ""
     if now == 0:
         other = replace(best.layout, checkpointing="full")
-        return f"Nothing is recomputed: full recomputing {_against(best, evaluate(workload, cluster, other))}."
+        return f"Nothing is recomputed: full recomputation {_against(best, evaluate(workload, cluster, other))}."
     other = replace(best.layout, checkpointing=CHECKPOINTING[now - 1])
-    name = "without recomputing it" if now == 1 else "selective recomputing"
-    return f"{best.layout.checkpointing} recomputing: {name} {_against(best, evaluate(workload, cluster, other))}."
+    name = "without it" if now == 1 else "selective recomputation"
+    return f"{best.layout.checkpointing} recomputation: {name} {_against(best, evaluate(workload, cluster, other))}."
 
 
 def _micro_batch(workload: Workload, cluster: Cluster, best: Candidate) -> str:

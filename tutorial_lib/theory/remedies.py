@@ -12,7 +12,7 @@ from tutorial_lib.theory.plan import TIE, plan, something_fits
 MOST_GPUS = 65_536
 LORA_RANK = 16
 LOSS_CHUNKS = 8
-"""The default of torchtune's chunked cross-entropy (``CEWithChunkedOutputLoss``)."""
+"""Default number of chunks of torchtune's chunked cross-entropy (``CEWithChunkedOutputLoss``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Remedy:
 
 
 def remedies(workload: Workload, cluster: Cluster, engine: str = "deepspeed") -> list[Remedy]:
-    """Return single changes or, if none is enough, one set of changes; empty if nothing the planner knows helps."""
+    """Return single changes or, if none is enough, one set of changes; empty if the planner knows none that helps."""
     found = _try_changes(workload, cluster, engine)
     if not found:
         least = replace(

@@ -1,7 +1,8 @@
 """Search space of the planner: the layouts that :func:`tutorial_lib.theory.plan.plan` considers.
 
-A *shape* is an arrangement of devices and a sharding of the states; for each shape, the micro-batch, recomputing and
-the reduction of gradients vary. These are left out, because another layout is better or nobody trains like that:
+A *shape* is an arrangement of devices and a sharding of the states; for each shape, the micro-batch, activation
+checkpointing and gradient reduction vary. These are left out, because another layout is better or nobody trains this
+way:
 
 - tensor parallelism across nodes, and sizes that do not divide the heads;
 - context parallelism below 32,768 tokens, or if its group together with tp exceeds a node;
@@ -42,7 +43,7 @@ def layouts(workload: Workload, cluster: Cluster, engine: str = "deepspeed") -> 
 
 
 def variants(shape: Layout, workload: Workload, cluster: Cluster) -> Iterator[list[Layout]]:
-    """Yield, for each way of recomputing and reducing, the layouts with increasing micro-batches."""
+    """Yield, for each kind of checkpointing and gradient reduction, the layouts with increasing micro-batches."""
     recompute = [workload.checkpointing] if workload.checkpointing else list(CHECKPOINTING)
     if not workload.beyond and not workload.checkpointing:
         recompute.remove("selective")
@@ -56,7 +57,7 @@ def variants(shape: Layout, workload: Workload, cluster: Cluster) -> Iterator[li
 
 
 def smallest_variants(shape: Layout, workload: Workload, cluster: Cluster) -> Iterator[Layout]:
-    """Yield the variants of a shape that need the least memory: most recomputing, smallest micro-batch."""
+    """Yield the variants of a shape that need the least memory: most recomputation, smallest micro-batch."""
     found = [sizes[0] for sizes in variants(shape, workload, cluster)]
     most = max(CHECKPOINTING.index(layout.checkpointing) for layout in found)
     yield from (layout for layout in found if layout.checkpointing == CHECKPOINTING[most])
@@ -127,7 +128,7 @@ def _sharded(axes: dict[str, int], cluster: Cluster, engine: str) -> list[Layout
 
 
 def _fsdp(axes: dict[str, int], cluster: Cluster, shards: int, plain: bool) -> Iterator[Layout]:
-    """Yield FSDP2's strategies. With one rank there is nothing to shard: full_shard stands for all of them."""
+    """Yield FSDP2's strategies. With one rank there is nothing to shard: full_shard represents them all."""
     if axes["pp"] > 1:
         yield Layout(zero_stage=2, strategy="shard_grad_op", **axes)  # type: ignore[arg-type]
         return

@@ -3,9 +3,9 @@
 Shape legend: B sequences of a micro-batch, S tokens, V vocabulary.
 
 The loss of an optimizer step is the mean over all of its tokens, on every rank and in every micro-batch. Ranks hold
-different numbers of tokens, so a mean of per-rank means would weigh tokens differently, in the reported loss and,
-worse, in the gradient. A training loop therefore counts the step's tokens first (one small all-gather), divides every
-micro-batch's loss *sum* by that count, and adds up.
+different numbers of tokens, so a mean of per-rank means would give tokens different weights, in the reported loss
+and, worse, in the gradient. A training loop therefore counts the step's tokens first (one small all-gather), divides
+every micro-batch's loss *sum* by that count, and adds up.
 
 The same all-gathers check that the ranks of a tensor-parallel group agree (:mod:`tutorial_lib.trainer.rank_agreement`).
 """

@@ -1,4 +1,4 @@
-"""Records that rank 0 writes during training: settings, a row per step, restarts."""
+"""Records that rank 0 writes during training: settings, a row per step, and restarts."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Records:
         self._last: StepRow | None = None
 
     def resume(self, step: int) -> None:
-        """Continue after a step, and drop the rows after it, because they will be written again."""
+        """Continue after a step, and drop later rows, because they will be written again."""
         if not self._writes:
             return
         if step:

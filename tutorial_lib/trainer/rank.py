@@ -12,7 +12,7 @@ from tutorial_lib.checkpoint.directory import clear_remains
 from tutorial_lib.checkpoint.manager import OnCheckpoint
 from tutorial_lib.checkpoint.start import opened_for_training
 from tutorial_lib.checkpoint.storage import storage_failure
-from tutorial_lib.config import Config
+from tutorial_lib.config import Config, EngineConfig
 from tutorial_lib.mpu import Topology
 from tutorial_lib.mpu.collectives import barrier
 from tutorial_lib.records import RunDirectory
@@ -22,25 +22,31 @@ from tutorial_lib.trainer.signals import output_to, stop_signals
 from tutorial_lib.trainer.stops import STOP_AFTER
 
 
-def train_all(configs: Sequence[Config], *, on_checkpoint: OnCheckpoint | None = None) -> list[Result]:
+def train_all(
+    configs: Sequence[Config], *, on_checkpoint: OnCheckpoint | None = None, trainer_class: type[Trainer] | None = None
+) -> list[Result]:
     """Start or resume several runs one after the other, until one of them is asked to stop. Collective.
 
     Args:
         configs: the runs to train.
         on_checkpoint: called for the last of them, see :func:`train`.
+        trainer_class: what trains them, see :func:`train`.
 
     Returns:
         The results of all runs that were started.
     """
     results: list[Result] = []
     for config in configs:
-        results.append(train(config, on_checkpoint=on_checkpoint if config is configs[-1] else None))
+        of_this = on_checkpoint if config is configs[-1] else None
+        results.append(train(config, on_checkpoint=of_this, trainer_class=trainer_class))
         if results[-1].stopped_by not in (None, STOP_AFTER):
             break
     return results
 
 
-def train(config: Config, *, on_checkpoint: OnCheckpoint | None = None) -> Result:
+def train(
+    config: Config, *, on_checkpoint: OnCheckpoint | None = None, trainer_class: type[Trainer] | None = None
+) -> Result:
     """Start or resume a training run in this process, as one rank of the existing process group. Collective.
 
     Every launcher calls this on every rank. Without a process group, the run has one rank.
@@ -48,6 +54,7 @@ def train(config: Config, *, on_checkpoint: OnCheckpoint | None = None) -> Resul
     Args:
         config: what to run, with the values of its DeepSpeed file applied, from ``launch.preflight``.
         on_checkpoint: called on every rank when a checkpoint is complete.
+        trainer_class: a :class:`Trainer` whose methods differ; default: the one for the configured engine.
 
     Raises:
         ConfigError: the configuration cannot run here, or another start of this run has not ended.
@@ -65,9 +72,8 @@ def train(config: Config, *, on_checkpoint: OnCheckpoint | None = None) -> Resul
         log = run.log_file(topology.rank) if config.run.launcher != "none" else None
         with output_to(log), stop_signals() as stop_signalled:
             try:
-                trainer = _trainer_class(config)(
-                    config, topology, on_checkpoint=on_checkpoint, stop_signalled=stop_signalled
-                )
+                build = trainer_class or _trainer_class(config.engine)
+                trainer = build(config, topology, on_checkpoint=on_checkpoint, stop_signalled=stop_signalled)
                 try:
                     return trainer.fit(started)
                 finally:
@@ -85,9 +91,9 @@ def train(config: Config, *, on_checkpoint: OnCheckpoint | None = None) -> Resul
                 raise
 
 
-def _trainer_class(config: Config) -> type[Trainer]:
+def _trainer_class(engine: EngineConfig) -> type[Trainer]:
     """Return the class that runs the training loop: this package's, or the Hugging Face Trainer's."""
-    if config.engine.name != "trainer":
+    if engine.name != "trainer":
         return Trainer
     from tutorial_lib.trainer.huggingface import HuggingFaceRun  # loads transformers' Trainer and accelerate
 

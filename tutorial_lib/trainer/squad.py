@@ -76,14 +76,14 @@ def score_answers(predictions: Sequence[str], golds: Sequence[Sequence[str]]) ->
     """Score a model's answers to a list of questions.
 
     Args:
-        predictions: one answer per question; an empty text if the model gave none.
+        predictions: one answer per question; an empty string if the model gave none.
         golds: the gold answers of each question, in the same order.
 
     Raises:
         ValueError: the lists differ in length, or a question has no gold answer.
     """
     if len(predictions) != len(golds):
-        raise ValueError(f"{len(predictions)} predictions for {len(golds)} questions: give one for each, '' for none.")
+        raise ValueError(f"{len(predictions)} predictions for {len(golds)} questions: pass one for each, '' for none.")
     return average_scores([score_answer(prediction, each) for prediction, each in zip(predictions, golds, strict=True)])
 
 

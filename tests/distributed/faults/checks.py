@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.distributed.comparing import Observed
+from tests.distributed.observing.comparing import Observed
 from tutorial_lib import checkpoint
 from tutorial_lib.checkpoint.directory import checkpoints
 from tutorial_lib.records import RunDirectory

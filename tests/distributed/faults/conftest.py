@@ -18,12 +18,13 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.distributed import cases
-from tests.distributed.comparing import Observed, assert_identical
+from tests.distributed.cases import crashing
+from tests.distributed.cases.interruption import END
 from tests.distributed.faults import damage
 from tests.distributed.faults.checks import SOON, assert_all_intact
-from tests.distributed.launching import Shell, observe, train_command
-from tests.distributed.probe import Probe, ProbedRun
+from tests.distributed.observing.comparing import Observed, assert_identical
+from tests.distributed.observing.probe import Probe, ProbedRun, observe
+from tests.support.launching import Shell, train_command
 from tutorial_lib import launch
 from tutorial_lib.config import ConfigError
 from tutorial_lib.records import RunDirectory
@@ -45,9 +46,10 @@ class Crash:
 @pytest.fixture(scope="session")
 def uninterrupted(directory: Path) -> dict[str, Observed]:
     """Run the uninterrupted runs, and return them by kind."""
-    kinds = {kind for kind, _ in cases.FATAL.values()}
-    configs = {kind: cases.saving(directory, kind, f"uninterrupted-saving.{kind}") for kind in kinds}
-    configs["long"] = cases.saving(directory, "zero1", "uninterrupted-saving.long", checkpoint_every=0, **cases.LONG)
+    kinds = {kind for kind, _ in crashing.FATAL.values()}
+    configs = {kind: crashing.saving(directory, kind, f"uninterrupted-saving.{kind}") for kind in kinds}
+    name = "uninterrupted-saving.long"
+    configs["long"] = crashing.saving(directory, "zero1", name, checkpoint_every=0, **crashing.LONG)
     observe([ProbedRun(config) for config in configs.values()])
     return {kind: Observed.read(config) for kind, config in configs.items()}
 
@@ -56,8 +58,8 @@ def uninterrupted(directory: Path) -> dict[str, Observed]:
 def crashed(directory: Path) -> dict[str, Crash]:
     """Launch one run for every fault that takes its launch down, and return the crashes by fault."""
     crashes = {}
-    for fault, (kind, settings) in cases.FATAL.items():
-        config = cases.saving(directory, kind, fault, **settings)
+    for fault, (kind, settings) in crashing.FATAL.items():
+        config = crashing.saving(directory, kind, fault, **settings)
         with pytest.raises(launch.WorkerError) as error:
             observe([ProbedRun(config, Probe(fault=fault))])
         last = max(path.stat().st_mtime for path in config.directory.rglob("*") if "lock" not in path.name)
@@ -70,11 +72,11 @@ def crashed(directory: Path) -> dict[str, Crash]:
 def recovered(directory: Path, uninterrupted: dict[str, Observed], crashed: object) -> dict[str, Observed]:
     """Start again, in one launch, copies of the runs that crashed, and copies with damaged checkpoints."""
     configs = {}
-    for fault, (kind, settings) in cases.FATAL.items():
-        configs[fault] = cases.saving(directory, kind, f"recovered.{fault}", **settings)
+    for fault, (kind, settings) in crashing.FATAL.items():
+        configs[fault] = crashing.saving(directory, kind, f"recovered.{fault}", **settings)
         shutil.copytree(directory / "runs" / fault, configs[fault].directory)
     for way in damage.WAYS:
-        configs[way.__name__] = cases.saving(directory, "zero1", f"recovered.{way.__name__}")
+        configs[way.__name__] = crashing.saving(directory, "zero1", f"recovered.{way.__name__}")
         shutil.copytree(uninterrupted["zero1"].directory.path, configs[way.__name__].directory)
         way(configs[way.__name__].directory)
     observe([ProbedRun(config) for config in configs.values()])
@@ -102,8 +104,8 @@ def assert_recovers(
         assert assert_all_intact(RunDirectory(directory / "runs" / fault)) == [*intact]
         run = recovered[fault]
         assert run.directory.result()["resumed_from"] == resumes_from
-        assert len(run.examples) == cases.END - resumes_from, "it trained the lost steps again, and no others"
-        assert_identical(run, uninterrupted[cases.FATAL[fault][0]])
+        assert len(run.examples) == END - resumes_from, "it trained the lost steps again, and no others"
+        assert_identical(run, uninterrupted[crashing.FATAL[fault][0]])
         assert assert_all_intact(run.directory) == [*kept]
         assert not list(run.directory.checkpoints.glob(".*")), "half-written and half-deleted directories are gone"
         return str(crashed[fault].error)
@@ -127,7 +129,7 @@ def assert_recovers_from_a_kill(assert_recovers: Callable[..., str]) -> Callable
 def signalled(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Start a long run; refuse it a second start, stop it by SIGTERM, kill its next launcher, and let it end."""
     shell = Shell(tmp_path_factory.mktemp("shell"))
-    config = cases.saving(directory, "zero1", "signalled", checkpoint_every=0, **cases.LONG)
+    config = crashing.saving(directory, "zero1", "signalled", checkpoint_every=0, **crashing.LONG)
     run, seen = RunDirectory(config.directory), {"config": config}
     try:
         shell.start(train_command(config))

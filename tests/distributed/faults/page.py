@@ -87,7 +87,7 @@ def text() -> str:
 
 The tests in `tests/distributed/faults` inject each of these {len(on_ranks)} faults into a real run. Wherever the run
 resumes, each step's loss and the final weights are bit for bit those of the uninterrupted run, and no intact checkpoint
-is lost.
+is lost. The tests run on CPUs; [lesson 04](../notebooks/04_checkpoints.ipynb) says what GPUs need for that.
 
 {_table(on_ranks)}
 

@@ -14,9 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.distributed import cases
-from tests.distributed.launching import observe
-from tests.distributed.probe import OBSERVATION, Probe, ProbedRun
+from tests.distributed.cases import crashing
+from tests.distributed.observing.probe import OBSERVATION, Probe, ProbedRun, observe
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.records import RunDirectory
 
@@ -29,9 +28,9 @@ def main(directory: Path) -> None:
     storage = directory / "runs"
     small = directory / "small"
     small.mkdir()
-    no_space = ProbedRun(cases.saving(directory, "zero1", NO_SPACE, storage=str(small)))
+    no_space = ProbedRun(crashing.saving(directory, "zero1", NO_SPACE, storage=str(small)))
     fault = Probe(fault="storage.read_only")
-    read_only = ProbedRun(cases.saving(directory, "zero1", READ_ONLY, storage=str(small)), fault)
+    read_only = ProbedRun(crashing.saving(directory, "zero1", READ_ONLY, storage=str(small)), fault)
     # One checkpoint and what the tests observe fit, two checkpoints do not.
     room = checkpoint_bytes(storage) * 3 // 2 + (storage / "uninterrupted-saving.zero1" / OBSERVATION).stat().st_size
     mount("-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(small))

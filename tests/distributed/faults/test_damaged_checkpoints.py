@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import cases
-from tests.distributed.comparing import Observed, assert_identical
+from tests.distributed.cases import crashing
 from tests.distributed.faults.checks import assert_all_intact
 from tests.distributed.faults.outcomes import FALLS_BACK
-from tests.distributed.launching import Shell, train_command
+from tests.distributed.observing.comparing import Observed, assert_identical
+from tests.support.damaged_files import shard
+from tests.support.launching import Shell, train_command
 
 
 @pytest.fixture
@@ -54,13 +55,15 @@ def test_two_missing_manifests(assert_falls_back: Callable[..., None]) -> None:
     assert_falls_back("remove_two_manifests", [8, 6], r"step-0000000[68] has no manifest\.json")
 
 
-@pytest.mark.fault("no checkpoint is intact", "refused with every cause; it never silently starts from step 0")
+@pytest.mark.fault(
+    "no checkpoint is intact", "refused, with the reason for each one; it never silently starts from step 0"
+)
 def test_no_intact_checkpoint(uninterrupted: dict[str, Observed], directory: Path, shell: Shell) -> None:
     """Only ranks that read the files find this damage: every rank refuses, and the first error is printed."""
-    config = cases.saving(directory, "zero1", "none-intact")
+    config = crashing.saving(directory, "zero1", "none-intact")
     shutil.copytree(uninterrupted["zero1"].directory.path, config.directory)
     for step in (2, 4, 6, 8):
-        saved = cases.shard(config.directory, step, rank=1)
+        saved = shard(config.directory, step, rank=1)
         saved.write_bytes(saved.read_bytes()[:-1] + b"?")
     before = (config.directory / "metrics.jsonl").read_text()
     shell.start(train_command(config))

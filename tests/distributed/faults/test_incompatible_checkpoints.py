@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from tests.distributed import cases
-from tests.distributed.comparing import Observed
+from tests.distributed.cases.interruption import END
 from tests.distributed.faults.outcomes import REFUSED
-from tutorial_lib import launch
+from tests.distributed.observing.comparing import Observed
+from tutorial_lib import checkpoint, launch
 from tutorial_lib.checkpoint import CheckpointError
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.records import RunDirectory
@@ -46,7 +46,7 @@ def test_a_different_tokenizer(config: Config, directory: Path) -> None:
 
 @pytest.mark.fault("the checkpoint was written by a newer version", REFUSED)
 def test_a_newer_version(config: Config) -> None:
-    newest = cases.checkpoint_of(config.directory, cases.END)
+    newest = checkpoint.directory_of(RunDirectory(config.directory), END)
     with changed(newest / "manifest.json", lambda content: content.update(format=99)):
         assert_refused(config, CheckpointError, r"written by a newer version, in format 99.*Update")
 
@@ -68,4 +68,4 @@ def assert_refused(config: Config, error_type: type[Exception], message: str) ->
     with pytest.raises(error_type, match=message):
         launch.run(config)
     assert {path: path.stat().st_mtime_ns for path in config.directory.joinpath("logs").iterdir()} == logs
-    assert [row["step"] for row in RunDirectory(config.directory).rows()] == list(range(1, cases.END + 1))
+    assert [row["step"] for row in RunDirectory(config.directory).rows()] == list(range(1, END + 1))

@@ -3,63 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
-from tests.distributed import cases
-from tests.distributed.comparing import Observed
+from tests.distributed.cases import crashing
 from tests.distributed.faults.checks import assert_all_intact, assert_same_records, assert_same_states
-from tests.distributed.injected import on_ray as injected
-from tests.distributed.launching import ROOT
+from tests.distributed.observing.comparing import Observed
 from tutorial_lib import launch
 from tutorial_lib.config import Config
-from tutorial_lib.launch.ray import cluster
 from tutorial_lib.launch.ray import train as ray_train
-from tutorial_lib.launch.ray.nodes import NOTICE_A_LOST_NODE
-
-
-@pytest.fixture
-def three_nodes() -> Iterator[Any]:
-    """Start three Ray nodes of one slot each, as raylets here. Rank 1 is not on the first one, which must survive."""
-    with pytest.MonkeyPatch.context() as patch:
-        ours = {"PYTHONPATH": str(ROOT), "RAY_AUTH_TOKEN": cluster.TOKEN, "GLOO_SOCKET_IFNAME": "lo"}
-        for name, value in {**cluster.SETTINGS, **NOTICE_A_LOST_NODE, **ours}.items():
-            patch.setenv(name, value)
-        from ray.cluster_utils import Cluster
-
-        before = set(psutil.Process().children())
-        try:
-            nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-        except Exception:  # on a busy machine, a node that has not started within 30 s
-            cluster.end_processes(set(psutil.Process().children()) - before)
-            raise
-        try:
-            for _ in range(2):
-                nodes.add_node(num_cpus=1)
-            patch.setenv("RAY_ADDRESS", nodes.address)
-            yield nodes
-        finally:
-            cluster.stop()
-            nodes.shutdown()
+from tutorial_lib.launch.ray.nodes import TwoNodes
 
 
 def on_ray(directory: Path, name: str, **changes: Any) -> Config:
-    return cases.saving(directory, "zero1", name, launcher="ray", max_failures=1, **changes)
+    return crashing.saving(directory, "zero1", name, launcher="ray", max_failures=1, **changes)
 
 
 @pytest.mark.fault(
     "SIGKILL of a Ray worker while it reports, `max_failures=1`",
     "Ray starts the workers again; `result.json` records when and why",
 )
-def test_a_killed_worker(uninterrupted: dict[str, Observed], directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_train, "_worker", injected.be_killed_once)
+def test_a_killed_worker(uninterrupted: dict[str, Observed], directory: Path) -> None:
     config = on_ray(directory, "ray-killed")
     with ray_train.session(config):
-        run = launch.run(config)
+        (run,) = launch.run_all([config], worker="tests.distributed.workers.killed_on_ray")
     (restart,) = run.result["restarts"]
     assert (run.result["resumed_from"], restart["from_step"], restart["failed"]["rank"]) == (4, 4, 1)
     assert restart["failed"]["type"] == "ActorDiedError", restart
@@ -70,23 +39,24 @@ def test_a_killed_worker(uninterrupted: dict[str, Observed], directory: Path, mo
 
 
 @pytest.mark.fault("a Ray node dies, another has room, `max_failures=1`", "Ray starts the workers on the other node")
-def test_a_node_that_dies(uninterrupted: dict[str, Observed], three_nodes: Any, directory: Path) -> None:
-    config = on_ray(directory, "ray-node", **cases.LONG)
-    gone: list[Any] = []
+def test_a_node_that_dies(uninterrupted: dict[str, Observed], directory: Path) -> None:
+    """Each node has two slots. Another job occupies one on each until the run has started, which spreads its ranks."""
+    config = on_ray(directory, "ray-node", **crashing.LONG)
+    lost: list[int] = []
+    with TwoNodes(config, cpus=2) as nodes, nodes.joined(), ray_train.session(config):
+        from ray.util import placement_group, remove_placement_group
 
-    def remove_a_node(rows: list[Any]) -> None:
-        if gone or rows[-1]["step"] < 3:
-            return
-        for node in three_nodes.worker_nodes:
-            raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-            if any("RayTrainWorker" in " ".join(p.cmdline()) for p in raylet.children(recursive=True)):
-                gone.append(node)
-                three_nodes.remove_node(node, allow_graceful=False)
-                return
+        other_job = placement_group([{"CPU": 1}] * 2, strategy="STRICT_SPREAD")
+        assert other_job.wait(30)
 
-    with ray_train.session(config):
-        run = launch.run(config, on_rows=remove_a_node)
-    assert gone
+        def lose_a_node(rows: list[Any]) -> None:
+            if not lost and rows[-1]["step"] >= 3:
+                lost.append(rows[-1]["step"])
+                remove_placement_group(other_job)
+                nodes.lose_one()
+
+        run = launch.run(config, on_rows=lose_a_node)
+    assert lost
     (restart,) = run.result["restarts"]
     assert run.result["resumed_from"] == restart["from_step"] >= 2
     assert_same_records(run.directory, uninterrupted["long"].directory)

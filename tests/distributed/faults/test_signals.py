@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from tests.distributed import cases
-from tests.distributed.comparing import Observed
+from tests.distributed.cases import crashing
 from tests.distributed.faults.checks import assert_ends_like
+from tests.distributed.observing.comparing import Observed
 
 
 @pytest.mark.fault(
-    "SIGTERM, as a scheduler sends it before the end of a slot", "saves, exits with 75; the same command resumes"
+    "SIGTERM, as a scheduler sends it before a job's time limit", "saves, exits with 75; the same command resumes"
 )
 def test_sigterm(signalled: dict[str, Any], uninterrupted: dict[str, Observed]) -> None:
     code, said, result = signalled["stopped"]
@@ -25,5 +25,5 @@ def test_sigterm(signalled: dict[str, Any], uninterrupted: dict[str, Observed]) 
 def test_sigkill_of_the_launching_process(signalled: dict[str, Any], uninterrupted: dict[str, Observed]) -> None:
     assert not signalled["alive"], "workers outlive the process that started them"
     assert signalled["killed"]["status"] == "stopped"
-    assert signalled["ended"][2]["resumed_from"] == signalled["killed"]["step"] < cases.LONG["steps"]
+    assert signalled["ended"][2]["resumed_from"] == signalled["killed"]["step"] < crashing.LONG["steps"]
     assert_ends_like(signalled, uninterrupted["long"])

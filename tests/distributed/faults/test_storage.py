@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from tests.distributed import cases
-from tests.distributed.comparing import Observed, assert_identical
+from tests.distributed.cases import crashing
 from tests.distributed.faults import small_storage
 from tests.distributed.faults.checks import assert_all_intact, assert_trained_on_during_the_save
 from tests.distributed.faults.outcomes import RESUMES
-from tests.distributed.launching import ROOT
+from tests.distributed.observing.comparing import Observed, assert_identical
+from tests.support.launching import ROOT
 from tutorial_lib.records import RunDirectory
 
 
@@ -42,16 +42,18 @@ def on_small_storage(directory: Path, uninterrupted: dict[str, Observed]) -> dic
 def test_a_full_disk(on_small_storage: dict[str, Any], uninterrupted: dict[str, Observed], directory: Path) -> None:
     assert re.search(r"cannot be written to \(No space left on device", start_of(on_small_storage["disk_full"]))
     assert_resumable(on_small_storage["disk_full"])
-    assert_completed_like(cases.saving(directory, "zero1", small_storage.NO_SPACE), uninterrupted["zero1"])
+    assert_completed_like(crashing.saving(directory, "zero1", small_storage.NO_SPACE), uninterrupted["zero1"])
 
 
-@pytest.mark.fault("storage that turns read-only", "stops with an error; once it is writable, the same command resumes")
+@pytest.mark.fault(
+    "storage that becomes read-only", "stops with an error; once it is writable, the same command resumes"
+)
 def test_read_only_storage(
     on_small_storage: dict[str, Any], uninterrupted: dict[str, Observed], directory: Path
 ) -> None:
     assert re.search(r"cannot be written to \(Read-only file system", start_of(on_small_storage["read_only"]))
     assert_resumable(on_small_storage["read_only"])
-    assert_completed_like(cases.saving(directory, "zero1", small_storage.READ_ONLY), uninterrupted["zero1"])
+    assert_completed_like(crashing.saving(directory, "zero1", small_storage.READ_ONLY), uninterrupted["zero1"])
 
 
 @pytest.mark.fault("an exception in one rank's save", RESUMES)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.comparing import Observed
 from tests.distributed.faults.checks import assert_ends_like
+from tests.distributed.observing.comparing import Observed
 
 
 @pytest.mark.fault(
@@ -17,5 +17,5 @@ from tests.distributed.faults.checks import assert_ends_like
 )
 def test_two_starts_of_one_run(signalled: dict[str, Any], uninterrupted: dict[str, Observed]) -> None:
     said, pid = signalled["second_start"]
-    assert re.search(rf"is already running: process {pid} on \S+, since \d{{4}}-\S+\. Wait for its end", said)
+    assert re.search(rf"is already running: process {pid} on \S+, since \d{{4}}-\S+\. Wait until it ends", said)
     assert_ends_like(signalled, uninterrupted["long"])

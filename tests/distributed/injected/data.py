@@ -3,48 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-import torch.distributed as dist
-
+from tutorial_lib.dataloader import build_train_loader
 from tutorial_lib.dataloader.collate import Collate
-from tutorial_lib.dataloader.sampler import StepSampler
 from tutorial_lib.mpu import Topology
+from tutorial_lib.trainer import Trainer
 
 
 @contextmanager
-def same_data_on_each_rank() -> Iterator[None]:
-    with mock.patch.object(Topology, "dp_rank", property(lambda self: 0)):
-        yield
+def same_data_on_each_rank() -> Iterator[type[Trainer]]:
+    yield _reading_as(lambda own: Topology(own.dp, own.tp, rank=own.tp_rank))
 
 
 @contextmanager
-def sharded_over_a_larger_grid() -> Iterator[None]:
+def sharded_over_a_larger_grid() -> Iterator[type[Trainer]]:
     """Distribute examples over twice as many ranks as read them, as if the world size were the group's size."""
-    with _examples_of(lambda sampler: (sampler._dp_rank, 2 * sampler._dp_size)):
-        yield
+    yield _reading_as(lambda own: Topology(2 * own.dp, own.tp, own.rank))
 
 
 @contextmanager
-def sampler_of_the_world() -> Iterator[None]:
+def sampler_of_the_world() -> Iterator[type[Trainer]]:
     """Distribute examples over all ranks, even if they share their layers."""
-    with _examples_of(lambda sampler: (dist.get_rank(), dist.get_world_size())):
-        yield
+    yield _reading_as(lambda own: Topology(own.world_size, 1, own.rank))
 
 
-def _examples_of(reader: Callable[[Any], tuple[int, int]]) -> AbstractContextManager[object]:
-    """Give a rank every n-th of a step's examples from the i-th on, where ``reader`` returns (i, n)."""
+def _reading_as(wrong: Callable[[Topology], Topology]) -> type[Trainer]:
+    """Return a trainer whose loader reads the examples of a different place in a grid."""
 
-    def steps(self: Any) -> Iterator[list[int]]:
-        while True:
-            first, every = reader(self)
-            mine = self.examples(self._step)[first::every].tolist()
-            self._step += 1
-            yield mine
+    class Misplaced(Trainer):
+        def build_loader(self) -> Any:
+            place = wrong(self.topology)
+            return build_train_loader(self.config.override(dp=place.dp, tp=place.tp), self.tokenizer, place)
 
-    return mock.patch.object(StepSampler, "__iter__", steps)
+    return Misplaced
 
 
 @contextmanager

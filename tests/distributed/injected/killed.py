@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,10 +16,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-from tests.late_writes import late_writes
-from tutorial_lib import checkpoint
+from tests.support.late_writes import LateTrainer
 from tutorial_lib.records import RunDirectory
-from tutorial_lib.trainer import loop as trainer
+from tutorial_lib.trainer import Trainer
 
 STEP = 4
 """Step of the kill: two steps after the only checkpoint, so that one finished step is lost as well."""
@@ -30,35 +29,34 @@ def kill_this_rank() -> None:
 
 
 @contextmanager
-def in_forward() -> Iterator[None]:
+def in_forward() -> Iterator[type[Trainer]]:
     """Kill rank 1 in the middle of the model, in a forward pass."""
-    with _in_the_middle_of_the_model(lambda output: kill_this_rank()):
-        yield
+    yield _striking_in_the_middle_of_the_model(lambda output: kill_this_rank())
 
 
 @contextmanager
-def in_backward() -> Iterator[None]:
+def in_backward() -> Iterator[type[Trainer]]:
     """Kill rank 1 in the middle of the model, in a backward pass."""
-    with _in_the_middle_of_the_model(lambda output: output.register_hook(lambda gradient: kill_this_rank())):
-        yield
+    yield _striking_in_the_middle_of_the_model(lambda output: output.register_hook(lambda gradient: kill_this_rank()))
 
 
-def _in_the_middle_of_the_model(strike: Callable[[torch.Tensor], object]) -> AbstractContextManager[object]:
-    """Call a function of the middle layer's output on rank 1, in the forward pass of step :data:`STEP`."""
-    build, passes = trainer.build_engine, []
+def _striking_in_the_middle_of_the_model(strike: Callable[[torch.Tensor], object]) -> type[Trainer]:
+    """Return a trainer that calls a function of the middle layer's output on rank 1, in the forward pass of step 4."""
 
-    def passing(layer: Any, given: Any, output: Any) -> None:
-        passes.append(layer)
-        if len(passes) == STEP and dist.get_rank() == 1:
-            strike(output if torch.is_tensor(output) else output[0])
+    class Struck(Trainer):
+        def build_engine(self) -> Any:
+            engine, passes = super().build_engine(), []
 
-    def built(*args: Any) -> Any:
-        engine = build(*args)
-        layers = next(module for module in engine.module.modules() if isinstance(module, torch.nn.ModuleList))
-        layers[len(layers) // 2].register_forward_hook(passing)
-        return engine
+            def passing(layer: Any, given: Any, output: Any) -> None:
+                passes.append(layer)
+                if len(passes) == STEP and self.topology.rank == 1:
+                    strike(output if torch.is_tensor(output) else output[0])
 
-    return mock.patch.object(trainer, "build_engine", built)
+            layers = next(module for module in engine.module.modules() if isinstance(module, torch.nn.ModuleList))
+            layers[len(layers) // 2].register_forward_hook(passing)
+            return engine
+
+    return Struck
 
 
 @contextmanager
@@ -78,39 +76,44 @@ def in_update() -> Iterator[None]:
 
 
 @contextmanager
-def in_save() -> Iterator[None]:
+def in_save() -> Iterator[type[Trainer]]:
     """Kill rank 1 in the second checkpoint, when its own files are written but the rest is not."""
-    with in_second_save(kill_this_rank):
-        yield
+    yield striking_in_the_second_save(kill_this_rank)
 
 
-def in_second_save(strike: Callable[[], None]) -> AbstractContextManager[object]:
-    """Call a function on rank 1 in the second checkpoint, when its own files are written but the rest is not."""
-    from tutorial_lib.engine.deepspeed.engine import DeepSpeedEngine
+def striking_in_the_second_save(strike: Callable[[], None]) -> type[Trainer]:
+    """Return a trainer that calls a function on rank 1 when its own files of the second checkpoint are written."""
 
-    save, saves = DeepSpeedEngine.save, []
+    class Struck(Trainer):
+        def build_engine(self) -> Any:
+            engine, saves = super().build_engine(), []
+            save = engine.save
 
-    def saving(self: Any, directory: Path, *given: Any) -> None:
-        save(self, directory, *given)
-        saves.append(directory)
-        if len(saves) == 2 and dist.get_rank() == 1:
-            strike()
+            def saving(directory: Path, *given: Any) -> None:
+                save(directory, *given)
+                saves.append(directory)
+                if len(saves) == 2 and self.topology.rank == 1:
+                    strike()
 
-    return mock.patch.object(DeepSpeedEngine, "save", saving)
+            engine.save = saving
+            return engine
+
+    return Struck
 
 
 @contextmanager
 def in_publish() -> Iterator[None]:
     """Kill rank 0 when its second checkpoint is complete, but still has its temporary name."""
-    publish, published = checkpoint.saver.publish, []
+    rename, complete = os.rename, []
 
-    def publishing(partial: Path, final: Path) -> None:
-        published.append(final)
-        if len(published) == 2:
-            kill_this_rank()
-        publish(partial, final)
+    def renaming(old: Any, new: Any) -> None:
+        if Path(old).name.startswith(".partial-"):
+            complete.append(new)
+            if len(complete) == 2:
+                kill_this_rank()
+        rename(old, new)
 
-    with mock.patch.object(checkpoint.saver, "publish", publishing):
+    with mock.patch.object(os, "rename", renaming):
         yield
 
 
@@ -147,20 +150,20 @@ def in_report() -> Iterator[None]:
 
 
 @contextmanager
-def in_write() -> Iterator[None]:
+def in_write() -> Iterator[type[Trainer]]:
     """Kill rank 1 halfway through a file of the second checkpoint, which is written in the background."""
-    with in_second_write(_kill_in_the_next_file):
-        yield
+    yield striking_before_the_second_write(_kill_in_the_next_file)
 
 
-def in_second_write(strike: Callable[[], None]) -> AbstractContextManager[object]:
-    """Call a function on rank 1 before the second checkpoint's files are written, in the background."""
+def striking_before_the_second_write(strike: Callable[[], None]) -> type[Trainer]:
+    """Return a trainer that calls a function on rank 1 before it writes the second checkpoint in the background."""
 
-    def second(step: int) -> None:
-        if step == STEP and dist.get_rank() == 1:
-            strike()
+    class Struck(LateTrainer):
+        def before_a_write(self, step: int) -> None:
+            if step == STEP and self.topology.rank == 1:
+                strike()
 
-    return late_writes(second)
+    return Struck
 
 
 def _kill_in_the_next_file() -> None:

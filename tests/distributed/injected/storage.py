@@ -7,46 +7,47 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
-import torch.distributed as dist
-
-from tests.distributed.injected.killed import in_second_save, in_second_write
-from tutorial_lib import checkpoint
-from tutorial_lib.records import RunDirectory
+from tests.distributed.injected.killed import striking_before_the_second_write, striking_in_the_second_save
+from tutorial_lib.checkpoint.manager import OnCheckpoint
+from tutorial_lib.trainer import Trainer
 
 
 @contextmanager
-def save_raises() -> Iterator[None]:
+def save_raises() -> Iterator[type[Trainer]]:
     """Raise on rank 1 in the second checkpoint."""
 
     def fail() -> None:
         raise OSError("the disk is full")
 
-    with in_second_save(fail):
-        yield
+    yield striking_in_the_second_save(fail)
 
 
 @contextmanager
-def limit_in_write() -> Iterator[None]:
+def limit_in_write() -> Iterator[type[Trainer]]:
     """Limit rank 1's files to 64 KiB before it writes the second checkpoint in the background, as under a quota."""
-    with in_second_write(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))):
-        yield
+    small = (2**16, resource.RLIM_INFINITY)
+    yield striking_before_the_second_write(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, small))
 
 
 @contextmanager
-def read_only() -> Iterator[None]:
+def read_only() -> Iterator[type[Trainer]]:
     """Make the directory of checkpoints read-only before the second save, once; see ``faults/small_storage.py``."""
-    save, saves = checkpoint.manager.save, []
 
-    def saving(run: RunDirectory, *args: Any) -> Any:
-        saves.append(run)
-        done = run.path / "read-only"
-        if len(saves) == 2 and dist.get_rank() == 0 and not done.exists():
-            done.write_text("")
-            subprocess.run(["mount", "--bind", run.checkpoints, run.checkpoints], check=True)
-            subprocess.run(["mount", "-o", "remount,bind,ro", run.checkpoints], check=True)
-        return save(run, *args)
+    class ReadOnly(Trainer):
+        def build(self, on_checkpoint: OnCheckpoint | None) -> None:
+            super().build(on_checkpoint)
+            save, saves = self.checkpoints.save, []
 
-    with mock.patch.object(checkpoint.manager, "save", saving):
-        yield
+            def saving(*given: Any, **named: Any) -> None:
+                saves.append(given)
+                done, checkpoints = self.run.path / "read-only", self.run.checkpoints
+                if len(saves) == 2 and self.topology.rank == 0 and not done.exists():
+                    done.write_text("")
+                    subprocess.run(["mount", "--bind", checkpoints, checkpoints], check=True)
+                    subprocess.run(["mount", "-o", "remount,bind,ro", checkpoints], check=True)
+                save(*given, **named)
+
+            self.checkpoints.save = saving  # type: ignore[method-assign]
+
+    yield ReadOnly

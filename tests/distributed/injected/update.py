@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -9,11 +10,12 @@ from unittest import mock
 
 from torch import Tensor
 
-from tests.distributed.watching import own_tokens
+from tests.distributed.observing.watching import own_tokens
+from tutorial_lib.checkpoint.manager import OnCheckpoint
 from tutorial_lib.config import Config
 from tutorial_lib.engine.deepspeed import config as ds_config
-from tutorial_lib.mpu import Topology
-from tutorial_lib.trainer import loop as trainer
+from tutorial_lib.trainer import Trainer, count_tokens
+from tutorial_lib.trainer.metrics import StepRow
 
 
 @contextmanager
@@ -40,71 +42,80 @@ def changed_deepspeed_config(change: Callable[[dict[str, Any]], object]) -> Abst
     return mock.patch.object(ds_config, "build", changed)
 
 
-@contextmanager
-def mean_of_means() -> Iterator[None]:
-    """Average the ranks' means, although they hold different numbers of tokens."""
-    with _loss_times(lambda own, total, ranks: total / (own * ranks)):
-        yield
+class _OwnMean(Trainer):
+    """Trainer whose backward pass gets the mean over this rank's own tokens, divided by :meth:`ranks`."""
 
+    def ranks(self) -> int:
+        return 1
 
-def _loss_times(factor: Callable[[int, int, int], float]) -> AbstractContextManager[object]:
-    """Scale the loss that goes into backward by a function of (this rank's tokens, all tokens, ranks)."""
-    count, build = trainer.count_tokens, trainer.build_engine
-    scale = [1.0]
-
-    def counted(micro_batches: Any, topology: Topology, **given: Any) -> int:
-        total = count(micro_batches, topology, **given)
-        scale[0] = factor(own_tokens(micro_batches), total, topology.dp)
-        return total
-
-    def built(*args: Any) -> Any:
-        engine = build(*args)
+    def build_engine(self) -> Any:
+        engine = super().build_engine()
         backward = engine.backward
-        engine.backward = lambda loss: backward(loss * scale[0])
+
+        def scaled(loss: Tensor) -> None:
+            self.own_loss += float(loss) * self.scale
+            backward(loss * self.scale)
+
+        engine.backward = scaled
         return engine
 
-    return mock.patch.multiple(trainer, count_tokens=counted, build_engine=built)
+    def train_step(self, micro_batches: list[dict[str, Tensor]]) -> None:
+        self.own_loss, self.own_tokens = 0.0, own_tokens(micro_batches)
+        self.scale = count_tokens(micro_batches, self.topology) / (self.own_tokens * self.ranks())
+        super().train_step(micro_batches)
 
 
 @contextmanager
-def loss_of_own_tokens() -> Iterator[None]:
-    """Report the mean over each rank's own tokens."""
+def mean_of_means() -> Iterator[type[Trainer]]:
+    """Average the ranks' means, although they hold different numbers of tokens."""
 
-    def own(micro_batches: Any, topology: Topology, **given: Any) -> int:
-        return own_tokens(micro_batches)
+    class MeanOfMeans(_OwnMean):
+        def ranks(self) -> int:
+            return self.topology.dp
 
-    def not_reduced(value: Tensor, topology: Topology, **given: Any) -> float:
-        return float(value)
+    yield MeanOfMeans
 
-    with mock.patch.multiple(trainer, count_tokens=own, sum_over_ranks=not_reduced):
-        yield
+
+@contextmanager
+def loss_of_own_tokens() -> Iterator[type[Trainer]]:
+    """Train on the mean over each rank's own tokens, and report that of rank 0."""
+
+    class OwnLoss(_OwnMean):
+        def build(self, on_checkpoint: OnCheckpoint | None) -> None:
+            super().build(on_checkpoint)
+            add = self.records.add
+
+            def add_own(row: StepRow) -> None:
+                add(dataclasses.replace(row, loss=self.own_loss, tokens=self.own_tokens))
+
+            self.records.add = add_own
+
+    yield OwnLoss
 
 
 # A loss that is r times too large gives what a collective that sums instead of averaging gives, and the reverse.
 
 
 @contextmanager
-def gradients_summed() -> Iterator[None]:
-    with _averages_over(lambda ranks: ranks * ranks):
-        yield
+def gradients_summed() -> Iterator[type[Trainer]]:
+    yield _averaging_over(lambda ranks: ranks * ranks)
 
 
 @contextmanager
-def gradients_averaged_twice() -> Iterator[None]:
-    with _averages_over(lambda ranks: 1):
-        yield
+def gradients_averaged_twice() -> Iterator[type[Trainer]]:
+    yield _averaging_over(lambda ranks: 1)
 
 
-def _averages_over(ranks: Callable[[int], int]) -> AbstractContextManager[object]:
-    """Make the engine believe that it averages gradients over a different number of ranks."""
-    build = trainer.build_engine
+def _averaging_over(ranks: Callable[[int], int]) -> type[Trainer]:
+    """Return a trainer whose engine believes that it averages gradients over a different number of ranks."""
 
-    def built(*args: Any) -> Any:
-        engine = build(*args)
-        engine.averages_over = ranks(engine.averages_over)
-        return engine
+    class Averaging(Trainer):
+        def build_engine(self) -> Any:
+            engine = super().build_engine()
+            engine.averages_over = ranks(engine.averages_over)
+            return engine
 
-    return mock.patch.object(trainer, "build_engine", built)
+    return Averaging
 
 
 @contextmanager
@@ -112,5 +123,5 @@ def trial_step_kept() -> Iterator[None]:
     """Keep the step that DeepSpeed's 16-bit optimizer takes before the first one."""
     from tutorial_lib.engine.deepspeed.engine import DeepSpeedEngine
 
-    with mock.patch.object(DeepSpeedEngine, "_undo_trial_step", lambda self: None):
+    with mock.patch.object(DeepSpeedEngine, "undo_trial_step", lambda self: None):
         yield

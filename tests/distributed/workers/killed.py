@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
 from typing import Any
-from unittest import mock
-
-import torch.distributed as dist
 
 from tutorial_lib.launch import worker
-from tutorial_lib.trainer import loop
+from tutorial_lib.trainer import Trainer, train_all
+
+
+class KilledTrainer(Trainer):
+    """Trainer whose last rank is killed in the second step."""
+
+    def train_step(self, micro_batches: list[dict[str, Any]]) -> None:
+        if self.step == 1 and self.topology.rank == self.topology.world_size - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().train_step(micro_batches)
 
 
 def main(*arguments: str) -> None:
-    train_step = loop.Trainer.train_step
-
-    def killed(self: loop.Trainer, micro_batches: Any) -> Any:
-        if self.step == 1 and dist.get_rank() == dist.get_world_size() - 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return train_step(self, micro_batches)
-
-    with mock.patch.object(loop.Trainer, "train_step", killed):
-        worker.main(*arguments)
+    worker.main(*arguments, train=functools.partial(train_all, trainer_class=KilledTrainer))
 
 
 if __name__ == "__main__":

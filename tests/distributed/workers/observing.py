@@ -2,7 +2,7 @@
 
 ``python -m tests.distributed.workers.observing`` takes the place of ``python -m tutorial_lib.launch.worker`` and calls
 it. At every checkpoint a run leaves ``observed.pt`` in its directory: full parameters, full optimizer states, the
-examples of every step. A run's :class:`tests.distributed.probe.Probe` says what else happens to it.
+examples of every step. A run's :class:`tests.distributed.observing.probe.Probe` says what else happens to it.
 """
 
 from __future__ import annotations
@@ -14,37 +14,34 @@ import pkgutil
 import shutil
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import cpuinfo
 import torch
 import torch.distributed as dist
 
-from tests.distributed.fsdp1_engine import FSDP1Engine
-from tests.distributed.gloo_averages import probe_averages
-from tests.distributed.probe import ERRORS, OBSERVATION, Probe
-from tests.distributed.watching import watching
-from tests.late_writes import late_writes, without_snapshot
+from tests.distributed.observing.fsdp1_engine import FSDP1Engine
+from tests.distributed.observing.gloo_averages import probe_averages
+from tests.distributed.observing.probe import ERRORS, OBSERVATION, Probe
+from tests.distributed.observing.watching import watching
+from tests.support.late_writes import LateTrainer, LateTrainerWithoutSnapshot
 from tutorial_lib import checkpoint
 from tutorial_lib.config import Config
 from tutorial_lib.dataloader import loaders
 from tutorial_lib.engine import fsdp
 from tutorial_lib.launch import worker
 from tutorial_lib.records import RunDirectory
-from tutorial_lib.trainer import train
+from tutorial_lib.trainer import Trainer, train
 
 ENGINES = {"fsdp1": FSDP1Engine}
 
 
 def main(*arguments: str) -> None:
-    # DeepSpeed asks for the processor's maker, which takes a second, for every optimizer that it offloads.
-    ask_once = mock.patch.object(cpuinfo, "get_cpu_info", functools.cache(cpuinfo.get_cpu_info))
     # Every run of a launch reads one of few data sets.
     read_once = mock.patch.object(loaders, "load_rows", functools.cache(loaders.load_rows))
-    with ask_once, read_once:
+    with read_once:
         worker.main(*arguments, train=train_all_observed)
 
 
@@ -63,9 +60,10 @@ def train_observed(config: Config, probe: Probe) -> None:
     with ExitStack() as patches:
         if probe.engine:
             patches.enter_context(mock.patch.object(fsdp, "FSDPEngine", ENGINES[probe.engine]))
-        watch = patches.enter_context(watching())
+        watch, kind = patches.enter_context(watching()), Trainer
         if probe.fault:
-            patches.enter_context(pkgutil.resolve_name(f"tests.distributed.injected.{probe.fault}")())
+            kind = patches.enter_context(pkgutil.resolve_name(f"tests.distributed.injected.{probe.fault}")()) or Trainer
+        trainer_class = watch.watched(kind)
 
         def observe(path: Path, row: dict[str, Any]) -> None:
             observation = watch.observation()
@@ -75,16 +73,15 @@ def train_observed(config: Config, probe: Probe) -> None:
                 torch.save(observation, config.directory / OBSERVATION)
 
         if probe.must_fail:
-            _expect_an_error(config)
+            _expect_an_error(config, trainer_class)
         else:
-            train(config, on_checkpoint=observe)
+            train(config, on_checkpoint=observe, trainer_class=trainer_class)
 
 
 def _train_to_the_stop(config: Config, probe: Probe) -> Config:
     """Train a run until it stops, unobserved, and return the configuration of its second start. Collective."""
     if probe.late_writes:
-        with late_writes(), without_snapshot() if probe.no_snapshot else nullcontext():
-            train(config)
+        train(config, trainer_class=LateTrainerWithoutSnapshot if probe.no_snapshot else LateTrainer)
         if dist.get_rank() == 0:  # the checkpoint at the stop was written after training had ended
             shutil.rmtree(checkpoint.latest(RunDirectory(config.directory)))
         dist.barrier()
@@ -93,10 +90,10 @@ def _train_to_the_stop(config: Config, probe: Probe) -> Config:
     return config.override(stop_after=None)
 
 
-def _expect_an_error(config: Config) -> None:
+def _expect_an_error(config: Config, trainer_class: type[Trainer]) -> None:
     """Train a run, keep the error that each rank raises, and raise if there is none. Collective."""
     try:
-        train(config)
+        train(config, trainer_class=trainer_class)
     except Exception as error:
         errors: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(errors, {"type": type(error).__name__, "message": str(error)})

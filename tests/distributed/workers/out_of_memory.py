@@ -6,35 +6,35 @@ comes under pressure.
 
 from __future__ import annotations
 
+import functools
 import resource
 import sys
 from typing import Any
-from unittest import mock
 
 import psutil
-import torch.distributed as dist
 
 from tutorial_lib.launch import worker
-from tutorial_lib.trainer import loop
+from tutorial_lib.trainer import Trainer, train_all
 
 LEFT = 64 * 2**20
 TIMES_THE_ROWS = 4096
 
 
-def main(*arguments: str) -> None:
-    train_step = loop.Trainer.train_step
+class GreedyTrainer(Trainer):
+    """Trainer whose last rank repeats the rows of its second step many times."""
 
-    def too_large(self: loop.Trainer, micro_batches: Any) -> Any:
-        if self.step == 1 and dist.get_rank() == dist.get_world_size() - 1:
+    def train_step(self, micro_batches: list[dict[str, Any]]) -> None:
+        if self.step == 1 and self.topology.rank == self.topology.world_size - 1:
             micro_batches = [
                 {key: value.repeat(TIMES_THE_ROWS, 1) for key, value in batch.items()} for batch in micro_batches
             ]
             limit = psutil.Process().memory_info().vms + LEFT
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        return train_step(self, micro_batches)
+        super().train_step(micro_batches)
 
-    with mock.patch.object(loop.Trainer, "train_step", too_large):
-        worker.main(*arguments)
+
+def main(*arguments: str) -> None:
+    worker.main(*arguments, train=functools.partial(train_all, trainer_class=GreedyTrainer))
 
 
 if __name__ == "__main__":

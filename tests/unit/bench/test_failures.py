@@ -8,7 +8,7 @@ from tutorial_lib.bench.failures import explain
 from tutorial_lib.config import ConfigError
 from tutorial_lib.launch import WorkerError
 
-KILLED = "Rank 1 ended with exit code -9 and left no traceback: it was killed, perhaps for memory. The end:\nx"
+KILLED = "Rank 1 ended with exit code -9 and left no traceback: it was killed, perhaps for lack of memory. The end:\nx"
 CUDA = "Rank 0 of run 'a' failed with OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB.\n\ntrace"
 HOST = (
     "Rank 0 of run 'a' failed with RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"

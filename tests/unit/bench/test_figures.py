@@ -25,7 +25,7 @@ def test_every_figure_is_written_with_its_words(tmp_path, log):
     assert [path.name for path in written] == ["states.png", "memory.png", "speed.png", "timeline.png"]
     words = {path.stem: path.with_suffix(".txt").read_text() for path in written}
     assert "stage-2 is the fastest" in words["speed"] and "stage-1: 10 samples per second" in words["speed"]
-    assert "predicted 160.00 MiB, measured 160.00 MiB" in words["states"] and "to 0.01 %" in words["states"]
+    assert "predicted 160.00 MiB, measured 160.00 MiB" in words["states"] and "to within 0.01 %" in words["states"]
     assert "process tree" in words["memory"] and "stage-3" not in "".join(words.values())
 
 
@@ -41,4 +41,4 @@ def test_on_gpus_the_peak_stands_beside_one_rank_and_what_it_keeps_there():
 
 def test_an_error_of_the_prediction_is_in_the_title():
     drawn = figures.model_states([done("a", states=(ModelStates(40 * MIB, 40 * MIB, 88 * MIB),))])
-    assert drawn is not None and "to 5 %" in drawn.title
+    assert drawn is not None and "to within 5 %" in drawn.title

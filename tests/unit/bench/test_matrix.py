@@ -77,12 +77,14 @@ def test_checkpoints_go_unless_they_are_wanted(config):
 
 
 def test_a_row_that_fails_says_why_and_the_next_one_goes_on(config):
-    killed = WorkerError("Rank 0 ended with exit code -9 and left no traceback: it was killed, perhaps for memory.\nx")
+    killed = WorkerError(
+        "Rank 0 ended with exit code -9 and left no traceback: it was killed, perhaps for lack of memory.\nx"
+    )
     matrix = run(config, Runs(stage_1=killed, stage_2=WorkerError("Rank 0 failed with MemoryError: \n\ntraceback")))
     assert statuses(matrix) == ["killed", "out of memory", "done"]
     assert matrix["stage-1"].cause == str(killed).splitlines()[0]
-    assert "killed, perhaps for memory" in (matrix.path / "table.md").read_text()
-    assert "killed, perhaps for memory" in (matrix.path / "table.csv").read_text()
+    assert "killed, perhaps for lack of memory" in (matrix.path / "table.md").read_text()
+    assert "killed, perhaps for lack of memory" in (matrix.path / "table.csv").read_text()
 
 
 def test_the_same_call_again_runs_what_is_left_and_retries_if_asked(config):

@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from tests.distributed.cases import MODELS, small_model
+from tests.support.models import MODELS, small_model
 from tutorial_lib import checkpoint
 from tutorial_lib.checkpoint import manifest
 from tutorial_lib.checkpoint.directory import finish_deletions
@@ -51,16 +51,6 @@ def assert_same(run, expected):
     timeless = [[{k: v for k, v in row.items() if k != "seconds"} for row in r.rows] for r in (run, expected)]
     assert timeless[0] == timeless[1]
     assert all(tensor.equal(weights(expected)[name]) for name, tensor in weights(run).items())
-
-
-def cut_short(path):
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def flip_a_bit(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 ALONE = Topology(dp=1, tp=1, rank=0)

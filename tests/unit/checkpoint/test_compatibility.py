@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from tests.unit.checkpoint.runs import assert_same, config, flip_a_bit
+from tests.support.damaged_files import flip_a_bit
+from tests.unit.checkpoint.runs import assert_same, config
 from tutorial_lib import checkpoint, launch, trainer
 from tutorial_lib.checkpoint import compatibility, manifest
 from tutorial_lib.config import ConfigError
@@ -149,7 +150,7 @@ TRAIN, VALIDATION = "split 'train' has different tokens", "split 'validation' ha
 def test_other_texts_of_the_same_number_are_refused_before_anything_starts(own_data, train, evaluation, split):
     data, run = own_data
     write_rows(data, train, evaluation)
-    with pytest.raises(ConfigError, match=rf"different data: of '.*/data', {split} than when") as error:
+    with pytest.raises(ConfigError, match=rf"different data: in '.*/data', {split} than when") as error:
         launch.preflight(run.config.override(stop_after=None))
     assert "Restore the old data, or give the new run another name" in str(error.value)
     assert f"export {run.config.directory} DIR`" in str(error.value)

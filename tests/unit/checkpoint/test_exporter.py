@@ -12,7 +12,6 @@ from transformers import AutoTokenizer
 
 from tests.unit.checkpoint.runs import config, weights
 from tutorial_lib import checkpoint, launch
-from tutorial_lib.checkpoint import exporter
 from tutorial_lib.config import ConfigError
 
 ROOT = Path(__file__).parents[3]
@@ -45,11 +44,11 @@ def test_a_large_export_has_several_files_and_loads_the_same(uninterrupted, tmp_
 def test_an_export_that_is_interrupted_leaves_nothing_that_looks_complete(uninterrupted, tmp_path, monkeypatch):
     path, target = checkpoint.latest(uninterrupted.directory), tmp_path / "exported"
 
-    def killed(*given):
+    def killed(*given, **named):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(exporter, "_describe", killed)
+        patch.setattr(shutil, "copytree", killed)  # of the tokenizer and the model's other files, after the weights
         with pytest.raises(KeyboardInterrupt):
             checkpoint.export(path, target)
     assert [p.name for p in tmp_path.iterdir()] == [".exported.partial"]
@@ -88,8 +87,13 @@ def rise(source, target):
 small, large, target = sys.argv[1:]
 rise(small, target + "-small")  # imports, and what libraries keep
 peaks = [rise(large, target + "-streamed")]
-read = exporter._read
-exporter._read = lambda *given: iter([tensor.clone() for tensor in read(*given)])
+def open_all(path):
+    full = checkpoint.open_full(path)
+    tensors = {name: full.parameter(name).clone() for name in full.names}
+    full.parameter = tensors.__getitem__
+    return full
+
+exporter.open_full = open_all
 print(json.dumps([*peaks, rise(large, target + "-at-once")]))
 """
 

@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from tests.unit.checkpoint.runs import assert_same, cut_short, flip_a_bit, make_checkpoint
+from tests.support.damaged_files import cut_short, flip_a_bit
+from tests.unit.checkpoint.runs import assert_same, make_checkpoint
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.checkpoint import CheckpointError, manifest
 from tutorial_lib.records import RunDirectory

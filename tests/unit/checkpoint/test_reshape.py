@@ -9,7 +9,7 @@ import pytest
 from tests.unit.checkpoint.runs import config
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.checkpoint import manifest
-from tutorial_lib.checkpoint.reshape import checkpoint_of, reshaped_config
+from tutorial_lib.checkpoint.reshape import reshaped_config
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.records import RunDirectory
 
@@ -62,7 +62,10 @@ def test_a_reshape_takes_over_what_fits_the_new_shape(tmp_path, what):
     ("given", "message"),
     [
         ({}, "write its name"),
-        ({"name": "new", "seed": 1, "global_batch": 4}, "seed was 0, now 1; global_batch was 8, now 4"),
+        (
+            {"name": "new", "seed": 1, "global_batch": 4},
+            r"seed was 0, now 1; global_batch was 8, now 4.* export \S+/old DIR",
+        ),
         ({"name": "new", "launcher": "none"}, "just continue the run in the new shape"),
         ({"name": "new", "stop_after": 5}, "stop_after cannot be set"),
         ({"name": "new", "engine": "torch"}, "Write dp=1, tp=1"),
@@ -133,5 +136,5 @@ def test_a_reshape_needs_no_data(model, tmp_path, monkeypatch):
 
 def test_a_source_may_be_under_the_users_home(interrupted, monkeypatch):
     monkeypatch.setenv("HOME", str(interrupted.directory.path.parent))
-    found = checkpoint_of(Path("~") / interrupted.directory.path.name)
+    found = checkpoint.locate(Path("~") / interrupted.directory.path.name)
     assert found == checkpoint.latest(interrupted.directory)

@@ -8,16 +8,8 @@ import threading
 
 import pytest
 
-from tests.unit.checkpoint.runs import (
-    ALONE,
-    STEPS,
-    assert_same,
-    config,
-    flip_a_bit,
-    make_checkpoint,
-    names,
-    steps,
-)
+from tests.support.damaged_files import flip_a_bit
+from tests.unit.checkpoint.runs import ALONE, STEPS, assert_same, config, make_checkpoint, names, steps
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.checkpoint import directory, manifest
 from tutorial_lib.checkpoint.directory import clear_remains, finish_deletions
@@ -151,12 +143,13 @@ def test_a_deletion_that_is_interrupted_leaves_nothing_that_looks_like_a_checkpo
     for step in (1, 2):
         make_checkpoint(run, step)
 
-    def killed(doomed):
+    def killed(thread):
+        (doomed,) = run.checkpoints.glob(".deleting-*")
         (doomed / "trainer.json").unlink()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(directory, "_discard", killed)
+        patch.setattr(threading.Thread, "start", killed)  # of the thread that would remove the files
         with pytest.raises(KeyboardInterrupt):
             pruner(run, keep_last=1).prune(checkpoint.directory_of(run, 2))
     remains, *seen = names(run)

@@ -10,16 +10,10 @@ import threading
 
 import pytest
 
-from tests.late_writes import late_writes, without_snapshot
-from tests.unit.checkpoint.runs import (
-    assert_same,
-    config,
-    cut_short,
-    make_checkpoint,
-    names,
-    steps,
-)
-from tutorial_lib import checkpoint, launch
+from tests.support.damaged_files import cut_short
+from tests.support.late_writes import LateTrainer, LateTrainerWithoutSnapshot
+from tests.unit.checkpoint.runs import assert_same, config, make_checkpoint, names, steps
+from tutorial_lib import checkpoint, launch, trainer
 from tutorial_lib.checkpoint import CheckpointError, Writer, directory, manifest, storage
 from tutorial_lib.checkpoint.directory import clear_remains
 from tutorial_lib.checkpoint.storage import storage_failure
@@ -76,10 +70,22 @@ def entries(run, step):
     return {name: entry for name, entry in files.items() if name.endswith(".pt")}
 
 
+def run_with(trainer_class, settings):
+    trainer.train(settings, trainer_class=trainer_class)
+    run = RunDirectory(settings.directory)
+    return launch.Run(settings, run.result(), run.rows())
+
+
 def test_an_async_save_writes_what_a_save_at_once_would_have_written(interrupted, uninterrupted, model, tmp_path):
     settings = config(tmp_path / "late", model=model, checkpoint_every=2, async_save=True)
-    with late_writes() as newest:
-        late = launch.run(settings)
+    newest = []
+
+    class Watched(LateTrainer):
+        def before_a_write(self, step):
+            visible = checkpoint.latest(self.run)
+            newest.append(visible and visible.name)
+
+    late = run_with(Watched, settings)
     # Three files and the description at each of the steps 2, 4 and 6. The last save has no training to wait for.
     assert newest == [None] * 4 + ["step-00000002"] * 4 + ["step-00000004"] * 4, "visible before it was complete"
     assert_same(late, uninterrupted)
@@ -94,15 +100,13 @@ def test_an_async_save_writes_what_a_save_at_once_would_have_written(interrupted
 
 
 def test_without_a_snapshot_the_file_holds_later_states(interrupted, model, tmp_path):
-    with late_writes(), without_snapshot():
-        late = launch.run(config(tmp_path / "late", model=model, checkpoint_every=2, async_save=True))
+    settings = config(tmp_path / "late", model=model, checkpoint_every=2, async_save=True)
+    late = run_with(LateTrainerWithoutSnapshot, settings)
     assert entries(late, 2)["engine/model.pt"] != entries(interrupted, 2)["engine/model.pt"]
 
 
 @pytest.mark.parametrize("async_save", [False, True])
 def test_a_checkpoint_is_reported_when_it_is_there_and_with_its_own_row(model, tmp_path, async_save):
-    from tutorial_lib import trainer
-
     reported = []
 
     def report(path, row):
@@ -163,7 +167,7 @@ def test_only_an_error_of_the_runs_own_storage_is_told_as_one(tmp_path, monkeypa
     run = RunDirectory(tmp_path / "run")
     run.create()
     if refused:
-        monkeypatch.setattr(storage, "_write_failure", lambda directory: refused)
+        monkeypatch.setattr(storage, "write_failure", lambda directory: refused)
     error = OSError(number, os.strerror(number), str(tmp_path / name) if isinstance(name, str) else name)
     found = storage_failure(run, error)
     assert re.search(expected, str(found)) if expected else found is None

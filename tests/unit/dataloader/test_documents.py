@@ -124,7 +124,7 @@ def test_no_row_left_is_an_error(byte_tokenizer):
     ],
 )
 def test_unknown_columns_are_named_with_those_needed(byte_tokenizer, row, columns):
-    with pytest.raises(ConfigError, match=rf"of this data set are .*{columns}.*Needed are strings in 'text'.*SQuAD"):
+    with pytest.raises(ConfigError, match=rf"of this data set are .*{columns}.*Use strings in 'text'.*SQuAD"):
         documents_of([row], byte_tokenizer)
 
 

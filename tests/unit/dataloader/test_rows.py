@@ -6,6 +6,8 @@ import gzip
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tutorial_lib.config import Config, ConfigError
@@ -129,6 +131,17 @@ def test_a_csv_file_that_is_in_order_is_read(tmp_path):
     assert (rows[0]["text"], len(rows[1]["text"]), rows[2]["text"]) == ('one, "two"\nthree', 200_000, None)
 
 
+def test_words_that_pandas_takes_for_blank_stay_in_a_csv_files_text(tmp_path):
+    content = "id,text\n1,None\nNA,NA\n3,\n"
+    (tmp_path / "train.csv").write_text(content)
+    (tmp_path / "train.csv.gz").write_bytes(gzip.compress(content.encode()))
+    (tmp_path / "tabs").mkdir()
+    (tmp_path / "tabs" / "train.tsv").write_text(content.replace(",", "\t"))
+    for name in ("train.csv", "train.csv.gz", "tabs", "tabs/train.tsv"):
+        rows = load_rows(str(tmp_path / name), "train[:3]")
+        assert (rows["text"][:], rows["id"][:]) == (["None", "NA", None], [1, None, 3])
+
+
 def test_a_slice_of_a_split(tmp_path):
     write("jsonl", tmp_path / "data")
     assert list(load_rows(str(tmp_path / "data"), "train[1:]")["text"]) == ["two", "three"]
@@ -239,6 +252,45 @@ def test_a_directory_of_two_formats_is_refused(tmp_path):
         load_rows(str(tmp_path), "train")
     (tmp_path / "train.csv").unlink()
     assert load_rows(str(tmp_path), "train")["text"] == ["one"]
+    (tmp_path / "more.csv.gz").write_bytes(gzip.compress(b"text\ntwo\n"))
+    with pytest.raises(ConfigError, match=r"several formats \(\.csv\.gz, \.jsonl\)"):
+        load_rows(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("other", ["train.tsv", "train.CSV", "more.csv"])
+def test_a_readme_that_names_no_files_excuses_none(other, tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / other).write_text("text\ntwo\n")
+    (tmp_path / "README.md").write_text("# My texts\n")
+    with pytest.raises(ConfigError, match="several formats"):
+        load_rows(str(tmp_path), "train")
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: a\n  data_files: train.jsonl\n---\n")
+    assert load_rows(str(tmp_path), "train")["text"] == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("rows.tsv", 'id\ttext\n1\tone, two\n'), ("rows.ndjson", '{"text": "one, two"}\n'),
+     ("ROWS.JSONL", '{"text": "one, two"}\n'), ("rows.CSV", 'text\n"one, two"\n')],
+)  # fmt: skip
+def test_a_file_by_another_of_its_formats_names(name, content, tmp_path):
+    (tmp_path / name).write_text(content)
+    assert load_rows(str(tmp_path / name), "train")["text"] == ["one, two"]
+
+
+@pytest.mark.parametrize("name", ["more.jsonl", "part/more.jsonl", "more.jsonl.gz"])
+def test_a_file_that_belongs_to_no_split_is_not_dropped(name, tmp_path):
+    """datasets reads files without a split's name in theirs only if no file has one."""
+    rows = b'{"text": "one"}\n'
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(gzip.compress(rows) if name.endswith(".gz") else rows)
+    assert len(load_rows(str(tmp_path), "train")) == 1
+    for used in ("train.jsonl", "validation.jsonl", ".hidden.jsonl"):
+        (tmp_path / used).write_bytes(rows)
+    with pytest.raises(ConfigError, match=rf"1 of 3 files would not be read, .*: {name}\. Move .* train-more\.jsonl"):
+        load_rows(str(tmp_path), "train")
+    (tmp_path / name).rename(tmp_path / f"train-{Path(name).name}")
+    assert len(load_rows(str(tmp_path), "train")) == 2
 
 
 def test_a_split_without_rows(tmp_path):
@@ -247,8 +299,10 @@ def test_a_split_without_rows(tmp_path):
         load_rows(str(tmp_path / "data"), "train[:0]")
     (tmp_path / "empty").mkdir()
     datasets.Dataset.from_dict({"text": []}).to_parquet(tmp_path / "empty" / "train.parquet")
-    with pytest.raises(ConfigError, match=r"Split 'train' of data set .* has no rows"):
-        load_rows(str(tmp_path / "empty"), "train")
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "empty.parquet")
+    for name in ("empty", "empty.parquet"):
+        with pytest.raises(ConfigError, match=r"Split 'train' of data set .* has no rows"):
+            load_rows(str(tmp_path / name), "train")
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):

@@ -112,7 +112,7 @@ def test_a_rendezvous_that_cannot_work_is_told(capsys: pytest.CaptureFixture[str
 
 def test_the_lock_of_a_killed_build_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(machine, "_prebuilt_operators", dict)
+    monkeypatch.setattr(machine, "prebuilt_operators", dict)
     lock = tmp_path / "cpu_adam" / "lock"
     lock.parent.mkdir()
     lock.touch()
@@ -130,9 +130,11 @@ def test_an_empty_name_of_a_compiler_means_the_usual_one(
     assert (machine.find_compiler() is not None) == found
 
 
-def test_files_that_a_container_has_read_are_not_used_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_a_container_has_read_are_not_used_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {"memory.max": "8000", "memory.current": "7900", "memory.stat": "anon 900\ninactive_file 6000\nfile 6500"}
-    monkeypatch.setattr(machine, "_read_cgroup", lambda name: files.get(name, ""))
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
     assert machine.memory_within_cgroup(20_000, 10_000) == (8000, 6100)
     assert machine.memory_within_cgroup(20_000, 5_000) == (8000, 5000)
     assert machine.memory_within_cgroup(7_000, 5_000) == (7000, 5000), "the limit is beyond the machine's memory"

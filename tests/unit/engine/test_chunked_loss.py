@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.distributed.cases import altered_model
+from tests.support.models import altered_model
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.embedded import MODEL_NAMES
 from tutorial_lib.engine import build_engine

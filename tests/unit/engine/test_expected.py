@@ -54,7 +54,7 @@ def test_offload_leaves_on_the_device_what_forward_and_backward_need():
     for stage, offload in ((1, "none"), (1, "optimizer"), (2, "optimizer"), (3, "all")):
         config = Config.create("gpu", zero_stage=stage, offload=offload)
         (each,) = expected_states(config, SIZES) or ()
-        left = on_device(config, each)
+        left = on_device(config.engine, each)
         kept[stage, offload] = (left.parameters, left.gradients, left.optimizer)
     assert kept == {
         (1, "none"): (2000, 2000, 12000), (1, "optimizer"): (2000, 2000, 0), (2, "optimizer"): (2000, 0, 0),

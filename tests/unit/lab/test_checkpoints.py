@@ -21,7 +21,7 @@ EXERCISES = {
     "interval": (
         checkpoints.minutes_between_saves(60, 7),
         142,
-        {100.4: "2 under the root", 8519: "seconds", 2.37: "hours", 500: "too high"},
+        {100.4: "2 under the square root", 8519: "seconds", 2.37: "hours", 500: "too high"},
     ),
     "read": (checkpoints.terabytes_read(405e9, 128), 622, {4.86: "once", 829: "12 bytes, not 16", 100: "too low"}),
 }

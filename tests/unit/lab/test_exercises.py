@@ -106,7 +106,7 @@ STAGE = choice("stage 3", near={"stage 2": "Stage 2 keeps the full parameters.",
         ("stage 3", True, "✓ Right."),
         ("  Stage  3 ", True, "✓ Right."),
         ("Stage 2", False, "Stage 2 keeps the full parameters."),
-        ("stage 4", False, "'stage 4' is none of the answers. Write one of: stage 1, stage 2, stage 3."),
+        ("stage 4", False, "'stage 4' is not one of the answers. Write one of: stage 1, stage 2, stage 3."),
         (3, False, "Write one of"),
     ],
 )

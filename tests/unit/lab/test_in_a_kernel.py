@@ -56,12 +56,12 @@ def comes(text):
         time.sleep(0.1)
     print(any(text in s for s in said))
 curve, line = LiveCurve(40, title="slow", interval=0.2), progress(10, title="two", labels=["a", "b"], curve=False)
-with mock.patch.object(LiveCurve, "_show", lambda self, data, metadata=None: said.append(data["text/plain"])), curve:
+with mock.patch.object(LiveCurve, "show", lambda self, data, metadata=None: said.append(data["text/plain"])), curve:
     comes("slow: starting processes ... 1 s")
     curve.on_rows(rows[:5])
     curve.on_rows(rows[5:12])  # too soon after the last drawing, and no rows follow
     comes("step 12 of 40")
-with mock.patch.object(type(line), "_show", lambda self, data, metadata=None: said.append(data["text/plain"])), line:
+with mock.patch.object(type(line), "show", lambda self, data, metadata=None: said.append(data["text/plain"])), line:
     line.on_rows(rows[:10])
     comes("run 2 of 2, b: starting ... 2 s")
 """,

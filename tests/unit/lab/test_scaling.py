@@ -27,7 +27,7 @@ EXERCISES = {
     "local rank": (
         scaling.who_sets_local_rank(TASKS),
         "SLURM_LOCALID",
-        {"LOCAL_RANK": "RANK, LOCAL_RANK, WORLD_SIZE are missing", "SLURM_PROCID": "through all nodes"},
+        {"LOCAL_RANK": "RANK, LOCAL_RANK, WORLD_SIZE are missing", "SLURM_PROCID": "across all nodes"},
     ),
 }
 

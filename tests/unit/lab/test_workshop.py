@@ -23,7 +23,7 @@ EXERCISES = {
     "batch": (workshop.batch_on_more_gpus(4, 4, 8), 128, {16: "one GPU", 32: "one forward pass", 100: "too low"}),
     "falls": (
         workshop.peak_as_processes_are_added(row(states_mib=12), row(states_mib=7)), "falls",
-        {"stays": "plain data parallelism", "rises": "the same size", "no": "none of the answers"},
+        {"stays": "plain data parallelism", "rises": "the same size", "no": "not one of the answers"},
     ),
     "stays": (
         workshop.peak_as_processes_are_added(row(states_mib=12), row(states_mib=12)), "stays",

@@ -24,13 +24,13 @@ EXERCISES: dict[str, tuple[Exercise, Any, dict[Any, str]]] = {
     "stage 3": (
         zero.which_stage(30_000_000_000, num_ranks=8, gpu_gb=80, rest_gb=10),
         "3",
-        {"2": "112.5 + 10 GB", "1": "165.0 + 10 GB", "4": "none of the answers"},
+        {"2": "112.5 + 10 GB", "1": "165.0 + 10 GB", "4": "not one of the answers"},
     ),
     "forgotten": (zero.what_was_forgotten(), "b", {"a": "different rows", "c": "base model"}),
     "loss": (
         zero.loss_of_the_step(means=[2.0, 4.0], tokens=[100, 300]),
         3.5,
-        {3: "Weigh tokens alike", 2: "rank 0 alone", 4: "too high"},
+        {3: "Give every token the same weight", 2: "rank 0 alone", 4: "too high"},
     ),
 }
 

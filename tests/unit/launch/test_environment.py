@@ -90,6 +90,15 @@ def test_a_run_of_one_process_under_deepspeed_needs_no_variables_and_ignores_old
     assert json.loads(ended.stdout)["status"] == "completed"
 
 
+def test_deepspeed_a_second_time_in_one_process_is_refused(monkeypatch, capsys, tmp_path):
+    """It would fail with the groups of the first launch."""
+    monkeypatch.setattr(joining, "_groups_of_deepspeed", True)
+    arguments = ["train", "--launcher", "none", *SMALL, "--storage", str(tmp_path)]
+    assert main([*arguments, "--zero-stage", "1"]) == 2
+    assert "can run it only once with launcher='none', and this one has" in capsys.readouterr().err
+    assert main([*arguments, "--engine", "torch", "--name", "torch"]) == 0
+
+
 def test_a_stopped_rank_of_torchrun_ends_with_0(monkeypatch, capsys, tmp_path):
     torchrun(monkeypatch)
     arguments = ["train", "--launcher", "none", "--engine", "torch", *SMALL, "--storage", str(tmp_path)]

@@ -144,7 +144,13 @@ def test_patterns_of_parameters_are_checked_before_a_process_starts(storage, fre
             "argument --zero-stage: 'two' is not a whole number (0: nothing partitioned; 1: ",
         ),
         (["train", "--learning-rate", "low"], "argument --learning-rate: 'low' is not a number ("),
-        (["train", "--no-such-flag"], "unrecognized arguments: --no-such-flag. See python -m tutorial_lib --help."),
+        (["train", "--bogus"], "unrecognized arguments: --bogus. See python -m tutorial_lib train --help."),
+        (
+            ["train", "--learning_rate=1", "--zero_stage", "2"],
+            "unrecognized arguments: --learning_rate=1 --zero_stage 2 (did you mean --learning-rate, --zero-stage?). "
+            "See python -m tutorial_lib train",
+        ),
+        (["inspect", "run", "other"], "unrecognized arguments: other. See python -m tutorial_lib inspect --help."),
         (["--json"], "the following arguments are required: COMMAND. See python -m tutorial_lib --help."),
     ],
 )
@@ -339,7 +345,7 @@ def test_the_error_of_an_aborted_rank_includes_what_all_ranks_wrote(tmp_path, wo
 
 def test_a_waiting_rank_is_ended_and_not_blamed(tmp_path, monkeypatch):
     """The launcher kills the waiting rank, so this does not take long."""
-    monkeypatch.setattr(launch.local, "_PEERS_SECONDS", 1)
+    monkeypatch.setattr(launch.local, "PEERS_SECONDS", 1)
     config = Config.create("cpu", dp=2, storage=str(tmp_path), name="waiting", launcher="local", steps=1)
     with pytest.raises(launch.WorkerError, match=r"^Rank 0 of run 'waiting' failed with ModuleNotFoundError") as error:
         launch.run_all([config], worker=f"{WORKERS}.waiting")

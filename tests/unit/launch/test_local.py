@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from tutorial_lib.launch.local import _Failure, _first_failure
+from tutorial_lib.launch.local import Failure, first_failure
 
 KILLED, ABORTED = -signal.SIGKILL, -signal.SIGABRT
 
@@ -16,14 +16,14 @@ def record(rank, time):
 @pytest.mark.parametrize(
     ("failures", "written", "rank"),
     [
-        ([_Failure(0, 1, 10.0), _Failure(1, KILLED, 20.0, True)], [record(0, 9.9)], 0),
-        ([_Failure(0, 1, 10.0), _Failure(1, KILLED, 20.0, True)], [], 0),
-        ([_Failure(0, 1, 10.0), _Failure(1, ABORTED, 13.0)], [record(0, 9.9)], 0),
-        ([_Failure(0, 1, 10.0), _Failure(1, KILLED, 10.2)], [record(0, 9.9)], 1),
-        ([_Failure(1, KILLED, 10.0), _Failure(0, 1, 10.1)], [record(0, 10.05)], 1),
-        ([_Failure(1, 1, 10.0), _Failure(0, 1, 10.1)], [], 1),
-        ([_Failure(1, KILLED, 20.0, True)], [], 1),
+        ([Failure(0, 1, 10.0), Failure(1, KILLED, 20.0, True)], [record(0, 9.9)], 0),
+        ([Failure(0, 1, 10.0), Failure(1, KILLED, 20.0, True)], [], 0),
+        ([Failure(0, 1, 10.0), Failure(1, ABORTED, 13.0)], [record(0, 9.9)], 0),
+        ([Failure(0, 1, 10.0), Failure(1, KILLED, 10.2)], [record(0, 9.9)], 1),
+        ([Failure(1, KILLED, 10.0), Failure(0, 1, 10.1)], [record(0, 10.05)], 1),
+        ([Failure(1, 1, 10.0), Failure(0, 1, 10.1)], [], 1),
+        ([Failure(1, KILLED, 20.0, True)], [], 1),
     ],
 )
 def test_the_failure_that_caused_the_others(failures, written, rank):
-    assert _first_failure(failures, written).rank == rank
+    assert first_failure(failures, written).rank == rank

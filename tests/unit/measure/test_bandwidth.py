@@ -1,4 +1,4 @@
-"""Bandwidth gate: fits recover the values that were put in, and a real gate runs on two gloo processes."""
+"""Bandwidth check: fits recover the values that were put in, and a real check runs on two gloo processes."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import statistics
 import subprocess
@@ -175,7 +176,7 @@ def test_a_slow_reading_does_not_shift_the_later_ones(tmp_path: Path, monkeypatc
     monkeypatch.setattr(sampler.ProcessTree, "read", read_slowly)
     with sample_memory(tmp_path / "log", interval=0.2):
         time.sleep(1.3)
-    # Were the interval a pause between two readings, these would be 0.14, 0.08, 0.02, 0.16 s late, and so on.
+    # If the interval were a pause between readings, these would be 0.14, 0.08, 0.02, 0.16 s late, and so on.
     late = [row["seconds"] % 0.2 for row in rows(tmp_path / "log")[1:-1]]
     assert statistics.median(late) < 0.05, late
 
@@ -212,18 +213,17 @@ def test_an_older_log_is_replaced_and_another_file_is_not(tmp_path: Path) -> Non
     assert path.read_text() == '{"format": "my notes"}'
 
 
-def test_a_disk_that_fills_up_ends_the_log_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written = []
-
-    def write(self: Any, row: dict[str, Any]) -> None:
-        if len(written) >= 3:
-            raise OSError(28, "No space left on device")
-        written.append(row)
-
-    monkeypatch.setattr(sampler._Recorder, "_write", write)
-    with pytest.warns(RuntimeWarning, match=r"ends after 2 readings: OSError\(28"):
-        with sample_memory(tmp_path / "log", interval=0.01):
-            wait_until(lambda: "memory-sampler" not in [thread.name for thread in threading.enumerate()])
+def test_a_disk_that_fills_up_ends_the_log_not_the_run(tmp_path: Path) -> None:
+    """A limit on the size of files simulates a full disk."""
+    limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.warns(RuntimeWarning, match=r"ends after \d+ readings: OSError\(27"):
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, most))
+            with sample_memory(tmp_path / "log", interval=0.01):
+                wait_until(lambda: "memory-sampler" not in [thread.name for thread in threading.enumerate()])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+    assert (tmp_path / "log").stat().st_size == 4096
 
 
 # --- GPUs ------------------------------------------------------------------------------------------------------------

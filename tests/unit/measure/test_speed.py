@@ -1,21 +1,12 @@
-"""Speed: tokens per second, FLOPs and ratios of times."""
+"""Speed: FLOPs and ratios of times."""
 
 from __future__ import annotations
 
 import time
 
-import pytest
 import torch
 
 from tutorial_lib.measure import speed
-
-
-def test_tokens_per_second_leaves_out_the_first_step() -> None:
-    rows = [{"tokens": 100, "seconds": 10.0}, {"tokens": 300, "seconds": 1.0}, {"tokens": 100, "seconds": 1.0}]
-    assert speed.tokens_per_second(rows) == 200
-    assert speed.tokens_per_second(rows, skip=0) == 500 / 12
-    with pytest.raises(ValueError, match="run more steps"):
-        speed.tokens_per_second(rows[:1])
 
 
 def test_matmul_peak_is_a_plausible_number_of_flops() -> None:

@@ -40,7 +40,7 @@ def test_a_model_without_heads_is_not_split():
 @pytest.mark.parametrize(
     ("changes", "tp", "message"),
     [
-        ({}, 3, "8 attention heads nor its 4 key-value heads nor its 320 columns"),
+        ({}, 3, "8 attention heads nor 4 key-value heads nor 320 columns"),
         ({}, 8, r"model's 4 key-value heads. Write tp as one of \[1, 2, 4\]"),
         ({"intermediate_size": 322}, 4, r"model's 322 columns of each MLP. Write tp as one of \[1, 2\]"),
         (

@@ -95,6 +95,14 @@ def test_parameters_of_another_shape_are_refused_alike_for_every_engine(copied, 
         check_stored_weights(Config.create("cpu", dp=1, engine=engine, model=str(copied)))
 
 
+@ENGINES
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool])
+def test_quantized_weights_without_their_configuration_are_refused(copied, engine, dtype):
+    change(copied, lambda held: held.update({name: held[name].to(dtype) for name in held if "c_proj.weight" in name}))
+    with pytest.raises(ConfigError, match=r"model\.safetensors stores .*c_proj\.weight as integers.*it was quantized"):
+        check_stored_weights(Config.create("cpu", dp=1, engine=engine, model=str(copied)))
+
+
 def test_a_model_that_is_loaded_alone_refuses_what_its_files_lack(copied):
     change(copied, lambda held: [held.pop(name) for name in list(held) if name.endswith("ln_f.bias")])
     with pytest.raises(ConfigError, match=r"lack 1 of its parameters: transformer\.ln_f\.bias"):

@@ -44,7 +44,7 @@ def test_its_directory_is_written_once(tmp_path, monkeypatch):
 
 
 def test_an_unknown_name_is_refused_with_a_near_one():
-    with pytest.raises(ConfigError, match=r"'gpt3' are not known here\. Did you mean 'gpt2'"):
+    with pytest.raises(ConfigError, match=r"for a model 'gpt3'\. Did you mean 'gpt2'"):
         load_config("published/gpt3")
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.distributed.cases import MODELS, small_model
+from tests.support.models import MODELS, small_model
 from tutorial_lib.config import Config
 from tutorial_lib.models import load_config, load_model, load_trained_config
 from tutorial_lib.models.meta import model_outline

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed import cases
-from tests.distributed.pairwise import cover, pairs
+from tests.distributed.cases import equivalence
+from tests.distributed.cases.pairwise import cover, pairs
 
 # Every combination of three settings with three values each, except for a coarse grid on a large model.
 GRID = {
@@ -46,11 +46,11 @@ def test_what_is_needed_is_chosen_and_counts():
     assert cover(GRID, list(GRID)) == list(GRID)
 
 
-@pytest.mark.skipif(cases.MATRIX, reason="all combinations are run")
+@pytest.mark.skipif(equivalence.MATRIX, reason="all combinations are run")
 def test_make_test_meets_every_pair_of_settings_of_the_matrix():
     chosen, everything = map(
-        all_pairs, (map(cases.settings, c) for c in (cases.COMBINATIONS, cases.VALID_COMBINATIONS))
+        all_pairs, (map(equivalence.settings, c) for c in (equivalence.COMBINATIONS, equivalence.VALID_COMBINATIONS))
     )
     assert chosen == everything
     assert (("case", "bloom"), ("ranks", 4)) in everything
-    assert len(cases.COMBINATIONS) < len(cases.VALID_COMBINATIONS)
+    assert len(equivalence.COMBINATIONS) < len(equivalence.VALID_COMBINATIONS)

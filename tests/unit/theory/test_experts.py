@@ -39,7 +39,7 @@ def best(task: Workload, machine: Cluster, engine: str = "fsdp") -> Candidate:
 
 
 def test_seven_billion_on_eight_of_80_gb() -> None:
-    """ZeRO-1 or 2, or FSDP: no tensor parallelism, nothing offloaded, no more than selective recomputing."""
+    """ZeRO-1 or 2, or FSDP: no tensor parallelism, nothing offloaded, no more than selective recomputation."""
     for engine in ("deepspeed", "fsdp"):
         layout = best(work(7e9), cluster(8), engine).layout
         assert (layout.dp, layout.tp, layout.offload) == (8, 1, "none")
@@ -118,5 +118,5 @@ def test_reasons_are_given_and_name_alternatives() -> None:
     task, machine = work(7e9), cluster(8)
     sentences = reasons(task, machine, best(task, machine, "deepspeed"))
     assert sentences[0].startswith("ZeRO-1: ZeRO-0 does not fit by")
-    assert any(sentence.startswith("Nothing is recomputed: full recomputing is") for sentence in sentences)
+    assert any(sentence.startswith("Nothing is recomputed: full recomputation is") for sentence in sentences)
     assert any(sentence.startswith("Micro-batch") for sentence in sentences)

@@ -29,7 +29,7 @@ def test_dalys_interval_is_the_minimum(save, mean_time, restart):
     assert daly == pytest.approx(best, rel=0.005)
     least = failures.lost_share(best, save, mean_time, restart)
     assert failures.lost_share(daly, save, mean_time, restart) == pytest.approx(least, rel=1e-4)
-    # Young's is a first approximation of it, and as good in its result.
+    # Young's is a first approximation of it, and nearly as good.
     young = failures.young_interval(save, mean_time)
     assert young == pytest.approx(daly, rel=math.sqrt(save / mean_time))
     assert failures.lost_share(young, save, mean_time, restart) == pytest.approx(least, rel=0.01)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tutorial_lib.theory import flops, traffic
+from tutorial_lib.theory import flops
 
 
 def test_flops_per_token() -> None:
@@ -34,24 +34,3 @@ def test_flops_agree_with_pytorchs_counter() -> None:
     num_params = sum(p.numel() for p in model.parameters())
     predicted = batch.numel() * flops.flops_per_token(num_params, 2, 64, 64)
     assert 0.90 < counter.get_total_flops() / predicted < 1.0
-
-
-def test_step_time() -> None:
-    time = flops.step_time(
-        1_000_000, 4096, 2_000_000, num_devices=4, device_flops=1e12, bandwidth=1e9, bytes_per_element=2
-    )
-    assert time.compute == 6 * 1e6 * 4096 / 4e12
-    assert time.communication == 2e6 * 2 / 1e9
-    assert time.bound == "compute" and time.overlapped == time.compute
-    assert time.serial == time.compute + time.communication
-    recomputed = flops.step_time(1, 1, 0, num_devices=1, device_flops=1, bandwidth=1, recompute=True)
-    assert recomputed.compute == 8
-
-
-def test_data_parallelism_is_compute_bound_above_the_critical_batch() -> None:
-    """At the critical number of tokens, backward (4 Psi tokens / FLOP/s) takes as long as the all-reduce."""
-    peak, bandwidth, num_params = 400e12, 50e9, 1_000_000
-    for size in (2, 4):
-        tokens = flops.critical_tokens_per_device(peak, bandwidth, size)
-        all_reduce = traffic.zero_volume(num_params, 0).total * size / bandwidth
-        assert 4 * num_params * tokens / peak == pytest.approx(all_reduce)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-
 import pytest
 
 from tutorial_lib.theory import memory
@@ -103,48 +100,6 @@ def test_impossible_states_are_refused(arguments: tuple, message: str) -> None:
 
 def test_deepspeed_keeps_a_master_copy_in_fp32() -> None:
     assert DEEPSPEED_FP32.total == FP32.total + 4
-
-
-SHAPES = [(1, 1), (8, 1), (4, 2), (3, 5)]
-
-
-@pytest.mark.parametrize("num_params", [2_851_000_000, 139_840, 7])
-def test_estimators_are_deepspeeds(num_params: int) -> None:
-    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as zero3
-    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as zero2
-
-    largest = num_params // 5
-    for per_node, nodes in SHAPES:
-        for offload in (True, False):
-            for factor in (1.5, 1.0):
-                ours = memory.deepspeed_estimate_zero2(
-                    num_params, per_node, nodes, offload_optimizer=offload, buffer_factor=factor
-                )
-                assert (ours.host, ours.device) == zero2(num_params, per_node, nodes, offload, factor)
-        for name, optimizer, parameters in (("none", False, False), ("optimizer", True, False), ("all", True, True)):
-            for init in (True, False):
-                third = memory.deepspeed_estimate_zero3(
-                    num_params, largest, per_node, nodes, offload=name, zero_init=init
-                )
-                theirs = zero3(num_params, largest, per_node, nodes, optimizer, parameters, init)
-                assert (third.host, third.device) == theirs[:2]
-
-
-def test_estimator_and_paper_differ_for_t5_3b() -> None:
-    """2851 M parameters on 8 ranks at stage 2: 11.28 GiB by DeepSpeed's code, 9.96 GiB by the paper."""
-    num_params = 2_851_000_000
-    estimate = memory.deepspeed_estimate_zero2(num_params, 8, offload_optimizer=False)
-    assert round(estimate.device / 2**30, 2) == 11.28
-    assert round(model_states(num_params, 2, 8).total / 2**30, 2) == 9.96
-
-
-def test_estimator_prints_what_we_compute() -> None:
-    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs_all_cold as printed
-
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        printed(2_851_000_000, num_gpus_per_node=8)
-    assert "11.28GB | offload_optimizer=none" in out.getvalue()
 
 
 def test_tensor_parallelism_does_not_divide_replicated_parameters() -> None:

@@ -44,7 +44,7 @@ def open_full(path: Path, *, verified: bool = False) -> FullTensors:
     if not verified:
         verify(path)
     settings = Config.from_json(json.dumps(read_trainer_state(path)["config"]))
-    model = _meta_model(path, settings)
+    model = _meta_model(path, settings.model.freeze)
     of_engine: dict[str, Callable[[Path, Config, Any], FullTensors]] = {
         "torch": single.Single,
         "fsdp": dcp.DCP,
@@ -72,12 +72,12 @@ def rank_and_contents(name: str, tp: int, zero_stage: int) -> tuple[int, str] | 
     )
 
 
-def _meta_model(path: Path, settings: Config) -> Any:
+def _meta_model(path: Path, freeze: tuple[str, ...]) -> Any:
     """Build the checkpoint's model without values, for its names, shapes, ties and frozen parameters."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path / "model"), dtype=torch.float32)
     model.tie_weights()
-    freeze_parameters(model, settings.model.freeze)
+    freeze_parameters(model, freeze)
     return model

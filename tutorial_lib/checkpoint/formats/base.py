@@ -17,7 +17,7 @@ WEIGHTS, OPTIMIZER = "weights", "optimizer"
 WEIGHTS_AND_OPTIMIZER = "weights and optimizer"
 OPTIMIZER_AND_MASTERS = "optimizer and fp32 weights"
 SCRIPTS = "scripts that DeepSpeed adds"
-"""Names for the contents of a checkpoint's files, in reports."""
+"""Names in reports for the contents of a checkpoint's files."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Moments that AdamW keeps for every trained parameter, besides the number of its updates."""
@@ -82,7 +82,7 @@ class FullTensors(ABC):
 
     @abstractmethod
     def adam_step(self, name: str) -> int:
-        """Return the number of Adam's updates of a trained parameter, without those that fp16 skipped."""
+        """Return the number of updates that Adam made to a trained parameter, without those that fp16 skipped."""
 
     def buffers(self) -> dict[str, Tensor]:
         """Return the buffers that the engine saved. Few models have any: most recompute theirs."""

@@ -56,6 +56,6 @@ def check_layouts(found: list[ParameterLayout]) -> None:
     ]
     if unsplit:
         raise ConfigError(
-            f"AutoTP left {len(unsplit)} projections unsplit on every rank, {unsplit[0]} first. Check the plan that it "
+            f"AutoTP left {len(unsplit)} projections unsplit on every rank, e.g. {unsplit[0]}. Check the plan that it "
             "follows: tensor_parallel.partition_config of the DeepSpeed file, or the model's own."
         )

@@ -14,7 +14,7 @@ import json
 import re
 from typing import Any
 
-from tutorial_lib.config import Config, ConfigError, settings
+from tutorial_lib.config import Config, ConfigError, EngineConfig, settings
 from tutorial_lib.config.checks import check_used
 from tutorial_lib.engine.deepspeed import file, trainer_file
 from tutorial_lib.engine.deepspeed.file import find
@@ -53,7 +53,7 @@ def build(config: Config) -> dict[str, Any]:
     return merged
 
 
-def check_tensor_parallel(config: Config, model_config: Any) -> None:
+def check_autotp(config: Config, model_config: Any) -> None:
     """Refuse a model or setup that DeepSpeed's automatic tensor parallelism (AutoTP) cannot handle.
 
     Args:
@@ -167,7 +167,7 @@ def _stated_settings(given: dict[str, Any], config: Config, name: str) -> dict[s
             stated[setting] = (keys[setting], float(stated[setting][1]))
     for flag, value in zip(("beta1", "beta2"), _betas(given, name), strict=False):
         stated[flag] = ("optimizer.params.betas", value)
-    return stated | _stated_offload(given, config, name) | _stated_precision(given, config)
+    return stated | _stated_offload(given, config.engine, name) | _stated_precision(given, config.engine)
 
 
 def _betas(given: dict[str, Any], name: str) -> list[float]:
@@ -181,12 +181,14 @@ def _betas(given: dict[str, Any], name: str) -> list[float]:
     if betas == []:
         return []
     if not (isinstance(betas, list) and len(betas) == 2 and all(type(beta) in (int, float) for beta in betas)):
-        raise ConfigError(f"{name}: optimizer.params.betas is {json.dumps(betas)}; write two numbers, as [0.9, 0.999].")
+        raise ConfigError(
+            f"{name}: optimizer.params.betas is {json.dumps(betas)}; write two numbers, such as [0.9, 0.999]."
+        )
     return [float(beta) for beta in betas]
 
 
-def _stated_offload(given: dict[str, Any], config: Config, name: str) -> dict[str, tuple[str, Any]]:
-    now = config.engine.offload
+def _stated_offload(given: dict[str, Any], engine: EngineConfig, name: str) -> dict[str, tuple[str, Any]]:
+    now = engine.offload
     devices = {"param": "cpu" if now == "all" else "none", "optimizer": "none" if now == "none" else "cpu"}
     keys: list[str] = []
     pins: dict[str, bool] = {}
@@ -216,12 +218,12 @@ def _stated_offload(given: dict[str, Any], config: Config, name: str) -> dict[st
     return stated
 
 
-def _stated_precision(given: dict[str, Any], config: Config) -> dict[str, tuple[str, Any]]:
+def _stated_precision(given: dict[str, Any], engine: EngineConfig) -> dict[str, tuple[str, Any]]:
     for name in ("bf16", "fp16"):
         key = f"{name}.enabled"
         if find(given, key):
             return {"precision": (key, name)}
-    own = f"{config.engine.precision}.enabled"
+    own = f"{engine.precision}.enabled"
     return {"precision": (own, "fp32")} if find(given, own) is False else {}
 
 

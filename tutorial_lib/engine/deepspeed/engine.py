@@ -24,7 +24,7 @@ from unittest import mock
 
 import torch
 
-# Set explicitly, because DeepSpeed warns on every start if it has to find out that there is no GPU. In a worker, the
+# Set explicitly: if DeepSpeed has to find out by itself that there is no GPU, it warns on every start. In a worker, the
 # trainer has already set it from the run's configuration.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
@@ -107,7 +107,7 @@ class DeepSpeedEngine:
         self._dims = {self.module.get_parameter(row.parameter): row.dim for row in self.layout()}
         self._micro_steps = 0
         if config.engine.zero_stage == 0 and config.engine.precision != "fp32":
-            self._undo_trial_step()
+            self.undo_trial_step()
 
     def _finish_splitting(self, model: Any) -> None:
         autotp.check_layouts(self.layout())
@@ -176,10 +176,12 @@ class DeepSpeedEngine:
             norms[1:] = squares.sqrt()
         return float(norms.norm())
 
-    def _undo_trial_step(self) -> None:
-        # To allocate Adam's moments, DeepSpeed's 16-bit optimizer without ZeRO takes a step with zero gradients. That
-        # decays the fp32 weights and leaves Adam's step count at 1, which shrinks the first real update to three
-        # quarters.
+    def undo_trial_step(self) -> None:
+        """Undo the step with zero gradients that DeepSpeed's 16-bit optimizer without ZeRO takes when it is built.
+
+        It takes the step to allocate Adam's moments. That decays the fp32 weights and leaves Adam's step count at 1,
+        which shrinks the first real update to three quarters.
+        """
         self.optimizer.state.clear()
         wrapper = self.deepspeed.optimizer
         for masters, copies in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):

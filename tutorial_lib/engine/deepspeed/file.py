@@ -25,6 +25,7 @@ from tutorial_lib.engine.deepspeed.keys import (
     CHOICES,
     LISTS_OF_STRINGS,
     OFFLOADS,
+    ON_NVME,
     ONLY,
     RENAMED,
     SECTION_KEYS,
@@ -132,7 +133,8 @@ def check(given: dict[str, Any], *, source: str) -> dict[str, Any]:
     ]
     problems += _ineffective_settings(stated)
     if problems:
-        raise ConfigError("; ".join(f"{source}: {problem}" for problem in problems) + ".")
+        told = "; ".join(f"{source}: {problem}" for problem in problems)
+        raise ConfigError(told if told.endswith("?") else f"{told}.")
     return stated
 
 
@@ -236,6 +238,13 @@ def _ineffective_settings(stated: dict[str, Any]) -> list[str]:
         ]
     if "aio" in stated:
         problems.append("aio is for offload to NVMe disks, which this package does not do; remove it")
+    problems += [
+        f"zero_optimization.{section}.{key} is for offload to NVMe disks, which this package does not do; remove it"
+        for section in ("offload_optimizer", "offload_param")
+        for key in ON_NVME
+        if find(stated, f"zero_optimization.{section}.device") != "nvme"  # which is refused as a device
+        and find(stated, f"zero_optimization.{section}.{key}")
+    ]
     return problems
 
 

@@ -13,9 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.config import Config, ConfigError, EngineConfig
 from tutorial_lib.engine.deepspeed.file import find, read
-from tutorial_lib.engine.deepspeed.keys import DTYPES, MONITORS, ON_GPUS, OTHER_LAYOUT, WRITES_INTO
+from tutorial_lib.engine.deepspeed.keys import (
+    AT_STAGE_3,
+    DTYPES,
+    MONITORS,
+    ON_GPUS,
+    OTHER_LAYOUT,
+    WRITES_INTO,
+)
 
 
 def check_for_run(given: dict[str, Any], config: Config, *, source: str) -> None:
@@ -51,15 +58,16 @@ def check_for_run(given: dict[str, Any], config: Config, *, source: str) -> None
         for key, only in (("gradient_predivide_factor", 1), ("prescale_gradients", False)):
             if (value := find(given, key, only)) != only:
                 raise ConfigError(
-                    f"{source}: {key} is {json.dumps(value)}, which DeepSpeed does not take with zero_stage={stage} "
-                    "and zero_optimization.reduce_scatter. Remove it, or set that to false, or write zero_stage=1."
+                    f"{source}: {key} is {json.dumps(value)}, which DeepSpeed does not accept with zero_stage={stage} "
+                    "and zero_optimization.reduce_scatter. Remove it, set that to false, or write zero_stage=1."
                 )
-    _check_low_precision_masters(given, config, source)
-    if stage < 3 and find(given, "zero_optimization.leaf_module"):
-        raise ConfigError(
-            f"{source}: zero_optimization.leaf_module is for partitioned parameters, and would have no effect "
-            f"with zero_stage={stage}. Remove it, or write zero_stage=3."
-        )
+    _check_low_precision_masters(given, config.engine, source)
+    for name in ("leaf_module", *AT_STAGE_3):
+        if stage < 3 and find(given, f"zero_optimization.{name}"):
+            raise ConfigError(
+                f"{source}: zero_optimization.{name} is for partitioned parameters, and would have no effect "
+                f"with zero_stage={stage}. Remove it, or write zero_stage=3."
+            )
     for name in find(given, "torch_autocast.lower_precision_safe_modules", []):
         if pydoc.locate(name) is None:
             raise ConfigError(
@@ -86,9 +94,8 @@ def check_for_run(given: dict[str, Any], config: Config, *, source: str) -> None
             )
 
 
-def _check_low_precision_masters(given: dict[str, Any], config: Config, source: str) -> None:
+def _check_low_precision_masters(given: dict[str, Any], engine: EngineConfig, source: str) -> None:
     """Refuse master weights and moments in 16 bits if DeepSpeed or its Adam cannot keep them in 16 bits."""
-    engine = config.engine
     states = find(given, "bf16.bf16_optimizer_states", False)
     for precision in ("bf16", "fp16"):
         key = f"{precision}.{precision}_master_weights_and_grads"
@@ -115,15 +122,15 @@ def _check_low_precision_masters(given: dict[str, Any], config: Config, source: 
         )
 
 
-def check_outputs(config: Config) -> None:
+def check_outputs(source: str) -> None:
     """Create the directories of a file's monitors and profiler, and refuse any that cannot be written to.
+
+    Args:
+        source: the DeepSpeed file.
 
     Raises:
         ConfigError: names the key and the reason.
     """
-    source = config.engine.deepspeed_file
-    if source is None:
-        return
     given = read(source)
     outputs = {
         f"{name}.output_path": Path(
@@ -147,18 +154,17 @@ def check_outputs(config: Config) -> None:
             ) from error
 
 
-def check_leaf_modules(config: Config, outline: Callable[[], Any]) -> None:
+def check_leaf_modules(source: str, outline: Callable[[], Any]) -> None:
     """Refuse a ``leaf_module`` that names modules the model does not have: DeepSpeed would only log them.
 
     Args:
-        config: what to run.
+        source: the DeepSpeed file.
         outline: returns the model; its values do not matter. Only called if the file has a ``leaf_module``.
 
     Raises:
         ConfigError: names the missing module, and some that exist.
     """
-    name = config.engine.deepspeed_file
-    leaves = find(read(name), "zero_optimization.leaf_module") if name else None
+    leaves = find(read(source), "zero_optimization.leaf_module")
     if not leaves:
         return
     modules = dict(outline().named_modules())
@@ -174,6 +180,6 @@ def check_leaf_modules(config: Config, outline: Callable[[], Any]) -> None:
             if not exists[key](each):
                 some = sorted(classes if key == "classes" else filter(None, modules), key=len)[:3]
                 raise ConfigError(
-                    f"{name}: zero_optimization.leaf_module.{key} holds {each!r}, which the model does not have. It "
+                    f"{source}: zero_optimization.leaf_module.{key} holds {each!r}, which the model does not have. It "
                     f"has, for instance: {', '.join(some)}."
                 )

@@ -166,6 +166,13 @@ LISTS_OF_STRINGS = (
     "comms_logger.prof_ops",
 )
 
+AT_STAGE_3 = ("zero_hpz_partition_size", "sub_group_size",
+              *(key for key in SECTION_KEYS["zero_optimization"] if key.startswith("stage3_")))  # fmt: skip
+"""Keys in ``zero_optimization`` that DeepSpeed reads at stage 3 only."""
+
+ON_NVME = ("nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pipeline_read", "pipeline_write", "fast_init")
+"""Keys of an offload section that DeepSpeed reads for NVMe disks only."""
+
 ON_GPUS = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 """DeepSpeed's monitors, and the module that each of them imports when a run starts."""

@@ -25,7 +25,7 @@ NEEDED = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
     "zero_optimization.stage",
 )  # fmt: skip
-"""Keys that the file must have, because DeepSpeed's default does not follow the run."""
+"""Keys that the file must have, because DeepSpeed's default does not match the run."""
 
 
 def check(name: str) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints with ``torch.distributed.checkpoint`` (DCP): every rank writes its shards into a file of its own.
+"""Checkpoints with ``torch.distributed.checkpoint`` (DCP): every rank writes its shards into its own file.
 
 DCP records in ``.metadata`` which file has which part of which tensor, so that a different number of processes, or a
 different sharding, can read it: each rank finds the parts that it needs in any rank's file. If several ranks hold the

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tutorial_lib.checkpoint import MOMENTS, FullTensors, Writer
-from tutorial_lib.config import Config
+from tutorial_lib.config import Config, OptimizerConfig
 from tutorial_lib.engine.chunked_loss import output_loss
 from tutorial_lib.engine.fsdp import dcp, sharding, tensor_parallel, weights
 from tutorial_lib.engine.inputs import model_inputs
@@ -62,7 +62,7 @@ class FSDPEngine:
         self.module: torch.nn.Module = model
         self._model_type: str = model.config.model_type
         self._parallel: Any = sharding.data_parallel(model, dp_mesh) if replicated else model
-        self.optimizer = _adamw(model, config)
+        self.optimizer = _adamw(model, config.optimizer)
         # With async_save, ranks exchange write plans on the CPU while they train, in a group of their own.
         self._writers_group = dist.new_group(backend="gloo") if config.run.async_save else None
         self._micro_steps = 0
@@ -186,18 +186,17 @@ class FSDPEngine:
             dist.destroy_process_group(self._writers_group)
 
 
-def _adamw(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
+def _adamw(model: torch.nn.Module, optimizer: OptimizerConfig) -> torch.optim.Optimizer:
     """Build AdamW with a parameter group per mesh: fused loops over parameters cannot mix meshes."""
     groups: dict[Any, list[Tensor]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
             mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
             groups.setdefault(mesh, []).append(parameter)
-    o = config.optimizer
     return torch.optim.AdamW(
         [{"params": group} for group in groups.values()],
-        lr=o.learning_rate,
-        betas=(o.beta1, o.beta2),
-        eps=o.eps,
-        weight_decay=o.weight_decay,
+        lr=optimizer.learning_rate,
+        betas=(optimizer.beta1, optimizer.beta2),
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
     )

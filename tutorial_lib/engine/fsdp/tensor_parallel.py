@@ -46,7 +46,7 @@ def split(model: Any, mesh: DeviceMesh, plan: str = "megatron") -> None:
     """Split every layer of a model over the mesh, in place. On the meta device nothing is allocated or sent.
 
     Args:
-        model: a model of one of the three families; its numbers of heads must be multiples of the mesh's size.
+        model: a model of one of the three families, whose numbers of heads are multiples of the mesh's size.
         mesh: the mesh, with the single axis ``tp``.
         plan: ``megatron`` (2 + 2 all-reduces per layer), or ``plain``; see the module's docstring.
 

@@ -54,12 +54,12 @@ SETTINGS = {
     # warm server forks those.
     "RAY_prestart_worker_first_driver": "0",
     "RAY_enable_worker_prestart": "0",
-    # By default workers yield to every other program (nice 15). The cost of that was not measured here.
+    # By default, workers run at nice 15 and yield to every other program. The cost of that was not measured here.
     "RAY_worker_niceness": "0",
 }
 
 ON_ONE_MACHINE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
-"""Settings of a cluster on this machine alone, which no cloud provider will take away: it needs no process to watch."""
+"""Settings of a cluster on this machine alone: no cloud provider can preempt it, so nothing needs to watch for that."""
 
 
 TOKEN = secrets.token_hex(32)
@@ -97,7 +97,7 @@ class _Server:
             environment["PYTHONPATH"] = os.pathsep.join(path)
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "tutorial_lib.launch.ray.server", str(os.getpid()), self.address],
-                env={**_cluster_environment(config), **os.environ, **environment},
+                env={**_cluster_environment(config.parallel.world_size), **os.environ, **environment},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -189,7 +189,7 @@ def start(config: Config) -> bool:
                 raise RuntimeError(f"Ray did not connect to RAY_ADDRESS={address!r}: {error}") from error
         return True
     cores, world_size = usable_cores(), config.parallel.world_size
-    environment = _cluster_environment(config)
+    environment = _cluster_environment(config.parallel.world_size)
     _changed_environment.update({name: os.environ.get(name) for name in (*environment, "RAY_AUTH_MODE", *_TO_SERVER)})
     for name, value in environment.items():
         os.environ.setdefault(name, value)
@@ -205,7 +205,7 @@ def start(config: Config) -> bool:
         stop()
         if not isinstance(error, Exception):
             raise
-        raise RuntimeError(f"Ray did not start: {error}\n{_advice(error)}") from error
+        raise RuntimeError(f"Ray did not start: {error}\n{advise(error)}") from error
     return True
 
 
@@ -239,7 +239,7 @@ def _check_cluster(address: str) -> None:
         raise ConfigError(f"{what}, but nothing answers there ({error}). {instead}") from None
 
 
-def _advice(error: BaseException) -> str:
+def advise(error: BaseException) -> str:
     """Return advice on an error from Ray's start, by its cause."""
     said = str(error)
     if "AF_UNIX path length" in said:
@@ -346,7 +346,7 @@ def forked_workers(config: Config) -> Iterator[None]:
 
 @contextmanager
 def _workers_from_server() -> Iterator[None]:
-    """Make a cluster that starts within the block get its workers from the warm server, if there is one."""
+    """Make a cluster that starts within the block fork its workers from the warm server, if there is one."""
     if _server is None:
         yield
         return
@@ -360,9 +360,9 @@ def _workers_from_server() -> Iterator[None]:
         yield
 
 
-def _cluster_environment(config: Config) -> dict[str, str]:
+def _cluster_environment(num_workers: int) -> dict[str, str]:
     """Return the environment of a cluster on this machine and of the warm server: Ray reads it at import."""
-    threads = max(1, usable_cores() // config.parallel.world_size)
+    threads = max(1, usable_cores() // num_workers)
     environment = {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo", **ON_ONE_MACHINE}
     if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
         # Otherwise Ray stores a token in the home directory that outlives the cluster.
@@ -397,7 +397,7 @@ def _lean_imports() -> Iterator[None]:
 
 @contextmanager
 def session(config: Config) -> Iterator[None]:
-    """Provide a Ray cluster while the block runs. An existing one is used, and left running."""
+    """Provide a Ray cluster while the block runs. If one exists already, use it and leave it running."""
     started = start(config)
     try:
         yield

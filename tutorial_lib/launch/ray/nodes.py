@@ -59,12 +59,12 @@ class TwoNodes:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # an interrupt of a notebook's cell reaches its process group
+            start_new_session=True,  # interrupting a notebook cell signals its whole process group
         )
 
     @contextmanager
     def joined(self) -> Iterator[None]:
-        """Wait for the cluster, and let what starts Ray within the block join it.
+        """Wait for the cluster, and make code in the block that starts Ray join it.
 
         Raises:
             RuntimeError: Ray did not start; the message is Ray's.
@@ -76,7 +76,7 @@ class TwoNodes:
 
             left.callback(_read_variables_again)
             _read_variables_again()
-            # About the lost node, Ray would print the last 20 lines of its log.
+            # Otherwise Ray would print the last 20 lines of the lost node's log.
             with mock.patch.object(worker, "print_to_stdstream"):
                 yield
 
@@ -108,14 +108,14 @@ class TwoNodes:
 
 
 def _read_variables_again() -> None:
-    """Let Ray read its environment again: it keeps the settings that it found at import, and its first token."""
+    """Make Ray read its environment again: it keeps the settings that it found at import, and its first token."""
     raylet: Any = importlib.import_module("ray._raylet")
     raylet.Config.initialize("")
     raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def serve(cpus: int, config: Config) -> None:
-    """Start two nodes and print their address. Lose the second one at the first line of input; end with the input."""
+    """Start two nodes and print their address. Remove the second one on a line of input; stop when the input ends."""
     with forked_workers(config):
         from ray.cluster_utils import Cluster
 

@@ -32,7 +32,7 @@ POLL_SECONDS = 0.5
 
 
 class BoundedScaling(ScalingPolicy):
-    """Scaling policy for Ray Train: start with as many ranks as there is room for, after a limited wait.
+    """Scaling policy for Ray Train: wait for room up to a limit, then start with as many ranks as fit.
 
     Args:
         scaling: Ray Train's ``ScalingConfig``; it asks an autoscaler for the largest number of workers.

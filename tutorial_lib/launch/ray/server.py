@@ -121,7 +121,7 @@ def _forks_differ() -> bool:
 
 
 def _become_worker(request: dict[str, Any], outputs: list[int]) -> None:
-    """Become the worker: run its script like a new interpreter."""
+    """Become the worker: run its script as a new interpreter would."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.setpgid(0, 0)  # when a worker ends, Ray ends its process group
     for number in (signal.SIGINT, signal.SIGCHLD):

@@ -1,7 +1,8 @@
-"""Check of shared storage before a run: every node of a Ray cluster must see the files that another node writes."""
+"""Storage of a run on Ray: the check that all nodes share it before a run, and Ray's own list of checkpoints in it."""
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 from tutorial_lib.config import ConfigError
 from tutorial_lib.launch.ray.room import Node
+from tutorial_lib.records import RunDirectory
 
 ANSWER_SECONDS = 60
 """Seconds for all nodes together to answer. Each starts a Python process."""
@@ -105,8 +107,8 @@ def _problem(answer: Any, directory: Path, node: str, here: str) -> str:
     except ray.exceptions.RayError as error:
         last = str(error).strip().splitlines()[-1]
         return (
-            f"{node} cannot run this package ({last}). Install it there, in the same version as here and with the "
-            "pins of constraints.txt."
+            f"{node} cannot run this package ({last}). Install it there: the same version as here, with the "
+            "packages pinned in constraints.txt."
         )
     if said == "no directory":
         return f"{node} has no directory {directory}, although {here} has created it. {_SHARE}"
@@ -115,3 +117,20 @@ def _problem(answer: Any, directory: Path, node: str, here: str) -> str:
     if said:
         return f"{node} cannot write into {directory}: {said}. Give the user of Ray's processes write permission."
     return ""
+
+
+def forget_deleted_checkpoints(directory: RunDirectory) -> None:
+    """Delete Ray's own list of a run's checkpoints if Ray would reject it: a resume reads our checkpoints anyway.
+
+    Ray rejects the list if one of the checkpoints has been deleted, or if Ray was killed while writing it.
+    """
+    snapshot = directory.path / "checkpoint_manager_snapshot.json"
+    if not snapshot.is_file():
+        return
+    try:
+        listed = json.loads(snapshot.read_text(encoding="utf-8"))["checkpoint_results"]
+        if all((directory.path / each["checkpoint_dir_name"]).exists() for each in listed):
+            return
+    except (ValueError, KeyError):
+        pass
+    snapshot.unlink()

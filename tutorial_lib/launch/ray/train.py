@@ -7,7 +7,7 @@ checkpoint (:mod:`tutorial_lib.launch.ray.report`): Ray then knows the newest on
 
 from __future__ import annotations
 
-import json
+import importlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,16 +20,15 @@ import psutil
 from tutorial_lib.config import Config
 from tutorial_lib.launch.errors import WorkerError, first_error, next_start
 from tutorial_lib.launch.ray.cluster import has_dashboard, is_own, renew_server, session
-from tutorial_lib.launch.ray.report import report
-from tutorial_lib.launch.ray.room import Demand, ResourcesMissing, check_room, read_nodes, resized
-from tutorial_lib.launch.ray.storage import check_shared
+from tutorial_lib.launch.ray.room import Demand, ResourcesMissing, check_room, read_nodes
+from tutorial_lib.launch.ray.storage import check_shared, forget_deleted_checkpoints
+from tutorial_lib.launch.ray.waiting import StoppedBeforeStart, limit_wait, stop_before_start, watch_for_start
 from tutorial_lib.launch.watch import wait_for
 from tutorial_lib.records import RunDirectory
 
-__all__ = ["launch", "session"]
+__all__ = ["WORKER", "launch", "session"]
 
-START_TIMEOUT = 600
-"""Seconds for Ray to start the first worker if there is room. On a busy laptop it takes a minute or two."""
+WORKER = "tutorial_lib.launch.ray.worker"
 
 START_ATTEMPTS = 10
 """Number of times that workers are restarted if they fail to start."""
@@ -47,12 +46,18 @@ _TITLES = ("ray::TrainController", "ray::RayTrainWorker", "ray::SynchronizationA
 """Prefixes of the titles of a fit's processes."""
 
 
-def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
+def launch(configs: Sequence[Config], poll: Callable[[], None], worker: str = WORKER) -> None:
     """Run the configurations one after the other on ``dp x tp`` Ray Train workers, or fewer if ``min_dp`` allows it.
 
     Before it raises anything, even ``KeyboardInterrupt``, it ends the workers of these runs; on a cluster that it
     did not start, Ray may take longer to end them. If the runs are asked to stop before a worker has started, it
     returns without training.
+
+    Args:
+        configs: what to run; all need the same number of ranks and the same device.
+        poll: called a few times per second while the workers run.
+        worker: module that every worker runs; it has a ``main(given)`` like that of
+            :mod:`tutorial_lib.launch.ray.worker`.
 
     Raises:
         ConfigError: the cluster has too few CPUs or GPUs, no node can hold a tensor-parallel group, or a node does not
@@ -70,10 +75,14 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
 
         renew_server(first)
         _check_cluster(demand, directories[-1].path)
-        _forget_deleted_checkpoints(directories[-1])
+        forget_deleted_checkpoints(directories[-1])
         trainer = _trainer_class(first, demand)(
-            _worker,
-            train_loop_config={"configs": [config.to_json() for config in configs], "tp": first.parallel.tp},
+            _run_worker,
+            train_loop_config={
+                "worker": worker,
+                "configs": [config.to_json() for config in configs],
+                "tp": first.parallel.tp,
+            },
             scaling_config=ray.train.ScalingConfig(
                 num_workers=first.parallel.world_size,
                 use_gpu=first.run.device == "cuda",
@@ -91,13 +100,13 @@ def launch(configs: Sequence[Config], poll: Callable[[], None]) -> None:
         )
         failed: list[BaseException] = []
         fit = threading.Thread(target=_fit, args=(trainer, failed), daemon=True)
-        has_begun = _watch_for_start(directories)
+        has_begun = watch_for_start(directories)
         fit.start()
         try:
             wait_for(
-                fit, poll, _patience(has_begun, first.run.resource_timeout), _stop_before_start(has_begun, directories)
+                fit, poll, limit_wait(has_begun, first.run.resource_timeout), stop_before_start(has_begun, directories)
             )
-        except _StoppedBeforeStart:
+        except StoppedBeforeStart:
             trainer.end()
             return
         except BaseException:
@@ -151,65 +160,8 @@ def _recorder(directory: RunDirectory) -> Any:
     return Recorder()
 
 
-def _forget_deleted_checkpoints(directory: RunDirectory) -> None:
-    """Delete Ray's own list of a run's checkpoints if Ray would reject it: a resume reads our checkpoints anyway.
-
-    Ray rejects the list if one of the checkpoints has been deleted, or if Ray was killed while writing it.
-    """
-    snapshot = directory.path / "checkpoint_manager_snapshot.json"
-    if not snapshot.is_file():
-        return
-    try:
-        listed = json.loads(snapshot.read_text(encoding="utf-8"))["checkpoint_results"]
-        if all((directory.path / each["checkpoint_dir_name"]).exists() for each in listed):
-            return
-    except (ValueError, KeyError):
-        pass
-    snapshot.unlink()
-
-
 def _have_error(directories: Sequence[RunDirectory]) -> bool:
     return any(directory.first_error() for directory in directories)
-
-
-def _watch_for_start(directories: Sequence[RunDirectory]) -> Callable[[], bool]:
-    """Return a function that returns whether a worker has started since now, judging by writes to the logs."""
-
-    def last_written() -> dict[Path, int]:
-        logs = (log for directory in directories for log in directory.logs.glob("rank-*.log"))
-        return {log: log.stat().st_mtime_ns for log in logs}
-
-    before = last_written()
-    return lambda: last_written() != before
-
-
-def _patience(has_begun: Callable[[], bool], resource_timeout: float = 0) -> Callable[[], None]:
-    """Return a check that raises if no worker has started within :data:`START_TIMEOUT`: Ray itself waits forever."""
-    since = time.monotonic()
-
-    def check() -> None:
-        seconds = START_TIMEOUT + resource_timeout
-        if time.monotonic() - since >= seconds and not has_begun():
-            raise WorkerError(
-                f"Ray started no worker within {seconds:.0f} s. `ray status` shows what it is waiting for; its own "
-                "logs are under session_latest/logs in its temporary directory."
-            )
-
-    return check
-
-
-class _StoppedBeforeStart(Exception):
-    """The runs were asked to stop before the first worker had started."""
-
-
-def _stop_before_start(has_begun: Callable[[], bool], directories: Sequence[RunDirectory]) -> Callable[[], None]:
-    """Return a check that raises if the runs are asked to stop before there is a worker to notice it."""
-
-    def check() -> None:
-        if any(directory.stop_file.exists() for directory in directories) and not has_begun():
-            raise _StoppedBeforeStart
-
-    return check
 
 
 def _trainer_class(config: Config, demand: Demand) -> Any:
@@ -316,22 +268,6 @@ def _fit(trainer: Any, failed: list[BaseException]) -> None:
         failed.append(error)
 
 
-def _worker(given: dict[str, Any]) -> None:
-    """Run a Ray Train worker: train all configurations."""
-    import ray.train
-
-    from tutorial_lib.launch.torchrun import log_ranks
-    from tutorial_lib.trainer import train_all
-    from tutorial_lib.trainer.signals import output_to
-
-    context = ray.train.get_context()
-    rank, num_ranks = context.get_world_rank(), context.get_world_size()
-    asked = [Config.from_json(text) for text in given["configs"]]
-    configs = [resized(config, num_ranks // config.parallel.tp) for config in asked]
-    directory = RunDirectory(configs[-1].directory)
-    if rank == 0 and directory.restarts():
-        directory.clear_errors()  # left by failed workers that these replace
-    with output_to(directory.log_file(rank)):
-        log_ranks(configs[-1])
-    # Ray registers checkpoints under the directory of the run it was started for: the last one.
-    train_all(configs, on_checkpoint=lambda path, row: report(row, path))
+def _run_worker(given: dict[str, Any]) -> None:
+    """Call the worker's ``main`` in a process of Ray; only this process imports the worker."""
+    importlib.import_module(given["worker"]).main(given)

@@ -33,7 +33,7 @@ _ENDS = {
     "OUT_OF_MEMORY": "a node had too little memory for it",
     "NODE_FAIL": "a node failed",
     "CANCELLED": "it was cancelled",
-    "PREEMPTED": "a job of higher priority took its nodes",
+    "PREEMPTED": "a higher-priority job took its nodes",
     "FAILED": "it failed",
 }
 

@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.config import Config, ConfigError, RunConfig
 from tutorial_lib.launch.command import Template, check_grid, check_positive, count, train_arguments, wrap_options
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d{1,2}):(?P<minutes>[0-5]?\d):(?P<seconds>[0-5]?\d)")
@@ -41,7 +41,7 @@ class Allocation:
     grace: int = 120
     """Seconds before the time limit at which the run is asked to save and end."""
     requeue: bool = True
-    """Go back into the queue when the time is up or a node fails."""
+    """Requeue the job at its time limit, or when a node fails."""
     sample_memory: bool = True
     """Log the memory of each node's processes."""
     join_timeout: int = 300
@@ -92,7 +92,7 @@ def write_script(config: Config, allocation: Allocation, profile: str, command: 
         title=f"Run {config.run.name}: {what}, dp={parallel.dp} x tp={parallel.tp}, on {places}"
         + ("." if allocation.nodes == 1 else " each."),
         command=command,
-        directives="\n".join(_directives(config, allocation)),
+        directives="\n".join(_directives(config.run, allocation)),
         python_directory=shlex.quote(str(Path(sys.executable).parent)),
         cpus_per_rank=allocation.cpus_per_rank,
         run=shlex.quote(str(directory)),
@@ -110,12 +110,12 @@ def write_script(config: Config, allocation: Allocation, profile: str, command: 
 _PLACES = {True: ("GPU", "GPUs"), False: ("process", "processes")}
 
 
-def _directives(config: Config, allocation: Allocation) -> list[str]:
-    """Return the ``#SBATCH`` lines, with a comment on the purpose of an option where it helps."""
-    on_gpus = config.run.device == "cuda"
+def _directives(run: RunConfig, allocation: Allocation) -> list[str]:
+    """Return the ``#SBATCH`` lines, with a comment where an option's purpose is not obvious."""
+    on_gpus = run.device == "cuda"
     cpus = allocation.cpus_per_rank * allocation.ranks_per_node
     options = [
-        (f"job-name={config.run.name}", ""),
+        (f"job-name={run.name}", ""),
         *((f"{name}={value}", "") for name in ("partition", "account") if (value := getattr(allocation, name))),
         (f"nodes={allocation.nodes}", ""),
         ("ntasks-per-node=1", f"a torchrun, which starts {count(allocation.ranks_per_node, 'process', 'processes')}"),

@@ -52,7 +52,7 @@ def build_arguments(config: Config, num_steps: int) -> TrainingArguments:
         "ddp_backend": "gloo" if on_cpu and config.parallel.world_size > 1 else None,
         "logging_strategy": "steps",
         "logging_steps": 1,
-        "logging_nan_inf_filter": False,  # it would replace a NaN or infinite loss by an average
+        "logging_nan_inf_filter": False,  # it would replace a NaN or infinite loss with an average
         "save_strategy": "no",
         "save_only_model": config.engine.shard_at_load,  # transformers cannot save the optimizer state of such a model
         "eval_strategy": "no",

@@ -1,6 +1,6 @@
 """Run of the Hugging Face Trainer: its rows, evaluations, stops, checkpoints and result.
 
-The ``Trainer`` has the loop, and calls this module for the work that the package's own loop does between two steps.
+The ``Trainer`` owns the loop, and calls this module for the work that the package's own loop does between two steps.
 """
 
 from __future__ import annotations

@@ -216,21 +216,21 @@ def test_stage_3_needs_a_deepspeed_that_splits_it(monkeypatch, version, taken):
     monkeypatch.setattr(ds_config.importlib.metadata, "version", lambda name: version)
     config, model = Config.create(tp=2, zero_stage=3), load_config("embedded/qwen2")
     for stage in (0, 1, 2):
-        ds_config.check_tensor_parallel(config.override(zero_stage=stage), model)
+        ds_config.check_autotp(config.override(zero_stage=stage), model)
     if taken:
-        ds_config.check_tensor_parallel(config, model)
+        ds_config.check_autotp(config, model)
     else:
         with pytest.raises(
             ConfigError, match=f"needs DeepSpeed 0.19.4, and {version} is installed. Write zero_stage=2"
         ):
-            ds_config.check_tensor_parallel(config, model)
+            ds_config.check_autotp(config, model)
 
 
 def test_16_bits_without_zero_are_refused():
     model = load_config("embedded/qwen2")
     with pytest.raises(ConfigError, match=r"norm that is too small. Write zero_stage=1, or precision='fp32'"):
-        ds_config.check_tensor_parallel(Config.create(tp=2, zero_stage=0, precision="bf16"), model)
-    ds_config.check_tensor_parallel(Config.create(tp=1, zero_stage=0, precision="bf16"), model)
+        ds_config.check_autotp(Config.create(tp=2, zero_stage=0, precision="bf16"), model)
+    ds_config.check_autotp(Config.create(tp=1, zero_stage=0, precision="bf16"), model)
 
 
 @pytest.mark.parametrize(
@@ -241,9 +241,9 @@ def test_16_bits_without_zero_are_refused():
 def test_what_autotp_does_not_split_is_refused(model_type, why):
     config = Config.create(tp=2, zero_stage=1)
     with pytest.raises(ConfigError, match=f"AutoTP does not split {model_type}, a model {why}. Write tp=1, or choose"):
-        ds_config.check_tensor_parallel(config, AutoConfig.for_model(model_type))
+        ds_config.check_autotp(config, AutoConfig.for_model(model_type))
     for name in ("qwen2", "llama", "mistral", "bloom"):
-        ds_config.check_tensor_parallel(config, AutoConfig.for_model(name))
+        ds_config.check_autotp(config, AutoConfig.for_model(name))
 
 
 def test_bloom_gets_deepspeeds_plan_and_others_their_own():
@@ -360,8 +360,8 @@ def test_a_profile_is_not_given_by_hand_and_the_same_value_is_no_contradiction(t
         ({"activation_checkpointing": [1]}, r"activation_checkpointing is \[1\]; write an object"),
         ({"steps_per_print": 0}, "steps_per_print is 0; write a number above 0"),
         ({"gradient_predivide_factor": 0}, "gradient_predivide_factor is 0; write a number above 0"),
-        ({"gradient_predivide_factor": 2}, "gradient_predivide_factor is 2, which DeepSpeed does not take"),
-        ({"prescale_gradients": True}, "prescale_gradients is true, which DeepSpeed does not take with zero_stage=3"),
+        ({"gradient_predivide_factor": 2}, "gradient_predivide_factor is 2, which DeepSpeed does not accept"),
+        ({"prescale_gradients": True}, "prescale_gradients is true, which DeepSpeed does not accept with zero_stage=3"),
         ({"log_level": "loud"}, 'log_level is "loud"; write one of: debug, info'),
         ({"checkpoint": {"tag_validation": "no"}}, 'tag_validation is "no"; write one of: Warn, Ignore, Fail'),
         ({"torch_autocast": {"dtype": "int8"}}, 'torch_autocast.dtype is "int8"; write one of: fp32, bf16, fp16'),
@@ -394,6 +394,21 @@ def test_a_profile_is_not_given_by_hand_and_the_same_value_is_no_contradiction(t
             {"zero_optimization": {"stage": 2, "leaf_module": {"classes": ["A"]}}},
             "would have no effect with zero_stage=2",
         ),
+        (
+            {"zero_optimization": {"stage": 2, "stage3_prefetch_bucket_size": 5e7}},
+            "stage3_prefetch_bucket_size is for partitioned parameters, and would have no effect with zero_stage=2",
+        ),
+        ({"zero_optimization": {"stage": 1, "zero_hpz_partition_size": 2}}, "no effect with zero_stage=1"),
+        (
+            {"zero_optimization": {"offload_param": {"device": "cpu", "nvme_path": "/nvme"}}},
+            "offload_param.nvme_path is for offload to NVMe disks",
+        ),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu", "fast_init": True}}}, "for offload to NVMe"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/nvme"}}},
+            'offload_optimizer.device is "nvme"; this package offloads to "cpu" or "none"',
+        ),
+        ({"bf16": {"enable": True}}, r"did you mean 'enabled'\?$"),
         (
             {"zero_optimization": {"stage3_module_granularity_threshold": 9}},
             "threshold is 9: DeepSpeed's first step then",
@@ -486,12 +501,12 @@ def test_a_place_where_a_monitor_cannot_write_is_refused_before_the_engine_start
     path = write(tmp_path, filled)
     key = key.replace("{file}", f"{tmp_path}/file")
     with pytest.raises(ConfigError, match=f"^{path}: {key}.* cannot be written to: .*Write a directory"):
-        for_run.check_outputs(Config.create(deepspeed=path))
+        for_run.check_outputs(path)
 
 
 def test_a_place_where_a_monitor_can_write_is_made(tmp_path):
     section = {"csv_monitor": {"enabled": True, "output_path": str(tmp_path / "new"), "job_name": "job"}}
-    for_run.check_outputs(Config.create(deepspeed=write(tmp_path, section)))
+    for_run.check_outputs(write(tmp_path, section))
     assert (tmp_path / "new" / "job").is_dir()
 
 
@@ -508,10 +523,10 @@ def test_a_place_where_a_monitor_can_write_is_made(tmp_path):
 def test_leaf_modules_that_a_model_does_not_have_are_refused(tmp_path, leaves, message):
     config = Config.create(deepspeed=write(tmp_path, {"zero_optimization": {"stage": 3, "leaf_module": leaves}}))
     if message is None:
-        for_run.check_leaf_modules(config, lambda: build_model(config))
+        for_run.check_leaf_modules(config.engine.deepspeed_file, lambda: build_model(config))
     else:
         with pytest.raises(ConfigError, match=f"zero_optimization.leaf_module.{message}"):
-            for_run.check_leaf_modules(config, lambda: build_model(config))
+            for_run.check_leaf_modules(config.engine.deepspeed_file, lambda: build_model(config))
 
 
 def test_a_range_that_settings_have_is_told_with_the_files_key(tmp_path):

@@ -12,9 +12,9 @@ import pytest
 
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.launch import WorkerError
-from tutorial_lib.launch.ray import cluster
-from tutorial_lib.launch.ray import train as ray_train
+from tutorial_lib.launch.ray import cluster, waiting
 from tutorial_lib.launch.ray.lean_imports import setup_worker
+from tutorial_lib.launch.ray.storage import forget_deleted_checkpoints
 from tutorial_lib.records import RunDirectory
 
 
@@ -49,6 +49,20 @@ def test_an_address_at_which_something_else_listens_is_refused_in_time(monkeypat
             cluster.start(Config.create(launcher="ray"))
 
 
+def test_a_cluster_that_others_started_on_this_machine_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray would join the cluster of ``ray start``, and then refuse num_cpus."""
+    import ray
+
+    def init(address: str | None = None, **options: object) -> None:
+        raise RuntimeError(f"asked for {address}")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("TUTORIAL_LIB_WARM_WORKERS", "0")
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(RuntimeError, match="Ray did not start: asked for local"):
+        cluster.start(Config.create(launcher="ray"))
+
+
 @pytest.mark.parametrize(
     ("error", "advice"),
     [
@@ -59,7 +73,7 @@ def test_an_address_at_which_something_else_listens_is_refused_in_time(monkeypat
     ],
 )
 def test_each_cause_has_its_own_advice(error: Exception, advice: str) -> None:
-    said = cluster._advice(error)
+    said = cluster.advise(error)
     assert advice in said
     assert ("other programs" in said) == (advice == "end other programs and try again")
 
@@ -67,9 +81,9 @@ def test_each_cause_has_its_own_advice(error: Exception, advice: str) -> None:
 def test_ray_must_start_a_worker_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunDirectory(tmp_path / "run")
     run.create()
-    check = ray_train._patience(ray_train._watch_for_start([run]))
+    check = waiting.limit_wait(waiting.watch_for_start([run]))
     check()
-    monkeypatch.setattr(ray_train, "START_TIMEOUT", 0)
+    monkeypatch.setattr(waiting, "START_TIMEOUT", 0)
     with pytest.raises(WorkerError, match="Ray started no worker within 0 s"):
         check()
     run.log_file(1).touch()
@@ -83,15 +97,15 @@ def test_rays_list_is_kept_while_its_checkpoints_are_there_and_dropped_when_one_
         (tmp_path / name).mkdir(parents=True)
     snapshot = tmp_path / "checkpoint_manager_snapshot.json"
     content = json.dumps({"checkpoint_results": [{"checkpoint_dir_name": name} for name in listed]})
-    ray_train._forget_deleted_checkpoints(run)
+    forget_deleted_checkpoints(run)
     snapshot.write_text(content)
-    ray_train._forget_deleted_checkpoints(run)
+    forget_deleted_checkpoints(run)
     assert snapshot.read_text() == content
     (tmp_path / listed[0]).rmdir()
-    ray_train._forget_deleted_checkpoints(run)
+    forget_deleted_checkpoints(run)
     assert not snapshot.exists()
     snapshot.write_text(content[:-9])
-    ray_train._forget_deleted_checkpoints(run)
+    forget_deleted_checkpoints(run)
     assert not snapshot.exists()
 
 

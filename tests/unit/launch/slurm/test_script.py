@@ -98,3 +98,14 @@ def test_what_does_not_go_together_is_refused(
 ) -> None:
     assert cli.main(arguments) == cli.BAD_CONFIGURATION
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("command", [["slurm"], ["ray", "--format", "rayjob"]])
+def test_a_file_under_the_users_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    """A shell hands on the ~ of --output=~/file as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.main([*command, "--nodes", "1", "--gpus-per-node", "8", "--storage", "/s", "--output=~/file"]) == 0
+    assert (tmp_path / "file").read_text()
+    assert f"{tmp_path}/file: " in capsys.readouterr().err

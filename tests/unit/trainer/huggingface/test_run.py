@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.unit.checkpoint.runs import STEPS, config, flip_a_bit, names, steps
+from tests.support.damaged_files import flip_a_bit
+from tests.unit.checkpoint.runs import STEPS, config, names, steps
 from tutorial_lib import checkpoint, launch, trainer
 from tutorial_lib.cli import main
 from tutorial_lib.config import ConfigError

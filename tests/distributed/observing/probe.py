@@ -1,16 +1,18 @@
 """Probes: what the observing worker does to a run, besides training and observing it.
 
-A probe is given where a run is defined. :func:`tests.distributed.launching.observe` writes it next to the run's
+A probe is given where a run is defined. :func:`observe` writes it next to the run's
 directory, and :mod:`tests.distributed.workers.observing` reads it there.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from tutorial_lib import launch
 from tutorial_lib.config import Config
 
 OBSERVATION = "observed.pt"
@@ -26,7 +28,7 @@ class Probe:
 
     Attributes:
         fault: train with a deliberate fault, a context manager in :mod:`tests.distributed.injected`, by page and name,
-            for example ``"data.padding_in_the_loss"``.
+            for example ``"data.padding_in_the_loss"``. A fault of the loop yields the trainer to train with.
         engine: train with an engine that is not the library's: ``"fsdp1"``.
         load_nothing: at the end, ask the engine to load an empty directory, and keep its error.
         start_twice: where the run stops, start it again in the same processes, and observe the second start.
@@ -63,3 +65,10 @@ class ProbedRun(NamedTuple):
 
     config: Config
     probe: Probe = Probe()
+
+
+def observe(runs: Sequence[ProbedRun]) -> list[launch.Run]:
+    """Run ``launch.run_all`` with ranks that record observations, and do what each run's probe says."""
+    for run in runs:
+        run.probe.write(run.config)
+    return launch.run_all([run.config for run in runs], worker="tests.distributed.workers.observing")

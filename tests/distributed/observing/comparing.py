@@ -4,7 +4,7 @@ Tolerances, all for fp32 unless said otherwise:
 
 - losses and gradient norms: ``|a - b| <= tolerance * max(1, |b|)``;
 - parameters: the same, element by element;
-- moments: the same, and as they are small also ``max |a - b| <= moments * max |b|`` per tensor.
+- moments: the same and, because they are small, also ``max |a - b| <= moments * max |b|`` per tensor.
 
 Tokens per step, learning rates, epochs, and the examples of every step must be equal.
 """
@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from tests.distributed.cases import STEPS
-from tests.distributed.probe import OBSERVATION
+from tests.distributed.cases.small_runs import STEPS
+from tests.distributed.observing.probe import OBSERVATION
 from tutorial_lib.config import Config
 from tutorial_lib.records import Row, RunDirectory
 

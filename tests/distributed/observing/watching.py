@@ -1,4 +1,4 @@
-"""Watch over a run: its engine, examples, tokens and files, by patches of what the trainer calls."""
+"""Watch over a run: its engine, examples, tokens and files."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 
 from tutorial_lib import checkpoint
 from tutorial_lib.measure.memory import StateBytes, count_allocations
-from tutorial_lib.trainer import count_targets
-from tutorial_lib.trainer import loop as trainer
+from tutorial_lib.trainer import Trainer, count_targets
 
 
 class Watch:
@@ -30,29 +29,26 @@ class Watch:
         self.steps: list[list[str]] = []
         self.tokens: list[int] = []
 
-    def engine_built(self, build: Callable[..., Any]) -> Callable[..., Any]:
-        def building(*args: Any) -> Any:
-            self.engine = build(*args)
-            return self.engine
+    def watched(self, trainer_class: type[Trainer]) -> type[Trainer]:
+        """Return a trainer of the same kind whose engine and batches are seen."""
+        watch = self
 
-        return building
+        class Watched(trainer_class):
+            def build_engine(self) -> Any:
+                watch.engine = super().build_engine()
+                return watch.engine
 
-    def loader_built(self, build: Callable[..., Any]) -> Callable[..., Any]:
-        def building(*args: Any, **kwargs: Any) -> Any:
-            loader = build(*args, **kwargs)
-            steps = loader.steps
+            def train_step(self, micro_batches: list[dict[str, Tensor]]) -> None:
+                watch.read(micro_batches)
+                super().train_step(micro_batches)
 
-            def watched(start: int | None = None) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
-                for step, micro_batches in steps(start):
-                    self.inputs = self.inputs or {k: t[:2] for k, t in micro_batches[0].items() if k != "labels"}
-                    self.steps.append([example for batch in micro_batches for example in examples_of(batch)])
-                    self.tokens.append(own_tokens(micro_batches))
-                    yield step, micro_batches
+        return Watched
 
-            loader.steps = watched
-            return loader
-
-        return building
+    def read(self, micro_batches: list[dict[str, Tensor]]) -> None:
+        """Notice the batches of a step."""
+        self.inputs = self.inputs or {k: t[:2] for k, t in micro_batches[0].items() if k != "labels"}
+        self.steps.append([example for batch in micro_batches for example in examples_of(batch)])
+        self.tokens.append(own_tokens(micro_batches))
 
     def save(self, save: Callable[..., Any]) -> Callable[..., Any]:
         def saving(content: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
@@ -125,8 +121,6 @@ class Watch:
 def watching() -> Iterator[Watch]:
     watch = Watch()
     with (
-        mock.patch.object(trainer, "build_engine", watch.engine_built(trainer.build_engine)),
-        mock.patch.object(trainer, "build_train_loader", watch.loader_built(trainer.build_train_loader)),
         mock.patch.object(torch, "save", watch.save(torch.save)),
         mock.patch.object(FileSystem, "create_stream", watch.stream(FileSystem.create_stream)),
     ):

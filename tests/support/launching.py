@@ -1,4 +1,4 @@
-"""Launches for the tests: ranks that record observations, and commands in a shell."""
+"""Launches for the tests: commands in a shell, and signals to this process."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tests.distributed.probe import ProbedRun
-from tutorial_lib import launch
 from tutorial_lib.config import Config
 from tutorial_lib.records import RunDirectory
 
@@ -41,13 +39,6 @@ def interrupt_when(
     thread = threading.Thread(target=strike)
     thread.start()
     return thread
-
-
-def observe(runs: Sequence[ProbedRun]) -> list[launch.Run]:
-    """Run ``launch.run_all`` with ranks that record observations, and do what each run's probe says."""
-    for run in runs:
-        run.probe.write(run.config)
-    return launch.run_all([run.config for run in runs], worker="tests.distributed.workers.observing")
 
 
 def train_command(config: Config) -> list[str]:

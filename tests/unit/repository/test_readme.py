@@ -1,0 +1,26 @@
+"""The tree in the README: a reader finds every page of the package there."""
+
+from __future__ import annotations
+
+import re
+
+from tests.unit.repository.files import ROOT
+
+TREE = (ROOT / "README.md").read_text().partition("## Where things are")[2].partition("```\n\n")[0]
+
+
+def test_every_module_and_every_directory_is_in_the_tree() -> None:
+    # Not looked for by name: what a file in lean_imports replaces, and the files of one embedded model.
+    modules = {
+        path.stem
+        for path in (ROOT / "tutorial_lib").rglob("*.py")
+        if not path.name.startswith("__") and path.parent.name != "lean_imports"
+    }
+    directories = {
+        path.parent.name
+        for top in ("tutorial_lib", "tests", "notebooks")
+        for path in (ROOT / top).glob("*/*")
+        if path.is_file() and path.parent.name != "__pycache__" and not path.parent.name.startswith(".")
+    }
+    named = set(re.findall(r"\w+", TREE))
+    assert sorted((modules | directories) - named) == []
