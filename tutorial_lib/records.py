@@ -24,8 +24,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,18 @@ Row = dict[str, Any]
 
 STOPPING = "Stopping: saving after this step. Interrupt again to stop now, without saving."
 """Message printed when an interrupt arrives."""
+
+_SIGNS_OF_A_LOST_RANK = ("gloo/transport", "remote process exited", "ncclRemoteError")
+"""Parts of the errors with which gloo and NCCL report that a peer is gone or does not answer."""
+
+
+def lost_another_rank(error: Mapping[str, Any]) -> bool:
+    """Return whether a rank failed only because another one was gone or did not answer.
+
+    Args:
+        error: a record that :meth:`RunDirectory.write_error` has saved.
+    """
+    return any(sign in error["message"] for sign in _SIGNS_OF_A_LOST_RANK)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -113,6 +127,7 @@ class RunDirectory:
         """Save a worker's own traceback, and the time it failed, where the launcher looks for them."""
         record = {
             "rank": rank,
+            "node": socket.gethostname(),
             "time": time.time(),
             "type": type(error).__name__,
             "message": str(error),
@@ -121,8 +136,11 @@ class RunDirectory:
         write_atomically(self.logs / f"rank-{rank:03d}.error.json", json.dumps(record))
 
     def first_error(self) -> dict[str, Any] | None:
-        """Return the error of the rank that failed first: the errors of other ranks usually follow from it."""
-        return next(iter(self.errors()), None)
+        """Return the error of the rank that failed first: the errors of other ranks usually follow from it.
+
+        An error that only reports the loss of another rank comes after all others: clocks of nodes differ.
+        """
+        return min(self.errors(), key=lambda record: (lost_another_rank(record), record["time"]), default=None)
 
     def errors(self) -> list[dict[str, Any]]:
         """Return the errors that :meth:`write_error` saved during this launch, earliest first."""

@@ -49,6 +49,7 @@ def refusals(config: Config) -> None:
             outcomes[name] = [type(error).__name__, str(error), time.monotonic() - began]
 
         attempt("private", storage="/tmp/private-runs")
+        attempt("own", storage="/tmp/own-runs")
         attempt("wide", tp=4, dp=1)
         attempt("large", dp=8)
         held = placement_group([{"CPU": 2}])

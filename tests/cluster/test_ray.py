@@ -65,9 +65,13 @@ class Program:
     "no node has the CPUs or GPUs of a tensor-parallel group",
     "refused before a rank starts, with what each node has",
 )
-@pytest.mark.fault("a node does not see the storage", "refused before a rank starts, with the node and the directory")
+@pytest.mark.fault(
+    "a node does not see the storage, or has a directory of its own at that path",
+    "refused before a rank starts, with the node and the directory",
+)
 def test_a_run_that_does_not_fit_the_cluster_is_refused_with_the_reason(ray_cluster: RayCluster, inputs: Path) -> None:
     config = small_runs.config(inputs, **{**CASE, "steps": 1}, dp=2, zero_stage=1, name="refused", launcher="ray")
+    ray_cluster.nodes.nodes[1].run(["mkdir", "-p", "/tmp/own-runs/own"])  # not what node1 has at this path
     program = Program(ray_cluster, "refusals", config, inputs)
     try:
         assert program.process.wait(timeout=SECONDS) == 0, program.log.read_text()
@@ -78,6 +82,10 @@ def test_a_run_that_does_not_fit_the_cluster_is_refused_with_the_reason(ray_clus
         "private": (
             "ConfigError",
             r"^node2 has no directory /tmp/private-runs/private, although node1 has created it\. .* write storage=",
+        ),
+        "own": (
+            "ConfigError",
+            r"^node2 has its own /tmp/own-runs/own: it does not see what node1 writes there\. .* write storage=",
         ),
         "wide": (
             "ConfigError",
@@ -109,7 +117,8 @@ def test_a_run_goes_on_without_a_lost_node_and_grows_when_it_is_back(
     config = small_runs.config(inputs, **CASE, **ELASTIC, name="elastic", launcher="ray")
     program = Program(ray_cluster, "elastic", config, inputs)
     try:
-        whole = launch.run(small_runs.config(inputs, **CASE, name="elastic-reference", engine="torch", dp=1))
+        alone = {"engine": "torch", "dp": 1, "launcher": "none"}  # in this process, while Ray starts
+        whole = launch.run(small_runs.config(inputs, **CASE, **alone, name="elastic-reference"))
         program.wait_until(lambda: checkpoint.directory_of(program.run, HELD_AT).exists())
         ray_cluster.nodes.nodes[1].kill()
         program.wait_until(lambda: len(program.places()) == 2)

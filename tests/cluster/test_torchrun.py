@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 from tests.cluster.exported_weights import trained_weights
 from tests.cluster.virtual_nodes import Node, VirtualNodes, end
 from tests.distributed.cases import equivalence, small_runs
+from tests.distributed.faults.checks import SOON
 from tests.support.launching import train_command
 from tutorial_lib import launch
 from tutorial_lib.records import RunDirectory
@@ -43,9 +45,9 @@ def run_on(nodes: Sequence[Node], commands: Sequence[Sequence[str]], seconds: fl
 
 @pytest.fixture(scope="session")
 def on_one_node(inputs: Path) -> dict[str, launch.Run]:
-    """Run the same training in one process, by case."""
-    runs = launch.run_all([equivalence.reference(inputs, case) for case in ("gpt2", "qwen2")])
-    return dict(zip(("gpt2", "qwen2"), runs, strict=True))
+    """Run the same training in this process, by case."""
+    cases = ("gpt2", "qwen2")
+    return {case: launch.run(equivalence.reference(inputs, case).override(launcher="none")) for case in cases}
 
 
 @pytest.mark.parametrize(
@@ -94,29 +96,57 @@ def test_two_nodes_train_like_one(
     assert sorted(placed.values()) == [node.name for node in virtual_nodes.nodes for _ in range(per_node)]
 
 
+FAILURES = {
+    "killed.in_forward": (
+        r"Root Cause(.*\n)+?  rank +: 1 \(local_rank: 0\)\n  exitcode +: -9 .*\(SIGKILL\)",
+        r"error: Rank 0 of run '\S+' lost the connection to another rank, .*Rank 1 left no error: it was killed, "
+        r"perhaps for memory, or its node was lost\. Run the same command again, and it resumes: .*step-00000002\.",
+    ),
+    "storage.save_raises": (
+        r"error: Rank 1 of run '\S+' failed with OSError: the disk is full\n\nTraceback(.*\n)+?.*in save_if_due",
+        r"error: Rank 0 of run '\S+' ends because rank 1, on node2, failed with OSError: the disk is full\n",
+    ),
+}
+"""What the output on node2, where rank 1 has failed, says of each fault, and the output on node1."""
+
+
+@pytest.mark.fault(
+    "SIGKILL of a rank under torchrun",
+    "torchrun names the rank and the signal on its node; ranks of other nodes name the rank that left no error",
+)
+@pytest.mark.parametrize("fault", list(FAILURES) if equivalence.MATRIX else ["killed.in_forward"])
+def test_a_rank_that_fails_ends_all_ranks_which_name_it(virtual_nodes: VirtualNodes, inputs: Path, fault: str) -> None:
+    """``tests/distributed/test_torchrun.py`` has an exception on one node."""
+    settings = {**equivalence.CASES["gpt2"], "dp": 2, "zero_stage": 1, "steps": 8, "checkpoint_every": 2}
+    config = small_runs.config(inputs, **settings, name=f"torchrun-{fault}", launcher="none")
+    program = ["-m", "tests.distributed.workers.with_fault", fault, *train_command(config)[1:]]
+    ended = run_on(virtual_nodes.nodes, [[*TORCHRUN, *static(node), *program] for node in virtual_nodes.nodes])
+    failed_at = max(record["time"] for record in RunDirectory(config.directory).errors())
+    assert time.time() - failed_at < SOON
+    assert [code for code, _ in ended] == [1, 1], ended
+    (_, elsewhere), (_, there) = ended
+    for expected, output in zip(FAILURES[fault], (there, elsewhere), strict=True):
+        assert re.search(expected, output), output
+
+
 @pytest.mark.fault(
     "the head node's name does not resolve",
     "`doctor --rendezvous`, which the batch script runs first, names it; torchrun gives up after the timeout in its "
     "flags",
 )
 @pytest.mark.fault("a node never joins torchrun", "torchrun gives up after the timeout in its flags")
-@pytest.mark.parametrize(
-    ("given", "why"),
-    [
-        (["--rdzv-backend=c10d", "--rdzv-endpoint=nowhere:29400", "--rdzv-conf=read_timeout=2"], "(nowhere, 29400)"),
-        (
-            ["--rdzv-backend=c10d", "--rdzv-endpoint=node1:29400", "--rdzv-conf=join_timeout=2"],
-            "RendezvousTimeoutError",
-        ),
-        (["--master-addr=node1", "--master-port=29500", "--node-rank=0", "--rdzv-conf=timeout=2"], "imed"),
-    ],
-    ids=["a name that does not resolve", "a node that never comes", "static"],
-)
-def test_torchrun_waits_as_long_as_its_flags_say(virtual_nodes: VirtualNodes, given: list[str], why: str) -> None:
+def test_torchrun_waits_as_long_as_its_flags_say(virtual_nodes: VirtualNodes) -> None:
     """The batch script limits these waits by flags: they happen in torchrun, before our first line runs."""
-    ((code, output),) = run_on(virtual_nodes.nodes[:1], [[*TORCHRUN, *given, "-m", "tutorial_lib"]], seconds=60)
-    assert code == 1
-    assert why in output
+    waits = {
+        "(nowhere, 29400)": ["--rdzv-backend=c10d", "--rdzv-endpoint=nowhere:29400", "--rdzv-conf=read_timeout=2"],
+        "RendezvousTimeoutError": ["--rdzv-backend=c10d", "--rdzv-endpoint=node1:29400", "--rdzv-conf=join_timeout=2"],
+        "imed": ["--master-addr=node1", "--master-port=29500", "--node-rank=0", "--rdzv-conf=timeout=2"],
+    }
+    commands = [[*TORCHRUN, *given, "-m", "tutorial_lib"] for given in waits.values()]
+    ended = run_on(virtual_nodes.nodes[:1] * len(commands), commands, seconds=60)
+    for why, (code, output) in zip(waits, ended, strict=True):
+        assert code == 1
+        assert why in output
 
 
 @pytest.mark.fault("the rendezvous port is in use", "`doctor --rendezvous` names it")
@@ -142,12 +172,10 @@ def test_a_rendezvous_is_checked_before_torchrun_starts(virtual_nodes: VirtualNo
 
 
 @pytest.mark.fault(
-    "`GLOO_SOCKET_IFNAME` names an interface that other nodes cannot reach",
+    "`GLOO_SOCKET_IFNAME` names the loopback",
     "refused with exit code 2; the error lists other interfaces",
 )
-def test_an_interface_that_other_nodes_cannot_reach_is_refused(
-    virtual_nodes: VirtualNodes, inputs: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_loopback_is_refused(virtual_nodes: VirtualNodes, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One node says so; torchrun would start the other one only to get the same error."""
     config = small_runs.config(inputs, model="gpt2", name="loopback", launcher="none", dp=2)
     own = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -157,3 +185,31 @@ def test_an_interface_that_other_nodes_cannot_reach_is_refused(
     assert code == 2
     assert "'lo', the loopback, which the ranks of other nodes cannot reach" in output
     assert "eth0 (10.80.0.1)" in output
+
+
+@pytest.mark.fault(
+    "`GLOO_SOCKET_IFNAME` names an interface that exists, but does not lead to the other nodes",
+    "all ranks end after at most 20 s; each error names the rank that cannot be reached and its node's interfaces",
+)
+def test_an_interface_that_leads_nowhere_is_named_by_all_ranks(virtual_nodes: VirtualNodes) -> None:
+    first, second = virtual_nodes.nodes
+    for action in ("link add lonely type bridge", "address add 10.70.0.2/24 dev lonely", "link set lonely up"):
+        assert second.run(["ip", *action.split()]).returncode == 0
+    join = (
+        "from tutorial_lib.config import Config\n"
+        "from tutorial_lib.launch.torchrun import process_group\n"
+        "with process_group(Config.create(launcher='none', dp=2), 'env://'): pass"
+    )
+    shared = ["LOCAL_RANK=0", "WORLD_SIZE=2", "LOCAL_WORLD_SIZE=1", "MASTER_ADDR=node1", "MASTER_PORT=29510"]
+    own = [("RANK=0", "GLOO_SOCKET_IFNAME=eth0"), ("RANK=1", "GLOO_SOCKET_IFNAME=lonely")]
+    try:
+        ended = run_on([first, second], [["env", *shared, *each, sys.executable, "-c", join] for each in own])
+    finally:
+        second.run(["ip", "link", "delete", "lonely"])
+    for code, output in ended:
+        assert code == 1
+        assert (
+            "Rank 0, on node1, cannot reach rank 1, on node2, at 10.70.0.2, the address of GLOO_SOCKET_IFNAME=lonely: "
+            "Network is unreachable. On node2, write GLOO_SOCKET_IFNAME=... with the interface" in output
+        ), output
+        assert "eth0 (10.80.0.2)" in output

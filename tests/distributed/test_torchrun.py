@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import socket
+from datetime import timedelta
+
 import pytest
 
-from tests.distributed.cases import interruption
+from tests.distributed.cases import crashing, interruption, small_runs
 from tests.distributed.cases.equivalence import MATRIX
 from tests.distributed.cases.interruption import STOP
 from tests.support.launching import train_command
+from tutorial_lib import cli
+from tutorial_lib.launch import torchrun
+from tutorial_lib.launch.environment import RENDEZVOUS
 from tutorial_lib.records import RunDirectory
 
 KINDS = [("zero1", (STOP, None)), *([("1x2-zero0", (None,)), ("fsdp-full", (None,))] if MATRIX else [])]
@@ -27,3 +34,39 @@ def test_a_run_started_by_torchrun_matches_local_processes(observed, directory, 
         assert shell.result()["status"] == ("stopped" if stop else "completed")
     for key in ("step", "loss", "grad_norm", "tokens", "epoch", "lr"):
         assert [row[key] for row in RunDirectory(config.directory).rows()] == [row[key] for row in local.rows], key
+
+
+@pytest.mark.fault(
+    "an exception in a rank under torchrun", "the rank shows its traceback; the other ranks name it and its error"
+)
+def test_the_error_of_a_rank_ends_the_others_and_shows_its_traceback(directory, shell):
+    """``tests/cluster/test_torchrun.py`` kills a rank on two nodes; ``make matrix`` raises an exception there too."""
+    config = crashing.saving(directory, "zero1", "torchrun-fails", launcher="none")
+    program = ["tests.distributed.workers.with_fault", "storage.save_raises", *train_command(config)[1:]]
+    shell.start(["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", *program])
+    assert shell.exit_code() == 1
+    said = (shell.scratch / "stderr").read_text()
+    assert "error: Rank 1 of run 'torchrun-fails' failed with OSError: the disk is full\n\nTraceback" in said
+    assert re.search(r"Root Cause \(first observed failure\):\n.*\n.*\n.*\n  rank +: 1 ", said)
+
+
+@pytest.mark.fault(
+    "`RANK=0` exported by hand",
+    "refused with exit code 2, with the variables that are missing; with all of them set, it waits 300 s for the other "
+    "ranks, and says to unset them",
+)
+def test_variables_of_torchrun_that_were_exported_by_hand(directory, monkeypatch, capsys):
+    for name in RENDEZVOUS:
+        monkeypatch.delenv(name, raising=False)
+    config = small_runs.config(directory, name="by-hand", launcher="none", engine="fsdp")
+    monkeypatch.setenv("RANK", "0")
+    assert cli.main(train_command(config)[1:]) == cli.BAD_CONFIGURATION
+    assert "RANK is set, but LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not." in capsys.readouterr().err
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    for name, value in zip(RENDEZVOUS[1:], ("0", "2", "127.0.0.1", port), strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torchrun, "JOIN_TIMEOUT", timedelta(seconds=1))
+    assert cli.main(train_command(config.override(dp=2))[1:]) == cli.FAILED
+    said = capsys.readouterr().err
+    assert "not all of the others arrived" in said and "RANK and WORLD_SIZE were exported by hand, unset them" in said

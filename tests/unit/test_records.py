@@ -74,6 +74,13 @@ def test_the_first_failure_is_reported_not_its_consequences(run):
     assert "raise ValueError(message)\nValueError: the cause" in found["traceback"]
 
 
+def test_an_error_that_reports_a_lost_rank_is_a_consequence_whatever_the_clocks_say(run):
+    run.write_error(0, RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer"))
+    run.write_error(1, ValueError("the cause"))
+    assert [record["rank"] for record in run.errors()] == [0, 1]
+    assert run.first_error()["message"] == "the cause"
+
+
 def test_a_new_start_forgets_errors_and_stop_requests_alone(run):
     run.append({"step": 1})
     run.write_error(0, ValueError("old"))

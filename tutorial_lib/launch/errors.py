@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tutorial_lib.config import ConfigError
-from tutorial_lib.records import RunDirectory
+from tutorial_lib.records import RunDirectory, lost_another_rank
 
 OUTPUT_OF_A_RANK = "\nIts output: "
 """Text before the name of a failed rank's log."""
+
+_RECORD_SECONDS = 3.0
+"""Seconds for the other ranks to record why they failed. Network file systems show new files a little late."""
 
 
 class WorkerError(RuntimeError):
@@ -27,6 +32,45 @@ def first_error(directories: Sequence[RunDirectory], otherwise: str) -> Exceptio
                 f"{record['message']}\n\n{record['traceback']}{OUTPUT_OF_A_RANK}{directory.log_file(record['rank'])}"
             )
     return WorkerError(otherwise)
+
+
+def error_of_joined_rank(directory: RunDirectory, rank: int, num_ranks: int) -> WorkerError:
+    """Return the error that one of torchrun's ranks ends with: it names the rank that failed first, and why.
+
+    This rank has recorded its own error. If it only lost another rank, wait a moment for the record of that one.
+    """
+    until = time.monotonic() + _RECORD_SECONDS
+    while True:
+        records, first = directory.errors(), directory.first_error()
+        assert first is not None
+        if not lost_another_rank(first) or len(records) == num_ranks or time.monotonic() > until:
+            break
+        time.sleep(0.1)
+    run = directory.path.name
+    if lost_another_rank(first):
+        own = next(record for record in records if record["rank"] == rank)
+        return WorkerError(
+            f"Rank {rank} of run {run!r} lost the connection to another rank, or got no answer. "
+            f"{_silent_ranks(records, num_ranks)} {next_start([directory])}\n{own['type']}: {own['message']}"
+        )
+    what = f"{first['type']}: {first['message']}"
+    if first["rank"] == rank:
+        return WorkerError(f"Rank {rank} of run {run!r} failed with {what}\n\n{first['traceback']}")
+    return WorkerError(
+        f"Rank {rank} of run {run!r} ends because rank {first['rank']}, on {first['node']}, failed with {what}\n"
+        "The output of that rank has the traceback."
+    )
+
+
+def _silent_ranks(records: Sequence[Mapping[str, Any]], num_ranks: int) -> str:
+    """Say which ranks left no error, although all the others have lost them."""
+    silent = sorted(set(range(num_ranks)) - {record["rank"] for record in records})
+    if not silent:
+        return "So did all the others: the network between their nodes may have failed."
+    if len(silent) == 1:
+        return f"Rank {silent[0]} left no error: it was killed, perhaps for memory, or its node was lost."
+    named = ", ".join(map(str, silent[:8])) + (f" and {len(silent) - 8} more" if len(silent) > 8 else "")
+    return f"Ranks {named} left no error: at least one of them was killed, perhaps for memory, or its node was lost."
 
 
 def next_start(directories: Sequence[RunDirectory]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -20,6 +21,9 @@ from torch.distributed.rendezvous import rendezvous
 
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.launch.environment import addresses
+from tutorial_lib.launch.errors import error_of_joined_rank
+from tutorial_lib.launch.reach import unreachable_rank
+from tutorial_lib.records import RunDirectory
 
 TIMEOUT = timedelta(minutes=10)
 """Time without an answer from a peer after which a collective fails instead of hanging."""
@@ -44,7 +48,24 @@ def launch(configs: Sequence[Config]) -> int:
     Raises:
         ConfigError: the launcher's environment variables are missing, although several ranks are needed; or this
             process has run DeepSpeed before.
+        WorkerError: a rank that torchrun started has failed; the message names the one that failed first.
     """
+    began = time.time()
+    try:
+        return _train_joined(configs)
+    except ConfigError:
+        raise
+    except Exception as error:  # the process group is gone, so ranks that waited for this one have failed as well
+        if "RANK" not in os.environ:
+            raise
+        rank, num_ranks = int(os.environ["RANK"]), configs[0].parallel.world_size
+        for directory in [RunDirectory(config.directory) for config in configs]:
+            if any(record["rank"] == rank and record["time"] >= began for record in directory.errors()):
+                raise error_of_joined_rank(directory, rank, num_ranks) from error
+        raise
+
+
+def _train_joined(configs: Sequence[Config]) -> int:
     from tutorial_lib.trainer import train_all
 
     global _groups_of_deepspeed
@@ -106,6 +127,9 @@ def process_group(config: Config, init_method: str) -> Iterator[None]:
     try:
         store, _, _ = next(rendezvous(init_method, rank, world_size, timeout=JOIN_TIMEOUT))
         store.set_timeout(JOIN_TIMEOUT)
+        is_on_several_nodes = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) < world_size
+        if is_on_several_nodes and (problem := unreachable_rank(store, rank, world_size)):
+            raise RendezvousError(problem)
         dist.init_process_group(
             "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
             store=store,
@@ -115,6 +139,8 @@ def process_group(config: Config, init_method: str) -> Iterator[None]:
             device_id=None if device.type == "cpu" else device,
         )
         store.set_timeout(TIMEOUT)
+    except RendezvousError:
+        raise
     except RuntimeError as error:  # every error of torch.distributed is one
         if init_method != "env://":
             raise

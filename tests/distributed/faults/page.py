@@ -19,7 +19,7 @@ PAGE = TESTS.parent / "docs" / "faults.md"
 GROUPS = {
     "ranks": ("distributed/faults/test_*.py",),
     "ray": ("cluster/test_ray.py",),
-    "torchrun": ("cluster/test_slurm.py", "cluster/test_torchrun.py"),
+    "torchrun": ("cluster/test_slurm.py", "cluster/test_torchrun.py", "distributed/test_torchrun.py"),
 }
 """The page's groups of faults, and the files of each: patterns of paths below ``tests``."""
 
@@ -99,8 +99,8 @@ up in a different order.
 
 {_table(on_ray_nodes)}
 
-`tests/cluster/test_torchrun.py` and `tests/cluster/test_slurm.py` inject these {len(between_nodes)} under torchrun and
-a real SLURM.
+Files `test_torchrun.py` and `test_slurm.py` in `tests/cluster` and `tests/distributed` inject these
+{len(between_nodes)} under torchrun and a real SLURM.
 
 {_table(between_nodes)}
 

@@ -24,7 +24,7 @@ from tutorial_lib.launch.ray.room import Demand, ResourcesMissing, check_room, r
 from tutorial_lib.launch.ray.storage import check_shared, forget_deleted_checkpoints
 from tutorial_lib.launch.ray.waiting import StoppedBeforeStart, limit_wait, stop_before_start, watch_for_start
 from tutorial_lib.launch.watch import wait_for
-from tutorial_lib.records import RunDirectory
+from tutorial_lib.records import RunDirectory, lost_another_rank
 
 __all__ = ["WORKER", "launch", "session"]
 
@@ -140,24 +140,35 @@ def _check_cluster(demand: Demand, directory: Path) -> None:
 
 def _recorder(directory: RunDirectory) -> Any:
     """Return a callback for Ray's controller that records the worker that failed first and why, for the restart."""
-    from ray.exceptions import RayActorError
     from ray.train import UserCallback
 
     class Recorder(UserCallback):
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            written = directory.first_error()
-            by_rank = {rank: getattr(e, "health_check_failure", e) for rank, e in sorted(worker_exceptions.items())}
-            # A worker that died wrote nothing; the errors of its peers are consequences.
-            gone = next((rank for rank, e in by_rank.items() if isinstance(e, RayActorError)), None)
-            if written and gone is None:
-                failed = {name: written[name] for name in ("rank", "type", "message")}
-            else:
-                rank = min(by_rank) if gone is None else gone
-                said = " ".join(str(by_rank[rank]).split())
-                failed = {"rank": rank, "type": type(by_rank[rank]).__name__, "message": said}
+            failed = _first_failure(directory.first_error(), worker_exceptions)
             directory.write_restarts([*directory.restarts(), {"time": time.time(), "failed": failed}])
 
     return Recorder()
+
+
+def _first_failure(written: dict[str, Any] | None, worker_exceptions: dict[int, Exception]) -> dict[str, Any]:
+    """Return the rank, type and message of the failure that caused the others.
+
+    Args:
+        written: the first error that a worker wrote, if any did.
+        worker_exceptions: what Ray knows so far, by rank.
+    """
+    from ray.exceptions import RayActorError
+
+    by_rank = {rank: getattr(e, "health_check_failure", e) for rank, e in sorted(worker_exceptions.items())}
+    # A worker that died wrote nothing; the errors of its peers are consequences.
+    gone = next((rank for rank, e in by_rank.items() if isinstance(e, RayActorError)), None)
+    if written is None or gone is not None:
+        rank = min(by_rank) if gone is None else gone
+        return {"rank": rank, "type": type(by_rank[rank]).__name__, "message": " ".join(str(by_rank[rank]).split())}
+    message = written["message"]
+    if lost_another_rank(written):  # it may tell Ray before Ray itself notices which worker or node is gone
+        message = f"it lost another rank, which was killed or whose node was lost, and which left no error. {message}"
+    return {"rank": written["rank"], "type": written["type"], "message": message}
 
 
 def _have_error(directories: Sequence[RunDirectory]) -> bool:

@@ -13,6 +13,7 @@ import pytest
 import ray
 import yaml
 
+from tests.unit.launch.ray.rayjob_schema import RAY_JOB
 from tutorial_lib import cli
 
 ON_GPUS = ["ray", "--nodes", "2", "--gpus-per-node", "4", "--tp", "2", "--name", "news_A", "--storage", "/shared/runs"]
@@ -39,11 +40,22 @@ def test_cluster_yaml_fits_rays_schema(capsys: pytest.CaptureFixture[str], argum
     assert worker["resources"] == ({"CPU": 32, "GPU": 4} if arguments is ON_GPUS else {"CPU": 2, "GPU": 0})
 
 
-def test_a_ray_job_has_the_structure_that_kuberay_documents(capsys: pytest.CaptureFixture[str]) -> None:
-    """The full schema, 1.4 MB, comes with KubeRay, not with Ray: this one has the parts that the manifest uses."""
+@pytest.mark.parametrize("arguments", [ON_GPUS, ON_CPUS], ids=["gpu", "cpu"])
+def test_a_ray_job_fits_kuberays_schema(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    _, job = written(capsys, arguments, "rayjob")
+    jsonschema.validate(job, RAY_JOB)
+    misspelled = json.loads(json.dumps(job).replace('"mountPath"', '"path"'))
+    with pytest.raises(jsonschema.ValidationError, match=r"'path' was unexpected|'mountPath' is a required property"):
+        jsonschema.validate(misspelled, RAY_JOB)
+    job["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] = 0
+    with pytest.raises(jsonschema.ValidationError, match="0 is not of type 'string'"):
+        jsonschema.validate(job, RAY_JOB)
+
+
+def test_a_ray_job_asks_for_the_nodes_of_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     text, job = written(capsys, ON_GPUS, "rayjob")
     assert text.startswith("# Not tested on any")
-    assert (job["apiVersion"], job["kind"], job["metadata"]) == ("ray.io/v1", "RayJob", {"name": "news-a"})
+    assert job["metadata"] == {"name": "news-a"}
     cluster = job["spec"]["rayClusterSpec"]
     assert cluster["rayVersion"] == ray.__version__ and cluster["authOptions"] == {"mode": "token"}
     (group,) = cluster["workerGroupSpecs"]
