@@ -41,10 +41,13 @@ def test_the_lessons_job_takes_the_recorded_steps(cluster: SlurmCluster, shared:
 
 
 @slow
-def test_gloo_over_the_loopback_fails_in_the_recorded_words(virtual_nodes: VirtualNodes) -> None:
-    words = "connectFullMesh failed"
-    assert words in recording()["wrong_interface"]
-    assert words in record.wrong_interface(virtual_nodes)
+def test_two_nodes_meet_over_their_network_and_fail_in_the_recorded_words_over_the_loopback(
+    virtual_nodes: VirtualNodes,
+) -> None:
+    recorded, words = recording()["interfaces"], "connectFullMesh failed"
+    assert words in recorded["lo"]
+    assert words in record.meet_over(virtual_nodes, "lo")
+    assert record.meet_over(virtual_nodes, "eth0") == recorded["eth0"] == "2 ranks met"
 
 
 @slow

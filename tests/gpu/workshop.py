@@ -25,12 +25,12 @@ from tests.gpu.training import (
     train_step,
     write_model,
 )
-from tutorial_lib.cli.plan_check import workload_and_layout
-from tutorial_lib.cli.plan_models import from_config
 from tutorial_lib.config import Config
+from tutorial_lib.engine.planned import workload_and_layout
 from tutorial_lib.measure.memory import StateBytes, host_memory, peak_memory, reset_peak_memory
 from tutorial_lib.measure.speed import matmul_peak
 from tutorial_lib.models import load_config
+from tutorial_lib.models.dimensions import from_config
 from tutorial_lib.theory import peak_memory as predicted_peak
 from tutorial_lib.theory.dimensions import Dimensions
 from tutorial_lib.theory.flops import flops_per_token, utilisation

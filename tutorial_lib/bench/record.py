@@ -72,6 +72,8 @@ class RowRecord:
         device_states: the part of them that is on a GPU.
         predicted_states: predicted bytes of model states for each data-parallel rank.
         predicted_device_states: the part of these that stays on the device despite offload.
+        peak_bytes: most bytes that any rank allocated in one step, beyond what existed before it.
+        predicted_peak_bytes: the planner's prediction for it; None if it has none for such a run.
         note: remark about these numbers.
     """
 
@@ -99,6 +101,8 @@ class RowRecord:
     device_states: tuple[int, ...] = ()
     predicted_states: tuple[ModelStates, ...] = ()
     predicted_device_states: tuple[ModelStates, ...] = ()
+    peak_bytes: int | None = None
+    predicted_peak_bytes: float | None = None
     note: str | None = None
 
     @property
@@ -164,6 +168,7 @@ def measure_row(name: str, run: Run, log: Path, *, wall_seconds: float) -> RowRe
         wall_seconds: its duration, including the start of its processes.
     """
     from tutorial_lib.engine.expected import expected_states, on_device, parameter_sizes
+    from tutorial_lib.engine.planned import predict_step_peak
 
     config, result = run.config, run.result
     steady, note = _steady_steps(run)
@@ -195,6 +200,8 @@ def measure_row(name: str, run: Run, log: Path, *, wall_seconds: float) -> RowRe
         device_states=tuple(each["by_device"].get("cuda", 0) for each in accounts),
         predicted_states=predicted,
         predicted_device_states=tuple(on_device(config.engine, each) for each in predicted),
+        peak_bytes=max((sum(each["peak_bytes"].values()) for each in measured if each), default=None),
+        predicted_peak_bytes=predict_step_peak(config),
         note="; ".join(filter(None, (note, _shared_cores(config)))) or None,
     )
 

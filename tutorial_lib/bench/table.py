@@ -81,6 +81,8 @@ def columns(experiment: str, rows: Sequence[RowRecord]) -> list[Column]:
         Column("states/rank (MiB)", "memory", lambda r: _mib(r.states_bytes), ",.2f"),
         Column("predicted (MiB)", "memory", lambda r: _mib(r.predicted_bytes), ",.2f"),
         Column("error (%)", "memory", lambda r: r.error_percent, "+.2f"),
+        Column("step peak (MiB)", "memory", lambda r: _mib(r.peak_bytes), ",.1f"),
+        Column("predicted peak (MiB)", "memory", lambda r: _mib(r.predicted_peak_bytes), ",.1f"),
     ]
 
 

@@ -13,15 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tutorial_lib.cli.plan_models import read_config
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.records import RunDirectory
-from tutorial_lib.theory import memory, peak_memory
+from tutorial_lib.theory import memory
 from tutorial_lib.theory.cost import evaluate
-from tutorial_lib.theory.dimensions import Dimensions
 from tutorial_lib.theory.hardware import find_gpu, peak_flops
 from tutorial_lib.theory.layouts import Cluster, Layout, Workload
-from tutorial_lib.theory.state_bytes import model_states
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +77,12 @@ def compare(
         gpu: preset of the GPU that it ran on.
         seconds: time of a step.
     """
+    from tutorial_lib.engine.planned import states_and_peak, workload_and_layout
+    from tutorial_lib.models.dimensions import read_config
+
     workload, layout = workload_and_layout(config, *read_config(config.model.name))
     ranks = config.parallel.world_size
-    part = peak_memory.part_of_model(workload.dimensions, workload.num_params, layout.tp)
-    states = model_states(workload, layout, part.params, config.accumulation, layout.shard_size or layout.dp)
-    early = states.device - states.gradients
-    moments = peak_memory.moments(workload, layout, part, states, config.accumulation)
+    states, peak = states_and_peak(config, workload, layout)
     cluster = _cluster_of(gpu, ranks, config.engine.precision)
     candidate = evaluate(workload, cluster, layout)
     rows = [
@@ -96,7 +93,7 @@ def compare(
         ),
         Compared(
             "peak beyond weights and moments",
-            max(moment.total for moment in moments) - early - peak_memory.standing_bucket(workload, layout),
+            peak,
             max(sum(m["peak_bytes"].values()) for m in measured),
         ),
         Compared(
@@ -127,54 +124,6 @@ def _cluster_of(gpu: str | None, ranks: int, precision: str) -> Cluster:
         memory_bandwidth=preset.memory_bandwidth, within=preset.within, between=preset.between,
         host_link=preset.host_link,
     )  # fmt: skip
-
-
-def workload_and_layout(config: Config, dimensions: Dimensions, num_params: int) -> tuple[Workload, Layout]:
-    """Translate a run into the planner's terms.
-
-    Args:
-        config: settings of the run.
-        dimensions: dimensions of the model.
-        num_params: its number of parameters.
-    """
-    engine, parallel = config.engine, config.parallel
-    if engine.name == "torch":
-        strategy: str | None = "no_shard"
-        stage = 0
-    elif engine.name == "fsdp":
-        strategy = "hybrid" if engine.sharding == "hybrid_shard" else engine.sharding
-        stage = {"no_shard": 0, "shard_grad_op": 2}.get(engine.sharding, 3)
-    else:
-        strategy, stage = None, engine.zero_stage
-    checkpointing = "full" if engine.activation_checkpointing else "none"
-    workload = Workload(
-        num_params=num_params, dimensions=dimensions, seq_length=config.data.seq_length, micro_batch=config.micro_batch,
-        global_batch=config.run.global_batch, precision=engine.precision, bucket_size=engine.bucket_size,
-        checkpointing=checkpointing, foreach=config.run.device != "cpu", loss_chunks=engine.loss_chunks,
-        **_from_deepspeed_file(engine.deepspeed_file),
-    )  # fmt: skip
-    layout = Layout(
-        dp=parallel.dp, tp=parallel.tp, zero_stage=stage, strategy=strategy, shard_size=engine.shard_size,
-        offload=engine.offload, micro_batch=config.micro_batch, checkpointing=checkpointing, reduction="last",
-    )  # fmt: skip
-    return workload, layout
-
-
-def _from_deepspeed_file(name: str | None) -> dict[str, Any]:
-    """Return values of a run's DeepSpeed file that are not settings of the run, or DeepSpeed's defaults for them.
-
-    Raises:
-        ConfigError: the file no longer exists, or DeepSpeed does not accept it.
-    """
-    from tutorial_lib.engine.deepspeed import file
-
-    zero = {} if name is None else file.read(name).get("zero_optimization", {})
-    scatters = zero.get("reduce_scatter", True) and not zero.get("use_multi_rank_bucket_allreduce", True)
-    return {
-        "gradient_reduction": "reduce_scatter" if scatters else "all_reduce",
-        "overlap_comm": zero.get("overlap_comm") or False,
-        "live_params": zero.get("stage3_max_live_parameters", 1_000_000_000),
-    }
 
 
 def _boundary_gradients(config: Config, workload: Workload, layout: Layout) -> float:

@@ -38,10 +38,12 @@ def main(options: argparse.Namespace) -> int:
     config = Config.create(options.profile, **given(options))
 
     from tutorial_lib import launch
+    from tutorial_lib.engine.deepspeed.config import apply_file
     from tutorial_lib.lab.progress import progress
     from tutorial_lib.launch.environment import check_environment, is_under_torchrun, joined_rank
 
     check_environment(config)
+    apply_file(config)  # refuses a wrong file before anything starts or is printed
     launch.warm_up(config)
     leader = joined_rank(config) in (None, 0)
     shown = progress(config.run.stop_after or config.run.steps) if leader and not options.json else None

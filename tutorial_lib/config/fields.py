@@ -96,8 +96,12 @@ class DataConfig:
     )
     train_split: str = _setting("train", "split to train on")
     eval_split: str = _setting("validation", "split to evaluate on")
-    max_examples: int | None = _setting(None, "use only the first N rows of the training split", at_least=1)
-    max_eval_examples: int | None = _setting(64, "use only the first N rows of the evaluation split", at_least=1)
+    max_examples: int | None = _setting(
+        None, "use only the first N rows of the training split (default: all; the ZeRO workshop uses 500)", at_least=1
+    )
+    max_eval_examples: int | None = _setting(
+        64, "use only the first N rows of the evaluation split (default: 64; the ZeRO workshop uses 50)", at_least=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -80,8 +80,8 @@ def memory_of_nodes(peaks: Sequence[int]) -> Exercise:
     fell = (peaks[0] - peaks[-1]) / 2**20
     return Exercise(
         f"In the recorded table a node's peak falls by {fell:.0f} MiB from the first row to the last. ZeRO stage 2 "
-        "explains less than ten of them: see states/rank in your weak-scaling table. What shrank? Write `libraries`, "
-        "`activations` or `gradients`.",
+        "explains less than ten MiB of that: see states/rank in your weak-scaling table. What shrank? Write "
+        "`libraries`, `activations` or `gradients`.",
         check=choice(
             "libraries",
             near={

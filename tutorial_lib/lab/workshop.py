@@ -11,6 +11,8 @@ from typing import Any
 from tutorial_lib.lab.exercises import Exercise, choice, number
 
 MIB = 2**20
+NOTHING_PERCENT = 3
+"""Changes below this many percent count as none."""
 
 
 def when_to_stop(eval_losses: Sequence[float]) -> Exercise:
@@ -60,22 +62,62 @@ def batch_on_more_gpus(per_device: int, accumulation: int, num_gpus: int) -> Exe
     )
 
 
-def fewest_bytes(rows: Sequence[Any]) -> Exercise:
-    """Return the exercise on the stage with the least memory.
+def peak_as_processes_are_added(one: Any, two: Any) -> Exercise:
+    """Return the exercise on the memory of a process as processes are added.
 
     Args:
-        rows: rows of the reader's matrix of stages, with ``name`` and ``states_bytes``.
+        one: record of a row of the reader's on one process, with ``states_bytes`` and ``peak_bytes``.
+        two: record of a row with the same stage of ZeRO and the same micro-batch on more processes.
     """
-    best = min(rows, key=lambda row: row.states_bytes)
+    before, after = (row.states_bytes / MIB for row in (one, two))
+    words = {-1: "falls", 0: "stays", 1: "rises"}
+    right = words[(after > before) - (after < before)]
+    why = {
+        "stays": "That is plain data parallelism, where every process holds everything.",
+        "rises": "The states of the entire model stay the same size, however many processes hold them.",
+        "falls": f"It was {before:.2f} MiB on one process and {after:.2f} MiB on more.",
+    }
     return Exercise(
-        "Which row of the stage table holds the fewest bytes of model states per rank?",
-        check=choice(
-            best.name,
-            near={row.name: f"It holds {row.states_bytes / MIB:.2f} MiB." for row in rows if row is not best},
-        ),
-        hints=["Compare the column states/rank."],
-        solution=f"`{best.name}`, with {best.states_bytes / MIB:.2f} MiB.",
+        "GPUs are added, each with the same micro-batch. Should the memory of a process stay constant? Compare stage 2 "
+        "on one process and on two in your tables, and write for its model states `falls`, `stays` or `rises`.",
+        check=choice(right, near={word: text for word, text in why.items() if word != right}),
+        hints=["The rows are `2Z-1G1N` and `stage-2`.", "Which part does ZeRO divide?"],
+        solution=f"From {before:.2f} to {after:.2f} MiB: more processes share gradients and optimizer states, down to "
+        "the weights alone. What a step allocates on top does not shrink, because the micro-batch and the bucket are "
+        f"the same: {one.peak_bytes / MIB:,.0f} and {two.peak_bytes / MIB:,.0f} MiB.",
     )
+
+
+def what_pinning_changed(rows: Sequence[Any]) -> Exercise:
+    """Return the exercise on pinned memory.
+
+    Args:
+        rows: rows of the reader's matrix on one process; on a GPU with ``2ZOP-1G1N``, which is pinned, too.
+    """
+    by_name = {row.name: row for row in rows}
+    changes = _changes(by_name["2ZO-1G1N"], by_name["2ZOP-1G1N"]) if "2ZOP-1G1N" in by_name else {}
+    largest = max(changes, key=lambda part: abs(changes[part]), default="not measured")
+    right = largest if not changes or abs(changes[largest]) >= NOTHING_PERCENT else "nothing"
+    missing = "a CPU has nothing to copy to, so the matrix left the pinned row out"
+    said = ", ".join(f"{part} {change:+.1f} %" for part, change in changes.items())
+    reason = f"Your rows say: {said}." if changes else "Which two rows of your table tell you that?"
+    answers = ("speed", "memory", "nothing", "not measured")
+    expected = "On a GPU expect more samples/s and the same peak on it: copies to and from pinned pages are faster."
+    return Exercise(
+        "What did pinning the offloaded memory of stage 2 change the most in your run? Write `speed`, `memory` (of the "
+        f"GPU), `nothing` (under {NOTHING_PERCENT} %) or `not measured`.",
+        check=choice(right, near={answer: reason for answer in answers if answer != right}),
+        hints=["Compare the rows `2ZO-1G1N` and `2ZOP-1G1N`.", "Are both in your table?"],
+        solution=f"`{right}`: {said or missing}. {expected}",
+    )
+
+
+def _changes(before: Any, after: Any) -> dict[str, float]:
+    """Return the changes of speed and of the GPU's peak between two rows, in percent."""
+    return {
+        "speed": 100 * (after.samples_per_second / before.samples_per_second - 1),
+        "memory": 100 * (after.gpu.peak / before.gpu.peak - 1),
+    }
 
 
 def optimizer_share(num_parameters: int, num_ranks: int) -> Exercise:
@@ -113,12 +155,12 @@ def price_of_offload(change_percent: float) -> Exercise:
         change_percent: change of stage 2's runtime through offload, in the reader's run.
     """
     return Exercise(
-        "By how many percent did offload change the runtime of stage 2 in your run? A minus means that it became "
-        "faster.",
+        "By how many percent did offload change the runtime of stage 2 on two processes in your run, the first step "
+        "included? A minus means that it became faster.",
         check=number(
             change_percent, tolerance=0.51, unit="%", near={-change_percent: "The sign is the other way round."}
         ),
         hints=["Look at the last column of the offload comparison."],
-        solution=f"{change_percent:+.1f} %. Here nothing crosses a bus, and eight steps are few: DeepSpeed's CPU Adam "
+        solution=f"{change_percent:+.1f} %. Here nothing crosses a bus, and six steps are few: DeepSpeed's CPU Adam "
         "replaces PyTorch's. On a GPU, gradients and weights also travel between device and host in every step.",
     )

@@ -22,7 +22,7 @@ def done(name: str, **values: Any) -> RowRecord:
     own = {
         "status": DONE, "process_tree": tree, "states": states, "predicted_states": states, "train_seconds": 2.0,
         "samples_per_second": 10.0, "step_seconds": 0.4, "train_loss": 3.5, "eval_losses": (3.25, 3.0), "world_size": 1,
-        "num_steps": STEPS, "steps_per_epoch": 8,
+        "num_steps": STEPS, "steps_per_epoch": 8, "peak_bytes": int(35.1 * MIB), "predicted_peak_bytes": 34.8 * MIB,
     }  # fmt: skip
     return RowRecord(name, **(own | values))
 
@@ -36,10 +36,11 @@ def leave_run(config: Config, **result: Any) -> Run:
         seconds = {1: 3.0, 3: 0.8}.get(step, 0.4)
         directory.append({"step": step, "loss": 4.0 - step / 10, "tokens": 100, "seconds": seconds})
     account = {"parameters": 400, "gradients": 400, "optimizer": 800, "by_device": {"cpu": 1600}}
+    measured = {"state_bytes": account, "peak_bytes": {"cpu": 500}}
     own = {
         "status": "completed", "num_steps": STEPS, "steps_per_epoch": 8, "train_loss": 3.5, "eval_loss": 3.0,
         "eval_losses": [], "eval_samples_per_second": 20.0,
-        "num_parameters": 100, "ranks": [{"measured": {"state_bytes": account}}] * config.parallel.world_size,
+        "num_parameters": 100, "ranks": [{"measured": measured}] * config.parallel.world_size,
     }  # fmt: skip
     directory.result_file.write_text(json.dumps(own | result))
     return Run(config, directory.result(), directory.rows())

@@ -26,7 +26,7 @@ def test_a_row_shows_the_columns_of_the_workshop():
         "steps": "5", "processes": "1", "process tree peak (MiB)": "1,024", "process tree average (MiB)": "900",
         "process tree mode (MiB)": "890", "GPU peak (MiB)": "not measured", "GPU average (MiB)": "not measured",
         "GPU mode (MiB)": "not measured", "states/rank (MiB)": "160.00", "predicted (MiB)": "160.00",
-        "error (%)": "+0.00",
+        "error (%)": "+0.00", "step peak (MiB)": "35.1", "predicted peak (MiB)": "34.8",
     }  # fmt: skip
 
 

@@ -18,10 +18,10 @@ import pytest
 from tests.unit.arguments import changed
 from tutorial_lib.cli import build_parser, main, plan_commands, plan_text
 from tutorial_lib.cli.options import given
-from tutorial_lib.cli.plan_models import from_config, measure, read_config
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.embedded import model_directory
 from tutorial_lib.engine.deepspeed.config import apply_file, build
+from tutorial_lib.models.dimensions import from_config, measure, read_config
 from tutorial_lib.theory import traffic
 from tutorial_lib.theory.cost import Candidate
 from tutorial_lib.theory.dimensions import PUBLISHED, Dimensions, derive

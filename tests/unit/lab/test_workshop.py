@@ -9,14 +9,41 @@ import pytest
 from tests.unit.lab.exercise_assertions import assert_explains
 from tutorial_lib.lab import workshop
 
-ROWS = [SimpleNamespace(name=f"stage-{stage}", states_bytes=(4 - stage) * workshop.MIB) for stage in range(4)]
+
+def row(name: str = "", states_mib: float = 0, speed: float = 0, gpu_mib: float = 0) -> SimpleNamespace:
+    return SimpleNamespace(
+        name=name, states_bytes=states_mib * workshop.MIB, peak_bytes=35 * workshop.MIB, samples_per_second=speed,
+        gpu=SimpleNamespace(peak=gpu_mib * workshop.MIB),
+    )  # fmt: skip
+
+
+PAGEABLE = row("2ZO-1G1N", speed=10, gpu_mib=1000)
 EXERCISES = {
     "stop": (workshop.when_to_stop([4.6, 4.7, 4.8]), 1, {"3": "4.800"}),
     "batch": (workshop.batch_on_more_gpus(4, 4, 8), 128, {16: "one GPU", 32: "one forward pass", 100: "too low"}),
-    "fewest": (workshop.fewest_bytes(ROWS), "stage-3", {"stage-1": "3.00 MiB", "stage-9": "not one of the answers"}),
+    "falls": (
+        workshop.peak_as_processes_are_added(row(states_mib=12), row(states_mib=7)), "falls",
+        {"stays": "plain data parallelism", "rises": "the same size", "no": "not one of the answers"},
+    ),
+    "stays": (
+        workshop.peak_as_processes_are_added(row(states_mib=12), row(states_mib=12)), "stays",
+        {"falls": "12.00 MiB on one process"},
+    ),
+    "pinned, no GPU": (
+        workshop.what_pinning_changed([PAGEABLE]), "not measured",
+        {"speed": "which two rows", "memory": "which two rows", "nothing": "which two rows"},
+    ),
+    "pinned, faster": (
+        workshop.what_pinning_changed([PAGEABLE, row("2ZOP-1G1N", speed=12, gpu_mib=1010)]), "speed",
+        {"memory": "speed +20.0 %, memory +1.0 %", "not measured": "your rows say"},
+    ),
+    "pinned, no difference": (
+        workshop.what_pinning_changed([PAGEABLE, row("2ZOP-1G1N", speed=9.9, gpu_mib=1000)]), "nothing",
+        {"speed": "speed -1.0 %"},
+    ),
     "share": (workshop.optimizer_share(1024 * 1024, 4), 3.0, {2.0: "two moments", 12.0: "all ranks", 4.0: "too high"}),
     "price": (workshop.price_of_offload(-12.3), -12.3, {12.3: "the sign", 40.0: "too high"}),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", EXERCISES)

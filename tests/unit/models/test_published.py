@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tutorial_lib.cli import main
-from tutorial_lib.cli.plan_models import from_config
 from tutorial_lib.config import Config, ConfigError
-from tutorial_lib.engine.expected import parameter_sizes
+from tutorial_lib.engine.expected import expected_states, parameter_sizes
 from tutorial_lib.launch import preflight
 from tutorial_lib.models import load_config, load_model, load_tokenizer
+from tutorial_lib.models.dimensions import from_config
 from tutorial_lib.models.published import PUBLISHED, published_directory
 
 VOCABULARIES = {"bloom-560m": 250_880, "gpt2": 50_257, "gpt2-medium": 50_257, "qwen2.5-0.5b": 151_936}
@@ -62,6 +64,16 @@ def test_states_that_do_not_fit_are_refused_with_the_prediction(tmp_path, monkey
     with pytest.raises(ConfigError, match=r"needs 11\.6 GB of memory, and 14\.0 GB are free here: 11\.2 GB for model"):
         preflight(config)
     assert preflight(config.override(precision="bf16", offload="none", model="published/gpt2"))
+
+
+def test_lesson_05_states_the_bytes_of_bloom_560m_as_the_formula_gives_them():
+    config = Config.create(
+        "cpu", model="published/bloom-560m", random_init=True, dp=1, zero_stage=2, offload="optimizer",
+        precision="bf16",
+    )  # fmt: skip
+    (states,) = expected_states(config, parameter_sizes(config)) or ()
+    lesson = Path(__file__).parents[3] / "notebooks" / "05_zero_workshop.ipynb"
+    assert f"gives {states.total / 2**20:,.2f} MiB of model states" in lesson.read_text(encoding="utf-8")
 
 
 def test_the_command_line_takes_its_name_alone(capsys):

@@ -21,9 +21,9 @@ def test_a_layer_keeps_what_is_counted(family: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from tutorial_lib.cli.plan_models import from_config
     from tutorial_lib.engine.fsdp.sharding import layers_of
     from tutorial_lib.models import load_config
+    from tutorial_lib.models.dimensions import from_config
 
     config = load_config(f"embedded/{family}")
     model = AutoModelForCausalLM.from_config(config).train()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,14 +67,34 @@ def read_json(name: str) -> dict[str, Any]:
         return dict(pairs)
 
     try:
-        given = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=without_duplicates)
+        text = path.read_text(encoding="utf-8-sig")
+        given = json.loads(text, object_pairs_hook=without_duplicates)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{name} is not UTF-8: {error}. Write the file again in UTF-8.") from error
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError(f"{name} is not valid JSON: {error}.") from error
+        raise ConfigError(f"{name} is not valid JSON: {_additions_to_json(text) or error}.") from error
     if not isinstance(given, dict):
         raise ConfigError(f"{name} holds a JSON {type(given).__name__}; DeepSpeed needs an object.")
     return given
+
+
+_ADDITIONS = re.compile(
+    r"""(?P<string>"(?:\\.|[^"\\])*")|(?P<comment>//[^\n]*|#[^\n]*|/\*.*?\*/)"""
+    r"""|,(?=(?:\s|//[^\n]*|#[^\n]*|/\*.*?\*/)*(?P<end>[}\]]))""",
+    re.DOTALL,
+)
+
+
+def _additions_to_json(text: str) -> str:
+    """Return where a text has comments or trailing commas, which JSON does not allow, and what to do about them."""
+    problems = []
+    for found in _ADDITIONS.finditer(text):
+        line = f"line {1 + text.count(chr(10), 0, found.start())}"
+        if comment := found["comment"]:
+            problems.append(f"{line} has a comment, {comment.splitlines()[0][:40]!r}: JSON has no comments, remove it")
+        elif end := found["end"]:
+            problems.append(f"{line} has a comma before {end!r}: remove it")
+    return "; ".join(problems)
 
 
 def check(given: dict[str, Any], *, source: str) -> dict[str, Any]:

@@ -18,8 +18,8 @@ _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d{1,2}):(?P<minutes>[0-5]?\d)
 
 _REQUEUE = """\
 if [[ $is_asked_to_end ]]; then
-    echo "job $attempt: saved; goes back into the queue"
-    scontrol requeue "$SLURM_JOB_ID" && sleep 60 # SLURM ends this script
+    echo "job $attempt: saved; going back into the queue"
+    scontrol requeue "$SLURM_JOB_ID" && sleep 60 # SLURM kills this script meanwhile
 fi
 """
 
@@ -99,7 +99,6 @@ def write_script(config: Config, allocation: Allocation, profile: str, command: 
         ranks_per_node_in_words=ranks,
         ranks_per_node=allocation.ranks_per_node,
         join_seconds=allocation.join_timeout,
-        time_limit=allocation.time_limit,
         grace_in_words=f"{allocation.grace} s",
         sampler=_SAMPLER if allocation.sample_memory else "",
         train_arguments=" \\\n        ".join(wrap_options(train_arguments(config, profile, "none"), width=102)),
@@ -118,13 +117,13 @@ def _directives(run: RunConfig, allocation: Allocation) -> list[str]:
         (f"job-name={run.name}", ""),
         *((f"{name}={value}", "") for name in ("partition", "account") if (value := getattr(allocation, name))),
         (f"nodes={allocation.nodes}", ""),
-        ("ntasks-per-node=1", f"a torchrun, which starts {count(allocation.ranks_per_node, 'process', 'processes')}"),
-        *([(f"gpus-per-node={allocation.ranks_per_node}", "one for each process")] if on_gpus else []),
-        (f"cpus-per-task={cpus}", f"{allocation.cpus_per_rank} for each process"),
+        ("ntasks-per-node=1", f"one torchrun, which starts {count(allocation.ranks_per_node, 'process', 'processes')}"),
+        *([(f"gpus-per-node={allocation.ranks_per_node}", "one per process")] if on_gpus else []),
+        (f"cpus-per-task={cpus}", f"{allocation.cpus_per_rank} per process"),
         (f"time={allocation.time_limit}", ""),
-        (f"signal=B:USR1@{allocation.grace}", "before the time is up: see save_and_end below"),
-        ("requeue", "also after a node has failed") if allocation.requeue else ("no-requeue", ""),
-        ("open-mode=append", "the log goes on after a requeue"),
+        (f"signal=B:USR1@{allocation.grace}", f"{allocation.grace} s before the time limit: see save_and_end"),
+        ("requeue", "at the time limit, and after a node failure") if allocation.requeue else ("no-requeue", ""),
+        ("open-mode=append", "append to the log after a requeue"),
         (f"chdir={shlex.quote(str(Path.cwd()))}", ""),
         ("output=slurm-%x-%j.out", ""),
     ]

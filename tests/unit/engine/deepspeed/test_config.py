@@ -20,6 +20,7 @@ from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from pydantic import BaseModel
 from transformers import AutoConfig
 
+from tutorial_lib.cli import main
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.engine.deepspeed import config as ds_config
 from tutorial_lib.engine.deepspeed import file, for_run, keys, trainer_file
@@ -69,6 +70,31 @@ def test_every_offload_states_pin_memory(stage, offload, pin):
 def test_misplaced_and_unknown_keys_are_refused_and_shown_their_place(tmp_path, given, message):
     with pytest.raises(ConfigError, match=message):
         ds_config.apply_file(Config.create(deepspeed=write(tmp_path, given)))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{\n  "a": "x", // why\n  "b": 1\n}', "line 2 has a comment, '// why': JSON has no comments, remove it"),
+        ('{\n\n  /* "a", two\n  lines */ "b": 1}', "line 3 has a comment, '/[*] \"a\", two': JSON has no comments"),
+        ('{"a": 1} # end', "line 1 has a comment, '# end'"),
+        ('{"a": [1,\n],\n}', "line 1 has a comma before ']': remove it; line 2 has a comma before '}': remove it"),
+        ('{"a": 1, // last\n}', "a comma before '}': remove it; line 1 has a comment"),
+        ('{"url": "http://x/*", "b": }', "not valid JSON: Expecting value: line 1"),
+    ],
+)
+@pytest.mark.parametrize("engine", ["deepspeed", "trainer"])
+def test_what_json_does_not_allow_is_found_by_line(tmp_path, content, message, engine):
+    with pytest.raises(ConfigError, match=message):
+        ds_config.apply_file(Config.create(engine=engine, deepspeed=write(tmp_path, content)))
+
+
+def test_a_wrong_file_is_refused_before_anything_starts(tmp_path, capsys):
+    name = write(tmp_path, '{"zero_optimization": {"stage": 2}, // offload later\n}')
+    assert main(["train", "--engine", "trainer", "--deepspeed", name, "--storage", str(tmp_path / "runs")]) == 2
+    printed = capsys.readouterr()
+    assert "JSON has no comments, remove it" in printed.err and "starting" not in printed.out + printed.err
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,101 @@
+"""A run in the planner's terms: its workload and layout, and the memory that the planner predicts for its steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.engine.deepspeed import file
+from tutorial_lib.models.dimensions import read_config
+from tutorial_lib.theory import peak_memory
+from tutorial_lib.theory.dimensions import Dimensions
+from tutorial_lib.theory.layouts import Layout, Workload
+from tutorial_lib.theory.state_bytes import States, model_states
+
+DEFAULT_BUCKET = 500_000_000
+"""DeepSpeed's ``reduce_bucket_size``, in elements, where neither the file nor the run states one."""
+
+
+def predict_step_peak(config: Config) -> float | None:
+    """Return the bytes that a step should allocate at its peak, beyond what exists before it.
+
+    Args:
+        config: a configuration to which the values of its DeepSpeed file have been applied.
+
+    Returns:
+        The bytes of the rank with the most, or None if the planner does not know this kind of run: a model sharded at
+        load, or one that is no dense decoder.
+    """
+    if config.engine.shard_at_load:
+        return None
+    try:
+        dimensions, num_params = read_config(config.model.name)
+    except ConfigError:
+        return None
+    return states_and_peak(config, *workload_and_layout(config, dimensions, num_params))[1]
+
+
+def states_and_peak(config: Config, workload: Workload, layout: Layout) -> tuple[States, float]:
+    """Return a rank's model states, and the bytes that a step allocates at its peak.
+
+    Weights, moments and the bucket of DeepSpeed's stage 3 exist before the step, so its peak does not include them.
+    """
+    part = peak_memory.part_of_model(workload.dimensions, workload.num_params, layout.tp)
+    states = model_states(workload, layout, part.params, config.accumulation, layout.shard_size or layout.dp)
+    existing = states.device - states.gradients + peak_memory.standing_bucket(workload, layout)
+    return states, peak_memory.peak_memory(workload, layout, part, states, config.accumulation).total - existing
+
+
+def workload_and_layout(config: Config, dimensions: Dimensions, num_params: int) -> tuple[Workload, Layout]:
+    """Translate a run into the planner's terms.
+
+    Args:
+        config: settings of the run.
+        dimensions: dimensions of the model.
+        num_params: its number of parameters.
+    """
+    engine, parallel = config.engine, config.parallel
+    if engine.name == "torch" or (engine.name == "trainer" and engine.deepspeed_file is None):
+        strategy: str | None = "no_shard"
+        stage = 0
+    elif engine.name == "fsdp":
+        strategy = "hybrid" if engine.sharding == "hybrid_shard" else engine.sharding
+        stage = {"no_shard": 0, "shard_grad_op": 2}.get(engine.sharding, 3)
+    else:
+        strategy, stage = None, engine.zero_stage
+    checkpointing = "full" if engine.activation_checkpointing else "none"
+    workload = Workload(
+        num_params=num_params, dimensions=dimensions, seq_length=config.data.seq_length, micro_batch=config.micro_batch,
+        global_batch=config.run.global_batch, precision=engine.precision, bucket_size=_bucket_size(config, dimensions),
+        checkpointing=checkpointing, foreach=config.run.device != "cpu", loss_chunks=engine.loss_chunks,
+        **_from_deepspeed_file(engine.deepspeed_file),
+    )  # fmt: skip
+    layout = Layout(
+        dp=parallel.dp, tp=parallel.tp, zero_stage=stage, strategy=strategy, shard_size=engine.shard_size,
+        offload=engine.offload, micro_batch=config.micro_batch, checkpointing=checkpointing, reduction="last",
+    )  # fmt: skip
+    return workload, layout
+
+
+def _bucket_size(config: Config, dimensions: Dimensions) -> int:
+    """Return the elements of DeepSpeed's bucket. The Trainer states none, unless the file calls it ``"auto"``."""
+    name = config.engine.deepspeed_file
+    if config.engine.name != "trainer" or name is None:
+        return config.engine.bucket_size
+    stated = file.find(file.read_json(name), "zero_optimization.reduce_bucket_size", DEFAULT_BUCKET)
+    return dimensions.hidden**2 if stated == "auto" else int(stated)
+
+
+def _from_deepspeed_file(name: str | None) -> dict[str, Any]:
+    """Return values of a run's DeepSpeed file that are not settings of the run, or DeepSpeed's defaults for them.
+
+    Raises:
+        ConfigError: the file no longer exists, or DeepSpeed does not accept it.
+    """
+    zero = {} if name is None else file.read(name).get("zero_optimization", {})
+    scatters = zero.get("reduce_scatter", True) and not zero.get("use_multi_rank_bucket_allreduce", True)
+    return {
+        "gradient_reduction": "reduce_scatter" if scatters else "all_reduce",
+        "overlap_comm": zero.get("overlap_comm") or False,
+        "live_params": zero.get("stage3_max_live_parameters", 1_000_000_000),
+    }
