@@ -37,12 +37,16 @@ def matrix(tmp_path_factory) -> Matrix:
 
 
 def assert_as_predicted(row: bench.RowRecord) -> None:
-    """Compare every part of every rank's model states with the formula, to 2 %, and the peak of a step, to 10 %."""
+    """Compare every part of every rank's model states with the formula, to 2 %, and the peak of a step, to 10 %.
+
+    At the peak, a copy of the gradients or of gathered weights may still be on its way: that depends on timing.
+    """
     assert row.is_done, row.error
     assert len(row.states) == len(row.predicted_states) == row.world_size
     for measured, predicted in zip(row.states, row.predicted_states, strict=True):
         assert measured.to_dict() == pytest.approx(predicted.to_dict(), rel=0.02), row.name
-    assert row.peak_bytes == pytest.approx(row.predicted_peak_bytes, rel=0.1), row.name
+    copy = 4 * row.num_parameters
+    assert 0.9 * row.predicted_peak_bytes <= row.peak_bytes <= 1.1 * row.predicted_peak_bytes + copy, row.name
 
 
 def test_a_killed_rank_and_one_out_of_memory_are_reported_and_the_next_row_runs(matrix):
