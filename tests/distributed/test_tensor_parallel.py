@@ -190,7 +190,7 @@ def test_evaluation_matches_one_process(observed, ranks, case, variant):
         (
             "tensor_parallel.projections_not_split",
             "ConfigError",
-            rf"left {3 * LAYERS} projections unsplit on every rank, model\.layers\.0\.mlp\.gate_proj\.weight first\.",
+            rf"left {3 * LAYERS} projections unsplit on every rank, e\.g\. model\.layers\.0\.mlp\.gate_proj\.weight\.",
         ),
     ],
 )
