@@ -100,7 +100,7 @@ FAILURES = {
     "killed.in_forward": (
         r"Root Cause(.*\n)+?  rank +: 1 \(local_rank: 0\)\n  exitcode +: -9 .*\(SIGKILL\)",
         r"error: Rank 0 of run '\S+' lost the connection to another rank, .*Rank 1 left no error: it was killed, "
-        r"perhaps for memory, or its node was lost\. Run the same command again, and it resumes: .*step-00000002\.",
+        r"perhaps for lack of memory, or its node was lost\. Run the same command again.* resumes: .*step-00000002\.",
     ),
     "storage.save_raises": (
         r"error: Rank 1 of run '\S+' failed with OSError: the disk is full\n\nTraceback(.*\n)+?.*in save_if_due",

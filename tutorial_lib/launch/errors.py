@@ -67,10 +67,11 @@ def _silent_ranks(records: Sequence[Mapping[str, Any]], num_ranks: int) -> str:
     silent = sorted(set(range(num_ranks)) - {record["rank"] for record in records})
     if not silent:
         return "So did all the others: the network between their nodes may have failed."
+    why = "killed, perhaps for lack of memory, or its node was lost."
     if len(silent) == 1:
-        return f"Rank {silent[0]} left no error: it was killed, perhaps for memory, or its node was lost."
+        return f"Rank {silent[0]} left no error: it was {why}"
     named = ", ".join(map(str, silent[:8])) + (f" and {len(silent) - 8} more" if len(silent) > 8 else "")
-    return f"Ranks {named} left no error: at least one of them was killed, perhaps for memory, or its node was lost."
+    return f"Ranks {named} left no error: at least one of them was {why}"
 
 
 def next_start(directories: Sequence[RunDirectory]) -> str:

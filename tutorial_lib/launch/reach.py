@@ -24,7 +24,7 @@ CONNECT_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a rank can be reached.
+    """Address of a rank, and how it was chosen.
 
     Attributes:
         node: host name of its node.

@@ -165,7 +165,7 @@ def run_name(combination: Combination) -> str:
 
 
 NEEDED = {
-    # Tests of one thing ask for these by name. The runs without the faults of MUTANTS are needed, too.
+    # Some tests ask for these runs by name. The runs without the faults of MUTANTS are needed, too.
     "untied.zero3-accumulated.1",
     "gpt2.zero2-accumulated.2",
     "gpt2.zero1.2",

@@ -1,4 +1,4 @@
-"""Errors of the storage: a save that raises, a limit on file sizes, and a file system that turns read-only."""
+"""Errors of the storage: a save that raises, a limit on file sizes, and a file system that becomes read-only."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import pytest
 
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.dataloader import load_rows
+from tutorial_lib.dataloader.csv_files import NOT_A_VALUE
 from tutorial_lib.embedded import DATASET_NAMES
 from tutorial_lib.models.loading import hub_reachable
 
@@ -140,6 +141,12 @@ def test_words_that_pandas_takes_for_blank_stay_in_a_csv_files_text(tmp_path):
     for name in ("train.csv", "train.csv.gz", "tabs", "tabs/train.tsv"):
         rows = load_rows(str(tmp_path / name), "train[:3]")
         assert (rows["text"][:], rows["id"][:]) == (["None", "NA", None], [1, None, 3])
+
+
+def test_blank_numbers_are_those_of_pandas():
+    from pandas._libs.parsers import STR_NA_VALUES
+
+    assert set(NOT_A_VALUE) == STR_NA_VALUES
 
 
 def test_a_slice_of_a_split(tmp_path):

@@ -56,7 +56,7 @@ def test_a_rank_that_lost_another_one_names_it_even_if_it_hears_of_it_late(run: 
 @pytest.mark.parametrize(
     ("wrote", "num_ranks", "why"),
     [
-        ([0], 2, "Rank 1 left no error: it was killed, perhaps for memory, or its node was lost. Run the same command"),
+        ([0], 2, "Rank 1 left no error: it was killed, perhaps for lack of memory, or its node was lost. Run the same"),
         ([0, 3], 4, "Ranks 1, 2 left no error: at least one of them was killed"),
         ([0], 64, "Ranks 1, 2, 3, 4, 5, 6, 7, 8 and 55 more left no error"),
         ([0, 1], 2, "So did all the others: the network between their nodes may have failed."),

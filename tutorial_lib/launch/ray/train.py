@@ -34,7 +34,7 @@ START_ATTEMPTS = 10
 """Number of times that workers are restarted if they fail to start."""
 
 SETTLE_SECONDS = 5.0
-"""Seconds that a run waits for the nodes of all its ranks before it starts with fewer, if it can."""
+"""Seconds that a run waits for the nodes of all its ranks before it starts with fewer, if ``min_dp`` allows that."""
 
 GROW_SECONDS = 60.0
 """Seconds between checks for room for the missing ranks."""

@@ -18,7 +18,7 @@ class StoppedBeforeStart(Exception):
 
 
 def watch_for_start(directories: Sequence[RunDirectory]) -> Callable[[], bool]:
-    """Return a function that returns whether a worker has started since now, judging by writes to the logs."""
+    """Return a check of whether a worker has started since this call, judging by writes to the logs."""
 
     def last_written() -> dict[Path, int]:
         logs = (log for directory in directories for log in directory.logs.glob("rank-*.log"))
