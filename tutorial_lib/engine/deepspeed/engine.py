@@ -93,7 +93,6 @@ class DeepSpeedEngine:
         settings = ds_config.build(config)
         with _partition_at_construction(settings):
             model = build_model(config)
-        self._output_loss = output_loss(model, config.engine.loss_chunks)
         if self.unit:
             ds_config.add_plan(settings, model.config)
         self.num_parameters = sum(_full_numel(parameter) for parameter in model.parameters())
@@ -104,6 +103,7 @@ class DeepSpeedEngine:
         )
         if self.unit:
             self._finish_splitting(model)
+        self._output_loss = output_loss(model, config.engine.loss_chunks, autotp.split_loss_sum(model))
         self._dims = {self.module.get_parameter(row.parameter): row.dim for row in self.layout()}
         self._micro_steps = 0
         if config.engine.zero_stage == 0 and config.engine.precision != "fp32":
