@@ -58,9 +58,10 @@ def reshape(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace) -> int:
     from tutorial_lib import checkpoint
+    from tutorial_lib.checkpoint.directory import locate
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the CPU merges shards; otherwise DeepSpeed warns of a missing GPU
-    source = checkpoint.locate(options.source)
+    source = locate(options.source)
     with reserve_stdout_for_json(options.json):
         target = checkpoint.export(source, options.target, options.max_shard_size)
     print(json.dumps({"checkpoint": str(source), "export": str(target)}) if options.json else f"{source} -> {target}")

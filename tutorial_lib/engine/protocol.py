@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tutorial_lib.checkpoint import FullTensors, Writer
+from tutorial_lib.checkpoint import FullTensors
+from tutorial_lib.checkpoint.writer import Writer
 from tutorial_lib.engine.layout import ParameterLayout
 from tutorial_lib.engine.learning_rate import Schedule
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tutorial_lib.checkpoint import MOMENTS, FullTensors, Writer
+from tutorial_lib.checkpoint import MOMENTS, FullTensors
+from tutorial_lib.checkpoint.writer import Writer
 from tutorial_lib.config import Config
 from tutorial_lib.engine.chunked_loss import output_loss
 from tutorial_lib.engine.inputs import model_inputs

@@ -8,7 +8,7 @@ import pytest
 from tests.support.damaged_files import cut_short, flip_a_bit
 from tests.unit.checkpoint.runs import assert_same, make_checkpoint
 from tutorial_lib import checkpoint, launch
-from tutorial_lib.checkpoint import CheckpointError, manifest
+from tutorial_lib.checkpoint import CheckpointError, directory, manifest
 from tutorial_lib.records import RunDirectory
 
 
@@ -67,7 +67,7 @@ def test_damage_that_sizes_do_not_show_is_found_by_reading_every_byte(interrupte
     damaged = checkpoint.directory_of(interrupted.directory, 4)
     flip_a_bit(damaged / "engine" / "model.pt")
     assert checkpoint.latest(interrupted.directory) == damaged
-    assert checkpoint.newest_intact(interrupted.directory)[0] == checkpoint.directory_of(interrupted.directory, 2)
+    assert directory.newest_intact(interrupted.directory)[0] == checkpoint.directory_of(interrupted.directory, 2)
     cut_short(damaged / "engine" / "model.pt")
     assert checkpoint.latest(interrupted.directory) == checkpoint.directory_of(interrupted.directory, 2)
 
@@ -100,7 +100,7 @@ def test_the_newest_checkpoint_is_the_one_of_the_highest_step(tmp_path):
     (run.checkpoints / ".partial-step-00000200").mkdir()
     (run.checkpoints / "step-of-mine").mkdir()
     assert checkpoint.latest(run) == checkpoint.directory_of(run, 100)
-    assert checkpoint.newest_intact(run) == (checkpoint.directory_of(run, 100), [])
+    assert directory.newest_intact(run) == (checkpoint.directory_of(run, 100), [])
 
 
 def test_an_unreadable_manifest_is_not_a_missing_one(run):

@@ -8,8 +8,8 @@ import pytest
 
 from tests.unit.checkpoint.runs import config
 from tutorial_lib import checkpoint, launch
-from tutorial_lib.checkpoint import manifest
-from tutorial_lib.checkpoint.reshape import reshaped_config
+from tutorial_lib.checkpoint import directory, manifest
+from tutorial_lib.checkpoint.reshaper import reshaped_config
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.records import RunDirectory
 
@@ -136,5 +136,5 @@ def test_a_reshape_needs_no_data(model, tmp_path, monkeypatch):
 
 def test_a_source_may_be_under_the_users_home(interrupted, monkeypatch):
     monkeypatch.setenv("HOME", str(interrupted.directory.path.parent))
-    found = checkpoint.locate(Path("~") / interrupted.directory.path.name)
+    found = directory.locate(Path("~") / interrupted.directory.path.name)
     assert found == checkpoint.latest(interrupted.directory)

@@ -155,7 +155,7 @@ def test_a_deletion_that_is_interrupted_leaves_nothing_that_looks_like_a_checkpo
     remains, *seen = names(run)
     assert remains.startswith(".deleting-step-00000001-")
     assert seen == steps(2)
-    assert checkpoint.newest_intact(run) == (checkpoint.directory_of(run, 2), [])
+    assert directory.newest_intact(run) == (checkpoint.directory_of(run, 2), [])
     clear_remains(run)
     assert names(run) == steps(2)
 

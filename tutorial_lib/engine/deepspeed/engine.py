@@ -35,8 +35,9 @@ from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.utils import groups
 from torch import Tensor
 
-from tutorial_lib.checkpoint import MOMENTS, CheckpointError, FullTensors, Writer
+from tutorial_lib.checkpoint import MOMENTS, CheckpointError, FullTensors
 from tutorial_lib.checkpoint.formats.deepspeed import LAYOUT
+from tutorial_lib.checkpoint.writer import Writer
 from tutorial_lib.config import Config
 from tutorial_lib.engine.chunked_loss import output_loss
 from tutorial_lib.engine.deepspeed import autotp, partitions

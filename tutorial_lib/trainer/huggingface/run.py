@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tutorial_lib.checkpoint import Writer
 from tutorial_lib.checkpoint.formats import trainer as trainer_format
+from tutorial_lib.checkpoint.writer import Writer
 from tutorial_lib.config import ConfigError
 from tutorial_lib.dataloader import build_epoch_loader
 from tutorial_lib.engine.deepspeed.file import find, read_json
