@@ -13,7 +13,7 @@ from typing import Any
 from tutorial_lib.checkpoint.compatibility import check_same_run
 from tutorial_lib.checkpoint.directory import directory_of, locate
 from tutorial_lib.checkpoint.manifest import read_trainer_state
-from tutorial_lib.config import ENGINES, OF_ONE_START, Config, ConfigError, settings
+from tutorial_lib.config import ENGINES, START_ONLY, Config, ConfigError, settings
 from tutorial_lib.records import RunDirectory, write_atomically
 
 _ENGINE_SPECIFIC = tuple(name for name, setting in settings().items() if {*ENGINES} - {"trainer"} - {*setting.engines})
@@ -57,7 +57,7 @@ def reshaped_config(source: Path, flat: dict[str, Any]) -> Config:
     trainer = read_trainer_state(source)
     saved = trainer["config"]
     given = dict(flat)
-    if other := sorted(given.keys() & OF_ONE_START):
+    if other := sorted(given.keys() & START_ONLY):
         raise ConfigError(
             f"A reshape trains no steps, so {', '.join(other)} cannot be set. Give it to the training run."
         )
@@ -82,7 +82,7 @@ def reshaped_config(source: Path, flat: dict[str, Any]) -> Config:
         reset = ("deepspeed",)
     elif "sharding" in given:
         reset = ("shard_size",)
-    base = saved | {name: defaults[name] for name in (*reset, *OF_ONE_START)}
+    base = saved | {name: defaults[name] for name in (*reset, *START_ONLY)}
     run = _run_of(source)
     base |= {"storage": str((run or source).parent), "evaluate": saved["evaluate"]}
     config = Config.from_json(json.dumps(base | given)).override(**given)

@@ -84,7 +84,7 @@ class TorchEngine:
         self.schedule.step()
         return norm
 
-    def model_states(self) -> dict[str, list[Tensor]]:
+    def state_tensors(self) -> dict[str, list[Tensor]]:
         parameters = list(self.module.parameters())
         states = [t for state in self.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
         return {

@@ -35,10 +35,10 @@ def test_a_matrix_without_a_finished_row_has_none(tmp_path):
 
 def test_on_gpus_the_peak_stands_beside_one_rank_and_what_it_keeps_there():
     gpu, states = Memory("GPU", 2048 * MIB, 2000.0 * MIB, (), 3), (ModelStates(40 * MIB, 0, 0),) * 2
-    drawn = figures.peak_memory([done("a", gpu=gpu, predicted_device_states=states)])
+    drawn = figures.draw_peaks([done("a", gpu=gpu, predicted_device_states=states)])
     assert drawn is not None and drawn.title.startswith("Peak of the GPU") and "a: 2,048 MiB" in drawn.alt
 
 
 def test_an_error_of_the_prediction_is_in_the_title():
-    drawn = figures.model_states([done("a", states=(ModelStates(40 * MIB, 40 * MIB, 88 * MIB),))])
+    drawn = figures.draw_states([done("a", states=(ModelStates(40 * MIB, 40 * MIB, 88 * MIB),))])
     assert drawn is not None and "to within 5 %" in drawn.title

@@ -55,13 +55,13 @@ def test_resume_never_starts_a_new_run(model, tmp_path):
 
 
 def test_a_checkpoint_of_format_1_is_still_read(interrupted, uninterrupted):
-    """Format 1 has no fingerprint of model and tokenizer, so nothing is compared."""
+    """Format 1 has no hash of model and tokenizer, so nothing is compared."""
     path = checkpoint.directory_of(interrupted.directory, 4)
     trainer = json.loads((path / "trainer.json").read_text())
     del trainer["identity"]
     (path / "trainer.json").write_text(json.dumps(trainer | {"format": 1}))
     listed = json.loads((path / "manifest.json").read_text())
-    listed["files"]["trainer.json"] = manifest.digest(path / "trainer.json")
+    listed["files"]["trainer.json"] = manifest.file_entry(path / "trainer.json")
     (path / "manifest.json").write_text(json.dumps(listed | {"format": 1}))
     run = launch.run(interrupted.config.override(stop_after=None))
     assert (run.result["resumed_from"], run.result["left_out"]) == (4, [])

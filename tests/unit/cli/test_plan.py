@@ -29,7 +29,7 @@ from tutorial_lib.theory.known_models import HUB_NAMES, MODELS
 from tutorial_lib.theory.layouts import FSDP_STRATEGIES, Cluster, Workload
 from tutorial_lib.theory.plan import plan
 from tutorial_lib.theory.remedies import faster_than_offload, remedies, smallest_gpus
-from tutorial_lib.theory.search import layouts
+from tutorial_lib.theory.search import candidate_layouts
 
 SEVEN = derive(7e9)
 GPT2 = Dimensions(
@@ -300,11 +300,11 @@ def test_the_host_holds_gradients_in_fp32() -> None:
 
 
 def test_tensor_parallelism_stays_in_a_node_and_divides_heads() -> None:
-    found = layouts(work(), cluster(32, gpus_per_node=4))
+    found = candidate_layouts(work(), cluster(32, gpus_per_node=4))
     assert {layout.tp for layout in found} == {1, 2, 4}
     assert all(layout.dp * layout.tp == 32 for layout in found)
     grouped = dataclasses.replace(SEVEN, kv_heads=2)
-    assert {layout.tp for layout in layouts(work(dimensions=grouped), cluster())} == {1, 2}
+    assert {layout.tp for layout in candidate_layouts(work(dimensions=grouped), cluster())} == {1, 2}
 
 
 def test_fsdp_holds_full_gradients_only_where_it_reduces_them_once_per_step() -> None:

@@ -361,7 +361,7 @@ def test_data_are_identified_by_their_tokens_in_order(tmp_path, byte_tokenizer):
 
     known = identity(["one", "two", "three"], ["four"])
     assert known.keys() == {"train", "eval"}
-    assert all(len(digest) == 64 for digest in known.values())
+    assert all(len(sha256) == 64 for sha256 in known.values())
     assert identity(["one", "", "two", "three"], ["four"]) == known, "rows that give no tokens do not count"
     changed = [
         identity(["one", "six", "three"], ["four"]),
@@ -379,11 +379,11 @@ def test_documents_of_the_same_tokens_and_other_targets_have_another_identity(by
     prompt, answer = documents_of([ROW], byte_tokenizer), PROMPT + " Ada"
     text = documents_of([{"text": answer}], byte_tokenizer)
     assert text[0]["input_ids"] == prompt[0]["input_ids"]
-    digests = [
+    hashes = [
         summary_of(tokenize_rows(datasets.Dataset.from_list([row]), byte_tokenizer, 128)).sha256
         for row in (ROW, {"text": answer})
     ]
-    assert digests[0] != digests[1]
+    assert hashes[0] != hashes[1]
 
 
 def test_rows_left_out_and_rows_cut_are_counted(byte_tokenizer):

@@ -134,17 +134,17 @@ def test_schema(loaded, name):
 def test_another_text_or_rule_or_library_is_another_directory(monkeypatch, tmp_path):
     for name in ("documents.jsonl.gz", "documents.py", "corpora.py"):
         shutil.copy(corpora.TEXT.with_name(name), tmp_path)
-    before = corpora.fingerprint()
+    before = corpora.content_hash()
     monkeypatch.setattr(corpora, "TEXT", tmp_path / "documents.jsonl.gz")
-    assert corpora.fingerprint() == before
+    assert corpora.content_hash() == before
     seen = {before}
     for name in ("documents.jsonl.gz", "documents.py", "corpora.py"):
         with (tmp_path / name).open("ab") as file:
             file.write(b"#")
-        seen.add(corpora.fingerprint())
+        seen.add(corpora.content_hash())
     for package in ("datasets", "pyarrow"):
         monkeypatch.setattr(corpora, "version", lambda name, other=package: "0" if name == other else version(name))
-        seen.add(corpora.fingerprint())
+        seen.add(corpora.content_hash())
     assert len(seen) == 6
 
 

@@ -24,7 +24,7 @@ from tutorial_lib.engine.layout import ParameterLayout
 _META = "ds_autotp_universal_checkpoint_meta"
 
 
-def layouts(module: nn.Module) -> list[ParameterLayout]:
+def parameter_layouts(module: nn.Module) -> list[ParameterLayout]:
     """Return the layout of each parameter on the ranks of its tensor-parallel group, in the model's order."""
     found = []
     for name, parameter in module.named_parameters():

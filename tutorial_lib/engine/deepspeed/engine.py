@@ -189,7 +189,7 @@ class DeepSpeedEngine:
             for master, copy in zip(masters, copies, strict=True):
                 master.data.copy_(copy.data)
 
-    def model_states(self) -> dict[str, list[Tensor]]:
+    def state_tensors(self) -> dict[str, list[Tensor]]:
         """Return the tensors of this rank's model states by part: ``parameters``, ``gradients``, ``optimizer``.
 
         ``optimizer`` holds the moments and, if DeepSpeed keeps one, the fp32 master copy. Offloaded tensors are
@@ -199,7 +199,7 @@ class DeepSpeedEngine:
 
     def layout(self) -> list[ParameterLayout]:
         """Return AutoTP's layout of each parameter, in the model's order."""
-        return autotp.layouts(self.module)
+        return autotp.parameter_layouts(self.module)
 
     def _gather_over_tp(self, parameter: torch.nn.Parameter, share: Tensor) -> Tensor:
         """All-gather the full tensor from this rank's share of a parameter, gradient or moment. Collective."""
@@ -331,7 +331,7 @@ class _CheckpointEngine(TorchCheckpointEngine):
 
 
 def held_tensors(engine: Any, optimizer: torch.optim.Optimizer) -> dict[str, list[Tensor]]:
-    """Return the tensors of a rank's model states by part, as :meth:`DeepSpeedEngine.model_states` describes them.
+    """Return the tensors of a rank's model states by part, as :meth:`DeepSpeedEngine.state_tensors` describes them.
 
     Args:
         engine: the engine that ``deepspeed.initialize`` returned.

@@ -132,7 +132,7 @@ class FSDPEngine:
     def _is_fsdp(self) -> bool:
         return self._parallel is self.module
 
-    def model_states(self) -> dict[str, list[Tensor]]:
+    def state_tensors(self) -> dict[str, list[Tensor]]:
         """Return this rank's tensors by part. Shards may be padded, so measure their storages."""
         parameters = list(self.module.parameters())
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -145,7 +145,7 @@ class FSDPEngine:
 
     def layout(self) -> list[ParameterLayout]:
         """Return the layout of each parameter on the ranks of its tensor-parallel group, in the model's order."""
-        return tensor_parallel.layouts(self.module)
+        return tensor_parallel.parameter_layouts(self.module)
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every full parameter, one at a time, in fp32 on the CPU. Collective: all ranks must iterate."""

@@ -66,7 +66,7 @@ def split(model: Any, mesh: DeviceMesh, plan: str = "megatron") -> None:
     localize(model, mesh)
 
 
-def layouts(model: Any) -> list[ParameterLayout]:
+def parameter_layouts(model: Any) -> list[ParameterLayout]:
     """Return the layout of each parameter on the ranks of its tensor-parallel group, in the model's order.
 
     Args:

@@ -159,7 +159,7 @@ class _TrainedModel:
     def schedule(self) -> _TrainersSchedule:
         return _TrainersSchedule(self.trainer.lr_scheduler)
 
-    def model_states(self) -> dict[str, list[Tensor]]:
+    def state_tensors(self) -> dict[str, list[Tensor]]:
         """Return the tensors of this rank's model states by part: ``parameters``, ``gradients``, ``optimizer``."""
         engine = self.trainer.deepspeed
         if engine is not None:
