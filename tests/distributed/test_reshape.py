@@ -143,7 +143,7 @@ def test_random_numbers_are_seeded_again(reshaped, directory):
         ("restore.moments_exchanged", {"loss", "parameters", "exp_avg", "exp_avg_sq"}),
     ],
 )
-def test_the_comparison_shows_a_reshape_that_loses_something(observed, reshaped, fault, shown_by):
+def test_the_comparison_detects_an_incomplete_reshape(observed, reshaped, fault, shown_by):
     reference = observed(1, f"uninterrupted-torch.{reshaping.case_of(reshaping.RESHAPE_FAULTS[fault])}")
     differences = compare(reshaped(fault), reference)
     assert shown_by <= differences.found.keys(), differences.found

@@ -28,7 +28,7 @@ def outputs(document: NotebookNode) -> list[NotebookNode]:
     return [output for cell in run.code_cells(document) for output in cell.outputs]
 
 
-def test_there_is_a_course() -> None:
+def test_the_first_lessons_are_found() -> None:
     names = [path.stem for path in run.committed_notebooks()]
     assert names[:2] == ["00_start_here", "01_zero_finetuning"]
     assert len(set(names)) == len(names), "a run's folder has its notebook's name"

@@ -19,7 +19,7 @@ def log(tmp_path):
     return path
 
 
-def test_every_figure_is_written_with_its_words(tmp_path, log):
+def test_every_figure_is_written_with_its_description(tmp_path, log):
     rows = [done("stage-1"), done("stage-2", samples_per_second=20.0), RowRecord("stage-3")]
     written = figures.write("zero-stages", rows, dict.fromkeys(("stage-1", "stage-2", "stage-3"), log), tmp_path)
     assert [path.name for path in written] == ["states.png", "memory.png", "speed.png", "timeline.png"]
@@ -29,7 +29,7 @@ def test_every_figure_is_written_with_its_words(tmp_path, log):
     assert "process tree" in words["memory"] and "stage-3" not in "".join(words.values())
 
 
-def test_a_matrix_without_a_finished_row_has_none(tmp_path):
+def test_a_matrix_without_a_finished_row_has_no_figures(tmp_path):
     assert figures.write("zero-stages", [RowRecord("a")], {"a": tmp_path / "memory.jsonl"}, tmp_path) == []
 
 

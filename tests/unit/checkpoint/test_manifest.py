@@ -83,7 +83,7 @@ def test_a_checkpoint_of_a_newer_format_is_refused_before_anything_starts(interr
         launch.preflight(interrupted.config)
 
 
-def test_what_is_damaged_is_not_opened(interrupted):
+def test_a_damaged_checkpoint_is_not_opened(interrupted):
     path = checkpoint.latest(interrupted.directory)
     flip_a_bit(path / "engine" / "model.pt")
     with pytest.raises(CheckpointError, match=r"engine/model\.pt was altered"):

@@ -71,7 +71,7 @@ def test_a_damaged_later_checkpoint_is_not_counted_and_not_deleted(run):
     assert names(run) == steps(3, 4)
 
 
-def test_the_best_that_is_damaged_gives_way_to_the_best_that_is_intact(run):
+def test_a_damaged_best_checkpoint_is_replaced_by_the_best_intact_one(run):
     for step, loss in enumerate((2.0, 1.0, 3.0, 4.0), 1):
         path = make_checkpoint(run, step, record={"eval_loss": loss})
         (path / "more").write_text("more")

@@ -164,7 +164,9 @@ def test_a_write_error_names_the_file_even_if_fsync_raises_it(tmp_path, monkeypa
         (errno.ENOENT, "run/checkpoints/a.pt", "Read-only file system", None),
     ],
 )
-def test_only_an_error_of_the_runs_own_storage_is_told_as_one(tmp_path, monkeypatch, number, name, refused, expected):
+def test_only_errors_of_the_runs_own_storage_are_reported_as_storage_errors(
+    tmp_path, monkeypatch, number, name, refused, expected
+):
     run = RunDirectory(tmp_path / "run")
     run.create()
     if refused:

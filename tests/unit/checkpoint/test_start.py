@@ -104,7 +104,7 @@ def test_divergence_before_any_checkpoint_says_so(model, tmp_path):
         launch.run(config(tmp_path, model=model, learning_rate=1e30, warmup_steps=0))
 
 
-def test_a_model_of_nan_is_told_apart_from_divergence(model, tmp_path):
+def test_nan_weights_are_distinguished_from_divergence(model, tmp_path):
     from safetensors.torch import load_file, save_file
 
     from tutorial_lib import trainer

@@ -262,7 +262,7 @@ def test_a_model_that_fits_unsharded_is_not_divided() -> None:
         assert find(others, zero_stage=3).slower == "as fast; more knobs"
 
 
-def test_what_offload_adds_does_not_depend_on_the_micro_batch() -> None:
+def test_offload_time_does_not_depend_on_the_micro_batch() -> None:
     """So a published difference is informative, even if its micro-batch is unknown (docs/planner-errors.md)."""
     added = []
     for micro_batch, checkpointing in ((1, "none"), (2, "full"), (4, "full")):
@@ -273,7 +273,7 @@ def test_what_offload_adds_does_not_depend_on_the_micro_batch() -> None:
     assert added == pytest.approx([added[0]] * 3)
 
 
-def test_what_crosses_the_host_link() -> None:
+def test_offload_traffic_over_the_host_link() -> None:
     """Bytes per element of a shard, by hand; Adam on the host is left out by making it endlessly fast."""
     machine = cluster(gigabytes=1000, host_adam=1e30, host_link=1e9)
     shard = 7e9 / 8
@@ -402,7 +402,7 @@ def test_the_table_fits_100_columns_and_names_the_winner(capsys: pytest.CaptureF
         (["--engine", "fsdp"], "gradients: reduced in fp32; once per step, or with every micro-batch"),
     ],
 )
-def test_what_is_assumed_of_communication_is_said(
+def test_assumptions_about_communication_are_printed(
     more: list[str], assumed: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["plan", "--model", "embedded/qwen2", "--gpus", "8", "--gpu-memory", "1", *more])
@@ -461,7 +461,7 @@ def test_impossible_input_says_what_to_write(more: list[str], message: str, caps
     assert message in capsys.readouterr().err
 
 
-def test_a_model_that_no_directory_can_be_called(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_name_too_long_for_a_path_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--gpus", "1", "--gpu-memory", "80", "--model", "x" * 300]) == 2
     assert "300 bytes long. A path has at most" in capsys.readouterr().err
 
@@ -572,7 +572,7 @@ def test_offload_says_what_it_takes_and_what_would_be_faster(capsys: pytest.Capt
         ),
     ],
 )
-def test_a_tie_says_what_decided(
+def test_layouts_of_equal_speed_say_what_decided(
     question: list[str], slower: dict[tuple[str, str], str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["plan", *question, "--json"]) == 0

@@ -69,13 +69,13 @@ def test_packed_rows_restart_with_each_document():
                 assert mask[i][j] == (owner[i] == owner[j] and j <= i)
 
 
-def test_collate_travels_to_other_processes():
+def test_collate_can_be_pickled():
     original = collate("packed")
     assert pickle.loads(pickle.dumps(original)) == original
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_packing_splits_nothing_loses_nothing_and_wastes_little(seed):
+def test_packing_keeps_every_document_whole_and_pads_little(seed):
     draw = random.Random(seed)
     capacity = draw.choice([8, 32, 100])
     lengths = np.array([draw.randint(1, draw.choice([capacity, 5])) for _ in range(draw.randint(1, 300))])

@@ -124,7 +124,7 @@ def test_many_runs_leave_one_line(executed: Path) -> None:
     assert [o.data["text/plain"] for o in outputs_of(executed, 5)] == ["stages: 5 runs, 50 steps"]
 
 
-def test_a_waiting_reader_sees_seconds_go_by_and_the_last_rows(executed: Path) -> None:
+def test_progress_shows_seconds_and_the_latest_rows_while_waiting(executed: Path) -> None:
     shown = "".join(o.text for o in outputs_of(executed, 6) if o.output_type == "stream")
     assert shown.split() == ["True"] * 3
 

@@ -106,7 +106,7 @@ def test_a_stopped_rank_of_torchrun_ends_with_0(monkeypatch, capsys, tmp_path):
     assert "stopped at step 1 of 2" in capsys.readouterr().out
 
 
-def test_a_network_interface_that_is_not_there(monkeypatch):
+def test_a_missing_network_interface(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth99")
     with pytest.raises(ConfigError, match=r"GLOO_SOCKET_IFNAME is 'eth99', .* write one of: .*lo"):
         check_environment(Config.create())

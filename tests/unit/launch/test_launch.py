@@ -101,13 +101,13 @@ def test_bad_usage_exits_with_2_and_says_what_to_write(storage, places, capsys, 
 @pytest.mark.parametrize(
     "given", [["--device", "cuda"], ["--profile", "gpu"], ["--profile", "gpu", "--launcher", "local"]]
 )
-def test_a_gpu_where_there_is_none(storage, capsys, given):
+def test_a_gpu_on_a_machine_without_one(storage, capsys, given):
     assert main(["train", *changed([*ONE_PROCESS, *SMALL, *storage, "--precision", "fp32"], given)]) == 2
     assert "this machine has 0. Write profile='cpu'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("launcher", ["local", "ray"])
-def test_more_processes_than_memory_has_room_for(storage, monkeypatch, launcher):
+def test_more_processes_than_fit_into_memory(storage, monkeypatch, launcher):
     monkeypatch.setattr(launch.checks, "available_memory_gb", lambda: 2.0)
     many = Config.create("cpu", storage=storage[1], launcher=launcher, dp=16, global_batch=16)
     with pytest.raises(ConfigError, match=r"16 processes need about 7.2 GB .* 2.0 GB are free .* at most 4,"):

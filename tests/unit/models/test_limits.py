@@ -28,7 +28,7 @@ def test_sequence_length_beyond_the_models():
         check_sequence_length(513, load_config("embedded/gpt2"))
 
 
-def test_a_model_that_says_minus_one_has_no_limit():
+def test_a_maximum_length_of_minus_one_means_no_limit():
     check_sequence_length(100_000, AutoConfig.for_model("xlnet"))
 
 

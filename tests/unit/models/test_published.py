@@ -34,7 +34,7 @@ def test_its_tokenizer_is_its_familys_and_below_its_vocabulary(name):
     assert tokenizer.get_vocab() == load_tokenizer(PUBLISHED[name].family).get_vocab()
 
 
-def test_its_directory_is_written_once(tmp_path, monkeypatch):
+def test_a_published_models_directory_is_written_once(tmp_path, monkeypatch):
     monkeypatch.setenv("TUTORIAL_LIB_CACHE", str(tmp_path))
     directory = published_directory("published/gpt2")
     written = (directory / "config.json").stat().st_mtime_ns

@@ -56,7 +56,7 @@ def test_the_grid_and_the_axes_as_one_rank_sees_them():
     assert topology.drawing().split() == ["tp", "0", "tp", "1", "dp", "0", "0", "1", "dp", "1", "2", "3"]
 
 
-def test_the_unit_that_deepspeed_asks_for():
+def test_the_model_parallel_unit_answers_deepspeed():
     class Mesh:
         def get_group(self, axis):
             return f"group along {axis}"

@@ -50,7 +50,7 @@ def test_all_gold_answers_count():
     assert gold_answers("a") == ["a"] and gold_answers(["a", None]) == ["a"] and gold_answers(None) == []
 
 
-def test_the_score_rates_what_the_model_said(monkeypatch, rows):
+def test_scores_compare_predictions_with_gold_answers(monkeypatch, rows):
     golds = [row["answers"]["text"][0] for row in rows]
     said = [golds[0].upper(), "nothing of the kind", *golds[2:]]
     monkeypatch.setattr(answers, "answer_greedily", lambda *_, **__: said)

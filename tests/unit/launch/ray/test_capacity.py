@@ -71,12 +71,12 @@ def test_fewer_ranks_take_more_micro_batches_and_no_larger_ones() -> None:
         ({"min_dp": 1, "launcher": "ray"}, "checkpoint_every=0 saves only at the end. Write a checkpoint_every"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_conflicting_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Config.create(dp=2, **settings)
 
 
-def test_what_is_missing_is_listed_by_node() -> None:
+def test_missing_resources_are_listed_by_node() -> None:
     said = describe_missing(Demand({"CPU": 1.0}, tp=1, sizes=(2, 4)), [node("a", 2, free=1), node("b", 2, free=0)], 300)
     assert said.startswith(
         "The run needs at least 2 workers, each with 1 CPU, but for 300 s the Ray cluster had no room for them. Free "
@@ -112,9 +112,7 @@ def test_a_run_without_room_waits_as_long_as_it_was_told(cluster: dict[str, floa
     assert isinstance(decision, ResizeDecision) and decision.num_workers == 4
 
 
-def test_a_run_that_can_do_with_less_waits_a_little_for_the_full_size(
-    cluster: dict[str, float], tmp_path: Path
-) -> None:
+def test_an_elastic_run_waits_briefly_for_its_full_size(cluster: dict[str, float], tmp_path: Path) -> None:
     cluster["b"] = 0
     patient = policy(tmp_path, 1, 2, settle=60, timeout=60)
     assert isinstance(patient.make_decision_for_non_running_worker_group(), NoopDecision)

@@ -97,7 +97,7 @@ def test_a_different_shape_is_refused(full_run, flat, message):
         launch.reshape(checkpoint.latest(full_run.directory), name="other", **flat)
 
 
-def test_what_another_engine_saved_is_refused(uninterrupted):
+def test_a_checkpoint_of_another_engine_is_refused(uninterrupted):
     with pytest.raises(ConfigError, match="engine was 'torch', now 'trainer'"):
         launch.run(uninterrupted.config.override(engine="trainer"))
 
