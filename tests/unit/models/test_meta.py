@@ -262,7 +262,7 @@ def test_names_that_transformers_renames_are_found(tmp_path):
     assert located(tmp_path / "model")["lm_head.weight"].name == "embed_out.weight"
     config = Config.create("cpu", engine="fsdp", model=str(tmp_path / "model"))
     filled = model_outline(config)
-    weights.fill(filled, config, device=torch.device("cpu"), host=False)
+    weights.fill_model(filled, config, device=torch.device("cpu"), host=False)
     loaded = dict(load_model(config.model.name).named_parameters())
     assert all(parameter.equal(loaded[name]) for name, parameter in filled.named_parameters())
 

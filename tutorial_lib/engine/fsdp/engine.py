@@ -55,11 +55,11 @@ class FSDPEngine:
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         dp_mesh, tp_mesh = sharding.meshes(config.engine, topology, device.type)
         if topology.tp > 1:
-            tensor_parallel.split(model, tp_mesh, config.engine.tp_plan)
+            tensor_parallel.split_model(model, tp_mesh, config.engine.tp_plan)
         replicated = config.engine.sharding == "no_shard"
         if not replicated:
-            sharding.shard(model, config.engine, dp_mesh)
-        weights.fill(model, config, device=device, host=config.engine.offload == "all")
+            sharding.shard_model(model, config.engine, dp_mesh)
+        weights.fill_model(model, config, device=device, host=config.engine.offload == "all")
         self.module: torch.nn.Module = model
         self._model_type: str = model.config.model_type
         self._parallel: Any = sharding.data_parallel(model, dp_mesh) if replicated else model
@@ -124,7 +124,7 @@ class FSDPEngine:
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
         for gradient in gradients:
             norm = torch.linalg.vector_norm(sharding.local(gradient), dtype=torch.float64)
-            squares += norm.to(self.device) ** 2 / sharding.copies(gradient, self._world_size)
+            squares += norm.to(self.device) ** 2 / sharding.num_copies(gradient, self._world_size)
         dist.all_reduce(squares)
         return float(squares.sqrt())
 
