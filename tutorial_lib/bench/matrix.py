@@ -21,10 +21,10 @@ from tutorial_lib.bench.failures import OomKills, explain
 from tutorial_lib.bench.record import REFUSED, STOPPED, RowRecord, measure_row, variant_of
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.doctor.machine import usable_cores
-from tutorial_lib.lab.display import Table
 from tutorial_lib.launch import Interrupted, OnRows, Run
 from tutorial_lib.measure.sampler import sample_memory
 from tutorial_lib.records import RunDirectory, write_atomically
+from tutorial_lib.tables import Table
 
 FORMAT = 1
 MATRIX_FILE, MEMORY_LOG = "matrix.json", "memory.jsonl"
