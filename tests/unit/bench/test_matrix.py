@@ -10,6 +10,7 @@ import pytest
 
 from tests.unit.bench.records import leave_run
 from tutorial_lib.bench import Matrix, figures, run_matrix
+from tutorial_lib.bench.progress import SilentProgress
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.launch import Interrupted, WorkerError
 
@@ -125,13 +126,8 @@ def test_a_run_that_stopped_on_a_signal_interrupts_the_matrix(config):
 
 
 def test_a_signal_between_two_rows_interrupts(config):
-    class Signalled:
+    class Signalled(SilentProgress):
         """Progress that a scheduler's signal interrupts."""
-
-        def plan(self, rows): ...
-        def begin(self, row, config): ...
-        def on_rows(self, rows): ...
-        def close(self): ...
 
         def end(self, record):
             os.kill(os.getpid(), signal.SIGTERM)
