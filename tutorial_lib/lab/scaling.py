@@ -46,9 +46,12 @@ def weak_efficiency(num_ranks: int, samples_per_second: Mapping[int, float]) -> 
             expected,
             tolerance=1.0,
             unit="%",
-            near={100 * many / one: f"That is the speed-up in percent. Ideal would be {num_ranks} times."},
+            near={100 * many / one: f"That is the speed-up in percent. The ideal speed-up is {num_ranks}."},
         ),
-        hints=["The figure is that of all processes together.", f"Ideal is {num_ranks} times that of one process."],
+        hints=[
+            "Samples/s counts all processes together.",
+            f"Ideally, {num_ranks} processes are {num_ranks} times as fast as one.",
+        ],
         solution=f"{many:.4g} / ({num_ranks} x {one:.4g}) = {expected:.1f} %.",
     )
 
@@ -61,7 +64,7 @@ def what_stays_constant() -> Exercise:
         check=choice(
             "seconds per step",
             near={
-                "samples/s": "Look at your table: the figure counts all processes together.",
+                "samples/s": "Look at your table: samples/s counts all processes together, so it should grow.",
                 "global batch": "It grows with the GPUs. That is why the learning rate may have to change.",
             },
         ),

@@ -173,7 +173,7 @@ def _explain_rendezvous(error: RuntimeError) -> str:
         )
     elif not _resolves(host):
         why = (
-            f"{who} does not know the name {host!r} of the node where all ranks meet. Every node must resolve it: "
+            f"{who} cannot resolve the name {host!r} of the node where all ranks meet. Every node must resolve it: "
             f"`getent hosts {host}` has to print an address."
         )
     else:

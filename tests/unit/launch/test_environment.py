@@ -120,7 +120,9 @@ def test_loopback_is_refused_where_ranks_are_on_other_nodes(monkeypatch, name):
     torchrun(monkeypatch, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     check_environment(Config.create(launcher="none"))
     torchrun(monkeypatch, WORLD_SIZE="2", LOCAL_WORLD_SIZE="1")
-    with pytest.raises(ConfigError, match=f"{name} is 'lo', the loopback, .* 1 of 2 ranks are here"):
+    with pytest.raises(
+        ConfigError, match=f"{name} is 'lo', the loopback interface.* only 1 of 2 ranks run on this one"
+    ):
         check_environment(Config.create(launcher="none"))
 
 
@@ -128,7 +130,7 @@ def test_loopback_is_refused_where_ranks_are_on_other_nodes(monkeypatch, name):
     ("changes", "why"),
     [
         ({}, "waited 1 s at 127.0.0.1:[0-9]+, but not all of the others arrived. .*exported by hand, unset them"),
-        ({"MASTER_ADDR": "no-such-host.invalid", "RANK": "1"}, "does not know the name 'no-such-host.invalid'"),
+        ({"MASTER_ADDR": "no-such-host.invalid", "RANK": "1"}, "cannot resolve the name 'no-such-host.invalid'"),
     ],
     ids=["ranks that never come", "a name that does not resolve"],
 )
