@@ -123,7 +123,7 @@ def process_group(config: Config, init_method: str) -> Iterator[None]:
     """
     from tutorial_lib.mpu.device import local_device
 
-    device = local_device(config)
+    device = local_device(config.run)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         store, _, _ = next(rendezvous(init_method, rank, world_size, timeout=JOIN_TIMEOUT))
@@ -199,7 +199,7 @@ def log_ranks(config: Config) -> None:
     from tutorial_lib.mpu.collectives import all_gather_objects
     from tutorial_lib.mpu.device import local_device
 
-    own = (socket.gethostname(), os.environ["LOCAL_RANK"], str(local_device(config)))
+    own = (socket.gethostname(), os.environ["LOCAL_RANK"], str(local_device(config.run)))
     places = all_gather_objects(own)
     if dist.get_rank() != 0:
         return

@@ -135,7 +135,7 @@ class _TrainedModel:
 
     def __init__(self, run: HuggingFaceRun) -> None:
         config = run.config
-        self.device = local_device(config)
+        self.device = local_device(config.run)
         self.resumes_from: str | None = None
         self._rank, self._zero_stage = run.topology.rank, config.engine.zero_stage
         self._file = config.engine.deepspeed_file
