@@ -20,7 +20,7 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert missing_for_slurm() == "SLURM on virtual nodes needs slurm-wlm and munge: `make cluster-tools` installs them"
 
 
-def test_missing_packages_are_an_error_in_continuous_integration_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_an_error_only_in_continuous_integration(monkeypatch: pytest.MonkeyPatch) -> None:
     packages, root = "needs munge: `make cluster-tools` installs them", "virtual nodes need root"
     monkeypatch.delenv("CI", raising=False)
     with pytest.raises(pytest.skip.Exception, match="needs munge"):

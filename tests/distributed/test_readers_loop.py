@@ -143,14 +143,14 @@ def test_the_loop_resumes_bit_for_bit(directory, begun, uninterrupted):
         assert ours.moment(name, "exp_avg").equal(theirs.moment(name, "exp_avg")), name
 
 
-def test_the_trainer_goes_on_from_the_loops_checkpoint(directory, begun, uninterrupted):
+def test_the_trainer_resumes_from_the_loops_checkpoint(directory, begun, uninterrupted):
     run = launch.run(resumable(directory, "handed-on"))
     assert run.result["resumed_from"] == STOP
     assert losses_of(run) == losses_of(uninterrupted, STOP + 1)
     assert [row["lr"] for row in run.rows] == [row["lr"] for row in uninterrupted.rows[STOP:]]
 
 
-def test_the_loop_goes_on_from_the_trainers_checkpoint(directory, uninterrupted):
+def test_the_loop_resumes_from_the_trainers_checkpoint(directory, uninterrupted):
     launch.run(resumable(directory, "taken-over", stop_after=STOP))
     (losses,) = train_with_loop([resumable(directory, "taken-over")])
     assert losses == losses_of(uninterrupted, STOP + 1)

@@ -137,7 +137,7 @@ def test_an_untied_output_layer_all_gathers_the_logits(observed):
     assert by_kind["all_gather"]["elements"] % (run.config.micro_batch * 2048) == 0
 
 
-def test_gradients_are_all_reduced_over_the_data_parallel_ranks_alone(observed):
+def test_gradients_are_all_reduced_only_over_data_parallel_ranks(observed):
     run = observed(4, "qwen2.2x2-zero0.4")
     rank = measured(run)[0]
     (row,) = rank["traffic"]["axes"]["dp"]["tensors"]
@@ -194,7 +194,7 @@ def test_evaluation_matches_one_process(observed, ranks, case, variant):
         ),
     ],
 )
-def test_a_run_detects_a_fault_within_a_group(launched, directory, fault, error, message):
+def test_faults_within_a_tensor_parallel_group_are_detected(launched, directory, fault, error, message):
     launched(2)
     errors = json.loads((directory / "runs" / fault / ERRORS).read_text())
     assert len(errors) == 2, "all ranks raise, none waits for another"

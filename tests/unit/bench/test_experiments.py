@@ -85,7 +85,7 @@ def test_settings_may_be_stated_as_the_rows_have_them():
     assert list(rows_of("offload", config, ["2ZO-2G1N", "stage-2-offload"])) == ["2ZO-2G1N", "stage-2-offload"]
 
 
-def test_settings_that_only_some_rows_read_are_taken():
+def test_settings_that_only_some_rows_use_are_accepted():
     rows = rows_of("zero-stages", Config.create("cpu", bucket_size=1000, dp=2))
     assert rows["baseline"].engine.name == "torch" and rows["stage-3"].engine.bucket_size == 1000
 

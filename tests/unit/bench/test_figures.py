@@ -33,7 +33,7 @@ def test_a_matrix_without_a_finished_row_has_no_figures(tmp_path):
     assert figures.write("zero-stages", [RowRecord("a")], {"a": tmp_path / "memory.jsonl"}, tmp_path) == []
 
 
-def test_on_gpus_the_peak_stands_beside_one_rank_and_what_it_keeps_there():
+def test_on_gpus_the_peak_is_shown_beside_one_ranks_states_on_its_gpu():
     gpu, states = Memory("GPU", 2048 * MIB, 2000.0 * MIB, (), 3), (ModelStates(40 * MIB, 0, 0),) * 2
     drawn = figures.draw_peaks([done("a", gpu=gpu, predicted_device_states=states)])
     assert drawn is not None and drawn.title.startswith("Peak of the GPU") and "a: 2,048 MiB" in drawn.alt

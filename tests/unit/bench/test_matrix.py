@@ -77,7 +77,7 @@ def test_checkpoints_of_finished_rows_are_deleted_unless_kept(config):
         assert (matrix.path / "rows" / "stage-1" / "checkpoints").exists() is keep
 
 
-def test_a_row_that_fails_says_why_and_the_next_one_goes_on(config):
+def test_a_failed_row_has_its_reason_and_the_next_row_runs(config):
     killed = WorkerError(
         "Rank 0 ended with exit code -9 and left no traceback: it was killed, perhaps for lack of memory.\nx"
     )

@@ -30,7 +30,9 @@ DAMAGE = [
 
 
 @pytest.mark.parametrize(("name", "damage", "message"), DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(interrupted, uninterrupted, name, damage, message):
+def test_a_damaged_checkpoint_is_named_and_the_run_resumes_from_the_one_before(
+    interrupted, uninterrupted, name, damage, message
+):
     damaged = checkpoint.directory_of(interrupted.directory, 4)
     damage(damaged / name)
     before = {path: path.read_bytes() for path in damaged.rglob("*") if path.is_file()}

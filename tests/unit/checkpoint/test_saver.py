@@ -22,7 +22,7 @@ from tutorial_lib.engine.single import TorchEngine
 from tutorial_lib.records import RunDirectory
 
 
-def test_checkpoints_come_every_so_many_steps_and_at_the_end(interrupted):
+def test_checkpoints_are_saved_every_so_many_steps_and_at_the_end(interrupted):
     names = sorted(path.name for path in interrupted.directory.checkpoints.iterdir())
     assert names == ["step-00000002", "step-00000004"]
 

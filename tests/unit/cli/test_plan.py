@@ -473,13 +473,13 @@ def test_a_model_under_the_users_home(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("size", ["7e9", "7B", "7b", "7000M"])
-def test_a_size_and_a_gpu_are_understood_as_people_write_them(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_common_spellings_of_model_sizes_and_gpus(size: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model-size", size, "--gpus", "8", "--gpu", "H100", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["workload"]["num_params"] == MODELS["llama-2-7b"].num_params and document["gpu"] == "h100"
 
 
-def test_a_size_that_is_no_number_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_size_that_is_not_a_number_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["plan", "--model-size", "sevenB", "--gpus", "8", "--gpu", "h100"])
     assert "'sevenB' is not a number of parameters; write one such as 7e9 or 7B" in capsys.readouterr().err

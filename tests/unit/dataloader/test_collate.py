@@ -175,7 +175,7 @@ def test_a_packed_document_has_the_loss_it_has_alone(family, rows, tmp_path):
         assert (difference > 1e-2) == (name == "embedded/gpt2"), "rotary positions are relative, learned ones are not"
 
 
-def test_a_fingerprint_tells_batches_apart_by_tokens_labels_and_shape():
+def test_fingerprints_depend_on_tokens_labels_and_shape():
     one, other = [document(1, 2, 3, EOS)], [document(4, 5, 6, 7, EOS)]
     batches = collate("longest")([one, other])
     assert fingerprint(batches) == fingerprint(collate("longest")([one, other]))

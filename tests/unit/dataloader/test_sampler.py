@@ -143,7 +143,7 @@ def test_step_k_depends_on_seed_data_and_global_batch(toy_config, byte_tokenizer
     assert max(first(max_examples=12)) == 11
 
 
-def test_ranks_that_share_a_layer_read_the_same_and_others_do_not(toy_config, byte_tokenizer, monkeypatch):
+def test_only_ranks_that_share_a_layer_read_the_same_rows(toy_config, byte_tokenizer, monkeypatch):
     config = toy_config(40, dp=2, global_batch=8)
     numbers = []
     for rank in range(4):

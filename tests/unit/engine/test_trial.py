@@ -103,7 +103,7 @@ def test_a_family_that_changes_its_logits_is_refused_with_loss_chunks(family, ch
         trial(model_config, "longest", loss_chunks=8)
 
 
-def test_an_encoder_decoder_is_no_language_model():
+def test_an_encoder_decoder_is_refused():
     with pytest.raises(ConfigError, match="of type 't5', for which transformers has no causal language model"):
         trial(AutoConfig.for_model("t5"), "longest")
 

@@ -136,7 +136,7 @@ def test_the_last_case_may_take_longer_than_a_process_may_linger(run: Any, monke
     assert content["seconds"] < 20, "the process that sleeps on was not ended"
 
 
-def test_a_page_that_cannot_be_imported_fails_its_step_alone(run: Any) -> None:
+def test_a_module_that_cannot_be_imported_fails_only_its_step(run: Any) -> None:
     content = run(Step("none", "tests.gpu.no_such_page", limit=60, case_limit=60))
     assert content["status"] == "failed"
     assert "no_such_page" in content["cases"][0]["error"]["message"]

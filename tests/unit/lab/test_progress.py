@@ -61,7 +61,7 @@ def test_a_terminal_shows_that_no_step_was_left() -> None:
     assert out.getvalue().endswith("again: no step was left to train\n")
 
 
-def test_several_runs_in_a_row_are_told_apart() -> None:
+def test_several_runs_in_a_row_are_distinguished() -> None:
     out = io.StringIO()
     with Progress(10, title="t", labels=["stage 0", "stage 1", "stage 2"], interval=3600, file=out) as shown:
         shown.on_rows(metrics(10))

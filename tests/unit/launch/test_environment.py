@@ -134,7 +134,7 @@ def test_loopback_is_refused_where_ranks_are_on_other_nodes(monkeypatch, name):
     ],
     ids=["ranks that never come", "a name that does not resolve"],
 )
-def test_ranks_that_do_not_come_together_say_why(monkeypatch, changes, why):
+def test_a_failed_rendezvous_is_explained(monkeypatch, changes, why):
     """Export RANK=0 and WORLD_SIZE=2 by hand for one plain process."""
     torchrun(monkeypatch, **({"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": None} | changes))
     monkeypatch.setattr(joining, "JOIN_TIMEOUT", timedelta(seconds=1))
@@ -151,7 +151,7 @@ def test_a_port_in_use_is_named(monkeypatch):
                 pass
 
 
-def test_rank_0_prints_where_the_ranks_met_and_which_is_where(monkeypatch, capsys, tmp_path):
+def test_rank_0_prints_the_rendezvous_and_the_place_of_each_rank(monkeypatch, capsys, tmp_path):
     torchrun(monkeypatch)
     arguments = ["train", "--launcher", "none", "--engine", "torch", *SMALL, "--storage", str(tmp_path)]
     assert main(arguments) == 0

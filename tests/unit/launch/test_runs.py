@@ -237,7 +237,7 @@ def test_runs_that_cannot_share_processes_are_refused(tmp_path, changes, message
     assert not list(tmp_path.rglob("metrics.jsonl"))
 
 
-def test_restarts_are_for_one_run_alone(tmp_path):
+def test_restarts_are_limited_to_single_runs(tmp_path):
     """With several runs it would be unclear which one failed."""
     runs = [config(tmp_path, name=name, launcher="ray", max_failures=1) for name in ("a", "b")]
     with pytest.raises(ConfigError, match=r"max_failures works with a single run only.*Start them separately"):
@@ -306,7 +306,7 @@ def test_a_stop_request_of_an_earlier_start_is_forgotten(tmp_path):
     assert launch.run(config(tmp_path)).result["status"] == "completed"
 
 
-def test_a_run_that_goes_on_with_other_settings_is_refused_before_processes_start(tmp_path):
+def test_resuming_with_other_settings_is_refused_before_processes_start(tmp_path):
     config_ = config(tmp_path, name="same", dp=1, engine="torch", steps=1)
     launch.run(config_)
     with pytest.raises(ConfigError, match=r"cannot resume with different settings: learning_rate was 0.001, now 0.5"):

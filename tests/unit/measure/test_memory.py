@@ -34,7 +34,7 @@ def test_released_and_meta_tensors_hold_nothing() -> None:
     assert memory.tensor_bytes([released, torch.zeros(1000, device="meta")]) == 0
 
 
-def test_temporary_tensors_of_a_generator_are_told_apart() -> None:
+def test_each_temporary_tensor_of_a_generator_counts() -> None:
     assert memory.tensor_bytes(torch.zeros(100) for _ in range(5)) == 5 * 400
 
 

@@ -193,7 +193,7 @@ def test_code_that_a_model_ships_runs_only_if_asked_for(tmp_path):
 
 
 @families
-def test_random_weights_depend_on_the_seed_alone(name):
+def test_random_weights_depend_only_on_the_seed(name):
     before = torch.random.get_rng_state()
     models = [load_model(name, random_init=True, seed=seed) for seed in (3, 3, 4)]
     assert torch.equal(torch.random.get_rng_state(), before), "the caller's generator was used"

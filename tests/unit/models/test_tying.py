@@ -48,7 +48,7 @@ def test_an_untied_output_layer_is_trained(own_head):
     assert outline.lm_head.weight is not outline.model.embed_tokens.weight
 
 
-def test_random_weights_follow_the_configuration_alone(own_head):
+def test_random_weights_depend_only_on_the_configuration(own_head):
     assert load_trained_config(str(own_head), random_init=True).tie_word_embeddings
     model = load_model(str(own_head), random_init=True)
     assert model.config.tie_word_embeddings and model.lm_head.weight is model.model.embed_tokens.weight

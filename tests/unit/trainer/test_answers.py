@@ -19,7 +19,7 @@ def rows():
 
 
 @pytest.mark.parametrize("name", MODEL_NAMES)
-def test_a_batch_gets_the_answers_of_each_question_alone(name, rows):
+def test_batched_answers_match_answers_one_by_one(name, rows):
     model, tokenizer = load_model(name).eval(), load_tokenizer(name)
     prompts = [encode_prompt(row["question"], row["context"], tokenizer, 96 - 8 * n)[0] for n, row in enumerate(rows)]
     assert len({*map(len, prompts)}) > 1

@@ -331,7 +331,7 @@ def test_a_setting_given_by_hand_that_the_file_contradicts(tmp_path, content, fl
         ds_config.apply_file(Config.create(**flat).override(deepspeed=path))
 
 
-def test_a_profile_is_not_given_by_hand_and_the_same_value_is_no_contradiction(tmp_path):
+def test_profile_values_and_equal_values_do_not_contradict_the_file(tmp_path):
     path = write(tmp_path, {"bf16": {"enabled": False}, "zero_optimization": {"stage": 2}})
     config = ds_config.apply_file(Config.create("gpu", zero_stage=2, deepspeed=path))
     assert (config.engine.precision, config.engine.zero_stage) == ("fp32", 2)

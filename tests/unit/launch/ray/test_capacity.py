@@ -45,7 +45,7 @@ def test_a_group_is_not_split_over_nodes() -> None:
         check_capacity(on_gpus, [node("a", 8, gpus=1), node("b", 8)])
 
 
-def test_a_run_goes_on_with_every_size_that_its_batch_allows() -> None:
+def test_possible_sizes_divide_the_global_batch() -> None:
     config = Config.create(dp=4, global_batch=12, min_dp=1, **ELASTIC)
     assert possible_sizes(config) == [1, 2, 3, 4]
     assert possible_sizes(config.override(global_batch=8)) == [1, 2, 4]
@@ -99,7 +99,7 @@ def policy(directory: Path, *sizes: int, timeout: float = 0, settle: float = 0) 
     return BoundedScaling(scaling, demand, timeout=timeout, settle=settle, every=0, directory=directory)
 
 
-def test_a_run_without_room_waits_as_long_as_it_was_told(cluster: dict[str, float], tmp_path: Path) -> None:
+def test_a_run_without_resources_waits_for_resource_timeout(cluster: dict[str, float], tmp_path: Path) -> None:
     fixed = policy(tmp_path, 2, timeout=0.2)
     cluster["b"] = 1
     began = time.monotonic()

@@ -49,7 +49,7 @@ def test_an_address_with_another_server_is_refused_in_time(monkeypatch: pytest.M
             cluster.start(Config.create(launcher="ray"))
 
 
-def test_a_cluster_that_others_started_on_this_machine_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_of_ray_start_is_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray would join the cluster of ``ray start``, and then refuse num_cpus."""
     import ray
 

@@ -36,7 +36,7 @@ def test_requested_resources_match_the_ranks(capsys: pytest.CaptureFixture[str])
     assert "--profile cluster --launcher none" in script and "--dp 4 --tp 2" in script
 
 
-def test_the_cpu_script_differs_in_gpu_lines_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_cpu_script_differs_only_in_gpu_lines(capsys: pytest.CaptureFixture[str]) -> None:
     script = written(capsys, [*ON_CPUS, "--cpus-per-rank", "3"])
     assert "gpu" not in script.lower()
     assert options(script)["cpus-per-task"] == "6"

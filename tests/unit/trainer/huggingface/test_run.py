@@ -133,7 +133,7 @@ def test_a_model_sharded_at_load_stays_off_a_gpu_that_the_run_is_not_to_use(monk
     check_accelerator(torch.device("cuda"))
 
 
-def test_a_cuda_build_without_a_gpu_is_no_gpu(monkeypatch):
+def test_a_cuda_build_without_a_gpu_does_not_count_as_a_gpu(monkeypatch):
     def built_for_cuda(check_available=False):
         return None if check_available else torch.device("cuda")
 
