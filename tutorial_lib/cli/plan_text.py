@@ -24,7 +24,7 @@ LEFT_OUT = (
 _COLUMNS = (
     "dp", "tp ", "sharding", "", "b", "rec", "off", "state", "activ", "bufs", "peak", "dp", "tp", "tok/s", "why not"
 )  # fmt: skip
-_WIDTHS = (3, 3, 15, 1, 2, 3, 3, 5, 5, 4, 5, 5, 5, 6, 0)
+_WIDTHS = (3, 3, 14, 1, 2, 3, 3, 5, 5, 5, 5, 5, 5, 6, 0)
 _NUMERIC = (True, True, False, False, True, False, False, *[True] * 7, False)
 _GAPS = (" ", " ", "", "", *[" "] * 10)
 
