@@ -49,7 +49,7 @@ unit: $(READY) ## fast tests of single functions, in parallel on all cores
 	@$(TESTS) tests/unit -n logical --maxprocesses 8
 
 distributed: $(READY) ## real runs on 1, 2 and 4 processes, compared number by number: all valid pairs of settings
-	@$(TESTS) tests/distributed
+	@$(TESTS) tests/distributed -n 2 --dist loadgroup --no-loadscope-reorder
 
 cluster: $(READY) cluster-tools ## torchrun, SLURM and Ray on virtual nodes of this machine (root and Linux; skipped elsewhere)
 	@$(TESTS) tests/cluster -n 2 --dist loadfile --no-loadscope-reorder
@@ -63,7 +63,7 @@ notebooks: $(READY) ## every notebook as committed: its form, its claims, and th
 nbval: $(READY) ## every notebook runs, all claims hold with the committed numbers, deterministic cells show what is committed
 	@$(PYTHON_IN) tests/notebooks/run.py --copy-to build/nbval
 	@$(TESTS) -o addopts=-ra -p tests.conftest -p tests.notebooks.same_claims --nbval-lax --nbval-current-env \
-		--nbval-cell-timeout 600 --timeout 620 build/nbval/*.ipynb
+		--nbval-cell-timeout 600 --timeout 620 -n 2 --dist loadfile --no-loadscope-reorder build/nbval/*.ipynb
 
 lint: $(READY) ## style, types and borders, at the same time
 	@$(MAKE) --jobs --output-sync=target style types borders
