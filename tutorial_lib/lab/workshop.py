@@ -148,19 +148,24 @@ def optimizer_share(num_parameters: int, num_ranks: int) -> Exercise:
     )
 
 
-def price_of_offload(change_percent: float) -> Exercise:
-    """Return the exercise on the runtime of offload.
+def lowest_peak(rows: Sequence[Any]) -> Exercise:
+    """Return the exercise on the peak of a rank under each stage.
 
     Args:
-        change_percent: change of stage 2's runtime through offload, in the reader's run.
+        rows: rows of the reader's matrix, the first without ZeRO, with ``states`` per rank and ``peak_bytes``.
     """
+    peaks = {row.name: row.states[0].parameters + row.states[0].optimizer + row.peak_bytes for row in rows}
+    states = {row.name: row.states[0].total for row in rows}
+    best, first = min(peaks, key=lambda name: peaks[name]), rows[0].name
+    saved, saved_states = (100 * (1 - part[best] / part[first]) for part in (peaks, states))
+    said = {name: f"{held / MIB:.1f} MiB" for name, held in peaks.items()}
     return Exercise(
-        "By how many percent did offload change the runtime of stage 2 on two processes in your run, the first step "
-        "included? A minus means that it became faster.",
-        check=number(
-            change_percent, tolerance=0.51, unit="%", near={-change_percent: "The sign is the other way round."}
-        ),
-        hints=["Look at the last column of the offload comparison."],
-        solution=f"{change_percent:+.1f} %. Here nothing crosses a bus, and six steps are few: DeepSpeed's CPU Adam "
-        "replaces PyTorch's. On a GPU, gradients and weights also travel between device and host in every step.",
+        "Which stage has the lowest peak in all? A rank keeps its weights and optimizer states throughout (blue and "
+        "green in the figure). The step peak comes on top, and has the gradients in it. Write "
+        f"{', '.join(f'`{name}`' for name in peaks)}.",
+        check=choice(best, near={name: f"It needs {said[name]}." for name in peaks if name != best}),
+        hints=["Which stage divides the most?", "Add two parts of its bar in the figure to the table's step peak."],
+        solution=f"`{best}`: {', '.join(f'{name} {held}' for name, held in said.items())}. Compared with "
+        f"`{first}`, its model states are {saved_states:.0f} % smaller, and its peak is {saved:.0f} % lower. The rest is "
+        "mostly activations, which no stage divides.",
     )
