@@ -84,7 +84,7 @@ def peak_as_processes_are_added(one: Any, two: Any) -> Exercise:
         hints=["The rows are `2Z-1G1N` and `stage-2`.", "Which part does ZeRO divide?"],
         solution=f"From {before:.2f} to {after:.2f} MiB: more processes share gradients and optimizer states, down to "
         "the weights alone. What a step allocates on top does not shrink, because the micro-batch and the bucket are "
-        f"the same: {one.peak_bytes / MIB:,.0f} and {two.peak_bytes / MIB:,.0f} MiB.",
+        f"the same: {one.peak_bytes / MIB:,.1f} and {two.peak_bytes / MIB:,.1f} MiB.",
     )
 
 
@@ -162,10 +162,10 @@ def lowest_peak(rows: Sequence[Any]) -> Exercise:
     return Exercise(
         "Which stage has the lowest peak in all? A rank keeps its weights and optimizer states throughout (blue and "
         "green in the figure). The step peak comes on top, and has the gradients in it. Write "
-        f"{', '.join(f'`{name}`' for name in peaks)}.",
+        f"{', '.join(f'`{name}`' for name in [*peaks][:-1])} or `{[*peaks][-1]}`.",
         check=choice(best, near={name: f"It needs {said[name]}." for name in peaks if name != best}),
         hints=["Which stage divides the most?", "Add two parts of its bar in the figure to the table's step peak."],
         solution=f"`{best}`: {', '.join(f'{name} {held}' for name, held in said.items())}. Compared with "
-        f"`{first}`, its model states are {saved_states:.0f} % smaller, and its peak is {saved:.0f} % lower. The rest is "
+        f"`{first}`, states are {saved_states:.0f} % smaller, and the peak is {saved:.0f} % lower: the rest is "
         "mostly activations, which no stage divides.",
     )
