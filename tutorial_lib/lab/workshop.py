@@ -148,24 +148,31 @@ def optimizer_share(num_parameters: int, num_ranks: int) -> Exercise:
     )
 
 
-def lowest_peak(rows: Sequence[Any]) -> Exercise:
-    """Return the exercise on the peak of a rank under each stage.
+def saving_of_the_peak(rows: Sequence[Any]) -> Exercise:
+    """Return the exercise on the peak of a rank: how little of it ZeRO may save.
 
     Args:
-        rows: rows of the reader's matrix, the first without ZeRO, with ``states`` per rank and ``peak_bytes``.
+        rows: rows of the reader's matrix, from stage 0 to stage 3, with ``states`` per rank and ``peak_bytes``.
     """
-    peaks = {row.name: row.states[0].parameters + row.states[0].optimizer + row.peak_bytes for row in rows}
-    states = {row.name: row.states[0].total for row in rows}
-    best, first = min(peaks, key=lambda name: peaks[name]), rows[0].name
-    saved, saved_states = (100 * (1 - part[best] / part[first]) for part in (peaks, states))
-    said = {name: f"{held / MIB:.1f} MiB" for name, held in peaks.items()}
+    peaks = [row.states[0].parameters + row.states[0].optimizer + row.peak_bytes for row in rows]
+    saved = 100 * (1 - peaks[-1] / peaks[0])
+    saved_states = 100 * (1 - rows[-1].states[0].total / rows[0].states[0].total)
+    tolerance = 1.0
+    states_alone = {saved_states: "That is the saving of the model states alone. Add the step peak to both."}
+    said = ", ".join(f"{row.name} {peak / MIB:.1f} MiB" for row, peak in zip(rows, peaks, strict=True))
     return Exercise(
-        "Which stage has the lowest peak in all? A rank keeps its weights and optimizer states throughout (blue and "
-        "green in the figure). The step peak comes on top, and has the gradients in it. Write "
-        f"{', '.join(f'`{name}`' for name in [*peaks][:-1])} or `{[*peaks][-1]}`.",
-        check=choice(best, near={name: f"It needs {said[name]}." for name in peaks if name != best}),
-        hints=["Which stage divides the most?", "Add two parts of its bar in the figure to the table's step peak."],
-        solution=f"`{best}`: {', '.join(f'{name} {held}' for name, held in said.items())}. Compared with "
-        f"`{first}`, states are {saved_states:.0f} % smaller, and the peak is {saved:.0f} % lower: the rest is "
-        "mostly activations, which no stage divides.",
-    )
+        f"In your run, model states are {saved_states:.0f} % smaller at stage 3 than at stage 0. By how many percent "
+        "is the peak of a rank lower? At its peak a rank holds its weights and optimizer states, and on top the step "
+        "peak, which has the gradients in it.",
+        check=number(
+            saved, tolerance=tolerance, unit="%",
+            near=states_alone if abs(saved - saved_states) > 2 * tolerance else None,
+        ),
+        hints=[
+            "The step peaks stand in the table of the four stages.",
+            "Weights and optimizer states of stage 3 stand in the table with FSDP2, and the baseline there holds what "
+            "stage 0 holds.",
+        ],
+        solution=f"{saved:.1f} %: {said}. The rest is mostly activations, which no stage divides. So find out what "
+        "fills your GPU before you choose a stage.",
+    )  # fmt: skip

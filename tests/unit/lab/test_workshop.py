@@ -47,13 +47,13 @@ EXERCISES = {
         {"speed": "speed -1.0 %"},
     ),
     "share": (workshop.optimizer_share(1024 * 1024, 4), 3.0, {2.0: "two moments", 12.0: "all ranks", 4.0: "too high"}),
-    "lowest": (
-        workshop.lowest_peak([row("stage-0", states_mib=10, step_mib=25), row("stage-3", states_mib=6, step_mib=25)]),
-        "stage-3", {"stage-0": "32.5 MiB", "no": "not one of the answers"},
+    "peak": (
+        workshop.saving_of_the_peak([row(states_mib=12, step_mib=26), row(states_mib=8, step_mib=26)]), 8.6,
+        {33.3: "the model states alone", 20: "too high"},
     ),
-    "lowest, with a large bucket": (
-        workshop.lowest_peak([row("stage-0", states_mib=10, step_mib=25), row("stage-1", states_mib=8, step_mib=1900)]),
-        "stage-0", {"stage-1": "1906.0 MiB"},
+    "peak, without activations": (
+        workshop.saving_of_the_peak([row(states_mib=12, step_mib=3), row(states_mib=8, step_mib=2)]), 33.3,
+        {20: "too low"},
     ),
 }  # fmt: skip
 
