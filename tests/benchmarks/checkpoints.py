@@ -34,7 +34,6 @@ from tests.benchmarks.on_ranks import run_on_ranks
 from tutorial_lib import checkpoint
 from tutorial_lib.checkpoint import writer
 from tutorial_lib.checkpoint.directory import finish_deletions
-from tutorial_lib.checkpoint.loader import load
 from tutorial_lib.checkpoint.manifest import sync
 from tutorial_lib.config import Config
 from tutorial_lib.embedded import model_directory
@@ -113,7 +112,7 @@ def compare(config: Config) -> None:
 
     def restore() -> None:
         checkpoint.verify(path, topology)
-        load(path, session.engine, config, topology)
+        checkpoint.load(path, session.engine, config, topology)
 
     loading = _alternated(plain, ours=restore, plain=plain.load)
     written, plain_bytes = session.checkpoints.saves[-1]["bytes"], _sum_of_ranks(plain.bytes)

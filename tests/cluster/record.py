@@ -149,7 +149,7 @@ def preempted(cluster: SlurmCluster, directory: Path) -> dict[str, Any]:
         urgent, "--partition=urgent", "--nodes=2", BOTH, f"--cpus-per-task={CORES}", "--ntasks-per-node=1",
         "--output=/dev/null",
     )  # fmt: skip
-    note("a job of higher priority wants both nodes; SLURM sends USR1")
+    note("a job with a higher priority needs both nodes; SLURM sends USR1")
     cluster.wait_until(lambda: cluster.state(other) == "RUNNING", SECONDS, "the urgent job runs")
     note(f"saved at step {job.run.result()['step']}; back in the queue; the other job runs")
     stopped = job.run.result()

@@ -24,7 +24,7 @@ def test_each_node_has_its_own_name_address_and_temporary_files(virtual_nodes: V
     assert second.run(["ls", str(shared / "seen-by-all")]).returncode == 0
 
 
-def test_nodes_reach_each_other_and_nobody_else(virtual_nodes: VirtualNodes) -> None:
+def test_nodes_reach_only_each_other(virtual_nodes: VirtualNodes) -> None:
     first, second = virtual_nodes.nodes
     listening = first.start(
         [sys.executable, "-m", "http.server", "--bind", "10.80.0.1", "8000"], stderr=subprocess.PIPE

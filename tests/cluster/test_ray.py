@@ -111,7 +111,7 @@ def test_a_run_that_does_not_fit_the_cluster_is_refused_with_the_reason(ray_clus
     "continues with as many ranks as fit, from the newest intact checkpoint; tensor-parallel groups stay whole",
 )
 @pytest.mark.fault("the node comes back", "returns to all its ranks at the next checkpoint")
-def test_a_run_goes_on_without_a_lost_node_and_grows_when_it_is_back(
+def test_a_run_continues_without_a_lost_node_and_grows_when_it_returns(
     ray_cluster: RayCluster, inputs: Path, tmp_path: Path
 ) -> None:
     config = small_runs.config(inputs, **CASE, **ELASTIC, name="elastic", launcher="ray")

@@ -8,19 +8,19 @@ from tests.cluster import requirements
 from tests.cluster.requirements import missing_for_slurm, missing_tools, skip_for
 
 
-def test_a_user_without_root_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_without_root_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     for reason in (missing_tools(), missing_for_slurm()):
         assert reason == "virtual nodes need root"
 
 
-def test_packages_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(requirements, "missing_tools", lambda: None)
     monkeypatch.setattr(requirements, "missing_packages", lambda: ["slurm-wlm", "munge"])
     assert missing_for_slurm() == "SLURM on virtual nodes needs slurm-wlm and munge: `make cluster-tools` installs them"
 
 
-def test_missing_packages_are_an_error_in_continuous_integration_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_an_error_only_in_continuous_integration(monkeypatch: pytest.MonkeyPatch) -> None:
     packages, root = "needs munge: `make cluster-tools` installs them", "virtual nodes need root"
     monkeypatch.delenv("CI", raising=False)
     with pytest.raises(pytest.skip.Exception, match="needs munge"):

@@ -158,7 +158,7 @@ def test_submit_ends_with_the_exit_code_of_train(cluster: SlurmCluster, inputs: 
 
 @pytest.mark.fault("a higher-priority SLURM job takes the nodes", "saves, waits in the queue, and resumes")
 @pytest.mark.fault("`scancel`", "saves and ends; the same command resumes")
-def test_a_preempted_job_saves_and_goes_on_later_and_a_cancelled_one_saves(cluster: SlurmCluster, inputs: Path) -> None:
+def test_a_preempted_job_saves_and_resumes_later_and_a_cancelled_one_saves(cluster: SlurmCluster, inputs: Path) -> None:
     job = Job(cluster, inputs, "preempted", *ONE_PROCESS, "--steps", "3000")
     job.submit("--nodelist=node1")
     job.wait_for_step(2)
@@ -184,7 +184,7 @@ def test_a_preempted_job_saves_and_goes_on_later_and_a_cancelled_one_saves(clust
     "is requeued, and resumes on another node from the newest intact checkpoint: losses and final weights are bit for "
     "bit those of the uninterrupted job",
 )
-def test_a_job_goes_on_elsewhere_when_its_node_fails(
+def test_a_job_continues_on_another_node_when_its_node_fails(
     cluster_to_break: SlurmCluster, inputs: Path, uninterrupted: Job, tmp_path: Path
 ) -> None:
     cluster = cluster_to_break

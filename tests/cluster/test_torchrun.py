@@ -159,7 +159,7 @@ def test_a_rendezvous_is_checked_before_torchrun_starts(virtual_nodes: VirtualNo
 
     assert check(first, "node1:29400") == check(second, "node1:29400") == (0, "")
     code, error = check(second, "nowhere:29400")
-    assert code == 2 and "node2 does not know the name 'nowhere'" in error and "getent hosts nowhere" in error
+    assert code == 2 and "node2 cannot resolve the name 'nowhere'" in error and "getent hosts nowhere" in error
     listening = first.start([sys.executable, "-m", "http.server", "29401"], stderr=subprocess.DEVNULL)
     try:
         until = time.monotonic() + 20
@@ -183,7 +183,7 @@ def test_the_loopback_is_refused(virtual_nodes: VirtualNodes, inputs: Path, monk
         monkeypatch.setenv(name, value)
     ((code, output),) = run_on(virtual_nodes.nodes[:1], [[sys.executable, "-m", *train_command(config)]])
     assert code == 2
-    assert "'lo', the loopback, which the ranks of other nodes cannot reach" in output
+    assert "'lo', the loopback interface. Other nodes cannot reach it" in output
     assert "eth0 (10.80.0.1)" in output
 
 

@@ -27,7 +27,7 @@ def test_a_run_resumed_from_an_async_save_continues_bit_for_bit(observed, ranks,
     assert [saved["step"] for saved in run.directory.result()["saves"]] == [4, 6, 8]
 
 
-def test_the_comparison_shows_a_save_without_a_snapshot(observed):
+def test_the_comparison_detects_a_save_without_a_snapshot(observed):
     run, reference = observed(2, "no_snapshot.zero1"), observed(2, "uninterrupted.zero1")
     differences = compare(run, reference, tolerance=0.0, moments=0.0)
     assert {"loss", "parameters", "exp_avg"} <= differences.found.keys(), differences.found

@@ -77,7 +77,7 @@ def test_memory_and_speed_are_measured(matrix):
             assert row.steps_per_epoch == 8 and len(row.eval_losses) == 1
 
 
-def test_an_interrupted_retry_keeps_all_other_rows_and_goes_on(matrix, capsys):
+def test_an_interrupted_retry_keeps_all_other_rows_and_can_be_continued(matrix, capsys):
     kept = {row.name: row for row in matrix.rows}
     before = matrix.path / "rows" / "stage-1" / "config.json"
     flags = [word for flag, value in COMMON.items() for word in (f"--{flag.replace('_', '-')}", str(value))]

@@ -56,7 +56,7 @@ def test_every_injected_fault_is_in_one_run():
 
 
 @pytest.mark.parametrize("fault", SHOWN_BY)
-def test_the_comparison_shows_a_fault(observed, fault):
+def test_the_comparison_detects_a_fault(observed, fault):
     case, variant = equivalence.MUTANTS[fault]
     run, reference = observed(2, fault), observed(1, f"{case}.reference")
     found = compare(run, reference, **allowed(run.config)).found
@@ -65,14 +65,14 @@ def test_the_comparison_shows_a_fault(observed, fault):
     assert not without_fault.found
 
 
-def test_a_wrong_gradient_may_leave_the_first_loss_right(observed):
+def test_the_first_loss_can_be_right_with_a_wrong_gradient(observed):
     """The first step's loss does not show that ranks were weighted wrongly: gradients must be compared."""
     run, reference = observed(2, "update.mean_of_means"), observed(1, "uneven.reference")
     assert abs(run.rows[0]["loss"] - reference.rows[0]["loss"]) < 1e-6
     assert run.rows[0]["grad_norm"] != pytest.approx(reference.rows[0]["grad_norm"], rel=5e-6)
 
 
-def test_the_comparison_shows_deepspeeds_trial_step(observed):
+def test_the_comparison_detects_deepspeeds_trial_step(observed):
     """Without ZeRO, DeepSpeed's 16-bit optimizer takes a step before the first one; the engine undoes it."""
     run, reference = observed(2, "update.trial_step_kept"), observed(2, "gpt2.zero1-bf16.2")
     assert compare(run, reference, **STAGE_0_IN_BF16).found

@@ -84,7 +84,7 @@ def test_an_export_of_fsdp_in_bf16_holds_the_fp32_weights_too(observed, tmp_path
     ("ranks", "name"),
     among_runs([(2, "gpt2.fsdp-full.2"), (2, "gpt2.fsdp-none.2"), (4, "gpt2.fsdp-tp2.4"), (4, "gpt2.fsdp-hybrid.4")]),
 )
-def test_each_rank_of_fsdp_writes_its_own_files_alone(observed, ranks, name):
+def test_each_rank_of_fsdp_writes_only_its_own_files(observed, ranks, name):
     run = observed(ranks, name)
     for rank, files in enumerate(run.files_by_rank):
         assert {f for f in files if f.endswith(".distcp")} <= {f"engine/__{rank}_0.distcp"}
@@ -101,7 +101,7 @@ def test_each_rank_of_fsdp_writes_its_own_files_alone(observed, ranks, name):
 @pytest.mark.parametrize(
     ("ranks", "name"), among_runs([(2, f"gpt2.{shape}.2") for shape in ("zero0", "zero1", "zero3", "zero3-all")])
 )
-def test_each_rank_writes_its_own_files_alone(observed, ranks, name):
+def test_each_rank_writes_only_its_own_files(observed, ranks, name):
     run = observed(ranks, name)
     first, second = (set(files) for files in run.files_by_rank)
     assert not first & second

@@ -156,7 +156,7 @@ TRAFFIC = [
 
 
 @pytest.mark.parametrize(("ranks", "name", "times_psi"), among_runs(TRAFFIC))
-def test_what_crosses_the_wire_is_what_the_formula_says(observed, ranks, name, times_psi):
+def test_sent_elements_match_the_formula(observed, ranks, name, times_psi):
     """Count the elements of each kind of collective, as multiples of Psi."""
     run = observed(ranks, name)
     engine = run.config.engine
@@ -177,7 +177,7 @@ def test_frozen_parameters_are_all_gathered_and_never_reduce_scattered(observed)
     assert one["traffic"]["volume"] == expected.total
 
 
-def test_a_layer_is_one_collective_and_so_is_the_rest(observed):
+def test_each_layer_and_the_rest_take_one_collective(observed):
     units = LAYERS + 1
     layered, root = (measured(observed(2, f"gpt2.{name}.2"))[0] for name in ("fsdp-full", "fsdp-full-root"))
     assert counts(layered) == {"all_gather": 2 * units, "reduce_scatter": units}

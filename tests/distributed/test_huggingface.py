@@ -159,7 +159,7 @@ def test_dropout_draws_the_numbers_of_our_own_loop(runs):
     assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-6) and len(evaluated[0]) == 2
 
 
-def test_the_result_tells_what_every_auto_has_become(runs):
+def test_the_result_shows_the_value_of_every_auto(runs):
     result = runs["hf-gpt2.zero3.2"].result
     assert result["deepspeed_auto"] == {
         "train_batch_size": 8,
@@ -207,7 +207,7 @@ def test_a_model_sharded_at_load_is_exported_and_never_resumed(runs, tmp_path):
         launch.run(runs["hf-qwen2.plain.2"].config.override(shard_at_load=True))
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(files, runs):
+def test_sigterm_saves_and_the_same_command_resumes(files, runs):
     config = with_dropout(files, "zero3", "signalled").override(steps=400, schedule="constant", checkpoint_every=2)
     directory = RunDirectory(config.directory)
     striker = interrupt_when(lambda: any(row["step"] >= 3 for row in directory.rows()), number=signal.SIGTERM)

@@ -24,7 +24,7 @@ def directory(tmp_path_factory):
     return directory
 
 
-def test_every_rank_calls_the_loop_and_rank_0s_answer_comes_back(directory):
+def test_every_rank_calls_the_loop_and_rank_0s_result_is_returned(directory):
     started = config(directory, stop_after=2)
     losses = launch.run_loop(train_zero.train_loop, started)
     reference = launch.run(config(directory, name="reference", engine="torch", dp=1, launcher="none"))

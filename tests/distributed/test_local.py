@@ -122,7 +122,7 @@ def test_a_failing_rank_is_shown_in_its_own_words_and_the_server_lives_on(tmp_pa
 
 
 @pytest.mark.usefixtures("light", "way")
-def test_a_server_that_is_killed_takes_its_ranks_along_and_says_so(tmp_path):
+def test_ranks_of_a_killed_server_end_and_the_error_says_so(tmp_path):
     def strike() -> None:
         wait_until(lambda: have_told(tmp_path / "sleeps"))
         os.kill(json.loads((tmp_path / "sleeps" / "rank-1.json").read_text())["parent"], signal.SIGKILL)

@@ -84,7 +84,7 @@ def test_workers_write_to_files_and_not_to_the_notebook(runs):
     assert all(second.directory.log_file(rank).is_file() for rank in range(2))
 
 
-def test_ray_knows_the_checkpoints(runs, cluster):
+def test_ray_registers_the_checkpoints(runs, cluster):
     """Ray registers the checkpoints without copying them: its own directory holds only a list."""
     import ray.train
 

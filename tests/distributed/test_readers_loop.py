@@ -106,7 +106,7 @@ def test_the_loop_trains_as_one_process_does(begun, reference, way):
 
 
 @pytest.mark.parametrize("way", ["zero3-bf16", "fsdp-bf16"])
-def test_in_bf16_a_loss_in_chunks_is_the_same_to_its_rounding(begun, way):
+def test_in_bf16_a_chunked_loss_matches_to_bf16_rounding(begun, way):
     assert begun[f"{way}-chunked"] == pytest.approx(begun[way], rel=2e-3)
 
 
@@ -143,20 +143,20 @@ def test_the_loop_resumes_bit_for_bit(directory, begun, uninterrupted):
         assert ours.moment(name, "exp_avg").equal(theirs.moment(name, "exp_avg")), name
 
 
-def test_the_trainer_goes_on_from_the_loops_checkpoint(directory, begun, uninterrupted):
+def test_the_trainer_resumes_from_the_loops_checkpoint(directory, begun, uninterrupted):
     run = launch.run(resumable(directory, "handed-on"))
     assert run.result["resumed_from"] == STOP
     assert losses_of(run) == losses_of(uninterrupted, STOP + 1)
     assert [row["lr"] for row in run.rows] == [row["lr"] for row in uninterrupted.rows[STOP:]]
 
 
-def test_the_loop_goes_on_from_the_trainers_checkpoint(directory, uninterrupted):
+def test_the_loop_resumes_from_the_trainers_checkpoint(directory, uninterrupted):
     launch.run(resumable(directory, "taken-over", stop_after=STOP))
     (losses,) = train_with_loop([resumable(directory, "taken-over")])
     assert losses == losses_of(uninterrupted, STOP + 1)
 
 
-def test_both_save_the_same_things(directory, begun, uninterrupted):
+def test_both_checkpoints_have_the_same_files_and_state(directory, begun, uninterrupted):
     ours, theirs = (
         checkpoint.directory_of(RunDirectory(directory / "runs" / name), END)
         for name in ("background", "uninterrupted")
@@ -184,7 +184,7 @@ def test_files_are_written_in_the_background_and_old_checkpoints_go(directory, b
         ({"name": "uninterrupted", "seed": 1}, "seed was 0, now 1"),
     ],
 )
-def test_what_the_loop_would_not_do_is_refused_before_training(directory, uninterrupted, changes, message):
+def test_settings_that_the_loop_would_ignore_are_refused_before_training(directory, uninterrupted, changes, message):
     settings = {"engine": "torch", "dp": 1, "launcher": "none", "name": "refused", "max_examples": 40, **changes}
     with pytest.raises(ConfigError, match=message):
         train_zero.train_loop({"config": small_runs.config(directory, **{"model": "gpt2", **settings}).to_json()})

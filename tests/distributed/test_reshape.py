@@ -93,7 +93,7 @@ def test_full_tensors_match_deepspeeds_own_conversion(observed, tmp_path, ranks,
 
 
 @pytest.mark.parametrize("name", reshaping.RESHAPED)
-def test_a_run_goes_on_in_another_shape(observed, reshaped, directory, name):
+def test_a_run_resumes_in_another_shape(observed, reshaped, directory, name):
     """The new start reads each example of the remaining steps once, with any number of ranks."""
     run, reference = reshaped(f"reshaped.{name}"), observed(1, f"uninterrupted-torch.{reshaping.case_of(name)}")
     result, (before, *_) = run.directory.result(), reshaping.ancestors(directory, name)
@@ -143,13 +143,13 @@ def test_random_numbers_are_seeded_again(reshaped, directory):
         ("restore.moments_exchanged", {"loss", "parameters", "exp_avg", "exp_avg_sq"}),
     ],
 )
-def test_the_comparison_shows_a_reshape_that_loses_something(observed, reshaped, fault, shown_by):
+def test_the_comparison_detects_an_incomplete_reshape(observed, reshaped, fault, shown_by):
     reference = observed(1, f"uninterrupted-torch.{reshaping.case_of(reshaping.RESHAPE_FAULTS[fault])}")
     differences = compare(reshaped(fault), reference)
     assert shown_by <= differences.found.keys(), differences.found
 
 
-def test_the_command_makes_a_run_that_goes_on(observed, launched, directory, capsys):
+def test_the_reshape_command_creates_a_run_that_can_be_resumed(observed, launched, directory, capsys):
     """Two ranks of ZeRO-1 become one process of plain torch; the new run then trains to the end of the old one."""
     launched(2)
     source, storage = reshaping.saved(directory, "zero1"), directory / "runs"

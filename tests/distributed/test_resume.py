@@ -70,7 +70,7 @@ def test_dropout_is_active(observed):
         ("restore.optimizer_not_restored", {"loss", "parameters", "exp_avg", "exp_avg_sq"}),
     ],
 )
-def test_the_comparison_shows_a_resume_that_loses_something(observed, resumed, fault, shown_by):
+def test_the_comparison_detects_an_incomplete_resume(observed, resumed, fault, shown_by):
     run, reference = resumed(fault), observed(2, f"uninterrupted.{interruption.RESUME_FAULTS[fault]}")
     differences = compare(run, reference, tolerance=0.0, moments=0.0)
     assert shown_by <= differences.found.keys(), differences.found
@@ -84,7 +84,7 @@ def test_the_comparison_shows_a_resume_that_loses_something(observed, resumed, f
         ("altered.metadata", r"engine/\.metadata was altered"),
     ],
 )
-def test_every_rank_refuses_what_one_rank_finds(resumed, directory, name, message):
+def test_an_error_found_by_one_rank_is_raised_on_all(resumed, directory, name, message):
     errors = json.loads((directory / "runs" / name / ERRORS).read_text())
     assert len(errors) == 2
     for error in errors:

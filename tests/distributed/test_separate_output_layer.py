@@ -64,7 +64,7 @@ def test_every_engine_trains_the_output_layer_of_the_file(runs, own_head, name, 
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_it_goes_on_in_another_shape(runs, name):
+def test_a_run_with_an_untied_output_layer_resumes_in_another_shape(runs, name):
     run = runs[f"{name}, finished"]
     assert (run.result["status"], run.result["resumed_from"]) == ("completed", 2)
     assert run.result["reshaped_from"]["engine"] == ENGINES[name].get("engine", "torch")

@@ -57,7 +57,7 @@ def test_the_layout_of_every_run_adds_up(observed, ranks, case, variant):
                    "dense_h_to_4h": "column", "dense_4h_to_h": "row"}),
     ],
 )  # fmt: skip
-def test_projections_are_split_and_all_else_is_replicated(observed, case, projections):
+def test_projections_are_split_and_everything_else_is_replicated(observed, case, projections):
     for row in measured(observed(4, f"{case}.2x2-zero1.4"))[0]["layout"]:
         found = [how for name, how in projections.items() if f"{name}.weight" in row["parameter"]]
         biases = [how for name, how in projections.items() if f"{name}.bias" in row["parameter"] and how == "column"]
@@ -129,7 +129,7 @@ def test_recomputing_a_layer_repeats_one_of_its_forward_all_reduces(observed):
         assert (row["elements"], axis["volume"]) == (expected.all_reduce, expected.total)
 
 
-def test_an_output_layer_of_its_own_all_gathers_the_logits(observed):
+def test_an_untied_output_layer_all_gathers_the_logits(observed):
     run = observed(4, "untied.2x2-zero1.4")
     by_kind = {row["kind"]: row for row in measured(run)[0]["traffic"]["axes"]["tp"]["tensors"]}
     assert by_kind["all_reduce"]["count"] == LAYERS * 7 + 1
@@ -137,7 +137,7 @@ def test_an_output_layer_of_its_own_all_gathers_the_logits(observed):
     assert by_kind["all_gather"]["elements"] % (run.config.micro_batch * 2048) == 0
 
 
-def test_gradients_are_all_reduced_over_the_data_parallel_ranks_alone(observed):
+def test_gradients_are_all_reduced_only_over_data_parallel_ranks(observed):
     run = observed(4, "qwen2.2x2-zero0.4")
     rank = measured(run)[0]
     (row,) = rank["traffic"]["axes"]["dp"]["tensors"]
@@ -194,7 +194,7 @@ def test_evaluation_matches_one_process(observed, ranks, case, variant):
         ),
     ],
 )
-def test_a_run_detects_a_fault_within_a_group(launched, directory, fault, error, message):
+def test_faults_within_a_tensor_parallel_group_are_detected(launched, directory, fault, error, message):
     launched(2)
     errors = json.loads((directory / "runs" / fault / ERRORS).read_text())
     assert len(errors) == 2, "all ranks raise, none waits for another"

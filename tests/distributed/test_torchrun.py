@@ -55,7 +55,7 @@ def test_the_error_of_a_rank_ends_the_others_and_shows_its_traceback(directory, 
     "refused with exit code 2 and a list of the missing variables; with all of them set, it waits 300 s for the other "
     "ranks, and says to unset them",
 )
-def test_variables_of_torchrun_that_were_exported_by_hand(directory, monkeypatch, capsys):
+def test_torchrun_variables_exported_by_hand(directory, monkeypatch, capsys):
     for name in RENDEZVOUS:
         monkeypatch.delenv(name, raising=False)
     config = small_runs.config(directory, name="by-hand", launcher="none", engine="fsdp")

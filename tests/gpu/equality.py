@@ -25,6 +25,7 @@ from tests.gpu.data import write_rows
 from tests.gpu.training import join_group
 from tests.support.launching import train_command
 from tutorial_lib import checkpoint, trainer
+from tutorial_lib.checkpoint.directory import locate
 from tutorial_lib.cli import DONE, STOPPED
 from tutorial_lib.config import Config
 from tutorial_lib.records import RunDirectory
@@ -152,7 +153,7 @@ def _same(rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> bool:
 
 
 def _same_states(one: Config, other: Config) -> bool:
-    a, b = (checkpoint.open_full(checkpoint.locate(config.directory)) for config in (one, other))
+    a, b = (checkpoint.open_full(locate(config.directory)) for config in (one, other))
     names = [name for name, _ in parameters_of(one)]
     return all(
         torch.equal(a.parameter(name), b.parameter(name))

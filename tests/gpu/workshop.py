@@ -34,7 +34,7 @@ from tutorial_lib.models.dimensions import from_config
 from tutorial_lib.theory import peak_memory as predicted_peak
 from tutorial_lib.theory.dimensions import Dimensions
 from tutorial_lib.theory.flops import flops_per_token, utilisation
-from tutorial_lib.theory.state_bytes import model_states
+from tutorial_lib.theory.state_bytes import layout_states
 
 TINY_BLOOM = {"hidden_size": 32, "n_layer": 2, "n_head": 4}
 BLOOM_560M = {"hidden_size": 1024, "n_layer": 24, "n_head": 16, "vocab_size": 250_880, "initializer_range": 0.02}
@@ -121,7 +121,7 @@ def measure(setting: Setting, make: Callable[[], Model], flat: dict[str, Any]) -
         for step in range(warm):
             before_update = None
             if step == warm - 1:  # the optimizer's states are there, and the gradients still are
-                before_update = lambda: states.update(StateBytes.of(engine.model_states()).to_dict())  # noqa: E731
+                before_update = lambda: states.update(StateBytes.of(engine.state_tensors()).to_dict())  # noqa: E731
             train_step(engine, batches, before_update)
         seconds, loss = time_steps(engine, batches, timed)
         params = engine.num_parameters
@@ -169,6 +169,6 @@ def predict(config: Config, dimensions: Dimensions, params: int) -> dict[str, fl
     """Return the predicted device memory of a case: states, activations at their peak, and the peak."""
     workload, layout = workload_and_layout(config, dimensions, params)
     part = predicted_peak.part_of_model(dimensions, params)
-    states = model_states(workload, layout, part.params, config.accumulation, 1)
+    states = layout_states(workload, layout, part.params, config.accumulation, 1)
     most = predicted_peak.peak_memory(workload, layout, part, states, config.accumulation)
     return {"states_bytes": states.device, "activations_bytes": most.activations, "memory_bytes": most.total}

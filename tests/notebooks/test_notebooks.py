@@ -28,7 +28,7 @@ def outputs(document: NotebookNode) -> list[NotebookNode]:
     return [output for cell in run.code_cells(document) for output in cell.outputs]
 
 
-def test_there_is_a_course() -> None:
+def test_the_first_lessons_are_found() -> None:
     names = [path.stem for path in run.committed_notebooks()]
     assert names[:2] == ["00_start_here", "01_zero_finetuning"]
     assert len(set(names)) == len(names), "a run's folder has its notebook's name"
@@ -63,7 +63,7 @@ def test_cells_are_short(notebook: Path) -> None:
 
 
 @COURSE
-def test_imports_stand_before_everything_that_takes_time(notebook: Path) -> None:
+def test_imports_come_before_slow_cells(notebook: Path) -> None:
     """A reader who starts in the middle after a restart must not train for a minute and then get a NameError."""
     bodies = [ast.parse(_without_magics(cell.source)).body for cell in run.code_cells(read(notebook))]
     importing = [n for n, body in enumerate(bodies) if any(isinstance(s, (ast.Import, ast.ImportFrom)) for s in body)]

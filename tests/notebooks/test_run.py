@@ -37,7 +37,7 @@ found
 """
 
 
-def test_every_run_starts_in_an_empty_place_and_finds_nothing_of_the_last(course: Path) -> None:
+def test_every_run_starts_in_an_empty_directory(course: Path) -> None:
     path = write(course, "00_one", LEAVES_A_TRACE)
     committed = path.read_text()
     for _ in range(2):
@@ -71,7 +71,7 @@ def test_a_hanging_cell_ends(course: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert done.seconds < 30
 
 
-def test_in_place_keeps_outputs_and_nothing_that_changes_from_run_to_run(course: Path) -> None:
+def test_in_place_keeps_only_reproducible_outputs(course: Path) -> None:
     path = write(course, "00_one", LEAVES_A_TRACE, "STORAGE")
     assert run.main(["--in-place"]) == 0
     first = path.read_text()

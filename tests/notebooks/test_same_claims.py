@@ -37,7 +37,7 @@ def claims(measured: Any, *, text: str = "a number", **options: Any) -> Made:
         (None, None),
     ],
 )
-def test_the_same(committed: Any, fresh: Any) -> None:
+def test_equal_claims_have_no_differences(committed: Any, fresh: Any) -> None:
     assert describe_differences(claims(committed), claims(fresh)) == []
 
 
@@ -57,7 +57,7 @@ def test_the_same(committed: Any, fresh: Any) -> None:
         (1.5, "nan"),
     ],
 )
-def test_not_the_same(committed: Any, fresh: Any) -> None:
+def test_different_claims_are_described(committed: Any, fresh: Any) -> None:
     (said,) = describe_differences(claims(committed), claims(fresh))
     assert said == f"a number: measured was {committed!r} when committed and is {fresh!r} now"
 
@@ -81,7 +81,7 @@ def test_a_bound_that_moved_and_a_claim_that_is_gone_are_differences() -> None:
     assert describe_differences(claims(1), []) != []
 
 
-def test_claims_that_do_not_hold_are_described_whatever_they_say_of_themselves() -> None:
+def test_failed_claims_are_differences_whatever_they_allow() -> None:
     made = Claims()
     made.at_most("small", 0.1, 0.2, varies=True)
     assert describe_untrue(made.to_list()) == ["small: does not hold with 0.2"]

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tutorial_lib.checkpoint import Writer
 from tutorial_lib.checkpoint.manager import OnCheckpoint
+from tutorial_lib.checkpoint.writer import Writer
 from tutorial_lib.records import RunDirectory
 from tutorial_lib.trainer import Trainer
 

@@ -17,6 +17,7 @@ from typing import Any
 from tests.theory.published import GIB, OUTSIDE, ROWS, Published
 from tutorial_lib.cli.plan_check import Compared, compare
 from tutorial_lib.config import Config
+from tutorial_lib.tables import Table
 from tutorial_lib.theory.cost import OFFLOADED_RUN
 
 PAGE = Path(__file__).parents[2] / "docs" / "planner-errors.md"
@@ -125,9 +126,7 @@ difference. Without it, every memory figure would be a tenth lower. Speed is in 
 predicted / published - 1. Speeds in brackets are shown for information: those runs use something that the time model
 leaves out (torch.compile, or torch.compile and float8, as their names say), or their settings are assumed.
 
-| run | memory, GiB: predicted | published | error | tokens/s: predicted | published | error |
-| --- | ---: | ---: | ---: | ---: | ---: | ---: |
-{chr(10).join(_published_row(e) for e in errors)}
+{_table(_PUBLISHED, [_published_row(e) for e in errors])}
 
 Why predictions are off by more than {MEMORY_GOAL:.0%} in memory or {TIME_GOAL:.0%} in speed, as far as we know:
 
@@ -152,9 +151,7 @@ Two processes on a CPU, the embedded models with four layers, full (packed) rows
 `train --measure`. The peak is what the step allocated beyond the existing weights and moments. Bytes are those of the
 rank that holds the most. The rows with tp were measured last, after the final change to the planner's model.
 
-| run | states: predicted | measured | error | peak: predicted | measured | error | sent: error |
-| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
-{chr(10).join(_own_row(config, rows) for config, rows in own)}
+{_table(_OWN, [_own_row(config, rows) for config, rows in own])}
 
 What is missing from the predicted peaks is probably the mask of packed rows. Models of 3 MB have different errors than
 large ones: an error of one per cent here may vanish there, and vice versa.
@@ -168,14 +165,22 @@ way.
 """
 
 
-def _published_row(e: Errors) -> str:
+_PUBLISHED = ("run", "memory, GiB: predicted", "published", "error", "tokens/s: predicted", "published", "error")
+_OWN = ("run", "states: predicted", "measured", "error", "peak: predicted", "measured", "error", "sent: error")
+
+
+def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    return Table(columns, tuple(rows), (False, *[True] * (len(columns) - 1))).markdown()
+
+
+def _published_row(e: Errors) -> tuple[str, ...]:
     speed = (f"{e.speed:,.0f}", f"{e.run.speed:,.0f}", f"{e.speed_error:+.0%}")
     if not e.is_judged:
         speed = tuple(f"({text})" for text in speed)  # type: ignore[assignment]
     memory = ("", "", "")
     if e.run.memory and e.memory_error is not None:
         memory = (f"{e.memory / GIB:.1f}", f"{e.run.memory / GIB:.1f}", f"{e.memory_error:+.0%}")
-    return f"| {' | '.join([e.run.name, *memory, *speed])} |"
+    return (e.run.name, *memory, *speed)
 
 
 def _misses(e: Errors) -> bool:
@@ -189,7 +194,7 @@ def _reason(e: Errors) -> str:
     )
 
 
-def _own_row(config: Config, rows: list[Compared]) -> str:
+def _own_row(config: Config, rows: list[Compared]) -> tuple[str, ...]:
     engine = config.engine
     name = {"fsdp": engine.sharding, "deepspeed": f"ZeRO-{engine.zero_stage}"}[engine.name]
     words = [config.model.name.removeprefix("embedded/"), name]
@@ -201,7 +206,7 @@ def _own_row(config: Config, rows: list[Compared]) -> str:
     states, peak, sent = rows
     cells = [f"{states.predicted:,.0f}", f"{states.measured:,.0f}", f"{states.error:+.1%}"]
     cells += [f"{peak.predicted:,.0f}", f"{peak.measured:,.0f}", f"{peak.error:+.1%}", f"{sent.error:+.1%}"]
-    return f"| {', '.join(words)} | {' | '.join(cells)} |"
+    return (", ".join(words), *cells)
 
 
 def main(arguments: list[Any]) -> None:

@@ -25,7 +25,7 @@ def test_nothing_exists_before_it_is_created(tmp_path):
         run.result()
 
 
-def test_rows_come_back_in_order_and_exactly(run):
+def test_rows_are_read_in_order_and_exactly(run):
     rows = [{"step": step, "loss": 0.1 + step / 3} for step in range(1, 5)]
     for row in rows:
         run.append(row)
@@ -81,7 +81,7 @@ def test_an_error_that_reports_a_lost_rank_is_a_consequence_whatever_the_clocks_
     assert run.first_error()["message"] == "the cause"
 
 
-def test_a_new_start_forgets_errors_and_stop_requests_alone(run):
+def test_a_new_start_clears_only_errors_and_stop_requests(run):
     run.append({"step": 1})
     run.write_error(0, ValueError("old"))
     run.stop_file.write_text("stop")

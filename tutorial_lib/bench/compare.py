@@ -12,8 +12,8 @@ from tutorial_lib.bench.experiments import workshop_name
 from tutorial_lib.bench.matrix import MATRIX_FILE, Matrix
 from tutorial_lib.bench.record import RowRecord
 from tutorial_lib.config import ConfigError
-from tutorial_lib.lab import display
 from tutorial_lib.measure.sampler_log import MIB
+from tutorial_lib.tables import Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Comparison:
     title: str
     differences: tuple[Difference, ...]
 
-    def table(self) -> display.Table:
+    def table(self) -> Table:
         """Return the table, which a notebook displays as HTML."""
         columns = (
             "rows", "memory of", "memory without (MiB)", "memory with (MiB)", "saving (%)",
@@ -74,7 +74,7 @@ class Comparison:
             )
             for each in self.differences
         )  # fmt: skip
-        return display.Table(columns, cells, tuple(index > 1 for index in range(len(columns))), caption=self.title)
+        return Table(columns, cells, tuple(index > 1 for index in range(len(columns))), caption=self.title)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the comparison, ready for JSON."""

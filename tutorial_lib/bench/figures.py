@@ -25,10 +25,10 @@ def write(experiment: str, rows: Sequence[RowRecord], logs: Mapping[str, Path], 
         them.
     """
     drawn = {
-        "states": model_states(rows),
-        "memory": peak_memory(rows),
-        "speed": speed(rows),
-        "timeline": timeline(rows, logs),
+        "states": draw_states(rows),
+        "memory": draw_peaks(rows),
+        "speed": draw_speed(rows),
+        "timeline": draw_timeline(rows, logs),
     }
     written = []
     for name, figure in drawn.items():
@@ -40,7 +40,7 @@ def write(experiment: str, rows: Sequence[RowRecord], logs: Mapping[str, Path], 
     return written
 
 
-def model_states(rows: Sequence[RowRecord]) -> Figure | None:
+def draw_states(rows: Sequence[RowRecord]) -> Figure | None:
     """Draw each row's model states per rank, predicted and measured; return None if none were measured."""
     found = {}
     for row in rows:
@@ -62,7 +62,7 @@ def model_states(rows: Sequence[RowRecord]) -> Figure | None:
     return figures.grouped_memory(found, title=title, alt=alt)
 
 
-def peak_memory(rows: Sequence[RowRecord]) -> Figure | None:
+def draw_peaks(rows: Sequence[RowRecord]) -> Figure | None:
     """Draw each row's peak memory next to its predicted model states.
 
     With GPUs, this compares the fullest GPU with one rank's states on it; without, all processes with all ranks'
@@ -93,7 +93,7 @@ def peak_memory(rows: Sequence[RowRecord]) -> Figure | None:
     )
 
 
-def speed(rows: Sequence[RowRecord]) -> Figure | None:
+def draw_speed(rows: Sequence[RowRecord]) -> Figure | None:
     """Draw each row's training speed."""
     speeds = {row.name: row.samples_per_second for row in rows if row.samples_per_second}
     if not speeds:
@@ -105,7 +105,7 @@ def speed(rows: Sequence[RowRecord]) -> Figure | None:
     )  # fmt: skip
 
 
-def timeline(rows: Sequence[RowRecord], logs: Mapping[str, Path]) -> Figure | None:
+def draw_timeline(rows: Sequence[RowRecord], logs: Mapping[str, Path]) -> Figure | None:
     """Draw the memory of each row's process tree (with GPUs, of the first GPU) over time."""
     series = {}
     for row in rows:

@@ -18,13 +18,14 @@ from tutorial_lib import launch
 from tutorial_lib.bench import figures, table
 from tutorial_lib.bench.experiments import IS_SCALING, rows_of
 from tutorial_lib.bench.failures import OomKills, explain
+from tutorial_lib.bench.progress import SilentProgress
 from tutorial_lib.bench.record import REFUSED, STOPPED, RowRecord, measure_row, variant_of
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.doctor.machine import usable_cores
-from tutorial_lib.lab.display import Table
 from tutorial_lib.launch import Interrupted, OnRows, Run
 from tutorial_lib.measure.sampler import sample_memory
 from tutorial_lib.records import RunDirectory, write_atomically
+from tutorial_lib.tables import Table
 
 FORMAT = 1
 MATRIX_FILE, MEMORY_LOG = "matrix.json", "memory.jsonl"
@@ -37,25 +38,6 @@ class Runner(Protocol):
     """Function that runs a row: :func:`tutorial_lib.launch.run`, or a stand-in for it."""
 
     def __call__(self, config: Config, *, on_rows: OnRows | None = None) -> Run: ...
-
-
-class Progress(Protocol):
-    """Receiver of a matrix's progress."""
-
-    def plan(self, rows: Sequence[str]) -> None:
-        """Receive the names of the rows that are left to run."""
-
-    def begin(self, row: str, config: Config) -> None:
-        """Note that a row has started."""
-
-    def on_rows(self, rows: list[dict[str, Any]]) -> None:
-        """Receive new rows of ``metrics.jsonl`` from the current row's run."""
-
-    def end(self, record: RowRecord) -> None:
-        """Note that the row has ended."""
-
-    def close(self) -> None:
-        """Note that no more rows follow."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +135,7 @@ def run_matrix(
     sample_interval: float = 0.5,
     keep_checkpoints: bool = False,
     run: Runner = launch.run,
-    progress: Progress | None = None,
+    progress: SilentProgress | None = None,
 ) -> Matrix:
     """Run a matrix, or the rest of it, and write its table and figures.
 
@@ -168,7 +150,7 @@ def run_matrix(
         sample_interval: seconds between two readings of the memory of the process tree and the GPUs.
         keep_checkpoints: keep the checkpoints of finished rows; they may be large.
         run: function that runs one row.
-        progress: receives the progress.
+        progress: receives the progress, such as a ``MatrixProgress``.
 
     Returns:
         The matrix, as it is on disk.
@@ -190,7 +172,7 @@ def run_matrix(
         _held(matrix.path),
         _raising_on_signals(),
         _omp_threads(threads),
-        closing(progress or _Silent()) as shown,
+        closing(progress or SilentProgress()) as shown,
     ):
         matrix.write()
         shown.plan(left)
@@ -218,20 +200,6 @@ def run_matrix(
             raise ConfigError(f"No row can run here. {matrix.rows[0].name}: {matrix.rows[0].error}")
         matrix.write_report()
     return matrix
-
-
-class _Silent:
-    """Progress that shows nothing."""
-
-    def plan(self, rows: Sequence[str]) -> None: ...
-
-    def begin(self, row: str, config: Config) -> None: ...
-
-    def on_rows(self, rows: list[dict[str, Any]]) -> None: ...
-
-    def end(self, record: RowRecord) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def _run_row(row: RowRecord, config: Config, run: Runner, on_rows: OnRows | None, interval: float) -> RowRecord:

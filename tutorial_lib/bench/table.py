@@ -11,9 +11,9 @@ from typing import Any
 
 from tutorial_lib.bench.experiments import IS_SCALING
 from tutorial_lib.bench.record import Memory, RowRecord
-from tutorial_lib.lab import display
 from tutorial_lib.measure.sampler_log import MIB
 from tutorial_lib.records import write_atomically
+from tutorial_lib.tables import Table
 
 NOT_MEASURED = "not measured"
 
@@ -86,7 +86,7 @@ def columns(experiment: str, rows: Sequence[RowRecord]) -> list[Column]:
     ]
 
 
-def build(experiment: str, rows: Sequence[RowRecord], about: str = "all", only: Sequence[str] = ()) -> display.Table:
+def build(experiment: str, rows: Sequence[RowRecord], about: str = "all", only: Sequence[str] = ()) -> Table:
     """Build the table for notebooks and terminals.
 
     Args:
@@ -105,7 +105,7 @@ def build(experiment: str, rows: Sequence[RowRecord], about: str = "all", only: 
         shown = [by_title[title] for title in only]
     cells = tuple(tuple(_cell(row, column) for column in shown) for row in rows)
     numeric = tuple(column.title not in ("row", "status") for column in shown)
-    return display.Table(tuple(column.title for column in shown), cells, numeric, caption=experiment)
+    return Table(tuple(column.title for column in shown), cells, numeric, caption=experiment)
 
 
 def remarks(rows: Sequence[RowRecord]) -> list[str]:
@@ -127,15 +127,10 @@ def write(experiment: str, rows: Sequence[RowRecord], directory: Path) -> None:
     write_atomically(directory / "table.md", markdown(build(experiment, rows), remarks(rows)))
 
 
-def markdown(table: display.Table, remarks: Sequence[str] = ()) -> str:
-    """Format a table as Markdown."""
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    rule = ["---:" if numeric else "---" for numeric in table.numeric]
-    lines = [f"# {table.caption}", "", line(table.columns), line(rule), *map(line, table.rows)]
-    return "\n".join([*lines, *(["", *(f"- {remark}" for remark in remarks)] if remarks else [])]) + "\n"
+def markdown(table: Table, remarks: Sequence[str] = ()) -> str:
+    """Return a page with the table, and the remarks below it."""
+    listed = ["", *(f"- {remark}" for remark in remarks)] if remarks else []
+    return "\n".join([f"# {table.caption}", "", table.markdown(), *listed]) + "\n"
 
 
 def _cell(row: RowRecord, column: Column) -> str:

@@ -16,30 +16,32 @@ newer ones are damaged.
 The engine's files are pickles, FSDP2's ``.metadata`` among them: unpickling runs code, so only load checkpoints that
 you or your job wrote. The manifest protects against damage, not against forgery.
 
-This module has what readers of checkpoints and loops of their own need. The pages below it have the rest: what the
-manager calls (:mod:`~tutorial_lib.checkpoint.saver`, :mod:`~tutorial_lib.checkpoint.loader`), what launchers check
-before a start, and one page per on-disk format (:mod:`~tutorial_lib.checkpoint.formats`). A checkpoint is rewritten in
-a different shape by ranks of that shape, so ``reshape`` is in :mod:`tutorial_lib.launch`.
+The verbs are :func:`save`, :func:`load`, :func:`verify`, :func:`export` and :func:`reshape`. In a training loop,
+:class:`CheckpointManager` calls them. A checkpoint is rewritten in a different shape by ranks of that shape:
+:func:`tutorial_lib.launch.reshape` starts them. The pages below have the rest, such as what launchers check before a
+start, and one page per on-disk format (:mod:`~tutorial_lib.checkpoint.formats`).
 """
 
-from tutorial_lib.checkpoint.directory import directory_of, latest, locate, newest_intact
+from tutorial_lib.checkpoint.directory import directory_of, latest
 from tutorial_lib.checkpoint.exporter import export
 from tutorial_lib.checkpoint.formats import MOMENTS, FullTensors, open_full
+from tutorial_lib.checkpoint.loader import load
 from tutorial_lib.checkpoint.manager import CheckpointManager
 from tutorial_lib.checkpoint.manifest import CheckpointError, verify
-from tutorial_lib.checkpoint.writer import Writer
+from tutorial_lib.checkpoint.reshaper import reshape
+from tutorial_lib.checkpoint.saver import save
 
 __all__ = [
     "MOMENTS",
     "CheckpointError",
     "CheckpointManager",
     "FullTensors",
-    "Writer",
     "directory_of",
     "export",
     "latest",
-    "locate",
-    "newest_intact",
+    "load",
     "open_full",
+    "reshape",
+    "save",
     "verify",
 ]

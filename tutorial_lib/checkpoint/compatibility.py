@@ -39,7 +39,7 @@ def check_continues(config: Config, found: Path, data: DataIdentity | None) -> N
     Args:
         config: what to run.
         found: the checkpoint.
-        data: returns the digests of the run's current data; only called if there is something to compare them with.
+        data: returns the hashes of the run's current data; only called if there is something to compare them with.
             None if this start reads no data, or not on this machine; then data is not compared.
 
     Raises:

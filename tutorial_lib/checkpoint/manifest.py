@@ -14,7 +14,7 @@ from tutorial_lib.mpu.collectives import all_gather_objects, broadcast_object
 MANIFEST = "manifest.json"
 
 FORMAT = 2
-"""Format number in ``trainer.json`` and the manifest. 2 added fingerprints of model and tokenizer; 1 is still read."""
+"""Format number in ``trainer.json`` and the manifest. 2 added hashes of model and tokenizer; 1 is still read."""
 
 
 class CheckpointError(RuntimeError):
@@ -130,7 +130,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def digest(path: Path) -> dict[str, Any]:
+def file_entry(path: Path) -> dict[str, Any]:
     """Return a file's entry in the manifest."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
@@ -154,7 +154,7 @@ def file_damage(path: Path, entry: dict[str, Any]) -> CheckpointError | None:
     if wrong := wrong_size(path, entry):
         return wrong
     try:
-        if digest(path)["sha256"] != entry["sha256"]:
+        if file_entry(path)["sha256"] != entry["sha256"]:
             return CheckpointError(f"{path} was altered after it was written (its SHA-256 differs).")
     except OSError as error:
         return _unreadable(path, error)

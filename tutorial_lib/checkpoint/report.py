@@ -14,6 +14,7 @@ from tutorial_lib.checkpoint.formats import rank_and_contents
 from tutorial_lib.checkpoint.manifest import MANIFEST, CheckpointError, file_damage, read_manifest, read_trainer_state
 from tutorial_lib.config import ConfigError, settings
 from tutorial_lib.records import RunDirectory
+from tutorial_lib.tables import align
 
 _SHOWN = (
     "model", "dataset", "engine", "dp", "tp", "zero_stage", "sharding", "deepspeed", "shard_at_load", "offload",
@@ -151,21 +152,21 @@ def table(report: dict[str, Any]) -> str:
         **{f"  {what}": f"{size:,}" for what, size in report["parts"].items()},
         **{f"  rank {rank}": f"{size:,}" for rank, size in report["ranks"].items()},
     }
-    lines = [f"{name:36} {value}" for name, value in head.items()]
-    lines += [f"{'damage':36} {found}" for found in report["damage"]]
-    width = max((len(file["file"]) for file in report["files"]), default=0)
-    lines += ["", f"{'rank':>4}  {'file':{width}}  {'bytes':>15}  what"]
+    named = [*head.items(), *(("damage", found) for found in report["damage"])]
+    lines = align([(name, str(value)) for name, value in named], (False, False), least=(36, 0), gaps=(" ",))
+    files = [("rank", "file", "bytes", "what")]
     for file in sorted(report["files"], key=lambda file: (file["rank"], file["file"])):
         note = "" if file["state"] == "intact" else f"  <- {file['state'].upper()}"
-        lines.append(f"{file['rank']:>4}  {file['file']:{width}}  {file['bytes']:>15,}  {file['what']}{note}")
-    return "\n".join(lines)
+        files.append((str(file["rank"]), file["file"], f"{file['bytes']:,}", f"{file['what']}{note}"))
+    return "\n".join([*lines, "", *align(files, (True, False, True, False), least=(4, 0, 15, 0))])
 
 
 def _run_table(report: dict[str, Any]) -> str:
-    lines = [f"{'run':20} {report['run']}", "", f"{'checkpoint':20} {'bytes':>15}  {'eval loss':>9}  intact"]
+    rows = [("checkpoint", "bytes", "eval loss", "intact")]
     for row in report["checkpoints"]:
         loss = "-" if row["eval_loss"] is None else f"{row['eval_loss']:.4f}"
         marks = [mark for mark in ("newest", "best") if report[mark] == row["checkpoint"]]
         intact = ("yes" if row["intact"] else f"NO: {row['damage'][0]}") + (f"  <- {', '.join(marks)}" if marks else "")
-        lines.append(f"{row['checkpoint']:20} {row['bytes']:>15,}  {loss:>9}  {intact}")
-    return "\n".join(lines)
+        rows.append((row["checkpoint"], f"{row['bytes']:,}", loss, intact))
+    lines = align(rows, (False, True, True, False), least=(20, 15, 9, 0), gaps=(" ", "  ", "  "))
+    return "\n".join([f"{'run':20} {report['run']}", "", *lines])

@@ -20,7 +20,7 @@ from tutorial_lib.checkpoint.directory import (
     partial_of,
     publish,
 )
-from tutorial_lib.checkpoint.manifest import FORMAT, MANIFEST, CheckpointError, digest, sync, wrong_size
+from tutorial_lib.checkpoint.manifest import FORMAT, MANIFEST, CheckpointError, file_entry, sync, wrong_size
 from tutorial_lib.checkpoint.writer import MakeWriter, Writer
 from tutorial_lib.config import Config
 from tutorial_lib.models.side_files import SideFiles
@@ -169,7 +169,7 @@ class Save:
             if path.is_dir() or name not in files:
                 sync(path)
             if path.is_file() and name not in files:  # small files besides the engine's
-                files[name] = digest(path)
+                files[name] = file_entry(path)
         missing = sorted(name for name in files if not (self._partial / name).is_file())
         if missing:
             raise CheckpointError(

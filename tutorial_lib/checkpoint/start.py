@@ -50,7 +50,7 @@ def find_start(config: Config, topology: Topology, data: DataIdentity) -> Start:
     Args:
         config: what to run.
         topology: this rank's place in the grid.
-        data: returns the digests of the run's data; only called if this start reads data.
+        data: returns the hashes of the run's data; only called if this start reads data.
 
     Raises:
         ConfigError: the run cannot resume from its checkpoint, because settings, model or data differ.
@@ -61,15 +61,15 @@ def find_start(config: Config, topology: Topology, data: DataIdentity) -> Start:
         clear_remains(run)
     found, left_out = newest_intact(run, topology)
     needs_data = reads_data(config.run, found)
-    digests = functools.cache(data) if needs_data else None
+    hashes = functools.cache(data) if needs_data else None
     if found:
-        check_continues(config, found, digests)
+        check_continues(config, found, hashes)
     own: dict[str, Any] = {}
     if topology.rank == 0:
         for each in left_out:
             _LOG.warning("Not resumed from %s: %s Resuming from %s.", each.checkpoint, each.why, found)
         known = read_trainer_state(found).get("identity", {}).get("data", {}) if found else {}
-        own = identity(config.model) | {"data": known | (digests() if digests else {})}
+        own = identity(config.model) | {"data": known | (hashes() if hashes else {})}
     return Start(found, left_out, needs_data, own)
 
 

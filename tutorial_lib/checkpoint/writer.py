@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.utils.serialization import config as serialization
 
-from tutorial_lib.checkpoint.manifest import digest, sync
+from tutorial_lib.checkpoint.manifest import file_entry, sync
 
 
 def make_stager() -> DefaultStager:
@@ -82,7 +82,7 @@ class Writer:
         for path in sorted(directory.rglob("*")):
             if path.is_file() and is_own(self.file_system.name(path)):
                 sync(path)
-                self.files[self.file_system.name(path)] = digest(path)
+                self.files[self.file_system.name(path)] = file_entry(path)
 
     def submit(self, job: Callable[..., Any], *given: Any) -> None:
         """Run a job: right now, or on the thread after the jobs submitted before it."""
@@ -150,7 +150,7 @@ class _HashingFileSystem(FileSystem):
                 if failure is error:
                     raise
                 raise failure from error
-        self._files[self.name(path)] = {"bytes": hashed.tell(), "sha256": hashed.digest.hexdigest()}
+        self._files[self.name(path)] = {"bytes": hashed.tell(), "sha256": hashed.sha256.hexdigest()}
 
     def rename(self, path: Any, new_path: Any) -> None:
         super().rename(path, new_path)
@@ -161,17 +161,17 @@ class _HashedFile:
     """A file that is hashed while it is written sequentially.
 
     Attributes:
-        digest: SHA-256 of the bytes written so far.
+        sha256: SHA-256 of the bytes written so far.
         failure: the first error of a write; ``torch.save`` may replace it with a different one.
     """
 
     def __init__(self, stream: Any) -> None:
-        self.name, self.digest = str(stream.name), hashlib.sha256()
+        self.name, self.sha256 = str(stream.name), hashlib.sha256()
         self.failure: Exception | None = None
         self._stream, self._size = stream, 0
 
     def write(self, data: Any) -> int:
-        self.digest.update(data)
+        self.sha256.update(data)
         try:
             written: int = self._stream.write(data)
         except Exception as error:

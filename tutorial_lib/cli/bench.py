@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import Any
 
 from tutorial_lib.cli import train
 from tutorial_lib.cli.options import DONE, FAILED, STOPPED, given, reserve_stdout_for_json
@@ -71,7 +70,7 @@ def _run(options: argparse.Namespace) -> int:
     from tutorial_lib.bench.table import remarks
     from tutorial_lib.launch import Interrupted
 
-    progress: Any = None if options.json else bench.MatrixProgress()
+    progress = None if options.json else bench.MatrixProgress()
     with reserve_stdout_for_json(options.json):
         try:
             matrix = bench.run_matrix(

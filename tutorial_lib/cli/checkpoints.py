@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from tutorial_lib.cli.options import DONE, FAILED, add_setting, given, reserve_stdout_for_json, shape_in_words
-from tutorial_lib.config import FREE_ON_RESUME, OF_ONE_START, settings
+from tutorial_lib.config import FREE_ON_RESUME, START_ONLY, settings
 
 
 def add_reshape_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def add_reshape_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, help="a run's directory (its newest checkpoint), or one checkpoint")
     for setting in settings().values():
         # Accept the other settings too, in order to refuse them with the value that the run has.
-        add_setting(parser, setting, hidden=setting.flag not in FREE_ON_RESUME - OF_ONE_START, default=False)
+        add_setting(parser, setting, hidden=setting.flag not in FREE_ON_RESUME - START_ONLY, default=False)
 
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,9 +58,10 @@ def reshape(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace) -> int:
     from tutorial_lib import checkpoint
+    from tutorial_lib.checkpoint.directory import locate
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the CPU merges shards; otherwise DeepSpeed warns of a missing GPU
-    source = checkpoint.locate(options.source)
+    source = locate(options.source)
     with reserve_stdout_for_json(options.json):
         target = checkpoint.export(source, options.target, options.max_shard_size)
     print(json.dumps({"checkpoint": str(source), "export": str(target)}) if options.json else f"{source} -> {target}")

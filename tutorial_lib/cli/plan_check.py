@@ -15,6 +15,7 @@ from typing import Any
 
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.records import RunDirectory
+from tutorial_lib.tables import align
 from tutorial_lib.theory import memory
 from tutorial_lib.theory.cost import evaluate
 from tutorial_lib.theory.hardware import find_gpu, peak_flops
@@ -59,8 +60,9 @@ def report(run: str, *, gpu: str | None = None, as_json: bool = False) -> str:
     if as_json:
         return json.dumps([{**asdict(row), "error": row.error} for row in rows], indent=2)
     lines = [f"{run}: {config.engine.name}, dp={config.parallel.dp} tp={config.parallel.tp}, {config.model.name}"]
-    lines.append(f"{'':34}{'predicted':>16}{'measured':>16}{'error':>9}")
-    lines += [f"{row.quantity:34}{row.predicted:>16,.4g}{row.measured:>16,.4g}{row.error:>+9.1%}" for row in rows]
+    header = ("", "predicted", "measured", "error")
+    cells = [(row.quantity, f"{row.predicted:,.4g}", f"{row.measured:,.4g}", f"{row.error:+.1%}") for row in rows]
+    lines += align([header, *cells], (False, True, True, True), least=(32, 14, 14, 7))
     if config.data.batching == "longest":
         lines.append(f"Rows are padded to the longest in a batch: {config.data.seq_length} tokens are an upper bound.")
     return "\n".join(lines)

@@ -6,6 +6,7 @@ import textwrap
 from dataclasses import dataclass, field
 
 from tutorial_lib.cli import plan_commands
+from tutorial_lib.tables import align
 from tutorial_lib.theory.cost import Candidate, backward_all_reduces, short_gb
 from tutorial_lib.theory.layouts import Cluster, Workload, missing_for
 from tutorial_lib.theory.reasons import OFFLOAD_WARNING
@@ -20,7 +21,12 @@ LEFT_OUT = (
     "docs/planner-errors.md. Measure the layout you choose."
 )
 
-_HEADER = " dp tp  sharding         b rec off state activ bufs  peak    dp    tp  tok/s why not"
+_COLUMNS = (
+    "dp", "tp ", "sharding", "", "b", "rec", "off", "state", "activ", "bufs", "peak", "dp", "tp", "tok/s", "why not"
+)  # fmt: skip
+_WIDTHS = (3, 3, 14, 1, 2, 3, 3, 5, 5, 5, 5, 5, 5, 6, 0)
+_NUMERIC = (True, True, False, False, True, False, False, *[True] * 7, False)
+_GAPS = (" ", " ", "", "", *[" "] * 10)
 
 _SHORT = {
     "does not fit by": "too large by", "host too small by": "host lacks", "global batch": "batch", " traffic": "",
@@ -66,7 +72,7 @@ class Answer:
 def write(answer: Answer, *, rows: int = ROWS) -> str:
     """Return the complete text; no line of the table is longer than 100 columns."""
     best = answer.candidates[0]
-    lines = [*_assumptions(answer), "", f"{'GB per GPU':>44}{'GB sent/step':>18}{'per GPU':>10}", _HEADER]
+    lines = [*_assumptions(answer), "", f"{'GB per GPU':>44}{'GB sent/step':>18}{'per GPU':>10}"]
     lines += [*_table(answer, rows), ""]
     lines += _best(answer) if best.fits else _nothing_fits(answer)
     return "\n".join([*lines, "", *textwrap.wrap(LEFT_OUT, 100)])
@@ -146,16 +152,16 @@ def _table(answer: Answer, rows: int) -> list[str]:
     shown, best = fitting[:rows], answer.candidates[0]
     if answer.here and answer.here not in shown:
         shown = [*shown[: rows - 1], answer.here]
-    lines = [_row(candidate, best) for candidate in shown]
-    lines += [_row(candidate, best) for candidate in others[: max(1, rows // 2)]]
-    hidden = len(answer.candidates) - len(lines)
+    listed = [*shown, *others[: max(1, rows // 2)]]
+    lines = align([_COLUMNS, *(_row(candidate, best) for candidate in listed)], _NUMERIC, least=_WIDTHS, gaps=_GAPS)
+    hidden = len(answer.candidates) - len(listed)
     lines.append(" peak may be below state + activ + bufs: state counts gradients that do not exist at the peak")
     if any(candidate.missing for candidate in answer.candidates):
         lines.append(" * not in this course's engines (--only-here leaves such layouts out)")
     return lines + ([f" ... {hidden} more: --rows {len(answer.candidates)}, or --json"] if hidden > 0 else [])
 
 
-def _row(candidate: Candidate, best: Candidate) -> str:
+def _row(candidate: Candidate, best: Candidate) -> tuple[str, ...]:
     layout = candidate.layout
     off = {"none": "-", "optimizer": "opt", "all": "all"}[layout.offload]
     recompute = {"none": "-", "selective": "sel", "full": "all"}[layout.checkpointing]
@@ -164,17 +170,14 @@ def _row(candidate: Candidate, best: Candidate) -> str:
         for size in (candidate.states, candidate.activations, candidate.buffers, candidate.memory,
                      candidate.dp_traffic + candidate.cp_traffic, candidate.tp_traffic)
     ]  # fmt: skip
-    columns = " ".join(f"{text:>{width}}" for text, width in zip(gigabytes, (5, 5, 4, 5, 5, 5), strict=True))
     why = candidate.problem or candidate.slower or ("the best" if candidate is best else "this course's best")
     for long, short in _SHORT.items():
         why = why.replace(long, short)
-    star = "*" if candidate.missing else " "
-    tp = f"{layout.tp:>2}{'s' if layout.sequence_parallel else ' '}"
-    name = layout.name.replace("shard_grad_op ", "grad_op ")
     return (
-        f"{layout.dp:>3} {tp} {name:15}{star}{layout.micro_batch:>2} {recompute:3} {off:3} {columns} "
-        f"{candidate.tokens_per_gpu_second:>6,.0f} {why}"
-    )
+        str(layout.dp), f"{layout.tp}{'s' if layout.sequence_parallel else ' '}",
+        layout.name.replace("shard_grad_op ", "grad_op "), "*" if candidate.missing else "", str(layout.micro_batch),
+        recompute, off, *gigabytes, f"{candidate.tokens_per_gpu_second:,.0f}", why,
+    )  # fmt: skip
 
 
 def _best(answer: Answer) -> list[str]:

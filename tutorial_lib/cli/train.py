@@ -19,6 +19,7 @@ from tutorial_lib.cli.options import (
     shape_in_words,
 )
 from tutorial_lib.config import PROFILES, Config, settings
+from tutorial_lib.tables import align
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +88,8 @@ def summary(run: Any) -> str:
         "peak memory": ", ".join(f"{rank['peak_memory_bytes'] / 2**20:.0f} MiB" for rank in result["ranks"]),
         "checkpoint": result["checkpoint"],
     }
-    return "\n".join(f"{name:18} {value}" for name, value in rows.items())
+    pairs = [(name, str(value)) for name, value in rows.items()]
+    return "\n".join(align(pairs, (False, False), least=(18, 0), gaps=(" ",)))
 
 
 def _what_follows(config: Config) -> str:

@@ -36,8 +36,8 @@ from tutorial_lib.config.profiles import PROFILE_VALUES
 __all__ = [
     "ENGINES",
     "FREE_ON_RESUME",
-    "OF_ONE_START",
     "PROFILES",
+    "START_ONLY",
     "Config",
     "ConfigError",
     "DataConfig",
@@ -190,5 +190,5 @@ def _mark_given(config: Config, flat: dict[str, Any]) -> Config:
 FREE_ON_RESUME = frozenset(name for name, setting in settings().items() if setting.resume != "fixed")
 """Flat names of settings that a resumed run may change."""
 
-OF_ONE_START = frozenset(name for name, setting in settings().items() if setting.resume == "one start")
+START_ONLY = frozenset(name for name, setting in settings().items() if setting.resume == "one start")
 """Flat names of settings that describe a single start of a run. A reshape, which trains no steps, sets them itself."""

@@ -77,11 +77,6 @@ def validate(config: Config, settings: Mapping[str, Setting]) -> None:
             "(version 2) or DistributedType.Multi{Device} or DistributedType.DEEPSPEED, but got "
             "DistributedType.MULTI_CPU.' Write tp=1, or engine='deepspeed' or 'fsdp'."
         )
-    if engine.loss_chunks > 1 and parallel.tp > 1:
-        raise ConfigError(
-            f"loss_chunks={engine.loss_chunks} computes the loss inside the output layer, which tp={parallel.tp} "
-            "splits, so that each rank would see only part of the vocabulary. Leave loss_chunks out, or write tp=1."
-        )
     _check_fsdp(engine, parallel)
     _check_shard_at_load(config)
     _check_batch_sizes(config)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tutorial_lib.dataloader.packing import Document
+from tutorial_lib.dataloader.packing import DocumentTokens
 
 Batch = dict[str, Tensor]
 
@@ -53,13 +53,13 @@ class Collate:
     micro_batch: int
     pad_token_id: int
 
-    def __call__(self, examples: list[list[Document]]) -> list[Batch]:
+    def __call__(self, examples: list[list[DocumentTokens]]) -> list[Batch]:
         return [
             self._micro_batch(examples[start : start + self.micro_batch])
             for start in range(0, len(examples), self.micro_batch)
         ]
 
-    def _micro_batch(self, examples: list[list[Document]]) -> Batch:
+    def _micro_batch(self, examples: list[list[DocumentTokens]]) -> Batch:
         shape = (len(examples), self._width(examples))
         ids, labels = np.full(shape, self.pad_token_id), np.full(shape, _IGNORED)
         document, positions = np.full(shape, -1), np.zeros(shape, dtype=np.int64)
@@ -80,7 +80,7 @@ class Collate:
         same_BSS = document_BS[:, :, None] == document_BS[:, None, :]
         return {**batch, "attention_mask": same_BSS.tril()[:, None], "position_ids": torch.from_numpy(positions)}
 
-    def _width(self, examples: list[list[Document]]) -> int:
+    def _width(self, examples: list[list[DocumentTokens]]) -> int:
         if self.batching != "longest":
             return self.seq_length
         longest = max(len(tokens) for members in examples for tokens, _ in members)

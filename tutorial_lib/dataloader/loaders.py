@@ -246,9 +246,9 @@ def check_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def data_identity(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Return digests of the tokens that a run trains and evaluates on: ``{"train": sha256, "eval": sha256}``.
+    """Return the SHA-256 of the tokens that a run trains and evaluates on: ``{"train": sha256, "eval": sha256}``.
 
-    A split that is already tokenised is not read again: its digest is saved next to it.
+    A split that is already tokenised is not read again: its hash is saved next to it.
 
     Raises:
         ConfigError: the data cannot be read.

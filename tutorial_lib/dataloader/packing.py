@@ -17,11 +17,11 @@ from torch.utils.data import Dataset
 
 from tutorial_lib.dataloader.tokens import summary_of
 
-Document = tuple[NDArray[np.int32], int]
+DocumentTokens = tuple[NDArray[np.int32], int]
 """Token ids, and the number of leading ones that are not targets."""
 
 
-class Examples(Dataset[list[Document]]):
+class Examples(Dataset[list[DocumentTokens]]):
     """Memory-mapped documents, one per example or packed.
 
     Args:
@@ -42,7 +42,7 @@ class Examples(Dataset[list[Document]]):
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, index: int) -> list[Document]:
+    def __getitem__(self, index: int) -> list[DocumentTokens]:
         ids, uncounted = (self._documents.data.column(name) for name in ("input_ids", "num_uncounted"))
         members = [index] if self._members is None else self._members[index]
         return [(ids[i].values.to_numpy(), uncounted[i].as_py()) for i in members]

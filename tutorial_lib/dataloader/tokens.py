@@ -70,7 +70,7 @@ class TokenSummary:
     """Summary of tokenising a split, saved next to its documents.
 
     Attributes:
-        sha256: digest of all documents in order: their tokens, their boundaries, and which tokens are not targets.
+        sha256: SHA-256 of all documents in order: their tokens, their boundaries, and which tokens are not targets.
         num_rows: rows that were read.
         num_left_out: rows that yielded no document.
         num_cut: documents that lost tokens because they were longer than ``seq_length``.
@@ -88,7 +88,7 @@ def tokenize_rows(
     """Tokenise rows into documents: columns ``input_ids`` (2 to ``seq_length`` ids) and ``num_uncounted``.
 
     The first process on a node that asks for them tokenises, while others wait for its lock; after that, all just map
-    the Arrow file. Its name is a digest of everything that the documents depend on. Rows with nothing to learn are
+    the Arrow file. Its name is a hash of everything that the documents depend on. Rows with nothing to learn are
     left out: blank texts, questions without an answer, questions that fill ``seq_length`` together with their answer.
 
     Raises:
@@ -97,7 +97,7 @@ def tokenize_rows(
     """
     to_documents = document_maker(rows, tokenizer, seq_length, name)
     directory = cache_directory() / "tokens"
-    path = directory / f"{_digest(rows, tokenizer, seq_length)}.arrow"
+    path = directory / f"{_cache_key(rows, tokenizer, seq_length)}.arrow"
     try:
         if not _is_written(path):
             directory.mkdir(parents=True, exist_ok=True)
@@ -162,7 +162,7 @@ def _write(
     os.replace(unfinished, path)
 
 
-def _digest(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, seq_length: int) -> str:
+def _cache_key(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, seq_length: int) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         state: Any = datasets.fingerprint.Hasher.hash(tokenizer)

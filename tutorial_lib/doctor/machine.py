@@ -202,7 +202,7 @@ def rendezvous_problem(endpoint: str) -> str | None:
         found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
     except OSError as error:
         return (
-            f"{here} does not know the name {host!r} ({error.strerror}), so its processes cannot meet the others at "
+            f"{here} cannot resolve the name {host!r} ({error.strerror}), so its processes cannot meet the others at "
             f"{endpoint}. Every node must resolve it: `getent hosts {host}` has to print an address. Repair DNS or "
             "/etc/hosts there, or name the first node by its address."
         )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from tutorial_lib.config import Config, ParallelConfig
 from tutorial_lib.doctor.machine import Gpu, Package
+from tutorial_lib.tables import align
 
 MEMORY_PER_WORKER_GB = 1.0
 """Memory per worker. With torch, DeepSpeed, Ray and a tiny model it needs about 0.7 GB; the rest is headroom."""
@@ -144,7 +145,7 @@ def _operator_notes(machine: Report) -> Iterator[str]:
 
 
 def _table(report: Report) -> Iterator[str]:
-    yield from _aligned(
+    yield from _pairs(
         {
             "system": f"{report.system}, Python {report.python}",
             "cores": str(report.cores),
@@ -160,16 +161,15 @@ def _table(report: Report) -> Iterator[str]:
         }
     )
     yield ""
-    yield from _aligned({name: _package_text(package) for name, package in report.packages.items()})
+    yield from _pairs({name: _package_text(package) for name, package in report.packages.items()})
     for name, verdict in report.profiles.items():
         yield ""
         yield f"profile {name}: {'will work' if verdict.works else 'will not work'}"
         yield from (f"  - {line}." for line in verdict.problems or verdict.notes)
 
 
-def _aligned(rows: dict[str, str]) -> Iterator[str]:
-    width = max(map(len, rows)) + 2
-    yield from (f"{label:<{width}}{value}" for label, value in rows.items())
+def _pairs(rows: dict[str, str]) -> list[str]:
+    return align(rows.items(), (False, False))
 
 
 def _gpu_text(gpu: Gpu) -> str:

@@ -61,9 +61,9 @@ def dataset_directory(name: str) -> Path:
     """
     if name not in DATASET_NAMES:
         raise ConfigError(f"There is no embedded data set {name!r}. Write one of: {', '.join(DATASET_NAMES)}.")
-    from tutorial_lib.embedded.corpora import fingerprint
+    from tutorial_lib.embedded.corpora import content_hash
 
-    root = cache_directory() / f"corpora-{fingerprint()}"
+    root = cache_directory() / f"corpora-{content_hash()}"
     target = root / name.removeprefix("embedded/")
     if not target.is_dir():
         _build(name, target)

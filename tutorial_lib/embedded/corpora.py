@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tutorial_lib.embedded.documents import SPLITS, TEXT, Document, Entry, digest, documents
+from tutorial_lib.embedded.documents import SPLITS, TEXT, Document, Entry, documents, text_hash
 
 Row = dict[str, Any]
 
@@ -50,7 +50,7 @@ _CONTEXT_CHARACTERS = 500
 _SHORTEST_CONTEXT = 150
 
 
-def fingerprint() -> str:
+def content_hash() -> str:
     """Return a hash of everything that built files depend on: the text, the code, and what writes parquet."""
     files = (TEXT, TEXT.with_name("documents.py"), TEXT.with_name("corpora.py"))
     content = hashlib.sha256(b"".join(file.read_bytes() for file in files))
@@ -90,11 +90,11 @@ def rows(name: str, split: str) -> list[Row]:
     chosen = [document for document in documents() if document.split == split]
     if name == "embedded/articles":
         # Documents are mixed, but an article keeps its paragraphs in order.
-        chosen.sort(key=lambda document: digest(document.name))
+        chosen.sort(key=lambda document: text_hash(document.name))
         return [row for document in chosen for row in builder(document)]
     found = [row for document in chosen for row in builder(document)]
     # A short run only uses the first rows of a split, so these must not all come from the same module.
-    return sorted(found, key=lambda row: digest("".join(str(value) for value in row.values())))
+    return sorted(found, key=lambda row: text_hash("".join(str(value) for value in row.values())))
 
 
 def _articles(document: Document) -> Iterator[Row]:
@@ -152,7 +152,7 @@ def _questions(document: Document) -> Iterator[Row]:
             if len(context) < _SHORTEST_CONTEXT:
                 continue
             yield {
-                "id": digest(f"{question}\n{context}"),
+                "id": text_hash(f"{question}\n{context}"),
                 "title": document.name,
                 "context": context,
                 "question": question,
@@ -201,7 +201,7 @@ def _context(usable: list[Entry], number: int, paragraph: int, answer: str, salt
         start = own.index(answer, len(lead))
     own = _shortened(own, max(2 * _CONTEXT_CHARACTERS, start + len(answer) + 2))
     before, after = number - 1, number + 1
-    in_front = int(digest(salt), 16) % 2 == 0
+    in_front = int(text_hash(salt), 16) % 2 == 0
     context = own
     while len(context) < _CONTEXT_CHARACTERS and (before >= 0 or after < len(usable)):
         if (in_front and before >= 0) or after >= len(usable):

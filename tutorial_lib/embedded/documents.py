@@ -53,11 +53,11 @@ class Document:
     @property
     def split(self) -> str:
         """The split of this document in every corpus: about 10 % validation, 10 % test."""
-        bucket = int(digest(f"{_SPLIT_SALT}:{self.name}"), 16) % 10
+        bucket = int(text_hash(f"{_SPLIT_SALT}:{self.name}"), 16) % 10
         return {0: "test", 1: "validation"}.get(bucket, "train")
 
 
-def digest(text: str) -> str:
+def text_hash(text: str) -> str:
     """Return a stable hexadecimal hash of some text: 24 digits, the length of SQuAD's ids."""
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 

@@ -29,7 +29,7 @@ def build_engine(config: Config, topology: Topology, num_steps: int) -> Engine:
             GPU.
     """
     seed_everything(config.run.seed)  # every rank draws the same weights
-    engine = _build(config, topology, local_device(config))
+    engine = _build(config, topology, local_device(config.run))
     engine.schedule = Schedule(config.optimizer, engine.optimizer, num_steps)
     engine.train(True)
     # Ranks that read different data draw different dropout masks; ranks of a tensor-parallel group draw the same.

@@ -10,7 +10,7 @@ from tutorial_lib.models.dimensions import read_config
 from tutorial_lib.theory import peak_memory
 from tutorial_lib.theory.dimensions import Dimensions
 from tutorial_lib.theory.layouts import Layout, Workload
-from tutorial_lib.theory.state_bytes import States, model_states
+from tutorial_lib.theory.state_bytes import States, layout_states
 
 DEFAULT_BUCKET = 500_000_000
 """DeepSpeed's ``reduce_bucket_size``, in elements, where neither the file nor the run states one."""
@@ -41,7 +41,7 @@ def states_and_peak(config: Config, workload: Workload, layout: Layout) -> tuple
     Weights, moments and the bucket of DeepSpeed's stage 3 exist before the step, so its peak does not include them.
     """
     part = peak_memory.part_of_model(workload.dimensions, workload.num_params, layout.tp)
-    states = model_states(workload, layout, part.params, config.accumulation, layout.shard_size or layout.dp)
+    states = layout_states(workload, layout, part.params, config.accumulation, layout.shard_size or layout.dp)
     existing = states.device - states.gradients + peak_memory.standing_bucket(workload, layout)
     return states, peak_memory.peak_memory(workload, layout, part, states, config.accumulation).total - existing
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tutorial_lib.checkpoint import MOMENTS, FullTensors, Writer
+from tutorial_lib.checkpoint import MOMENTS, FullTensors
+from tutorial_lib.checkpoint.writer import Writer
 from tutorial_lib.config import Config
 from tutorial_lib.engine.chunked_loss import output_loss
 from tutorial_lib.engine.inputs import model_inputs
@@ -83,7 +84,7 @@ class TorchEngine:
         self.schedule.step()
         return norm
 
-    def model_states(self) -> dict[str, list[Tensor]]:
+    def state_tensors(self) -> dict[str, list[Tensor]]:
         parameters = list(self.module.parameters())
         states = [t for state in self.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
         return {

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tutorial_lib.lab import display
+from tutorial_lib.tables import Table, format_value, table
 
 MIME_TYPE = "application/vnd.tutorial-lib.claims+json"
 """MIME type of the claims in an executed notebook: a list of ``{claim, relation, expected, measured, ...}``."""
@@ -152,8 +153,8 @@ class Claims:
                 return
         self._claims.append(claim)
 
-    def _table(self) -> display.Table:
-        return display.table(
+    def _table(self) -> Table:
+        return table(
             [
                 {
                     "claim": c.claim,
@@ -166,7 +167,7 @@ class Claims:
             ]
         )
 
-    def _html(self, shown: display.Table) -> str:
+    def _html(self, shown: Table) -> str:
         held = sum(claim.holds for claim in self._claims)
         summary = f"{held} of {len(self._claims)} claims hold"
         return f"<p><strong>{html.escape(summary)}</strong></p>{shown.html()}"
@@ -230,7 +231,7 @@ def _short(value: Any) -> str:
         return ", ".join(shown if len(shown) <= 4 else [*shown[:2], "…", shown[-1]])
     if _is_number(value) and math.isfinite(value) and value != int(value):
         return f"{value:.7g}" if abs(value) >= 1e-4 else f"{value:.3g}"
-    return display.format_value(value)
+    return format_value(value)
 
 
 def _plain(value: Any) -> Any:

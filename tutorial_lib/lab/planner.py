@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from tutorial_lib.lab.display import Table, table
 from tutorial_lib.lab.figures import BLUE, GREEN, INK, ORANGE, RED
+from tutorial_lib.tables import Table, table
 from tutorial_lib.theory.cost import Candidate
 from tutorial_lib.theory.hardware import GPUS, find_gpu, peak_flops
 from tutorial_lib.theory.known_models import MODELS

@@ -73,8 +73,8 @@ def _check_interfaces() -> None:
         if os.environ.get(name) == "lo":
             others = [f"{interface} ({address})" for interface, address in addresses() if interface != "lo"]
             raise ConfigError(
-                f"{name} is 'lo', the loopback, which the ranks of other nodes cannot reach, and {here} of "
-                f"{everywhere} ranks are here. Unset it, or write the interface of the network between the nodes: "
+                f"{name} is 'lo', the loopback interface. Other nodes cannot reach it, and only {here} of {everywhere} "
+                "ranks run on this one. Unset it, or write the interface of the network between the nodes: "
                 f"{', '.join(others)}."
             )
 

@@ -86,7 +86,7 @@ def reshape(source: Path, **flat: Any) -> Run:
     Args:
         source: a run's directory (its newest checkpoint), or one checkpoint.
         flat: ``name`` of the new run, and settings that differ, as in
-            :func:`tutorial_lib.checkpoint.reshape.reshaped_config`.
+            :func:`tutorial_lib.checkpoint.reshape`.
 
     Raises:
         CheckpointError: the checkpoint is damaged.
@@ -94,13 +94,9 @@ def reshape(source: Path, **flat: Any) -> Run:
         WorkerError: a worker failed; there is no new run.
     """
     from tutorial_lib import checkpoint
-    from tutorial_lib.checkpoint.reshape import reshaped_config, staged
 
-    source = checkpoint.locate(source)
-    config = reshaped_config(source, flat)
     try:
-        with staged(source, config) as start:
-            run(start)
+        config = checkpoint.reshape(source, flat, run)
     except WorkerError as error:
         # The logs are gone together with the temporary directory of the attempt.
         raise WorkerError(str(error).partition(OUTPUT_OF_A_RANK)[0]) from error

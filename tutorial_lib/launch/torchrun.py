@@ -24,6 +24,7 @@ from tutorial_lib.launch.environment import addresses
 from tutorial_lib.launch.errors import error_of_joined_rank
 from tutorial_lib.launch.reach import unreachable_rank
 from tutorial_lib.records import RunDirectory
+from tutorial_lib.tables import align
 
 TIMEOUT = timedelta(minutes=10)
 """Time without an answer from a peer after which a collective fails instead of hanging."""
@@ -122,7 +123,7 @@ def process_group(config: Config, init_method: str) -> Iterator[None]:
     """
     from tutorial_lib.mpu.device import local_device
 
-    device = local_device(config)
+    device = local_device(config.run)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         store, _, _ = next(rendezvous(init_method, rank, world_size, timeout=JOIN_TIMEOUT))
@@ -172,7 +173,7 @@ def _explain_rendezvous(error: RuntimeError) -> str:
         )
     elif not _resolves(host):
         why = (
-            f"{who} does not know the name {host!r} of the node where all ranks meet. Every node must resolve it: "
+            f"{who} cannot resolve the name {host!r} of the node where all ranks meet. Every node must resolve it: "
             f"`getent hosts {host}` has to print an address."
         )
     else:
@@ -198,23 +199,22 @@ def log_ranks(config: Config) -> None:
     from tutorial_lib.mpu.collectives import all_gather_objects
     from tutorial_lib.mpu.device import local_device
 
-    own = (socket.gethostname(), os.environ["LOCAL_RANK"], str(local_device(config)))
+    own = (socket.gethostname(), os.environ["LOCAL_RANK"], str(local_device(config.run)))
     places = all_gather_objects(own)
     if dist.get_rank() != 0:
         return
+    rows = [("rank", "dp", "tp", "node", "local rank", "device")]
+    for rank, (host, local_rank, device) in enumerate(places):
+        place = Topology(config.parallel.dp, config.parallel.tp, rank)
+        rows.append((str(rank), str(place.dp_rank), str(place.tp_rank), host, local_rank, device))
     hosts = len({host for host, _, _ in places})
     identity = os.environ.get("TORCHELASTIC_RUN_ID")
     print(
         f"{len(places)} rank{'s' * (len(places) > 1)} on {hosts} node{'s' * (hosts > 1)} met at "
         f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         + (f", rendezvous id {identity}" if identity else "")
-        + f"; {dist.get_backend()} over {os.environ.get('GLOO_SOCKET_IFNAME', 'the addresses of the host names')}\n"
-        f"{'rank':>6} {'dp':>4} {'tp':>4} {'node':20} {'local rank':>10} device",
-        *(
-            f"{rank:>6} {place.dp_rank:>4} {place.tp_rank:>4} {host:20} {local_rank:>10} {device}"
-            for rank, (host, local_rank, device) in enumerate(places)
-            for place in [Topology(config.parallel.dp, config.parallel.tp, rank)]
-        ),
+        + f"; {dist.get_backend()} over {os.environ.get('GLOO_SOCKET_IFNAME', 'the addresses of the host names')}",
+        *align(rows, (True, True, True, False, True, False), least=(6, 4, 4, 20, 10, 0), gaps=[" "] * 5),
         sep="\n",
         file=sys.stderr,
         flush=True,

@@ -6,16 +6,16 @@ import os
 
 import torch
 
-from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.config import ConfigError, RunConfig
 
 
-def local_device(config: Config) -> torch.device:
+def local_device(run: RunConfig) -> torch.device:
     """Return the device of this rank, and make it the current GPU. A rank that sees a single GPU uses that one.
 
     Raises:
         ConfigError: the node has fewer GPUs than ranks.
     """
-    if config.run.device == "cpu":
+    if run.device == "cpu":
         return torch.device("cpu")
     local_rank, visible = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if not visible or local_rank >= visible > 1:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tutorial_lib.config import ConfigError, ParallelConfig
+from tutorial_lib.tables import align
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -110,13 +111,10 @@ class Topology:
 
     def drawing(self) -> str:
         """Draw the grid as text: a row per tensor-parallel group, a column per data-parallel group."""
-        width = max(len(str(self.world_size - 1)), len(f"tp {self.tp - 1}")) + 2
-        header = " " * 8 + "".join(f"tp {tp_rank}".rjust(width) for tp_rank in range(self.tp))
-        rows = [
-            f"dp {dp_rank}".ljust(8) + "".join(str(rank).rjust(width) for rank in ranks)
-            for dp_rank, ranks in enumerate(self.grid())
-        ]
-        return "\n".join([header, *rows])
+        header = ["", *(f"tp {tp_rank}" for tp_rank in range(self.tp))]
+        rows = [[f"dp {dp_rank}", *map(str, ranks)] for dp_rank, ranks in enumerate(self.grid())]
+        least = max(len(cell) for row in (header, *rows) for cell in row[1:])
+        return "\n".join(align([header, *rows], [False] + [True] * self.tp, least=[6] + [least] * self.tp))
 
 
 class ModelParallelUnit:

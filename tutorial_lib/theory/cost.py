@@ -27,7 +27,7 @@ from tutorial_lib.theory.dimensions import Dimensions
 from tutorial_lib.theory.layouts import Cluster, Layout, Workload, missing_here
 from tutorial_lib.theory.peak_memory import Part, part_of_model, peak_memory
 from tutorial_lib.theory.search import step_batch
-from tutorial_lib.theory.state_bytes import lora_params, model_states
+from tutorial_lib.theory.state_bytes import layout_states, lora_params
 
 UPDATE_BYTES = 28
 OFFLOADED_RUN = 2.7
@@ -97,7 +97,7 @@ def evaluate(workload: Workload, cluster: Cluster, layout: Layout) -> Candidate:
     batch = step_batch(workload, cluster, layout)
     share = layout.micro_batch * layout.dp
     accumulation = max(1, batch // share)
-    states = model_states(workload, layout, part.params, accumulation, _ranks_per_copy(layout))
+    states = layout_states(workload, layout, part.params, accumulation, _ranks_per_copy(layout))
     peak = peak_memory(workload, layout, part, states, accumulation)
     host = states.host * cluster.per_node
 

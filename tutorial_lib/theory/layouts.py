@@ -184,7 +184,6 @@ def missing_here(layout: Layout, workload: Workload, accumulation: int) -> list[
         "a pipeline": layout.pp > 1,
         "reducing gradients with every micro-batch under FSDP2": layout.strategy not in (None, "no_shard")
         and layout.reduction == "each" and accumulation > 1,
-        "a loss in chunks of a split output layer": workload.loss_chunks > 1 and layout.tp > 1,
         "stage 0 with tp in 16 bits": layout.strategy is None and layout.zero_stage == 0 and layout.tp > 1
         and workload.precision != "fp32",
     }  # fmt: skip

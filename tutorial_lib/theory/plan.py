@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 from tutorial_lib.theory.cost import Candidate, evaluate
 from tutorial_lib.theory.layouts import Cluster, Layout, Workload, check
-from tutorial_lib.theory.search import layouts, smallest_variants, variants
+from tutorial_lib.theory.search import candidate_layouts, smallest_variants, variants
 
 TIE = 0.05
 """Layouts whose speeds differ by less than this share count as equally fast."""
@@ -33,7 +33,7 @@ def plan(workload: Workload, cluster: Cluster, engine: str = "deepspeed") -> lis
         ValueError: an unknown engine or precision, a number below its smallest value, or partly used nodes.
     """
     check(workload, cluster, engine)
-    shapes = [list(_costs(shape, workload, cluster)) for shape in layouts(workload, cluster, engine)]
+    shapes = [list(_costs(shape, workload, cluster)) for shape in candidate_layouts(workload, cluster, engine)]
     by_shape = [found for found in shapes if found]
     fastest = max((c.tokens_per_gpu_second for found in by_shape for c in found if c.fits), default=0.0)
     chosen = [_best_of_shape(found, cluster, fastest) for found in by_shape]
@@ -47,7 +47,7 @@ def something_fits(workload: Workload, cluster: Cluster, engine: str = "deepspee
     check(workload, cluster, engine)
     smallest = (
         evaluate(workload, cluster, layout)
-        for shape in layouts(workload, cluster, engine)
+        for shape in candidate_layouts(workload, cluster, engine)
         for layout in smallest_variants(shape, workload, cluster)
     )
     return any(candidate.fits and (workload.beyond or not candidate.missing) for candidate in smallest)

@@ -31,7 +31,7 @@ MICRO_BATCHES_PER_STAGE = 4
 """Micro-batches per stage and step, with a pipeline and no given global batch."""
 
 
-def layouts(workload: Workload, cluster: Cluster, engine: str = "deepspeed") -> list[Layout]:
+def candidate_layouts(workload: Workload, cluster: Cluster, engine: str = "deepspeed") -> list[Layout]:
     """Return the shapes to consider, each with its first micro-batch."""
     found = []
     for tp, sequence_parallel in _tensor_parallel(workload, cluster, engine):

@@ -72,7 +72,7 @@ def precision_of(workload: Workload, layout: Layout) -> memory.Precision:
     return memory.Precision(found.parameters, found.gradients, found.optimizer - saved)
 
 
-def model_states(workload: Workload, layout: Layout, params: int, accumulation: int, ranks: int) -> States:
+def layout_states(workload: Workload, layout: Layout, params: int, accumulation: int, ranks: int) -> States:
     """Return the bytes of model states of one rank.
 
     Args:

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class Trainer:
         stop_signalled: Callable[[], int] = lambda: 0,
     ) -> None:
         self.config, self.topology, self.run = config, topology, RunDirectory(config.directory)
-        reset_peak_memory(local_device(config))
+        reset_peak_memory(local_device(config.run))
         self.stops = StopRequests(self.run, topology, config.run.stop_after, stop_signalled)
         self.records = Records(config, topology)
         self.measured: dict[str, Any] | None = None
@@ -67,7 +68,7 @@ class Trainer:
         """Build data, model, optimizer and checkpoints. Collective."""
         config, topology = self.config, self.topology
         self.tokenizer = load_tokenizer(config.model.name, trust_remote_code=config.model.trust_remote_code)
-        start = find_start(config, topology, lambda: data_identity(config, self.tokenizer))
+        start = find_start(config, topology, partial(data_identity, config, self.tokenizer))
         loader: Any = self.build_loader() if start.reads_data else _NoData(config, start)
         self.loader = loader
         self.num_steps: int = self.loader.num_steps

@@ -41,7 +41,7 @@ class StepProbe:
 
     def note_states(self, engine: Engine) -> None:
         """Note the bytes of parameters, gradients and optimizer states, if they are more than before."""
-        now = StateBytes.of(engine.model_states())
+        now = StateBytes.of(engine.state_tensors())
         if self._states is None or now.total > self._states.total:
             self._states = now
 

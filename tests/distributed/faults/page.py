@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.distributed.faults import outcomes
+from tutorial_lib.tables import Table
 
 TESTS = Path(__file__).resolve().parents[2]
 PAGE = TESTS.parent / "docs" / "faults.md"
@@ -75,8 +76,8 @@ def _value_of(argument: ast.expr) -> str:
 
 
 def _table(faults: Iterable[Fault]) -> str:
-    rows = "\n".join(f"| {fault.happens} | {fault.outcome} |" for fault in faults)
-    return f"| what happens | what the run does |\n| --- | --- |\n{rows}"
+    rows = tuple((fault.happens, fault.outcome) for fault in faults)
+    return Table(("what happens", "what the run does"), rows, (False, False)).markdown()
 
 
 def text() -> str:

@@ -17,6 +17,7 @@ from typing import Any
 from tests.distributed.cases import crashing
 from tests.distributed.observing.probe import OBSERVATION, Probe, ProbedRun, observe
 from tutorial_lib import checkpoint, launch
+from tutorial_lib.checkpoint.directory import newest_intact
 from tutorial_lib.records import RunDirectory
 
 NAMESPACE = ["unshare", "--mount", "--map-root-user"]
@@ -60,7 +61,7 @@ def failure_of(run: ProbedRun) -> dict[str, Any]:
     try:
         observe([run])
     except launch.WorkerError as error:
-        found, left_out = checkpoint.newest_intact(RunDirectory(run.config.directory))
+        found, left_out = newest_intact(RunDirectory(run.config.directory))
         return {"error": str(error), "newest": found and found.name, "left_out": len(left_out)}
     raise AssertionError(f"{run.config.run.name} ended without an error")
 

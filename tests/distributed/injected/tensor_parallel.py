@@ -77,7 +77,7 @@ def replicated_gradients_counted_twice() -> Iterator[None]:
     """Count replicated gradients in the norm once per tensor-parallel rank."""
     from tutorial_lib.engine.fsdp import sharding
 
-    with mock.patch.object(sharding, "copies", lambda gradient, world_size: 1):
+    with mock.patch.object(sharding, "num_copies", lambda gradient, world_size: 1):
         yield
 
 

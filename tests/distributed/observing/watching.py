@@ -95,7 +95,7 @@ class Watch:
             "logits": logits.clone(),
             "evaluation": {
                 "peak": allocations.peak["cpu"],
-                "parameters_after": StateBytes.of(self.engine.model_states()).parameters,
+                "parameters_after": StateBytes.of(self.engine.state_tensors()).parameters,
             }
             if measuring
             else None,

@@ -52,7 +52,7 @@ def build_and_measure(config: Config) -> None:
     with (
         _peaks("initializing", seen),
         mock.patch.object(engine, "build_model", watched(engine.build_model)),
-        mock.patch.object(weights, "fill", watched(weights.fill)),
+        mock.patch.object(weights, "fill_model", watched(weights.fill_model)),
     ):
         built = build_engine(config, topology, num_steps=1)
     seen["num_parameters"] = built.num_parameters

@@ -76,6 +76,6 @@ def test_two_matrices_are_compared_row_by_row(storage):
         ("one/stage-2", "two", "one is a row, the other a matrix"),
     ],
 )
-def test_what_cannot_be_compared_is_named(storage, without, with_, message):
+def test_rows_that_cannot_be_compared_are_named(storage, without, with_, message):
     with pytest.raises(ConfigError, match=message):
         compare(without, with_, storage=storage)

@@ -57,7 +57,7 @@ def test_names_of_the_workshop_say_stage_offload_and_devices(name, meaning):
 
 
 @pytest.mark.parametrize("name", ["4Z-1G1N", "2ZP-1G1N", "2Z-0G1N", "2Z-1G", "stage-2"])
-def test_other_names_are_none_of_the_workshop(name):
+def test_row_names_outside_the_workshop_have_no_workshop_name(name):
     assert workshop_name(name) is None
 
 
@@ -75,7 +75,7 @@ def test_other_names_are_none_of_the_workshop(name):
         ("offload", {"steps": 4, "stop_after": 2}, (), "stop_after would leave every row unfinished"),
     ],
 )
-def test_what_cannot_be_a_matrix_is_refused(experiment, flat, rows, message):
+def test_settings_that_make_no_matrix_are_refused(experiment, flat, rows, message):
     with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
         rows_of(experiment, Config.create("cpu", **flat), rows)
 
@@ -85,12 +85,12 @@ def test_settings_may_be_stated_as_the_rows_have_them():
     assert list(rows_of("offload", config, ["2ZO-2G1N", "stage-2-offload"])) == ["2ZO-2G1N", "stage-2-offload"]
 
 
-def test_settings_that_only_some_rows_read_are_taken():
+def test_settings_that_only_some_rows_use_are_accepted():
     rows = rows_of("zero-stages", Config.create("cpu", bucket_size=1000, dp=2))
     assert rows["baseline"].engine.name == "torch" and rows["stage-3"].engine.bucket_size == 1000
 
 
-def test_every_file_that_stands_for_a_row_is_there(tmp_path):
+def test_shipped_files_have_the_stage_and_offload_of_their_rows(tmp_path):
     from tutorial_lib.engine.deepspeed.config import apply_file
 
     for (stage, offload, pinned), name in experiments.FILES.items():

@@ -27,10 +27,10 @@ HOST = (
         (ConfigError("This run needs 40.0 GB of memory"), 0, "refused"),
     ],
 )
-def test_failures_are_told_apart(error, oom_kills, status):
+def test_kinds_of_failures(error, oom_kills, status):
     found, cause = explain(error, oom_kills)
     assert found == status and "\n" not in cause and cause.startswith(str(error).splitlines()[0])
 
 
-def test_an_error_without_words_is_called_by_its_type():
+def test_an_error_without_a_message_shows_its_type():
     assert explain(AssertionError(), 0) == ("failed", "AssertionError")

@@ -10,6 +10,7 @@ import pytest
 
 from tests.unit.bench.records import leave_run
 from tutorial_lib.bench import Matrix, figures, run_matrix
+from tutorial_lib.bench.progress import SilentProgress
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.launch import Interrupted, WorkerError
 
@@ -63,20 +64,20 @@ def test_every_row_is_a_run_of_its_own_and_kept_at_once(config):
     assert {"matrix.json", "table.csv", "table.md"} <= {path.name for path in matrix.path.iterdir()}
 
 
-def test_speed_is_that_of_steps_like_all_others(config):
+def test_speed_leaves_out_unusual_steps(config):
     row = run(config, Runs()).rows[0]
     assert row.step_seconds == 0.4 and row.samples_per_second == pytest.approx(8 / 0.4)
     assert row.train_seconds == pytest.approx(3.0 + 0.8 + 3 * 0.4)
     assert row.process_tree.peak > 0 and row.gpu is None
 
 
-def test_checkpoints_go_unless_they_are_wanted(config):
+def test_checkpoints_of_finished_rows_are_deleted_unless_kept(config):
     for keep in (False, True):
         matrix = run(config.override(name=f"keep-{keep}"), Runs(), keep_checkpoints=keep)
         assert (matrix.path / "rows" / "stage-1" / "checkpoints").exists() is keep
 
 
-def test_a_row_that_fails_says_why_and_the_next_one_goes_on(config):
+def test_a_failed_row_has_its_reason_and_the_next_row_runs(config):
     killed = WorkerError(
         "Rank 0 ended with exit code -9 and left no traceback: it was killed, perhaps for lack of memory.\nx"
     )
@@ -87,7 +88,7 @@ def test_a_row_that_fails_says_why_and_the_next_one_goes_on(config):
     assert "killed, perhaps for lack of memory" in (matrix.path / "table.csv").read_text()
 
 
-def test_the_same_call_again_runs_what_is_left_and_retries_if_asked(config):
+def test_a_second_call_runs_missing_rows_and_retries_failed_ones_if_asked(config):
     run(config, Runs(stage_2=WorkerError("Rank 0 failed with ValueError: no")))
     again = Runs()
     assert statuses(run(config, again)) == ["done", "failed", "done"] and again.began == []
@@ -125,13 +126,8 @@ def test_a_run_that_stopped_on_a_signal_interrupts_the_matrix(config):
 
 
 def test_a_signal_between_two_rows_interrupts(config):
-    class Signalled:
+    class Signalled(SilentProgress):
         """Progress that a scheduler's signal interrupts."""
-
-        def plan(self, rows): ...
-        def begin(self, row, config): ...
-        def on_rows(self, rows): ...
-        def close(self): ...
 
         def end(self, record):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -169,14 +165,14 @@ def test_another_experiment_or_a_run_of_this_name_is_refused(config):
 @pytest.mark.parametrize(
     ("flat", "message"), [({"launcher": "none", "dp": 1}, "launcher='none'"), ({"steps": 1}, "steps=1 leaves nothing")]
 )
-def test_what_no_row_could_do_is_refused_at_once(config, flat, message):
+def test_settings_that_every_row_would_refuse_are_refused_before_any_row(config, flat, message):
     with pytest.raises(ConfigError, match=message):
         run(config.override(**flat), Runs())
     assert not config.directory.exists()
 
 
 @pytest.mark.parametrize(("experiment", "threads"), [("weak-scaling", "2"), ("zero-stages", None)])
-def test_where_ranks_are_counted_each_has_as_many_threads(config, monkeypatch, experiment, threads):
+def test_in_scaling_experiments_every_rank_has_the_same_number_of_threads(config, monkeypatch, experiment, threads):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("tutorial_lib.bench.matrix.usable_cores", lambda: 8)
     seen = []
@@ -195,12 +191,12 @@ def test_ranks_that_share_cores_are_noted(config, monkeypatch):
     assert [row.note for row in rows] == [None, None, "4 processes share 2 cores"]
 
 
-def test_an_interval_that_is_none_is_refused(config):
+def test_a_sample_interval_of_0_is_refused(config):
     with pytest.raises(ConfigError, match="sample_interval is 0"):
         run_matrix("zero-stages", config, run=Runs(), sample_interval=0)
 
 
-def test_if_no_row_can_run_here_the_first_reason_is_the_error(config):
+def test_if_no_row_can_run_here_the_first_rows_reason_is_raised(config):
     refused = {name.replace("-", "_"): ConfigError("This run needs 90.0 GB of memory.") for name in ROWS}
     with pytest.raises(ConfigError, match=r"No row can run here. stage-1: This run needs 90.0 GB"):
         run(config, Runs(**refused))

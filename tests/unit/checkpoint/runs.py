@@ -38,7 +38,7 @@ def make_checkpoint(run, step, **trainer):
     path = checkpoint.directory_of(run, step)
     path.mkdir()
     (path / "trainer.json").write_text(json.dumps({"format": 2, "step": step, "record": {}} | trainer))
-    listed = {"trainer.json": manifest.digest(path / "trainer.json")}
+    listed = {"trainer.json": manifest.file_entry(path / "trainer.json")}
     (path / manifest.MANIFEST).write_text(json.dumps({"format": 2, "files": listed}))
     return path
 

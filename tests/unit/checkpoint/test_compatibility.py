@@ -213,7 +213,7 @@ def edit_trainer_state(path, edit):
     edit(state)
     (path / "trainer.json").write_text(json.dumps(state))
     listed = json.loads((path / "manifest.json").read_text())
-    listed["files"]["trainer.json"] = manifest.digest(path / "trainer.json")
+    listed["files"]["trainer.json"] = manifest.file_entry(path / "trainer.json")
     (path / "manifest.json").write_text(json.dumps(listed))
 
 

@@ -118,7 +118,7 @@ def test_an_export_holds_a_parameter_at_a_time(uninterrupted, model, tmp_path):
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_what_was_changed_for_training_alone_is_not_exported(model, tmp_path, monkeypatch, use_cache):
+def test_changes_made_only_for_training_are_not_exported(model, tmp_path, monkeypatch, use_cache):
     """Padding side, pad token, generation settings and cache setting equal the user's original model."""
     own = tmp_path / "own"
     shutil.copytree(model, own)

@@ -43,7 +43,7 @@ def holder(tmp_path):
 
 
 @pytest.mark.parametrize("which", ["launch", "training"])
-def test_a_second_start_is_refused_and_told_who_runs(holder, tmp_path, capsys, which):
+def test_a_second_start_is_refused_with_the_running_process(holder, tmp_path, capsys, which):
     process = holder(which)
     (tmp_path / "run" / ".stop-requested").write_text("of the first")
     before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "run").rglob("*"))
@@ -63,7 +63,7 @@ def test_a_second_start_is_refused_and_told_who_runs(holder, tmp_path, capsys, w
 
 
 @pytest.mark.parametrize("which", ["launch", "training"])
-def test_a_killed_process_holds_nothing(holder, tmp_path, which):
+def test_a_killed_process_holds_no_memory(holder, tmp_path, which):
     process = holder(which)
     process.kill()
     process.join()

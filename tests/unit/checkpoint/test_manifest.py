@@ -8,7 +8,7 @@ import pytest
 from tests.support.damaged_files import cut_short, flip_a_bit
 from tests.unit.checkpoint.runs import assert_same, make_checkpoint
 from tutorial_lib import checkpoint, launch
-from tutorial_lib.checkpoint import CheckpointError, manifest
+from tutorial_lib.checkpoint import CheckpointError, directory, manifest
 from tutorial_lib.records import RunDirectory
 
 
@@ -30,7 +30,9 @@ DAMAGE = [
 
 
 @pytest.mark.parametrize(("name", "damage", "message"), DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(interrupted, uninterrupted, name, damage, message):
+def test_a_damaged_checkpoint_is_named_and_the_run_resumes_from_the_one_before(
+    interrupted, uninterrupted, name, damage, message
+):
     damaged = checkpoint.directory_of(interrupted.directory, 4)
     damage(damaged / name)
     before = {path: path.read_bytes() for path in damaged.rglob("*") if path.is_file()}
@@ -67,7 +69,7 @@ def test_damage_that_sizes_do_not_show_is_found_by_reading_every_byte(interrupte
     damaged = checkpoint.directory_of(interrupted.directory, 4)
     flip_a_bit(damaged / "engine" / "model.pt")
     assert checkpoint.latest(interrupted.directory) == damaged
-    assert checkpoint.newest_intact(interrupted.directory)[0] == checkpoint.directory_of(interrupted.directory, 2)
+    assert directory.newest_intact(interrupted.directory)[0] == checkpoint.directory_of(interrupted.directory, 2)
     cut_short(damaged / "engine" / "model.pt")
     assert checkpoint.latest(interrupted.directory) == checkpoint.directory_of(interrupted.directory, 2)
 
@@ -83,7 +85,7 @@ def test_a_checkpoint_of_a_newer_format_is_refused_before_anything_starts(interr
         launch.preflight(interrupted.config)
 
 
-def test_what_is_damaged_is_not_opened(interrupted):
+def test_a_damaged_checkpoint_is_not_opened(interrupted):
     path = checkpoint.latest(interrupted.directory)
     flip_a_bit(path / "engine" / "model.pt")
     with pytest.raises(CheckpointError, match=r"engine/model\.pt was altered"):
@@ -100,7 +102,7 @@ def test_the_newest_checkpoint_is_the_one_of_the_highest_step(tmp_path):
     (run.checkpoints / ".partial-step-00000200").mkdir()
     (run.checkpoints / "step-of-mine").mkdir()
     assert checkpoint.latest(run) == checkpoint.directory_of(run, 100)
-    assert checkpoint.newest_intact(run) == (checkpoint.directory_of(run, 100), [])
+    assert directory.newest_intact(run) == (checkpoint.directory_of(run, 100), [])
 
 
 def test_an_unreadable_manifest_is_not_a_missing_one(run):

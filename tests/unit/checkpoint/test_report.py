@@ -8,7 +8,7 @@ from tutorial_lib import checkpoint
 from tutorial_lib.cli import main
 
 
-def test_inspecting_a_checkpoint_tells_what_is_in_it(uninterrupted, capsys):
+def test_inspecting_a_checkpoint_lists_its_contents(uninterrupted, capsys):
     path = checkpoint.latest(uninterrupted.directory)
     assert main(["inspect", str(path), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -26,7 +26,7 @@ def test_inspecting_a_checkpoint_tells_what_is_in_it(uninterrupted, capsys):
     assert "yes, every byte is as it was written" in capsys.readouterr().out
 
 
-def test_inspecting_a_run_tells_which_checkpoints_are_intact(run, capsys):
+def test_inspecting_a_run_shows_which_checkpoints_are_intact(run, capsys):
     for step, loss in enumerate((2.0, 1.0, 3.0, 0.5), 1):
         make_checkpoint(run, step, record={"eval_loss": loss})
     damaged = checkpoint.directory_of(run, 4) / "trainer.json"

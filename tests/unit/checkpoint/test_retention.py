@@ -71,11 +71,11 @@ def test_a_damaged_later_checkpoint_is_not_counted_and_not_deleted(run):
     assert names(run) == steps(3, 4)
 
 
-def test_the_best_that_is_damaged_gives_way_to_the_best_that_is_intact(run):
+def test_a_damaged_best_checkpoint_is_replaced_by_the_best_intact_one(run):
     for step, loss in enumerate((2.0, 1.0, 3.0, 4.0), 1):
         path = make_checkpoint(run, step, record={"eval_loss": loss})
         (path / "more").write_text("more")
-        listed = {name: manifest.digest(path / name) for name in ("trainer.json", "more")}
+        listed = {name: manifest.file_entry(path / name) for name in ("trainer.json", "more")}
         (path / "manifest.json").write_text(json.dumps({"format": 2, "files": listed}))
     (checkpoint.directory_of(run, 2) / "more").write_text("less")
     pruner(run, keep_last=1, keep_best=True).prune(checkpoint.directory_of(run, 4))
@@ -85,14 +85,14 @@ def test_the_best_that_is_damaged_gives_way_to_the_best_that_is_intact(run):
 @pytest.fixture
 def unreadable(monkeypatch):
     """Return a set of steps whose files cannot be read for now."""
-    steps_of_none, digest = set(), manifest.digest
+    steps_of_none, file_entry = set(), manifest.file_entry
 
     def failing(path):
         if directory.step_of(path.parent) in steps_of_none:
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
-        return digest(path)
+        return file_entry(path)
 
-    monkeypatch.setattr(manifest, "digest", failing)
+    monkeypatch.setattr(manifest, "file_entry", failing)
     return steps_of_none
 
 
@@ -155,7 +155,7 @@ def test_a_deletion_that_is_interrupted_leaves_nothing_that_looks_like_a_checkpo
     remains, *seen = names(run)
     assert remains.startswith(".deleting-step-00000001-")
     assert seen == steps(2)
-    assert checkpoint.newest_intact(run) == (checkpoint.directory_of(run, 2), [])
+    assert directory.newest_intact(run) == (checkpoint.directory_of(run, 2), [])
     clear_remains(run)
     assert names(run) == steps(2)
 

@@ -14,14 +14,15 @@ from tests.support.damaged_files import cut_short
 from tests.support.late_writes import LateTrainer, LateTrainerWithoutSnapshot
 from tests.unit.checkpoint.runs import assert_same, config, make_checkpoint, names, steps
 from tutorial_lib import checkpoint, launch, trainer
-from tutorial_lib.checkpoint import CheckpointError, Writer, directory, manifest, storage
+from tutorial_lib.checkpoint import CheckpointError, directory, manifest, storage
 from tutorial_lib.checkpoint.directory import clear_remains
 from tutorial_lib.checkpoint.storage import storage_failure
+from tutorial_lib.checkpoint.writer import Writer
 from tutorial_lib.engine.single import TorchEngine
 from tutorial_lib.records import RunDirectory
 
 
-def test_checkpoints_come_every_so_many_steps_and_at_the_end(interrupted):
+def test_checkpoints_are_saved_every_so_many_steps_and_at_the_end(interrupted):
     names = sorted(path.name for path in interrupted.directory.checkpoints.iterdir())
     assert names == ["step-00000002", "step-00000004"]
 
@@ -163,7 +164,9 @@ def test_a_write_error_names_the_file_even_if_fsync_raises_it(tmp_path, monkeypa
         (errno.ENOENT, "run/checkpoints/a.pt", "Read-only file system", None),
     ],
 )
-def test_only_an_error_of_the_runs_own_storage_is_told_as_one(tmp_path, monkeypatch, number, name, refused, expected):
+def test_only_errors_of_the_runs_own_storage_are_reported_as_storage_errors(
+    tmp_path, monkeypatch, number, name, refused, expected
+):
     run = RunDirectory(tmp_path / "run")
     run.create()
     if refused:

@@ -55,13 +55,13 @@ def test_resume_never_starts_a_new_run(model, tmp_path):
 
 
 def test_a_checkpoint_of_format_1_is_still_read(interrupted, uninterrupted):
-    """Format 1 has no fingerprint of model and tokenizer, so nothing is compared."""
+    """Format 1 has no hash of model and tokenizer, so nothing is compared."""
     path = checkpoint.directory_of(interrupted.directory, 4)
     trainer = json.loads((path / "trainer.json").read_text())
     del trainer["identity"]
     (path / "trainer.json").write_text(json.dumps(trainer | {"format": 1}))
     listed = json.loads((path / "manifest.json").read_text())
-    listed["files"]["trainer.json"] = manifest.digest(path / "trainer.json")
+    listed["files"]["trainer.json"] = manifest.file_entry(path / "trainer.json")
     (path / "manifest.json").write_text(json.dumps(listed | {"format": 1}))
     run = launch.run(interrupted.config.override(stop_after=None))
     assert (run.result["resumed_from"], run.result["left_out"]) == (4, [])
@@ -104,7 +104,7 @@ def test_divergence_before_any_checkpoint_says_so(model, tmp_path):
         launch.run(config(tmp_path, model=model, learning_rate=1e30, warmup_steps=0))
 
 
-def test_a_model_of_nan_is_told_apart_from_divergence(model, tmp_path):
+def test_nan_weights_are_distinguished_from_divergence(model, tmp_path):
     from safetensors.torch import load_file, save_file
 
     from tutorial_lib import trainer

@@ -29,7 +29,7 @@ from tutorial_lib.theory.known_models import HUB_NAMES, MODELS
 from tutorial_lib.theory.layouts import FSDP_STRATEGIES, Cluster, Workload
 from tutorial_lib.theory.plan import plan
 from tutorial_lib.theory.remedies import faster_than_offload, remedies, smallest_gpus
-from tutorial_lib.theory.search import layouts
+from tutorial_lib.theory.search import candidate_layouts
 
 SEVEN = derive(7e9)
 GPT2 = Dimensions(
@@ -262,7 +262,7 @@ def test_a_model_that_fits_unsharded_is_not_divided() -> None:
         assert find(others, zero_stage=3).slower == "as fast; more knobs"
 
 
-def test_what_offload_adds_does_not_depend_on_the_micro_batch() -> None:
+def test_offload_time_does_not_depend_on_the_micro_batch() -> None:
     """So a published difference is informative, even if its micro-batch is unknown (docs/planner-errors.md)."""
     added = []
     for micro_batch, checkpointing in ((1, "none"), (2, "full"), (4, "full")):
@@ -273,7 +273,7 @@ def test_what_offload_adds_does_not_depend_on_the_micro_batch() -> None:
     assert added == pytest.approx([added[0]] * 3)
 
 
-def test_what_crosses_the_host_link() -> None:
+def test_offload_traffic_over_the_host_link() -> None:
     """Bytes per element of a shard, by hand; Adam on the host is left out by making it endlessly fast."""
     machine = cluster(gigabytes=1000, host_adam=1e30, host_link=1e9)
     shard = 7e9 / 8
@@ -300,11 +300,11 @@ def test_the_host_holds_gradients_in_fp32() -> None:
 
 
 def test_tensor_parallelism_stays_in_a_node_and_divides_heads() -> None:
-    found = layouts(work(), cluster(32, gpus_per_node=4))
+    found = candidate_layouts(work(), cluster(32, gpus_per_node=4))
     assert {layout.tp for layout in found} == {1, 2, 4}
     assert all(layout.dp * layout.tp == 32 for layout in found)
     grouped = dataclasses.replace(SEVEN, kv_heads=2)
-    assert {layout.tp for layout in layouts(work(dimensions=grouped), cluster())} == {1, 2}
+    assert {layout.tp for layout in candidate_layouts(work(dimensions=grouped), cluster())} == {1, 2}
 
 
 def test_fsdp_holds_full_gradients_only_where_it_reduces_them_once_per_step() -> None:
@@ -402,7 +402,7 @@ def test_the_table_fits_100_columns_and_names_the_winner(capsys: pytest.CaptureF
         (["--engine", "fsdp"], "gradients: reduced in fp32; once per step, or with every micro-batch"),
     ],
 )
-def test_what_is_assumed_of_communication_is_said(
+def test_assumptions_about_communication_are_printed(
     more: list[str], assumed: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["plan", "--model", "embedded/qwen2", "--gpus", "8", "--gpu-memory", "1", *more])
@@ -461,7 +461,7 @@ def test_impossible_input_says_what_to_write(more: list[str], message: str, caps
     assert message in capsys.readouterr().err
 
 
-def test_a_model_that_no_directory_can_be_called(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_name_too_long_for_a_path_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--gpus", "1", "--gpu-memory", "80", "--model", "x" * 300]) == 2
     assert "300 bytes long. A path has at most" in capsys.readouterr().err
 
@@ -473,13 +473,13 @@ def test_a_model_under_the_users_home(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("size", ["7e9", "7B", "7b", "7000M"])
-def test_a_size_and_a_gpu_are_understood_as_people_write_them(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_common_spellings_of_model_sizes_and_gpus(size: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model-size", size, "--gpus", "8", "--gpu", "H100", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["workload"]["num_params"] == MODELS["llama-2-7b"].num_params and document["gpu"] == "h100"
 
 
-def test_a_size_that_is_no_number_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_size_that_is_not_a_number_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["plan", "--model-size", "sevenB", "--gpus", "8", "--gpu", "h100"])
     assert "'sevenB' is not a number of parameters; write one such as 7e9 or 7B" in capsys.readouterr().err
@@ -572,7 +572,7 @@ def test_offload_says_what_it_takes_and_what_would_be_faster(capsys: pytest.Capt
         ),
     ],
 )
-def test_a_tie_says_what_decided(
+def test_layouts_of_equal_speed_say_what_decided(
     question: list[str], slower: dict[tuple[str, str], str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["plan", *question, "--json"]) == 0

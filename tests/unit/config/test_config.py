@@ -92,7 +92,7 @@ AT_LOAD = {"engine": "trainer", "shard_at_load": True}
         ({"learning_rate": -1.0}, "smallest possible value is 0.0"),
     ],
 )
-def test_what_cannot_run_is_refused_with_what_to_write_instead(flat, message):
+def test_settings_that_cannot_run_are_refused_with_an_alternative(flat, message):
     with pytest.raises(ConfigError, match=message):
         Config.create("cpu", **flat)
 
@@ -117,7 +117,7 @@ def test_the_length_of_a_run_is_stated_once_however_it_is_stated():
         ("a\0b", r"is 'a\\x00b', which contains a zero byte"),
     ],
 )
-def test_what_no_file_can_be_called_is_refused(flag, name, message):
+def test_impossible_file_names_are_refused(flag, name, message):
     with pytest.raises(ConfigError, match=f"^{flag} .*{message}"):
         Config.create("cpu", **{flag: name})
 
@@ -128,7 +128,7 @@ def test_shardings_are_known_in_upper_case_too():
     assert Config.from_json(config.to_json()) == config
 
 
-def test_what_a_profile_or_another_engine_was_given_is_no_error():
+def test_unused_settings_of_a_profile_or_another_engine_are_no_error():
     assert Config.create("gpu", engine="torch").engine.pin_memory
     base = Config.create(zero_stage=1)
     alone = base.override(engine="torch", dp=1)
@@ -148,7 +148,7 @@ def test_a_configuration_survives_its_json(profile):
 
 
 @pytest.mark.parametrize(("text", "message"), [("{", "not valid JSON"), ("[1]", "not an object")])
-def test_json_that_is_no_configuration(text, message):
+def test_json_that_is_not_a_configuration(text, message):
     with pytest.raises(ConfigError, match=message):
         Config.from_json(text)
 

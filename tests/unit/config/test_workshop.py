@@ -16,7 +16,7 @@ from tutorial_lib.config.workshop import Experiment, parse_experiment
         ("0Z-2G1N", Experiment(0, "none", False, gpus=2, nodes=1)),
     ],
 )
-def test_names(name, meaning):
+def test_valid_experiment_names(name, meaning):
     assert parse_experiment(name) == meaning
 
 
@@ -35,6 +35,6 @@ def test_gpus_are_counted_over_all_nodes():
         ("0ZO-1G1N", "stage 0 has nothing to offload. Write 0Z-1G1N"),
     ],
 )
-def test_what_is_no_experiment_is_told_apart(name, message):
+def test_an_invalid_experiment_name_is_refused(name, message):
     with pytest.raises(ConfigError, match=message):
         parse_experiment(name)

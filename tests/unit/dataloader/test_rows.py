@@ -118,7 +118,7 @@ def test_a_file_of_an_unknown_format_is_refused(tmp_path):
         ({"train.csv.gz": gzip.compress(b"id,text\n1,one,two\n")}, r"train\.csv\.gz, line 2: 3 fields"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_told_with_its_place(files, message, tmp_path):
+def test_errors_in_a_file_are_reported_with_their_place(files, message, tmp_path):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=rf"cannot be read: .*{message}"):
@@ -132,7 +132,7 @@ def test_a_csv_file_that_is_in_order_is_read(tmp_path):
     assert (rows[0]["text"], len(rows[1]["text"]), rows[2]["text"]) == ('one, "two"\nthree', 200_000, None)
 
 
-def test_words_that_pandas_takes_for_blank_stay_in_a_csv_files_text(tmp_path):
+def test_text_that_pandas_reads_as_missing_is_kept(tmp_path):
     content = "id,text\n1,None\nNA,NA\n3,\n"
     (tmp_path / "train.csv").write_text(content)
     (tmp_path / "train.csv.gz").write_bytes(gzip.compress(content.encode()))
@@ -143,7 +143,7 @@ def test_words_that_pandas_takes_for_blank_stay_in_a_csv_files_text(tmp_path):
         assert (rows["text"][:], rows["id"][:]) == (["None", "NA", None], [1, None, 3])
 
 
-def test_blank_numbers_are_those_of_pandas():
+def test_words_for_missing_numbers_match_pandas():
     from pandas._libs.parsers import STR_NA_VALUES
 
     assert set(NOT_A_VALUE) == STR_NA_VALUES
@@ -238,13 +238,13 @@ def test_a_git_lfs_pointer_is_named(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("name", ["a[1].jsonl", "a*.jsonl", "a?.jsonl"])
-def test_a_files_name_is_no_pattern(tmp_path, name):
+def test_special_characters_in_file_names_are_not_patterns(tmp_path, name):
     write_jsonl(tmp_path / name, [{"text": "meant"}])
     write_jsonl(tmp_path / "a1.jsonl", [{"text": "another"}])
     assert list(load_rows(str(tmp_path / name), "train")["text"]) == ["meant"]
 
 
-def test_a_directory_whose_name_is_a_pattern_is_told_so(tmp_path):
+def test_a_directory_name_that_is_a_glob_pattern_is_refused(tmp_path):
     write("jsonl", tmp_path / "data[1]")
     with pytest.raises(ConfigError, match=r"as a pattern\. Rename the directory"):
         load_rows(str(tmp_path / "data[1]"), "train")
@@ -265,7 +265,7 @@ def test_a_directory_of_two_formats_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("other", ["train.tsv", "train.CSV", "more.csv"])
-def test_a_readme_that_names_no_files_excuses_none(other, tmp_path):
+def test_files_of_another_format_are_refused_unless_the_readme_leaves_them_out(other, tmp_path):
     (tmp_path / "train.jsonl").write_text('{"text": "one"}\n')
     (tmp_path / other).write_text("text\ntwo\n")
     (tmp_path / "README.md").write_text("# My texts\n")
@@ -280,7 +280,7 @@ def test_a_readme_that_names_no_files_excuses_none(other, tmp_path):
     [("rows.tsv", 'id\ttext\n1\tone, two\n'), ("rows.ndjson", '{"text": "one, two"}\n'),
      ("ROWS.JSONL", '{"text": "one, two"}\n'), ("rows.CSV", 'text\n"one, two"\n')],
 )  # fmt: skip
-def test_a_file_by_another_of_its_formats_names(name, content, tmp_path):
+def test_other_extensions_of_a_format_are_read(name, content, tmp_path):
     (tmp_path / name).write_text(content)
     assert load_rows(str(tmp_path / name), "train")["text"] == ["one, two"]
 

@@ -96,7 +96,7 @@ def test_a_taken_port_is_seen() -> None:
     assert machine.port_state(port) == "free"
 
 
-def test_a_rendezvous_that_cannot_work_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_impossible_rendezvous_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         taken = server.getsockname()[1]
         assert "is in use by another program" in (doctor.rendezvous_problem(f"127.0.0.1:{taken}") or "")
@@ -122,7 +122,7 @@ def test_the_lock_of_a_killed_build_is_named(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(("named", "found"), [("", True), ("  ", True), ("no-such-compiler", False)])
-def test_an_empty_name_of_a_compiler_means_the_usual_one(
+def test_an_empty_compiler_variable_means_the_default_compiler(
     monkeypatch: pytest.MonkeyPatch, named: str, found: bool
 ) -> None:
     monkeypatch.setenv("CXX", named)
@@ -143,7 +143,7 @@ def test_files_that_a_container_has_read_are_not_used_memory(tmp_path: Path, mon
 # --- other machines ---------------------------------------------------------------------------------------------------
 
 
-def test_a_laptop_runs_the_cpu_profile_alone(laptop: doctor.Report) -> None:
+def test_a_laptop_runs_only_the_cpu_profile(laptop: doctor.Report) -> None:
     assert judge(laptop, "cpu") == doctor.Verdict(True, (), ())
     for profile in ("gpu", "cluster"):
         verdict = judge(laptop, profile)
@@ -163,7 +163,9 @@ def test_a_laptop_runs_the_cpu_profile_alone(laptop: doctor.Report) -> None:
         ({"operators": {"cpu_adam": "not compiled"}, "ninja": False}, "has to compile cpu_adam"),
     ],
 )
-def test_what_stops_the_cpu_profile(laptop: doctor.Report, changes: dict[str, object], problem: str) -> None:
+def test_problems_that_rule_out_the_cpu_profile(
+    laptop: doctor.Report, changes: dict[str, object], problem: str
+) -> None:
     verdict = judge(laptop, "cpu", **changes)
     assert not verdict.works
     assert len(verdict.problems) == 1
@@ -179,14 +181,14 @@ def test_what_stops_the_cpu_profile(laptop: doctor.Report, changes: dict[str, ob
         ({"packages": {"ray": machine.Package("2.61.0", "2.60.0")}}, "ray is 2.61.0, tested with 2.60.0"),
     ],
 )
-def test_what_is_worth_knowing_stops_nothing(laptop: doctor.Report, changes: dict[str, object], note: str) -> None:
+def test_notes_do_not_make_a_verdict_negative(laptop: doctor.Report, changes: dict[str, object], note: str) -> None:
     verdict = judge(laptop, "cpu", **changes)
     assert verdict.works
     assert len(verdict.notes) == 1
     assert note in verdict.notes[0]
 
 
-def test_a_gpu_box(laptop: doctor.Report) -> None:
+def test_a_gpu_machine_runs_the_gpu_profile(laptop: doctor.Report) -> None:
     assert judge(laptop, "gpu", gpus=(H200,), gpu_problem=None) == doctor.Verdict(True, (), ())
 
 
@@ -202,7 +204,7 @@ def test_fewer_gpus_than_ranks(laptop: doctor.Report) -> None:
 
 
 @pytest.mark.parametrize(("code", "found"), [(0, "SLURM"), (1, None)])
-def test_slurm_counts_where_it_answers(
+def test_slurm_counts_only_if_its_commands_respond(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, found: str | None
 ) -> None:
     """Only the commands may be there: ``make cluster-tools`` installs them without a cluster."""
@@ -220,7 +222,7 @@ def test_a_login_node_without_gpus_can_submit(laptop: doctor.Report) -> None:
     assert "SLURM can start jobs on nodes with GPUs" in verdict.notes[0]
 
 
-def test_a_gpu_box_without_a_scheduler_is_told_to_use_torchrun(laptop: doctor.Report) -> None:
+def test_a_gpu_machine_without_a_scheduler_is_pointed_to_torchrun(laptop: doctor.Report) -> None:
     verdict = judge(laptop, "cluster", gpus=(H200, H200), gpu_problem=None)
     assert verdict.works
     assert "python -m torch.distributed.run --nproc_per_node 2" in verdict.notes[0]

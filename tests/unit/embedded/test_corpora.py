@@ -131,20 +131,20 @@ def test_schema(loaded, name):
         assert set(loaded[name][split].column_names) == COLUMNS[name]
 
 
-def test_another_text_or_rule_or_library_is_another_directory(monkeypatch, tmp_path):
+def test_a_different_text_rule_or_library_gets_its_own_directory(monkeypatch, tmp_path):
     for name in ("documents.jsonl.gz", "documents.py", "corpora.py"):
         shutil.copy(corpora.TEXT.with_name(name), tmp_path)
-    before = corpora.fingerprint()
+    before = corpora.content_hash()
     monkeypatch.setattr(corpora, "TEXT", tmp_path / "documents.jsonl.gz")
-    assert corpora.fingerprint() == before
+    assert corpora.content_hash() == before
     seen = {before}
     for name in ("documents.jsonl.gz", "documents.py", "corpora.py"):
         with (tmp_path / name).open("ab") as file:
             file.write(b"#")
-        seen.add(corpora.fingerprint())
+        seen.add(corpora.content_hash())
     for package in ("datasets", "pyarrow"):
         monkeypatch.setattr(corpora, "version", lambda name, other=package: "0" if name == other else version(name))
-        seen.add(corpora.fingerprint())
+        seen.add(corpora.content_hash())
     assert len(seen) == 6
 
 
@@ -158,7 +158,7 @@ def test_news_labels_are_named_and_all_used(loaded):
         assert min(counts.values()) > 0.08 * sum(counts.values())
 
 
-def test_news_are_as_short_as_news(loaded):
+def test_news_rows_have_the_length_of_news_items(loaded):
     tokenizer = AutoTokenizer.from_pretrained(model_directory("embedded/gpt2"))
     lengths = sorted(len(ids) for ids in tokenizer(list(loaded["embedded/news"]["train"]["text"]))["input_ids"])
     assert 35 <= lengths[len(lengths) // 2] <= 70
@@ -183,7 +183,7 @@ def test_every_answer_is_a_span_of_its_context(loaded):
         assert len(ids) == len(loaded["embedded/qa"][split])
 
 
-def test_a_question_asks_what_the_answer_says(loaded):
+def test_the_answer_is_in_the_sentence_that_the_question_is_about(loaded):
     """The answer is in the sentence about the thing that the question names."""
     for row in loaded["embedded/qa"]["train"]:
         named = re.match(r"(?:What does|What is the module|What is|When does) ([\w.]+)", row["question"])

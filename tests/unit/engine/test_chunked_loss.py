@@ -83,11 +83,6 @@ def test_the_peak_is_without_the_logits(tmp_path):
     assert peaks[16] < logits / 4, "a chunk's logits and their gradient, and what is as large as the output layer"
 
 
-def test_tensor_parallelism_is_refused():
-    with pytest.raises(ConfigError, match="loss_chunks=8 computes the loss inside the output layer, which tp=2 splits"):
-        Config.create(engine="fsdp", dp=1, tp=2, loss_chunks=8)
-
-
 def test_the_hugging_face_trainer_has_no_such_loss():
     with pytest.raises(ConfigError, match="loss_chunks=8 would have no effect: it needs engine='deepspeed' or"):
         Config.create(engine="trainer", loss_chunks=8)

@@ -43,7 +43,7 @@ def test_other_families_take_packed_batches(family):
 
 
 @pytest.mark.parametrize("family", WINDOWED)
-def test_without_help_sliding_windows_would_be_lost_in_packed_batches(family, monkeypatch):
+def test_without_our_patch_packed_batches_lose_sliding_windows(family, monkeypatch):
     monkeypatch.setattr(masks, "window_of", lambda model: None)
     model_config = AutoConfig.for_model(family, **WINDOWED[family])
     trial(model_config, "longest")
@@ -67,7 +67,7 @@ def test_a_family_that_takes_no_document_mask_is_refused_with_what_to_write():
             trial(model_config, "packed")
 
 
-def test_documents_that_see_each_other_are_noticed(monkeypatch):
+def test_attention_between_documents_is_detected(monkeypatch):
     together = Collate.__call__
 
     def leaking(self, examples):
@@ -103,7 +103,7 @@ def test_a_family_that_changes_its_logits_is_refused_with_loss_chunks(family, ch
         trial(model_config, "longest", loss_chunks=8)
 
 
-def test_an_encoder_decoder_is_no_language_model():
+def test_an_encoder_decoder_is_refused():
     with pytest.raises(ConfigError, match="of type 't5', for which transformers has no causal language model"):
         trial(AutoConfig.for_model("t5"), "longest")
 
@@ -117,5 +117,5 @@ def test_a_trial_changes_neither_random_states_nor_the_configuration():
     assert before[1:] == after[1:]
 
 
-def test_a_model_that_has_no_small_copy_is_not_refused():
+def test_a_model_that_cannot_be_shrunk_is_not_refused():
     trial(AutoConfig.for_model("deepseek_v2", num_experts_per_tok=None), "packed")

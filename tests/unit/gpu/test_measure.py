@@ -107,7 +107,7 @@ def test_every_measurement_rehearsed(run: Any, tmp_path: Path) -> None:
     assert without_unit <= COUNTS_AND_RATIOS
 
 
-def test_a_bad_case_costs_no_other(run: Any) -> None:
+def test_a_failing_case_does_not_affect_other_cases(run: Any) -> None:
     content = run(Step("faults", "tests.gpu.faults", limit=60, case_limit=1.5))
     cases = by_case(content)
     assert {name: case["status"] for name, case in cases.items()} == {
@@ -121,7 +121,7 @@ def test_a_bad_case_costs_no_other(run: Any) -> None:
     assert "exit code 7" in cases["dies"]["error"]["message"]
 
 
-def test_a_step_ends_at_its_limit_and_tells_what_it_did_not_reach(run: Any) -> None:
+def test_a_step_ends_at_its_limit_and_lists_the_cases_it_did_not_reach(run: Any) -> None:
     began = time.monotonic()
     content = run(Step("faults", "tests.gpu.faults", limit=2, case_limit=60))
     assert time.monotonic() - began < 20
@@ -136,7 +136,7 @@ def test_the_last_case_may_take_longer_than_a_process_may_linger(run: Any, monke
     assert content["seconds"] < 20, "the process that sleeps on was not ended"
 
 
-def test_a_page_that_cannot_be_imported_fails_its_step_alone(run: Any) -> None:
+def test_a_module_that_cannot_be_imported_fails_only_its_step(run: Any) -> None:
     content = run(Step("none", "tests.gpu.no_such_page", limit=60, case_limit=60))
     assert content["status"] == "failed"
     assert "no_such_page" in content["cases"][0]["error"]["message"]
@@ -203,7 +203,7 @@ def test_a_file_is_never_half_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("size", "ways"), [("full", 13), ("quick", 5)])
-def test_what_the_gpu_will_be_asked(size: str, ways: int) -> None:
+def test_number_of_cases_per_gpu(size: str, ways: int) -> None:
     from tests.gpu import equality, workshop
     from tests.gpu.cases import Setting
 
@@ -216,7 +216,7 @@ def test_what_the_gpu_will_be_asked(size: str, ways: int) -> None:
     assert "SIGTERM" in compared and "resume zero3" in compared
 
 
-def test_out_of_memory_is_a_row_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_size_that_runs_out_of_memory_gets_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     from tests.gpu import activation_memory
@@ -235,7 +235,7 @@ def test_out_of_memory_is_a_row_that_is_not_there(monkeypatch: pytest.MonkeyPatc
     assert activation_memory.try_size(setting, Engine(), None, model) is None  # type: ignore[arg-type]
 
 
-def test_the_command_says_what_it_lacks() -> None:
+def test_the_command_names_its_missing_argument() -> None:
     done = subprocess.run([sys.executable, "tests/gpu/measure.py"], cwd=measure.ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "--out DIR" in done.stderr

@@ -53,7 +53,7 @@ def test_the_youngest_process_is_killed_as_soon_as_the_condition_holds(tmp_path:
         older.kill()
 
 
-def test_nobody_is_killed_if_it_never_does() -> None:
+def test_no_process_is_killed_if_the_condition_never_holds() -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         with checkpoints.kill_a_worker(when=lambda: False):
             pass
@@ -61,7 +61,7 @@ def test_nobody_is_killed_if_it_never_does() -> None:
         process.kill()
 
 
-def test_quiet_drops_what_is_printed_and_only_inside(capfd: pytest.CaptureFixture[str]) -> None:
+def test_quiet_drops_output_only_inside_its_block(capfd: pytest.CaptureFixture[str]) -> None:
     with checkpoints.quiet():
         print("from Python", flush=True)
         subprocess.run(["echo", "from below"], check=True)

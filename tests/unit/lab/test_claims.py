@@ -74,7 +74,7 @@ def test_bounds_and_conditions() -> None:
     assert [c["holds"] for c in claims.to_list()] == [True, False, False, True, False, False, True, False, False]
 
 
-def test_show_names_every_claim_that_fails(capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_names_every_failed_claim(capsys: pytest.CaptureFixture[str]) -> None:
     claims = Claims()
     claims.equal("one is one", 1, 1)
     claims.equal("losses agree", [1.0, 2.0], [1.0, 2.5], tolerance=1e-6)

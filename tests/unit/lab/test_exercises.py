@@ -24,7 +24,7 @@ def exercise(**changes: Any) -> Exercise:
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
-def test_right_and_wrong() -> None:
+def test_right_and_wrong_answers() -> None:
     assert exercise().check(4).right is True
     assert exercise(check=lambda answer: np.bool_(answer > 3)).check(4).right is True
     wrong = exercise().check(5)
@@ -40,17 +40,17 @@ def test_a_missing_answer_is_neither_right_nor_wrong(answer: Any, check: Any) ->
     assert exercise(check=check).check() == feedback
 
 
-def test_an_answer_that_the_check_cannot_use_is_told_so() -> None:
+def test_feedback_on_an_unusable_answer_says_so() -> None:
     feedback = exercise(check=lambda answer: answer > 3).check("four")
     assert feedback.right is False and "'four'" in feedback.reason and "another form" in feedback.reason
 
 
-def test_a_check_that_says_nothing_is_the_authors_mistake() -> None:
+def test_a_check_that_returns_nothing_raises_a_type_error() -> None:
     with pytest.raises(TypeError, match="it must return True or False"):
         exercise(check=lambda answer: None).check(4)
 
 
-def test_a_check_may_give_its_own_reason() -> None:
+def test_a_check_may_return_its_own_reason() -> None:
     feedback = exercise(check=lambda answer: Feedback(False, "Add, do not multiply.")).check(5)
     assert str(feedback) == "✗ Not yet. Add, do not multiply."
 
@@ -72,7 +72,7 @@ def test_the_edge_of_a_tolerance_is_not_lost_to_binary_fractions() -> None:
     assert number(4)(4).right is True and number(4)(4.0001).right is False
 
 
-def test_a_wrong_number_is_told_the_direction_not_the_answer() -> None:
+def test_feedback_on_a_wrong_number_gives_the_direction_not_the_answer() -> None:
     check = number(139_840, relative=0.01, unit="MiB")
     assert str(check(1000)) == "✗ Not yet. 1,000 MiB is too low."
     assert str(check(10**9)) == "✗ Not yet. 1e+09 MiB is too high."
@@ -87,7 +87,7 @@ def test_a_likely_mistake_is_explained() -> None:
     assert "too high" in str(check(20))
 
 
-def test_numbers_that_no_reader_could_meet_are_refused() -> None:
+def test_ambiguous_expected_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match="would be accepted"):
         number(16, tolerance=2, near={17.18: "x"})
     for wrong in ({"tolerance": -1.0}, {"relative": math.nan}, {"expected": math.nan}):
@@ -110,12 +110,12 @@ STAGE = choice("stage 3", near={"stage 2": "Stage 2 keeps the full parameters.",
         (3, False, "Write one of"),
     ],
 )
-def test_a_choice(answer: Any, right: bool, said: str) -> None:
+def test_a_multiple_choice_exercise(answer: Any, right: bool, said: str) -> None:
     feedback = exercise(check=STAGE).check(answer)
     assert feedback.right is right and said in str(feedback)
 
 
-def test_a_number_may_stand_for_its_digits() -> None:
+def test_a_number_may_be_given_as_text() -> None:
     assert choice("3", near={"2": "no"})(3) == Feedback(True)
 
 

@@ -87,7 +87,7 @@ def test_figures_are_readable_on_light_and_dark_pages(drawn: dict[str, figures.F
 
 
 @pytest.mark.parametrize(("color", "lowest"), [(figures.INK, 4.0), *((color, 3.0) for color in figures.PALETTE)])
-def test_ink_and_palette_stand_out_from_white_and_from_black(color: str, lowest: float) -> None:
+def test_ink_and_palette_contrast_with_white_and_black(color: str, lowest: float) -> None:
     assert lowest_contrast(np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])) >= lowest
 
 

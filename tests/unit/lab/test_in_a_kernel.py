@@ -20,7 +20,7 @@ CELLS = [
     """
 from tutorial_lib.lab import figures, sources
 from tutorial_lib.lab.claims import Claims
-from tutorial_lib.lab.progress import LiveCurve, progress
+from tutorial_lib.lab.progress import LiveCurve, StatusLine, progress
 rows = [{"step": s, "loss": 6 - s / 100, "tokens": 1000, "seconds": 0.5} for s in range(1, 41)]
 """,
     """
@@ -49,6 +49,7 @@ with progress(10, title="stages", labels=list("abcde"), curve=False) as shown:
 import time
 from unittest import mock
 said = []
+listen = mock.patch.object(StatusLine, "show_bundle", lambda self, data, metadata=None: said.append(data["text/plain"]))
 def comes(text):
     # Is the text shown within ten seconds, without a new row?
     end = time.monotonic() + 10
@@ -56,12 +57,12 @@ def comes(text):
         time.sleep(0.1)
     print(any(text in s for s in said))
 curve, line = LiveCurve(40, title="slow", interval=0.2), progress(10, title="two", labels=["a", "b"], curve=False)
-with mock.patch.object(LiveCurve, "show", lambda self, data, metadata=None: said.append(data["text/plain"])), curve:
+with listen, curve:
     comes("slow: starting processes ... 1 s")
     curve.on_rows(rows[:5])
     curve.on_rows(rows[5:12])  # too soon after the last drawing, and no rows follow
     comes("step 12 of 40")
-with mock.patch.object(type(line), "show", lambda self, data, metadata=None: said.append(data["text/plain"])), line:
+with listen, line:
     line.on_rows(rows[:10])
     comes("run 2 of 2, b: starting ... 2 s")
 """,
@@ -124,7 +125,7 @@ def test_many_runs_leave_one_line(executed: Path) -> None:
     assert [o.data["text/plain"] for o in outputs_of(executed, 5)] == ["stages: 5 runs, 50 steps"]
 
 
-def test_a_waiting_reader_sees_seconds_go_by_and_the_last_rows(executed: Path) -> None:
+def test_progress_shows_seconds_and_the_latest_rows_while_waiting(executed: Path) -> None:
     shown = "".join(o.text for o in outputs_of(executed, 6) if o.output_type == "stream")
     assert shown.split() == ["True"] * 3
 

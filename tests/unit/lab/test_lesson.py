@@ -16,7 +16,7 @@ def a_run(storage, name):
     run.path.joinpath("config.json").write_text("{}")
 
 
-def test_a_lesson_removes_the_runs_of_its_own_directory_alone(tmp_path):
+def test_a_lesson_removes_only_runs_in_its_own_directory(tmp_path):
     storage = tmp_path / "runs" / "lesson"
     remove_runs(str(storage))
     a_run(storage, "one")
@@ -28,7 +28,7 @@ def test_a_lesson_removes_the_runs_of_its_own_directory_alone(tmp_path):
     assert sorted(path.name for path in storage.iterdir()) == [".lesson", ".reader.lock", "mine", "note.json"]
 
 
-def test_a_second_reader_of_the_same_lesson_is_told_of_the_first(tmp_path):
+def test_a_second_reader_of_the_same_lesson_is_refused(tmp_path):
     """Two kernels with one STORAGE: the second must not remove the runs that the first is about to use."""
     storage = tmp_path / "lesson"
     program = (

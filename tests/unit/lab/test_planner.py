@@ -49,7 +49,7 @@ def test_a_redraw_costs_few_evaluations_and_the_same_question_none(question: Que
     assert len(evaluations) == before
 
 
-def test_bars_stack_to_the_peak_and_meet_the_line_of_the_gpu() -> None:
+def test_bars_add_up_to_the_peak_on_the_scale_of_the_gpus_line() -> None:
     found, cluster = candidates(Question(model="llama-2-7b", gpu="a100-80"))
     shown = [c for c in found if c.fits][: planner.BARS]
     svg = ElementTree.fromstring(planner.bars(shown, cluster))
@@ -82,16 +82,16 @@ def test_widgets_redraw(evaluations: list[Any]) -> None:
     assert re.search(r"host too small by|does not fit by", shown.value)
 
 
-def test_nothing_slower_stands_before_a_tie() -> None:
+def test_slower_layouts_come_after_ties() -> None:
     found, _ = candidates(Question(model="llama-3-70b", gpus=64, seq_length=131_072))
     slower = ["slower" in candidate.slower for candidate in found if candidate.fits]
     assert any(slower) and slower == sorted(slower)
 
 
-def test_what_cannot_be_planned_is_said() -> None:
+def test_questions_that_cannot_be_planned_show_the_reason() -> None:
     assert "12 gpus do not fill nodes of 8" in answer(Question(gpus=12))
 
 
-def test_only_this_courses_engines() -> None:
+def test_only_here_leaves_out_layouts_of_other_engines() -> None:
     found, _ = candidates(Question(model="llama-3-70b", gpus=64, only_here=True))
     assert not any(candidate.missing for candidate in found if candidate.fits)

@@ -26,12 +26,12 @@ def test_every_rank_calls_the_function_in_one_process_group() -> None:
     assert on_ranks(3, add_up, 2) == [[0, 3, 300.0], [1, 3, 300.0], [2, 3, 300.0]]
 
 
-def test_what_a_rank_prints_is_not_shown(capfd: pytest.CaptureFixture[str]) -> None:
+def test_output_of_a_rank_is_not_shown(capfd: pytest.CaptureFixture[str]) -> None:
     on_ranks(1, lambda: print("said by a rank"))
     assert capfd.readouterr().out == ""
 
 
-def test_what_a_rank_logs_does_not_reach_a_handler_of_the_notebook(tmp_path: Path) -> None:
+def test_log_records_of_a_rank_do_not_reach_the_notebooks_handlers(tmp_path: Path) -> None:
     handler = logging.FileHandler(tmp_path / "notebook.log")
     logger = logging.getLogger("of-a-library")
     logger.addHandler(handler)
@@ -43,7 +43,7 @@ def test_what_a_rank_logs_does_not_reach_a_handler_of_the_notebook(tmp_path: Pat
     assert (tmp_path / "notebook.log").read_text() == ""
 
 
-def test_an_error_of_one_rank_ends_the_others_and_is_told() -> None:
+def test_an_error_of_one_rank_ends_the_others_and_is_reported() -> None:
     def fail() -> None:
         if dist.get_rank() == 1:
             raise ValueError("rank 1 has a reason")

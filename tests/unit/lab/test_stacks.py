@@ -77,7 +77,7 @@ def test_ranks_come_in_the_order_of_their_numbers_and_others_are_left_out() -> N
             process.wait()
 
 
-def test_waiting_for_ranks_that_are_not_there_ends() -> None:
+def test_waiting_for_missing_ranks_times_out() -> None:
     began = time.monotonic()
     with pytest.raises(stacks.CannotRead, match="not stuck within 1 s"):
         stacks.wait_until_stuck(os.getpid(), 2, "nothing.py", seconds=1)

@@ -26,7 +26,7 @@ def test_tp_divides_both_kinds_of_heads_and_the_node() -> None:
     assert few.check(2).right is True and "key-value heads" in few.check(8).reason
 
 
-def test_partners_are_a_column_of_the_grid() -> None:
+def test_gradient_partners_are_a_column_of_the_grid() -> None:
     partners = tensor_parallel.gradient_partners(rank=5, dp=4, tp=2)
     assert partners.check([1, 3, 5, 7]).right is True and partners.check({7, 5, 3, 1}).right is True
     assert partners.check([4, 5]).right is False and "a row of the grid" in partners.check([4, 5]).reason

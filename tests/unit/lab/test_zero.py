@@ -57,7 +57,7 @@ def test_a_figure_is_the_same_twice_and_different_for_other_numbers() -> None:
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_json_documents_stand_under_their_headings() -> None:
+def test_json_documents_are_printed_under_their_headings() -> None:
     shown = zero.SideBySide({"bf16": {"bf16": {"enabled": True}}, "<none>": {}})
     assert str(shown) == 'bf16\n{\n  "bf16": {\n    "enabled": true\n  }\n}\n\n<none>\n{}'
     page = shown._repr_mimebundle_()["text/html"]

@@ -106,7 +106,7 @@ def test_a_stopped_rank_of_torchrun_ends_with_0(monkeypatch, capsys, tmp_path):
     assert "stopped at step 1 of 2" in capsys.readouterr().out
 
 
-def test_a_network_interface_that_is_not_there(monkeypatch):
+def test_a_missing_network_interface(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth99")
     with pytest.raises(ConfigError, match=r"GLOO_SOCKET_IFNAME is 'eth99', .* write one of: .*lo"):
         check_environment(Config.create())
@@ -120,7 +120,9 @@ def test_loopback_is_refused_where_ranks_are_on_other_nodes(monkeypatch, name):
     torchrun(monkeypatch, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     check_environment(Config.create(launcher="none"))
     torchrun(monkeypatch, WORLD_SIZE="2", LOCAL_WORLD_SIZE="1")
-    with pytest.raises(ConfigError, match=f"{name} is 'lo', the loopback, .* 1 of 2 ranks are here"):
+    with pytest.raises(
+        ConfigError, match=f"{name} is 'lo', the loopback interface.* only 1 of 2 ranks run on this one"
+    ):
         check_environment(Config.create(launcher="none"))
 
 
@@ -128,11 +130,11 @@ def test_loopback_is_refused_where_ranks_are_on_other_nodes(monkeypatch, name):
     ("changes", "why"),
     [
         ({}, "waited 1 s at 127.0.0.1:[0-9]+, but not all of the others arrived. .*exported by hand, unset them"),
-        ({"MASTER_ADDR": "no-such-host.invalid", "RANK": "1"}, "does not know the name 'no-such-host.invalid'"),
+        ({"MASTER_ADDR": "no-such-host.invalid", "RANK": "1"}, "cannot resolve the name 'no-such-host.invalid'"),
     ],
     ids=["ranks that never come", "a name that does not resolve"],
 )
-def test_ranks_that_do_not_come_together_say_why(monkeypatch, changes, why):
+def test_a_failed_rendezvous_is_explained(monkeypatch, changes, why):
     """Export RANK=0 and WORLD_SIZE=2 by hand for one plain process."""
     torchrun(monkeypatch, **({"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": None} | changes))
     monkeypatch.setattr(joining, "JOIN_TIMEOUT", timedelta(seconds=1))
@@ -149,7 +151,7 @@ def test_a_port_in_use_is_named(monkeypatch):
                 pass
 
 
-def test_rank_0_prints_where_the_ranks_met_and_which_is_where(monkeypatch, capsys, tmp_path):
+def test_rank_0_prints_the_rendezvous_and_the_place_of_each_rank(monkeypatch, capsys, tmp_path):
     torchrun(monkeypatch)
     arguments = ["train", "--launcher", "none", "--engine", "torch", *SMALL, "--storage", str(tmp_path)]
     assert main(arguments) == 0

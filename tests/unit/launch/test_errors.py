@@ -36,7 +36,7 @@ def test_a_rank_with_an_error_of_its_own_shows_its_traceback(run: RunDirectory) 
     assert "raise error" in said
 
 
-def test_a_rank_that_lost_another_one_names_it_even_if_it_hears_of_it_late(run: RunDirectory) -> None:
+def test_a_rank_names_a_lost_peer_even_if_it_learns_of_it_late(run: RunDirectory) -> None:
     """The clock of the other node may be ahead, and its record arrive late."""
     run.write_error(0, LOST)
 

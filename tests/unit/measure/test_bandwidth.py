@@ -24,13 +24,13 @@ def timings(kind: str, num_ranks: int, link: Link = LINK) -> list[Timing]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_ranks", [2, 8])
-def test_a_fit_finds_the_latency_and_the_bandwidth_of_a_ring(kind: str, num_ranks: int) -> None:
+def test_a_fit_finds_latency_and_bandwidth_of_a_ring(kind: str, num_ranks: int) -> None:
     found = fit_link(timings(kind, num_ranks))
     assert found.latency == pytest.approx(LINK.latency)
     assert found.bandwidth == pytest.approx(LINK.bandwidth)
 
 
-def test_a_fit_is_not_led_astray_by_one_slow_call() -> None:
+def test_one_slow_call_does_not_change_the_fit() -> None:
     given = timings("all_reduce", 2)
     given[3] = Timing("all_reduce", given[3].num_bytes, 2, 20 * given[3].seconds)
     found = fit_link(given)
@@ -53,7 +53,7 @@ def test_a_latency_is_never_negative() -> None:
         ([Timing("all_reduce", size, 2, 1 / size) for size in SIZES], "larger ones"),
     ],
 )
-def test_a_fit_refuses_what_tells_nothing(given: list[Timing], why: str) -> None:
+def test_a_fit_refuses_timings_that_cannot_determine_it(given: list[Timing], why: str) -> None:
     with pytest.raises(ValueError, match=why):
         fit_link(given)
 

@@ -34,7 +34,7 @@ def test_released_and_meta_tensors_hold_nothing() -> None:
     assert memory.tensor_bytes([released, torch.zeros(1000, device="meta")]) == 0
 
 
-def test_temporary_tensors_of_a_generator_are_told_apart() -> None:
+def test_each_temporary_tensor_of_a_generator_counts() -> None:
     assert memory.tensor_bytes(torch.zeros(100) for _ in range(5)) == 5 * 400
 
 
@@ -75,13 +75,13 @@ def test_allocations_see_what_an_operator_frees_again() -> None:
     assert a.grad is not None and allocations.remaining["cpu"] == 4_000_000
 
 
-def test_no_allocation_is_no_entry() -> None:
+def test_without_allocations_there_are_no_entries() -> None:
     with memory.count_allocations() as allocations:
         pass
     assert allocations.peak == allocations.remaining == {}
 
 
-def test_peak_of_the_process_sees_a_buffer_come_and_go() -> None:
+def test_the_process_peak_includes_a_freed_buffer() -> None:
     with memory.PeakMemory(interval=0.005, pss=True) as watched:
         buffer = bytearray(os.urandom(1)) * (200 * MIB)
         time.sleep(0.05)
@@ -94,7 +94,7 @@ def test_peak_of_the_process_sees_a_buffer_come_and_go() -> None:
     assert summary["peak"] == watched.peak_rss >= summary["mean"] > 0 and summary["mode"] > 0
 
 
-def test_the_kernels_mark_catches_what_the_sampler_misses() -> None:
+def test_the_kernels_high_water_mark_catches_peaks_between_samples() -> None:
     with memory.PeakMemory(interval=60) as watched:
         buffer = bytearray(os.urandom(1)) * (200 * MIB)
         del buffer
@@ -110,7 +110,7 @@ def test_host_memory_is_this_process() -> None:
     assert now.pss is None or 0 < now.pss <= now.rss
 
 
-def test_peak_memory_restarts_and_sees_what_has_been_freed() -> None:
+def test_peak_memory_restarts_and_includes_freed_buffers() -> None:
     cpu = torch.device("cpu")
     before = memory.host_memory().rss
     memory.reset_peak_memory(cpu)

@@ -69,7 +69,7 @@ def test_the_log_shows_what_this_process_allocates(tmp_path: Path) -> None:
     assert json.loads(path.read_text().splitlines()[0])["interval"] == 0.02
 
 
-def test_pss_is_logged_where_the_system_tells_it(tmp_path: Path) -> None:
+def test_pss_is_logged_where_the_system_reports_it(tmp_path: Path) -> None:
     with sample_memory(tmp_path / "log"):
         pass
     process = rows(tmp_path / "log")[0]["processes"][0]
@@ -79,7 +79,7 @@ def test_pss_is_logged_where_the_system_tells_it(tmp_path: Path) -> None:
         assert process["pss"] is None
 
 
-def test_a_process_of_somebody_else_has_rss_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_of_other_users_have_only_rss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def denied(process: psutil.Process) -> None:
         raise psutil.AccessDenied(process.pid)
 
@@ -124,7 +124,7 @@ def test_a_process_of_another_tree_with_its_children(tmp_path: Path) -> None:
         parent.communicate()
 
 
-def test_processes_that_come_and_go_do_not_disturb_it(tmp_path: Path) -> None:
+def test_processes_that_start_and_end_do_not_disturb_the_sampler(tmp_path: Path) -> None:
     def see_another(seconds: str) -> bool:
         subprocess.run(["/bin/sh", "-c", f"sleep {seconds} & true & wait"], check=True)
         first, *later = map(pids, rows(path))
@@ -139,7 +139,7 @@ def test_processes_that_come_and_go_do_not_disturb_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("call", ["name", "memory_full_info", "children"])
-def test_a_process_that_ends_while_it_is_looked_at_is_left_out(
+def test_a_process_that_ends_during_a_reading_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     """The same by force: the child ends just before the named call."""
@@ -158,7 +158,7 @@ def test_a_process_that_ends_while_it_is_looked_at_is_left_out(
     child.communicate()
 
 
-def test_a_zombie_holds_nothing(tmp_path: Path) -> None:
+def test_a_zombie_holds_no_memory(tmp_path: Path) -> None:
     process = start(HOLD)
     with sample_memory(tmp_path / "log", interval=60):
         process.kill()
@@ -181,7 +181,7 @@ def test_a_slow_reading_does_not_shift_the_later_ones(tmp_path: Path, monkeypatc
     assert statistics.median(late) < 0.05, late
 
 
-def test_what_cannot_be_sampled_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_invalid_sampler_arguments_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     for pid in (ended.pid, -1):
@@ -213,7 +213,7 @@ def test_an_older_log_is_replaced_and_another_file_is_not(tmp_path: Path) -> Non
     assert path.read_text() == '{"format": "my notes"}'
 
 
-def test_a_disk_that_fills_up_ends_the_log_not_the_run(tmp_path: Path) -> None:
+def test_a_full_disk_ends_the_log_but_not_the_run(tmp_path: Path) -> None:
     """A limit on the size of files simulates a full disk."""
     limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     with pytest.warns(RuntimeWarning, match=r"ends after \d+ readings: OSError\(27"):
@@ -321,19 +321,19 @@ def test_every_gpu_and_the_share_of_the_tree(tmp_path: Path, monkeypatch: pytest
     assert header["gpus"][1] == {"index": 1, "name": "Test GPU 1", "total": 1000}
 
 
-def test_what_a_driver_does_not_tell_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_that_the_driver_does_not_report_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, _ = sample_gpus(tmp_path / "log", FakeNvml("v2", "processes"), monkeypatch)
     assert [(gpu["used"], gpu["processes"]) for gpu in first["gpus"]] == [(107, {}), (207, {})]
 
 
-def test_a_gpu_that_is_lost_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_gpus_are_sampled_if_one_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nvml = FakeNvml()
     nvml.lost_later.add(1)
     first, last = sample_gpus(tmp_path / "log", nvml, monkeypatch)
     assert [gpu["index"] for gpu in first["gpus"]] == [0, 1] and [gpu["index"] for gpu in last["gpus"]] == [0]
 
 
-def test_a_gpu_that_fails_from_the_start_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_gpus_are_sampled_if_one_fails_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nvml = FakeNvml()
     nvml.lost.add(0)
     first, _ = sample_gpus(tmp_path / "log", nvml, monkeypatch)

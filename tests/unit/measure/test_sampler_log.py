@@ -61,7 +61,7 @@ def test_all_modes_at_the_stated_rounding(
     assert (summary.modes, summary.mode_count, summary.rounding) == (modes, count, rounding)
 
 
-def test_a_rounding_of_nothing_is_refused() -> None:
+def test_a_rounding_of_0_is_refused() -> None:
     with pytest.raises(ValueError, match="1 or more"):
         MemorySeries("x", "RSS", (0.0,), (1,)).summary(rounding=0)
 
@@ -69,7 +69,7 @@ def test_a_rounding_of_nothing_is_refused() -> None:
 # --- the sampler's own log -------------------------------------------------------------------------------------------
 
 
-def test_what_the_sampler_writes_can_be_read_while_it_writes(tmp_path: Path) -> None:
+def test_the_samplers_log_can_be_read_while_it_is_written(tmp_path: Path) -> None:
     with sample_memory(tmp_path / "log", interval=60) as path:
         assert read_memory_log(path)["process tree"].summary().num_samples == 1
     log = read_memory_log(path)
@@ -228,7 +228,7 @@ def test_two_logs_in_one_file_are_refused(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_a_log_of_the_other_line_breaks(tmp_path: Path, name: str) -> None:
+def test_a_log_with_windows_line_breaks(tmp_path: Path, name: str) -> None:
     path = copy_log(name, tmp_path)
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
     label, samples = SAMPLES[name]
@@ -256,14 +256,14 @@ def test_a_header_alone_has_no_samples_yet(tmp_path: Path, name: str) -> None:
         (b"timestamp, index, memory.used [MiB]\n2025/09/14 15:12:08.123, 0, [N/A]\n", r"log:2 .*'\[N/A\]' is not mem"),
     ],
 )
-def test_a_foreign_or_empty_file_is_refused_in_words(tmp_path: Path, content: bytes, said: str) -> None:
+def test_a_foreign_or_empty_file_is_refused_with_the_reason(tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "log").write_bytes(content)
     with pytest.raises(MemoryLogError, match=f"(?s){said}") as raised:
         read_memory_log(tmp_path / "log")
     assert "log" in str(raised.value)
 
 
-def test_a_missing_file_and_a_directory_are_refused_in_words(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_directory_are_refused_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(MemoryLogError, match=r"none does not exist\. Check the path"):
         read_memory_log(tmp_path / "none")
     with pytest.raises(MemoryLogError, match="cannot be read: Is a directory"):

@@ -90,7 +90,7 @@ def test_a_group_of_one_sends_nothing(counted: list[dict[str, Any]]) -> None:
     assert counted[0]["of_one_rank"]["volume"] == counted[0]["of_one_rank"]["wire_bytes"] == 0
 
 
-def test_collectives_are_told_apart_by_the_axis_of_their_ranks(counted: list[dict[str, Any]]) -> None:
+def test_collectives_are_assigned_to_the_axis_of_their_ranks(counted: list[dict[str, Any]]) -> None:
     for counts in counted:
         axes = counts["along_axes"]["dict"]["axes"]
         assert {axis: sum(row["elements"] for row in axes[axis]["tensors"]) for axis in axes} == {"tp": 110, "dp": 50}
@@ -105,7 +105,7 @@ def test_fsdp_sends_three_psi_and_tensor_parallelism_two_all_reduces(counted: li
         assert counts["tensor_parallel"]["elements"] == {"all_reduce": [24, 24]}
 
 
-def test_what_a_dtensor_sends_inside_an_operator_is_counted(counted: list[dict[str, Any]]) -> None:
+def test_traffic_inside_dtensor_operators_is_counted(counted: list[dict[str, Any]]) -> None:
     assert counted[0]["inside_an_operator"]["elements"] == {"all_gather": [64]}
 
 
@@ -117,7 +117,7 @@ def test_an_unknown_kind_is_refused() -> None:
         traffic.elements("allreduce")
 
 
-def test_every_operator_that_torch_has_is_known() -> None:
+def test_all_collective_operators_of_torch_are_known() -> None:
     """A new PyTorch may add a collective; counting would raise on it, and this test says so first."""
     # Importing it registers its operators.
     import torch.distributed._functional_collectives
@@ -131,7 +131,7 @@ def test_every_operator_that_torch_has_is_known() -> None:
     assert len(collectives) > 25
 
 
-def test_nothing_is_counted_without_collectives() -> None:
+def test_without_collectives_nothing_is_counted() -> None:
     with count_collectives() as traffic:
         torch.ones(10) @ torch.ones(10)
     assert traffic.to_dict() == {

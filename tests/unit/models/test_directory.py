@@ -41,7 +41,7 @@ def copied(tmp_path):
         (None, "is a directory, but must be a file"),
     ],
 )
-def test_a_file_that_is_no_json_object_is_named(copied, file, content, message):
+def test_a_file_that_is_not_a_json_object_is_named(copied, file, content, message):
     path = copied / file
     path.unlink(missing_ok=True)
     path.mkdir() if content is None else path.write_bytes(content)
@@ -76,14 +76,14 @@ def test_generation_settings_that_the_library_refuses_are_refused_before(copied)
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 @pytest.mark.parametrize("value", ["float13", "torch.float32", "Tensor", 32, ["float32"]])
-def test_a_type_of_numbers_that_there_is_not_is_named(copied, key, value):
+def test_an_unknown_dtype_is_named(copied, key, value):
     change_config(copied, {key: value})
     said = re.escape(f"config.json: {key} is {json.dumps(value)}, which is not a PyTorch dtype")
     with pytest.raises(ConfigError, match=f'{said}.*Write one, such as "float32"'):
         load_config(str(copied))
 
 
-def test_the_types_of_a_models_parts_count_as_well(copied):
+def test_dtypes_of_a_models_parts_are_checked_too(copied):
     change_config(copied, {"text_config": {"dtype": "float13"}})
     with pytest.raises(ConfigError, match=r'config\.json: text_config\.dtype is "float13"'):
         load_config(str(copied))
@@ -93,7 +93,7 @@ def test_the_types_of_a_models_parts_count_as_well(copied):
 
 
 @pytest.mark.parametrize("value", ["bfloat16", None])
-def test_a_type_that_there_is_is_none_of_our_business(copied, value):
+def test_valid_dtypes_are_accepted(copied, value):
     change_config(copied, {"dtype": value})
     load_config(str(copied))
 

@@ -13,7 +13,7 @@ def test_columns_by_rank_match_the_picture():
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_columns_find_back(tp):
+def test_by_part_undoes_by_rank(tp):
     weight = torch.arange(5 * 24).view(5, 24)
     assert by_part(by_rank(weight, tp), tp).equal(weight)
 

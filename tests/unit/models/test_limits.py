@@ -28,7 +28,7 @@ def test_sequence_length_beyond_the_models():
         check_sequence_length(513, load_config("embedded/gpt2"))
 
 
-def test_a_model_that_says_minus_one_has_no_limit():
+def test_a_maximum_length_of_minus_one_means_no_limit():
     check_sequence_length(100_000, AutoConfig.for_model("xlnet"))
 
 
@@ -59,7 +59,7 @@ def test_a_size_that_does_not_divide_the_model_names_those_that_do(changes, tp, 
 
 
 @families
-def test_sizes_that_divide_are_taken(name):
+def test_sizes_that_divide_are_accepted(name):
     for tp in (1, 2, 4):
         check_tensor_parallel(tp, load_config(name))
 
@@ -69,7 +69,7 @@ def test_tied_embeddings_are_not_split_so_their_vocabulary_does_not_matter():
 
 
 @families
-def test_a_tokenizer_whose_ids_the_model_can_embed_is_taken(name):
+def test_a_tokenizer_whose_ids_fit_the_embedding_is_accepted(name):
     check_vocabulary(load_tokenizer(name), load_config(name))
 
 

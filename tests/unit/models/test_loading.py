@@ -48,7 +48,7 @@ def test_gpt2_gets_the_pad_token_it_lacks():
     assert load_tokenizer("embedded/gpt2").pad_token == "<|endoftext|>"
 
 
-def test_bloom_pads_on_the_left_until_it_is_told_otherwise():
+def test_blooms_own_tokenizer_pads_on_the_left():
     assert AutoTokenizer.from_pretrained(model_directory("embedded/bloom")).padding_side == "left"
     assert load_tokenizer("embedded/bloom").pad_token == "<pad>"
 
@@ -75,7 +75,7 @@ def test_unknown_name_without_a_hub(load):
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c", "~/nowhere"])
-def test_a_path_that_is_not_there(name):
+def test_a_missing_path(name):
     with pytest.raises(ConfigError, match="neither a local directory nor a hub name"):
         load_model(name)
 
@@ -101,7 +101,7 @@ def test_misspelt_embedded_name():
         (RuntimeError("out of memory"), True),
     ],
 )
-def test_a_directory_is_blamed_for_missing_and_unreadable_files_alone(raised, passes):
+def test_errors_name_the_directory_only_for_missing_and_unreadable_files(raised, passes):
     def load(target, *, local_files_only):
         raise raised
 
@@ -110,7 +110,7 @@ def test_a_directory_is_blamed_for_missing_and_unreadable_files_alone(raised, pa
     assert (error.value is raised) == passes
 
 
-def test_deepspeed_settings_that_fail_while_a_model_loads_are_not_the_models_fault():
+def test_invalid_deepspeed_settings_are_not_reported_as_a_broken_model():
     from deepspeed.ops.op_builder.cpu.no_impl import NotImplementedBuilder
 
     with pytest.raises(ValueError, match="had not been implemented") as error:
@@ -141,7 +141,7 @@ def refusing_hub():
     server.server_close()
 
 
-def test_a_hub_that_answers_no(refusing_hub, tmp_path):
+def test_a_refusing_hub_is_named(refusing_hub, tmp_path):
     code = """
 from tutorial_lib.config import ConfigError
 from tutorial_lib.models import load_model
@@ -158,7 +158,7 @@ except ConfigError as error:
     assert "embedded/gpt2" in done.stdout
 
 
-def test_a_hub_that_is_away_is_asked_once(monkeypatch):
+def test_an_unreachable_hub_is_asked_only_once(monkeypatch):
     """By default, transformers retries for 23 seconds."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
@@ -193,7 +193,7 @@ def test_code_that_a_model_ships_runs_only_if_asked_for(tmp_path):
 
 
 @families
-def test_random_weights_depend_on_the_seed_alone(name):
+def test_random_weights_depend_only_on_the_seed(name):
     before = torch.random.get_rng_state()
     models = [load_model(name, random_init=True, seed=seed) for seed in (3, 3, 4)]
     assert torch.equal(torch.random.get_rng_state(), before), "the caller's generator was used"
@@ -252,7 +252,7 @@ for (name, i), expected in plain.items():
 """
 
 
-def test_partitioned_as_they_are_made_models_are_the_same():
+def test_models_partitioned_at_construction_are_the_same():
     """Pretrained and random, at stage 3: no parameter in full, and the same weights bit for bit."""
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     done = subprocess.run(

@@ -39,7 +39,7 @@ def test_packed_documents_have_the_logits_they_have_alone(name):
             start += len(doc)
 
 
-def test_without_help_bloom_cannot_take_a_packed_batch():
+def test_without_our_patch_bloom_fails_on_packed_batches():
     """load_model's patch is needed: transformers' own BLOOM fails on the mask that all other families take."""
     model = AutoModelForCausalLM.from_pretrained(model_directory("embedded/bloom"))
     with pytest.raises(ValueError, match="too many values to unpack"):
@@ -59,7 +59,7 @@ def test_packed_rows_take_their_neighbours_mask(name):
 
 
 @families
-def test_a_row_that_sees_nothing_stays_finite(name):
+def test_logits_of_fully_masked_positions_are_finite(name):
     model = load_model(name)
     _, batch = packed_batch([10], 20)
     batch["attention_mask"][:, :, 10:] = False

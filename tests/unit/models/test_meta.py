@@ -215,7 +215,7 @@ def test_a_pickle_that_may_run_code_is_refused_unread(pickled, save):
 
 
 @pytest.mark.parametrize("save", [torch.save, save_old, save_plain])
-def test_the_words_of_the_refusal_convert_a_pickle(pickled, save):
+def test_the_command_in_the_refusal_converts_a_pickle(pickled, save):
     directory, tensors, path = pickled
     save({"state_dict": tensors, "arguments": argparse.Namespace(steps=1)}, path)
     config = Config.create("cpu", dp=1, engine="torch", model=str(directory))
@@ -242,7 +242,7 @@ def test_a_pickle_of_tensors_alone_is_checked_and_read(pickled, save):
 
 
 @pytest.mark.parametrize("content", [b"", b"hello world"])
-def test_a_file_that_is_no_pickle_is_named(pickled, content):
+def test_a_file_that_is_not_a_pickle_is_named(pickled, content):
     directory, _, path = pickled
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"pytorch_model\.bin is damaged, or not a weight file .*Copy or download"):
@@ -262,7 +262,7 @@ def test_names_that_transformers_renames_are_found(tmp_path):
     assert located(tmp_path / "model")["lm_head.weight"].name == "embed_out.weight"
     config = Config.create("cpu", engine="fsdp", model=str(tmp_path / "model"))
     filled = model_outline(config)
-    weights.fill(filled, config, device=torch.device("cpu"), host=False)
+    weights.fill_model(filled, config, device=torch.device("cpu"), host=False)
     loaded = dict(load_model(config.model.name).named_parameters())
     assert all(parameter.equal(loaded[name]) for name, parameter in filled.named_parameters())
 
@@ -298,7 +298,7 @@ def test_tensors_that_a_model_would_drop_are_refused(tmp_path, engine, name):
 
 
 @pytest.mark.parametrize("name", ["score.weight", "transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"])
-def test_heads_of_other_tasks_and_old_buffers_are_no_loss(copied, name):
+def test_stored_heads_of_other_tasks_and_old_buffers_are_ignored(copied, name):
     change(copied, lambda tensors: tensors.update({name: torch.ones(4)}))
     check_stored_weights(Config.create("cpu", engine="torch", dp=1, model=str(copied)))
     load_model(str(copied))

@@ -34,7 +34,7 @@ def test_its_tokenizer_is_its_familys_and_below_its_vocabulary(name):
     assert tokenizer.get_vocab() == load_tokenizer(PUBLISHED[name].family).get_vocab()
 
 
-def test_its_directory_is_written_once(tmp_path, monkeypatch):
+def test_a_published_models_directory_is_written_once(tmp_path, monkeypatch):
     monkeypatch.setenv("TUTORIAL_LIB_CACHE", str(tmp_path))
     directory = published_directory("published/gpt2")
     written = (directory / "config.json").stat().st_mtime_ns
@@ -76,7 +76,7 @@ def test_lesson_05_states_the_bytes_of_bloom_560m_as_the_formula_gives_them():
     assert f"gives {states.total / 2**20:,.2f} MiB of model states" in lesson.read_text(encoding="utf-8")
 
 
-def test_the_command_line_takes_its_name_alone(capsys):
+def test_the_command_line_accepts_model_config_without_model(capsys):
     assert main(["plan", "--random-init", "--model-config", "gpt2", "--gpus", "1", "--gpu-memory", "16"]) == 0
     assert "dimensions: published/gpt2" in capsys.readouterr().out
     for command in (["train"], ["bench", "offload"]):

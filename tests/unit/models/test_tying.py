@@ -38,7 +38,7 @@ def store(directory, tensors, kind):
         (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
 
 
-def test_an_output_layer_of_its_own_is_trained(own_head):
+def test_an_untied_output_layer_is_trained(own_head):
     assert load_config(str(own_head)).tie_word_embeddings
     assert not load_trained_config(str(own_head)).tie_word_embeddings
     model = load_model(str(own_head))
@@ -48,7 +48,7 @@ def test_an_output_layer_of_its_own_is_trained(own_head):
     assert outline.lm_head.weight is not outline.model.embed_tokens.weight
 
 
-def test_random_weights_follow_the_configuration_alone(own_head):
+def test_random_weights_depend_only_on_the_configuration(own_head):
     assert load_trained_config(str(own_head), random_init=True).tie_word_embeddings
     model = load_model(str(own_head), random_init=True)
     assert model.config.tie_word_embeddings and model.lm_head.weight is model.model.embed_tokens.weight
@@ -75,7 +75,7 @@ def test_names_of_base_models_and_of_older_files_are_understood(tmp_path):
     assert not load_trained_config(str(directory)).tie_word_embeddings
 
 
-def test_what_an_unreadable_file_says_is_left_to_who_loads_it(tmp_path):
+def test_unreadable_weight_files_are_reported_by_the_loader(tmp_path):
     directory = tmp_path / "model"
     small_model("qwen2", directory, **MODELS["qwen2"])
     (directory / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")

@@ -5,7 +5,7 @@ import torch
 from tutorial_lib.mpu.random_states import capture_random_states, restore_random_states
 
 
-def test_random_states_come_back(tmp_path):
+def test_random_states_are_restored(tmp_path):
     import random
 
     import numpy as np

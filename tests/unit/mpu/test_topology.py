@@ -18,7 +18,7 @@ def test_the_grid_of_the_documentation():
 
 
 @pytest.mark.parametrize(("dp", "tp"), [(1, 1), (4, 1), (1, 4), (2, 3), (3, 2)])
-def test_every_place_is_taken_once_and_agrees_with_the_grid(dp, tp):
+def test_every_place_in_the_grid_belongs_to_one_rank(dp, tp):
     places = [Topology(dp, tp, rank) for rank in range(dp * tp)]
     assert len({(t.dp_rank, t.tp_rank) for t in places}) == dp * tp == places[0].world_size
     assert all(t.grid()[t.dp_rank][t.tp_rank] == t.rank for t in places)
@@ -56,7 +56,7 @@ def test_the_grid_and_the_axes_as_one_rank_sees_them():
     assert topology.drawing().split() == ["tp", "0", "tp", "1", "dp", "0", "0", "1", "dp", "1", "2", "3"]
 
 
-def test_the_unit_that_deepspeed_asks_for():
+def test_the_model_parallel_unit_answers_deepspeed():
     class Mesh:
         def get_group(self, axis):
             return f"group along {axis}"

@@ -32,7 +32,7 @@ def test_the_engines_are_the_versions_the_course_was_measured_with() -> None:
     assert {name: pins()[name] for name in expected} == expected
 
 
-def test_everything_wanted_is_pinned_and_versions_stand_in_constraints_alone() -> None:
+def test_every_dependency_is_pinned_and_only_constraints_have_versions() -> None:
     assert [r.name for r in wanted() if canonicalize_name(r.name) not in pins()] == []
     assert [str(r) for r in wanted() if r.specifier] == []
 

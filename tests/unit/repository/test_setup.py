@@ -37,7 +37,7 @@ def test_a_second_call_does_no_set_up(clone: Path) -> None:
     assert ".ci/setup" not in would_run(clone, "run-notebooks")
 
 
-def test_a_python_that_is_named_is_looked_at_again(clone: Path) -> None:
+def test_a_named_python_is_checked_again(clone: Path) -> None:
     mark_ready(clone, made_in=clone)
     assert ".ci/setup" in would_run(clone, "setup", "PYTHON=python3.12")
 
@@ -87,7 +87,7 @@ def fake(directory: Path, name: str, script: str) -> None:
         ({"python3": "usable"}, "A C++ compiler is missing (g++ is not there)"),
     ],
 )
-def test_what_is_missing_is_named_in_one_line_with_its_command(
+def test_missing_tools_are_named_in_one_line_with_the_install_command(
     clone: Path, bare_path: Path, pythons: dict[str, str], named: str
 ) -> None:
     for name, answer in pythons.items():
@@ -110,7 +110,7 @@ def functions(clone: Path) -> Path:
 
 
 @pytest.mark.parametrize("signal", [SIGINT, SIGTERM])
-def test_what_a_step_started_ends_with_it(clone: Path, signal: Signals) -> None:
+def test_processes_that_a_step_started_end_with_it(clone: Path, signal: Signals) -> None:
     command = [functions(clone), "step", "1", "wait", "bash", "-c", "echo $$; sleep 100; true"]
     run = subprocess.Popen(command, start_new_session=True)
     log = clone / "build" / "setup.log"
@@ -125,7 +125,7 @@ def test_what_a_step_started_ends_with_it(clone: Path, signal: Signals) -> None:
     assert psutil.wait_procs(family, 10)[1] == []
 
 
-def test_a_step_tells_its_own_notices_however_long_its_log(clone: Path) -> None:
+def test_a_step_shows_its_own_notices_even_with_a_long_log(clone: Path) -> None:
     (clone / "build").mkdir()
     (clone / "build" / "setup.log").write_text("NOTICE: of an earlier step\n")
     script = "echo NOTICE: news; yes | head -n 100000"
@@ -155,7 +155,7 @@ CUDA = "printf ' + %s\\n' torch==2.13.0 nvidia-cublas==13.1.1.3"
         ("", "", "true", f"case $2 in freeze) echo {HELD}+cpu;; esac", "", f"{HELD}+cpu is there already"),
     ],
 )
-def test_cuda_is_downloaded_for_a_gpu_or_with_a_word(
+def test_cuda_is_downloaded_for_a_gpu_or_with_a_warning(
     clone: Path, tmp_path: Path, given: str, gpus: str, from_pytorch: str, from_the_index: str, backend: str, said: str
 ) -> None:
     (clone / ".venv" / "bin").mkdir(parents=True)

@@ -35,12 +35,12 @@ def test_every_pair_that_occurs_is_covered_by_fewer():
     assert 9 <= len(chosen) <= 12 < len(GRID)
 
 
-def test_the_same_are_chosen_in_the_order_of_all():
+def test_the_choice_is_deterministic_and_keeps_the_order():
     chosen = cover(GRID)
     assert chosen == cover(dict(GRID)) == [name for name in GRID if name in chosen]
 
 
-def test_what_is_needed_is_chosen_and_counts():
+def test_required_combinations_are_chosen_and_count():
     dispensable = next(name for name in GRID if name not in cover(GRID))
     assert dispensable in cover(GRID, [dispensable])
     assert cover(GRID, list(GRID)) == list(GRID)

@@ -77,7 +77,7 @@ def test_the_same_order_as_megatrons_formula() -> None:
     assert megatron_bytes_per_layer(1, 1, 1, 1, fused_attention=True) == 34
 
 
-def test_logits() -> None:
+def test_bytes_of_the_logits() -> None:
     assert logits_bytes(100, 1000) == 12 * 100 * 1000
     assert logits_bytes(100, 1000, chunks=8) == 12 * 100 * 1000 / 8
     assert logits_bytes(100, 1000, vocabulary_parallel=8) == 16 * 100 * 1000 / 8

@@ -31,13 +31,13 @@ def test_speed_of_published_runs_of_large_models(run: Published) -> None:
     assert abs(errors.errors_of(run).speed_error) <= 0.20
 
 
-def test_small_models_are_slower_than_the_time_model_says() -> None:
+def test_small_models_are_slower_than_predicted() -> None:
     """The model ignores launches of kernels: the direction of that error is known, but not its size."""
     small = [errors.errors_of(run).speed_error for run in MODELLED if run not in LARGE]
     assert len(small) == 4 and min(small) > 0.5
 
 
-def test_offload_is_a_known_miss() -> None:
+def test_offload_is_a_known_error_of_the_time_model() -> None:
     """Plans warn about it, with the factor of this row."""
     (offloaded,) = [run for run in ROWS if run.layout.offload != "none"]
     without = replace(offloaded, layout=replace(offloaded.layout, offload="none")).predict()
@@ -47,7 +47,7 @@ def test_offload_is_a_known_miss() -> None:
     assert errors.errors_of(offloaded).is_judged and f"{seconds - without.seconds:.1f} s" in offloaded.why
 
 
-def test_the_page_says_what_the_rows_do_not_show() -> None:
+def test_the_page_explains_what_its_rows_leave_out() -> None:
     found = [errors.errors_of(run) for run in ROWS]
     layouts = [e.run.layout for e in found if e.is_judged]
     assert all(layout.tp == layout.cp == layout.pp == 1 for layout in layouts)

@@ -12,7 +12,7 @@ CASES = [(30.0, 6 * 3600.0, 300.0), (120.0, 3600.0, 600.0), (5.0, 86_400.0, 60.0
 
 @pytest.mark.parametrize("save, mean_time, restart", CASES)
 @pytest.mark.parametrize("factor", [0.25, 1.0, 4.0])
-def test_the_formula_is_what_playing_it_gives(save, mean_time, restart, factor):
+def test_the_formula_matches_a_simulation(save, mean_time, restart, factor):
     interval = factor * failures.young_interval(save, mean_time)
     exact = failures.lost_share(interval, save, mean_time, restart)
     # Some thousand failures: their mean is within a few per cent.
@@ -35,7 +35,7 @@ def test_dalys_interval_is_the_minimum(save, mean_time, restart):
     assert failures.lost_share(young, save, mean_time, restart) == pytest.approx(least, rel=0.01)
 
 
-def test_where_saving_takes_longer_than_failures_let_it():
+def test_saves_that_take_longer_than_the_time_between_failures():
     assert failures.daly_interval(10.0, 4.0) == 4.0
     assert failures.lost_share(1e6, 1.0, 1.0) == 1.0
 
@@ -50,6 +50,6 @@ def test_a_job_fails_when_any_device_does():
     lambda: failures.lost_share(0.0, 1.0, 1.0),
     lambda: failures.job_mean_time(1.0, 0),
 ])  # fmt: skip
-def test_what_is_no_time_is_refused(call):
+def test_times_that_are_not_positive_are_refused(call):
     with pytest.raises(ValueError, match="positive"):
         call()

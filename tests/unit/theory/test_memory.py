@@ -25,7 +25,7 @@ def test_figure_1_of_the_zero_paper(stage: int, published: float) -> None:
         (3, (2 / 8, 2 / 8, 12 / 8), (4 / 8, 4 / 8, 8 / 8)),
     ],
 )
-def test_each_stage_divides_what_it_says(stage: int, mixed: tuple[float, ...], fp32: tuple[float, ...]) -> None:
+def test_each_stage_divides_its_states(stage: int, mixed: tuple[float, ...], fp32: tuple[float, ...]) -> None:
     num_params = 8_000
     for precision, per_param in ((MIXED, mixed), (FP32, fp32)):
         states = model_states(num_params, stage, 8, precision)

@@ -89,7 +89,7 @@ def test_larger_micro_batches_need_more_memory_and_are_never_slower() -> None:
         assert smaller.memory < larger.memory and smaller.seconds >= larger.seconds
 
 
-def test_fewer_bytes_for_moments_loras_and_chunks() -> None:
+def test_moments_lora_and_chunks_save_memory() -> None:
     layout = Layout(dp=8, tp=1, zero_stage=3, strategy="full_shard")
     plain = evaluate(work("llama-3-8b"), cluster(), layout)
     moments = [evaluate(work("llama-3-8b", moments=m), cluster(), layout).states for m in ("fp32", "bf16", "8bit")]
@@ -140,7 +140,7 @@ def test_pipelines_and_rings() -> None:
     assert context.ring_elements(100, 10, 4, recompute=True) == 4 * 2 * 100 * 10 * 3
 
 
-def test_something_fits_agrees_with_the_plan() -> None:
+def test_something_fits_agrees_with_plan() -> None:
     for gigabytes, engine in itertools.product((10, 24, 40, 80), ("deepspeed", "fsdp")):
         task, machine = work("llama-3-8b"), replace(cluster(4, gigabytes), host_memory=60e9)
         assert something_fits(task, machine, engine) == plan(task, machine, engine)[0].fits

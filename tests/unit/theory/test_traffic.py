@@ -10,7 +10,7 @@ PSI = 168_192
 
 
 @pytest.mark.parametrize(("stage", "multiple"), [(0, 2), (1, 2), (2, 2), (3, 3)])
-def test_volume_per_step_in_the_paper(stage: int, multiple: int) -> None:
+def test_volume_per_step_matches_the_paper(stage: int, multiple: int) -> None:
     assert traffic.zero_volume(PSI, stage).total == multiple * PSI
 
 
@@ -31,7 +31,7 @@ def test_volume_per_step_in_the_paper(stage: int, multiple: int) -> None:
         (dict(stage=3, persistent=1792, accumulation=2, parameters_stay=True), 670_976),
     ],
 )
-def test_volume_as_deepspeed_was_seen_to_send_it(arguments: dict, counted: int) -> None:
+def test_volume_matches_measured_deepspeed_traffic(arguments: dict, counted: int) -> None:
     assert traffic.zero_volume(PSI, **arguments).total == counted
 
 

@@ -19,7 +19,7 @@ def rows():
 
 
 @pytest.mark.parametrize("name", MODEL_NAMES)
-def test_a_batch_gets_the_answers_of_each_question_alone(name, rows):
+def test_batched_answers_match_answers_one_by_one(name, rows):
     model, tokenizer = load_model(name).eval(), load_tokenizer(name)
     prompts = [encode_prompt(row["question"], row["context"], tokenizer, 96 - 8 * n)[0] for n, row in enumerate(rows)]
     assert len({*map(len, prompts)}) > 1
@@ -50,7 +50,7 @@ def test_all_gold_answers_count():
     assert gold_answers("a") == ["a"] and gold_answers(["a", None]) == ["a"] and gold_answers(None) == []
 
 
-def test_the_score_rates_what_the_model_said(monkeypatch, rows):
+def test_scores_compare_predictions_with_gold_answers(monkeypatch, rows):
     golds = [row["answers"]["text"][0] for row in rows]
     said = [golds[0].upper(), "nothing of the kind", *golds[2:]]
     monkeypatch.setattr(answers, "answer_greedily", lambda *_, **__: said)

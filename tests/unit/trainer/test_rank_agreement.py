@@ -17,7 +17,7 @@ def test_batches_may_differ_between_groups_and_not_within_one():
         check_batches(GRID, 7, [5, 5, 9, -1])
 
 
-def test_losses_may_differ_by_rounding_alone():
+def test_losses_may_differ_only_by_rounding():
     check_losses(GRID, 3, [10.0, 10.0005, 99.0, 99.0])
     with pytest.raises(RanksDisagree, match=r"ranks \[0, 1\] .* differ: 10\.000000, 10\.002000\. Look at the seed"):
         check_losses(GRID, 3, [10.0, 10.002, 99.0, 99.0])

@@ -27,7 +27,7 @@ def test_the_published_example() -> None:
         ("$5,000", "5000"),
     ],
 )
-def test_what_normalisation_forgives(prediction: str, gold: str) -> None:
+def test_differences_that_normalisation_ignores(prediction: str, gold: str) -> None:
     assert score_answer(prediction, [gold]) == AnswerScore(1.0, 1.0)
 
 
@@ -40,7 +40,7 @@ def test_what_normalisation_forgives(prediction: str, gold: str) -> None:
         ("Beyoncé", "Beyonce", 0.0),
     ],
 )
-def test_what_it_does_not_forgive(prediction: str, gold: str, f1: float) -> None:
+def test_differences_that_normalisation_keeps(prediction: str, gold: str, f1: float) -> None:
     assert score_answer(prediction, [gold]) == AnswerScore(0.0, f1)
 
 
@@ -87,7 +87,7 @@ def test_scores_of_several_ranks_average_over_questions() -> None:
     )
 
 
-def test_what_cannot_be_scored_is_refused() -> None:
+def test_answers_that_cannot_be_scored_are_refused() -> None:
     with pytest.raises(ValueError, match="2 predictions for 1 questions"):
         score_answers(["a", "b"], [["a"]])
     for golds in ([], "1976"):

@@ -24,9 +24,7 @@ from tutorial_lib.trainer.stops import StopRequests
         (signal.SIGTERM, True, 5, "request", True),
     ],
 )
-def test_a_step_may_be_the_last_for_several_reasons(
-    tmp_path, number, has_file, stop_after, stopped_by, may_be_killed_soon
-):
+def test_reasons_for_a_last_step(tmp_path, number, has_file, stop_after, stopped_by, may_be_killed_soon):
     run = RunDirectory(tmp_path)
     if has_file:
         run.stop_file.write_text("now")

@@ -54,7 +54,7 @@ class _Stage(FullTensors):
         self._opened: dict[str, Any] = {}
 
     def _stored_names(self) -> Iterable[str]:
-        return names_once(self._model_states(0)["module"])
+        return names_once(self._model_file(0)["module"])
 
     def _read(self, name: str, kind: str) -> Tensor:
         dim = self._layout[name]["dim"] if self._tp > 1 else None
@@ -67,10 +67,10 @@ class _Stage(FullTensors):
         """Return one tensor-parallel rank's share of a parameter or of its moment."""
 
     def buffers(self) -> dict[str, Tensor]:
-        state = self._model_states(0)
+        state = self._model_file(0)
         return {name: state["module"][name] for name in state["buffer_names"] or ()}
 
-    def _model_states(self, tp_rank: int) -> Any:
+    def _model_file(self, tp_rank: int) -> Any:
         return self._file(f"mp_rank_{tp_rank:02d}_model_states.pt")
 
     def _optimizer(self, dp_rank: int, tp_rank: int) -> Any:
@@ -94,17 +94,17 @@ class Stage0(_Stage):
             tensor = self._state(tp_rank, name).get(kind, torch.zeros_like(weight, dtype=torch.float32))
         elif name in self._number and self._settings.engine.precision != "fp32":
             # Master copies have no names: they are in the order of the trained parameters.
-            groups = self._model_states(tp_rank)["optimizer"]["fp32_groups"]
+            groups = self._model_file(tp_rank)["optimizer"]["fp32_groups"]
             tensor = next(itertools.islice(itertools.chain(*groups), self._number[name], None)).detach()
         else:
-            tensor = self._model_states(tp_rank)["module"][name]
+            tensor = self._model_file(tp_rank)["module"][name]
         return tensor
 
     def adam_step(self, name: str) -> int:
         return int(self._state(0, name).get("step", 0))
 
     def _state(self, tp_rank: int, name: str) -> dict[str, Any]:
-        optimizer = self._model_states(tp_rank)["optimizer"]
+        optimizer = self._model_file(tp_rank)["optimizer"]
         states = optimizer.get("optimizer_state_dict", optimizer)["state"]  # nested if trained in 16 bits
         # Nothing is there before the first update.
         state: dict[str, Any] = states.get(self._number[name], {})
@@ -121,7 +121,7 @@ class Stage12(_Stage):
     def _places_of(self, tp_rank: int) -> dict[str, tuple[int, int, torch.Size]]:
         """Return each parameter's group, its first index in the group's vector, and its shape, by name."""
         # In the vector's order, which differs from the model's with round_robin_gradients.
-        groups = self._model_states(tp_rank)["param_shapes"]
+        groups = self._model_file(tp_rank)["param_shapes"]
         paddings = self._optimizer(0, tp_rank)["param_alignment_paddings"]
         places = {}
         for group, (shapes, after) in enumerate(zip(groups, paddings, strict=True)):
@@ -133,7 +133,7 @@ class Stage12(_Stage):
 
     def _share(self, tp_rank: int, name: str, kind: str) -> Tensor:
         if name not in self._number:
-            frozen: Tensor = self._model_states(tp_rank)["module"][name]
+            frozen: Tensor = self._model_file(tp_rank)["module"][name]
             return frozen
         group, first, shape = self._places[tp_rank][name]
         last = first + shape.numel()
@@ -225,7 +225,7 @@ class Stage3(_Stage):
     def _rank_states(self, dp_rank: int, tp_rank: int) -> Any:
         return self._file(f"zero_pp_rank_{dp_rank}_mp_rank_{tp_rank:02d}_model_states.pt")
 
-    def _model_states(self, tp_rank: int) -> Any:
+    def _model_file(self, tp_rank: int) -> Any:
         return self._rank_states(0, tp_rank)
 
 

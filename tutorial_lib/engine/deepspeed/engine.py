@@ -35,8 +35,9 @@ from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.utils import groups
 from torch import Tensor
 
-from tutorial_lib.checkpoint import MOMENTS, CheckpointError, FullTensors, Writer
+from tutorial_lib.checkpoint import MOMENTS, CheckpointError, FullTensors
 from tutorial_lib.checkpoint.formats.deepspeed import LAYOUT
+from tutorial_lib.checkpoint.writer import Writer
 from tutorial_lib.config import Config
 from tutorial_lib.engine.chunked_loss import output_loss
 from tutorial_lib.engine.deepspeed import autotp, partitions
@@ -93,7 +94,6 @@ class DeepSpeedEngine:
         settings = ds_config.build(config)
         with _partition_at_construction(settings):
             model = build_model(config)
-        self._output_loss = output_loss(model, config.engine.loss_chunks)
         if self.unit:
             ds_config.add_plan(settings, model.config)
         self.num_parameters = sum(_full_numel(parameter) for parameter in model.parameters())
@@ -104,6 +104,7 @@ class DeepSpeedEngine:
         )
         if self.unit:
             self._finish_splitting(model)
+        self._output_loss = output_loss(model, config.engine.loss_chunks, autotp.split_loss_sum(model))
         self._dims = {self.module.get_parameter(row.parameter): row.dim for row in self.layout()}
         self._micro_steps = 0
         if config.engine.zero_stage == 0 and config.engine.precision != "fp32":
@@ -188,7 +189,7 @@ class DeepSpeedEngine:
             for master, copy in zip(masters, copies, strict=True):
                 master.data.copy_(copy.data)
 
-    def model_states(self) -> dict[str, list[Tensor]]:
+    def state_tensors(self) -> dict[str, list[Tensor]]:
         """Return the tensors of this rank's model states by part: ``parameters``, ``gradients``, ``optimizer``.
 
         ``optimizer`` holds the moments and, if DeepSpeed keeps one, the fp32 master copy. Offloaded tensors are
@@ -198,7 +199,7 @@ class DeepSpeedEngine:
 
     def layout(self) -> list[ParameterLayout]:
         """Return AutoTP's layout of each parameter, in the model's order."""
-        return autotp.layouts(self.module)
+        return autotp.parameter_layouts(self.module)
 
     def _gather_over_tp(self, parameter: torch.nn.Parameter, share: Tensor) -> Tensor:
         """All-gather the full tensor from this rank's share of a parameter, gradient or moment. Collective."""
@@ -330,7 +331,7 @@ class _CheckpointEngine(TorchCheckpointEngine):
 
 
 def held_tensors(engine: Any, optimizer: torch.optim.Optimizer) -> dict[str, list[Tensor]]:
-    """Return the tensors of a rank's model states by part, as :meth:`DeepSpeedEngine.model_states` describes them.
+    """Return the tensors of a rank's model states by part, as :meth:`DeepSpeedEngine.state_tensors` describes them.
 
     Args:
         engine: the engine that ``deepspeed.initialize`` returned.

@@ -18,7 +18,8 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from tutorial_lib.checkpoint import MOMENTS, CheckpointError, FullTensors, Writer
+from tutorial_lib.checkpoint import MOMENTS, CheckpointError, FullTensors
+from tutorial_lib.checkpoint.writer import Writer
 from tutorial_lib.engine.fsdp.weights import copy_slices
 
 

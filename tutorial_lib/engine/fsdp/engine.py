@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tutorial_lib.checkpoint import MOMENTS, FullTensors, Writer
+from tutorial_lib.checkpoint import MOMENTS, FullTensors
+from tutorial_lib.checkpoint.writer import Writer
 from tutorial_lib.config import Config, OptimizerConfig
 from tutorial_lib.engine.chunked_loss import output_loss
 from tutorial_lib.engine.fsdp import dcp, sharding, tensor_parallel, weights
@@ -54,11 +55,11 @@ class FSDPEngine:
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         dp_mesh, tp_mesh = sharding.meshes(config.engine, topology, device.type)
         if topology.tp > 1:
-            tensor_parallel.split(model, tp_mesh, config.engine.tp_plan)
+            tensor_parallel.split_model(model, tp_mesh, config.engine.tp_plan)
         replicated = config.engine.sharding == "no_shard"
         if not replicated:
-            sharding.shard(model, config.engine, dp_mesh)
-        weights.fill(model, config, device=device, host=config.engine.offload == "all")
+            sharding.shard_model(model, config.engine, dp_mesh)
+        weights.fill_model(model, config, device=device, host=config.engine.offload == "all")
         self.module: torch.nn.Module = model
         self._model_type: str = model.config.model_type
         self._parallel: Any = sharding.data_parallel(model, dp_mesh) if replicated else model
@@ -123,7 +124,7 @@ class FSDPEngine:
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
         for gradient in gradients:
             norm = torch.linalg.vector_norm(sharding.local(gradient), dtype=torch.float64)
-            squares += norm.to(self.device) ** 2 / sharding.copies(gradient, self._world_size)
+            squares += norm.to(self.device) ** 2 / sharding.num_copies(gradient, self._world_size)
         dist.all_reduce(squares)
         return float(squares.sqrt())
 
@@ -131,7 +132,7 @@ class FSDPEngine:
     def _is_fsdp(self) -> bool:
         return self._parallel is self.module
 
-    def model_states(self) -> dict[str, list[Tensor]]:
+    def state_tensors(self) -> dict[str, list[Tensor]]:
         """Return this rank's tensors by part. Shards may be padded, so measure their storages."""
         parameters = list(self.module.parameters())
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -144,7 +145,7 @@ class FSDPEngine:
 
     def layout(self) -> list[ParameterLayout]:
         """Return the layout of each parameter on the ranks of its tensor-parallel group, in the model's order."""
-        return tensor_parallel.layouts(self.module)
+        return tensor_parallel.parameter_layouts(self.module)
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every full parameter, one at a time, in fp32 on the CPU. Collective: all ranks must iterate."""

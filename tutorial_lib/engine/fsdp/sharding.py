@@ -67,7 +67,7 @@ def _hybrid_mesh(world: object, device_type: str, sizes: tuple[int, int, int]) -
     return init_device_mesh(device_type, sizes, mesh_dim_names=("replicate", "shard", "tp"))
 
 
-def shard(model: Any, engine: EngineConfig, mesh: DeviceMesh) -> None:
+def shard_model(model: Any, engine: EngineConfig, mesh: DeviceMesh) -> None:
     """Turn a transformers model into FSDP2 modules, in place.
 
     Every layer is a unit, gathered by one all-gather; embeddings, the last norm and the head belong to the root. With
@@ -139,7 +139,7 @@ def release(model: nn.Module) -> None:
             module.reshard()
 
 
-def copies(tensor: torch.Tensor, world_size: int) -> int:
+def num_copies(tensor: torch.Tensor, world_size: int) -> int:
     """Count the ranks that hold the same piece of a parameter or gradient as this one."""
     if not isinstance(tensor, DTensor):
         return world_size

@@ -42,7 +42,7 @@ from tutorial_lib.engine.layout import ParameterLayout
 from tutorial_lib.models import slice_alibi
 
 
-def split(model: Any, mesh: DeviceMesh, plan: str = "megatron") -> None:
+def split_model(model: Any, mesh: DeviceMesh, plan: str = "megatron") -> None:
     """Split every layer of a model over the mesh, in place. On the meta device nothing is allocated or sent.
 
     Args:
@@ -66,7 +66,7 @@ def split(model: Any, mesh: DeviceMesh, plan: str = "megatron") -> None:
     localize(model, mesh)
 
 
-def layouts(model: Any) -> list[ParameterLayout]:
+def parameter_layouts(model: Any) -> list[ParameterLayout]:
     """Return the layout of each parameter on the ranks of its tensor-parallel group, in the model's order.
 
     Args:

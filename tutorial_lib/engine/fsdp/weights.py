@@ -27,7 +27,7 @@ from tutorial_lib.models.meta import drawing_weights, locate_parameters
 Slices = tuple[slice, ...]
 
 
-def fill(model: Any, config: Config, *, device: torch.device, host: bool) -> None:
+def fill_model(model: Any, config: Config, *, device: torch.device, host: bool) -> None:
     """Allocate a model that is on the meta device, and fill in the values that its configuration asks for.
 
     Args:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.launch.command import Template, check_grid, check_positive, count, train_arguments, wrap_options
-from tutorial_lib.launch.ray.room import possible_sizes
+from tutorial_lib.launch.ray.capacity import possible_sizes
 
 _TEXTS = {"cluster-yaml": "cluster.yaml", "rayjob": "rayjob.yaml"}
 _LONGEST_NAME = 47  # for a RayJob: Kubernetes allows 63 characters, and KubeRay appends some

@@ -24,7 +24,7 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.config import ScalingConfig
 from ray.util.placement_group import PlacementGroup
 
-from tutorial_lib.launch.ray.room import Demand, ResourcesMissing, missing, read_nodes
+from tutorial_lib.launch.ray.capacity import Demand, ResourcesMissing, describe_missing, read_nodes
 from tutorial_lib.records import RunDirectory
 
 POLL_SECONDS = 0.5
@@ -72,7 +72,7 @@ class BoundedScaling(ScalingPolicy):
         if size and (size == self.demand.sizes[-1] or waited >= min(self.settle, self.timeout)):
             return self._start(size)
         if waited >= self.timeout:
-            raise ResourcesMissing(missing(self.demand, nodes, waited))
+            raise ResourcesMissing(describe_missing(self.demand, nodes, waited))
         return NoopDecision()
 
     def make_decision_for_running_worker_group(

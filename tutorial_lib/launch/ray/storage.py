@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tutorial_lib.config import ConfigError
-from tutorial_lib.launch.ray.room import Node
+from tutorial_lib.launch.ray.capacity import Node
 from tutorial_lib.records import RunDirectory
 
 ANSWER_SECONDS = 60

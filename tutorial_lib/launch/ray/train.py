@@ -19,8 +19,8 @@ import psutil
 
 from tutorial_lib.config import Config
 from tutorial_lib.launch.errors import WorkerError, first_error, next_start
+from tutorial_lib.launch.ray.capacity import Demand, ResourcesMissing, check_capacity, read_nodes
 from tutorial_lib.launch.ray.cluster import has_dashboard, is_own, renew_server, session
-from tutorial_lib.launch.ray.room import Demand, ResourcesMissing, check_room, read_nodes
 from tutorial_lib.launch.ray.storage import check_shared, forget_deleted_checkpoints
 from tutorial_lib.launch.ray.waiting import StoppedBeforeStart, limit_wait, stop_before_start, watch_for_start
 from tutorial_lib.launch.watch import wait_for
@@ -66,7 +66,7 @@ def launch(configs: Sequence[Config], poll: Callable[[], None], worker: str = WO
             ``resource_timeout`` seconds, and the message lists its resources.
     """
     first = configs[0]
-    demand = Demand.of(first)
+    demand = Demand.from_config(first)
     directories = [RunDirectory(config.directory) for config in configs]
     with session(first):
         import ray.train
@@ -134,7 +134,7 @@ def _check_cluster(demand: Demand, directory: Path) -> None:
 
     nodes = read_nodes()
     if not state.get_max_resources_from_cluster_config():  # otherwise an autoscaler may add nodes
-        check_room(demand, nodes)
+        check_capacity(demand, nodes)
     check_shared(directory, [node for node in nodes if demand.groups_on(node.total)])
 
 

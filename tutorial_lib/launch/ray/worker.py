@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from tutorial_lib.config import Config
+from tutorial_lib.launch.ray.capacity import resized
 from tutorial_lib.launch.ray.report import report
-from tutorial_lib.launch.ray.room import resized
 from tutorial_lib.records import RunDirectory
 from tutorial_lib.trainer import train_all
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tutorial_lib.checkpoint import Writer
 from tutorial_lib.checkpoint.formats import trainer as trainer_format
+from tutorial_lib.checkpoint.writer import Writer
 from tutorial_lib.config import ConfigError
 from tutorial_lib.dataloader import build_epoch_loader
 from tutorial_lib.engine.deepspeed.file import find, read_json
@@ -135,7 +135,7 @@ class _TrainedModel:
 
     def __init__(self, run: HuggingFaceRun) -> None:
         config = run.config
-        self.device = local_device(config)
+        self.device = local_device(config.run)
         self.resumes_from: str | None = None
         self._rank, self._zero_stage = run.topology.rank, config.engine.zero_stage
         self._file = config.engine.deepspeed_file
@@ -159,7 +159,7 @@ class _TrainedModel:
     def schedule(self) -> _TrainersSchedule:
         return _TrainersSchedule(self.trainer.lr_scheduler)
 
-    def model_states(self) -> dict[str, list[Tensor]]:
+    def state_tensors(self) -> dict[str, list[Tensor]]:
         """Return the tensors of this rank's model states by part: ``parameters``, ``gradients``, ``optimizer``."""
         engine = self.trainer.deepspeed
         if engine is not None:

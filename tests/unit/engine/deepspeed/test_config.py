@@ -36,11 +36,11 @@ def write(tmp_path, content):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_clipping_is_always_stated(stage):
+def test_clipping_is_always_set(stage):
     assert ds_config.build(Config.create(zero_stage=stage, gradient_clipping=0.0))["gradient_clipping"] == 0.0
 
 
-def test_persistence_threshold_is_stated_at_stage_3():
+def test_the_persistence_threshold_is_set_at_stage_3():
     zero = ds_config.build(Config.create(zero_stage=3))["zero_optimization"]
     assert zero["stage3_param_persistence_threshold"] == 0
 
@@ -67,7 +67,7 @@ def test_every_offload_states_pin_memory(stage, offload, pin):
         ({"scheduler": {"type": "WarmupLR"}}, "schedule and warmup_steps"),
     ],
 )
-def test_misplaced_and_unknown_keys_are_refused_and_shown_their_place(tmp_path, given, message):
+def test_misplaced_and_unknown_keys_are_refused_with_the_right_place(tmp_path, given, message):
     with pytest.raises(ConfigError, match=message):
         ds_config.apply_file(Config.create(deepspeed=write(tmp_path, given)))
 
@@ -84,7 +84,7 @@ def test_misplaced_and_unknown_keys_are_refused_and_shown_their_place(tmp_path, 
     ],
 )
 @pytest.mark.parametrize("engine", ["deepspeed", "trainer"])
-def test_what_json_does_not_allow_is_found_by_line(tmp_path, content, message, engine):
+def test_invalid_json_is_reported_with_its_line(tmp_path, content, message, engine):
     with pytest.raises(ConfigError, match=message):
         ds_config.apply_file(Config.create(engine=engine, deepspeed=write(tmp_path, content)))
 
@@ -148,7 +148,7 @@ def test_an_optimizer_section_becomes_settings_and_does_not_reach_the_hugging_fa
 
 
 @pytest.mark.parametrize("content", [{}, {"type": "auto"}, {"type": "auto", "params": "auto"}])
-def test_an_optimizer_that_is_not_stated_is_the_runs(tmp_path, content):
+def test_without_an_optimizer_section_the_runs_settings_apply(tmp_path, content):
     config = ds_config.apply_file(Config.create(learning_rate=2e-5, deepspeed=write(tmp_path, {"optimizer": content})))
     assert config.optimizer.learning_rate == 2e-5
 
@@ -167,7 +167,7 @@ def test_a_missing_file_names_the_shipped_ones():
         file.read("zero9")
 
 
-def test_the_file_decides_and_the_record_tells(tmp_path):
+def test_the_deepspeed_file_wins_and_the_record_shows_its_values(tmp_path):
     path = write(
         tmp_path,
         {
@@ -238,7 +238,7 @@ def test_16_bits_without_zero_are_refused():
     [("gpt2", "whose Conv1D layers keep their weights transposed"), ("opt", "without a tensor-parallel plan"),
      ("mixtral", r"with \['moe_tp_experts'.*\] in it")],
 )  # fmt: skip
-def test_what_autotp_does_not_split_is_refused(model_type, why):
+def test_models_that_autotp_does_not_split_are_refused(model_type, why):
     config = Config.create(tp=2, zero_stage=1)
     with pytest.raises(ConfigError, match=f"AutoTP does not split {model_type}, a model {why}. Write tp=1, or choose"):
         ds_config.check_autotp(config, AutoConfig.for_model(model_type))
@@ -299,7 +299,7 @@ def test_the_key_tables_are_deepspeeds_own(section, model):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_stage_or_an_offload_that_the_file_does_not_state_is_the_runs(tmp_path, stage):
+def test_without_stage_or_offload_in_the_file_the_runs_settings_apply(tmp_path, stage):
     for zero in ({}, {"stage": "auto"}, {"overlap_comm": None}):
         for content in ({"zero_optimization": zero}, {}):
             config = Config.create(zero_stage=stage, deepspeed=write(tmp_path, content))
@@ -331,7 +331,7 @@ def test_a_setting_given_by_hand_that_the_file_contradicts(tmp_path, content, fl
         ds_config.apply_file(Config.create(**flat).override(deepspeed=path))
 
 
-def test_a_profile_is_not_given_by_hand_and_the_same_value_is_no_contradiction(tmp_path):
+def test_profile_values_and_equal_values_do_not_contradict_the_file(tmp_path):
     path = write(tmp_path, {"bf16": {"enabled": False}, "zero_optimization": {"stage": 2}})
     config = ds_config.apply_file(Config.create("gpu", zero_stage=2, deepspeed=path))
     assert (config.engine.precision, config.engine.zero_stage) == ("fp32", 2)
@@ -436,7 +436,7 @@ def test_a_profile_is_not_given_by_hand_and_the_same_value_is_no_contradiction(t
         ('{"zero_optimization": {"stage": 1, "stage": 2}}', "'stage' is given twice"),
     ],
 )
-def test_what_a_file_may_not_say_is_refused_with_the_file_and_the_key(tmp_path, content, message):
+def test_invalid_file_entries_are_refused_with_file_and_key(tmp_path, content, message):
     path = write(tmp_path, content)
     with pytest.raises(ConfigError, match=f"^{path}: .*{message}"):
         ds_config.apply_file(Config.create(deepspeed=path))
@@ -495,7 +495,7 @@ def test_an_optimizer_in_16_bits_needs_what_deepspeed_needs_for_it(tmp_path, sec
         ({"flops_profiler": {"enabled": True, "output_file": "{file}/x"}}, "flops_profiler.output_file: '{file}'"),
     ],
 )
-def test_a_place_where_a_monitor_cannot_write_is_refused_before_the_engine_starts(tmp_path, section, key):
+def test_a_monitors_unwritable_directory_is_refused_before_the_engine_starts(tmp_path, section, key):
     (tmp_path / "file").touch()
     filled = json.dumps(section).replace("{file}", f"{tmp_path}/file").replace("{dir}", str(tmp_path))
     path = write(tmp_path, filled)
@@ -504,7 +504,7 @@ def test_a_place_where_a_monitor_cannot_write_is_refused_before_the_engine_start
         for_run.check_outputs(path)
 
 
-def test_a_place_where_a_monitor_can_write_is_made(tmp_path):
+def test_a_monitors_directory_is_created(tmp_path):
     section = {"csv_monitor": {"enabled": True, "output_path": str(tmp_path / "new"), "job_name": "job"}}
     for_run.check_outputs(write(tmp_path, section))
     assert (tmp_path / "new" / "job").is_dir()
@@ -529,7 +529,7 @@ def test_leaf_modules_that_a_model_does_not_have_are_refused(tmp_path, leaves, m
             for_run.check_leaf_modules(config.engine.deepspeed_file, lambda: build_model(config))
 
 
-def test_a_range_that_settings_have_is_told_with_the_files_key(tmp_path):
+def test_range_errors_name_the_files_key(tmp_path):
     path = write(tmp_path, {"zero_optimization": {"stage": 4}})
     with pytest.raises(ConfigError, match=rf"^{path}: zero_stage is 4.*zero_stage is zero_optimization.stage"):
         ds_config.apply_file(Config.create(deepspeed=path))
@@ -563,7 +563,7 @@ def test_a_monitor_that_is_not_installed(tmp_path, monkeypatch):
         ds_config.apply_file(Config.create(deepspeed=path))
 
 
-def test_public_ways_to_write_a_value_are_understood(tmp_path):
+def test_other_spellings_of_a_value_are_accepted(tmp_path):
     path = write(
         tmp_path,
         {

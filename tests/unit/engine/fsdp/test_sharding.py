@@ -22,7 +22,7 @@ def test_a_filled_outline_is_the_model_bit_for_bit(name, random_init):
     """Without a process group, every slice is the full tensor."""
     config = Config.create("cpu", engine="fsdp", model=name, random_init=random_init, seed=5)
     outline, model = model_outline(config), build_model(config)
-    weights.fill(outline, config, device=torch.device("cpu"), host=False)
+    weights.fill_model(outline, config, device=torch.device("cpu"), host=False)
     filled = dict(outline.named_parameters())
     assert filled.keys() == dict(model.named_parameters()).keys()
     assert all(filled[n].equal(p) for n, p in model.named_parameters())
@@ -46,14 +46,14 @@ def test_files_that_do_not_fit_the_configuration_are_refused(tmp_path, change, m
     save_file(held, tmp_path / "wrong" / "model.safetensors", {"format": "pt"})
     config = Config.create("cpu", engine="fsdp", model=str(tmp_path / "wrong"))
     with pytest.raises(ConfigError, match=message):
-        weights.fill(model_outline(config), config, device=torch.device("cpu"), host=False)
+        weights.fill_model(model_outline(config), config, device=torch.device("cpu"), host=False)
 
 
 def test_a_family_without_a_plan_is_refused():
     model = model_outline(Config.create("cpu", engine="fsdp"))
     model.config.model_type = "opt"
     with pytest.raises(ConfigError, match="no tensor-parallel plan for 'opt' models, only for gpt2, qwen2, bloom"):
-        tensor_parallel.split(model, mesh=None)
+        tensor_parallel.split_model(model, mesh=None)
 
 
 @pytest.mark.parametrize(

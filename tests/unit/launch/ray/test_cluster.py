@@ -41,7 +41,7 @@ def test_an_address_without_a_cluster_is_refused_at_once(
         cluster.start(Config.create(launcher="ray"))
 
 
-def test_an_address_at_which_something_else_listens_is_refused_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_with_another_server_is_refused_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "HEALTH_TIMEOUT", 1)
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
@@ -49,7 +49,7 @@ def test_an_address_at_which_something_else_listens_is_refused_in_time(monkeypat
             cluster.start(Config.create(launcher="ray"))
 
 
-def test_a_cluster_that_others_started_on_this_machine_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_of_ray_start_is_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray would join the cluster of ``ray start``, and then refuse num_cpus."""
     import ray
 
@@ -90,7 +90,7 @@ def test_ray_must_start_a_worker_in_time(tmp_path: Path, monkeypatch: pytest.Mon
     check()
 
 
-def test_rays_list_is_kept_while_its_checkpoints_are_there_and_dropped_when_one_is_gone(tmp_path: Path) -> None:
+def test_rays_list_is_dropped_once_a_checkpoint_in_it_is_missing(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     listed = ["checkpoints/step-00000002", "checkpoints/step-00000004"]
     for name in listed:

@@ -98,7 +98,7 @@ def test_an_elastic_run_keeps_as_many_nodes_as_it_needs(capsys: pytest.CaptureFi
     assert content["available_node_types"]["worker"]["min_workers"] == 1
 
 
-def test_values_only_the_user_knows_are_left_blank(capsys: pytest.CaptureFixture[str]) -> None:
+def test_values_that_only_the_user_knows_are_placeholders(capsys: pytest.CaptureFixture[str]) -> None:
     """No image, account or claim is invented."""
     for kind, least in (("cluster-yaml", 8), ("rayjob", 2)):
         text, content = written(capsys, ON_GPUS, kind)
@@ -121,7 +121,7 @@ def test_values_only_the_user_knows_are_left_blank(capsys: pytest.CaptureFixture
         ([*ON_CPUS, "--cpus-per-rank", "0"], "cpus_per_rank is 0"),
     ],
 )
-def test_what_does_not_go_together_is_refused(
+def test_conflicting_arguments_are_refused(
     capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert cli.main([*arguments, "--format", "rayjob"]) == cli.BAD_CONFIGURATION

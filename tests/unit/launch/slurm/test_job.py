@@ -112,7 +112,7 @@ def test_a_job_that_failed_before_training_shows_what_it_printed(
     ("state", "why"),
     [("TIMEOUT", "raise --grace"), ("OUT_OF_MEMORY", "too little memory"), ("CANCELLED", "it was cancelled")],
 )
-def test_other_ends_are_told_in_words(
+def test_other_final_states_of_a_job_are_described(
     slurm: FakeSlurm, capsys: pytest.CaptureFixture[str], state: str, why: str
 ) -> None:
     slurm.answer(*RUNNING, f"{state}|None|node1")
@@ -120,7 +120,7 @@ def test_other_ends_are_told_in_words(
     assert re.search(f"Job 7 ended as {state}: .*{why}.* it resumes: 'job' from step 0", capsys.readouterr().err)
 
 
-def test_an_error_of_an_earlier_job_is_not_this_ones(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_of_an_earlier_job_are_not_reported(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
     slurm.run.write_error(0, ValueError("of yesterday"))
     slurm.answer("NODE_FAIL|None|node1")
     assert cli.main(slurm.arguments) == cli.FAILED

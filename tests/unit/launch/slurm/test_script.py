@@ -26,7 +26,7 @@ def options(script: str) -> dict[str, str]:
     return dict(re.findall(r"^#SBATCH --([\w-]+)=?([^ \n]*)", script, re.MULTILINE))
 
 
-def test_what_is_asked_for_is_consistent(capsys: pytest.CaptureFixture[str]) -> None:
+def test_requested_resources_match_the_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     script = written(capsys, [*ON_GPUS, "--tp", "2", "--cpus-per-rank", "6"])
     asked = options(script)
     assert (asked["nodes"], asked["ntasks-per-node"], asked["gpus-per-node"]) == ("2", "1", "4")
@@ -36,13 +36,13 @@ def test_what_is_asked_for_is_consistent(capsys: pytest.CaptureFixture[str]) -> 
     assert "--profile cluster --launcher none" in script and "--dp 4 --tp 2" in script
 
 
-def test_the_cpu_script_differs_in_gpu_lines_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_cpu_script_differs_only_in_gpu_lines(capsys: pytest.CaptureFixture[str]) -> None:
     script = written(capsys, [*ON_CPUS, "--cpus-per-rank", "3"])
     assert "gpu" not in script.lower()
     assert options(script)["cpus-per-task"] == "6"
 
 
-def test_what_can_be_switched_off(capsys: pytest.CaptureFixture[str]) -> None:
+def test_requeueing_and_memory_sampling_can_be_switched_off(capsys: pytest.CaptureFixture[str]) -> None:
     script = written(capsys, ON_GPUS)
     assert "measure.sampler" in script and "scontrol requeue" in script and "requeue" in options(script)
     less = written(capsys, [*ON_GPUS, "--no-sample-memory", "--no-requeue"])
@@ -93,7 +93,7 @@ def test_an_experiment_by_its_workshop_name(capsys: pytest.CaptureFixture[str]) 
         (["slurm", "--experiment", "2Z-3G2N"], "2 nodes cannot share 3 GPUs evenly"),
     ],
 )
-def test_what_does_not_go_together_is_refused(
+def test_conflicting_arguments_are_refused(
     capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert cli.main(arguments) == cli.BAD_CONFIGURATION

@@ -97,7 +97,7 @@ def test_a_different_shape_is_refused(full_run, flat, message):
         launch.reshape(checkpoint.latest(full_run.directory), name="other", **flat)
 
 
-def test_what_another_engine_saved_is_refused(uninterrupted):
+def test_a_checkpoint_of_another_engine_is_refused(uninterrupted):
     with pytest.raises(ConfigError, match="engine was 'torch', now 'trainer'"):
         launch.run(uninterrupted.config.override(engine="trainer"))
 
@@ -133,7 +133,7 @@ def test_a_model_sharded_at_load_stays_off_a_gpu_that_the_run_is_not_to_use(monk
     check_accelerator(torch.device("cuda"))
 
 
-def test_a_cuda_build_without_a_gpu_is_no_gpu(monkeypatch):
+def test_a_cuda_build_without_a_gpu_does_not_count_as_a_gpu(monkeypatch):
     def built_for_cuda(check_available=False):
         return None if check_available else torch.device("cuda")
 

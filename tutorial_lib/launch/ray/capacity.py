@@ -1,4 +1,4 @@
-"""Room on a Ray cluster: the tensor-parallel groups that its nodes can hold, and messages about what is missing.
+"""Capacity of a Ray cluster: the tensor-parallel groups that its nodes can hold, and messages about what is missing.
 
 A tensor-parallel group (``tp`` workers that share every layer) must fit on one node. So a node with 3 free CPUs has
 room for one group of ``tp=2``, and the run cannot use its third CPU.
@@ -42,7 +42,7 @@ class Demand:
     sizes: tuple[int, ...]
 
     @classmethod
-    def of(cls, config: Config) -> Demand:
+    def from_config(cls, config: Config) -> Demand:
         """Return the demand of a configuration."""
         per_worker = {"CPU": 1.0, "GPU": 1.0} if config.run.device == "cuda" else {"CPU": 1.0}
         return cls(per_worker, config.parallel.tp, tuple(possible_sizes(config)))
@@ -102,7 +102,7 @@ def read_nodes() -> list[Node]:
     ]
 
 
-def check_room(demand: Demand, nodes: Sequence[Node]) -> None:
+def check_capacity(demand: Demand, nodes: Sequence[Node]) -> None:
     """Refuse a run that does not fit the cluster even if nothing else runs there.
 
     Raises:
@@ -127,7 +127,7 @@ def check_room(demand: Demand, nodes: Sequence[Node]) -> None:
     )
 
 
-def missing(demand: Demand, nodes: Sequence[Node], seconds: float) -> str:
+def describe_missing(demand: Demand, nodes: Sequence[Node], seconds: float) -> str:
     """Describe what a run did not get: its demand, and the free resources of each node."""
     groups = f"{_count(demand.sizes[0], 'group')} of {demand.tp} workers on one node"
     workers = _count(demand.sizes[0], "worker") if demand.tp == 1 else groups

@@ -5,18 +5,40 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tutorial_lib.checkpoint.compatibility import check_same_run
-from tutorial_lib.checkpoint.directory import directory_of
+from tutorial_lib.checkpoint.directory import directory_of, locate
 from tutorial_lib.checkpoint.manifest import read_trainer_state
-from tutorial_lib.config import ENGINES, OF_ONE_START, Config, ConfigError, settings
+from tutorial_lib.config import ENGINES, START_ONLY, Config, ConfigError, settings
 from tutorial_lib.records import RunDirectory, write_atomically
 
 _ENGINE_SPECIFIC = tuple(name for name, setting in settings().items() if {*ENGINES} - {"trainer"} - {*setting.engines})
+
+
+def reshape(source: Path, flat: dict[str, Any], start_run: Callable[[Config], object]) -> Config:
+    """Create a new run from another run's checkpoint, saved in a different shape. The old run is unchanged.
+
+    Args:
+        source: a run's directory (its newest intact checkpoint), or one checkpoint.
+        flat: ``name`` of the new run, and settings that differ, as for :func:`reshaped_config`.
+        start_run: starts ranks of the new shape, which resume the run that it gets, save and end; waits for them.
+
+    Returns:
+        The configuration of the new run.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+        ConfigError: the settings cannot run or would change the updates, or a run of this name exists.
+    """
+    source = locate(source)
+    config = reshaped_config(source, flat)
+    with _staged(source, config) as start:
+        start_run(start)
+    return config
 
 
 def reshaped_config(source: Path, flat: dict[str, Any]) -> Config:
@@ -35,7 +57,7 @@ def reshaped_config(source: Path, flat: dict[str, Any]) -> Config:
     trainer = read_trainer_state(source)
     saved = trainer["config"]
     given = dict(flat)
-    if other := sorted(given.keys() & OF_ONE_START):
+    if other := sorted(given.keys() & START_ONLY):
         raise ConfigError(
             f"A reshape trains no steps, so {', '.join(other)} cannot be set. Give it to the training run."
         )
@@ -60,7 +82,7 @@ def reshaped_config(source: Path, flat: dict[str, Any]) -> Config:
         reset = ("deepspeed",)
     elif "sharding" in given:
         reset = ("shard_size",)
-    base = saved | {name: defaults[name] for name in (*reset, *OF_ONE_START)}
+    base = saved | {name: defaults[name] for name in (*reset, *START_ONLY)}
     run = _run_of(source)
     base |= {"storage": str((run or source).parent), "evaluate": saved["evaluate"]}
     config = Config.from_json(json.dumps(base | given)).override(**given)
@@ -73,7 +95,7 @@ def reshaped_config(source: Path, flat: dict[str, Any]) -> Config:
 
 
 @contextmanager
-def staged(source: Path, config: Config) -> Iterator[Config]:
+def _staged(source: Path, config: Config) -> Iterator[Config]:
     """Create a temporary directory in which the new run resumes from ``source`` and saves its own checkpoint.
 
     When the block ends, the complete run gets its final name; if the block raises, there is no new run. Anything left

@@ -79,7 +79,7 @@ def test_pretraining_has_taught_more_than_token_frequencies(embedded):
     assert total / tokens < summary["unigram_entropy"] - 1.0, name
 
 
-def test_generation_stops_or_goes_on_sensibly(embedded):
+def test_generation_ends_at_eos_or_the_token_limit(embedded):
     _, _, model, tokenizer = embedded
     prompt = tokenizer("Return the", return_tensors="pt")
     out = model.generate(**prompt, max_new_tokens=12, do_sample=False, pad_token_id=tokenizer.eos_token_id)
@@ -88,14 +88,14 @@ def test_generation_stops_or_goes_on_sensibly(embedded):
 
 
 @pytest.mark.parametrize("text", [SAMPLE, "  two spaces\n\ttab, naïve 日本語 🙂 <x> 12345", "os.path.join(a, *p)"])
-def test_tokenizers_give_back_what_they_were_given(embedded, text):
+def test_decoding_undoes_encoding(embedded, text):
     _, _, _, tokenizer = embedded
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
     assert max(ids) < 2048
 
 
-def test_special_tokens_are_the_families_own(embedded):
+def test_special_tokens_are_those_of_the_family(embedded):
     name, _, model, tokenizer = embedded
     expected = {
         "embedded/gpt2": ("<|endoftext|>", None, [2047]),

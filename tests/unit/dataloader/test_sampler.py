@@ -97,7 +97,7 @@ def test_length_groups_are_of_one_length_and_still_shuffled():
 
 
 @pytest.mark.parametrize("num_steps", [2, 5, 40, 400])
-def test_length_groups_are_others_in_each_epoch(num_steps):
+def test_length_groups_differ_between_epochs(num_steps):
     lengths = np.arange(8 * num_steps)  # no ties that a shuffle could break
     orders = [epoch_order(len(lengths), global_batch=8, seed=0, epoch=epoch, lengths=lengths) for epoch in range(3)]
     steps = [frozenset(step) for order in orders for step in order.tolist()]
@@ -143,7 +143,7 @@ def test_step_k_depends_on_seed_data_and_global_batch(toy_config, byte_tokenizer
     assert max(first(max_examples=12)) == 11
 
 
-def test_ranks_that_share_a_layer_read_the_same_and_others_do_not(toy_config, byte_tokenizer, monkeypatch):
+def test_only_ranks_that_share_a_layer_read_the_same_rows(toy_config, byte_tokenizer, monkeypatch):
     config = toy_config(40, dp=2, global_batch=8)
     numbers = []
     for rank in range(4):
@@ -157,7 +157,7 @@ def test_ranks_that_share_a_layer_read_the_same_and_others_do_not(toy_config, by
     assert all(not set(a) & set(b) for a, b in zip(numbers[0], numbers[2], strict=True))
 
 
-def test_another_grid_than_the_configurations_is_refused(toy_config, byte_tokenizer):
+def test_a_grid_that_contradicts_the_configuration_is_refused(toy_config, byte_tokenizer):
     config = toy_config(40, dp=2, global_batch=8)
     for build in (build_train_loader, build_eval_loader):
         with pytest.raises(ConfigError, match="4 ranks, but dp=2"):
@@ -193,7 +193,7 @@ def test_steps_begin_where_they_are_asked_to(toy_config, byte_tokenizer):
 
 
 @pytest.mark.parametrize("batching, unit", [("longest", "11 rows"), ("packed", "6 packed rows")])
-def test_less_than_one_global_batch_is_refused(toy_config, byte_tokenizer, batching, unit):
+def test_data_smaller_than_one_global_batch_are_refused(toy_config, byte_tokenizer, batching, unit):
     config = toy_config(11, global_batch=12, batching=batching)
     with pytest.raises(ConfigError, match=rf"has {unit}, fewer than global_batch=12.*smaller global_batch"):
         build_train_loader(config, byte_tokenizer, place())

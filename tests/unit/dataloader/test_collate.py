@@ -69,13 +69,13 @@ def test_packed_rows_restart_with_each_document():
                 assert mask[i][j] == (owner[i] == owner[j] and j <= i)
 
 
-def test_collate_travels_to_other_processes():
+def test_collate_can_be_pickled():
     original = collate("packed")
     assert pickle.loads(pickle.dumps(original)) == original
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_packing_splits_nothing_loses_nothing_and_wastes_little(seed):
+def test_packing_keeps_every_document_whole_and_pads_little(seed):
     draw = random.Random(seed)
     capacity = draw.choice([8, 32, 100])
     lengths = np.array([draw.randint(1, draw.choice([capacity, 5])) for _ in range(draw.randint(1, 300))])
@@ -175,7 +175,7 @@ def test_a_packed_document_has_the_loss_it_has_alone(family, rows, tmp_path):
         assert (difference > 1e-2) == (name == "embedded/gpt2"), "rotary positions are relative, learned ones are not"
 
 
-def test_a_fingerprint_tells_batches_apart_by_tokens_labels_and_shape():
+def test_fingerprints_depend_on_tokens_labels_and_shape():
     one, other = [document(1, 2, 3, EOS)], [document(4, 5, 6, 7, EOS)]
     batches = collate("longest")([one, other])
     assert fingerprint(batches) == fingerprint(collate("longest")([one, other]))

@@ -8,8 +8,8 @@ import pytest
 
 from tests.unit.checkpoint.runs import config
 from tutorial_lib import checkpoint, launch
-from tutorial_lib.checkpoint import manifest
-from tutorial_lib.checkpoint.reshape import reshaped_config
+from tutorial_lib.checkpoint import directory, manifest
+from tutorial_lib.checkpoint.reshaper import reshaped_config
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.records import RunDirectory
 
@@ -51,7 +51,7 @@ def saved_with(run, **flat):
 
 
 @pytest.mark.parametrize("what", SHAPES)
-def test_a_reshape_takes_over_what_fits_the_new_shape(tmp_path, what):
+def test_a_reshape_keeps_settings_that_fit_the_new_shape(tmp_path, what):
     saved, given, expected = SHAPES[what]
     reshaped = reshaped_config(saved_with(tmp_path / "old", **saved), {"name": "new", **given})
     assert {name: reshaped.flat()[name] for name in expected} == expected
@@ -73,7 +73,7 @@ def test_a_reshape_takes_over_what_fits_the_new_shape(tmp_path, what):
         ({"name": "old"}, "There is already a run .*old. Give the new run another name"),
     ],
 )
-def test_a_reshape_that_cannot_be_is_refused_before_anything_is_made(tmp_path, given, message):
+def test_an_impossible_reshape_is_refused_before_anything_is_created(tmp_path, given, message):
     path = saved_with(tmp_path / "old")
     with pytest.raises(ConfigError, match=message):
         reshaped_config(path, given)
@@ -136,5 +136,5 @@ def test_a_reshape_needs_no_data(model, tmp_path, monkeypatch):
 
 def test_a_source_may_be_under_the_users_home(interrupted, monkeypatch):
     monkeypatch.setenv("HOME", str(interrupted.directory.path.parent))
-    found = checkpoint.locate(Path("~") / interrupted.directory.path.name)
+    found = directory.locate(Path("~") / interrupted.directory.path.name)
     assert found == checkpoint.latest(interrupted.directory)

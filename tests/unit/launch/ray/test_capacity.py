@@ -13,8 +13,16 @@ from ray.train.v2._internal.execution.scaling_policy import NoopDecision, Resize
 
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.launch.ray import placement
+from tutorial_lib.launch.ray.capacity import (
+    Demand,
+    Node,
+    ResourcesMissing,
+    check_capacity,
+    describe_missing,
+    possible_sizes,
+    resized,
+)
 from tutorial_lib.launch.ray.placement import BoundedScaling
-from tutorial_lib.launch.ray.room import Demand, Node, ResourcesMissing, check_room, missing, possible_sizes, resized
 from tutorial_lib.records import RunDirectory
 
 ELASTIC: dict[str, Any] = {"launcher": "ray", "checkpoint_every": 2}
@@ -28,16 +36,16 @@ def node(name: str, total: float, free: float | None = None, gpus: float = 0) ->
 def test_a_group_is_not_split_over_nodes() -> None:
     demand = Demand({"CPU": 1}, tp=2, sizes=(2,))
     assert [demand.groups_on({"CPU": cpus}) for cpus in (0, 1, 2, 3, 4)] == [0, 0, 1, 1, 2]
-    check_room(demand, [node("a", 2), node("b", 3)])
+    check_capacity(demand, [node("a", 2), node("b", 3)])
     with pytest.raises(ConfigError, match=r"share a node.* with 2 CPUs for 2 groups: 3 on a, 1 on b\. Write a smaller"):
-        check_room(demand, [node("a", 3), node("b", 1)])
+        check_capacity(demand, [node("a", 3), node("b", 1)])
     on_gpus = Demand({"CPU": 1, "GPU": 1}, tp=2, sizes=(1,))
     assert on_gpus.groups_on({"CPU": 8, "GPU": 3}) == 1
     with pytest.raises(ConfigError, match=r"2 workers need 2 GPUs, but the Ray cluster has 1: 1 on a, 0 on b.*'cpu'"):
-        check_room(on_gpus, [node("a", 8, gpus=1), node("b", 8)])
+        check_capacity(on_gpus, [node("a", 8, gpus=1), node("b", 8)])
 
 
-def test_a_run_goes_on_with_every_size_that_its_batch_allows() -> None:
+def test_possible_sizes_divide_the_global_batch() -> None:
     config = Config.create(dp=4, global_batch=12, min_dp=1, **ELASTIC)
     assert possible_sizes(config) == [1, 2, 3, 4]
     assert possible_sizes(config.override(global_batch=8)) == [1, 2, 4]
@@ -63,13 +71,13 @@ def test_fewer_ranks_take_more_micro_batches_and_no_larger_ones() -> None:
         ({"min_dp": 1, "launcher": "ray"}, "checkpoint_every=0 saves only at the end. Write a checkpoint_every"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_conflicting_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Config.create(dp=2, **settings)
 
 
-def test_what_is_missing_is_listed_by_node() -> None:
-    said = missing(Demand({"CPU": 1.0}, tp=1, sizes=(2, 4)), [node("a", 2, free=1), node("b", 2, free=0)], 300)
+def test_missing_resources_are_listed_by_node() -> None:
+    said = describe_missing(Demand({"CPU": 1.0}, tp=1, sizes=(2, 4)), [node("a", 2, free=1), node("b", 2, free=0)], 300)
     assert said.startswith(
         "The run needs at least 2 workers, each with 1 CPU, but for 300 s the Ray cluster had no room for them. Free "
         "now, on 2 nodes: a: 1 of 2 CPUs; b: 0 of 2 CPUs."
@@ -91,7 +99,7 @@ def policy(directory: Path, *sizes: int, timeout: float = 0, settle: float = 0) 
     return BoundedScaling(scaling, demand, timeout=timeout, settle=settle, every=0, directory=directory)
 
 
-def test_a_run_without_room_waits_as_long_as_it_was_told(cluster: dict[str, float], tmp_path: Path) -> None:
+def test_a_run_without_resources_waits_for_resource_timeout(cluster: dict[str, float], tmp_path: Path) -> None:
     fixed = policy(tmp_path, 2, timeout=0.2)
     cluster["b"] = 1
     began = time.monotonic()
@@ -104,9 +112,7 @@ def test_a_run_without_room_waits_as_long_as_it_was_told(cluster: dict[str, floa
     assert isinstance(decision, ResizeDecision) and decision.num_workers == 4
 
 
-def test_a_run_that_can_do_with_less_waits_a_little_for_the_full_size(
-    cluster: dict[str, float], tmp_path: Path
-) -> None:
+def test_an_elastic_run_waits_briefly_for_its_full_size(cluster: dict[str, float], tmp_path: Path) -> None:
     cluster["b"] = 0
     patient = policy(tmp_path, 1, 2, settle=60, timeout=60)
     assert isinstance(patient.make_decision_for_non_running_worker_group(), NoopDecision)

@@ -101,13 +101,13 @@ def test_bad_usage_exits_with_2_and_says_what_to_write(storage, places, capsys, 
 @pytest.mark.parametrize(
     "given", [["--device", "cuda"], ["--profile", "gpu"], ["--profile", "gpu", "--launcher", "local"]]
 )
-def test_a_gpu_where_there_is_none(storage, capsys, given):
+def test_a_gpu_on_a_machine_without_one(storage, capsys, given):
     assert main(["train", *changed([*ONE_PROCESS, *SMALL, *storage, "--precision", "fp32"], given)]) == 2
     assert "this machine has 0. Write profile='cpu'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("launcher", ["local", "ray"])
-def test_more_processes_than_memory_has_room_for(storage, monkeypatch, launcher):
+def test_more_processes_than_fit_into_memory(storage, monkeypatch, launcher):
     monkeypatch.setattr(launch.checks, "available_memory_gb", lambda: 2.0)
     many = Config.create("cpu", storage=storage[1], launcher=launcher, dp=16, global_batch=16)
     with pytest.raises(ConfigError, match=r"16 processes need about 7.2 GB .* 2.0 GB are free .* at most 4,"):
@@ -237,7 +237,7 @@ def test_runs_that_cannot_share_processes_are_refused(tmp_path, changes, message
     assert not list(tmp_path.rglob("metrics.jsonl"))
 
 
-def test_restarts_are_for_one_run_alone(tmp_path):
+def test_restarts_are_limited_to_single_runs(tmp_path):
     """With several runs it would be unclear which one failed."""
     runs = [config(tmp_path, name=name, launcher="ray", max_failures=1) for name in ("a", "b")]
     with pytest.raises(ConfigError, match=r"max_failures works with a single run only.*Start them separately"):
@@ -306,7 +306,7 @@ def test_a_stop_request_of_an_earlier_start_is_forgotten(tmp_path):
     assert launch.run(config(tmp_path)).result["status"] == "completed"
 
 
-def test_a_run_that_goes_on_with_other_settings_is_refused_before_processes_start(tmp_path):
+def test_resuming_with_other_settings_is_refused_before_processes_start(tmp_path):
     config_ = config(tmp_path, name="same", dp=1, engine="torch", steps=1)
     launch.run(config_)
     with pytest.raises(ConfigError, match=r"cannot resume with different settings: learning_rate was 0.001, now 0.5"):

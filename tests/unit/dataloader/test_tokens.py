@@ -51,7 +51,7 @@ def test_a_text_that_is_cut_has_no_eos(byte_tokenizer, seq_length, kept):
     assert byte_tokenizer.decode(document["input_ids"]) == kept
 
 
-def test_of_a_question_only_answer_and_eos_are_counted(byte_tokenizer):
+def test_only_answer_and_eos_tokens_of_a_question_are_counted(byte_tokenizer):
     (document,) = documents_of([ROW], byte_tokenizer)
     assert read(document, byte_tokenizer) == (PROMPT, " Ada<eos>")
 
@@ -83,13 +83,13 @@ def test_a_long_question_loses_context_but_never_its_answer(byte_tokenizer, num_
     assert read(document, byte_tokenizer) == (f"Question: Who wrote it? Context:{context} Answer:", " Ada<eos>")
 
 
-def test_without_a_place_of_the_answer_the_context_is_kept_from_its_start(byte_tokenizer):
+def test_without_an_answer_start_the_context_is_kept_from_its_beginning(byte_tokenizer):
     for answers in ({"text": ["Ada"], "answer_start": [30]}, {"text": ["Ada"], "answer_start": []}):
         (document,) = documents_of([{**ROW, "answers": answers}], byte_tokenizer, len(PROMPT + " Ada") + 1 - 31)
         assert read(document, byte_tokenizer)[0] == "Question: Who wrote it? Context: It Answer:"
 
 
-def test_rows_that_teach_nothing_are_left_out_and_counted(byte_tokenizer, caplog):
+def test_rows_without_targets_are_left_out_and_counted(byte_tokenizer, caplog):
     texts = [{"text": text} for text in ("", " \n", None, "hello")]
     assert len(documents_of(texts, byte_tokenizer)) == 1
     assert "3 of 4 rows left out" in caplog.text
@@ -142,13 +142,13 @@ def test_unknown_columns_are_named_with_those_needed(byte_tokenizer, row, column
         [{"text": "Ada", "answer_start": 11}, {"text": "she", "answer_start": 0}],
     ],
 )
-def test_answers_in_other_forms_are_read_as_a_text(byte_tokenizer, answers):
+def test_answers_in_other_forms_are_read_as_text(byte_tokenizer, answers):
     (document,) = documents_of([{**ROW, "answers": answers}], byte_tokenizer)
     assert read(document, byte_tokenizer) == (PROMPT, " Ada<eos>")
 
 
 @pytest.mark.parametrize("nothing", [None, {"text": [None], "answer_start": [0]}, {"text": None, "answer_start": None}])
-def test_no_answer_is_a_row_that_is_left_out(byte_tokenizer, nothing):
+def test_rows_without_an_answer_are_left_out(byte_tokenizer, nothing):
     rows = datasets.Dataset.from_list([{**ROW, "answers": nothing}, ROW])
     assert len(tokenize_rows(rows, byte_tokenizer, 128)) == 1
     with pytest.raises(ConfigError, match="No row of this data set is left"):
@@ -156,18 +156,18 @@ def test_no_answer_is_a_row_that_is_left_out(byte_tokenizer, nothing):
 
 
 @pytest.mark.parametrize("start", [11, "11", 11.0])
-def test_an_answer_that_is_one_text_keeps_its_context(byte_tokenizer, start):
+def test_an_answer_given_as_one_string_keeps_its_context(byte_tokenizer, start):
     answers = {"text": "Ada", "answer_start": start}
     (document,) = documents_of([{**ROW, "answers": answers}], byte_tokenizer, len(PROMPT + " Ada") + 1 - 31)
     assert read(document, byte_tokenizer)[0] == "Question: Who wrote it? Context:Ada Answer:"
 
 
-def test_a_place_that_is_no_number_is_unknown(byte_tokenizer):
+def test_an_answer_start_that_is_not_a_number_counts_as_unknown(byte_tokenizer):
     (document,) = documents_of([{**ROW, "answers": {"text": "Ada", "answer_start": "line 1"}}], byte_tokenizer)
     assert read(document, byte_tokenizer) == (PROMPT, " Ada<eos>")
 
 
-def test_columns_beside_the_text_are_not_read(byte_tokenizer):
+def test_only_the_text_column_is_read(byte_tokenizer):
     rows = datasets.Dataset.from_dict({"text": ["hello"], "picture": [{"bytes": b"no picture", "path": None}]})
     rows = rows.cast_column("picture", datasets.Image())
     assert len(tokenize_rows(rows, byte_tokenizer, 128)) == 1
@@ -332,7 +332,7 @@ def test_earlier_calls_of_the_tokenizer_change_nothing(byte_tokenizer, toy_direc
     assert after.cache_files == before.cache_files
 
 
-def test_what_a_killed_process_left_is_not_read(byte_tokenizer, toy_directory):
+def test_files_left_by_a_killed_process_are_not_read(byte_tokenizer, toy_directory):
     rows = load_rows(toy_directory(31), "train")
     path = Path(tokenize_rows(rows, byte_tokenizer, 32).cache_files[0]["filename"])
     complete = path.read_bytes()
@@ -361,7 +361,7 @@ def test_data_are_identified_by_their_tokens_in_order(tmp_path, byte_tokenizer):
 
     known = identity(["one", "two", "three"], ["four"])
     assert known.keys() == {"train", "eval"}
-    assert all(len(digest) == 64 for digest in known.values())
+    assert all(len(sha256) == 64 for sha256 in known.values())
     assert identity(["one", "", "two", "three"], ["four"]) == known, "rows that give no tokens do not count"
     changed = [
         identity(["one", "six", "three"], ["four"]),
@@ -379,11 +379,11 @@ def test_documents_of_the_same_tokens_and_other_targets_have_another_identity(by
     prompt, answer = documents_of([ROW], byte_tokenizer), PROMPT + " Ada"
     text = documents_of([{"text": answer}], byte_tokenizer)
     assert text[0]["input_ids"] == prompt[0]["input_ids"]
-    digests = [
+    hashes = [
         summary_of(tokenize_rows(datasets.Dataset.from_list([row]), byte_tokenizer, 128)).sha256
         for row in (ROW, {"text": answer})
     ]
-    assert digests[0] != digests[1]
+    assert hashes[0] != hashes[1]
 
 
 def test_rows_left_out_and_rows_cut_are_counted(byte_tokenizer):
