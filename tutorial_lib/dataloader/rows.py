@@ -51,6 +51,8 @@ def load_rows(name: str, split: str, *, max_examples: int | None = None) -> data
         raise
     except Exception as error:
         raise ConfigError(_explain(name, split, error)) from error
+    if not len(rows):
+        raise ConfigError(_no_rows(name, split))
     if (looks_misread(rows.column_names) or _has_long_fields(rows)) and (problem := _misread_csv(name)):
         raise ConfigError(f"Data set {name!r} cannot be read: {problem}.")
     if max_examples is not None:
@@ -246,7 +248,7 @@ def _explain(name: str, split: str, error: Exception) -> str:
         known = re.findall(r"['\"](.+?)['\"]", found[1])
         return f"Data set {name!r} has no split {split!r}. It has: {', '.join(known)}. {_split_advice(known)}"
     if "corresponds to no data" in text or "BatchSize must be greater than 0" in text:  # the latter is parquet's
-        return f"Split {split!r} of data set {name!r} has no rows. Write a split, or a slice of one, that has some."
+        return _no_rows(name, split)
     if "onfig name is missing" in text or re.search(r"BuilderConfig .* not found", text):
         return f"Name the configuration of {name!r} that you want, after a colon: {name.split(':')[0]}:NAME. ({text})"
     if isinstance(error, OSError) and error.errno is not None:  # a damaged archive has no number
@@ -255,6 +257,10 @@ def _explain(name: str, split: str, error: Exception) -> str:
             "Set HF_HOME to a directory that you can write to and that has space left."
         )
     return f"Data set {name!r} cannot be read: {_bad_file(name) or text.rstrip('.') or type(error).__name__}."
+
+
+def _no_rows(name: str, split: str) -> str:
+    return f"Split {split!r} of data set {name!r} has no rows. Write a split, or a slice of one, that has some."
 
 
 def _cause(error: BaseException) -> BaseException:

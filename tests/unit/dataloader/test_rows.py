@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 from pathlib import Path
 
 import datasets
@@ -341,8 +342,9 @@ def test_a_file_that_belongs_to_no_split_is_not_dropped(name, tmp_path):
 
 def test_a_split_without_rows(tmp_path):
     write("jsonl", tmp_path / "data")
-    with pytest.raises(ConfigError, match=r"Split 'train\[:0\]' of data set .* has no rows"):
-        load_rows(str(tmp_path / "data"), "train[:0]")
+    for split in ("train[:0]", "train[5%:1%]"):
+        with pytest.raises(ConfigError, match=rf"Split '{re.escape(split)}' of data set .* has no rows"):
+            load_rows(str(tmp_path / "data"), split)
     (tmp_path / "empty").mkdir()
     datasets.Dataset.from_dict({"text": []}).to_parquet(tmp_path / "empty" / "train.parquet")
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "empty.parquet")
