@@ -17,7 +17,7 @@ Workers write records instead of printing; notebooks, tests and the command line
 ``logs/memory-JOB.START-NODE.jsonl``
     under SLURM, the memory of a node's processes over time: see :mod:`tutorial_lib.measure.sampler`.
 
-This module imports only the standard library, so that reading a record is cheap.
+This module imports only the standard library and the configuration, so that reading a record is cheap.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tutorial_lib.config import ConfigError
 
 Row = dict[str, Any]
 
@@ -96,12 +98,24 @@ class RunDirectory:
         self.checkpoints.mkdir(exist_ok=True)
 
     def rows(self) -> list[Row]:
-        """Return the metrics rows written so far, in step order, without a line that is still being written."""
+        """Return the metrics rows written so far, in step order, without a line that is still being written.
+
+        Raises:
+            ConfigError: a line is not JSON, because the file was edited, or its disk was full.
+        """
         try:
-            lines = self.metrics_file.read_text(encoding="utf-8").split("\n")
+            lines = self.metrics_file.read_text(encoding="utf-8", errors="replace").split("\n")
         except FileNotFoundError:
             return []
-        return [json.loads(line) for line in lines[:-1]]
+        rows = []
+        for number, line in enumerate(lines[:-1], 1):
+            try:
+                rows.append(dict(json.loads(line)))
+            except (ValueError, TypeError) as error:
+                raise ConfigError(
+                    f"{self.metrics_file}, line {number} is not a row of metrics: {error}. Remove it."
+                ) from error
+        return rows
 
     def append(self, row: Row) -> None:
         with self.metrics_file.open("a", encoding="utf-8") as file:
@@ -109,8 +123,8 @@ class RunDirectory:
 
     def keep_rows_until(self, step: int) -> None:
         """Drop the rows of steps after ``step``: the run resumes from there and writes them again."""
-        kept = [row for row in self.rows() if row["step"] <= step]
-        write_atomically(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
+        kept = {row["step"]: row for row in self.rows() if row["step"] <= step}
+        write_atomically(self.metrics_file, "".join(json.dumps(kept[number]) + "\n" for number in sorted(kept)))
 
     def result(self) -> dict[str, Any]:
         """Return the content of ``result.json``.

@@ -86,6 +86,53 @@ def _minutes(document: Any) -> int:
 
 
 @COURSE
+def test_titles_name_no_value_of_a_parameter(notebook: Path) -> None:
+    """A reader may change parameters, and a fixed "over 30 steps" would then be false."""
+    cells = run.code_cells(read(notebook))
+    (given,) = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    values = {s.targets[0].id: ast.literal_eval(s.value) for s in ast.parse(given.source).body}  # type: ignore[attr-defined]
+    fixed = [f"{values[name]} {what}" for name, what in COUNTED.items() if name in values]
+    if "DP" in values:
+        fixed += [f"{NUMBERS[values['DP'] * values['TP']]} {what}" for what in ("ranks", "Ray workers")]
+        fixed += [f"{values['DP'] * values['TP']} {what}" for what in ("ranks", "Ray workers")]
+    titles = [text for cell in cells for text in _titles(cell.source)]
+    assert [text for text in titles if any(each in text for each in fixed)] == []
+
+
+COUNTED = {"STEPS": "steps", "NUM_RANKS": "ranks", "RANKS": "ranks", "NUM_WORKERS": "workers"}
+NUMBERS = ("no", "one", "two", "three", "four")
+
+
+def _titles(source: str) -> list[str]:
+    """Return the literal parts of the titles and descriptions of a cell's figures, tables and progress lines."""
+    calls = [node for node in ast.walk(ast.parse(_without_magics(source))) if isinstance(node, ast.Call)]
+    values = [word.value for call in calls for word in call.keywords if word.arg in ("title", "alt", "caption")]
+    return [
+        part.value
+        for value in values
+        for part in ast.walk(value)
+        if isinstance(part, ast.Constant) and isinstance(part.value, str)
+    ]
+
+
+@COURSE
+def test_tables_fit_on_a_page_with_their_numbers_on_the_right(notebook: Path) -> None:
+    """A column of numbers with the word "none" in it would be aligned like text; None shows as a dash."""
+    pages = [output.get("data", {}).get("text/html", "") for output in outputs(read(notebook))]
+    for table in [page for page in pages if "<table" in page]:
+        rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", table)]
+        columns = list(zip(*rows, strict=False))
+        assert len(columns) <= MOST_COLUMNS, rows[0]
+        for title, *cells in columns:
+            words = {cell for cell in cells if not re.fullmatch(r"[-\d.,e+]+", cell)}
+            assert not words <= {"none", "None", "n/a"} or not words, f"{title}: {words} among numbers"
+
+
+MOST_COLUMNS = 10
+"""With fifteen, a table of one row was cut off at the right edge of JupyterLab's page."""
+
+
+@COURSE
 def test_relative_links_lead_to_files(notebook: Path) -> None:
     text = "\n".join(cell.source for cell in read(notebook).cells if cell.cell_type == "markdown")
     targets = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from tutorial_lib.config import ConfigError
 from tutorial_lib.records import RunDirectory, write_atomically
 
 
@@ -47,6 +48,22 @@ def test_a_resume_drops_later_rows_and_a_torn_one(run):
     run.keep_rows_until(3)
     run.append({"step": 4, "again": True})
     assert run.rows() == [{"step": 1}, {"step": 2}, {"step": 3}, {"step": 4, "again": True}]
+
+
+def test_a_resume_keeps_one_row_of_each_step(run):
+    for step in (1, 2, 1, 2, 3):
+        run.append({"step": step})
+    run.keep_rows_until(3)
+    assert run.rows() == [{"step": 1}, {"step": 2}, {"step": 3}]
+
+
+@pytest.mark.parametrize("line", ["garbage", "", "3", '{"step": 1, "lo'])
+def test_a_line_that_is_no_row_is_named(run, line):
+    run.append({"step": 1})
+    with run.metrics_file.open("a") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 2 is not a row of metrics: .* Remove it"):
+        run.rows()
 
 
 def test_an_interrupted_write_leaves_the_old_text(tmp_path, monkeypatch):

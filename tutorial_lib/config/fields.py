@@ -245,7 +245,7 @@ class OptimizerConfig:
     learning_rate: float = _setting(1e-3, "peak learning rate", at_least=0.0)
     beta1: float = _setting(0.9, "decay of the first moment", at_least=0, below=1)
     beta2: float = _setting(0.999, "decay of the second moment", at_least=0, below=1)
-    eps: float = _setting(1e-8, "added to the denominator of the update", at_least=0.0)
+    eps: float = _setting(1e-8, "added to the denominator of the update", at_least=1e-30)  # 0 / 0 is NaN
     weight_decay: float = _setting(0.01, "decoupled weight decay, applied to every trained parameter", at_least=0.0)
     gradient_clipping: float = _setting(1.0, "largest global gradient norm; 0 turns clipping off", at_least=0.0)
     schedule: str = _setting(

@@ -7,6 +7,7 @@ import csv
 import gzip
 import lzma
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,7 +41,7 @@ def csv_problem(path: Path) -> str | None:
     if path.suffix == ".zst":
         return None
     with _long_fields(), _open(path) as file:
-        reader = csv.reader(file, strict=True)
+        reader = csv.reader(file, delimiter=_delimiter(path), strict=True)
         header: list[str] = []
         line = 1
         try:
@@ -49,9 +50,10 @@ def csv_problem(path: Path) -> str | None:
                 if row and not header:
                     header, problem = row, _header_problem(row)
                 elif len(row) > len(header):
+                    separators = "commas" if _delimiter(path) == "," else "tabs"
                     problem = (
-                        f"{len(row)} fields, and the first line names {len(header)}. Put a text that contains commas "
-                        'in double quotes: "one, two"'
+                        f"{len(row)} fields, and the first line names {len(header)}. Put a text that contains "
+                        f'{separators} in double quotes: "one, two"'
                     )
                 if problem:
                     return f"line {line}: {problem}"
@@ -59,6 +61,12 @@ def csv_problem(path: Path) -> str | None:
         except csv.Error as error:
             if "unexpected end of data" in str(error):
                 return f'line {line}: a double quote is opened and never closed. Write a quote within a text twice: ""'
+            if reader.line_num > line:
+                return (
+                    f"line {line}: a double quote at the start of a field is closed only in line {reader.line_num}, in "
+                    'the middle of a text, so these lines would be one field. Write "..." around a text that starts '
+                    'with a quote, and each quote within it twice: """Hi"", she said"'
+                )
             return None  # pandas accepts some files that Python's reader rejects, such as with quotes in mid-field
         except UnicodeDecodeError:
             return None
@@ -71,10 +79,26 @@ def column_names(path: Path) -> list[str]:
         return []
     try:
         with _long_fields(), _open(path) as file:
-            delimiter = "\t" if ".tsv" in path.name.lower() else ","
-            return next(filter(None, csv.reader(file, delimiter=delimiter)), [])
+            return next(filter(None, csv.reader(file, delimiter=_delimiter(path))), [])
     except (OSError, EOFError, UnicodeDecodeError, csv.Error):
         return []
+
+
+def damaged_archive(path: Path) -> str | None:
+    """Return why a compressed file cannot be read to its end, or None."""
+    if path.suffix not in _OPENERS:
+        return None
+    try:
+        with _OPENERS[path.suffix](path) as file:
+            while file.read(2**20):
+                pass
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        return f"{str(error).rstrip('.')}. It is damaged, or not compressed"
+    return None
+
+
+def _delimiter(path: Path) -> str:
+    return "\t" if ".tsv" in path.name.lower() else ","
 
 
 def _open(path: Path) -> Any:

@@ -12,9 +12,11 @@ from typing import Any
 
 import datasets
 import datasets.exceptions
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from tutorial_lib.config import ConfigError
-from tutorial_lib.dataloader.csv_files import NOT_A_VALUE, column_names, csv_problem, looks_misread
+from tutorial_lib.dataloader.csv_files import NOT_A_VALUE, column_names, csv_problem, damaged_archive, looks_misread
 from tutorial_lib.embedded import DATASET_NAMES, dataset_directory
 
 
@@ -41,7 +43,7 @@ def load_rows(name: str, split: str, *, max_examples: int | None = None) -> data
         elif _is_saved_to_disk(source):
             rows = _saved_split(name, source, split)
         else:
-            _check_no_file_is_dropped(name, source)
+            _check_files(name, source)
             with _no_retries_without_a_hub(source):
                 options = _as_written(_local_files(name))
                 rows = datasets.load_dataset(source, configuration, split=split, keep_in_memory=False, **options)
@@ -49,7 +51,9 @@ def load_rows(name: str, split: str, *, max_examples: int | None = None) -> data
         raise
     except Exception as error:
         raise ConfigError(_explain(name, split, error)) from error
-    if looks_misread(rows.column_names) and (problem := _misread_csv(name)):
+    if not len(rows):
+        raise ConfigError(_no_rows(name, split))
+    if (looks_misread(rows.column_names) or _has_long_fields(rows)) and (problem := _misread_csv(name)):
         raise ConfigError(f"Data set {name!r} cannot be read: {problem}.")
     if max_examples is not None:
         rows = rows.select(range(min(max_examples, len(rows))))
@@ -83,16 +87,19 @@ def _data_file(name: str) -> Path | None:
     return path.resolve()
 
 
-def _check_no_file_is_dropped(name: str, source: str) -> None:
-    """Refuse a directory from which ``datasets`` would silently drop data files.
+def _check_files(name: str, source: str) -> None:
+    """Refuse a directory from which ``datasets`` would silently drop data files, or read others as data.
 
     It reads one format only. And if some names contain a split's name (``train.jsonl``), it reads only those files.
     JSON and text files next to another format are usually descriptions. A README with ``configs`` names the files that
-    are meant.
+    are meant. Links to directories are not followed, and ``train.jsonl.part`` is read as ``train.jsonl`` is.
     """
     directory = Path(source)
     if not directory.is_dir() or _names_its_files(directory / "README.md"):
         return
+    for path in sorted(directory.rglob("*")):
+        if problem := _surprise(path, path.relative_to(directory)):
+            raise ConfigError(f"The data set {name!r} is a directory with {path.relative_to(directory)}: {problem}.")
     files = [path for path in sorted(directory.rglob("*")) if path.is_file() and _is_data(path.relative_to(directory))]
     if len({_format(path) for path in files}) > 1:
         suffixes = {"".join(path.suffixes[-2:]) if path.suffix in _COMPRESSED else path.suffix for path in files}
@@ -108,6 +115,19 @@ def _check_no_file_is_dropped(name: str, source: str) -> None:
             f"because other names there contain the name of a split, and theirs do not: {some}. Move them away, or "
             f"rename them, such as train-{dropped[0].name}; or name a single file."
         )
+
+
+def _surprise(path: Path, inside: Path) -> str | None:
+    """Return why an entry of a data set's directory would be read, or not be read, against expectations."""
+    if any(part.startswith((".", "__")) for part in inside.parts):
+        return None
+    if path.is_symlink() and path.is_dir() and any(_format(each) for each in path.rglob("*")):
+        return "`datasets` does not follow a link to a directory. Copy or link its files instead"
+    if path.is_symlink() and not path.exists() and _format(path):
+        return f"it is a link to {str(path.readlink())!r}, which does not exist. Restore that file, or remove the link"
+    if path.is_file() and _format(path) is None and any(suffix.lower() in _FORMATS for suffix in path.suffixes):
+        return "it would be read as data, although its name ends differently. Move it away, or rename it"
+    return None
 
 
 def _names_its_files(readme: Path) -> bool:
@@ -148,8 +168,14 @@ def _rows_of_file(path: Path, split: str) -> datasets.Dataset:
 
 
 def _as_written(files: Sequence[Path]) -> dict[str, Any]:
-    """Return options that read the text columns of CSV files as written: pandas takes ``None`` and ``NA`` for blank."""
-    if {_format(file) for file in files} not in ({"csv"}, {"tsv"}):
+    """Return options that read texts as written.
+
+    pandas takes ``None`` and ``NA`` for blank, and the reader of txt files a byte-order mark for a part of the text.
+    """
+    formats = {_format(file) for file in files}
+    if formats == {"text"}:
+        return {"encoding": "utf-8-sig"}
+    if formats not in ({"csv"}, {"tsv"}):
         return {}
     names = sorted({name for file in files for name in column_names(file)})
     blank = {name: [""] if name in TEXT_COLUMNS else [*NOT_A_VALUE] for name in names}
@@ -222,15 +248,19 @@ def _explain(name: str, split: str, error: Exception) -> str:
         known = re.findall(r"['\"](.+?)['\"]", found[1])
         return f"Data set {name!r} has no split {split!r}. It has: {', '.join(known)}. {_split_advice(known)}"
     if "corresponds to no data" in text or "BatchSize must be greater than 0" in text:  # the latter is parquet's
-        return f"Split {split!r} of data set {name!r} has no rows. Write a split, or a slice of one, that has some."
+        return _no_rows(name, split)
     if "onfig name is missing" in text or re.search(r"BuilderConfig .* not found", text):
         return f"Name the configuration of {name!r} that you want, after a colon: {name.split(':')[0]}:NAME. ({text})"
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:  # a damaged archive has no number
         return (
             f"Data set {name!r} cannot be stored on disk: {error}. "
             "Set HF_HOME to a directory that you can write to and that has space left."
         )
     return f"Data set {name!r} cannot be read: {_bad_file(name) or text.rstrip('.') or type(error).__name__}."
+
+
+def _no_rows(name: str, split: str) -> str:
+    return f"Split {split!r} of data set {name!r} has no rows. Write a split, or a slice of one, that has some."
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -259,9 +289,16 @@ def _local_files(name: str) -> list[Path]:
 def _misread_csv(name: str) -> str | None:
     """Find a CSV file of a local data set that pandas misreads, and say how."""
     for file in _local_files(name):
-        if _format(file) == "csv" and (problem := csv_problem(file)):
+        if _format(file) in ("csv", "tsv") and (problem := csv_problem(file)):
             return f"{file}, {problem}"
     return None
+
+
+def _has_long_fields(rows: datasets.Dataset) -> bool:
+    """Return whether a text spans several lines, as it does in a CSV file after a double quote that stands alone."""
+    is_text = (pa.types.is_string, pa.types.is_large_string)
+    texts = [column for column in rows.data.itercolumns() if any(each(column.type) for each in is_text)]
+    return any(pc.any(pc.match_substring(column, "\n")).as_py() for column in texts)
 
 
 def _bad_file(name: str) -> str | None:
@@ -273,6 +310,8 @@ def _bad_file(name: str) -> str | None:
             return f"{file}: it is empty"
         if start == _LFS_POINTER:
             return f"{file}: it is a git-lfs pointer, not the data; run `git lfs pull` there, or download the file"
+        if problem := damaged_archive(file):
+            return f"{file}: {problem}"
         if file.suffix in (".jsonl", ".csv", ".txt") and (problem := _bad_line(file)):
             return f"{file}, {problem}"
     return _misread_csv(name)

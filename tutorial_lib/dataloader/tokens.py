@@ -49,6 +49,7 @@ _FORMAT = 2  # Increase it when the same row gives a different document, so that
 _SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("num_uncounted", pa.int32())])
 _QA_COLUMNS = ("question", "context", "answers")
 _READ_COLUMNS = ("text", "content", "messages", *_QA_COLUMNS)
+_FIRST_COLUMNS = ("text", "question", "messages", "content")  # of each kind, in the order in which they are read
 _ROWS_PER_BATCH = 1000
 
 logger = logging.getLogger(__name__)
@@ -137,7 +138,8 @@ def _write(
     read = rows.select_columns([column for column in rows.column_names if column in _READ_COLUMNS])  # no images
     tokens, boundaries = hashlib.sha256(), hashlib.sha256()
     with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
-        for batch in read.iter(_ROWS_PER_BATCH):
+        for number, batch in enumerate(read.iter(_ROWS_PER_BATCH)):
+            _check_one_kind(batch, number * _ROWS_PER_BATCH, name)
             documents = [document for document in to_documents(batch) if len(document.ids) > 1]
             num_documents += len(documents)
             num_cut += sum(document.is_cut for document in documents)
@@ -160,6 +162,18 @@ def _write(
     summary = TokenSummary(sha256, len(rows), left_out, num_cut)
     path.with_suffix(".json").write_text(json.dumps(asdict(summary)) + "\n")
     os.replace(unfinished, path)
+
+
+def _check_one_kind(batch: dict[str, list[Any]], num_before: int, name: str) -> None:
+    """Refuse rows that have nothing in the column that is read, but something in another one that could be read."""
+    read, *others = [column for column in _FIRST_COLUMNS if column in batch] or ["text"]
+    for other in others:
+        for row, (value, dropped) in enumerate(zip(batch[read], batch[other], strict=True), num_before + 1):
+            if value is None and dropped:
+                raise ConfigError(
+                    f"Row {row} of {name} has nothing in the column {read!r}, which is read, but something in "
+                    f"{other!r}, which would be dropped. Use the same column in every row."
+                )
 
 
 def _cache_key(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, seq_length: int) -> str:
@@ -261,6 +275,12 @@ def _text_documents(
 def _chat_documents(
     conversations: list[Any], tokenizer: PreTrainedTokenizerBase, seq_length: int, name: str
 ) -> Iterator[TokenizedDocument]:
+    for message in (message for each in conversations for message in each or ()):
+        if message["content"] is None and not message.get("tool_calls"):
+            raise ConfigError(
+                f"A message of {name}, by the role {message['role']!r}, has no content, and the chat template may "
+                'write "None". Remove the message, or write "" as its content.'
+            )
     try:
         texts: Any = [tokenizer.apply_chat_template(each, tokenize=False) for each in conversations if each]
     except Exception as error:  # a template can raise an error of its own, or its code can fail

@@ -9,11 +9,12 @@ import torch
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.engine.learning_rate import Schedule
 from tutorial_lib.engine.protocol import Engine
+from tutorial_lib.engine.trial_step import train_copy
 from tutorial_lib.mpu import Topology
 from tutorial_lib.mpu.device import local_device
 from tutorial_lib.mpu.random_states import seed_everything
 
-__all__ = ["Engine", "Schedule", "build_engine"]
+__all__ = ["Engine", "Schedule", "build_engine", "try_engine"]
 
 
 def build_engine(config: Config, topology: Topology, num_steps: int) -> Engine:
@@ -25,9 +26,19 @@ def build_engine(config: Config, topology: Topology, num_steps: int) -> Engine:
         num_steps: total number of optimizer steps of the run, for the schedule: ``loader.num_steps``.
 
     Raises:
-        ConfigError: the values of the DeepSpeed file have not been applied to the configuration, or this rank has no
-            GPU.
+        ConfigError: the values of the DeepSpeed file have not been applied to the configuration, this rank has no GPU,
+            or the engine cannot train models of this family.
     """
+    try_engine(config, topology, num_steps)
+    return _ready(config, topology, num_steps)
+
+
+def try_engine(config: Config, topology: Topology, num_steps: int) -> None:
+    """Refuse a model whose family the configured engine cannot train, see :mod:`tutorial_lib.engine.trial_step`."""
+    train_copy(config, lambda tiny: _ready(tiny, topology, num_steps))
+
+
+def _ready(config: Config, topology: Topology, num_steps: int) -> Engine:
     seed_everything(config.run.seed)  # every rank draws the same weights
     engine = _build(config, topology, local_device(config.run))
     engine.schedule = Schedule(config.optimizer, engine.optimizer, num_steps)

@@ -36,6 +36,7 @@ _SIZES = {
     "intermediate_size": _WIDTH, "ffn_dim": _WIDTH, "n_inner": _WIDTH, "ffn_hidden_size": _WIDTH, "dff": _WIDTH,
     "moe_intermediate_size": _WIDTH, "shared_expert_intermediate_size": _WIDTH, "vocab_size": _VOCABULARY,
     "num_experts": _EXPERTS, "num_local_experts": _EXPERTS, "n_routed_experts": _EXPERTS, "decoder_layers": _LAYERS,
+    "chunk_size": _ROW, "mamba_chunk_size": _ROW,
 }  # fmt: skip
 """Names of sizes in configurations, and the largest value of each in a copy."""
 
@@ -65,11 +66,11 @@ def trial_forward(config: Config, model_config: PretrainedConfig) -> None:
     tried = (type(model_config), model_config.to_json_string(), asked, config.data.seq_length, chunked)
     if tried in _PASSED:
         return
-    probe = _Probe.of(config, model_config)
-    if probe is None:
+    tiny = TinyCopy.of(config, model_config)
+    if tiny is None:
         return
     for batching in dict.fromkeys(("longest", asked)):
-        problem = probe.problem(batching)
+        problem = tiny.problem(batching)
         if problem is None:
             continue
         if batching != "longest":
@@ -82,7 +83,7 @@ def trial_forward(config: Config, model_config: PretrainedConfig) -> None:
             f"The model {config.model.name!r}, of type {model_config.model_type!r}, cannot be trained with "
             f"batching={asked!r}: {problem} {advice}. (Found with a tiny copy of the model.)"
         )
-    if chunked and (problem := probe.output_problem()):
+    if chunked and (problem := tiny.output_problem()):
         raise ConfigError(
             f"The model {config.model.name!r}, of type {model_config.model_type!r}, cannot be trained with "
             f"loss_chunks={config.engine.loss_chunks}: {problem} Leave loss_chunks out. (Found with a tiny copy of the "
@@ -104,18 +105,19 @@ def _check_is_language_model(name: str, model_config: PretrainedConfig) -> None:
 # ------------------------------------------------------------------------------------------------------ the tiny copy
 
 
-def _narrow(config: PretrainedConfig, seq_length: int) -> None:
-    """Shrink a configuration in place to few layers, heads and columns. Heads keep their width."""
-    _shorten(config, seq_length)
+def _narrow(config: PretrainedConfig, seq_length: int, tp: int = 1) -> None:
+    """Shrink a configuration in place to few layers, heads and columns, split evenly by tp. Heads keep their width."""
+    _shorten(config, seq_length, tp)
     text: Any = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
     if isinstance(heads, int) and heads > 0:
         head = getattr(text, "head_dim", None) or text.hidden_size // heads
-        text.num_attention_heads, text.hidden_size = _HEADS, _HEADS * head
+        fewer = tp * -(-_HEADS // tp)
+        text.num_attention_heads, text.hidden_size = fewer, fewer * head
         for name in _GROUPS:
             groups = getattr(text, name, None)
             if isinstance(groups, int):
-                setattr(text, name, _HEADS if groups == heads else max(1, _HEADS * groups // heads))
+                setattr(text, name, fewer if groups == heads else max(tp, fewer * groups // heads))
     else:
         text.hidden_size = _WIDTH
         if isinstance(getattr(text, "num_heads", None), int):  # Mamba 2
@@ -126,7 +128,7 @@ def _narrow(config: PretrainedConfig, seq_length: int) -> None:
             setattr(text, name, min(size, most))
 
 
-def _shorten(config: PretrainedConfig, seq_length: int) -> None:
+def _shorten(config: PretrainedConfig, seq_length: int, _tp: int = 1) -> None:
     """Cut a configuration in place to few layers, at least one of each type, and a small vocabulary."""
     text: Any = config.get_text_config()
     types: Sequence[str] = getattr(text, "layer_types", None) or ()
@@ -172,31 +174,29 @@ def _build(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel
 
 
 @dataclass(frozen=True)
-class _Probe:
-    """A tiny copy, and two documents to run through it in batches like those of the run."""
+class TinyCopy:
+    """A model of the same family that is tiny, and two documents to run through it in batches like those of the run."""
 
     model: Any
     row: int
 
     @classmethod
-    def of(cls, config: Config, model_config: PretrainedConfig) -> _Probe | None:
+    def of(cls, config: Config, model_config: PretrainedConfig) -> TinyCopy | None:
         """Build a copy that works, or return None if the family has no small one, and cannot be tried."""
         for shrink in (_narrow, _shorten):
             tiny = copy.deepcopy(model_config)
             with suppress(Exception):  # a family's code may raise anything if sizes do not fit together
-                shrink(tiny, config.data.seq_length)
+                shrink(tiny, config.data.seq_length, config.parallel.tp)
                 model = _build(tiny, config.model.trust_remote_code)
                 if model is not None:
-                    probe = cls(model, min(_ROW, config.data.seq_length))
-                    probe.forward({"input_ids": torch.ones(1, probe.row, dtype=torch.int64)})
-                    return probe
+                    built = cls(model, min(_ROW, config.data.seq_length))
+                    built.forward({"input_ids": torch.ones(1, built.row, dtype=torch.int64)})
+                    return built
         return None
 
     def problem(self, batching: str) -> str | None:
         """Return how the family breaks a requirement, or None."""
-        ids = np.arange(1, self.row + 1, dtype=np.int32) * 7 % (_VOCABULARY - 1) + 1
-        half, third = max(self.row // 2, 1), max(self.row // 3, 1)
-        first, second = ids[:half], ids[half : half + third]
+        first, second = self.documents()
         changed = first.copy()
         changed[-1] = changed[-1] % (_VOCABULARY - 1) + 1
         try:
@@ -206,6 +206,8 @@ class _Probe:
         except Exception as error:  # whatever a family's code raises
             reason = str(error).strip().partition("\n")[0].rstrip(".")
             return f"its code fails with {type(error).__name__}: {reason}."
+        if not all(logits.isfinite().all() for logits in together):
+            return "its logits are not numbers, or infinite: look for such a value in its config.json."
         if _differ(with_another_end[0][:-1], together[0][:-1]):
             return "it is not causal: a token sees the tokens after it, so there is nothing left to predict."
         if any(map(_differ, together, alone)):
@@ -231,11 +233,22 @@ class _Probe:
             logits_BSV: torch.Tensor = self.model(**batch, use_cache=False).logits
         return logits_BSV
 
-    def _logits(self, documents: list[Any], batching: str) -> list[torch.Tensor]:
-        """Return the logits of each document, from one batch with all of them."""
+    def documents(self) -> list[Any]:
+        """Return the tokens of two documents that leave some room in a row."""
+        ids = np.arange(1, self.row + 1, dtype=np.int32) * 7 % (_VOCABULARY - 1) + 1
+        half, third = max(self.row // 2, 1), max(self.row // 3, 1)
+        return [ids[:half], ids[half : half + third]]
+
+    def batch(self, documents: list[Any], batching: str) -> dict[str, torch.Tensor]:
+        """Return one batch with all documents."""
         collate = Collate(seq_length=self.row, batching=batching, micro_batch=len(documents), pad_token_id=0)
         examples = [(document, 1) for document in documents]
         (batch,) = collate([examples] if batching == "packed" else [[example] for example in examples])
+        return batch
+
+    def _logits(self, documents: list[Any], batching: str) -> list[torch.Tensor]:
+        """Return the logits of each document, from one batch with all of them."""
+        batch = self.batch(documents, batching)
         del batch["labels"]
         logits_BSV = self.forward(batch)
         lengths = [len(document) for document in documents]

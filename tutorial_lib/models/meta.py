@@ -62,7 +62,7 @@ def _outline(model_config: PretrainedConfig, trust_remote_code: bool) -> PreTrai
     try:
         with no_init_weights(), torch.device("meta"):
             return AutoModelForCausalLM.from_config(model_config, **options)
-    except (KeyError, AttributeError, TypeError, AssertionError, ImportError) as error:
+    except (KeyError, AttributeError, TypeError, ValueError, AssertionError, ImportError) as error:
         raise ConfigError(
             f"No model can be built from the config.json of this {model_config.model_type} model: "
             f"{type(error).__name__}: {error}. Correct it, or choose another model."

@@ -82,6 +82,7 @@ AT_LOAD = {"engine": "trainer", "shard_at_load": True}
         ({"evaluate_every": "0"}, "write 'epoch', or a number of optimizer steps"),
         ({"evaluate_every": "epoch", "evaluate": False}, "needs an evaluation"),
         ({"steps": 0}, "smallest possible value is 1"),
+        ({"eps": 0.0}, "smallest possible value is 1e-30"),
         ({"steps": 5, "stop_after": 6}, "past the last step"),
         ({"steps": 3, "epochs": 2}, "steps=3 and epochs=2 both set the length of the run.*Leave one of them out"),
         ({"steps": 3, "epochs": 1}, "steps=3 and epochs=1 both set"),

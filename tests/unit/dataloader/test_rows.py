@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 from pathlib import Path
 
 import datasets
@@ -116,6 +117,13 @@ def test_a_file_of_an_unknown_format_is_refused(tmp_path):
         ({"train.csv": b"id\ttext\n1\tone\n"}, "line 1: its fields are separated by tabs"),
         ({"train.csv": b"text,text\none,two\n"}, "line 1: the column 'text' is named twice"),
         ({"train.csv.gz": gzip.compress(b"id,text\n1,one,two\n")}, r"train\.csv\.gz, line 2: 3 fields"),
+        (
+            {"train.csv": b'text\nI\n"Hi, she said\nand\n"Hi again\nleft\n'},
+            r"train\.csv, line 3: .* closed only in line 5",
+        ),
+        ({"train.tsv": b'id\ttext\n1\t"Hi\n2\tand\n3\t"Hi\n'}, r"train\.tsv, line 2: .* closed only in line 4"),
+        ({"train.jsonl.gz": b'{"text": "x"}\n'}, r"train\.jsonl\.gz: Not a gzipped file.* or not compressed"),
+        ({"a.jsonl.gz": gzip.compress(b'{"text": "x"}\n')[:-9]}, r"a\.jsonl\.gz: Compressed file ended"),
     ],
 )
 def test_errors_in_a_file_are_reported_with_their_place(files, message, tmp_path):
@@ -130,6 +138,38 @@ def test_a_csv_file_that_is_in_order_is_read(tmp_path):
     (tmp_path / "train.csv").write_text(content)
     rows = load_rows(str(tmp_path), "train")
     assert (rows[0]["text"], len(rows[1]["text"]), rows[2]["text"]) == ('one, "two"\nthree', 200_000, None)
+
+
+def test_a_byte_order_mark_is_not_read_as_text(tmp_path):
+    for name, content in (("one.txt", "one\r\ntwo\r\n"), ("many/train.txt", "one\ntwo\n")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
+    for name in ("one.txt", "many"):
+        assert list(load_rows(str(tmp_path / name), "train")["text"]) == ["one", "two"]
+
+
+@pytest.mark.parametrize("name", ["train.jsonl.part", "train.jsonl.bak", "train.jsonl.sha256", "data/more.jsonl.tmp"])
+def test_a_leftover_file_is_refused(name, tmp_path):
+    for each in ("train.jsonl", name):
+        write_jsonl(tmp_path / each, [{"text": "one"}])
+    with pytest.raises(ConfigError, match=rf"a directory with {name}: it would be read as data, although its name"):
+        load_rows(str(tmp_path), "train")
+
+
+def test_links_are_followed_or_refused(tmp_path):
+    directory, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    for each in (directory / "train-1.jsonl", elsewhere / "train-2.jsonl"):
+        write_jsonl(each, [{"text": "one"}])
+    link = directory / "train-2.jsonl"
+    link.symlink_to(elsewhere / "train-2.jsonl")
+    assert len(load_rows(str(directory), "train")) == 2
+    (elsewhere / "train-2.jsonl").rename(elsewhere / "train-3.jsonl")
+    with pytest.raises(ConfigError, match=r"train-2\.jsonl: it is a link to '.*/train-2\.jsonl', which does not exist"):
+        load_rows(str(directory), "train")
+    link.unlink()
+    (directory / "more").symlink_to(elsewhere)
+    with pytest.raises(ConfigError, match="a directory with more: `datasets` does not follow a link"):
+        load_rows(str(directory), "train")
 
 
 def test_text_that_pandas_reads_as_missing_is_kept(tmp_path):
@@ -302,8 +342,9 @@ def test_a_file_that_belongs_to_no_split_is_not_dropped(name, tmp_path):
 
 def test_a_split_without_rows(tmp_path):
     write("jsonl", tmp_path / "data")
-    with pytest.raises(ConfigError, match=r"Split 'train\[:0\]' of data set .* has no rows"):
-        load_rows(str(tmp_path / "data"), "train[:0]")
+    for split in ("train[:0]", "train[5%:1%]"):
+        with pytest.raises(ConfigError, match=rf"Split '{re.escape(split)}' of data set .* has no rows"):
+            load_rows(str(tmp_path / "data"), split)
     (tmp_path / "empty").mkdir()
     datasets.Dataset.from_dict({"text": []}).to_parquet(tmp_path / "empty" / "train.parquet")
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "empty.parquet")

@@ -183,6 +183,14 @@ def test_a_column_called_content_is_text_where_no_other_is(byte_tokenizer):
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
 
 
+@pytest.mark.parametrize(
+    "rows", [[{"text": "one"}, {"content": "two"}], [{"text": "one"}, ROW], [{"messages": TALK}, {"content": "two"}]]
+)
+def test_rows_with_their_text_in_different_columns_are_refused(rows, byte_tokenizer):
+    with pytest.raises(ConfigError, match=r"Row 2 of this data set has nothing in the column '\w+', which is read"):
+        documents_of([dict.fromkeys(rows[1]) | rows[0], rows[1]], chatting(byte_tokenizer, "{{ messages }}"))
+
+
 def chatting(byte_tokenizer, template):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer.backend_tokenizer, eos_token="<eos>")
     tokenizer.chat_template = template
@@ -196,6 +204,12 @@ def test_conversations_are_written_by_the_chat_template(byte_tokenizer):
     assert read(document, byte_tokenizer) == ("u", ":Hi<eos>\na:Yo<eos>"), "with one EOS at its end"
     (other,) = documents_of(rows, chatting(byte_tokenizer, template.replace(":", "=")))
     assert read(other, byte_tokenizer)[1].startswith("=Hi"), "the cache knows its template"
+
+
+def test_a_message_without_content_is_refused(byte_tokenizer):
+    rows = [{"messages": [*TALK, {"role": "user", "content": None}]}]
+    with pytest.raises(ConfigError, match="A message of this data set, by the role 'user', has no content"):
+        documents_of(rows, chatting(byte_tokenizer, "{{ messages[2].content }}"))
 
 
 def test_conversations_that_cannot_be_written_are_refused(byte_tokenizer):

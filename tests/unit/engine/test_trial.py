@@ -103,6 +103,11 @@ def test_a_family_that_changes_its_logits_is_refused_with_loss_chunks(family, ch
         trial(model_config, "longest", loss_chunks=8)
 
 
+def test_logits_that_are_not_numbers_are_refused():
+    with pytest.raises(ConfigError, match=r"its logits are not numbers, or infinite: look .* config\.json"):
+        trial(AutoConfig.for_model("gpt2", layer_norm_epsilon=float("nan")), "longest")
+
+
 def test_an_encoder_decoder_is_refused():
     with pytest.raises(ConfigError, match="of type 't5', for which transformers has no causal language model"):
         trial(AutoConfig.for_model("t5"), "longest")

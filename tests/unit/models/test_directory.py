@@ -35,6 +35,7 @@ def copied(tmp_path):
     [
         (b"[1]", "holds a JSON list, but must hold an object"),
         (b"null", "holds a JSON NoneType, but must hold an object"),
+        (b'{"a": {"b": 1, "b": 2}}', "is not valid JSON: 'b' is given twice in one object, and only the last"),
         (b"{", "is not valid JSON: .*line 1.*Copy or download it again"),
         (b'{"a": "\xe9"}', "is not valid JSON: .*byte 0xe9.*Copy or download it again"),
         (POINTER.encode(), "is a git-lfs pointer of \\d+ bytes.*Run `git lfs pull` in .*/model, or download the file"),

@@ -152,6 +152,8 @@ def test_a_damaged_index_is_named(copied, content):
     ("settings", "message"),
     [
         ({"quantization_config": {"quant_method": "fp8"}}, r"is quantized .*Write the name of the original model"),
+        ({"attn_pdrop": 1.5}, r"can be built from the config\.json of this gpt2 model: ValueError: dropout"),
+        ({"n_head": 7}, r"can be built from the config\.json of this gpt2 model: ValueError: `embed_dim` must be"),
         ({"activation_function": "foo"}, r"can be built from the config\.json of this gpt2 model: KeyError: 'foo'"),
         ({"n_layer": "2"}, r"does not hold a usable model: Validation error for field 'n_layer': .*got str"),
     ],

@@ -22,6 +22,7 @@ from tutorial_lib.checkpoint.formats import trainer as trainer_format
 from tutorial_lib.checkpoint.writer import Writer
 from tutorial_lib.config import ConfigError
 from tutorial_lib.dataloader import build_epoch_loader
+from tutorial_lib.engine import try_engine
 from tutorial_lib.engine.deepspeed.file import find, read_json
 from tutorial_lib.engine.deepspeed.trainer_file import auto_keys
 from tutorial_lib.engine.fsdp.sharding import local, unreduced_gradients
@@ -45,6 +46,7 @@ class HuggingFaceRun(Trainer):
     def build_engine(self) -> Any:
         self._probe: StepProbe | None = None
         self._probing = ExitStack()
+        try_engine(self.config, self.topology, self.num_steps)
         seed_everything(self.config.run.seed)
         engine = _TrainedModel(self)
         seed_everything(self.config.run.seed + 1 + self.topology.dp_rank)

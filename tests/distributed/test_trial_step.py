@@ -1,0 +1,84 @@
+"""Families that an engine cannot train are refused before their weights are read; others are trained."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from transformers import AutoConfig
+
+from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.embedded import MODEL_NAMES
+from tutorial_lib.engine import try_engine
+from tutorial_lib.engine.trial_step import PROVEN
+from tutorial_lib.lab.ranks import on_ranks
+from tutorial_lib.models import load_config
+from tutorial_lib.mpu import Topology
+
+ENGINES = {
+    "ZeRO-1": {"engine": "deepspeed", "zero_stage": 1, "precision": "bf16"},
+    "ZeRO-3": {"engine": "deepspeed", "zero_stage": 3},
+    "ZeRO-3 in a file": {"engine": "trainer", "deepspeed": "zero3", "zero_stage": 3},
+    "FSDP2": {"engine": "fsdp"},
+    "DDP": {"engine": "fsdp", "sharding": "no_shard"},
+    "tensor parallel": {"engine": "fsdp", "dp": 1, "tp": 2},
+}
+
+
+def tried(directory: Path, family: str, engine: str, batching: str = "longest") -> tuple[str, float]:
+    """Return what a trial on two ranks says about a family with its default sizes, and the seconds it takes."""
+    model = directory / family
+    AutoConfig.for_model(family).save_pretrained(model)
+    flat = {"dp": 2, "global_batch": 4, "batching": batching} | ENGINES[engine]
+    config = Config.create(model=str(model), **flat)
+
+    def try_it() -> tuple[str, float]:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        topology = Topology.from_environment(config.parallel)
+        try:
+            try_engine(config, topology, 10)
+            dist.barrier()
+            began = time.perf_counter()
+            try_engine(config, topology, 10)  # again: libraries are loaded now
+        except ConfigError as error:
+            return str(error), 0.0
+        return "", time.perf_counter() - began
+
+    first, second = on_ranks(2, try_it)
+    assert first[0] == second[0]
+    return first
+
+
+@pytest.mark.parametrize(
+    ("family", "engine", "reason", "instead"),
+    [
+        ("rwkv", "ZeRO-3", r"modeling_rwkv\.py, line \d+, fails with IndexError: tuple index", "Try zero_stage=2, or "),
+        ("rwkv", "ZeRO-3 in a file", r"modeling_rwkv\.py, line \d+, fails with IndexError", "Try zero_stage=2, or "),
+        ("bart", "DDP", "fails with RuntimeError: Expected to have finished reduction", "Try sharding='full_shard', "),
+        ("blenderbot", "DDP", "fails with RuntimeError: Expected to have", "Try sharding='full_shard', "),
+        ("falcon_h1", "FSDP2", r"fails with RuntimeError: .*mixed torch\.Tensor and DTensor", "or engine='deepspeed'"),
+    ],
+)
+def test_a_family_that_the_engine_cannot_train_is_refused(tmp_path, family, engine, reason, instead):
+    message, _ = tried(tmp_path, family, engine)
+    for expected in (f"of type '{family}', cannot be trained with engine=", reason, instead):
+        assert re.search(expected, message), message
+
+
+@pytest.mark.parametrize(
+    ("family", "engine", "batching"),
+    [*(("llama", engine, "packed") for engine in ENGINES), ("mamba", "ZeRO-3", "longest"), ("rwkv", "DDP", "longest"),
+     ("bart", "FSDP2", "longest"), ("falcon_h1", "DDP", "longest")],
+)  # fmt: skip
+def test_other_pairs_pass_in_no_time(tmp_path, family, engine, batching):
+    message, seconds = tried(tmp_path, family, engine, batching)
+    assert message == ""
+    assert seconds < 10, "a fraction of a second on two idle cores"
+
+
+def test_the_families_without_a_trial_are_those_of_the_embedded_models():
+    assert {load_config(name).model_type for name in MODEL_NAMES} == PROVEN

@@ -1,0 +1,131 @@
+"""Trial of an engine: each rank trains a tiny copy for two steps before the model's weights are read.
+
+Engines change a model in ways that its family's code may not expect. ZeRO-3 hides the shapes of parameters, and DDP
+waits for a gradient of every parameter. The trial builds the configured engine for the copy of
+:mod:`tutorial_lib.engine.trial`, evaluates, takes two steps, and tells the family's failure in this package's words.
+
+It takes each rank's processor 0.1 to 0.7 seconds (ZeRO-3 the most), so families that the tests train with every engine
+skip it.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_model
+from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.engine.protocol import Engine
+from tutorial_lib.engine.trial import TinyCopy
+from tutorial_lib.models import check_tensor_parallel, load_config
+from tutorial_lib.mpu.collectives import all_gather_objects
+from tutorial_lib.records import lost_another_rank
+
+_LOG = logging.getLogger(__name__)
+
+PROVEN = frozenset({"bloom", "gpt2", "qwen2"})
+"""Families of the embedded models, which the tests train with every engine."""
+
+
+def train_copy(config: Config, build: Callable[[Config], Engine]) -> None:
+    """Refuse a model whose family the configured engine cannot train. Collective.
+
+    For ``engine="trainer"`` with a DeepSpeed file, this package's own engine tries the file's ZeRO stage; without a
+    file there is no trial.
+
+    Args:
+        config: what to run, with the values of its DeepSpeed file applied.
+        build: builds the engine of a configuration.
+
+    Raises:
+        ConfigError: names the family, the engine and the reason, and what to try instead.
+    """
+    m = config.model
+    model_config = load_config(m.name, trust_remote_code=m.trust_remote_code)
+    # Code that a model ships with does not come along into the copy's directory.
+    if model_config.model_type in PROVEN or hasattr(model_config, "auto_map"):
+        return
+    if config.engine.name == "trainer" and not config.engine.deepspeed_file:
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        tiny = _written_copy(config, model_config, Path(directory))
+        if not all(all_gather_objects(tiny is not None)):  # a rank whose disk is full would leave the others waiting
+            return
+        assert tiny is not None
+        try:
+            engine = build(_of_copy(config, directory))
+            _take_steps(engine, tiny.batch(tiny.documents(), config.data.batching))
+        except ConfigError:
+            return  # what the copy lacks says nothing about the model, which was checked before the start
+        except Exception as error:
+            unrelated = (MemoryError, OSError, torch.OutOfMemoryError)
+            if lost_another_rank({"message": str(error)}) or isinstance(error, unrelated):
+                raise
+            _LOG.warning("A tiny copy of %r failed:", m.name, exc_info=error)
+            raise _refusal(config, model_config.model_type, error) from error
+    engine.close()
+
+
+def _written_copy(config: Config, model_config: PretrainedConfig, directory: Path) -> TinyCopy | None:
+    """Return a tiny copy, written into a directory, or None if there is none, or it says nothing about the model."""
+    tiny = TinyCopy.of(config, model_config)
+    if tiny is None or tiny.model.config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:  # part of a larger model
+        return None
+    try:
+        check_tensor_parallel(config.parallel.tp, tiny.model.config)
+        tiny.model.config.save_pretrained(directory)
+        save_model(tiny.model, str(directory / "model.safetensors"))  # save_pretrained writes on rank 0 only
+    except (ConfigError, OSError):
+        return None
+    return tiny
+
+
+def _of_copy(config: Config, directory: str) -> Config:
+    """Return the configuration for the copy: without what is written, or depends on the model's size."""
+    engine = "deepspeed" if config.engine.name == "trainer" else config.engine.name
+    batch = config.micro_batch * config.parallel.dp
+    return config.replaced(model=directory, engine=engine, deepspeed=None, freeze=(), global_batch=batch)
+
+
+def _take_steps(engine: Engine, batch: dict[str, torch.Tensor]) -> None:
+    engine.train(False)
+    with torch.no_grad():
+        engine.forward(batch)
+    engine.train(True)
+    for _ in range(2):
+        engine.backward(engine.forward(batch).float().mean())
+        engine.step()
+
+
+def _refusal(config: Config, family: str, error: Exception) -> ConfigError:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    where = "/".join(last.filename.split("site-packages/")[-1].split("/")[-4:])
+    reason = str(error).strip().partition("\n")[0].rstrip(".")
+    engine, other = _engine_and_others(config)
+    return ConfigError(
+        f"The model {config.model.name!r}, of type {family!r}, cannot be trained with {engine}: {where}, line "
+        f"{last.lineno}, fails with {type(error).__name__}: {reason}. Try {other}. (Found with a tiny copy of the "
+        "model, before its weights were read; the run's logs have the traceback.)"
+    )
+
+
+def _engine_and_others(config: Config) -> tuple[str, str]:
+    """Return the settings of the engine as they are written, and other ones to try."""
+    e = config.engine
+    split = f" and tp={config.parallel.tp}" if config.parallel.tp > 1 else ""
+    whole = "tp=1, " if split else ""
+    if e.name == "torch":
+        return "engine='torch'", "another model"
+    if e.name == "fsdp":
+        fewer = "full_shard" if e.sharding == "no_shard" else "no_shard"
+        others = f"{whole}sharding={fewer!r}, or engine='deepspeed'"
+        return f"engine='fsdp', sharding={e.sharding!r}{split}", others
+    lower = "zero_stage=2, " if e.zero_stage == 3 else ""
+    return f"engine={e.name!r}, zero_stage={e.zero_stage}{split}", f"{whole}{lower}or engine='fsdp'"
