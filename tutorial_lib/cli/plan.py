@@ -66,9 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", help=f"{', '.join(PRECISIONS)} (default: bf16; fp16 where a GPU has no bf16)")
     parser.add_argument("--engine", default="deepspeed", help=f"{', '.join(ENGINES)} (default: deepspeed)")
     parser.add_argument(
-        "--gradient-reduction", default="reduce_scatter",
-        help="how stages 1 and 2 reduce gradients: reduce_scatter (default, the paper's), or all_reduce, twice the "
-        "volume, as DeepSpeed does unless use_multi_rank_bucket_allreduce is false",
+        "--gradient-reduction", default="all_reduce",
+        help="how stages 1 and 2 reduce gradients: all_reduce (default, as DeepSpeed does), or reduce_scatter, half the "
+        "volume (the paper's; the printed file then sets use_multi_rank_bucket_allreduce to false)",
     )  # fmt: skip
     parser.add_argument(
         "--activation-checkpointing", nargs="?", const="full", choices=CHECKPOINTING,

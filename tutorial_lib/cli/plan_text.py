@@ -133,10 +133,12 @@ def _communication(answer: Answer) -> list[str]:
             "  gradients: reduced in fp32; once per step, or with every micro-batch as FSDP2 does by default",
         ]
     reduction = work.gradient_reduction
-    default = "DeepSpeed's default" + (": --gradient-reduction all_reduce" if reduction != "all_reduce" else "")
+    note = "the paper's; DeepSpeed's default is all_reduce"
+    if reduction == "all_reduce":
+        note = "DeepSpeed's default; half: --gradient-reduction reduce_scatter"
     return [
         f"{tp} (AutoTP: {backward} column-parallel layers)",
-        f"  gradients of stages 1 and 2: {reduction} ({default})",
+        f"  gradients of stages 1 and 2: {reduction} ({note})",
     ]
 
 

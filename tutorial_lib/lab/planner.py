@@ -92,7 +92,8 @@ def ranked(shown: list[Candidate]) -> Table:
     return table(
         [
             {
-                "dp x tp, sharding": _name(c), "micro-batch": c.layout.micro_batch, "recomputed": c.layout.checkpointing,
+                "dp x tp, sharding": _name(c), "micro-batch": c.layout.micro_batch,
+                "recomputed": c.layout.checkpointing,
                 "GB per GPU": round(c.memory / 1e9, 1), "tokens/s per GPU": round(c.tokens_per_gpu_second),
                 "why not": c.problem or c.slower or "the best", "in this course": "no" if c.missing else "yes",
             }

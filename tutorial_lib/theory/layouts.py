@@ -82,7 +82,8 @@ class Workload:
         bucket_size: elements of DeepSpeed's reduce and all-gather buckets.
         overlap_comm: DeepSpeed's stages 1 and 2 fill one bucket of gradients while they reduce another.
         live_params: elements that DeepSpeed's stage 3 may keep gathered (``stage3_max_live_parameters``).
-        gradient_reduction: for stages 1 and 2, as in :func:`tutorial_lib.theory.traffic.zero_volume`.
+        gradient_reduction: for stages 1 and 2, as in :func:`tutorial_lib.theory.traffic.zero_volume`; by default what
+            DeepSpeed really does (lesson 01 counts it).
         lora_rank: train only adapters of this rank; 0: train all parameters.
         base_bits: bits per frozen parameter with LoRA: 16, 8 or 4 (QLoRA).
         moments: number format of Adam's moments: ``fp32``, ``bf16`` or ``8bit``.
@@ -101,7 +102,7 @@ class Workload:
     bucket_size: int = 500_000_000
     overlap_comm: bool = False
     live_params: int = 1_000_000_000
-    gradient_reduction: str = "reduce_scatter"
+    gradient_reduction: str = "all_reduce"
     lora_rank: int = 0
     base_bits: int = 16
     moments: str = "fp32"

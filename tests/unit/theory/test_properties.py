@@ -150,12 +150,10 @@ def test_the_best_is_within_the_tie_of_the_fastest() -> None:
     for engine in ("deepspeed", "fsdp"):
         fitting = [c for c in plan(work("llama-2-7b"), cluster(), engine) if c.fits]
         fastest = max(c.tokens_per_gpu_second for c in fitting)
-        assert fitting[0].tokens_per_gpu_second >= (1 - TIE) * fastest
-        beyond = [c for c in fitting if c.tokens_per_gpu_second < (1 - TIE) * fastest]
-        assert beyond == sorted(beyond, key=lambda c: -c.tokens_per_gpu_second)
-        assert fitting[-len(beyond) :] == beyond
-        for candidate in fitting[1:]:
-            assert candidate.slower.startswith("as fast") == (candidate not in beyond)
+        ties = [c for c in fitting if c is fitting[0] or c.slower.startswith("as fast")]
+        beyond = [c for c in fitting if c not in ties]
+        assert min(c.tokens_per_gpu_second for c in ties) >= (1 - TIE) * fastest
+        assert beyond and fitting == ties + sorted(beyond, key=lambda c: -c.tokens_per_gpu_second)
 
 
 def test_presets() -> None:
