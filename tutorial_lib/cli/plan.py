@@ -67,8 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", default="deepspeed", help=f"{', '.join(ENGINES)} (default: deepspeed)")
     parser.add_argument(
         "--gradient-reduction", default="all_reduce",
-        help="how stages 1 and 2 reduce gradients: all_reduce (default, as DeepSpeed does), or reduce_scatter, half the "
-        "volume (the paper's; the printed file then sets use_multi_rank_bucket_allreduce to false)",
+        help="how stages 1 and 2 reduce gradients: all_reduce (default, as DeepSpeed does), or reduce_scatter, half "
+        "the volume (the paper's; the printed file then sets use_multi_rank_bucket_allreduce to false)",
     )  # fmt: skip
     parser.add_argument(
         "--activation-checkpointing", nargs="?", const="full", choices=CHECKPOINTING,
@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     number("--loss-chunks", int, "number of chunks in which output layer and loss are computed (default: 1)", 1)
     parser.add_argument(
         "--only-here", action="store_true",
-        help="leave out layouts that this course's engines lack: cp, pp, sequence parallelism, selective recomputation",
+        help="leave out layouts that this course's engines lack: cp, pp, sequence parallelism",
     )  # fmt: skip
     number("--bucket-size", int, "elements of DeepSpeed's buckets (default: 500000000, DeepSpeed's own)", 500_000_000)
     number("--gpus-per-node", int, f"devices of a node, which tp stays within (default: {preset.gpus_per_node})")

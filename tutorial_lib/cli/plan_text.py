@@ -135,7 +135,7 @@ def _communication(answer: Answer) -> list[str]:
     reduction = work.gradient_reduction
     note = "the paper's; DeepSpeed's default is all_reduce"
     if reduction == "all_reduce":
-        note = "DeepSpeed's default; half: --gradient-reduction reduce_scatter"
+        note = "DeepSpeed's default; reduce_scatter sends half"
     return [
         f"{tp} (AutoTP: {backward} column-parallel layers)",
         f"  gradients of stages 1 and 2: {reduction} ({note})",

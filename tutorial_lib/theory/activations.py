@@ -13,7 +13,8 @@ e bytes per element. A layer keeps, per token::
 Activation checkpointing (``checkpointing``)::
 
     none        keeps everything
-    selective   the layer's input, attention's output, and every second matrix product: torchtitan's per-operator policy
+    selective   the layer's input, the output of a fused attention kernel, and every second matrix product: torchtitan's
+                per-operator policy, which this course's engines follow
     full        only the layer's input
 
 While a recomputed layer runs backward, everything that it would have kept exists once: the *transient*. By then the
@@ -95,8 +96,8 @@ def layer_activations(
     kept = e * h / own
     if checkpointing == "selective":
         products = h + k + f if dimensions.column_layers > 2 else h + 2 * k + f
-        kept += e * ((h + products) / tp + (h if dimensions.column_layers > 2 else 0))
-        kept += scores / tp
+        attention = h if dimensions.fused_attention else 0
+        kept += e * ((attention + products) / tp + (h if dimensions.column_layers > 2 else 0))
     return LayerActivations(kept, max(0.0, everything - kept))
 
 
@@ -116,14 +117,15 @@ def _norm(dimensions: Dimensions, bytes_per_element: int) -> float:
 def recomputed_share(dimensions: Dimensions, checkpointing: str) -> tuple[float, float]:
     """Return the shares of a layer's forward matrix products, and of its attention, that backward recomputes.
 
-    Selective: every second product in the order query, key, value, output, gate, up, down; attention is kept.
+    Selective: every second product in the order query, key, value, output, gate, up, down, and attention without a
+    fused kernel.
     """
     if checkpointing != "selective":
         return (1.0, 1.0) if checkpointing == "full" else (0.0, 0.0)
     widths = [rows * columns for rows, columns in dimensions.linear_widths]
     if dimensions.column_layers <= 2:
         widths = [sum(widths[:3]), *widths[3:]]  # one fused query-key-value product
-    return sum(widths[1::2]) / sum(widths), 0.0
+    return sum(widths[1::2]) / sum(widths), float(not dimensions.fused_attention)
 
 
 def logits_bytes(tokens: float, vocabulary: int, *, vocabulary_parallel: int = 1, chunks: int = 1) -> float:

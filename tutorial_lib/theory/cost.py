@@ -119,7 +119,7 @@ def evaluate(workload: Workload, cluster: Cluster, layout: Layout) -> Candidate:
         tp_seconds=tp_seconds, offload_seconds=offload, update_seconds=update, exposed_dp_seconds=exposed,
         tokens_per_gpu_second=batch * workload.seq_length / seconds / cluster.gpus,
         problem=_problem(cluster, peak.total, host, batch, share),
-        missing=tuple(missing_here(layout, workload, accumulation)),
+        missing=tuple(missing_here(layout, workload)),
     )  # fmt: skip
 
 

@@ -176,15 +176,12 @@ class Layout:
         )
 
 
-def missing_here(layout: Layout, workload: Workload, accumulation: int) -> list[str]:
+def missing_here(layout: Layout, workload: Workload) -> list[str]:
     """List the features that a layout needs and this course's engines lack; empty if they can run it."""
     needs = {
-        "selective recomputation": layout.checkpointing == "selective",
         "sequence parallelism and a vocabulary-parallel loss": layout.sequence_parallel,
         "context parallelism": layout.cp > 1,
         "a pipeline": layout.pp > 1,
-        "reducing gradients with every micro-batch under FSDP2": layout.strategy not in (None, "no_shard")
-        and layout.reduction == "each" and accumulation > 1,
         "a loss in chunks of a split output layer": workload.loss_chunks > 1 and layout.tp > 1,
         "stage 0 with tp in 16 bits": layout.strategy is None and layout.zero_stage == 0 and layout.tp > 1
         and workload.precision != "fp32",

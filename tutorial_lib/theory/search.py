@@ -45,12 +45,10 @@ def layouts(workload: Workload, cluster: Cluster, engine: str = "deepspeed") -> 
 def variants(shape: Layout, workload: Workload, cluster: Cluster) -> Iterator[list[Layout]]:
     """Yield, for each kind of checkpointing and gradient reduction, the layouts with increasing micro-batches."""
     recompute = [workload.checkpointing] if workload.checkpointing else list(CHECKPOINTING)
-    if not workload.beyond and not workload.checkpointing:
-        recompute.remove("selective")
     sizes = micro_batches(shape, workload, cluster)
     reductions = ["last"]
     accumulates = workload.global_batch is not None or workload.micro_batch is not None
-    if shape.strategy not in (None, "no_shard") and shape.pp == 1 and accumulates and workload.beyond:
+    if shape.strategy not in (None, "no_shard") and shape.pp == 1 and accumulates:
         reductions = ["each", "last"]
     for checkpointing, reduction in itertools.product(recompute, reductions):
         yield [replace(shape, micro_batch=b, checkpointing=checkpointing, reduction=reduction) for b in sizes]

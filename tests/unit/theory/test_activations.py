@@ -58,6 +58,7 @@ def test_llama_3_8b_in_bf16() -> None:
     assert [layer_activations(llama, how).kept / llama.hidden for how in CHECKPOINTING] == [49, 15.5, 2]
     # Key, output and up projections are computed again: 0.25 + 1 + 3.5 of 13.
     assert recomputed_share(llama, "selective") == pytest.approx((4.75 / 13, 0))
+    assert recomputed_share(MODELS["bloom-560m"], "selective")[1] == 1  # no fused kernel, so attention is recomputed
     assert recomputed_share(llama, "full") == (1, 1) and recomputed_share(llama, "none") == (0, 0)
 
 
