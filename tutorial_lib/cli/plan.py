@@ -25,7 +25,7 @@ from tutorial_lib.theory.hardware import GPUS, find_gpu, peak_flops
 from tutorial_lib.theory.layouts import ENGINES, MOMENTS, PRECISIONS, Cluster, Workload, missing_for
 from tutorial_lib.theory.plan import plan
 from tutorial_lib.theory.reasons import reasons
-from tutorial_lib.theory.remedies import faster_than_offload, remedies
+from tutorial_lib.theory.remedies import faster_than_offload, fewer_gpus, remedies
 
 FITS, NOTHING_FITS = 0, 2
 
@@ -146,11 +146,12 @@ def _answer(options: argparse.Namespace) -> Answer:
             advice = faster_than_offload(workload, cluster, options.engine, best)
         else:
             advice = []
+        fewer = fewer_gpus(workload, cluster, options.engine, best) if best.fits else None
         return Answer(
             workload=workload, cluster=cluster, engine=options.engine, gpu=options.gpu or "", plausible=plausible,
             model=found.name, random_init=found.random_init or options.random_init, source=found.source,
             candidates=candidates, here=_best_here(workload, cluster, options.engine, best),
-            why=reasons(workload, cluster, best) if best.fits else [], advice=advice,
+            why=reasons(workload, cluster, best) if best.fits else [], advice=advice, fewer=fewer,
         )  # fmt: skip
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -235,7 +236,8 @@ def _document(answer: Answer) -> dict[str, Any]:
         "backward_all_reduces": backward_all_reduces(workload.dimensions, answer.engine),
         "cluster": dataclasses.asdict(answer.cluster),
         "best": rows[0] if best.fits else None, "why": answer.why, "candidates": rows,
-        "advice": [str(remedy) for remedy in answer.advice], "left_out": plan_text.LEFT_OUT, "run": None,
+        "advice": [str(remedy) for remedy in answer.advice], "fewer_gpus": str(answer.fewer) if answer.fewer else None,
+         "left_out": plan_text.LEFT_OUT, "run": None,
     }  # fmt: skip
     runs = answer.here
     if runs:

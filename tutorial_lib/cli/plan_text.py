@@ -47,6 +47,7 @@ class Answer:
         here: the best shape that this course's engines can run, if any fits.
         why: reasons for the best shape.
         advice: changes that make something fit or, if the best shape offloads, make training faster.
+        fewer: a smaller number of GPUs that is as fast altogether, if there is one.
     """
 
     workload: Workload
@@ -61,6 +62,7 @@ class Answer:
     here: Candidate | None
     why: list[str] = field(default_factory=list)
     advice: list[Remedy] = field(default_factory=list)
+    fewer: Remedy | None = None
 
 
 def write(answer: Answer, *, rows: int = ROWS) -> str:
@@ -125,7 +127,7 @@ def _communication(answer: Answer) -> list[str]:
     """Return the assumptions about tensor parallelism's all-reduces, and about reducing gradients."""
     work, engine = answer.workload, answer.engine
     backward = backward_all_reduces(work.dimensions, engine)
-    forward = "2 forward, 1 recomputed" if work.checkpointing == "full" else "2 forward"
+    forward = "2 forward, 1 recomputed" if work.checkpointing in ("selective", "full") else "2 forward"
     tp = f"  all-reduces per layer: {forward}, {backward} backward"
     if engine == "fsdp":
         return [
@@ -189,6 +191,12 @@ def _best(answer: Answer) -> list[str]:
         f"{best.compute_seconds / best.seconds:.0%} of it. It peaks at the {best.moment}.",
         *(f"  {sentence}" for sentence in answer.why),
     ]
+    if answer.fewer:
+        less, gpus = answer.fewer.best, answer.fewer.best.layout.gpus
+        lines.append(
+            f"Fewer GPUs are as fast: {answer.fewer.change} train {less.tokens_per_gpu_second * gpus:,.0f} tokens/s "
+            f"altogether, all {answer.cluster.gpus} {best.tokens_per_gpu_second * answer.cluster.gpus:,.0f}."
+        )
     runs = best if not best.missing else answer.here
     if best.missing:
         lines.append(f"This course's engines do not have: {', '.join(best.missing)}.")

@@ -175,8 +175,8 @@ class EngineConfig:
     )
     reduce_each: bool = _setting(
         False,
-        "fsdp: reduce gradients with every micro-batch, as FSDP2 does by default, instead of once per step: less memory, "
-        "more traffic",
+        "fsdp: reduce gradients with every micro-batch (FSDP2's default) instead of once per step: less memory, more "
+        "traffic",
         engines=("fsdp",),
         resume="free",
     )

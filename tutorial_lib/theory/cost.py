@@ -184,7 +184,7 @@ def _tp_traffic(
     """
     tensor = traffic.tensor_parallel_volume(
         part.layers, layout.micro_batch, workload.seq_length // layout.cp, workload.dimensions.hidden, layout.tp,
-        accumulation=accumulation, recompute=layout.checkpointing == "full",
+        accumulation=accumulation, recompute=layout.checkpointing != "none",
         column_layers=backward_all_reduces(workload.dimensions, layout.engine),
     )  # fmt: skip
     sent = tensor.ring_elements(layout.tp) * workload.bytes_per_element

@@ -150,6 +150,11 @@ class Layout:
     reduction: str = "last"
 
     @property
+    def gpus(self) -> int:
+        """Number of devices."""
+        return self.dp * self.tp * self.cp * self.pp
+
+    @property
     def name(self) -> str:
         """The sharding, with the axes that have no column in the planner's table: ``full_shard cp4 pp8``."""
         sharding = self.strategy or f"ZeRO-{self.zero_stage}"

@@ -354,6 +354,30 @@ def test_offload_needs_host_memory() -> None:
 # --- nothing fits, nothing possible -----------------------------------------------------------------------------------
 
 
+def test_fewer_gpus_are_named_if_they_are_as_fast(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two nodes that hardly talk to each other: one of them alone trains as fast as both."""
+    question = ["plan", "--model-size", "7e9", "--gpus", "16", "--gpu", "a100-80", "--bandwidth-between"]
+    assert main([*question, "0.1", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["fewer_gpus"].startswith("--gpus 8: ")
+    assert main([*question, "0.1"]) == 0
+    shown = capsys.readouterr().out
+    totals = re.search(r"Fewer GPUs are as fast: --gpus 8 train ([\d,]+) tokens/s altogether, all 16 ([\d,]+)\.", shown)
+    assert totals
+    eight, sixteen = (float(number.replace(",", "")) for number in totals.groups())
+    assert eight >= 0.95 * sixteen
+    assert main([*question, "25", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["fewer_gpus"] is None
+
+
+def test_gpus_that_need_no_offload_are_a_remedy_of_their_own() -> None:
+    dims = MODELS["llama-3-70b"]
+    task = Workload(num_params=dims.num_params, dimensions=dims, seq_length=2048)
+    found = {remedy.change: remedy.best for remedy in remedies(task, cluster(8), "fsdp")}
+    assert found["--gpus 16, the fewest of this kind on which it fits"].layout.offload == "all"
+    assert found["--gpus 24, the fewest on which it fits without offload"].layout.offload == "none"
+
+
 def test_remedies_do_what_they_say() -> None:
     task, small = work(micro_batch=16), cluster(8, 40, host_memory=1e9)
     assert not plan(task, small)[0].fits

@@ -85,7 +85,7 @@ class FSDPEngine:
         return logits
 
     def _reduction(self) -> Any:
-        """Reduce the gradients of a step's micro-batches once, in the backward of the last one, or (``reduce_each``) always.
+        """Reduce gradients in the backward of a step's last micro-batch, or with ``reduce_each`` in every one.
 
         Gradients that wait for the last micro-batch do so in full: Psi elements on top of a rank's shard.
         """
