@@ -195,7 +195,8 @@ def _own_row(config: Config, rows: list[Compared]) -> str:
     words = [config.model.name.removeprefix("embedded/"), name]
     words += [f"tp {config.parallel.tp}"] if config.parallel.tp > 1 else []
     words += [engine.precision] if engine.precision != "fp32" else []
-    words += [{"full": "recomputed", "selective": "selective"}[engine.recompute]] if engine.activation_checkpointing else []
+    if engine.activation_checkpointing:
+        words.append("selective" if engine.recompute == "selective" else "recomputed")
     words += [f"{config.accumulation} micro-batches"] if config.accumulation > 1 else []
     words += ["each reduced"] if engine.reduce_each else []
     words += [f"rows of {config.data.seq_length} tokens"] if config.data.seq_length != 128 else []

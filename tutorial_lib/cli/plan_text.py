@@ -154,6 +154,13 @@ def _table(answer: Answer, rows: int) -> list[str]:
     lines += [_row(candidate, best) for candidate in others[: max(1, rows // 2)]]
     hidden = len(answer.candidates) - len(lines)
     lines.append(" peak may be below state + activ + bufs: state counts gradients that do not exist at the peak")
+    marks = {
+        "s: tp with sequence parallelism": any(c.layout.sequence_parallel for c in answer.candidates),
+        "u: Ulysses": any(c.layout.ulysses for c in answer.candidates),
+        "i: interleaved": any(c.layout.chunks > 1 for c in answer.candidates),
+    }
+    if any(marks.values()):
+        lines.append(f" {'; '.join(mark for mark, is_used in marks.items() if is_used)}")
     if any(candidate.missing for candidate in answer.candidates):
         lines.append(" * not in this course's engines (--only-here leaves such layouts out)")
     return lines + ([f" ... {hidden} more: --rows {len(answer.candidates)}, or --json"] if hidden > 0 else [])

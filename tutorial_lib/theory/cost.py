@@ -5,7 +5,7 @@ The model of a step::
     compute    FLOPs, including recomputed ones / (devices * peak * efficiency), plus the pipeline's bubble
     tp         all-reduces of activations; the next operation waits for them, so nothing hides them
     dp         gradients and parameters; compute hides ``overlap`` times whichever of the two takes less time
-    cp         keys and values around a ring, hidden the same way
+    cp         keys and values around a ring, hidden the same way; or Ulysses' all-to-alls, which nothing hides
     update     Adam reads and writes 28 bytes per trained parameter of its shard
     offload    gradients and parameters over the host link, and Adam on the host's processors; nothing hides them. This
                is too optimistic: the one published run was :data:`OFFLOADED_RUN` times slower
@@ -108,8 +108,9 @@ def evaluate(workload: Workload, cluster: Cluster, layout: Layout) -> Candidate:
     if layout.pp > 1:
         slow_down = 1 + pipeline.bubble_share(layout.pp, accumulation, layout.chunks)
         compute, tp_seconds = compute * slow_down, tp_seconds * slow_down
-    sent_seconds = dp_seconds + cp_seconds
-    exposed = sent_seconds - cluster.overlap * min(sent_seconds, compute)
+    waits = cp_seconds if layout.ulysses else 0.0
+    hideable = dp_seconds + cp_seconds - waits
+    exposed = waits + hideable - cluster.overlap * min(hideable, compute)
     offload, update = _update_seconds(workload, cluster, layout, part.params, accumulation)
     seconds = compute + tp_seconds + exposed + offload + update
     return Candidate(
@@ -197,8 +198,16 @@ def _cp_traffic(
     if layout.cp == 1:
         return 0.0, 0.0
     tokens = layout.micro_batch * workload.seq_length / layout.cp
-    width = workload.dimensions.key_value_width / layout.tp
-    elements = context.ring_elements(tokens, int(width), layout.cp, recompute=layout.checkpointing == "full")
+    dims = workload.dimensions
+    if layout.ulysses:
+        heads = max(dims.key_value_heads, layout.tp * layout.cp)  # copied if there are fewer than ranks
+        elements = context.ulysses_elements(
+            tokens, dims.hidden // layout.tp, dims.hidden // dims.heads * heads // layout.tp, layout.cp,
+            recompute=layout.checkpointing != "none",
+        )  # fmt: skip
+    else:
+        width = dims.key_value_width // layout.tp
+        elements = context.ring_elements(tokens, width, layout.cp, recompute=layout.checkpointing == "full")
     sent = accumulation * part.layers * elements * workload.bytes_per_element
     return sent, sent / cluster.within
 

@@ -128,6 +128,7 @@ class Layout:
         shard_size: number of ranks that share one copy with ``hybrid``.
         sequence_parallel: with tp: norms and residuals divided by tokens, embeddings and loss by vocabulary.
         cp: context-parallel size.
+        ulysses: with cp: all-to-alls, as in Ulysses, instead of a ring.
         pp: pipeline stages.
         chunks: model chunks per stage; above 1: interleaved.
         micro_batch: b.
@@ -143,6 +144,7 @@ class Layout:
     shard_size: int | None = None
     sequence_parallel: bool = False
     cp: int = 1
+    ulysses: bool = False
     pp: int = 1
     chunks: int = 1
     micro_batch: int = 1
@@ -156,12 +158,13 @@ class Layout:
 
     @property
     def name(self) -> str:
-        """The sharding, with the axes that have no column in the planner's table: ``full_shard cp4 pp8``."""
+        """The sharding, with the axes that have no column in the planner's table: ``full_shard cp4u pp8i``."""
         sharding = self.strategy or f"ZeRO-{self.zero_stage}"
         if self.shard_size:
             sharding += f"/{self.shard_size}"
-        axes = [f"{axis}{size}" for axis, size in (("cp", self.cp), ("pp", self.pp)) if size > 1]
-        return " ".join([sharding, *axes]) + ("i" if self.chunks > 1 else "")
+        cp = [f"cp{self.cp}{'u' if self.ulysses else ''}"] if self.cp > 1 else []
+        pp = [f"pp{self.pp}{'i' if self.chunks > 1 else ''}"] if self.pp > 1 else []
+        return " ".join([sharding, *cp, *pp])
 
     @property
     def engine(self) -> str:

@@ -26,7 +26,11 @@ def reasons(workload: Workload, cluster: Cluster, best: Candidate) -> list[str]:
         _tensor_parallel(workload, cluster, best),
     ]
     if layout.cp > 1:
-        found.append(f"cp={layout.cp}: each GPU holds {workload.seq_length // layout.cp:,} tokens of a sequence.")
+        how = "all-to-alls (Ulysses)" if layout.ulysses else "a ring"
+        held = workload.seq_length // layout.cp
+        found.append(
+            f"cp={layout.cp}: each GPU holds {held:,} tokens of a sequence; attention sees the others through {how}."
+        )
     if layout.pp > 1:
         found.append(f"pp={layout.pp}: a stage holds 1/{layout.pp} of the layers and waits while the pipeline fills.")
     if layout.offload != "none":

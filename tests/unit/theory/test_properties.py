@@ -138,6 +138,23 @@ def test_pipelines_and_rings() -> None:
     assert context.ring_elements(100, 10, 1) == 0
     assert context.ring_elements(100, 10, 4) == 3 * 2 * 100 * 10 * 3
     assert context.ring_elements(100, 10, 4, recompute=True) == 4 * 2 * 100 * 10 * 3
+    assert context.ulysses_elements(100, 40, 10, 1) == 0
+    assert context.ulysses_elements(100, 40, 10, 4) == 2 * 100 * (40 + 10 + 10 + 40) * 3 / 4
+    assert context.ulysses_elements(100, 40, 10, 4, recompute=True) == 1.5 * context.ulysses_elements(100, 40, 10, 4)
+
+
+def test_long_sequences_by_ring_or_ulysses() -> None:
+    """DeepSpeed has Ulysses alone. It sends less than a ring over many ranks, but nothing hides it."""
+    task = work("llama-3-8b", seq_length=131_072)
+    kinds = {engine: {c.layout.ulysses for c in plan(task, cluster(), engine) if c.layout.cp > 1}
+             for engine in ("deepspeed", "fsdp")}  # fmt: skip
+    assert kinds == {"deepspeed": {True}, "fsdp": {False, True}}
+    ring, exchanged = (
+        evaluate(task, cluster(), Layout(dp=1, tp=1, cp=8, zero_stage=3, strategy="full_shard", ulysses=ulysses))
+        for ulysses in (False, True)
+    )
+    assert exchanged.cp_traffic < ring.cp_traffic and exchanged.memory == ring.memory
+    assert exchanged.seconds > ring.seconds  # all of the ring hides behind attention of 131,072 tokens
 
 
 def test_something_fits_agrees_with_the_plan() -> None:
