@@ -107,7 +107,7 @@ def _assumptions(answer: Answer) -> list[str]:
         f"free, host Adam {machine.host_adam / 1e9:g}e9/s",
         f"  sequences of {work.seq_length}; {_batch(work)}",
         *(
-            ["  below 1 B parameters, published runs were 1.7 to 9 times slower: small kernels wait for launches"]
+            ["  below 1 B parameters, published runs were slower, up to 7 times: small kernels wait for launches"]
             if work.num_params < 1e9
             else []
         ),

@@ -32,7 +32,8 @@ torchtitan's ``parallelize_llama.py`` of December 2024 (selective policy, sequen
 another implementation *Reducing Activation Recomputation*, arXiv:2205.05198, section 4:
 :func:`megatron_bytes_per_layer`.
 
-Checked: tests/unit/theory/test_activations.py counts the tensors that autograd keeps in this course's three models;
+Checked: tests/unit/theory/test_activations.py counts the tensors that autograd keeps in this course's three models, and
+the bytes that BLOOM's attention moves;
 docs/planner-errors.md compares peaks of complete runs, ours and published ones.
 """
 
@@ -99,6 +100,27 @@ def layer_activations(
         attention = h if dimensions.fused_attention else 0
         kept += e * ((attention + products) / tp + (h if dimensions.column_layers > 2 else 0))
     return LayerActivations(kept, max(0.0, everything - kept))
+
+
+def score_traffic(
+    dimensions: Dimensions, seq_length: int, checkpointing: str = "none", bytes_per_element: int = 2
+) -> float:
+    """Return the bytes per token that attention without a fused kernel reads and writes in a layer; 0 with one.
+
+    Its matrix of scores passes through the device's memory once per operator: scaling, masking, softmax (in fp32),
+    products, and their gradients. In 16 bits these are 60 bytes per score, 28 of them in forward; in fp32 52 and 24
+    (counted on BLOOM, without dropout).
+
+    Args:
+        dimensions: dimensions of the model.
+        seq_length: s.
+        checkpointing: recomputation repeats forward.
+        bytes_per_element: 2, or 4 in fp32.
+    """
+    if dimensions.fused_attention:
+        return 0.0
+    everything, forward = (60, 28) if bytes_per_element == 2 else (52, 24)
+    return dimensions.heads * seq_length * (everything + (forward if checkpointing != "none" else 0))
 
 
 def last_norm(

@@ -2,7 +2,8 @@
 
 The model of a step::
 
-    compute    FLOPs, including recomputed ones / (devices * peak * efficiency), plus the pipeline's bubble
+    compute    FLOPs, including recomputed ones / (devices * peak * efficiency), plus the pipeline's bubble; attention
+               without a fused kernel also moves its scores through the device's memory
     tp         all-reduces of activations; the next operation waits for them, so nothing hides them
     dp         gradients and parameters; compute hides ``overlap`` times whichever of the two takes less time
     cp         keys and values around a ring, hidden the same way; or Ulysses' all-to-alls, which nothing hides
@@ -22,7 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tutorial_lib.theory import context, flops, memory, pipeline, traffic
-from tutorial_lib.theory.activations import recomputed_share
+from tutorial_lib.theory.activations import recomputed_share, score_traffic
 from tutorial_lib.theory.dimensions import Dimensions
 from tutorial_lib.theory.layouts import Cluster, Layout, Workload, missing_here
 from tutorial_lib.theory.peak_memory import Part, part_of_model, peak_memory
@@ -224,8 +225,13 @@ def _compute_seconds(workload: Workload, cluster: Cluster, layout: Layout, token
     unsplit = 6 * dims.vocabulary * dims.hidden if dims.tied and not layout.sequence_parallel else 0
     products, attention = recomputed_share(dims, layout.checkpointing)
     per_token += products * in_layers + attention * 4 * dims.layers * dims.hidden * workload.seq_length
-    work = tokens / (layout.dp * layout.cp * layout.pp) * ((per_token - unsplit) / layout.tp + unsplit)
-    return work / (cluster.gpu_flops * cluster.efficiency)
+    tokens_here = tokens / (layout.dp * layout.cp * layout.pp)
+    work = tokens_here * ((per_token - unsplit) / layout.tp + unsplit)
+    scores = score_traffic(dims, workload.seq_length, layout.checkpointing, workload.bytes_per_element)
+    moved = tokens_here * dims.layers * scores / layout.tp
+    return work / (cluster.gpu_flops * cluster.efficiency) + moved / (
+        REACHED_MEMORY_BANDWIDTH * cluster.memory_bandwidth
+    )
 
 
 def _update_seconds(
