@@ -35,9 +35,7 @@ def test_small_models_are_slower_than_the_time_model_says() -> None:
     """The model ignores launches of kernels: the direction of that error is known, but not its size."""
     small = [errors.errors_of(run).speed_error for run in MODELLED if run not in LARGE]
     assert len(small) == 4 and min(small) > 0
-    assert (
-        sum(error <= errors.TIME_GOAL for error in small) == 2
-    )  # where unfused attention is most
+    assert sum(error <= errors.TIME_GOAL for error in small) == 2  # where unfused attention is most
 
 
 def test_offload_is_a_known_miss() -> None:
