@@ -193,7 +193,8 @@ NEEDED = {
     "gpt2.zero1.2",
     "gpt2.fsdp-full.2", "gpt2.fsdp-grad.2", "gpt2.fsdp-none.2",
     "gpt2.fsdp-full-root.2", "gpt2.fsdp-full-accumulated.2", "gpt2.fsdp-full-bf16.2",
-    "qwen2.1x2-zero1-recomputed.2",
+    "qwen2.1x2-zero1-recomputed.2", "qwen2.1x2-zero1-selective.2", "qwen2.fsdp-full-selective.2",
+    "gpt2.fsdp-full-each.2", "bloom.zero3-selective.2",  # layers with biases, after ZeRO-3 replaced the linear function
     "frozen.fsdp-full.2",
     "gpt2.zero2-accumulated.4", "gpt2.fsdp-tp2.4", "gpt2.fsdp-hybrid.4",
     "qwen2.2x2-zero0.4", "qwen2.2x2-zero1.4", "untied.2x2-zero1.4", "bloom.2x2-zero1.4",
