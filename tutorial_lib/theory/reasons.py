@@ -23,6 +23,7 @@ def reasons(workload: Workload, cluster: Cluster, best: Candidate) -> list[str]:
         _sharding(workload, cluster, best),
         _recomputing(workload, cluster, best),
         _micro_batch(workload, cluster, best),
+        _reduction(workload, cluster, best),
         _tensor_parallel(workload, cluster, best),
     ]
     if layout.cp > 1:
@@ -91,6 +92,15 @@ def _micro_batch(workload: Workload, cluster: Cluster, best: Candidate) -> str:
         half = evaluate(workload, cluster, replace(best.layout, micro_batch=size // 2))
         text += f"; {size // 2} {_against(best, half)}"
     return text + "."
+
+
+def _reduction(workload: Workload, cluster: Cluster, best: Candidate) -> str:
+    if best.layout.strategy in (None, "no_shard") or best.layout.pp > 1 or best.accumulation == 1:
+        return ""
+    each, once = "with every micro-batch", "once per step"
+    now, other = (each, once) if best.layout.reduction == "each" else (once, each)
+    changed = replace(best.layout, reduction="last" if now == each else "each")
+    return f"Gradients are reduced {now}: {other} {_against(best, evaluate(workload, cluster, changed))}."
 
 
 def _tensor_parallel(workload: Workload, cluster: Cluster, best: Candidate) -> str:
