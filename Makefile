@@ -14,6 +14,9 @@ ifneq ($(PYTHON)$(shell cat $(READY) 2>/dev/null),$(CURDIR))
 endif
 
 TESTS := $(PYTHON_IN) -m pytest
+# Two pytest processes: each takes a file, or a group that tests/distributed names, when it has finished the one before.
+TWO_FILES := -n 2 --dist loadfile --no-loadscope-reorder
+TWO_GROUPS := -n 2 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: help setup run-notebooks check test matrix lab execute nbval unit distributed cluster cluster-tools notebooks \
 	lint style types borders format bench images embedded embedded-text clean
@@ -42,17 +45,17 @@ test: $(READY) ## lint, unit, distributed, cluster, notebooks and nbval, and how
 	@.ci/parts lint unit distributed cluster notebooks nbval
 
 matrix: $(READY) cluster-tools ## distributed with every valid combination of settings, each rank in a new interpreter
-	@MATRIX=1 TUTORIAL_LIB_WARM_WORKERS=0 $(TESTS) tests/distributed
-	@MATRIX=1 $(TESTS) tests/cluster -n 2 --dist loadfile --no-loadscope-reorder
+	@MATRIX=1 TUTORIAL_LIB_WARM_WORKERS=0 $(TESTS) tests/distributed $(TWO_GROUPS)
+	@MATRIX=1 $(TESTS) tests/cluster $(TWO_FILES)
 
-unit: $(READY) ## fast tests of single functions, in parallel on all cores
-	@$(TESTS) tests/unit -n logical --maxprocesses 8
+unit: $(READY) ## fast tests of single functions, in parallel: one pytest process more than cores, because some tests wait
+	@$(TESTS) tests/unit -n $$(( $$(nproc) + 1 < 8 ? $$(nproc) + 1 : 8 ))
 
 distributed: $(READY) ## real runs on 1, 2 and 4 processes, compared number by number: all valid pairs of settings
-	@$(TESTS) tests/distributed
+	@$(TESTS) tests/distributed $(TWO_GROUPS)
 
 cluster: $(READY) cluster-tools ## torchrun, SLURM and Ray on virtual nodes of this machine (root and Linux; skipped elsewhere)
-	@$(TESTS) tests/cluster -n 2 --dist loadfile --no-loadscope-reorder
+	@$(TESTS) tests/cluster $(TWO_FILES)
 
 cluster-tools: ## install SLURM and munge, which cluster needs (as root, with apt-get)
 	@.ci/cluster-tools
@@ -63,7 +66,8 @@ notebooks: $(READY) ## every notebook as committed: its form, its claims, and th
 nbval: $(READY) ## every notebook runs, all claims hold with the committed numbers, deterministic cells show what is committed
 	@$(PYTHON_IN) tests/notebooks/run.py --copy-to build/nbval
 	@$(TESTS) -o addopts=-ra -p tests.conftest -p tests.notebooks.same_claims --nbval-lax --nbval-current-env \
-		--nbval-cell-timeout 600 --timeout 620 build/nbval/*.ipynb
+		--nbval-cell-timeout 600 --timeout 620 $(TWO_FILES) \
+		$$(ls -r build/nbval/*.ipynb) # the longest come first
 
 lint: $(READY) ## style, types and borders, at the same time
 	@$(MAKE) --jobs --output-sync=target style types borders

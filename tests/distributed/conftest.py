@@ -1,4 +1,7 @@
-"""Shared launches: one per number of ranks for all tests that can share it, because starting processes is slow."""
+"""Shared launches: one per number of ranks for all tests that can share it, because starting processes is slow.
+
+``make distributed`` runs two groups of tests at a time: those that read one launch stay in one pytest process.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from tests.distributed.observing.probe import ProbedRun, observe
 from tests.support.launching import Shell
 from tutorial_lib.config import Config
 
+LONGEST_GROUPS = ("launched", "faults")
 TIMEOUT = 1800
 """Timeout of a test, in seconds: any test may be the one that waits for all shared launches.
 
@@ -22,11 +26,28 @@ On two busy cores they took 334 in total, and the launches of the full matrix ab
 """
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
-        if here in item.path.parents and not any(item.iter_markers("timeout")):
-            item.add_marker(pytest.mark.timeout(TIMEOUT))
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.xdist_group(_group(item)))
+            if not any(item.iter_markers("timeout")):
+                item.add_marker(pytest.mark.timeout(TIMEOUT))
+    items.sort(key=_place_in_order)
+
+
+def _group(item: pytest.Item) -> str:
+    """Return the name shared by tests that use the same launches; other tests stay with their file."""
+    if "launched" in getattr(item, "fixturenames", ()):
+        return "launched"
+    return "faults" if item.path.parent.name == "faults" else item.path.stem
+
+
+def _place_in_order(item: pytest.Item) -> int:
+    """Return 0 for the longest groups, which start first: the short ones then fill both processes to the end."""
+    group = item.get_closest_marker("xdist_group")
+    return 0 if group is None or group.args[0] in LONGEST_GROUPS else 1
 
 
 @pytest.fixture(scope="session")

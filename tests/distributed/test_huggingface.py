@@ -166,6 +166,7 @@ def test_the_result_tells_what_every_auto_has_become(runs):
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": equivalence.CASES["gpt2"]["gradient_clipping"],
+        "zero_optimization.reduce_bucket_size": HIDDEN**2,
         "zero_optimization.stage3_param_persistence_threshold": 10 * HIDDEN,
     }
     assert result["deepspeed_config"]["zero_optimization"]["stage"] == 3

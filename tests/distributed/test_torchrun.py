@@ -52,7 +52,7 @@ def test_the_error_of_a_rank_ends_the_others_and_shows_its_traceback(directory, 
 
 @pytest.mark.fault(
     "`RANK=0` exported by hand",
-    "refused with exit code 2, with the variables that are missing; with all of them set, it waits 300 s for the other "
+    "refused with exit code 2 and a list of the missing variables; with all of them set, it waits 300 s for the other "
     "ranks, and says to unset them",
 )
 def test_variables_of_torchrun_that_were_exported_by_hand(directory, monkeypatch, capsys):

@@ -151,7 +151,7 @@ def terabytes_read(num_params: float, num_ranks: int) -> Exercise:
             },
         ),
         hints=["First the size of the checkpoint. Then: who reads it?"],
-        solution=f"12 x {num_params / 1e9:g} billion = {checkpoint / 1e9:g} GB, times {num_ranks}: "
+        solution=f"12 x {num_params / 1e9:g} billion = {checkpoint / 1e9:,.0f} GB, times {num_ranks}: "
         f"{checkpoint * num_ranks / 1e12:.1f} TB. With DCP it is {checkpoint / 1e12:g} TB, since each rank reads its "
         "own share.",
     )

@@ -99,7 +99,8 @@ def lines(
 
     Args:
         series: the lines by label.
-        points: series drawn as circles, such as measurements over the lines of formulas.
+        points: series drawn as circles, such as measurements over the lines of formulas. Circles with a line's label
+            take its colour and its entry in the legend.
         notes: texts, each with its centre.
         log: logarithmic axes.
         x_end: smallest end of the horizontal axis, from 1 on; default: where the values end.
@@ -117,8 +118,11 @@ def lines(
                 linestyle=dashes[index % len(dashes)],
                 marker="o" if len(xs) == 1 else None,
             )
+        colors = {line.get_label(): line.get_color() for line in axes.get_lines()}
         for label, (xs, values) in (points or {}).items():
-            axes.plot(xs, values, "o", label=label, color=INK, markersize=9, fillstyle="none", markeredgewidth=1.8)
+            style = {"markersize": 9, "fillstyle": "none", "markeredgewidth": 1.8}
+            own = {"color": colors[label]} if label in colors else {"color": INK, "label": label}
+            axes.plot(xs, values, "o", **style, **own)
         for text, at in (marks or {}).items():
             axes.axvline(at, color=INK, linewidth=1, linestyle=":")
             axes.annotate(
@@ -142,8 +146,8 @@ def lines(
         if y_start is not None:
             axes.set_ylim(bottom=y_start)
         if points or (marks and len(series) > 1):  # these may be anywhere and leave no room for a legend inside
-            labels = [*series, *(points or {})]
-            rows = 1 + sum(len(label) + 8 for label in labels) // 110  # about as many characters fit side by side
+            labels = dict.fromkeys([*series, *(points or {})])
+            rows = 1 + sum(len(label) + 11 for label in labels) // 94  # about as many characters fit side by side
             axes.figure.legend(frameon=False, ncols=-(-len(labels) // rows), loc="outside lower center", handlelength=3)
         elif len(series) > 1:
             axes.legend(frameon=False, handlelength=3)

@@ -30,26 +30,29 @@ def hide_paths(text: str) -> str:
     return text
 
 
-def weak_efficiency(num_ranks: int, samples_per_second: Mapping[int, float]) -> Exercise:
-    """Return the exercise on the efficiency of weak scaling.
+def strong_speed_up(num_ranks: int, samples_per_second: Mapping[int, float]) -> Exercise:
+    """Return the exercise on the speed-up of strong scaling.
 
     Args:
         num_ranks: number of ranks of the row in question.
         samples_per_second: speeds of the reader's rows, over all ranks, by number of ranks, including 1.
     """
     one, many = samples_per_second[1], samples_per_second[num_ranks]
-    expected = 100 * many / (num_ranks * one)
+    expected = many / one
     return Exercise(
-        f"From the column train samples/s of your weak-scaling table: how efficient are {num_ranks} processes, in "
-        "percent of the ideal?",
+        f"From your strong-scaling table: how many times as fast as one process do {num_ranks} processes finish the "
+        "same job?",
         check=number(
             expected,
-            tolerance=1.0,
-            unit="%",
-            near={100 * many / one: f"That is the speed-up in percent. Ideal would be {num_ranks} times."},
+            tolerance=0.02,
+            near={expected / num_ranks: "That is the efficiency: the speed-up divided by the number of processes."},
         ),
-        hints=["The figure is that of all processes together.", f"Ideal is {num_ranks} times that of one process."],
-        solution=f"{many:.4g} / ({num_ranks} x {one:.4g}) = {expected:.1f} %.",
+        hints=[
+            "The column train samples/s counts all processes together.",
+            f"Divide the figure of {num_ranks} processes by that of one.",
+        ],
+        solution=f"{many:.4g} / {one:.4g} = {expected:.2f}. Below 1, the other processes cost more than they compute: "
+        "then a small batch should stay on one process.",
     )
 
 

@@ -118,6 +118,7 @@ def _draw_memory(axes: Any, memory: Sequence[tuple[float, int]]) -> float:
     times, held = zip(*memory, strict=True)
     levels = [base + height * bytes_held / peak for bytes_held in held]
     axes.fill_between(times, base, levels, step="post", color=PURPLE, alpha=0.6, linewidth=0)
+    axes.step(times, levels, where="post", color=PURPLE, linewidth=1)  # shows a peak that is shorter than a pixel
     at = times[held.index(peak)]
     axes.plot(at, base + height, "o", color=INK, markersize=8, fillstyle="none", markeredgewidth=1.8)
     axes.annotate(f"peak: {peak / 1e6:.0f} MB", (at, base + height), xytext=(-9, 0), textcoords="offset points",

@@ -84,7 +84,7 @@ def peak_as_processes_are_added(one: Any, two: Any) -> Exercise:
         hints=["The rows are `2Z-1G1N` and `stage-2`.", "Which part does ZeRO divide?"],
         solution=f"From {before:.2f} to {after:.2f} MiB: more processes share gradients and optimizer states, down to "
         "the weights alone. What a step allocates on top does not shrink, because the micro-batch and the bucket are "
-        f"the same: {one.peak_bytes / MIB:,.0f} and {two.peak_bytes / MIB:,.0f} MiB.",
+        f"the same: {one.peak_bytes / MIB:,.1f} and {two.peak_bytes / MIB:,.1f} MiB.",
     )
 
 
@@ -148,19 +148,31 @@ def optimizer_share(num_parameters: int, num_ranks: int) -> Exercise:
     )
 
 
-def price_of_offload(change_percent: float) -> Exercise:
-    """Return the exercise on the runtime of offload.
+def saving_of_the_peak(rows: Sequence[Any]) -> Exercise:
+    """Return the exercise on the peak of a rank: how little of it ZeRO may save.
 
     Args:
-        change_percent: change of stage 2's runtime through offload, in the reader's run.
+        rows: rows of the reader's matrix, from stage 0 to stage 3, with ``states`` per rank and ``peak_bytes``.
     """
+    peaks = [row.states[0].parameters + row.states[0].optimizer + row.peak_bytes for row in rows]
+    saved = 100 * (1 - peaks[-1] / peaks[0])
+    saved_states = 100 * (1 - rows[-1].states[0].total / rows[0].states[0].total)
+    tolerance = 1.0
+    states_alone = {saved_states: "That is the saving of the model states alone. Add the step peak to both."}
+    said = ", ".join(f"{row.name} {peak / MIB:.1f} MiB" for row, peak in zip(rows, peaks, strict=True))
     return Exercise(
-        "By how many percent did offload change the runtime of stage 2 on two processes in your run, the first step "
-        "included? A minus means that it became faster.",
+        f"In your run, model states are {saved_states:.0f} % smaller at stage 3 than at stage 0. By how many percent "
+        "is the peak of a rank lower? At its peak a rank holds its weights and optimizer states, and on top the step "
+        "peak, which has the gradients in it.",
         check=number(
-            change_percent, tolerance=0.51, unit="%", near={-change_percent: "The sign is the other way round."}
+            saved, tolerance=tolerance, unit="%",
+            near=states_alone if abs(saved - saved_states) > 2 * tolerance else None,
         ),
-        hints=["Look at the last column of the offload comparison."],
-        solution=f"{change_percent:+.1f} %. Here nothing crosses a bus, and six steps are few: DeepSpeed's CPU Adam "
-        "replaces PyTorch's. On a GPU, gradients and weights also travel between device and host in every step.",
-    )
+        hints=[
+            "The step peaks stand in the table of the four stages.",
+            "Weights and optimizer states of stage 3 stand in the table with FSDP2, and the baseline there holds what "
+            "stage 0 holds.",
+        ],
+        solution=f"{saved:.1f} %: {said}. The rest is mostly activations, which no stage divides. So find out what "
+        "fills your GPU before you choose a stage.",
+    )  # fmt: skip

@@ -34,15 +34,18 @@ def train(engine, batch):
 
 
 @pytest.mark.parametrize("name", MODEL_NAMES)
-@pytest.mark.parametrize("chunks", [2, 7, 10_000])
-def test_loss_and_gradients_match_full_logits(name, chunks):
+@pytest.mark.parametrize(
+    ("chunks", "tolerance"),
+    [(2, 1e-6), (7, 1e-6), pytest.param(10_000, 3e-6, id="a chunk per token, and each sum of 120 chunks rounds")],
+)
+def test_loss_and_gradients_match_full_logits(name, chunks, tolerance):
     batch = batch_of(3, 40, 500)
     loss, gradients = train(engine_of(model=name), batch)
     chunked_loss, chunked = train(engine_of(model=name, loss_chunks=chunks), batch)
     assert chunked_loss == pytest.approx(loss, rel=1e-6)
     for parameter, expected in gradients.items():
         difference = (chunked[parameter] - expected).abs().max()
-        assert difference <= 1e-6 * max(1.0, float(expected.abs().max())), parameter
+        assert difference <= tolerance * max(1.0, float(expected.abs().max())), parameter
 
 
 def test_in_bf16_the_loss_differs_by_what_bf16_rounds():

@@ -28,11 +28,11 @@ def hugging_face(**flat) -> Config:
         ({"dp": 1}, 35.08),
         ({"dp": 1, "precision": "bf16"}, 34.95),
         ({"deepspeed": "zero0"}, 35.07),
-        ({"deepspeed": "zero1"}, 1942.42),  # DeepSpeed's bucket of 500 million elements, whatever the model's size
-        ({"deepspeed": "zero1_cpu_offload"}, 1942.42),
-        ({"deepspeed": "zero2"}, 1933.55),
-        ({"deepspeed": "zero2", "precision": "bf16"}, 974.87),
-        ({"deepspeed": "zero3"}, 35.05),
+        ({"deepspeed": "zero1"}, 35.11),
+        ({"deepspeed": "zero1_cpu_offload"}, 35.11),
+        ({"deepspeed": "zero2"}, 34.32),
+        ({"deepspeed": "zero2", "precision": "bf16"}, 30.95),
+        ({"deepspeed": "zero3"}, 35.30),
         ({"deepspeed": "zero3_cpu_offload"}, 35.05),
     ],
 )
@@ -40,7 +40,10 @@ def test_peaks_of_the_hugging_face_trainer_are_predicted(flat, measured_mib):
     assert predict_step_peak(hugging_face(**flat)) == pytest.approx(measured_mib * MIB, rel=0.04)
 
 
-@pytest.mark.parametrize(("stated", "measured_mib"), [("auto", 25.1), (None, 1928.5)])
+@pytest.mark.parametrize(
+    ("stated", "measured_mib"),
+    [("auto", 25.1), (None, 1928.5)],  # DeepSpeed's bucket has 500 million elements, whatever the model's size
+)
 def test_a_file_may_leave_its_bucket_to_the_trainer_or_to_deepspeed(tmp_path, stated, measured_mib):
     zero = {"stage": 2} | ({} if stated is None else {"reduce_bucket_size": stated})
     batch = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")

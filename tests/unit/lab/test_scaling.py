@@ -12,7 +12,7 @@ from tutorial_lib.lab import scaling
 
 TASKS = [{"RANK": None, "LOCAL_RANK": None, "WORLD_SIZE": None, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}]
 EXERCISES = {
-    "efficiency": (scaling.weak_efficiency(2, {1: 100.0, 2: 150.0}), 75, {150: "speed-up", 40: "too low"}),
+    "speed-up": (scaling.strong_speed_up(2, {1: 100.0, 2: 150.0}), 1.5, {0.75: "efficiency", 1: "too low"}),
     "constant": (
         scaling.what_stays_constant(),
         "seconds per step",

@@ -8,12 +8,17 @@ import pytest
 
 from tests.unit.lab.exercise_assertions import assert_explains
 from tutorial_lib.lab import workshop
+from tutorial_lib.theory.memory import ModelStates
 
 
-def row(name: str = "", states_mib: float = 0, speed: float = 0, gpu_mib: float = 0) -> SimpleNamespace:
+def row(
+    name: str = "", states_mib: float = 0, speed: float = 0, gpu_mib: float = 0, step_mib: float = 35
+) -> SimpleNamespace:
+    """Return a row whose states are one quarter each of parameters and gradients, and one half optimizer states."""
+    held = states_mib * workshop.MIB
     return SimpleNamespace(
-        name=name, states_bytes=states_mib * workshop.MIB, peak_bytes=35 * workshop.MIB, samples_per_second=speed,
-        gpu=SimpleNamespace(peak=gpu_mib * workshop.MIB),
+        name=name, states_bytes=held, peak_bytes=step_mib * workshop.MIB, samples_per_second=speed,
+        gpu=SimpleNamespace(peak=gpu_mib * workshop.MIB), states=(ModelStates(held // 4, held // 4, held // 2),),
     )  # fmt: skip
 
 
@@ -42,7 +47,14 @@ EXERCISES = {
         {"speed": "speed -1.0 %"},
     ),
     "share": (workshop.optimizer_share(1024 * 1024, 4), 3.0, {2.0: "two moments", 12.0: "all ranks", 4.0: "too high"}),
-    "price": (workshop.price_of_offload(-12.3), -12.3, {12.3: "the sign", 40.0: "too high"}),
+    "peak": (
+        workshop.saving_of_the_peak([row(states_mib=12, step_mib=26), row(states_mib=8, step_mib=26)]), 8.6,
+        {33.3: "the model states alone", 20: "too high"},
+    ),
+    "peak, without activations": (
+        workshop.saving_of_the_peak([row(states_mib=12, step_mib=3), row(states_mib=8, step_mib=2)]), 33.3,
+        {20: "too low"},
+    ),
 }  # fmt: skip
 
 
