@@ -130,6 +130,7 @@ def test_tensor_parallel_ranks_split_once_and_replicate_the_rest(observed, ranks
     ("ranks", "name"),
     among_runs(
         [(2, f"gpt2.{name}.2") for name in ("fsdp-full", "fsdp-grad", "fsdp-none", "fsdp-full-accumulated", "fsdp-tp2")]
+        + [(2, "gpt2.fsdp-full-each.2"), (2, "qwen2.fsdp-full-selective.2"), (4, "gpt2.fsdp-hybrid-each.4")]
     ),
 )
 def test_the_planner_predicts_what_a_run_holds_and_sends(observed, ranks, name):
@@ -147,6 +148,7 @@ TRAFFIC = [
     (2, "gpt2.fsdp-none.2", 2),
     (2, "gpt2.fsdp-full-accumulated.2", 9),
     (2, "gpt2.fsdp-none-accumulated.2", 2),
+    (2, "gpt2.fsdp-full-each.2", 12),
     (2, "bloom.fsdp-full.2", 3),
     (4, "uneven.fsdp-full.4", 3),
     (4, "uneven.fsdp-grad.4", 2),
@@ -163,8 +165,9 @@ def test_sent_elements_match_the_formula(observed, ranks, name, times_psi):
     for one in measured(run):
         psi = one["num_parameters"]
         expected = traffic.fsdp_volume(
-            psi, engine.sharding, shard_size=engine.shard_size, accumulation=run.config.accumulation
-        )
+            psi, engine.sharding, shard_size=engine.shard_size, accumulation=run.config.accumulation,
+            reduce_each=engine.reduce_each,
+        )  # fmt: skip
         assert collectives(one) == {kind: n for kind, n in expected.to_dict().items() if n}
         assert one["traffic"]["volume"] == expected.total == times_psi * psi
 

@@ -115,9 +115,10 @@ def test_all_reduces_per_layer(observed, ranks, name, backward):
         assert rank["traffic"]["axes"]["tp"]["volume"] == volume.total
 
 
-def test_recomputing_a_layer_repeats_one_of_its_forward_all_reduces(observed):
+@pytest.mark.parametrize("name", ["recomputed", "selective"])
+def test_recomputing_a_layer_repeats_one_of_its_forward_all_reduces(observed, name):
     """PyTorch stops recomputing at the last tensor that backward needs, which is before the sum after the MLP."""
-    run = observed(2, "qwen2.1x2-zero1-recomputed.2")
+    run = observed(2, f"qwen2.1x2-zero1-{name}.2")
     for rank in measured(run):
         axis = rank["traffic"]["axes"]["tp"]
         (row,) = axis["tensors"]

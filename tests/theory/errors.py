@@ -104,9 +104,10 @@ def page() -> str:
 published runs and {len(own)} of our own. No constant was fitted to a published run. The share of a GPU's peak that
 training reaches, and the bandwidth of its links, were measured by others
 ([hardware.py](../tutorial_lib/theory/hardware.py) names them). Which bytes exist at the same time was worked out on
-our own runs: part 2 shows how well the planner describes those, and part 1 how well it generalises. (Two bugs were
-found on published runs and fixed as bugs: a pipeline's pending gradients were counted twice, and a norm was not
-divided.)
+our own runs: part 2 shows how well the planner describes those, and part 1 how well it generalises. (Three
+faults were found on published runs and mended as faults: a pipeline's pending gradients were counted twice, a norm was
+not divided, and attention without a fused kernel took no time for its matrix of scores. The bytes that it moves are
+counted on BLOOM's operators.)
 
 - **Memory of published runs**: {good_memory} of {len(with_memory)} within {MEMORY_GOAL:.0%}.
   {low} of the {len(with_memory)} predictions are too low, which is the dangerous side: a layout that should fit may
@@ -149,7 +150,9 @@ Sources, in the order of the table: {"; ".join(dict.fromkeys(run.source for run 
 
 Two processes on a CPU, the embedded models with four layers, full (packed) rows, measured in the third step by
 `train --measure`. The peak is what the step allocated beyond the existing weights and moments. Bytes are those of the
-rank that holds the most. The rows with tp were measured last, after the final change to the planner's model.
+rank that holds the most. Rows with selective recomputation or `each reduced` (gradients reduced with every micro-batch)
+were measured last. The planner's formulas for their memory are older than the engines' support for either (only that
+BLOOM's attention is recomputed, because it has no fused kernel, was added with it).
 
 {_table(_OWN, [_own_row(config, rows) for config, rows in own])}
 
@@ -200,8 +203,10 @@ def _own_row(config: Config, rows: list[Compared]) -> tuple[str, ...]:
     words = [config.model.name.removeprefix("embedded/"), name]
     words += [f"tp {config.parallel.tp}"] if config.parallel.tp > 1 else []
     words += [engine.precision] if engine.precision != "fp32" else []
-    words += ["recomputed"] if engine.activation_checkpointing else []
+    if engine.activation_checkpointing:
+        words.append("selective" if engine.recompute == "selective" else "recomputed")
     words += [f"{config.accumulation} micro-batches"] if config.accumulation > 1 else []
+    words += ["each reduced"] if engine.reduce_each else []
     words += [f"rows of {config.data.seq_length} tokens"] if config.data.seq_length != 128 else []
     states, peak, sent = rows
     cells = [f"{states.predicted:,.0f}", f"{states.measured:,.0f}", f"{states.error:+.1%}"]

@@ -25,7 +25,7 @@ from tutorial_lib.theory.hardware import GPUS, find_gpu, peak_flops
 from tutorial_lib.theory.layouts import ENGINES, MOMENTS, PRECISIONS, Cluster, Workload, missing_for
 from tutorial_lib.theory.plan import plan
 from tutorial_lib.theory.reasons import reasons
-from tutorial_lib.theory.remedies import faster_than_offload, remedies
+from tutorial_lib.theory.remedies import faster_than_offload, fewer_gpus, remedies
 
 FITS, NOTHING_FITS = 0, 2
 
@@ -66,9 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", help=f"{', '.join(PRECISIONS)} (default: bf16; fp16 where a GPU has no bf16)")
     parser.add_argument("--engine", default="deepspeed", help=f"{', '.join(ENGINES)} (default: deepspeed)")
     parser.add_argument(
-        "--gradient-reduction", default="reduce_scatter",
-        help="how stages 1 and 2 reduce gradients: reduce_scatter (default, the paper's), or all_reduce, twice the "
-        "volume, as DeepSpeed does unless use_multi_rank_bucket_allreduce is false",
+        "--gradient-reduction", default="all_reduce",
+        help="how stages 1 and 2 reduce gradients: all_reduce (default, as DeepSpeed does), or reduce_scatter, half "
+        "the volume (the paper's; the printed file then sets use_multi_rank_bucket_allreduce to false)",
     )  # fmt: skip
     parser.add_argument(
         "--activation-checkpointing", nargs="?", const="full", choices=CHECKPOINTING,
@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     number("--loss-chunks", int, "number of chunks in which output layer and loss are computed (default: 1)", 1)
     parser.add_argument(
         "--only-here", action="store_true",
-        help="leave out layouts that this course's engines lack: cp, pp, sequence parallelism, selective recomputation",
+        help="leave out layouts that this course's engines lack: cp, pp, sequence parallelism",
     )  # fmt: skip
     number("--bucket-size", int, "elements of DeepSpeed's buckets (default: 500000000, DeepSpeed's own)", 500_000_000)
     number("--gpus-per-node", int, f"devices of a node, which tp stays within (default: {preset.gpus_per_node})")
@@ -146,11 +146,12 @@ def _answer(options: argparse.Namespace) -> Answer:
             advice = faster_than_offload(workload, cluster, options.engine, best)
         else:
             advice = []
+        fewer = fewer_gpus(workload, cluster, options.engine, best) if best.fits else None
         return Answer(
             workload=workload, cluster=cluster, engine=options.engine, gpu=options.gpu or "", plausible=plausible,
             model=found.name, random_init=found.random_init or options.random_init, source=found.source,
             candidates=candidates, here=_best_here(workload, cluster, options.engine, best),
-            why=reasons(workload, cluster, best) if best.fits else [], advice=advice,
+            why=reasons(workload, cluster, best) if best.fits else [], advice=advice, fewer=fewer,
         )  # fmt: skip
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -235,7 +236,8 @@ def _document(answer: Answer) -> dict[str, Any]:
         "backward_all_reduces": backward_all_reduces(workload.dimensions, answer.engine),
         "cluster": dataclasses.asdict(answer.cluster),
         "best": rows[0] if best.fits else None, "why": answer.why, "candidates": rows,
-        "advice": [str(remedy) for remedy in answer.advice], "left_out": plan_text.LEFT_OUT, "run": None,
+        "advice": [str(remedy) for remedy in answer.advice], "fewer_gpus": str(answer.fewer) if answer.fewer else None,
+         "left_out": plan_text.LEFT_OUT, "run": None,
     }  # fmt: skip
     runs = answer.here
     if runs:

@@ -26,8 +26,10 @@ def settings_of(workload: Workload, best: Candidate, model: str, *, random_init:
         "model": model, "engine": layout.engine, "dp": layout.dp, "tp": layout.tp, "precision": workload.precision,
         "seq_length": workload.seq_length, "batching": "packed",
         "global_batch": best.tokens // workload.seq_length, "micro_batch": layout.micro_batch,
-        "activation_checkpointing": layout.checkpointing == "full",
+        "activation_checkpointing": layout.checkpointing != "none",
     }  # fmt: skip
+    if layout.checkpointing == "selective":
+        found["recompute"] = "selective"
     if random_init:
         found["random_init"] = True
     if workload.loss_chunks > 1:
@@ -40,6 +42,8 @@ def settings_of(workload: Workload, best: Candidate, model: str, *, random_init:
         found |= {"sharding": "hybrid_shard" if layout.strategy == "hybrid" else layout.strategy}
         if layout.shard_size:
             found["shard_size"] = layout.shard_size
+        if layout.reduction == "each" and best.accumulation > 1:
+            found["reduce_each"] = True
         if layout.offload != "none":
             found["offload"] = layout.offload
     return found
@@ -83,7 +87,9 @@ def train_line(cluster: Cluster, settings: dict[str, Any], *, with_file: bool) -
         settings: from :func:`settings_of`.
         with_file: whether a DeepSpeed file holds the settings that it can, so that the line does not repeat them.
     """
-    in_file = {"zero_stage", "offload", "bucket_size", "precision"} if with_file else set()
+    in_file = (
+        {"zero_stage", "offload", "bucket_size"} if with_file else set()
+    )  # not precision: a file may not name fp32
     flags = ["--profile", "gpu" if cluster.gpus == 1 else "cluster"]
     for name, value in settings.items():
         if name in in_file or value is False or (name == "tp" and value == 1):

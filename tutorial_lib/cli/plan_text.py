@@ -53,6 +53,7 @@ class Answer:
         here: the best shape that this course's engines can run, if any fits.
         why: reasons for the best shape.
         advice: changes that make something fit or, if the best shape offloads, make training faster.
+        fewer: a smaller number of GPUs that is as fast altogether, if there is one.
     """
 
     workload: Workload
@@ -67,6 +68,7 @@ class Answer:
     here: Candidate | None
     why: list[str] = field(default_factory=list)
     advice: list[Remedy] = field(default_factory=list)
+    fewer: Remedy | None = None
 
 
 def write(answer: Answer, *, rows: int = ROWS) -> str:
@@ -111,7 +113,7 @@ def _assumptions(answer: Answer) -> list[str]:
         f"free, host Adam {machine.host_adam / 1e9:g}e9/s",
         f"  sequences of {work.seq_length}; {_batch(work)}",
         *(
-            ["  below 1 B parameters, published runs were 1.7 to 9 times slower: small kernels wait for launches"]
+            ["  below 1 B parameters, published runs were slower, up to 7 times: small kernels wait for launches"]
             if work.num_params < 1e9
             else []
         ),
@@ -131,7 +133,7 @@ def _communication(answer: Answer) -> list[str]:
     """Return the assumptions about tensor parallelism's all-reduces, and about reducing gradients."""
     work, engine = answer.workload, answer.engine
     backward = backward_all_reduces(work.dimensions, engine)
-    forward = "2 forward, 1 recomputed" if work.checkpointing == "full" else "2 forward"
+    forward = "2 forward, 1 recomputed" if work.checkpointing in ("selective", "full") else "2 forward"
     tp = f"  all-reduces per layer: {forward}, {backward} backward"
     if engine == "fsdp":
         return [
@@ -139,10 +141,12 @@ def _communication(answer: Answer) -> list[str]:
             "  gradients: reduced in fp32; once per step, or with every micro-batch as FSDP2 does by default",
         ]
     reduction = work.gradient_reduction
-    default = "DeepSpeed's default" + (": --gradient-reduction all_reduce" if reduction != "all_reduce" else "")
+    note = "the paper's; DeepSpeed's default is all_reduce"
+    if reduction == "all_reduce":
+        note = "DeepSpeed's default; reduce_scatter sends half"
     return [
         f"{tp} (AutoTP: {backward} column-parallel layers)",
-        f"  gradients of stages 1 and 2: {reduction} ({default})",
+        f"  gradients of stages 1 and 2: {reduction} ({note})",
     ]
 
 
@@ -156,6 +160,13 @@ def _table(answer: Answer, rows: int) -> list[str]:
     lines = align([_COLUMNS, *(_row(candidate, best) for candidate in listed)], _NUMERIC, least=_WIDTHS, gaps=_GAPS)
     hidden = len(answer.candidates) - len(listed)
     lines.append(" peak may be below state + activ + bufs: state counts gradients that do not exist at the peak")
+    marks = {
+        "s: tp with sequence parallelism": any(c.layout.sequence_parallel for c in answer.candidates),
+        "u: Ulysses": any(c.layout.ulysses for c in answer.candidates),
+        "i: interleaved": any(c.layout.chunks > 1 for c in answer.candidates),
+    }
+    if any(marks.values()):
+        lines.append(f" {'; '.join(mark for mark, is_used in marks.items() if is_used)}")
     if any(candidate.missing for candidate in answer.candidates):
         lines.append(" * not in this course's engines (--only-here leaves such layouts out)")
     return lines + ([f" ... {hidden} more: --rows {len(answer.candidates)}, or --json"] if hidden > 0 else [])
@@ -190,6 +201,12 @@ def _best(answer: Answer) -> list[str]:
         f"{best.compute_seconds / best.seconds:.0%} of it. It peaks at the {best.moment}.",
         *(f"  {sentence}" for sentence in answer.why),
     ]
+    if answer.fewer:
+        less, gpus = answer.fewer.best, answer.fewer.best.layout.gpus
+        lines.append(
+            f"Fewer GPUs are as fast: {answer.fewer.change} train {less.tokens_per_gpu_second * gpus:,.0f} tokens/s "
+            f"altogether, all {answer.cluster.gpus} {best.tokens_per_gpu_second * answer.cluster.gpus:,.0f}."
+        )
     runs = best if not best.missing else answer.here
     if best.missing:
         lines.append(f"This course's engines do not have: {', '.join(best.missing)}.")

@@ -152,6 +152,7 @@ def check_used(config: Config, stated: Mapping[str, Setting], *, is_resolved: bo
         "bucket_size": (engine.zero_stage > 0, "zero_stage=1, 2 or 3"),
         "pin_memory": (engine.offload != "none", "offload='optimizer' or 'all'"),
         "tp_plan": (config.parallel.tp > 1, "tp=2 or more"),
+        "recompute": (engine.activation_checkpointing, "activation_checkpointing=True"),
     }
     for flag, setting in stated.items():
         if flat[flag] == setting.default:
@@ -210,7 +211,7 @@ def _check_fsdp(engine: EngineConfig, parallel: ParallelConfig) -> None:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"sharding is {engine.sharding!r}.{hint} Write one of: {', '.join(SHARDINGS)}.")
     if engine.name != "fsdp":
-        for name in ("sharding", "shard_size", "wrap", "tp_plan"):
+        for name in ("sharding", "shard_size", "wrap", "tp_plan", "reduce_each"):
             value, default = getattr(engine, name), EngineConfig.__dataclass_fields__[name].default
             if value != default:
                 raise ConfigError(
@@ -239,6 +240,11 @@ def _check_fsdp(engine: EngineConfig, parallel: ParallelConfig) -> None:
         )
     if engine.sharding == "no_shard" and engine.wrap != "layer":
         raise ConfigError("sharding='no_shard' (DDP) gathers nothing: leave wrap out, or write sharding='full_shard'.")
+    if engine.sharding == "no_shard" and engine.reduce_each:
+        raise ConfigError(
+            "sharding='no_shard' (DDP) holds full gradients in any case: leave reduce_each out, or write "
+            "sharding='full_shard'."
+        )
     _check_shard_size(engine, parallel.dp)
 
 

@@ -173,6 +173,13 @@ class EngineConfig:
         engines=("fsdp",),
         resume="free",
     )
+    reduce_each: bool = _setting(
+        False,
+        "fsdp: reduce gradients with every micro-batch (FSDP2's default) instead of once per step: less memory, more "
+        "traffic",
+        engines=("fsdp",),
+        resume="free",
+    )
     offload: str = _setting(
         "none",
         "keep in host memory: optimizer (ZeRO 1-3), or all: optimizer and parameters (ZeRO 3, fsdp)",
@@ -204,6 +211,14 @@ class EngineConfig:
     )
     activation_checkpointing: bool = _setting(
         False, "recompute activations in backward instead of keeping them", resume="free"
+    )
+    recompute: str = _setting(
+        "full",
+        "with activation_checkpointing: full: recompute everything in a layer; selective: keep attention's output and "
+        "every second matrix product",
+        choices=("full", "selective"),
+        engines=_OWN_LOOP,
+        resume="free",
     )
     loss_chunks: int = _setting(
         1,

@@ -63,7 +63,7 @@ def workload_and_layout(config: Config, dimensions: Dimensions, num_params: int)
         stage = {"no_shard": 0, "shard_grad_op": 2}.get(engine.sharding, 3)
     else:
         strategy, stage = None, engine.zero_stage
-    checkpointing = "full" if engine.activation_checkpointing else "none"
+    checkpointing = engine.recompute if engine.activation_checkpointing else "none"
     workload = Workload(
         num_params=num_params, dimensions=dimensions, seq_length=config.data.seq_length, micro_batch=config.micro_batch,
         global_batch=config.run.global_batch, precision=engine.precision, bucket_size=_bucket_size(config, dimensions),
@@ -72,7 +72,8 @@ def workload_and_layout(config: Config, dimensions: Dimensions, num_params: int)
     )  # fmt: skip
     layout = Layout(
         dp=parallel.dp, tp=parallel.tp, zero_stage=stage, strategy=strategy, shard_size=engine.shard_size,
-        offload=engine.offload, micro_batch=config.micro_batch, checkpointing=checkpointing, reduction="last",
+        offload=engine.offload, micro_batch=config.micro_batch, checkpointing=checkpointing,
+        reduction="each" if engine.reduce_each else "last",
     )  # fmt: skip
     return workload, layout
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from tutorial_lib.lab.figures import BLUE, GREEN, INK, ORANGE, RED
+from tutorial_lib.lab.figures import BLUE, GREEN, ORANGE
 from tutorial_lib.tables import Table, table
 from tutorial_lib.theory.cost import Candidate
 from tutorial_lib.theory.hardware import GPUS, find_gpu, peak_flops
@@ -92,7 +92,8 @@ def ranked(shown: list[Candidate]) -> Table:
     return table(
         [
             {
-                "layout": _name(c), "micro-batch": c.layout.micro_batch, "recomputed": c.layout.checkpointing,
+                "dp x tp, sharding": _name(c), "micro-batch": c.layout.micro_batch,
+                "recomputed": c.layout.checkpointing,
                 "GB per GPU": round(c.memory / 1e9, 1), "tokens/s per GPU": round(c.tokens_per_gpu_second),
                 "why not": c.problem or c.slower or "the best", "in this course": "no" if c.missing else "yes",
             }
@@ -102,35 +103,41 @@ def ranked(shown: list[Candidate]) -> Table:
 
 
 def bars(shown: list[Candidate], cluster: Cluster) -> str:
-    """Return an SVG: a stacked bar per layout, and a line for one GPU's usable memory."""
-    left, width, step, bar = 270, 430, 24, 14
-    most = max([cluster.gpu_memory, *(c.memory for c in shown)])
-    scale = width / most
-    height = 30 + step * len(shown) + 34
-    alt = f"Peak memory of {len(shown)} layouts, stacked, against {cluster.usable_memory / 1e9:.0f} usable GB per GPU."
+    """Return an SVG: a stacked bar per layout, and lines at one GPU's usable and total memory.
+
+    Text and lines take the page's own text colour, which stands out in every theme.
+    """
+    left, width, right, step, bar, top = 260, 430, 70, 24, 14, 34
+    scale = width / max([cluster.gpu_memory, *(c.memory for c in shown)])
+    end = top + step * len(shown)
+    usable, total = cluster.usable_memory / 1e9, cluster.gpu_memory / 1e9
+    alt = f"Peak memory of {len(shown)} layouts, stacked, against {usable:.0f} usable GB per GPU."
+    size = f"{left + width + right} {end + 34}"
     lines = [
-        f'<svg role="img" aria-label="{html.escape(alt)}" xmlns="http://www.w3.org/2000/svg" '
-        f'width="{left + width + 60}" height="{height}" font-family="sans-serif" font-size="12" fill="{INK}">'
+        f'<svg role="img" aria-label="{html.escape(alt)}" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" '
+        f'style="width:100%;max-width:{left + width + right}px" font-family="sans-serif" font-size="12" '
+        'fill="currentColor">'
     ]
     for row, candidate in enumerate(shown):
-        y, x = 30 + step * row, float(left)
+        y, x = top + step * row, float(left)
         lines.append(f'<text x="{left - 8}" y="{y + 11}" text-anchor="end">{html.escape(_name(candidate))}</text>')
         held = candidate.memory - candidate.activations - candidate.buffers
-        for part, size in zip(_PARTS, (held, candidate.activations, candidate.buffers), strict=True):
-            length = size * scale
-            title = f"{part}: {size / 1e9:.1f} GB"
+        for part, held_bytes in zip(_PARTS, (held, candidate.activations, candidate.buffers), strict=True):
+            length = held_bytes * scale
             lines.append(
                 f'<rect x="{x:.1f}" y="{y}" width="{length:.1f}" height="{bar}" fill="{_PARTS[part]}">'
-                f"<title>{title}</title></rect>"
+                f"<title>{part}: {held_bytes / 1e9:.1f} GB</title></rect>"
             )
             x += length
-        lines.append(f'<text x="{x + 5:.1f}" y="{y + 11}">{candidate.memory / 1e9:.0f} GB</text>')
-    end = 30 + step * len(shown)
-    for size, dash, name in ((cluster.usable_memory, "4 3", "usable"), (cluster.gpu_memory, "none", "GPU")):
-        x = left + size * scale
         lines.append(
-            f'<line x1="{x:.1f}" y1="18" x2="{x:.1f}" y2="{end}" stroke="{RED}" stroke-dasharray="{dash}"/>'
-            f'<text x="{x:.1f}" y="{13}" text-anchor="{"end" if name == "usable" else "start"}">{name}</text>'
+            f'<text x="{left + width + right}" y="{y + 11}" text-anchor="end">{candidate.memory / 1e9:.0f} GB</text>'
+        )
+    for gigabytes, dash, name, anchor in ((usable, "4 3", "usable", "end"), (total, "none", "GPU", "start")):
+        x = left + gigabytes * 1e9 * scale
+        lines.append(
+            f'<line x1="{x:.1f}" y1="{top - 10}" x2="{x:.1f}" y2="{end}" stroke="currentColor" stroke-width="1.5" '
+            f'stroke-dasharray="{dash}"/><text x="{x:.1f}" y="{top - 16}" text-anchor="{anchor}">'
+            f"{name} {gigabytes:.0f} GB</text>"
         )
     for number, (part, colour) in enumerate(_PARTS.items()):
         x = left + 130 * number

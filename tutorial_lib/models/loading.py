@@ -36,6 +36,7 @@ from tutorial_lib.embedded import CONFIG_ONLY_NAMES, MODEL_NAMES, model_director
 from tutorial_lib.models.directory import check_config, check_generation_config, check_tokenizer_files
 from tutorial_lib.models.masks import accept_document_masks
 from tutorial_lib.models.published import PREFIX, published_directory
+from tutorial_lib.models.recompute import keep_slow_results
 from tutorial_lib.models.stored import check_all_used, check_complete, check_files, check_pickles
 from tutorial_lib.models.tying import record_tying, resolve_tying
 
@@ -136,7 +137,7 @@ def build_model(config: Config) -> PreTrainedModel:
         num_shards=config.parallel.dp if config.engine.shard_at_load else 1,
     )
     if config.engine.activation_checkpointing:
-        set_activation_checkpointing(model)
+        set_activation_checkpointing(model, config.engine.recompute)
     return model
 
 
@@ -369,13 +370,19 @@ def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     return frozen
 
 
-def set_activation_checkpointing(model: PreTrainedModel) -> None:
-    """Make a model keep only each layer's input, and recompute the layer's activations in backward.
+def set_activation_checkpointing(model: PreTrainedModel, recompute: str = "full") -> None:
+    """Make a model recompute its layers' activations in backward.
+
+    Args:
+        model: the model.
+        recompute: ``full`` keeps only each layer's input; ``selective`` also keeps what is slow to recompute
+            (:mod:`tutorial_lib.models.recompute`).
 
     Raises:
         ConfigError: the model does not support it.
     """
+    more = {"context_fn": keep_slow_results} if recompute == "selective" else {}
     try:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False, **more})
     except ValueError as error:
         raise ConfigError(f"activation_checkpointing: {error} Write activation_checkpointing=False.") from error

@@ -48,7 +48,7 @@ def model_outline(config: Config) -> PreTrainedModel:
     model.tie_weights()
     prepare(model, m.freeze)
     if config.engine.activation_checkpointing:
-        set_activation_checkpointing(model)
+        set_activation_checkpointing(model, config.engine.recompute)
     return model
 
 

@@ -13,7 +13,8 @@ e bytes per element. A layer keeps, per token::
 Activation checkpointing (``checkpointing``)::
 
     none        keeps everything
-    selective   the layer's input, attention's output, and every second matrix product: torchtitan's per-operator policy
+    selective   the layer's input, the output of a fused attention kernel, and every second matrix product: torchtitan's
+                per-operator policy, which this course's engines follow
     full        only the layer's input
 
 While a recomputed layer runs backward, everything that it would have kept exists once: the *transient*. By then the
@@ -31,7 +32,8 @@ torchtitan's ``parallelize_llama.py`` of December 2024 (selective policy, sequen
 another implementation *Reducing Activation Recomputation*, arXiv:2205.05198, section 4:
 :func:`megatron_bytes_per_layer`.
 
-Checked: tests/unit/theory/test_activations.py counts the tensors that autograd keeps in this course's three models;
+Checked: tests/unit/theory/test_activations.py counts the tensors that autograd keeps in this course's three models, and
+the bytes that BLOOM's attention moves;
 docs/planner-errors.md compares peaks of complete runs, ours and published ones.
 """
 
@@ -95,9 +97,30 @@ def layer_activations(
     kept = e * h / own
     if checkpointing == "selective":
         products = h + k + f if dimensions.column_layers > 2 else h + 2 * k + f
-        kept += e * ((h + products) / tp + (h if dimensions.column_layers > 2 else 0))
-        kept += scores / tp
+        attention = h if dimensions.fused_attention else 0
+        kept += e * ((attention + products) / tp + (h if dimensions.column_layers > 2 else 0))
     return LayerActivations(kept, max(0.0, everything - kept))
+
+
+def score_traffic(
+    dimensions: Dimensions, seq_length: int, checkpointing: str = "none", bytes_per_element: int = 2
+) -> float:
+    """Return the bytes per token that attention without a fused kernel reads and writes in a layer; 0 with one.
+
+    Its matrix of scores passes through the device's memory once per operator: scaling, masking, softmax (in fp32),
+    products, and their gradients. In 16 bits these are 60 bytes per score, 28 of them in forward; in fp32 52 and 24
+    (counted on BLOOM, without dropout).
+
+    Args:
+        dimensions: dimensions of the model.
+        seq_length: s.
+        checkpointing: recomputation repeats forward.
+        bytes_per_element: 2, or 4 in fp32.
+    """
+    if dimensions.fused_attention:
+        return 0.0
+    everything, forward = (60, 28) if bytes_per_element == 2 else (52, 24)
+    return dimensions.heads * seq_length * (everything + (forward if checkpointing != "none" else 0))
 
 
 def last_norm(
@@ -116,14 +139,15 @@ def _norm(dimensions: Dimensions, bytes_per_element: int) -> float:
 def recomputed_share(dimensions: Dimensions, checkpointing: str) -> tuple[float, float]:
     """Return the shares of a layer's forward matrix products, and of its attention, that backward recomputes.
 
-    Selective: every second product in the order query, key, value, output, gate, up, down; attention is kept.
+    Selective: every second product in the order query, key, value, output, gate, up, down, and attention without a
+    fused kernel.
     """
     if checkpointing != "selective":
         return (1.0, 1.0) if checkpointing == "full" else (0.0, 0.0)
     widths = [rows * columns for rows, columns in dimensions.linear_widths]
     if dimensions.column_layers <= 2:
         widths = [sum(widths[:3]), *widths[3:]]  # one fused query-key-value product
-    return sum(widths[1::2]) / sum(widths), 0.0
+    return sum(widths[1::2]) / sum(widths), float(not dimensions.fused_attention)
 
 
 def logits_bytes(tokens: float, vocabulary: int, *, vocabulary_parallel: int = 1, chunks: int = 1) -> float:

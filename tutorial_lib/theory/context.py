@@ -5,7 +5,12 @@ Each of c ranks holds s / c tokens, so activations and logits shrink by c. Atten
 - **Ring** (arXiv:2310.01889): keys and values travel around the ring, ``c - 1`` times a rank's share, in forward; in
   backward they travel again, with their gradients. It works for any number of heads, and hides behind attention.
 - **Ulysses** (arXiv:2309.14509) uses all-to-alls to turn a share of the tokens with all heads into all tokens with a
-  share of the heads. The planner only covers the ring.
+  share of the heads, and back. It sends less, in particular on many ranks, but attention waits for it. c must divide
+  the query heads; with fewer key and value heads, ranks get copies of them.
+
+DeepSpeed has Ulysses (``deepspeed.runtime.sequence_parallel.ulysses_sp``), PyTorch the ring
+(``torch.distributed.tensor.experimental.context_parallel``). The planner considers Ulysses for the one, and both for
+FSDP2. It does not count the memory of copied keys and values.
 
 Parameters are gathered and gradients reduced over all data-parallel and context-parallel ranks together, as if they
 were all data-parallel ranks (torchtitan: ``dp_shard_cp``). Not checked by a run, because this course's engines do not
@@ -25,3 +30,16 @@ def ring_elements(tokens: float, key_value_width: int, ranks: int, *, recompute:
         recompute: whether forward runs again before backward.
     """
     return (3 + recompute) * 2 * tokens * key_value_width * (ranks - 1)
+
+
+def ulysses_elements(tokens: float, width: int, key_value_width: int, ranks: int, *, recompute: bool = False) -> float:
+    """Return the elements that a rank sends per layer for one micro-batch: attention's inputs and output, both ways.
+
+    Args:
+        tokens: tokens of the micro-batch on this rank (s / c).
+        width: width of all queries together, the same as of attention's output.
+        key_value_width: width of all keys together, and of all values, with copies.
+        ranks: c.
+        recompute: whether the exchange runs again before backward.
+    """
+    return (2 + recompute) * tokens * (2 * width + 2 * key_value_width) * (ranks - 1) / ranks

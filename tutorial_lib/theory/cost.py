@@ -2,10 +2,11 @@
 
 The model of a step::
 
-    compute    FLOPs, including recomputed ones / (devices * peak * efficiency), plus the pipeline's bubble
+    compute    FLOPs, including recomputed ones / (devices * peak * efficiency), plus the pipeline's bubble; attention
+               without a fused kernel also moves its scores through the device's memory
     tp         all-reduces of activations; the next operation waits for them, so nothing hides them
     dp         gradients and parameters; compute hides ``overlap`` times whichever of the two takes less time
-    cp         keys and values around a ring, hidden the same way
+    cp         keys and values around a ring, hidden the same way; or Ulysses' all-to-alls, which nothing hides
     update     Adam reads and writes 28 bytes per trained parameter of its shard
     offload    gradients and parameters over the host link, and Adam on the host's processors; nothing hides them. This
                is too optimistic: the one published run was :data:`OFFLOADED_RUN` times slower
@@ -22,7 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tutorial_lib.theory import context, flops, memory, pipeline, traffic
-from tutorial_lib.theory.activations import recomputed_share
+from tutorial_lib.theory.activations import recomputed_share, score_traffic
 from tutorial_lib.theory.dimensions import Dimensions
 from tutorial_lib.theory.layouts import Cluster, Layout, Workload, missing_here
 from tutorial_lib.theory.peak_memory import Part, part_of_model, peak_memory
@@ -108,8 +109,9 @@ def evaluate(workload: Workload, cluster: Cluster, layout: Layout) -> Candidate:
     if layout.pp > 1:
         slow_down = 1 + pipeline.bubble_share(layout.pp, accumulation, layout.chunks)
         compute, tp_seconds = compute * slow_down, tp_seconds * slow_down
-    sent_seconds = dp_seconds + cp_seconds
-    exposed = sent_seconds - cluster.overlap * min(sent_seconds, compute)
+    waits = cp_seconds if layout.ulysses else 0.0
+    hideable = dp_seconds + cp_seconds - waits
+    exposed = waits + hideable - cluster.overlap * min(hideable, compute)
     offload, update = _update_seconds(workload, cluster, layout, part.params, accumulation)
     seconds = compute + tp_seconds + exposed + offload + update
     return Candidate(
@@ -119,7 +121,7 @@ def evaluate(workload: Workload, cluster: Cluster, layout: Layout) -> Candidate:
         tp_seconds=tp_seconds, offload_seconds=offload, update_seconds=update, exposed_dp_seconds=exposed,
         tokens_per_gpu_second=batch * workload.seq_length / seconds / cluster.gpus,
         problem=_problem(cluster, peak.total, host, batch, share),
-        missing=tuple(missing_here(layout, workload, accumulation)),
+        missing=tuple(missing_here(layout, workload)),
     )  # fmt: skip
 
 
@@ -184,7 +186,7 @@ def _tp_traffic(
     """
     tensor = traffic.tensor_parallel_volume(
         part.layers, layout.micro_batch, workload.seq_length // layout.cp, workload.dimensions.hidden, layout.tp,
-        accumulation=accumulation, recompute=layout.checkpointing == "full",
+        accumulation=accumulation, recompute=layout.checkpointing != "none",
         column_layers=backward_all_reduces(workload.dimensions, layout.engine),
     )  # fmt: skip
     sent = tensor.ring_elements(layout.tp) * workload.bytes_per_element
@@ -197,8 +199,16 @@ def _cp_traffic(
     if layout.cp == 1:
         return 0.0, 0.0
     tokens = layout.micro_batch * workload.seq_length / layout.cp
-    width = workload.dimensions.key_value_width / layout.tp
-    elements = context.ring_elements(tokens, int(width), layout.cp, recompute=layout.checkpointing == "full")
+    dims = workload.dimensions
+    if layout.ulysses:
+        heads = max(dims.key_value_heads, layout.tp * layout.cp)  # copied if there are fewer than ranks
+        elements = context.ulysses_elements(
+            tokens, dims.hidden // layout.tp, dims.hidden // dims.heads * heads // layout.tp, layout.cp,
+            recompute=layout.checkpointing != "none",
+        )  # fmt: skip
+    else:
+        width = dims.key_value_width // layout.tp
+        elements = context.ring_elements(tokens, width, layout.cp, recompute=layout.checkpointing == "full")
     sent = accumulation * part.layers * elements * workload.bytes_per_element
     return sent, sent / cluster.within
 
@@ -215,8 +225,13 @@ def _compute_seconds(workload: Workload, cluster: Cluster, layout: Layout, token
     unsplit = 6 * dims.vocabulary * dims.hidden if dims.tied and not layout.sequence_parallel else 0
     products, attention = recomputed_share(dims, layout.checkpointing)
     per_token += products * in_layers + attention * 4 * dims.layers * dims.hidden * workload.seq_length
-    work = tokens / (layout.dp * layout.cp * layout.pp) * ((per_token - unsplit) / layout.tp + unsplit)
-    return work / (cluster.gpu_flops * cluster.efficiency)
+    tokens_here = tokens / (layout.dp * layout.cp * layout.pp)
+    work = tokens_here * ((per_token - unsplit) / layout.tp + unsplit)
+    scores = score_traffic(dims, workload.seq_length, layout.checkpointing, workload.bytes_per_element)
+    moved = tokens_here * dims.layers * scores / layout.tp
+    return work / (cluster.gpu_flops * cluster.efficiency) + moved / (
+        REACHED_MEMORY_BANDWIDTH * cluster.memory_bandwidth
+    )
 
 
 def _update_seconds(

@@ -82,7 +82,8 @@ class Workload:
         bucket_size: elements of DeepSpeed's reduce and all-gather buckets.
         overlap_comm: DeepSpeed's stages 1 and 2 fill one bucket of gradients while they reduce another.
         live_params: elements that DeepSpeed's stage 3 may keep gathered (``stage3_max_live_parameters``).
-        gradient_reduction: for stages 1 and 2, as in :func:`tutorial_lib.theory.traffic.zero_volume`.
+        gradient_reduction: for stages 1 and 2, as in :func:`tutorial_lib.theory.traffic.zero_volume`; by default what
+            DeepSpeed really does (lesson 01 counts it).
         lora_rank: train only adapters of this rank; 0: train all parameters.
         base_bits: bits per frozen parameter with LoRA: 16, 8 or 4 (QLoRA).
         moments: number format of Adam's moments: ``fp32``, ``bf16`` or ``8bit``.
@@ -101,7 +102,7 @@ class Workload:
     bucket_size: int = 500_000_000
     overlap_comm: bool = False
     live_params: int = 1_000_000_000
-    gradient_reduction: str = "reduce_scatter"
+    gradient_reduction: str = "all_reduce"
     lora_rank: int = 0
     base_bits: int = 16
     moments: str = "fp32"
@@ -127,6 +128,7 @@ class Layout:
         shard_size: number of ranks that share one copy with ``hybrid``.
         sequence_parallel: with tp: norms and residuals divided by tokens, embeddings and loss by vocabulary.
         cp: context-parallel size.
+        ulysses: with cp: all-to-alls, as in Ulysses, instead of a ring.
         pp: pipeline stages.
         chunks: model chunks per stage; above 1: interleaved.
         micro_batch: b.
@@ -142,6 +144,7 @@ class Layout:
     shard_size: int | None = None
     sequence_parallel: bool = False
     cp: int = 1
+    ulysses: bool = False
     pp: int = 1
     chunks: int = 1
     micro_batch: int = 1
@@ -149,13 +152,19 @@ class Layout:
     reduction: str = "last"
 
     @property
+    def gpus(self) -> int:
+        """Number of devices."""
+        return self.dp * self.tp * self.cp * self.pp
+
+    @property
     def name(self) -> str:
-        """The sharding, with the axes that have no column in the planner's table: ``full_shard cp4 pp8``."""
+        """The sharding, with the axes that have no column in the planner's table: ``full_shard cp4u pp8i``."""
         sharding = self.strategy or f"ZeRO-{self.zero_stage}"
         if self.shard_size:
             sharding += f"/{self.shard_size}"
-        axes = [f"{axis}{size}" for axis, size in (("cp", self.cp), ("pp", self.pp)) if size > 1]
-        return " ".join([sharding, *axes]) + ("i" if self.chunks > 1 else "")
+        cp = [f"cp{self.cp}{'u' if self.ulysses else ''}"] if self.cp > 1 else []
+        pp = [f"pp{self.pp}{'i' if self.chunks > 1 else ''}"] if self.pp > 1 else []
+        return " ".join([sharding, *cp, *pp])
 
     @property
     def engine(self) -> str:
@@ -175,15 +184,12 @@ class Layout:
         )
 
 
-def missing_here(layout: Layout, workload: Workload, accumulation: int) -> list[str]:
+def missing_here(layout: Layout, workload: Workload) -> list[str]:
     """List the features that a layout needs and this course's engines lack; empty if they can run it."""
     needs = {
-        "selective recomputation": layout.checkpointing == "selective",
         "sequence parallelism and a vocabulary-parallel loss": layout.sequence_parallel,
         "context parallelism": layout.cp > 1,
         "a pipeline": layout.pp > 1,
-        "reducing gradients with every micro-batch under FSDP2": layout.strategy not in (None, "no_shard")
-        and layout.reduction == "each" and accumulation > 1,
         "stage 0 with tp in 16 bits": layout.strategy is None and layout.zero_stage == 0 and layout.tp > 1
         and workload.precision != "fp32",
     }  # fmt: skip

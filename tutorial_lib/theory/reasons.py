@@ -23,10 +23,15 @@ def reasons(workload: Workload, cluster: Cluster, best: Candidate) -> list[str]:
         _sharding(workload, cluster, best),
         _recomputing(workload, cluster, best),
         _micro_batch(workload, cluster, best),
+        _reduction(workload, cluster, best),
         _tensor_parallel(workload, cluster, best),
     ]
     if layout.cp > 1:
-        found.append(f"cp={layout.cp}: each GPU holds {workload.seq_length // layout.cp:,} tokens of a sequence.")
+        how = "all-to-alls (Ulysses)" if layout.ulysses else "a ring"
+        held = workload.seq_length // layout.cp
+        found.append(
+            f"cp={layout.cp}: each GPU holds {held:,} tokens of a sequence; attention sees the others through {how}."
+        )
     if layout.pp > 1:
         found.append(f"pp={layout.pp}: a stage holds 1/{layout.pp} of the layers and waits while the pipeline fills.")
     if layout.offload != "none":
@@ -87,6 +92,15 @@ def _micro_batch(workload: Workload, cluster: Cluster, best: Candidate) -> str:
         half = evaluate(workload, cluster, replace(best.layout, micro_batch=size // 2))
         text += f"; {size // 2} {_against(best, half)}"
     return text + "."
+
+
+def _reduction(workload: Workload, cluster: Cluster, best: Candidate) -> str:
+    if best.layout.strategy in (None, "no_shard") or best.layout.pp > 1 or best.accumulation == 1:
+        return ""
+    each, once = "with every micro-batch", "once per step"
+    now, other = (each, once) if best.layout.reduction == "each" else (once, each)
+    changed = replace(best.layout, reduction="last" if now == each else "each")
+    return f"Gradients are reduced {now}: {other} {_against(best, evaluate(workload, cluster, changed))}."
 
 
 def _tensor_parallel(workload: Workload, cluster: Cluster, best: Candidate) -> str:

@@ -57,6 +57,23 @@ def faster_than_offload(workload: Workload, cluster: Cluster, engine: str, best:
     return sorted(faster, key=lambda remedy: -remedy.best.tokens_per_gpu_second)
 
 
+def fewer_gpus(workload: Workload, cluster: Cluster, engine: str, best: Candidate) -> Remedy | None:
+    """Return the smallest number of devices that together train as fast as all do, within the tie; None if none does.
+
+    This happens if a group over several nodes waits for a slow network. Numbers are halved as long as nodes stay full.
+    """
+    total = best.tokens_per_gpu_second * cluster.gpus
+    found, gpus = None, cluster.gpus
+    while gpus % 2 == 0 and (gpus // 2 <= cluster.gpus_per_node or gpus // 2 % cluster.gpus_per_node == 0):
+        gpus //= 2
+        fewer = plan(workload, replace(cluster, gpus=gpus), engine)[0]
+        if not fewer.fits or fewer.tokens_per_gpu_second * gpus < (1 - TIE) * total:
+            break
+        found = Remedy(f"--gpus {gpus}", fewer)
+        total = max(total, fewer.tokens_per_gpu_second * gpus)
+    return found
+
+
 def _try_changes(workload: Workload, cluster: Cluster, engine: str) -> list[Remedy]:
     return [
         Remedy(change, best)
@@ -96,8 +113,13 @@ def _changes(workload: Workload, cluster: Cluster, engine: str) -> list[tuple[st
         add(f"--lora {LORA_RANK}{beyond}", lora_rank=LORA_RANK, beyond=True)
     if needed := _host_memory(workload, cluster, engine):
         add(f"offload, with --host-memory {needed / 1e9:.0f} (GB per node)", replace(cluster, host_memory=needed))
-    if (gpus := smallest_gpus(workload, cluster, engine)) and gpus > cluster.gpus:
-        add(f"--gpus {gpus}, the fewest of this kind on which it fits", replace(cluster, gpus=gpus))
+    fewest = smallest_gpus(workload, cluster, engine) or 0
+    if fewest > cluster.gpus:
+        add(f"--gpus {fewest}, the fewest of this kind on which it fits", replace(cluster, gpus=fewest))
+    without = replace(cluster, host_memory=1.0)
+    more = smallest_gpus(workload, without, engine) or 0
+    if more > max(fewest, cluster.gpus):
+        add(f"--gpus {more}, the fewest on which it fits without offload", replace(without, gpus=more))
     memory = min(c.memory for c in plan(workload, replace(cluster, host_memory=1.0), engine)) / (1 - cluster.headroom)
     larger = math.ceil(memory / 1e9) * 1e9
     add(f"GPUs with --gpu-memory {larger / 1e9:.0f} (GB)", replace(cluster, gpu_memory=larger, host_memory=1.0))

@@ -35,9 +35,9 @@ def candidate_layouts(workload: Workload, cluster: Cluster, engine: str = "deeps
     """Return the shapes to consider, each with its first micro-batch."""
     found = []
     for tp, sequence_parallel in _tensor_parallel(workload, cluster, engine):
-        for cp, pp, chunks in _beyond(workload, cluster, tp):
-            dp = cluster.gpus // (tp * cp * pp)
-            axes = {"dp": dp, "tp": tp, "sequence_parallel": sequence_parallel, "cp": cp, "pp": pp, "chunks": chunks}
+        for beyond in _beyond(workload, cluster, tp, engine):
+            cp, pp = beyond.get("cp", 1), beyond.get("pp", 1)
+            axes = {"dp": cluster.gpus // (tp * cp * pp), "tp": tp, "sequence_parallel": sequence_parallel, **beyond}
             found += _sharded(axes, cluster, engine)
     return found
 
@@ -45,12 +45,10 @@ def candidate_layouts(workload: Workload, cluster: Cluster, engine: str = "deeps
 def variants(shape: Layout, workload: Workload, cluster: Cluster) -> Iterator[list[Layout]]:
     """Yield, for each kind of checkpointing and gradient reduction, the layouts with increasing micro-batches."""
     recompute = [workload.checkpointing] if workload.checkpointing else list(CHECKPOINTING)
-    if not workload.beyond and not workload.checkpointing:
-        recompute.remove("selective")
     sizes = micro_batches(shape, workload, cluster)
     reductions = ["last"]
     accumulates = workload.global_batch is not None or workload.micro_batch is not None
-    if shape.strategy not in (None, "no_shard") and shape.pp == 1 and accumulates and workload.beyond:
+    if shape.strategy not in (None, "no_shard") and shape.pp == 1 and accumulates:
         reductions = ["each", "last"]
     for checkpointing, reduction in itertools.product(recompute, reductions):
         yield [replace(shape, micro_batch=b, checkpointing=checkpointing, reduction=reduction) for b in sizes]
@@ -94,32 +92,36 @@ def _tensor_parallel(workload: Workload, cluster: Cluster, engine: str) -> Itera
             yield tp, True
 
 
-def _beyond(workload: Workload, cluster: Cluster, tp: int) -> Iterator[tuple[int, int, int]]:
-    """Yield sizes of context parallelism and of a pipeline, and the pipeline's chunks, starting with none of them."""
-    yield 1, 1, 1
+def _beyond(workload: Workload, cluster: Cluster, tp: int, engine: str) -> Iterator[dict[str, int]]:
+    """Yield context parallelism (by ring or Ulysses) and pipelines, starting with none of them."""
+    yield {}
     if not workload.beyond:
         return
     groups = cluster.gpus // tp
     if workload.seq_length >= LONG_SEQUENCE:
         for cp in (2, 4, 8, 16):
-            if tp * cp <= cluster.per_node and groups % cp == 0:
-                yield cp, 1, 1
+            if tp * cp > cluster.per_node or groups % cp:
+                continue
+            if engine == "fsdp":
+                yield {"cp": cp}
+            if workload.dimensions.heads % (tp * cp) == 0:
+                yield {"cp": cp, "ulysses": True}
     if workload.num_params >= LARGE_MODEL and cluster.gpus >= MANY_GPUS:
         for pp in (2, 4, 8, 16):
             if groups % pp == 0 and pp <= workload.dimensions.layers:
-                yield 1, pp, 1
+                yield {"pp": pp}
                 if workload.dimensions.layers >= 2 * pp:
-                    yield 1, pp, 2
+                    yield {"pp": pp, "chunks": 2}
 
 
 def _sharded(axes: dict[str, int], cluster: Cluster, engine: str) -> list[Layout]:
-    dp, plain = axes["dp"], axes["cp"] == axes["pp"] == 1
-    shards = dp * axes["cp"]
+    cp, pp = axes.get("cp", 1), axes.get("pp", 1)
+    plain, shards = cp == pp == 1, axes["dp"] * cp
     if engine == "fsdp":
         return list(_fsdp(axes, cluster, shards, plain))
     found = []
     for stage in memory.STAGES:
-        if axes["pp"] > 1 and stage > 1:
+        if pp > 1 and stage > 1:
             continue
         for offload in memory.OFFLOADS[: {0: 1, 3: 3}.get(stage, 2)] if plain else ("none",):
             if shards > 1 or stage == 0 or offload != "none":
@@ -129,11 +131,11 @@ def _sharded(axes: dict[str, int], cluster: Cluster, engine: str) -> list[Layout
 
 def _fsdp(axes: dict[str, int], cluster: Cluster, shards: int, plain: bool) -> Iterator[Layout]:
     """Yield FSDP2's strategies. With one rank there is nothing to shard: full_shard represents them all."""
-    if axes["pp"] > 1:
+    if axes.get("pp", 1) > 1:
         yield Layout(zero_stage=2, strategy="shard_grad_op", **axes)  # type: ignore[arg-type]
         return
     for strategy in FSDP_STRATEGIES:
-        if strategy == "no_shard" and (axes["tp"] > 1 or axes["cp"] > 1):
+        if strategy == "no_shard" and (axes["tp"] > 1 or axes.get("cp", 1) > 1):
             continue
         if strategy == "shard_grad_op" and shards == 1:
             continue

@@ -181,8 +181,9 @@ def tensor_parallel_volume(
     """Return the communication of one optimizer step in a tensor-parallel group, without embedding and output layer.
 
     Each layer all-reduces ``b s h`` elements twice in forward (after attention, after the MLP) and twice in backward
-    (arXiv:1909.08053, section 3). PyTorch's activation checkpointing repeats only the first all-reduce of forward: it
-    stops recomputing at the last tensor that backward needs, which comes before the sum after the MLP.
+    (arXiv:1909.08053, section 3). PyTorch's activation checkpointing, full or selective, repeats only the first
+    all-reduce of forward: it stops recomputing at the last tensor that backward needs, which comes before the sum after
+    the MLP.
 
     Args:
         num_layers: L.

@@ -53,6 +53,12 @@ ACCUMULATED = {f"{name}-accumulated": {**flat, "micro_batch": 1} for name, flat 
     f"{name}-accumulated": {**OFFLOADED[name], "micro_batch": 1} for name in ("zero2-optimizer", "zero3-all")
 }
 RECOMPUTED = {"zero1-recomputed": {"zero_stage": 1, "activation_checkpointing": True}}
+_SELECTIVE: dict[str, Any] = {"activation_checkpointing": True, "recompute": "selective"}
+SELECTIVE = {
+    "zero1-selective": {"zero_stage": 1, **_SELECTIVE},
+    "zero3-selective": {"zero_stage": 3, **_SELECTIVE},
+    "fsdp-full-selective": {"engine": "fsdp", "measure": True, **_SELECTIVE},
+}
 BF16 = {f"{name}-bf16": {**flat, "precision": "bf16"} for name, flat in STAGES.items()}
 
 
@@ -75,6 +81,7 @@ HYBRID = {"fsdp-hybrid": {**_FSDP, "sharding": "hybrid_shard", "shard_size": 2}}
 # As many data-parallel ranks as the number of ranks allows: 1 x 2, 2 x 2, 1 x 4.
 SPLIT: dict[str, dict[str, Any]] = {"fsdp-tp2": {**_FSDP, "tp": 2}, "fsdp-tp4": {**_FSDP, "tp": 4}}
 FSDP_ACCUMULATED = {f"{name}-accumulated": {**SHARDED[name], "micro_batch": 1} for name in ("fsdp-full", "fsdp-none")}
+EACH = {"fsdp-full-each": {**_FSDP, "micro_batch": 1, "reduce_each": True}}
 FSDP_BF16 = {f"{name}-bf16": {**SHARDED[name], "precision": "bf16"} for name in ("fsdp-full", "fsdp-none")}
 
 VALID: dict[int, dict[str, dict[str, dict[str, Any]]]] = {
@@ -89,6 +96,7 @@ VALID: dict[int, dict[str, dict[str, dict[str, Any]]]] = {
         | BF16
         | SHARDED
         | FSDP_ACCUMULATED
+        | EACH
         | FSDP_BF16
         | {
             "fsdp-tp2": SPLIT["fsdp-tp2"],
@@ -96,15 +104,26 @@ VALID: dict[int, dict[str, dict[str, dict[str, Any]]]] = {
             "fsdp-full-root": {**_FSDP, "wrap": "root"},
         },
         "qwen2": split(
-            1, 2, STAGES | only(OFFLOADED, "zero2-optimizer", "zero3-all") | only(BF16, "zero1-bf16") | RECOMPUTED
+            1,
+            2,
+            STAGES
+            | only(OFFLOADED, "zero2-optimizer", "zero3-all")
+            | only(BF16, "zero1-bf16")
+            | RECOMPUTED
+            | only(SELECTIVE, "zero1-selective"),
         )
-        | only(SPLIT, "fsdp-tp2"),
+        | only(SPLIT, "fsdp-tp2")
+        | only(SELECTIVE, "fsdp-full-selective"),
         "untied": STAGES
         | only(OFFLOADED, "zero3-all")
         | split(1, 2, only(STAGES, "zero2"))
         | only(SPLIT, "fsdp-tp2")
         | {"fsdp-tp2-plain": {**SPLIT["fsdp-tp2"], "tp_plan": "plain"}},
-        "bloom": STAGES | split(1, 2, STAGES) | {"fsdp-full": _FSDP} | only(SPLIT, "fsdp-tp2"),
+        "bloom": STAGES
+        | split(1, 2, STAGES)
+        | {"fsdp-full": _FSDP}
+        | only(SPLIT, "fsdp-tp2")
+        | only(SELECTIVE, "zero3-selective", "fsdp-full-selective"),
         "uneven": STAGES | only(ACCUMULATED, "zero2-accumulated") | only(SHARDED, "fsdp-grad"),
         "usual": {name: STAGES[name] for name in ("zero0", "zero3")},
         "odd": {"fsdp-full": _FSDP},
@@ -123,7 +142,10 @@ VALID: dict[int, dict[str, dict[str, dict[str, Any]]]] = {
         | SPLIT
         | HYBRID
         | only(SHARDED, "fsdp-none")
-        | {"fsdp-tp2-accumulated": {**SPLIT["fsdp-tp2"], "micro_batch": 1}},
+        | {
+            "fsdp-tp2-accumulated": {**SPLIT["fsdp-tp2"], "micro_batch": 1},
+            "fsdp-hybrid-each": {**HYBRID["fsdp-hybrid"], "micro_batch": 1, "reduce_each": True},
+        },
         "qwen2": split(2, 2, STAGES | only(ACCUMULATED, "zero2-accumulated", "zero3-accumulated"))
         | split(1, 4, STAGES)
         | SPLIT,
@@ -171,7 +193,8 @@ NEEDED = {
     "gpt2.zero1.2",
     "gpt2.fsdp-full.2", "gpt2.fsdp-grad.2", "gpt2.fsdp-none.2",
     "gpt2.fsdp-full-root.2", "gpt2.fsdp-full-accumulated.2", "gpt2.fsdp-full-bf16.2",
-    "qwen2.1x2-zero1-recomputed.2",
+    "qwen2.1x2-zero1-recomputed.2", "qwen2.1x2-zero1-selective.2", "qwen2.fsdp-full-selective.2",
+    "gpt2.fsdp-full-each.2", "bloom.zero3-selective.2",  # layers with biases, after ZeRO-3 replaced the linear function
     "frozen.fsdp-full.2",
     "gpt2.zero2-accumulated.4", "gpt2.fsdp-tp2.4", "gpt2.fsdp-hybrid.4",
     "qwen2.2x2-zero0.4", "qwen2.2x2-zero1.4", "untied.2x2-zero1.4", "bloom.2x2-zero1.4",

@@ -172,7 +172,7 @@ def test_tensor_parallelism_divides_all_but_the_replicated() -> None:
 
 
 def test_traffic_is_the_papers() -> None:
-    candidates = plan(work(), cluster())
+    candidates = plan(work(gradient_reduction="reduce_scatter"), cluster())
     ring = 7 / 8
     for stage, multiple in ((1, 2), (2, 2), (3, 3)):
         sent = find(candidates, zero_stage=stage)
@@ -193,9 +193,16 @@ def test_a_small_model_stays_gathered_between_forward_and_backward() -> None:
 
 
 def test_accumulation_repeats_what_stages_2_and_3_send() -> None:
-    once, thrice = (plan(work(global_batch=8 * n), cluster()) for n in (1, 3))
-    sent = [find(thrice, zero_stage=s).dp_traffic / find(once, zero_stage=s).dp_traffic for s in (1, 2, 3)]
-    assert sent == pytest.approx([1, 2, 3])
+    for reduction, stage_2 in (("reduce_scatter", 2), ("all_reduce", 7 / 3)):
+        once, thrice = (plan(work(global_batch=8 * n, gradient_reduction=reduction), cluster()) for n in (1, 3))
+        sent = [find(thrice, zero_stage=s).dp_traffic / find(once, zero_stage=s).dp_traffic for s in (1, 2, 3)]
+        assert sent == pytest.approx([1, stage_2, 3])
+
+
+def test_gradients_are_reduced_as_deepspeed_does_by_default() -> None:
+    """Lesson 01 counts 3 Psi for stages 1 and 2: an all-reduce of gradients, and an all-gather of weights."""
+    sent = [find(plan(work(), cluster()), zero_stage=stage).dp_traffic for stage in (0, 1, 2, 3)]
+    assert sent == pytest.approx([7 / 8 * multiple * 7e9 * 2 for multiple in (2, 3, 3, 3)])
 
 
 def test_tensor_parallelism_and_zero_3_cross_at_four_and_a_half_hidden_sizes() -> None:
@@ -319,7 +326,7 @@ def test_fsdp_holds_full_gradients_only_where_it_reduces_them_once_per_step() ->
     each = find(plan(work(global_batch=16, beyond=True), cluster(8, 48), "fsdp"), strategy="full_shard")
     assert each.layout.reduction == "each" and each.states == once.states
     assert each.dp_traffic == 2 * once.dp_traffic
-    assert each.missing == ("reducing gradients with every micro-batch under FSDP2",)
+    assert not each.missing and not last.missing
 
 
 def test_hybrid_shards_within_a_node_and_waits_less_for_the_network() -> None:
@@ -345,6 +352,30 @@ def test_offload_needs_host_memory() -> None:
 
 
 # --- nothing fits, nothing possible -----------------------------------------------------------------------------------
+
+
+def test_fewer_gpus_are_named_if_they_are_as_fast(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two nodes that hardly talk to each other: one of them alone trains as fast as both."""
+    question = ["plan", "--model-size", "7e9", "--gpus", "16", "--gpu", "a100-80", "--bandwidth-between"]
+    assert main([*question, "0.1", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["fewer_gpus"].startswith("--gpus 8: ")
+    assert main([*question, "0.1"]) == 0
+    shown = capsys.readouterr().out
+    totals = re.search(r"Fewer GPUs are as fast: --gpus 8 train ([\d,]+) tokens/s altogether, all 16 ([\d,]+)\.", shown)
+    assert totals
+    eight, sixteen = (float(number.replace(",", "")) for number in totals.groups())
+    assert eight >= 0.95 * sixteen
+    assert main([*question, "25", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["fewer_gpus"] is None
+
+
+def test_gpus_that_need_no_offload_are_a_remedy_of_their_own() -> None:
+    dims = MODELS["llama-3-70b"]
+    task = Workload(num_params=dims.num_params, dimensions=dims, seq_length=2048)
+    found = {remedy.change: remedy.best for remedy in remedies(task, cluster(8), "fsdp")}
+    assert found["--gpus 16, the fewest of this kind on which it fits"].layout.offload == "all"
+    assert found["--gpus 24, the fewest on which it fits without offload"].layout.offload == "none"
 
 
 def test_remedies_do_what_they_say() -> None:
@@ -380,7 +411,7 @@ USUAL = ["plan", "--model-size", "7e9", "--gpus", "8", "--gpu-memory", "80"]
 
 def test_the_table_fits_100_columns_and_names_the_winner(capsys: pytest.CaptureFixture[str]) -> None:
     for more in ([], ["--engine", "fsdp"], ["--gpus", "512"], ["--model-size", "1e12"], ["--global-batch", "100001"],
-                 ["--activation-checkpointing"], ["--gradient-reduction", "all_reduce"]):  # fmt: skip
+                 ["--activation-checkpointing"], ["--gradient-reduction", "reduce_scatter"]):  # fmt: skip
         main(changed(USUAL, more))
         shown = capsys.readouterr().out
         assert max(map(len, shown[: shown.index("\n\nBest" if "Best" in shown else "\n\nNothing")].splitlines())) <= 100
@@ -397,8 +428,11 @@ def test_the_table_fits_100_columns_and_names_the_winner(capsys: pytest.CaptureF
         ([], "2 forward, 5 backward (AutoTP: 5 column-parallel layers)"),
         (["--engine", "fsdp"], "2 forward, 2 backward (Megatron's plan)"),
         (["--activation-checkpointing"], "2 forward, 1 recomputed, 5 backward (AutoTP: 5 column-parallel layers)"),
-        ([], "gradients of stages 1 and 2: reduce_scatter (DeepSpeed's default: --gradient-reduction all_reduce)"),
-        (["--gradient-reduction", "all_reduce"], "gradients of stages 1 and 2: all_reduce (DeepSpeed's default)"),
+        ([], "gradients of stages 1 and 2: all_reduce (DeepSpeed's default; reduce_scatter sends half)"),
+        (
+            ["--gradient-reduction", "reduce_scatter"],
+            "stages 1 and 2: reduce_scatter (the paper's; DeepSpeed's default is",
+        ),
         (["--engine", "fsdp"], "gradients: reduced in fp32; once per step, or with every micro-batch"),
     ],
 )
@@ -563,7 +597,7 @@ def test_offload_says_what_it_takes_and_what_would_be_faster(capsys: pytest.Capt
     ("question", "slower"),
     [
         (
-            ["--model", "gpt2", "--gpus", "2", "--gpu", "l4"],
+            ["--model", "gpt2", "--gpus", "2", "--gpu", "l4", "--gradient-reduction", "reduce_scatter"],
             {("ZeRO-1", "none"): "", ("ZeRO-2", "none"): "shards more", ("ZeRO-0", "none"): "holds more memory"},
         ),
         (  # both offload, so neither is behind for that
@@ -650,6 +684,8 @@ def test_experts_are_refused() -> None:
         ["--model-size", "7e9", "--gpus", "8", "--gpu", "h100", "--global-batch", "7", "--only-here"],
         ["--model-size", "1.5e9", "--gpus", "4", "--gpu", "v100"],
         ["--model-size", "7e9", "--gpus", "32", "--gpu", "v100"],
+        ["--model-size", "1e9", "--gpus", "8", "--gpu", "a100-80", "--precision", "fp32"],
+        ["--model-size", "7e9", "--gpus", "8", "--gpu", "a100-80", "--gradient-reduction", "reduce_scatter"],
         ["--model-size", "7e9", "--gpus", "16", "--gpu", "h200", "--engine", "fsdp", "--bandwidth-between", "2"],
     ],
 )

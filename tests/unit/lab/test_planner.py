@@ -54,12 +54,23 @@ def test_bars_add_up_to_the_peak_on_the_scale_of_the_gpus_line() -> None:
     shown = [c for c in found if c.fits][: planner.BARS]
     svg = ElementTree.fromstring(planner.bars(shown, cluster))
     space = "{http://www.w3.org/2000/svg}"
-    lengths = [float(rect.attrib["width"]) for rect in svg.iter(f"{space}rect") if float(rect.attrib["height"]) == 14]
+    stacked = [rect.attrib for rect in svg.iter(f"{space}rect") if float(rect.attrib["height"]) == 14]
+    lengths = [float(rect["width"]) for rect in stacked]
     line = max(float(one.attrib["x1"]) for one in svg.iter(f"{space}line"))
-    per_byte = (line - 270) / cluster.gpu_memory
+    per_byte = (line - float(stacked[0]["x"])) / cluster.gpu_memory
     for number, candidate in enumerate(shown):
         assert sum(lengths[3 * number : 3 * number + 3]) == pytest.approx(candidate.memory * per_byte, abs=0.3)
     assert "80" not in svg.attrib["aria-label"] and "72 usable GB" in svg.attrib["aria-label"]
+    assert {"usable 72 GB", "GPU 80 GB"} < {text.text for text in svg.iter(f"{space}text")}
+
+
+def test_text_and_lines_have_the_colour_of_the_pages_text() -> None:
+    """No fixed grey has a contrast of 4.5 : 1 against both a white and a dark page."""
+    found, cluster = candidates(Question())
+    svg = ElementTree.fromstring(planner.bars(found, cluster))
+    space = "{http://www.w3.org/2000/svg}"
+    assert svg.attrib["fill"] == "currentColor" and not any("fill" in text.attrib for text in svg.iter(f"{space}text"))
+    assert {line.attrib["stroke"] for line in svg.iter(f"{space}line")} == {"currentColor"}
 
 
 def test_widgets_redraw(evaluations: list[Any]) -> None:

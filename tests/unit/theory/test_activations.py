@@ -11,6 +11,7 @@ from tutorial_lib.theory.activations import (
     logits_bytes,
     megatron_bytes_per_layer,
     recomputed_share,
+    score_traffic,
 )
 from tutorial_lib.theory.known_models import MODELS
 
@@ -52,12 +53,49 @@ def test_a_layer_keeps_what_is_counted(family: str) -> None:
     assert predicted == pytest.approx(counted, rel=0.01)
 
 
+@pytest.mark.parametrize("bits", [16, 32])
+def test_attention_without_a_fused_kernel_moves_its_scores(bits: int) -> None:
+    """Count the bytes that operators on matrices of scores read and write, but no views, which move nothing."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+    from transformers import AutoModelForCausalLM
+
+    from tutorial_lib.models import load_config
+    from tutorial_lib.models.dimensions import from_config
+
+    config = load_config("embedded/bloom")
+    sequences, tokens = 3, 64
+    scores = sequences * config.n_head * tokens**2
+
+    class Moved(TorchDispatchMode):
+        total = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **kwargs or {})
+            is_view = any(one.alias_info and not one.alias_info.is_write for one in func._schema.returns)
+            touched = [t for t in tree_leaves((args, found)) if isinstance(t, torch.Tensor) and t.numel() == scores]
+            self.total += 0 if is_view else sum(t.numel() * t.element_size() for t in touched)
+            return found
+
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16 if bits == 16 else torch.float32).train()
+    with Moved() as moved:
+        logits = model(input_ids=torch.ones(sequences, tokens, dtype=torch.long), use_cache=False).logits
+        forward = moved.total
+        logits.float().sum().backward()
+    bloom, per_token = from_config(config), sequences * tokens * config.n_layer
+    once, again = (score_traffic(bloom, tokens, how, bits // 8) for how in ("none", "full"))
+    assert once == moved.total / per_token and again - once == forward / per_token
+    assert score_traffic(MODELS["llama-3-8b"], tokens) == 0
+
+
 def test_llama_3_8b_in_bf16() -> None:
     """Per token and layer in units of h: 49 bytes; 15.5 with torchtitan's selective policy; 2 with full recomputing."""
     llama = MODELS["llama-3-8b"]
     assert [layer_activations(llama, how).kept / llama.hidden for how in CHECKPOINTING] == [49, 15.5, 2]
     # Key, output and up projections are computed again: 0.25 + 1 + 3.5 of 13.
     assert recomputed_share(llama, "selective") == pytest.approx((4.75 / 13, 0))
+    assert recomputed_share(MODELS["bloom-560m"], "selective")[1] == 1  # no fused kernel, so attention is recomputed
     assert recomputed_share(llama, "full") == (1, 1) and recomputed_share(llama, "none") == (0, 0)
 
 

@@ -76,7 +76,11 @@ def test_seventy_billion_on_64_of_80_gb() -> None:
 
 def test_seventy_billion_with_a_large_batch_reduces_with_every_micro_batch() -> None:
     """The planner once let full gradients wait, and chose tp=8 with everything offloaded: 164 tokens/s."""
-    found = best(work("llama-3-70b", global_batch=1024), cluster(64), "fsdp")
+    task = work("llama-3-70b", global_batch=1024)
+    found = best(task, cluster(64), "fsdp")
+    (sentence,) = [text for text in reasons(task, cluster(64), found) if text.startswith("Gradients are reduced")]
+    assert sentence.startswith("Gradients are reduced with every micro-batch: once per step does not fit by")
+    assert not found.missing
     assert found.layout.reduction == "each" and found.layout.offload == "none" and found.layout.tp == 1
 
 

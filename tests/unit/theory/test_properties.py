@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import random
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,12 +12,13 @@ import pytest
 
 from tutorial_lib.theory import context, pipeline
 from tutorial_lib.theory.activations import CHECKPOINTING
-from tutorial_lib.theory.cost import evaluate
+from tutorial_lib.theory.cost import Candidate, evaluate
 from tutorial_lib.theory.hardware import GPUS, find_gpu, peak_flops
 from tutorial_lib.theory.known_models import MODELS, nearest_model
-from tutorial_lib.theory.layouts import Cluster, Layout, Workload
+from tutorial_lib.theory.layouts import ENGINES, MOMENTS, PRECISIONS, REDUCTIONS, Cluster, Layout, Workload
 from tutorial_lib.theory.plan import TIE, plan, something_fits
 from tutorial_lib.theory.state_bytes import base_bytes, lora_params
+from tutorial_lib.theory.traffic import GRADIENT_REDUCTIONS
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     **{f"ZeRO-{stage}": {"zero_stage": stage} for stage in range(4)},
@@ -34,6 +37,67 @@ def work(model: str, **changes: Any) -> Workload:
 
 def cluster(gpus: int = 8, gigabytes: float = 80) -> Cluster:
     return Cluster(gpus=gpus, gpu_memory=gigabytes * 1e9)
+
+
+OFFLOADED: list[dict[str, Any]] = [
+    {"zero_stage": 1, "offload": "optimizer"}, {"zero_stage": 2, "offload": "optimizer"},
+    {"zero_stage": 3, "offload": "all"}, {"zero_stage": 3, "strategy": "full_shard", "offload": "all"},
+]  # fmt: skip
+
+
+def drawn(number: int) -> Iterator[tuple[Workload, Layout, int]]:
+    """Yield random workloads and layouts of two ranks or more, and micro-batches per step: always the same."""
+    draw = random.Random(0)
+    for _ in range(number):
+        name, kind = draw.choice(list(MODELS)), draw.choice([*STRATEGIES.values(), *OFFLOADED])
+        dims = MODELS[name]
+        splits = [t for t in (1, 2, 4, 8) if dims.heads % t == 0 and dims.key_value_heads % t == 0]
+        tp = 1 if kind.get("strategy") == "no_shard" else draw.choice(splits)
+        task = work(
+            name, seq_length=min(draw.choice([512, 2048, 8192, 32_768]), dims.positions or 32_768),
+            precision=draw.choice(PRECISIONS), lora_rank=draw.choice([0, 0, 16]), moments=draw.choice(MOMENTS),
+            loss_chunks=draw.choice([1, 8]), gradient_reduction=draw.choice(GRADIENT_REDUCTIONS),
+            overlap_comm=draw.random() < 0.3, bucket_size=draw.choice([1_000_000, 500_000_000]),
+        )  # fmt: skip
+        layout = Layout(
+            dp=draw.choice([2, 4, 16, 64]), tp=tp, micro_batch=draw.choice([1, 2, 4]),
+            sequence_parallel="strategy" in kind and tp > 1 and draw.random() < 0.5,
+            checkpointing=draw.choice(CHECKPOINTING), reduction=draw.choice(REDUCTIONS), **kind,
+        )  # fmt: skip
+        yield task, layout, draw.choice([1, 2, 4])
+
+
+def test_properties_of_random_layouts() -> None:
+    """Ranks, recomputing, micro-batches and accumulation change memory, traffic and time in one direction only."""
+
+    def cost(task: Workload, layout: Layout, accumulation: int) -> Candidate:
+        batch = layout.micro_batch * layout.dp * accumulation
+        return evaluate(replace(task, global_batch=batch), cluster(layout.gpus), layout)
+
+    for task, layout, accumulation in drawn(1000):
+        found = cost(task, layout, accumulation)
+        more_ranks = cost(task, replace(layout, dp=2 * layout.dp), accumulation)
+        assert more_ranks.memory <= found.memory and more_ranks.dp_traffic >= found.dp_traffic, (task, layout)
+        if accumulation > 1:
+            assert cost(task, replace(layout, dp=2 * layout.dp), accumulation // 2).memory <= found.memory, (
+                task,
+                layout,
+            )
+        larger = cost(task, replace(layout, micro_batch=2 * layout.micro_batch), accumulation)
+        assert larger.memory >= found.memory and larger.tokens_per_gpu_second >= 0.999999 * found.tokens_per_gpu_second
+        longer = cost(task, layout, 2 * accumulation)
+        assert longer.dp_traffic >= found.dp_traffic and longer.tp_traffic >= found.tp_traffic
+        recomputed = [cost(task, replace(layout, checkpointing=how), accumulation) for how in CHECKPOINTING]
+        for less, more in itertools.pairwise(recomputed):
+            assert more.activations <= less.activations and more.memory <= less.memory, (task, layout)
+            assert more.compute_seconds >= less.compute_seconds and more.tp_traffic >= less.tp_traffic
+
+
+def test_what_fits_still_fits_on_twice_the_gpus() -> None:
+    for name, engine, gpus in itertools.product(("gpt2-xl", "llama-3-8b", "llama-3-70b"), ENGINES, (1, 4, 8, 32)):
+        task = work(name)
+        if something_fits(task, cluster(gpus, 40), engine):
+            assert something_fits(task, cluster(2 * gpus, 40), engine), (name, engine, gpus)
 
 
 @pytest.mark.parametrize(("model", "strategy"), SHAPES)
@@ -138,6 +202,23 @@ def test_pipelines_and_rings() -> None:
     assert context.ring_elements(100, 10, 1) == 0
     assert context.ring_elements(100, 10, 4) == 3 * 2 * 100 * 10 * 3
     assert context.ring_elements(100, 10, 4, recompute=True) == 4 * 2 * 100 * 10 * 3
+    assert context.ulysses_elements(100, 40, 10, 1) == 0
+    assert context.ulysses_elements(100, 40, 10, 4) == 2 * 100 * (40 + 10 + 10 + 40) * 3 / 4
+    assert context.ulysses_elements(100, 40, 10, 4, recompute=True) == 1.5 * context.ulysses_elements(100, 40, 10, 4)
+
+
+def test_long_sequences_by_ring_or_ulysses() -> None:
+    """DeepSpeed has Ulysses alone. It sends less than a ring over many ranks, but nothing hides it."""
+    task = work("llama-3-8b", seq_length=131_072)
+    kinds = {engine: {c.layout.ulysses for c in plan(task, cluster(), engine) if c.layout.cp > 1}
+             for engine in ("deepspeed", "fsdp")}  # fmt: skip
+    assert kinds == {"deepspeed": {True}, "fsdp": {False, True}}
+    ring, exchanged = (
+        evaluate(task, cluster(), Layout(dp=1, tp=1, cp=8, zero_stage=3, strategy="full_shard", ulysses=ulysses))
+        for ulysses in (False, True)
+    )
+    assert exchanged.cp_traffic < ring.cp_traffic and exchanged.memory == ring.memory
+    assert exchanged.seconds > ring.seconds  # all of the ring hides behind attention of 131,072 tokens
 
 
 def test_something_fits_agrees_with_plan() -> None:
@@ -150,12 +231,10 @@ def test_the_best_is_within_the_tie_of_the_fastest() -> None:
     for engine in ("deepspeed", "fsdp"):
         fitting = [c for c in plan(work("llama-2-7b"), cluster(), engine) if c.fits]
         fastest = max(c.tokens_per_gpu_second for c in fitting)
-        assert fitting[0].tokens_per_gpu_second >= (1 - TIE) * fastest
-        beyond = [c for c in fitting if c.tokens_per_gpu_second < (1 - TIE) * fastest]
-        assert beyond == sorted(beyond, key=lambda c: -c.tokens_per_gpu_second)
-        assert fitting[-len(beyond) :] == beyond
-        for candidate in fitting[1:]:
-            assert candidate.slower.startswith("as fast") == (candidate not in beyond)
+        ties = [c for c in fitting if c is fitting[0] or c.slower.startswith("as fast")]
+        beyond = [c for c in fitting if c not in ties]
+        assert min(c.tokens_per_gpu_second for c in ties) >= (1 - TIE) * fastest
+        assert beyond and fitting == ties + sorted(beyond, key=lambda c: -c.tokens_per_gpu_second)
 
 
 def test_presets() -> None:

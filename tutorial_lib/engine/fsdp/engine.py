@@ -79,22 +79,22 @@ class FSDPEngine:
         inputs = model_inputs(batch, self.device)
         bf16 = self.config.engine.precision == "bf16" and not self._is_fsdp
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
-        with self._reduce_with_last_micro_batch(), autocast, self._output_loss(batch):
+        with self._reduction(), autocast, self._output_loss(batch):
             logits: Tensor = self._parallel(**inputs, use_cache=False).logits
         if not torch.is_grad_enabled():
             sharding.release(self.module)
         return logits
 
-    def _reduce_with_last_micro_batch(self) -> Any:
-        """Reduce the gradients of a step's micro-batches only once, in the backward of the last one.
+    def _reduction(self) -> Any:
+        """Reduce gradients in the backward of a step's last micro-batch, or with ``reduce_each`` in every one.
 
-        Until then every rank holds them in full: Psi elements on top of its shard, in return for less traffic.
+        Gradients that wait for the last micro-batch do so in full: Psi elements on top of a rank's shard.
         """
-        last = self._micro_steps + 1 == self.config.accumulation
+        reduces = self.config.engine.reduce_each or self._micro_steps + 1 == self.config.accumulation
         if self._is_fsdp:
-            self._parallel.set_requires_gradient_sync(last)
+            self._parallel.set_requires_gradient_sync(reduces)
             return nullcontext()
-        return nullcontext() if last else self._parallel.no_sync()
+        return nullcontext() if reduces else self._parallel.no_sync()
 
     def backward(self, loss: Tensor) -> None:
         (loss * self.averages_over).backward()
