@@ -104,16 +104,15 @@ def page() -> str:
 published runs and {len(own)} of our own. No constant was fitted to a published run. The share of a GPU's peak that
 training reaches, and the bandwidth of its links, were measured by others
 ([hardware.py](../tutorial_lib/theory/hardware.py) names them). Which bytes exist at the same time was worked out on
-our own runs: part 2 shows how well the planner describes those, and part 1 how well it generalises. (Three
-faults were found on published runs and mended as faults: a pipeline's pending gradients were counted twice, a norm was
-not divided, and attention without a fused kernel took no time for its matrix of scores. The bytes that it moves are
-counted on BLOOM's operators.)
+our own runs: part 2 shows how well the planner describes those, and part 1 how well it generalises. (Published
+runs exposed three bugs, now fixed: a pipeline's pending gradients were counted twice, a norm was not divided, and
+attention without a fused kernel took no time for its matrix of scores, whose bytes are counted on BLOOM's operators.)
 
 - **Memory of published runs**: {good_memory} of {len(with_memory)} within {MEMORY_GOAL:.0%}.
   {low} of the {len(with_memory)} predictions are too low, which is the dangerous side: a layout that should fit may
   not. Leave some room, or raise `--headroom`.
 - **Speed of published runs** that the model covers: {good_time} of {len(judged)} within {TIME_GOAL:.0%}.
-  None of those uses tensor, context or pipeline parallelism: the runs below that do use torch.compile and float8,
+  None of those uses tensor, context or pipeline parallelism: runs with these also use torch.compile and float8,
   which the model leaves out. One of the {len(judged)} offloads; there the model is {OFFLOADED_RUN:g} times too fast.
 - **Our own runs**: model states within {worst[0]:.1%}, peak of a step within {worst[1]:.1%}, bytes sent within
   {worst[2]:.1%}.
@@ -151,13 +150,13 @@ Sources, in the order of the table: {"; ".join(dict.fromkeys(run.source for run 
 Two processes on a CPU, the embedded models with four layers, full (packed) rows, measured in the third step by
 `train --measure`. The peak is what the step allocated beyond the existing weights and moments. Bytes are those of the
 rank that holds the most. Rows with selective recomputation or `each reduced` (gradients reduced with every micro-batch)
-were measured last. The planner's formulas for their memory are older than the engines' support for either (only that
-BLOOM's attention is recomputed, because it has no fused kernel, was added with it).
+were measured last. The planner had formulas for their memory before the engines supported either. (Only one rule came
+with that support: BLOOM's attention is recomputed, because it has no fused kernel.)
 
 {_table(_OWN, [_own_row(config, rows) for config, rows in own])}
 
-What is missing from the predicted peaks is probably the mask of packed rows. Models of 3 MB have different errors than
-large ones: an error of one per cent here may vanish there, and vice versa.
+The predicted peaks probably lack the mask of packed rows. Models of 3 MB have different errors than large ones: an
+error of one per cent here may vanish there, and vice versa.
 
 ## 3. Our own GPU runs
 

@@ -105,7 +105,7 @@ ROWS: list[Published] = [
     _titan("llama-3-8b", 8, 1, 131_072, 1071, 84.0, _DECEMBER + "2", name="8B, FSDP 2 x CP 4, 131,072 tokens",
            not_modelled=_FLOAT8, cp=4, **_FULL),
     _titan("llama-3-8b", 8, 1, 262_144, 548, 84.5, _DECEMBER + "2", name="8B, CP 8, 262,144 tokens",
-           not_modelled=_FLOAT8, cp=8, why="which would make it faster, so the true miss is larger: the model counts "
+           not_modelled=_FLOAT8, cp=8, why="they would make it faster, so the true miss is larger: the model counts "
            "the ring's attention, in blocks, as efficient as one kernel, and hides the ring's exchanges", **_FULL),
     _titan("llama-3-70b", 256, 16, 8192, 829, 71.9, _DECEMBER + "4", name="70B, 256 H100, FSDP 32 x TP 8, b 16, full",
            not_modelled=_FLOAT8, tp=8, why="memory: unknown. In the rows above both change little (82.4, 77.0, and "
@@ -155,7 +155,7 @@ ROWS.append(
         workload=_work(_BLOOM, 512, 16, precision="fp16"), cluster=_cluster("a100-80", 1, "fp16"),
         layout=Layout(dp=1, tp=1, zero_stage=0, strategy="no_shard", micro_batch=4), speed=11.26 * 512,
         memory=21_658 * 2**20,
-        why="their 11.26 samples/s are 1,500 samples by the 133 s of the whole training call, with its evaluations and "
+        why="their 11.26 samples/s are 1,500 samples in the 133 s of the whole training call, with its evaluations and "
         "checkpoints; and 2,048 tokens of 24 small layers in eager PyTorch leave the GPU waiting for launches, which "
         "the model leaves out",
     )

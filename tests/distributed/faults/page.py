@@ -95,8 +95,8 @@ is lost. The tests run on CPUs; [lesson 04](../notebooks/04_checkpoints.ipynb) s
 ## On several nodes
 
 `tests/cluster/test_ray.py` injects these {len(on_ray_nodes)} on a Ray cluster of virtual nodes. Where the number of
-ranks changes, each step has the same examples, and losses are those of the uninterrupted run to 1e-6, because sums add
-up in a different order.
+ranks changes, each step has the same examples, and losses match the uninterrupted run's to 1e-6: sums add up in a
+different order.
 
 {_table(on_ray_nodes)}
 

@@ -37,7 +37,7 @@ def on_small_storage(directory: Path, uninterrupted: dict[str, Observed]) -> dic
 
 
 @pytest.mark.fault(
-    "a disk that is full in the middle of a save", "stops with an error; once there is space, the same command resumes"
+    "a disk that fills up in the middle of a save", "stops with an error; once there is space, the same command resumes"
 )
 def test_a_full_disk(on_small_storage: dict[str, Any], uninterrupted: dict[str, Observed], directory: Path) -> None:
     assert re.search(r"cannot be written to \(No space left on device", start_of(on_small_storage["disk_full"]))
