@@ -201,8 +201,8 @@ ROWS += [
         "settings. In the same table, offloading only the parameters added 3.2 s, where the model has 0.1 s of "
         "copies; gradients and Adam added the other 7.7 s. Unknown are the processor, whether host memory was "
         "pinned (DeepSpeed's pull request 5301 later made the update's copies on 8 GPUs 4 to 5 times faster by "
-        "pinning them), and which Adam ran: PyTorch's, which DeepSpeed's tutorial calls 5 to 7 times slower than "
-        "its own, would take 9 to 12 s of it. None of this went into the model",
+        "pinning them), and which Adam ran: DeepSpeed's tutorial calls PyTorch's 5 to 7 times slower than its own. "
+        "None of this went into the model",
     ),
 ]  # fmt: skip
 
