@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import tempfile
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,8 +13,9 @@ from torch.utils import cpp_extension
 from transformers import AutoConfig
 
 from tutorial_lib.config import Config, ConfigError
-from tutorial_lib.engine import trial_step
+from tutorial_lib.engine import build_engine, trial_step
 from tutorial_lib.engine.trial_step import train_copy
+from tutorial_lib.mpu import Topology
 
 
 @pytest.fixture
@@ -62,6 +65,21 @@ def test_a_full_disk_is_no_failure(config, monkeypatch):
     save_model = trial_step.save_model
     monkeypatch.setattr(trial_step, "save_model", save_nowhere)
     train_copy(config, failing_with(IndexError("not reached")))
+
+
+def test_a_trial_changes_neither_weights_nor_random_states(tmp_path, monkeypatch):
+    sizes = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    AutoConfig.for_model("llama", vocab_size=100, **sizes).save_pretrained(tmp_path)
+    config = Config.create(model=str(tmp_path), engine="torch", dp=1, random_init=True)
+
+    def built():
+        engine = build_engine(config, Topology.from_environment(config.parallel), 10)
+        weights = {name: parameter.clone() for name, parameter in engine.full_parameters()}
+        return weights, torch.rand(4), np.random.random(), random.random()
+
+    tried = built()
+    monkeypatch.setattr(trial_step, "PROVEN", {"llama"})
+    torch.testing.assert_close(tried, built(), rtol=0, atol=0)
 
 
 def test_the_copy_is_frozen_as_the_model_is(config):
