@@ -8,6 +8,7 @@ It receives new rows of ``metrics.jsonl`` from the process that started the run:
 
 from __future__ import annotations
 
+import shutil
 import sys
 import threading
 import time
@@ -37,19 +38,21 @@ class StatusLine:
         self._thread: threading.Thread | None = None
 
     def show(self, text: str) -> None:
-        """Replace the line; in a log, write another one."""
+        """Replace the line, cut to a terminal's width; in a log, write another one."""
         if self.in_notebook:
             self.show_bundle({"text/plain": text})
         elif self.is_live:
-            print(f"\r\x1b[K{text}", end="", file=self._file, flush=True)
+            width = shutil.get_terminal_size().columns - 1  # only the last line of a wrapped text could be replaced
+            print(f"\r\x1b[K{text[:width]}", end="", file=self._file, flush=True)
         else:
             print(text, file=self._file, flush=True)
 
     def keep(self, text: str) -> None:
         """Replace the line, and in a terminal go on below it."""
-        self.show(text)
         if self.is_live and not self.in_notebook:
-            print(file=self._file, flush=True)
+            print(f"\r\x1b[K{text}", file=self._file, flush=True)
+        else:
+            self.show(text)
 
     def show_bundle(self, data: Mapping[str, Any], metadata: Mapping[str, Any] | None = None) -> None:
         """Replace the notebook's output, by MIME type."""
