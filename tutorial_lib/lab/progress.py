@@ -125,7 +125,7 @@ class Progress:
         return self
 
     def on_rows(self, rows: Sequence[Row]) -> None:
-        """Receive the rows that are new since the last call."""
+        """Receive the rows that are new since the last call. They have a step and a loss, and perhaps their speed."""
         with self._lock:
             for row in rows:
                 if not self.runs or row["step"] <= self.runs[-1][-1]["step"]:
@@ -193,12 +193,11 @@ class Progress:
         last = self._last()
         of_all = f"run {len(self.runs)} of {len(self.labels)}, " if self.labels else ""
         of_total = f" of {self.total_steps}" if self.total_steps else ""
-        speed = last["tokens"] / max(float(last["seconds"]), 1e-9)
-        left = f"; about {duration(self._seconds_left())} left" if self._steps_left() else ""
-        return (
-            f"{of_all}{self._label(len(self.runs) - 1)}: step {last['step']}{of_total}, loss {last['loss']:.4f}, "
-            f"{speed:.0f} tokens/s{left}"
-        )
+        text = f"{of_all}{self._label(len(self.runs) - 1)}: step {last['step']}{of_total}, loss {last['loss']:.4f}"
+        if last.keys() >= {"tokens", "seconds"}:  # a loop of a reader's own may report less
+            text += f", {last['tokens'] / max(float(last['seconds']), 1e-9):.0f} tokens/s"
+            text += f"; about {duration(self._seconds_left())} left" if self._steps_left() else ""
+        return text
 
     def _steps_left(self) -> int:
         return max(0, (self.total_steps or 0) - self._last()["step"])

@@ -38,6 +38,13 @@ def test_a_log_gets_a_line_now_and_then_and_the_last_step() -> None:
     ]
 
 
+def test_rows_of_a_step_and_a_loss_are_enough() -> None:
+    out = io.StringIO()
+    with Progress(3, interval=0, file=out) as shown:
+        shown.on_rows([{"step": 1, "loss": 2.5}])
+    assert out.getvalue().splitlines()[1:] == ["training: step 1 of 3, loss 2.5000"]
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
