@@ -107,7 +107,7 @@ FAILURES = {
         r"error: Rank 0 of run '\S+' ends because rank 1, on node2, failed with OSError: the disk is full\n",
     ),
 }
-"""What the output on node2, where rank 1 has failed, says of each fault, and the output on node1."""
+"""Patterns of the output on node2, where rank 1 has failed, and of the output on node1, for each fault."""
 
 
 @pytest.mark.fault(

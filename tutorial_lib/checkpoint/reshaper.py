@@ -81,7 +81,7 @@ def reshaped_config(source: Path, flat: dict[str, Any]) -> Config:
     elif given.keys() & {"zero_stage", "offload"}:
         reset = ("deepspeed",)
     elif "sharding" in given:
-        reset = ("shard_size",)
+        reset = ("shard_size", "reduce_each") if given["sharding"] == "no_shard" else ("shard_size",)
     base = saved | {name: defaults[name] for name in (*reset, *START_ONLY)}
     run = _run_of(source)
     base |= {"storage": str((run or source).parent), "evaluate": saved["evaluate"]}

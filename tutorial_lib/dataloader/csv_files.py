@@ -17,7 +17,7 @@ NOT_A_VALUE = (
     "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
     "NULL", "NaN", "None", "n/a", "nan", "null",
 )  # fmt: skip
-"""What pandas takes for a missing value. In a column of numbers that is right; in a column of text it may be a word."""
+"""Texts that pandas takes for a missing value: right in a column of numbers, but in a column of text maybe a word."""
 
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,8 @@ def load_rows(name: str, split: str, *, max_examples: int | None = None) -> data
         raise ConfigError(_explain(name, split, error)) from error
     if not len(rows):
         raise ConfigError(_no_rows(name, split))
-    if (looks_misread(rows.column_names) or _has_long_fields(rows)) and (problem := _misread_csv(name)):
+    is_suspect = looks_misread(rows.column_names) or (_csv_files(name) and _has_long_fields(rows))
+    if is_suspect and (problem := _misread_csv(name)):
         raise ConfigError(f"Data set {name!r} cannot be read: {problem}.")
     if max_examples is not None:
         rows = rows.select(range(min(max_examples, len(rows))))
@@ -97,10 +98,12 @@ def _check_files(name: str, source: str) -> None:
     directory = Path(source)
     if not directory.is_dir() or _names_its_files(directory / "README.md"):
         return
-    for path in sorted(directory.rglob("*")):
-        if problem := _surprise(path, path.relative_to(directory)):
+    entries = sorted(directory.rglob("*"))
+    files = [path for path in entries if path.is_file() and _is_data(path.relative_to(directory))]
+    formats = {*map(_format, files)} or {*_FORMATS.values()}
+    for path in entries:
+        if problem := _surprise(path, path.relative_to(directory), formats):
             raise ConfigError(f"The data set {name!r} is a directory with {path.relative_to(directory)}: {problem}.")
-    files = [path for path in sorted(directory.rglob("*")) if path.is_file() and _is_data(path.relative_to(directory))]
     if len({_format(path) for path in files}) > 1:
         suffixes = {"".join(path.suffixes[-2:]) if path.suffix in _COMPRESSED else path.suffix for path in files}
         raise ConfigError(
@@ -117,15 +120,22 @@ def _check_files(name: str, source: str) -> None:
         )
 
 
-def _surprise(path: Path, inside: Path) -> str | None:
-    """Return why an entry of a data set's directory would be read, or not be read, against expectations."""
+def _surprise(path: Path, inside: Path, formats: Collection[str | None]) -> str | None:
+    """Return why an entry of a data set's directory would be read, or not be read, against expectations.
+
+    Args:
+        path: the entry.
+        inside: its path from the directory.
+        formats: formats of the directory's data files; files of other formats are not read in any case.
+    """
     if any(part.startswith((".", "__")) for part in inside.parts):
         return None
-    if path.is_symlink() and path.is_dir() and any(_format(each) for each in path.rglob("*")):
+    if path.is_symlink() and path.is_dir() and any(_format(each) in formats for each in path.rglob("*")):
         return "`datasets` does not follow a link to a directory. Copy or link its files instead"
-    if path.is_symlink() and not path.exists() and _format(path):
+    if path.is_symlink() and not path.exists() and _format(path) in formats:
         return f"it is a link to {str(path.readlink())!r}, which does not exist. Restore that file, or remove the link"
-    if path.is_file() and _format(path) is None and any(suffix.lower() in _FORMATS for suffix in path.suffixes):
+    inner = {_FORMATS.get(suffix.lower()) for suffix in path.suffixes}
+    if path.is_file() and _format(path) is None and inner & {*formats}:
         return "it would be read as data, although its name ends differently. Move it away, or rename it"
     return None
 
@@ -288,10 +298,14 @@ def _local_files(name: str) -> list[Path]:
 
 def _misread_csv(name: str) -> str | None:
     """Find a CSV file of a local data set that pandas misreads, and say how."""
-    for file in _local_files(name):
-        if _format(file) in ("csv", "tsv") and (problem := csv_problem(file)):
+    for file in _csv_files(name):
+        if problem := csv_problem(file):
             return f"{file}, {problem}"
     return None
+
+
+def _csv_files(name: str) -> list[Path]:
+    return [file for file in _local_files(name) if _format(file) in ("csv", "tsv")]
 
 
 def _has_long_fields(rows: datasets.Dataset) -> bool:

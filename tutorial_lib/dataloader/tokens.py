@@ -49,7 +49,6 @@ _FORMAT = 2  # Increase it when the same row gives a different document, so that
 _SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("num_uncounted", pa.int32())])
 _QA_COLUMNS = ("question", "context", "answers")
 _READ_COLUMNS = ("text", "content", "messages", *_QA_COLUMNS)
-_FIRST_COLUMNS = ("text", "question", "messages", "content")  # of each kind, in the order in which they are read
 _ROWS_PER_BATCH = 1000
 
 logger = logging.getLogger(__name__)
@@ -136,10 +135,11 @@ def _write(
     unfinished = path.with_suffix(".unfinished")
     num_documents = num_cut = 0
     read = rows.select_columns([column for column in rows.column_names if column in _READ_COLUMNS])  # no images
+    readable = _readable_columns(rows.features)
     tokens, boundaries = hashlib.sha256(), hashlib.sha256()
     with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
         for number, batch in enumerate(read.iter(_ROWS_PER_BATCH)):
-            _check_one_kind(batch, number * _ROWS_PER_BATCH, name)
+            _check_one_kind(batch, readable, number * _ROWS_PER_BATCH, name)
             documents = [document for document in to_documents(batch) if len(document.ids) > 1]
             num_documents += len(documents)
             num_cut += sum(document.is_cut for document in documents)
@@ -164,9 +164,9 @@ def _write(
     os.replace(unfinished, path)
 
 
-def _check_one_kind(batch: dict[str, list[Any]], num_before: int, name: str) -> None:
+def _check_one_kind(batch: dict[str, list[Any]], readable: list[str], num_before: int, name: str) -> None:
     """Refuse rows that have nothing in the column that is read, but something in another one that could be read."""
-    read, *others = [column for column in _FIRST_COLUMNS if column in batch] or ["text"]
+    read, *others = readable
     for other in others:
         for row, (value, dropped) in enumerate(zip(batch[read], batch[other], strict=True), num_before + 1):
             if value is None and dropped:
@@ -198,28 +198,38 @@ def document_maker(
     columns = rows.features
     if tokenizer.eos_token_id is None:
         raise ConfigError("The tokenizer has no EOS token to mark the end of a text. Choose another model.")
-    if _is_text(columns.get("text")):
-        return lambda batch: _text_documents(batch["text"], tokenizer, seq_length)
-    question, context, answers = (columns.get(column) for column in _QA_COLUMNS)
-    if _is_text(question) and _is_text(context) and _holds_answers(answers):
+    read = next(iter(_readable_columns(columns)), None)
+    if read in ("text", "content"):
+        return lambda batch: _text_documents(batch[read], tokenizer, seq_length)
+    if read == "question":
         if not tokenizer.is_fast:
             raise ConfigError("Finding the answer's tokens needs a fast tokenizer. Choose a model that has one.")
         return lambda batch: _qa_documents(batch, tokenizer, seq_length)
-    if _holds_messages(columns.get("messages")):
+    if read == "messages":
         if not tokenizer.chat_template:
             raise ConfigError(
                 f"The column 'messages' of {name} holds conversations, but the tokenizer has no chat template that "
                 "says how to write them. Choose a model that has one, or a data set with a column 'text'."
             )
         return lambda batch: _chat_documents(batch["messages"], tokenizer, seq_length, name)
-    if _is_text(columns.get("content")):
-        return lambda batch: _text_documents(batch["content"], tokenizer, seq_length)
     described = ", ".join(f"{column} ({_describe_type(feature)})" for column, feature in columns.items())
     raise ConfigError(
         f"The columns of {name} are {described}. Use strings in 'text' or 'content'; or 'question', 'context' "
         "and 'answers' as in SQuAD: {'text': [...], 'answer_start': [...]}; or 'messages' of a conversation: "
         "[{'role': ..., 'content': ...}]. Rename or convert the columns, or choose another data set."
     )
+
+
+def _readable_columns(columns: Mapping[str, Any]) -> list[str]:
+    """Return the columns that documents could be made from, by the first of each kind; the first one is read."""
+    question, context, answers = (columns.get(column) for column in _QA_COLUMNS)
+    kinds = {
+        "text": _is_text(columns.get("text")),
+        "question": _is_text(question) and _is_text(context) and _holds_answers(answers),
+        "messages": _holds_messages(columns.get("messages")),
+        "content": _is_text(columns.get("content")),
+    }
+    return [column for column, is_readable in kinds.items() if is_readable]
 
 
 def _is_text(feature: Any) -> bool:

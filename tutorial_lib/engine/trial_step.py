@@ -10,13 +10,16 @@ skip it.
 
 from __future__ import annotations
 
+import fnmatch
 import logging
 import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_model
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -54,44 +57,51 @@ def train_copy(config: Config, build: Callable[[Config], Engine]) -> None:
         return
     if config.engine.name == "trainer" and not config.engine.deepspeed_file:
         return
-    with tempfile.TemporaryDirectory() as directory:
-        tiny = _written_copy(config, model_config, Path(directory))
-        if not all(all_gather_objects(tiny is not None)):  # a rank whose disk is full would leave the others waiting
+    with ExitStack() as stack:
+        written = _written_copy(config, model_config, stack)
+        if not all(all_gather_objects(written is not None)):  # a rank whose disk is full would leave the others waiting
             return
-        assert tiny is not None
+        assert written is not None
+        tiny, directory = written
         try:
-            engine = build(_of_copy(config, directory))
+            engine = build(_of_copy(config, tiny, directory))
             _take_steps(engine, tiny.batch(tiny.documents(), config.data.batching))
         except ConfigError:
             return  # what the copy lacks says nothing about the model, which was checked before the start
         except Exception as error:
-            unrelated = (MemoryError, OSError, torch.OutOfMemoryError)
-            if lost_another_rank({"message": str(error)}) or isinstance(error, unrelated):
+            if _is_of_the_machine(error):
                 raise
             _LOG.warning("A tiny copy of %r failed:", m.name, exc_info=error)
             raise _refusal(config, model_config.model_type, error) from error
     engine.close()
 
 
-def _written_copy(config: Config, model_config: PretrainedConfig, directory: Path) -> TinyCopy | None:
-    """Return a tiny copy, written into a directory, or None if there is none, or it says nothing about the model."""
+def _written_copy(config: Config, model_config: PretrainedConfig, stack: ExitStack) -> tuple[TinyCopy, str] | None:
+    """Return a tiny copy and the directory that it was written into, which the stack removes.
+
+    Return None if there is no copy, if it says nothing about the model, or if this rank cannot write it.
+    """
     tiny = TinyCopy.of(config, model_config)
     if tiny is None or tiny.model.config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:  # part of a larger model
         return None
     try:
         check_tensor_parallel(config.parallel.tp, tiny.model.config)
+        # On a network file system, a file that the engine still maps cannot be removed at once.
+        directory = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
         tiny.model.config.save_pretrained(directory)
-        save_model(tiny.model, str(directory / "model.safetensors"))  # save_pretrained writes on rank 0 only
-    except (ConfigError, OSError):
+        save_model(tiny.model, str(Path(directory, "model.safetensors")))  # save_pretrained writes on rank 0 only
+    except (ConfigError, OSError, SafetensorError):
         return None
-    return tiny
+    return tiny, directory
 
 
-def _of_copy(config: Config, directory: str) -> Config:
+def _of_copy(config: Config, tiny: TinyCopy, directory: str) -> Config:
     """Return the configuration for the copy: without what is written, or depends on the model's size."""
     engine = "deepspeed" if config.engine.name == "trainer" else config.engine.name
     batch = config.micro_batch * config.parallel.dp
-    return config.replaced(model=directory, engine=engine, deepspeed=None, freeze=(), global_batch=batch)
+    names = [name for name, _ in tiny.model.named_parameters(remove_duplicate=False)]
+    freeze = tuple(pattern for pattern in config.model.freeze if fnmatch.filter(names, pattern))
+    return config.replaced(model=directory, engine=engine, deepspeed=None, freeze=freeze, global_batch=batch)
 
 
 def _take_steps(engine: Engine, batch: dict[str, torch.Tensor]) -> None:
@@ -102,6 +112,15 @@ def _take_steps(engine: Engine, batch: dict[str, torch.Tensor]) -> None:
     for _ in range(2):
         engine.backward(engine.forward(batch).float().mean())
         engine.step()
+
+
+def _is_of_the_machine(error: Exception) -> bool:
+    """Return whether an error is one of memory, files, devices, the network or a compiler, not of the model's code."""
+    kinds = (MemoryError, OSError, torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistError)
+    if isinstance(error, kinds) or lost_another_rank({"message": str(error)}):
+        return True
+    files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    return any(file.name == "cpp_extension.py" or file.parent.name == "op_builder" for file in files)
 
 
 def _refusal(config: Config, family: str, error: Exception) -> ConfigError:

@@ -8,6 +8,7 @@ It receives new rows of ``metrics.jsonl`` from the process that started the run:
 
 from __future__ import annotations
 
+import shutil
 import sys
 import threading
 import time
@@ -37,19 +38,21 @@ class StatusLine:
         self._thread: threading.Thread | None = None
 
     def show(self, text: str) -> None:
-        """Replace the line; in a log, write another one."""
+        """Replace the line, cut to a terminal's width; in a log, write another one."""
         if self.in_notebook:
             self.show_bundle({"text/plain": text})
         elif self.is_live:
-            print(f"\r\x1b[K{text}", end="", file=self._file, flush=True)
+            width = shutil.get_terminal_size().columns - 1  # only the last line of a wrapped text could be replaced
+            print(f"\r\x1b[K{text[:width]}", end="", file=self._file, flush=True)
         else:
             print(text, file=self._file, flush=True)
 
     def keep(self, text: str) -> None:
         """Replace the line, and in a terminal go on below it."""
-        self.show(text)
         if self.is_live and not self.in_notebook:
-            print(file=self._file, flush=True)
+            print(f"\r\x1b[K{text}", file=self._file, flush=True)
+        else:
+            self.show(text)
 
     def show_bundle(self, data: Mapping[str, Any], metadata: Mapping[str, Any] | None = None) -> None:
         """Replace the notebook's output, by MIME type."""
@@ -122,7 +125,7 @@ class Progress:
         return self
 
     def on_rows(self, rows: Sequence[Row]) -> None:
-        """Receive the rows that are new since the last call."""
+        """Receive the rows that are new since the last call. They have a step and a loss, and perhaps their speed."""
         with self._lock:
             for row in rows:
                 if not self.runs or row["step"] <= self.runs[-1][-1]["step"]:
@@ -190,12 +193,11 @@ class Progress:
         last = self._last()
         of_all = f"run {len(self.runs)} of {len(self.labels)}, " if self.labels else ""
         of_total = f" of {self.total_steps}" if self.total_steps else ""
-        speed = last["tokens"] / max(float(last["seconds"]), 1e-9)
-        left = f"; about {duration(self._seconds_left())} left" if self._steps_left() else ""
-        return (
-            f"{of_all}{self._label(len(self.runs) - 1)}: step {last['step']}{of_total}, loss {last['loss']:.4f}, "
-            f"{speed:.0f} tokens/s{left}"
-        )
+        text = f"{of_all}{self._label(len(self.runs) - 1)}: step {last['step']}{of_total}, loss {last['loss']:.4f}"
+        if last.keys() >= {"tokens", "seconds"}:  # a loop of a reader's own may report less
+            text += f", {last['tokens'] / max(float(last['seconds']), 1e-9):.0f} tokens/s"
+            text += f"; about {duration(self._seconds_left())} left" if self._steps_left() else ""
+        return text
 
     def _steps_left(self) -> int:
         return max(0, (self.total_steps or 0) - self._last()["step"])

@@ -63,7 +63,7 @@ class Collective:
     axis: str | None = None
     """Axis of the rank grid that the group lies along; None if it lies along none, or if no axes were given."""
     in_backward: bool = False
-    """Whether autograd was running backward when it was called."""
+    """True if autograd was running backward when it was called."""
 
     @property
     def bytes(self) -> int:

@@ -89,12 +89,11 @@ def check_generation_config(directory: str) -> None:
         logging.set_verbosity(verbosity)
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_contradictions(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"{twice!r} is given twice in one object, and only the last one would count")
+    for key, value in pairs if len(found) < len(pairs) else ():
+        if value != found[key]:
+            raise ValueError(f"{key!r} is given twice in one object, and only the last one would count")
     return found
 
 
@@ -110,7 +109,7 @@ def _read_object(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is a directory, but must be a file. Copy or download the model again.")
     check_no_pointer(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_contradictions)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}. Copy or download it again.") from error
     if not isinstance(found, dict):

@@ -34,6 +34,11 @@ SHAPES = {
         {"sharding": "full_shard"},
         {"sharding": "full_shard", "shard_size": None, "dp": 4},
     ),
+    "DDP reduces full gradients": (
+        {"engine": "fsdp", "dp": 2, "sharding": "full_shard", "reduce_each": True},
+        {"sharding": "no_shard"},
+        {"sharding": "no_shard", "reduce_each": False},
+    ),
     "one start's own settings are not taken over": (
         {"stop_after": 3, "steps": 9, "measure": True, "evaluate": False, "launcher": "none"},
         {"engine": "fsdp"},

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import datasets
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -154,6 +155,25 @@ def test_a_leftover_file_is_refused(name, tmp_path):
         write_jsonl(tmp_path / each, [{"text": "one"}])
     with pytest.raises(ConfigError, match=rf"a directory with {name}: it would be read as data, although its name"):
         load_rows(str(tmp_path), "train")
+
+
+def test_files_that_are_not_read_do_not_matter(tmp_path):
+    directory, notes = tmp_path / "data", tmp_path / "notes"
+    write_jsonl(directory / "train.jsonl", [{"text": "one"}])
+    for name in ("README.md", "LICENSE", ".gitattributes", "dataset_info.json", "notes.txt.bak", "old.csv.md5"):
+        (directory / name).write_text("not a row")
+    notes.mkdir()
+    (notes / "notes.txt").write_text("not a row")
+    (directory / "notes").symlink_to(notes)
+    (directory / "missing.txt").symlink_to(tmp_path / "missing.txt")
+    assert list(load_rows(str(directory), "train")["text"]) == ["one"]
+
+
+def test_texts_of_other_formats_are_not_searched(tmp_path, monkeypatch):
+    """Texts with several lines are only suspicious in CSV, and finding them reads every row."""
+    write_jsonl(tmp_path / "train.jsonl", [{"text": "one\ntwo"}])
+    monkeypatch.setattr(pc, "match_substring", None)
+    assert list(load_rows(str(tmp_path), "train")["text"]) == ["one\ntwo"]
 
 
 def test_links_are_followed_or_refused(tmp_path):

@@ -191,6 +191,12 @@ def test_rows_with_their_text_in_different_columns_are_refused(rows, byte_tokeni
         documents_of([dict.fromkeys(rows[1]) | rows[0], rows[1]], chatting(byte_tokenizer, "{{ messages }}"))
 
 
+@pytest.mark.parametrize("unread", [{"text": None}, {"question": None}, {"question": "x"}, {"messages": None}])
+def test_columns_that_cannot_be_read_do_not_count(unread, byte_tokenizer):
+    (document,) = documents_of([unread | {"content": "hello"}], byte_tokenizer)
+    assert read(document, byte_tokenizer) == ("h", "ello<eos>")
+
+
 def chatting(byte_tokenizer, template):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer.backend_tokenizer, eos_token="<eos>")
     tokenizer.chat_template = template

@@ -38,12 +38,20 @@ def test_a_log_gets_a_line_now_and_then_and_the_last_step() -> None:
     ]
 
 
+def test_rows_of_a_step_and_a_loss_are_enough() -> None:
+    out = io.StringIO()
+    with Progress(3, interval=0, file=out) as shown:
+        shown.on_rows([{"step": 1, "loss": 2.5}])
+    assert out.getvalue().splitlines()[1:] == ["training: step 1 of 3, loss 2.5000"]
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
 
 
-def test_a_terminals_line_is_rewritten_and_the_last_one_stays() -> None:
+def test_a_terminals_line_is_rewritten_and_the_last_one_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     out = Terminal()
     with Progress(40, title="resumed", file=out) as shown:
         shown.on_rows(metrics(10, start=21))
@@ -52,6 +60,16 @@ def test_a_terminals_line_is_rewritten_and_the_last_one_stays() -> None:
     assert lines[1] == "resumed: starting processes ..."
     assert "resumed: step 30 of 40, loss 5.7000, 2000 tokens/s; about 5 s left" in lines
     assert lines[-1] == "resumed: step 40 of 40, loss 5.6000, 2000 tokens/s\n"
+
+
+def test_a_line_that_is_rewritten_is_cut_to_the_terminals_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    out = Terminal()
+    with Progress(40, title="resumed", file=out) as shown:
+        shown.on_rows(metrics(10, start=31))
+    *rewritten, last = out.getvalue().split("\r\x1b[K")
+    assert max(map(len, rewritten)) == 29
+    assert last == "resumed: step 40 of 40, loss 5.6000, 2000 tokens/s\n"
 
 
 def test_a_terminal_shows_that_no_step_was_left() -> None:

@@ -50,6 +50,14 @@ def test_a_file_that_is_not_a_json_object_is_named(copied, file, content, messag
         LOADERS[file](str(copied))
 
 
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_a_key_given_twice_with_the_same_value_is_accepted(copied, file):
+    path = copied / file
+    found = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(found | {"eos_token_id": 0})[:-1] + ', "eos_token_id": 0}')
+    LOADERS[file](str(copied))
+
+
 @pytest.mark.parametrize("file", ["chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model"])
 def test_a_pointer_in_place_of_what_a_tokenizer_reads_is_named(copied, file):
     (copied / file).write_text(POINTER)
