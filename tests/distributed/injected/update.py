@@ -123,5 +123,5 @@ def trial_step_kept() -> Iterator[None]:
     """Keep the step that DeepSpeed's 16-bit optimizer takes before the first one."""
     from tutorial_lib.engine.deepspeed.engine import DeepSpeedEngine
 
-    with mock.patch.object(DeepSpeedEngine, "undo_trial_step", lambda self: None):
+    with mock.patch.object(DeepSpeedEngine, "undo_step_of_construction", lambda self: None):
         yield

@@ -35,20 +35,20 @@ from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.utils import groups
 from torch import Tensor
 
-from tutorial_lib.checkpoint import MOMENTS, CheckpointError, FullTensors
+from tutorial_lib.checkpoint import CheckpointError, FullTensors
 from tutorial_lib.checkpoint.formats.deepspeed import LAYOUT
 from tutorial_lib.checkpoint.writer import Writer
 from tutorial_lib.config import Config
 from tutorial_lib.engine.chunked_loss import output_loss
-from tutorial_lib.engine.deepspeed import autotp, partitions
+from tutorial_lib.engine.deepspeed import autotp
 from tutorial_lib.engine.deepspeed import config as ds_config
+from tutorial_lib.engine.deepspeed.full_states import FullStates
 from tutorial_lib.engine.inputs import model_inputs
 from tutorial_lib.engine.layout import ParameterLayout
 from tutorial_lib.engine.learning_rate import Schedule
 from tutorial_lib.engine.single import global_norm
 from tutorial_lib.models import build_model, slice_alibi
 from tutorial_lib.mpu import ModelParallelUnit, Topology, device_mesh
-from tutorial_lib.mpu.collectives import all_gather_tensor
 
 _TAG = "engine"
 
@@ -106,9 +106,12 @@ class DeepSpeedEngine:
             self._finish_splitting(model)
         self._output_loss = output_loss(model, config.engine.loss_chunks, autotp.split_loss_sum(model))
         self._dims = {self.module.get_parameter(row.parameter): row.dim for row in self.layout()}
+        self._full_states = FullStates(
+            self.deepspeed, self.optimizer, config.engine.zero_stage, self.unit, self._dims, device
+        )
         self._micro_steps = 0
         if config.engine.zero_stage == 0 and config.engine.precision != "fp32":
-            self.undo_trial_step()
+            self.undo_step_of_construction()
 
     def _finish_splitting(self, model: Any) -> None:
         autotp.check_layouts(self.layout())
@@ -177,7 +180,7 @@ class DeepSpeedEngine:
             norms[1:] = squares.sqrt()
         return float(norms.norm())
 
-    def undo_trial_step(self) -> None:
+    def undo_step_of_construction(self) -> None:
         """Undo the step with zero gradients that DeepSpeed's 16-bit optimizer without ZeRO takes when it is built.
 
         It takes the step to allocate Adam's moments. That decays the fp32 weights and leaves Adam's step count at 1,
@@ -201,45 +204,13 @@ class DeepSpeedEngine:
         """Return AutoTP's layout of each parameter, in the model's order."""
         return autotp.parameter_layouts(self.module)
 
-    def _gather_over_tp(self, parameter: torch.nn.Parameter, share: Tensor) -> Tensor:
-        """All-gather the full tensor from this rank's share of a parameter, gradient or moment. Collective."""
-        if self.unit is None:
-            return share
-        # Offloaded tensors are in host memory, but the ranks exchange tensors on their devices.
-        on_device = share.detach().to(self.device)
-        return all_gather_tensor(on_device, self._dims[parameter], self.unit.get_model_parallel_group())
-
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every full parameter, one at a time, in fp32 on the CPU. Collective: all ranks must iterate."""
-        for name, parameter in self.module.named_parameters():
-            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-                yield name, self._gather_over_tp(parameter, parameter).detach().to("cpu", torch.float32, copy=True)
+        return self._full_states.parameters()
 
     def full_optimizer_states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Yield both full moments of every trained parameter, on the CPU. Collective: all ranks must iterate."""
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        keys = self._optimizer_keys() if self.config.engine.zero_stage == 0 else None
-        for name, parameter in self.module.named_parameters():
-            if parameter.requires_grad:
-                if keys is not None:
-                    state = self.optimizer.state[keys[parameter]]
-                    moments = {key: state[key] for key in MOMENTS}
-                else:
-                    moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
-                yield (
-                    name,
-                    {key: self._gather_over_tp(parameter, m).detach().cpu().clone() for key, m in moments.items()},
-                )
-
-    def _optimizer_keys(self) -> dict[Tensor, Tensor]:
-        """Map each trained parameter to the optimizer's key without ZeRO: itself, or in 16 bits its master copy."""
-        if self._plain_optimizer:
-            return {parameter: parameter for parameter in self.module.parameters()}
-        wrapper = self.deepspeed.optimizer
-        copies = [copy for group in wrapper.fp16_groups for copy in group]
-        masters = [master for group in wrapper.fp32_groups for master in group]
-        return dict(zip(copies, masters, strict=True))
+        return self._full_states.moments()
 
     def save(self, directory: Path, writer: Writer) -> None:
         """Write this rank's files into ``directory``. Collective."""
@@ -261,57 +232,9 @@ class DeepSpeedEngine:
         if path is None:
             raise CheckpointError(f"DeepSpeed found nothing to load in {directory}; the run was not resumed.")
 
-    @torch.no_grad()
     def load_full(self, full: FullTensors) -> None:
-        """Restore weights and optimizer states saved by an engine of any shape. Every rank reads all of them.
-
-        A rank keeps its share of a parameter (AutoTP), and its piece of that share (ZeRO), in up to four places: the
-        weights that the model computes with (possibly in 16 bits), the fp32 master copy, and both moments. From stage 1
-        on, the last three are slices of long vectors (:mod:`tutorial_lib.engine.deepspeed.partitions`). Adam counts its
-        updates once per vector.
-        """
-        wrapper, stage = self.deepspeed.optimizer, self.config.engine.zero_stage
-        if stage == 3:
-            wrapper.checkpoint_event_prologue()  # frees gathered parameters
-        pieces = self._pieces()
-        for name, parameter in self.module.named_parameters():
-            share = self._share(parameter, full.parameter(name))
-            if stage == 3:
-                partitions.fill_shard(parameter, share)
-            else:
-                parameter.copy_(share)
-            if parameter.requires_grad:
-                piece = pieces[parameter]
-                state = self._state_of(piece.vector, full.adam_step(name))
-                piece.fill(piece.vector, share)
-                for moment in MOMENTS:
-                    piece.fill(state[moment], self._share(parameter, full.moment(name, moment)))
-        if stage in (1, 2):
-            wrapper._lazy_init_hp_params_optimizer_state()  # links parameters to their moments
-        if stage == 3:
-            wrapper.checkpoint_event_epilogue()  # small parameters are gathered again
-
-    def _pieces(self) -> dict[Tensor, partitions.Piece]:
-        if self.config.engine.zero_stage > 0:
-            return dict(partitions.pieces(self.deepspeed.optimizer, self.config.engine.zero_stage))
-        keys = self._optimizer_keys()
-        return {parameter: partitions.Piece(key, 0, 0, key.numel()) for parameter, key in keys.items()}
-
-    def _share(self, parameter: torch.nn.Parameter, tensor: Tensor) -> Tensor:
-        """Return this rank's share of a full tensor: the inverse of :meth:`_gather_over_tp`."""
-        dim = self._dims[parameter]
-        if self.unit is None or dim is None:
-            return tensor
-        return tensor.chunk(self.unit.topology.tp, dim)[self.unit.topology.tp_rank]
-
-    def _state_of(self, vector: Tensor, step: int) -> dict[str, Any]:
-        """Return the optimizer's state for a vector that it updates, allocated as in its first step."""
-        state: dict[str, Any] = self.optimizer.state[vector]
-        if not state:
-            offloaded = isinstance(self.optimizer, DeepSpeedCPUAdam)
-            state["step"] = step if offloaded else torch.tensor(float(step))
-            state.update({moment: torch.zeros_like(vector) for moment in MOMENTS})
-        return state
+        """Restore weights and optimizer states saved by an engine of any shape. Every rank reads all of them."""
+        self._full_states.load(full)
 
     def close(self) -> None:
         """Release hooks and buffers, so that another engine can be built in the same process."""
