@@ -41,7 +41,7 @@ class FullStates:
         optimizer: torch.optim.Optimizer,
         stage: int,
         unit: ModelParallelUnit | None,
-        dims: Mapping[Tensor, int | None],
+        dims: Mapping[torch.nn.Parameter, int | None],
         device: torch.device,
     ) -> None:
         self._engine = engine
@@ -99,7 +99,7 @@ class FullStates:
         if self._stage == 3:
             wrapper.checkpoint_event_epilogue()  # small parameters are gathered again
 
-    def _gather_over_tp(self, parameter: Tensor, share: Tensor) -> Tensor:
+    def _gather_over_tp(self, parameter: torch.nn.Parameter, share: Tensor) -> Tensor:
         """All-gather the full tensor from this rank's share of a parameter, gradient or moment. Collective."""
         if self._unit is None:
             return share
@@ -107,7 +107,7 @@ class FullStates:
         on_device = share.detach().to(self._device)
         return all_gather_tensor(on_device, self._dims[parameter], self._unit.get_model_parallel_group())
 
-    def _share(self, parameter: Tensor, tensor: Tensor) -> Tensor:
+    def _share(self, parameter: torch.nn.Parameter, tensor: Tensor) -> Tensor:
         """Return this rank's share of a full tensor: the inverse of :meth:`_gather_over_tp`."""
         dim = self._dims[parameter]
         if self._unit is None or dim is None:
