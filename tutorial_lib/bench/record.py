@@ -208,7 +208,7 @@ def measure_row(name: str, run: Run, log: Path, *, wall_seconds: float) -> RowRe
 
 def _steady_steps(run: Run) -> tuple[Sequence[dict[str, Any]], str | None]:
     """Return the metrics rows of typical steps, and a remark about them or None."""
-    from tutorial_lib.trainer.probe import measured_step
+    from tutorial_lib.trainer.step_probe import measured_step
 
     measured = measured_step(run.result["num_steps"]) if run.config.run.measure else 0
     after_first = [row for row in run.rows if row["step"] > 1]

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tutorial_lib.checkpoint import FullTensors
 from tutorial_lib.checkpoint.writer import Writer
-from tutorial_lib.engine.layout import ParameterLayout
 from tutorial_lib.engine.learning_rate import Schedule
+from tutorial_lib.engine.parameter_layout import ParameterLayout
 
 
 class Engine(Protocol):

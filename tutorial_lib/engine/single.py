@@ -18,8 +18,8 @@ from tutorial_lib.checkpoint.writer import Writer
 from tutorial_lib.config import Config
 from tutorial_lib.engine.chunked_loss import output_loss
 from tutorial_lib.engine.inputs import model_inputs
-from tutorial_lib.engine.layout import ParameterLayout
 from tutorial_lib.engine.learning_rate import Schedule
+from tutorial_lib.engine.parameter_layout import ParameterLayout
 from tutorial_lib.models import build_model
 from tutorial_lib.mpu import Topology
 

@@ -2,7 +2,7 @@
 
 Engines change a model in ways that its family's code may not expect. ZeRO-3 hides the shapes of parameters, and DDP
 waits for a gradient of every parameter. The trial builds the configured engine for the copy of
-:mod:`tutorial_lib.engine.trial`, evaluates, takes two steps, and tells the family's failure in this package's words.
+:mod:`tutorial_lib.engine.trial_forward`, evaluates, takes two steps, and reports a failure in this package's words.
 
 It takes each rank's processor 0.1 to 0.7 seconds (ZeRO-3 the most), so families that the tests train with every engine
 skip it.
@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.engine.protocol import Engine
-from tutorial_lib.engine.trial import TinyCopy
+from tutorial_lib.engine.trial_forward import TinyCopy
 from tutorial_lib.models import check_tensor_parallel, load_config
 from tutorial_lib.mpu.collectives import all_gather_objects
 from tutorial_lib.records import lost_another_rank

@@ -9,7 +9,7 @@ the caller. Its modules therefore import anything that needs torch inside functi
 
 from tutorial_lib.launch.checks import preflight
 from tutorial_lib.launch.errors import WorkerError
-from tutorial_lib.launch.loops import run_loop
+from tutorial_lib.launch.own_loop import run_loop
 from tutorial_lib.launch.runs import Interrupted, Run, reshape, run, run_all, warm_up
 from tutorial_lib.launch.watch import OnRows
 

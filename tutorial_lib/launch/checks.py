@@ -34,8 +34,8 @@ def preflight(config: Config) -> Config:
     from tutorial_lib.checkpoint.storage import check_storage
     from tutorial_lib.dataloader import check_data, data_identity
     from tutorial_lib.engine.deepspeed.config import apply_file, check_autotp
-    from tutorial_lib.engine.deepspeed.for_run import check_leaf_modules, check_outputs
-    from tutorial_lib.engine.trial import trial_forward
+    from tutorial_lib.engine.deepspeed.run_checks import check_leaf_modules, check_outputs
+    from tutorial_lib.engine.trial_forward import trial_forward
     from tutorial_lib.models import (
         check_sequence_length,
         check_tensor_parallel,

@@ -20,9 +20,9 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.launch.connectivity import unreachable_rank
 from tutorial_lib.launch.environment import addresses
 from tutorial_lib.launch.errors import error_of_joined_rank
-from tutorial_lib.launch.reach import unreachable_rank
 from tutorial_lib.records import RunDirectory
 from tutorial_lib.tables import align
 

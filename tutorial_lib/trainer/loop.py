@@ -31,8 +31,8 @@ from tutorial_lib.records import RunDirectory, write_atomically
 from tutorial_lib.trainer.evaluation import Evaluator
 from tutorial_lib.trainer.loss import NonFiniteLoss, count_tokens, sum_over_ranks, token_loss_sum
 from tutorial_lib.trainer.metrics import Records, StepRow
-from tutorial_lib.trainer.probe import StepProbe, measured_step
 from tutorial_lib.trainer.result import Result, collect_result
+from tutorial_lib.trainer.step_probe import StepProbe, measured_step
 from tutorial_lib.trainer.stops import StopRequests
 
 

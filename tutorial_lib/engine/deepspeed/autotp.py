@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tutorial_lib.config import ConfigError
 from tutorial_lib.engine.chunked_loss import LossSum
-from tutorial_lib.engine.layout import ParameterLayout
+from tutorial_lib.engine.parameter_layout import ParameterLayout
 
 _META = "ds_autotp_universal_checkpoint_meta"
 

@@ -18,7 +18,7 @@ from tutorial_lib.config import Config, ConfigError, EngineConfig, settings
 from tutorial_lib.config.checks import check_used
 from tutorial_lib.engine.deepspeed import file, trainer_file
 from tutorial_lib.engine.deepspeed.file import find
-from tutorial_lib.engine.deepspeed.for_run import check_for_run
+from tutorial_lib.engine.deepspeed.run_checks import check_for_run
 
 _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 

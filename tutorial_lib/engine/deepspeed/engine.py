@@ -44,8 +44,8 @@ from tutorial_lib.engine.deepspeed import autotp
 from tutorial_lib.engine.deepspeed import config as ds_config
 from tutorial_lib.engine.deepspeed.full_states import FullStates
 from tutorial_lib.engine.inputs import model_inputs
-from tutorial_lib.engine.layout import ParameterLayout
 from tutorial_lib.engine.learning_rate import Schedule
+from tutorial_lib.engine.parameter_layout import ParameterLayout
 from tutorial_lib.engine.single import global_norm
 from tutorial_lib.models import build_model, slice_alibi
 from tutorial_lib.mpu import ModelParallelUnit, Topology, device_mesh

@@ -25,8 +25,8 @@ from tutorial_lib.config import Config, OptimizerConfig
 from tutorial_lib.engine.chunked_loss import output_loss
 from tutorial_lib.engine.fsdp import dcp, sharding, tensor_parallel, weights
 from tutorial_lib.engine.inputs import model_inputs
-from tutorial_lib.engine.layout import ParameterLayout
 from tutorial_lib.engine.learning_rate import Schedule
+from tutorial_lib.engine.parameter_layout import ParameterLayout
 from tutorial_lib.models.fused_qkv import by_part, is_fused_by_part
 from tutorial_lib.models.meta import model_outline
 from tutorial_lib.mpu import Topology

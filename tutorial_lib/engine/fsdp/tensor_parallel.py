@@ -38,7 +38,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tutorial_lib.config import ConfigError
 from tutorial_lib.engine.fsdp.sharding import layers_of, local
-from tutorial_lib.engine.layout import ParameterLayout
+from tutorial_lib.engine.parameter_layout import ParameterLayout
 from tutorial_lib.models import slice_alibi
 
 

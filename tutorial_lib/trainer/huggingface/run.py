@@ -34,7 +34,7 @@ from tutorial_lib.trainer.huggingface.arguments import build_arguments, reset_gl
 from tutorial_lib.trainer.huggingface.trainer import HuggingFaceTrainer
 from tutorial_lib.trainer.loop import Trainer
 from tutorial_lib.trainer.loss import NonFiniteLoss, count_tokens
-from tutorial_lib.trainer.probe import StepProbe, measured_step
+from tutorial_lib.trainer.step_probe import StepProbe, measured_step
 
 
 class HuggingFaceRun(Trainer):

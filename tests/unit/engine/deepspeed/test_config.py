@@ -23,7 +23,7 @@ from transformers import AutoConfig
 from tutorial_lib.cli import main
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.engine.deepspeed import config as ds_config
-from tutorial_lib.engine.deepspeed import file, for_run, keys, trainer_file
+from tutorial_lib.engine.deepspeed import file, keys, run_checks, trainer_file
 from tutorial_lib.models import build_model, load_config
 
 SHIPPED = sorted(path.stem for path in file.DIRECTORY.glob("*.json"))
@@ -501,12 +501,12 @@ def test_a_monitors_unwritable_directory_is_refused_before_the_engine_starts(tmp
     path = write(tmp_path, filled)
     key = key.replace("{file}", f"{tmp_path}/file")
     with pytest.raises(ConfigError, match=f"^{path}: {key}.* cannot be written to: .*Write a directory"):
-        for_run.check_outputs(path)
+        run_checks.check_outputs(path)
 
 
 def test_a_monitors_directory_is_created(tmp_path):
     section = {"csv_monitor": {"enabled": True, "output_path": str(tmp_path / "new"), "job_name": "job"}}
-    for_run.check_outputs(write(tmp_path, section))
+    run_checks.check_outputs(write(tmp_path, section))
     assert (tmp_path / "new" / "job").is_dir()
 
 
@@ -523,10 +523,10 @@ def test_a_monitors_directory_is_created(tmp_path):
 def test_leaf_modules_that_a_model_does_not_have_are_refused(tmp_path, leaves, message):
     config = Config.create(deepspeed=write(tmp_path, {"zero_optimization": {"stage": 3, "leaf_module": leaves}}))
     if message is None:
-        for_run.check_leaf_modules(config.engine.deepspeed_file, lambda: build_model(config))
+        run_checks.check_leaf_modules(config.engine.deepspeed_file, lambda: build_model(config))
     else:
         with pytest.raises(ConfigError, match=f"zero_optimization.leaf_module.{message}"):
-            for_run.check_leaf_modules(config.engine.deepspeed_file, lambda: build_model(config))
+            run_checks.check_leaf_modules(config.engine.deepspeed_file, lambda: build_model(config))
 
 
 def test_range_errors_name_the_files_key(tmp_path):
@@ -556,7 +556,7 @@ def test_gradients_accumulated_in_a_type_for_which_deepspeed_has_another_optimiz
 
 def test_a_monitor_that_is_not_installed(tmp_path, monkeypatch):
     path = write(tmp_path, {"tensorboard": {"enabled": True}, "wandb": {"enabled": False}})
-    monkeypatch.setattr(for_run.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(run_checks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         ConfigError, match=f"^{path}: tensorboard.enabled is true, but the package 'tensorboard' is not"
     ):

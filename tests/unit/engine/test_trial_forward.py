@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.dataloader.collate import Collate
 from tutorial_lib.embedded import MODEL_NAMES
-from tutorial_lib.engine.trial import trial_forward
+from tutorial_lib.engine.trial_forward import trial_forward
 from tutorial_lib.models import load_config, masks
 
 WINDOWED = {

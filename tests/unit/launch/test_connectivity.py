@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from torch.distributed import HashStore
 
-from tutorial_lib.launch import reach
+from tutorial_lib.launch import connectivity
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def outcomes(num_ranks: int) -> set[str]:
     """Return what the ranks find out."""
     store = HashStore()
     with ThreadPoolExecutor(num_ranks) as pool:
-        return set(pool.map(lambda rank: reach.unreachable_rank(store, rank, num_ranks), range(num_ranks)))
+        return set(pool.map(lambda rank: connectivity.unreachable_rank(store, rank, num_ranks), range(num_ranks)))
 
 
 def test_ranks_that_reach_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,8 +36,8 @@ def test_a_rank_that_cannot_be_reached_is_named_on_all_ranks(monkeypatch: pytest
     with socket.create_server(("127.0.0.1", 0)) as closed:
         nothing = closed.getsockname()[1]
     wrong = [{"node": "node2", "address": "127.0.0.1", "port": nothing}]
-    place = reach._place
-    monkeypatch.setattr(reach, "_place", lambda server: replace(place(server), **(wrong.pop() if wrong else {})))
+    place = connectivity._place
+    monkeypatch.setattr(connectivity, "_place", lambda server: replace(place(server), **(wrong.pop() if wrong else {})))
     began = time.monotonic()
     (said,) = outcomes(3)
     assert time.monotonic() - began < 5
@@ -47,21 +47,23 @@ def test_a_rank_that_cannot_be_reached_is_named_on_all_ranks(monkeypatch: pytest
 
 def test_a_rank_that_only_connects_itself_need_not_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     """gloo has the rank with the higher address connect, so a run may work behind an address that leads nowhere."""
-    place, private = reach._place, [{"address": "203.0.113.1"}]
-    monkeypatch.setattr(reach, "CONNECT_SECONDS", 0.5)
-    monkeypatch.setattr(reach, "_place", lambda server: replace(place(server), **(private.pop() if private else {})))
+    place, private = connectivity._place, [{"address": "203.0.113.1"}]
+    monkeypatch.setattr(connectivity, "CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(
+        connectivity, "_place", lambda server: replace(place(server), **(private.pop() if private else {}))
+    )
     assert outcomes(2) == {""}
 
 
 def test_an_address_that_does_not_answer_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A full queue of connections drops further ones, as a firewall does."""
-    monkeypatch.setattr(reach, "CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(connectivity, "CONNECT_SECONDS", 0.5)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen(0)
         with socket.create_connection(server.getsockname()):
-            place = reach._place
+            place = connectivity._place
             full = {"address": "127.0.0.1", "port": server.getsockname()[1]}
-            monkeypatch.setattr(reach, "_place", lambda own: replace(place(own), **full))
+            monkeypatch.setattr(connectivity, "_place", lambda own: replace(place(own), **full))
             (said,) = outcomes(1)
     assert "no answer within 0.5 s" in said
