@@ -150,7 +150,7 @@ def run_matrix(
         sample_interval: seconds between two readings of the memory of the process tree and the GPUs.
         keep_checkpoints: keep the checkpoints of finished rows; they may be large.
         run: function that runs one row.
-        progress: receives the progress, such as a ``MatrixProgress``.
+        progress: display such as a ``MatrixProgress``; default: none.
 
     Returns:
         The matrix, as it is on disk.

@@ -183,7 +183,7 @@ def _parse_size(text: str) -> float:
 
 
 def _cluster(options: argparse.Namespace) -> tuple[Cluster, str, tuple[str, ...]]:
-    """Return the devices, the precision, and the names of their values that were not measured, only plausible."""
+    """Return the devices, the precision, and the names of values that are plausible, not measured."""
     if options.gpus is None:
         raise ConfigError("Write --gpus NUMBER: how many devices there are.")
     if options.gpu is None and options.gpu_memory is None:

@@ -49,11 +49,11 @@ class Answer:
         model: name of the model for ``train``.
         random_init: whether ``train`` starts from random weights.
         source: origin of the dimensions.
-        candidates: all shapes, best first.
-        here: the best shape that this course's engines can run, if any fits.
-        why: reasons for the best shape.
-        advice: changes that make something fit or, if the best shape offloads, make training faster.
-        fewer: a smaller number of GPUs that is as fast altogether, if there is one.
+        candidates: all layouts, best first.
+        here: the best layout that this course's engines can run, if any fits.
+        why: reasons for the best layout.
+        advice: changes that make something fit or, if the best layout offloads, make training faster.
+        fewer: a smaller number of GPUs that is as fast in total, if there is one.
     """
 
     workload: Workload
