@@ -1,4 +1,4 @@
-"""Checks that need no machine: types, ranges, and combinations of settings that cannot run."""
+"""Machine-independent checks of settings: types, ranges, and combinations that cannot run."""
 
 from __future__ import annotations
 

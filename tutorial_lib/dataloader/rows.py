@@ -121,7 +121,7 @@ def _check_files(name: str, source: str) -> None:
 
 
 def _surprise(path: Path, inside: Path, formats: Collection[str | None]) -> str | None:
-    """Return why an entry of a data set's directory would be read, or not be read, against expectations.
+    """Return why an entry of a data set's directory would unexpectedly be read or left out.
 
     Args:
         path: the entry.
@@ -180,7 +180,7 @@ def _rows_of_file(path: Path, split: str) -> datasets.Dataset:
 def _as_written(files: Sequence[Path]) -> dict[str, Any]:
     """Return options that read texts as written.
 
-    pandas takes ``None`` and ``NA`` for blank, and the reader of txt files a byte-order mark for a part of the text.
+    pandas reads ``None`` and ``NA`` as blank, and the txt reader keeps a byte-order mark as part of the text.
     """
     formats = {_format(file) for file in files}
     if formats == {"text"}:
@@ -309,7 +309,7 @@ def _csv_files(name: str) -> list[Path]:
 
 
 def _has_long_fields(rows: datasets.Dataset) -> bool:
-    """Return whether a text spans several lines, as it does in a CSV file after a double quote that stands alone."""
+    """Return whether a text spans several lines, as it does in a CSV file after a stray double quote."""
     is_text = (pa.types.is_string, pa.types.is_large_string)
     texts = [column for column in rows.data.itercolumns() if any(each(column.type) for each in is_text)]
     return any(pc.any(pc.match_substring(column, "\n")).as_py() for column in texts)

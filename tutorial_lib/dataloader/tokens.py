@@ -221,7 +221,7 @@ def document_maker(
 
 
 def _readable_columns(columns: Mapping[str, Any]) -> list[str]:
-    """Return the columns that documents could be made from, by the first of each kind; the first one is read."""
+    """Return the first column of each kind that documents could be made from. The first one is read."""
     question, context, answers = (columns.get(column) for column in _QA_COLUMNS)
     kinds = {
         "text": _is_text(columns.get("text")),
