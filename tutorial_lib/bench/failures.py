@@ -1,4 +1,4 @@
-"""Failures of a row, told apart for the table: out of memory, killed, refused before it started, or another error."""
+"""Failures of a row by kind, for the table: out of memory, killed, refused before it started, or another error."""
 
 from __future__ import annotations
 

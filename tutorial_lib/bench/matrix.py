@@ -228,7 +228,9 @@ def _check(config: Config, sample_interval: float) -> None:
             "torchrun. Write launcher='local', or 'ray'."
         )
     if config.run.steps == 1:
-        raise ConfigError("steps=1 leaves nothing to measure: the first step allocates. Write steps=2 or more.")
+        raise ConfigError(
+            "steps=1 leaves nothing to measure: the first step also allocates memory. Write steps=2 or more."
+        )
 
 
 def _open(experiment: str, config: Config, configs: Mapping[str, Config]) -> Matrix:

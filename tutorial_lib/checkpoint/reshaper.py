@@ -59,7 +59,7 @@ def reshaped_config(source: Path, flat: dict[str, Any]) -> Config:
     given = dict(flat)
     if other := sorted(given.keys() & START_ONLY):
         raise ConfigError(
-            f"A reshape trains no steps, so {', '.join(other)} cannot be set. Give it to the training run."
+            f"A reshape trains no steps, so {', '.join(other)} cannot be set here, only in the training run."
         )
     if "name" not in given:
         raise ConfigError("A reshape creates a new run: write its name.")

@@ -205,7 +205,7 @@ def _best(answer: Answer) -> list[str]:
         less, gpus = answer.fewer.best, answer.fewer.best.layout.gpus
         lines.append(
             f"Fewer GPUs are as fast: {answer.fewer.change} train {less.tokens_per_gpu_second * gpus:,.0f} tokens/s "
-            f"altogether, all {answer.cluster.gpus} {best.tokens_per_gpu_second * answer.cluster.gpus:,.0f}."
+            f"in total; all {answer.cluster.gpus} train {best.tokens_per_gpu_second * answer.cluster.gpus:,.0f}."
         )
     runs = best if not best.missing else answer.here
     if best.missing:

@@ -242,7 +242,7 @@ def _explain(name: str, split: str, error: Exception) -> str:
     if isinstance(error, ConnectionError):
         return (
             f"Data set {name!r} is not a local directory, and the hub cannot be reached to look for it there. "
-            f"Without a hub write {embedded}. ({text})"
+            f"Without the hub, write {embedded}. ({text})"
         )
     if isinstance(error, datasets.exceptions.DatasetNotFoundError):
         return f"The hub does not have the data set {name!r}, or you have no access to it. Write {embedded}. ({text})"
