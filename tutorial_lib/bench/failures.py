@@ -26,7 +26,7 @@ class OomKills:
 
 
 def explain(error: Exception, oom_kills: int) -> tuple[str, str]:
-    """Return a failed row's status, and its cause in one line.
+    """Return a failed row's status and its cause in one line.
 
     Args:
         error: the exception that running it raised.

@@ -128,7 +128,7 @@ def write(experiment: str, rows: Sequence[RowRecord], directory: Path) -> None:
 
 
 def markdown(table: Table, remarks: Sequence[str] = ()) -> str:
-    """Return a page with the table, and the remarks below it."""
+    """Return a page with the table and the remarks below it."""
     listed = ["", *(f"- {remark}" for remark in remarks)] if remarks else []
     return "\n".join([f"# {table.caption}", "", table.markdown(), *listed]) + "\n"
 

@@ -130,7 +130,7 @@ def _batch(work: Workload) -> str:
 
 
 def _communication(answer: Answer) -> list[str]:
-    """Return the assumptions about tensor parallelism's all-reduces, and about reducing gradients."""
+    """Return the assumptions about tensor parallelism's all-reduces and about reducing gradients."""
     work, engine = answer.workload, answer.engine
     backward = backward_all_reduces(work.dimensions, engine)
     forward = "2 forward, 1 recomputed" if work.checkpointing in ("selective", "full") else "2 forward"

@@ -149,7 +149,7 @@ def _names_its_files(readme: Path) -> bool:
 
 
 def _is_data(path: Path) -> bool:
-    """Return whether a file in a data set's directory holds rows, and is not a description or hidden."""
+    """Return whether a file in a data set's directory holds rows and is not a description or hidden."""
     is_hidden = any(part.startswith((".", "__")) for part in path.parts)
     return not is_hidden and _format(path) not in (None, "text") and ".json" not in path.suffixes
 
@@ -297,7 +297,7 @@ def _local_files(name: str) -> list[Path]:
 
 
 def _misread_csv(name: str) -> str | None:
-    """Find a CSV file of a local data set that pandas misreads, and say how."""
+    """Find a CSV file of a local data set that pandas misreads and say how."""
     for file in _csv_files(name):
         if problem := csv_problem(file):
             return f"{file}, {problem}"
