@@ -101,7 +101,7 @@ class RunDirectory:
         """Return the metrics rows written so far, in step order, without a line that is still being written.
 
         Raises:
-            ConfigError: a line is not JSON, because the file was edited, or its disk was full.
+            ConfigError: a line is not JSON, because the file was edited or the disk was full.
         """
         try:
             lines = self.metrics_file.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -152,7 +152,7 @@ class RunDirectory:
     def first_error(self) -> dict[str, Any] | None:
         """Return the error of the rank that failed first: the errors of other ranks usually follow from it.
 
-        An error that only reports the loss of another rank comes after all others: clocks of nodes differ.
+        Errors that only report a lost rank come last, because the clocks of nodes may differ.
         """
         return min(self.errors(), key=lambda record: (lost_another_rank(record), record["time"]), default=None)
 

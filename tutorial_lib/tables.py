@@ -87,7 +87,7 @@ def align(
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None, *, caption: str = "") -> Table:
-    """Build a table from rows, to be printed or to end a notebook cell.
+    """Build a table from rows, to print or to show in a notebook.
 
     Args:
         rows: values by column; a missing value or ``None`` shows as a dash. Numbers are formatted by

@@ -50,11 +50,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Differences between two rows, or between the rows of the same names of two matrices.
+    """Differences between two rows, or between rows of the same name in two matrices.
 
     Attributes:
         title: names of the two rows or matrices.
-        differences: one for each pair of rows and each kind of memory that both have measured.
+        differences: one for each pair of rows and each kind of memory measured in both.
     """
 
     title: str

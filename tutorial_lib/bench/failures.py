@@ -1,4 +1,4 @@
-"""Failures of a row, told apart for the table: out of memory, killed, refused before it started, or another error."""
+"""Failures of a row by kind, for the table: out of memory, killed, refused before it started, or another error."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class OomKills:
 
 
 def explain(error: Exception, oom_kills: int) -> tuple[str, str]:
-    """Return a failed row's status, and its cause in one line.
+    """Return a failed row's status and its cause in one line.
 
     Args:
         error: the exception that running it raised.

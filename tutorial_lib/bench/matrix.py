@@ -150,7 +150,7 @@ def run_matrix(
         sample_interval: seconds between two readings of the memory of the process tree and the GPUs.
         keep_checkpoints: keep the checkpoints of finished rows; they may be large.
         run: function that runs one row.
-        progress: receives the progress, such as a ``MatrixProgress``.
+        progress: display such as a ``MatrixProgress``; default: none.
 
     Returns:
         The matrix, as it is on disk.
@@ -228,7 +228,9 @@ def _check(config: Config, sample_interval: float) -> None:
             "torchrun. Write launcher='local', or 'ray'."
         )
     if config.run.steps == 1:
-        raise ConfigError("steps=1 leaves nothing to measure: the first step allocates. Write steps=2 or more.")
+        raise ConfigError(
+            "steps=1 leaves nothing to measure: the first step also allocates memory. Write steps=2 or more."
+        )
 
 
 def _open(experiment: str, config: Config, configs: Mapping[str, Config]) -> Matrix:

@@ -52,10 +52,10 @@ class RowRecord:
         status: :data:`NOT_RUN`, :data:`DONE`, :data:`STOPPED`, or the kind of failure.
         cause: why it is not done, in one line.
         error: the complete error.
-        settings: settings in which rows of a matrix may differ; once it is done, with the values of its DeepSpeed file.
+        settings: settings in which rows of a matrix may differ; in a done row, with the values of its DeepSpeed file.
         wall_seconds: time from before its processes started until they had ended.
         train_seconds: time of all optimizer steps together.
-        step_seconds: median time of a typical step, neither the first one nor the one that was measured.
+        step_seconds: median time of a step, without the first one and the one slowed by ``measure``.
         samples_per_second: sequences trained per second in typical steps, over all ranks.
         tokens_per_second: tokens trained per second in typical steps, over all ranks.
         eval_samples_per_second: speed of the last evaluation.
@@ -165,7 +165,7 @@ def measure_row(name: str, run: Run, log: Path, *, wall_seconds: float) -> RowRe
         name: name of the row.
         run: the run.
         log: the sampler's log of the run.
-        wall_seconds: its duration, including the start of its processes.
+        wall_seconds: the run's duration, including the start of its processes.
     """
     from tutorial_lib.engine.expected import expected_states, on_device, parameter_sizes
     from tutorial_lib.engine.planned import predict_step_peak

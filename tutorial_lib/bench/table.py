@@ -92,7 +92,7 @@ def build(experiment: str, rows: Sequence[RowRecord], about: str = "all", only: 
     Args:
         experiment: name of the experiment.
         rows: rows of the matrix.
-        about: ``speed`` or ``memory`` for some columns, ``all`` for all.
+        about: ``speed``, ``memory`` or ``all``: the columns to show.
         only: titles of columns, in the order in which to show them; default: all that ``about`` asks for.
     """
     if about not in ("all", "speed", "memory"):
@@ -128,7 +128,7 @@ def write(experiment: str, rows: Sequence[RowRecord], directory: Path) -> None:
 
 
 def markdown(table: Table, remarks: Sequence[str] = ()) -> str:
-    """Return a page with the table, and the remarks below it."""
+    """Return a page with the table and the remarks below it."""
     listed = ["", *(f"- {remark}" for remark in remarks)] if remarks else []
     return "\n".join([f"# {table.caption}", "", table.markdown(), *listed]) + "\n"
 
@@ -145,7 +145,7 @@ def _plain(value: Any) -> Any:
 
 
 def _efficiencies(rows: Sequence[RowRecord]) -> dict[str, float]:
-    """Return each row's samples per second and process, in percent of the row with the fewest processes."""
+    """Return each row's samples per second per process, in percent of the row with the fewest processes."""
     per_process = {
         row.name: row.samples_per_second / row.world_size
         for row in sorted(rows, key=lambda row: row.world_size or 0)

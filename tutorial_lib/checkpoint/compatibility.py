@@ -227,7 +227,7 @@ def _model_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _data_changes(before: dict[str, str], now: dict[str, str], config: DataConfig) -> list[str]:
-    """Return the splits that both starts read, and whose tokens differ."""
+    """Return the splits that both starts read and whose tokens differ."""
     splits = {"train": config.train_split, "eval": config.eval_split}
     changed = [splits[use] for use in splits if use in before and use in now and before[use] != now[use]]
     return [f"split {split!r} has different tokens" for split in changed]

@@ -22,7 +22,7 @@ MAX_SHARD_SIZE = "50GB"
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
            torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
            torch.bool: "BOOL"}  # fmt: skip
-"""Dtypes by PyTorch type, in safetensors' spelling."""
+"""Names of PyTorch's dtypes in safetensors files."""
 
 
 def export(path: Path, target: Path, max_shard_size: str = MAX_SHARD_SIZE) -> Path:

@@ -24,7 +24,7 @@ from tutorial_lib.mpu.collectives import broadcast_object
 from tutorial_lib.records import RunDirectory
 
 PREDECESSOR_SECONDS = 30
-"""Seconds that rank 0 waits for the lock of a killed rank 0, whose launcher may notice its end before the kernel."""
+"""Seconds that a new rank 0 waits for the lock of a killed one, which the kernel may not have released yet."""
 
 
 @contextmanager

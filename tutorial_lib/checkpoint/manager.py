@@ -28,7 +28,7 @@ OnCheckpoint = Callable[[Path, Row], None]
 
 
 class Loader(Protocol):
-    """Interface of a training loader for the manager."""
+    """The part of a training loader that the manager uses."""
 
     @property
     def num_steps(self) -> int: ...
@@ -50,7 +50,7 @@ class CheckpointManager:
             the manager does both, and holds the lock until :meth:`close`.
         evaluate: returns the evaluation loss for ``keep_best``, or None if there is no time for it. Collective.
         on_checkpoint: called when a checkpoint is complete.
-        make_writer: makes the writer of one save, of this rank's files.
+        make_writer: makes the writer of this rank's files for one save.
 
     Attributes:
         start: where this start of the run begins.

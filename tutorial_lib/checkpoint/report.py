@@ -105,7 +105,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _shown(saved: dict[str, Any]) -> dict[str, Any]:
-    """Return the main settings of the run that wrote it. Paths are cut to their last part, for privacy."""
+    """Return a checkpoint's main settings. Paths are cut to their last part, for privacy."""
     is_path = {name: setting.is_path for name, setting in settings().items()}
     named = {name: saved[name] for name in _SHOWN if name in saved}
     return {

@@ -25,7 +25,7 @@ def reshape(source: Path, flat: dict[str, Any], start_run: Callable[[Config], ob
     Args:
         source: a run's directory (its newest intact checkpoint), or one checkpoint.
         flat: ``name`` of the new run, and settings that differ, as for :func:`reshaped_config`.
-        start_run: starts ranks of the new shape, which resume the run that it gets, save and end; waits for them.
+        start_run: starts ranks of the new shape, which resume the given run, save and end; waits for them.
 
     Returns:
         The configuration of the new run.
@@ -59,7 +59,7 @@ def reshaped_config(source: Path, flat: dict[str, Any]) -> Config:
     given = dict(flat)
     if other := sorted(given.keys() & START_ONLY):
         raise ConfigError(
-            f"A reshape trains no steps, so {', '.join(other)} cannot be set. Give it to the training run."
+            f"A reshape trains no steps, so {', '.join(other)} cannot be set here, only in the training run."
         )
     if "name" not in given:
         raise ConfigError("A reshape creates a new run: write its name.")

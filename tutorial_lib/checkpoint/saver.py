@@ -65,7 +65,7 @@ def save(
 
     Args:
         run: the run's directory, on storage that every rank sees.
-        engine: anything with ``save(directory, writer)`` and ``module``.
+        engine: anything with ``save(directory, writer)``, ``module`` and ``device``.
         config: settings of the run, saved so that a resume can compare them.
         topology: this rank's place in the grid.
         state: step, data position, schedule.

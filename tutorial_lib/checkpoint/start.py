@@ -24,7 +24,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Beginning of one start of a run: its checkpoint, and what it needs.
+    """One start of a run: its checkpoint, and what it needs.
 
     Attributes:
         found: the intact checkpoint that it resumes from, or None.

@@ -27,8 +27,8 @@ from tutorial_lib.checkpoint.manifest import file_entry, sync
 def make_stager() -> DefaultStager:
     """Return a stager that copies states to host memory, as in ``torch.distributed.checkpoint.async_save``.
 
-    It reuses one snapshot's memory for the next: one more copy of this rank's states, until the run ends. Tensors that
-    share memory in the states also share it in the copy.
+    Every snapshot reuses the same memory: one more copy of this rank's states, until the run ends. Tensors that share
+    memory in the states also share it in the copy.
     """
     return DefaultStager(StagingOptions(False, False, False, False))
 

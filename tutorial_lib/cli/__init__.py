@@ -70,7 +70,7 @@ class _Parser(argparse.ArgumentParser):
         self.register("action", argparse.BooleanOptionalAction, _OnceOrNo)
 
     def parse_known_args(self, *given: Any, **options: Any) -> Any:
-        """Refuse an unknown option in its command's own parser, which knows the options that it may have been."""
+        """Refuse an unknown option in its command's own parser, which can suggest the one that was meant."""
         found, unknown = super().parse_known_args(*given, **options)
         if unknown:
             flags = [each.partition("=")[0] for each in unknown if each.startswith("--")]
@@ -84,7 +84,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands; its result's ``command`` runs the chosen one."""
+    """Return the parser of all commands. ``command`` in the parsed options runs the chosen one."""
     parser = _Parser(prog="python -m tutorial_lib", description="Train on many devices, and measure it.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     pages = {

@@ -20,7 +20,7 @@ def add_reshape_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("source", type=Path, help="a run's directory (its newest checkpoint), or one checkpoint")
     for setting in settings().values():
-        # Accept the other settings too, in order to refuse them with the value that the run has.
+        # Accept the other settings too: the error that refuses them shows the run's value.
         add_setting(parser, setting, hidden=setting.flag not in FREE_ON_RESUME - START_ONLY, default=False)
 
 

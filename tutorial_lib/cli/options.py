@@ -58,7 +58,7 @@ def _number_parser(kind: type, meaning: str) -> Callable[[str], Any]:
 
 
 def path_of(text: str) -> Path:
-    """Return a path as an argument gives it; a shell does not replace the ``~`` in ``--output=~/file``."""
+    """Return an argument as a path, and expand ``~``: a shell does not in ``--output=~/file``."""
     return Path(text).expanduser()
 
 

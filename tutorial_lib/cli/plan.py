@@ -128,7 +128,7 @@ def _answer(options: argparse.Namespace) -> Answer:
         cluster, precision, plausible = _cluster(options)
         workload = Workload(
             num_params=found.num_params, dimensions=found.dimensions,
-            seq_length=options.seq_length or found.usual_seq_length(),
+            seq_length=options.seq_length or found.default_seq_length(),
             micro_batch=options.micro_batch, global_batch=options.global_batch, precision=precision,
             bucket_size=options.bucket_size, checkpointing=options.activation_checkpointing,
             gradient_reduction=options.gradient_reduction, lora_rank=options.lora, base_bits=options.base_bits or 16,
@@ -183,7 +183,7 @@ def _parse_size(text: str) -> float:
 
 
 def _cluster(options: argparse.Namespace) -> tuple[Cluster, str, tuple[str, ...]]:
-    """Return the devices, the precision, and the names of their values that were not measured, only plausible."""
+    """Return the devices, the precision, and the names of values that are plausible, not measured."""
     if options.gpus is None:
         raise ConfigError("Write --gpus NUMBER: how many devices there are.")
     if options.gpu is None and options.gpu_memory is None:

@@ -129,7 +129,7 @@ def _cluster_of(gpu: str | None, ranks: int, precision: str) -> Cluster:
 
 
 def _boundary_gradients(config: Config, workload: Workload, layout: Layout) -> float:
-    """Return the gradients that ZeRO's stages 1 and 2 hold on both sides of a boundary between two ranks' shares.
+    """Return the extra bytes of gradients that ZeRO's stages 1 and 2 hold at boundaries of the ranks' shares.
 
     A tensor that crosses the boundary is held in full on both ranks
     (:func:`tutorial_lib.theory.memory.reduced_gradients`). This is negligible in a large model, and about one per cent

@@ -33,7 +33,7 @@ class Found:
     name: str
     random_init: bool = False
 
-    def usual_seq_length(self) -> int:
+    def default_seq_length(self) -> int:
         """Return :data:`SEQ_LENGTH`, or the number of learned positions."""
         return min(SEQ_LENGTH, self.dimensions.positions or SEQ_LENGTH)
 

@@ -49,11 +49,11 @@ class Answer:
         model: name of the model for ``train``.
         random_init: whether ``train`` starts from random weights.
         source: origin of the dimensions.
-        candidates: all shapes, best first.
-        here: the best shape that this course's engines can run, if any fits.
-        why: reasons for the best shape.
-        advice: changes that make something fit or, if the best shape offloads, make training faster.
-        fewer: a smaller number of GPUs that is as fast altogether, if there is one.
+        candidates: all layouts, best first.
+        here: the best layout that this course's engines can run, if any fits.
+        why: reasons for the best layout.
+        advice: changes that make something fit or, if the best layout offloads, make training faster.
+        fewer: a smaller number of GPUs that is as fast in total, if there is one.
     """
 
     workload: Workload
@@ -130,7 +130,7 @@ def _batch(work: Workload) -> str:
 
 
 def _communication(answer: Answer) -> list[str]:
-    """Return the assumptions about tensor parallelism's all-reduces, and about reducing gradients."""
+    """Return the assumptions about tensor parallelism's all-reduces and about reducing gradients."""
     work, engine = answer.workload, answer.engine
     backward = backward_all_reduces(work.dimensions, engine)
     forward = "2 forward, 1 recomputed" if work.checkpointing in ("selective", "full") else "2 forward"
@@ -205,7 +205,7 @@ def _best(answer: Answer) -> list[str]:
         less, gpus = answer.fewer.best, answer.fewer.best.layout.gpus
         lines.append(
             f"Fewer GPUs are as fast: {answer.fewer.change} train {less.tokens_per_gpu_second * gpus:,.0f} tokens/s "
-            f"altogether, all {answer.cluster.gpus} {best.tokens_per_gpu_second * answer.cluster.gpus:,.0f}."
+            f"in total; all {answer.cluster.gpus} train {best.tokens_per_gpu_second * answer.cluster.gpus:,.0f}."
         )
     runs = best if not best.missing else answer.here
     if best.missing:

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Write a manifest, and return the exit code."""
+    """Write a manifest and return the exit code."""
     from tutorial_lib.launch.ray.manifest import Nodes, write_manifest
 
     stated = given(options)

@@ -67,7 +67,7 @@ def add_node_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Write or submit a batch script, and return the exit code."""
+    """Write or submit a batch script and return the exit code."""
     from tutorial_lib.launch.slurm import Allocation, write_script
 
     stated = given(options)

@@ -1,4 +1,4 @@
-"""Checks that need no machine: types, ranges, and combinations of settings that cannot run."""
+"""Machine-independent checks of settings: types, ranges, and combinations that cannot run."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def validate(config: Config, settings: Mapping[str, Setting]) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", run.name):
         raise ConfigError(
             f"Run name {run.name!r} cannot be a directory name. Use only letters, digits, '.', '_' and '-', "
-            "at most 200, starting with a letter or digit. Write the directory to keep runs in as storage."
+            "at most 200, starting with a letter or digit. To choose the directory of all runs, set storage."
         )
     has_zero = engine.name == "deepspeed" or (engine.name == "trainer" and engine.deepspeed_file is not None)
     if has_zero and engine.offload == "all" and engine.zero_stage != 3:

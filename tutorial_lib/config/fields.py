@@ -49,7 +49,7 @@ def _setting(
         choices: all possible values.
         at_least: the smallest possible value.
         at_most: the largest possible value.
-        below: the smallest value that is too large.
+        below: exclusive upper limit.
         engines: the engines that read it.
         resume: whether a resumed run may change it; see :data:`Resume`.
         shape_of: the engines for which it is part of the shape of a checkpoint: it decides which rank holds which part

@@ -43,9 +43,9 @@ class Collate:
     ``attention_mask``: ``[B,S]`` int64, 0 on padding. Padding is recognised by its position, never by its id: GPT-2's
     padding token *is* its EOS.
 
-    With ``packed`` batching the mask is ``[B,1,S,S]`` bool: True where the token of that row may attend to the token of
-    that column, which is within its own document, up to itself. ``position_ids [B,S]`` restart with each document.
-    Padding forms one more document, because softmax over nothing is undefined.
+    With ``packed`` batching the mask is ``[B,1,S,S]`` bool: True where the row's token may attend to the column's:
+    within its own document, up to itself. ``position_ids [B,S]`` restart with each document. Padding forms one more
+    document, because softmax over nothing is undefined.
     """
 
     seq_length: int

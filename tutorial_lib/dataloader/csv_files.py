@@ -17,7 +17,7 @@ NOT_A_VALUE = (
     "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
     "NULL", "NaN", "None", "n/a", "nan", "null",
 )  # fmt: skip
-"""Texts that pandas takes for a missing value: right in a column of numbers, but in a column of text maybe a word."""
+"""Texts that pandas reads as a missing value: right in a column of numbers, but in a text it may be a word."""
 
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
@@ -74,7 +74,7 @@ def csv_problem(path: Path) -> str | None:
 
 
 def column_names(path: Path) -> list[str]:
-    """Return the names in the first line of a CSV file that is not blank; none if it cannot be read."""
+    """Return the names in a CSV file's first line that is not blank; none if the file cannot be read."""
     if path.suffix == ".zst":
         return []
     try:

@@ -121,7 +121,7 @@ def _check_files(name: str, source: str) -> None:
 
 
 def _surprise(path: Path, inside: Path, formats: Collection[str | None]) -> str | None:
-    """Return why an entry of a data set's directory would be read, or not be read, against expectations.
+    """Return why an entry of a data set's directory would unexpectedly be read or left out.
 
     Args:
         path: the entry.
@@ -149,7 +149,7 @@ def _names_its_files(readme: Path) -> bool:
 
 
 def _is_data(path: Path) -> bool:
-    """Return whether a file in a data set's directory holds rows, and is not a description or hidden."""
+    """Return whether a file in a data set's directory holds rows and is not a description or hidden."""
     is_hidden = any(part.startswith((".", "__")) for part in path.parts)
     return not is_hidden and _format(path) not in (None, "text") and ".json" not in path.suffixes
 
@@ -180,7 +180,7 @@ def _rows_of_file(path: Path, split: str) -> datasets.Dataset:
 def _as_written(files: Sequence[Path]) -> dict[str, Any]:
     """Return options that read texts as written.
 
-    pandas takes ``None`` and ``NA`` for blank, and the reader of txt files a byte-order mark for a part of the text.
+    pandas reads ``None`` and ``NA`` as blank, and the txt reader keeps a byte-order mark as part of the text.
     """
     formats = {_format(file) for file in files}
     if formats == {"text"}:
@@ -242,7 +242,7 @@ def _explain(name: str, split: str, error: Exception) -> str:
     if isinstance(error, ConnectionError):
         return (
             f"Data set {name!r} is not a local directory, and the hub cannot be reached to look for it there. "
-            f"Without a hub write {embedded}. ({text})"
+            f"Without the hub, write {embedded}. ({text})"
         )
     if isinstance(error, datasets.exceptions.DatasetNotFoundError):
         return f"The hub does not have the data set {name!r}, or you have no access to it. Write {embedded}. ({text})"
@@ -297,7 +297,7 @@ def _local_files(name: str) -> list[Path]:
 
 
 def _misread_csv(name: str) -> str | None:
-    """Find a CSV file of a local data set that pandas misreads, and say how."""
+    """Find a CSV file of a local data set that pandas misreads and say how."""
     for file in _csv_files(name):
         if problem := csv_problem(file):
             return f"{file}, {problem}"
@@ -309,7 +309,7 @@ def _csv_files(name: str) -> list[Path]:
 
 
 def _has_long_fields(rows: datasets.Dataset) -> bool:
-    """Return whether a text spans several lines, as it does in a CSV file after a double quote that stands alone."""
+    """Return whether a text spans several lines, as it does in a CSV file after a stray double quote."""
     is_text = (pa.types.is_string, pa.types.is_large_string)
     texts = [column for column in rows.data.itercolumns() if any(each(column.type) for each in is_text)]
     return any(pc.any(pc.match_substring(column, "\n")).as_py() for column in texts)

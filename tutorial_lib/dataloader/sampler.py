@@ -32,8 +32,8 @@ def epoch_order(
         global_batch: examples per step.
         seed: seed of the permutations.
         epoch: number of the epoch, from 0.
-        lengths: tokens of each example, to group examples of similar length into steps: every 50 steps of the
-            permutation (every quarter of a small data set) are sorted by length, then shuffled step by step.
+        lengths: tokens of each example, to group examples of similar length into steps: each block of 50 steps (a
+            quarter of a small data set) is sorted by length, then the epoch's steps are shuffled.
     """
     random = np.random.default_rng((seed, epoch))
     steps = num_examples // global_batch

@@ -221,7 +221,7 @@ def document_maker(
 
 
 def _readable_columns(columns: Mapping[str, Any]) -> list[str]:
-    """Return the columns that documents could be made from, by the first of each kind; the first one is read."""
+    """Return the first column of each kind that documents could be made from. The first one is read."""
     question, context, answers = (columns.get(column) for column in _QA_COLUMNS)
     kinds = {
         "text": _is_text(columns.get("text")),
@@ -303,7 +303,7 @@ def _chat_documents(
 
 
 def _first_answer(answers: Any) -> tuple[str, int]:
-    """Return the first answer that is not blank, and its start in the context (-1 if unknown)."""
+    """Return the first answer that is not blank and its start in the context (-1 if unknown)."""
     if isinstance(answers, str):
         return answers.strip(), -1
     if isinstance(answers, Mapping):
@@ -365,7 +365,7 @@ def encode_prompt(
 
 
 def _prompt(question: str, context: str) -> tuple[str, str]:
-    """Return the text before the context, and the full text before the answer."""
+    """Return the text before the context and the full text before the answer."""
     before = f"Question: {question.strip()} Context:"
     return before, f"{before} {context} Answer:"
 

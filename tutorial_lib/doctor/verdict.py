@@ -1,6 +1,6 @@
 """Doctor's verdict: whether each profile will work on a machine, and what to do if not.
 
-The demands of a profile come from :class:`tutorial_lib.config.Config`; they are not repeated here.
+A profile's requirements come from :class:`tutorial_lib.config.Config`; they are not repeated here.
 """
 
 from __future__ import annotations

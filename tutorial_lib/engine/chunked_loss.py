@@ -8,8 +8,8 @@ parameters. PyTorch's ``linear_cross_entropy`` computes the output layer, the lo
 tokens, then frees the chunk's logits. With ``loss_chunks=8``, only an eighth of them exist at a time.
 
 The loss is computed inside the output layer's own ``forward``, so ZeRO-3 and FSDP2 gather the layer's weight as usual.
-Tensor parallelism leaves an output layer that shares the embedding's weight in full on every rank. One of its own is
-split over the vocabulary by AutoTP, and :mod:`~tutorial_lib.engine.deepspeed.autotp` has its loss.
+Tensor parallelism keeps an output layer that is tied to the embedding in full on every rank. AutoTP splits any other
+one over the vocabulary; :mod:`~tutorial_lib.engine.deepspeed.autotp` computes its loss.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ContextForBatch = Callable[[dict[str, Tensor]], AbstractContextManager[None]]
 """Function that takes a batch, and returns the context to run the model in."""
 
 LossSum = Callable[[Any, Tensor, Tensor, int], Tensor]
-"""Function that sums up losses: of an output layer, for hidden states (N, H) and targets (N), a chunk at a time."""
+"""Function that sums an output layer's losses over hidden states (N, H) and targets (N), a chunk at a time."""
 
 
 def output_loss(model: Any, num_chunks: int, split_loss_sum: LossSum | None = None) -> ContextForBatch:
@@ -41,8 +41,8 @@ def output_loss(model: Any, num_chunks: int, split_loss_sum: LossSum | None = No
         split_loss_sum: function for an output layer that is split over the vocabulary; None if this one is not.
 
     Returns:
-        A context to run the model in: there, its "logits" are the sum of the batch's losses. With one chunk, or for a
-        batch without labels, they stay logits.
+        A function from a batch to the context to run the model in. There, its "logits" are the sum of the batch's
+        losses. With one chunk or without labels, they stay logits.
     """
     if num_chunks == 1:
         return lambda batch: nullcontext()
@@ -54,7 +54,7 @@ class ChunkedLoss:
     """Makes a model return the sum of its next-token losses instead of logits, if it is given labels.
 
     Args:
-        model: as for :func:`output_loss`, and so are the others.
+        model: as for :func:`output_loss`.
         num_chunks: number of chunks.
         split_loss_sum: function for a split output layer.
 
@@ -95,7 +95,7 @@ class ChunkedLoss:
 
 
 def _loss_sum(layer: nn.Linear, hidden_NH: Tensor, targets_N: Tensor, chunk_size: int) -> Tensor:
-    """Sum up the losses of an output layer that is in full on this rank."""
+    """Sum the losses of an output layer that this rank holds in full."""
     weight_VH: Tensor = layer.weight
     bias_V: Tensor | None = layer.bias
     kind = hidden_NH.device.type

@@ -24,7 +24,7 @@ def predict_step_peak(config: Config) -> float | None:
 
     Returns:
         The bytes of the rank with the most, or None if the planner does not know this kind of run: a model sharded at
-        load, or one that is no dense decoder.
+        load, or one that is not a dense decoder.
     """
     if config.engine.shard_at_load:
         return None
@@ -79,7 +79,7 @@ def workload_and_layout(config: Config, dimensions: Dimensions, num_params: int)
 
 
 def _bucket_size(config: Config, dimensions: Dimensions) -> int:
-    """Return the elements of DeepSpeed's bucket. The Trainer states none, unless the file calls it ``"auto"``."""
+    """Return the elements of DeepSpeed's bucket. The Trainer sets it only if its file says ``"auto"``."""
     name = config.engine.deepspeed_file
     if config.engine.name != "trainer" or name is None:
         return config.engine.bucket_size

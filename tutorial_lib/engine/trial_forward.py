@@ -106,7 +106,7 @@ def _check_is_language_model(name: str, model_config: PretrainedConfig) -> None:
 
 
 def _narrow(config: PretrainedConfig, seq_length: int, tp: int = 1) -> None:
-    """Shrink a configuration in place to few layers, heads and columns, split evenly by tp. Heads keep their width."""
+    """Shrink a configuration in place: fewer layers, heads and columns, split evenly by tp. Heads keep their width."""
     _shorten(config, seq_length, tp)
     text: Any = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
@@ -129,7 +129,7 @@ def _narrow(config: PretrainedConfig, seq_length: int, tp: int = 1) -> None:
 
 
 def _shorten(config: PretrainedConfig, seq_length: int, _tp: int = 1) -> None:
-    """Cut a configuration in place to few layers, at least one of each type, and a small vocabulary."""
+    """Cut a configuration in place: fewer layers, at least one of each type, and a small vocabulary."""
     text: Any = config.get_text_config()
     types: Sequence[str] = getattr(text, "layer_types", None) or ()
     first_of_each = [types.index(each) for each in dict.fromkeys(types)]
@@ -175,7 +175,7 @@ def _build(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel
 
 @dataclass(frozen=True)
 class TinyCopy:
-    """A model of the same family that is tiny, and two documents to run through it in batches like those of the run."""
+    """A tiny model of the same family, and two documents to run through it in batches like those of the run."""
 
     model: Any
     row: int

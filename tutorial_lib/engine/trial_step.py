@@ -4,8 +4,7 @@ Engines change a model in ways that its family's code may not expect. ZeRO-3 hid
 waits for a gradient of every parameter. The trial builds the configured engine for the copy of
 :mod:`tutorial_lib.engine.trial_forward`, evaluates, takes two steps, and reports a failure in this package's words.
 
-It takes each rank's processor 0.1 to 0.7 seconds (ZeRO-3 the most), so families that the tests train with every engine
-skip it.
+It takes 0.1 to 0.7 CPU seconds per rank (ZeRO-3 the most), so families that the tests train with every engine skip it.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ def train_copy(config: Config, build: Callable[[Config], Engine]) -> None:
     """
     m = config.model
     model_config = load_config(m.name, trust_remote_code=m.trust_remote_code)
-    # Code that a model ships with does not come along into the copy's directory.
+    # Code that a model ships with is not saved with the copy.
     if model_config.model_type in PROVEN or hasattr(model_config, "auto_map"):
         return
     if config.engine.name == "trainer" and not config.engine.deepspeed_file:
@@ -64,12 +63,12 @@ def train_copy(config: Config, build: Callable[[Config], Engine]) -> None:
         assert written is not None
         tiny, directory = written
         try:
-            engine = build(_of_copy(config, tiny, directory))
+            engine = build(_copy_config(config, tiny, directory))
             _take_steps(engine, tiny.batch(tiny.documents(), config.data.batching))
         except ConfigError:
             return  # what the copy lacks says nothing about the model, which was checked before the start
         except Exception as error:
-            if _is_of_the_machine(error):
+            if _is_machine_error(error):
                 raise
             _LOG.warning("A tiny copy of %r failed:", m.name, exc_info=error)
             raise _refusal(config, model_config.model_type, error) from error
@@ -95,8 +94,8 @@ def _written_copy(config: Config, model_config: PretrainedConfig, stack: ExitSta
     return tiny, directory
 
 
-def _of_copy(config: Config, tiny: TinyCopy, directory: str) -> Config:
-    """Return the configuration for the copy: without what is written, or depends on the model's size."""
+def _copy_config(config: Config, tiny: TinyCopy, directory: str) -> Config:
+    """Return the copy's configuration: one micro-batch per step, and the ``freeze`` patterns that match."""
     engine = "deepspeed" if config.engine.name == "trainer" else config.engine.name
     batch = config.micro_batch * config.parallel.dp
     names = [name for name, _ in tiny.model.named_parameters(remove_duplicate=False)]
@@ -114,8 +113,8 @@ def _take_steps(engine: Engine, batch: dict[str, torch.Tensor]) -> None:
         engine.step()
 
 
-def _is_of_the_machine(error: Exception) -> bool:
-    """Return whether an error is one of memory, files, devices, the network or a compiler, not of the model's code."""
+def _is_machine_error(error: Exception) -> bool:
+    """Return whether memory, files, devices, the network or a compiler failed, rather than the model's code."""
     kinds = (MemoryError, OSError, torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistError)
     if isinstance(error, kinds) or lost_another_rank({"message": str(error)}):
         return True

@@ -61,8 +61,8 @@ def check_autotp(config: Config, model_config: Any) -> None:
         model_config: the model's configuration, as transformers gives it.
 
     Raises:
-        ConfigError: the architecture has no plan that AutoTP can follow; or it is stage 3 before DeepSpeed 0.19.4, or
-            stage 0 in 16 bits.
+        ConfigError: AutoTP has no plan for the architecture; or the run uses stage 3 before DeepSpeed 0.19.4, or stage
+            0 in 16 bits.
     """
     if config.parallel.tp == 1:
         return

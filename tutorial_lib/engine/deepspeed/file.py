@@ -1,4 +1,4 @@
-"""DeepSpeed JSON files of users: read, and checked key by key and value by value before any engine starts.
+"""Users' DeepSpeed JSON files: read, and checked key by key and value by value before any engine starts.
 
 DeepSpeed ignores unknown top-level keys, reads ``"false"`` as true in places where it relies on Python's truth value,
 and lets some keys pick a different optimizer or layout of checkpoint files. Here each of these is an error that names
