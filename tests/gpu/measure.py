@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[0] = str(ROOT)  # a script's own directory would hide nothing, but does not hold `tests` and `tutorial_lib`
+sys.path[0] = str(ROOT)  # instead of this script's directory, which lacks `tests` and `tutorial_lib`
 
 from tests.gpu import packages  # noqa: E402
 from tests.gpu.processes import MemorySampler, Record, Step, run_step  # noqa: E402
@@ -135,8 +135,8 @@ def environment(scratch: Path) -> dict[str, str]:
         "HF_DATASETS_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "LOCAL_RANK": "0",  # DeepSpeed demands it, of one process too
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # the resume asks for matrix products that repeat bit for bit
+        "LOCAL_RANK": "0",  # DeepSpeed needs it even for one process
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # the resume needs matrix products that repeat bit for bit
     }
 
 

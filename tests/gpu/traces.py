@@ -23,7 +23,7 @@ LARGEST_BYTES = 6 * 2**20
 
 
 def cases(setting: Setting) -> Cases:
-    """Return this page's measurements."""
+    """Return this module's measurements."""
     return {f"ZeRO-{stage}": partial(trace, setting, stage) for stage in (1, 3)}
 
 

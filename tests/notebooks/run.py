@@ -80,7 +80,7 @@ def execute(notebook: Path, *, progress_bar: bool = False) -> Execution:
         )
     except papermill.PapermillExecutionError as failure:
         error = f"cell {failure.cell_index} raised {failure.ename}: {failure.evalue}\n" + "\n".join(failure.traceback)
-    except Exception as failure:  # a cell that hung, a kernel that died: papermill has no name for these
+    except Exception as failure:  # papermill has no error of its own for a hung cell or a dead kernel
         error = f"{type(failure).__name__}: {failure}"
     seconds = time.perf_counter() - started
     return Execution(notebook.stem, output, seconds, len(code_cells(nbformat.read(notebook, as_version=4))), error)

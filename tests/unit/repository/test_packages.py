@@ -54,7 +54,7 @@ def test_the_pins_are_closed_and_installed() -> None:
                 todo.append(inner)
     installed = {key.split("[")[0]: version for key, version in seen.items()}
     assert {name: version for name, version in installed.items() if pins().get(name) != version} == {}
-    assert len(installed) > 100  # the walk did walk
+    assert len(installed) > 100  # so the loop did visit them
 
 
 def test_conda_and_binder_get_the_same_packages_on_the_same_python() -> None:
