@@ -153,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"The notebook as far as it ran: {_relative(run.output)}")
             return 1
         print(f"      {run.cells} cells in {run.seconds:.0f} s: {_relative(run.output)}", flush=True)
-    print(f"{len(done)} notebooks in {sum(run.seconds for run in done):.0f} s, none in error")
+    print(f"{len(done)} notebooks in {sum(run.seconds for run in done):.0f} s, no errors")
     return 0
 
 

@@ -162,7 +162,7 @@ def test_states_agree_with_measured_runs(precision: str, stage: int, offload: st
         assert total == measured
 
 
-def test_tensor_parallelism_divides_all_but_the_replicated() -> None:
+def test_tensor_parallelism_divides_all_but_replicated_parameters() -> None:
     candidate = find(plan(work(), cluster()), tp=8, zero_stage=0)
     replicated = SEVEN.replicated_params
     assert candidate.states == 16 * (-(-(7_000_000_000 - replicated) // 8) + replicated)
@@ -171,7 +171,7 @@ def test_tensor_parallelism_divides_all_but_the_replicated() -> None:
 # --- traffic and time -------------------------------------------------------------------------------------------------
 
 
-def test_traffic_is_the_papers() -> None:
+def test_traffic_matches_the_paper() -> None:
     candidates = plan(work(gradient_reduction="reduce_scatter"), cluster())
     ring = 7 / 8
     for stage, multiple in ((1, 2), (2, 2), (3, 3)):

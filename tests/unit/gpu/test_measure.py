@@ -129,7 +129,7 @@ def test_a_step_ends_at_its_limit_and_lists_the_cases_it_did_not_reach(run: Any)
     assert [case["status"] for case in content["cases"]] == ["done", "failed", "timed out", "not run", "not run"]
 
 
-def test_the_last_case_may_take_longer_than_a_process_may_linger(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_case_may_take_longer_than_the_grace_period(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "GRACE_SECONDS", 0.2)
     content = run(Step("slow", "tests.gpu.slow_end", limit=60, case_limit=60))
     assert by_case(content)["last"]["status"] == "done"
@@ -142,7 +142,7 @@ def test_a_module_that_cannot_be_imported_fails_only_its_step(run: Any) -> None:
     assert "no_such_page" in content["cases"][0]["error"]["message"]
 
 
-def test_the_time_for_everything_bounds_a_step(run: Any) -> None:
+def test_the_total_time_limit_bounds_a_step(run: Any) -> None:
     assert run(Step("faults", "tests.gpu.faults", limit=60, case_limit=60), until=time.time())["status"] == "timed out"
 
 

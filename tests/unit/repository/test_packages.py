@@ -37,7 +37,7 @@ def test_every_dependency_is_pinned_and_only_constraints_have_versions() -> None
     assert [str(r) for r in wanted() if r.specifier] == []
 
 
-def test_the_pins_are_closed_and_installed() -> None:
+def test_transitive_dependencies_are_pinned_and_installed() -> None:
     """Dependencies of the packages are pinned too, and this environment has exactly those versions."""
     seen: dict[str, str] = {}
     todo = wanted()
