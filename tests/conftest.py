@@ -28,8 +28,8 @@ MARK, SESSION = "TUTORIAL_LIB_TEST_SESSION", uuid.uuid4().hex
 GRACE_SECONDS = 20
 """Seconds for Ray's daemons and killed workers to end."""
 
-# nbformat imports jsonschema, and that this module, which builds a parser of international addresses: 5 seconds in each
-# pytest process, for a check that nothing here uses. Without the module, jsonschema skips the check.
+# nbformat imports jsonschema, which imports this parser of international addresses: 5 seconds in each pytest process,
+# for a check that nothing here uses. Without the module, jsonschema skips the check.
 sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 # Set at import, because torch reads its thread count when it is first imported; what tests start inherits the mark.
 os.environ.update(OFFLINE | SEVERAL_PROCESSES_ON_FEW_CORES | {MARK: SESSION})
@@ -40,7 +40,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get(
 
 
 def pytest_collection_finish() -> None:
-    """Exclude objects from imports from garbage collection: a run in this process ends with a full collection."""
+    """Exclude imported objects from garbage collection: each run in this process ends with a full collection."""
     gc.collect()
     gc.freeze()
 

@@ -108,7 +108,7 @@ def _checkpoints(result: dict[str, Any]) -> Rows:
                 handed_over["median"] >= 0.8,
             ),
             (
-                "  unlike: the save that is on the disk against the torch.save that is not",
+                "  for contrast: the save that is on the disk against the torch.save that is not",
                 f"{_range(save)}: {save['megabytes_per_second']:.0f} / {save['plain_megabytes_per_second']:.0f}",
                 "",
                 None,
@@ -164,7 +164,7 @@ def _ray(result: dict[str, Any]) -> Rows:
     return [
         ("Ray Train with 2 workers, until its first step", f"{first:.1f} s", "at most 23 s", first <= 23),
         (
-            "  a second fit, Ray being up",
+            "  a second fit, with Ray running",
             f"{again:.1f} s",
             "at most half of the first",
             again <= first / 2,

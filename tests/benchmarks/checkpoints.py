@@ -2,9 +2,9 @@
 
 The baseline is a plain ``torch.save`` of the same tensors by the same ranks, with the CRC-32 that it adds: once with
 ``fsync`` and a rename, so that the checkpoint survives a power failure; once without, which leaves a copy in memory. A
-save that training waits for is on the disk at its end, and is compared with the first. With ``async_save``, training
-only waits for a copy in memory, which is compared with the second. Loads are compared with ``torch.load``, which fills
-no engine; all of them read files that the first, uncounted load has brought into memory.
+save that training waits for ends on the disk, so it is compared with the first. With ``async_save``, training waits
+only for a copy in memory, so it is compared with the second. Loads are compared with ``torch.load``, which fills
+no engine; a first, uncounted load brings the files into memory.
 
 ``measure`` starts the ranks; each runs ``python -m tests.benchmarks.checkpoints``, the local launcher's worker with
 :func:`compare` in place of the trainer.
@@ -47,7 +47,7 @@ RANKS = 2
 PAIRS = int(os.environ.get("TUTORIAL_LIB_BENCH_PAIRS", "5"))
 SHAPE = {"n_embd": 1152, "n_layer": 2}
 """GPT-2 of 35 million parameters, 420 to 560 MB on disk. Wide and shallow, because engines also take time per tensor: a
-layer's matrices have 1.3 to 5.3 million elements here, and five of seven 0.8 or 4.4 million in Qwen2.5-0.5B."""
+layer's matrices have 1.3 to 5.3 million elements here; five of seven in Qwen2.5-0.5B have 0.8 or 4.4 million."""
 
 ENGINES: dict[str, dict[str, Any]] = {
     "ZeRO-1": {"zero_stage": 1},
@@ -61,7 +61,7 @@ def measure() -> dict[str, Any]:
     """Return, by engine, bytes relative to the formula, MB/s relative to plain saves, and seconds of waiting."""
     with tempfile.TemporaryDirectory(prefix="tutorial-lib-bench-") as storage:
         model = Path(storage) / "model"
-        # AutoTP splits no GPT-2.
+        # AutoTP does not split GPT-2.
         for kind, name in (("gpt2", "embedded/gpt2"), ("qwen2", "embedded/qwen2")):
             _larger(model_directory(name), model / kind)
         configs = [
@@ -168,7 +168,7 @@ class _Plain:
             sync(self.directory)
 
     def settle(self) -> None:
-        """Put new files in the old ones' place. This frees those, and some file systems then write out the new ones."""
+        """Replace the old files with the new ones. This frees the old, and some file systems then write out the new."""
         for new in self.directory.glob(f"{dist.get_rank()}-*.new"):
             os.replace(new, new.with_suffix(".pt"))
 
@@ -246,7 +246,7 @@ def _sum_of_ranks(number: int) -> int:
 
 
 def _stalls(session: Any, batches: Iterator[Any]) -> dict[str, Any]:
-    """Return the seconds that a saving step waits, and that all steps lose until the files are written, both ways."""
+    """Return the seconds a save stalls, and all seconds lost until it is written, with and without ``async_save``."""
     for _ in range(3):
         session.train_step(next(batches)[1])
     step = statistics.median(_one_step(session, batches) for _ in range(5))
@@ -264,7 +264,7 @@ def _stalls(session: Any, batches: Iterator[Any]) -> dict[str, Any]:
             session.train_step(next(batches)[1])
             session.checkpoints.finish_if_written()
         lost = time.perf_counter() - before - count * step
-        if attempt >= 2:  # the first of each allocates
+        if attempt >= 2:  # the first save each way allocates
             waits[name].append(session.checkpoints.saves[-1]["stall_seconds"])
             losses[name].append(lost)
             if count:

@@ -1,6 +1,6 @@
 """Every engine's steps against data parallelism without sharding (DDP), on the same batches, on two ranks.
 
-One process that has both cores to itself is among them. ``measure`` starts the ranks; each runs
+One engine is a single process with both cores to itself. ``measure`` starts the ranks; each runs
 ``python -m tests.benchmarks.engines``, the local launcher's worker with :func:`compare` in place of the trainer.
 """
 

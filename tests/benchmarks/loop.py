@@ -108,7 +108,7 @@ def compare(config: Config) -> None:
     if not math.isclose(losses["ours"], losses["theirs"], rel_tol=1e-5):
         raise AssertionError(f"The loops compute different things: {losses} after {PAIRS + 1} steps.")
     if topology.rank == 0:
-        # The first call of each is no part of a pair.
+        # The first call of each is a warm-up.
         pairs = zip(processor["ours"][1:], processor["theirs"][1:], strict=True)
         by_processor = statistics.median(one / other for one, other in pairs)
         result = {**asdict(ratio), "median_processor_time": by_processor, "last_loss": losses}

@@ -71,7 +71,7 @@ def lesson_on_two_nodes(cluster: SlurmCluster, directory: Path) -> list[dict[str
 
 
 def meet_over(nodes: VirtualNodes, interface: str) -> str:
-    """Return what PyTorch says, an error or how many ranks met, if two nodes talk over this network interface."""
+    """Return how many ranks met, or PyTorch's error, when two nodes talk over this network interface."""
     join = (
         "import datetime, torch, torch.distributed as dist; "
         "dist.init_process_group('gloo', timeout=datetime.timedelta(seconds=10)); "
@@ -174,7 +174,7 @@ def preempted(cluster: SlurmCluster, directory: Path) -> dict[str, Any]:
 
 
 def scaling_row(cluster: SlurmCluster, directory: Path, nodes: int, steps: int = 12) -> dict[str, Any]:
-    """Return the row of one number of nodes: the workshop's table of multi-node scaling, 16 rows for each node."""
+    """Return a row of the workshop's table of multi-node scaling: a job with 16 examples a step for each node."""
     size = ["--nodes", str(nodes), "--steps", str(steps), "--global-batch", str(16 * nodes)]
     job = Job(cluster, directory, f"nodes-{nodes}", *size)
     job.finish()

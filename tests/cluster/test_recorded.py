@@ -15,7 +15,7 @@ from tests.cluster.virtual_nodes import ROOT, VirtualNodes
 from tests.distributed.cases.equivalence import MATRIX
 from tutorial_lib.lab.scaling import recording
 
-slow = pytest.mark.skipif(not MATRIX, reason="make matrix repeats the whole recording; the other test needs seconds")
+slow = pytest.mark.skipif(not MATRIX, reason="make matrix repeats the full recording; the other tests take seconds")
 
 
 def test_srun_sets_the_recorded_variables(cluster: SlurmCluster, shared: Path) -> None:

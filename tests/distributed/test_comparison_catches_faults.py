@@ -11,7 +11,7 @@ from tests.distributed.cases import crashing, equivalence, interruption, reshapi
 from tests.distributed.observing.comparing import STAGE_0_IN_BF16, allowed, compare
 
 PAGES = ("data", "update", "tensor_parallel", "restore", "killed", "storage")
-"""Pages of :mod:`tests.distributed.injected` with faults of local runs."""
+"""Modules of :mod:`tests.distributed.injected` with faults of local runs."""
 
 SHOWN_BY = {
     "data.same_data_on_each_rank": {"examples", "loss", "grad_norm", "parameters", "exp_avg"},
@@ -38,7 +38,7 @@ SHOWN_BY = {
 
 
 def faults_on(page: str) -> set[str]:
-    """Return the names of a page's faults: its context managers."""
+    """Return the names of a module's faults: its context managers."""
     module = importlib.import_module(f"tests.distributed.injected.{page}")
     return {
         f"{page}.{name}"

@@ -1,4 +1,4 @@
-"""Equivalence: every engine on any grid of ranks equals plain torch in one process, to the moments.
+"""Equivalence: every engine on any grid of ranks equals plain torch in one process, down to the moments.
 
 fp32 tolerances: losses, gradient norms, parameters and moments agree within 1e-6 (relative where they exceed 1), and
 moments, which are small, within 2e-5 of each tensor's largest value. Bounds are wider if DeepSpeed itself rounds more

@@ -57,7 +57,7 @@ def measured(model, layer_of):
 
 @pytest.fixture(scope="module", params=[2, 4])
 def built(request, directory, sizes, split_sizes):
-    """Return how many bytes each rank's memory rose, by kind of model."""
+    """Return by how many bytes each rank's memory rose, for each kind of model."""
     ranks = request.param
     shared = {"dp": ranks, "zero_stage": 3}
     runs = {

@@ -1,4 +1,4 @@
-"""A reader's own loop from the package's parts trains like the package's, and each can resume the other's runs.
+"""A reader's own loop, built from the package's parts, trains like the package's, and each can resume the other's runs.
 
 The loop is in ``notebooks/scripts/train_zero.py``. ``test_ray.py`` gives it to Ray's own ``TorchTrainer``.
 """
@@ -66,7 +66,7 @@ def resumable(directory, name, **changes):
 
 
 def train_with_loop(configs):
-    """Train in loaded processes; return the losses of each start."""
+    """Train in warm processes; return the losses of each start."""
     launch.run_all(configs, worker="tests.distributed.workers.own_loop")
     return [json.loads((each.directory / "losses.json").read_text()) for each in configs]
 

@@ -20,7 +20,7 @@ ENGINES = {
     "ZeRO-3": {"engine": "deepspeed", "zero_stage": 3},
 }
 MODELS_OF = {"FSDP2": ("tied", "own"), "ZeRO-1": ("tied", "own", "bloom"), "ZeRO-3": ("tied", "own")}
-"""Models of each engine. AutoTP splits an output layer of its own, and leaves one in full that the embedding shares."""
+"""Models of each engine. AutoTP splits a separate output layer, and keeps one tied to the embedding in full."""
 
 CASES = [(engine, model) for engine, models in MODELS_OF.items() for model in models]
 

@@ -1,6 +1,6 @@
 """Take-home scripts on several ranks, against plain PyTorch in this process.
 
-Each is started by torchrun once and on forked ranks, which start sooner, once.
+Each is started once by torchrun, and once on forked ranks, which start sooner.
 """
 
 from pathlib import Path

@@ -24,7 +24,7 @@ MICRO_BATCHES = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
 def cases(setting: Setting) -> Cases:
-    """Return this page's measurements."""
+    """Return this module's measurements."""
     return {
         "without activation checkpointing": lambda: climb(setting, checkpointing=False),
         "with activation checkpointing": lambda: climb(setting, checkpointing=True),

@@ -21,7 +21,7 @@ from tutorial_lib.records import RunDirectory
 
 
 def cases(setting: Setting) -> Cases:
-    """Return this page's measurements."""
+    """Return this module's measurements."""
     return {"fsdp": lambda: save_twice(setting)}
 
 

@@ -1,6 +1,6 @@
-"""Common code of a step's processes: ``python -m tests.gpu.cases MODULE EVENTS FIRST SETTING`` runs a page's cases.
+"""Common code of a step's processes: ``python -m tests.gpu.cases MODULE EVENTS FIRST SETTING`` runs MODULE's cases.
 
-A page has a function ``cases(setting)`` that returns names and functions. Each function does one measurement and
+MODULE has a function ``cases(setting)`` that returns names and functions. Each function does one measurement and
 returns what JSON can hold; a name with a unit ends in it (``peak_bytes``, ``step_seconds``). One that raises is
 recorded as failed, with the error, and the next one runs.
 """
@@ -57,7 +57,7 @@ class Setting:
 
 
 def main(module: str, events_file: str, first: str, setting_json: str) -> None:
-    """Run the cases of a page from number ``first`` on."""
+    """Run the cases of a module from number ``first`` on."""
     if sys.platform == "linux":  # a driver that is killed takes its step with it
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     setting = Setting(**json.loads(setting_json))
@@ -94,6 +94,6 @@ def clear_memory() -> None:
 
 
 if __name__ == "__main__":
-    from tests.gpu import cases  # under the name by which pages know it: there is one AT_END
+    from tests.gpu import cases  # not __main__: the other modules share this one's AT_END
 
     cases.main(*sys.argv[1:])

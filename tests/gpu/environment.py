@@ -23,7 +23,7 @@ from tutorial_lib.measure.speed import matmul_peak
 
 
 def cases(setting: Setting) -> Cases:
-    """Return this page's measurements."""
+    """Return this module's measurements."""
     return {
         "machine": lambda: describe_machine(setting),
         "matrix product": lambda: measure_products(setting),

@@ -45,7 +45,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 
 def cases(setting: Setting) -> Cases:
-    """Return this page's measurements."""
+    """Return this module's measurements."""
     models = setting.pick(full=MODELS, quick=MODELS[:1], tiny=MODELS[:1])
     engines = setting.pick(full=list(ENGINES), quick=list(ENGINES), tiny=["zero1", "fsdp"])
     found: Cases = {}
@@ -85,7 +85,7 @@ def rows_of(config: Config) -> list[dict[str, Any]]:
 
 @contextmanager
 def full_fp32() -> Iterator[None]:
-    """Multiply fp32 numbers as fp32 numbers: no TF32."""
+    """Multiply matrices in full fp32, without TF32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
@@ -170,7 +170,7 @@ def parameters_of(config: Config) -> list[tuple[str, Any]]:
 
 
 def stop_and_go_on(setting: Setting) -> dict[str, Any]:
-    """Send SIGTERM to a run that a shell started, start it again, and return both exit codes and what was trained."""
+    """Send SIGTERM to a run started from a shell, start it again, and return both exit codes, steps and times."""
     steps = setting.pick(full=150, quick=100, tiny=20)
     config = configure(setting, "sigterm", "embedded/gpt2", steps=steps, resume="auto", engine="deepspeed")
     run = RunDirectory(config.directory)

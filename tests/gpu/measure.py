@@ -1,14 +1,12 @@
 """Measurement of the course on a GPU: ``python tests/gpu/measure.py --out DIR [--quick]``.
 
 Runs from a plain checkout with whatever Python has torch, without Ray and without a network, in at most 8 minutes
-(``--quick``: about 2). Each step runs in a process of its own with a time limit, so a failure or a
-hang does not stop the others. ``DIR`` gets a JSON file per step (rewritten after every case), a log and the traces: 8
-files, as many as a lent machine gives back. Names of quantities end in their unit.
+(``--quick``: about 2). Each step runs in a process of its own with a time limit, so a failure or a hang does not stop
+the others. ``DIR`` gets a JSON file per step (rewritten after every case), a log and the traces: 8 files. Names of
+quantities end in their unit.
 
-For a lent GPU machine: collect the missing packages first, with ``python tests/gpu/pack.py``, then paste, as command
-and as ``carry`` of the device tool's ``run``::
-
-    run(command="python3 tests/gpu/measure.py --out $OUT", carry=["build/gpu-wheels"], timeout_s=560)
+For a GPU machine without a network: collect the missing packages first, with ``python tests/gpu/pack.py``, and copy
+``build/gpu-wheels`` along with the checkout.
 
 A rehearsal on a CPU, every step with tiny models: ``python tests/gpu/measure.py --out DIR --device cpu --tiny``.
 The losses that the GPU's are compared with: ``python tests/gpu/measure.py --write-cpu-losses``.
@@ -29,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[0] = str(ROOT)  # a script's own directory would hide nothing, but does not hold `tests` and `tutorial_lib`
+sys.path[0] = str(ROOT)  # instead of this script's directory, which lacks `tests` and `tutorial_lib`
 
 from tests.gpu import packages  # noqa: E402
 from tests.gpu.processes import MemorySampler, Record, Step, run_step  # noqa: E402
@@ -135,8 +133,8 @@ def environment(scratch: Path) -> dict[str, str]:
         "HF_DATASETS_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "LOCAL_RANK": "0",  # DeepSpeed demands it, of one process too
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # the resume asks for matrix products that repeat bit for bit
+        "LOCAL_RANK": "0",  # DeepSpeed needs it even for one process
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # the resume needs matrix products that repeat bit for bit
     }
 
 

@@ -1,4 +1,4 @@
-"""Adaptations to a lent machine's older packages, which are reported with the figures."""
+"""Adaptations to a GPU machine's older packages, which are reported with the figures."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Wheels of packages that a lent GPU machine lacks: ``python tests/gpu/pack.py`` collects them in ``build/gpu-wheels``.
+"""Wheels for a GPU machine without a network: ``python tests/gpu/pack.py`` collects them in ``build/gpu-wheels``.
 
-The machine has Python 3.12, torch, transformers, pyarrow and most of what our packages need in turn (its list is in the
-device tool's documentation), and it reaches no registry. These packages travel with the checkout, under 8 MiB of
-the 64 that may. pyarrow (45 MiB) stays behind, because it is there. DeepSpeed becomes a wheel without compiled
+The machine is expected to have Python 3.12, torch, transformers, pyarrow and most of what our packages need in turn.
+The missing ones take less than 8 MiB and are copied along with the checkout. DeepSpeed becomes a wheel without compiled
 operators: those that a run needs are compiled there, at first use.
 """
 

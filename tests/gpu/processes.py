@@ -1,7 +1,7 @@
 """Processes of one step: started, followed, ended in time, and restarted after a crash.
 
 A step is a list of cases (:mod:`tests.gpu.cases`). Its process writes an event when a case starts and when it ends. The
-driver turns the events into the step's JSON file after each of them, so that a cut-off run leaves what it had. A
+driver turns the events into the step's JSON file after each of them, so that a run that is cut off keeps its results. A
 process that dies, or a case that takes too long, costs that case alone: a new process goes on with the next one.
 """
 

@@ -19,11 +19,11 @@ from tests.gpu.training import engine_of, full_rows, synchronize, time_steps, tr
 from tests.gpu.workshop import configure, models
 
 LARGEST_BYTES = 6 * 2**20
-"""Largest gzipped trace in bytes, because a lent machine only returns small files."""
+"""Largest gzipped trace in bytes, small enough to commit."""
 
 
 def cases(setting: Setting) -> Cases:
-    """Return this page's measurements."""
+    """Return this module's measurements."""
     return {f"ZeRO-{stage}": partial(trace, setting, stage) for stage in (1, 3)}
 
 

@@ -82,7 +82,7 @@ def ways(setting: Setting) -> dict[str, dict[str, Any]]:
 
 
 def cases(setting: Setting) -> Cases:
-    """Return this page's measurements."""
+    """Return this module's measurements."""
     found: Cases = {}
     for model, make in models(setting).items():
         if setting.tiny and model == "gpt2":
@@ -120,7 +120,7 @@ def measure(setting: Setting, make: Callable[[], Model], flat: dict[str, Any]) -
         states: dict[str, Any] = {}
         for step in range(warm):
             before_update = None
-            if step == warm - 1:  # the optimizer's states are there, and the gradients still are
+            if step == warm - 1:  # optimizer states exist, and gradients are not freed yet
                 before_update = lambda: states.update(StateBytes.of(engine.state_tensors()).to_dict())  # noqa: E731
             train_step(engine, batches, before_update)
         seconds, loss = time_steps(engine, batches, timed)

@@ -80,7 +80,7 @@ def execute(notebook: Path, *, progress_bar: bool = False) -> Execution:
         )
     except papermill.PapermillExecutionError as failure:
         error = f"cell {failure.cell_index} raised {failure.ename}: {failure.evalue}\n" + "\n".join(failure.traceback)
-    except Exception as failure:  # a cell that hung, a kernel that died: papermill has no name for these
+    except Exception as failure:  # papermill has no error of its own for a hung cell or a dead kernel
         error = f"{type(failure).__name__}: {failure}"
     seconds = time.perf_counter() - started
     return Execution(notebook.stem, output, seconds, len(code_cells(nbformat.read(notebook, as_version=4))), error)
@@ -153,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"The notebook as far as it ran: {_relative(run.output)}")
             return 1
         print(f"      {run.cells} cells in {run.seconds:.0f} s: {_relative(run.output)}", flush=True)
-    print(f"{len(done)} notebooks in {sum(run.seconds for run in done):.0f} s, none in error")
+    print(f"{len(done)} notebooks in {sum(run.seconds for run in done):.0f} s, no errors")
     return 0
 
 

@@ -81,7 +81,7 @@ class SameClaims(pytest.Item):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Add the test of its claims behind every notebook's last cell."""
+    """Add a test of its claims after every notebook's last cell."""
     last_cells = {item.parent: item for item in items if isinstance(item, IPyNbCell)}
     for notebook, cell in last_cells.items():
         items.insert(items.index(cell) + 1, SameClaims.from_parent(notebook, name="claims"))

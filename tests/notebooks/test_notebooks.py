@@ -71,7 +71,7 @@ def test_imports_come_before_slow_cells(notebook: Path) -> None:
 
 
 def test_the_readme_lists_every_lesson_and_lab_with_the_minutes_that_reading_takes() -> None:
-    """At 200 words a minute, and 24 seconds for a cell of code."""
+    """Count 200 words a minute, and 24 seconds for a code cell."""
     readme = (run.ROOT / "README.md").read_text(encoding="utf-8")
     listed = re.findall(
         r"^\| \[[^]]+\]\(notebooks/([\w/]+)\.ipynb\) \|.*\| (\d+) min \| \d+ s \|$", readme, re.MULTILINE

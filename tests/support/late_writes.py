@@ -31,16 +31,16 @@ class LateTrainer(Trainer):
         return LateWriter(root, stager, self.before_a_write)
 
     def before_a_write(self, step: int) -> None:
-        """Act just before each piece of work in the background of the save after ``step``."""
+        """Act just before each background job of the save after ``step``."""
 
 
 class LateWriter(Writer):
-    """Writer that does its work in the background only when the step after the save is in the metrics.
+    """Writer whose background jobs wait until the step after the save is in the metrics.
 
     Args:
         root: the checkpoint's directory.
         stager: as for :class:`Writer`.
-        then: called with the save's step just before each piece of work.
+        then: called with the save's step just before each job.
     """
 
     def __init__(self, root: Path, stager: Any, then: Callable[[int], None]) -> None:

@@ -32,7 +32,7 @@ MEMORY_GOAL, TIME_GOAL = 0.10, 0.20
 class Errors:
     """Relative errors of the predictions for a published run; None if nothing was published.
 
-    A published memory is what an allocator had reserved, or a tool had seen: a prediction with its headroom.
+    Published memory is what an allocator reserved or a tool saw, so the prediction includes its headroom.
     """
 
     run: Published

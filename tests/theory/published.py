@@ -213,7 +213,7 @@ OUTSIDE = (
         "above.",
     ),
     (
-        "torchtitan, table 4 and 5, AsyncTP",
+        "torchtitan, tables 4 and 5, AsyncTP",
         "overlaps tensor-parallel traffic with compute, which the time model does not.",
     ),
 )

@@ -59,7 +59,7 @@ def uninterrupted(directory: Path, kind: str, **changes: Any) -> Config:
     """Return a run of a kind of ``INTERRUPTED``, without the interruption."""
     flat = {"model": "gpt2-dropout", "max_examples": 40, "steps": END, **(INTERRUPTED | INTERRUPTED_ON_4)[kind]}
     if flat.get("batching") == "packed":
-        # As many documents as fill five steps of eight rows with several each.
+        # Enough documents for five steps of eight rows with several each.
         flat["max_examples"] = 90
     return config(directory, **{"name": f"uninterrupted.{kind}", "dp": 2, **flat, **changes})
 
@@ -93,7 +93,7 @@ def resumed_runs(directory: Path) -> list[ProbedRun]:
     shard_of_1 = shard(directory / "runs" / "altered.shard", STOP, rank=1)
     for file in (shard_of_1, position / "rank-001.pt", metadata / "engine" / ".metadata"):
         flip_a_bit(file)
-    # Pretend that the start before was killed after its checkpoint, with two more rows and half a third written.
+    # Pretend that the first start was killed after its checkpoint, with two and a half more rows written.
     metrics = directory / "runs" / "interrupted.zero1" / "metrics.jsonl"
     last = json.loads(metrics.read_text().splitlines()[-1])
     lost = "".join(json.dumps(last | {"step": STOP + more, "loss": 99.0}) + "\n" for more in (1, 2))

@@ -20,7 +20,7 @@ def same_data_on_each_rank() -> Iterator[type[Trainer]]:
 
 @contextmanager
 def sharded_over_a_larger_grid() -> Iterator[type[Trainer]]:
-    """Distribute examples over twice as many ranks as read them, as if the world size were the group's size."""
+    """Distribute examples over twice as many ranks as read them."""
     yield _reading_as(lambda own: Topology(2 * own.dp, own.tp, own.rank))
 
 

@@ -40,7 +40,7 @@ def optimizer_not_restored() -> Iterator[None]:
 
 @contextmanager
 def updates_not_counted() -> Iterator[None]:
-    """Make Adam correct its moments as in its first update, after three updates."""
+    """Restart Adam's bias correction after three updates."""
     with mock.patch.object(checkpoint.formats.deepspeed.Stage3, "adam_step", lambda self, name: 0):
         yield
 

@@ -93,7 +93,7 @@ def loss_of_own_tokens() -> Iterator[type[Trainer]]:
     yield OwnLoss
 
 
-# A loss that is r times too large gives what a collective that sums instead of averaging gives, and vice versa.
+# A loss r times too large has the effect of a collective that sums instead of averaging, and vice versa.
 
 
 @contextmanager

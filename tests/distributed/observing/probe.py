@@ -27,8 +27,8 @@ class Probe:
     """Everything that the observing worker does to a run besides training it.
 
     Attributes:
-        fault: train with a deliberate fault, a context manager in :mod:`tests.distributed.injected`, by page and name,
-            for example ``"data.padding_in_the_loss"``. A fault of the loop yields the trainer to train with.
+        fault: train with a deliberate fault, a context manager in :mod:`tests.distributed.injected`, by module and
+            name, for example ``"data.padding_in_the_loss"``. A fault of the loop yields the trainer to train with.
         engine: train with an engine that is not the library's: ``"fsdp1"``.
         load_nothing: at the end, ask the engine to load an empty directory, and keep its error.
         start_twice: where the run stops, start it again in the same processes, and observe the second start.

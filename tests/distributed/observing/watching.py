@@ -45,7 +45,7 @@ class Watch:
         return Watched
 
     def read(self, micro_batches: list[dict[str, Tensor]]) -> None:
-        """Notice the batches of a step."""
+        """Record the batches of a step."""
         self.inputs = self.inputs or {k: t[:2] for k, t in micro_batches[0].items() if k != "labels"}
         self.steps.append([example for batch in micro_batches for example in examples_of(batch)])
         self.tokens.append(own_tokens(micro_batches))
@@ -58,7 +58,7 @@ class Watch:
         return saving
 
     def stream(self, create: Callable[..., Any]) -> Callable[..., Any]:
-        """Notice the files that ``torch.distributed.checkpoint`` opens; it gives ``torch.save`` parts of them."""
+        """Record the files that ``torch.distributed.checkpoint`` opens; it gives ``torch.save`` parts of them."""
 
         def creating(file_system: Any, path: Any, mode: str) -> Any:
             if "w" in mode:

@@ -39,7 +39,7 @@ ENGINES = {"fsdp1": FSDP1Engine}
 
 
 def main(*arguments: str) -> None:
-    # Every run of a launch reads one of few data sets.
+    # The runs of a launch share a few data sets.
     read_once = mock.patch.object(loaders, "load_rows", functools.cache(loaders.load_rows))
     with read_once:
         worker.main(*arguments, train=train_all_observed)

@@ -1,6 +1,6 @@
 """Command line with a deliberate fault, for torchrun: ``python -m tests.distributed.workers.with_fault FAULT COMMAND``.
 
-The fault is a context manager in :mod:`tests.distributed.injected`, by page and name, that yields a trainer, such as
+The fault is a context manager in :mod:`tests.distributed.injected`, by module and name, that yields a trainer, such as
 ``killed.in_forward``.
 """
 

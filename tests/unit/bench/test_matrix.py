@@ -95,7 +95,7 @@ def test_a_second_call_runs_missing_rows_and_retries_failed_ones_if_asked(config
     assert statuses(run(config, again, retry=True)) == ["done"] * 3 and again.began == ["stage-2"]
 
 
-def test_more_rows_may_follow(config):
+def test_a_matrix_can_be_extended_with_more_rows(config):
     run(config, Runs())
     runs = Runs()
     matrix = run_matrix("zero-stages", config, run=runs)

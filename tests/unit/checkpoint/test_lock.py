@@ -63,7 +63,7 @@ def test_a_second_start_is_refused_with_the_running_process(holder, tmp_path, ca
 
 
 @pytest.mark.parametrize("which", ["launch", "training"])
-def test_a_killed_process_holds_no_memory(holder, tmp_path, which):
+def test_a_killed_process_holds_no_lock(holder, tmp_path, which):
     process = holder(which)
     process.kill()
     process.join()

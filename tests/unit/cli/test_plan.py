@@ -65,7 +65,7 @@ def find(candidates: list[Candidate], **wanted: Any) -> Candidate:
     [("gpt2", 693_312, True), ("qwen2", 677_472, False), ("bloom", 644_352, True)],
 )
 def test_dimensions_count_what_a_real_model_has(name: str, num_params: int, row_biases: bool) -> None:
-    """Psi and R from the dimensions, against the parameters of the model itself, built without memory."""
+    """Compare Psi and R from the dimensions with the real model's parameters on the meta device."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -141,7 +141,7 @@ def test_the_papers_table() -> None:
 @pytest.mark.parametrize(
     ("precision", "stage", "offload", "measured"),
     [
-        # State bytes per rank, two ranks of the embedded GPT-2, as notebook 01 shows them measured.
+        # Measured state bytes per rank, two ranks of the embedded GPT-2, as notebook 01 shows them.
         ("fp32", 0, "none", 11_092_992),
         ("fp32", 1, "none", 8_363_136),
         ("fp32", 2, "none", 8_363_136),
@@ -162,7 +162,7 @@ def test_states_agree_with_measured_runs(precision: str, stage: int, offload: st
         assert total == measured
 
 
-def test_tensor_parallelism_divides_all_but_the_replicated() -> None:
+def test_tensor_parallelism_divides_all_but_replicated_parameters() -> None:
     candidate = find(plan(work(), cluster()), tp=8, zero_stage=0)
     replicated = SEVEN.replicated_params
     assert candidate.states == 16 * (-(-(7_000_000_000 - replicated) // 8) + replicated)
@@ -171,7 +171,7 @@ def test_tensor_parallelism_divides_all_but_the_replicated() -> None:
 # --- traffic and time -------------------------------------------------------------------------------------------------
 
 
-def test_traffic_is_the_papers() -> None:
+def test_traffic_matches_the_paper() -> None:
     candidates = plan(work(gradient_reduction="reduce_scatter"), cluster())
     ring = 7 / 8
     for stage, multiple in ((1, 2), (2, 2), (3, 3)):
@@ -281,7 +281,7 @@ def test_offload_time_does_not_depend_on_the_micro_batch() -> None:
 
 
 def test_offload_traffic_over_the_host_link() -> None:
-    """Bytes per element of a shard, by hand; Adam on the host is left out by making it endlessly fast."""
+    """Count bytes per shard element by hand. With an infinitely fast Adam, only transfers take time."""
     machine = cluster(gigabytes=1000, host_adam=1e30, host_link=1e9)
     shard = 7e9 / 8
 
@@ -299,7 +299,7 @@ def test_offload_traffic_over_the_host_link() -> None:
 
 
 def test_the_host_holds_gradients_in_fp32() -> None:
-    """2 + 4 + 12 bytes per parameter, as :mod:`tutorial_lib.engine.expected` has it of runs that were measured."""
+    """2 + 4 + 12 bytes per parameter, as :mod:`tutorial_lib.engine.expected` says of measured runs."""
     everything = find(plan(work(), cluster()), zero_stage=3, offload="all")
     assert everything.host == 18 * 7e9
     optimizer = find(plan(work(), cluster()), zero_stage=2, offload="optimizer")
@@ -568,7 +568,7 @@ def test_no_command_is_printed_that_train_refuses(
 
 
 def test_only_here_leaves_out_what_is_missing_here(capsys: pytest.CaptureFixture[str]) -> None:
-    """Seven sequences divide over one group of tp alone, where stage 0 in 16 bits is missing."""
+    """Seven sequences fit only one tp=8 group, for which the engines lack stage 0 in 16 bits."""
     question = ["plan", "--model-size", "7e9", "--gpus", "8", "--gpu", "h100", "--global-batch", "7", "--only-here"]
     assert main([*question, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
@@ -602,7 +602,7 @@ def test_offload_says_what_it_takes_and_what_would_be_faster(capsys: pytest.Capt
             ["--model", "gpt2", "--gpus", "2", "--gpu", "l4", "--gradient-reduction", "reduce_scatter"],
             {("ZeRO-1", "none"): "", ("ZeRO-2", "none"): "shards more", ("ZeRO-0", "none"): "holds more memory"},
         ),
-        (  # both offload, so neither is behind for that
+        (  # both offload, so offload decides nothing
             ["--model-size", "13e9", "--gpus", "4", "--gpu", "a100-40", "--gpu-memory", "50"],
             {("ZeRO-3", "optimizer"): "", ("ZeRO-3", "all"): "fewer tokens/s"},
         ),

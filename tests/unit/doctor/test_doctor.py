@@ -207,7 +207,7 @@ def test_fewer_gpus_than_ranks(laptop: doctor.Report) -> None:
 def test_slurm_counts_only_if_its_commands_respond(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, found: str | None
 ) -> None:
-    """Only the commands may be there: ``make cluster-tools`` installs them without a cluster."""
+    """Commands alone prove nothing: ``make cluster-tools`` installs them without a cluster."""
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     for name in ("sbatch", "sinfo"):
         (tmp_path / name).write_text(f"#!/bin/sh\nexit {code}\n")

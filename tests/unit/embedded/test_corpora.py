@@ -184,7 +184,6 @@ def test_every_answer_is_a_span_of_its_context(loaded):
 
 
 def test_the_answer_is_in_the_sentence_that_the_question_is_about(loaded):
-    """The answer is in the sentence about the thing that the question names."""
     for row in loaded["embedded/qa"]["train"]:
         named = re.match(r"(?:What does|What is the module|What is|When does) ([\w.]+)", row["question"])
         before = row["context"][: row["answers"]["answer_start"][0]]

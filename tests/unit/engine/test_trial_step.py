@@ -1,4 +1,4 @@
-"""Trial of an engine: it refuses a model only if the family's code fails, and steps aside if it cannot be made."""
+"""Trial of an engine: it refuses a model only if the family's code fails, and is skipped if it cannot run."""
 
 from __future__ import annotations
 

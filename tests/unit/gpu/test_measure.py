@@ -1,4 +1,4 @@
-"""Rehearsal on the CPU of the script that measures the course on a lent GPU, where there is no second try."""
+"""Rehearsal on the CPU of the script that measures the course on a GPU, where time is too precious for a second try."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_a_step_ends_at_its_limit_and_lists_the_cases_it_did_not_reach(run: Any)
     assert [case["status"] for case in content["cases"]] == ["done", "failed", "timed out", "not run", "not run"]
 
 
-def test_the_last_case_may_take_longer_than_a_process_may_linger(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_case_may_take_longer_than_the_grace_period(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "GRACE_SECONDS", 0.2)
     content = run(Step("slow", "tests.gpu.slow_end", limit=60, case_limit=60))
     assert by_case(content)["last"]["status"] == "done"
@@ -137,17 +137,17 @@ def test_the_last_case_may_take_longer_than_a_process_may_linger(run: Any, monke
 
 
 def test_a_module_that_cannot_be_imported_fails_only_its_step(run: Any) -> None:
-    content = run(Step("none", "tests.gpu.no_such_page", limit=60, case_limit=60))
+    content = run(Step("none", "tests.gpu.no_such_module", limit=60, case_limit=60))
     assert content["status"] == "failed"
-    assert "no_such_page" in content["cases"][0]["error"]["message"]
+    assert "no_such_module" in content["cases"][0]["error"]["message"]
 
 
-def test_the_time_for_everything_bounds_a_step(run: Any) -> None:
+def test_the_total_time_limit_bounds_a_step(run: Any) -> None:
     assert run(Step("faults", "tests.gpu.faults", limit=60, case_limit=60), until=time.time())["status"] == "timed out"
 
 
-def test_all_steps_fit_what_a_lent_machine_allows() -> None:
-    """Eight files come back, a command has ten minutes: six steps, the log and the traces, in eight minutes."""
+def test_all_steps_fit_into_ten_minutes() -> None:
+    """The results are eight files: of six steps, the log and the traces."""
     assert len(measure.STEPS) + 2 <= 8
     assert max(measure.MINUTES.values()) * 60 + max(step.case_limit for step in measure.STEPS) < 600
     assert all(step.case_limit <= step.limit for step in measure.STEPS)

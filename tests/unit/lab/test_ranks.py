@@ -17,7 +17,7 @@ from tutorial_lib.lab.ranks import on_ranks, script_on_ranks
 def test_every_rank_calls_the_function_in_one_process_group() -> None:
     factor = 10
 
-    def add_up(power: int) -> list[float]:  # a function of this function, as a notebook's cells have them
+    def add_up(power: int) -> list[float]:  # a local function, like those of a notebook's cells
         print("not shown")
         number = torch.tensor(float(factor**power * dist.get_rank()))
         dist.all_reduce(number)

@@ -1,4 +1,4 @@
-"""Exercise of the first page: it accepts the right answer and explains a wrong one."""
+"""Exercise of lesson 00: it accepts the right answer and explains a wrong one."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def test_a_rank_that_cannot_be_reached_is_named_on_all_ranks(monkeypatch: pytest
 
 
 def test_a_rank_that_only_connects_itself_need_not_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
-    """gloo has the rank with the higher address connect, so a run may work behind an address that leads nowhere."""
+    """In gloo, the rank with the higher address connects, so others need not reach that address."""
     place, private = connectivity._place, [{"address": "203.0.113.1"}]
     monkeypatch.setattr(connectivity, "CONNECT_SECONDS", 0.5)
     monkeypatch.setattr(

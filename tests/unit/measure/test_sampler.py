@@ -142,7 +142,7 @@ def test_processes_that_start_and_end_do_not_disturb_the_sampler(tmp_path: Path)
 def test_a_process_that_ends_during_a_reading_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    """The same by force: the child ends just before the named call."""
+    """Force it: the child ends just before the named call."""
     child, original = start(HOLD), getattr(psutil.Process, call)
 
     def end_before(process: psutil.Process, **arguments: Any) -> Any:

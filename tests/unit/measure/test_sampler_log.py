@@ -34,7 +34,7 @@ def write_sampler_log(path: Path, *readings: tuple[list[dict[str, Any]], list[di
     return path
 
 
-# --- what a series comes to ------------------------------------------------------------------------------------------
+# --- peak, mean, duration and modes ----------------------------------------------------------------------------------
 
 
 def test_peak_mean_and_duration() -> None:

@@ -1,4 +1,4 @@
-"""Selective activation checkpointing: the same gradients, and only the results that are cheap are computed again."""
+"""Selective activation checkpointing: the same gradients; every second product is computed again, but not attention."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def test_every_dependency_is_pinned_and_only_constraints_have_versions() -> None
     assert [str(r) for r in wanted() if r.specifier] == []
 
 
-def test_the_pins_are_closed_and_installed() -> None:
+def test_transitive_dependencies_are_pinned_and_installed() -> None:
     """Dependencies of the packages are pinned too, and this environment has exactly those versions."""
     seen: dict[str, str] = {}
     todo = wanted()
@@ -54,7 +54,7 @@ def test_the_pins_are_closed_and_installed() -> None:
                 todo.append(inner)
     installed = {key.split("[")[0]: version for key, version in seen.items()}
     assert {name: version for name, version in installed.items() if pins().get(name) != version} == {}
-    assert len(installed) > 100  # the walk did walk
+    assert len(installed) > 100  # so the loop did visit them
 
 
 def test_conda_and_binder_get_the_same_packages_on_the_same_python() -> None:

@@ -1,4 +1,4 @@
-"""The tree in the README: a reader finds every page of the package there."""
+"""File tree in the README: it lists every module and directory."""
 
 from __future__ import annotations
 

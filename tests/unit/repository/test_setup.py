@@ -1,4 +1,4 @@
-"""Set-up: when it runs, and what it says of a machine that lacks something."""
+"""Set-up: when it runs, and what it says about a machine that lacks something."""
 
 from __future__ import annotations
 

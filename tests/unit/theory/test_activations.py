@@ -107,7 +107,7 @@ def test_sequence_parallelism_divides_norms() -> None:
 
 
 def test_the_same_order_as_megatrons_formula() -> None:
-    """GPT without dropout's masks (34 - 2 x 1 - ...): Megatron keeps 34 bytes per token and h, PyTorch's kernels 32."""
+    """Megatron keeps 34 bytes per token and h; without dropout's two masks of one byte, that is PyTorch's 32."""
     gpt = MODELS["gpt2"]
     pytorch = layer_activations(gpt).kept / gpt.hidden
     fused_gelu = pytorch - (5 - 2) * 2 * 4

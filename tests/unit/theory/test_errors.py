@@ -32,10 +32,10 @@ def test_speed_of_published_runs_of_large_models(run: Published) -> None:
 
 
 def test_small_models_are_slower_than_predicted() -> None:
-    """The model ignores launches of kernels: the direction of that error is known, but not its size."""
+    """The model ignores kernel launches: the direction of that error is known, but not its size."""
     small = [errors.errors_of(run).speed_error for run in MODELLED if run not in LARGE]
     assert len(small) == 4 and min(small) > 0
-    assert sum(error <= errors.TIME_GOAL for error in small) == 2  # where unfused attention is most
+    assert sum(error <= errors.TIME_GOAL for error in small) == 2  # those with the most unfused attention
 
 
 def test_offload_is_a_known_error_of_the_time_model() -> None:

@@ -1,4 +1,4 @@
-"""Imports of the arithmetic."""
+"""Imports of the theory package."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 
-def test_theory_imports_neither_torch_nor_other_rooms() -> None:
+def test_theory_imports_neither_torch_nor_other_packages() -> None:
     program = (
         "import sys, tutorial_lib.theory.remedies, tutorial_lib.theory.reasons, tutorial_lib.theory.known_models\n"
         "others = [m for m in sys.modules if m.startswith('tutorial_lib.') and '.theory' not in m]\n"

@@ -37,6 +37,6 @@ def test_a_step_of_masked_labels_is_refused():
 
 
 @pytest.mark.parametrize("value", [0.1, -1e300, 3])
-def test_a_sum_of_one_rank_is_its_own_to_the_last_bit(value):
+def test_a_sum_over_one_rank_is_its_value_bit_for_bit(value):
     assert sum_over_ranks(value, ALONE) == value
     assert sum_over_ranks(torch.tensor(value, dtype=torch.float64), ALONE) == value

@@ -14,7 +14,7 @@ DIED = ActorDiedError()
 
 
 def record(rank: int, type: str, message: str) -> dict[str, Any]:
-    """Return a worker's error as it is on disk, without what does not matter here."""
+    """Return a worker's error as it is on disk, with its time and traceback blank."""
     return {"rank": rank, "type": type, "message": message, "time": 0.0, "traceback": ""}
 
 

@@ -104,7 +104,7 @@ def test_conflicting_arguments_are_refused(
 def test_a_file_under_the_users_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str]
 ) -> None:
-    """A shell hands on the ~ of --output=~/file as it is."""
+    """A shell does not expand the ~ of --output=~/file."""
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cli.main([*command, "--nodes", "1", "--gpus-per-node", "8", "--storage", "/s", "--output=~/file"]) == 0
     assert (tmp_path / "file").read_text()
