@@ -1,4 +1,4 @@
-"""Preflight checks: everything that can be refused before a process starts."""
+"""Preflight checks: refuse what cannot run here, before any process starts."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def preflight(config: Config) -> Config:
     m = config.model
     model = load_config(m.name, trust_remote_code=m.trust_remote_code)
     check_sequence_length(config.data.seq_length, model)
-    trial_forward(config, model)  # first: without a language model there may be no tokenizer and no vocabulary
+    trial_forward(config, model)  # first: a model for other tasks may have no tokenizer or vocabulary
     tokenizer = load_tokenizer(m.name, trust_remote_code=m.trust_remote_code)
     check_vocabulary(tokenizer, model)
     check_side_files(m.name)
@@ -82,7 +82,7 @@ def preflight(config: Config) -> Config:
     if has_data:
         check_data(config, tokenizer)
     if found:
-        # Under Ray the workers may have the tokens while this machine has not, so the workers compare them.
+        # Under Ray, only the workers' machines may have the tokens, so the workers compare them.
         compares = has_data and config.run.launcher != "ray"
         check_continues(config, found, (lambda: data_identity(config, tokenizer)) if compares else None)
     return config
