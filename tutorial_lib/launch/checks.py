@@ -82,7 +82,7 @@ def preflight(config: Config) -> Config:
     if has_data:
         check_data(config, tokenizer)
     if found:
-        # Under Ray, only the workers' machines may have the tokens, so the workers compare them.
+        # Under Ray, the tokens may exist on the workers' machines only, so the workers compare them.
         compares = has_data and config.run.launcher != "ray"
         check_continues(config, found, (lambda: data_identity(config, tokenizer)) if compares else None)
     return config

@@ -160,7 +160,7 @@ class _Server:
         Args:
             job: the ranks to start.
             poll: called a few times per second.
-            is_stopped: whether the runs were asked to stop. Checked until the ranks have started; if so, none starts.
+            is_stopped: whether the runs were asked to stop. If this is true before the ranks have started, none starts.
 
         Raises:
             WorkerError: the server itself has died.

@@ -66,7 +66,7 @@ def main(launcher_pid: str, address: str) -> None:
                 _import_ray()
         if importlib.import_module("torch").cuda.is_initialized() or (cluster and not _forks_differ()):
             return  # Ray will start its workers itself
-        own = {(name, cluster[name]) for name in CLUSTER_VARIABLES if cluster}  # empty without a cluster: then every request matches
+        own = {(name, cluster[name]) for name in CLUSTER_VARIABLES if cluster}  # empty if it serves any cluster
         # Let the kernel reap the forks. Not earlier: imports run programs and need their exit codes.
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         while True:
