@@ -100,7 +100,7 @@ def what_was_lost() -> Exercise:
         check=choice(
             "optimizer",
             near={
-                "weights": "Then the first loss would be that of an untrained model.",
+                "weights": "Then the first loss would be an untrained model's.",
                 "position": "Then rows would be read twice, or never.",
                 "random states": "Different dropout masks would already change the first loss.",
             },

@@ -149,11 +149,11 @@ def _check_states(config: Config) -> None:
     ranks, held = config.parallel.world_size, sum(each.total for each in states) / 1e9
     to_start, available = ranks * MEMORY_TO_START_GB, available_memory_gb()
     if held > (1 - HEADROOM) * (available - to_start):
-        where = "offload moves nothing on a CPU; " if config.engine.offload != "none" else ""
+        where = " (offload moves nothing on a CPU)" if config.engine.offload != "none" else ""
         raise ConfigError(
             f"This run needs {held + to_start:.1f} GB of memory, and {available:.1f} GB are free here: {held:.1f} GB "
             f"for model states on {_ranks(ranks)}, and {to_start:.1f} GB to start; a third is reserved for activations "
-            f"and buffers. Write a smaller model, precision='bf16', or a higher ZeRO stage; {where}or close other "
+            f"and buffers. Write a smaller model, precision='bf16', or a higher ZeRO stage{where}; or close other "
             "programs. `python -m tutorial_lib plan` shows what would fit elsewhere."
         )
 

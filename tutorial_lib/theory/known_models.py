@@ -73,8 +73,8 @@ _USUALLY_MEANT = {7e9: "llama-2-7b"}
 def nearest_model(num_params: float, *, within: float = 0.05) -> str | None:
     """Return the name of the public model nearest in size, or None if none is within this relative distance.
 
-    By "70B" people mean a model with grouped-query attention and 128,256 tokens: a shape derived only from the size
-    would miss both.
+    By "70B" people mean a model with grouped-query attention and a vocabulary of 128,256: a shape derived only from the
+    size would miss both.
     """
 
     if num_params in _USUALLY_MEANT:

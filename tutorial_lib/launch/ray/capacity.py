@@ -90,7 +90,7 @@ def resized(config: Config, dp: int) -> Config:
 
 
 def read_nodes() -> list[Node]:
-    """Return the cluster's live nodes as Ray's head node knows them; this may be a few seconds old."""
+    """Return the cluster's live nodes as Ray's head node knew them, at most a few seconds ago."""
     import ray
     from ray._private.state import available_resources_per_node
 
