@@ -44,7 +44,7 @@ check: $(READY) ## lint and unit: run this all the time
 test: $(READY) ## lint, unit, distributed, cluster, notebooks and nbval, and how long each took
 	@.ci/parts lint unit distributed cluster notebooks nbval
 
-matrix: $(READY) cluster-tools ## distributed with every valid combination of settings, each rank in a new interpreter
+matrix: $(READY) cluster-tools ## distributed with every valid combination of settings, each rank in a new interpreter; then all of cluster
 	@MATRIX=1 TUTORIAL_LIB_WARM_WORKERS=0 $(TESTS) tests/distributed $(TWO_GROUPS)
 	@MATRIX=1 $(TESTS) tests/cluster $(TWO_FILES)
 
@@ -60,7 +60,7 @@ cluster: $(READY) cluster-tools ## torchrun, SLURM and Ray on virtual nodes of t
 cluster-tools: ## install SLURM and munge, which cluster needs (as root, with apt-get)
 	@.ci/cluster-tools
 
-notebooks: $(READY) ## every notebook as committed: its form, its claims, and that the code it shows is the library's
+notebooks: $(READY) ## check each committed notebook: its form, its claims, and that the code it shows is the library's
 	@$(TESTS) tests/notebooks
 
 nbval: $(READY) ## every notebook runs, all claims hold with the committed numbers, deterministic cells show what is committed

@@ -57,7 +57,7 @@ def train(options, mesh):
     """Train, or continue, up to step `options.steps`."""
     device, dp = mesh.device_type, mesh["dp"]
     model = build_model(options.model, mesh, torch.bfloat16 if device == "cuda" else torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, foreach=False)  # not two meshes at once
+    optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, foreach=False)  # foreach cannot mix meshes
     start, names = 0, ("model_state_dict", "optim_state_dict")
     if saved := sorted(options.directory.glob("step-*/.metadata")):  # written last: without it a save is incomplete
         states = dict(zip(names, sd.get_state_dict(model, optimizer), strict=True))

@@ -1,5 +1,5 @@
 """Notebook tools: claims, figures, source listings, progress, exercises.
 
-Notebooks stay short because these functions take plain rows and dictionaries. Nothing here imports torch, an engine or
-the trainer, and the drawing library is only imported when something is drawn.
+Notebooks stay short because these functions take plain rows and dictionaries. Nothing here imports an engine or the
+trainer, and the drawing library is only imported when something is drawn.
 """

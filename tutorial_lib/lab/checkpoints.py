@@ -1,4 +1,4 @@
-"""Helpers and exercises of lesson 04: a model to train, a worker to kill, and what is lost if it is not saved."""
+"""Helpers and exercises of lesson 04: copy a model, kill a worker, silence libraries, read losses from a log."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def copy_model(name: str, directory: Path, **changes: Any) -> str:
         **changes: keys of its ``config.json``.
 
     Returns:
-        The directory, as a model's name.
+        The copy's path, which is also its model name.
     """
     shutil.rmtree(directory, ignore_errors=True)
     weights = shutil.ignore_patterns("*.safetensors*", "*.bin*")
@@ -85,7 +85,7 @@ def quiet() -> Iterator[None]:
 
 
 def losses_in_log(log: Path) -> dict[int, float]:
-    """Return the losses by step that a loop has printed into a log so far; none if there is no log yet."""
+    """Return the losses that a loop has logged so far, by step; empty if there is no log yet."""
     text = log.read_text(encoding="utf-8") if log.exists() else ""
     found = re.findall(r"^step +(\d+)  loss (\S+)$", text, re.MULTILINE)
     return {int(step): float(loss) for step, loss in found}
@@ -100,7 +100,7 @@ def what_was_lost() -> Exercise:
         check=choice(
             "optimizer",
             near={
-                "weights": "Then the first loss would be that of an untrained model.",
+                "weights": "Then the first loss would be an untrained model's.",
                 "position": "Then rows would be read twice, or never.",
                 "random states": "Different dropout masks would already change the first loss.",
             },

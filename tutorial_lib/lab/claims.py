@@ -225,7 +225,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    """Format numbers with enough digits for a tolerance of 1e-6, and long sequences by their ends."""
+    """Format numbers with enough digits for a tolerance of 1e-6; shorten long sequences."""
     if _is_sequence(value):
         shown = [_short(v) for v in value]
         return ", ".join(shown if len(shown) <= 4 else [*shown[:2], "…", shown[-1]])

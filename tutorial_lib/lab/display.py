@@ -1,4 +1,4 @@
-"""Display in notebooks and elsewhere; with :mod:`tutorial_lib.tables`, whose functions notebooks import from here."""
+"""Display of MIME bundles in notebooks and terminals. Re-exports the functions of :mod:`tutorial_lib.tables`."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ A lesson shows the exercise in one cell and checks the answer in the next::
 
     lowest.check(...)  # write your answer in place of the dots
 
-A missing answer is neither right nor wrong, so a notebook with open exercises still runs.
+A missing answer is neither right nor wrong, so a notebook with unanswered exercises still runs.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Exercise:
         return ["Hint"] if count == 1 else [f"Hint {number} of {count}" for number in range(1, count + 1)]
 
     def __str__(self) -> str:
-        """Return the question and the names of the attributes with the rest, because text cannot be folded."""
+        """Return the question, and name the attributes that hold hints and solution: text cannot be folded."""
         count = len(self.hints)
         places = [f"{count} hint{'s' if count > 1 else ''} in .hints"] if count else []
         return f"Exercise: {self.question}\n({', '.join([*places, 'solution in .solution'])})"
@@ -133,8 +133,8 @@ def number(
         near: replies to likely mistakes, by the wrong number, with the same tolerances.
 
     Raises:
-        ValueError: a tolerance is negative or not a number, a right answer would be refused, or a mistake in ``near``
-            would be accepted.
+        ValueError: ``expected`` is not finite, a tolerance is negative or NaN, or a mistake in ``near`` would be
+            accepted.
     """
     if not (tolerance >= 0 and relative >= 0 and math.isfinite(expected)):
         raise ValueError(f"{expected=}, {tolerance=}, {relative=}: write finite numbers, and tolerances of 0 or more.")

@@ -103,8 +103,8 @@ def lines(
             take its colour and its entry in the legend.
         notes: texts, each with its centre.
         log: logarithmic axes.
-        x_end: smallest end of the horizontal axis, from 1 on; default: where the values end.
-        y_start: start of the vertical axis; default: where the values start.
+        x_end: draw the horizontal axis from 1 to at least this value; default: fit the values.
+        y_start: start of the vertical axis; default: fit the values.
     """
     with styled_axes(title, alt, size=(7.0, 3.6)) as (axes, drawn):
         dashes = ("-", (0, (5, 2)), (0, (2, 2)), (0, (6, 2, 1, 2)), (0, (1, 1)))
@@ -147,7 +147,7 @@ def lines(
             axes.set_ylim(bottom=y_start)
         if points or (marks and len(series) > 1):  # these may be anywhere and leave no room for a legend inside
             labels = dict.fromkeys([*series, *(points or {})])
-            rows = 1 + sum(len(label) + 11 for label in labels) // 94  # about as many characters fit side by side
+            rows = 1 + sum(len(label) + 11 for label in labels) // 94  # about 94 characters fit side by side
             axes.figure.legend(frameon=False, ncols=-(-len(labels) // rows), loc="outside lower center", handlelength=3)
         elif len(series) > 1:
             axes.legend(frameon=False, handlelength=3)
@@ -213,8 +213,7 @@ def grouped_memory(
     Args:
         states: bytes by group, series and part, such as
             ``{"stage 1": {"predicted": {"parameters": ..., "gradients": ..., "optimizer": ...}, "measured": ...}}``.
-            Only the keys of :data:`PARTS` are drawn, or ``total`` if there are none of them: a grey bar, for a number
-            that is not split.
+            Only the keys of :data:`PARTS` are drawn. A bar with none of them shows its ``total`` in grey.
         title: the finding.
         alt: the figure in words.
         unit: ``B``, ``kB``, ``MB``, ``GB``, ``KiB``, ``MiB`` or ``GiB``.

@@ -151,7 +151,7 @@ def _matrix(axes: Any, x: float, y: float, side: float, name: str, rank: int, co
 
 
 def fsdp_strategies(axes: Any) -> None:
-    """Draw the parameters on rank 0 of four in the course of a step, under each of FSDP's strategies."""
+    """Draw the parameters on rank 0 of four during a step, under each FSDP strategy."""
     phases = ["before", "forward\n1", "forward\n2", "forward\n3", "backward\n3", "backward\n2", "backward\n1",
               "update"]  # fmt: skip
     none, one, all_layers = (), ((0,), (1,), (2,)), (0, 1, 2)
@@ -324,7 +324,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tutorial_lib.lab.images", description="Draw the course's pictures."
     )
-    parser.add_argument("directory", type=Path, nargs="?", default=DIRECTORY, help="where to (default: images/)")
+    parser.add_argument("directory", type=Path, nargs="?", default=DIRECTORY, help="destination (default: images/)")
     directory = parser.parse_args().directory
     for name in PICTURES:
         print(draw(name, directory))

@@ -88,7 +88,7 @@ def _reader(path: Path) -> str:
 
 
 def _is_running(run: Path) -> bool:
-    """Return whether a process is launching or training the run, which holds a lock of tutorial_lib.checkpoint.lock."""
+    """Return whether a process holds a lock of the run (tutorial_lib.checkpoint.lock) to launch or train it."""
     for name in (".launch.lock", ".lock"):
         if not (run / name).exists():
             continue

@@ -57,7 +57,7 @@ class Question:
 
 @lru_cache(maxsize=256)
 def candidates(question: Question) -> tuple[list[Candidate], Cluster]:
-    """Return the layouts, best first, and the devices.
+    """Return the layouts, best first, and the cluster.
 
     Raises:
         ValueError: the preset or the combination cannot be planned.

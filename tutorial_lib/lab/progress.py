@@ -21,7 +21,7 @@ Row = Mapping[str, Any]
 
 
 class StatusLine:
-    """A line of text: one output of a notebook or one line of a terminal, replaced each time; in a log, a line each.
+    """A status line, replaced in place in a notebook or terminal; in a log, each update is a new line.
 
     Args:
         file: where to write outside notebooks; default: standard error.
@@ -38,7 +38,7 @@ class StatusLine:
         self._thread: threading.Thread | None = None
 
     def show(self, text: str) -> None:
-        """Replace the line, cut to a terminal's width; in a log, write another one."""
+        """Replace the line, cut to a terminal's width; in a log, write a new one."""
         if self.in_notebook:
             self.show_bundle({"text/plain": text})
         elif self.is_live:
@@ -48,14 +48,14 @@ class StatusLine:
             print(text, file=self._file, flush=True)
 
     def keep(self, text: str) -> None:
-        """Replace the line, and in a terminal go on below it."""
+        """Replace the line and, in a terminal, let later output start below it."""
         if self.is_live and not self.in_notebook:
             print(f"\r\x1b[K{text}", file=self._file, flush=True)
         else:
             self.show(text)
 
     def show_bundle(self, data: Mapping[str, Any], metadata: Mapping[str, Any] | None = None) -> None:
-        """Replace the notebook's output, by MIME type."""
+        """Replace the notebook's output with a MIME bundle."""
         from IPython.display import display, update_display
 
         shown: dict[str, Any] = {"metadata": dict(metadata or {}), "raw": True}
@@ -86,7 +86,7 @@ class StatusLine:
 
 
 class Progress:
-    """Shows the current step of runs. A context manager: it shows at once that a run is starting.
+    """The current step of one or more runs; as a context manager, it says at once that a run is starting.
 
     Several runs may follow one another: when the step number goes back, the next run has started. Where the line can be
     replaced, a thread refreshes it twice a second, so that a waiting reader sees the seconds go by.
@@ -125,7 +125,7 @@ class Progress:
         return self
 
     def on_rows(self, rows: Sequence[Row]) -> None:
-        """Receive the rows that are new since the last call. They have a step and a loss, and perhaps their speed."""
+        """Receive the new rows since the last call. Each has a step and a loss; tokens and seconds are optional."""
         with self._lock:
             for row in rows:
                 if not self.runs or row["step"] <= self.runs[-1][-1]["step"]:
@@ -152,7 +152,7 @@ class Progress:
             self._show(self._state())
 
     def _refresh(self) -> None:
-        """Show what changes without new rows."""
+        """Show how long it has been since the last row."""
         with self._lock:
             waited = time.monotonic() - self._last_news
             if not self.runs:
@@ -194,7 +194,7 @@ class Progress:
         of_all = f"run {len(self.runs)} of {len(self.labels)}, " if self.labels else ""
         of_total = f" of {self.total_steps}" if self.total_steps else ""
         text = f"{of_all}{self._label(len(self.runs) - 1)}: step {last['step']}{of_total}, loss {last['loss']:.4f}"
-        if last.keys() >= {"tokens", "seconds"}:  # a loop of a reader's own may report less
+        if last.keys() >= {"tokens", "seconds"}:  # a reader's own loop may report less
             text += f", {last['tokens'] / max(float(last['seconds']), 1e-9):.0f} tokens/s"
             text += f"; about {duration(self._seconds_left())} left" if self._steps_left() else ""
         return text
@@ -211,10 +211,10 @@ class LiveCurve(Progress):
     """A loss curve in a notebook's output, redrawn while workers run; at the end one figure remains.
 
     Args:
-        total_steps: as for :class:`Progress`, like ``title`` and ``labels``.
+        total_steps: as for :class:`Progress`.
         title: name of the activity. The final figure's title also states the first and the last loss.
         labels: names of the runs.
-        interval: minimum number of seconds between drawings, to leave the processor to the run.
+        interval: minimum number of seconds between drawings, to leave the CPU to the run.
     """
 
     def __init__(
@@ -257,7 +257,7 @@ class LiveCurve(Progress):
 def progress(
     total_steps: int | None, *, title: str = "training", labels: Sequence[str] = (), curve: bool = True
 ) -> Progress:
-    """Choose the right kind of progress for this process.
+    """Return a live curve in a notebook, or a status line elsewhere.
 
     Args:
         total_steps: optimizer steps of each run, or None if only its epochs are known.

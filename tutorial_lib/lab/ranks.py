@@ -58,7 +58,7 @@ def _run_rank(rank: int, num_ranks: int, scratch: Path, function: Callable[..., 
     dist.init_process_group("gloo", init_method=f"file://{scratch}/rendezvous", rank=rank, world_size=num_ranks)
     result = function(*arguments)
     (scratch / str(rank)).write_bytes(pickle.dumps(result))
-    if dist.is_initialized():  # a script ends its own
+    if dist.is_initialized():  # a script may have destroyed it already
         dist.destroy_process_group()
 
 

@@ -19,7 +19,7 @@ RECORDING = Path(__file__).with_name("recorded") / "cluster.json"
 
 
 def recording() -> dict[str, Any]:
-    """Return the recording from a cluster, for readers who have none: see :data:`RECORDING`."""
+    """Return the recording, for readers without a cluster: see :data:`RECORDING`."""
     return dict(json.loads(RECORDING.read_text(encoding="utf-8")))
 
 

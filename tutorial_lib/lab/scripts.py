@@ -23,7 +23,7 @@ def __getattr__(name: str) -> ModuleType:
     """Import the script of this name.
 
     Raises:
-        AttributeError: there is no such script, or this is the package without the course.
+        AttributeError: there is no such script, or the package is installed without the course.
     """
     path = DIRECTORY / f"{name}.py"
     if name.startswith("_") or not path.is_file():

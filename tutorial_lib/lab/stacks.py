@@ -63,7 +63,7 @@ def wait_until_stuck(launcher: int, num_ranks: int, script: str, *, seconds: flo
     Args:
         launcher: process id of torchrun.
         num_ranks: number of ranks that it starts.
-        script: file name of the reader's script; a rank that is still importing is not in it.
+        script: file name of the reader's script; a rank that is still importing does not count as stuck.
         seconds: give up after this long.
 
     Raises:
@@ -82,7 +82,7 @@ def wait_until_stuck(launcher: int, num_ranks: int, script: str, *, seconds: flo
 
 
 def calls_in(stack: Sequence[str], script: str) -> list[str]:
-    """Return the calls of a stack that are in one file, and the library call inside them, innermost first."""
+    """Return the stack's innermost call, then its calls in one file, innermost first."""
     own = [place for place, call in enumerate(stack) if call.startswith(f"{script}:")]
     return [*list(stack[:1]), *(stack[place] for place in own)]
 

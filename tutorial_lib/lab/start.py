@@ -1,4 +1,4 @@
-"""Exercise of the first page (lesson 00)."""
+"""Exercise of lesson 00."""
 
 from __future__ import annotations
 

@@ -66,8 +66,8 @@ def peak_as_processes_are_added(one: Any, two: Any) -> Exercise:
     """Return the exercise on the memory of a process as processes are added.
 
     Args:
-        one: record of a row of the reader's on one process, with ``states_bytes`` and ``peak_bytes``.
-        two: record of a row with the same stage of ZeRO and the same micro-batch on more processes.
+        one: record of the reader's row on one process, with ``states_bytes`` and ``peak_bytes``.
+        two: record of a row with the same ZeRO stage and micro-batch on more processes.
     """
     before, after = (row.states_bytes / MIB for row in (one, two))
     words = {-1: "falls", 0: "stays", 1: "rises"}
@@ -92,7 +92,7 @@ def what_pinning_changed(rows: Sequence[Any]) -> Exercise:
     """Return the exercise on pinned memory.
 
     Args:
-        rows: rows of the reader's matrix on one process; on a GPU with ``2ZOP-1G1N``, which is pinned, too.
+        rows: rows of the reader's matrix on one process; on a GPU they include the pinned ``2ZOP-1G1N``.
     """
     by_name = {row.name: row for row in rows}
     changes = _changes(by_name["2ZO-1G1N"], by_name["2ZOP-1G1N"]) if "2ZOP-1G1N" in by_name else {}

@@ -14,7 +14,7 @@ from tutorial_lib.theory.memory import model_states
 
 
 def smooth(values: Sequence[float], window: int = 8) -> list[float]:
-    """Return the running mean over the last ``window`` values, or as many as there are."""
+    """Return the running mean over up to ``window`` values."""
     return [sum(part) / len(part) for end in range(1, len(values) + 1) if (part := values[max(0, end - window) : end])]
 
 
@@ -117,7 +117,7 @@ def what_was_forgotten() -> Exercise:
             "b",
             near={
                 "a": "Then the first step would already read different rows, and its loss would differ.",
-                "c": "Then the first loss would be that of the base model.",
+                "c": "Then the first loss would be the base model's.",
             },
         ),
         hints=["A step's loss is computed before its update. What can change the update but not the loss before it?"],

@@ -1,10 +1,10 @@
 """Launchers: start the ranks of a run here, under Ray Train, or join the ranks that torchrun or srun started.
 
 All launchers call :func:`tutorial_lib.trainer.train` on every rank; they differ only in how they start it.
-:func:`preflight` refuses everything that can be refused before any process starts.
+:func:`preflight` refuses what cannot run here, before any process starts.
 
 Importing this package is quick, so that :func:`warm_up` can start its server first and load torch at the same time as
-the caller. Its modules therefore import anything that needs torch inside functions.
+the caller. The modules below therefore import anything that needs torch inside functions.
 """
 
 from tutorial_lib.launch.checks import preflight

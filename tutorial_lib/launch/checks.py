@@ -1,4 +1,4 @@
-"""Preflight checks: everything that can be refused before a process starts."""
+"""Preflight checks: refuse what cannot run here, before any process starts."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def preflight(config: Config) -> Config:
     m = config.model
     model = load_config(m.name, trust_remote_code=m.trust_remote_code)
     check_sequence_length(config.data.seq_length, model)
-    trial_forward(config, model)  # first: without a language model there may be no tokenizer and no vocabulary
+    trial_forward(config, model)  # first: a model for other tasks may have no tokenizer or vocabulary
     tokenizer = load_tokenizer(m.name, trust_remote_code=m.trust_remote_code)
     check_vocabulary(tokenizer, model)
     check_side_files(m.name)
@@ -82,7 +82,7 @@ def preflight(config: Config) -> Config:
     if has_data:
         check_data(config, tokenizer)
     if found:
-        # Under Ray the workers may have the tokens while this machine has not, so the workers compare them.
+        # Under Ray, the tokens may exist on the workers' machines only, so the workers compare them.
         compares = has_data and config.run.launcher != "ray"
         check_continues(config, found, (lambda: data_identity(config, tokenizer)) if compares else None)
     return config
@@ -149,11 +149,11 @@ def _check_states(config: Config) -> None:
     ranks, held = config.parallel.world_size, sum(each.total for each in states) / 1e9
     to_start, available = ranks * MEMORY_TO_START_GB, available_memory_gb()
     if held > (1 - HEADROOM) * (available - to_start):
-        where = "offload moves nothing on a CPU; " if config.engine.offload != "none" else ""
+        where = " (offload moves nothing on a CPU)" if config.engine.offload != "none" else ""
         raise ConfigError(
             f"This run needs {held + to_start:.1f} GB of memory, and {available:.1f} GB are free here: {held:.1f} GB "
             f"for model states on {_ranks(ranks)}, and {to_start:.1f} GB to start; a third is reserved for activations "
-            f"and buffers. Write a smaller model, precision='bf16', or a higher ZeRO stage; {where}or close other "
+            f"and buffers. Write a smaller model, precision='bf16', or a higher ZeRO stage{where}; or close other "
             "programs. `python -m tutorial_lib plan` shows what would fit elsewhere."
         )
 

@@ -1,7 +1,7 @@
 """Check that ranks reach each other across nodes, before gloo connects all of them.
 
 Ranks that use a wrong network interface still meet, because they all go to the same address to meet. Only then does
-gloo connect each two ranks, and where that fails, one of them fails at once and blames its own interface, while the
+gloo connect each pair of ranks. Where that fails, one of them fails at once and blames its own interface, while the
 other waits for as long as a collective may take. So each rank first connects to its neighbours, for a few seconds, and
 all ranks learn which connection failed.
 """
@@ -28,7 +28,7 @@ class _Place:
 
     Attributes:
         node: host name of its node.
-        address: address at which it listens, and later gloo.
+        address: address at which it listens, as gloo will later.
         port: its port for this check.
         chosen: how the address was chosen.
         interfaces: the node's network interfaces with their addresses.
@@ -44,7 +44,7 @@ class _Place:
 def unreachable_rank(store: Store, rank: int, num_ranks: int) -> str:
     """Describe a rank that its neighbour cannot reach, or return an empty string if there is none. Collective.
 
-    Ranks of a node are consecutive, so every node has a neighbour on another one. All ranks return the same.
+    The ranks of a node are consecutive, so some rank on each node has a neighbour on another. All return the same.
     """
     with _listen() as server:
         own = _place(server)
@@ -84,7 +84,7 @@ def _place(server: socket.socket) -> _Place:
 def _problem(rank: int, own: _Place, peer: int, place: _Place) -> str:
     """Return why a rank cannot connect to its peer, or an empty string if it can, or need not.
 
-    As in gloo, the rank with the higher address connects, and the other one listens: it may be unable to connect.
+    As in gloo, the rank with the higher address connects and the other one listens. The reverse may be impossible.
     """
     if ip_address(own.address).packed < ip_address(place.address).packed:
         return ""

@@ -63,7 +63,7 @@ def error_of_joined_rank(directory: RunDirectory, rank: int, num_ranks: int) -> 
 
 
 def _silent_ranks(records: Sequence[Mapping[str, Any]], num_ranks: int) -> str:
-    """Say which ranks left no error, although all the others have lost them."""
+    """Name the ranks that left no error; if there are none, suspect the network."""
     silent = sorted(set(range(num_ranks)) - {record["rank"] for record in records})
     if not silent:
         return "So did all the others: the network between their nodes may have failed."

@@ -42,7 +42,7 @@ _FATAL = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.
 """Signals that kill a rank before it can say why; its peers' errors are only consequences."""
 
 _NOTICED_SECONDS = 2.0
-"""Most seconds until a killed rank's end is noticed."""
+"""Longest delay, in seconds, until a killed rank's end is noticed."""
 
 PEERS_SECONDS = 10
 """Seconds that the other ranks get to end after one has failed."""
@@ -160,7 +160,7 @@ class _Server:
         Args:
             job: the ranks to start.
             poll: called a few times per second.
-            is_stopped: whether the runs were asked to stop. If they were before the ranks have started, none starts.
+            is_stopped: whether the runs were asked to stop. If this is true before the ranks have started, none starts.
 
         Raises:
             WorkerError: the server itself has died.
@@ -297,7 +297,7 @@ def _job(
 
 
 def _ended_by_request(failures: Sequence[Failure], directories: Sequence[RunDirectory]) -> bool:
-    """Return whether the ranks were asked to stop, and failed ones were only hit by the signal outside training."""
+    """Return whether the ranks were asked to stop, and only the signal itself ended those that failed."""
     asked = any(directory.stop_file.exists() for directory in directories)
     by_signal = all(failure.exit_code in (-signal.SIGTERM, -signal.SIGUSR1) for failure in failures)
     return asked and by_signal and not any(directory.errors() for directory in directories)

@@ -162,7 +162,7 @@ def _explain_rendezvous(error: RuntimeError) -> str:
         why = (
             f"{who} met the others at {host}:{port}, but gloo could not connect it to each of them. It used "
             + (f"GLOO_SOCKET_IFNAME={chosen}" if chosen else "the address of its host name")
-            + ". Write GLOO_SOCKET_IFNAME=... with the interface of the network between the nodes; here are "
+            + ". Write GLOO_SOCKET_IFNAME=... with the interface of the network between the nodes; this node has "
             + ", ".join(f"{name} ({address})" for name, address in addresses())
             + "."
         )

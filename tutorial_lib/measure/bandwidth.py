@@ -81,9 +81,9 @@ def time_collectives(
     """Time collectives of the default process group. Collective.
 
     Args:
-        sizes: sizes of the full fp32 tensor in bytes; each rank's share is rounded down to at least one element.
+        sizes: sizes of the full fp32 tensor in bytes; each rank's share is rounded down, but has at least one element.
         kinds: some of :data:`KINDS`.
-        repeats: number of calls of each; the result is their median.
+        repeats: calls of each collective; the result is their median.
         device: where the tensors are; ``cuda`` with NCCL.
 
     Returns:
@@ -102,7 +102,7 @@ def time_collectives(
 
 
 def fit_link(timings: Sequence[Timing]) -> Link:
-    """Fit the latency and the bandwidth that explain timings best, by least squares of relative errors.
+    """Fit the latency and bandwidth that best explain the timings, by least squares of relative errors.
 
     Errors are relative because times differ a thousandfold, and every size should have the same weight. The latency is
     never below 0.

@@ -85,7 +85,7 @@ def sample_memory(path: str | Path, *, interval: float = 1.0, pid: int | None = 
         The log's path, to read it while it grows.
 
     Raises:
-        ValueError: the interval is not positive, or no process has this id or shows its memory.
+        ValueError: the interval is not positive, or no process has this id, or its memory cannot be read.
         FileExistsError: the file at ``path`` is not a memory log.
 
     Warns:
@@ -109,7 +109,7 @@ def sample_memory(path: str | Path, *, interval: float = 1.0, pid: int | None = 
 
 @contextmanager
 def _closing_quietly(file: TextIO) -> Iterator[TextIO]:
-    """Close a file at the end of the block. On a full disk that would repeat the error of the last write."""
+    """Close a file at the end of the block, ignoring errors: on a full disk, closing repeats the last write's."""
     try:
         yield file
     finally:

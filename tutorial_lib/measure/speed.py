@@ -1,4 +1,4 @@
-"""Speed: this machine's peak in matrix products, and ratios of two calls' times."""
+"""Speed: this machine's peak in matrix products, and the time ratio of two calls."""
 
 from __future__ import annotations
 

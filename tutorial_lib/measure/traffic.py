@@ -91,7 +91,7 @@ class Traffic:
     collectives: list[Collective] = field(default_factory=list)
 
     def tensors(self) -> Traffic:
-        """Return only collectives that carry floating-point tensors of some size, without bookkeeping."""
+        """Return only the collectives of model tensors, without bookkeeping."""
         return Traffic([c for c in self.collectives if not c.is_bookkeeping])
 
     def bookkeeping(self) -> Traffic:

@@ -6,7 +6,7 @@ the columns are sorted by rank first. Here for two ranks; each letter is half of
     by part   [ Q q | K k | V v ]      the order in transformers and in every saved model
     by rank   [ Q K V | q k v ]        the order that can be cut in two
 
-Qwen2 has three separate matrices. BLOOM's fused matrix goes head by head, each with its query, key and value, so
+Qwen2 has three separate matrices. BLOOM's fused matrix is ordered by head, each with its query, key and value, so
 contiguous heads are contiguous columns and nothing needs to move.
 """
 

@@ -265,7 +265,7 @@ def fetch(load: Callable[..., Any], what: str, name: str, **options: Any) -> Any
         if isinstance(error, ConfigError) or not _concerns_files(error, target):
             raise
         reason = str(error).strip().partition("\n")[0].rstrip()
-        if reason.endswith(":"):  # the reason is what follows
+        if reason.endswith(":"):  # the reason is on the next lines
             reason = " ".join(str(error).split())
         if not options.get("trust_remote_code") and "trust_remote_code" in str(error):
             raise ConfigError(
@@ -288,7 +288,7 @@ def fetch(load: Callable[..., Any], what: str, name: str, **options: Any) -> Any
 def _concerns_files(error: Exception, target: str) -> bool:
     """Return whether an error is about the model's files: missing, unreadable or of an unknown kind."""
     if isinstance(error, OSError):
-        # transformers' own OSErrors say what is missing and have no errno; the operating system's name a file.
+        # An OSError that transformers raises has no errno; one from the operating system has the file's name.
         return error.errno is None or str(error.filename).startswith(target)
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
     return not any(f"/{library}/" in raised_in for library in ("deepspeed", "pydantic", "torch"))

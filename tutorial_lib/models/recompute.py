@@ -4,7 +4,7 @@ The policy is torchtitan's, per operator (``parallelize_llama.py`` of December 2
 kernels, and of every second matrix product of a layer. Attention without a fused kernel is recomputed.
 
 After ZeRO-3 has built a model, ``torch.nn.functional.linear`` is DeepSpeed's, which adds the bias to the product in
-place. PyTorch does not notice that for a product that was kept, and the second forward would add the bias twice. So
+place. PyTorch does not notice that a kept product has changed, and the second forward would add the bias twice. So
 these contexts put PyTorch's own function back.
 """
 

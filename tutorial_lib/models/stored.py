@@ -113,7 +113,7 @@ def stored_tensors(paths: Iterable[Path]) -> list[StoredTensor]:
 
 
 def check_no_integers(found: Mapping[str, StoredTensor]) -> None:
-    """Refuse parameters that are stored as integers: read as plain numbers, quantized weights make another model.
+    """Refuse parameters that are stored as integers: read as plain numbers, quantized weights give a wrong model.
 
     Raises:
         ConfigError: names the first file and tensor.

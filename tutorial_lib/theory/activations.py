@@ -28,13 +28,11 @@ Assumptions: dropout off (its masks are one byte per element and layer), no ``to
 sequence axis of a DTensor gathered before each matrix product and kept so.
 
 Sources: the kernels themselves (``torch.nn.functional``, transformers 5.23, torch/distributed/tensor/parallel/loss.py),
-torchtitan's ``parallelize_llama.py`` of December 2024 (selective policy, sequence parallelism), and for the same in
-another implementation *Reducing Activation Recomputation*, arXiv:2205.05198, section 4:
-:func:`megatron_bytes_per_layer`.
+torchtitan's ``parallelize_llama.py`` of December 2024 (selective policy, sequence parallelism), and for Megatron-LM
+(:func:`megatron_bytes_per_layer`) *Reducing Activation Recomputation*, arXiv:2205.05198, section 4.
 
 Checked: tests/unit/theory/test_activations.py counts the tensors that autograd keeps in this course's three models, and
-the bytes that BLOOM's attention moves;
-docs/planner-errors.md compares peaks of complete runs, ours and published ones.
+the bytes that BLOOM's attention moves; docs/planner-errors.md compares peaks of complete runs, ours and published ones.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ Each of c ranks holds s / c tokens, so activations and logits shrink by c. Atten
   the query heads; with fewer key and value heads, ranks get copies of them.
 
 DeepSpeed has Ulysses (``deepspeed.runtime.sequence_parallel.ulysses_sp``), PyTorch the ring
-(``torch.distributed.tensor.experimental.context_parallel``). The planner considers Ulysses for the one, and both for
+(``torch.distributed.tensor.experimental.context_parallel``). The planner considers Ulysses for DeepSpeed, and both for
 FSDP2. It does not count the memory of copied keys and values.
 
 Parameters are gathered and gradients reduced over all data-parallel and context-parallel ranks together, as if they
@@ -37,7 +37,7 @@ def ulysses_elements(tokens: float, width: int, key_value_width: int, ranks: int
 
     Args:
         tokens: tokens of the micro-batch on this rank (s / c).
-        width: width of all queries together, the same as of attention's output.
+        width: width of all queries together, and of attention's output.
         key_value_width: width of all keys together, and of all values, with copies.
         ranks: c.
         recompute: whether the exchange runs again before backward.

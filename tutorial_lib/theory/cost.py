@@ -152,8 +152,8 @@ def _dp_traffic(
         return sent, sent / traffic.bus_bandwidth(members, ranks, cluster.within, cluster.between)
 
     if layout.strategy is None:
-        # Between a layer's forward and backward, up to 2 Psi elements of other layers are used; DeepSpeed keeps it
-        # gathered that long if its limit allows.
+        # Between a layer's forward and backward, up to 2 Psi elements of other layers are used; DeepSpeed keeps
+        # the layer gathered that long if its limit allows.
         stays = 2 * params <= workload.live_params
         volume = traffic.zero_volume(
             trained, layout.zero_stage, accumulation=accumulation, gradient_reduction=workload.gradient_reduction,

@@ -32,7 +32,7 @@ VOCABULARY = 32_000
 """Size of the vocabulary if nothing is known: Llama 2's."""
 
 _GROUPS = ((3000, 1024), (1900, 512), (512, 256), (0, 64))
-"""Hidden sizes of at least this are multiples of it."""
+"""Pairs of the smallest hidden size and the multiple to which sizes from there on are rounded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

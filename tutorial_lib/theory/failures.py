@@ -24,7 +24,7 @@ def job_mean_time(device_mean_time: float, num_devices: int) -> float:
 
 
 def young_interval(save_seconds: float, mean_time: float) -> float:
-    """Return Young's interval, sqrt(2 C M): seconds of training between two saves. Good if C is far below M."""
+    """Return Young's interval, sqrt(2 C M): seconds of training between two saves; accurate if C is far below M."""
     _check(save_seconds, mean_time)
     return math.sqrt(2 * save_seconds * mean_time)
 

@@ -12,8 +12,8 @@ Sources, by their letter in the table:
     f  NVIDIA/nvbandwidth issue 53 (A100, PCIe 4.0: 25 GB/s) and 24 (H100, PCIe 5.0: 52.8 GB/s from device to host)
     g  ZaidQureshi/bam issue 54: 12 GB/s reached by a V100 on PCIe 3.0, 25 by an A100 on PCIe 4.0
     h  NVIDIA/nccl-tests issue 307: NCCL expects 10 GB/s between GPUs of two sockets (eight RTX 4090)
-    i  mosaicml/llm-foundry, scripts/train/benchmarking: the median HFU of all bf16 rows of 1 B parameters and more, 43
-       of H100, 36 of A100 80 GB, 45 of A100 40 GB; their MFU and HFU count attention as PaLM does, and so do we
+    i  mosaicml/llm-foundry, scripts/train/benchmarking: the median HFU of all bf16 rows of 1 B parameters and more (43
+       rows for H100, 36 for A100 80 GB, 45 for A100 40 GB); attention counts as in PaLM, there and here
     j  Megatron-LM, arXiv:1909.08053, abstract: 39 TFLOP/s on one V100, "30% of peak FLOPs"
     k  NVIDIA's data sheets of V100 and L4; NVIDIA Ada GPU architecture, appendix A (RTX 4090)
 """

@@ -1,4 +1,4 @@
-"""Dimensions of public models, by name ("llama-3-70b") or by the size that people call them (``70e9``).
+"""Dimensions of public models, by name ("llama-3-70b") or by nominal size (``70e9``).
 
 Sources: the models' ``config.json`` on the Hugging Face hub, and their papers: GPT-2 (Radford et al., 2019), BLOOM
 (arXiv:2211.05100), LLaMA (arXiv:2302.13971), Llama 2 (arXiv:2307.09288), Llama 3 (arXiv:2407.21783, table 3), Mistral
@@ -73,8 +73,8 @@ _USUALLY_MEANT = {7e9: "llama-2-7b"}
 def nearest_model(num_params: float, *, within: float = 0.05) -> str | None:
     """Return the name of the public model nearest in size, or None if none is within this relative distance.
 
-    By "70B" people mean a model with grouped queries and a vocabulary of 128,256: a shape derived only from the size
-    would miss both.
+    By "70B" people mean a model with grouped-query attention and a vocabulary of 128,256: a shape derived only from the
+    size would miss both.
     """
 
     if num_params in _USUALLY_MEANT:

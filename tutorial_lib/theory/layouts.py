@@ -30,7 +30,7 @@ class Cluster:
         gpus: total number of devices.
         gpus_per_node: devices of one node; the last node must be used completely.
         gpu_memory: bytes of one device.
-        host_memory: bytes of one node.
+        host_memory: bytes of one node; an assumption.
         gpu_flops: peak FLOP/s of one device in the precision of the run.
         efficiency: share of that peak that training reaches, recomputation included (HFU, not MFU).
         memory_bandwidth: bytes/s of a device's own memory, which limits the optimizer's update.

@@ -46,7 +46,7 @@ from tutorial_lib.theory.state_bytes import States
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """Bytes on a device at their peak, besides the states that always exist."""
+    """Bytes on a device at one moment of a step."""
 
     moment: str
     activations: float

@@ -29,7 +29,7 @@ def bubble_share(stages: int, micro_batches: int, chunks: int = 1) -> float:
 
 
 def micro_batches_held(stages: int, micro_batches: int, chunks: int = 1) -> float:
-    """Return the most micro-batches whose activations the first stage holds at once (for all of its layers)."""
+    """Return how many micro-batches' activations the first stage holds at its peak (for all of its layers)."""
     if chunks == 1 or stages == 1:
         return min(stages, micro_batches)
     return min(float(micro_batches), stages + (stages - 1) / chunks)

@@ -3,7 +3,7 @@
 :func:`plan` evaluates the layouts of :mod:`tutorial_lib.theory.search`, finds those that fit, and orders them by speed:
 tokens per second and device, because layouts may differ in their global batch.
 
-The estimate is off by some ten per cent (docs/planner-errors.md), so layouts within :data:`TIE` of the fastest count as
+The estimate is off by about ten percent (docs/planner-errors.md), so layouts within :data:`TIE` of the fastest count as
 equally fast. Among them, less memory is better down to :data:`COMFORTABLE` of a device (a margin for everything that
 the model leaves out), then fewer knobs, then speed; a tie is no reason to offload.
 """

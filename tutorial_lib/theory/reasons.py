@@ -45,7 +45,8 @@ def reasons(workload: Workload, cluster: Cluster, best: Candidate) -> list[str]:
 def _against(best: Candidate, other: Candidate) -> str:
     """Describe another layout in comparison: it does not fit, or is slower, or needs more memory."""
     if other.problem.startswith("global batch"):
-        return f"makes passes of {other.layout.micro_batch * other.layout.dp} sequences, no divisor of the global batch"
+        sequences = other.layout.micro_batch * other.layout.dp
+        return f"makes passes of {sequences} sequences, which do not divide the global batch"
     if other.problem.startswith("host too small by "):
         return f"lacks {other.problem.removeprefix('host too small by ')} of host memory"
     if not other.fits:

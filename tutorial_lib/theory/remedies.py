@@ -58,7 +58,7 @@ def faster_than_offload(workload: Workload, cluster: Cluster, engine: str, best:
 
 
 def fewer_gpus(workload: Workload, cluster: Cluster, engine: str, best: Candidate) -> Remedy | None:
-    """Return the smallest number of devices that together train as fast as all do, within the tie; None if none does.
+    """Return the fewest devices that together are as fast as all, within :data:`TIE`; None if fewer are slower.
 
     This happens if a group over several nodes waits for a slow network. Numbers are halved as long as nodes stay full.
     """

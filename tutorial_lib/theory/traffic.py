@@ -254,7 +254,7 @@ def ring_factor(kind: str, num_ranks: int) -> float:
     ``(n - 1) / n`` for an all-gather and a reduce-scatter, ``2 (n - 1) / n`` for an all-reduce.
 
     Raises:
-        ValueError: an unknown kind, or less than one rank.
+        ValueError: an unknown kind, or fewer than one rank.
     """
     if num_ranks < 1:
         raise ValueError(f"num_ranks is {num_ranks}; a ring has at least one rank.")

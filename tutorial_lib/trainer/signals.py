@@ -20,7 +20,7 @@ from tutorial_lib.records import STOPPING
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], int]]:
-    """Record the number of a SIGTERM, SIGUSR1 or SIGINT, for the loop to read between steps; 0 if none has come.
+    """Yield a function that returns the number of the first SIGTERM, SIGUSR1 or SIGINT, or 0 if none has come.
 
     A second SIGINT is not recorded: it interrupts at once.
     """

@@ -576,7 +576,7 @@ def test_only_here_leaves_out_what_is_missing_here(capsys: pytest.CaptureFixture
     assert document["run"]["settings"]["zero_stage"] == 1 and document["run"]["settings"]["tp"] == 8
     assert main(question) == 0
     shown = capsys.readouterr().out
-    assert "tp=8: without it the layout makes passes of 8 sequences, no divisor of the global batch." in shown
+    assert "tp=8: without it the layout makes passes of 8 sequences, which do not divide the global batch." in shown
 
 
 def test_offload_says_what_it_takes_and_what_would_be_faster(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,9 +21,9 @@ from tests.unit.repository.files import ROOT
         ("theory/memory", "from tutorial_lib import config", "theory is arithmetic"),
         ("trainer/loop", "import deepspeed", "only engine.deepspeed and checkpoint.formats"),
         ("models/loading", "import ray", "only launch.ray imports Ray"),
-        ("records", "from tutorial_lib.launch import local", "nobody knows launch"),
+        ("records", "from tutorial_lib.launch import local", "only bench and cli import launch"),
         ("lab/claims", "from tutorial_lib import trainer", "lab reads records and theory"),
-        ("models/loading", "from tutorial_lib import trainer", "data flows one way"),
+        ("models/loading", "from tutorial_lib import trainer", "packages import only from the layers below"),
     ],
 )
 def test_a_crossed_border_is_seen(tmp_path: Path, module: str, forbidden: str, contract: str) -> None:

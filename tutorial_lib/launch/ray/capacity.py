@@ -90,7 +90,7 @@ def resized(config: Config, dp: int) -> Config:
 
 
 def read_nodes() -> list[Node]:
-    """Return the cluster's live nodes as Ray's head node knows them, a few seconds late."""
+    """Return the cluster's live nodes as Ray's head node knew them, at most a few seconds ago."""
     import ray
     from ray._private.state import available_resources_per_node
 
@@ -128,7 +128,7 @@ def check_capacity(demand: Demand, nodes: Sequence[Node]) -> None:
 
 
 def describe_missing(demand: Demand, nodes: Sequence[Node], seconds: float) -> str:
-    """Describe what a run did not get: its demand, and the free resources of each node."""
+    """Describe why a run found no room: what it needs, and what is free on each node."""
     groups = f"{_count(demand.sizes[0], 'group')} of {demand.tp} workers on one node"
     workers = _count(demand.sizes[0], "worker") if demand.tp == 1 else groups
     each = " and ".join(f"{number:g} {kind}" for kind, number in demand.per_worker.items())

@@ -333,7 +333,7 @@ def _job_signals_blocked() -> Iterator[None]:
 
 @contextmanager
 def forked_workers(config: Config) -> Iterator[None]:
-    """Fork the workers of Ray nodes that start within the block from a warm server, which ends with it."""
+    """Start a warm server for the block: Ray nodes that start within it fork their workers from there."""
     warm_up(config)
     try:
         with _lean_imports(), _workers_from_server():

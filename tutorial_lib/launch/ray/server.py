@@ -42,7 +42,7 @@ RAYS_MODULES = ("ray.train.torch", "ray.train.v2._internal.execution.controller.
 """Modules to import once the cluster is running: at import, Ray reads which cluster and job its process belongs to."""
 
 CLUSTER_VARIABLES = ("RAY_RAYLET_PID", "RAY_JOB_ID")
-"""Environment variables that are only read at that import."""
+"""Environment variables that Ray reads only at that import."""
 
 _PR_SET_PDEATHSIG = 1
 _SERVER = os.getpid()
@@ -66,8 +66,8 @@ def main(launcher_pid: str, address: str) -> None:
                 _import_ray()
         if importlib.import_module("torch").cuda.is_initialized() or (cluster and not _forks_differ()):
             return  # Ray will start its workers itself
-        own = {(name, cluster[name]) for name in CLUSTER_VARIABLES if cluster}  # of any cluster, if none is given
-        # Nothing waits for the forked processes. Not earlier: imports run programs and need their exit codes.
+        own = {(name, cluster[name]) for name in CLUSTER_VARIABLES if cluster}  # empty if it serves any cluster
+        # Let the kernel reap the forks. Not earlier: imports run programs and need their exit codes.
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         while True:
             ready, _, _ = select.select([server, sys.stdin], [], [])

@@ -56,7 +56,7 @@ def launch(configs: Sequence[Config], poll: Callable[[], None], worker: str = WO
     Args:
         configs: what to run; all need the same number of ranks and the same device.
         poll: called a few times per second while the workers run.
-        worker: module that every worker runs; it has a ``main(given)`` like that of
+        worker: module that every worker runs, with a ``main(given)`` as in
             :mod:`tutorial_lib.launch.ray.worker`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Waiting for a fit's first worker: how long, and what a stop request means meanwhile."""
+"""Checks while a fit waits for its first worker: a time limit, and stop requests."""
 
 from __future__ import annotations
 

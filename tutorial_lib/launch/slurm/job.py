@@ -115,7 +115,7 @@ def _submit(script: str) -> str:
 
 
 class _Queue:
-    """State of one job, from asking ``squeue`` every few seconds.
+    """State of one job, read from ``squeue`` every few seconds.
 
     Attributes:
         state: the last answer.

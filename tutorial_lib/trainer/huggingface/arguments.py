@@ -22,7 +22,7 @@ from tutorial_lib.engine.deepspeed.trainer_file import for_trainer
 def build_arguments(config: Config, num_steps: int) -> TrainingArguments:
     """Translate a run's settings for transformers.
 
-    It logs every step, because a row is written for each, and saves and evaluates when the run's own settings say so.
+    The ``Trainer`` logs every step, because each becomes a row. The run itself decides when to save and evaluate.
 
     Args:
         config: what to run.
@@ -66,7 +66,7 @@ def build_arguments(config: Config, num_steps: int) -> TrainingArguments:
 
 @contextmanager
 def _hidden_rank(is_alone: bool) -> Iterator[None]:
-    """Hide the rank of a run with a single rank, or accelerate would wrap its model."""
+    """Hide ``LOCAL_RANK`` in a run with a single rank; otherwise accelerate would wrap the model."""
     hidden = {name: os.environ.pop(name) for name in ("LOCAL_RANK",) if is_alone and name in os.environ}
     try:
         yield
