@@ -1,6 +1,6 @@
 """Shared launches: one per number of ranks for all tests that can share it, because starting processes is slow.
 
-``make distributed`` runs two groups of tests at a time: those that read one launch stay in one pytest process.
+``make distributed`` runs two groups of tests at a time: files that read one launch stay in one pytest process.
 """
 
 from __future__ import annotations
@@ -28,20 +28,16 @@ On two busy cores they took 334 in total, and the launches of the full matrix ab
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
-    for item in items:
-        if here in item.path.parents:
-            item.add_marker(pytest.mark.xdist_group(_group(item)))
-            if not any(item.iter_markers("timeout")):
-                item.add_marker(pytest.mark.timeout(TIMEOUT))
+    ours = [item for item in items if Path(__file__).parent in item.path.parents]
+    sharing = {item.path for item in ours if "launched" in getattr(item, "fixturenames", ())}
+    for item in ours:
+        group = (
+            "launched" if item.path in sharing else "faults" if item.path.parent.name == "faults" else item.path.stem
+        )
+        item.add_marker(pytest.mark.xdist_group(group))
+        if not any(item.iter_markers("timeout")):
+            item.add_marker(pytest.mark.timeout(TIMEOUT))
     items.sort(key=_place_in_order)
-
-
-def _group(item: pytest.Item) -> str:
-    """Return the name shared by tests that use the same launches; other tests stay with their file."""
-    if "launched" in getattr(item, "fixturenames", ()):
-        return "launched"
-    return "faults" if item.path.parent.name == "faults" else item.path.stem
 
 
 def _place_in_order(item: pytest.Item) -> int:
