@@ -52,7 +52,7 @@ def test_one_cell_of_literal_parameters(notebook: Path) -> None:
     for statement in ast.parse(cell.source).body:
         target = statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0]  # type: ignore[attr-defined]
         values[target.id] = ast.literal_eval(statement.value)  # type: ignore[attr-defined]
-    assert isinstance(values["STORAGE"], str)
+    assert values["STORAGE"] == f"runs/{notebook.stem}", "two notebooks in one directory would remove each other's runs"
 
 
 @COURSE
