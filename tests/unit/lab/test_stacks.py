@@ -65,16 +65,18 @@ def test_a_process_that_cannot_be_read_says_why(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_ranks_come_in_the_order_of_their_numbers_and_others_are_left_out() -> None:
-    wait = [sys.executable, "-c", "import time; time.sleep(60)"]
+    wait = [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)"]
     numbers: list[dict[str, str]] = [{"LOCAL_RANK": "1"}, {}, {"LOCAL_RANK": "0"}]
     plain = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}
-    started = [subprocess.Popen(wait, env={**plain, **more}) for more in numbers]
+    started = [subprocess.Popen(wait, env={**plain, **more}, stdout=subprocess.PIPE) for more in numbers]
     try:
+        for process in started:  # before its program runs, a new process may not show its environment yet
+            assert process.stdout is not None and process.stdout.readline() == b"\n"
         assert stacks.workers_of(os.getpid())[-2:] == [started[2].pid, started[0].pid]
     finally:
         for process in started:
             process.kill()
-            process.wait()
+            process.communicate()
 
 
 def test_waiting_for_missing_ranks_times_out() -> None:
