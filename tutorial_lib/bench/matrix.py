@@ -70,7 +70,7 @@ class Matrix:
             rows = tuple(RowRecord.from_dict(row) for row in given["rows"])
             return cls(given["experiment"], path, given["settings"], rows)
         except FileNotFoundError:
-            raise ConfigError(f"{path} has no {MATRIX_FILE}. Write the directory of a matrix made by bench.") from None
+            raise ConfigError(f"{path} has no {MATRIX_FILE}. Name the directory of a matrix that bench made.") from None
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{file} cannot be read ({error}). Remove {path}, or write another name.") from error
 
@@ -221,7 +221,7 @@ def _run_row(row: RowRecord, config: Config, run: Runner, on_rows: OnRows | None
 
 def _check(config: Config, sample_interval: float) -> None:
     if not sample_interval > 0:
-        raise ConfigError(f"sample_interval is {sample_interval}. Write seconds above 0, such as 0.5.")
+        raise ConfigError(f"sample_interval is {sample_interval}. Write a number of seconds above 0, such as 0.5.")
     if config.run.launcher == "none":
         raise ConfigError(
             "bench starts the processes of each row itself, but launcher='none' expects them to be started by "

@@ -98,8 +98,8 @@ def _assumptions(answer: Answer) -> list[str]:
     of = f"{answer.gpu} GPUs" if answer.gpu else "GPUs"
     guessed = f"{', '.join(answer.plausible)}: plausible, not measured" if answer.plausible else ""
     if not answer.gpu:
-        guessed = "an A100's speed and links, unless stated: --gpu names another"
-    trained = f", LoRA of rank {work.lora_rank} on weights of {work.base_bits} bits" if work.lora_rank else ""
+        guessed = "an A100's speed and links, unless you state others: --gpu selects another GPU"
+    trained = f", rank-{work.lora_rank} LoRA on {work.base_bits}-bit weights" if work.lora_rank else ""
     lines = [
         f"{work.num_params / 1e9:.4g} B parameters, {work.precision}: {dims.layers} layers, hidden "
         f"{dims.hidden}, {dims.heads} heads ({dims.key_value_heads} kv), vocabulary {dims.vocabulary}{trained}",
@@ -109,11 +109,11 @@ def _assumptions(answer: Answer) -> list[str]:
         f"  GB/s: {machine.within / 1e9:g} within a node, {machine.between / 1e9:g} between, "
         f"{machine.host_link / 1e9:g} to the host; {machine.host_memory / 1e9:g} GB of host memory per node",
         *([f"  {guessed}"] if guessed else []),
-        f"  assumed: {machine.overlap:.0%} of dp traffic can hide behind computing, {machine.headroom:.0%} of memory "
+        f"  assumed: {machine.overlap:.0%} of dp traffic can hide behind computation, {machine.headroom:.0%} of memory "
         f"free, host Adam {machine.host_adam / 1e9:g}e9/s",
         f"  sequences of {work.seq_length}; {_batch(work)}",
         *(
-            ["  below 1 B parameters, published runs were slower, up to 7 times: small kernels wait for launches"]
+            ["  below 1 B parameters, published runs were up to 7 times slower: small kernels wait to be launched"]
             if work.num_params < 1e9
             else []
         ),
@@ -204,8 +204,8 @@ def _best(answer: Answer) -> list[str]:
     if answer.fewer:
         less, gpus = answer.fewer.best, answer.fewer.best.layout.gpus
         lines.append(
-            f"Fewer GPUs are as fast: {answer.fewer.change} train {less.tokens_per_gpu_second * gpus:,.0f} tokens/s "
-            f"in total; all {answer.cluster.gpus} train {best.tokens_per_gpu_second * answer.cluster.gpus:,.0f}."
+            f"Fewer GPUs are as fast: {answer.fewer.change} gives {less.tokens_per_gpu_second * gpus:,.0f} tokens/s "
+            f"in total; all {answer.cluster.gpus} give {best.tokens_per_gpu_second * answer.cluster.gpus:,.0f}."
         )
     runs = best if not best.missing else answer.here
     if best.missing:
@@ -229,7 +229,7 @@ def _best(answer: Answer) -> list[str]:
 
 
 def how_much_slower(one: Candidate, best: Candidate) -> str:
-    """Say by how many percent a layout is slower than the best one."""
+    """Say how many percent slower a layout is than the best one."""
     percent = round(100 * (best.tokens_per_gpu_second / one.tokens_per_gpu_second - 1))
     if percent == 0:
         return "as fast"
@@ -237,7 +237,7 @@ def how_much_slower(one: Candidate, best: Candidate) -> str:
 
 
 def _nothing_fits(answer: Answer) -> list[str]:
-    hopeless = "No change that this planner knows would help. Try fewer parameters, or shorter sequences."
+    hopeless = "No change that this planner knows of would help. Try fewer parameters, or shorter sequences."
     lines = ["Nothing fits. These changes would help, fastest first:" if answer.advice else f"Nothing fits. {hopeless}"]
     lines += _advice(answer)
     smallest = min(answer.candidates, key=lambda c: c.memory)

@@ -166,7 +166,7 @@ def check_used(config: Config, stated: Mapping[str, Setting], *, is_resolved: bo
             continue  # the file may state what is needed
         if not is_met:
             raise ConfigError(
-                f"{flag}={flat[flag]!r} would have no effect: it needs {needed}. Leave it out, or write that."
+                f"{flag}={flat[flag]!r} would have no effect: it needs {needed}. Leave it out, or write that, too."
             )
 
 
@@ -336,7 +336,7 @@ def _check_batch_sizes(config: Config) -> None:
     if run.global_batch % dp:
         near = max(dp, run.global_batch // dp * dp)
         raise ConfigError(
-            f"global_batch={run.global_batch} is not a multiple of dp={dp}: no rank can take an equal share. "
+            f"global_batch={run.global_batch} is not a multiple of dp={dp}: the ranks cannot take equal shares. "
             f"Write global_batch={near} or {near + dp}."
         )
     share = run.global_batch // dp

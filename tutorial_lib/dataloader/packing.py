@@ -35,7 +35,7 @@ class Examples(Dataset[list[DocumentTokens]]):
         lengths = pc.list_value_length(documents.data.column("input_ids")).to_numpy()
         self._members = None if pack_to is None else pack(lengths, pack_to)
         self.lengths: NDArray[np.int32] = lengths
-        """Tokens of each example, without padding."""
+        """Number of tokens in each example, without padding."""
         if self._members is not None:
             self.lengths = np.array([lengths[members].sum() for members in self._members], dtype=np.int32)
 
@@ -52,8 +52,8 @@ def pack(lengths: NDArray[np.integer[Any]], capacity: int) -> list[list[int]]:
     """Distribute documents over rows of ``capacity`` tokens without splitting any: best fit, longest first.
 
     Args:
-        lengths: tokens of each document, at most ``capacity``.
-        capacity: tokens of a row.
+        lengths: number of tokens in each document, at most ``capacity``.
+        capacity: number of tokens in a row.
 
     Returns:
         For each row, the indices of its documents. The result depends only on the arguments.

@@ -82,7 +82,7 @@ def _data_file(name: str) -> Path | None:
         return None  # a plain file that happens to be called ag_news does not hide the hub's
     if _format(path) is None:
         raise ConfigError(
-            f"The data set {name!r} is a file in an unknown format. Write one that ends in "
+            f"The data set {name!r} is a file in an unknown format. Name one that ends in "
             f"{', '.join(_FORMATS)}, or a directory of such files."
         )
     return path.resolve()
@@ -115,8 +115,8 @@ def _check_files(name: str, source: str) -> None:
         some = ", ".join(str(path.relative_to(directory)) for path in dropped[:_FEW])
         raise ConfigError(
             f"The data set {name!r} is a directory in which {len(dropped)} of {len(files)} files would not be read, "
-            f"because other names there contain the name of a split, and theirs do not: {some}. Move them away, or "
-            f"rename them, such as train-{dropped[0].name}; or name a single file."
+            f"because other file names there contain the name of a split, but these do not: {some}. Move them away, "
+            f"rename them (for example, to train-{dropped[0].name}), or name a single file."
         )
 
 
@@ -125,7 +125,7 @@ def _surprise(path: Path, inside: Path, formats: Collection[str | None]) -> str 
 
     Args:
         path: the entry.
-        inside: its path from the directory.
+        inside: its path relative to the directory.
         formats: formats of the directory's data files; files of other formats are not read in any case.
     """
     if any(part.startswith((".", "__")) for part in inside.parts):
@@ -136,7 +136,7 @@ def _surprise(path: Path, inside: Path, formats: Collection[str | None]) -> str 
         return f"it is a link to {str(path.readlink())!r}, which does not exist. Restore that file, or remove the link"
     inner = {_FORMATS.get(suffix.lower()) for suffix in path.suffixes}
     if path.is_file() and _format(path) is None and inner & {*formats}:
-        return "it would be read as data, although its name ends differently. Move it away, or rename it"
+        return "it would be read as data, although its name does not end like a data file's. Move it away, or rename it"
     return None
 
 
@@ -149,7 +149,7 @@ def _names_its_files(readme: Path) -> bool:
 
 
 def _is_data(path: Path) -> bool:
-    """Return whether a file in a data set's directory holds rows and is not a description or hidden."""
+    """Return whether a file in a data set's directory holds rows, and is neither hidden nor a description."""
     is_hidden = any(part.startswith((".", "__")) for part in path.parts)
     return not is_hidden and _format(path) not in (None, "text") and ".json" not in path.suffixes
 
@@ -242,10 +242,10 @@ def _explain(name: str, split: str, error: Exception) -> str:
     if isinstance(error, ConnectionError):
         return (
             f"Data set {name!r} is not a local directory, and the hub cannot be reached to look for it there. "
-            f"Without the hub, write {embedded}. ({text})"
+            f"Without the hub, name {embedded}. ({text})"
         )
     if isinstance(error, datasets.exceptions.DatasetNotFoundError):
-        return f"The hub does not have the data set {name!r}, or you have no access to it. Write {embedded}. ({text})"
+        return f"The hub does not have the data set {name!r}, or you have no access to it. Name {embedded}. ({text})"
     if isinstance(error, FileNotFoundError) and error.errno is None:
         directory = Path(_source(name)[0])
         if directory.is_dir() and glob.has_magic(str(directory)):
@@ -253,7 +253,7 @@ def _explain(name: str, split: str, error: Exception) -> str:
                 f"Data set {name!r} cannot be read: `datasets` takes [, * and ? in a directory's path as a pattern. "
                 "Rename the directory."
             )
-        return f"Data set {name!r} has no readable data files. Write {embedded}. ({text})"
+        return f"Data set {name!r} has no readable data files. Name {embedded}. ({text})"
     if found := re.search(r"Unknown split .*Should be one of \[(.*)\]", text):
         known = re.findall(r"['\"](.+?)['\"]", found[1])
         return f"Data set {name!r} has no split {split!r}. It has: {', '.join(known)}. {_split_advice(known)}"

@@ -118,8 +118,8 @@ def _cpu_problems(machine: Report, parallel: ParallelConfig) -> Iterator[str]:
         )
     if machine.memory_available_gb < (needed := workers * MEMORY_PER_WORKER_GB + MEMORY_OVERHEAD_GB):
         yield (
-            f"{machine.memory_available_gb:.1f} GB of memory are free, and {workers} workers need about {needed:.0f}. "
-            "Close other programs, or raise the container's limit"
+            f"{machine.memory_available_gb:.1f} GB of memory is free, but {workers} workers need about {needed:.0f} GB"
+            ". Close other programs, or raise the container's limit"
         )
 
 
@@ -130,7 +130,7 @@ def _gpu_problems(machine: Report, config: Config) -> Iterator[str]:
     # Our own launchers start all ranks here; with --launcher none, the ranks may be spread over several nodes.
     needed = config.parallel.world_size if config.run.launcher != "none" else 1
     if len(machine.gpus) < needed:
-        yield f"{len(machine.gpus)} GPUs here, but {needed} needed. Write --dp {len(machine.gpus)}"
+        yield f"needs {needed} GPUs, but this machine has {len(machine.gpus)}. Write --dp {len(machine.gpus)}"
     without = [gpu.name for gpu in machine.gpus if gpu.bf16 is False]
     if config.engine.precision == "bf16" and without:
         yield f"{without[0]} has no native bf16. Write --precision fp16 or fp32"

@@ -57,7 +57,7 @@ class Exercise:
     """A question to the reader.
 
     Texts may contain `code` between backquotes, blocks of code between lines of three backquotes, and paragraphs
-    between empty lines. Everything else is shown as written.
+    separated by blank lines. Everything else is shown as written.
 
     Args:
         question: the question.
@@ -73,7 +73,7 @@ class Exercise:
         self._check = check
 
     def check(self, answer: Any = ...) -> Feedback:
-        """Return whether the answer is right, wrong, or still missing (``None``, ``...`` or an empty text).
+        """Return whether the answer is right, wrong, or still missing (``None``, ``...`` or an empty string).
 
         Raises:
             TypeError: the exercise's own check returned something other than True, False or a Feedback.
@@ -130,7 +130,7 @@ def number(
         tolerance: largest absolute error of an answer.
         relative: largest error as a share of ``expected``; the larger of the two counts.
         unit: unit of the number, such as ``MiB``.
-        near: replies to likely mistakes, by the wrong number, with the same tolerances.
+        near: replies to likely mistakes, keyed by the wrong number; the same tolerances apply.
 
     Raises:
         ValueError: ``expected`` is not finite, a tolerance is negative or NaN, or a mistake in ``near`` would be

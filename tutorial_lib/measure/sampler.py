@@ -41,7 +41,7 @@ class ProcessMemory:
     rss: int
     """All resident pages, with shared ones in full: a sum over processes counts shared pages several times."""
     pss: int | None
-    """Like ``rss``, with each shared page divided by the processes that share it, so that it adds up over processes.
+    """Like ``rss``, with each shared page divided among the processes that share it, so that it adds up over processes.
     None if the system does not report it: it is not Linux, or the process belongs to another user."""
 
 
@@ -77,7 +77,7 @@ def sample_memory(path: str | Path, *, interval: float = 1.0, pid: int | None = 
     Args:
         path: the log. An existing memory log is replaced; any other file is left alone.
         interval: seconds between readings. At 1 s, three processes with PyTorch loaded (0.4 GB each) cost 2.5 % of one
-            core: a reading took 25 ms. Nearly all of that is PSS, for which Linux walks every page, and adds 10 ms for
+            core: a reading took 25 ms. Nearly all of that is PSS, for which Linux walks every page: 10 ms for
             each GiB that a process holds (measured on a 2-core virtual machine, without GPUs).
         pid: root of the tree; default: this process.
 
@@ -109,7 +109,7 @@ def sample_memory(path: str | Path, *, interval: float = 1.0, pid: int | None = 
 
 @contextmanager
 def _closing_quietly(file: TextIO) -> Iterator[TextIO]:
-    """Close a file at the end of the block, ignoring errors: on a full disk, closing repeats the last write's."""
+    """Close a file at the end of the block, ignoring errors: on a full disk, closing fails like the last write."""
     try:
         yield file
     finally:
@@ -308,7 +308,7 @@ def main(arguments: Sequence[str]) -> int:
         print("usage: python -m tutorial_lib.measure.sampler LOG COMMAND ...", file=sys.stderr)
         return 2
     path, *command = arguments
-    # A scheduler signals all processes of a job. The command decides what to do; this process waits for its end.
+    # A scheduler signals all processes of a job. The command decides what to do; this process waits for it to end.
     signal.signal(signal.SIGTERM, lambda *_: None)
     with sample_memory(path), subprocess.Popen(command) as process:
         code = process.wait()

@@ -12,15 +12,15 @@ together, which never exist at the same time.
 
 Besides states and activations, engines allocate *buffers*::
 
-    FSDP2      gathered copies of the root's parameters, and in backward of two layers, or of all with shard_grad_op;
+    FSDP2      gathered copies of the root's parameters and, in backward, of two layers' (with shard_grad_op, all);
                a layer's gradient, and its fp32 copy for the reduce-scatter; at the end the same for the root (twice
                if the output layer is the embedding)
-    DDP        16-bit copies of all weights, which autocast caches until backward has used them; gradients are in its
-               buckets, which always exist
-    DeepSpeed  a bucket of gradients of the full ``reduce_bucket_size``, however small the model: from the start on (3),
-               from a step's first backward on (1), or during backward (2), twice with ``overlap_comm`` (1, 2); at the
-               update a bucket of updated parameters (1, 2); parameters that stay gathered up to
-               ``stage3_max_live_parameters`` (3)
+    DDP        16-bit copies of all weights, which autocast caches until backward has used them; gradients live in
+               DDP's buckets, which always exist
+    DeepSpeed  (ZeRO stages in parentheses) a bucket of gradients of the full ``reduce_bucket_size``, however small the
+               model: from the start (3), from a step's first backward (1), or during backward (2); two of them with
+               ``overlap_comm`` (1, 2); at the update a bucket of updated parameters (1, 2); parameters that stay
+               gathered up to ``stage3_max_live_parameters`` (3)
     pipeline   gathered weights (full gradients, which wait for the last micro-batch, count as states)
 
 Sources: ``torch.distributed.fsdp`` (``_fsdp_collectives.py``: copy-in and copy-out), ``torch.amp`` (weight cache),
@@ -148,7 +148,7 @@ def _buffers(workload: Workload, layout: Layout, part: Part, micro_batches: int)
     if layout.strategy == "no_shard":
         in_fp32 = element == 2 and not workload.lora_rank  # a frozen base is stored in 16 bits or fewer
         casts = float(element * part.params) if in_fp32 else 0.0
-        # The norm of the largest gradient is computed in fp64, and the gradient of its second use may still exist.
+        # The norm of the embedding's gradient is computed in fp64; that of a tied output layer may still exist.
         embedding = trained * 12 * workload.dimensions.vocabulary * workload.dimensions.hidden / layout.tp
         return casts, casts, max(copied * part.params, embedding)
     if layout.strategy:

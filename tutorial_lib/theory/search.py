@@ -28,7 +28,7 @@ LARGE_MODEL = 100e9
 MANY_GPUS = 64
 LARGEST_MICRO_BATCH = 64
 MICRO_BATCHES_PER_STAGE = 4
-"""Micro-batches per stage and step, with a pipeline and no given global batch."""
+"""Micro-batches per stage and step, for a pipeline, if no global batch is given."""
 
 
 def candidate_layouts(workload: Workload, cluster: Cluster, engine: str = "deepspeed") -> list[Layout]:

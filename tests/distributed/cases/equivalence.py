@@ -1,4 +1,4 @@
-"""Equivalent runs: a case is a training problem, a variant is a way to solve it that must not change the result.
+"""Equivalent runs: a case is a training problem; a variant is a way to solve it that must not change the result.
 
 ``make matrix`` runs every valid combination of the two. ``make test`` runs those that
 :mod:`tests.distributed.cases.pairwise` chooses, so that every pair of settings that occurs in some valid combination is
@@ -187,7 +187,7 @@ def run_name(combination: Combination) -> str:
 
 
 NEEDED = {
-    # Some tests ask for these runs by name. The runs without the faults of MUTANTS are needed, too.
+    # Some tests ask for these runs by name. The fault-free counterparts of MUTANTS are needed, too.
     "untied.zero3-accumulated.1",
     "gpt2.zero2-accumulated.2",
     "gpt2.zero1.2",
@@ -218,7 +218,7 @@ MUTANTS = {
     "tensor_parallel.replicated_gradients_counted_twice": ("gpt2", "fsdp-tp2"),
     "tensor_parallel.slopes_of_the_first_heads": ("bloom", "fsdp-tp2"),
 }
-"""Deliberate faults that the comparison with a reference must show: case and variant of each, on two ranks.
+"""Deliberate faults that the comparison with a reference must expose: case and variant of each, on two ranks.
 
 The run with a fault has the fault's name.
 """
@@ -230,7 +230,7 @@ def combinations() -> list[Combination]:
         return VALID_COMBINATIONS
     without_faults = {run_name((2, *origin)) for origin in MUTANTS.values()} | {"gpt2.zero1-bf16.2"}
     needed = [each for each in VALID_COMBINATIONS if run_name(each) in NEEDED | without_faults]
-    assert len(needed) == len(NEEDED | without_faults), "each name is the name of a valid combination"
+    assert len(needed) == len(NEEDED | without_faults), "a needed name is not that of a valid combination"
     return cover({each: settings(each) for each in VALID_COMBINATIONS}, needed)
 
 

@@ -41,7 +41,7 @@ def assert_same_states(run: RunDirectory, reference: RunDirectory) -> None:
 
 
 def assert_trained_on_during_the_save(left: RunDirectory) -> None:
-    """Check that a launch ended in its second save, which was in the background, after more steps."""
+    """Check that a launch ended during its second save, which ran in the background while more steps were trained."""
     partial, saved = sorted(path.name for path in left.checkpoints.iterdir())
     assert partial.startswith(".partial-step-00000004-") and saved == "step-00000002"
     assert left.rows()[-1]["step"] > 4

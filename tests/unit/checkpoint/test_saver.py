@@ -52,7 +52,7 @@ def test_an_interrupted_save_leaves_the_checkpoint_before_it(uninterrupted, mode
 
 
 def test_a_file_that_is_cut_short_before_the_save_ends_is_not_published(model, tmp_path, monkeypatch):
-    """The SHA-256 is computed while writing, so only the size reveals another process."""
+    """The SHA-256 is computed while writing, so only the size reveals that another process changed the file."""
     save = TorchEngine.save
 
     def truncated(self, directory, writer):
@@ -87,7 +87,7 @@ def test_an_async_save_writes_what_a_save_at_once_would_have_written(interrupted
             newest.append(visible and visible.name)
 
     late = run_with(Watched, settings)
-    # Three files and the description at each of the steps 2, 4 and 6. The last save has no training to wait for.
+    # Three files and the description at each of the steps 2, 4 and 6. The last one is not in the background.
     assert newest == [None] * 4 + ["step-00000002"] * 4 + ["step-00000004"] * 4, "visible before it was complete"
     assert_same(late, uninterrupted)
     for step in (2, 4):
@@ -186,4 +186,4 @@ def test_a_save_killed_before_its_last_rename_is_completed_and_others_are_remove
     (run.checkpoints / ".partial-step-00000004").mkdir()
     clear_remains(run)
     assert names(run) == steps(1, 3)
-    assert directory.partial_of(finals[0]) != partials[0], "what outlives a start writes into another one"
+    assert directory.partial_of(finals[0]) != partials[0], "the killed start could still write into the new directory"

@@ -363,7 +363,7 @@ def test_fewer_gpus_are_named_if_they_are_as_fast(capsys: pytest.CaptureFixture[
     assert main([*question, "0.1"]) == 0
     shown = capsys.readouterr().out
     totals = re.search(
-        r"Fewer GPUs are as fast: --gpus 8 train ([\d,]+) tokens/s in total; all 16 train ([\d,]+)\.", shown
+        r"Fewer GPUs are as fast: --gpus 8 gives ([\d,]+) tokens/s in total; all 16 give ([\d,]+)\.", shown
     )
     assert totals
     eight, sixteen = (float(number.replace(",", "")) for number in totals.groups())

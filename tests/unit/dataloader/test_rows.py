@@ -62,7 +62,7 @@ def test_directories(kind, tmp_path):
     for split, texts in TEXTS.items():
         rows = load_rows(str(tmp_path / "data"), split)
         assert list(rows["text"]) == texts
-        assert isinstance(rows.data, datasets.table.MemoryMappedTable), "not kept in memory"
+        assert isinstance(rows.data, datasets.table.MemoryMappedTable), "the rows were read into memory"
     assert list(load_rows(str(tmp_path / "data"), "train", max_examples=2)["text"]) == ["one", "two"]
     assert len(load_rows(str(tmp_path / "data"), "train", max_examples=99)) == 3
     assert list(load_rows(str(tmp_path / "data"), "train[1:]")["text"]) == ["two", "three"]
@@ -97,7 +97,7 @@ def test_a_file_is_a_training_split(kind, tmp_path, monkeypatch):
 
 def test_a_file_of_an_unknown_format_is_refused(tmp_path):
     (tmp_path / "rows.docx").touch()
-    with pytest.raises(ConfigError, match=r"a file in an unknown format\. Write one .* \.jsonl"):
+    with pytest.raises(ConfigError, match=r"a file in an unknown format\. Name one .* \.jsonl"):
         load_rows(str(tmp_path / "rows.docx"), "train")
 
 
@@ -112,7 +112,7 @@ def test_a_file_of_an_unknown_format_is_refused(tmp_path):
         ({"train.csv": b'text\na\n"b\nc\n'}, r"train\.csv, line 3: a double quote is opened and never closed"),
         ({"train.csv": b"\n\n"}, r"train\.csv, line 1: it is blank, but must name the columns"),
         ({"a.csv": b"text\na\n", "b.csv": b"text\na\nb,c\n"}, r"b\.csv, line 3: 2 fields"),
-        # What pandas reads without an error, and differently.
+        # Files that pandas misreads without an error.
         ({"train.csv": b"id,text\n" + b"1,one,two\n" * 3}, r"train\.csv, line 2: 3 fields, and the first line names 2"),
         ({"train.csv": b"id;text\n1;one\n"}, r"line 1: its fields are separated by semicolons\..*sep=';'"),
         ({"train.csv": b"id\ttext\n1\tone\n"}, "line 1: its fields are separated by tabs"),
@@ -170,7 +170,7 @@ def test_files_that_are_not_read_do_not_matter(tmp_path):
 
 
 def test_texts_of_other_formats_are_not_searched(tmp_path, monkeypatch):
-    """Texts with several lines are only suspicious in CSV, and finding them reads every row."""
+    """Texts with several lines are only suspicious in CSV, and finding them means reading every row."""
     write_jsonl(tmp_path / "train.jsonl", [{"text": "one\ntwo"}])
     monkeypatch.setattr(pc, "match_substring", None)
     assert list(load_rows(str(tmp_path), "train")["text"]) == ["one\ntwo"]
@@ -254,8 +254,8 @@ def test_an_unknown_name_without_a_hub(name, no_hub):
     message = str(raised.value)
     assert f"{name!r} is not a local directory, and the hub cannot be reached" in message
     assert all(embedded in message for embedded in DATASET_NAMES)
-    assert "OfflineModeIsEnabled" in message, "without half a minute of retries"
-    assert datasets.config.HF_HUB_OFFLINE is False, "the next call looks again"
+    assert "OfflineModeIsEnabled" in message, "it retried for half a minute"
+    assert datasets.config.HF_HUB_OFFLINE is False, "the next call would not look again"
 
 
 def test_an_unknown_embedded_name():
@@ -347,7 +347,7 @@ def test_other_extensions_of_a_format_are_read(name, content, tmp_path):
 
 @pytest.mark.parametrize("name", ["more.jsonl", "part/more.jsonl", "more.jsonl.gz"])
 def test_a_file_that_belongs_to_no_split_is_not_dropped(name, tmp_path):
-    """datasets reads files without a split's name in theirs only if no file has one."""
+    """If any file's name contains the name of a split, datasets ignores the others."""
     rows = b'{"text": "one"}\n'
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(gzip.compress(rows) if name.endswith(".gz") else rows)

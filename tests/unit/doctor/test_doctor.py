@@ -158,7 +158,7 @@ def test_a_laptop_runs_only_the_cpu_profile(laptop: doctor.Report) -> None:
         ({"python": "3.14.0"}, "Run make setup PYTHON=python3.13"),
         ({"packages": {"ray": machine.Package(None, "2.60.0")}}, "not installed: ray. Run make setup"),
         ({"loopback_problem": "no route"}, "processes cannot talk over 127.0.0.1 (no route)"),
-        ({"memory_available_gb": 1.0}, "1.0 GB of memory are free, and 2 workers need about 4"),
+        ({"memory_available_gb": 1.0}, "1.0 GB of memory is free, but 2 workers need about 4 GB"),
         ({"operators": {"cpu_adam": "not compiled"}, "compiler": None}, "has to compile cpu_adam"),
         ({"operators": {"cpu_adam": "not compiled"}, "ninja": False}, "has to compile cpu_adam"),
     ],
@@ -200,7 +200,7 @@ def test_bf16_by_emulation_does_not_count(laptop: doctor.Report) -> None:
 def test_fewer_gpus_than_ranks(laptop: doctor.Report) -> None:
     box = dataclasses.replace(laptop, gpus=(H200,), gpu_problem=None)
     verdict = doctor.judge(box, Config.create("gpu", dp=4))
-    assert verdict.problems == ("1 GPUs here, but 4 needed. Write --dp 1",)
+    assert verdict.problems == ("needs 4 GPUs, but this machine has 1. Write --dp 1",)
 
 
 @pytest.mark.parametrize(("code", "found"), [(0, "SLURM"), (1, None)])

@@ -294,7 +294,7 @@ def test_a_signal_stops_after_the_step_it_came_in_and_saves(uninterrupted, tmp_p
         else:
             run = launch.run(config(tmp_path, steps=5))
     assert run.result["stopped_by"] == signal.Signals(number).name
-    # The request is noticed when the step is done; it is saved, and is the last.
+    # The request is noticed when the step is done; that step is saved, and is the last one.
     assert (run.result["status"], run.result["step"], run.result["checkpoint"]) == ("stopped", 2, "step-00000002")
     run = launch.run(config(tmp_path, steps=5))
     assert [row["loss"] for row in run.rows] == [row["loss"] for row in uninterrupted.rows]
@@ -340,7 +340,9 @@ def test_the_error_of_an_aborted_rank_includes_what_all_ranks_wrote(tmp_path, wo
     said = str(error.value)
     assert said.startswith(begin)
     assert re.search(also, said)
-    assert ("what(): from C++" in said) == (worker == "aborting"), "the end of its output, where it is all there is"
+    assert ("what(): from C++" in said) == (worker == "aborting"), (
+        "the end of the output is for ranks that recorded no error"
+    )
 
 
 def test_a_waiting_rank_is_ended_and_not_blamed(tmp_path, monkeypatch):

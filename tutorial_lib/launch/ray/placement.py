@@ -52,7 +52,7 @@ class BoundedScaling(ScalingPolicy):
         self._waits_since: float | None = None
         self._looked = 0.0
         self._saved_at: str | None = None
-        """Name of the newest checkpoint when room for more ranks appeared; None without such room."""
+        """Name of the newest checkpoint when room for more ranks appeared; None if there is no such room."""
 
     def _get_num_workers_for_resource_request(self) -> int:
         return self.demand.sizes[-1] * self.demand.tp
