@@ -50,7 +50,7 @@ def test_an_export_gives_the_logits_of_the_engine(observed, tmp_path, ranks, nam
     assert all(parameters[name].equal(expected) for name, expected in run.parameters.items())
     with torch.no_grad():
         logits = model.eval()(**run.inputs, use_cache=False).logits
-    rounding = 2e-6 if run.config.parallel.tp > 1 else 1e-6  # split layers sum in another order
+    rounding = 3e-6 if run.config.parallel.tp > 1 else 1e-6  # split layers sum in another order
     assert (logits - run.logits).abs().max() <= rounding * run.logits.abs().max()
     assert AutoTokenizer.from_pretrained(target).eos_token is not None
 

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from tests.distributed.cases import small_runs
-from tests.support.launching import Shell, interrupt_when, train_command, wait_until
+from tests.support.launching import NEEDS_WARM_SERVER, Shell, interrupt_when, train_command, wait_until
 from tutorial_lib import launch
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.launch import local
@@ -64,6 +64,7 @@ def test_every_launch_has_new_processes_of_one_server(tmp_path):
     assert not psutil.Process(server).children(), "no rank outlives its launch"
 
 
+@NEEDS_WARM_SERVER
 def test_ranks_are_set_up_like_new_interpreters(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
@@ -174,6 +175,7 @@ def test_a_script_needs_no_main_guard_and_leaves_nothing(tmp_path):
     assert (tmp_path / "starts").read_text() == "started\n", "no rank ran the script again"
 
 
+@NEEDS_WARM_SERVER
 @pytest.mark.parametrize("when", ["while it loads", "when it is idle"])
 def test_a_server_ends_with_the_process_that_started_it(when):
     code = (
@@ -257,6 +259,7 @@ def test_a_second_interrupt_stops_now_and_nothing_trains_on(tmp_path):
     assert len(tell(tmp_path, "after")) == 2
 
 
+@NEEDS_WARM_SERVER
 def test_an_interrupt_while_the_server_loads_is_answered_at_once(tmp_path, monkeypatch):
     local.stop_server()
     monkeypatch.setattr(local, "warm_up", lambda device: None)  # it starts to load when the run is launched

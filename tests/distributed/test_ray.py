@@ -13,7 +13,7 @@ import pytest
 
 from tests.distributed.cases import interruption
 from tests.distributed.cases.interruption import END, STOP
-from tests.support.launching import ROOT
+from tests.support.launching import NEEDS_WARM_SERVER, ROOT
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.config import ConfigError
 from tutorial_lib.lab.scripts import train_zero
@@ -159,6 +159,7 @@ def actors_of_a_fit():
     return found
 
 
+@NEEDS_WARM_SERVER
 def test_an_interrupt_leaves_no_worker_that_trains_on(cluster, directory):
     before = {actor.pid for actor in actors_of_a_fit()}  # the controller of Ray's own trainer, which a test has used
 

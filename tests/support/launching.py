@@ -12,10 +12,15 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pytest
+
 from tutorial_lib.config import Config
 from tutorial_lib.records import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[2]
+NEEDS_WARM_SERVER = pytest.mark.skipif(
+    os.environ.get("TUTORIAL_LIB_WARM_WORKERS") == "0", reason="tests the warm server, which make matrix does without"
+)
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:

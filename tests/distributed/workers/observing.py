@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import os
 import pkgutil
 import shutil
 import sys
@@ -108,3 +109,7 @@ def _expect_an_error(config: Config, trainer_class: type[Trainer]) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    # Leave as a forked rank does. Runs that must fail leave groups behind, whose threads abort an interpreter's exit.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
