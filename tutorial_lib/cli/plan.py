@@ -237,7 +237,7 @@ def _document(answer: Answer) -> dict[str, Any]:
         "cluster": dataclasses.asdict(answer.cluster),
         "best": rows[0] if best.fits else None, "why": answer.why, "candidates": rows,
         "advice": [str(remedy) for remedy in answer.advice], "fewer_gpus": str(answer.fewer) if answer.fewer else None,
-         "left_out": plan_text.LEFT_OUT, "run": None,
+        "left_out": plan_text.LEFT_OUT, "run": None,
     }  # fmt: skip
     runs = answer.here
     if runs:

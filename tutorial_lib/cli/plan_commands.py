@@ -87,9 +87,8 @@ def train_line(cluster: Cluster, settings: dict[str, Any], *, with_file: bool) -
         settings: from :func:`settings_of`.
         with_file: whether a DeepSpeed file holds the settings that it can, so that the line does not repeat them.
     """
-    in_file = (
-        {"zero_stage", "offload", "bucket_size"} if with_file else set()
-    )  # not precision: a file may not name fp32
+    # The file does not replace the precision: it may not name fp32.
+    in_file = {"zero_stage", "offload", "bucket_size"} if with_file else set()
     flags = ["--profile", "gpu" if cluster.gpus == 1 else "cluster"]
     for name, value in settings.items():
         if name in in_file or value is False or (name == "tp" and value == 1):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from tutorial_lib.cli import plan_commands
 from tutorial_lib.tables import align
-from tutorial_lib.theory.cost import Candidate, backward_all_reduces, short_gb
+from tutorial_lib.theory.cost import SLOWEST_SMALL_RUN, Candidate, backward_all_reduces, short_gb
 from tutorial_lib.theory.layouts import Cluster, Workload, missing_for
 from tutorial_lib.theory.reasons import OFFLOAD_WARNING
 from tutorial_lib.theory.remedies import Remedy
@@ -113,7 +113,10 @@ def _assumptions(answer: Answer) -> list[str]:
         f"free, host Adam {machine.host_adam / 1e9:g}e9/s",
         f"  sequences of {work.seq_length}; {_batch(work)}",
         *(
-            ["  below 1 B parameters, published runs were up to 7 times slower: small kernels wait to be launched"]
+            [
+                f"  below 1 B parameters, published runs were up to {SLOWEST_SMALL_RUN} times slower: small kernels "
+                "wait to be launched"
+            ]
             if work.num_params < 1e9
             else []
         ),

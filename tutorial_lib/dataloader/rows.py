@@ -102,7 +102,7 @@ def _check_files(name: str, source: str) -> None:
     files = [path for path in entries if path.is_file() and _is_data(path.relative_to(directory))]
     formats = {*map(_format, files)} or {*_FORMATS.values()}
     for path in entries:
-        if problem := _surprise(path, path.relative_to(directory), formats):
+        if problem := _entry_problem(path, path.relative_to(directory), formats):
             raise ConfigError(f"The data set {name!r} is a directory with {path.relative_to(directory)}: {problem}.")
     if len({_format(path) for path in files}) > 1:
         suffixes = {"".join(path.suffixes[-2:]) if path.suffix in _COMPRESSED else path.suffix for path in files}
@@ -120,7 +120,7 @@ def _check_files(name: str, source: str) -> None:
         )
 
 
-def _surprise(path: Path, inside: Path, formats: Collection[str | None]) -> str | None:
+def _entry_problem(path: Path, inside: Path, formats: Collection[str | None]) -> str | None:
     """Return why an entry of a data set's directory would unexpectedly be read or left out.
 
     Args:

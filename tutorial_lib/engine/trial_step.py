@@ -4,7 +4,8 @@ Engines change a model in ways that its family's code may not expect. ZeRO-3 hid
 waits for a gradient of every parameter. The trial builds the configured engine for the copy of
 :mod:`tutorial_lib.engine.trial_forward`, evaluates, takes two steps, and reports a failure in this package's words.
 
-It takes 0.1 to 0.7 CPU seconds per rank (ZeRO-3 the most), so families that the tests train with every engine skip it.
+It takes 0.1 to 0.7 CPU seconds per rank (measured once; ZeRO-3 takes the most), so families that the tests train with
+every engine skip it.
 """
 
 from __future__ import annotations

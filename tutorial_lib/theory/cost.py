@@ -33,6 +33,8 @@ from tutorial_lib.theory.state_bytes import layout_states, lora_params
 UPDATE_BYTES = 28
 OFFLOADED_RUN = 2.7
 """Factor by which the one published run with offload was slower than this model says: docs/planner-errors.md."""
+SLOWEST_SMALL_RUN = 7
+"""Factor by which a published run of a model below 1 B parameters was slower than this model says, at most."""
 REACHED_MEMORY_BANDWIDTH = 0.8
 
 

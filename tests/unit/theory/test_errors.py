@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tutorial_lib.cli import main
 from tutorial_lib.cli.plan_check import compare
 from tutorial_lib.config import Config
 from tutorial_lib.engine.deepspeed.config import apply_file
-from tutorial_lib.theory.cost import OFFLOADED_RUN
+from tutorial_lib.theory.cost import OFFLOADED_RUN, SLOWEST_SMALL_RUN
 
 MODELLED = [run for run in ROWS if not run.not_modelled and run.layout.offload == "none"]
 LARGE = [run for run in MODELLED if run.workload.num_params >= 1e9]
@@ -35,6 +36,7 @@ def test_small_models_are_slower_than_predicted() -> None:
     """The model ignores kernel launches: the direction of that error is known, but not its size."""
     small = [errors.errors_of(run).speed_error for run in MODELLED if run not in LARGE]
     assert len(small) == 4 and min(small) > 0
+    assert math.ceil(1 + max(small)) == SLOWEST_SMALL_RUN
     assert sum(error <= errors.TIME_GOAL for error in small) == 2  # those with the most unfused attention
 
 
