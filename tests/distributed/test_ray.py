@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -30,6 +31,8 @@ def cluster(directory):
         patch.setenv("PYTHONPATH", str(ROOT))
         with ray_train.session(on_ray(directory)):
             yield
+    left = signal.getsignal(signal.SIGINT)
+    assert left is signal.default_int_handler, "Ctrl-C would still ask the controller of a fit of Ray's own trainer"
 
 
 def on_ray(directory, **changes):

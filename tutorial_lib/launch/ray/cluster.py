@@ -292,12 +292,24 @@ def stop() -> None:
 
     ray.shutdown()
     _close_server()
+    _drop_rays_interrupt_handler()
     for name, value in _changed_environment.items():
         if value is None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
     _changed_environment.clear()
+
+
+def _drop_rays_interrupt_handler() -> None:
+    """Make Ctrl-C raise ``KeyboardInterrupt`` again, as before Ray's own ``TorchTrainer.fit`` was called here.
+
+    That leaves its handler behind, which asks a controller that has ended: it would start another Ray to do so.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    if getattr(signal.getsignal(signal.SIGINT), "__module__", "").startswith("ray."):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _close_server() -> None:
