@@ -1,6 +1,6 @@
 """Records of a run: the files under ``STORAGE/RUN``, written by its workers and read by everything else.
 
-Workers write records instead of printing; notebooks, tests and the command line read them. The files are
+Workers write records instead of printing; notebooks, tests and the command line read them. The main files are
 
 ``config.json``
     every setting of the run by its flat name;

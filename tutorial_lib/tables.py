@@ -93,7 +93,7 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = Non
         rows: values by column; a missing value or ``None`` shows as a dash. Numbers are formatted by
             :func:`format_value`; pass text for any other format.
         columns: columns to show, in this order; default: in order of first appearance.
-        caption: the message of the table.
+        caption: line above the table.
     """
     names = list(columns) if columns is not None else list(dict.fromkeys(key for row in rows for key in row))
     values = [[row.get(name) for name in names] for row in rows]

@@ -1,4 +1,4 @@
-"""Compatibility between a checkpoint and a run that would resume from it, checked before any process starts.
+"""Compatibility between a checkpoint and a run that would resume from it, checked before it trains.
 
 Settings that would change an update must be the same, and so must the model, tokenizer and data that they name. These
 are compared by content (their *identity*): a directory that was moved is still the same, but one that kept its name and
@@ -34,13 +34,13 @@ def shape(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_continues(config: Config, found: Path, data: DataIdentity | None) -> None:
-    """Refuse to resume a run from a checkpoint that it must not, or cannot, continue.
+    """Refuse a checkpoint that the run must not, or cannot, resume from.
 
     Args:
         config: what to run.
         found: the checkpoint.
         data: returns the hashes of the run's current data; only called if there is something to compare them with.
-            None if this start reads no data, or not on this machine; then data is not compared.
+            None if this start reads no data, or only on other machines; then data is not compared.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -98,7 +98,7 @@ def reads_data(run: RunConfig, found: Path | None) -> bool:
 
 
 def _check_settings(saved: dict[str, Any], config: Config, may_differ: set[str], within: dict[str, list[str]]) -> None:
-    """Refuse settings that differ. ``within`` lists, for a setting that names something, what changed inside it."""
+    """Refuse settings that differ. ``within`` lists, by setting, what changed in the model or data that it names."""
     now = json.loads(json.dumps(config.flat()))
     free = FREE_ON_RESUME | may_differ
     if config.optimizer.schedule == "constant":

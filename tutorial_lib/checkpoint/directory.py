@@ -125,7 +125,7 @@ def _newest(
 
 
 def clear_remains(run: RunDirectory) -> None:
-    """Clean up unfinished saves and deletions after starts that were killed."""
+    """Publish complete saves of killed starts, and delete their other remains."""
     for path, final in _remains(run):
         if _is_complete(path, final):
             os.rename(path, final)

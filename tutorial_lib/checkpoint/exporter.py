@@ -71,7 +71,7 @@ def export(path: Path, target: Path, max_shard_size: str = MAX_SHARD_SIZE) -> Pa
 
 
 def _files(outlines: dict[str, Tensor], max_shard_size: str) -> dict[str, list[str]]:
-    """Distribute tensors over files as ``save_pretrained`` would: the names of the tensors in each file."""
+    """Return the names of the tensors in each file, distributed as by ``save_pretrained``."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     pattern = "model{suffix}.safetensors"

@@ -1,4 +1,4 @@
-"""Checkpoint manager: when a run saves, which checkpoint it resumes from, and which ones it keeps."""
+"""Checkpoint manager: decides when a run saves, which checkpoint it resumes from, and which ones it keeps."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Loader(Protocol):
 
 
 class CheckpointManager:
-    """The checkpoints of one run, as one of its ranks sees them. At most one save is under way.
+    """Saves, restores and prunes a run's checkpoints, on every rank. At most one save is under way.
 
     Args:
         config: the run's settings; ``config.run`` says how often to save and what to keep.

@@ -1,4 +1,4 @@
-"""Saving of checkpoints: every rank writes its own share, and the complete checkpoint becomes visible at once."""
+"""Save of one checkpoint: each rank hands its states to its writer, and rank 0 publishes the complete checkpoint."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def save(
         engine: anything with ``save(directory, writer)``, ``module`` and ``device``.
         config: settings of the run, saved so that a resume can compare them.
         topology: this rank's place in the grid.
-        state: step, data position, schedule.
-        side_files: saved along with the model's configuration, for exports; rank 0 has them.
+        state: the rest of the run's state.
+        side_files: saved along with the model's configuration, for exports; None except on rank 0.
         stager: from :func:`make_stager`. Training may then continue as soon as this returns, because the files are
             written from a snapshot. Without a stager, all files are written when this returns.
         make_writer: makes the writer of this rank's files.
@@ -137,14 +137,14 @@ class Save:
     def finish(self) -> dict[str, Any]:
         """Wait for every rank's files, then make the checkpoint visible. Collective.
 
-        Ranks communicate only here, on the training thread, between two steps.
+        Call it on the training thread, between two steps.
 
         Returns:
             On every rank the ``step``, the ``stall_seconds`` of training, the ``write_seconds`` until the last file was
             on the disk (both from the slowest rank), and the ``bytes`` of all files.
 
         Raises:
-            CheckpointError: some rank's files are not visible here, because the storage is not shared; or their size
+            CheckpointError: rank 0 does not see some rank's files, because the storage is not shared; or their size
                 has changed since they were written.
             OSError: this rank's files could not be written.
         """
@@ -168,7 +168,7 @@ class Save:
             name = str(path.relative_to(self._partial))
             if path.is_dir() or name not in files:
                 sync(path)
-            if path.is_file() and name not in files:  # small files besides the engine's
+            if path.is_file() and name not in files:  # not through the writer, like DeepSpeed's scripts
                 files[name] = file_entry(path)
         missing = sorted(name for name in files if not (self._partial / name).is_file())
         if missing:

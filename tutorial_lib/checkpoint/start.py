@@ -1,4 +1,4 @@
-"""Start of a run: from step 0, or from its newest intact checkpoint, if that is compatible."""
+"""Start of a run: from step 0, or from its newest intact checkpoint, which must be compatible."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """One start of a run: its checkpoint, and what it needs.
+    """One start of a run: its checkpoint, found and checked.
 
     Attributes:
         found: the intact checkpoint that it resumes from, or None.
@@ -39,7 +39,7 @@ class Start:
     identity: dict[str, Any]
 
     def saved_num_steps(self) -> int:
-        """Return the number of steps of the run that the checkpoint belongs to."""
+        """Return the run's total number of steps, as its checkpoint records it."""
         assert self.found is not None
         return int(read_trainer_state(self.found)["record"]["num_steps"])
 

@@ -1,4 +1,4 @@
-"""Writer of one rank's files: at once, or on a thread from a snapshot in host memory, while training continues.
+"""Writer of one rank's files in a save: immediately, or on a thread from a snapshot, while training continues.
 
 Each rank hashes its files while writing them, so no file is read again for its SHA-256. A file counts as written when
 it is on the disk (``fsync``).
@@ -39,7 +39,7 @@ class Writer:
     Args:
         root: the checkpoint's directory.
         stager: with a stager, :meth:`submit` returns before the work is done, so it must only use a :meth:`snapshot`.
-            Without one, everything is done at once, directly from the states.
+            Without one, everything is done immediately, from the states themselves.
 
     Attributes:
         files: size and SHA-256 of every file written so far, by name relative to ``root``.

@@ -1,7 +1,7 @@
-"""Expected model states: the formulas of ``theory`` applied to a run's configuration, for every data-parallel rank.
+"""Expected model states: exact bytes on each data-parallel rank, from the formulas of ``theory.memory``.
 
-Engines deviate from the paper, and only this module accounts for it: DeepSpeed keeps a master copy even of fp32
-weights, reduces a gradient in full on both ranks that share it, and holds fp32 gradients if it offloads.
+They follow DeepSpeed where it deviates from the paper: it keeps a master copy even of fp32 weights, reduces a gradient
+in full on both ranks that share it, and holds fp32 gradients if it offloads. For a step's peak, see ``planned``.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _persistence_threshold(engine: EngineConfig, hidden: int) -> int:
 
 
 def expected_states(config: Config, sizes: ParameterSizes) -> list[ModelStates] | None:
-    """Return the maximum bytes of model states that each data-parallel rank should hold, on its device or on the host.
+    """Return the maximum bytes of model states that each data-parallel rank should hold, on its device and on the host.
 
     Args:
         config: a configuration to which the values of its DeepSpeed file have been applied.

@@ -1,4 +1,4 @@
-"""A run in the planner's terms: its workload and layout, and the memory that the planner predicts for its steps."""
+"""Planner's estimate of a run's memory: the run as a workload and layout, and from these its states and peak."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trial of a model family: one forward pass of a tiny copy, before anything starts.
+"""Trial of a model family: forward passes of a tiny copy, before anything starts.
 
 The copy runs the same model code with two layers, narrow widths and random weights. It must meet three requirements of
 :mod:`tutorial_lib.models.masks`: the family accepts the batches of this run, a document gets the same logits in a
@@ -49,7 +49,7 @@ _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 def trial_forward(config: Config, model_config: PretrainedConfig) -> None:
-    """Refuse a model that cannot be trained on the requested batches, at the cost of a tiny forward pass.
+    """Refuse a model that cannot be trained on the requested batches, at the cost of a few tiny forward passes.
 
     No random state changes, and nothing as large as the real model is allocated.
 
@@ -225,7 +225,7 @@ class TinyCopy:
         except (ConfigError, RuntimeError, NotImplementedError, AttributeError) as error:
             return f"it has no plain output layer ({str(error).partition(chr(10))[0].rstrip('.')})."
         if loss.dim() > 0 or not torch.isclose(loss, expected, rtol=_TOLERANCE):
-            return "it changes what its output layer returns before that becomes its logits."
+            return "it changes its output layer's result before returning it as logits."
         return None
 
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""Launchers: start the ranks of a run here, under Ray Train, or join the ranks that torchrun or srun started.
+"""Launchers: start the ranks of a run here or under Ray Train, or join the ranks that torchrun or srun started.
 
-All launchers call :func:`tutorial_lib.trainer.train` on every rank; they differ only in how they start it.
+All launchers call :func:`tutorial_lib.trainer.train` on every rank; they differ only in how the ranks start.
 :func:`preflight` refuses what cannot run here, before any process starts.
 
 Importing this package is quick, so that :func:`warm_up` can start its server first and load torch at the same time as

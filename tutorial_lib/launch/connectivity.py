@@ -1,9 +1,9 @@
 """Check that ranks reach each other across nodes, before gloo connects all of them.
 
-Ranks that use a wrong network interface still meet, because they all go to the same address to meet. Only then does
+Ranks that use a wrong network interface still find each other, because all go to one rendezvous address. Only then does
 gloo connect each pair of ranks. Where that fails, one of them fails at once and blames its own interface, while the
-other waits for as long as a collective may take. So each rank first connects to its neighbours, for a few seconds, and
-all ranks learn which connection failed.
+other waits for as long as a collective may take. So each rank first tries to reach its neighbours, for a few seconds,
+and all ranks learn which connection failed.
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ class _Server:
         Args:
             job: the ranks to start.
             poll: called a few times per second.
-            is_stopped: whether the runs were asked to stop. If this is true before the ranks have started, none starts.
+            is_stopped: returns whether the runs were asked to stop. If so before the ranks have started, none starts.
 
         Raises:
             WorkerError: the server itself has died.

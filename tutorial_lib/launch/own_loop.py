@@ -21,7 +21,7 @@ Loop = Callable[[dict[str, Any]], Any]
 
 
 def run_loop(loop: Loop, config: Config) -> Any:
-    """Call a training loop on every rank of a local launch, and return what it returns on rank 0.
+    """Call a training loop on every rank of a local launch, and return rank 0's result, sent as JSON.
 
     The ranks' output goes into the run's logs.
 

@@ -120,9 +120,8 @@ class Topology:
 class ModelParallelUnit:
     """The ``mpu`` object that DeepSpeed asks for: this rank's groups, their sizes, and its place in them.
 
-    DeepSpeed uses it in two places. Its check of the batch sizes takes the data-parallel size from here; otherwise it
-    would take the world size, and the check would fail. And ``zero.Init`` must partition over the data-parallel group
-    only.
+    DeepSpeed's check of the batch sizes takes the data-parallel size from here. Otherwise it would take the world size,
+    and the check would fail.
 
     Args:
         topology: this rank's place in the grid.

@@ -1,4 +1,4 @@
-"""Records that rank 0 writes during training: settings, a row per step, and restarts."""
+"""Records that rank 0 writes: ``config.json``, ``metrics.jsonl`` and ``restarts.json``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class StepRow:
 
 
 class Records:
-    """Records of rank 0; other ranks write nothing.
+    """Writer of a run's records. Only rank 0 writes.
 
     Args:
         config: the run's settings.
@@ -50,7 +50,7 @@ class Records:
         self._last: StepRow | None = None
 
     def resume(self, step: int) -> None:
-        """Continue after a step, and drop later rows, because they will be written again."""
+        """Drop the rows of later steps, and note where new restarts resumed."""
         if not self._writes:
             return
         if step:
@@ -62,7 +62,7 @@ class Records:
             self.run.write_restarts(self.restarts)
 
     def begin(self, *, is_resumed: bool) -> None:
-        """Write the settings, and remove the leftovers of a start that this one replaces."""
+        """Write ``config.json``; delete an old result and, unless resumed, old rows."""
         if not self._writes:
             return
         write_atomically(self.run.config_file, self._config.to_json())

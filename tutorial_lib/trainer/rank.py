@@ -30,7 +30,7 @@ def train_all(
     Args:
         configs: the runs to train.
         on_checkpoint: called for the last of them, see :func:`train`.
-        trainer_class: what trains them, see :func:`train`.
+        trainer_class: see :func:`train`.
 
     Returns:
         The results of all runs that were started.
@@ -54,7 +54,7 @@ def train(
     Args:
         config: what to run, with the values of its DeepSpeed file applied, from ``launch.preflight``.
         on_checkpoint: called on every rank when a checkpoint is complete.
-        trainer_class: a :class:`Trainer` whose methods differ; default: the one for the configured engine.
+        trainer_class: a subclass of :class:`Trainer`; default: the one for the configured engine.
 
     Raises:
         ConfigError: the configuration cannot run here, or another start of this run has not ended.

@@ -17,7 +17,7 @@ SAME_LOSS = 1e-4
 
 
 class RanksDisagree(RuntimeError):
-    """Ranks of a tensor-parallel group read different batches or computed different losses. The message says more."""
+    """Ranks of a tensor-parallel group read different batches or computed different losses. The message names them."""
 
 
 def check_batches(topology: Topology, step: int | None, fingerprints: Sequence[int]) -> None:

@@ -66,7 +66,7 @@ class Result:
 
 
 def collect_result(trainer: Trainer, eval_loss: float | None, facts: dict[str, Any]) -> Result:
-    """Collect the result of a start of a run, the same on every rank. Collective.
+    """Collect the result of a start of a run; rank 0 writes its own. Collective.
 
     Args:
         trainer: the trainer that has just finished.

@@ -99,7 +99,7 @@ def test_a_family_that_changes_its_logits_is_refused_with_loss_chunks(family, ch
     """Without the refusal, it would silently be trained on a different loss."""
     model_config = AutoConfig.for_model(family, **changes)
     trial(model_config, "longest")
-    with pytest.raises(ConfigError, match=f"type '{family}'.*loss_chunks=8: it changes what .*Leave loss_chunks out"):
+    with pytest.raises(ConfigError, match=f"type '{family}'.*loss_chunks=8: it changes its .*Leave loss_chunks out"):
         trial(model_config, "longest", loss_chunks=8)
 
 

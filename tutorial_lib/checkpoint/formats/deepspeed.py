@@ -4,7 +4,7 @@ With t tensor-parallel and d data-parallel ranks, one parameter W is stored as::
 
     stage 0       share 1 ... share t       each in the file of one tensor-parallel rank, if AutoTP split it
     stages 1, 2   share i = a slice of one long vector, which is cut into d files without regard to parameters
-    stage 3       share i = d equal pieces, the last one padded; a parameter that AutoTP did not split: d t pieces
+    stage 3       share i = d equal pieces, the last one padded; a parameter that AutoTP did not split: d x t pieces
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Stage0(_Stage):
 
 
 class Stage12(_Stage):
-    """Stages 1 and 2: each parameter group is one vector, padded at its end and cut into one slice per rank."""
+    """Stages 1 and 2: each parameter group is one vector, padded and cut into one slice per rank."""
 
     def __init__(self, directory: Path, settings: Config, model: Any, folder: str = "engine") -> None:
         super().__init__(directory, settings, model, folder)

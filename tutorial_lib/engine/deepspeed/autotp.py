@@ -2,7 +2,7 @@
 
 AutoTP replaces linear layers with layers that hold a share of the weight. With x the input and t ranks::
 
-    column: y = x [W_1 ... W_t]             each rank computes some outputs; backward sums dx over the ranks
+    column: y = x [W_1 ... W_t]                each rank computes some outputs; backward sums dx over the ranks
     row:    y = [x_1 ... x_t] [W_1; ...; W_t]  each rank takes some inputs; forward sums y over the ranks
 
 On every parameter of such a layer, AutoTP records how it was split, and this module reads those records.

@@ -119,7 +119,7 @@ def _release(version: str) -> tuple[int, ...]:
 def apply_file(config: Config) -> Config:
     """Apply the values of a DeepSpeed file to the configuration, so that records show what really ran.
 
-    Settings that the file leaves out or calls ``"auto"`` stay unchanged.
+    Settings that the file leaves out or sets to ``"auto"`` stay unchanged.
 
     Raises:
         ConfigError: as :func:`build`; or the file contradicts a setting that the caller gave; or its values cannot run.

@@ -24,8 +24,8 @@ from unittest import mock
 
 import torch
 
-# Set explicitly: if DeepSpeed has to find out by itself that there is no GPU, it warns on every start. In a worker, the
-# trainer has already set it from the run's configuration.
+# Set explicitly: if DeepSpeed has to find out by itself that there is no GPU, it warns on every start. A run has set
+# it already, from its configuration.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import cpuinfo
@@ -309,7 +309,7 @@ def _partition_at_construction(settings: dict[str, Any]) -> Iterator[None]:
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     # transformers only needs to know the stage. With the AutoTP section it would refuse to load weights, although
-    # AutoTP splits them later. And it partitions over all ranks, which contradicts batch sizes per data-parallel rank.
+    # AutoTP splits them later. It partitions over all ranks, so it would check the batch sizes against too many.
     visible = {key: value for key, value in settings.items() if key not in _HIDDEN_FROM_TRANSFORMERS}
     keep_alive = HfDeepSpeedConfig(visible)
     try:

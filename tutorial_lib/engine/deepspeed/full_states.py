@@ -1,6 +1,6 @@
 """Full parameters and moments of a DeepSpeed engine: gathered from its ranks, or cut up for them.
 
-An export and a reshape see whole tensors, one at a time. A rank holds its share of a parameter (AutoTP), and its piece
+Callers such as a reshape see full tensors one at a time. A rank holds its share of a parameter (AutoTP), and its piece
 of that share (ZeRO), in up to four places: the weights that the model computes with (possibly in 16 bits), the fp32
 master copy, and both moments. From stage 1 on, the last three are slices of long vectors
 (:mod:`tutorial_lib.engine.deepspeed.partitions`).
@@ -76,7 +76,7 @@ class FullStates:
     def load(self, full: FullTensors) -> None:
         """Restore weights and optimizer states saved by an engine of any shape. Every rank reads all of them.
 
-        Adam counts its updates once per vector.
+        Adam has one count of updates per vector.
         """
         wrapper = self._engine.optimizer
         if self._stage == 3:

@@ -26,7 +26,7 @@ from tutorial_lib.engine.deepspeed.keys import (
 
 
 def check_for_run(given: dict[str, Any], config: Config, *, source: str) -> None:
-    """Refuse keys that do not work in this run: a different optimizer at its precision and stage, or missing kernels.
+    """Refuse keys that do not work with this run's precision, stage, device or installed packages.
 
     Args:
         given: the settings that :func:`.file.read` returned.

@@ -29,7 +29,7 @@ NEEDED = (
 
 
 def check(name: str) -> None:
-    """Refuse a file that the Trainer would not complete.
+    """Refuse a file that the Trainer would leave incomplete.
 
     Args:
         name: a file that :func:`tutorial_lib.engine.deepspeed.file.read` accepts.

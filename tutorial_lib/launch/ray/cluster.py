@@ -304,7 +304,7 @@ def stop() -> None:
 def _drop_rays_interrupt_handler() -> None:
     """Make Ctrl-C raise ``KeyboardInterrupt`` again, as before Ray's own ``TorchTrainer.fit`` was called here.
 
-    That leaves its handler behind, which asks a controller that has ended: it would start another Ray to do so.
+    ``fit`` leaves a handler behind that would call a controller that has ended, and start another Ray to do so.
     """
     if threading.current_thread() is not threading.main_thread():
         return

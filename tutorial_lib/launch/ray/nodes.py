@@ -1,4 +1,4 @@
-"""Ray cluster of two nodes on one machine, one of which can be lost: for lessons without a cluster.
+"""Ray cluster of two nodes on one machine, for lessons without a cluster: the second node can be lost.
 
 Each node is a raylet with its own CPU slots, like one from ``ray start``, so Ray treats the second one like another
 machine. A SIGKILL to the raylet simulates its loss; the workers there end within a second. The nodes are started from a

@@ -62,7 +62,7 @@ class HuggingFaceRun(Trainer):
         self.engine.trainer.train(resume_from_checkpoint=self.engine.resumes_from)
 
     def begin_training(self) -> bool:
-        """Evaluate before the first step, and return whether this start has no steps at all. Collective."""
+        """Evaluate before the first step, and return whether this start has no steps to train. Collective."""
         self._prepare_first_step()
         if self.resumed_from is None:  # otherwise the Trainer restores the saved states
             seed_everything(self.config.run.seed + 1 + self.topology.dp_rank)

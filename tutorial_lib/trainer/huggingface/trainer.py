@@ -1,6 +1,6 @@
 """transformers' ``Trainer`` with this package's order of examples, AdamW and checkpoint directory.
 
-Overriding four methods makes its losses equal those of the package's own loop:
+The main overrides; the first two make its losses equal those of the package's own loop:
 
 - ``get_train_dataloader``: micro-batches of this data-parallel rank, in the order that data, seed and global batch
   determine. accelerate must not split them among the ranks a second time;
