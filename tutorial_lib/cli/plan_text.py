@@ -29,7 +29,7 @@ _NUMERIC = (True, True, False, False, True, False, False, *[True] * 7, False)
 _GAPS = (" ", " ", "", "", *[" "] * 10)
 
 _SHORT = {
-    "does not fit by": "too large by", "host too small by": "host lacks", "global batch": "batch", " traffic": "",
+    "host too small by": "host lacks", "global batch": "batch", " traffic": "",
     "computing": "compute", "the update": "update", "as fast; holds more memory": "tie; more memory",
     "as fast": "tie",
 }  # fmt: skip
