@@ -53,8 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         _parse_size,
         "parameters, such as 7e9 or 7B: the public model of this size, or a shape derived from it",
     )
-    for name in ("layers", "hidden", "heads", "vocabulary"):
-        number(f"--{name}", int, f"with --model-size: {name} of the model")
+    for name, help in (
+        ("layers", "number of layers"), ("hidden", "hidden size"), ("heads", "number of attention heads"),
+        ("vocabulary", "size of the vocabulary"),
+    ):  # fmt: skip
+        number(f"--{name}", int, f"with --model-size: {help}")
     number("--gpus", int, "total number of devices")
     parser.add_argument(
         "--gpu", type=str.lower, help=f"preset: {', '.join(GPUS)} (without one: --gpu-memory, and an A100's speed)"

@@ -147,7 +147,7 @@ def _buffers(workload: Workload, layout: Layout, part: Part, micro_batches: int)
     if layout.strategy == "no_shard":
         in_fp32 = element == 2 and not workload.lora_rank  # a frozen base is stored in 16 bits or fewer
         casts = float(element * part.params) if in_fp32 else 0.0
-        # The norm of the embedding's gradient is computed in fp64; that of a tied output layer may still exist.
+        # The norm of the embedding's gradient is computed in fp64; the gradient of a tied output layer may still exist.
         embedding = trained * 12 * workload.dimensions.vocabulary * workload.dimensions.hidden / layout.tp
         return casts, casts, max(copied * part.params, embedding)
     if layout.strategy:

@@ -37,7 +37,7 @@ def reasons(workload: Workload, cluster: Cluster, best: Candidate) -> list[str]:
         found.append(f"pp={layout.pp}: a stage holds 1/{layout.pp} of the layers and waits while the pipeline fills.")
     if layout.offload != "none":
         found.append(
-            f"offload: the states do not fit the GPUs; they take {best.host / 1e9:,.0f} GB of a node's memory."
+            f"offload: nothing that fits is as fast without it; it takes {best.host / 1e9:,.0f} GB of a node's memory."
         )
         found.append(OFFLOAD_WARNING)
     return [sentence for sentence in found if sentence]

@@ -583,7 +583,7 @@ def test_offload_says_what_it_takes_and_what_would_be_faster(capsys: pytest.Capt
     assert main(["plan", "--model-size", "13e9", "--gpus", "4", "--gpu", "a100-40"]) == 0
     shown = capsys.readouterr().out
     host = 18 * MODELS["llama-2-13b"].num_params / 1e9
-    assert f"they take {host:.0f} GB of a node's memory" in shown
+    assert f"it takes {host:.0f} GB of a node's memory" in shown
     assert "offload: the one published run was 2.7 times slower than predicted here" in shown
     assert "Faster, and without offload:" in shown
     assert "--lora 16" in shown and "--gpus 8, the fewest" in shown
