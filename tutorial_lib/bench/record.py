@@ -214,7 +214,7 @@ def _steady_steps(run: Run) -> tuple[Sequence[dict[str, Any]], str | None]:
     after_first = [row for row in run.rows if row["step"] > 1]
     steady = [row for row in after_first if row["step"] != measured]
     if steady or not after_first:
-        return steady, None if steady else "a single step, which also allocates memory: no speed"
+        return steady, None if steady else "no speed: the only step also allocates memory"
     return after_first, f"speed of step {measured}, which counting memory and traffic slowed down: run more steps"
 
 

@@ -85,7 +85,7 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands. ``command`` in the parsed options runs the chosen one."""
-    parser = _Parser(prog="python -m tutorial_lib", description="Train on many devices, and measure it.")
+    parser = _Parser(prog="python -m tutorial_lib", description="Train on many devices, and measure what it costs.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     pages = {
         "doctor": (

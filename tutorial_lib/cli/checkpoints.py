@@ -14,7 +14,7 @@ from tutorial_lib.config import FREE_ON_RESUME, START_ONLY, settings
 def add_reshape_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the source and the settings that a reshape may change."""
     parser.description = (
-        "Create a run NAME from SOURCE's checkpoint, rewritten by a different set of ranks. Settings that are not "
+        "Create a run NAME from SOURCE's checkpoint, rewritten for a different set of ranks. Settings that are not "
         "given are taken from SOURCE. No step is trained, and SOURCE does not change. To continue training in a "
         "different shape you need no reshape: run train with the same name and the new shape."
     )

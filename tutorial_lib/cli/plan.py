@@ -1,8 +1,8 @@
 """Command ``plan``: the layouts that fit given devices, fastest first, and why the others are worse.
 
 The arithmetic is in :mod:`tutorial_lib.theory`. This module has the command's arguments and its two forms: a plan, or
-(``--check RUN``) a comparison with a run that was measured. It imports neither torch nor transformers, unless
-``--model`` names a model that is not public.
+(``--check RUN``) a comparison with a run that was measured. A plan imports neither torch nor transformers, unless
+``--model`` names a model that is not in :mod:`tutorial_lib.theory.known_models`.
 """
 
 from __future__ import annotations
@@ -53,8 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         _parse_size,
         "parameters, such as 7e9 or 7B: the public model of this size, or a shape derived from it",
     )
-    for name in ("layers", "hidden", "heads", "vocabulary"):
-        number(f"--{name}", int, f"with --model-size: {name} of the model")
+    for name, help in (
+        ("layers", "number of layers"), ("hidden", "hidden size"), ("heads", "number of attention heads"),
+        ("vocabulary", "size of the vocabulary"),
+    ):  # fmt: skip
+        number(f"--{name}", int, f"with --model-size: {help}")
     number("--gpus", int, "total number of devices")
     parser.add_argument(
         "--gpu", type=str.lower, help=f"preset: {', '.join(GPUS)} (without one: --gpu-memory, and an A100's speed)"
@@ -83,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave out layouts that this course's engines lack: cp, pp, sequence parallelism",
     )  # fmt: skip
     number("--bucket-size", int, "elements of DeepSpeed's buckets (default: 500000000, DeepSpeed's own)", 500_000_000)
-    number("--gpus-per-node", int, f"devices of a node, which tp stays within (default: {preset.gpus_per_node})")
+    number("--gpus-per-node", int, f"devices of a node; tp stays within one (default: {preset.gpus_per_node})")
     number("--host-memory", float, "memory of a node in GB, for offload (default: 1000)", 1000.0)
     number("--gpu-tflops", float, "peak of one device in the run's precision (default: the preset's, or an A100's)")
     number("--efficiency", float, "share of the peak that training reaches, HFU (default: the preset's)")

@@ -87,7 +87,7 @@ def train_line(cluster: Cluster, settings: dict[str, Any], *, with_file: bool) -
         settings: from :func:`settings_of`.
         with_file: whether a DeepSpeed file holds the settings that it can, so that the line does not repeat them.
     """
-    # The file does not replace the precision: it may not name fp32.
+    # The precision stays on the line: the file has no key for fp32.
     in_file = {"zero_stage", "offload", "bucket_size"} if with_file else set()
     flags = ["--profile", "gpu" if cluster.gpus == 1 else "cluster"]
     for name, value in settings.items():

@@ -29,7 +29,7 @@ _NUMERIC = (True, True, False, False, True, False, False, *[True] * 7, False)
 _GAPS = (" ", " ", "", "", *[" "] * 10)
 
 _SHORT = {
-    "does not fit by": "too large by", "host too small by": "host lacks", "global batch": "batch", " traffic": "",
+    "host too small by": "host lacks", "global batch": "batch", " traffic": "",
     "computing": "compute", "the update": "update", "as fast; holds more memory": "tie; more memory",
     "as fast": "tie",
 }  # fmt: skip
@@ -103,14 +103,14 @@ def _assumptions(answer: Answer) -> list[str]:
     lines = [
         f"{work.num_params / 1e9:.4g} B parameters, {work.precision}: {dims.layers} layers, hidden "
         f"{dims.hidden}, {dims.heads} heads ({dims.key_value_heads} kv), vocabulary {dims.vocabulary}{trained}",
-        f"  dimensions: {answer.source}; replicated under tp: {dims.replicated_params / 1e6:.3g} M",
+        f"  dimensions: {answer.source}; replicated under tp: {_short(dims.replicated_params / 1e6)} M",
         f"{machine.gpus} {of} of {machine.gpu_memory / 1e9:g} GB ({machine.usable_memory / 1e9:.3g} usable), "
         f"{machine.gpus_per_node} per node; {machine.gpu_flops / 1e12:g} TFLOP/s at {machine.efficiency:g} (HFU)",
         f"  GB/s: {machine.within / 1e9:g} within a node, {machine.between / 1e9:g} between, "
         f"{machine.host_link / 1e9:g} to the host; {machine.host_memory / 1e9:g} GB of host memory per node",
         *([f"  {guessed}"] if guessed else []),
-        f"  assumed: {machine.overlap:.0%} of dp traffic can hide behind computation, {machine.headroom:.0%} of memory "
-        f"free, host Adam {machine.host_adam / 1e9:g}e9/s",
+        f"  assumed: compute hides {machine.overlap:.0%} of dp traffic, {machine.headroom:.0%} of memory stays free, "
+        f"host Adam {machine.host_adam / 1e9:g}e9 parameters/s",
         f"  sequences of {work.seq_length}; {_batch(work)}",
         *(
             [
@@ -197,11 +197,12 @@ def _row(candidate: Candidate, best: Candidate) -> tuple[str, ...]:
 def _best(answer: Answer) -> list[str]:
     best = answer.candidates[0]
     fitting = sum(candidate.fits for candidate in answer.candidates)
+    moment = "in backward" if best.moment == "backward" else f"at the {best.moment}"
     lines = [
         f"Best: {describe(best)}: the best of {fitting} that fit, of {len(answer.candidates)}.",
         f"{best.tokens_per_gpu_second:,.0f} tokens/s per GPU, {best.seconds:.3g} s per step of "
         f"{best.tokens // answer.workload.seq_length} sequences, accumulation {best.accumulation}; computing is "
-        f"{best.compute_seconds / best.seconds:.0%} of it. It peaks at the {best.moment}.",
+        f"{best.compute_seconds / best.seconds:.0%} of it. It peaks {moment}.",
         *(f"  {sentence}" for sentence in answer.why),
     ]
     if answer.fewer:

@@ -81,7 +81,9 @@ def validate(config: Config, settings: Mapping[str, Setting]) -> None:
     _check_shard_at_load(config)
     _check_batch_sizes(config)
     if run.stop_after is not None and run.steps is not None and run.stop_after > run.steps:
-        raise ConfigError(f"stop_after={run.stop_after} is past the last step, steps={run.steps}.")
+        raise ConfigError(
+            f"stop_after={run.stop_after} is past the last step, steps={run.steps}. Write {run.steps} or less."
+        )
     if run.keep_best and not run.evaluate:
         raise ConfigError("keep_best=True compares evaluation losses: write evaluate=True, or keep_best=False.")
     every = run.evaluate_every
@@ -166,7 +168,7 @@ def check_used(config: Config, stated: Mapping[str, Setting], *, is_resolved: bo
             continue  # the file may state what is needed
         if not is_met:
             raise ConfigError(
-                f"{flag}={flat[flag]!r} would have no effect: it needs {needed}. Leave it out, or write that, too."
+                f"{flag}={flat[flag]!r} would have no effect: it needs {needed}. Leave it out, or add that."
             )
 
 

@@ -175,8 +175,8 @@ class EngineConfig:
     )
     reduce_each: bool = _setting(
         False,
-        "fsdp: reduce gradients with every micro-batch (FSDP2's default) instead of once per step: less memory, more "
-        "traffic",
+        "fsdp: reduce gradients with every micro-batch, as plain FSDP2 does, instead of once per step: less memory, "
+        "more traffic",
         engines=("fsdp",),
         resume="free",
     )
@@ -190,21 +190,21 @@ class EngineConfig:
     )
     pin_memory: bool = _setting(
         False,
-        "page-lock offloaded memory (always set explicitly: DeepSpeed's default has changed)",
+        "page-lock offloaded memory",
         engines=("deepspeed", "fsdp"),
         resume="free",
     )
     precision: str = _setting("fp32", "number format of forward and backward", choices=("fp32", "bf16", "fp16"))
     persistence_threshold: int = _setting(
         0,
-        "stage 3 keeps parameters smaller than this many elements in full on every rank (DeepSpeed's default: 100000)",
+        "stage 3 keeps parameters smaller than this many elements in full on every rank (plain DeepSpeed: 100000)",
         at_least=0,
         engines=("deepspeed",),
         resume="free",
     )
     bucket_size: int = _setting(
         1_000_000,
-        "elements that ZeRO reduces or gathers at once; stage 3 allocates them (DeepSpeed's default: 5e8)",
+        "elements that ZeRO reduces or gathers at once; stage 3 allocates them (plain DeepSpeed: 5e8)",
         at_least=1,
         engines=("deepspeed",),
         resume="free",

@@ -101,7 +101,7 @@ class TrainLoader:
 
     Attributes:
         num_steps: total number of optimizer steps of the run.
-        last_step: the step at which this start of the run ends: the last one, or ``stop_after``.
+        last_step: the step at which this launch stops: the run's last one, or ``stop_after``.
         summary: summary of the training split's tokens.
     """
 
@@ -291,7 +291,7 @@ def _collate(config: Config, tokenizer: PreTrainedTokenizerBase) -> Collate:
 
 
 def _run_length(run: RunConfig, steps_per_epoch: int) -> tuple[int, int]:
-    """Return the number of optimizer steps of a run, and the step at which this start of it ends."""
+    """Return the number of optimizer steps of a run, and the step at which this launch stops."""
     num_steps = run.steps or run.epochs * steps_per_epoch
     return num_steps, min(num_steps, run.stop_after or num_steps)
 

@@ -122,7 +122,7 @@ class StepSampler(Sampler[list[int]]):
 
 
 class EpochSampler(Sampler[list[int]]):
-    """A rank's micro-batches of one epoch, for a loop that starts each epoch itself and skips trained ones.
+    """A rank's micro-batches of one epoch, for a loop that starts each epoch itself and skips trained batches.
 
     Args:
         steps: sampler that decides the examples of each step.

@@ -1,6 +1,6 @@
 """Doctor: facts about this machine, and a verdict on whether each profile will work.
 
-It takes well under a second, because it imports nothing heavy.
+Without a GPU it takes well under a second; with one, it imports torch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main(json: bool = False) -> int:
 
 
 def diagnose() -> Report:
-    """Examine this machine without starting a process group or connecting to any other machine."""
+    """Examine this machine without starting a process group."""
     import psutil
 
     memory = psutil.virtual_memory()

@@ -29,7 +29,7 @@ BARS = 8
 _PARTS = {"states": BLUE, "activations": ORANGE, "buffers": GREEN}
 _SEQUENCES = (512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072)
 _COUNTS = tuple(1 << n for n in range(11))
-_FREE = "chosen"
+_FREE = "automatic"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,7 +32,7 @@ def on_ranks(num_ranks: int, function: Callable[..., T], *arguments: Any) -> lis
 
     Raises:
         torch.multiprocessing.ProcessRaisedException: the function raised on a rank; the message is its traceback. The
-            other ranks were ended.
+            other ranks are terminated.
     """
     import torch.multiprocessing as mp
 

@@ -1,7 +1,7 @@
 """Stacks of running processes: the line of code where each rank of a hanging run waits.
 
 Uses `py-spy <https://github.com/benfred/py-spy>`_, which reads a process's memory from outside, so the process needs no
-preparation. The kernel allows this to root and, if ``kernel.yama.ptrace_scope`` is 0, to the same user.
+preparation. The kernel lets root do this and, if ``kernel.yama.ptrace_scope`` is 0, the process's own user.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def read_stack(pid: int) -> Stack:
         raise CannotRead(f"py-spy read nothing from process {pid} within 20 s") from None
     if done.returncode:
         raise CannotRead(f"py-spy cannot read process {pid}: {done.stderr.strip()}")
-    threads = json.loads(done.stdout)  # Python names the main one only once something has imported threading
+    threads = json.loads(done.stdout)  # the main one is last, and has no name until something imports threading
     main = next((each for each in threads if each["thread_name"] == "MainThread"), threads[-1])
     return tuple(f"{Path(each['filename']).name}:{each['line']} {each['name']}" for each in main["frames"])
 
@@ -82,11 +82,11 @@ def wait_until_stuck(launcher: int, num_ranks: int, script: str, *, seconds: flo
 
 
 def calls_in(stack: Sequence[str], script: str) -> list[str]:
-    """Return the stack's innermost call, then its calls in one file, innermost first."""
+    """Return a stack's innermost call, then all calls that are in the script, innermost first."""
     own = [place for place, call in enumerate(stack) if call.startswith(f"{script}:")]
     return [*list(stack[:1]), *(stack[place] for place in own)]
 
 
 def _is_inside(stack: Stack, script: str) -> bool:
-    """Return whether a rank is in a function of the script: at its top level it may still be importing."""
+    """Return whether a rank is in a function of the script: at the script's top level it may still be importing."""
     return sum(call.startswith(f"{script}:") for call in stack) > 1

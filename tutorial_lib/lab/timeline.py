@@ -1,8 +1,8 @@
 """Step timeline: when a rank gathers, computes and reduces, and what it holds, read from a trace of one FSDP2 step.
 
-``torch.profiler`` records FSDP2's own marks, such as ``FSDP::all_gather (transformer.h.0)``. A unit computes between
-its last mark before the computation and its first one afterwards. With ``profile_memory`` it records every allocation,
-too.
+``torch.profiler`` records FSDP2's own marks, such as ``FSDP::all_gather (transformer.h.0)``. A unit computes from the
+end of its ``pre_forward`` mark to the start of ``post_forward``, and likewise in backward. With ``profile_memory``, the
+profiler records every allocation, too.
 
 Source of the marks: ``torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py`` and ``_fsdp_state.py``.
 """

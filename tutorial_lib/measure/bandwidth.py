@@ -111,7 +111,7 @@ def fit_link(timings: Sequence[Timing]) -> Link:
         timings: timings of one kind, with at least two sizes, on at least two ranks.
 
     Raises:
-        ValueError: there are fewer sizes or a single rank, or large tensors take no longer than small ones.
+        ValueError: there are fewer than two sizes or ranks, or large tensors take no longer than small ones.
     """
     sent = [each.sent_bytes for each in timings]
     if len(set(sent)) < 2 or min(sent) <= 0:

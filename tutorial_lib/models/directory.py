@@ -46,7 +46,7 @@ def check_config(directory: str) -> None:
         if not isinstance(getattr(torch, value, None) if isinstance(value, str) else None, torch.dtype):
             raise ConfigError(
                 f'{path}: {key} is {json.dumps(value)}, which is not a PyTorch dtype. Write one, such as "float32" or '
-                '"bfloat16", or remove the key: it describes the files, and the setting precision decides the training.'
+                '"bfloat16", or remove the key: it only describes the files. Training follows the setting precision.'
             )
 
 

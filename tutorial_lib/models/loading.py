@@ -154,7 +154,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
         check_tokenizer_files(resolve_model(name))
     tokenizer = fetch(AutoTokenizer.from_pretrained, "tokenizer", name, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token is None:
-        raise ConfigError(f"The tokenizer of {name!r} has no EOS token, which ends every document here.")
+        raise ConfigError(f"The tokenizer of {name!r} has no EOS token to end a document with. Choose another model.")
     if not tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens}:
         raise ConfigError(
             f"The tokenizer of {name!r} has no tokens except {', '.join(map(repr, tokenizer.all_special_tokens))}: its "

@@ -46,7 +46,7 @@ def locate_weights(target: str, local_files_only: bool) -> list[Path]:
 
 
 def check_files(directory: str) -> None:
-    """Refuse a model's directory whose weight files are incomplete. Reads only their first bytes.
+    """Refuse a model's directory whose weight files are incomplete. Reads no tensors.
 
     Raises:
         ConfigError: names the file, what is wrong with it, and how to get it.

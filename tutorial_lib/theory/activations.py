@@ -1,13 +1,13 @@
 """Activations: the tensors that a transformer keeps between forward and backward, and the peak memory of the loss.
 
-Counted per kernel, as PyTorch's autograd keeps tensors for today's Hugging Face and torchtitan models, in units of
-tokens times width. Notation: h hidden, k width of all keys, f width of the MLP, V vocabulary, t tensor-parallel size,
-e bytes per element. A layer keeps, per token::
+Counted kernel by kernel, from the tensors that PyTorch's autograd keeps for today's Hugging Face and torchtitan models.
+Notation: h hidden, k width of all keys, f width of the MLP, V vocabulary, s sequence length, t tensor-parallel size,
+e bytes per element. A layer keeps, in bytes per token::
 
-    norms               2 x (e h), RMSNorm another fp32 copy:  2 x (e h + 4 h)         in fp32: 2 x 2 e h
+    norms               LayerNorm; RMSNorm adds an fp32 copy   2 x (e h); 2 x (e h + 4 h)
     matrix inputs       query-key-value and MLP                2 x (e h)
     attention           query, key, value, output              e (2 h + 2 k)           divided by t
-                        without a fused kernel: the scores     heads x s x (4 [+ 2])   divided by t
+                        without a fused kernel: the scores     heads x s x 6; fp32: 4  divided by t
     MLP                 2 tensors, 4 if gated, 5 in GPT-2      2..5 x (e f)            divided by t
 
 Activation checkpointing (``checkpointing``)::
@@ -17,15 +17,15 @@ Activation checkpointing (``checkpointing``)::
                 per-operator policy, which this course's engines follow
     full        only the layer's input
 
-While a recomputed layer runs backward, everything that it would have kept exists once: the *transient*. By then the
-logits are gone, so a step peaks at the larger of the two.
+While a recomputed layer runs backward, everything that it would have kept exists for this one layer: the *transient*.
+By then the logits are gone, so only the larger of transient and logits counts.
 
 The loss (:func:`logits_bytes`) peaks in its backward at three fp32 copies of the logits: the log-probabilities, their
 gradient, and the gradient of the logits, together 12 bytes per element. Split over the vocabulary, PyTorch's
 ``loss_parallel`` holds four copies of its share at once.
 
 Assumptions: dropout off (its masks are one byte per element and layer), no ``torch.compile`` (which keeps less), the
-sequence axis of a DTensor gathered before each matrix product and kept so.
+sequence axis of a DTensor gathered before each matrix product and kept gathered.
 
 Sources: the kernels themselves (``torch.nn.functional``, transformers 5.23, torch/distributed/tensor/parallel/loss.py),
 torchtitan's ``parallelize_llama.py`` of December 2024 (selective policy, sequence parallelism), and for Megatron-LM

@@ -5,7 +5,7 @@ The model of a step::
     compute    FLOPs, including recomputed ones / (devices * peak * efficiency), plus the pipeline's bubble; attention
                without a fused kernel also moves its scores through the device's memory
     tp         all-reduces of activations; the next operation waits for them, so nothing hides them
-    dp         gradients and parameters; compute hides ``overlap`` times whichever of the two takes less time
+    dp         gradients and parameters; compute hides ``overlap`` times the shorter of its own time and theirs
     cp         keys and values around a ring, hidden the same way; or Ulysses' all-to-alls, which nothing hides
     update     Adam reads and writes 28 bytes per trained parameter of its shard
     offload    gradients and parameters over the host link, and Adam on the host's processors; nothing hides them. This
@@ -32,9 +32,9 @@ from tutorial_lib.theory.state_bytes import layout_states, lora_params
 
 UPDATE_BYTES = 28
 OFFLOADED_RUN = 2.7
-"""Factor by which the one published run with offload was slower than this model says: docs/planner-errors.md."""
+"""Factor by which the one published run with offload was slower than predicted here: docs/planner-errors.md."""
 SLOWEST_SMALL_RUN = 7
-"""Factor by which a published run of a model below 1 B parameters was slower than this model says, at most."""
+"""Largest factor by which a published run of fewer than 1 B parameters was slower than predicted here."""
 REACHED_MEMORY_BANDWIDTH = 0.8
 
 
@@ -42,9 +42,9 @@ REACHED_MEMORY_BANDWIDTH = 0.8
 class Candidate:
     """A layout with its costs: bytes per device (``host`` per node), bytes that a device sends per step, seconds.
 
-    ``states`` are all model states that exist in a step; ``memory`` is the peak, when there may be no gradients yet
-    (``moment``). ``problem`` says why the layout cannot run, ``missing`` lists features that this course's engines lack
-    for it, and ``slower`` says why it is not the best.
+    ``states`` are all model states of a step; ``memory`` is the peak, at a ``moment`` when gradients may not exist yet.
+    ``problem`` says why the layout cannot run, ``missing`` lists features that this course's engines lack for it, and
+    ``slower`` says why it is not the best.
     """
 
     layout: Layout
@@ -223,7 +223,7 @@ def _compute_seconds(workload: Workload, cluster: Cluster, layout: Layout, token
         per_token -= 6 * dims.embedding_params  # looked up, never multiplied
     in_layers = 2 * (workload.num_params - dims.root_params)
     if workload.lora_rank:
-        per_token -= in_layers  # frozen weights need no gradients, only gradients of activations
+        per_token -= in_layers  # with frozen weights, backward computes no weight gradients
     unsplit = 6 * dims.vocabulary * dims.hidden if dims.tied and not layout.sequence_parallel else 0
     products, attention = recomputed_share(dims, layout.checkpointing)
     per_token += products * in_layers + attention * 4 * dims.layers * dims.hidden * workload.seq_length
@@ -284,7 +284,7 @@ def _problem(cluster: Cluster, device: float, host: float, batch: int, share: in
     if batch % share:
         return f"global batch: not n x {share}"
     if device > cluster.usable_memory:
-        return f"does not fit by {short_gb(device - cluster.usable_memory)} GB"
+        return f"too large by {short_gb(device - cluster.usable_memory)} GB"
     if host > cluster.host_memory:
         return f"host too small by {short_gb(host - cluster.host_memory)} GB"
     return ""

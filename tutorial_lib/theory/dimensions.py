@@ -1,7 +1,7 @@
 """Dimensions of a decoder-only transformer, and the number of parameters that follows from them.
 
 Sources:
-    GPT-3, arXiv:2005.14165, table 2.1 (up to 13 B and 175 B; its hidden size of 5140 for 13 B is a misprint of 5120)
+    GPT-3, arXiv:2005.14165, table 2.1 (up to 13 B and 175 B; its hidden size of 5140 for 13 B is a misprint for 5120)
     LLaMA, arXiv:2302.13971, table 2 (65 B)
     Llama 2, arXiv:2307.09288, section 2.2 (a vocabulary of 32,000 tokens)
     Scaling Laws for Neural Language Models, arXiv:2001.08361, section 2.1 (12 L h^2 parameters outside embeddings)
@@ -157,7 +157,7 @@ def derive(
     MLP is 4 h wide, the output layer has its own weights, and every query head has its own key and value head.
 
     Raises:
-        ValueError: the given dimensions do not make a model of about this size (within a fifth), or leave a remainder.
+        ValueError: the dimensions make a model more than a fifth larger or smaller, or heads do not divide hidden.
     """
     if not 1e7 <= num_params <= 1e14:
         raise ValueError(f"model-size is {num_params:g}; write a number of parameters from 1e7 to 1e14, such as 7e9.")

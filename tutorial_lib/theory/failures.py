@@ -93,5 +93,5 @@ def simulate_lost_share(
 def _check(save_seconds: float, mean_time: float) -> None:
     if save_seconds <= 0 or mean_time <= 0:
         raise ValueError(
-            f"A save of {save_seconds} s and a failure every {mean_time} s: state both as positive seconds."
+            f"save_seconds={save_seconds} and mean_time={mean_time}: both must be positive numbers of seconds."
         )

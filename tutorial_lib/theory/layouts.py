@@ -76,7 +76,7 @@ class Workload:
         seq_length: s, in tokens.
         micro_batch: b, sequences per forward pass and data-parallel rank; ``None``: the planner chooses.
         global_batch: sequences per optimizer step; ``None``: micro-batch times devices or, if the planner chooses the
-            micro-batch, one micro-batch per step.
+            micro-batch, one micro-batch per rank (4 per stage with a pipeline).
         precision: ``bf16``, ``fp16`` or ``fp32``.
         checkpointing: activation checkpointing: ``none``, ``selective`` or ``full``; ``None``: the planner chooses.
         bucket_size: elements of DeepSpeed's reduce and all-gather buckets.
@@ -172,7 +172,7 @@ class Layout:
 
     @property
     def knobs(self) -> int:
-        """Number of settings that differ from plain data parallelism: fewer are easier to run and to debug."""
+        """Weighted number of settings that differ from plain data parallelism: fewer are easier to run and debug."""
         return (
             (0 if self.zero_stage == 0 or self.strategy == "no_shard" else 1)
             + (self.strategy == "hybrid")

@@ -8,7 +8,7 @@ A step has three moments at which memory may peak, each with different large ten
     update      no activations; all gradients, the embeddings' still in flight, the update's temporaries
 
 The peak is the largest of the three sums. Many estimates simply add everything up, and so count gradients and logits
-together, which never exist at the same time.
+together, which only exist at the same time if micro-batches accumulate.
 
 Besides states and activations, engines allocate *buffers*::
 
@@ -25,9 +25,8 @@ Besides states and activations, engines allocate *buffers*::
 
 Sources: ``torch.distributed.fsdp`` (``_fsdp_collectives.py``: copy-in and copy-out), ``torch.amp`` (weight cache),
 ``deepspeed/runtime/zero`` (``setup_buckets`` of stage_1_and_2.py; the bucket that stage3.py makes with the optimizer).
-Assumptions: one layer is gathered ahead; on GPUs AdamW updates plain tensors all at once
-(``foreach``), with one more copy of them, and FSDP2's DTensors one by one (``_default_to_fused_or_foreach`` in
-torch/optim/optimizer.py).
+Assumptions: one layer is gathered ahead; on GPUs AdamW updates plain tensors all at once (``foreach``), with one more
+copy of them, and FSDP2's DTensors one by one (``_default_to_fused_or_foreach`` in torch/optim/optimizer.py).
 Not modelled: buffers for messages between a pipeline's stages; masks of packed rows.
 Checked: docs/planner-errors.md, against peaks of our own runs and published ones.
 """
@@ -148,7 +147,7 @@ def _buffers(workload: Workload, layout: Layout, part: Part, micro_batches: int)
     if layout.strategy == "no_shard":
         in_fp32 = element == 2 and not workload.lora_rank  # a frozen base is stored in 16 bits or fewer
         casts = float(element * part.params) if in_fp32 else 0.0
-        # The norm of the embedding's gradient is computed in fp64; that of a tied output layer may still exist.
+        # The norm of the embedding's gradient is computed in fp64; the gradient of a tied output layer may still exist.
         embedding = trained * 12 * workload.dimensions.vocabulary * workload.dimensions.hidden / layout.tp
         return casts, casts, max(copied * part.params, embedding)
     if layout.strategy:

@@ -4,8 +4,8 @@
 tokens per second and device, because layouts may differ in their global batch.
 
 The estimate is off by about ten percent (docs/planner-errors.md), so layouts within :data:`TIE` of the fastest count as
-equally fast. Among them, less memory is better down to :data:`COMFORTABLE` of a device (a margin for everything that
-the model leaves out), then fewer knobs, then speed; a tie is no reason to offload.
+equally fast. Among them, layouts without offload come first, then those with less memory, down to :data:`COMFORTABLE`
+of what is usable (a margin for everything that the estimate leaves out), fewer knobs, less sharding, more speed.
 """
 
 from __future__ import annotations

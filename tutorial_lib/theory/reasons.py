@@ -1,6 +1,7 @@
-"""Reasons for the best layout: one sentence for each of its settings, found by planning its neighbours.
+"""Reasons for the best layout: sentences that compare it with layouts in which one of its settings is different.
 
-Each sentence compares with the nearest alternative that was actually evaluated: one setting changed, all else equal.
+Those layouts are evaluated, too, so a sentence says by how much one is slower or too large. Only cp, pp and offload are
+described without a comparison.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from tutorial_lib.theory.cost import OFFLOADED_RUN, Candidate, evaluate
 from tutorial_lib.theory.layouts import Cluster, Layout, Workload
 
 OFFLOAD_WARNING = (
-    f"offload: the one published run was {OFFLOADED_RUN:g} times slower than this model says: docs/planner-errors.md."
+    f"offload: the one published run was {OFFLOADED_RUN:g} times slower than predicted here (docs/planner-errors.md)."
 )
 
 
@@ -36,21 +37,21 @@ def reasons(workload: Workload, cluster: Cluster, best: Candidate) -> list[str]:
         found.append(f"pp={layout.pp}: a stage holds 1/{layout.pp} of the layers and waits while the pipeline fills.")
     if layout.offload != "none":
         found.append(
-            f"offload: the states do not fit the GPUs; they take {best.host / 1e9:,.0f} GB of a node's memory."
+            f"offload: nothing that fits is as fast without it; it takes {best.host / 1e9:,.0f} GB of a node's memory."
         )
         found.append(OFFLOAD_WARNING)
     return [sentence for sentence in found if sentence]
 
 
 def _against(best: Candidate, other: Candidate) -> str:
-    """Describe another layout in comparison: it does not fit, or is slower, or needs more memory."""
+    """Return the end of a sentence about another layout, such as ``is 12 % slower`` or ``is too large by 3.1 GB``."""
     if other.problem.startswith("global batch"):
         sequences = other.layout.micro_batch * other.layout.dp
         return f"makes passes of {sequences} sequences, which do not divide the global batch"
     if other.problem.startswith("host too small by "):
         return f"lacks {other.problem.removeprefix('host too small by ')} of host memory"
     if not other.fits:
-        return other.problem
+        return f"is {other.problem}"
     percent = 100 * (best.tokens_per_gpu_second / other.tokens_per_gpu_second - 1)
     if percent > 0.5:
         return f"is {percent:.0f} % slower"
@@ -79,7 +80,7 @@ def _recomputing(workload: Workload, cluster: Cluster, best: Candidate) -> str:
         other = replace(best.layout, checkpointing="full")
         return f"Nothing is recomputed: full recomputation {_against(best, evaluate(workload, cluster, other))}."
     other = replace(best.layout, checkpointing=CHECKPOINTING[now - 1])
-    name = "without it" if now == 1 else "selective recomputation"
+    name = "no recomputation" if now == 1 else "selective recomputation"
     return f"{best.layout.checkpointing} recomputation: {name} {_against(best, evaluate(workload, cluster, other))}."
 
 

@@ -60,7 +60,7 @@ def faster_than_offload(workload: Workload, cluster: Cluster, engine: str, best:
 def fewer_gpus(workload: Workload, cluster: Cluster, engine: str, best: Candidate) -> Remedy | None:
     """Return the fewest devices that together are as fast as all, within :data:`TIE`; None if fewer are slower.
 
-    This happens if a group over several nodes waits for a slow network. Numbers are halved as long as nodes stay full.
+    Fewer can be as fast if groups over several nodes wait for a slow network. Numbers are halved while nodes stay full.
     """
     total = best.tokens_per_gpu_second * cluster.gpus
     found, gpus = None, cluster.gpus

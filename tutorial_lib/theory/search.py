@@ -6,11 +6,11 @@ way:
 
 - tensor parallelism across nodes, and sizes that do not divide the heads;
 - context parallelism below 32,768 tokens, or if its group together with tp exceeds a node;
-- a pipeline below 100 B parameters or 64 devices, and any pipeline that shards the parameters of a stage (it must be
-  ZeRO-1, or FSDP2 without resharding), because they would be gathered again for every micro-batch;
+- a pipeline below 100 B parameters or 64 devices, and any pipeline with more sharding than ZeRO-1 or FSDP2 without
+  resharding, because it would gather or reduce again for every micro-batch;
 - offload together with context parallelism or a pipeline;
 - hybrid groups that are smaller than a node or larger than 16 nodes;
-- micro-batches that are not powers of two, unless one is given.
+- micro-batches above 64 or other than powers of two, unless one is given.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _sharded(axes: dict[str, int], cluster: Cluster, engine: str) -> list[Layout
 
 
 def _fsdp(axes: dict[str, int], cluster: Cluster, shards: int, plain: bool) -> Iterator[Layout]:
-    """Yield FSDP2's strategies. With one rank there is nothing to shard: full_shard represents them all."""
+    """Yield FSDP2's strategies. With one rank there is nothing to shard, so shard_grad_op and hybrid are left out."""
     if axes.get("pp", 1) > 1:
         yield Layout(zero_stage=2, strategy="shard_grad_op", **axes)  # type: ignore[arg-type]
         return

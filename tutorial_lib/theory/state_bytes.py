@@ -34,7 +34,7 @@ BASE_BYTES = {16: 2.0, 8: 1.0, 4: 0.516}
 
 @dataclass(frozen=True, slots=True)
 class States:
-    """Bytes of one rank: the most on its device, the gradients among them, and those on its host."""
+    """Bytes of one rank: on its device at their peak, the gradients among these, and on its host."""
 
     device: float
     gradients: float

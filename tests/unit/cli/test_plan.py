@@ -256,7 +256,7 @@ def test_seven_billion_on_eight_of_80_gb() -> None:
     candidates = plan(work(), cluster())
     best = candidates[0]
     assert (best.layout.name, best.layout.dp, best.layout.tp, best.layout.offload) == ("ZeRO-1", 8, 1, "none")
-    assert find(candidates, zero_stage=0).problem.startswith("does not fit by")
+    assert find(candidates, zero_stage=0).problem.startswith("too large by")
     assert find(candidates, zero_stage=3).slower.startswith("as fast")
     assert find(candidates, zero_stage=0, tp=8).slower.endswith("slower: tp traffic")
     assert find(candidates, zero_stage=2, offload="optimizer").slower.endswith("slower: offload")
@@ -462,7 +462,7 @@ def test_nothing_fits_is_exit_code_2_with_what_would(capsys: pytest.CaptureFixtu
     arguments = ["plan", "--model-size", "175e9", "--gpus", "8", "--gpu-memory", "80"]
     assert main(arguments) == 2
     shown = capsys.readouterr().out
-    assert "--gpus 24, the fewest" in shown and shown.count("2.7 times slower than this model says") == 1
+    assert "--gpus 24, the fewest" in shown and shown.count("2.7 times slower than predicted here") == 1
     assert main([*arguments, "--json"]) == 2
     document = json.loads(capsys.readouterr().out)
     assert document["best"] is None and document["advice"]
@@ -583,8 +583,8 @@ def test_offload_says_what_it_takes_and_what_would_be_faster(capsys: pytest.Capt
     assert main(["plan", "--model-size", "13e9", "--gpus", "4", "--gpu", "a100-40"]) == 0
     shown = capsys.readouterr().out
     host = 18 * MODELS["llama-2-13b"].num_params / 1e9
-    assert f"they take {host:.0f} GB of a node's memory" in shown
-    assert "offload: the one published run was 2.7 times slower than this model says" in shown
+    assert f"it takes {host:.0f} GB of a node's memory" in shown
+    assert "offload: the one published run was 2.7 times slower than predicted here" in shown
     assert "Faster, and without offload:" in shown
     assert "--lora 16" in shown and "--gpus 8, the fewest" in shown
     best, *others = [float(match.replace(",", "")) for match in re.findall(r"([\d,]+) tokens/s per GPU", shown)]

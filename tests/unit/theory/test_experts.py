@@ -79,7 +79,7 @@ def test_seventy_billion_with_a_large_batch_reduces_with_every_micro_batch() -> 
     task = work("llama-3-70b", global_batch=1024)
     found = best(task, cluster(64), "fsdp")
     (sentence,) = [text for text in reasons(task, cluster(64), found) if text.startswith("Gradients are reduced")]
-    assert sentence.startswith("Gradients are reduced with every micro-batch: once per step does not fit by")
+    assert sentence.startswith("Gradients are reduced with every micro-batch: once per step is too large by")
     assert not found.missing
     assert found.layout.reduction == "each" and found.layout.offload == "none" and found.layout.tp == 1
 
@@ -121,6 +121,6 @@ def test_seven_billion_at_131072_tokens_on_eight_of_80_gb() -> None:
 def test_reasons_are_given_and_name_alternatives() -> None:
     task, machine = work(7e9), cluster(8)
     sentences = reasons(task, machine, best(task, machine, "deepspeed"))
-    assert sentences[0].startswith("ZeRO-1: ZeRO-0 does not fit by")
+    assert sentences[0].startswith("ZeRO-1: ZeRO-0 is too large by")
     assert any(sentence.startswith("Nothing is recomputed: full recomputation is") for sentence in sentences)
     assert any(sentence.startswith("Micro-batch") for sentence in sentences)
