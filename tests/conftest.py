@@ -60,7 +60,7 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 def leftover_processes(grace: float) -> list[psutil.Process]:
-    """Return processes that this session or its children started, and that outlive ``grace`` seconds."""
+    """Return processes of this session or its children that still run after ``grace`` seconds."""
     end = time.monotonic() + grace
     while (left := list(_started_by_this_session())) and time.monotonic() < end:
         time.sleep(0.2)

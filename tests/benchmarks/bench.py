@@ -1,4 +1,4 @@
-"""Figures that the README quotes, measured by ``python -m tests.benchmarks.bench [NAMES] [--json]`` (``make bench``).
+"""Figures of ``docs/benchmarks.md``: ``make bench``, or ``python -m tests.benchmarks.bench [NAMES] [--json]``.
 
 Competitors run alternately on the same machine, and the figure is their ratio. Each benchmark's newest result
 is saved in ``results.json`` beside this file, with the date and the machine. These are not tests: a slow
@@ -273,7 +273,7 @@ def _processor() -> str:
 
 
 if __name__ == "__main__":
-    given = argparse.ArgumentParser(description="Measure the figures that the README quotes, as ratios in one run.")
+    given = argparse.ArgumentParser(description="Measure the figures of docs/benchmarks.md.")
     given.add_argument("names", nargs="*", help=f"which benchmarks: {', '.join(NAMES)}; default: all")
     given.add_argument("--json", action="store_true", help="print JSON for machines")
     options = given.parse_args()

@@ -168,7 +168,7 @@ class _Plain:
             sync(self.directory)
 
     def settle(self) -> None:
-        """Replace the old files with the new ones. This frees the old, and some file systems then write out the new."""
+        """Replace the old files with the new. This frees the old ones, and some file systems then write out the new."""
         for new in self.directory.glob(f"{dist.get_rank()}-*.new"):
             os.replace(new, new.with_suffix(".pt"))
 

@@ -1,4 +1,4 @@
-"""Wall time of each lesson, executed as in ``make run-notebooks``, with its data sets built beforehand."""
+"""Wall time of lessons 01 to 04, executed as in ``make run-notebooks``, with the data sets built beforehand."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ STEPS = {"longest": 12, "packed": 2, "max_length": 2}
 
 
 def measure() -> dict[str, Any]:
-    """Compare ``longest`` and ``packed`` with ``max_length``: forward, backward and step here, alternating."""
+    """Compare ``longest`` and ``packed`` with ``max_length``, alternating: forward, backward and step."""
     torch.set_num_threads(1)
     padded, *others = (_trainer(batching) for batching in ("max_length", "longest", "packed"))
     result: dict[str, Any] = {"seq_length": SEQ_LENGTH, "batch": BATCH, "pairs": PAIRS, "tokens_per_second": {}}

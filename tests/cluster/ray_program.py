@@ -16,7 +16,7 @@ from tutorial_lib.config import Config
 from tutorial_lib.launch.ray import train as ray_train
 
 HELD_AT = 4
-"""Step at which a run with all ranks waits for the loss of a node, and after which one with fewer ranks is slow."""
+"""Step at which a run with all ranks waits for the loss of a node; the smaller run then waits for the node."""
 
 TIMEOUT = 3
 """Seconds that a run waits for resources that are in use."""

@@ -1,7 +1,7 @@
 """Recording of a real SLURM on virtual nodes, which lesson 06 shows to readers without a cluster.
 
 ``python -m tests.cluster.record`` writes ``tutorial_lib/lab/recorded/cluster.json`` (as root, after ``make
-cluster-tools``). ``test_recorded.py`` runs its parts again, and compares all but the machine's speed.
+cluster-tools``). ``test_recorded.py`` repeats four of its parts and compares the results.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """A SLURM cluster on virtual nodes: munge, slurmctld on the first node, slurmd on each.
 
-Debian's packages ``slurm-wlm`` and ``munge`` provide the programs. Everything the daemons write is in one private
-directory, so nothing of an installed SLURM is touched, and they live inside the nodes' namespaces, so they end with
-them.
+Debian's packages ``slurm-wlm`` and ``munge`` provide the programs. The daemons write to one private directory only, so
+an installed SLURM stays as it is. They live inside the nodes' namespaces, and end with them.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ def find_program(name: str) -> str | None:
 
 
 class SlurmError(RuntimeError):
-    """SLURM did not do what was expected in time. The message ends with its logs."""
+    """A command failed, or a wait timed out; then the message ends with SLURM's logs."""
 
 
 class SlurmCluster:
@@ -153,7 +152,7 @@ class SlurmCluster:
         while not condition():
             if time.monotonic() > end:
                 logs = [f"{log.name}:\n" + "\n".join(_tail(log)) for log in sorted(self.directory.glob("*.log"))]
-                raise SlurmError(f"Waited {seconds} s until {what}.\n" + "\n".join(logs))
+                raise SlurmError(f"Waited {seconds} s in vain for: {what}.\n" + "\n".join(logs))
             time.sleep(0.1)
 
     def _is_idle(self) -> bool:

@@ -1,4 +1,4 @@
-"""Lesson 06's recording of a cluster: its parts give the same results again on a real SLURM."""
+"""Lesson 06's recording of a cluster: four of its parts give the same results again on a real SLURM."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.cluster.virtual_nodes import ROOT, VirtualNodes
 from tests.distributed.cases.equivalence import MATRIX
 from tutorial_lib.lab.scaling import recording
 
-slow = pytest.mark.skipif(not MATRIX, reason="make matrix repeats the full recording; the other tests take seconds")
+slow = pytest.mark.skipif(not MATRIX, reason="slow: only make matrix runs it")
 
 
 def test_srun_sets_the_recorded_variables(cluster: SlurmCluster, shared: Path) -> None:

@@ -1,6 +1,6 @@
 """Shared launches: one per number of ranks for all tests that can share it, because starting processes is slow.
 
-``make distributed`` runs two groups of tests at a time: files that read one launch stay in one pytest process.
+``make distributed`` runs two groups of tests at a time: files that share a launch stay in one pytest process.
 """
 
 from __future__ import annotations

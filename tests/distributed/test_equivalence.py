@@ -107,7 +107,7 @@ def test_bf16_stays_near_fp32(observed, record_property, ranks, case, variant):
     among_runs([(2, "gpt2.zero0-bf16.2", STAGE_0_IN_BF16), (2, "gpt2.zero2-bf16.2", {}), (2, "gpt2.zero3-bf16.2", {})]),
 )
 def test_bf16_in_every_stage_matches_stage_1(observed, record_property, ranks, name, bounds):
-    """ZeRO's stages agree with each other within the bounds of fp32."""
+    """Stages 2 and 3 agree with stage 1 within the bounds of fp32."""
     run, stage_1 = observed(ranks, name), observed(2, "gpt2.zero1-bf16.2")
     record_property("largest_differences", assert_equal(run, stage_1, **bounds).largest)
 

@@ -32,7 +32,7 @@ def counts(one):
 
 
 def num_replicated(model):
-    """Return the elements that every tensor-parallel rank holds: all but the split products, with row biases."""
+    """Return the number of replicated elements: all but split weights and column-parallel biases."""
     split = ("attn", "attention", "mlp")
     row = ("c_proj.bias", "dense.bias", "dense_4h_to_h.bias")
     return sum(
@@ -79,7 +79,7 @@ def test_a_shard_that_is_shorter_than_the_others_is_padded(observed):
 
 @pytest.mark.parametrize(("ranks", "name", "pieces"), among_runs(SHARDED))
 def test_nothing_stays_gathered_after_evaluation(observed, ranks, name, pieces):
-    """After a forward without backward, shard_grad_op still waits for a backward to free gathered parameters."""
+    """Left alone, shard_grad_op keeps gathered parameters until a backward, which evaluation does not run."""
     run = observed(ranks, name)
     assert run.evaluation["parameters_after"] == 4 * psi(run) // pieces
 

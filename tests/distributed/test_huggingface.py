@@ -46,7 +46,7 @@ SETTINGS: dict[str, dict[str, Any]] = {"plain": {}, "load": {"shard_at_load": Tr
 """Settings of variants that are not DeepSpeed files."""
 
 ACCUMULATED = {"plain-accumulated": "plain", "load-accumulated": "load"}
-"""Variants with one example per micro-batch, and the variant that each is otherwise."""
+"""Variants with one example per micro-batch, and the variant each is based on."""
 
 VOCABULARY = 2048
 """Size of the embedded models' vocabulary."""
@@ -175,7 +175,7 @@ def test_the_result_shows_the_value_of_every_auto(runs):
 
 @pytest.mark.parametrize(("name", "shares"), [("hf-qwen2.load.2", 2), ("hf-gpt2.load-accumulated.2", 1)])
 def test_each_rank_holds_a_share_of_a_model_sharded_at_load(runs, name, shares):
-    """transformers gathers and reduces a tied weight once for each of its names, and keeps full gradients meanwhile."""
+    """transformers gathers and reduces a tied weight once per name, and keeps full gradients while it accumulates."""
     num_parameters, tied = runs[name].result["num_parameters"], VOCABULARY * HIDDEN
     for rank in runs[name].result["ranks"]:
         held = rank["measured"]["state_bytes"]

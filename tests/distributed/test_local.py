@@ -109,7 +109,7 @@ def test_warming_up_returns_at_once_and_starts_one_server(tmp_path):
 
 @pytest.fixture(params=["warm", "cold"])
 def way(request, monkeypatch):
-    """Return both kinds of server: one that forks its ranks, one that starts new interpreters."""
+    """Use each kind of server: one that forks its ranks, one that starts new interpreters."""
     monkeypatch.setenv("TUTORIAL_LIB_WARM_WORKERS", "1" if request.param == "warm" else "0")
 
 

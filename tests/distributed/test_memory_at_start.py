@@ -133,7 +133,7 @@ def test_a_split_model_is_never_full_on_one_rank_at_stage_3(built, split_sizes, 
     assert max(rank["loading_anonymous"] for rank in rise["split"]) <= bound(ranks, split_sizes) < full
     peaks = [rank["initializing_anonymous"] for rank in rise["split"]]
     record_property("peak_mib_ready", [round(peak / MIB) for peak in peaks])
-    # Its share of the weights before ZeRO divides that, and then 12 bytes per parameter more.
+    # Half of the weights until ZeRO divides them, and a share of 12 more bytes per parameter.
     assert max(peaks) <= full / 2 + 3 * full / ranks + layer + SLACK
 
 

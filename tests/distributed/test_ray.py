@@ -41,7 +41,7 @@ def on_ray(directory, **changes):
 
 @pytest.fixture(scope="module")
 def runs(cluster, directory):
-    """Stop a run and start it again under the same name; return it, the rows as they came, and the output."""
+    """Stop a run and start it again under the same name; return both starts, all rows and the output."""
     shown, rows, starts = directory / "shown", [], []
     for stop in (STOP, None):
         with shown.open("a") as file, redirect_stdout(file), redirect_stderr(file), output_to(shown):

@@ -87,7 +87,7 @@ def test_full_tensors_match_deepspeeds_own_conversion(observed, tmp_path, ranks,
         folder = tmp_path / "universal" / "zero" / name
         for kind in ("fp32", *checkpoint.MOMENTS):
             theirs = torch.load(folder / f"{kind}.pt", weights_only=False)
-            theirs = theirs["param"] if isinstance(theirs, dict) else theirs  # of stage 3 it is the tensor itself
+            theirs = theirs["param"] if isinstance(theirs, dict) else theirs  # at stage 3 it is the tensor itself
             ours = full.parameter(name) if kind == "fp32" else full.moment(name, kind)
             assert ours.equal(theirs.view(ours.shape)), (name, kind)
 

@@ -60,7 +60,7 @@ def test_every_engine_trains_the_output_layer_of_the_file(runs, own_head, name, 
     before = AutoModelForCausalLM.from_pretrained(own_head)
     for weight in ("lm_head.weight", "model.embed_tokens.weight"):
         changed = (exported.get_parameter(weight) - before.get_parameter(weight)).abs().max()
-        assert 0 < changed < 0.1, f"{weight} was not trained, or is another one"
+        assert 0 < changed < 0.1, f"{weight} was not trained, or is a different weight"
 
 
 @pytest.mark.parametrize("name", ENGINES)

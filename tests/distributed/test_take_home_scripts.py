@@ -20,7 +20,7 @@ SIZES = ["--global-batch", 4, "--seq-length", 32]
 
 @pytest.fixture(scope="module")
 def model_and_text(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
-    """Return options that name a model and a text. Qwen2 has rotary frequencies, buffers that are stored nowhere."""
+    """Return options that name a model and a text. Qwen2 has buffers that no file stores: rotary frequencies."""
     corpus = tmp_path_factory.mktemp("text") / "corpus.txt"
     corpus.write_text("\n".join(load_rows("embedded/news", "train", max_examples=100)["text"]))
     return ["--model", resolve_model("embedded/qwen2"), "--text", corpus]

@@ -78,7 +78,7 @@ def test_model_states_are_what_theory_says_to_the_byte(observed, ranks, case, va
         assert own == sum(math.prod(row["after"]) for row in rows) == (psi - replicated) // tp + replicated
         shard = own if stage < 3 else sum(-(-math.prod(row["after"]) // row["partitions"]) for row in rows)
         if stage == 3:
-            # What AutoTP did not replace still lies over all ranks, as when it was built.
+            # Modules that AutoTP kept are still partitioned over all ranks, as when built.
             assert {row["partitions"] for row in rows if row["dim"] is None} <= {dp, dp * tp}
         assert states["parameters"] == 4 * shard
         partition = {0: own, 3: shard}.get(stage) or memory.partition_elements(own, dp, alignment=2)

@@ -23,7 +23,7 @@ KINDS = [("zero1", (STOP, None)), *([("1x2-zero0", (None,)), ("fsdp-full", (None
 
 @pytest.mark.parametrize(("kind", "stops"), KINDS)
 def test_a_run_started_by_torchrun_matches_local_processes(observed, directory, shell, kind, stops):
-    """Stop it once. torchrun treats 75 as a failure, so the exit code is 0, and the result says that steps are left."""
+    """Stop it once. torchrun treats 75 as a failure, so the exit code is 0, and the result says ``stopped``."""
     local = observed(2, f"uninterrupted.{kind}")
     for stop in stops:
         config = interruption.uninterrupted(

@@ -1,8 +1,8 @@
 """Step 4: FSDP2's peak memory by micro-batch, until it is out of memory; then the same with activation checkpointing.
 
 The model has about 1 B parameters and a vocabulary of 32,000 tokens, so that layers, not logits, hold most of the
-activations as long as none is checkpointed. An engine is built once for all sizes; a row is one warm and one timed
-step at one micro-batch.
+activations as long as none is checkpointed. An engine is built once for all sizes; a row is one warm-up and one
+timed step at one micro-batch.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def climb(setting: Setting, *, checkpointing: bool) -> dict[str, Any]:
 
 
 def try_size(setting: Setting, engine: Engine, config: Any, model: Model) -> dict[str, Any] | None:
-    """Return a row of the table, None if the device has no memory for it."""
+    """Return a row of the table, or None if the device runs out of memory."""
     clear_memory()
     reset_peak_memory(engine.device)
     try:

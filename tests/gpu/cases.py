@@ -1,8 +1,8 @@
 """Common code of a step's processes: ``python -m tests.gpu.cases MODULE EVENTS FIRST SETTING`` runs MODULE's cases.
 
 MODULE has a function ``cases(setting)`` that returns names and functions. Each function does one measurement and
-returns what JSON can hold; a name with a unit ends in it (``peak_bytes``, ``step_seconds``). One that raises is
-recorded as failed, with the error, and the next one runs.
+returns JSON-serializable values; quantities are named with their unit (``peak_bytes``, ``step_seconds``). If a function
+raises, its case is recorded as failed, with the error, and the next one runs.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def measure_disk(setting: Setting) -> dict[str, Any]:
 
 
 def compile_operators(setting: Setting) -> dict[str, Any]:
-    """Compile DeepSpeed's Adam for the host, which offload needs, and report the rest as left out.
+    """Compile DeepSpeed's CPU Adam, which offload needs, and report whether FusedAdam could be compiled.
 
     FusedAdam is not compiled: without offload the engine updates with ``torch.optim.AdamW``.
     """

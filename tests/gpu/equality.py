@@ -170,7 +170,7 @@ def parameters_of(config: Config) -> list[tuple[str, Any]]:
 
 
 def stop_and_go_on(setting: Setting) -> dict[str, Any]:
-    """Send SIGTERM to a run started from a shell, start it again, and return both exit codes, steps and times."""
+    """Send SIGTERM to a run in a new process, start it again, and return both exit codes, steps and times."""
     steps = setting.pick(full=150, quick=100, tiny=20)
     config = configure(setting, "sigterm", "embedded/gpt2", steps=steps, resume="auto", engine="deepspeed")
     run = RunDirectory(config.directory)

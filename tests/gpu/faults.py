@@ -24,6 +24,6 @@ def _raise() -> dict[str, Any]:
 
 
 def _hang() -> dict[str, Any]:
-    subprocess.Popen(["sleep", "600"], start_new_session=True)  # as ninja's compilers, in no group of ours
+    subprocess.Popen(["sleep", "600"], start_new_session=True)  # outside our process group, like ninja's compilers
     time.sleep(600)
     return {}

@@ -9,7 +9,7 @@ For a GPU machine without a network: collect the missing packages first, with ``
 ``build/gpu-wheels`` along with the checkout.
 
 A rehearsal on a CPU, every step with tiny models: ``python tests/gpu/measure.py --out DIR --device cpu --tiny``.
-The losses that the GPU's are compared with: ``python tests/gpu/measure.py --write-cpu-losses``.
+To replace the CPU losses that the GPU must match: ``python tests/gpu/measure.py --write-cpu-losses``.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--quick", dest="size", action="store_const", const="quick", help="fewer cases and steps")
     sizes.add_argument("--tiny", dest="size", action="store_const", const="tiny", help="tiny models: a rehearsal")
-    parser.add_argument("--steps", nargs="+", metavar="NUMBER", help="only the steps whose names begin so")
+    parser.add_argument("--steps", nargs="+", metavar="NUMBER", help="only the steps with these numbers")
     parser.add_argument("--wheels", type=Path, default=ROOT / "build" / "gpu-wheels", help="what pack.py collected")
     parser.add_argument("--write-cpu-losses", action="store_true", help="replace tests/gpu/cpu_losses.json, and end")
     parser.set_defaults(size="full")

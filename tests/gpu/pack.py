@@ -20,7 +20,7 @@ MISSING = (
 ).split()
 PLATFORMS = "manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64".split()
 LIMIT_BYTES = 60 * 2**20
-"""Bytes that may travel, minus the checkout itself."""
+"""Most bytes that the wheels may take, so that they can be copied along with the checkout."""
 
 
 def pinned_versions() -> dict[str, str]:

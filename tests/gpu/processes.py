@@ -45,7 +45,7 @@ class Step:
 class MemorySampler:
     """Reads the GPU's used memory many times a second, from outside the processes that use it.
 
-    It asks NVML; where its Python package is missing, ``nvidia-smi``; where neither answers, it stays empty.
+    It asks NVML, or ``nvidia-smi`` if NVML fails. If neither answers, ``readings`` stays empty.
     """
 
     def __init__(self, interval: float = 0.02) -> None:
@@ -143,7 +143,7 @@ def run_step(
     step: Step, setting: dict[str, Any], out: Path, environment: dict[str, str], sampler: MemorySampler,
     say: Callable[[str], None], until: float = float("inf"),
 ) -> Record:  # fmt: skip
-    """Run a step to its end, its limit, or ``until`` (seconds since 1970), and return what it left in its file."""
+    """Run a step to its end, its limit, or ``until`` (seconds since 1970), and return its record."""
     record = Record(step, setting, out / f"{step.name}.json")
     deadline = min(record.began + step.limit, until)
     scratch = Path(setting["scratch"])
@@ -178,7 +178,7 @@ def _follow(
     process: subprocess.Popen[bytes], record: Record, events: Path, sampler: MemorySampler, say: Callable[[str], None],
     deadline: float,
 ) -> str:  # fmt: skip
-    """Take a process's events until it has ended, or end it, and return why it ended."""
+    """Record a process's events until it ends or must be killed, and return why it ended."""
     why = unfinished = ""
     with events.open() as written:
         try:
@@ -195,7 +195,7 @@ def _follow(
                 elif case and now - case["began_unix_seconds"] > record.step.case_limit:
                     why = "case limit"
                 elif record.is_over() and now - record.changed > GRACE_SECONDS:
-                    why = "all is measured, and its process does not end"
+                    why = "all cases have ended, but the process has not"
                 time.sleep(_POLL_SECONDS)
         finally:
             _end(process)

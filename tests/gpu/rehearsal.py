@@ -1,4 +1,4 @@
-"""All cases as one step in one process: the quickest way to try every one of them on a CPU."""
+"""Nearly all cases as one step in one process: the quickest way to try them on a CPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from tests.gpu.cases import Cases, Setting
 
 
 def cases(setting: Setting) -> Cases:
-    """Return every measurement except the SIGTERM's, which starts many processes for half a minute."""
+    """Return every measurement except SIGTERM's, which starts two more processes for half a minute."""
     pages = (environment, equality, workshop, activation_memory, traces, async_checkpoint)
     found = {
         f"{page.__name__.split('.')[-1]}: {name}": case for page in pages for name, case in page.cases(setting).items()

@@ -1,4 +1,7 @@
-"""A last case for the tests that takes a second, in a process that refuses to end."""
+"""A step for the tests: its only case takes a second, and then its process does not exit for a minute.
+
+However short the grace period, the driver must wait for the case; after it, the driver must kill the process.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from tests.gpu.cases import AT_END, Cases, Setting
 
 
 def cases(setting: Setting) -> Cases:
-    """Return one case."""
+    """Return one slow case; when it has ended, keep this process alive."""
     AT_END.callback(time.sleep, 60)
     return {"last": _wait}
 

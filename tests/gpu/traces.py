@@ -28,7 +28,7 @@ def cases(setting: Setting) -> Cases:
 
 
 def trace(setting: Setting, stage: int) -> dict[str, Any]:
-    """Profile one step of GPT-2 small after three warm ones; return where its time went, and keep the trace."""
+    """Profile one step of GPT-2 small after three warm-up steps; return where its time went, and keep the trace."""
     model = models(setting)["gpt2"]()
     sizes = {"micro_batch": 2, "global_batch": 2, "bucket_size": 100_000} if setting.tiny else {"global_batch": 8}
     config = configure(setting, model, zero_stage=stage, **sizes)

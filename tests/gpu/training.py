@@ -70,7 +70,7 @@ def full_rows(vocabulary: int, config: Config, device: torch.device) -> list[dic
 
 
 def join_group(config: Config) -> Topology:
-    """Be the only rank of a process group, as a run with ``launcher='none'`` is; one group serves all cases."""
+    """Join a process group as its only rank, like a run with ``launcher='none'``; all cases share the group."""
     if not dist.is_initialized():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         directory = AT_END.enter_context(tempfile.TemporaryDirectory())
@@ -124,7 +124,7 @@ def summary(seconds: list[float]) -> dict[str, float]:
 
 
 def settings_that_differ(config: Config) -> dict[str, Any]:
-    """Return a configuration's settings other than the gpu profile's, to read beside its figures."""
+    """Return the settings that differ from the gpu profile's, to report beside the figures."""
     usual = Config.create("gpu").flat()
     private = ("storage", "model", "dataset", "name")
     return {k: v for k, v in config.flat().items() if v != usual[k] and k not in private}

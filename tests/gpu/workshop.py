@@ -53,7 +53,7 @@ class Model:
 
 
 def models(setting: Setting) -> dict[str, Callable[[], Model]]:
-    """Return the recipe of each of the workshop's models."""
+    """Return a function that builds each of the workshop's models."""
     bloom = TINY_BLOOM if setting.tiny else BLOOM_560M
     found = {"bloom-560m": lambda: Model(write_model(setting, "bloom-560m", "embedded/bloom", **bloom), _length(512))}
     found["gpt2"] = lambda: Model("embedded/gpt2" if setting.tiny else "embedded/gpt2-small", _length(1024))

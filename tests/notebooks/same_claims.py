@@ -1,4 +1,4 @@
-"""Pytest plugin beside nbval: compares a notebook's claims when it runs with the committed ones.
+"""Pytest plugin beside nbval that compares the claims of a fresh run with the committed ones.
 
 ``-p tests.notebooks.same_claims`` adds one test to every notebook, after its last cell. It reads the claims from what
 nbval's cells have just shown, so that no notebook runs twice: every claim holds, and every number is the committed one.
@@ -43,7 +43,7 @@ def describe_differences(committed: list[Claim], fresh: list[Claim]) -> list[str
     texts, fresh_texts = ([claim["claim"] for claim in claims] for claims in (committed, fresh))
     if texts != fresh_texts:
         lost, new = set(texts) - set(fresh_texts), set(fresh_texts) - set(texts)
-        return [f"not claimed in the same order; not by this run: {sorted(lost)}; by this run alone: {sorted(new)}"]
+        return [f"the claims or their order changed; missing now: {sorted(lost)}; new: {sorted(new)}"]
     return [
         f"{old['claim']}: {part} was {old[part]!r} when committed and is {new[part]!r} now"
         for old, new in zip(committed, fresh, strict=True)

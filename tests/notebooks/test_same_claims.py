@@ -77,7 +77,7 @@ def test_a_bound_that_moved_and_a_claim_that_is_gone_are_differences() -> None:
         "small: expected was 0.1 when committed and is 0.2 now"
     ]
     (said,) = describe_differences(claims(1), claims(1, text="another"))
-    assert said == "not claimed in the same order; not by this run: ['a number']; by this run alone: ['another']"
+    assert said == "the claims or their order changed; missing now: ['a number']; new: ['another']"
     assert describe_differences(claims(1), []) != []
 
 

@@ -1,4 +1,4 @@
-"""Background writes made late on purpose: a missing snapshot must show."""
+"""Background writes made late on purpose, so that a missing snapshot shows."""
 
 from __future__ import annotations
 

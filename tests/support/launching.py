@@ -19,7 +19,7 @@ from tutorial_lib.records import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDS_WARM_SERVER = pytest.mark.skipif(
-    os.environ.get("TUTORIAL_LIB_WARM_WORKERS") == "0", reason="tests the warm server, which make matrix does without"
+    os.environ.get("TUTORIAL_LIB_WARM_WORKERS") == "0", reason="tests the warm server, which is switched off"
 )
 
 

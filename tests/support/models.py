@@ -11,7 +11,7 @@ from tutorial_lib.embedded import model_directory
 from tutorial_lib.models import load_model
 
 LAYERS, HIDDEN = 2, 32
-"""Layers and hidden size of the models below. Equality to 1e-6 needs no more."""
+"""Layers and hidden size of the models below: enough to test equality to 1e-6."""
 
 MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_layer": LAYERS, "n_embd": HIDDEN, "n_head": 4},
@@ -31,7 +31,7 @@ DROPOUT: dict[str, dict[str, float]] = {
 
 
 def small_model(name: str, target: Path, **changes: Any) -> None:
-    """Write an altered model with random weights to a file, the same ones each time."""
+    """Write an altered model with random weights, the same ones each time."""
     without_weights(name, target, **changes)
     load_model(str(target), random_init=True).save_pretrained(target)
 

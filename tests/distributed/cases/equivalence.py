@@ -230,7 +230,7 @@ def combinations() -> list[Combination]:
         return VALID_COMBINATIONS
     without_faults = {run_name((2, *origin)) for origin in MUTANTS.values()} | {"gpt2.zero1-bf16.2"}
     needed = [each for each in VALID_COMBINATIONS if run_name(each) in NEEDED | without_faults]
-    assert len(needed) == len(NEEDED | without_faults), "a needed name is not that of a valid combination"
+    assert len(needed) == len(NEEDED | without_faults), "NEEDED or MUTANTS names an invalid combination"
     return cover({each: settings(each) for each in VALID_COMBINATIONS}, needed)
 
 

@@ -11,7 +11,7 @@ from tests.support.models import DROPOUT, MODELS, altered_model, small_model, wi
 from tutorial_lib.config import Config
 
 STEPS = 4
-"""One more than the step that is measured."""
+"""The third step is measured."""
 
 COMMON: dict[str, Any] = {
     "steps": STEPS,
@@ -20,7 +20,7 @@ COMMON: dict[str, Any] = {
     "max_examples": 160,
     "evaluate": False,
     # Some gradients are zero except for rounding (a key's bias shifts all scores equally). Adam divides by their size,
-    # so the default of 1e-8 would turn noise into updates of normal size. This keeps updates continuous.
+    # so the default of 1e-8 would turn noise into updates of normal size. With 1e-4 they stay tiny.
     "eps": 1e-4,
 }
 

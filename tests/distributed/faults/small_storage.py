@@ -1,8 +1,7 @@
 """Runs on a file system that fills up, and on one that turns read-only: ``python -m ... small_storage DIRECTORY``.
 
-Start it in a separate mount namespace (:data:`NAMESPACE`), where root and, on most systems, everybody may
-mount: nothing outside sees the mounts, and they are gone with the process. What the runs leave is copied to
-``DIRECTORY/runs``.
+Start it in a separate mount namespace (:data:`NAMESPACE`), in which root, and on most systems any user, may
+mount. Nothing outside sees the mounts, and they end with the process. The runs are copied to ``DIRECTORY/runs``.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def main(directory: Path) -> None:
     no_space = ProbedRun(crashing.saving(directory, "zero1", NO_SPACE, storage=str(small)))
     fault = Probe(fault="storage.read_only")
     read_only = ProbedRun(crashing.saving(directory, "zero1", READ_ONLY, storage=str(small)), fault)
-    # One checkpoint and what the tests observe fit, two checkpoints do not.
+    # Room for one checkpoint and the observation, but not for two checkpoints.
     room = checkpoint_bytes(storage) * 3 // 2 + (storage / "uninterrupted-saving.zero1" / OBSERVATION).stat().st_size
     mount("-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(small))
     report = {"disk_full": failure_of(no_space)}

@@ -1,4 +1,4 @@
-"""Signals from outside."""
+"""Signals: SIGTERM to a run, SIGKILL to its launcher."""
 
 from __future__ import annotations
 

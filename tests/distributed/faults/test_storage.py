@@ -27,7 +27,7 @@ def on_small_storage(directory: Path, uninterrupted: dict[str, Observed]) -> dic
     """Return the report of :mod:`tests.distributed.faults.small_storage` on its runs."""
     trial = subprocess.run([*small_storage.NAMESPACE, "true"], capture_output=True, text=True)
     if trial.returncode:
-        pytest.skip(f"this system lets nobody make a mount namespace: {trial.stderr.strip()}")
+        pytest.skip(f"this system does not allow mount namespaces: {trial.stderr.strip()}")
     command = [*small_storage.NAMESPACE, sys.executable, "-m", small_storage.__name__, str(directory)]
     ended = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True

@@ -41,7 +41,7 @@ def in_backward() -> Iterator[type[Trainer]]:
 
 
 def _striking_in_the_middle_of_the_model(strike: Callable[[torch.Tensor], object]) -> type[Trainer]:
-    """Return a trainer that calls a function of the middle layer's output on rank 1, in the forward pass of step 4."""
+    """Return a trainer that calls ``strike`` with the middle layer's output on rank 1, in step 4's forward pass."""
 
     class Struck(Trainer):
         def build_engine(self) -> Any:
@@ -119,7 +119,7 @@ def in_publish() -> Iterator[None]:
 
 @contextmanager
 def in_prune() -> Iterator[None]:
-    """Kill rank 0 when an old checkpoint has lost its name and one of its files."""
+    """Kill rank 0 when an old checkpoint is renamed and one of its files deleted."""
     remove = shutil.rmtree
 
     def removing(path: Any, *args: Any, **kwargs: Any) -> None:

@@ -50,7 +50,7 @@ def _all_reduce_skipped(function: str, direction: str) -> AbstractContextManager
 
 @contextmanager
 def projections_not_split() -> Iterator[None]:
-    """Use a plan without one pair of projections, so that shapes still fit."""
+    """Use a plan without the MLP's projections, so that shapes still fit."""
     from tutorial_lib.engine.deepspeed import engine
 
     attention = [

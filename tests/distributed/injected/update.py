@@ -78,7 +78,7 @@ def mean_of_means() -> Iterator[type[Trainer]]:
 
 @contextmanager
 def loss_of_own_tokens() -> Iterator[type[Trainer]]:
-    """Train on the mean over each rank's own tokens, and report that of rank 0."""
+    """Train on the mean over each rank's own tokens, and report rank 0's."""
 
     class OwnLoss(_OwnMean):
         def build(self, on_checkpoint: OnCheckpoint | None) -> None:

@@ -1,4 +1,4 @@
-"""Averages of gloo: which of its collectives average when asked to."""
+"""Averages of gloo: the collectives that average when asked to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 
 def probe_averages(storage: Path) -> None:
-    """Record gloo's result of ``ReduceOp.AVG`` over ranks that hold 1, 2, ...; rank 0 writes ``averages.pt``."""
+    """Average 1, 2, ... over the ranks with each of gloo's collectives; rank 0 writes ``averages-N.pt``."""
     size, rank = dist.get_world_size(), dist.get_rank()
     target = storage / f"averages-{size}.pt"
     if target.exists():

@@ -30,7 +30,7 @@ class Watch:
         self.tokens: list[int] = []
 
     def watched(self, trainer_class: type[Trainer]) -> type[Trainer]:
-        """Return a trainer of the same kind whose engine and batches are seen."""
+        """Return a trainer of the same kind whose engine and batches are recorded."""
         watch = self
 
         class Watched(trainer_class):
@@ -86,7 +86,7 @@ class Watch:
         readers = shares[:: self.engine.config.parallel.tp]
         self.engine.train(False)
         with torch.no_grad(), count_allocations() if measuring else nullcontext() as allocations:
-            # A start that stops where it begins has read nothing.
+            # A start that stops at once has read no batch.
             logits = self.engine.forward(self.inputs) if self.inputs else torch.empty(0)
         return {
             "parameters": parameters,

@@ -1,6 +1,6 @@
-"""Worker with a reader's own loop, that of ``notebooks/scripts/train_zero.py``, for ``test_readers_loop.py``.
+"""Worker that runs the loop of ``notebooks/scripts/train_zero.py``, for ``test_readers_loop.py``.
 
-The losses of each start are left in its run's ``losses.json``.
+It writes the losses of each start to ``losses.json`` in its run's directory.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ def stopped(model, tmp_path_factory):
 
 @pytest.fixture
 def interrupted(stopped, tmp_path):
-    """Return a copy of it, to be damaged and continued."""
+    """Return a copy of the stopped run, to damage or resume."""
     run = replace(stopped, config=stopped.config.override(storage=str(tmp_path)))
     shutil.copytree(stopped.directory.path, run.directory.path)
     return run

@@ -85,7 +85,7 @@ def rise(source, target):
     return max(seen) - seen[0]
 
 small, large, target = sys.argv[1:]
-rise(small, target + "-small")  # imports, and what libraries keep
+rise(small, target + "-small")  # imports and library caches
 peaks = [rise(large, target + "-streamed")]
 def open_all(path):
     full = checkpoint.open_full(path)
@@ -99,7 +99,7 @@ print(json.dumps([*peaks, rise(large, target + "-at-once")]))
 
 
 def test_an_export_holds_a_parameter_at_a_time(uninterrupted, model, tmp_path):
-    """Measured in a new process. As a control, reading everything first must show."""
+    """Measure in a new process. As a control, reading everything first must raise the peak."""
     larger = tmp_path / "larger"
     shutil.copytree(model, larger)
     (larger / "model.safetensors").unlink()

@@ -141,7 +141,7 @@ def test_the_papers_table() -> None:
 @pytest.mark.parametrize(
     ("precision", "stage", "offload", "measured"),
     [
-        # Measured state bytes per rank, two ranks of the embedded GPT-2, as notebook 01 shows them.
+        # Measured state bytes per rank, two ranks of the embedded GPT-2, as lab 01 shows them.
         ("fp32", 0, "none", 11_092_992),
         ("fp32", 1, "none", 8_363_136),
         ("fp32", 2, "none", 8_363_136),
@@ -527,7 +527,7 @@ def test_no_more_tokens_than_learned_positions(capsys: pytest.CaptureFixture[str
     assert json.loads(capsys.readouterr().out)["run"]["settings"]["seq_length"] == 512
     assert main(["plan", "--model", "embedded/gpt2", "--seq-length", "2048", *two_gpus]) == 2
     assert "learned positions for 512 tokens. Write at most 512" in capsys.readouterr().err
-    # A size that GPT-2 XL is near to, and more tokens than it takes: another shape of this size.
+    # A size near GPT-2 XL's. With more tokens than GPT-2 XL takes, another shape is assumed.
     for length, source in (("1024", "gpt2-xl's"), ("2048", "assumed")):
         assert main(["plan", "--model-size", "1.5e9", "--seq-length", length, *two_gpus, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["dimensions_from"].startswith(source)

@@ -24,7 +24,7 @@ EOS = 9
 
 
 def collate(batching, micro_batch=2, seq_length=16):
-    """Like GPT-2's, this padding id is the EOS id."""
+    """Return a collator whose padding id is the EOS id, like GPT-2's."""
     return Collate(seq_length=seq_length, batching=batching, micro_batch=micro_batch, pad_token_id=EOS)
 
 

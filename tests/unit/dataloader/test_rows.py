@@ -29,7 +29,7 @@ TEXTS = {"train": ["one", "two", "three"], "validation": ["four"]}
 
 @pytest.fixture
 def no_hub(monkeypatch):
-    """Remove the hub's address, even if the tests run with a network."""
+    """Make the hub unreachable, even if the tests run with a network."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.invalid")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)

@@ -1,4 +1,4 @@
-"""Embedded models: their sizes, weights, tokenizers, and what their pretraining has taught."""
+"""Embedded models: their sizes, weights, tokenizers, and what pretraining taught them."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_pretraining_has_taught_more_than_token_frequencies(embedded):
     name, directory, model, tokenizer = embedded
     summary = json.loads((directory / "pretraining.json").read_text())
     assert summary["validation_loss"] < summary["unigram_entropy"] - 1.0
-    # Not only said: measured on some rows.
+    # Measure it on some rows, too.
     total = tokens = 0
     for row in rows("embedded/articles", "validation")[:20]:
         ids = torch.tensor([tokenizer(row["text"], truncation=True, max_length=512)["input_ids"]])

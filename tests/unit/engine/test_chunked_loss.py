@@ -74,13 +74,13 @@ def test_the_peak_is_without_the_logits(tmp_path):
     peaks = {}
     for chunks in (1, 16):
         engine = engine_of(model=str(tmp_path / "large"), random_init=True, loss_chunks=chunks)
-        train(engine, batch)  # afterwards gradients are there already
+        train(engine, batch)  # from now on, gradients exist
         with count_allocations() as allocations:
             train(engine, batch)
         peaks[chunks] = allocations.peak["cpu"]
     logits = 4 * rows * (tokens - 1) * vocabulary
     assert peaks[1] > 2 * logits
-    assert peaks[16] < logits / 4, "a chunk's logits and their gradient, and what is as large as the output layer"
+    assert peaks[16] < logits / 4, "a chunk's logits, their gradient, and tensors the size of the output layer"
 
 
 def test_the_hugging_face_trainer_has_no_such_loss():

@@ -79,7 +79,7 @@ def test_attention_between_documents_is_detected(monkeypatch):
 
     monkeypatch.setattr(Collate, "__call__", leaking)
     with pytest.raises(ConfigError, match="sees other documents"):
-        trial(load_config("embedded/gpt2"), "packed", seq_length=100)  # a trial of its own, which has not passed before
+        trial(load_config("embedded/gpt2"), "packed", seq_length=100)  # a length whose trial has not passed before
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen2", "bloom", "llama", "gpt_neox", "mixtral", "gemma3_text"])

@@ -133,7 +133,7 @@ def test_the_last_case_may_take_longer_than_the_grace_period(run: Any, monkeypat
     monkeypatch.setattr(processes, "GRACE_SECONDS", 0.2)
     content = run(Step("slow", "tests.gpu.slow_end", limit=60, case_limit=60))
     assert by_case(content)["last"]["status"] == "done"
-    assert content["seconds"] < 20, "the process that sleeps on was not ended"
+    assert content["seconds"] < 20, "the process that does not exit was not killed"
 
 
 def test_a_module_that_cannot_be_imported_fails_only_its_step(run: Any) -> None:
@@ -147,7 +147,7 @@ def test_the_total_time_limit_bounds_a_step(run: Any) -> None:
 
 
 def test_all_steps_fit_into_ten_minutes() -> None:
-    """The results are eight files: of six steps, the log and the traces."""
+    """The results are eight files: one per step, the log and the traces."""
     assert len(measure.STEPS) + 2 <= 8
     assert max(measure.MINUTES.values()) * 60 + max(step.case_limit for step in measure.STEPS) < 600
     assert all(step.case_limit <= step.limit for step in measure.STEPS)

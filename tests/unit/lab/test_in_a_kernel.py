@@ -51,7 +51,7 @@ from unittest import mock
 said = []
 listen = mock.patch.object(StatusLine, "show_bundle", lambda self, data, metadata=None: said.append(data["text/plain"]))
 def comes(pattern):
-    # Is such a text shown within ten seconds, without a new row?
+    # Wait up to ten seconds for such a text, without a new row.
     end = time.monotonic() + 10
     while not any(re.search(pattern, s) for s in said) and time.monotonic() < end:
         time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""Lesson 01's exercises and figures, and its loop, which is the one of the take-home script."""
+"""Lesson 01's exercises and figures, and its loop, which is the take-home script's."""
 
 from __future__ import annotations
 

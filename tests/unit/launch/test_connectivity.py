@@ -19,7 +19,7 @@ def without_interface(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def outcomes(num_ranks: int) -> set[str]:
-    """Return what the ranks find out."""
+    """Return the ranks' distinct findings."""
     store = HashStore()
     with ThreadPoolExecutor(num_ranks) as pool:
         return set(pool.map(lambda rank: connectivity.unreachable_rank(store, rank, num_ranks), range(num_ranks)))

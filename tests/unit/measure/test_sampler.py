@@ -116,7 +116,7 @@ def test_a_process_of_another_tree_with_its_children(tmp_path: Path) -> None:
             wait_until(lambda: [p["pid"] for p in rows(log)[-1]["processes"]] == [child.pid])
             child.kill()
             wait_until(lambda: "memory-sampler" not in [thread.name for thread in threading.enumerate()])
-        assert rows(log)[-1]["processes"], "no reading is written of nothing"
+        assert rows(log)[-1]["processes"], "no reading is empty"
     finally:
         for process in (parent, child):
             with contextlib.suppress(psutil.NoSuchProcess):

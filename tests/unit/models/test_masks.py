@@ -14,7 +14,7 @@ families = pytest.mark.parametrize("name", MODEL_NAMES)
 
 
 def packed_batch(lengths: list[int], total: int) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-    """Return random documents, and one row with all of them, filled up with padding as a document of its own."""
+    """Return random documents, and one row that packs them, with its padding as one more document."""
     generator = torch.Generator().manual_seed(0)
     docs = [torch.randint(4, 2040, (length,), generator=generator) for length in [*lengths, total - sum(lengths)]]
     owner = torch.cat([torch.full((len(doc),), number) for number, doc in enumerate(docs)])

@@ -10,7 +10,7 @@ TREE = (ROOT / "README.md").read_text().partition("## Where things are")[2].part
 
 
 def test_every_module_and_every_directory_is_in_the_tree() -> None:
-    # Not looked for by name: what a file in lean_imports replaces, and the files of one embedded model.
+    # Not required: files in lean_imports, named after what they replace, and each embedded model's directory.
     modules = {
         path.stem
         for path in (ROOT / "tutorial_lib").rglob("*.py")

@@ -85,7 +85,7 @@ def test_seventy_billion_with_a_large_batch_reduces_with_every_micro_batch() -> 
 
 
 def test_thirteen_billion_on_four_of_40_gb() -> None:
-    """208 GB of states do not fit 160: offload; adapters would fit without, and faster."""
+    """208 GB of states do not fit 160, so offload. Adapters would fit without it, and train faster."""
     task, machine = work("llama-2-13b"), cluster(4, "a100-40")
     found = best(task, machine, "deepspeed")
     assert found.layout.offload != "none"

@@ -15,7 +15,7 @@ CASES = [(30.0, 6 * 3600.0, 300.0), (120.0, 3600.0, 600.0), (5.0, 86_400.0, 60.0
 def test_the_formula_matches_a_simulation(save, mean_time, restart, factor):
     interval = factor * failures.young_interval(save, mean_time)
     exact = failures.lost_share(interval, save, mean_time, restart)
-    # Some thousand failures: their mean is within a few per cent.
+    # Thousands of failures: their mean is within a few per cent.
     played = failures.simulate_lost_share(interval, save, mean_time, restart, num_saves=60_000)
     assert played == pytest.approx(exact, rel=0.06)
     assert played != exact

@@ -46,7 +46,7 @@ OFFLOADED: list[dict[str, Any]] = [
 
 
 def drawn(number: int) -> Iterator[tuple[Workload, Layout, int]]:
-    """Yield random workloads and layouts of two ranks or more, and micro-batches per step: always the same."""
+    """Yield random workloads and layouts of two ranks or more, and micro-batches per step, the same ones each time."""
     draw = random.Random(0)
     for _ in range(number):
         name, kind = draw.choice(list(MODELS)), draw.choice([*STRATEGIES.values(), *OFFLOADED])
@@ -190,7 +190,7 @@ def test_deepspeeds_buckets_have_their_full_size() -> None:
             )
             for size in (500_000_000, 1)
         )  # fmt: skip
-        updated = MODELS["gpt2"].num_params / 5e8  # a bucket of updated parameters at the update; stage 0 reduces so
+        updated = MODELS["gpt2"].num_params / 5e8  # the bucket of updated parameters, or of stage 0's gradients
         extra = 0 if stage == 3 else updated
         assert big.memory - small.memory == pytest.approx((more + extra) * 1e9, rel=0.01), stage
 
