@@ -24,6 +24,8 @@ OFFLINE = {
 }
 SEVERAL_PROCESSES_ON_FEW_CORES = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 ROOT = str(Path(__file__).resolve().parents[1])
+SET_FOR_GOOD = ("PYTEST_CURRENT_TEST", "DS_ACCELERATOR", "RAY_", "PYTORCH_NVML_BASED_CUDA_CHECK")
+"""First letters of environment variables that pytest or a library sets once for the whole process."""
 MARK, SESSION = "TUTORIAL_LIB_TEST_SESSION", uuid.uuid4().hex
 GRACE_SECONDS = 20
 """Seconds for Ray's daemons and killed workers to end."""
@@ -43,6 +45,22 @@ def pytest_collection_finish() -> None:
     """Exclude imported objects from garbage collection: each run in this process ends with a full collection."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_left_as_found() -> Iterator[None]:
+    """Fail if a file changes what later files of this pytest process see: signal handlers, environment, directory."""
+    before = _state_of_process()
+    yield
+    after = _state_of_process()
+    changed = {name: (before.get(name), now) for name in before | after if before.get(name) != (now := after.get(name))}
+    assert not changed, f"the tests of this file left changes behind (before, after): {changed}"
+
+
+def _state_of_process() -> dict[str, object]:
+    handlers = {number.name: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(SET_FOR_GOOD)}
+    return {**handlers, **variables, "directory": os.getcwd()}
 
 
 @pytest.hookimpl(trylast=True)

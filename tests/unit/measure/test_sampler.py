@@ -288,7 +288,10 @@ def sample_gpus(path: Path, nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(("ends", "code"), [("sys.exit(3)", 3), ("os.kill(os.getpid(), 9)", 137)])
-def test_a_command_is_logged_and_its_exit_code_handed_on(tmp_path: Path, ends: str, code: int) -> None:
+def test_a_command_is_logged_and_its_exit_code_handed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str, code: int
+) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # it would ignore SIGTERM for the rest of this process
     log = tmp_path / "log"
     command = [sys.executable, "-c", f"import os, sys; held = bytearray(2**26); {ends}"]
     assert sampler.main([str(log), *command]) == code

@@ -46,7 +46,10 @@ def gradients(family: str, recompute: str | None) -> tuple[list[torch.Tensor], C
         ("bloom", 1, False),
     ],
 )
-def test_every_second_product_is_computed_again(family: str, again: int, fused: bool) -> None:
+def test_every_second_product_is_computed_again(
+    family: str, again: int, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)  # an earlier test may have used ZeRO-3
     plain, once = gradients(family, None)
     selective, counted = gradients(family, "selective")
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(selective, plain, strict=True))
