@@ -65,7 +65,5 @@ def test_the_gate_times_all_collectives_and_stops_a_job_on_a_slow_network() -> N
     done = subprocess.run([*torchrun, *gate], env=environment, capture_output=True, text=True, timeout=120)
     found = [Timing(**each) for each in json.loads(done.stdout)]
     assert [(each.kind, each.num_bytes) for each in found] == [(kind, size) for size in SIZES for kind in KINDS]
-    assert all(each.num_ranks == 2 and 1e-6 < each.seconds < 10 for each in found)
-    by_size = {each.num_bytes: each.seconds for each in found if each.kind == "all_reduce"}
-    assert by_size[SIZES[-1]] > by_size[SIZES[0]], "16 MiB take longer than 1 KiB"
+    assert all(each.num_ranks == 2 and each.seconds > 1e-6 + each.num_bytes / 1e12 for each in found), "1 TB/s at most"
     assert done.returncode != 0 and "less than the 1e+06 asked for" in done.stderr
