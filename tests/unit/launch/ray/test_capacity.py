@@ -106,7 +106,7 @@ def test_a_run_without_resources_waits_for_resource_timeout(cluster: dict[str, f
     with pytest.raises(ResourcesMissing, match=r"2 groups of 2 workers on one node.*b: 1 of 2 CPUs"):
         while isinstance(fixed.make_decision_for_non_running_worker_group(), NoopDecision):
             time.sleep(0.01)
-    assert 0.2 <= time.monotonic() - began < 2
+    assert 0.2 <= time.monotonic() - began < 20
     cluster["b"] = 2
     decision = fixed.make_decision_for_non_running_worker_group()
     assert isinstance(decision, ResizeDecision) and decision.num_workers == 4
