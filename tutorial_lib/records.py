@@ -134,6 +134,14 @@ class RunDirectory:
         """
         return dict(json.loads(self.result_file.read_text(encoding="utf-8")))
 
+    def result_version(self) -> tuple[int, int] | None:
+        """Return a value that changes whenever ``result.json`` is rewritten, or None if there is none."""
+        try:
+            status = self.result_file.stat()
+        except FileNotFoundError:
+            return None
+        return status.st_ino, status.st_mtime_ns
+
     def log_file(self, rank: int) -> Path:
         return self.logs / f"rank-{rank:03d}.log"
 

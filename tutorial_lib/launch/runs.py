@@ -140,7 +140,7 @@ def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None, worker:
             for directory in directories:
                 directory.create()
                 directory.clear_requests()
-        earlier = [_stamp(directory.result_file) for directory in directories]
+        earlier = [directory.result_version() for directory in directories]
         if rank is None:
             held.enter_context(stop_on_signal(watched))
         if first.run.launcher == "ray":
@@ -155,21 +155,12 @@ def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None, worker:
             begun = join(configs)
         watched.poll()
     if first.run.launcher != "none":
-        begun = sum(_stamp(d.result_file) not in (None, before) for d, before in zip(directories, earlier, strict=True))
+        begun = sum(d.result_version() not in (None, before) for d, before in zip(directories, earlier, strict=True))
     runs = [Run(c, d.result(), d.rows()) for c, d in zip(configs[:begun], directories, strict=False)]
     interrupted = signal.SIGINT in signals or any(r.result.get("stopped_by") == "SIGINT" for r in runs)
     if len(runs) < len(configs) or interrupted:
         raise Interrupted(_where_stopped(runs, configs), runs)
     return runs
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    """Return a stamp that changes whenever a file is rewritten, or None if the file does not exist."""
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return None
-    return status.st_ino, status.st_mtime_ns
 
 
 def _where_stopped(runs: Sequence[Run], configs: Sequence[Config]) -> str:
