@@ -82,9 +82,9 @@ def _order(candidate: Candidate, cluster: Cluster, fastest: float) -> tuple[floa
     """Return the sort key of a layout that fits: see the module's docstring. Outside a tie, only speed decides."""
     speed, layout = _speed(candidate), candidate.layout
     if not _ties(candidate, fastest):
-        return (1, -speed, layout.knobs, layout.zero_stage, layout.tp)
+        return (1, -speed, layout.complexity, layout.zero_stage, layout.tp)
     crowded = max(COMFORTABLE, round(candidate.memory / cluster.usable_memory, 1))
-    return (0, layout.offload != "none", crowded, layout.knobs, layout.zero_stage, -speed, layout.tp)
+    return (0, layout.offload != "none", crowded, layout.complexity, layout.zero_stage, -speed, layout.tp)
 
 
 def _ties(candidate: Candidate, fastest: float) -> bool:
