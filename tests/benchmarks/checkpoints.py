@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_map
 
 from tests.benchmarks.on_ranks import run_on_ranks
 from tutorial_lib import checkpoint
-from tutorial_lib.checkpoint import writer
+from tutorial_lib.checkpoint import rank_writer
 from tutorial_lib.checkpoint.directory import finish_deletions
 from tutorial_lib.checkpoint.manifest import sync
 from tutorial_lib.config import Config
@@ -182,7 +182,7 @@ class _Plain:
         return self.directory / f"{dist.get_rank()}-{number}.pt"
 
 
-class _Collected(writer.Writer):
+class _Collected(rank_writer.Writer):
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self.states: list[Any] = []

@@ -11,10 +11,10 @@ import numpy as np
 
 from tutorial_lib.checkpoint.directory import directory_of, finish_deletions
 from tutorial_lib.checkpoint.loader import load
+from tutorial_lib.checkpoint.rank_writer import MakeWriter, Writer, make_stager
 from tutorial_lib.checkpoint.retention import Pruner
 from tutorial_lib.checkpoint.saver import Save, TrainingState, save
 from tutorial_lib.checkpoint.start import Start, find_start, opened_for_training
-from tutorial_lib.checkpoint.writer import MakeWriter, Writer, make_stager
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.config.checks import check_warmup
 from tutorial_lib.models.side_files import load_side_files

@@ -21,7 +21,7 @@ from tutorial_lib.checkpoint.directory import (
     publish,
 )
 from tutorial_lib.checkpoint.manifest import FORMAT, MANIFEST, CheckpointError, file_entry, sync, wrong_size
-from tutorial_lib.checkpoint.writer import MakeWriter, Writer
+from tutorial_lib.checkpoint.rank_writer import MakeWriter, Writer
 from tutorial_lib.config import Config
 from tutorial_lib.models.side_files import SideFiles
 from tutorial_lib.mpu import Topology

@@ -19,9 +19,9 @@ from tutorial_lib.tables import Table, table
 from tutorial_lib.theory.cost import Candidate
 from tutorial_lib.theory.hardware import GPUS, find_gpu, peak_flops
 from tutorial_lib.theory.known_models import MODELS
+from tutorial_lib.theory.layout_reasons import OFFLOAD_WARNING
 from tutorial_lib.theory.layouts import ENGINES, Cluster, Workload
 from tutorial_lib.theory.plan import plan
-from tutorial_lib.theory.reasons import OFFLOAD_WARNING
 
 BARS = 8
 """Number of layouts to draw and list."""

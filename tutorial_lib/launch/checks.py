@@ -139,7 +139,7 @@ def _check_states(config: Config) -> None:
     Activations, buffers and unreduced gradients need memory too, depending on the batch and the point in the step. A
     third of the memory is reserved for them, so a run that passes may still be too large.
     """
-    from tutorial_lib.engine.expected import expected_states, parameter_sizes
+    from tutorial_lib.engine.expected_states import expected_states, parameter_sizes
 
     is_here = config.run.launcher == "local" or (config.run.launcher == "ray" and not ray_address())
     if not is_here or config.run.device != "cpu":

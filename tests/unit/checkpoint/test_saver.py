@@ -16,8 +16,8 @@ from tests.unit.checkpoint.runs import assert_same, config, make_checkpoint, nam
 from tutorial_lib import checkpoint, launch, trainer
 from tutorial_lib.checkpoint import CheckpointError, directory, manifest, storage
 from tutorial_lib.checkpoint.directory import clear_remains
+from tutorial_lib.checkpoint.rank_writer import Writer
 from tutorial_lib.checkpoint.storage import storage_failure
-from tutorial_lib.checkpoint.writer import Writer
 from tutorial_lib.engine.single import TorchEngine
 from tutorial_lib.records import RunDirectory
 

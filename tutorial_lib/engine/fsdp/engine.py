@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tutorial_lib.checkpoint import MOMENTS, FullTensors
-from tutorial_lib.checkpoint.writer import Writer
+from tutorial_lib.checkpoint.rank_writer import Writer
 from tutorial_lib.config import Config, OptimizerConfig
 from tutorial_lib.engine.chunked_loss import output_loss
 from tutorial_lib.engine.fsdp import dcp, sharding, tensor_parallel, weights

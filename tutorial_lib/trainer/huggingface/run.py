@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tutorial_lib.checkpoint.formats import trainer as trainer_format
-from tutorial_lib.checkpoint.writer import Writer
+from tutorial_lib.checkpoint.rank_writer import Writer
 from tutorial_lib.config import ConfigError
 from tutorial_lib.dataloader import build_epoch_loader
 from tutorial_lib.engine import try_engine
