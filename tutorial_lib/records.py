@@ -36,7 +36,7 @@ from tutorial_lib.config import ConfigError
 
 Row = dict[str, Any]
 
-STOPPING = "Stopping: saving after this step. Interrupt again to stop now, without saving."
+STOPPING_MESSAGE = "Stopping: saving after this step. Interrupt again to stop now, without saving."
 """Message printed when an interrupt arrives."""
 
 _SIGNS_OF_A_LOST_RANK = ("gloo/transport", "remote process exited", "ncclRemoteError")

@@ -144,16 +144,16 @@ class CheckpointManager:
         self.finish_if_written()
         is_last = step >= self.loader.last_step
         if is_last or self.is_due(step):
-            self.save(step, row, and_train_on=not is_last)
+            self.save(step, row, more_steps=not is_last)
         return self.newest() if self.saved_at != before else None
 
-    def save(self, step: int, row: Row | None = None, *, and_train_on: bool) -> None:
+    def save(self, step: int, row: Row | None = None, *, more_steps: bool) -> None:
         """Write a checkpoint, once any save under way has finished. Collective.
 
         Args:
             step: the step that was just trained.
             row: its metrics, for ``on_checkpoint``.
-            and_train_on: whether more steps follow. With ``async_save`` they do not wait until the files are written.
+            more_steps: whether more steps follow. With ``async_save`` they do not wait until the files are written.
         """
         self.finish()
         self.record.pop("eval_loss", None)
@@ -162,7 +162,7 @@ class CheckpointManager:
             self.record["eval_loss"] = loss
         parts = self.loader.state_at(step), self.engine.schedule.state_dict(), self.record
         state = TrainingState(step, *parts, self.start.identity)
-        stager = self._stager if and_train_on else None
+        stager = self._stager if more_steps else None
         side_files = self._side_files if self.topology.rank == 0 else None
         begun = save(self.run, self.engine, self.config, self.topology, state, side_files, stager, self.make_writer)
         self._under_way = begun, row or {}

@@ -109,7 +109,7 @@ def save(
 
 def _describe(writer: Writer, partial: Path, trainer: str, config: Any, side_files: SideFiles) -> None:
     side_files.save(partial / "model", config)
-    writer.count(partial / "model")
+    writer.add_files(partial / "model")
     with writer.file_system.create_stream(partial / "trainer.json", "wb") as stream:
         stream.write(trainer.encode())
 

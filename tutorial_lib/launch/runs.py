@@ -124,7 +124,7 @@ def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None, worker:
             f"worker={worker!r} is for processes that a launcher starts, but launcher='none' trains in this one. Write "
             "launcher='local' or 'ray', or leave worker out."
         )
-    from tutorial_lib.checkpoint.lock import held_for_launch
+    from tutorial_lib.checkpoint.lock import launch_lock
 
     configs = [preflight(config) for config in configs]
     check_together(configs)
@@ -133,7 +133,7 @@ def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None, worker:
     directories = [RunDirectory(config.directory) for config in configs]
     with ExitStack() as held:
         for directory in directories:
-            held.enter_context(held_for_launch(directory, rank or 0))
+            held.enter_context(launch_lock(directory, rank or 0))
         signals: list[int] = []
         watched = Watcher(directories, on_rows, signals)
         if rank is None:  # otherwise rank 0 does this when it trains

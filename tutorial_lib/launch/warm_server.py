@@ -85,7 +85,7 @@ def main(launcher_pid: str, descriptor: str, *modules: str) -> None:
         signal.signal(number, lambda received, _frame: _signal(ranks.values(), received))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = Connection(int(descriptor))
-    with ending_with(launcher):
+    with exit_with_launcher(launcher):
         can_fork = bool(modules) and import_everything(modules)
     while os.getppid() == launcher:  # if not, another fork of the launcher still holds its end of the socket
         # A sentinel shows the end of a forked rank at once. New interpreters close theirs, and must be polled.
@@ -114,7 +114,7 @@ def main(launcher_pid: str, descriptor: str, *modules: str) -> None:
 
 
 @contextmanager
-def ending_with(launcher: int) -> Iterator[None]:
+def exit_with_launcher(launcher: int) -> Iterator[None]:
     """Exit soon after the launching process ends, even while imports keep this process from reading messages."""
 
     def check(*_: Any) -> None:

@@ -28,7 +28,7 @@ from tutorial_lib.checkpoint.formats.base import (
     WEIGHTS,
     WEIGHTS_AND_OPTIMIZER,
     FullTensors,
-    names_once,
+    names_without_duplicates,
 )
 from tutorial_lib.config import Config
 
@@ -54,7 +54,7 @@ class _Stage(FullTensors):
         self._opened: dict[str, Any] = {}
 
     def _stored_names(self) -> Iterable[str]:
-        return names_once(self._model_file(0)["module"])
+        return names_without_duplicates(self._model_file(0)["module"])
 
     def _read(self, name: str, kind: str) -> Tensor:
         dim = self._layout[name]["dim"] if self._tp > 1 else None

@@ -31,7 +31,7 @@ from unittest import mock
 
 from tutorial_lib.launch.warm_server import (
     JOB_SIGNALS,
-    ending_with,
+    exit_with_launcher,
     import_everything,
     import_modules,
     signal_when_parent_ends,
@@ -55,7 +55,7 @@ def main(launcher_pid: str, address: str) -> None:
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(address)
         server.listen(64)
-        with ending_with(launcher):
+        with exit_with_launcher(launcher):
             import_everything()
             if not (line := sys.stdin.readline()):
                 return
@@ -63,7 +63,7 @@ def main(launcher_pid: str, address: str) -> None:
             if cluster:
                 os.environ.update(cluster)
                 _import_ray()
-        if importlib.import_module("torch").cuda.is_initialized() or (cluster and not _forks_differ()):
+        if importlib.import_module("torch").cuda.is_initialized() or (cluster and not _forks_draw_different_ids()):
             return  # Ray will start its workers itself
         own = {(name, cluster[name]) for name in CLUSTER_VARIABLES if cluster}  # empty if it serves any cluster
         # Let the kernel reap the forks. Not earlier: imports run programs and need their exit codes.
@@ -104,7 +104,7 @@ def _import_ray() -> None:
         import_modules(RAY_TRAIN_MODULES)
 
 
-def _forks_differ() -> bool:
+def _forks_draw_different_ids() -> bool:
     """Return whether forks draw different identifiers. If not, Ray would confuse the tasks of different actors."""
     drawn = set()
     for _ in range(2):
