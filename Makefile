@@ -19,7 +19,7 @@ TWO_FILES := -n 2 --dist loadfile --no-loadscope-reorder
 TWO_GROUPS := -n 2 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: help setup run-notebooks check test matrix lab execute nbval unit distributed cluster cluster-tools notebooks \
-	lint style types borders format bench images embedded embedded-text clean
+	lint style types imports format bench images embedded embedded-text clean
 
 help: ## list the targets
 	@echo "make TARGET, where TARGET is one of:"
@@ -69,8 +69,8 @@ nbval: $(READY) ## every notebook runs, all claims hold with the committed numbe
 		--nbval-cell-timeout 600 --timeout 620 $(TWO_FILES) \
 		$$(ls -r build/nbval/*.ipynb) # the longest come first
 
-lint: $(READY) ## style, types and borders, at the same time
-	@$(MAKE) --jobs --output-sync=target style types borders
+lint: $(READY) ## style, types and imports, at the same time
+	@$(MAKE) --jobs --output-sync=target style types imports
 
 style: $(READY) ## run ruff
 	@ruff check --quiet . && ruff format --quiet --check . || { echo "style: make format repairs most of this"; exit 1; }
@@ -78,7 +78,7 @@ style: $(READY) ## run ruff
 types: $(READY) ## run mypy
 	@mypy
 
-borders: $(READY) ## check which module may import which
+imports: $(READY) ## check which module may import which
 	@lint-imports --no-logo
 
 format: $(READY) ## let ruff repair style

@@ -36,7 +36,7 @@ from tutorial_lib.config import ConfigError
 
 Row = dict[str, Any]
 
-STOPPING = "Stopping: saving after this step. Interrupt again to stop now, without saving."
+STOPPING_MESSAGE = "Stopping: saving after this step. Interrupt again to stop now, without saving."
 """Message printed when an interrupt arrives."""
 
 _SIGNS_OF_A_LOST_RANK = ("gloo/transport", "remote process exited", "ncclRemoteError")
@@ -133,6 +133,14 @@ class RunDirectory:
             FileNotFoundError: the run has not ended, or never started.
         """
         return dict(json.loads(self.result_file.read_text(encoding="utf-8")))
+
+    def result_version(self) -> tuple[int, int] | None:
+        """Return a value that changes whenever ``result.json`` is rewritten, or None if there is none."""
+        try:
+            status = self.result_file.stat()
+        except FileNotFoundError:
+            return None
+        return status.st_ino, status.st_mtime_ns
 
     def log_file(self, rank: int) -> Path:
         return self.logs / f"rank-{rank:03d}.log"

@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_map
 
 from tests.benchmarks.on_ranks import run_on_ranks
 from tutorial_lib import checkpoint
-from tutorial_lib.checkpoint import writer
+from tutorial_lib.checkpoint import rank_writer
 from tutorial_lib.checkpoint.directory import finish_deletions
 from tutorial_lib.checkpoint.manifest import sync
 from tutorial_lib.config import Config
@@ -103,7 +103,7 @@ def compare(config: Config) -> None:
     plain = _Plain(config.directory / "plain")
     saving = _alternated(
         plain,
-        ours=functools.partial(session.save, and_train_on=False),
+        ours=functools.partial(session.save, more_steps=False),
         handed_over=functools.partial(_hand_over, session),
         plain=functools.partial(plain.save, session.engine),
         on_disk=functools.partial(plain.save, session.engine, on_disk=True),
@@ -182,7 +182,7 @@ class _Plain:
         return self.directory / f"{dist.get_rank()}-{number}.pt"
 
 
-class _Collected(writer.Writer):
+class _Collected(rank_writer.Writer):
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self.states: list[Any] = []
@@ -196,7 +196,7 @@ def _hand_over(session: Any) -> float:
 
     The second half, which makes the checkpoint visible, begins once all files are written, and counts as well.
     """
-    session.save(and_train_on=True)
+    session.save(more_steps=True)
     while not session.checkpoints.is_written():
         time.sleep(0.005)
     dist.barrier()
@@ -257,7 +257,7 @@ def _stalls(session: Any, batches: Iterator[Any]) -> dict[str, Any]:
         name = ("at once", "async_save")[attempt % 2]
         session.train_step(next(batches)[1])
         before = time.perf_counter()
-        session.save(and_train_on=name == "async_save")
+        session.save(more_steps=name == "async_save")
         count = 0
         while session.checkpoints.is_saving():
             count += 1

@@ -18,11 +18,6 @@ from tutorial_lib.models.meta import model_outline
 from tutorial_lib.theory import memory, traffic
 
 
-def measured(run):
-    """Return every rank's measurements of its third step."""
-    return [rank["measured"] for rank in run.directory.result()["ranks"]]
-
-
 def collectives(one):
     return {row["kind"]: row["elements"] for row in one["traffic"]["tensors"]}
 
@@ -59,7 +54,7 @@ SHARDED = [
 @pytest.mark.parametrize(("ranks", "name", "pieces"), among_runs(SHARDED))
 def test_a_rank_holds_its_share_to_the_byte(observed, ranks, name, pieces):
     """Measure between backward and the update, when gradients exist. bf16 changes nothing: states stay in fp32."""
-    for one in measured(observed(ranks, name)):
+    for one in observed(ranks, name).measured:
         expected = memory.model_states(one["num_parameters"], 3, pieces, memory.FP32)
         assert {part: one["state_bytes"][part] for part in expected.to_dict()} == expected.to_dict()
 
@@ -69,8 +64,8 @@ def test_a_shard_that_is_shorter_than_the_others_is_padded(observed):
     run = observed(4, "odd.fsdp-full.4")
     shapes = [p.shape for p in model_outline(run.config).parameters()]
     padded = sum(-(-shape[0] // 4) * shape[1:].numel() for shape in shapes)
-    moments = [one["state_bytes"]["optimizer"] for one in measured(run)]
-    for one in measured(run):
+    moments = [one["state_bytes"]["optimizer"] for one in run.measured]
+    for one in run.measured:
         assert one["state_bytes"]["parameters"] == one["state_bytes"]["gradients"] == 4 * padded
         assert collectives(one) == {"all_gather": 2 * 4 * padded, "reduce_scatter": 4 * padded}
     assert moments[0] == 8 * padded > moments[3]
@@ -94,7 +89,7 @@ def test_one_unit_gathers_the_full_model_at_once_and_layers_only_themselves(obse
 
 def test_gradients_that_wait_for_the_last_micro_batch_are_full(observed):
     run = observed(2, "gpt2.fsdp-full-accumulated.2")
-    for one in measured(run):
+    for one in run.measured:
         psi = one["num_parameters"]
         assert one["state_bytes"]["gradients"] == 4 * psi
         assert one["state_bytes"]["parameters"] == 4 * psi // 2
@@ -103,7 +98,7 @@ def test_gradients_that_wait_for_the_last_micro_batch_are_full(observed):
 def test_frozen_parameters_are_sharded_too_and_have_neither_gradient_nor_moments(observed):
     run = observed(2, "frozen.fsdp-full.2")
     trained = sum(both["exp_avg"].numel() for both in run.moments.values())
-    for one in measured(run):
+    for one in run.measured:
         assert trained < one["num_parameters"]
         expected = {"parameters": 2 * one["num_parameters"], "gradients": 2 * trained, "optimizer": 4 * trained}
         assert {part: one["state_bytes"][part] for part in expected} == expected
@@ -121,7 +116,7 @@ def test_tensor_parallel_ranks_split_once_and_replicate_the_rest(observed, ranks
     psi = sum(p.numel() for p in model.parameters())
     own = memory.tensor_parallel_params(psi, num_replicated(model), parallel.tp)
     expected = memory.model_states(own, 3, parallel.dp, memory.FP32)
-    for one in measured(run):
+    for one in run.measured:
         assert one["num_parameters"] == psi
         assert {part: one["state_bytes"][part] for part in expected.to_dict()} == expected.to_dict()
 
@@ -136,7 +131,7 @@ def test_tensor_parallel_ranks_split_once_and_replicate_the_rest(observed, ranks
 def test_the_planner_predicts_what_a_run_holds_and_sends(observed, ranks, name):
     """Use ``plan --check``. Peaks depend on the length of rows: docs/planner-errors.md has them."""
     run = observed(ranks, name)
-    states, _, sent = plan_check.compare(run.config, measured(run))
+    states, _, sent = plan_check.compare(run.config, run.measured)
     assert abs(states.error) <= 0.01 and abs(sent.error) <= 0.01
 
 
@@ -162,7 +157,7 @@ def test_sent_elements_match_the_formula(observed, ranks, name, times_psi):
     """Count the elements of each kind of collective, as multiples of Psi."""
     run = observed(ranks, name)
     engine = run.config.engine
-    for one in measured(run):
+    for one in run.measured:
         psi = one["num_parameters"]
         expected = traffic.fsdp_volume(
             psi, engine.sharding, shard_size=engine.shard_size, accumulation=run.config.accumulation,
@@ -175,21 +170,21 @@ def test_sent_elements_match_the_formula(observed, ranks, name, times_psi):
 def test_frozen_parameters_are_all_gathered_and_never_reduce_scattered(observed):
     run = observed(2, "frozen.fsdp-full.2")
     trained = sum(both["exp_avg"].numel() for both in run.moments.values())
-    one = measured(run)[0]
+    one = run.measured[0]
     expected = traffic.fsdp_volume(one["num_parameters"], "full_shard", frozen=one["num_parameters"] - trained)
     assert one["traffic"]["volume"] == expected.total
 
 
 def test_each_layer_and_the_rest_take_one_collective(observed):
     units = LAYERS + 1
-    layered, root = (measured(observed(2, f"gpt2.{name}.2"))[0] for name in ("fsdp-full", "fsdp-full-root"))
+    layered, root = (observed(2, f"gpt2.{name}.2").measured[0] for name in ("fsdp-full", "fsdp-full-root"))
     assert counts(layered) == {"all_gather": 2 * units, "reduce_scatter": units}
     assert counts(root) == {"all_gather": 2, "reduce_scatter": 1}
-    assert counts(measured(observed(4, "gpt2.fsdp-hybrid.4"))[0])["all_reduce"] == units
+    assert counts(observed(4, "gpt2.fsdp-hybrid.4").measured[0])["all_reduce"] == units
 
 
 def test_bf16_halves_what_is_all_gathered_and_sums_gradients_in_fp32(observed):
-    one = measured(observed(2, "gpt2.fsdp-full-bf16.2"))[0]
+    one = observed(2, "gpt2.fsdp-full-bf16.2").measured[0]
     assert {(row["kind"], row["dtype"]) for row in one["traffic"]["tensors"]} == {
         ("all_gather", "bfloat16"),
         ("reduce_scatter", "float32"),
@@ -210,7 +205,7 @@ def test_bf16_halves_what_is_all_gathered_and_sums_gradients_in_fp32(observed):
 )
 def test_tensor_parallelism_all_reduces_twice_per_layer_and_direction(observed, ranks, name, per_layer):
     run = observed(ranks, name)
-    for one in measured(run):
+    for one in run.measured:
         [row] = one["traffic"]["tensors"]
         assert (row["kind"], row["count"]) == ("all_reduce", LAYERS * per_layer)
         assert row["elements"] % (row["count"] * run.config.micro_batch * HIDDEN) == 0, (
@@ -221,14 +216,14 @@ def test_tensor_parallelism_all_reduces_twice_per_layer_and_direction(observed, 
 def test_data_and_tensor_parallelism_add_up(observed):
     run = observed(4, "gpt2.fsdp-tp2.4")
     own = memory.tensor_parallel_params(psi(run), num_replicated(model_outline(run.config)), 2)
-    for one in measured(run):
+    for one in run.measured:
         assert counts(one)["all_reduce"] == LAYERS * 4
         found = collectives(one)
         assert (found["all_gather"], found["reduce_scatter"]) == (2 * own, own)
 
 
 def psi(run):
-    return measured(run)[0]["num_parameters"]
+    return run.measured[0]["num_parameters"]
 
 
 @pytest.mark.parametrize("name", equivalence.SHARDED)

@@ -142,8 +142,8 @@ def assert_same_states(
 def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(runs, file):
     uninterrupted, interrupted = runs[f"hf-uninterrupted.{file}"], runs[f"hf-interrupted.{file}"]
     assert interrupted.result["resumed_from"] == STOP and uninterrupted.result["resumed_from"] is None
-    timeless = [[{**row, "seconds": 0} for row in run.rows] for run in (uninterrupted, interrupted)]
-    assert timeless[0] == timeless[1] and len(timeless[0]) == END
+    rows, expected = ([{**row, "seconds": 0} for row in run.rows] for run in (interrupted, uninterrupted))
+    assert rows == expected and len(rows) == END
     assert_same_states(interrupted, uninterrupted, 0.0)
     for name in ("eval_loss_before", "eval_losses", "eval_loss"):
         assert interrupted.result[name] == uninterrupted.result[name]

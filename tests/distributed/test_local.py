@@ -42,20 +42,20 @@ def config(storage: Path, name: str = "run", dp: int = 2, **flat) -> Config:
     return Config.create("cpu", name=name, dp=dp, storage=str(storage), **({"launcher": "local"} | settings | flat))
 
 
-def tell(storage: Path, name: str = "run", dp: int = 2) -> list[dict]:
+def launch_reporting_ranks(storage: Path, name: str = "run", dp: int = 2) -> list[dict]:
     """Launch ranks that report their state, and return the reports."""
     launch.run_all([config(storage, name, dp)], worker=REPORTING_STATE)
     return [json.loads((storage / name / f"rank-{rank}.json").read_text()) for rank in range(dp)]
 
 
-def have_told(run: Path) -> bool:
+def have_reported(run: Path) -> bool:
     """Return whether both ranks of a run have reported."""
     return all((run / f"rank-{rank}.json").exists() for rank in range(2))
 
 
 @pytest.mark.usefixtures("light")
 def test_every_launch_has_new_processes_of_one_server(tmp_path):
-    first, second = tell(tmp_path, "first"), tell(tmp_path, "second", dp=4)
+    first, second = launch_reporting_ranks(tmp_path, "first"), launch_reporting_ranks(tmp_path, "second", dp=4)
     (server,) = {rank["parent"] for rank in first + second}
     assert psutil.Process(server).ppid() == os.getpid()
     assert len({rank["pid"] for rank in first + second}) == 6
@@ -68,9 +68,9 @@ def test_every_launch_has_new_processes_of_one_server(tmp_path):
 def test_ranks_are_set_up_like_new_interpreters(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    warm = tell(tmp_path, "warm")
+    warm = launch_reporting_ranks(tmp_path, "warm")
     monkeypatch.setenv("TUTORIAL_LIB_WARM_WORKERS", "0")
-    cold = tell(tmp_path, "cold")
+    cold = launch_reporting_ranks(tmp_path, "cold")
     for rank in (*warm, *cold):
         assert rank["directory"] == str(tmp_path)
         assert set(filter(None, sys.path)) <= set(rank["path"]), "they import from where this process does"
@@ -81,7 +81,7 @@ def test_ranks_are_set_up_like_new_interpreters(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("light")
 @pytest.mark.parametrize("what", ["environment", "sources"])
 def test_a_server_that_could_not_follow_a_change_is_replaced(tmp_path, monkeypatch, what):
-    before = tell(tmp_path, "before")
+    before = launch_reporting_ranks(tmp_path, "before")
     if what == "environment":
         monkeypatch.setenv("TUTORIAL_LIB_TEST_VARIABLE", "new")
     else:
@@ -89,7 +89,7 @@ def test_a_server_that_could_not_follow_a_change_is_replaced(tmp_path, monkeypat
         written = source.stat().st_mtime
         os.utime(source, (written, written + 1))
     try:
-        after = tell(tmp_path, "after")
+        after = launch_reporting_ranks(tmp_path, "after")
     finally:
         if what == "sources":
             os.utime(source, (written, written))
@@ -115,17 +115,17 @@ def way(request, monkeypatch):
 
 @pytest.mark.usefixtures("light", "way")
 def test_a_failing_rank_is_shown_in_its_own_words_and_the_server_lives_on(tmp_path):
-    before = tell(tmp_path, "before")
+    before = launch_reporting_ranks(tmp_path, "before")
     with pytest.raises(launch.WorkerError, match=r"could not record its error. It printed:\nValueError: of ") as error:
         launch.run_all([config(tmp_path, "fails")], worker=FAILING)
     assert "failing.py" in str(error.value) and "speaks" in str(error.value)
-    assert tell(tmp_path, "after")[0]["parent"] == before[0]["parent"]
+    assert launch_reporting_ranks(tmp_path, "after")[0]["parent"] == before[0]["parent"]
 
 
 @pytest.mark.usefixtures("light", "way")
 def test_ranks_of_a_killed_server_end_and_the_error_says_so(tmp_path):
     def strike() -> None:
-        wait_until(lambda: have_told(tmp_path / "sleeps"))
+        wait_until(lambda: have_reported(tmp_path / "sleeps"))
         os.kill(json.loads((tmp_path / "sleeps" / "rank-1.json").read_text())["parent"], signal.SIGKILL)
 
     thread = threading.Thread(target=strike)
@@ -135,13 +135,13 @@ def test_ranks_of_a_killed_server_end_and_the_error_says_so(tmp_path):
     thread.join()
     ranks = [json.loads((tmp_path / "sleeps" / f"rank-{rank}.json").read_text())["pid"] for rank in range(2)]
     wait_until(lambda: not any(psutil.pid_exists(pid) for pid in ranks))
-    assert len(tell(tmp_path, "after")) == 2
+    assert len(launch_reporting_ranks(tmp_path, "after")) == 2
 
 
 @pytest.mark.usefixtures("light")
 def test_an_error_of_the_caller_is_shown_as_such_and_ends_the_ranks(tmp_path):
     def fail() -> None:
-        wait_until(lambda: have_told(tmp_path / "sleeps"))
+        wait_until(lambda: have_reported(tmp_path / "sleeps"))
         raise OSError("of the caller")
 
     asked = config(tmp_path, "sleeps")
@@ -248,7 +248,7 @@ def test_one_interrupt_saves_drops_the_other_runs_and_ends_the_call(tmp_path, ca
 
 @pytest.mark.usefixtures("light", "way")
 def test_a_second_interrupt_stops_now_and_nothing_trains_on(tmp_path):
-    thread = interrupt_when(lambda: have_told(tmp_path / "sleeps"), times=2)
+    thread = interrupt_when(lambda: have_reported(tmp_path / "sleeps"), times=2)
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         launch.run_all([config(tmp_path, "sleeps")], worker=SLEEPING)
@@ -256,7 +256,7 @@ def test_a_second_interrupt_stops_now_and_nothing_trains_on(tmp_path):
     assert time.monotonic() - began < 30
     ranks = [json.loads((tmp_path / "sleeps" / f"rank-{rank}.json").read_text())["pid"] for rank in range(2)]
     wait_until(lambda: not any(psutil.pid_exists(pid) for pid in ranks), 5)
-    assert len(tell(tmp_path, "after")) == 2
+    assert len(launch_reporting_ranks(tmp_path, "after")) == 2
 
 
 @NEEDS_WARM_SERVER

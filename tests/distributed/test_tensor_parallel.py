@@ -21,10 +21,6 @@ AUTOTP = [each for each in MEASURED if equivalence.settings(each)["engine"] != "
 IN_FP32 = [each for each in AUTOTP if equivalence.settings(each)["precision"] != "bf16"]
 
 
-def measured(run):
-    return [rank["measured"] for rank in run.directory.result()["ranks"]]
-
-
 def num_elements(row):
     return math.prod(row["before"])
 
@@ -33,7 +29,7 @@ def num_elements(row):
 def test_the_layout_of_every_run_adds_up(observed, ranks, case, variant):
     run = observed(ranks, f"{case}.{variant}.{ranks}")
     tp = run.config.parallel.tp
-    for rank in measured(run):
+    for rank in run.measured:
         rows = rank["layout"]
         assert [row["parameter"] for row in rows] == list(run.parameters)
         assert sum(map(num_elements, rows)) == rank["num_parameters"]
@@ -58,11 +54,11 @@ def test_the_layout_of_every_run_adds_up(observed, ranks, case, variant):
     ],
 )  # fmt: skip
 def test_projections_are_split_and_everything_else_is_replicated(observed, case, projections):
-    for row in measured(observed(4, f"{case}.2x2-zero1.4"))[0]["layout"]:
+    for row in observed(4, f"{case}.2x2-zero1.4").measured[0]["layout"]:
         found = [how for name, how in projections.items() if f"{name}.weight" in row["parameter"]]
         biases = [how for name, how in projections.items() if f"{name}.bias" in row["parameter"] and how == "column"]
         assert row["how"] == next(iter(found + biases), "replicated"), row["parameter"]
-    assert measured(observed(4, "untied.2x2-zero1.4"))[0]["layout"][-1]["how"] == "column", "an output layer of its own"
+    assert observed(4, "untied.2x2-zero1.4").measured[0]["layout"][-1]["how"] == "column", "an output layer of its own"
 
 
 @pytest.mark.parametrize(("ranks", "case", "variant"), [m for m in IN_FP32 if m[1] != "frozen-split"])
@@ -70,7 +66,7 @@ def test_model_states_are_what_theory_says_to_the_byte(observed, ranks, case, va
     """Expect (Psi - R) / t + R parameters per rank, R of them replicated, which ZeRO then divides."""
     run = observed(ranks, f"{case}.{variant}.{ranks}")
     stage, dp, tp = run.config.engine.zero_stage, run.config.parallel.dp, run.config.parallel.tp
-    for number, rank in enumerate(measured(run)):
+    for number, rank in enumerate(run.measured):
         rows, states = rank["layout"], rank["state_bytes"]
         psi = rank["num_parameters"]
         replicated = sum(num_elements(row) for row in rows if row["dim"] is None)
@@ -100,7 +96,7 @@ ALL_REDUCED = [
 def test_all_reduces_per_layer(observed, ranks, name, backward):
     """Expect one per row-parallel layer in forward (2), and per column-parallel one in backward (q, k, v, gate, up)."""
     run = observed(ranks, name)
-    for rank in measured(run):
+    for rank in run.measured:
         (row,) = rank["traffic"]["axes"]["tp"]["tensors"]
         assert (row["kind"], row["count"]) == ("all_reduce", LAYERS * (2 + backward))
         assert row["in_backward"] == LAYERS * backward
@@ -119,7 +115,7 @@ def test_all_reduces_per_layer(observed, ranks, name, backward):
 def test_recomputing_a_layer_repeats_one_of_its_forward_all_reduces(observed, name):
     """PyTorch stops recomputing at the last tensor that backward needs, which is before the sum after the MLP."""
     run = observed(2, f"qwen2.1x2-zero1-{name}.2")
-    for rank in measured(run):
+    for rank in run.measured:
         axis = rank["traffic"]["axes"]["tp"]
         (row,) = axis["tensors"]
         assert (row["count"], row["in_backward"]) == (LAYERS * (2 + 1 + 5), LAYERS * (1 + 5))
@@ -132,7 +128,7 @@ def test_recomputing_a_layer_repeats_one_of_its_forward_all_reduces(observed, na
 
 def test_an_untied_output_layer_all_gathers_the_logits(observed):
     run = observed(4, "untied.2x2-zero1.4")
-    by_kind = {row["kind"]: row for row in measured(run)[0]["traffic"]["axes"]["tp"]["tensors"]}
+    by_kind = {row["kind"]: row for row in run.measured[0]["traffic"]["axes"]["tp"]["tensors"]}
     assert by_kind["all_reduce"]["count"] == LAYERS * 7 + 1
     assert by_kind["all_gather"]["count"] == 1
     assert by_kind["all_gather"]["elements"] % (run.config.micro_batch * 2048) == 0
@@ -140,14 +136,14 @@ def test_an_untied_output_layer_all_gathers_the_logits(observed):
 
 def test_gradients_are_all_reduced_only_over_data_parallel_ranks(observed):
     run = observed(4, "qwen2.2x2-zero0.4")
-    rank = measured(run)[0]
+    rank = run.measured[0]
     (row,) = rank["traffic"]["axes"]["dp"]["tensors"]
     assert (row["kind"], row["elements"]) == ("all_reduce", sum(math.prod(r["after"]) for r in rank["layout"]))
 
 
 def test_the_check_within_a_group_costs_two_small_all_gathers_a_step(observed):
     """One all-gathers tokens and fingerprints, the other the losses. Stop requests come after the step."""
-    bookkeeping = measured(observed(4, "qwen2.2x2-zero0.4"))[0]["traffic"]["bookkeeping"]
+    bookkeeping = observed(4, "qwen2.2x2-zero0.4").measured[0]["traffic"]["bookkeeping"]
     gathers = [row for row in bookkeeping if row["kind"] == "all_gather"]
     numbers = 4 * (2 + 1)
     assert gathers == [

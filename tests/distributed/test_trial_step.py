@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.embedded import MODEL_NAMES
 from tutorial_lib.engine import try_engine
-from tutorial_lib.engine.trial_step import PROVEN
+from tutorial_lib.engine.trial_step import TESTED_FAMILIES
 from tutorial_lib.lab.ranks import on_ranks
 from tutorial_lib.models import load_config
 from tutorial_lib.mpu import Topology
@@ -81,4 +81,4 @@ def test_a_family_that_the_engine_can_train_passes_quickly(tmp_path, family, eng
 
 
 def test_the_families_without_a_trial_are_those_of_the_embedded_models():
-    assert {load_config(name).model_type for name in MODEL_NAMES} == PROVEN
+    assert {load_config(name).model_type for name in MODEL_NAMES} == TESTED_FAMILIES

@@ -26,8 +26,8 @@ MICRO_BATCHES = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 def cases(setting: Setting) -> Cases:
     """Return this module's measurements."""
     return {
-        "without activation checkpointing": lambda: climb(setting, checkpointing=False),
-        "with activation checkpointing": lambda: climb(setting, checkpointing=True),
+        "without activation checkpointing": lambda: raise_micro_batch(setting, checkpointing=False),
+        "with activation checkpointing": lambda: raise_micro_batch(setting, checkpointing=True),
     }
 
 
@@ -37,7 +37,7 @@ def one_billion(setting: Setting) -> Model:
     return Model(write_model(setting, "one-billion", "embedded/gpt2", **dimensions), dimensions["n_positions"])
 
 
-def climb(setting: Setting, *, checkpointing: bool) -> dict[str, Any]:
+def raise_micro_batch(setting: Setting, *, checkpointing: bool) -> dict[str, Any]:
     """Train with larger and larger micro-batches, and return the peak of each and the first that did not fit."""
     adapted = adapt()
     model = one_billion(setting)

@@ -64,15 +64,15 @@ def main(module: str, events_file: str, first: str, setting_json: str) -> None:
     cases = importlib.import_module(module).cases(setting)
     with AT_END, open(events_file, "a", encoding="utf-8", buffering=1) as events:
 
-        def tell(event: str, **content: Any) -> None:
+        def record(event: str, **content: Any) -> None:
             events.write(json.dumps({"event": event, "time": time.time(), **content}) + "\n")
 
-        tell("plan", cases=list(cases))
+        record("plan", cases=list(cases))
         for number, (name, measure) in enumerate(cases.items()):
             if number < int(first):
                 continue
             print(f"=== {name}", flush=True)
-            tell("start", number=number)
+            record("start", number=number)
             try:
                 outcome: dict[str, Any] = {"result": measure()}
             except Exception as error:
@@ -81,7 +81,7 @@ def main(module: str, events_file: str, first: str, setting_json: str) -> None:
                 outcome = {"error": {"type": type(error).__name__, "message": str(error), "traceback": "".join(last)}}
                 del error
             clear_memory()
-            tell("end", number=number, **outcome)
+            record("end", number=number, **outcome)
 
 
 def clear_memory() -> None:

@@ -59,7 +59,7 @@ def cases(setting: Setting) -> Cases:
             found[f"{MODELS[0]} zero{stage} fp16"] = partial(compare, setting, MODELS[0], f"zero{stage}", "fp16")
     for engine in setting.pick(full=("torch", "zero1", "zero3", "fsdp"), quick=("zero3",), tiny=("zero1",)):
         found[f"resume {engine}"] = partial(resume, setting, engine)
-    found["SIGTERM"] = lambda: stop_and_go_on(setting)
+    found["SIGTERM"] = lambda: stop_and_resume(setting)
     return found
 
 
@@ -169,7 +169,7 @@ def parameters_of(config: Config) -> list[tuple[str, Any]]:
     return list(model_outline(config).named_parameters())
 
 
-def stop_and_go_on(setting: Setting) -> dict[str, Any]:
+def stop_and_resume(setting: Setting) -> dict[str, Any]:
     """Send SIGTERM to a run in a new process, start it again, and return both exit codes, steps and times."""
     steps = setting.pick(full=150, quick=100, tiny=20)
     config = configure(setting, "sigterm", "embedded/gpt2", steps=steps, resume="auto", engine="deepspeed")

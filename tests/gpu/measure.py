@@ -96,7 +96,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> list[Record]:
             if options.steps is None or step.name.startswith(tuple(options.steps)):
                 records.append(
                     run_step(
-                        in_time_for(options.device, step),
+                        scale_limits(options.device, step),
                         setting,
                         options.out,
                         environment(scratch),
@@ -114,7 +114,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> list[Record]:
     return records
 
 
-def in_time_for(device: str, step: Step) -> Step:
+def scale_limits(device: str, step: Step) -> Step:
     """Return the step, with four times its limits on a CPU, which may be slow."""
     factor = 1 if device == "cuda" else 4
     return dataclasses.replace(step, limit=factor * step.limit, case_limit=factor * step.case_limit)

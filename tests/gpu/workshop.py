@@ -26,7 +26,7 @@ from tests.gpu.training import (
     write_model,
 )
 from tutorial_lib.config import Config
-from tutorial_lib.engine.planned import workload_and_layout
+from tutorial_lib.engine.predicted_peak import workload_and_layout
 from tutorial_lib.measure.memory import StateBytes, host_memory, peak_memory, reset_peak_memory
 from tutorial_lib.measure.speed import matmul_peak
 from tutorial_lib.models import load_config

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tutorial_lib.checkpoint.manager import OnCheckpoint
-from tutorial_lib.checkpoint.writer import Writer
+from tutorial_lib.checkpoint.rank_writer import Writer
 from tutorial_lib.records import RunDirectory
 from tutorial_lib.trainer import Trainer
 

@@ -169,7 +169,7 @@ def run_matrix(
     launch.warm_up(config)
     threads = _threads_of_a_rank(experiment, configs)
     with (
-        _held(matrix.path),
+        _matrix_lock(matrix.path),
         _raising_on_signals(),
         _omp_threads(threads),
         closing(progress or SilentProgress()) as shown,
@@ -301,7 +301,7 @@ def _omp_threads(threads: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def _held(path: Path) -> Iterator[None]:
+def _matrix_lock(path: Path) -> Iterator[None]:
     """Keep other processes out of the same matrix while the block runs."""
     from filelock import FileLock, Timeout
 

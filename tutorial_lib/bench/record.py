@@ -167,8 +167,8 @@ def measure_row(name: str, run: Run, log: Path, *, wall_seconds: float) -> RowRe
         log: the sampler's log of the run.
         wall_seconds: the run's duration, including the start of its processes.
     """
-    from tutorial_lib.engine.expected import expected_states, on_device, parameter_sizes
-    from tutorial_lib.engine.planned import predict_step_peak
+    from tutorial_lib.engine.expected_states import expected_states, on_device, parameter_sizes
+    from tutorial_lib.engine.predicted_peak import predict_step_peak
 
     config, result = run.config, run.result
     steady, note = _steady_steps(run)

@@ -29,7 +29,7 @@ _LOG = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step-\d{8}")
 _PARTIAL, _DELETING = ".partial-", ".deleting-"
-_REMAINS = re.compile(r"\.(partial|deleting)-(?P<final>step-\d{8})(-[0-9a-f]{8})?")
+_LEFTOVER = re.compile(r"\.(partial|deleting)-(?P<final>step-\d{8})(-[0-9a-f]{8})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +124,9 @@ def _newest(
     return None, []
 
 
-def clear_remains(run: RunDirectory) -> None:
-    """Publish complete saves of killed starts, and delete their other remains."""
-    for path, final in _remains(run):
+def clean_up_leftovers(run: RunDirectory) -> None:
+    """Publish complete saves of killed starts, and delete their other leftovers."""
+    for path, final in _leftovers(run):
         if _is_complete(path, final):
             os.rename(path, final)
         else:
@@ -135,13 +135,13 @@ def clear_remains(run: RunDirectory) -> None:
 
 def next_start_from(run: RunDirectory) -> str | None:
     """Return the name of the checkpoint that the next start will find, once it has cleaned up after this one."""
-    unnamed = [final.name for path, final in _remains(run) if _is_complete(path, final)]
+    unnamed = [final.name for path, final in _leftovers(run) if _is_complete(path, final)]
     newest = latest(run)
     return max([*unnamed, *([newest.name] if newest else [])], default=None)
 
 
-def _remains(run: RunDirectory) -> list[tuple[Path, Path]]:
-    found = [(path, _REMAINS.fullmatch(path.name)) for path in run.checkpoints.iterdir()]
+def _leftovers(run: RunDirectory) -> list[tuple[Path, Path]]:
+    found = [(path, _LEFTOVER.fullmatch(path.name)) for path in run.checkpoints.iterdir()]
     return [(path, path.with_name(match["final"])) for path, match in found if match]
 
 
@@ -160,13 +160,13 @@ def partial_of(final: Path) -> Path:
 
 def publish(partial: Path, final: Path) -> None:
     """Give a complete checkpoint its final name. An older checkpoint of that name is replaced, then deleted."""
-    doomed = _doomed(final)
+    deleting = _deleting_of(final)
     if final.exists():
-        os.rename(final, doomed)
+        os.rename(final, deleting)
     os.rename(partial, final)
     sync(final.parent)
-    if doomed.exists():
-        _discard(doomed)
+    if deleting.exists():
+        _discard(deleting)
 
 
 def delete(path: Path) -> None:
@@ -177,22 +177,22 @@ def delete(path: Path) -> None:
     """
     if not _NAME.fullmatch(path.name):
         raise ValueError(f"{path} is not named like a checkpoint")
-    doomed = _doomed(path)
-    os.rename(path, doomed)
+    deleting = _deleting_of(path)
+    os.rename(path, deleting)
     sync(path.parent)
-    _discard(doomed)
+    _discard(deleting)
 
 
-def _doomed(final: Path) -> Path:
+def _deleting_of(final: Path) -> Path:
     return final.with_name(f"{_DELETING}{final.name}-{secrets.token_hex(4)}")
 
 
 _deletions: list[threading.Thread] = []
 
 
-def _discard(doomed: Path) -> None:
+def _discard(deleting: Path) -> None:
     """Delete a renamed directory in the background: freeing its space can take a while."""
-    thread = threading.Thread(target=shutil.rmtree, args=(doomed, True), name="checkpoint-deletion")
+    thread = threading.Thread(target=shutil.rmtree, args=(deleting, True), name="checkpoint-deletion")
     try:
         thread.start()  # the next start removes anything left
     except RuntimeError:  # the system has no threads left

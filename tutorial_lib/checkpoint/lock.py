@@ -28,7 +28,7 @@ PREDECESSOR_SECONDS = 30
 
 
 @contextmanager
-def held_for_launch(run: RunDirectory, rank: int = 0) -> Iterator[None]:
+def launch_lock(run: RunDirectory, rank: int = 0) -> Iterator[None]:
     """Keep out other starts of this run while the block runs. The launching process calls this.
 
     Args:
@@ -41,8 +41,8 @@ def held_for_launch(run: RunDirectory, rank: int = 0) -> Iterator[None]:
     if rank != 0:
         yield
         return
-    with _held(run, ".launch.lock"):
-        with _held(run, ".lock"):  # workers of a launcher that was killed may still be saving
+    with _run_lock(run, ".launch.lock"):
+        with _run_lock(run, ".lock"):  # workers of a launcher that was killed may still be saving
             pass
         yield
 
@@ -53,12 +53,12 @@ def check_free(run: RunDirectory, rank: int = 0) -> None:
     Raises:
         ConfigError: names the process.
     """
-    with held_for_launch(run, rank):
+    with launch_lock(run, rank):
         pass
 
 
 @contextmanager
-def held_for_training(run: RunDirectory, topology: Topology) -> Iterator[None]:
+def training_lock(run: RunDirectory, topology: Topology) -> Iterator[None]:
     """Hold the run's lock, on rank 0, while the block runs. Collective: all ranks learn whether rank 0 got it.
 
     Raises:
@@ -68,7 +68,7 @@ def held_for_training(run: RunDirectory, topology: Topology) -> Iterator[None]:
         refused = None
         if topology.rank == 0:
             try:
-                held.enter_context(_held(run, ".lock", PREDECESSOR_SECONDS))
+                held.enter_context(_run_lock(run, ".lock", PREDECESSOR_SECONDS))
             except ConfigError as error:
                 refused = str(error)
         if refused := broadcast_object(refused):
@@ -77,7 +77,7 @@ def held_for_training(run: RunDirectory, topology: Topology) -> Iterator[None]:
 
 
 @contextmanager
-def _held(run: RunDirectory, name: str, seconds: float = 0) -> Iterator[None]:
+def _run_lock(run: RunDirectory, name: str, seconds: float = 0) -> Iterator[None]:
     path = run.path / name
     # By default filelock falls back to a plain file, which a killed process would leave locked.
     lock = FileLock(path, timeout=seconds, fallback_to_soft=False)

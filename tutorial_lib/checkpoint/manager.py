@@ -11,10 +11,10 @@ import numpy as np
 
 from tutorial_lib.checkpoint.directory import directory_of, finish_deletions
 from tutorial_lib.checkpoint.loader import load
+from tutorial_lib.checkpoint.rank_writer import MakeWriter, Writer, make_stager
 from tutorial_lib.checkpoint.retention import Pruner
 from tutorial_lib.checkpoint.saver import Save, TrainingState, save
 from tutorial_lib.checkpoint.start import Start, find_start, opened_for_training
-from tutorial_lib.checkpoint.writer import MakeWriter, Writer, make_stager
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.config.checks import check_warmup
 from tutorial_lib.models.side_files import load_side_files
@@ -144,16 +144,16 @@ class CheckpointManager:
         self.finish_if_written()
         is_last = step >= self.loader.last_step
         if is_last or self.is_due(step):
-            self.save(step, row, and_train_on=not is_last)
+            self.save(step, row, more_steps=not is_last)
         return self.newest() if self.saved_at != before else None
 
-    def save(self, step: int, row: Row | None = None, *, and_train_on: bool) -> None:
+    def save(self, step: int, row: Row | None = None, *, more_steps: bool) -> None:
         """Write a checkpoint, once any save under way has finished. Collective.
 
         Args:
             step: the step that was just trained.
             row: its metrics, for ``on_checkpoint``.
-            and_train_on: whether more steps follow. With ``async_save`` they do not wait until the files are written.
+            more_steps: whether more steps follow. With ``async_save`` they do not wait until the files are written.
         """
         self.finish()
         self.record.pop("eval_loss", None)
@@ -162,7 +162,7 @@ class CheckpointManager:
             self.record["eval_loss"] = loss
         parts = self.loader.state_at(step), self.engine.schedule.state_dict(), self.record
         state = TrainingState(step, *parts, self.start.identity)
-        stager = self._stager if and_train_on else None
+        stager = self._stager if more_steps else None
         side_files = self._side_files if self.topology.rank == 0 else None
         begun = save(self.run, self.engine, self.config, self.topology, state, side_files, stager, self.make_writer)
         self._under_way = begun, row or {}

@@ -21,7 +21,7 @@ from tutorial_lib.checkpoint.directory import (
     publish,
 )
 from tutorial_lib.checkpoint.manifest import FORMAT, MANIFEST, CheckpointError, file_entry, sync, wrong_size
-from tutorial_lib.checkpoint.writer import MakeWriter, Writer
+from tutorial_lib.checkpoint.rank_writer import MakeWriter, Writer
 from tutorial_lib.config import Config
 from tutorial_lib.models.side_files import SideFiles
 from tutorial_lib.mpu import Topology
@@ -109,7 +109,7 @@ def save(
 
 def _describe(writer: Writer, partial: Path, trainer: str, config: Any, side_files: SideFiles) -> None:
     side_files.save(partial / "model", config)
-    writer.count(partial / "model")
+    writer.add_files(partial / "model")
     with writer.file_system.create_stream(partial / "trainer.json", "wb") as stream:
         stream.write(trainer.encode())
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tutorial_lib.checkpoint.compatibility import DataIdentity, check_continues, identity, reads_data
-from tutorial_lib.checkpoint.directory import LeftOut, clear_remains, newest_intact
-from tutorial_lib.checkpoint.lock import held_for_training
+from tutorial_lib.checkpoint.directory import LeftOut, clean_up_leftovers, newest_intact
+from tutorial_lib.checkpoint.lock import training_lock
 from tutorial_lib.checkpoint.manifest import read_trainer_state
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.mpu import Topology
@@ -58,7 +58,7 @@ def find_start(config: Config, topology: Topology, data: DataIdentity) -> Start:
     """
     run = RunDirectory(config.directory)
     if topology.rank == 0:
-        clear_remains(run)
+        clean_up_leftovers(run)
     found, left_out = newest_intact(run, topology)
     needs_data = reads_data(config.run, found)
     hashes = functools.cache(data) if needs_data else None
@@ -82,7 +82,7 @@ def opened_for_training(run: RunDirectory, topology: Topology) -> Iterator[None]
     """
     if topology.rank == 0:
         run.create()
-    with held_for_training(run, topology):
+    with training_lock(run, topology):
         barrier()
         if not run.logs.is_dir():
             raise ConfigError(

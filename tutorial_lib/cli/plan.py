@@ -22,9 +22,9 @@ from tutorial_lib.config.checks import check_path
 from tutorial_lib.theory.activations import CHECKPOINTING
 from tutorial_lib.theory.cost import Candidate, backward_all_reduces
 from tutorial_lib.theory.hardware import GPUS, find_gpu, peak_flops
+from tutorial_lib.theory.layout_reasons import reasons
 from tutorial_lib.theory.layouts import ENGINES, MOMENTS, PRECISIONS, Cluster, Workload, missing_for
 from tutorial_lib.theory.plan import plan
-from tutorial_lib.theory.reasons import reasons
 from tutorial_lib.theory.remedies import faster_than_offload, fewer_gpus, remedies
 
 FITS, NOTHING_FITS = 0, 2

@@ -79,7 +79,7 @@ def compare(
         gpu: preset of the GPU that it ran on.
         seconds: time of a step.
     """
-    from tutorial_lib.engine.planned import states_and_peak, workload_and_layout
+    from tutorial_lib.engine.predicted_peak import states_and_peak, workload_and_layout
     from tutorial_lib.models.dimensions import read_config
 
     workload, layout = workload_and_layout(config, *read_config(config.model.name))

@@ -16,7 +16,7 @@ SEQ_LENGTH = 2048
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class FoundModel:
     """The model to plan.
 
     Args:
@@ -40,7 +40,7 @@ class Found:
 
 def find_model(
     name: str | None, size: float | None, given: dict[str, int | None], seq_length: int | None = None
-) -> Found:
+) -> FoundModel:
     """Find the model to plan by its name or its size.
 
     Args:
@@ -70,16 +70,16 @@ def find_model(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     source = "as given" if len(stated) == len(given) else "assumed, following GPT-3's and LLaMA's sizes"
-    return Found(dimensions, int(size), source, "MODEL")
+    return FoundModel(dimensions, int(size), source, "MODEL")
 
 
-def _public(name: str, source: str) -> Found:
-    return Found(MODELS[name], MODELS[name].num_params, source, HUB_NAMES[name])
+def _public(name: str, source: str) -> FoundModel:
+    return FoundModel(MODELS[name], MODELS[name].num_params, source, HUB_NAMES[name])
 
 
-def _from_hugging_face(name: str) -> Found:
+def _from_hugging_face(name: str) -> FoundModel:
     from tutorial_lib.models.dimensions import read_config
     from tutorial_lib.models.loading import is_config_only
 
     dimensions, num_params = read_config(name)
-    return Found(dimensions, num_params, name, name, random_init=is_config_only(name))
+    return FoundModel(dimensions, num_params, name, name, random_init=is_config_only(name))

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from tutorial_lib.cli import plan_commands
 from tutorial_lib.tables import align
 from tutorial_lib.theory.cost import SLOWEST_SMALL_RUN, Candidate, backward_all_reduces, short_gb
+from tutorial_lib.theory.layout_reasons import OFFLOAD_WARNING
 from tutorial_lib.theory.layouts import Cluster, Workload, missing_for
-from tutorial_lib.theory.reasons import OFFLOAD_WARNING
 from tutorial_lib.theory.remedies import Remedy
 
 ROWS = 12

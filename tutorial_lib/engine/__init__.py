@@ -30,15 +30,15 @@ def build_engine(config: Config, topology: Topology, num_steps: int) -> Engine:
             or the engine cannot train models of this family.
     """
     try_engine(config, topology, num_steps)
-    return _ready(config, topology, num_steps)
+    return _build_for_training(config, topology, num_steps)
 
 
 def try_engine(config: Config, topology: Topology, num_steps: int) -> None:
     """Refuse a model whose family the configured engine cannot train, see :mod:`tutorial_lib.engine.trial_step`."""
-    train_copy(config, lambda tiny: _ready(tiny, topology, num_steps))
+    train_copy(config, lambda tiny: _build_for_training(tiny, topology, num_steps))
 
 
-def _ready(config: Config, topology: Topology, num_steps: int) -> Engine:
+def _build_for_training(config: Config, topology: Topology, num_steps: int) -> Engine:
     seed_everything(config.run.seed)  # every rank draws the same weights
     engine = _build(config, topology, local_device(config.run))
     engine.schedule = Schedule(config.optimizer, engine.optimizer, num_steps)

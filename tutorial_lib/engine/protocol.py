@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tutorial_lib.checkpoint import FullTensors
-from tutorial_lib.checkpoint.writer import Writer
+from tutorial_lib.checkpoint.rank_writer import Writer
 from tutorial_lib.engine.learning_rate import Schedule
 from tutorial_lib.engine.parameter_layout import ParameterLayout
 

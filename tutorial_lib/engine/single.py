@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tutorial_lib.checkpoint import MOMENTS, FullTensors
-from tutorial_lib.checkpoint.writer import Writer
+from tutorial_lib.checkpoint.rank_writer import Writer
 from tutorial_lib.config import Config
 from tutorial_lib.engine.chunked_loss import output_loss
 from tutorial_lib.engine.inputs import model_inputs

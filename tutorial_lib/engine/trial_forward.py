@@ -105,9 +105,8 @@ def _check_is_language_model(name: str, model_config: PretrainedConfig) -> None:
 # ------------------------------------------------------------------------------------------------------ the tiny copy
 
 
-def _narrow(config: PretrainedConfig, seq_length: int, tp: int = 1) -> None:
-    """Shrink a configuration in place: fewer layers, heads and columns, split evenly by tp. Heads keep their width."""
-    _shorten(config, seq_length, tp)
+def _narrow(config: PretrainedConfig, tp: int) -> None:
+    """Narrow a configuration in place: fewer heads and columns, split evenly by tp. Heads keep their width."""
     text: Any = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
     if isinstance(heads, int) and heads > 0:
@@ -128,7 +127,7 @@ def _narrow(config: PretrainedConfig, seq_length: int, tp: int = 1) -> None:
             setattr(text, name, min(size, most))
 
 
-def _shorten(config: PretrainedConfig, seq_length: int, _tp: int = 1) -> None:
+def _shorten(config: PretrainedConfig, seq_length: int) -> None:
     """Cut a configuration in place: fewer layers, at least one of each type, and a small vocabulary."""
     text: Any = config.get_text_config()
     types: Sequence[str] = getattr(text, "layer_types", None) or ()
@@ -183,13 +182,16 @@ class TinyCopy:
     @classmethod
     def of(cls, config: Config, model_config: PretrainedConfig) -> TinyCopy | None:
         """Build a copy that works, or return None if the family has no small one, and cannot be tried."""
-        for shrink in (_narrow, _shorten):
+        seq_length = config.data.seq_length
+        for also_narrow in (True, False):
             tiny = copy.deepcopy(model_config)
             with suppress(Exception):  # a family's code may raise anything if sizes do not fit together
-                shrink(tiny, config.data.seq_length, config.parallel.tp)
+                _shorten(tiny, seq_length)
+                if also_narrow:
+                    _narrow(tiny, config.parallel.tp)
                 model = _build(tiny, config.model.trust_remote_code)
                 if model is not None:
-                    built = cls(model, min(_ROW, config.data.seq_length))
+                    built = cls(model, min(_ROW, seq_length))
                     built.forward({"input_ids": torch.ones(1, built.row, dtype=torch.int64)})
                     return built
         return None

@@ -33,7 +33,7 @@ from tutorial_lib.records import lost_another_rank
 
 _LOG = logging.getLogger(__name__)
 
-PROVEN = frozenset({"bloom", "gpt2", "qwen2"})
+TESTED_FAMILIES = frozenset({"bloom", "gpt2", "qwen2"})
 """Families of the embedded models, which the tests train with every engine."""
 
 
@@ -53,7 +53,7 @@ def train_copy(config: Config, build: Callable[[Config], Engine]) -> None:
     m = config.model
     model_config = load_config(m.name, trust_remote_code=m.trust_remote_code)
     # Code that a model ships with is not saved with the copy.
-    if model_config.model_type in PROVEN or hasattr(model_config, "auto_map"):
+    if model_config.model_type in TESTED_FAMILIES or hasattr(model_config, "auto_map"):
         return
     if config.engine.name == "trainer" and not config.engine.deepspeed_file:
         return

@@ -170,15 +170,15 @@ def choice(right: str, *, near: Mapping[str, str]) -> Check:
     Raises:
         ValueError: an answer occurs twice.
     """
-    explained = {_fold(option): text for option, text in near.items()}
+    explained = {_normalized(option): text for option, text in near.items()}
     options = [right, *near]
-    if len({_fold(option) for option in options}) < len(options):
+    if len({_normalized(option) for option in options}) < len(options):
         raise ValueError(f"The answers {options} are not all different.")
 
     def check(answer: Any) -> Feedback:
-        if _fold(answer) == _fold(right):
+        if _normalized(answer) == _normalized(right):
             return Feedback(True)
-        if (text := explained.get(_fold(answer))) is not None:
+        if (text := explained.get(_normalized(answer))) is not None:
             return Feedback(False, text)
         return Feedback(False, f"{answer!r} is not one of the answers. Write one of: {', '.join(sorted(options))}.")
 
@@ -195,7 +195,7 @@ def _accepted(given: str, expected: float, tolerance: float, relative: float) ->
     return f"{given} (anything within {allowed:,.3g} of {expected:,.6g} counts)." if allowed else f"{given}."
 
 
-def _fold(answer: Any) -> str:
+def _normalized(answer: Any) -> str:
     return " ".join(str(answer).casefold().split())
 
 

@@ -19,9 +19,9 @@ from tutorial_lib.tables import Table, table
 from tutorial_lib.theory.cost import Candidate
 from tutorial_lib.theory.hardware import GPUS, find_gpu, peak_flops
 from tutorial_lib.theory.known_models import MODELS
+from tutorial_lib.theory.layout_reasons import OFFLOAD_WARNING
 from tutorial_lib.theory.layouts import ENGINES, Cluster, Workload
 from tutorial_lib.theory.plan import plan
-from tutorial_lib.theory.reasons import OFFLOAD_WARNING
 
 BARS = 8
 """Number of layouts to draw and list."""
@@ -29,7 +29,7 @@ BARS = 8
 _PARTS = {"states": BLUE, "activations": ORANGE, "buffers": GREEN}
 _SEQUENCES = (512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072)
 _COUNTS = tuple(1 << n for n in range(11))
-_FREE = "automatic"
+_PLANNER_CHOOSES = "automatic"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +166,7 @@ def panel(**defaults: Any) -> Any:
         "gpus": choose("GPUs", sorted({*_COUNTS, start.gpus}), start.gpus),
         "seq_length": choose("tokens", sorted({*_SEQUENCES, start.seq_length}), start.seq_length),
         "global_batch": choose(
-            "batch", [(_FREE, 0), *((str(n), n) for n in sorted({*_COUNTS, start.global_batch or 1}))],
+            "batch", [(_PLANNER_CHOOSES, 0), *((str(n), n) for n in sorted({*_COUNTS, start.global_batch or 1}))],
             start.global_batch or 0,  # a dropdown shows None as an empty line
         ),
         "engine": choose("engine", list(ENGINES), start.engine),

@@ -11,7 +11,7 @@ from typing import Any
 from tutorial_lib.lab.exercises import Exercise, choice, number
 
 MIB = 2**20
-NOTHING_PERCENT = 3
+NO_CHANGE_PERCENT = 3
 """Changes below this many percent count as none."""
 
 
@@ -97,7 +97,7 @@ def what_pinning_changed(rows: Sequence[Any]) -> Exercise:
     by_name = {row.name: row for row in rows}
     changes = _changes(by_name["2ZO-1G1N"], by_name["2ZOP-1G1N"]) if "2ZOP-1G1N" in by_name else {}
     largest = max(changes, key=lambda part: abs(changes[part]), default="not measured")
-    right = largest if not changes or abs(changes[largest]) >= NOTHING_PERCENT else "nothing"
+    right = largest if not changes or abs(changes[largest]) >= NO_CHANGE_PERCENT else "nothing"
     missing = "a CPU has nothing to copy to, so the matrix left the pinned row out"
     said = ", ".join(f"{part} {change:+.1f} %" for part, change in changes.items())
     reason = f"Your rows say: {said}." if changes else "Which two rows of your table tell you that?"
@@ -105,7 +105,7 @@ def what_pinning_changed(rows: Sequence[Any]) -> Exercise:
     expected = "On a GPU expect more samples/s and the same peak on it: copies to and from pinned pages are faster."
     return Exercise(
         "What did pinning the offloaded memory of stage 2 change the most in your run? Write `speed`, `memory` (of the "
-        f"GPU), `nothing` (under {NOTHING_PERCENT} %) or `not measured`.",
+        f"GPU), `nothing` (under {NO_CHANGE_PERCENT} %) or `not measured`.",
         check=choice(right, near={answer: reason for answer in answers if answer != right}),
         hints=["Compare the rows `2ZO-1G1N` and `2ZOP-1G1N`.", "Are both in your table?"],
         solution=f"`{right}`: {said or missing}. {expected}",

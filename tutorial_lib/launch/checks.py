@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.config.checks import NO_RESUME
 from tutorial_lib.doctor.machine import MEMORY_TO_START_GB, available_memory_gb
+from tutorial_lib.launch.command import plural
 from tutorial_lib.launch.environment import check_environment, joined_rank, ray_address
 from tutorial_lib.records import RunDirectory
 
 _LOG = logging.getLogger(__name__)
 
-HEADROOM = 1 / 3
+FREE_MEMORY_SHARE = 1 / 3
 """Share of the memory, once the processes have started, that model states must leave free. BLOOM with 560 million
 parameters and its optimizer offloaded on a CPU peaked at 1.5 times its states, while DeepSpeed was copying them."""
 
@@ -138,7 +139,7 @@ def _check_states(config: Config) -> None:
     Activations, buffers and unreduced gradients need memory too, depending on the batch and the point in the step. A
     third of the memory is reserved for them, so a run that passes may still be too large.
     """
-    from tutorial_lib.engine.expected import expected_states, parameter_sizes
+    from tutorial_lib.engine.expected_states import expected_states, parameter_sizes
 
     is_here = config.run.launcher == "local" or (config.run.launcher == "ray" and not ray_address())
     if not is_here or config.run.device != "cpu":
@@ -148,18 +149,15 @@ def _check_states(config: Config) -> None:
         return
     ranks, held = config.parallel.world_size, sum(each.total for each in states) / 1e9
     to_start, available = ranks * MEMORY_TO_START_GB, available_memory_gb()
-    if held > (1 - HEADROOM) * (available - to_start):
+    if held > (1 - FREE_MEMORY_SHARE) * (available - to_start):
+        on_ranks = plural(ranks, "rank", "ranks")
         where = " (offload moves nothing on a CPU)" if config.engine.offload != "none" else ""
         raise ConfigError(
             f"This run needs {held + to_start:.1f} GB of memory, and {available:.1f} GB are free here: {held:.1f} GB "
-            f"for model states on {_ranks(ranks)}, and {to_start:.1f} GB to start; a third is reserved for activations "
+            f"for model states on {on_ranks}, and {to_start:.1f} GB to start; a third is reserved for activations "
             f"and buffers. Write a smaller model, precision='bf16', or a higher ZeRO stage{where}; or close other "
             "programs. `python -m tutorial_lib plan` shows what would fit elsewhere."
         )
-
-
-def _ranks(number: int) -> str:
-    return "1 rank" if number == 1 else f"{number} ranks"
 
 
 def _check_memory(world_size: int) -> None:

@@ -80,6 +80,6 @@ def wrap_options(words: list[str], width: int) -> list[str]:
     return lines
 
 
-def count(number: int, one: str, more: str) -> str:
+def plural(number: int, one: str, more: str) -> str:
     """Return a number with the right form of its noun: ``1 node``, ``2 nodes``."""
     return f"{number} {one if number == 1 else more}"

@@ -58,7 +58,7 @@ _HARMLESS = frozenset(
 
 def warm_up(device: str = "cpu") -> None:
     """Start loading the libraries of local runs in the background. Returns at once; safe to call again."""
-    _idle.append(_take(device))
+    _idle.append(_idle_or_new_server(device))
 
 
 def launch(
@@ -77,7 +77,7 @@ def launch(
     """
     directories = [RunDirectory(config.directory) for config in configs]
     scratch = Path(tempfile.mkdtemp(prefix="tutorial-lib-"))
-    server = _take(configs[0].run.device)
+    server = _idle_or_new_server(configs[0].run.device)
     try:
         outputs = [scratch / f"rank-{rank:03d}.out" for rank in range(configs[0].parallel.world_size)]
         failures = server.run(
@@ -239,7 +239,7 @@ _idle_lock = threading.Lock()
 atexit.register(stop_server)
 
 
-def _take(device: str) -> _Server:
+def _idle_or_new_server(device: str) -> _Server:
     """Return an idle server with this process's current modules and environment; start one if needed."""
     wanted = _state(device)
     with _idle_lock:

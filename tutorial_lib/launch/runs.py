@@ -124,7 +124,7 @@ def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None, worker:
             f"worker={worker!r} is for processes that a launcher starts, but launcher='none' trains in this one. Write "
             "launcher='local' or 'ray', or leave worker out."
         )
-    from tutorial_lib.checkpoint.lock import held_for_launch
+    from tutorial_lib.checkpoint.lock import launch_lock
 
     configs = [preflight(config) for config in configs]
     check_together(configs)
@@ -133,14 +133,14 @@ def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None, worker:
     directories = [RunDirectory(config.directory) for config in configs]
     with ExitStack() as held:
         for directory in directories:
-            held.enter_context(held_for_launch(directory, rank or 0))
+            held.enter_context(launch_lock(directory, rank or 0))
         signals: list[int] = []
         watched = Watcher(directories, on_rows, signals)
         if rank is None:  # otherwise rank 0 does this when it trains
             for directory in directories:
                 directory.create()
                 directory.clear_requests()
-        earlier = [_stamp(directory.result_file) for directory in directories]
+        earlier = [directory.result_version() for directory in directories]
         if rank is None:
             held.enter_context(stop_on_signal(watched))
         if first.run.launcher == "ray":
@@ -155,21 +155,12 @@ def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None, worker:
             begun = join(configs)
         watched.poll()
     if first.run.launcher != "none":
-        begun = sum(_stamp(d.result_file) not in (None, before) for d, before in zip(directories, earlier, strict=True))
+        begun = sum(d.result_version() not in (None, before) for d, before in zip(directories, earlier, strict=True))
     runs = [Run(c, d.result(), d.rows()) for c, d in zip(configs[:begun], directories, strict=False)]
     interrupted = signal.SIGINT in signals or any(r.result.get("stopped_by") == "SIGINT" for r in runs)
     if len(runs) < len(configs) or interrupted:
         raise Interrupted(_where_stopped(runs, configs), runs)
     return runs
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    """Return a stamp that changes whenever a file is rewritten, or None if the file does not exist."""
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return None
-    return status.st_ino, status.st_mtime_ns
 
 
 def _where_stopped(runs: Sequence[Run], configs: Sequence[Config]) -> str:

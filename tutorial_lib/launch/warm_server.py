@@ -54,8 +54,6 @@ _ORPHAN_SECONDS = 600
 JOB_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """Signals that schedulers send to every process of a job shortly before its time is up."""
 
-_PR_SET_PDEATHSIG = 1
-
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -87,7 +85,7 @@ def main(launcher_pid: str, descriptor: str, *modules: str) -> None:
         signal.signal(number, lambda received, _frame: _signal(ranks.values(), received))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = Connection(int(descriptor))
-    with ending_with(launcher):
+    with exit_with_launcher(launcher):
         can_fork = bool(modules) and import_everything(modules)
     while os.getppid() == launcher:  # if not, another fork of the launcher still holds its end of the socket
         # A sentinel shows the end of a forked rank at once. New interpreters close theirs, and must be polled.
@@ -116,7 +114,7 @@ def main(launcher_pid: str, descriptor: str, *modules: str) -> None:
 
 
 @contextmanager
-def ending_with(launcher: int) -> Iterator[None]:
+def exit_with_launcher(launcher: int) -> Iterator[None]:
     """Exit soon after the launching process ends, even while imports keep this process from reading messages."""
 
     def check(*_: Any) -> None:
@@ -180,8 +178,8 @@ def _start(job: Job, connection: Connection, can_fork: bool, ranks: dict[int, Fo
 
 def _become_rank(job: Job, rank: int, connection: Connection, become: Any, server: int) -> None:
     """Turn this forked process into a rank: set its environment, output and directory, then run its program."""
-    # If the server is killed, the kernel sends SIGTERM, and the run saves and stops. This survives an exec.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    # If the server is killed, the run saves and stops. This survives an exec.
+    signal_when_parent_ends(signal.SIGTERM)
     if os.getppid() != server:
         os._exit(1)
     connection.close()
@@ -196,6 +194,12 @@ def _become_rank(job: Job, rank: int, connection: Connection, become: Any, serve
     os.environ.update(job.environments[rank])
     os.chdir(job.directory)
     become(job)
+
+
+def signal_when_parent_ends(number: signal.Signals) -> None:
+    """Let the kernel send this process a signal when its parent ends."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
 
 
 def _run_module(job: Job) -> None:

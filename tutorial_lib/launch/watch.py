@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tutorial_lib.records import STOPPING, Row, RunDirectory
+from tutorial_lib.records import STOPPING_MESSAGE, Row, RunDirectory
 
 OnRows = Callable[[list[Row]], None]
 """Function called in the launching process with the metrics rows since the last call."""
@@ -33,7 +33,7 @@ class Watcher:
     def poll(self) -> None:
         if signal.SIGINT in self.signals and not self._has_announced:
             self._has_announced = True
-            print(STOPPING, file=sys.stderr, flush=True)
+            print(STOPPING_MESSAGE, file=sys.stderr, flush=True)
         if self.on_rows is None:
             return
         for directory in self.directories:

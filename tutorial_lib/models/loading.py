@@ -72,7 +72,7 @@ def load_model(
         ConfigError: there is no such model, it has no weights, or a pattern matches nothing.
     """
     if is_config_only(name) and not random_init:
-        raise ConfigError(no_weights(name))
+        raise ConfigError(no_weights_message(name))
     config = load_trained_config(name, random_init=random_init, trust_remote_code=trust_remote_code)
     if random_init:
         model = _random_model(config, dtype, seed, trust_remote_code)
@@ -105,7 +105,7 @@ def _load_pretrained(target: str, *, called: str, **options: Any) -> PreTrainedM
     return model
 
 
-def no_weights(name: str) -> str:
+def no_weights_message(name: str) -> str:
     """Return the message for a model without weights: what to write instead."""
     return (
         f"{name} is a configuration without weights. Write random_init=True to start from random ones, or choose "

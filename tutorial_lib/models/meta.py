@@ -20,7 +20,7 @@ from tutorial_lib.models.loading import (
     is_config_only,
     is_local,
     load_trained_config,
-    no_weights,
+    no_weights_message,
     prepare,
     resolve_model,
     set_activation_checkpointing,
@@ -110,7 +110,7 @@ def locate_parameters(m: ModelConfig) -> dict[str, StoredTensor]:
 
 def _match_stored(m: ModelConfig, *, must_be_read_as_stored: bool) -> dict[str, StoredTensor]:
     if is_config_only(m.name):
-        raise ConfigError(no_weights(m.name))
+        raise ConfigError(no_weights_message(m.name))
     stored = fetch(_stored, "model", m.name, in_slices=must_be_read_as_stored)
     model = _outline(_trained_config(m), m.trust_remote_code)
     model.tie_weights()

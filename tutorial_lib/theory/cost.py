@@ -118,7 +118,7 @@ def evaluate(workload: Workload, cluster: Cluster, layout: Layout) -> Candidate:
     seconds = compute + tp_seconds + exposed + offload + update
     return Candidate(
         layout=layout, accumulation=accumulation, tokens=batch * workload.seq_length, states=states.device,
-        activations=peak.activations, buffers=peak.buffers, memory=peak.total, moment=peak.moment, host=host,
+        activations=peak.activations, buffers=peak.buffers, memory=peak.total, moment=peak.phase, host=host,
         dp_traffic=dp_bytes, tp_traffic=tp_bytes, cp_traffic=cp_bytes, compute_seconds=compute, dp_seconds=dp_seconds,
         tp_seconds=tp_seconds, offload_seconds=offload, update_seconds=update, exposed_dp_seconds=exposed,
         tokens_per_gpu_second=batch * workload.seq_length / seconds / cluster.gpus,

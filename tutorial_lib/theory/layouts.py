@@ -171,7 +171,7 @@ class Layout:
         return "fsdp" if self.strategy else "deepspeed"
 
     @property
-    def knobs(self) -> int:
+    def complexity(self) -> int:
         """Weighted number of settings that differ from plain data parallelism: fewer are easier to run and debug."""
         return (
             (0 if self.zero_stage == 0 or self.strategy == "no_shard" else 1)

@@ -124,7 +124,7 @@ def host_states(
     This is more than the difference between :func:`model_states` and :func:`device_states`: the host's Adam reads
     gradients in fp32, so each rank's share of them takes 4 bytes there, even when training in 16 bits. Offloading
     everything in 16 bits therefore takes 2 + 4 + 12 = 18 bytes per parameter (DeepSpeed's
-    ``initialize_optimizer_states``; measured in ``tests/distributed``, see :mod:`tutorial_lib.engine.expected`).
+    ``initialize_optimizer_states``; measured in ``tests/distributed``, see :mod:`tutorial_lib.engine.expected_states`).
     """
     everything = model_states(num_params, stage, num_ranks, precision)
     device = device_states(num_params, stage, num_ranks, precision, offload)

@@ -1,6 +1,6 @@
 """Peak memory of a step: the bytes of a rank that exist at the same time.
 
-A step has three moments at which memory may peak, each with different large tensors::
+A step has three phases in which memory may peak, each with different large tensors::
 
     loss        activations of all layers, the loss's copies of the logits; no gradients yet, unless micro-batches
                 accumulate
@@ -45,9 +45,9 @@ from tutorial_lib.theory.state_bytes import States
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """Bytes on a device at one moment of a step."""
+    """Bytes on a device at the peak of one phase of a step."""
 
-    moment: str
+    phase: str
     activations: float
     buffers: float
     states: float
@@ -94,12 +94,12 @@ def part_of_model(
 
 
 def peak_memory(workload: Workload, layout: Layout, part: Part, states: States, micro_batches: int) -> Peak:
-    """Return the moment of a step with the most memory, out of :func:`moments`."""
-    return max(moments(workload, layout, part, states, micro_batches), key=lambda moment: moment.total)
+    """Return the phase of a step with the most memory, out of :func:`phase_peaks`."""
+    return max(phase_peaks(workload, layout, part, states, micro_batches), key=lambda peak: peak.total)
 
 
-def moments(workload: Workload, layout: Layout, part: Part, states: States, micro_batches: int) -> list[Peak]:
-    """Return the moments of a step at which memory may peak.
+def phase_peaks(workload: Workload, layout: Layout, part: Part, states: States, micro_batches: int) -> list[Peak]:
+    """Return each phase of a step with its peak memory.
 
     Args:
         workload: the training to run.

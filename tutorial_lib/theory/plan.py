@@ -74,7 +74,7 @@ def _best_of_shape(found: list[Candidate], cluster: Cluster, fastest: float) -> 
     return min(found, key=lambda c: (c.problem.startswith("global"), c.memory))
 
 
-_DECIDES = ("", "offloads", "holds more memory", "more knobs", "shards more", "fewer tokens/s", "larger tp")
+_TIE_BREAKERS = ("", "offloads", "holds more memory", "more knobs", "shards more", "fewer tokens/s", "larger tp")
 """Reasons that put a layout behind an equally fast one, in the order of :func:`_order`."""
 
 
@@ -82,9 +82,9 @@ def _order(candidate: Candidate, cluster: Cluster, fastest: float) -> tuple[floa
     """Return the sort key of a layout that fits: see the module's docstring. Outside a tie, only speed decides."""
     speed, layout = _speed(candidate), candidate.layout
     if not _ties(candidate, fastest):
-        return (1, -speed, layout.knobs, layout.zero_stage, layout.tp)
+        return (1, -speed, layout.complexity, layout.zero_stage, layout.tp)
     crowded = max(COMFORTABLE, round(candidate.memory / cluster.usable_memory, 1))
-    return (0, layout.offload != "none", crowded, layout.knobs, layout.zero_stage, -speed, layout.tp)
+    return (0, layout.offload != "none", crowded, layout.complexity, layout.zero_stage, -speed, layout.tp)
 
 
 def _ties(candidate: Candidate, fastest: float) -> bool:
@@ -100,7 +100,7 @@ def _why_slower(candidate: Candidate, best: Candidate, cluster: Cluster, fastest
         return ""
     percent = 100 * (best.tokens_per_gpu_second / candidate.tokens_per_gpu_second - 1)
     if _ties(candidate, fastest):
-        pairs = zip(_order(candidate, cluster, fastest), _order(best, cluster, fastest), _DECIDES, strict=True)
+        pairs = zip(_order(candidate, cluster, fastest), _order(best, cluster, fastest), _TIE_BREAKERS, strict=True)
         decides = next((name for own, its, name in pairs if own != its), "")
         return f"as fast; {decides}" if decides else "as fast"
     per_token = {

@@ -35,7 +35,7 @@ def candidate_layouts(workload: Workload, cluster: Cluster, engine: str = "deeps
     """Return the shapes to consider, each with its first micro-batch."""
     found = []
     for tp, sequence_parallel in _tensor_parallel(workload, cluster, engine):
-        for beyond in _beyond(workload, cluster, tp, engine):
+        for beyond in _context_and_pipeline_sizes(workload, cluster, tp, engine):
             cp, pp = beyond.get("cp", 1), beyond.get("pp", 1)
             axes = {"dp": cluster.gpus // (tp * cp * pp), "tp": tp, "sequence_parallel": sequence_parallel, **beyond}
             found += _sharded(axes, cluster, engine)
@@ -92,7 +92,7 @@ def _tensor_parallel(workload: Workload, cluster: Cluster, engine: str) -> Itera
             yield tp, True
 
 
-def _beyond(workload: Workload, cluster: Cluster, tp: int, engine: str) -> Iterator[dict[str, int]]:
+def _context_and_pipeline_sizes(workload: Workload, cluster: Cluster, tp: int, engine: str) -> Iterator[dict[str, int]]:
     """Yield context parallelism (by ring or Ulysses) and pipelines, starting with none of them."""
     yield {}
     if not workload.beyond:

@@ -107,7 +107,7 @@ class Trainer:
         # A run that resumes in a different shape and stops at once still saves a checkpoint in that shape.
         only_reshapes = self.checkpoints.reshaped_from and self.step == self.resumed_from
         if self.checkpoints.saved_at != self.step or only_reshapes:
-            self.save(and_train_on=False)
+            self.save(more_steps=False)
         finish_deletions()
         return self._finish()
 
@@ -194,13 +194,13 @@ class Trainer:
         epoch = (self.step - 1) // self.loader.steps_per_epoch
         self.records.add(StepRow(self.step, epoch, loss, tokens, norm, rate, seconds))
 
-    def save(self, *, and_train_on: bool) -> None:
+    def save(self, *, more_steps: bool) -> None:
         """Write a checkpoint of the state after the last step, evaluated first for ``keep_best``. Collective.
 
         Args:
-            and_train_on: whether more steps follow; with ``async_save`` they do not wait until the files are written.
+            more_steps: whether more steps follow; with ``async_save`` they do not wait until the files are written.
         """
-        self.checkpoints.save(self.step, self.records.last_row(), and_train_on=and_train_on)
+        self.checkpoints.save(self.step, self.records.last_row(), more_steps=more_steps)
 
     def _diverged(self, what: str, step: int) -> str:
         if step == 1 and what.startswith("the loss"):

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
-from tutorial_lib.checkpoint.directory import clear_remains
+from tutorial_lib.checkpoint.directory import clean_up_leftovers
 from tutorial_lib.checkpoint.manager import OnCheckpoint
 from tutorial_lib.checkpoint.start import opened_for_training
 from tutorial_lib.checkpoint.storage import storage_failure
@@ -83,7 +83,7 @@ def train(
                 refused = storage_failure(run, error)
                 with suppress(OSError):
                     if refused:
-                        clear_remains(run)  # a partial checkpoint may have left no space to write the error
+                        clean_up_leftovers(run)  # a partial checkpoint may have left no space to write the error
                     # If nothing can be written, the launcher still has the output that Python prints at the end.
                     run.write_error(topology.rank, refused or error)
                 if refused:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tutorial_lib.records import STOPPING
+from tutorial_lib.records import STOPPING_MESSAGE
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def stop_signals() -> Iterator[Callable[[], int]]:
     def stop_signalled() -> int:
         if signal.SIGINT in seen and not announced:
             announced.append(signal.SIGINT)
-            print(STOPPING, file=sys.stderr, flush=True)
+            print(STOPPING_MESSAGE, file=sys.stderr, flush=True)
         return seen[0] if seen else 0
 
     if threading.current_thread() is not threading.main_thread():

@@ -31,32 +31,32 @@ def kill_this_rank() -> None:
 @contextmanager
 def in_forward() -> Iterator[type[Trainer]]:
     """Kill rank 1 in the middle of the model, in a forward pass."""
-    yield _striking_in_the_middle_of_the_model(lambda output: kill_this_rank())
+    yield trainer_with_middle_layer_hook(lambda output: kill_this_rank())
 
 
 @contextmanager
 def in_backward() -> Iterator[type[Trainer]]:
     """Kill rank 1 in the middle of the model, in a backward pass."""
-    yield _striking_in_the_middle_of_the_model(lambda output: output.register_hook(lambda gradient: kill_this_rank()))
+    yield trainer_with_middle_layer_hook(lambda output: output.register_hook(lambda gradient: kill_this_rank()))
 
 
-def _striking_in_the_middle_of_the_model(strike: Callable[[torch.Tensor], object]) -> type[Trainer]:
-    """Return a trainer that calls ``strike`` with the middle layer's output on rank 1, in step 4's forward pass."""
+def trainer_with_middle_layer_hook(hook: Callable[[torch.Tensor], object]) -> type[Trainer]:
+    """Return a trainer that calls ``hook`` with the middle layer's output on rank 1, in step 4's forward pass."""
 
-    class Struck(Trainer):
+    class HookedTrainer(Trainer):
         def build_engine(self) -> Any:
             engine, passes = super().build_engine(), []
 
             def passing(layer: Any, given: Any, output: Any) -> None:
                 passes.append(layer)
                 if len(passes) == STEP and self.topology.rank == 1:
-                    strike(output if torch.is_tensor(output) else output[0])
+                    hook(output if torch.is_tensor(output) else output[0])
 
             layers = next(module for module in engine.module.modules() if isinstance(module, torch.nn.ModuleList))
             layers[len(layers) // 2].register_forward_hook(passing)
             return engine
 
-    return Struck
+    return HookedTrainer
 
 
 @contextmanager
@@ -78,13 +78,13 @@ def in_update() -> Iterator[None]:
 @contextmanager
 def in_save() -> Iterator[type[Trainer]]:
     """Kill rank 1 in the second checkpoint, when its own files are written but the rest is not."""
-    yield striking_in_the_second_save(kill_this_rank)
+    yield trainer_with_second_save_hook(kill_this_rank)
 
 
-def striking_in_the_second_save(strike: Callable[[], None]) -> type[Trainer]:
+def trainer_with_second_save_hook(hook: Callable[[], None]) -> type[Trainer]:
     """Return a trainer that calls a function on rank 1 when its own files of the second checkpoint are written."""
 
-    class Struck(Trainer):
+    class HookedTrainer(Trainer):
         def build_engine(self) -> Any:
             engine, saves = super().build_engine(), []
             save = engine.save
@@ -93,12 +93,12 @@ def striking_in_the_second_save(strike: Callable[[], None]) -> type[Trainer]:
                 save(directory, *given)
                 saves.append(directory)
                 if len(saves) == 2 and self.topology.rank == 1:
-                    strike()
+                    hook()
 
             engine.save = saving
             return engine
 
-    return Struck
+    return HookedTrainer
 
 
 @contextmanager
@@ -152,18 +152,18 @@ def in_report() -> Iterator[None]:
 @contextmanager
 def in_write() -> Iterator[type[Trainer]]:
     """Kill rank 1 halfway through a file of the second checkpoint, which is written in the background."""
-    yield striking_before_the_second_write(_kill_in_the_next_file)
+    yield trainer_with_second_write_hook(_kill_in_the_next_file)
 
 
-def striking_before_the_second_write(strike: Callable[[], None]) -> type[Trainer]:
+def trainer_with_second_write_hook(hook: Callable[[], None]) -> type[Trainer]:
     """Return a trainer that calls a function on rank 1 before it writes the second checkpoint in the background."""
 
-    class Struck(LateTrainer):
+    class HookedTrainer(LateTrainer):
         def before_a_write(self, step: int) -> None:
             if step == STEP and self.topology.rank == 1:
-                strike()
+                hook()
 
-    return Struck
+    return HookedTrainer
 
 
 def _kill_in_the_next_file() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tests.distributed.injected.killed import striking_before_the_second_write, striking_in_the_second_save
+from tests.distributed.injected.killed import trainer_with_second_save_hook, trainer_with_second_write_hook
 from tutorial_lib.checkpoint.manager import OnCheckpoint
 from tutorial_lib.trainer import Trainer
 
@@ -20,14 +20,14 @@ def save_raises() -> Iterator[type[Trainer]]:
     def fail() -> None:
         raise OSError("the disk is full")
 
-    yield striking_in_the_second_save(fail)
+    yield trainer_with_second_save_hook(fail)
 
 
 @contextmanager
 def limit_in_write() -> Iterator[type[Trainer]]:
     """Limit rank 1's files to 64 KiB before it writes the second checkpoint in the background, as under a quota."""
     small = (2**16, resource.RLIM_INFINITY)
-    yield striking_before_the_second_write(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, small))
+    yield trainer_with_second_write_hook(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, small))
 
 
 @contextmanager

@@ -46,6 +46,11 @@ class Observed:
     def directory(self) -> RunDirectory:
         return RunDirectory(self.config.directory)
 
+    @property
+    def measured(self) -> list[dict[str, Any]]:
+        """Every rank's measurements of its third step."""
+        return [rank["measured"] for rank in self.directory.result()["ranks"]]
+
     @classmethod
     def read(cls, config: Config) -> Observed:
         seen = torch.load(config.directory / OBSERVATION, weights_only=True)

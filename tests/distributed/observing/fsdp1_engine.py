@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-from tutorial_lib.checkpoint.writer import Writer
+from tutorial_lib.checkpoint.rank_writer import Writer
 from tutorial_lib.config import Config
 from tutorial_lib.engine.fsdp.sharding import layers_of
 from tutorial_lib.engine.single import TorchEngine

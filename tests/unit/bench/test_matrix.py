@@ -38,7 +38,7 @@ def statuses(matrix: Matrix) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def undrawn(monkeypatch):
+def without_figures(monkeypatch):
     """Skip the figures: four of them take a second, and ``test_figures.py`` draws them."""
     monkeypatch.setattr(figures, "write", lambda *arguments: [])
 

@@ -47,9 +47,12 @@ def weights(run):
     return torch.load(checkpoint.latest(run.directory) / "engine" / "model.pt", weights_only=True)
 
 
+def rows_without_seconds(run):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in run.rows]
+
+
 def assert_same(run, expected):
-    timeless = [[{k: v for k, v in row.items() if k != "seconds"} for row in r.rows] for r in (run, expected)]
-    assert timeless[0] == timeless[1]
+    assert rows_without_seconds(run) == rows_without_seconds(expected)
     assert all(tensor.equal(weights(expected)[name]) for name, tensor in weights(run).items())
 
 

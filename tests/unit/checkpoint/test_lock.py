@@ -9,7 +9,7 @@ import pytest
 from tests.unit.checkpoint.runs import ALONE, config
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.checkpoint import lock
-from tutorial_lib.checkpoint.lock import held_for_launch
+from tutorial_lib.checkpoint.lock import launch_lock
 from tutorial_lib.cli import main
 from tutorial_lib.config import ConfigError
 from tutorial_lib.lab.lesson import remove_runs
@@ -17,7 +17,7 @@ from tutorial_lib.records import RunDirectory
 
 
 def hold_lock(run, which, held):
-    with held_for_launch(run) if which == "launch" else lock.held_for_training(run, ALONE):
+    with launch_lock(run) if which == "launch" else lock.training_lock(run, ALONE):
         held.set()
         time.sleep(600)
 

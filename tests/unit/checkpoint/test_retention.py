@@ -12,7 +12,7 @@ from tests.support.damaged_files import flip_a_bit
 from tests.unit.checkpoint.runs import ALONE, STEPS, assert_same, config, make_checkpoint, names, steps
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.checkpoint import directory, manifest
-from tutorial_lib.checkpoint.directory import clear_remains, finish_deletions
+from tutorial_lib.checkpoint.directory import clean_up_leftovers, finish_deletions
 from tutorial_lib.checkpoint.retention import Pruner
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.engine.single import TorchEngine
@@ -48,7 +48,7 @@ def test_nothing_else_is_ever_deleted(run):
         (run.checkpoints / name).mkdir()
     (run.checkpoints / "note.txt").write_text("")
     pruner(run, keep_last=1).prune(checkpoint.directory_of(run, 3))
-    clear_remains(run)
+    clean_up_leftovers(run)
     assert names(run) == sorted([*others, "note.txt", *steps(3)])
     with pytest.raises(ValueError, match="not named like a checkpoint"):
         directory.delete(run.checkpoints / "mine")
@@ -156,7 +156,7 @@ def test_a_deletion_that_is_interrupted_leaves_nothing_that_looks_like_a_checkpo
     assert remains.startswith(".deleting-step-00000001-")
     assert seen == steps(2)
     assert directory.newest_intact(run) == (checkpoint.directory_of(run, 2), [])
-    clear_remains(run)
+    clean_up_leftovers(run)
     assert names(run) == steps(2)
 
 

@@ -15,9 +15,9 @@ from tests.support.late_writes import LateTrainer, LateTrainerWithoutSnapshot
 from tests.unit.checkpoint.runs import assert_same, config, make_checkpoint, names, steps
 from tutorial_lib import checkpoint, launch, trainer
 from tutorial_lib.checkpoint import CheckpointError, directory, manifest, storage
-from tutorial_lib.checkpoint.directory import clear_remains
+from tutorial_lib.checkpoint.directory import clean_up_leftovers
+from tutorial_lib.checkpoint.rank_writer import Writer
 from tutorial_lib.checkpoint.storage import storage_failure
-from tutorial_lib.checkpoint.writer import Writer
 from tutorial_lib.engine.single import TorchEngine
 from tutorial_lib.records import RunDirectory
 
@@ -184,6 +184,6 @@ def test_a_save_killed_before_its_last_rename_is_completed_and_others_are_remove
     (partials[1] / "manifest.json").unlink()
     make_checkpoint(run, 3)
     (run.checkpoints / ".partial-step-00000004").mkdir()
-    clear_remains(run)
+    clean_up_leftovers(run)
     assert names(run) == steps(1, 3)
     assert directory.partial_of(finals[0]) != partials[0], "the killed start could still write into the new directory"

@@ -299,7 +299,7 @@ def test_offload_traffic_over_the_host_link() -> None:
 
 
 def test_the_host_holds_gradients_in_fp32() -> None:
-    """2 + 4 + 12 bytes per parameter, as :mod:`tutorial_lib.engine.expected` says of measured runs."""
+    """2 + 4 + 12 bytes per parameter, as :mod:`tutorial_lib.engine.expected_states` says of measured runs."""
     everything = find(plan(work(), cluster()), zero_stage=3, offload="all")
     assert everything.host == 18 * 7e9
     optimizer = find(plan(work(), cluster()), zero_stage=2, offload="optimizer")

@@ -188,7 +188,7 @@ TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"
 )
 def test_rows_with_their_text_in_different_columns_are_refused(rows, byte_tokenizer):
     with pytest.raises(ConfigError, match=r"Row 2 of this data set has nothing in the column '\w+', which is read"):
-        documents_of([dict.fromkeys(rows[1]) | rows[0], rows[1]], chatting(byte_tokenizer, "{{ messages }}"))
+        documents_of([dict.fromkeys(rows[1]) | rows[0], rows[1]], chat_tokenizer(byte_tokenizer, "{{ messages }}"))
 
 
 @pytest.mark.parametrize("unread", [{"text": None}, {"question": None}, {"question": "x"}, {"messages": None}])
@@ -197,7 +197,7 @@ def test_columns_that_cannot_be_read_do_not_count(unread, byte_tokenizer):
     assert read(document, byte_tokenizer) == ("h", "ello<eos>")
 
 
-def chatting(byte_tokenizer, template):
+def chat_tokenizer(byte_tokenizer, template):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer.backend_tokenizer, eos_token="<eos>")
     tokenizer.chat_template = template
     return tokenizer
@@ -206,22 +206,22 @@ def chatting(byte_tokenizer, template):
 def test_conversations_are_written_by_the_chat_template(byte_tokenizer):
     template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}<eos>{{ '\\n' }}{% endfor %}"
     rows = [{"messages": TALK}, {"messages": []}]
-    (document,) = documents_of(rows, chatting(byte_tokenizer, template))
+    (document,) = documents_of(rows, chat_tokenizer(byte_tokenizer, template))
     assert read(document, byte_tokenizer) == ("u", ":Hi<eos>\na:Yo<eos>"), "with one EOS at its end"
-    (other,) = documents_of(rows, chatting(byte_tokenizer, template.replace(":", "=")))
+    (other,) = documents_of(rows, chat_tokenizer(byte_tokenizer, template.replace(":", "=")))
     assert read(other, byte_tokenizer)[1].startswith("=Hi"), "the cache knows its template"
 
 
 def test_a_message_without_content_is_refused(byte_tokenizer):
     rows = [{"messages": [*TALK, {"role": "user", "content": None}]}]
     with pytest.raises(ConfigError, match="A message of this data set, by the role 'user', has no content"):
-        documents_of(rows, chatting(byte_tokenizer, "{{ messages[2].content }}"))
+        documents_of(rows, chat_tokenizer(byte_tokenizer, "{{ messages[2].content }}"))
 
 
 def test_conversations_that_cannot_be_written_are_refused(byte_tokenizer):
     with pytest.raises(ConfigError, match=r"'messages' of this data set holds conversations, but .* no chat template"):
         documents_of([{"messages": TALK}], byte_tokenizer)
-    strict = chatting(byte_tokenizer, "{{ raise_exception('roles must alternate') }}")
+    strict = chat_tokenizer(byte_tokenizer, "{{ raise_exception('roles must alternate') }}")
     with pytest.raises(ConfigError, match="rejects a conversation of this data set: roles must alternate"):
         documents_of([{"messages": TALK}], strict)
 

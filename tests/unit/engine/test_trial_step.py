@@ -78,7 +78,7 @@ def test_a_trial_changes_neither_weights_nor_random_states(tmp_path, monkeypatch
         return weights, torch.rand(4), np.random.random(), random.random()
 
     tried = built()
-    monkeypatch.setattr(trial_step, "PROVEN", {"llama"})
+    monkeypatch.setattr(trial_step, "TESTED_FAMILIES", {"llama"})
     torch.testing.assert_close(tried, built(), rtol=0, atol=0)
 
 

@@ -131,7 +131,7 @@ def test_a_step_ends_at_its_limit_and_lists_the_cases_it_did_not_reach(run: Any)
 
 def test_the_last_case_may_take_longer_than_the_grace_period(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "GRACE_SECONDS", 0.2)
-    content = run(Step("slow", "tests.gpu.slow_end", limit=60, case_limit=60))
+    content = run(Step("slow", "tests.gpu.slow_exit", limit=60, case_limit=60))
     assert by_case(content)["last"]["status"] == "done"
     assert content["seconds"] < 20, "the process that does not exit was not killed"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,14 +12,8 @@ from tutorial_lib.lab import figures
 from tutorial_lib.theory import memory
 
 
-def metrics(steps: int, start: int = 1) -> list[dict[str, Any]]:
-    return [
-        {"step": step, "loss": 6 - step / 100, "tokens": 1000, "seconds": 0.5} for step in range(start, start + steps)
-    ]
-
-
 def every_figure() -> dict[str, figures.Figure]:
-    rows = metrics(20)
+    rows = [{"step": step, "loss": 6 - step / 100, "tokens": 1000, "seconds": 0.5} for step in range(1, 21)]
     states = {
         f"stage {stage}": {
             "paper": memory.model_states(10**6, stage, 2).to_dict(),

@@ -327,7 +327,7 @@ WORKERS = "tests.unit.launch.workers"
             "Rank 1 failed with RuntimeError: of a peer",
         ),
         (
-            "telling_and_aborting",
+            "failing_and_aborting",
             "Rank 0 of run 'aborts' failed with ValueError: its own",
             r"Its output: \S+rank-000\.log",
         ),

@@ -24,11 +24,6 @@ LOADERS = {
 }
 
 
-@pytest.fixture
-def copied(tmp_path):
-    return shutil.copytree(model_directory("embedded/gpt2"), tmp_path / "model")
-
-
 @pytest.mark.parametrize("file", LOADERS)
 @pytest.mark.parametrize(
     ("content", "message"),

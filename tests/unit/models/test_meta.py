@@ -67,11 +67,6 @@ def test_a_model_without_safetensors_is_refused(tmp_path):
 ENGINES = pytest.mark.parametrize("engine", ["deepspeed", "fsdp", "torch"])
 
 
-@pytest.fixture
-def copied(tmp_path):
-    return shutil.copytree(model_directory("embedded/gpt2"), tmp_path / "model")
-
-
 def change(directory, edit):
     path = directory / "model.safetensors"
     tensors = load_file(path)

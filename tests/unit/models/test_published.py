@@ -8,7 +8,7 @@ import pytest
 
 from tutorial_lib.cli import main
 from tutorial_lib.config import Config, ConfigError
-from tutorial_lib.engine.expected import expected_states, parameter_sizes
+from tutorial_lib.engine.expected_states import expected_states, parameter_sizes
 from tutorial_lib.launch import preflight
 from tutorial_lib.models import load_config, load_model, load_tokenizer
 from tutorial_lib.models.dimensions import from_config

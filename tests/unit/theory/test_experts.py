@@ -9,9 +9,9 @@ from tutorial_lib.theory.cost import Candidate
 from tutorial_lib.theory.dimensions import derive
 from tutorial_lib.theory.hardware import GPUS
 from tutorial_lib.theory.known_models import MODELS
+from tutorial_lib.theory.layout_reasons import reasons
 from tutorial_lib.theory.layouts import Cluster, Workload
 from tutorial_lib.theory.plan import plan
-from tutorial_lib.theory.reasons import reasons
 from tutorial_lib.theory.remedies import remedies
 
 

@@ -26,7 +26,7 @@ WEIGHT = "weight"
 """The parameter itself, as opposed to its :data:`MOMENTS`."""
 
 
-def names_once(state: dict[str, Tensor]) -> list[str]:
+def names_without_duplicates(state: dict[str, Tensor]) -> list[str]:
     """Return the names in a module's state; of tied parameters, which share memory, only the first."""
     first: dict[tuple[int, torch.Size], str] = {}
     for name, tensor in state.items():

@@ -28,7 +28,7 @@ from tutorial_lib.checkpoint.formats.base import (
     WEIGHTS,
     WEIGHTS_AND_OPTIMIZER,
     FullTensors,
-    names_once,
+    names_without_duplicates,
 )
 from tutorial_lib.config import Config
 
@@ -54,7 +54,7 @@ class _Stage(FullTensors):
         self._opened: dict[str, Any] = {}
 
     def _stored_names(self) -> Iterable[str]:
-        return names_once(self._model_file(0)["module"])
+        return names_without_duplicates(self._model_file(0)["module"])
 
     def _read(self, name: str, kind: str) -> Tensor:
         dim = self._layout[name]["dim"] if self._tp > 1 else None
@@ -111,8 +111,30 @@ class Stage0(_Stage):
         return state
 
 
-class Stage12(_Stage):
+class _SlicedStage(_Stage):
+    """Common part of stages 1 to 3: a rank holds its slices of each parameter group as one vector."""
+
+    _places: list[dict[str, tuple[int, int, torch.Size]]]
+    _master_vectors: str
+
+    def _vector(self, dp_rank: int, tp_rank: int, group: int, kind: str) -> Tensor | None:
+        if kind == WEIGHT:
+            masters: Tensor = self._optimizer(dp_rank, tp_rank)[self._master_vectors][group].detach()
+            return masters
+        return self._state(dp_rank, tp_rank, group).get(kind)
+
+    @abstractmethod
+    def _state(self, dp_rank: int, tp_rank: int, group: int) -> dict[str, Any]:
+        """Return Adam's state of a rank's vector; nothing is there before the first update."""
+
+    def adam_step(self, name: str) -> int:
+        return int(self._state(0, 0, self._places[0][name][0]).get("step", 0))
+
+
+class Stage12(_SlicedStage):
     """Stages 1 and 2: each parameter group is one vector, padded and cut into one slice per rank."""
+
+    _master_vectors = "single_partition_of_fp32_groups"
 
     def __init__(self, directory: Path, settings: Config, model: Any, folder: str = "engine") -> None:
         super().__init__(directory, settings, model, folder)
@@ -139,30 +161,22 @@ class Stage12(_Stage):
         last = first + shape.numel()
         pieces, start = [], 0
         for dp_rank in range(self._dp):
-            partition = self._partition(dp_rank, tp_rank, group, kind)
-            if partition is None:
+            vector = self._vector(dp_rank, tp_rank, group, kind)
+            if vector is None:
                 return torch.zeros(shape)
-            pieces.append(partition[max(first - start, 0) : max(last - start, 0)])
-            start += partition.numel()
+            pieces.append(vector[max(first - start, 0) : max(last - start, 0)])
+            start += vector.numel()
         return torch.cat(pieces).view(shape)
 
-    def _partition(self, dp_rank: int, tp_rank: int, group: int, kind: str) -> Tensor | None:
-        if kind == WEIGHT:
-            masters: Tensor = self._optimizer(dp_rank, tp_rank)["single_partition_of_fp32_groups"][group].detach()
-            return masters
-        return self._state(dp_rank, tp_rank, group).get(kind)
-
     def _state(self, dp_rank: int, tp_rank: int, group: int) -> dict[str, Any]:
-        # Nothing is there before the first update.
         state: dict[str, Any] = self._optimizer(dp_rank, tp_rank)["base_optimizer_state"]["state"].get(group, {})
         return state
 
-    def adam_step(self, name: str) -> int:
-        return int(self._state(0, 0, self._places[0][name][0]).get("step", 0))
 
-
-class Stage3(_Stage):
+class Stage3(_SlicedStage):
     """Stage 3: every parameter is cut into equal pieces, and a rank's pieces of a parameter group form one vector."""
+
+    _master_vectors = "fp32_flat_groups"
 
     def __init__(self, directory: Path, settings: Config, model: Any, folder: str = "engine") -> None:
         super().__init__(directory, settings, model, folder)
@@ -207,20 +221,10 @@ class Stage3(_Stage):
                 return torch.zeros(shape)
         return torch.cat(found)[: shape.numel()].view(shape)
 
-    def _vector(self, dp_rank: int, tp_rank: int, group: int, kind: str) -> Tensor | None:
-        if kind == WEIGHT:
-            masters: Tensor = self._optimizer(dp_rank, tp_rank)["fp32_flat_groups"][group].detach()
-            return masters
-        return self._state(dp_rank, tp_rank, group).get(kind)
-
     def _state(self, dp_rank: int, tp_rank: int, group: int) -> dict[str, Any]:
-        # Nothing is there before the first update.
         optimizer = self._optimizer(dp_rank, tp_rank)["optimizer_state_dict"]
         state: dict[str, Any] = optimizer["state"].get(group, {})
         return state
-
-    def adam_step(self, name: str) -> int:
-        return int(self._state(0, 0, self._places[0][name][0]).get("step", 0))
 
     def _rank_states(self, dp_rank: int, tp_rank: int) -> Any:
         return self._file(f"zero_pp_rank_{dp_rank}_mp_rank_{tp_rank:02d}_model_states.pt")

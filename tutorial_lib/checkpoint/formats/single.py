@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tutorial_lib.checkpoint.formats.base import OPTIMIZER, WEIGHT, WEIGHTS, FullTensors, names_once
+from tutorial_lib.checkpoint.formats.base import OPTIMIZER, WEIGHT, WEIGHTS, FullTensors, names_without_duplicates
 
 
 class Single(FullTensors):
     def _stored_names(self) -> Iterable[str]:
-        return names_once(self._weights)
+        return names_without_duplicates(self._weights)
 
     def _read(self, name: str, kind: str) -> Tensor:
         tensor: Tensor = self._weights[name] if kind == WEIGHT else self._state(name)[kind]

@@ -13,12 +13,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from tutorial_lib.checkpoint.formats import deepspeed
 from tutorial_lib.checkpoint.formats.base import OPTIMIZER, WEIGHT, WEIGHTS, FullTensors
+from tutorial_lib.checkpoint.formats.single import Single
 from tutorial_lib.checkpoint.manifest import CheckpointError
 from tutorial_lib.config import Config
 
@@ -51,7 +51,7 @@ def written_by_trainer(directory: Path) -> Path:
     return found[0]
 
 
-class FullFiles(FullTensors):
+class FullFiles(Single):
     """Reader for tensors that one process wrote in full, with the weights in one or several files."""
 
     def __init__(self, directory: Path, settings: Config, model: Any) -> None:
@@ -71,15 +71,8 @@ class FullFiles(FullTensors):
             tensor = self._state(name)[kind]
         return tensor
 
-    def adam_step(self, name: str) -> int:
-        return int(self._state(name)["step"])
-
     def buffers(self) -> dict[str, Tensor]:
         return {name: self._read(name, WEIGHT) for name in self._buffer_names if name in self._file_of}
-
-    def _state(self, name: str) -> dict[str, Any]:
-        state: dict[str, Any] = self._optimizer["state"][self._number[name]]
-        return state
 
     @functools.cached_property
     def _file_of(self) -> dict[str, Path]:
@@ -88,11 +81,6 @@ class FullFiles(FullTensors):
             with safe_open(path, "pt") as file:
                 found |= dict.fromkeys(file.keys(), path)
         return found
-
-    @functools.cached_property
-    def _optimizer(self) -> dict[str, Any]:
-        path = self._directory / "optimizer.pt"
-        return dict(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
 
 
 def rank_and_contents(name: str, zero_stage: int) -> tuple[int, str] | None:

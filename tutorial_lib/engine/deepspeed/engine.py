@@ -37,7 +37,7 @@ from torch import Tensor
 
 from tutorial_lib.checkpoint import CheckpointError, FullTensors
 from tutorial_lib.checkpoint.formats.deepspeed import LAYOUT
-from tutorial_lib.checkpoint.writer import Writer
+from tutorial_lib.checkpoint.rank_writer import Writer
 from tutorial_lib.config import Config
 from tutorial_lib.engine.chunked_loss import output_loss
 from tutorial_lib.engine.deepspeed import autotp

@@ -26,7 +26,7 @@ from tutorial_lib.engine.deepspeed.keys import (
     LISTS_OF_STRINGS,
     OFFLOADS,
     ON_NVME,
-    ONLY,
+    ONLY_VALUE,
     RENAMED,
     SECTION_KEYS,
     TOP_LEVEL_KEYS,
@@ -110,7 +110,7 @@ def check(given: dict[str, Any], *, source: str) -> dict[str, Any]:
     stated = _section(_with_current_names(given, problems), "", problems)
     problems += [
         f"{key} is {json.dumps(value)}: {why}. Write {json.dumps(only)}, or leave it out"
-        for key, (only, why) in ONLY.items()
+        for key, (only, why) in ONLY_VALUE.items()
         if (value := find(stated, key, only)) != only
     ]
     if find(stated, "bf16.enabled", False) and find(stated, "fp16.enabled", False):

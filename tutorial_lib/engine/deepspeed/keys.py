@@ -113,7 +113,7 @@ OFFLOADS = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_pa
 OTHER_LAYOUT = "checkpoints would have files that can neither be resumed nor exported here"
 _OURS = "this package writes and reads checkpoints itself, so it would have no effect"
 
-ONLY: dict[str, tuple[Any, str]] = {
+ONLY_VALUE: dict[str, tuple[Any, str]] = {
     "zero_optimization.elastic_checkpoint": (False, OTHER_LAYOUT),
     "zero_optimization.zenflow": (None, "it swaps in a different optimizer, which checkpoints here cannot store"),
     "zero_optimization.legacy_stage1": (False, "DeepSpeed has removed that implementation"),

@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from tutorial_lib.checkpoint import MOMENTS, CheckpointError, FullTensors
-from tutorial_lib.checkpoint.writer import Writer
+from tutorial_lib.checkpoint.rank_writer import Writer
 from tutorial_lib.engine.fsdp.weights import copy_slices
 
 

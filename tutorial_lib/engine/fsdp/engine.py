@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tutorial_lib.checkpoint import MOMENTS, FullTensors
-from tutorial_lib.checkpoint.writer import Writer
+from tutorial_lib.checkpoint.rank_writer import Writer
 from tutorial_lib.config import Config, OptimizerConfig
 from tutorial_lib.engine.chunked_loss import output_loss
 from tutorial_lib.engine.fsdp import dcp, sharding, tensor_parallel, weights
@@ -82,7 +82,7 @@ class FSDPEngine:
         with self._reduction(), autocast, self._output_loss(batch):
             logits: Tensor = self._parallel(**inputs, use_cache=False).logits
         if not torch.is_grad_enabled():
-            sharding.release(self.module)
+            sharding.free_gathered_parameters(self.module)
         return logits
 
     def _reduction(self) -> Any:
@@ -108,7 +108,7 @@ class FSDPEngine:
         if limit > 0:
             factor = min(1.0, limit / (norm + 1e-6))
             for gradient in gradients:
-                sharding.local(gradient).mul_(factor)
+                sharding.local_part(gradient).mul_(factor)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
@@ -123,7 +123,7 @@ class FSDPEngine:
         """
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
         for gradient in gradients:
-            norm = torch.linalg.vector_norm(sharding.local(gradient), dtype=torch.float64)
+            norm = torch.linalg.vector_norm(sharding.local_part(gradient), dtype=torch.float64)
             squares += norm.to(self.device) ** 2 / sharding.num_copies(gradient, self._world_size)
         dist.all_reduce(squares)
         return float(squares.sqrt())
@@ -138,9 +138,9 @@ class FSDPEngine:
         gradients = [p.grad for p in parameters if p.grad is not None]
         states = [t for state in self.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
         return {
-            "parameters": [sharding.local(p.detach()) for p in parameters],
-            "gradients": [sharding.local(g) for g in gradients] + sharding.unreduced_gradients(self.module),
-            "optimizer": [sharding.local(t) for t in states if t.dim() > 0],
+            "parameters": [sharding.local_part(p.detach()) for p in parameters],
+            "gradients": [sharding.local_part(g) for g in gradients] + sharding.unreduced_gradients(self.module),
+            "optimizer": [sharding.local_part(t) for t in states if t.dim() > 0],
         }
 
     def layout(self) -> list[ParameterLayout]:

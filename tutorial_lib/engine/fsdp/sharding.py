@@ -132,7 +132,7 @@ def data_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.parallel.Distributed
     )
 
 
-def release(model: nn.Module) -> None:
+def free_gathered_parameters(model: nn.Module) -> None:
     """Free gathered parameters. After a forward without backward, ``shard_grad_op`` would keep all of them."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -150,7 +150,7 @@ def num_copies(tensor: torch.Tensor, world_size: int) -> int:
     return world_size // pieces
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """Return this rank's part of a DTensor, or any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -171,4 +171,4 @@ def unreduced_gradients(model: nn.Module) -> list[torch.Tensor]:
     # In fp32 they stay where autograd put them; in bf16 they are summed in fp32.
     found = [p.unsharded_accumulated_grad for p in parameters]
     found += [p.unsharded_param.grad for p in parameters if hasattr(p, "_unsharded_param")]
-    return [local(gradient) for gradient in found if gradient is not None]
+    return [local_part(gradient) for gradient in found if gradient is not None]

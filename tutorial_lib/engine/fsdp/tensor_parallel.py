@@ -37,7 +37,7 @@ from torch.distributed.tensor.parallel import (
 from transformers.pytorch_utils import Conv1D
 
 from tutorial_lib.config import ConfigError
-from tutorial_lib.engine.fsdp.sharding import layers_of, local
+from tutorial_lib.engine.fsdp.sharding import layers_of, local_part
 from tutorial_lib.engine.parameter_layout import ParameterLayout
 from tutorial_lib.models import slice_alibi
 
@@ -86,7 +86,7 @@ def parameter_layouts(model: Any) -> list[ParameterLayout]:
             after = list(parameter.shape)
             if dim is not None:
                 after[dim] //= parameter.device_mesh["tp"].size()
-            held = local(parameter.detach())
+            held = local_part(parameter.detach())
             found.append(
                 ParameterLayout(
                     parameter=name,

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from tutorial_lib.config import Config
-from tutorial_lib.engine.fsdp.sharding import layers_of, local
+from tutorial_lib.engine.fsdp.sharding import layers_of, local_part
 from tutorial_lib.models.fused_qkv import by_rank, is_fused_by_part
 from tutorial_lib.models.meta import drawing_weights, locate_parameters
 
@@ -80,7 +80,7 @@ def copy_slices(parameter: Tensor, name: str, model_type: str, read: Callable[[S
         part = by_rank(read((*mine[:-1], slice(None))), tp)[..., mine[-1]]
     else:
         part = read(mine)
-    local(parameter).copy_(part)
+    local_part(parameter).copy_(part)
 
 
 def tensor_parallel_size(parameter: Tensor) -> int:

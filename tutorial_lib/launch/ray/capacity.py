@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.launch.command import plural
 
 
 class ResourcesMissing(RuntimeError):
@@ -120,7 +121,7 @@ def check_capacity(demand: Demand, nodes: Sequence[Node]) -> None:
                 + (", or device='cpu'." if kind == "GPU" else ", or add nodes to the cluster.")
             )
     kind = "GPU" if "GPU" in demand.per_worker else "CPU"
-    groups = _count(demand.sizes[0], "group")
+    groups = plural(demand.sizes[0], "group", "groups")
     raise ConfigError(
         f"The {demand.tp} workers of a tensor-parallel group share a node, but the Ray cluster has too few nodes with "
         f"{demand.tp} {kind}s for {groups}{_by_node(nodes, kind)}. Write a smaller tp, or add larger nodes."
@@ -129,8 +130,8 @@ def check_capacity(demand: Demand, nodes: Sequence[Node]) -> None:
 
 def describe_missing(demand: Demand, nodes: Sequence[Node], seconds: float) -> str:
     """Describe why a run found no room: what it needs, and what is free on each node."""
-    groups = f"{_count(demand.sizes[0], 'group')} of {demand.tp} workers on one node"
-    workers = _count(demand.sizes[0], "worker") if demand.tp == 1 else groups
+    groups = f"{plural(demand.sizes[0], 'group', 'groups')} of {demand.tp} workers on one node"
+    workers = plural(demand.sizes[0], "worker", "workers") if demand.tp == 1 else groups
     each = " and ".join(f"{number:g} {kind}" for kind, number in demand.per_worker.items())
     least = "at least " if len(demand.sizes) > 1 else ""
     here = "; ".join(
@@ -140,8 +141,8 @@ def describe_missing(demand: Demand, nodes: Sequence[Node], seconds: float) -> s
     )
     return (
         f"The run needs {least}{workers}, each with {each}, but for {seconds:.0f} s the Ray cluster had no room for "
-        f"them. Free now, on {_count(len(nodes), 'node')}: {here}. Add nodes, end other jobs there, or write a "
-        "smaller dp, a min_dp to continue with fewer, or a longer resource_timeout."
+        f"them. Free now, on {plural(len(nodes), 'node', 'nodes')}: {here}. Add nodes, end other jobs there, or write "
+        "a smaller dp, a min_dp to continue with fewer, or a longer resource_timeout."
     )
 
 
@@ -149,7 +150,3 @@ def _by_node(nodes: Sequence[Node], kind: str) -> str:
     if len(nodes) == 1:
         return ""
     return ": " + ", ".join(f"{node.total.get(kind, 0):g} on {node.name}" for node in nodes)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -28,6 +28,7 @@ import psutil
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.doctor.machine import usable_cores
 from tutorial_lib.launch.environment import ray_address
+from tutorial_lib.launch.ray.lean_imports import setup_worker
 from tutorial_lib.launch.warm_server import JOB_SIGNALS
 
 CONNECT_TIMEOUT = 10
@@ -67,6 +68,8 @@ TOKEN = secrets.token_hex(32)
 
 _LEAN_IMPORTS = str(Path(__file__).with_name("lean_imports"))
 """Directory that is first on the import path of Ray's processes."""
+
+_WORKER_VARIABLES = (setup_worker.SERVER_VARIABLE, setup_worker.RAY_SCRIPT_VARIABLE)
 
 _changed_environment: dict[str, str | None] = {}
 
@@ -190,7 +193,8 @@ def start(config: Config) -> bool:
         return True
     cores, world_size = usable_cores(), config.parallel.world_size
     environment = _cluster_environment(config.parallel.world_size)
-    _changed_environment.update({name: os.environ.get(name) for name in (*environment, "RAY_AUTH_MODE", *_TO_SERVER)})
+    changed = (*environment, "RAY_AUTH_MODE", *_WORKER_VARIABLES)
+    _changed_environment.update({name: os.environ.get(name) for name in changed})
     for name, value in environment.items():
         os.environ.setdefault(name, value)
     children = set(psutil.Process().children())
@@ -319,10 +323,6 @@ def _close_server() -> None:
         _server = None
 
 
-_TO_SERVER = ("TUTORIAL_LIB_RAY_SERVER", "TUTORIAL_LIB_RAY_SETUP_WORKER")
-"""Environment variables that ``lean_imports/setup_worker.py`` reads in each new process of Ray."""
-
-
 @contextmanager
 def _job_signals_blocked() -> Iterator[None]:
     """Keep a scheduler's signals from Ray's processes: this process saves first, then ends them.
@@ -364,8 +364,8 @@ def _workers_from_server() -> Iterator[None]:
         return
     from ray._private import parameter, workers
 
-    (rays_own,) = (Path(path) / "setup_worker.py" for path in workers.__path__)
-    os.environ.update(zip(_TO_SERVER, (_server.address, str(rays_own)), strict=True))
+    (ray_script,) = (Path(path) / "setup_worker.py" for path in workers.__path__)
+    os.environ.update(zip(_WORKER_VARIABLES, (_server.address, str(ray_script)), strict=True))
     # The log monitor would forward the workers' output, which already goes to their own files.
     ours: dict[str, Any] = {"setup_worker_path": f"{_LEAN_IMPORTS}/setup_worker.py", "include_log_monitor": False}
     with mock.patch.object(parameter, "RayParams", partial(parameter.RayParams, **ours)):

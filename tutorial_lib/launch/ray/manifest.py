@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tutorial_lib.config import Config, ConfigError
-from tutorial_lib.launch.command import Template, check_grid, check_positive, count, train_arguments, wrap_options
+from tutorial_lib.launch.command import Template, check_grid, check_positive, plural, train_arguments, wrap_options
 from tutorial_lib.launch.ray.capacity import possible_sizes
 
 _TEXTS = {"cluster-yaml": "cluster.yaml", "rayjob": "rayjob.yaml"}
@@ -60,7 +60,7 @@ def write_manifest(config: Config, nodes: Nodes, kind: str, profile: str, comman
     text = Path(__file__).with_name(_TEXTS[kind]).read_text(encoding="utf-8")
     return Template(text).substitute(
         title=f"Run {config.run.name}: dp={config.parallel.dp} x tp={config.parallel.tp}, on "
-        f"{count(nodes.number, 'node', 'nodes')} of {count(nodes.ranks_per_node, 'rank', 'ranks')}.",
+        f"{plural(nodes.number, 'node', 'nodes')} of {plural(nodes.ranks_per_node, 'rank', 'ranks')}.",
         command=command,
         name=_name(config.run.name),
         ray=version("ray"),

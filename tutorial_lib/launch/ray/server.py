@@ -15,7 +15,6 @@ the process that started it closes the pipe at its standard input, or ends, the 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import json
 import os
@@ -32,19 +31,19 @@ from unittest import mock
 
 from tutorial_lib.launch.warm_server import (
     JOB_SIGNALS,
-    ending_with,
+    exit_with_launcher,
     import_everything,
     import_modules,
+    signal_when_parent_ends,
     use_threads_of_environment,
 )
 
-RAYS_MODULES = ("ray.train.torch", "ray.train.v2._internal.execution.controller.controller")
+RAY_TRAIN_MODULES = ("ray.train.torch", "ray.train.v2._internal.execution.controller.controller")
 """Modules to import once the cluster is running: at import, Ray reads which cluster and job its process belongs to."""
 
 CLUSTER_VARIABLES = ("RAY_RAYLET_PID", "RAY_JOB_ID")
 """Environment variables that Ray reads only at that import."""
 
-_PR_SET_PDEATHSIG = 1
 _SERVER = os.getpid()
 
 
@@ -56,7 +55,7 @@ def main(launcher_pid: str, address: str) -> None:
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(address)
         server.listen(64)
-        with ending_with(launcher):
+        with exit_with_launcher(launcher):
             import_everything()
             if not (line := sys.stdin.readline()):
                 return
@@ -64,7 +63,7 @@ def main(launcher_pid: str, address: str) -> None:
             if cluster:
                 os.environ.update(cluster)
                 _import_ray()
-        if importlib.import_module("torch").cuda.is_initialized() or (cluster and not _forks_differ()):
+        if importlib.import_module("torch").cuda.is_initialized() or (cluster and not _forks_draw_different_ids()):
             return  # Ray will start its workers itself
         own = {(name, cluster[name]) for name in CLUSTER_VARIABLES if cluster}  # empty if it serves any cluster
         # Let the kernel reap the forks. Not earlier: imports run programs and need their exit codes.
@@ -102,10 +101,10 @@ def _import_ray() -> None:
     ray = importlib.import_module("ray.actor")
     new = ray.ActorClassID
     with mock.patch.object(ray, "ActorClassID", SimpleNamespace(from_random=lambda: new(os.urandom(new.size())))):
-        import_modules(RAYS_MODULES)
+        import_modules(RAY_TRAIN_MODULES)
 
 
-def _forks_differ() -> bool:
+def _forks_draw_different_ids() -> bool:
     """Return whether forks draw different identifiers. If not, Ray would confuse the tasks of different actors."""
     drawn = set()
     for _ in range(2):
@@ -122,7 +121,7 @@ def _forks_differ() -> bool:
 
 def _become_worker(request: dict[str, Any], outputs: list[int]) -> None:
     """Become the worker: run its script as a new interpreter would."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal_when_parent_ends(signal.SIGKILL)
     os.setpgid(0, 0)  # when a worker ends, Ray ends its process group
     for number in (signal.SIGINT, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)

@@ -17,7 +17,7 @@ from tutorial_lib.records import RunDirectory
 ANSWER_SECONDS = 60
 """Seconds for all nodes together to answer. Each starts a Python process."""
 
-_SEEN_SECONDS = 3
+_VISIBLE_SECONDS = 3
 """Seconds until other nodes must see a new file: network file systems cache listings for a while."""
 
 
@@ -88,7 +88,7 @@ def _probe_from_node(probe: str) -> str:
 
 def _wait_for_file(path: Path) -> bool:
     """Return whether a file is there, or appears soon."""
-    until = time.monotonic() + _SEEN_SECONDS
+    until = time.monotonic() + _VISIBLE_SECONDS
     while not path.exists():
         if time.monotonic() > until:
             return False

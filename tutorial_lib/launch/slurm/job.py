@@ -75,7 +75,7 @@ def submit_and_follow(script: str, config: Config, on_rows: OnRows | None = None
     directory = RunDirectory(config.directory)
     signals: list[int] = []
     watched = Watcher([directory], on_rows, signals)
-    before = _stamp(directory.result_file)
+    before = directory.result_version()
     directory.clear_errors()  # left by an earlier job
     job = _submit(script)
     log = Path.cwd() / f"slurm-{config.run.name}-{job}.out"
@@ -91,9 +91,9 @@ def submit_and_follow(script: str, config: Config, on_rows: OnRows | None = None
             time.sleep(POLL_SECONDS)
         watched.poll()
     end = time.monotonic() + _RESULT_SECONDS
-    while _stamp(directory.result_file) in (None, before) and state.name == "COMPLETED" and time.monotonic() < end:
+    while directory.result_version() in (None, before) and state.name == "COMPLETED" and time.monotonic() < end:
         time.sleep(POLL_SECONDS)
-    if _stamp(directory.result_file) not in (None, before):
+    if directory.result_version() not in (None, before):
         return Run(config, directory.result(), directory.rows())
     if signals and state.name == "CANCELLED":
         raise Interrupted(f"job {job} was cancelled before it started; no step was run.", [])
@@ -175,12 +175,3 @@ def _cause(job: str, log: Path, lines: int = 20) -> str:
     of_last_start = text[max(text.rfind(f"job {job}.", 0, text.rfind("rendezvous at")), 0) :].splitlines()
     errors = list(dict.fromkeys(line for line in of_last_start if line.startswith("error: ")))
     return "\n".join(errors or [f"The end of {log}:", *of_last_start[-lines:]])
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    """Return a stamp that changes whenever a file is rewritten, or None if the file does not exist."""
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return None
-    return status.st_ino, status.st_mtime_ns

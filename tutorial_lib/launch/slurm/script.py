@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tutorial_lib.config import Config, ConfigError, RunConfig
-from tutorial_lib.launch.command import Template, check_grid, check_positive, count, train_arguments, wrap_options
+from tutorial_lib.launch.command import Template, check_grid, check_positive, plural, train_arguments, wrap_options
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d{1,2}):(?P<minutes>[0-5]?\d):(?P<seconds>[0-5]?\d)")
 
@@ -83,8 +83,8 @@ def write_script(config: Config, allocation: Allocation, profile: str, command: 
     template = Path(__file__).with_name("train.sbatch").read_text(encoding="utf-8")
     engine, parallel = config.engine, config.parallel
     on_gpus = config.run.device == "cuda"
-    ranks = count(allocation.ranks_per_node, "process", "processes")
-    places = f"{count(allocation.nodes, 'node', 'nodes')} with {count(allocation.ranks_per_node, *_PLACES[on_gpus])}"
+    ranks = plural(allocation.ranks_per_node, "process", "processes")
+    places = f"{plural(allocation.nodes, 'node', 'nodes')} with {plural(allocation.ranks_per_node, *_PLACES[on_gpus])}"
     zero = engine.deepspeed_file or f"ZeRO stage {engine.zero_stage}"
     what = f"{engine.name}, {zero}" if engine.name == "deepspeed" else engine.name
     directory = config.with_absolute_paths().directory
@@ -113,11 +113,12 @@ def _directives(run: RunConfig, allocation: Allocation) -> list[str]:
     """Return the ``#SBATCH`` lines, with a comment where an option's purpose is not obvious."""
     on_gpus = run.device == "cuda"
     cpus = allocation.cpus_per_rank * allocation.ranks_per_node
+    ranks = plural(allocation.ranks_per_node, "process", "processes")
     options = [
         (f"job-name={run.name}", ""),
         *((f"{name}={value}", "") for name in ("partition", "account") if (value := getattr(allocation, name))),
         (f"nodes={allocation.nodes}", ""),
-        ("ntasks-per-node=1", f"one torchrun, which starts {count(allocation.ranks_per_node, 'process', 'processes')}"),
+        ("ntasks-per-node=1", f"one torchrun, which starts {ranks}"),
         *([(f"gpus-per-node={allocation.ranks_per_node}", "one per process")] if on_gpus else []),
         (f"cpus-per-task={cpus}", f"{allocation.cpus_per_rank} per process"),
         (f"time={allocation.time_limit}", ""),

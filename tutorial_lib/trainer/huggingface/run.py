@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tutorial_lib.checkpoint.formats import trainer as trainer_format
-from tutorial_lib.checkpoint.writer import Writer
+from tutorial_lib.checkpoint.rank_writer import Writer
 from tutorial_lib.config import ConfigError
 from tutorial_lib.dataloader import build_epoch_loader
 from tutorial_lib.engine import try_engine
 from tutorial_lib.engine.deepspeed.file import find, read_json
 from tutorial_lib.engine.deepspeed.trainer_file import auto_keys
-from tutorial_lib.engine.fsdp.sharding import local, unreduced_gradients
+from tutorial_lib.engine.fsdp.sharding import local_part, unreduced_gradients
 from tutorial_lib.engine.inputs import model_inputs
 from tutorial_lib.models import build_model
 from tutorial_lib.mpu.device import local_device
@@ -219,7 +219,7 @@ class _TrainedModel:
             found = trainer_format.rank_and_contents(name, self._zero_stage)
             return found is not None and found[0] == self._rank
 
-        writer.count(directory, is_own)
+        writer.add_files(directory, is_own)
 
     def load(self, directory: Path) -> None:
         """Remember the checkpoint, which the Trainer loads when it starts to train."""
@@ -255,7 +255,7 @@ def _held(parameter: Tensor) -> Tensor:
     On a CPU, a shard that transformers loaded is a window into the memory-mapped weight file. The rest of the file is
     never read into memory, so this returns a copy of the window.
     """
-    return local(parameter).clone() if isinstance(parameter, DTensor) else parameter
+    return local_part(parameter).clone() if isinstance(parameter, DTensor) else parameter
 
 
 def check_accelerator(device: torch.device) -> None:

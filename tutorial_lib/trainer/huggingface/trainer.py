@@ -82,7 +82,7 @@ class HuggingFaceTrainer(Trainer):
         super()._run_epoch(*args, **given)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self.run.save(and_train_on=True)
+        self.run.save(more_steps=True)
 
     def write_checkpoint(self, directory: Path) -> None:
         """Write the ``Trainer``'s ``checkpoint-N`` into a directory. Collective."""

@@ -111,14 +111,14 @@ def test_rays_list_is_dropped_once_a_checkpoint_in_it_is_missing(tmp_path: Path)
 
 def start_worker(tmp_path: Path, context: dict[str, object]) -> str:
     """Run the raylet's command, with a stand-in for Ray's own script, and return what was printed."""
-    rays_own = tmp_path / "rays_own.py"
-    rays_own.write_text("import sys; print(*sys.argv[1:3])")
+    ray_script = tmp_path / "ray_script.py"
+    ray_script.write_text("import sys; print(*sys.argv[1:3])")
     given = ["default_worker.py", "--node-id=1", "--language=PYTHON"]
     given.append(f"--serialized-runtime-env-context={json.dumps(context)}")
     environment = {
         **os.environ,
-        setup_worker.SERVER: str(tmp_path / "server"),
-        setup_worker.RAYS_OWN: str(rays_own),
+        setup_worker.SERVER_VARIABLE: str(tmp_path / "server"),
+        setup_worker.RAY_SCRIPT_VARIABLE: str(ray_script),
     }
     command = [sys.executable, setup_worker.__file__, *given]
     return subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=10).stdout

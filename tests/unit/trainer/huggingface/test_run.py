@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.support.damaged_files import flip_a_bit
-from tests.unit.checkpoint.runs import STEPS, config, names, steps
+from tests.unit.checkpoint.runs import STEPS, config, names, rows_without_seconds, steps
 from tutorial_lib import checkpoint, launch, trainer
 from tutorial_lib.cli import main
 from tutorial_lib.config import ConfigError
@@ -17,10 +17,6 @@ def trained(storage, model, **flat):
     return config(storage, model=model, engine="trainer", **flat)
 
 
-def timeless(run):
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in run.rows]
-
-
 @pytest.fixture(scope="module")
 def full_run(model, tmp_path_factory):
     """Run without a stop; evaluate every two steps, and keep the last two checkpoints and the best."""
@@ -30,7 +26,7 @@ def full_run(model, tmp_path_factory):
 
 def test_losses_match_plain_torch(full_run, uninterrupted):
     assert len(full_run.rows) == STEPS
-    for row, expected in zip(timeless(full_run), timeless(uninterrupted), strict=True):
+    for row, expected in zip(rows_without_seconds(full_run), rows_without_seconds(uninterrupted), strict=True):
         assert row == pytest.approx(expected, rel=1e-5)
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-6)
 
@@ -54,7 +50,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_as_if_nothing_had_
     resumed = launch.run(interrupted.override(stop_after=None))
     assert resumed.result["resumed_from"] == 4
     assert [left["checkpoint"] for left in resumed.result["left_out"]] == steps(5)
-    assert timeless(resumed) == timeless(full_run)
+    assert rows_without_seconds(resumed) == rows_without_seconds(full_run)
     for name in ("eval_loss_before", "eval_losses", "eval_loss"):
         assert resumed.result[name] == full_run.result[name]
     exports = [checkpoint.open_full(checkpoint.latest(each.directory)) for each in (resumed, full_run)]
@@ -147,4 +143,4 @@ def test_runs_that_share_a_process_do_not_disturb_each_other(full_run, model, tm
     plain = launch.run(trained(tmp_path, model, name="plain"))
     for run in (sharded, plain):
         assert [row["loss"] for row in run.rows] == pytest.approx([row["loss"] for row in full_run.rows], rel=1e-6)
-    assert timeless(plain) == timeless(full_run)
+    assert rows_without_seconds(plain) == rows_without_seconds(full_run)

@@ -12,10 +12,10 @@ import os
 import socket
 import sys
 
-RAYS_OWN = "TUTORIAL_LIB_RAY_SETUP_WORKER"
+RAY_SCRIPT_VARIABLE = "TUTORIAL_LIB_RAY_SETUP_WORKER"
 """Environment variable with the path of Ray's own script."""
 
-SERVER = "TUTORIAL_LIB_RAY_SERVER"
+SERVER_VARIABLE = "TUTORIAL_LIB_RAY_SERVER"
 """Environment variable with the path of the warm server's socket."""
 
 
@@ -27,7 +27,7 @@ def main() -> None:
         environment = {**os.environ, **context.get("env_vars", {})}
         if _fork({"arguments": worker, "environment": environment, "directory": os.getcwd(), "path": sys.path}):
             return
-    os.execv(sys.executable, [sys.executable, os.environ[RAYS_OWN], *sys.argv[1:]])
+    os.execv(sys.executable, [sys.executable, os.environ[RAY_SCRIPT_VARIABLE], *sys.argv[1:]])
 
 
 def _split(arguments: list[str]) -> tuple[dict, list[str]]:
@@ -45,7 +45,7 @@ def _split(arguments: list[str]) -> tuple[dict, list[str]]:
 def _fork(worker: dict) -> bool:
     with socket.socket(socket.AF_UNIX) as connection:
         try:
-            connection.connect(os.environ[SERVER])
+            connection.connect(os.environ[SERVER_VARIABLE])
             # The server takes over this process's output with the first byte.
             socket.send_fds(connection, [b"w"], [1, 2])
             connection.sendall(json.dumps(worker).encode())

@@ -1,4 +1,4 @@
-"""Telling and aborting worker: rank 0 writes an error of its own, and then aborts, after rank 1 has failed."""
+"""Failing and aborting worker: rank 0 writes an error of its own, and then aborts, after rank 1 has failed."""
 
 import sys
 

@@ -8,7 +8,7 @@ import pytest
 
 from tutorial_lib.config import Config
 from tutorial_lib.engine.deepspeed.config import apply_file
-from tutorial_lib.engine.planned import predict_step_peak
+from tutorial_lib.engine.predicted_peak import predict_step_peak
 
 MIB = 2**20
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tutorial_lib.lab import stacks
+from tutorial_lib.lab import call_stacks
 
 SCRIPT = """\
 import time
@@ -40,11 +40,11 @@ def sleeping(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def read(pid: int) -> stacks.Stack:
+def read(pid: int) -> call_stacks.Stack:
     """Read a stack, or skip the test if that is not possible."""
     try:
-        return stacks.read_stack(pid)
-    except stacks.CannotRead as why:
+        return call_stacks.read_stack(pid)
+    except call_stacks.CannotRead as why:
         pytest.skip(str(why))
 
 
@@ -56,12 +56,12 @@ def test_a_stack_names_files_lines_and_functions(sleeping: subprocess.Popen[str]
 def test_a_process_that_cannot_be_read_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    with pytest.raises(stacks.CannotRead):
-        stacks.read_stack(ended.pid)
+    with pytest.raises(call_stacks.CannotRead):
+        call_stacks.read_stack(ended.pid)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    with pytest.raises(stacks.CannotRead, match="pip install py-spy"):
-        stacks.read_stack(ended.pid)
+    with pytest.raises(call_stacks.CannotRead, match="pip install py-spy"):
+        call_stacks.read_stack(ended.pid)
 
 
 def test_ranks_come_in_the_order_of_their_numbers_and_others_are_left_out() -> None:
@@ -72,7 +72,7 @@ def test_ranks_come_in_the_order_of_their_numbers_and_others_are_left_out() -> N
     try:
         for process in started:  # before its program runs, a new process may not show its environment yet
             assert process.stdout is not None and process.stdout.readline() == b"\n"
-        assert stacks.workers_of(os.getpid())[-2:] == [started[2].pid, started[0].pid]
+        assert call_stacks.workers_of(os.getpid())[-2:] == [started[2].pid, started[0].pid]
     finally:
         for process in started:
             process.kill()
@@ -81,6 +81,6 @@ def test_ranks_come_in_the_order_of_their_numbers_and_others_are_left_out() -> N
 
 def test_waiting_for_missing_ranks_times_out() -> None:
     began = time.monotonic()
-    with pytest.raises(stacks.CannotRead, match="not stuck within 1 s"):
-        stacks.wait_until_stuck(os.getpid(), 2, "nothing.py", seconds=1)
+    with pytest.raises(call_stacks.CannotRead, match="not stuck within 1 s"):
+        call_stacks.wait_until_stuck(os.getpid(), 2, "nothing.py", seconds=1)
     assert time.monotonic() - began < 10

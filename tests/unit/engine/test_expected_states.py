@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tutorial_lib.config import Config
-from tutorial_lib.engine.expected import ParameterSizes, expected_states, on_device, parameter_sizes
+from tutorial_lib.engine.expected_states import ParameterSizes, expected_states, on_device, parameter_sizes
 
 SIZES = ParameterSizes((600, 200, 200))
 PSI = 1000

@@ -1,4 +1,4 @@
-"""Borders between the packages: the check notices a crossed one."""
+"""Import contracts between the packages: the check notices a forbidden import."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from tests.unit.repository.files import ROOT
         ("models/loading", "from tutorial_lib import trainer", "packages import only from the layers below"),
     ],
 )
-def test_a_crossed_border_is_seen(tmp_path: Path, module: str, forbidden: str, contract: str) -> None:
-    """`make lint` checks the borders; this breaks each contract once, to show that the check still works."""
+def test_a_forbidden_import_is_seen(tmp_path: Path, module: str, forbidden: str, contract: str) -> None:
+    """`make lint` checks the contracts; this breaks each contract once, to show that the check still works."""
     ignore = shutil.ignore_patterns("__pycache__", "*.safetensors", "*.json")
     shutil.copytree(ROOT / "tutorial_lib", tmp_path / "tutorial_lib", ignore=ignore)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)

@@ -72,7 +72,7 @@ class Writer:
         storage.fs = self.file_system
         return storage
 
-    def count(self, directory: Path, is_own: Callable[[str], bool] = lambda name: True) -> None:
+    def add_files(self, directory: Path, is_own: Callable[[str], bool] = lambda name: True) -> None:
         """Add files that a library wrote by itself.
 
         Args:
