@@ -199,10 +199,10 @@ def _best(answer: Answer) -> list[str]:
     fitting = sum(candidate.fits for candidate in answer.candidates)
     moment = "in backward" if best.moment == "backward" else f"at the {best.moment}"
     lines = [
-        f"Best: {describe(best)}: the best of {fitting} that fit, of {len(answer.candidates)}.",
+        f"Best: {describe(best)}. Of {len(answer.candidates)} layouts, {fitting} fit.",
         f"{best.tokens_per_gpu_second:,.0f} tokens/s per GPU, {best.seconds:.3g} s per step of "
-        f"{best.tokens // answer.workload.seq_length} sequences, accumulation {best.accumulation}; computing is "
-        f"{best.compute_seconds / best.seconds:.0%} of it. It peaks {moment}.",
+        f"{best.tokens // answer.workload.seq_length} sequences, accumulation {best.accumulation}; "
+        f"{best.compute_seconds / best.seconds:.0%} of that is computing. Memory peaks {moment}.",
         *(f"  {sentence}" for sentence in answer.why),
     ]
     if answer.fewer:

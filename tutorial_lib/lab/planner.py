@@ -196,7 +196,7 @@ def _finding(found: list[Candidate]) -> str:
     fitting = sum(c.fits for c in found)
     return (
         f"{_name(best)} with micro-batch {best.layout.micro_batch}: {best.tokens_per_gpu_second:,.0f} tokens/s per "
-        f"GPU, the best of {fitting} layouts that fit, of {len(found)}.{more}"
+        f"GPU. Of {len(found)} layouts, {fitting} fit.{more}"
     )
 
 

@@ -169,8 +169,8 @@ def saving_of_the_peak(rows: Sequence[Any]) -> Exercise:
             near=states_alone if abs(saved - saved_states) > 2 * tolerance else None,
         ),
         hints=[
-            "The step peaks stand in the table of the four stages.",
-            "Weights and optimizer states of stage 3 stand in the table with FSDP2, and the baseline there holds what "
+            "The step peaks are in the table of the four stages.",
+            "Weights and optimizer states of stage 3 are in the table with FSDP2, and the baseline there holds what "
             "stage 0 holds.",
         ],
         solution=f"{saved:.1f} %: {said}. The rest is mostly activations, which no stage divides. So find out what "

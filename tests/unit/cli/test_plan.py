@@ -419,7 +419,7 @@ def test_the_table_fits_100_columns_and_names_the_winner(capsys: pytest.CaptureF
         assert max(map(len, shown[: shown.index("\n\nBest" if "Best" in shown else "\n\nNothing")].splitlines())) <= 100
     assert main(USUAL) == 0
     shown = capsys.readouterr().out
-    assert "Best: dp=8 tp=1 ZeRO-1, offload none, micro-batch 2: the best of 28 that fit, of 29." in shown
+    assert "Best: dp=8 tp=1 ZeRO-1, offload none, micro-batch 2. Of 29 layouts, 28 fit." in shown
     assert "dimensions: llama-2-7b's, the public model of about this size" in shown
     assert "peak may be below state + activ + bufs" in shown
 
