@@ -8,10 +8,14 @@ Workers write records instead of printing; notebooks, tests and the command line
     one row per optimizer step: ``step, epoch, loss, tokens, grad_norm, lr, seconds``;
 ``result.json``
     how the run ended: losses, speed, memory per rank, versions;
+``restarts.json``
+    under Ray: which rank failed, and at which step the run went on;
 ``checkpoints/step-NNNNNNNN/``
     see :mod:`tutorial_lib.checkpoint`;
 ``.lock``, ``.launch.lock``
     held while the run trains, and while its launcher runs: see :mod:`tutorial_lib.checkpoint.lock`;
+``.stop-requested``
+    asks the ranks to save and stop;
 ``logs/rank-NNN.log``, ``logs/rank-NNN.error.json``
     a worker's output, and its traceback if it failed;
 ``logs/memory-JOB.START-NODE.jsonl``

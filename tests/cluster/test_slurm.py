@@ -69,7 +69,7 @@ class Job:
 
         self.cluster.wait_until(is_queued, SECONDS, "the job is queued again")
 
-    def go_on_soon(self, **changes: str) -> None:
+    def resume_soon(self, **changes: str) -> None:
         """Wait until the job is back in the queue, and let it start after three seconds instead of two minutes.
 
         Not at once: a node rejects a credential issued in the second in which the old one expired.
@@ -132,7 +132,7 @@ def test_a_job_saves_before_its_time_limit_and_resumes_after_a_requeue(
     job.submit()
     job.wait_for_step(2)
     cluster.run(["scancel", "--batch", "--signal=USR1", job.id])
-    job.go_on_soon()
+    job.resume_soon()
     stopped_at = job.run.result()["step"]
     assert job.run.result()["stopped_by"] == "SIGUSR1" and stopped_at < STEPS
     assert job.finish() == "COMPLETED", job.output.read_text()
@@ -170,7 +170,7 @@ def test_a_preempted_job_saves_and_resumes_later_and_a_cancelled_one_saves(clust
     assert cluster.wait_for_end(first, SECONDS) == "COMPLETED"
     stopped_at = job.run.result()["step"]
     assert job.run.result()["stopped_by"] == "SIGUSR1"
-    job.go_on_soon()
+    job.resume_soon()
     cluster.wait_until(lambda: job.run.rows()[-1]["step"] > stopped_at, SECONDS, "the job goes on")
     cluster.run(["scancel", job.id])
     assert job.finish() == "CANCELLED"
@@ -193,7 +193,7 @@ def test_a_job_continues_on_another_node_when_its_node_fails(
     job.wait_for_step(11)
     cluster.nodes.nodes[1].kill()
     last = job.run.rows()[-1]["step"]
-    job.go_on_soon(ExcNodeList="")
+    job.resume_soon(ExcNodeList="")
     assert job.finish() == "COMPLETED", job.output.read_text()
     assert cluster.job(job.id)["BatchHost"] == "node1"
     resumed_from = job.run.result()["resumed_from"]

@@ -114,7 +114,7 @@ def way(request, monkeypatch):
 
 
 @pytest.mark.usefixtures("light", "way")
-def test_a_failing_rank_is_shown_in_its_own_words_and_the_server_lives_on(tmp_path):
+def test_a_failing_rank_is_shown_in_its_own_words_and_the_server_keeps_running(tmp_path):
     before = launch_reporting_ranks(tmp_path, "before")
     with pytest.raises(launch.WorkerError, match=r"could not record its error. It printed:\nValueError: of ") as error:
         launch.run_all([config(tmp_path, "fails")], worker=FAILING)

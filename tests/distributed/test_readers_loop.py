@@ -167,7 +167,7 @@ def test_both_checkpoints_have_the_same_files_and_state(directory, begun, uninte
         assert state[part] == expected[part], part
 
 
-def test_files_are_written_in_the_background_and_old_checkpoints_go(directory, begun, uninterrupted):
+def test_files_are_written_in_the_background_and_old_checkpoints_are_deleted(directory, begun, uninterrupted):
     assert begun["background"] == losses_of(uninterrupted)
     kept = RunDirectory(directory / "runs" / "background").checkpoints.iterdir()
     assert sorted(path.name for path in kept) == [f"step-{step:08d}" for step in (END - 1, END)]

@@ -70,7 +70,7 @@ def test_in_bf16_the_loss_differs_by_what_bf16_rounds(first_steps):
 
 
 @pytest.mark.parametrize(("engine", "model"), CASES)
-def test_the_peak_is_without_the_logits(first_steps, record_property, engine, model):
+def test_the_peak_does_not_contain_the_logits(first_steps, record_property, engine, model):
     """In chunks, the largest tensors have the size of the output layer's weight."""
     peak = first_steps[engine, model, 16]["peak"]
     record_property("peak_mib", round(peak / 2**20, 1))

@@ -177,12 +177,12 @@ def test_evaluation_matches_one_process(observed, ranks, case, variant):
         (
             "tensor_parallel.seed_of_each_rank",
             "RanksDisagree",
-            r"At step 1 ranks \[0, 1\] .* its losses differ: (\d+\.\d{6}), (?!\1)\d+\.\d{6}\. Look at the seed",
+            r"At step 1 ranks \[0, 1\] .* their losses differ: (\d+\.\d{6}), (?!\1)\d+\.\d{6}\. Look at the seed",
         ),
         (
             "tensor_parallel.row_all_reduce_skipped",
             "RanksDisagree",
-            r"its losses differ: .* and at the all-reduce of the row-parallel",
+            r"their losses differ: .* and at the all-reduce of the row-parallel",
         ),
         (
             "tensor_parallel.projections_not_split",

@@ -37,13 +37,13 @@ def unpack_missing(wheels: Path, site: Path) -> dict[str, str]:
     origins = {}
     for package, module in MODULES.items():
         if importlib.util.find_spec(module) is not None:
-            origins[package] = "was there"
+            origins[package] = "was already installed"
         elif found := sorted(wheels.glob(f"{package.replace('-', '_')}-*.whl")):
             with zipfile.ZipFile(found[-1]) as wheel:
                 wheel.extractall(site)
             origins[package] = found[-1].name
         else:
-            origins[package] = "missing, and there is no wheel of it"
+            origins[package] = "missing, and there is no wheel for it"
     return origins
 
 

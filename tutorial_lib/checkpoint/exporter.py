@@ -62,7 +62,7 @@ def export(path: Path, target: Path, max_shard_size: str = MAX_SHARD_SIZE) -> Pa
             "weight_map": {name: file for file, names in files.items() for name in names},
         }
         (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    _describe(path / "model", partial)
+    _write_description(path / "model", partial)
     for written in [*partial.rglob("*"), partial]:
         sync(written)
     os.replace(partial, target)
@@ -109,7 +109,7 @@ def _write_safetensors(path: Path, outlines: dict[str, Tensor], tensors: Iterato
             file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _describe(model: Path, target: Path) -> None:
+def _write_description(model: Path, target: Path) -> None:
     """Write the configuration of the exported weights, and copy the tokenizer and the model's other files."""
     from transformers import AutoConfig, AutoModelForCausalLM
 

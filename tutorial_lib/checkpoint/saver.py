@@ -70,8 +70,9 @@ def save(
         topology: this rank's place in the grid.
         state: the rest of the run's state.
         side_files: saved along with the model's configuration, for exports; None except on rank 0.
-        stager: from :func:`make_stager`. Training may then continue as soon as this returns, because the files are
-            written from a snapshot. Without a stager, all files are written when this returns.
+        stager: from :func:`tutorial_lib.checkpoint.rank_writer.make_stager`. Training may then continue as soon as
+            this returns, because the files are written from a snapshot. Without a stager, all files are written when
+            this returns.
         make_writer: makes the writer of this rank's files.
     """
     began = time.perf_counter()
@@ -103,11 +104,11 @@ def save(
             },
         }
         text = json.dumps(trainer, indent=2)
-        writer.submit(_describe, writer, partial, text, engine.module.config, side_files)
+        writer.submit(_write_description, writer, partial, text, engine.module.config, side_files)
     return Save(state.step, partial, final, topology, writer, time.perf_counter() - began)
 
 
-def _describe(writer: Writer, partial: Path, trainer: str, config: Any, side_files: SideFiles) -> None:
+def _write_description(writer: Writer, partial: Path, trainer: str, config: Any, side_files: SideFiles) -> None:
     side_files.save(partial / "model", config)
     writer.add_files(partial / "model")
     with writer.file_system.create_stream(partial / "trainer.json", "wb") as stream:

@@ -209,7 +209,7 @@ class TinyCopy:
             reason = str(error).strip().partition("\n")[0].rstrip(".")
             return f"its code fails with {type(error).__name__}: {reason}."
         if not all(logits.isfinite().all() for logits in together):
-            return "its logits are not numbers, or infinite: look for such a value in its config.json."
+            return "its logits are NaN or infinite: look for such a value in its config.json."
         if _differ(with_another_end[0][:-1], together[0][:-1]):
             return "it is not causal: a token sees the tokens after it, so there is nothing left to predict."
         if any(map(_differ, together, alone)):

@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -79,12 +78,6 @@ def wait_until_stuck(launcher: int, num_ranks: int, script: str, *, seconds: flo
         before = now
         time.sleep(1)
     raise CannotRead(f"the ranks were not stuck within {seconds:.0f} s")
-
-
-def calls_in(stack: Sequence[str], script: str) -> list[str]:
-    """Return a stack's innermost call, then all calls that are in the script, innermost first."""
-    own = [place for place, call in enumerate(stack) if call.startswith(f"{script}:")]
-    return [*list(stack[:1]), *(stack[place] for place in own)]
 
 
 def _is_inside(stack: Stack, script: str) -> bool:

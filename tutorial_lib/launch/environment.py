@@ -92,7 +92,7 @@ def _check_rendezvous(world_size: int) -> None:
         return
     start = "Start the ranks with torchrun, which sets all of them; or, for a run of one process, unset RANK."
     if missing := [name for name in RENDEZVOUS if not os.environ.get(name)]:
-        raise ConfigError(f"RANK is set, but {', '.join(missing)} is not. {start}")
+        raise ConfigError(f"RANK is set without {', '.join(missing)}. {start}")
     for name in RENDEZVOUS:
         if name != "MASTER_ADDR" and not os.environ[name].isdecimal():
             raise ConfigError(f"{name} is {os.environ[name]!r}, not a whole number. {start}")

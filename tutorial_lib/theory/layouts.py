@@ -201,7 +201,7 @@ def missing_for(workload: Workload, engine: str) -> list[str]:
     """List the features that every layout of a workload needs and this course's engines lack."""
     needs = {
         "LoRA": workload.lora_rank > 0,
-        f"moments in {workload.moments}": workload.moments != "fp32",
+        f"{workload.moments} moments": workload.moments != "fp32",
         "fp16 under FSDP2": engine == "fsdp" and workload.precision == "fp16",
     }
     return [name for name, is_needed in needs.items() if is_needed]

@@ -14,8 +14,6 @@ compute. Not checked by a run: this course's engines have no pipeline.
 
 from __future__ import annotations
 
-SCHEDULES = ("1f1b", "interleaved")
-
 
 def bubble_share(stages: int, micro_batches: int, chunks: int = 1) -> float:
     """Return a stage's idle time as a share of its compute time.

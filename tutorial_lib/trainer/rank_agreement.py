@@ -56,7 +56,7 @@ def check_losses(topology: Topology, step: int | None, losses: Sequence[float]) 
         own = [losses[rank] for rank in ranks]
         if max(own) - min(own) > SAME_LOSS * max(map(abs, own)):
             raise RanksDisagree(
-                f"{_at(step)} ranks {ranks} share every layer and read the same batch, but the sums of its losses "
+                f"{_at(step)} ranks {ranks} share every layer and read the same batch, but their losses "
                 f"differ: {', '.join(f'{number:.6f}' for number in own)}. Look at the seed, which must be the same "
                 "within a tensor-parallel group (dropout masks and random weights depend on it), and at the all-reduce "
                 "of the row-parallel layers."

@@ -40,7 +40,7 @@ def assert_same_states(run: RunDirectory, reference: RunDirectory) -> None:
             assert found.moment(name, moment).equal(expected.moment(name, moment)), (name, moment)
 
 
-def assert_trained_on_during_the_save(left: RunDirectory) -> None:
+def assert_training_continued_during_the_save(left: RunDirectory) -> None:
     """Check that a launch ended during its second save, which ran in the background while more steps were trained."""
     partial, saved = sorted(path.name for path in left.checkpoints.iterdir())
     assert partial.startswith(".partial-step-00000004-") and saved == "step-00000002"

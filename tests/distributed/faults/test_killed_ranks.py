@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.faults.checks import assert_trained_on_during_the_save
+from tests.distributed.faults.checks import assert_training_continued_during_the_save
 from tests.distributed.faults.outcomes import RESUMES
 from tutorial_lib.records import RunDirectory
 
@@ -65,7 +65,7 @@ def test_killed_while_it_writes_in_the_background(
 ) -> None:
     assert_recovers_from_a_kill("killed.in_write", rank=1)
     left = RunDirectory(directory / "runs/killed.in_write")
-    assert_trained_on_during_the_save(left)
+    assert_training_continued_during_the_save(left)
     half, full = (
         next(left.checkpoints.glob(f"{step}*/engine/engine/*zero_pp_rank_1_*optim_states.pt")).stat().st_size
         for step in (".partial-step-00000004", "step-00000002")

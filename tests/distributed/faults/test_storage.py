@@ -15,7 +15,7 @@ import pytest
 
 from tests.distributed.cases import crashing
 from tests.distributed.faults import small_storage
-from tests.distributed.faults.checks import assert_all_intact, assert_trained_on_during_the_save
+from tests.distributed.faults.checks import assert_all_intact, assert_training_continued_during_the_save
 from tests.distributed.faults.outcomes import RESUMES
 from tests.distributed.observing.comparing import Observed, assert_identical
 from tests.support.launching import ROOT
@@ -70,7 +70,7 @@ def test_a_limit_on_file_sizes_in_the_background(assert_recovers: Callable[..., 
     first = said.splitlines()[0]
     assert first.startswith("Rank 1 of run 'storage.limit_in_write' failed with OSError: [Errno 27] File too large")
     assert re.search(r"/\.partial-step-00000004-[0-9a-f]{8}/engine/engine/", first)
-    assert_trained_on_during_the_save(RunDirectory(directory / "runs/storage.limit_in_write"))
+    assert_training_continued_during_the_save(RunDirectory(directory / "runs/storage.limit_in_write"))
 
 
 def start_of(report: dict[str, Any]) -> str:

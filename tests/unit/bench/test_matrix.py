@@ -52,7 +52,7 @@ def run(config: Config, runs: Runs, **options) -> Matrix:
     return run_matrix("zero-stages", config, rows=ROWS, run=runs, sample_interval=0.1, **options)
 
 
-def test_every_row_is_a_run_of_its_own_and_kept_at_once(config):
+def test_every_row_is_a_run_of_its_own_and_saved_when_it_ends(config):
     runs = Runs()
     matrix = run(config, runs)
     assert runs.began == list(ROWS)

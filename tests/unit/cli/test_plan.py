@@ -390,7 +390,7 @@ def test_remedies_do_what_they_say() -> None:
 
 
 @pytest.mark.parametrize("size", [7e9, 70e9, 175e9])
-def test_the_smallest_number_of_gpus_is_the_smallest(size: float) -> None:
+def test_fewer_gpus_than_smallest_gpus_returns_do_not_fit(size: float) -> None:
     task, machine = work(size), cluster(1, host_memory=1e9)
     smallest = smallest_gpus(task, machine)
     assert smallest is not None
@@ -555,7 +555,7 @@ def test_the_command_names_the_model_that_was_planned(
     [
         (["--model-size", "1.5e9", "--gpus", "4", "--gpu", "v100", "--engine", "fsdp"], "fp16 under FSDP2"),
         (["--model", "gpt2", "--gpus", "1", "--gpu", "l4", "--lora", "8"], "LoRA"),
-        (["--model", "gpt2", "--gpus", "1", "--gpu", "l4", "--moments", "8bit"], "moments in 8bit"),
+        (["--model", "gpt2", "--gpus", "1", "--gpu", "l4", "--moments", "8bit"], "8bit moments"),
     ],
 )
 def test_no_command_is_printed_that_train_refuses(

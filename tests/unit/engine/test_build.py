@@ -58,7 +58,7 @@ def test_a_position_in_a_schedule_holds_for_another_number_of_parameter_groups()
     assert [group["lr"] for group in optimizer.param_groups] == [first.rate] * 3
 
 
-def test_a_configuration_without_what_its_deepspeed_file_states_is_refused():
+def test_a_configuration_that_omits_what_its_deepspeed_file_states_is_refused():
     config = Config.create(dp=1, deepspeed="zero2")
     with pytest.raises(ConfigError, match=r"deepspeed='zero2' contains settings.*launch\.preflight"):
         build_engine(config, ALONE, 1)

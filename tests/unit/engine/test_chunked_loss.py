@@ -66,7 +66,7 @@ def test_a_batch_without_labels_has_logits():
     assert logits.shape[:2] == (2, 16)
 
 
-def test_the_peak_is_without_the_logits(tmp_path):
+def test_the_peak_does_not_contain_the_logits(tmp_path):
     """With a vocabulary of 40,000, the logits and their gradient are the largest tensors of the step."""
     vocabulary, rows, tokens = 40_000, 4, 128
     altered_model("embedded/gpt2", tmp_path / "large", vocab_size=vocabulary, n_embd=32, n_layer=1, n_head=2)

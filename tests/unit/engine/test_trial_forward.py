@@ -104,7 +104,7 @@ def test_a_family_that_changes_its_logits_is_refused_with_loss_chunks(family, ch
 
 
 def test_logits_that_are_not_numbers_are_refused():
-    with pytest.raises(ConfigError, match=r"its logits are not numbers, or infinite: look .* config\.json"):
+    with pytest.raises(ConfigError, match=r"its logits are NaN or infinite: look .* config\.json"):
         trial(AutoConfig.for_model("gpt2", layer_norm_epsilon=float("nan")), "longest")
 
 

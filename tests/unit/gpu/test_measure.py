@@ -164,8 +164,8 @@ def test_only_missing_packages_are_unpacked(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(packages, "MODULES", modules)
     assert packages.unpack_missing(wheels, tmp_path / "site") == {
         "no-such-package": "no_such_package-1.0-py3-none-any.whl",
-        "hjson": "was there",
-        "nor-this": "missing, and there is no wheel of it",
+        "hjson": "was already installed",
+        "nor-this": "missing, and there is no wheel for it",
     }
     assert sorted(path.name for path in (tmp_path / "site").iterdir()) == [
         "no_such_package", "no_such_package-1.0.dist-info"

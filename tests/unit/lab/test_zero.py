@@ -47,7 +47,7 @@ def test_a_question_without_a_choice_is_refused(num_params: int, rest_gb: int) -
         zero.which_stage(num_params, num_ranks=8, gpu_gb=80, rest_gb=rest_gb)
 
 
-def test_a_running_mean_begins_with_as_many_values_as_there_are() -> None:
+def test_the_first_running_means_average_fewer_values() -> None:
     assert zero.smooth([4.0, 2.0, 3.0, 7.0], window=2) == [4.0, 3.0, 2.5, 5.0]
 
 

@@ -66,8 +66,8 @@ def test_under_torchrun_another_launcher_is_refused(monkeypatch, capsys, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"MASTER_ADDR": None}, "RANK is set, but MASTER_ADDR is not. Start the ranks with torchrun"),
-        ({"MASTER_ADDR": None, "WORLD_SIZE": None}, "RANK is set, but WORLD_SIZE, MASTER_ADDR is not"),
+        ({"MASTER_ADDR": None}, "RANK is set without MASTER_ADDR. Start the ranks with torchrun"),
+        ({"MASTER_ADDR": None, "WORLD_SIZE": None}, "RANK is set without WORLD_SIZE, MASTER_ADDR"),
         ({"RANK": "one"}, "RANK is 'one', not a whole number"),
         ({"RANK": "2"}, "RANK is 2, but WORLD_SIZE is 1"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but dp x tp asks for 1 ranks, so the run would hang"),

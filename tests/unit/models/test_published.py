@@ -26,7 +26,7 @@ def test_the_model_has_as_many_parameters_as_the_published_one(name):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_its_tokenizer_is_its_familys_and_below_its_vocabulary(name):
+def test_a_published_model_gets_its_familys_tokenizer_and_no_id_beyond_its_vocabulary(name):
     config, tokenizer = load_config(f"published/{name}"), load_tokenizer(f"published/{name}")
     assert config.vocab_size == VOCABULARIES[name]
     assert max(tokenizer.get_vocab().values()) < config.vocab_size
