@@ -24,8 +24,6 @@ OFFLINE = {
 }
 SEVERAL_PROCESSES_ON_FEW_CORES = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 ROOT = str(Path(__file__).resolve().parents[1])
-SET_FOR_GOOD = ("PYTEST_CURRENT_TEST", "DS_ACCELERATOR", "RAY_", "PYTORCH_NVML_BASED_CUDA_CHECK")
-"""First letters of environment variables that pytest or a library sets once for the whole process."""
 MARK, SESSION = "TUTORIAL_LIB_TEST_SESSION", uuid.uuid4().hex
 GRACE_SECONDS = 20
 """Seconds for Ray's daemons and killed workers to end."""
@@ -49,18 +47,20 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def process_left_as_found() -> Iterator[None]:
-    """Fail if a file changes what later files of this pytest process see: signal handlers, environment, directory."""
+    """Fail if a file changes what later files of this pytest process see: signal handlers, variables, the directory.
+
+    New variables are not counted, because many libraries set some of their own when they are first imported.
+    """
     before = _state_of_process()
     yield
     after = _state_of_process()
-    changed = {name: (before.get(name), now) for name in before | after if before.get(name) != (now := after.get(name))}
+    changed = {name: (was, after.get(name)) for name, was in before.items() if after.get(name) != was}
     assert not changed, f"the tests of this file left changes behind (before, after): {changed}"
 
 
 def _state_of_process() -> dict[str, object]:
     handlers = {number.name: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    variables = {name: value for name, value in os.environ.items() if not name.startswith(SET_FOR_GOOD)}
-    return {**handlers, **variables, "directory": os.getcwd()}
+    return {**handlers, **os.environ, "PYTEST_CURRENT_TEST": "", "directory": os.getcwd()}
 
 
 @pytest.hookimpl(trylast=True)

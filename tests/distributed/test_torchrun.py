@@ -61,7 +61,7 @@ def test_torchrun_variables_exported_by_hand(directory, monkeypatch, capsys):
     config = small_runs.config(directory, name="by-hand", launcher="none", engine="fsdp")
     monkeypatch.setenv("RANK", "0")
     assert cli.main(train_command(config)[1:]) == cli.BAD_CONFIGURATION
-    assert "RANK is set, but LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not." in capsys.readouterr().err
+    assert "RANK is set without LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT." in capsys.readouterr().err
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
     for name, value in zip(RENDEZVOUS[1:], ("0", "2", "127.0.0.1", port), strict=True):
