@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from tutorial_lib import checkpoint
 from tutorial_lib.measure.memory import peak_memory
 from tutorial_lib.mpu.collectives import all_gather_objects
+from tutorial_lib.mpu.device import device_name
 
 if TYPE_CHECKING:
     from tutorial_lib.trainer.loop import Trainer
@@ -31,7 +33,7 @@ class Result:
         eval_loss_before: evaluation loss before the first step; ``eval_loss`` at the end, ``eval_losses`` in between.
         tokens_per_second: speed of this start without its first step, which allocates and compiles.
         saves: seconds and bytes of each save of this start.
-        ranks: peak memory of each rank, and the measurements of its probe.
+        ranks: each rank's device, the number of ranks on its node, its peak memory, and its probe's measurements.
         facts: extra entries that only some kinds of training have, by name.
     """
 
@@ -79,6 +81,8 @@ def collect_result(trainer: Trainer, eval_loss: float | None, facts: dict[str, A
     loaders: dict[str, Any] = {"train": trainer.loader, "eval": trainer.evaluator and trainer.evaluator.loader}
     own = {
         "rank": trainer.topology.rank,
+        "device": device_name(trainer.engine.device),
+        "ranks_on_node": int(os.environ.get("LOCAL_WORLD_SIZE", trainer.topology.dp * trainer.topology.tp)),
         "peak_memory_bytes": peak_memory(trainer.engine.device),
         "measured": trainer.measured,
     }

@@ -1,4 +1,4 @@
-"""Runs in the planner's terms: the predicted peak of a step, beside peaks that real runs have measured."""
+"""Runs in the planner's terms: predicted peaks beside those that real runs have measured, and predicted seconds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ import pytest
 
 from tutorial_lib.config import Config
 from tutorial_lib.engine.deepspeed.config import apply_file
-from tutorial_lib.engine.planned import predict_step_peak
+from tutorial_lib.engine.planned import predict_step_peak, predict_step_seconds, workload_and_layout
+from tutorial_lib.models.dimensions import read_config
+from tutorial_lib.theory.cost import evaluate
+from tutorial_lib.theory.hardware import find_product
+from tutorial_lib.theory.layouts import Cluster
 
 MIB = 2**20
 
@@ -54,4 +58,48 @@ def test_a_file_may_leave_its_bucket_to_the_trainer_or_to_deepspeed(tmp_path, st
 
 
 def test_a_model_sharded_at_load_has_no_prediction():
-    assert predict_step_peak(hugging_face(shard_at_load=True)) is None
+    sharded = hugging_face(shard_at_load=True)
+    assert predict_step_peak(sharded) is None and predict_step_seconds(sharded, ranks("NVIDIA H200")) is None
+
+
+def ranks(*devices: str, on_node: int = 2) -> list[dict[str, object]]:
+    """Return the entries of two ranks in ``result.json``: on the same device, or on one each."""
+    return [{"device": device, "ranks_on_node": on_node} for device in (devices * 2)[:2]]
+
+
+def test_seconds_are_the_planners_for_these_devices():
+    config = apply_file(Config.create("cpu", dp=2, zero_stage=2, precision="bf16", model="embedded/gpt2"))
+    workload, layout = workload_and_layout(config, *read_config("embedded/gpt2"))
+    one_node, two_nodes = (
+        evaluate(workload, Cluster.of("h100", 2, "bf16", gpus_per_node=per_node), layout).seconds for per_node in (2, 1)
+    )
+    assert predict_step_seconds(config, ranks("NVIDIA H100 80GB HBM3")) == one_node
+    assert predict_step_seconds(config, ranks("NVIDIA H100 80GB HBM3", on_node=1)) == two_nodes > one_node
+
+
+@pytest.mark.parametrize(
+    "devices",
+    [
+        ("cpu",),
+        ("NVIDIA H100 PCIe",),  # slower than the preset, without NVLink
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb",),
+        ("NVIDIA H100 80GB HBM3", "NVIDIA H200"),
+        ("Tesla V100-SXM2-32GB",),  # has no bf16
+    ],
+)
+def test_unknown_or_mixed_devices_have_no_predicted_seconds(devices):
+    config = apply_file(Config.create("cpu", dp=2, precision="bf16", model="embedded/gpt2"))
+    assert predict_step_seconds(config, ranks(*devices)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "a100-80"), ("NVIDIA A100-SXM4-40GB", "a100-40"), ("NVIDIA L4", "l4"),
+        ("NVIDIA L40S", "l40s"), ("NVIDIA GeForce RTX 4090", "rtx4090"), ("Tesla V100-SXM2-16GB", "v100"),
+        ("AMD Instinct MI300X", "mi300x"), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA L40", None),
+        ("NVIDIA GH200 480GB", None),
+    ],
+)  # fmt: skip
+def test_presets_are_found_by_the_drivers_name(name, preset):
+    assert find_product(name) == preset
