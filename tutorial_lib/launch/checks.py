@@ -80,7 +80,9 @@ def preflight(config: Config) -> Config:
     found = latest(RunDirectory(config.directory))
     has_data = reads_data(config.run, found)
     if has_data:
-        check_data(config, tokenizer)
+        warning = check_data(config, tokenizer)
+        if warning and not joined_rank(config):
+            _LOG.warning(warning)
     if found:
         # Under Ray, the tokens may exist on the workers' machines only, so the workers compare them.
         compares = has_data and config.run.launcher != "ray"
