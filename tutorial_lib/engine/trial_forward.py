@@ -231,9 +231,9 @@ class TinyCopy:
             return _failure(error)
         if not all(logits.isfinite().all() for logits in together):
             return "its logits are not numbers, or infinite: look for such a value in its config.json."
-        if _differ(with_another_end[0][:-1], together[0][:-1]):
+        if differ(with_another_end[0][:-1], together[0][:-1]):
             return "it is not causal: a token sees the tokens after it, so there is nothing left to predict."
-        if any(map(_differ, together, alone)):
+        if any(map(differ, together, alone)):
             return "a document's logits depend on its row, so it sees other documents or padding, or misses tokens."
         return None
 
@@ -315,6 +315,7 @@ def _failure(error: Exception) -> str:
     return f"its code fails with {type(error).__name__}: {reason}."
 
 
-def _differ(left: torch.Tensor, right: torch.Tensor) -> bool:
+def differ(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Return whether logits differ by more than rounding does."""
     scale = max([1.0, *right.abs().flatten().tolist()])
     return not torch.allclose(left, right, atol=_TOLERANCE * scale, rtol=0)
