@@ -83,7 +83,7 @@ def train_copy(config: Config, build: Callable[[Config], Engine]) -> None:
             _LOG.warning("A tiny copy of %r failed:", m.name, exc_info=error)
             raise _refusal(config, model_config.model_type, error) from error
     if at_load:
-        changed = differ(logits, tiny.forward(model_inputs(batch, torch.device("cpu"))))
+        changed = differ(logits.cpu(), tiny.forward(model_inputs(batch, torch.device("cpu"))))
         if any(all_gather_objects(changed)):  # all ranks, so that none waits for the others
             refused, others = _engine_and_others(config)
             raise ConfigError(
