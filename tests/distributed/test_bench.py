@@ -75,6 +75,9 @@ def test_memory_and_speed_are_measured(matrix):
             assert row.process_tree.num_samples >= 5
             assert 0 < row.step_seconds < row.train_seconds < row.wall_seconds
             assert row.steps_per_epoch == 8 and len(row.eval_losses) == 1
+            ranks = matrix.run_directory(row.name).result()["ranks"]
+            assert {(rank["device"], rank["ranks_on_node"]) for rank in ranks} == {("cpu", row.world_size)}
+            assert row.predicted_step_seconds is None  # there is no preset for a CPU
 
 
 def test_an_interrupted_retry_keeps_all_other_rows_and_can_be_continued(matrix, capsys):

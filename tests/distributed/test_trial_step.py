@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import time
@@ -26,14 +27,30 @@ ENGINES = {
     "FSDP2": {"engine": "fsdp"},
     "DDP": {"engine": "fsdp", "sharding": "no_shard"},
     "tensor parallel": {"engine": "fsdp", "dp": 1, "tp": 2},
+    "split at load": {"engine": "trainer", "shard_at_load": True},
 }
+
+OWN_CODE = """
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+    def __init__(self, config):
+        super().__init__(config)
+        self.unused = nn.Linear(4, 4)
+"""
 
 
 def tried(directory: Path, family: str, engine: str, batching: str = "longest") -> tuple[str, float]:
     """Return what a trial on two ranks says about a family with its default sizes, and the seconds it takes."""
     model = directory / family
-    AutoConfig.for_model(family).save_pretrained(model)
-    flat = {"dp": 2, "global_batch": 4, "batching": batching} | ENGINES[engine]
+    if family == "own":
+        ship_code(model)
+    else:
+        AutoConfig.for_model(family).save_pretrained(model)
+    flat = {"dp": 2, "global_batch": 4, "batching": batching, "trust_remote_code": family == "own"} | ENGINES[engine]
     config = Config.create(model=str(model), **flat)
 
     def try_it() -> tuple[str, float]:
@@ -53,6 +70,14 @@ def tried(directory: Path, family: str, engine: str, batching: str = "longest") 
     return first
 
 
+def ship_code(model: Path) -> None:
+    """Write a model that comes with its own code, in which a layer is never used."""
+    model.mkdir()
+    (model / "own.py").write_text(OWN_CODE)
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (model / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": classes}))
+
+
 @pytest.mark.parametrize(
     ("family", "engine", "reason", "instead"),
     [
@@ -60,6 +85,8 @@ def tried(directory: Path, family: str, engine: str, batching: str = "longest") 
         ("rwkv", "ZeRO-3 in a file", r"modeling_rwkv\.py, line \d+, fails with IndexError", "Try zero_stage=2, or "),
         ("bart", "DDP", "fails with RuntimeError: Expected to have finished reduction", "Try sharding='full_shard', "),
         ("blenderbot", "DDP", "fails with RuntimeError: Expected to have", "Try sharding='full_shard', "),
+        ("own", "DDP", "fails with RuntimeError: Expected to have finished reduction", "Try sharding='full_shard', "),
+        ("falcon_h1", "split at load", "its logits are different ones after transformers", "Try shard_at_load=False"),
         ("falcon_h1", "FSDP2", r"fails with RuntimeError: .*mixed torch\.Tensor and DTensor", "or engine='deepspeed'"),
     ],
 )
@@ -72,7 +99,7 @@ def test_a_family_that_the_engine_cannot_train_is_refused(tmp_path, family, engi
 @pytest.mark.parametrize(
     ("family", "engine", "batching"),
     [*(("llama", engine, "packed") for engine in ENGINES), ("mamba", "ZeRO-3", "longest"), ("rwkv", "DDP", "longest"),
-     ("bart", "FSDP2", "longest"), ("falcon_h1", "DDP", "longest")],
+     ("own", "FSDP2", "longest"), ("bart", "FSDP2", "longest"), ("falcon_h1", "DDP", "longest")],
 )  # fmt: skip
 def test_a_family_that_the_engine_can_train_passes_quickly(tmp_path, family, engine, batching):
     message, seconds = tried(tmp_path, family, engine, batching)

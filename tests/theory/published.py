@@ -11,7 +11,6 @@ from typing import Any
 
 from tutorial_lib.theory.cost import Candidate, evaluate
 from tutorial_lib.theory.dimensions import Dimensions
-from tutorial_lib.theory.hardware import GPUS, peak_flops
 from tutorial_lib.theory.known_models import MODELS
 from tutorial_lib.theory.layouts import Cluster, Layout, Workload
 
@@ -47,14 +46,7 @@ class Published:
 
 
 def _cluster(gpu: str, gpus: int, precision: str = "bf16", **changes: Any) -> Cluster:
-    preset = GPUS[gpu]
-    return Cluster(
-        **{
-            "gpus": gpus, "gpu_memory": preset.memory, "gpu_flops": peak_flops(gpu, precision),
-            "efficiency": preset.efficiency, "memory_bandwidth": preset.memory_bandwidth, "within": preset.within,
-            "between": preset.between, "host_link": preset.host_link, **changes,
-        }
-    )  # fmt: skip
+    return Cluster.of(gpu, gpus, precision, **changes)
 
 
 def _work(model: Dimensions, seq_length: int, global_batch: int, **changes: Any) -> Workload:

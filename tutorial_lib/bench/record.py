@@ -74,6 +74,7 @@ class RowRecord:
         predicted_device_states: the part of these that stays on the device despite offload.
         peak_bytes: most bytes that any rank allocated in one step, beyond what existed before it.
         predicted_peak_bytes: the planner's prediction for it; None if it has none for such a run.
+        predicted_step_seconds: the planner's prediction for ``step_seconds``; None if no preset describes the devices.
         note: remark about these numbers.
     """
 
@@ -103,6 +104,7 @@ class RowRecord:
     predicted_device_states: tuple[ModelStates, ...] = ()
     peak_bytes: int | None = None
     predicted_peak_bytes: float | None = None
+    predicted_step_seconds: float | None = None
     note: str | None = None
 
     @property
@@ -168,7 +170,7 @@ def measure_row(name: str, run: Run, log: Path, *, wall_seconds: float) -> RowRe
         wall_seconds: the run's duration, including the start of its processes.
     """
     from tutorial_lib.engine.expected_states import expected_states, on_device, parameter_sizes
-    from tutorial_lib.engine.predicted_peak import predict_step_peak
+    from tutorial_lib.engine.predictions import predict_step_peak, predict_step_seconds
 
     config, result = run.config, run.result
     steady, note = _steady_steps(run)
@@ -202,6 +204,7 @@ def measure_row(name: str, run: Run, log: Path, *, wall_seconds: float) -> RowRe
         predicted_device_states=tuple(on_device(config.engine, each) for each in predicted),
         peak_bytes=max((sum(each["peak_bytes"].values()) for each in measured if each), default=None),
         predicted_peak_bytes=predict_step_peak(config),
+        predicted_step_seconds=predict_step_seconds(config, result["ranks"]),
         note="; ".join(filter(None, (note, _shared_cores(config)))) or None,
     )
 

@@ -15,7 +15,7 @@ from tutorial_lib.measure.sampler_log import MIB
 from tutorial_lib.records import write_atomically
 from tutorial_lib.tables import Table
 
-NOT_MEASURED = "not measured"
+NOT_MEASURED, NOT_PREDICTED = "not measured", "not predicted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +27,14 @@ class Column:
         about: ``speed`` or ``memory``; ``both`` for columns that every table shows.
         value: function from a row to a number, a text, or None if it was not measured.
         form: format of a number.
+        absent: text for a finished row without a value.
     """
 
     title: str
     about: str
     value: Callable[[RowRecord], Any]
     form: str = ".4g"
+    absent: str = NOT_MEASURED
 
 
 def _mib(num_bytes: float | None) -> float | None:
@@ -68,6 +70,7 @@ def columns(experiment: str, rows: Sequence[RowRecord]) -> list[Column]:
         Column("train samples/s", "speed", lambda r: r.samples_per_second),
         Column("eval samples/s", "speed", lambda r: r.eval_samples_per_second),
         Column("s/step (median)", "speed", lambda r: r.step_seconds),
+        Column("predicted s/step", "speed", lambda r: r.predicted_step_seconds, absent=NOT_PREDICTED),
         Column("steps/epoch", "speed", lambda r: r.steps_per_epoch, ",d"),
         Column("steps", "speed", lambda r: r.num_steps, ",d"),
         Column("processes", "speed", lambda r: r.world_size, "d"),
@@ -79,10 +82,10 @@ def columns(experiment: str, rows: Sequence[RowRecord]) -> list[Column]:
     return [
         *found,
         Column("states/rank (MiB)", "memory", lambda r: _mib(r.states_bytes), ",.2f"),
-        Column("predicted (MiB)", "memory", lambda r: _mib(r.predicted_bytes), ",.2f"),
+        Column("predicted (MiB)", "memory", lambda r: _mib(r.predicted_bytes), ",.2f", NOT_PREDICTED),
         Column("error (%)", "memory", lambda r: r.error_percent, "+.2f"),
         Column("step peak (MiB)", "memory", lambda r: _mib(r.peak_bytes), ",.1f"),
-        Column("predicted peak (MiB)", "memory", lambda r: _mib(r.predicted_peak_bytes), ",.1f"),
+        Column("predicted peak (MiB)", "memory", lambda r: _mib(r.predicted_peak_bytes), ",.1f", NOT_PREDICTED),
     ]
 
 
@@ -136,7 +139,7 @@ def markdown(table: Table, remarks: Sequence[str] = ()) -> str:
 def _cell(row: RowRecord, column: Column) -> str:
     value = column.value(row)
     if value is None:
-        return NOT_MEASURED if row.is_done else "-"
+        return column.absent if row.is_done else "-"
     return value if isinstance(value, str) else format(value, column.form)
 
 

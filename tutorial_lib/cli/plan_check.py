@@ -18,7 +18,6 @@ from tutorial_lib.records import RunDirectory
 from tutorial_lib.tables import align
 from tutorial_lib.theory import memory
 from tutorial_lib.theory.cost import evaluate
-from tutorial_lib.theory.hardware import find_gpu, peak_flops
 from tutorial_lib.theory.layouts import Cluster, Layout, Workload
 
 
@@ -79,7 +78,7 @@ def compare(
         gpu: preset of the GPU that it ran on.
         seconds: time of a step.
     """
-    from tutorial_lib.engine.predicted_peak import states_and_peak, workload_and_layout
+    from tutorial_lib.engine.predictions import states_and_peak, workload_and_layout
     from tutorial_lib.models.dimensions import read_config
 
     workload, layout = workload_and_layout(config, *read_config(config.model.name))
@@ -118,14 +117,9 @@ def _cluster_of(gpu: str | None, ranks: int, precision: str) -> Cluster:
     if gpu is None:
         return Cluster(gpus=ranks, gpus_per_node=ranks, gpu_memory=80e9)
     try:
-        preset, flops = find_gpu(gpu), peak_flops(gpu, precision)
+        return Cluster.of(gpu, ranks, precision, gpus_per_node=ranks)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return Cluster(
-        gpus=ranks, gpus_per_node=ranks, gpu_memory=preset.memory, efficiency=preset.efficiency, gpu_flops=flops,
-        memory_bandwidth=preset.memory_bandwidth, within=preset.within, between=preset.between,
-        host_link=preset.host_link,
-    )  # fmt: skip
 
 
 def _boundary_gradients(config: Config, workload: Workload, layout: Layout) -> float:

@@ -81,7 +81,7 @@ def summary(run: Any) -> str:
         + (_what_follows(run.config) if result["status"] == "stopped" else ""),
         **{f"left out{' ' * n}": f"{o['checkpoint']}: {o['why']}" for n, o in enumerate(result["left_out"])},
         **{f"restart {n}": _restart(r) for n, r in enumerate(result["restarts"], 1)},
-        **{f"{use} rows": _lost_rows(split) for use, split in result["data"].items() if _lost_rows(split)},
+        **{f"{use} rows": _odd_rows(split) for use, split in result["data"].items() if _odd_rows(split)},
         **{name.replace("_", " "): value for name, value in loss.items()},
         **({"eval loss by epoch": _by_epoch(result["eval_losses"])} if result["eval_losses"] else {}),
         "tokens per second": f"{result['tokens_per_second']:.0f}" if result["tokens_per_second"] else "too few steps",
@@ -117,13 +117,14 @@ def _by_epoch(losses: list[dict[str, Any]]) -> str:
     return ", ".join(f"{each['epoch']:g}: {each['loss']:.4f}{over_all_tokens(each)}" for each in losses)
 
 
-def _lost_rows(split: dict[str, Any]) -> str:
-    """Say how many rows of a split were left out or cut, or return an empty string if there are none."""
-    lost = {
+def _odd_rows(split: dict[str, Any]) -> str:
+    """Say how many rows of a split were left out, cut, or also trained on; an empty string if there are none."""
+    odd = {
         "left out (blank, or no room for the answer)": split["num_left_out"],
         "cut at seq_length": split["num_cut"],
+        "also trained on": split.get("num_trained_on", 0),
     }
-    said = ", ".join(f"{number} {what}" for what, number in lost.items() if number)
+    said = ", ".join(f"{number} {what}" for what, number in odd.items() if number)
     return f"{said}, of {split['num_rows']}" if said else ""
 
 

@@ -16,6 +16,7 @@ from tutorial_lib.dataloader.collate import Batch, Collate
 from tutorial_lib.dataloader.packing import Examples
 from tutorial_lib.dataloader.rows import load_rows
 from tutorial_lib.dataloader.sampler import EpochSampler, StepSampler
+from tutorial_lib.dataloader.shared_rows import count_shared_places, count_shared_rows
 from tutorial_lib.dataloader.tokens import TokenSummary, document_maker, summary_of, tokenize_rows
 from tutorial_lib.mpu import Topology
 
@@ -59,7 +60,7 @@ def _training_steps(
 ) -> tuple[Examples, StepSampler, Collate]:
     _check_grid(config.parallel, topology)
     data, global_batch = config.data, config.run.global_batch
-    examples = _load_examples(config, tokenizer, data.train_split, data.max_examples)
+    examples = _examples(config, _load_documents(data, tokenizer, data.train_split, data.max_examples))
     if len(examples) < global_batch:
         unit = "packed rows" if data.batching == "packed" else "rows"
         raise ConfigError(
@@ -89,8 +90,11 @@ def build_eval_loader(config: Config, tokenizer: PreTrainedTokenizerBase, topolo
         ConfigError: the data cannot be read.
     """
     _check_grid(config.parallel, topology)
-    examples = _load_examples(config, tokenizer, config.data.eval_split, config.data.max_eval_examples)
-    return EvalLoader(examples, _collate(config, tokenizer), topology.dp_rank, topology.dp)
+    data = config.data
+    rows = load_rows(data.name, data.eval_split, max_examples=data.max_eval_examples)
+    examples = _examples(config, _tokenize(data, tokenizer, data.eval_split, rows))
+    shared = count_shared_places(data, rows)
+    return EvalLoader(examples, _collate(config, tokenizer), topology.dp_rank, topology.dp, num_trained_on=shared)
 
 
 class TrainLoader:
@@ -205,9 +209,17 @@ class EvalLoader:
 
     Every rank yields the same number of batches, because ranks that share parameters (ZeRO stage 3) must compute in
     lockstep. A rank with fewer batches repeats one with all labels set to -100, which adds nothing to the loss.
+
+    Attributes:
+        summary: summary of the evaluation split's tokens.
+        num_examples: number of examples over all ranks.
+        num_trained_on: rows that are in the training split as well.
     """
 
-    def __init__(self, examples: Examples, collate: Collate, dp_rank: int, dp_size: int) -> None:
+    def __init__(
+        self, examples: Examples, collate: Collate, dp_rank: int, dp_size: int, *, num_trained_on: int = 0
+    ) -> None:
+        self.num_trained_on = num_trained_on
         self.summary: TokenSummary = examples.summary
         self.num_examples = len(examples)
         by_length = (-examples.lengths).argsort(kind="stable").tolist()
@@ -233,16 +245,28 @@ class EvalLoader:
             yield batch
 
 
-def check_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse data that cannot be read and columns that cannot be tokenised, judging by the first row of each split.
+def check_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Refuse data that cannot be read and columns that cannot be tokenised, judging by the columns of each split.
+
+    Returns:
+        A warning if some rows would be both trained and evaluated on, or None.
 
     Raises:
         ConfigError: says what is wrong and what to write instead.
     """
-    data = config.data
-    for split, _ in _splits(config).values():
-        rows = load_rows(data.name, split, max_examples=1)
-        document_maker(rows, tokenizer, data.seq_length, f"split {split!r} of {data.name!r}")
+    data, loaded = config.data, {}
+    for use, (split, max_examples) in _splits(config).items():
+        loaded[use] = load_rows(data.name, split, max_examples=max_examples)
+        document_maker(loaded[use], tokenizer, data.seq_length, f"split {split!r} of {data.name!r}")
+    shared = count_shared_rows(data, loaded["train"], loaded["eval"]) if "eval" in loaded else 0
+    if not shared:
+        return None
+    return (
+        f"{shared} of the {len(loaded['eval'])} rows of eval_split={data.eval_split!r} are also trained on, in "
+        f"train_split={data.train_split!r}: the evaluation loss does not tell how well the model does on new text. "
+        "Write splits without common rows, such as train_split='train[5%:]' and eval_split='train[:5%]', or "
+        "evaluate=False (--no-evaluate)."
+    )
 
 
 def data_identity(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
@@ -269,14 +293,16 @@ def _splits(config: Config) -> dict[str, tuple[str, int | None]]:
 def _load_documents(
     data: DataConfig, tokenizer: PreTrainedTokenizerBase, split: str, max_examples: int | None
 ) -> datasets.Dataset:
-    rows = load_rows(data.name, split, max_examples=max_examples)
+    return _tokenize(data, tokenizer, split, load_rows(data.name, split, max_examples=max_examples))
+
+
+def _tokenize(
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, split: str, rows: datasets.Dataset
+) -> datasets.Dataset:
     return tokenize_rows(rows, tokenizer, data.seq_length, name=f"split {split!r} of {data.name!r}")
 
 
-def _load_examples(
-    config: Config, tokenizer: PreTrainedTokenizerBase, split: str, max_examples: int | None
-) -> Examples:
-    documents = _load_documents(config.data, tokenizer, split, max_examples)
+def _examples(config: Config, documents: datasets.Dataset) -> Examples:
     return Examples(documents, pack_to=config.data.seq_length if config.data.batching == "packed" else None)
 
 

@@ -21,7 +21,7 @@ from tutorial_lib.embedded import DATASET_NAMES, dataset_directory
 
 
 def load_rows(name: str, split: str, *, max_examples: int | None = None) -> datasets.Dataset:
-    """Load the rows of one split, memory-mapped from disk.
+    """Load the rows of one split, memory-mapped from disk. Their ``info.splits`` tells how long all splits are.
 
     Code that a data set ships with is never run: ``datasets`` has not supported that since version 4.
 
@@ -214,7 +214,10 @@ def _saved_split(name: str, directory: str, split: str) -> datasets.Dataset:
         saved = datasets.DatasetDict({str(saved.split or "train"): saved})
     lengths = {each: len(rows) for each, rows in saved.items()}
     parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
-    return datasets.concatenate_datasets([saved[p.splitname].select(range(p.from_, p.to)) for p in parts])
+    rows = datasets.concatenate_datasets([saved[p.splitname].select(range(p.from_, p.to)) for p in parts])
+    # Before they were saved, the splits may have had other lengths.
+    rows.info.splits = datasets.SplitDict({n: datasets.SplitInfo(n, num_examples=lengths[n]) for n in lengths})
+    return rows
 
 
 @contextmanager

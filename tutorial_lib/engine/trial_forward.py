@@ -3,7 +3,8 @@
 The copy runs the same model code with two layers, narrow widths and random weights. It must meet three requirements of
 :mod:`tutorial_lib.models.masks`: the family accepts the batches of this run, a document gets the same logits in a
 shared row as on its own, and no token sees a later one. With ``loss_chunks`` there is a fourth: the logits are exactly
-the result of the output layer.
+the result of the output layer. And with ``engine="trainer"``, which trains on the loss that the family's own code
+computes, that loss must be the one of :mod:`tutorial_lib.trainer.loss`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _SIZES = {
     "intermediate_size": _WIDTH, "ffn_dim": _WIDTH, "n_inner": _WIDTH, "ffn_hidden_size": _WIDTH, "dff": _WIDTH,
     "moe_intermediate_size": _WIDTH, "shared_expert_intermediate_size": _WIDTH, "vocab_size": _VOCABULARY,
     "num_experts": _EXPERTS, "num_local_experts": _EXPERTS, "n_routed_experts": _EXPERTS, "decoder_layers": _LAYERS,
-    "chunk_size": _ROW, "mamba_chunk_size": _ROW,
+    "decoder_vocab_size": _VOCABULARY, "chunk_size": _ROW, "mamba_chunk_size": _ROW,
 }  # fmt: skip
 """Names of sizes in configurations, and the largest value of each in a copy."""
 
@@ -54,7 +55,7 @@ def trial_forward(config: Config, model_config: PretrainedConfig) -> None:
     No random state changes, and nothing as large as the real model is allocated.
 
     Args:
-        config: what to run; only its model, batching, ``seq_length`` and ``loss_chunks`` matter.
+        config: what to run; only its model, engine, batching, ``seq_length`` and ``loss_chunks`` matter.
         model_config: configuration of the model.
 
     Raises:
@@ -62,13 +63,14 @@ def trial_forward(config: Config, model_config: PretrainedConfig) -> None:
     """
     _check_is_language_model(config.model.name, model_config)
     asked = config.data.batching
-    chunked = config.engine.loss_chunks > 1
-    tried = (type(model_config), model_config.to_json_string(), asked, config.data.seq_length, chunked)
+    chunked, own_loss = config.engine.loss_chunks > 1, config.engine.name == "trainer"
+    tried = (type(model_config), model_config.to_json_string(), asked, config.data.seq_length, chunked, own_loss)
     if tried in _PASSED:
         return
     tiny = TinyCopy.of(config, model_config)
     if tiny is None:
         return
+    model = f"The model {config.model.name!r}, of type {model_config.model_type!r}"
     for batching in dict.fromkeys(("longest", asked)):
         problem = tiny.problem(batching)
         if problem is None:
@@ -80,14 +82,19 @@ def trial_forward(config: Config, model_config: PretrainedConfig) -> None:
         else:
             advice = "Choose another model"
         raise ConfigError(
-            f"The model {config.model.name!r}, of type {model_config.model_type!r}, cannot be trained with "
-            f"batching={asked!r}: {problem} {advice}. (Found with a tiny copy of the model.)"
+            f"{model}, cannot be trained with batching={asked!r}: {problem} {advice}. (Found with a tiny copy of the "
+            "model.)"
+        )
+    if own_loss and (problem := tiny.loss_problem()):
+        raise ConfigError(
+            f"{model}, cannot be trained with engine='trainer', which uses the loss of the model's own code: {problem} "
+            "Write engine='deepspeed' or 'fsdp', which compute the loss from the logits. (Found with a tiny copy of "
+            "the model.)"
         )
     if chunked and (problem := tiny.output_problem()):
         raise ConfigError(
-            f"The model {config.model.name!r}, of type {model_config.model_type!r}, cannot be trained with "
-            f"loss_chunks={config.engine.loss_chunks}: {problem} Leave loss_chunks out. (Found with a tiny copy of the "
-            "model.)"
+            f"{model}, cannot be trained with loss_chunks={config.engine.loss_chunks}: {problem} Leave loss_chunks "
+            "out. (Found with a tiny copy of the model.)"
         )
     _PASSED.add(tried)
 
@@ -154,6 +161,7 @@ def _build(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel
     """Build a model with random weights, or return None if it is too large for a trial."""
     options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the same copy on every rank
         with torch.device("meta"):
             outline = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
         if sum(parameter.numel() for parameter in outline.parameters()) > _LARGEST_COPY:
@@ -181,8 +189,13 @@ class TinyCopy:
 
     @classmethod
     def of(cls, config: Config, model_config: PretrainedConfig) -> TinyCopy | None:
-        """Build a copy that works, or return None if the family has no small one, and cannot be tried."""
+        """Build a copy that works, or return None if the family has no small one, and cannot be tried.
+
+        Raises:
+            ConfigError: no copy works, for a reason that has nothing to do with sizes.
+        """
         seq_length = config.data.seq_length
+        failed: Exception | None = None
         for also_narrow in (True, False):
             tiny = copy.deepcopy(model_config)
             with suppress(Exception):  # a family's code may raise anything if sizes do not fit together
@@ -192,8 +205,19 @@ class TinyCopy:
                 model = _build(tiny, config.model.trust_remote_code)
                 if model is not None:
                     built = cls(model, min(_ROW, seq_length))
-                    built.forward({"input_ids": torch.ones(1, built.row, dtype=torch.int64)})
+                    try:
+                        built.forward({"input_ids": torch.ones(1, built.row, dtype=torch.int64)})
+                    except (TypeError, AttributeError) as error:
+                        failed = error
+                        continue
                     return built
+        if failed:
+            raise ConfigError(
+                f"The model {config.model.name!r}, of type {model_config.model_type!r}, cannot be trained: "
+                f"{_failure(failed)} Look for a missing value in its config.json, or choose another model: this "
+                "package calls model(input_ids=..., attention_mask=..., position_ids=..., use_cache=False).logits. "
+                "(Found with a tiny copy of the model.)"
+            )
         return None
 
     def problem(self, batching: str) -> str | None:
@@ -206,14 +230,43 @@ class TinyCopy:
             with_another_end = self._logits([changed, second], batching)
             alone = [self._logits([document], "longest")[0] for document in (first, second)]
         except Exception as error:  # whatever a family's code raises
-            reason = str(error).strip().partition("\n")[0].rstrip(".")
-            return f"its code fails with {type(error).__name__}: {reason}."
+            return _failure(error)
         if not all(logits.isfinite().all() for logits in together):
             return "its logits are NaN or infinite: look for such a value in its config.json."
-        if _differ(with_another_end[0][:-1], together[0][:-1]):
+        if differ(with_another_end[0][:-1], together[0][:-1]):
             return "it is not causal: a token sees the tokens after it, so there is nothing left to predict."
-        if any(map(_differ, together, alone)):
+        if any(map(differ, together, alone)):
             return "a document's logits depend on its row, so it sees other documents or padding, or misses tokens."
+        return None
+
+    def loss_problem(self) -> str | None:
+        """Return how the loss of the family's code differs from the one of a step's tokens, or None.
+
+        The Trainer passes the step's number of tokens, over all micro-batches. Half the loss must be left with twice
+        the number; a term that does not depend on it, such as a router's, may be added.
+        """
+        if not getattr(self.model, "accepts_loss_kwargs", True):
+            return "it ignores num_items_in_batch, the number of tokens of a step."
+        batch = self.batch(self.documents(), "longest")
+        labels_NS = batch["labels"][:, 1:]
+        logits_NSV = self.forward({name: each for name, each in batch.items() if name != "labels"})[:, :-1]
+        loss_sum = F.cross_entropy(logits_NSV.flatten(0, 1), labels_NS.flatten(), reduction="sum")
+        number = int((labels_NS != -100).sum())
+        try:
+            with torch.no_grad():
+                once, half = (
+                    self.model(**batch, num_items_in_batch=torch.tensor(n), use_cache=False).loss
+                    for n in (number, 2 * number)
+                )
+        except Exception as error:  # whatever a family's code raises
+            return _failure(error)
+        if once is None:
+            return "it returns no loss."
+        if not torch.isclose(once - half, loss_sum / (2 * number), rtol=_TOLERANCE):
+            return (
+                "it is not the mean over the next tokens of all micro-batches of a step. It may predict other tokens, "
+                "or ignore num_items_in_batch."
+            )
         return None
 
     def output_problem(self) -> str | None:
@@ -259,6 +312,12 @@ class TinyCopy:
         return [row[:length] for row, length in zip(logits_BSV, lengths, strict=True)]
 
 
-def _differ(left: torch.Tensor, right: torch.Tensor) -> bool:
+def _failure(error: Exception) -> str:
+    reason = str(error).strip().partition("\n")[0].rstrip(".")
+    return f"its code fails with {type(error).__name__}: {reason}."
+
+
+def differ(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Return whether logits differ by more than rounding does."""
     scale = max([1.0, *right.abs().flatten().tolist()])
     return not torch.allclose(left, right, atol=_TOLERANCE * scale, rtol=0)

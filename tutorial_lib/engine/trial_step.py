@@ -6,12 +6,18 @@ waits for a gradient of every parameter. The trial builds the configured engine 
 
 It takes 0.1 to 0.7 CPU seconds per rank (measured once; ZeRO-3 takes the most), so families that the tests train with
 every engine skip it.
+
+For ``engine="trainer"`` with a DeepSpeed file, this package's own engine tries the file's ZeRO stage. With
+``shard_at_load``, the copy is loaded as the model will be, and its logits must not change. The plain Trainer needs no
+trial: it trains the model as its code is, which :mod:`tutorial_lib.engine.trial_forward` has run with its loss, under a
+DDP that looks for parameters without a gradient.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import logging
+import shutil
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -25,9 +31,10 @@ from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.engine.inputs import model_inputs
 from tutorial_lib.engine.protocol import Engine
-from tutorial_lib.engine.trial_forward import TinyCopy
-from tutorial_lib.models import check_tensor_parallel, load_config
+from tutorial_lib.engine.trial_forward import TinyCopy, differ
+from tutorial_lib.models import build_model, check_tensor_parallel, load_config
 from tutorial_lib.mpu.collectives import all_gather_objects
 from tutorial_lib.records import lost_another_rank
 
@@ -36,12 +43,12 @@ _LOG = logging.getLogger(__name__)
 TESTED_FAMILIES = frozenset({"bloom", "gpt2", "qwen2"})
 """Families of the embedded models, which the tests train with every engine."""
 
+_LARGEST_VECTOR = 1000
+"""Elements of the copy's vectors at most. ZeRO-3 must split its matrices, which are smaller than the model's."""
+
 
 def train_copy(config: Config, build: Callable[[Config], Engine]) -> None:
     """Refuse a model whose family the configured engine cannot train. Collective.
-
-    For ``engine="trainer"`` with a DeepSpeed file, this package's own engine tries the file's ZeRO stage; without a
-    file there is no trial.
 
     Args:
         config: what to run, with the values of its DeepSpeed file applied.
@@ -52,10 +59,10 @@ def train_copy(config: Config, build: Callable[[Config], Engine]) -> None:
     """
     m = config.model
     model_config = load_config(m.name, trust_remote_code=m.trust_remote_code)
-    # Code that a model ships with is not saved with the copy.
-    if model_config.model_type in TESTED_FAMILIES or hasattr(model_config, "auto_map"):
+    if model_config.model_type in TESTED_FAMILIES and not hasattr(model_config, "auto_map"):
         return
-    if config.engine.name == "trainer" and not config.engine.deepspeed_file:
+    at_load = config.engine.shard_at_load
+    if config.engine.name == "trainer" and not config.engine.deepspeed_file and not at_load:
         return
     with ExitStack() as stack:
         written = _written_copy(config, model_config, stack)
@@ -63,9 +70,11 @@ def train_copy(config: Config, build: Callable[[Config], Engine]) -> None:
             return
         assert written is not None
         tiny, directory = written
+        batch = tiny.batch(tiny.documents(), config.data.batching)
         try:
-            engine = build(_copy_config(config, tiny, directory))
-            _take_steps(engine, tiny.batch(tiny.documents(), config.data.batching))
+            copied = _copy_config(config, tiny, directory)
+            engine = _SplitAtLoad(copied) if at_load else build(copied)
+            logits = _take_steps(engine, batch)
         except ConfigError:
             return  # what the copy lacks says nothing about the model, which was checked before the start
         except Exception as error:
@@ -73,7 +82,40 @@ def train_copy(config: Config, build: Callable[[Config], Engine]) -> None:
                 raise
             _LOG.warning("A tiny copy of %r failed:", m.name, exc_info=error)
             raise _refusal(config, model_config.model_type, error) from error
+    if at_load:
+        changed = differ(logits.cpu(), tiny.forward(model_inputs(batch, torch.device("cpu"))))
+        if any(all_gather_objects(changed)):  # all ranks, so that none waits for the others
+            refused, others = _engine_and_others(config)
+            raise ConfigError(
+                f"The model {m.name!r}, of type {model_config.model_type!r}, cannot be trained with {refused}: its "
+                f"logits are different ones after transformers has split it. Try {others}. (Found with a tiny copy of "
+                "the model, before its weights were read.)"
+            )
     engine.close()
+
+
+class _SplitAtLoad:
+    """The copy as transformers splits it while loading it, with the part of the engine protocol that a trial needs."""
+
+    def __init__(self, config: Config) -> None:
+        self.module = build_model(config)
+        self._optimizer = torch.optim.AdamW([each for each in self.module.parameters() if each.requires_grad])
+
+    def train(self, mode: bool) -> None:
+        self.module.train(mode)
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        logits: torch.Tensor = self.module(**model_inputs(batch, self.module.device), use_cache=False).logits
+        return logits
+
+    def backward(self, loss: torch.Tensor) -> None:
+        torch.autograd.backward(loss)
+
+    def step(self) -> None:
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def close(self) -> None: ...
 
 
 def _written_copy(config: Config, model_config: PretrainedConfig, stack: ExitStack) -> tuple[TinyCopy, str] | None:
@@ -82,12 +124,24 @@ def _written_copy(config: Config, model_config: PretrainedConfig, stack: ExitSta
     Return None if there is no copy, if it says nothing about the model, or if this rank cannot write it.
     """
     tiny = TinyCopy.of(config, model_config)
-    if tiny is None or tiny.model.config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:  # part of a larger model
+    if tiny is None:
         return None
+    own_config = tiny.model.config
+    if own_config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not hasattr(own_config, "auto_map"):
+        return None  # part of a larger model
     try:
-        check_tensor_parallel(config.parallel.tp, tiny.model.config)
+        check_tensor_parallel(config.parallel.tp, own_config)
         # On a network file system, a file that the engine still maps cannot be removed at once.
-        directory = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+        temporary = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+        source = Path(config.model.name)
+        # transformers caches a model's code by the name of its directory, so the copy's has the same one.
+        directory = str(Path(temporary, source.name))
+        Path(directory).mkdir()
+        if source.is_dir():
+            for code in source.rglob("*.py"):
+                target = Path(directory, code.relative_to(source))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(code, target)
         tiny.model.config.save_pretrained(directory)
         save_model(tiny.model, str(Path(directory, "model.safetensors")))  # save_pretrained writes on rank 0 only
     except (ConfigError, OSError, SafetensorError):
@@ -97,21 +151,27 @@ def _written_copy(config: Config, model_config: PretrainedConfig, stack: ExitSta
 
 def _copy_config(config: Config, tiny: TinyCopy, directory: str) -> Config:
     """Return the copy's configuration: one micro-batch per step, and the ``freeze`` patterns that match."""
-    engine = "deepspeed" if config.engine.name == "trainer" else config.engine.name
+    engine = "deepspeed" if config.engine.deepspeed_file else config.engine.name
     batch = config.micro_batch * config.parallel.dp
     names = [name for name, _ in tiny.model.named_parameters(remove_duplicate=False)]
     freeze = tuple(pattern for pattern in config.model.freeze if fnmatch.filter(names, pattern))
-    return config.replaced(model=directory, engine=engine, deepspeed=None, freeze=freeze, global_batch=batch)
+    threshold = min(config.engine.persistence_threshold, _LARGEST_VECTOR)
+    return config.replaced(
+        model=directory, engine=engine, deepspeed=None, freeze=freeze, global_batch=batch,
+        persistence_threshold=threshold,
+    )  # fmt: skip
 
 
-def _take_steps(engine: Engine, batch: dict[str, torch.Tensor]) -> None:
+def _take_steps(engine: Engine | _SplitAtLoad, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Evaluate and take two steps, and return the logits from before them."""
     engine.train(False)
     with torch.no_grad():
-        engine.forward(batch)
+        logits = engine.forward(batch)
     engine.train(True)
     for _ in range(2):
         engine.backward(engine.forward(batch).float().mean())
         engine.step()
+    return logits
 
 
 def _is_machine_error(error: Exception) -> bool:
@@ -140,6 +200,8 @@ def _engine_and_others(config: Config) -> tuple[str, str]:
     e = config.engine
     split = f" and tp={config.parallel.tp}" if config.parallel.tp > 1 else ""
     whole = "tp=1, " if split else ""
+    if e.shard_at_load:
+        return "engine='trainer', shard_at_load=True", "shard_at_load=False, or engine='deepspeed'"
     if e.name == "torch":
         return "engine='torch'", "another model"
     if e.name == "fsdp":

@@ -17,7 +17,7 @@ from typing import Any
 from tutorial_lib.lab.figures import BLUE, GREEN, ORANGE
 from tutorial_lib.tables import Table, table
 from tutorial_lib.theory.cost import Candidate
-from tutorial_lib.theory.hardware import GPUS, find_gpu, peak_flops
+from tutorial_lib.theory.hardware import GPUS, find_gpu
 from tutorial_lib.theory.known_models import MODELS
 from tutorial_lib.theory.layout_reasons import OFFLOAD_WARNING
 from tutorial_lib.theory.layouts import ENGINES, Cluster, Workload
@@ -64,12 +64,7 @@ def candidates(question: Question) -> tuple[list[Candidate], Cluster]:
     """
     preset, dims = find_gpu(question.gpu), MODELS[question.model]
     precision = "bf16" if "bf16" in preset.flops else "fp16"
-    cluster = Cluster(
-        gpus=question.gpus, gpu_memory=preset.memory, gpus_per_node=preset.gpus_per_node,
-        gpu_flops=peak_flops(question.gpu, precision), efficiency=preset.efficiency,
-        memory_bandwidth=preset.memory_bandwidth, within=preset.within, between=preset.between,
-        host_link=preset.host_link,
-    )  # fmt: skip
+    cluster = Cluster.of(question.gpu, question.gpus, precision)
     workload = Workload(
         num_params=dims.num_params, dimensions=dims, seq_length=question.seq_length, precision=precision,
         global_batch=question.global_batch, beyond=not question.only_here,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.config.checks import NO_RESUME
@@ -11,6 +12,9 @@ from tutorial_lib.doctor.machine import MEMORY_TO_START_GB, available_memory_gb
 from tutorial_lib.launch.command import plural
 from tutorial_lib.launch.environment import check_environment, joined_rank, ray_address
 from tutorial_lib.records import RunDirectory
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _LOG = logging.getLogger(__name__)
 
@@ -59,6 +63,7 @@ def preflight(config: Config) -> Config:
     m = config.model
     model = load_config(m.name, trust_remote_code=m.trust_remote_code)
     check_sequence_length(config.data.seq_length, model)
+    _warn_of_router_loss(config, model)
     trial_forward(config, model)  # first: a model for other tasks may have no tokenizer or vocabulary
     tokenizer = load_tokenizer(m.name, trust_remote_code=m.trust_remote_code)
     check_vocabulary(tokenizer, model)
@@ -81,7 +86,9 @@ def preflight(config: Config) -> Config:
     found = latest(RunDirectory(config.directory))
     has_data = reads_data(config.run, found)
     if has_data:
-        check_data(config, tokenizer)
+        warning = check_data(config, tokenizer)
+        if warning and not joined_rank(config):
+            _LOG.warning(warning)
     if found:
         # Under Ray, the tokens may exist on the workers' machines only, so the workers compare them.
         compares = has_data and config.run.launcher != "ray"
@@ -119,6 +126,19 @@ def check_together(configs: Sequence[Config]) -> None:
             )
     if len({config.directory.resolve() for config in configs}) < len(configs):
         raise ConfigError("Two runs have the same name and storage: give each its own name.")
+
+
+def _warn_of_router_loss(config: Config, model_config: PretrainedConfig) -> None:
+    """Warn if config.json asks for a loss of the experts' router, which only the family's own loss has."""
+    text = model_config.get_text_config()
+    asked = getattr(text, "output_router_logits", False) and getattr(text, "router_aux_loss_coef", 0)
+    if asked and config.engine.name != "trainer" and not joined_rank(config):
+        _LOG.warning(
+            "The config.json of %r has output_router_logits=true, but engine=%r trains on the tokens' loss alone, "
+            "without the router's. Write engine='trainer' to add it.",
+            config.model.name,
+            config.engine.name,
+        )
 
 
 def _check_gpus(config: Config) -> None:

@@ -26,3 +26,8 @@ def local_device(run: RunConfig) -> torch.device:
     device = torch.device("cuda", local_rank if local_rank < visible else 0)
     torch.cuda.set_device(device)
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """Return the driver's name of a GPU, such as ``NVIDIA H200``, or ``cpu``."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -20,6 +20,7 @@ Sources, by their letter in the table:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -36,6 +37,8 @@ class Gpu:
         within: bytes/s that a device sends to others of its node in a collective.
         between: bytes/s of a device's share of its node's network.
         host_link: bytes/s between a device and its host.
+        product: regular expression of the names by which drivers call this device. PCIe variants and shares of a
+            device have other names, because they are slower.
         plausible: names of fields that were not measured on this device.
         sources: letters from the list in the module's docstring.
     """
@@ -47,6 +50,7 @@ class Gpu:
     within: float
     between: float
     host_link: float
+    product: str
     gpus_per_node: int = 8
     plausible: tuple[str, ...] = ()
     sources: str = ""
@@ -59,39 +63,44 @@ def _flops(half: float, single: float, *, bf16: bool = True) -> dict[str, float]
 GPUS: dict[str, Gpu] = {
     "a100-80": Gpu(
         memory=80e9, flops=_flops(312, 19.5), efficiency=0.63, memory_bandwidth=2.0e12, within=235e9, between=22.7e9,
-        host_link=25e9, sources="abefi",
+        host_link=25e9, product="NVIDIA A100-SXM4-80GB", sources="abefi",
     ),
     "a100-40": Gpu(
         memory=40e9, flops=_flops(312, 19.5), efficiency=0.59, memory_bandwidth=1.6e12, within=235e9, between=22.7e9,
-        host_link=25e9, sources="abefi",
+        host_link=25e9, product="NVIDIA A100-SXM4-40GB", sources="abefi",
     ),
     "h100": Gpu(
         memory=80e9, flops=_flops(989, 67), efficiency=0.42, memory_bandwidth=3.35e12, within=370e9, between=47e9,
-        host_link=52.8e9, sources="acdfi",
+        host_link=52.8e9, product="NVIDIA H100 80GB HBM3", sources="acdfi",
     ),
     "h200": Gpu(
         memory=141e9, flops=_flops(989, 67), efficiency=0.42, memory_bandwidth=4.8e12, within=370e9, between=47e9,
-        host_link=52.8e9, plausible=("efficiency", "host_link"), sources="acdi",
+        host_link=52.8e9, product="NVIDIA H200", plausible=("efficiency", "host_link"), sources="acdi",
     ),
     "l4": Gpu(
         memory=24e9, flops=_flops(121, 30.3), efficiency=0.42, memory_bandwidth=0.3e12, within=10e9, between=1.5e9,
-        host_link=25e9, plausible=("efficiency", "within", "between", "host_link"), sources="hk",
+        host_link=25e9, product="NVIDIA L4",
+        plausible=("efficiency", "within", "between", "host_link"), sources="hk",
     ),
     "l40s": Gpu(
         memory=48e9, flops=_flops(362, 91.6), efficiency=0.42, memory_bandwidth=0.86e12, within=10e9, between=5.9e9,
-        host_link=25e9, plausible=("efficiency", "within", "between", "host_link"), sources="ah",
+        host_link=25e9, product="NVIDIA L40S",
+        plausible=("efficiency", "within", "between", "host_link"), sources="ah",
     ),
     "rtx4090": Gpu(
         memory=24e9, flops=_flops(165.2, 82.6), efficiency=0.42, memory_bandwidth=1.008e12, within=10e9, between=1.5e9,
-        host_link=25e9, plausible=("efficiency", "between", "host_link"), sources="hk",
+        host_link=25e9, product="NVIDIA GeForce RTX 4090",
+        plausible=("efficiency", "between", "host_link"), sources="hk",
     ),
     "v100": Gpu(
         memory=32e9, flops=_flops(125, 15.7, bf16=False), efficiency=0.30, memory_bandwidth=0.9e12, within=120e9,
-        between=5.6e9, host_link=12e9, plausible=("within", "between"), sources="agjk",
+        between=5.6e9, host_link=12e9, product=r"(NVIDIA |Tesla )V100-SXM2-\d+GB",
+        plausible=("within", "between"), sources="agjk",
     ),
     "mi300x": Gpu(
         memory=192e9, flops=_flops(1300, 163.4), efficiency=0.27, memory_bandwidth=5.3e12, within=313e9, between=47e9,
-        host_link=52.8e9, plausible=("efficiency", "between", "host_link"), sources="ab",
+        host_link=52.8e9, product=r"AMD Instinct MI300X( OAM)?",
+        plausible=("efficiency", "between", "host_link"), sources="ab",
     ),
 }  # fmt: skip
 """Presets by name.
@@ -112,6 +121,11 @@ def find_gpu(name: str) -> Gpu:
     if name not in GPUS:
         raise ValueError(f"gpu is {name!r}. Write one of: {', '.join(GPUS)}; or state --gpu-memory and --gpu-tflops.")
     return GPUS[name]
+
+
+def find_product(name: str) -> str | None:
+    """Return the name of the preset of a device that its driver calls ``name``, or None if there is no preset."""
+    return next((preset for preset, gpu in GPUS.items() if re.fullmatch(gpu.product, name)), None)
 
 
 def peak_flops(name: str, precision: str) -> float:

@@ -7,10 +7,11 @@ Bytes are decimal (1 GB = 1e9 bytes). The defaults of :class:`Cluster` are the p
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from tutorial_lib.theory import traffic
 from tutorial_lib.theory.dimensions import Dimensions
-from tutorial_lib.theory.hardware import GPUS
+from tutorial_lib.theory.hardware import GPUS, find_gpu, peak_flops
 
 ENGINES = ("deepspeed", "fsdp")
 PRECISIONS = ("bf16", "fp16", "fp32")
@@ -55,6 +56,21 @@ class Cluster:
     host_adam: float = 4e9
     overlap: float = 0.8
     headroom: float = 0.1
+
+    @classmethod
+    def of(cls, preset: str, gpus: int, precision: str = "bf16", **changes: Any) -> Cluster:
+        """Return a number of devices of a preset, with changes to its values.
+
+        Raises:
+            ValueError: there is no such preset, or the device does not support that precision.
+        """
+        gpu = find_gpu(preset)
+        own = {
+            "gpu_memory": gpu.memory, "gpus_per_node": gpu.gpus_per_node, "gpu_flops": peak_flops(preset, precision),
+            "efficiency": gpu.efficiency, "memory_bandwidth": gpu.memory_bandwidth, "within": gpu.within,
+            "between": gpu.between, "host_link": gpu.host_link,
+        }  # fmt: skip
+        return cls(gpus=gpus, **(own | changes))
 
     @property
     def usable_memory(self) -> float:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from tutorial_lib import checkpoint
 from tutorial_lib.measure.memory import peak_memory
 from tutorial_lib.mpu.collectives import all_gather_objects
+from tutorial_lib.mpu.device import device_name
 
 if TYPE_CHECKING:
     from tutorial_lib.trainer.loop import Trainer
@@ -26,12 +28,12 @@ class Result:
         resumed_from: step of the checkpoint that this start resumed from; ``reshaped_from`` is the shape it had.
         left_out: newer checkpoints that are damaged.
         restarts: failures of this launch that led to this start.
-        data: summary of tokenising each split.
+        data: summary of tokenising each split; for ``eval`` also ``num_trained_on``, its rows that ``train`` has, too.
         train_loss: loss of the last step.
         eval_loss_before: evaluation loss before the first step; ``eval_loss`` at the end, ``eval_losses`` in between.
         tokens_per_second: speed of this start without its first step, which allocates and compiles.
         saves: seconds and bytes of each save of this start.
-        ranks: peak memory of each rank, and the measurements of its probe.
+        ranks: each rank's device, the number of ranks on its node, its peak memory, and its probe's measurements.
         facts: extra entries that only some kinds of training have, by name.
     """
 
@@ -77,8 +79,14 @@ def collect_result(trainer: Trainer, eval_loss: float | None, facts: dict[str, A
     steady = [row for row in rows if row["step"] > (trainer.resumed_from or 0) + 1]
     seconds = sum(row["seconds"] for row in steady)
     loaders: dict[str, Any] = {"train": trainer.loader, "eval": trainer.evaluator and trainer.evaluator.loader}
+    data = {use: asdict(loader.summary) for use, loader in loaders.items() if hasattr(loader, "summary")}
+    if trainer.evaluator:
+        is_copy = data["eval"]["sha256"] == data.get("train", {}).get("sha256")
+        data["eval"]["num_trained_on"] = data["eval"]["num_rows"] if is_copy else loaders["eval"].num_trained_on
     own = {
         "rank": trainer.topology.rank,
+        "device": device_name(trainer.engine.device),
+        "ranks_on_node": int(os.environ.get("LOCAL_WORLD_SIZE", trainer.topology.dp * trainer.topology.tp)),
         "peak_memory_bytes": peak_memory(trainer.engine.device),
         "measured": trainer.measured,
     }
@@ -93,7 +101,7 @@ def collect_result(trainer: Trainer, eval_loss: float | None, facts: dict[str, A
         reshaped_from=checkpoints.reshaped_from,
         left_out=[asdict(each) for each in checkpoints.start.left_out],
         restarts=trainer.records.restarts,
-        data={use: asdict(loader.summary) for use, loader in loaders.items() if hasattr(loader, "summary")},
+        data=data,
         train_loss=rows[-1]["loss"] if rows else None,
         eval_loss_before=record.get("eval_loss_before"),
         eval_loss=eval_loss,

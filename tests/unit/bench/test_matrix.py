@@ -71,6 +71,28 @@ def test_speed_leaves_out_unusual_steps(config):
     assert row.process_tree.peak > 0 and row.gpu is None
 
 
+@pytest.mark.parametrize(("device", "is_predicted"), [("NVIDIA H200", True), ("cpu", False)])
+def test_the_step_of_a_known_gpu_is_predicted(config, device, is_predicted):
+    def on_device(config: Config, *, on_rows=None):
+        left = leave_run(config)
+        ranks = [{**rank, "device": device, "ranks_on_node": 2} for rank in left.result["ranks"]]
+        return leave_run(config, ranks=ranks)
+
+    matrix = run_matrix("zero-stages", config.override(dp=2), rows=["stage-2"], run=on_device, sample_interval=0.1)
+    assert (matrix["stage-2"].predicted_step_seconds is not None) is is_predicted
+    assert Matrix.read(matrix.path) == matrix
+
+
+def test_a_matrix_from_before_times_were_predicted_can_be_read(config):
+    matrix = run(config, Runs())
+    file = matrix.path / "matrix.json"
+    content = json.loads(file.read_text())
+    for row in content["rows"]:
+        del row["predicted_step_seconds"]
+    file.write_text(json.dumps(content))
+    assert Matrix.read(matrix.path) == matrix
+
+
 def test_checkpoints_of_finished_rows_are_deleted_unless_kept(config):
     for keep in (False, True):
         matrix = run(config.override(name=f"keep-{keep}"), Runs(), keep_checkpoints=keep)

@@ -22,12 +22,22 @@ def test_a_row_shows_the_columns_of_the_workshop():
     (row,) = cells("zero-stages", [done("stage-2")])
     assert row == {
         "row": "stage-2", "status": "done", "train loss": "3.5000", "eval loss": "3.2500 3.0000",
-        "train samples/s": "10", "eval samples/s": "not measured", "s/step (median)": "0.4", "steps/epoch": "8",
-        "steps": "5", "processes": "1", "process tree peak (MiB)": "1,024", "process tree average (MiB)": "900",
+        "train samples/s": "10", "eval samples/s": "not measured", "s/step (median)": "0.4",
+        "predicted s/step": "not predicted", "steps/epoch": "8", "steps": "5", "processes": "1",
+        "process tree peak (MiB)": "1,024", "process tree average (MiB)": "900",
         "process tree mode (MiB)": "890", "GPU peak (MiB)": "not measured", "GPU average (MiB)": "not measured",
         "GPU mode (MiB)": "not measured", "states/rank (MiB)": "160.00", "predicted (MiB)": "160.00",
         "error (%)": "+0.00", "step peak (MiB)": "35.1", "predicted peak (MiB)": "34.8",
     }  # fmt: skip
+
+
+def test_a_predicted_time_shows_beside_the_measured_one(tmp_path):
+    rows = [done("stage-2", predicted_step_seconds=0.25)]
+    (row,) = cells("zero-stages", rows, "speed")
+    assert row["s/step (median)"] == "0.4" and row["predicted s/step"] == "0.25"
+    table.write("zero-stages", rows, tmp_path)
+    (plain,) = csv.DictReader((tmp_path / "table.csv").open())
+    assert plain["predicted s/step"] == "0.25" and "predicted s/step" in (tmp_path / "table.md").read_text()
 
 
 def test_gpus_and_errors_show_in_their_columns():

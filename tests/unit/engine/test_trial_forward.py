@@ -123,4 +123,34 @@ def test_a_trial_changes_neither_random_states_nor_the_configuration():
 
 
 def test_a_model_that_cannot_be_shrunk_is_not_refused():
-    trial(AutoConfig.for_model("deepseek_v2", num_experts_per_tok=None), "packed")
+    trial(AutoConfig.for_model("granitemoehybrid"), "packed")
+
+
+def test_code_that_fails_whatever_the_sizes_is_refused():
+    with pytest.raises(ConfigError, match=r"fails with TypeError: topk\(\): .*Look for a missing value in its config"):
+        trial(AutoConfig.for_model("deepseek_v2", num_experts_per_tok=None), "packed")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "bloom", "llama", "mixtral", "gpt_neox", "mamba"])
+def test_families_whose_own_loss_is_the_one_of_a_steps_tokens(family):
+    trial(AutoConfig.for_model(family), "longest", engine="trainer")
+
+
+def test_a_term_for_the_router_may_be_added_to_the_loss():
+    trial(AutoConfig.for_model("mixtral", output_router_logits=True), "longest", engine="trainer")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("bart", {}),  # its labels are the current tokens, not the next ones
+        ("blenderbot", {}),
+        ("pegasus", {}),
+        ("marian", {"decoder_vocab_size": 58101}),
+    ],
+)
+def test_a_family_with_another_loss_is_refused_for_the_trainer_alone(family, changes):
+    model_config = AutoConfig.for_model(family, **changes)
+    trial(model_config, "longest")
+    with pytest.raises(ConfigError, match=f"type '{family}'.*engine='trainer'.*: it is not the mean over the next tok"):
+        trial(model_config, "longest", engine="trainer")

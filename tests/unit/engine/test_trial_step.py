@@ -82,6 +82,18 @@ def test_a_trial_changes_neither_weights_nor_random_states(tmp_path, monkeypatch
     torch.testing.assert_close(tried, built(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("given", "expected"), [(0, 0), (100_000, 1000)])
+def test_zero_3_splits_the_copys_matrices_and_not_its_vectors_with_a_high_threshold(config, given, expected):
+    built = []
+
+    def build(tiny):
+        built.append(tiny.engine.persistence_threshold)
+        raise ConfigError("enough")
+
+    train_copy(config.override(zero_stage=3, persistence_threshold=given), build)
+    assert built == [expected]
+
+
 def test_the_copy_is_frozen_as_the_model_is(config):
     """With DDP, a family whose unused parameters are frozen can be trained."""
     built = []

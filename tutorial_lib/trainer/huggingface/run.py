@@ -46,6 +46,8 @@ class HuggingFaceRun(Trainer):
     def build_engine(self) -> Any:
         self._probe: StepProbe | None = None
         self._probing = ExitStack()
+        if self.config.engine.shard_at_load:
+            check_accelerator(local_device(self.config.run))
         try_engine(self.config, self.topology, self.num_steps)
         seed_everything(self.config.run.seed)
         engine = _TrainedModel(self)
@@ -147,8 +149,6 @@ class _TrainedModel:
         args = build_arguments(config, run.num_steps)
         if self._file:
             _join_process_group(self.device)
-        if config.engine.shard_at_load:
-            check_accelerator(self.device)
         model = build_model(config)
         self.num_parameters = sum(int(getattr(p, "ds_numel", p.numel())) for p in model.parameters())
         self.trainer = HuggingFaceTrainer(run, model, args)

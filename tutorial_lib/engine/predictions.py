@@ -1,15 +1,18 @@
-"""Planner's estimate of a run's memory: the run as a workload and layout, and from these its states and peak."""
+"""Planner's predictions for a run: its workload and layout, and from these its states, peak and seconds per step."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.engine.deepspeed import file
 from tutorial_lib.models.dimensions import read_config
 from tutorial_lib.theory import peak_memory
+from tutorial_lib.theory.cost import evaluate
 from tutorial_lib.theory.dimensions import Dimensions
-from tutorial_lib.theory.layouts import Layout, Workload
+from tutorial_lib.theory.hardware import find_product
+from tutorial_lib.theory.layouts import Cluster, Layout, Workload
 from tutorial_lib.theory.state_bytes import States, layout_states
 
 DEFAULT_BUCKET = 500_000_000
@@ -26,13 +29,42 @@ def predict_step_peak(config: Config) -> float | None:
         The bytes of the rank with the most, or None if the planner does not know this kind of run: a model sharded at
         load, or one that is not a dense decoder.
     """
+    planned = _planned(config)
+    return planned and states_and_peak(config, *planned)[1]
+
+
+def predict_step_seconds(config: Config, ranks: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return the seconds that a step should take, if all its rows have ``seq_length`` tokens.
+
+    Args:
+        config: a configuration to which the values of its DeepSpeed file have been applied.
+        ranks: the entry of each rank in ``result.json``.
+
+    Returns:
+        The seconds, or None if nothing says how fast the devices are: they are CPUs, GPUs without a preset, or of
+        different kinds. None also for runs that :func:`predict_step_peak` does not know.
+    """
+    devices = {rank.get("device", "cpu") for rank in ranks}
+    preset, planned = find_product(devices.pop()) if len(devices) == 1 else None, _planned(config)
+    if preset is None or planned is None:
+        return None
+    per_node = min(rank["ranks_on_node"] for rank in ranks)
+    try:
+        cluster = Cluster.of(preset, len(ranks), config.engine.precision, gpus_per_node=per_node)
+    except ValueError:  # the device emulates this precision
+        return None
+    workload, layout = planned
+    return evaluate(workload, cluster, layout).seconds
+
+
+def _planned(config: Config) -> tuple[Workload, Layout] | None:
     if config.engine.shard_at_load:
         return None
     try:
         dimensions, num_params = read_config(config.model.name)
     except ConfigError:
         return None
-    return states_and_peak(config, *workload_and_layout(config, dimensions, num_params))[1]
+    return workload_and_layout(config, dimensions, num_params)
 
 
 def states_and_peak(config: Config, workload: Workload, layout: Layout) -> tuple[States, float]:
