@@ -31,7 +31,7 @@ from tutorial_lib.measure.memory import StateBytes, host_memory, peak_memory, re
 from tutorial_lib.measure.speed import matmul_peak
 from tutorial_lib.models import load_config
 from tutorial_lib.models.dimensions import from_config
-from tutorial_lib.theory import peak_memory as predictions
+from tutorial_lib.theory import peak_memory as predicted_peak
 from tutorial_lib.theory.dimensions import Dimensions
 from tutorial_lib.theory.flops import flops_per_token, utilisation
 from tutorial_lib.theory.state_bytes import layout_states
@@ -168,7 +168,7 @@ def measured_peak(setting: Setting) -> float:
 def predict(config: Config, dimensions: Dimensions, params: int) -> dict[str, float]:
     """Return the predicted device memory of a case: states, activations at their peak, and the peak."""
     workload, layout = workload_and_layout(config, dimensions, params)
-    part = predictions.part_of_model(dimensions, params)
+    part = predicted_peak.part_of_model(dimensions, params)
     states = layout_states(workload, layout, part.params, config.accumulation, 1)
-    most = predictions.peak_memory(workload, layout, part, states, config.accumulation)
+    most = predicted_peak.peak_memory(workload, layout, part, states, config.accumulation)
     return {"states_bytes": states.device, "activations_bytes": most.activations, "memory_bytes": most.total}
