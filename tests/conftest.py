@@ -28,10 +28,10 @@ MARK, SESSION = "TUTORIAL_LIB_TEST_SESSION", uuid.uuid4().hex
 GRACE_SECONDS = 20
 """Seconds for Ray's daemons and killed workers to end."""
 
-# nbformat imports jsonschema, which imports this parser of international addresses: 5 seconds in each pytest process,
+# nbformat imports jsonschema, which imports this parser of IRIs (Unicode URLs): 5 seconds in each pytest process,
 # for a check that nothing here uses. Without the module, jsonschema skips the check.
 sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
-# Set at import, because torch reads its thread count when it is first imported; what tests start inherits the mark.
+# Set at import, because torch reads its thread count when it is first imported; child processes inherit the mark.
 os.environ.update(OFFLINE | SEVERAL_PROCESSES_ON_FEW_CORES | {MARK: SESSION})
 # A shell's background jobs, and perhaps a CI's, ignore SIGINT; tests interrupt themselves and what they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

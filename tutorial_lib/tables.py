@@ -24,7 +24,7 @@ class Table:
         return {"text/html": self.html(), "text/plain": str(self)}
 
     def html(self) -> str:
-        """Return an HTML table without colours of its own, so that any theme's text and background apply."""
+        """Return an HTML table with only a border colour, so that any theme's text and background apply."""
         align = ["right" if n else "left" for n in self.numeric]
         head = "".join(
             f'<th scope="col" style="{_CELL};text-align:{a}">{html.escape(c)}</th>'

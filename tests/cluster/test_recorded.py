@@ -1,4 +1,4 @@
-"""Lesson 06's recording of a cluster: four of its parts give the same results again on a real SLURM."""
+"""Lesson 06's recording of a cluster: four of its parts give the same results on virtual nodes."""
 
 from __future__ import annotations
 

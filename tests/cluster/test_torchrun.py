@@ -210,6 +210,6 @@ def test_an_interface_that_leads_nowhere_is_named_by_all_ranks(virtual_nodes: Vi
         assert code == 1
         assert (
             "Rank 0, on node1, cannot reach rank 1, on node2, at 10.70.0.2, the address of GLOO_SOCKET_IFNAME=lonely: "
-            "Network is unreachable. On node2, write GLOO_SOCKET_IFNAME=... with the interface" in output
+            "Network is unreachable. On node2, set GLOO_SOCKET_IFNAME to the interface" in output
         ), output
         assert "eth0 (10.80.0.2)" in output

@@ -85,10 +85,10 @@ class Node:
         )
 
     def run(self, given: Sequence[str], timeout: float = 60, **options: Any) -> subprocess.CompletedProcess[str]:
-        """Run a command inside the node and wait for its end.
+        """Run a command inside the node and wait for it.
 
         Raises:
-            TimeoutExpired: it took too long, and was ended.
+            TimeoutExpired: it took too long and was killed.
         """
         process = self.start(given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
         try:
@@ -167,7 +167,7 @@ class VirtualNodes:
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """End a command that was started inside a node, and everything that it started in its session."""
+    """Kill a command that was started inside a node, and everything in its process group."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()

@@ -39,7 +39,7 @@ EQUAL: dict[int, list[tuple[str, str]]] = {
 }
 """Cases that must equal our own loop, by number of ranks, with a DeepSpeed file, plain DDP, or sharded at load.
 
-Lesson 05 claims the rest: stages 0 to 3 with accumulation, on one process and on two, equal the plain Trainer.
+Lesson 05 claims the rest: stages 0 to 3 on two processes and 1 to 3 on one, with accumulation.
 """
 
 SETTINGS: dict[str, dict[str, Any]] = {"plain": {}, "load": {"shard_at_load": True, "measure": True}}

@@ -14,7 +14,7 @@ import pytest
 
 from tests.distributed.cases import interruption
 from tests.distributed.cases.interruption import END, STOP
-from tests.support.launching import NEEDS_WARM_SERVER, ROOT
+from tests.support.launching import NEEDS_WARM_SERVER, ROOT, interrupt_when, wait_until
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.config import ConfigError
 from tutorial_lib.lab.scripts import train_zero
@@ -177,6 +177,18 @@ def test_an_interrupt_leaves_no_worker_that_trains_on(cluster, directory):
     with pytest.raises(KeyboardInterrupt):
         launch.run(config, on_rows=interrupt)
     assert not actors_of_a_fit()
+
+
+def test_one_interrupt_saves_and_ends_the_call(cluster, directory):
+    config = on_ray(directory).override(name="ray-interrupted-once", steps=1000)
+    run = RunDirectory(config.directory)
+    striker = interrupt_when(run.metrics_file.exists)
+    with pytest.raises(launch.Interrupted, match=r"stopped at step \d+ of 1000 and was saved"):
+        launch.run(config)
+    striker.join()
+    assert run.result()["stopped_by"] == "request"
+    assert checkpoint.latest(run).name == f"step-{run.result()['step']:08d}"
+    wait_until(lambda: not actors_of_a_fit(), 20)
 
 
 def test_a_stop_before_the_first_worker_has_begun_ends_the_start(cluster, directory):

@@ -1,7 +1,7 @@
 """Configuration of a run: one frozen tree of dataclasses, three profiles, and validation.
 
 A :class:`Config` describes a run completely. Profiles (``cpu``, ``gpu``, ``cluster``) differ in *values* only; the code
-that reads them is the same everywhere. Every field has a *flat* name (its command-line flag without the dashes), so
+that reads them is the same everywhere. Every field has a *flat* name (its command-line flag, with underscores), so
 that ``Config.create("cpu", zero_stage=2, dataset="embedded/qa")``, a notebook's parameters and
 ``python -m tutorial_lib train --zero-stage 2 --dataset embedded/qa`` say the same thing.
 
@@ -134,7 +134,7 @@ class Config:
         """Build a configuration from the text that :meth:`to_json` returned.
 
         Raises:
-            ConfigError: the text is not a JSON object, or holds a setting that :meth:`create` refuses.
+            ConfigError: the text is not a JSON object, or its settings are unknown or cannot run.
         """
         try:
             flat = json.loads(text)

@@ -20,12 +20,14 @@ from tutorial_lib.dataloader.loaders import (
     data_identity,
 )
 from tutorial_lib.dataloader.rows import load_rows
+from tutorial_lib.dataloader.sampler import StepSampler
 from tutorial_lib.dataloader.tokens import tokenize_rows
 
 __all__ = [
     "Batch",
     "EpochLoader",
     "EvalLoader",
+    "StepSampler",
     "TrainLoader",
     "build_epoch_loader",
     "build_eval_loader",

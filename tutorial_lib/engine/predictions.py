@@ -16,7 +16,7 @@ from tutorial_lib.theory.layouts import Cluster, Layout, Workload
 from tutorial_lib.theory.state_bytes import States, layout_states
 
 DEFAULT_BUCKET = 500_000_000
-"""DeepSpeed's ``reduce_bucket_size``, in elements, where neither the file nor the run states one."""
+"""DeepSpeed's own ``reduce_bucket_size``, in elements: the Trainer's if its file states none."""
 
 
 def predict_step_peak(config: Config) -> float | None:

@@ -120,7 +120,7 @@ class Claims:
         self._add(text, "holds", expected, condition if measured is None else measured, None, None, holds)
 
     def show(self) -> None:
-        """Display the table and emit the claims as data.
+        """Display the table, folded if all claims hold, and emit the claims as data.
 
         Raises:
             AssertionError: some claims do not hold (all of them are named), or none was made.
@@ -170,7 +170,8 @@ class Claims:
     def _html(self, shown: Table) -> str:
         held = sum(claim.holds for claim in self._claims)
         summary = f"{held} of {len(self._claims)} claims hold"
-        return f"<p><strong>{html.escape(summary)}</strong></p>{shown.html()}"
+        unfolded = "" if held == len(self._claims) else " open"
+        return f"<details{unfolded}><summary><strong>{html.escape(summary)}</strong></summary>{shown.html()}</details>"
 
 
 def claims_in(notebook: str | Path) -> list[dict[str, Any]]:

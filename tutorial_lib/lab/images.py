@@ -314,7 +314,7 @@ def draw(name: str, directory: Path = DIRECTORY) -> Path:
         axes.set_axis_off()
         PICTURES[name](axes)
         canvas.set_size_inches(9, 9 * axes.get_ylim()[0] / axes.get_xlim()[1])
-        canvas.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
+        canvas.savefig(path, metadata={"Date": None, "Creator": None})
     # The writer leaves spaces at the end of some lines, which version control would complain about.
     path.write_text("".join(f"{line.rstrip()}\n" for line in path.read_text().splitlines()))
     return path

@@ -42,7 +42,7 @@ class StatusLine:
         if self.in_notebook:
             self.show_bundle({"text/plain": text})
         elif self.is_live:
-            width = shutil.get_terminal_size().columns - 1  # only the last line of a wrapped text could be replaced
+            width = shutil.get_terminal_size().columns - 1  # only the last line of wrapped text could be replaced
             print(f"\r\x1b[K{text[:width]}", end="", file=self._file, flush=True)
         else:
             print(text, file=self._file, flush=True)
@@ -270,7 +270,7 @@ def progress(
 
 
 def duration(seconds: float) -> str:
-    """Format a duration: ``12 s``, ``3 min``, ``1.5 h``."""
+    """Format a duration: ``12 s``, ``3 min``, ``2.5 h``."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

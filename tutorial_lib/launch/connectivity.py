@@ -95,6 +95,6 @@ def _problem(rank: int, own: _Place, peer: int, place: _Place) -> str:
         why = error.strerror or f"no answer within {CONNECT_SECONDS:g} s"
     return (
         f"Rank {rank}, on {own.node}, cannot reach rank {peer}, on {place.node}, at {place.address}, the address of "
-        f"{place.chosen}: {why}. On {place.node}, write GLOO_SOCKET_IFNAME=... with the interface of the network "
+        f"{place.chosen}: {why}. On {place.node}, set GLOO_SOCKET_IFNAME to the interface of the network "
         f"between the nodes; it has {place.interfaces}."
     )

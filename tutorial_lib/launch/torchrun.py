@@ -41,14 +41,14 @@ class RendezvousError(RuntimeError):
 
 
 def launch(configs: Sequence[Config]) -> int:
-    """Run the configurations as one rank of a process group that torchrun or srun started.
+    """Run the configurations as one rank, of torchrun's process group or of its own.
 
     Returns:
         Number of configurations that were started: fewer than all if one was asked to stop.
 
     Raises:
-        ConfigError: the launcher's environment variables are missing, although several ranks are needed; or this
-            process has run DeepSpeed before.
+        ConfigError: the launcher's environment variables are missing, although several ranks are needed; or DeepSpeed
+            would run here twice.
         WorkerError: a rank that torchrun started has failed; the message names the one that failed first.
     """
     began = time.time()
@@ -142,7 +142,7 @@ def process_group(config: Config, init_method: str) -> Iterator[None]:
         store.set_timeout(TIMEOUT)
     except RendezvousError:
         raise
-    except RuntimeError as error:  # every error of torch.distributed is one
+    except RuntimeError as error:  # as most errors of torch.distributed are
         if init_method != "env://":
             raise
         raise RendezvousError(_explain_rendezvous(error)) from error
@@ -162,7 +162,7 @@ def _explain_rendezvous(error: RuntimeError) -> str:
         why = (
             f"{who} met the others at {host}:{port}, but gloo could not connect it to each of them. It used "
             + (f"GLOO_SOCKET_IFNAME={chosen}" if chosen else "the address of its host name")
-            + ". Write GLOO_SOCKET_IFNAME=... with the interface of the network between the nodes; this node has "
+            + ". Set GLOO_SOCKET_IFNAME to the interface of the network between the nodes; this node has "
             + ", ".join(f"{name} ({address})" for name, address in addresses())
             + "."
         )
@@ -194,7 +194,7 @@ def _resolves(host: str) -> bool:
 
 
 def log_ranks(config: Config) -> None:
-    """Print on rank 0 where the ranks met, and the node and process of each. Collective."""
+    """Print on rank 0 where the ranks met, and each one's node and device. Collective."""
     from tutorial_lib.mpu import Topology
     from tutorial_lib.mpu.collectives import all_gather_objects
     from tutorial_lib.mpu.device import local_device
@@ -209,11 +209,13 @@ def log_ranks(config: Config) -> None:
         rows.append((str(rank), str(place.dp_rank), str(place.tp_rank), host, local_rank, device))
     hosts = len({host for host, _, _ in places})
     identity = os.environ.get("TORCHELASTIC_RUN_ID")
+    backend = dist.get_backend()
+    interface = f"{'NCCL' if 'nccl' in backend else 'GLOO'}_SOCKET_IFNAME"
     print(
         f"{len(places)} rank{'s' * (len(places) > 1)} on {hosts} node{'s' * (hosts > 1)} met at "
         f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         + (f", rendezvous id {identity}" if identity else "")
-        + f"; {dist.get_backend()} over {os.environ.get('GLOO_SOCKET_IFNAME', 'the addresses of the host names')}",
+        + f"; {backend} over {os.environ.get(interface, 'the addresses of the host names')}",
         *align(rows, (True, True, True, False, True, False), least=(6, 4, 4, 20, 10, 0), gaps=[" "] * 5),
         sep="\n",
         file=sys.stderr,

@@ -56,10 +56,10 @@ DIVERGING = {"learning_rate": 1e30, "checkpoint_every": 1}
 
 
 def uninterrupted(directory: Path, kind: str, **changes: Any) -> Config:
-    """Return a run of a kind of ``INTERRUPTED``, without the interruption."""
+    """Return a run of the given kind, without the interruption."""
     flat = {"model": "gpt2-dropout", "max_examples": 40, "steps": END, **(INTERRUPTED | INTERRUPTED_ON_4)[kind]}
     if flat.get("batching") == "packed":
-        # Enough documents for five steps of eight rows with several each.
+        # Enough documents for five steps of eight rows, several per row.
         flat["max_examples"] = 90
     return config(directory, **{"name": f"uninterrupted.{kind}", "dp": 2, **flat, **changes})
 
@@ -77,7 +77,7 @@ def async_saved(directory: Path, kind: str, *, no_snapshot: bool = False) -> Pro
 
 
 def resumed_runs(directory: Path) -> list[ProbedRun]:
-    """Return the second starts of the interrupted runs, and of altered copies of them."""
+    """Return second starts of interrupted runs, some made faulty, and a diverging run."""
     second_start = {"stop_after": None}
     runs = [ProbedRun(interrupted(directory, kind, **second_start)) for kind in INTERRUPTED]
     for fault, kind in RESUME_FAULTS.items():

@@ -90,7 +90,7 @@ def test_the_rows_are_the_committed_ones(built):
 
 
 def test_a_python_without_packages_gives_the_same_rows():
-    """Any Python of any version should: nothing from an environment is imported, and strings have different hashes."""
+    """Any Python should: this one imports no installed packages, and its string hashes are randomized."""
     code = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -204,7 +204,7 @@ def test_splits_share_no_document_and_no_text():
 
 @functools.cache
 def _pieces(split: str) -> dict[str, set[str]]:
-    """Return text that must not occur in two splits, without names and case, which copied docstrings may differ in."""
+    """Return text that must not occur in two splits. Copied docstrings may differ in name, case or punctuation."""
     plain = [
         {re.sub(r"\W+", " ", p).lower() for row in rows("embedded/articles", split) for p in row["text"].split("\n")},
         {re.sub(r"\W+", " ", row["text"].split(" - ", 1)[1]).lower() for row in rows("embedded/news", split)},

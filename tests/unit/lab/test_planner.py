@@ -13,7 +13,7 @@ from tutorial_lib.lab.planner import Question, answer, candidates, panel
 from tutorial_lib.theory import plan as plan_page
 
 MOST_EVALUATIONS = 3_000
-"""Most evaluations of a redraw: each takes about 60 microseconds, so a redraw takes 0.2 s."""
+"""Limit per redraw: an evaluation takes about 60 microseconds, so a redraw takes 0.2 s."""
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_bars_add_up_to_the_peak_on_the_scale_of_the_gpus_line() -> None:
 
 
 def test_text_and_lines_have_the_colour_of_the_pages_text() -> None:
-    """No fixed grey has a contrast of 4.5 : 1 against both a white and a dark page."""
+    """No fixed grey has a contrast of 4.5 : 1 on both white and JupyterLab's #111."""
     found, cluster = candidates(Question())
     svg = ElementTree.fromstring(planner.bars(found, cluster))
     space = "{http://www.w3.org/2000/svg}"

@@ -1,4 +1,4 @@
-"""Check that ranks reach each other: threads stand for ranks, and a host name or an interface for a node's network."""
+"""Reachability check: threads stand in for ranks, and addresses of this machine for addresses of nodes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_ranks_that_reach_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_rank_that_cannot_be_reached_is_named_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One rank tells the others a port at which nothing listens."""
+    """One rank tells the others a port nothing listens on."""
     with socket.create_server(("127.0.0.1", 0)) as closed:
         nothing = closed.getsockname()[1]
     wrong = [{"node": "node2", "address": "127.0.0.1", "port": nothing}]
@@ -41,7 +41,7 @@ def test_a_rank_that_cannot_be_reached_is_named_on_all_ranks(monkeypatch: pytest
     began = time.monotonic()
     (said,) = outcomes(3)
     assert time.monotonic() - began < 5
-    assert ", on node2, at 127.0.0.1, the address of its host name: Connection refused. On node2, write GLOO_" in said
+    assert ", on node2, at 127.0.0.1, the address of its host name: Connection refused. On node2, set GLOO_" in said
     assert "lo (127.0.0.1)" in said
 
 

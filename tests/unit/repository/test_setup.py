@@ -102,7 +102,7 @@ def test_missing_tools_are_named_in_one_line_with_the_install_command(
 
 
 def functions(clone: Path) -> Path:
-    """Return the set-up script without its last line, so that it calls a given function."""
+    """Return the set-up script with a last line that calls the function it is given."""
     script = clone / ".ci" / "functions"
     script.write_text((clone / ".ci" / "setup").read_text().removesuffix("main\n") + '"$@"\n')
     script.chmod(0o755)

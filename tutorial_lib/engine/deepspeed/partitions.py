@@ -1,12 +1,12 @@
 """ZeRO partitions: where a rank keeps its piece of each parameter's fp32 copy and moments.
 
 The optimizer sees long vectors, one or a few per rank, instead of the model's parameters. At stages 1 and 2 all
-parameters are concatenated and cut into d equal slices, so a cut may fall inside a parameter::
+parameters are concatenated and cut equally among ranks, so a cut may fall inside a parameter::
 
     [   wte   |  wpe | ln | c_attn  | ...   ]
     [  rank 0's vector  ][  rank 1's vector ]
 
-At stage 3 every parameter is cut into d pieces, the last one padded, and a rank's pieces are concatenated::
+At stage 3 each parameter is cut among ranks, the last piece padded, and a rank's pieces are concatenated::
 
     rank 0: [ wte 1/2 | wpe 1/2 | ln 1/2 | ... ]     rank 1: [ wte 2/2 | wpe 2/2 | ln 2/2 | ... ]
 
