@@ -110,7 +110,8 @@ attention without a fused kernel took no time for its matrix of scores, whose by
 
 - **Memory of published runs**: {good_memory} of {len(with_memory)} within {MEMORY_GOAL:.0%}.
   {low} of the {len(with_memory)} predictions are too low, which is the dangerous side: a layout that should fit may
-  not. Leave some room, or raise `--headroom`.
+  not. Leave some room, or raise `--headroom`. Falcon 7B's memory is not counted, because its settings are unknown:
+  with those that its speed suggests, ZeRO-3's prediction is much too low (see "Not compared" below).
 - **Speed of published runs** that the model covers: {good_time} of {len(judged)} within {TIME_GOAL:.0%}.
   None of those uses tensor, context or pipeline parallelism: runs with these also use torch.compile and float8,
   which the model leaves out. One of the {len(judged)} offloads; there the model is {OFFLOADED_RUN:g} times too fast.
