@@ -73,9 +73,12 @@ def measure() -> None:
     with tempfile.TemporaryDirectory() as storage:
         base = {"storage": storage, "steps": 4, "measure": True, "evaluate": False, "max_examples": 200}
         configs = [Config.create("cpu", **flat, **base, name=f"run-{n}") for n, flat in enumerate(settings)]
-        runs = launch.run_all(configs)
+        sizes = sorted({config.parallel.world_size for config in configs})
+        together = [[config for config in configs if config.parallel.world_size == size] for size in sizes]
+        runs = {run.config.run.name: run for configs in together for run in launch.run_all(configs)}
     rows = []
-    for flat, run in zip(settings, runs, strict=True):
+    for n, flat in enumerate(settings):
+        run = runs[f"run-{n}"]
         ranks = [rank["measured"] for rank in run.result["ranks"]]
         most = max(ranks, key=lambda rank: sum(rank["peak_bytes"].values()))
         measured = {
@@ -148,11 +151,17 @@ Sources, in the order of the table: {"; ".join(dict.fromkeys(run.source for run 
 
 ## 2. Our own runs
 
-Two processes on a CPU, the embedded models with four layers, full (packed) rows, measured in the third step by
-`train --measure`. The peak is what the step allocated beyond the existing weights and moments. Bytes are those of the
-rank that holds the most. Rows with selective recomputation or `each reduced` (gradients reduced with every micro-batch)
-were measured last. The planner had formulas for their memory before the engines supported either. (Only one rule came
-with that support: BLOOM's attention is recomputed, because it has no fused kernel.)
+Two processes on a CPU (or four, if the row says so), the embedded models with four layers, full (packed) rows, measured
+in the third step by `train --measure`. The peak is what the step allocated beyond the existing weights and moments.
+Bytes are those of the rank that holds the most. Rows with selective recomputation or `each reduced` (gradients reduced
+with every micro-batch) came after the first ones. The planner had formulas for their memory before the engines
+supported either. (Only one rule came with that support: BLOOM's attention is recomputed, because it has no fused
+kernel.)
+
+Rows with offload or `hybrid_shard` were measured last, and two of them exposed errors, now fixed: a plan gave ZeRO-1
+with an offloaded optimizer gradients on the device, which are on the host; and `plan --check` counted FSDP2's offloaded
+gradients twice. On a CPU, device and host are the same memory, so rows with offload check the sum of both, and no time.
+The peak of `hybrid_shard` with `each reduced` differs by up to a tenth from run to run.
 
 {_table(_OWN, [_own_row(config, rows) for config, rows in own])}
 
@@ -202,6 +211,9 @@ def _own_row(config: Config, rows: list[Compared]) -> tuple[str, ...]:
     name = {"fsdp": engine.sharding, "deepspeed": f"ZeRO-{engine.zero_stage}"}[engine.name]
     words = [config.model.name.removeprefix("embedded/"), name]
     words += [f"tp {config.parallel.tp}"] if config.parallel.tp > 1 else []
+    words += [f"{config.parallel.dp} ranks"] if config.parallel.dp > 2 else []
+    words += [f"groups of {engine.shard_size}"] if engine.shard_size else []
+    words += [f"{engine.offload} offloaded"] if engine.offload != "none" else []
     words += [engine.precision] if engine.precision != "fp32" else []
     if engine.activation_checkpointing:
         words.append("selective" if engine.recompute == "selective" else "recomputed")
