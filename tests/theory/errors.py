@@ -9,16 +9,19 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.theory.published import GIB, OUTSIDE, ROWS, Published
+from tests.theory.published import FALCON, GIB, OUTSIDE, ROWS, Published
 from tutorial_lib.cli.plan_check import Compared, compare
 from tutorial_lib.config import Config
+from tutorial_lib.engine.predictions import workload_and_layout
+from tutorial_lib.models.dimensions import read_config
 from tutorial_lib.tables import Table
 from tutorial_lib.theory.cost import OFFLOADED_RUN
+from tutorial_lib.theory.layouts import Layout, Workload
 
 PAGE = Path(__file__).parents[2] / "docs" / "planner-errors.md"
 MEASURED = Path(__file__).with_name("measured.json")
@@ -121,6 +124,8 @@ attention without a fused kernel took no time for its matrix of scores, whose by
 - **Our own runs**: model states within {worst[0]:.1%}, peak of a step within {worst[1]:.1%}, bytes sent within
   {worst[2]:.1%}.
 - **Our own GPU runs**: not measured.
+- **Not checked on this page**: anything about {_listed(_without_rows())}; nor the speed of
+  {_listed(_without_speed())} ([part 3](#3-rows-per-kind-of-layout)).
 
 ## 1. Published runs
 
@@ -138,6 +143,10 @@ Why predictions are off by more than {MEMORY_GOAL:.0%} in memory or {TIME_GOAL:.
 
 Assumptions: torchtitan with a pipeline runs as many micro-batches as stages (its default at the time), its H100s of
 96 GB and 500 W are as fast as those of 80 GB and 700 W, and Granite's runs recompute ({ROWS[17].why}).
+
+{FALCON.name}: {FALCON.not_modelled}.
+So this row is no check of the planner's speed for plain ZeRO-3, and the row with everything offloaded, which uses the
+same settings, only checks what offload adds.
 
 Speeds depend on the preset's efficiency, which depends on the runs it is taken from. The H100's 0.42 is the median of
 llm-foundry's runs with 1 B parameters or more. From 7 B on the median is 0.48, and the first row's speed would be 29 %
@@ -168,7 +177,14 @@ The peak of `hybrid_shard` with `each reduced` differs by up to a tenth from run
 The predicted peaks probably lack the mask of packed rows. Models of 3 MB have different errors than large ones: an
 error of one per cent here may vanish there, and vice versa.
 
-## 3. Our own GPU runs
+## 3. Rows per kind of layout
+
+Numbers of rows above. Speeds in brackets are not counted. Layouts without rows are planned with the same formulas, but
+this page compares none of them with a run.
+
+{_table(_COVERED, list(_coverage()))}
+
+## 4. Our own GPU runs
 
 Not measured. `python -m tutorial_lib plan --check RUN --gpu PRESET` compares any run of `train --measure` in the same
 way.
@@ -177,6 +193,48 @@ way.
 """
 
 
+_KINDS: dict[str, Callable[[Workload, Layout], bool]] = {
+    "DeepSpeed's ZeRO": lambda _, layout: layout.strategy is None and layout.zero_stage > 0,
+    "FSDP": lambda _, layout: layout.strategy not in (None, "no_shard", "hybrid"),
+    "hybrid sharding": lambda _, layout: layout.strategy == "hybrid",
+    "offload": lambda _, layout: layout.offload != "none",
+    "tensor parallelism": lambda _, layout: layout.tp > 1 and not layout.sequence_parallel,
+    "tensor and sequence parallelism": lambda _, layout: layout.sequence_parallel,
+    "context parallelism by ring": lambda _, layout: layout.cp > 1 and not layout.ulysses,
+    "context parallelism by Ulysses": lambda _, layout: layout.ulysses,
+    "pipelines": lambda _, layout: layout.pp > 1,
+    "LoRA": lambda work, _: work.lora_rank > 0,
+    "8-bit or bf16 moments": lambda work, _: work.moments != "fp32",
+    "loss in chunks": lambda work, _: work.loss_chunks > 1,
+}
+
+
+def _coverage() -> Iterator[tuple[str, str, str, str]]:
+    """Yield, for each kind of layout, the numbers of published memory figures, published speeds, and own runs."""
+    own = [workload_and_layout(config, *read_config(config.model.name)) for config, _ in own_runs()]
+    for kind, holds in _KINDS.items():
+        published = [run for run in ROWS if holds(run.workload, run.layout)]
+        counts = (
+            sum(run.memory is not None for run in published), sum(not run.not_modelled for run in published),
+            sum(holds(*pair) for pair in own),
+        )  # fmt: skip
+        yield kind, *(str(count) for count in counts)  # type: ignore[misc]
+
+
+def _listed(kinds: list[str]) -> str:
+    return ", ".join(kinds[:-1]) + " and " + kinds[-1]
+
+
+def _without_speed() -> list[str]:
+    """Return the kinds of layout that have rows, but no published speed."""
+    return [kind for kind, memory, speed, own in _coverage() if speed == "0" and {memory, own} != {"0"}]
+
+
+def _without_rows() -> list[str]:
+    return [kind for kind, *counts in _coverage() if set(counts) == {"0"}]
+
+
+_COVERED = ("layout", "published memory", "published speed", "own runs: memory, bytes sent")
 _PUBLISHED = ("run", "memory, GiB: predicted", "published", "error", "tokens/s: predicted", "published", "error")
 _OWN = ("run", "states: predicted", "measured", "error", "peak: predicted", "measured", "error", "sent: error")
 
