@@ -21,7 +21,9 @@ from tutorial_lib.engine.predictions import workload_and_layout
 from tutorial_lib.models.dimensions import read_config
 from tutorial_lib.tables import Table
 from tutorial_lib.theory.cost import OFFLOADED_RUN
-from tutorial_lib.theory.layouts import Layout, Workload
+from tutorial_lib.theory.known_models import MODELS
+from tutorial_lib.theory.layouts import Cluster, Layout, Workload
+from tutorial_lib.theory.plan import plan
 
 PAGE = Path(__file__).parents[2] / "docs" / "planner-errors.md"
 MEASURED = Path(__file__).with_name("measured.json")
@@ -184,7 +186,11 @@ this page compares none of them with a run.
 
 {_table(_COVERED, list(_coverage()))}
 
-## 4. Our own GPU runs
+## 4. An answer that differs from an expert's
+
+{_large_case()}
+
+## 5. Our own GPU runs
 
 Not measured. `python -m tutorial_lib plan --check RUN --gpu PRESET` compares any run of `train --measure` in the same
 way.
@@ -237,6 +243,38 @@ def _without_rows() -> list[str]:
 _COVERED = ("layout", "published memory", "published speed", "own runs: memory, bytes sent")
 _PUBLISHED = ("run", "memory, GiB: predicted", "published", "error", "tokens/s: predicted", "published", "error")
 _OWN = ("run", "states: predicted", "measured", "error", "peak: predicted", "measured", "error", "sent: error")
+
+
+def _large_case() -> str:
+    """Return what the planner says of 405 B on 512 H100, beside the layout that experts would choose."""
+    dims = MODELS["llama-3-405b"]
+    task = Workload(num_params=dims.num_params, dimensions=dims, seq_length=8192)
+    found = [c for c in plan(task, Cluster.of("h100", 512), "fsdp") if c.fits]
+    best = found[0].layout
+    sequence = " with sequence parallelism" if best.sequence_parallel else ""
+    alone, interleaved, piped = (
+        next(c for c in found if (c.layout.tp, c.layout.pp, c.layout.chunks) == (8, pp, chunks))
+        for pp, chunks in ((1, 1), (8, 2), (8, 1))
+    )
+    (run,) = [r for r in ROWS if (r.layout.pp, r.layout.chunks) == (8, 1)]
+    assert run.memory is not None and piped.layout == run.layout
+    return f"""\
+`tests/unit/theory/test_experts.py` asks the planner nine ordinary questions. One is Llama 3 405B at 8,192 tokens on 512
+H100 of 80 GB. The planner's best layout is dp {best.dp} x tp {best.tp}{sequence}
+({best.strategy}). An expert would say tp 8 with a pipeline of about 8 stages. The planner thinks that this fits,
+too, but is slower (tokens/s are per GPU, each row has its best micro-batch):
+
+| layout | tokens/s | the planner's verdict |
+| --- | ---: | --- |
+| dp {best.dp} x tp {best.tp} | {found[0].tokens_per_gpu_second:.0f} | the best |
+| dp {alone.layout.dp} x tp 8 | {alone.tokens_per_gpu_second:.0f} | {alone.slower} |
+| dp 8 x tp 8 x pp 8, interleaved | {interleaved.tokens_per_gpu_second:.0f} | {interleaved.slower} |
+| dp 8 x tp 8 x pp 8 | {piped.tokens_per_gpu_second:.0f} | {piped.slower} |
+
+Do not choose by this table. No published speed checks tp or pipelines (part 3), so such differences may well be errors.
+The planner ignores the latency of collectives among hundreds of ranks and assumes that compute hides 80 % of their
+time; both favour a large dp. Nor is the last row sure to fit 80 GB: it is the layout of the published run in part 1,
+whose GPUs of 96 GB held {run.memory / GIB:.1f} GiB ({run.memory / 1e9:.1f} GB)."""
 
 
 def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

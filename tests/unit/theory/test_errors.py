@@ -68,6 +68,11 @@ def test_the_page_says_what_no_row_checks() -> None:
     assert "| LoRA | 0 | 0 | 0 |" in page and "| offload | 0 | 1 | 12 |" in page and "| pipelines | 2 | 0 | 0 |" in page
 
 
+def test_the_page_shows_the_case_that_differs_from_an_experts_answer() -> None:
+    text = errors.page().partition("## 4. An answer")[2]
+    assert text.count("% slower: ") == 3 and "dp 64 x tp 8 |" in text
+
+
 def test_our_own_runs() -> None:
     for config, (states, peak, sent) in errors.own_runs():
         assert abs(states.error) <= 0.01 and abs(sent.error) <= 0.01, config
