@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.description = (
         "Memory, traffic and speed of every dp x tp x sharding x offload on given GPUs, each with its best "
-        "micro-batch and activation checkpointing. " + plan_text.LEFT_OUT
+        "micro-batch and activation checkpointing. Dense decoders only: a mixture of experts is refused. "
+        + plan_text.LEFT_OUT
     )
     parser.add_argument("--model", help="llama-3-70b or another public model, a hub name, directory or embedded/...")
     add_model_config(parser)

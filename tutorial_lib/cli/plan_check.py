@@ -19,6 +19,7 @@ from tutorial_lib.tables import align
 from tutorial_lib.theory import memory
 from tutorial_lib.theory.cost import evaluate
 from tutorial_lib.theory.layouts import Cluster, Layout, Workload
+from tutorial_lib.theory.state_bytes import States
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,10 @@ def compare(
     rows = [
         Compared(
             "model states, bytes",
-            states.device + states.host + _boundary_gradients(config, workload, layout),
+            states.device
+            + states.host
+            + _boundary_gradients(config, workload, layout)
+            - _later_gradients(workload, layout, states),
             max(m["state_bytes"]["total"] for m in measured),
         ),
         Compared(
@@ -137,3 +141,13 @@ def _boundary_gradients(config: Config, workload: Workload, layout: Layout) -> f
     sizes = [p.numel() for p in model_outline(config.override(random_init=True)).parameters() if p.requires_grad]
     held = max(memory.reduced_gradients(sizes, layout.dp, rank) for rank in range(layout.dp))
     return (held - memory.partition_elements(sum(sizes), layout.dp)) * workload.bytes_per_element
+
+
+def _later_gradients(workload: Workload, layout: Layout, states: States) -> float:
+    """Return the bytes of reduced gradients on the host that do not exist yet while full ones wait on the device.
+
+    A plan counts both, since device and host each need their memory. FSDP2 with offload never holds both at once.
+    """
+    if layout.strategy is None or layout.offload == "none" or not states.gradients:
+        return 0.0
+    return 4 * memory.partition_elements(workload.num_params, layout.shard_size or layout.dp)

@@ -111,7 +111,7 @@ def layout_states(workload: Workload, layout: Layout, params: int, accumulation:
     total, gradients = device.total, device.gradients
     if layout.zero_stage == 1 and accumulation == 1:
         # Reduced at once, as at stage 2: full gradients only wait between micro-batches (measured in lab 01).
-        reduced = memory.model_states(trained, 2, ranks, precision).gradients
+        reduced = memory.device_states(trained, 2, ranks, precision, layout.offload).gradients
         total, gradients = total - gradients + reduced, reduced
     if layout.offload == "all":
         return States(total, gradients, host.total + frozen_device)

@@ -663,6 +663,12 @@ def test_an_encoder_with_a_decoder_is_refused(tmp_path: Path, capsys: pytest.Cap
     assert "is a t5 model, an encoder with a decoder" in capsys.readouterr().err
 
 
+def test_help_says_that_experts_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    assert "a mixture of experts is refused" in " ".join(capsys.readouterr().out.split())
+
+
 def test_experts_are_refused() -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.theory import errors
-from tests.theory.published import ROWS, Published
+from tests.theory.published import FALCON, ROWS, Published
 from tutorial_lib.cli import main
 from tutorial_lib.cli.plan_check import compare
 from tutorial_lib.config import Config
@@ -58,6 +58,19 @@ def test_the_page_explains_what_its_rows_leave_out() -> None:
     low = sum(e.memory_error < 0 for e in found if e.memory_error is not None)
     assert f"{low} of the 12 predictions are too low" in errors.page()
     assert all("float8" in run.name for run in ROWS if "float8" in run.not_modelled)
+
+
+def test_the_page_says_what_no_row_checks() -> None:
+    page = errors.page()
+    assert f"{FALCON.not_modelled}.\nSo this row is no check" in page
+    assert "anything about context parallelism by Ulysses, LoRA, 8-bit or bf16 moments" in page
+    assert "nor the speed of\n  hybrid sharding, tensor parallelism" in page
+    assert "| LoRA | 0 | 0 | 0 |" in page and "| offload | 0 | 1 | 12 |" in page and "| pipelines | 2 | 0 | 0 |" in page
+
+
+def test_the_page_shows_the_case_that_differs_from_an_experts_answer() -> None:
+    text = errors.page().partition("## 4. An answer")[2]
+    assert text.count("% slower: ") == 3 and "dp 64 x tp 8 |" in text
 
 
 def test_our_own_runs() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -45,11 +46,29 @@ OFFLOADED: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+HYBRID: dict[str, Any] = {"zero_stage": 3, "strategy": "hybrid"}
+PIPELINED = [{"zero_stage": 1}, STRATEGIES["shard_grad_op"]]
+
+
+def axes(draw: random.Random, kind: dict[str, Any], heads: int, tp: int) -> dict[str, Any]:
+    """Draw the sizes that fit a sharding: a hybrid group, context parallelism or a pipeline, or none of them."""
+    if kind is HYBRID:
+        return {"shard_size": draw.choice([2, 8])}
+    if kind in PIPELINED and draw.random() < 0.5:
+        return {"pp": draw.choice([2, 4]), "chunks": draw.choice([1, 2])}
+    if kind in OFFLOADED or kind.get("strategy") == "no_shard":
+        return {}
+    cp = draw.choice([1, 1, 2, 4])
+    is_divisible = heads % (tp * cp) == 0
+    exchanges = cp > 1 and is_divisible and ("strategy" not in kind or draw.random() < 0.5)
+    return {"cp": cp, "ulysses": exchanges} if exchanges or "strategy" in kind else {}
+
+
 def drawn(number: int) -> Iterator[tuple[Workload, Layout, int]]:
     """Yield random workloads and layouts of two ranks or more, and micro-batches per step, the same ones each time."""
     draw = random.Random(0)
     for _ in range(number):
-        name, kind = draw.choice(list(MODELS)), draw.choice([*STRATEGIES.values(), *OFFLOADED])
+        name, kind = draw.choice(list(MODELS)), draw.choice([*STRATEGIES.values(), *OFFLOADED, HYBRID])
         dims = MODELS[name]
         splits = [t for t in (1, 2, 4, 8) if dims.heads % t == 0 and dims.key_value_heads % t == 0]
         tp = 1 if kind.get("strategy") == "no_shard" else draw.choice(splits)
@@ -60,9 +79,10 @@ def drawn(number: int) -> Iterator[tuple[Workload, Layout, int]]:
             overlap_comm=draw.random() < 0.3, bucket_size=draw.choice([1_000_000, 500_000_000]),
         )  # fmt: skip
         layout = Layout(
-            dp=draw.choice([2, 4, 16, 64]), tp=tp, micro_batch=draw.choice([1, 2, 4]),
+            dp=draw.choice([16, 64] if kind is HYBRID else [2, 4, 16, 64]), tp=tp, micro_batch=draw.choice([1, 2, 4]),
             sequence_parallel="strategy" in kind and tp > 1 and draw.random() < 0.5,
             checkpointing=draw.choice(CHECKPOINTING), reduction=draw.choice(REDUCTIONS), **kind,
+            **axes(draw, kind, dims.heads, tp),
         )  # fmt: skip
         yield task, layout, draw.choice([1, 2, 4])
 
@@ -74,7 +94,10 @@ def test_properties_of_random_layouts() -> None:
         batch = layout.micro_batch * layout.dp * accumulation
         return evaluate(replace(task, global_batch=batch), cluster(layout.gpus), layout)
 
+    seen = Counter[str]()
     for task, layout, accumulation in drawn(1000):
+        seen.update(name for name in ("shard_size", "ulysses") if getattr(layout, name))
+        seen.update(name for name in ("cp", "pp", "chunks") if getattr(layout, name) > 1)
         found = cost(task, layout, accumulation)
         more_ranks = cost(task, replace(layout, dp=2 * layout.dp), accumulation)
         assert more_ranks.memory <= found.memory and more_ranks.dp_traffic >= found.dp_traffic, (task, layout)
@@ -87,10 +110,15 @@ def test_properties_of_random_layouts() -> None:
         assert larger.memory >= found.memory and larger.tokens_per_gpu_second >= 0.999999 * found.tokens_per_gpu_second
         longer = cost(task, layout, 2 * accumulation)
         assert longer.dp_traffic >= found.dp_traffic and longer.tp_traffic >= found.tp_traffic
+        assert longer.cp_traffic >= found.cp_traffic
+        if layout.cp > 1:
+            whole = cost(task, replace(layout, cp=1, ulysses=False), accumulation)
+            assert found.memory <= whole.memory and found.cp_traffic > 0, (task, layout)
         recomputed = [cost(task, replace(layout, checkpointing=how), accumulation) for how in CHECKPOINTING]
         for less, more in itertools.pairwise(recomputed):
             assert more.activations <= less.activations and more.memory <= less.memory, (task, layout)
             assert more.compute_seconds >= less.compute_seconds and more.tp_traffic >= less.tp_traffic
+    assert set(seen) == {"shard_size", "ulysses", "cp", "pp", "chunks"} and min(seen.values()) > 20, seen
 
 
 def test_what_fits_still_fits_on_twice_the_gpus() -> None:
