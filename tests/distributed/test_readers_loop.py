@@ -25,6 +25,7 @@ from tutorial_lib.records import RunDirectory
 
 STOP, END = 3, 8
 WAYS = {
+    "torch": {"engine": "torch", "dp": 1},
     "zero0": {"zero_stage": 0},
     "zero3": {"zero_stage": 3, "micro_batch": 1},
     "fsdp": {"engine": "fsdp"},
@@ -34,7 +35,7 @@ WAYS = {
     "fsdp-chunked": {"engine": "fsdp", "loss_chunks": 4, "micro_batch": 2},
     "ddp-chunked": {"engine": "fsdp", "sharding": "no_shard", "loss_chunks": 4},
 }
-"""Ways for two ranks to share the work, with and without chunks of logits."""
+"""One rank alone, and ways for two ranks to share the work, with and without chunks of logits."""
 
 IN_BF16 = {
     "zero3-bf16": {"zero_stage": 3, "precision": "bf16"},
@@ -94,8 +95,10 @@ def begun(directory):
     ways = [config(directory, name, **flat) for name, flat in (WAYS | IN_BF16).items()]
     stopped = resumable(directory, "begun", stop_after=STOP)
     background = resumable(directory, "background", checkpoint_every=1, async_save=True, keep_last=2)
-    runs = [*ways, stopped, background]
-    losses = dict(zip([each.run.name for each in runs], train_with_loop(runs), strict=True))
+    losses = {}
+    for num_ranks in (1, 2):
+        runs = [each for each in (*ways, stopped, background) if each.parallel.world_size == num_ranks]
+        losses |= zip([each.run.name for each in runs], train_with_loop(runs), strict=True)
     shutil.copytree(stopped.directory, directory / "runs" / "handed-on")
     return losses
 
