@@ -6,6 +6,7 @@ import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 _CELL = "padding:0.2em 0.8em;border-bottom:1px solid rgba(128,128,128,0.35)"
@@ -98,7 +99,7 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = Non
     names = list(columns) if columns is not None else list(dict.fromkeys(key for row in rows for key in row))
     values = [[row.get(name) for name in names] for row in rows]
     numeric = [
-        all(v is None or (_is_number(v) and not isinstance(v, bool)) for v in column)
+        all(v is None or is_number(v) for v in column)
         for column in (zip(*values, strict=True) if values else [()] * len(names))
     ]
     return Table(
@@ -134,5 +135,6 @@ def format_bytes(num_bytes: float) -> str:
     return f"{num_bytes / 1024:,.4g} TiB"
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float))
+def is_number(value: Any) -> bool:
+    """Return whether a value is a real number, of Python or of NumPy. A bool is not one."""
+    return isinstance(value, Real) and not isinstance(value, bool)

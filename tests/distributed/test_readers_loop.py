@@ -6,16 +6,13 @@ The loop is in ``notebooks/scripts/train_zero.py``. ``test_ray.py`` gives it to 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 
 from tests.distributed.cases import small_runs
-from tests.support.launching import ROOT, train_command
+from tests.support.launching import train_command
 from tests.support.models import DROPOUT, MODELS, small_model
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.checkpoint import manifest, open_full
@@ -25,6 +22,7 @@ from tutorial_lib.records import RunDirectory
 
 STOP, END = 3, 8
 WAYS = {
+    "torch": {"engine": "torch", "dp": 1},
     "zero0": {"zero_stage": 0},
     "zero3": {"zero_stage": 3, "micro_batch": 1},
     "fsdp": {"engine": "fsdp"},
@@ -34,7 +32,7 @@ WAYS = {
     "fsdp-chunked": {"engine": "fsdp", "loss_chunks": 4, "micro_batch": 2},
     "ddp-chunked": {"engine": "fsdp", "sharding": "no_shard", "loss_chunks": 4},
 }
-"""Ways for two ranks to share the work, with and without chunks of logits."""
+"""One rank alone, and ways for two ranks to share the work, with and without chunks of logits."""
 
 IN_BF16 = {
     "zero3-bf16": {"zero_stage": 3, "precision": "bf16"},
@@ -75,6 +73,19 @@ def losses_of(run, first=1):
     return [row["loss"] for row in run.rows if row["step"] >= first]
 
 
+def run_torchrun(shell, *program):
+    """Run a program on two ranks; return the exit code and what was written to standard error."""
+    shell.start(["torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, program)])
+    return shell.exit_code(), (shell.scratch / "stderr").read_text()
+
+
+def assert_same_states(run, expected):
+    ours, theirs = (open_full(checkpoint.latest(each)) for each in (run, expected))
+    for name in ours.names:
+        assert ours.parameter(name).equal(theirs.parameter(name)), name
+        assert ours.moment(name, "exp_avg").equal(theirs.moment(name, "exp_avg")), name
+
+
 @pytest.fixture(scope="module")
 def reference(directory):
     """Train with the package's trainer in one process of plain PyTorch."""
@@ -94,8 +105,10 @@ def begun(directory):
     ways = [config(directory, name, **flat) for name, flat in (WAYS | IN_BF16).items()]
     stopped = resumable(directory, "begun", stop_after=STOP)
     background = resumable(directory, "background", checkpoint_every=1, async_save=True, keep_last=2)
-    runs = [*ways, stopped, background]
-    losses = dict(zip([each.run.name for each in runs], train_with_loop(runs), strict=True))
+    losses = {}
+    for num_ranks in (1, 2):
+        runs = [each for each in (*ways, stopped, background) if each.parallel.world_size == num_ranks]
+        losses |= zip([each.run.name for each in runs], train_with_loop(runs), strict=True)
     shutil.copytree(stopped.directory, directory / "runs" / "handed-on")
     return losses
 
@@ -110,37 +123,44 @@ def test_in_bf16_a_chunked_loss_matches_to_bf16_rounding(begun, way):
     assert begun[f"{way}-chunked"] == pytest.approx(begun[way], rel=2e-3)
 
 
-def test_the_script_trains_under_torchrun_and_the_command_line_takes_its_run_over(directory, reference):
+def test_the_script_trains_under_torchrun_and_the_command_line_takes_its_run_over(directory, shell, reference):
     stopped = config(directory, "torchrun", launcher="none", stop_after=STOP)
     (directory / "torchrun.json").write_text(stopped.to_json())
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-    def start(*command):
-        done = subprocess.run(
-            [*torchrun, *command], env=environment, capture_output=True, text=True, timeout=240, cwd=directory
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    shown = start(str(train_zero.__file__), str(directory / "torchrun.json"))
+    code, said = run_torchrun(shell, train_zero.__file__, directory / "torchrun.json")
+    assert code == 0, said
+    shown = (shell.scratch / "stdout").read_text()
     losses = [float(loss) for loss in re.findall(r"^step +\d+  loss (\S+)$", shown, re.MULTILINE)]
     assert losses == pytest.approx(reference[:STOP], rel=1e-6)
-    result = json.loads(start("-m", *train_command(stopped.override(stop_after=None))))
+    code, said = run_torchrun(shell, "-m", *train_command(stopped.override(stop_after=None)))
+    assert code == 0, said
+    result = shell.result()
     assert (result["status"], result["resumed_from"]) == ("completed", STOP)
     rows = RunDirectory(stopped.directory).rows()
     assert [row["step"] for row in rows] == list(range(STOP + 1, END + 1))
     assert [row["loss"] for row in rows] == pytest.approx(reference[STOP:], rel=1e-6)
 
 
+def test_the_loop_resumes_bit_for_bit_after_a_rank_is_killed(directory, shell, uninterrupted):
+    """The kill comes two steps after a checkpoint. torchrun then ends the other rank."""
+    killed = resumable(directory, "killed", launcher="none", checkpoint_every=STOP)
+    (directory / "killed.json").write_text(killed.to_json())
+    loop = ["-m", "tests.distributed.workers.killed_loop", directory / "killed.json"]
+    run, expected = RunDirectory(killed.directory), losses_of(uninterrupted)
+    code, said = run_torchrun(shell, *loop, STOP + 2)
+    assert code == 1 and re.search(r"rank +: 1 .*\n +exitcode +: -9 ", said), said
+    before = run.rows()
+    assert [row["loss"] for row in before] == expected[: len(before)] and len(before) > STOP, "it trained on"
+    assert checkpoint.latest(run) == checkpoint.directory_of(run, STOP)
+    code, said = run_torchrun(shell, *loop)
+    assert code == 0, said
+    assert [(row["step"], row["loss"]) for row in run.rows()[len(before) :]] == [*enumerate(expected, 1)][STOP:]
+    assert_same_states(run, uninterrupted.directory)
+
+
 def test_the_loop_resumes_bit_for_bit(directory, begun, uninterrupted):
     (losses,) = train_with_loop([resumable(directory, "begun")])
     assert begun["begun"] + losses == losses_of(uninterrupted)
-    newest = checkpoint.latest(RunDirectory(directory / "runs" / "begun"))
-    ours, theirs = (open_full(path) for path in (newest, checkpoint.latest(uninterrupted.directory)))
-    for name in ours.names:
-        assert ours.parameter(name).equal(theirs.parameter(name)), name
-        assert ours.moment(name, "exp_avg").equal(theirs.moment(name, "exp_avg")), name
+    assert_same_states(RunDirectory(directory / "runs" / "begun"), uninterrupted.directory)
 
 
 def test_the_trainer_resumes_from_the_loops_checkpoint(directory, begun, uninterrupted):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.support.models import MODELS, small_model
-from tests.unit.checkpoint.runs import config
+from tests.support.torch_runs import config
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.checkpoint import CheckpointError
 

@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
-    from tests.unit.checkpoint.runs import make_model  # most tests do not need what this imports
+    from tests.support.torch_runs import make_model  # most tests do not need what this imports
 
     return make_model(tmp_path_factory.mktemp("models"))
 
@@ -13,7 +13,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="session")
 def uninterrupted(model, tmp_path_factory):
     """Run our own loop on plain torch."""
-    from tests.unit.checkpoint.runs import config
+    from tests.support.torch_runs import config
     from tutorial_lib import launch
 
     return launch.run(config(tmp_path_factory.mktemp("uninterrupted"), model=model))

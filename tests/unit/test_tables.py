@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from tutorial_lib import tables
@@ -29,6 +30,11 @@ def test_a_table_is_aligned_text_and_plain_html() -> None:
 def test_markdown_marks_columns_of_numbers_and_escapes_bars() -> None:
     shown = tables.table([{"layout": "dp | tp", "GB": 1.5}], caption="left out")
     assert shown.markdown().splitlines() == ["| layout | GB |", "| --- | ---: |", "| dp \\| tp | 1.5 |"]
+
+
+def test_numbers_of_numpy_are_aligned_as_numbers_and_bools_are_not() -> None:
+    rows = [{"steps": np.int64(8), "loss": np.float32(0.5), "done": True}]
+    assert tables.table(rows).markdown().splitlines()[1] == "| ---: | ---: | --- |"
 
 
 def test_columns_are_as_wide_as_their_widest_cell_or_wider() -> None:

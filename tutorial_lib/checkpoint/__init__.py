@@ -17,9 +17,9 @@ The engine's files are pickles, FSDP2's ``.metadata`` among them: unpickling run
 you or your job wrote. The manifest protects against damage, not against forgery.
 
 The verbs are :func:`save`, :func:`load`, :func:`verify`, :func:`export` and :func:`reshape`. In a training loop,
-:class:`CheckpointManager` decides when to save and what to load; ``saver`` directs one save, and ``writer`` writes a
-rank's files. To rewrite a checkpoint in a different shape, :func:`tutorial_lib.launch.reshape` starts ranks of that
-shape. Each on-disk format has its own module (:mod:`~tutorial_lib.checkpoint.formats`).
+:class:`CheckpointManager` decides when to save and what to load; ``saver`` directs one save, and ``rank_writer``
+writes a rank's files. To rewrite a checkpoint in a different shape, :func:`tutorial_lib.launch.reshape` starts ranks of
+that shape. Each on-disk format has its own module (:mod:`~tutorial_lib.checkpoint.formats`).
 """
 
 from tutorial_lib.checkpoint.directory import directory_of, latest

@@ -103,7 +103,7 @@ def _assumptions(answer: Answer) -> list[str]:
     lines = [
         f"{work.num_params / 1e9:.4g} B parameters, {work.precision}: {dims.layers} layers, hidden "
         f"{dims.hidden}, {dims.heads} heads ({dims.key_value_heads} kv), vocabulary {dims.vocabulary}{trained}",
-        f"  dimensions: {answer.source}; replicated under tp: {_short(dims.replicated_params / 1e6)} M",
+        f"  dimensions: {answer.source}; replicated under tp: {_three_digits(dims.replicated_params / 1e6)} M",
         f"{machine.gpus} {of} of {machine.gpu_memory / 1e9:g} GB ({machine.usable_memory / 1e9:.3g} usable), "
         f"{machine.gpus_per_node} per node; {machine.gpu_flops / 1e12:g} TFLOP/s at {machine.efficiency:g} (HFU)",
         f"  GB/s: {machine.within / 1e9:g} within a node, {machine.between / 1e9:g} between, "
@@ -180,7 +180,7 @@ def _row(candidate: Candidate, best: Candidate) -> tuple[str, ...]:
     off = {"none": "-", "optimizer": "opt", "all": "all"}[layout.offload]
     recompute = {"none": "-", "selective": "sel", "full": "all"}[layout.checkpointing]
     gigabytes = [
-        _short(size / 1e9)
+        _three_digits(size / 1e9)
         for size in (candidate.states, candidate.activations, candidate.buffers, candidate.memory,
                      candidate.dp_traffic + candidate.cp_traffic, candidate.tp_traffic)
     ]  # fmt: skip
@@ -261,7 +261,7 @@ def _advice(answer: Answer) -> list[str]:
     return lines
 
 
-def _short(number: float) -> str:
+def _three_digits(number: float) -> str:
     """Format a number with three significant digits, in at most five characters."""
     if number == 0:
         return "0"

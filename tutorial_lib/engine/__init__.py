@@ -26,9 +26,16 @@ def build_engine(config: Config, topology: Topology, num_steps: int) -> Engine:
         num_steps: total number of optimizer steps of the run, for the schedule: ``loader.num_steps``.
 
     Raises:
-        ConfigError: the values of the DeepSpeed file have not been applied to the configuration, this rank has no GPU,
-            or the engine cannot train models of this family.
+        ConfigError: the configuration names the Hugging Face Trainer, which has its own loop; the values of the
+            DeepSpeed file have not been applied to the configuration; this rank has no GPU; or the engine cannot train
+            models of this family.
     """
+    if config.engine.name == "trainer":
+        raise ConfigError(
+            "engine='trainer' is the Hugging Face Trainer, which has its own training loop: start it with "
+            "`python -m tutorial_lib train --engine trainer`. For your own loop write engine='deepspeed', 'fsdp' or "
+            "'torch'."
+        )
     try_engine(config, topology, num_steps)
     return _build_for_training(config, topology, num_steps)
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tutorial_lib.lab import display
-from tutorial_lib.tables import Table, format_value, table
+from tutorial_lib.tables import Table, format_value, is_number, table
 
 MIME_TYPE = "application/vnd.tutorial-lib.claims+json"
 """MIME type of the claims in an executed notebook: a list of ``{claim, relation, expected, measured, ...}``."""
@@ -199,7 +199,7 @@ def _largest_difference(expected: Any, measured: Any) -> float | None:
             return None
         differences = [_largest_difference(e, m) for e, m in zip(expected, measured, strict=True)]
         return None if None in differences else max((d for d in differences if d is not None), default=0.0)
-    if _is_number(expected) and _is_number(measured):
+    if is_number(expected) and is_number(measured):
         difference = 0.0 if expected == measured else abs(float(expected) - float(measured))
         return None if math.isnan(difference) else difference
     return 0.0 if expected == measured else None
@@ -214,15 +214,11 @@ def _tolerance(claim: Claim) -> str:
 def _numbers(value: Any) -> list[float]:
     if _is_sequence(value):
         return [n for item in value for n in _numbers(item)]
-    return [float(value)] if _is_number(value) else []
+    return [float(value)] if is_number(value) else []
 
 
 def _is_sequence(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _short(value: Any) -> str:
@@ -230,7 +226,7 @@ def _short(value: Any) -> str:
     if _is_sequence(value):
         shown = [_short(v) for v in value]
         return ", ".join(shown if len(shown) <= 4 else [*shown[:2], "…", shown[-1]])
-    if _is_number(value) and math.isfinite(value) and value != int(value):
+    if is_number(value) and math.isfinite(value) and value != int(value):
         return f"{value:.7g}" if abs(value) >= 1e-4 else f"{value:.3g}"
     return format_value(value)
 

@@ -130,7 +130,7 @@ def read_memory_log(path: str | Path) -> MemoryLog:
         return read_psrecord(path)
     if first.startswith("timestamp") or _SMI_TIME.match(first):
         return read_nvidia_smi(path)
-    raise MemoryLogError(f"{path} is not a memory log. Its first line is {_short(first)}. {_ACCEPTED}")
+    raise MemoryLogError(f"{path} is not a memory log. Its first line is {_excerpt(first)}. {_ACCEPTED}")
 
 
 def read_sampler(path: str | Path) -> MemoryLog:
@@ -146,7 +146,7 @@ def read_sampler(path: str | Path) -> MemoryLog:
     lines = _lines(path := Path(path))
     number, header = next(lines)
     if f'"format": "{FORMAT}"' not in header:
-        raise MemoryLogError(f"{path}:{number} is not the header of a sampler's log: {_short(header)}. {_ACCEPTED}")
+        raise MemoryLogError(f"{path}:{number} is not the header of a sampler's log: {_excerpt(header)}. {_ACCEPTED}")
     readings = [_reading(path, number, line) for number, line in lines]
     if not readings:
         raise MemoryLogError(f"{path} has a header but no reading yet. Read it when the sampler has written one.")
@@ -165,7 +165,9 @@ def read_psrecord(path: str | Path) -> MemoryLog:
     number, header = next(lines)
     columns = re.split(r"\s{2,}", header.lstrip("# ").rstrip())
     if columns[:4] != ["Elapsed time", "CPU (%)", "Real (MB)", "Virtual (MB)"]:
-        raise MemoryLogError(f"{path}:{number} is not the header of psrecord's text log: {_short(header)}. {_ACCEPTED}")
+        raise MemoryLogError(
+            f"{path}:{number} is not the header of psrecord's text log: {_excerpt(header)}. {_ACCEPTED}"
+        )
     samples = []
     for number, line in lines:
         try:
@@ -324,9 +326,9 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _damaged(path: Path, number: int, line: str, error: Exception) -> MemoryLogError:
     return MemoryLogError(
-        f"{path}:{number} cannot be read ({error}): {_short(line)}. Remove that line if the rest is intact."
+        f"{path}:{number} cannot be read ({error}): {_excerpt(line)}. Remove that line if the rest is intact."
     )
 
 
-def _short(line: str) -> str:
+def _excerpt(line: str) -> str:
     return repr(line if len(line) <= 80 else line[:77] + "...")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.unit.bench.records import done
+from tests.support.bench_records import done
 from tutorial_lib.bench import Matrix, compare
 from tutorial_lib.bench.record import OUT_OF_MEMORY, Memory, RowRecord
 from tutorial_lib.config import ConfigError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.unit.bench.records import done
+from tests.support.bench_records import done
 from tutorial_lib.bench import figures
 from tutorial_lib.bench.record import Memory, RowRecord
 from tutorial_lib.measure.sampler import sample_memory

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from tests.unit.bench.records import leave_run
+from tests.support.bench_records import leave_run
 from tutorial_lib.bench import Matrix, figures, run_matrix
 from tutorial_lib.bench.progress import SilentProgress
 from tutorial_lib.config import Config, ConfigError

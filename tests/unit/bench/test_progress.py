@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 
-from tests.unit.bench.records import done
+from tests.support.bench_records import done
 from tutorial_lib.bench.progress import MatrixProgress
 from tutorial_lib.bench.record import KILLED, RowRecord
 from tutorial_lib.config import Config

@@ -6,7 +6,7 @@ import csv
 
 import pytest
 
-from tests.unit.bench.records import done
+from tests.support.bench_records import done
 from tutorial_lib.bench import table
 from tutorial_lib.bench.record import KILLED, Memory, RowRecord
 from tutorial_lib.measure.sampler_log import MIB

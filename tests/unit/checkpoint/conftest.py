@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.unit.checkpoint.runs import config
+from tests.support.torch_runs import config
 from tutorial_lib import launch
 from tutorial_lib.records import RunDirectory
 

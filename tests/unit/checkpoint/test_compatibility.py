@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from tests.support.damaged_files import flip_a_bit
-from tests.unit.checkpoint.runs import assert_same, config
+from tests.support.torch_runs import assert_same, config
 from tutorial_lib import checkpoint, launch, trainer
 from tutorial_lib.checkpoint import compatibility, manifest
 from tutorial_lib.config import ConfigError

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from tests.unit.checkpoint.runs import config, weights
+from tests.support.torch_runs import config, weights
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.config import ConfigError
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.unit.checkpoint.runs import ALONE, config
+from tests.support.torch_runs import ALONE, config
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.checkpoint import lock
 from tutorial_lib.checkpoint.lock import launch_lock

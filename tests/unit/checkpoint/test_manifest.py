@@ -6,7 +6,7 @@ import re
 import pytest
 
 from tests.support.damaged_files import cut_short, flip_a_bit
-from tests.unit.checkpoint.runs import assert_same, make_checkpoint
+from tests.support.torch_runs import assert_same, make_checkpoint
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.checkpoint import CheckpointError, directory, manifest
 from tutorial_lib.records import RunDirectory

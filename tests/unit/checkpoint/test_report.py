@@ -3,7 +3,7 @@
 import json
 import os
 
-from tests.unit.checkpoint.runs import STEPS, make_checkpoint, steps
+from tests.support.torch_runs import STEPS, make_checkpoint, steps
 from tutorial_lib import checkpoint
 from tutorial_lib.cli import main
 

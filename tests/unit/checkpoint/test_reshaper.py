@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.checkpoint.runs import config
+from tests.support.torch_runs import config
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.checkpoint import directory, manifest
 from tutorial_lib.checkpoint.reshaper import reshaped_config

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from tests.support.damaged_files import flip_a_bit
-from tests.unit.checkpoint.runs import ALONE, STEPS, assert_same, config, make_checkpoint, names, steps
+from tests.support.torch_runs import ALONE, STEPS, assert_same, config, make_checkpoint, names, steps
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.checkpoint import directory, manifest
 from tutorial_lib.checkpoint.directory import clean_up_leftovers, finish_deletions

@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.damaged_files import cut_short
 from tests.support.late_writes import LateTrainer, LateTrainerWithoutSnapshot
-from tests.unit.checkpoint.runs import assert_same, config, make_checkpoint, names, steps
+from tests.support.torch_runs import assert_same, config, make_checkpoint, names, steps
 from tutorial_lib import checkpoint, launch, trainer
 from tutorial_lib.checkpoint import CheckpointError, directory, manifest, storage
 from tutorial_lib.checkpoint.directory import clean_up_leftovers

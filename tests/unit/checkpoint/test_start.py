@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from tests.unit.checkpoint.runs import STEPS, assert_same, config
+from tests.support.torch_runs import STEPS, assert_same, config
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.checkpoint import manifest
 from tutorial_lib.config import ConfigError

@@ -62,3 +62,9 @@ def test_a_configuration_that_omits_what_its_deepspeed_file_states_is_refused():
     config = Config.create(dp=1, deepspeed="zero2")
     with pytest.raises(ConfigError, match=r"deepspeed='zero2' contains settings.*launch\.preflight"):
         build_engine(config, ALONE, 1)
+
+
+def test_the_hugging_face_trainer_is_not_an_engine_for_your_own_loop():
+    message = r"engine='trainer' .*`python -m tutorial_lib train --engine trainer`.*'deepspeed', 'fsdp' or 'torch'"
+    with pytest.raises(ConfigError, match=message):
+        build_engine(Config.create(engine="trainer", dp=1, random_init=True), ALONE, 1)

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.unit.lab.exercise_assertions import assert_explains
+from tests.support.exercise_assertions import assert_explains
 from tutorial_lib.lab import checkpoints
 
 EXERCISES = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.lab.exercise_assertions import assert_explains
+from tests.support.exercise_assertions import assert_explains
 from tutorial_lib.lab import scaling
 
 TASKS = [{"RANK": None, "LOCAL_RANK": None, "WORLD_SIZE": None, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.unit.lab.exercise_assertions import assert_explains
+from tests.support.exercise_assertions import assert_explains
 from tutorial_lib.config import Config
 from tutorial_lib.lab import start
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.unit.lab.exercise_assertions import assert_explains
+from tests.support.exercise_assertions import assert_explains
 from tutorial_lib.lab import workshop
 from tutorial_lib.theory.memory import ModelStates
 

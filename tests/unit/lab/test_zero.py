@@ -9,7 +9,7 @@ from typing import Any
 import nbformat
 import pytest
 
-from tests.unit.lab.exercise_assertions import assert_explains
+from tests.support.exercise_assertions import assert_explains
 from tutorial_lib.lab import zero
 from tutorial_lib.lab.exercises import Exercise
 from tutorial_lib.lab.scripts import DIRECTORY

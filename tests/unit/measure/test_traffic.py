@@ -6,25 +6,24 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.support.launching import ROOT
 from tutorial_lib.measure.traffic import Collective, Traffic, count_collectives
 
 
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Return the counts of traffic_worker.py on each of two ranks."""
+    """Return the counts of :mod:`tests.support.traffic_worker` on each of two ranks."""
     directory = tmp_path_factory.mktemp("traffic")
-    worker = Path(__file__).with_name("traffic_worker.py")
-    root = str(Path(__file__).parents[3])
+    worker = [sys.executable, "-m", "tests.support.traffic_worker"]
     processes = [
         subprocess.Popen(
-            [sys.executable, str(worker), str(rank), str(directory / "store"), str(directory / f"{rank}.json")],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root},
+            [*worker, str(rank), str(directory / "store"), str(directory / f"{rank}.json")],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.support.damaged_files import flip_a_bit
-from tests.unit.checkpoint.runs import STEPS, config, names, rows_without_seconds, steps
+from tests.support.torch_runs import STEPS, config, names, rows_without_seconds, steps
 from tutorial_lib import checkpoint, launch, trainer
 from tutorial_lib.cli import main
 from tutorial_lib.config import ConfigError
