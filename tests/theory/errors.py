@@ -170,9 +170,10 @@ supported either. (Only one rule came with that support: BLOOM's attention is re
 kernel.)
 
 Rows with offload or `hybrid_shard` were measured last, and two of them exposed errors, now fixed: a plan gave ZeRO-1
-with an offloaded optimizer gradients on the device, which are on the host; and `plan --check` counted FSDP2's offloaded
-gradients twice. On a CPU, device and host are the same memory, so rows with offload check the sum of both, and no time.
-The peak of `hybrid_shard` with `each reduced` differs by up to a tenth from run to run.
+with an offloaded optimizer and one micro-batch gradients on the device, which are on the host (with several, full ones
+wait on the device as well); and `plan --check` counted FSDP2's offloaded gradients twice. On a CPU, device and host
+are the same memory, so rows with offload check the sum of both, and no time. The peak of `hybrid_shard` with `each
+reduced` differs by up to a tenth from run to run.
 
 {_table(_OWN, [_own_row(config, rows) for config, rows in own])}
 
