@@ -1,7 +1,7 @@
 """Expected model states: exact bytes on each data-parallel rank, from the formulas of ``theory.memory``.
 
 They follow DeepSpeed where it deviates from the paper: it keeps a master copy even of fp32 weights, reduces a gradient
-in full on both ranks that share it, and holds fp32 gradients if it offloads. For a step's peak, see ``planned``.
+in full on both ranks that share it, and holds fp32 gradients if it offloads. For a step's peak, see ``predictions``.
 """
 
 from __future__ import annotations

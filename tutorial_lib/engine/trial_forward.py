@@ -161,7 +161,7 @@ def _build(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel
     """Build a model with random weights, or return None if it is too large for a trial."""
     options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # the same copy on every rank
+        torch.default_generator.manual_seed(0)  # the same copy on every rank; torch.manual_seed would seed GPUs, too
         with torch.device("meta"):
             outline = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
         if sum(parameter.numel() for parameter in outline.parameters()) > _LARGEST_COPY:

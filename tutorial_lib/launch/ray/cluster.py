@@ -306,7 +306,7 @@ def stop() -> None:
 
 
 def _drop_rays_interrupt_handler() -> None:
-    """Make Ctrl-C raise ``KeyboardInterrupt`` again, as before Ray's own ``TorchTrainer.fit`` was called here.
+    """Make Ctrl-C raise ``KeyboardInterrupt`` again if Ray's own ``TorchTrainer.fit`` was called in this process.
 
     ``fit`` leaves a handler behind that would call a controller that has ended, and start another Ray to do so.
     """
