@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tutorial_lib.lab import display
 from tutorial_lib.lab.claims import Claims
 
 
@@ -87,6 +88,19 @@ def test_show_names_every_failed_claim(capsys: pytest.CaptureFixture[str]) -> No
     assert "five times faster: expected ≥ 5, measured 4.2" in message
     shown = capsys.readouterr().out
     assert shown.count("✗ does not hold") == 2 and shown.count("✓") == 1
+
+
+def test_the_table_is_folded_only_while_all_claims_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[dict[str, Any]] = []
+    monkeypatch.setattr(display, "show", shown.append)
+    claims = Claims()
+    claims.equal("one", 1, 1)
+    claims.show()
+    claims.equal("two", 2, 3)
+    with pytest.raises(AssertionError):
+        claims.show()
+    folded, unfolded = (data["text/html"] for data in shown)
+    assert folded.startswith("<details><summary>") and unfolded.startswith("<details open><summary>")
 
 
 def test_claims_that_hold_are_shown_quietly(capsys: pytest.CaptureFixture[str]) -> None:
