@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.on_ranks import run_on_ranks
-from tests.support.launching import ROOT, train_command
+from tests.support.commands import train_command
+from tests.support.launching import ROOT
 from tutorial_lib.config import Config
 from tutorial_lib.embedded import dataset_directory
 from tutorial_lib.launch import worker

@@ -15,7 +15,7 @@ from tests.cluster.exported_weights import trained_weights
 from tests.cluster.virtual_nodes import Node, VirtualNodes, end
 from tests.distributed.cases import equivalence, small_runs
 from tests.distributed.faults.checks import SOON
-from tests.support.launching import train_command
+from tests.support.commands import train_command
 from tutorial_lib import launch
 from tutorial_lib.records import RunDirectory
 

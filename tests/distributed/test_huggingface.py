@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.distributed.cases import equivalence, small_runs
 from tests.distributed.cases.interruption import END, STOP
-from tests.support.launching import interrupt_when, train_command
+from tests.support.commands import train_command
+from tests.support.launching import interrupt_when
 from tests.support.models import HIDDEN
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.cli import main

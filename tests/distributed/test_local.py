@@ -18,7 +18,8 @@ import psutil
 import pytest
 
 from tests.distributed.cases import small_runs
-from tests.support.launching import NEEDS_WARM_SERVER, Shell, interrupt_when, train_command, wait_until
+from tests.support.commands import train_command
+from tests.support.launching import NEEDS_WARM_SERVER, Shell, interrupt_when, wait_until
 from tutorial_lib import launch
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.launch import local

@@ -12,7 +12,7 @@ import shutil
 import pytest
 
 from tests.distributed.cases import small_runs
-from tests.support.launching import train_command
+from tests.support.commands import train_command
 from tests.support.models import DROPOUT, MODELS, small_model
 from tutorial_lib import checkpoint, launch
 from tutorial_lib.checkpoint import manifest, open_full

@@ -11,7 +11,7 @@ import pytest
 from tests.distributed.cases import crashing, interruption, small_runs
 from tests.distributed.cases.equivalence import MATRIX
 from tests.distributed.cases.interruption import STOP
-from tests.support.launching import train_command
+from tests.support.commands import train_command
 from tutorial_lib import cli
 from tutorial_lib.launch import torchrun
 from tutorial_lib.launch.environment import RENDEZVOUS

@@ -8,6 +8,7 @@ import platform
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -30,6 +31,7 @@ def cases(setting: Setting) -> Cases:
         "bandwidth": lambda: measure_bandwidth(setting),
         "disk": lambda: measure_disk(setting),
         "DeepSpeed's operators": lambda: compile_operators(setting),
+        "doctor": ask_doctor,
     }
 
 
@@ -154,3 +156,11 @@ def compile_operators(setting: Setting) -> dict[str, Any]:
         "fused_adam": "left out: the engine uses torch.optim.AdamW",
         "fused_adam_could_be_compiled": compatible,
     }
+
+
+def ask_doctor() -> dict[str, Any]:
+    """Return what ``python -m tutorial_lib doctor`` says about this machine."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tutorial_lib", "doctor"], capture_output=True, text=True, timeout=60, cwd=packages.ROOT
+    )
+    return {"exit_code": done.returncode, "said": done.stdout.splitlines(), "errors": done.stderr[-2000:]}

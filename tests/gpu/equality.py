@@ -23,12 +23,13 @@ import torch
 from tests.gpu.cases import Cases, Setting
 from tests.gpu.data import write_rows
 from tests.gpu.training import join_group
-from tests.support.launching import train_command
+from tests.support.commands import train_command
 from tutorial_lib import checkpoint, trainer
 from tutorial_lib.checkpoint.directory import locate
-from tutorial_lib.cli import DONE, STOPPED
+from tutorial_lib.cli import DONE, STOPPED, plan_check
 from tutorial_lib.config import Config
 from tutorial_lib.records import RunDirectory
+from tutorial_lib.theory.hardware import find_product
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU_LOSSES = Path(__file__).with_name("cpu_losses.json")
@@ -59,6 +60,8 @@ def cases(setting: Setting) -> Cases:
             found[f"{MODELS[0]} zero{stage} fp16"] = partial(compare, setting, MODELS[0], f"zero{stage}", "fp16")
     for engine in setting.pick(full=("torch", "zero1", "zero3", "fsdp"), quick=("zero3",), tiny=("zero1",)):
         found[f"resume {engine}"] = partial(resume, setting, engine)
+    for engine in setting.pick(full=engines, quick=("zero1",), tiny=("zero1",)):
+        found[f"measured step {engine}"] = partial(compare_with_plan, setting, engine)
     found["SIGTERM"] = lambda: stop_and_resume(setting)
     return found
 
@@ -167,6 +170,18 @@ def parameters_of(config: Config) -> list[tuple[str, Any]]:
     from tutorial_lib.models.meta import model_outline
 
     return list(model_outline(config).named_parameters())
+
+
+def compare_with_plan(setting: Setting, engine: str) -> dict[str, Any]:
+    """Train with ``measure``, and return what ``plan --check`` compares: states, a step's peak, traffic, seconds."""
+    config = configure(
+        setting, f"measured {engine}", "embedded/gpt2-small" if setting.device == "cuda" else "embedded/gpt2",
+        random_init=True, batching="max_length", precision="bf16", measure=True, **ENGINES[engine],
+    )  # fmt: skip
+    join_group(config)
+    trainer.train(config)
+    preset = find_product(torch.cuda.get_device_name()) if setting.device == "cuda" else None
+    return {"preset": preset, "rows": json.loads(plan_check.report(str(config.directory), gpu=preset, as_json=True))}
 
 
 def stop_and_resume(setting: Setting) -> dict[str, Any]:

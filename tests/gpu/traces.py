@@ -1,4 +1,7 @@
-"""Step 5: chrome traces of a ZeRO-1 and a ZeRO-3 step, kernel by kernel, gzipped, in one archive.
+"""Step 5: chrome traces of single steps, kernel by kernel, gzipped, in one archive.
+
+GPT-2 small shows ZeRO-1 and ZeRO-3. bloom-560m shows stage 0 with small and with large micro-batches: what share of a
+step the GPU computes, and in which kernels.
 
 Open a trace at https://ui.perfetto.dev or in chrome://tracing.
 """
@@ -24,14 +27,20 @@ LARGEST_BYTES = 6 * 2**20
 
 def cases(setting: Setting) -> Cases:
     """Return this module's measurements."""
-    return {f"ZeRO-{stage}": partial(trace, setting, stage) for stage in (1, 3)}
+    found: Cases = {
+        f"ZeRO-{stage}": partial(trace, setting, "gpt2", f"zero{stage}", zero_stage=stage) for stage in (1, 3)
+    }
+    for size in () if setting.tiny else (4, 16):
+        file, flat = f"bloom-zero0-{size}", {"zero_stage": 0, "micro_batch": size, "global_batch": 16}
+        found[f"bloom-560m, ZeRO-0, micro-batches of {size}"] = partial(trace, setting, "bloom-560m", file, **flat)
+    return found
 
 
-def trace(setting: Setting, stage: int) -> dict[str, Any]:
-    """Profile one step of GPT-2 small after three warm-up steps; return where its time went, and keep the trace."""
-    model = models(setting)["gpt2"]()
+def trace(setting: Setting, name: str, file: str, **flat: Any) -> dict[str, Any]:
+    """Profile one step after three warm-up steps; return where its time went, and keep the trace."""
+    model = models(setting)[name]()
     sizes = {"micro_batch": 2, "global_batch": 2, "bucket_size": 100_000} if setting.tiny else {"global_batch": 8}
-    config = configure(setting, model, zero_stage=stage, **sizes)
+    config = configure(setting, model, **{**sizes, **flat})
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (setting.device == "cuda")
     with engine_of(config, setting) as engine:
         batches = full_rows(model.dimensions.vocabulary, config, engine.device)
@@ -39,16 +48,16 @@ def trace(setting: Setting, stage: int) -> dict[str, Any]:
         with profile(activities=activities, acc_events=True) as profiler:
             train_step(engine, batches)
             synchronize(engine.device)
-    plain = setting.path(f"zero{stage}.json")
+    plain = setting.path(f"{file}.json")
     profiler.export_chrome_trace(str(plain))
     packed = gzip.compress(plain.read_bytes(), compresslevel=6)
     kept = len(packed) <= LARGEST_BYTES
     if kept:
         with zipfile.ZipFile(Path(setting.out) / "traces.zip", "a") as archive:
-            archive.writestr(f"zero{stage}.json.gz", packed)
+            archive.writestr(f"{file}.json.gz", packed)
     plain.unlink()
     return {
-        "trace": f"zero{stage}.json.gz in traces.zip" if kept else "too large to keep",
+        "trace": f"{file}.json.gz in traces.zip" if kept else "too large to keep",
         "trace_bytes": len(packed),
         "step_seconds_without_profiler": min(seconds),
         **_times(profiler, setting),
@@ -63,5 +72,6 @@ def _times(profiler: Any, setting: Setting) -> dict[str, Any]:
     longest = sorted(entries, key=lambda e: -getattr(e, key))
     return {
         "busy_seconds": sum(getattr(e, key) for e in entries) / 1e6,
+        "kernel_calls": sum(e.count for e in entries),
         "longest": [{"name": e.key[:120], "calls": e.count, "seconds": getattr(e, key) / 1e6} for e in longest[:12]],
     }

@@ -26,7 +26,7 @@ from tests.gpu.training import (
     write_model,
 )
 from tutorial_lib.config import Config
-from tutorial_lib.engine.predictions import workload_and_layout
+from tutorial_lib.engine.predictions import predict_step_seconds, states_and_peak, workload_and_layout
 from tutorial_lib.measure.memory import StateBytes, host_memory, peak_memory, reset_peak_memory
 from tutorial_lib.measure.speed import matmul_peak
 from tutorial_lib.models import load_config
@@ -34,7 +34,6 @@ from tutorial_lib.models.dimensions import from_config
 from tutorial_lib.theory import peak_memory as predicted_peak
 from tutorial_lib.theory.dimensions import Dimensions
 from tutorial_lib.theory.flops import flops_per_token, utilisation
-from tutorial_lib.theory.state_bytes import layout_states
 
 TINY_BLOOM = {"hidden_size": 32, "n_layer": 2, "n_head": 4}
 BLOOM_560M = {"hidden_size": 1024, "n_layer": 24, "n_head": 16, "vocab_size": 250_880, "initializer_range": 0.02}
@@ -73,6 +72,12 @@ def ways(setting: Setting) -> dict[str, dict[str, Any]]:
         for pinned in (False, True):
             name = f"ZeRO-{stage}, offload {offload}{', pinned' if pinned else ''}"
             found[name] = {"zero_stage": stage, "offload": offload, "pin_memory": pinned}
+    for engine in ("plain torch", "ZeRO-0"):
+        found[f"{engine}, micro-batches of 16"] = {**found[engine], "micro_batch": 16}
+        found[f"{engine}, 4 micro-batches of 16"] = {**found[engine], "micro_batch": 16, "global_batch": 64}
+    found["ZeRO-0, 4 micro-batches of 16, loss in 8 chunks"] = {
+        "zero_stage": 0, "micro_batch": 16, "global_batch": 64, "loss_chunks": 8
+    }  # fmt: skip
     fewer = ["plain torch", "ZeRO-1", "ZeRO-3", "ZeRO-2, offload optimizer, pinned", "ZeRO-3, offload all, pinned"]
     return setting.pick(
         full=found,
@@ -123,9 +128,10 @@ def measure(setting: Setting, make: Callable[[], Model], flat: dict[str, Any]) -
             if step == warm - 1:  # optimizer states exist, and gradients are not freed yet
                 before_update = lambda: states.update(StateBytes.of(engine.state_tensors()).to_dict())  # noqa: E731
             train_step(engine, batches, before_update)
+        peak, held = peak_memory(device), allocated(device)
+        reset_peak_memory(device)
         seconds, loss = time_steps(engine, batches, timed)
-        params = engine.num_parameters
-    peak = peak_memory(device)
+        step_peak, params = peak_memory(device), engine.num_parameters
     steps = summary(seconds)
     tokens = config.run.global_batch * config.data.seq_length
     return {
@@ -136,12 +142,19 @@ def measure(setting: Setting, make: Callable[[], Model], flat: dict[str, Any]) -
         "tokens_per_second": tokens / steps["median"],
         **utilisations(setting, dimensions, params, config.data.seq_length, tokens / steps["median"]),
         "states_bytes": states,
-        "allocator_peak_bytes": peak,
+        "allocator_peak_bytes": max(peak, step_peak),
+        "held_between_steps_bytes": held,
+        "step_peak_bytes": None if held is None else step_peak - held,
         "reserved_bytes": torch.cuda.max_memory_reserved(device) if setting.device == "cuda" else None,
         "host_peak_bytes": host_memory().peak_rss,
         "predicted": predict(config, dimensions, params),
         "last_loss": loss,
     }
+
+
+def allocated(device: torch.device) -> int | None:
+    """Return the bytes that PyTorch's allocator has handed out and not got back; None on a CPU, which has none."""
+    return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else None
 
 
 def utilisations(
@@ -165,10 +178,21 @@ def measured_peak(setting: Setting) -> float:
     return matmul_peak(size, dtype=torch.bfloat16, device=device_of(setting), seconds=seconds)
 
 
-def predict(config: Config, dimensions: Dimensions, params: int) -> dict[str, float]:
-    """Return the predicted device memory of a case: states, activations at their peak, and the peak."""
+def predict(config: Config, dimensions: Dimensions, params: int) -> dict[str, float | None]:
+    """Return a case's predictions: bytes of states, activations and peak, what a step adds, and its seconds.
+
+    There is no prediction of time for a device without a preset.
+    """
     workload, layout = workload_and_layout(config, dimensions, params)
     part = predicted_peak.part_of_model(dimensions, params)
-    states = layout_states(workload, layout, part.params, config.accumulation, 1)
+    states, step_peak = states_and_peak(config, workload, layout)
     most = predicted_peak.peak_memory(workload, layout, part, states, config.accumulation)
-    return {"states_bytes": states.device, "activations_bytes": most.activations, "memory_bytes": most.total}
+    device = torch.cuda.get_device_name() if config.run.device == "cuda" else "cpu"
+    return {
+        "states_bytes": states.device,
+        "host_states_bytes": states.host,
+        "activations_bytes": most.activations,
+        "memory_bytes": most.total,
+        "step_peak_bytes": step_peak,
+        "step_seconds": predict_step_seconds(config, [{"device": device, "ranks_on_node": 1}]),
+    }

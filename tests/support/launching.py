@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from tutorial_lib.config import Config
 from tutorial_lib.records import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,21 +43,6 @@ def interrupt_when(
     thread = threading.Thread(target=strike)
     thread.start()
     return thread
-
-
-def train_command(config: Config) -> list[str]:
-    """Return the command line after ``python -m`` for a run with this configuration."""
-    given = ["tutorial_lib", "train", "--json"]
-    settings = config.flat()
-    if config.run.steps:
-        del settings["epochs"]  # the run's length is stated once
-    for name, value in settings.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            given.append(f"--{flag}" if value else f"--no-{flag}")
-        elif value not in (None, ()):
-            given += [f"--{flag}", str(value)]
-    return given
 
 
 class Shell:

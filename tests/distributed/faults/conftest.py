@@ -24,7 +24,8 @@ from tests.distributed.faults import damage
 from tests.distributed.faults.checks import SOON, assert_all_intact
 from tests.distributed.observing.comparing import Observed, assert_identical
 from tests.distributed.observing.probe import Probe, ProbedRun, observe
-from tests.support.launching import Shell, train_command
+from tests.support.commands import train_command
+from tests.support.launching import Shell
 from tutorial_lib import launch
 from tutorial_lib.config import ConfigError
 from tutorial_lib.records import RunDirectory

@@ -13,8 +13,9 @@ from tests.distributed.cases import crashing
 from tests.distributed.faults.checks import assert_all_intact
 from tests.distributed.faults.outcomes import FALLS_BACK
 from tests.distributed.observing.comparing import Observed, assert_identical
+from tests.support.commands import train_command
 from tests.support.damaged_files import shard
-from tests.support.launching import Shell, train_command
+from tests.support.launching import Shell
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ UNIT = re.compile("(^|_)(bytes|seconds|second|flops|losses|settings)(_|$)")
 
 COUNTS_AND_RATIOS = set(
     "cores compared_steps skipped_updates largest_difference tolerance resumed_from num_params mfu_of_measured_peak "
-    "last_loss micro_batch largest_that_fitted calls steps_while_writing steps_after_the_save".split()
+    "last_loss kernel_calls exit_code micro_batch largest_that_fitted calls steps_while_writing steps_after_the_save".split()
 )
 
 
