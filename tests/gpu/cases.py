@@ -11,6 +11,7 @@ import ctypes
 import gc
 import importlib
 import json
+import re
 import signal
 import sys
 import time
@@ -37,12 +38,14 @@ class Setting:
         size: ``full``, ``quick`` (a look in about two minutes) or ``tiny`` (a rehearsal on a CPU).
         scratch: directory for runs, models and data; all steps share it.
         out: directory for results.
+        only: regular expression of the cases to run.
     """
 
     device: str
     size: str
     scratch: str
     out: str
+    only: str = ""
 
     @property
     def tiny(self) -> bool:
@@ -61,7 +64,8 @@ def main(module: str, events_file: str, first: str, setting_json: str) -> None:
     if sys.platform == "linux":  # a driver that is killed takes its step with it
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     setting = Setting(**json.loads(setting_json))
-    cases = importlib.import_module(module).cases(setting)
+    found = importlib.import_module(module).cases(setting)
+    cases = {name: measure for name, measure in found.items() if re.search(setting.only, name)}
     with AT_END, open(events_file, "a", encoding="utf-8", buffering=1) as events:
 
         def record(event: str, **content: Any) -> None:

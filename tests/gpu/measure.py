@@ -69,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     sizes.add_argument("--quick", dest="size", action="store_const", const="quick", help="fewer cases and steps")
     sizes.add_argument("--tiny", dest="size", action="store_const", const="tiny", help="tiny models: a rehearsal")
     parser.add_argument("--steps", nargs="+", metavar="NUMBER", help="only the steps with these numbers")
+    parser.add_argument(
+        "--cases", default="", metavar="PATTERN", help="only the cases that match (a regular expression)"
+    )
     parser.add_argument("--wheels", type=Path, default=ROOT / "build" / "gpu-wheels", help="what pack.py collected")
     parser.add_argument("--write-cpu-losses", action="store_true", help="replace tests/gpu/cpu_losses.json, and end")
     parser.set_defaults(size="full")
@@ -85,7 +88,8 @@ def measure(options: argparse.Namespace, scratch: Path) -> list[Record]:
     say(f"packages: {origins}")
     sys.path.append(str(scratch / "site"))
     setting = {
-        "device": options.device, "size": options.size, "scratch": str(scratch), "out": str(options.out.resolve())
+        "device": options.device, "size": options.size, "scratch": str(scratch), "out": str(options.out.resolve()),
+        "only": options.cases,
     }  # fmt: skip
     sampler = MemorySampler()
     if options.device == "cuda":
@@ -125,7 +129,7 @@ def environment(scratch: Path) -> dict[str, str]:
     """Return the steps' environment: our packages first, no network, every cache in the scratch directory."""
     return {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(scratch / "site")]),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), str(scratch / "site"), os.environ.get("PYTHONPATH")])),
         "PYTHONUNBUFFERED": "1",
         "TUTORIAL_LIB_CACHE": str(scratch / "cache"),
         "HF_HOME": str(scratch / "huggingface"),

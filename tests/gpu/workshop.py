@@ -26,10 +26,11 @@ from tests.gpu.training import (
     write_model,
 )
 from tutorial_lib.config import Config
+from tutorial_lib.engine import Engine
 from tutorial_lib.engine.predictions import predict_step_seconds, states_and_peak, workload_and_layout
 from tutorial_lib.measure.memory import StateBytes, host_memory, peak_memory, reset_peak_memory
 from tutorial_lib.measure.speed import matmul_peak
-from tutorial_lib.models import load_config
+from tutorial_lib.models import load_config, load_model
 from tutorial_lib.models.dimensions import from_config
 from tutorial_lib.theory import peak_memory as predicted_peak
 from tutorial_lib.theory.dimensions import Dimensions
@@ -45,6 +46,7 @@ class Model:
 
     path: str
     seq_length: int
+    has_weights: bool = False
 
     @property
     def dimensions(self) -> Dimensions:
@@ -54,7 +56,7 @@ class Model:
 def models(setting: Setting) -> dict[str, Callable[[], Model]]:
     """Return a function that builds each of the workshop's models."""
     bloom = TINY_BLOOM if setting.tiny else BLOOM_560M
-    found = {"bloom-560m": lambda: Model(write_model(setting, "bloom-560m", "embedded/bloom", **bloom), _length(512))}
+    found = {"bloom-560m": lambda: Model(write_weights(setting, "bloom-560m", **bloom), _length(512), True)}
     found["gpt2"] = lambda: Model("embedded/gpt2" if setting.tiny else "embedded/gpt2-small", _length(1024))
 
     def _length(full: int) -> int:
@@ -63,21 +65,30 @@ def models(setting: Setting) -> dict[str, Callable[[], Model]]:
     return found
 
 
+def write_weights(setting: Setting, name: str, **dimensions: Any) -> str:
+    """Write a BLOOM model with random weights, if it is not there yet: reading them is faster than drawing them."""
+    path = setting.path(f"models/{name}")
+    if not (path / "model.safetensors").exists():
+        write_model(setting, name, "embedded/bloom", **dimensions)
+        load_model(str(path), random_init=True).save_pretrained(path)
+    return str(path)
+
+
 def ways(setting: Setting) -> dict[str, dict[str, Any]]:
     """Return the engine settings to compare, cheapest first."""
     found: dict[str, dict[str, Any]] = {"plain torch": {"engine": "torch"}}
     for stage in (0, 1, 2, 3):
         found[f"ZeRO-{stage}"] = {"zero_stage": stage}
-    for stage, offload in ((1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "all")):
-        for pinned in (False, True):
-            name = f"ZeRO-{stage}, offload {offload}{', pinned' if pinned else ''}"
-            found[name] = {"zero_stage": stage, "offload": offload, "pin_memory": pinned}
     for engine in ("plain torch", "ZeRO-0"):
         found[f"{engine}, micro-batches of 16"] = {**found[engine], "micro_batch": 16}
         found[f"{engine}, 4 micro-batches of 16"] = {**found[engine], "micro_batch": 16, "global_batch": 64}
     found["ZeRO-0, 4 micro-batches of 16, loss in 8 chunks"] = {
         "zero_stage": 0, "micro_batch": 16, "global_batch": 64, "loss_chunks": 8
     }  # fmt: skip
+    for stage, offload in ((1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "all")):
+        for pinned in (False, True):
+            name = f"ZeRO-{stage}, offload {offload}{', pinned' if pinned else ''}"
+            found[name] = {"zero_stage": stage, "offload": offload, "pin_memory": pinned}
     fewer = ["plain torch", "ZeRO-1", "ZeRO-3", "ZeRO-2, offload optimizer, pinned", "ZeRO-3, offload all, pinned"]
     return setting.pick(
         full=found,
@@ -89,10 +100,11 @@ def ways(setting: Setting) -> dict[str, dict[str, Any]]:
 def cases(setting: Setting) -> Cases:
     """Return this module's measurements."""
     found: Cases = {}
-    for model, make in models(setting).items():
-        if setting.tiny and model == "gpt2":
-            continue
-        for way, flat in ways(setting).items():
+    chosen = models(setting)
+    if setting.tiny:
+        del chosen["gpt2"]
+    for way, flat in ways(setting).items():
+        for model, make in chosen.items():
             found[f"{model}: {way}"] = partial(measure, setting, make, flat)
     return found
 
@@ -103,7 +115,7 @@ def configure(setting: Setting, model: Model, **flat: Any) -> Config:
         "gpu",
         **{
             "device": setting.device, "launcher": "none", "storage": setting.scratch, "model": model.path,
-            "random_init": True, "seq_length": model.seq_length, "micro_batch": 4, "global_batch": 16,
+            "random_init": not model.has_weights, "seq_length": model.seq_length, "micro_batch": 4, "global_batch": 16,
             "learning_rate": 1e-4, "pin_memory": False, **flat,
         },
     )  # fmt: skip
@@ -118,17 +130,14 @@ def measure(setting: Setting, make: Callable[[], Model], flat: dict[str, Any]) -
         config = config.override(micro_batch=2, global_batch=4, **buckets)
     dimensions, device = model.dimensions, device_of(setting)
     offloaded = config.engine.offload != "none"
-    warm, timed = setting.pick(full=(3, 4 if offloaded else 10), quick=(2, 2 if offloaded else 4), tiny=(2, 2))
+    warm, timed = 2, setting.pick(full=3 if offloaded else 6, quick=2 if offloaded else 4, tiny=2)
     reset_peak_memory(device)
     with engine_of(config, setting) as engine:
         batches = full_rows(dimensions.vocabulary, config, device)
-        states: dict[str, Any] = {}
-        for step in range(warm):
-            before_update = None
-            if step == warm - 1:  # optimizer states exist, and gradients are not freed yet
-                before_update = lambda: states.update(StateBytes.of(engine.state_tensors()).to_dict())  # noqa: E731
-            train_step(engine, batches, before_update)
+        for _ in range(warm):
+            train_step(engine, batches)
         peak, held = peak_memory(device), allocated(device)
+        states, phases = account_of_a_step(engine, batches)
         reset_peak_memory(device)
         seconds, loss = time_steps(engine, batches, timed)
         step_peak, params = peak_memory(device), engine.num_parameters
@@ -145,11 +154,28 @@ def measure(setting: Setting, make: Callable[[], Model], flat: dict[str, Any]) -
         "allocator_peak_bytes": max(peak, step_peak),
         "held_between_steps_bytes": held,
         "step_peak_bytes": None if held is None else step_peak - held,
+        "phase_peak_bytes": phases,
         "reserved_bytes": torch.cuda.max_memory_reserved(device) if setting.device == "cuda" else None,
         "host_peak_bytes": host_memory().peak_rss,
         "predicted": predict(config, dimensions, params),
         "last_loss": loss,
     }
+
+
+def account_of_a_step(engine: Engine, batches: list[dict[str, torch.Tensor]]) -> tuple[dict[str, Any], dict[str, int]]:
+    """Train a step; return its states while gradients exist, and the peak until and during the update."""
+    states: dict[str, Any] = {}
+    peaks: dict[str, int] = {}
+
+    def before_update() -> None:
+        peaks["loss and backward"] = peak_memory(engine.device)
+        states.update(StateBytes.of(engine.state_tensors()).to_dict())
+        reset_peak_memory(engine.device)
+
+    reset_peak_memory(engine.device)
+    train_step(engine, batches, before_update)
+    peaks["update"] = peak_memory(engine.device)
+    return states, peaks
 
 
 def allocated(device: torch.device) -> int | None:
@@ -195,4 +221,8 @@ def predict(config: Config, dimensions: Dimensions, params: int) -> dict[str, fl
         "memory_bytes": most.total,
         "step_peak_bytes": step_peak,
         "step_seconds": predict_step_seconds(config, [{"device": device, "ranks_on_node": 1}]),
+        **{
+            f"{each.phase}_bytes": each.total
+            for each in predicted_peak.phase_peaks(workload, layout, part, states, config.accumulation)
+        },
     }

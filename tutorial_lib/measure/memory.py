@@ -140,7 +140,8 @@ def host_memory() -> HostMemory:
 def reset_peak_memory(device: torch.device) -> None:
     """Reset :func:`peak_memory` to the memory that is held now, for another run in the same process."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+        if torch.cuda.is_initialized():  # before that there is nothing to reset, and torch refuses
+            torch.cuda.reset_peak_memory_stats(device)
     else:
         _reset_high_water_mark()
 

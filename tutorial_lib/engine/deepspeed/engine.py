@@ -137,11 +137,20 @@ class DeepSpeedEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of ``loss`` (a scalar, see the module's docstring) to this optimizer step's gradient."""
-        self.deepspeed.backward(loss * self.averages_over, scale_wrt_gas=False)
+        self.deepspeed.backward(loss * self.averages_over * self._missing_loss_scale(), scale_wrt_gas=False)
         self._micro_steps += 1
         if self._micro_steps < self.config.accumulation:
             # DeepSpeed counts micro-batches in step(); only the last one of an optimizer step updates anything.
             self.deepspeed.step()
+
+    def _missing_loss_scale(self) -> float:
+        """Return fp16's loss scale at stage 0, where DeepSpeed forgets to apply it, and otherwise 1.
+
+        DeepSpeed 0.19.8 still divides the gradients by it, so they would be 65,536 times too small: nothing would be
+        clipped, and small ones would vanish in fp16 (its pull request 8393).
+        """
+        engine = self.config.engine
+        return float(self.deepspeed.optimizer.loss_scale) if (engine.precision, engine.zero_stage) == ("fp16", 0) else 1
 
     def step(self) -> float:
         """Clip, update, clear the gradients, and advance the schedule unless the update was skipped.
@@ -151,11 +160,13 @@ class DeepSpeedEngine:
         """
         self._micro_steps = 0
         norm: Any = self._norm_without_zero() if self._plain_optimizer else None
+        scale = self._missing_loss_scale()
         self.deepspeed.step()
         if not self.update_was_skipped:
             self.schedule.step()
         if norm is None:
             norm = self.deepspeed.get_global_grad_norm()
+            norm = norm and norm / scale  # stage 0 reports the norm of the scaled gradients
         # ZeRO reports a norm that is not a number as -1.
         return math.nan if norm is None or float(norm) < 0 else float(norm)
 
