@@ -56,5 +56,5 @@ def run_row(setting: Setting, row: str, **flat: Any) -> dict[str, Any]:
         "settings": record.settings,
         "step_seconds": [step["seconds"] for step in steps],
         "step_losses": [step["loss"] for step in steps],
-        "record_settings": record.to_dict(),
+        "row": record.to_dict(),
     }

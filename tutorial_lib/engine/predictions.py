@@ -70,11 +70,13 @@ def _planned(config: Config) -> tuple[Workload, Layout] | None:
 def states_and_peak(config: Config, workload: Workload, layout: Layout) -> tuple[States, float]:
     """Return a rank's model states, and the bytes that a step allocates at its peak.
 
-    Weights, moments and the bucket of DeepSpeed's stage 3 exist before the step, so its peak does not include them.
+    Weights and moments exist before the step, so its peak does not include them; nor do the bucket and the gradients of
+    DeepSpeed's stage 3.
     """
     part = peak_memory.part_of_model(workload.dimensions, workload.num_params, layout.tp)
     states = layout_states(workload, layout, part.params, config.accumulation, layout.shard_size or layout.dp)
-    existing = states.device - states.gradients + peak_memory.standing_bucket(workload, layout)
+    new = 0.0 if peak_memory.keeps_gradients(layout) else states.gradients
+    existing = states.device - new + peak_memory.standing_bucket(workload, layout)
     return states, peak_memory.peak_memory(workload, layout, part, states, config.accumulation).total - existing
 
 
@@ -99,7 +101,7 @@ def workload_and_layout(config: Config, dimensions: Dimensions, num_params: int)
     workload = Workload(
         num_params=num_params, dimensions=dimensions, seq_length=config.data.seq_length, micro_batch=config.micro_batch,
         global_batch=config.run.global_batch, precision=engine.precision, bucket_size=_bucket_size(config, dimensions),
-        checkpointing=checkpointing, foreach=config.run.device != "cpu", loss_chunks=engine.loss_chunks,
+        checkpointing=checkpointing, on_gpu=config.run.device != "cpu", loss_chunks=engine.loss_chunks,
         **_from_deepspeed_file(engine.deepspeed_file),
     )  # fmt: skip
     layout = Layout(

@@ -17,6 +17,11 @@ Activation checkpointing (``checkpointing``)::
                 per-operator policy, which this course's engines follow
     full        only the layer's input
 
+Autocast (plain torch and DDP in 16 bits) keeps more: the residual stream stays in fp32, so a layer's two norms keep
+2 h more each; every matrix product casts its input by itself, so two or three products of one input keep a copy each
+(Llama and Qwen: 6 h more); and on a GPU, where ``pow`` runs in fp32, GPT-2's GELU keeps three tensors of width f in
+fp32 (6 f more). Other engines compute all of a layer in 16 bits.
+
 While a recomputed layer runs backward, everything that it would have kept exists for this one layer: the *transient*.
 By then the logits are gone, so only the larger of transient and logits counts.
 
@@ -68,6 +73,7 @@ def layer_activations(
     sequence_parallel: bool = False,
     bytes_per_element: int = 2,
     seq_length: int = 0,
+    autocast: str = "",
 ) -> LayerActivations:
     """Return the activations that one layer keeps for one token, in bytes.
 
@@ -78,6 +84,7 @@ def layer_activations(
         sequence_parallel: norms and residuals are divided over the tensor-parallel ranks, too.
         bytes_per_element: e, for the type that layers compute in.
         seq_length: s, which only matters without a fused attention kernel.
+        autocast: ``cpu`` or ``cuda`` if weights are fp32 and autocast computes in 16 bits there; otherwise empty.
 
     Raises:
         ValueError: unknown ``checkpointing``.
@@ -90,9 +97,12 @@ def layer_activations(
     scores = 0 if dimensions.fused_attention else dimensions.heads * seq_length * (4 if e == 4 else 6)
     mlp = (dimensions.mlp_tensors or (4 if dimensions.gated else 2)) * e * f
     everything = 2 * norm / own + 2 * e * h + (e * (2 * h + 2 * k) + scores + mlp) / tp
+    if autocast:
+        everything += 4 * h + 2 * h * max(0, dimensions.column_layers - 2)
+        everything += 6 * f if autocast == "cuda" and dimensions.mlp_tensors == 5 else 0
     if checkpointing == "none":
         return LayerActivations(everything, 0.0)
-    kept = e * h / own
+    kept = (4 if autocast else e) * h / own
     if checkpointing == "selective":
         products = h + k + f if dimensions.column_layers > 2 else h + 2 * k + f
         attention = h if dimensions.fused_attention else 0
@@ -122,11 +132,13 @@ def score_traffic(
 
 
 def last_norm(
-    dimensions: Dimensions, bytes_per_element: int = 2, tp: int = 1, *, sequence_parallel: bool = False
-) -> float:
+    dimensions: Dimensions, bytes_per_element: int = 2, tp: int = 1, *, sequence_parallel: bool = False,
+    autocast: str = "",
+) -> float:  # fmt: skip
     """Return the bytes per token that the last norm and the output layer keep: their inputs, never recomputed."""
     own = tp if sequence_parallel else 1
-    return _norm(dimensions, bytes_per_element) / own + bytes_per_element * dimensions.hidden
+    extra = 2 * dimensions.hidden if autocast else 0
+    return _norm(dimensions, bytes_per_element) / own + bytes_per_element * dimensions.hidden + extra
 
 
 def _norm(dimensions: Dimensions, bytes_per_element: int) -> float:

@@ -104,7 +104,7 @@ class Workload:
         base_bits: bits per frozen parameter with LoRA: 16, 8 or 4 (QLoRA).
         moments: number format of Adam's moments: ``fp32``, ``bf16`` or ``8bit``.
         loss_chunks: number of pieces in which output layer and loss are computed.
-        foreach: AdamW updates all plain tensors at once, with a copy of them, as on GPUs unless it is fused.
+        on_gpu: count what only happens on GPUs: AdamW updates all tensors at once, with a copy of them.
         beyond: also consider layouts that this course's engines do not have.
     """
 
@@ -123,7 +123,7 @@ class Workload:
     base_bits: int = 16
     moments: str = "fp32"
     loss_chunks: int = 1
-    foreach: bool = True
+    on_gpu: bool = True
     beyond: bool = True
 
     @property

@@ -20,13 +20,16 @@ Besides states and activations, engines allocate *buffers*::
     DeepSpeed  (ZeRO stages in parentheses) a bucket of gradients of the full ``reduce_bucket_size``, however small the
                model: from the start (3), from a step's first backward (1), or during backward (2); two of them with
                ``overlap_comm`` (1, 2); at the update a bucket of updated parameters (1, 2); parameters that stay
-               gathered up to ``stage3_max_live_parameters`` (3)
+               gathered up to ``stage3_max_live_parameters`` (3, on several ranks); in 16 bits an fp32 copy of the
+               gradients that a rank updates with, made while they exist, freed after the update; norms in fp64,
+               tensor by tensor (1, 2)
     pipeline   gathered weights (full gradients, which wait for the last micro-batch, count as states)
 
 Sources: ``torch.distributed.fsdp`` (``_fsdp_collectives.py``: copy-in and copy-out), ``torch.amp`` (weight cache),
 ``deepspeed/runtime/zero`` (``setup_buckets`` of stage_1_and_2.py; the bucket that stage3.py makes with the optimizer).
-Assumptions: one layer is gathered ahead; on GPUs AdamW updates plain tensors all at once (``foreach``), with one more
-copy of them, and FSDP2's DTensors one by one (``_default_to_fused_or_foreach`` in torch/optim/optimizer.py).
+Assumptions: one layer is gathered ahead. FSDP2's and DDP's AdamW is fused and needs nothing. The others' takes all
+tensors at once on GPUs (``foreach``), with one more fp32 copy of them; on CPUs it goes tensor by tensor, with two
+copies of each, and ZeRO's stages 1 to 3 have one large tensor, at stage 3 of at most ``sub_group_size`` elements.
 Not modelled: buffers for messages between a pipeline's stages; masks of packed rows.
 Checked: docs/planner-errors.md, against peaks of our own runs and published ones.
 """
@@ -110,19 +113,20 @@ def phase_peaks(workload: Workload, layout: Layout, part: Part, states: States, 
     """
     dims, element = workload.dimensions, workload.bytes_per_element
     tokens = layout.micro_batch * workload.seq_length / layout.cp
+    autocast = ("cuda" if workload.on_gpu else "cpu") if casts_weights(workload, layout) else ""
     layer = layer_activations(
         dims, layout.checkpointing, layout.tp, sequence_parallel=layout.sequence_parallel,
-        bytes_per_element=element, seq_length=0 if dims.fused_attention else workload.seq_length,
+        bytes_per_element=element, seq_length=0 if dims.fused_attention else workload.seq_length, autocast=autocast,
     )  # fmt: skip
     transient = layer.transient * tokens
     kept = part.layers * layer.kept * tokens
-    last = last_norm(dims, element, layout.tp, sequence_parallel=layout.sequence_parallel) * tokens
+    last = tokens * last_norm(dims, element, layout.tp, sequence_parallel=layout.sequence_parallel, autocast=autocast)
     logits = logits_bytes(
         tokens, dims.vocabulary, chunks=workload.loss_chunks,
         vocabulary_parallel=layout.tp if layout.sequence_parallel else 1,
     )  # fmt: skip
     early = states.device - states.gradients  # states before backward has produced a gradient
-    before = states.device if micro_batches > 1 else early
+    before = states.device if micro_batches > 1 or keeps_gradients(layout) else early
     if layout.pp > 1:
         held = pipeline.micro_batches_held(layout.pp, micro_batches, layout.chunks)
         gathered = float(element * part.params) if layout.strategy else 0.0
@@ -131,7 +135,7 @@ def phase_peaks(workload: Workload, layout: Layout, part: Part, states: States, 
             Peak("backward", held * kept + transient, gathered, before),
             Peak("update", 0.0, gathered, states.device),
         ]
-    gathered, backward, update = _buffers(workload, layout, part, micro_batches)
+    gathered, backward, update = _buffers(workload, layout, part, states, micro_batches)
     return [
         Peak("loss", kept + last + logits, gathered, before),
         Peak("backward", kept + transient, backward, before),
@@ -139,39 +143,79 @@ def phase_peaks(workload: Workload, layout: Layout, part: Part, states: States, 
     ]
 
 
-def _buffers(workload: Workload, layout: Layout, part: Part, micro_batches: int) -> tuple[float, float, float]:
+def casts_weights(workload: Workload, layout: Layout) -> bool:
+    """Return whether weights are fp32 and autocast computes in 16 bits; a frozen base is stored in 16 bits or fewer."""
+    return layout.strategy == "no_shard" and workload.bytes_per_element == 2 and not workload.lora_rank
+
+
+def _buffers(
+    workload: Workload, layout: Layout, part: Part, states: States, micro_batches: int
+) -> tuple[float, float, float]:
     """Return an engine's bytes at the loss, in backward, and from the last reduction of gradients to the update."""
     element, shards = workload.bytes_per_element, layout.dp * layout.cp
     trained = 0.0 if workload.lora_rank else 1.0
-    copied = 4 * trained if workload.foreach and layout.offload == "none" else 0.0
+    embedding = trained * workload.dimensions.vocabulary * workload.dimensions.hidden / layout.tp
     if layout.strategy == "no_shard":
-        in_fp32 = element == 2 and not workload.lora_rank  # a frozen base is stored in 16 bits or fewer
-        casts = float(element * part.params) if in_fp32 else 0.0
+        casts = float(element * part.params) if casts_weights(workload, layout) else 0.0
+        copy = (
+            4 * trained * part.params if workload.on_gpu and shards == 1 else 0.0
+        )  # plain torch; DDP's AdamW is fused
         # The norm of the embedding's gradient is computed in fp64; the gradient of a tied output layer may still exist.
-        embedding = trained * 12 * workload.dimensions.vocabulary * workload.dimensions.hidden / layout.tp
-        return casts, casts, max(copied * part.params, embedding)
+        return casts, casts, max(copy, 12 * embedding)
     if layout.strategy:
         root, layer, reduced = element * part.root, element * part.layer, 4 * trained * part.layer
         ahead = layer * min(2, part.layers)
-        twice = element * workload.dimensions.vocabulary * workload.dimensions.hidden if workload.dimensions.tied else 0
-        update = root + trained * ((element + 4) * part.root + twice / layout.tp) + reduced
+        twice = element * embedding if workload.dimensions.tied else 0.0
+        update = root + trained * (element + 4) * part.root + twice + reduced
         if layout.strategy == "shard_grad_op":
             gathered = float(element * part.params)
             return gathered, gathered + trained * layer + reduced, update
         return root, root + ahead + trained * layer + reduced, update
-    copy = copied * part.params / (shards if layout.zero_stage else 1)
-    if shards == 1 and layout.zero_stage == 0:
-        return 0.0, 0.0, copy
+    update = trained * _deepspeed_update(workload, layout, part.params / (shards if layout.zero_stage else 1), states)
     some_params = float(min(part.params, workload.bucket_size) * element)
     if layout.zero_stage == 0:
-        return 0.0, trained * some_params, max(trained * some_params, copy)
+        return 0.0, trained * some_params, max(trained * some_params, update)
     bucket = float(workload.bucket_size * element)
     if layout.zero_stage == 3:
-        kept = standing_bucket(workload, layout) + min(part.params, workload.live_params) * element
-        return kept, kept, kept + copy
+        gathered = 0.0 if shards == 1 else float(min(part.params, workload.live_params) * element)
+        kept = standing_bucket(workload, layout) + gathered
+        return kept, kept, kept + update
     buckets = bucket * (2 if workload.overlap_comm else 1)
     earlier = buckets if micro_batches > 1 and layout.zero_stage == 1 else 0.0  # made in the first backward of a step
-    return earlier, buckets, max(buckets + trained * some_params, copy)
+    return earlier, buckets, max(buckets + trained * some_params, update)
+
+
+SUB_GROUP = 1_000_000_000
+"""Elements that DeepSpeed's stage 3 updates at a time: its default for ``sub_group_size``."""
+
+
+def _deepspeed_update(workload: Workload, layout: Layout, own: float, states: States) -> float:
+    """Return the bytes that DeepSpeed's update needs on the device, beyond all states.
+
+    Args:
+        workload: the training to run.
+        layout: how it is laid out.
+        own: elements that this rank updates.
+        states: the rank's model states; stages 1 and 2 free gradients as soon as they have copied them.
+    """
+    element, stage = workload.bytes_per_element, layout.zero_stage
+    embedding = workload.dimensions.vocabulary * workload.dimensions.hidden / layout.tp
+    norm = 8 * min(embedding, own) if stage in (1, 2) else 0.0  # the largest gradient, in fp64
+    if layout.offload != "none":
+        return norm and norm + element * min(embedding, own)
+    if stage == 0:
+        copy = 4 * own if element == 2 else 0.0
+        return copy + (4 * own if workload.on_gpu else 8 * embedding)
+    if stage == 3:
+        own = min(own, SUB_GROUP)
+    flat = element * own + (4 * own if element == 2 else 0.0)
+    freed = 0.0 if keeps_gradients(layout) else states.gradients
+    return max(norm, flat, 4 * own + (4 if workload.on_gpu else 8) * own - freed)
+
+
+def keeps_gradients(layout: Layout) -> bool:
+    """Return whether gradients have a buffer that is never freed, as in DeepSpeed's stage 3."""
+    return layout.strategy is None and layout.zero_stage == 3
 
 
 def standing_bucket(workload: Workload, layout: Layout) -> float:

@@ -24,7 +24,8 @@ UNIT = re.compile("(^|_)(bytes|seconds|second|flops|losses|settings)(_|$)")
 
 COUNTS_AND_RATIOS = set(
     "cores compared_steps skipped_updates largest_difference tolerance resumed_from num_params mfu_of_measured_peak "
-    "last_loss kernel_calls exit_code micro_batch largest_that_fitted calls steps_while_writing steps_after_the_save".split()
+    "last_loss kernel_calls exit_code micro_batch largest_that_fitted calls steps_while_writing steps_after_the_save "
+    "predicted measured error".split()
 )
 
 
@@ -96,13 +97,15 @@ def test_every_measurement_rehearsed(run: Any, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "traces.zip") as archive:
         assert archive.namelist() == ["zero1.json.gz", "zero3.json.gz"]
     assert results["traces: ZeRO-1"]["busy_seconds"] > 0 and results["traces: ZeRO-3"]["longest"]
+    table = results["workshop_table: 2ZO-1G1N"]
+    assert table["row"]["status"] == "done" and len(table["step_losses"]) == 4
     saved = results["async_checkpoint: fsdp"]
     assert saved["checkpoint_bytes"] > 12 * saved["num_params"] and saved["async_write_seconds"] > 0
 
     without_unit = {
         path.rstrip(".0123456789").rpartition(".")[2]
         for path, _ in numbers(results)
-        if not any(UNIT.search(part) for part in path.split("."))
+        if ".row." not in path and not any(UNIT.search(part) for part in path.split("."))  # RowRecord says its units
     }
     assert without_unit <= COUNTS_AND_RATIOS
 
@@ -146,10 +149,10 @@ def test_the_total_time_limit_bounds_a_step(run: Any) -> None:
     assert run(Step("faults", "tests.gpu.faults", limit=60, case_limit=60), until=time.time())["status"] == "timed out"
 
 
-def test_all_steps_fit_into_ten_minutes() -> None:
-    """The results are eight files: one per step, the log and the traces."""
-    assert len(measure.STEPS) + 2 <= 8
-    assert max(measure.MINUTES.values()) * 60 + max(step.case_limit for step in measure.STEPS) < 600
+def test_a_call_ends_within_eight_minutes() -> None:
+    """A step is ended at that time, whatever its own limit. The results are eight files."""
+    assert len(measure.STEPS) + 1 <= 8
+    assert max(measure.MINUTES.values()) <= 8
     assert all(step.case_limit <= step.limit for step in measure.STEPS)
 
 
@@ -202,13 +205,13 @@ def test_a_file_is_never_half_written(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["one.json"]
 
 
-@pytest.mark.parametrize(("size", "ways"), [("full", 13), ("quick", 5)])
-def test_number_of_cases_per_gpu(size: str, ways: int) -> None:
+@pytest.mark.parametrize(("size", "number"), [("full", 18 + 10), ("quick", 2 * 5)])
+def test_number_of_cases_per_gpu(size: str, number: int) -> None:
     from tests.gpu import equality, workshop
     from tests.gpu.cases import Setting
 
     setting = Setting("cuda", size, "", "")
-    assert len(workshop.cases(setting)) == 2 * ways
+    assert len(workshop.cases(setting)) == number
     compared = equality.cases(setting)
     assert {
         f"embedded/gpt2 zero{stage} {precision}" for stage in range(4) for precision in ("fp32", "bf16", "fp16")

@@ -32,6 +32,7 @@ import cpuinfo
 import deepspeed
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.zero import parameter_offload
 from deepspeed.utils import groups
 from torch import Tensor
 
@@ -248,8 +249,9 @@ class DeepSpeedEngine:
         self._full_states.load(full)
 
     def close(self) -> None:
-        """Release hooks and buffers, so that another engine can be built in the same process."""
+        """Release the model, hooks and buffers, so that another engine can be built in the same process."""
         self.deepspeed.destroy()
+        forget_modules()
         _share_groups(None)
 
 
@@ -284,6 +286,11 @@ def held_tensors(engine: Any, optimizer: torch.optim.Optimizer) -> dict[str, lis
     for masters in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups"):
         states += _tensors(getattr(wrapper, masters, None))
     return {"parameters": parameters, "gradients": gradients, "optimizer": [t for t in states if t.dim() > 0]}
+
+
+def forget_modules() -> None:
+    """Let go of the model of a stage-3 engine that has been destroyed: a global list of DeepSpeed's still names it."""
+    parameter_offload.FWD_MODULE_STACK.clear()
 
 
 def join_process_group() -> None:

@@ -92,7 +92,7 @@ def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any
         if not optimizer.state[parameter]:
             # The tensors that AdamW would allocate in its first step.
             moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
-            optimizer.state[parameter].update({"step": torch.tensor(0.0), **moments})
+            optimizer.state[parameter].update({"step": torch.zeros((), device=parameter.device), **moments})
     return {
         "parameters": dict(model.named_parameters()),
         **{moment: {name: optimizer.state[p][moment] for name, p in trained} for moment in MOMENTS},

@@ -138,6 +138,14 @@ def test_a_file_that_the_hugging_face_trainer_would_not_complete(tmp_path, chang
         ds_config.apply_file(Config.create(engine="trainer", deepspeed=write(tmp_path, content)))
 
 
+def test_fp16_without_zero_is_refused_under_the_hugging_face_trainer():
+    asked = {"engine": "trainer", "precision": "fp16", "device": "cuda"}
+    with pytest.raises(ConfigError, match=r"zero0: with stage 0 and fp16.* Write precision='bf16', stage 1, or"):
+        ds_config.apply_file(Config.create(deepspeed="zero0", **asked))
+    ds_config.apply_file(Config.create(deepspeed="zero1", **asked))
+    ds_config.apply_file(Config.create(deepspeed="zero0", **asked | {"precision": "bf16"}))
+
+
 def test_an_optimizer_section_becomes_settings_and_does_not_reach_the_hugging_face_trainer(tmp_path):
     path = write(tmp_path, COMPLETE | {"optimizer": {"type": "AdamW", "params": {"lr": 2e-5, "eps": "auto"}}})
     config = ds_config.apply_file(Config.create(engine="trainer", deepspeed=path))
