@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.theory import errors
+from tests.theory import errors, gpu_runs
 from tests.theory.published import FALCON, ROWS, Published
 from tutorial_lib.cli import main
 from tutorial_lib.cli.plan_check import compare
@@ -71,6 +71,22 @@ def test_the_page_says_what_no_row_checks() -> None:
 def test_the_page_shows_the_case_that_differs_from_an_experts_answer() -> None:
     text = errors.page().partition("## 4. An answer")[2]
     assert text.count("% slower: ") == 3 and "dp 64 x tp 8 |" in text
+
+
+def test_our_own_gpu_runs() -> None:
+    workshop, fsdp = list(gpu_runs.workshop_runs()), list(gpu_runs.fsdp_runs())
+    assert len(workshop) == 19 and len(fsdp) == 18
+    for run in workshop:
+        assert run.states is not None and run.states[0] == pytest.approx(run.states[1], rel=1e-6), run
+        assert run.times_too_fast > 1.5, run  # the GPU waits for launches, which the time model leaves out
+    for run in (*workshop, *fsdp):
+        assert run.peaks_at_update or abs(run.peak_error) < 0.01, run
+    assert [run.name for run in fsdp if run.peaks_at_update] == [
+        "micro-batch 2",
+        *(f"micro-batch {size}, recomputed" for size in (2, 4, 8, 16)),
+    ]
+    busy = [run for run in fsdp if gpu_runs.is_busy(run)]
+    assert len(busy) == 12 and all(abs(run.seconds[0] / run.seconds[1] - 1) < 0.2 for run in busy)
 
 
 def test_our_own_runs() -> None:
