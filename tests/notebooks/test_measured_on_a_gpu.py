@@ -1,0 +1,71 @@
+"""Figures of GPU runs in the lessons' texts: they are the ones in docs/measured/h200."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import nbformat
+import pytest
+
+from tests.notebooks.run import NOTEBOOKS
+from tests.theory.gpu_runs import measured
+
+GIB = 2**30
+WAYS = {"plain PyTorch": "plain torch", **{f"stage {stage}": f"ZeRO-{stage}" for stage in range(4)}}
+
+
+def text_of(name: str) -> str:
+    document: Any = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+    return "\n".join(cell.source for cell in document.cells if cell.cell_type == "markdown")
+
+
+@pytest.fixture
+def runs() -> dict[str, Any]:
+    return {row["case"]: row for row in measured("workshop")}
+
+
+def test_table_of_the_workshop(runs: dict[str, Any]) -> None:
+    lines = re.findall(
+        r"^\| (plain PyTorch|stage \d)(, offload)?(, pinned)? \| (.*) \|$", text_of("05_zero_workshop"), re.M
+    )
+    rows = [line for line in lines if line[3].count("|") == 3]
+    assert len(rows) == 9
+    for way, offload, pinned, cells in rows:
+        run = runs[f"bloom-560m: {WAYS[way]}{', offload optimizer' if offload else ''}{pinned}"]
+        assert cells.split(" | ") == [
+            f"{run['states_bytes']['by_device']['cuda'] / GIB:.2f}", f"{run['step_peak_bytes'] / GIB:.2f}",
+            f"{run['step_seconds']['median']:.2f}", f"{run['samples_per_second']:.1f}",
+        ]  # fmt: skip
+
+
+def test_sentences_about_the_h200(runs: dict[str, Any]) -> None:
+    workshop, zero, fsdp = (text_of(name) for name in ("05_zero_workshop", "01_zero_finetuning", "03_fsdp"))
+    plain, offloaded = runs["bloom-560m: plain torch"], runs["bloom-560m: ZeRO-2, offload optimizer"]
+    freed = (plain["states_bytes"]["total"] - offloaded["states_bytes"]["by_device"]["cuda"]) / GIB
+    assert f"Offload moves {freed:.1f} GiB" in workshop and f"frees {freed:.1f} GiB" in zero
+    assert f"are {plain['mfu']:.0%} of this GPU's peak".replace("%", " %") in workshop
+    trace = {each["case"]: each for each in measured("traces")}["bloom-560m, ZeRO-0, micro-batches of 4"]
+    share = trace["busy_seconds"] / trace["step_seconds_without_profiler"]
+    assert (
+        f"{trace['kernel_calls']:,} small kernels" in workshop and f"only {100 * share:.0f} % of the time" in workshop
+    )
+    large = runs["bloom-560m: plain torch, 4 micro-batches of 16"]
+    assert f"trains {large['samples_per_second']:.0f} samples per second" in workshop
+    seconds = [runs[f"bloom-560m: ZeRO-{stage}"]["step_seconds"]["median"] for stage in range(4)]
+    for each in seconds:
+        assert f"{each:.2f}" in zero
+    for table, largest in zip(measured("fsdp2-one-billion"), (48, 192), strict=True):
+        row = table["rows"][-1]
+        assert row["micro_batch"] == largest and f"{100 * row['mfu']:.1f} %" in fsdp
+        assert f"({int(row['allocator_peak_bytes'] / GIB)} GiB" in fsdp
+
+
+def test_what_was_equal_and_what_resumed() -> None:
+    rows = {row["case"]: row for row in measured("equality")}
+    fp32 = [row for case, row in rows.items() if case.endswith("fp32")]
+    assert len(fp32) == 18 and all(len(row["losses"]) == 5 and row["largest_difference"] < 1e-6 for row in fp32)
+    resumed = {case: row for case, row in rows.items() if case.startswith("resume")}
+    assert resumed.keys() == {f"resume {engine}" for engine in ("torch", "zero1", "zero3", "fsdp")}
+    for row in resumed.values():
+        assert row["repeatable"] and row["same_losses"] and row["same_weights_and_moments"]
