@@ -292,7 +292,7 @@ The time model leaves out the time it takes to launch each kernel. A profiler sh
 same day, on a slower processor: stage 0 took {small["step_seconds_without_profiler"]:.2f} s per step there). A step of
 bloom-560m with four micro-batches of four launches {small["kernel_calls"]:,} kernels, and the GPU is busy
 {share[0]:.0%} of the time; with one micro-batch of 16, {share[1]:.0%}. Without any waiting that step would reach
-{ceiling:.0%} of the data sheet's peak: BLOOM in eager PyTorch mostly copies, converts and adds. Stage 3 gathers every
+{ceiling:.0%} of the data sheet's peak: BLOOM's longest kernels copy, convert and add numbers. Stage 3 gathers every
 layer from Python, so it is the slowest.
 
 ### FSDP2: about 1 B parameters, by micro-batch
