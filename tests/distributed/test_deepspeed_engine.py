@@ -1,4 +1,4 @@
-"""DeepSpeed's engine in one process: closing it frees its memory, and fp16 trains without ZeRO as with it."""
+"""DeepSpeed's engine in one process: closing it frees its memory, and fp16 trains the same with and without ZeRO."""
 
 from __future__ import annotations
 

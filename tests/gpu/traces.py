@@ -1,7 +1,7 @@
 """Step 5: chrome traces of single steps, kernel by kernel, gzipped, in one archive.
 
-GPT-2 small shows ZeRO-1 and ZeRO-3. bloom-560m shows stage 0 with small and with large micro-batches: what share of a
-step the GPU computes, and in which kernels.
+GPT-2 small shows ZeRO-1 and ZeRO-3. bloom-560m shows stage 0 with small and with large micro-batches: how much of a
+step the GPU is busy, and with which kernels.
 
 Open a trace at https://ui.perfetto.dev or in chrome://tracing.
 """

@@ -1,7 +1,8 @@
 """Step 3: the workshop's models on one GPU: plain torch, then ZeRO by stage, offload and pinned memory.
 
-Weights are random: only the dimensions matter here. Every case trains the same optimizer step, 16 sequences in four
-micro-batches of full rows, in bf16. The predictions of :mod:`tutorial_lib.theory` are next to the measurements.
+Weights are random: only the dimensions matter here. Unless its name says otherwise, a case trains 16 full
+sequences per step in four micro-batches, in bf16. The predictions of :mod:`tutorial_lib.theory` are next to the
+measurements.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def write_weights(setting: Setting, name: str, **dimensions: Any) -> str:
 
 
 def ways(setting: Setting) -> dict[str, dict[str, Any]]:
-    """Return the engine settings to compare, cheapest first."""
+    """Return the engine settings to compare."""
     found: dict[str, dict[str, Any]] = {"plain torch": {"engine": "torch"}}
     for stage in (0, 1, 2, 3):
         found[f"ZeRO-{stage}"] = {"zero_stage": stage}
@@ -165,7 +166,7 @@ def measure(setting: Setting, make: Callable[[], Model], flat: dict[str, Any]) -
 
 
 def account_of_a_step(engine: Engine, batches: list[dict[str, torch.Tensor]]) -> tuple[dict[str, Any], dict[str, int]]:
-    """Train a step; return its states while gradients exist, and the peak until and during the update."""
+    """Train a step; return its states just before the update, and its peaks before and during the update."""
     states: dict[str, Any] = {}
     peaks: dict[str, int] = {}
 
@@ -181,7 +182,7 @@ def account_of_a_step(engine: Engine, batches: list[dict[str, torch.Tensor]]) ->
 
 
 def allocated(device: torch.device) -> int | None:
-    """Return the bytes that PyTorch's allocator has handed out and not got back; None on a CPU, which has none."""
+    """Return the bytes that PyTorch's allocator has in use; None on a CPU, where PyTorch does not count them."""
     return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else None
 
 
@@ -209,7 +210,7 @@ def measured_peak(setting: Setting) -> float:
 def predict(config: Config, dimensions: Dimensions, params: int) -> dict[str, float | None]:
     """Return a case's predictions: bytes of states, activations and peak, what a step adds, and its seconds.
 
-    There is no prediction of time for a device without a preset.
+    For a device without a preset, the time is None.
     """
     workload, layout = workload_and_layout(config, dimensions, params)
     part = predicted_peak.part_of_model(dimensions, params)

@@ -1,7 +1,8 @@
 """Step 7: the workshop's exercises for one GPU, as a reader runs them: ``bench`` with the Hugging Face ``Trainer``.
 
 Each row starts its own process through the local launcher and watches its memory from outside. Every question is padded
-to 512 tokens, as in the workshop. ``baseline, fp16`` is its baseline; the other rows are in bf16.
+to 512 tokens, as in the workshop. ``baseline, fp16`` is the workshop's own baseline; all other rows
+run in bf16.
 """
 
 from __future__ import annotations

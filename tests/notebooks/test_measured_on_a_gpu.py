@@ -1,4 +1,4 @@
-"""Figures of GPU runs in the lessons' texts: they are the ones in docs/measured/h200."""
+"""GPU figures quoted in the lessons: each must match docs/measured/h200."""
 
 from __future__ import annotations
 

@@ -252,9 +252,9 @@ def _gpu_summary() -> str:
     waits = [run.times_too_fast for run in workshop]
     return f"""\
 - **Our own GPU runs** (one H200, [part 5](#5-our-own-gpu-runs)): model states within {states:.1%}, peak of a step
-  within {max(peaks):.1%}, partly after mends that these runs led to. Seconds per step within {max(busy):.0%}
-  if the GPU is busy. Small models leave it waiting for their kernels to be launched; there the planner is
-  {min(waits):.0f} to {max(waits):.0f} times too fast."""
+  within {max(peaks):.1%}, in part because these runs led us to fix the planner. Seconds per step within
+  {max(busy):.0%} when the GPU is kept busy. With small models it mostly waits for kernels to be launched; there the
+  planner is {min(waits):.0f} to {max(waits):.0f} times too fast."""
 
 
 def _gpu_section() -> str:
@@ -265,41 +265,47 @@ def _gpu_section() -> str:
     machine = gpu_runs.measured("environment")["machine"]
     versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "transformers", "deepspeed"))
     num_params = gpu_runs.measured("fsdp2-one-billion")[0]["num_params"]
+    runs = {run["case"]: run for run in gpu_runs.measured("workshop")}
+    one = runs["bloom-560m: ZeRO-0, micro-batches of 16"]
+    ceiling = one["mfu"] * one["step_seconds"]["median"] / large["busy_seconds"]
     best = max(row["mfu"] for table in gpu_runs.measured("fsdp2-one-billion") for row in table["rows"])
     return f"""\
 ## 5. Our own GPU runs
 
 One NVIDIA H200 in a virtual machine with {machine["cores"]} cores, 27 November 2026, in bf16, with {versions}
-([figures](measured/h200), written by `python tests/gpu/measure.py`). A single GPU has nobody to share its states with,
+([figures](measured/h200), written by `python tests/gpu/measure.py`). A single GPU has no other to divide states with,
 and sends nothing.
 
 ### The workshop's models
 
-Random weights; four micro-batches of four full rows (bloom-560m: 512 tokens, gpt2: 1024), if the row does not say
-otherwise. GiB; the peak is what a step allocates beyond what exists before it.
+Random weights; four micro-batches of four full sequences (bloom-560m: 512 tokens, gpt2: 1024), unless a run's name
+says otherwise. GiB; the peak is what a step adds to what exists before it. Below stage 3, without offload, gradients
+count in both.
 
 {_table(_GPU_RUNS, [_gpu_row(run) for run in workshop])}
 
-These runs exposed three errors in predicted peaks, now fixed: DeepSpeed's fp32 copy of 16-bit gradients at the update
-was missing; so was what autocast keeps in fp32 (gpt2's peak was 17% too low); and stage 3 on a single rank gathers no
-copies.
+These runs exposed three errors in predicted peaks, now fixed: two omissions, DeepSpeed's fp32 copy of 16-bit gradients
+at the update and what autocast keeps in fp32 (gpt2's peak was 17% too low), and gathered copies for stage 3 on a single
+rank, which makes none.
 
-The time model ignores that each kernel has to be launched. A profiler showed how much that matters (it ran when the
-machine was first started, on a slower processor: {small["step_seconds_without_profiler"]:.2f} s for stage 0). A step of
-bloom-560m with micro-batches of four launches {small["kernel_calls"]:,} kernels, and the GPU computes in
-{share[0]:.0%} of the time; with micro-batches of 16 in {share[1]:.0%}. Stage 3 gathers every layer from Python,
-so it is the slowest.
+The time model leaves out the time it takes to launch each kernel. A profiler showed how much that matters (earlier the
+same day, on a slower processor: stage 0 took {small["step_seconds_without_profiler"]:.2f} s per step there). A step of
+bloom-560m with four micro-batches of four launches {small["kernel_calls"]:,} kernels, and the GPU is busy
+{share[0]:.0%} of the time; with one micro-batch of 16, {share[1]:.0%}. Without any waiting that step would reach
+{ceiling:.0%} of the data sheet's peak: BLOOM's longest kernels copy, convert and add numbers. Stage 3 gathers every
+layer from Python, so it is the slowest.
 
-### FSDP2, 1 B parameters by micro-batch
+### FSDP2: about 1 B parameters, by micro-batch
 
 GPT-2's architecture with {num_params / 1e9:.2f} B parameters, 1024 tokens, one micro-batch per step. GiB; the peak is
-everything that PyTorch's allocator handed out. The best step reached {best:.1%} of the data sheet's 989 TFLOP/s (MFU).
+the most memory that PyTorch's allocator had in use at once. The best step reached {best:.1%} of the data sheet's
+989 TFLOP/s (MFU).
 
 {_table(_GPU_FSDP, [_gpu_fsdp_row(run) for run in fsdp])}
 
-In rows marked with *, the peak is the fp32 copy that AdamW made of everything it updates. FSDP2's AdamW is fused since
-then and makes none; that has not been measured on a GPU. The plan leaves out cuBLAS's workspaces
-({gpu_runs.WORKSPACE // 2**20} MiB). The first micro-batch that did not fit was 64, and 256 with recomputation."""
+In rows marked with *, memory peaks at the update, where AdamW copied all parameters in fp32. FSDP2's AdamW is now fused
+and makes no copy; we have not measured that on a GPU. The plan leaves out cuBLAS's workspaces
+({gpu_runs.WORKSPACE // 2**20} MiB). Micro-batch 64 did not fit; with recomputation, 256 did not."""
 
 
 _GPU_RUNS = (

@@ -31,7 +31,7 @@ class GpuRun:
     Attributes:
         name: model and engine.
         states: bytes of all model states just before the update; None if they were not counted.
-        peak: bytes that a step allocated beyond what existed before it, or all bytes where states were not counted.
+        peak: bytes that a step added to what existed before it; if states were not counted, all bytes in use.
         seconds: of a step.
         peaks_at_update: whether the measured peak is AdamW's copy, which the engine no longer makes.
     """
@@ -48,7 +48,7 @@ class GpuRun:
 
     @property
     def times_too_fast(self) -> float:
-        """How many times faster than measured the planner says that a step is."""
+        """Return measured seconds per step over predicted: 2 if a step takes twice as long as the planner says."""
         return self.seconds[1] / self.seconds[0]
 
 

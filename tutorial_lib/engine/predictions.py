@@ -70,8 +70,8 @@ def _planned(config: Config) -> tuple[Workload, Layout] | None:
 def states_and_peak(config: Config, workload: Workload, layout: Layout) -> tuple[States, float]:
     """Return a rank's model states, and the bytes that a step allocates at its peak.
 
-    Weights and moments exist before the step, so its peak does not include them; nor do the bucket and the gradients of
-    DeepSpeed's stage 3.
+    Weights and moments exist before the step, so its peak leaves them out. It also leaves out the bucket and gradients
+    of DeepSpeed's stage 3, which exist by then, too.
     """
     part = peak_memory.part_of_model(workload.dimensions, workload.num_params, layout.tp)
     states = layout_states(workload, layout, part.params, config.accumulation, layout.shard_size or layout.dp)

@@ -5,7 +5,8 @@ Three instruments, from the most exact to the broadest:
 - :func:`tensor_bytes` and :class:`StateBytes` add up the storages behind given tensors: exact, but only for those.
 - :func:`count_allocations` follows PyTorch's allocator through a block: the exact peak of everything it handed out,
   including activations and a kernel's temporaries.
-- :class:`PeakMemory` watches the entire process as the operating system sees it, including libraries and caches.
+- :func:`peak_memory` is the peak of a GPU's allocator or, on a CPU, of the entire process as the operating system sees
+  it, including libraries and caches.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ from __future__ import annotations
 import contextlib
 import resource
 import sys
-import threading
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,23 +117,19 @@ def count_allocations() -> Iterator[Allocations]:
 class HostMemory:
     """Host memory of this process in bytes, as the operating system counts it.
 
-    ``rss`` counts every resident page, and ``peak_rss`` is its highest value so far. ``pss`` divides each shared page
-    among its processes, so that it adds up over ranks; it only exists on Linux.
+    ``rss`` counts every resident page, and ``peak_rss`` is its highest value so far.
     """
 
     rss: int
     peak_rss: int
-    pss: int | None
 
 
 def host_memory() -> HostMemory:
     """Return the current host memory of this process, and its peak since the process started."""
-    process = psutil.Process()
     # Linux counts in KiB, macOS in bytes.
     unit = 1 if sys.platform == "darwin" else 1024
-    rss = process.memory_info().rss
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return HostMemory(rss=rss, peak_rss=max(peak, rss), pss=_pss(process))
+    rss = psutil.Process().memory_info().rss
+    return HostMemory(rss=rss, peak_rss=max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, rss))
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -149,101 +144,13 @@ def reset_peak_memory(device: torch.device) -> None:
 def peak_memory(device: torch.device) -> int:
     """Return the peak since :func:`reset_peak_memory` in bytes: of a GPU's allocator, or on a CPU of the process's RSS.
 
-    Only Linux can reset the peak of RSS; elsewhere it counts from the start of the process.
+    Only Linux can reset the peak of RSS; elsewhere it counts from the start of the process. Linux keeps counters per
+    thread and adds them up in batches, so RSS is only accurate to a few hundred KiB: use :func:`count_allocations` for
+    models smaller than that.
     """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return _high_water_mark() if sys.platform == "linux" else host_memory().peak_rss
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One reading of :class:`PeakMemory`: seconds since the start, bytes."""
-
-    seconds: float
-    rss: int
-    pss: int | None
-
-
-class PeakMemory:
-    """Watch this process's host memory during a block.
-
-    A thread reads RSS (and PSS, if asked) every ``interval`` seconds: the timeline :attr:`samples`. A sampler misses
-    peaks shorter than its interval; on Linux the peak of RSS therefore comes from the kernel's own high-water mark,
-    which is reset at the start. The kernel keeps counters per thread and adds them up in batches, so RSS is only
-    accurate to a few hundred KiB: use :func:`count_allocations` for models smaller than that.
-
-    Args:
-        interval: seconds between readings.
-        pss: read PSS too: shared pages divided by the processes that share them. Slower, Linux only.
-
-    Attributes:
-        samples: the timeline.
-        start_rss: bytes when the block began.
-        peak_rss: highest bytes during the block.
-        peak_pss: highest PSS among the samples, None if it was not read.
-        exact: whether ``peak_rss`` is the kernel's mark rather than the highest sample.
-    """
-
-    def __init__(self, interval: float = 0.01, *, pss: bool = False) -> None:
-        self.interval = interval
-        self.samples: list[Sample] = []
-        self.start_rss = 0
-        self.peak_rss = 0
-        self.peak_pss: int | None = None
-        self.exact = False
-        self._read_pss = pss
-        self._process = psutil.Process()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="peak-memory", daemon=True)
-
-    @property
-    def increase(self) -> int:
-        """Bytes of ``peak_rss`` above ``start_rss``."""
-        return self.peak_rss - self.start_rss
-
-    def summary(self) -> dict[str, Any]:
-        """Return ``peak``, ``mean`` and ``mode`` of sampled RSS in bytes (mode: to the MiB), and the peak of PSS."""
-        rss = [s.rss for s in self.samples]
-        mebibytes = [r >> 20 for r in rss]
-        return {
-            "peak": self.peak_rss,
-            "mean": sum(rss) // len(rss),
-            "mode": max(sorted(set(mebibytes)), key=mebibytes.count) << 20,
-            "peak_pss": self.peak_pss,
-            "exact": self.exact,
-        }
-
-    def __enter__(self) -> PeakMemory:
-        self.exact = _reset_high_water_mark()
-        self._began = time.perf_counter()
-        self._read()
-        self.start_rss = self.samples[0].rss
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._done.set()
-        self._thread.join()
-        self._read()
-        self.peak_rss = max(s.rss for s in self.samples)
-        if self.exact:
-            self.peak_rss = max(self.peak_rss, _high_water_mark())
-        if self._read_pss:
-            self.peak_pss = max((s.pss for s in self.samples if s.pss is not None), default=None)
-
-    def _watch(self) -> None:
-        while not self._done.wait(self.interval):
-            self._read()
-
-    def _read(self) -> None:
-        self.samples.append(
-            Sample(
-                seconds=time.perf_counter() - self._began,
-                rss=self._process.memory_info().rss,
-                pss=_pss(self._process) if self._read_pss else None,
-            )
-        )
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> dict[tuple[str, int], int]:
@@ -255,12 +162,6 @@ def _storages(tensors: Iterable[torch.Tensor]) -> dict[tuple[str, int], int]:
         for tensor in alive
         if tensor.device.type != "meta"
     }
-
-
-def _pss(process: psutil.Process) -> int | None:
-    with contextlib.suppress(psutil.Error, AttributeError):
-        return int(process.memory_full_info().pss)
-    return None
 
 
 def _reset_high_water_mark() -> bool:

@@ -18,9 +18,9 @@ Activation checkpointing (``checkpointing``)::
     full        only the layer's input
 
 Autocast (plain torch and DDP in 16 bits) keeps more: the residual stream stays in fp32, so a layer's two norms keep
-2 h more each; every matrix product casts its input by itself, so two or three products of one input keep a copy each
-(Llama and Qwen: 6 h more); and on a GPU, where ``pow`` runs in fp32, GPT-2's GELU keeps three tensors of width f in
-fp32 (6 f more). Other engines compute all of a layer in 16 bits.
+2 h more each; each matrix product casts its own input, so two or three products that share an input each keep a
+copy (Llama and Qwen: 6 h more); and on a GPU, where ``pow`` runs in fp32, GPT-2's GELU keeps three tensors of width f
+in fp32 (6 f more). Other engines compute all of a layer in 16 bits.
 
 While a recomputed layer runs backward, everything that it would have kept exists for this one layer: the *transient*.
 By then the logits are gone, so only the larger of transient and logits counts.
@@ -84,7 +84,7 @@ def layer_activations(
         sequence_parallel: norms and residuals are divided over the tensor-parallel ranks, too.
         bytes_per_element: e, for the type that layers compute in.
         seq_length: s, which only matters without a fused attention kernel.
-        autocast: ``cpu`` or ``cuda`` if weights are fp32 and autocast computes in 16 bits there; otherwise empty.
+        autocast: ``cpu`` or ``cuda``, the device where autocast computes in 16 bits on fp32 weights; otherwise empty.
 
     Raises:
         ValueError: unknown ``checkpointing``.

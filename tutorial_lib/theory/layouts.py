@@ -104,7 +104,7 @@ class Workload:
         base_bits: bits per frozen parameter with LoRA: 16, 8 or 4 (QLoRA).
         moments: number format of Adam's moments: ``fp32``, ``bf16`` or ``8bit``.
         loss_chunks: number of pieces in which output layer and loss are computed.
-        on_gpu: count what only happens on GPUs: AdamW updates all tensors at once, with a copy of them.
+        on_gpu: count memory that only GPUs need, such as AdamW's copy of all the tensors that it updates at once.
         beyond: also consider layouts that this course's engines do not have.
     """
 

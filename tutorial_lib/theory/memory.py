@@ -162,16 +162,6 @@ def checkpoint_bytes(num_params: int, stage: int, precision: Precision = MIXED) 
     return num_params * (precision.optimizer + (0 if stage == 3 else precision.parameters))
 
 
-def savings_ratio(stage: int, num_ranks: int, precision: Precision = MIXED) -> float:
-    """Return how many times smaller a rank's model states are than under plain data parallelism.
-
-    The often-quoted 4 x and 8 x for stages 1 and 2 are only the limits as N grows.
-    """
-    num_params = num_ranks * 1000  # any multiple of N: the ratio does not depend on Psi
-    replicated = model_states(num_params, 0, num_ranks, precision).total
-    return replicated / model_states(num_params, stage, num_ranks, precision).total
-
-
 def partition_elements(num_elements: int, num_ranks: int, alignment: int = 1) -> int:
     """Return the elements of one rank's share of a flat tensor that is padded to make all shares equal.
 

@@ -21,15 +21,16 @@ Besides states and activations, engines allocate *buffers*::
                model: from the start (3), from a step's first backward (1), or during backward (2); two of them with
                ``overlap_comm`` (1, 2); at the update a bucket of updated parameters (1, 2); parameters that stay
                gathered up to ``stage3_max_live_parameters`` (3, on several ranks); in 16 bits an fp32 copy of the
-               gradients that a rank updates with, made while they exist, freed after the update; norms in fp64,
-               tensor by tensor (1, 2)
+               gradients that a rank updates with, made before they are freed and kept until after the update;
+               norms in fp64, one tensor at a time (1, 2)
     pipeline   gathered weights (full gradients, which wait for the last micro-batch, count as states)
 
 Sources: ``torch.distributed.fsdp`` (``_fsdp_collectives.py``: copy-in and copy-out), ``torch.amp`` (weight cache),
 ``deepspeed/runtime/zero`` (``setup_buckets`` of stage_1_and_2.py; the bucket that stage3.py makes with the optimizer).
-Assumptions: one layer is gathered ahead. FSDP2's and DDP's AdamW is fused and needs nothing. The others' takes all
-tensors at once on GPUs (``foreach``), with one more fp32 copy of them; on CPUs it goes tensor by tensor, with two
-copies of each, and ZeRO's stages 1 to 3 have one large tensor, at stage 3 of at most ``sub_group_size`` elements.
+Assumptions: one layer is gathered ahead. FSDP2's and DDP's AdamW is fused and needs nothing. Elsewhere, AdamW on
+GPUs updates all tensors at once (``foreach``), with one more fp32 copy of them. On CPUs it updates one tensor at a
+time, with two copies of it. For ZeRO's stages 1 to 3 that is one large tensor, at stage 3 of at most
+``sub_group_size`` elements.
 Not modelled: buffers for messages between a pipeline's stages; masks of packed rows.
 Checked: docs/planner-errors.md, against peaks of our own runs and published ones.
 """
@@ -144,7 +145,7 @@ def phase_peaks(workload: Workload, layout: Layout, part: Part, states: States, 
 
 
 def casts_weights(workload: Workload, layout: Layout) -> bool:
-    """Return whether weights are fp32 and autocast computes in 16 bits; a frozen base is stored in 16 bits or fewer."""
+    """Return whether autocast computes in 16 bits on fp32 weights (not with LoRA: its base has 16 bits or fewer)."""
     return layout.strategy == "no_shard" and workload.bytes_per_element == 2 and not workload.lora_rank
 
 
@@ -190,7 +191,7 @@ SUB_GROUP = 1_000_000_000
 
 
 def _deepspeed_update(workload: Workload, layout: Layout, own: float, states: States) -> float:
-    """Return the bytes that DeepSpeed's update needs on the device, beyond all states.
+    """Return the bytes that DeepSpeed's update needs on the device, on top of the model states.
 
     Args:
         workload: the training to run.

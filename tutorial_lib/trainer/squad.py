@@ -72,21 +72,6 @@ def average_scores(scores: Sequence[AnswerScore]) -> SquadScore:
     return SquadScore(exact_match, 100 * sum(score.f1 for score in scores) / len(scores), len(scores))
 
 
-def score_answers(predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> SquadScore:
-    """Score a model's answers to a list of questions.
-
-    Args:
-        predictions: one answer per question; an empty string if the model gave none.
-        golds: the gold answers of each question, in the same order.
-
-    Raises:
-        ValueError: the lists differ in length, or a question has no gold answer.
-    """
-    if len(predictions) != len(golds):
-        raise ValueError(f"{len(predictions)} predictions for {len(golds)} questions: pass one for each, '' for none.")
-    return average_scores([score_answer(prediction, each) for prediction, each in zip(predictions, golds, strict=True)])
-
-
 def _f1(prediction: str, gold: str) -> float:
     predicted, expected = normalize_answer(prediction).split(), normalize_answer(gold).split()
     num_same = (Counter(predicted) & Counter(expected)).total()

@@ -14,10 +14,10 @@ ROOT = Path(__file__).parents[3]
 
 
 def test_the_source_shown_is_the_source() -> None:
-    shown = sources.show_source(memory.savings_ratio)
+    shown = sources.show_source(memory.partition_elements)
     text = Path(memory.__file__).read_text(encoding="utf-8")
-    assert shown.name == "tutorial_lib.theory.memory.savings_ratio"
-    assert shown.text.startswith("def savings_ratio(") and shown.text in text
+    assert shown.name == "tutorial_lib.theory.memory.partition_elements"
+    assert shown.text.startswith("def partition_elements(") and shown.text in text
     assert str(ROOT) not in shown.html() + str(shown)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import time
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,33 +80,9 @@ def test_without_allocations_there_are_no_entries() -> None:
     assert allocations.peak == allocations.remaining == {}
 
 
-def test_the_process_peak_includes_a_freed_buffer() -> None:
-    with memory.PeakMemory(interval=0.005, pss=True) as watched:
-        buffer = bytearray(os.urandom(1)) * (200 * MIB)
-        time.sleep(0.05)
-        del buffer
-        time.sleep(0.05)
-    assert 195 * MIB < watched.increase < 230 * MIB
-    assert watched.samples[-1].rss < watched.peak_rss - 150 * MIB
-    assert watched.peak_pss is None or 195 * MIB < watched.peak_pss
-    summary = watched.summary()
-    assert summary["peak"] == watched.peak_rss >= summary["mean"] > 0 and summary["mode"] > 0
-
-
-def test_the_kernels_high_water_mark_catches_peaks_between_samples() -> None:
-    with memory.PeakMemory(interval=60) as watched:
-        buffer = bytearray(os.urandom(1)) * (200 * MIB)
-        del buffer
-    if not watched.exact:
-        pytest.skip("this system does not let a process reset its high-water mark")
-    assert len(watched.samples) == 2 and max(s.rss for s in watched.samples) < watched.peak_rss - 150 * MIB
-    assert 195 * MIB < watched.increase < 230 * MIB
-
-
 def test_host_memory_is_this_process() -> None:
     now = memory.host_memory()
     assert now.peak_rss >= now.rss > 50 * MIB
-    assert now.pss is None or 0 < now.pss <= now.rss
 
 
 def test_peak_memory_restarts_and_includes_freed_buffers() -> None:
@@ -116,9 +91,8 @@ def test_peak_memory_restarts_and_includes_freed_buffers() -> None:
     memory.reset_peak_memory(cpu)
     torch.ones(64 * 2**20)  # 256 MiB, written and freed
     assert memory.peak_memory(cpu) > before + 200 * 2**20
-    with memory.PeakMemory() as now:  # it starts again as well
-        pass
-    if now.exact:
+    memory.reset_peak_memory(cpu)
+    if sys.platform == "linux":
         assert memory.peak_memory(cpu) < before + 200 * 2**20
 
 

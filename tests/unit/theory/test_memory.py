@@ -44,17 +44,24 @@ def test_a_checkpoint_holds_each_state_once(stage: int, precision: Precision, pe
         memory.checkpoint_bytes(1_000, 4, precision)
 
 
+def savings_ratio(stage: int, num_ranks: int) -> float:
+    """Return how many times smaller a rank's model states are than under plain data parallelism."""
+    num_params = num_ranks * 1000
+    replicated, sharded = (memory.model_states(num_params, each, num_ranks, memory.MIXED).total for each in (0, stage))
+    return replicated / sharded
+
+
 @pytest.mark.parametrize(
     ("num_ranks", "stage_1", "stage_2", "stage_3"), [(2, 1.60, 1.78, 2.0), (4, 2.29, 2.91, 4.0), (8, 2.91, 4.27, 8.0)]
 )
 def test_savings_depend_on_the_number_of_ranks(num_ranks: int, stage_1: float, stage_2: float, stage_3: float) -> None:
-    ratios = [round(memory.savings_ratio(stage, num_ranks), 2) for stage in memory.STAGES]
+    ratios = [round(savings_ratio(stage, num_ranks), 2) for stage in memory.STAGES]
     assert ratios == [1.0, stage_1, stage_2, stage_3]
 
 
 def test_the_quoted_4x_and_8x_are_limits() -> None:
-    assert memory.savings_ratio(1, 1_000_000) == pytest.approx(4, rel=1e-4)
-    assert memory.savings_ratio(2, 1_000_000) == pytest.approx(8, rel=1e-4)
+    assert savings_ratio(1, 1_000_000) == pytest.approx(4, rel=1e-4)
+    assert savings_ratio(2, 1_000_000) == pytest.approx(8, rel=1e-4)
 
 
 def test_shares_are_padded_to_be_equal() -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from tutorial_lib.trainer.squad import AnswerScore, SquadScore, average_scores, score_answer, score_answers
+from tutorial_lib.trainer.squad import AnswerScore, SquadScore, average_scores, score_answer
 
 
 def test_the_published_example() -> None:
     """From the metric card of SQuAD v1.1 in Hugging Face's ``evaluate``, which wraps the official script."""
     golds = [["1976"], ["Beyoncé and Bruno Mars"], ["climate change"]]
-    score = score_answers(["1976", "Beyonce", "climate change"], golds)
-    assert score == SquadScore(pytest.approx(200 / 3), pytest.approx(200 / 3), 3)
-    assert score_answers(["1999"], [["1976"]]) == SquadScore(0.0, 0.0, 1)
+    answers = ["1976", "Beyonce", "climate change"]
+    scores = [score_answer(answer, each) for answer, each in zip(answers, golds, strict=True)]
+    assert average_scores(scores) == SquadScore(pytest.approx(200 / 3), pytest.approx(200 / 3), 3)
+    assert score_answer("1999", ["1976"]) == AnswerScore(0.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -88,10 +89,8 @@ def test_scores_of_several_ranks_average_over_questions() -> None:
 
 
 def test_answers_that_cannot_be_scored_are_refused() -> None:
-    with pytest.raises(ValueError, match="2 predictions for 1 questions"):
-        score_answers(["a", "b"], [["a"]])
     for golds in ([], "1976"):
         with pytest.raises(ValueError, match=r"such as \['1976'\]"):
             score_answer("1976", golds)
     with pytest.raises(ValueError, match="at least one question"):
-        score_answers([], [])
+        average_scores([])

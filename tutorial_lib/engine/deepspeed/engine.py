@@ -145,10 +145,10 @@ class DeepSpeedEngine:
             self.deepspeed.step()
 
     def _missing_loss_scale(self) -> float:
-        """Return fp16's loss scale at stage 0, where DeepSpeed forgets to apply it, and otherwise 1.
+        """Return fp16's loss scale at stage 0, where DeepSpeed does not apply it; otherwise return 1.
 
-        DeepSpeed 0.19.8 still divides the gradients by it, so they would be 65,536 times too small: nothing would be
-        clipped, and small ones would vanish in fp16 (its pull request 8393).
+        DeepSpeed 0.19.8 still divides the gradients by it. Without this factor they would be 65,536 times too small:
+        nothing would be clipped, and small ones would vanish in fp16 (DeepSpeed pull request 8393).
         """
         engine = self.config.engine
         return float(self.deepspeed.optimizer.loss_scale) if (engine.precision, engine.zero_stage) == ("fp16", 0) else 1
@@ -289,7 +289,7 @@ def held_tensors(engine: Any, optimizer: torch.optim.Optimizer) -> dict[str, lis
 
 
 def forget_modules() -> None:
-    """Let go of the model of a stage-3 engine that has been destroyed: a global list of DeepSpeed's still names it."""
+    """Drop the last references to a destroyed stage-3 engine's model, which DeepSpeed keeps in a global list."""
     parameter_offload.FWD_MODULE_STACK.clear()
 
 

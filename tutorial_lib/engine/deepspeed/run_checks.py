@@ -40,7 +40,7 @@ def check_for_run(given: dict[str, Any], config: Config, *, source: str) -> None
     if (config.engine.name, stage, precision) == ("trainer", 0, "fp16"):
         raise ConfigError(
             f"{source}: with stage 0 and fp16, DeepSpeed 0.19.8 forgets to scale the Trainer's loss but divides the "
-            "gradients by the scale, so they are 65,536 times too small (its pull request 8393). Write "
+            "gradients by the scale, so they are 65,536 times too small (DeepSpeed pull request 8393). Write "
             "precision='bf16', stage 1, or engine='deepspeed', which scales the loss itself."
         )
     communication = find(given, "communication_data_type")

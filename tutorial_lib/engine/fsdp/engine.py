@@ -190,7 +190,7 @@ class FSDPEngine:
 def _adamw(model: torch.nn.Module, optimizer: OptimizerConfig) -> torch.optim.Optimizer:
     """Build AdamW with a parameter group per mesh: one kernel cannot mix meshes.
 
-    The kernel is fused. On GPUs, AdamW would otherwise take all parameters at once, with an fp32 copy of their size.
+    It is fused, because otherwise AdamW on GPUs updates all parameters at once and allocates an fp32 copy of them.
     """
     groups: dict[Any, list[Tensor]] = {}
     for parameter in model.parameters():
