@@ -248,17 +248,20 @@ def _gpu_summary() -> str:
     workshop, fsdp = list(gpu_runs.workshop_runs()), list(gpu_runs.fsdp_runs())
     states = max(abs(run.states[0] / run.states[1] - 1) for run in workshop if run.states)
     peaks = [abs(run.peak_error) for run in (*workshop, *fsdp) if not run.peaks_at_update]
+    updates = [abs(error) for error in gpu_runs.update_errors()]
     busy = [abs(run.seconds[0] / run.seconds[1] - 1) for run in fsdp if gpu_runs.is_busy(run)]
     waits = [run.times_too_fast for run in workshop]
     return f"""\
 - **Our own GPU runs** (one H200, [part 5](#5-our-own-gpu-runs)): model states within {states:.1%}, peak of a step
-  within {max(peaks):.1%}, in part because these runs led us to fix the planner. Seconds per step within
-  {max(busy):.0%} when the GPU is kept busy. With small models it mostly waits for kernels to be launched; there the
-  planner is {min(waits):.0f} to {max(waits):.0f} times too fast."""
+  within {max(peaks):.1%}, of an update within {max(updates):.1%}, in part because these runs led us to fix the planner.
+  Seconds per step within {max(busy):.0%} for 1 B parameters and micro-batches of 16 rows or more (FSDP2).
+  With small models the planner is {min(waits):.0f} to {max(waits):.0f} times too fast: it leaves out that kernels have
+  to be launched."""
 
 
 def _gpu_section() -> str:
     workshop, fsdp = list(gpu_runs.workshop_runs()), list(gpu_runs.fsdp_runs())
+    updates = [abs(error) for error in gpu_runs.update_errors()]
     trace = {each["case"]: each for each in gpu_runs.measured("traces")}
     small, large = (trace[f"bloom-560m, ZeRO-0, micro-batches of {size}"] for size in (4, 16))
     share = [each["busy_seconds"] / each["step_seconds_without_profiler"] for each in (small, large)]
@@ -267,6 +270,7 @@ def _gpu_section() -> str:
     num_params = gpu_runs.measured("fsdp2-one-billion")[0]["num_params"]
     runs = {run["case"]: run for run in gpu_runs.measured("workshop")}
     one = runs["bloom-560m: ZeRO-0, micro-batches of 16"]
+    planned = next(run.seconds[0] for run in workshop if run.name == one["case"])
     ceiling = one["mfu"] * one["step_seconds"]["median"] / large["busy_seconds"]
     best = max(row["mfu"] for table in gpu_runs.measured("fsdp2-one-billion") for row in table["rows"])
     return f"""\
@@ -284,16 +288,18 @@ count in both.
 
 {_table(_GPU_RUNS, [_gpu_row(run) for run in workshop])}
 
-These runs exposed three errors in predicted peaks, now fixed: two omissions, DeepSpeed's fp32 copy of 16-bit gradients
-at the update and what autocast keeps in fp32 (gpt2's peak was 17% too low), and gathered copies for stage 3 on a single
-rank, which makes none.
+In all of them memory peaks at the loss. The update's own peak was measured in {len(updates)} runs, and is predicted
+within {max(updates):.1%}. These runs exposed errors in the planner's memory, now fixed: DeepSpeed's fp32 copy of
+16-bit gradients at the update and what autocast keeps in fp32 were missing (the latter made gpt2's peak 17% too low),
+and stage 3 was given gathered copies on a single rank, which makes none.
 
 The time model leaves out the time it takes to launch each kernel. A profiler showed how much that matters (earlier the
 same day, on a slower processor: stage 0 took {small["step_seconds_without_profiler"]:.2f} s per step there). A step of
 bloom-560m with four micro-batches of four launches {small["kernel_calls"]:,} kernels, and the GPU is busy
 {share[0]:.0%} of the time; with one micro-batch of 16, {share[1]:.0%}. Without any waiting that step would reach
-{ceiling:.0%} of the data sheet's peak: BLOOM's longest kernels copy, convert and add numbers. Stage 3 gathers every
-layer from Python, so it is the slowest.
+{ceiling:.0%} of the data sheet's peak: its longest kernels copy, convert and add numbers, which takes longer than the
+planner's {planned:.2f} s for everything. Stage 3 runs Python hooks around every module, even with nothing to gather;
+without offload it is the slowest.
 
 ### FSDP2: about 1 B parameters, by micro-batch
 
@@ -304,8 +310,9 @@ the most memory that PyTorch's allocator had in use at once. The best step reach
 {_table(_GPU_FSDP, [_gpu_fsdp_row(run) for run in fsdp])}
 
 In rows marked with *, memory peaks at the update, where AdamW copied all parameters in fp32. FSDP2's AdamW is now fused
-and makes no copy; we have not measured that on a GPU. The plan leaves out cuBLAS's workspaces
-({gpu_runs.WORKSPACE // 2**20} MiB). Micro-batch 64 did not fit; with recomputation, 256 did not."""
+and makes no copy. Its losses, resume, memory and speed were all measured before, and not again since. The plan leaves
+out cuBLAS's workspaces ({gpu_runs.WORKSPACE // 2**20} MiB). Micro-batch 64 did not fit; with recomputation, 256 did
+not."""
 
 
 _GPU_RUNS = (

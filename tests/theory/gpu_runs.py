@@ -12,9 +12,11 @@ from tests.gpu.activation_memory import ONE_BILLION
 from tutorial_lib.config import Config
 from tutorial_lib.engine.predictions import states_and_peak, workload_and_layout
 from tutorial_lib.models.dimensions import from_config, read_config
+from tutorial_lib.theory import peak_memory
 from tutorial_lib.theory.cost import evaluate
 from tutorial_lib.theory.dimensions import Dimensions
-from tutorial_lib.theory.layouts import Cluster
+from tutorial_lib.theory.layouts import Cluster, Layout, Workload
+from tutorial_lib.theory.state_bytes import layout_states
 
 DIRECTORY = Path(__file__).parents[2] / "docs" / "measured" / "h200"
 PRESET = "h200"
@@ -53,7 +55,7 @@ class GpuRun:
 
 
 def is_busy(run: GpuRun) -> bool:
-    """Return whether a step keeps the GPU busy: FSDP2's runs with micro-batches of 16 and more."""
+    """Return whether an FSDP2 run's step keeps the GPU busy: with micro-batches of 16 rows and more."""
     return int(run.name.split()[1].rstrip(",")) >= 16
 
 
@@ -65,12 +67,8 @@ def measured(file: str) -> Any:
 def workshop_runs() -> Iterator[GpuRun]:
     """Yield the workshop's models under plain torch and DeepSpeed's stages."""
     for row in measured("workshop"):
-        config = Config.create(
-            "gpu", **{"model": _MODELS[row["case"].partition(":")[0]], "random_init": True, **row["settings"]}
-        )
-        dimensions, num_params = read_config(config.model.name)
-        workload, layout = workload_and_layout(config, dimensions, num_params)
-        states, peak = states_and_peak(config, workload, layout)
+        workload, layout = _planned(row)
+        states, peak = states_and_peak(_config(row), workload, layout)
         waiting = states.gradients if layout.offload != "none" else 0.0  # before the update they are on the host
         yield GpuRun(
             row["case"],
@@ -78,6 +76,28 @@ def workshop_runs() -> Iterator[GpuRun]:
             (peak, row["step_peak_bytes"]),
             (evaluate(workload, Cluster.of(PRESET, 1, "bf16"), layout).seconds, row["step_seconds"]["median"]),
         )
+
+
+def update_errors() -> Iterator[float]:
+    """Yield the relative error of the predicted peak of an update, where it was measured by itself."""
+    for row in measured("workshop"):
+        if "phase_peak_bytes" in row:
+            workload, layout = _planned(row)
+            part = peak_memory.part_of_model(workload.dimensions, workload.num_params)
+            accumulation = row["settings"]["global_batch"] // row["settings"]["micro_batch"]
+            states = layout_states(workload, layout, part.params, accumulation, 1)
+            *_, update = peak_memory.phase_peaks(workload, layout, part, states, accumulation)
+            yield update.total / (row["phase_peak_bytes"]["update"] - WORKSPACE) - 1
+
+
+def _planned(row: dict[str, Any]) -> tuple[Workload, Layout]:
+    config = _config(row)
+    return workload_and_layout(config, *read_config(config.model.name))
+
+
+def _config(row: dict[str, Any]) -> Config:
+    model = _MODELS[row["case"].partition(":")[0]]
+    return Config.create("gpu", **{"model": model, "random_init": True, **row["settings"]})
 
 
 def fsdp_runs() -> Iterator[GpuRun]:

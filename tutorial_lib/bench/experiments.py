@@ -117,11 +117,16 @@ def _named(name: str, known: Mapping[str, Overrides]) -> Overrides:
 
 
 def _makes_sense(overrides: Overrides, config: Config) -> bool:
-    """Return whether a row makes sense: pinned memory needs a GPU, and some engines need a DeepSpeed file."""
+    """Return whether a row makes sense.
+
+    Pinned memory needs a GPU. Engines that read DeepSpeed files need one for the row, and refuse stage 0 in fp16.
+    """
     if overrides.get("pin_memory") and config.run.device == "cpu":
         return False
-    takes_file = config.engine.name in FILE_ENGINES and "zero_stage" in overrides
-    return not takes_file or _file_key(overrides) in FILES
+    if config.engine.name not in FILE_ENGINES or "zero_stage" not in overrides:
+        return True
+    unscaled = config.engine.precision == "fp16" and overrides["zero_stage"] == 0
+    return _file_key(overrides) in FILES and not unscaled
 
 
 def _file_key(overrides: Overrides) -> tuple[int, str, bool]:

@@ -19,18 +19,19 @@ Besides states and activations, engines allocate *buffers*::
                DDP's buckets, which always exist
     DeepSpeed  (ZeRO stages in parentheses) a bucket of gradients of the full ``reduce_bucket_size``, however small the
                model: from the start (3), from a step's first backward (1), or during backward (2); two of them with
-               ``overlap_comm`` (1, 2); at the update a bucket of updated parameters (1, 2); parameters that stay
-               gathered up to ``stage3_max_live_parameters`` (3, on several ranks); in 16 bits an fp32 copy of the
-               gradients that a rank updates with, made before they are freed and kept until after the update;
-               norms in fp64, one tensor at a time (1, 2)
+               ``overlap_comm`` (1, 2); with gloo, at the update a bucket of updated parameters (1, 2); parameters that
+               stay gathered up to ``stage3_max_live_parameters`` (3, on several ranks, or from the host); in 16 bits an
+               fp32 copy of the gradients that a rank updates with, made before they are freed and kept until after the
+               update; norms in fp64, one tensor at a time (1 to 3)
     pipeline   gathered weights (full gradients, which wait for the last micro-batch, count as states)
 
 Sources: ``torch.distributed.fsdp`` (``_fsdp_collectives.py``: copy-in and copy-out), ``torch.amp`` (weight cache),
 ``deepspeed/runtime/zero`` (``setup_buckets`` of stage_1_and_2.py; the bucket that stage3.py makes with the optimizer).
-Assumptions: one layer is gathered ahead. FSDP2's and DDP's AdamW is fused and needs nothing. Elsewhere, AdamW on
+Assumptions: one layer is gathered ahead. FSDP2's and DDP's AdamW is fused and needs nothing (the Trainer's under DDP is
+not, and lacks its copy here; DDP on a single rank is, and has one). Elsewhere, AdamW on
 GPUs updates all tensors at once (``foreach``), with one more fp32 copy of them. On CPUs it updates one tensor at a
-time, with two copies of it. For ZeRO's stages 1 to 3 that is one large tensor, at stage 3 of at most
-``sub_group_size`` elements.
+time, with two copies of it. For ZeRO's stages 1 to 3 that is one large tensor, at stage 3 of about
+``sub_group_size`` elements (by default; a file's own value is not read).
 Not modelled: buffers for messages between a pipeline's stages; masks of packed rows.
 Checked: docs/planner-errors.md, against peaks of our own runs and published ones.
 """
@@ -155,14 +156,14 @@ def _buffers(
     """Return an engine's bytes at the loss, in backward, and from the last reduction of gradients to the update."""
     element, shards = workload.bytes_per_element, layout.dp * layout.cp
     trained = 0.0 if workload.lora_rank else 1.0
-    embedding = trained * workload.dimensions.vocabulary * workload.dimensions.hidden / layout.tp
+    embedding = trained * _embedding(workload, layout)
     if layout.strategy == "no_shard":
         casts = float(element * part.params) if casts_weights(workload, layout) else 0.0
         copy = (
             4 * trained * part.params if workload.on_gpu and shards == 1 else 0.0
         )  # plain torch; DDP's AdamW is fused
-        # The norm of the embedding's gradient is computed in fp64; the gradient of a tied output layer may still exist.
-        return casts, casts, max(copy, 12 * embedding)
+        # The embedding's gradient in fp64, for its norm; on CPUs with the gradient of a tied output layer beside it.
+        return casts, casts, max(copy, (8 if workload.on_gpu else 12) * embedding)
     if layout.strategy:
         root, layer, reduced = element * part.root, element * part.layer, 4 * trained * part.layer
         ahead = layer * min(2, part.layers)
@@ -178,12 +179,13 @@ def _buffers(
         return 0.0, trained * some_params, max(trained * some_params, update)
     bucket = float(workload.bucket_size * element)
     if layout.zero_stage == 3:
-        gathered = 0.0 if shards == 1 else float(min(part.params, workload.live_params) * element)
-        kept = standing_bucket(workload, layout) + gathered
-        return kept, kept, kept + update
+        bucket = standing_bucket(workload, layout)
+        copies = shards > 1 or layout.offload == "all"
+        kept = bucket + (min(part.params, workload.live_params) * element if copies else 0)
+        return kept, kept, bucket + update  # the update starts by releasing what is gathered
     buckets = bucket * (2 if workload.overlap_comm else 1)
     earlier = buckets if micro_batches > 1 and layout.zero_stage == 1 else 0.0  # made in the first backward of a step
-    return earlier, buckets, max(buckets + trained * some_params, update)
+    return earlier, buckets, update if workload.on_gpu else max(buckets + trained * some_params, update)
 
 
 SUB_GROUP = 1_000_000_000
@@ -200,7 +202,7 @@ def _deepspeed_update(workload: Workload, layout: Layout, own: float, states: St
         states: the rank's model states; stages 1 and 2 free gradients as soon as they have copied them.
     """
     element, stage = workload.bytes_per_element, layout.zero_stage
-    embedding = workload.dimensions.vocabulary * workload.dimensions.hidden / layout.tp
+    embedding = _embedding(workload, layout)
     norm = 8 * min(embedding, own) if stage in (1, 2) else 0.0  # the largest gradient, in fp64
     if layout.offload != "none":
         return norm and norm + element * min(embedding, own)
@@ -211,7 +213,14 @@ def _deepspeed_update(workload: Workload, layout: Layout, own: float, states: St
         own = min(own, SUB_GROUP)
     flat = element * own + (4 * own if element == 2 else 0.0)
     freed = 0.0 if keeps_gradients(layout) else states.gradients
-    return max(norm, flat, 4 * own + (4 if workload.on_gpu else 8) * own - freed)
+    others = max(0.0, freed - element * own)  # gradients of other ranks' shares, freed before anything is copied
+    return max(norm - others, flat - others, 4 * own + (4 if workload.on_gpu else 8) * own - freed)
+
+
+def _embedding(workload: Workload, layout: Layout) -> float:
+    """Return the elements of the embedding on a rank; tensor parallelism divides it with sequence parallelism only."""
+    elements = workload.dimensions.vocabulary * workload.dimensions.hidden
+    return elements / (layout.tp if layout.sequence_parallel else 1)
 
 
 def keeps_gradients(layout: Layout) -> bool:

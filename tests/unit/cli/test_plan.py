@@ -586,7 +586,7 @@ def test_offload_says_what_it_takes_and_what_would_be_faster(capsys: pytest.Capt
     assert f"it takes {host:.0f} GB of a node's memory" in shown
     assert "offload: the one published run was 2.7 times slower than predicted here" in shown
     assert "Faster, and without offload:" in shown
-    assert "--lora 16" in shown and "--gpus 16, the fewest" in shown
+    assert "--lora 16" in shown and "--gpus 8, the fewest" in shown
     best, *others = [float(match.replace(",", "")) for match in re.findall(r"([\d,]+) tokens/s per GPU", shown)]
     assert len(others) >= 2 and min(others) > 1.05 * best
     dims = MODELS["llama-2-13b"]

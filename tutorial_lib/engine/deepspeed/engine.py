@@ -147,8 +147,9 @@ class DeepSpeedEngine:
     def _missing_loss_scale(self) -> float:
         """Return fp16's loss scale at stage 0, where DeepSpeed does not apply it; otherwise return 1.
 
-        DeepSpeed 0.19.8 still divides the gradients by it. Without this factor they would be 65,536 times too small:
-        nothing would be clipped, and small ones would vanish in fp16 (DeepSpeed pull request 8393).
+        DeepSpeed 0.19.8 still divides the gradients by it (65,536 at first, by default). Without this factor they would
+        be that much too small: nothing would be clipped, and small ones would vanish in fp16 (DeepSpeed pull request
+        8393).
         """
         engine = self.config.engine
         return float(self.deepspeed.optimizer.loss_scale) if (engine.precision, engine.zero_stage) == ("fp16", 0) else 1
@@ -251,7 +252,7 @@ class DeepSpeedEngine:
     def close(self) -> None:
         """Release the model, hooks and buffers, so that another engine can be built in the same process."""
         self.deepspeed.destroy()
-        forget_modules()
+        forget_module(self.module)
         _share_groups(None)
 
 
@@ -288,9 +289,10 @@ def held_tensors(engine: Any, optimizer: torch.optim.Optimizer) -> dict[str, lis
     return {"parameters": parameters, "gradients": gradients, "optimizer": [t for t in states if t.dim() > 0]}
 
 
-def forget_modules() -> None:
-    """Drop the last references to a destroyed stage-3 engine's model, which DeepSpeed keeps in a global list."""
-    parameter_offload.FWD_MODULE_STACK.clear()
+def forget_module(model: torch.nn.Module) -> None:
+    """Drop the last reference to a destroyed stage-3 engine's model, which DeepSpeed keeps in a global list."""
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [module for module in stack if module is not model]
 
 
 def join_process_group() -> None:

@@ -40,8 +40,8 @@ def check_for_run(given: dict[str, Any], config: Config, *, source: str) -> None
     if (config.engine.name, stage, precision) == ("trainer", 0, "fp16"):
         raise ConfigError(
             f"{source}: with stage 0 and fp16, DeepSpeed 0.19.8 forgets to scale the Trainer's loss but divides the "
-            "gradients by the scale, so they are 65,536 times too small (DeepSpeed pull request 8393). Write "
-            "precision='bf16', stage 1, or engine='deepspeed', which scales the loss itself."
+            "gradients by the scale, 65,536 at first by default, so they are too small (DeepSpeed pull request 8393). "
+            "Write precision='bf16', stage 1, or engine='deepspeed', which scales the loss itself."
         )
     communication = find(given, "communication_data_type")
     if communication is not None and communication.lower() not in DTYPES:

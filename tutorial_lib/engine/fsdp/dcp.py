@@ -96,7 +96,7 @@ def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any
     return {
         "parameters": dict(model.named_parameters()),
         **{moment: {name: optimizer.state[p][moment] for name, p in trained} for moment in MOMENTS},
-        "step": torch.stack([optimizer.state[parameter]["step"].cpu() for _, parameter in trained]),
+        "step": torch.stack([optimizer.state[parameter]["step"] for _, parameter in trained]).cpu(),
         "learning_rate": torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float64),
     }
 

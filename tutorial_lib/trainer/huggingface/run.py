@@ -242,10 +242,10 @@ class _TrainedModel:
     def close(self) -> None:
         """Release global state, so that another run can be trained in the same process."""
         if self.trainer.deepspeed is not None:
-            from tutorial_lib.engine.deepspeed.engine import forget_modules
+            from tutorial_lib.engine.deepspeed.engine import forget_module
 
             self.trainer.deepspeed.destroy()
-            forget_modules()
+            forget_module(self.trainer.deepspeed.module)
         self.trainer.accelerator.free_memory()
         reset_global_state()
         os.environ.clear()
