@@ -15,6 +15,7 @@ from tutorial_lib.cli import main
 from tutorial_lib.cli.plan_check import compare
 from tutorial_lib.config import Config
 from tutorial_lib.engine.deepspeed.config import apply_file
+from tutorial_lib.engine.predictions import predict_step_peak
 from tutorial_lib.theory.cost import OFFLOADED_RUN, SLOWEST_SMALL_RUN
 
 MODELLED = [run for run in ROWS if not run.not_modelled and run.layout.offload == "none"]
@@ -89,6 +90,16 @@ def test_our_own_gpu_runs() -> None:
     ]
     busy = [run for run in fsdp if gpu_runs.is_busy(run)]
     assert len(busy) == 12 and all(abs(run.seconds[0] / run.seconds[1] - 1) < 0.2 for run in busy)
+
+
+def test_a_small_batch_of_a_large_model_peaks_at_the_norm_of_its_embedding() -> None:
+    """The record in docs/measured, which lesson 05 quotes; nothing that a step needs is as large as that gradient."""
+    record = json.loads((gpu_runs.DIRECTORY.parent / "bloom-560m-two-steps.json").read_text())
+    settings = {key: record["settings"][key] for key in ("model", "seq_length", "precision", "bucket_size", "dp")}
+    config = Config.create(
+        "cpu", **settings, random_init=True, global_batch=1, zero_stage=2, offload="optimizer"
+    )  # fmt: skip
+    assert predict_step_peak(config) == pytest.approx(record["rows"][0]["peak_bytes"], rel=0.002)
 
 
 def test_our_own_runs() -> None:
