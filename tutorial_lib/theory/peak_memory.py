@@ -20,9 +20,10 @@ Besides states and activations, engines allocate *buffers*::
     DeepSpeed  (ZeRO stages in parentheses) a bucket of gradients of the full ``reduce_bucket_size``, however small the
                model: from the start (3), from a step's first backward (1), or during backward (2); two of them with
                ``overlap_comm`` (1, 2); with gloo, at the update a bucket of updated parameters (1, 2); parameters that
-               stay gathered up to ``stage3_max_live_parameters`` (3, on several ranks, or from the host); in 16 bits an
-               fp32 copy of the gradients that a rank updates with, made before they are freed and kept until after the
-               update; norms in fp64, one tensor at a time (1 to 3)
+               stay gathered up to ``stage3_max_live_parameters`` (3, on several ranks, or from the host); a flat copy
+               of the bucket's gradients, to be sent (3, on several ranks); in 16 bits an fp32 copy of the gradients
+               that a rank updates with, made before they are freed and kept until after the update; norms in fp64, one
+               tensor at a time (1 to 3)
     pipeline   gathered weights (full gradients, which wait for the last micro-batch, count as states)
 
 Sources: ``torch.distributed.fsdp`` (``_fsdp_collectives.py``: copy-in and copy-out), ``torch.amp`` (weight cache),
@@ -182,7 +183,8 @@ def _buffers(
         bucket = standing_bucket(workload, layout)
         copies = shards > 1 or layout.offload == "all"
         kept = bucket + (min(part.params, workload.live_params) * element if copies else 0)
-        return kept, kept, bucket + update  # the update starts by releasing what is gathered
+        sent = trained * some_params if shards > 1 else 0.0
+        return kept, kept + sent, bucket + update  # the update starts by releasing what is gathered
     buckets = bucket * (2 if workload.overlap_comm else 1)
     earlier = buckets if micro_batches > 1 and layout.zero_stage == 1 else 0.0  # made in the first backward of a step
     return earlier, buckets, update if workload.on_gpu else max(buckets + trained * some_params, update)

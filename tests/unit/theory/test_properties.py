@@ -218,8 +218,8 @@ def test_deepspeeds_buckets_have_their_full_size() -> None:
             )
             for size in (500_000_000, 1)
         )  # fmt: skip
-        updated = MODELS["gpt2"].num_params / 5e8  # the bucket of updated parameters
-        extra = 0 if stage in (0, 3) else updated  # stage 0's bucket of gradients is smaller than their copy in fp32
+        copied = MODELS["gpt2"].num_params / 5e8  # updated parameters (1, 2), or gradients to be sent (3)
+        extra = 0 if stage == 0 else copied  # stage 0's bucket of gradients is smaller than their copy in fp32
         assert big.memory - small.memory == pytest.approx((more + extra) * 1e9, rel=0.01), stage
 
 
