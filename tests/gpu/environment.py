@@ -18,6 +18,7 @@ import torch
 
 from tests.gpu import packages
 from tests.gpu.cases import Cases, Setting
+from tests.gpu.processes import ROOT
 from tests.gpu.training import dense_peak, device_of, synchronize
 from tutorial_lib.doctor.machine import usable_cores
 from tutorial_lib.measure.speed import matmul_peak
@@ -161,6 +162,6 @@ def compile_operators(setting: Setting) -> dict[str, Any]:
 def ask_doctor() -> dict[str, Any]:
     """Return what ``python -m tutorial_lib doctor`` says about this machine."""
     done = subprocess.run(
-        [sys.executable, "-m", "tutorial_lib", "doctor"], capture_output=True, text=True, timeout=60, cwd=packages.ROOT
+        [sys.executable, "-m", "tutorial_lib", "doctor"], capture_output=True, text=True, timeout=60, cwd=ROOT
     )
     return {"exit_code": done.returncode, "said": done.stdout.splitlines(), "errors": done.stderr[-2000:]}

@@ -5,7 +5,7 @@ Runs from a plain checkout with whatever Python has torch, without Ray and witho
 others. ``DIR`` gets a JSON file per step (rewritten after every case), and an archive with the log and the traces: 8
 files. Names of quantities end in their unit.
 
-A virtual machine with an H200 and a slow processor needed 7.5 minutes for steps 1, 2, 4 and 5 alone. On such a
+A virtual machine with an H200 needed 7 minutes for steps 1, 2, 4 and 5 alone. On such a
 machine, make two calls: ``--steps 1 2 4 5`` and ``--steps 3 6 7``. The figures are in docs/measured/h200.
 
 For a GPU machine without a network: collect the missing packages first, with ``python tests/gpu/pack.py``, and copy

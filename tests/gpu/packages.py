@@ -7,8 +7,6 @@ import importlib.util
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-
 MODULES = {
     "deepspeed": "deepspeed",
     "hjson": "hjson",

@@ -249,7 +249,7 @@ def _gpu_summary() -> str:
     states = max(abs(run.states[0] / run.states[1] - 1) for run in workshop if run.states)
     peaks = [abs(run.peak_error) for run in (*workshop, *fsdp) if not run.peaks_at_update]
     updates = [abs(error) for error in gpu_runs.update_errors()]
-    busy = [abs(run.seconds[0] / run.seconds[1] - 1) for run in fsdp if gpu_runs.is_busy(run)]
+    busy = [abs(run.seconds[0] / run.seconds[1] - 1) for run in fsdp if run.is_busy]
     waits = [run.times_too_fast for run in workshop]
     return f"""\
 - **Our own GPU runs** (one H200, [part 5](#5-our-own-gpu-runs)): model states within {states:.1%}, peak of a step
@@ -294,8 +294,8 @@ within {max(updates):.1%}. These runs exposed errors in the planner's memory, no
 and stage 3 was given gathered copies on a single rank, which makes none.
 
 The time model leaves out the time it takes to launch each kernel. A profiler showed how much that matters (earlier the
-same day, on a slower processor: stage 0 took {small["step_seconds_without_profiler"]:.2f} s per step there). A step of
-bloom-560m with four micro-batches of four launches {small["kernel_calls"]:,} kernels, and the GPU is busy
+same day, in another start of the machine, where stage 0 took {small["step_seconds_without_profiler"]:.2f} s per step).
+A step of bloom-560m with four micro-batches of four launches {small["kernel_calls"]:,} kernels, and the GPU is busy
 {share[0]:.0%} of the time; with one micro-batch of 16, {share[1]:.0%}. Without any waiting that step would reach
 {ceiling:.0%} of the data sheet's peak: its longest kernels copy, convert and add numbers, which takes longer than the
 planner's {planned:.2f} s for everything. Stage 3 runs Python hooks around every module, even with nothing to gather;

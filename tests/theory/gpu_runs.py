@@ -36,6 +36,7 @@ class GpuRun:
         peak: bytes that a step added to what existed before it; if states were not counted, all bytes in use.
         seconds: of a step.
         peaks_at_update: whether the measured peak is AdamW's copy, which the engine no longer makes.
+        is_busy: whether the step keeps the GPU busy: FSDP2's runs with micro-batches of 16 rows and more.
     """
 
     name: str
@@ -43,6 +44,7 @@ class GpuRun:
     peak: tuple[float, float]
     seconds: tuple[float, float]
     peaks_at_update: bool = False
+    is_busy: bool = False
 
     @property
     def peak_error(self) -> float:
@@ -52,11 +54,6 @@ class GpuRun:
     def times_too_fast(self) -> float:
         """Return measured seconds per step over predicted: 2 if a step takes twice as long as the planner says."""
         return self.seconds[1] / self.seconds[0]
-
-
-def is_busy(run: GpuRun) -> bool:
-    """Return whether an FSDP2 run's step keeps the GPU busy: with micro-batches of 16 rows and more."""
-    return int(run.name.split()[1].rstrip(",")) >= 16
 
 
 def measured(file: str) -> Any:
@@ -120,6 +117,7 @@ def fsdp_runs() -> Iterator[GpuRun]:
                 (states.device - states.gradients + peak, row["allocator_peak_bytes"]),
                 (evaluate(workload, Cluster.of(PRESET, 1, "bf16"), layout).seconds, row["step_seconds"]),
                 peaks_at_update=abs(row["allocator_peak_bytes"] - copy) < 2 * WORKSPACE,
+                is_busy=size >= 16,
             )
 
 

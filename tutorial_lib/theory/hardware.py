@@ -16,7 +16,7 @@ Sources, by their letter in the table:
        rows for H100, 36 for A100 80 GB, 45 for A100 40 GB); attention counts as in PaLM, there and here
     j  Megatron-LM, arXiv:1909.08053, abstract: 39 TFLOP/s on one V100, "30% of peak FLOPs"
     k  NVIDIA's data sheets of V100 and L4; NVIDIA Ada GPU architecture, appendix A (RTX 4090)
-    m  our own run (docs/measured/h200): FSDP2 with 1 B parameters reaches 0.42 to 0.44 with micro-batches of 24 or more
+    m  our own run (docs/measured/h200): FSDP2 with 1 B parameters reaches 0.42 to 0.43 with micro-batches of 24 or more
        rows of 1024 tokens and nothing recomputed; copies between the GPU and pinned memory, 54.9 GB/s (pageable: 7.8 to
        the GPU, 12.9 from it)
 """

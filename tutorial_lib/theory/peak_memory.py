@@ -28,11 +28,11 @@ Besides states and activations, engines allocate *buffers*::
 
 Sources: ``torch.distributed.fsdp`` (``_fsdp_collectives.py``: copy-in and copy-out), ``torch.amp`` (weight cache),
 ``deepspeed/runtime/zero`` (``setup_buckets`` of stage_1_and_2.py; the bucket that stage3.py makes with the optimizer).
-Assumptions: one layer is gathered ahead. FSDP2's and DDP's AdamW is fused and needs nothing (the Trainer's under DDP is
-not, and lacks its copy here; DDP on a single rank is, and has one). Elsewhere, AdamW on
-GPUs updates all tensors at once (``foreach``), with one more fp32 copy of them. On CPUs it updates one tensor at a
-time, with two copies of it. For ZeRO's stages 1 to 3 that is one large tensor, at stage 3 of about
-``sub_group_size`` elements (by default; a file's own value is not read).
+Assumptions: one layer is gathered ahead. FSDP2's and DDP's AdamW is fused and needs nothing. Elsewhere, AdamW on GPUs
+updates all tensors at once (``foreach``), with one more fp32 copy of them. On CPUs it updates one tensor at a time,
+with two copies of it. For ZeRO's stages 1 to 3 that is one large tensor, at stage 3 of about ``sub_group_size``
+elements. Known to be wrong: the Trainer's AdamW under DDP is not fused, and its copy is not counted; DDP on a single
+rank gets a copy that it does not make; a file's own ``sub_group_size`` is not read.
 Not modelled: buffers for messages between a pipeline's stages; masks of packed rows.
 Checked: docs/planner-errors.md, against peaks of our own runs and published ones.
 """
@@ -160,9 +160,8 @@ def _buffers(
     embedding = trained * _embedding(workload, layout)
     if layout.strategy == "no_shard":
         casts = float(element * part.params) if casts_weights(workload, layout) else 0.0
-        copy = (
-            4 * trained * part.params if workload.on_gpu and shards == 1 else 0.0
-        )  # plain torch; DDP's AdamW is fused
+        is_plain_torch = shards == 1  # DDP's AdamW is fused
+        copy = 4 * trained * part.params if workload.on_gpu and is_plain_torch else 0.0
         # The embedding's gradient in fp64, for its norm; on CPUs with the gradient of a tied output layer beside it.
         return casts, casts, max(copy, (8 if workload.on_gpu else 12) * embedding)
     if layout.strategy:
@@ -180,7 +179,6 @@ def _buffers(
         return 0.0, trained * some_params, max(trained * some_params, update)
     bucket = float(workload.bucket_size * element)
     if layout.zero_stage == 3:
-        bucket = standing_bucket(workload, layout)
         copies = shards > 1 or layout.offload == "all"
         kept = bucket + (min(part.params, workload.live_params) * element if copies else 0)
         sent = trained * some_params if shards > 1 else 0.0

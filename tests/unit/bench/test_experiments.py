@@ -31,6 +31,12 @@ def test_pinned_memory_is_compared_where_there_is_a_gpu():
     assert [config.engine.offload for config in on_cpu.values()] == ["none", "optimizer"] * 2 + ["none", "all"]
 
 
+def test_stage_0_in_fp16_is_left_out_under_the_hugging_face_trainer():
+    asked = {"engine": "trainer", "precision": "fp16"}
+    assert list(rows_of("zero-stages", Config.create("gpu", **asked))) == ["baseline", "stage-1", "stage-2", "stage-3"]
+    assert "stage-0" in rows_of("zero-stages", Config.create("gpu", **asked | {"precision": "bf16"}))
+
+
 def test_scaling_keeps_the_work_per_rank_or_the_total():
     config = Config.create("cpu", global_batch=4)
     weak, strong = (rows_of(f"{kind}-scaling", config) for kind in ("weak", "strong"))

@@ -149,6 +149,14 @@ def test_the_total_time_limit_bounds_a_step(run: Any) -> None:
     assert run(Step("faults", "tests.gpu.faults", limit=60, case_limit=60), until=time.time())["status"] == "timed out"
 
 
+def test_no_step_needs_pytest_or_ray() -> None:
+    """A GPU machine may have neither."""
+    code = (
+        f"import sys; sys.modules |= dict(pytest=None, ray=None); import {', '.join(s.module for s in measure.STEPS)}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=measure.ROOT, timeout=120)
+
+
 def test_a_call_ends_within_eight_minutes() -> None:
     """A step is ended at that time, whatever its own limit. The results are eight files."""
     assert len(measure.STEPS) + 1 <= 8

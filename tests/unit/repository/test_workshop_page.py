@@ -33,7 +33,9 @@ def test_every_setting_exists(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_row_and_file_exists() -> None:
-    for experiment, rows in re.findall(r"bench ([a-z-]+)[^`]*--rows ([\w -]+?) \.\.\.", PAGE):
+    commands = re.findall(r"bench ([a-z-]+)[^`]*--rows ([\w -]+?) \.\.\.", PAGE)
+    assert len(commands) == 3
+    for experiment, rows in commands:
         assert rows_of(experiment, Config.create("gpu"), rows.split())
     names = re.findall(r"[0-3]ZO?P?-\dG\dN", PAGE)
     assert len(names) > 8 and all(parse_experiment(name) for name in names)

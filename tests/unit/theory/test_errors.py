@@ -88,7 +88,7 @@ def test_our_own_gpu_runs() -> None:
         "micro-batch 2",
         *(f"micro-batch {size}, recomputed" for size in (2, 4, 8, 16)),
     ]
-    busy = [run for run in fsdp if gpu_runs.is_busy(run)]
+    busy = [run for run in fsdp if run.is_busy]
     assert len(busy) == 12 and all(abs(run.seconds[0] / run.seconds[1] - 1) < 0.2 for run in busy)
 
 
