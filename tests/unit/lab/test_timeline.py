@@ -1,11 +1,11 @@
-"""Step timeline: FSDP2's marks in a profiler's trace become spans, and its allocations the memory held."""
+"""Step timeline: marks and collectives in a profiler's trace become spans, and its allocations the memory held."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from tutorial_lib.lab.timeline import LANES, Span, draw, read_memory, read_trace
+from tutorial_lib.lab.timeline import Span, draw, draw_steps, read_memory, read_trace
 
 
 def write_trace(path: Path, marks: list[tuple[str, float, float]]) -> Path:
@@ -43,7 +43,50 @@ def test_a_step_of_one_layer(tmp_path: Path) -> None:
         Span("reduce-scatter", "", 23, 24),
     ]
     assert draw(read_trace(trace), title="One step", alt="Three lanes.").alt == "Three lanes."
-    assert list(LANES) == ["all-gather", "compute", "reduce-scatter"]
+
+
+def test_a_step_without_fsdp_is_split_at_its_collectives(tmp_path: Path) -> None:
+    """Gloo finishes what a rank calls, and names a reduce-scatter by the all-reduce that it makes of it."""
+    trace = write_trace(
+        tmp_path / "trace.json",
+        [
+            ("backward", 10, 20),
+            ("forward", 0, 10),
+            ("c10d::_allgather_base_", 2, 3),
+            ("gloo:all_gather", 2.5, 5),
+            ("c10d::_reduce_scatter_base_", 14, 15),
+            ("gloo:all_reduce", 14.5, 16),
+            ("update", 20, 25),
+            ("c10d::broadcast_", 21, 22),
+            ("gloo:broadcast", 21, 22),
+            ("c10d::allreduce_", 23, 23.5),
+            ("gloo:all_reduce", 23, 24),
+        ],
+    )
+    spans = read_trace(trace)
+    assert spans == [
+        Span("compute", "forward", 0, 2),
+        Span("all-gather", "forward", 2, 5),
+        Span("compute", "forward", 5, 10),
+        Span("compute", "backward", 10, 14),
+        Span("reduce-scatter", "backward", 14, 16),
+        Span("compute", "backward", 16, 20),
+        Span("compute", "update", 20, 23),
+        Span("all-reduce", "update", 23, 24),
+        Span("compute", "update", 24, 25),
+    ]
+    memory = [(0.0, 10), (12.0, 30)]
+    one, two = (draw_steps({str(n): (spans, memory) for n in range(count)}, title="t", alt="a") for count in (1, 2))
+    assert two.height == pytest.approx(2 * one.height, abs=1)
+
+
+def test_collectives_of_single_numbers_are_left_out(tmp_path: Path) -> None:
+    trace = write_trace(
+        tmp_path / "trace.json", [("forward", 0, 10), ("c10d::allreduce_", 2, 3), ("gloo:all_reduce", 2, 4)]
+    )
+    content = trace.read_text().replace('"name": "c10d', '"args": {"Input Dims": [[[]], []]}, "name": "c10d')
+    trace.write_text(content)
+    assert read_trace(trace) == [Span("compute", "forward", 0, 10)]
 
 
 def test_memory_is_what_the_allocations_add_up_to(tmp_path: Path) -> None:
@@ -62,6 +105,6 @@ def test_a_trace_without_allocations_is_refused(tmp_path: Path) -> None:
         read_memory(write_trace(tmp_path / "trace.json", [("FSDP::all_gather (h.0)", 0, 1)]))
 
 
-def test_a_trace_without_fsdp_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="none of FSDP2's marks"):
+def test_a_trace_without_marks_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"none of FSDP2's marks, and no record_function\('forward'\)"):
         read_trace(write_trace(tmp_path / "trace.json", [("aten::mm", 0, 1)]))
