@@ -1,4 +1,4 @@
-"""Figure and exercises of lesson 01: a loss that falls, which stage to choose, and what a resume forgot."""
+"""Figures and exercises of lesson 01: a loss that falls, a traced step, which stage to choose, what a resume forgot."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from tutorial_lib.lab.exercises import Exercise, choice, number
 from tutorial_lib.lab.figures import BLUE, ORANGE, Figure, styled_axes
+from tutorial_lib.lab.timeline import Span
 from tutorial_lib.theory.memory import model_states
 
 
@@ -40,6 +41,18 @@ def loss_figure(losses: Sequence[float], evaluated: Mapping[int, float], *, titl
         axes.set_ylabel("loss (nats per token)")
         axes.figure.legend(frameon=False, ncols=3, loc="outside lower center")
     return drawn[0]
+
+
+def computed_after_first_reduction(spans: Sequence[Span]) -> float:
+    """Return which share of backward's computing a rank still has before it when it first sends gradients.
+
+    Args:
+        spans: of one step with phases, from :func:`tutorial_lib.lab.timeline.read_trace`.
+    """
+    backward = [span for span in spans if span.unit == "backward"]
+    first = min(span.start for span in backward if span.lane in ("all-reduce", "reduce-scatter"))
+    computing = [(span.start, span.end - span.start) for span in backward if span.lane == "compute"]
+    return sum(length for start, length in computing if start >= first) / sum(length for _, length in computing)
 
 
 @dataclass(frozen=True, slots=True)
