@@ -13,6 +13,7 @@ from tests.support.exercise_assertions import assert_explains
 from tutorial_lib.lab import zero
 from tutorial_lib.lab.exercises import Exercise
 from tutorial_lib.lab.scripts import DIRECTORY
+from tutorial_lib.lab.timeline import Span
 
 LESSON = Path(__file__).parents[3] / "notebooks" / "01_zero_finetuning.ipynb"
 EXERCISES: dict[str, tuple[Exercise, Any, dict[Any, str]]] = {
@@ -38,6 +39,18 @@ EXERCISES: dict[str, tuple[Exercise, Any, dict[Any, str]]] = {
 @pytest.mark.parametrize("name", EXERCISES)
 def test_the_right_answer_is_accepted_and_wrong_ones_are_explained(name: str) -> None:
     assert_explains(*EXERCISES[name])
+
+
+def test_computing_before_the_first_reduction_of_backward_is_not_later() -> None:
+    spans = [
+        Span("all-reduce", "forward", 0, 1),
+        Span("compute", "backward", 1, 4),
+        Span("all-gather", "backward", 4, 5),
+        Span("compute", "backward", 5, 8),
+        Span("reduce-scatter", "backward", 8, 9),
+        Span("compute", "backward", 9, 11),
+    ]
+    assert zero.computed_after_first_reduction(spans) == 2 / 8
 
 
 @pytest.mark.parametrize(("num_params", "rest_gb"), [(1_000_000_000, 20), (70_000_000_000, 20)])
