@@ -56,12 +56,13 @@ def train_on_ray(config):
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    on_gpus = config.run.device == "cuda"
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={"config": config.to_json()},
-        scaling_config=ScalingConfig(num_workers=config.parallel.world_size),
+        scaling_config=ScalingConfig(num_workers=config.parallel.world_size, use_gpu=on_gpus),
         run_config=RunConfig(name=config.run.name, storage_path=config.run.storage),
-        torch_config=TorchConfig(backend="gloo"),
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if on_gpus else "gloo"),  # NCCL carries GPU tensors
     )
     return trainer.fit()
 

@@ -84,6 +84,11 @@ Step = tuple[Sequence[Span], Sequence[tuple[float, int]]]
 """Spans and memory of one step."""
 
 
+def read_step(path: str | Path) -> Step:
+    """Read both from a trace, see :func:`read_trace` and :func:`read_memory`."""
+    return read_trace(path), read_memory(path)
+
+
 def draw(spans: Sequence[Span], memory: Sequence[tuple[float, int]] = (), *, title: str, alt: str) -> Figure:
     """Draw a lane for each kind of work, with the last part of a unit's name over each span, and the memory below.
 
