@@ -28,7 +28,7 @@ DataIdentity = Callable[[], dict[str, str]]
 
 
 def shape(flat: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings, by flat name, that decide which rank holds which part of a run's state, and its format."""
+    """Return, by flat name, the settings that decide which rank holds which part of the state, and in which format."""
     names = (name for name, setting in settings().items() if flat["engine"] in setting.shape_of)
     return {name: flat[name] for name in ("engine", "device")} | {name: flat[name] for name in names}
 

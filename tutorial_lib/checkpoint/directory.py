@@ -79,7 +79,7 @@ def newest_intact(run: RunDirectory, topology: Topology | None = None) -> tuple[
     Raises:
         CheckpointError: there are checkpoints, but none is intact; or the newest has a newer format.
     """
-    # Only one rank lists: on a network file system, others may still see an older listing.
+    # All ranks use rank 0's listing: on a network file system, others may still see an older one.
     found = broadcast_object(checkpoints(run)) if topology else checkpoints(run)
     return _newest(run, found, lambda path: damage(path, topology))
 
@@ -125,7 +125,7 @@ def _newest(
 
 
 def clean_up_leftovers(run: RunDirectory) -> None:
-    """Publish complete saves of killed starts, and delete their other leftovers."""
+    """Publish the complete saves that killed starts left behind, and delete everything else that they left."""
     for path, final in _leftovers(run):
         if _is_complete(path, final):
             os.rename(path, final)
@@ -153,7 +153,7 @@ def _is_complete(path: Path, final: Path) -> bool:
 def partial_of(final: Path) -> Path:
     """Return a new temporary name for a checkpoint while it is written.
 
-    Two saves never share one: a rank that outlives its start may still be writing into its own directory.
+    Two saves never share a name, because a rank that outlives its start may still be writing under the old one.
     """
     return final.with_name(f"{_PARTIAL}{final.name}-{secrets.token_hex(4)}")
 

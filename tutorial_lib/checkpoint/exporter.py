@@ -71,7 +71,7 @@ def export(path: Path, target: Path, max_shard_size: str = MAX_SHARD_SIZE) -> Pa
 
 
 def _files(outlines: dict[str, Tensor], max_shard_size: str) -> dict[str, list[str]]:
-    """Return the names of the tensors in each file, distributed as by ``save_pretrained``."""
+    """Return the names of the tensors in each file, distributed as ``save_pretrained`` distributes them."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     pattern = "model{suffix}.safetensors"

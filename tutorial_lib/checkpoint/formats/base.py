@@ -27,7 +27,7 @@ WEIGHT = "weight"
 
 
 def names_without_duplicates(state: dict[str, Tensor]) -> list[str]:
-    """Return the names in a module's state; of tied parameters, which share memory, only the first."""
+    """Return the names in a module's state, with only the first name of tied parameters, which share memory."""
     first: dict[tuple[int, torch.Size], str] = {}
     for name, tensor in state.items():
         first.setdefault((tensor.data_ptr(), tensor.shape), name)
