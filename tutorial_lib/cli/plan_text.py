@@ -144,7 +144,7 @@ def _communication(answer: Answer) -> list[str]:
             "  gradients: reduced in fp32; once per step, or with every micro-batch as FSDP2 does by default",
         ]
     reduction = work.gradient_reduction
-    note = "the paper's; DeepSpeed's default is all_reduce"
+    note = "as in the paper; DeepSpeed's default is all_reduce"
     if reduction == "all_reduce":
         note = "DeepSpeed's default; reduce_scatter sends half"
     return [

@@ -433,7 +433,7 @@ def test_the_table_fits_100_columns_and_names_the_winner(capsys: pytest.CaptureF
         ([], "gradients of stages 1 and 2: all_reduce (DeepSpeed's default; reduce_scatter sends half)"),
         (
             ["--gradient-reduction", "reduce_scatter"],
-            "stages 1 and 2: reduce_scatter (the paper's; DeepSpeed's default is",
+            "stages 1 and 2: reduce_scatter (as in the paper; DeepSpeed's default is",
         ),
         (["--engine", "fsdp"], "gradients: reduced in fp32; once per step, or with every micro-batch"),
     ],
