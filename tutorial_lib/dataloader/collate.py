@@ -43,9 +43,9 @@ class Collate:
     -100 where a token is not counted in the loss. The mask is int64, and 0 on padding. Padding is recognised by its
     position, never by its id, because GPT-2's padding token *is* its EOS.
 
-    With ``packed`` batching the mask is ``[B,1,S,S]`` bool: True where the row's token may attend to the column's token,
-    which must be in the same document and not after it. ``position_ids [B,S]`` restart with each document. Padding forms one more
-    document, because softmax over nothing is undefined.
+    With ``packed`` batching the mask is ``[B,1,S,S]`` bool. It is True where the row's token may attend to the column's
+    token, which must be in the same document and not after it. ``position_ids [B,S]`` restart with each document.
+    Padding forms one more document, because softmax over nothing is undefined.
     """
 
     seq_length: int
