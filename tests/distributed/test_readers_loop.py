@@ -198,7 +198,7 @@ def test_files_are_written_in_the_background_and_old_checkpoints_are_deleted(dir
     [
         (
             {"keep_best": True, "evaluate": True},
-            r"nothing evaluates: give CheckpointManager\(\.\.\., evaluate=\.\.\.\)",
+            r"nothing evaluates: pass an evaluation function to CheckpointManager\(\.\.\., evaluate=\.\.\.\)",
         ),
         ({"steps": None, "epochs": 1, "warmup_steps": 9}, "warmup_steps=9 is longer than the whole run of 5"),
         ({"name": "uninterrupted", "seed": 1}, "seed was 0, now 1"),

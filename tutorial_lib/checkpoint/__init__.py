@@ -16,8 +16,8 @@ newer ones are damaged.
 The engine's files are pickles, and so is FSDP2's ``.metadata``. Unpickling runs code, so only load checkpoints that you
 or your job wrote. The manifest protects against damage, not against forgery.
 
-The verbs are :func:`save`, :func:`load`, :func:`verify`, :func:`export` and :func:`reshape`. In a training loop,
-:class:`CheckpointManager` decides when to save and what to load; ``saver`` directs one save, and ``rank_writer``
+The main functions are :func:`save`, :func:`load`, :func:`verify`, :func:`export` and :func:`reshape`. In a training
+loop, :class:`CheckpointManager` decides when to save and what to load; ``saver`` directs one save, and ``rank_writer``
 writes a rank's files. To rewrite a checkpoint in a different shape, :func:`tutorial_lib.launch.reshape` starts ranks of
 that shape. Each on-disk format has its own module (:mod:`~tutorial_lib.checkpoint.formats`).
 

@@ -1,8 +1,8 @@
 """Compatibility between a checkpoint and a run that would resume from it, checked before it trains.
 
-Settings that would change an update must be the same, and so must the model, tokenizer and data that they name. These
-are compared by content (their *identity*): a directory that was moved is still the same, but one that kept its name and
-got different content is not.
+Settings that affect an update must be the same, and so must the model, tokenizer and data that they name. Model,
+tokenizer and data are compared by content (their *identity*): a directory that was moved is still the same, but one
+that kept its name and got different content is not.
 """
 
 from __future__ import annotations
@@ -126,7 +126,8 @@ def _check_is_resumable(saved: dict[str, Any], config: Config) -> None:
     if saved.get("shard_at_load"):
         raise ConfigError(
             f"Run {config.run.name!r} has a checkpoint of a model that was sharded at load (shard_at_load=True). "
-            f"{NO_RESUME}, but not continued. Give the new run another name. {_export_advice(config)}"
+            f"{NO_RESUME}, but training cannot continue from them. Give the new run another name. "
+            f"{_export_advice(config)}"
         )
     if config.engine.shard_at_load:
         raise ConfigError(

@@ -85,7 +85,7 @@ def newest_intact(run: RunDirectory, topology: Topology | None = None) -> tuple[
 
 
 def locate(source: Path) -> Path:
-    """Find a checkpoint by its own directory, or a run's newest intact one by the run's directory.
+    """Find a checkpoint by its own directory, or the newest intact one of a run by the run's directory.
 
     A warning names newer checkpoints that are damaged.
 
@@ -146,7 +146,7 @@ def _leftovers(run: RunDirectory) -> list[tuple[Path, Path]]:
 
 
 def _is_complete(path: Path, final: Path) -> bool:
-    """Return whether a checkpoint is complete but unnamed: its save was killed just before or in :func:`publish`."""
+    """Return whether a checkpoint is complete, but has no final name because its save was killed too early."""
     return path.name.startswith(_PARTIAL) and (path / MANIFEST).is_file() and not final.exists()
 
 

@@ -36,7 +36,7 @@ def launch_lock(run: RunDirectory, rank: int = 0) -> Iterator[None]:
         rank: the calling rank, if torchrun started the ranks; only rank 0 takes the lock.
 
     Raises:
-        ConfigError: another start of the run has not ended. It is not affected.
+        ConfigError: another start of the run has not ended. That start is not affected.
     """
     if rank != 0:
         yield

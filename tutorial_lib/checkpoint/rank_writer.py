@@ -38,8 +38,8 @@ class Writer:
 
     Args:
         root: the checkpoint's directory.
-        stager: with a stager, :meth:`submit` returns before the work is done, so it must only use a :meth:`snapshot`.
-            Without one, everything is done immediately, from the states themselves.
+        stager: with a stager, :meth:`submit` returns before the job is done, so a job must only use a :meth:`snapshot`.
+            Without one, every job is done immediately, from the states themselves.
 
     Attributes:
         files: size and SHA-256 of every file written so far, by name relative to ``root``.

@@ -46,9 +46,9 @@ def reshaped_config(source: Path, flat: dict[str, Any]) -> Config:
 
     Args:
         source: the checkpoint.
-        flat: settings that differ from the saved ones, including the new run's ``name``. Without ``storage``, it is
-            placed next to the old run. If the engine changes, the old engine's settings return to their defaults; if
-            ``zero_stage`` or ``offload`` is given, the new run does not use the old DeepSpeed file.
+        flat: settings that differ from the saved ones, including the new run's ``name``. Without ``storage``, the
+            new run is placed next to the old one. If the engine changes, the old engine's settings return to their
+            defaults; if ``zero_stage`` or ``offload`` is given, the new run does not use the old DeepSpeed file.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.

@@ -40,7 +40,7 @@ class TrainingState:
         scheduler: state of the learning-rate schedule.
         record: the trainer's own notes (JSON).
         identity: identity of model, tokenizer and data, see :mod:`tutorial_lib.checkpoint.compatibility`.
-        reshaped_from: the shape in which it was saved, if the run resumed in a different one.
+        reshaped_from: the shape in which the run was saved, if it resumed in a different one.
     """
 
     step: int

@@ -17,8 +17,8 @@ ROWS = 12
 
 LEFT_OUT = (
     "Left out: fragmentation, CUDA's and NCCL's own memory (--headroom covers them), latency of collectives and of "
-    "kernels on small micro-batches, torch.compile, float8, reading data. GB are 1e9 bytes. How far off estimates are: "
-    "docs/planner-errors.md. Measure the layout you choose."
+    "kernels on small micro-batches, torch.compile, float8, reading data. GB are 1e9 bytes. docs/planner-errors.md "
+    "says how far off estimates are. Measure the layout you choose."
 )
 
 _COLUMNS = (

@@ -108,7 +108,7 @@ class Config:
         return Path(self.run.storage).expanduser() / self.run.name
 
     def with_absolute_paths(self) -> Config:
-        """Return the same run for a process that may start in a different directory, as Ray's workers do."""
+        """Return a copy with absolute paths, for processes that start in a different directory, as Ray's workers do."""
         names = {"storage": self.run.storage, "model": self.model.name, "dataset": self.data.name}
         if self.engine.deepspeed_file:
             names["deepspeed"] = self.engine.deepspeed_file

@@ -169,8 +169,8 @@ class EngineConfig:
     )
     tp_plan: str = _setting(
         "megatron",
-        "fsdp with tp: megatron: one all-reduce per attention or MLP block, forward and backward; plain: one per "
-        "matrix product",
+        "fsdp with tp: all-reduce once per attention or MLP block, forward and backward (megatron), or once per matrix "
+        "product (plain)",
         choices=("megatron", "plain"),
         engines=("fsdp",),
         resume="free",
@@ -206,7 +206,7 @@ class EngineConfig:
     )
     bucket_size: int = _setting(
         1_000_000,
-        "elements that ZeRO reduces or gathers at once; stage 3 allocates them (plain DeepSpeed: 5e8)",
+        "elements that ZeRO reduces or gathers at once; stage 3 allocates a buffer for them (plain DeepSpeed: 5e8)",
         at_least=1,
         engines=("deepspeed",),
         resume="free",
@@ -216,8 +216,8 @@ class EngineConfig:
     )
     recompute: str = _setting(
         "full",
-        "with activation_checkpointing: full: recompute everything in a layer; selective: keep attention's output and "
-        "every second matrix product",
+        "with activation_checkpointing: recompute everything in a layer (full), or keep attention's output and every "
+        "second matrix product (selective)",
         choices=("full", "selective"),
         engines=_OWN_LOOP,
         resume="free",

@@ -160,7 +160,7 @@ class _Server:
         Args:
             job: the ranks to start.
             poll: called a few times per second.
-            is_stopped: returns whether the runs were asked to stop. If so before the ranks have started, none starts.
+            is_stopped: returns whether the runs were asked to stop. If so, and the ranks have not started, none will.
 
         Raises:
             WorkerError: the server itself has died.

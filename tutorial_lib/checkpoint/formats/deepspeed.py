@@ -37,10 +37,10 @@ LAYOUT = "layout.json"
 
 
 class _Stage(FullTensors):
-    """Common part of all stages: files by rank, and joining the shares of tensor-parallel ranks.
+    """Common part of all stages: find files by rank, and join the shares of tensor-parallel ranks.
 
     Args:
-        folder: folder of the files within ``directory``: DeepSpeed's tag.
+        folder: folder of the files within ``directory``, named by DeepSpeed's tag.
     """
 
     def __init__(self, directory: Path, settings: Config, model: Any, folder: str = "engine") -> None:
