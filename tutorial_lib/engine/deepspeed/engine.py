@@ -5,7 +5,7 @@ Shape legend: B sequences of a micro-batch, S tokens, V vocabulary.
 The training loop passes a loss that is already divided by the optimizer step's token count over *all* ranks and
 micro-batches. DeepSpeed averages gradients over the data-parallel ranks, so :meth:`DeepSpeedEngine.backward` multiplies
 the loss by their number first, and DeepSpeed's own division by the accumulation steps is turned off. The result is the
-gradient of the token-weighted mean; a mean of per-rank means would be a different one.
+gradient of the token-weighted mean. A mean of per-rank means would have a different gradient.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _import_muon_uncompiled() -> None:
     """Import DeepSpeed's Muon optimizer without compiling it.
 
     ``deepspeed.initialize`` imports it for any optimizer, and its decorators import torch's entire compiler. That takes
-    each rank a second or more, for kernels that nothing here calls. This torch switch leaves them plain functions.
+    each rank a second or more, for kernels that nothing here calls. With this torch switch they stay plain functions.
     """
     with mock.patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"), suppress(ImportError):
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
@@ -308,8 +308,8 @@ def join_process_group() -> None:
 def _share_groups(unit: ModelParallelUnit | None) -> None:
     """Make DeepSpeed use the grid's groups, or none.
 
-    It keeps its groups in global variables. By default it would create the same groups again, and a later run in this
-    process would find the groups of the previous run.
+    DeepSpeed keeps its groups in global variables. By default it would create the same groups again, and a later run in
+    this process would find the groups of the previous run.
     """
     groups.mpu = None
     groups._DATA_PARALLEL_GROUP = unit and unit.get_data_parallel_group()
@@ -329,7 +329,7 @@ def _partition_at_construction(settings: dict[str, Any]) -> Iterator[None]:
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     # transformers only needs to know the stage. With the AutoTP section it would refuse to load weights, although
-    # AutoTP splits them later. It partitions over all ranks, so it would check the batch sizes against too many.
+    # AutoTP splits them later. It partitions over all ranks, and would check the batch sizes against too many.
     visible = {key: value for key, value in settings.items() if key not in _HIDDEN_FROM_TRANSFORMERS}
     keep_alive = HfDeepSpeedConfig(visible)
     try:
@@ -346,7 +346,7 @@ def _adamw(parameters: list[torch.nn.Parameter], config: Config) -> torch.optim.
     }  # fmt: skip
     if config.engine.offload == "none":
         return torch.optim.AdamW(parameters, **shared)
-    # DeepSpeed refuses torch's AdamW with offload: its own is vectorised for the host's processor.
+    # With offload, DeepSpeed refuses torch's AdamW: its own CPU Adam is vectorised for the host's processor.
     return DeepSpeedCPUAdam(parameters, adamw_mode=True, **shared)
 
 

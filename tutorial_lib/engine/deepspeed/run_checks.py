@@ -65,7 +65,8 @@ def check_for_run(given: dict[str, Any], config: Config, *, source: str) -> None
             if (value := find(given, key, only)) != only:
                 raise ConfigError(
                     f"{source}: {key} is {json.dumps(value)}, which DeepSpeed does not accept with zero_stage={stage} "
-                    "and zero_optimization.reduce_scatter. Remove it, set that to false, or write zero_stage=1."
+                    "and zero_optimization.reduce_scatter. Remove it, set reduce_scatter to false, or write "
+                    "zero_stage=1."
                 )
     _check_low_precision_masters(given, config.engine, source)
     for name in ("leaf_module", *AT_STAGE_3):

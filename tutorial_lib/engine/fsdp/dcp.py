@@ -32,7 +32,7 @@ def save(
 ) -> None:
     """Write parameters and AdamW's states. Collective.
 
-    Does the work of ``dcp.async_save``, but on the writer's thread instead of a new one.
+    This does the work of ``dcp.async_save``, but on the writer's thread instead of a new one.
 
     Args:
         directory: directory to write into.
@@ -49,7 +49,7 @@ def _save(states: dict[str, Any], storage: dcp.FileSystemWriter, group: dist.Pro
     try:
         dcp.save(states, storage_writer=storage, process_group=group)
     except CheckpointException as error:
-        # DCP tells every rank. The rank that failed raises its own error; the others notice at their next collective.
+        # DCP tells every rank. The rank that failed raises its own error. The others notice at their next collective.
         own = error.failures.get(dist.get_rank())
         if own is not None:
             raise own[0] from error
