@@ -61,8 +61,8 @@ class Exercise:
 
     Args:
         question: the question.
-        check: judges an answer.
-        hints: from the vaguest to the most explicit; each is folded.
+        check: function that judges an answer.
+        hints: hints from the vaguest to the most explicit; each is folded.
         solution: the answer with its reason, folded.
     """
 

@@ -24,8 +24,8 @@ from unittest import mock
 
 import torch
 
-# Set explicitly: if DeepSpeed has to find out by itself that there is no GPU, it warns on every start. A run has set
-# it already, from its configuration.
+# If DeepSpeed has to find out by itself that there is no GPU, it warns on every start. A run has already set this
+# variable from its configuration.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import cpuinfo
@@ -66,8 +66,8 @@ def _import_muon_uncompiled() -> None:
 
 _import_muon_uncompiled()
 
-# DeepSpeed's CPU Adam asks for the processor's name whenever it is built, and cpuinfo starts a process to find out:
-# more than a second for each run with offload. Ask only once: the processor does not change.
+# DeepSpeed's CPU Adam asks for the processor's name whenever it is built, and cpuinfo starts a process to find out.
+# That takes each run with offload more than a second. The answer never changes, so ask only once.
 cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
 
 
@@ -183,7 +183,7 @@ class DeepSpeedEngine:
 
     def _norm_without_zero(self) -> float:
         # Stage 0 in fp32 does not wrap the optimizer and reports no norm. The gradients are already averaged. Each rank
-        # has only its share of a split parameter's gradient; replicated ones must count once.
+        # has only its share of a split parameter's gradient; replicated gradients must count once.
         gradients = [(p.grad, self._dims[p] is None) for p in self.module.parameters() if p.grad is not None]
         full, shares = ([g for g, replicated in gradients if replicated is wanted] for wanted in (True, False))
         norms = torch.tensor([global_norm(full), global_norm(shares)], dtype=torch.float64, device=self.device)
@@ -276,7 +276,7 @@ def held_tensors(engine: Any, optimizer: torch.optim.Optimizer) -> dict[str, lis
     """
     wrapper, model = engine.optimizer, engine.module
     parameters = [p.data for p in model.parameters()]
-    # Stage 3: this rank's shards, in addition to gathered and persistent parameters; those that were freed are empty.
+    # At stage 3, add this rank's shards to the gathered and persistent parameters. Freed parameters are empty.
     parameters += [p.ds_tensor for p in model.parameters() if hasattr(p, "ds_tensor")]
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     gradients += _tensors(getattr(wrapper, "averaged_gradients", None))
