@@ -111,7 +111,7 @@ class Claims:
 
         Args:
             text: the claim, as a sentence.
-            condition: whether it holds.
+            condition: True if the claim holds.
             expected: the value to compare ``measured`` with.
             measured: the value behind the condition; default: the condition itself.
         """

@@ -162,7 +162,9 @@ def memory_timeline(
     unit: str = "MiB",
     marks: Mapping[str, float] | None = None,
 ) -> Figure:
-    """Draw a line per process or GPU: its memory over time, from zero up. See :func:`loss_curves` for others.
+    """Draw a line per process or GPU: its memory over time, from zero up.
+
+    See :func:`loss_curves` for the other arguments.
 
     Args:
         series: seconds and bytes by label, for example from ``read_memory_log(path).timeline()``.
@@ -315,7 +317,7 @@ def shards(panels: Mapping[str, Sequence[Sequence[int]]], *, title: str, alt: st
     """Draw which rank's file holds which part of a matrix: a panel per checkpoint, a colour and a number per rank.
 
     Args:
-        panels: by heading, a grid over the matrix with the rank that holds each cell.
+        panels: for each heading, a grid over the matrix that names the rank of each cell.
         title: the finding.
         alt: the figure in words.
     """

@@ -68,7 +68,7 @@ def read_trace(path: str | Path) -> list[Span]:
 
 
 def read_memory(path: str | Path) -> list[tuple[float, int]]:
-    """Read what a rank held beyond its memory at the start of the step: pairs of milliseconds and bytes.
+    """Read the memory that a rank added to what it held at the start of the step, as pairs of milliseconds and bytes.
 
     Raises:
         ValueError: the trace has none of FSDP2's marks, or was recorded without ``profile_memory``.

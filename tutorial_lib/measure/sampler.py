@@ -1,7 +1,7 @@
 """Memory sampler: a log of the memory of a process tree and of the machine's GPUs, measured from outside PyTorch.
 
-The log is JSON lines. The first line is a header; each further line is a :class:`Reading`, flushed when written, so the
-log can be read while it grows. :mod:`tutorial_lib.measure.sampler_log` reads it.
+The log consists of JSON lines. The first line is a header; each further line is a :class:`Reading`, flushed when
+written, so the log can be read while it grows. :mod:`tutorial_lib.measure.sampler_log` reads it.
 
 A sampler sees entire processes, including libraries and caches, but misses peaks shorter than its interval. For exact
 numbers see :mod:`tutorial_lib.measure.memory`.
