@@ -198,8 +198,8 @@ def match_parameters(
     """Match a model's parameters with stored tensors, by the names that transformers accepts for them.
 
     Returns:
-        Stored tensors by parameter name; those that transformers would convert while loading, such as experts that are
-        stored one by one and trained as one tensor; and the names of all others.
+        Stored tensors by parameter name; tensors that transformers would convert while loading, such as experts that
+        are stored one by one and trained as one tensor; and the names of all other tensors.
     """
     conversions = get_model_conversion_mapping(model)
     renamings: Any = [each for each in conversions if isinstance(each, WeightRenaming)]
