@@ -13,7 +13,7 @@ from tutorial_lib.theory.dimensions import Dimensions
 
 
 def read_config(name: str) -> tuple[Dimensions, int]:
-    """Return the dimensions of a Hugging Face model, and its number of parameters, counted if its family is unknown.
+    """Return the dimensions of a Hugging Face model and its number of parameters, counted if the family is unknown.
 
     Raises:
         ConfigError: there is no such model, or it is not a dense decoder.

@@ -375,8 +375,8 @@ def set_activation_checkpointing(model: PreTrainedModel, recompute: str = "full"
 
     Args:
         model: the model.
-        recompute: ``full`` keeps only each layer's input; ``selective`` also keeps what is slow to recompute
-            (:mod:`tutorial_lib.models.recompute`).
+        recompute: ``full`` keeps only each layer's input; ``selective`` also keeps results that are slow to
+            recompute (:mod:`tutorial_lib.models.recompute`).
 
     Raises:
         ConfigError: the model does not support it.

@@ -109,7 +109,7 @@ def _is_document_mask(mask: Any) -> TypeGuard[torch.Tensor]:
 
 
 def _build_alibi(self: Any, attention_mask: torch.Tensor, num_heads: int, dtype: torch.dtype) -> torch.Tensor:
-    """Build BLOOM's biases for a padding mask [B, S], and from positions for a document mask [B, 1, S, S]."""
+    """Build BLOOM's biases from a padding mask [B, S], or from the positions in a document mask [B, 1, S, S]."""
     build = functools.partial(type(self).build_alibi_tensor, self, num_heads=num_heads, dtype=dtype)
     if attention_mask.dim() != 4:
         return build(attention_mask)
