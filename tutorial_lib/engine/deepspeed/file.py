@@ -226,13 +226,13 @@ def _ineffective_settings(stated: dict[str, Any]) -> list[str]:
     section = stated.get("activation_checkpointing")
     if isinstance(section, dict) and any(section.values()):
         problems.append(
-            "activation_checkpointing is for models that call DeepSpeed's own function, which none here does; write "
+            "activation_checkpointing is for models that call DeepSpeed's own function, and no model here does; write "
             "the setting activation_checkpointing=True and remove the section"
         )
     compiling = stated.get("compile")
     if isinstance(compiling, dict):
         problems += [
-            f"compile.{key} needs a compiled model, and none here is; remove it"
+            f"compile.{key} needs a compiled model, and no model here is compiled; remove it"
             for key, value in compiling.items()
             if value
         ]

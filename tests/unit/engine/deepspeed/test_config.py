@@ -389,7 +389,7 @@ def test_profile_values_and_equal_values_do_not_contradict_the_file(tmp_path):
         ({"activation_checkpointing": {"partition_activations": True}}, "write the setting activation_checkpointing"),
         (
             {"compile": {"deepcompile": True}},
-            "compile.deepcompile needs a compiled model, and none here is; rem",
+            "compile.deepcompile needs a compiled model, and no model here is compiled; rem",
         ),
         ({"compile": {"passes": ["z1"]}}, "compile.passes needs a compiled model"),
         ({"compile": {"backend": "inductor"}}, "'backend' is not a key that DeepSpeed knows in compile"),
