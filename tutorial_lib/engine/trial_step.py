@@ -88,8 +88,8 @@ def train_copy(config: Config, build: Callable[[Config], Engine]) -> None:
             refused, others = _engine_and_others(config)
             raise ConfigError(
                 f"The model {m.name!r}, of type {model_config.model_type!r}, cannot be trained with {refused}: its "
-                f"logits change when transformers splits it. Try {others}. (Found with a tiny copy of the model, before "
-                "its weights were read.)"
+                f"logits change when transformers splits it. Try {others}. (Found with a tiny copy of the model, "
+                "before its weights were read.)"
             )
     engine.close()
 
