@@ -21,7 +21,7 @@ class ParameterSizes:
 
     Attributes:
         trained: sizes of parameters with a gradient.
-        frozen: sizes of all others.
+        frozen: sizes of all other parameters.
         persistent: total size of the parameters that stage 3 keeps in full on every rank because they are small.
     """
 

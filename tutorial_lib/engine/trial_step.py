@@ -44,7 +44,7 @@ TESTED_FAMILIES = frozenset({"bloom", "gpt2", "qwen2"})
 """Families of the embedded models, which the tests train with every engine."""
 
 _LARGEST_VECTOR = 1000
-"""Most elements of a vector in the copy. ZeRO-3 must split everything larger, as it splits the model's matrices."""
+"""Size of the copy's largest vectors. ZeRO-3 must split everything larger, as it splits the model's matrices."""
 
 
 def train_copy(config: Config, build: Callable[[Config], Engine]) -> None:
@@ -52,7 +52,7 @@ def train_copy(config: Config, build: Callable[[Config], Engine]) -> None:
 
     Args:
         config: what to run, with the values of its DeepSpeed file applied.
-        build: builds the engine of a configuration.
+        build: function that builds the engine of a configuration.
 
     Raises:
         ConfigError: names the family, the engine and the reason, and what to try instead.

@@ -171,7 +171,7 @@ def _stated_settings(given: dict[str, Any], config: Config, name: str) -> dict[s
 
 
 def _betas(given: dict[str, Any], name: str) -> list[float]:
-    kind = find(given, "optimizer.type", "AdamW")  # missing or "auto": the run's own, as always
+    kind = find(given, "optimizer.type", "AdamW")  # a missing or "auto" type means the run's AdamW
     if str(kind).lower() not in ("adam", "adamw"):
         raise ConfigError(
             f"{name}: optimizer.type is {json.dumps(kind)}, but this package trains with AdamW. Write that, or remove "

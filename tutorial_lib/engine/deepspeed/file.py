@@ -139,7 +139,7 @@ def check(given: dict[str, Any], *, source: str) -> dict[str, Any]:
 
 
 def find(given: dict[str, Any], key: str, otherwise: Any = None) -> Any:
-    """Return the value under a dotted key, or ``otherwise`` if it is missing or ``"auto"``."""
+    """Return the value under a dotted key, or ``otherwise`` if the key is missing."""
     inside: Any = given
     for part in key.split("."):
         if not isinstance(inside, dict) or part not in inside:

@@ -166,7 +166,8 @@ def check_leaf_modules(source: str, outline: Callable[[], Any]) -> None:
 
     Args:
         source: the DeepSpeed file.
-        outline: returns the model; its values do not matter. Only called if the file has a ``leaf_module``.
+        outline: function that returns the model, whose values do not matter. It is called only if the file has a
+            ``leaf_module``.
 
     Raises:
         ConfigError: names the missing module, and some that exist.

@@ -36,7 +36,7 @@ def save(
 
     Args:
         directory: directory to write into.
-        writer: decides when to write.
+        writer: the rank's writer, which decides when to write.
         model: the model that holds the parameters.
         optimizer: the optimizer that holds their moments.
         group: process group in which ranks agree on who writes what. If the writer has a thread, nothing else may use
