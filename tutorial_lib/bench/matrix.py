@@ -192,7 +192,7 @@ def run_matrix(
                 shown.end(record)
             except KeyboardInterrupt:
                 if running:
-                    why = "interrupted: run the same command again to run it"
+                    why = "interrupted: the same command runs it again"
                     matrix = matrix.with_row(RowRecord(name, STOPPED, why, settings=matrix[name].settings))
                     matrix.write()
                 raise Interrupted(_where_stopped(matrix, name), []) from None

@@ -174,8 +174,8 @@ def _betas(given: dict[str, Any], name: str) -> list[float]:
     kind = find(given, "optimizer.type", "AdamW")  # a missing or "auto" type means the run's AdamW
     if str(kind).lower() not in ("adam", "adamw"):
         raise ConfigError(
-            f"{name}: optimizer.type is {json.dumps(kind)}, but this package trains with AdamW. Write that, or remove "
-            "the section."
+            f'{name}: optimizer.type is {json.dumps(kind)}, but this package trains with AdamW. Write "AdamW", or '
+            "remove the section."
         )
     betas = find(given, "optimizer.params.betas", [])
     if betas == []:

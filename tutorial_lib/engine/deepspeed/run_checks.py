@@ -85,7 +85,7 @@ def check_for_run(given: dict[str, Any], config: Config, *, source: str) -> None
     if parameters != precision:
         raise ConfigError(
             f"{source}: data_types.param_dtype is {parameters!r}, but the run's precision is {precision!r}. Write "
-            "that, or remove it."
+            f"{precision!r}, or remove the key."
         )
     for name in ON_GPUS:
         if config.run.device == "cpu" and find(given, f"zero_optimization.{name}"):
@@ -110,7 +110,9 @@ def _check_low_precision_masters(given: dict[str, Any], engine: EngineConfig, so
         if not find(given, key, False):
             continue
         if engine.precision != precision:
-            problem = f"needs precision={precision!r}, not {engine.precision!r}. Remove it, or write that"
+            problem = (
+                f"needs precision={precision!r}, not {engine.precision!r}. Remove it, or write precision={precision!r}"
+            )
         elif engine.zero_stage == 0:
             problem = "needs an optimizer that ZeRO partitions. Remove it, or write zero_stage=1, 2 or 3"
         elif engine.offload == "none" and not (states and precision == "bf16"):
