@@ -62,7 +62,7 @@ class Program:
     "ends after `resource_timeout` with an error that lists what the run needs and what is free on each node",
 )
 @pytest.mark.fault(
-    "no node has the CPUs or GPUs of a tensor-parallel group",
+    "no node has enough CPUs or GPUs for a tensor-parallel group",
     "refused before a rank starts, with what each node has",
 )
 @pytest.mark.fault(

@@ -113,10 +113,11 @@ def page() -> str:
 `python -m tutorial_lib plan` counts bytes and operations. This page compares its predictions with {len(ROWS)}
 published runs and {len(own)} of our own. No constant was fitted to a published run. The share of a GPU's peak that
 training reaches, and the bandwidth of its links, were measured by others
-([hardware.py](../tutorial_lib/theory/hardware.py) names them). Which bytes exist at the same time was worked out on
-our own runs: part 2 shows how well the planner describes those, and part 1 how well it generalises. (Published
-runs exposed three bugs, now fixed: a pipeline's pending gradients were counted twice, a norm was not divided, and
-attention without a fused kernel took no time for its matrix of scores, whose bytes are counted on BLOOM's operators.)
+([hardware.py](../tutorial_lib/theory/hardware.py) names them). Our own runs showed which bytes exist at the same
+time: part 2 shows how well the planner describes those runs, and part 1 how well it generalises. (Published runs
+exposed three bugs, now fixed: a pipeline's pending gradients were counted twice, a norm's memory was not divided among
+the ranks, and the matrix of scores of attention without a fused kernel took no time. Its bytes are now counted, on
+BLOOM's operators.)
 
 - **Memory of published runs**: {good_memory} of {len(with_memory)} within {MEMORY_GOAL:.0%}.
   {low} of the {len(with_memory)} predictions are too low, which is the dangerous side: a layout that should fit may
@@ -135,7 +136,7 @@ attention without a fused kernel took no time for its matrix of scores, whose by
 
 Memory is the predicted peak divided by {1 - HEADROOM:g}. Published figures are what PyTorch's allocator had *reserved*
 (torchtitan) or what `nvidia-smi` showed (KAUST); the planner's default headroom of {HEADROOM:.0%} accounts for the
-difference. Without it, every memory figure would be a tenth lower. Speed is in tokens per second and GPU. An error is
+difference. Without it, every memory figure would be a tenth lower. Speed is in tokens per second per GPU. An error is
 predicted / published - 1. Speeds in brackets are shown for information: those runs use something that the time model
 leaves out (torch.compile, or torch.compile and float8, as their names say), or their settings are assumed.
 
@@ -171,11 +172,11 @@ with every micro-batch) came after the first ones. The planner had formulas for 
 supported either. (Only one rule came with that support: BLOOM's attention is recomputed, because it has no fused
 kernel.)
 
-Rows with offload or `hybrid_shard` were measured last, and two of them exposed errors, now fixed: a plan gave ZeRO-1
-with an offloaded optimizer and one micro-batch gradients on the device, which are on the host (with several, full ones
-wait on the device as well); and `plan --check` counted FSDP2's offloaded gradients twice. On a CPU, device and host
-are the same memory, so rows with offload check the sum of both, and no time. The peak of `hybrid_shard` with `each
-reduced` differs by up to a tenth from run to run.
+Rows with offload or `hybrid_shard` were measured last, and two of them exposed errors, now fixed. For ZeRO-1 with an
+offloaded optimizer and one micro-batch, the plan put gradients on the device that are really on the host. (With several
+micro-batches, full gradients wait on the device as well.) And `plan --check` counted FSDP2's offloaded gradients twice.
+On a CPU, device and host are the same memory, so rows with offload check the sum of both, and say nothing about time.
+The peak of `hybrid_shard` with `each reduced` differs by up to a tenth from run to run.
 
 {_table(_OWN, [_own_row(config, rows) for config, rows in own])}
 
@@ -255,8 +256,8 @@ def _gpu_summary() -> str:
 - **Our own GPU runs** (one H200, [part 5](#5-our-own-gpu-runs)): model states within {states:.1%}, peak of a step
   within {max(peaks):.1%}, of an update within {max(updates):.1%}, in part because these runs led us to fix the planner.
   Seconds per step within {max(busy):.0%} for 1 B parameters and micro-batches of 16 rows or more (FSDP2).
-  With small models the planner is {min(waits):.0f} to {max(waits):.0f} times too fast: it leaves out that kernels have
-  to be launched."""
+  With small models the planner is {min(waits):.0f} to {max(waits):.0f} times too fast: it leaves out the time that
+  launching kernels takes."""
 
 
 def _gpu_section() -> str:
@@ -290,10 +291,10 @@ count in both.
 
 In all of them memory peaks at the loss. The update's own peak was measured in {len(updates)} runs, and is predicted
 within {max(updates):.1%}. These runs exposed errors in the planner's memory, now fixed: DeepSpeed's fp32 copy of
-16-bit gradients at the update and what autocast keeps in fp32 were missing (the latter made gpt2's peak 17% too low),
-and stage 3 was given gathered copies on a single rank, which makes none.
+16-bit gradients at the update was missing, and so were the tensors that autocast keeps in fp32 (which made gpt2's peak
+17% too low). For stage 3 on a single rank, the planner counted gathered copies that do not exist.
 
-The time model leaves out the time it takes to launch each kernel. A profiler showed how much that matters (earlier the
+The time model leaves out the time that launching a kernel takes. A profiler showed how much that matters (earlier the
 same day, in another start of the machine, where stage 0 took {small["step_seconds_without_profiler"]:.2f} s per step).
 A step of bloom-560m with four micro-batches of four launches {small["kernel_calls"]:,} kernels, and the GPU is busy
 {share[0]:.0%} of the time; with one micro-batch of 16, {share[1]:.0%}. Without any waiting that step would reach
@@ -310,9 +311,9 @@ the most memory that PyTorch's allocator had in use at once. The best step reach
 {_table(_GPU_FSDP, [_gpu_fsdp_row(run) for run in fsdp])}
 
 In rows marked with *, memory peaks at the update, where AdamW copied all parameters in fp32. FSDP2's AdamW is now fused
-and makes no copy. Its losses, resume, memory and speed were all measured before, and not again since. The plan leaves
-out cuBLAS's workspaces ({gpu_runs.WORKSPACE // 2**20} MiB). Micro-batch 64 did not fit; with recomputation, 256 did
-not."""
+and makes no copy. Its losses, resume, memory and speed were all measured before that change, and not again since. The
+plan leaves out cuBLAS's workspaces ({gpu_runs.WORKSPACE // 2**20} MiB). Micro-batch 64 did not fit; with recomputation,
+256 did not."""
 
 
 _GPU_RUNS = (

@@ -97,8 +97,9 @@ ROWS: list[Published] = [
     _titan("llama-3-8b", 8, 1, 131_072, 1071, 84.0, _DECEMBER + "2", name="8B, FSDP 2 x CP 4, 131,072 tokens",
            not_modelled=_FLOAT8, cp=4, **_FULL),
     _titan("llama-3-8b", 8, 1, 262_144, 548, 84.5, _DECEMBER + "2", name="8B, CP 8, 262,144 tokens",
-           not_modelled=_FLOAT8, cp=8, why="they would make it faster, so the true miss is larger: the model counts "
-           "the ring's attention, in blocks, as efficient as one kernel, and hides the ring's exchanges", **_FULL),
+           not_modelled=_FLOAT8, cp=8, why="they would make it faster, so the true miss is larger: the model treats "
+           "the ring's attention in blocks as if it were as efficient as one kernel, and hides the ring's exchanges",
+           **_FULL),
     _titan("llama-3-70b", 256, 16, 8192, 829, 71.9, _DECEMBER + "4", name="70B, 256 H100, FSDP 32 x TP 8, b 16, full",
            not_modelled=_FLOAT8, tp=8, why="memory: unknown. In the rows above both change little (82.4, 77.0, and "
            "76.8 GiB with float8). It peaks in the vocabulary-parallel loss, four fp32 copies of a rank's logits of "
@@ -184,7 +185,7 @@ def _falcon(name: str, seconds: float, offload: str, **more: str) -> Published:
 
 FALCON = _falcon(
     "Falcon 7B, 8 A100 40 GB, ZeRO-3, 4,096 tokens (b 2 and full are assumed)", 2.86, "none",
-    not_modelled="micro-batch and recomputing are not stated, and assumed so that this row agrees",
+    not_modelled="micro-batch and recomputing are not stated, and were chosen so that this row agrees",
 )  # fmt: skip
 ROWS += [
     FALCON,

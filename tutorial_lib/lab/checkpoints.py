@@ -49,7 +49,7 @@ def kill_a_worker(*, when: Callable[[], bool]) -> Iterator[None]:
     """Send SIGKILL to the youngest of this process's workers as soon as a condition holds.
 
     Args:
-        when: called a hundred times per second.
+        when: function that returns whether the condition holds; called a hundred times per second.
     """
     ended = threading.Event()
 

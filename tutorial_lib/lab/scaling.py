@@ -1,4 +1,4 @@
-"""Exercises of lesson 06, scaling out, checked against the reader's own runs, and a recording from a cluster.
+"""Lesson 06, scaling out: exercises that are checked against the reader's own runs, and a recording from a cluster.
 
 Hints and solutions are kept here, so that nobody reads them before the question.
 """
@@ -15,7 +15,7 @@ from typing import Any
 from tutorial_lib.lab.exercises import Exercise, choice, number
 
 RECORDING = Path(__file__).with_name("recorded") / "cluster.json"
-"""Made by ``python -m tests.cluster.record`` on a real SLURM; ``tests/cluster/test_recorded.py`` compares."""
+"""Written by ``python -m tests.cluster.record`` on a real SLURM; ``tests/cluster/test_recorded.py`` repeats parts."""
 
 
 def recording() -> dict[str, Any]:

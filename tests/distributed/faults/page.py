@@ -87,21 +87,21 @@ def text() -> str:
 # What a run survives
 
 The tests in `tests/distributed/faults` inject each of these {len(on_ranks)} faults into a real run. Wherever the run
-resumes, each step's loss and the final weights are bit for bit those of the uninterrupted run, and no intact checkpoint
-is lost. The tests run on CPUs; [lesson 04](../notebooks/04_checkpoints.ipynb) says what GPUs need for that.
+resumes, each step's loss and the final weights equal the uninterrupted run's bit for bit, and no intact checkpoint is
+lost. The tests run on CPUs; [lesson 04](../notebooks/04_checkpoints.ipynb) says what GPUs need for that.
 
 {_table(on_ranks)}
 
 ## On several nodes
 
-`tests/cluster/test_ray.py` injects these {len(on_ray_nodes)} on a Ray cluster of virtual nodes. Where the number of
-ranks changes, each step has the same examples, and losses match the uninterrupted run's to 1e-6: sums add up in a
+`tests/cluster/test_ray.py` injects these {len(on_ray_nodes)} faults on a Ray cluster of virtual nodes. Where the number
+of ranks changes, each step has the same examples, and losses match the uninterrupted run's to 1e-6: sums add up in a
 different order.
 
 {_table(on_ray_nodes)}
 
-Files `test_torchrun.py` and `test_slurm.py` in `tests/cluster` and `tests/distributed` inject these
-{len(between_nodes)} under torchrun and a real SLURM.
+The files `test_torchrun.py` and `test_slurm.py` in `tests/cluster` and `tests/distributed` inject these
+{len(between_nodes)} faults under torchrun and a real SLURM.
 
 {_table(between_nodes)}
 

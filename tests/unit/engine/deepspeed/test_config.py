@@ -106,7 +106,7 @@ def test_a_wrong_file_is_refused_before_anything_starts(tmp_path, capsys):
         ({"zero_optimization": {"stage": 1, "offload_param": {"device": "cpu"}}}, "offload_param without"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, 'offloads to "cpu"'),
         ({"train_batch_size": 6}, "train_batch_size is 6, but global_batch=8"),
-        ({"optimizer": {"type": "Lion"}}, "trains with AdamW. Write that"),
+        ({"optimizer": {"type": "Lion"}}, 'trains with AdamW. Write "AdamW"'),
         ({"fp16": {"enabled": True}}, "needs a GPU"),
     ],
 )
@@ -389,7 +389,7 @@ def test_profile_values_and_equal_values_do_not_contradict_the_file(tmp_path):
         ({"activation_checkpointing": {"partition_activations": True}}, "write the setting activation_checkpointing"),
         (
             {"compile": {"deepcompile": True}},
-            "compile.deepcompile needs a compiled model, and none here is; rem",
+            "compile.deepcompile needs a compiled model, and no model here is compiled; rem",
         ),
         ({"compile": {"passes": ["z1"]}}, "compile.passes needs a compiled model"),
         ({"compile": {"backend": "inductor"}}, "'backend' is not a key that DeepSpeed knows in compile"),
