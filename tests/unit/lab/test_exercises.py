@@ -124,7 +124,7 @@ def test_answers_that_are_the_same_are_refused() -> None:
         choice("Stage 3", near={"stage 3": "x"})
 
 
-# --- what a reader sees ----------------------------------------------------------------------------------------------
+# --- display ---------------------------------------------------------------------------------------------------------
 
 
 def test_hints_and_solution_are_folded_in_html_and_named_in_text() -> None:
