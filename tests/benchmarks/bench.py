@@ -1,8 +1,8 @@
 """Benchmarks behind ``docs/benchmarks.md``, run by ``make bench`` or ``python -m tests.benchmarks.bench [NAMES]``.
 
 Competitors run alternately on the same machine, and the figure is their ratio. Each benchmark's newest result
-is saved in ``results.json`` beside this file, with the date and the machine. These are not tests: a slow
-machine fails nothing. A target that was missed is marked in the table.
+is saved in ``results.json`` beside this file, with the date and the machine. These are not tests, so a slow machine
+does not make anything fail. A target that was missed is marked in the table.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class RayCluster:
             raise RuntimeError(f"Ray did not start on {node.name}: {errors}")
 
     def drive(self, given: list[str], log: Path) -> subprocess.Popen[str]:
-        """Start a Python program that connects to the cluster, on the head node, with its output in a file."""
+        """Start a Python program on the head node, connect it to the cluster, and write its output to a file."""
         file = log.open("w")
         return self.head.start([sys.executable, *given], env=self.environment, stdout=file, stderr=subprocess.STDOUT)
 

@@ -114,7 +114,7 @@ class SlurmCluster:
         self._check(["slurmd", "-N", node.name], node)
 
     def run(self, given: Sequence[str], node: Node | None = None, **options: Any) -> str:
-        """Run a command, such as ``scontrol``, and return what it prints.
+        """Run a command, such as ``scontrol``, and return its output.
 
         Raises:
             SlurmError: it failed.

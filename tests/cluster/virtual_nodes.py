@@ -2,9 +2,9 @@
 
 Each node has its own address, host name, ``/etc/hosts``, ``/tmp`` and ``/dev/shm``; the rest of the file system is
 shared, as on a cluster with a network file system. All nodes and their bridge live inside one more set of namespaces,
-the *enclosure*. Its first process reads from a pipe that pytest's process holds open. When pytest ends for any reason,
-the pipe closes, the first process ends, and the kernel removes every process, bridge and interface inside.
-Nothing is ever created in the machine's own network namespace.
+the *enclosure*. Its first process reads from a pipe that the process which started the nodes holds open. When that
+process ends for any reason, the pipe closes, the enclosure's first process ends, and the kernel removes every process,
+bridge and interface inside. Nothing is ever created in the machine's own network namespace.
 """
 
 from __future__ import annotations
@@ -186,5 +186,5 @@ def _start(command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
 
 
 def _first_process(process: subprocess.Popen[str]) -> int:
-    """Return the id that process 1 of the namespace created by ``process`` has outside it."""
+    """Return the outside id of process 1 in the namespace that ``process`` created."""
     return int(psutil.Process(process.pid).children(recursive=True)[-1].pid)

@@ -20,9 +20,9 @@ from tutorial_lib.config import Config
 
 LONGEST_GROUPS = ("launched", "faults")
 TIMEOUT = 1800
-"""Timeout of a test in seconds, long because any test may be the one that waits for all shared launches.
+"""Timeout of a test in seconds. It is long, because any test may be the one that waits for all shared launches.
 
-On two busy cores, those took 334 seconds in total, and the launches of the full matrix about twice as long.
+On two busy cores, these launches took 334 seconds in total, and those of the full matrix about twice as long.
 """
 
 

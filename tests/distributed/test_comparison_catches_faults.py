@@ -38,7 +38,7 @@ SHOWN_BY = {
 
 
 def faults_on(page: str) -> set[str]:
-    """Return the names of a module's faults: its context managers."""
+    """Return the names of a module's faults, which are its context managers."""
     module = importlib.import_module(f"tests.distributed.injected.{page}")
     return {
         f"{page}.{name}"

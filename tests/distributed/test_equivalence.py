@@ -1,8 +1,8 @@
 """Equivalence: every engine on any grid of ranks equals plain torch in one process, down to the moments.
 
-fp32 tolerances: losses, gradient norms, parameters and moments agree within 1e-6 (relative where they exceed 1), and
-moments, which are small, within 2e-5 of each tensor's largest value. Bounds are wider where DeepSpeed itself rounds
-more coarsely than torch:
+In fp32, losses, gradient norms, parameters and moments agree within 1e-6 (relative where they exceed 1). Moments, which
+are small, also agree within 2e-5 of each tensor's largest value. Bounds are wider where DeepSpeed itself rounds more
+coarsely than torch:
 
 - Stage 0 clips by a norm that it sums in fp32. That norm is off by 1e-5 here, and so are the moments, which may differ
   by 1e-4.
@@ -35,7 +35,7 @@ def test_training_matches_one_torch_process(observed, record_property, ranks, ca
 
 @pytest.mark.parametrize("case", CASES)
 def test_each_case_exercises_its_subject(observed, case):
-    """Otherwise, the comparison would not prove that the engines agree on this subject."""
+    """A case that did not exercise its subject would not prove that the engines agree on it."""
     run = observed(1, f"{case}.reference")
     first = run.rows[0]
     assert len(run.rows) == STEPS
@@ -93,7 +93,7 @@ def test_a_steps_examples_do_not_depend_on_the_number_of_ranks(observed, case):
 
 
 BF16_AGAINST_FP32 = {"tolerance": 2e-3, "grad_norm": 1e-2, "parameters": 1e-2, "moments": 0.15}
-"""Tolerances for bf16, whose 8 significant bits change a number by up to 2^-9 = 2e-3 of its size in rounding."""
+"""Tolerances for bf16. Rounding to its 8 significant bits changes a number by up to 2^-9 = 2e-3 of its size."""
 
 
 @pytest.mark.parametrize(("ranks", "case", "variant"), BF16)

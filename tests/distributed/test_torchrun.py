@@ -40,7 +40,7 @@ def test_a_run_started_by_torchrun_matches_local_processes(observed, directory, 
     "an exception in a rank under torchrun", "the rank shows its traceback; the other ranks name it and its error"
 )
 def test_the_error_of_a_rank_ends_the_others_and_shows_its_traceback(directory, shell):
-    """``tests/cluster/test_torchrun.py`` kills a rank on two nodes, or with ``make matrix`` lets it raise, too."""
+    """On two nodes, ``tests/cluster/test_torchrun.py`` kills a rank and, with ``make matrix``, lets one raise."""
     config = crashing.saving(directory, "zero1", "torchrun-fails", launcher="none")
     program = ["tests.distributed.workers.with_fault", "storage.save_raises", *train_command(config)[1:]]
     shell.start(["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", *program])

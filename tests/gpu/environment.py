@@ -136,7 +136,7 @@ def measure_disk(setting: Setting) -> dict[str, Any]:
 def compile_operators(setting: Setting) -> dict[str, Any]:
     """Compile DeepSpeed's CPU Adam, which offload needs, and report whether FusedAdam could be compiled.
 
-    FusedAdam is not compiled, because the engine updates with ``torch.optim.AdamW`` without offload.
+    FusedAdam is not compiled, because the engine updates with ``torch.optim.AdamW`` if nothing is offloaded.
     """
     os.environ["DS_ACCELERATOR"] = setting.device
     from deepspeed.ops.op_builder import CPUAdamBuilder, FusedAdamBuilder

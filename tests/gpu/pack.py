@@ -1,7 +1,7 @@
 """Wheels for a GPU machine without a network: ``python tests/gpu/pack.py`` collects them in ``build/gpu-wheels``.
 
-The machine is expected to have Python 3.12, torch, transformers, pyarrow and most of their dependencies. The missing
-packages take less than 8 MiB and are copied along with the checkout. DeepSpeed becomes a wheel without compiled
+The machine is expected to have Python 3.12, torch, transformers, pyarrow and most dependencies of the other packages.
+Missing ones take less than 8 MiB and are copied along with the checkout. DeepSpeed becomes a wheel without compiled
 operators. Those that a run needs are compiled on the GPU machine, at first use.
 """
 
@@ -55,7 +55,7 @@ def collect(target: Path) -> list[Path]:
     )  # fmt: skip
     wheels = sorted(target.glob("*.whl"))
     if (size := sum(wheel.stat().st_size for wheel in wheels)) > LIMIT_BYTES:
-        raise SystemExit(f"The wheels take {size / 2**20:.0f} MiB, more than the {LIMIT_BYTES >> 20} that may travel.")
+        raise SystemExit(f"The wheels take {size / 2**20:.0f} MiB, more than the limit of {LIMIT_BYTES >> 20} MiB.")
     return wheels
 
 

@@ -73,7 +73,7 @@ def own_runs() -> Iterator[tuple[Config, list[Compared]]]:
 
 
 def measure() -> None:
-    """Train the runs of measured.json again, and write the memory and traffic of the rank that holds the most."""
+    """Train the runs of measured.json again, and write the memory and traffic of the rank that holds most in each."""
     from tutorial_lib import launch
 
     settings = [row["settings"] for row in json.loads(MEASURED.read_text(encoding="utf-8"))]

@@ -124,7 +124,7 @@ ROWS: list[Published] = [
 ]  # fmt: skip
 
 _GRANITE = MODELS["llama-2-7b"]
-"""Granite 7B has Llama 2's architecture (its model card, and the blog)."""
+"""Granite 7B has Llama 2's architecture, according to its model card and the blog."""
 
 
 def _granite(name: str, speed: float, layout: Layout) -> Published:

@@ -84,7 +84,7 @@ RESHAPE_FAULTS = {
 
 
 def uninterrupted_torch(directory: Path, case: str) -> Config:
-    """Return the run that reshaped runs must equal, which is uninterrupted, in one process with plain torch."""
+    """Return the uninterrupted run, in one process with plain torch, that reshaped runs must equal."""
     return _reshapable(directory, case, 1, {"engine": "torch"}, f"uninterrupted-torch.{case}")
 
 

@@ -128,7 +128,7 @@ def assert_recovers_from_a_kill(assert_recovers: Callable[..., str]) -> Callable
 
 @pytest.fixture(scope="session")
 def signalled(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Start a long run, start it a second time, stop it with SIGTERM, kill its next launcher, and let it end."""
+    """Start a long run, try a second start, stop the run with SIGTERM, kill its next launcher, and let it end."""
     shell = Shell(tmp_path_factory.mktemp("shell"))
     config = crashing.saving(directory, "zero1", "signalled", checkpoint_every=0, **crashing.LONG)
     run, seen = RunDirectory(config.directory), {"config": config}

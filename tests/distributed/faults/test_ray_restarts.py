@@ -40,7 +40,7 @@ def test_a_killed_worker(uninterrupted: dict[str, Observed], directory: Path) ->
 
 @pytest.mark.fault("a Ray node dies, another has room, `max_failures=1`", "Ray starts the workers on the other node")
 def test_a_node_that_dies(uninterrupted: dict[str, Observed], directory: Path) -> None:
-    """Each node has two CPUs. Another job occupies one of each at first, so the run's two ranks start on both nodes."""
+    """Each node has two CPUs, of which another job first occupies one. So the two ranks start on different nodes."""
     config = on_ray(directory, "ray-node", **crashing.LONG)
     lost: list[int] = []
     with TwoNodes(config, cpus=2) as nodes, nodes.joined(), ray_train.session(config):

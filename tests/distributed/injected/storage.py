@@ -32,7 +32,7 @@ def limit_in_write() -> Iterator[type[Trainer]]:
 
 @contextmanager
 def read_only() -> Iterator[type[Trainer]]:
-    """Make the directory of checkpoints read-only before the first start's second save, in ``small_storage.py``."""
+    """Make the directory of checkpoints read-only before the first start's second save (see ``small_storage.py``)."""
 
     class ReadOnly(Trainer):
         def build(self, on_checkpoint: OnCheckpoint | None) -> None:

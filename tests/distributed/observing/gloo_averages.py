@@ -1,4 +1,4 @@
-"""Averages over ranks, by each of gloo's collectives that reduce."""
+"""Averages over ranks, by gloo's all-reduce and reduce-scatter."""
 
 from __future__ import annotations
 

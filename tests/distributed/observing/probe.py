@@ -16,7 +16,7 @@ from tutorial_lib import launch
 from tutorial_lib.config import Config
 
 OBSERVATION = "observed.pt"
-"""File in a run's directory with what the ranks observed at its newest checkpoint."""
+"""File in a run's directory with the ranks' observations at its newest checkpoint."""
 
 ERRORS = "expected_errors.json"
 """File in a run's directory with the error of each rank, for a run that must fail."""
@@ -27,12 +27,12 @@ class Probe:
     """Instructions for the worker that trains and observes a run.
 
     Attributes:
-        fault: train with a deliberate fault, a context manager in :mod:`tests.distributed.injected`, by module and
-            name, for example ``"data.padding_in_the_loss"``. A fault in the loop yields the class of trainer to use.
+        fault: train with this deliberate fault, a context manager in :mod:`tests.distributed.injected`. It is given by
+            module and name, for example ``"data.padding_in_the_loss"``. A fault in the loop yields a class of trainer.
         engine: train with an engine that is not the library's: ``"fsdp1"``.
         load_nothing: at the end, ask the engine to load an empty directory, and keep its error.
-        start_twice: where the run stops, start it again in the same processes, and observe the second start.
-        late_writes: write files in the background only after the next step. Where the run stops, remove the newest
+        start_twice: when the run stops, start it again in the same processes, and observe the second start.
+        late_writes: write files in the background only after the next step. When the run stops, remove the newest
             checkpoint and start it again, as with ``start_twice``.
         no_snapshot: with ``late_writes``, write the states themselves instead of a snapshot of them.
         must_fail: expect an error on every rank, keep it in :data:`ERRORS`, and let the launch go on.

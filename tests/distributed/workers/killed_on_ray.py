@@ -1,6 +1,6 @@
 """Killed Ray worker: the launcher's worker, except that rank 1 is killed when it reports its second checkpoint to Ray.
 
-This happens only once, so the workers that replace the killed ones train to the end.
+This happens only once, so the workers that Ray starts next train to the end.
 """
 
 from __future__ import annotations

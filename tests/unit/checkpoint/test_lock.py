@@ -24,7 +24,7 @@ def hold_lock(run, which, held):
 
 @pytest.fixture
 def holder(tmp_path):
-    """Return a function that forks a process which holds one of a run's locks. Importing torch would take seconds."""
+    """Return a function that starts a process which holds one of a run's locks. Forking it saves the imports."""
     fork, started = multiprocessing.get_context("fork"), []
 
     def hold(which):

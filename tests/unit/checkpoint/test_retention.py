@@ -149,7 +149,7 @@ def test_a_deletion_that_is_interrupted_leaves_nothing_that_looks_like_a_checkpo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", killed)  # of the thread that would remove the files
+        patch.setattr(threading.Thread, "start", killed)  # this thread would remove the files
         with pytest.raises(KeyboardInterrupt):
             pruner(run, keep_last=1).prune(checkpoint.directory_of(run, 2))
     remains, *seen = names(run)

@@ -301,7 +301,7 @@ def test_offload_traffic_over_the_host_link() -> None:
 
 
 def test_the_host_holds_gradients_in_fp32() -> None:
-    """A parameter takes 2 + 4 + 12 bytes there, as in the runs of :mod:`tutorial_lib.engine.expected_states`."""
+    """On the host, a parameter takes 2 + 4 + 12 bytes, as in runs that ``engine/expected_states.py`` describes."""
     everything = find(plan(work(), cluster()), zero_stage=3, offload="all")
     assert everything.host == 18 * 7e9
     optimizer = find(plan(work(), cluster()), zero_stage=2, offload="optimizer")

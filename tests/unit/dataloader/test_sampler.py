@@ -20,7 +20,7 @@ BATCHINGS = ("max_length", "longest", "packed")
 
 
 def row_numbers(batch, tokenizer):
-    """Return the numbers of the rows that a batch was made of, which their texts begin with."""
+    """Return the numbers at the start of all texts in a batch."""
     texts = [tokenizer.decode(ids) for ids in batch["input_ids"]]
     return [int(number) for text in texts for number in re.findall(r"(\d{5}):", text)]
 

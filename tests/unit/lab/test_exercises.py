@@ -1,4 +1,4 @@
-"""Exercises: right answers are accepted, wrong ones refused with a reason, missing ones neither."""
+"""Exercises: right answers are accepted, wrong ones are refused with a reason, and missing ones are neither."""
 
 from __future__ import annotations
 

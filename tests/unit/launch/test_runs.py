@@ -1,7 +1,7 @@
 """Launch: refusals before a process starts, and the exit codes that scripts rely on.
 
-Runs that start here have one rank in this process, except for ranks that only fail. ``tests/distributed`` starts runs
-on real ranks.
+Runs that start here have one rank, in this process, except where ranks only fail. ``tests/distributed`` starts runs in
+processes of their own.
 """
 
 import json

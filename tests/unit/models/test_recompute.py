@@ -1,4 +1,4 @@
-"""Selective activation checkpointing, which recomputes every second product but not attention, for equal gradients."""
+"""Selective activation checkpointing: equal gradients, with every second product recomputed, but not attention."""
 
 from __future__ import annotations
 

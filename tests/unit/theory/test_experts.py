@@ -66,7 +66,7 @@ def test_thirty_billion_on_eight_of_80_gb_is_not_offloaded() -> None:
 
 
 def test_seventy_billion_on_64_of_80_gb() -> None:
-    """States are fully sharded and never offloaded, and layers recomputed. At 8,192 tokens, FSDP splits layers, too."""
+    """States are fully sharded, layers recomputed, and nothing offloaded. At 8,192 tokens, FSDP splits layers, too."""
     for engine, tokens in (("fsdp", 2048), ("fsdp", 8192), ("deepspeed", 2048), ("deepspeed", 8192)):
         layout = best(work("llama-3-70b", tokens), cluster(64), engine).layout
         assert layout.offload == "none" and layout.checkpointing != "none" and layout.zero_stage == 3
@@ -107,7 +107,7 @@ def test_405_billion_on_512_of_80_gb() -> None:
 
 
 def test_seven_billion_at_131072_tokens_on_eight_of_80_gb() -> None:
-    """An expert recomputes, with context parallelism, or tensor parallelism and a vocabulary-parallel loss."""
+    """An expert recomputes everything, with context parallelism, or with tensor parallelism and a split vocabulary."""
     task = work("llama-3-8b", 131_072)
     layout = best(task, cluster(8, "h100"), "fsdp").layout
     assert layout.checkpointing == "full" and layout.cp * layout.tp >= 4 and layout.offload == "none"

@@ -7,7 +7,7 @@ import pytest
 from tutorial_lib.theory import failures
 
 CASES = [(30.0, 6 * 3600.0, 300.0), (120.0, 3600.0, 600.0), (5.0, 86_400.0, 60.0)]
-"""Seconds of a save, between failures, and of a restart."""
+"""Seconds for a save, between failures, and for a restart."""
 
 
 @pytest.mark.parametrize("save, mean_time, restart", CASES)
