@@ -109,10 +109,10 @@ class Job:
         self.id = cluster.submit(self.script, f"--output={self.output}", *options)
 
     def finish(self) -> None:
-        """Wait for its end.
+        """Wait until the job ends.
 
         Raises:
-            RuntimeError: it did not complete.
+            RuntimeError: the job did not complete.
         """
         state = self.cluster.wait_for_end(self.id, SECONDS)
         if state != "COMPLETED":
@@ -174,7 +174,7 @@ def preempted(cluster: SlurmCluster, directory: Path) -> dict[str, Any]:
 
 
 def scaling_row(cluster: SlurmCluster, directory: Path, nodes: int, steps: int = 12) -> dict[str, Any]:
-    """Return a row of the workshop's table of multi-node scaling: a job with 16 examples a step for each node."""
+    """Return one row of the workshop's table of multi-node scaling, from a job with 16 examples per step and node."""
     size = ["--nodes", str(nodes), "--steps", str(steps), "--global-batch", str(16 * nodes)]
     job = Job(cluster, directory, f"nodes-{nodes}", *size)
     job.finish()
@@ -198,7 +198,7 @@ def scaling_row(cluster: SlurmCluster, directory: Path, nodes: int, steps: int =
 
 
 def versions(cluster: SlurmCluster) -> dict[str, str]:
-    """Return the date and the versions of the recording."""
+    """Return the date of the recording, the versions that it used, and a description of the machine."""
     return {
         "date": datetime.date.today().isoformat(),
         "SLURM": cluster.run(["sinfo", "--version"]).removeprefix("slurm-wlm "),

@@ -1,4 +1,4 @@
-"""GPU figures quoted in the lessons: each must match docs/measured/h200."""
+"""GPU figures quoted in the lessons, each of which must match docs/measured/h200."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Page ``docs/faults.md``: every fault that a test injects, and how a run survives it.
 
 Each such test carries ``@pytest.mark.fault(happens, outcome)``, one mark per fault. The marks are read from the source
-of all test files of ``tests/distributed`` and ``tests/cluster``, in their order, so nothing has to be imported.
+of the test files in ``tests/distributed`` and ``tests/cluster``, so nothing has to be imported.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ GROUPS = {
     "ray": ("cluster/test_ray.py",),
     "torchrun": ("cluster/test_slurm.py", "cluster/test_torchrun.py", "distributed/test_torchrun.py"),
 }
-"""The page's groups of faults, and the files of each: patterns of paths below ``tests``."""
+"""The page's groups of faults, with patterns for the paths of each group's files below ``tests``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""DeepSpeed configuration: it sets what DeepSpeed would otherwise decide silently, and refuses ignored keys."""
+"""DeepSpeed configuration: it sets every value that DeepSpeed would choose silently, and refuses ignored keys."""
 
 import json
 import typing
@@ -262,7 +262,7 @@ def test_bloom_gets_deepspeeds_plan_and_others_their_own():
 
 
 def kind_of(annotation):
-    """Name one of DeepSpeed's types as in the tables."""
+    """Return the name of one of DeepSpeed's types in our tables of keys."""
     parts = typing.get_args(annotation) if typing.get_origin(annotation) is typing.Union else (annotation,)
     nullable = "?" if type(None) in parts else ""
     (one,) = (part for part in parts if part is not type(None)) if len(parts) - bool(nullable) == 1 else (object,)
