@@ -26,7 +26,7 @@ def full_state_on_one_rank(model):
 
 
 def save_on_one_rank(model):
-    """Save shards under `if rank == 0`, as one saves an ordinary model."""
+    """Save shards under `if rank == 0`, the way an ordinary model is saved."""
     if dist.get_rank() == 0:
         dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=tempfile.mkdtemp())
 

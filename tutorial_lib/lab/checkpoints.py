@@ -107,7 +107,7 @@ def what_was_lost() -> Exercise:
         ),
         hints=["The first loss is computed before the first update.", "What does the update use besides the gradient?"],
         solution="The optimizer. The first loss needs weights, data and dropout masks, and all of them were right. The "
-        "second loss is the first after an update, and that update came from a cold Adam.",
+        "second loss is the first after an update, and that update came from an Adam whose moments were zero again.",
     )
 
 

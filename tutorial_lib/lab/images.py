@@ -284,7 +284,7 @@ def ray_train(axes: Any) -> None:
     _text(axes, 11.6, 0.3, "writes", ha="center", size=9)
     _box(axes, storage, 0, 2.7, 3.0, INK, fill=False)
     _text(axes, storage, 3.25, "shared storage")
-    caption = "Model data goes between workers and into the storage, never through notebook or controller."
+    caption = "Model data goes between workers and to the storage, never through the notebook or the controller."
     _text(axes, 0, 3.25, caption)
     _frame(axes, storage + 2.8, 3.45)
 
