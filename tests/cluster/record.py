@@ -78,7 +78,7 @@ def lesson_on_two_nodes(cluster: SlurmCluster, directory: Path) -> list[dict[str
         "#SBATCH --gpus-per-node=4\n": "",
         "--nproc-per-node=4": "--nproc-per-node=2",
         "--cpus-per-task=32": f"--cpus-per-task={CORES}",
-        "SRUN_CPUS_PER_TASK=32": f"SRUN_CPUS_PER_TASK={CORES}",
+        "OMP_NUM_THREADS=8 SRUN_CPUS_PER_TASK=32": f"OMP_NUM_THREADS=1 SRUN_CPUS_PER_TASK={CORES}",
         "torchrun": " ".join(TORCHRUN),
     }.items():
         assert script.count(asked) == 1, asked
