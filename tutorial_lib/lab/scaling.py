@@ -23,6 +23,30 @@ def recording() -> dict[str, Any]:
     return dict(json.loads(RECORDING.read_text(encoding="utf-8")))
 
 
+def table_by_nodes(recorded: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of the workshop's table of several nodes.
+
+    Args:
+        recorded: what was measured on 1, 2, ... nodes that share two cores, one process each: :func:`recording`'s part
+            ``nodes``.
+    """
+    alone = recorded[0]["samples_per_second"]
+    return [
+        {
+            "nodes": row["nodes"],
+            "samples/s": round(row["samples_per_second"], 1),
+            "s/step": round(row["step_seconds"], 3),
+            "train loss": row["train_loss"],
+            "efficiency (%)": round(100 * row["samples_per_second"] / row["nodes"] / alone),
+            "two cores allow (%)": round(100 * min(1, 2 / row["nodes"])),
+            "node memory, peak (MiB)": row["memory_peak"] // 2**20,
+            "average (MiB)": int(row["memory_mean"]) // 2**20,
+            "mode (MiB)": [mode // 2**20 for mode in row["memory_modes"][:2]],
+        }
+        for row in recorded
+    ]
+
+
 def hide_paths(text: str) -> str:
     """Replace this machine's directories in a text with the directories of an imaginary cluster."""
     for here, there in {str(Path.cwd()): "/shared/run", str(Path(sys.executable).parent): "/shared/course/bin"}.items():
