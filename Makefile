@@ -61,7 +61,7 @@ cluster-tools: ## install SLURM and munge, which cluster needs (as root, with ap
 	@.ci/cluster-tools
 
 notebooks: $(READY) ## check each committed notebook: its form, its claims, and that the code it shows is the library's
-	@$(TESTS) tests/notebooks
+	@$(TESTS) tests/notebooks $(TWO_FILES)
 
 nbval: $(READY) ## run every notebook, and compare its claims and deterministic outputs with the committed ones
 	@$(PYTHON_IN) tests/notebooks/run.py --copy-to build/nbval

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -57,11 +58,12 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def launched(directory: Path) -> Callable[[int], dict[str, Config]]:
+def launched(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, Config]]:
     """Return a function that launches all shared runs on a number of ranks and returns their configurations."""
 
     @functools.cache
     def attempt(ranks: int) -> dict[str, Config] | Exception:
+        _claim(f"on-{ranks}-ranks", tmp_path_factory)
         runs = shared.shared_runs(directory, ranks)
         try:
             observe(runs)
@@ -76,6 +78,19 @@ def launched(directory: Path) -> Callable[[int], dict[str, Config]]:
         return outcome
 
     return launch
+
+
+def _claim(launch: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Fail if another pytest process of this session made the same launch, which doubles the time in silence.
+
+    This happens where pytest-xdist ignores groups, as it does with pytest 9.2 (pytest-xdist's issue 1386).
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    try:
+        (tmp_path_factory.getbasetemp().parent / launch).touch(exist_ok=False)
+    except FileExistsError:
+        pytest.fail(f"two pytest processes made the launch {launch}: pytest-xdist ignores the groups of tests")
 
 
 @pytest.fixture(scope="session")
