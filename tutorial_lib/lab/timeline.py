@@ -66,7 +66,7 @@ def read_trace(path: str | Path) -> list[Span]:
 
 
 def read_memory(path: str | Path) -> list[tuple[float, int]]:
-    """Read what a rank held beyond its memory at the start of the step: pairs of milliseconds and bytes.
+    """Read the memory that a rank added to what it held at the start of the step, as pairs of milliseconds and bytes.
 
     Raises:
         ValueError: as :func:`read_trace`, or the trace was recorded without ``profile_memory``.
@@ -163,7 +163,7 @@ def _draw_memory(axes: Any, base: float, memory: Sequence[tuple[float, int]], sc
 
 
 def _label(axes: Any, y: float, lane: Sequence[Span]) -> None:
-    """Write the units' names over their spans; the root's under it, since neighbours may be close."""
+    """Write each unit's name over its span, but the root's under it, because neighbours may be close."""
     pieces = itertools.groupby(enumerate(lane), key=lambda item: item[1].unit if item[1].unit in PHASES else item[0])
     for together in ([span for _, span in piece] for _, piece in pieces):
         first, last = together[0], together[-1]

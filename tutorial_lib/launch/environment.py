@@ -43,8 +43,8 @@ def check_environment(config: Config) -> None:
 
     Raises:
         ConfigError: torchrun has started this process, but the launcher would start all ranks again; a variable of
-            torchrun is missing or not a number; or ``GLOO_SOCKET_IFNAME`` is not a network interface, or one that
-            other nodes cannot reach.
+            torchrun is missing or not a number; or ``GLOO_SOCKET_IFNAME`` is not a network interface, or is one
+            that other nodes cannot reach.
     """
     if config.run.launcher == "none":
         _check_rendezvous(config.parallel.world_size)
