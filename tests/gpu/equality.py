@@ -169,7 +169,7 @@ def parameters_of(config: Config) -> list[tuple[str, Any]]:
     """Return names and empty tensors of the model's parameters."""
     from tutorial_lib.models.meta import model_outline
 
-    return list(model_outline(config).named_parameters())
+    return list(model_outline(config.model, config.engine).named_parameters())
 
 
 def compare_with_plan(setting: Setting, engine: str) -> dict[str, Any]:

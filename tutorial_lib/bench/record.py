@@ -177,7 +177,7 @@ def measure_row(name: str, run: Run, log: Path, *, wall_seconds: float) -> RowRe
     seconds = sum(row["seconds"] for row in steady)
     tree, gpus = _sampled(log, config)
     measured = [rank["measured"] for rank in result["ranks"]]
-    predicted = tuple(expected_states(config, parameter_sizes(config)) or ())
+    predicted = tuple(expected_states(config, parameter_sizes(config.model, config.engine)) or ())
     accounts = [each["state_bytes"] for each in measured if each]
     return RowRecord(
         name=name,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,8 @@ def _boundary_gradients(config: Config, workload: Workload, layout: Layout) -> f
         return 0.0
     from tutorial_lib.models.meta import model_outline
 
-    sizes = [p.numel() for p in model_outline(config.override(random_init=True)).parameters() if p.requires_grad]
+    outline = model_outline(replace(config.model, random_init=True), config.engine)
+    sizes = [p.numel() for p in outline.parameters() if p.requires_grad]
     held = max(memory.reduced_gradients(sizes, layout.dp, rank) for rank in range(layout.dp))
     return (held - memory.partition_elements(sum(sizes), layout.dp)) * workload.bytes_per_element
 

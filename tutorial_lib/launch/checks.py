@@ -68,9 +68,9 @@ def preflight(config: Config) -> Config:
     tokenizer = load_tokenizer(m.name, trust_remote_code=m.trust_remote_code)
     check_vocabulary(tokenizer, model)
     check_side_files(m.name)
-    check_stored_weights(config)
+    check_stored_weights(m, config.engine)
     if m.freeze or config.engine.activation_checkpointing:
-        model_outline(config)  # refuses a pattern that matches nothing, and a family that cannot recompute
+        model_outline(m, config.engine)  # refuses a pattern that matches nothing, and a family that cannot recompute
     _check_states(config)
     if config.parallel.tp > 1:  # an output layer with its own weight is split as well
         model = load_trained_config(m.name, random_init=m.random_init, trust_remote_code=m.trust_remote_code)
@@ -78,7 +78,7 @@ def preflight(config: Config) -> Config:
     if config.engine.name == "deepspeed":
         check_autotp(config, model)
         if file := config.engine.deepspeed_file:
-            check_leaf_modules(file, lambda: model_outline(config))
+            check_leaf_modules(file, lambda: model_outline(m, config.engine))
             if config.run.launcher != "ray":  # Ray's workers may be on other machines
                 check_outputs(file)
     check_storage(config)
@@ -164,7 +164,7 @@ def _check_states(config: Config) -> None:
     is_here = config.run.launcher == "local" or (config.run.launcher == "ray" and not ray_address())
     if not is_here or config.run.device != "cpu":
         return
-    states = expected_states(config, parameter_sizes(config))
+    states = expected_states(config, parameter_sizes(config.model, config.engine))
     if states is None:
         return
     ranks, held = config.parallel.world_size, sum(each.total for each in states) / 1e9
