@@ -84,7 +84,7 @@ def compare(
 
     workload, layout = workload_and_layout(config, *read_config(config.model.name))
     ranks = config.parallel.world_size
-    states, peak = states_and_peak(config, workload, layout)
+    states, peak = states_and_peak(workload, layout, config.accumulation)
     cluster = _cluster_of(gpu, ranks, config.engine.precision)
     candidate = evaluate(workload, cluster, layout)
     rows = [

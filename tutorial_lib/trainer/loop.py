@@ -19,7 +19,7 @@ from tutorial_lib.checkpoint import CheckpointManager
 from tutorial_lib.checkpoint.directory import finish_deletions
 from tutorial_lib.checkpoint.manager import OnCheckpoint
 from tutorial_lib.checkpoint.start import Start, find_start
-from tutorial_lib.config import Config
+from tutorial_lib.config import Config, RunConfig
 from tutorial_lib.dataloader import build_eval_loader, build_train_loader, data_identity
 from tutorial_lib.engine import build_engine
 from tutorial_lib.measure.memory import reset_peak_memory
@@ -68,15 +68,15 @@ class Trainer:
         """Build data, model, optimizer and checkpoints. Collective."""
         config, topology = self.config, self.topology
         self.tokenizer = load_tokenizer(config.model.name, trust_remote_code=config.model.trust_remote_code)
-        start = find_start(config, topology, partial(data_identity, config, self.tokenizer))
-        loader: Any = self.build_loader() if start.reads_data else _NoData(config, start)
+        start = find_start(config, topology, partial(data_identity, config.data, config.run, self.tokenizer))
+        loader: Any = self.build_loader() if start.reads_data else _NoData(config.run, start)
         self.loader = loader
         self.num_steps: int = self.loader.num_steps
         self.engine: Any = self.build_engine()
         self.evaluator: Evaluator | None = None
         if config.run.evaluate:
             eval_loader = build_eval_loader(config, self.tokenizer, topology)
-            self.evaluator = Evaluator(config, self.engine, eval_loader, topology, self.loader.steps_per_epoch)
+            self.evaluator = Evaluator(config.run, self.engine, eval_loader, topology, self.loader.steps_per_epoch)
         self.checkpoints = CheckpointManager(
             config,
             self.engine,
@@ -238,12 +238,12 @@ class _NoData:
     """Stand-in for the training data of a start that trains no steps: it only keeps the saved position.
 
     Args:
-        config: the run's settings.
+        run: says how many steps to train, unless it gives epochs.
         start: where this start begins.
     """
 
-    def __init__(self, config: Config, start: Start) -> None:
-        self.num_steps = self.last_step = config.run.steps or start.saved_num_steps()
+    def __init__(self, run: RunConfig, start: Start) -> None:
+        self.num_steps = self.last_step = run.steps or start.saved_num_steps()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._state = state
