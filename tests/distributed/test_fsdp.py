@@ -131,7 +131,7 @@ def test_tensor_parallel_ranks_split_once_and_replicate_the_rest(observed, ranks
 def test_the_planner_predicts_what_a_run_holds_and_sends(observed, ranks, name):
     """Use ``plan --check``. Peaks depend on the length of rows: docs/planner-errors.md has them."""
     run = observed(ranks, name)
-    states, _, sent = plan_check.compare(run.config, run.measured)
+    states, _, sent = plan_check.compare_predictions(run.config, run.measured)
     assert abs(states.error) <= 0.01 and abs(sent.error) <= 0.01
 
 

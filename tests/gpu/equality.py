@@ -181,7 +181,10 @@ def compare_with_plan(setting: Setting, engine: str) -> dict[str, Any]:
     join_group(config)
     trainer.train(config)
     preset = find_product(torch.cuda.get_device_name()) if setting.device == "cuda" else None
-    return {"preset": preset, "rows": json.loads(plan_check.report(str(config.directory), gpu=preset, as_json=True))}
+    return {
+        "preset": preset,
+        "rows": json.loads(plan_check.describe_predictions(str(config.directory), gpu=preset, as_json=True)),
+    }
 
 
 def stop_and_resume(setting: Setting) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class Compared:
         return self.predicted / self.measured - 1 if self.measured else 0.0
 
 
-def report(run: str, *, gpu: str | None = None, as_json: bool = False) -> str:
+def describe_predictions(run: str, *, gpu: str | None = None, as_json: bool = False) -> str:
     """Return the comparison as a table, or as JSON.
 
     Args:
@@ -56,7 +56,7 @@ def report(run: str, *, gpu: str | None = None, as_json: bool = False) -> str:
     if not all(measured):
         raise ConfigError(f"{run} was not measured: train it with --measure.")
     seconds = [row["seconds"] for row in records.rows()[3:]]
-    rows = compare(config, measured, gpu=gpu, seconds=statistics.median(seconds) if seconds else None)
+    rows = compare_predictions(config, measured, gpu=gpu, seconds=statistics.median(seconds) if seconds else None)
     if as_json:
         return json.dumps([{**asdict(row), "error": row.error} for row in rows], indent=2)
     lines = [f"{run}: {config.engine.name}, dp={config.parallel.dp} tp={config.parallel.tp}, {config.model.name}"]
@@ -68,7 +68,7 @@ def report(run: str, *, gpu: str | None = None, as_json: bool = False) -> str:
     return "\n".join(lines)
 
 
-def compare(
+def compare_predictions(
     config: Config, measured: list[dict[str, Any]], *, gpu: str | None = None, seconds: float | None = None
 ) -> list[Compared]:
     """Compare the quantities of a run.
