@@ -267,8 +267,9 @@ def test_the_best_is_within_the_tie_of_the_fastest() -> None:
 
 def test_presets() -> None:
     for name, gpu in GPUS.items():
-        assert gpu.sources and set(gpu.plausible) <= {"efficiency", "within", "between", "host_link"}, name
-        assert 0 < gpu.efficiency < 1 and gpu.within >= gpu.between
+        uncertain = {"efficiency", "intra_node_bandwidth", "inter_node_bandwidth", "host_link"}
+        assert gpu.sources and set(gpu.plausible) <= uncertain, name
+        assert 0 < gpu.efficiency < 1 and gpu.intra_node_bandwidth >= gpu.inter_node_bandwidth
         assert peak_flops(name, "fp16") > peak_flops(name, "fp32")
     with pytest.raises(ValueError, match="v100 has no bf16"):
         peak_flops("v100", "bf16")
