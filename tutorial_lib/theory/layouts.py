@@ -17,8 +17,6 @@ ENGINES = ("deepspeed", "fsdp")
 PRECISIONS = ("bf16", "fp16", "fp32")
 FSDP_STRATEGIES = ("no_shard", "shard_grad_op", "full_shard", "hybrid")
 MOMENTS = ("fp32", "bf16", "8bit")
-REDUCTIONS = ("each", "last")
-"""When gradients are reduced: with every micro-batch, or once per step with the last one."""
 
 _A100 = GPUS["a100-80"]
 
