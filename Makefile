@@ -1,4 +1,4 @@
-# Tasks of the course. `make` alone lists them. Each runs the set-up if needed; python is the one in .venv.
+# Targets of the course; `make` alone lists them. Each runs the set-up first if needed, and then uses .venv's python.
 SHELL := /usr/bin/env bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
@@ -8,13 +8,13 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 PYTHON_IN := .venv/bin/python
 READY := .venv/ready
-# Rebuild an environment that was made elsewhere (a moved or copied directory), or with a different python than PYTHON.
+# Run the set-up again if this directory was moved or copied, or if PYTHON names a python: it rebuilds .venv if needed.
 ifneq ($(PYTHON)$(shell cat $(READY) 2>/dev/null),$(CURDIR))
 .PHONY: $(READY)
 endif
 
 TESTS := $(PYTHON_IN) -m pytest
-# Two pytest processes: each takes a file, or a group that tests/distributed names, when it has finished the one before.
+# Run two pytest processes. Each takes the next file, or the next group named in tests/distributed, when it is free.
 TWO_FILES := -n 2 --dist loadfile --no-loadscope-reorder
 TWO_GROUPS := -n 2 --dist loadgroup --no-loadscope-reorder
 
@@ -25,7 +25,7 @@ help: ## list the targets
 	@echo "make TARGET, where TARGET is one of:"
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "  %-14s %s\n", $$1, $$2 }'
 
-setup: $(READY) ## the first step of every other target: .venv with everything pinned (PYTHON=... chooses another python)
+setup: $(READY) ## create .venv with all pinned packages; most other targets do this first (PYTHON=... names a python)
 	@echo "set-up: ready (remove .venv to rebuild it)"
 
 $(READY): constraints.txt pyproject.toml
@@ -34,46 +34,46 @@ $(READY): constraints.txt pyproject.toml
 run-notebooks: $(READY) ## run the whole course without a browser; executed copies in build/notebooks
 	@$(PYTHON_IN) tests/notebooks/run.py
 
-lab: $(READY) ## JupyterLab for this machine only: 127.0.0.1, with its token
+lab: $(READY) ## open JupyterLab, which only this machine can reach (127.0.0.1, with a token)
 	@$(PYTHON_IN) -m jupyterlab --log-level=WARN --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=. \
 		--LabApp.default_url=/lab/tree/notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
 
-check: $(READY) ## lint and unit: run this all the time
+check: $(READY) ## run lint and unit, which are quick enough for every change
 	@.ci/parts lint unit
 
-test: $(READY) ## lint, unit, distributed, cluster, notebooks and nbval, and how long each took
+test: $(READY) ## run lint, unit, distributed, cluster, notebooks and nbval, and show how long each took
 	@.ci/parts lint unit distributed cluster notebooks nbval
 
-matrix: $(READY) cluster-tools ## distributed with every valid combination of settings, each rank in a new interpreter; then all of cluster
+matrix: $(READY) cluster-tools ## run distributed with every valid combination of settings, each rank in a new interpreter, then all of cluster
 	@MATRIX=1 TUTORIAL_LIB_WARM_WORKERS=0 $(TESTS) tests/distributed $(TWO_GROUPS)
 	@MATRIX=1 $(TESTS) tests/cluster $(TWO_FILES)
 
-unit: $(READY) ## fast tests of single functions, in parallel: one pytest process more than cores, because some tests wait
+unit: $(READY) ## run fast tests of single functions, with one more pytest process than cores, because some tests wait
 	@$(TESTS) tests/unit -n $$(( $$(nproc) + 1 < 8 ? $$(nproc) + 1 : 8 ))
 
-distributed: $(READY) ## real runs on 1, 2 and 4 processes, compared number by number: all valid pairs of settings
+distributed: $(READY) ## compare real runs on 1, 2 and 4 processes number by number, with all valid pairs of settings
 	@$(TESTS) tests/distributed $(TWO_GROUPS)
 
-cluster: $(READY) cluster-tools ## torchrun, SLURM and Ray on virtual nodes of this machine (root and Linux; skipped elsewhere)
+cluster: $(READY) cluster-tools ## test torchrun, SLURM and Ray on virtual nodes of this machine (needs root and Linux, else skipped)
 	@$(TESTS) tests/cluster $(TWO_FILES)
 
 cluster-tools: ## install SLURM and munge, which cluster needs (as root, with apt-get)
 	@.ci/cluster-tools
 
 notebooks: $(READY) ## check each committed notebook: its form, its claims, and that the code it shows is the library's
-	@$(TESTS) tests/notebooks
+	@$(TESTS) tests/notebooks $(TWO_FILES)
 
-nbval: $(READY) ## every notebook runs, all claims hold with the committed numbers, deterministic cells show what is committed
+nbval: $(READY) ## run every notebook, and compare its claims and deterministic outputs with the committed ones
 	@$(PYTHON_IN) tests/notebooks/run.py --copy-to build/nbval
 	@$(TESTS) -o addopts=-ra -p tests.conftest -p tests.notebooks.same_claims --nbval-lax --nbval-current-env \
 		--nbval-cell-timeout 600 --timeout 620 $(TWO_FILES) \
 		$$(ls -r build/nbval/*.ipynb) # the longest come first
 
-lint: $(READY) ## style, types and imports, at the same time
+lint: $(READY) ## run style, types and imports at the same time
 	@$(MAKE) --jobs --output-sync=target style types imports
 
 style: $(READY) ## run ruff
-	@ruff check --quiet . && ruff format --quiet --check . || { echo "style: make format repairs most of this"; exit 1; }
+	@ruff check --quiet . && ruff format --quiet --check . || { echo "style: run make format, which repairs most of this"; exit 1; }
 
 types: $(READY) ## run mypy
 	@mypy
@@ -87,17 +87,17 @@ format: $(READY) ## let ruff repair style
 execute: $(READY) ## run the committed notebooks in place, so that their outputs match this code
 	@$(PYTHON_IN) tests/notebooks/run.py --in-place
 
-# `make bench startup ray` measures these alone: the words after `bench` are its arguments, not targets.
+# `make bench startup ray` measures only startup and ray: the words after `bench` are its arguments, not targets.
 BENCHMARKS := $(if $(filter bench,$(firstword $(MAKECMDGOALS))),$(wordlist 2,99,$(MAKECMDGOALS)))
 ifneq ($(BENCHMARKS),)
 .PHONY: $(BENCHMARKS)
 $(BENCHMARKS): ; @:
 endif
 
-bench: $(READY) ## measure the figures of docs/benchmarks.md: a table and JSON; `make bench startup` measures one of them
+bench: $(READY) ## measure the figures of docs/benchmarks.md, as a table and JSON; `make bench startup` measures one
 	@$(PYTHON_IN) -m tests.benchmarks.bench $(BENCHMARKS)
 
-images: $(READY) ## draw images/ again
+images: $(READY) ## redraw images/
 	@$(PYTHON_IN) -m tutorial_lib.lab.images
 
 embedded: $(READY) ## train the embedded tiny models again, from their seed

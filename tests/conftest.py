@@ -28,28 +28,28 @@ MARK, SESSION = "TUTORIAL_LIB_TEST_SESSION", uuid.uuid4().hex
 GRACE_SECONDS = 20
 """Seconds for Ray's daemons and killed workers to end."""
 
-# nbformat imports jsonschema, which imports this parser of IRIs (Unicode URLs): 5 seconds in each pytest process,
-# for a check that nothing here uses. Without the module, jsonschema skips the check.
+# nbformat imports jsonschema, which imports this parser of IRIs (Unicode URLs). That takes 5 seconds in each pytest
+# process, for a check that nothing here uses. Without the module, jsonschema skips the check.
 sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 # Set at import, because torch reads its thread count when it is first imported; child processes inherit the mark.
 os.environ.update(OFFLINE | SEVERAL_PROCESSES_ON_FEW_CORES | {MARK: SESSION})
-# A shell's background jobs, and perhaps a CI's, ignore SIGINT; tests interrupt themselves and what they start.
+# A shell's background jobs, and perhaps a CI's, ignore SIGINT, but tests interrupt themselves and their children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Ranks import their programs from here, wherever pytest was started.
 os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def pytest_collection_finish() -> None:
-    """Exclude imported objects from garbage collection: each run in this process ends with a full collection."""
+    """Exclude imported objects from garbage collection, because each run in this process ends with a full one."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def process_left_as_found() -> Iterator[None]:
-    """Fail if a file changes what later files of this pytest process see: signal handlers, variables, the directory.
+    """Fail if a test file leaves a signal handler, an environment variable or the working directory changed.
 
-    New variables are not counted, because many libraries set some of their own when they are first imported.
+    New variables do not count, because many libraries set some of their own when they are first imported.
     """
     before = _state_of_process()
     yield

@@ -9,7 +9,7 @@ Workers write records instead of printing; notebooks, tests and the command line
 ``result.json``
     how the run ended: losses, speed, memory per rank, versions;
 ``restarts.json``
-    under Ray: which rank failed, and at which step the run went on;
+    under Ray, the ranks that failed, and the steps from which the run continued;
 ``checkpoints/step-NNNNNNNN/``
     see :mod:`tutorial_lib.checkpoint`;
 ``.lock``, ``.launch.lock``

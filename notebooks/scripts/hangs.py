@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 TIMEOUT = 4
@@ -26,14 +27,15 @@ def full_state_on_one_rank(model):
 
 
 def save_on_one_rank(model):
-    """Save shards under `if rank == 0`, as one saves an ordinary model."""
+    """Save shards under `if rank == 0`, the way an ordinary model is saved."""
     if dist.get_rank() == 0:
         dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=tempfile.mkdtemp())
 
 
 if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT))
-    model = fully_shard(torch.nn.Linear(8, 8))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))  # on a machine with GPUs, too
+    model = fully_shard(torch.nn.Linear(8, 8), mesh=mesh)
     started = time.perf_counter()
     try:
         {"full_state_on_one_rank": full_state_on_one_rank, "save_on_one_rank": save_on_one_rank}[sys.argv[1]](model)

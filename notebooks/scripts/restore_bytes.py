@@ -1,4 +1,4 @@
-"""Bytes that each rank reads from the files of a checkpoint when a run resumes. Lesson 04 starts it."""
+"""Bytes that each rank reads from the files of a checkpoint when a run resumes. Lesson 04 starts this script."""
 
 import psutil
 import torch.distributed as dist

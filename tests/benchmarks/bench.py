@@ -1,8 +1,8 @@
-"""Figures of ``docs/benchmarks.md``: ``make bench``, or ``python -m tests.benchmarks.bench [NAMES] [--json]``.
+"""Benchmarks behind ``docs/benchmarks.md``, run by ``make bench`` or ``python -m tests.benchmarks.bench [NAMES]``.
 
 Competitors run alternately on the same machine, and the figure is their ratio. Each benchmark's newest result
-is saved in ``results.json`` beside this file, with the date and the machine. These are not tests: a slow
-machine fails nothing. A target that was missed is marked in the table.
+is saved in ``results.json`` beside this file, with the date and the machine. These are not tests, so a slow machine
+does not make anything fail. A target that was missed is marked in the table.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ NAMES = tuple(_SHOWN)
 
 
 def main(names: Sequence[str] = (), as_json: bool = False) -> int:
-    """Run benchmarks, all by default, print their figures and keep them in ``results.json``. Returns 0.
+    """Run the named benchmarks (all by default), print their figures, save them in ``results.json``, and return 0.
 
     Raises:
         ConfigError: there is no benchmark of that name.
@@ -233,7 +233,7 @@ def _in_new_process(module: str) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Format the results of :func:`main`: the figure, its target, and ``MISSED`` if that was not reached."""
+    """Format the results of :func:`main` as lines with a figure, its target, and whether the target was met."""
     lines = []
     for name, result in results.items():
         where = result["measured"]
@@ -274,8 +274,8 @@ def _processor() -> str:
 
 if __name__ == "__main__":
     given = argparse.ArgumentParser(description="Measure the figures of docs/benchmarks.md.")
-    given.add_argument("names", nargs="*", help=f"which benchmarks: {', '.join(NAMES)}; default: all")
-    given.add_argument("--json", action="store_true", help="print JSON for machines")
+    given.add_argument("names", nargs="*", help=f"benchmarks to run, all by default: {', '.join(NAMES)}")
+    given.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = given.parse_args()
     try:
         sys.exit(main(options.names, as_json=options.json))

@@ -1,10 +1,10 @@
 """Checkpoints of each engine: their size, the speed of saving and restoring, and the time that a step waits.
 
-The baseline is a plain ``torch.save`` of the same tensors by the same ranks, with the CRC-32 that it adds: once with
-``fsync`` and a rename, so that the checkpoint survives a power failure; once without, which leaves a copy in memory. A
-save that training waits for ends on the disk, so it is compared with the first. With ``async_save``, training waits
-only for a copy in memory, so it is compared with the second. Loads are compared with ``torch.load``, which fills
-no engine; a first, uncounted load brings the files into memory.
+There are two baselines, in which the same ranks write the same tensors with plain ``torch.save`` (which adds a CRC-32).
+The first one adds ``fsync`` and a rename, so that the checkpoint survives a power failure. The second one ends with a
+copy in memory. A save that training waits for ends on the disk, so it is compared with the first. With ``async_save``,
+training waits only for a copy in memory, so it is compared with the second. Loads are compared with ``torch.load``,
+which does not copy anything into an engine; a first, uncounted load brings the files into memory.
 
 ``measure`` starts the ranks; each runs ``python -m tests.benchmarks.checkpoints``, the local launcher's worker with
 :func:`compare` in place of the trainer.
@@ -46,8 +46,8 @@ from tutorial_lib.trainer import loop as trainer
 RANKS = 2
 PAIRS = int(os.environ.get("TUTORIAL_LIB_BENCH_PAIRS", "5"))
 SHAPE = {"n_embd": 1152, "n_layer": 2}
-"""GPT-2 of 35 million parameters, 420 to 560 MB on disk. Wide and shallow, because engines also take time per tensor: a
-layer's matrices have 1.3 to 5.3 million elements here; five of seven in Qwen2.5-0.5B have 0.8 or 4.4 million."""
+"""A GPT-2 with 35 million parameters (420 to 560 MB on disk), wide and shallow because engines also spend time per
+tensor. Its layers' matrices have 1.3 to 5.3 million elements; five of seven in Qwen2.5-0.5B have 0.8 or 4.4 million."""
 
 ENGINES: dict[str, dict[str, Any]] = {
     "ZeRO-1": {"zero_stage": 1},
@@ -58,7 +58,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 
 def measure() -> dict[str, Any]:
-    """Return, by engine, bytes relative to the formula, MB/s relative to plain saves, and seconds of waiting."""
+    """Return each engine's bytes relative to the formula, MB/s relative to plain saves, and seconds of waiting."""
     with tempfile.TemporaryDirectory(prefix="tutorial-lib-bench-") as storage:
         model = Path(storage) / "model"
         # AutoTP does not split GPT-2.
@@ -154,7 +154,7 @@ class _Plain:
 
     def save(self, engine: Any, on_disk: bool = False) -> None:
         """Write new files. With ``on_disk``, sync them to the disk and put them in place of the old ones."""
-        # Some engines copy their states to save them: that is part of a plain save, too.
+        # Some engines copy their states before they save them. A plain save includes that copy.
         collected = _Collected(self.directory / "unused")
         engine.save(self.directory / "unused", collected)
         files = [self._file(number).with_suffix(".new") for number in range(len(collected.states))]
@@ -168,7 +168,7 @@ class _Plain:
             sync(self.directory)
 
     def settle(self) -> None:
-        """Replace the old files with the new. This frees the old ones, and some file systems then write out the new."""
+        """Replace the old files with the new ones, which some file systems then write to the disk."""
         for new in self.directory.glob(f"{dist.get_rank()}-*.new"):
             os.replace(new, new.with_suffix(".pt"))
 
@@ -192,9 +192,9 @@ class _Collected(rank_writer.Writer):
 
 
 def _hand_over(session: Any) -> float:
-    """Save as between two training steps; return how long the steps would wait, on the rank that waits longest.
+    """Save as between two training steps, and return how long training would wait on the slowest rank.
 
-    The second half, which makes the checkpoint visible, begins once all files are written, and counts as well.
+    The second half of the save, which makes the checkpoint visible, begins once all files are written, and counts too.
     """
     session.save(more_steps=True)
     while not session.checkpoints.is_written():
@@ -205,10 +205,10 @@ def _hand_over(session: Any) -> float:
 
 
 def _alternated(files: _Plain, **procedures: Callable[[], float | None]) -> list[dict[str, float]]:
-    """Return each procedure's seconds in each round: what it returns, or the time until the slowest rank is done.
+    """Return the seconds of each procedure in each round, without the first round.
 
-    The first round is not counted. Each call begins once the disk is idle, so that it does not pay for earlier writes
-    or for freeing old files.
+    If a procedure returns a number, these are its seconds. Otherwise, they are the time until the slowest rank is done.
+    Each call begins once the disk is idle, so that it does not pay for earlier writes or for freeing old files.
     """
     rounds = []
     for number in range(PAIRS + 1):
@@ -246,7 +246,7 @@ def _sum_of_ranks(number: int) -> int:
 
 
 def _stalls(session: Any, batches: Iterator[Any]) -> dict[str, Any]:
-    """Return the seconds a save stalls, and all seconds lost until it is written, with and without ``async_save``."""
+    """Return the seconds for which a save stalls training, and those lost until it is written, for each way to save."""
     for _ in range(3):
         session.train_step(next(batches)[1])
     step = statistics.median(_one_step(session, batches) for _ in range(5))
@@ -264,7 +264,7 @@ def _stalls(session: Any, batches: Iterator[Any]) -> dict[str, Any]:
             session.train_step(next(batches)[1])
             session.checkpoints.finish_if_written()
         lost = time.perf_counter() - before - count * step
-        if attempt >= 2:  # the first save each way allocates
+        if attempt >= 2:  # the first save of each kind allocates memory
             waits[name].append(session.checkpoints.saves[-1]["stall_seconds"])
             losses[name].append(lost)
             if count:

@@ -1,6 +1,6 @@
-"""Every engine's steps against data parallelism without sharding (DDP), on the same batches, on two ranks.
+"""Speed of every engine relative to data parallelism without sharding (DDP), on the same batches and two ranks.
 
-One engine is a single process with both cores to itself. ``measure`` starts the ranks; each runs
+One of the engines is a single process that uses both cores. ``measure`` starts the ranks; each runs
 ``python -m tests.benchmarks.engines``, the local launcher's worker with :func:`compare` in place of the trainer.
 """
 
@@ -86,7 +86,7 @@ def _speed(config: Config, reference: Config) -> dict[str, Any]:
 
 
 def _step(config: Config) -> Callable[[], float]:
-    """Return a function that trains one step, and returns its loss over all ranks. A single process is rank 0."""
+    """Return a function that trains one step and returns its loss over all ranks. A single process is on rank 0."""
     alone = config.parallel.world_size == 1
     topology = Topology.create(config.parallel, rank=0 if alone else dist.get_rank(), world_size=1 if alone else RANKS)
     threads = torch.get_num_threads()

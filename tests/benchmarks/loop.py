@@ -1,4 +1,4 @@
-"""Our training loop against the shortest correct DeepSpeed loop, on the same batches, on two ranks.
+"""Speed of our training loop relative to the shortest correct DeepSpeed loop, on the same batches and two ranks.
 
 ``measure`` starts the ranks; each runs ``python -m tests.benchmarks.loop``, the local launcher's worker with
 :func:`compare` in place of the trainer.
@@ -41,8 +41,8 @@ PAIRS = 40
 def measure() -> dict[str, Any]:
     """Return the time of our steps relative to the shortest loop's steps, for each stage.
 
-    The engine that is built first has a better place in memory, so each stage runs twice, in both orders. Its figure is
-    the geometric mean of both medians.
+    The engine that is built first has a better place in memory, so each stage runs twice, once in each order. Its
+    figure is the geometric mean of both medians.
     """
     with tempfile.TemporaryDirectory(prefix="tutorial-lib-bench-") as storage:
         configs = [
@@ -118,7 +118,7 @@ def compare(config: Config) -> None:
 
 
 def shortest_loop(config: Config, topology: Topology) -> Callable[[], float]:
-    """Return a function that trains one step with only DeepSpeed, and returns the loss over all ranks.
+    """Return a function that trains one step with nothing but DeepSpeed, and returns the loss over all ranks.
 
     It is still correct: every token has the same weight, and the loss covers all ranks.
     """

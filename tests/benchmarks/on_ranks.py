@@ -11,6 +11,6 @@ from tutorial_lib.config import Config
 
 
 def run_on_ranks(module: str, configs: Sequence[Config]) -> list[launch.Run]:
-    """Run the module's ``main`` on every rank, instead of the worker that trains; it writes each run's result."""
+    """Run the module's ``main``, which writes each run's result, on every rank in place of the training worker."""
     with mock.patch.dict("os.environ", PYTHONPATH=str(ROOT)):
         return launch.run_all(configs, worker=module)

@@ -1,4 +1,4 @@
-"""Useful tokens per second of each way to batch, on short texts, with everything else the same."""
+"""Useful tokens per second of each way to batch short texts, with everything else the same."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STEPS = {"longest": 12, "packed": 2, "max_length": 2}
 
 
 def measure() -> dict[str, Any]:
-    """Compare ``longest`` and ``packed`` with ``max_length``, alternating: forward, backward and step."""
+    """Compare ``longest`` and ``packed`` with ``max_length`` in alternating training steps."""
     torch.set_num_threads(1)
     padded, *others = (_trainer(batching) for batching in ("max_length", "longest", "packed"))
     result: dict[str, Any] = {"seq_length": SEQ_LENGTH, "batch": BATCH, "pairs": PAIRS, "tokens_per_second": {}}
@@ -43,7 +43,7 @@ def measure() -> dict[str, Any]:
 
 
 def _trainer(batching: str) -> Callable[[], float]:
-    """Return a function that trains some steps, and returns the counted tokens per second."""
+    """Return a function that trains some steps, and returns how many tokens per second counted in the loss."""
     config = Config.create(
         "cpu",
         engine="torch",

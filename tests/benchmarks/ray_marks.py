@@ -14,10 +14,13 @@ from ray.train.v2._internal.execution.callback import ControllerCallback, Worker
 
 
 class Marks(ControllerCallback, WorkerGroupCallback):
-    """Appends a line ``{"mark": name, "time": seconds}`` to a file that the environment names, as a fit starts."""
+    """Callback that appends a line ``{"mark": name, "time": seconds}`` to a file at each stage of a fit's start.
+
+    The environment names the file.
+    """
 
     def __init__(self) -> None:
-        # In the driver; the controller gets a copy.
+        # This runs in the driver. The controller gets a copy of this object.
         self._path = Path(os.environ["TUTORIAL_LIB_RAY_MARKS"])
 
     def _mark(self, name: str) -> None:

@@ -28,11 +28,11 @@ PARTS = (
 
 
 def measure() -> dict[str, Any]:
-    """Measure two fits of two workers that train a step each: first from scratch, then with Ray running."""
-    from tutorial_lib.launch.ray import cluster  # imports Ray only when it starts it, which is measured
+    """Measure two one-step fits on two workers, of which the first starts Ray and the second finds it running."""
+    from tutorial_lib.launch.ray import cluster  # imports Ray only when it starts Ray, so the import is measured
 
     with tempfile.TemporaryDirectory(prefix="tutorial-lib-bench-") as storage:
-        with mock.patch.object(cluster, "stop"):  # the first fit leaves Ray to the second
+        with mock.patch.object(cluster, "stop"):  # the first fit leaves Ray running for the second
             first = _fit(Path(storage), "first")
         second = _fit(Path(storage), "second")
         began = time.time()

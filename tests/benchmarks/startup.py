@@ -1,4 +1,4 @@
-"""Seconds that a launch takes: from a warm server, and with new interpreters, in the same program and from the shell.
+"""Seconds that a launch takes with a warm server and with new interpreters, in the same program and from the shell.
 
 Each round starts new programs, alternately with and without the warm server. A program launches a four-step run on two
 ranks three times; the first launch includes the imports of its checks and the loading of the server.
@@ -29,7 +29,7 @@ WAYS = {"warm": "1", "cold": "0"}
 
 
 def measure() -> dict[str, Any]:
-    """Return medians over rounds: seconds of a first launch, of the fastest later one, and its overhead."""
+    """Return median seconds of a program's first launch, of its fastest later one, and of a launch from the shell."""
     dataset_directory("embedded/news")
     seconds: dict[str, dict[str, list[float]]] = {way: {} for way in WAYS}
     for number in range(ROUNDS):
@@ -61,7 +61,7 @@ def config(storage: str, name: str) -> Config:
 
 
 def launch_often(storage: str) -> None:
-    """Print as JSON the seconds of each launch, and of the slowest rank's own part of it."""
+    """Print the seconds of each launch and of the slowest rank's part in it, as JSON."""
     launches = []
     for number in range(LAUNCHES):
         began = time.perf_counter()

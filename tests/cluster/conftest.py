@@ -1,4 +1,4 @@
-"""One SLURM cluster of two virtual nodes, for all tests that do not change it."""
+"""SLURM cluster of two virtual nodes that all tests share, except those that break it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from tests.distributed.cases import small_runs
 
 TIMEOUT = 240
 
-
 LONGEST_FIRST = ("test_ray.py", "test_slurm.py")
-"""Files that run first: ``make cluster`` has two pytest processes, and shorter files are easy to distribute then."""
+"""Files that run first, so that ``make cluster`` can spread the shorter ones evenly over its two pytest processes."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,7 +1,7 @@
 """A Ray cluster on virtual nodes: ``ray start --head`` on the first node, ``ray start --address`` on the others.
 
-Ray's processes live inside the nodes' namespaces, and end with them. Every client needs a
-token that is created here, as on clusters that ``tutorial_lib`` starts itself.
+Ray's processes live inside the nodes' namespaces, and end with them. Every client needs a token that is created here,
+as on clusters that ``tutorial_lib`` starts itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tutorial_lib.launch.ray.nodes import NOTICE_A_LOST_NODE
 
 PORT = 6379
 CPUS = 3
-"""Slots of each node: Ray Train's own placement of two groups of two ranks would put three ranks on one node."""
+"""CPUs of each node. With three, Ray Train's own placement of two groups of two ranks would put three on one node."""
 
 
 class RayCluster:
@@ -36,7 +36,7 @@ class RayCluster:
         self.head = nodes.nodes[0]
         self.environment = {
             **os.environ,
-            # The replacements save each of Ray's many processes a second of imports.
+            # The replacements in `lean_imports` save each of Ray's many processes a second of imports.
             "PYTHONPATH": f"{Path(lean_imports.__file__).parent}:{ROOT}",
             "RAY_ADDRESS": f"{self.head.address}:{PORT}",
             **NOTICE_A_LOST_NODE,
@@ -73,7 +73,7 @@ class RayCluster:
             raise RuntimeError(f"Ray did not start on {node.name}: {errors}")
 
     def drive(self, given: list[str], log: Path) -> subprocess.Popen[str]:
-        """Start a Python program on the head node that connects to the cluster. Its output goes to a file."""
+        """Start a Python program on the head node, connect it to the cluster, and write its output to a file."""
         file = log.open("w")
         return self.head.start([sys.executable, *given], env=self.environment, stdout=file, stderr=subprocess.STDOUT)
 

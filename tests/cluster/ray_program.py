@@ -16,7 +16,7 @@ from tutorial_lib.config import Config
 from tutorial_lib.launch.ray import train as ray_train
 
 HELD_AT = 4
-"""Step at which a run with all ranks waits for the loss of a node; the smaller run then waits for the node."""
+"""Step at which a run with all ranks waits until a node is lost. The smaller run then waits until the node is back."""
 
 TIMEOUT = 3
 """Seconds that a run waits for resources that are in use."""
@@ -26,7 +26,7 @@ IS_BACK = "node-is-back"
 
 
 def elastic(config: Config) -> None:
-    """Train while the test removes a node and brings it back; the worker is :mod:`tests.cluster.slow_worker`."""
+    """Train with :mod:`tests.cluster.slow_worker` while the test removes a node and brings it back."""
     ray_train.GROW_SECONDS, ray_train.SETTLE_SECONDS = 1.0, 2.0
     launch.run_all([config], worker="tests.cluster.slow_worker")
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import nbformat
 import torch
+from nbformat import NotebookNode
 
 from tests.cluster.slurm_cluster import CORES, SlurmCluster
 from tests.cluster.virtual_nodes import ROOT, VirtualNodes, end
@@ -46,9 +47,19 @@ _TELL = f"import json, os; print(json.dumps({{name: os.environ.get(name) for nam
 
 def lesson_script() -> str:
     """Return the training script that lesson 06 writes in a cell of its own."""
-    document = nbformat.read(ROOT / "notebooks" / "06_scaling_out.ipynb", as_version=4)
-    (source,) = [cell.source for cell in document.cells if cell.source.startswith("%%writefile")]
+    (source,) = [cell.source for cell in _lesson().cells if cell.source.startswith("%%writefile")]
     return str(source.partition("\n")[2])
+
+
+def lesson_batch_script() -> str:
+    """Return the shortest batch script that lesson 06 shows."""
+    text = "\n".join(cell.source for cell in _lesson().cells if cell.cell_type == "markdown")
+    (script,) = re.findall(r"^```bash\n(#!.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return str(script)
+
+
+def _lesson() -> NotebookNode:
+    return nbformat.read(ROOT / "notebooks" / "06_scaling_out.ipynb", as_version=4)
 
 
 def variables_of_srun(cluster: SlurmCluster, directory: Path) -> list[dict[str, str | None]]:
@@ -58,16 +69,27 @@ def variables_of_srun(cluster: SlurmCluster, directory: Path) -> list[dict[str, 
 
 
 def lesson_on_two_nodes(cluster: SlurmCluster, directory: Path) -> list[dict[str, Any]]:
-    """Return the output of the lesson's script with two processes on each of two nodes, by rank."""
-    script, output = directory / "train.py", directory / "ranks"
-    script.write_text(lesson_script())
-    output.mkdir()
-    head = cluster.head.name
-    torchrun = ["--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d", f"--rdzv-endpoint={head}:29400"]
-    _srun(
-        cluster, directory, ["--nodes=2", "--ntasks-per-node=1"], [*TORCHRUN, *torchrun, str(script), str(output)]
-    )  # fmt: skip
-    return [json.loads(path.read_text()) for path in sorted(output.glob("rank-*.json"))]
+    """Return the output of the lesson's script with two processes on each of two nodes, by rank.
+
+    The lesson's shortest batch script starts it, cut to what the virtual nodes have.
+    """
+    script = lesson_batch_script()
+    for asked, there in {
+        "#SBATCH --gpus-per-node=4\n": "",
+        "--nproc-per-node=4": "--nproc-per-node=2",
+        "--cpus-per-task=32": f"--cpus-per-task={CORES}",
+        "OMP_NUM_THREADS=8 SRUN_CPUS_PER_TASK=32": f"OMP_NUM_THREADS=1 SRUN_CPUS_PER_TASK={CORES}",
+        "torchrun": " ".join(TORCHRUN),
+    }.items():
+        assert script.count(asked) == 1, asked
+        script = script.replace(asked, there)
+    (directory / "train.py").write_text(lesson_script())
+    (directory / "train.sbatch").write_text(script)
+    job = cluster.submit(directory / "train.sbatch", f"--chdir={directory}", f"--output={directory / 'train.out'}")
+    state = cluster.wait_for_end(job, SECONDS)
+    if state != "COMPLETED":
+        raise RuntimeError(f"{state}: {(directory / 'train.out').read_text()}")
+    return [json.loads(path.read_text()) for path in sorted(directory.glob("rank-*.json"))]
 
 
 def meet_over(nodes: VirtualNodes, interface: str) -> str:
@@ -109,10 +131,10 @@ class Job:
         self.id = cluster.submit(self.script, f"--output={self.output}", *options)
 
     def finish(self) -> None:
-        """Wait for its end.
+        """Wait until the job ends.
 
         Raises:
-            RuntimeError: it did not complete.
+            RuntimeError: the job did not complete.
         """
         state = self.cluster.wait_for_end(self.id, SECONDS)
         if state != "COMPLETED":
@@ -174,7 +196,7 @@ def preempted(cluster: SlurmCluster, directory: Path) -> dict[str, Any]:
 
 
 def scaling_row(cluster: SlurmCluster, directory: Path, nodes: int, steps: int = 12) -> dict[str, Any]:
-    """Return a row of the workshop's table of multi-node scaling: a job with 16 examples a step for each node."""
+    """Return one row of the workshop's table of multi-node scaling, from a job with 16 examples per step and node."""
     size = ["--nodes", str(nodes), "--steps", str(steps), "--global-batch", str(16 * nodes)]
     job = Job(cluster, directory, f"nodes-{nodes}", *size)
     job.finish()
@@ -198,7 +220,7 @@ def scaling_row(cluster: SlurmCluster, directory: Path, nodes: int, steps: int =
 
 
 def versions(cluster: SlurmCluster) -> dict[str, str]:
-    """Return the date and the versions of the recording."""
+    """Return the date of the recording, the versions that it used, and a description of the machine."""
     return {
         "date": datetime.date.today().isoformat(),
         "SLURM": cluster.run(["sinfo", "--version"]).removeprefix("slurm-wlm "),

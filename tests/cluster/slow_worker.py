@@ -1,4 +1,4 @@
-"""Slow Ray worker: the launcher's, but it pauses after each checkpoint, so that a node can be lost or come back."""
+"""Slow Ray worker: the launcher's worker with pauses after checkpoints, in which a node can be lost or come back."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def main(given: dict[str, Any]) -> None:
                 until = time.monotonic() + 100
                 while not (config.directory / IS_BACK).exists() and time.monotonic() < until:
                     time.sleep(0.1)
-                time.sleep(1.5)  # there is room now: give Ray time to see it
+                time.sleep(1.5)  # there is room for all ranks again: give Ray time to notice
 
         train_all(configs, on_checkpoint=report_and_wait)
 

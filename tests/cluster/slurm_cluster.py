@@ -37,7 +37,7 @@ MpiDefault=none
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 JobCompType=jobcomp/none
-# More cores per node than the machine has: nodes share them.
+# Nodes may claim more cores than the machine has, because they share them.
 SlurmdParameters=config_overrides
 ReturnToService=2
 SchedulerParameters=bf_interval=1,sched_interval=1
@@ -63,7 +63,7 @@ def find_program(name: str) -> str | None:
 
 
 class SlurmError(RuntimeError):
-    """A command failed, or a wait timed out; then the message ends with SLURM's logs."""
+    """A command that failed, or a wait that timed out. The message of a timeout ends with SLURM's logs."""
 
 
 class SlurmCluster:
@@ -114,7 +114,7 @@ class SlurmCluster:
         self._check(["slurmd", "-N", node.name], node)
 
     def run(self, given: Sequence[str], node: Node | None = None, **options: Any) -> str:
-        """Run a command, such as ``scontrol``, and return what it prints.
+        """Run a command, such as ``scontrol``, and return its output.
 
         Raises:
             SlurmError: it failed.

@@ -40,7 +40,7 @@ def test_nodes_reach_only_each_other(virtual_nodes: VirtualNodes) -> None:
 
 
 def test_a_killed_node_is_gone_at_once(virtual_nodes: VirtualNodes, shared: Path) -> None:
-    """The fixture ``virtual_nodes`` is only requested for its reasons to skip."""
+    """The fixture ``virtual_nodes`` is only here to skip the test where virtual nodes cannot start."""
     with VirtualNodes(2, [shared]) as nodes:
         sleeping = nodes.nodes[0].start(["sleep", "1000"])
         nodes.nodes[0].kill()
@@ -63,7 +63,7 @@ with VirtualNodes(2, [directory]) as nodes, SlurmCluster(nodes, directory):
 
 
 def test_nothing_is_left_when_a_test_fails_or_pytest_is_killed(cluster: object, tmp_path: Path) -> None:
-    """The fixture ``cluster`` is only requested for its reasons to skip. The kill leaves no chance to clean up."""
+    """The fixture ``cluster`` is only here to skip the test where SLURM cannot start."""
     interfaces = os.listdir("/sys/class/net")
     for how in ("fails", "is killed"):
         directory = tmp_path / how.split()[-1]

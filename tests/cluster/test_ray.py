@@ -1,4 +1,4 @@
-"""Ray on two virtual nodes: placement of ranks, a node that is lost and comes back, and clear, timely refusals."""
+"""Ray on two virtual nodes: placement of ranks, a node that is lost and comes back, and refusals with a reason."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Program:
     "ends after `resource_timeout` with an error that lists what the run needs and what is free on each node",
 )
 @pytest.mark.fault(
-    "no node has the CPUs or GPUs of a tensor-parallel group",
+    "no node has enough CPUs or GPUs for a tensor-parallel group",
     "refused before a rank starts, with what each node has",
 )
 @pytest.mark.fault(
@@ -71,7 +71,7 @@ class Program:
 )
 def test_a_run_that_does_not_fit_the_cluster_is_refused_with_the_reason(ray_cluster: RayCluster, inputs: Path) -> None:
     config = small_runs.config(inputs, **{**CASE, "steps": 1}, dp=2, zero_stage=1, name="refused", launcher="ray")
-    ray_cluster.nodes.nodes[1].run(["mkdir", "-p", "/tmp/own-runs/own"])  # not what node1 has at this path
+    ray_cluster.nodes.nodes[1].run(["mkdir", "-p", "/tmp/own-runs/own"])  # node1 has a different directory at this path
     program = Program(ray_cluster, "refusals", config, inputs)
     try:
         assert program.process.wait(timeout=SECONDS) == 0, program.log.read_text()
@@ -128,8 +128,8 @@ def test_a_run_continues_without_a_lost_node_and_grows_when_it_returns(
         assert program.process.wait(timeout=30) == 0, program.log.read_text()
     finally:
         end(program.process)
-    # The two ranks of each tensor-parallel group share a node, in each of the three starts, though there is room for
-    # three ranks on each.
+    # In each of the three starts, the two ranks of a tensor-parallel group share a node, although a node has room for
+    # three ranks.
     for places in program.places():
         assert all(first == second for first, second in zip(places[::2], places[1::2], strict=True)), places
     assert [sorted(places) for places in program.places()] == [

@@ -1,4 +1,4 @@
-"""Lesson 06's recording of a cluster: four of its parts give the same results on virtual nodes."""
+"""Lesson 06's recording of a cluster, four parts of which must give the same results when they are repeated."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_two_nodes_meet_over_their_network_and_fail_in_the_recorded_words_over_t
 
 @slow
 def test_the_lesson_submits_its_job_where_slurm_answers(cluster: SlurmCluster, shared: Path) -> None:
-    """Its kernel runs on the head node, so that its `--submit` meets the real SLURM."""
+    """The lesson's kernel runs on the head node, so that its `--submit` reaches the real SLURM."""
     lesson = nbformat.read(ROOT / "notebooks" / "06_scaling_out.ipynb", as_version=4)
     needed = ("PROFILE = ", "import json", "if diagnose().scheduler")
     lesson.cells = [cell for cell in lesson.cells if cell.cell_type == "code" and cell.source.startswith(needed)]

@@ -1,4 +1,4 @@
-"""Requirements of the cluster tests: if something is missing, they say what. Needs neither root nor SLURM."""
+"""Requirements of the cluster tests, which say what is missing. These tests need neither root nor SLURM."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ SECONDS = 120
 
 TWO_NODES = ["--nodes", "2", "--ranks-per-node", "1", "--zero-stage", "2"]
 ON_ONE_NODE = ["--nodes", "1", "--ranks-per-node", "2", "--zero-stage", "2"]
-"""The same ranks on a single node, whose loss leaves room for them on another one."""
+"""The same ranks on a single node. If it is lost, the other node has room for them."""
 ONE_PROCESS = ["--nodes", "1", "--ranks-per-node", "1", "--engine", "torch"]
 """A single process, which starts faster, for tests that do not depend on the number of processes."""
 
@@ -44,7 +44,7 @@ class Job:
         assert cli.main([*self.arguments, "--output", str(self.script)]) == cli.DONE
 
     def follow(self) -> subprocess.Popen[str]:
-        """Submit it like a user who wants to watch it to its end."""
+        """Submit the job like a user who watches it until it ends."""
         command = [sys.executable, "-m", "tutorial_lib", *self.arguments, "--submit"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return self.cluster.head.start(command, self.script.parent, env=self.cluster.environment, **pipes)
@@ -53,14 +53,14 @@ class Job:
         self.id = self.cluster.submit(self.script, f"--output={self.output}", *options)
 
     def finish(self, seconds: float = SECONDS) -> str:
-        """Wait for the end, and return the last state."""
+        """Wait until the job ends, and return its last state."""
         return self.cluster.wait_for_end(self.id, seconds)
 
     def wait_for_step(self, step: int) -> None:
         self.cluster.wait_until(lambda: any(r["step"] >= step for r in self.run.rows()), SECONDS, f"step {step}")
 
     def wait_until_queued(self) -> None:
-        """Wait until the job is back in the queue. One that ends instead has failed."""
+        """Wait until the job is back in the queue, and fail if it ends instead."""
 
         def is_queued() -> bool:
             state = self.cluster.state(self.id)
@@ -72,7 +72,7 @@ class Job:
     def resume_soon(self, **changes: str) -> None:
         """Wait until the job is back in the queue, and let it start after three seconds instead of two minutes.
 
-        Not at once: a node rejects a credential issued in the second in which the old one expired.
+        It cannot start at once, because a node rejects a credential issued in the second in which the old one expired.
         """
         self.wait_until_queued()
         asked = {"StartTime": "now+3", **changes}
@@ -127,7 +127,7 @@ def test_the_memory_of_each_node_is_logged(uninterrupted: Job) -> None:
 def test_a_job_saves_before_its_time_limit_and_resumes_after_a_requeue(
     cluster: SlurmCluster, inputs: Path, uninterrupted: Job, tmp_path: Path
 ) -> None:
-    """SLURM sends USR1 to the batch script; here scancel does, because a time limit takes minutes."""
+    """Near a time limit, SLURM sends USR1 to the batch script. Here scancel does, because time limits take minutes."""
     job = Job(cluster, inputs, "interrupted", *TWO_NODES, "--steps", str(STEPS))
     job.submit()
     job.wait_for_step(2)
@@ -142,7 +142,7 @@ def test_a_job_saves_before_its_time_limit_and_resumes_after_a_requeue(
 
 
 def test_submit_ends_with_the_exit_code_of_train(cluster: SlurmCluster, inputs: Path) -> None:
-    """Two jobs at the same time on the same node: their processes meet at different ports."""
+    """Two jobs run at the same time, so their processes must meet at different ports in case they share a node."""
     stopping = Job(cluster, inputs, "stopping", *ONE_PROCESS, "--steps", "4", "--stop-after", "1")
     failing = Job(cluster, inputs, "failing", *ONE_PROCESS, "--steps", "4", "--learning-rate", "1e30")
     stopped, failed = (job.follow() for job in (stopping, failing))

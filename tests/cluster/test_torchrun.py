@@ -45,7 +45,7 @@ def run_on(nodes: Sequence[Node], commands: Sequence[Sequence[str]], seconds: fl
 
 @pytest.fixture(scope="session")
 def on_one_node(inputs: Path) -> dict[str, launch.Run]:
-    """Run the same training in this process, by case."""
+    """Train each case in this process, and return the runs by case."""
     cases = ("gpt2", "qwen2")
     return {case: launch.run(equivalence.reference(inputs, case).override(launcher="none")) for case in cases}
 
@@ -85,7 +85,7 @@ def test_two_nodes_train_like_one(
     assert weights.keys() == expected.keys()
     for name, tensor in weights.items():
         assert (tensor - expected[name]).abs().max() <= 1e-6, name
-    # The gradients went over the network, and which rank is where was logged once.
+    # The gradients went over the network, and the node of each rank was logged once.
     elements = sum(tensor.numel() for tensor in weights.values())
     for node, before in zip(virtual_nodes.nodes, sent, strict=True):
         assert node.bytes_sent() - before > 4 * elements / shape.get("tp", 1)
@@ -107,7 +107,7 @@ FAILURES = {
         r"error: Rank 0 of run '\S+' ends because rank 1, on node2, failed with OSError: the disk is full\n",
     ),
 }
-"""Patterns of the output on node2, where rank 1 has failed, and of the output on node1, for each fault."""
+"""For each fault, patterns of the output on node2, where rank 1 failed, and of the output on node1."""
 
 
 @pytest.mark.fault(
@@ -116,7 +116,7 @@ FAILURES = {
 )
 @pytest.mark.parametrize("fault", list(FAILURES) if equivalence.MATRIX else ["killed.in_forward"])
 def test_a_rank_that_fails_ends_all_ranks_which_name_it(virtual_nodes: VirtualNodes, inputs: Path, fault: str) -> None:
-    """``tests/distributed/test_torchrun.py`` has an exception on one node."""
+    """An exception on a single node is tested in ``tests/distributed/test_torchrun.py``."""
     settings = {**equivalence.CASES["gpt2"], "dp": 2, "zero_stage": 1, "steps": 8, "checkpoint_every": 2}
     config = small_runs.config(inputs, **settings, name=f"torchrun-{fault}", launcher="none")
     program = ["-m", "tests.distributed.workers.with_fault", fault, *train_command(config)[1:]]
@@ -136,7 +136,7 @@ def test_a_rank_that_fails_ends_all_ranks_which_name_it(virtual_nodes: VirtualNo
 )
 @pytest.mark.fault("a node never joins torchrun", "torchrun gives up after the timeout in its flags")
 def test_torchrun_waits_as_long_as_its_flags_say(virtual_nodes: VirtualNodes) -> None:
-    """The batch script limits these waits by flags: they happen in torchrun, before our first line runs."""
+    """The batch script limits these waits with flags, because they happen in torchrun, before any of our code runs."""
     waits = {
         "(nowhere, 29400)": ["--rdzv-backend=c10d", "--rdzv-endpoint=nowhere:29400", "--rdzv-conf=read_timeout=2"],
         "RendezvousTimeoutError": ["--rdzv-backend=c10d", "--rdzv-endpoint=node1:29400", "--rdzv-conf=join_timeout=2"],
@@ -166,7 +166,7 @@ def test_a_rendezvous_is_checked_before_torchrun_starts(virtual_nodes: VirtualNo
         while check(first, "node1:29401")[0] == 0:
             assert time.monotonic() < until
         assert "Port 29401 of node1 is in use" in check(first, "node1:29401")[1]
-        assert check(second, "node1:29401")[0] == 0, "only the node that is to listen can tell"
+        assert check(second, "node1:29401")[0] == 0, "only node1, where torchrun would listen, can tell"
     finally:
         end(listening)
 
@@ -176,7 +176,7 @@ def test_a_rendezvous_is_checked_before_torchrun_starts(virtual_nodes: VirtualNo
     "refused with exit code 2; the error lists other interfaces",
 )
 def test_the_loopback_is_refused(virtual_nodes: VirtualNodes, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One node says so; torchrun would start the other one only to get the same error."""
+    """One process is enough here. The other node would refuse for the same reason."""
     config = small_runs.config(inputs, model="gpt2", name="loopback", launcher="none", dp=2)
     own = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": "lo"}
     for name, value in {**own, "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}.items():

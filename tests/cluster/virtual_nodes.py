@@ -2,9 +2,9 @@
 
 Each node has its own address, host name, ``/etc/hosts``, ``/tmp`` and ``/dev/shm``; the rest of the file system is
 shared, as on a cluster with a network file system. All nodes and their bridge live inside one more set of namespaces,
-the *enclosure*. Its first process reads from a pipe that this process holds. When this process ends for any reason,
-the pipe closes, the first process ends, and the kernel takes every process, bridge and interface inside with it.
-Nothing is ever created in the machine's own network namespace.
+the *enclosure*. Its first process reads from a pipe that the process which started the nodes holds open. When that
+process ends for any reason, the pipe closes, the enclosure's first process ends, and the kernel removes every process,
+bridge and interface inside. Nothing is ever created in the machine's own network namespace.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _NODE = """
 set -e
 hostname "$NAME"
 mount --bind "$HOSTS" /etc/hosts
-# What the nodes share may lie below /tmp: hold it open while an empty /tmp is mounted over it.
+# Shared directories may lie below /tmp. Hold them open while an empty /tmp is mounted over them.
 kept=() number=0
 for path in "$@"; do
     if [[ $path == /tmp/* && -d $path ]]; then exec {handle}<"$path"; kept+=("$handle" "$path"); fi
@@ -66,7 +66,7 @@ nsenter --target "$NODE" --net bash -c "ip link set lo up; ip address add $ADDRE
 
 
 class Node:
-    """One virtual node. :class:`VirtualNodes` makes it."""
+    """One virtual node, started by :class:`VirtualNodes`."""
 
     def __init__(self, name: str, address: str, process: subprocess.Popen[str]) -> None:
         self.name, self.address = name, address
@@ -106,7 +106,7 @@ class Node:
         raise ValueError(f"{self.name} has no interface {interface}")
 
     def kill(self) -> None:
-        """Pull the plug: every process of the node ends at once, and its sockets close."""
+        """Kill every process of the node at once, as when its power fails."""
         os.kill(self.init, signal.SIGKILL)
         self.wait()
 
@@ -122,7 +122,7 @@ class VirtualNodes:
         count: number of nodes.
         shared: directories below ``/tmp`` that all nodes see; the repository and the Python environment are shared
             anyway.
-        names: host names that only ``/etc/hosts`` knows, with their addresses, besides the nodes' own.
+        names: further host names for ``/etc/hosts``, with their addresses.
     """
 
     def __init__(self, count: int, shared: Sequence[Path] = (), names: Mapping[str, str] | None = None) -> None:
@@ -153,7 +153,7 @@ class VirtualNodes:
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def add(self, name: str, address: str) -> Node:
-        """Plug in a node: a new one, or a replacement for a node that was killed."""
+        """Add a node, which may replace one that was killed."""
         hosts = self._scratch / f"hosts-{name}"
         hosts.write_text("".join(f"{address} {name}\n" for name, address in self._names.items()))
         inside = ["nsenter", "--target", str(self._inside), "--net", "--uts", "--mount", "--pid", "--wdns=/", "--"]
@@ -186,5 +186,5 @@ def _start(command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
 
 
 def _first_process(process: subprocess.Popen[str]) -> int:
-    """Return the outside id of the process that is number 1 in the namespace created by ``process``."""
+    """Return the outside id of process 1 in the namespace that ``process`` created."""
     return int(psutil.Process(process.pid).children(recursive=True)[-1].pid)

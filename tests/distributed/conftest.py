@@ -1,11 +1,12 @@
 """Shared launches: one per number of ranks for all tests that can share it, because starting processes is slow.
 
-``make distributed`` runs two groups of tests at a time: files that share a launch stay in one pytest process.
+``make distributed`` runs two groups of tests at a time. Files that share a launch are one group, in one pytest process.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,9 +21,9 @@ from tutorial_lib.config import Config
 
 LONGEST_GROUPS = ("launched", "faults")
 TIMEOUT = 1800
-"""Timeout of a test, in seconds: any test may be the one that waits for all shared launches.
+"""Timeout of a test in seconds. It is long, because any test may be the one that waits for all shared launches.
 
-On two busy cores they took 334 in total, and the launches of the full matrix about twice that.
+On two busy cores, these launches took 334 seconds in total, and those of the full matrix about twice as long.
 """
 
 
@@ -41,14 +42,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _place_in_order(item: pytest.Item) -> int:
-    """Return 0 for the longest groups, which start first: the short ones then fill both processes to the end."""
+    """Return 0 for the longest groups, which start first so that short ones keep both processes busy to the end."""
     group = item.get_closest_marker("xdist_group")
     return 0 if group is None or group.args[0] in LONGEST_GROUPS else 1
 
 
 @pytest.fixture(scope="session")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Yield the directory of models, data and all shared runs; it is large, so remove it afterwards."""
+    """Yield the directory of models, data and all shared runs, and remove it afterwards because it is large."""
     directory = tmp_path_factory.mktemp("distributed")
     small_runs.make_inputs(directory)
     (directory / "runs").mkdir()
@@ -57,11 +58,12 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def launched(directory: Path) -> Callable[[int], dict[str, Config]]:
-    """Return a function that launches all shared runs on a number of ranks; it returns their configurations."""
+def launched(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, Config]]:
+    """Return a function that launches all shared runs on a number of ranks and returns their configurations."""
 
     @functools.cache
     def attempt(ranks: int) -> dict[str, Config] | Exception:
+        _claim(f"on-{ranks}-ranks", tmp_path_factory)
         runs = shared.shared_runs(directory, ranks)
         try:
             observe(runs)
@@ -76,6 +78,19 @@ def launched(directory: Path) -> Callable[[int], dict[str, Config]]:
         return outcome
 
     return launch
+
+
+def _claim(launch: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Fail if another pytest process of this session made the same launch, which doubles the time in silence.
+
+    This happens where pytest-xdist ignores groups, as it does with pytest 9.2 (pytest-xdist's issue 1386).
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    try:
+        (tmp_path_factory.getbasetemp().parent / launch).touch(exist_ok=False)
+    except FileExistsError:
+        pytest.fail(f"two pytest processes made the launch {launch}: pytest-xdist ignores the groups of tests")
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from tutorial_lib import checkpoint
     ("ranks", "kind"), [(ranks, kind) for ranks, kinds in interruption.ASYNC_SAVED.items() for kind in kinds]
 )
 def test_a_run_resumed_from_an_async_save_continues_bit_for_bit(observed, ranks, kind):
-    """Write the files only after the next step has changed the states."""
+    """The files are written only after the next step has changed the states."""
     run = observed(ranks, f"async_saved.{kind}")
     assert_identical(run, observed(ranks, f"uninterrupted.{kind}"))
     assert run.directory.result()["resumed_from"] == STOP - 1

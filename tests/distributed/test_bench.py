@@ -24,14 +24,14 @@ def config(storage: Path, name: str, **flat) -> Config:
 
 
 def run(row: Config, *, on_rows=None) -> launch.Run:
-    """Run a row; in stage 1 the last rank is killed, and in stage 2 it runs out of memory."""
+    """Run a row. The last rank is killed in stage 1, and runs out of memory in stage 2."""
     stage = row.engine.zero_stage if row.engine.name == "deepspeed" else 0
     return launch.run_all([row], on_rows=on_rows, worker=FAILING.get(stage))[0]
 
 
 @pytest.fixture(scope="module")
 def matrix(tmp_path_factory) -> Matrix:
-    """Run the stages of ZeRO, of which two fail."""
+    """Run the matrix of ZeRO stages, of which two fail."""
     storage = tmp_path_factory.mktemp("bench")
     return bench.run_matrix("zero-stages", config(storage, "stages", dp=2), rows=ROWS, run=run, sample_interval=0.1)
 
@@ -39,7 +39,7 @@ def matrix(tmp_path_factory) -> Matrix:
 def assert_as_predicted(row: bench.RowRecord) -> None:
     """Compare every part of every rank's model states with the formula, to 2 %, and the peak of a step, to 10 %.
 
-    At the peak, a copy of the gradients or of gathered weights may still be on its way: that depends on timing.
+    The peak may include one more copy of the gradients or of gathered weights, depending on timing.
     """
     assert row.is_done, row.error
     assert len(row.states) == len(row.predicted_states) == row.world_size

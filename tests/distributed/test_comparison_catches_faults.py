@@ -1,4 +1,4 @@
-"""Mutants: runs with one deliberate fault each, compared like any other run, and the comparison must fail."""
+"""Mutants: runs with one deliberate fault each, for which the usual comparison must fail."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHOWN_BY = {
     "update.loss_of_own_tokens": {"tokens", "loss", "grad_norm", "parameters", "exp_avg"},
     # Adam's update hardly depends on the length of the gradient.
     "update.gradients_summed": {"grad_norm", "exp_avg", "exp_avg_sq"},
-    # Clipping hides a wrong length from everything but the norm that is reported.
+    # Clipping hides the wrong length of a gradient everywhere except in the reported norm.
     "update.gradients_averaged_twice": {"grad_norm"},
     # Each rank trains replicated parameters with its own part of the gradient.
     "tensor_parallel.column_all_reduce_skipped": {
@@ -34,11 +34,11 @@ SHOWN_BY = {
     "tensor_parallel.replicated_gradients_counted_twice": {"grad_norm", "exp_avg"},
     "tensor_parallel.slopes_of_the_first_heads": {"loss", "grad_norm", "parameters", "exp_avg"},
 }  # fmt: skip
-"""Quantities in which each fault must show, at least."""
+"""Quantities that each fault must change. It may change others, too."""
 
 
 def faults_on(page: str) -> set[str]:
-    """Return the names of a module's faults: its context managers."""
+    """Return the names of a module's faults, which are its context managers."""
     module = importlib.import_module(f"tests.distributed.injected.{page}")
     return {
         f"{page}.{name}"
@@ -66,13 +66,13 @@ def test_the_comparison_detects_a_fault(observed, fault):
 
 
 def test_the_first_loss_can_be_right_with_a_wrong_gradient(observed):
-    """The first step's loss does not show that ranks were weighted wrongly: gradients must be compared."""
+    """The first step's loss does not show that ranks were weighted wrongly, so gradients must be compared."""
     run, reference = observed(2, "update.mean_of_means"), observed(1, "uneven.reference")
     assert abs(run.rows[0]["loss"] - reference.rows[0]["loss"]) < 1e-6
     assert run.rows[0]["grad_norm"] != pytest.approx(reference.rows[0]["grad_norm"], rel=5e-6)
 
 
 def test_the_comparison_detects_deepspeeds_trial_step(observed):
-    """Without ZeRO, DeepSpeed's 16-bit optimizer takes a step before the first one; the engine undoes it."""
+    """Without ZeRO, DeepSpeed's 16-bit optimizer takes a step when it is constructed, which the engine should undo."""
     run, reference = observed(2, "update.trial_step_kept"), observed(2, "gpt2.zero1-bf16.2")
     assert compare(run, reference, **STAGE_0_IN_BF16).found

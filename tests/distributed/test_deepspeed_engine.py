@@ -27,7 +27,7 @@ def batch() -> dict[str, Tensor]:
 
 
 def train_step(engine: Engine) -> tuple[float, float]:
-    """Return the loss before an update, and the norm of its gradient."""
+    """Train one step, and return its loss and the norm of its gradient."""
     rows = batch()
     loss = token_loss_sum(engine.forward(rows), rows["labels"]) / count_targets(rows["labels"])
     engine.backward(loss)
@@ -55,7 +55,7 @@ def test_fp16_takes_the_same_steps_without_zero_as_with_it() -> None:
         from deepspeed.accelerator import get_accelerator
 
         config = Config.create(engine="deepspeed", zero_stage=stage, precision="bf16", dp=1, global_batch=2)
-        object.__setattr__(config.engine, "precision", "fp16")  # refused on a CPU, where it is slow
+        object.__setattr__(config.engine, "precision", "fp16")  # Config refuses fp16 on a CPU, where it is slow
         with mock.patch.object(type(get_accelerator()), "is_fp16_supported", lambda self: True):
             engine = build(config)
             return [train_step(engine) for _ in range(3)]

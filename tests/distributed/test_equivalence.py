@@ -1,14 +1,15 @@
 """Equivalence: every engine on any grid of ranks equals plain torch in one process, down to the moments.
 
-fp32 tolerances: losses, gradient norms, parameters and moments agree within 1e-6 (relative where they exceed 1), and
-moments, which are small, within 2e-5 of each tensor's largest value. Bounds are wider if DeepSpeed itself rounds more
+In fp32, losses, gradient norms, parameters and moments agree within 1e-6 (relative where they exceed 1). Moments, which
+are small, also agree within 2e-5 of each tensor's largest value. Bounds are wider where DeepSpeed itself rounds more
 coarsely than torch:
 
-- stage 0 clips by a norm that it sums in fp32, which is off by 1e-5 here, and so are its moments: 1e-4;
-- offload reports and clips by such a norm, too: 1e-5; and its CPU Adam holds 1 - beta2 = 0.001 in fp32, which makes
-  every second moment 1.3e-5 smaller: 1e-4.
+- Stage 0 clips by a norm that it sums in fp32. That norm is off by 1e-5 here, and so are the moments, which may differ
+  by 1e-4.
+- Offload clips by such a norm, too, and reports it, so norms may differ by 1e-5. Its CPU Adam holds 1 - beta2 = 0.001
+  in fp32, which makes every second moment 1.3e-5 smaller, so moments may differ by 1e-4.
 
-With Adam's usual epsilon, a weight whose gradient is nothing but rounding may move by the learning rate at every step,
+With Adam's usual epsilon, a weight whose gradient is only rounding error may move by the learning rate at every step,
 in either direction. Losses and norms still agree to 1e-6, and only such weights differ by more than 1e-4.
 """
 
@@ -34,7 +35,7 @@ def test_training_matches_one_torch_process(observed, record_property, ranks, ca
 
 @pytest.mark.parametrize("case", CASES)
 def test_each_case_exercises_its_subject(observed, case):
-    """Check that each case exercises its subject, so that the comparison proves what it claims."""
+    """A case that did not exercise its subject would not prove that the engines agree on it."""
     run = observed(1, f"{case}.reference")
     first = run.rows[0]
     assert len(run.rows) == STEPS
@@ -59,7 +60,7 @@ def test_each_case_exercises_its_subject(observed, case):
     ("ranks", "name"), among_runs([(2, "usual.zero0.2"), (2, "usual.zero3.2"), (4, "usual.zero2.4")])
 )
 def test_with_the_usual_epsilon_only_weights_without_a_gradient_differ(observed, ranks, name):
-    """GPT-2's key biases have no gradient: they shift all scores of a query equally, which softmax ignores."""
+    """GPT-2's key biases have no gradient, because they shift all scores of a query equally, which softmax ignores."""
     run, reference = observed(ranks, name), observed(1, "usual.reference")
     for name, expected in reference.parameters.items():
         difference = (run.parameters[name] - expected).abs()
@@ -83,7 +84,7 @@ def test_accumulation_is_really_used(observed):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_steps_examples_do_not_depend_on_the_number_of_ranks(observed, case):
-    """Check that every example occurs exactly once. The runs themselves are compared above."""
+    """Together, the ranks read every example exactly once. The runs themselves are compared above."""
     expected = observed(1, f"{case}.reference").examples
     assert all(len(step) == CASES[case].get("global_batch", 8) for step in expected)
     for ranks in (2, 4):
@@ -92,7 +93,7 @@ def test_a_steps_examples_do_not_depend_on_the_number_of_ranks(observed, case):
 
 
 BF16_AGAINST_FP32 = {"tolerance": 2e-3, "grad_norm": 1e-2, "parameters": 1e-2, "moments": 0.15}
-"""bf16 keeps 8 bits: rounding changes a number by up to 2^-9 = 2e-3 of its size. Losses average over many."""
+"""Tolerances for bf16. Rounding to its 8 significant bits changes a number by up to 2^-9 = 2e-3 of its size."""
 
 
 @pytest.mark.parametrize(("ranks", "case", "variant"), BF16)
@@ -115,7 +116,7 @@ def test_bf16_in_every_stage_matches_stage_1(observed, record_property, ranks, n
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("collective", ["all_reduce", "reduce_scatter_tensor", "reduce_scatter"])
 def test_gloo_averages_where_it_is_asked_to(launched, directory, ranks, collective):
-    """Older torch silently returned the sum from reduce-scatter (pytorch issue 162338)."""
+    """Older versions of torch silently returned the sum from reduce-scatter (pytorch issue 162338)."""
     launched(ranks)
     outcome = torch.load(directory / "runs" / f"averages-{ranks}.pt", weights_only=True)[collective]
     assert outcome.tolist() == [(ranks + 1) / 2] * 3

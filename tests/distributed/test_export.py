@@ -42,7 +42,7 @@ def exported(run, tmp_path):
 def test_an_export_gives_the_logits_of_the_engine(observed, tmp_path, ranks, name):
     run = observed(ranks, name)
     target = exported(run, tmp_path)
-    # Packed rows need the document masks that load_model teaches BLOOM; everything else is transformers alone.
+    # Packed rows need the document masks that load_model teaches BLOOM. Everything else needs only transformers.
     load = load_model if run.config.data.batching == "packed" else AutoModelForCausalLM.from_pretrained
     model = load(str(target))
     parameters = dict(model.named_parameters())
@@ -50,7 +50,7 @@ def test_an_export_gives_the_logits_of_the_engine(observed, tmp_path, ranks, nam
     assert all(parameters[name].equal(expected) for name, expected in run.parameters.items())
     with torch.no_grad():
         logits = model.eval()(**run.inputs, use_cache=False).logits
-    rounding = 3e-6 if run.config.parallel.tp > 1 else 1e-6  # split layers sum in another order
+    rounding = 3e-6 if run.config.parallel.tp > 1 else 1e-6  # split layers sum in a different order
     assert (logits - run.logits).abs().max() <= rounding * run.logits.abs().max()
     assert AutoTokenizer.from_pretrained(target).eos_token is not None
 
@@ -93,7 +93,7 @@ def test_each_rank_of_fsdp_writes_only_its_own_files(observed, ranks, name):
     path = checkpoint.latest(run.directory)
     sizes = [entry["bytes"] for name, entry in json.loads((path / MANIFEST).read_text())["files"].items()
              if name.endswith(".distcp")]  # fmt: skip
-    # Parameters and two moments in fp32, each element once, besides what DCP adds to every tensor.
+    # The files hold each element of the parameters and of two moments once, in fp32. DCP adds some bytes per tensor.
     states = 12 * run.directory.result()["num_parameters"]
     assert states <= sum(sizes) <= 1.3 * states
 

@@ -27,7 +27,7 @@ def counts(one):
 
 
 def num_replicated(model):
-    """Return the number of replicated elements: all but split weights and column-parallel biases."""
+    """Return the number of replicated elements, which are all but split weights and column-parallel biases."""
     split = ("attn", "attention", "mlp")
     row = ("c_proj.bias", "dense.bias", "dense_4h_to_h.bias")
     return sum(
@@ -53,14 +53,14 @@ SHARDED = [
 
 @pytest.mark.parametrize(("ranks", "name", "pieces"), among_runs(SHARDED))
 def test_a_rank_holds_its_share_to_the_byte(observed, ranks, name, pieces):
-    """Measure between backward and the update, when gradients exist. bf16 changes nothing: states stay in fp32."""
+    """Gradients exist between backward and the update, where bytes are counted. With bf16, states stay in fp32, too."""
     for one in observed(ranks, name).measured:
         expected = memory.model_states(one["num_parameters"], 3, pieces, memory.FP32)
         assert {part: one["state_bytes"][part] for part in expected.to_dict()} == expected.to_dict()
 
 
 def test_a_shard_that_is_shorter_than_the_others_is_padded(observed):
-    """Parameters are cut by rows, and all ranks must send the same amount; moments are never sent."""
+    """Parameters are cut by rows, and all ranks must send the same amount. Moments are never sent, nor padded."""
     run = observed(4, "odd.fsdp-full.4")
     shapes = [p.shape for p in model_outline(run.config.model, run.config.engine).parameters()]
     padded = sum(-(-shape[0] // 4) * shape[1:].numel() for shape in shapes)
@@ -74,13 +74,13 @@ def test_a_shard_that_is_shorter_than_the_others_is_padded(observed):
 
 @pytest.mark.parametrize(("ranks", "name", "pieces"), among_runs(SHARDED))
 def test_nothing_stays_gathered_after_evaluation(observed, ranks, name, pieces):
-    """Left alone, shard_grad_op keeps gathered parameters until a backward, which evaluation does not run."""
+    """By default, shard_grad_op keeps gathered parameters until a backward pass, which evaluation does not run."""
     run = observed(ranks, name)
     assert run.evaluation["parameters_after"] == 4 * psi(run) // pieces
 
 
 def test_one_unit_gathers_the_full_model_at_once_and_layers_only_themselves(observed):
-    """Expect the model twice: FSDP2 receives into one buffer and copies each parameter out. The rest is activations."""
+    """FSDP2 receives a unit in one buffer and copies each parameter out, so one unit of all layers is held twice."""
     by_layer, root = (observed(2, f"gpt2.{name}.2") for name in ("fsdp-full", "fsdp-full-root"))
     full = 4 * psi(root)
     assert root.evaluation["peak"] >= 2 * full
@@ -129,7 +129,7 @@ def test_tensor_parallel_ranks_split_once_and_replicate_the_rest(observed, ranks
     ),
 )
 def test_the_planner_predicts_what_a_run_holds_and_sends(observed, ranks, name):
-    """Use ``plan --check``. Peaks depend on the length of rows: docs/planner-errors.md has them."""
+    """This is the comparison of ``plan --check``. Errors of peaks, which vary more, are in docs/planner-errors.md."""
     run = observed(ranks, name)
     states, _, sent = plan_check.compare_predictions(run.config, run.measured)
     assert abs(states.error) <= 0.01 and abs(sent.error) <= 0.01

@@ -40,7 +40,7 @@ EQUAL: dict[int, list[tuple[str, str]]] = {
 }
 """Cases that must equal our own loop, by number of ranks, with a DeepSpeed file, plain DDP, or sharded at load.
 
-Lesson 05 claims the rest: stages 0 to 3 on two processes and 1 to 3 on one, with accumulation.
+Lesson 05 checks the rest: stages 0 to 3 on two processes and 1 to 3 on one, with accumulation.
 """
 
 SETTINGS: dict[str, dict[str, Any]] = {"plain": {}, "load": {"shard_at_load": True, "measure": True}}
@@ -57,7 +57,7 @@ INTERRUPTED = ("plain", "zero2_cpu_offload", "zero3")
 
 @pytest.fixture(scope="module")
 def files(directory: Path) -> Path:
-    """Write the package's DeepSpeed files, but with the run's own gradient clipping."""
+    """Write copies of the package's DeepSpeed files that take gradient clipping from the run."""
     for path in DIRECTORY.glob("*.json"):
         given = json.loads(path.read_text()) | {"gradient_clipping": "auto"}
         (directory / path.name).write_text(json.dumps(given))
@@ -83,7 +83,7 @@ def with_dropout(directory: Path, file: str, name: str) -> Config:
 
 
 def interrupted(uninterrupted: launch.Run, file: str) -> Config:
-    """Return a run that has the first checkpoint of another, and none of its later ones."""
+    """Copy a run without its later checkpoints, and return the copy's configuration."""
     config = uninterrupted.config.override(name=f"hf-interrupted.{file}")
     shutil.copytree(uninterrupted.directory.path, config.directory)
     for path in RunDirectory(config.directory).checkpoints.iterdir():
@@ -98,7 +98,7 @@ def own_loop(directory: Path) -> Config:
 
 @pytest.fixture(scope="module")
 def runs(files: Path) -> dict[str, launch.Run]:
-    """Return all runs of this module by name: two launches, and one more to resume."""
+    """Start all runs of this module in two launches, resume some in a third one, and return all by name."""
     one = [equivalence.reference(files, case) for case in ("gpt2", "qwen2", "bloom", "untied")]
     one = [config.override(name=f"hf-{config.run.name}") for config in one]
     one += [trained(files, *each, 1) for each in EQUAL[1]]

@@ -1,4 +1,4 @@
-"""Local launcher: ranks from a warm server, and the state they leave if something ends too early.
+"""Local launcher: ranks from a warm server, none of which may be left when something ends too early.
 
 Most ranks here only report their own state (``workers/reporting_state.py``).
 """
@@ -34,7 +34,7 @@ REPORTING_STATE, FAILING, SLEEPING = (
 
 @pytest.fixture
 def light(monkeypatch):
-    """Use servers that import next to nothing: enough for ranks that do not train."""
+    """Use servers that import next to nothing, which is enough for ranks that do not train."""
     monkeypatch.setattr(local, "MODULES", ("tutorial_lib.records",))
 
 
@@ -74,9 +74,9 @@ def test_ranks_are_set_up_like_new_interpreters(tmp_path, monkeypatch):
     cold = launch_reporting_ranks(tmp_path, "cold")
     for rank in (*warm, *cold):
         assert rank["directory"] == str(tmp_path)
-        assert set(filter(None, sys.path)) <= set(rank["path"]), "they import from where this process does"
+        assert set(filter(None, sys.path)) <= set(rank["path"]), "ranks import from the same places as this process"
     assert [rank["threads"] for rank in warm] == [3, 3]
-    assert [rank["threads"] for rank in cold] == [None, None], "a new interpreter imports what it needs by itself"
+    assert [rank["threads"] for rank in cold] == [None, None], "a new interpreter imports torch only when it needs it"
 
 
 @pytest.mark.usefixtures("light")
@@ -103,14 +103,14 @@ def test_warming_up_returns_at_once_and_starts_one_server(tmp_path):
     began = time.monotonic()
     launch.warm_up(config(tmp_path))
     launch.warm_up(config(tmp_path, dp=4))
-    assert time.monotonic() - began < 2, "loading takes longer"
+    assert time.monotonic() - began < 2, "it must not wait until the server has loaded"
     servers = [p for p in psutil.Process().children() if "warm_server" in " ".join(p.cmdline())]
     assert len(servers) == 1
 
 
 @pytest.fixture(params=["warm", "cold"])
 def way(request, monkeypatch):
-    """Use each kind of server: one that forks its ranks, one that starts new interpreters."""
+    """Use both kinds of servers: one forks its ranks, and the other starts new interpreters."""
     monkeypatch.setenv("TUTORIAL_LIB_WARM_WORKERS", "1" if request.param == "warm" else "0")
 
 
@@ -201,7 +201,7 @@ def test_a_server_ends_with_the_process_that_started_it(when):
     ],
 )
 def test_a_signal_to_every_process_of_a_job_saves_and_exits_with_75(tmp_path, number, when, launcher):
-    """Send the signal as SLURM does: to the launching process, the servers (Ray's own included), and the ranks."""
+    """As under SLURM, the signal goes to the launching process, the servers (including Ray's own), and the ranks."""
     asked = config(tmp_path, zero_stage=1, steps=5000, max_examples=800, launcher=launcher)
     run = RunDirectory(asked.directory)
     shell = Shell(tmp_path)
@@ -263,7 +263,7 @@ def test_a_second_interrupt_stops_now_and_nothing_trains_on(tmp_path):
 @NEEDS_WARM_SERVER
 def test_an_interrupt_while_the_server_loads_is_answered_at_once(tmp_path, monkeypatch):
     local.stop_server()
-    monkeypatch.setattr(local, "warm_up", lambda device: None)  # it starts to load when the run is launched
+    monkeypatch.setattr(local, "warm_up", lambda device: None)  # the server starts to load only with the run
     thread = interrupt_when((tmp_path / "run" / "logs").exists)
     with pytest.raises(launch.Interrupted, match="stopped before training started; no step was run") as error:
         launch.run_all([config(tmp_path)], worker=REPORTING_STATE)

@@ -1,4 +1,4 @@
-"""Ray Train runs the same training function: same numbers, same resume, same errors, and no noise."""
+"""Ray Train runs the same training function, with the same numbers, resumes and errors, and without noise."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from tutorial_lib.trainer.signals import output_to
 
 @pytest.fixture(scope="module")
 def cluster(directory):
-    """Start one cluster for the entire module: starting it takes longer than any run in it."""
+    """Start one cluster for the entire module, because starting it takes longer than any run in it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         with ray_train.session(on_ray(directory)):
             yield
     left = signal.getsignal(signal.SIGINT)
-    assert left is signal.default_int_handler, "Ctrl-C would still ask the controller of a fit of Ray's own trainer"
+    assert left is signal.default_int_handler, "Ctrl-C would still go to the controller of Ray's own trainer"
 
 
 def on_ray(directory, **changes):
@@ -41,7 +41,7 @@ def on_ray(directory, **changes):
 
 @pytest.fixture(scope="module")
 def runs(cluster, directory):
-    """Stop a run and start it again under the same name; return both starts, all rows and the output."""
+    """Stop a run and start it again under the same name, and return both starts, all rows and the output."""
     shown, rows, starts = directory / "shown", [], []
     for stop in (STOP, None):
         with shown.open("a") as file, redirect_stdout(file), redirect_stderr(file), output_to(shown):
@@ -100,12 +100,12 @@ def test_ray_registers_the_checkpoints(runs, cluster):
 
 
 def test_rays_own_trainer_takes_the_loop_that_a_reader_writes(cluster, directory, runs):
-    """``notebooks/scripts/train_zero.py`` calls ``TorchTrainer(...).fit()``; it stops once, and resumes exactly."""
+    """``notebooks/scripts/train_zero.py`` calls ``TorchTrainer(...).fit()``. The run stops once and resumes exactly."""
     import ray.train
     from ray import cloudpickle
 
     (_, second), _, _ = runs
-    cloudpickle.register_pickle_by_value(train_zero)  # as Ray does by itself with what a notebook or a script defines
+    cloudpickle.register_pickle_by_value(train_zero)  # Ray does this by itself for a loop in a notebook or a script
     losses = []
     for stop in (STOP, None):
         config = on_ray(directory, stop_after=stop).override(name="ray-own")
@@ -125,7 +125,7 @@ ASK = "import sys, ray; ray._raylet.GcsClient(address=sys.argv[1]).internal_kv_g
     ids=["this-process", "another", "none"],
 )
 def test_the_cluster_answers_only_with_this_processs_token(cluster, tmp_path, token, answer):
-    """Without this, every cluster would share the token that Ray keeps in the home directory."""
+    """By default, every cluster would share the token that Ray keeps in the home directory."""
     import ray
 
     environment = {**os.environ, "HOME": str(tmp_path), "RAY_AUTH_MODE": "token"}
@@ -150,7 +150,7 @@ def test_a_failing_ranks_own_traceback_is_what_the_user_sees(cluster, directory,
     assert str(error.value).startswith("Rank 1 of run 'ray-failing' failed with ValueError: of rank 1 alone\n")
     assert 'raise ValueError("of rank 1 alone")' in str(error.value)
     assert time.monotonic() - began < 60
-    assert "".join(capfd.readouterr()) == "", "the error is raised, and printed by nobody else"
+    assert "".join(capfd.readouterr()) == "", "the error must be raised, and not be printed as well"
 
 
 def actors_of_a_fit(titles=("ray::Train", "ray::RayTrain")):
@@ -164,7 +164,7 @@ def actors_of_a_fit(titles=("ray::Train", "ray::RayTrain")):
 
 @NEEDS_WARM_SERVER
 def test_an_interrupt_leaves_no_worker_that_trains_on(cluster, directory):
-    before = {actor.pid for actor in actors_of_a_fit()}  # the controller of Ray's own trainer, which a test has used
+    before = {actor.pid for actor in actors_of_a_fit()}  # an earlier test leaves the controller of Ray's trainer
 
     def interrupt(rows):
         actors = [actor for actor in actors_of_a_fit() if actor.pid not in before]
@@ -202,7 +202,7 @@ def test_a_stop_before_the_first_worker_has_begun_ends_the_start(cluster, direct
     assert time.monotonic() - began < 10
     assert not actors_of_a_fit()
     run.stop_file.unlink()
-    assert launch.run(config).result["status"] == "completed", "its slots are free"
+    assert launch.run(config).result["status"] == "completed", "the stopped start must free its slots"
 
 
 def test_more_workers_than_the_cluster_has_is_an_error_at_once(cluster, directory, monkeypatch):

@@ -1,4 +1,4 @@
-"""A reader's own loop, built from the package's parts, trains like the package's, and each can resume the other's runs.
+"""A reader's own loop, built from the package's parts, trains like its trainer, and each can resume the other's runs.
 
 The loop is in ``notebooks/scripts/train_zero.py``. ``test_ray.py`` gives it to Ray's own ``TorchTrainer``.
 """
@@ -32,7 +32,7 @@ WAYS = {
     "fsdp-chunked": {"engine": "fsdp", "loss_chunks": 4, "micro_batch": 2},
     "ddp-chunked": {"engine": "fsdp", "sharding": "no_shard", "loss_chunks": 4},
 }
-"""One rank alone, and ways for two ranks to share the work, with and without chunks of logits."""
+"""Ways to train on one rank, or on two ranks that share the work, with and without a chunked loss."""
 
 IN_BF16 = {
     "zero3-bf16": {"zero_stage": 3, "precision": "bf16"},
@@ -40,7 +40,7 @@ IN_BF16 = {
     "fsdp-bf16": {"engine": "fsdp", "precision": "bf16"},
     "fsdp-bf16-chunked": {"engine": "fsdp", "precision": "bf16", "loss_chunks": 4},
 }
-"""Ways in 16 bits, where a chunked loss is rounded per token."""
+"""Ways to train in bf16, where a chunked loss is rounded per token."""
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def resumable(directory, name, **changes):
 
 
 def train_with_loop(configs):
-    """Train in warm processes; return the losses of each start."""
+    """Train with the loop in warm processes, and return the losses of each start."""
     launch.run_all(configs, worker="tests.distributed.workers.own_loop")
     return [json.loads((each.directory / "losses.json").read_text()) for each in configs]
 
@@ -74,7 +74,7 @@ def losses_of(run, first=1):
 
 
 def run_torchrun(shell, *program):
-    """Run a program on two ranks; return the exit code and what was written to standard error."""
+    """Run a program on two ranks, and return its exit code and its text on standard error."""
     shell.start(["torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, program)])
     return shell.exit_code(), (shell.scratch / "stderr").read_text()
 
@@ -101,7 +101,7 @@ def uninterrupted(directory):
 
 @pytest.fixture(scope="module")
 def begun(directory):
-    """Start a run with the loop in each way, and one that is stopped; return the losses by name."""
+    """Train with the loop in each way, in a run that stops and in one that saves often, and return losses by name."""
     ways = [config(directory, name, **flat) for name, flat in (WAYS | IN_BF16).items()]
     stopped = resumable(directory, "begun", stop_after=STOP)
     background = resumable(directory, "background", checkpoint_every=1, async_save=True, keep_last=2)
@@ -198,7 +198,7 @@ def test_files_are_written_in_the_background_and_old_checkpoints_are_deleted(dir
     [
         (
             {"keep_best": True, "evaluate": True},
-            r"nothing evaluates: give CheckpointManager\(\.\.\., evaluate=\.\.\.\)",
+            r"nothing evaluates: pass an evaluation function to CheckpointManager\(\.\.\., evaluate=\.\.\.\)",
         ),
         ({"steps": None, "epochs": 1, "warmup_steps": 9}, "warmup_steps=9 is longer than the whole run of 5"),
         ({"name": "uninterrupted", "seed": 1}, "seed was 0, now 1"),

@@ -1,7 +1,7 @@
-"""Reshape: a run saved in one shape resumes in another as if nothing had happened: same examples, losses, states.
+"""Reshape: a run saved in one shape resumes in another with the same examples, losses and states.
 
 A shape is the layout of the states: data- and tensor-parallel ranks, the engine, the ZeRO stage, sharding and
-offload. The runs are stopped after step 3 of epochs of five steps and go on to step 8.
+offload. The runs have epochs of five steps, stop after step 3, and go on to step 8.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ READ = [
 
 @pytest.mark.parametrize(("ranks", "name"), equivalence.among_runs(READ))
 def test_full_tensors_match_the_engines(observed, ranks, name):
-    """The engine shows the weights that it computes with; in 16 bits they are the rounded master copies."""
+    """The engine shows the weights that it computes with, which in 16 bits are rounded copies of the master weights."""
     run = observed(ranks, name)
     full = checkpoint.open_full(checkpoint.latest(run.directory))
     assert list(full.names) == list(run.parameters)
@@ -69,8 +69,8 @@ def test_full_tensors_match_the_engines(observed, ranks, name):
 def test_full_tensors_match_deepspeeds_own_conversion(observed, tmp_path, ranks, name):
     """Compare with DeepSpeed's universal format, which has a file for every full tensor.
 
-    Stage 3 with AutoTP is not among these: DeepSpeed 0.19.8 takes every parameter for one that is cut among the
-    data-parallel ranks, and its conversion ends in an error.
+    Stage 3 with AutoTP is left out, because DeepSpeed 0.19.8 treats every parameter as sharded over the data-parallel
+    ranks, and its conversion ends in an error.
     """
     source = checkpoint.latest(observed(ranks, name).directory)
     options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
@@ -108,12 +108,12 @@ def test_a_run_resumes_in_another_shape(observed, reshaped, directory, name):
         bounds |= {kind: max(size, bounds.get(kind, 0.0)) for kind, size in allowed(config).items()}
     assert_equal(run, reference, **bounds)
     assert len(run.examples) == END - result["resumed_from"]
-    assert [row["epoch"] for row in run.rows] == [0] * 5 + [1] * 3, "it goes on into another epoch"
+    assert [row["epoch"] for row in run.rows] == [0] * 5 + [1] * 3, "it goes on into the next epoch"
 
 
 @pytest.mark.parametrize("name", reshaping.RESHAPED_WITHOUT_TRAINING)
 def test_in_16_bits_the_masters_are_kept_and_their_copies_rounded(observed, reshaped, directory, name):
-    """Stop the new start at once: it saves exactly what it loaded."""
+    """The new start stops at once, and must save exactly what it loaded."""
     run = reshaped(f"reshaped.{name}")
     (before, *_) = reshaping.ancestors(directory, name)
     old, new = (checkpoint.open_full(checkpoint.latest(RunDirectory(c.directory))) for c in (before, run.config))
@@ -129,7 +129,7 @@ def test_in_16_bits_the_masters_are_kept_and_their_copies_rounded(observed, resh
 
 
 def test_random_numbers_are_seeded_again(reshaped, directory):
-    """Resume one checkpoint twice: the seed, the step and the data-parallel rank give both the same random numbers."""
+    """Two resumes of one checkpoint draw the same random numbers. They depend on seed, step and data-parallel rank."""
     once, twice = (reshaped(f"reshaped.{name}") for name in reshaping.RESHAPED_TWICE)
     assert_identical(once, twice)
     assert len(once.examples) == END - STOP
@@ -150,7 +150,7 @@ def test_the_comparison_detects_an_incomplete_reshape(observed, reshaped, fault,
 
 
 def test_the_reshape_command_creates_a_run_that_can_be_resumed(observed, launched, directory, capsys):
-    """Two ranks of ZeRO-1 become one process of plain torch; the new run then trains to the end of the old one."""
+    """Two ranks of ZeRO-1 become one process of plain torch."""
     launched(2)
     source, storage = reshaping.saved(directory, "zero1"), directory / "runs"
     files = {path: path.read_bytes() for path in source.directory.rglob("*") if path.is_file()}
@@ -160,7 +160,7 @@ def test_the_reshape_command_creates_a_run_that_can_be_resumed(observed, launche
     assert made["run"] == str(storage / "made") and made["step"] == STOP
     assert made["shape"] == {"engine": "torch", "device": "cpu", "dp": 1, "tp": 1}
     assert made["reshaped_from"] == shape(source.flat())
-    assert {path: path.read_bytes() for path in files} == files, "the old run is as it was"
+    assert {path: path.read_bytes() for path in files} == files, "the old run must not change"
     assert not [path.name for path in storage.iterdir() if path.name.startswith(".")]
     run = RunDirectory(storage / "made")
     assert run.rows() == RunDirectory(source.directory).rows()

@@ -94,7 +94,7 @@ def test_an_error_found_by_one_rank_is_raised_on_all(resumed, directory, name, m
 
 
 def test_a_run_that_diverges_stops_on_every_rank_and_names_the_newest_checkpoint(resumed, directory):
-    """The first update throws the weights out of range; the second step's loss shows it."""
+    """The first update throws the weights out of range, which the loss of the second step shows."""
     run = RunDirectory(directory / "runs" / "diverging")
     errors = json.loads((run.path / ERRORS).read_text())
     assert len(errors) == 2

@@ -1,4 +1,4 @@
-"""A model that config.json calls tied, but with a separate output layer in its file: the same for all engines."""
+"""A model that config.json calls tied, although its file has a separate output layer, which all engines must train."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ def own_head(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def runs(own_head, tmp_path_factory):
-    """Run each engine, stopped after two of three steps, and finish a copy of each with a different engine."""
+    """Run each engine for two of three steps, and finish a copy of each run with a different engine."""
     storage = tmp_path_factory.mktemp("tied")
     flat = {"model": own_head, "max_examples": 40, "launcher": "local"}
     alone = config(storage, name="alone", steps=3, **flat)
@@ -73,7 +73,7 @@ def test_a_run_with_an_untied_output_layer_resumes_in_another_shape(runs, name):
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_a_checkpoint_that_describes_another_model_is_refused(runs, name, tmp_path):
-    """Write the checkpoint as older versions did: a tied configuration beside two different weights."""
+    """Write the checkpoint as older versions did, with a tied configuration beside two different weights."""
     path = checkpoint.directory_of(runs[name].directory, 2)
     settings = path / "model" / "config.json"
     kept = settings.read_text()

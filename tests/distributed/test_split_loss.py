@@ -1,4 +1,4 @@
-"""Chunked loss under tensor parallelism: the same loss and gradients as one process, without the logits in memory."""
+"""Chunked loss under tensor parallelism, with the loss and gradients of one process but no full logits in memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CASES = [(engine, model) for engine, models in MODELS_OF.items() for model in mo
 
 @pytest.fixture(scope="module")
 def first_steps(tmp_path_factory):
-    """Train each case on two ranks, and each model on one; return the loss, gradients and peak of each."""
+    """Train each case on two ranks, and each model on one, and return the loss, gradients and peak of each."""
     directory = tmp_path_factory.mktemp("split-loss")
     sizes = {"vocab_size": VOCABULARY}
     without_weights("qwen2", directory / "tied", **(MODELS["qwen2"] | sizes))

@@ -1,4 +1,4 @@
-"""Take-home scripts on several ranks, against plain PyTorch in this process.
+"""Take-home scripts on several ranks, compared with plain PyTorch in this process.
 
 Each is started once by torchrun, and once on forked ranks, which start sooner.
 """
@@ -20,7 +20,7 @@ SIZES = ["--global-batch", 4, "--seq-length", 32]
 
 @pytest.fixture(scope="module")
 def model_and_text(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
-    """Return options that name a model and a text. Qwen2 has buffers that no file stores: rotary frequencies."""
+    """Return options that name a model and a text. Qwen2's rotary frequencies are buffers that no file stores."""
     corpus = tmp_path_factory.mktemp("text") / "corpus.txt"
     corpus.write_text("\n".join(load_rows("embedded/news", "train", max_examples=100)["text"]))
     return ["--model", resolve_model("embedded/qwen2"), "--text", corpus]

@@ -1,6 +1,7 @@
-"""Tensor-parallel runs: their measurements, the faults that they detect, and stopping and resuming them.
+"""Tensor-parallel runs: their layouts, model states and traffic, and the faults that they detect.
 
-``test_equivalence.py`` compares their training with one plain process, and ``test_export.py`` has their exports.
+``test_equivalence.py`` compares their training with one plain process. ``test_export.py`` and ``test_resume.py`` cover
+their exports and resumes.
 """
 
 from __future__ import annotations
@@ -58,12 +59,12 @@ def test_projections_are_split_and_everything_else_is_replicated(observed, case,
         found = [how for name, how in projections.items() if f"{name}.weight" in row["parameter"]]
         biases = [how for name, how in projections.items() if f"{name}.bias" in row["parameter"] and how == "column"]
         assert row["how"] == next(iter(found + biases), "replicated"), row["parameter"]
-    assert observed(4, "untied.2x2-zero1.4").measured[0]["layout"][-1]["how"] == "column", "an output layer of its own"
+    assert observed(4, "untied.2x2-zero1.4").measured[0]["layout"][-1]["how"] == "column", "separate output layer"
 
 
 @pytest.mark.parametrize(("ranks", "case", "variant"), [m for m in IN_FP32 if m[1] != "frozen-split"])
 def test_model_states_are_what_theory_says_to_the_byte(observed, ranks, case, variant):
-    """Expect (Psi - R) / t + R parameters per rank, R of them replicated, which ZeRO then divides."""
+    """Each rank has (Psi - R) / t + R parameters, R of them replicated, which ZeRO then divides."""
     run = observed(ranks, f"{case}.{variant}.{ranks}")
     stage, dp, tp = run.config.engine.zero_stage, run.config.parallel.dp, run.config.parallel.tp
     for number, rank in enumerate(run.measured):
@@ -74,7 +75,7 @@ def test_model_states_are_what_theory_says_to_the_byte(observed, ranks, case, va
         assert own == sum(math.prod(row["after"]) for row in rows) == (psi - replicated) // tp + replicated
         shard = own if stage < 3 else sum(-(-math.prod(row["after"]) // row["partitions"]) for row in rows)
         if stage == 3:
-            # Modules that AutoTP kept are still partitioned over all ranks, as when built.
+            # Modules that AutoTP does not split are still partitioned over all ranks, as they were built.
             assert {row["partitions"] for row in rows if row["dim"] is None} <= {dp, dp * tp}
         assert states["parameters"] == 4 * shard
         partition = {0: own, 3: shard}.get(stage) or memory.partition_elements(own, dp, alignment=2)
@@ -94,7 +95,7 @@ ALL_REDUCED = [
 
 @pytest.mark.parametrize(("ranks", "name", "backward"), equivalence.among_runs(ALL_REDUCED))
 def test_all_reduces_per_layer(observed, ranks, name, backward):
-    """Expect one per row-parallel layer in forward (2), and per column-parallel one in backward (q, k, v, gate, up)."""
+    """Forward has one per row-parallel layer (2), and backward one per column-parallel layer (q, k, v, gate, up)."""
     run = observed(ranks, name)
     for rank in run.measured:
         (row,) = rank["traffic"]["axes"]["tp"]["tensors"]
@@ -102,7 +103,7 @@ def test_all_reduces_per_layer(observed, ranks, name, backward):
         assert row["in_backward"] == LAYERS * backward
         tokens, rest = divmod(row["elements"], row["count"] * run.config.micro_batch * HIDDEN)
         assert rest == 0 and tokens <= run.config.data.seq_length
-        # Packed rows are full; others are as long as the longest.
+        # Packed rows are full. Others are padded to the longest.
         if run.config.data.batching == "packed":
             assert tokens == run.config.data.seq_length
         volume = traffic.tensor_parallel_volume(
@@ -113,7 +114,7 @@ def test_all_reduces_per_layer(observed, ranks, name, backward):
 
 @pytest.mark.parametrize("name", ["recomputed", "selective"])
 def test_recomputing_a_layer_repeats_one_of_its_forward_all_reduces(observed, name):
-    """PyTorch stops recomputing at the last tensor that backward needs, which is before the sum after the MLP."""
+    """PyTorch stops recomputing at the last tensor that backward needs, before the all-reduce after the MLP."""
     run = observed(2, f"qwen2.1x2-zero1-{name}.2")
     for rank in run.measured:
         axis = rank["traffic"]["axes"]["tp"]

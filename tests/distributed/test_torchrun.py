@@ -18,12 +18,12 @@ from tutorial_lib.launch.environment import RENDEZVOUS
 from tutorial_lib.records import RunDirectory
 
 KINDS = [("zero1", (STOP, None)), *([("1x2-zero0", (None,)), ("fsdp-full", (None,))] if MATRIX else [])]
-"""Kinds of runs, with the steps at which each start ends. How ranks join does not depend on the engine."""
+"""Kinds of runs, with the step after which each start stops, if any. Ranks join in the same way for all of them."""
 
 
 @pytest.mark.parametrize(("kind", "stops"), KINDS)
 def test_a_run_started_by_torchrun_matches_local_processes(observed, directory, shell, kind, stops):
-    """Stop it once. torchrun treats 75 as a failure, so the exit code is 0, and the result says ``stopped``."""
+    """torchrun treats 75 as a failure, so the exit code of a run that stops is 0, and its result says ``stopped``."""
     local = observed(2, f"uninterrupted.{kind}")
     for stop in stops:
         config = interruption.uninterrupted(
@@ -40,7 +40,7 @@ def test_a_run_started_by_torchrun_matches_local_processes(observed, directory, 
     "an exception in a rank under torchrun", "the rank shows its traceback; the other ranks name it and its error"
 )
 def test_the_error_of_a_rank_ends_the_others_and_shows_its_traceback(directory, shell):
-    """``tests/cluster/test_torchrun.py`` kills a rank on two nodes; ``make matrix`` raises an exception there too."""
+    """On two nodes, ``tests/cluster/test_torchrun.py`` kills a rank and, with ``make matrix``, lets one raise."""
     config = crashing.saving(directory, "zero1", "torchrun-fails", launcher="none")
     program = ["tests.distributed.workers.with_fault", "storage.save_raises", *train_command(config)[1:]]
     shell.start(["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", *program])

@@ -1,4 +1,4 @@
-"""Families that an engine cannot train are refused before their weights are read; others are trained."""
+"""Trial step: families that an engine cannot train are refused before their weights are read, and others pass."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class OwnModel(LlamaForCausalLM):
 
 
 def tried(directory: Path, family: str, engine: str, batching: str = "longest") -> tuple[str, float]:
-    """Return what a trial on two ranks says about a family with its default sizes, and the seconds it takes."""
+    """Try a family with its default sizes on two ranks, and return the error, if any, and the seconds that it takes."""
     model = directory / family
     if family == "own":
         ship_code(model)
@@ -60,7 +60,7 @@ def tried(directory: Path, family: str, engine: str, batching: str = "longest") 
             try_engine(config, topology, 10)
             dist.barrier()
             began = time.perf_counter()
-            try_engine(config, topology, 10)  # again: libraries are loaded now
+            try_engine(config, topology, 10)  # this time, libraries are loaded
         except ConfigError as error:
             return str(error), 0.0
         return "", time.perf_counter() - began
@@ -86,7 +86,7 @@ def ship_code(model: Path) -> None:
         ("bart", "DDP", "fails with RuntimeError: Expected to have finished reduction", "Try sharding='full_shard', "),
         ("blenderbot", "DDP", "fails with RuntimeError: Expected to have", "Try sharding='full_shard', "),
         ("own", "DDP", "fails with RuntimeError: Expected to have finished reduction", "Try sharding='full_shard', "),
-        ("falcon_h1", "split at load", "its logits are different ones after transformers", "Try shard_at_load=False"),
+        ("falcon_h1", "split at load", "its logits change when transformers splits it", "Try shard_at_load=False"),
         ("falcon_h1", "FSDP2", r"fails with RuntimeError: .*mixed torch\.Tensor and DTensor", "or engine='deepspeed'"),
     ],
 )

@@ -1,7 +1,7 @@
-"""Step 4: FSDP2's peak memory by micro-batch, until it is out of memory; then the same with activation checkpointing.
+"""Step 4: FSDP2's peak memory by micro-batch until memory runs out, without and with activation checkpointing.
 
 The model has about 1 B parameters and a vocabulary of 32,000 tokens, so that layers, not logits, hold most of the
-activations as long as none is checkpointed. An engine is built once for all sizes; a row is one warm-up and one
+activations as long as no layer is checkpointed. One engine serves all sizes. Each row is one warm-up step and one
 timed step at one micro-batch.
 """
 
@@ -49,7 +49,7 @@ def raise_micro_batch(setting: Setting, *, checkpointing: bool) -> dict[str, Any
     with engine_of(config, setting) as engine:
         for size in sizes:
             sized = config.override(micro_batch=size, global_batch=size)
-            engine.config = sized  # type: ignore[attr-defined]  # how many micro-batches a step has
+            engine.config = sized  # type: ignore[attr-defined]  # sets the micro-batches per step
             row = try_size(setting, engine, sized, model)
             if row is None:
                 too_large = size

@@ -1,7 +1,7 @@
-"""Step 6: cost of checkpoints of a 1 B-parameter model: the time that training waits, and the time that is hidden.
+"""Step 6: time that training waits for checkpoints of a 1 B-parameter model, and time that is hidden.
 
-One run of the trainer saves twice: in the middle while training continues (``async_save``), and at the end when nothing
-follows and the trainer waits for the files.
+One run of the trainer saves twice: in the middle, while training continues (``async_save``), and at the end, when the
+trainer waits for the files.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def cases(setting: Setting) -> Cases:
 
 
 def save_twice(setting: Setting) -> dict[str, Any]:
-    """Train with a save in the middle and one at the end; return stall, hidden time and step times around them."""
+    """Train with a save in the middle and one at the end, and return stalls, hidden time and step times around them."""
     adapted = adapt()
     model = one_billion(setting)
     middle = setting.pick(full=120, quick=60, tiny=4)

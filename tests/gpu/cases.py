@@ -31,11 +31,11 @@ AT_END = ExitStack()
 
 @dataclass(frozen=True)
 class Setting:
-    """Setting of the measurements: where, and how large.
+    """Setting of the measurements.
 
     Args:
         device: ``cuda`` or ``cpu``.
-        size: ``full``, ``quick`` (a look in about two minutes) or ``tiny`` (a rehearsal on a CPU).
+        size: ``full``, ``quick`` (a look in at most three minutes) or ``tiny`` (a rehearsal on a CPU).
         scratch: directory for runs, models and data; all steps share it.
         out: directory for results.
         only: regular expression of the cases to run.
@@ -61,7 +61,7 @@ class Setting:
 
 def main(module: str, events_file: str, first: str, setting_json: str) -> None:
     """Run the cases of a module from number ``first`` on."""
-    if sys.platform == "linux":  # a driver that is killed takes its step with it
+    if sys.platform == "linux":  # end this process, too, when the driver is killed
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     setting = Setting(**json.loads(setting_json))
     found = importlib.import_module(module).cases(setting)
@@ -89,7 +89,7 @@ def main(module: str, events_file: str, first: str, setting_json: str) -> None:
 
 
 def clear_memory() -> None:
-    """Free the allocator's cache after a case, so that the next one starts from nothing."""
+    """Free the allocator's cache after a case, so that the next one starts without it."""
     gc.collect()
     torch: Any = sys.modules.get("torch")
     if torch and torch.cuda.is_initialized():
@@ -98,6 +98,6 @@ def clear_memory() -> None:
 
 
 if __name__ == "__main__":
-    from tests.gpu import cases  # not __main__: the other modules share this one's AT_END
+    from tests.gpu import cases  # not __main__, so that all modules share one AT_END
 
     cases.main(*sys.argv[1:])

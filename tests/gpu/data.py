@@ -1,4 +1,4 @@
-"""Rows to train on that are the same under every Python: sentences drawn from a few words by a seeded generator."""
+"""Training rows that are the same under every Python: sentences drawn from a few words by a seeded generator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Step 1: facts about the machine, and its measured ceilings: matrix product, memory, the link to the host."""
+"""Step 1: facts about the machine, and measured limits of its matrix products, memory, link to the host and disk."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def measure_bandwidth(setting: Setting) -> dict[str, Any]:
 
 
 def measure_disk(setting: Setting) -> dict[str, Any]:
-    """Return the bytes per second of writing a file until it is on the disk: the limit for checkpoints."""
+    """Return the bytes per second of writing a file until it is on the disk, which is the limit for checkpoints."""
     size = setting.pick(full=2**30, quick=2**28, tiny=2**20)
     block, path = os.urandom(min(size, 2**24)), setting.path("disk-test")
     began = time.perf_counter()
@@ -136,7 +136,7 @@ def measure_disk(setting: Setting) -> dict[str, Any]:
 def compile_operators(setting: Setting) -> dict[str, Any]:
     """Compile DeepSpeed's CPU Adam, which offload needs, and report whether FusedAdam could be compiled.
 
-    FusedAdam is not compiled: without offload the engine updates with ``torch.optim.AdamW``.
+    FusedAdam is not compiled, because the engine updates with ``torch.optim.AdamW`` if nothing is offloaded.
     """
     os.environ["DS_ACCELERATOR"] = setting.device
     from deepspeed.ops.op_builder import CPUAdamBuilder, FusedAdamBuilder
@@ -160,7 +160,7 @@ def compile_operators(setting: Setting) -> dict[str, Any]:
 
 
 def ask_doctor() -> dict[str, Any]:
-    """Return what ``python -m tutorial_lib doctor`` says about this machine."""
+    """Return the exit code and output of ``python -m tutorial_lib doctor`` on this machine."""
     done = subprocess.run(
         [sys.executable, "-m", "tutorial_lib", "doctor"], capture_output=True, text=True, timeout=60, cwd=ROOT
     )

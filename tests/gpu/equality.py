@@ -1,6 +1,6 @@
-"""Step 2: every engine's losses against a CPU's, a bit-for-bit resume, and a run that survives SIGTERM.
+"""Step 2: every engine's losses compared with a CPU's, a bit-for-bit resume, and a run that survives SIGTERM.
 
-The CPU's losses are committed in ``cpu_losses.json``: plain torch in fp32, on the rows of :mod:`tests.gpu.data`. Write
+The CPU's losses in ``cpu_losses.json`` are those of plain torch in fp32 on the rows of :mod:`tests.gpu.data`. Write
 them again with ``python tests/gpu/measure.py --write-cpu-losses`` whenever models, rows or these settings change.
 """
 
@@ -55,7 +55,7 @@ def cases(setting: Setting) -> Cases:
             found[f"{model} {engine} fp32"] = partial(compare, setting, model, engine, "fp32")
     for engine in setting.pick(full=engines, quick=engines, tiny=()):
         found[f"{MODELS[0]} {engine} bf16"] = partial(compare, setting, MODELS[0], engine, "bf16")
-    for stage in (0, 1, 2, 3):  # the other engines do not scale the loss; not run on a CPU
+    for stage in (0, 1, 2, 3):  # only DeepSpeed scales the loss; fp16 is not run on a CPU
         if setting.device == "cuda":
             found[f"{MODELS[0]} zero{stage} fp16"] = partial(compare, setting, MODELS[0], f"zero{stage}", "fp16")
     for engine in setting.pick(full=("torch", "zero1", "zero3", "fsdp"), quick=("zero3",), tiny=("zero1",)):
@@ -67,7 +67,7 @@ def cases(setting: Setting) -> Cases:
 
 
 def configure(setting: Setting, name: str, model: str, **flat: Any) -> Config:
-    """Return the configuration of a run on our rows; a step is eight sequences in four micro-batches."""
+    """Return the configuration of a run on our rows, with eight sequences in four micro-batches per step."""
     return Config.create(
         "gpu",
         **{
@@ -106,7 +106,7 @@ def compare(setting: Setting, model: str, engine: str, precision: str) -> dict[s
         rows = rows_of(config)
     expected = json.loads(CPU_LOSSES.read_text())["losses"][model]
     losses = [row["loss"] for row in rows]
-    # fp16 skips updates until its loss scale has come down: up to the first skipped one the losses are comparable.
+    # fp16 skips updates until its loss scale has come down. Losses are comparable up to the first skipped update.
     comparable = next((n + 1 for n, row in enumerate(rows) if row["grad_norm"] is None), len(rows))
     differences = [abs(a - b) for a, b in zip(losses[:comparable], expected[:comparable], strict=True)]
     return {
@@ -173,7 +173,7 @@ def parameters_of(config: Config) -> list[tuple[str, Any]]:
 
 
 def compare_with_plan(setting: Setting, engine: str) -> dict[str, Any]:
-    """Train with ``measure``, and return what ``plan --check`` compares: states, a step's peak, traffic, seconds."""
+    """Train with ``measure``, and return the rows of ``plan --check``: states, a step's peak, traffic and seconds."""
     config = configure(
         setting, f"measured {engine}", "embedded/gpt2-small" if setting.device == "cuda" else "embedded/gpt2",
         random_init=True, batching="max_length", precision="bf16", measure=True, **ENGINES[engine],

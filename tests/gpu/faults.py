@@ -11,7 +11,7 @@ from tests.gpu.cases import Cases, Setting
 
 
 def cases(setting: Setting) -> Cases:
-    """Return good cases between bad ones."""
+    """Return a good case before the bad ones, and another after them."""
     return {"before": _good, "raises": _raise, "hangs": _hang, "dies": lambda: os._exit(7), "after": _good}
 
 

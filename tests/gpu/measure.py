@@ -1,17 +1,17 @@
 """Measurement of the course on a GPU: ``python tests/gpu/measure.py --out DIR [--quick]``.
 
-Runs from a plain checkout with whatever Python has torch, without Ray and without a network, and ends after 8 minutes
-(``--quick``: 3). Each step runs in a process of its own with a time limit, so a failure or a hang does not stop the
-others. ``DIR`` gets a JSON file per step (rewritten after every case), and an archive with the log and the traces: 8
-files. Names of quantities end in their unit.
+It runs from a plain checkout with any Python that has torch, needs neither Ray nor a network, and ends after 8 minutes
+at most (``--quick``: 3). Each step runs in a process of its own with a time limit, so a failure or a hang does not stop
+the others. ``DIR`` gets 8 files: one JSON file per step, which is rewritten after every case, and an archive with the
+log and the traces. Names of quantities end in their unit.
 
-A virtual machine with an H200 needed 7 minutes for steps 1, 2, 4 and 5 alone. On such a
-machine, make two calls: ``--steps 1 2 4 5`` and ``--steps 3 6 7``. The figures are in docs/measured/h200.
+A virtual machine with an H200 needed 7 minutes for steps 1, 2, 4 and 5 alone. On such a machine, make two calls:
+``--steps 1 2 4 5`` and ``--steps 3 6 7``. The figures are in docs/measured/h200.
 
-For a GPU machine without a network: collect the missing packages first, with ``python tests/gpu/pack.py``, and copy
+For a GPU machine without a network, collect the missing packages first with ``python tests/gpu/pack.py``, and copy
 ``build/gpu-wheels`` along with the checkout.
 
-A rehearsal on a CPU, every step with tiny models: ``python tests/gpu/measure.py --out DIR --device cpu --tiny``.
+To rehearse every step on a CPU with tiny models: ``python tests/gpu/measure.py --out DIR --device cpu --tiny``.
 To replace the CPU losses that the GPU must match: ``python tests/gpu/measure.py --write-cpu-losses``.
 """
 
@@ -71,12 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--quick", dest="size", action="store_const", const="quick", help="fewer cases and steps")
-    sizes.add_argument("--tiny", dest="size", action="store_const", const="tiny", help="tiny models: a rehearsal")
+    sizes.add_argument("--tiny", dest="size", action="store_const", const="tiny", help="tiny models, to rehearse")
     parser.add_argument("--steps", nargs="+", metavar="NUMBER", help="only the steps with these numbers")
     parser.add_argument(
         "--cases", default="", metavar="PATTERN", help="only the cases that match (a regular expression)"
     )
-    parser.add_argument("--wheels", type=Path, default=ROOT / "build" / "gpu-wheels", help="what pack.py collected")
+    parser.add_argument("--wheels", type=Path, default=ROOT / "build" / "gpu-wheels", help="filled by pack.py")
     parser.add_argument("--write-cpu-losses", action="store_true", help="replace tests/gpu/cpu_losses.json, and end")
     parser.set_defaults(size="full")
     return parser
@@ -157,7 +157,7 @@ def _log_to(path: Path, began: float) -> Callable[[str], None]:
         line = f"[{time.time() - began:7.1f} s] {text}"
         with path.open("a", encoding="utf-8") as log:
             log.write(line + "\n")
-        if not text.startswith("---"):  # the output of processes is for the file alone
+        if not text.startswith("---"):  # the output of processes goes only into the file
             print(line, flush=True)
 
     return say

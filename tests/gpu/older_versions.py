@@ -9,7 +9,7 @@ from typing import Any
 
 @cache
 def adapt() -> list[str]:
-    """Add functions that the library calls to older packages; return the changes, empty with the pinned versions."""
+    """Add functions that the library calls to older packages, and return the changes (none with pinned versions)."""
     from torch.distributed.checkpoint.staging import DefaultStager
     from torch.distributed.checkpoint.staging import StateDictStager as Copier
     from transformers import PreTrainedModel

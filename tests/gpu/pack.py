@@ -1,8 +1,8 @@
 """Wheels for a GPU machine without a network: ``python tests/gpu/pack.py`` collects them in ``build/gpu-wheels``.
 
-The machine is expected to have Python 3.12, torch, transformers, pyarrow and most of what our packages need in turn.
-The missing ones take less than 8 MiB and are copied along with the checkout. DeepSpeed becomes a wheel without compiled
-operators: those that a run needs are compiled there, at first use.
+The machine is expected to have Python 3.12, torch, transformers, pyarrow and most dependencies of the other packages.
+Missing ones take less than 8 MiB and are copied along with the checkout. DeepSpeed becomes a wheel without compiled
+operators. Those that a run needs are compiled on the GPU machine, at first use.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MISSING = (
 ).split()
 PLATFORMS = "manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64".split()
 LIMIT_BYTES = 60 * 2**20
-"""Most bytes that the wheels may take, so that they can be copied along with the checkout."""
+"""Limit on the size of all wheels, so that they can be copied along with the checkout."""
 
 
 def pinned_versions() -> dict[str, str]:
@@ -35,10 +35,10 @@ def pip(*arguments: str, **environment: str) -> None:
 
 
 def collect(target: Path) -> list[Path]:
-    """Fill an empty directory with the wheels, and return them.
+    """Replace all wheels in a directory, and return the new ones.
 
     Raises:
-        SystemExit: they are too large to travel.
+        SystemExit: they are too large to be copied along with the checkout.
     """
     target.mkdir(parents=True, exist_ok=True)
     for old in target.glob("*.whl"):
@@ -55,7 +55,7 @@ def collect(target: Path) -> list[Path]:
     )  # fmt: skip
     wheels = sorted(target.glob("*.whl"))
     if (size := sum(wheel.stat().st_size for wheel in wheels)) > LIMIT_BYTES:
-        raise SystemExit(f"The wheels take {size / 2**20:.0f} MiB, more than the {LIMIT_BYTES >> 20} that may travel.")
+        raise SystemExit(f"The wheels take {size / 2**20:.0f} MiB, more than the limit of {LIMIT_BYTES >> 20} MiB.")
     return wheels
 
 

@@ -1,4 +1,4 @@
-"""Site directory for packages that this Python lacks, unpacked from wheels that came along (``pack.py``)."""
+"""Site directory for packages that this Python lacks, unpacked from the wheels that ``pack.py`` collected."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ ALSO_USED = (
 def unpack_missing(wheels: Path, site: Path) -> dict[str, str]:
     """Unpack the wheel of every package that cannot be found, and return where each came from.
 
-    Installed packages stay, whatever their version: two versions of a package that its neighbours rely on
-    are worse than one unexpected version, which the report names.
+    Installed packages stay, whatever their version. A second version of a package on which others rely would do more
+    harm than one unexpected version, which the report names.
     """
     site.mkdir(parents=True, exist_ok=True)
     origins = {}
@@ -48,7 +48,7 @@ def unpack_missing(wheels: Path, site: Path) -> dict[str, str]:
 
 
 def versions(site: Path | None = None) -> dict[str, str | None]:
-    """Return the version of each package that matters; None where it is not installed."""
+    """Return the version of each package that matters, or None if it is not installed."""
     extra = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions(path=[str(site)])}
     found: dict[str, str | None] = {}
     for package in [*ALSO_USED, *MODULES]:

@@ -1,8 +1,8 @@
-"""Processes of one step: started, followed, ended in time, and restarted after a crash.
+"""Processes of one step, which are started, followed, ended in time, and replaced after a crash.
 
 A step is a list of cases (:mod:`tests.gpu.cases`). Its process writes an event when a case starts and when it ends. The
 driver turns the events into the step's JSON file after each of them, so that a run that is cut off keeps its results. A
-process that dies, or a case that takes too long, costs that case alone: a new process goes on with the next one.
+process that dies, or a case that takes too long, costs only that case, because a new process goes on with the next one.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Step:
     """A step of the measurement.
 
     Args:
-        name: of the step and of its file.
-        module: with a function ``cases(setting)``.
+        name: name of the step and of its file.
+        module: module with a function ``cases(setting)``.
         limit: seconds for the whole step.
         case_limit: seconds for one case.
     """
@@ -43,7 +43,7 @@ class Step:
 
 
 class MemorySampler:
-    """Reads the GPU's used memory many times a second, from outside the processes that use it.
+    """Sampler of the GPU's used memory, many times a second, from outside the processes that use it.
 
     It asks NVML, or ``nvidia-smi`` if NVML fails. If neither answers, ``readings`` stays empty.
     """
@@ -87,7 +87,7 @@ class MemorySampler:
                 self.readings.append((time.time(), int(line) * 2**20))
 
     def peak(self, began: float, ended: float) -> int | None:
-        """Return the highest reading between two times (seconds since 1970), None if there was none."""
+        """Return the highest reading between two times (in seconds since 1970), or None if there was none."""
         return max((used for at, used in list(self.readings) if began <= at <= ended), default=None)
 
     def stop(self) -> None:
@@ -127,7 +127,7 @@ class Record:
         os.replace(partial, self.path)
 
     def running(self) -> dict[str, Any] | None:
-        """Return the case that has started and not ended."""
+        """Return the case that has started but not ended, or None."""
         return next((case for case in self.cases if case["status"] == "running"), None)
 
     def is_over(self) -> bool:
@@ -135,7 +135,7 @@ class Record:
         return bool(self.cases) and self.done() == len(self.cases)
 
     def done(self) -> int:
-        """Return the number of cases that have ended, successfully or not: the next process starts there."""
+        """Return the number of cases that have ended, successfully or not, which is where the next process starts."""
         return sum(case["status"] not in ("not run", "running") for case in self.cases)
 
 
@@ -211,7 +211,7 @@ def _follow(
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process, its process group and its descendants: ninja puts compilers into groups of their own."""
+    """Kill a process, its process group and its descendants, because ninja puts compilers into their own groups."""
     import psutil
 
     with suppress(psutil.NoSuchProcess):

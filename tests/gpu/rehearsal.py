@@ -1,4 +1,4 @@
-"""Nearly all cases as one step in one process: the quickest way to try them on a CPU."""
+"""Nearly all cases as one step in one process, which is the quickest way to try them on a CPU."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A step for the tests: its only case takes a second, and then its process does not exit for a minute.
 
-However short the grace period, the driver must wait for the case; after it, the driver must kill the process.
+The driver must wait for the case, however short the grace period is, and then kill the process.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from tests.gpu.cases import AT_END, Cases, Setting
 
 
 def cases(setting: Setting) -> Cases:
-    """Return one slow case; when it has ended, keep this process alive."""
+    """Return one slow case, and keep this process alive after it."""
     AT_END.callback(time.sleep, 60)
     return {"last": _wait}
 

@@ -1,7 +1,7 @@
-"""Step 5: chrome traces of single steps, kernel by kernel, gzipped, in one archive.
+"""Step 5: Chrome traces of single steps, kernel by kernel, gzipped in one archive.
 
-GPT-2 small shows ZeRO-1 and ZeRO-3. bloom-560m shows stage 0 with small and with large micro-batches: how much of a
-step the GPU is busy, and with which kernels.
+GPT-2 small runs with ZeRO-1 and ZeRO-3. bloom-560m runs at stage 0 with small and with large micro-batches, to show for
+how much of a step the GPU is busy, and with which kernels.
 
 Open a trace at https://ui.perfetto.dev or in chrome://tracing.
 """
@@ -37,7 +37,7 @@ def cases(setting: Setting) -> Cases:
 
 
 def trace(setting: Setting, name: str, file: str, **flat: Any) -> dict[str, Any]:
-    """Profile one step after three warm-up steps; return where its time went, and keep the trace."""
+    """Profile one step after three warm-up steps, keep the trace, and return the step's times by kernel."""
     model = models(setting)[name]()
     sizes = {"micro_batch": 2, "global_batch": 2, "bucket_size": 100_000} if setting.tiny else {"global_batch": 8}
     config = configure(setting, model, **{**sizes, **flat})
@@ -67,7 +67,7 @@ def trace(setting: Setting, name: str, file: str, **flat: Any) -> dict[str, Any]
 def _times(profiler: Any, setting: Setting) -> dict[str, Any]:
     key = "self_device_time_total" if setting.device == "cuda" else "self_cpu_time_total"
     entries = profiler.key_averages()
-    if setting.device == "cuda":  # kernels and copies alone; operators repeat the time of what they start
+    if setting.device == "cuda":  # not operators, whose times repeat those of their kernels
         entries = [e for e in entries if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
     longest = sorted(entries, key=lambda e: -getattr(e, key))
     return {

@@ -39,17 +39,17 @@ def synchronize(device: torch.device) -> None:
 
 
 def dense_peak(device: torch.device) -> float | None:
-    """Return the data sheet's bf16 FLOP/s of this GPU, None for one that is not in the table."""
+    """Return the bf16 FLOP/s of this GPU from its data sheet, or None if it is not in the table."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for model, peak in DENSE_BF16_PEAK.items() if model in name), None)
 
 
 def write_model(setting: Setting, name: str, like: str, **dimensions: Any) -> str:
-    """Write a model directory without weights, and return its path: a family's tokenizer with other dimensions.
+    """Write a model directory with a family's tokenizer and other dimensions, without weights, and return its path.
 
     Args:
-        setting: whose scratch directory to use.
-        name: of the directory.
+        setting: the setting whose scratch directory is used.
+        name: name of the directory.
         like: an embedded model of the family.
         dimensions: entries of its ``config.json`` to replace.
     """
@@ -62,7 +62,7 @@ def write_model(setting: Setting, name: str, like: str, **dimensions: Any) -> st
 
 
 def full_rows(vocabulary: int, config: Config, device: torch.device) -> list[dict[str, Tensor]]:
-    """Return an optimizer step's micro-batches of random tokens: every row has ``seq_length`` tokens, no padding."""
+    """Return an optimizer step's micro-batches of random tokens, in rows of ``seq_length`` tokens without padding."""
     generator = torch.Generator().manual_seed(config.run.seed)
     shape = (config.micro_batch, config.data.seq_length)
     ids = [torch.randint(vocabulary, shape, generator=generator).to(device) for _ in range(config.accumulation)]
@@ -70,7 +70,7 @@ def full_rows(vocabulary: int, config: Config, device: torch.device) -> list[dic
 
 
 def join_group(config: Config) -> Topology:
-    """Join a process group as its only rank, like a run with ``launcher='none'``; all cases share the group."""
+    """Join a process group as its only rank, like a run with ``launcher='none'``. All cases share the group."""
     if not dist.is_initialized():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         directory = AT_END.enter_context(tempfile.TemporaryDirectory())
@@ -91,7 +91,7 @@ def engine_of(config: Config, setting: Setting) -> Iterator[Engine]:
 def train_step(
     engine: Engine, micro_batches: list[dict[str, Tensor]], before_update: Callable[[], None] | None = None
 ) -> float:
-    """Train one optimizer step as the trainer does, and return its loss: the mean over the step's tokens."""
+    """Train one optimizer step as the trainer does, and return its mean loss over the step's tokens."""
     tokens = sum(count_targets(batch["labels"]) for batch in micro_batches)
     engine.train(True)
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
@@ -107,7 +107,7 @@ def train_step(
 
 
 def time_steps(engine: Engine, micro_batches: list[dict[str, Tensor]], number: int) -> tuple[list[float], float]:
-    """Train ``number`` steps; return the seconds of each, and the last loss."""
+    """Train ``number`` steps, and return the seconds of each and the last loss."""
     seconds, loss = [], float("nan")
     for _ in range(number):
         synchronize(engine.device)

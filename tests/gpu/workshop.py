@@ -1,6 +1,6 @@
-"""Step 3: the workshop's models on one GPU: plain torch, then ZeRO by stage, offload and pinned memory.
+"""Step 3: the workshop's models on one GPU, with plain torch, then with ZeRO by stage, offload and pinned memory.
 
-Weights are random: only the dimensions matter here. Unless its name says otherwise, a case trains 16 full
+Weights are random, because only the dimensions matter here. Unless its name says otherwise, a case trains 16 full
 sequences per step in four micro-batches, in bf16. The predictions of :mod:`tutorial_lib.theory` are next to the
 measurements.
 """
@@ -55,7 +55,7 @@ class Model:
 
 
 def models(setting: Setting) -> dict[str, Callable[[], Model]]:
-    """Return a function that builds each of the workshop's models."""
+    """Return the functions that build the workshop's models, by the model's name."""
     bloom = TINY_BLOOM if setting.tiny else BLOOM_560M
     found = {"bloom-560m": lambda: Model(write_weights(setting, "bloom-560m", **bloom), _length(512), True)}
     found["gpt2"] = lambda: Model("embedded/gpt2" if setting.tiny else "embedded/gpt2-small", _length(1024))
@@ -67,7 +67,7 @@ def models(setting: Setting) -> dict[str, Callable[[], Model]]:
 
 
 def write_weights(setting: Setting, name: str, **dimensions: Any) -> str:
-    """Write a BLOOM model with random weights, if it is not there yet: reading them is faster than drawing them."""
+    """Write a BLOOM model with random weights unless it exists, because reading weights is faster than drawing them."""
     path = setting.path(f"models/{name}")
     if not (path / "model.safetensors").exists():
         write_model(setting, name, "embedded/bloom", **dimensions)
@@ -107,7 +107,7 @@ def cases(setting: Setting) -> Cases:
     for way, flat in ways(setting).items():
         for model, make in chosen.items():
             if model == "gpt2" and "offload" in flat and setting.size == "full":
-                continue  # bloom-560m shows it
+                continue  # bloom-560m shows offload
             found[f"{model}: {way}"] = partial(measure, setting, make, flat)
     return found
 
@@ -125,7 +125,7 @@ def configure(setting: Setting, model: Model, **flat: Any) -> Config:
 
 
 def measure(setting: Setting, make: Callable[[], Model], flat: dict[str, Any]) -> dict[str, Any]:
-    """Train a few steps; return speed and memory, measured and predicted."""
+    """Train a few steps, and return speed and memory, measured and predicted."""
     model = make()
     config = configure(setting, model, **flat)
     if setting.tiny:
@@ -166,7 +166,7 @@ def measure(setting: Setting, make: Callable[[], Model], flat: dict[str, Any]) -
 
 
 def account_of_a_step(engine: Engine, batches: list[dict[str, torch.Tensor]]) -> tuple[dict[str, Any], dict[str, int]]:
-    """Train a step; return its states just before the update, and its peaks before and during the update."""
+    """Train a step, and return its states just before the update, and its peaks before and during the update."""
     states: dict[str, Any] = {}
     peaks: dict[str, int] = {}
 
@@ -182,14 +182,14 @@ def account_of_a_step(engine: Engine, batches: list[dict[str, torch.Tensor]]) ->
 
 
 def allocated(device: torch.device) -> int | None:
-    """Return the bytes that PyTorch's allocator has in use; None on a CPU, where PyTorch does not count them."""
+    """Return the bytes that PyTorch's allocator has in use, or None on a CPU, where PyTorch does not count them."""
     return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else None
 
 
 def utilisations(
     setting: Setting, dimensions: Dimensions, params: int, seq_length: int, tokens_per_second: float
 ) -> dict[str, float | None]:
-    """Return MFU against the data sheet's peak, and against the matrix product that this process measures."""
+    """Return MFU relative to the data sheet's peak, and relative to a matrix product that this process measures."""
     measured = measured_peak(setting)
     per_token = flops_per_token(params, dimensions.layers, dimensions.hidden, seq_length)
     nominal = dense_peak(device_of(setting))
@@ -208,7 +208,7 @@ def measured_peak(setting: Setting) -> float:
 
 
 def predict(config: Config, dimensions: Dimensions, params: int) -> dict[str, float | None]:
-    """Return a case's predictions: bytes of states, activations and peak, what a step adds, and its seconds.
+    """Return a case's predictions: bytes of states and activations, the peak, the bytes that a step adds, and seconds.
 
     For a device without a preset, the time is None.
     """

@@ -1,8 +1,7 @@
-"""Step 7: the workshop's exercises for one GPU, as a reader runs them: ``bench`` with the Hugging Face ``Trainer``.
+"""Step 7: the workshop's exercises for one GPU, which a reader runs with ``bench`` and the Hugging Face ``Trainer``.
 
 Each row starts its own process through the local launcher and watches its memory from outside. Every question is padded
-to 512 tokens, as in the workshop. ``baseline, fp16`` is the workshop's own baseline; all other rows
-run in bf16.
+to 512 tokens, as in the workshop. ``baseline, fp16`` is the workshop's own baseline; all other rows run in bf16.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def run_row(setting: Setting, row: str, **flat: Any) -> dict[str, Any]:
             "max_examples": 500, "max_eval_examples": 50, "resume": "never", **flat,
         },
     )  # fmt: skip
-    with suppress(ImportError):  # the row is recorded before its figures are drawn, which needs matplotlib
+    with suppress(ImportError):  # figures need matplotlib, but the row is recorded before they are drawn
         bench.run_matrix("zero-stages", config, rows=[row], sample_interval=0.1)
     matrix = bench.Matrix.read(config.directory)
     record = matrix[row]

@@ -1,7 +1,7 @@
 """Runner of the course's notebooks without a browser, for `make run-notebooks`, `execute`, `nbval` and the tests.
 
 Every notebook runs on the profile it was committed with (the CPU's), in a working directory of its own that starts
-empty, and with its parameter ``STORAGE`` pointing there: what an earlier run left behind is never found again.
+empty. Its parameter ``STORAGE`` points there, so it never finds anything that an earlier run left behind.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CELL_TIMEOUT = 600
 KERNEL_NAME = "Python 3 (tutorial_lib)"
 """The kernel's display name, as `.ci/setup` installs it."""
 QUIET_KERNEL = ["--IPKernelApp.log_level=ERROR"]
-"""Kernels warn on the terminal that they talk over unencrypted TCP; here they do so over loopback."""
+"""Options that silence a kernel's warning about unencrypted TCP, because the kernel listens only on the loopback."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Execution:
     Attributes:
         notebook: its name, without the extension.
         output: the executed copy.
-        seconds: wall time, with the kernel's start.
+        seconds: wall time, including the kernel's start.
         cells: code cells in the notebook.
         error: what the failing cell raised, with its traceback; ``None`` if every cell ran.
     """
@@ -58,7 +58,7 @@ def committed_notebooks() -> list[Path]:
 
 
 def execute(notebook: Path, *, progress_bar: bool = False) -> Execution:
-    """Run a notebook by papermill and keep the executed copy under build/notebooks."""
+    """Run a notebook with papermill, and keep the executed copy under build/notebooks."""
     logging.getLogger("papermill").setLevel(logging.WARNING)
     import papermill
 
@@ -87,7 +87,7 @@ def execute(notebook: Path, *, progress_bar: bool = False) -> Execution:
 
 
 def execute_in_place(notebook: Path) -> Execution:
-    """Replace a committed notebook's outputs by a fresh run's, without anything that changes from run to run."""
+    """Replace a committed notebook's outputs with those of a fresh run, and drop whatever changes from run to run."""
     document = nbformat.read(notebook, as_version=4)
     scratch = _fresh(ROOT / "build" / "execute" / notebook.stem)
     client = NotebookClient(
@@ -96,7 +96,7 @@ def execute_in_place(notebook: Path) -> Execution:
         kernel_name="python3",
         resources={"metadata": {"path": str(scratch)}},
         record_timing=False,
-        coalesce_streams=True,  # how output is cut into messages differs from run to run
+        coalesce_streams=True,  # the cuts between messages differ from run to run
         extra_arguments=QUIET_KERNEL,
     )
     error = None
@@ -107,7 +107,7 @@ def execute_in_place(notebook: Path) -> Execution:
         error = f"{type(failure).__name__}: {failure}"
     seconds = time.perf_counter() - started
     if error is None:
-        # What JupyterLab writes when a reader saves the notebook: opening it then changes nothing.
+        # JupyterLab writes the same metadata, so a reader who opens and saves the notebook changes nothing.
         document.metadata = NotebookNode(
             kernelspec={"display_name": KERNEL_NAME, "language": "python", "name": "python3"},
             language_info=document.metadata.language_info,

@@ -1,7 +1,8 @@
 """Pytest plugin beside nbval that compares the claims of a fresh run with the committed ones.
 
-``-p tests.notebooks.same_claims`` adds one test to every notebook, after its last cell. It reads the claims from what
-nbval's cells have just shown, so that no notebook runs twice: every claim holds, and every number is the committed one.
+``-p tests.notebooks.same_claims`` adds one test to every notebook, after its last cell. The test reads the claims from
+the outputs that nbval has just produced, so that no notebook runs twice. It passes if every claim holds, and every
+number is the committed one.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from nbval.plugin import IPyNbCell
 from tutorial_lib.lab.claims import Claims, claims_of
 
 RELATIVE, ABSOLUTE = 1e-4, 1e-5
-"""Largest gap between two runs' numbers. Rounding shifts a loss by 1e-6 of it, and a small difference by far more."""
+"""Largest gap between two runs' numbers. Rounding changes a loss by 1e-6 of its size, and small differences by more."""
 
 Claim = dict[str, Any]
 
 
 def describe_untrue(found: list[Claim]) -> list[str]:
-    """Describe the claims that do not hold, as stated or compared again, and those that were made twice."""
+    """Describe the claims that do not hold, as recorded or when checked again, and those that were made twice."""
     again = Claims()
     for claim in found:
         text, expected, measured = claim["claim"], claim["expected"], claim["measured"]
@@ -39,7 +40,7 @@ def describe_untrue(found: list[Claim]) -> list[str]:
 
 
 def describe_differences(committed: list[Claim], fresh: list[Claim]) -> list[str]:
-    """Describe the differences between a run's claims and the committed ones. If one varies, only its text counts."""
+    """Describe where a run's claims differ from the committed ones. Of a claim that varies, only the text counts."""
     texts, fresh_texts = ([claim["claim"] for claim in claims] for claims in (committed, fresh))
     if texts != fresh_texts:
         lost, new = set(texts) - set(fresh_texts), set(fresh_texts) - set(texts)
@@ -81,7 +82,7 @@ class SameClaims(pytest.Item):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Add a test of its claims after every notebook's last cell."""
+    """Add a test of the claims after the last cell of every notebook."""
     last_cells = {item.parent: item for item in items if isinstance(item, IPyNbCell)}
     for notebook, cell in last_cells.items():
         items.insert(items.index(cell) + 1, SameClaims.from_parent(notebook, name="claims"))

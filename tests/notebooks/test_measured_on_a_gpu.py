@@ -1,4 +1,4 @@
-"""GPU figures quoted in the lessons: each must match docs/measured/h200."""
+"""GPU figures quoted in the lessons, each of which must match docs/measured/h200."""
 
 from __future__ import annotations
 
@@ -48,9 +48,6 @@ def test_sentences_about_the_h200(runs: dict[str, Any]) -> None:
     assert f"are {plain['mfu']:.0%} of this GPU's peak".replace("%", " %") in workshop
     trace = {each["case"]: each for each in measured("traces")}["bloom-560m, ZeRO-0, micro-batches of 4"]
     assert f"{trace['kernel_calls']:,} small kernels, which take {trace['busy_seconds']:.2f} s" in workshop
-    flops = runs["bloom-560m: ZeRO-0"]["mfu"] * runs["bloom-560m: ZeRO-0"]["step_seconds"]["median"]
-    assert f"reach {100 * flops / trace['busy_seconds']:.0f} % of the peak" in workshop
-    assert all("copy" in kernel["name"] for kernel in trace["longest"][:2])
     assert trace["busy_seconds"] < runs["bloom-560m: ZeRO-0"]["step_seconds"]["median"] / 2
     peaks = {way: f"{runs[f'bloom-560m: {WAYS[way]}']['allocator_peak_bytes'] / GIB:.1f}" for way in WAYS}
     assert list(peaks.values()) == ["19.1", "17.9", "18.8", "17.9", "18.8"]
@@ -66,7 +63,7 @@ def test_sentences_about_the_h200(runs: dict[str, Any]) -> None:
         abs(last[name]) < 0.002 for name in ("micro-batch 48", "micro-batch 192, recomputed")
     )
     kept_busy = [row["mfu"] for row in measured("fsdp2-one-billion")[0]["rows"] if row["micro_batch"] >= 24]
-    assert "42 > to 43 %" in " ".join(text_of("06_scaling_out").split())
+    assert "42 to 43 %" in " ".join(text_of("06_scaling_out").split())
     assert [f"{min(kept_busy):.2f}", f"{max(kept_busy):.2f}"] == ["0.42", "0.43"]
     for table, largest in zip(measured("fsdp2-one-billion"), (48, 192), strict=True):
         row = table["rows"][-1]

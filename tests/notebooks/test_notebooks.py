@@ -31,7 +31,7 @@ def outputs(document: NotebookNode) -> list[NotebookNode]:
 def test_the_first_lessons_are_found() -> None:
     names = [path.stem for path in run.committed_notebooks()]
     assert names[:2] == ["00_start_here", "01_zero_finetuning"]
-    assert len(set(names)) == len(names), "a run's folder has its notebook's name"
+    assert len(set(names)) == len(names), "a run's folder is named after its notebook"
 
 
 @COURSE
@@ -67,11 +67,11 @@ def test_imports_come_before_slow_cells(notebook: Path) -> None:
     """A reader who starts in the middle after a restart must not train for a minute and then get a NameError."""
     bodies = [ast.parse(_without_magics(cell.source)).body for cell in run.code_cells(read(notebook))]
     importing = [n for n, body in enumerate(bodies) if any(isinstance(s, (ast.Import, ast.ImportFrom)) for s in body)]
-    assert importing == list(range(1, 1 + len(importing))), "right after the cell of parameters"
+    assert importing == list(range(1, 1 + len(importing))), "imports must follow the parameters"
 
 
 def test_the_readme_lists_every_lesson_and_lab_with_the_minutes_that_reading_takes() -> None:
-    """Count 200 words a minute, and 24 seconds for a code cell."""
+    """Reading takes one minute per 200 words, and 24 seconds per code cell."""
     readme = (run.ROOT / "README.md").read_text(encoding="utf-8")
     listed = re.findall(
         r"^\| \[[^]]+\]\(notebooks/([\w/]+)\.ipynb\) \|.*\| (\d+) min \| \d+ s \|$", readme, re.MULTILINE

@@ -14,7 +14,7 @@ from tests.notebooks import run
 
 @pytest.fixture
 def course(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a separate course: notebooks/ and build/ under a temporary directory."""
+    """Let the runner use a temporary directory instead of the repository, and return its notebooks/."""
     for name, directory in {"ROOT": "", "NOTEBOOKS": "notebooks", "RESULTS": "build/notebooks"}.items():
         monkeypatch.setattr(run, name, tmp_path / directory)
     run.NOTEBOOKS.mkdir()

@@ -1,4 +1,4 @@
-"""Test that follows a notebook's last cell in `make nbval`: it fails if a number differs from the committed one."""
+"""Test that follows a notebook's last cell in `make nbval`, which fails if a number differs from the committed one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def claims(measured: Any, *, text: str = "a number", **options: Any) -> Made:
     ("committed", "fresh"),
     [
         (4.484903, 4.484905),  # rounding of a loss
-        (1.7e-07, 0.0),  # a residue of it
+        (1.7e-07, 0.0),  # a residue of rounding
         (0.0008088, 0.0008087),  # a difference of two losses
         ([1.0, [2.0, 3.0]], [1.0, [2.0, 3.00001]]),
         (2, 2.0),
@@ -130,7 +130,7 @@ def test_nbval_runs_a_notebook_once_and_its_claims_are_compared(tmp_path: Path) 
 
 
 def test_a_lesson_that_makes_a_claim_twice_is_seen() -> None:
-    """A reader may run a cell again; a lesson that runs from top to bottom makes each claim once."""
+    """A reader may run a cell again, but a lesson that runs from top to bottom makes each claim once."""
     claims = Claims()
     claims.equal("one", 1, 1)
     assert describe_untrue(claims.to_list()) == []

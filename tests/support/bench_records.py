@@ -16,7 +16,7 @@ STEPS = 5
 
 
 def done(name: str, **values: Any) -> RowRecord:
-    """Return a finished row: peak memory 1 GiB, 10 samples per second, 2 s of training."""
+    """Return a finished row with a peak memory of 1 GiB, 10 samples per second, and 2 s of training."""
     tree = Memory("PSS", 1024 * MIB, 900.0 * MIB, (890 * MIB,), 10)
     states = (ModelStates(40 * MIB, 40 * MIB, 80 * MIB),)
     own = {

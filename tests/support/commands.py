@@ -1,4 +1,4 @@
-"""Command lines of runs. It imports nothing but the library, so that scripts without pytest can use it."""
+"""Command lines of runs. This module imports only the library, so that scripts without pytest can use it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def train_command(config: Config) -> list[str]:
     given = ["tutorial_lib", "train", "--json"]
     settings = config.flat()
     if config.run.steps:
-        del settings["epochs"]  # the run's length is stated once
+        del settings["epochs"]  # steps state the run's length
     for name, value in settings.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):

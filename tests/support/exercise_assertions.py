@@ -9,12 +9,12 @@ from tutorial_lib.lab.exercises import Exercise
 
 
 def assert_explains(exercise: Exercise, right: Any, wrong: Mapping[Any, str]) -> None:
-    """Assert that an exercise accepts the right answer, waits for one, and explains each wrong one.
+    """Assert that an exercise accepts the right answer, leaves a missing one open, and explains each wrong one.
 
     Args:
         exercise: the exercise.
         right: its right answer.
-        wrong: words of the explanation, by the wrong answer.
+        wrong: wrong answers, with words from the explanation of each.
     """
     assert exercise.check(right).right is True
     assert exercise.check().right is None

@@ -54,14 +54,14 @@ class LateWriter(Writer):
     def _do_late(self, job: Callable[..., Any], *given: Any) -> None:
         deadline = time.monotonic() + PATIENCE
         while self._records.rows()[-1]["step"] <= self._saved_at:
-            assert time.monotonic() < deadline, "training waits for the files"
+            assert time.monotonic() < deadline, "training waited for the files"
             time.sleep(0.01)
         self._then(self._saved_at)
         job(*given)
 
 
 class WithoutSnapshot(LateWriter):
-    """Late writer of the states themselves, which training changes meanwhile."""
+    """Late writer of the states themselves, which training has changed by then."""
 
     def snapshot(self, states: dict[str, Any]) -> Any:
         return states

@@ -32,7 +32,7 @@ def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
 def interrupt_when(
     condition: Callable[[], object], times: int = 1, number: signal.Signals = signal.SIGINT
 ) -> threading.Thread:
-    """Send this process a signal like Ctrl-C once something has happened, and again half a second later."""
+    """Send this process a signal, like Ctrl-C, once a condition holds, and again every half second up to ``times``."""
 
     def strike() -> None:
         wait_until(condition, 60)
@@ -46,7 +46,7 @@ def interrupt_when(
 
 
 class Shell:
-    """Starts ``python -m ...`` as a shell would: in a separate process group, with output to files."""
+    """Launcher of ``python -m ...`` in a separate process group, as from a shell, with its output in files."""
 
     def __init__(self, scratch: Path) -> None:
         self.scratch = scratch

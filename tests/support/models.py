@@ -11,7 +11,7 @@ from tutorial_lib.embedded import model_directory
 from tutorial_lib.models import load_model
 
 LAYERS, HIDDEN = 2, 32
-"""Layers and hidden size of the models below: enough to test equality to 1e-6."""
+"""Layers and hidden size of the models below, which are enough to test equality to 1e-6."""
 
 MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_layer": LAYERS, "n_embd": HIDDEN, "n_head": 4},
@@ -22,7 +22,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "bloom": {"n_layer": LAYERS, "hidden_size": HIDDEN, "n_head": 8},
 }  # fmt: skip
-"""Smaller versions of the embedded models with random weights: the differences from the model of that name."""
+"""Settings of smaller models with random weights, where they differ from the embedded model of the same name."""
 
 DROPOUT: dict[str, dict[str, float]] = {
     "gpt2": dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.1),
@@ -37,7 +37,8 @@ def small_model(name: str, target: Path, **changes: Any) -> None:
 
 
 def without_weights(name: str, target: Path, **changes: Any) -> None:
-    # Make logits distinguish tokens, as trained ones do: with the usual weights, all are about equally likely.
+    # Large weights make logits distinguish tokens, as in a trained model. With the usual ones, all tokens are about
+    # equally likely.
     altered_model(f"embedded/{name}", target, initializer_range=0.2, **changes)
     (target / "model.safetensors").unlink()
 

@@ -28,7 +28,7 @@ def config(storage, **flat):
 
 
 def make_model(directory):
-    """Write a small GPT-2 with dropout: a resume that draws different random numbers gives different losses."""
+    """Write a small GPT-2 with dropout, so that a resume with different random numbers gives different losses."""
     small_model("gpt2", directory / "dropout", **MODELS["gpt2"], embd_pdrop=0.1, resid_pdrop=0.1)
     return str(directory / "dropout")
 

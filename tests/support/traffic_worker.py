@@ -50,7 +50,7 @@ def each_kind(rank: int) -> Traffic:
 
 
 def bookkeeping() -> Traffic:
-    """Send a bf16 tensor among a loss, a norm in float64, an object, integers and a barrier."""
+    """Send a bf16 tensor, and for bookkeeping a loss, a float64 norm, an object, integers and a barrier."""
     with count_collectives() as traffic:
         dist.all_reduce(torch.ones(64, dtype=torch.bfloat16), async_op=True).wait()
         dist.all_reduce(torch.ones(()))
@@ -81,7 +81,7 @@ def of_one_rank() -> Traffic:
 
 
 def along_axes(rank: int) -> Traffic:
-    """Send over all ranks, which are along ``tp``, and over each rank alone, which is its ``dp``."""
+    """Send over all ranks, which are the ``tp`` axis, and within each rank alone, which is its ``dp`` axis."""
     groups = [dist.new_group([alone]) for alone in range(N)]
     mesh = init_device_mesh("cpu", (N,))
     with count_collectives({"tp": [0, 1], "dp": [rank]}) as traffic:

@@ -1,7 +1,7 @@
 """Error table of the planner: predictions beside published runs and our own, with a reason for each miss.
 
-``python -m tests.theory.errors`` writes docs/planner-errors.md. ``python -m tests.theory.errors measure`` trains the
-small runs of its second part again first (about two minutes), into measured.json.
+``python -m tests.theory.errors`` writes docs/planner-errors.md. ``python -m tests.theory.errors measure`` first trains
+the small runs of the page's second part again (about two minutes), and writes measured.json.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def own_runs() -> Iterator[tuple[Config, list[Compared]]]:
 
 
 def measure() -> None:
-    """Train the runs of measured.json again, and write memory and traffic of each one's fullest rank."""
+    """Train the runs of measured.json again, and write the memory and traffic of the rank that holds most in each."""
     from tutorial_lib import launch
 
     settings = [row["settings"] for row in json.loads(MEASURED.read_text(encoding="utf-8"))]
@@ -113,29 +113,31 @@ def page() -> str:
 `python -m tutorial_lib plan` counts bytes and operations. This page compares its predictions with {len(ROWS)}
 published runs and {len(own)} of our own. No constant was fitted to a published run. The share of a GPU's peak that
 training reaches, and the bandwidth of its links, were measured by others
-([hardware.py](../tutorial_lib/theory/hardware.py) names them). Which bytes exist at the same time was worked out on
-our own runs: part 2 shows how well the planner describes those, and part 1 how well it generalises. (Published
-runs exposed three bugs, now fixed: a pipeline's pending gradients were counted twice, a norm was not divided, and
-attention without a fused kernel took no time for its matrix of scores, whose bytes are counted on BLOOM's operators.)
+([hardware.py](../tutorial_lib/theory/hardware.py) names them). Our own runs showed which bytes exist at the same
+time: part 2 shows how well the planner describes those runs, and part 1 how well it generalises. (Published runs
+exposed three bugs, now fixed: a pipeline's pending gradients were counted twice, a norm's memory was not divided among
+the ranks, and the matrix of scores of attention without a fused kernel took no time. Its bytes are now counted, on
+BLOOM's operators.)
 
 - **Memory of published runs**: {good_memory} of {len(with_memory)} within {MEMORY_GOAL:.0%}.
   {low} of the {len(with_memory)} predictions are too low, which is the dangerous side: a layout that should fit may
   not. Leave some room, or raise `--headroom`. Falcon 7B's memory is not counted, because its settings are unknown:
   with those that its speed suggests, ZeRO-3's prediction is much too low (see "Not compared" below).
 - **Speed of published runs** that the model covers: {good_time} of {len(judged)} within {TIME_GOAL:.0%}.
-  None of those uses tensor, context or pipeline parallelism: runs with these also use torch.compile and float8,
-  which the model leaves out. One of the {len(judged)} offloads; there the model is {OFFLOADED_RUN:g} times too fast.
+  None of those uses tensor, context or pipeline parallelism, because published runs with these also use torch.compile
+  and float8, which the model leaves out. One of the {len(judged)} uses offload, for which the model is
+  {OFFLOADED_RUN:g} times too fast.
 - **Our own runs**: model states within {worst[0]:.1%}, peak of a step within {worst[1]:.1%}, bytes sent within
   {worst[2]:.1%}.
 {_gpu_summary()}
-- **Not checked on this page**: anything about {_listed(_without_rows())}; nor the speed of
+- **Not checked on this page**: anything about {_listed(_without_rows())}, and the speed of
   {_listed(_without_speed())} ([part 3](#3-rows-per-kind-of-layout)).
 
 ## 1. Published runs
 
 Memory is the predicted peak divided by {1 - HEADROOM:g}. Published figures are what PyTorch's allocator had *reserved*
 (torchtitan) or what `nvidia-smi` showed (KAUST); the planner's default headroom of {HEADROOM:.0%} accounts for the
-difference. Without it, every memory figure would be a tenth lower. Speed is in tokens per second and GPU. An error is
+difference. Without it, every memory figure would be a tenth lower. Speed is in tokens per second per GPU. An error is
 predicted / published - 1. Speeds in brackets are shown for information: those runs use something that the time model
 leaves out (torch.compile, or torch.compile and float8, as their names say), or their settings are assumed.
 
@@ -164,18 +166,18 @@ Sources, in the order of the table: {"; ".join(dict.fromkeys(run.source for run 
 
 ## 2. Our own runs
 
-Two processes on a CPU (or four, if the row says so), the embedded models with four layers, full (packed) rows, measured
-in the third step by `train --measure`. The peak is what the step allocated beyond the existing weights and moments.
-Bytes are those of the rank that holds the most. Rows with selective recomputation or `each reduced` (gradients reduced
-with every micro-batch) came after the first ones. The planner had formulas for their memory before the engines
-supported either. (Only one rule came with that support: BLOOM's attention is recomputed, because it has no fused
-kernel.)
+These runs use two processes on a CPU (or four, if the row says so), the embedded models with four layers, and full
+(packed) rows. `train --measure` measured their third step. The peak is the memory that the step allocated beyond the
+existing weights and moments. Bytes are those of the rank that holds the most. Rows with selective recomputation or
+`each reduced` (gradients reduced with every micro-batch) came after the first ones. The planner had formulas for their
+memory before the engines supported either. (Only one rule came with that support: BLOOM's attention is recomputed,
+because it has no fused kernel.)
 
-Rows with offload or `hybrid_shard` were measured last, and two of them exposed errors, now fixed: a plan gave ZeRO-1
-with an offloaded optimizer and one micro-batch gradients on the device, which are on the host (with several, full ones
-wait on the device as well); and `plan --check` counted FSDP2's offloaded gradients twice. On a CPU, device and host
-are the same memory, so rows with offload check the sum of both, and no time. The peak of `hybrid_shard` with `each
-reduced` differs by up to a tenth from run to run.
+Rows with offload or `hybrid_shard` were measured last, and two of them exposed errors, now fixed. For ZeRO-1 with an
+offloaded optimizer and one micro-batch, the plan put gradients on the device that are really on the host. (With several
+micro-batches, full gradients wait on the device as well.) And `plan --check` counted FSDP2's offloaded gradients twice.
+On a CPU, device and host are the same memory, so rows with offload check the sum of both, and say nothing about time.
+The peak of `hybrid_shard` with `each reduced` differs by up to a tenth from run to run.
 
 {_table(_OWN, [_own_row(config, rows) for config, rows in own])}
 
@@ -184,8 +186,8 @@ error of one per cent here may vanish there, and vice versa.
 
 ## 3. Rows per kind of layout
 
-Numbers of rows above. Speeds in brackets are not counted. Layouts without rows are planned with the same formulas, but
-this page compares none of them with a run.
+These are the numbers of rows above, without speeds in brackets. Layouts without rows are planned with the same
+formulas, but this page compares none of them with a run.
 
 {_table(_COVERED, list(_coverage()))}
 
@@ -255,8 +257,8 @@ def _gpu_summary() -> str:
 - **Our own GPU runs** (one H200, [part 5](#5-our-own-gpu-runs)): model states within {states:.1%}, peak of a step
   within {max(peaks):.1%}, of an update within {max(updates):.1%}, in part because these runs led us to fix the planner.
   Seconds per step within {max(busy):.0%} for 1 B parameters and micro-batches of 16 rows or more (FSDP2).
-  With small models the planner is {min(waits):.0f} to {max(waits):.0f} times too fast: it leaves out that kernels have
-  to be launched."""
+  With small models the planner is {min(waits):.0f} to {max(waits):.0f} times too fast: it leaves out the time that
+  launching kernels takes."""
 
 
 def _gpu_section() -> str:
@@ -282,37 +284,37 @@ and sends nothing.
 
 ### The workshop's models
 
-Random weights; four micro-batches of four full sequences (bloom-560m: 512 tokens, gpt2: 1024), unless a run's name
-says otherwise. GiB; the peak is what a step adds to what exists before it. Below stage 3, without offload, gradients
-count in both.
+Weights are random. A step has four micro-batches of four full sequences (bloom-560m: 512 tokens, gpt2: 1024), unless a
+run's name says otherwise. Memory is in GiB, and the peak is the memory that a step adds. Below stage 3, without
+offload, gradients count in both the states and the peak.
 
 {_table(_GPU_RUNS, [_gpu_row(run) for run in workshop])}
 
 In all of them memory peaks at the loss. The update's own peak was measured in {len(updates)} runs, and is predicted
 within {max(updates):.1%}. These runs exposed errors in the planner's memory, now fixed: DeepSpeed's fp32 copy of
-16-bit gradients at the update and what autocast keeps in fp32 were missing (the latter made gpt2's peak 17% too low),
-and stage 3 was given gathered copies on a single rank, which makes none.
+16-bit gradients at the update was missing, and so were the tensors that autocast keeps in fp32 (which made gpt2's peak
+17% too low). For stage 3 on a single rank, the planner counted gathered copies that do not exist.
 
-The time model leaves out the time it takes to launch each kernel. A profiler showed how much that matters (earlier the
+The time model leaves out the time that launching a kernel takes. A profiler showed how much that matters (earlier the
 same day, in another start of the machine, where stage 0 took {small["step_seconds_without_profiler"]:.2f} s per step).
 A step of bloom-560m with four micro-batches of four launches {small["kernel_calls"]:,} kernels, and the GPU is busy
-{share[0]:.0%} of the time; with one micro-batch of 16, {share[1]:.0%}. Without any waiting that step would reach
-{ceiling:.0%} of the data sheet's peak: its longest kernels copy, convert and add numbers, which takes longer than the
-planner's {planned:.2f} s for everything. Stage 3 runs Python hooks around every module, even with nothing to gather;
-without offload it is the slowest.
+{share[0]:.0%} of the time. With one micro-batch of 16, it is busy {share[1]:.0%} of the time. Without any waiting, that
+step would reach only {ceiling:.0%} of the data sheet's peak, because its longest kernels copy, convert and add numbers,
+which takes longer than the {planned:.2f} s that the planner predicts for everything. Stage 3 runs Python hooks around
+every module, even with nothing to gather, and is the slowest without offload.
 
 ### FSDP2: about 1 B parameters, by micro-batch
 
-GPT-2's architecture with {num_params / 1e9:.2f} B parameters, 1024 tokens, one micro-batch per step. GiB; the peak is
-the most memory that PyTorch's allocator had in use at once. The best step reached {best:.1%} of the data sheet's
-989 TFLOP/s (MFU).
+The model has GPT-2's architecture and {num_params / 1e9:.2f} B parameters. A step is one micro-batch of sequences of
+1024 tokens. Memory is in GiB, and the peak is the most that PyTorch's allocator had in use at once. The best step
+reached {best:.1%} of the data sheet's 989 TFLOP/s (MFU).
 
 {_table(_GPU_FSDP, [_gpu_fsdp_row(run) for run in fsdp])}
 
 In rows marked with *, memory peaks at the update, where AdamW copied all parameters in fp32. FSDP2's AdamW is now fused
-and makes no copy. Its losses, resume, memory and speed were all measured before, and not again since. The plan leaves
-out cuBLAS's workspaces ({gpu_runs.WORKSPACE // 2**20} MiB). Micro-batch 64 did not fit; with recomputation, 256 did
-not."""
+and makes no copy. Its losses, resume, memory and speed were all measured before that change, and not again since. The
+plan leaves out cuBLAS's workspaces ({gpu_runs.WORKSPACE // 2**20} MiB). Micro-batch 64 did not fit; with recomputation,
+256 did not."""
 
 
 _GPU_RUNS = (
@@ -343,7 +345,7 @@ _OWN = ("run", "states: predicted", "measured", "error", "peak: predicted", "mea
 
 
 def _large_case() -> str:
-    """Return what the planner says of 405 B on 512 H100, beside the layout that experts would choose."""
+    """Return the planner's answer for 405 B on 512 H100s, beside the layout that experts would choose."""
     dims = MODELS["llama-3-405b"]
     task = Workload(num_params=dims.num_params, dimensions=dims, seq_length=8192)
     found = [c for c in plan(task, Cluster.of("h100", 512), "fsdp") if c.fits]
@@ -370,8 +372,8 @@ too, but is slower (tokens/s are per GPU, each row has its best micro-batch):
 
 Do not choose by this table. No published speed checks tp or pipelines (part 3), so such differences may well be errors.
 The planner ignores the latency of collectives among hundreds of ranks and assumes that compute hides 80 % of their
-time; both favour a large dp. Nor is the last row sure to fit 80 GB: it is the layout of the published run in part 1,
-whose GPUs of 96 GB held {run.memory / GIB:.1f} GiB ({run.memory / 1e9:.1f} GB)."""
+time; both favour a large dp. The last row may not even fit 80 GB, because it is the layout of the published run in part
+1, whose GPUs of 96 GB held {run.memory / GIB:.1f} GiB ({run.memory / 1e9:.1f} GB)."""
 
 
 def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

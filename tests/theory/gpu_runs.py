@@ -34,9 +34,9 @@ class GpuRun:
         name: model and engine.
         states: bytes of all model states just before the update; None if they were not counted.
         peak: bytes that a step added to what existed before it; if states were not counted, all bytes in use.
-        seconds: of a step.
+        seconds: seconds of a step.
         peaks_at_update: whether the measured peak is AdamW's copy, which the engine no longer makes.
-        is_busy: whether the step keeps the GPU busy: FSDP2's runs with micro-batches of 16 rows and more.
+        is_busy: whether the step keeps the GPU busy, as FSDP2's runs do with micro-batches of 16 rows or more.
     """
 
     name: str
@@ -52,7 +52,7 @@ class GpuRun:
 
     @property
     def times_too_fast(self) -> float:
-        """Return measured seconds per step over predicted: 2 if a step takes twice as long as the planner says."""
+        """Return measured over predicted seconds per step, which is 2 if a step takes twice as long as predicted."""
         return self.seconds[1] / self.seconds[0]
 
 

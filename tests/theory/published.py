@@ -1,7 +1,7 @@
-"""Published training runs with stated model, hardware and settings, as the planner sees them.
+"""Published training runs with stated model, hardware and settings, as inputs of the planner.
 
-Every row names the source of its figures. No constant of the planner was fitted to them: efficiencies and bandwidths
-are other people's measurements (tutorial_lib/theory/hardware.py), the rest counts bytes and operations.
+Every row names the source of its figures. No constant of the planner was fitted to them. Efficiencies and bandwidths
+were measured by others (tutorial_lib/theory/hardware.py), and everything else counts bytes and operations.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Published:
     """One run.
 
     Args:
-        source: of all figures.
-        name: model, devices, settings in words.
-        workload, cluster, layout: the same as the planner takes it.
+        source: source of all figures.
+        name: model, devices and settings in words.
+        workload, cluster, layout: the same as the planner's arguments.
         speed: tokens per second and GPU.
         memory: bytes, as the source measures them.
         not_modelled: features of the run outside the time model, so that its time is shown but not judged.
@@ -58,7 +58,7 @@ def _titan(
     model: str, gpus: int, batch: int, seq: int, speed: float, gib: float | None, table: str, *, name: str = "",
     gpu: str = "h100", not_modelled: str = "", why: str = "", **layout: Any,
 ) -> Published:  # fmt: skip
-    """Return a run of torchtitan; ``batch`` is local, per data-parallel rank."""
+    """Return a run of torchtitan, whose ``batch`` is that of one data-parallel rank."""
     name += ", compiled, float8" if not_modelled == _FLOAT8 else ""
     axes = {"tp": 1, "cp": 1, "pp": 1, **layout}
     dp = gpus // (axes["tp"] * axes["cp"] * axes["pp"])
@@ -97,12 +97,14 @@ ROWS: list[Published] = [
     _titan("llama-3-8b", 8, 1, 131_072, 1071, 84.0, _DECEMBER + "2", name="8B, FSDP 2 x CP 4, 131,072 tokens",
            not_modelled=_FLOAT8, cp=4, **_FULL),
     _titan("llama-3-8b", 8, 1, 262_144, 548, 84.5, _DECEMBER + "2", name="8B, CP 8, 262,144 tokens",
-           not_modelled=_FLOAT8, cp=8, why="they would make it faster, so the true miss is larger: the model counts "
-           "the ring's attention, in blocks, as efficient as one kernel, and hides the ring's exchanges", **_FULL),
+           not_modelled=_FLOAT8, cp=8, why="they would make it faster, so the true miss is larger: the model treats "
+           "the ring's attention in blocks as if it were as efficient as one kernel, and hides the ring's exchanges",
+           **_FULL),
     _titan("llama-3-70b", 256, 16, 8192, 829, 71.9, _DECEMBER + "4", name="70B, 256 H100, FSDP 32 x TP 8, b 16, full",
-           not_modelled=_FLOAT8, tp=8, why="memory: unknown. In the rows above both change little (82.4, 77.0, and "
-           "76.8 GiB with float8). It peaks in the vocabulary-parallel loss, four fp32 copies of a rank's logits of "
-           "7.8 GiB each (loss.py of PyTorch); a fifth would close the gap, but we found none", **_FULL),
+           not_modelled=_FLOAT8, tp=8, why="we do not know why memory is off. In the rows above, both change it little "
+           "(82.4, 77.0, and 76.8 GiB with float8). It peaks in the vocabulary-parallel loss, with four fp32 copies of "
+           "a rank's logits of 7.8 GiB each (loss.py of PyTorch); a fifth would close the gap, but we found none",
+           **_FULL),
     _titan("llama-3-405b", 512, 32, 8192, 100, 82.5, _DECEMBER + "5",
            name="405B, 512 H100, FSDP 8 x TP 8 x PP 8, 1F1B, b 32, full", not_modelled=_FLOAT8, tp=8, pp=8, **_FULL),
     _titan("llama-3-405b", 512, 32, 8192, 128, 72.7, _DECEMBER + "5", name="the same, interleaved 1F1B",
@@ -122,7 +124,7 @@ ROWS: list[Published] = [
 ]  # fmt: skip
 
 _GRANITE = MODELS["llama-2-7b"]
-"""Granite 7B has Llama 2's architecture (its model card, and the blog)."""
+"""Granite 7B has Llama 2's architecture, according to its model card and the blog."""
 
 
 def _granite(name: str, speed: float, layout: Layout) -> Published:
@@ -161,7 +163,8 @@ def _autotuning(model: str, micro_batch: int, samples: float) -> Published:
         workload=_work(dims, 1024, 16 * micro_batch, precision="fp16", gradient_reduction="all_reduce"),
         cluster=_cluster("v100", 16, "fp16", gpus_per_node=16),
         layout=Layout(dp=16, tp=1, zero_stage=1, micro_batch=micro_batch), speed=samples * 1024 / 16,
-        why="transformers 4.12 in eager mode: GELU in eight kernels, dropout, and launches, for micro-batches of 2",
+        why="with transformers 4.12 in eager mode, GELU in eight kernels, dropout and launches take much of the time "
+        "of micro-batches of 2",
     )  # fmt: skip
 
 
@@ -184,7 +187,7 @@ def _falcon(name: str, seconds: float, offload: str, **more: str) -> Published:
 
 FALCON = _falcon(
     "Falcon 7B, 8 A100 40 GB, ZeRO-3, 4,096 tokens (b 2 and full are assumed)", 2.86, "none",
-    not_modelled="micro-batch and recomputing are not stated, and assumed so that this row agrees",
+    not_modelled="micro-batch and recomputing are not stated, and were chosen so that this row agrees",
 )  # fmt: skip
 ROWS += [
     FALCON,

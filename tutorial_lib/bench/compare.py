@@ -1,4 +1,4 @@
-"""Comparison of two rows, or of two matrices row by row: memory and its saving, runtime and its change."""
+"""Comparison of two rows, or of two matrices row by row: memory saved and time added."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Difference:
     """Cost of one row compared with another, in bytes and seconds.
 
     Attributes:
-        rows: name of the row, or of both rows.
+        rows: the name that both rows have, or both names.
         memory: kind of memory: ``process tree`` (peak of all processes together), ``GPU`` (peak of the fullest GPU), or
             ``states per rank``.
         memory_without: bytes of the first row.
@@ -54,7 +54,7 @@ class Comparison:
 
     Attributes:
         title: names of the two rows or matrices.
-        differences: one for each pair of rows and each kind of memory measured in both.
+        differences: one for each pair of rows and each kind of memory that was measured in both rows.
     """
 
     title: str
@@ -102,7 +102,7 @@ def compare(without: str | Path, with_: str | Path, *, storage: str | Path = "ru
         storage: directory of matrices that are given by name only.
 
     Raises:
-        ConfigError: there is no such row, one is not done, or nothing can be compared.
+        ConfigError: a row does not exist or is not done, or the two have nothing to compare.
     """
     first, second = (_find(name, Path(storage)) for name in (without, with_))
     if isinstance(first, RowRecord) and isinstance(second, RowRecord):

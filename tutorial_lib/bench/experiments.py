@@ -1,7 +1,7 @@
 """Experiments of a benchmark matrix: the rows by name, with the settings in which they differ.
 
-A matrix is data. To add one, add names and settings to :data:`EXPERIMENTS`. This also covers engines that take ZeRO
-from a DeepSpeed file (:func:`rows_of` chooses the file).
+A matrix is data. To add one, add names and settings to :data:`EXPERIMENTS`. For engines that take ZeRO from a DeepSpeed
+file, :func:`rows_of` chooses the file.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ OFFLOAD: dict[str, Overrides] = {
     "stage-3-offload": _zero(3, "all"),
     "stage-3-offload-pinned": _zero(3, "all", pinned=True),
 }
-"""Rows with offload. At stage 3 the parameters are offloaded as well, as in the workshop's zero3_cpu_offload.json."""
+"""Rows with and without offload. Stage 3 also offloads the parameters, as in the workshop's zero3_cpu_offload.json."""
 
 SCALING: dict[str, Overrides] = {f"dp-{ranks}": {"dp": ranks} for ranks in (1, 2, 4)}
 
@@ -75,10 +75,10 @@ def rows_of(experiment: str, config: Config, chosen: Sequence[str] = ()) -> dict
         config: the settings that all rows have in common.
         chosen: names of the rows to run, in this order: rows of the matrix, ``dp-N``, or a name of the original
             workshop such as ``2ZO-1G1N`` (stage 2 with offload, 1 GPU in total, 1 node; ``2ZOP`` with pinned memory).
-            Default: all rows of the matrix that make sense on the configuration's device.
+            Default: all rows of the matrix that make sense for the configuration.
 
     Raises:
-        ConfigError: an unknown name, a setting that the matrix sets itself, or a row that cannot run anywhere.
+        ConfigError: an unknown name, a setting that the matrix sets itself, or a row with invalid settings.
     """
     if experiment not in EXPERIMENTS:
         raise ConfigError(f"There is no matrix {experiment!r}. Write one of: {', '.join(EXPERIMENTS)}.")
@@ -95,7 +95,7 @@ def workshop_name(name: str) -> Overrides | None:
     """Return the settings for a name of the original workshop, such as ``2ZO-1G1N``, or None for any other name.
 
     Raises:
-        ConfigError: it looks like one, but cannot be run.
+        ConfigError: the name looks like one of the workshop's, but cannot be run.
     """
     if not looks_like_experiment(name):
         return None
@@ -119,7 +119,7 @@ def _named(name: str, known: Mapping[str, Overrides]) -> Overrides:
 def _makes_sense(overrides: Overrides, run: RunConfig, engine: EngineConfig) -> bool:
     """Return whether a row makes sense.
 
-    Pinned memory needs a GPU. Engines that read DeepSpeed files need one for the row, and refuse stage 0 in fp16.
+    Pinned memory needs a GPU. Engines that read DeepSpeed files need a file for the row, and refuse stage 0 in fp16.
     """
     if overrides.get("pin_memory") and run.device == "cpu":
         return False

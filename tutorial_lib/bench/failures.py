@@ -21,7 +21,7 @@ class OomKills:
         self._before = _count_kills()
 
     def since(self) -> int:
-        """Return the number of processes killed since then."""
+        """Return the number of processes killed since this object was created."""
         return _count_kills() - self._before
 
 
@@ -30,7 +30,7 @@ def explain(error: Exception, oom_kills: int) -> tuple[str, str]:
 
     Args:
         error: the exception that running it raised.
-        oom_kills: number of processes that the kernel killed in that time because memory ran out.
+        oom_kills: number of processes that the kernel killed during the row because memory ran out.
     """
     text = str(error)
     cause = text.strip().partition("\n")[0][:300] or type(error).__name__
@@ -44,7 +44,7 @@ def explain(error: Exception, oom_kills: int) -> tuple[str, str]:
 
 
 def _count_kills() -> int:
-    """Return the number of processes that the kernel has killed because memory ran out, or 0 if it is not known."""
+    """Return the number of processes that the kernel has killed because memory ran out; 0 if unknown."""
     try:
         lines = Path("/proc/vmstat").read_text().splitlines()
     except OSError:

@@ -65,8 +65,8 @@ def draw_states(rows: Sequence[RowRecord]) -> Figure | None:
 def draw_peaks(rows: Sequence[RowRecord]) -> Figure | None:
     """Draw each row's peak memory next to its predicted model states.
 
-    With GPUs, this compares the fullest GPU with one rank's states on it; without, all processes with all ranks'
-    states. The rest of the peak is libraries, activations and buffers.
+    On GPUs, this compares the fullest GPU with one rank's states. On CPUs, it compares all processes together with all
+    ranks' states. The rest of the peak is libraries, activations and buffers.
     """
     on_gpu = any(row.gpu for row in rows)
     found: dict[str, dict[str, dict[str, float]]] = {}
@@ -106,7 +106,7 @@ def draw_speed(rows: Sequence[RowRecord]) -> Figure | None:
 
 
 def draw_timeline(rows: Sequence[RowRecord], logs: Mapping[str, Path]) -> Figure | None:
-    """Draw the memory of each row's process tree (with GPUs, of the first GPU) over time."""
+    """Draw each row's memory over time: the memory of its process tree or, on GPUs, of the first GPU."""
     series = {}
     for row in rows:
         if not row.is_done:

@@ -61,7 +61,7 @@ class Matrix:
         """Read the matrix in a directory.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: there is none, or it cannot be read.
         """
         path = Path(path)
         file = path / MATRIX_FILE
@@ -143,7 +143,7 @@ def run_matrix(
 
     Args:
         experiment: ``zero-stages``, ``offload``, ``weak-scaling`` or ``strong-scaling``.
-        config: the settings that all rows have in common. Its name is the name of the matrix. In ``weak-scaling``, its
+        config: the settings that all rows have in common. Its name is the name of the matrix. In ``weak-scaling``, the
             global batch is per rank.
         rows: names of the rows to run, see :func:`tutorial_lib.bench.experiments.rows_of`; default: all.
         retry: run failed rows again.
@@ -156,8 +156,8 @@ def run_matrix(
         The matrix, as it is on disk.
 
     Raises:
-        ConfigError: a row cannot run anywhere, a matrix of this name has other settings, or no row can run here.
-        Interrupted: Ctrl-C or a signal. All earlier rows are kept, and the same call continues from there.
+        ConfigError: a row has invalid settings, a matrix of this name has different settings, or no row can run here.
+        Interrupted: Ctrl-C was pressed or a signal came. Earlier rows are kept, and the same call continues from there.
     """
     _check(config.run, sample_interval)
     config = config.with_absolute_paths()
@@ -192,7 +192,7 @@ def run_matrix(
                 shown.end(record)
             except KeyboardInterrupt:
                 if running:
-                    why = "interrupted: run the same command again to run it"
+                    why = "interrupted: the same command runs it again"
                     matrix = matrix.with_row(RowRecord(name, STOPPED, why, settings=matrix[name].settings))
                     matrix.write()
                 raise Interrupted(_where_stopped(matrix, name), []) from None
@@ -277,7 +277,7 @@ def _where_stopped(matrix: Matrix, row: str) -> str:
 
 
 def _threads_of_a_rank(experiment: str, configs: Mapping[str, Config]) -> int | None:
-    """Return the number of threads for each rank; None leaves that to the launcher.
+    """Return the number of threads for each rank, or None to leave that to the launcher.
 
     The launcher divides the cores among a run's ranks. In a scaling matrix a rank represents a device, so its share
     must not shrink with more ranks: every rank gets the share that it has in the largest row.
@@ -315,7 +315,7 @@ def _matrix_lock(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _raising_on_signals() -> Iterator[None]:
-    """Turn SIGTERM and SIGUSR1 between two rows into an interrupt. During a row, its launcher handles them."""
+    """Turn SIGTERM and SIGUSR1 between two rows into a KeyboardInterrupt. During a row, its launcher handles them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""Progress of a matrix while it runs: the row, its step, its seconds, and an estimate for the rest."""
+"""Progress of a matrix while it runs: the current row, its step, its seconds, and an estimate of the time left."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class SilentProgress:
 
 
 class MatrixProgress(SilentProgress):
-    """Shows a matrix's progress: a line that is rewritten in a terminal or a notebook, otherwise a line per row.
+    """Shows a matrix's progress: one line that is rewritten in a terminal or a notebook, or else a line per row.
 
     Args:
         file: where to write outside notebooks; default: standard error.

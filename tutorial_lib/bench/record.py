@@ -50,7 +50,7 @@ class RowRecord:
     Attributes:
         name: name of the row.
         status: :data:`NOT_RUN`, :data:`DONE`, :data:`STOPPED`, or the kind of failure.
-        cause: why it is not done, in one line.
+        cause: why the row is not done, in one line.
         error: the complete error.
         settings: settings in which rows of a matrix may differ; in a done row, with the values of its DeepSpeed file.
         wall_seconds: time from before its processes started until they had ended.
@@ -69,11 +69,11 @@ class RowRecord:
         gpu: memory of the fullest GPU; None without a GPU.
         gpus: memory of every GPU.
         states: bytes of each rank's model states, counted tensor by tensor in one step.
-        device_states: the part of them that is on a GPU.
+        device_states: bytes of each rank's model states that are on a GPU.
         predicted_states: predicted bytes of model states for each data-parallel rank.
-        predicted_device_states: the part of these that stays on the device despite offload.
-        peak_bytes: most bytes that any rank allocated in one step, beyond what existed before it.
-        predicted_peak_bytes: the planner's prediction for it; None if it has none for such a run.
+        predicted_device_states: the part of the predicted states that stays on the device despite offload.
+        peak_bytes: the most that any rank held at one time during a step, beyond what existed before the step.
+        predicted_peak_bytes: the planner's prediction for ``peak_bytes``; None if it has none for this kind of run.
         predicted_step_seconds: the planner's prediction for ``step_seconds``; None if no preset describes the devices.
         note: remark about these numbers.
     """

@@ -3,7 +3,7 @@
 A checkpoint is the directory ``checkpoints/step-NNNNNNNN`` of a run::
 
     engine/            the engine's files: each rank writes its own shard
-    rank-NNN.pt        this rank's random-number states and its position in the data
+    rank-NNN.pt        each rank's random-number states and its position in the data
     model/             configuration and tokenizer, so that an export needs nothing else
     trainer.json       step, learning-rate schedule, settings, versions
     manifest.json      every file with its size and SHA-256; written last
@@ -13,13 +13,15 @@ Once the manifest is complete, the directory gets its name, so after an interrup
 still the newest. A resume reads every byte before it loads anything, and falls back to the newest intact checkpoint if
 newer ones are damaged.
 
-The engine's files are pickles, FSDP2's ``.metadata`` among them: unpickling runs code, so only load checkpoints that
-you or your job wrote. The manifest protects against damage, not against forgery.
+The engine's files are pickles, and so is FSDP2's ``.metadata``. Unpickling runs code, so only load checkpoints that you
+or your job wrote. The manifest protects against damage, not against forgery.
 
-The verbs are :func:`save`, :func:`load`, :func:`verify`, :func:`export` and :func:`reshape`. In a training loop,
-:class:`CheckpointManager` decides when to save and what to load; ``saver`` directs one save, and ``rank_writer``
+The main functions are :func:`save`, :func:`load`, :func:`verify`, :func:`export` and :func:`reshape`. In a training
+loop, :class:`CheckpointManager` decides when to save and what to load; ``saver`` directs one save, and ``rank_writer``
 writes a rank's files. To rewrite a checkpoint in a different shape, :func:`tutorial_lib.launch.reshape` starts ranks of
 that shape. Each on-disk format has its own module (:mod:`~tutorial_lib.checkpoint.formats`).
+
+All ranks must call the functions whose docstrings say "Collective", in the same order.
 """
 
 from tutorial_lib.checkpoint.directory import directory_of, latest

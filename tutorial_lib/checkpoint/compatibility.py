@@ -1,8 +1,8 @@
 """Compatibility between a checkpoint and a run that would resume from it, checked before it trains.
 
-Settings that would change an update must be the same, and so must the model, tokenizer and data that they name. These
-are compared by content (their *identity*): a directory that was moved is still the same, but one that kept its name and
-got different content is not.
+Settings that affect an update must be the same, and so must the model, tokenizer and data that they name. Model,
+tokenizer and data are compared by content (their *identity*): a directory that was moved is still the same, but one
+that kept its name and got different content is not.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DataIdentity = Callable[[], dict[str, str]]
 
 
 def shape(flat: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings, by flat name, that decide which rank holds which part of a run's state, and its format."""
+    """Return, by flat name, the settings that decide which rank holds which part of the state, and in which format."""
     names = (name for name, setting in settings().items() if flat["engine"] in setting.shape_of)
     return {name: flat[name] for name in ("engine", "device")} | {name: flat[name] for name in names}
 
@@ -126,7 +126,8 @@ def _check_is_resumable(saved: dict[str, Any], config: Config) -> None:
     if saved.get("shard_at_load"):
         raise ConfigError(
             f"Run {config.run.name!r} has a checkpoint of a model that was sharded at load (shard_at_load=True). "
-            f"{NO_RESUME}, but not continued. Give the new run another name. {_export_advice(config)}"
+            f"{NO_RESUME}, but training cannot continue from them. Give the new run another name. "
+            f"{_export_advice(config)}"
         )
     if config.engine.shard_at_load:
         raise ConfigError(

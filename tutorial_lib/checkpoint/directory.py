@@ -79,13 +79,13 @@ def newest_intact(run: RunDirectory, topology: Topology | None = None) -> tuple[
     Raises:
         CheckpointError: there are checkpoints, but none is intact; or the newest has a newer format.
     """
-    # Only one rank lists: on a network file system, others may still see an older listing.
+    # All ranks use rank 0's listing: on a network file system, others may still see an older one.
     found = broadcast_object(checkpoints(run)) if topology else checkpoints(run)
     return _newest(run, found, lambda path: damage(path, topology))
 
 
 def locate(source: Path) -> Path:
-    """Find a checkpoint by its own directory, or a run's newest intact one by the run's directory.
+    """Find a checkpoint by its own directory, or the newest intact one of a run by the run's directory.
 
     A warning names newer checkpoints that are damaged.
 
@@ -125,7 +125,7 @@ def _newest(
 
 
 def clean_up_leftovers(run: RunDirectory) -> None:
-    """Publish complete saves of killed starts, and delete their other leftovers."""
+    """Publish the complete saves that killed starts left behind, and delete everything else that they left."""
     for path, final in _leftovers(run):
         if _is_complete(path, final):
             os.rename(path, final)
@@ -146,14 +146,14 @@ def _leftovers(run: RunDirectory) -> list[tuple[Path, Path]]:
 
 
 def _is_complete(path: Path, final: Path) -> bool:
-    """Return whether a checkpoint is complete but unnamed: its save was killed just before or in :func:`publish`."""
+    """Return whether a checkpoint is complete, but has no final name because its save was killed too early."""
     return path.name.startswith(_PARTIAL) and (path / MANIFEST).is_file() and not final.exists()
 
 
 def partial_of(final: Path) -> Path:
     """Return a new temporary name for a checkpoint while it is written.
 
-    Two saves never share one: a rank that outlives its start may still be writing into its own directory.
+    Two saves never share a name, because a rank that outlives its start may still be writing under the old one.
     """
     return final.with_name(f"{_PARTIAL}{final.name}-{secrets.token_hex(4)}")
 

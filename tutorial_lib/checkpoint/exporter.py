@@ -28,7 +28,7 @@ _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", tor
 def export(path: Path, target: Path, max_shard_size: str = MAX_SHARD_SIZE) -> Path:
     """Write a checkpoint's weights as a Hugging Face directory that ``from_pretrained`` loads.
 
-    Runs in one process, without a GPU: the CPU merges shards of any ZeRO stage, FSDP2 and any tensor-parallel size.
+    One process does this without a GPU: the CPU merges shards of any ZeRO stage, FSDP2 and any tensor-parallel size.
     With mixed precision, the fp32 master weights are exported, not their 16-bit copies. However large the model, the
     process holds only about twice its largest parameter at a time: its pieces and the merged result. The directory
     gets its final name once everything in it is on the disk.
@@ -71,7 +71,7 @@ def export(path: Path, target: Path, max_shard_size: str = MAX_SHARD_SIZE) -> Pa
 
 
 def _files(outlines: dict[str, Tensor], max_shard_size: str) -> dict[str, list[str]]:
-    """Return the names of the tensors in each file, distributed as by ``save_pretrained``."""
+    """Return the names of the tensors in each file, distributed as ``save_pretrained`` distributes them."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     pattern = "model{suffix}.safetensors"

@@ -1,8 +1,8 @@
-"""Run locks, so that only one start of a run is active: the kernel releases them when their process ends.
+"""Run locks: they keep a second start of a run out, and the kernel releases them when their process ends.
 
-Each run has two. Its launching process holds ``.launch.lock``, from before its workers start until they are gone. Rank
-0 holds ``.lock`` while it trains, because workers may outlive a killed launcher, to finish a step and save. A start
-that finds either lock held is refused.
+Each run has two locks. Its launching process holds ``.launch.lock``, from before its workers start until they are
+gone. Rank 0 holds ``.lock`` while it trains, because workers may outlive a killed launcher, to finish a step and save.
+A start that finds either lock held is refused.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def launch_lock(run: RunDirectory, rank: int = 0) -> Iterator[None]:
         rank: the calling rank, if torchrun started the ranks; only rank 0 takes the lock.
 
     Raises:
-        ConfigError: another start of the run has not ended. It is not affected.
+        ConfigError: another start of the run has not ended. That start is not affected.
     """
     if rank != 0:
         yield

@@ -61,7 +61,7 @@ class CheckpointManager:
 
     Raises:
         ConfigError: another start of the run has not ended; or the run cannot resume from its checkpoint, because
-            settings, model or data differ; or its settings cannot be satisfied.
+            settings, model or data differ; or ``keep_best`` has no ``evaluate``; or the warm-up outlasts the run.
         CheckpointError: there are checkpoints, but none is intact.
     """
 
@@ -83,8 +83,8 @@ class CheckpointManager:
         self.run = RunDirectory(config.directory)
         if config.run.keep_best and evaluate is None:
             raise ConfigError(
-                "keep_best=True compares evaluation losses, but nothing evaluates: give "
-                "CheckpointManager(..., evaluate=...) a function that does, or write keep_best=False."
+                "keep_best=True compares evaluation losses, but nothing evaluates: pass an evaluation function to "
+                "CheckpointManager(..., evaluate=...), or write keep_best=False."
             )
         self._held = ExitStack()
         if start is None:

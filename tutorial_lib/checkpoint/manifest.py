@@ -14,7 +14,7 @@ from tutorial_lib.mpu.collectives import all_gather_objects, broadcast_object
 MANIFEST = "manifest.json"
 
 FORMAT = 2
-"""Format number in ``trainer.json`` and the manifest. 2 added hashes of model and tokenizer; 1 is still read."""
+"""Format number in ``trainer.json`` and the manifest. Format 1, without hashes of the model, is still read."""
 
 
 class CheckpointError(RuntimeError):

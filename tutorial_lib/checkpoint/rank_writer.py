@@ -1,4 +1,4 @@
-"""Writer of one rank's files in a save: immediately, or on a thread from a snapshot, while training continues.
+"""Writer of one rank's files: it writes immediately, or on a thread from a snapshot while training continues.
 
 Each rank hashes its files while writing them, so no file is read again for its SHA-256. A file counts as written when
 it is on the disk (``fsync``).
@@ -27,8 +27,8 @@ from tutorial_lib.checkpoint.manifest import file_entry, sync
 def make_stager() -> DefaultStager:
     """Return a stager that copies states to host memory, as in ``torch.distributed.checkpoint.async_save``.
 
-    Every snapshot reuses the same memory: one more copy of this rank's states, until the run ends. Tensors that share
-    memory in the states also share it in the copy.
+    Every snapshot reuses the same memory, which holds one more copy of this rank's states until the run ends. Tensors
+    that share memory in the states also share it in the copy.
     """
     return DefaultStager(StagingOptions(False, False, False, False))
 
@@ -38,8 +38,8 @@ class Writer:
 
     Args:
         root: the checkpoint's directory.
-        stager: with a stager, :meth:`submit` returns before the work is done, so it must only use a :meth:`snapshot`.
-            Without one, everything is done immediately, from the states themselves.
+        stager: with a stager, :meth:`submit` returns before the job is done, so a job must only use a :meth:`snapshot`.
+            Without one, every job is done immediately, from the states themselves.
 
     Attributes:
         files: size and SHA-256 of every file written so far, by name relative to ``root``.
@@ -85,7 +85,7 @@ class Writer:
                 self.files[self.file_system.name(path)] = file_entry(path)
 
     def submit(self, job: Callable[..., Any], *given: Any) -> None:
-        """Run a job: right now, or on the thread after the jobs submitted before it."""
+        """Run a job immediately, or on the thread after the jobs submitted before it."""
         if self._thread:
             self._jobs.append(self._thread.submit(self._run, job, *given))
         else:
@@ -140,7 +140,7 @@ class _HashingFileSystem(FileSystem):
             try:
                 yield hashed
                 stream.flush()
-                # Otherwise a power failure could leave a checkpoint with its final name, but without its content.
+                # Without this, a power failure could leave a checkpoint with its final name, but without its content.
                 os.fsync(stream.fileno())
             except Exception as error:
                 # If the disk is full, torch.save reports "unexpected pos".

@@ -1,4 +1,4 @@
-"""Reshape of a checkpoint to different ranks, engine or ZeRO stage: ranks of the new shape load it, save and end."""
+"""Reshape of a checkpoint to different ranks, engine or ZeRO stage: ranks of the new shape load it, save it and end."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def reshape(source: Path, flat: dict[str, Any], start_run: Callable[[Config], ob
     Args:
         source: a run's directory (its newest intact checkpoint), or one checkpoint.
         flat: ``name`` of the new run, and settings that differ, as for :func:`reshaped_config`.
-        start_run: starts ranks of the new shape, which resume the given run, save and end; waits for them.
+        start_run: starts ranks of the new shape, which resume the given run, save it and end; waits for them.
 
     Returns:
         The configuration of the new run.
@@ -46,9 +46,9 @@ def reshaped_config(source: Path, flat: dict[str, Any]) -> Config:
 
     Args:
         source: the checkpoint.
-        flat: settings that differ from the saved ones, including the new run's ``name``. Without ``storage``, it is
-            placed next to the old run. If the engine changes, the old engine's settings return to their defaults; if
-            ``zero_stage`` or ``offload`` changes, the new value wins over the DeepSpeed file.
+        flat: settings that differ from the saved ones, including the new run's ``name``. Without ``storage``, the
+            new run is placed next to the old one. If the engine changes, the old engine's settings return to their
+            defaults; if ``zero_stage`` or ``offload`` is given, the new run does not use the old DeepSpeed file.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.

@@ -47,7 +47,7 @@ class Pruner:
         if self.settings.keep_last is None:
             return []
         self.mark_intact(newest)
-        # Only rank 0 lists: on a network file system, others may still see an older listing.
+        # All ranks use rank 0's listing: on a network file system, others may still see an older one.
         found = broadcast_object([path for path in checkpoints(self.run) if step_of(path) <= step_of(newest)])
         kept: list[Path] = []
         for path in reversed(found):

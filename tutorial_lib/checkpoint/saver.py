@@ -40,7 +40,7 @@ class TrainingState:
         scheduler: state of the learning-rate schedule.
         record: the trainer's own notes (JSON).
         identity: identity of model, tokenizer and data, see :mod:`tutorial_lib.checkpoint.compatibility`.
-        reshaped_from: the shape in which it was saved, if the run resumed in a different one.
+        reshaped_from: the shape in which the run was saved, if it resumed in a different one.
     """
 
     step: int
@@ -169,7 +169,7 @@ class Save:
             name = str(path.relative_to(self._partial))
             if path.is_dir() or name not in files:
                 sync(path)
-            if path.is_file() and name not in files:  # not through the writer, like DeepSpeed's scripts
+            if path.is_file() and name not in files:  # without the writer, as DeepSpeed writes its scripts
                 files[name] = file_entry(path)
         missing = sorted(name for name in files if not (self._partial / name).is_file())
         if missing:

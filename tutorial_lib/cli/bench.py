@@ -28,7 +28,7 @@ _INTERVAL_HELP = "time between readings of the memory of all processes and GPUs 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add a command per matrix with all settings of ``train``, and ``compare``."""
+    """Add a command for each matrix, with all settings of ``train``, and the command ``compare``."""
     parser.description = (
         "Run the same training in several ways, each row in its own processes, and compare the costs. Run the same "
         "command again to continue: finished rows are kept, and an interrupted one starts over."

@@ -34,7 +34,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the path."""
+    """Add the path of a checkpoint or run."""
     parser.add_argument("path", type=Path, help="a checkpoint, or a run's directory")
 
 

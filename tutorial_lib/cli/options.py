@@ -58,12 +58,12 @@ def _number_parser(kind: type, meaning: str) -> Callable[[str], Any]:
 
 
 def path_of(text: str) -> Path:
-    """Return an argument as a path, and expand ``~``: a shell does not in ``--output=~/file``."""
+    """Return an argument as a path with ``~`` expanded, which a shell does not do in ``--output=~/file``."""
     return Path(text).expanduser()
 
 
 def add_model_config(parser: argparse.ArgumentParser) -> None:
-    """Add ``--model-config``, which names a published model's dimensions: another way to name a model."""
+    """Add ``--model-config NAME``, which means ``--model published/NAME``."""
     parser.add_argument(
         "--model-config",
         metavar="NAME",

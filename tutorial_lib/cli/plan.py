@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag, type=kind, help=help, default=default, metavar=flag.rpartition("-")[2].upper())
 
     parser.description = (
-        "Memory, traffic and speed of every dp x tp x sharding x offload on given GPUs, each with its best "
+        "Predict memory, traffic and speed of every dp x tp x sharding x offload on given GPUs, each with its best "
         "micro-batch and activation checkpointing. Dense decoders only: a mixture of experts is refused. "
         + plan_text.LEFT_OUT
     )
@@ -71,8 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", default="deepspeed", help=f"{', '.join(ENGINES)} (default: deepspeed)")
     parser.add_argument(
         "--gradient-reduction", default="all_reduce",
-        help="how stages 1 and 2 reduce gradients: all_reduce (default, as DeepSpeed does), or reduce_scatter, half "
-        "the volume (the paper's; the printed file then sets use_multi_rank_bucket_allreduce to false)",
+        help="how stages 1 and 2 reduce gradients: all_reduce (default, as DeepSpeed does), or reduce_scatter, as in "
+        "the paper, with half the volume (the printed file then sets use_multi_rank_bucket_allreduce to false)",
     )  # fmt: skip
     parser.add_argument(
         "--activation-checkpointing", nargs="?", const="full", choices=CHECKPOINTING,

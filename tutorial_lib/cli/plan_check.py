@@ -1,8 +1,8 @@
 """Command ``plan --check RUN``: predictions for a run next to the measurements of ``train --measure``.
 
-The run's records hold its settings (``config.json``) and the measurements of one step (``result.json``). This compares
-the bytes of model states, the peak of the step's allocations beyond existing states, and the bytes on the wire. Time
-is only compared if a GPU preset says how fast the devices are; there is none for a shared CPU.
+The run's records hold its settings (``config.json``) and the measurements of one step (``result.json``). This module
+compares the bytes of model states, the peak of the step's allocations beyond existing states, and the bytes on the
+wire. Time is only compared if a GPU preset says how fast the devices are; there is no preset for a shared CPU.
 """
 
 from __future__ import annotations

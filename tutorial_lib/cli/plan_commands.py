@@ -85,7 +85,7 @@ def train_line(cluster: Cluster, settings: dict[str, Any], *, with_file: bool) -
     Args:
         cluster: the devices.
         settings: from :func:`settings_of`.
-        with_file: whether a DeepSpeed file holds the settings that it can, so that the line does not repeat them.
+        with_file: whether the run gets a DeepSpeed file; the line does not repeat the settings that the file holds.
     """
     # The precision stays on the line: the file has no key for fp32.
     in_file = {"zero_stage", "offload", "bucket_size"} if with_file else set()
@@ -110,7 +110,7 @@ def train_line(cluster: Cluster, settings: dict[str, Any], *, with_file: bool) -
 def in_words(
     workload: Workload, cluster: Cluster, best: Candidate, model: str, *, random_init: bool = False
 ) -> list[str]:
-    """Return the lines to paste."""
+    """Return the lines to paste: the command, and the content of its DeepSpeed file, if it needs one."""
     config = deepspeed_config(workload, best)
     settings = settings_of(workload, best, model, random_init=random_init)
     line = train_line(cluster, settings, with_file=config is not None)

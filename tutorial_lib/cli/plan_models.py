@@ -21,7 +21,7 @@ class FoundModel:
 
     Args:
         dimensions: its own dimensions, or derived ones.
-        num_params: Psi.
+        num_params: number of parameters.
         source: origin of the dimensions, in words.
         name: its name for ``train``.
         random_init: whether it has no weights, so that ``train`` needs ``--random-init``.

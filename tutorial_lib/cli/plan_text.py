@@ -17,8 +17,8 @@ ROWS = 12
 
 LEFT_OUT = (
     "Left out: fragmentation, CUDA's and NCCL's own memory (--headroom covers them), latency of collectives and of "
-    "kernels on small micro-batches, torch.compile, float8, reading data. GB are 1e9 bytes. How far off estimates are: "
-    "docs/planner-errors.md. Measure the layout you choose."
+    "kernels on small micro-batches, torch.compile, float8, reading data. GB are 1e9 bytes. docs/planner-errors.md "
+    "says how far off estimates are. Measure the layout you choose."
 )
 
 _COLUMNS = (
@@ -145,7 +145,7 @@ def _communication(answer: Answer) -> list[str]:
             "  gradients: reduced in fp32; once per step, or with every micro-batch as FSDP2 does by default",
         ]
     reduction = work.gradient_reduction
-    note = "the paper's; DeepSpeed's default is all_reduce"
+    note = "as in the paper; DeepSpeed's default is all_reduce"
     if reduction == "all_reduce":
         note = "DeepSpeed's default; reduce_scatter sends half"
     return [

@@ -5,8 +5,8 @@ that reads them is the same everywhere. Every field has a *flat* name (its comma
 that ``Config.create("cpu", zero_stage=2, dataset="embedded/qa")``, a notebook's parameters and
 ``python -m tutorial_lib train --zero-stage 2 --dataset embedded/qa`` say the same thing.
 
-This module imports only the standard library: planners, launchers and schedulers can read a configuration without
-loading torch.
+This module imports only the standard library, so that planners, launchers and schedulers can read a configuration
+without loading torch.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Config:
         return _mark_given(_build(flat, base=self), flat)
 
     def replaced(self, **flat: Any) -> Config:
-        """Return a copy with derived settings replaced: values that follow from others, not given by a caller."""
+        """Return a copy with some settings replaced by derived values, without marking them as given by the caller."""
         return _build(flat, base=self)
 
     @property
@@ -108,7 +108,7 @@ class Config:
         return Path(self.run.storage).expanduser() / self.run.name
 
     def with_absolute_paths(self) -> Config:
-        """Return the same run for a process that may start in a different directory, as Ray's workers do."""
+        """Return a copy with absolute paths, for processes that start in a different directory, as Ray's workers do."""
         names = {"storage": self.run.storage, "model": self.model.name, "dataset": self.data.name}
         if self.engine.deepspeed_file:
             names["deepspeed"] = self.engine.deepspeed_file

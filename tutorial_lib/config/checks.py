@@ -167,7 +167,7 @@ def check_used(config: Config, stated: Mapping[str, Setting], *, is_resolved: bo
             continue  # the file may state what is needed
         if not is_met:
             raise ConfigError(
-                f"{flag}={flat[flag]!r} would have no effect: it needs {needed}. Leave it out, or add that."
+                f"{flag}={flat[flag]!r} would have no effect: it needs {needed}. Set that too, or leave {flag} out."
             )
 
 

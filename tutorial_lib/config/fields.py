@@ -1,4 +1,4 @@
-"""Sections of a configuration: every setting with its default, its help text, and the rules for that setting alone.
+"""Sections of a configuration: every setting with its default, its help text and its own rules.
 
 A field's metadata is the single source for the engines that read the setting, its choices and range, and whether a
 resumed run may change it. The lists that other modules use are derived from it.
@@ -15,7 +15,9 @@ class ConfigError(ValueError):
 
 
 Resume = Literal["fixed", "free", "one start"]
-"""Rule for changing a setting on resume: never; freely; or freely because it describes a single start of the run.
+"""Rule for changing a setting on resume: ``fixed`` forbids it, and ``free`` allows it.
+
+``one start`` allows it as well, because the setting describes a single start of the run.
 
 Changing a free setting does not change the next update, except for rounding (the order in which numbers are added) and,
 if the number of ranks changes, dropout's random numbers."""
@@ -52,8 +54,8 @@ def _setting(
         below: exclusive upper limit.
         engines: the engines that read it.
         resume: whether a resumed run may change it; see :data:`Resume`.
-        shape_of: the engines for which it is part of the shape of a checkpoint: it decides which rank holds which part
-            of a run's state, or its format.
+        shape_of: the engines for which it is part of a checkpoint's shape, because it decides which rank holds which
+            part of a run's state, or in which format.
         is_path: whether the value may be the path of a file or directory.
     """
     metadata = {
@@ -160,15 +162,15 @@ class EngineConfig:
     )
     wrap: str = _setting(
         "layer",
-        "fsdp: what one all-gather gathers: one layer, or the full model (root)",
+        "fsdp: gather one layer at a time (layer), or the full model at once (root)",
         choices=("layer", "root"),
         engines=("fsdp",),
         resume="free",
     )
     tp_plan: str = _setting(
         "megatron",
-        "fsdp with tp: megatron: one all-reduce per attention or MLP block, forward and backward; plain: one per "
-        "matrix product",
+        "fsdp with tp: all-reduce once per attention or MLP block, forward and backward (megatron), or once per matrix "
+        "product (plain)",
         choices=("megatron", "plain"),
         engines=("fsdp",),
         resume="free",
@@ -204,7 +206,7 @@ class EngineConfig:
     )
     bucket_size: int = _setting(
         1_000_000,
-        "elements that ZeRO reduces or gathers at once; stage 3 allocates them (plain DeepSpeed: 5e8)",
+        "elements that ZeRO reduces or gathers at once; stage 3 allocates a buffer for them (plain DeepSpeed: 5e8)",
         at_least=1,
         engines=("deepspeed",),
         resume="free",
@@ -214,8 +216,8 @@ class EngineConfig:
     )
     recompute: str = _setting(
         "full",
-        "with activation_checkpointing: full: recompute everything in a layer; selective: keep attention's output and "
-        "every second matrix product",
+        "with activation_checkpointing: recompute everything in a layer (full), or keep attention's output and every "
+        "second matrix product (selective)",
         choices=("full", "selective"),
         engines=_OWN_LOOP,
         resume="free",

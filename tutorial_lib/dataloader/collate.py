@@ -18,11 +18,11 @@ from tutorial_lib.dataloader.packing import DocumentTokens
 Batch = dict[str, Tensor]
 
 _IGNORED = -100
-_WIDTH_MULTIPLE = 8  # Tensor cores need it; on short texts (embedded/news) it costs 5 % more tokens.
+_WIDTH_MULTIPLE = 8  # Tensor cores need multiples of 8; on short texts (embedded/news) they cost 5 % more tokens.
 
 
 def fingerprint(batches: Sequence[Batch]) -> int:
-    """Hash tokens and labels in order: equal batches give equal numbers, and different ones different numbers.
+    """Hash tokens and labels in order, so that two ranks can tell whether their batches are equal.
 
     Returns:
         64 bits, as a signed integer.
@@ -39,13 +39,13 @@ def fingerprint(batches: Sequence[Batch]) -> int:
 class Collate:
     """Collate function: examples -> micro-batches, padded on the right.
 
-    Each has ``input_ids [B,S]``; ``labels [B,S]``, not shifted, -100 where a token is not counted in the loss; and
-    ``attention_mask``: ``[B,S]`` int64, 0 on padding. Padding is recognised by its position, never by its id: GPT-2's
-    padding token *is* its EOS.
+    Each micro-batch has ``input_ids [B,S]``, ``labels [B,S]`` and ``attention_mask [B,S]``. Labels are not shifted, and
+    -100 where a token is not counted in the loss. The mask is int64, and 0 on padding. Padding is recognised by its
+    position, never by its id, because GPT-2's padding token *is* its EOS.
 
-    With ``packed`` batching the mask is ``[B,1,S,S]`` bool: True where the row's token may attend to the column's:
-    within its own document, up to itself. ``position_ids [B,S]`` restart with each document. Padding forms one more
-    document, because softmax over nothing is undefined.
+    With ``packed`` batching the mask is ``[B,1,S,S]`` bool. It is True where the row's token may attend to the column's
+    token, which must be in the same document and not after it. ``position_ids [B,S]`` restart with each document.
+    Padding forms one more document, because softmax over nothing is undefined.
     """
 
     seq_length: int

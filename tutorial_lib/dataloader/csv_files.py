@@ -17,7 +17,7 @@ NOT_A_VALUE = (
     "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
     "NULL", "NaN", "None", "n/a", "nan", "null",
 )  # fmt: skip
-"""Texts that pandas reads as a missing value: right in a column of numbers, but in a text it may be a word."""
+"""Texts that pandas reads as missing values, which is right in a column of numbers, but not in a text column."""
 
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
@@ -67,7 +67,8 @@ def csv_problem(path: Path) -> str | None:
                     'the middle of a text, so these lines would be one field. Write "..." around a text that starts '
                     'with a quote, and each quote within it twice: """Hi"", she said"'
                 )
-            return None  # pandas accepts some files that Python's reader rejects, such as with quotes in mid-field
+            # Python's reader rejects some files that pandas accepts, such as those with quotes in mid-field.
+            return None
         except UnicodeDecodeError:
             return None
     return None if header else "line 1: it is blank, but must name the columns"

@@ -126,7 +126,8 @@ class TrainLoader:
                 batch_sampler=sampler,
                 collate_fn=collate,
                 num_workers=num_workers,
-                # Iterators draw a seed from it. With the global one, dropout would depend on how often a run resumed.
+                # Each iterator draws a seed from this generator. If it drew from the global one, dropout would depend
+                # on how often a run resumed.
                 generator=torch.Generator(),
             )
 
@@ -172,7 +173,7 @@ class EpochLoader(DataLoader[Any]):
     """One epoch of micro-batches of one data-parallel rank: a ``DataLoader`` for the Hugging Face Trainer.
 
     It keeps no position: ``set_epoch`` chooses the epoch, and to resume within one, the caller skips the micro-batches
-    that were trained already.
+    that it has already trained on.
     """
 
     def __init__(self, examples: Examples, sampler: StepSampler, collate: Collate, run: RunConfig) -> None:
@@ -185,7 +186,7 @@ class EpochLoader(DataLoader[Any]):
             (batch,) = collate(members)
             return batch
 
-        # Each iterator draws a seed from it. With the global one, dropout would depend on how often a run resumed.
+        # Each iterator draws a seed from this generator, see TrainLoader.
         super().__init__(examples, batch_sampler=self._epochs, collate_fn=collate_one, generator=torch.Generator())
 
     def set_epoch(self, epoch: int) -> None:
@@ -247,7 +248,7 @@ class EvalLoader:
 
 
 def check_data(data: DataConfig, run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Refuse data that cannot be read and columns that cannot be tokenised, judging by the columns of each split.
+    """Refuse data that cannot be read, and splits whose columns cannot be tokenised.
 
     Returns:
         A warning if some rows would be both trained and evaluated on, or None.

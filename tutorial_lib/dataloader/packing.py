@@ -60,7 +60,7 @@ def pack(lengths: NDArray[np.integer[Any]], capacity: int) -> list[list[int]]:
     """
     rows: list[list[int]] = []
     rows_by_space: dict[int, list[int]] = {}
-    spaces: list[int] = []  # the keys, ascending
+    spaces: list[int] = []  # the keys of rows_by_space, ascending
     for document in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[document])
         at = bisect_left(spaces, length)

@@ -89,11 +89,12 @@ def _data_file(name: str) -> Path | None:
 
 
 def _check_files(name: str, source: str) -> None:
-    """Refuse a directory from which ``datasets`` would silently drop data files, or read others as data.
+    """Refuse a directory in which ``datasets`` would silently drop data files, or read other files as data.
 
-    It reads one format only. And if some names contain a split's name (``train.jsonl``), it reads only those files.
-    JSON and text files next to another format are usually descriptions. A README with ``configs`` names the files that
-    are meant. Links to directories are not followed, and ``train.jsonl.part`` is read as ``train.jsonl`` is.
+    ``datasets`` reads only one format, and if some names contain a split's name (``train.jsonl``), only those files. It
+    does not follow links to directories, and reads ``train.jsonl.part`` just like ``train.jsonl``. JSON and text files
+    next to another format are usually descriptions, so they are not an error. A directory whose README names the data
+    files (``configs``) is not checked.
     """
     directory = Path(source)
     if not directory.is_dir() or _names_its_files(directory / "README.md"):
@@ -121,7 +122,7 @@ def _check_files(name: str, source: str) -> None:
 
 
 def _entry_problem(path: Path, inside: Path, formats: Collection[str | None]) -> str | None:
-    """Return why an entry of a data set's directory would unexpectedly be read or left out.
+    """Return why an entry of a data set's directory would unexpectedly be read or left out, or None.
 
     Args:
         path: the entry.
@@ -264,7 +265,7 @@ def _explain(name: str, split: str, error: Exception) -> str:
         return _no_rows(name, split)
     if "onfig name is missing" in text or re.search(r"BuilderConfig .* not found", text):
         return f"Name the configuration of {name!r} that you want, after a colon: {name.split(':')[0]}:NAME. ({text})"
-    if isinstance(error, OSError) and error.errno is not None:  # a damaged archive has no number
+    if isinstance(error, OSError) and error.errno is not None:  # a damaged archive's error has no errno
         return (
             f"Data set {name!r} cannot be stored on disk: {error}. "
             "Set HF_HOME to a directory that you can write to and that has space left."

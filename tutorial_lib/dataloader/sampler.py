@@ -50,9 +50,9 @@ def epoch_order(
 class StepSampler(Sampler[list[int]]):
     """A data-parallel rank's examples of each optimizer step, for an endless series of epochs.
 
-    The examples of a step are dealt out to the ranks like cards. If lengths matter they are sorted first, so that ranks
-    get nearly equal token counts, and examples of similar length share a micro-batch. The state only counts steps, so
-    it is valid for any number of ranks.
+    The examples of a step are dealt out to the ranks like cards. With ``lengths`` they are sorted by length first, so
+    that ranks get nearly equal token counts, and examples of similar length share a micro-batch. The state only counts
+    steps, so it is valid for any number of ranks.
 
     Args:
         dp_rank: rank in the *data-parallel* group. Ranks that share a layer (tensor parallelism) must share a
@@ -122,7 +122,7 @@ class StepSampler(Sampler[list[int]]):
 
 
 class EpochSampler(Sampler[list[int]]):
-    """A rank's micro-batches of one epoch, for a loop that starts each epoch itself and skips trained batches.
+    """A rank's micro-batches of one epoch, for a loop that starts each epoch itself and skips finished batches.
 
     Args:
         steps: sampler that decides the examples of each step.

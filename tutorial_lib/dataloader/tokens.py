@@ -134,7 +134,8 @@ def _write(
     """Tokenise into a temporary file, then rename it, so that ``path`` is always complete and has its summary."""
     unfinished = path.with_suffix(".unfinished")
     num_documents = num_cut = 0
-    read = rows.select_columns([column for column in rows.column_names if column in _READ_COLUMNS])  # no images
+    # Leave out other columns: images, for example, would be decoded.
+    read = rows.select_columns([column for column in rows.column_names if column in _READ_COLUMNS])
     readable = _readable_columns(rows.features)
     tokens, boundaries = hashlib.sha256(), hashlib.sha256()
     with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
@@ -326,7 +327,7 @@ def _position(start: Any) -> int:
 
 
 def gold_answers(answers: Any) -> list[str]:
-    """Return all answers that are not blank, in any form that a data set may have."""
+    """Return all answers that are not blank, whichever form the data set gives them."""
     if isinstance(answers, Mapping):
         return gold_answers(answers["text"])
     if isinstance(answers, str):

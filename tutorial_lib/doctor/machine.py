@@ -1,7 +1,7 @@
 """Facts about this machine: cores, memory, GPUs, compiler, packages.
 
-This imports nothing heavy: package versions come from their metadata, GPUs from the driver, and torch is imported only
-if the driver reports a GPU. Launchers also use this module, to find out how many processes fit.
+This module imports nothing heavy: it takes package versions from their metadata and GPUs from the driver, and imports
+torch only if the driver reports a GPU. Launchers also use this module, to find out how many processes fit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 PACKAGES = ("torch", "deepspeed", "ray", "transformers", "datasets", "accelerate", "torchdata", "jupyterlab")
 OPERATORS = ("deepspeed_shm_comm", "cpu_adam")
-"""Operators that DeepSpeed compiles for a CPU: every start needs the first one, optimizer offload the second."""
+"""Operators that DeepSpeed compiles for a CPU: every start needs the first one, and optimizer offload the second."""
 
 MEMORY_TO_START_GB = 0.45
 """Memory that a worker process needs for its imports, before it builds a model."""
@@ -73,7 +73,7 @@ def available_memory_gb() -> float:
 
 
 def memory_within_cgroup(total: int, available: int) -> tuple[int, int]:
-    """Lower both to the container's limit. Its page cache does not count as used, because it can be reclaimed."""
+    """Lower both values to the container's limit. Page cache does not count as used, because it can be reclaimed."""
     limit, used = _read_cgroup("memory.max"), _read_cgroup("memory.current")
     if limit.isdigit() and int(limit) < total:
         total = int(limit)

@@ -15,7 +15,7 @@ from tutorial_lib.doctor.machine import Gpu, Package
 from tutorial_lib.tables import align
 
 MEMORY_PER_WORKER_GB = 1.0
-"""Memory per worker. With torch, DeepSpeed, Ray and a tiny model it needs about 0.7 GB; the rest is headroom."""
+"""Memory per worker. One with torch, DeepSpeed, Ray and a tiny model needs about 0.7 GB; the rest is headroom."""
 
 MEMORY_OVERHEAD_GB = 2.0
 """Memory of the notebook or shell that starts the run, and of Ray's own processes."""

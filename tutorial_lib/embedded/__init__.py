@@ -1,4 +1,4 @@
-"""Embedded data sets and models, the defaults: real English text and small pretrained models, nothing to download.
+"""Embedded data sets and models, the defaults of a run: real English text and small models, without a download.
 
 The models are files of this package, and so is the text: the documentation of CPython 3.11.7, the same on every
 machine. On first use, a data set is converted to its schema and saved as parquet in a cache directory, where

@@ -51,7 +51,7 @@ _SHORTEST_CONTEXT = 150
 
 
 def content_hash() -> str:
-    """Return a hash of everything that built files depend on: the text, the code, and what writes parquet."""
+    """Return a hash of all that built files depend on: the text, the code, and the packages that write parquet."""
     files = (TEXT, TEXT.with_name("documents.py"), TEXT.with_name("corpora.py"))
     content = hashlib.sha256(b"".join(file.read_bytes() for file in files))
     for package in ("datasets", "pyarrow"):

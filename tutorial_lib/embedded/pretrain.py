@@ -39,7 +39,7 @@ INITIALIZER_RANGE = 0.06
 """The original 0.02 suits hidden sizes ten times as large; here it makes the loss 0.2 higher after 500 steps."""
 
 SHAPES = ((8, 128), (8, 128), (8, 128), (2, 512))
-"""Rows and columns of successive batches: mostly short rows, which are cheap; long ones to train every position."""
+"""Rows and columns of successive batches: mostly short rows, which are cheap, and long ones to train all positions."""
 
 SAMPLE = (
     "A function that reads a file returns its text. If the file does not exist, the function raises an error, and "

@@ -41,7 +41,7 @@ def build_engine(config: Config, topology: Topology, num_steps: int) -> Engine:
 
 
 def try_engine(config: Config, topology: Topology, num_steps: int) -> None:
-    """Refuse a model whose family the configured engine cannot train, see :mod:`tutorial_lib.engine.trial_step`."""
+    """Refuse a model whose family the configured engine cannot train (see :mod:`tutorial_lib.engine.trial_step`)."""
     train_copy(config, lambda tiny: _build_for_training(tiny, topology, num_steps))
 
 

@@ -8,8 +8,8 @@ parameters. PyTorch's ``linear_cross_entropy`` computes the output layer, the lo
 tokens, then frees the chunk's logits. With ``loss_chunks=8``, only an eighth of them exist at a time.
 
 The loss is computed inside the output layer's own ``forward``, so ZeRO-3 and FSDP2 gather the layer's weight as usual.
-Tensor parallelism keeps an output layer that is tied to the embedding in full on every rank. AutoTP splits any other
-one over the vocabulary; :mod:`~tutorial_lib.engine.deepspeed.autotp` computes its loss.
+Under tensor parallelism, an output layer that is tied to the embedding stays in full on every rank. AutoTP splits any
+other output layer over the vocabulary, and :mod:`~tutorial_lib.engine.deepspeed.autotp` computes the loss.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def output_loss(model: Any, num_chunks: int, split_loss_sum: LossSum | None = No
     Args:
         model: a causal language model whose logits are the result of its output layer.
         num_chunks: number of chunks that the tokens of a micro-batch are split into.
-        split_loss_sum: function for an output layer that is split over the vocabulary; None if this one is not.
+        split_loss_sum: function for an output layer that is split over the vocabulary; None for a layer in one piece.
 
     Returns:
-        A function from a batch to the context to run the model in. There, its "logits" are the sum of the batch's
-        losses. With one chunk or without labels, they stay logits.
+        A function that takes a batch and returns the context to run the model in. There, the model returns the sum of
+        the batch's losses in place of logits. With one chunk, or without labels, it returns logits as usual.
     """
     if num_chunks == 1:
         return lambda batch: nullcontext()
@@ -59,7 +59,7 @@ class ChunkedLoss:
         split_loss_sum: function for a split output layer.
 
     Raises:
-        ConfigError: its output layer is not a linear layer.
+        ConfigError: the model's output layer is not a linear layer.
     """
 
     def __init__(self, model: Any, num_chunks: int, split_loss_sum: LossSum | None = None) -> None:
@@ -103,7 +103,7 @@ def _loss_sum(layer: nn.Linear, hidden_NH: Tensor, targets_N: Tensor, chunk_size
         dtype = torch.get_autocast_dtype(kind)
         hidden_NH, weight_VH = hidden_NH.to(dtype), weight_VH.to(dtype)
         bias_V = None if bias_V is None else bias_V.to(dtype)
-    # In 16 bits the operator would also sum in 16 bits: a sum of thousands would lose three digits.
+    # In 16 bits the operator would also sum in 16 bits, which leaves two or three correct digits.
     is_exact = hidden_NH.dtype == torch.float32
     losses = F.linear_cross_entropy(
         hidden_NH,

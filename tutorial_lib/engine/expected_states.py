@@ -1,7 +1,8 @@
 """Expected model states: exact bytes on each data-parallel rank, from the formulas of ``theory.memory``.
 
-They follow DeepSpeed where it deviates from the paper: it keeps a master copy even of fp32 weights, reduces a gradient
-in full on both ranks that share it, and holds fp32 gradients if it offloads. For a step's peak, see ``predictions``.
+Where DeepSpeed deviates from the paper, these bytes follow DeepSpeed: it keeps a master copy even of fp32 weights,
+holds a gradient in full on both ranks that share it, and keeps gradients in fp32 if it offloads. For a step's peak, see
+``predictions``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class ParameterSizes:
 
     Attributes:
         trained: sizes of parameters with a gradient.
-        frozen: sizes of all others.
+        frozen: sizes of all other parameters.
         persistent: total size of the parameters that stage 3 keeps in full on every rank because they are small.
     """
 
@@ -64,8 +65,8 @@ def expected_states(config: Config, sizes: ParameterSizes) -> list[ModelStates] 
         sizes: sizes of the model's parameters.
 
     Returns:
-        A :class:`ModelStates` per rank, or None if there is no formula for it here: with tensor parallelism, and for a
-        model sharded at load, where transformers reduces the gradients of tied weights twice.
+        A :class:`ModelStates` per rank, or None where this module has no formula: with tensor parallelism, and for a
+        model sharded at load, because transformers then reduces the gradients of tied weights twice.
     """
     if config.parallel.tp > 1 or config.engine.shard_at_load:
         return None
@@ -92,13 +93,13 @@ def _zero(config: Config, sizes: ParameterSizes, rank: int) -> ModelStates:
         return _paper_states(sizes, 0, ranks, FP32 if in_fp32 else MIXED)
     precision = DEEPSPEED_FP32 if in_fp32 else MIXED
     states = _paper_states(sizes, stage, ranks, precision)
-    if engine.offload != "none":  # each rank's share is kept next to its master copy, in fp32
+    if engine.offload != "none":  # each rank keeps its share in fp32, next to its master copy
         gradients = 4 * memory.partition_elements(sum(sizes.trained), ranks)
-        if stage == 1 and config.accumulation > 1:  # besides those that are reduced after the last micro-batch
+        if stage == 1 and config.accumulation > 1:  # full ones also wait until the last micro-batch
             gradients += states.gradients
     elif stage == 3:
         gradients = precision.gradients * memory.partitioned_elements(sizes.trained, ranks)
-    elif stage == 1 and config.accumulation > 1:  # reduced once, after the last micro-batch
+    elif stage == 1 and config.accumulation > 1:  # full ones wait until the last micro-batch
         gradients = states.gradients
     else:
         gradients = precision.gradients * memory.reduced_gradients(sizes.trained, ranks, rank)
@@ -115,7 +116,7 @@ def on_device(engine: EngineConfig, states: ModelStates) -> ModelStates:
     offload, stage = engine.offload, engine.zero_stage
     if offload == "none":
         return states
-    if offload == "all":  # only the layers that are gathered at the moment use device memory
+    if offload == "all":  # only layers that are gathered at the moment use device memory
         return ModelStates(0, 0, 0)
     # Stage 1 keeps the full gradient, as large as the weights, on the device until it is reduced.
     return ModelStates(states.parameters, states.parameters if stage == 1 else 0, 0)

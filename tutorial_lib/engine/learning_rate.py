@@ -15,7 +15,7 @@ class Schedule:
 
     Args:
         settings: peak rate, warm-up, and the kind of schedule after it.
-        optimizer: the optimizer that uses the rate. All its parameter groups have the same one.
+        optimizer: the optimizer that uses the rate. All its parameter groups have the same rate.
         num_steps: total number of optimizer steps of the run.
     """
 

@@ -18,7 +18,7 @@ class ParameterLayout:
         dim: the tensor dimension that is split into equal shares, by tensor-parallel rank; None if replicated.
         before: shape of the full parameter.
         after: shape of this rank's share.
-        partitions: number of ranks that ZeRO-3 divides the share over; 1 if it does not.
+        partitions: number of ranks that ZeRO-3 or FSDP2 divides the share over; 1 if it is not divided.
         bytes: bytes that this rank holds.
     """
 

@@ -16,7 +16,7 @@ from tutorial_lib.theory.layouts import Cluster, Layout, Workload
 from tutorial_lib.theory.state_bytes import States, layout_states
 
 DEFAULT_BUCKET = 500_000_000
-"""DeepSpeed's own ``reduce_bucket_size``, in elements: the Trainer's if its file states none."""
+"""DeepSpeed's default ``reduce_bucket_size``, in elements. It applies under the Trainer if the file states none."""
 
 
 def predict_step_peak(config: Config) -> float | None:
@@ -41,8 +41,8 @@ def predict_step_seconds(config: Config, ranks: Sequence[Mapping[str, Any]]) -> 
         ranks: the entry of each rank in ``result.json``.
 
     Returns:
-        The seconds, or None if nothing says how fast the devices are: they are CPUs, GPUs without a preset, or of
-        different kinds. None also for runs that :func:`predict_step_peak` does not know.
+        The seconds, or None if the speed of the devices is unknown: they are CPUs, GPUs without a preset, or of
+        different kinds. Also None for every run for which :func:`predict_step_peak` returns None.
     """
     devices = {rank.get("device", "cpu") for rank in ranks}
     preset, planned = find_product(devices.pop()) if len(devices) == 1 else None, _planned(config)
@@ -51,7 +51,7 @@ def predict_step_seconds(config: Config, ranks: Sequence[Mapping[str, Any]]) -> 
     per_node = min(rank["ranks_on_node"] for rank in ranks)
     try:
         cluster = Cluster.of(preset, len(ranks), config.engine.precision, gpus_per_node=per_node)
-    except ValueError:  # the device emulates this precision
+    except ValueError:  # the preset has no speed for this precision, such as bf16 on a V100
         return None
     workload, layout = planned
     return evaluate(workload, cluster, layout).seconds
@@ -70,8 +70,8 @@ def _planned(config: Config) -> tuple[Workload, Layout] | None:
 def states_and_peak(workload: Workload, layout: Layout, accumulation: int) -> tuple[States, float]:
     """Return a rank's model states, and the bytes that a step allocates at its peak.
 
-    Weights and moments exist before the step, so its peak leaves them out. It also leaves out the bucket and gradients
-    of DeepSpeed's stage 3, which exist by then, too.
+    Weights and moments exist before the step, so the peak leaves them out. It also leaves out the bucket and the
+    gradients of DeepSpeed's stage 3, because these exist before the step, too.
     """
     part = peak_memory.part_of_model(workload.dimensions, workload.num_params, layout.tp)
     states = layout_states(workload, layout, part.params, accumulation, layout.shard_size or layout.dp)
@@ -86,7 +86,7 @@ def workload_and_layout(config: Config, dimensions: Dimensions, num_params: int)
     Args:
         config: settings of the run.
         dimensions: dimensions of the model.
-        num_params: its number of parameters.
+        num_params: number of parameters of the model.
     """
     engine, parallel = config.engine, config.parallel
     if engine.name == "torch" or (engine.name == "trainer" and engine.deepspeed_file is None):

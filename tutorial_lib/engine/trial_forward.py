@@ -4,7 +4,7 @@ The copy runs the same model code with two layers, narrow widths and random weig
 :mod:`tutorial_lib.models.masks`: the family accepts the batches of this run, a document gets the same logits in a
 shared row as on its own, and no token sees a later one. With ``loss_chunks`` there is a fourth: the logits are exactly
 the result of the output layer. And with ``engine="trainer"``, which trains on the loss that the family's own code
-computes, that loss must be the one of :mod:`tutorial_lib.trainer.loss`.
+computes, that loss must equal the one of :mod:`tutorial_lib.trainer.loss`.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from tutorial_lib.models.loading import prepare
 _LAYERS, _MOST_LAYERS = 2, 8
 _HEADS, _WIDTH, _EXPERTS, _VOCABULARY = 4, 64, 16, 96
 _ROW = 24  # tokens of a row: two documents and some padding
-_WINDOW = 4  # tokens; for a model whose window is shorter than the run's rows, so that the copy's is shorter, too
+_WINDOW = 4  # tokens; the copy's window if the model's is shorter than the run's rows, so that it cuts rows, too
 _LARGEST_COPY = 30_000_000  # parameters
-_TOLERANCE = 1e-3  # for logits around 1; seeing one token more or less changes them by 0.01 and more
+_TOLERANCE = 1e-3  # for logits around 1; seeing one token more or less changes them by at least 0.01
 
 _SIZES = {
     "intermediate_size": _WIDTH, "ffn_dim": _WIDTH, "n_inner": _WIDTH, "ffn_hidden_size": _WIDTH, "dff": _WIDTH,
@@ -55,7 +55,7 @@ def trial_forward(config: Config, model_config: PretrainedConfig) -> None:
     No random state changes, and nothing as large as the real model is allocated.
 
     Args:
-        config: what to run; only its model, engine, batching, ``seq_length`` and ``loss_chunks`` matter.
+        config: what to run; only its model, engine, batching, ``seq_length``, ``loss_chunks`` and ``tp`` matter.
         model_config: configuration of the model.
 
     Raises:
@@ -189,7 +189,7 @@ class TinyCopy:
 
     @classmethod
     def of(cls, config: Config, model_config: PretrainedConfig) -> TinyCopy | None:
-        """Build a copy that works, or return None if the family has no small one, and cannot be tried.
+        """Build a copy that works, or return None if the family has no small one to try.
 
         Raises:
             ConfigError: no copy works, for a reason that has nothing to do with sizes.
@@ -240,10 +240,10 @@ class TinyCopy:
         return None
 
     def loss_problem(self) -> str | None:
-        """Return how the loss of the family's code differs from the one of a step's tokens, or None.
+        """Return how the loss of the family's own code differs from the mean over a step's tokens, or None.
 
-        The Trainer passes the step's number of tokens, over all micro-batches. Half the loss must be left with twice
-        the number; a term that does not depend on it, such as a router's, may be added.
+        The Trainer passes the step's number of tokens, over all micro-batches. Twice that number must halve the loss. A
+        term that does not depend on the number, such as a router's loss, may be added.
         """
         if not getattr(self.model, "accepts_loss_kwargs", True):
             return "it ignores num_items_in_batch, the number of tokens of a step."
@@ -318,6 +318,6 @@ def _failure(error: Exception) -> str:
 
 
 def differ(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Return whether logits differ by more than rounding does."""
+    """Return whether logits differ by more than rounding errors."""
     scale = max([1.0, *right.abs().flatten().tolist()])
     return not torch.allclose(left, right, atol=_TOLERANCE * scale, rtol=0)

@@ -9,8 +9,8 @@ every engine skip it.
 
 For ``engine="trainer"`` with a DeepSpeed file, this package's own engine tries the file's ZeRO stage. With
 ``shard_at_load``, the copy is loaded as the model will be, and its logits must not change. The plain Trainer needs no
-trial: it trains the model as its code is, which :mod:`tutorial_lib.engine.trial_forward` has run with its loss, under a
-DDP that looks for parameters without a gradient.
+trial: it does not change the model, whose code and loss :mod:`tutorial_lib.engine.trial_forward` has already run, and
+its DDP looks for parameters without a gradient.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ TESTED_FAMILIES = frozenset({"bloom", "gpt2", "qwen2"})
 """Families of the embedded models, which the tests train with every engine."""
 
 _LARGEST_VECTOR = 1000
-"""Elements of the copy's vectors at most. ZeRO-3 must split its matrices, which are smaller than the model's."""
+"""Size of the copy's largest vectors. ZeRO-3 must split everything larger, as it splits the model's matrices."""
 
 
 def train_copy(config: Config, build: Callable[[Config], Engine]) -> None:
@@ -52,7 +52,7 @@ def train_copy(config: Config, build: Callable[[Config], Engine]) -> None:
 
     Args:
         config: what to run, with the values of its DeepSpeed file applied.
-        build: builds the engine of a configuration.
+        build: function that builds the engine of a configuration.
 
     Raises:
         ConfigError: names the family, the engine and the reason, and what to try instead.
@@ -76,7 +76,7 @@ def train_copy(config: Config, build: Callable[[Config], Engine]) -> None:
             engine = _SplitAtLoad(copied) if at_load else build(copied)
             logits = _take_steps(engine, batch)
         except ConfigError:
-            return  # what the copy lacks says nothing about the model, which was checked before the start
+            return  # a setting that does not suit the copy may suit the model, which was checked before the start
         except Exception as error:
             if _is_machine_error(error):
                 raise
@@ -84,12 +84,12 @@ def train_copy(config: Config, build: Callable[[Config], Engine]) -> None:
             raise _refusal(config, model_config.model_type, error) from error
     if at_load:
         changed = differ(logits.cpu(), tiny.forward(model_inputs(batch, torch.device("cpu"))))
-        if any(all_gather_objects(changed)):  # all ranks, so that none waits for the others
+        if any(all_gather_objects(changed)):  # all ranks raise, so that none waits for the others
             refused, others = _engine_and_others(config.engine, config.parallel)
             raise ConfigError(
                 f"The model {m.name!r}, of type {model_config.model_type!r}, cannot be trained with {refused}: its "
-                f"logits are different ones after transformers has split it. Try {others}. (Found with a tiny copy of "
-                "the model, before its weights were read.)"
+                f"logits change when transformers splits it. Try {others}. (Found with a tiny copy of the model, "
+                "before its weights were read.)"
             )
     engine.close()
 
@@ -134,7 +134,7 @@ def _written_copy(config: Config, model_config: PretrainedConfig, stack: ExitSta
         # On a network file system, a file that the engine still maps cannot be removed at once.
         temporary = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
         source = Path(config.model.name)
-        # transformers caches a model's code by the name of its directory, so the copy's has the same one.
+        # transformers caches a model's code by the name of its directory, so the copy's directory has the same name.
         directory = str(Path(temporary, source.name))
         Path(directory).mkdir()
         if source.is_dir():
@@ -196,7 +196,7 @@ def _refusal(config: Config, family: str, error: Exception) -> ConfigError:
 
 
 def _engine_and_others(e: EngineConfig, parallel: ParallelConfig) -> tuple[str, str]:
-    """Return the settings of the engine as they are written, and other ones to try."""
+    """Return the engine's settings as a user writes them, and others to try."""
     split = f" and tp={parallel.tp}" if parallel.tp > 1 else ""
     whole = "tp=1, " if split else ""
     if e.shard_at_load:

@@ -49,7 +49,7 @@ def kill_a_worker(*, when: Callable[[], bool]) -> Iterator[None]:
     """Send SIGKILL to the youngest of this process's workers as soon as a condition holds.
 
     Args:
-        when: called a hundred times per second.
+        when: function that returns whether the condition holds; called a hundred times per second.
     """
     ended = threading.Event()
 
@@ -107,7 +107,7 @@ def what_was_lost() -> Exercise:
         ),
         hints=["The first loss is computed before the first update.", "What does the update use besides the gradient?"],
         solution="The optimizer. The first loss needs weights, data and dropout masks, and all of them were right. The "
-        "second loss is the first after an update, and that update came from a cold Adam.",
+        "second loss is the first after an update, and that update came from an Adam whose moments were zero again.",
     )
 
 

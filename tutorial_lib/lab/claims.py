@@ -86,7 +86,7 @@ class Claims:
             expected: a number, text, or a (nested) sequence of them.
             measured: the same kind of value. NaN equals nothing.
             tolerance: largest absolute difference between two numbers.
-            relative: the tolerance as a share of the expected value instead.
+            relative: the tolerance as a share of the expected value, in place of ``tolerance``.
             varies: the numbers differ between runs or machines; the claim must still hold.
         """
         if relative is not None:
@@ -107,11 +107,11 @@ class Claims:
         self._add(text, "at most", bound, measured, None, None, bool(measured <= bound), None, varies)
 
     def check(self, text: str, condition: bool, *, expected: Any = True, measured: Any = None) -> None:
-        """Claim any other condition, with the value behind it.
+        """Claim that any other condition holds, and show the value behind it.
 
         Args:
             text: the claim, as a sentence.
-            condition: whether it holds.
+            condition: True if the claim holds.
             expected: the value to compare ``measured`` with.
             measured: the value behind the condition; default: the condition itself.
         """

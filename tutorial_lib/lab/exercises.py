@@ -33,7 +33,7 @@ class Feedback:
     """A check's verdict on an answer. A notebook displays it; use ``str`` elsewhere."""
 
     right: bool | None
-    """True if the answer is right; None if there is none yet."""
+    """True if the answer is right, False if it is wrong, None if it is missing."""
     reason: str = ""
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
@@ -61,8 +61,8 @@ class Exercise:
 
     Args:
         question: the question.
-        check: judges an answer.
-        hints: from the vaguest to the most explicit; each is folded.
+        check: function that judges an answer.
+        hints: hints from the vaguest to the most explicit; each is folded.
         solution: the answer with its reason, folded.
     """
 

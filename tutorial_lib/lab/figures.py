@@ -3,7 +3,7 @@
 Every function returns a :class:`Figure`, which a notebook displays as a cell's last expression. Conventions: the title
 states the finding, axis labels have units, and ``alt`` describes the picture in words, for readers who cannot see it.
 The background is white on dark pages, too, because no grey stands out from both white and black by 4.5 : 1. The same
-numbers give the same bytes, without dates or random ids.
+numbers always give the same bytes: a file has neither a date nor random ids.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def lines(
     x_end: float | None = None,
     y_start: float | None = None,
 ) -> Figure:
-    """Draw a line per series of ``(x values, y values)``. Other arguments as in :func:`loss_curves`.
+    """Draw a line per series of ``(x values, y values)``. See :func:`loss_curves` for the other arguments.
 
     Args:
         series: the lines by label.
@@ -162,7 +162,9 @@ def memory_timeline(
     unit: str = "MiB",
     marks: Mapping[str, float] | None = None,
 ) -> Figure:
-    """Draw a line per process or GPU: its memory over time, from zero up. Other arguments as in :func:`loss_curves`.
+    """Draw a line per process or GPU: its memory over time, from zero up.
+
+    See :func:`loss_curves` for the other arguments.
 
     Args:
         series: seconds and bytes by label, for example from ``read_memory_log(path).timeline()``.
@@ -315,7 +317,7 @@ def shards(panels: Mapping[str, Sequence[Sequence[int]]], *, title: str, alt: st
     """Draw which rank's file holds which part of a matrix: a panel per checkpoint, a colour and a number per rank.
 
     Args:
-        panels: by heading, a grid over the matrix with the rank that holds each cell.
+        panels: for each heading, a grid over the matrix that names the rank of each cell.
         title: the finding.
         alt: the figure in words.
     """

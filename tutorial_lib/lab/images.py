@@ -226,7 +226,7 @@ def checkpoint(axes: Any) -> None:
 
 
 def launchers(axes: Any) -> None:
-    """Draw the processes of a job on two nodes of two GPUs: who starts them, and who numbers them."""
+    """Draw the processes of a job on two nodes with two GPUs each: who starts them, and who numbers them."""
     node_width, gap, left = 4.6, 0.5, 3.3
     right = left + 2 * node_width + gap
     stages = [
@@ -262,7 +262,7 @@ def launchers(axes: Any) -> None:
 
 
 def ray_train(axes: Any) -> None:
-    """Draw what goes where when Ray Train runs a loop: driver, controller, workers and storage."""
+    """Draw what driver, controller, workers and storage send to each other when Ray Train runs a loop."""
     height, workers, storage = 0.95, 8.3, 12.6
     _box(axes, 0, 1.0, 2.6, height, PURPLE, "your notebook\ntrainer.fit()", size=11)
     _box(axes, 4.4, 1.0, 2.2, height, ORANGE, "Ray Train's\ncontroller", size=11)
@@ -284,7 +284,7 @@ def ray_train(axes: Any) -> None:
     _text(axes, 11.6, 0.3, "writes", ha="center", size=9)
     _box(axes, storage, 0, 2.7, 3.0, INK, fill=False)
     _text(axes, storage, 3.25, "shared storage")
-    caption = "Model data goes between workers and into the storage, never through notebook or controller."
+    caption = "Model data goes between workers and to the storage, never through the notebook or the controller."
     _text(axes, 0, 3.25, caption)
     _frame(axes, storage + 2.8, 3.45)
 

@@ -3,8 +3,8 @@
 >>> from tutorial_lib.lab.planner import panel
 >>> panel(model="llama-3-8b", gpus=8, gpu="h100")
 
-A bar per layout stacks model states, activations and buffers at their common peak, with a line for a GPU's usable
-memory; the table ranks the layouts. The panel asks :mod:`tutorial_lib.theory`, and caches the answers.
+A bar per layout stacks model states, activations and buffers at their common peak, and lines mark a GPU's usable and
+total memory. The table ranks the layouts. The answers come from :mod:`tutorial_lib.theory`, and are cached.
 """
 
 from __future__ import annotations

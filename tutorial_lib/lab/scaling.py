@@ -1,4 +1,4 @@
-"""Exercises of lesson 06, scaling out, checked against the reader's own runs, and a recording from a cluster.
+"""Lesson 06, scaling out: exercises that are checked against the reader's own runs, and a recording from a cluster.
 
 Hints and solutions are kept here, so that nobody reads them before the question.
 """
@@ -15,12 +15,36 @@ from typing import Any
 from tutorial_lib.lab.exercises import Exercise, choice, number
 
 RECORDING = Path(__file__).with_name("recorded") / "cluster.json"
-"""Made by ``python -m tests.cluster.record`` on a real SLURM; ``tests/cluster/test_recorded.py`` compares."""
+"""Written by ``python -m tests.cluster.record`` on a real SLURM; ``tests/cluster/test_recorded.py`` repeats parts."""
 
 
 def recording() -> dict[str, Any]:
     """Return the recording, for readers without a cluster: see :data:`RECORDING`."""
     return dict(json.loads(RECORDING.read_text(encoding="utf-8")))
+
+
+def table_by_nodes(recorded: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of the workshop's table of several nodes.
+
+    Args:
+        recorded: what was measured on 1, 2, ... nodes that share two cores, one process each: :func:`recording`'s part
+            ``nodes``.
+    """
+    alone = recorded[0]["samples_per_second"]
+    return [
+        {
+            "nodes": row["nodes"],
+            "samples/s": round(row["samples_per_second"], 1),
+            "s/step": round(row["step_seconds"], 3),
+            "train loss": row["train_loss"],
+            "efficiency (%)": round(100 * row["samples_per_second"] / row["nodes"] / alone),
+            "two cores allow (%)": round(100 * min(1, 2 / row["nodes"])),
+            "node memory, peak (MiB)": row["memory_peak"] // 2**20,
+            "average (MiB)": int(row["memory_mean"]) // 2**20,
+            "mode (MiB)": [mode // 2**20 for mode in row["memory_modes"][:2]],
+        }
+        for row in recorded
+    ]
 
 
 def hide_paths(text: str) -> str:

@@ -68,7 +68,7 @@ def read_trace(path: str | Path) -> list[Span]:
 
 
 def read_memory(path: str | Path) -> list[tuple[float, int]]:
-    """Read what a rank held beyond its memory at the start of the step: pairs of milliseconds and bytes.
+    """Read the memory that a rank added to what it held at the start of the step, as pairs of milliseconds and bytes.
 
     Raises:
         ValueError: the trace has none of FSDP2's marks, or was recorded without ``profile_memory``.
@@ -112,7 +112,7 @@ def draw(spans: Sequence[Span], memory: Sequence[tuple[float, int]] = (), *, tit
 
 
 def _draw_memory(axes: Any, memory: Sequence[tuple[float, int]]) -> float:
-    """Draw the memory as an area under the lanes, mark its peak, and return where it ends at the bottom."""
+    """Draw the memory as an area under the lanes, mark its peak, and return the y value of its lower edge."""
     lanes, height = len(LANES), 1.4
     base, peak = 0.4 - lanes - height, max(held for _, held in memory)
     times, held = zip(*memory, strict=True)
@@ -128,7 +128,7 @@ def _draw_memory(axes: Any, memory: Sequence[tuple[float, int]]) -> float:
 
 
 def _label(axes: Any, lane: Sequence[Span]) -> None:
-    """Write the units' names over their spans; the root's under it, since neighbours may be close."""
+    """Write each unit's name over its span, but the root's under it, because neighbours may be close."""
     for span in lane:
         name, y = span.unit.rpartition(".")[2] or "root", -list(LANES).index(span.lane)
         under = not span.unit

@@ -1,7 +1,7 @@
 """Launchers: start the ranks of a run here or under Ray Train, or join the ranks that torchrun or srun started.
 
 All launchers call :func:`tutorial_lib.trainer.train` on every rank; they differ only in how the ranks start.
-:func:`preflight` refuses what cannot run here, before any process starts.
+:func:`preflight` refuses a run that cannot work here, before any process starts.
 
 Importing this package is quick, so that :func:`warm_up` can start its server first and load torch at the same time as
 the caller. The modules below therefore import anything that needs torch inside functions.

@@ -1,4 +1,4 @@
-"""Preflight checks: refuse what cannot run here, before any process starts."""
+"""Preflight checks: refuse a run that cannot work here, before any process starts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def preflight(config: Config) -> Config:
         The configuration with the values of its DeepSpeed file applied, and with absolute paths.
 
     Raises:
-        ConfigError: names what cannot run here and what to write instead.
+        ConfigError: says why the run cannot work here, and what to write instead.
         CheckpointError: there are checkpoints, but none of them can be resumed.
     """
     from tutorial_lib.checkpoint import latest
@@ -64,7 +64,7 @@ def preflight(config: Config) -> Config:
     model = load_config(m.name, trust_remote_code=m.trust_remote_code)
     check_sequence_length(config.data.seq_length, model)
     _warn_of_router_loss(config, model)
-    trial_forward(config, model)  # first: a model for other tasks may have no tokenizer or vocabulary
+    trial_forward(config, model)  # comes first: a model for other tasks may have no tokenizer or vocabulary
     tokenizer = load_tokenizer(m.name, trust_remote_code=m.trust_remote_code)
     check_vocabulary(tokenizer, model)
     check_side_files(m.name)
@@ -131,7 +131,7 @@ def check_together(configs: Sequence[Config]) -> None:
 
 
 def _warn_of_router_loss(config: Config, model_config: PretrainedConfig) -> None:
-    """Warn if config.json asks for a loss of the experts' router, which only the family's own loss has."""
+    """Warn if config.json asks for the loss of the experts' router, which only the family's own loss function adds."""
     text = model_config.get_text_config()
     asked = getattr(text, "output_router_logits", False) and getattr(text, "router_aux_loss_coef", 0)
     if asked and config.engine.name != "trainer" and not joined_rank(config.run, config.parallel):
@@ -177,7 +177,7 @@ def _check_states(config: Config) -> None:
         raise ConfigError(
             f"This run needs {held + to_start:.1f} GB of memory, and {available:.1f} GB are free here: {held:.1f} GB "
             f"for model states on {on_ranks}, and {to_start:.1f} GB to start; a third is reserved for activations "
-            f"and buffers. Write a smaller model, precision='bf16', or a higher ZeRO stage{where}; or close other "
+            f"and buffers. Choose a smaller model, precision='bf16', or a higher ZeRO stage{where}; or close other "
             "programs. `python -m tutorial_lib plan` shows what would fit elsewhere."
         )
 

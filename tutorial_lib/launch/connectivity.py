@@ -1,9 +1,9 @@
 """Check that ranks reach each other across nodes, before gloo connects all of them.
 
 Ranks that use a wrong network interface still find each other, because all go to one rendezvous address. Only then does
-gloo connect each pair of ranks. Where that fails, one of them fails at once and blames its own interface, while the
-other waits for as long as a collective may take. So each rank first tries to reach its neighbours, for a few seconds,
-and all ranks learn which connection failed.
+gloo connect each pair of ranks. If that fails, one rank of the pair fails at once and blames its own interface, while
+the other waits until a collective's timeout. So each rank first tries to reach its neighbours, for a few seconds, and
+all ranks learn which connection failed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.distributed import Store
 from tutorial_lib.launch.environment import addresses
 
 CONNECT_SECONDS = 10.0
-"""Seconds for a connection to a neighbour."""
+"""Seconds to wait for a connection to a neighbour."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,8 @@ class _Place:
 def unreachable_rank(store: Store, rank: int, num_ranks: int) -> str:
     """Describe a rank that its neighbour cannot reach, or return an empty string if there is none. Collective.
 
-    The ranks of a node are consecutive, so some rank on each node has a neighbour on another. All return the same.
+    The ranks of a node are consecutive, so some rank on each node has a neighbour on another. All
+    ranks return the same text.
     """
     with _listen() as server:
         own = _place(server)

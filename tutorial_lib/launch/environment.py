@@ -43,8 +43,8 @@ def check_environment(run: RunConfig, parallel: ParallelConfig) -> None:
 
     Raises:
         ConfigError: torchrun has started this process, but the launcher would start all ranks again; a variable of
-            torchrun is missing or not a number; or ``GLOO_SOCKET_IFNAME`` is not a network interface, or one that
-            other nodes cannot reach.
+            torchrun is missing or not a number; or ``GLOO_SOCKET_IFNAME`` is not a network interface, or is one
+            that other nodes cannot reach.
     """
     if run.launcher == "none":
         _check_rendezvous(parallel.world_size)

@@ -1,4 +1,4 @@
-"""Launch errors: the message of the rank that failed first, and what running the same command again would do."""
+"""Launch errors: the message of the rank that failed first, and where the same command would resume."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def first_error(directories: Sequence[RunDirectory], otherwise: str) -> Exceptio
 def error_of_joined_rank(directory: RunDirectory, rank: int, num_ranks: int) -> WorkerError:
     """Return the error that one of torchrun's ranks ends with: it names the rank that failed first, and why.
 
-    This rank has recorded its own error. If it only lost another rank, wait a moment for the record of that one.
+    This rank has recorded its own error. If it only lost another rank, wait a moment for that rank's record.
     """
     until = time.monotonic() + _RECORD_SECONDS
     while True:

@@ -100,7 +100,7 @@ def launch(
 
 
 def stop_server() -> None:
-    """End the idle servers of this process. Optional: they end with the process that started them."""
+    """End the idle servers of this process. This is optional: they end with the process that started them."""
     while _idle:
         _idle.pop().close()
 
@@ -160,7 +160,7 @@ class _Server:
         Args:
             job: the ranks to start.
             poll: called a few times per second.
-            is_stopped: returns whether the runs were asked to stop. If so before the ranks have started, none starts.
+            is_stopped: returns whether the runs were asked to stop. If so, and the ranks have not started, none will.
 
         Raises:
             WorkerError: the server itself has died.
@@ -341,7 +341,7 @@ def _describe(failure: Failure, outputs: Sequence[Path], directories: Sequence[R
 
 
 def _last_output(rank: int, printed: str, directories: Sequence[RunDirectory], lines: int = 20) -> str:
-    """Return the last lines of a rank's output: from its newest run's log, and from before and after its runs."""
+    """Return the last lines of a rank's output: those in its newest run's log, and those printed outside its runs."""
     logs = [path for path in (directory.log_file(rank) for directory in directories) if path.is_file()]
     newest = max(logs, key=lambda log: log.stat().st_mtime, default=None)
     parts = [newest.read_text(errors="replace") if newest else "", printed]

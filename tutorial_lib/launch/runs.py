@@ -43,7 +43,7 @@ class Interrupted(KeyboardInterrupt):
     It is a KeyboardInterrupt, so that neither a script nor *Run All* continues as if nothing had happened.
 
     Attributes:
-        runs: the runs that had started; each has saved. Empty if the request came before the first one.
+        runs: the runs that had started; each has saved a checkpoint. Empty if no run had started.
     """
 
     def __init__(self, message: str, runs: Sequence[Run]) -> None:
@@ -72,7 +72,8 @@ def run(config: Config, *, on_rows: OnRows | None = None) -> Run:
     Raises:
         ConfigError: the configuration cannot run here; no rank was started.
         WorkerError: a worker failed; the message is its own traceback.
-        Interrupted: Ctrl-C was pressed, or a signal came before the run started. A run that had started has saved.
+        Interrupted: Ctrl-C was pressed, or a signal came before the run started. A run that had started
+            has saved a checkpoint.
     """
     return run_all([config], on_rows=on_rows)[0]
 
@@ -105,7 +106,7 @@ def reshape(source: Path, **flat: Any) -> Run:
 
 
 def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None, worker: str | None = None) -> list[Run]:
-    """Run several configurations one after the other in the same processes, because starting those takes longest.
+    """Run several configurations one after the other in the same processes, because starting processes takes longest.
 
     Args:
         configs: configurations with the same launcher, device and number of processes, and with different names.
@@ -115,7 +116,7 @@ def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None, worker:
 
     Raises:
         Interrupted: Ctrl-C was pressed, or a signal came before the last run had started. The current run, if any, has
-            saved; the runs after it have not started.
+            saved a checkpoint; the runs after it have not started.
     """
     first = configs[0]
     warm_up(first)

@@ -142,7 +142,7 @@ def process_group(run: RunConfig, init_method: str) -> Iterator[None]:
         store.set_timeout(TIMEOUT)
     except RendezvousError:
         raise
-    except RuntimeError as error:  # as most errors of torch.distributed are
+    except RuntimeError as error:  # like most errors of torch.distributed
         if init_method != "env://":
             raise
         raise RendezvousError(_explain_rendezvous(error)) from error

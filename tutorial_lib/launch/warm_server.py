@@ -165,7 +165,7 @@ def _start(job: Job, connection: Connection, can_fork: bool, ranks: dict[int, Fo
     """Add the job's ranks to ``ranks`` as they start."""
     context = multiprocessing.get_context("fork")
     become = _run_module if can_fork else _replace_process
-    # Otherwise a signal could hit a rank that still has this process's signal handlers.
+    # Without this, a signal could hit a rank that still has this process's signal handlers.
     signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
     try:
         for rank in range(len(job.environments)):

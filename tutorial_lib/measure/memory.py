@@ -1,6 +1,6 @@
 """Memory of a process: the exact size of its tensors, exact allocator peaks, and the operating system's view.
 
-Three instruments, from the most exact to the broadest:
+There are three instruments, from the most exact to the broadest:
 
 - :class:`StateBytes` adds up the storages behind given tensors: exact, but only for those.
 - :func:`count_allocations` follows PyTorch's allocator through a block: the exact peak of everything it handed out,
@@ -85,7 +85,7 @@ class Allocations:
 def count_allocations() -> Iterator[Allocations]:
     """Follow every allocation of the block: exact peaks, which no sampler can miss.
 
-    Counts the memory that the block itself allocates, in this thread and in backward, including temporaries inside
+    This counts the memory that the block itself allocates, in this thread and in backward, including temporaries inside
     kernels. Memory from before the block does not count, whether it stays or is freed. The yielded object is filled at
     the end of the block. Every operator is recorded, so use it for building a model or for single steps, not for a long
     run.
@@ -132,7 +132,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak since :func:`reset_peak_memory` in bytes: of a GPU's allocator, or on a CPU of the process's RSS.
+    """Return the peak bytes since :func:`reset_peak_memory`, of a GPU's allocator or, on a CPU, of the process's RSS.
 
     Only Linux can reset the peak of RSS; elsewhere it counts from the start of the process. Linux keeps counters per
     thread and adds them up in batches, so RSS is only accurate to a few hundred KiB: use :func:`count_allocations` for

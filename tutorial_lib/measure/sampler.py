@@ -1,7 +1,7 @@
 """Memory sampler: a log of the memory of a process tree and of the machine's GPUs, measured from outside PyTorch.
 
-The log is JSON lines. The first line is a header; each further line is a :class:`Reading`, flushed when written, so the
-log can be read while it grows. :mod:`tutorial_lib.measure.sampler_log` reads it.
+The log consists of JSON lines. The first line is a header; each further line is a :class:`Reading`, flushed when
+written, so the log can be read while it grows. :mod:`tutorial_lib.measure.sampler_log` reads it.
 
 A sampler sees entire processes, including libraries and caches, but misses peaks shorter than its interval. For exact
 numbers see :mod:`tutorial_lib.measure.memory`.
@@ -71,7 +71,7 @@ class Reading:
 def sample_memory(path: str | Path, *, interval: float = 1.0, pid: int | None = None) -> Iterator[Path]:
     """Log the memory of a process tree and of the GPUs while the block runs.
 
-    A thread takes a reading at the start, every ``interval`` seconds, and at the end. It ends early when no process of
+    A thread takes a reading at the start, every ``interval`` seconds, and at the end. It stops early if no process of
     the tree is left. A process that was once seen in the tree is followed until it ends, even if its parent ends first.
 
     Args:
@@ -136,7 +136,7 @@ class ProcessTree:
             )
 
     def read(self) -> tuple[ProcessMemory, ...]:
-        """Return the memory of every live process, the root first; nothing once all have ended."""
+        """Return the memory of every live process, the root first; an empty tuple once all have ended."""
         self._known = {process: None for process in self._find_processes() if process.is_running()}
         return tuple(memory for process in self._known if (memory := _read_process(process)))
 
@@ -167,7 +167,7 @@ def _read_process(process: psutil.Process) -> ProcessMemory | None:
 
 
 class Gpus:
-    """This machine's NVIDIA GPUs, read through NVML; none without a driver.
+    """This machine's NVIDIA GPUs, read through NVML. Without a driver there are none.
 
     Attributes:
         described: index, name and bytes of each GPU.

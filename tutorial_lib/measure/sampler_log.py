@@ -187,7 +187,7 @@ def read_nvidia_smi(path: str | Path, *, columns: Sequence[str] | None = None) -
             :data:`SMI_QUERY`, with units for memory.
 
     Raises:
-        MemoryLogError: see the class; also if ``columns`` is given for a log with a header.
+        MemoryLogError: see the class; or ``columns`` is given for a log that has a header.
     """
     path = Path(path)
     header = list(columns) if columns else None

@@ -1,4 +1,4 @@
-"""Speed: this machine's peak in matrix products, and the time ratio of two calls."""
+"""Speed: this machine's peak in matrix products, and the ratio of the times that two calls take."""
 
 from __future__ import annotations
 

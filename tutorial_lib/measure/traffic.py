@@ -47,7 +47,7 @@ VOLUME = {
     "all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "broadcast": 1, "reduce": 1, "gather": 1, "scatter": 1,
     "all_to_all": 1, "send": 1, "recv": 0, "barrier": 0,
 }  # fmt: skip
-"""Elements that a rank sends per logical element: an all-reduce is a reduce-scatter and an all-gather."""
+"""Elements that a rank sends per logical element: an all-reduce is a reduce-scatter and an all-gather, so it has 2."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Dimensions of a model, as the planner needs them, read from its Hugging Face configuration.
 
-For an unknown family, the parameters are counted on a model that is built on the meta device: structure and shapes,
-without memory.
+For an unknown family, the parameters are counted on a model that is built on the meta device, where tensors have shapes
+but no memory.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tutorial_lib.theory.dimensions import Dimensions
 
 
 def read_config(name: str) -> tuple[Dimensions, int]:
-    """Return the dimensions of a Hugging Face model, and its number of parameters, counted if its family is unknown.
+    """Return the dimensions of a Hugging Face model and its number of parameters, counted if the family is unknown.
 
     Raises:
         ConfigError: there is no such model, or it is not a dense decoder.
@@ -55,7 +55,7 @@ def measure(model: Any) -> Dimensions:
     """Measure the dimensions of a decoder that has been built, for example on the meta device.
 
     Raises:
-        ConfigError: it has experts, or its configuration lacks a dimension that the planner needs.
+        ConfigError: the model has experts, or its configuration lacks a dimension that the planner needs.
     """
     config, names = model.config.get_text_config(), [name for name, _ in model.named_parameters()]
     if any(".experts." in name or ".block_sparse_moe." in name for name in names):

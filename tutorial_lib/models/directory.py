@@ -99,7 +99,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file, or an empty one if there is no such file.
 
     Raises:
-        ConfigError: it is a directory, a git-lfs pointer, not JSON, or not an object.
+        ConfigError: the path is a directory, or the file is a git-lfs pointer, not JSON, or not an object.
     """
     if not path.exists():
         return {}

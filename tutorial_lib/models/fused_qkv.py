@@ -1,7 +1,7 @@
 """GPT-2's fused QKV projection: query, key and value are three blocks of columns of one matrix.
 
 A column-parallel rank needs its heads' columns from all three blocks, but tensors are cut into contiguous pieces. So
-the columns are sorted by rank first. Here for two ranks; each letter is half of a block's columns::
+the columns are sorted by rank first, here for two ranks. Each letter is half of a block's columns::
 
     by part   [ Q q | K k | V v ]      the order in transformers and in every saved model
     by rank   [ Q K V | q k v ]        the order that can be cut in two

@@ -59,7 +59,7 @@ def check_tensor_parallel(tp: int, model_config: PretrainedConfig) -> None:
         model_config: the model's dimensions.
 
     Raises:
-        ConfigError: names what ``tp`` does not divide, and the sizes that work.
+        ConfigError: names the numbers that ``tp`` does not divide, and the values of ``tp`` that work.
     """
     if tp == 1:
         return

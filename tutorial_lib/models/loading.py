@@ -64,12 +64,12 @@ def load_model(
             seed gives the same weights on every device, with and without partitioning.
         seed: seed of the random weights.
         freeze: name patterns (``fnmatch``) of parameters that get no gradient.
-        trust_remote_code: run Python code that the hub model ships with.
+        trust_remote_code: run the Python code that the model ships with.
         num_shards: ranks over which transformers splits pretrained weights while reading them (FSDP2). Collective if
             greater than 1.
 
     Raises:
-        ConfigError: there is no such model, it has no weights, or a pattern matches nothing.
+        ConfigError: there is no such model, it has no weights, or a pattern of ``freeze`` matches nothing.
     """
     if is_config_only(name) and not random_init:
         raise ConfigError(no_weights_message(name))
@@ -218,7 +218,7 @@ def resolve_model(name: str) -> str:
 
 @functools.cache
 def hub_reachable() -> bool:
-    """Return whether the model hub answers. Asks once, for at most 5 seconds, and not at all if HF_HUB_OFFLINE is set.
+    """Return whether the model hub answers. Ask once, for at most 5 seconds, and not at all if HF_HUB_OFFLINE is set.
 
     Without this check, loading an unknown name on a machine without internet retries for minutes.
     """
@@ -375,8 +375,8 @@ def set_activation_checkpointing(model: PreTrainedModel, recompute: str = "full"
 
     Args:
         model: the model.
-        recompute: ``full`` keeps only each layer's input; ``selective`` also keeps what is slow to recompute
-            (:mod:`tutorial_lib.models.recompute`).
+        recompute: ``full`` keeps only each layer's input; ``selective`` also keeps results that are slow to
+            recompute (:mod:`tutorial_lib.models.recompute`).
 
     Raises:
         ConfigError: the model does not support it.

@@ -10,9 +10,9 @@ B is the batch size, S the sequence length. A packed mask is causal and blocked 
 PyTorch's fused attention ("sdpa": GPT-2, Qwen2 and most others) take it as it is. Two kinds of models do not, and
 :func:`accept_document_masks` adapts them:
 
-- Layers with a sliding window (Mistral, Gemma). When transformers builds the mask itself, it cuts it to the window, but
-  it passes a ready-made mask to every layer unchanged.
-- BLOOM. Its attention *adds* the mask to the scores, and its ALiBi bias needs the distance between tokens, which it
+- Models with sliding-window layers (Mistral, Gemma). When transformers builds the mask itself, it cuts the mask to the
+  window, but it passes a ready-made mask to every layer unchanged.
+- BLOOM. Its attention *adds* the mask to the scores, and its ALiBi bias needs the distance between tokens, which BLOOM
   derives from a padding mask rather than from ``position_ids``.
 
 Before a run starts, :mod:`tutorial_lib.engine.trial_forward` checks that its model's family accepts both kinds of
@@ -109,7 +109,7 @@ def _is_document_mask(mask: Any) -> TypeGuard[torch.Tensor]:
 
 
 def _build_alibi(self: Any, attention_mask: torch.Tensor, num_heads: int, dtype: torch.dtype) -> torch.Tensor:
-    """Build BLOOM's biases for a padding mask [B, S], and from positions for a document mask [B, 1, S, S]."""
+    """Build BLOOM's biases from a padding mask [B, S], or from the positions in a document mask [B, 1, S, S]."""
     build = functools.partial(type(self).build_alibi_tensor, self, num_heads=num_heads, dtype=dtype)
     if attention_mask.dim() != 4:
         return build(attention_mask)

@@ -1,4 +1,4 @@
-"""Models on the meta device: structure and shapes without values, and the files that hold the values.
+"""Models on the meta device, which have structure and shapes but no values, and the files that hold the values.
 
 This is for engines that split a model first and load the pieces afterwards. :func:`tutorial_lib.models.load_model`
 returns the same model with its values.

@@ -2,7 +2,7 @@
 
 ``published/bloom-560m`` is a directory that is written on first use: the published ``config.json`` with the tokenizer
 of the embedded model of the same family, whose ids all fit into the published vocabulary. Use it to measure memory and
-speed at real sizes; its predictions mean nothing.
+speed at real sizes; its weights are random, so its predictions mean nothing.
 
 Sources: the ``config.json`` of bigscience/bloom-560m, openai-community/gpt2, openai-community/gpt2-medium and
 Qwen/Qwen2.5-0.5B on the Hugging Face Hub. The parameter counts come from the weight files on their model cards.
@@ -30,7 +30,7 @@ class PublishedModel:
     """Dimensions of a published model.
 
     Attributes:
-        family: the embedded model whose tokenizer it borrows.
+        family: the embedded model that provides the tokenizer.
         num_parameters: number of parameters, tied ones counted once.
         values: entries of its ``config.json`` that differ from the embedded model's.
     """

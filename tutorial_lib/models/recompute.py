@@ -1,7 +1,7 @@
-"""Selective activation checkpointing: keep the results that are slow to recompute, recompute all others.
+"""Selective activation checkpointing: keep the results that are slow to recompute, and recompute all others.
 
-The policy is torchtitan's, per operator (``parallelize_llama.py`` of December 2024): keep the output of fused attention
-kernels, and of every second matrix product of a layer. Attention without a fused kernel is recomputed.
+The policy is torchtitan's, per operator (``parallelize_llama.py`` of December 2024): keep the output of each fused
+attention kernel and of every second matrix product in a layer. Attention without a fused kernel is recomputed.
 
 After ZeRO-3 has built a model, ``torch.nn.functional.linear`` is DeepSpeed's, which adds the bias to the product in
 place. PyTorch does not notice that a kept product has changed, and the second forward would add the bias twice. So

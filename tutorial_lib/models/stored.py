@@ -46,7 +46,7 @@ def locate_weights(target: str, local_files_only: bool) -> list[Path]:
 
 
 def check_files(directory: str) -> None:
-    """Refuse a model's directory whose weight files are incomplete. Reads no tensors.
+    """Refuse a model's directory whose weight files are incomplete. No tensor is read.
 
     Raises:
         ConfigError: names the file, what is wrong with it, and how to get it.
@@ -126,7 +126,7 @@ def check_no_integers(found: Mapping[str, StoredTensor]) -> None:
 
 
 def check_pickles(target: str, local_files_only: bool) -> None:
-    """Refuse weights that cannot be read without running code from their files. Arguments: see :func:`locate_weights`.
+    """Refuse weights that cannot be read without running code from their files. See :func:`locate_weights`.
 
     Raises:
         ConfigError: as for :func:`load_pickled`.
@@ -140,7 +140,7 @@ def load_pickled(path: Path, device: str) -> dict[str, torch.Tensor]:
     """Load a file that ``torch.save`` wrote, without running any code that its pickle may hold.
 
     Args:
-        path: such as ``pytorch_model.bin``.
+        path: the file, such as ``pytorch_model.bin``.
         device: where to put its tensors; ``meta`` gives only their shapes.
 
     Raises:
@@ -198,8 +198,8 @@ def match_parameters(
     """Match a model's parameters with stored tensors, by the names that transformers accepts for them.
 
     Returns:
-        Stored tensors by parameter name; those that transformers would convert while loading, such as experts that are
-        stored one by one and trained as one tensor; and the names of all others.
+        Stored tensors by parameter name; tensors that transformers would convert while loading, such as experts that
+        are stored one by one and trained as one tensor; and the names of all other tensors.
     """
     conversions = get_model_conversion_mapping(model)
     renamings: Any = [each for each in conversions if isinstance(each, WeightRenaming)]

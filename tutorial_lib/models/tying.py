@@ -1,8 +1,8 @@
 """Tied embeddings: whether a model's output layer shares the input embedding's weight, decided once for all engines.
 
-``config.json`` claims it (``tie_word_embeddings``), and is sometimes wrong: the files hold an output weight that
-differs from the embedding. transformers then unties the two, except at ZeRO stage 3. Here the files always win, and the
-configuration that every engine builds the model from is corrected first.
+``config.json`` says whether it does (``tie_word_embeddings``), but is sometimes wrong: the files hold an output weight
+that differs from the embedding. transformers then unties the two, except at ZeRO stage 3. Here the files always win,
+and the configuration is corrected before any engine builds the model from it.
 """
 
 from __future__ import annotations

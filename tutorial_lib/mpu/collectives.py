@@ -54,8 +54,8 @@ def all_gather_tensor(share: Tensor, dim: int | None, group: Any) -> Tensor:
 
     Args:
         share: this rank's share.
-        dim: the tensor dimension that was split; None if the tensor is replicated, and returned unchanged.
-        group: the process group that shares it.
+        dim: the tensor dimension that was split; None for a replicated tensor, which is returned unchanged.
+        group: the process group whose ranks hold the shares.
     """
     if dim is None:
         return share

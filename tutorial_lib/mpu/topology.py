@@ -152,9 +152,10 @@ class ModelParallelUnit:
 
 
 def device_mesh(topology: Topology, device_type: str) -> DeviceMesh:
-    """Build the grid as a PyTorch mesh with axes ``dp`` and ``tp``: a process group per row and column. Collective.
+    """Build the grid as a PyTorch mesh with axes ``dp`` and ``tp``: a process group per row and column.
 
-    The groups are created once per default process group, however many runs the process trains.
+    All ranks must call this function. The groups are created once per default process group, however many runs the
+    process trains.
 
     Args:
         topology: this rank's place in the grid.

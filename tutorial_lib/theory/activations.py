@@ -1,6 +1,6 @@
 """Activations: the tensors that a transformer keeps between forward and backward, and the peak memory of the loss.
 
-Counted kernel by kernel, from the tensors that PyTorch's autograd keeps for today's Hugging Face and torchtitan models.
+Bytes are counted kernel by kernel, as PyTorch's autograd keeps tensors for today's Hugging Face and torchtitan models.
 Notation: h hidden, k width of all keys, f width of the MLP, V vocabulary, s sequence length, t tensor-parallel size,
 e bytes per element. A layer keeps, in bytes per token::
 
@@ -29,8 +29,8 @@ The loss (:func:`logits_bytes`) peaks in its backward at three fp32 copies of th
 gradient, and the gradient of the logits, together 12 bytes per element. Split over the vocabulary, PyTorch's
 ``loss_parallel`` holds four copies of its share at once.
 
-Assumptions: dropout off (its masks are one byte per element and layer), no ``torch.compile`` (which keeps less), the
-sequence axis of a DTensor gathered before each matrix product and kept gathered.
+Assumptions: dropout is off (its masks take one byte per element and layer), nothing is compiled (``torch.compile``
+keeps less), and the sequence axis of a DTensor is gathered before each matrix product and stays gathered.
 
 Sources: the kernels themselves (``torch.nn.functional``, transformers 5.23, torch/distributed/tensor/parallel/loss.py),
 torchtitan's ``parallelize_llama.py`` of December 2024 (selective policy, sequence parallelism).
@@ -79,7 +79,7 @@ def layer_activations(
     Args:
         dimensions: dimensions of the model.
         checkpointing: ``none``, ``selective`` or ``full``.
-        tp: t.
+        tp: t, the tensor-parallel size.
         sequence_parallel: norms and residuals are divided over the tensor-parallel ranks, too.
         bytes_per_element: e, for the type that layers compute in.
         seq_length: s, which only matters without a fused attention kernel.
@@ -112,16 +112,16 @@ def layer_activations(
 def score_traffic(
     dimensions: Dimensions, seq_length: int, checkpointing: str = "none", bytes_per_element: int = 2
 ) -> float:
-    """Return the bytes per token that attention without a fused kernel reads and writes in a layer; 0 with one.
+    """Return the bytes per token that a layer's attention reads and writes if it has no fused kernel; otherwise 0.
 
     Its matrix of scores passes through the device's memory once per operator: scaling, masking, softmax (in fp32),
-    products, and their gradients. In 16 bits these are 60 bytes per score, 28 of them in forward; in fp32 52 and 24
-    (counted on BLOOM, without dropout).
+    products, and their gradients. In 16 bits these are 60 bytes per score, 28 of them in forward; in fp32 they are 52
+    and 24 (counted on BLOOM, without dropout).
 
     Args:
         dimensions: dimensions of the model.
-        seq_length: s.
-        checkpointing: recomputation repeats forward.
+        seq_length: s, in tokens.
+        checkpointing: ``none``, ``selective`` or ``full``; recomputation repeats forward.
         bytes_per_element: 2, or 4 in fp32.
     """
     if dimensions.fused_attention:
@@ -134,7 +134,7 @@ def last_norm(
     dimensions: Dimensions, bytes_per_element: int = 2, tp: int = 1, *, sequence_parallel: bool = False,
     autocast: str = "",
 ) -> float:  # fmt: skip
-    """Return the bytes per token that the last norm and the output layer keep: their inputs, never recomputed."""
+    """Return the bytes per token of the inputs of the last norm and the output layer, which are never recomputed."""
     own = tp if sequence_parallel else 1
     extra = 2 * dimensions.hidden if autocast else 0
     return _norm(dimensions, bytes_per_element) / own + bytes_per_element * dimensions.hidden + extra
@@ -148,8 +148,8 @@ def _norm(dimensions: Dimensions, bytes_per_element: int) -> float:
 def recomputed_share(dimensions: Dimensions, checkpointing: str) -> tuple[float, float]:
     """Return the shares of a layer's forward matrix products, and of its attention, that backward recomputes.
 
-    Selective: every second product in the order query, key, value, output, gate, up, down, and attention without a
-    fused kernel.
+    ``selective`` recomputes every second product, in the order query, key, value, output, gate, up, down. It also
+    recomputes attention without a fused kernel.
     """
     if checkpointing != "selective":
         return (1.0, 1.0) if checkpointing == "full" else (0.0, 0.0)
@@ -164,8 +164,8 @@ def logits_bytes(tokens: float, vocabulary: int, *, vocabulary_parallel: int = 1
 
     Args:
         tokens: tokens of a micro-batch on one rank.
-        vocabulary: V.
-        vocabulary_parallel: number of ranks that the logits are split over; 1: not split.
+        vocabulary: V, the size of the vocabulary.
+        vocabulary_parallel: number of ranks that the logits are split over; 1 means not split.
         chunks: number of pieces in which output layer and loss are computed, one after the other.
     """
     copies = 16 if vocabulary_parallel > 1 else 12

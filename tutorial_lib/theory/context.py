@@ -13,8 +13,8 @@ DeepSpeed has Ulysses (``deepspeed.runtime.sequence_parallel.ulysses_sp``), PyTo
 FSDP2. It does not count the memory of copied keys and values.
 
 Parameters are gathered and gradients reduced over all data-parallel and context-parallel ranks together, as if they
-were all data-parallel ranks (torchtitan: ``dp_shard_cp``). Not checked by a run, because this course's engines do not
-have it; docs/planner-errors.md has the memory of published runs.
+were all data-parallel ranks (torchtitan: ``dp_shard_cp``). We checked none of this with runs of our own, because this
+course's engines lack context parallelism; docs/planner-errors.md has the memory of published runs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def ring_elements(tokens: float, key_value_width: int, ranks: int, *, recompute:
     Args:
         tokens: tokens of the micro-batch on this rank (s / c).
         key_value_width: width of all keys together, and of all values.
-        ranks: c.
+        ranks: c, the context-parallel size.
         recompute: whether forward runs again before backward.
     """
     return (3 + recompute) * 2 * tokens * key_value_width * (ranks - 1)
@@ -39,7 +39,7 @@ def ulysses_elements(tokens: float, width: int, key_value_width: int, ranks: int
         tokens: tokens of the micro-batch on this rank (s / c).
         width: width of all queries together, and of attention's output.
         key_value_width: width of all keys together, and of all values, with copies.
-        ranks: c.
+        ranks: c, the context-parallel size.
         recompute: whether the exchange runs again before backward.
     """
     return (2 + recompute) * tokens * (2 * width + 2 * key_value_width) * (ranks - 1) / ranks

@@ -2,8 +2,8 @@
 
 The model of a step::
 
-    compute    FLOPs, including recomputed ones / (devices * peak * efficiency), plus the pipeline's bubble; attention
-               without a fused kernel also moves its scores through the device's memory
+    compute    FLOPs (with recomputation) / (devices * peak * efficiency), plus the pipeline's bubble; attention without
+               a fused kernel also moves its scores through the device's memory
     tp         all-reduces of activations; the next operation waits for them, so nothing hides them
     dp         gradients and parameters; compute hides ``overlap`` times the shorter of its own time and theirs
     cp         keys and values around a ring, hidden the same way; or Ulysses' all-to-alls, which nothing hides
@@ -32,7 +32,7 @@ from tutorial_lib.theory.state_bytes import layout_states, lora_params
 
 UPDATE_BYTES = 28
 OFFLOADED_RUN = 2.7
-"""Factor by which the one published run with offload was slower than predicted here: docs/planner-errors.md."""
+"""Factor by which the one published run with offload was slower than predicted here (docs/planner-errors.md)."""
 SLOWEST_SMALL_RUN = 7
 """Largest factor by which a published run of fewer than 1 B parameters was slower than predicted here."""
 REACHED_MEMORY_BANDWIDTH = 0.8
@@ -145,7 +145,7 @@ def _dp_traffic(
     if workload.lora_rank:
         trained = min(params, lora_params(workload.dimensions, workload.lora_rank) // (layout.tp * layout.pp))
     if layout.pp > 1:
-        accumulation = 1  # gathered once, reduced once: see :mod:`tutorial_lib.theory.search`
+        accumulation = 1  # gather once, reduce once: see :mod:`tutorial_lib.theory.search`
 
     def cost(volume: traffic.StepVolume, ranks: int, members: int) -> tuple[float, float]:
         gathers = traffic.StepVolume(all_gather=volume.all_gather)
@@ -155,8 +155,8 @@ def _dp_traffic(
         return sent, sent / traffic.bus_bandwidth(members, ranks, *links)
 
     if layout.strategy is None:
-        # Between a layer's forward and backward, up to 2 Psi elements of other layers are used; DeepSpeed keeps
-        # the layer gathered that long if its limit allows.
+        # Between a layer's forward and its backward, other layers use up to 2 Psi elements. DeepSpeed keeps the layer
+        # gathered for that long if its limit allows.
         stays = 2 * params <= workload.live_params
         volume = traffic.zero_volume(
             trained, layout.zero_stage, accumulation=accumulation, gradient_reduction=workload.gradient_reduction,
@@ -283,7 +283,7 @@ def _host_link_bytes(workload: Workload, layout: Layout, trained: int, all_param
 
 def _problem(cluster: Cluster, device: float, host: float, batch: int, share: int) -> str:
     if batch % share:
-        return f"global batch: not n x {share}"
+        return f"global batch {batch} is not a multiple of {share}"
     if device > cluster.usable_memory:
         return f"too large by {short_gb(device - cluster.usable_memory)} GB"
     if host > cluster.host_memory:

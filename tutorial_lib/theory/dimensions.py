@@ -32,7 +32,7 @@ VOCABULARY = 32_000
 """Size of the vocabulary if nothing is known: Llama 2's."""
 
 _GROUPS = ((3000, 1024), (1900, 512), (512, 256), (0, 64))
-"""Pairs of the smallest hidden size and the multiple to which sizes from there on are rounded."""
+"""Pairs of a hidden size, and the multiple to which it and larger ones are rounded; the first that applies counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,23 +40,24 @@ class Dimensions:
     """Dimensions of a model's architecture.
 
     Args:
-        layers: L.
-        hidden: h.
-        heads: a, query heads.
-        vocabulary: V.
-        kv_heads: key and value heads; ``None``: as many as query heads.
-        intermediate: width of the MLP; ``None``: 4 h.
-        positions: learned position embeddings, 0 for rotary or ALiBi ones.
-        gated: three matrices in the MLP (SwiGLU) instead of two.
+        layers: number of layers, L.
+        hidden: hidden size, h.
+        heads: number of query heads, a.
+        vocabulary: size of the vocabulary, V.
+        kv_heads: number of key and value heads; ``None`` means as many as query heads.
+        intermediate: width of the MLP; ``None`` means 4 h.
+        positions: number of learned position embeddings; 0 for rotary or ALiBi ones.
+        gated: whether the MLP has three matrices (SwiGLU) instead of two.
         qkv_bias: whether the query, key and value projections add a bias.
         bias: whether the attention's output projection and the MLP add a bias.
-        norm_vectors: vectors of h elements per norm: 2 for LayerNorm, 1 for RMSNorm.
+        norm_vectors: number of vectors of h elements per norm: 2 for LayerNorm, 1 for RMSNorm.
         embedding_norm: whether there is a norm right after the embedding, as in BLOOM.
         tied: whether the output layer shares the embedding's weight.
-        column_layers: separate projections per layer that tensor parallelism divides by columns: 2 with one fused
+        column_layers: number of separate projections per layer that are split by columns: 2 with one fused
             query-key-value projection and one MLP input, 5 with separate ones and a gated MLP.
-        mlp_tensors: tensors as wide as the MLP that a layer keeps for backward; ``None``: 4 if gated (gate, its
-            activation, up, their product), otherwise 2 (before and after). GPT-2's tanh-GELU in Python keeps 5.
+        mlp_tensors: number of tensors as wide as the MLP that a layer keeps for backward; ``None`` means 4 if gated
+            (gate, its activation, up, their product), otherwise 2 (the activation's input and output). GPT-2's
+            tanh-GELU in Python keeps 5.
         fused_attention: whether attention runs in one kernel that keeps no matrix of scores. BLOOM's does not.
     """
 
@@ -93,7 +94,7 @@ class Dimensions:
 
     @property
     def num_params(self) -> int:
-        """Psi, tied parameters counted once."""
+        """Psi, with tied parameters counted once."""
         return self.replicated_params + self.layers * self._divided_per_layer + self._own_output
 
     @property

@@ -30,7 +30,7 @@ def young_interval(save_seconds: float, mean_time: float) -> float:
 
 
 def daly_interval(save_seconds: float, mean_time: float) -> float:
-    """Return Daly's interval: Young's with the next two terms, minus C; M if a save takes longer than 2 M."""
+    """Return Daly's interval: Young's with the next two terms, minus C; or M if a save takes 2 M or longer."""
     _check(save_seconds, mean_time)
     share = save_seconds / (2 * mean_time)
     if share >= 1:
@@ -39,16 +39,16 @@ def daly_interval(save_seconds: float, mean_time: float) -> float:
 
 
 def lost_share(interval: float, save_seconds: float, mean_time: float, restart_seconds: float = 0.0) -> float:
-    """Return the share of the wall time that is lost, when saving every ``interval`` seconds of training.
+    """Return the share of the wall time that is lost when a run saves after every ``interval`` seconds of training.
 
     Daly's model of the wall time is exact for failures at a constant rate, which may also happen during a save or a
     restart: one second of training takes ``M e^(R/M) (e^((tau + C)/M) - 1) / tau`` seconds of wall time.
 
     Args:
         interval: tau, seconds of training between two saves.
-        save_seconds: C.
-        mean_time: M.
-        restart_seconds: R.
+        save_seconds: C, seconds that training stalls for one save.
+        mean_time: M, mean seconds between failures.
+        restart_seconds: R, seconds from a failure to the first step afterwards.
     """
     _check(save_seconds, mean_time)
     if interval <= 0:

@@ -15,19 +15,19 @@ FORWARD_BACKWARD = 3
 """Cost of a training step in forward passes: forward, and backward for inputs and for weights."""
 
 WITH_RECOMPUTE = 4
-"""The same if activations are recomputed before backward."""
+"""The same cost if activations are recomputed before backward."""
 
 
 def flops_per_token(num_params: int, num_layers: int, hidden: int, seq_length: int) -> int:
     """Return the floating-point operations of forward and backward for one token: ``6 N + 12 L h s``.
 
-    Six per parameter (a multiply and an add, in three passes), plus attention over all heads and ``seq_length``
+    This is six per parameter (a multiply and an add, in three passes), plus attention over all heads and ``seq_length``
     positions, without the factor of one half that a causal mask could save (arXiv:2204.02311). Embeddings count as if
     they were multiplied, which is right for tied ones (their second use is the output layer).
 
     Args:
         num_params: parameters of the model.
-        num_layers: L.
+        num_layers: L, the number of layers.
         hidden: h, all heads together.
         seq_length: s, in tokens.
     """

@@ -40,8 +40,8 @@ class GpuPreset:
         intra_node_bandwidth: bytes/s that a device sends to others of its node in a collective.
         inter_node_bandwidth: bytes/s of a device's share of its node's network.
         host_link: bytes/s between a device and its host.
-        product: regular expression of the names by which drivers call this device. PCIe variants and shares of a
-            device have other names, because they are slower.
+        product: regular expression that matches the driver's name for this device, but not the names of slower
+            variants, such as PCIe cards and shares of a device.
         plausible: names of fields that were not measured on this device.
         sources: letters from the list in the module's docstring.
     """

@@ -1,7 +1,7 @@
 """Reasons for the best layout: sentences that compare it with layouts in which one of its settings is different.
 
-Those layouts are evaluated, too, so a sentence says by how much one is slower or too large. Only cp, pp and offload are
-described without a comparison.
+Those layouts are evaluated, too, so each sentence says by how much such a layout is slower or too large. Only cp, pp
+and offload are described without a comparison.
 """
 
 from __future__ import annotations

@@ -23,11 +23,11 @@ _A100 = GPUS["a100-80"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """The devices.
+    """The devices of a job, and the links between them.
 
     Args:
         gpus: total number of devices.
-        gpus_per_node: devices of one node; the last node must be used completely.
+        gpus_per_node: devices of one node; a job on several nodes must use every node completely.
         gpu_memory: bytes of one device.
         host_memory: bytes of one node; an assumption.
         gpu_flops: peak FLOP/s of one device in the precision of the run.
@@ -36,7 +36,7 @@ class Cluster:
         intra_node_bandwidth: bytes/s that a device sends to others of its node.
         inter_node_bandwidth: bytes/s of a device's share of its node's network.
         host_link: bytes/s between a device and its host.
-        host_adam: parameters per second and node that Adam on the host updates; an assumption, measure your own.
+        host_adam: parameters per second and node that Adam on the host updates; an assumption: measure your own.
         overlap: share of data-parallel communication that compute can hide; an assumption.
         headroom: share of a device's memory that stays free for fragmentation, CUDA and NCCL; an assumption.
     """
@@ -85,20 +85,20 @@ class Workload:
     """The training to plan.
 
     Args:
-        num_params: Psi.
+        num_params: Psi, the number of parameters.
         dimensions: dimensions of the model.
         seq_length: s, in tokens.
-        micro_batch: b, sequences per forward pass and data-parallel rank; ``None``: the planner chooses.
-        global_batch: sequences per optimizer step; ``None``: micro-batch times devices or, if the planner chooses the
-            micro-batch, one micro-batch per rank (4 per stage with a pipeline).
+        micro_batch: b, sequences per forward pass and data-parallel rank; with ``None`` the planner chooses.
+        global_batch: sequences per optimizer step; ``None`` means micro-batch times devices or, if the planner chooses
+            the micro-batch, one micro-batch per rank (4 per stage with a pipeline).
         precision: ``bf16``, ``fp16`` or ``fp32``.
-        checkpointing: activation checkpointing: ``none``, ``selective`` or ``full``; ``None``: the planner chooses.
+        checkpointing: activation checkpointing, ``none``, ``selective`` or ``full``; with ``None`` the planner chooses.
         bucket_size: elements of DeepSpeed's reduce and all-gather buckets.
-        overlap_comm: DeepSpeed's stages 1 and 2 fill one bucket of gradients while they reduce another.
+        overlap_comm: whether DeepSpeed's stages 1 and 2 fill one bucket of gradients while they reduce another.
         live_params: elements that DeepSpeed's stage 3 may keep gathered (``stage3_max_live_parameters``).
         gradient_reduction: for stages 1 and 2, as in :func:`tutorial_lib.theory.traffic.zero_volume`; by default what
             DeepSpeed really does (lesson 01 counts it).
-        lora_rank: train only adapters of this rank; 0: train all parameters.
+        lora_rank: rank of LoRA's adapters, if only these are trained; 0 trains all parameters.
         base_bits: bits per frozen parameter with LoRA: 16, 8 or 4 (QLoRA).
         moments: number format of Adam's moments: ``fp32``, ``bf16`` or ``8bit``.
         loss_chunks: number of pieces in which output layer and loss are computed.
@@ -131,21 +131,21 @@ class Workload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """One way to place the work.
+    """One way to place the work on the devices.
 
     Args:
         dp: data-parallel size.
         tp: tensor-parallel size, within a node.
         zero_stage: DeepSpeed's stage, or the equivalent of FSDP2's strategy.
         offload: ``none``, ``optimizer`` or ``all``.
-        strategy: FSDP2's strategy, or ``None``.
+        strategy: FSDP2's strategy, or ``None`` for DeepSpeed.
         shard_size: number of ranks that share one copy with ``hybrid``.
-        sequence_parallel: with tp: norms and residuals divided by tokens, embeddings and loss by vocabulary.
+        sequence_parallel: whether tp also divides norms and residuals by tokens, and embeddings and loss by vocabulary.
         cp: context-parallel size.
-        ulysses: with cp: all-to-alls, as in Ulysses, instead of a ring.
+        ulysses: whether cp uses all-to-alls, as in Ulysses, instead of a ring.
         pp: pipeline stages.
-        chunks: model chunks per stage; above 1: interleaved.
-        micro_batch: b.
+        chunks: model chunks per stage; more than 1 means an interleaved schedule.
+        micro_batch: b, sequences per forward pass and data-parallel rank.
         checkpointing: ``none``, ``selective`` or ``full``.
         reduction: ``each`` or ``last``: the micro-batch with which FSDP2 reduces gradients.
     """

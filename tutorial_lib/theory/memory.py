@@ -8,7 +8,7 @@ Sources:
     ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, arXiv:1910.02054 (figure 1, section 5)
     ZeRO-Offload, arXiv:2101.06840; ZeRO-Infinity, arXiv:2104.07857
 
-Checked: byte for byte against what ranks held, in ``tests/distributed`` and lessons 01 to 03.
+Checked: byte for byte against the states that ranks held, in ``tests/distributed`` and lessons 01 to 03.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def model_states(num_params: int, stage: int, num_ranks: int, precision: Precisi
     (arXiv:1910.02054, figure 1). If N does not divide Psi, the larger share counts.
 
     Args:
-        num_params: Psi, tied parameters counted once.
+        num_params: Psi, with tied parameters counted once.
         stage: 0 (plain data parallel) to 3.
         num_ranks: N, the data-parallel size.
         precision: bytes per parameter; :data:`MIXED`, :data:`FP32` or your own.
@@ -133,21 +133,21 @@ def host_states(
 
 
 def checkpoint_bytes(num_params: int, stage: int, precision: Precision = MIXED) -> int:
-    """Return the bytes on disk of a resumable checkpoint, with the files of all ranks: no gradients, nothing twice.
+    """Return the bytes on disk of a resumable checkpoint, in the files of all ranks, without gradients or duplicates.
 
     Every scheme writes its optimizer states once: K bytes per parameter, whichever ranks hold them. They include the
     fp32 master copy if there is one. The schemes differ in the weights that forward and backward use. At stages 0 to 2,
-    one data-parallel rank writes them as well: :data:`MIXED` states do not include the 16-bit weights, and DeepSpeed
-    does the same even if the master copy equals the weights (:data:`DEEPSPEED_FP32`). At stage 3, only the master copy
-    is written. So in bytes per parameter::
+    one data-parallel rank writes them as well: the optimizer states of :data:`MIXED` lack the 16-bit weights, and
+    DeepSpeed does the same even if the master copy equals the weights (:data:`DEEPSPEED_FP32`). At stage 3, only the
+    master copy is written. So in bytes per parameter::
 
         stage 1, 2      MIXED 2 + 12 = 14     DEEPSPEED_FP32 4 + 12 = 16
         stage 3         MIXED     12          DEEPSPEED_FP32     12
         one process, DDP, DeepSpeed's stage 0 and FSDP2 in fp32: FP32 with stage 0, 4 + 8 = 12
 
     Args:
-        num_params: Psi, all of them trained, tied ones counted once. With tensor parallelism, if every tensor-parallel
-            rank writes its own part (DeepSpeed), t times :func:`tensor_parallel_params`.
+        num_params: Psi; all parameters are trained, and tied ones are counted once. If every tensor-parallel rank
+            writes its own part (DeepSpeed), pass t times :func:`tensor_parallel_params`.
         stage: 0 (every rank holds everything, or FSDP2, whose shards are written once) to 3.
         precision: bytes per parameter.
 

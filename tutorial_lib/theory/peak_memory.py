@@ -5,10 +5,10 @@ A step has three phases in which memory may peak, each with different large tens
     loss        activations of all layers, the loss's copies of the logits; no gradients yet, unless micro-batches
                 accumulate
     backward    activations of all layers, those that one layer recomputes, gathered layers, gradients in flight
-    update      no activations; all gradients, the embeddings' still in flight, the update's temporaries
+    update      no activations; all gradients (the embeddings' are still being reduced), the update's temporaries
 
-The peak is the largest of the three sums. Many estimates simply add everything up, and so count gradients and logits
-together, which only exist at the same time if micro-batches accumulate.
+The peak is the largest of the three sums. Many estimates simply add everything up. They count gradients and logits
+together, although these only exist at the same time if micro-batches accumulate.
 
 Besides states and activations, engines allocate *buffers*::
 
@@ -28,7 +28,7 @@ Besides states and activations, engines allocate *buffers*::
 
 Sources: ``torch.distributed.fsdp`` (``_fsdp_collectives.py``: copy-in and copy-out), ``torch.amp`` (weight cache),
 ``deepspeed/runtime/zero`` (``setup_buckets`` of stage_1_and_2.py; the bucket that stage3.py makes with the optimizer).
-Assumptions: one layer is gathered ahead. FSDP2's and DDP's AdamW is fused and needs nothing. Elsewhere, AdamW on GPUs
+Assumptions: one layer is gathered ahead. FSDP2's and DDP's AdamW is fused and copies nothing. Elsewhere, AdamW on GPUs
 updates all tensors at once (``foreach``), with one more fp32 copy of them. On CPUs it updates one tensor at a time,
 with two copies of it. For ZeRO's stages 1 to 3 that is one large tensor, at stage 3 of about ``sub_group_size``
 elements. Known to be wrong: the Trainer's AdamW under DDP is not fused, and its copy is not counted; DDP on a single

@@ -9,7 +9,7 @@ share ``(p - 1) / m`` on top of its compute time. Interleaving divides that by v
 
 Sources: Megatron-LM on GPU clusters, arXiv:2104.04473, sections 2.2 and 2.3; for interleaving's memory,
 arXiv:2205.05198, section 4.3. Assumptions: all stages take the same time, and messages between them hide behind
-compute. Not checked by a run: this course's engines have no pipeline.
+compute. We checked none of this with runs of our own, because this course's engines have no pipeline.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ def bubble_share(stages: int, micro_batches: int, chunks: int = 1) -> float:
     """Return a stage's idle time as a share of its compute time.
 
     Args:
-        stages: p.
-        micro_batches: m.
-        chunks: v.
+        stages: p, the pipeline stages.
+        micro_batches: m, the micro-batches per step.
+        chunks: v, the model chunks per stage.
     """
     return (stages - 1) / (chunks * micro_batches)
 

@@ -5,7 +5,7 @@ tokens per second and device, because layouts may differ in their global batch.
 
 The estimate is off by about ten percent (docs/planner-errors.md), so layouts within :data:`TIE` of the fastest count as
 equally fast. Among them, layouts without offload come first, then those with less memory, down to :data:`COMFORTABLE`
-of what is usable (a margin for everything that the estimate leaves out), fewer knobs, less sharding, more speed.
+of the usable memory (a margin for everything that the estimate leaves out), fewer knobs, less sharding, more speed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COMFORTABLE = 0.8
 
 
 def plan(workload: Workload, cluster: Cluster, engine: str = "deepspeed") -> list[Candidate]:
-    """Plan all shapes, each with its best micro-batch and checkpointing: first those that fit, best first, then others.
+    """Plan all shapes, each with its best micro-batch and checkpointing: those that fit, best first, then the others.
 
     Shapes that do not fit come with the settings that need the least memory.
 

@@ -32,7 +32,7 @@ MICRO_BATCHES_PER_STAGE = 4
 
 
 def candidate_layouts(workload: Workload, cluster: Cluster, engine: str = "deepspeed") -> list[Layout]:
-    """Return the shapes to consider, each with its first micro-batch."""
+    """Return the shapes to consider. Their micro-batch of 1 is a placeholder, which :func:`variants` replaces."""
     found = []
     for tp, sequence_parallel in _tensor_parallel(workload, cluster, engine):
         for split in _context_and_pipeline_sizes(workload, cluster, tp, engine):
@@ -93,7 +93,7 @@ def _tensor_parallel(workload: Workload, cluster: Cluster, engine: str) -> Itera
 
 
 def _context_and_pipeline_sizes(workload: Workload, cluster: Cluster, tp: int, engine: str) -> Iterator[dict[str, int]]:
-    """Yield context parallelism (by ring or Ulysses) and pipelines, starting with none of them."""
+    """Yield sizes of context parallelism (ring or Ulysses) and of pipelines, starting with neither of them."""
     yield {}
     if not workload.allow_missing:
         return

@@ -8,16 +8,16 @@ DeepSpeed ZeRO 1 to 3, fp32    4          4          4 (master copy) + 8        
 DeepSpeed stage 0, FSDP2, DDP  4          4          8                             16
 ============================== ========== ========== ============================= ======
 
-Moments in bf16 take 4 bytes instead of 8, in 8 bits 2 (plus a scale per block of 2048, ignored: under 0.1 %). A frozen
-parameter only has its weight. LoRA (arXiv:2106.09685) freezes all weights and trains ``r (inputs + outputs)`` elements
-per matrix. QLoRA (arXiv:2305.14314) stores the layers' frozen matrices in 4 bits (0.5 bytes, and 0.016 for doubly
-quantized scales), while embeddings, output layer, norms and biases stay in 16 bits: bitsandbytes replaces all linear
-layers except the output layer (``replace_with_bnb_linear`` of transformers). The same holds for 8 bits.
+Moments take 8 bytes in fp32, 4 in bf16, and 2 in 8 bits (their scale per block of 2048 is ignored: under 0.1 %). A
+frozen parameter has only its weight. LoRA (arXiv:2106.09685) freezes all weights and trains ``r (inputs + outputs)``
+elements per matrix. QLoRA (arXiv:2305.14314) stores the layers' frozen matrices in 4 bits (0.5 bytes, and 0.016 for
+doubly quantized scales), while embeddings, output layer, norms and biases stay in 16 bits: bitsandbytes replaces all
+linear layers except the output layer (``replace_with_bnb_linear`` of transformers). The same holds for 8 bits.
 
 Sources: ZeRO, arXiv:1910.02054, section 3.1; 8-bit optimizers, arXiv:2110.02861; ``torch.distributed.fsdp.fully_shard``
 for FSDP2's shards (fp32; the bf16 copy only exists while gathered).
-Checked: fp32 moments byte for byte in ``tests/distributed``; bf16 and 8-bit moments and LoRA are not in this course's
-engines, and not measured.
+Checked: fp32 moments byte for byte, in ``tests/distributed``. This course's engines have neither bf16 or 8-bit moments
+nor LoRA, so these were not measured.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BASE_BYTES = {16: 2.0, 8: 1.0, 4: 0.516}
 
 @dataclass(frozen=True, slots=True)
 class States:
-    """Bytes of one rank: on its device at their peak, the gradients among these, and on its host."""
+    """Bytes of one rank: on its device at their peak, the gradients among these bytes, and on its host."""
 
     device: float
     gradients: float

@@ -73,18 +73,18 @@ def zero_volume(
     ======= ==================================================================== ==================
 
     Args:
-        num_params: Psi, the number of trained elements, tied ones counted once.
+        num_params: Psi, the number of trained elements, with tied ones counted once.
         stage: 0 to 3.
         accumulation: micro-batches per optimizer step (GAS).
         gradient_reduction: how stages 1 and 2 reduce gradients. The paper's ``reduce_scatter`` costs Psi; DeepSpeed
             does an ``all_reduce`` for 2 Psi unless ``use_multi_rank_bucket_allreduce`` is false.
-        parameters_stay: stage 3 keeps gathered parameters alive between forward and backward, which saves the second
-            all-gather: 2 Psi. DeepSpeed's defaults do that for a model below ``stage3_max_live_parameters`` whose
-            layers are used again within ``stage3_max_reuse_distance``.
+        parameters_stay: whether stage 3 keeps parameters gathered from forward to backward. This saves the second
+            all-gather, so a micro-batch costs 2 Psi. DeepSpeed's defaults do that for a model below
+            ``stage3_max_live_parameters`` whose layers are used again within ``stage3_max_reuse_distance``.
         persistent: elements of parameters that stage 3 keeps in full on every rank (smaller than
-            ``stage3_param_persistence_threshold``): gathered once per step, after their update.
-        tied: elements of parameters that a second module uses too (tied embeddings): stage 3 gathers them once
-            per use if parameters do not stay.
+            ``stage3_param_persistence_threshold``). They are gathered once per step, after their update.
+        tied: elements of parameters that a second module uses, too (tied embeddings). Stage 3 gathers them once per
+            use if parameters do not stay.
 
     Raises:
         ValueError: an unknown stage or gradient reduction, or accumulation below 1.
@@ -138,7 +138,7 @@ def fsdp_volume(
     as ZeRO's stages 2 and 3 do. DDP reduces once (``no_sync``) in both cases.
 
     Args:
-        num_params: Psi, tied parameters counted once, because FSDP2 gathers a unit with all its parameters once.
+        num_params: Psi; tied parameters count once, because FSDP2 gathers a unit with all its parameters once.
         sharding: strategy by FSDP1's names, in lower case.
         shard_size: S, for ``hybrid_shard``: number of ranks that share one copy.
         accumulation: micro-batches per optimizer step.
@@ -186,13 +186,13 @@ def tensor_parallel_volume(
     the MLP.
 
     Args:
-        num_layers: L.
+        num_layers: L, the number of layers.
         micro_batch: b, in sequences.
         seq_length: s, in tokens.
-        hidden: h.
-        tp: t; without a second rank nothing is sent.
+        hidden: h, the hidden size.
+        tp: t, the tensor-parallel size; a single rank sends nothing.
         accumulation: micro-batches per optimizer step.
-        recompute: activation checkpointing as PyTorch does it.
+        recompute: whether PyTorch's activation checkpointing is on.
         column_layers: column-parallel projections per layer, each of which all-reduces the gradient of its own input.
             Megatron fuses them into 2; five separate ones (query, key, value, gate, up) cost 5.
     """
@@ -219,9 +219,9 @@ def tensor_parallel_crossover(
     rings over n ranks, so the ring factor cancels.
 
     Args:
-        num_params: Psi.
-        num_layers: L.
-        hidden: h.
+        num_params: Psi, the number of parameters.
+        num_layers: L, the number of layers.
+        hidden: h, the hidden size.
         accumulation: micro-batches that ZeRO-3 splits the step's tokens into.
         recompute: activation checkpointing, which repeats one forward all-reduce per layer. ZeRO-3's volume stays the
             same: its gather for backward also serves the second forward.

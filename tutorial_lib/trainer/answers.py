@@ -46,8 +46,8 @@ class AnswerReport:
     Attributes:
         score: mean scores in percent.
         answers: one per question, in the order of the data set.
-        num_cut: questions whose context was too long: its end was cut off, perhaps along with the answer.
-        num_left_out: rows without a question, a context or a gold answer.
+        num_cut: number of questions whose context was too long, so that its end was cut off, perhaps with the answer.
+        num_left_out: number of rows without a question, a context or a gold answer.
     """
 
     score: SquadScore
@@ -73,10 +73,10 @@ def evaluate_answers(
         model: directory of an export, or any other model name.
         dataset: name of a data set with the columns ``question``, ``context`` and ``answers``.
         split: split of the data set.
-        max_examples: use at most this many rows, the first ones.
-        seq_length: longest question, context and answer together, in tokens.
-        max_new_tokens: longest answer, in tokens.
-        batch_size: questions to answer at once. It changes the speed, never the answers.
+        max_examples: use at most this many rows, from the start.
+        seq_length: most tokens of question, context and answer together.
+        max_new_tokens: most tokens of an answer.
+        batch_size: number of questions to answer at once. It changes the speed, never the answers.
         device: device to run the model on.
 
     Raises:
@@ -124,8 +124,8 @@ def answer_greedily(
         model: a causal language model, in evaluation mode.
         tokenizer: tokenizer of the model.
         prompts: token ids, without EOS.
-        max_new_tokens: longest continuation, in tokens.
-        batch_size: prompts of similar length to continue at once.
+        max_new_tokens: most tokens of a continuation.
+        batch_size: number of prompts to continue at once; prompts of similar length share a batch.
     """
     by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     answers: dict[int, str] = {}

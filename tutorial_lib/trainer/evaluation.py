@@ -46,7 +46,7 @@ class Evaluator:
         """Return the mean loss per token, with the same weight for every token, on all ranks. Collective.
 
         Args:
-            step: optimizer steps done, for messages.
+            step: number of optimizer steps done, for messages.
         """
         began = time.perf_counter()
         self.engine.train(False)

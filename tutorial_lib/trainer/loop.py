@@ -235,7 +235,7 @@ class Trainer:
 
 
 class _NoData:
-    """Stand-in for the training data of a start that trains no steps: it only keeps the saved position.
+    """Stand-in for the training data of a start that trains no steps. It only keeps the saved position.
 
     Args:
         run: says how many steps to train, unless it gives epochs.

@@ -41,7 +41,7 @@ class Records:
         topology: this rank's place in the grid.
 
     Attributes:
-        restarts: failures of this launch that led to this start, each with the step that the run resumed from.
+        restarts: failures of this launch before this start, each with the step that the run resumed from.
     """
 
     def __init__(self, config: Config, topology: Topology) -> None:

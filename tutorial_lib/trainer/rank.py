@@ -65,7 +65,7 @@ def train(
     started = time.perf_counter()
     topology, run = Topology.from_environment(config.parallel), RunDirectory(config.directory)
     with opened_for_training(run, topology):
-        # Only torchrun's ranks clear old requests here. Other launchers already did, and a new request may have come.
+        # Only torchrun's ranks clear old requests here. Other launchers have done so; a new one may have come.
         if topology.rank == 0 and config.run.launcher == "none" and "RANK" in os.environ:
             run.clear_requests()
         barrier()

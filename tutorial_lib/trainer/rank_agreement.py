@@ -1,6 +1,6 @@
 """Consistency checks within a tensor-parallel group: its ranks must read the same batches and compute the same loss.
 
-They share every layer, but nothing in the layers notices if they get different batches or draw different dropout
+These ranks share every layer, but nothing in the layers notices if they get different batches or draw different dropout
 masks: losses still look plausible. The trainer therefore exchanges a fingerprint of each rank's batches, and its loss,
 together with a few numbers that all ranks need anyway. Every rank sees all of them, so all ranks raise together and
 none is left waiting.

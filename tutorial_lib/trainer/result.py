@@ -24,11 +24,12 @@ class Result:
     Attributes:
         status: ``completed``, or ``stopped`` with steps left.
         stopped_by: a signal's name, ``request``, ``stop_after``, or None.
-        step: optimizer steps done, of ``num_steps`` in total.
+        step: number of optimizer steps done, of ``num_steps`` in total.
         resumed_from: step of the checkpoint that this start resumed from; ``reshaped_from`` is the shape it had.
         left_out: newer checkpoints that are damaged.
-        restarts: failures of this launch that led to this start.
-        data: summary of tokenising each split; for ``eval`` also ``num_trained_on``, its rows that ``train`` has, too.
+        restarts: failures of this launch before this start.
+        data: summary of tokenising each split; for ``eval`` also ``num_trained_on``, the number of its rows that are in
+            ``train``, too.
         train_loss: loss of the last step.
         eval_loss_before: evaluation loss before the first step; ``eval_loss`` at the end, ``eval_losses`` in between.
         tokens_per_second: speed of this start without its first step, which allocates and compiles.

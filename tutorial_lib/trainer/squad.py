@@ -1,8 +1,8 @@
 """SQuAD scores: exact match and F1 of answers, by the rules of SQuAD v1.1's official evaluation script.
 
 The rules are short and must be followed to the letter, so they are implemented here. torchmetrics would add two
-packages, scores only a complete list, and follows v2 where the versions differ: in v1.1, F1 = 0 for two answers that
-are both empty after normalisation.
+packages. It scores only a complete list, and follows v2 where the versions differ: in v1.1, F1 is 0 for two answers
+that are both empty after normalisation.
 
 Source: Rajpurkar et al., "SQuAD: 100,000+ Questions for Machine Comprehension of Text", EMNLP 2016, section 6.1, and
 ``evaluate-v1.1.py``, which came with the data set.

@@ -41,7 +41,7 @@ class StopRequests:
         return self.stopped_by not in (None, STOP_AFTER)
 
     def time_slot_has_ended(self, step: int) -> bool:
-        """Return whether the time slot ends with this step, or ended before it."""
+        """Return whether the time slot ends with this step, or ended before it, and set :attr:`stopped_by`."""
         is_over = self._stop_after is not None and step >= self._stop_after
         self.stopped_by = STOP_AFTER if is_over else None
         return is_over

@@ -1,4 +1,4 @@
-"""Crashing runs: a fault takes the launch down, and the next start continues."""
+"""Crashing runs: a fault ends the launch, and the next start continues the run."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ LONG: dict[str, Any] = {"steps": 48, "model": "gpt2-dropout-slow"}
 
 
 def saving(directory: Path, kind: str, name: str, **changes: Any) -> Config:
-    """Return a run with a checkpoint at every second step."""
+    """Return the configuration of a run that saves a checkpoint at every second step."""
     return uninterrupted(directory, kind, **{"name": name, "checkpoint_every": 2, **changes})

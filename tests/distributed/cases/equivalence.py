@@ -1,8 +1,7 @@
 """Equivalent runs: a case is a training problem; a variant is a way to solve it that must not change the result.
 
-``make matrix`` runs every valid combination of the two. ``make test`` runs those that
-:mod:`tests.distributed.cases.pairwise` chooses, so that every pair of settings that occurs in some valid combination is
-still run.
+``make matrix`` runs every valid combination of the two. ``make test`` runs fewer: :mod:`.pairwise` chooses them so that
+they still contain every pair of settings that occurs in a valid combination.
 """
 
 from __future__ import annotations
@@ -17,14 +16,15 @@ from tests.distributed.cases.small_runs import config
 from tutorial_lib.config import Config
 
 MATRIX = os.environ.get("MATRIX") == "1"
-"""True if every valid combination is run: ``make matrix`` sets it."""
+"""True if every valid combination is run, which ``make matrix`` asks for."""
 
 CASES: dict[str, dict[str, Any]] = {
-    # Tied embeddings; lengths differ by rank; the norm is above the limit at every step.
+    # The embeddings are tied, rows have different lengths on each rank, and every step's norm exceeds the limit.
     "gpt2": {"model": "gpt2", "gradient_clipping": 0.5},
-    # What AutoTP splits: grouped key-value heads, tied embeddings; the norm is above the limit at every step.
+    # AutoTP splits this model. It has grouped key-value heads and tied embeddings; every step's norm exceeds the limit.
     "qwen2": {"model": "qwen2", "gradient_clipping": 0.5, "evaluate": True, "max_eval_examples": 12},
-    # Only answers count: a few tokens of each row. Four times the usual decay, no clipping, learning rate changing.
+    # Only the answer in each row counts, which is a few tokens. Decay is four times the usual, nothing is clipped, and
+    # the learning rate changes.
     "untied": {
         "model": "qwen2-untied", "random_init": True, "dataset": "embedded/qa", "seq_length": 128,
         "weight_decay": 0.04, "gradient_clipping": 0.0, "schedule": "cosine", "warmup_steps": 1,
@@ -33,10 +33,10 @@ CASES: dict[str, dict[str, Any]] = {
     "bloom": {"model": "bloom", "batching": "packed", "seq_length": 128},
     # One rank may hold 60 times the tokens of another.
     "uneven": {"model": "qwen2", "dataset": "uneven", "batching": "max_length", "global_batch": 4},
-    # Adam's usual epsilon, see ``small_runs.COMMON``.
+    # This case has Adam's usual epsilon. ``small_runs.COMMON`` says why the others have a larger one.
     "usual": {"model": "gpt2", "eps": 1e-8},
     "frozen-split": {"model": "qwen2", "freeze": ("*.k_proj.*", "*.layers.0.*", "*.norm.weight")},
-    # A vocabulary that no number of ranks divides: shards of unequal size.
+    # No number of ranks divides the vocabulary, so shards have different sizes.
     "odd": {"model": "gpt2-odd", "random_init": True},
     "frozen": {"model": "gpt2", "freeze": ("*.wpe.weight", "*.h.0.*"), "activation_checkpointing": True},
 }  # fmt: skip
@@ -172,7 +172,7 @@ VALID_COMBINATIONS: list[Combination] = [
 
 
 def settings(combination: Combination) -> dict[str, Any]:
-    """Return everything that distinguishes a combination from others, with None for defaults."""
+    """Return the settings that distinguish a combination from others, with None for defaults."""
     ranks, case, name = combination
     known = {
         key for variants in VALID.values() for flats in variants.values() for flat in flats.values() for key in flat
@@ -218,7 +218,7 @@ MUTANTS = {
     "tensor_parallel.replicated_gradients_counted_twice": ("gpt2", "fsdp-tp2"),
     "tensor_parallel.slopes_of_the_first_heads": ("bloom", "fsdp-tp2"),
 }
-"""Deliberate faults that the comparison with a reference must expose: case and variant of each, on two ranks.
+"""Deliberate faults that the comparison with a reference must expose, with the case and variant of each on two ranks.
 
 The run with a fault has the fault's name.
 """
@@ -260,7 +260,7 @@ def variant(directory: Path, case: str, variant: str, ranks: int, **changes: Any
 
 
 def reference(directory: Path, case: str) -> Config:
-    """Return the case in one process with plain torch."""
+    """Return the run of a case in one process with plain torch."""
     return config(directory, name=f"{case}.reference", engine="torch", dp=1, **CASES[case])
 
 
@@ -270,15 +270,14 @@ SELF_DETECTED_FAULTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "tensor_parallel.row_all_reduce_skipped": ("qwen2", "1x2-zero2", {"evaluate": False}),
     "tensor_parallel.projections_not_split": ("qwen2", "1x2-zero3", {}),
 }
-"""Deliberate faults that the run itself detects: case, variant and changes of each, on two ranks."""
-
+"""Deliberate faults that the run itself detects, with the case, variant and changes of each on two ranks."""
 
 ONE_STEP_WITHOUT_UPDATE: dict[str, dict[str, Any]] = {
     "drawn-gpt2": {"model": "gpt2", "random_init": True},
     "drawn-qwen2": {"model": "qwen2", "random_init": True, "seed": 7},
     "read-bloom": {"model": "bloom"},
 }
-"""Runs on 2 x 2 ranks with one step that changes nothing: their final weights equal the initial ones."""
+"""Runs on 2 x 2 ranks with one step that changes nothing, so that their final weights equal the initial ones."""
 
 
 def one_step_without_update(directory: Path, name: str) -> Config:

@@ -34,7 +34,7 @@ INTERRUPTED_ON_4: dict[str, dict[str, Any]] = {
     "2x2-zero3": {"zero_stage": 3, "model": "bloom-dropout", "dp": 2, "tp": 2},
     "fsdp-tp2": {"engine": "fsdp", "tp": 2},
 }
-"""The same on four ranks, and resumed in the same launch."""
+"""Runs of the same kind on four ranks, which are resumed in the same launch."""
 
 ASYNC_SAVED: dict[int, tuple[str, ...]] = {
     2: ("zero1", "zero3", "fsdp-full", "1x2-zero2"),
@@ -59,7 +59,7 @@ def uninterrupted(directory: Path, kind: str, **changes: Any) -> Config:
     """Return a run of the given kind, without the interruption."""
     flat = {"model": "gpt2-dropout", "max_examples": 40, "steps": END, **(INTERRUPTED | INTERRUPTED_ON_4)[kind]}
     if flat.get("batching") == "packed":
-        # Enough documents for five steps of eight rows, several per row.
+        # Enough documents to fill five steps of eight rows, with several documents in each row.
         flat["max_examples"] = 90
     return config(directory, **{"name": f"uninterrupted.{kind}", "dp": 2, **flat, **changes})
 
@@ -77,7 +77,7 @@ def async_saved(directory: Path, kind: str, *, no_snapshot: bool = False) -> Pro
 
 
 def resumed_runs(directory: Path) -> list[ProbedRun]:
-    """Return second starts of interrupted runs, some made faulty, and a diverging run."""
+    """Return second starts of interrupted runs, some of them with a fault or a flipped bit, and a diverging run."""
     second_start = {"stop_after": None}
     runs = [ProbedRun(interrupted(directory, kind, **second_start)) for kind in INTERRUPTED]
     for fault, kind in RESUME_FAULTS.items():

@@ -1,4 +1,4 @@
-"""Pairwise runs: enough of all valid combinations of settings that every pair of settings still occurs."""
+"""Pairwise runs: a selection of the valid combinations of settings in which every pair of settings still occurs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ Settings = Mapping[str, Hashable]
 def cover(runs: Mapping[Name, Settings], needed: Collection[Name] = ()) -> list[Name]:
     """Choose runs until every pair of settings that occurs in any run occurs in a chosen one.
 
-    This is greedy, so not always minimal: each time, take the run that adds the most pairs; of equals, the first.
+    The search is greedy, so the result is not always minimal. It adds the run with the most missing pairs, or the first
+    of several, until no pair is missing.
 
     Args:
         runs: the settings of every valid run. All have the same keys.

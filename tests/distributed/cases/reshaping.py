@@ -1,4 +1,4 @@
-"""Reshaped runs: saved in one shape, continued in another."""
+"""Reshaped runs, which are saved in one shape and continued in another."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.distributed.observing.probe import Probe, ProbedRun
 from tutorial_lib.config import Config
 
 RESHAPE_CASES = ("gpt2", "qwen2", "frozen", "odd")
-"""Without dropout, because a different number of ranks draws different random numbers."""
+"""Cases without dropout, because a different number of ranks draws different random numbers."""
 
 SAVED: dict[str, tuple[int, str, dict[str, Any]]] = {
     "torch": (1, "gpt2", {"engine": "torch"}),
@@ -33,7 +33,7 @@ SAVED: dict[str, tuple[int, str, dict[str, Any]]] = {
     "2x2-zero3": (4, "qwen2", {"zero_stage": 3, "tp": 2}),
     "4x1-zero2": (4, "odd", STAGES["zero2"]),
 }
-"""Runs that stop at ``STOP``, in the middle of an epoch: number of ranks, case, and shape."""
+"""Runs that stop at ``STOP``, in the middle of an epoch, with the number of ranks, the case and the shape of each."""
 
 RESHAPED: dict[str, tuple[int, str, dict[str, Any]]] = {
     "4x1-of-2x2": (4, "2x2-zero3", {"zero_stage": 1, "stop_after": STOP + 1}),
@@ -63,7 +63,7 @@ RESHAPED: dict[str, tuple[int, str, dict[str, Any]]] = {
     "zero3-of-frozen-zero1": (1, "frozen-zero1", STAGES["zero3"]),
     "zero0-of-odd-zero3": (1, "odd-zero3", STAGES["zero0"]),
 }
-"""Runs that continue a saved one: number of ranks, name of the saved run, and new shape."""
+"""Runs that continue a saved one, with the number of ranks, the name of the saved run, and the new shape of each."""
 
 RESHAPED_WITHOUT_TRAINING: dict[str, tuple[int, str, dict[str, Any]]] = {
     "zero3-of-zero1-bf16": (2, "zero1-bf16", BF16["zero3-bf16"]),
@@ -71,7 +71,7 @@ RESHAPED_WITHOUT_TRAINING: dict[str, tuple[int, str, dict[str, Any]]] = {
     "zero2-optimizer-of-zero3-bf16": (2, "zero3-bf16", OFFLOADED["zero2-optimizer"]),
     "fsdp-of-1x2-zero1-bf16": (2, "1x2-zero1-bf16", {"engine": "fsdp"}),
 }
-"""The same, but stopped at once: they save the loaded states in a different shape."""
+"""Runs that continue a saved one but stop at once, so they only save the loaded states in a different shape."""
 
 RESHAPED_TWICE = ("dropout-once", "dropout-twice")
 
@@ -84,7 +84,7 @@ RESHAPE_FAULTS = {
 
 
 def uninterrupted_torch(directory: Path, case: str) -> Config:
-    """Return the run that reshaped runs must equal: in one process with plain torch, uninterrupted."""
+    """Return the uninterrupted run, in one process with plain torch, that reshaped runs must equal."""
     return _reshapable(directory, case, 1, {"engine": "torch"}, f"uninterrupted-torch.{case}")
 
 
@@ -105,7 +105,7 @@ def case_of(name: str) -> str:
 
 
 def ancestors(directory: Path, name: str) -> list[Config]:
-    """Return the starts that a reshaped run continues from, the last one first."""
+    """Return the runs that a reshaped run continues, the most recent one first."""
     _, source, _ = (RESHAPED | RESHAPED_WITHOUT_TRAINING)[name]
     if source in SAVED:
         return [saved(directory, source)]
@@ -118,7 +118,7 @@ def _reshapable(directory: Path, case: str, ranks: int, flat: dict[str, Any], na
 
 
 def reshaped_runs(directory: Path, ranks: int) -> list[ProbedRun]:
-    """Return the starts in a different shape on this many ranks, each in a copy of the run that it continues."""
+    """Return all runs that continue in a different shape on this many ranks, each in a copy of the saved run."""
     runs = []
     for name, (needed, *_) in (RESHAPED | RESHAPED_WITHOUT_TRAINING).items():
         if needed == ranks:

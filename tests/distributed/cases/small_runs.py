@@ -11,7 +11,7 @@ from tests.support.models import DROPOUT, MODELS, altered_model, small_model, wi
 from tutorial_lib.config import Config
 
 STEPS = 4
-"""The third step is measured."""
+"""Number of steps, of which the third is measured."""
 
 COMMON: dict[str, Any] = {
     "steps": STEPS,
@@ -26,7 +26,7 @@ COMMON: dict[str, Any] = {
 
 
 def make_inputs(directory: Path) -> None:
-    """Create models and data that are not embedded."""
+    """Create the models and data that ``tutorial_lib`` does not embed."""
     for name, smaller in MODELS.items():
         small_model(name, directory / name, **smaller)
     for name, rates in DROPOUT.items():
@@ -52,6 +52,6 @@ def config(directory: Path, **flat: Any) -> Config:
 
 
 def copy_run(before: Config, after: Config) -> Config:
-    """Copy one run's directory to another run's, and return the other configuration."""
+    """Copy the directory of one run to that of another, and return the other run's configuration."""
     shutil.copytree(before.directory, after.directory)
     return after

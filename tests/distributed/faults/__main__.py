@@ -1,4 +1,4 @@
-"""Command ``python -m tests.distributed.faults``: write ``docs/faults.md``."""
+"""Command ``python -m tests.distributed.faults``, which writes ``docs/faults.md``."""
 
 from tests.distributed.faults import page
 

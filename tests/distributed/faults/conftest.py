@@ -1,7 +1,7 @@
-"""Runs that faults hit, launched once for all tests of this directory.
+"""Runs with injected faults, launched once for all tests of this directory.
 
-After each fault a run either continues, with rows and final weights equal to the uninterrupted run bit for bit, or
-stops with an error that names the cause and the next step; and no intact checkpoint is lost.
+After each fault, a run either continues, with rows and final weights equal to the uninterrupted run bit for bit, or
+stops with an error that names the cause and says what to do. No intact checkpoint is lost.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tutorial_lib.records import RunDirectory
 
 @dataclass(frozen=True)
 class Crash:
-    """A launch that a fault took down.
+    """A launch that a fault ended.
 
     Attributes:
         error: the launch's error.
@@ -46,7 +46,7 @@ class Crash:
 
 @pytest.fixture(scope="session")
 def uninterrupted(directory: Path) -> dict[str, Observed]:
-    """Run the uninterrupted runs, and return them by kind."""
+    """Launch the uninterrupted runs, and return them by kind."""
     kinds = {kind for kind, _ in crashing.FATAL.values()}
     configs = {kind: crashing.saving(directory, kind, f"uninterrupted-saving.{kind}") for kind in kinds}
     name = "uninterrupted-saving.long"
@@ -57,7 +57,7 @@ def uninterrupted(directory: Path) -> dict[str, Observed]:
 
 @pytest.fixture(scope="session")
 def crashed(directory: Path) -> dict[str, Crash]:
-    """Launch one run for every fault that takes its launch down, and return the crashes by fault."""
+    """Launch one run for every fault that ends its launch, and return the crashes by fault."""
     crashes = {}
     for fault, (kind, settings) in crashing.FATAL.items():
         config = crashing.saving(directory, kind, fault, **settings)
@@ -71,7 +71,7 @@ def crashed(directory: Path) -> dict[str, Crash]:
 
 @pytest.fixture(scope="session")
 def recovered(directory: Path, uninterrupted: dict[str, Observed], crashed: object) -> dict[str, Observed]:
-    """Start again, in one launch, copies of the runs that crashed, and copies with damaged checkpoints."""
+    """Restart, in one launch, copies of the runs that crashed and copies of a run with damaged checkpoints."""
     configs = {}
     for fault, (kind, settings) in crashing.FATAL.items():
         configs[fault] = crashing.saving(directory, kind, f"recovered.{fault}", **settings)
@@ -93,13 +93,13 @@ def assert_recovers(
     def check(
         fault: str, *, intact: Sequence[int] = (2,), resumes_from: int = 2, kept: Sequence[int] = (2, 4, 6, 8)
     ) -> str:
-        """Check a crash and what followed.
+        """Check a crash and the next start.
 
         Args:
-            fault: what took the run down.
+            fault: the fault that ended the run.
             intact: steps of the intact checkpoints that it left.
             resumes_from: step from which the next start resumes.
-            kept: steps of the checkpoints when the next start has ended.
+            kept: steps of the checkpoints that are left after the next start.
         """
         assert crashed[fault].seconds < SOON
         assert assert_all_intact(RunDirectory(directory / "runs" / fault)) == [*intact]
@@ -128,7 +128,7 @@ def assert_recovers_from_a_kill(assert_recovers: Callable[..., str]) -> Callable
 
 @pytest.fixture(scope="session")
 def signalled(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Start a long run; refuse a second start, stop it with SIGTERM, kill its next launcher, and let it end."""
+    """Start a long run, try a second start, stop the run with SIGTERM, kill its next launcher, and let it end."""
     shell = Shell(tmp_path_factory.mktemp("shell"))
     config = crashing.saving(directory, "zero1", "signalled", checkpoint_every=0, **crashing.LONG)
     run, seen = RunDirectory(config.directory), {"config": config}

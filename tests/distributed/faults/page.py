@@ -1,7 +1,7 @@
 """Page ``docs/faults.md``: every fault that a test injects, and how a run survives it.
 
 Each such test carries ``@pytest.mark.fault(happens, outcome)``, one mark per fault. The marks are read from the source
-of all test files of ``tests/distributed`` and ``tests/cluster``, in their order, so nothing has to be imported.
+of the test files in ``tests/distributed`` and ``tests/cluster``, so nothing has to be imported.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ GROUPS = {
     "ray": ("cluster/test_ray.py",),
     "torchrun": ("cluster/test_slurm.py", "cluster/test_torchrun.py", "distributed/test_torchrun.py"),
 }
-"""The page's groups of faults, and the files of each: patterns of paths below ``tests``."""
+"""The page's groups of faults, with patterns for the paths of each group's files below ``tests``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,21 +87,21 @@ def text() -> str:
 # What a run survives
 
 The tests in `tests/distributed/faults` inject each of these {len(on_ranks)} faults into a real run. Wherever the run
-resumes, each step's loss and the final weights are bit for bit those of the uninterrupted run, and no intact checkpoint
-is lost. The tests run on CPUs; [lesson 04](../notebooks/04_checkpoints.ipynb) says what GPUs need for that.
+resumes, each step's loss and the final weights equal the uninterrupted run's bit for bit, and no intact checkpoint is
+lost. The tests run on CPUs; [lesson 04](../notebooks/04_checkpoints.ipynb) says what GPUs need for that.
 
 {_table(on_ranks)}
 
 ## On several nodes
 
-`tests/cluster/test_ray.py` injects these {len(on_ray_nodes)} on a Ray cluster of virtual nodes. Where the number of
-ranks changes, each step has the same examples, and losses match the uninterrupted run's to 1e-6: sums add up in a
+`tests/cluster/test_ray.py` injects these {len(on_ray_nodes)} faults on a Ray cluster of virtual nodes. Where the number
+of ranks changes, each step has the same examples, and losses match the uninterrupted run's to 1e-6: sums add up in a
 different order.
 
 {_table(on_ray_nodes)}
 
-Files `test_torchrun.py` and `test_slurm.py` in `tests/cluster` and `tests/distributed` inject these
-{len(between_nodes)} under torchrun and a real SLURM.
+The files `test_torchrun.py` and `test_slurm.py` in `tests/cluster` and `tests/distributed` inject these
+{len(between_nodes)} faults under torchrun and a real SLURM.
 
 {_table(between_nodes)}
 

@@ -1,7 +1,8 @@
-"""Runs on a file system that fills up, and on one that turns read-only: ``python -m ... small_storage DIRECTORY``.
+"""Runs on a file system that fills up, and on one that turns read-only.
 
-Start it in a separate mount namespace (:data:`NAMESPACE`), in which root, and on most systems any user, may
-mount. Nothing outside sees the mounts, and they end with the process. The runs are copied to ``DIRECTORY/runs``.
+Start ``python -m tests.distributed.faults.small_storage DIRECTORY`` in a separate mount namespace (:data:`NAMESPACE`),
+where root, and on most systems any user, may mount file systems. Nothing outside sees the mounts, and they end with the
+process. The runs are copied to ``DIRECTORY/runs``.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def checkpoint_bytes(storage: Path) -> int:
 
 
 def failure_of(run: ProbedRun) -> dict[str, Any]:
-    """Start a run that must fail; return its error, and the newest intact checkpoint that it leaves."""
+    """Start a run that must fail, and return its error and the newest intact checkpoint that it leaves."""
     try:
         observe([run])
     except launch.WorkerError as error:

@@ -60,7 +60,7 @@ def test_two_missing_manifests(assert_falls_back: Callable[..., None]) -> None:
     "no checkpoint is intact", "refused, with the reason for each one; it never silently starts from step 0"
 )
 def test_no_intact_checkpoint(uninterrupted: dict[str, Observed], directory: Path, shell: Shell) -> None:
-    """Only ranks that read the files find this damage: every rank refuses, and the first error is printed."""
+    """Only ranks that read the files find this damage. Every rank refuses, and the first error is printed."""
     config = crashing.saving(directory, "zero1", "none-intact")
     shutil.copytree(uninterrupted["zero1"].directory.path, config.directory)
     for step in (2, 4, 6, 8):

@@ -1,4 +1,4 @@
-"""Checkpoints of a different model, tokenizer or version: refused before a process starts."""
+"""Checkpoints of a different model, tokenizer or version, which are refused before a process starts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tutorial_lib.records import RunDirectory
 
 @pytest.fixture
 def config(uninterrupted: dict[str, Observed]) -> Config:
-    """Return a run that has ended, and could be started again."""
+    """Return the configuration of a run that has ended and could be started again."""
     return uninterrupted["zero1"].config
 
 
@@ -33,7 +33,7 @@ def test_a_different_model(config: Config, directory: Path) -> None:
 
 @pytest.mark.fault("the checkpoint belongs to a different tokenizer", REFUSED)
 def test_a_different_tokenizer(config: Config, directory: Path) -> None:
-    """Exchange two tokens: their number stays the same, but texts get different ids."""
+    """Exchange two tokens, so that the vocabulary has the same size but texts get different ids."""
 
     def exchange(content: dict[str, Any]) -> None:
         vocabulary = content["model"]["vocab"]

@@ -1,4 +1,4 @@
-"""Killed ranks: in a pass, in the update, and at each stage of a save."""
+"""Ranks that are killed in a pass, in the update, and at each stage of a save."""
 
 from __future__ import annotations
 

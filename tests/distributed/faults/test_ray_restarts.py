@@ -1,4 +1,4 @@
-"""Ray workers and nodes that die: Ray starts the workers again, from the newest checkpoint."""
+"""Ray workers and nodes that die, after which Ray starts the workers again from the newest checkpoint."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_killed_worker(uninterrupted: dict[str, Observed], directory: Path) ->
 
 @pytest.mark.fault("a Ray node dies, another has room, `max_failures=1`", "Ray starts the workers on the other node")
 def test_a_node_that_dies(uninterrupted: dict[str, Observed], directory: Path) -> None:
-    """Each node has two slots. Another job occupies one on each until the run has started, which spreads its ranks."""
+    """Each node has two CPUs, of which another job first occupies one. So the two ranks start on different nodes."""
     config = on_ray(directory, "ray-node", **crashing.LONG)
     lost: list[int] = []
     with TwoNodes(config, cpus=2) as nodes, nodes.joined(), ray_train.session(config):

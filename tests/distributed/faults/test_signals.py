@@ -1,4 +1,4 @@
-"""Signals: SIGTERM to a run, SIGKILL to its launcher."""
+"""SIGTERM to a run, and SIGKILL to its launcher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A second start of a running run."""
+"""Second start of a run that has not ended yet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Deliberate faults in the data: which examples a rank reads, and which of their tokens count."""
+"""Deliberate faults in the data: a rank reads the wrong examples, or counts the wrong tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def same_data_on_each_rank() -> Iterator[type[Trainer]]:
 
 @contextmanager
 def sharded_over_a_larger_grid() -> Iterator[type[Trainer]]:
-    """Distribute examples over twice as many ranks as read them."""
+    """Distribute examples over twice as many ranks as there are."""
     yield _reading_as(lambda own: Topology(2 * own.dp, own.tp, own.rank))
 
 

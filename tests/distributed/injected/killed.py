@@ -1,4 +1,4 @@
-"""Kills: a rank gets SIGKILL in a pass, in the update, or at a stage of a save."""
+"""SIGKILL of a rank in a pass, in the update, or at a stage of a save."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tutorial_lib.records import RunDirectory
 from tutorial_lib.trainer import Trainer
 
 STEP = 4
-"""Step of the kill: two steps after the only checkpoint, so that one finished step is lost as well."""
+"""Step of the kill, which is two steps after the only checkpoint, so that one finished step is lost as well."""
 
 
 def kill_this_rank() -> None:
@@ -61,7 +61,7 @@ def trainer_with_middle_layer_hook(hook: Callable[[torch.Tensor], object]) -> ty
 
 @contextmanager
 def in_update() -> Iterator[None]:
-    """Kill rank 1 when AdamW has updated its shard, but no other rank has the new weights yet."""
+    """Kill rank 1 after AdamW has updated its shard, but before other ranks have the new weights."""
     step, steps = torch.optim.AdamW.step, []
 
     def updating(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -77,12 +77,12 @@ def in_update() -> Iterator[None]:
 
 @contextmanager
 def in_save() -> Iterator[type[Trainer]]:
-    """Kill rank 1 in the second checkpoint, when its own files are written but the rest is not."""
+    """Kill rank 1 in the second checkpoint, after its own files are written but before the rest is."""
     yield trainer_with_second_save_hook(kill_this_rank)
 
 
 def trainer_with_second_save_hook(hook: Callable[[], None]) -> type[Trainer]:
-    """Return a trainer that calls a function on rank 1 when its own files of the second checkpoint are written."""
+    """Return a trainer that calls a function on rank 1 after its own files of the second checkpoint are written."""
 
     class HookedTrainer(Trainer):
         def build_engine(self) -> Any:
@@ -119,7 +119,7 @@ def in_publish() -> Iterator[None]:
 
 @contextmanager
 def in_prune() -> Iterator[None]:
-    """Kill rank 0 when an old checkpoint is renamed and one of its files deleted."""
+    """Kill rank 0 after it has renamed an old checkpoint and deleted one of its files."""
     remove = shutil.rmtree
 
     def removing(path: Any, *args: Any, **kwargs: Any) -> None:
@@ -134,7 +134,7 @@ def in_prune() -> Iterator[None]:
 
 @contextmanager
 def in_report() -> Iterator[None]:
-    """Kill rank 0 when half of a metrics row is in its file."""
+    """Kill rank 0 after it has written half of a row of metrics."""
     append = RunDirectory.append
 
     def appending(self: RunDirectory, row: dict[str, Any]) -> None:
@@ -178,7 +178,7 @@ def _kill_in_the_next_file() -> None:
 
 
 class _HalfWritten:
-    """A file whose process is killed when half of the first write is in it."""
+    """A file whose process is killed halfway through the first write."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream

@@ -28,7 +28,7 @@ def position_not_restored() -> Iterator[None]:
 
 @contextmanager
 def optimizer_not_restored() -> Iterator[None]:
-    """Restore weights but not moments, like a checkpoint with only weights."""
+    """Restore the weights but not the moments, as from a checkpoint that has only weights."""
     from tutorial_lib.engine.deepspeed.engine import DeepSpeedEngine
 
     def load(self: Any, directory: Path) -> None:
@@ -58,7 +58,7 @@ def moments_exchanged() -> Iterator[None]:
     other = {"exp_avg": "exp_avg_sq", "exp_avg_sq": "exp_avg"}
 
     def exchanged(self: Any, name: str, which: str) -> Tensor:
-        return moment(self, name, other[which]).abs()  # no root of a negative number
+        return moment(self, name, other[which]).abs()  # Adam takes the root of the second moment
 
     with mock.patch.object(checkpoint.FullTensors, "moment", exchanged):
         yield

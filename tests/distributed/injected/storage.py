@@ -1,4 +1,4 @@
-"""Errors of the storage: a save that raises, a limit on file sizes, and a file system that becomes read-only."""
+"""Storage errors: a save that raises, a limit on file sizes, and a file system that becomes read-only."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def limit_in_write() -> Iterator[type[Trainer]]:
 
 @contextmanager
 def read_only() -> Iterator[type[Trainer]]:
-    """Make the directory of checkpoints read-only before the second save, once; see ``faults/small_storage.py``."""
+    """Make the directory of checkpoints read-only before the first start's second save (see ``small_storage.py``)."""
 
     class ReadOnly(Trainer):
         def build(self, on_checkpoint: OnCheckpoint | None) -> None:

@@ -67,7 +67,7 @@ class _OwnMean(Trainer):
 
 @contextmanager
 def mean_of_means() -> Iterator[type[Trainer]]:
-    """Average the ranks' means, although they hold different numbers of tokens."""
+    """Average the means of the ranks, although the ranks hold different numbers of tokens."""
 
     class MeanOfMeans(_OwnMean):
         def ranks(self) -> int:
@@ -78,7 +78,7 @@ def mean_of_means() -> Iterator[type[Trainer]]:
 
 @contextmanager
 def loss_of_own_tokens() -> Iterator[type[Trainer]]:
-    """Train on the mean over each rank's own tokens, and report rank 0's."""
+    """Train on the mean over each rank's own tokens, and report the mean of rank 0."""
 
     class OwnLoss(_OwnMean):
         def build(self, on_checkpoint: OnCheckpoint | None) -> None:
@@ -93,7 +93,8 @@ def loss_of_own_tokens() -> Iterator[type[Trainer]]:
     yield OwnLoss
 
 
-# A loss r times too large has the effect of a collective that sums instead of averaging, and vice versa.
+# On r ranks, a loss that is r times too large has the effect of a collective that sums instead of averaging. A loss
+# that is r times too small has the effect of averaging twice.
 
 
 @contextmanager
@@ -120,7 +121,7 @@ def _averaging_over(ranks: Callable[[int], int]) -> type[Trainer]:
 
 @contextmanager
 def trial_step_kept() -> Iterator[None]:
-    """Keep the step that DeepSpeed's 16-bit optimizer takes before the first one."""
+    """Keep the step that DeepSpeed's 16-bit optimizer takes when it is constructed."""
     from tutorial_lib.engine.deepspeed.engine import DeepSpeedEngine
 
     with mock.patch.object(DeepSpeedEngine, "undo_step_of_construction", lambda self: None):

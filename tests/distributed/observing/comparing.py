@@ -1,10 +1,10 @@
-"""One comparison for all runs: equivalence tests assert it, and deliberately broken runs must fail it.
+"""Comparison of two runs, which equivalence tests must pass and deliberately broken runs must fail.
 
-Tolerances, all for fp32 unless said otherwise:
+The tolerances, for fp32 by default, are:
 
 - losses and gradient norms: ``|a - b| <= tolerance * max(1, |b|)``;
-- parameters: the same, element by element;
-- moments: the same and, because they are small, also ``max |a - b| <= moments * max |b|`` per tensor.
+- parameters: the same bound for each element;
+- moments: the same bound and, because they are small, also ``max |a - b| <= moments * max |b|`` per tensor.
 
 Tokens per step, learning rates, epochs, and the examples of every step must be equal.
 """
@@ -22,7 +22,7 @@ from tutorial_lib.config import Config
 from tutorial_lib.records import Row, RunDirectory
 
 STAGE_0_IN_BF16 = {"tolerance": 2e-3, "grad_norm": 2e-3, "parameters": 4e-3, "moments": 0.1}
-"""Without ZeRO, gradients are reduced one by one in different groupings, and each sum is rounded to bf16."""
+"""Tolerances without ZeRO, where gradients are added up in different groupings, and each sum is rounded to bf16."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def compare(
     grad_norm: float | None = None,
     parameters: float | None = None,
 ) -> Differences:
-    """Collect all differences between a run and its reference, see the module's docstring."""
+    """Collect all differences between a run and its reference; the module's docstring defines the tolerances."""
     grad_norm = tolerance if grad_norm is None else grad_norm
     parameters = tolerance if parameters is None else parameters
     differences = Differences()
@@ -95,7 +95,7 @@ def compare(
         for kind, allowed in (("loss", tolerance), ("grad_norm", grad_norm)):
             size = abs(row[kind] - expected[kind]) / max(1.0, abs(expected[kind]))
             differences.number(kind, where, size, allowed)
-    # A resumed run saw the last steps only.
+    # A resumed run has trained only the last steps.
     seen = len(run.examples)
     for step, (examples, expected) in enumerate(zip(run.examples, reference.examples[-seen:], strict=True), 1):
         differences.exact("examples", f"step {len(reference.examples) - seen + step}", examples, expected)

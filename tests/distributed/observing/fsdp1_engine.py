@@ -19,7 +19,7 @@ from tutorial_lib.mpu import Topology
 
 
 class FSDP1Engine(TorchEngine):
-    """A unit per layer; ``sharding`` is FSDP1's own name in lower case. Checkpoints hold nothing."""
+    """FSDP1 with a unit per layer. ``sharding`` is FSDP1's own name in lower case. Checkpoints are empty."""
 
     def __init__(self, config: Config, topology: Topology, device: torch.device) -> None:
         super().__init__(config, topology, device)
@@ -29,7 +29,7 @@ class FSDP1Engine(TorchEngine):
             self.module, sharding_strategy=strategy, use_orig_params=True, device_id=device,
             auto_wrap_policy=ModuleWrapPolicy({type(layers_of(self.module)[0])}),
         )  # fmt: skip
-        # In a group of one it would have changed to NO_SHARD.
+        # In a group of one rank, FSDP1 would have changed the strategy to NO_SHARD.
         assert self.module.sharding_strategy is strategy
         options = {key: self.optimizer.defaults[key] for key in ("lr", "betas", "eps", "weight_decay")}
         self.optimizer = torch.optim.AdamW(self.module.parameters(), **options)

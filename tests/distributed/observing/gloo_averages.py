@@ -1,4 +1,4 @@
-"""Averages of gloo: the collectives that average when asked to."""
+"""Averages over ranks, by gloo's all-reduce and reduce-scatter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 
 def probe_averages(storage: Path) -> None:
-    """Average 1, 2, ... over the ranks with each of gloo's collectives; rank 0 writes ``averages-N.pt``."""
+    """Average the numbers 1, 2, ... of the ranks with each collective, and write the outcomes to ``averages-N.pt``."""
     size, rank = dist.get_world_size(), dist.get_rank()
     target = storage / f"averages-{size}.pt"
     if target.exists():

@@ -1,7 +1,7 @@
-"""Probes: what the observing worker does to a run, besides training and observing it.
+"""Probes: further instructions for the worker that trains and observes a run.
 
-A probe is given where a run is defined. :func:`observe` writes it next to the run's
-directory, and :mod:`tests.distributed.workers.observing` reads it there.
+A probe is given where a run is defined. :func:`observe` writes it next to the run's directory, and
+:mod:`tests.distributed.workers.observing` reads it there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tutorial_lib import launch
 from tutorial_lib.config import Config
 
 OBSERVATION = "observed.pt"
-"""File in a run's directory with what the ranks observed at its newest checkpoint."""
+"""File in a run's directory with the ranks' observations at its newest checkpoint."""
 
 ERRORS = "expected_errors.json"
 """File in a run's directory with the error of each rank, for a run that must fail."""
@@ -24,15 +24,15 @@ ERRORS = "expected_errors.json"
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Everything that the observing worker does to a run besides training it.
+    """Instructions for the worker that trains and observes a run.
 
     Attributes:
-        fault: train with a deliberate fault, a context manager in :mod:`tests.distributed.injected`, by module and
-            name, for example ``"data.padding_in_the_loss"``. A fault of the loop yields the trainer to train with.
+        fault: train with this deliberate fault, a context manager in :mod:`tests.distributed.injected`. It is given by
+            module and name, for example ``"data.padding_in_the_loss"``. A fault in the loop yields a class of trainer.
         engine: train with an engine that is not the library's: ``"fsdp1"``.
         load_nothing: at the end, ask the engine to load an empty directory, and keep its error.
-        start_twice: where the run stops, start it again in the same processes, and observe the second start.
-        late_writes: write files in the background only after the next step. Where the run stops, remove the newest
+        start_twice: when the run stops, start it again in the same processes, and observe the second start.
+        late_writes: write files in the background only after the next step. When the run stops, remove the newest
             checkpoint and start it again, as with ``start_twice``.
         no_snapshot: with ``late_writes``, write the states themselves instead of a snapshot of them.
         must_fail: expect an error on every rank, keep it in :data:`ERRORS`, and let the launch go on.
@@ -47,7 +47,7 @@ class Probe:
     must_fail: bool = False
 
     def write(self, config: Config) -> None:
-        """Leave the probe for the worker of a run."""
+        """Write the probe to the file in which the run's worker looks for it."""
         _file_of(config).parent.mkdir(parents=True, exist_ok=True)
         _file_of(config).write_text(json.dumps(asdict(self)))
 
@@ -68,7 +68,7 @@ class ProbedRun(NamedTuple):
 
 
 def observe(runs: Sequence[ProbedRun]) -> list[launch.Run]:
-    """Run ``launch.run_all`` with ranks that record observations, and do what each run's probe says."""
+    """Launch runs with workers that record observations and follow each run's probe."""
     for run in runs:
         run.probe.write(run.config)
     return launch.run_all([run.config for run in runs], worker="tests.distributed.workers.observing")

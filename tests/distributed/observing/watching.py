@@ -1,4 +1,4 @@
-"""Watch over a run: its engine, examples, tokens and files."""
+"""Observation of a run's engine, examples, tokens and files."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Watch:
         return saving
 
     def stream(self, create: Callable[..., Any]) -> Callable[..., Any]:
-        """Record the files that ``torch.distributed.checkpoint`` opens; it gives ``torch.save`` parts of them."""
+        """Record the files that ``torch.distributed.checkpoint`` opens, whose names ``torch.save`` does not see."""
 
         def creating(file_system: Any, path: Any, mode: str) -> Any:
             if "w" in mode:
@@ -75,7 +75,7 @@ class Watch:
             self.written.add("/".join(parts[parts.index("checkpoints") + 2 :]))
 
     def observation(self) -> dict[str, Any]:
-        """Return the observation, the same on every rank, or raise. Collective."""
+        """Return the observation, which is the same on every rank. Collective."""
         parameters = dict(self.engine.full_parameters())
         moments = dict(self.engine.full_optimizer_states())
         everything = [*parameters.values(), *(m for both in moments.values() for m in both.values())]
@@ -108,7 +108,7 @@ class Watch:
         }
 
     def load_of_nothing(self, directory: Path) -> str:
-        """Return the engine's error if there is nothing to load. Do not use the engine afterwards. Collective."""
+        """Return the engine's error for an empty directory. Do not use the engine afterwards. Collective."""
         directory.mkdir(exist_ok=True)
         try:
             self.engine.load(directory)

@@ -1,4 +1,4 @@
-"""Failing Ray worker: the launcher's, but rank 1 fails in its second step."""
+"""Failing Ray worker: the launcher's worker, except that rank 1 fails in its second step."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""First-step worker, for ``test_split_loss.py``: each run trains one step on a fixed batch and measures its loss.
+"""First-step worker, for ``test_split_loss.py``: each run trains one step on a fixed batch, and measures a second one.
 
-The first rank leaves ``first-step.pt`` in a run's directory: the loss, every full gradient, and the peak of what
-forward and backward allocate in a second step.
+The first rank writes ``first-step.pt`` in a run's directory, with the loss and full gradients of the first step, and
+the peak of the memory that forward and backward allocate in the second.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main(*arguments: str) -> None:
 
 
 def train(config: Config) -> None:
-    """Train two steps, and save what the first rank sees of them. Collective."""
+    """Train a step, run the passes of a second one, and save the first rank's measurements. Collective."""
     topology = Topology.from_environment(config.parallel)
     engine = build_engine(config, topology, num_steps=2)
     batch = fixed_batch(engine.module.config.vocab_size)
@@ -45,7 +45,7 @@ def train(config: Config) -> None:
         run.create()
         seen = {"loss": loss, "gradients": gradients, "peak": allocations.peak["cpu"]}
         torch.save(seen, run.path / "first-step.pt")
-        run.result_file.write_text("{}")  # what the launcher expects of a run that has ended
+        run.result_file.write_text("{}")  # the launcher expects a result of a run that has ended
 
 
 def fixed_batch(vocabulary: int) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Killed worker, for ``test_bench.py``: the local launcher's, but the last rank is killed in its second step."""
+"""Killed worker, for ``test_bench.py``: the local launcher's worker, whose last rank is killed in its second step."""
 
 from __future__ import annotations
 

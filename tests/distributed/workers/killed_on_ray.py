@@ -1,6 +1,6 @@
-"""Killed Ray worker: the launcher's, but rank 1 is killed when it reports its second checkpoint to Ray.
+"""Killed Ray worker: the launcher's worker, except that rank 1 is killed when it reports its second checkpoint to Ray.
 
-This happens once: the workers that replace it train on.
+This happens only once, so the workers that Ray starts next train to the end.
 """
 
 from __future__ import annotations

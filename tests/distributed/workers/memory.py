@@ -1,8 +1,8 @@
 """Memory worker, for ``test_memory_at_start.py``: each rank builds an engine and watches its memory, without training.
 
-``memory.json`` in a run's directory holds, for every rank, how many bytes its resident set rose above what it was
-before the model: until the model is built or read (``loading``), and until the engine is ready (``initializing``);
-both also without the pages of files that are only mapped (``..._anonymous``).
+``memory.json`` in a run's directory holds, for every rank, by how many bytes its resident set rose while the model was
+built or read (``loading``), and until the engine was ready (``initializing``). ``..._anonymous`` are the same without
+the pages of mapped files.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def build_and_measure(config: Config) -> None:
         run = RunDirectory(config.directory)
         run.create()
         (run.path / "memory.json").write_text(json.dumps(by_rank))
-        # What the launcher expects of a run that has ended.
+        # The launcher expects a result of a run that has ended.
         run.result_file.write_text("{}")
     dist.barrier()
 

@@ -1,8 +1,8 @@
-"""Observing worker: the local launcher's worker, which records everything that shows from outside the trainer.
+"""Observing worker: the local launcher's worker, which also records each run's states, examples and files.
 
 ``python -m tests.distributed.workers.observing`` takes the place of ``python -m tutorial_lib.launch.worker`` and calls
-it. At every checkpoint a run leaves ``observed.pt`` in its directory: full parameters, full optimizer states, the
-examples of every step. A run's :class:`tests.distributed.observing.probe.Probe` says what else happens to it.
+it. At every checkpoint, it writes ``observed.pt`` in the run's directory, with full parameters, full optimizer states
+and the examples of every step. A run's :class:`tests.distributed.observing.probe.Probe` has further instructions.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ENGINES = {"fsdp1": FSDP1Engine}
 
 
 def main(*arguments: str) -> None:
-    # The runs of a launch share a few data sets.
+    # The runs of a launch share a few data sets, each of which is read only once.
     read_once = mock.patch.object(loaders, "load_rows", functools.cache(loaders.load_rows))
     with read_once:
         worker.main(*arguments, train=train_all_observed)
@@ -50,12 +50,12 @@ def train_all_observed(configs: Sequence[Config]) -> None:
     for config in configs:
         probe_averages(Path(config.run.storage))
         train_observed(config, Probe.read(config))
-        # The trainer collects garbage after every run; objects that survive the first one need no second look.
+        # The trainer collects garbage after every run. Objects that survive one collection are kept out of the next.
         gc.freeze()
 
 
 def train_observed(config: Config, probe: Probe) -> None:
-    """Train as the probe says, and leave the observation. Collective."""
+    """Train as the probe says, and write the observation. Collective."""
     if probe.start_twice or probe.late_writes:
         config = _train_to_the_stop(config, probe)
     with ExitStack() as patches:
@@ -109,7 +109,7 @@ def _expect_an_error(config: Config, trainer_class: type[Trainer]) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    # Leave as a forked rank does. Runs that must fail leave groups behind, whose threads abort an interpreter's exit.
+    # Exit as a forked rank does. Runs that must fail leave process groups behind, whose threads abort a normal exit.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -1,7 +1,7 @@
 """Worker that runs out of memory, for ``test_bench.py``: in its second step, the last rank gets far too large a batch.
 
-Its address space is limited first, as ``ulimit -v`` does, so that the allocator refuses at once and the machine never
-comes under pressure.
+The rank's address space is limited first, as by ``ulimit -v``, so that the allocator refuses at once and the machine
+itself never runs out of memory.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def train_all(configs: Sequence[Config]) -> None:
         run = RunDirectory(config.directory)
         if Topology.from_environment(config.parallel).rank == 0:
             (run.path / "losses.json").write_text(json.dumps(losses))
-            run.result_file.write_text("{}")  # what the launcher expects of a run that has ended
+            run.result_file.write_text("{}")  # the launcher expects a result of a run that has ended
 
 
 if __name__ == "__main__":

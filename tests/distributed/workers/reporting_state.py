@@ -1,6 +1,6 @@
 """Reporting worker: each rank reports its own state instead of training.
 
-The module takes the place of the local launcher's worker: it leaves each run's result, and ``rank-N.json`` beside it.
+It takes the place of the local launcher's worker, and writes each run's result, and ``rank-N.json`` beside it.
 """
 
 from __future__ import annotations

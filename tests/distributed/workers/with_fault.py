@@ -1,7 +1,7 @@
 """Command line with a deliberate fault, for torchrun: ``python -m tests.distributed.workers.with_fault FAULT COMMAND``.
 
-The fault is a context manager in :mod:`tests.distributed.injected`, by module and name, that yields a trainer, such as
-``killed.in_forward``.
+The fault, such as ``killed.in_forward``, is the module and name of a context manager in
+:mod:`tests.distributed.injected` that yields a class of trainer.
 """
 
 from __future__ import annotations

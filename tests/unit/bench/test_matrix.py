@@ -39,7 +39,7 @@ def statuses(matrix: Matrix) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def without_figures(monkeypatch):
-    """Skip the figures: four of them take a second, and ``test_figures.py`` draws them."""
+    """Skip the figures, because drawing four of them takes a second, and ``test_figures.py`` tests them."""
     monkeypatch.setattr(figures, "write", lambda *arguments: [])
 
 

@@ -38,7 +38,7 @@ def test_the_time_left_follows_the_rows_before(monkeypatch):
         progress.begin(row, Config().run.steps)
         clock[0] += seconds
         progress.end(done(row))
-    assert progress.seconds_left() == 8.0, "the first row waited for imports"
+    assert progress.seconds_left() == 8.0, "the first row, which waited for imports, must not count"
     progress.begin("c", Config().run.steps)
     clock[0] += 3
     assert progress.seconds_left() == 5.0

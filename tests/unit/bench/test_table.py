@@ -1,4 +1,4 @@
-"""Tables of a matrix: units, missing measurements, efficiency, and why a row is not done."""
+"""Tables of a matrix: units, missing measurements, efficiency, and remarks on rows that are not done."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that are stopped, created once."""
+"""Stopped runs, created once for the tests of checkpoints."""
 
 import shutil
 from dataclasses import replace
@@ -12,7 +12,7 @@ from tutorial_lib.records import RunDirectory
 
 @pytest.fixture(scope="session")
 def stopped(model, tmp_path_factory):
-    """Run the same settings, but stop after step 4, with a checkpoint at step 2 as well."""
+    """Run the settings of ``uninterrupted``, but stop after step 4, with a checkpoint at step 2 as well."""
     return launch.run(config(tmp_path_factory.mktemp("stopped"), model=model, stop_after=4, checkpoint_every=2))
 
 

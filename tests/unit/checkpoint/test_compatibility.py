@@ -1,4 +1,4 @@
-"""Compatibility: the settings, models and tokenizers that a run may resume with."""
+"""Compatibility: the settings, models, tokenizers and data that a run may resume with."""
 
 import json
 import shutil
@@ -72,7 +72,7 @@ def test_another_tokenizer_is_refused_before_anything_starts(own_model):
 
 
 def exchange_two_tokens(own):
-    """Change a tokenizer: it keeps its number of tokens, but every text gets different ids."""
+    """Change a tokenizer so that it keeps its number of tokens, but gives texts different ids."""
     tokenizer = json.loads((own / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     one, other = list(vocabulary)[300:302]

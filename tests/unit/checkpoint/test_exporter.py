@@ -48,7 +48,7 @@ def test_an_export_that_is_interrupted_leaves_nothing_that_looks_complete(uninte
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "copytree", killed)  # of the tokenizer and the model's other files, after the weights
+        patch.setattr(shutil, "copytree", killed)  # copies the tokenizer and other files, after the weights
         with pytest.raises(KeyboardInterrupt):
             checkpoint.export(path, target)
     assert [p.name for p in tmp_path.iterdir()] == [".exported.partial"]
@@ -99,7 +99,7 @@ print(json.dumps([*peaks, rise(large, target + "-at-once")]))
 
 
 def test_an_export_holds_a_parameter_at_a_time(uninterrupted, model, tmp_path):
-    """Measure in a new process. As a control, reading everything first must raise the peak."""
+    """The peak is measured in a new process. As a control, reading everything first must raise it."""
     larger = tmp_path / "larger"
     shutil.copytree(model, larger)
     (larger / "model.safetensors").unlink()
@@ -119,7 +119,7 @@ def test_an_export_holds_a_parameter_at_a_time(uninterrupted, model, tmp_path):
 
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_changes_made_only_for_training_are_not_exported(model, tmp_path, monkeypatch, use_cache):
-    """Padding side, pad token, generation settings and cache setting equal the user's original model."""
+    """Padding side, pad token, generation settings and cache setting equal those of the user's original model."""
     own = tmp_path / "own"
     shutil.copytree(model, own)
     generation = {"eos_token_id": [255, 5], "temperature": 0.6, "do_sample": False}  # transformers would not save these

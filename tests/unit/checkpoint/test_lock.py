@@ -1,4 +1,4 @@
-"""Locks: one start of a run at a time."""
+"""Locks, which allow only one start of a run at a time."""
 
 import multiprocessing
 import os
@@ -24,7 +24,7 @@ def hold_lock(run, which, held):
 
 @pytest.fixture
 def holder(tmp_path):
-    """Start another process that holds one of a run's locks; forked, because importing torch takes seconds."""
+    """Return a function that starts a process which holds one of a run's locks. Forking it saves the imports."""
     fork, started = multiprocessing.get_context("fork"), []
 
     def hold(which):

@@ -1,4 +1,4 @@
-"""Damage: reported before anything is opened, and the run resumes from the newest intact checkpoint."""
+"""Damaged checkpoints, which are reported before anything is opened. The run resumes from the newest intact one."""
 
 import json
 import re

@@ -117,7 +117,7 @@ def test_a_failed_reshape_keeps_the_log_that_its_error_names(interrupted, monkey
             launch.reshape(interrupted.directory.path, name="new")
         hidden = storage / ".new.reshaping"
         assert [path for path in hidden.rglob("*.log")] == [hidden / "new" / "logs" / "rank-000.log"]
-        assert not list(hidden.rglob("*.pt")), "the checkpoint's files take no room"
+        assert not list(hidden.rglob("*.pt")), "the checkpoint's files must be gone"
     assert not (storage / "new").exists()
 
 

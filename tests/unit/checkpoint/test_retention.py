@@ -63,7 +63,7 @@ def test_a_damaged_checkpoint_does_not_count_as_kept(run):
 
 
 def test_a_damaged_later_checkpoint_is_not_counted_and_not_deleted(run):
-    """The run went back to step 2 and saved step 3; it had skipped the damaged step 4."""
+    """The run skipped the damaged step 4, went back to step 2, and saved step 3."""
     for step in (1, 2, 3, 4):
         make_checkpoint(run, step)
     flip_a_bit(checkpoint.directory_of(run, 4) / "trainer.json")
@@ -84,7 +84,7 @@ def test_a_damaged_best_checkpoint_is_replaced_by_the_best_intact_one(run):
 
 @pytest.fixture
 def unreadable(monkeypatch):
-    """Return a set of steps whose files cannot be read for now."""
+    """Return a set of steps, empty at first. The files of its steps cannot be read."""
     steps_of_none, file_entry = set(), manifest.file_entry
 
     def failing(path):
@@ -149,7 +149,7 @@ def test_a_deletion_that_is_interrupted_leaves_nothing_that_looks_like_a_checkpo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", killed)  # of the thread that would remove the files
+        patch.setattr(threading.Thread, "start", killed)  # this thread would remove the files
         with pytest.raises(KeyboardInterrupt):
             pruner(run, keep_last=1).prune(checkpoint.directory_of(run, 2))
     remains, *seen = names(run)
@@ -174,7 +174,7 @@ def test_pruning_does_not_wait_until_files_are_gone(run, monkeypatch):
         patch.setattr(shutil, "rmtree", slow)
         assert pruner(run, keep_last=1).prune(checkpoint.directory_of(run, 2)) == steps(1)
         assert [path.name for path in directory.checkpoints(run)] == steps(2)
-        assert len(list(run.checkpoints.iterdir())) == 2, "the room is not free yet"
+        assert len(list(run.checkpoints.iterdir())) == 2, "the files are not gone yet"
         may_delete.set()
         finish_deletions()
     assert sorted(path.name for path in run.checkpoints.iterdir()) == steps(2)

@@ -1,4 +1,4 @@
-"""Saves: visible when complete, and any interruption leaves the previous checkpoint."""
+"""Saves: a checkpoint is visible once it is complete, and any interruption leaves the previous one."""
 
 import errno
 import json
@@ -87,7 +87,7 @@ def test_an_async_save_writes_what_a_save_at_once_would_have_written(interrupted
             newest.append(visible and visible.name)
 
     late = run_with(Watched, settings)
-    # Three files and the description at each of steps 2, 4 and 6. The save at step 7 is not in the background.
+    # Each save at steps 2, 4 and 6 writes three files and the description. The save at step 7 is not in the background.
     assert newest == [None] * 4 + ["step-00000002"] * 4 + ["step-00000004"] * 4, "visible before it was complete"
     assert_same(late, uninterrupted)
     for step in (2, 4):

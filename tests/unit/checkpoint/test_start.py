@@ -1,6 +1,6 @@
-"""Resume: it continues exactly or refuses, and never restarts silently.
+"""Resume: a run continues exactly or is refused, and never restarts silently.
 
-One process with the torch engine; ``tests/distributed`` tests the same for DeepSpeed's stages and several ranks.
+These tests run the torch engine in one process. ``tests/distributed`` has the same for other engines and more ranks.
 """
 
 import json
@@ -18,7 +18,7 @@ from tutorial_lib.records import RunDirectory
 
 @pytest.mark.parametrize("stop", [2, 3])
 def test_a_run_stopped_once_continues_exactly(uninterrupted, model, tmp_path, stop):
-    """Once within an epoch, and once at its end. The next test stops after every step."""
+    """The run stops within an epoch, or at its end. The next test stops after every step."""
     first = launch.run(config(tmp_path, model=model, stop_after=stop))
     assert (first.result["status"], first.result["step"]) == ("stopped", stop)
     second = launch.run(config(tmp_path, model=model))
@@ -73,7 +73,7 @@ def test_a_run_that_diverges_stops_and_names_the_newest_checkpoint(model, tmp_pa
     from tutorial_lib import trainer
 
     if what == "loss":
-        # The first update throws the weights out of range; the second step's loss shows it.
+        # The first update throws the weights out of range, which the loss of the second step shows.
         settings, step = config(tmp_path, model=model, checkpoint_every=1, learning_rate=1e30, warmup_steps=0), 2
     else:
         settings, step = config(tmp_path, model=model, checkpoint_every=1, async_save=async_save), 3

@@ -78,7 +78,7 @@ def test_dimensions_count_what_a_real_model_has(name: str, num_params: int, row_
     sizes = {key: parameter.numel() for key, parameter in model.named_parameters()}
     dimensions = from_config(config)
     assert dimensions.num_params == sum(sizes.values()) == num_params
-    # What AutoTP does not divide: everything but projections, and the biases added after an all-reduce.
+    # AutoTP divides only projections, and not the biases that are added after an all-reduce.
     norms_and_embeddings = ("wte", "wpe", "ln_", "embed_tokens", "layernorm", "norm.", "word_embeddings")
     summed = ("attn.c_proj.bias", "mlp.c_proj.bias", "attention.dense.bias", "dense_4h_to_h.bias")
     replicated = [key for key in sizes if any(part in key for part in norms_and_embeddings + summed)]
@@ -89,7 +89,7 @@ def test_dimensions_count_what_a_real_model_has(name: str, num_params: int, row_
 
 
 def test_published_dimensions_count_published_parameters() -> None:
-    """Llama 2 7B has 6,738,415,616 parameters, Qwen2-7B 7,615,616,512."""
+    """Llama 2 7B has 6,738,415,616 parameters, and Qwen2-7B has 7,615,616,512."""
     shared: dict[str, Any] = {"gated": True, "column_layers": 5}
     llama = Dimensions(layers=32, hidden=4096, heads=32, vocabulary=32000, intermediate=11008, **shared)
     assert llama.num_params == 6_738_415_616
@@ -132,7 +132,7 @@ def test_impossible_dimensions_are_refused(arguments: dict[str, Any], message: s
 
 
 def test_the_papers_table() -> None:
-    """7.5 B parameters on 64 ranks (arXiv:1910.02054, figure 1), gradients accumulated so that stage 1 holds them."""
+    """Figure 1 of arXiv:1910.02054 has 7.5 B parameters on 64 ranks. With accumulation, stage 1 holds all gradients."""
     candidates = plan(work(7.5e9, global_batch=128), cluster(64))
     for stage, gigabytes in enumerate((120, 31.4, 16.6, 1.9)):
         assert round(find(candidates, zero_stage=stage).states / 1e9, 1) == gigabytes
@@ -141,7 +141,7 @@ def test_the_papers_table() -> None:
 @pytest.mark.parametrize(
     ("precision", "stage", "offload", "measured"),
     [
-        # Measured state bytes per rank, two ranks of the embedded GPT-2, as lab 01 shows them.
+        # Lab 01 shows these state bytes per rank, measured on two ranks of the embedded GPT-2.
         ("fp32", 0, "none", 11_092_992),
         ("fp32", 1, "none", 8_363_136),
         ("fp32", 2, "none", 8_363_136),
@@ -178,7 +178,7 @@ def test_traffic_matches_the_paper() -> None:
         sent = find(candidates, zero_stage=stage)
         assert sent.dp_traffic == pytest.approx(ring * multiple * 7e9 * 2)
         assert sent.tp_traffic == 0
-    # Eight micro-batches pass the one group: per layer four all-reduces of s h elements each.
+    # Eight micro-batches pass through the only group, with four all-reduces of s h elements in each layer.
     group = find(candidates, zero_stage=0, tp=8)
     assert group.dp_traffic == 0 and group.accumulation == 8
     assert group.tp_traffic == pytest.approx(2 * ring * 8 * SEVEN.layers * 4 * 2048 * SEVEN.hidden * 2)
@@ -218,7 +218,7 @@ def test_tensor_parallelism_and_zero_3_cross_at_four_and_a_half_hidden_sizes() -
 
 
 def test_a_plan_crosses_where_the_formula_says() -> None:
-    """Short of the crossover tensor parallelism sends less than ZeRO-3, beyond it more."""
+    """Tensor parallelism sends less than ZeRO-3 below the crossover, and more above it."""
     crossover = traffic.tensor_parallel_crossover(7_000_000_000, SEVEN.layers, SEVEN.hidden)
     for factor, less in ((0.9, True), (1.1, False)):
         candidates = plan(work(seq_length=int(factor * crossover / 8)), cluster(gigabytes=1000))
@@ -238,7 +238,7 @@ def test_a_larger_share_of_the_peak_is_a_shorter_step() -> None:
 
 
 def test_recomputing_everything_costs_a_third_and_selectively_a_ninth() -> None:
-    """Recompute only layers, never the output layer."""
+    """Layers are recomputed, but never the output layer."""
     llama = MODELS["llama-3-8b"]
     seconds = [
         find(plan(work(8e9, dimensions=llama, checkpointing=how), cluster(8, 1000)), zero_stage=1).compute_seconds
@@ -270,7 +270,7 @@ def test_a_model_that_fits_unsharded_is_not_divided() -> None:
 
 
 def test_offload_time_does_not_depend_on_the_micro_batch() -> None:
-    """So a published difference is informative, even if its micro-batch is unknown (docs/planner-errors.md)."""
+    """A published difference is therefore informative, even if its micro-batch is unknown (docs/planner-errors.md)."""
     added = []
     for micro_batch, checkpointing in ((1, "none"), (2, "full"), (4, "full")):
         candidates = plan(work(micro_batch=micro_batch, checkpointing=checkpointing), cluster(gigabytes=100))
@@ -281,17 +281,19 @@ def test_offload_time_does_not_depend_on_the_micro_batch() -> None:
 
 
 def test_offload_traffic_over_the_host_link() -> None:
-    """Count bytes per shard element by hand. With an infinitely fast Adam, only transfers take time."""
+    """The bytes per shard element are counted by hand. With an infinitely fast Adam, only transfers take time."""
     machine = cluster(gigabytes=1000, host_adam=1e30, host_link=1e9)
     shard = 7e9 / 8
 
     def per_element(engine: str, **wanted: Any) -> float:
         return find(plan(work(global_batch=16), machine, engine), **wanted).offload_seconds * 1e9 / shard
 
-    # Two micro-batches. FSDP2: fp32 shards up for forward and backward of each, fp32 gradients down once.
+    # With two micro-batches, FSDP2 fetches fp32 shards for each forward and backward pass, and sends fp32 gradients to
+    # the host once.
     assert per_element("fsdp", strategy="full_shard", offload="all") == pytest.approx(2 * 2 * 4 + 4)
     assert per_element("fsdp", strategy="shard_grad_op", offload="all") == pytest.approx(2 * 4 + 4)
-    # DeepSpeed: fp32 gradients down, 16-bit parameters up; stage 3 fetches 16-bit gradients from the host and back.
+    # DeepSpeed sends fp32 gradients to the host and fetches 16-bit parameters. Stage 3 also moves 16-bit gradients from
+    # the host and back.
     assert per_element("deepspeed", zero_stage=1, offload="optimizer") == pytest.approx(4 + 2)
     assert per_element("deepspeed", zero_stage=2, offload="optimizer") == pytest.approx(2 * 4 + 2)
     assert per_element("deepspeed", zero_stage=3, offload="optimizer") == pytest.approx(4 + 2 * 2 * 2 + 2)
@@ -299,7 +301,7 @@ def test_offload_traffic_over_the_host_link() -> None:
 
 
 def test_the_host_holds_gradients_in_fp32() -> None:
-    """2 + 4 + 12 bytes per parameter, as :mod:`tutorial_lib.engine.expected_states` says of measured runs."""
+    """On the host, a parameter takes 2 + 4 + 12 bytes, as in runs that ``engine/expected_states.py`` describes."""
     everything = find(plan(work(), cluster()), zero_stage=3, offload="all")
     assert everything.host == 18 * 7e9
     optimizer = find(plan(work(), cluster()), zero_stage=2, offload="optimizer")
@@ -322,7 +324,8 @@ def test_fsdp_holds_full_gradients_only_where_it_reduces_them_once_per_step() ->
     assert last.states - once.states == 4 * 7e9 * 7 / 8, "full gradients instead of a shard"
     assert last.dp_traffic - once.dp_traffic == pytest.approx(7 / 8 * 2 * 2 * 7e9), "two more gathers, no reduction"
 
-    # FSDP2's default reduces with every micro-batch: fewer bytes held, more sent, and it fits where waiting does not.
+    # FSDP2's default reduces with every micro-batch. It holds fewer bytes and sends more, so it may fit where waiting
+    # does not.
     each = find(plan(work(global_batch=16, allow_missing=True), cluster(8, 48), "fsdp"), strategy="full_shard")
     assert each.layout.reduction == "each" and each.states == once.states
     assert each.dp_traffic == 2 * once.dp_traffic
@@ -337,8 +340,8 @@ def test_hybrid_shards_within_a_node_and_waits_less_for_the_network() -> None:
         find(candidates, strategy=name, shard_size=size) for name, size in (("hybrid", 8), ("full_shard", None))
     )
     assert hybrid.states == 4 * full.states == 16 * 7e9 / 8
-    # A shard's all-reduce over four nodes, beside what eight ranks of a node exchange.
-    # Two gathers of 16-bit copies; gradients are reduced in fp32.
+    # A shard is all-reduced over four nodes, while the eight ranks of a node exchange 16-bit parameters in two gathers,
+    # and reduce fp32 gradients.
     inside, across = 7 / 8 * 7e9 * (2 * 2 + 4), 2 * 3 / 4 * 7e9 / 8 * 4
     assert hybrid.dp_traffic == pytest.approx(inside + across)
     assert hybrid.dp_seconds == pytest.approx(max(inside / 300e9, across / 25e9))
@@ -355,7 +358,7 @@ def test_offload_needs_host_memory() -> None:
 
 
 def test_fewer_gpus_are_named_if_they_are_as_fast(capsys: pytest.CaptureFixture[str]) -> None:
-    """Two nodes that hardly talk to each other: one of them alone trains as fast as both."""
+    """If the network between two nodes is slow enough, one of them alone trains as fast as both."""
     question = ["plan", "--model-size", "7e9", "--gpus", "16", "--gpu", "a100-80", "--bandwidth-between"]
     assert main([*question, "0.1", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
@@ -402,7 +405,7 @@ def test_fewer_gpus_than_smallest_gpus_returns_do_not_fit(size: float) -> None:
 
 def test_a_global_batch_that_does_not_divide() -> None:
     task = work(global_batch=12, micro_batch=8)
-    assert plan(task, cluster())[0].problem.startswith("global batch: not n x")
+    assert plan(task, cluster())[0].problem == "global batch 12 is not a multiple of 8"
     assert "--global-batch 64 instead of 12" in [remedy.change for remedy in remedies(task, cluster())]
 
 
@@ -433,7 +436,7 @@ def test_the_table_fits_100_columns_and_names_the_winner(capsys: pytest.CaptureF
         ([], "gradients of stages 1 and 2: all_reduce (DeepSpeed's default; reduce_scatter sends half)"),
         (
             ["--gradient-reduction", "reduce_scatter"],
-            "stages 1 and 2: reduce_scatter (the paper's; DeepSpeed's default is",
+            "stages 1 and 2: reduce_scatter (as in the paper; DeepSpeed's default is",
         ),
         (["--engine", "fsdp"], "gradients: reduced in fp32; once per step, or with every micro-batch"),
     ],
@@ -527,7 +530,7 @@ def test_no_more_tokens_than_learned_positions(capsys: pytest.CaptureFixture[str
     assert json.loads(capsys.readouterr().out)["run"]["settings"]["seq_length"] == 512
     assert main(["plan", "--model", "embedded/gpt2", "--seq-length", "2048", *two_gpus]) == 2
     assert "learned positions for 512 tokens. Write at most 512" in capsys.readouterr().err
-    # A size near GPT-2 XL's. With more tokens than GPT-2 XL takes, another shape is assumed.
+    # This size is near GPT-2 XL's. With more tokens than GPT-2 XL takes, a different shape is assumed.
     for length, source in (("1024", "gpt2-xl's"), ("2048", "assumed")):
         assert main(["plan", "--model-size", "1.5e9", "--seq-length", length, *two_gpus, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["dimensions_from"].startswith(source)
@@ -698,7 +701,7 @@ def test_experts_are_refused() -> None:
     ],
 )
 def test_the_winner_is_ready_to_run(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Make a configuration from the settings. The command line, with its DeepSpeed file, parses to the same one."""
+    """The settings make a configuration, and the command line, with its DeepSpeed file, parses to the same one."""
     assert main(["plan", *arguments, "--json"]) == 0
     run = json.loads(capsys.readouterr().out)["run"]
     profile = "gpu" if arguments[arguments.index("--gpus") + 1] == "1" else "cluster"

@@ -1,4 +1,4 @@
-"""Every combination that cannot run is refused before a process starts, with what to write instead."""
+"""Combinations of settings that cannot run: they are refused before a process starts, and errors offer alternatives."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Names of the original workshop's experiments, read and refused."""
+"""Names of the original workshop's experiments, which are read, or refused with a reason."""
 
 import pytest
 

@@ -35,7 +35,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def toy_directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], str]:
-    """Write a data set directory with n training rows ``00007:xxx`` of many lengths, and 3 * n evaluation rows."""
+    """Return a function that writes a data set with n training rows ``00007:xxx`` and 3 * n evaluation rows."""
 
     def make(num_rows: int) -> str:
         directory = base / str(num_rows)
@@ -60,7 +60,7 @@ def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
 
 @pytest.fixture
 def toy_config(toy_directory: Callable[[int], str]) -> Callable[..., Config]:
-    """Return a configuration for toy rows of up to 25 tokens."""
+    """Return a function that makes a configuration for toy rows of up to 25 tokens."""
 
     def make(num_rows: int, **flat: object) -> Config:
         settings = {"dataset": toy_directory(num_rows), "seq_length": 32, "dp": 1, "epochs": 5}

@@ -120,7 +120,7 @@ def eval_batches(rows, name, tokenizer, directory, **flat):
 
 
 def losses_by_document(model, batches):
-    """Return the mean loss of each document over its counted tokens, by these tokens."""
+    """Return the mean loss of each document over its counted tokens, keyed by those tokens."""
     found = {}
     for batch in batches:
         labels = batch.pop("labels")
@@ -167,7 +167,7 @@ def test_a_packed_document_has_the_loss_it_has_alone(family, rows, tmp_path):
         return {"attention_mask": torch.ones_like(batch["attention_mask"]).tril()}
 
     assert largest_difference(spoilt(only_causal), alone) > 1e-2, "documents see each other without the mask"
-    if name != "embedded/bloom":  # ALiBi needs distances within a document alone, which positions do not change
+    if name != "embedded/bloom":  # ALiBi only needs distances within a document, which positions do not change
         continued = torch.arange(64).expand(2, -1)
         difference = largest_difference(
             spoilt(lambda batch: {"position_ids": continued[: len(batch["input_ids"])]}), alone

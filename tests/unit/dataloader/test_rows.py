@@ -1,4 +1,4 @@
-"""From names to rows: every kind of source through one path, and an error message for every kind of mistake."""
+"""Rows of a data set: every kind of source takes the same path, and every kind of mistake has an error message."""
 
 from __future__ import annotations
 
@@ -347,7 +347,7 @@ def test_other_extensions_of_a_format_are_read(name, content, tmp_path):
 
 @pytest.mark.parametrize("name", ["more.jsonl", "part/more.jsonl", "more.jsonl.gz"])
 def test_a_file_that_belongs_to_no_split_is_not_dropped(name, tmp_path):
-    """If any file's name contains the name of a split, datasets ignores the others."""
+    """If any file's name contains the name of a split, datasets ignores all files whose names do not."""
     rows = b'{"text": "one"}\n'
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(gzip.compress(rows) if name.endswith(".gz") else rows)

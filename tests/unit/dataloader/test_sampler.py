@@ -20,7 +20,7 @@ BATCHINGS = ("max_length", "longest", "packed")
 
 
 def row_numbers(batch, tokenizer):
-    """Return the rows that a batch was made of, read from their tokens; an EOS ends each."""
+    """Return the numbers at the start of all texts in a batch."""
     texts = [tokenizer.decode(ids) for ids in batch["input_ids"]]
     return [int(number) for text in texts for number in re.findall(r"(\d{5}):", text)]
 
@@ -76,10 +76,10 @@ def test_epochs_and_seeds_have_their_own_order():
         return epoch_order(103, global_batch=10, seed=seed, epoch=epoch)
 
     orders = [order(seed, epoch).tolist() for seed in range(4) for epoch in range(4)]
-    assert all(a != b for a, b in itertools.combinations(orders, 2)), "also seed 0, epoch 1 and seed 1, epoch 0"
+    assert all(a != b for a, b in itertools.combinations(orders, 2)), "seed 0, epoch 1 must differ from seed 1, epoch 0"
     left_out = [set(range(103)) - set(order(0, epoch).flat) for epoch in range(4)]
     assert all(len(rest) == 3 for rest in left_out)
-    assert len(set.union(*left_out)) == 12, "other examples are left out each time"
+    assert len(set.union(*left_out)) == 12, "different examples are left out each time"
 
 
 def test_length_groups_are_of_one_length_and_still_shuffled():
@@ -217,7 +217,7 @@ def test_resume_continues_with_the_next_step(toy_config, byte_tokenizer, batchin
     for expected in uninterrupted[stop:]:
         assert equal(read(resumed, 1)[0], expected)
     resumed.load_state_dict(state)
-    assert equal(read(resumed, 1)[0], uninterrupted[stop]), "a loader in use can be set back"
+    assert equal(read(resumed, 1)[0], uninterrupted[stop]), "a loader in use can be reset"
 
 
 @pytest.mark.parametrize("dp, other_dp", [(1, 4), (4, 1), (2, 3), (3, 2)])
@@ -301,7 +301,7 @@ def test_evaluation_counts_every_example_once_in_equally_many_batches(
     real = [batch for batch in batches if (batch["labels"] != -100).any()]
     numbers = itertools.chain(*(row_numbers(batch, byte_tokenizer) for batch in real))
     assert sorted(numbers) == list(range(21))
-    # Of each row everything but its first token is counted: 6 characters, the x's, and EOS.
+    # All tokens of a row are counted except its first: five characters of its number, the x's, and EOS.
     assert sum(int((batch["labels"] != -100).sum()) for batch in batches) == sum(6 + i * 7 % 19 for i in range(21))
     assert all(not (batch["labels"][:, 0] != -100).any() for batch in batches)
 

@@ -1,4 +1,4 @@
-"""Rows that are both trained and evaluated on: counted by place or by content, and told before training."""
+"""Rows that are both trained and evaluated on, which are counted by place or by content, and reported."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def directory(request, tmp_path_factory):
         return path
     saved = path.with_name("saved")
     splits = datasets.load_dataset(str(path))
-    # Its description still says 40 rows after the first two are gone.
+    # The data set's description still says 40 rows after the first two are gone.
     splits["train"] = splits["train"].select(range(2, NUM_TRAIN))
     splits.save_to_disk(saved)
     return saved

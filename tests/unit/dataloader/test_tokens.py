@@ -1,4 +1,4 @@
-"""From rows to documents: the tokens that are kept and counted in the loss, and tokenising only once per node."""
+"""Documents made from rows: the tokens that are kept and counted in the loss, and tokenising only once per node."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ def test_conversations_are_written_by_the_chat_template(byte_tokenizer):
     (document,) = documents_of(rows, chat_tokenizer(byte_tokenizer, template))
     assert read(document, byte_tokenizer) == ("u", ":Hi<eos>\na:Yo<eos>"), "with one EOS at its end"
     (other,) = documents_of(rows, chat_tokenizer(byte_tokenizer, template.replace(":", "=")))
-    assert read(other, byte_tokenizer)[1].startswith("=Hi"), "the cache knows its template"
+    assert read(other, byte_tokenizer)[1].startswith("=Hi"), "the cache must depend on the template"
 
 
 def test_a_message_without_content_is_refused(byte_tokenizer):
@@ -253,7 +253,7 @@ def test_a_tokenizer_without_eos_is_refused(byte_tokenizer):
 
 
 class Counted(PreTrainedTokenizerFast):
-    """Records each call, and takes so long that another process arrives meanwhile."""
+    """Tokenizer that records each call, and takes so long that another process arrives meanwhile."""
 
     calls: Path
 
@@ -370,7 +370,7 @@ def test_a_cache_that_cannot_be_written_is_named(byte_tokenizer, tmp_path, monke
         documents_of([{"text": "hello"}], byte_tokenizer)
 
 
-# ------------------------------------------------------------------------------------------- what a run was trained on
+# ----------------------------------------------------------------------------------------------- identity of the data
 
 
 def test_data_are_identified_by_their_tokens_in_order(tmp_path, byte_tokenizer):

@@ -101,7 +101,7 @@ def test_an_impossible_rendezvous_is_reported(capsys: pytest.CaptureFixture[str]
         taken = server.getsockname()[1]
         assert "is in use by another program" in (doctor.rendezvous_problem(f"127.0.0.1:{taken}") or "")
     assert doctor.rendezvous_problem(f"127.0.0.1:{taken}") is None
-    # Another machine's port is that machine's business.
+    # Only another machine itself can tell whether its port is free.
     assert doctor.rendezvous_problem(f"192.0.2.1:{taken}") is None
     assert "getent hosts no-such-host.invalid" in (doctor.rendezvous_problem("no-such-host.invalid:29500") or "")
     for endpoint in ("node1", "node1:", ":29500", "node1:99999"):
@@ -207,7 +207,7 @@ def test_fewer_gpus_than_ranks(laptop: doctor.Report) -> None:
 def test_slurm_counts_only_if_its_commands_respond(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, found: str | None
 ) -> None:
-    """Commands alone prove nothing: ``make cluster-tools`` installs them without a cluster."""
+    """Commands alone prove nothing, because ``make cluster-tools`` installs them without a cluster."""
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     for name in ("sbatch", "sinfo"):
         (tmp_path / name).write_text(f"#!/bin/sh\nexit {code}\n")

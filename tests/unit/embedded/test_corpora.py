@@ -57,7 +57,7 @@ ROWS = {
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """Build all three from scratch, so that no cache of this machine hides a change."""
+    """Build all three data sets from scratch, so that no cache of this machine hides a change."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUTORIAL_LIB_CACHE", str(tmp_path_factory.mktemp("cache")))
         return {name: dataset_directory(name) for name in DATASET_NAMES}
@@ -65,7 +65,7 @@ def built(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(built, tmp_path_factory):
-    """Load them with `datasets`, offline."""
+    """Load the built data sets with `datasets`, offline."""
     cache = str(tmp_path_factory.mktemp("hf"))
     return {name: load_dataset(str(directory), cache_dir=cache) for name, directory in built.items()}
 
@@ -90,7 +90,7 @@ def test_the_rows_are_the_committed_ones(built):
 
 
 def test_a_python_without_packages_gives_the_same_rows():
-    """Any Python should: this one imports no installed packages, and its string hashes are randomized."""
+    """Any Python should. This one imports no installed packages, and its string hashes are randomized."""
     code = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})

@@ -1,4 +1,4 @@
-"""Embedded models: their sizes, weights, tokenizers, and what pretraining taught them."""
+"""Embedded models: their sizes, weights and tokenizers, and the effect of pretraining."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_dimensions_divide_over_four_ranks(embedded):
 def test_no_dropout(embedded):
     _, _, model, _ = embedded
     assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} <= {0.0}
-    # GPT-2's attention dropout is a number in the configuration; "summary" belongs to another head.
+    # GPT-2's attention dropout is a number in the configuration; "summary" belongs to a different head.
     settings = model.config.to_dict().items()
     assert {v for k, v in settings if "drop" in k and not k.startswith("summary")} == {0.0}
 
@@ -69,7 +69,7 @@ def test_pretraining_has_taught_more_than_token_frequencies(embedded):
     name, directory, model, tokenizer = embedded
     summary = json.loads((directory / "pretraining.json").read_text())
     assert summary["validation_loss"] < summary["unigram_entropy"] - 1.0
-    # Measure it on some rows, too.
+    # The loss on some rows must show it, too.
     total = tokens = 0
     for row in rows("embedded/articles", "validation")[:20]:
         ids = torch.tensor([tokenizer(row["text"], truncation=True, max_length=512)["input_ids"]])

@@ -26,7 +26,7 @@ def test_an_engine_is_ready_to_train_and_seeded():
     engine, drawn = build_engine(config, ALONE, 10), torch.rand(())
     other = build_engine(config, ALONE, 10)
     assert engine.module.training
-    assert torch.rand(()) == drawn, "dropout does not depend on what was drawn before"
+    assert torch.rand(()) == drawn, "dropout must not depend on earlier random numbers"
     for name, parameter in engine.module.named_parameters():
         assert parameter.equal(other.module.get_parameter(name)), name
 

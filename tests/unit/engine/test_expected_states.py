@@ -1,4 +1,4 @@
-"""Expected model states: where engines differ from the paper. ``test_bench.py`` compares this with real runs."""
+"""Expected model states, where engines differ from the paper. ``test_bench.py`` compares them with real runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def states(**flat) -> list[tuple[int, int, int]]:
         ({"engine": "torch", "dp": 1}, [(4000, 4000, 8000)]),
         ({"zero_stage": 0}, [(4000, 4000, 8000)] * 2),
         ({"zero_stage": 0, "precision": "bf16"}, [(2000, 2000, 12000)] * 2),
-        # The first parameter lies across the border of both shares, so both hold its full gradient.
+        # The first parameter lies across the border between the two shares, so both ranks hold its full gradient.
         ({"zero_stage": 1}, [(4000, 2400, 6000), (4000, 4000, 6000)]),
         ({"zero_stage": 2, "precision": "bf16"}, [(2000, 1200, 6000), (2000, 2000, 6000)]),
         ({"zero_stage": 1, "micro_batch": 1}, [(4000, 4000, 6000)] * 2),

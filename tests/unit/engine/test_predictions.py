@@ -1,4 +1,4 @@
-"""Runs in the planner's terms: predicted peaks beside those that real runs have measured, and predicted seconds."""
+"""Predictions for runs: peaks of memory, compared with those of real runs, and seconds per step."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_model_sharded_at_load_has_no_prediction():
 
 
 def ranks(*devices: str, on_node: int = 2) -> list[dict[str, object]]:
-    """Return the entries of two ranks in ``result.json``: on the same device, or on one each."""
+    """Return the entries of two ranks in ``result.json``, with the same kind of device or one kind each."""
     return [{"device": device, "ranks_on_node": on_node} for device in (devices * 2)[:2]]
 
 

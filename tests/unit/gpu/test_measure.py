@@ -31,7 +31,7 @@ COUNTS_AND_RATIOS = set(
 
 @pytest.fixture
 def run(tmp_path: Path) -> Any:
-    """Run a step with the smallest models, and return the content of its file."""
+    """Return a function that runs a step with the smallest models and returns the content of its file."""
     (tmp_path / "scratch").mkdir()
     (tmp_path / "scratch" / "origins.json").write_text("{}")
     setting = {"device": "cpu", "size": "tiny", "scratch": str(tmp_path / "scratch"), "out": str(tmp_path)}
@@ -87,7 +87,7 @@ def test_every_measurement_rehearsed(run: Any, tmp_path: Path) -> None:
     for case in (plain, zero1, offloaded):
         assert case["samples_per_second"] > 0 and 0 < case["mfu_of_measured_peak"] < 1 and case["mfu"] is None
         assert case["allocator_peak_bytes"] > 0 and case["predicted"]["memory_bytes"] > 0
-    # fp32 weights, gradients and moments: 16 bytes per parameter, in plain torch and in the arithmetic alike.
+    # fp32 weights, gradients and moments take 16 bytes per parameter, as measured and as predicted.
     assert plain["states_bytes"]["total"] == plain["predicted"]["states_bytes"] == 16 * plain["num_params"]
 
     for way in ("without", "with"):
@@ -105,7 +105,7 @@ def test_every_measurement_rehearsed(run: Any, tmp_path: Path) -> None:
     without_unit = {
         path.rstrip(".0123456789").rpartition(".")[2]
         for path, _ in numbers(results)
-        if ".row." not in path and not any(UNIT.search(part) for part in path.split("."))  # RowRecord says its units
+        if ".row." not in path and not any(UNIT.search(part) for part in path.split("."))  # RowRecord has its units
     }
     assert without_unit <= COUNTS_AND_RATIOS
 

@@ -1,4 +1,4 @@
-"""Lesson 04's helpers, and its exercises: each accepts the right answer and explains a wrong one."""
+"""Lesson 04's helpers, and its exercises, which accept the right answer and explain wrong ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Claims that can fail: tolerances, bounds, and what a reader is shown."""
+"""Claims that can fail: tolerances, bounds, and the table that a reader sees."""
 
 from __future__ import annotations
 

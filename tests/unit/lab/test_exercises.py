@@ -1,4 +1,4 @@
-"""Exercises: right answers are accepted, wrong ones refused with a reason, missing ones neither."""
+"""Exercises: right answers are accepted, wrong ones are refused with a reason, and missing ones are neither."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_answers_that_are_the_same_are_refused() -> None:
         choice("Stage 3", near={"stage 3": "x"})
 
 
-# --- what a reader sees ----------------------------------------------------------------------------------------------
+# --- display ---------------------------------------------------------------------------------------------------------
 
 
 def test_hints_and_solution_are_folded_in_html_and_named_in_text() -> None:

@@ -75,7 +75,7 @@ def test_figures_bring_their_own_background(drawn: dict[str, figures.Figure], na
     pixels = png.imread(io.BytesIO(figure.png))
     assert np.allclose(pixels.shape[:2], (2 * figure.height, 2 * figure.width), atol=1)
     assert (pixels[..., 3] == 1).all()
-    assert (pixels[..., :3] == 1).all(axis=-1).mean() > 0.3, "white"
+    assert (pixels[..., :3] == 1).all(axis=-1).mean() > 0.3, "a white background"
 
 
 @pytest.mark.parametrize(("color", "lowest"), [(figures.INK, 4.5), *((color, 3.0) for color in figures.PALETTE)])

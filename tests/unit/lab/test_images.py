@@ -1,4 +1,4 @@
-"""Committed pictures: the ones that the code draws."""
+"""Committed pictures, which must be the ones that the code draws."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_committed_pictures_are_what_the_code_draws(name: str, tmp_path: Path) -
     assert drawn == images.draw(name, tmp_path / "b").read_bytes()
     committed = images.DIRECTORY / f"{name}.svg"
     assert committed.read_bytes() == drawn, f"{committed.name} is not what the code draws: run `make images`"
-    assert b"<text" not in drawn and b"<dc:date" not in drawn  # letters are shapes; nothing changes by the day
+    assert b"<text" not in drawn and b"<dc:date" not in drawn  # letters are shapes, and there is no date
 
 
 def test_no_other_picture_is_committed() -> None:

@@ -1,4 +1,4 @@
-"""Start of a lesson: it removes the runs of its own directory, and no others."""
+"""Start of a lesson, which removes the runs in its own directory, and no others."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ def test_a_lesson_removes_only_runs_in_its_own_directory(tmp_path):
     remove_runs(str(storage))
     a_run(storage, "one")
     a_run(storage, "own-loop")
-    (storage / "own-loop" / "config.json").rename(storage / "own-loop" / ".lock")  # it writes no config.json
+    (storage / "own-loop" / "config.json").rename(storage / "own-loop" / ".lock")  # such a run has no config.json
     (storage / "note.json").write_text("")
     (storage / "mine" / "checkpoints").mkdir(parents=True)
     remove_runs(str(storage))
@@ -29,7 +29,7 @@ def test_a_lesson_removes_only_runs_in_its_own_directory(tmp_path):
 
 
 def test_a_second_reader_of_the_same_lesson_is_refused(tmp_path):
-    """Two kernels with one STORAGE: the second must not remove the runs that the first is about to use."""
+    """If two kernels share one STORAGE, the second must not remove the runs that the first is about to use."""
     storage = tmp_path / "lesson"
     program = (
         "import sys; from tutorial_lib.lab.lesson import remove_runs\n"

@@ -1,4 +1,4 @@
-"""The planner panel: what its widgets show, and that redrawing costs few evaluations."""
+"""Planner panel: the content of its widgets, and the number of evaluations in a redraw."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tutorial_lib.lab.planner import Question, answer, candidates, panel
 from tutorial_lib.theory import plan as plan_page
 
 MOST_EVALUATIONS = 3_000
-"""Limit per redraw: an evaluation takes about 60 microseconds, so a redraw takes 0.2 s."""
+"""Limit per redraw. An evaluation takes about 60 microseconds, so a redraw takes at most 0.2 s."""
 
 
 @pytest.fixture

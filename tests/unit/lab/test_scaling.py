@@ -46,6 +46,19 @@ def test_the_recording_says_when_and_with_what_it_was_made() -> None:
     assert recorded["preempted"]["losses"] == recorded["undisturbed"], "bit for bit"
 
 
+def test_efficiency_of_nodes_is_compared_with_what_two_cores_allow() -> None:
+    memory = {"memory_peak": 3 * 2**20, "memory_mean": 2.5 * 2**20, "memory_modes": [2**20, 2**21, 3 * 2**20]}
+    measured = {1: 100.0, 4: 160.0}
+    rows = scaling.table_by_nodes(
+        [
+            {"nodes": n, "samples_per_second": speed, "step_seconds": 0.16, "train_loss": 3.5, **memory}
+            for n, speed in measured.items()
+        ]
+    )
+    shown = ("efficiency (%)", "two cores allow (%)", "average (MiB)", "mode (MiB)")
+    assert [[row[name] for name in shown] for row in rows] == [[100, 100, 2, [1, 2]], [40, 50, 2, [1, 2]]]
+
+
 def test_paths_of_this_machine_are_hidden(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     text = f"PATH={Path(sys.executable).parent}:$PATH run={tmp_path}/runs"

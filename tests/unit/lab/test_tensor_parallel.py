@@ -1,4 +1,4 @@
-"""Functions on several ranks, the picture of the grid, and the exercises of lesson 02."""
+"""Picture of the grid, and the exercises of lesson 02."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Step timeline: FSDP2's marks in a profiler's trace become spans, and its allocations the memory held."""
+"""Step timeline: FSDP2's marks in a profiler's trace become spans, and allocations become the memory held."""
 
 import json
 from pathlib import Path

@@ -14,7 +14,7 @@ from tutorial_lib.theory.memory import ModelStates
 def row(
     name: str = "", states_mib: float = 0, speed: float = 0, gpu_mib: float = 0, step_mib: float = 35
 ) -> SimpleNamespace:
-    """Return a row whose states are one quarter each of parameters and gradients, and one half optimizer states."""
+    """Return a row whose states are one quarter parameters, one quarter gradients, and one half optimizer states."""
     held = states_mib * workshop.MIB
     return SimpleNamespace(
         name=name, states_bytes=held, peak_bytes=step_mib * workshop.MIB, samples_per_second=speed,

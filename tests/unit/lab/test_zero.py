@@ -1,4 +1,4 @@
-"""Lesson 01's exercises and figures, and its loop, which is the take-home script's."""
+"""Lesson 01's exercises and figures, and its loop, which must be the take-home script's."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_right_answer_is_accepted_and_wrong_ones_are_explained(name: str) ->
 
 @pytest.mark.parametrize(("num_params", "rest_gb"), [(1_000_000_000, 20), (70_000_000_000, 20)])
 def test_a_question_without_a_choice_is_refused(num_params: int, rest_gb: int) -> None:
-    """One billion parameters fit without ZeRO, and seventy do not fit at all."""
+    """One billion parameters fit without ZeRO, and seventy billion do not fit at all."""
     with pytest.raises(ValueError, match="nothing to choose"):
         zero.which_stage(num_params, num_ranks=8, gpu_gb=80, rest_gb=rest_gb)
 

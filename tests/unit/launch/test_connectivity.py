@@ -32,7 +32,7 @@ def test_ranks_that_reach_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_rank_that_cannot_be_reached_is_named_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One rank tells the others a port nothing listens on."""
+    """One rank tells the others a port on which nothing listens."""
     with socket.create_server(("127.0.0.1", 0)) as closed:
         nothing = closed.getsockname()[1]
     wrong = [{"node": "node2", "address": "127.0.0.1", "port": nothing}]

@@ -1,4 +1,4 @@
-"""Variables of torchrun: used in processes that torchrun started, and refused or ignored elsewhere."""
+"""torchrun's variables, which are used in processes that torchrun started, and refused or ignored elsewhere."""
 
 import json
 import os
@@ -86,7 +86,7 @@ def test_a_rendezvous_with_a_variable_missing_or_wrong(monkeypatch, capsys, tmp_
 
 
 def test_a_run_of_one_process_under_deepspeed_needs_no_variables_and_ignores_old_ones(monkeypatch, tmp_path):
-    """Runs in its own process, because DeepSpeed keeps its groups in global variables."""
+    """The run has its own process, because DeepSpeed keeps its groups in global variables."""
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     arguments = ["train", "--launcher", "none", "--zero-stage", "1", *SMALL, "--storage", str(tmp_path), "--json"]
@@ -96,7 +96,7 @@ def test_a_run_of_one_process_under_deepspeed_needs_no_variables_and_ignores_old
 
 
 def test_deepspeed_a_second_time_in_one_process_is_refused(monkeypatch, capsys, tmp_path):
-    """It would fail with the groups of the first launch."""
+    """The second launch would fail with the groups of the first."""
     monkeypatch.setattr(joining, "_groups_of_deepspeed", True)
     arguments = ["train", "--launcher", "none", *SMALL, "--storage", str(tmp_path)]
     assert main([*arguments, "--zero-stage", "1"]) == 2
@@ -140,7 +140,7 @@ def test_loopback_is_refused_where_ranks_are_on_other_nodes(monkeypatch, name):
     ids=["ranks that never come", "a name that does not resolve"],
 )
 def test_a_failed_rendezvous_is_explained(monkeypatch, changes, why):
-    """Export RANK=0 and WORLD_SIZE=2 by hand for one plain process."""
+    """A plain process has torchrun's variables, as if a user had exported them by hand."""
     torchrun(monkeypatch, **({"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": None} | changes))
     monkeypatch.setattr(joining, "JOIN_TIMEOUT", timedelta(seconds=1))
     with pytest.raises(joining.RendezvousError, match=why):

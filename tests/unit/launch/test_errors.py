@@ -1,4 +1,4 @@
-"""Errors of torchrun's ranks: each names the rank that failed first, and why."""
+"""Errors of torchrun's ranks, each of which names the rank that failed first, and the cause."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_rank_with_an_error_of_its_own_shows_its_traceback(run: RunDirectory) 
 
 
 def test_a_rank_names_a_lost_peer_even_if_it_learns_of_it_late(run: RunDirectory) -> None:
-    """The clock of the other node may be ahead, and its record arrive late."""
+    """The clock of the other node may be ahead, and its record may arrive late."""
     run.write_error(0, LOST)
 
     def arrive() -> None:

@@ -1,7 +1,7 @@
 """Launch: refusals before a process starts, and the exit codes that scripts rely on.
 
-Runs that start here have one rank, in this very process, except for ranks that only fail;
-``tests/distributed`` starts real ones.
+Runs that start here have one rank, in this process, except where ranks only fail. ``tests/distributed`` starts runs in
+processes of their own.
 """
 
 import json
@@ -163,7 +163,7 @@ def test_arguments_that_cannot_be_read_exit_with_2_and_one_line(capsys, given, m
 
 
 def test_a_run_from_the_shell(storage, capsys, monkeypatch):
-    """Stop it: it exits with 75. Run it again: it continues and exits with 0. It only prints one JSON object."""
+    """A run that stops exits with 75. The same command completes it and exits with 0. Each prints one JSON object."""
     arguments = ["train", *ONE_PROCESS, *SMALL, *storage, "--json"]
     assert main([*arguments, "--stop-after", "1"]) == 75
     stopped = json.loads(capsys.readouterr().out)
@@ -294,7 +294,7 @@ def test_a_signal_stops_after_the_step_it_came_in_and_saves(uninterrupted, tmp_p
         else:
             run = launch.run(config(tmp_path, steps=5))
     assert run.result["stopped_by"] == signal.Signals(number).name
-    # The request is noticed when the step is done; that step is saved, and is the last one.
+    # The request is noticed when the step is done. That step is the last one, and is saved.
     assert (run.result["status"], run.result["step"], run.result["checkpoint"]) == ("stopped", 2, "step-00000002")
     run = launch.run(config(tmp_path, steps=5))
     assert [row["loss"] for row in run.rows] == [row["loss"] for row in uninterrupted.rows]

@@ -71,7 +71,7 @@ def test_allocations_of_a_block_to_the_byte() -> None:
 
 
 def test_allocations_see_what_an_operator_frees_again() -> None:
-    """Of (a * a).sum() only a number remains, but the product existed, in forward and in backward."""
+    """Only a number remains of (a * a).sum(), but the product existed in forward and in backward."""
     a = torch.ones(1_000_000, requires_grad=True)
     with memory.count_allocations() as allocations:
         (a * a).sum().backward()
@@ -102,7 +102,7 @@ def test_peak_memory_restarts_and_includes_freed_buffers() -> None:
 
 
 def test_a_run_records_the_peak_of_its_measured_step(tmp_path: Path) -> None:
-    """With rows of twice the length, gradients stay the same, but logits and more double."""
+    """With rows twice as long, gradients have the same size, but logits and other activations double."""
     peaks = {}
     for length in (32, 64):
         config = Config.create(

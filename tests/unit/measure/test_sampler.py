@@ -142,7 +142,7 @@ def test_processes_that_start_and_end_do_not_disturb_the_sampler(tmp_path: Path)
 def test_a_process_that_ends_during_a_reading_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    """Force it: the child ends just before the named call."""
+    """The child ends just before the named call."""
     child, original = start(HOLD), getattr(psutil.Process, call)
 
     def end_before(process: psutil.Process, **arguments: Any) -> Any:
@@ -291,7 +291,7 @@ def sample_gpus(path: Path, nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_command_is_logged_and_its_exit_code_handed_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str, code: int
 ) -> None:
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # it would ignore SIGTERM for the rest of this process
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # main would ignore SIGTERM from then on
     log = tmp_path / "log"
     command = [sys.executable, "-c", f"import os, sys; held = bytearray(2**26); {ends}"]
     assert sampler.main([str(log), *command]) == code
@@ -300,7 +300,7 @@ def test_a_command_is_logged_and_its_exit_code_handed_on(
 
 
 def test_a_signal_to_all_processes_of_a_job_leaves_the_end_to_the_command(tmp_path: Path) -> None:
-    """Send signals as SLURM does: the command saves, and the sampler waits for it."""
+    """As under SLURM, the command and the sampler both get the signal. The command saves, and the sampler waits."""
     saving = "import signal, sys, time; signal.signal(15, lambda *_: (time.sleep(0.5), sys.exit(7))); print(flush=True)"
     command = [sys.executable, "-c", f"{saving}; time.sleep(60)"]
     process = subprocess.Popen(

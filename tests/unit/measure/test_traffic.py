@@ -117,7 +117,7 @@ def test_an_unknown_kind_is_refused() -> None:
 
 
 def test_all_collective_operators_of_torch_are_known() -> None:
-    """A new PyTorch may add a collective; counting would raise on it, and this test says so first."""
+    """A new PyTorch may add a collective, on which counting would raise. This test says so first."""
     # Importing it registers its operators.
     import torch.distributed._functional_collectives
 
@@ -125,7 +125,7 @@ def test_all_collective_operators_of_torch_are_known() -> None:
 
     names = {schema.name for schema in torch._C._jit_get_all_schemas()}
     collectives = {n.split("::")[1] for n in names if n.split("::")[0] in traffic._NAMESPACES}
-    # A batch of sends and receives has no count of its own: pipelines use it, and nothing here does.
+    # Batches of sends and receives are not counted, because only pipelines use them, and there are none here.
     assert collectives - set(traffic._KINDS) - traffic._NOT_COLLECTIVE == {"batch_p2p_ops"}
     assert len(collectives) > 25
 

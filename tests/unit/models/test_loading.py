@@ -253,7 +253,7 @@ for (name, i), expected in plain.items():
 
 
 def test_models_partitioned_at_construction_are_the_same():
-    """At stage 3, pretrained and random: every parameter is partitioned, and no weight differs."""
+    """At stage 3, every parameter of pretrained and random models is partitioned, and no weight differs."""
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     done = subprocess.run(
         [sys.executable, "-c", STAGE_3], env={**os.environ, **alone}, capture_output=True, text=True, timeout=280

@@ -48,7 +48,7 @@ def test_without_our_patch_bloom_fails_on_packed_batches():
 
 @families
 def test_each_packed_row_of_a_batch_keeps_its_own_mask(name):
-    """Two rows with different borders in one batch: ALiBi is built per row."""
+    """The batch has two rows with different borders, and ALiBi is built for each row."""
     model = load_model(name).eval()
     first, second = packed_batch([9, 14], 32)[1], packed_batch([20, 6], 32)[1]
     both = {key: torch.cat([first[key], second[key]]) for key in first}

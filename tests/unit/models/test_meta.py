@@ -285,7 +285,7 @@ def qwen2_layer(number):
     [f"{qwen2_layer(0)}.o_proj.bias", f"{qwen2_layer(9)}.o_proj.weight", f"{qwen2_layer(0)}.q_proj.lora_A.weight"],
 )
 def test_tensors_that_a_model_would_drop_are_refused(tmp_path, engine, name):
-    """A bias that config.json turns off, an extra layer, an adapter: without them a different function is trained."""
+    """Without a bias that config.json turns off, a further layer or an adapter, a different function is trained."""
     directory = shutil.copytree(model_directory("embedded/qwen2"), tmp_path / "model")
     change(directory, lambda tensors: tensors.update({name: torch.ones(4)}))
     with pytest.raises(ConfigError, match=rf"hold 1 tensors.*{name}.*would be dropped.*Correct config\.json"):

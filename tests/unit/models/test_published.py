@@ -1,4 +1,4 @@
-"""Published models: dimensions as published, a tokenizer that fits, no weights."""
+"""Published models, which have the published dimensions and a tokenizer that fits, but no weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Selective activation checkpointing: the same gradients; every second product is computed again, but not attention."""
+"""Selective activation checkpointing: equal gradients, with every second product recomputed, but not attention."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 class Calls(TorchDispatchMode):
-    """Count calls of matrix products and of the fused attention kernel."""
+    """Counter for calls of matrix products and of the fused attention kernel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def test_every_second_product_is_computed_again(
 
 @pytest.mark.parametrize("family", ["qwen2", "bloom"])
 def test_a_linear_function_that_adds_its_bias_in_place(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed's does, and it stays in place of PyTorch's once ZeRO-3 has built a model in this process."""
+    """DeepSpeed's function does, and it replaces PyTorch's once ZeRO-3 has built a model in this process."""
     from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
     monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)

@@ -1,4 +1,4 @@
-"""Tying: if config.json says tied, the files decide whether that is true, in the same way for every engine."""
+"""Tied weights: if config.json says that they are tied, the files decide whether that is true, for every engine."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Random states: captured and restored."""
+"""Random states, which are captured and restored."""
 
 import torch
 

@@ -36,7 +36,7 @@ def test_another_number_of_processes_is_refused():
 
 
 def test_a_group_that_would_span_nodes_is_refused():
-    """Two nodes of two ranks each."""
+    """There are two nodes of two ranks each."""
     place = {"rank": 0, "world_size": 4, "local_world_size": 2}
     assert Topology.create(ParallelConfig(dp=2, tp=2), **place) == Topology(2, 2, 0)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Packages and Pythons: several files agree on them."""
+"""Packages and versions of Python, on which several files must agree."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 from tests.unit.repository.files import PROJECT, ROOT, pins, wanted
 
 BROUGHT_BY_TORCH = re.compile(r"(nvidia|cuda)-|(triton|cupy|pytorch-triton)")
-NOT_CUDA = {"nvidia-ml-py"}  # asks the driver through a library that comes with it; plain Python, also without a GPU
+NOT_CUDA = {"nvidia-ml-py"}  # plain Python, which calls a library of the driver, and can be installed without a GPU
 
 
 def test_constraints_are_exact_sorted_and_without_local_versions() -> None:
@@ -67,7 +67,7 @@ def test_conda_and_binder_get_the_same_packages_on_the_same_python() -> None:
 
 
 def test_the_same_pythons_everywhere() -> None:
-    """The tools check against the oldest; continuous integration runs all, and every combination on the newest."""
+    """The tools check against the oldest. Continuous integration runs all of them, and the matrix only the newest."""
     pythons = SpecifierSet(PROJECT["project"]["requires-python"])
     supported = [f"3.{minor}" for minor in range(8, 20) if pythons.contains(f"3.{minor}.0")]
     assert supported == ["3.11", "3.12", "3.13"]

@@ -1,4 +1,4 @@
-"""File tree in the README: it lists every module and directory."""
+"""File tree in the README, which must list every module and directory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ TREE = (ROOT / "README.md").read_text().partition("## Where things are")[2].part
 
 
 def test_every_module_and_every_directory_is_in_the_tree() -> None:
-    # Not required: files in lean_imports, named after what they replace, and each embedded model's directory.
+    # Files in lean_imports, which are named after the modules that they replace, and the directories of embedded models
+    # need not be listed.
     modules = {
         path.stem
         for path in (ROOT / "tutorial_lib").rglob("*.py")

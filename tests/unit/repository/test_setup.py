@@ -1,4 +1,4 @@
-"""Set-up: when it runs, and what it says about a machine that lacks something."""
+"""Set-up: the calls that run it, and its messages on a machine that lacks something."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def bare_path(tmp_path: Path) -> Path:
     tools.mkdir()
     for name in ("bash", "env", "dirname", "mkdir", "cat", "rm", "sed", "tail"):
         (tools / name).symlink_to(shutil.which(name))  # type: ignore[arg-type]
-    (tools / "apt-get").symlink_to("/bin/false")  # a Debian, wherever this runs
+    (tools / "apt-get").symlink_to("/bin/false")  # makes every machine look like Debian
     return tools
 
 
@@ -102,7 +102,7 @@ def test_missing_tools_are_named_in_one_line_with_the_install_command(
 
 
 def functions(clone: Path) -> Path:
-    """Return the set-up script with a last line that calls the function it is given."""
+    """Return the set-up script with a last line that calls the function named in its arguments."""
     script = clone / ".ci" / "functions"
     script.write_text((clone / ".ci" / "setup").read_text().removesuffix("main\n") + '"$@"\n')
     script.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Check for leftover processes after the last test: it finds what a test left running, and only that."""
+"""Check for leftover processes after the last test: it finds the processes that a test left running, and no others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ENDS_AT_ONCE_LEAVING_A_CHILD = (
 
 @pytest.fixture
 def orphan() -> Iterator[psutil.Process]:
-    """Start a process whose parent has gone, like a daemon's or a killed launcher's child."""
+    """Start a process whose parent has ended, like a daemon or the child of a killed launcher."""
     run = subprocess.run(
         [sys.executable, "-c", ENDS_AT_ONCE_LEAVING_A_CHILD], capture_output=True, text=True, check=True
     )

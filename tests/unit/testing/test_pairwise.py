@@ -7,7 +7,7 @@ import pytest
 from tests.distributed.cases import equivalence
 from tests.distributed.cases.pairwise import cover, pairs
 
-# Every combination of three settings with three values each, except for a coarse grid on a large model.
+# Every combination of three settings with three values each, except for a large model on a grid of one.
 GRID = {
     f"{model}-{grid}-{stage}": {"model": model, "grid": grid, "stage": stage}
     for model in ("small", "medium", "large")

@@ -1,4 +1,4 @@
-"""Error table of the planner: predictions stay within its bounds, and docs/planner-errors.md shows it."""
+"""Error table of the planner: predictions stay within bounds, and docs/planner-errors.md shows the current table."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_speed_of_published_runs_of_large_models(run: Published) -> None:
 
 
 def test_small_models_are_slower_than_predicted() -> None:
-    """The model ignores kernel launches: the direction of that error is known, but not its size."""
+    """The model ignores kernel launches. The direction of that error is known, but not its size."""
     small = [errors.errors_of(run).speed_error for run in MODELLED if run not in LARGE]
     assert len(small) == 4 and min(small) > 0
     assert math.ceil(1 + max(small)) == SLOWEST_SMALL_RUN
@@ -65,7 +65,7 @@ def test_the_page_says_what_no_row_checks() -> None:
     page = errors.page()
     assert f"{FALCON.not_modelled}.\nSo this row is no check" in page
     assert "anything about context parallelism by Ulysses, LoRA, 8-bit or bf16 moments" in page
-    assert "nor the speed of\n  hybrid sharding, tensor parallelism" in page
+    assert "and the speed of\n  hybrid sharding, tensor parallelism" in page
     assert "| LoRA | 0 | 0 | 0 |" in page and "| offload | 0 | 1 | 12 |" in page and "| pipelines | 2 | 0 | 0 |" in page
 
 
@@ -93,7 +93,7 @@ def test_our_own_gpu_runs() -> None:
 
 
 def test_a_small_batch_of_a_large_model_peaks_at_the_norm_of_its_embedding() -> None:
-    """The record in docs/measured, which lesson 05 quotes; nothing that a step needs is as large as that gradient."""
+    """Lesson 05 quotes this record of docs/measured. Nothing else that a step needs is as large as that gradient."""
     record = json.loads((gpu_runs.DIRECTORY.parent / "bloom-560m-two-steps.json").read_text())
     settings = {key: record["settings"][key] for key in ("model", "seq_length", "precision", "bucket_size", "dp")}
     config = Config.create(
@@ -122,7 +122,7 @@ def test_the_page_shows_the_table() -> None:
     [({"use_multi_rank_bucket_allreduce": False}, 0.5), ({}, 1.0), ({"use_multi_rank_bucket_allreduce": True}, 1.0)],
 )
 def test_a_check_reads_how_the_deepspeed_file_reduces(tmp_path: Path, stated: dict[str, bool], share: float) -> None:
-    """Reduce-scattered gradients are half of all-reduced ones: 1 + 1 instead of 2 + 1 elements sent per parameter."""
+    """Reduce-scatter sends half of an all-reduce, so 1 + 1 instead of 2 + 1 elements are sent per parameter."""
     ds_file = tmp_path / "ds.json"
     ds_file.write_text(json.dumps({"zero_optimization": {"stage": 2, **stated}}))
     row = next(r for r in json.loads(errors.MEASURED.read_text()) if r["settings"].get("zero_stage") == 2)

@@ -40,7 +40,7 @@ def best(task: Workload, machine: Cluster, engine: str = "fsdp") -> Candidate:
 
 
 def test_seven_billion_on_eight_of_80_gb() -> None:
-    """ZeRO-1 or 2, or FSDP: no tensor parallelism, nothing offloaded, no more than selective recomputation."""
+    """An expert chooses ZeRO or FSDP, without tensor parallelism, offload or full recomputation."""
     for engine in ("deepspeed", "fsdp"):
         layout = best(work(7e9), cluster(8), engine).layout
         assert (layout.dp, layout.tp, layout.offload) == (8, 1, "none")
@@ -53,7 +53,7 @@ def test_one_billion_on_eight_of_80_gb() -> None:
 
 
 def test_half_a_billion_on_one_of_24_gb() -> None:
-    """Plain training, with the largest micro-batch that is worth its memory."""
+    """An expert trains without sharding, with the largest micro-batch that is worth its memory."""
     found = best(work(0.5e9), cluster(1, "rtx4090"), "fsdp")
     assert found.layout.strategy == "no_shard" and found.layout.offload == "none"
     assert 2 <= found.layout.micro_batch <= 8 and found.layout.checkpointing == "none"
@@ -67,7 +67,7 @@ def test_thirty_billion_on_eight_of_80_gb_is_not_offloaded() -> None:
 
 
 def test_seventy_billion_on_64_of_80_gb() -> None:
-    """Fully sharded and recomputed; at 8,192 tokens with tensor and sequence parallelism, never offloaded."""
+    """States are fully sharded, layers recomputed, and nothing offloaded. At 8,192 tokens, FSDP splits layers, too."""
     for engine, tokens in (("fsdp", 2048), ("fsdp", 8192), ("deepspeed", 2048), ("deepspeed", 8192)):
         layout = best(work("llama-3-70b", tokens), cluster(64), engine).layout
         assert layout.offload == "none" and layout.checkpointing != "none" and layout.zero_stage == 3
@@ -76,7 +76,7 @@ def test_seventy_billion_on_64_of_80_gb() -> None:
 
 
 def test_seventy_billion_with_a_large_batch_reduces_with_every_micro_batch() -> None:
-    """The planner once let full gradients wait, and chose tp=8 with everything offloaded: 164 tokens/s."""
+    """The planner once let full gradients wait, and chose tp=8 with everything offloaded, at 164 tokens/s."""
     task = work("llama-3-70b", global_batch=1024)
     found = best(task, cluster(64), "fsdp")
     (sentence,) = [text for text in reasons(task, cluster(64), found) if text.startswith("Gradients are reduced")]
@@ -86,7 +86,7 @@ def test_seventy_billion_with_a_large_batch_reduces_with_every_micro_batch() -> 
 
 
 def test_thirteen_billion_on_four_of_40_gb() -> None:
-    """208 GB of states do not fit 160, so offload. Adapters would fit without it, and train faster."""
+    """States of 208 GB do not fit 160 GB and are offloaded. Adapters would fit without offload, and train faster."""
     task, machine = work("llama-2-13b"), cluster(4, "a100-40")
     found = best(task, machine, "deepspeed")
     assert found.layout.offload != "none"
@@ -99,7 +99,7 @@ def test_thirteen_billion_on_four_of_40_gb() -> None:
 
 
 def test_405_billion_on_512_of_80_gb() -> None:
-    """Tensor parallelism with sequence parallelism, fully sharded, recomputed; the published layout fits, too."""
+    """An expert splits layers and sequences, shards fully and recomputes. The published layout must fit, too."""
     task, machine = work("llama-3-405b", 8192), cluster(512, "h100")
     layout = best(task, machine, "fsdp").layout
     assert layout.tp > 1 and layout.sequence_parallel and layout.checkpointing == "full" and layout.offload == "none"
@@ -108,7 +108,7 @@ def test_405_billion_on_512_of_80_gb() -> None:
 
 
 def test_seven_billion_at_131072_tokens_on_eight_of_80_gb() -> None:
-    """Context parallelism, or tensor parallelism with a vocabulary-parallel loss, and everything recomputed."""
+    """An expert recomputes everything, with context parallelism, or with tensor parallelism and a split vocabulary."""
     task = work("llama-3-8b", 131_072)
     layout = best(task, cluster(8, "h100"), "fsdp").layout
     assert layout.checkpointing == "full" and layout.cp * layout.tp >= 4 and layout.offload == "none"

@@ -1,4 +1,4 @@
-"""Checkpoint interval: the closed forms against each other, a simulation, and a search."""
+"""Checkpoint interval: the closed forms, compared with each other, with a simulation, and with a search."""
 
 import math
 
@@ -7,7 +7,7 @@ import pytest
 from tutorial_lib.theory import failures
 
 CASES = [(30.0, 6 * 3600.0, 300.0), (120.0, 3600.0, 600.0), (5.0, 86_400.0, 60.0)]
-"""Seconds of a save, between failures, and of a restart."""
+"""Seconds for a save, between failures, and for a restart."""
 
 
 @pytest.mark.parametrize("save, mean_time, restart", CASES)
@@ -15,7 +15,7 @@ CASES = [(30.0, 6 * 3600.0, 300.0), (120.0, 3600.0, 600.0), (5.0, 86_400.0, 60.0
 def test_the_formula_matches_a_simulation(save, mean_time, restart, factor):
     interval = factor * failures.young_interval(save, mean_time)
     exact = failures.lost_share(interval, save, mean_time, restart)
-    # Thousands of failures: their mean is within a few per cent.
+    # With thousands of failures, their mean is within a few per cent.
     played = failures.simulate_lost_share(interval, save, mean_time, restart, num_saves=60_000)
     assert played == pytest.approx(exact, rel=0.06)
     assert played != exact
@@ -29,7 +29,7 @@ def test_dalys_interval_is_the_minimum(save, mean_time, restart):
     assert daly == pytest.approx(best, rel=0.005)
     least = failures.lost_share(best, save, mean_time, restart)
     assert failures.lost_share(daly, save, mean_time, restart) == pytest.approx(least, rel=1e-4)
-    # Young's is a first approximation of it, and nearly as good.
+    # Young's interval is a first approximation of Daly's, and nearly as good.
     young = failures.young_interval(save, mean_time)
     assert young == pytest.approx(daly, rel=math.sqrt(save / mean_time))
     assert failures.lost_share(young, save, mean_time, restart) == pytest.approx(least, rel=0.01)

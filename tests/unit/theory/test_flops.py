@@ -1,4 +1,4 @@
-"""FLOPs and step times against published figures and PyTorch's counter."""
+"""FLOPs and MFU, compared with published figures and PyTorch's counter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def test_flops_per_token() -> None:
 
 def test_palm_540b_reaches_the_published_mfu() -> None:
     """arXiv:2204.02311, table 3 and section 4.1: 238.3 K tokens/s on 6144 TPU v4 of 275 TFLOP/s are 46.2 % MFU."""
-    # Multi-query attention: 118 layers; 48 heads of size 256 make h = 12288 in the attention term.
+    # PaLM has 118 layers. Its 48 heads of size 256 (multi-query attention) make h = 12288 in the attention term.
     per_token = flops.flops_per_token(540_350_000_000, 118, 48 * 256, 2048)
     mfu = flops.utilisation(238_300, per_token, 6144 * 275e12)
     assert mfu == pytest.approx(0.462, abs=0.003)
@@ -21,7 +21,7 @@ def test_palm_540b_reaches_the_published_mfu() -> None:
 
 
 def test_flops_agree_with_pytorchs_counter() -> None:
-    """PyTorch only counts matrix products: a little less than the formula, which counts norms and biases too."""
+    """PyTorch counts only matrix products, which is a little less than the formula with its norms and biases."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import GPT2Config, GPT2LMHeadModel

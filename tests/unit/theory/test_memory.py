@@ -1,4 +1,4 @@
-"""Memory of model states against published tables and DeepSpeed's own estimators."""
+"""Memory of model states, compared with published tables."""
 
 from __future__ import annotations
 

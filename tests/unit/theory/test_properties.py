@@ -194,13 +194,13 @@ def test_moments_lora_and_chunks_save_memory() -> None:
     eight = replace(layout, micro_batch=8)
     in_chunks = evaluate(work("llama-3-8b", loss_chunks=8), cluster(), eight)
     assert in_chunks.memory < evaluate(work("llama-3-8b"), cluster(), eight).memory
-    # The published count of LoRA of rank 16 on all matrices of Llama 3 8B: 41,943,040 (peft prints it).
+    # For LoRA of rank 16 on all matrices of Llama 3 8B, peft prints 41,943,040 trainable parameters.
     assert lora_params(MODELS["llama-3-8b"], 16) == 41_943_040
 
 
 @pytest.mark.parametrize(("model", "gigabytes"), [("llama-3-8b", 5.70), ("llama-3-70b", 39.5)])
 def test_qlora_keeps_all_but_the_layers_matrices_in_16_bits(model: str, gigabytes: float) -> None:
-    """By hand for 8 B: 0.516 x 6.98 B in the layers' matrices + 2 x 1.05 B in embeddings, output layer and norms."""
+    """For 8 B, this is 0.516 x 6.98 B in the layers' matrices, and 2 x 1.05 B in embeddings, output layer and norms."""
     layout = Layout(dp=1, tp=1, zero_stage=0)
     psi = MODELS[model].num_params
     assert base_bytes(work(model, lora_rank=8, base_bits=4), layout, psi) == pytest.approx(gigabytes * 1e9, rel=2e-3)
@@ -236,7 +236,7 @@ def test_pipelines_and_rings() -> None:
 
 
 def test_long_sequences_by_ring_or_ulysses() -> None:
-    """DeepSpeed has Ulysses alone. It sends less than a ring over many ranks, but nothing hides it."""
+    """DeepSpeed has only Ulysses. Over many ranks, it sends less than a ring, but nothing hides its traffic."""
     task = work("llama-3-8b", seq_length=131_072)
     kinds = {engine: {c.layout.ulysses for c in plan(task, cluster(), engine) if c.layout.cp > 1}
              for engine in ("deepspeed", "fsdp")}  # fmt: skip
@@ -246,7 +246,7 @@ def test_long_sequences_by_ring_or_ulysses() -> None:
         for ulysses in (False, True)
     )
     assert exchanged.cp_traffic < ring.cp_traffic and exchanged.memory == ring.memory
-    assert exchanged.seconds > ring.seconds  # all of the ring hides behind attention of 131,072 tokens
+    assert exchanged.seconds > ring.seconds  # attention over 131,072 tokens hides all of the ring's traffic
 
 
 def test_something_fits_agrees_with_plan() -> None:
@@ -294,6 +294,6 @@ def test_a_size_means_the_public_model_of_that_size() -> None:
     assert [nearest_model(size) for size in (8e9, 13e9, 70e9, 405e9)] == [
         "llama-3-8b", "llama-2-13b", "llama-3-70b", "llama-3-405b",
     ]  # fmt: skip
-    # "7B" is Llama 2's name for itself, though Mistral's 7.24 B are a little nearer.
+    # "7B" means Llama 2, although Mistral's 7.24 B are a little nearer.
     assert [nearest_model(size) for size in (7e9, 7.2e9, 1.5e9)] == ["llama-2-7b", "mistral-7b", "gpt2-xl"]
     assert nearest_model(10e9) is None and nearest_model(30e9) is None

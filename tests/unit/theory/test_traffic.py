@@ -1,4 +1,4 @@
-"""Traffic against the papers' volumes, and against DeepSpeed's traffic as measured."""
+"""Traffic, compared with the volumes in papers, and with DeepSpeed's measured traffic."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_volume_per_step_matches_the_paper(stage: int, multiple: int) -> None:
 @pytest.mark.parametrize(
     ("arguments", "counted"),
     [
-        # As counted in steady state on two ranks, DeepSpeed 0.19.8, for a GPT-2 of PSI elements.
+        # These were counted in steady state on two ranks with DeepSpeed 0.19.8, for a GPT-2 of PSI elements.
         (dict(stage=0, accumulation=3), 2 * PSI),
         (dict(stage=1, gradient_reduction="all_reduce"), 3 * PSI),
         (dict(stage=1, gradient_reduction="all_reduce", accumulation=3), 3 * PSI),
@@ -49,7 +49,7 @@ def test_tied_embeddings_are_gathered_for_each_use() -> None:
     ("sharding", "multiple"), [("no_shard", 2), ("shard_grad_op", 2), ("full_shard", 3), ("hybrid_shard", 4)]
 )
 def test_volume_per_step_of_fsdp(sharding: str, multiple: int) -> None:
-    """Hybrid over two ranks: the all-reduce of half of Psi is one Psi more."""
+    """Hybrid sharding over two ranks adds the all-reduce of half of Psi, which counts as one Psi."""
     size = 2 if sharding == "hybrid_shard" else None
     assert traffic.fsdp_volume(PSI, sharding, shard_size=size).total == multiple * PSI
 

@@ -1,4 +1,4 @@
-"""Greedy answers: a batch gives the same answers as single questions, and the model's own words are scored."""
+"""Greedy answers: a batch gives the same answers as single questions, and the answers are scored."""
 
 import pytest
 import torch

@@ -20,12 +20,12 @@ def handlers_as_before() -> Iterator[None]:
 
 
 def test_usr1_is_heeded_although_torchrun_was_started_with_it_ignored() -> None:
-    """Batch scripts ignore it because it would kill torchrun, and the ranks inherit that."""
+    """Batch scripts ignore USR1, because it would kill torchrun, and the ranks inherit that."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     with stop_signals() as stop_signalled:
         assert stop_signalled() == 0
         os.kill(os.getpid(), signal.SIGUSR1)
-        os.kill(os.getpid(), signal.SIGUSR1)  # it comes again and again
+        os.kill(os.getpid(), signal.SIGUSR1)  # it may come more than once
         assert stop_signalled() == signal.SIGUSR1
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
 

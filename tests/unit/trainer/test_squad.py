@@ -8,7 +8,7 @@ from tutorial_lib.trainer.squad import AnswerScore, SquadScore, average_scores, 
 
 
 def test_the_published_example() -> None:
-    """From the metric card of SQuAD v1.1 in Hugging Face's ``evaluate``, which wraps the official script."""
+    """Hugging Face's ``evaluate``, which wraps the official script, has it in its metric card of SQuAD v1.1."""
     golds = [["1976"], ["Beyoncé and Bruno Mars"], ["climate change"]]
     answers = ["1976", "Beyonce", "climate change"]
     scores = [score_answer(answer, each) for answer, each in zip(answers, golds, strict=True)]
@@ -36,7 +36,7 @@ def test_differences_that_normalisation_ignores(prediction: str, gold: str) -> N
     ("prediction", "gold", "f1"),
     [
         ("24\u201310", "2410", 0.0),  # only ASCII punctuation is removed
-        ("another", "other", 0.0),  # an article is a word
+        ("another", "other", 0.0),  # articles are removed only if they are words
         ("theatre", "atre", 0.0),
         ("Beyoncé", "Beyonce", 0.0),
     ],
@@ -51,7 +51,7 @@ def test_differences_that_normalisation_keeps(prediction: str, gold: str, f1: fl
         ("Santa Clara", "Santa Clara, California", 2 * 1 * (2 / 3) / (1 + 2 / 3)),
         ("in Santa Clara today", "Santa Clara", 2 * 0.5 * 1 / 1.5),
         ("Clara Santa", "Santa Clara", 1.0),  # order does not matter to F1
-        # Multisets: a word counts as often as it is in both. Over sets these would be 1, 1 and 2 / 3.
+        # In multisets, a word counts as often as it is in both texts. With sets, these would be 1, 1 and 2 / 3.
         ("new york new york", "new york", 2 * 0.5 * 1 / 1.5),
         ("no", "no no no", 2 * 1 * (1 / 3) / (4 / 3)),
         ("no no yes", "no no no maybe", 2 * (2 / 3) * 0.5 / (2 / 3 + 0.5)),
@@ -72,7 +72,7 @@ def test_the_best_gold_answer_counts() -> None:
     [
         ("", "1976", AnswerScore(0.0, 0.0)),
         ("the", "1976", AnswerScore(0.0, 0.0)),
-        # v1.1 to the letter: equal after normalisation, but no word is shared. v2 gives F1 = 1.
+        # In v1.1, these are equal after normalisation, but share no word. v2 gives F1 = 1.
         ("the", "!", AnswerScore(1.0, 0.0)),
         ("", "", AnswerScore(1.0, 0.0)),
     ],

@@ -1,4 +1,4 @@
-"""Stop requests: where they came from, and which one counts if there are several."""
+"""Stop requests: their origin, and the one that counts if there are several."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""On-disk formats: full tensors, one at a time, from the files of any engine.
+"""On-disk formats: readers that return full tensors, one at a time, from the files of any engine.
 
 Each engine cuts a parameter, its fp32 master copy and both of Adam's moments in its own way. All of them start from the
-same full tensors: the names, shapes and order of the Hugging Face model. So a checkpoint is converted to a different
+same full tensors, with the names, shapes and order of the Hugging Face model. So a checkpoint is converted to another
 shape through its full tensors, one parameter at a time, and an export does the same without the moments. The modules
 :mod:`~tutorial_lib.checkpoint.formats.single`, :mod:`~tutorial_lib.checkpoint.formats.dcp`,
 :mod:`~tutorial_lib.checkpoint.formats.deepspeed` and :mod:`~tutorial_lib.checkpoint.formats.trainer` describe where the
 pieces are.
 
 Files are memory-mapped or read in parts: memory holds about one parameter at a time, whatever the model's size.
-DeepSpeed's own converter (``ds_to_universal``) writes everything to files first; the tests compare with it.
+DeepSpeed's own converter (``ds_to_universal``) writes everything to files first; the tests compare with its results.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ WEIGHT = "weight"
 
 
 def names_without_duplicates(state: dict[str, Tensor]) -> list[str]:
-    """Return the names in a module's state; of tied parameters, which share memory, only the first."""
+    """Return the names in a module's state, with only the first name of tied parameters, which share memory."""
     first: dict[tuple[int, torch.Size], str] = {}
     for name, tensor in state.items():
         first.setdefault((tensor.data_ptr(), tensor.shape), name)
@@ -73,7 +73,7 @@ class FullTensors(ABC):
                 )
 
     def parameter(self, name: str) -> Tensor:
-        """Return a full parameter in fp32 on the CPU; if it was trained in 16 bits, its fp32 master copy."""
+        """Return a full parameter in fp32 on the CPU, or its fp32 master copy if it was trained in 16 bits."""
         return self._checked(name, self._read(name, WEIGHT))
 
     def moment(self, name: str, which: str) -> Tensor:
@@ -90,7 +90,7 @@ class FullTensors(ABC):
 
     @abstractmethod
     def _stored_names(self) -> Iterable[str]:
-        """Return the names of all parameters in the files, tied ones by their first name, and perhaps of buffers."""
+        """Return the names of all parameters in the files, and perhaps of buffers; tied ones have their first name."""
 
     @abstractmethod
     def _read(self, name: str, kind: str) -> Tensor:

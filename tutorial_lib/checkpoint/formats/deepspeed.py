@@ -37,10 +37,10 @@ LAYOUT = "layout.json"
 
 
 class _Stage(FullTensors):
-    """Common part of all stages: files by rank, and joining the shares of tensor-parallel ranks.
+    """Common part of all stages: find files by rank, and join the shares of tensor-parallel ranks.
 
     Args:
-        folder: folder of the files within ``directory``: DeepSpeed's tag.
+        folder: folder of the files within ``directory``, named by DeepSpeed's tag.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class _Stage(FullTensors):
     ) -> None:
         super().__init__(directory, engine, parallel, model)
         self._folder = folder
-        # Unpickling its files imports DeepSpeed, which would otherwise warn if there is no GPU.
+        # Unpickling these files imports DeepSpeed, which would otherwise warn if there is no GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
         self._dp = parallel.dp
         rows = json.loads((directory / LAYOUT).read_text(encoding="utf-8")) if self._tp > 1 else []
@@ -108,7 +108,7 @@ class Stage0(_Stage):
     def _state(self, tp_rank: int, name: str) -> dict[str, Any]:
         optimizer = self._model_file(tp_rank)["optimizer"]
         states = optimizer.get("optimizer_state_dict", optimizer)["state"]  # nested if trained in 16 bits
-        # Nothing is there before the first update.
+        # There is no state before the first update.
         state: dict[str, Any] = states.get(self._number[name], {})
         return state
 
@@ -127,7 +127,7 @@ class _SlicedStage(_Stage):
 
     @abstractmethod
     def _state(self, dp_rank: int, tp_rank: int, group: int) -> dict[str, Any]:
-        """Return Adam's state of a rank's vector; nothing is there before the first update."""
+        """Return Adam's state of a rank's vector, which is empty before the first update."""
 
     def adam_step(self, name: str) -> int:
         return int(self._state(0, 0, self._places[0][name][0]).get("step", 0))
@@ -146,7 +146,7 @@ class Stage12(_SlicedStage):
 
     def _places_of(self, tp_rank: int) -> dict[str, tuple[int, int, torch.Size]]:
         """Return each parameter's group, its first index in the group's vector, and its shape, by name."""
-        # In the vector's order, which differs from the model's with round_robin_gradients.
+        # The shapes are in the vector's order, which differs from the model's with round_robin_gradients.
         groups = self._model_file(tp_rank)["param_shapes"]
         paddings = self._optimizer(0, tp_rank)["param_alignment_paddings"]
         places = {}

@@ -123,7 +123,7 @@ def apply_file(config: Config) -> Config:
     Settings that the file leaves out or sets to ``"auto"`` stay unchanged.
 
     Raises:
-        ConfigError: as :func:`build`; or the file contradicts a setting that the caller gave; or its values cannot run.
+        ConfigError: as for :func:`build`; the file contradicts a setting that was given; or the values cannot run.
     """
     name = config.engine.deepspeed_file
     if name is None:
@@ -152,7 +152,7 @@ def apply_file(config: Config) -> Config:
 
 
 def _stated_settings(given: dict[str, Any], engine: EngineConfig, name: str) -> dict[str, tuple[str, Any]]:
-    """Return the settings in a file: by flat name, the file's key and the setting's value."""
+    """Return the settings that a file states: by flat name, the key in the file and the setting's value."""
     keys = {
         "zero_stage": "zero_optimization.stage",
         "bucket_size": "zero_optimization.reduce_bucket_size",
@@ -172,11 +172,11 @@ def _stated_settings(given: dict[str, Any], engine: EngineConfig, name: str) -> 
 
 
 def _betas(given: dict[str, Any], name: str) -> list[float]:
-    kind = find(given, "optimizer.type", "AdamW")  # if missing or "auto", the run's own, as for every key
+    kind = find(given, "optimizer.type", "AdamW")  # a missing or "auto" type means the run's AdamW
     if str(kind).lower() not in ("adam", "adamw"):
         raise ConfigError(
-            f"{name}: optimizer.type is {json.dumps(kind)}, but this package trains with AdamW. Write that, or remove "
-            "the section."
+            f'{name}: optimizer.type is {json.dumps(kind)}, but this package trains with AdamW. Write "AdamW", or '
+            "remove the section."
         )
     betas = find(given, "optimizer.params.betas", [])
     if betas == []:

@@ -5,7 +5,7 @@ Shape legend: B sequences of a micro-batch, S tokens, V vocabulary.
 The training loop passes a loss that is already divided by the optimizer step's token count over *all* ranks and
 micro-batches. DeepSpeed averages gradients over the data-parallel ranks, so :meth:`DeepSpeedEngine.backward` multiplies
 the loss by their number first, and DeepSpeed's own division by the accumulation steps is turned off. The result is the
-gradient of the token-weighted mean; a mean of per-rank means would be a different one.
+gradient of the token-weighted mean. A mean of per-rank means would have a different gradient.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from unittest import mock
 
 import torch
 
-# Set explicitly: if DeepSpeed has to find out by itself that there is no GPU, it warns on every start. A run has set
-# it already, from its configuration.
+# If DeepSpeed has to find out by itself that there is no GPU, it warns on every start. A run has already set this
+# variable from its configuration.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import cpuinfo
@@ -58,7 +58,7 @@ def _import_muon_uncompiled() -> None:
     """Import DeepSpeed's Muon optimizer without compiling it.
 
     ``deepspeed.initialize`` imports it for any optimizer, and its decorators import torch's entire compiler. That takes
-    each rank a second or more, for kernels that nothing here calls. This torch switch leaves them plain functions.
+    each rank a second or more, for kernels that nothing here calls. With this torch switch they stay plain functions.
     """
     with mock.patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"), suppress(ImportError):
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
@@ -66,8 +66,8 @@ def _import_muon_uncompiled() -> None:
 
 _import_muon_uncompiled()
 
-# DeepSpeed's CPU Adam asks for the processor's name whenever it is built, and cpuinfo starts a process to find out:
-# more than a second for each run with offload. Ask only once: the processor does not change.
+# DeepSpeed's CPU Adam asks for the processor's name whenever it is built, and cpuinfo starts a process to find out.
+# That takes each run with offload more than a second. The answer never changes, so ask only once.
 cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
 
 
@@ -183,7 +183,7 @@ class DeepSpeedEngine:
 
     def _norm_without_zero(self) -> float:
         # Stage 0 in fp32 does not wrap the optimizer and reports no norm. The gradients are already averaged. Each rank
-        # has only its share of a split parameter's gradient; replicated ones must count once.
+        # has only its share of a split parameter's gradient; replicated gradients must count once.
         gradients = [(p.grad, self._dims[p] is None) for p in self.module.parameters() if p.grad is not None]
         full, shares = ([g for g, replicated in gradients if replicated is wanted] for wanted in (True, False))
         norms = torch.tensor([global_norm(full), global_norm(shares)], dtype=torch.float64, device=self.device)
@@ -276,7 +276,7 @@ def held_tensors(engine: Any, optimizer: torch.optim.Optimizer) -> dict[str, lis
     """
     wrapper, model = engine.optimizer, engine.module
     parameters = [p.data for p in model.parameters()]
-    # Stage 3: this rank's shards, in addition to gathered and persistent parameters; those that were freed are empty.
+    # At stage 3, add this rank's shards to the gathered and persistent parameters. Freed parameters are empty.
     parameters += [p.ds_tensor for p in model.parameters() if hasattr(p, "ds_tensor")]
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     gradients += _tensors(getattr(wrapper, "averaged_gradients", None))
@@ -308,8 +308,8 @@ def join_process_group() -> None:
 def _share_groups(unit: ModelParallelUnit | None) -> None:
     """Make DeepSpeed use the grid's groups, or none.
 
-    It keeps its groups in global variables. By default it would create the same groups again, and a later run in this
-    process would find the groups of the previous run.
+    DeepSpeed keeps its groups in global variables. By default it would create the same groups again, and a later run in
+    this process would find the groups of the previous run.
     """
     groups.mpu = None
     groups._DATA_PARALLEL_GROUP = unit and unit.get_data_parallel_group()
@@ -329,7 +329,7 @@ def _partition_at_construction(settings: dict[str, Any]) -> Iterator[None]:
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     # transformers only needs to know the stage. With the AutoTP section it would refuse to load weights, although
-    # AutoTP splits them later. It partitions over all ranks, so it would check the batch sizes against too many.
+    # AutoTP splits them later. It partitions over all ranks, and would check the batch sizes against too many.
     visible = {key: value for key, value in settings.items() if key not in _HIDDEN_FROM_TRANSFORMERS}
     keep_alive = HfDeepSpeedConfig(visible)
     try:
@@ -345,7 +345,7 @@ def _adamw(parameters: list[torch.nn.Parameter], o: OptimizerConfig, engine: Eng
     }  # fmt: skip
     if engine.offload == "none":
         return torch.optim.AdamW(parameters, **shared)
-    # DeepSpeed refuses torch's AdamW with offload: its own is vectorised for the host's processor.
+    # With offload, DeepSpeed refuses torch's AdamW: its own CPU Adam is vectorised for the host's processor.
     return DeepSpeedCPUAdam(parameters, adamw_mode=True, **shared)
 
 

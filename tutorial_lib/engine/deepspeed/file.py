@@ -139,7 +139,7 @@ def check(given: dict[str, Any], *, source: str) -> dict[str, Any]:
 
 
 def find(given: dict[str, Any], key: str, otherwise: Any = None) -> Any:
-    """Return the value under a dotted key, or ``otherwise`` if it is missing or ``"auto"``."""
+    """Return the value under a dotted key, or ``otherwise`` if the key is missing."""
     inside: Any = given
     for part in key.split("."):
         if not isinstance(inside, dict) or part not in inside:
@@ -197,7 +197,7 @@ _TYPES: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str"
 
 
 def _value(value: Any, kind: str, where: str, problems: list[str]) -> Any:
-    """Return a value as its kind, with integral floats as ``int``; add to ``problems`` if it is something else."""
+    """Return a value, with integral floats as ``int``; add to ``problems`` if it is not of its kind."""
     nullable, kind = kind.endswith("?"), kind.rstrip("?")
     if kind == "any" or (value is None and nullable):
         return value
@@ -226,13 +226,13 @@ def _ineffective_settings(stated: dict[str, Any]) -> list[str]:
     section = stated.get("activation_checkpointing")
     if isinstance(section, dict) and any(section.values()):
         problems.append(
-            "activation_checkpointing is for models that call DeepSpeed's own function, which none here does; write "
+            "activation_checkpointing is for models that call DeepSpeed's own function, and no model here does; write "
             "the setting activation_checkpointing=True and remove the section"
         )
     compiling = stated.get("compile")
     if isinstance(compiling, dict):
         problems += [
-            f"compile.{key} needs a compiled model, and none here is; remove it"
+            f"compile.{key} needs a compiled model, and no model here is compiled; remove it"
             for key, value in compiling.items()
             if value
         ]

@@ -76,7 +76,7 @@ class FullStates:
     def load(self, full: FullTensors) -> None:
         """Restore weights and optimizer states saved by an engine of any shape. Every rank reads all of them.
 
-        Adam has one count of updates per vector.
+        Adam counts updates once per vector, so the count of a vector's first parameter stands for all of them.
         """
         wrapper = self._engine.optimizer
         if self._stage == 3:

@@ -66,7 +66,8 @@ def check_for_run(given: dict[str, Any], engine: EngineConfig, run: RunConfig, *
             if (value := find(given, key, only)) != only:
                 raise ConfigError(
                     f"{source}: {key} is {json.dumps(value)}, which DeepSpeed does not accept with zero_stage={stage} "
-                    "and zero_optimization.reduce_scatter. Remove it, set that to false, or write zero_stage=1."
+                    "and zero_optimization.reduce_scatter. Remove it, set reduce_scatter to false, or write "
+                    "zero_stage=1."
                 )
     _check_low_precision_masters(given, engine, source)
     for name in ("leaf_module", *AT_STAGE_3):
@@ -85,7 +86,7 @@ def check_for_run(given: dict[str, Any], engine: EngineConfig, run: RunConfig, *
     if parameters != precision:
         raise ConfigError(
             f"{source}: data_types.param_dtype is {parameters!r}, but the run's precision is {precision!r}. Write "
-            "that, or remove it."
+            f"{precision!r}, or remove the key."
         )
     for name in ON_GPUS:
         if run.device == "cpu" and find(given, f"zero_optimization.{name}"):
@@ -110,7 +111,9 @@ def _check_low_precision_masters(given: dict[str, Any], engine: EngineConfig, so
         if not find(given, key, False):
             continue
         if engine.precision != precision:
-            problem = f"needs precision={precision!r}, not {engine.precision!r}. Remove it, or write that"
+            problem = (
+                f"needs precision={precision!r}, not {engine.precision!r}. Remove it, or write precision={precision!r}"
+            )
         elif engine.zero_stage == 0:
             problem = "needs an optimizer that ZeRO partitions. Remove it, or write zero_stage=1, 2 or 3"
         elif engine.offload == "none" and not (states and precision == "bf16"):
@@ -166,7 +169,8 @@ def check_leaf_modules(source: str, outline: Callable[[], Any]) -> None:
 
     Args:
         source: the DeepSpeed file.
-        outline: returns the model; its values do not matter. Only called if the file has a ``leaf_module``.
+        outline: function that returns the model, whose values do not matter. It is called only if the file has a
+            ``leaf_module``.
 
     Raises:
         ConfigError: names the missing module, and some that exist.

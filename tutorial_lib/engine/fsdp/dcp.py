@@ -32,11 +32,11 @@ def save(
 ) -> None:
     """Write parameters and AdamW's states. Collective.
 
-    Does the work of ``dcp.async_save``, but on the writer's thread instead of a new one.
+    This does the work of ``dcp.async_save``, but on the writer's thread instead of a new one.
 
     Args:
         directory: directory to write into.
-        writer: decides when to write.
+        writer: the rank's writer, which decides when to write.
         model: the model that holds the parameters.
         optimizer: the optimizer that holds their moments.
         group: process group in which ranks agree on who writes what. If the writer has a thread, nothing else may use
@@ -49,7 +49,7 @@ def _save(states: dict[str, Any], storage: dcp.FileSystemWriter, group: dist.Pro
     try:
         dcp.save(states, storage_writer=storage, process_group=group)
     except CheckpointException as error:
-        # DCP tells every rank. The rank that failed raises its own error; the others notice at their next collective.
+        # DCP tells every rank. The rank that failed raises its own error. The others notice at their next collective.
         own = error.failures.get(dist.get_rank())
         if own is not None:
             raise own[0] from error

@@ -75,7 +75,7 @@ class FSDPEngine:
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the logits of a batch, shape (B, S, V), or with ``loss_chunks`` the sum of its losses.
 
-        In bf16 the weights stay fp32: FSDP2 gathers bf16 copies, DDP uses autocast.
+        In bf16 the weights stay fp32: FSDP2 gathers bf16 copies, and DDP uses autocast.
         """
         inputs = model_inputs(batch, self.device)
         bf16 = self.config.engine.precision == "bf16" and not self._is_fsdp

@@ -1,4 +1,4 @@
-"""Sharding strategies: what each rank holds and when it is gathered. FSDP1's four names, built on FSDP2.
+"""Sharding strategies, under FSDP1's four names: what each rank holds, and when parameters are gathered.
 
 ============== ================================================== ==========================================
 strategy       between steps a rank holds                         gathered parameters live

@@ -8,8 +8,8 @@ product (Megatron-LM, arXiv:1909.08053)::
 In forward, each row-parallel product ends in one all-reduce: 2 per layer. In backward, the gradient of ``x`` is a sum
 over the ranks, too. If ``x`` becomes a DTensor once, on entering attention or the MLP (``PrepareModuleInput``), each
 block needs one all-reduce: 2 per layer. In the plan ``plain``, every column-parallel product takes ``x`` by itself and
-all-reduces its own gradient: Qwen2 has five of them (query, key, value, gate, up), so 2 + 5. GPT-2 and BLOOM have two
-fused ones, so both plans cost the same.
+all-reduces its own gradient: Qwen2 has five of them (query, key, value, gate, up), so a layer needs 2 + 5. GPT-2 and
+BLOOM have two fused ones, so both plans cost the same.
 
 Embeddings, norms and the head are replicated on every rank. All three families tie the head to the embedding:
 splitting one by vocabulary means splitting both, and the loss, which the trainer computes in the same way for every
@@ -69,8 +69,10 @@ def split_model(model: Any, mesh: DeviceMesh, plan: str = "megatron") -> None:
 def parameter_layouts(model: Any) -> list[ParameterLayout]:
     """Return the layout of each parameter on the ranks of its tensor-parallel group, in the model's order.
 
+    GPT-2's fused projections are listed by part, as they are saved.
+
     Args:
-        model: a model that is split, and sharded by FSDP2. GPT-2's fused projections are listed as saved, by part.
+        model: a model that is split, and sharded by FSDP2.
     """
     found = []
     for prefix, module in model.named_modules():

@@ -104,7 +104,7 @@ def _read(parameters: dict[Tensor, list[str]], m: ModelConfig, model_type: str) 
 
 
 def _draw(parameters: dict[Tensor, list[str]], m: ModelConfig, seed: int, model_type: str) -> None:
-    """Fill parameters as :func:`tutorial_lib.models.load_model` draws them."""
+    """Fill parameters with the values that :func:`tutorial_lib.models.load_model` draws."""
     # While weights are drawn, tied ones are still separate, and transformers keeps the numbers of the first one.
     own = {names[0]: parameter for parameter, names in parameters.items()}
     with drawing_weights(m, seed) as source:
@@ -115,7 +115,7 @@ def _draw(parameters: dict[Tensor, list[str]], m: ModelConfig, seed: int, model_
 
 
 def _initialized(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules of a model on the meta device, children first; each has values until the next one is asked for.
+    """Yield the modules of a model on the meta device, children first; each has values until the next one is requested.
 
     A layer counts as one module, because its parts may set each other's weights, as in GPT-2.
     """

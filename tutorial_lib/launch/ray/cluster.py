@@ -85,7 +85,7 @@ class _Server:
         self._cluster: dict[str, str] | None = None
 
     def renew(self, run: RunConfig, parallel: ParallelConfig) -> None:
-        """Start the server if there is none, or if it is outdated: source files or the kind of device have changed."""
+        """Start the server if there is none, or restart it if source files or the kind of device have changed."""
         package = Path(__file__).parents[2]
         wanted = run.device, {str(path): path.stat().st_mtime_ns for path in package.rglob("*.py")}
         if self._process and self._process.poll() is None and self._made_for == wanted:
@@ -377,7 +377,7 @@ def _cluster_environment(num_workers: int) -> dict[str, str]:
     threads = max(1, usable_cores() // num_workers)
     environment = {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo", **ON_ONE_MACHINE}
     if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        # Otherwise Ray stores a token in the home directory that outlives the cluster.
+        # Without this, Ray would store a token in the home directory, where it outlives the cluster.
         environment["RAY_AUTH_TOKEN"] = TOKEN
     return environment
 

@@ -1,9 +1,9 @@
-"""Ray cluster of two nodes on one machine, for lessons without a cluster: the second node can be lost.
+"""Ray cluster of two nodes on one machine, so that a lesson can lose a node without a real cluster.
 
 Each node is a raylet with its own CPU slots, like one from ``ray start``, so Ray treats the second one like another
-machine. A SIGKILL to the raylet simulates its loss; the workers there end within a second. The nodes are started from a
-separate process (``python -m tutorial_lib.launch.ray.nodes CPUS CONFIG``), so that they start while a notebook does
-other work. That process also runs the warm server from which the nodes' workers are forked.
+machine. A SIGKILL to the raylet simulates the loss of its node; the workers there end within a second. A separate
+process, ``python -m tutorial_lib.launch.ray.nodes CPUS CONFIG``, starts the nodes while a notebook does other work. It
+also runs the warm server from which the nodes' workers are forked.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class TwoNodes:
 
             left.callback(_read_variables_again)
             _read_variables_again()
-            # Otherwise Ray would print the last 20 lines of the lost node's log.
+            # Without this, Ray would print the last 20 lines of the lost node's log.
             with mock.patch.object(worker, "print_to_stdstream"):
                 yield
 
@@ -108,7 +108,7 @@ class TwoNodes:
 
 
 def _read_variables_again() -> None:
-    """Make Ray read its environment again: it keeps the settings that it found at import, and its first token."""
+    """Make Ray read its environment again, because it keeps the settings and the token that it read first."""
     raylet: Any = importlib.import_module("ray._raylet")
     raylet.Config.initialize("")
     raylet.AuthenticationTokenLoader.instance().reset_cache()

@@ -1,8 +1,8 @@
 """Placement of Ray Train's workers: each tensor-parallel group on one node, and as many groups as the nodes hold.
 
 Ray Train reserves a bundle of resources for each worker, and packs the bundles onto few nodes if it can. That may split
-a tensor-parallel group over two nodes, and every layer would then wait for the network. Here a bundle is for a complete
-group, and Ray never splits a bundle::
+a tensor-parallel group over two nodes, and every layer would then wait for the network. Here each bundle holds a
+complete group, and Ray never splits a bundle::
 
     dp=2, tp=2        node 1: bundle 0 = ranks 0 and 1        node 2: bundle 1 = ranks 2 and 3
 

@@ -155,7 +155,7 @@ def _first_failure(written: dict[str, Any] | None, worker_exceptions: dict[int, 
 
     Args:
         written: the first error that a worker wrote, if any did.
-        worker_exceptions: what Ray knows so far, by rank.
+        worker_exceptions: the exceptions that Ray has received so far, by rank.
     """
     from ray.exceptions import RayActorError
 

@@ -1,4 +1,4 @@
-"""SLURM: a batch script for a run, and following a submitted job to its end.
+"""SLURM: write a batch script for a run, or submit it and follow the job to its end.
 
 The script starts one ``torchrun`` per node. Shortly before the time limit the run saves and the job requeues itself;
 its next start resumes the run.

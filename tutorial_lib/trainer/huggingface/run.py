@@ -79,7 +79,7 @@ class HuggingFaceRun(Trainer):
             self._probing.enter_context(self.engine.calling_after_backward(self.note_states))
 
     def note_states(self) -> None:
-        """Tell the probe, if there is one, to note the current model states: gradients are at their peak now."""
+        """Tell the probe, if there is one, to note the current model states, because gradients are at their peak."""
         if self._probe:
             self._probe.note_states(self.engine)
 
@@ -105,7 +105,7 @@ class HuggingFaceRun(Trainer):
         """Record a trained step, and return whether it was the last one of this start. Collective.
 
         Args:
-            step: optimizer steps done.
+            step: number of optimizer steps done.
             logs: the Trainer's log of the step: ``loss``, ``learning_rate`` and, if known, ``grad_norm``.
 
         Raises:

@@ -1,13 +1,13 @@
 """transformers' ``Trainer`` with this package's order of examples, AdamW and checkpoint directory.
 
-The main overrides; the first two make its losses equal those of the package's own loop:
+These are the main overrides. The first two make the losses equal those of the package's own loop:
 
-- ``get_train_dataloader``: micro-batches of this data-parallel rank, in the order that data, seed and global batch
-  determine. accelerate must not split them among the ranks a second time;
+- ``get_train_dataloader``: it returns the micro-batches of this data-parallel rank, in the order that data, seed and
+  global batch determine. accelerate must not split them among the ranks a second time;
 - ``create_optimizer``: AdamW decays every trained parameter. By default, the ``Trainer`` excludes biases and norms,
   while DeepSpeed's JSON files have no such exception;
-- ``get_batch_samples``: here the ``Trainer`` counts the step's tokens, over all micro-batches and ranks, to divide
-  the loss sum by. The run reads the count here;
+- ``get_batch_samples``: here the ``Trainer`` counts the step's tokens over all micro-batches and ranks, because it
+  divides the loss sum by their number. The run checks that number;
 - ``_save_checkpoint``: the checkpoint goes into a directory that is hashed, and gets its final name once it is
   complete.
 """

@@ -1,4 +1,4 @@
-"""DeepSpeed configuration: it sets what DeepSpeed would otherwise decide silently, and refuses ignored keys."""
+"""DeepSpeed configuration: it sets every value that DeepSpeed would choose silently, and refuses ignored keys."""
 
 import json
 import typing
@@ -106,7 +106,7 @@ def test_a_wrong_file_is_refused_before_anything_starts(tmp_path, capsys):
         ({"zero_optimization": {"stage": 1, "offload_param": {"device": "cpu"}}}, "offload_param without"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, 'offloads to "cpu"'),
         ({"train_batch_size": 6}, "train_batch_size is 6, but global_batch=8"),
-        ({"optimizer": {"type": "Lion"}}, "trains with AdamW. Write that"),
+        ({"optimizer": {"type": "Lion"}}, 'trains with AdamW. Write "AdamW"'),
         ({"fp16": {"enabled": True}}, "needs a GPU"),
     ],
 )
@@ -262,7 +262,7 @@ def test_bloom_gets_deepspeeds_plan_and_others_their_own():
 
 
 def kind_of(annotation):
-    """Name one of DeepSpeed's types as in the tables."""
+    """Return the name of one of DeepSpeed's types in our tables of keys."""
     parts = typing.get_args(annotation) if typing.get_origin(annotation) is typing.Union else (annotation,)
     nullable = "?" if type(None) in parts else ""
     (one,) = (part for part in parts if part is not type(None)) if len(parts) - bool(nullable) == 1 else (object,)
@@ -389,7 +389,7 @@ def test_profile_values_and_equal_values_do_not_contradict_the_file(tmp_path):
         ({"activation_checkpointing": {"partition_activations": True}}, "write the setting activation_checkpointing"),
         (
             {"compile": {"deepcompile": True}},
-            "compile.deepcompile needs a compiled model, and none here is; rem",
+            "compile.deepcompile needs a compiled model, and no model here is compiled; rem",
         ),
         ({"compile": {"passes": ["z1"]}}, "compile.passes needs a compiled model"),
         ({"compile": {"backend": "inductor"}}, "'backend' is not a key that DeepSpeed knows in compile"),

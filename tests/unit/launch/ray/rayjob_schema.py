@@ -1,8 +1,8 @@
 """JSON schema of a KubeRay RayJob (``ray.io/v1``), with the fields that our manifest may contain.
 
-It was written by hand. KubeRay's own definition, 25,000 lines, is in ``ray.io_rayjobs.yaml`` of its repository. With
-unknown fields refused, our manifests fit the definitions of KubeRay 1.5.1 to 1.7.0 (commit 59d663aeec13), but not the
-one of 1.5.0, which lacks ``authOptions``.
+It was written by hand. KubeRay's own definition has 25,000 lines, in ``ray.io_rayjobs.yaml`` of its repository. Even if
+unknown fields are refused, our manifests fit the definitions of KubeRay 1.5.1 to 1.7.0 (commit 59d663aeec13), but not
+the one of 1.5.0, which lacks ``authOptions``.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def test_possible_sizes_divide_the_global_batch() -> None:
     assert possible_sizes(config.override(min_dp=2)) == [2, 3, 4]
     assert possible_sizes(config.override(min_dp=None)) == [4]
     hybrid = config.override(engine="fsdp", sharding="hybrid_shard", shard_size=2, global_batch=8)
-    assert possible_sizes(hybrid) == [4], "two ranks are one copy, and no hybrid"
+    assert possible_sizes(hybrid) == [4], "two ranks would be one copy, not a hybrid"
 
 
 def test_fewer_ranks_take_more_micro_batches_and_no_larger_ones() -> None:

@@ -50,7 +50,7 @@ def test_an_address_with_another_server_is_refused_in_time(monkeypatch: pytest.M
 
 
 def test_a_cluster_of_ray_start_is_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray would join the cluster of ``ray start``, and then refuse num_cpus."""
+    """By default, Ray would join the cluster of ``ray start``, and then refuse num_cpus."""
     import ray
 
     def init(address: str | None = None, **options: object) -> None:
@@ -110,7 +110,7 @@ def test_rays_list_is_dropped_once_a_checkpoint_in_it_is_missing(tmp_path: Path)
 
 
 def start_worker(tmp_path: Path, context: dict[str, object]) -> str:
-    """Run the raylet's command, with a stand-in for Ray's own script, and return what was printed."""
+    """Run the raylet's command, with a stand-in for Ray's own script, and return its output."""
     ray_script = tmp_path / "ray_script.py"
     ray_script.write_text("import sys; print(*sys.argv[1:3])")
     given = ["default_worker.py", "--node-id=1", "--language=PYTHON"]
@@ -141,7 +141,7 @@ def test_the_server_is_sent_the_workers_environment(tmp_path: Path) -> None:
         server.listen()
         thread = threading.Thread(target=answer)
         thread.start()
-        assert start_worker(tmp_path, CONTEXT) == "", "Ray's own script did not run as well"
+        assert start_worker(tmp_path, CONTEXT) == "", "Ray's own script must not run as well"
         thread.join()
     (worker,) = asked
     assert worker["arguments"] == ["default_worker.py", "--node-id=1"]

@@ -1,4 +1,4 @@
-"""Manifests that start a Ray cluster: they fit Ray's schema and Kubernetes' structure, and train the right run."""
+"""Manifests that start a Ray cluster: they fit the schemas of Ray and KubeRay, and train the right run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Record of a restart: the worker that failed first and why, from what workers wrote and what Ray knows by then."""
+"""Record of a restart: the worker that failed first and its error, from the workers' records and from Ray."""
 
 from __future__ import annotations
 

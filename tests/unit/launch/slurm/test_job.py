@@ -1,4 +1,4 @@
-"""A job followed through answers of ``squeue``. ``tests/cluster`` follows real ones."""
+"""Jobs that are followed through answers of a fake ``squeue``. ``tests/cluster`` follows real ones."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class FakeSlurm:
         (self._programs / name).chmod(0o755)
 
     def answer(self, *states: str, **result: object) -> None:
-        """Make ``squeue`` answer with these states in turn, and the job leave a result."""
+        """Make ``squeue`` answer with these states in turn, and let the job leave a result."""
         (self.directory / "state").write_text("\n".join(states) + "\n")
         if result:
             complete = {"train_loss": 1.0, "eval_loss": None, "eval_loss_before": None, "eval_losses": [],

@@ -1,4 +1,4 @@
-"""Aborting worker: rank 0 aborts without a word, as C++ code would, after rank 1 has failed."""
+"""Aborting worker: rank 0 aborts without a traceback, as C++ code would, after rank 1 has failed."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def run_of(configs_file: str) -> RunDirectory:
 
 
 def fail_on_rank_1(run: RunDirectory) -> None:
-    """Write an error on rank 1, and return on rank 0 when it is there."""
+    """Write an error on rank 1, and return on rank 0 once it has been written."""
     if os.environ["RANK"] == "1":
         run.write_error(1, RuntimeError("of a peer"))
         time.sleep(60)  # the launcher ends it

@@ -1,4 +1,4 @@
-"""Waiting worker: rank 0 raises, and rank 1 waits where SIGTERM does not end it."""
+"""Waiting worker: rank 0 fails, and rank 1 waits and ignores SIGTERM."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Checkpoints of the Hugging Face Trainer: hashed and named like all others, but only the Trainer reads them."""
+"""Checkpoints of the Hugging Face Trainer, which are hashed and named like all others, but read only by the Trainer."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def trained(storage, model, **flat):
 
 @pytest.fixture(scope="module")
 def full_run(model, tmp_path_factory):
-    """Run without a stop; evaluate every two steps, and keep the last two checkpoints and the best."""
+    """Train without a stop, evaluate every two steps, and keep the last two checkpoints and the best."""
     flat = {"evaluate": True, "evaluate_every": "2", "max_eval_examples": 6, "checkpoint_every": 2}
     return launch.run(trained(tmp_path_factory.mktemp("full_run"), model, keep_last=2, keep_best=True, **flat))
 
