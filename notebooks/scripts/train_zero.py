@@ -74,7 +74,7 @@ def main(config):
         return train_on_ray(config).return_value
     from tutorial_lib.launch.torchrun import process_group
 
-    with process_group(config, "env://"):
+    with process_group(config.run, "env://"):
         return train_loop({"config": config.to_json()})
 
 

@@ -198,7 +198,7 @@ def test_an_interface_that_leads_nowhere_is_named_by_all_ranks(virtual_nodes: Vi
     join = (
         "from tutorial_lib.config import Config\n"
         "from tutorial_lib.launch.torchrun import process_group\n"
-        "with process_group(Config.create(launcher='none', dp=2), 'env://'): pass"
+        "with process_group(Config.create(launcher='none', dp=2).run, 'env://'): pass"
     )
     shared = ["LOCAL_RANK=0", "WORLD_SIZE=2", "LOCAL_WORLD_SIZE=1", "MASTER_ADDR=node1", "MASTER_PORT=29510"]
     own = [("RANK=0", "GLOO_SOCKET_IFNAME=eth0"), ("RANK=1", "GLOO_SOCKET_IFNAME=lonely")]

@@ -62,7 +62,7 @@ def test_a_rank_holds_its_share_to_the_byte(observed, ranks, name, pieces):
 def test_a_shard_that_is_shorter_than_the_others_is_padded(observed):
     """Parameters are cut by rows, and all ranks must send the same amount. Moments are never sent, nor padded."""
     run = observed(4, "odd.fsdp-full.4")
-    shapes = [p.shape for p in model_outline(run.config).parameters()]
+    shapes = [p.shape for p in model_outline(run.config.model, run.config.engine).parameters()]
     padded = sum(-(-shape[0] // 4) * shape[1:].numel() for shape in shapes)
     moments = [one["state_bytes"]["optimizer"] for one in run.measured]
     for one in run.measured:
@@ -112,7 +112,7 @@ def test_frozen_parameters_are_sharded_too_and_have_neither_gradient_nor_moments
 )
 def test_tensor_parallel_ranks_split_once_and_replicate_the_rest(observed, ranks, name):
     run = observed(ranks, name)
-    model, parallel = model_outline(run.config), run.config.parallel
+    model, parallel = model_outline(run.config.model, run.config.engine), run.config.parallel
     psi = sum(p.numel() for p in model.parameters())
     own = memory.tensor_parallel_params(psi, num_replicated(model), parallel.tp)
     expected = memory.model_states(own, 3, parallel.dp, memory.FP32)
@@ -131,7 +131,7 @@ def test_tensor_parallel_ranks_split_once_and_replicate_the_rest(observed, ranks
 def test_the_planner_predicts_what_a_run_holds_and_sends(observed, ranks, name):
     """This is the comparison of ``plan --check``. Errors of peaks, which vary more, are in docs/planner-errors.md."""
     run = observed(ranks, name)
-    states, _, sent = plan_check.compare(run.config, run.measured)
+    states, _, sent = plan_check.compare_predictions(run.config, run.measured)
     assert abs(states.error) <= 0.01 and abs(sent.error) <= 0.01
 
 
@@ -215,7 +215,7 @@ def test_tensor_parallelism_all_reduces_twice_per_layer_and_direction(observed, 
 
 def test_data_and_tensor_parallelism_add_up(observed):
     run = observed(4, "gpt2.fsdp-tp2.4")
-    own = memory.tensor_parallel_params(psi(run), num_replicated(model_outline(run.config)), 2)
+    own = memory.tensor_parallel_params(psi(run), num_replicated(model_outline(run.config.model, run.config.engine)), 2)
     for one in run.measured:
         assert counts(one)["all_reduce"] == LAYERS * 4
         found = collectives(one)

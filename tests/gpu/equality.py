@@ -169,7 +169,7 @@ def parameters_of(config: Config) -> list[tuple[str, Any]]:
     """Return names and empty tensors of the model's parameters."""
     from tutorial_lib.models.meta import model_outline
 
-    return list(model_outline(config).named_parameters())
+    return list(model_outline(config.model, config.engine).named_parameters())
 
 
 def compare_with_plan(setting: Setting, engine: str) -> dict[str, Any]:
@@ -181,7 +181,10 @@ def compare_with_plan(setting: Setting, engine: str) -> dict[str, Any]:
     join_group(config)
     trainer.train(config)
     preset = find_product(torch.cuda.get_device_name()) if setting.device == "cuda" else None
-    return {"preset": preset, "rows": json.loads(plan_check.report(str(config.directory), gpu=preset, as_json=True))}
+    return {
+        "preset": preset,
+        "rows": json.loads(plan_check.describe_predictions(str(config.directory), gpu=preset, as_json=True)),
+    }
 
 
 def stop_and_resume(setting: Setting) -> dict[str, Any]:

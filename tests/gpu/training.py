@@ -74,7 +74,7 @@ def join_group(config: Config) -> Topology:
     if not dist.is_initialized():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         directory = AT_END.enter_context(tempfile.TemporaryDirectory())
-        AT_END.enter_context(process_group(config, f"file://{directory}/rendezvous"))
+        AT_END.enter_context(process_group(config.run, f"file://{directory}/rendezvous"))
     return Topology.create(config.parallel, rank=0, world_size=1)
 
 

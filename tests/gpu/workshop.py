@@ -214,7 +214,7 @@ def predict(config: Config, dimensions: Dimensions, params: int) -> dict[str, fl
     """
     workload, layout = workload_and_layout(config, dimensions, params)
     part = predicted_peak.part_of_model(dimensions, params)
-    states, step_peak = states_and_peak(config, workload, layout)
+    states, step_peak = states_and_peak(workload, layout, config.accumulation)
     most = predicted_peak.peak_memory(workload, layout, part, states, config.accumulation)
     device = torch.cuda.get_device_name() if config.run.device == "cuda" else "cpu"
     return {

@@ -17,7 +17,7 @@ from typing import Any
 from tests.theory import gpu_runs
 from tests.theory.gpu_runs import GpuRun
 from tests.theory.published import FALCON, GIB, OUTSIDE, ROWS, Published
-from tutorial_lib.cli.plan_check import Compared, compare
+from tutorial_lib.cli.plan_check import Compared, compare_predictions
 from tutorial_lib.config import Config
 from tutorial_lib.engine.predictions import workload_and_layout
 from tutorial_lib.models.dimensions import read_config
@@ -69,7 +69,7 @@ def own_runs() -> Iterator[tuple[Config, list[Compared]]]:
     """Yield our own small runs, with predictions and measurements for each."""
     for row in json.loads(MEASURED.read_text(encoding="utf-8")):
         config = Config.create("cpu", **row["settings"])
-        yield config, compare(config, [row["measured"]])
+        yield config, compare_predictions(config, [row["measured"]])
 
 
 def measure() -> None:

@@ -65,7 +65,7 @@ def workshop_runs() -> Iterator[GpuRun]:
     """Yield the workshop's models under plain torch and DeepSpeed's stages."""
     for row in measured("workshop"):
         workload, layout = _planned(row)
-        states, peak = states_and_peak(_config(row), workload, layout)
+        states, peak = states_and_peak(workload, layout, _config(row).accumulation)
         waiting = states.gradients if layout.offload != "none" else 0.0  # before the update they are on the host
         yield GpuRun(
             row["case"],
@@ -109,7 +109,7 @@ def fsdp_runs() -> Iterator[GpuRun]:
                 activation_checkpointing=recomputed,
             )  # fmt: skip
             workload, layout = workload_and_layout(config, dimensions, table["num_params"])
-            states, peak = states_and_peak(config, workload, layout)
+            states, peak = states_and_peak(workload, layout, config.accumulation)
             copy = 20 * table["num_params"]  # weights, gradients, moments, and AdamW's copy of the weights' size
             yield GpuRun(
                 f"micro-batch {size}{', recomputed' if recomputed else ''}",

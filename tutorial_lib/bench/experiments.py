@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.config import Config, ConfigError, EngineConfig, RunConfig
 from tutorial_lib.config.workshop import looks_like_experiment, parse_experiment
 
 Overrides = dict[str, Any]
@@ -85,7 +85,7 @@ def rows_of(experiment: str, config: Config, chosen: Sequence[str] = ()) -> dict
     if len(set(chosen)) < len(chosen):
         raise ConfigError(f"rows: {', '.join(chosen)} names a row twice; write each once.")
     known = EXPERIMENTS[experiment]
-    sensible = {name: known[name] for name in known if _makes_sense(known[name], config)}
+    sensible = {name: known[name] for name in known if _makes_sense(known[name], config.run, config.engine)}
     rows = {name: _named(name, known) for name in chosen} if chosen else sensible
     _refuse_replaced(experiment, config, rows)
     return {name: _configure(experiment, name, overrides, config) for name, overrides in rows.items()}
@@ -116,16 +116,16 @@ def _named(name: str, known: Mapping[str, Overrides]) -> Overrides:
     )
 
 
-def _makes_sense(overrides: Overrides, config: Config) -> bool:
+def _makes_sense(overrides: Overrides, run: RunConfig, engine: EngineConfig) -> bool:
     """Return whether a row makes sense.
 
     Pinned memory needs a GPU. Engines that read DeepSpeed files need a file for the row, and refuse stage 0 in fp16.
     """
-    if overrides.get("pin_memory") and config.run.device == "cpu":
+    if overrides.get("pin_memory") and run.device == "cpu":
         return False
-    if config.engine.name not in FILE_ENGINES or "zero_stage" not in overrides:
+    if engine.name not in FILE_ENGINES or "zero_stage" not in overrides:
         return True
-    unscaled = config.engine.precision == "fp16" and overrides["zero_stage"] == 0
+    unscaled = engine.precision == "fp16" and overrides["zero_stage"] == 0
     return _file_key(overrides) in FILES and not unscaled
 
 

@@ -20,7 +20,7 @@ from tutorial_lib.bench.experiments import IS_SCALING, rows_of
 from tutorial_lib.bench.failures import OomKills, explain
 from tutorial_lib.bench.progress import SilentProgress
 from tutorial_lib.bench.record import REFUSED, STOPPED, RowRecord, measure_row, variant_of
-from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.config import Config, ConfigError, RunConfig
 from tutorial_lib.doctor.machine import usable_cores
 from tutorial_lib.launch import Interrupted, OnRows, Run
 from tutorial_lib.measure.sampler import sample_memory
@@ -159,7 +159,7 @@ def run_matrix(
         ConfigError: a row has invalid settings, a matrix of this name has different settings, or no row can run here.
         Interrupted: Ctrl-C was pressed or a signal came. Earlier rows are kept, and the same call continues from there.
     """
-    _check(config, sample_interval)
+    _check(config.run, sample_interval)
     config = config.with_absolute_paths()
     if "measure" not in config.given:
         config = config.replaced(measure=True)
@@ -182,7 +182,7 @@ def run_matrix(
             row_config = configs[name].replaced(name=name, storage=str(directory.parent))
             running = True
             try:
-                shown.begin(name, row_config)
+                shown.begin(name, row_config.run.steps)
                 record = _run_row(matrix[name], row_config, run, shown.on_rows, sample_interval)
                 matrix = matrix.with_row(record)
                 matrix.write()
@@ -219,15 +219,15 @@ def _run_row(row: RowRecord, config: Config, run: Runner, on_rows: OnRows | None
         return RowRecord(row.name, status, cause, str(error), settings=row.settings, wall_seconds=seconds)
 
 
-def _check(config: Config, sample_interval: float) -> None:
+def _check(run: RunConfig, sample_interval: float) -> None:
     if not sample_interval > 0:
         raise ConfigError(f"sample_interval is {sample_interval}. Write a number of seconds above 0, such as 0.5.")
-    if config.run.launcher == "none":
+    if run.launcher == "none":
         raise ConfigError(
             "bench starts the processes of each row itself, but launcher='none' expects them to be started by "
             "torchrun. Write launcher='local', or 'ray'."
         )
-    if config.run.steps == 1:
+    if run.steps == 1:
         raise ConfigError(
             "steps=1 leaves nothing to measure: the first step also allocates memory. Write steps=2 or more."
         )

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any, TextIO
 
 from tutorial_lib.bench.record import RowRecord
-from tutorial_lib.config import Config
 from tutorial_lib.lab.progress import StatusLine, duration
 
 
@@ -18,7 +17,7 @@ class SilentProgress:
     def plan(self, rows: Sequence[str]) -> None:
         """Receive the names of the rows that are left to run."""
 
-    def begin(self, row: str, config: Config) -> None:
+    def begin(self, row: str, num_steps: int | None) -> None:
         """Note that a row has started."""
 
     def on_rows(self, rows: Sequence[dict[str, Any]]) -> None:
@@ -51,8 +50,8 @@ class MatrixProgress(SilentProgress):
         self._rows = list(rows)
         self._line.refresh_with(self._refresh)
 
-    def begin(self, row: str, config: Config) -> None:
-        self._row, self._step, self._num_steps = row, "starting processes", config.run.steps
+    def begin(self, row: str, num_steps: int | None) -> None:
+        self._row, self._step, self._num_steps = row, "starting processes", num_steps
         self._began = time.monotonic()
         if not self._line.is_live:
             self._line.show(self.line())

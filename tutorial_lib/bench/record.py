@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tutorial_lib.config import Config
+from tutorial_lib.config import Config, ParallelConfig, RunConfig
 from tutorial_lib.doctor.machine import usable_cores
 from tutorial_lib.launch import Run
 from tutorial_lib.measure.sampler_log import MIB, MemoryLogError, MemorySeries, read_memory_log
@@ -175,9 +175,9 @@ def measure_row(name: str, run: Run, log: Path, *, wall_seconds: float) -> RowRe
     config, result = run.config, run.result
     steady, note = _steady_steps(run)
     seconds = sum(row["seconds"] for row in steady)
-    tree, gpus = _sampled(log, config)
+    tree, gpus = _sampled(log, config.run)
     measured = [rank["measured"] for rank in result["ranks"]]
-    predicted = tuple(expected_states(config, parameter_sizes(config)) or ())
+    predicted = tuple(expected_states(config, parameter_sizes(config.model, config.engine)) or ())
     accounts = [each["state_bytes"] for each in measured if each]
     return RowRecord(
         name=name,
@@ -205,7 +205,7 @@ def measure_row(name: str, run: Run, log: Path, *, wall_seconds: float) -> RowRe
         peak_bytes=max((sum(each["peak_bytes"].values()) for each in measured if each), default=None),
         predicted_peak_bytes=predict_step_peak(config),
         predicted_step_seconds=predict_step_seconds(config, result["ranks"]),
-        note="; ".join(filter(None, (note, _shared_cores(config)))) or None,
+        note="; ".join(filter(None, (note, _shared_cores(config.run, config.parallel)))) or None,
     )
 
 
@@ -221,10 +221,10 @@ def _steady_steps(run: Run) -> tuple[Sequence[dict[str, Any]], str | None]:
     return after_first, f"speed of step {measured}, which counting memory and traffic slowed down: run more steps"
 
 
-def _shared_cores(config: Config) -> str | None:
+def _shared_cores(run: RunConfig, parallel: ParallelConfig) -> str | None:
     """Return a remark if ranks had to share cores, or None."""
-    cores, ranks = usable_cores(), config.parallel.world_size
-    if config.run.device != "cpu" or config.run.launcher != "local" or ranks <= cores:
+    cores, ranks = usable_cores(), parallel.world_size
+    if run.device != "cpu" or run.launcher != "local" or ranks <= cores:
         return None
     return f"{ranks} processes share {cores} cores"
 
@@ -234,7 +234,7 @@ def _eval_losses(result: dict[str, Any]) -> tuple[float, ...]:
     return by_epoch or (() if result["eval_loss"] is None else (result["eval_loss"],))
 
 
-def _sampled(log: Path, config: Config) -> tuple[Memory | None, tuple[Memory, ...]]:
+def _sampled(log: Path, run: RunConfig) -> tuple[Memory | None, tuple[Memory, ...]]:
     """Return the memory of the process tree, and of each GPU if the run used any."""
     try:
         series = {each.label: each for each in read_memory_log(log).series}
@@ -243,5 +243,5 @@ def _sampled(log: Path, config: Config) -> tuple[Memory | None, tuple[Memory, ..
     names = sorted({f"GPU {each.gpu}" for each in series.values() if each.gpu is not None})
     # The share of these processes if the driver reports it, otherwise the GPU's total use.
     gpus = [series.get(f"{name}, process tree", series[name]) for name in names]
-    on_gpu = config.run.device == "cuda"
+    on_gpu = run.device == "cuda"
     return Memory.of(series["process tree"]), tuple(map(Memory.of, gpus)) if on_gpu else ()

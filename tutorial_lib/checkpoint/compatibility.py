@@ -80,7 +80,7 @@ def check_same_run(trainer: dict[str, Any], config: Config, data: DataIdentity |
     known = {"model": bool(before.get("weights")), "dataset": bool(before.get("data"))}
     changes = {"model": model_changes, "dataset": data_changes() if "dataset" in moved else []}
     _check_settings(saved, config, {flag for flag in moved if known[flag] and not changes[flag]}, changes)
-    _check_model([change for change in model_changes if change != _OTHER_WEIGHTS], config)
+    _check_model([change for change in model_changes if change != _OTHER_WEIGHTS], config.run, config.model)
     _check_data(data_changes(), config)
 
 
@@ -234,11 +234,11 @@ def _data_changes(before: dict[str, str], now: dict[str, str], config: DataConfi
     return [f"split {split!r} has different tokens" for split in changed]
 
 
-def _check_model(changes: list[str], config: Config) -> None:
+def _check_model(changes: list[str], run: RunConfig, model: ModelConfig) -> None:
     if changes:
         raise ConfigError(
-            f"Run {config.run.name!r} cannot resume with a model that differs from its checkpoint's: "
-            f"{'; '.join(changes)}. Restore {config.model.name!r} as it was, or give the new run another name."
+            f"Run {run.name!r} cannot resume with a model that differs from its checkpoint's: "
+            f"{'; '.join(changes)}. Restore {model.name!r} as it was, or give the new run another name."
         )
 
 

@@ -7,18 +7,14 @@ A start that finds either lock held is refused.
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from datetime import UTC, datetime
-from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from tutorial_lib.config import ConfigError
+from tutorial_lib.files import lock_holder, write_lock_holder
 from tutorial_lib.mpu import Topology
 from tutorial_lib.mpu.collectives import broadcast_object
 from tutorial_lib.records import RunDirectory
@@ -85,7 +81,7 @@ def _run_lock(run: RunDirectory, name: str, seconds: float = 0) -> Iterator[None
         lock.acquire()
     except Timeout:
         raise ConfigError(
-            f"Run {run.path.name!r} in {run.path.parent} is already running: {_holder(path)}. Wait until it "
+            f"Run {run.path.name!r} in {run.path.parent} is already running: {lock_holder(path)}. Wait until it "
             "ends, stop it, or give this run another name."
         ) from None
     except OSError as error:
@@ -97,19 +93,10 @@ def _run_lock(run: RunDirectory, name: str, seconds: float = 0) -> Iterator[None
         yield
         return
     try:
-        since = datetime.now(UTC).isoformat(timespec="seconds")
         with suppress(OSError):  # if the disk is full, a later write will report it
-            path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}) + "\n")
+            write_lock_holder(path)
         yield
     finally:
         with suppress(OSError):
             path.write_text("")
         lock.release()
-
-
-def _holder(path: Path) -> str:
-    try:
-        holder = json.loads(path.read_text(encoding="utf-8"))
-        return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
-    except (OSError, ValueError, KeyError):
-        return "a process that has not written its id yet"

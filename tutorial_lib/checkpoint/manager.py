@@ -99,7 +99,7 @@ class CheckpointManager:
         self.saves: list[dict[str, Any]] = []
         if topology.rank == 0:
             self._side_files = load_side_files(config.model.name, trust_remote_code=config.model.trust_remote_code)
-        self._pruner = Pruner(self.run, config, topology)
+        self._pruner = Pruner(self.run, config.run, topology)
         self._stager = make_stager() if config.run.async_save else None
         self._under_way: tuple[Save, Row] | None = None
 

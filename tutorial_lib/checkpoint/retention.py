@@ -13,7 +13,7 @@ from tutorial_lib.checkpoint.manifest import (
     damage_by_size,
     read_trainer_state,
 )
-from tutorial_lib.config import Config
+from tutorial_lib.config import RunConfig
 from tutorial_lib.mpu import Topology
 from tutorial_lib.mpu.collectives import broadcast_object
 from tutorial_lib.records import RunDirectory
@@ -29,8 +29,8 @@ class Pruner:
     deleted.
     """
 
-    def __init__(self, run: RunDirectory, config: Config, topology: Topology) -> None:
-        self.run, self.settings, self.topology = run, config.run, topology
+    def __init__(self, run: RunDirectory, settings: RunConfig, topology: Topology) -> None:
+        self.run, self.settings, self.topology = run, settings, topology
         self._damage: dict[str, CheckpointError | None] = {}
 
     def mark_intact(self, path: Path) -> None:

@@ -69,9 +69,8 @@ def export(options: argparse.Namespace) -> int:
 
 
 def inspect(options: argparse.Namespace) -> int:
-    from tutorial_lib.checkpoint.report import inspect as report_on
-    from tutorial_lib.checkpoint.report import table
+    from tutorial_lib.checkpoint import inspector
 
-    report = report_on(options.path)
-    print(json.dumps(report) if options.json else table(report))
-    return DONE if report.get("intact", report.get("newest")) else FAILED
+    found = inspector.inspect(options.path)
+    print(json.dumps(found) if options.json else inspector.table(found))
+    return DONE if found.get("intact", found.get("newest")) else FAILED

@@ -110,7 +110,7 @@ def main(options: argparse.Namespace) -> int:
         ConfigError: impossible arguments.
     """
     if options.check:
-        print(plan_check.report(options.check, gpu=options.gpu, as_json=options.json))
+        print(plan_check.describe_predictions(options.check, gpu=options.gpu, as_json=options.json))
         return FITS
     answer = _answer(options)
     if options.json:
@@ -136,7 +136,7 @@ def _answer(options: argparse.Namespace) -> Answer:
             micro_batch=options.micro_batch, global_batch=options.global_batch, precision=precision,
             bucket_size=options.bucket_size, checkpointing=options.activation_checkpointing,
             gradient_reduction=options.gradient_reduction, lora_rank=options.lora, base_bits=options.base_bits or 16,
-            moments=options.moments, loss_chunks=options.loss_chunks, beyond=not options.only_here,
+            moments=options.moments, loss_chunks=options.loss_chunks, allow_missing=not options.only_here,
         )  # fmt: skip
         if options.base_bits and not options.lora:
             raise ConfigError(
@@ -167,7 +167,7 @@ def _best_here(workload: Workload, cluster: Cluster, engine: str, best: Candidat
         return best
     if missing_for(workload, engine):
         return None
-    here = plan(dataclasses.replace(workload, beyond=False), cluster, engine)[0]
+    here = plan(dataclasses.replace(workload, allow_missing=False), cluster, engine)[0]
     return here if here.fits else None
 
 
@@ -198,8 +198,8 @@ def _cluster(options: argparse.Namespace) -> tuple[Cluster, str, tuple[str, ...]
     if precision not in PRECISIONS:
         raise ConfigError(f"precision is {precision!r}. Write one of: {', '.join(PRECISIONS)}.")
     stated = {
-        "efficiency": (options.efficiency, 1), "within": (options.bandwidth_within, 1e9),
-        "between": (options.bandwidth_between, 1e9), "host_link": (options.bandwidth_host, 1e9),
+        "efficiency": (options.efficiency, 1), "intra_node_bandwidth": (options.bandwidth_within, 1e9),
+        "inter_node_bandwidth": (options.bandwidth_between, 1e9), "host_link": (options.bandwidth_host, 1e9),
     }  # fmt: skip
     values = {field: getattr(preset, field) if own is None else own * unit for field, (own, unit) in stated.items()}
     flops = options.gpu_tflops * 1e12 if options.gpu_tflops else peak_flops(name, precision)

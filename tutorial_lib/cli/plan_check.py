@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class Compared:
         return self.predicted / self.measured - 1 if self.measured else 0.0
 
 
-def report(run: str, *, gpu: str | None = None, as_json: bool = False) -> str:
+def describe_predictions(run: str, *, gpu: str | None = None, as_json: bool = False) -> str:
     """Return the comparison as a table, or as JSON.
 
     Args:
@@ -56,7 +56,7 @@ def report(run: str, *, gpu: str | None = None, as_json: bool = False) -> str:
     if not all(measured):
         raise ConfigError(f"{run} was not measured: train it with --measure.")
     seconds = [row["seconds"] for row in records.rows()[3:]]
-    rows = compare(config, measured, gpu=gpu, seconds=statistics.median(seconds) if seconds else None)
+    rows = compare_predictions(config, measured, gpu=gpu, seconds=statistics.median(seconds) if seconds else None)
     if as_json:
         return json.dumps([{**asdict(row), "error": row.error} for row in rows], indent=2)
     lines = [f"{run}: {config.engine.name}, dp={config.parallel.dp} tp={config.parallel.tp}, {config.model.name}"]
@@ -68,7 +68,7 @@ def report(run: str, *, gpu: str | None = None, as_json: bool = False) -> str:
     return "\n".join(lines)
 
 
-def compare(
+def compare_predictions(
     config: Config, measured: list[dict[str, Any]], *, gpu: str | None = None, seconds: float | None = None
 ) -> list[Compared]:
     """Compare the quantities of a run.
@@ -84,7 +84,7 @@ def compare(
 
     workload, layout = workload_and_layout(config, *read_config(config.model.name))
     ranks = config.parallel.world_size
-    states, peak = states_and_peak(config, workload, layout)
+    states, peak = states_and_peak(workload, layout, config.accumulation)
     cluster = _cluster_of(gpu, ranks, config.engine.precision)
     candidate = evaluate(workload, cluster, layout)
     rows = [
@@ -138,7 +138,8 @@ def _boundary_gradients(config: Config, workload: Workload, layout: Layout) -> f
         return 0.0
     from tutorial_lib.models.meta import model_outline
 
-    sizes = [p.numel() for p in model_outline(config.override(random_init=True)).parameters() if p.requires_grad]
+    outline = model_outline(replace(config.model, random_init=True), config.engine)
+    sizes = [p.numel() for p in outline.parameters() if p.requires_grad]
     held = max(memory.reduced_gradients(sizes, layout.dp, rank) for rank in range(layout.dp))
     return (held - memory.partition_elements(sum(sizes), layout.dp)) * workload.bytes_per_element
 

@@ -106,8 +106,9 @@ def _assumptions(answer: Answer) -> list[str]:
         f"  dimensions: {answer.source}; replicated under tp: {_three_digits(dims.replicated_params / 1e6)} M",
         f"{machine.gpus} {of} of {machine.gpu_memory / 1e9:g} GB ({machine.usable_memory / 1e9:.3g} usable), "
         f"{machine.gpus_per_node} per node; {machine.gpu_flops / 1e12:g} TFLOP/s at {machine.efficiency:g} (HFU)",
-        f"  GB/s: {machine.within / 1e9:g} within a node, {machine.between / 1e9:g} between, "
-        f"{machine.host_link / 1e9:g} to the host; {machine.host_memory / 1e9:g} GB of host memory per node",
+        f"  GB/s: {machine.intra_node_bandwidth / 1e9:g} within a node, "
+        f"{machine.inter_node_bandwidth / 1e9:g} between, {machine.host_link / 1e9:g} to the host; "
+        f"{machine.host_memory / 1e9:g} GB of host memory per node",
         *([f"  {guessed}"] if guessed else []),
         f"  assumed: compute hides {machine.overlap:.0%} of dp traffic, {machine.headroom:.0%} of memory stays free, "
         f"host Adam {machine.host_adam / 1e9:g}e9 parameters/s",
@@ -197,12 +198,12 @@ def _row(candidate: Candidate, best: Candidate) -> tuple[str, ...]:
 def _best(answer: Answer) -> list[str]:
     best = answer.candidates[0]
     fitting = sum(candidate.fits for candidate in answer.candidates)
-    moment = "in backward" if best.moment == "backward" else f"at the {best.moment}"
+    phase = "in backward" if best.peak_phase == "backward" else f"at the {best.peak_phase}"
     lines = [
         f"Best: {describe(best)}. Of {len(answer.candidates)} layouts, {fitting} fit.",
         f"{best.tokens_per_gpu_second:,.0f} tokens/s per GPU, {best.seconds:.3g} s per step of "
         f"{best.tokens // answer.workload.seq_length} sequences, accumulation {best.accumulation}; "
-        f"{best.compute_seconds / best.seconds:.0%} of that is computing. Memory peaks {moment}.",
+        f"{best.compute_seconds / best.seconds:.0%} of that is computing. Memory peaks {phase}.",
         *(f"  {sentence}" for sentence in answer.why),
     ]
     if answer.fewer:
@@ -253,9 +254,9 @@ def _advice(answer: Answer) -> list[str]:
     lines = []
     for remedy in answer.advice:
         best = remedy.best
-        beyond = f"; not in this course: {', '.join(best.missing)}" if best.missing else ""
+        lacks = f"; not in this course: {', '.join(best.missing)}" if best.missing else ""
         lines.append(f"  {remedy.change}")
-        lines.append(f"    {best.tokens_per_gpu_second:,.0f} tokens/s per GPU with {describe(best)}{beyond}")
+        lines.append(f"    {best.tokens_per_gpu_second:,.0f} tokens/s per GPU with {describe(best)}{lacks}")
     if any(remedy.best.layout.offload != "none" for remedy in answer.advice):
         lines.append(f"  {OFFLOAD_WARNING}")
     return lines

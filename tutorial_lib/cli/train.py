@@ -18,7 +18,7 @@ from tutorial_lib.cli.options import (
     reserve_stdout_for_json,
     shape_in_words,
 )
-from tutorial_lib.config import PROFILES, Config, settings
+from tutorial_lib.config import PROFILES, Config, EngineConfig, settings
 from tutorial_lib.tables import align
 
 
@@ -43,10 +43,10 @@ def main(options: argparse.Namespace) -> int:
     from tutorial_lib.lab.progress import progress
     from tutorial_lib.launch.environment import check_environment, is_under_torchrun, joined_rank
 
-    check_environment(config)
+    check_environment(config.run, config.parallel)
     apply_file(config)  # refuses a wrong file before anything starts or is printed
     launch.warm_up(config)
-    leader = joined_rank(config) in (None, 0)
+    leader = joined_rank(config.run, config.parallel) in (None, 0)
     shown = progress(config.run.stop_after or config.run.steps) if leader and not options.json else None
     if shown and config.parallel.tp > 1:
         from tutorial_lib.mpu import Topology
@@ -65,7 +65,7 @@ def main(options: argparse.Namespace) -> int:
     if run.result["status"] != "stopped":
         return DONE
     # torchrun treats any other exit code as a failed worker; result.json says that the run is not finished.
-    return DONE if is_under_torchrun(config) else STOPPED
+    return DONE if is_under_torchrun(config.run, config.parallel) else STOPPED
 
 
 def summary(run: Any) -> str:
@@ -78,7 +78,7 @@ def summary(run: Any) -> str:
         "status": f"{result['status']} at step {result['step']} of {result['num_steps']}"
         + (f", resumed from {result['resumed_from']}" if result["resumed_from"] is not None else "")
         + (f" of {shape_in_words(result['reshaped_from'])}; random numbers reseeded" if result["reshaped_from"] else "")
-        + (_what_follows(run.config) if result["status"] == "stopped" else ""),
+        + (_what_follows(run.config.engine) if result["status"] == "stopped" else ""),
         **{f"left out{' ' * n}": f"{o['checkpoint']}: {o['why']}" for n, o in enumerate(result["left_out"])},
         **{f"restart {n}": _restart(r) for n, r in enumerate(result["restarts"], 1)},
         **{f"{use} rows": _odd_rows(split) for use, split in result["data"].items() if _odd_rows(split)},
@@ -92,8 +92,8 @@ def summary(run: Any) -> str:
     return "\n".join(align(pairs, (False, False), least=(18, 0), gaps=(" ",)))
 
 
-def _what_follows(config: Config) -> str:
-    if config.engine.shard_at_load:
+def _what_follows(engine: EngineConfig) -> str:
+    if engine.shard_at_load:
         return "; its weights are saved, and it cannot be resumed"
     return "; run the same command again to continue"
 

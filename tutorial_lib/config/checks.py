@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tutorial_lib.config.fields import ConfigError, EngineConfig, ParallelConfig, Setting
+from tutorial_lib.config.fields import ConfigError, EngineConfig, ParallelConfig, RunConfig, Setting
 
 if TYPE_CHECKING:
     from tutorial_lib.config import Config
@@ -79,7 +79,7 @@ def validate(config: Config, settings: Mapping[str, Setting]) -> None:
         )
     _check_fsdp(engine, parallel)
     _check_shard_at_load(config)
-    _check_batch_sizes(config)
+    _check_batch_sizes(config.run, config.parallel.dp)
     if run.stop_after is not None and run.steps is not None and run.stop_after > run.steps:
         raise ConfigError(
             f"stop_after={run.stop_after} is past the last step, steps={run.steps}. Write {run.steps} or less."
@@ -97,11 +97,10 @@ def validate(config: Config, settings: Mapping[str, Setting]) -> None:
             "Write launcher='ray', or leave max_failures out and run the same command again: it resumes from the "
             "newest intact checkpoint."
         )
-    _check_elastic(config, settings)
+    _check_elastic(config.run, config.parallel.dp, settings)
 
 
-def _check_elastic(config: Config, settings: Mapping[str, Setting]) -> None:
-    run, dp = config.run, config.parallel.dp
+def _check_elastic(run: RunConfig, dp: int, settings: Mapping[str, Setting]) -> None:
     for flag, value in (("min_dp", run.min_dp), ("resource_timeout", run.resource_timeout)):
         if value != settings[flag].default and run.launcher != "ray":
             raise ConfigError(
@@ -333,8 +332,7 @@ def _check_type(setting: Setting, value: Any) -> None:
         raise ConfigError(f"{setting.flag} is {value!r}, a {type(value).__name__}; write a value of type {name}.")
 
 
-def _check_batch_sizes(config: Config) -> None:
-    run, dp = config.run, config.parallel.dp
+def _check_batch_sizes(run: RunConfig, dp: int) -> None:
     if run.global_batch % dp:
         near = max(dp, run.global_batch // dp * dp)
         raise ConfigError(

@@ -60,7 +60,7 @@ def _training_steps(
 ) -> tuple[Examples, StepSampler, Collate]:
     _check_grid(config.parallel, topology)
     data, global_batch = config.data, config.run.global_batch
-    examples = _examples(config, _load_documents(data, tokenizer, data.train_split, data.max_examples))
+    examples = _examples(data, _load_documents(data, tokenizer, data.train_split, data.max_examples))
     if len(examples) < global_batch:
         unit = "packed rows" if data.batching == "packed" else "rows"
         raise ConfigError(
@@ -75,7 +75,7 @@ def _training_steps(
         dp_size=topology.dp,
         lengths=examples.lengths if data.batching == "longest" else None,
     )
-    return examples, sampler, _collate(config, tokenizer)
+    return examples, sampler, _collate(data, config.micro_batch, tokenizer)
 
 
 def build_eval_loader(config: Config, tokenizer: PreTrainedTokenizerBase, topology: Topology) -> EvalLoader:
@@ -92,9 +92,10 @@ def build_eval_loader(config: Config, tokenizer: PreTrainedTokenizerBase, topolo
     _check_grid(config.parallel, topology)
     data = config.data
     rows = load_rows(data.name, data.eval_split, max_examples=data.max_eval_examples)
-    examples = _examples(config, _tokenize(data, tokenizer, data.eval_split, rows))
+    examples = _examples(data, _tokenize(data, tokenizer, data.eval_split, rows))
     shared = count_shared_places(data, rows)
-    return EvalLoader(examples, _collate(config, tokenizer), topology.dp_rank, topology.dp, num_trained_on=shared)
+    collate = _collate(data, config.micro_batch, tokenizer)
+    return EvalLoader(examples, collate, topology.dp_rank, topology.dp, num_trained_on=shared)
 
 
 class TrainLoader:
@@ -246,7 +247,7 @@ class EvalLoader:
             yield batch
 
 
-def check_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> str | None:
+def check_data(data: DataConfig, run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Refuse data that cannot be read, and splits whose columns cannot be tokenised.
 
     Returns:
@@ -255,8 +256,8 @@ def check_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> str | None
     Raises:
         ConfigError: says what is wrong and what to write instead.
     """
-    data, loaded = config.data, {}
-    for use, (split, max_examples) in _splits(config).items():
+    loaded = {}
+    for use, (split, max_examples) in _splits(data, run).items():
         loaded[use] = load_rows(data.name, split, max_examples=max_examples)
         document_maker(loaded[use], tokenizer, data.seq_length, f"split {split!r} of {data.name!r}")
     shared = count_shared_rows(data, loaded["train"], loaded["eval"]) if "eval" in loaded else 0
@@ -270,7 +271,7 @@ def check_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> str | None
     )
 
 
-def data_identity(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+def data_identity(data: DataConfig, run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Return the SHA-256 of the tokens that a run trains and evaluates on: ``{"train": sha256, "eval": sha256}``.
 
     A split that is already tokenised is not read again: its hash is saved next to it.
@@ -278,15 +279,14 @@ def data_identity(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[st
     Raises:
         ConfigError: the data cannot be read.
     """
-    splits = _splits(config)
-    return {use: summary_of(_load_documents(config.data, tokenizer, *split)).sha256 for use, split in splits.items()}
+    splits = _splits(data, run)
+    return {use: summary_of(_load_documents(data, tokenizer, *split)).sha256 for use, split in splits.items()}
 
 
-def _splits(config: Config) -> dict[str, tuple[str, int | None]]:
+def _splits(data: DataConfig, run: RunConfig) -> dict[str, tuple[str, int | None]]:
     """Return the splits that a run reads, by purpose: the name of each, and the maximum number of its rows to read."""
-    data = config.data
     splits = {"train": (data.train_split, data.max_examples)}
-    if config.run.evaluate:
+    if run.evaluate:
         splits["eval"] = (data.eval_split, data.max_eval_examples)
     return splits
 
@@ -303,16 +303,16 @@ def _tokenize(
     return tokenize_rows(rows, tokenizer, data.seq_length, name=f"split {split!r} of {data.name!r}")
 
 
-def _examples(config: Config, documents: datasets.Dataset) -> Examples:
-    return Examples(documents, pack_to=config.data.seq_length if config.data.batching == "packed" else None)
+def _examples(data: DataConfig, documents: datasets.Dataset) -> Examples:
+    return Examples(documents, pack_to=data.seq_length if data.batching == "packed" else None)
 
 
-def _collate(config: Config, tokenizer: PreTrainedTokenizerBase) -> Collate:
+def _collate(data: DataConfig, micro_batch: int, tokenizer: PreTrainedTokenizerBase) -> Collate:
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return Collate(
-        seq_length=config.data.seq_length,
-        batching=config.data.batching,
-        micro_batch=config.micro_batch,
+        seq_length=data.seq_length,
+        batching=data.batching,
+        micro_batch=micro_batch,
         pad_token_id=pad,
     )
 

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from tutorial_lib.config import ConfigError
 from tutorial_lib.dataloader.csv_files import NOT_A_VALUE, column_names, csv_problem, damaged_archive, looks_misread
 from tutorial_lib.embedded import DATASET_NAMES, dataset_directory
+from tutorial_lib.files import is_lfs_pointer
 
 
 def load_rows(name: str, split: str, *, max_examples: int | None = None) -> datasets.Dataset:
@@ -66,7 +67,6 @@ _FORMATS = {
     ".arrow": "arrow", ".txt": "text",
 }  # fmt: skip
 TEXT_COLUMNS = ("text", "content", "question", "context", "answers")
-_LFS_POINTER = b"version https://git-lfs"
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _FEW = 3  # number of files shown in a message
 
@@ -322,11 +322,9 @@ def _has_long_fields(rows: datasets.Dataset) -> bool:
 def _bad_file(name: str) -> str | None:
     """Find a file of a local data set that is empty, a git-lfs pointer, not UTF-8, or not valid, and say where."""
     for file in _local_files(name):
-        with file.open("rb") as content:
-            start = content.read(len(_LFS_POINTER))
-        if not start:
+        if not file.stat().st_size:
             return f"{file}: it is empty"
-        if start == _LFS_POINTER:
+        if is_lfs_pointer(file):
             return f"{file}: it is a git-lfs pointer, not the data; run `git lfs pull` there, or download the file"
         if problem := damaged_archive(file):
             return f"{file}: {problem}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tutorial_lib.config import Config, EngineConfig
+from tutorial_lib.config import Config, EngineConfig, ModelConfig
 from tutorial_lib.engine.deepspeed.file import find, read_json
 from tutorial_lib.theory import memory
 from tutorial_lib.theory.memory import DEEPSPEED_FP32, FP32, MIXED, ModelStates
@@ -30,7 +30,7 @@ class ParameterSizes:
     persistent: int = 0
 
 
-def parameter_sizes(config: Config) -> ParameterSizes:
+def parameter_sizes(m: ModelConfig, engine: EngineConfig) -> ParameterSizes:
     """Return the sizes of a run's parameters, without allocating them.
 
     Raises:
@@ -38,9 +38,9 @@ def parameter_sizes(config: Config) -> ParameterSizes:
     """
     from tutorial_lib.models.meta import model_outline
 
-    model = model_outline(config)
+    model = model_outline(m, engine)
     parameters = list(model.parameters())
-    threshold = _persistence_threshold(config.engine, model.config.get_text_config().hidden_size)
+    threshold = _persistence_threshold(engine, model.config.get_text_config().hidden_size)
     return ParameterSizes(
         tuple(p.numel() for p in parameters if p.requires_grad),
         tuple(p.numel() for p in parameters if not p.requires_grad),

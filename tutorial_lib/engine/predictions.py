@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.config import Config, ConfigError, EngineConfig
 from tutorial_lib.engine.deepspeed import file
 from tutorial_lib.models.dimensions import read_config
 from tutorial_lib.theory import peak_memory
@@ -30,7 +30,7 @@ def predict_step_peak(config: Config) -> float | None:
         load, or one that is not a dense decoder.
     """
     planned = _planned(config)
-    return planned and states_and_peak(config, *planned)[1]
+    return planned and states_and_peak(*planned, config.accumulation)[1]
 
 
 def predict_step_seconds(config: Config, ranks: Sequence[Mapping[str, Any]]) -> float | None:
@@ -67,17 +67,17 @@ def _planned(config: Config) -> tuple[Workload, Layout] | None:
     return workload_and_layout(config, dimensions, num_params)
 
 
-def states_and_peak(config: Config, workload: Workload, layout: Layout) -> tuple[States, float]:
+def states_and_peak(workload: Workload, layout: Layout, accumulation: int) -> tuple[States, float]:
     """Return a rank's model states, and the bytes that a step allocates at its peak.
 
     Weights and moments exist before the step, so the peak leaves them out. It also leaves out the bucket and the
     gradients of DeepSpeed's stage 3, because these exist before the step, too.
     """
     part = peak_memory.part_of_model(workload.dimensions, workload.num_params, layout.tp)
-    states = layout_states(workload, layout, part.params, config.accumulation, layout.shard_size or layout.dp)
+    states = layout_states(workload, layout, part.params, accumulation, layout.shard_size or layout.dp)
     new = 0.0 if peak_memory.keeps_gradients(layout) else states.gradients
     existing = states.device - new + peak_memory.standing_bucket(workload, layout)
-    return states, peak_memory.peak_memory(workload, layout, part, states, config.accumulation).total - existing
+    return states, peak_memory.peak_memory(workload, layout, part, states, accumulation).total - existing
 
 
 def workload_and_layout(config: Config, dimensions: Dimensions, num_params: int) -> tuple[Workload, Layout]:
@@ -100,7 +100,7 @@ def workload_and_layout(config: Config, dimensions: Dimensions, num_params: int)
     checkpointing = engine.recompute if engine.activation_checkpointing else "none"
     workload = Workload(
         num_params=num_params, dimensions=dimensions, seq_length=config.data.seq_length, micro_batch=config.micro_batch,
-        global_batch=config.run.global_batch, precision=engine.precision, bucket_size=_bucket_size(config, dimensions),
+        global_batch=config.run.global_batch, precision=engine.precision, bucket_size=_bucket_size(engine, dimensions),
         checkpointing=checkpointing, on_gpu=config.run.device != "cpu", loss_chunks=engine.loss_chunks,
         **_from_deepspeed_file(engine.deepspeed_file),
     )  # fmt: skip
@@ -112,11 +112,11 @@ def workload_and_layout(config: Config, dimensions: Dimensions, num_params: int)
     return workload, layout
 
 
-def _bucket_size(config: Config, dimensions: Dimensions) -> int:
+def _bucket_size(engine: EngineConfig, dimensions: Dimensions) -> int:
     """Return the elements of DeepSpeed's bucket. The Trainer sets it only if its file says ``"auto"``."""
-    name = config.engine.deepspeed_file
-    if config.engine.name != "trainer" or name is None:
-        return config.engine.bucket_size
+    name = engine.deepspeed_file
+    if engine.name != "trainer" or name is None:
+        return engine.bucket_size
     stated = file.find(file.read_json(name), "zero_optimization.reduce_bucket_size", DEFAULT_BUCKET)
     return dimensions.hidden**2 if stated == "auto" else int(stated)
 

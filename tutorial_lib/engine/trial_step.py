@@ -30,7 +30,7 @@ from safetensors.torch import save_model
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.config import Config, ConfigError, EngineConfig, ParallelConfig
 from tutorial_lib.engine.inputs import model_inputs
 from tutorial_lib.engine.protocol import Engine
 from tutorial_lib.engine.trial_forward import TinyCopy, differ
@@ -85,7 +85,7 @@ def train_copy(config: Config, build: Callable[[Config], Engine]) -> None:
     if at_load:
         changed = differ(logits.cpu(), tiny.forward(model_inputs(batch, torch.device("cpu"))))
         if any(all_gather_objects(changed)):  # all ranks raise, so that none waits for the others
-            refused, others = _engine_and_others(config)
+            refused, others = _engine_and_others(config.engine, config.parallel)
             raise ConfigError(
                 f"The model {m.name!r}, of type {model_config.model_type!r}, cannot be trained with {refused}: its "
                 f"logits change when transformers splits it. Try {others}. (Found with a tiny copy of the model, "
@@ -187,7 +187,7 @@ def _refusal(config: Config, family: str, error: Exception) -> ConfigError:
     last = traceback.extract_tb(error.__traceback__)[-1]
     where = "/".join(last.filename.split("site-packages/")[-1].split("/")[-4:])
     reason = str(error).strip().partition("\n")[0].rstrip(".")
-    engine, other = _engine_and_others(config)
+    engine, other = _engine_and_others(config.engine, config.parallel)
     return ConfigError(
         f"The model {config.model.name!r}, of type {family!r}, cannot be trained with {engine}: {where}, line "
         f"{last.lineno}, fails with {type(error).__name__}: {reason}. Try {other}. (Found with a tiny copy of the "
@@ -195,10 +195,9 @@ def _refusal(config: Config, family: str, error: Exception) -> ConfigError:
     )
 
 
-def _engine_and_others(config: Config) -> tuple[str, str]:
+def _engine_and_others(e: EngineConfig, parallel: ParallelConfig) -> tuple[str, str]:
     """Return the engine's settings as a user writes them, and others to try."""
-    e = config.engine
-    split = f" and tp={config.parallel.tp}" if config.parallel.tp > 1 else ""
+    split = f" and tp={parallel.tp}" if parallel.tp > 1 else ""
     whole = "tp=1, " if split else ""
     if e.shard_at_load:
         return "engine='trainer', shard_at_load=True", "shard_at_load=False, or engine='deepspeed'"

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import socket
-from datetime import datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from tutorial_lib.config import ConfigError
+from tutorial_lib.files import lock_holder, write_lock_holder
 
 _LESSON = ".lesson"
 _READER = ".reader.lock"
@@ -69,22 +66,13 @@ def _reserve(directory: Path) -> None:
         lock.acquire()
     except Timeout:
         raise ConfigError(
-            f"{directory} is in use by {_reader(path)}, which has this lesson open and keeps its runs there. Shut that "
-            f"notebook's kernel down, or write another STORAGE here, such as {str(directory) + '-2'!r}."
+            f"{directory} is in use by {lock_holder(path)}, which has this lesson open and keeps its runs there. Shut "
+            f"that notebook's kernel down, or write another STORAGE here, such as {str(directory) + '-2'!r}."
         ) from None
     except OSError:
         return  # a file system without locks: two readers would not notice each other
-    since = datetime.now().astimezone().strftime("%H:%M")
-    path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}) + "\n")
+    write_lock_holder(path)
     _held[path] = lock
-
-
-def _reader(path: Path) -> str:
-    try:
-        reader = json.loads(path.read_text(encoding="utf-8"))
-        return f"process {reader['pid']} on {reader['host']} since {reader['since']}"
-    except (OSError, ValueError, KeyError):
-        return "another process"
 
 
 def _is_running(run: Path) -> bool:

@@ -67,7 +67,7 @@ def candidates(question: Question) -> tuple[list[Candidate], Cluster]:
     cluster = Cluster.of(question.gpu, question.gpus, precision)
     workload = Workload(
         num_params=dims.num_params, dimensions=dims, seq_length=question.seq_length, precision=precision,
-        global_batch=question.global_batch, beyond=not question.only_here,
+        global_batch=question.global_batch, allow_missing=not question.only_here,
     )  # fmt: skip
     return plan(workload, cluster, question.engine), cluster
 
@@ -79,7 +79,7 @@ def answer(question: Question) -> str:
     except ValueError as error:
         return f"<p>{html.escape(str(error))}</p>"
     shown = [c for c in found if c.fits][:BARS] or found[:BARS]
-    return f"<p>{html.escape(_finding(found))}</p>{bars(shown, cluster)}{ranked(shown).html()}"
+    return f"<p>{html.escape(_finding(found))}</p>{memory_bars(shown, cluster)}{ranked(shown).html()}"
 
 
 def ranked(shown: list[Candidate]) -> Table:
@@ -97,7 +97,7 @@ def ranked(shown: list[Candidate]) -> Table:
     )  # fmt: skip
 
 
-def bars(shown: list[Candidate], cluster: Cluster) -> str:
+def memory_bars(shown: list[Candidate], cluster: Cluster) -> str:
     """Return an SVG: a stacked bar per layout, and lines at one GPU's usable and total memory.
 
     Text and lines take the page's own text colour, which stands out in every theme.

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.config import Config, ConfigError, ParallelConfig, RunConfig
 from tutorial_lib.config.checks import NO_RESUME
 from tutorial_lib.doctor.machine import MEMORY_TO_START_GB, available_memory_gb
 from tutorial_lib.launch.command import plural
@@ -52,12 +52,12 @@ def preflight(config: Config) -> Config:
     from tutorial_lib.models.meta import check_stored_weights, model_outline
     from tutorial_lib.models.side_files import check_side_files
 
-    check_environment(config)
+    check_environment(config.run, config.parallel)
     if config.engine.shard_at_load:
         _LOG.warning("shard_at_load=True: this run cannot be resumed. %s.", NO_RESUME)
     config = apply_file(config.with_absolute_paths())
     if config.run.launcher != "ray" and config.run.device == "cuda":
-        _check_gpus(config)
+        _check_gpus(config.run, config.parallel)
     if config.run.launcher == "local" or (config.run.launcher == "ray" and not ray_address()):
         _check_memory(config.parallel.world_size)
     m = config.model
@@ -68,31 +68,33 @@ def preflight(config: Config) -> Config:
     tokenizer = load_tokenizer(m.name, trust_remote_code=m.trust_remote_code)
     check_vocabulary(tokenizer, model)
     check_side_files(m.name)
-    check_stored_weights(config)
+    check_stored_weights(m, config.engine)
     if m.freeze or config.engine.activation_checkpointing:
-        model_outline(config)  # refuses a pattern that matches nothing, and a family that cannot recompute
+        model_outline(m, config.engine)  # refuses a pattern that matches nothing, and a family that cannot recompute
     _check_states(config)
     if config.parallel.tp > 1:  # an output layer with its own weight is split as well
         model = load_trained_config(m.name, random_init=m.random_init, trust_remote_code=m.trust_remote_code)
     check_tensor_parallel(config.parallel.tp, model)
     if config.engine.name == "deepspeed":
-        check_autotp(config, model)
+        check_autotp(config.engine, config.parallel, model)
         if file := config.engine.deepspeed_file:
-            check_leaf_modules(file, lambda: model_outline(config))
+            check_leaf_modules(file, lambda: model_outline(m, config.engine))
             if config.run.launcher != "ray":  # Ray's workers may be on other machines
                 check_outputs(file)
     check_storage(config)
-    check_free(RunDirectory(config.directory), joined_rank(config) or 0)
+    check_free(RunDirectory(config.directory), joined_rank(config.run, config.parallel) or 0)
     found = latest(RunDirectory(config.directory))
     has_data = reads_data(config.run, found)
     if has_data:
-        warning = check_data(config, tokenizer)
-        if warning and not joined_rank(config):
+        warning = check_data(config.data, config.run, tokenizer)
+        if warning and not joined_rank(config.run, config.parallel):
             _LOG.warning(warning)
     if found:
         # Under Ray, the tokens may exist on the workers' machines only, so the workers compare them.
         compares = has_data and config.run.launcher != "ray"
-        check_continues(config, found, (lambda: data_identity(config, tokenizer)) if compares else None)
+        check_continues(
+            config, found, (lambda: data_identity(config.data, config.run, tokenizer)) if compares else None
+        )
     return config
 
 
@@ -132,7 +134,7 @@ def _warn_of_router_loss(config: Config, model_config: PretrainedConfig) -> None
     """Warn if config.json asks for the loss of the experts' router, which only the family's own loss function adds."""
     text = model_config.get_text_config()
     asked = getattr(text, "output_router_logits", False) and getattr(text, "router_aux_loss_coef", 0)
-    if asked and config.engine.name != "trainer" and not joined_rank(config):
+    if asked and config.engine.name != "trainer" and not joined_rank(config.run, config.parallel):
         _LOG.warning(
             "The config.json of %r has output_router_logits=true, but engine=%r trains on the tokens' loss alone, "
             "without the router's. Write engine='trainer' to add it.",
@@ -141,14 +143,14 @@ def _warn_of_router_loss(config: Config, model_config: PretrainedConfig) -> None
         )
 
 
-def _check_gpus(config: Config) -> None:
+def _check_gpus(run: RunConfig, parallel: ParallelConfig) -> None:
     import torch
 
     found = torch.cuda.device_count()
-    needed = config.parallel.world_size if config.run.launcher == "local" else 1
+    needed = parallel.world_size if run.launcher == "local" else 1
     if found < needed:
         raise ConfigError(
-            f"device='cuda' and {config.parallel.world_size} processes need {needed} GPUs here, but this machine has "
+            f"device='cuda' and {parallel.world_size} processes need {needed} GPUs here, but this machine has "
             f"{found}. Write profile='cpu', or a smaller dp. `python -m tutorial_lib doctor` shows what would run."
         )
 
@@ -164,7 +166,7 @@ def _check_states(config: Config) -> None:
     is_here = config.run.launcher == "local" or (config.run.launcher == "ray" and not ray_address())
     if not is_here or config.run.device != "cpu":
         return
-    states = expected_states(config, parameter_sizes(config))
+    states = expected_states(config, parameter_sizes(config.model, config.engine))
     if states is None:
         return
     ranks, held = config.parallel.world_size, sum(each.total for each in states) / 1e9

@@ -9,27 +9,27 @@ from __future__ import annotations
 import os
 import socket
 
-from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.config import ConfigError, ParallelConfig, RunConfig
 
 RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables that torchrun sets for each rank, and that a rank needs."""
 
 
-def joined_rank(config: Config) -> int | None:
+def joined_rank(run: RunConfig, parallel: ParallelConfig) -> int | None:
     """Return this process's rank if torchrun or srun started it, or None if it starts the run itself.
 
     Raises:
         ConfigError: see :func:`check_environment`.
     """
-    if config.run.launcher != "none" or "RANK" not in os.environ:
+    if run.launcher != "none" or "RANK" not in os.environ:
         return None
-    check_environment(config)
+    check_environment(run, parallel)
     return int(os.environ["RANK"])
 
 
-def is_under_torchrun(config: Config) -> bool:
+def is_under_torchrun(run: RunConfig, parallel: ParallelConfig) -> bool:
     """Return whether torchrun watches this process's exit code."""
-    return joined_rank(config) is not None and "TORCHELASTIC_RUN_ID" in os.environ
+    return joined_rank(run, parallel) is not None and "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def ray_address() -> str | None:
@@ -38,7 +38,7 @@ def ray_address() -> str | None:
     return None if address in ("", "local") else address
 
 
-def check_environment(config: Config) -> None:
+def check_environment(run: RunConfig, parallel: ParallelConfig) -> None:
     """Refuse environment variables that contradict the configuration or cannot work.
 
     Raises:
@@ -46,15 +46,15 @@ def check_environment(config: Config) -> None:
             torchrun is missing or not a number; or ``GLOO_SOCKET_IFNAME`` is not a network interface, or is one
             that other nodes cannot reach.
     """
-    if config.run.launcher == "none":
-        _check_rendezvous(config.parallel.world_size)
+    if run.launcher == "none":
+        _check_rendezvous(parallel.world_size)
     elif {"TORCHELASTIC_RUN_ID", "RANK"} <= os.environ.keys():
         raise ConfigError(
-            f"torchrun has started this process, but launcher={config.run.launcher!r} would start all "
-            f"{config.parallel.world_size} ranks again in each of its processes. Write --launcher none; or, if the "
+            f"torchrun has started this process, but launcher={run.launcher!r} would start all "
+            f"{parallel.world_size} ranks again in each of its processes. Write --launcher none; or, if the "
             "variable TORCHELASTIC_RUN_ID is left over in this shell, unset it."
         )
-    is_here = config.run.launcher != "ray" or not ray_address()
+    is_here = run.launcher != "ray" or not ray_address()
     if is_here and (name := os.environ.get("GLOO_SOCKET_IFNAME")):
         interfaces = [interface for _, interface in socket.if_nameindex()]
         if not set(name.split(",")) & set(interfaces):

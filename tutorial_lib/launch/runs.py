@@ -63,7 +63,7 @@ def warm_up(config: Config) -> None:
     elif config.run.launcher == "ray":
         from tutorial_lib.launch.ray import cluster
 
-        cluster.warm_up(config)
+        cluster.warm_up(config.run, config.parallel)
 
 
 def run(config: Config, *, on_rows: OnRows | None = None) -> Run:
@@ -130,7 +130,7 @@ def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None, worker:
     configs = [preflight(config) for config in configs]
     check_together(configs)
     first = configs[0]
-    rank = joined_rank(first)
+    rank = joined_rank(first.run, first.parallel)
     directories = [RunDirectory(config.directory) for config in configs]
     with ExitStack() as held:
         for directory in directories:

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.config import Config, ConfigError, ParallelConfig, RunConfig
 from tutorial_lib.launch.connectivity import unreachable_rank
 from tutorial_lib.launch.environment import addresses
 from tutorial_lib.launch.errors import error_of_joined_rank
@@ -93,9 +93,9 @@ def _train_joined(configs: Sequence[Config]) -> int:
             interface = {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
             stack.enter_context(_environment({**alone, **interface}))
             init_method = f"file://{stack.enter_context(TemporaryDirectory())}/rendezvous"
-        stack.enter_context(process_group(configs[0], init_method))
+        stack.enter_context(process_group(configs[0].run, init_method))
         if "RANK" in os.environ:
-            log_ranks(configs[0])
+            log_ranks(configs[0].run, configs[0].parallel)
         return len(train_all(configs))
 
 
@@ -115,7 +115,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def process_group(config: Config, init_method: str) -> Iterator[None]:
+def process_group(run: RunConfig, init_method: str) -> Iterator[None]:
     """Create the default process group while the block runs: gloo on CPUs; on GPUs NCCL, with gloo for objects.
 
     Raises:
@@ -123,7 +123,7 @@ def process_group(config: Config, init_method: str) -> Iterator[None]:
     """
     from tutorial_lib.mpu.device import local_device
 
-    device = local_device(config.run)
+    device = local_device(run)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         store, _, _ = next(rendezvous(init_method, rank, world_size, timeout=JOIN_TIMEOUT))
@@ -193,19 +193,19 @@ def _resolves(host: str) -> bool:
     return True
 
 
-def log_ranks(config: Config) -> None:
+def log_ranks(run: RunConfig, parallel: ParallelConfig) -> None:
     """Print on rank 0 where the ranks met, and each one's node and device. Collective."""
     from tutorial_lib.mpu import Topology
     from tutorial_lib.mpu.collectives import all_gather_objects
     from tutorial_lib.mpu.device import local_device
 
-    own = (socket.gethostname(), os.environ["LOCAL_RANK"], str(local_device(config.run)))
+    own = (socket.gethostname(), os.environ["LOCAL_RANK"], str(local_device(run)))
     places = all_gather_objects(own)
     if dist.get_rank() != 0:
         return
     rows = [("rank", "dp", "tp", "node", "local rank", "device")]
     for rank, (host, local_rank, device) in enumerate(places):
-        place = Topology(config.parallel.dp, config.parallel.tp, rank)
+        place = Topology(parallel.dp, parallel.tp, rank)
         rows.append((str(rank), str(place.dp_rank), str(place.tp_rank), host, local_rank, device))
     hosts = len({host for host, _, _ in places})
     identity = os.environ.get("TORCHELASTIC_RUN_ID")

@@ -26,7 +26,7 @@ def main(configs_file: str, rendezvous: str, train: Callable[[Sequence[Config]],
         train: called with the configurations, in a process group of all ranks.
     """
     configs = [Config.from_json(json.dumps(flat)) for flat in json.loads(Path(configs_file).read_text())]
-    with process_group(configs[0], f"file://{rendezvous}"):
+    with process_group(configs[0].run, f"file://{rendezvous}"):
         train(configs)
 
 

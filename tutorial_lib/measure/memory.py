@@ -2,7 +2,7 @@
 
 There are three instruments, from the most exact to the broadest:
 
-- :func:`tensor_bytes` and :class:`StateBytes` add up the storages behind given tensors: exact, but only for those.
+- :class:`StateBytes` adds up the storages behind given tensors: exact, but only for those.
 - :func:`count_allocations` follows PyTorch's allocator through a block: the exact peak of everything it handed out,
   including activations and a kernel's temporaries.
 - :func:`peak_memory` is the peak of a GPU's allocator or, on a CPU, of the entire process as the operating system sees
@@ -21,16 +21,6 @@ from typing import Any
 
 import psutil
 import torch
-
-
-def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Return the bytes of the storages behind the tensors, counting each storage once.
-
-    Tied parameters and views cost nothing extra; a slice counts as the full buffer that it keeps alive. A parameter
-    that ZeRO-3 or FSDP2 has released has no storage and counts as 0, as does a tensor on the meta device. A DTensor
-    counts as this rank's local part.
-    """
-    return sum(_storages(tensors).values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +144,12 @@ def peak_memory(device: torch.device) -> int:
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> dict[tuple[str, int], int]:
-    """Return the bytes of each storage, identified by its device's type and its address inside PyTorch."""
+    """Return the bytes of each storage, identified by its device's type and its address inside PyTorch.
+
+    Tied parameters and views cost nothing extra; a slice counts as the full buffer that it keeps alive. A parameter
+    that ZeRO-3 or FSDP2 has released has no storage and counts as 0, as does a tensor on the meta device. A DTensor
+    counts as this rank's local part.
+    """
     # The list keeps temporary tensors alive: a freed address would soon be reused for another storage.
     alive = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors]
     return {

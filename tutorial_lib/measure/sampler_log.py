@@ -107,10 +107,6 @@ class MemoryLog:
                 return series
         raise KeyError(f"{self.path} has no series {label!r}. Write one of: {', '.join(s.label for s in self.series)}")
 
-    def summaries(self, *, rounding: int = MIB) -> tuple[MemorySummary, ...]:
-        """Return the summary of every series."""
-        return tuple(series.summary(rounding=rounding) for series in self.series)
-
     def timeline(self, *labels: str) -> dict[str, tuple[tuple[float, ...], tuple[int, ...]]]:
         """Return seconds and bytes by label, for :func:`tutorial_lib.lab.figures.memory_timeline`; default: all."""
         chosen = [self[label] for label in labels] if labels else self.series

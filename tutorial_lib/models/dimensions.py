@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.config import ConfigError, EngineConfig, ModelConfig
 from tutorial_lib.theory.dimensions import Dimensions
 
 
@@ -32,7 +32,7 @@ def read_config(name: str) -> tuple[Dimensions, int]:
         return dimensions, dimensions.num_params
     from tutorial_lib.models.meta import model_outline
 
-    model = model_outline(Config.create("cpu", model=name, random_init=True))
+    model = model_outline(ModelConfig(name=name, random_init=True), EngineConfig())
     return measure(model), sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -11,10 +11,10 @@ from transformers import GenerationConfig
 from transformers.utils import logging
 
 from tutorial_lib.config import ConfigError
+from tutorial_lib.files import is_lfs_pointer
 
 GENERATION_CONFIG = "generation_config.json"
 
-_LFS_POINTER = b"version https://git-lfs"
 _TOKENIZER_OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json")
 _OLDER_VOCABULARIES = ("*.txt", "*.model", "*.tiktoken")
 """Tokenizer files that are read only if there is no ``tokenizer.json``."""
@@ -26,9 +26,7 @@ def check_no_pointer(path: Path) -> None:
     Raises:
         ConfigError: names the file, and says how to get the real one.
     """
-    with path.open("rb") as file:
-        start = file.read(len(_LFS_POINTER))
-    if start == _LFS_POINTER:
+    if is_lfs_pointer(path):
         raise ConfigError(
             f"{path} is a git-lfs pointer of {path.stat().st_size} bytes, not the file itself. "
             f"Run `git lfs pull` in {path.parent}, or download the file."

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from tutorial_lib.config import Config, ConfigError, ModelConfig
+from tutorial_lib.config import ConfigError, EngineConfig, ModelConfig
 from tutorial_lib.models.loading import (
     fetch,
     is_config_only,
@@ -37,18 +37,17 @@ from tutorial_lib.models.stored import (
 )
 
 
-def model_outline(config: Config) -> PreTrainedModel:
+def model_outline(m: ModelConfig, engine: EngineConfig) -> PreTrainedModel:
     """Build the model of :func:`build_model` on the meta device: structure and shapes, without values or memory.
 
     Raises:
         ConfigError: as for :func:`build_model`.
     """
-    m = config.model
     model = _outline(_trained_config(m), m.trust_remote_code)
     model.tie_weights()
     prepare(model, m.freeze)
-    if config.engine.activation_checkpointing:
-        set_activation_checkpointing(model, config.engine.recompute)
+    if engine.activation_checkpointing:
+        set_activation_checkpointing(model, engine.recompute)
     return model
 
 
@@ -70,19 +69,18 @@ def _outline(model_config: PretrainedConfig, trust_remote_code: bool) -> PreTrai
 
 
 @contextmanager
-def drawing_weights(config: Config) -> Iterator[PreTrainedModel]:
+def drawing_weights(m: ModelConfig, seed: int) -> Iterator[PreTrainedModel]:
     """Yield a model on the meta device, and draw the same random numbers as :func:`load_model` while the block runs.
 
     If you initialise its modules in transformers' order, they get the same weights as from :func:`load_model`.
     """
-    m = config.model
     model = _outline(_trained_config(m), m.trust_remote_code)
     with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(config.run.seed)
+        torch.manual_seed(seed)
         yield model
 
 
-def check_stored_weights(config: Config) -> None:
+def check_stored_weights(m: ModelConfig, engine: EngineConfig) -> None:
     """Refuse a directory whose files do not hold the pretrained model's parameters, for any engine.
 
     Hub models are not checked: they may not be on this machine yet.
@@ -90,10 +88,9 @@ def check_stored_weights(config: Config) -> None:
     Raises:
         ConfigError: names the file or the parameters, and what to do.
     """
-    m = config.model
     if not m.random_init and is_local(m.name):
         check_files(resolve_model(m.name))
-        _match_stored(m, must_be_read_as_stored=config.engine.name == "fsdp")
+        _match_stored(m, must_be_read_as_stored=engine.name == "fsdp")
 
 
 def locate_parameters(m: ModelConfig) -> dict[str, StoredTensor]:

@@ -33,8 +33,7 @@ Assumptions: dropout is off (its masks take one byte per element and layer), not
 keeps less), and the sequence axis of a DTensor is gathered before each matrix product and stays gathered.
 
 Sources: the kernels themselves (``torch.nn.functional``, transformers 5.23, torch/distributed/tensor/parallel/loss.py),
-torchtitan's ``parallelize_llama.py`` of December 2024 (selective policy, sequence parallelism), and for Megatron-LM
-(:func:`megatron_bytes_per_layer`) *Reducing Activation Recomputation*, arXiv:2205.05198, section 4.
+torchtitan's ``parallelize_llama.py`` of December 2024 (selective policy, sequence parallelism).
 
 Checked: tests/unit/theory/test_activations.py counts the tensors that autograd keeps in this course's three models, and
 the bytes that BLOOM's attention moves; docs/planner-errors.md compares peaks of complete runs, ours and published ones.
@@ -171,27 +170,3 @@ def logits_bytes(tokens: float, vocabulary: int, *, vocabulary_parallel: int = 1
     """
     copies = 16 if vocabulary_parallel > 1 else 12
     return copies * tokens / chunks * vocabulary / vocabulary_parallel
-
-
-def megatron_bytes_per_layer(
-    seq_length: int,
-    micro_batch: int,
-    hidden: int,
-    num_heads: int,
-    tp: int = 1,
-    *,
-    sequence_parallel: bool = False,
-    fused_attention: bool = False,
-) -> float:
-    """Return the 16-bit activations that one GPT layer of Megatron-LM keeps for backward, in bytes.
-
-    ``s b h (10 + 24/t + 5 a s / (h t))`` under tensor parallelism, ``s b h / t (34 + 5 a s / h)`` with sequence
-    parallelism as well (arXiv:2205.05198, section 4.2). For t = 1 both are ``s b h (34 + 5 a s / h)``. The last term is
-    the attention matrix, which fused attention kernels (``fused_attention``) do not keep. Both formulas assume an MLP
-    of 4 h, LayerNorm, GELU and dropout; :func:`layer_activations` covers other models.
-    """
-    sbh = seq_length * micro_batch * hidden
-    attention = 0.0 if fused_attention else 5 * num_heads * seq_length / hidden
-    if sequence_parallel:
-        return sbh / tp * (34 + attention)
-    return sbh * (10 + 24 / tp + attention / tp)

@@ -42,9 +42,9 @@ REACHED_MEMORY_BANDWIDTH = 0.8
 class Candidate:
     """A layout with its costs: bytes per device (``host`` per node), bytes that a device sends per step, seconds.
 
-    ``states`` are all model states of a step; ``memory`` is the peak, at a ``moment`` when gradients may not exist yet.
-    ``problem`` says why the layout cannot run, ``missing`` lists features that this course's engines lack for it, and
-    ``slower`` says why it is not the best.
+    ``states`` are all model states of a step; ``memory`` is the peak; in its ``peak_phase``,
+    gradients may not exist yet. ``problem`` says why the layout cannot run, ``missing`` lists features that this
+    course's engines lack for it, and ``slower`` says why it is not the best.
     """
 
     layout: Layout
@@ -54,7 +54,7 @@ class Candidate:
     activations: float
     buffers: float
     memory: float
-    moment: str
+    peak_phase: str
     host: float
     dp_traffic: float
     tp_traffic: float
@@ -118,7 +118,7 @@ def evaluate(workload: Workload, cluster: Cluster, layout: Layout) -> Candidate:
     seconds = compute + tp_seconds + exposed + offload + update
     return Candidate(
         layout=layout, accumulation=accumulation, tokens=batch * workload.seq_length, states=states.device,
-        activations=peak.activations, buffers=peak.buffers, memory=peak.total, moment=peak.phase, host=host,
+        activations=peak.activations, buffers=peak.buffers, memory=peak.total, peak_phase=peak.phase, host=host,
         dp_traffic=dp_bytes, tp_traffic=tp_bytes, cp_traffic=cp_bytes, compute_seconds=compute, dp_seconds=dp_seconds,
         tp_seconds=tp_seconds, offload_seconds=offload, update_seconds=update, exposed_dp_seconds=exposed,
         tokens_per_gpu_second=batch * workload.seq_length / seconds / cluster.gpus,
@@ -151,7 +151,8 @@ def _dp_traffic(
         gathers = traffic.StepVolume(all_gather=volume.all_gather)
         reductions = traffic.StepVolume(all_reduce=volume.all_reduce, reduce_scatter=volume.reduce_scatter)
         sent = gathers.ring_elements(ranks) * element + reductions.ring_elements(ranks) * reduced
-        return sent, sent / traffic.bus_bandwidth(members, ranks, cluster.within, cluster.between)
+        links = cluster.intra_node_bandwidth, cluster.inter_node_bandwidth
+        return sent, sent / traffic.bus_bandwidth(members, ranks, *links)
 
     if layout.strategy is None:
         # Between a layer's forward and its backward, other layers use up to 2 Psi elements. DeepSpeed keeps the layer
@@ -192,7 +193,7 @@ def _tp_traffic(
         column_layers=backward_all_reduces(workload.dimensions, layout.engine),
     )  # fmt: skip
     sent = tensor.ring_elements(layout.tp) * workload.bytes_per_element
-    return sent, sent / cluster.within
+    return sent, sent / cluster.intra_node_bandwidth
 
 
 def _cp_traffic(
@@ -212,7 +213,7 @@ def _cp_traffic(
         width = dims.key_value_width // layout.tp
         elements = context.ring_elements(tokens, width, layout.cp, recompute=layout.checkpointing == "full")
     sent = accumulation * part.layers * elements * workload.bytes_per_element
-    return sent, sent / cluster.within
+    return sent, sent / cluster.intra_node_bandwidth
 
 
 def _compute_seconds(workload: Workload, cluster: Cluster, layout: Layout, tokens: int) -> float:

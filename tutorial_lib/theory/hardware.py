@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Gpu:
+class GpuPreset:
     """One device of a node with ``gpus_per_node``.
 
     Args:
@@ -37,8 +37,8 @@ class Gpu:
         flops: dense peak FLOP/s by precision.
         efficiency: share of the peak that a training step reaches (HFU: recomputation counts).
         memory_bandwidth: bytes/s of the device's own memory.
-        within: bytes/s that a device sends to others of its node in a collective.
-        between: bytes/s of a device's share of its node's network.
+        intra_node_bandwidth: bytes/s that a device sends to others of its node in a collective.
+        inter_node_bandwidth: bytes/s of a device's share of its node's network.
         host_link: bytes/s between a device and its host.
         product: regular expression that matches the driver's name for this device, but not the names of slower
             variants, such as PCIe cards and shares of a device.
@@ -50,8 +50,8 @@ class Gpu:
     flops: Mapping[str, float]
     efficiency: float
     memory_bandwidth: float
-    within: float
-    between: float
+    intra_node_bandwidth: float
+    inter_node_bandwidth: float
     host_link: float
     product: str
     gpus_per_node: int = 8
@@ -63,47 +63,54 @@ def _flops(half: float, single: float, *, bf16: bool = True) -> dict[str, float]
     return {**({"bf16": half * 1e12} if bf16 else {}), "fp16": half * 1e12, "fp32": single * 1e12}
 
 
-GPUS: dict[str, Gpu] = {
-    "a100-80": Gpu(
-        memory=80e9, flops=_flops(312, 19.5), efficiency=0.63, memory_bandwidth=2.0e12, within=235e9, between=22.7e9,
-        host_link=25e9, product="NVIDIA A100-SXM4-80GB", sources="abefi",
+GPUS: dict[str, GpuPreset] = {
+    "a100-80": GpuPreset(
+        memory=80e9, flops=_flops(312, 19.5), efficiency=0.63, memory_bandwidth=2.0e12,
+        intra_node_bandwidth=235e9, inter_node_bandwidth=22.7e9, host_link=25e9,
+        product="NVIDIA A100-SXM4-80GB", sources="abefi",
     ),
-    "a100-40": Gpu(
-        memory=40e9, flops=_flops(312, 19.5), efficiency=0.59, memory_bandwidth=1.6e12, within=235e9, between=22.7e9,
-        host_link=25e9, product="NVIDIA A100-SXM4-40GB", sources="abefi",
+    "a100-40": GpuPreset(
+        memory=40e9, flops=_flops(312, 19.5), efficiency=0.59, memory_bandwidth=1.6e12,
+        intra_node_bandwidth=235e9, inter_node_bandwidth=22.7e9, host_link=25e9,
+        product="NVIDIA A100-SXM4-40GB", sources="abefi",
     ),
-    "h100": Gpu(
-        memory=80e9, flops=_flops(989, 67), efficiency=0.42, memory_bandwidth=3.35e12, within=370e9, between=47e9,
-        host_link=52.8e9, product="NVIDIA H100 80GB HBM3", sources="acdfi",
+    "h100": GpuPreset(
+        memory=80e9, flops=_flops(989, 67), efficiency=0.42, memory_bandwidth=3.35e12,
+        intra_node_bandwidth=370e9, inter_node_bandwidth=47e9, host_link=52.8e9,
+        product="NVIDIA H100 80GB HBM3", sources="acdfi",
     ),
-    "h200": Gpu(
-        memory=141e9, flops=_flops(989, 67), efficiency=0.42, memory_bandwidth=4.8e12, within=370e9, between=47e9,
-        host_link=54.9e9, product="NVIDIA H200", sources="acdm",
+    "h200": GpuPreset(
+        memory=141e9, flops=_flops(989, 67), efficiency=0.42, memory_bandwidth=4.8e12,
+        intra_node_bandwidth=370e9, inter_node_bandwidth=47e9, host_link=54.9e9, product="NVIDIA H200", sources="acdm",
     ),
-    "l4": Gpu(
-        memory=24e9, flops=_flops(121, 30.3), efficiency=0.42, memory_bandwidth=0.3e12, within=10e9, between=1.5e9,
-        host_link=25e9, product="NVIDIA L4",
-        plausible=("efficiency", "within", "between", "host_link"), sources="hk",
+    "l4": GpuPreset(
+        memory=24e9, flops=_flops(121, 30.3), efficiency=0.42, memory_bandwidth=0.3e12,
+        intra_node_bandwidth=10e9, inter_node_bandwidth=1.5e9, host_link=25e9,
+        product="NVIDIA L4",
+        plausible=("efficiency", "intra_node_bandwidth", "inter_node_bandwidth", "host_link"), sources="hk",
     ),
-    "l40s": Gpu(
-        memory=48e9, flops=_flops(362, 91.6), efficiency=0.42, memory_bandwidth=0.86e12, within=10e9, between=5.9e9,
-        host_link=25e9, product="NVIDIA L40S",
-        plausible=("efficiency", "within", "between", "host_link"), sources="ah",
+    "l40s": GpuPreset(
+        memory=48e9, flops=_flops(362, 91.6), efficiency=0.42, memory_bandwidth=0.86e12,
+        intra_node_bandwidth=10e9, inter_node_bandwidth=5.9e9, host_link=25e9,
+        product="NVIDIA L40S",
+        plausible=("efficiency", "intra_node_bandwidth", "inter_node_bandwidth", "host_link"), sources="ah",
     ),
-    "rtx4090": Gpu(
-        memory=24e9, flops=_flops(165.2, 82.6), efficiency=0.42, memory_bandwidth=1.008e12, within=10e9, between=1.5e9,
-        host_link=25e9, product="NVIDIA GeForce RTX 4090",
-        plausible=("efficiency", "between", "host_link"), sources="hk",
+    "rtx4090": GpuPreset(
+        memory=24e9, flops=_flops(165.2, 82.6), efficiency=0.42, memory_bandwidth=1.008e12,
+        intra_node_bandwidth=10e9, inter_node_bandwidth=1.5e9, host_link=25e9,
+        product="NVIDIA GeForce RTX 4090", plausible=("efficiency", "inter_node_bandwidth", "host_link"), sources="hk",
     ),
-    "v100": Gpu(
-        memory=32e9, flops=_flops(125, 15.7, bf16=False), efficiency=0.30, memory_bandwidth=0.9e12, within=120e9,
-        between=5.6e9, host_link=12e9, product=r"(NVIDIA |Tesla )V100-SXM2-\d+GB",
-        plausible=("within", "between"), sources="agjk",
+    "v100": GpuPreset(
+        memory=32e9, flops=_flops(125, 15.7, bf16=False), efficiency=0.30, memory_bandwidth=0.9e12,
+        intra_node_bandwidth=120e9, inter_node_bandwidth=5.6e9, host_link=12e9,
+        product=r"(NVIDIA |Tesla )V100-SXM2-\d+GB",
+        plausible=("intra_node_bandwidth", "inter_node_bandwidth"), sources="agjk",
     ),
-    "mi300x": Gpu(
-        memory=192e9, flops=_flops(1300, 163.4), efficiency=0.27, memory_bandwidth=5.3e12, within=313e9, between=47e9,
-        host_link=52.8e9, product=r"AMD Instinct MI300X( OAM)?",
-        plausible=("efficiency", "between", "host_link"), sources="ab",
+    "mi300x": GpuPreset(
+        memory=192e9, flops=_flops(1300, 163.4), efficiency=0.27, memory_bandwidth=5.3e12,
+        intra_node_bandwidth=313e9, inter_node_bandwidth=47e9, host_link=52.8e9,
+        product=r"AMD Instinct MI300X( OAM)?",
+        plausible=("efficiency", "inter_node_bandwidth", "host_link"), sources="ab",
     ),
 }  # fmt: skip
 """Presets by name.
@@ -115,7 +122,7 @@ of its peak than H100, in proportion to their largest measured matmuls (0.51 aga
 """
 
 
-def find_gpu(name: str) -> Gpu:
+def find_gpu(name: str) -> GpuPreset:
     """Return a preset.
 
     Raises:

@@ -17,8 +17,6 @@ ENGINES = ("deepspeed", "fsdp")
 PRECISIONS = ("bf16", "fp16", "fp32")
 FSDP_STRATEGIES = ("no_shard", "shard_grad_op", "full_shard", "hybrid")
 MOMENTS = ("fp32", "bf16", "8bit")
-REDUCTIONS = ("each", "last")
-"""When gradients are reduced: with every micro-batch, or once per step with the last one."""
 
 _A100 = GPUS["a100-80"]
 
@@ -35,8 +33,8 @@ class Cluster:
         gpu_flops: peak FLOP/s of one device in the precision of the run.
         efficiency: share of that peak that training reaches, recomputation included (HFU, not MFU).
         memory_bandwidth: bytes/s of a device's own memory, which limits the optimizer's update.
-        within: bytes/s that a device sends to others of its node.
-        between: bytes/s of a device's share of its node's network.
+        intra_node_bandwidth: bytes/s that a device sends to others of its node.
+        inter_node_bandwidth: bytes/s of a device's share of its node's network.
         host_link: bytes/s between a device and its host.
         host_adam: parameters per second and node that Adam on the host updates; an assumption: measure your own.
         overlap: share of data-parallel communication that compute can hide; an assumption.
@@ -50,8 +48,8 @@ class Cluster:
     gpu_flops: float = _A100.flops["bf16"]
     efficiency: float = _A100.efficiency
     memory_bandwidth: float = _A100.memory_bandwidth
-    within: float = _A100.within
-    between: float = _A100.between
+    intra_node_bandwidth: float = _A100.intra_node_bandwidth
+    inter_node_bandwidth: float = _A100.inter_node_bandwidth
     host_link: float = _A100.host_link
     host_adam: float = 4e9
     overlap: float = 0.8
@@ -67,8 +65,8 @@ class Cluster:
         gpu = find_gpu(preset)
         own = {
             "gpu_memory": gpu.memory, "gpus_per_node": gpu.gpus_per_node, "gpu_flops": peak_flops(preset, precision),
-            "efficiency": gpu.efficiency, "memory_bandwidth": gpu.memory_bandwidth, "within": gpu.within,
-            "between": gpu.between, "host_link": gpu.host_link,
+            "efficiency": gpu.efficiency, "memory_bandwidth": gpu.memory_bandwidth, "host_link": gpu.host_link,
+            "intra_node_bandwidth": gpu.intra_node_bandwidth, "inter_node_bandwidth": gpu.inter_node_bandwidth,
         }  # fmt: skip
         return cls(gpus=gpus, **(own | changes))
 
@@ -105,7 +103,7 @@ class Workload:
         moments: number format of Adam's moments: ``fp32``, ``bf16`` or ``8bit``.
         loss_chunks: number of pieces in which output layer and loss are computed.
         on_gpu: count memory that only GPUs need, such as AdamW's copy of all the tensors that it updates at once.
-        beyond: also consider layouts that this course's engines do not have.
+        allow_missing: also consider layouts with features that this course's engines lack.
     """
 
     num_params: int
@@ -124,7 +122,7 @@ class Workload:
     moments: str = "fp32"
     loss_chunks: int = 1
     on_gpu: bool = True
-    beyond: bool = True
+    allow_missing: bool = True
 
     @property
     def bytes_per_element(self) -> int:
@@ -247,10 +245,10 @@ def check(workload: Workload, cluster: Cluster, engine: str) -> None:
         if value < 1:
             raise ValueError(f"{name} is {value}; the smallest possible value is 1.")
     _check_sizes(workload)
-    if not workload.beyond and (lacking := missing_for(workload, engine)):
+    if not workload.allow_missing and (lacking := missing_for(workload, engine)):
         raise ValueError(f"This course's engines do not have {', '.join(lacking)}. Leave out --only-here.")
-    for name in ("gpu_memory", "host_memory", "gpu_flops", "memory_bandwidth", "within", "between", "host_link",
-                 "host_adam"):  # fmt: skip
+    for name in ("gpu_memory", "host_memory", "gpu_flops", "memory_bandwidth", "intra_node_bandwidth",
+                 "inter_node_bandwidth", "host_link", "host_adam"):  # fmt: skip
         if not getattr(cluster, name) > 0:
             raise ValueError(f"{name} is {getattr(cluster, name):g}; write a number above 0.")
     if not 0 < cluster.efficiency <= 1 or not 0 <= cluster.overlap <= 1 or not 0 <= cluster.headroom < 1:

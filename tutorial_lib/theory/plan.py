@@ -50,18 +50,18 @@ def something_fits(workload: Workload, cluster: Cluster, engine: str = "deepspee
         for shape in candidate_layouts(workload, cluster, engine)
         for layout in smallest_variants(shape, workload, cluster)
     )
-    return any(candidate.fits and (workload.beyond or not candidate.missing) for candidate in smallest)
+    return any(candidate.fits and (workload.allow_missing or not candidate.missing) for candidate in smallest)
 
 
 def _costs(shape: Layout, workload: Workload, cluster: Cluster) -> Iterable[Candidate]:
     """Evaluate a shape's variants, but no micro-batch larger than one that does not fit.
 
-    Variants that this course's engines cannot run are left out, unless the workload asks to look ``beyond`` them.
+    Variants that this course's engines cannot run are left out, unless the workload has ``allow_missing``.
     """
     for sizes in variants(shape, workload, cluster):
         for layout in sizes:
             candidate = evaluate(workload, cluster, layout)
-            if workload.beyond or not candidate.missing:
+            if workload.allow_missing or not candidate.missing:
                 yield candidate
             if candidate.memory > cluster.usable_memory:
                 break

@@ -30,8 +30,8 @@ class Remedy:
     def __str__(self) -> str:
         layout = self.best.layout
         how = f"dp={layout.dp} tp={layout.tp} {layout.name}, offload {layout.offload}"
-        beyond = f"; this course's engines lack {', '.join(self.best.missing)}" if self.best.missing else ""
-        return f"{self.change}: {self.best.tokens_per_gpu_second:,.0f} tokens/s per GPU with {how}{beyond}"
+        lacks = f"; this course's engines lack {', '.join(self.best.missing)}" if self.best.missing else ""
+        return f"{self.change}: {self.best.tokens_per_gpu_second:,.0f} tokens/s per GPU with {how}{lacks}"
 
 
 def remedies(workload: Workload, cluster: Cluster, engine: str = "deepspeed") -> list[Remedy]:
@@ -40,7 +40,7 @@ def remedies(workload: Workload, cluster: Cluster, engine: str = "deepspeed") ->
     if not found:
         least = replace(
             workload, checkpointing="full", micro_batch=1, global_batch=None, moments="8bit", loss_chunks=LOSS_CHUNKS,
-            beyond=True,
+            allow_missing=True,
         )  # fmt: skip
         if gpus := smallest_gpus(least, cluster, engine):
             best = plan(least, replace(cluster, gpus=gpus), engine)[0]
@@ -94,8 +94,8 @@ def _changes(workload: Workload, cluster: Cluster, engine: str) -> list[tuple[st
         rounded = -(-workload.global_batch // step) * step
         if rounded != workload.global_batch:
             add(f"--global-batch {rounded} instead of {workload.global_batch}", global_batch=rounded)
-    if not workload.beyond:
-        add("layouts that this course's engines do not have", beyond=True)
+    if not workload.allow_missing:
+        add("layouts that this course's engines do not have", allow_missing=True)
     given = workload.micro_batch or 1
     for smaller in _halves(given):
         if something_fits(replace(workload, micro_batch=smaller), cluster, engine):
@@ -105,12 +105,12 @@ def _changes(workload: Workload, cluster: Cluster, engine: str) -> list[tuple[st
         add(f"--activation-checkpointing full instead of {workload.checkpointing}", checkpointing="full")
     if workload.loss_chunks == 1:
         add(f"--loss-chunks {LOSS_CHUNKS}", loss_chunks=LOSS_CHUNKS)
-    beyond = "" if workload.beyond else " without --only-here"
+    wider = "" if workload.allow_missing else " without --only-here"
     for moments in ("bf16", "8bit"):
         if workload.moments == "fp32":
-            add(f"--moments {moments}{beyond}", moments=moments, beyond=True)
+            add(f"--moments {moments}{wider}", moments=moments, allow_missing=True)
     if not workload.lora_rank:
-        add(f"--lora {LORA_RANK}{beyond}", lora_rank=LORA_RANK, beyond=True)
+        add(f"--lora {LORA_RANK}{wider}", lora_rank=LORA_RANK, allow_missing=True)
     if needed := _host_memory(workload, cluster, engine):
         add(f"offload, with --host-memory {needed / 1e9:.0f} (GB per node)", replace(cluster, host_memory=needed))
     fewest = smallest_gpus(workload, cluster, engine) or 0

@@ -35,9 +35,9 @@ def candidate_layouts(workload: Workload, cluster: Cluster, engine: str = "deeps
     """Return the shapes to consider. Their micro-batch of 1 is a placeholder, which :func:`variants` replaces."""
     found = []
     for tp, sequence_parallel in _tensor_parallel(workload, cluster, engine):
-        for beyond in _context_and_pipeline_sizes(workload, cluster, tp, engine):
-            cp, pp = beyond.get("cp", 1), beyond.get("pp", 1)
-            axes = {"dp": cluster.gpus // (tp * cp * pp), "tp": tp, "sequence_parallel": sequence_parallel, **beyond}
+        for split in _context_and_pipeline_sizes(workload, cluster, tp, engine):
+            cp, pp = split.get("cp", 1), split.get("pp", 1)
+            axes = {"dp": cluster.gpus // (tp * cp * pp), "tp": tp, "sequence_parallel": sequence_parallel, **split}
             found += _sharded(axes, cluster, engine)
     return found
 
@@ -88,14 +88,14 @@ def _tensor_parallel(workload: Workload, cluster: Cluster, engine: str) -> Itera
         if per_node % tp or dims.heads % tp or dims.key_value_heads % tp:
             continue
         yield tp, False
-        if tp > 1 and engine == "fsdp" and workload.beyond and workload.seq_length % tp == 0:
+        if tp > 1 and engine == "fsdp" and workload.allow_missing and workload.seq_length % tp == 0:
             yield tp, True
 
 
 def _context_and_pipeline_sizes(workload: Workload, cluster: Cluster, tp: int, engine: str) -> Iterator[dict[str, int]]:
     """Yield sizes of context parallelism (ring or Ulysses) and of pipelines, starting with neither of them."""
     yield {}
-    if not workload.beyond:
+    if not workload.allow_missing:
         return
     groups = cluster.gpus // tp
     if workload.seq_length >= LONG_SEQUENCE:

@@ -233,7 +233,9 @@ def tensor_parallel_crossover(
     return zero_volume(num_params, 3, accumulation=accumulation).total / per_token
 
 
-def bus_bandwidth(members_per_node: int, num_ranks: int, within: float, between: float) -> float:
+def bus_bandwidth(
+    members_per_node: int, num_ranks: int, intra_node_bandwidth: float, inter_node_bandwidth: float
+) -> float:
     """Return the bytes per second that each rank of a group's ring sends.
 
     A group inside one node uses the links within the node. Rings over several nodes enter and leave each node once per
@@ -242,10 +244,12 @@ def bus_bandwidth(members_per_node: int, num_ranks: int, within: float, between:
     Args:
         members_per_node: ranks of the group on each node.
         num_ranks: ranks of the group.
-        within: bytes per second from one device to another in its node.
-        between: bytes per second of one device's share of its node's network.
+        intra_node_bandwidth: bytes per second from one device to another in its node.
+        inter_node_bandwidth: bytes per second of one device's share of its node's network.
     """
-    return within if num_ranks <= members_per_node else min(within, members_per_node * between)
+    if num_ranks <= members_per_node:
+        return intra_node_bandwidth
+    return min(intra_node_bandwidth, members_per_node * inter_node_bandwidth)
 
 
 def ring_factor(kind: str, num_ranks: int) -> float:

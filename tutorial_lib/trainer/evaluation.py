@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tutorial_lib.config import Config
+from tutorial_lib.config import RunConfig
 from tutorial_lib.dataloader import Batch, EvalLoader
 from tutorial_lib.dataloader.collate import fingerprint
 from tutorial_lib.engine import Engine
@@ -22,7 +22,7 @@ class Evaluator:
     """Evaluates a model, and keeps the losses in the run's record, which checkpoints save.
 
     Args:
-        config: says how often to evaluate.
+        run: says how often to evaluate.
         engine: the engine that holds the model.
         loader: loader of the evaluation split.
         topology: this rank's place in the grid.
@@ -35,12 +35,12 @@ class Evaluator:
     """
 
     def __init__(
-        self, config: Config, engine: Engine, loader: EvalLoader, topology: Topology, steps_per_epoch: int
+        self, run: RunConfig, engine: Engine, loader: EvalLoader, topology: Topology, steps_per_epoch: int
     ) -> None:
         self.engine, self.loader, self.topology = engine, loader, topology
         self.samples_per_second: float | None = None
         self.all_token_loss: float | None = None
-        self._every, self._steps_per_epoch = config.run.evaluate_every, steps_per_epoch
+        self._every, self._steps_per_epoch = run.evaluate_every, steps_per_epoch
 
     def mean_loss(self, step: int) -> float:
         """Return the mean loss per token, with the same weight for every token, on all ranks. Collective.

@@ -19,7 +19,7 @@ from tutorial_lib.checkpoint import CheckpointManager
 from tutorial_lib.checkpoint.directory import finish_deletions
 from tutorial_lib.checkpoint.manager import OnCheckpoint
 from tutorial_lib.checkpoint.start import Start, find_start
-from tutorial_lib.config import Config
+from tutorial_lib.config import Config, RunConfig
 from tutorial_lib.dataloader import build_eval_loader, build_train_loader, data_identity
 from tutorial_lib.engine import build_engine
 from tutorial_lib.measure.memory import reset_peak_memory
@@ -60,23 +60,23 @@ class Trainer:
         self.records = Records(config, topology)
         self.measured: dict[str, Any] | None = None
         self.build(on_checkpoint)
-        self.step = self.checkpoints.restore()
-        self.resumed_from = self.step if self.checkpoints.start.found else None
-        self.records.resume(self.step)
+        self.steps_done = self.checkpoints.restore()
+        self.resumed_from = self.steps_done if self.checkpoints.start.found else None
+        self.records.resume(self.steps_done)
 
     def build(self, on_checkpoint: OnCheckpoint | None) -> None:
         """Build data, model, optimizer and checkpoints. Collective."""
         config, topology = self.config, self.topology
         self.tokenizer = load_tokenizer(config.model.name, trust_remote_code=config.model.trust_remote_code)
-        start = find_start(config, topology, partial(data_identity, config, self.tokenizer))
-        loader: Any = self.build_loader() if start.reads_data else _NoData(config, start)
+        start = find_start(config, topology, partial(data_identity, config.data, config.run, self.tokenizer))
+        loader: Any = self.build_loader() if start.reads_data else _NoData(config.run, start)
         self.loader = loader
         self.num_steps: int = self.loader.num_steps
         self.engine: Any = self.build_engine()
         self.evaluator: Evaluator | None = None
         if config.run.evaluate:
             eval_loader = build_eval_loader(config, self.tokenizer, topology)
-            self.evaluator = Evaluator(config, self.engine, eval_loader, topology, self.loader.steps_per_epoch)
+            self.evaluator = Evaluator(config.run, self.engine, eval_loader, topology, self.loader.steps_per_epoch)
         self.checkpoints = CheckpointManager(
             config,
             self.engine,
@@ -105,8 +105,8 @@ class Trainer:
         self.records.begin(is_resumed=self.resumed_from is not None)
         self._train_steps()
         # A run that resumes in a different shape and stops at once still saves a checkpoint in that shape.
-        only_reshapes = self.checkpoints.reshaped_from and self.step == self.resumed_from
-        if self.checkpoints.saved_at != self.step or only_reshapes:
+        only_reshapes = self.checkpoints.reshaped_from and self.steps_done == self.resumed_from
+        if self.checkpoints.saved_at != self.steps_done or only_reshapes:
             self.save(more_steps=False)
         finish_deletions()
         return self._finish()
@@ -120,41 +120,41 @@ class Trainer:
         self._prepare_first_step()
         if self._has_no_steps_left():
             return
-        for _, micro_batches in self.loader.steps(start=self.step):
+        for _, micro_batches in self.loader.steps(start=self.steps_done):
             self.train_step(micro_batches)
             is_over = self._is_over()
             self._evaluate_if_due()
             if is_over:
                 return
-            self.checkpoints.save_if_due(self.step, self.records.last_row())
+            self.checkpoints.save_if_due(self.steps_done, self.records.last_row())
 
     def _prepare_first_step(self) -> None:
-        if self.evaluator and self.step == 0:
+        if self.evaluator and self.steps_done == 0:
             self.evaluator.note_before(self.checkpoints.record)
         self._evaluate_if_due()  # the previous start may have had to stop before it could evaluate
         self.checkpoints.record.setdefault("seconds_to_first_step", time.perf_counter() - self._began)
 
     def _has_no_steps_left(self) -> bool:
         """Return whether this start has no steps to train: the run, or its time slot, is already over."""
-        return self.step >= self.num_steps or self.stops.time_slot_has_ended(self.step)
+        return self.steps_done >= self.num_steps or self.stops.time_slot_has_ended(self.steps_done)
 
     def _is_over(self) -> bool:
         """Return whether training ends here: this was the last step, or a stop was requested. Collective."""
-        return self.step >= self.num_steps or self.stops.agree(self.step)
+        return self.steps_done >= self.num_steps or self.stops.agree(self.steps_done)
 
     def _evaluate_if_due(self) -> None:
         if self.evaluator and not self.stops.may_be_killed_soon():
-            self.evaluator.note_if_due(self.checkpoints.record, self.step)
+            self.evaluator.note_if_due(self.checkpoints.record, self.steps_done)
 
     def _evaluate_for_best(self) -> float | None:
         if self.evaluator is None or self.stops.may_be_killed_soon():
             return None
-        return self.evaluator.loss_at(self.checkpoints.record, self.step)
+        return self.evaluator.loss_at(self.checkpoints.record, self.steps_done)
 
     def evaluate(self) -> float:
         """Return the mean loss per token over the evaluation split, on all ranks. Collective."""
         assert self.evaluator is not None
-        return self.evaluator.mean_loss(self.step)
+        return self.evaluator.mean_loss(self.steps_done)
 
     def train_step(self, micro_batches: list[dict[str, Tensor]]) -> None:
         """Train one optimizer step and record it. Collective.
@@ -165,7 +165,7 @@ class Trainer:
         Raises:
             NonFiniteLoss: the loss or the gradient is NaN or infinite.
         """
-        began, step = time.perf_counter(), self.step + 1
+        began, step = time.perf_counter(), self.steps_done + 1
         is_measured = self.config.run.measure and step == measured_step(self.num_steps)
         probe = StepProbe(self.topology) if is_measured else None
         with probe.measuring() if probe else nullcontext():
@@ -185,14 +185,14 @@ class Trainer:
             norm = self.engine.step()
         if not math.isfinite(norm) and not self.engine.update_was_skipped:
             raise NonFiniteLoss(self._diverged(f"the gradient's norm is {norm}", step))
-        self.step = step
+        self.steps_done = step
         if probe:
-            self.measured = probe.report(self.engine)
+            self.measured = probe.measurements(self.engine)
         self._record(loss, tokens, None if self.engine.update_was_skipped else norm, rate, time.perf_counter() - began)
 
     def _record(self, loss: float, tokens: int, norm: float | None, rate: float, seconds: float) -> None:
-        epoch = (self.step - 1) // self.loader.steps_per_epoch
-        self.records.add(StepRow(self.step, epoch, loss, tokens, norm, rate, seconds))
+        epoch = (self.steps_done - 1) // self.loader.steps_per_epoch
+        self.records.add(StepRow(self.steps_done, epoch, loss, tokens, norm, rate, seconds))
 
     def save(self, *, more_steps: bool) -> None:
         """Write a checkpoint of the state after the last step, evaluated first for ``keep_best``. Collective.
@@ -200,7 +200,7 @@ class Trainer:
         Args:
             more_steps: whether more steps follow; with ``async_save`` they do not wait until the files are written.
         """
-        self.checkpoints.save(self.step, self.records.last_row(), more_steps=more_steps)
+        self.checkpoints.save(self.steps_done, self.records.last_row(), more_steps=more_steps)
 
     def _diverged(self, what: str, step: int) -> str:
         if step == 1 and what.startswith("the loss"):
@@ -222,7 +222,7 @@ class Trainer:
         if self.evaluator and self.stops.stopped_by is None:
             record = self.checkpoints.record
             noted = record.get("eval_loss")
-            eval_loss = self.evaluator.loss_at(record, self.step) if noted is None else noted
+            eval_loss = self.evaluator.loss_at(record, self.steps_done) if noted is None else noted
         result = collect_result(self, eval_loss, self._facts())
         if self.topology.rank == 0:
             write_atomically(self.run.result_file, result.to_json())
@@ -238,12 +238,12 @@ class _NoData:
     """Stand-in for the training data of a start that trains no steps. It only keeps the saved position.
 
     Args:
-        config: the run's settings.
+        run: says how many steps to train, unless it gives epochs.
         start: where this start begins.
     """
 
-    def __init__(self, config: Config, start: Start) -> None:
-        self.num_steps = self.last_step = config.run.steps or start.saved_num_steps()
+    def __init__(self, run: RunConfig, start: Start) -> None:
+        self.num_steps = self.last_step = run.steps or start.saved_num_steps()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._state = state

@@ -95,7 +95,7 @@ def collect_result(trainer: Trainer, eval_loss: float | None, facts: dict[str, A
     return Result(
         status="completed" if trainer.stops.stopped_by is None else "stopped",
         stopped_by=trainer.stops.stopped_by,
-        step=trainer.step,
+        step=trainer.steps_done,
         num_steps=trainer.num_steps,
         steps_per_epoch=getattr(trainer.loader, "steps_per_epoch", None),
         resumed_from=trainer.resumed_from,
@@ -111,7 +111,7 @@ def collect_result(trainer: Trainer, eval_loss: float | None, facts: dict[str, A
         tokens_per_second=sum(row["tokens"] for row in steady) / seconds if seconds else None,
         seconds_to_first_step=record["seconds_to_first_step"],
         num_parameters=trainer.engine.num_parameters,
-        checkpoint=checkpoint.directory_of(trainer.run, trainer.step).name,
+        checkpoint=checkpoint.directory_of(trainer.run, trainer.steps_done).name,
         saves=checkpoints.saves,
         ranks=all_gather_objects(own),
         versions={name: importlib.metadata.version(name) for name in packages},

@@ -45,7 +45,7 @@ class StepProbe:
         if self._states is None or now.total > self._states.total:
             self._states = now
 
-    def report(self, engine: Engine) -> dict[str, Any]:
+    def measurements(self, engine: Engine) -> dict[str, Any]:
         """Return the measurements, ready for JSON."""
         assert self._states is not None and self._traffic is not None
         return {

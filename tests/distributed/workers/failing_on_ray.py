@@ -13,7 +13,7 @@ class FailingTrainer(Trainer):
     """Trainer that fails on rank 1 in the second step."""
 
     def train_step(self, micro_batches: list[dict[str, Any]]) -> None:
-        if self.topology.rank == 1 and self.step == 1:
+        if self.topology.rank == 1 and self.steps_done == 1:
             raise ValueError("of rank 1 alone")
         super().train_step(micro_batches)
 

@@ -16,7 +16,7 @@ class KilledTrainer(Trainer):
     """Trainer whose last rank is killed in the second step."""
 
     def train_step(self, micro_batches: list[dict[str, Any]]) -> None:
-        if self.step == 1 and self.topology.rank == self.topology.world_size - 1:
+        if self.steps_done == 1 and self.topology.rank == self.topology.world_size - 1:
             os.kill(os.getpid(), signal.SIGKILL)
         super().train_step(micro_batches)
 

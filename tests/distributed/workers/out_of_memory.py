@@ -24,7 +24,7 @@ class GreedyTrainer(Trainer):
     """Trainer whose last rank repeats the rows of its second step many times."""
 
     def train_step(self, micro_batches: list[dict[str, Any]]) -> None:
-        if self.step == 1 and self.topology.rank == self.topology.world_size - 1:
+        if self.steps_done == 1 and self.topology.rank == self.topology.world_size - 1:
             micro_batches = [
                 {key: value.repeat(TIMES_THE_ROWS, 1) for key, value in batch.items()} for batch in micro_batches
             ]

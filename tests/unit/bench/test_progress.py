@@ -15,11 +15,11 @@ def test_a_log_has_a_line_for_each_begin_and_end():
     progress = MatrixProgress(file)
     progress.plan(["a", "b", "c"])
     assert progress.seconds_left() is None
-    progress.begin("a", Config.create("cpu", steps=8))
+    progress.begin("a", 8)
     progress.on_rows([{"step": 3}])
     assert progress.line().startswith("row 1 of 3, a: step 3 of 8, 0 s")
     progress.end(done("a"))
-    progress.begin("b", Config.create("cpu", steps=8))
+    progress.begin("b", 8)
     progress.end(RowRecord("b", KILLED, "Rank 0 ended with exit code -9"))
     progress.close()
     lines = file.getvalue().splitlines()
@@ -35,11 +35,11 @@ def test_the_time_left_follows_the_rows_before(monkeypatch):
     progress = MatrixProgress(io.StringIO())
     progress.plan(["a", "b", "c", "d"])
     for row, seconds in {"a": 20.0, "b": 4.0}.items():
-        progress.begin(row, Config())
+        progress.begin(row, Config().run.steps)
         clock[0] += seconds
         progress.end(done(row))
     assert progress.seconds_left() == 8.0, "the first row, which waited for imports, must not count"
-    progress.begin("c", Config())
+    progress.begin("c", Config().run.steps)
     clock[0] += 3
     assert progress.seconds_left() == 5.0
     clock[0] += 30

@@ -14,12 +14,12 @@ from tutorial_lib import checkpoint, launch
 from tutorial_lib.checkpoint import directory, manifest
 from tutorial_lib.checkpoint.directory import clean_up_leftovers, finish_deletions
 from tutorial_lib.checkpoint.retention import Pruner
-from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.config import Config, ConfigError, RunConfig
 from tutorial_lib.engine.single import TorchEngine
 
 
 def pruner(run, **flat):
-    return Pruner(run, Config.create("cpu", dp=1, engine="torch", **flat), ALONE)
+    return Pruner(run, RunConfig(**flat), ALONE)
 
 
 @pytest.mark.parametrize(

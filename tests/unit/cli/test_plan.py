@@ -317,7 +317,7 @@ def test_tensor_parallelism_stays_in_a_node_and_divides_heads() -> None:
 
 
 def test_fsdp_holds_full_gradients_only_where_it_reduces_them_once_per_step() -> None:
-    accumulating = plan(work(7e9, dimensions=SEVEN, global_batch=16, beyond=False), cluster(8), "fsdp")
+    accumulating = plan(work(7e9, dimensions=SEVEN, global_batch=16, allow_missing=False), cluster(8), "fsdp")
     once = find(plan(work(global_batch=8), cluster(8), "fsdp"), strategy="full_shard")
     last = find(accumulating, strategy="full_shard")
     assert (once.accumulation, last.accumulation) == (1, 2)
@@ -326,14 +326,14 @@ def test_fsdp_holds_full_gradients_only_where_it_reduces_them_once_per_step() ->
 
     # FSDP2's default reduces with every micro-batch. It holds fewer bytes and sends more, so it may fit where waiting
     # does not.
-    each = find(plan(work(global_batch=16, beyond=True), cluster(8, 48), "fsdp"), strategy="full_shard")
+    each = find(plan(work(global_batch=16, allow_missing=True), cluster(8, 48), "fsdp"), strategy="full_shard")
     assert each.layout.reduction == "each" and each.states == once.states
     assert each.dp_traffic == 2 * once.dp_traffic
     assert not each.missing and not last.missing
 
 
 def test_hybrid_shards_within_a_node_and_waits_less_for_the_network() -> None:
-    candidates = plan(work(), cluster(32, within=300e9, between=25e9), "fsdp")
+    candidates = plan(work(), cluster(32, intra_node_bandwidth=300e9, inter_node_bandwidth=25e9), "fsdp")
     assert {c.layout.strategy for c in candidates} == set(FSDP_STRATEGIES)
     assert {c.layout.shard_size for c in candidates if c.layout.tp == 1} == {None, 8, 16}
     hybrid, full = (

@@ -377,7 +377,8 @@ def test_data_are_identified_by_their_tokens_in_order(tmp_path, byte_tokenizer):
     def identity(train, evaluation, **flat):
         for split, texts in (("train", train), ("validation", evaluation)):
             write_jsonl(tmp_path / f"{split}.jsonl", [{"text": text} for text in texts])
-        return data_identity(Config.create(dataset=str(tmp_path), seq_length=8, **flat), byte_tokenizer)
+        config = Config.create(dataset=str(tmp_path), seq_length=8, **flat)
+        return data_identity(config.data, config.run, byte_tokenizer)
 
     known = identity(["one", "two", "three"], ["four"])
     assert known.keys() == {"train", "eval"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tutorial_lib.config import Config
+from tutorial_lib.config import Config, EngineConfig, ModelConfig
 from tutorial_lib.engine.expected_states import ParameterSizes, expected_states, on_device, parameter_sizes
 
 SIZES = ParameterSizes((600, 200, 200))
@@ -63,5 +63,5 @@ def test_offload_leaves_on_the_device_what_forward_and_backward_need():
 
 
 def test_sizes_count_tied_parameters_once():
-    sizes = parameter_sizes(Config.create("cpu", freeze=("*.wpe.weight",)))
+    sizes = parameter_sizes(ModelConfig(freeze=("*.wpe.weight",)), EngineConfig())
     assert sum(sizes.trained) + sum(sizes.frozen) == 693_312 and sizes.frozen == (512 * 96,)

@@ -52,7 +52,7 @@ def test_a_redraw_costs_few_evaluations_and_the_same_question_none(question: Que
 def test_bars_add_up_to_the_peak_on_the_scale_of_the_gpus_line() -> None:
     found, cluster = candidates(Question(model="llama-2-7b", gpu="a100-80"))
     shown = [c for c in found if c.fits][: planner.BARS]
-    svg = ElementTree.fromstring(planner.bars(shown, cluster))
+    svg = ElementTree.fromstring(planner.memory_bars(shown, cluster))
     space = "{http://www.w3.org/2000/svg}"
     stacked = [rect.attrib for rect in svg.iter(f"{space}rect") if float(rect.attrib["height"]) == 14]
     lengths = [float(rect["width"]) for rect in stacked]
@@ -67,7 +67,7 @@ def test_bars_add_up_to_the_peak_on_the_scale_of_the_gpus_line() -> None:
 def test_text_and_lines_have_the_colour_of_the_pages_text() -> None:
     """No fixed grey has a contrast of 4.5 : 1 on both white and JupyterLab's #111."""
     found, cluster = candidates(Question())
-    svg = ElementTree.fromstring(planner.bars(found, cluster))
+    svg = ElementTree.fromstring(planner.memory_bars(found, cluster))
     space = "{http://www.w3.org/2000/svg}"
     assert svg.attrib["fill"] == "currentColor" and not any("fill" in text.attrib for text in svg.iter(f"{space}text"))
     assert {line.attrib["stroke"] for line in svg.iter(f"{space}line")} == {"currentColor"}

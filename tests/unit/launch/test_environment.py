@@ -10,7 +10,7 @@ from datetime import timedelta
 import pytest
 
 from tutorial_lib.cli import main
-from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.config import Config, ConfigError, RunConfig
 from tutorial_lib.launch import torchrun as joining
 from tutorial_lib.launch.environment import RENDEZVOUS, check_environment, is_under_torchrun, joined_rank
 
@@ -47,12 +47,17 @@ def torchrun(monkeypatch, **changes):
             monkeypatch.setenv(name, value)
 
 
+def check(config):
+    check_environment(config.run, config.parallel)
+
+
 @pytest.mark.parametrize("launcher", ["local", "ray"])
 def test_a_rank_variable_left_over_in_a_shell_is_ignored(monkeypatch, launcher):
     torchrun(monkeypatch, RANK="1", WORLD_SIZE="2", TORCHELASTIC_RUN_ID=None)
     config = Config.create(launcher=launcher)
-    check_environment(config)
-    assert (joined_rank(config), is_under_torchrun(config)) == (None, False)
+    check(config)
+    rank, watched = joined_rank(config.run, config.parallel), is_under_torchrun(config.run, config.parallel)
+    assert (rank, watched) == (None, False)
 
 
 @pytest.mark.parametrize("launcher", ["local", "ray"])
@@ -109,21 +114,21 @@ def test_a_stopped_rank_of_torchrun_ends_with_0(monkeypatch, capsys, tmp_path):
 def test_a_missing_network_interface(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth99")
     with pytest.raises(ConfigError, match=r"GLOO_SOCKET_IFNAME is 'eth99', .* write one of: .*lo"):
-        check_environment(Config.create())
+        check(Config.create())
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth99,lo")
-    check_environment(Config.create())
+    check(Config.create())
 
 
 @pytest.mark.parametrize("name", ["GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"])
 def test_loopback_is_refused_where_ranks_are_on_other_nodes(monkeypatch, name):
     monkeypatch.setenv(name, "lo")
     torchrun(monkeypatch, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    check_environment(Config.create(launcher="none"))
+    check(Config.create(launcher="none"))
     torchrun(monkeypatch, WORLD_SIZE="2", LOCAL_WORLD_SIZE="1")
     with pytest.raises(
         ConfigError, match=f"{name} is 'lo', the loopback interface.* only 1 of 2 ranks run on this one"
     ):
-        check_environment(Config.create(launcher="none"))
+        check(Config.create(launcher="none"))
 
 
 @pytest.mark.parametrize(
@@ -139,7 +144,7 @@ def test_a_failed_rendezvous_is_explained(monkeypatch, changes, why):
     torchrun(monkeypatch, **({"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": None} | changes))
     monkeypatch.setattr(joining, "JOIN_TIMEOUT", timedelta(seconds=1))
     with pytest.raises(joining.RendezvousError, match=why):
-        with joining.process_group(Config.create(launcher="none"), "env://"):
+        with joining.process_group(RunConfig(launcher="none"), "env://"):
             pass
 
 
@@ -147,7 +152,7 @@ def test_a_port_in_use_is_named(monkeypatch):
     with socket.create_server(("0.0.0.0", 0)) as taken:
         torchrun(monkeypatch, WORLD_SIZE="2", MASTER_PORT=str(taken.getsockname()[1]))
         with pytest.raises(joining.RendezvousError, match="another program is using the port"):
-            with joining.process_group(Config.create(launcher="none"), "env://"):
+            with joining.process_group(RunConfig(launcher="none"), "env://"):
                 pass
 
 

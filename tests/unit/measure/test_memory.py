@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -15,26 +16,30 @@ from tutorial_lib.measure import memory
 MIB = 1 << 20
 
 
+def num_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return memory.StateBytes.of({"parameters": tensors}).parameters
+
+
 def test_views_and_tied_tensors_count_once() -> None:
     a = torch.zeros(100)
     tied = torch.nn.Parameter(a)
-    assert memory.tensor_bytes([a, a.view(10, 10), a[:3], tied]) == 400
-    assert memory.tensor_bytes([a, torch.zeros(100)]) == 800
-    assert memory.tensor_bytes([a.to(torch.bfloat16), torch.zeros(7, dtype=torch.float64)]) == 200 + 56
+    assert num_bytes([a, a.view(10, 10), a[:3], tied]) == 400
+    assert num_bytes([a, torch.zeros(100)]) == 800
+    assert num_bytes([a.to(torch.bfloat16), torch.zeros(7, dtype=torch.float64)]) == 200 + 56
 
 
 def test_a_slice_counts_as_the_buffer_that_it_keeps_alive() -> None:
-    assert memory.tensor_bytes([torch.zeros(1000)[:1]]) == 4000
+    assert num_bytes([torch.zeros(1000)[:1]]) == 4000
 
 
 def test_released_and_meta_tensors_hold_nothing() -> None:
     released = torch.zeros(1000)
     released.untyped_storage().resize_(0)
-    assert memory.tensor_bytes([released, torch.zeros(1000, device="meta")]) == 0
+    assert num_bytes([released, torch.zeros(1000, device="meta")]) == 0
 
 
 def test_each_temporary_tensor_of_a_generator_counts() -> None:
-    assert memory.tensor_bytes(torch.zeros(100) for _ in range(5)) == 5 * 400
+    assert num_bytes(torch.zeros(100) for _ in range(5)) == 5 * 400
 
 
 def test_states_by_part_and_device() -> None:

@@ -92,7 +92,7 @@ def test_the_tree_is_the_sum_of_its_processes(tmp_path: Path) -> None:
     assert (second.label, second.pid, second.seconds) == ("process 2 (worker)", 9, (0.5, 1.0))
     assert log.timeline("process 2 (worker)") == {"process 2 (worker)": ((0.5, 1.0), (30, 45))}
     assert list(log.timeline()) == [series.label for series in log.series]
-    assert [summary.peak for summary in log.summaries()] == [90, 70, 45]
+    assert [series.summary().peak for series in log.series] == [90, 70, 45]
     with pytest.raises(KeyError, match=r"process tree, process 1 \(python\)"):
         log["tree"]
 
@@ -143,7 +143,7 @@ def test_psrecord_with_io_columns(tmp_path: Path) -> None:
 
 def test_the_workshops_nvidia_smi_log() -> None:
     log = read_memory_log(LOGS / "nvidia-smi.csv")
-    first, second = log.summaries()
+    first, second = (series.summary() for series in log.series)
     assert (log.source, first.label, second.label, first.counted) == ("nvidia-smi", "GPU 0", "GPU 1", "GPU")
     assert (first.peak, first.modes, first.mode_count) == (21658 * MIB, (4 * MIB, 21658 * MIB), 2)
     assert first.mean == (4 + 21658 + 21658 + 19998 + 4) / 5 * MIB
@@ -154,7 +154,7 @@ def test_the_workshops_nvidia_smi_log() -> None:
 
 @pytest.mark.parametrize("name", ["nvidia-smi-units.csv", "nvidia-smi-noheader.csv"])
 def test_units_repeated_headers_and_no_header(name: str) -> None:
-    first, second = read_memory_log(LOGS / name).summaries()
+    first, second = (series.summary() for series in read_memory_log(LOGS / name).series)
     assert (first.num_samples, first.peak, first.duration) == (3, 3001 * MIB, 10.0)
     assert (second.num_samples, second.peak, second.modes) == (3, 3002 * MIB, (3002 * MIB,))
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.config import Config, ConfigError, EngineConfig, ModelConfig
 from tutorial_lib.embedded import MODEL_NAMES, model_directory
 from tutorial_lib.engine.fsdp import weights
 from tutorial_lib.models import build_model, load_model
@@ -22,7 +22,7 @@ from tutorial_lib.models.meta import check_stored_weights, locate_parameters, mo
 @pytest.mark.parametrize("name", MODEL_NAMES)
 def test_an_outline_is_the_model_without_values(name):
     config = Config.create("cpu", engine="fsdp", model=name, freeze=("*.0.*",), activation_checkpointing=True)
-    outline, model = model_outline(config), build_model(config)
+    outline, model = model_outline(config.model, config.engine), build_model(config)
     described = [[(n, p.shape, p.dtype, p.requires_grad) for n, p in m.named_parameters()] for m in (outline, model)]
     assert described[0] == described[1]
     assert all(p.is_meta for p in outline.parameters())
@@ -31,6 +31,10 @@ def test_an_outline_is_the_model_without_values(name):
 
 def located(name, **flat):
     return locate_parameters(Config.create("cpu", engine="fsdp", model=str(name), **flat).model)
+
+
+def check_stored(model, engine="deepspeed"):
+    check_stored_weights(ModelConfig(name=str(model)), EngineConfig(name=engine))
 
 
 def test_files_of_a_model_in_one_file_and_in_several(tmp_path):
@@ -51,7 +55,7 @@ def test_files_of_a_model_in_one_file_and_in_several(tmp_path):
     assert stored[names[1]] == str(tmp_path / "split" / "second.safetensors")
     (tmp_path / "split" / "second.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"index.json names files that are not there: second\.safetensors"):
-        check_stored_weights(Config.create("cpu", model=str(tmp_path / "split")))
+        check_stored(tmp_path / "split")
 
 
 def test_a_model_without_safetensors_is_refused(tmp_path):
@@ -78,7 +82,7 @@ def change(directory, edit):
 def test_missing_parameters_are_refused_alike_for_every_engine(copied, engine):
     change(copied, lambda held: [held.pop(name) for name in list(held) if ".2.mlp." in name])
     with pytest.raises(ConfigError, match=r"lack 4 of its parameters: .*\.2\.mlp\.c_fc\.bias, .*, and 1 more\."):
-        check_stored_weights(Config.create("cpu", dp=1, engine=engine, model=str(copied)))
+        check_stored(copied, engine)
 
 
 @ENGINES
@@ -87,7 +91,7 @@ def test_parameters_of_another_shape_are_refused_alike_for_every_engine(copied, 
     with pytest.raises(
         ConfigError, match=r"do not fit its config\.json: they hold .*ln_f\.bias as \[5\] in place of \[96\]"
     ):
-        check_stored_weights(Config.create("cpu", dp=1, engine=engine, model=str(copied)))
+        check_stored(copied, engine)
 
 
 @ENGINES
@@ -95,7 +99,7 @@ def test_parameters_of_another_shape_are_refused_alike_for_every_engine(copied, 
 def test_quantized_weights_without_their_configuration_are_refused(copied, engine, dtype):
     change(copied, lambda held: held.update({name: held[name].to(dtype) for name in held if "c_proj.weight" in name}))
     with pytest.raises(ConfigError, match=r"model\.safetensors stores .*c_proj\.weight as integers.*it was quantized"):
-        check_stored_weights(Config.create("cpu", dp=1, engine=engine, model=str(copied)))
+        check_stored(copied, engine)
 
 
 def test_a_model_that_is_loaded_alone_refuses_what_its_files_lack(copied):
@@ -119,7 +123,7 @@ def test_a_model_that_is_loaded_alone_refuses_what_its_files_lack(copied):
 def test_pointers_and_cut_files_are_named(copied, engine, content, message):
     path = copied / "model.safetensors"
     path.write_bytes(content(path.read_bytes()))
-    for load in (lambda: check_stored_weights(Config.create("cpu", dp=1, engine=engine, model=str(copied))),
+    for load in (lambda: check_stored(copied, engine),
                  lambda: load_model(str(copied))):  # fmt: skip
         with pytest.raises(ConfigError, match=rf"model/model\.safetensors is .*{message}"):
             load()
@@ -131,7 +135,7 @@ def test_a_directory_without_weights_is_refused_alike_for_every_engine(copied, e
     with pytest.raises(
         ConfigError, match=r"does not hold a usable model: it has no weights: neither model\.safetensors"
     ):
-        check_stored_weights(Config.create("cpu", dp=1, engine=engine, model=str(copied)))
+        check_stored(copied, engine)
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "version https://git-lfs", '{"weight_map": []}'])
@@ -139,7 +143,7 @@ def test_a_damaged_index_is_named(copied, content):
     (copied / "model.safetensors").unlink()
     (copied / "model.safetensors.index.json").write_text(content)
     with pytest.raises(ConfigError, match=r"model\.safetensors\.index\.json is damaged: .*Copy or download it again"):
-        check_stored_weights(Config.create("cpu", dp=1, engine="torch", model=str(copied)))
+        check_stored(copied, "torch")
 
 
 @ENGINES
@@ -157,24 +161,23 @@ def test_a_configuration_that_makes_no_model_is_refused(copied, engine, settings
     path = copied / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
     with pytest.raises(ConfigError, match=message):
-        check_stored_weights(Config.create("cpu", dp=1, engine=engine, model=str(copied)))
+        check_stored(copied, engine)
 
 
 def test_an_adapter_beside_its_base_model_is_not_dropped(copied):
     (copied / "adapter_config.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"holds an adapter .*merge_and_unload"):
-        check_stored_weights(Config.create("cpu", dp=1, engine="torch", model=str(copied)))
+        check_stored(copied, "torch")
 
 
 def test_a_cut_torch_file_is_named(copied):
     torch.save(load_file(copied / "model.safetensors"), copied / "pytorch_model.bin")
     (copied / "model.safetensors").unlink()
-    config = Config.create("cpu", dp=1, engine="torch", model=str(copied))
-    check_stored_weights(config)
+    check_stored(copied, "torch")
     path = copied / "pytorch_model.bin"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ConfigError, match=r"pytorch_model\.bin is damaged or cut short"):
-        check_stored_weights(config)
+        check_stored(copied, "torch")
 
 
 # ------------------------------------------------------------------------------------------- pickles that may hold code
@@ -205,7 +208,7 @@ def pickled(copied):
 def test_a_pickle_that_may_run_code_is_refused_unread(pickled, save):
     directory, tensors, path = pickled
     save(tensors | {"more": RunsWhenUnpickled()}, path)
-    for load in (lambda: check_stored_weights(Config.create("cpu", dp=1, engine="torch", model=str(directory))),
+    for load in (lambda: check_stored(directory, "torch"),
                  lambda: load_model(str(directory))):  # fmt: skip
         with pytest.raises(ConfigError, match=r"pytorch_model\.bin is a pickle of more than tensors.*convert it once"):
             load()
@@ -215,27 +218,25 @@ def test_a_pickle_that_may_run_code_is_refused_unread(pickled, save):
 def test_the_command_in_the_refusal_converts_a_pickle(pickled, save):
     directory, tensors, path = pickled
     save({"state_dict": tensors, "arguments": argparse.Namespace(steps=1)}, path)
-    config = Config.create("cpu", dp=1, engine="torch", model=str(directory))
     with pytest.raises(ConfigError) as refused:
-        check_stored_weights(config)
+        check_stored(directory, "torch")
     exec(str(refused.value).partition("<<'END'\n")[2].removesuffix("END"), {})
-    check_stored_weights(config)
+    check_stored(directory, "torch")
     assert all(tensor.equal(tensors[name]) for name, tensor in load_file(directory / "model.safetensors").items())
 
 
 @pytest.mark.parametrize("save", [torch.save, save_old])
 def test_a_pickle_of_tensors_alone_is_checked_and_read(pickled, save):
     directory, tensors, path = pickled
-    config = Config.create("cpu", dp=1, engine="torch", model=str(directory))
     save(tensors, path)
-    check_stored_weights(config)
+    check_stored(directory, "torch")
     assert load_model(str(directory)).lm_head.weight.equal(load_model("embedded/gpt2").lm_head.weight)
     save({name: tensor for name, tensor in tensors.items() if not name.endswith("ln_f.bias")}, path)
     with pytest.raises(ConfigError, match=r"lack 1 of its parameters: transformer\.ln_f\.bias"):
-        check_stored_weights(config)
+        check_stored(directory, "torch")
     save(list(tensors), path)
     with pytest.raises(ConfigError, match=r"pytorch_model\.bin holds a list, not tensors by parameter name"):
-        check_stored_weights(config)
+        check_stored(directory, "torch")
 
 
 @pytest.mark.parametrize("content", [b"", b"hello world"])
@@ -243,7 +244,7 @@ def test_a_file_that_is_not_a_pickle_is_named(pickled, content):
     directory, _, path = pickled
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"pytorch_model\.bin is damaged, or not a weight file .*Copy or download"):
-        check_stored_weights(Config.create("cpu", dp=1, engine="torch", model=str(directory)))
+        check_stored(directory, "torch")
 
 
 def save_random(family, directory, **sizes):
@@ -258,17 +259,17 @@ def test_names_that_transformers_renames_are_found(tmp_path):
     save_random("gpt_neox", tmp_path / "model")
     assert located(tmp_path / "model")["lm_head.weight"].name == "embed_out.weight"
     config = Config.create("cpu", engine="fsdp", model=str(tmp_path / "model"))
-    filled = model_outline(config)
-    weights.fill_model(filled, config, device=torch.device("cpu"), host=False)
+    filled = model_outline(config.model, config.engine)
+    weights.fill_model(filled, config.model, seed=config.run.seed, device=torch.device("cpu"), host=False)
     loaded = dict(load_model(config.model.name).named_parameters())
     assert all(parameter.equal(loaded[name]) for name, parameter in filled.named_parameters())
 
 
 def test_tensors_that_transformers_converts_are_for_other_engines(tmp_path):
     save_random("mixtral", tmp_path / "model", num_local_experts=2, num_experts_per_tok=1)
-    check_stored_weights(Config.create("cpu", dp=1, engine="torch", model=str(tmp_path / "model")))
+    check_stored(tmp_path / "model", "torch")
     with pytest.raises(ConfigError, match=r"reads tensors as they are stored, .*experts\.\d\..*engine='deepspeed'"):
-        check_stored_weights(Config.create("cpu", dp=1, engine="fsdp", model=str(tmp_path / "model")))
+        check_stored(tmp_path / "model", "fsdp")
 
 
 # ------------------------------------------------------------------------------------- weights that would be dropped
@@ -287,9 +288,8 @@ def test_tensors_that_a_model_would_drop_are_refused(tmp_path, engine, name):
     """Without a bias that config.json turns off, a further layer or an adapter, a different function is trained."""
     directory = shutil.copytree(model_directory("embedded/qwen2"), tmp_path / "model")
     change(directory, lambda tensors: tensors.update({name: torch.ones(4)}))
-    config = Config.create("cpu", engine=engine, dp=1, model=str(directory))
     with pytest.raises(ConfigError, match=rf"hold 1 tensors.*{name}.*would be dropped.*Correct config\.json"):
-        check_stored_weights(config)
+        check_stored(directory, engine)
     with pytest.raises(ConfigError, match="would be dropped"):
         load_model(str(directory))
 
@@ -297,5 +297,5 @@ def test_tensors_that_a_model_would_drop_are_refused(tmp_path, engine, name):
 @pytest.mark.parametrize("name", ["score.weight", "transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"])
 def test_stored_heads_of_other_tasks_and_old_buffers_are_ignored(copied, name):
     change(copied, lambda tensors: tensors.update({name: torch.ones(4)}))
-    check_stored_weights(Config.create("cpu", engine="torch", dp=1, model=str(copied)))
+    check_stored(copied, "torch")
     load_model(str(copied))

@@ -21,7 +21,7 @@ VOCABULARIES = {"bloom-560m": 250_880, "gpt2": 50_257, "gpt2-medium": 50_257, "q
 def test_the_model_has_as_many_parameters_as_the_published_one(name):
     published = PUBLISHED[name].num_parameters
     config = Config.create("cpu", model=f"published/{name}", random_init=True)
-    assert sum(parameter_sizes(config).trained) == published
+    assert sum(parameter_sizes(config.model, config.engine).trained) == published
     assert from_config(load_config(f"published/{name}")).num_params == published
 
 
@@ -71,7 +71,7 @@ def test_lesson_05_states_the_bytes_of_bloom_560m_as_the_formula_gives_them():
         "cpu", model="published/bloom-560m", random_init=True, dp=1, zero_stage=2, offload="optimizer",
         precision="bf16",
     )  # fmt: skip
-    (states,) = expected_states(config, parameter_sizes(config)) or ()
+    (states,) = expected_states(config, parameter_sizes(config.model, config.engine)) or ()
     lesson = Path(__file__).parents[3] / "notebooks" / "05_zero_workshop.ipynb"
     assert f"gives {states.total / 2**20:,.2f} MiB of model states" in lesson.read_text(encoding="utf-8")
 

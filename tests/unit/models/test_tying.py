@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.models import MODELS, small_model
-from tutorial_lib.config import Config
+from tutorial_lib.config import EngineConfig, ModelConfig
 from tutorial_lib.models import load_config, load_model, load_trained_config
 from tutorial_lib.models.meta import model_outline
 
@@ -44,7 +44,7 @@ def test_an_untied_output_layer_is_trained(own_head):
     model = load_model(str(own_head))
     assert not model.config.tie_word_embeddings
     assert model.lm_head.weight.equal(model.model.embed_tokens.weight.flip(0))
-    outline = model_outline(Config.create("cpu", model=str(own_head)))
+    outline = model_outline(ModelConfig(name=str(own_head)), EngineConfig())
     assert outline.lm_head.weight is not outline.model.embed_tokens.weight
 
 

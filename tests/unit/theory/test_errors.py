@@ -12,7 +12,7 @@ import pytest
 from tests.theory import errors, gpu_runs
 from tests.theory.published import FALCON, ROWS, Published
 from tutorial_lib.cli import main
-from tutorial_lib.cli.plan_check import compare
+from tutorial_lib.cli.plan_check import compare_predictions
 from tutorial_lib.config import Config
 from tutorial_lib.engine.deepspeed.config import apply_file
 from tutorial_lib.engine.predictions import predict_step_peak
@@ -126,9 +126,9 @@ def test_a_check_reads_how_the_deepspeed_file_reduces(tmp_path: Path, stated: di
     ds_file = tmp_path / "ds.json"
     ds_file.write_text(json.dumps({"zero_optimization": {"stage": 2, **stated}}))
     row = next(r for r in json.loads(errors.MEASURED.read_text()) if r["settings"].get("zero_stage") == 2)
-    plain = compare(Config.create("cpu", **row["settings"]), [row["measured"]])
+    plain = compare_predictions(Config.create("cpu", **row["settings"]), [row["measured"]])
     config = apply_file(Config.create("cpu", **row["settings"], deepspeed=str(ds_file)))
-    states, _, sent = compare(config, [row["measured"]])
+    states, _, sent = compare_predictions(config, [row["measured"]])
     assert states.predicted == plain[0].predicted
     assert sent.predicted == pytest.approx(plain[2].predicted * (1 + 2 * share) / 3)
 

@@ -19,8 +19,9 @@ def cluster(gpus: int, gpu: str = "a100-80", **changes: Any) -> Cluster:
     preset = GPUS[gpu]
     return Cluster(
         **{
-            "gpus": gpus, "gpu_memory": preset.memory, "gpu_flops": preset.flops["bf16"], "within": preset.within,
-            "efficiency": preset.efficiency, "memory_bandwidth": preset.memory_bandwidth, "between": preset.between,
+            "gpus": gpus, "gpu_memory": preset.memory, "gpu_flops": preset.flops["bf16"],
+            "efficiency": preset.efficiency, "memory_bandwidth": preset.memory_bandwidth,
+            "intra_node_bandwidth": preset.intra_node_bandwidth, "inter_node_bandwidth": preset.inter_node_bandwidth,
             "host_link": preset.host_link, **changes,
         }
     )  # fmt: skip
@@ -59,9 +60,9 @@ def test_half_a_billion_on_one_of_24_gb() -> None:
 
 
 def test_thirty_billion_on_eight_of_80_gb_is_not_offloaded() -> None:
-    for beyond in (True, False):
-        assert best(work(30e9, beyond=beyond), cluster(8), "fsdp").layout.offload == "none"
-    alone = best(work(30e9, beyond=False), cluster(16), "deepspeed").layout
+    for allow_missing in (True, False):
+        assert best(work(30e9, allow_missing=allow_missing), cluster(8), "fsdp").layout.offload == "none"
+    alone = best(work(30e9, allow_missing=False), cluster(16), "deepspeed").layout
     assert alone.offload == "none"
 
 
@@ -111,7 +112,7 @@ def test_seven_billion_at_131072_tokens_on_eight_of_80_gb() -> None:
     task = work("llama-3-8b", 131_072)
     layout = best(task, cluster(8, "h100"), "fsdp").layout
     assert layout.checkpointing == "full" and layout.cp * layout.tp >= 4 and layout.offload == "none"
-    here = replace(task, beyond=False)
+    here = replace(task, allow_missing=False)
     assert not plan(here, cluster(8), "fsdp")[0].fits
     assert "layouts that this course's engines do not have" in [
         remedy.change for remedy in remedies(here, cluster(8), "fsdp")

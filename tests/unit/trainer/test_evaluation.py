@@ -23,7 +23,7 @@ def evaluator(tmp_path: Path, **flat: Any) -> tuple[Evaluator, Config]:
     )  # fmt: skip
     topology = Topology.from_environment(config.parallel)
     loader = build_eval_loader(config, load_tokenizer(config.model.name), topology)
-    return Evaluator(config, build_engine(config, topology, 2), loader, topology, steps_per_epoch=2), config
+    return Evaluator(config.run, build_engine(config, topology, 2), loader, topology, steps_per_epoch=2), config
 
 
 def test_all_tokens_are_questions_contexts_and_answers(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ import torch
 from tutorial_lib.checkpoint.formats import dcp, deepspeed, single, trainer
 from tutorial_lib.checkpoint.formats.base import MOMENTS, FullTensors
 from tutorial_lib.checkpoint.manifest import read_trainer_state, verify
-from tutorial_lib.config import Config
+from tutorial_lib.config import Config, EngineConfig, ParallelConfig
 from tutorial_lib.models import freeze_parameters
 
 __all__ = ["MOMENTS", "FullTensors", "open_full", "rank_and_contents"]
@@ -45,13 +45,13 @@ def open_full(path: Path, *, verified: bool = False) -> FullTensors:
         verify(path)
     settings = Config.from_json(json.dumps(read_trainer_state(path)["config"]))
     model = _meta_model(path, settings.model.freeze)
-    of_engine: dict[str, Callable[[Path, Config, Any], FullTensors]] = {
+    of_engine: dict[str, Callable[[Path, EngineConfig, ParallelConfig, Any], FullTensors]] = {
         "torch": single.Single,
         "fsdp": dcp.DCP,
         "deepspeed": deepspeed.STAGES[settings.engine.zero_stage],
         "trainer": trainer.reader,
     }
-    reader = of_engine[settings.engine.name](path / "engine", settings, model)
+    reader = of_engine[settings.engine.name](path / "engine", settings.engine, settings.parallel, model)
     reader.check_names()
     return reader
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tutorial_lib.checkpoint.manifest import CheckpointError
-from tutorial_lib.config import Config
+from tutorial_lib.config import EngineConfig, ParallelConfig
 
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
 WEIGHTS_AND_OPTIMIZER = "weights and optimizer"
@@ -44,8 +44,8 @@ class FullTensors(ABC):
         shapes: full shapes by name.
     """
 
-    def __init__(self, directory: Path, settings: Config, model: Any) -> None:
-        self._directory, self._settings = directory, settings
+    def __init__(self, directory: Path, engine: EngineConfig, parallel: ParallelConfig, model: Any) -> None:
+        self._directory, self._engine, self._tp = directory, engine, parallel.tp
         self._model_type: str = model.config.model_type
         parameters = dict(model.named_parameters())
         self.names = tuple(parameters)

@@ -27,7 +27,7 @@ class DCP(FullTensors):
         tensor = torch.empty(self.shapes[name])
         self._load({"parameters" if kind == WEIGHT else kind: {name: tensor}})
         if is_fused_by_part(name, self._model_type):
-            return by_part(tensor, self._settings.parallel.tp).contiguous()
+            return by_part(tensor, self._tp).contiguous()
         return tensor
 
     def adam_step(self, name: str) -> int:

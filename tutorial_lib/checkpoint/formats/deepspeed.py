@@ -30,7 +30,7 @@ from tutorial_lib.checkpoint.formats.base import (
     FullTensors,
     names_without_duplicates,
 )
-from tutorial_lib.config import Config
+from tutorial_lib.config import EngineConfig, ParallelConfig
 
 LAYOUT = "layout.json"
 """File next to the engine's own, which records how tensor parallelism split each parameter."""
@@ -43,12 +43,14 @@ class _Stage(FullTensors):
         folder: folder of the files within ``directory``, named by DeepSpeed's tag.
     """
 
-    def __init__(self, directory: Path, settings: Config, model: Any, folder: str = "engine") -> None:
-        super().__init__(directory, settings, model)
+    def __init__(
+        self, directory: Path, engine: EngineConfig, parallel: ParallelConfig, model: Any, folder: str = "engine"
+    ) -> None:
+        super().__init__(directory, engine, parallel, model)
         self._folder = folder
         # Unpickling these files imports DeepSpeed, which would otherwise warn if there is no GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-        self._dp, self._tp = settings.parallel.dp, settings.parallel.tp
+        self._dp = parallel.dp
         rows = json.loads((directory / LAYOUT).read_text(encoding="utf-8")) if self._tp > 1 else []
         self._layout: dict[str, dict[str, Any]] = {row["parameter"]: row for row in rows}
         self._opened: dict[str, Any] = {}
@@ -74,7 +76,7 @@ class _Stage(FullTensors):
         return self._file(f"mp_rank_{tp_rank:02d}_model_states.pt")
 
     def _optimizer(self, dp_rank: int, tp_rank: int) -> Any:
-        precision = "bf16_" if self._settings.engine.precision == "bf16" else ""
+        precision = "bf16_" if self._engine.precision == "bf16" else ""
         name = f"{precision}zero_pp_rank_{dp_rank}_mp_rank_{tp_rank:02d}_optim_states.pt"
         return self._file(name)["optimizer_state_dict"]
 
@@ -92,7 +94,7 @@ class Stage0(_Stage):
         if kind != WEIGHT:
             weight = self._share(tp_rank, name, WEIGHT)
             tensor = self._state(tp_rank, name).get(kind, torch.zeros_like(weight, dtype=torch.float32))
-        elif name in self._number and self._settings.engine.precision != "fp32":
+        elif name in self._number and self._engine.precision != "fp32":
             # Master copies have no names: they are in the order of the trained parameters.
             groups = self._model_file(tp_rank)["optimizer"]["fp32_groups"]
             tensor = next(itertools.islice(itertools.chain(*groups), self._number[name], None)).detach()
@@ -136,8 +138,10 @@ class Stage12(_SlicedStage):
 
     _master_vectors = "single_partition_of_fp32_groups"
 
-    def __init__(self, directory: Path, settings: Config, model: Any, folder: str = "engine") -> None:
-        super().__init__(directory, settings, model, folder)
+    def __init__(
+        self, directory: Path, engine: EngineConfig, parallel: ParallelConfig, model: Any, folder: str = "engine"
+    ) -> None:
+        super().__init__(directory, engine, parallel, model, folder)
         self._places = [self._places_of(tp_rank) for tp_rank in range(self._tp)]
 
     def _places_of(self, tp_rank: int) -> dict[str, tuple[int, int, torch.Size]]:
@@ -178,8 +182,10 @@ class Stage3(_SlicedStage):
 
     _master_vectors = "fp32_flat_groups"
 
-    def __init__(self, directory: Path, settings: Config, model: Any, folder: str = "engine") -> None:
-        super().__init__(directory, settings, model, folder)
+    def __init__(
+        self, directory: Path, engine: EngineConfig, parallel: ParallelConfig, model: Any, folder: str = "engine"
+    ) -> None:
+        super().__init__(directory, engine, parallel, model, folder)
         self._ranks = [(dp_rank, tp_rank) for dp_rank in range(self._dp) for tp_rank in range(self._tp)]
         self._places = [self._places_of(tp_rank) for tp_rank in range(self._tp)]
 

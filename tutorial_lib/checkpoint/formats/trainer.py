@@ -20,23 +20,23 @@ from tutorial_lib.checkpoint.formats import deepspeed
 from tutorial_lib.checkpoint.formats.base import OPTIMIZER, WEIGHT, WEIGHTS, FullTensors
 from tutorial_lib.checkpoint.formats.single import Single
 from tutorial_lib.checkpoint.manifest import CheckpointError
-from tutorial_lib.config import Config
+from tutorial_lib.config import EngineConfig, ParallelConfig
 
 DIRECTORY, _SHARDS = "checkpoint-*", "global_step*"
 """Patterns of the directories that the Trainer and DeepSpeed write."""
 
 
-def reader(directory: Path, settings: Config, model: Any) -> FullTensors:
+def reader(directory: Path, engine: EngineConfig, parallel: ParallelConfig, model: Any) -> FullTensors:
     """Return the reader for a checkpoint: the one for DeepSpeed's shards if the run had a DeepSpeed file.
 
     Raises:
         CheckpointError: there is no such checkpoint.
     """
     written = written_by_trainer(directory)
-    if settings.engine.deepspeed_file is None:
-        return FullFiles(written, settings, model)
+    if engine.deepspeed_file is None:
+        return FullFiles(written, engine, parallel, model)
     (shards,) = written.glob(_SHARDS)
-    return deepspeed.STAGES[settings.engine.zero_stage](written, settings, model, shards.name)
+    return deepspeed.STAGES[engine.zero_stage](written, engine, parallel, model, shards.name)
 
 
 def written_by_trainer(directory: Path) -> Path:
@@ -54,8 +54,8 @@ def written_by_trainer(directory: Path) -> Path:
 class FullFiles(Single):
     """Reader for tensors that one process wrote in full, with the weights in one or several files."""
 
-    def __init__(self, directory: Path, settings: Config, model: Any) -> None:
-        super().__init__(directory, settings, model)
+    def __init__(self, directory: Path, engine: EngineConfig, parallel: ParallelConfig, model: Any) -> None:
+        super().__init__(directory, engine, parallel, model)
         self._second_names = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {*self.names}
 
     def _stored_names(self) -> Iterable[str]:

@@ -14,7 +14,7 @@ import json
 import re
 from typing import Any
 
-from tutorial_lib.config import Config, ConfigError, EngineConfig, settings
+from tutorial_lib.config import Config, ConfigError, EngineConfig, ParallelConfig, settings
 from tutorial_lib.config.checks import check_used
 from tutorial_lib.engine.deepspeed import file, trainer_file
 from tutorial_lib.engine.deepspeed.file import find
@@ -53,31 +53,32 @@ def build(config: Config) -> dict[str, Any]:
     return merged
 
 
-def check_autotp(config: Config, model_config: Any) -> None:
+def check_autotp(engine: EngineConfig, parallel: ParallelConfig, model_config: Any) -> None:
     """Refuse a model or setup that DeepSpeed's automatic tensor parallelism (AutoTP) cannot handle.
 
     Args:
-        config: what to run.
+        engine: gives the ZeRO stage and the precision.
+        parallel: gives the tensor-parallel size.
         model_config: the model's configuration, as transformers gives it.
 
     Raises:
         ConfigError: AutoTP has no plan for the architecture; or the run uses stage 3 before DeepSpeed 0.19.4, or stage
             0 in 16 bits.
     """
-    if config.parallel.tp == 1:
+    if parallel.tp == 1:
         return
-    if config.engine.zero_stage == 0 and config.engine.precision != "fp32":
+    if engine.zero_stage == 0 and engine.precision != "fp32":
         raise ConfigError(
-            f"zero_stage=0 with tp={config.parallel.tp} and precision={config.engine.precision!r}: DeepSpeed's 16-bit "
+            f"zero_stage=0 with tp={parallel.tp} and precision={engine.precision!r}: DeepSpeed's 16-bit "
             "optimizer without ZeRO only counts one rank's gradients, and would clip by a norm that is too small. "
             "Write zero_stage=1, or precision='fp32'."
         )
-    if config.engine.zero_stage == 3:
+    if engine.zero_stage == 3:
         version = importlib.metadata.version("deepspeed")
         if _release(version) < AUTOTP_STAGE_3_SINCE:
             since = ".".join(map(str, AUTOTP_STAGE_3_SINCE))
             raise ConfigError(
-                f"zero_stage=3 with tp={config.parallel.tp} needs DeepSpeed {since}, and {version} is installed. "
+                f"zero_stage=3 with tp={parallel.tp} needs DeepSpeed {since}, and {version} is installed. "
                 "Write zero_stage=2 or less, or update DeepSpeed."
             )
     text = model_config.get_text_config()
@@ -128,7 +129,7 @@ def apply_file(config: Config) -> Config:
     if name is None:
         return config
     given = file.read(name)
-    stated = _stated_settings(given, config, name)
+    stated = _stated_settings(given, config.engine, name)
     now = config.flat()
     for setting, (key, value) in stated.items():
         if setting in config.given and now[setting] != value:
@@ -143,14 +144,14 @@ def apply_file(config: Config) -> Config:
         where = f" From the file: {', '.join(from_file)}." if from_file else ""
         raise ConfigError(f"{name}: {error}{where}") from error
     check_used(resolved, {setting: settings()[setting] for setting in config.given}, is_resolved=True)
-    check_for_run(given, resolved, source=name)
+    check_for_run(given, resolved.engine, resolved.run, source=name)
     build(resolved)
     if config.engine.name == "trainer":
         trainer_file.check(name)
     return resolved
 
 
-def _stated_settings(given: dict[str, Any], config: Config, name: str) -> dict[str, tuple[str, Any]]:
+def _stated_settings(given: dict[str, Any], engine: EngineConfig, name: str) -> dict[str, tuple[str, Any]]:
     """Return the settings that a file states: by flat name, the key in the file and the setting's value."""
     keys = {
         "zero_stage": "zero_optimization.stage",
@@ -167,7 +168,7 @@ def _stated_settings(given: dict[str, Any], config: Config, name: str) -> dict[s
             stated[setting] = (keys[setting], float(stated[setting][1]))
     for flag, value in zip(("beta1", "beta2"), _betas(given, name), strict=False):
         stated[flag] = ("optimizer.params.betas", value)
-    return stated | _stated_offload(given, config.engine, name) | _stated_precision(given, config.engine)
+    return stated | _stated_offload(given, engine, name) | _stated_precision(given, engine)
 
 
 def _betas(given: dict[str, Any], name: str) -> list[float]:

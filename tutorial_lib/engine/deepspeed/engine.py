@@ -39,7 +39,7 @@ from torch import Tensor
 from tutorial_lib.checkpoint import CheckpointError, FullTensors
 from tutorial_lib.checkpoint.formats.deepspeed import LAYOUT
 from tutorial_lib.checkpoint.rank_writer import Writer
-from tutorial_lib.config import Config
+from tutorial_lib.config import Config, EngineConfig, OptimizerConfig
 from tutorial_lib.engine.chunked_loss import output_loss
 from tutorial_lib.engine.deepspeed import autotp
 from tutorial_lib.engine.deepspeed import config as ds_config
@@ -99,7 +99,7 @@ class DeepSpeedEngine:
             ds_config.add_plan(settings, model.config)
         self.num_parameters = sum(_full_numel(parameter) for parameter in model.parameters())
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = _adamw(trained, config)
+        self.optimizer = _adamw(trained, config.optimizer, config.engine)
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=settings, mpu=self.unit, dist_init_required=False
         )
@@ -339,12 +339,11 @@ def _partition_at_construction(settings: dict[str, Any]) -> Iterator[None]:
         del keep_alive
 
 
-def _adamw(parameters: list[torch.nn.Parameter], config: Config) -> torch.optim.Optimizer:
-    o = config.optimizer
+def _adamw(parameters: list[torch.nn.Parameter], o: OptimizerConfig, engine: EngineConfig) -> torch.optim.Optimizer:
     shared: dict[str, Any] = {
         "lr": o.learning_rate, "betas": (o.beta1, o.beta2), "eps": o.eps, "weight_decay": o.weight_decay
     }  # fmt: skip
-    if config.engine.offload == "none":
+    if engine.offload == "none":
         return torch.optim.AdamW(parameters, **shared)
     # With offload, DeepSpeed refuses torch's AdamW: its own CPU Adam is vectorised for the host's processor.
     return DeepSpeedCPUAdam(parameters, adamw_mode=True, **shared)

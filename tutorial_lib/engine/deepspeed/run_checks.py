@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tutorial_lib.config import Config, ConfigError, EngineConfig
+from tutorial_lib.config import ConfigError, EngineConfig, RunConfig
 from tutorial_lib.engine.deepspeed.file import find, read
 from tutorial_lib.engine.deepspeed.keys import (
     AT_STAGE_3,
@@ -25,19 +25,20 @@ from tutorial_lib.engine.deepspeed.keys import (
 )
 
 
-def check_for_run(given: dict[str, Any], config: Config, *, source: str) -> None:
+def check_for_run(given: dict[str, Any], engine: EngineConfig, run: RunConfig, *, source: str) -> None:
     """Refuse keys that do not work with this run's precision, stage, device or installed packages.
 
     Args:
         given: the settings that :func:`.file.read` returned.
-        config: the run, with the file's settings applied.
+        engine: the engine, with the file's settings applied.
+        run: says which device it uses.
         source: the file's name.
 
     Raises:
         ConfigError: names the key, and what to write instead.
     """
-    stage, precision = config.engine.zero_stage, config.engine.precision
-    if (config.engine.name, stage, precision) == ("trainer", 0, "fp16"):
+    stage, precision = engine.zero_stage, engine.precision
+    if (engine.name, stage, precision) == ("trainer", 0, "fp16"):
         raise ConfigError(
             f"{source}: with stage 0 and fp16, DeepSpeed 0.19.8 forgets to scale the Trainer's loss but divides the "
             "gradients by the scale, 65,536 at first by default, so they are too small (DeepSpeed pull request 8393). "
@@ -54,7 +55,7 @@ def check_for_run(given: dict[str, Any], config: Config, *, source: str) -> None
         if dtype is not None and dtype not in kinds:
             raise ConfigError(f"{source}: {key} is {json.dumps(dtype)}; write one of: {', '.join(DTYPES)}.")
     accumulated = kinds.get(find(given, "data_types.grad_accum_dtype"), precision)
-    if accumulated != precision and (stage == 0 or (stage, precision, config.engine.offload) == (1, "bf16", "none")):
+    if accumulated != precision and (stage == 0 or (stage, precision, engine.offload) == (1, "bf16", "none")):
         raise ConfigError(
             f"{source}: data_types.grad_accum_dtype is {accumulated!r}: with zero_stage={stage} and "
             f"precision={precision!r}, DeepSpeed uses a different optimizer for that or has none, and {OTHER_LAYOUT}. "
@@ -68,7 +69,7 @@ def check_for_run(given: dict[str, Any], config: Config, *, source: str) -> None
                     "and zero_optimization.reduce_scatter. Remove it, set reduce_scatter to false, or write "
                     "zero_stage=1."
                 )
-    _check_low_precision_masters(given, config.engine, source)
+    _check_low_precision_masters(given, engine, source)
     for name in ("leaf_module", *AT_STAGE_3):
         if stage < 3 and find(given, f"zero_optimization.{name}"):
             raise ConfigError(
@@ -88,7 +89,7 @@ def check_for_run(given: dict[str, Any], config: Config, *, source: str) -> None
             f"{precision!r}, or remove the key."
         )
     for name in ON_GPUS:
-        if config.run.device == "cpu" and find(given, f"zero_optimization.{name}"):
+        if run.device == "cpu" and find(given, f"zero_optimization.{name}"):
             raise ConfigError(
                 f"{source}: zero_optimization.{name} is true, but its kernels need a GPU: write device='cuda', or "
                 "remove it."

@@ -50,7 +50,7 @@ class FSDPEngine:
         self.config, self.device = config, device
         self.averages_over = topology.dp
         self._world_size = topology.world_size
-        model: Any = model_outline(config)
+        model: Any = model_outline(config.model, config.engine)
         self._output_loss = output_loss(model, config.engine.loss_chunks)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         dp_mesh, tp_mesh = sharding.meshes(config.engine, topology, device.type)
@@ -59,7 +59,8 @@ class FSDPEngine:
         replicated = config.engine.sharding == "no_shard"
         if not replicated:
             sharding.shard_model(model, config.engine, dp_mesh)
-        weights.fill_model(model, config, device=device, host=config.engine.offload == "all")
+        on_host = config.engine.offload == "all"
+        weights.fill_model(model, config.model, seed=config.run.seed, device=device, host=on_host)
         self.module: torch.nn.Module = model
         self._model_type: str = model.config.model_type
         self._parallel: Any = sharding.data_parallel(model, dp_mesh) if replicated else model

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from tutorial_lib.config import Config
+from tutorial_lib.config import ModelConfig
 from tutorial_lib.engine.fsdp.sharding import layers_of, local_part
 from tutorial_lib.models.fused_qkv import by_rank, is_fused_by_part
 from tutorial_lib.models.meta import drawing_weights, locate_parameters
@@ -27,12 +27,13 @@ from tutorial_lib.models.meta import drawing_weights, locate_parameters
 Slices = tuple[slice, ...]
 
 
-def fill_model(model: Any, config: Config, *, device: torch.device, host: bool) -> None:
+def fill_model(model: Any, m: ModelConfig, *, seed: int, device: torch.device, host: bool) -> None:
     """Allocate a model that is on the meta device, and fill in the values that its configuration asks for.
 
     Args:
         model: from :func:`tutorial_lib.models.meta.model_outline`, and parallelised since.
-        config: names the model, and says whether its weights are read or drawn.
+        m: names the model, and says whether its weights are read or drawn.
+        seed: of the weights that are drawn.
         device: where the model computes.
         host: keep the parameters in host memory instead.
 
@@ -47,10 +48,10 @@ def fill_model(model: Any, config: Config, *, device: torch.device, host: bool) 
     for name, parameter in model.named_parameters(remove_duplicate=False):
         parameters.setdefault(parameter, []).append(name)
     with torch.no_grad():
-        if config.model.random_init:
-            _draw(parameters, config, model.config.model_type)
+        if m.random_init:
+            _draw(parameters, m, seed, model.config.model_type)
         else:
-            _read(parameters, config, model.config.model_type)
+            _read(parameters, m, model.config.model_type)
 
 
 def slices(parameter: Tensor) -> Slices:
@@ -90,9 +91,9 @@ def tensor_parallel_size(parameter: Tensor) -> int:
     return parameter.device_mesh["tp"].size()
 
 
-def _read(parameters: dict[Tensor, list[str]], config: Config, model_type: str) -> None:
+def _read(parameters: dict[Tensor, list[str]], m: ModelConfig, model_type: str) -> None:
     """Fill parameters from the model's files."""
-    stored = locate_parameters(config.model)
+    stored = locate_parameters(m)
     with ExitStack() as stack:
         paths = sorted({tensor.path for tensor in stored.values()})
         opened = {path: stack.enter_context(safe_open(path, "pt")) for path in paths}
@@ -102,11 +103,11 @@ def _read(parameters: dict[Tensor, list[str]], config: Config, model_type: str) 
             copy_slices(parameter, names[0], model_type, opened[tensor.path].get_slice(tensor.name).__getitem__)
 
 
-def _draw(parameters: dict[Tensor, list[str]], config: Config, model_type: str) -> None:
+def _draw(parameters: dict[Tensor, list[str]], m: ModelConfig, seed: int, model_type: str) -> None:
     """Fill parameters with the values that :func:`tutorial_lib.models.load_model` draws."""
     # While weights are drawn, tied ones are still separate, and transformers keeps the numbers of the first one.
     own = {names[0]: parameter for parameter, names in parameters.items()}
-    with drawing_weights(config) as source:
+    with drawing_weights(m, seed) as source:
         for prefix, unit in _initialized(source):
             for name, drawn in unit.named_parameters(prefix=prefix):
                 if name in own and not drawn.is_meta:

@@ -25,7 +25,7 @@ from unittest import mock
 
 import psutil
 
-from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.config import Config, ConfigError, ParallelConfig, RunConfig
 from tutorial_lib.doctor.machine import usable_cores
 from tutorial_lib.launch.environment import ray_address
 from tutorial_lib.launch.ray.lean_imports import setup_worker
@@ -84,23 +84,23 @@ class _Server:
         self._made_for: tuple[str, dict[str, int]] | None = None
         self._cluster: dict[str, str] | None = None
 
-    def renew(self, config: Config) -> None:
+    def renew(self, run: RunConfig, parallel: ParallelConfig) -> None:
         """Start the server if there is none, or restart it if source files or the kind of device have changed."""
         package = Path(__file__).parents[2]
-        wanted = config.run.device, {str(path): path.stat().st_mtime_ns for path in package.rglob("*.py")}
+        wanted = run.device, {str(path): path.stat().st_mtime_ns for path in package.rglob("*.py")}
         if self._process and self._process.poll() is None and self._made_for == wanted:
             return
         self._end()
         self._made_for = wanted
         # DeepSpeed chooses its device at import. If the server touched a GPU, forked workers could not use it.
-        environment = {"DS_ACCELERATOR": config.run.device, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+        environment = {"DS_ACCELERATOR": run.device, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
         with _lean_imports():
             # The package and its libraries come from this process, whatever is in the working directory.
             path = [_LEAN_IMPORTS, str(package.parent), *filter(None, sys.path)]
             environment["PYTHONPATH"] = os.pathsep.join(path)
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "tutorial_lib.launch.ray.server", str(os.getpid()), self.address],
-                env={**_cluster_environment(config.parallel.world_size), **os.environ, **environment},
+                env={**_cluster_environment(parallel.world_size), **os.environ, **environment},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -141,7 +141,7 @@ class _Server:
 _server: _Server | None = None
 
 
-def warm_up(config: Config) -> None:
+def warm_up(run: RunConfig, parallel: ParallelConfig) -> None:
     """Start loading the libraries of Ray's workers in the background. Returns at once; safe to call again.
 
     :func:`start` does this too. Call it earlier if there is other work to do in the meantime; :func:`stop` ends it.
@@ -151,7 +151,7 @@ def warm_up(config: Config) -> None:
         return
     if _server is None:
         _server = _Server()
-    _server.renew(config)
+    _server.renew(run, parallel)
 
 
 def start(config: Config) -> bool:
@@ -181,7 +181,7 @@ def start(config: Config) -> bool:
 
     if ray.is_initialized():
         return False
-    warm_up(config)
+    warm_up(config.run, config.parallel)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address := ray_address():
         _check_cluster(address)
@@ -284,10 +284,10 @@ def has_dashboard() -> bool:
     return bool(_global_node and _global_node.webui_url)
 
 
-def renew_server(config: Config) -> None:
+def renew_server(run: RunConfig, parallel: ParallelConfig) -> None:
     """Restart the warm server if it cannot serve this configuration. Does nothing if there is none."""
     if _server:
-        _server.renew(config)
+        _server.renew(run, parallel)
 
 
 def stop() -> None:
@@ -344,9 +344,9 @@ def _job_signals_blocked() -> Iterator[None]:
 
 
 @contextmanager
-def forked_workers(config: Config) -> Iterator[None]:
+def forked_workers(run: RunConfig, parallel: ParallelConfig) -> Iterator[None]:
     """Start a warm server for the block: Ray nodes that start within it fork their workers from there."""
-    warm_up(config)
+    warm_up(run, parallel)
     try:
         with _lean_imports(), _workers_from_server():
             if _server:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.config import Config, ConfigError, ParallelConfig, RunConfig
 from tutorial_lib.launch.command import Template, check_grid, check_positive, plural, train_arguments, wrap_options
 from tutorial_lib.launch.ray.capacity import possible_sizes
 
@@ -51,7 +51,7 @@ def write_manifest(config: Config, nodes: Nodes, kind: str, profile: str, comman
     Raises:
         ConfigError: the configuration does not fit the nodes.
     """
-    _check(config, nodes)
+    _check(config.run, config.parallel, nodes)
     on_gpus = config.run.device == "cuda"
     storage = str(Path(config.with_absolute_paths().run.storage))
     arguments = wrap_options(train_arguments(config, profile, "ray"), width=100)
@@ -89,7 +89,7 @@ def _fewest_nodes(config: Config, nodes: Nodes) -> int:
     return math.ceil(possible_sizes(config)[0] * config.parallel.tp / nodes.ranks_per_node)
 
 
-def _check(config: Config, nodes: Nodes) -> None:
-    if config.run.launcher != "ray":
-        raise ConfigError(f"launcher={config.run.launcher!r} does not run on a Ray cluster. Leave launcher out.")
-    check_grid(config.parallel, nodes.number, nodes.ranks_per_node)
+def _check(run: RunConfig, parallel: ParallelConfig, nodes: Nodes) -> None:
+    if run.launcher != "ray":
+        raise ConfigError(f"launcher={run.launcher!r} does not run on a Ray cluster. Leave launcher out.")
+    check_grid(parallel, nodes.number, nodes.ranks_per_node)

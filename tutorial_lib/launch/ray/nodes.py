@@ -116,7 +116,7 @@ def _read_variables_again() -> None:
 
 def serve(cpus: int, config: Config) -> None:
     """Start two nodes and print their address. Remove the second one on a line of input; stop when the input ends."""
-    with forked_workers(config):
+    with forked_workers(config.run, config.parallel):
         from ray.cluster_utils import Cluster
 
         slots: dict[str, Any] = {"num_cpus": cpus, "object_store_memory": 100_000_000}

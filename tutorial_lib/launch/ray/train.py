@@ -73,7 +73,7 @@ def launch(configs: Sequence[Config], poll: Callable[[], None], worker: str = WO
         from ray.train.torch import TorchConfig
         from ray.train.v2.api.config import FailureConfig
 
-        renew_server(first)
+        renew_server(first.run, first.parallel)
         _check_cluster(demand, directories[-1].path)
         forget_deleted_checkpoints(directories[-1])
         trainer = _trainer_class(first, demand)(

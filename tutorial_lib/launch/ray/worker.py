@@ -33,6 +33,6 @@ def main(given: dict[str, Any], train: Callable[..., object] = train_all) -> Non
     if rank == 0 and directory.restarts():
         directory.clear_errors()  # left by failed workers that these replace
     with output_to(directory.log_file(rank)):
-        log_ranks(configs[-1])
+        log_ranks(configs[-1].run, configs[-1].parallel)
     # Ray registers checkpoints under the directory of the run it was started for: the last one.
     train(configs, on_checkpoint=lambda path, row: report(row, path))

@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tutorial_lib.config import Config, ConfigError, RunConfig
+from tutorial_lib.config import Config, ConfigError, ParallelConfig, RunConfig
 from tutorial_lib.launch.command import Template, check_grid, check_positive, plural, train_arguments, wrap_options
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d{1,2}):(?P<minutes>[0-5]?\d):(?P<seconds>[0-5]?\d)")
@@ -79,7 +79,7 @@ def write_script(config: Config, allocation: Allocation, profile: str, command: 
     Raises:
         ConfigError: the configuration does not fit the allocation.
     """
-    _check(config, allocation)
+    _check(config.run, config.parallel, allocation)
     template = Path(__file__).with_name("train.sbatch").read_text(encoding="utf-8")
     engine, parallel = config.engine, config.parallel
     on_gpus = config.run.device == "cuda"
@@ -131,14 +131,14 @@ def _directives(run: RunConfig, allocation: Allocation) -> list[str]:
     return [f"#SBATCH --{option:27} # {reason}" if reason else f"#SBATCH --{option}" for option, reason in options]
 
 
-def _check(config: Config, allocation: Allocation) -> None:
-    if config.run.launcher != "none":
+def _check(run: RunConfig, parallel: ParallelConfig, allocation: Allocation) -> None:
+    if run.launcher != "none":
         raise ConfigError(
-            f"launcher={config.run.launcher!r} starts its ranks by itself; under SLURM torchrun starts them. Leave "
+            f"launcher={run.launcher!r} starts its ranks by itself; under SLURM torchrun starts them. Leave "
             "launcher out."
         )
-    check_grid(config.parallel, allocation.nodes, allocation.ranks_per_node)
-    if config.run.resume == "never" and allocation.requeue:
+    check_grid(parallel, allocation.nodes, allocation.ranks_per_node)
+    if run.resume == "never" and allocation.requeue:
         raise ConfigError(
             "resume='never' would refuse the run's own checkpoint after a requeue. Leave it out, or write --no-requeue."
         )

@@ -73,7 +73,7 @@ class HuggingFaceRun(Trainer):
     def begin_step(self) -> None:
         """Start the clock of a step, and the probe if this step is measured, just before its batches are read."""
         self._step_began = time.perf_counter()
-        if self.config.run.measure and self.step + 1 == measured_step(self.num_steps):
+        if self.config.run.measure and self.steps_done + 1 == measured_step(self.num_steps):
             self._probe = StepProbe(self.topology)
             self._probing.enter_context(self._probe.measuring())
             self._probing.enter_context(self.engine.calling_after_backward(self.note_states))
@@ -93,12 +93,12 @@ class HuggingFaceRun(Trainer):
         Raises:
             ConfigError: no token enters the loss, or the Trainer would divide by a different number.
         """
-        self._tokens = count_tokens(batches, self.topology, step=self.step + 1)
+        self._tokens = count_tokens(batches, self.topology, step=self.steps_done + 1)
         if num_tokens is None or int(num_tokens) != self._tokens:
             raise ConfigError(
                 f"engine='trainer' with {self.config.model.name!r}: the Hugging Face Trainer divides the loss of step "
-                f"{self.step + 1} by {num_tokens} tokens, but the step has {self._tokens}. This family's loss does not "
-                "give every token the same weight. Choose another engine, such as engine='deepspeed'."
+                f"{self.steps_done + 1} by {num_tokens} tokens, but the step has {self._tokens}. This family's loss "
+                "does not give every token the same weight. Choose another engine, such as engine='deepspeed'."
             )
 
     def end_step(self, step: int, logs: dict[str, float]) -> bool:
@@ -116,10 +116,10 @@ class HuggingFaceRun(Trainer):
             raise NonFiniteLoss(self._diverged(f"the loss is {logs['loss']}", step))
         if norm is not None and not math.isfinite(norm) and self.config.engine.precision != "fp16":
             raise NonFiniteLoss(self._diverged(f"the gradient's norm is {norm}", step))
-        self.step = step
+        self.steps_done = step
         if self._probe:
             self._probing.close()
-            self.measured, self._probe = self._probe.report(self.engine), None
+            self.measured, self._probe = self._probe.measurements(self.engine), None
         norm = norm if norm is not None and math.isfinite(norm) else None
         self._record(logs["loss"], self._tokens, norm, logs["learning_rate"], time.perf_counter() - self._step_began)
         is_over = self._is_over()

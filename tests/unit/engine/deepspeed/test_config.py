@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from transformers import AutoConfig
 
 from tutorial_lib.cli import main
-from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.config import Config, ConfigError, EngineConfig, ParallelConfig
 from tutorial_lib.engine.deepspeed import config as ds_config
 from tutorial_lib.engine.deepspeed import file, keys, run_checks, trainer_file
 from tutorial_lib.models import build_model, load_config
@@ -222,23 +222,23 @@ def test_a_file_cannot_ask_for_another_tensor_parallel_size(tmp_path):
 @pytest.mark.parametrize(("version", "taken"), [("0.19.3", False), ("0.19.4", True), ("0.20.0+cpu", True)])
 def test_stage_3_needs_a_deepspeed_that_splits_it(monkeypatch, version, taken):
     monkeypatch.setattr(ds_config.importlib.metadata, "version", lambda name: version)
-    config, model = Config.create(tp=2, zero_stage=3), load_config("embedded/qwen2")
+    split, model = ParallelConfig(tp=2), load_config("embedded/qwen2")
     for stage in (0, 1, 2):
-        ds_config.check_autotp(config.override(zero_stage=stage), model)
+        ds_config.check_autotp(EngineConfig(zero_stage=stage), split, model)
     if taken:
-        ds_config.check_autotp(config, model)
+        ds_config.check_autotp(EngineConfig(zero_stage=3), split, model)
     else:
         with pytest.raises(
             ConfigError, match=f"needs DeepSpeed 0.19.4, and {version} is installed. Write zero_stage=2"
         ):
-            ds_config.check_autotp(config, model)
+            ds_config.check_autotp(EngineConfig(zero_stage=3), split, model)
 
 
 def test_16_bits_without_zero_are_refused():
-    model = load_config("embedded/qwen2")
+    engine, model = EngineConfig(zero_stage=0, precision="bf16"), load_config("embedded/qwen2")
     with pytest.raises(ConfigError, match=r"norm that is too small. Write zero_stage=1, or precision='fp32'"):
-        ds_config.check_autotp(Config.create(tp=2, zero_stage=0, precision="bf16"), model)
-    ds_config.check_autotp(Config.create(tp=1, zero_stage=0, precision="bf16"), model)
+        ds_config.check_autotp(engine, ParallelConfig(tp=2), model)
+    ds_config.check_autotp(engine, ParallelConfig(tp=1), model)
 
 
 @pytest.mark.parametrize(
@@ -247,11 +247,11 @@ def test_16_bits_without_zero_are_refused():
      ("mixtral", r"with \['moe_tp_experts'.*\] in it")],
 )  # fmt: skip
 def test_models_that_autotp_does_not_split_are_refused(model_type, why):
-    config = Config.create(tp=2, zero_stage=1)
+    engine, split = EngineConfig(zero_stage=1), ParallelConfig(tp=2)
     with pytest.raises(ConfigError, match=f"AutoTP does not split {model_type}, a model {why}. Write tp=1, or choose"):
-        ds_config.check_autotp(config, AutoConfig.for_model(model_type))
+        ds_config.check_autotp(engine, split, AutoConfig.for_model(model_type))
     for name in ("qwen2", "llama", "mistral", "bloom"):
-        ds_config.check_autotp(config, AutoConfig.for_model(name))
+        ds_config.check_autotp(engine, split, AutoConfig.for_model(name))
 
 
 def test_bloom_gets_deepspeeds_plan_and_others_their_own():

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.config import Config, ConfigError, EngineConfig, ModelConfig
 from tutorial_lib.embedded import MODEL_NAMES, model_directory
 from tutorial_lib.engine.fsdp import sharding, tensor_parallel, weights
 from tutorial_lib.models import build_model
@@ -21,8 +21,8 @@ from tutorial_lib.models.meta import model_outline
 def test_a_filled_outline_is_the_model_bit_for_bit(name, random_init):
     """Without a process group, every slice is the full tensor."""
     config = Config.create("cpu", engine="fsdp", model=name, random_init=random_init, seed=5)
-    outline, model = model_outline(config), build_model(config)
-    weights.fill_model(outline, config, device=torch.device("cpu"), host=False)
+    outline, model = model_outline(config.model, config.engine), build_model(config)
+    weights.fill_model(outline, config.model, seed=config.run.seed, device=torch.device("cpu"), host=False)
     filled = dict(outline.named_parameters())
     assert filled.keys() == dict(model.named_parameters()).keys()
     assert all(filled[n].equal(p) for n, p in model.named_parameters())
@@ -46,11 +46,12 @@ def test_files_that_do_not_fit_the_configuration_are_refused(tmp_path, change, m
     save_file(held, tmp_path / "wrong" / "model.safetensors", {"format": "pt"})
     config = Config.create("cpu", engine="fsdp", model=str(tmp_path / "wrong"))
     with pytest.raises(ConfigError, match=message):
-        weights.fill_model(model_outline(config), config, device=torch.device("cpu"), host=False)
+        outline = model_outline(config.model, config.engine)
+        weights.fill_model(outline, config.model, seed=config.run.seed, device=torch.device("cpu"), host=False)
 
 
 def test_a_family_without_a_plan_is_refused():
-    model = model_outline(Config.create("cpu", engine="fsdp"))
+    model = model_outline(ModelConfig(), EngineConfig(name="fsdp"))
     model.config.model_type = "opt"
     with pytest.raises(ConfigError, match="no tensor-parallel plan for 'opt' models, only for gpt2, qwen2, bloom"):
         tensor_parallel.split_model(model, mesh=None)
