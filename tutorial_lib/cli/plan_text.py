@@ -29,7 +29,7 @@ _NUMERIC = (True, True, False, False, True, False, False, *[True] * 7, False)
 _GAPS = (" ", " ", "", "", *[" "] * 10)
 
 _SHORT = {
-    "host too small by": "host lacks", "global batch": "batch", " traffic": "",
+    "host too small by": "host lacks", "global batch not divisible by": "batch not /", " traffic": "",
     "computing": "compute", "the update": "update", "as fast; holds more memory": "tie; more memory",
     "as fast": "tie",
 }  # fmt: skip

@@ -283,7 +283,7 @@ def _host_link_bytes(workload: Workload, layout: Layout, trained: int, all_param
 
 def _problem(cluster: Cluster, device: float, host: float, batch: int, share: int) -> str:
     if batch % share:
-        return f"batch not divisible by {share}"
+        return f"global batch not divisible by {share}"
     if device > cluster.usable_memory:
         return f"too large by {short_gb(device - cluster.usable_memory)} GB"
     if host > cluster.host_memory:

@@ -405,7 +405,7 @@ def test_fewer_gpus_than_smallest_gpus_returns_do_not_fit(size: float) -> None:
 
 def test_a_global_batch_that_does_not_divide() -> None:
     task = work(global_batch=12, micro_batch=8)
-    assert plan(task, cluster())[0].problem == "batch not divisible by 8"
+    assert plan(task, cluster())[0].problem == "global batch not divisible by 8"
     assert "--global-batch 64 instead of 12" in [remedy.change for remedy in remedies(task, cluster())]
 
 
