@@ -61,7 +61,7 @@ def measure() -> dict[str, Any]:
     """Return each engine's bytes relative to the formula, MB/s relative to plain saves, and seconds of waiting."""
     with tempfile.TemporaryDirectory(prefix="tutorial-lib-bench-") as storage:
         model = Path(storage) / "model"
-        # AutoTP does not split GPT-2.
+        # AutoTP does not split GPT-2, so the tensor-parallel run uses Qwen2.
         for kind, name in (("gpt2", "embedded/gpt2"), ("qwen2", "embedded/qwen2")):
             _larger(model_directory(name), model / kind)
         configs = [

@@ -87,7 +87,7 @@ def compare(config: Config) -> None:
     batches = session.loader.steps()
     shortest = shortest or shortest_loop(config, topology)
 
-    # On a busy machine, other programs disturb processor time less than wall time.
+    # On a busy machine, other programs affect CPU time less than wall time.
     processor: dict[str, list[float]] = {"ours": [], "theirs": []}
     losses = {"ours": 0.0, "theirs": 0.0}
 

@@ -61,7 +61,7 @@ def config(storage: str, name: str) -> Config:
 
 
 def launch_often(storage: str) -> None:
-    """Print the seconds of each launch and of the slowest rank's part in it, as JSON."""
+    """Print, as JSON, the seconds that each launch took in total, and on its slowest rank."""
     launches = []
     for number in range(LAUNCHES):
         began = time.perf_counter()

@@ -129,7 +129,7 @@ def test_tensor_parallel_ranks_split_once_and_replicate_the_rest(observed, ranks
     ),
 )
 def test_the_planner_predicts_what_a_run_holds_and_sends(observed, ranks, name):
-    """This is the comparison of ``plan --check``. Errors of peaks, which vary more, are in docs/planner-errors.md."""
+    """``plan --check`` makes the same comparison. Peaks, whose errors vary more, are in docs/planner-errors.md."""
     run = observed(ranks, name)
     states, _, sent = plan_check.compare_predictions(run.config, run.measured)
     assert abs(states.error) <= 0.01 and abs(sent.error) <= 0.01

@@ -164,7 +164,7 @@ def actors_of_a_fit(titles=("ray::Train", "ray::RayTrain")):
 
 @NEEDS_WARM_SERVER
 def test_an_interrupt_leaves_no_worker_that_trains_on(cluster, directory):
-    before = {actor.pid for actor in actors_of_a_fit()}  # an earlier test leaves the controller of Ray's trainer
+    before = {actor.pid for actor in actors_of_a_fit()}  # an earlier test leaves Ray Train's controller running
 
     def interrupt(rows):
         actors = [actor for actor in actors_of_a_fit() if actor.pid not in before]

@@ -129,7 +129,7 @@ def test_in_16_bits_the_masters_are_kept_and_their_copies_rounded(observed, resh
 
 
 def test_random_numbers_are_seeded_again(reshaped, directory):
-    """Two resumes of one checkpoint draw the same random numbers. They depend on seed, step and data-parallel rank."""
+    """Two resumes from a checkpoint draw the same random numbers. They depend on seed, step and data-parallel rank."""
     once, twice = (reshaped(f"reshaped.{name}") for name in reshaping.RESHAPED_TWICE)
     assert_identical(once, twice)
     assert len(once.examples) == END - STOP

@@ -1,4 +1,4 @@
-"""Step 6: time that training waits for checkpoints of a 1 B-parameter model, and time that is hidden.
+"""Step 6: how long training waits for a checkpoint of a 1 B-parameter model, and how much of the save is hidden.
 
 One run of the trainer saves twice: in the middle, while training continues (``async_save``), and at the end, when the
 trainer waits for the files.

@@ -46,7 +46,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 
 def cases(setting: Setting) -> Cases:
-    """Return this module's measurements."""
+    """Return the functions that do this module's measurements, by name."""
     models = setting.pick(full=MODELS, quick=MODELS[:1], tiny=MODELS[:1])
     engines = setting.pick(full=list(ENGINES), quick=list(ENGINES), tiny=["zero1", "fsdp"])
     found: Cases = {}

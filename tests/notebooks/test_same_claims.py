@@ -29,7 +29,7 @@ def claims(measured: Any, *, text: str = "a number", **options: Any) -> Made:
     ("committed", "fresh"),
     [
         (4.484903, 4.484905),  # rounding of a loss
-        (1.7e-07, 0.0),  # a residue of rounding
+        (1.7e-07, 0.0),  # a difference that is only rounding
         (0.0008088, 0.0008087),  # a difference of two losses
         ([1.0, [2.0, 3.0]], [1.0, [2.0, 3.00001]]),
         (2, 2.0),

@@ -81,7 +81,7 @@ def of_one_rank() -> Traffic:
 
 
 def along_axes(rank: int) -> Traffic:
-    """Send over all ranks, which are the ``tp`` axis, and within each rank alone, which is its ``dp`` axis."""
+    """All-reduce over both ranks, which form the ``tp`` axis, and over a group of one rank, its ``dp`` axis."""
     groups = [dist.new_group([alone]) for alone in range(N)]
     mesh = init_device_mesh("cpu", (N,))
     with count_collectives({"tp": [0, 1], "dp": [rank]}) as traffic:

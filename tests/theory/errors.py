@@ -358,8 +358,8 @@ def _large_case() -> str:
     (run,) = [r for r in ROWS if (r.layout.pp, r.layout.chunks) == (8, 1)]
     assert run.memory is not None and piped.layout == run.layout
     return f"""\
-`tests/unit/theory/test_experts.py` asks the planner nine ordinary questions. One is Llama 3 405B at 8,192 tokens on 512
-H100 of 80 GB. The planner's best layout is dp {best.dp} x tp {best.tp}{sequence}
+`tests/unit/theory/test_plan_advice.py` asks the planner nine ordinary questions. One is Llama 3 405B at 8,192 tokens on
+512 H100 of 80 GB. The planner's best layout is dp {best.dp} x tp {best.tp}{sequence}
 ({best.strategy}). An expert would say tp 8 with a pipeline of about 8 stages. The planner thinks that this fits,
 too, but is slower (tokens/s are per GPU, each row has its best micro-batch):
 

@@ -25,7 +25,7 @@ class Published:
         source: source of all figures.
         name: model, devices and settings in words.
         workload, cluster, layout: the same as the planner's arguments.
-        speed: tokens per second and GPU.
+        speed: tokens per second per GPU.
         memory: bytes, as the source measures them.
         not_modelled: features of the run outside the time model, so that its time is shown but not judged.
         why: known reasons for a miss.

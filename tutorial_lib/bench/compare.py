@@ -115,7 +115,7 @@ def compare(without: str | Path, with_: str | Path, *, storage: str | Path = "ru
             raise ConfigError(f"{without} and {with_} have no row of the same name. Write MATRIX/ROW for each.")
         found = [each for name in names for each in _differences(name, _done(first[name]), _done(second[name]))]
         return Comparison(f"{without} (without) and {with_} (with)", tuple(found))
-    raise ConfigError(f"{without} and {with_}: one is a row, the other a matrix. Write two rows, or two matrices.")
+    raise ConfigError(f"{without} and {with_}: one is a row, the other a matrix. Name two rows, or two matrices.")
 
 
 def _find(name: str | Path, storage: Path) -> RowRecord | Matrix:

@@ -104,7 +104,7 @@ def build(experiment: str, rows: Sequence[RowRecord], about: str = "all", only: 
     if only:
         by_title = {column.title: column for column in shown}
         if unknown := [title for title in only if title not in by_title]:
-            raise ValueError(f"There is no column {unknown[0]!r}. Write some of: {', '.join(by_title)}.")
+            raise ValueError(f"There is no column {unknown[0]!r}. Use only: {', '.join(by_title)}.")
         shown = [by_title[title] for title in only]
     cells = tuple(tuple(_cell(row, column) for column in shown) for row in rows)
     numeric = tuple(column.title not in ("row", "status") for column in shown)

@@ -41,7 +41,7 @@ _PROBE_BYTES = 2**20
 
 
 def storage_failure(run: RunDirectory, error: BaseException) -> CheckpointError | None:
-    """Return a clear error if the run's storage caused this one, or None: PyTorch reports a full disk as a bug."""
+    """Return a clear error if the run's storage caused this one, or None. PyTorch reports a full disk as a bug."""
     if isinstance(error, OSError) and error.errno in _FULL_OR_CLOSED:
         # An error elsewhere, such as in a data set or a cache, has nothing to do with the run's storage.
         is_here = _is_under(error.filename, run.path)

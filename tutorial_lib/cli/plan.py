@@ -175,7 +175,7 @@ def _parse_size(text: str) -> float:
     """Parse a number of parameters such as ``7e9`` or ``7B``.
 
     Raises:
-        argparse.ArgumentTypeError: it is neither.
+        argparse.ArgumentTypeError: the text is not such a number.
     """
     unit = {"m": 1e6, "b": 1e9, "t": 1e12}.get(text[-1:].lower())
     try:

@@ -128,7 +128,7 @@ def check_path(flag: str, name: str) -> None:
     longest = max(map(len, encoded.split(b"/")))
     shown = name if len(name) <= 60 else f"{name[:40]} ..."
     if "\0" in name:
-        raise ConfigError(f"{flag} is {shown!r}, which contains a zero byte. Write the name without it.")
+        raise ConfigError(f"{flag} is {shown!r}, which contains a null byte. Write the name without it.")
     if longest > _LONGEST_NAME or len(encoded) > _LONGEST_PATH:
         raise ConfigError(
             f"{flag} is {shown!r}, {len(encoded)} bytes long. A path has at most {_LONGEST_PATH}, and each name in it "
@@ -305,7 +305,7 @@ def _check_shard_at_load(config: Config) -> None:
     if asked := [f"{name}={value}" for name, value in needs_resume.items() if value]:
         raise ConfigError(
             f"shard_at_load=True cannot be combined with {asked[0]}, because this run could not be resumed. "
-            f"{NO_RESUME}, and is written at the end. Leave {asked[0]} out, or write a DeepSpeed file "
+            f"{NO_RESUME}, and is written at the end. Leave {asked[0]} out, or name a DeepSpeed file "
             "(deepspeed='zero3') instead of shard_at_load."
         )
 

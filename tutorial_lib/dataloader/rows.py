@@ -28,8 +28,8 @@ def load_rows(name: str, split: str, *, max_examples: int | None = None) -> data
 
     Args:
         name: ``embedded/...``; a directory of parquet, jsonl, csv or arrow files, or one that ``save_to_disk`` wrote; a
-            single such file, or a txt file with a row per line, as the training split; or a hub name. If a data set
-            has several configurations, name one after a colon: ``Salesforce/wikitext:wikitext-2-raw-v1``.
+            single such file, or a txt file with a row per line, which becomes the training split; or a hub name. If a
+            data set has several configurations, name one after a colon: ``Salesforce/wikitext:wikitext-2-raw-v1``.
         split: name of a split, or a slice of one such as ``train[:90%]``.
         max_examples: use only the first rows of the split, at most this many.
 
@@ -216,7 +216,7 @@ def _saved_split(name: str, directory: str, split: str) -> datasets.Dataset:
     lengths = {each: len(rows) for each, rows in saved.items()}
     parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
     rows = datasets.concatenate_datasets([saved[p.splitname].select(range(p.from_, p.to)) for p in parts])
-    # Before they were saved, the splits may have had other lengths.
+    # The splits may have had different lengths before they were saved.
     rows.info.splits = datasets.SplitDict({n: datasets.SplitInfo(n, num_examples=lengths[n]) for n in lengths})
     return rows
 

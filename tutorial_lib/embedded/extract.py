@@ -44,7 +44,7 @@ _PUBLIC_NAMES = {
 
 
 def extract_documents() -> list[Document]:
-    """Extract all documents from the running interpreter, sorted by name, without shared paragraphs."""
+    """Extract all documents from the running interpreter, sorted by name. No two of them share a paragraph."""
     # If two modules share a paragraph, the public one keeps it.
     found = sorted([*_modules(), *_topics()], key=lambda d: (d.name.startswith(("_", "ntpath")), d.name))
     seen: set[str] = set()
@@ -57,7 +57,7 @@ def extract_documents() -> list[Document]:
 
 
 def pack(documents: list[Document]) -> bytes:
-    """Pack documents as JSON lines under gzip. The same documents and zlib give the same bytes."""
+    """Pack documents into gzipped JSON lines. The same documents and zlib give the same bytes."""
     lines = (json.dumps(asdict(document), ensure_ascii=False) + "\n" for document in documents)
     return gzip.compress("".join(lines).encode(), mtime=0)
 

@@ -135,7 +135,7 @@ def _narrow(config: PretrainedConfig, tp: int) -> None:
 
 
 def _shorten(config: PretrainedConfig, seq_length: int) -> None:
-    """Cut a configuration in place: fewer layers, at least one of each type, and a small vocabulary."""
+    """Cut a configuration in place: at most 8 layers, one of each type if they fit, and a small vocabulary."""
     text: Any = config.get_text_config()
     types: Sequence[str] = getattr(text, "layer_types", None) or ()
     first_of_each = [types.index(each) for each in dict.fromkeys(types)]

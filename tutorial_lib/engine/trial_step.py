@@ -95,7 +95,7 @@ def train_copy(config: Config, build: Callable[[Config], Engine]) -> None:
 
 
 class _SplitAtLoad:
-    """The copy as transformers splits it while loading it, with the part of the engine protocol that a trial needs."""
+    """The copy, split by transformers as it loads, with the part of the engine protocol that a trial needs."""
 
     def __init__(self, config: Config) -> None:
         self.module = build_model(config)

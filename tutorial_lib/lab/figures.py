@@ -169,7 +169,7 @@ def memory_timeline(
     Args:
         series: seconds and bytes by label, for example from ``read_memory_log(path).timeline()``.
         unit: ``B``, ``kB``, ``MB``, ``GB``, ``KiB``, ``MiB`` or ``GiB``.
-        marks: labelled vertical lines at seconds (``{"first step": 4.2}``).
+        marks: labelled vertical lines, by their time in seconds (``{"first step": 4.2}``).
     """
     scaled = {label: (xs, [held / _UNITS[unit] for held in values]) for label, (xs, values) in series.items()}
     return lines(
@@ -269,7 +269,7 @@ def _legend(axes: Any, colors: Mapping[str, str], names: Sequence[str]) -> None:
         Patch(facecolor=INK, edgecolor=_HATCH_INK, hatch=_HATCHES[index % 3], linewidth=0, label=name)
         for index, name in enumerate(names if len(names) > 1 else ())
     ]
-    # A legend fills up its columns first.
+    # Matplotlib fills a legend column by column.
     blank = Patch(alpha=0, label=" ")
     columns = zip_longest(parts, series, fillvalue=blank) if series else [(part,) for part in parts]
     handles = [handle for column in columns for handle in column]

@@ -86,5 +86,5 @@ def _is_running(run: Path) -> bool:
         except Timeout:
             return True
         except OSError:
-            continue  # on a file system without locks, runs take none either
+            continue  # this file system has no locks, so no run holds one
     return False

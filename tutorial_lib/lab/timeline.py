@@ -66,7 +66,7 @@ def read_trace(path: str | Path) -> list[Span]:
 
 
 def read_memory(path: str | Path) -> list[tuple[float, int]]:
-    """Read the memory that a rank added to what it held at the start of the step, as pairs of milliseconds and bytes.
+    """Read how a rank's memory grew during the step: pairs of milliseconds and bytes, both since its start.
 
     Raises:
         ValueError: as :func:`read_trace`, or the trace was recorded without ``profile_memory``.

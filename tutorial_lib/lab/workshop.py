@@ -113,7 +113,7 @@ def what_pinning_changed(rows: Sequence[Any]) -> Exercise:
 
 
 def _changes(before: Any, after: Any) -> dict[str, float]:
-    """Return the changes of speed and of the GPU's peak between two rows, in percent."""
+    """Return the changes in speed and in the GPU's peak memory between two rows, in percent."""
     return {
         "speed": 100 * (after.samples_per_second / before.samples_per_second - 1),
         "memory": 100 * (after.gpu.peak / before.gpu.peak - 1),

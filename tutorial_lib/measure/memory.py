@@ -45,7 +45,7 @@ class StateBytes:
         """
         parts = ("parameters", "gradients", "optimizer")
         if unknown := set(states) - set(parts):
-            raise ValueError(f"{sorted(unknown)} are not parts of the model states. Write some of: {', '.join(parts)}.")
+            raise ValueError(f"{sorted(unknown)} are not parts of the model states. Use only: {', '.join(parts)}.")
         counted: dict[tuple[str, int], int] = {}
         totals, by_device = dict.fromkeys(parts, 0), dict[str, int]()
         for part in parts:

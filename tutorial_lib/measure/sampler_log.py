@@ -31,7 +31,7 @@ _ACCEPTED = """Accepted are the logs of
 
 
 class MemoryLogError(ValueError):
-    """A memory log is missing, empty, damaged, or in an unknown format. The message says where and what to do."""
+    """A memory log is missing, empty, damaged, or in an unknown format. The message says what to fix, and where."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class MemorySeries:
 
     label: str
     counted: str
-    """``PSS``, ``RSS`` or ``GPU``: PSS divides shared pages among their processes, RSS counts them in each."""
+    """``PSS``, ``RSS`` or ``GPU``: PSS divides a shared page among its processes; RSS counts it in each."""
     seconds: tuple[float, ...]
     """Seconds since the start of the log. A process has samples while it lives."""
     num_bytes: tuple[int, ...]

@@ -148,7 +148,7 @@ def checkpoint_bytes(num_params: int, stage: int, precision: Precision = MIXED) 
     Args:
         num_params: Psi; all parameters are trained, and tied ones are counted once. If every tensor-parallel rank
             writes its own part (DeepSpeed), pass t times :func:`tensor_parallel_params`.
-        stage: 0 (every rank holds everything, or FSDP2, whose shards are written once) to 3.
+        stage: ZeRO stage, 0 to 3; pass 0 for FSDP2, whose shards are written once.
         precision: bytes per parameter.
 
     Raises:

@@ -73,7 +73,7 @@ class Evaluator:
         record["eval_loss_before"] = self.mean_loss(0)
 
     def note_if_due(self, record: dict[str, Any], step: int) -> None:
-        """Add this step to ``eval_losses``, if ``evaluate_every`` asks for it. Collective."""
+        """Add this step's evaluation loss to ``eval_losses``, if ``evaluate_every`` asks for it. Collective."""
         if self._every is None:
             return
         losses: list[dict[str, Any]] = record.setdefault("eval_losses", [])

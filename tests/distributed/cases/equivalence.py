@@ -246,7 +246,7 @@ VARIANTS = {
 
 
 def among_runs(listed: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Keep the tuples (number of ranks, name of a run, and more) whose run is selected."""
+    """Keep the tuples whose run is selected. A tuple starts with the number of ranks and the run's name."""
     run = {*map(run_name, COMBINATIONS), *(f"{case}.reference" for case in CASES)}
     known = run | {*map(run_name, VALID_COMBINATIONS)}
     assert all(name in known for _, name, *_ in listed), listed

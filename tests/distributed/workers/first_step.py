@@ -45,7 +45,7 @@ def train(config: Config) -> None:
         run.create()
         seen = {"loss": loss, "gradients": gradients, "peak": allocations.peak["cpu"]}
         torch.save(seen, run.path / "first-step.pt")
-        run.result_file.write_text("{}")  # the launcher expects a result of a run that has ended
+        run.result_file.write_text("{}")  # the launcher expects a finished run to have a result
 
 
 def fixed_batch(vocabulary: int) -> dict[str, torch.Tensor]:

@@ -24,7 +24,7 @@ def hold_lock(run, which, held):
 
 @pytest.fixture
 def holder(tmp_path):
-    """Return a function that starts a process which holds one of a run's locks. Forking it saves the imports."""
+    """Return a function that starts a process which holds one of a run's locks. A fork has everything imported."""
     fork, started = multiprocessing.get_context("fork"), []
 
     def hold(which):

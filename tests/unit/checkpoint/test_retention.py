@@ -84,7 +84,7 @@ def test_a_damaged_best_checkpoint_is_replaced_by_the_best_intact_one(run):
 
 @pytest.fixture
 def unreadable(monkeypatch):
-    """Return a set of steps, empty at first. The files of its steps cannot be read."""
+    """Return an empty set. The files of every step that a test adds to it become unreadable."""
     steps_of_none, file_entry = set(), manifest.file_entry
 
     def failing(path):

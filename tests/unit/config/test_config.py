@@ -54,7 +54,7 @@ AT_LOAD = {"engine": "trainer", "shard_at_load": True}
         ({"engine": "fsdp", "sharding": "hybrid_shard", "dp": 8, "shard_size": 3}, r"shard_size as one of \[2, 4\]"),
         ({"engine": "fsdp", "zero_stage": 1}, "zero_stage=1 would have no effect: it needs engine='deepspeed'"),
         ({"engine": "torch", "dp": 1, "zero_stage": 1}, "zero_stage=1 would have no effect"),
-        ({"engine": "fsdp", "persistence_threshold": 5}, "it needs engine='deepspeed'. Leave it out"),
+        ({"engine": "fsdp", "persistence_threshold": 5}, "it needs engine='deepspeed'. Set that too, or leave"),
         ({"engine": "fsdp", "bucket_size": 5}, "bucket_size=5 would have no effect"),
         ({"engine": "torch", "dp": 1, "pin_memory": True}, "it needs engine='deepspeed' or engine='fsdp'"),
         ({"zero_stage": 2, "persistence_threshold": 5}, "it needs zero_stage=3"),
@@ -118,7 +118,7 @@ def test_the_length_of_a_run_is_stated_once_however_it_is_stated():
         ("x" * 256, r"is 'x{40} \.\.\.', 256 bytes long.*each name in it 255\. Write a shorter one"),
         ("ä" * 128, "256 bytes long"),
         ("/x" * 2048, "4096 bytes long. A path has at most 4095"),
-        ("a\0b", r"is 'a\\x00b', which contains a zero byte"),
+        ("a\0b", r"is 'a\\x00b', which contains a null byte"),
     ],
 )
 def test_impossible_file_names_are_refused(flag, name, message):

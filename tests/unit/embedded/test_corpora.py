@@ -57,7 +57,7 @@ ROWS = {
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """Build all three data sets from scratch, so that no cache of this machine hides a change."""
+    """Build all three data sets from scratch, so that no cache on this machine hides a change."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUTORIAL_LIB_CACHE", str(tmp_path_factory.mktemp("cache")))
         return {name: dataset_directory(name) for name in DATASET_NAMES}

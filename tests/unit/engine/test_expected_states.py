@@ -12,7 +12,7 @@ PSI = 1000
 
 
 def states(**flat) -> list[tuple[int, int, int]]:
-    """Return parameters, gradients and optimizer states by rank, in bytes per thousand parameters."""
+    """Return the bytes of parameters, gradients and optimizer states on each rank, for a model of 1000 parameters."""
     expected = expected_states(Config.create("cpu", **{"dp": 2} | flat), SIZES)
     assert expected is not None
     return [(each.parameters, each.gradients, each.optimizer) for each in expected]

@@ -1,4 +1,4 @@
-"""Models on the meta device: the same code and shapes, and the files that hold the values."""
+"""Models on the meta device: they have the loaded model's parameters, and find the files with their values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of the repository that state packages and versions."""
+"""Repository files that list packages and their versions."""
 
 from __future__ import annotations
 

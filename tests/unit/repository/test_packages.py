@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 from tests.unit.repository.files import PROJECT, ROOT, pins, wanted
 
 BROUGHT_BY_TORCH = re.compile(r"(nvidia|cuda)-|(triton|cupy|pytorch-triton)")
-NOT_CUDA = {"nvidia-ml-py"}  # plain Python, which calls a library of the driver, and can be installed without a GPU
+NOT_CUDA = {"nvidia-ml-py"}  # pure Python that calls the driver's library, so it can be installed without a GPU
 
 
 def test_constraints_are_exact_sorted_and_without_local_versions() -> None:

@@ -54,7 +54,7 @@ def test_a_layer_keeps_what_is_counted(family: str) -> None:
 
 @pytest.mark.parametrize("bits", [16, 32])
 def test_attention_without_a_fused_kernel_moves_its_scores(bits: int) -> None:
-    """Bytes count if operators on matrices of scores read or write them. Views do not count, as they move nothing."""
+    """An operator's bytes count if it reads or writes a matrix of scores. Views do not count, as they move nothing."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
@@ -89,7 +89,7 @@ def test_attention_without_a_fused_kernel_moves_its_scores(bits: int) -> None:
 
 
 def test_llama_3_8b_in_bf16() -> None:
-    """A layer keeps 49 h bytes per token, 15.5 h with torchtitan's selective policy, or 2 h with full recomputing."""
+    """A layer keeps 49 h bytes per token, 15.5 h with torchtitan's selective policy, or 2 h with full recomputation."""
     llama = MODELS["llama-3-8b"]
     assert [layer_activations(llama, how).kept / llama.hidden for how in CHECKPOINTING] == [49, 15.5, 2]
     # Key, output and up projections are computed again: 0.25 + 1 + 3.5 of 13.
@@ -106,7 +106,7 @@ def test_sequence_parallelism_divides_norms() -> None:
 
 
 def test_the_same_order_as_megatrons_formula() -> None:
-    """Megatron keeps 34 bytes per token and h. Without dropout's two masks of one byte each, that is PyTorch's 32."""
+    """Megatron keeps 34 h bytes per token. Without dropout's two masks of one byte each, that is PyTorch's 32."""
     gpt = MODELS["gpt2"]
     pytorch = layer_activations(gpt).kept / gpt.hidden
     fused_gelu = pytorch - (5 - 2) * 2 * 4

@@ -147,8 +147,8 @@ class DeepSpeedEngine:
     def _missing_loss_scale(self) -> float:
         """Return fp16's loss scale at stage 0, where DeepSpeed does not apply it; otherwise return 1.
 
-        DeepSpeed 0.19.8 still divides the gradients by it (65,536 at first, by default). Without this factor they would
-        be that much too small: nothing would be clipped, and small ones would vanish in fp16 (DeepSpeed pull request
+        DeepSpeed 0.19.8 still divides the gradients by it (65,536 at first, by default). Without this factor
+        they would be too small: nothing would be clipped, and small ones would vanish in fp16 (DeepSpeed pull request
         8393).
         """
         engine = self.config.engine

@@ -89,7 +89,7 @@ class FSDPEngine:
     def _reduction(self) -> Any:
         """Reduce gradients in the backward of a step's last micro-batch, or with ``reduce_each`` in every one.
 
-        Gradients that wait for the last micro-batch do so in full: Psi elements on top of a rank's shard.
+        Gradients that wait for the last micro-batch are held in full: Psi elements on top of a rank's shard.
         """
         reduces = self.config.engine.reduce_each or self._micro_steps + 1 == self.config.accumulation
         if self._is_fsdp:

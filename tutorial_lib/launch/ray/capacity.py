@@ -58,7 +58,7 @@ class Demand:
 
 
 def possible_sizes(config: Config) -> list[int]:
-    """Return the data-parallel sizes that a run can continue with: ``dp`` and, with ``min_dp``, the sizes in between.
+    """Return the data-parallel sizes that a run can continue with: from ``min_dp``, if that is set, up to ``dp``.
 
     Sizes that the configuration cannot run with are left out, such as one that does not divide ``global_batch``.
     """

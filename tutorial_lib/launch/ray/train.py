@@ -139,7 +139,7 @@ def _check_cluster(demand: Demand, directory: Path) -> None:
 
 
 def _recorder(directory: RunDirectory) -> Any:
-    """Return a callback for Ray's controller that records the worker that failed first and why, for the restart."""
+    """Return a callback for Ray's controller that records, for each restart, which worker failed first and why."""
     from ray.train import UserCallback
 
     class Recorder(UserCallback):

@@ -29,7 +29,7 @@ def watch_for_start(directories: Sequence[RunDirectory]) -> Callable[[], bool]:
 
 
 def limit_wait(has_begun: Callable[[], bool], resource_timeout: float = 0) -> Callable[[], None]:
-    """Return a check that raises if no worker has started within :data:`START_TIMEOUT`: Ray itself waits forever."""
+    """Return a check that raises if no worker has started in :data:`START_TIMEOUT` + ``resource_timeout`` seconds."""
     since = time.monotonic()
 
     def check() -> None:
