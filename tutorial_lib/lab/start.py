@@ -35,6 +35,11 @@ def tokens_left_out(tokens: int, rows: int, row_length: int) -> Exercise:
     """
     places = rows * row_length
     left_out = 100 * (1 - tokens / places)
+    wrong = {
+        100 - left_out: "That is the share that did count.",
+        left_out / 100: "Answer in per cent: 0.5 means half a per cent.",
+        places - tokens: "That is how many. Which share of all places is it?",
+    }
     return Exercise(
         f"The first step of your run counted {tokens:,} tokens. It had {rows} rows with places for {row_length} tokens "
         "each. How many per cent of the places did not count?",
@@ -42,11 +47,7 @@ def tokens_left_out(tokens: int, rows: int, row_length: int) -> Exercise:
             left_out,
             tolerance=0.1,
             unit="%",
-            near={
-                100 - left_out: "That is the share that did count.",
-                left_out / 100: "Answer in per cent: 0.5 means half a per cent.",
-                places - tokens: "That is how many. Which share of all places is it?",
-            },
+            near={value: hint for value, hint in wrong.items() if abs(value - left_out) > 0.2},
         ),
         hints=["How many places are there in all?"],
         solution=f"{left_out:.1f} %: of {rows} x {row_length} = {places:,} places, {places - tokens} did not count. "

@@ -2,8 +2,9 @@
 
 ``torch.profiler`` records FSDP2's own marks, such as ``FSDP::all_gather (transformer.h.0)``. A unit computes from the
 end of its ``pre_forward`` mark to the start of ``post_forward``, and likewise in backward. DeepSpeed leaves no marks.
-There the loop marks the phases of its step with ``record_function``, and the profiler records each collective. The rank
-computes whenever no collective runs. With ``profile_memory``, the profiler records every allocation, too.
+There the loop marks the phases of its step with ``record_function``, and the profiler records each collective. All
+other time counts as computing, including waits in broadcasts, barriers and all-reduces of single numbers. With
+``profile_memory``, the profiler records every allocation, too.
 
 Source of the marks: ``torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py`` and ``_fsdp_state.py``.
 """
@@ -57,11 +58,11 @@ def read_trace(path: str | Path) -> list[Span]:
     """Read the spans from a trace that ``export_chrome_trace`` wrote, in the order in which they started.
 
     Raises:
-        ValueError: the trace has neither FSDP2's marks nor those of a step's phases.
+        ValueError: the trace has neither FSDP2's marks nor those of a step's phases, or its collectives are not gloo's.
     """
     events = _events(path)
     began = _start(events, path)
-    spans = _spans_of_units(_marks(events)) or _spans_of_phases(events)
+    spans = _spans_of_units(_marks(events)) or _spans_of_phases(events, path)
     return [Span(s.lane, s.unit, s.start - began, s.end - began) for s in sorted(spans, key=lambda s: s.start)]
 
 
@@ -131,7 +132,8 @@ def draw_steps(steps: Mapping[str, Step], *, title: str, alt: str, inches: float
 
 def _draw_lanes(axes: Any, top: float, spans: Sequence[Span]) -> dict[float, str]:
     """Draw the spans of a step below ``top``, and return the lanes' heights and names."""
-    kinds = ["all-gather", "compute", *({span.lane for span in spans} & {"all-reduce"} or ["reduce-scatter"])]
+    reduced = sorted({span.lane for span in spans} & {"all-reduce", "reduce-scatter"}) or ["reduce-scatter"]
+    kinds = ["all-gather", "compute", *reduced]
     bottom = top - _ROWS + 0.6
     for lane in kinds:
         row, color = LANES[lane]
@@ -146,7 +148,7 @@ def _draw_lanes(axes: Any, top: float, spans: Sequence[Span]) -> dict[float, str
     for loss in (span for span in spans if span.unit == "loss"):
         axes.vlines(loss.end, bottom - _MEMORY_HEIGHT, top + 0.95, color=INK, linewidth=1, linestyle=":")
         axes.annotate("backward starts", (loss.end, 0.72), xytext=(4, 0), textcoords="offset points", fontsize=9)
-    return {top - LANES[lane][0]: lane for lane in kinds}
+    return {top: "all-gather", top - 1: "compute", top - 2: ",\n".join(reduced)}
 
 
 def _draw_memory(axes: Any, base: float, memory: Sequence[tuple[float, int]], scale: int) -> None:
@@ -192,13 +194,17 @@ def _spans_of_units(marks: Sequence[tuple[float, float, str, str]]) -> list[Span
     return spans
 
 
-def _spans_of_phases(events: Sequence[dict[str, Any]]) -> list[Span]:
+def _spans_of_phases(events: Sequence[dict[str, Any]], path: str | Path) -> list[Span]:
     """Return the collectives of each phase, and what is left of it for computing.
 
     A collective lasts until gloo, in a thread of its own, has finished it. Both list the same calls in the same order.
     """
     called = [event for event in _complete(events) if str(event["name"]).startswith("c10d::")]
     done = [event for event in _complete(events) if str(event["name"]).startswith("gloo:")]
+    if len(called) != len(done):
+        raise ValueError(
+            f"{path} has {len(called)} calls of collectives, of which gloo finished {len(done)}. Record a step on CPUs."
+        )
     carrying = [  # single numbers, such as a norm, are no tensors to speak of
         (_COLLECTIVES[call["name"]], call["ts"] / 1e3, _end(work))
         for call, work in zip(called, done, strict=True)
@@ -208,11 +214,16 @@ def _spans_of_phases(events: Sequence[dict[str, Any]]) -> list[Span]:
     for phase in _complete(events):
         if phase["name"] not in PHASES:
             continue
-        at, end = phase["ts"] / 1e3, _end(phase)
-        for lane, start, stop in (each for each in carrying if at <= each[1] < end):
-            spans += [Span("compute", phase["name"], at, start), Span(lane, phase["name"], start, stop)]
-            at = stop
-        spans.append(Span("compute", phase["name"], at, end))
+        name, began, end = phase["name"], phase["ts"] / 1e3, _end(phase)
+        computes_from = began
+        for lane, start, stop in carrying:
+            if began <= start < end:
+                if computes_from < start:
+                    spans.append(Span("compute", name, computes_from, start))
+                spans.append(Span(lane, name, start, min(stop, end)))
+                computes_from = max(computes_from, min(stop, end))
+        if computes_from < end:
+            spans.append(Span("compute", name, computes_from, end))
     return spans
 
 

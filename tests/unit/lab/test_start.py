@@ -21,3 +21,9 @@ def test_the_share_of_tokens_left_out_follows_the_run() -> None:
     exercise = start.tokens_left_out(tokens=1986, rows=16, row_length=128)
     wrong = {97.0: "did count", 0.03: "in per cent", 62: "Which share", 9: "too high"}
     assert_explains(exercise, 100 * 62 / 2048, wrong)
+
+
+def test_a_share_that_a_wrong_answer_would_hit_is_no_error() -> None:
+    for tokens in (2048, 1024):
+        exercise = start.tokens_left_out(tokens=tokens, rows=16, row_length=128)
+        assert_explains(exercise, 100 * (1 - tokens / 2048), {75: "too high"})

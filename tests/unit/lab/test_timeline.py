@@ -80,6 +80,34 @@ def test_a_step_without_fsdp_is_split_at_its_collectives(tmp_path: Path) -> None
     assert two.height == pytest.approx(2 * one.height, abs=1)
 
 
+def test_collectives_that_overlap_or_outlast_their_phase_are_all_drawn(tmp_path: Path) -> None:
+    trace = write_trace(
+        tmp_path / "trace.json",
+        [
+            ("forward", 0, 10),
+            ("c10d::_allgather_base_", 2, 2.5),
+            ("gloo:all_gather", 2, 8),
+            ("c10d::_allgather_base_", 3, 3.5),
+            ("gloo:all_gather", 3, 5),
+            ("c10d::_allgather_base_", 9, 9.5),
+            ("gloo:all_gather", 9, 12),
+        ],
+    )
+    assert read_trace(trace) == [
+        Span("compute", "forward", 0, 2),
+        Span("all-gather", "forward", 2, 8),
+        Span("all-gather", "forward", 3, 5),
+        Span("compute", "forward", 8, 9),
+        Span("all-gather", "forward", 9, 10),
+    ]
+
+
+def test_a_trace_of_another_backend_is_refused(tmp_path: Path) -> None:
+    trace = write_trace(tmp_path / "trace.json", [("forward", 0, 10), ("c10d::allreduce_", 2, 3)])
+    with pytest.raises(ValueError, match="1 calls of collectives, of which gloo finished 0. Record a step on CPUs"):
+        read_trace(trace)
+
+
 def test_collectives_of_single_numbers_are_left_out(tmp_path: Path) -> None:
     trace = write_trace(
         tmp_path / "trace.json", [("forward", 0, 10), ("c10d::allreduce_", 2, 3), ("gloo:all_reduce", 2, 4)]
