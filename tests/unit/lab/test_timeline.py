@@ -104,7 +104,7 @@ def test_collectives_that_overlap_or_outlast_their_phase_are_all_drawn(tmp_path:
 
 def test_a_trace_of_another_backend_is_refused(tmp_path: Path) -> None:
     trace = write_trace(tmp_path / "trace.json", [("forward", 0, 10), ("c10d::allreduce_", 2, 3)])
-    with pytest.raises(ValueError, match="1 calls of collectives, of which gloo finished 0. Record a step on CPUs"):
+    with pytest.raises(ValueError, match="1 calls of collectives, of which gloo finished 0"):
         read_trace(trace)
 
 
