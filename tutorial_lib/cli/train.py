@@ -19,6 +19,7 @@ from tutorial_lib.cli.options import (
     shape_in_words,
 )
 from tutorial_lib.config import PROFILES, Config, settings
+from tutorial_lib.config.workshop import SUBSET
 from tutorial_lib.tables import align
 
 
@@ -81,7 +82,7 @@ def summary(run: Any) -> str:
         + (_what_follows(run.config) if result["status"] == "stopped" else ""),
         **{f"left out{' ' * n}": f"{o['checkpoint']}: {o['why']}" for n, o in enumerate(result["left_out"])},
         **{f"restart {n}": _restart(r) for n, r in enumerate(result["restarts"], 1)},
-        **{f"{use} rows": _odd_rows(split) for use, split in result["data"].items() if _odd_rows(split)},
+        **{f"{use} rows": said for use, split in result["data"].items() if (said := _rows(use, split, run.config))},
         **{name.replace("_", " "): value for name, value in loss.items()},
         **({"eval loss by epoch": _by_epoch(result["eval_losses"])} if result["eval_losses"] else {}),
         "tokens per second": f"{result['tokens_per_second']:.0f}" if result["tokens_per_second"] else "too few steps",
@@ -115,6 +116,16 @@ def _by_epoch(losses: list[dict[str, Any]]) -> str:
         return f" ({each['all_tokens']:.4f} over all tokens)" if "all_tokens" in each else ""
 
     return ", ".join(f"{each['epoch']:g}: {each['loss']:.4f}{over_all_tokens(each)}" for each in losses)
+
+
+def _rows(use: str, split: dict[str, Any], config: Config) -> str:
+    """Say which subset was chosen by default, and which of its rows are odd; an empty string if there is nothing."""
+    flag = {"train": "max_examples", "eval": "max_eval_examples"}[use]
+    said = []
+    is_default = config.engine.name == "trainer" and flag not in config.given
+    if is_default and config.flat()[flag] == SUBSET[flag] == split["num_rows"]:
+        said.append(f"the first {SUBSET[flag]}; for all, write --{flag.replace('_', '-')} all")
+    return ". ".join([*said, _odd_rows(split)] if _odd_rows(split) else said)
 
 
 def _odd_rows(split: dict[str, Any]) -> str:

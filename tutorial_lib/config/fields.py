@@ -39,6 +39,7 @@ def _setting(
     resume: Resume = "fixed",
     shape_of: tuple[str, ...] = (),
     is_path: bool = False,
+    none_word: str | None = None,
 ) -> Any:
     """Declare one setting.
 
@@ -55,10 +56,12 @@ def _setting(
         shape_of: the engines for which it is part of the shape of a checkpoint: it decides which rank holds which part
             of a run's state, or its format.
         is_path: whether the value may be the path of a file or directory.
+        none_word: word for None on the command line, if None may be given there.
     """
     metadata = {
         "flag": flag, "help": help, "choices": choices, "at_least": at_least, "at_most": at_most, "below": below,
         "engines": engines, "resume": resume, "shape_of": shape_of, "is_path": is_path,
+        "none_word": none_word,
     }  # fmt: skip
     return field(default=default, metadata=metadata)
 
@@ -97,10 +100,18 @@ class DataConfig:
     train_split: str = _setting("train", "split to train on")
     eval_split: str = _setting("validation", "split to evaluate on")
     max_examples: int | None = _setting(
-        None, "use only the first N rows of the training split (default: all; the ZeRO workshop uses 500)", at_least=1
+        None,
+        "use only the first N rows of the training split, or all (default: all; 500, as in the ZeRO workshop, with "
+        "engine trainer on data like SQuAD)",
+        at_least=1,
+        none_word="all",
     )
     max_eval_examples: int | None = _setting(
-        64, "use only the first N rows of the evaluation split (default: 64; the ZeRO workshop uses 50)", at_least=1
+        64,
+        "use only the first N rows of the evaluation split, or all (default: 64; 50, as in the ZeRO workshop, with "
+        "engine trainer on data like SQuAD)",
+        at_least=1,
+        none_word="all",
     )
 
 
@@ -369,3 +380,4 @@ class Setting:
     resume: Resume
     shape_of: tuple[str, ...]
     is_path: bool
+    none_word: str | None

@@ -21,6 +21,7 @@ from tutorial_lib.dataloader.loaders import (
 )
 from tutorial_lib.dataloader.rows import load_rows
 from tutorial_lib.dataloader.sampler import StepSampler
+from tutorial_lib.dataloader.subset import choose_subset
 from tutorial_lib.dataloader.tokens import tokenize_rows
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "build_eval_loader",
     "build_train_loader",
     "check_data",
+    "choose_subset",
     "data_identity",
     "load_rows",
     "tokenize_rows",

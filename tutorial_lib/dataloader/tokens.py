@@ -220,6 +220,11 @@ def document_maker(
     )
 
 
+def reads_questions(rows: datasets.Dataset) -> bool:
+    """Return whether the documents of these rows are questions with a context and answers, as in SQuAD."""
+    return _readable_columns(rows.features)[:1] == ["question"]
+
+
 def _readable_columns(columns: Mapping[str, Any]) -> list[str]:
     """Return the first column of each kind that documents could be made from. The first one is read."""
     question, context, answers = (columns.get(column) for column in _QA_COLUMNS)

@@ -27,7 +27,7 @@ def preflight(config: Config) -> Config:
     """Refuse a configuration that cannot run here, before a process starts.
 
     Returns:
-        The configuration with the values of its DeepSpeed file applied, and with absolute paths.
+        The configuration with the values of its DeepSpeed file applied, the default number of rows, and absolute paths.
 
     Raises:
         ConfigError: names what cannot run here and what to write instead.
@@ -37,7 +37,7 @@ def preflight(config: Config) -> Config:
     from tutorial_lib.checkpoint.compatibility import check_continues, reads_data
     from tutorial_lib.checkpoint.lock import check_free
     from tutorial_lib.checkpoint.storage import check_storage
-    from tutorial_lib.dataloader import check_data, data_identity
+    from tutorial_lib.dataloader import check_data, choose_subset, data_identity
     from tutorial_lib.engine.deepspeed.config import apply_file, check_autotp
     from tutorial_lib.engine.deepspeed.run_checks import check_leaf_modules, check_outputs
     from tutorial_lib.engine.trial_forward import trial_forward
@@ -81,6 +81,9 @@ def preflight(config: Config) -> Config:
             check_leaf_modules(file, lambda: model_outline(config))
             if config.run.launcher != "ray":  # Ray's workers may be on other machines
                 check_outputs(file)
+    config, note = choose_subset(config)
+    if note and not joined_rank(config):
+        _LOG.warning(note)
     check_storage(config)
     check_free(RunDirectory(config.directory), joined_rank(config) or 0)
     found = latest(RunDirectory(config.directory))

@@ -1,5 +1,7 @@
 """Checkpoints of the Hugging Face Trainer: hashed and named like all others, but only the Trainer reads them."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -144,3 +146,20 @@ def test_runs_that_share_a_process_do_not_disturb_each_other(full_run, model, tm
     for run in (sharded, plain):
         assert [row["loss"] for row in run.rows] == pytest.approx([row["loss"] for row in full_run.rows], rel=1e-6)
     assert rows_without_seconds(plain) == rows_without_seconds(full_run)
+
+
+def test_on_questions_a_plain_command_trains_on_the_workshops_subset_and_says_so(model, tmp_path, capsys, caplog):
+    shape = ["--engine", "trainer", "--dp", "1", "--launcher", "none", "--seq-length", "96", "--steps", "1"]
+    command = ["train", *shape, "--model", model, "--dataset", "embedded/qa", "--storage", str(tmp_path)]
+    assert main([*command, "--name", "subset"]) == 0
+    run = RunDirectory(tmp_path / "subset")
+    recorded = json.loads(run.config_file.read_text())
+    assert (recorded["max_examples"], recorded["max_eval_examples"]) == (500, 50)
+    assert {use: split["num_rows"] for use, split in run.result()["data"].items()} == {"train": 500, "eval": 50}
+    shown = capsys.readouterr().out
+    assert "the first 500; for all, write --max-examples all" in shown and "the first 50; for all" in shown
+    assert "This run reads the first 500 of the 2755 rows of 'train' and the first 50 of the 350" in caplog.text
+    assert main([*command, "--name", "chosen", "--max-examples", "8", "--max-eval-examples", "all"]) == 0
+    data = RunDirectory(tmp_path / "chosen").result()["data"]
+    assert {use: split["num_rows"] for use, split in data.items()} == {"train": 8, "eval": 350}
+    assert "the first" not in capsys.readouterr().out
