@@ -91,6 +91,8 @@ def validate(config: Config, settings: Mapping[str, Setting]) -> None:
         raise ConfigError(f"evaluate_every is {every!r}; write 'epoch', or a number of optimizer steps such as '50'.")
     if every is not None and not run.evaluate:
         raise ConfigError(f"evaluate_every={every!r} needs an evaluation: write evaluate=True, or leave it out.")
+    if run.score_answers and not run.evaluate:
+        raise ConfigError("score_answers=True belongs to an evaluation: write evaluate=True, or leave it out.")
     if run.max_failures > 0 and run.launcher != "ray":
         raise ConfigError(
             f"max_failures={run.max_failures} is for Ray Train; launcher={run.launcher!r} does not restart workers. "

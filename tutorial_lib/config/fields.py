@@ -359,6 +359,13 @@ class RunConfig:
         "also evaluate every N optimizer steps, or after every epoch (epoch); see eval_losses in result.json",
         resume="free",
     )
+    score_answers: bool = _setting(
+        False,
+        "trainer, on data like SQuAD: with each evaluation, also answer its questions greedily, and report exact match "
+        "and F1",
+        engines=("trainer",),
+        resume="free",
+    )
     measure: bool = _setting(False, "measure memory and traffic of one step; slows that step", resume="one start")
 
 

@@ -1,7 +1,8 @@
 """Original ZeRO workshop: the rows that it trains on, and the names of its experiments.
 
-``2ZO-1G1N`` is ZeRO stage 2 with offload, on 1 GPU of 1 node. The digit before ``Z`` is the ZeRO stage. ``O`` is offload, ``OP`` offload to pinned memory. Then come the total number
-of GPUs and the number of nodes: ``3Z-8G4N`` has 8 GPUs, 2 on each of 4 nodes.
+``2ZO-1G1N`` is ZeRO stage 2 with offload, on 1 GPU of 1 node. The digit before ``Z`` is the ZeRO stage. ``O`` is
+offload, ``OP`` offload to pinned memory. Then come the total number of GPUs and the number of nodes: ``3Z-8G4N`` has 8
+GPUs, 2 on each of 4 nodes.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 :mod:`~tutorial_lib.dataloader.rows` finds the data, ``tokens`` turns rows into documents of tokens, ``packing`` lets
 documents share a row, ``sampler`` decides which rows make up which step, ``collate`` builds the tensors, and
-``loaders`` puts it all together.
+``loaders`` puts it all together. ``subset`` knows which rows the ZeRO workshop uses.
 
 The examples of optimizer step k depend only on the data settings, the seed and the global batch: never on the number of
 ranks, micro-batches, the launcher or a resume. That makes the same step of two runs comparable.
@@ -21,7 +21,6 @@ from tutorial_lib.dataloader.loaders import (
 )
 from tutorial_lib.dataloader.rows import load_rows
 from tutorial_lib.dataloader.sampler import StepSampler
-from tutorial_lib.dataloader.subset import choose_subset
 from tutorial_lib.dataloader.tokens import tokenize_rows
 
 __all__ = [
@@ -34,7 +33,6 @@ __all__ = [
     "build_eval_loader",
     "build_train_loader",
     "check_data",
-    "choose_subset",
     "data_identity",
     "load_rows",
     "tokenize_rows",

@@ -363,7 +363,7 @@ def encode_prompt(
     if excess >= max(1, len(in_context)):
         raise ConfigError(
             f"The question {question!r} leaves no room for its context in {max_length} tokens. Write a larger "
-            "seq_length, or a smaller max_new_tokens."
+            "seq_length (or, for evaluate_answers, a smaller max_new_tokens)."
         )
     removed = set(in_context[len(in_context) - excess :])
     return [token for i, (token, _) in enumerate(tokens) if i not in removed], bool(removed)

@@ -37,7 +37,8 @@ def preflight(config: Config) -> Config:
     from tutorial_lib.checkpoint.compatibility import check_continues, reads_data
     from tutorial_lib.checkpoint.lock import check_free
     from tutorial_lib.checkpoint.storage import check_storage
-    from tutorial_lib.dataloader import check_data, choose_subset, data_identity
+    from tutorial_lib.dataloader import check_data, data_identity
+    from tutorial_lib.dataloader.subset import choose_subset
     from tutorial_lib.engine.deepspeed.config import apply_file, check_autotp
     from tutorial_lib.engine.deepspeed.run_checks import check_leaf_modules, check_outputs
     from tutorial_lib.engine.trial_forward import trial_forward
@@ -92,6 +93,10 @@ def preflight(config: Config) -> Config:
         warning = check_data(config, tokenizer)
         if warning and not joined_rank(config):
             _LOG.warning(warning)
+        if config.run.score_answers:
+            from tutorial_lib.trainer.answers import read_questions  # loads the model classes
+
+            read_questions(config, tokenizer)
     if found:
         # Under Ray, the tokens may exist on the workers' machines only, so the workers compare them.
         compares = has_data and config.run.launcher != "ray"

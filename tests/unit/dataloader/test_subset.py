@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tutorial_lib.config import Config
-from tutorial_lib.dataloader import choose_subset
+from tutorial_lib.dataloader.subset import choose_subset
 
 
 def chosen(**flat):

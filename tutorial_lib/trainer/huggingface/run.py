@@ -30,6 +30,7 @@ from tutorial_lib.engine.inputs import model_inputs
 from tutorial_lib.models import build_model
 from tutorial_lib.mpu.device import local_device
 from tutorial_lib.mpu.random_states import seed_everything
+from tutorial_lib.trainer.answers import read_questions
 from tutorial_lib.trainer.huggingface.arguments import build_arguments, reset_global_state
 from tutorial_lib.trainer.huggingface.trainer import HuggingFaceTrainer
 from tutorial_lib.trainer.loop import Trainer
@@ -53,6 +54,19 @@ class HuggingFaceRun(Trainer):
         engine = _TrainedModel(self)
         seed_everything(self.config.run.seed + 1 + self.topology.dp_rank)
         return engine
+
+    def build_score(self) -> Callable[[], dict[str, float]] | None:
+        """Return a function that answers the evaluation questions, if ``score_answers`` asks for it."""
+        if not self.config.run.score_answers:
+            return None
+        self._questions = read_questions(self.config, self.tokenizer)
+
+        def score() -> dict[str, float]:
+            grid, micro_batch = self.topology, self.config.micro_batch
+            report = self._questions.answer(self.engine.module, micro_batch, dp_rank=grid.dp_rank, dp_size=grid.dp)
+            return {"exact_match": report.score.exact_match, "f1": report.score.f1}
+
+        return score
 
     def close(self) -> None:
         self._probing.close()
@@ -127,7 +141,12 @@ class HuggingFaceRun(Trainer):
         return is_over
 
     def _facts(self) -> dict[str, Any]:
-        return {"deepspeed_config": self.engine.deepspeed_config(), "deepspeed_auto": self.engine.auto_values()}
+        facts = {"deepspeed_config": self.engine.deepspeed_config(), "deepspeed_auto": self.engine.auto_values()}
+        if self.config.run.score_answers and self.evaluator and self.stops.stopped_by is None:
+            scores = self.evaluator.scores_at(self.step)
+            counts = {"num_questions": len(self._questions.prompts), "num_cut": self._questions.num_cut}
+            facts["eval_answers"] = {"exact_match": scores["exact_match"], "f1": scores["f1"], **counts}
+        return facts
 
 
 class _TrainedModel:
