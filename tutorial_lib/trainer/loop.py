@@ -179,7 +179,8 @@ class Trainer:
             self.engine.train(True)
             loss_sum = torch.zeros((), dtype=torch.float64, device=self.engine.device)
             for batch in micro_batches:
-                batch_sum = token_loss_sum(self.engine.forward(batch), batch["labels"])
+                with probe.forward(self.engine) if probe else nullcontext():
+                    batch_sum = token_loss_sum(self.engine.forward(batch), batch["labels"])
                 self.engine.backward(batch_sum / tokens)
                 loss_sum += batch_sum.detach()
                 if probe:

@@ -10,7 +10,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,7 @@ class HuggingFaceRun(Trainer):
             self._probe = StepProbe(self.topology)
             self._probing.enter_context(self._probe.measuring())
             self._probing.enter_context(self.engine.calling_after_backward(self.note_states))
+            self.engine.trainer.around_forward = partial(self._probe.forward, self.engine)
 
     def note_states(self) -> None:
         """Tell the probe, if there is one, to note the current model states: gradients are at their peak now."""
@@ -133,6 +135,7 @@ class HuggingFaceRun(Trainer):
         self.step = step
         if self._probe:
             self._probing.close()
+            self.engine.trainer.around_forward = nullcontext
             self.measured, self._probe = self._probe.report(self.engine), None
         norm = norm if norm is not None and math.isfinite(norm) else None
         self._record(logs["loss"], self._tokens, norm, logs["learning_rate"], time.perf_counter() - self._step_began)
