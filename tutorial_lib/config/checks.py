@@ -328,7 +328,8 @@ def _check_type(setting: Setting, value: Any) -> None:
     if setting.choices and value not in setting.choices:
         raise ConfigError(f"{setting.flag} is {value!r}. Write one of: {', '.join(map(str, setting.choices))}.")
     kinds: Any = {int: int, float: (int, float), str: str, bool: bool, int | None: (int, type(None)),
-             str | None: (str, type(None)), tuple[str, ...]: tuple}[setting.type]  # fmt: skip
+             float | None: (int, float, type(None)), str | None: (str, type(None)),
+             tuple[str, ...]: tuple}[setting.type]  # fmt: skip
     wrong_bool = isinstance(value, bool) and setting.type is not bool
     if wrong_bool or not isinstance(value, kinds):
         name = getattr(setting.type, "__name__", str(setting.type))

@@ -366,6 +366,14 @@ class RunConfig:
         engines=("trainer",),
         resume="free",
     )
+    memory_log_seconds: float | None = _setting(
+        None,
+        "log each rank's memory and that of the GPUs every N seconds: logs/memory-rank-NNN.jsonl, anew with each start "
+        "(default: no log)",
+        at_least=0.01,
+        at_most=86400,
+        resume="free",
+    )
     measure: bool = _setting(False, "measure memory and traffic of one step; slows that step", resume="one start")
 
 
