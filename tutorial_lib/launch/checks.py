@@ -65,7 +65,9 @@ def preflight(config: Config) -> Config:
     model = load_config(m.name, trust_remote_code=m.trust_remote_code)
     check_sequence_length(config.data.seq_length, model)
     _warn_of_router_loss(config, model)
-    trial_forward(config, model)  # first: a model for other tasks may have no tokenizer or vocabulary
+    untried = trial_forward(config, model)  # first: a model for other tasks may have no tokenizer or vocabulary
+    if untried and not joined_rank(config):
+        _LOG.warning(untried)
     tokenizer = load_tokenizer(m.name, trust_remote_code=m.trust_remote_code)
     check_vocabulary(tokenizer, model)
     check_side_files(m.name)
