@@ -374,7 +374,9 @@ class RunConfig:
         at_most=86400,
         resume="free",
     )
-    measure: bool = _setting(False, "measure memory and traffic of one step; slows that step", resume="one start")
+    measure: bool = _setting(
+        False, "measure model states, activations, peak and traffic of one step; slows it", resume="one start"
+    )
 
 
 @dataclass(frozen=True, slots=True)
