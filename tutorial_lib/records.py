@@ -18,8 +18,9 @@ Workers write records instead of printing; notebooks, tests and the command line
     asks the ranks to save and stop;
 ``logs/rank-NNN.log``, ``logs/rank-NNN.error.json``
     a worker's output, and its traceback if it failed;
-``logs/memory-JOB.START-NODE.jsonl``
-    under SLURM, the memory of a node's processes over time: see :mod:`tutorial_lib.measure.sampler`.
+``logs/memory-rank-NNN.jsonl``, ``logs/memory-JOB.START-NODE.jsonl``
+    with ``memory_log_seconds``, a rank's memory over time; under SLURM, that of a node's processes: see
+    :mod:`tutorial_lib.measure.sampler`.
 
 This module imports only the standard library and the configuration, so that reading a record is cheap.
 """
@@ -148,6 +149,9 @@ class RunDirectory:
 
     def log_file(self, rank: int) -> Path:
         return self.logs / f"rank-{rank:03d}.log"
+
+    def memory_log(self, rank: int) -> Path:
+        return self.logs / f"memory-rank-{rank:03d}.jsonl"
 
     def write_error(self, rank: int, error: BaseException) -> None:
         """Save a worker's own traceback, and the time it failed, where the launcher looks for them."""

@@ -22,6 +22,7 @@ from tutorial_lib.cli.train import summary
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.engine.deepspeed.file import DIRECTORY
 from tutorial_lib.records import RunDirectory
+from tutorial_lib.trainer.answers import evaluate_answers
 
 EQUAL: dict[int, list[tuple[str, str]]] = {
     1: [("gpt2", "plain")],
@@ -206,6 +207,19 @@ def test_a_model_sharded_at_load_is_exported_and_never_resumed(runs, tmp_path):
             launch.run(again)
     with pytest.raises(ConfigError, match="has a checkpoint, but shard_at_load=True cannot resume"):
         launch.run(runs["hf-qwen2.plain.2"].config.override(shard_at_load=True))
+
+
+def test_ranks_that_share_parameters_answer_an_odd_number_of_questions(files, tmp_path):
+    """Each rank answers some of them, in lockstep, and all are scored."""
+    questions = {"model": "embedded/bloom", "dataset": "embedded/qa", "seq_length": 96, "max_eval_examples": 5}
+    flat = questions | {"engine": "trainer", "dp": 2, "evaluate": True, "score_answers": True, "learning_rate": 4e-3}
+    variants: dict[str, dict[str, Any]] = {"zero3": {"deepspeed": "zero3"}, "load": {"shard_at_load": True}}
+    configs = [small_runs.config(files, name=f"hf-answers.{name}", **flat, **each) for name, each in variants.items()]
+    for run in launch.run_all(configs):
+        exported = checkpoint.export(checkpoint.latest(run.directory), tmp_path / run.config.run.name)
+        score = evaluate_answers(str(exported), max_examples=5, seq_length=96).score
+        assert (run.result["eval_answers"]["f1"], run.result["eval_answers"]["num_questions"]) == (score.f1, 5)
+        assert score.f1 > 0
 
 
 def test_sigterm_saves_and_the_same_command_resumes(files, runs):

@@ -40,14 +40,19 @@ def add_setting(
     else:
         kind = next((t for t in (int, float) if setting.type in (t, t | None)), str)
         parser.add_argument(
-            flag, type=_number_parser(kind, setting.help), metavar=setting.flag.split("_")[-1].upper(), **shared
+            flag,
+            type=_number_parser(kind, setting.help, setting.none_word),
+            metavar=setting.flag.split("_")[-1].upper(),
+            **shared,
         )
 
 
-def _number_parser(kind: type, meaning: str) -> Callable[[str], Any]:
-    """Return a function that parses a number, with an error message that explains the argument."""
+def _number_parser(kind: type, meaning: str, none_word: str | None = None) -> Callable[[str], Any]:
+    """Return a function that parses a number or ``none_word``, with an error message that explains the argument."""
 
     def read(text: str) -> Any:
+        if text == none_word:
+            return None
         try:
             return kind(text)
         except ValueError:

@@ -19,6 +19,7 @@ from tutorial_lib.cli.options import (
     shape_in_words,
 )
 from tutorial_lib.config import PROFILES, Config, EngineConfig, settings
+from tutorial_lib.config.workshop import SUBSET
 from tutorial_lib.tables import align
 
 
@@ -81,8 +82,9 @@ def summary(run: Any) -> str:
         + (_what_follows(run.config.engine) if result["status"] == "stopped" else ""),
         **{f"left out{' ' * n}": f"{o['checkpoint']}: {o['why']}" for n, o in enumerate(result["left_out"])},
         **{f"restart {n}": _restart(r) for n, r in enumerate(result["restarts"], 1)},
-        **{f"{use} rows": _odd_rows(split) for use, split in result["data"].items() if _odd_rows(split)},
+        **{f"{use} rows": said for use, split in result["data"].items() if (said := _rows(use, split, run.config))},
         **{name.replace("_", " "): value for name, value in loss.items()},
+        **({"eval answers": _answers(result["eval_answers"])} if "eval_answers" in result else {}),
         **({"eval loss by epoch": _by_epoch(result["eval_losses"])} if result["eval_losses"] else {}),
         "tokens per second": f"{result['tokens_per_second']:.0f}" if result["tokens_per_second"] else "too few steps",
         "peak memory": ", ".join(f"{rank['peak_memory_bytes'] / 2**20:.0f} MiB" for rank in result["ranks"]),
@@ -111,10 +113,30 @@ def _engine(config: Config) -> str:
 
 
 def _by_epoch(losses: list[dict[str, Any]]) -> str:
-    def over_all_tokens(each: dict[str, Any]) -> str:
-        return f" ({each['all_tokens']:.4f} over all tokens)" if "all_tokens" in each else ""
+    def more(each: dict[str, Any]) -> str:
+        scores = [f"{each['all_tokens']:.4f} over all tokens"] if "all_tokens" in each else []
+        scores += [f"exact match {each['exact_match']:.1f} %, F1 {each['f1']:.1f} %"] if "f1" in each else []
+        return f" ({'; '.join(scores)})" if scores else ""
 
-    return ", ".join(f"{each['epoch']:g}: {each['loss']:.4f}{over_all_tokens(each)}" for each in losses)
+    return ", ".join(f"{each['epoch']:g}: {each['loss']:.4f}{more(each)}" for each in losses)
+
+
+def _answers(answers: dict[str, Any]) -> str:
+    cut = f", {answers['num_cut']} of them without the end of their context" if answers["num_cut"] else ""
+    return (
+        f"exact match {answers['exact_match']:.1f} %, F1 {answers['f1']:.1f} % on {answers['num_questions']} "
+        f"questions{cut}"
+    )
+
+
+def _rows(use: str, split: dict[str, Any], config: Config) -> str:
+    """Say which subset was chosen by default, and which of its rows are odd; an empty string if there is nothing."""
+    flag = {"train": "max_examples", "eval": "max_eval_examples"}[use]
+    said = []
+    is_default = config.engine.name == "trainer" and flag not in config.given
+    if is_default and config.flat()[flag] == SUBSET[flag] == split["num_rows"]:
+        said.append(f"the first {SUBSET[flag]}; for all, write --{flag.replace('_', '-')} all")
+    return ". ".join([*said, _odd_rows(split)] if _odd_rows(split) else said)
 
 
 def _odd_rows(split: dict[str, Any]) -> str:

@@ -91,6 +91,8 @@ def validate(config: Config, settings: Mapping[str, Setting]) -> None:
         raise ConfigError(f"evaluate_every is {every!r}; write 'epoch', or a number of optimizer steps such as '50'.")
     if every is not None and not run.evaluate:
         raise ConfigError(f"evaluate_every={every!r} needs an evaluation: write evaluate=True, or leave it out.")
+    if run.score_answers and not run.evaluate:
+        raise ConfigError("score_answers=True belongs to an evaluation: write evaluate=True, or leave it out.")
     if run.max_failures > 0 and run.launcher != "ray":
         raise ConfigError(
             f"max_failures={run.max_failures} is for Ray Train; launcher={run.launcher!r} does not restart workers. "
@@ -325,7 +327,8 @@ def _check_type(setting: Setting, value: Any) -> None:
     if setting.choices and value not in setting.choices:
         raise ConfigError(f"{setting.flag} is {value!r}. Write one of: {', '.join(map(str, setting.choices))}.")
     kinds: Any = {int: int, float: (int, float), str: str, bool: bool, int | None: (int, type(None)),
-             str | None: (str, type(None)), tuple[str, ...]: tuple}[setting.type]  # fmt: skip
+             float | None: (int, float, type(None)), str | None: (str, type(None)),
+             tuple[str, ...]: tuple}[setting.type]  # fmt: skip
     wrong_bool = isinstance(value, bool) and setting.type is not bool
     if wrong_bool or not isinstance(value, kinds):
         name = getattr(setting.type, "__name__", str(setting.type))

@@ -41,6 +41,7 @@ def _setting(
     resume: Resume = "fixed",
     shape_of: tuple[str, ...] = (),
     is_path: bool = False,
+    none_word: str | None = None,
 ) -> Any:
     """Declare one setting.
 
@@ -57,10 +58,12 @@ def _setting(
         shape_of: the engines for which it is part of a checkpoint's shape, because it decides which rank holds which
             part of a run's state, or in which format.
         is_path: whether the value may be the path of a file or directory.
+        none_word: word for None on the command line, if None may be given there.
     """
     metadata = {
         "flag": flag, "help": help, "choices": choices, "at_least": at_least, "at_most": at_most, "below": below,
         "engines": engines, "resume": resume, "shape_of": shape_of, "is_path": is_path,
+        "none_word": none_word,
     }  # fmt: skip
     return field(default=default, metadata=metadata)
 
@@ -99,10 +102,18 @@ class DataConfig:
     train_split: str = _setting("train", "split to train on")
     eval_split: str = _setting("validation", "split to evaluate on")
     max_examples: int | None = _setting(
-        None, "use only the first N rows of the training split (default: all; the ZeRO workshop uses 500)", at_least=1
+        None,
+        "use only the first N rows of the training split, or all (default: all; 500, as in the ZeRO workshop, with "
+        "engine trainer on data like SQuAD)",
+        at_least=1,
+        none_word="all",
     )
     max_eval_examples: int | None = _setting(
-        64, "use only the first N rows of the evaluation split (default: 64; the ZeRO workshop uses 50)", at_least=1
+        64,
+        "use only the first N rows of the evaluation split, or all (default: 64; 50, as in the ZeRO workshop, with "
+        "engine trainer on data like SQuAD)",
+        at_least=1,
+        none_word="all",
     )
 
 
@@ -350,7 +361,24 @@ class RunConfig:
         "also evaluate every N optimizer steps, or after every epoch (epoch); see eval_losses in result.json",
         resume="free",
     )
-    measure: bool = _setting(False, "measure memory and traffic of one step; slows that step", resume="one start")
+    score_answers: bool = _setting(
+        False,
+        "trainer, on data like SQuAD: with each evaluation, also answer its questions greedily, and report exact match "
+        "and F1",
+        engines=("trainer",),
+        resume="free",
+    )
+    memory_log_seconds: float | None = _setting(
+        None,
+        "log each rank's memory and that of the GPUs every N seconds: logs/memory-rank-NNN.jsonl, anew with each start "
+        "(default: no log)",
+        at_least=0.01,
+        at_most=86400,
+        resume="free",
+    )
+    measure: bool = _setting(
+        False, "measure model states, activations, peak and traffic of one step; slows it", resume="one start"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,3 +399,4 @@ class Setting:
     resume: Resume
     shape_of: tuple[str, ...]
     is_path: bool
+    none_word: str | None

@@ -221,6 +221,11 @@ def document_maker(
     )
 
 
+def reads_questions(rows: datasets.Dataset) -> bool:
+    """Return whether the documents of these rows are questions with a context and answers, as in SQuAD."""
+    return _readable_columns(rows.features)[:1] == ["question"]
+
+
 def _readable_columns(columns: Mapping[str, Any]) -> list[str]:
     """Return the first column of each kind that documents could be made from. The first one is read."""
     question, context, answers = (columns.get(column) for column in _QA_COLUMNS)
@@ -359,7 +364,7 @@ def encode_prompt(
     if excess >= max(1, len(in_context)):
         raise ConfigError(
             f"The question {question!r} leaves no room for its context in {max_length} tokens. Write a larger "
-            "seq_length, or a smaller max_new_tokens."
+            "seq_length (or, for evaluate_answers, a smaller max_new_tokens)."
         )
     removed = set(in_context[len(in_context) - excess :])
     return [token for i, (token, _) in enumerate(tokens) if i not in removed], bool(removed)

@@ -38,18 +38,23 @@ _SIZES = {
     "moe_intermediate_size": _WIDTH, "shared_expert_intermediate_size": _WIDTH, "vocab_size": _VOCABULARY,
     "num_experts": _EXPERTS, "num_local_experts": _EXPERTS, "n_routed_experts": _EXPERTS, "decoder_layers": _LAYERS,
     "decoder_vocab_size": _VOCABULARY, "chunk_size": _ROW, "mamba_chunk_size": _ROW,
+    "vocab_size_per_layer_input": _VOCABULARY, "linear_num_key_heads": _HEADS, "linear_num_value_heads": _HEADS,
+    "linear_num_heads": _HEADS, "q_lora_rank": _WIDTH, "index_n_heads": _HEADS, "dim_ff": _WIDTH,
 }  # fmt: skip
 """Names of sizes in configurations, and the largest value of each in a copy."""
 
 _PASSED: set[tuple[Any, ...]] = set()
 """Trials that passed in this process, so that many runs of one model pay only once."""
 
+_MAMBA_HEADS = {"num_heads": "head_dim", "mamba_n_heads": "mamba_d_head", "n_mamba_heads": "mamba_headdim"}
+"""Names of the number of Mamba 2's heads, and of their width. All heads together are ``expand`` times the model's."""
+
 _GROUPS = ("num_key_value_heads", "num_kv_heads")
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")
 _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
-def trial_forward(config: Config, model_config: PretrainedConfig) -> None:
+def trial_forward(config: Config, model_config: PretrainedConfig) -> str | None:
     """Refuse a model that cannot be trained on the requested batches, at the cost of a few tiny forward passes.
 
     No random state changes, and nothing as large as the real model is allocated.
@@ -57,6 +62,9 @@ def trial_forward(config: Config, model_config: PretrainedConfig) -> None:
     Args:
         config: what to run; only its model, engine, batching, ``seq_length``, ``loss_chunks`` and ``tp`` matter.
         model_config: configuration of the model.
+
+    Returns:
+        A sentence that says why no trial was made, if none could be, or None.
 
     Raises:
         ConfigError: names the family, the setting and the reason, and what to write instead.
@@ -66,11 +74,15 @@ def trial_forward(config: Config, model_config: PretrainedConfig) -> None:
     chunked, own_loss = config.engine.loss_chunks > 1, config.engine.name == "trainer"
     tried = (type(model_config), model_config.to_json_string(), asked, config.data.seq_length, chunked, own_loss)
     if tried in _PASSED:
-        return
-    tiny = TinyCopy.of(config, model_config)
-    if tiny is None:
-        return
+        return None
     model = f"The model {config.model.name!r}, of type {model_config.model_type!r}"
+    try:
+        tiny = TinyCopy.of(config, model_config)
+    except NoCopyError as error:
+        return (
+            f"{model}, could not be tried on a tiny copy: {error}. So only training will show whether it suits "
+            f"batching={asked!r}."
+        )
     for batching in dict.fromkeys(("longest", asked)):
         problem = tiny.problem(batching)
         if problem is None:
@@ -97,6 +109,7 @@ def trial_forward(config: Config, model_config: PretrainedConfig) -> None:
             "out. (Found with a tiny copy of the model.)"
         )
     _PASSED.add(tried)
+    return None
 
 
 def _check_is_language_model(name: str, model_config: PretrainedConfig) -> None:
@@ -112,9 +125,35 @@ def _check_is_language_model(name: str, model_config: PretrainedConfig) -> None:
 # ------------------------------------------------------------------------------------------------------ the tiny copy
 
 
-def _narrow(config: PretrainedConfig, tp: int) -> None:
-    """Narrow a configuration in place: fewer heads and columns, split evenly by tp. Heads keep their width."""
+def _narrow(config: PretrainedConfig, tp: int, *, fewer_heads: bool) -> None:
+    """Narrow a configuration in place: fewer columns, and fewer heads, split evenly by tp. Heads keep their width.
+
+    Args:
+        config: the configuration.
+        tp: tensor-parallel size.
+        fewer_heads: whether the family can have fewer heads. If not, its heads must have a width of their own.
+    """
     text: Any = config.get_text_config()
+    if fewer_heads:
+        _narrow_heads(text, tp)
+    else:
+        text.hidden_size = _WIDTH
+    expand = getattr(text, "mamba_expand", getattr(text, "expand", None))
+    for heads, width in _MAMBA_HEADS.items():
+        if all(isinstance(getattr(text, name, None), int) for name in (heads, width)) and expand:
+            setattr(text, heads, int(expand * text.hidden_size) // getattr(text, width))
+            for groups in ("n_groups", "mamba_n_groups", "mamba_ngroups"):
+                if hasattr(text, groups):
+                    setattr(text, groups, 1)
+    for name, most in _SIZES.items():
+        size = getattr(text, name, None)
+        if isinstance(size, int):
+            setattr(text, name, min(size, most))
+        elif isinstance(size, list):  # one for each layer
+            setattr(text, name, [min(each, most) for each in size[: text.num_hidden_layers]])
+
+
+def _narrow_heads(text: Any, tp: int) -> None:
     heads = getattr(text, "num_attention_heads", None)
     if isinstance(heads, int) and heads > 0:
         head = getattr(text, "head_dim", None) or text.hidden_size // heads
@@ -126,23 +165,27 @@ def _narrow(config: PretrainedConfig, tp: int) -> None:
                 setattr(text, name, fewer if groups == heads else max(tp, fewer * groups // heads))
     else:
         text.hidden_size = _WIDTH
-        if isinstance(getattr(text, "num_heads", None), int):  # Mamba 2
-            text.num_heads, text.n_groups = int(text.expand * _WIDTH) // text.head_dim, 1
-    for name, most in _SIZES.items():
-        size = getattr(text, name, None)
-        if isinstance(size, int):
-            setattr(text, name, min(size, most))
 
 
 def _shorten(config: PretrainedConfig, seq_length: int) -> None:
-    """Cut a configuration in place: at most 8 layers, one of each type if they fit, and a small vocabulary."""
+    """Cut a configuration in place: at most 8 layers, one of each type if they fit, and a small vocabulary.
+
+    Models of other kinds of input, which are parts of some models, get a single layer.
+    """
     text: Any = config.get_text_config()
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        for depth in ("num_hidden_layers", "encoder_layers", "num_layers"):
+            if part not in (None, text) and isinstance(getattr(part, depth, None), int):
+                setattr(part, depth, 1)
     types: Sequence[str] = getattr(text, "layer_types", None) or ()
     first_of_each = [types.index(each) for each in dict.fromkeys(types)]
     layers = min(max(_LAYERS, *(first + 1 for first in first_of_each), 0), _MOST_LAYERS)
     if types:
         with suppress(AttributeError):  # some families compute it
             text.layer_types = list(types[:layers])
+    if mlp_types := getattr(text, "mlp_layer_types", None):
+        text.mlp_layer_types = list(mlp_types[:layers])
     text.num_hidden_layers = layers
     if getattr(text, "num_kv_shared_layers", None):
         text.num_kv_shared_layers = 0
@@ -157,15 +200,19 @@ def _shorten(config: PretrainedConfig, seq_length: int) -> None:
                 setattr(owner, name, _WINDOW)
 
 
-def _build(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel | None:
-    """Build a model with random weights, or return None if it is too large for a trial."""
+class NoCopyError(Exception):
+    """A family has no small copy that works. The message says why."""
+
+
+def _build(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+    """Build a model with random weights, unless it is too large for a trial."""
     options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # the same copy on every rank; torch.manual_seed would seed GPUs, too
         with torch.device("meta"):
             outline = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
-        if sum(parameter.numel() for parameter in outline.parameters()) > _LARGEST_COPY:
-            return None
+        if (size := sum(parameter.numel() for parameter in outline.parameters())) > _LARGEST_COPY:
+            raise NoCopyError(f"even the copy has {size / 1e6:,.0f} million parameters")
         with torch.device("cpu"):
             model = AutoModelForCausalLM.from_config(config, **options)
     # With the usual small initial weights, a token hardly reacts to any other token.
@@ -188,29 +235,36 @@ class TinyCopy:
     row: int
 
     @classmethod
-    def of(cls, config: Config, model_config: PretrainedConfig) -> TinyCopy | None:
-        """Build a copy that works, or return None if the family has no small one to try.
+    def of(cls, config: Config, model_config: PretrainedConfig) -> TinyCopy:
+        """Build a copy that works.
 
         Raises:
             ConfigError: no copy works, for a reason that has nothing to do with sizes.
+            NoCopyError: no small copy works.
         """
         seq_length = config.data.seq_length
         failed: Exception | None = None
-        for also_narrow in (True, False):
+        reasons = []
+        for fewer_heads in (True, False, None):
             tiny = copy.deepcopy(model_config)
-            with suppress(Exception):  # a family's code may raise anything if sizes do not fit together
+            try:
                 _shorten(tiny, seq_length)
-                if also_narrow:
-                    _narrow(tiny, config.parallel.tp)
-                model = _build(tiny, config.model.trust_remote_code)
-                if model is not None:
-                    built = cls(model, min(_ROW, seq_length))
-                    try:
-                        built.forward({"input_ids": torch.ones(1, built.row, dtype=torch.int64)})
-                    except (TypeError, AttributeError) as error:
-                        failed = error
-                        continue
-                    return built
+                if fewer_heads is not None:
+                    _narrow(tiny, config.parallel.tp, fewer_heads=fewer_heads)
+                built = cls(_build(tiny, config.model.trust_remote_code), min(_ROW, seq_length))
+            except NoCopyError as error:
+                reasons.append(str(error))
+                continue
+            except Exception as error:  # a family's code may raise anything if sizes do not fit together
+                reasons.append(_failure(error).rstrip("."))
+                continue
+            try:
+                built.forward({"input_ids": torch.ones(1, built.row, dtype=torch.int64)})
+            except Exception as error:
+                reasons.append(_failure(error).rstrip("."))
+                failed = error if isinstance(error, TypeError | AttributeError) else failed
+                continue
+            return built
         if failed:
             raise ConfigError(
                 f"The model {config.model.name!r}, of type {model_config.model_type!r}, cannot be trained: "
@@ -218,7 +272,7 @@ class TinyCopy:
                 "package calls model(input_ids=..., attention_mask=..., position_ids=..., use_cache=False).logits. "
                 "(Found with a tiny copy of the model.)"
             )
-        return None
+        raise NoCopyError(reasons[0])
 
     def problem(self, batching: str) -> str | None:
         """Return how the family breaks a requirement, or None."""

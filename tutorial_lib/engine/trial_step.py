@@ -25,6 +25,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import save_model
 from transformers import PretrainedConfig
@@ -33,7 +34,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from tutorial_lib.config import Config, ConfigError, EngineConfig, ParallelConfig
 from tutorial_lib.engine.inputs import model_inputs
 from tutorial_lib.engine.protocol import Engine
-from tutorial_lib.engine.trial_forward import TinyCopy, differ
+from tutorial_lib.engine.trial_forward import NoCopyError, TinyCopy, differ
 from tutorial_lib.models import build_model, check_tensor_parallel, load_config
 from tutorial_lib.mpu.collectives import all_gather_objects
 from tutorial_lib.records import lost_another_rank
@@ -123,8 +124,9 @@ def _written_copy(config: Config, model_config: PretrainedConfig, stack: ExitSta
 
     Return None if there is no copy, if it says nothing about the model, or if this rank cannot write it.
     """
-    tiny = TinyCopy.of(config, model_config)
-    if tiny is None:
+    try:
+        tiny = TinyCopy.of(config, model_config)
+    except NoCopyError:
         return None
     own_config = tiny.model.config
     if own_config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not hasattr(own_config, "auto_map"):
@@ -144,7 +146,7 @@ def _written_copy(config: Config, model_config: PretrainedConfig, stack: ExitSta
                 shutil.copyfile(code, target)
         tiny.model.config.save_pretrained(directory)
         save_model(tiny.model, str(Path(directory, "model.safetensors")))  # save_pretrained writes on rank 0 only
-    except (ConfigError, OSError, SafetensorError):
+    except (ConfigError, OSError, SafetensorError, StrictDataclassError):  # the last: a rule for sizes
         return None
     return tiny, directory
 

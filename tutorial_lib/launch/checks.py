@@ -27,7 +27,7 @@ def preflight(config: Config) -> Config:
     """Refuse a configuration that cannot run here, before a process starts.
 
     Returns:
-        The configuration with the values of its DeepSpeed file applied, and with absolute paths.
+        The configuration with the values of its DeepSpeed file applied, the default number of rows, and absolute paths.
 
     Raises:
         ConfigError: says why the run cannot work here, and what to write instead.
@@ -38,6 +38,7 @@ def preflight(config: Config) -> Config:
     from tutorial_lib.checkpoint.lock import check_free
     from tutorial_lib.checkpoint.storage import check_storage
     from tutorial_lib.dataloader import check_data, data_identity
+    from tutorial_lib.dataloader.subset import choose_subset
     from tutorial_lib.engine.deepspeed.config import apply_file, check_autotp
     from tutorial_lib.engine.deepspeed.run_checks import check_leaf_modules, check_outputs
     from tutorial_lib.engine.trial_forward import trial_forward
@@ -64,7 +65,9 @@ def preflight(config: Config) -> Config:
     model = load_config(m.name, trust_remote_code=m.trust_remote_code)
     check_sequence_length(config.data.seq_length, model)
     _warn_of_router_loss(config, model)
-    trial_forward(config, model)  # comes first: a model for other tasks may have no tokenizer or vocabulary
+    untried = trial_forward(config, model)  # comes first: a model for other tasks may have no tokenizer or vocabulary
+    if untried and not joined_rank(config.run, config.parallel):
+        _LOG.warning(untried)
     tokenizer = load_tokenizer(m.name, trust_remote_code=m.trust_remote_code)
     check_vocabulary(tokenizer, model)
     check_side_files(m.name)
@@ -81,6 +84,9 @@ def preflight(config: Config) -> Config:
             check_leaf_modules(file, lambda: model_outline(m, config.engine))
             if config.run.launcher != "ray":  # Ray's workers may be on other machines
                 check_outputs(file)
+    config, note = choose_subset(config)
+    if note and not joined_rank(config.run, config.parallel):
+        _LOG.warning(note)
     check_storage(config)
     check_free(RunDirectory(config.directory), joined_rank(config.run, config.parallel) or 0)
     found = latest(RunDirectory(config.directory))
@@ -89,6 +95,10 @@ def preflight(config: Config) -> Config:
         warning = check_data(config.data, config.run, tokenizer)
         if warning and not joined_rank(config.run, config.parallel):
             _LOG.warning(warning)
+        if config.run.score_answers:
+            from tutorial_lib.trainer.answers import read_questions  # loads the model classes
+
+            read_questions(config, tokenizer)
     if found:
         # Under Ray, the tokens may exist on the workers' machines only, so the workers compare them.
         compares = has_data and config.run.launcher != "ray"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import string
 
-from tutorial_lib.config import Config, ConfigError, ParallelConfig
+from tutorial_lib.config import Config, ConfigError, ParallelConfig, settings
 
 
 class Template(string.Template):
@@ -18,11 +18,12 @@ class Template(string.Template):
 def train_arguments(config: Config, profile: str, launcher: str) -> list[str]:
     """Return the arguments of ``train``: profile, launcher, the caller's settings, dp, name and storage."""
     config = config.with_absolute_paths()
-    flat = config.flat()
+    flat, known = config.flat(), settings()
     wanted = [name for name in flat if name in config.given | {"dp", "name", "storage"}]
     words = ["--profile", profile, "--launcher", launcher]
     for name in wanted:
         flag, value = f"--{name.replace('_', '-')}", flat[name]
+        value = known[name].none_word if value is None else value
         if name == "launcher" or value is None:
             continue
         if isinstance(value, bool):

@@ -23,6 +23,11 @@ import psutil
 import torch
 
 
+def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Return the bytes of the storages behind the tensors, each counted once, as :class:`StateBytes` counts them."""
+    return sum(_storages(tensors).values())
+
+
 @dataclass(frozen=True, slots=True)
 class StateBytes:
     """Bytes of a rank's model states, split as the ZeRO paper splits them."""
@@ -79,6 +84,16 @@ class Allocations:
     """Highest number of bytes held at one time."""
     remaining: dict[str, int] = field(default_factory=dict)
     """Bytes still held at the end."""
+    at_marks: list[dict[str, int]] = field(default_factory=list)
+    """Bytes held at each call of :meth:`mark`."""
+
+    def mark(self) -> None:
+        """Mark this moment inside the block, in the thread that entered it."""
+        with torch.profiler.record_function(_MARK):
+            pass
+
+
+_MARK = "tutorial_lib.measure.memory: mark"
 
 
 @contextlib.contextmanager
@@ -95,8 +110,11 @@ def count_allocations() -> Iterator[Allocations]:
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         yield allocations
     # The profiler's tables group allocations by operator and lose their order; its raw events keep it.
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() in ("[memory]", _MARK)]
     for event in sorted(events, key=lambda e: e.start_ns()):
+        if event.name() == _MARK:
+            allocations.at_marks.append(dict(allocations.remaining))
+            continue
         device = event.device_type().name.lower()
         now = allocations.remaining.get(device, 0) + event.nbytes()
         allocations.remaining[device] = now

@@ -15,11 +15,15 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from tutorial_lib.config import ConfigError
+from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.dataloader import load_rows
 from tutorial_lib.dataloader.tokens import encode_prompt, gold_answers
 from tutorial_lib.models import load_model, load_tokenizer
+from tutorial_lib.mpu.collectives import all_gather_objects
 from tutorial_lib.trainer.squad import AnswerScore, SquadScore, average_scores, score_answer
+
+MAX_NEW_TOKENS = 32
+"""Longest answer, in tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +67,7 @@ def evaluate_answers(
     *,
     max_examples: int | None = None,
     seq_length: int = 512,
-    max_new_tokens: int = 32,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 8,
     device: str = "cpu",
 ) -> AnswerReport:
@@ -82,31 +86,86 @@ def evaluate_answers(
     Raises:
         ConfigError: there is no such model or data, or the data has no questions.
     """
-    rows = load_rows(dataset, split, max_examples=max_examples)
-    if missing := {"question", "context", "answers"} - set(rows.column_names):
-        raise ConfigError(
-            f"Split {split!r} of {dataset!r} has no column {', '.join(sorted(missing))}. Choose a data set with "
-            "questions like SQuAD's, such as embedded/qa."
+    questions = Questions.read(
+        dataset, split, load_tokenizer(model),
+        max_examples=max_examples, seq_length=seq_length, max_new_tokens=max_new_tokens,
+    )  # fmt: skip
+    return questions.answer(load_model(model).eval().to(device), batch_size)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """A data set's questions, tokenised as prompts."""
+
+    rows: list[dict[str, Any]]
+    prompts: list[list[int]]
+    tokenizer: PreTrainedTokenizerBase
+    max_new_tokens: int
+    num_cut: int
+    num_left_out: int
+
+    @classmethod
+    def read(
+        cls,
+        dataset: str,
+        split: str,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_examples: int | None,
+        seq_length: int,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+    ) -> Questions:
+        """Read a split's questions; the arguments are those of :func:`evaluate_answers`.
+
+        Raises:
+            ConfigError: there is no such data, it has no questions, or one does not fit into ``seq_length``.
+        """
+        rows = load_rows(dataset, split, max_examples=max_examples)
+        if missing := {"question", "context", "answers"} - set(rows.column_names):
+            raise ConfigError(
+                f"Split {split!r} of {dataset!r} has no column {', '.join(sorted(missing))}. Choose a data set with "
+                "questions like SQuAD's, such as embedded/qa."
+            )
+        asked = [row for row in rows if _is_complete(row)]
+        if not asked:
+            raise ConfigError(f"Split {split!r} of {dataset!r} has no question with a context and an answer.")
+        room = seq_length - max_new_tokens
+        prompts = [encode_prompt(row["question"], row["context"], tokenizer, room) for row in asked]
+        return cls(
+            asked,
+            [ids for ids, _ in prompts],
+            tokenizer,
+            max_new_tokens,
+            num_cut=sum(is_cut for _, is_cut in prompts),
+            num_left_out=len(rows) - len(asked),
         )
-    tokenizer = load_tokenizer(model)
-    asked = [row for row in rows if _is_complete(row)]
-    if not asked:
-        raise ConfigError(f"Split {split!r} of {dataset!r} has no question with a context and an answer.")
-    room = seq_length - max_new_tokens
-    prompts = [encode_prompt(row["question"], row["context"], tokenizer, room) for row in asked]
-    predictions = answer_greedily(
-        load_model(model).eval().to(device),
-        tokenizer,
-        [ids for ids, _ in prompts],
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-    )
-    answers = tuple(_score_row(row, prediction) for row, prediction in zip(asked, predictions, strict=True))
-    return AnswerReport(
-        average_scores([answer.score for answer in answers]),
-        answers,
-        num_cut=sum(is_cut for _, is_cut in prompts),
-        num_left_out=len(rows) - len(asked),
+
+    def answer(self, model: PreTrainedModel, batch_size: int, *, dp_rank: int = 0, dp_size: int = 1) -> AnswerReport:
+        """Answer the questions and score the answers. Collective: the data-parallel ranks share the questions.
+
+        All ranks generate equally often, because they may share the parameters: some repeat the first question.
+        """
+        count = len(self.prompts)
+        own = [number if number < count else 0 for number in range(dp_rank, -(-count // dp_size) * dp_size, dp_size)]
+        texts = answer_greedily(
+            model, self.tokenizer, [self.prompts[number] for number in own],
+            max_new_tokens=self.max_new_tokens, batch_size=batch_size, in_lockstep=dp_size > 1,
+        )  # fmt: skip
+        said = dict(pair for pairs in all_gather_objects([*zip(own, texts, strict=True)]) for pair in pairs)
+        answers = tuple(_score_row(row, said[number]) for number, row in enumerate(self.rows))
+        score = average_scores([answer.score for answer in answers])
+        return AnswerReport(score, answers, self.num_cut, self.num_left_out)
+
+
+def read_questions(config: Config, tokenizer: PreTrainedTokenizerBase) -> Questions:
+    """Read the questions of a run's evaluation split.
+
+    Raises:
+        ConfigError: as for :meth:`Questions.read`.
+    """
+    data = config.data
+    return Questions.read(
+        data.name, data.eval_split, tokenizer, max_examples=data.max_eval_examples, seq_length=data.seq_length
     )
 
 
@@ -117,6 +176,7 @@ def answer_greedily(
     *,
     max_new_tokens: int,
     batch_size: int,
+    in_lockstep: bool = False,
 ) -> list[str]:
     """Continue each prompt greedily up to EOS, and return the texts in the order of the prompts.
 
@@ -126,19 +186,24 @@ def answer_greedily(
         prompts: token ids, without EOS.
         max_new_tokens: most tokens of a continuation.
         batch_size: number of prompts to continue at once; prompts of similar length share a batch.
+        in_lockstep: other ranks do the same with as many prompts, and each forward pass waits for all of them.
     """
     by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     answers: dict[int, str] = {}
     for start in range(0, len(prompts), batch_size):
         numbers = by_length[start : start + batch_size]
-        new_BS = _continue(model, tokenizer, [prompts[number] for number in numbers], max_new_tokens)
+        new_BS = _continue(model, tokenizer, [prompts[number] for number in numbers], max_new_tokens, in_lockstep)
         answers |= dict(zip(numbers, (_decode_until_eos(ids, tokenizer) for ids in new_BS.tolist()), strict=True))
     return [answers[number] for number in range(len(prompts))]
 
 
 @torch.no_grad()
 def _continue(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    in_lockstep: bool,
 ) -> torch.Tensor:
     """Return the new tokens of each prompt, shape (B, S), with padding after EOS."""
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -153,7 +218,9 @@ def _continue(
         eos_token_id=tokenizer.eos_token_id,
         use_cache=True,
     )
-    all_BS: torch.Tensor = model.generate(ids_BS, attention_mask=mask_BS, generation_config=greedy)
+    all_BS: torch.Tensor = model.generate(
+        ids_BS, attention_mask=mask_BS, generation_config=greedy, synced_gpus=in_lockstep
+    )
     return all_BS[:, width:]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,19 +28,29 @@ class Evaluator:
         loader: loader of the evaluation split.
         topology: this rank's place in the grid.
         steps_per_epoch: optimizer steps per epoch, for ``evaluate_every='epoch'``.
+        score: computes more scores of the model, by name, in evaluation mode. Collective.
 
     Attributes:
-        samples_per_second: speed of the last evaluation, or None.
-        all_token_loss: mean loss of the last evaluation over all tokens, including prompts; None if labels mask no
-            prompt, if rows are packed, or if the engine computes the loss itself, in chunks.
+        samples_per_second: speed of the last evaluation's loss, or None.
+        scores: other scores of the last evaluation: those of ``score``, and ``all_tokens``, the mean loss over all
+            tokens, including prompts. The latter is missing if labels mask no prompt, if rows are packed, or if the
+            engine computes the loss itself, in chunks.
     """
 
     def __init__(
-        self, run: RunConfig, engine: Engine, loader: EvalLoader, topology: Topology, steps_per_epoch: int
+        self,
+        run: RunConfig,
+        engine: Engine,
+        loader: EvalLoader,
+        topology: Topology,
+        steps_per_epoch: int,
+        score: Callable[[], dict[str, float]] | None = None,
     ) -> None:
         self.engine, self.loader, self.topology = engine, loader, topology
         self.samples_per_second: float | None = None
-        self.all_token_loss: float | None = None
+        self.scores: dict[str, float] = {}
+        self._score = score
+        self._evaluated_at: int | None = None
         self._every, self._steps_per_epoch = run.evaluate_every, steps_per_epoch
 
     def mean_loss(self, step: int) -> float:
@@ -64,8 +75,11 @@ class Evaluator:
                     totals[2] += token_loss_sum(logits, unmasked)
                     totals[3] += count_targets(unmasked)
         loss_sum, tokens, all_sum, all_tokens = (sum_over_ranks(each, self.topology, step=step + 1) for each in totals)
-        self.all_token_loss = all_sum / all_tokens if all_tokens > tokens else None
         self.samples_per_second = self.loader.num_examples / (time.perf_counter() - began)
+        self.scores = {"all_tokens": all_sum / all_tokens} if all_tokens > tokens else {}
+        if self._score:
+            self.scores |= self._score()
+        self._evaluated_at = step
         return loss_sum / tokens
 
     def note_before(self, record: dict[str, Any]) -> None:
@@ -80,13 +94,18 @@ class Evaluator:
         period = self._steps_per_epoch if self._every == "epoch" else int(self._every)
         if step % period == 0 and _recorded_loss(record, step) is None:
             loss = record["eval_loss_before"] if step == 0 else self.mean_loss(step)
-            extra = {} if self.all_token_loss is None else {"all_tokens": self.all_token_loss}
-            losses.append({"epoch": step / self._steps_per_epoch, "step": step, "loss": loss, **extra})
+            losses.append({"epoch": step / self._steps_per_epoch, "step": step, "loss": loss, **self.scores})
 
     def loss_at(self, record: dict[str, Any], step: int) -> float:
         """Return the evaluation loss after the last step, evaluating now unless it is recorded. Collective."""
         recorded = _recorded_loss(record, step)
         return self.mean_loss(step) if recorded is None else recorded
+
+    def scores_at(self, step: int) -> dict[str, float]:
+        """Return the other scores after the last step, evaluating now if this start did not. Collective."""
+        if self._evaluated_at != step:
+            self.mean_loss(step)
+        return self.scores
 
 
 def _unmasked_labels(batch: Batch) -> Tensor | None:

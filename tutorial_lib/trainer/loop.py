@@ -76,7 +76,9 @@ class Trainer:
         self.evaluator: Evaluator | None = None
         if config.run.evaluate:
             eval_loader = build_eval_loader(config, self.tokenizer, topology)
-            self.evaluator = Evaluator(config.run, self.engine, eval_loader, topology, self.loader.steps_per_epoch)
+            self.evaluator = Evaluator(
+                config.run, self.engine, eval_loader, topology, self.loader.steps_per_epoch, self.build_score()
+            )
         self.checkpoints = CheckpointManager(
             config,
             self.engine,
@@ -94,6 +96,10 @@ class Trainer:
     def build_engine(self) -> Any:
         """Return the engine: the model with its optimizer and schedule. Collective."""
         return build_engine(self.config, self.topology, self.num_steps)
+
+    def build_score(self) -> Callable[[], dict[str, float]] | None:
+        """Return a function that computes more scores with each evaluation, or None."""
+        return None
 
     def fit(self, started: float | None = None) -> Result:
         """Evaluate, train to the end or until asked to stop, save, and evaluate. Collective.
@@ -173,7 +179,8 @@ class Trainer:
             self.engine.train(True)
             loss_sum = torch.zeros((), dtype=torch.float64, device=self.engine.device)
             for batch in micro_batches:
-                batch_sum = token_loss_sum(self.engine.forward(batch), batch["labels"])
+                with probe.forward(self.engine) if probe else nullcontext():
+                    batch_sum = token_loss_sum(self.engine.forward(batch), batch["labels"])
                 self.engine.backward(batch_sum / tokens)
                 loss_sum += batch_sum.detach()
                 if probe:

@@ -6,13 +6,14 @@ import gc
 import os
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 from tutorial_lib.checkpoint.directory import clean_up_leftovers
 from tutorial_lib.checkpoint.manager import OnCheckpoint
 from tutorial_lib.checkpoint.start import opened_for_training
 from tutorial_lib.checkpoint.storage import storage_failure
 from tutorial_lib.config import Config, EngineConfig
+from tutorial_lib.measure.sampler import sample_memory
 from tutorial_lib.mpu import Topology
 from tutorial_lib.mpu.collectives import barrier
 from tutorial_lib.records import RunDirectory
@@ -70,7 +71,9 @@ def train(
             run.clear_requests()
         barrier()
         log = run.log_file(topology.rank) if config.run.launcher != "none" else None
-        with output_to(log), stop_signals() as stop_signalled:
+        seconds = config.run.memory_log_seconds
+        logging_memory = sample_memory(run.memory_log(topology.rank), interval=seconds) if seconds else nullcontext()
+        with output_to(log), logging_memory, stop_signals() as stop_signalled:
             try:
                 build = trainer_class or _trainer_class(config.engine)
                 trainer = build(config, topology, on_checkpoint=on_checkpoint, stop_signalled=stop_signalled)

@@ -1,4 +1,4 @@
-"""Step probe: the model states, peak memory and traffic of one optimizer step."""
+"""Step probe: the model states, activations, peak memory and traffic of one optimizer step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from tutorial_lib.engine import Engine
-from tutorial_lib.measure.memory import Allocations, StateBytes, count_allocations
+from tutorial_lib.measure.memory import Allocations, StateBytes, count_allocations, tensor_bytes
 from tutorial_lib.measure.traffic import Traffic, count_collectives
 from tutorial_lib.mpu import Topology
 
@@ -32,12 +32,27 @@ class StepProbe:
         self._states: StateBytes | None = None
         self._traffic: Traffic | None = None
         self._allocations = Allocations()
+        self._gathered: list[int] = []
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """Count collectives and allocations while the block runs."""
         with count_collectives(self._topology.axes()) as self._traffic, count_allocations() as self._allocations:
             yield
+
+    @contextmanager
+    def forward(self, engine: Engine) -> Iterator[None]:
+        """Note what a forward pass and its loss leave allocated for backward.
+
+        Parameters that ZeRO-3 or FSDP2 gathered in it and still hold are no activations: they are left out.
+        """
+        parameters = list(engine.module.parameters())
+        # ZeRO-3 keeps this rank's share of a parameter in ds_tensor; with one rank, gathering copies nothing.
+        before = [each.detach() for p in parameters for each in (p, getattr(p, "ds_tensor", p))]
+        self._allocations.mark()
+        yield
+        self._allocations.mark()
+        self._gathered.append(tensor_bytes([*before, *engine.module.parameters()]) - tensor_bytes(before))
 
     def note_states(self, engine: Engine) -> None:
         """Note the bytes of parameters, gradients and optimizer states, if they are more than before."""
@@ -50,8 +65,17 @@ class StepProbe:
         assert self._states is not None and self._traffic is not None
         return {
             "state_bytes": self._states.to_dict(),
+            "activation_bytes": self.activation_bytes(),
             "peak_bytes": dict(self._allocations.peak),
             "traffic": self._traffic.to_dict(),
             "num_parameters": engine.num_parameters,
             "layout": [row.to_dict() for row in engine.layout()] if self._topology.tp > 1 else None,
         }
+
+    def activation_bytes(self) -> int:
+        """Return the bytes that a micro-batch's forward pass left for backward, the most of all micro-batches."""
+        held = [sum(devices.values()) for devices in self._allocations.at_marks]
+        return max(
+            after - before - gathered
+            for before, after, gathered in zip(held[::2], held[1::2], self._gathered, strict=True)
+        )

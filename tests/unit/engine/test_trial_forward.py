@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ WINDOWED = {
 
 def trial(model_config, batching, seq_length=128, **flat):
     config = Config.create(model=model_config.model_type, batching=batching, seq_length=seq_length, **flat)
-    trial_forward(config, model_config)
+    return trial_forward(config, model_config)
 
 
 @pytest.mark.parametrize("batching", ["max_length", "longest", "packed"])
@@ -122,8 +123,34 @@ def test_a_trial_changes_neither_random_states_nor_the_configuration():
     assert before[1:] == after[1:]
 
 
-def test_a_model_that_cannot_be_shrunk_is_not_refused():
-    trial(AutoConfig.for_model("granitemoehybrid"), "packed")
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("deepseek_v4", r"even the copy has [\d,]+ million parameters"),
+        ("xmod", "its code fails with ValueError: Input language unknown"),
+    ],
+)
+def test_a_model_that_cannot_be_shrunk_is_not_refused_but_named(family, reason):
+    said = trial(AutoConfig.for_model(family), "packed")
+    assert re.search(f"of type '{family}', could not be tried on a tiny copy: {reason}", said)
+    assert "only training will show whether it suits batching='packed'" in said
+
+
+def test_a_family_with_a_part_for_images_gets_a_trial():
+    for family in ("gemma3", "got_ocr2"):
+        assert trial(AutoConfig.for_model(family), "packed") is None
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text", "deepseek_v32"])
+def test_families_whose_heads_or_sizes_have_rules_of_their_own_get_a_trial(family):
+    assert trial(AutoConfig.for_model(family), "packed") is None
+
+
+@pytest.mark.parametrize("family", ["granitemoehybrid", "bamba", "qwen3_next", "qwen3_5_text"])
+def test_the_state_of_recurrent_layers_crosses_the_documents_of_a_packed_row(family):
+    assert trial(AutoConfig.for_model(family), "longest") is None
+    with pytest.raises(ConfigError, match=r"'packed': a document's logits depend on its row.*batching='longest'"):
+        trial(AutoConfig.for_model(family), "packed")
 
 
 def test_code_that_fails_whatever_the_sizes_is_refused():

@@ -12,6 +12,8 @@ import torch
 from tutorial_lib import trainer
 from tutorial_lib.config import Config
 from tutorial_lib.measure import memory
+from tutorial_lib.models.dimensions import read_config
+from tutorial_lib.theory.activations import last_norm, layer_activations
 
 MIB = 1 << 20
 
@@ -79,6 +81,18 @@ def test_allocations_see_what_an_operator_frees_again() -> None:
     assert a.grad is not None and allocations.remaining["cpu"] == 4_000_000
 
 
+def test_marks_say_what_was_held_at_a_moment() -> None:
+    with memory.count_allocations() as allocations:
+        allocations.mark()
+        a = torch.empty(1_000_000)
+        allocations.mark()
+        b = torch.empty(500_000)
+        del a
+        allocations.mark()
+    assert [held.get("cpu", 0) for held in allocations.at_marks] == [0, 4_000_000, 2_000_000]
+    assert b.numel() == 500_000
+
+
 def test_without_allocations_there_are_no_entries() -> None:
     with memory.count_allocations() as allocations:
         pass
@@ -99,6 +113,25 @@ def test_peak_memory_restarts_and_includes_freed_buffers() -> None:
     memory.reset_peak_memory(cpu)
     if sys.platform == "linux":
         assert memory.peak_memory(cpu) < before + 200 * 2**20
+
+
+@pytest.mark.parametrize("engine", ["torch", "trainer"])
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_a_run_records_the_activations_that_the_planner_counts(tmp_path: Path, engine: str, recomputes: bool) -> None:
+    """The planner leaves out masks and the statistics of norms and attention, a few per cent in a model this small."""
+    rows, length = 2, 128
+    config = Config.create(
+        "cpu", name="activations", storage=str(tmp_path), engine=engine, dp=1, launcher="none", steps=3, evaluate=False,
+        global_batch=2 * rows, micro_batch=rows, seq_length=length, batching="max_length", measure=True,
+        activation_checkpointing=recomputes,
+    )  # fmt: skip
+    (rank,) = trainer.train(config).ranks
+    gpt2, _ = read_config(config.model.name)
+    layer = layer_activations(gpt2, "full" if recomputes else "none", bytes_per_element=4)
+    log_probabilities = 4 * gpt2.vocabulary
+    counted = rows * length * (gpt2.layers * layer.kept + last_norm(gpt2, 4) + log_probabilities)
+    assert rank["measured"]["activation_bytes"] == pytest.approx(counted, rel=0.05)
+    assert rank["measured"]["activation_bytes"] < rank["measured"]["peak_bytes"]["cpu"]
 
 
 def test_a_run_records_the_peak_of_its_measured_step(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from tutorial_lib.engine.inputs import model_inputs
 from tutorial_lib.models import build_model
 from tutorial_lib.mpu.device import local_device
 from tutorial_lib.mpu.random_states import seed_everything
+from tutorial_lib.trainer.answers import read_questions
 from tutorial_lib.trainer.huggingface.arguments import build_arguments, reset_global_state
 from tutorial_lib.trainer.huggingface.trainer import HuggingFaceTrainer
 from tutorial_lib.trainer.loop import Trainer
@@ -54,6 +56,19 @@ class HuggingFaceRun(Trainer):
         seed_everything(self.config.run.seed + 1 + self.topology.dp_rank)
         return engine
 
+    def build_score(self) -> Callable[[], dict[str, float]] | None:
+        """Return a function that answers the evaluation questions, if ``score_answers`` asks for it."""
+        if not self.config.run.score_answers:
+            return None
+        self._questions = read_questions(self.config, self.tokenizer)
+
+        def score() -> dict[str, float]:
+            grid, micro_batch = self.topology, self.config.micro_batch
+            report = self._questions.answer(self.engine.module, micro_batch, dp_rank=grid.dp_rank, dp_size=grid.dp)
+            return {"exact_match": report.score.exact_match, "f1": report.score.f1}
+
+        return score
+
     def close(self) -> None:
         self._probing.close()
         super().close()
@@ -77,6 +92,7 @@ class HuggingFaceRun(Trainer):
             self._probe = StepProbe(self.topology)
             self._probing.enter_context(self._probe.measuring())
             self._probing.enter_context(self.engine.calling_after_backward(self.note_states))
+            self.engine.trainer.around_forward = partial(self._probe.forward, self.engine)
 
     def note_states(self) -> None:
         """Tell the probe, if there is one, to note the current model states, because gradients are at their peak."""
@@ -119,6 +135,7 @@ class HuggingFaceRun(Trainer):
         self.steps_done = step
         if self._probe:
             self._probing.close()
+            self.engine.trainer.around_forward = nullcontext
             self.measured, self._probe = self._probe.measurements(self.engine), None
         norm = norm if norm is not None and math.isfinite(norm) else None
         self._record(logs["loss"], self._tokens, norm, logs["learning_rate"], time.perf_counter() - self._step_began)
@@ -127,7 +144,12 @@ class HuggingFaceRun(Trainer):
         return is_over
 
     def _facts(self) -> dict[str, Any]:
-        return {"deepspeed_config": self.engine.deepspeed_config(), "deepspeed_auto": self.engine.auto_values()}
+        facts = {"deepspeed_config": self.engine.deepspeed_config(), "deepspeed_auto": self.engine.auto_values()}
+        if self.config.run.score_answers and self.evaluator and self.stops.stopped_by is None:
+            scores = self.evaluator.scores_at(self.steps_done)
+            counts = {"num_questions": len(self._questions.prompts), "num_cut": self._questions.num_cut}
+            facts["eval_answers"] = {"exact_match": scores["exact_match"], "f1": scores["f1"], **counts}
+        return facts
 
 
 class _TrainedModel:

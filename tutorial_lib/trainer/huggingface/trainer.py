@@ -15,6 +15,7 @@ These are the main overrides. The first two make the losses equal those of the p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ class HuggingFaceTrainer(Trainer):
 
     def __init__(self, run: HuggingFaceRun, model: Any, args: TrainingArguments) -> None:
         self.run = run
+        self.around_forward: Callable[[], AbstractContextManager[None]] = nullcontext
         self.after_backward: Callable[[], None] | None = None
         super().__init__(model=model, args=args, callbacks=[_Callback(run)])
         self.remove_callback(PrinterCallback)  # the run writes its rows to metrics.jsonl
@@ -61,6 +63,10 @@ class HuggingFaceTrainer(Trainer):
     def optimizer_states(self) -> list[dict[str, Any]]:
         """Return the optimizer's state of each parameter; an empty list before the first step."""
         return list(self.optimizer.state.values()) if self.optimizer else []
+
+    def compute_loss(self, *args: Any, **given: Any) -> Any:
+        with self.around_forward():
+            return super().compute_loss(*args, **given)
 
     def training_step(self, *args: Any, **given: Any) -> Tensor:
         loss: Tensor = super().training_step(*args, **given)

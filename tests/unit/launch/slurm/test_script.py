@@ -49,6 +49,12 @@ def test_requeueing_and_memory_sampling_can_be_switched_off(capsys: pytest.Captu
     assert "measure.sampler" not in less and "scontrol requeue" not in less and "no-requeue" in options(less)
 
 
+def test_all_rows_reach_train(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without the word, train would read the default number of evaluation rows."""
+    script = written(capsys, [*ON_CPUS, "--max-eval-examples", "all", "--max-examples", "7"])
+    assert "--max-eval-examples all" in script and "--max-examples 7" in script
+
+
 def test_settings_reach_train_as_they_were_given(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     storage = str(tmp_path / "two words")
     script = written(

@@ -1,5 +1,7 @@
 """Checkpoints of the Hugging Face Trainer, which are hashed and named like all others, but read only by the Trainer."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -8,8 +10,10 @@ from tests.support.damaged_files import flip_a_bit
 from tests.support.torch_runs import STEPS, config, names, rows_without_seconds, steps
 from tutorial_lib import checkpoint, launch, trainer
 from tutorial_lib.cli import main
+from tutorial_lib.cli.train import summary
 from tutorial_lib.config import ConfigError
 from tutorial_lib.records import RunDirectory
+from tutorial_lib.trainer.answers import evaluate_answers
 from tutorial_lib.trainer.huggingface.run import check_accelerator
 
 
@@ -144,3 +148,59 @@ def test_runs_that_share_a_process_do_not_disturb_each_other(full_run, model, tm
     for run in (sharded, plain):
         assert [row["loss"] for row in run.rows] == pytest.approx([row["loss"] for row in full_run.rows], rel=1e-6)
     assert rows_without_seconds(plain) == rows_without_seconds(full_run)
+
+
+def test_on_questions_a_plain_command_trains_on_the_workshops_subset_and_says_so(model, tmp_path, capsys, caplog):
+    shape = ["--engine", "trainer", "--dp", "1", "--launcher", "none", "--seq-length", "96", "--steps", "1"]
+    command = ["train", *shape, "--model", model, "--dataset", "embedded/qa", "--storage", str(tmp_path)]
+    assert main([*command, "--name", "subset"]) == 0
+    run = RunDirectory(tmp_path / "subset")
+    recorded = json.loads(run.config_file.read_text())
+    assert (recorded["max_examples"], recorded["max_eval_examples"]) == (500, 50)
+    assert {use: split["num_rows"] for use, split in run.result()["data"].items()} == {"train": 500, "eval": 50}
+    shown = capsys.readouterr().out
+    assert "the first 500; for all, write --max-examples all" in shown and "the first 50; for all" in shown
+    assert "This run reads the first 500 of the 2755 rows of 'train' and the first 50 of the 350" in caplog.text
+    assert main([*command, "--name", "chosen", "--max-examples", "8", "--max-eval-examples", "all"]) == 0
+    data = RunDirectory(tmp_path / "chosen").result()["data"]
+    assert {use: split["num_rows"] for use, split in data.items()} == {"train": 8, "eval": 350}
+    assert "the first" not in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory):
+    """Run that answers five questions with each evaluation, and keeps the best checkpoint."""
+    flat = {"evaluate": True, "evaluate_every": "1", "max_eval_examples": 5, "checkpoint_every": 1, "keep_best": True}
+    flat |= {"dataset": "embedded/qa", "score_answers": True, "steps": 2, "seq_length": 96, "learning_rate": 2e-3}
+    return launch.run(trained(tmp_path_factory.mktemp("answered"), "embedded/bloom", **flat))
+
+
+def test_exact_match_and_f1_stand_beside_the_evaluation_loss(answered, tmp_path):
+    """The exported weights are read, and give their answers, without the Trainer."""
+    exported = checkpoint.export(checkpoint.latest(answered.directory), tmp_path / "exported")
+    own, before = (evaluate_answers(str(each), max_examples=5, seq_length=96) for each in (exported, "embedded/bloom"))
+    assert answered.result["eval_answers"] == {
+        "exact_match": own.score.exact_match, "f1": own.score.f1, "num_questions": 5, "num_cut": own.num_cut,
+    }  # fmt: skip
+    first, _, last = answered.result["eval_losses"]
+    assert (first["f1"], last["f1"]) == (before.score.f1, own.score.f1) and own.score.f1 != before.score.f1
+    shown = summary(answered)
+    assert f"exact match 0.0 %, F1 {own.score.f1:.1f} % on 5 questions, {own.num_cut} of them without" in shown
+    assert f"over all tokens; exact match 0.0 %, F1 {before.score.f1:.1f} %)" in shown
+
+
+def test_the_same_command_after_the_end_still_reports_the_answers(answered):
+    again = launch.run(answered.config)
+    assert again.result["resumed_from"] == 2 and again.result["eval_answers"] == answered.result["eval_answers"]
+
+
+def test_answers_are_scored_only_where_there_are_questions(model, tmp_path):
+    settings = trained(tmp_path, model, evaluate=True, score_answers=True)
+    with pytest.raises(
+        ConfigError, match=r"has no column answers, context, question\. Choose a data set with questions"
+    ):
+        launch.preflight(settings)
+    with pytest.raises(ConfigError, match="score_answers=True belongs to an evaluation: write evaluate=True"):
+        settings.override(evaluate=False)
+    with pytest.raises(ConfigError, match="score_answers=True would have no effect: it needs engine='trainer'"):
+        config(tmp_path, score_answers=True, evaluate=True)

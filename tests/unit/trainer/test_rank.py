@@ -1,0 +1,48 @@
+"""One rank of a run: its memory log begins and ends with the run."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.torch_runs import config
+from tutorial_lib import trainer
+from tutorial_lib.config import ConfigError
+from tutorial_lib.measure.sampler_log import read_memory_log
+from tutorial_lib.records import RunDirectory
+
+
+def is_sampling() -> bool:
+    return any(thread.name == "memory-sampler" for thread in threading.enumerate())
+
+
+def test_a_run_logs_its_memory_if_asked(tmp_path: Path) -> None:
+    settings = config(tmp_path, model="embedded/gpt2", memory_log_seconds=0.05)
+    sampled: list[bool] = []
+
+    def look(path: Path, row: dict[str, Any]) -> None:
+        sampled.append(is_sampling())
+
+    trainer.train(settings, on_checkpoint=look)
+    assert sampled == [True] and not is_sampling()
+    run = RunDirectory(settings.directory)
+    held = read_memory_log(run.memory_log(0))["process tree"].summary()
+    assert held.num_samples >= 2 and held.peak > sum(file.stat().st_size for file in run.checkpoints.rglob("*.pt")) > 0
+    quiet = config(tmp_path, model="embedded/gpt2", name="quiet")
+    trainer.train(quiet)
+    assert not list(RunDirectory(quiet.directory).logs.glob("memory-*"))
+
+
+def test_the_log_ends_with_a_run_that_fails(tmp_path: Path) -> None:
+    settings = config(tmp_path, model="embedded/gpt2", memory_log_seconds=0.05, global_batch=64)
+    with pytest.raises(ConfigError, match="fewer than global_batch=64"):
+        trainer.train(settings)
+    assert RunDirectory(settings.directory).memory_log(0).exists() and not is_sampling()
+
+
+def test_a_memory_log_needs_time_between_its_readings(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"memory_log_seconds is 0; the smallest possible value is 0\.01"):
+        config(tmp_path, memory_log_seconds=0)

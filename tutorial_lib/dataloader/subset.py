@@ -1,0 +1,36 @@
+"""Default subset of the ZeRO workshop's route: the Hugging Face Trainer on questions like SQuAD's."""
+
+from __future__ import annotations
+
+from tutorial_lib.config import Config, settings
+from tutorial_lib.config.workshop import SUBSET
+from tutorial_lib.dataloader.rows import load_rows
+from tutorial_lib.dataloader.tokens import reads_questions
+
+
+def choose_subset(config: Config) -> tuple[Config, str | None]:
+    """Limit a run of the Hugging Face Trainer on questions to the workshop's rows, unless its caller gave the numbers.
+
+    Returns:
+        The configuration, and a sentence that says which rows are left out and how to use them; None if all are used.
+
+    Raises:
+        ConfigError: the training split cannot be read.
+    """
+    data, flat, known = config.data, config.flat(), settings()
+    unset = [flag for flag in SUBSET if flag not in config.given and flat[flag] == known[flag].default]
+    chosen = {flag: SUBSET[flag] for flag in unset}
+    if config.engine.name != "trainer" or not chosen:
+        return config, None
+    rows = load_rows(data.name, data.train_split)
+    if not reads_questions(rows):
+        return config, None
+    lengths = {"max_examples": len(rows)}
+    if config.run.evaluate:
+        lengths["max_eval_examples"] = len(load_rows(data.name, data.eval_split))
+    splits = {"max_examples": data.train_split, "max_eval_examples": data.eval_split}
+    cut = [flag for flag, most in chosen.items() if lengths.get(flag, 0) > most]
+    used = " and ".join(f"the first {chosen[flag]} of the {lengths[flag]} rows of {splits[flag]!r}" for flag in cut)
+    more = " and ".join(f"{flag}=None (--{flag.replace('_', '-')} all)" for flag in cut)
+    said = f"This run reads {used}, as the ZeRO workshop does. To read all rows, write {more}."
+    return config.replaced(**chosen), said if cut else None
