@@ -182,7 +182,7 @@ The peak of `hybrid_shard` with `each reduced` differs by up to a tenth from run
 {_table(_OWN, [_own_row(config, rows) for config, rows in own])}
 
 The predicted peaks probably lack the mask of packed rows. Models of 3 MB have different errors than large ones: an
-error of one per cent here may vanish there, and vice versa.
+error of one percent here may vanish there, and vice versa.
 
 ## 3. Rows per kind of layout
 

@@ -130,7 +130,7 @@ def _boundary_gradients(config: Config, workload: Workload, layout: Layout) -> f
     """Return the extra bytes of gradients that ZeRO's stages 1 and 2 hold at boundaries of the ranks' shares.
 
     A tensor that crosses the boundary is held in full on both ranks
-    (:func:`tutorial_lib.theory.memory.reduced_gradients`). This is negligible in a large model, and about one per cent
+    (:func:`tutorial_lib.theory.memory.reduced_gradients`). This is negligible in a large model, and about one percent
     in a model of four layers.
     """
     is_reduced = layout.zero_stage == 2 or (layout.zero_stage == 1 and config.accumulation == 1)

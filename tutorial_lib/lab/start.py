@@ -37,12 +37,12 @@ def tokens_left_out(tokens: int, rows: int, row_length: int) -> Exercise:
     left_out = 100 * (1 - tokens / places)
     wrong = {
         100 - left_out: "That is the share that did count.",
-        left_out / 100: "Answer in per cent: 0.5 means half a per cent.",
+        left_out / 100: "Answer in percent: 0.5 means half a percent.",
         places - tokens: "That is how many. Which share of all places is it?",
     }
     return Exercise(
         f"The first step of your run counted {tokens:,} tokens. It had {rows} rows with places for {row_length} tokens "
-        "each. How many per cent of the places did not count?",
+        "each. How many percent of the places did not count?",
         check=number(
             left_out,
             tolerance=0.1,

@@ -7,7 +7,7 @@ independent of each other, at the rate 1/M.
 Sources: Young, "A first order approximation to the optimum checkpoint interval", CACM 17(9), 1974; Daly, "A higher
 order estimate of the optimum checkpoint interval for restart dumps", FGCS 22(3), 2006.
 
-Checked: against :func:`simulate_lost_share`, in ``tests/unit/theory/test_failures.py``.
+Checked: against :func:`simulate_lost_share`, in ``tests/unit/theory/test_save_interval.py``.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ class Evaluator:
         """Evaluate the model before training. Collective."""
         record["eval_loss_before"] = self.mean_loss(0)
 
-    def note_if_due(self, record: dict[str, Any], step: int) -> None:
+    def evaluate_if_due(self, record: dict[str, Any], step: int) -> None:
         """Add this step's evaluation loss to ``eval_losses``, if ``evaluate_every`` asks for it. Collective."""
         if self._every is None:
             return

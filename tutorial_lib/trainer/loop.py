@@ -150,7 +150,7 @@ class Trainer:
 
     def _evaluate_if_due(self) -> None:
         if self.evaluator and not self.stops.may_be_killed_soon():
-            self.evaluator.note_if_due(self.checkpoints.record, self.steps_done)
+            self.evaluator.evaluate_if_due(self.checkpoints.record, self.steps_done)
 
     def _evaluate_for_best(self) -> float | None:
         if self.evaluator is None or self.stops.may_be_killed_soon():

@@ -19,7 +19,7 @@ def test_a_difference_at_the_first_step_is_a_mistake() -> None:
 
 def test_the_share_of_tokens_left_out_follows_the_run() -> None:
     exercise = start.tokens_left_out(tokens=1986, rows=16, row_length=128)
-    wrong = {97.0: "did count", 0.03: "in per cent", 62: "Which share", 9: "too high"}
+    wrong = {97.0: "did count", 0.03: "in percent", 62: "Which share", 9: "too high"}
     assert_explains(exercise, 100 * 62 / 2048, wrong)
 
 

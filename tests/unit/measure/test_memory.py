@@ -118,7 +118,7 @@ def test_peak_memory_restarts_and_includes_freed_buffers() -> None:
 @pytest.mark.parametrize("engine", ["torch", "trainer"])
 @pytest.mark.parametrize("recomputes", [False, True])
 def test_a_run_records_the_activations_that_the_planner_counts(tmp_path: Path, engine: str, recomputes: bool) -> None:
-    """The planner leaves out masks and the statistics of norms and attention, a few per cent in a model this small."""
+    """The planner leaves out masks and the statistics of norms and attention, a few percent in a model this small."""
     rows, length = 2, 128
     config = Config.create(
         "cpu", name="activations", storage=str(tmp_path), engine=engine, dp=1, launcher="none", steps=3, evaluate=False,

@@ -17,7 +17,7 @@ from tutorial_lib.theory.known_models import MODELS
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen2", "bloom"])
 def test_a_layer_keeps_what_is_counted(family: str) -> None:
-    """There are four sequences of 128 tokens in fp32. Statistics of norms and attention, one per cent, are ignored."""
+    """There are four sequences of 128 tokens in fp32. Statistics of norms and attention, one percent, are ignored."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -15,7 +15,7 @@ CASES = [(30.0, 6 * 3600.0, 300.0), (120.0, 3600.0, 600.0), (5.0, 86_400.0, 60.0
 def test_the_formula_matches_a_simulation(save, mean_time, restart, factor):
     interval = factor * save_interval.young_interval(save, mean_time)
     exact = save_interval.lost_share(interval, save, mean_time, restart)
-    # With thousands of failures, their mean is within a few per cent.
+    # With thousands of failures, their mean is within a few percent.
     played = save_interval.simulate_lost_share(interval, save, mean_time, restart, num_saves=60_000)
     assert played == pytest.approx(exact, rel=0.06)
     assert played != exact

@@ -30,7 +30,7 @@ def test_all_tokens_are_questions_contexts_and_answers(tmp_path: Path) -> None:
     evaluating, config = evaluator(tmp_path, dataset="embedded/qa")
     record: dict[str, Any] = {}
     evaluating.note_before(record)
-    evaluating.note_if_due(record, 0)
+    evaluating.evaluate_if_due(record, 0)
     (noted,) = record["eval_losses"]
 
     model, total, tokens = load_model(config.model.name), 0.0, 0
@@ -50,5 +50,5 @@ def test_no_all_token_loss_for_unmasked_prompts_or_packed_rows(tmp_path: Path, f
     evaluating, _ = evaluator(tmp_path, **flat)
     record: dict[str, Any] = {}
     evaluating.note_before(record)
-    evaluating.note_if_due(record, 0)
+    evaluating.evaluate_if_due(record, 0)
     assert "all_tokens" not in record["eval_losses"][0]
