@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.distributed.cases import interruption, reshaping, shared, small_runs
@@ -87,10 +88,10 @@ def _claim(launch: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return
-    try:
-        (tmp_path_factory.getbasetemp().parent / launch).touch(exist_ok=False)
-    except FileExistsError:
+    claimed_by = tmp_path_factory.getbasetemp().parent / launch
+    if claimed_by.exists() and psutil.pid_exists(int(claimed_by.read_text())):  # else this process replaces a dead one
         pytest.fail(f"two pytest processes made the launch {launch}: pytest-xdist ignores the groups of tests")
+    claimed_by.write_text(str(os.getpid()))
 
 
 @pytest.fixture(scope="session")

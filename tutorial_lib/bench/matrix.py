@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from tutorial_lib.bench.failures import OomKills, explain
 from tutorial_lib.bench.progress import SilentProgress
 from tutorial_lib.bench.record import REFUSED, STOPPED, RowRecord, measure_row, variant_of
 from tutorial_lib.config import Config, ConfigError, RunConfig
+from tutorial_lib.dataloader.subset import choose_subset
 from tutorial_lib.doctor.machine import usable_cores
 from tutorial_lib.launch import Interrupted, OnRows, Run
 from tutorial_lib.measure.sampler import sample_memory
@@ -28,6 +30,7 @@ from tutorial_lib.records import RunDirectory, write_atomically
 from tutorial_lib.tables import Table
 
 FORMAT = 1
+_LOG = logging.getLogger(__name__)
 MATRIX_FILE, MEMORY_LOG = "matrix.json", "memory.jsonl"
 
 _NOT_COMPARED = frozenset({"name", "storage", "resume"})
@@ -160,7 +163,9 @@ def run_matrix(
         Interrupted: Ctrl-C was pressed or a signal came. Earlier rows are kept, and the same call continues from there.
     """
     _check(config.run, sample_interval)
-    config = config.with_absolute_paths()
+    config, note = choose_subset(config.with_absolute_paths())
+    if note:
+        _LOG.warning(note)
     if "measure" not in config.given:
         config = config.replaced(measure=True)
     configs = rows_of(experiment, config, rows)

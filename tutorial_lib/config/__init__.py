@@ -32,6 +32,7 @@ from tutorial_lib.config.fields import (
     Setting,
 )
 from tutorial_lib.config.profiles import PROFILE_VALUES
+from tutorial_lib.config.workshop import SUBSET
 
 __all__ = [
     "ENGINES",
@@ -131,7 +132,7 @@ class Config:
 
     @classmethod
     def from_json(cls, text: str) -> Config:
-        """Build a configuration from the text that :meth:`to_json` returned.
+        """Build a configuration from the text that :meth:`to_json` returned. Its numbers of rows count as given.
 
         Raises:
             ConfigError: the text is not a JSON object, or its settings are unknown or cannot run.
@@ -142,7 +143,8 @@ class Config:
             raise ConfigError(f"The configuration is not valid JSON: {error}.") from error
         if not isinstance(flat, dict):
             raise ConfigError(f"The configuration is a JSON {type(flat).__name__}, not an object.")
-        return _build({k: tuple(v) if isinstance(v, list) else v for k, v in flat.items()}, base=None)
+        config = _build({k: tuple(v) if isinstance(v, list) else v for k, v in flat.items()}, base=None)
+        return dataclasses.replace(config, given=frozenset(SUBSET.keys() & flat.keys()))
 
 
 @cache

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from tutorial_lib.config import Config, settings
 from tutorial_lib.config.workshop import SUBSET
 from tutorial_lib.dataloader.rows import load_rows
 from tutorial_lib.dataloader.tokens import reads_questions
 
 
-def choose_subset(config: Config) -> tuple[Config, str | None]:
+def choose_subset(config: Config, saved: Mapping[str, Any] | None = None) -> tuple[Config, str | None]:
     """Limit a run of the Hugging Face Trainer on questions to the workshop's rows, unless its caller gave the numbers.
+
+    Args:
+        config: what to run.
+        saved: the settings by flat name of the checkpoint that the run resumes, which keeps its number of rows.
 
     Returns:
         The configuration, and a sentence that says which rows are left out and how to use them; None if all are used.
@@ -19,9 +26,11 @@ def choose_subset(config: Config) -> tuple[Config, str | None]:
     """
     data, flat, known = config.data, config.flat(), settings()
     unset = [flag for flag in SUBSET if flag not in config.given and flat[flag] == known[flag].default]
-    chosen = {flag: SUBSET[flag] for flag in unset}
-    if config.engine.name != "trainer" or not chosen:
+    if config.engine.name != "trainer" or not unset:
         return config, None
+    if saved:
+        return config.replaced(**{flag: saved.get(flag, flat[flag]) for flag in unset}), None
+    chosen = {flag: SUBSET[flag] for flag in unset}
     rows = load_rows(data.name, data.train_split)
     if not reads_questions(rows):
         return config, None

@@ -36,6 +36,7 @@ def preflight(config: Config) -> Config:
     from tutorial_lib.checkpoint import latest
     from tutorial_lib.checkpoint.compatibility import check_continues, reads_data
     from tutorial_lib.checkpoint.lock import check_free
+    from tutorial_lib.checkpoint.manifest import read_trainer_state
     from tutorial_lib.checkpoint.storage import check_storage
     from tutorial_lib.dataloader import check_data, data_identity
     from tutorial_lib.dataloader.subset import choose_subset
@@ -84,13 +85,14 @@ def preflight(config: Config) -> Config:
             check_leaf_modules(file, lambda: model_outline(m, config.engine))
             if config.run.launcher != "ray":  # Ray's workers may be on other machines
                 check_outputs(file)
-    config, note = choose_subset(config)
-    if note and not joined_rank(config.run, config.parallel):
-        _LOG.warning(note)
     check_storage(config)
     check_free(RunDirectory(config.directory), joined_rank(config.run, config.parallel) or 0)
     found = latest(RunDirectory(config.directory))
     has_data = reads_data(config.run, found)
+    if found or has_data:
+        config, note = choose_subset(config, read_trainer_state(found)["config"] if found else None)
+        if note and not joined_rank(config.run, config.parallel):
+            _LOG.warning(note)
     if has_data:
         warning = check_data(config.data, config.run, tokenizer)
         if warning and not joined_rank(config.run, config.parallel):

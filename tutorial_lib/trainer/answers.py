@@ -8,7 +8,7 @@ every batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ class AnswerReport:
         score: mean scores in percent.
         answers: one per question, in the order of the data set.
         num_cut: number of questions whose context was too long, so that its end was cut off, perhaps with the answer.
-        num_left_out: number of rows without a question, a context or a gold answer.
+        num_left_out: number of rows without a question, a context or a gold answer, or whose question is too long.
     """
 
     score: SquadScore
@@ -90,7 +90,9 @@ def evaluate_answers(
         dataset, split, load_tokenizer(model),
         max_examples=max_examples, seq_length=seq_length, max_new_tokens=max_new_tokens,
     )  # fmt: skip
-    return questions.answer(load_model(model).eval().to(device), batch_size)
+    report = questions.answer(load_model(model).eval().to(device), batch_size)
+    assert report is not None  # nothing stops it
+    return report
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class Questions:
         """Read a split's questions; the arguments are those of :func:`evaluate_answers`.
 
         Raises:
-            ConfigError: there is no such data, it has no questions, or one does not fit into ``seq_length``.
+            ConfigError: there is no such data, it has no questions, or none fits into ``seq_length``.
         """
         rows = load_rows(dataset, split, max_examples=max_examples)
         if missing := {"question", "context", "answers"} - set(rows.column_names):
@@ -129,29 +131,57 @@ class Questions:
         asked = [row for row in rows if _is_complete(row)]
         if not asked:
             raise ConfigError(f"Split {split!r} of {dataset!r} has no question with a context and an answer.")
-        room = seq_length - max_new_tokens
-        prompts = [encode_prompt(row["question"], row["context"], tokenizer, room) for row in asked]
+        prompts, too_long = [], None
+        for row in asked:
+            try:
+                prompts.append(
+                    (row, *encode_prompt(row["question"], row["context"], tokenizer, seq_length - max_new_tokens))
+                )
+            except ConfigError as error:  # training leaves such rows out, too
+                too_long = error
+        if not prompts:
+            raise ConfigError(f"No question of split {split!r} of {dataset!r} fits. {too_long}")
         return cls(
-            asked,
-            [ids for ids, _ in prompts],
+            [row for row, _, _ in prompts],
+            [ids for _, ids, _ in prompts],
             tokenizer,
             max_new_tokens,
-            num_cut=sum(is_cut for _, is_cut in prompts),
-            num_left_out=len(rows) - len(asked),
+            num_cut=sum(is_cut for _, _, is_cut in prompts),
+            num_left_out=len(rows) - len(prompts),
         )
 
-    def answer(self, model: PreTrainedModel, batch_size: int, *, dp_rank: int = 0, dp_size: int = 1) -> AnswerReport:
-        """Answer the questions and score the answers. Collective: the data-parallel ranks share the questions.
+    def answer(
+        self,
+        model: PreTrainedModel,
+        batch_size: int,
+        *,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        stops: Callable[[], bool] = lambda: False,
+    ) -> AnswerReport | None:
+        """Answer the questions and score the answers, or return None where ``stops`` returned True.
 
-        All ranks generate equally often, because they may share the parameters: some repeat the first question.
+        With several data-parallel ranks this is collective: they share the questions. All ranks generate equally often,
+        because they may share the parameters: some repeat the first question.
+
+        Args:
+            model: a causal language model, in evaluation mode.
+            batch_size: questions to answer at once on a rank.
+            dp_rank: number of this rank.
+            dp_size: number of ranks.
+            stops: called before each batch, with the same answer on every rank.
         """
         count = len(self.prompts)
         own = [number if number < count else 0 for number in range(dp_rank, -(-count // dp_size) * dp_size, dp_size)]
         texts = answer_greedily(
             model, self.tokenizer, [self.prompts[number] for number in own],
-            max_new_tokens=self.max_new_tokens, batch_size=batch_size, in_lockstep=dp_size > 1,
+            max_new_tokens=self.max_new_tokens, batch_size=batch_size, in_lockstep=dp_size > 1, stops=stops,
         )  # fmt: skip
-        said = dict(pair for pairs in all_gather_objects([*zip(own, texts, strict=True)]) for pair in pairs)
+        if len(texts) < len(own):
+            return None
+        pairs = [*zip(own, texts, strict=True)]
+        gathered = all_gather_objects(pairs) if dp_size > 1 else [pairs]
+        said = dict(pair for pairs in gathered for pair in pairs)
         answers = tuple(_score_row(row, said[number]) for number, row in enumerate(self.rows))
         score = average_scores([answer.score for answer in answers])
         return AnswerReport(score, answers, self.num_cut, self.num_left_out)
@@ -177,8 +207,11 @@ def answer_greedily(
     max_new_tokens: int,
     batch_size: int,
     in_lockstep: bool = False,
+    stops: Callable[[], bool] = lambda: False,
 ) -> list[str]:
     """Continue each prompt greedily up to EOS, and return the texts in the order of the prompts.
+
+    Return no texts if ``stops``, which is called before each batch, returns True.
 
     Args:
         model: a causal language model, in evaluation mode.
@@ -187,10 +220,13 @@ def answer_greedily(
         max_new_tokens: most tokens of a continuation.
         batch_size: number of prompts to continue at once; prompts of similar length share a batch.
         in_lockstep: other ranks do the same with as many prompts, and each forward pass waits for all of them.
+        stops: returns whether to stop now, the same on every rank.
     """
     by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     answers: dict[int, str] = {}
     for start in range(0, len(prompts), batch_size):
+        if stops():
+            return []
         numbers = by_length[start : start + batch_size]
         new_BS = _continue(model, tokenizer, [prompts[number] for number in numbers], max_new_tokens, in_lockstep)
         answers |= dict(zip(numbers, (_decode_until_eos(ids, tokenizer) for ids in new_BS.tolist()), strict=True))

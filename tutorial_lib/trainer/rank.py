@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from tutorial_lib.checkpoint.directory import clean_up_leftovers
 from tutorial_lib.checkpoint.manager import OnCheckpoint
@@ -71,17 +72,16 @@ def train(
             run.clear_requests()
         barrier()
         log = run.log_file(topology.rank) if config.run.launcher != "none" else None
-        seconds = config.run.memory_log_seconds
-        logging_memory = sample_memory(run.memory_log(topology.rank), interval=seconds) if seconds else nullcontext()
-        with output_to(log), logging_memory, stop_signals() as stop_signalled:
+        with output_to(log), stop_signals() as stop_signalled:
             try:
-                build = trainer_class or _trainer_class(config.engine)
-                trainer = build(config, topology, on_checkpoint=on_checkpoint, stop_signalled=stop_signalled)
-                try:
-                    return trainer.fit(started)
-                finally:
-                    trainer.close()
-                    gc.collect()
+                with _logging_memory(run.memory_log(topology.rank), config.run.memory_log_seconds):
+                    build = trainer_class or _trainer_class(config.engine)
+                    trainer = build(config, topology, on_checkpoint=on_checkpoint, stop_signalled=stop_signalled)
+                    try:
+                        return trainer.fit(started)
+                    finally:
+                        trainer.close()
+                        gc.collect()
             except BaseException as error:
                 refused = storage_failure(run, error)
                 with suppress(OSError):
@@ -92,6 +92,17 @@ def train(
                 if refused:
                     raise refused from error
                 raise
+
+
+@contextmanager
+def _logging_memory(log: Path, seconds: float | None) -> Iterator[None]:
+    """Log this rank's memory every ``seconds`` while the block runs, in place of an earlier start's log."""
+    if seconds is None:
+        yield
+        return
+    log.unlink(missing_ok=True)
+    with sample_memory(log, interval=seconds):
+        yield
 
 
 def _trainer_class(engine: EngineConfig) -> type[Trainer]:

@@ -64,6 +64,13 @@ def test_every_row_is_a_run_of_its_own_and_saved_when_it_ends(config):
     assert {"matrix.json", "table.csv", "table.md"} <= {path.name for path in matrix.path.iterdir()}
 
 
+def test_the_default_number_of_rows_is_a_setting_of_the_matrix(config, caplog):
+    """All rows have it, so a matrix of a different number is never continued."""
+    matrix = run(config.override(engine="trainer", dataset="embedded/qa"), Runs())
+    assert (matrix.settings["max_examples"], matrix.settings["max_eval_examples"]) == (500, 50)
+    assert caplog.text.count("as the ZeRO workshop does") == 1
+
+
 def test_speed_leaves_out_unusual_steps(config):
     row = run(config, Runs()).rows[0]
     assert row.step_seconds == 0.4 and row.samples_per_second == pytest.approx(8 / 0.4)

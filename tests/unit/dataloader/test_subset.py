@@ -36,8 +36,17 @@ def test_other_runs_and_given_numbers_stay(flat, numbers):
 
 
 def test_numbers_of_a_saved_configuration_stay():
-    saved = Config.from_json(Config.create(engine="trainer", dataset="embedded/qa", max_examples=1000).to_json())
-    assert choose_subset(saved)[0].data.max_examples == 1000
+    given = Config.create(engine="trainer", dataset="embedded/qa", max_examples=None, max_eval_examples=64)
+    chosen, note = choose_subset(Config.from_json(given.to_json()))
+    assert (chosen.data.max_examples, chosen.data.max_eval_examples, note) == (None, 64, None)
+
+
+def test_a_resume_keeps_the_rows_of_its_checkpoint_without_reading_the_data():
+    config = Config.create(engine="trainer", dataset="gone", max_eval_examples=20)
+    chosen, note = choose_subset(config, {"max_examples": None, "max_eval_examples": 64})
+    assert (chosen.data.max_examples, chosen.data.max_eval_examples, note) == (None, 20, None)
+    chosen, _ = choose_subset(config, {"max_examples": 500, "max_eval_examples": 64})
+    assert chosen.data.max_examples == 500
 
 
 def test_data_with_fewer_rows_is_read_in_full(tmp_path):

@@ -10,7 +10,7 @@ from tutorial_lib.dataloader.tokens import encode_prompt, gold_answers, tokenize
 from tutorial_lib.embedded import MODEL_NAMES
 from tutorial_lib.models import load_model, load_tokenizer
 from tutorial_lib.trainer import answers
-from tutorial_lib.trainer.answers import answer_greedily, evaluate_answers
+from tutorial_lib.trainer.answers import Questions, answer_greedily, evaluate_answers
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,29 @@ def test_scores_compare_predictions_with_gold_answers(monkeypatch, rows):
     assert [answer.score.exact_match for answer in report.answers] == [1, 0, 1, 1, 1, 1]
     assert report.score.exact_match == pytest.approx(500 / 6) and report.score.num_questions == 6
     assert report.num_left_out == 0
+
+
+def test_questions_that_are_too_long_are_left_out_and_counted():
+    questions = Questions.read(
+        "embedded/qa", "validation", load_tokenizer("embedded/gpt2"), max_examples=50, seq_length=60
+    )
+    assert questions.num_left_out > 0 and len(questions.prompts) == len(questions.rows) == 50 - questions.num_left_out
+    with pytest.raises(ConfigError, match=r"No question of split 'validation' .* leaves no room for its context in 1 "):
+        evaluate_answers("embedded/gpt2", max_examples=2, seq_length=33)
+
+
+def test_answers_of_one_rank_need_no_other_rank(monkeypatch, rows):
+    monkeypatch.setattr(answers, "all_gather_objects", None)
+    assert len(evaluate_answers("embedded/gpt2", max_examples=2, seq_length=96).answers) == 2
+
+
+def test_a_stop_between_two_batches_ends_the_answering_without_a_score():
+    questions = Questions.read(
+        "embedded/qa", "validation", load_tokenizer("embedded/gpt2"), max_examples=3, seq_length=96
+    )
+    asked = iter([False, True])
+    assert questions.answer(load_model("embedded/gpt2").eval(), 1, stops=lambda: next(asked)) is None
+    assert next(asked, "both were asked for") == "both were asked for"
 
 
 def test_data_without_questions_is_refused():

@@ -43,6 +43,24 @@ def test_the_log_ends_with_a_run_that_fails(tmp_path: Path) -> None:
     assert RunDirectory(settings.directory).memory_log(0).exists() and not is_sampling()
 
 
+def test_a_log_that_cannot_be_written_is_an_error_of_the_rank(tmp_path: Path) -> None:
+    settings = config(tmp_path, model="embedded/gpt2", memory_log_seconds=0.05)
+    run = RunDirectory(settings.directory)
+    run.memory_log(0).mkdir(parents=True)
+    with pytest.raises(OSError, match="memory-rank-000"):
+        trainer.train(settings)
+    assert "memory-rank-000" in (run.logs / "rank-000.error.json").read_text()
+
+
+def test_a_log_that_a_crash_left_torn_is_replaced(tmp_path: Path) -> None:
+    settings = config(tmp_path, model="embedded/gpt2", memory_log_seconds=0.05)
+    log = RunDirectory(settings.directory).memory_log(0)
+    log.parent.mkdir(parents=True)
+    log.write_text('{"form')
+    trainer.train(settings)
+    assert read_memory_log(log)["process tree"].summary().num_samples >= 2
+
+
 def test_a_memory_log_needs_time_between_its_readings(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"memory_log_seconds is 0; the smallest possible value is 0\.01"):
         config(tmp_path, memory_log_seconds=0)

@@ -62,10 +62,15 @@ class HuggingFaceRun(Trainer):
             return None
         self._questions = read_questions(self.config, self.tokenizer)
 
+        def stops() -> bool:
+            return self.stops.agree(self.steps_done) and self.stops.may_be_killed_soon()
+
         def score() -> dict[str, float]:
             grid, micro_batch = self.topology, self.config.micro_batch
-            report = self._questions.answer(self.engine.module, micro_batch, dp_rank=grid.dp_rank, dp_size=grid.dp)
-            return {"exact_match": report.score.exact_match, "f1": report.score.f1}
+            report = self._questions.answer(
+                self.engine.module, micro_batch, dp_rank=grid.dp_rank, dp_size=grid.dp, stops=stops
+            )
+            return {"exact_match": report.score.exact_match, "f1": report.score.f1} if report else {}
 
         return score
 
@@ -148,7 +153,8 @@ class HuggingFaceRun(Trainer):
         if self.config.run.score_answers and self.evaluator and self.stops.stopped_by is None:
             scores = self.evaluator.scores_at(self.steps_done)
             counts = {"num_questions": len(self._questions.prompts), "num_cut": self._questions.num_cut}
-            facts["eval_answers"] = {"exact_match": scores["exact_match"], "f1": scores["f1"], **counts}
+            if "f1" in scores:  # otherwise the run was asked to stop while it answered
+                facts["eval_answers"] = {"exact_match": scores["exact_match"], "f1": scores["f1"], **counts}
         return facts
 
 
