@@ -72,7 +72,8 @@ def trial_forward(config: Config, model_config: PretrainedConfig) -> str | None:
     _check_is_language_model(config.model.name, model_config)
     asked = config.data.batching
     chunked, own_loss = config.engine.loss_chunks > 1, config.engine.name == "trainer"
-    tried = (type(model_config), model_config.to_json_string(), asked, config.data.seq_length, chunked, own_loss)
+    tp, length = config.parallel.tp, config.data.seq_length
+    tried = (type(model_config), model_config.to_json_string(), asked, length, tp, chunked, own_loss)
     if tried in _PASSED:
         return None
     model = f"The model {config.model.name!r}, of type {model_config.model_type!r}"
