@@ -51,7 +51,7 @@ def test_sentences_about_the_h200(runs: dict[str, Any]) -> None:
     assert trace["busy_seconds"] < runs["bloom-560m: ZeRO-0"]["step_seconds"]["median"] / 2
     peaks = {way: f"{runs[f'bloom-560m: {WAYS[way]}']['allocator_peak_bytes'] / GIB:.1f}" for way in WAYS}
     assert list(peaks.values()) == ["19.1", "17.9", "18.8", "17.9", "18.8"]
-    assert "plain PyTorch used 19.1 GiB, stages 0 and 2 17.9, stages 1 and 3 18.8" in workshop
+    assert "plain PyTorch used 19.1 GiB, stages 0 and 2 used 17.9 GiB, and stages 1 and 3 used 18.8 GiB" in workshop
     large = runs["bloom-560m: plain torch, 4 micro-batches of 16"]
     assert f"trains {large['samples_per_second']:.0f} samples per second" in workshop
     seconds = [runs[f"bloom-560m: ZeRO-{stage}"]["step_seconds"]["median"] for stage in range(4)]
