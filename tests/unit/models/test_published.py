@@ -73,7 +73,7 @@ def test_lesson_05_states_the_bytes_of_bloom_560m_as_the_formula_gives_them():
     )  # fmt: skip
     (states,) = expected_states(config, parameter_sizes(config.model, config.engine)) or ()
     lesson = Path(__file__).parents[3] / "notebooks" / "05_zero_workshop.ipynb"
-    assert f"gives {states.total / 2**20:,.2f} MiB of model states" in lesson.read_text(encoding="utf-8")
+    assert f"gives, {states.total / 2**20:,.2f} MiB of model states" in lesson.read_text(encoding="utf-8")
 
 
 def test_the_command_line_accepts_model_config_without_model(capsys):
