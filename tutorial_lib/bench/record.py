@@ -20,7 +20,7 @@ FAILED, KILLED, OUT_OF_MEMORY, REFUSED = "failed", "killed", "out of memory", "r
 """Values of a row's status; the last four mean that it has failed."""
 
 MODE_ROUNDING = 10 * MIB
-"""Samples are rounded to this many bytes before the most frequent ones are counted."""
+"""Samples are rounded to multiples of this many bytes before the most frequent values are found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class RowRecord:
         cause: why the row is not done, in one line.
         error: the complete error.
         settings: settings in which rows of a matrix may differ; in a done row, with the values of its DeepSpeed file.
-        wall_seconds: time from before its processes started until they had ended.
+        wall_seconds: time from just before the run's processes started until all of them had ended.
         train_seconds: time of all optimizer steps together.
         step_seconds: median time of a step, without the first one and the one slowed by ``measure``.
         samples_per_second: sequences trained per second in typical steps, over all ranks.

@@ -40,7 +40,7 @@ def check_continues(config: Config, found: Path, data: DataIdentity | None) -> N
         config: what to run.
         found: the checkpoint.
         data: returns the hashes of the run's current data; only called if there is something to compare them with.
-            None if this start reads no data, or only on other machines; then data is not compared.
+            None if this start reads no data, or reads it only on other machines; the data is then not compared.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -162,7 +162,7 @@ def identity(config: ModelConfig) -> dict[str, Any]:
     Returns:
         ``model``: entries of its configuration that are not defaults; ``tokenizer``: SHA-256 of everything that decides
         the ids of a text; ``vocabulary``: its number of tokens; ``weights``: for a model in a directory, SHA-256 of
-        its weight files' sizes and their first and last MiB (otherwise None, because hub models do not change).
+        its weight files' sizes and their first and last MiB (otherwise None: a hub model is assumed not to change).
 
     Raises:
         ConfigError: there is no such model.

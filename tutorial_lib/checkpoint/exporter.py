@@ -29,9 +29,9 @@ def export(path: Path, target: Path, max_shard_size: str = MAX_SHARD_SIZE) -> Pa
     """Write a checkpoint's weights as a Hugging Face directory that ``from_pretrained`` loads.
 
     One process does this without a GPU: the CPU merges shards of any ZeRO stage, FSDP2 and any tensor-parallel size.
-    With mixed precision, the fp32 master weights are exported, not their 16-bit copies. However large the model, the
-    process holds only about twice its largest parameter at a time: its pieces and the merged result. The directory
-    gets its final name once everything in it is on the disk.
+    With mixed precision, the fp32 master weights are exported, not their 16-bit copies. For a model of any size, the
+    process holds only about twice the largest parameter at a time: its pieces and the merged result. The directory
+    gets its final name once everything in it is on disk.
 
     Args:
         path: the checkpoint.

@@ -20,7 +20,7 @@ from tutorial_lib.mpu.random_states import restore_random_states
 def load(path: Path, engine: Any, config: Config, topology: Topology) -> TrainingState:
     """Restore the engine and this rank's random-number states from a verified checkpoint. Collective.
 
-    A run may resume in a different shape: number of ranks, engine, ZeRO stage, sharding or offload. Then
+    A run may resume in a different shape: number of ranks, engine, ZeRO stage, sharding or offload. In that case:
 
     - weights, both moments and Adam's count of updates are restored bit for bit; for weights in 16 bits this holds for
       the fp32 master copies, and the 16-bit weights are rounded from them;

@@ -104,7 +104,7 @@ class CheckpointManager:
         self._under_way: tuple[Save, Row] | None = None
 
     def restore(self) -> int:
-        """Restore engine, schedule, loader and this rank's random states from the newest intact checkpoint. Collective.
+        """Restore this rank's engine, schedule, loader and random states from the newest intact checkpoint. Collective.
 
         Returns:
             Number of optimizer steps done so far: 0 if there is no checkpoint.

@@ -1,7 +1,7 @@
 """Writer of one rank's files: it writes immediately, or on a thread from a snapshot while training continues.
 
-Each rank hashes its files while writing them, so no file is read again for its SHA-256. A file counts as written when
-it is on the disk (``fsync``).
+Each rank hashes its files while writing them, so no file is read again for its SHA-256. A file counts as written once
+it is on disk (``fsync``).
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Writer:
         self._seconds = time.perf_counter() - self._began
 
     def is_done(self) -> bool:
-        """Return whether all files are written. Raises the first error of a job."""
+        """Return whether all files are written. Raises the first error that a job raised."""
         done = [job for job in self._jobs if job.done()]
         for job in done:
             job.result()

@@ -107,7 +107,7 @@ def main(options: argparse.Namespace) -> int:
     """Print the plan, and return 0, or 2 if nothing fits.
 
     Raises:
-        ConfigError: impossible arguments.
+        ConfigError: the arguments are impossible.
     """
     if options.check:
         print(plan_check.describe_predictions(options.check, gpu=options.gpu, as_json=options.json))

@@ -38,7 +38,7 @@ _SHORT = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """All contents of a plan.
+    """Everything that a plan shows.
 
     Args:
         workload: the training to plan.

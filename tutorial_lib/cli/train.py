@@ -24,7 +24,7 @@ from tutorial_lib.tables import align
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add a profile and every setting."""
+    """Add the option for a profile, and one for every setting."""
     parser.add_argument(
         "--profile",
         default="cpu",
@@ -130,7 +130,7 @@ def _answers(answers: dict[str, Any]) -> str:
 
 
 def _rows(use: str, split: dict[str, Any], config: Config) -> str:
-    """Say which subset was chosen by default, and which of its rows are odd; an empty string if there is nothing."""
+    """Say which subset was chosen by default, and how many rows are odd; return an empty string if there is nothing."""
     flag = {"train": "max_examples", "eval": "max_eval_examples"}[use]
     said = []
     is_default = config.engine.name == "trainer" and flag not in config.given
@@ -140,7 +140,7 @@ def _rows(use: str, split: dict[str, Any], config: Config) -> str:
 
 
 def _odd_rows(split: dict[str, Any]) -> str:
-    """Say how many rows of a split were left out, cut, or also trained on; an empty string if there are none."""
+    """Say how many rows of a split were left out, cut, or also trained on; return an empty string if none were."""
     odd = {
         "left out (blank, or no room for the answer)": split["num_left_out"],
         "cut at seq_length": split["num_cut"],

@@ -75,7 +75,7 @@ class Config:
         """Build a profile's configuration with some settings replaced, named as on the command line.
 
         Raises:
-            ConfigError: unknown profile or setting, or a combination that cannot run.
+            ConfigError: the profile or a setting is unknown, or the combination cannot run.
         """
         if profile not in PROFILES:
             raise ConfigError(f"profile {profile!r} is not known. Write one of: {', '.join(PROFILES)}.")
@@ -85,7 +85,7 @@ class Config:
         """Return a copy with some settings replaced, named as on the command line.
 
         Raises:
-            ConfigError: unknown settings, or a combination that cannot run.
+            ConfigError: a setting is unknown, or the combination cannot run.
         """
         return _mark_given(_build(flat, base=self), flat)
 
@@ -132,7 +132,7 @@ class Config:
 
     @classmethod
     def from_json(cls, text: str) -> Config:
-        """Build a configuration from the text that :meth:`to_json` returned. Its numbers of rows count as given.
+        """Build a configuration from the text of :meth:`to_json`. Its row limits count as given by the caller.
 
         Raises:
             ConfigError: the text is not a JSON object, or its settings are unknown or cannot run.

@@ -1,8 +1,8 @@
 """Original ZeRO workshop: the rows that it trains on, and the names of its experiments.
 
-``2ZO-1G1N`` is ZeRO stage 2 with offload, on 1 GPU of 1 node. The digit before ``Z`` is the ZeRO stage. ``O`` is
-offload, ``OP`` offload to pinned memory. Then come the total number of GPUs and the number of nodes: ``3Z-8G4N`` has 8
-GPUs, 2 on each of 4 nodes.
+``2ZO-1G1N`` is ZeRO stage 2 with offload, on 1 GPU of 1 node. The digit before ``Z`` is the ZeRO stage. ``O``
+stands for offload, and ``OP`` for offload to pinned memory. Then come the total number of GPUs and the number of nodes:
+``3Z-8G4N`` has 8 GPUs, 2 on each of 4 nodes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from tutorial_lib.config.fields import ConfigError
 
 SUBSET = {"max_examples": 500, "max_eval_examples": 50}
-"""Number of SQuAD's first rows that it trains and evaluates on, by the flat name of the setting."""
+"""Number of rows, from the start of SQuAD, that it trains and evaluates on, by the flat name of the setting."""
 
 _NAME = re.compile(r"([0-3])Z(OP|O)?-([1-9]\d*)G([1-9]\d*)N")
 

@@ -186,11 +186,11 @@ class EpochLoader(DataLoader[Any]):
             (batch,) = collate(members)
             return batch
 
-        # Each iterator draws a seed from this generator, see TrainLoader.
+        # Each iterator draws a seed from this generator. TrainLoader explains why it is not the global one.
         super().__init__(examples, batch_sampler=self._epochs, collate_fn=collate_one, generator=torch.Generator())
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, from 0, of the next iteration."""
+        """Choose the epoch for the next iteration, counted from 0."""
         self._epochs.set_epoch(epoch)
 
     def state_at(self, step: int) -> dict[str, int]:
@@ -210,7 +210,7 @@ class EvalLoader:
     """Evaluation batches of one data-parallel rank; over all ranks, every example is in exactly one batch.
 
     Every rank yields the same number of batches, because ranks that share parameters (ZeRO stage 3) must compute in
-    lockstep. A rank with fewer batches repeats one with all labels set to -100, which adds nothing to the loss.
+    lockstep. A rank with fewer batches gets an extra one with all labels set to -100, which adds nothing to the loss.
 
     Attributes:
         summary: summary of the evaluation split's tokens.

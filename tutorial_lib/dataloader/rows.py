@@ -179,7 +179,7 @@ def _rows_of_file(path: Path, split: str) -> datasets.Dataset:
 
 
 def _as_written(files: Sequence[Path]) -> dict[str, Any]:
-    """Return options that read texts as written.
+    """Return the reader options that keep texts as written.
 
     pandas reads ``None`` and ``NA`` as blank, and the txt reader keeps a byte-order mark as part of the text.
     """
@@ -278,7 +278,7 @@ def _no_rows(name: str, split: str) -> str:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Return the root cause of an error of ``datasets``: the column, the line, the encoding."""
+    """Return the root cause of an error of ``datasets``, which names the column, the line or the encoding."""
     while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
         error = error.__cause__
     return error
@@ -301,7 +301,7 @@ def _local_files(name: str) -> list[Path]:
 
 
 def _misread_csv(name: str) -> str | None:
-    """Find a CSV file of a local data set that pandas misreads and say how."""
+    """Find a CSV file of a local data set that pandas misreads, and describe the problem."""
     for file in _csv_files(name):
         if problem := csv_problem(file):
             return f"{file}, {problem}"

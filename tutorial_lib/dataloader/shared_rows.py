@@ -27,7 +27,7 @@ def count_shared_rows(data: DataConfig, train: datasets.Dataset, evaluation: dat
 
 
 def count_shared_places(data: DataConfig, rows: datasets.Dataset) -> int:
-    """Return how many evaluation rows have the place of a training row: ``train[50%:]`` shares some of ``train[:80%]``.
+    """Return how many evaluation rows have the place of a training row: ``train[50%:]`` overlaps with ``train[:80%]``.
 
     Args:
         data: names the two splits.

@@ -1,4 +1,4 @@
-"""Default subset of the ZeRO workshop's route: the Hugging Face Trainer on questions like SQuAD's."""
+"""Default subset for a run like the ZeRO workshop's: the Hugging Face Trainer on questions like SQuAD's."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tutorial_lib.dataloader.tokens import reads_questions
 
 
 def choose_subset(config: Config, saved: Mapping[str, Any] | None = None) -> tuple[Config, str | None]:
-    """Limit a run of the Hugging Face Trainer on questions to the workshop's rows, unless its caller gave the numbers.
+    """Limit a Hugging Face Trainer run on questions to the workshop's rows, unless the caller set its own limits.
 
     Args:
         config: what to run.
-        saved: the settings by flat name of the checkpoint that the run resumes, which keeps its number of rows.
+        saved: settings, by flat name, of the checkpoint that the run resumes from; the run keeps its row limits.
 
     Returns:
         The configuration, and a sentence that says which rows are left out and how to use them; None if all are used.

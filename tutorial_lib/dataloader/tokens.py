@@ -19,8 +19,8 @@ The first token is never counted, because nothing before it could predict it. In
 user's as well as the assistant's. To learn only the answers, use ``question, context, answers``.
 
 Rows that do not fit into ``seq_length`` are cut. A text loses its end, and with it the EOS: otherwise the model would
-learn to stop in mid-sentence. A question keeps its answer and EOS, and loses context: from the end, or from the start
-if the answer's words are at the end.
+learn to stop in mid-sentence. A question keeps its answer and EOS, and loses context from the end. If that would cut
+the answer's words, it loses as much as necessary from the start instead.
 """
 
 from __future__ import annotations
@@ -87,13 +87,14 @@ def tokenize_rows(
 ) -> datasets.Dataset:
     """Tokenise rows into documents: columns ``input_ids`` (2 to ``seq_length`` ids) and ``num_uncounted``.
 
-    The first process on a node that asks for them tokenises, while others wait for its lock; after that, all just map
-    the Arrow file. Its name is a hash of everything that the documents depend on. Rows with nothing to learn are
-    left out: blank texts, questions without an answer, questions that fill ``seq_length`` together with their answer.
+    The first process on a node to ask for the documents writes them, while others wait for its lock; after that, all
+    just map the Arrow file. The file's name is a hash of everything that the documents depend on. Rows with nothing to
+    learn are left out: blank texts, questions without an answer, and questions that fill ``seq_length`` together with
+    their answer.
 
     Raises:
-        ConfigError: unknown columns, an unsuitable tokenizer, text that is not UTF-8, no documents at all, or a cache
-            that cannot be written.
+        ConfigError: the columns are unknown, the tokenizer is unsuitable, a text is not UTF-8, there are no documents
+            at all, or the cache cannot be written.
     """
     to_documents = document_maker(rows, tokenizer, seq_length, name)
     directory = cache_directory() / "tokens"
@@ -385,7 +386,7 @@ def _qa_documents(
         if not answer or not question or context is None:
             continue
         before, prompt = _prompt(question, context)
-        # Position of the answer within the prompt, in characters; the context's start if unknown.
+        # Find the answer's end within the prompt, in characters. If it is unknown, use the context's start.
         known = at >= 0 and context[at : at + len(answer)] == answer
         answer_end = len(before) + 1 + at + len(answer) if known else len(before)
         texts.append(f"{prompt} {answer}")

@@ -1,4 +1,4 @@
-"""Doctor's verdict: whether each profile will work on a machine, and what to do if not.
+"""Verdict of the doctor: whether each profile will work on a machine, and what to do if not.
 
 A profile's requirements come from :class:`tutorial_lib.config.Config`; they are not repeated here.
 """

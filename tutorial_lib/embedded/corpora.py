@@ -6,7 +6,7 @@
 | ``embedded/articles`` | wikitext: ``text`` | some consecutive paragraphs of one module's or topic's documentation |
 | ``embedded/qa`` | SQuAD v1.1: ``id``, ``title``, ``context``, ``question``, ``answers`` | a question about one entry, answered by a span of the context |
 
-A document (see :mod:`tutorial_lib.embedded.documents`) belongs to one split in all three, so no model pretrained or
+A document (see :mod:`tutorial_lib.embedded.documents`) is in the same split of all three, so no model pretrained or
 fine-tuned on training rows has seen its evaluation rows.
 """  # noqa: E501
 
@@ -24,7 +24,7 @@ from tutorial_lib.embedded.documents import SPLITS, TEXT, Document, Entry, docum
 Row = dict[str, Any]
 
 NEWS_LABELS = ("Language", "Data", "Network", "System")
-"""Modules by field: Python itself, values and formats, communication, or the machine it runs on."""
+"""Fields that modules serve: Python itself, values and formats, communication, or the machine it runs on."""
 
 _FIELDS = {
     "Language": "__future__ _py_abc abc ast bdb builtins cProfile code codeop contextlib copyreg cmd compileall "
@@ -51,7 +51,7 @@ _SHORTEST_CONTEXT = 150
 
 
 def content_hash() -> str:
-    """Return a hash of all that built files depend on: the text, the code, and the packages that write parquet."""
+    """Return a hash of everything that the files depend on: the text, the code, and the packages that write parquet."""
     files = (TEXT, TEXT.with_name("documents.py"), TEXT.with_name("corpora.py"))
     content = hashlib.sha256(b"".join(file.read_bytes() for file in files))
     for package in ("datasets", "pyarrow"):

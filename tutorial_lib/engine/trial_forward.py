@@ -47,7 +47,9 @@ _PASSED: set[tuple[Any, ...]] = set()
 """Trials that passed in this process, so that many runs of one model pay only once."""
 
 _MAMBA_HEADS = {"num_heads": "head_dim", "mamba_n_heads": "mamba_d_head", "n_mamba_heads": "mamba_headdim"}
-"""Names of the number of Mamba 2's heads, and of their width. All heads together are ``expand`` times the model's."""
+"""Settings for the number of Mamba 2's heads, each with the setting for the width of a head.
+
+All heads together are ``expand`` times as wide as the model."""
 
 _GROUPS = ("num_key_value_heads", "num_kv_heads")
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")
@@ -64,7 +66,7 @@ def trial_forward(config: Config, model_config: PretrainedConfig) -> str | None:
         model_config: configuration of the model.
 
     Returns:
-        A sentence that says why no trial was made, if none could be, or None.
+        A sentence that says why no trial could be made, or None.
 
     Raises:
         ConfigError: names the family, the setting and the reason, and what to write instead.
@@ -171,7 +173,7 @@ def _narrow_heads(text: Any, tp: int) -> None:
 def _shorten(config: PretrainedConfig, seq_length: int) -> None:
     """Cut a configuration in place: at most 8 layers, one of each type if they fit, and a small vocabulary.
 
-    Models of other kinds of input, which are parts of some models, get a single layer.
+    Some models contain submodels for other kinds of input. Those get a single layer.
     """
     text: Any = config.get_text_config()
     for name in config.sub_configs:

@@ -146,7 +146,7 @@ def _written_copy(config: Config, model_config: PretrainedConfig, stack: ExitSta
                 shutil.copyfile(code, target)
         tiny.model.config.save_pretrained(directory)
         save_model(tiny.model, str(Path(directory, "model.safetensors")))  # save_pretrained writes on rank 0 only
-    except (ConfigError, OSError, SafetensorError, StrictDataclassError):  # the last: a rule for sizes
+    except (ConfigError, OSError, SafetensorError, StrictDataclassError):  # the last one: sizes break a rule
         return None
     return tiny, directory
 

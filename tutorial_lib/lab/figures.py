@@ -2,8 +2,8 @@
 
 Every function returns a :class:`Figure`, which a notebook displays as a cell's last expression. Conventions: the title
 states the finding, axis labels have units, and ``alt`` describes the picture in words, for readers who cannot see it.
-The background is white on dark pages, too, because no grey stands out from both white and black by 4.5 : 1. The same
-numbers always give the same bytes: a file has neither a date nor random ids.
+The background is white even on dark pages, because no grey stands out by 4.5 : 1 from both white and the dark grey of
+such a page. The same numbers always give the same bytes: a file has neither a date nor random ids.
 """
 
 from __future__ import annotations

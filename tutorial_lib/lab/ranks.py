@@ -65,8 +65,8 @@ def _run_rank(rank: int, num_ranks: int, scratch: Path, function: Callable[..., 
 def script_on_ranks(num_ranks: int, script: ModuleType, *arguments: object) -> list[str]:
     """Run a script on several ranks, as torchrun does, and return the lines that rank 0 prints.
 
-    New processes would have to import PyTorch and transformers first; forked ones have them. The process group exists
-    already: a script joins it through ``init_device_mesh``, which would otherwise make one.
+    New processes would have to import PyTorch and transformers first; forked ones already have them. The process group
+    exists already, and a script joins it through ``init_device_mesh``, which would otherwise make one.
 
     Args:
         num_ranks: number of processes.

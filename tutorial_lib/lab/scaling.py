@@ -15,7 +15,7 @@ from typing import Any
 from tutorial_lib.lab.exercises import Exercise, choice, number
 
 RECORDING = Path(__file__).with_name("recorded") / "cluster.json"
-"""Written by ``python -m tests.cluster.record`` on a real SLURM; ``tests/cluster/test_recorded.py`` repeats parts."""
+"""Written by ``python -m tests.cluster.record`` on SLURM; ``tests/cluster/test_recorded.py`` repeats parts of it."""
 
 
 def recording() -> dict[str, Any]:
@@ -24,11 +24,11 @@ def recording() -> dict[str, Any]:
 
 
 def table_by_nodes(recorded: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of the workshop's table of several nodes.
+    """Return the rows of the workshop's table for several nodes.
 
     Args:
-        recorded: what was measured on 1, 2, ... nodes that share two cores, one process each: :func:`recording`'s part
-            ``nodes``.
+        recorded: measurements on 1, 2, ... nodes that share two cores, with one process each, as in the part ``nodes``
+            of :func:`recording`.
     """
     alone = recorded[0]["samples_per_second"]
     return [

@@ -41,7 +41,7 @@ def draw_grid(dp: int, tp: int) -> Figure:
 
 
 def global_batch(micro_batch: int, dp: int, tp: int, accumulation: int) -> Exercise:
-    """Ask for the sequences per step of a grid."""
+    """Ask how many sequences a grid trains on per step."""
     return Exercise(
         f"You start {dp * tp} processes as dp = {dp} x tp = {tp}. Each forward pass takes {micro_batch} sequences, and "
         f"gradients accumulate over {accumulation} passes. How many sequences make up one optimizer step?",

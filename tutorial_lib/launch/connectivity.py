@@ -1,4 +1,4 @@
-"""Check that ranks reach each other across nodes, before gloo connects all of them.
+"""Connectivity check: whether ranks reach each other across nodes, before gloo connects all of them.
 
 Ranks that use a wrong network interface still find each other, because all go to one rendezvous address. Only then does
 gloo connect each pair of ranks. If that fails, one rank of the pair fails at once and blames its own interface, while

@@ -116,7 +116,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 @contextmanager
 def process_group(run: RunConfig, init_method: str) -> Iterator[None]:
-    """Create the default process group while the block runs: gloo on CPUs; on GPUs NCCL, with gloo for objects.
+    """Provide the default process group while the block runs: gloo on CPUs; on GPUs NCCL, with gloo for objects.
 
     Raises:
         RendezvousError: the ranks did not find each other in time.

@@ -98,7 +98,7 @@ _MARK = "tutorial_lib.measure.memory: mark"
 
 @contextlib.contextmanager
 def count_allocations() -> Iterator[Allocations]:
-    """Follow every allocation of the block: exact peaks, which no sampler can miss.
+    """Follow every allocation of the block, to find exact peaks, even those that a sampler would miss.
 
     This counts the memory that the block itself allocates, in this thread and in backward, including temporaries inside
     kernels. Memory from before the block does not count, whether it stays or is freed. The yielded object is filled at

@@ -77,8 +77,8 @@ def sample_memory(path: str | Path, *, interval: float = 1.0, pid: int | None = 
     Args:
         path: the log. An existing memory log is replaced; any other file is left alone.
         interval: seconds between readings. At 1 s, three processes with PyTorch loaded (0.4 GB each) cost 2.5 % of one
-            core: a reading took 25 ms. Nearly all of that is PSS, for which Linux walks every page: 10 ms for
-            each GiB that a process holds (measured on a 2-core virtual machine, without GPUs).
+            core: a reading took 25 ms, much of it for PSS, for which Linux walks every page (measured on a 2-core
+            virtual machine, without GPUs).
         pid: root of the tree; default: this process.
 
     Yields:

@@ -70,7 +70,7 @@ def _outline(model_config: PretrainedConfig, trust_remote_code: bool) -> PreTrai
 
 @contextmanager
 def drawing_weights(m: ModelConfig, seed: int) -> Iterator[PreTrainedModel]:
-    """Yield a model on the meta device, and draw the same random numbers as :func:`load_model` while the block runs.
+    """Yield a model on the meta device, and make the block draw the same random numbers as :func:`load_model`.
 
     If you initialise its modules in transformers' order, they get the same weights as from :func:`load_model`.
     """

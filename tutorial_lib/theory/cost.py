@@ -15,7 +15,7 @@ Sources: FLOPs, arXiv:2204.02311, appendix B; volumes, :mod:`tutorial_lib.theory
 gradient, weight and two moments (16 bytes read, 12 written). Assumptions: Adam reaches four fifths of the memory
 bandwidth (plausible); kernels are as efficient on small micro-batches as on large ones.
 Not modelled: latency of collectives, kernel launches, sends between a pipeline's stages, reading data.
-Checked: docs/planner-errors.md.
+Checked: against published runs and our own, in docs/planner-errors.md.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ REACHED_MEMORY_BANDWIDTH = 0.8
 class Candidate:
     """A layout with its costs: bytes per device (``host`` per node), bytes that a device sends per step, seconds.
 
-    ``states`` are all model states of a step; ``memory`` is the peak; in its ``peak_phase``,
-    gradients may not exist yet. ``problem`` says why the layout cannot run, ``missing`` lists features that this
-    course's engines lack for it, and ``slower`` says why it is not the best.
+    ``states`` are all model states of a step. ``memory`` is the peak, which may come in a phase (``peak_phase``)
+    in which gradients do not exist yet. ``problem`` says why the layout cannot run, ``missing`` lists features that
+    this course's engines lack for it, and ``slower`` says why it is not the best.
     """
 
     layout: Layout
@@ -83,10 +83,10 @@ class Candidate:
 
 
 def backward_all_reduces(dimensions: Dimensions, engine: str) -> int:
-    """Return the all-reduces per layer in backward with tensor parallelism.
+    """Return the number of all-reduces per layer in backward with tensor parallelism.
 
-    AutoTP sums once per column-parallel projection. This course's DTensor plan for FSDP2 sums once per attention and
-    MLP, as Megatron does.
+    AutoTP sums once per column-parallel projection. This course's DTensor plan for FSDP2 sums once per attention or
+    MLP block, as Megatron does.
     """
     return 2 if engine == "fsdp" else dimensions.column_layers
 
@@ -183,7 +183,7 @@ def _dp_traffic(
 def _tp_traffic(
     workload: Workload, cluster: Cluster, layout: Layout, part: Part, accumulation: int
 ) -> tuple[float, float]:
-    """Return bytes and seconds of the all-reduces of activations.
+    """Return the bytes and the seconds of the all-reduces of activations.
 
     With sequence parallelism they are all-gathers and reduce-scatters of the same volume.
     """
@@ -204,7 +204,7 @@ def _cp_traffic(
     tokens = layout.micro_batch * workload.seq_length / layout.cp
     dims = workload.dimensions
     if layout.ulysses:
-        heads = max(dims.key_value_heads, layout.tp * layout.cp)  # copied if there are fewer than ranks
+        heads = max(dims.key_value_heads, layout.tp * layout.cp)  # copied if there are fewer heads than ranks
         elements = context.ulysses_elements(
             tokens, dims.hidden // layout.tp, dims.hidden // dims.heads * heads // layout.tp, layout.cp,
             recompute=layout.checkpointing != "none",

@@ -8,7 +8,7 @@ Sources, by their letter in the table:
     b  stas00/ml-engineering, network (A100 node 235 GB/s; MI300X node 312.9 GB/s on 8 GPUs, 47.7 on 2)
     c  NVIDIA/nccl-tests issue 212, an NCCL maintainer: H100 NVLink reaches 370 GB/s of 450
     d  NVIDIA/nccl-tests issue 290, an NCCL maintainer: 46 to 48 GB/s per NIC of 400 Gbit/s
-    e  NVIDIA/nccl-tests issue 100: 91 GB/s over four NICs of 200 Gbit/s, so 22.7 each; one per GPU assumed
+    e  NVIDIA/nccl-tests issue 100: 91 GB/s over four NICs of 200 Gbit/s, so 22.7 each; we assume one per GPU
     f  NVIDIA/nvbandwidth issue 53 (A100, PCIe 4.0: 25 GB/s) and 24 (H100, PCIe 5.0: 52.8 GB/s from device to host)
     g  ZaidQureshi/bam issue 54: 12 GB/s reached by a V100 on PCIe 3.0, 25 by an A100 on PCIe 4.0
     h  NVIDIA/nccl-tests issue 307: NCCL expects 10 GB/s between GPUs of two sockets (eight RTX 4090)
@@ -30,7 +30,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuPreset:
-    """One device of a node with ``gpus_per_node``.
+    """One device of a node that has ``gpus_per_node`` of them.
 
     Args:
         memory: bytes, in the vendor's decimal units (80 GB are 80e9).
@@ -134,7 +134,7 @@ def find_gpu(name: str) -> GpuPreset:
 
 
 def find_product(name: str) -> str | None:
-    """Return the name of the preset of a device that its driver calls ``name``, or None if there is no preset."""
+    """Return the name of the preset for a device whose driver calls it ``name``, or None if there is none."""
     return next((preset for preset, gpu in GPUS.items() if re.fullmatch(gpu.product, name)), None)
 
 

@@ -3,9 +3,9 @@
 Notation: p pipeline stages, m micro-batches per step, v model chunks per stage (interleaved schedule; 1F1B has 1).
 
 1F1B starts a micro-batch's backward as soon as it can, so stage i (from 0) holds ``min(m, p - i)`` micro-batches, and
-the first stage holds p. A stage waits for the time of ``p - 1`` micro-batches while the pipeline fills and drains: a
-share ``(p - 1) / m`` on top of its compute time. Interleaving divides that by v, and the first stage then holds
-``p (1 + (p - 1) / (p v))``.
+the first stage holds at most p. A stage waits for the time of ``p - 1`` micro-batches while the pipeline fills and
+drains: a share ``(p - 1) / m`` on top of its compute time. Interleaving divides that by v, and the first stage then
+holds at most ``p (1 + (p - 1) / (p v))``.
 
 Sources: Megatron-LM on GPU clusters, arXiv:2104.04473, sections 2.2 and 2.3; for interleaving's memory,
 arXiv:2205.05198, section 4.3. Assumptions: all stages take the same time, and messages between them hide behind

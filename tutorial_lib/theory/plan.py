@@ -3,7 +3,7 @@
 :func:`plan` evaluates the layouts of :mod:`tutorial_lib.theory.search`, finds those that fit, and orders them by speed:
 tokens per second and device, because layouts may differ in their global batch.
 
-The estimate is off by about ten percent (docs/planner-errors.md), so layouts within :data:`TIE` of the fastest count as
+The estimate is often off by ten percent (docs/planner-errors.md), so layouts within :data:`TIE` of the fastest count as
 equally fast. Among them, layouts without offload come first, then those with less memory, down to :data:`COMFORTABLE`
 of the usable memory (a margin for everything that the estimate leaves out), fewer knobs, less sharding, more speed.
 """
@@ -30,7 +30,7 @@ def plan(workload: Workload, cluster: Cluster, engine: str = "deepspeed") -> lis
     Shapes that do not fit come with the settings that need the least memory.
 
     Raises:
-        ValueError: an unknown engine or precision, a number below its smallest value, or partly used nodes.
+        ValueError: the engine or precision is unknown, a number is below its smallest value, or a node is partly used.
     """
     check(workload, cluster, engine)
     shapes = [list(_costs(shape, workload, cluster)) for shape in candidate_layouts(workload, cluster, engine)]

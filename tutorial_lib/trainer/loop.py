@@ -1,4 +1,4 @@
-"""Training loop for any engine, with everything a long run needs: evaluation, records, stop requests, a probe.
+"""Training loop for any engine, with everything a long run needs: evaluation, records, stop requests and a probe.
 
 Without these it is the same loop as in ``notebooks/scripts/train_zero.py``.
 """
@@ -65,7 +65,7 @@ class Trainer:
         self.records.resume(self.steps_done)
 
     def build(self, on_checkpoint: OnCheckpoint | None) -> None:
-        """Build data, model, optimizer and checkpoints. Collective."""
+        """Build the loaders, the engine, and the checkpoint manager. Collective."""
         config, topology = self.config, self.topology
         self.tokenizer = load_tokenizer(config.model.name, trust_remote_code=config.model.trust_remote_code)
         start = find_start(config, topology, partial(data_identity, config.data, config.run, self.tokenizer))
@@ -102,7 +102,7 @@ class Trainer:
         return None
 
     def fit(self, started: float | None = None) -> Result:
-        """Evaluate, train to the end or until asked to stop, save, and evaluate. Collective.
+        """Evaluate, train to the end or until asked to stop, save, and evaluate again. Collective.
 
         Args:
             started: ``time.perf_counter()`` when this start began, for ``seconds_to_first_step``; default: now.
@@ -202,7 +202,7 @@ class Trainer:
         self.records.add(StepRow(self.steps_done, epoch, loss, tokens, norm, rate, seconds))
 
     def save(self, *, more_steps: bool) -> None:
-        """Write a checkpoint of the state after the last step, evaluated first for ``keep_best``. Collective.
+        """Evaluate for ``keep_best``, then write a checkpoint of the state after the last step. Collective.
 
         Args:
             more_steps: whether more steps follow; with ``async_save`` they do not wait until the files are written.

@@ -31,7 +31,8 @@ class Result:
         data: summary of tokenising each split; for ``eval`` also ``num_trained_on``, the number of its rows that are in
             ``train``, too.
         train_loss: loss of the last step.
-        eval_loss_before: evaluation loss before the first step; ``eval_loss`` at the end, ``eval_losses`` in between.
+        eval_loss_before: evaluation loss before the first step; ``eval_loss`` is the one at the end, and
+            ``eval_losses`` are those that ``evaluate_every`` asked for.
         tokens_per_second: speed of this start without its first step, which allocates and compiles.
         saves: seconds and bytes of each save of this start.
         ranks: each rank's device, the number of ranks on its node, its peak memory, and its probe's measurements.
@@ -69,7 +70,7 @@ class Result:
 
 
 def collect_result(trainer: Trainer, eval_loss: float | None, facts: dict[str, Any]) -> Result:
-    """Collect the result of a start of a run; rank 0 writes its own. Collective.
+    """Collect the result of one start of a run; the caller writes only rank 0's. Collective.
 
     Args:
         trainer: the trainer that has just finished.

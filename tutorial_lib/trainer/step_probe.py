@@ -44,7 +44,7 @@ class StepProbe:
     def forward(self, engine: Engine) -> Iterator[None]:
         """Note what a forward pass and its loss leave allocated for backward.
 
-        Parameters that ZeRO-3 or FSDP2 gathered in it and still hold are no activations: they are left out.
+        Parameters that ZeRO-3 or FSDP2 gathered in it and still hold are not activations, so they are left out.
         """
         parameters = list(engine.module.parameters())
         # ZeRO-3 keeps this rank's share of a parameter in ds_tensor; with one rank, gathering copies nothing.
@@ -73,7 +73,7 @@ class StepProbe:
         }
 
     def activation_bytes(self) -> int:
-        """Return the bytes that a micro-batch's forward pass left for backward, the most of all micro-batches."""
+        """Return the bytes that a forward pass left for backward: the maximum over all micro-batches."""
         held = [sum(devices.values()) for devices in self._allocations.at_marks]
         return max(
             after - before - gathered

@@ -17,7 +17,7 @@ WEIGHTS, OPTIMIZER = "weights", "optimizer"
 WEIGHTS_AND_OPTIMIZER = "weights and optimizer"
 OPTIMIZER_AND_MASTERS = "optimizer and fp32 weights"
 SCRIPTS = "scripts that DeepSpeed adds"
-"""Names in reports for the contents of a checkpoint's files."""
+"""Names that reports use for the contents of a checkpoint's files."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Moments that AdamW keeps for every trained parameter, besides the number of its updates."""
@@ -90,7 +90,7 @@ class FullTensors(ABC):
 
     @abstractmethod
     def _stored_names(self) -> Iterable[str]:
-        """Return the names of all parameters in the files, and perhaps of buffers; tied ones have their first name."""
+        """Return the names of the stored parameters, and perhaps buffers; tied ones appear under their first name."""
 
     @abstractmethod
     def _read(self, name: str, kind: str) -> Tensor:

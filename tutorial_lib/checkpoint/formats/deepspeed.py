@@ -33,7 +33,7 @@ from tutorial_lib.checkpoint.formats.base import (
 from tutorial_lib.config import EngineConfig, ParallelConfig
 
 LAYOUT = "layout.json"
-"""File next to the engine's own, which records how tensor parallelism split each parameter."""
+"""File, next to the engine's own files, that records how tensor parallelism split each parameter."""
 
 
 class _Stage(FullTensors):

@@ -197,7 +197,7 @@ _TYPES: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str"
 
 
 def _value(value: Any, kind: str, where: str, problems: list[str]) -> Any:
-    """Return a value, with integral floats as ``int``; add to ``problems`` if it is not of its kind."""
+    """Return a value, with integral floats as ``int``; add to ``problems`` if it is not of the expected kind."""
     nullable, kind = kind.endswith("?"), kind.rstrip("?")
     if kind == "any" or (value is None and nullable):
         return value

@@ -115,7 +115,7 @@ class FullStates:
         return tensor.chunk(self._unit.topology.tp, dim)[self._unit.topology.tp_rank]
 
     def _optimizer_keys(self) -> dict[Tensor, Tensor]:
-        """Map each trained parameter to the optimizer's key without ZeRO: itself, or in 16 bits its master copy."""
+        """Map each trained parameter to its optimizer key without ZeRO: itself, or its master copy in 16-bit runs."""
         wrapper = self._engine.optimizer
         if wrapper is self._optimizer:
             return {parameter: parameter for parameter in self._engine.module.parameters()}

@@ -87,7 +87,7 @@ class FSDPEngine:
         return logits
 
     def _reduction(self) -> Any:
-        """Reduce gradients in the backward of a step's last micro-batch, or with ``reduce_each`` in every one.
+        """Reduce gradients in the backward pass of a step's last micro-batch, or of every one with ``reduce_each``.
 
         Gradients that wait for the last micro-batch are held in full: Psi elements on top of a rank's shard.
         """

@@ -31,9 +31,9 @@ def fill_model(model: Any, m: ModelConfig, *, seed: int, device: torch.device, h
     """Allocate a model that is on the meta device, and fill in the values that its configuration asks for.
 
     Args:
-        model: from :func:`tutorial_lib.models.meta.model_outline`, and parallelised since.
+        model: from :func:`tutorial_lib.models.meta.model_outline`, already split and sharded.
         m: names the model, and says whether its weights are read or drawn.
-        seed: of the weights that are drawn.
+        seed: seed for the weights that are drawn.
         device: where the model computes.
         host: keep the parameters in host memory instead.
 
@@ -57,8 +57,8 @@ def fill_model(model: Any, m: ModelConfig, *, seed: int, device: torch.device, h
 def slices(parameter: Tensor) -> Slices:
     """Return the slices of the full parameter that this rank holds.
 
-    Tensor-parallel pieces are sharded further, so the mesh's last axis cuts first. Pieces are cut as by
-    ``torch.chunk``: the last one may be shorter, or empty.
+    Tensor-parallel pieces are sharded further, so the mesh's last axis cuts first. Pieces are cut as
+    ``torch.chunk`` cuts them: the last one may be shorter, or empty.
     """
     bounds = [(0, size) for size in parameter.shape]
     if isinstance(parameter, DTensor):

@@ -244,7 +244,7 @@ def _check_cluster(address: str) -> None:
 
 
 def advise(error: BaseException) -> str:
-    """Return advice on an error from Ray's start, by its cause."""
+    """Return advice on an error from starting Ray, depending on its cause."""
     said = str(error)
     if "AF_UNIX path length" in said:
         return (

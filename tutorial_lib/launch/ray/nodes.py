@@ -24,7 +24,7 @@ from tutorial_lib.launch.ray.cluster import ON_ONE_MACHINE, SETTINGS, forked_wor
 
 NOTICE_A_LOST_NODE = {
     "RAY_AUTH_MODE": "token",
-    # A node counts as dead when it has not answered for about 1.5 s. By default that takes 15 s and more.
+    # A node counts as dead when it has not answered for about 1.5 s. By default that takes 15 s or more.
     "RAY_health_check_initial_delay_ms": "500",
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_timeout_ms": "1000",
@@ -64,7 +64,7 @@ class TwoNodes:
 
     @contextmanager
     def joined(self) -> Iterator[None]:
-        """Wait for the cluster, and make code in the block that starts Ray join it.
+        """Wait for the cluster, and make Ray join it whenever code in the block starts Ray.
 
         Raises:
             RuntimeError: Ray did not start; the message is Ray's.

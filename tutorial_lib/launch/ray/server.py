@@ -66,7 +66,7 @@ def main(launcher_pid: str, address: str) -> None:
         if importlib.import_module("torch").cuda.is_initialized() or (cluster and not _forks_draw_different_ids()):
             return  # Ray will start its workers itself
         own = {(name, cluster[name]) for name in CLUSTER_VARIABLES if cluster}  # empty if it serves any cluster
-        # Let the kernel reap the forks. Not earlier: imports run programs and need their exit codes.
+        # Let the kernel reap the forks, but only from here on: imports run programs and need their exit codes.
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         while True:
             ready, _, _ = select.select([server, sys.stdin], [], [])
