@@ -1,4 +1,4 @@
-"""Facts about files that several packages need: whether one is a git-lfs pointer, and which process locked one."""
+"""File checks that several packages share: git-lfs pointers, and the process that holds a lock file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write_lock_holder(path: Path) -> None:
 
 
 def lock_holder(path: Path) -> str:
-    """Return in words which process has locked a file, for an error message."""
+    """Return a description of the process that has locked a file, for an error message."""
     try:
         holder = json.loads(path.read_text(encoding="utf-8"))
         return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"

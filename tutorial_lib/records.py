@@ -19,7 +19,7 @@ Workers write records instead of printing; notebooks, tests and the command line
 ``logs/rank-NNN.log``, ``logs/rank-NNN.error.json``
     a worker's output, and its traceback if it failed;
 ``logs/memory-rank-NNN.jsonl``, ``logs/memory-JOB.START-NODE.jsonl``
-    with ``memory_log_seconds``, a rank's memory over time; under SLURM, that of a node's processes: see
+    with ``memory_log_seconds``, a rank's memory over time; under SLURM, the memory of a node's processes: see
     :mod:`tutorial_lib.measure.sampler`.
 
 This module imports only the standard library and the configuration, so that reading a record is cheap.

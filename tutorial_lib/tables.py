@@ -25,7 +25,7 @@ class Table:
         return {"text/html": self.html(), "text/plain": str(self)}
 
     def html(self) -> str:
-        """Return an HTML table with only a border colour, so that any theme's text and background apply."""
+        """Return an HTML table that only sets the border's colour, so that text and background follow the theme."""
         align = ["right" if n else "left" for n in self.numeric]
         head = "".join(
             f'<th scope="col" style="{_CELL};text-align:{a}">{html.escape(c)}</th>'

@@ -39,12 +39,12 @@ class Difference:
 
     @property
     def saving_percent(self) -> float:
-        """Memory saved by the second row, in percent of the first row's."""
+        """Memory that the second row saves, as a percentage of the first row's memory."""
         return 100 * (1 - self.memory_with / self.memory_without)
 
     @property
     def change_percent(self) -> float:
-        """Runtime added by the second row, in percent of the first row's."""
+        """Runtime that the second row adds, as a percentage of the first row's runtime."""
         return 100 * (self.runtime_with / self.runtime_without - 1)
 
 

@@ -1,7 +1,7 @@
 """Experiments of a benchmark matrix: the rows by name, with the settings in which they differ.
 
-A matrix is data. To add one, add names and settings to :data:`EXPERIMENTS`. For engines that take ZeRO from a DeepSpeed
-file, :func:`rows_of` chooses the file.
+A matrix is data. To add one, add names and settings to :data:`EXPERIMENTS`. Some engines read their ZeRO settings from
+a DeepSpeed file. For these, :func:`rows_of` chooses the file.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ FILES: dict[tuple[int, str, bool], str] = {
     (2, "optimizer", True): "zero2_cpu_offload_pinned_memory",
     (3, "all", False): "zero3_cpu_offload",
 }
-"""Files of ``ds_configs`` by stage, offload and pinned memory, for engines that take ZeRO from a file."""
+"""Files of ``ds_configs`` by stage, offload and pinned memory, for engines that read ZeRO settings from a file."""
 
 FILE_ENGINES = frozenset({"trainer"})
-"""Engines that take ZeRO from a DeepSpeed file, and train without ZeRO if there is none."""
+"""Engines that read their ZeRO settings from a DeepSpeed file, and train without ZeRO if there is none."""
 
 _RANKS_NAME = re.compile(r"dp-([1-9]\d*)")
 

@@ -25,7 +25,7 @@ class Column:
     Attributes:
         title: title, with its unit.
         about: ``speed`` or ``memory``; ``both`` for columns that every table shows.
-        value: function from a row to a number, a text, or None if it was not measured.
+        value: function that takes a row and returns a number, a text, or None if it was not measured.
         form: format of a number.
         absent: text for a finished row without a value.
     """
@@ -148,7 +148,7 @@ def _plain(value: Any) -> Any:
 
 
 def _efficiencies(rows: Sequence[RowRecord]) -> dict[str, float]:
-    """Return each row's samples per second per process, in percent of the row with the fewest processes."""
+    """Return each row's samples per second per process, as a percentage of the row with the fewest processes."""
     per_process = {
         row.name: row.samples_per_second / row.world_size
         for row in sorted(rows, key=lambda row: row.world_size or 0)

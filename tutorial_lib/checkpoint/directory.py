@@ -1,4 +1,4 @@
-"""Checkpoint directories: their names, the newest one, and renames that show a checkpoint completely or not at all."""
+"""Checkpoint directories: their names, the newest one, and renames that publish a checkpoint entirely or not at all."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class LeftOut:
 
     Attributes:
         checkpoint: name of its directory.
-        why: its problem, with the name of the file.
+        why: description of the problem, which names the damaged file.
     """
 
     checkpoint: str
@@ -85,7 +85,7 @@ def newest_intact(run: RunDirectory, topology: Topology | None = None) -> tuple[
 
 
 def locate(source: Path) -> Path:
-    """Find a checkpoint by its own directory, or the newest intact one of a run by the run's directory.
+    """Find the checkpoint at a path: the directory itself or, for a run's directory, its newest intact checkpoint.
 
     A warning names newer checkpoints that are damaged.
 

@@ -56,7 +56,7 @@ def inspect_run(run: RunDirectory) -> dict[str, Any]:
 
 
 def inspect_checkpoint(path: Path) -> dict[str, Any]:
-    """Describe a checkpoint: the run that wrote it, the contents of its files, and any damage. Reads every byte."""
+    """Read every byte of a checkpoint, and describe the run that wrote it, its contents, and any damage."""
     damage: list[str] = []
     trainer: dict[str, Any] = {}
     listed: dict[str, dict[str, Any]] = {}
@@ -105,7 +105,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _shown(saved: dict[str, Any]) -> dict[str, Any]:
-    """Return a checkpoint's main settings. Paths are cut to their last part, for privacy."""
+    """Return a checkpoint's main settings, with absolute paths shortened to their last part for privacy."""
     is_path = {name: setting.is_path for name, setting in settings().items()}
     named = {name: saved[name] for name in _SHOWN if name in saved}
     return {

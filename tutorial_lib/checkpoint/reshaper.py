@@ -1,4 +1,4 @@
-"""Reshape of a checkpoint to different ranks, engine or ZeRO stage: ranks of the new shape load it, save it and end."""
+"""Reshape of a checkpoint: ranks of a new shape (number of ranks, engine, ZeRO stage) load it, save it and end."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def reshape(source: Path, flat: dict[str, Any], start_run: Callable[[Config], ob
     Args:
         source: a run's directory (its newest intact checkpoint), or one checkpoint.
         flat: ``name`` of the new run, and settings that differ, as for :func:`reshaped_config`.
-        start_run: starts ranks of the new shape, which resume the given run, save it and end; waits for them.
+        start_run: function that starts ranks of the new shape, and waits until they have resumed the given run, saved
+            it and ended.
 
     Returns:
         The configuration of the new run.

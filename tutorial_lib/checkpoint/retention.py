@@ -1,4 +1,4 @@
-"""Retention of checkpoints: the newest intact ones and the best one stay, older ones are deleted."""
+"""Retention of checkpoints: the newest intact ones and the best one stay, and older ones are deleted."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Pruner:
     """Deletes a run's older checkpoints, according to ``keep_last`` and ``keep_best``.
 
     A checkpoint only counts towards ``keep_last`` if this start wrote and hashed it, or read every byte of it. Damaged
-    ones do not count. Those that cannot be read right now, or not by this version, do not count either, but are never
-    deleted.
+    ones do not count. Neither do checkpoints that cannot be read right now or that a newer version wrote, but those are
+    never deleted.
     """
 
     def __init__(self, run: RunDirectory, settings: RunConfig, topology: Topology) -> None:

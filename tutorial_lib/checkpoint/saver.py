@@ -169,7 +169,7 @@ class Save:
             name = str(path.relative_to(self._partial))
             if path.is_dir() or name not in files:
                 sync(path)
-            if path.is_file() and name not in files:  # without the writer, as DeepSpeed writes its scripts
+            if path.is_file() and name not in files:  # not written by the writer: DeepSpeed saves its scripts itself
                 files[name] = file_entry(path)
         missing = sorted(name for name in files if not (self._partial / name).is_file())
         if missing:

@@ -34,7 +34,7 @@ class FoundModel:
     random_init: bool = False
 
     def default_seq_length(self) -> int:
-        """Return :data:`SEQ_LENGTH`, or the number of learned positions."""
+        """Return :data:`SEQ_LENGTH`, or the number of learned positions if that is smaller."""
         return min(SEQ_LENGTH, self.dimensions.positions or SEQ_LENGTH)
 
 
@@ -47,7 +47,7 @@ def find_model(
         name: name of a public model, a hub name, a directory or embedded/...
         size: number of parameters; the nearest public model within 5 % is used for it, unless dimensions are given.
         given: ``layers``, ``hidden``, ``heads`` and ``vocabulary``, or None for those that are not given.
-        seq_length: tokens per sequence, if given; a public model with fewer positions is not used for a size.
+        seq_length: tokens per sequence, if given; a public model with fewer positions is not chosen by size.
 
     Raises:
         ConfigError: neither or both of name and size are given, or no model has these dimensions.

@@ -205,7 +205,7 @@ def check_warmup(warmup_steps: int, num_steps: int) -> None:
 
 
 SHARDINGS = ("full_shard", "shard_grad_op", "hybrid_shard", "no_shard")
-"""Sharding strategies by FSDP1's names, in lower case."""
+"""FSDP1's names of the sharding strategies, in lower case."""
 
 
 def _check_fsdp(engine: EngineConfig, parallel: ParallelConfig) -> None:

@@ -39,9 +39,9 @@ def fingerprint(batches: Sequence[Batch]) -> int:
 class Collate:
     """Collate function: examples -> micro-batches, padded on the right.
 
-    Each micro-batch has ``input_ids [B,S]``, ``labels [B,S]`` and ``attention_mask [B,S]``. Labels are not shifted, and
-    -100 where a token is not counted in the loss. The mask is int64, and 0 on padding. Padding is recognised by its
-    position, never by its id, because GPT-2's padding token *is* its EOS.
+    Each micro-batch has ``input_ids [B,S]``, ``labels [B,S]`` and ``attention_mask [B,S]``. Labels are not shifted. A
+    label is -100 if its token does not count in the loss. The mask is int64, and 0 on padding. Padding is recognised by
+    its position, never by its id, because GPT-2's padding token *is* its EOS.
 
     With ``packed`` batching the mask is ``[B,1,S,S]`` bool. It is True where the row's token may attend to the column's
     token, which must be in the same document and not after it. ``position_ids [B,S]`` restart with each document.

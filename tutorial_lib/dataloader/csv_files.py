@@ -17,7 +17,7 @@ NOT_A_VALUE = (
     "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
     "NULL", "NaN", "None", "n/a", "nan", "null",
 )  # fmt: skip
-"""Texts that pandas reads as missing values, which is right in a column of numbers, but not in a text column."""
+"""Strings that pandas reads as missing values, which is right in a column of numbers, but not in a text column."""
 
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 

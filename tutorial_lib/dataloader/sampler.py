@@ -32,8 +32,8 @@ def epoch_order(
         global_batch: examples per step.
         seed: seed of the permutations.
         epoch: number of the epoch, from 0.
-        lengths: tokens of each example, to group examples of similar length into steps: each block of 50 steps (a
-            quarter of a small data set) is sorted by length, then the epoch's steps are shuffled.
+        lengths: tokens of each example, to group examples of similar length into steps: each block of 50 steps (or
+            of a quarter of the epoch, if that is less) is sorted by length, then the epoch's steps are shuffled.
     """
     random = np.random.default_rng((seed, epoch))
     steps = num_examples // global_batch

@@ -45,7 +45,7 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """An installed package. ``expected`` is its version in constraints.txt, if this is a checkout of the course."""
+    """A package: its installed version, if any, and the one in constraints.txt, if this is a checkout of the course."""
 
     version: str | None
     expected: str | None

@@ -1,4 +1,4 @@
-"""Source documents of the embedded data sets: the text of ``documents.jsonl.gz``, one per Python module or topic.
+"""Source documents of the embedded data sets: the text of ``documents.jsonl.gz``, one document per module or topic.
 
 The text is the documentation of CPython 3.11.7, extracted by :mod:`tutorial_lib.embedded.extract`. It is shipped rather
 than read from the running Python, so that everybody trains on the same rows: docstrings differ between versions, and

@@ -1,12 +1,12 @@
 """Extraction of the shipped text, ``documents.jsonl.gz``, from the documentation of CPython 3.11.7.
 
 ``python -m tutorial_lib.embedded.extract`` (``make embedded-text``) replaces that file. It refuses to run on any
-other version, whose documentation differs. You need it only to change what is extracted.
+other version, because the documentation differs. You need it only to change what is extracted.
 
 Docstrings are read by parsing the sources, so nothing is imported and nothing runs, except for ``builtins``, which has
 no source file and is inspected instead. There is one document per standard-library module and per language topic. A
 paragraph that occurs in several documents (an inherited docstring, a section repeated in a longer topic) stays only in
-the first one: documents share no paragraph, so splits made of full documents share no text.
+the first one: documents share no paragraph, so splits made of complete documents share no text.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Pretraining of the embedded models: a byte-level BPE vocabulary, three tiny models, and one bare configuration.
 
-``python -m tutorial_lib.embedded.pretrain`` (``make embedded``) replaces the committed files. Everything is seeded, and
-trained on the text that this package ships.
+``python -m tutorial_lib.embedded.pretrain`` (``make embedded``) replaces the committed files. All training is seeded,
+and uses the text that this package ships.
 """
 
 from __future__ import annotations
@@ -98,8 +98,9 @@ def configurations(tokenizers: dict[str, PreTrainedTokenizerBase]) -> dict[str, 
     """Return the dimensions of the models and of GPT-2 small.
 
     Dropout is 0 everywhere, because the course compares runs on different numbers of ranks digit by digit, and
-    two ranks draw different random numbers than one. GPT-2's own default, 0.1, can be set in ``config.json``. Heads,
-    hidden sizes and the vocabulary are divisible by 4, so that 2 or 4 tensor-parallel ranks share them evenly.
+    two ranks draw different random numbers than one rank does. GPT-2's own default, 0.1, can be set in ``config.json``.
+    In the models, heads, hidden sizes and the vocabulary are divisible by 4, so that 2 or 4 tensor-parallel ranks share
+    them evenly.
     """
     gpt2, qwen2, bloom = (tokenizers[name] for name in MODEL_NAMES)
     shared = {"vocab_size": VOCAB_SIZE, "initializer_range": INITIALIZER_RANGE}
@@ -223,7 +224,7 @@ def save(directory: Path, model: Any, tokenizer: PreTrainedTokenizerBase, summar
 
 
 def main() -> None:
-    """Build everything; fewer ``--steps`` are quicker but give worse models."""
+    """Build everything; a smaller ``--steps`` is faster but gives worse models."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps per model (default: {STEPS})")
     parser.add_argument("--only", choices=MODEL_NAMES, help="pretrain only this model")

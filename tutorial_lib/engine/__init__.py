@@ -50,7 +50,7 @@ def _build_for_training(config: Config, topology: Topology, num_steps: int) -> E
     engine = _build(config, topology, local_device(config.run))
     engine.schedule = Schedule(config.optimizer, engine.optimizer, num_steps)
     engine.train(True)
-    # Ranks that read different data draw different dropout masks; ranks of a tensor-parallel group draw the same.
+    # Ranks that read different data draw different dropout masks. A tensor-parallel group shares its masks.
     seed_everything(config.run.seed + 1 + topology.dp_rank)
     return engine
 

@@ -17,7 +17,7 @@ from tutorial_lib.theory.memory import DEEPSPEED_FP32, FP32, MIXED, ModelStates
 
 @dataclass(frozen=True, slots=True)
 class ParameterSizes:
-    """Number of elements of each parameter, in the model's order, tied ones counted once.
+    """Number of elements of each parameter, in the model's order, with tied parameters counted once.
 
     Attributes:
         trained: sizes of parameters with a gradient.
@@ -53,8 +53,9 @@ def _persistence_threshold(engine: EngineConfig, hidden: int) -> int:
     file = engine.deepspeed_file
     if engine.name != "trainer" or file is None:
         return engine.persistence_threshold
-    stated = find(read_json(file), "zero_optimization.stage3_param_persistence_threshold", 100_000)  # DeepSpeed's own
-    return 10 * hidden if stated == "auto" else int(stated)  # the Trainer's "auto"
+    # If the file states nothing, DeepSpeed's own default applies.
+    stated = find(read_json(file), "zero_optimization.stage3_param_persistence_threshold", 100_000)
+    return 10 * hidden if stated == "auto" else int(stated)  # the Trainer replaces "auto" with this
 
 
 def expected_states(config: Config, sizes: ParameterSizes) -> list[ModelStates] | None:
@@ -95,11 +96,11 @@ def _zero(config: Config, sizes: ParameterSizes, rank: int) -> ModelStates:
     states = _paper_states(sizes, stage, ranks, precision)
     if engine.offload != "none":  # each rank keeps its share in fp32, next to its master copy
         gradients = 4 * memory.partition_elements(sum(sizes.trained), ranks)
-        if stage == 1 and config.accumulation > 1:  # full ones also wait until the last micro-batch
+        if stage == 1 and config.accumulation > 1:  # full gradients also wait until the last micro-batch
             gradients += states.gradients
     elif stage == 3:
         gradients = precision.gradients * memory.partitioned_elements(sizes.trained, ranks)
-    elif stage == 1 and config.accumulation > 1:  # full ones wait until the last micro-batch
+    elif stage == 1 and config.accumulation > 1:  # full gradients wait until the last micro-batch
         gradients = states.gradients
     else:
         gradients = precision.gradients * memory.reduced_gradients(sizes.trained, ranks, rank)

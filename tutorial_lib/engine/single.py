@@ -73,7 +73,7 @@ class TorchEngine:
         (loss * self.averages_over).backward()
 
     def step(self) -> float:
-        """Clip, update, clear the gradients, advance the schedule; return the gradient's 2-norm before clipping."""
+        """Clip, update, clear the gradients and advance the schedule; return the gradient's 2-norm before clipping."""
         limit = self.config.optimizer.gradient_clipping
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         norm = global_norm(gradients)
@@ -123,7 +123,7 @@ class TorchEngine:
 
     @torch.no_grad()
     def load_full(self, full: FullTensors) -> None:
-        """Restore weights and optimizer states saved by an engine of any shape."""
+        """Restore weights and optimizer states that any engine saved, in any shape."""
         for name, parameter in self.module.named_parameters():
             parameter.copy_(full.parameter(name))
             if parameter.requires_grad:

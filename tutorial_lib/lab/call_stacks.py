@@ -1,7 +1,7 @@
 """Stacks of running processes: the line of code where each rank of a hanging run waits.
 
 Uses `py-spy <https://github.com/benfred/py-spy>`_, which reads a process's memory from outside, so the process needs no
-preparation. The kernel lets root do this and, if ``kernel.yama.ptrace_scope`` is 0, the process's own user.
+preparation. The kernel allows this for root and, if ``kernel.yama.ptrace_scope`` is 0, for the process's own user.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def read_stack(pid: int) -> Stack:
     """Read the stack of a process's main thread.
 
     Raises:
-        CannotRead: py-spy is not installed or not allowed to read it, or the process has ended.
+        CannotRead: py-spy is not installed, it may not read the process, or the process has ended.
     """
     program = shutil.which("py-spy") or shutil.which("py-spy", path=str(Path(sys.executable).parent))
     if program is None:
@@ -57,12 +57,12 @@ def read_stack(pid: int) -> Stack:
 
 
 def wait_until_stuck(launcher: int, num_ranks: int, script: str, *, seconds: float = 60) -> list[Stack]:
-    """Wait until no rank has moved for a second, and return the stack of each.
+    """Wait until no rank has moved for a second, and return the stack of each rank.
 
     Args:
         launcher: process id of torchrun.
         num_ranks: number of ranks that it starts.
-        script: file name of the reader's script; a rank that is still importing does not count as stuck.
+        script: file name of the script that the ranks run; a rank that is still importing does not count as stuck.
         seconds: give up after this long.
 
     Raises:

@@ -54,7 +54,7 @@ Check = Callable[[Any], "bool | Feedback"]
 
 
 class Exercise:
-    """A question to the reader.
+    """A question for the reader.
 
     Texts may contain `code` between backquotes, blocks of code between lines of three backquotes, and paragraphs
     separated by blank lines. Everything else is shown as written.
@@ -123,7 +123,7 @@ def number(
     unit: str = "",
     near: Mapping[float, str] | None = None,
 ) -> Check:
-    """Return a check that accepts numbers close to the expected one, and says whether a wrong one is too low or high.
+    """Return a check that accepts numbers close to the expected one, and tells if a wrong one is too low or too high.
 
     Args:
         expected: the right number, from the reader's own run if it depends on the run.

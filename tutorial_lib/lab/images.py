@@ -1,7 +1,7 @@
 """Committed pictures of the course: ``python -m tutorial_lib.lab.images [DIRECTORY]``, or ``make images``, draws them.
 
-Pictures explain, figures (:mod:`tutorial_lib.lab.figures`) show measurements. Both share palette and style. Drawing
-twice gives the same bytes, so a test can compare the committed files with this code.
+Pictures explain; figures (:mod:`tutorial_lib.lab.figures`) show measurements. Both share a palette and a style. Drawing
+a picture twice gives the same bytes, so a test can compare the committed files with this code.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _GHOST = 0.25
 
 
 def parallelism(axes: Any) -> None:
-    """Draw data parallel, sharded data parallel and tensor parallel: each device's memory and messages."""
+    """Draw data, sharded data and tensor parallelism: each device's memory, and the messages that it sends."""
     kinds = [
         ("Data parallel", "DDP, ZeRO stage 0", "Every device holds the\nfull model and reads\ndifferent data.",
          "gradients,\nonce per step", "2 Ψ"),
@@ -262,7 +262,7 @@ def launchers(axes: Any) -> None:
 
 
 def ray_train(axes: Any) -> None:
-    """Draw what driver, controller, workers and storage send to each other when Ray Train runs a loop."""
+    """Draw what the driver, controller, workers and storage exchange when Ray Train runs a loop."""
     height, workers, storage = 0.95, 8.3, 12.6
     _box(axes, 0, 1.0, 2.6, height, PURPLE, "your notebook\ntrainer.fit()", size=11)
     _box(axes, 4.4, 1.0, 2.2, height, ORANGE, "Ray Train's\ncontroller", size=11)

@@ -41,7 +41,7 @@ class Question:
         gpu: name of a preset.
         gpus: number of GPUs.
         seq_length: tokens per sequence.
-        global_batch: sequences per step; ``None``: one micro-batch per rank.
+        global_batch: sequences per step; ``None`` means one micro-batch per rank.
         engine: ``deepspeed`` or ``fsdp``.
         only_here: leave out layouts that this course's engines cannot run.
     """
@@ -73,7 +73,7 @@ def candidates(question: Question) -> tuple[list[Candidate], Cluster]:
 
 
 def answer(question: Question) -> str:
-    """Return the answer as HTML: the finding in words, the bars, the table."""
+    """Return the answer as HTML: the finding in words, the bars and the table."""
     try:
         found, cluster = candidates(question)
     except ValueError as error:

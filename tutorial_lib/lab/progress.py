@@ -136,7 +136,7 @@ class Progress:
                 self._update()
 
     def close(self) -> None:
-        """Show the final state. Safe to call twice."""
+        """Show the final state; calling this twice is safe."""
         if self.line.stop() and self.runs:
             self._show_end()
 

@@ -53,7 +53,7 @@ class Source:
 
 
 def show_source(obj: Any, *, only: str | Sequence[str] | None = None, docstrings: bool = True) -> Source:
-    """Show the source of a function, class or module, as a cell's last expression.
+    """Return the source of a function, class or module, which a notebook displays as a cell's last expression.
 
     Args:
         obj: the function, class or module.
@@ -78,7 +78,7 @@ def show_source(obj: Any, *, only: str | Sequence[str] | None = None, docstrings
 def _member(obj: Any, name: str, member: str) -> Callable[..., Any]:
     found = obj
     for part in member.split("."):
-        # Get the attribute without binding it: properties and class methods have their source inside.
+        # Get the attribute without binding it: a property or class method wraps the function that has the source.
         found = inspect.getattr_static(found, part, None)
     for inner in ("fget", "__func__", "__wrapped__"):
         found = getattr(found, inner, None) or found

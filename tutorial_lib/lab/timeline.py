@@ -1,8 +1,8 @@
 """Step timeline: when a rank gathers, computes and reduces, and what it holds, read from a trace of one step.
 
 ``torch.profiler`` records FSDP2's own marks, such as ``FSDP::all_gather (transformer.h.0)``. A unit computes from the
-end of its ``pre_forward`` mark to the start of ``post_forward``, and likewise in backward. DeepSpeed leaves no marks.
-There the loop marks the phases of its step with ``record_function``, and the profiler records each collective. All
+end of its ``pre_forward`` mark to the start of ``post_forward``, and likewise in backward. DeepSpeed leaves no marks,
+so the loop marks the phases of its step with ``record_function``, and the profiler records each collective. All
 other time counts as computing, including waits in broadcasts, barriers and all-reduces of single numbers. With
 ``profile_memory``, the profiler records every allocation, too.
 
@@ -86,7 +86,7 @@ Step = tuple[Sequence[Span], Sequence[tuple[float, int]]]
 
 
 def read_step(path: str | Path) -> Step:
-    """Read both from a trace, see :func:`read_trace` and :func:`read_memory`."""
+    """Read the spans and the memory of a step from a trace: see :func:`read_trace` and :func:`read_memory`."""
     return read_trace(path), read_memory(path)
 
 
@@ -195,9 +195,10 @@ def _spans_of_units(marks: Sequence[tuple[float, float, str, str]]) -> list[Span
 
 
 def _spans_of_phases(events: Sequence[dict[str, Any]], path: str | Path) -> list[Span]:
-    """Return the collectives of each phase, and what is left of it for computing.
+    """Return the collectives of each phase, and count the rest of the phase as computing.
 
-    A collective lasts until gloo, in a thread of its own, has finished it. Both list the same calls in the same order.
+    A collective lasts until gloo, in a thread of its own, has finished it. The trace has the calls and gloo's work in
+    the same order.
     """
     called = [event for event in _complete(events) if str(event["name"]).startswith("c10d::")]
     done = [event for event in _complete(events) if str(event["name"]).startswith("gloo:")]
@@ -205,7 +206,7 @@ def _spans_of_phases(events: Sequence[dict[str, Any]], path: str | Path) -> list
         raise ValueError(
             f"{path} has {len(called)} calls of collectives, of which gloo finished {len(done)}. Record a step on CPUs."
         )
-    carrying = [  # single numbers, such as a norm, are no tensors to speak of
+    carrying = [  # leave out single numbers, such as a norm
         (_COLLECTIVES[call["name"]], call["ts"] / 1e3, _end(work))
         for call, work in zip(called, done, strict=True)
         if call["name"] in _COLLECTIVES and call.get("args", {}).get("Input Dims", [None])[0] != [[]]

@@ -44,10 +44,10 @@ def loss_figure(losses: Sequence[float], evaluated: Mapping[int, float], *, titl
 
 
 def computed_after_first_reduction(spans: Sequence[Span]) -> float:
-    """Return which share of backward's computing a rank still has before it when it first sends gradients.
+    """Return the share of backward's computing that is still to come when a rank first sends gradients.
 
     Args:
-        spans: of one step with phases, from :func:`tutorial_lib.lab.timeline.read_trace`.
+        spans: the spans of one step with phases, from :func:`tutorial_lib.lab.timeline.read_trace`.
     """
     backward = [span for span in spans if span.unit == "backward"]
     first = min(span.start for span in backward if span.lane in ("all-reduce", "reduce-scatter"))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 FREE_MEMORY_SHARE = 1 / 3
-"""Share of the memory, once the processes have started, that model states must leave free. BLOOM with 560 million
+"""Share of the memory left after the processes have started that model states must not use. BLOOM with 560 million
 parameters and its optimizer offloaded on a CPU peaked at 1.5 times its states, while DeepSpeed was copying them."""
 
 

@@ -65,7 +65,7 @@ def check_grid(parallel: ParallelConfig, nodes: int, ranks_per_node: int) -> Non
 
 
 def wrap_options(words: list[str], width: int) -> list[str]:
-    """Return the options of a shell command, quoted, in lines of about this width. Options and values stay together."""
+    """Return a shell command's quoted options in lines of about this width; an option stays with its values."""
     options: list[str] = []
     for word in words:
         if word.startswith("--"):

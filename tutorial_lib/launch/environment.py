@@ -43,8 +43,8 @@ def check_environment(run: RunConfig, parallel: ParallelConfig) -> None:
 
     Raises:
         ConfigError: torchrun has started this process, but the launcher would start all ranks again; a variable of
-            torchrun is missing or not a number; or ``GLOO_SOCKET_IFNAME`` is not a network interface, or is one
-            that other nodes cannot reach.
+            torchrun is missing, is out of range, or contradicts dp x tp; ``GLOO_SOCKET_IFNAME`` is not a network
+            interface; or it or ``NCCL_SOCKET_IFNAME`` is one that other nodes cannot reach.
     """
     if run.launcher == "none":
         _check_rendezvous(parallel.world_size)
@@ -80,7 +80,7 @@ def _check_interfaces() -> None:
 
 
 def addresses() -> list[tuple[str, str]]:
-    """Return this machine's network interfaces, each with its first IPv4 address."""
+    """Return this machine's IPv4 addresses, each with the name of its network interface in front."""
     import psutil
 
     found = psutil.net_if_addrs().items()

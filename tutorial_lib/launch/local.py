@@ -57,7 +57,7 @@ _HARMLESS = frozenset(
 
 
 def warm_up(device: str = "cpu") -> None:
-    """Start loading the libraries of local runs in the background. Returns at once; safe to call again."""
+    """Start loading the libraries of local runs in the background, and return at once; calling it again is safe."""
     _idle.append(_idle_or_new_server(device))
 
 
@@ -136,7 +136,7 @@ class _Server:
         # The package and its libraries come from this process, whatever is in the working directory.
         program = [sys.executable, "-P", "-m", "tutorial_lib.launch.warm_server"]
         path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
-        # DeepSpeed chooses its device at import. The server itself must not touch the GPU, see its module.
+        # DeepSpeed chooses its device at import. The server itself must not touch the GPU (see its module).
         special = {"DS_ACCELERATOR": device, "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "PYTHONPATH": path}
         with theirs:
             self._process = subprocess.Popen(
@@ -160,7 +160,7 @@ class _Server:
         Args:
             job: the ranks to start.
             poll: called a few times per second.
-            is_stopped: returns whether the runs were asked to stop. If so, and the ranks have not started, none will.
+            is_stopped: returns whether the runs were asked to stop. If that comes before the ranks start, none starts.
 
         Raises:
             WorkerError: the server itself has died.
@@ -316,7 +316,7 @@ def _error(failures: Sequence[Failure], outputs: Sequence[Path], directories: Se
 def first_failure(failures: Sequence[Failure], written: Sequence[dict[str, Any]]) -> Failure:
     """Return the failure that caused the others.
 
-    A rank that was killed by a signal cannot say why. Its peers fail as soon as they miss it, so their errors may be
+    A rank that was killed by a signal cannot say why. Its peers fail as soon as they lose it, so their errors may be
     noticed a moment before its end. If the signal comes later than that, it is a consequence itself: a collective that
     lost its peer may abort, and the launcher kills ranks that do not end.
     """

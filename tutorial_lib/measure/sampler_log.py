@@ -2,8 +2,8 @@
 
 All memory is in bytes here. ``psrecord`` writes "MB" but means 2^20 bytes, like "MiB" in ``nvidia-smi``.
 
-A last line without a line break is still being written, or was cut off, and is left out. Any other line that cannot be
-read is an error.
+If the last line has no line break, it is left out, because it is still being written or was cut off. Any other line
+that cannot be read is an error.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class MemorySummary:
     mean: float
     """Mean of the samples, each with the same weight."""
     modes: tuple[int, ...]
-    """All most frequent values, each rounded to a multiple of ``rounding``, in ascending order."""
+    """The most frequent value, or several if they tie, in ascending order, rounded to multiples of ``rounding``."""
     mode_count: int
     """Number of samples of each mode. If 1, no value occurred twice, and every sample is a mode."""
     rounding: int
@@ -132,9 +132,9 @@ def read_memory_log(path: str | Path) -> MemoryLog:
 def read_sampler(path: str | Path) -> MemoryLog:
     """Read a log of :func:`tutorial_lib.measure.sampler.sample_memory`.
 
-    Its series are ``process tree``; ``process 1 (NAME)`` and so on, in order of appearance; and for each GPU ``GPU 0``,
-    with ``GPU 0, process tree`` if the driver reported the share of these processes. Host memory is PSS if every
-    reading has it, otherwise RSS throughout, so that no series mixes the two.
+    The first series is ``process tree``. Next come ``process 1 (NAME)`` and so on, in order of appearance. A GPU adds
+    ``GPU 0`` and, if the driver reported the share of these processes, ``GPU 0, process tree``. Host memory is PSS if
+    every reading has it, otherwise RSS throughout, so that no series mixes the two.
 
     Raises:
         MemoryLogError: see the class.
@@ -302,7 +302,7 @@ def _in_order(
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the complete, non-empty lines with their numbers; at least one."""
+    """Yield all complete, non-empty lines with their numbers, and refuse a file that has none."""
     try:
         text = path.read_bytes().decode("utf-8")
     except FileNotFoundError:

@@ -36,7 +36,7 @@ def matmul_peak(
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads or before)
     try:
-        # At least one more product after the first, which includes the library's start-up.
+        # Do not time the first product, which includes the library's start-up, and time at least one more.
         best, end = float("inf"), time.perf_counter() + seconds
         for attempt in range(1_000_000):
             wait()

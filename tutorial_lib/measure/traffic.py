@@ -6,7 +6,7 @@
 
 **Counting.** Collectives count as the program *requests* them on this rank, whatever the backend does: gloo, for
 instance, runs a reduce-scatter as an all-reduce followed by a copy, but it still counts as the reduce-scatter that NCCL
-would run. Elements belong to the full logical tensor, the Psi of the formulas in :mod:`tutorial_lib.theory.traffic`:
+would run. Elements are those of the full logical tensor, the Psi of the formulas in :mod:`tutorial_lib.theory.traffic`:
 
 ============== ====================================================================
 all_reduce     elements of the reduced tensor

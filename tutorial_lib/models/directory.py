@@ -73,7 +73,7 @@ def check_generation_config(directory: str) -> None:
     """
     path = Path(directory, GENERATION_CONFIG)
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # loading the model will warn of settings that contradict each other
+    logging.set_verbosity_error()  # loading the model will warn about contradictory settings
     try:
         GenerationConfig.from_dict(_read_object(path))
     except (ValueError, TypeError, AttributeError) as error:

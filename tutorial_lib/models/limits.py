@@ -70,7 +70,7 @@ def check_tensor_parallel(tp: int, model_config: PretrainedConfig) -> None:
     sizes = {
         "attention heads": heads,
         "key-value heads": int(getattr(text, "num_key_value_heads", None) or heads),
-        # GPT-2 and BLOOM: four times the hidden size, unless stated.
+        # In GPT-2 and BLOOM this is four times the hidden size, unless the configuration says otherwise.
         "columns of each MLP": int(
             getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
         ),

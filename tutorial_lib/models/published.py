@@ -31,7 +31,7 @@ class PublishedModel:
 
     Attributes:
         family: the embedded model that provides the tokenizer.
-        num_parameters: number of parameters, tied ones counted once.
+        num_parameters: number of parameters, with tied ones counted once.
         values: entries of its ``config.json`` that differ from the embedded model's.
     """
 
@@ -116,7 +116,7 @@ def _write(target: Path, config: str, tokenizer: list[Path]) -> None:
             if not target.is_dir():
                 scratch.replace(target)
         except OSError:
-            if not target.is_dir():  # otherwise another process was quicker
+            if not target.is_dir():  # otherwise another process has already written it
                 raise
         finally:
             shutil.rmtree(scratch, ignore_errors=True)

@@ -1,6 +1,6 @@
 """Activations: the tensors that a transformer keeps between forward and backward, and the peak memory of the loss.
 
-Bytes are counted kernel by kernel, as PyTorch's autograd keeps tensors for today's Hugging Face and torchtitan models.
+Bytes are counted kernel by kernel: the tensors that autograd keeps in today's Hugging Face and torchtitan models.
 Notation: h hidden, k width of all keys, f width of the MLP, V vocabulary, s sequence length, t tensor-parallel size,
 e bytes per element. A layer keeps, in bytes per token::
 
@@ -22,12 +22,12 @@ Autocast (plain torch and DDP in 16 bits) keeps more: the residual stream stays 
 copy (Llama and Qwen: 6 h more); and on a GPU, where ``pow`` runs in fp32, GPT-2's GELU keeps three tensors of width f
 in fp32 (6 f more). Other engines compute all of a layer in 16 bits.
 
-While a recomputed layer runs backward, everything that it would have kept exists for this one layer: the *transient*.
+While a recomputed layer runs backward, it briefly holds everything that it would otherwise have kept: the *transient*.
 By then the logits are gone, so only the larger of transient and logits counts.
 
 The loss (:func:`logits_bytes`) peaks in its backward at three fp32 copies of the logits: the log-probabilities, their
-gradient, and the gradient of the logits, together 12 bytes per element. Split over the vocabulary, PyTorch's
-``loss_parallel`` holds four copies of its share at once.
+gradient, and the gradient of the logits, together 12 bytes per element. If the logits are split over the
+vocabulary, PyTorch's ``loss_parallel`` holds four copies of a rank's share at once.
 
 Assumptions: dropout is off (its masks take one byte per element and layer), nothing is compiled (``torch.compile``
 keeps less), and the sequence axis of a DTensor is gathered before each matrix product and stays gathered.

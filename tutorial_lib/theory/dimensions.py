@@ -7,7 +7,7 @@ Sources:
     Scaling Laws for Neural Language Models, arXiv:2001.08361, section 2.1 (12 L h^2 parameters outside embeddings)
 
 Checked: against the parameters of built models and published counts, in ``tests/unit/cli/test_plan.py`` and
-``tests/unit/theory``. :func:`derive` is only plausible: models of the same size differ in shape.
+``tests/unit/theory``. The dimensions of :func:`derive` are only plausible: models of the same size differ in shape.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ VOCABULARY = 32_000
 """Size of the vocabulary if nothing is known: Llama 2's."""
 
 _GROUPS = ((3000, 1024), (1900, 512), (512, 256), (0, 64))
-"""Pairs of a hidden size, and the multiple to which it and larger ones are rounded; the first that applies counts."""
+"""Pairs of a minimum hidden size, and the multiple to round to from there on. The first pair that applies counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,8 +101,8 @@ class Dimensions:
     def replicated_params(self) -> int:
         """R: elements that every rank of a tensor-parallel group holds in full with DeepSpeed's AutoTP.
 
-        Embeddings, norms, and the biases of the two projections whose outputs are summed over the group. An output
-        layer that is tied to the embedding is not split either; a separate one is.
+        These are the embeddings, the norms, and the biases of the two projections whose outputs are summed over the
+        group. An output layer that is tied to the embedding is not split either; a separate one is.
         """
         norms_outside = (1 + self.embedding_norm) * self.norm_vectors * self.hidden
         return self.embedding_params + norms_outside + self.layers * self._replicated_per_layer

@@ -33,7 +33,7 @@ class Cluster:
         gpu_flops: peak FLOP/s of one device in the precision of the run.
         efficiency: share of that peak that training reaches, recomputation included (HFU, not MFU).
         memory_bandwidth: bytes/s of a device's own memory, which limits the optimizer's update.
-        intra_node_bandwidth: bytes/s that a device sends to others of its node.
+        intra_node_bandwidth: bytes/s that a device sends to the other devices in its node.
         inter_node_bandwidth: bytes/s of a device's share of its node's network.
         host_link: bytes/s between a device and its host.
         host_adam: parameters per second and node that Adam on the host updates; an assumption: measure your own.
@@ -57,7 +57,7 @@ class Cluster:
 
     @classmethod
     def of(cls, preset: str, gpus: int, precision: str = "bf16", **changes: Any) -> Cluster:
-        """Return a number of devices of a preset, with changes to its values.
+        """Return a cluster with this many devices of a preset, after changes to the preset's values.
 
         Raises:
             ValueError: there is no such preset, or the device does not support that precision.
@@ -147,7 +147,7 @@ class Layout:
         chunks: model chunks per stage; more than 1 means an interleaved schedule.
         micro_batch: b, sequences per forward pass and data-parallel rank.
         checkpointing: ``none``, ``selective`` or ``full``.
-        reduction: ``each`` or ``last``: the micro-batch with which FSDP2 reduces gradients.
+        reduction: ``each`` or ``last``: whether FSDP2 reduces gradients with each micro-batch or only with the last.
     """
 
     dp: int
@@ -186,7 +186,7 @@ class Layout:
 
     @property
     def complexity(self) -> int:
-        """Weighted number of settings that differ from plain data parallelism: fewer are easier to run and debug."""
+        """Weighted number of settings that differ from plain data parallelism: lower is easier to run and debug."""
         return (
             (0 if self.zero_stage == 0 or self.strategy == "no_shard" else 1)
             + (self.strategy == "hybrid")
@@ -225,7 +225,7 @@ def check(workload: Workload, cluster: Cluster, engine: str) -> None:
     """Refuse inputs that cannot be planned.
 
     Raises:
-        ValueError: an unknown engine, precision or other choice, a number outside its range, partly used nodes.
+        ValueError: an unknown engine, precision or other choice, a number outside its range, or partly used nodes.
     """
     choices = {
         "engine": (engine, ENGINES), "precision": (workload.precision, PRECISIONS),

@@ -119,7 +119,7 @@ def device_states(
 def host_states(
     num_params: int, stage: int, num_ranks: int, precision: Precision = MIXED, offload: str = "none"
 ) -> ModelStates:
-    """Return the bytes that offload keeps in host memory, per rank. Arguments as in :func:`device_states`.
+    """Return the bytes per rank that offload keeps in host memory; the arguments are those of :func:`device_states`.
 
     This is more than the difference between :func:`model_states` and :func:`device_states`: the host's Adam reads
     gradients in fp32, so each rank's share of them takes 4 bytes there, even when training in 16 bits. Offloading
@@ -139,7 +139,7 @@ def checkpoint_bytes(num_params: int, stage: int, precision: Precision = MIXED) 
     fp32 master copy if there is one. The schemes differ in the weights that forward and backward use. At stages 0 to 2,
     one data-parallel rank writes them as well: the optimizer states of :data:`MIXED` lack the 16-bit weights, and
     DeepSpeed does the same even if the master copy equals the weights (:data:`DEEPSPEED_FP32`). At stage 3, only the
-    master copy is written. So in bytes per parameter::
+    master copy is written. In bytes per parameter, this makes::
 
         stage 1, 2      MIXED 2 + 12 = 14     DEEPSPEED_FP32 4 + 12 = 16
         stage 3         MIXED     12          DEEPSPEED_FP32     12

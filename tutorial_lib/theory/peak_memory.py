@@ -30,9 +30,9 @@ Sources: ``torch.distributed.fsdp`` (``_fsdp_collectives.py``: copy-in and copy-
 ``deepspeed/runtime/zero`` (``setup_buckets`` of stage_1_and_2.py; the bucket that stage3.py makes with the optimizer).
 Assumptions: one layer is gathered ahead. FSDP2's and DDP's AdamW is fused and copies nothing. Elsewhere, AdamW on GPUs
 updates all tensors at once (``foreach``), with one more fp32 copy of them. On CPUs it updates one tensor at a time,
-with two copies of it. For ZeRO's stages 1 to 3 that is one large tensor, at stage 3 of about ``sub_group_size``
-elements. Known to be wrong: the Trainer's AdamW under DDP is not fused, and its copy is not counted; DDP on a single
-rank gets a copy that it does not make; a file's own ``sub_group_size`` is not read.
+with two copies of it. ZeRO's stages 1 to 3 flatten a rank's parameters into one large tensor (at stage 3, of about
+``sub_group_size`` elements). Known to be wrong: the Trainer's AdamW under DDP is not fused, and its copy is not
+counted; DDP on a single rank gets a copy that it does not make; a file's own ``sub_group_size`` is not read.
 Not modelled: buffers for messages between a pipeline's stages; masks of packed rows.
 Checked: docs/planner-errors.md, against peaks of our own runs and published ones.
 """
@@ -100,7 +100,7 @@ def part_of_model(
 
 
 def peak_memory(workload: Workload, layout: Layout, part: Part, states: States, micro_batches: int) -> Peak:
-    """Return the phase of a step with the most memory, out of :func:`phase_peaks`."""
+    """Return the phase of :func:`phase_peaks` that needs the most memory."""
     return max(phase_peaks(workload, layout, part, states, micro_batches), key=lambda peak: peak.total)
 
 
@@ -154,7 +154,7 @@ def casts_weights(workload: Workload, layout: Layout) -> bool:
 def _buffers(
     workload: Workload, layout: Layout, part: Part, states: States, micro_batches: int
 ) -> tuple[float, float, float]:
-    """Return an engine's bytes at the loss, in backward, and from the last reduction of gradients to the update."""
+    """Return the bytes of an engine's buffers at the loss, in backward, and from the last reduction to the update."""
     element, shards = workload.bytes_per_element, layout.dp * layout.cp
     trained = 0.0 if workload.lora_rank else 1.0
     embedding = trained * _embedding(workload, layout)
@@ -162,7 +162,7 @@ def _buffers(
         casts = float(element * part.params) if casts_weights(workload, layout) else 0.0
         is_plain_torch = shards == 1  # DDP's AdamW is fused
         copy = 4 * trained * part.params if workload.on_gpu and is_plain_torch else 0.0
-        # The embedding's gradient in fp64, for its norm; on CPUs with the gradient of a tied output layer beside it.
+        # The norm needs the embedding's gradient in fp64. On CPUs, the gradient of a tied output layer exists too.
         return casts, casts, max(copy, (8 if workload.on_gpu else 12) * embedding)
     if layout.strategy:
         root, layer, reduced = element * part.root, element * part.layer, 4 * trained * part.layer

@@ -58,9 +58,10 @@ def faster_than_offload(workload: Workload, cluster: Cluster, engine: str, best:
 
 
 def fewer_gpus(workload: Workload, cluster: Cluster, engine: str, best: Candidate) -> Remedy | None:
-    """Return the fewest devices that together are as fast as all, within :data:`TIE`; None if fewer are slower.
+    """Return the fewest devices that are as fast as all, within :data:`TIE`; None if any smaller number is slower.
 
-    Fewer can be as fast if groups over several nodes wait for a slow network. Numbers are halved while nodes stay full.
+    Fewer devices can be as fast if groups over several nodes wait for a slow network. The search halves the number of
+    devices as long as all nodes stay full.
     """
     total = best.tokens_per_gpu_second * cluster.gpus
     found, gpus = None, cluster.gpus
@@ -150,7 +151,7 @@ def smallest_gpus(workload: Workload, cluster: Cluster, engine: str = "deepspeed
 
 
 def _host_memory(workload: Workload, cluster: Cluster, engine: str) -> float | None:
-    """Return the least host memory, in whole GB, with which something offloaded fits; None if none helps."""
+    """Return the least host memory, in whole GB, with which something offloaded fits; None if more is no help."""
     endless = replace(cluster, host_memory=float("inf"))
     hosts = [candidate.host for candidate in plan(workload, endless, engine) if candidate.fits]
     needed = math.ceil(min(hosts) / 1e9) * 1e9 if hosts else 0.0

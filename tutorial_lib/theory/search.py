@@ -1,8 +1,8 @@
 """Search space of the planner: the layouts that :func:`tutorial_lib.theory.plan.plan` considers.
 
 A *shape* is an arrangement of devices and a sharding of the states; for each shape, the micro-batch, activation
-checkpointing and gradient reduction vary. These are left out, because another layout is better or nobody trains this
-way:
+checkpointing and gradient reduction vary. The search leaves out the following, because another layout is better or
+nobody trains this way:
 
 - tensor parallelism across nodes, and sizes that do not divide the heads;
 - context parallelism below 32,768 tokens, or if its group together with tp exceeds a node;
@@ -10,7 +10,7 @@ way:
   resharding, because it would gather or reduce again for every micro-batch;
 - offload together with context parallelism or a pipeline;
 - hybrid groups that are smaller than a node or larger than 16 nodes;
-- micro-batches above 64 or other than powers of two, unless one is given.
+- micro-batches that are above 64 or not a power of two, unless one is given.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def micro_batches(shape: Layout, workload: Workload, cluster: Cluster) -> list[i
 
 
 def step_batch(workload: Workload, cluster: Cluster, layout: Layout) -> int:
-    """Return the sequences per optimizer step."""
+    """Return the number of sequences per optimizer step."""
     if workload.global_batch:
         return workload.global_batch
     if workload.micro_batch:

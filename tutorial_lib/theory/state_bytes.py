@@ -34,7 +34,7 @@ BASE_BYTES = {16: 2.0, 8: 1.0, 4: 0.516}
 
 @dataclass(frozen=True, slots=True)
 class States:
-    """Bytes of one rank: on its device at their peak, the gradients among these bytes, and on its host."""
+    """Bytes of a rank's model states: the peak on its device, the gradients within that peak, and those on its host."""
 
     device: float
     gradients: float
@@ -47,7 +47,7 @@ def lora_params(dimensions: Dimensions, rank: int) -> int:
 
 
 def base_bytes(workload: Workload, layout: Layout, params: int) -> float:
-    """Return the bytes of a rank's frozen base: matrices of the layers in ``base_bits``, everything else in 16.
+    """Return the bytes of a rank's frozen base: matrices of the layers in ``base_bits``, the rest in 16 bits.
 
     Args:
         workload: the training to run.
@@ -96,9 +96,9 @@ def layout_states(workload: Workload, layout: Layout, params: int, accumulation:
         in_buckets = ranks > 1  # with DDP, gradients are views of its buckets
         return States(replicated.total + frozen_device, 0.0 if in_buckets else replicated.gradients, 0.0)
     if layout.strategy:
-        # Shards of fp32 weights, gradients and moments. Without resharding after forward, the gathered copies stay and
-        # count as buffers. Gradients that are reduced with the last micro-batch wait in full until then, and only
-        # become shards afterwards.
+        # A rank holds shards of fp32 weights, gradients and moments. Without resharding after forward, the gathered
+        # copies stay and count as buffers. Gradients that are reduced with the last micro-batch wait in full until
+        # then, and only become shards afterwards.
         sharded = memory.model_states(trained, 3, ranks, precision)
         waits = layout.reduction == "last" and accumulation > 1 and ranks > 1
         waiting = 4 * trained if waits else 0
@@ -110,7 +110,7 @@ def layout_states(workload: Workload, layout: Layout, params: int, accumulation:
     host = memory.host_states(trained, layout.zero_stage, ranks, precision, layout.offload)
     total, gradients = device.total, device.gradients
     if layout.zero_stage == 1 and accumulation == 1:
-        # Reduced at once, as at stage 2: full gradients only wait between micro-batches (measured in lab 01).
+        # Gradients are reduced at once, as at stage 2. They only wait in full between micro-batches (see lab 01).
         reduced = memory.device_states(trained, 2, ranks, precision, layout.offload).gradients
         total, gradients = total - gradients + reduced, reduced
     if layout.offload == "all":

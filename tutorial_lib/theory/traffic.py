@@ -1,8 +1,8 @@
 """Communication volume of one optimizer step, in elements that should cross the wire.
 
 Volumes are in *elements per rank*, counted as in the ZeRO paper: an all-gather or a reduce-scatter of Psi elements
-costs Psi, an all-reduce 2 Psi (it is a reduce-scatter and an all-gather). The exact cost of a ring is (n - 1) / n of
-that: :func:`ring_factor`.
+costs Psi, and an all-reduce costs 2 Psi (it is a reduce-scatter and an all-gather). The exact cost of a ring is
+(n - 1) / n of that: :func:`ring_factor`.
 
 Sources:
     ZeRO, arXiv:1910.02054, section 7 (2 Psi for stages 1 and 2, 3 Psi for stage 3)
@@ -139,7 +139,7 @@ def fsdp_volume(
 
     Args:
         num_params: Psi; tied parameters count once, because FSDP2 gathers a unit with all its parameters once.
-        sharding: strategy by FSDP1's names, in lower case.
+        sharding: FSDP1's name of the strategy, in lower case.
         shard_size: S, for ``hybrid_shard``: number of ranks that share one copy.
         accumulation: micro-batches per optimizer step.
         frozen: elements of Psi that are gathered, but have no gradient.
@@ -178,7 +178,7 @@ def tensor_parallel_volume(
     recompute: bool = False,
     column_layers: int = 2,
 ) -> StepVolume:
-    """Return the communication of one optimizer step in a tensor-parallel group, without embedding and output layer.
+    """Return the communication of one optimizer step in a tensor-parallel group, except embedding and output layer.
 
     Each layer all-reduces ``b s h`` elements twice in forward (after attention, after the MLP) and twice in backward
     (arXiv:1909.08053, section 3). PyTorch's activation checkpointing, full or selective, repeats only the first

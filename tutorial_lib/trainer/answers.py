@@ -51,7 +51,7 @@ class AnswerReport:
         score: mean scores in percent.
         answers: one per question, in the order of the data set.
         num_cut: number of questions whose context was too long, so that its end was cut off, perhaps with the answer.
-        num_left_out: number of rows without a question, a context or a gold answer, or whose question is too long.
+        num_left_out: number of rows that lack a question, a context or a gold answer, or whose question is too long.
     """
 
     score: SquadScore
@@ -78,8 +78,8 @@ def evaluate_answers(
         dataset: name of a data set with the columns ``question``, ``context`` and ``answers``.
         split: split of the data set.
         max_examples: use at most this many rows, from the start.
-        seq_length: most tokens of question, context and answer together.
-        max_new_tokens: most tokens of an answer.
+        seq_length: largest number of tokens in question, context and answer together.
+        max_new_tokens: largest number of tokens in an answer.
         batch_size: number of questions to answer at once. It changes the speed, never the answers.
         device: device to run the model on.
 
@@ -159,10 +159,10 @@ class Questions:
         dp_size: int = 1,
         stops: Callable[[], bool] = lambda: False,
     ) -> AnswerReport | None:
-        """Answer the questions and score the answers, or return None where ``stops`` returned True.
+        """Answer the questions and score the answers, or return None if ``stops`` returns True.
 
-        With several data-parallel ranks this is collective: they share the questions. All ranks generate equally often,
-        because they may share the parameters: some repeat the first question.
+        With several data-parallel ranks this is collective: they share the questions. Each rank must answer as many as
+        the others, because they may share the parameters, so some ranks answer the first question again.
 
         Args:
             model: a causal language model, in evaluation mode.
@@ -217,9 +217,9 @@ def answer_greedily(
         model: a causal language model, in evaluation mode.
         tokenizer: tokenizer of the model.
         prompts: token ids, without EOS.
-        max_new_tokens: most tokens of a continuation.
+        max_new_tokens: largest number of tokens in a continuation.
         batch_size: number of prompts to continue at once; prompts of similar length share a batch.
-        in_lockstep: other ranks do the same with as many prompts, and each forward pass waits for all of them.
+        in_lockstep: whether other ranks do the same with as many prompts, and each forward pass waits for all of them.
         stops: returns whether to stop now, the same on every rank.
     """
     by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))

@@ -28,10 +28,10 @@ class Evaluator:
         loader: loader of the evaluation split.
         topology: this rank's place in the grid.
         steps_per_epoch: optimizer steps per epoch, for ``evaluate_every='epoch'``.
-        score: computes more scores of the model, by name, in evaluation mode. Collective.
+        score: function that computes further scores by name, with the model in evaluation mode. Collective.
 
     Attributes:
-        samples_per_second: speed of the last evaluation's loss, or None.
+        samples_per_second: speed at which the last evaluation computed its loss, or None before the first.
         scores: other scores of the last evaluation: those of ``score``, and ``all_tokens``, the mean loss over all
             tokens, including prompts. The latter is missing if labels mask no prompt, if rows are packed, or if the
             engine computes the loss itself, in chunks.

@@ -5,7 +5,7 @@ Shape legend: B sequences of a micro-batch, S tokens, V vocabulary.
 The loss of an optimizer step is the mean over all of its tokens, on every rank and in every micro-batch. Ranks hold
 different numbers of tokens, so a mean of per-rank means would give tokens different weights, in the reported loss
 and, worse, in the gradient. A training loop therefore counts the step's tokens first (one small all-gather), divides
-every micro-batch's loss *sum* by that count, and adds up.
+every micro-batch's loss *sum* by that count, and adds up the results.
 
 The same all-gathers check that the ranks of a tensor-parallel group agree (:mod:`tutorial_lib.trainer.rank_agreement`).
 """
@@ -56,7 +56,7 @@ def count_tokens(micro_batches: Sequence[Batch], topology: Topology, *, step: in
 
     Args:
         micro_batches: this rank's share of the global batch.
-        topology: this rank's place in the grid: ranks that share a layer read the same tokens, which count once.
+        topology: this rank's place in the grid. Ranks that share a layer read the same tokens, which count once.
         step: number of the step, for messages.
 
     Raises:
@@ -81,7 +81,7 @@ def sum_over_ranks(value: float | Tensor, topology: Topology, *, step: int | Non
 
     Args:
         value: this rank's sum of losses.
-        topology: this rank's place in the grid: ranks that share a layer have the same sum, which counts once.
+        topology: this rank's place in the grid. Ranks that share a layer have the same sum, which counts once.
         step: number of the step, for messages.
 
     Raises:

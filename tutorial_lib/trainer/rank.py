@@ -31,7 +31,7 @@ def train_all(
 
     Args:
         configs: the runs to train.
-        on_checkpoint: called for the last of them, see :func:`train`.
+        on_checkpoint: called for the last run only; see :func:`train`.
         trainer_class: see :func:`train`.
 
     Returns:
@@ -67,7 +67,7 @@ def train(
     started = time.perf_counter()
     topology, run = Topology.from_environment(config.parallel), RunDirectory(config.directory)
     with opened_for_training(run, topology):
-        # Only torchrun's ranks clear old requests here. Other launchers have done so; a new one may have come.
+        # Only torchrun's ranks clear old requests. Other launchers already have, and a new one may have come since.
         if topology.rank == 0 and config.run.launcher == "none" and "RANK" in os.environ:
             run.clear_requests()
         barrier()

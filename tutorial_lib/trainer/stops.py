@@ -10,7 +10,7 @@ from tutorial_lib.mpu.collectives import all_gather_ints
 from tutorial_lib.records import RunDirectory
 
 STOP_AFTER, REQUEST = "stop_after", "request"
-"""Values of ``stopped_by`` in ``result.json``; for a signal it is the name, such as ``SIGTERM``."""
+"""Values of ``stopped_by`` in ``result.json``; for a signal it is the signal's name, such as ``SIGTERM``."""
 
 _REQUESTED = 1000
 """Number for a request through the stop file; larger than any signal number."""
@@ -23,7 +23,7 @@ class StopRequests:
         run: the run, which may have a stop file.
         topology: this rank's place in the grid; rank 0 looks for the file.
         stop_after: the last step of the time slot, or None.
-        stop_signalled: returns the number of the signal that asked this process to stop, or 0.
+        stop_signalled: function that returns the number of the signal that asked this process to stop, or 0.
 
     Attributes:
         stopped_by: reason why the run stopped, as in ``result.json``, or None.

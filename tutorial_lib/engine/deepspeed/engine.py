@@ -67,7 +67,7 @@ def _import_muon_uncompiled() -> None:
 _import_muon_uncompiled()
 
 # DeepSpeed's CPU Adam asks for the processor's name whenever it is built, and cpuinfo starts a process to find out.
-# That takes each run with offload more than a second. The answer never changes, so ask only once.
+# That adds more than a second to each run with offload. The answer never changes, so ask only once.
 cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
 
 
@@ -118,7 +118,8 @@ class DeepSpeedEngine:
         autotp.check_layouts(self.layout())
         assert self.unit is not None
         slice_alibi(model, self.unit.topology.tp, self.unit.topology.tp_rank)
-        # This hook compares a group's batches, but only in the first forward pass. The trainer does so in every step.
+        # This hook compares the batches within a group, but only in the first forward pass. The trainer compares them
+        # in every step.
         self.deepspeed.first_dataloader_check.remove()
 
     @property
@@ -194,7 +195,7 @@ class DeepSpeedEngine:
         return float(norms.norm())
 
     def undo_step_of_construction(self) -> None:
-        """Undo the step with zero gradients that DeepSpeed's 16-bit optimizer without ZeRO takes when it is built.
+        """Undo the step on zero gradients that DeepSpeed's 16-bit optimizer takes at stage 0 when it is built.
 
         It takes the step to allocate Adam's moments. That decays the fp32 weights and leaves Adam's step count at 1,
         which shrinks the first real update to three quarters.
@@ -246,7 +247,7 @@ class DeepSpeedEngine:
             raise CheckpointError(f"DeepSpeed found nothing to load in {directory}; the run was not resumed.")
 
     def load_full(self, full: FullTensors) -> None:
-        """Restore weights and optimizer states saved by an engine of any shape. Every rank reads all of them."""
+        """Restore weights and optimizer states that any engine saved, in any shape. Every rank reads all of them."""
         self._full_states.load(full)
 
     def close(self) -> None:
@@ -329,7 +330,7 @@ def _partition_at_construction(settings: dict[str, Any]) -> Iterator[None]:
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     # transformers only needs to know the stage. With the AutoTP section it would refuse to load weights, although
-    # AutoTP splits them later. It partitions over all ranks, and would check the batch sizes against too many.
+    # AutoTP splits them later. Because it partitions over all ranks, it would check batch sizes against too many ranks.
     visible = {key: value for key, value in settings.items() if key not in _HIDDEN_FROM_TRANSFORMERS}
     keep_alive = HfDeepSpeedConfig(visible)
     try:

@@ -151,13 +151,13 @@ CHOICES = {
     "checkpoint.tag_validation": ("Warn", "Ignore", "Fail"),
     "log_level": ("debug", "info", "warning", "error", "critical"),
 }
-"""Words that a key may have, in upper or lower case."""
+"""Words that a key may be set to, in upper or lower case."""
 
 ABOVE_0 = ("steps_per_print", "gradient_predivide_factor")
-"""Numbers that DeepSpeed divides by."""
+"""Keys whose numbers DeepSpeed divides by, so they must be above 0."""
 
 AT_MOST_1 = ("zero_optimization.offload_optimizer.cpuadam_cores_perc",)
-"""Fractions, from 0 to 1."""
+"""Keys whose numbers are fractions, from 0 to 1."""
 
 LISTS_OF_STRINGS = (
     *(f"zero_optimization.leaf_module.{key}" for key in SECTION_KEYS["zero_optimization.leaf_module"]),

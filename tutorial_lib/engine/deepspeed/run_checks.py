@@ -31,7 +31,7 @@ def check_for_run(given: dict[str, Any], engine: EngineConfig, run: RunConfig, *
     Args:
         given: the settings that :func:`.file.read` returned.
         engine: the engine, with the file's settings applied.
-        run: says which device it uses.
+        run: the run's settings, for its device.
         source: the file's name.
 
     Raises:

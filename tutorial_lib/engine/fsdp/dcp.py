@@ -39,7 +39,7 @@ def save(
         writer: the rank's writer, which decides when to write.
         model: the model that holds the parameters.
         optimizer: the optimizer that holds their moments.
-        group: process group in which ranks agree on who writes what. If the writer has a thread, nothing else may use
+        group: process group in which ranks agree on what each writes. If the writer has a thread, nothing else may use
             this group.
     """
     writer.submit(_save, writer.snapshot(_states(model, optimizer)), writer.sharded(directory), group)
@@ -49,7 +49,8 @@ def _save(states: dict[str, Any], storage: dcp.FileSystemWriter, group: dist.Pro
     try:
         dcp.save(states, storage_writer=storage, process_group=group)
     except CheckpointException as error:
-        # DCP tells every rank. The rank that failed raises its own error. The others notice at their next collective.
+        # DCP reports a failure to every rank. The rank that failed raises its own error, and the others notice at their
+        # next collective.
         own = error.failures.get(dist.get_rank())
         if own is not None:
             raise own[0] from error
@@ -75,7 +76,7 @@ def load(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
 
 @torch.no_grad()
 def load_full(full: FullTensors, model: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Restore the states of an engine of any shape, in place: each rank takes its slices of every full tensor."""
+    """Restore states that any engine saved, in any shape, in place: each rank takes its slices of every full tensor."""
     states, model_type = _states(model, optimizer), model.config.model_type
     for name, parameter in states["parameters"].items():
         copy_slices(parameter, name, model_type, full.parameter(name).__getitem__)
@@ -90,7 +91,7 @@ def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any
     trained = list(_trained(model))
     for _, parameter in trained:
         if not optimizer.state[parameter]:
-            # The tensors that AdamW would allocate in its first step.
+            # Allocate what AdamW would allocate in its first step.
             moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
             optimizer.state[parameter].update({"step": torch.zeros((), device=parameter.device), **moments})
     return {

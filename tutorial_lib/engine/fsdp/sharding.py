@@ -47,7 +47,7 @@ from tutorial_lib.mpu import Topology, device_mesh
 def meshes(engine: EngineConfig, topology: Topology, device_type: str) -> tuple[DeviceMesh, DeviceMesh]:
     """Return the mesh that data-parallel states are sharded over, and the tensor-parallel mesh. Collective.
 
-    The first has the axis ``dp``; for ``hybrid_shard`` the axes ``replicate`` and ``shard``.
+    The first has the axis ``dp`` or, for ``hybrid_shard``, the axes ``replicate`` and ``shard``.
     """
     if engine.sharding != "hybrid_shard":
         mesh = device_mesh(topology, device_type)
@@ -74,9 +74,9 @@ def shard_model(model: Any, engine: EngineConfig, mesh: DeviceMesh) -> None:
     ``engine.wrap="root"`` the root is the only unit: the full model is gathered at once.
 
     Args:
-        model: on any device, including meta; tensor-parallel parameters are DTensors already.
-        engine: decides strategy, precision, offload and units.
-        mesh: with one axis (shard), or two (replicate, shard).
+        model: a model on any device, including meta. Its tensor-parallel parameters are already DTensors.
+        engine: settings for the strategy, precision, offload and units.
+        mesh: a mesh with one axis (shard) or two (replicate, shard).
     """
     options: dict[str, Any] = {
         "mesh": mesh,

@@ -9,7 +9,7 @@ In forward, each row-parallel product ends in one all-reduce: 2 per layer. In ba
 over the ranks, too. If ``x`` becomes a DTensor once, on entering attention or the MLP (``PrepareModuleInput``), each
 block needs one all-reduce: 2 per layer. In the plan ``plain``, every column-parallel product takes ``x`` by itself and
 all-reduces its own gradient: Qwen2 has five of them (query, key, value, gate, up), so a layer needs 2 + 5. GPT-2 and
-BLOOM have two fused ones, so both plans cost the same.
+BLOOM have only two, because they fuse query, key and value, so both plans cost the same.
 
 Embeddings, norms and the head are replicated on every rank. All three families tie the head to the embedding:
 splitting one by vocabulary means splitting both, and the loss, which the trainer computes in the same way for every
@@ -69,7 +69,8 @@ def split_model(model: Any, mesh: DeviceMesh, plan: str = "megatron") -> None:
 def parameter_layouts(model: Any) -> list[ParameterLayout]:
     """Return the layout of each parameter on the ranks of its tensor-parallel group, in the model's order.
 
-    GPT-2's fused projections are listed by part, as they are saved.
+    A fused projection of GPT-2 is listed as one parameter. Its columns are sorted by rank; a saved model has them
+    sorted by part (:mod:`tutorial_lib.models.fused_qkv`).
 
     Args:
         model: a model that is split, and sharded by FSDP2.
@@ -147,7 +148,7 @@ def _distribute(style: Any, module: nn.Module, mesh: DeviceMesh, *, weight: Any,
 
 
 def _input(num_others: int = 0) -> PrepareModuleInput:
-    """Turn a module's first positional argument into a DTensor, and leave the others alone."""
+    """Return a style that turns a module's first positional argument into a DTensor, and leaves the others alone."""
     layouts = (Replicate(), *[None] * num_others)
     return PrepareModuleInput(input_layouts=layouts, desired_input_layouts=layouts)
 
@@ -185,7 +186,7 @@ def _qwen2() -> dict[str, ParallelStyle]:
 
 
 def _localize_qwen2(model: Any, mesh: DeviceMesh) -> None:
-    """Change nothing: Qwen2's attention infers the number of heads from the width of its input."""
+    """Change nothing: Qwen2's attention infers the number of heads from the width of its projections' outputs."""
 
 
 def _bloom() -> dict[str, ParallelStyle]:

@@ -34,7 +34,7 @@ class Demand:
 
     Attributes:
         per_worker: resources of one worker.
-        tp: workers of a tensor-parallel group.
+        tp: number of workers in a tensor-parallel group.
         sizes: data-parallel sizes that the run can continue with, smallest first.
     """
 

@@ -23,7 +23,7 @@ _LONGEST_NAME = 47  # for a RayJob: Kubernetes allows 63 characters, and KubeRay
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Nodes:
-    """The nodes that hold a run's ranks. The cluster's head node is extra, and holds none."""
+    """The nodes that hold a run's ranks. The cluster's head node comes on top of these, and holds no ranks."""
 
     number: int
     ranks_per_node: int

@@ -78,7 +78,7 @@ class BoundedScaling(ScalingPolicy):
     def make_decision_for_running_worker_group(
         self, worker_group_state: Any, worker_group_status: Any
     ) -> ScalingDecision:
-        """Decide whether to restart with more workers: if there is room for them, and the run has just saved."""
+        """Decide to restart with more workers if there is room for them and the run has just saved."""
         self._maybe_send_resource_request()
         if self._waits_since is not None:
             self._waits_since, self._looked = None, time.monotonic()
@@ -98,7 +98,7 @@ class BoundedScaling(ScalingPolicy):
         return self._start(larger) if larger > size else NoopDecision()
 
     def _possible_size(self, workers: list[Any]) -> int:
-        """Return the size that the run could have with all free resources and its own."""
+        """Return the size that the run could have with all free resources and those that it already holds."""
         held = Counter(worker.metadata.node_id for worker in workers)
         groups = 0
         for node in read_nodes():

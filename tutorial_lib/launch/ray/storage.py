@@ -1,4 +1,4 @@
-"""Storage of a run on Ray: the check that all nodes share it before a run, and Ray's own list of checkpoints in it."""
+"""Storage of a run on Ray: a check before the run that all nodes share it, and Ray's own list of checkpoints in it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tutorial_lib.launch.ray.capacity import Node
 from tutorial_lib.records import RunDirectory
 
 ANSWER_SECONDS = 60
-"""Seconds for all nodes together to answer. Each starts a Python process."""
+"""Seconds within which all nodes must answer. Each node starts a Python process to do so."""
 
 _VISIBLE_SECONDS = 3
-"""Seconds until other nodes must see a new file: network file systems cache listings for a while."""
+"""Seconds within which other nodes must see a new file: network file systems cache listings for a while."""
 
 
 def check_shared(directory: Path, nodes: Sequence[Node]) -> None:

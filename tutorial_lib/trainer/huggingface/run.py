@@ -91,7 +91,7 @@ class HuggingFaceRun(Trainer):
         return self._has_no_steps_left()
 
     def begin_step(self) -> None:
-        """Start the clock of a step, and the probe if this step is measured, just before its batches are read."""
+        """Start timing a step just before its batches are read, and start the probe if this step is measured."""
         self._step_began = time.perf_counter()
         if self.config.run.measure and self.steps_done + 1 == measured_step(self.num_steps):
             self._probe = StepProbe(self.topology)
