@@ -370,7 +370,7 @@ class RunConfig:
     )
     memory_log_seconds: float | None = _setting(
         None,
-        "log each rank's memory and that of the GPUs every N seconds: logs/memory-rank-NNN.jsonl, a new file for each start "
+        "log each rank's memory and that of the GPUs every N seconds: logs/memory-rank-NNN.jsonl, new with each start "
         "(default: no log)",
         at_least=0.01,
         at_most=86400,
