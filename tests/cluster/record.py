@@ -97,7 +97,8 @@ def meet_over(nodes: VirtualNodes, interface: str) -> str:
     join = (
         "import datetime, torch, torch.distributed as dist; "
         "dist.init_process_group('gloo', timeout=datetime.timedelta(seconds=10)); "
-        "present = torch.ones(1); dist.all_reduce(present); print(f'{present.item():.0f} ranks met')"
+        "present = torch.ones(1); dist.all_reduce(present); print(f'{present.item():.0f} ranks met'); "
+        "dist.destroy_process_group()"
     )
     given = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500", "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": interface}
     started = [
