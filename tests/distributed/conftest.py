@@ -22,10 +22,7 @@ from tutorial_lib.config import Config
 
 LONGEST_GROUPS = ("launched", "faults")
 TIMEOUT = 1800
-"""Timeout of a test in seconds. It is long, because any test may be the one that waits for all shared launches.
-
-On two busy cores, these launches took 334 seconds in total, and those of the full matrix about twice as long.
-"""
+"""Timeout of a test in seconds. It is long, because any test may be the one that waits for all shared launches."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
