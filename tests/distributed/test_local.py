@@ -264,7 +264,14 @@ def test_a_second_interrupt_stops_now_and_nothing_trains_on(tmp_path):
 def test_an_interrupt_while_the_server_loads_is_answered_at_once(tmp_path, monkeypatch):
     local.stop_server()
     monkeypatch.setattr(local, "warm_up", lambda device: None)  # the server starts to load only with the run
-    thread = interrupt_when((tmp_path / "run" / "logs").exists)
+    send, sent = local._Server._send, []
+
+    def noted_send(self, kind, content):
+        send(self, kind, content)
+        sent.append(kind)
+
+    monkeypatch.setattr(local._Server, "_send", noted_send)
+    thread = interrupt_when(lambda: sent)
     with pytest.raises(launch.Interrupted, match="stopped before training started; no step was run") as error:
         launch.run_all([config(tmp_path)], worker=REPORTING_STATE)
     thread.join()

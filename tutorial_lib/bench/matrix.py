@@ -183,10 +183,10 @@ def run_matrix(
         shown.plan(left)
         for name in left:
             directory = matrix.path / "rows" / name
-            shutil.rmtree(directory, ignore_errors=True)
             row_config = configs[name].replaced(name=name, storage=str(directory.parent))
             running = True
             try:
+                shutil.rmtree(directory, ignore_errors=True)
                 shown.begin(name, row_config.run.steps)
                 record = _run_row(matrix[name], row_config, run, shown.on_rows, sample_interval)
                 matrix = matrix.with_row(record)

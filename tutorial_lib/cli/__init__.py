@@ -1,9 +1,9 @@
 """Command line: ``python -m tutorial_lib COMMAND``, with ``train``, ``bench``, ``slurm``, ``ray`` and more.
 
 Exit codes, which scripts and schedulers may rely on: 0 done; 2 bad usage or configuration, or a plan in which nothing
-fits, with advice on what to write instead; 75 stopped early after saving (run it again to continue); 1 anything else:
-a failed run, with the failing rank's own error on top, an inspected checkpoint that is damaged, or a matrix with a
-failed row.
+fits, with advice on what to write instead; 75 stopped early after saving (run it again to continue); 130 interrupted,
+and ended at once without saving; 1 anything else: a failed run, with the failing rank's own error on top, an inspected
+checkpoint that is damaged, or a matrix with a failed row.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from tutorial_lib.cli import bench, checkpoints, plan, ray, slurm, train
-from tutorial_lib.cli.options import BAD_CONFIGURATION, DONE, FAILED, STOPPED
+from tutorial_lib.cli.options import BAD_CONFIGURATION, DONE, FAILED, INTERRUPTED, STOPPED
 from tutorial_lib.config import ConfigError
 
-__all__ = ["BAD_CONFIGURATION", "DONE", "FAILED", "STOPPED", "main"]
+__all__ = ["BAD_CONFIGURATION", "DONE", "FAILED", "INTERRUPTED", "STOPPED", "main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
+    except KeyboardInterrupt:
+        print("interrupted: ended at once, without saving", file=sys.stderr)
+        return INTERRUPTED
 
 
 class _Once(argparse.Action):

@@ -11,7 +11,7 @@ from typing import Any
 
 from tutorial_lib.config import ConfigError, Setting, settings
 
-DONE, FAILED, BAD_CONFIGURATION, STOPPED = 0, 1, 2, 75
+DONE, FAILED, BAD_CONFIGURATION, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 
 
 def add_setting(

@@ -165,6 +165,8 @@ class _Server:
         Raises:
             WorkerError: the server itself has died.
         """
+        if is_stopped():
+            return []
         self.is_busy, self._has_started = True, False
         self._send("start", job)
         left, failures, patience, has_killed = len(job.environments), list[Failure](), float("inf"), False

@@ -137,13 +137,13 @@ def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None, worker:
             held.enter_context(launch_lock(directory, rank or 0))
         signals: list[int] = []
         watched = Watcher(directories, on_rows, signals)
+        earlier = [directory.result_version() for directory in directories]
         if rank is None:  # otherwise rank 0 does this when it trains
             for directory in directories:
-                directory.create()
                 directory.clear_requests()
-        earlier = [directory.result_version() for directory in directories]
-        if rank is None:
             held.enter_context(stop_on_signal(watched))
+            for directory in directories:
+                directory.create()
         if first.run.launcher == "ray":
             from tutorial_lib.launch.ray import train as ray_train
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -143,6 +144,18 @@ def test_an_interrupt_keeps_what_is_there_and_the_row_starts_again(config):
     (path / "rows" / "stage-2" / "half-a-run").touch()
     assert statuses(run(config, Runs())) == ["done"] * 3
     assert not (path / "rows" / "stage-2" / "half-a-run").exists()
+
+
+def test_an_interrupt_while_the_old_files_of_a_row_are_removed_is_an_interrupt_like_any_other(config, monkeypatch):
+    def interrupted(path, **_options):
+        raise KeyboardInterrupt
+
+    run(config, Runs(stage_2=ValueError("failed")))
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", interrupted)
+        with pytest.raises(Interrupted, match="stopped in row 'stage-2', which will start over"):
+            run(config, Runs(), retry=True)
+    assert statuses(Matrix.read(config.directory)) == ["done", "stopped", "done"]
 
 
 def test_a_run_that_stopped_on_a_signal_interrupts_the_matrix(config):

@@ -17,6 +17,8 @@ from tests.unit.arguments import changed
 from tutorial_lib import launch
 from tutorial_lib.cli import main
 from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.launch import runs
+from tutorial_lib.records import RunDirectory
 
 ONE_PROCESS = ["--engine", "torch", "--dp", "1", "--launcher", "none"]
 SMALL = ["--steps", "3", "--global-batch", "2", "--seq-length", "32", "--max-examples", "8", "--no-evaluate"]
@@ -298,6 +300,27 @@ def test_a_signal_stops_after_the_step_it_came_in_and_saves(uninterrupted, tmp_p
     assert (run.result["status"], run.result["step"], run.result["checkpoint"]) == ("stopped", 2, "step-00000002")
     run = launch.run(config(tmp_path, steps=5))
     assert [row["loss"] for row in run.rows] == [row["loss"] for row in uninterrupted.rows]
+
+
+def test_an_interrupt_while_the_run_directory_is_made_is_answered_like_a_later_one(tmp_path, monkeypatch):
+    create = RunDirectory.create
+
+    def interrupted(self):
+        create(self)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(RunDirectory, "create", interrupted)
+    with pytest.raises(launch.Interrupted, match="stopped before training started; no step was run"):
+        launch.run(config(tmp_path, engine="deepspeed", dp=2, launcher="local"))
+
+
+def test_an_interrupt_before_there_is_anything_to_save_ends_the_command_with_130(storage, monkeypatch, capsys):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "preflight", interrupted)
+    assert main(["train", *ONE_PROCESS, *SMALL, *storage]) == 130
+    assert capsys.readouterr().err.endswith("interrupted: ended at once, without saving\n")
 
 
 def test_a_stop_request_of_an_earlier_start_is_forgotten(tmp_path):
