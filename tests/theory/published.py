@@ -150,8 +150,7 @@ ROWS.append(
         layout=Layout(dp=1, tp=1, zero_stage=0, strategy="no_shard", micro_batch=4), speed=11.26 * 512,
         memory=21_658 * 2**20,
         why="their 11.26 samples/s are 1,500 samples in the 133 s of the whole training call, with its evaluations and "
-        "checkpoints; and 2,048 tokens of 24 small layers in eager PyTorch leave the GPU waiting for launches, which "
-        "the model leaves out",
+        "checkpoints; and fp16's loss scaling and BLOOM's unfused operators take time that the model leaves out",
     )
 )  # fmt: skip
 

@@ -16,9 +16,9 @@ ROWS = 12
 """Number of table rows for layouts that fit; layouts that do not fit get half as many."""
 
 LEFT_OUT = (
-    "Left out: fragmentation, CUDA's and NCCL's own memory (--headroom covers them), latency of collectives and of "
-    "kernels on small micro-batches, torch.compile, float8, reading data. GB are 1e9 bytes. docs/planner-errors.md "
-    "says how far off estimates are. Measure the layout you choose."
+    "Left out: fragmentation, CUDA's and NCCL's own memory (--headroom covers them), latency of collectives, less "
+    "efficient kernels on small micro-batches, torch.compile, float8, reading data. GB are 1e9 bytes. "
+    "docs/planner-errors.md says how far off estimates are. Measure the layout you choose."
 )
 
 _COLUMNS = (
@@ -30,8 +30,8 @@ _GAPS = (" ", " ", "", "", *[" "] * 10)
 
 _SHORT = {
     "host too small by": "host lacks", "global batch not divisible by": "batch not /", " traffic": "",
-    "computing": "compute", "the update": "update", "as fast; holds more memory": "tie; more memory",
-    "as fast": "tie",
+    "computing": "compute", "launches": "launch", "the update": "update",
+    "as fast; holds more memory": "tie; more memory", "as fast": "tie",
 }  # fmt: skip
 """Abbreviations of the plan's words for the table."""
 
@@ -115,8 +115,8 @@ def _assumptions(answer: Answer) -> list[str]:
         f"  sequences of {work.seq_length}; {_batch(work)}",
         *(
             [
-                f"  below 1 B parameters, published runs were up to {SLOWEST_SMALL_RUN} times slower: small kernels "
-                "wait to be launched"
+                f"  below 1 B parameters, runs were up to {SLOWEST_SMALL_RUN} times slower: their small kernels reach "
+                "less of the peak"
             ]
             if work.num_params < 1e9
             else []
@@ -203,7 +203,7 @@ def _best(answer: Answer) -> list[str]:
         f"Best: {describe(best)}. Of {len(answer.candidates)} layouts, {fitting} fit.",
         f"{best.tokens_per_gpu_second:,.0f} tokens/s per GPU, {best.seconds:.3g} s per step of "
         f"{best.tokens // answer.workload.seq_length} sequences, accumulation {best.accumulation}; "
-        f"{best.compute_seconds / best.seconds:.0%} of that is computing. Memory peaks {phase}.",
+        f"{best.compute_seconds / best.seconds:.0%} of that is computing{_launch_share(best)}. Memory peaks {phase}.",
         *(f"  {sentence}" for sentence in answer.why),
     ]
     if answer.fewer:
@@ -231,6 +231,11 @@ def _best(answer: Answer) -> list[str]:
             ),
         ]
     return lines
+
+
+def _launch_share(best: Candidate) -> str:
+    share = best.launch_wait_seconds / best.seconds
+    return f", {share:.0%} waiting for Python to launch kernels" if share >= 0.01 else ""
 
 
 def how_much_slower(one: Candidate, best: Candidate) -> str:

@@ -4,6 +4,7 @@ The model of a step::
 
     compute    FLOPs (with recomputation) / (devices * peak * efficiency), plus the pipeline's bubble; attention without
                a fused kernel also moves its scores through the device's memory
+    launches   time to launch the kernels, as far as it is longer than compute (:mod:`tutorial_lib.theory.launches`)
     tp         all-reduces of activations; the next operation waits for them, so nothing hides them
     dp         gradients and parameters; compute hides ``overlap`` times the shorter of its own time and theirs
     cp         keys and values around a ring, hidden the same way; or Ulysses' all-to-alls, which nothing hides
@@ -14,7 +15,7 @@ The model of a step::
 Sources: FLOPs, arXiv:2204.02311, appendix B; volumes, :mod:`tutorial_lib.theory.traffic`; the update, AdamW's fp32
 gradient, weight and two moments (16 bytes read, 12 written). Assumptions: Adam reaches four fifths of the memory
 bandwidth (plausible); kernels are as efficient on small micro-batches as on large ones.
-Not modelled: latency of collectives, kernel launches, sends between a pipeline's stages, reading data.
+Not modelled: latency of collectives, sends between a pipeline's stages, reading data.
 Checked: against published runs and our own, in docs/planner-errors.md.
 """
 
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 from tutorial_lib.theory import context, flops, memory, pipeline, traffic
 from tutorial_lib.theory.activations import recomputed_share, score_traffic
 from tutorial_lib.theory.dimensions import Dimensions
+from tutorial_lib.theory.launches import launch_seconds
 from tutorial_lib.theory.layouts import Cluster, Layout, Workload, missing_here
 from tutorial_lib.theory.peak_memory import Part, part_of_model, peak_memory
 from tutorial_lib.theory.search import step_batch
@@ -33,8 +35,8 @@ from tutorial_lib.theory.state_bytes import layout_states, lora_params
 UPDATE_BYTES = 28
 OFFLOADED_RUN = 2.7
 """Factor by which the one published run with offload was slower than predicted here (docs/planner-errors.md)."""
-SLOWEST_SMALL_RUN = 7
-"""Largest factor by which a published run of fewer than 1 B parameters was slower than predicted here."""
+SLOWEST_SMALL_RUN = 4
+"""Largest factor by which a run of fewer than 1 B parameters was slower than predicted (docs/planner-errors.md)."""
 REACHED_MEMORY_BANDWIDTH = 0.8
 
 
@@ -60,6 +62,7 @@ class Candidate:
     tp_traffic: float
     cp_traffic: float
     compute_seconds: float
+    launch_wait_seconds: float
     dp_seconds: float
     tp_seconds: float
     offload_seconds: float
@@ -77,8 +80,8 @@ class Candidate:
     @property
     def seconds(self) -> float:
         return (
-            self.compute_seconds + self.tp_seconds + self.exposed_dp_seconds + self.offload_seconds
-            + self.update_seconds
+            self.compute_seconds + self.launch_wait_seconds + self.tp_seconds + self.exposed_dp_seconds
+            + self.offload_seconds + self.update_seconds
         )  # fmt: skip
 
 
@@ -108,19 +111,21 @@ def evaluate(workload: Workload, cluster: Cluster, layout: Layout) -> Candidate:
     tp_bytes, tp_seconds = _tp_traffic(workload, cluster, layout, part, accumulation)
     cp_bytes, cp_seconds = _cp_traffic(workload, cluster, layout, part, accumulation)
     compute = _compute_seconds(workload, cluster, layout, batch * workload.seq_length)
+    launches = launch_seconds(layout, part.layers, accumulation)
     if layout.pp > 1:
         slow_down = 1 + pipeline.bubble_share(layout.pp, accumulation, layout.chunks)
-        compute, tp_seconds = compute * slow_down, tp_seconds * slow_down
+        compute, launches, tp_seconds = compute * slow_down, launches * slow_down, tp_seconds * slow_down
     waits = cp_seconds if layout.ulysses else 0.0
     hideable = dp_seconds + cp_seconds - waits
-    exposed = waits + hideable - cluster.overlap * min(hideable, compute)
+    exposed = waits + hideable - cluster.overlap * min(hideable, max(compute, launches))
     offload, update = _update_seconds(workload, cluster, layout, part.params, accumulation)
-    seconds = compute + tp_seconds + exposed + offload + update
+    seconds = max(compute, launches) + tp_seconds + exposed + offload + update
     return Candidate(
         layout=layout, accumulation=accumulation, tokens=batch * workload.seq_length, states=states.device,
         activations=peak.activations, buffers=peak.buffers, memory=peak.total, peak_phase=peak.phase, host=host,
-        dp_traffic=dp_bytes, tp_traffic=tp_bytes, cp_traffic=cp_bytes, compute_seconds=compute, dp_seconds=dp_seconds,
-        tp_seconds=tp_seconds, offload_seconds=offload, update_seconds=update, exposed_dp_seconds=exposed,
+        dp_traffic=dp_bytes, tp_traffic=tp_bytes, cp_traffic=cp_bytes, compute_seconds=compute,
+        launch_wait_seconds=max(0.0, launches - compute), dp_seconds=dp_seconds, tp_seconds=tp_seconds,
+        offload_seconds=offload, update_seconds=update, exposed_dp_seconds=exposed,
         tokens_per_gpu_second=batch * workload.seq_length / seconds / cluster.gpus,
         problem=_problem(cluster, peak.total, host, batch, share),
         missing=tuple(missing_here(layout, workload)),

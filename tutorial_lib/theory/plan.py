@@ -105,6 +105,7 @@ def _why_slower(candidate: Candidate, best: Candidate, cluster: Cluster, fastest
         return f"as fast; {decides}" if decides else "as fast"
     per_token = {
         "computing": (candidate.compute_seconds, best.compute_seconds),
+        "launches": (candidate.launch_wait_seconds, best.launch_wait_seconds),
         "tp traffic": (candidate.tp_seconds, best.tp_seconds),
         "dp traffic": (candidate.exposed_dp_seconds, best.exposed_dp_seconds),
         "offload": (candidate.offload_seconds, best.offload_seconds),

@@ -34,7 +34,7 @@ def test_speed_of_published_runs_of_large_models(run: Published) -> None:
 
 
 def test_small_models_are_slower_than_predicted() -> None:
-    """The model ignores kernel launches. The direction of that error is known, but not its size."""
+    """Kernels of small models reach less of the peak than assumed. Plans name the largest factor."""
     small = [errors.errors_of(run).speed_error for run in MODELLED if run not in LARGE]
     assert len(small) == 4 and min(small) > 0
     assert math.ceil(1 + max(small)) == SLOWEST_SMALL_RUN
@@ -79,7 +79,7 @@ def test_our_own_gpu_runs() -> None:
     assert len(workshop) == 19 and len(fsdp) == 18
     for run in workshop:
         assert run.states is not None and run.states[0] == pytest.approx(run.states[1], rel=1e-6), run
-        assert run.times_too_fast > 1.5, run  # launches, and kernels slower than assumed
+        assert 0.8 < run.times_too_fast < 2.5, run  # kernels of small models are slower than assumed
     updates = list(gpu_runs.update_errors())
     assert len(updates) == 9 and max(map(abs, updates)) < 0.01
     for run in (*workshop, *fsdp):
@@ -88,8 +88,9 @@ def test_our_own_gpu_runs() -> None:
         "micro-batch 2",
         *(f"micro-batch {size}, recomputed" for size in (2, 4, 8, 16)),
     ]
-    busy = [run for run in fsdp if run.is_busy]
-    assert len(busy) == 12 and all(abs(run.seconds[0] / run.seconds[1] - 1) < 0.2 for run in busy)
+    assert all(abs(run.seconds[0] / run.seconds[1] - 1) < 0.2 for run in fsdp)
+    fitted = [run for run in (*workshop, *fsdp) if run.is_fitted]
+    assert len(fitted) == 16 and all(abs(run.seconds[0] / run.seconds[1] - 1) < 0.2 for run in fitted)
 
 
 def test_a_small_batch_of_a_large_model_peaks_at_the_norm_of_its_embedding() -> None:
