@@ -1,6 +1,6 @@
 """Doctor: facts about this machine, and a verdict on whether each profile will work.
 
-Without a GPU this takes well under a second. With one it takes longer, because it imports torch.
+Without a GPU, a diagnosis takes well under a second. With one, it takes longer, because it imports torch.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ def operator_states() -> dict[str, str]:
 
 
 def prebuilt_operators() -> dict[str, Any]:
-    """Return which operators DeepSpeed's installation has compiled, by name, without importing DeepSpeed or torch."""
+    """Return whether each operator was compiled when DeepSpeed was installed, without importing DeepSpeed or torch."""
     found = util.find_spec("deepspeed")
     record = Path(found.origin).with_name("git_version_info_installed.py") if found and found.origin else None
     if record is None or not record.is_file():

@@ -2,7 +2,7 @@
 
 | name | schema of | one row |
 | --- | --- | --- |
-| ``embedded/news`` | ag_news: ``text``, ``label`` | what one function, class or module does; the label is the field it serves |
+| ``embedded/news`` | ag_news: ``text``, ``label`` | an entry's description, or a paragraph of a topic; the label is the entry's field |
 | ``embedded/articles`` | wikitext: ``text`` | some consecutive paragraphs of one module's or topic's documentation |
 | ``embedded/qa`` | SQuAD v1.1: ``id``, ``title``, ``context``, ``question``, ``answers`` | a question about one entry, answered by a span of the context |
 
@@ -51,7 +51,7 @@ _SHORTEST_CONTEXT = 150
 
 
 def content_hash() -> str:
-    """Return a hash of everything that the files depend on: the text, the code, and the packages that write parquet."""
+    """Return a hash of all that the parquet files depend on: the text, the code, and the packages that write them."""
     files = (TEXT, TEXT.with_name("documents.py"), TEXT.with_name("corpora.py"))
     content = hashlib.sha256(b"".join(file.read_bytes() for file in files))
     for package in ("datasets", "pyarrow"):

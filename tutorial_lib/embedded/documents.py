@@ -45,7 +45,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """The entries of one source: a module's file, or a language topic."""
+    """The entries of one module or one language topic."""
 
     name: str
     entries: tuple[Entry, ...]

@@ -34,7 +34,7 @@ _SKIPPED = {
     "antigravity", "distutils", "encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "site-packages", "test",
     "tests", "this", "tkinter", "turtle", "turtledemo", "venv",
 }  # fmt: skip
-"""Modules to skip: not part of every installation, or not prose (modules of encodings repeat a single sentence)."""
+"""Modules that are missing from some installations, or hold no prose (all encodings repeat the same sentence)."""
 
 _PUBLIC_NAMES = {
     "_collections_abc": "collections.abc", "_pydatetime": "datetime", "_pydecimal": "decimal", "_pyio": "io",

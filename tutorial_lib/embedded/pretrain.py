@@ -99,8 +99,8 @@ def configurations(tokenizers: dict[str, PreTrainedTokenizerBase]) -> dict[str, 
 
     Dropout is 0 everywhere, because the course compares runs on different numbers of ranks digit by digit, and
     two ranks draw different random numbers than one rank does. GPT-2's own default, 0.1, can be set in ``config.json``.
-    In the models, heads, hidden sizes and the vocabulary are divisible by 4, so that 2 or 4 tensor-parallel ranks share
-    them evenly.
+    The models' numbers of heads, hidden sizes and vocabulary size are divisible by 4, so that 2 or 4 tensor-parallel
+    ranks share them evenly.
     """
     gpt2, qwen2, bloom = (tokenizers[name] for name in MODEL_NAMES)
     shared = {"vocab_size": VOCAB_SIZE, "initializer_range": INITIALIZER_RANGE}
@@ -130,7 +130,7 @@ def configurations(tokenizers: dict[str, PreTrainedTokenizerBase]) -> dict[str, 
 
 
 def token_stream(tokenizer: PreTrainedTokenizerBase, split: str) -> torch.Tensor:
-    """Return the articles of one split as a single row of token ids, shape [tokens], int64; each ends with EOS."""
+    """Return the articles of one split, each ending with EOS, as a single row of token ids: shape [tokens], int64."""
     ids: list[int] = []
     for row in rows("embedded/articles", split):
         ids += [*tokenizer(row["text"], verbose=False)["input_ids"], tokenizer.eos_token_id]

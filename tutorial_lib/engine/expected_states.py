@@ -1,8 +1,8 @@
 """Expected model states: exact bytes on each data-parallel rank, from the formulas of ``theory.memory``.
 
 Where DeepSpeed deviates from the paper, these bytes follow DeepSpeed: it keeps a master copy even of fp32 weights,
-holds a gradient in full on both ranks that share it, and keeps gradients in fp32 if it offloads. For a step's peak, see
-``predictions``.
+holds a gradient in full on every rank that shares it, and keeps gradients in fp32 if it offloads. For a step's peak,
+see ``predictions``.
 """
 
 from __future__ import annotations

@@ -7,5 +7,5 @@ from torch import Tensor
 
 
 def model_inputs(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Return the model's inputs from a batch, on its device. The labels are for the loss."""
+    """Return a batch on the model's device, without the labels, which only the loss needs."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items() if name != "labels"}

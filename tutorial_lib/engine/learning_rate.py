@@ -37,7 +37,7 @@ class Schedule:
         return dict(self._scheduler.state_dict())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a saved position of any engine, even if its number of parameter groups was different."""
+        """Restore a position that any engine saved, even one with a different number of parameter groups."""
         per_group = ("base_lrs", "_last_lr", "lr_lambdas")
         self._scheduler.load_state_dict(state | {name: state[name][:1] * len(self._groups) for name in per_group})
         for group in self._groups:

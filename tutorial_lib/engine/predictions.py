@@ -113,7 +113,7 @@ def workload_and_layout(config: Config, dimensions: Dimensions, num_params: int)
 
 
 def _bucket_size(engine: EngineConfig, dimensions: Dimensions) -> int:
-    """Return the elements of DeepSpeed's bucket. The Trainer sets it only if its file says ``"auto"``."""
+    """Return the size of DeepSpeed's bucket, in elements. The Trainer sets it only if its file says ``"auto"``."""
     name = engine.deepspeed_file
     if engine.name != "trainer" or name is None:
         return engine.bucket_size

@@ -1,10 +1,10 @@
 """Trial of a model family: forward passes of a tiny copy, before anything starts.
 
-The copy runs the same model code with two layers, narrow widths and random weights. It must meet three requirements of
-:mod:`tutorial_lib.models.masks`: the family accepts the batches of this run, a document gets the same logits in a
-shared row as on its own, and no token sees a later one. With ``loss_chunks`` there is a fourth: the logits are exactly
-the result of the output layer. And with ``engine="trainer"``, which trains on the loss that the family's own code
-computes, that loss must equal the one of :mod:`tutorial_lib.trainer.loss`.
+The copy runs the same model code with two layers, narrow widths and random weights. It must meet three requirements
+for the batches of :mod:`tutorial_lib.models.masks`: the family accepts the batches of this run, a document gets the
+same logits in a shared row as on its own, and no token sees a later one. With ``loss_chunks`` there is a fourth: the
+logits are exactly the result of the output layer. And with ``engine="trainer"``, which trains on the loss that the
+family's own code computes, that loss must equal the one of :mod:`tutorial_lib.trainer.loss`.
 """
 
 from __future__ import annotations
@@ -129,12 +129,12 @@ def _check_is_language_model(name: str, model_config: PretrainedConfig) -> None:
 
 
 def _narrow(config: PretrainedConfig, tp: int, *, fewer_heads: bool) -> None:
-    """Narrow a configuration in place: fewer columns, and fewer heads, split evenly by tp. Heads keep their width.
+    """Narrow a configuration in place: fewer columns, and fewer heads, which ``tp`` divides. Heads keep their width.
 
     Args:
         config: the configuration.
         tp: tensor-parallel size.
-        fewer_heads: whether the family can have fewer heads. If not, its heads must have a width of their own.
+        fewer_heads: whether to reduce the number of heads, too. If not, their width must not depend on the model's.
     """
     text: Any = config.get_text_config()
     if fewer_heads:

@@ -10,7 +10,7 @@ every engine skip it.
 For ``engine="trainer"`` with a DeepSpeed file, this package's own engine tries the file's ZeRO stage. With
 ``shard_at_load``, the copy is loaded as the model will be, and its logits must not change. The plain Trainer needs no
 trial: it does not change the model, whose code and loss :mod:`tutorial_lib.engine.trial_forward` has already run, and
-its DDP looks for parameters without a gradient.
+its DDP looks for parameters without a gradient, unless activations are recomputed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ TESTED_FAMILIES = frozenset({"bloom", "gpt2", "qwen2"})
 """Families of the embedded models, which the tests train with every engine."""
 
 _LARGEST_VECTOR = 1000
-"""Size of the copy's largest vectors. ZeRO-3 must split everything larger, as it splits the model's matrices."""
+"""Upper limit of the copy's persistence threshold: ZeRO-3 must split its matrices, as it splits the model's."""
 
 
 def train_copy(config: Config, build: Callable[[Config], Engine]) -> None:
@@ -122,7 +122,7 @@ class _SplitAtLoad:
 def _written_copy(config: Config, model_config: PretrainedConfig, stack: ExitStack) -> tuple[TinyCopy, str] | None:
     """Return a tiny copy and the directory that it was written into, which the stack removes.
 
-    Return None if there is no copy, if it says nothing about the model, or if this rank cannot write it.
+    Return None if there is no copy, if it is only part of a larger model, or if it cannot be split or written.
     """
     try:
         tiny = TinyCopy.of(config, model_config)
@@ -146,7 +146,8 @@ def _written_copy(config: Config, model_config: PretrainedConfig, stack: ExitSta
                 shutil.copyfile(code, target)
         tiny.model.config.save_pretrained(directory)
         save_model(tiny.model, str(Path(directory, "model.safetensors")))  # save_pretrained writes on rank 0 only
-    except (ConfigError, OSError, SafetensorError, StrictDataclassError):  # the last one: sizes break a rule
+    except (ConfigError, OSError, SafetensorError, StrictDataclassError):
+        # StrictDataclassError means that the copy's sizes break a rule of its configuration class.
         return None
     return tiny, directory
 
@@ -165,7 +166,7 @@ def _copy_config(config: Config, tiny: TinyCopy, directory: str) -> Config:
 
 
 def _take_steps(engine: Engine | _SplitAtLoad, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Evaluate and take two steps, and return the logits from before them."""
+    """Evaluate, take two steps, and return the logits of the evaluation."""
     engine.train(False)
     with torch.no_grad():
         logits = engine.forward(batch)

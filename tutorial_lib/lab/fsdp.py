@@ -10,7 +10,7 @@ def bytes_per_rank(num_params: int, num_ranks: int) -> Exercise:
     shard = 16 * num_params / num_ranks
     return Exercise(
         f"A model of {num_params / 1e9:g} billion parameters is trained with `fully_shard` and AdamW on {num_ranks} "
-        "GPUs, in bf16 with a `MixedPrecisionPolicy`. How many GB of model states does each GPU hold between steps?",
+        "GPUs, in bf16 with a `MixedPrecisionPolicy`. How many GB of model states does each GPU hold after backward?",
         check=number(
             shard / 1e9,
             relative=0.01,

@@ -41,7 +41,7 @@ def __getattr__(name: str) -> ModuleType:
 def torchrun(
     script: ModuleType, num_ranks: int, *arguments: object, on_line: Callable[[str], object] = lambda line: None
 ) -> list[str]:
-    """Start a script with torchrun on processes of this machine, and return the lines that it prints.
+    """Start a script with torchrun in several processes on this machine, and return the lines that it prints.
 
     Args:
         script: a script from :data:`DIRECTORY`.

@@ -70,7 +70,8 @@ def read_memory(path: str | Path) -> list[tuple[float, int]]:
     """Read how a rank's memory grew during the step: pairs of milliseconds and bytes, both since its start.
 
     Raises:
-        ValueError: as :func:`read_trace`, or the trace was recorded without ``profile_memory``.
+        ValueError: the trace has neither FSDP2's marks nor those of a step's phases, or was recorded without
+            ``profile_memory``.
     """
     events = _events(path)
     began = _start(events, path)

@@ -1,4 +1,4 @@
-"""Figures and exercises of lesson 01: a loss that falls, a traced step, which stage to choose, what a resume forgot."""
+"""Figures and exercises of lesson 01: a falling loss, a traced step, the choice of a stage, an incomplete resume."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Measurements of a run: memory held, bytes sent, tokens per second.
+"""Measurements: memory held, bytes sent, and the speed of devices and links.
 
-These functions look at tensors, collectives and records. They do not know the engine, so every engine is measured the
+These functions look at tensors, collectives and processes. They do not know the engine, so every engine is measured the
 same way.
 """

@@ -101,9 +101,9 @@ def count_allocations() -> Iterator[Allocations]:
     """Follow every allocation of the block, to find exact peaks, even those that a sampler would miss.
 
     This counts the memory that the block itself allocates, in this thread and in backward, including temporaries inside
-    kernels. Memory from before the block does not count, whether it stays or is freed. The yielded object is filled at
-    the end of the block. Every operator is recorded, so use it for building a model or for single steps, not for a long
-    run.
+    kernels. Memory from before the block does not count, except that freeing it lowers the numbers on a GPU. The
+    yielded object is filled at the end of the block. Every operator is recorded, so use it for building a model or for
+    single steps, not for a long run.
     """
     allocations = Allocations()
     activities = [torch.profiler.ProfilerActivity.CPU]

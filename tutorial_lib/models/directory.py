@@ -49,7 +49,7 @@ def check_config(directory: str) -> None:
 
 
 def check_tokenizer_files(directory: str) -> None:
-    """Refuse tokenizer files that are not JSON objects, or are only git-lfs pointers.
+    """Refuse tokenizer files that are git-lfs pointers, and JSON files of a tokenizer that do not hold an object.
 
     Raises:
         ConfigError: names the file, what is wrong with it, and what to do.

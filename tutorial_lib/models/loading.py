@@ -237,8 +237,8 @@ def hub_reachable() -> bool:
 def fetch(load: Callable[..., Any], what: str, name: str, **options: Any) -> Any:
     """Call ``load`` for a model or tokenizer by name, and turn every problem with the name into a ``ConfigError``.
 
-    Other errors pass through, such as those of DeepSpeed's checks while a stage-3 model loads, a library that is not
-    installed, or running out of memory.
+    Other errors pass through: for example, one of DeepSpeed's checks fails while a stage-3 model loads, a library is
+    not installed, or memory runs out.
 
     Args:
         load: called with the resolved name, ``local_files_only`` and the options.

@@ -15,8 +15,8 @@ PyTorch's fused attention ("sdpa": GPT-2, Qwen2 and most others) take it as it i
 - BLOOM. Its attention *adds* the mask to the scores, and its ALiBi bias needs the distance between tokens, which BLOOM
   derives from a padding mask rather than from ``position_ids``.
 
-Before a run starts, :mod:`tutorial_lib.engine.trial_forward` checks that its model's family accepts both kinds of
-batch.
+Before a run starts, :mod:`tutorial_lib.engine.trial_forward` checks that its model's family accepts padded batches and,
+if the run uses them, packed ones.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class SideFiles:
 
 
 def check_side_files(name: str) -> None:
-    """Refuse a directory with unreadable side files, other than the tokenizer's. Hub models are not checked.
+    """Refuse a directory whose ``generation_config.json`` is not valid. Hub models are not checked.
 
     Raises:
         ConfigError: names the file, what is wrong with it, and what to do.

@@ -245,7 +245,7 @@ def check_complete(
 
 
 def check_all_used(name: str, model: PreTrainedModel, others: Iterable[str]) -> None:
-    """Refuse files with tensors that loading would silently drop, which would train a different model.
+    """Refuse files with tensors that loading would silently drop, so that a different model would be trained.
 
     A tensor is refused if it belongs to a module of the model that has no such parameter: a bias that ``config.json``
     turns off, a layer beyond ``num_hidden_layers``, an adapter of a layer. Heads for other tasks and old buffers are

@@ -13,7 +13,7 @@ def local_device(run: RunConfig) -> torch.device:
     """Return the device of this rank, and make it the current GPU. A rank that sees a single GPU uses that one.
 
     Raises:
-        ConfigError: the node has fewer GPUs than ranks.
+        ConfigError: this process sees no GPU, or several but none for its local rank.
     """
     if run.device == "cpu":
         return torch.device("cpu")

@@ -29,7 +29,8 @@ def build(config: Config) -> dict[str, Any]:
     Values in ``config.engine.deepspeed_file`` take precedence; missing and ``"auto"`` values come from the run.
 
     Raises:
-        ConfigError: the file does not parse, holds unknown or misplaced keys, or contradicts the run's batch sizes.
+        ConfigError: the file does not parse, holds unknown or misplaced keys, or contradicts the run's batch sizes or
+            ``tp``.
     """
     own = _from_config(config)
     if config.engine.deepspeed_file is None:
@@ -85,7 +86,7 @@ def check_autotp(engine: EngineConfig, parallel: ParallelConfig, model_config: A
     styles = set((getattr(text, "base_model_tp_plan", None) or {}).values())
     if text.model_type in AUTOTP_PRESETS or (styles and styles <= _AUTOTP_STYLES):
         return
-    why = f"with {sorted(styles - _AUTOTP_STYLES)} in it" if styles else "without a tensor-parallel plan"
+    why = f"with {sorted(styles - _AUTOTP_STYLES)} in its plan" if styles else "without a tensor-parallel plan"
     if text.model_type == "gpt2":
         why = "whose Conv1D layers keep their weights transposed"
     raise ConfigError(
@@ -152,7 +153,7 @@ def apply_file(config: Config) -> Config:
 
 
 def _stated_settings(given: dict[str, Any], engine: EngineConfig, name: str) -> dict[str, tuple[str, Any]]:
-    """Return the settings that a file states: by flat name, the key in the file and the setting's value."""
+    """Return the settings that a file states, each with its key in the file and its value, by flat name."""
     keys = {
         "zero_stage": "zero_optimization.stage",
         "bucket_size": "zero_optimization.reduce_bucket_size",

@@ -330,7 +330,8 @@ def _partition_at_construction(settings: dict[str, Any]) -> Iterator[None]:
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     # transformers only needs to know the stage. With the AutoTP section it would refuse to load weights, although
-    # AutoTP splits them later. Because it partitions over all ranks, it would check batch sizes against too many ranks.
+    # AutoTP splits them later. Batch sizes would be checked against the number of all ranks, over which the model is
+    # partitioned here, instead of the data-parallel size.
     visible = {key: value for key, value in settings.items() if key not in _HIDDEN_FROM_TRANSFORMERS}
     keep_alive = HfDeepSpeedConfig(visible)
     try:

@@ -39,7 +39,8 @@ def read(name: str) -> dict[str, Any]:
     """Read a DeepSpeed JSON file, by path or by its name in ``tutorial_lib/ds_configs``, and check it.
 
     Returns:
-        Its settings: without ``"auto"`` values, under current key names, with integral numbers as ``int``.
+        Its settings: without ``"auto"`` values, under current key names, and with numbers such as 5e8 as ``int`` where
+        DeepSpeed expects an integer.
 
     Raises:
         ConfigError: there is no such file, it is not a valid JSON object, or it has unknown or misplaced keys or
@@ -101,7 +102,7 @@ def check(given: dict[str, Any], *, source: str) -> dict[str, Any]:
     """Refuse keys that DeepSpeed would ignore or reject, and values that it would misread.
 
     Returns:
-        The file's settings, see :func:`read`.
+        The file's settings, as :func:`read` describes them.
 
     Raises:
         ConfigError: names each wrong key, and what to write instead.
@@ -197,7 +198,7 @@ _TYPES: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str"
 
 
 def _value(value: Any, kind: str, where: str, problems: list[str]) -> Any:
-    """Return a value, with integral floats as ``int``; add to ``problems`` if it is not of the expected kind."""
+    """Return a value, as ``int`` where an integer is expected; add to ``problems`` if it is of another kind."""
     nullable, kind = kind.endswith("?"), kind.rstrip("?")
     if kind == "any" or (value is None and nullable):
         return value

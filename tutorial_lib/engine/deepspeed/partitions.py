@@ -61,7 +61,7 @@ def pieces(optimizer: Any, stage: int) -> Iterator[tuple[Tensor, Piece]]:
         return
     for group, vector in enumerate(optimizer.single_partition_of_fp32_groups):
         begin = dist.get_rank(optimizer.real_dp_process_group[group]) * vector.numel()
-        # In the order of the layout, which differs from the model's with round_robin_gradients.
+        # Follow the layout's order, which differs from the model's if round_robin_gradients is set.
         offsets = optimizer.round_robin_bit16_offsets[group]
         for parameter, offset in zip(optimizer.round_robin_bit16_groups[group], offsets, strict=True):
             start, stop = max(begin - offset, 0), min(begin + vector.numel() - offset, parameter.numel())

@@ -1,7 +1,7 @@
 """Checkpoints with ``torch.distributed.checkpoint`` (DCP): every rank writes its shards into its own file.
 
-DCP records in ``.metadata`` which file has which part of which tensor, so that a different number of processes, or a
-different sharding, can read it: each rank finds the parts that it needs in any rank's file. If several ranks hold the
+DCP records in ``.metadata`` where each part of each tensor is, so that a different number of processes, or a different
+sharding, can read the checkpoint: each rank finds the parts that it needs in any rank's file. If several ranks hold the
 same part, one of them writes it.
 
 Source: https://docs.pytorch.org/docs/stable/distributed.checkpoint.html

@@ -1,7 +1,7 @@
 """Sharding strategies, under FSDP1's four names: what each rank holds, and when parameters are gathered.
 
 ============== ================================================== ==========================================
-strategy       between steps a rank holds                         gathered parameters live
+strategy       after backward a rank holds                        gathered parameters live
 ============== ================================================== ==========================================
 full_shard     1/N of parameters, gradients, optimizer states     while their layer computes
 shard_grad_op  the same                                           from forward until the end of backward
@@ -9,7 +9,8 @@ hybrid_shard   1/S of them, each shard on N/S ranks               while their la
 no_shard       all of them (plain data parallel)                  always
 ============== ================================================== ==========================================
 
-N is the data-parallel size, S the ``shard_size``. Elements on the wire per micro-batch, with Psi parameters:
+N is the data-parallel size, S the ``shard_size``. Elements on the wire per micro-batch, with Psi parameters, if every
+micro-batch reduces its gradients (by default only the last one of a step does):
 ``full_shard`` all-gathers Psi twice and reduce-scatters Psi (3 Psi); ``shard_grad_op`` gathers once (2 Psi);
 ``hybrid_shard`` works like ``full_shard`` within S ranks, then all-reduces the resulting Psi/S over N/S ranks;
 ``no_shard`` all-reduces Psi (2 Psi).

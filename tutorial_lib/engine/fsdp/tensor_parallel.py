@@ -11,10 +11,10 @@ block needs one all-reduce: 2 per layer. In the plan ``plain``, every column-par
 all-reduces its own gradient: Qwen2 has five of them (query, key, value, gate, up), so a layer needs 2 + 5. GPT-2 and
 BLOOM have only two, because they fuse query, key and value, so both plans cost the same.
 
-Embeddings, norms and the head are replicated on every rank. All three families tie the head to the embedding:
-splitting one by vocabulary means splitting both, and the loss, which the trainer computes in the same way for every
-engine, would have to handle split logits. Replicated parameters see the same numbers on every tensor-parallel rank, so
-their gradients are equal without any communication.
+Embeddings, norms and the head are replicated on every rank. Most models of these families tie the head to the
+embedding: splitting one by vocabulary means splitting both, and the loss, which the trainer computes in the same way
+for every engine, would have to handle split logits. Replicated parameters see the same numbers on every
+tensor-parallel rank, so their gradients are equal without any communication.
 
 Ranks of a group draw the same dropout masks. In attention this means that heads on different ranks share masks.
 """

@@ -244,7 +244,7 @@ def test_16_bits_without_zero_are_refused():
 @pytest.mark.parametrize(
     ("model_type", "why"),
     [("gpt2", "whose Conv1D layers keep their weights transposed"), ("opt", "without a tensor-parallel plan"),
-     ("mixtral", r"with \['moe_tp_experts'.*\] in it")],
+     ("mixtral", r"with \['moe_tp_experts'.*\] in its plan")],
 )  # fmt: skip
 def test_models_that_autotp_does_not_split_are_refused(model_type, why):
     engine, split = EngineConfig(zero_stage=1), ParallelConfig(tp=2)
