@@ -18,7 +18,7 @@ def is_lfs_pointer(path: Path) -> bool:
 
 
 def write_lock_holder(path: Path) -> None:
-    """Write into a lock file which process has just locked it."""
+    """Write the id and host of this process, and the time, into a lock file that it has just locked."""
     since = datetime.now(UTC).isoformat(timespec="seconds")
     path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}) + "\n")
 

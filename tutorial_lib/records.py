@@ -173,7 +173,7 @@ class RunDirectory:
         return min(self.errors(), key=lambda record: (lost_another_rank(record), record["time"]), default=None)
 
     def errors(self) -> list[dict[str, Any]]:
-        """Return the errors that :meth:`write_error` saved during this launch, earliest first."""
+        """Return the errors that :meth:`write_error` saved since the workers last started, earliest first."""
         found = [json.loads(path.read_text(encoding="utf-8")) for path in self.logs.glob("rank-*.error.json")]
         return sorted(found, key=lambda record: record["time"])
 

@@ -25,7 +25,7 @@ class Table:
         return {"text/html": self.html(), "text/plain": str(self)}
 
     def html(self) -> str:
-        """Return an HTML table that only sets the border's colour, so that text and background follow the theme."""
+        """Return an HTML table that sets no colour but the border's, so that text and background follow the theme."""
         align = ["right" if n else "left" for n in self.numeric]
         head = "".join(
             f'<th scope="col" style="{_CELL};text-align:{a}">{html.escape(c)}</th>'
@@ -136,5 +136,5 @@ def format_bytes(num_bytes: float) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Return whether a value is a real number, of Python or of NumPy. A bool is not one."""
+    """Return whether a value is a Python or NumPy real number. A bool does not count as one."""
     return isinstance(value, Real) and not isinstance(value, bool)

@@ -207,7 +207,7 @@ def _hand_over(session: Any) -> float:
 def _alternated(files: _Plain, **procedures: Callable[[], float | None]) -> list[dict[str, float]]:
     """Return the seconds of each procedure in each round, without the first round.
 
-    If a procedure returns a number, these are its seconds. Otherwise, they are the time until the slowest rank is done.
+    If a procedure returns a number, that is its time. Otherwise, its time ends when the slowest rank is done.
     Each call begins once the disk is idle, so that it does not pay for earlier writes or for freeing old files.
     """
     rounds = []

@@ -86,7 +86,7 @@ def _speed(config: Config, reference: Config) -> dict[str, Any]:
 
 
 def _step(config: Config) -> Callable[[], float]:
-    """Return a function that trains one step and returns its loss over all ranks. A single process is on rank 0."""
+    """Return a function that trains one step and returns its loss over all ranks. A single process trains on rank 0."""
     alone = config.parallel.world_size == 1
     topology = Topology.create(config.parallel, rank=0 if alone else dist.get_rank(), world_size=1 if alone else RANKS)
     threads = torch.get_num_threads()

@@ -28,7 +28,7 @@ PARTS = (
 
 
 def measure() -> dict[str, Any]:
-    """Measure two one-step fits on two workers, of which the first starts Ray and the second finds it running."""
+    """Measure two one-step fits on two workers. The first fit starts Ray, and the second finds it running."""
     from tutorial_lib.launch.ray import cluster  # imports Ray only when it starts Ray, so the import is measured
 
     with tempfile.TemporaryDirectory(prefix="tutorial-lib-bench-") as storage:

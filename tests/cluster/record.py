@@ -154,7 +154,7 @@ def undisturbed(cluster: SlurmCluster, directory: Path) -> list[float]:
 
 
 def preempted(cluster: SlurmCluster, directory: Path) -> dict[str, Any]:
-    """Return the events of the same job when a higher-priority job takes its nodes."""
+    """Return the events, losses and output of the same job when a higher-priority job takes its nodes."""
     began = time.monotonic()
     events: list[dict[str, Any]] = []
 

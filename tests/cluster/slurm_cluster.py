@@ -146,7 +146,7 @@ class SlurmCluster:
         """Wait for something to become true.
 
         Raises:
-            SlurmError: it did not within this time.
+            SlurmError: it did not become true within this time.
         """
         end = time.monotonic() + seconds
         while not condition():

@@ -101,7 +101,7 @@ def _namespaces(processes: Iterable[Path] = ()) -> set[str]:
 
 
 def _daemons(directory: Path) -> list[Path]:
-    """Return the processes that work in this directory."""
+    """Return the processes whose command line or environment names this directory."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:

@@ -1,4 +1,4 @@
-"""Requirements of the cluster tests, which say what is missing. These tests need neither root nor SLURM."""
+"""Refusals of the cluster tests, which say what is missing. The tests here need neither root nor SLURM."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from tutorial_lib.records import RunDirectory
 STEPS = 40
 """Enough steps for a signal to arrive during training; they take seconds."""
 SECONDS = 120
-"""Seconds for one start of a tiny run on two busy cores; on idle ones it takes 13."""
+"""Seconds allowed for one start of a tiny run on two busy cores. On idle cores, a start takes 13."""
 
 
 TWO_NODES = ["--nodes", "2", "--ranks-per-node", "1", "--zero-stage", "2"]

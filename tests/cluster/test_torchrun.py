@@ -1,4 +1,4 @@
-"""``torchrun`` on two virtual nodes: the same numbers as on one node, and failures that end in time and say why."""
+"""``torchrun`` on two virtual nodes: the same numbers as on one node, and failures that end all ranks and say why."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def launched(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 
 def _claim(launch: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Fail if another pytest process of this session made the same launch, which doubles the time in silence.
+    """Fail if another pytest process of this session has made the same launch, which silently doubles the time.
 
     This happens where pytest-xdist ignores groups, as it does with pytest 9.2 (pytest-xdist's issue 1386).
     """

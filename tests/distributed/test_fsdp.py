@@ -1,6 +1,7 @@
 """FSDP2 and DTensor: bytes per rank and elements on the wire match the formulas, and initial weights are right.
 
-States are kept in fp32: 4 bytes each for parameter, gradient and two moments. The models' tensors divide evenly.
+States are kept in fp32: 4 bytes each for a parameter, its gradient and its two moments. Except in the case ``odd``, the
+models' tensors divide evenly.
 """
 
 from __future__ import annotations

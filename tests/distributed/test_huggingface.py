@@ -39,7 +39,9 @@ EQUAL: dict[int, list[tuple[str, str]]] = {
         ("bloom", "load"),
     ],
 }
-"""Cases that must equal our own loop, by number of ranks, with a DeepSpeed file, plain DDP, or sharded at load.
+"""Cases and variants that must equal our own loop, by number of ranks.
+
+A variant is a DeepSpeed file, ``plain`` (DDP on two ranks) or ``load`` (sharded at load).
 
 Lesson 05 checks the rest: stages 0 to 3 on two processes and 1 to 3 on one, with accumulation.
 """
@@ -99,7 +101,7 @@ def own_loop(directory: Path) -> Config:
 
 @pytest.fixture(scope="module")
 def runs(files: Path) -> dict[str, launch.Run]:
-    """Start all runs of this module in two launches, resume some in a third one, and return all by name."""
+    """Start the runs that tests share in two launches, resume some of them in a third, and return all by name."""
     one = [equivalence.reference(files, case) for case in ("gpt2", "qwen2", "bloom", "untied")]
     one = [config.override(name=f"hf-{config.run.name}") for config in one]
     one += [trained(files, *each, 1) for each in EQUAL[1]]
@@ -210,7 +212,7 @@ def test_a_model_sharded_at_load_is_exported_and_never_resumed(runs, tmp_path):
 
 
 def test_ranks_that_share_parameters_answer_an_odd_number_of_questions(files, tmp_path):
-    """Each rank answers some of them, in lockstep, and all are scored."""
+    """Each rank answers some of the questions, in lockstep with the other, and all answers are scored."""
     questions = {"model": "embedded/bloom", "dataset": "embedded/qa", "seq_length": 96, "max_eval_examples": 5}
     flat = questions | {"engine": "trainer", "dp": 2, "evaluate": True, "score_answers": True, "learning_rate": 4e-3}
     variants: dict[str, dict[str, Any]] = {"zero3": {"deepspeed": "zero3"}, "load": {"shard_at_load": True}}

@@ -1,4 +1,4 @@
-"""A reader's own loop, built from the package's parts, trains like its trainer, and each can resume the other's runs.
+"""A reader's own loop, built from the package's parts: it trains like the trainer, and each resumes the other's runs.
 
 The loop is in ``notebooks/scripts/train_zero.py``. ``test_ray.py`` gives it to Ray's own ``TorchTrainer``.
 """

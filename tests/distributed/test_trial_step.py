@@ -60,7 +60,7 @@ def tried(directory: Path, family: str, engine: str, batching: str = "longest") 
             try_engine(config, topology, 10)
             dist.barrier()
             began = time.perf_counter()
-            try_engine(config, topology, 10)  # this time, libraries are loaded
+            try_engine(config, topology, 10)  # the libraries have been loaded by now
         except ConfigError as error:
             return str(error), 0.0
         return "", time.perf_counter() - began

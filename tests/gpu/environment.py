@@ -1,4 +1,4 @@
-"""Step 1: facts about the machine, and measured limits of its matrix products, memory, link to the host and disk."""
+"""Step 1: facts about the machine, and measured limits of its matrix products, memory, disk and link to the host."""
 
 from __future__ import annotations
 

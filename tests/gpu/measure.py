@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cases", default="", metavar="PATTERN", help="only the cases that match (a regular expression)"
     )
-    parser.add_argument("--wheels", type=Path, default=ROOT / "build" / "gpu-wheels", help="filled by pack.py")
+    parser.add_argument("--wheels", type=Path, default=ROOT / "build" / "gpu-wheels", help="wheels from pack.py")
     parser.add_argument("--write-cpu-losses", action="store_true", help="replace tests/gpu/cpu_losses.json, and end")
     parser.set_defaults(size="full")
     return parser

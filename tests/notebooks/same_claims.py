@@ -1,8 +1,8 @@
 """Pytest plugin beside nbval that compares the claims of a fresh run with the committed ones.
 
 ``-p tests.notebooks.same_claims`` adds one test to every notebook, after its last cell. The test reads the claims from
-the outputs that nbval has just produced, so that no notebook runs twice. It passes if every claim holds, and every
-number is the committed one.
+the outputs that nbval has just produced, so that no notebook runs twice. It passes if every claim holds and every
+number equals the committed one, up to rounding.
 """
 
 from __future__ import annotations

@@ -83,5 +83,5 @@ def test_in_place_keeps_only_reproducible_outputs(course: Path) -> None:
     assert str(course.parent) not in first
 
 
-def test_no_notebook_is_an_error(course: Path) -> None:
+def test_finding_no_notebook_is_an_error(course: Path) -> None:
     assert run.main([]) == 1

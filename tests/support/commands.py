@@ -10,7 +10,7 @@ def train_command(config: Config) -> list[str]:
     given = ["tutorial_lib", "train", "--json"]
     settings = config.flat()
     if config.run.steps:
-        del settings["epochs"]  # steps state the run's length
+        del settings["epochs"]  # `steps` sets the run's length
     for name, value in settings.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):

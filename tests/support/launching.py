@@ -32,7 +32,7 @@ def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
 def interrupt_when(
     condition: Callable[[], object], times: int = 1, number: signal.Signals = signal.SIGINT
 ) -> threading.Thread:
-    """Send this process a signal, like Ctrl-C, once a condition holds, and again every half second up to ``times``."""
+    """Once a condition holds, send this process a signal, as Ctrl-C does, ``times`` times, half a second apart."""
 
     def strike() -> None:
         wait_until(condition, 60)

@@ -1,4 +1,4 @@
-"""Benchmark matrices: the same training run in several ways, each row in its own processes, compared in one table.
+"""Benchmark matrices: the same training in several variants, each row in its own processes, compared in one table.
 
 If a row fails, the table says so, and the next row runs. Results are saved after every row, so that a matrix can be
 interrupted and continued.

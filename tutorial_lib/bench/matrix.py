@@ -160,7 +160,7 @@ def run_matrix(
 
     Raises:
         ConfigError: a row has invalid settings, a matrix of this name has different settings, or no row can run here.
-        Interrupted: Ctrl-C was pressed or a signal arrived. Earlier rows are kept, and the same call continues.
+        Interrupted: Ctrl-C was pressed or a signal arrived. Earlier rows are kept; repeat the call to continue.
     """
     _check(config.run, sample_interval)
     config, note = choose_subset(config.with_absolute_paths())

@@ -31,7 +31,10 @@ class SilentProgress:
 
 
 class MatrixProgress(SilentProgress):
-    """Shows a matrix's progress: one line that is rewritten in a terminal or a notebook, or else a line per row.
+    """Shows a matrix's progress.
+
+    In a terminal or a notebook, one line is rewritten while a row runs. In a log, each row gets two lines: one when it
+    starts, and one when it has ended.
 
     Args:
         file: where to write outside notebooks; default: standard error.

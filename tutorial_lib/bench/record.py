@@ -241,7 +241,7 @@ def _sampled(log: Path, run: RunConfig) -> tuple[Memory | None, tuple[Memory, ..
     except MemoryLogError:
         return None, ()
     names = sorted({f"GPU {each.gpu}" for each in series.values() if each.gpu is not None})
-    # The share of these processes if the driver reports it, otherwise the GPU's total use.
+    # Use the share of these processes if the driver reports it, and otherwise the GPU's total.
     gpus = [series.get(f"{name}, process tree", series[name]) for name in names]
     on_gpu = run.device == "cuda"
     return Memory.of(series["process tree"]), tuple(map(Memory.of, gpus)) if on_gpu else ()

@@ -112,7 +112,7 @@ def build(experiment: str, rows: Sequence[RowRecord], about: str = "all", only: 
 
 
 def remarks(rows: Sequence[RowRecord]) -> list[str]:
-    """Return a sentence for each row that is not done, or that has a note."""
+    """Return a line for each row that stopped or failed, with its cause, and one for each note."""
     return [f"{row.name}: {row.status}: {row.cause}" for row in rows if row.cause] + [
         f"{row.name}: {row.note}" for row in rows if row.note
     ]
@@ -148,7 +148,7 @@ def _plain(value: Any) -> Any:
 
 
 def _efficiencies(rows: Sequence[RowRecord]) -> dict[str, float]:
-    """Return each row's samples per second per process, as a percentage of the row with the fewest processes."""
+    """Return each row's samples per second per process, in percent of the value with the fewest processes."""
     per_process = {
         row.name: row.samples_per_second / row.world_size
         for row in sorted(rows, key=lambda row: row.world_size or 0)

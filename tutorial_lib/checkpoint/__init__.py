@@ -8,10 +8,10 @@ A checkpoint is the directory ``checkpoints/step-NNNNNNNN`` of a run::
     trainer.json       step, learning-rate schedule, settings, versions
     manifest.json      every file with its size and SHA-256; written last
 
-Ranks write it under a temporary name that no reader looks for; with ``async_save``, training continues in the meantime.
-Once the manifest is complete, the directory gets its final name, so after an interrupted save the previous checkpoint
-is still the newest. A resume reads every byte before it loads anything, and falls back to the newest intact checkpoint
-if newer ones are damaged.
+The ranks write a checkpoint under a temporary name that no reader looks for; with ``async_save``, training continues in
+the meantime. Once the manifest is complete, the directory gets its final name, so after an interrupted save the
+previous checkpoint is still the newest. A resume reads every byte before it loads anything, and falls back to the
+newest intact checkpoint if newer ones are damaged.
 
 The engine's files are pickles, and so is FSDP2's ``.metadata``. Unpickling runs code, so only load checkpoints that you
 or your job wrote. The manifest protects against damage, not against forgery.

@@ -28,7 +28,7 @@ _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", tor
 def export(path: Path, target: Path, max_shard_size: str = MAX_SHARD_SIZE) -> Path:
     """Write a checkpoint's weights as a Hugging Face directory that ``from_pretrained`` loads.
 
-    One process does this without a GPU: the CPU merges shards of any ZeRO stage, FSDP2 and any tensor-parallel size.
+    One process does this without a GPU: the CPU merges shards of any ZeRO stage or FSDP2, at any tensor-parallel size.
     With mixed precision, the fp32 master weights are exported, not their 16-bit copies. For a model of any size, the
     process holds only about twice the largest parameter at a time: its pieces and the merged result. The directory
     gets its final name once everything in it is on disk.

@@ -29,7 +29,7 @@ def load(path: Path, engine: Any, config: Config, topology: Topology) -> Trainin
     - fp16's dynamic loss scale starts from its initial value, and updates are skipped until it has come down.
 
     Raises:
-        CheckpointError: the engine found nothing to load.
+        CheckpointError: the engine found nothing to load, or the files do not match the model's configuration.
     """
     trainer = read_trainer_state(path)
     saved, wanted = shape(trainer["config"]), shape(config.flat())

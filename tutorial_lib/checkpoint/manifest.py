@@ -14,11 +14,11 @@ from tutorial_lib.mpu.collectives import all_gather_objects, broadcast_object
 MANIFEST = "manifest.json"
 
 FORMAT = 2
-"""Format number in ``trainer.json`` and the manifest. Format 1, without hashes of the model, is still read."""
+"""Format number in ``trainer.json`` and the manifest. Format 1, which recorded no identity, is still read."""
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint is missing, damaged, or belongs to another run. The message names the file and what to do."""
+    """A checkpoint is missing or damaged, or cannot be written. The message names the path, and often what to do."""
 
 
 class NewerFormat(CheckpointError):

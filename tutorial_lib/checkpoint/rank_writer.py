@@ -1,7 +1,7 @@
 """Writer of one rank's files: it writes immediately, or on a thread from a snapshot while training continues.
 
-Each rank hashes its files while writing them, so no file is read again for its SHA-256. A file counts as written once
-it is on disk (``fsync``).
+Each rank hashes its files while writing them, so only files that a library wrote by itself are read again for
+their SHA-256. A file counts as written once it is on disk (``fsync``).
 """
 
 from __future__ import annotations
@@ -98,14 +98,14 @@ class Writer:
         self._seconds = time.perf_counter() - self._began
 
     def is_done(self) -> bool:
-        """Return whether all files are written. Raises the first error that a job raised."""
+        """Return whether all files are written. Raise the first error of a job, if there is one."""
         done = [job for job in self._jobs if job.done()]
         for job in done:
             job.result()
         return len(done) == len(self._jobs)
 
     def wait(self) -> float:
-        """Wait until all files are written; return the seconds from the start to the last one."""
+        """Wait until all files are written; return the seconds from the writer's creation to the last file."""
         for job in self._jobs:
             job.result()
         self.close()

@@ -20,7 +20,7 @@ _ENGINE_SPECIFIC = tuple(name for name, setting in settings().items() if {*ENGIN
 
 
 def reshape(source: Path, flat: dict[str, Any], start_run: Callable[[Config], object]) -> Config:
-    """Create a new run from another run's checkpoint, saved in a different shape. The old run is unchanged.
+    """Create a new run from another run's checkpoint, rewritten in a different shape. The old run is unchanged.
 
     Args:
         source: a run's directory (its newest intact checkpoint), or one checkpoint.

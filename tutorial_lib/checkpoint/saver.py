@@ -142,7 +142,8 @@ class Save:
 
         Returns:
             On every rank the ``step``, the ``stall_seconds`` of training, the ``write_seconds`` until the last file was
-            on the disk (both from the slowest rank), and the ``bytes`` of all files.
+            on the disk (both from the slowest rank), and the ``bytes`` of all files. Only rank 0 counts files that the
+            writers did not write, such as DeepSpeed's scripts.
 
         Raises:
             CheckpointError: rank 0 does not see some rank's files, because the storage is not shared; or their size

@@ -68,7 +68,7 @@ def _is_under(name: Any, directory: Path) -> bool:
 
 
 def write_failure(directory: Path) -> str | None:
-    """Return why a small file cannot be written there right now, or None if it can."""
+    """Return why a small file cannot be written to a directory right now, or None if it can."""
     probe = directory / f".write-test-{os.getpid()}"
     try:
         probe.write_bytes(bytes(_PROBE_BYTES))

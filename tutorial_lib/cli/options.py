@@ -48,7 +48,7 @@ def add_setting(
 
 
 def _number_parser(kind: type, meaning: str, none_word: str | None = None) -> Callable[[str], Any]:
-    """Return a function that parses a number or ``none_word``, with an error message that explains the argument."""
+    """Return a function that parses a value or ``none_word``, and whose error message explains the argument."""
 
     def read(text: str) -> Any:
         if text == none_word:

@@ -45,7 +45,7 @@ def describe_predictions(run: str, *, gpu: str | None = None, as_json: bool = Fa
         as_json: return JSON instead of a table.
 
     Raises:
-        ConfigError: the run was not measured, or its engine or batching cannot be predicted.
+        ConfigError: the run is unfinished or was not measured, its model cannot be planned, or ``gpu`` is not a preset.
     """
     records = RunDirectory(Path(run).expanduser())
     try:
@@ -129,7 +129,7 @@ def _cluster_of(gpu: str | None, ranks: int, precision: str) -> Cluster:
 def _boundary_gradients(config: Config, workload: Workload, layout: Layout) -> float:
     """Return the extra bytes of gradients that ZeRO's stages 1 and 2 hold at boundaries of the ranks' shares.
 
-    A tensor that crosses the boundary is held in full on both ranks
+    A tensor that crosses a boundary is held in full on both ranks
     (:func:`tutorial_lib.theory.memory.reduced_gradients`). This is negligible in a large model, and about one percent
     in a model of four layers.
     """
@@ -147,7 +147,8 @@ def _boundary_gradients(config: Config, workload: Workload, layout: Layout) -> f
 def _later_gradients(workload: Workload, layout: Layout, states: States) -> float:
     """Return the bytes of reduced gradients on the host that do not exist yet while full ones wait on the device.
 
-    A plan counts both, since device and host each need their memory. FSDP2 with offload never holds both at once.
+    A plan counts both, since the device must have room for one and the host for the other. FSDP2 with offload never
+    holds both at once.
     """
     if layout.strategy is None or layout.offload == "none" or not states.gradients:
         return 0.0

@@ -50,7 +50,7 @@ def settings_of(workload: Workload, best: Candidate, model: str, *, random_init:
 
 
 def deepspeed_config(workload: Workload, best: Candidate) -> dict[str, Any] | None:
-    """Return the DeepSpeed configuration of a candidate, for a JSON file; None for another engine."""
+    """Return the DeepSpeed configuration of a candidate, for a JSON file, or None if its engine is FSDP."""
     layout = best.layout
     if layout.strategy is not None:
         return None

@@ -45,7 +45,7 @@ def find_model(
 
     Args:
         name: name of a public model, a hub name, a directory or embedded/...
-        size: number of parameters; the nearest public model within 5 % is used for it, unless dimensions are given.
+        size: number of parameters; a public model within 5 % of this size is used, unless dimensions are given.
         given: ``layers``, ``hidden``, ``heads`` and ``vocabulary``, or None for those that are not given.
         seq_length: tokens per sequence, if given; a public model with fewer positions is not chosen by size.
 

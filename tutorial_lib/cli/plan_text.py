@@ -268,7 +268,7 @@ def _advice(answer: Answer) -> list[str]:
 
 
 def _three_digits(number: float) -> str:
-    """Format a number with three significant digits, in at most five characters."""
+    """Format a number for a narrow column: about three digits, in at most five characters below 100,000."""
     if number == 0:
         return "0"
     if number < 0.001:

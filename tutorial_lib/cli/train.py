@@ -130,7 +130,7 @@ def _answers(answers: dict[str, Any]) -> str:
 
 
 def _rows(use: str, split: dict[str, Any], config: Config) -> str:
-    """Say which subset was chosen by default, and how many rows are odd; return an empty string if there is nothing."""
+    """Describe the default subset and any rows left out or cut; return an empty string if there is nothing to say."""
     flag = {"train": "max_examples", "eval": "max_eval_examples"}[use]
     said = []
     is_default = config.engine.name == "trainer" and flag not in config.given

@@ -182,7 +182,7 @@ def _build(flat: dict[str, Any], base: Config | None) -> Config:
 
 
 def _mark_given(config: Config, flat: dict[str, Any]) -> Config:
-    """Mark settings as given by the caller, and refuse those that this configuration would not use as given."""
+    """Mark settings as given by the caller; refuse those that would be ignored, and a warm-up that outlasts the run."""
     config = dataclasses.replace(config, given=config.given | flat.keys())
     check_used(config, {name: settings()[name] for name in flat})
     check_length(config)

@@ -210,7 +210,7 @@ class EngineConfig:
     precision: str = _setting("fp32", "number format of forward and backward", choices=("fp32", "bf16", "fp16"))
     persistence_threshold: int = _setting(
         0,
-        "stage 3 keeps parameters smaller than this many elements in full on every rank (plain DeepSpeed: 100000)",
+        "stage 3 keeps parameters of up to this many elements in full on every rank (plain DeepSpeed: 100000)",
         at_least=0,
         engines=("deepspeed",),
         resume="free",

@@ -14,7 +14,7 @@ from typing import Any
 from tutorial_lib.config.fields import ConfigError
 
 SUBSET = {"max_examples": 500, "max_eval_examples": 50}
-"""Number of rows, from the start of SQuAD, that it trains and evaluates on, by the flat name of the setting."""
+"""Number of rows, from the start of SQuAD, that the workshop trains and evaluates on, by the setting's flat name."""
 
 _NAME = re.compile(r"([0-3])Z(OP|O)?-([1-9]\d*)G([1-9]\d*)N")
 

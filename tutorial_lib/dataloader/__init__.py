@@ -4,8 +4,8 @@
 documents share a row, ``sampler`` decides which rows make up which step, ``collate`` builds the tensors, and
 ``loaders`` puts it all together. ``subset`` knows which rows the ZeRO workshop uses.
 
-The examples of optimizer step k depend only on the data settings, the seed and the global batch: never on the number of
-ranks, micro-batches, the launcher or a resume. That makes the same step of two runs comparable.
+The examples of optimizer step k depend only on the data settings, the tokenizer, the seed and the global batch: never
+on the number of ranks, micro-batches, the launcher or a resume. That makes the same step of two runs comparable.
 """
 
 from tutorial_lib.dataloader.collate import Batch

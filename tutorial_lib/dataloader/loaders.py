@@ -274,7 +274,7 @@ def check_data(data: DataConfig, run: RunConfig, tokenizer: PreTrainedTokenizerB
 def data_identity(data: DataConfig, run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Return the SHA-256 of the tokens that a run trains and evaluates on: ``{"train": sha256, "eval": sha256}``.
 
-    A split that is already tokenised is not read again: its hash is saved next to it.
+    A split that is already tokenised is not tokenised again: its hash is saved next to its tokens.
 
     Raises:
         ConfigError: the data cannot be read.

@@ -156,7 +156,7 @@ def _is_data(path: Path) -> bool:
 
 
 def _files_by_split(directory: Path) -> Mapping[str, Sequence[str]]:
-    """Return the files that ``datasets`` would read, by split; none if the directory's path is itself a pattern."""
+    """Return the files that ``datasets`` would read, by split, or an empty mapping if it finds none."""
     try:
         patterns = datasets.data_files.get_data_patterns(str(directory))
         return datasets.data_files.DataFilesDict.from_patterns(patterns, base_path=str(directory))
@@ -320,7 +320,7 @@ def _has_long_fields(rows: datasets.Dataset) -> bool:
 
 
 def _bad_file(name: str) -> str | None:
-    """Find a file of a local data set that is empty, a git-lfs pointer, not UTF-8, or not valid, and say where."""
+    """Describe the first file of a local data set that is empty, a git-lfs pointer, not UTF-8, or not valid."""
     for file in _local_files(name):
         if not file.stat().st_size:
             return f"{file}: it is empty"

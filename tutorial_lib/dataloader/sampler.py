@@ -133,7 +133,7 @@ class EpochSampler(Sampler[list[int]]):
         self._steps, self._micro_batch, self._epoch = steps, micro_batch, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, from 0, of the next iteration."""
+        """Choose the epoch for the next iteration, counted from 0."""
         self._epoch = epoch
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Rows that a run both trains and evaluates on, found by their places in the data set, or by equal content."""
+"""Rows that a run both trains and evaluates on, found by their places in the data set, or because splits are equal."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def count_shared_rows(data: DataConfig, train: datasets.Dataset, evaluation: dat
 
 
 def count_shared_places(data: DataConfig, rows: datasets.Dataset) -> int:
-    """Return how many evaluation rows have the place of a training row: ``train[50%:]`` overlaps with ``train[:80%]``.
+    """Return how many evaluation rows are training rows by place, as when ``train[50%:]`` overlaps ``train[:80%]``.
 
     Args:
         data: names the two splits.

@@ -19,7 +19,8 @@ def choose_subset(config: Config, saved: Mapping[str, Any] | None = None) -> tup
         saved: settings, by flat name, of the checkpoint that the run resumes from; the run keeps its row limits.
 
     Returns:
-        The configuration, and a sentence that says which rows are left out and how to use them; None if all are used.
+        The configuration, and a sentence that says which rows are read and how to read all. Instead of the sentence,
+        None if this call leaves out no rows, or if the run resumes.
 
     Raises:
         ConfigError: the training split cannot be read.

@@ -333,7 +333,7 @@ def _position(start: Any) -> int:
 
 
 def gold_answers(answers: Any) -> list[str]:
-    """Return all answers that are not blank, whichever form the data set gives them."""
+    """Return all answers that are not blank, in whatever form the data set holds them."""
     if isinstance(answers, Mapping):
         return gold_answers(answers["text"])
     if isinstance(answers, str):
@@ -352,7 +352,7 @@ def encode_prompt(
         The token ids, and whether the context was cut.
 
     Raises:
-        ConfigError: the question alone is longer than ``max_length``.
+        ConfigError: the question leaves no room for its context in ``max_length`` tokens.
     """
     before, prompt = _prompt(question, context)
     encoded = _encode(tokenizer, [prompt], return_offsets_mapping=True)

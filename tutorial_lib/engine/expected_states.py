@@ -44,12 +44,12 @@ def parameter_sizes(m: ModelConfig, engine: EngineConfig) -> ParameterSizes:
     return ParameterSizes(
         tuple(p.numel() for p in parameters if p.requires_grad),
         tuple(p.numel() for p in parameters if not p.requires_grad),
-        sum(p.numel() for p in parameters if p.numel() < threshold),
+        sum(p.numel() for p in parameters if p.numel() <= threshold),
     )
 
 
 def _persistence_threshold(engine: EngineConfig, hidden: int) -> int:
-    """Return the size below which stage 3 keeps a parameter in full, in elements."""
+    """Return the largest size, in elements, of the parameters that stage 3 keeps in full."""
     file = engine.deepspeed_file
     if engine.name != "trainer" or file is None:
         return engine.persistence_threshold

@@ -81,7 +81,7 @@ def zero_volume(
         parameters_stay: whether stage 3 keeps parameters gathered from forward to backward. This saves the second
             all-gather, so a micro-batch costs 2 Psi. DeepSpeed's defaults do that for a model below
             ``stage3_max_live_parameters`` whose layers are used again within ``stage3_max_reuse_distance``.
-        persistent: elements of parameters that stage 3 keeps in full on every rank (smaller than
+        persistent: elements of parameters that stage 3 keeps in full on every rank (up to
             ``stage3_param_persistence_threshold``). They are gathered once per step, after their update.
         tied: elements of parameters that a second module uses, too (tied embeddings). Stage 3 gathers them once per
             use if parameters do not stay.

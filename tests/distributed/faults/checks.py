@@ -13,7 +13,7 @@ RECORD = ("step", "loss", "grad_norm", "tokens", "epoch", "lr")
 """Columns of ``metrics.jsonl`` that do not depend on time."""
 
 SOON = 30
-"""Seconds that may pass from a rank's end to the error. Gloo's own timeout is 600."""
+"""Seconds that may pass from a rank's end to the error. The timeout of a collective is 600."""
 
 
 def assert_all_intact(run: RunDirectory) -> list[int]:

@@ -1,6 +1,6 @@
 """Runs with injected faults, launched once for all tests of this directory.
 
-After each fault, a run either continues, with rows and final weights equal to the uninterrupted run bit for bit, or
+After each fault, a run either continues, with rows and final weights that equal the uninterrupted run's bit for bit, or
 stops with an error that names the cause and says what to do. No intact checkpoint is lost.
 """
 

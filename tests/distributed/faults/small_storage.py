@@ -32,7 +32,7 @@ def main(directory: Path) -> None:
     no_space = ProbedRun(crashing.saving(directory, "zero1", NO_SPACE, storage=str(small)))
     fault = Probe(fault="storage.read_only")
     read_only = ProbedRun(crashing.saving(directory, "zero1", READ_ONLY, storage=str(small)), fault)
-    # Room for one checkpoint and the observation, but not for two checkpoints.
+    # Room for one checkpoint and the observation, but not for a second checkpoint as well.
     room = checkpoint_bytes(storage) * 3 // 2 + (storage / "uninterrupted-saving.zero1" / OBSERVATION).stat().st_size
     mount("-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(small))
     report = {"disk_full": failure_of(no_space)}

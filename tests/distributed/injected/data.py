@@ -20,7 +20,7 @@ def same_data_on_each_rank() -> Iterator[type[Trainer]]:
 
 @contextmanager
 def sharded_over_a_larger_grid() -> Iterator[type[Trainer]]:
-    """Distribute examples over twice as many ranks as there are."""
+    """Distribute examples over twice the actual number of ranks."""
     yield _reading_as(lambda own: Topology(2 * own.dp, own.tp, own.rank))
 
 

@@ -77,7 +77,7 @@ def in_update() -> Iterator[None]:
 
 @contextmanager
 def in_save() -> Iterator[type[Trainer]]:
-    """Kill rank 1 in the second checkpoint, after its own files are written but before the rest is."""
+    """Kill rank 1 during the second save, after it has written its own files but before the save is complete."""
     yield trainer_with_second_save_hook(kill_this_rank)
 
 

@@ -15,7 +15,7 @@ from tutorial_lib.trainer import Trainer
 
 @contextmanager
 def save_raises() -> Iterator[type[Trainer]]:
-    """Raise on rank 1 in the second checkpoint."""
+    """Raise an error on rank 1 during the second save."""
 
     def fail() -> None:
         raise OSError("the disk is full")

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 
 def probe_averages(storage: Path) -> None:
-    """Average the numbers 1, 2, ... of the ranks with each collective, and write the outcomes to ``averages-N.pt``."""
+    """Average the ranks' numbers 1, 2, ... with each collective, and write the outcomes to ``averages-N.pt``."""
     size, rank = dist.get_world_size(), dist.get_rank()
     target = storage / f"averages-{size}.pt"
     if target.exists():

@@ -75,7 +75,7 @@ class Watch:
             self.written.add("/".join(parts[parts.index("checkpoints") + 2 :]))
 
     def observation(self) -> dict[str, Any]:
-        """Return the observation, which is the same on every rank. Collective."""
+        """Return the observation of all ranks, with the inputs and logits of this rank alone. Collective."""
         parameters = dict(self.engine.full_parameters())
         moments = dict(self.engine.full_optimizer_states())
         everything = [*parameters.values(), *(m for both in moments.values() for m in both.values())]

@@ -66,7 +66,7 @@ def test_every_row_is_a_run_of_its_own_and_saved_when_it_ends(config):
 
 
 def test_the_default_number_of_rows_is_a_setting_of_the_matrix(config, caplog):
-    """All rows have it, so a matrix of a different number is never continued."""
+    """All rows use these numbers of examples, so a matrix with different numbers is never continued."""
     matrix = run(config.override(engine="trainer", dataset="embedded/qa"), Runs())
     assert (matrix.settings["max_examples"], matrix.settings["max_eval_examples"]) == (500, 50)
     assert caplog.text.count("as the ZeRO workshop does") == 1

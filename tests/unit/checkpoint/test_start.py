@@ -44,13 +44,13 @@ def test_a_finished_run_started_again_trains_nothing(uninterrupted):
     assert again.rows == uninterrupted.rows
 
 
-def test_resume_never_refuses_a_run_that_exists(interrupted):
+def test_with_resume_never_a_run_that_exists_is_refused(interrupted):
     with pytest.raises(ConfigError, match=r"step-00000004, and resume='never'.*another name"):
         launch.run(interrupted.config.override(resume="never", stop_after=None))
     assert [row["step"] for row in interrupted.directory.rows()] == [1, 2, 3, 4]
 
 
-def test_resume_never_starts_a_new_run(model, tmp_path):
+def test_with_resume_never_a_new_run_starts(model, tmp_path):
     assert launch.run(config(tmp_path, model=model, steps=1, resume="never")).result["status"] == "completed"
 
 

@@ -237,7 +237,7 @@ def test_a_larger_share_of_the_peak_is_a_shorter_step() -> None:
     assert times[0] == pytest.approx(2 * times[1])
 
 
-def test_recomputing_everything_costs_a_third_and_selectively_a_ninth() -> None:
+def test_recomputing_everything_costs_a_third_and_selectively_an_eighth() -> None:
     """Layers are recomputed, but never the output layer."""
     llama = MODELS["llama-3-8b"]
     seconds = [

@@ -1,4 +1,4 @@
-"""Toy data whose tokens reveal their row, and caches that belong to a single test."""
+"""Toy data whose tokens reveal their row, and caches that only these tests use."""
 
 from __future__ import annotations
 

@@ -301,7 +301,7 @@ def test_evaluation_counts_every_example_once_in_equally_many_batches(
     real = [batch for batch in batches if (batch["labels"] != -100).any()]
     numbers = itertools.chain(*(row_numbers(batch, byte_tokenizer) for batch in real))
     assert sorted(numbers) == list(range(21))
-    # All tokens of a row are counted except its first: five characters of its number, the x's, and EOS.
+    # All tokens of a row are counted except its first: four digits, the colon, the x's, and EOS.
     assert sum(int((batch["labels"] != -100).sum()) for batch in batches) == sum(6 + i * 7 % 19 for i in range(21))
     assert all(not (batch["labels"][:, 0] != -100).any() for batch in batches)
 

@@ -99,7 +99,7 @@ def test_rows_without_targets_are_left_out_and_counted(byte_tokenizer, caplog):
     assert "2 of 3 rows left out" in caplog.text
 
 
-def test_no_row_left_is_an_error(byte_tokenizer):
+def test_having_no_row_left_is_an_error(byte_tokenizer):
     with pytest.raises(ConfigError, match=r"No row of this data set is left: all 2 are blank.*larger max_examples"):
         documents_of([{"text": ""}, {"text": "  "}], byte_tokenizer)
     just_no_context = len("Question: Who wrote it? Context: Answer: Ada") + 1

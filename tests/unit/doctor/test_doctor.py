@@ -101,7 +101,7 @@ def test_an_impossible_rendezvous_is_reported(capsys: pytest.CaptureFixture[str]
         taken = server.getsockname()[1]
         assert "is in use by another program" in (doctor.rendezvous_problem(f"127.0.0.1:{taken}") or "")
     assert doctor.rendezvous_problem(f"127.0.0.1:{taken}") is None
-    # Only another machine itself can tell whether its port is free.
+    # Only that other machine can tell whether its port is free.
     assert doctor.rendezvous_problem(f"192.0.2.1:{taken}") is None
     assert "getent hosts no-such-host.invalid" in (doctor.rendezvous_problem("no-such-host.invalid:29500") or "")
     for endpoint in ("node1", "node1:", ":29500", "node1:99999"):

@@ -90,7 +90,7 @@ def test_the_rows_are_the_committed_ones(built):
 
 
 def test_a_python_without_packages_gives_the_same_rows():
-    """Any Python should. This one imports no installed packages, and its string hashes are randomized."""
+    """The rows must not depend on the interpreter. This one has no installed packages, and randomizes string hashes."""
     code = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})

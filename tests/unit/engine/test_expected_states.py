@@ -65,3 +65,9 @@ def test_offload_leaves_on_the_device_what_forward_and_backward_need():
 def test_sizes_count_tied_parameters_once():
     sizes = parameter_sizes(ModelConfig(freeze=("*.wpe.weight",)), EngineConfig())
     assert sum(sizes.trained) + sum(sizes.frozen) == 693_312 and sizes.frozen == (512 * 96,)
+
+
+def test_stage_3_keeps_parameters_of_just_the_threshold_in_full():
+    """Vectors of GPT-2's width: six per layer (norms and the biases of both output layers), and the last norm's two."""
+    sizes = [parameter_sizes(ModelConfig(), EngineConfig(persistence_threshold=size)) for size in (95, 96)]
+    assert [each.persistent for each in sizes] == [0, (6 * 4 + 2) * 96]

@@ -131,7 +131,7 @@ def test_progress_shows_seconds_and_the_latest_rows_while_waiting(executed: Path
 
 
 def test_a_run_without_a_new_step_says_so(executed: Path) -> None:
-    """A complete run has nothing left to train; its line must not promise processes forever."""
+    """A complete run has nothing left to train, so its line must not go on saying "starting processes"."""
     assert [o.data["text/plain"] for o in outputs_of(executed, 7)] == ["again: no step was left to train"]
     assert [o.data["text/plain"] for o in outputs_of(executed, 8)] == ["broken: no step, KeyboardInterrupt"]
 

@@ -1,4 +1,4 @@
-"""Step timeline: marks and collectives in a profiler's trace become spans, and its allocations the memory held."""
+"""Step timeline: spans from the marks and collectives of a profiler's trace, and memory held from its allocations."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from tutorial_lib.lab.timeline import Span, draw, draw_steps, read_memory, read_
 
 
 def write_trace(path: Path, marks: list[tuple[str, float, float]]) -> Path:
-    """Write marks (name, start and end in ms) as ``export_chrome_trace`` does, between events of other kinds."""
+    """Write marks (name, start and end in ms) as ``export_chrome_trace`` does, after an event of another kind."""
     events = [{"ph": "X", "name": name, "ts": 1e6 + 1e3 * a, "dur": 1e3 * (b - a)} for name, a, b in marks]
     path.write_text(json.dumps({"traceEvents": [{"ph": "M", "name": "process_name"}, *events]}))
     return path
@@ -46,7 +46,7 @@ def test_a_step_of_one_layer(tmp_path: Path) -> None:
 
 
 def test_a_step_without_fsdp_is_split_at_its_collectives(tmp_path: Path) -> None:
-    """Gloo finishes what a rank calls, and names a reduce-scatter by the all-reduce that it makes of it."""
+    """A collective lasts until gloo finishes it. Gloo runs a reduce-scatter as an all-reduce, and reports it as one."""
     trace = write_trace(
         tmp_path / "trace.json",
         [

@@ -73,7 +73,7 @@ def test_allocations_of_a_block_to_the_byte() -> None:
 
 
 def test_allocations_see_what_an_operator_frees_again() -> None:
-    """Only a number remains of (a * a).sum(), but the product existed in forward and in backward."""
+    """Only a number remains of (a * a).sum(), but forward holds the product, and backward both factors' gradients."""
     a = torch.ones(1_000_000, requires_grad=True)
     with memory.count_allocations() as allocations:
         (a * a).sum().backward()

@@ -118,7 +118,7 @@ def test_an_unknown_kind_is_refused() -> None:
 
 def test_all_collective_operators_of_torch_are_known() -> None:
     """A new PyTorch may add a collective, on which counting would raise. This test fails before that happens."""
-    # Importing it registers its operators.
+    # Importing this module registers its operators.
     import torch.distributed._functional_collectives
 
     from tutorial_lib.measure import traffic

@@ -1,4 +1,4 @@
-"""Model directories whose files besides the weights are damaged, git-lfs pointers, or of the wrong kind."""
+"""Model directories whose files other than the weights are damaged, git-lfs pointers, or of the wrong kind."""
 
 from __future__ import annotations
 

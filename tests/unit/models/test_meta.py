@@ -1,4 +1,4 @@
-"""Models on the meta device: they have the loaded model's parameters, and find the files with their values."""
+"""Models on the meta device: they have the loaded model's parameters, and the files with their values are found."""
 
 from __future__ import annotations
 

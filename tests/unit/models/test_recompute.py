@@ -62,7 +62,7 @@ def test_every_second_product_is_computed_again(
 
 @pytest.mark.parametrize("family", ["qwen2", "bloom"])
 def test_a_linear_function_that_adds_its_bias_in_place(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed's function does, and it replaces PyTorch's once ZeRO-3 has built a model in this process."""
+    """DeepSpeed's function adds it in place, and replaces PyTorch's once ZeRO-3 has built a model in this process."""
     from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
     monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)

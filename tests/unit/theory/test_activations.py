@@ -54,7 +54,7 @@ def test_a_layer_keeps_what_is_counted(family: str) -> None:
 
 @pytest.mark.parametrize("bits", [16, 32])
 def test_attention_without_a_fused_kernel_moves_its_scores(bits: int) -> None:
-    """An operator's bytes count if it reads or writes a matrix of scores. Views do not count, as they move nothing."""
+    """A matrix of scores counts whenever an operator reads or writes it. Views do not count, as they move nothing."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
@@ -106,7 +106,7 @@ def test_sequence_parallelism_divides_norms() -> None:
 
 
 def test_the_same_order_as_megatrons_formula() -> None:
-    """Megatron keeps 34 h bytes per token. Without dropout's two masks of one byte each, that is PyTorch's 32."""
+    """Megatron keeps 34 h bytes per token, 2 h of them for dropout's masks. With a fused GELU, PyTorch keeps 32 h."""
     gpt = MODELS["gpt2"]
     pytorch = layer_activations(gpt).kept / gpt.hidden
     fused_gelu = pytorch - (5 - 2) * 2 * 4

@@ -8,7 +8,7 @@ from tutorial_lib.trainer.squad import AnswerScore, SquadScore, average_scores, 
 
 
 def test_the_published_example() -> None:
-    """Hugging Face's ``evaluate``, which wraps the official script, has it in its metric card of SQuAD v1.1."""
+    """The example is in the SQuAD v1.1 metric card of Hugging Face's ``evaluate``, which wraps the official script."""
     golds = [["1976"], ["Beyoncé and Bruno Mars"], ["climate change"]]
     answers = ["1976", "Beyonce", "climate change"]
     scores = [score_answer(answer, each) for answer, each in zip(answers, golds, strict=True)]
@@ -51,7 +51,7 @@ def test_differences_that_normalisation_keeps(prediction: str, gold: str, f1: fl
         ("Santa Clara", "Santa Clara, California", 2 * 1 * (2 / 3) / (1 + 2 / 3)),
         ("in Santa Clara today", "Santa Clara", 2 * 0.5 * 1 / 1.5),
         ("Clara Santa", "Santa Clara", 1.0),  # order does not matter to F1
-        # In multisets, a word counts as often as it is in both texts. With sets, these would be 1, 1 and 2 / 3.
+        # In multisets, a word counts as often as it occurs in both texts. With sets, these would be 1, 1 and 1 / 2.
         ("new york new york", "new york", 2 * 0.5 * 1 / 1.5),
         ("no", "no no no", 2 * 1 * (1 / 3) / (4 / 3)),
         ("no no yes", "no no no maybe", 2 * (2 / 3) * 0.5 / (2 / 3 + 0.5)),

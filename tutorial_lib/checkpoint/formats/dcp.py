@@ -51,7 +51,7 @@ class DCP(FullTensors):
 
 
 class _Reader(FileSystemReader):
-    """Read the index once. Otherwise loading each tensor would read all of it again."""
+    """Reader that reads the index only once. Otherwise every tensor that is loaded would read the full index again."""
 
     _index: Metadata | None = None
 

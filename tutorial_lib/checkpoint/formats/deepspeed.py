@@ -204,8 +204,8 @@ class Stage3(_SlicedStage):
         return itertools.chain(*state["param_shapes"], state["frozen_param_shapes"] or ())
 
     def _pieces(self, name: str) -> int:
-        # Parameters that AutoTP split are cut among the data-parallel ranks, all others among all ranks, as when the
-        # model was built. DeepSpeed's own merge (zero_to_fp32) assumes a single number of ranks.
+        # Parameters that AutoTP split are cut among the data-parallel ranks, all others among all ranks, as they
+        # were when the model was built. DeepSpeed's own merge (zero_to_fp32) assumes a single number of ranks.
         return int(self._layout[name]["partitions"]) if self._tp > 1 else self._dp
 
     def _piece_numel(self, name: str, shape: torch.Size) -> int:

@@ -262,7 +262,7 @@ def test_bloom_gets_deepspeeds_plan_and_others_their_own():
 
 
 def kind_of(annotation):
-    """Return the name of one of DeepSpeed's types in our tables of keys."""
+    """Return the name that our tables of keys give to one of DeepSpeed's types."""
     parts = typing.get_args(annotation) if typing.get_origin(annotation) is typing.Union else (annotation,)
     nullable = "?" if type(None) in parts else ""
     (one,) = (part for part in parts if part is not type(None)) if len(parts) - bool(nullable) == 1 else (object,)

@@ -50,7 +50,7 @@ def test_requeueing_and_memory_sampling_can_be_switched_off(capsys: pytest.Captu
 
 
 def test_all_rows_reach_train(capsys: pytest.CaptureFixture[str]) -> None:
-    """Without the word, train would read the default number of evaluation rows."""
+    """Without the word ``all``, train would read the default number of evaluation rows."""
     script = written(capsys, [*ON_CPUS, "--max-eval-examples", "all", "--max-examples", "7"])
     assert "--max-eval-examples all" in script and "--max-examples 7" in script
 

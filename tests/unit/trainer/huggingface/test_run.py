@@ -169,14 +169,14 @@ def test_on_questions_a_plain_command_trains_on_the_workshops_subset_and_says_so
 
 @pytest.fixture(scope="module")
 def answered(tmp_path_factory):
-    """Run that answers five questions with each evaluation, and keeps the best checkpoint."""
+    """Train a run that answers five questions at each evaluation, and keep its best checkpoint."""
     flat = {"evaluate": True, "evaluate_every": "1", "max_eval_examples": 5, "checkpoint_every": 1, "keep_best": True}
     flat |= {"dataset": "embedded/qa", "score_answers": True, "steps": 2, "seq_length": 96, "learning_rate": 2e-3}
     return launch.run(trained(tmp_path_factory.mktemp("answered"), "embedded/bloom", **flat))
 
 
 def test_exact_match_and_f1_stand_beside_the_evaluation_loss(answered, tmp_path):
-    """The exported weights are read, and give their answers, without the Trainer."""
+    """The exported weights are loaded, and answer the same questions, without the Trainer."""
     exported = checkpoint.export(checkpoint.latest(answered.directory), tmp_path / "exported")
     own, before = (evaluate_answers(str(each), max_examples=5, seq_length=96) for each in (exported, "embedded/bloom"))
     assert answered.result["eval_answers"] == {
