@@ -1,4 +1,4 @@
-# Targets of the course; `make` alone lists them. Each runs the set-up first if needed, and then uses .venv's python.
+# Targets of the course; `make` alone lists them. Most run the set-up first if needed, and then use .venv's python.
 SHELL := /usr/bin/env bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
@@ -67,7 +67,7 @@ nbval: $(READY) ## run every notebook, and compare its claims and deterministic 
 	@$(PYTHON_IN) tests/notebooks/run.py --copy-to build/nbval
 	@$(TESTS) -o addopts=-ra -p tests.conftest -p tests.notebooks.same_claims --nbval-lax --nbval-current-env \
 		--nbval-cell-timeout 600 --timeout 620 $(TWO_FILES) \
-		$$(ls -r build/nbval/*.ipynb) # the longest come first
+		$$(ls -r build/nbval/*.ipynb) # the two longest come first
 
 lint: $(READY) ## run style, types and imports at the same time
 	@$(MAKE) --jobs --output-sync=target style types imports

@@ -111,14 +111,14 @@ def page() -> str:
 # How far off the planner is
 
 `python -m tutorial_lib plan` counts bytes and operations. This page compares its predictions with {len(ROWS)}
-published runs and {len(own)} of our own. No constant was fitted to a published run, and only the time that launching
-kernels takes to our own ([part 5](#5-our-own-gpu-runs)). The share of a GPU's peak that
+published runs and {len(own)} of our own. No constant was fitted to a published run. Only the time that launching
+kernels takes was fitted to our own ([part 5](#5-our-own-gpu-runs)). The share of a GPU's peak that
 training reaches, and the bandwidth of its links, were measured by others
 ([hardware.py](../tutorial_lib/theory/hardware.py) names them). Our own runs showed which bytes exist at the same
 time: part 2 shows how well the planner describes those runs, and part 1 how well it generalises. (Published runs
 exposed three bugs, now fixed: a pipeline's pending gradients were counted twice, a norm's memory was not divided among
-the ranks, and the matrix of scores of attention without a fused kernel took no time. Its bytes are now counted, on
-BLOOM's operators.)
+the ranks, and the matrix of scores of attention without a fused kernel took no time. Its bytes now
+count, as BLOOM's operators move them.)
 
 - **Memory of published runs**: {good_memory} of {len(with_memory)} within {MEMORY_GOAL:.0%}.
   {low} of the {len(with_memory)} predictions are too low, which is the dangerous side: a layout that should fit may
@@ -156,8 +156,8 @@ So this row is no check of the planner's speed for plain ZeRO-3, and the row wit
 same settings, only checks what offload adds.
 
 Speeds depend on the preset's efficiency, which depends on the runs it is taken from. The H100's 0.42 is the median of
-llm-foundry's runs with 1 B parameters or more. From 7 B on the median is 0.48, and the first row's speed would be 29 %
-too high.
+llm-foundry's runs with 1 B parameters or more. From 7 B on the median is 0.48; with it, the first row's speed would be
+29 % too high.
 
 Not compared:
 
@@ -280,9 +280,9 @@ def _gpu_section() -> str:
     return f"""\
 ## 5. Our own GPU runs
 
-One NVIDIA H200 in a virtual machine with {machine["cores"]} cores, 27 November 2026, in bf16, with {versions}
-([figures](measured/h200), written by `python tests/gpu/measure.py`). A single GPU has no other to divide states with,
-and sends nothing.
+These runs used one NVIDIA H200 in a virtual machine with {machine["cores"]} cores, on 27 November 2026, in bf16, with
+{versions} ([figures](measured/h200), written by `python tests/gpu/measure.py`). A single GPU has no others to share
+states with, and sends nothing.
 
 ### The workshop's models
 
@@ -300,13 +300,13 @@ within {max(updates):.1%}. These runs exposed errors in the planner's memory, no
 With micro-batches of four, the GPU waits for Python to launch kernels. The planner counts this as a time per layer and
 micro-batch ([launches.py](../tutorial_lib/theory/launches.py)), fitted to the runs without offload that wait and to
 FSDP2's below. So these rows describe the fit, and do not test it; another host may be faster or slower. A profiler
-showed how much it can differ (earlier the same day, in another start of the machine, where stage 0 took
-{small["step_seconds_without_profiler"]:.2f} s per step). A step of bloom-560m with four micro-batches of four launches
+showed how much the time differs even here (earlier the same day, in another start of the machine, where stage 0 took
+{small["step_seconds_without_profiler"]:.2f} s per step). A step of bloom-560m with four micro-batches of four launched
 {small["kernel_calls"]:,} kernels, and the GPU was busy {share[0]:.0%} of the time. With one micro-batch of 16, it was
 busy {share[1]:.0%} of the time. Without any waiting, that step would reach only {ceiling:.0%} of the data sheet's peak,
 because its longest kernels copy, convert and add numbers, which takes longer than the {planned:.2f} s that the planner
 predicts for everything. Stage 3 runs Python hooks around every module, even with nothing to gather, and is the slowest
-without offload. Offload to pageable memory copies more slowly than the planner's link.
+without offload. Offload to pageable memory copies more slowly than the planner assumes.
 
 ### FSDP2: about 1 B parameters, by micro-batch
 

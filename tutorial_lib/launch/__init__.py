@@ -1,4 +1,4 @@
-"""Launchers: start the ranks of a run here or under Ray Train, or join the ranks that torchrun or srun started.
+"""Launchers: start the ranks of a run here or under Ray Train, or join the ranks that torchrun started.
 
 All launchers call :func:`tutorial_lib.trainer.train` on every rank; they differ only in how the ranks start.
 :func:`preflight` refuses a run that cannot work here, before any process starts.

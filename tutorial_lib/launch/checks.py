@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 FREE_MEMORY_SHARE = 1 / 3
-"""Share of the memory left after the processes have started that model states must not use. BLOOM with 560 million
-parameters and its optimizer offloaded on a CPU peaked at 1.5 times its states, while DeepSpeed was copying them."""
+"""Share of memory to keep free of model states, relative to the memory left once all processes have started. On a CPU,
+BLOOM with 560 million parameters and an offloaded optimizer peaked at 1.5 times its states, while DeepSpeed was copying
+them."""
 
 
 def preflight(config: Config) -> Config:
@@ -66,7 +67,8 @@ def preflight(config: Config) -> Config:
     model = load_config(m.name, trust_remote_code=m.trust_remote_code)
     check_sequence_length(config.data.seq_length, model)
     _warn_of_router_loss(config, model)
-    untried = trial_forward(config, model)  # comes first: a model for other tasks may have no tokenizer or vocabulary
+    # Before the tokenizer is loaded, because a model for other tasks may have no tokenizer or vocabulary.
+    untried = trial_forward(config, model)
     if untried and not joined_rank(config.run, config.parallel):
         _LOG.warning(untried)
     tokenizer = load_tokenizer(m.name, trust_remote_code=m.trust_remote_code)
@@ -168,10 +170,10 @@ def _check_gpus(run: RunConfig, parallel: ParallelConfig) -> None:
 
 
 def _check_states(config: Config) -> None:
-    """Refuse model states that do not fit into this machine's memory, if its processes hold them.
+    """Refuse model states that do not fit into this machine's memory, if a launcher starts all ranks here, on CPUs.
 
     Activations, buffers and unreduced gradients need memory too, depending on the batch and the point in the step. A
-    third of the memory is reserved for them, so a run that passes may still be too large.
+    third of the memory is reserved for them, which may be too little, so a run that passes may still be too large.
     """
     from tutorial_lib.engine.expected_states import expected_states, parameter_sizes
 

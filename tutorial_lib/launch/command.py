@@ -1,4 +1,4 @@
-"""Scheduler files: their templates, the ``train`` command in them, and whether a run fits the nodes they ask for."""
+"""Scheduler files: their templates, the ``train`` command in them, and checks that a run fits their nodes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Connectivity check: whether ranks reach each other across nodes, before gloo connects all of them.
+"""Connectivity check between ranks on different nodes, made before gloo connects all ranks.
 
 Ranks that use a wrong network interface still find each other, because all go to one rendezvous address. Only then does
 gloo connect each pair of ranks. If that fails, one rank of the pair fails at once and blames its own interface, while
@@ -83,7 +83,7 @@ def _place(server: socket.socket) -> _Place:
 
 
 def _problem(rank: int, own: _Place, peer: int, place: _Place) -> str:
-    """Return why a rank cannot connect to its peer, or an empty string if it can, or need not.
+    """Return why a rank cannot connect to its peer, or an empty string if it can or need not connect.
 
     As in gloo, the rank with the higher address connects and the other one listens. The reverse may be impossible.
     """

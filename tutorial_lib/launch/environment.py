@@ -1,7 +1,7 @@
 """Environment variables of torchrun and Ray, which determine how a run is started.
 
-Only ``launcher='none'`` uses torchrun's variables. The other launchers start their own ranks, and ignore variables that
-are left over in a shell.
+Only ``launcher='none'`` uses torchrun's variables. The other launchers start their own ranks. They ignore a ``RANK``
+that is left over in a shell, but refuse to start if ``TORCHELASTIC_RUN_ID`` is set as well.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def joined_rank(run: RunConfig, parallel: ParallelConfig) -> int | None:
-    """Return this process's rank if torchrun or srun started it, or None if it starts the run itself.
+    """Return this process's rank if torchrun started it, or None if it starts the run itself.
 
     Raises:
         ConfigError: see :func:`check_environment`.

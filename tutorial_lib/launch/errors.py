@@ -35,7 +35,7 @@ def first_error(directories: Sequence[RunDirectory], otherwise: str) -> Exceptio
 
 
 def error_of_joined_rank(directory: RunDirectory, rank: int, num_ranks: int) -> WorkerError:
-    """Return the error that one of torchrun's ranks ends with: it names the rank that failed first, and why.
+    """Return the error that one of torchrun's ranks ends with, which names the rank that failed first and its error.
 
     This rank has recorded its own error. If it only lost another rank, wait a moment for that rank's record.
     """

@@ -73,7 +73,8 @@ def launch(
         arguments: further arguments of its ``main``.
 
     Raises:
-        WorkerError: a rank failed. All ranks have ended when this is raised.
+        ConfigError: a rank refused the configuration.
+        WorkerError: a rank failed. All ranks have ended when either error is raised.
     """
     directories = [RunDirectory(config.directory) for config in configs]
     scratch = Path(tempfile.mkdtemp(prefix="tutorial-lib-"))
@@ -87,7 +88,8 @@ def launch(
         )
         if failures and not _ended_by_request(failures, directories):
             raise _error(failures, outputs, directories)
-    except KeyboardInterrupt:  # the second one: the first only asked the ranks to save
+    except KeyboardInterrupt:
+        # The second one, because the first only asked the ranks to save. Under run_loop, already the first.
         server.close(patience=0)
         raise
     finally:
@@ -123,7 +125,7 @@ class Failure:
 
 
 class _Server:
-    """This process's end of a server: see :mod:`tutorial_lib.launch.warm_server`."""
+    """This process's handle on a server (see :mod:`tutorial_lib.launch.warm_server`)."""
 
     def __init__(self, device: str) -> None:
         self.made_for = _state(device)
@@ -133,7 +135,7 @@ class _Server:
         ours, theirs = socketpair()
         self._output = tempfile.TemporaryFile()
         self._connection = Connection(ours.detach())
-        # The package and its libraries come from this process, whatever is in the working directory.
+        # Import the package and its libraries from this process's paths, whatever is in the working directory.
         program = [sys.executable, "-P", "-m", "tutorial_lib.launch.warm_server"]
         path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
         # DeepSpeed chooses its device at import. The server itself must not touch the GPU (see its module).
@@ -160,7 +162,8 @@ class _Server:
         Args:
             job: the ranks to start.
             poll: called a few times per second.
-            is_stopped: returns whether the runs were asked to stop. If that comes before the ranks start, none starts.
+            is_stopped: returns whether the runs were asked to stop. If the request comes before the ranks start, none
+                starts.
 
         Raises:
             WorkerError: the server itself has died.
@@ -216,7 +219,7 @@ class _Server:
         self.is_closed = True
         self._connection.close()
         try:
-            # The ranks share the server's process group, so they save and stop even if the server was killed.
+            # Ranks save and stop even if the server was killed. This can wait for them: they share its process group.
             end = time.monotonic() + (patience if self._has_started else 0)
             while time.monotonic() < end and self._is_any_alive():
                 time.sleep(0.05)

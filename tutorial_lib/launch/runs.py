@@ -70,8 +70,8 @@ def run(config: Config, *, on_rows: OnRows | None = None) -> Run:
     """Start or resume a training run with the configured launcher, and wait until it ends.
 
     Raises:
-        ConfigError: the configuration cannot run here; no rank was started.
-        WorkerError: a worker failed; the message is its own traceback.
+        ConfigError: the configuration cannot run here. Usually this is noticed before any rank starts.
+        WorkerError: a worker failed; the message holds its traceback, if it left one.
         Interrupted: Ctrl-C was pressed, or a signal came before the run started. A run that had started
             has saved a checkpoint.
     """
@@ -106,7 +106,7 @@ def reshape(source: Path, **flat: Any) -> Run:
 
 
 def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None, worker: str | None = None) -> list[Run]:
-    """Run several configurations one after the other in the same processes, because starting processes takes longest.
+    """Run several configurations one after the other in the same processes, which then start only once.
 
     Args:
         configs: configurations with the same launcher, device and number of processes, and with different names.

@@ -47,8 +47,8 @@ def launch(configs: Sequence[Config]) -> int:
         Number of configurations that were started: fewer than all if one was asked to stop.
 
     Raises:
-        ConfigError: the launcher's environment variables are missing, although several ranks are needed; or DeepSpeed
-            would run here twice.
+        ConfigError: torchrun's environment variables are missing, although several ranks are needed; DeepSpeed would
+            run in this process twice; or this rank refuses the configuration.
         WorkerError: a rank that torchrun started has failed; the message names the one that failed first.
     """
     began = time.time()
@@ -142,7 +142,7 @@ def process_group(run: RunConfig, init_method: str) -> Iterator[None]:
         store.set_timeout(TIMEOUT)
     except RendezvousError:
         raise
-    except RuntimeError as error:  # like most errors of torch.distributed
+    except RuntimeError as error:  # most errors of torch.distributed are subclasses of it
         if init_method != "env://":
             raise
         raise RendezvousError(_explain_rendezvous(error)) from error

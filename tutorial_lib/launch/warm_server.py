@@ -87,7 +87,7 @@ def main(launcher_pid: str, descriptor: str, *modules: str) -> None:
     connection = Connection(int(descriptor))
     with exit_with_launcher(launcher):
         can_fork = bool(modules) and import_everything(modules)
-    while os.getppid() == launcher:  # if not, another fork of the launcher still holds its end of the socket
+    while os.getppid() == launcher:  # its end of the socket may outlive it, in another of its forks
         # A sentinel shows the end of a forked rank at once. New interpreters close theirs, and must be polled.
         sentinels = [process.sentinel for process in ranks.values()] if can_fork else []
         wait([connection, *sentinels], timeout=_PARENT_CHECK_SECONDS if can_fork else _LOOK_SECONDS)
@@ -197,7 +197,7 @@ def _become_rank(job: Job, rank: int, connection: Connection, become: Any, serve
 
 
 def signal_when_parent_ends(number: signal.Signals) -> None:
-    """Let the kernel send this process a signal when its parent ends."""
+    """Ask the kernel to send this process a signal when its parent ends."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
 

@@ -21,7 +21,7 @@ def main(configs_file: str, rendezvous: str, train: Callable[[Sequence[Config]],
     """Train the configurations in a JSON file one after the other, as the rank that the environment describes.
 
     Args:
-        configs_file: file with a list of configurations, each by its flat settings.
+        configs_file: file with a list of configurations, each as its flat settings.
         rendezvous: path of a new file through which the ranks find each other.
         train: called with the configurations, in a process group of all ranks.
     """

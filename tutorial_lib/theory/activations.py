@@ -115,8 +115,8 @@ def score_traffic(
     """Return the bytes per token that a layer's attention reads and writes if it has no fused kernel; otherwise 0.
 
     Its matrix of scores passes through the device's memory once per operator: scaling, masking, softmax (in fp32),
-    products, and their gradients. In 16 bits these are 60 bytes per score, 28 of them in forward; in fp32 they are 52
-    and 24 (counted on BLOOM, without dropout).
+    products, and their gradients. In 16 bits this moves 60 bytes per score, 28 of them in forward; in fp32 it moves 52,
+    24 of them in forward (counted on BLOOM, without dropout).
 
     Args:
         dimensions: dimensions of the model.

@@ -4,9 +4,10 @@ The model of a step::
 
     compute    FLOPs (with recomputation) / (devices * peak * efficiency), plus the pipeline's bubble; attention without
                a fused kernel also moves its scores through the device's memory
-    launches   time to launch the kernels, as far as it is longer than compute (:mod:`tutorial_lib.theory.launches`)
+    launches   time to launch the kernels, minus compute, if positive (:mod:`tutorial_lib.theory.launches`)
     tp         all-reduces of activations; the next operation waits for them, so nothing hides them
-    dp         gradients and parameters; compute hides ``overlap`` times the shorter of its own time and theirs
+    dp         gradients and parameters; compute and launches hide ``overlap`` times the shorter of their own time and
+               that of dp
     cp         keys and values around a ring, hidden the same way; or Ulysses' all-to-alls, which nothing hides
     update     Adam reads and writes 28 bytes per trained parameter of its shard
     offload    gradients and parameters over the host link, and Adam on the host's processors; nothing hides them. This
@@ -36,13 +37,13 @@ UPDATE_BYTES = 28
 OFFLOADED_RUN = 2.7
 """Factor by which the one published run with offload was slower than predicted here (docs/planner-errors.md)."""
 SLOWEST_SMALL_RUN = 4
-"""Largest factor by which a run of fewer than 1 B parameters was slower than predicted (docs/planner-errors.md)."""
+"""Largest factor, rounded up, by which a run of a model below 1 B parameters was slower than predicted."""
 REACHED_MEMORY_BANDWIDTH = 0.8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A layout with its costs: bytes per device (``host`` per node), bytes that a device sends per step, seconds.
+    """A layout with its costs: bytes per device (``host`` per node), bytes that a device sends per step, and seconds.
 
     ``states`` are all model states of a step. ``memory`` is the peak, which may come in a phase (``peak_phase``)
     in which gradients do not exist yet. ``problem`` says why the layout cannot run, ``missing`` lists features that
@@ -179,8 +180,8 @@ def _dp_traffic(
     across = cost(
         traffic.StepVolume(all_reduce=times * memory.partition_elements(trained, size)), ranks // size, 1
     )  # fmt: skip
-    # One layer's gradients cross the network while the next layer is gathered inside: the links differ, unless the
-    # group spans nodes itself.
+    # One layer's gradients cross the network while the next layer is gathered within a node. These two use different
+    # links, unless the group itself spans nodes.
     seconds = max(inside[1], across[1]) if size <= members else inside[1] + across[1]
     return inside[0] + across[0], seconds
 

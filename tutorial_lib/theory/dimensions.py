@@ -158,7 +158,8 @@ def derive(
     MLP is 4 h wide, the output layer has its own weights, and every query head has its own key and value head.
 
     Raises:
-        ValueError: the dimensions make a model more than a fifth larger or smaller, or heads do not divide hidden.
+        ValueError: the size is outside 1e7 to 1e14, the dimensions make a model more than a fifth larger or smaller, or
+            heads do not divide hidden.
     """
     if not 1e7 <= num_params <= 1e14:
         raise ValueError(f"model-size is {num_params:g}; write a number of parameters from 1e7 to 1e14, such as 7e9.")

@@ -1,13 +1,13 @@
 """Time to launch a step's kernels: a step takes at least this long, however fast the device is.
 
-Without torch.compile or CUDA graphs, Python launches every kernel anew. DeepSpeed's and FSDP2's hooks around each
-module add to that. A small model on a fast device therefore waits for Python, and only a larger micro-batch helps.
+Without torch.compile or CUDA graphs, Python launches every kernel of every step. DeepSpeed's and FSDP2's hooks around
+each module add to that. A small model on a fast device therefore waits for Python, and only a larger micro-batch helps.
 
 Source: our own runs (docs/measured/h200). Where the device waits, the time of a step is proportional to the number of
-layers times micro-batches, for models from 0.1 to 1 B parameters. The seconds below fit those runs to 20 %
-(docs/planner-errors.md, part 5). They depend on the host's processor and on the architecture, but hardly on the
-layer's width: on another start of the same kind of machine they were 1.6 times as long.
-Not modelled: launches of tensor-parallel collectives, and the fewer launches in fp32.
+layers times the number of micro-batches, for models from 0.1 to 1 B parameters. The seconds below fit those runs within
+20 % (docs/planner-errors.md, part 5). They depend on the host's processor and on the architecture, but hardly on the
+layer's width. They also differ between starts of the same kind of machine: in another one they were 1.6 times as long.
+Not modelled: launches of tensor-parallel collectives; fp32 needs fewer launches.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def launch_seconds(layout: Layout, layers: int, accumulation: int) -> float:
     """Return the seconds that a rank takes to launch the kernels of a step.
 
     Args:
-        layout: engine, sharding and recomputation. Full recomputation launches the forward's third once more.
+        layout: engine, sharding and recomputation. Full recomputation repeats the launches of forward, a third of all.
         layers: layers that the rank computes.
         accumulation: micro-batches per step.
     """

@@ -96,8 +96,8 @@ class Workload:
         bucket_size: elements of DeepSpeed's reduce and all-gather buckets.
         overlap_comm: whether DeepSpeed's stages 1 and 2 fill one bucket of gradients while they reduce another.
         live_params: elements that DeepSpeed's stage 3 may keep gathered (``stage3_max_live_parameters``).
-        gradient_reduction: for stages 1 and 2, as in :func:`tutorial_lib.theory.traffic.zero_volume`; by default what
-            DeepSpeed really does (lesson 01 counts it).
+        gradient_reduction: for stages 1 and 2, as in :func:`tutorial_lib.theory.traffic.zero_volume`; the default is
+            DeepSpeed's actual behaviour (lesson 01 counts it).
         lora_rank: rank of LoRA's adapters, if only these are trained; 0 trains all parameters.
         base_bits: bits per frozen parameter with LoRA: 16, 8 or 4 (QLoRA).
         moments: number format of Adam's moments: ``fp32``, ``bf16`` or ``8bit``.
@@ -225,7 +225,8 @@ def check(workload: Workload, cluster: Cluster, engine: str) -> None:
     """Refuse inputs that cannot be planned.
 
     Raises:
-        ValueError: an unknown engine, precision or other choice, a number outside its range, or partly used nodes.
+        ValueError: an unknown engine, precision or other choice, a number outside its range, partly used nodes, or,
+            without ``allow_missing``, features that this course's engines lack.
     """
     choices = {
         "engine": (engine, ENGINES), "precision": (workload.precision, PRECISIONS),

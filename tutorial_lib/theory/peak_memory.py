@@ -12,9 +12,9 @@ together, although these only exist at the same time if micro-batches accumulate
 
 Besides states and activations, engines allocate *buffers*::
 
-    FSDP2      gathered copies of the root's parameters and, in backward, of two layers' (with shard_grad_op, all);
-               a layer's gradient, and its fp32 copy for the reduce-scatter; at the end the same for the root (twice
-               if the output layer is the embedding)
+    FSDP2      gathered copies of the root's parameters and, in backward, of two layers (with shard_grad_op, of all
+               parameters from the loss on); a layer's gradient, and its fp32 copy for the reduce-scatter; at the end
+               the same for the root (and the embedding's gradient once more if the output layer shares its weight)
     DDP        16-bit copies of all weights, which autocast caches until backward has used them; gradients live in
                DDP's buckets, which always exist
     DeepSpeed  (ZeRO stages in parentheses) a bucket of gradients of the full ``reduce_bucket_size``, however small the
@@ -31,8 +31,9 @@ Sources: ``torch.distributed.fsdp`` (``_fsdp_collectives.py``: copy-in and copy-
 Assumptions: one layer is gathered ahead. FSDP2's and DDP's AdamW is fused and copies nothing. Elsewhere, AdamW on GPUs
 updates all tensors at once (``foreach``), with one more fp32 copy of them. On CPUs it updates one tensor at a time,
 with two copies of it. ZeRO's stages 1 to 3 flatten a rank's parameters into one large tensor (at stage 3, of about
-``sub_group_size`` elements). Known to be wrong: the Trainer's AdamW under DDP is not fused, and its copy is not
-counted; DDP on a single rank gets a copy that it does not make; a file's own ``sub_group_size`` is not read.
+``sub_group_size`` elements). Known errors: the Trainer's AdamW under DDP is not fused, but its copy is not
+counted; a copy is counted for DDP on a single rank, which makes none; a DeepSpeed file's own ``sub_group_size`` is not
+read.
 Not modelled: buffers for messages between a pipeline's stages; masks of packed rows.
 Checked: docs/planner-errors.md, against peaks of our own runs and published ones.
 """
@@ -65,7 +66,7 @@ class Peak:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A rank's part of the model: elements of a layer, elements outside the layers, and the total."""
+    """A rank's part of the model: number of layers, elements of a layer, elements outside the layers, and the total."""
 
     layers: int
     layer: float

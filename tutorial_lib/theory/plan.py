@@ -18,7 +18,7 @@ from tutorial_lib.theory.layouts import Cluster, Layout, Workload, check
 from tutorial_lib.theory.search import candidate_layouts, smallest_variants, variants
 
 TIE = 0.05
-"""Layouts whose speeds differ by less than this share count as equally fast."""
+"""Layouts that are slower than the fastest by at most this share count as equally fast."""
 
 COMFORTABLE = 0.8
 """Share of the usable memory below which saving more of it is pointless."""
@@ -30,7 +30,7 @@ def plan(workload: Workload, cluster: Cluster, engine: str = "deepspeed") -> lis
     Shapes that do not fit come with the settings that need the least memory.
 
     Raises:
-        ValueError: the engine or precision is unknown, a number is below its smallest value, or a node is partly used.
+        ValueError: the inputs cannot be planned; see :func:`tutorial_lib.theory.layouts.check`.
     """
     check(workload, cluster, engine)
     shapes = [list(_costs(shape, workload, cluster)) for shape in candidate_layouts(workload, cluster, engine)]

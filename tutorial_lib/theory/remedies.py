@@ -20,7 +20,7 @@ class Remedy:
     """A change after which something fits.
 
     Args:
-        change: text to write on the command line.
+        change: description of the change, usually with the options to write on the command line.
         best: the best layout after the change.
     """
 
@@ -58,7 +58,7 @@ def faster_than_offload(workload: Workload, cluster: Cluster, engine: str, best:
 
 
 def fewer_gpus(workload: Workload, cluster: Cluster, engine: str, best: Candidate) -> Remedy | None:
-    """Return the fewest devices that are as fast as all, within :data:`TIE`; None if any smaller number is slower.
+    """Return the fewest devices that are as fast as all, within :data:`TIE`; None if half of them are slower already.
 
     Fewer devices can be as fast if groups over several nodes wait for a slow network. The search halves the number of
     devices as long as all nodes stay full.
@@ -84,7 +84,7 @@ def _try_changes(workload: Workload, cluster: Cluster, engine: str) -> list[Reme
 
 
 def _changes(workload: Workload, cluster: Cluster, engine: str) -> list[tuple[str, Workload, Cluster]]:
-    """Return the single changes to try: the text to write, and the workload and cluster to plan."""
+    """Return the single changes to try: a description, and the workload and cluster to plan."""
     found: list[tuple[str, Workload, Cluster]] = []
 
     def add(change: str, machine: Cluster = cluster, **changes: object) -> None:

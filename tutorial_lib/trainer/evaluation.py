@@ -1,4 +1,4 @@
-"""Evaluation during training: the mean loss per token over the evaluation split, and when it is computed."""
+"""Evaluation during training: the mean loss per token over the evaluation split, and its schedule."""
 
 from __future__ import annotations
 

@@ -245,7 +245,7 @@ class _NoData:
     """Stand-in for the training data of a start that trains no steps. It only keeps the saved position.
 
     Args:
-        run: says how many steps to train, unless it gives epochs.
+        run: the run's settings. If they give epochs instead of steps, ``start`` knows the number of steps.
         start: where this start begins.
     """
 

@@ -27,7 +27,7 @@ from tutorial_lib.trainer.rank_agreement import check_batches, check_losses
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss or the gradient is NaN or infinite. The message names the newest checkpoint."""
+    """The loss or the gradient is NaN or infinite. The message names the newest checkpoint, if there is one."""
 
 
 def token_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:

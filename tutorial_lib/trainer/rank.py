@@ -67,7 +67,7 @@ def train(
     started = time.perf_counter()
     topology, run = Topology.from_environment(config.parallel), RunDirectory(config.directory)
     with opened_for_training(run, topology):
-        # Only torchrun's ranks clear old requests. Other launchers already have, and a new one may have come since.
+        # Only torchrun's ranks clear old requests. Other launchers have already, and a new request may have come.
         if topology.rank == 0 and config.run.launcher == "none" and "RANK" in os.environ:
             run.clear_requests()
         barrier()

@@ -39,7 +39,7 @@ def stop_signals() -> Iterator[Callable[[], int]]:
         return seen[0] if seen else 0
 
     if threading.current_thread() is not threading.main_thread():
-        # Ray calls the training function in a thread, where signals do not arrive, and stops it with the stop file.
+        # Ray calls the training function in a thread, where signals do not arrive. There the stop file replaces them.
         yield lambda: 0
         return
     # Ignored signals stay ignored, such as SIGINT for a shell's background jobs. SIGUSR1 is the exception: batch

@@ -1,4 +1,4 @@
-"""Capacity of a Ray cluster: the tensor-parallel groups that its nodes can hold, and messages about what is missing.
+"""Capacity of a Ray cluster: the tensor-parallel groups that its nodes can hold, and messages about missing resources.
 
 A tensor-parallel group (``tp`` workers that share every layer) must fit on one node. So a node with 3 free CPUs has
 room for one group of ``tp=2``, and the run cannot use its third CPU.

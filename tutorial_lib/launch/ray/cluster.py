@@ -95,7 +95,7 @@ class _Server:
         # DeepSpeed chooses its device at import. If the server touched a GPU, forked workers could not use it.
         environment = {"DS_ACCELERATOR": run.device, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
         with _lean_imports():
-            # The package and its libraries come from this process, whatever is in the working directory.
+            # Import the package and its libraries from this process's paths, whatever is in the working directory.
             path = [_LEAN_IMPORTS, str(package.parent), *filter(None, sys.path)]
             environment["PYTHONPATH"] = os.pathsep.join(path)
             self._process = subprocess.Popen(
@@ -142,9 +142,10 @@ _server: _Server | None = None
 
 
 def warm_up(run: RunConfig, parallel: ParallelConfig) -> None:
-    """Start loading the libraries of Ray's workers in the background. Returns at once; safe to call again.
+    """Start loading the libraries of Ray's workers in the background, and return at once; calling it again is safe.
 
-    :func:`start` does this too. Call it earlier if there is other work to do in the meantime; :func:`stop` ends it.
+    :func:`start` does this too. Call this earlier if there is other work to do in the meantime; :func:`stop` ends the
+    server.
     """
     global _server
     if ray_address() or sys.platform != "linux" or os.environ.get("TUTORIAL_LIB_WARM_WORKERS") == "0":
@@ -285,7 +286,7 @@ def has_dashboard() -> bool:
 
 
 def renew_server(run: RunConfig, parallel: ParallelConfig) -> None:
-    """Restart the warm server if it cannot serve this configuration. Does nothing if there is none."""
+    """Restart the warm server if it cannot serve this configuration. Do nothing if there is none."""
     if _server:
         _server.renew(run, parallel)
 
@@ -325,7 +326,7 @@ def _close_server() -> None:
 
 @contextmanager
 def _job_signals_blocked() -> Iterator[None]:
-    """Keep a scheduler's signals from Ray's processes: this process saves first, then ends them.
+    """Keep a scheduler's signals from Ray's processes, so that the run can save before this process ends them.
 
     Ray's servers inherit the blocked signals. Otherwise a SIGTERM to all processes of a job would end them first, and
     the run could not save. ``ray.init`` also installs a SIGTERM handler that exits without saving.
@@ -377,7 +378,7 @@ def _cluster_environment(num_workers: int) -> dict[str, str]:
     threads = max(1, usable_cores() // num_workers)
     environment = {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo", **ON_ONE_MACHINE}
     if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        # Without this, Ray would store a token in the home directory, where it outlives the cluster.
+        # Without this, Ray would store a token in the home directory, where it would outlive the cluster.
         environment["RAY_AUTH_TOKEN"] = TOKEN
     return environment
 

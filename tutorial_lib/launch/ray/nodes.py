@@ -115,7 +115,7 @@ def _read_variables_again() -> None:
 
 
 def serve(cpus: int, config: Config) -> None:
-    """Start two nodes and print their address. Remove the second one on a line of input; stop when the input ends."""
+    """Start two nodes and print the cluster's address. Remove the second when a line comes in; stop when input ends."""
     with forked_workers(config.run, config.parallel):
         from ray.cluster_utils import Cluster
 

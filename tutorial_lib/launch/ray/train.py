@@ -1,8 +1,8 @@
 """Ray Train launcher: run the ranks as Ray Train's workers, on this machine or on a Ray cluster.
 
-Ray Train places the workers and sets up the process group; the training function is the same as for any launcher. Each
-worker writes its own files directly to the run's storage, and ``ray.train.report`` only registers the finished
-checkpoint (:mod:`tutorial_lib.launch.ray.report`): Ray then knows the newest one, and nothing is copied twice.
+Ray Train places the workers and sets up the process group; the training function is the same as for the other
+launchers. Each worker writes its own files directly to the run's storage, and ``ray.train.report`` only registers the
+finished checkpoint (:mod:`tutorial_lib.launch.ray.report`): Ray then knows the newest one without copying any file.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def launch(configs: Sequence[Config], poll: Callable[[], None], worker: str = WO
             :mod:`tutorial_lib.launch.ray.worker`.
 
     Raises:
-        ConfigError: the cluster has too few CPUs or GPUs, no node can hold a tensor-parallel group, or a node does not
-            see the storage.
+        ConfigError: the cluster has too few CPUs or GPUs, no node can hold a tensor-parallel group, a node does not see
+            the storage, or a rank refused the configuration.
         WorkerError: a worker failed, and the message is its own traceback; or the cluster had no room for
             ``resource_timeout`` seconds, and the message lists its resources.
     """
@@ -166,7 +166,7 @@ def _first_failure(written: dict[str, Any] | None, worker_exceptions: dict[int, 
         rank = min(by_rank) if gone is None else gone
         return {"rank": rank, "type": type(by_rank[rank]).__name__, "message": " ".join(str(by_rank[rank]).split())}
     message = written["message"]
-    if lost_another_rank(written):  # it may tell Ray before Ray itself notices which worker or node is gone
+    if lost_another_rank(written):  # this error may reach Ray before Ray notices which worker or node is gone
         message = f"it lost another rank, which was killed or whose node was lost, and which left no error. {message}"
     return {"rank": written["rank"], "type": written["type"], "message": message}
 

@@ -284,7 +284,7 @@ def _held(parameter: Tensor) -> Tensor:
     """Return the part of a parameter that this rank holds.
 
     On a CPU, a shard that transformers loaded is a window into the memory-mapped weight file. The rest of the file is
-    never read into memory, so this returns a copy of the window.
+    never read into memory, but would be counted with it, so this returns a copy of the window.
     """
     return local_part(parameter).clone() if isinstance(parameter, DTensor) else parameter
 

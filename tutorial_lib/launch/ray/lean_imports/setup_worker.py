@@ -22,7 +22,7 @@ SERVER_VARIABLE = "TUTORIAL_LIB_RAY_SERVER"
 def main() -> None:
     """Ask the server to fork a worker; if that is impossible, become one as Ray's own script does."""
     context, worker = _split(sys.argv[1:])
-    plain = set(context) <= {"env_vars", "py_executable"} and worker[0].endswith(".py")  # not a Python option
+    plain = set(context) <= {"env_vars", "py_executable"} and worker[0].endswith(".py")  # a script, not an option
     if plain and context.get("py_executable", sys.executable) == sys.executable:
         environment = {**os.environ, **context.get("env_vars", {})}
         if _fork({"arguments": worker, "environment": environment, "directory": os.getcwd(), "path": sys.path}):
