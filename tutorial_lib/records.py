@@ -20,7 +20,7 @@ Workers write records instead of printing; notebooks, tests and the command line
     a worker's output, and its traceback if it failed;
 ``logs/memory-rank-NNN.jsonl``, ``logs/memory-JOB.START-NODE.jsonl``
     with ``memory_log_seconds``, a rank's memory over time; under SLURM, the memory of a node's processes: see
-    :mod:`tutorial_lib.measure.sampler`.
+    :mod:`tutorial_lib.measure.memory_sampler`.
 
 This module imports only the standard library and the configuration, so that reading a record is cheap.
 """

@@ -27,7 +27,7 @@ from tests.cluster.slurm_cluster import CORES, SlurmCluster
 from tests.cluster.virtual_nodes import ROOT, VirtualNodes, end
 from tutorial_lib import cli
 from tutorial_lib.lab.scaling import RECORDING
-from tutorial_lib.measure.sampler_log import MIB, read_memory_log
+from tutorial_lib.measure.memory_log import MIB, read_memory_log
 from tutorial_lib.records import RunDirectory
 
 SECONDS = 300

@@ -13,7 +13,7 @@ from tests.cluster.exported_weights import trained_weights
 from tests.cluster.slurm_cluster import ACTIVE, CORES, SlurmCluster
 from tests.distributed.faults.checks import assert_same_records
 from tutorial_lib import cli
-from tutorial_lib.measure.sampler_log import read_sampler
+from tutorial_lib.measure.memory_log import read_sampler
 from tutorial_lib.records import RunDirectory
 
 STEPS = 40

@@ -8,7 +8,7 @@ from typing import Any
 from tutorial_lib.bench.record import DONE, Memory, RowRecord
 from tutorial_lib.config import Config
 from tutorial_lib.launch import Run
-from tutorial_lib.measure.sampler_log import MIB
+from tutorial_lib.measure.memory_log import MIB
 from tutorial_lib.records import RunDirectory
 from tutorial_lib.theory.memory import ModelStates
 

@@ -12,7 +12,7 @@ from tutorial_lib.bench.experiments import workshop_name
 from tutorial_lib.bench.matrix import MATRIX_FILE, Matrix
 from tutorial_lib.bench.record import RowRecord
 from tutorial_lib.config import ConfigError
-from tutorial_lib.measure.sampler_log import MIB
+from tutorial_lib.measure.memory_log import MIB
 from tutorial_lib.tables import Table
 
 

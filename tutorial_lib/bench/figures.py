@@ -8,7 +8,7 @@ from pathlib import Path
 from tutorial_lib.bench.record import RowRecord
 from tutorial_lib.lab import figures
 from tutorial_lib.lab.figures import Figure
-from tutorial_lib.measure.sampler_log import MIB, MemoryLogError, read_memory_log
+from tutorial_lib.measure.memory_log import MIB, MemoryLogError, read_memory_log
 
 
 def write(experiment: str, rows: Sequence[RowRecord], logs: Mapping[str, Path], directory: Path) -> list[Path]:

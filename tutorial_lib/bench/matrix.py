@@ -25,7 +25,7 @@ from tutorial_lib.config import Config, ConfigError, RunConfig
 from tutorial_lib.dataloader.subset import choose_subset
 from tutorial_lib.doctor.machine import usable_cores
 from tutorial_lib.launch import Interrupted, OnRows, Run
-from tutorial_lib.measure.sampler import sample_memory
+from tutorial_lib.measure.memory_sampler import sample_memory
 from tutorial_lib.records import RunDirectory, write_atomically
 from tutorial_lib.tables import Table
 

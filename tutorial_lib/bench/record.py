@@ -12,7 +12,7 @@ from typing import Any
 from tutorial_lib.config import Config, ParallelConfig, RunConfig
 from tutorial_lib.doctor.machine import usable_cores
 from tutorial_lib.launch import Run
-from tutorial_lib.measure.sampler_log import MIB, MemoryLogError, MemorySeries, read_memory_log
+from tutorial_lib.measure.memory_log import MIB, MemoryLogError, MemorySeries, read_memory_log
 from tutorial_lib.theory.memory import ModelStates
 
 NOT_RUN, DONE, STOPPED = "not run", "done", "stopped"

@@ -11,7 +11,7 @@ from typing import Any
 
 from tutorial_lib.bench.experiments import IS_SCALING
 from tutorial_lib.bench.record import Memory, RowRecord
-from tutorial_lib.measure.sampler_log import MIB
+from tutorial_lib.measure.memory_log import MIB
 from tutorial_lib.records import write_atomically
 from tutorial_lib.tables import Table
 

@@ -16,8 +16,8 @@ from tutorial_lib.dataloader.collate import Batch, Collate
 from tutorial_lib.dataloader.packing import Examples
 from tutorial_lib.dataloader.rows import load_rows
 from tutorial_lib.dataloader.sampler import EpochSampler, StepSampler
-from tutorial_lib.dataloader.shared_rows import count_shared_places, count_shared_rows
 from tutorial_lib.dataloader.tokens import TokenSummary, document_maker, summary_of, tokenize_rows
+from tutorial_lib.dataloader.train_eval_overlap import count_shared_places, count_shared_rows
 from tutorial_lib.mpu import Topology
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from tutorial_lib.checkpoint.manager import OnCheckpoint
 from tutorial_lib.checkpoint.start import opened_for_training
 from tutorial_lib.checkpoint.storage import storage_failure
 from tutorial_lib.config import Config, EngineConfig
-from tutorial_lib.measure.sampler import sample_memory
+from tutorial_lib.measure.memory_sampler import sample_memory
 from tutorial_lib.mpu import Topology
 from tutorial_lib.mpu.collectives import barrier
 from tutorial_lib.records import RunDirectory

@@ -8,7 +8,7 @@ from tests.support.bench_records import done
 from tutorial_lib.bench import Matrix, compare
 from tutorial_lib.bench.record import OUT_OF_MEMORY, Memory, RowRecord
 from tutorial_lib.config import ConfigError
-from tutorial_lib.measure.sampler_log import MIB
+from tutorial_lib.measure.memory_log import MIB
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import pytest
 from tests.support.bench_records import done
 from tutorial_lib.bench import figures
 from tutorial_lib.bench.record import Memory, RowRecord
-from tutorial_lib.measure.sampler import sample_memory
-from tutorial_lib.measure.sampler_log import MIB
+from tutorial_lib.measure.memory_log import MIB
+from tutorial_lib.measure.memory_sampler import sample_memory
 from tutorial_lib.theory.memory import ModelStates
 
 

@@ -9,7 +9,7 @@ import pytest
 from tests.support.bench_records import done
 from tutorial_lib.bench import table
 from tutorial_lib.bench.record import KILLED, Memory, RowRecord
-from tutorial_lib.measure.sampler_log import MIB
+from tutorial_lib.measure.memory_log import MIB
 from tutorial_lib.theory.memory import ModelStates
 
 

@@ -11,7 +11,7 @@ import pytest
 from tests.support.torch_runs import config
 from tutorial_lib import trainer
 from tutorial_lib.config import ConfigError
-from tutorial_lib.measure.sampler_log import read_memory_log
+from tutorial_lib.measure.memory_log import read_memory_log
 from tutorial_lib.records import RunDirectory
 
 

@@ -24,7 +24,7 @@ fi
 """
 
 _SAMPLER = """\
-python -m tutorial_lib.measure.sampler "$run/logs/memory-$attempt-$SLURMD_NODENAME.jsonl" \\
+python -m tutorial_lib.measure.memory_sampler "$run/logs/memory-$attempt-$SLURMD_NODENAME.jsonl" \\
         """
 
 

@@ -44,9 +44,9 @@ def test_the_cpu_script_differs_only_in_gpu_lines(capsys: pytest.CaptureFixture[
 
 def test_requeueing_and_memory_sampling_can_be_switched_off(capsys: pytest.CaptureFixture[str]) -> None:
     script = written(capsys, ON_GPUS)
-    assert "measure.sampler" in script and "scontrol requeue" in script and "requeue" in options(script)
+    assert "measure.memory_sampler" in script and "scontrol requeue" in script and "requeue" in options(script)
     less = written(capsys, [*ON_GPUS, "--no-sample-memory", "--no-requeue"])
-    assert "measure.sampler" not in less and "scontrol requeue" not in less and "no-requeue" in options(less)
+    assert "measure.memory_sampler" not in less and "scontrol requeue" not in less and "no-requeue" in options(less)
 
 
 def test_all_rows_reach_train(capsys: pytest.CaptureFixture[str]) -> None:

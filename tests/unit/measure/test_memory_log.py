@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from tutorial_lib.measure.sampler import FORMAT, sample_memory
-from tutorial_lib.measure.sampler_log import (
+from tutorial_lib.measure.memory_log import (
     MIB,
     MemoryLogError,
     MemorySeries,
@@ -19,6 +18,7 @@ from tutorial_lib.measure.sampler_log import (
     read_psrecord,
     read_sampler,
 )
+from tutorial_lib.measure.memory_sampler import FORMAT, sample_memory
 
 LOGS = Path(__file__).parent / "logs"
 
@@ -27,7 +27,7 @@ def process(pid: int, rss: int, pss: int | None, name: str = "python") -> dict[s
     return {"pid": pid, "name": name, "rss": rss, "pss": pss}
 
 
-def write_sampler_log(path: Path, *readings: tuple[list[dict[str, Any]], list[dict[str, Any]]]) -> Path:
+def write_memory_log(path: Path, *readings: tuple[list[dict[str, Any]], list[dict[str, Any]]]) -> Path:
     rows: list[dict[str, Any]] = [{"format": FORMAT, "interval": 0.5, "gpus": []}]
     rows += [{"seconds": i / 2, "processes": host, "gpus": gpus} for i, (host, gpus) in enumerate(readings)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -79,7 +79,7 @@ def test_the_samplers_log_can_be_read_while_it_is_written(tmp_path: Path) -> Non
 
 
 def test_the_tree_is_the_sum_of_its_processes(tmp_path: Path) -> None:
-    path = write_sampler_log(
+    path = write_memory_log(
         tmp_path / "log",
         ([process(5, 100, 70)], []),
         ([process(5, 100, 60), process(9, 50, 30, "worker")], []),
@@ -98,7 +98,7 @@ def test_the_tree_is_the_sum_of_its_processes(tmp_path: Path) -> None:
 
 
 def test_without_pss_everywhere_all_is_rss(tmp_path: Path) -> None:
-    path = write_sampler_log(tmp_path / "log", ([process(5, 100, 70), process(9, 50, None)], []))
+    path = write_memory_log(tmp_path / "log", ([process(5, 100, 70), process(9, 50, None)], []))
     assert [(series.counted, series.num_bytes) for series in read_sampler(path).series] == [
         ("RSS", (150,)), ("RSS", (100,)), ("RSS", (50,)),
     ]  # fmt: skip
@@ -107,7 +107,7 @@ def test_without_pss_everywhere_all_is_rss(tmp_path: Path) -> None:
 def test_gpus_and_the_share_of_the_tree(tmp_path: Path) -> None:
     host = [process(5, 1, 1), process(9, 1, 1)]
     idle = {"index": 1, "used": 4, "processes": {}}
-    path = write_sampler_log(
+    path = write_memory_log(
         tmp_path / "log",
         (host, [{"index": 0, "used": 100, "processes": {}}, idle]),
         (host, [{"index": 0, "used": 180, "processes": {"5": 50, "9": 20}}, idle]),
@@ -196,7 +196,7 @@ SAMPLES = {
 
 def copy_log(name: str, directory: Path) -> Path:
     if name == "sampler.jsonl":
-        return write_sampler_log(directory / name, *[([process(5, MIB, MIB)], [])] * 2)
+        return write_memory_log(directory / name, *[([process(5, MIB, MIB)], [])] * 2)
     return Path(shutil.copy(LOGS / name, directory / name))
 
 

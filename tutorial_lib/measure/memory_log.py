@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from tutorial_lib.measure.sampler import FORMAT, GpuMemory, ProcessMemory, Reading
+from tutorial_lib.measure.memory_sampler import FORMAT, GpuMemory, ProcessMemory, Reading
 
 MIB = 2**20
 
@@ -25,7 +25,7 @@ SMI_QUERY = ("timestamp", "index", "memory.used")
 """First columns of an ``nvidia-smi`` log without a header."""
 
 _ACCEPTED = """Accepted are the logs of
-  - tutorial_lib.measure.sampler.sample_memory(path)
+  - tutorial_lib.measure.memory_sampler.sample_memory(path)
   - nvidia-smi --query-gpu=timestamp,index,memory.used --format=csv -l 5 > FILE
   - psrecord PID --include-children --interval 5 --log FILE"""
 
@@ -130,7 +130,7 @@ def read_memory_log(path: str | Path) -> MemoryLog:
 
 
 def read_sampler(path: str | Path) -> MemoryLog:
-    """Read a log of :func:`tutorial_lib.measure.sampler.sample_memory`.
+    """Read a log of :func:`tutorial_lib.measure.memory_sampler.sample_memory`.
 
     The first series is ``process tree``. Next come ``process 1 (NAME)`` and so on, in order of appearance. A GPU adds
     ``GPU 0`` and, if the driver reported the share of these processes, ``GPU 0, process tree``. Host memory is PSS if

@@ -20,8 +20,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tutorial_lib.measure import sampler
-from tutorial_lib.measure.sampler import sample_memory
+from tutorial_lib.measure import memory_sampler
+from tutorial_lib.measure.memory_sampler import sample_memory
 
 MIB = 2**20
 HOLD = f"import sys; held = b'x' * (64 * {MIB}); print('ready', flush=True); sys.stdin.read()"
@@ -169,11 +169,11 @@ def test_a_zombie_holds_no_memory(tmp_path: Path) -> None:
 
 
 def test_a_slow_reading_does_not_shift_the_later_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def read_slowly(tree: sampler.ProcessTree) -> tuple[sampler.ProcessMemory, ...]:
+    def read_slowly(tree: memory_sampler.ProcessTree) -> tuple[memory_sampler.ProcessMemory, ...]:
         time.sleep(0.14)
-        return (sampler.ProcessMemory(pid=1, name="test", rss=1, pss=1),)
+        return (memory_sampler.ProcessMemory(pid=1, name="test", rss=1, pss=1),)
 
-    monkeypatch.setattr(sampler.ProcessTree, "read", read_slowly)
+    monkeypatch.setattr(memory_sampler.ProcessTree, "read", read_slowly)
     with sample_memory(tmp_path / "log", interval=0.2):
         time.sleep(1.3)
     # If the interval were a pause between readings, these would be 0.14, 0.08, 0.02, 0.16 s late, and so on.
@@ -294,9 +294,9 @@ def test_a_command_is_logged_and_its_exit_code_handed_on(
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # main would ignore SIGTERM from then on
     log = tmp_path / "log"
     command = [sys.executable, "-c", f"import os, sys; held = bytearray(2**26); {ends}"]
-    assert sampler.main([str(log), *command]) == code
-    assert sampler.main([str(log)]) == 2
-    assert json.loads(log.read_text().splitlines()[0])["format"] == sampler.FORMAT
+    assert memory_sampler.main([str(log), *command]) == code
+    assert memory_sampler.main([str(log)]) == 2
+    assert json.loads(log.read_text().splitlines()[0])["format"] == memory_sampler.FORMAT
 
 
 def test_a_signal_to_all_processes_of_a_job_leaves_the_end_to_the_command(tmp_path: Path) -> None:
@@ -304,7 +304,7 @@ def test_a_signal_to_all_processes_of_a_job_leaves_the_end_to_the_command(tmp_pa
     saving = "import signal, sys, time; signal.signal(15, lambda *_: (time.sleep(0.5), sys.exit(7))); print(flush=True)"
     command = [sys.executable, "-c", f"{saving}; time.sleep(60)"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "tutorial_lib.measure.sampler", str(tmp_path / "log"), *command],
+        [sys.executable, "-m", "tutorial_lib.measure.memory_sampler", str(tmp_path / "log"), *command],
         stdout=subprocess.PIPE,
         start_new_session=True,
     )

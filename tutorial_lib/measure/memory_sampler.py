@@ -1,13 +1,13 @@
 """Memory sampler: a log of the memory of a process tree and of the machine's GPUs, measured from outside PyTorch.
 
 The log consists of JSON lines. The first line is a header; each further line is a :class:`Reading`, flushed when
-written, so the log can be read while it grows. :mod:`tutorial_lib.measure.sampler_log` reads it.
+written, so the log can be read while it grows. :mod:`tutorial_lib.measure.memory_log` reads it.
 
 A sampler sees entire processes, including libraries and caches, but misses peaks shorter than its interval. For exact
 numbers see :mod:`tutorial_lib.measure.memory`.
 
-``python -m tutorial_lib.measure.sampler LOG COMMAND ...`` runs a command and logs its memory: batch scripts put it in
-front of ``torchrun`` on each node.
+``python -m tutorial_lib.measure.memory_sampler LOG COMMAND ...`` runs a command and logs its memory. Batch scripts put
+it in front of ``torchrun`` on each node.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any, TextIO
 
 import psutil
 
-FORMAT = "tutorial_lib.measure.sampler"
+FORMAT = "tutorial_lib.measure.memory_sampler"
 """Value of ``format`` in a log's header."""
 
 
@@ -305,7 +305,7 @@ _HEADER_BEGINS = f'{{"format": "{FORMAT}"'.encode()
 def main(arguments: Sequence[str]) -> int:
     """Run a command, log the memory of its processes and of this one, and return the command's exit code."""
     if len(arguments) < 2:
-        print("usage: python -m tutorial_lib.measure.sampler LOG COMMAND ...", file=sys.stderr)
+        print("usage: python -m tutorial_lib.measure.memory_sampler LOG COMMAND ...", file=sys.stderr)
         return 2
     path, *command = arguments
     # A scheduler signals all processes of a job. The command decides what to do; this process waits for it to end.

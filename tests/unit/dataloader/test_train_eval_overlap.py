@@ -13,7 +13,7 @@ from tutorial_lib import launch
 from tutorial_lib.cli import main
 from tutorial_lib.config import Config
 from tutorial_lib.dataloader import load_rows
-from tutorial_lib.dataloader.shared_rows import count_shared_rows
+from tutorial_lib.dataloader.train_eval_overlap import count_shared_rows
 
 from .conftest import write_jsonl
 
