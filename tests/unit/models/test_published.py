@@ -66,14 +66,14 @@ def test_states_that_do_not_fit_are_refused_with_the_prediction(tmp_path, monkey
     assert preflight(config.override(precision="bf16", offload="none", model="published/gpt2"))
 
 
-def test_lesson_05_states_the_bytes_of_bloom_560m_as_the_formula_gives_them():
+def test_the_workshops_page_states_the_bytes_of_bloom_560m_as_the_formula_gives_them():
     config = Config.create(
         "cpu", model="published/bloom-560m", random_init=True, dp=1, zero_stage=2, offload="optimizer",
         precision="bf16",
     )  # fmt: skip
     (states,) = expected_states(config, parameter_sizes(config.model, config.engine)) or ()
-    lesson = Path(__file__).parents[3] / "notebooks" / "05_zero_workshop.ipynb"
-    assert f"gives, {states.total / 2**20:,.2f} MiB of model states" in lesson.read_text(encoding="utf-8")
+    page = Path(__file__).parents[3] / "docs" / "workshop.md"
+    assert f"gives, {states.total / 2**20:,.2f} MiB of model states" in page.read_text(encoding="utf-8")
 
 
 def test_the_command_line_accepts_model_config_without_model(capsys):

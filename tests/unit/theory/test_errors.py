@@ -94,7 +94,7 @@ def test_our_own_gpu_runs() -> None:
 
 
 def test_a_small_batch_of_a_large_model_peaks_at_the_norm_of_its_embedding() -> None:
-    """Lesson 05 quotes this record of docs/measured. Nothing else in a step is as large as the embedding's gradient."""
+    """docs/workshop.md quotes this record. Nothing else in a step is as large as the embedding's gradient."""
     record = json.loads((gpu_runs.DIRECTORY.parent / "bloom-560m-two-steps.json").read_text())
     settings = {key: record["settings"][key] for key in ("model", "seq_length", "precision", "bucket_size", "dp")}
     config = Config.create(
