@@ -55,9 +55,14 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
+def is_named_like_a_checkpoint(path: Path) -> bool:
+    """Return whether a directory has the name under which a run saves a checkpoint."""
+    return _NAME.fullmatch(path.name) is not None
+
+
 def checkpoints(run: RunDirectory) -> list[Path]:
     """Return all directories named like a checkpoint, intact or not, oldest first."""
-    return sorted(path for path in run.checkpoints.glob("step-*") if _NAME.fullmatch(path.name))
+    return sorted(path for path in run.checkpoints.glob("step-*") if is_named_like_a_checkpoint(path))
 
 
 def latest(run: RunDirectory) -> Path | None:
@@ -175,7 +180,7 @@ def delete(path: Path) -> None:
     Raises:
         ValueError: the path is not named like a checkpoint.
     """
-    if not _NAME.fullmatch(path.name):
+    if not is_named_like_a_checkpoint(path):
         raise ValueError(f"{path} is not named like a checkpoint")
     deleting = _deleting_of(path)
     os.rename(path, deleting)

@@ -40,18 +40,25 @@ def export(path: Path, target: Path, max_shard_size: str = MAX_SHARD_SIZE) -> Pa
 
     Raises:
         CheckpointError: the checkpoint is damaged.
-        ConfigError: ``target`` is not empty, or the size cannot be parsed.
+        ConfigError: ``target`` is not empty or cannot be replaced, or the size cannot be parsed.
     """
     target = target.expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         what = "is not empty" if target.is_dir() else "is a file"
         raise ConfigError(f"{target} {what}. Name a new directory for the export.")
+    final = target.resolve()
+    if final == Path.cwd() or final.is_mount():
+        what = "a mount point" if final.is_mount() else "the current directory"
+        raise ConfigError(
+            f"{target} is {what}, which an export cannot replace. Name a new directory in it, such as "
+            f"{target / 'exported'}."
+        )
     full = open_full(path)
     buffers = full.buffers()
     outlines = {name: torch.empty(full.shapes[name], device="meta") for name in full.names}
     outlines |= {name: buffer.to("meta") for name, buffer in buffers.items()}
     files = _files(outlines, max_shard_size)
-    partial = target.with_name(f".{target.name}.partial")
+    partial = final.with_name(f".{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left over from an export that was killed
     partial.mkdir(parents=True)
     for file, names in files.items():
@@ -65,8 +72,8 @@ def export(path: Path, target: Path, max_shard_size: str = MAX_SHARD_SIZE) -> Pa
     _write_description(path / "model", partial)
     for written in [*partial.rglob("*"), partial]:
         sync(written)
-    os.replace(partial, target)
-    sync(target.parent)
+    os.replace(partial, final)
+    sync(final.parent)
     return target
 
 

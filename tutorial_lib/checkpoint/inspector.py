@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tutorial_lib.checkpoint.directory import checkpoints, step_of
+from tutorial_lib.checkpoint.directory import checkpoints, is_named_like_a_checkpoint, step_of
 from tutorial_lib.checkpoint.formats import rank_and_contents
 from tutorial_lib.checkpoint.manifest import MANIFEST, CheckpointError, file_damage, read_manifest, read_trainer_state
 from tutorial_lib.config import ConfigError, settings
@@ -89,7 +89,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
         by_rank[file["rank"]] = by_rank.get(file["rank"], 0) + file["bytes"]
     return {
         "checkpoint": str(path),
-        "step": trainer.get("step", step_of(path) if path.name.startswith("step-") else None),
+        "step": trainer.get("step", step_of(path) if is_named_like_a_checkpoint(path) else None),
         "format": trainer.get("format"),
         "written": trainer.get("written"),
         "versions": trainer.get("versions"),

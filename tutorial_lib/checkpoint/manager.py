@@ -86,19 +86,20 @@ class CheckpointManager:
                 "keep_best=True compares evaluation losses, but nothing evaluates: pass an evaluation function to "
                 "CheckpointManager(..., evaluate=...), or write keep_best=False."
             )
-        self._held = ExitStack()
-        if start is None:
-            self._held.enter_context(opened_for_training(self.run, topology))
-            start = find_start(config, topology, lambda: {"train": loader.summary.sha256})
-        self.start = start
-        if start.found is None:
-            check_warmup(config.optimizer.warmup_steps, self.loader.num_steps)
+        with ExitStack() as held:
+            if start is None:
+                held.enter_context(opened_for_training(self.run, topology))
+                start = find_start(config, topology, lambda: {"train": loader.summary.sha256})
+            self.start = start
+            if start.found is None:
+                check_warmup(config.optimizer.warmup_steps, self.loader.num_steps)
+            if topology.rank == 0:
+                self._side_files = load_side_files(config.model.name, trust_remote_code=config.model.trust_remote_code)
+            self._held = held.pop_all()
         self.saved_at: int | None = None
         self.record: dict[str, Any] = {}
         self.reshaped_from: dict[str, Any] | None = None
         self.saves: list[dict[str, Any]] = []
-        if topology.rank == 0:
-            self._side_files = load_side_files(config.model.name, trust_remote_code=config.model.trust_remote_code)
         self._pruner = Pruner(self.run, config.run, topology)
         self._stager = make_stager() if config.run.async_save else None
         self._under_way: tuple[Save, Row] | None = None

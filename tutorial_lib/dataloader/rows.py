@@ -129,7 +129,7 @@ def _entry_problem(path: Path, inside: Path, formats: Collection[str | None]) ->
         inside: its path relative to the directory.
         formats: formats of the directory's data files; files of other formats are not read in any case.
     """
-    if any(part.startswith((".", "__")) for part in inside.parts):
+    if _is_hidden(inside):
         return None
     if path.is_symlink() and path.is_dir() and any(_format(each) in formats for each in path.rglob("*")):
         return "`datasets` does not follow a link to a directory. Copy or link its files instead"
@@ -151,8 +151,12 @@ def _names_its_files(readme: Path) -> bool:
 
 def _is_data(path: Path) -> bool:
     """Return whether a file in a data set's directory holds rows, and is neither hidden nor a description."""
-    is_hidden = any(part.startswith((".", "__")) for part in path.parts)
-    return not is_hidden and _format(path) not in (None, "text") and ".json" not in path.suffixes
+    return not _is_hidden(path) and _format(path) not in (None, "text") and ".json" not in path.suffixes
+
+
+def _is_hidden(path: Path) -> bool:
+    """Return whether ``datasets`` ignores a file in a data set's directory because of its name or a directory's."""
+    return any(part.startswith((".", "__")) for part in path.parts)
 
 
 def _files_by_split(directory: Path) -> Mapping[str, Sequence[str]]:
@@ -294,10 +298,11 @@ def _split_advice(known: list[str]) -> str:
 
 
 def _local_files(name: str) -> list[Path]:
-    """Return the data files of a local data set."""
+    """Return the data files of a local data set. Descriptions count only in a directory without anything else."""
     path = Path(_source(name)[0]).expanduser()
     files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
-    return [file for file in files if _format(file) and file.is_file()]
+    found = [file for file in files if _format(file) and file.is_file() and not _is_hidden(file.relative_to(path))]
+    return [file for file in found if _is_data(file.relative_to(path))] or found
 
 
 def _misread_csv(name: str) -> str | None:

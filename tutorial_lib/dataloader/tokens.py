@@ -102,15 +102,21 @@ def tokenize_rows(
     try:
         if not _is_written(path):
             directory.mkdir(parents=True, exist_ok=True)
-            with FileLock(path.with_suffix(".lock")):
+            # By default filelock falls back to a plain file, which a killed process would leave locked.
+            with FileLock(path.with_suffix(".lock"), fallback_to_soft=False):
                 if not _is_written(path):
-                    _write(path, rows, to_documents, seq_length, name)
+                    unfinished = path.with_suffix(".unfinished")
+                    try:
+                        _write(path, unfinished, rows, to_documents, seq_length, name)
+                    finally:
+                        unfinished.unlink(missing_ok=True)
     except UnicodeDecodeError as error:
         raise ConfigError(f"A text of {name} is not UTF-8: {error}. Write the files again in UTF-8.") from error
     except OSError as error:
         raise ConfigError(
             f"Tokenised rows cannot be stored in {directory}: {error}. "
-            "Set TUTORIAL_LIB_CACHE to a directory that you can write to and that has space."
+            "Set TUTORIAL_LIB_CACHE to a directory that you can write to, on a file system with space and with file "
+            "locks (flock)."
         ) from error
     return datasets.Dataset.from_file(str(path))
 
@@ -127,13 +133,13 @@ def _is_written(path: Path) -> bool:
 
 def _write(
     path: Path,
+    unfinished: Path,
     rows: datasets.Dataset,
     to_documents: DocumentMaker,
     seq_length: int,
     name: str,
 ) -> None:
-    """Tokenise into a temporary file, then rename it, so that ``path`` is always complete and has its summary."""
-    unfinished = path.with_suffix(".unfinished")
+    """Tokenise into ``unfinished``, then rename it, so that ``path`` is always complete and has its summary."""
     num_documents = num_cut = 0
     # Leave out other columns: images, for example, would be decoded.
     read = rows.select_columns([column for column in rows.column_names if column in _READ_COLUMNS])
@@ -153,7 +159,6 @@ def _write(
                 boundaries.update(column.to_numpy())
     left_out = len(rows) - num_documents
     if not num_documents:
-        unfinished.unlink()
         raise ConfigError(
             f"No row of {name} is left: all {left_out} are blank, have no answer, or have a question and answer too "
             f"long for seq_length={seq_length}. Write another split, a larger max_examples, or a larger seq_length."

@@ -77,7 +77,7 @@ def _build(name: str, target: Path) -> None:
 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{target}.lock"):
+        with FileLock(f"{target}.lock", fallback_to_soft=False):
             if target.is_dir():
                 return
             scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
@@ -91,5 +91,5 @@ def _build(name: str, target: Path) -> None:
     except OSError as error:
         raise ConfigError(
             f"{name} could not be written to {target.parent}: {error}. "
-            "Set TUTORIAL_LIB_CACHE to a directory that can be written to."
+            "Set TUTORIAL_LIB_CACHE to a directory that can be written to, on a file system with file locks (flock)."
         ) from error

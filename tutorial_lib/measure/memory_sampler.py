@@ -309,7 +309,9 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     path, *command = arguments
     # A scheduler signals all processes of a job. The command decides what to do; this process waits for it to end.
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # a command inherits an ignored signal, but no handler
+            signal.signal(number, lambda *_: None)
     with sample_memory(path), subprocess.Popen(command) as process:
         code = process.wait()
     return code if code >= 0 else 128 - code

@@ -51,9 +51,10 @@ def check_files(directory: str) -> None:
     Raises:
         ConfigError: names the file, what is wrong with it, and how to get it.
     """
-    for index in (path for name in _NAMES if (path := Path(directory, name)).name.endswith(".json") and path.is_file()):
-        if absent := [shard for shard in _shards(index) if not (index.parent / shard).is_file()]:
-            raise ConfigError(f"{index} names files that are not there: {_some(absent)}. Copy or download them again.")
+    read = next((path for name in _NAMES if (path := Path(directory, name)).is_file()), None)
+    if read and read.name.endswith(".json"):
+        if absent := [shard for shard in _shards(read) if not (read.parent / shard).is_file()]:
+            raise ConfigError(f"{read} names files that are not there: {_some(absent)}. Copy or download them again.")
     for path in locate_weights(directory, local_files_only=True):
         check_no_pointer(path)
         if reason := _damage(path):

@@ -57,9 +57,12 @@ class Topology:
                 would span nodes.
         """
         if parallel.world_size != world_size:
+            advice = f"Write dp={world_size // parallel.tp}"
+            if world_size % parallel.tp:
+                advice = f"{world_size} is not a multiple of tp={parallel.tp}. Write dp={world_size} and tp=1"
             raise ConfigError(
                 f"dp x tp = {parallel.dp} x {parallel.tp} = {parallel.world_size}, but {world_size} processes were "
-                f"started. Write dp={world_size // parallel.tp or 1}, or start {parallel.world_size} processes."
+                f"started. {advice}, or start {parallel.world_size} processes."
             )
         if local_world_size is not None and local_world_size % parallel.tp:
             fitting = [size for size in range(1, local_world_size + 1) if local_world_size % size == 0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from tutorial_lib.checkpoint.storage import storage_failure
 from tutorial_lib.config import Config, EngineConfig
 from tutorial_lib.measure.memory_sampler import sample_memory
 from tutorial_lib.mpu import Topology
-from tutorial_lib.mpu.collectives import barrier
+from tutorial_lib.mpu.collectives import all_gather_ints, barrier
 from tutorial_lib.records import RunDirectory
 from tutorial_lib.trainer.loop import Trainer
 from tutorial_lib.trainer.result import Result
@@ -27,7 +27,7 @@ from tutorial_lib.trainer.stops import STOP_AFTER
 def train_all(
     configs: Sequence[Config], *, on_checkpoint: OnCheckpoint | None = None, trainer_class: type[Trainer] | None = None
 ) -> list[Result]:
-    """Start or resume several runs one after the other, until one of them is asked to stop. Collective.
+    """Start or resume several runs one after the other, until the ranks are asked to stop. Collective.
 
     Args:
         configs: the runs to train.
@@ -38,11 +38,15 @@ def train_all(
         The results of all runs that were started.
     """
     results: list[Result] = []
-    for config in configs:
-        of_this = on_checkpoint if config is configs[-1] else None
-        results.append(train(config, on_checkpoint=of_this, trainer_class=trainer_class))
-        if results[-1].stopped_by not in (None, STOP_AFTER):
-            break
+    with stop_signals() as stop_signalled:
+        for config in configs:
+            # A signal may have come after the last step of the run before, or to another rank.
+            if results and any(number for (number,) in all_gather_ints([stop_signalled()])):
+                break
+            of_this = on_checkpoint if config is configs[-1] else None
+            results.append(_train(config, of_this, trainer_class, stop_signalled))
+            if results[-1].stopped_by not in (None, STOP_AFTER):
+                break
     return results
 
 
@@ -64,6 +68,17 @@ def train(
         NonFiniteLoss: training diverged.
         RanksDisagree: ranks of a tensor-parallel group read different batches, or computed different losses.
     """
+    with stop_signals() as stop_signalled:
+        return _train(config, on_checkpoint, trainer_class, stop_signalled)
+
+
+def _train(
+    config: Config,
+    on_checkpoint: OnCheckpoint | None,
+    trainer_class: type[Trainer] | None,
+    stop_signalled: Callable[[], int],
+) -> Result:
+    """Train a run as :func:`train` does. ``stop_signalled`` returns the number of a signal that has come, or 0."""
     started = time.perf_counter()
     topology, run = Topology.from_environment(config.parallel), RunDirectory(config.directory)
     with opened_for_training(run, topology):
@@ -72,7 +87,7 @@ def train(
             run.clear_requests()
         barrier()
         log = run.log_file(topology.rank) if config.run.launcher != "none" else None
-        with output_to(log), stop_signals() as stop_signalled:
+        with output_to(log):
             try:
                 with _logging_memory(run.memory_log(topology.rank), config.run.memory_log_seconds):
                     build = trainer_class or _trainer_class(config.engine)

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +60,24 @@ def output_to(path: Path | None) -> Iterator[None]:
     if path is None:
         yield
         return
-    kept = [os.dup(1), os.dup(2)]
     with path.open("ab", buffering=0) as file:
         os.utime(path)  # shows the launcher that this process is alive, even if this process writes nothing
+        kept = [os.dup(1), os.dup(2)]
+        _flush_output()
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         try:
             yield
         finally:
+            _flush_output()
             for number, original in zip((1, 2), kept, strict=True):
                 os.dup2(original, number)
                 os.close(original)
+
+
+def _flush_output() -> None:
+    """Write what Python still holds back of this process's output."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # as in a process that was started without output
+            with suppress(OSError):  # on a full disk it stays in memory
+                stream.flush()

@@ -56,6 +56,29 @@ def test_an_export_that_is_interrupted_leaves_nothing_that_looks_complete(uninte
     assert [p.name for p in tmp_path.iterdir()] == ["exported"]
 
 
+def test_an_export_through_a_symlink_lands_in_its_directory(uninterrupted, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    checkpoint.export(checkpoint.latest(uninterrupted.directory), tmp_path / "link")
+    assert (tmp_path / "elsewhere" / "model.safetensors").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "link"]
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [(Path("."), r"\. is the current directory"), (Path("volume"), "volume is a mount point")],
+    ids=["current", "mount"],
+)
+def test_a_directory_that_cannot_be_replaced_is_refused(uninterrupted, tmp_path, monkeypatch, target, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "is_mount", lambda self: self.name == "volume")
+    target.mkdir(exist_ok=True)
+    before = list(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match=f"{message}, which an export cannot replace. Name a new directory in it"):
+        checkpoint.export(checkpoint.latest(uninterrupted.directory), target)
+    assert list(tmp_path.rglob("*")) == before
+
+
 def test_an_invalid_shard_size_is_refused(uninterrupted, tmp_path):
     with pytest.raises(ConfigError, match=r"max_shard_size='large' is not a size: write one such as '5GB'"):
         checkpoint.export(checkpoint.latest(uninterrupted.directory), tmp_path / "exported", "large")

@@ -44,6 +44,12 @@ def test_inspecting_a_run_shows_which_checkpoints_are_intact(run, capsys):
     assert "<- best" in shown and "<- newest" in shown and f"NO: {damaged} was altered" in shown
 
 
+def test_a_renamed_copy_of_a_checkpoint_is_inspected(run, capsys):
+    copy = make_checkpoint(run, 1).rename(run.path / "step-00000001.bak")
+    assert main(["inspect", str(copy), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 1
+
+
 def test_inspecting_unpickles_nothing(run, tmp_path, capsys):
     """A file would leave a trace if it were unpickled."""
     import pickle

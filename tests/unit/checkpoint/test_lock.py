@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -84,3 +85,13 @@ def test_a_lesson_removes_no_run_that_is_running(holder, tmp_path, which):
     process.join()
     remove_runs(str(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lesson", ".reader.lock"]
+
+
+def test_a_refused_manager_leaves_the_run_free(tmp_path):
+    """A kernel keeps a cell's last error, and with it everything that the failed call held."""
+    settings = config(tmp_path, name="run", steps=None, epochs=1, warmup_steps=9)
+    loader = SimpleNamespace(num_steps=4, last_step=4, summary=SimpleNamespace(sha256="of the rows"))
+    with pytest.raises(ConfigError) as kept:
+        checkpoint.CheckpointManager(settings, None, loader, ALONE)
+    lock.check_free(RunDirectory(settings.directory))
+    assert kept.match("warmup_steps=9 is longer than the whole run of 4")

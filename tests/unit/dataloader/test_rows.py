@@ -203,6 +203,23 @@ def test_text_that_pandas_reads_as_missing_is_kept(tmp_path):
         assert (rows["text"][:], rows["id"][:]) == (["None", "NA", None], [1, None, 3])
 
 
+@pytest.mark.parametrize(
+    ("data", "beside"),
+    [
+        ("train.csv", "LICENSE.txt"),
+        ("train.csv", "info.json"),
+        ("train.csv", ".cache/huggingface/x.json"),
+        ("train.txt", ".cache/huggingface/x.json"),
+    ],
+)
+def test_texts_are_kept_as_written_beside_files_that_are_not_read(tmp_path, data, beside):
+    content = {"train.csv": "text\nNone\nNA\n", "train.txt": "\ufeffNone\nNA\n"}
+    (tmp_path / data).write_text(content[data], encoding="utf-8")
+    (tmp_path / beside).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / beside).write_text("{}")
+    assert load_rows(str(tmp_path), "train")["text"][:] == ["None", "NA"]
+
+
 def test_words_for_missing_numbers_match_pandas():
     from pandas._libs.parsers import STR_NA_VALUES
 

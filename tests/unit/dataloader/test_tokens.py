@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import subprocess
@@ -17,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.dataloader import data_identity, load_rows, tokenize_rows
 from tutorial_lib.dataloader.tokens import summary_of
-from tutorial_lib.embedded import MODEL_NAMES, model_directory
+from tutorial_lib.embedded import MODEL_NAMES, dataset_directory, model_directory
 
 from .conftest import write_jsonl
 
@@ -363,11 +364,34 @@ def test_files_left_by_a_killed_process_are_not_read(byte_tokenizer, toy_directo
     assert not path.with_suffix(".unfinished").exists()
 
 
+def test_tokenising_that_fails_leaves_no_partial_file(byte_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("TUTORIAL_LIB_CACHE", str(tmp_path))
+    rows = [{"text": "hello", "content": None}] * 1000  # a batch, which is written
+    rows.append({"text": None, "content": "hello"})
+    with pytest.raises(ConfigError, match="Row 1001 of this data set has nothing in the column 'text'"):
+        documents_of(rows, byte_tokenizer)
+    assert [path.suffix for path in (tmp_path / "tokens").iterdir()] == [".lock"]
+
+
 def test_a_cache_that_cannot_be_written_is_named(byte_tokenizer, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("TUTORIAL_LIB_CACHE", str(tmp_path / "file"))
     with pytest.raises(ConfigError, match=r"cannot be stored in .*file/tokens.*Set TUTORIAL_LIB_CACHE"):
         documents_of([{"text": "hello"}], byte_tokenizer)
+
+
+def test_a_cache_that_cannot_be_locked_is_named(byte_tokenizer, tmp_path, monkeypatch):
+    """Without flock, filelock would by default use a plain file, which a killed process on another node leaves."""
+
+    def no_locks(*given):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    monkeypatch.setenv("TUTORIAL_LIB_CACHE", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"cannot be stored in .*tokens.*not implemented.* with file locks \(flock\)"):
+        documents_of([{"text": "hello"}], byte_tokenizer)
+    with pytest.raises(ConfigError, match=r"embedded/qa could not be written .* with file locks \(flock\)"):
+        dataset_directory("embedded/qa")
 
 
 # ----------------------------------------------------------------------------------------------- identity of the data

@@ -291,7 +291,7 @@ def sample_gpus(path: Path, nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_command_is_logged_and_its_exit_code_handed_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str, code: int
 ) -> None:
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # main would ignore SIGTERM from then on
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # main would ignore SIGTERM and SIGINT from then on
     log = tmp_path / "log"
     command = [sys.executable, "-c", f"import os, sys; held = bytearray(2**26); {ends}"]
     assert memory_sampler.main([str(log), *command]) == code
@@ -299,17 +299,18 @@ def test_a_command_is_logged_and_its_exit_code_handed_on(
     assert json.loads(log.read_text().splitlines()[0])["format"] == memory_sampler.FORMAT
 
 
-def test_a_signal_to_all_processes_of_a_job_leaves_the_end_to_the_command(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_to_all_processes_of_a_job_leaves_the_end_to_the_command(tmp_path: Path, number: int) -> None:
     """As under SLURM, the command and the sampler both get the signal. The command saves, and the sampler waits."""
-    saving = "import signal, sys, time; signal.signal(15, lambda *_: (time.sleep(0.5), sys.exit(7))); print(flush=True)"
-    command = [sys.executable, "-c", f"{saving}; time.sleep(60)"]
+    saving = f"signal.signal({number:d}, lambda *_: (time.sleep(0.5), sys.exit(7))); print(flush=True)"
+    command = [sys.executable, "-c", f"import signal, sys, time; {saving}; time.sleep(60)"]
     process = subprocess.Popen(
         [sys.executable, "-m", "tutorial_lib.measure.memory_sampler", str(tmp_path / "log"), *command],
         stdout=subprocess.PIPE,
         start_new_session=True,
     )
     assert process.stdout is not None and process.stdout.readline() == b"\n"
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, number)
     assert process.wait(timeout=20) == 7
     process.stdout.close()
 

@@ -146,6 +146,13 @@ def test_a_damaged_index_is_named(copied, content):
         check_stored(copied, "torch")
 
 
+def test_an_index_of_files_that_would_not_be_read_may_name_absent_ones(copied):
+    """The hub often has a model in both formats, and ``--exclude "*.bin"`` downloads the second one's index as well."""
+    (copied / "pytorch_model.bin.index.json").write_text('{"weight_map": {"weight": "pytorch_model-1-of-2.bin"}}')
+    check_stored(copied, "torch")
+    load_model(str(copied))
+
+
 @ENGINES
 @pytest.mark.parametrize(
     ("settings", "message"),

@@ -30,9 +30,18 @@ def test_ranks_of_a_tensor_parallel_group_are_adjacent_and_read_the_same_data():
         assert len({Topology(3, 4, rank).dp_rank for rank in group}) == 1
 
 
-def test_another_number_of_processes_is_refused():
-    with pytest.raises(ConfigError, match=r"dp x tp = 2 x 1 = 2, but 3 processes were started. Write dp=3"):
-        Topology.create(ParallelConfig(dp=2), rank=0, world_size=3)
+@pytest.mark.parametrize(
+    ("dp", "tp", "advice"),
+    [
+        (2, 1, "Write dp=3, or start 2 processes"),
+        (1, 2, "3 is not a multiple of tp=2. Write dp=3 and tp=1, or start 2 processes"),
+        (1, 4, "3 is not a multiple of tp=4. Write dp=3 and tp=1, or start 4 processes"),
+    ],
+)
+def test_another_number_of_processes_is_refused(dp, tp, advice):
+    said = rf"dp x tp = {dp} x {tp} = {dp * tp}, but 3 processes were started\. {advice}\."
+    with pytest.raises(ConfigError, match=said):
+        Topology.create(ParallelConfig(dp=dp, tp=tp), rank=0, world_size=3)
 
 
 def test_a_group_that_would_span_nodes_is_refused():

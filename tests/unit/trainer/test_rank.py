@@ -1,7 +1,9 @@
-"""One rank of a run: its memory log begins and ends with the run."""
+"""One rank of a run: its memory log begins and ends with the run. A signal between two runs is heeded."""
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,18 @@ from tutorial_lib.records import RunDirectory
 
 def is_sampling() -> bool:
     return any(thread.name == "memory-sampler" for thread in threading.enumerate())
+
+
+def test_a_signal_after_a_runs_last_step_keeps_the_next_run_from_starting(tmp_path: Path) -> None:
+    class SignalledAtItsEnd(trainer.Trainer):
+        def close(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            super().close()
+
+    runs = [config(tmp_path, model="embedded/gpt2", name=name, steps=1) for name in ("first", "second")]
+    results = trainer.train_all(runs, trainer_class=SignalledAtItsEnd)
+    assert [result.stopped_by for result in results] == [None]
+    assert not RunDirectory(runs[1].directory).path.exists()
 
 
 def test_a_run_logs_its_memory_if_asked(tmp_path: Path) -> None:

@@ -1,14 +1,16 @@
-"""Signals that ask a rank to stop."""
+"""Signals that ask a rank to stop, and the file for its output."""
 
 from __future__ import annotations
 
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
 
 import pytest
 
-from tutorial_lib.trainer.signals import stop_signals
+from tutorial_lib.trainer.signals import output_to, stop_signals
 
 
 @pytest.fixture(autouse=True)
@@ -35,3 +37,22 @@ def test_an_interrupt_that_a_shell_ignores_in_the_background_stays_ignored() -> 
     with stop_signals() as stop_signalled:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop_signalled() == 0
+
+
+def test_a_line_goes_where_it_was_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Python holds back up to 8 KB of what a process prints into a file."""
+    log = tmp_path / "log"
+    with open(1, "w", closefd=False) as stdout, redirect_stdout(stdout):
+        print("before")
+        with output_to(log):
+            print("within")
+        print("after")
+    assert log.read_text() == "within\n"
+    assert capfd.readouterr().out == "before\nafter\n"
+
+
+def test_a_log_that_cannot_be_opened_leaves_no_open_files(tmp_path: Path) -> None:
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(IsADirectoryError), output_to(tmp_path):
+        pass
+    assert os.listdir("/proc/self/fd") == before

@@ -18,6 +18,10 @@ class ResourcesMissing(RuntimeError):
     """The cluster had no room for the run within the timeout. The message lists its resources, node by node."""
 
 
+class StoppedWaiting(ResourcesMissing):
+    """The run was asked to stop while the cluster had no room for it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Node:
     """A node that is alive, with its total and free resources (``CPU``, ``GPU``)."""

@@ -24,7 +24,13 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.config import ScalingConfig
 from ray.util.placement_group import PlacementGroup
 
-from tutorial_lib.launch.ray.capacity import Demand, ResourcesMissing, describe_missing, read_nodes
+from tutorial_lib.launch.ray.capacity import (
+    Demand,
+    ResourcesMissing,
+    StoppedWaiting,
+    describe_missing,
+    read_nodes,
+)
 from tutorial_lib.records import RunDirectory
 
 POLL_SECONDS = 0.5
@@ -62,6 +68,7 @@ class BoundedScaling(ScalingPolicy):
 
         Raises:
             ResourcesMissing: the wait has reached its limit.
+            StoppedWaiting: the run has been asked to stop, and no worker is there to notice it.
         """
         self._maybe_send_resource_request()
         now = time.monotonic()
@@ -73,6 +80,8 @@ class BoundedScaling(ScalingPolicy):
             return self._start(size)
         if waited >= self.timeout:
             raise ResourcesMissing(describe_missing(self.demand, nodes, waited))
+        if self.run.stop_file.exists():
+            raise StoppedWaiting("The run was asked to stop while it waited for room on the Ray cluster.")
         return NoopDecision()
 
     def make_decision_for_running_worker_group(

@@ -19,10 +19,11 @@ import psutil
 
 from tutorial_lib.config import Config
 from tutorial_lib.launch.errors import WorkerError, first_error, next_start
-from tutorial_lib.launch.ray.capacity import Demand, ResourcesMissing, check_capacity, read_nodes
+from tutorial_lib.launch.ray.capacity import Demand, ResourcesMissing, StoppedWaiting, check_capacity, read_nodes
 from tutorial_lib.launch.ray.cluster import has_dashboard, is_own, renew_server, session
 from tutorial_lib.launch.ray.storage import check_shared, forget_deleted_checkpoints
 from tutorial_lib.launch.ray.waiting import StoppedBeforeStart, limit_wait, stop_before_start, watch_for_start
+from tutorial_lib.launch.runs import Interrupted
 from tutorial_lib.launch.watch import wait_for
 from tutorial_lib.records import RunDirectory, lost_another_rank
 
@@ -64,6 +65,7 @@ def launch(configs: Sequence[Config], poll: Callable[[], None], worker: str = WO
             the storage, or a rank refused the configuration.
         WorkerError: a worker failed, and the message is its own traceback; or the cluster had no room for
             ``resource_timeout`` seconds, and the message lists its resources.
+        Interrupted: the runs were asked to stop while they waited for room to restart.
     """
     first = configs[0]
     demand = Demand.from_config(first)
@@ -115,17 +117,25 @@ def launch(configs: Sequence[Config], poll: Callable[[], None], worker: str = WO
         if failed and is_own():
             _free_slots()
     if failed:
+        if isinstance(_controller_failure(failed[0]), StoppedWaiting) and not has_begun():
+            return
         raise _error(failed[0], directories) from (None if _have_error(directories) else failed[0])
 
 
-def _error(failed: BaseException, directories: Sequence[RunDirectory]) -> Exception:
+def _controller_failure(failed: BaseException) -> Exception | None:
+    """Return the error of Ray Train's controller, or None if a worker's error ended the fit."""
+    return getattr(failed, "controller_failure", None)
+
+
+def _error(failed: BaseException, directories: Sequence[RunDirectory]) -> BaseException:
     """Return the error of a failed fit: a lack of room, or the error of the rank that failed first."""
-    missing = getattr(failed, "controller_failure", None)
+    missing = _controller_failure(failed)
     if not isinstance(missing, ResourcesMissing):
         return first_error(directories, f"Ray Train failed: {failed}")
     before = [restart["failed"] for directory in directories for restart in directory.restarts()]
     why = f"\nIt had to restart because rank {before[-1]['rank']} failed: {before[-1]['message']}" if before else ""
-    return WorkerError(f"{missing}{why}\n{next_start(directories)}")
+    message = f"{missing}{why}\n{next_start(directories)}"
+    return Interrupted(message, []) if isinstance(missing, StoppedWaiting) else WorkerError(message)
 
 
 def _check_cluster(demand: Demand, directory: Path) -> None:

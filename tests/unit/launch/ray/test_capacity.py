@@ -17,6 +17,7 @@ from tutorial_lib.launch.ray.capacity import (
     Demand,
     Node,
     ResourcesMissing,
+    StoppedWaiting,
     check_capacity,
     describe_missing,
     possible_sizes,
@@ -110,6 +111,17 @@ def test_a_run_without_resources_waits_for_resource_timeout(cluster: dict[str, f
     cluster["b"] = 2
     decision = fixed.make_decision_for_non_running_worker_group()
     assert isinstance(decision, ResizeDecision) and decision.num_workers == 4
+
+
+def test_a_run_that_waits_for_room_can_be_stopped(cluster: dict[str, float], tmp_path: Path) -> None:
+    """Only a worker notices a stop request otherwise, and a failed run that waits to restart has none."""
+    waiting = policy(tmp_path, 2, timeout=300)
+    waiting.run.stop_file.write_text("now")
+    decision = waiting.make_decision_for_non_running_worker_group()
+    assert isinstance(decision, ResizeDecision), "where there is room, workers start, and write the result of the stop"
+    cluster["b"] = 1
+    with pytest.raises(StoppedWaiting, match="was asked to stop while it waited for room on the Ray cluster"):
+        waiting.make_decision_for_non_running_worker_group()
 
 
 def test_an_elastic_run_waits_briefly_for_its_full_size(cluster: dict[str, float], tmp_path: Path) -> None:

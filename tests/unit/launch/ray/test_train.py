@@ -1,13 +1,18 @@
-"""Record of a restart: the worker that failed first and its error, from the workers' records and from Ray."""
+"""Failures under Ray: the worker that failed first, as a restart's record names it, and the error of a failed fit."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError
+from ray.train import ControllerError
 
-from tutorial_lib.launch.ray.train import _first_failure
+from tutorial_lib.launch import Interrupted, WorkerError
+from tutorial_lib.launch.ray.capacity import ResourcesMissing, StoppedWaiting
+from tutorial_lib.launch.ray.train import _error, _first_failure
+from tutorial_lib.records import RunDirectory
 
 LOST = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.80.0.2]:8092"
 DIED = ActorDiedError()
@@ -41,3 +46,18 @@ def test_the_worker_that_failed_first_is_recorded(
     failed = _first_failure(written, known_to_ray)
     assert (failed["rank"], failed["type"]) == (rank, type)
     assert failed["message"].startswith(message)
+
+
+@pytest.mark.parametrize(("missing", "raised"), [(StoppedWaiting, Interrupted), (ResourcesMissing, WorkerError)])
+def test_a_run_that_waited_in_vain_says_where_it_would_resume(
+    tmp_path: Path, missing: type[ResourcesMissing], raised: type[BaseException]
+) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.create()
+    run.write_restarts([{"time": 0.0, "failed": {"rank": 1, "type": "OSError", "message": "its node is gone"}}])
+    error = _error(ControllerError(missing("No room.")), [run])
+    assert type(error) is raised
+    assert str(error) == (
+        "No room.\nIt had to restart because rank 1 failed: its node is gone\n"
+        "Run the same command again, and it resumes: 'run' from step 0."
+    )
