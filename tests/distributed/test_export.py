@@ -28,6 +28,8 @@ FP32 = [
     *((4, f"untied.2x2-zero{stage}.4") for stage in (0, 1, 3)),
     *((2, name) for name in ("gpt2.fsdp-full.2", "gpt2.fsdp-none.2", "frozen.fsdp-tp2.2", "untied.fsdp-tp2.2")),
     *((4, name) for name in ("gpt2.fsdp-tp2.4", "bloom.fsdp-tp4.4", "untied.fsdp-hybrid.4", "odd.fsdp-tp2.4")),
+    *((2, f"scaled.{name}.2") for name in ("fsdp-full", "fsdp-none", "zero3")),
+    (4, "scaled.fsdp-hybrid.4"),
     *((2, f"frozen-split.1x2-zero{stage}.2") for stage in (0, 3)),
     *((4, f"frozen-split.2x2-zero{stage}.4") for stage in (1, 3)),
 ]

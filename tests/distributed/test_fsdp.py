@@ -49,6 +49,8 @@ SHARDED = [
     (4, "uneven.fsdp-full.4", 4),
     (4, "gpt2.fsdp-hybrid.4", 2),
     (4, "gpt2.fsdp-none.4", 1),
+    (2, "scaled.fsdp-none.2", 1),
+    (4, "scaled.fsdp-hybrid.4", 2),
 ]
 
 

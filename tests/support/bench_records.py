@@ -36,7 +36,7 @@ def leave_run(config: Config, **result: Any) -> Run:
         seconds = {1: 3.0, 3: 0.8}.get(step, 0.4)
         directory.append({"step": step, "loss": 4.0 - step / 10, "tokens": 100, "seconds": seconds})
     account = {"parameters": 400, "gradients": 400, "optimizer": 800, "by_device": {"cpu": 1600}}
-    measured = {"state_bytes": account, "peak_bytes": {"cpu": 500}}
+    measured = {"step": 3, "state_bytes": account, "peak_bytes": {"cpu": 500}}
     own = {
         "status": "completed", "num_steps": STEPS, "steps_per_epoch": 8, "train_loss": 3.5, "eval_loss": 3.0,
         "eval_losses": [], "eval_samples_per_second": 20.0,

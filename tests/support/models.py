@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from tutorial_lib.embedded import model_directory
 from tutorial_lib.models import load_model
 
@@ -47,3 +49,18 @@ def altered_model(name: str, target: Path, **changes: Any) -> None:
     shutil.copytree(model_directory(name), target)
     path = target / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def scaled_model(target: Path, scale: float = 0.3) -> None:
+    """Write a small Gemma 4 with random weights. It multiplies each layer's output by a stored buffer."""
+    without_weights("gpt2", target)
+    config = AutoConfig.for_model(
+        "gemma4_text", vocab_size=2048, num_hidden_layers=LAYERS, hidden_size=HIDDEN, intermediate_size=96,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, global_head_dim=8, hidden_size_per_layer_input=0,
+        layer_types=["full_attention"] * LAYERS, bos_token_id=0, eos_token_id=0, pad_token_id=0, initializer_range=0.2,
+    )  # fmt: skip
+    config.save_pretrained(target)
+    model = load_model(str(target), random_init=True)
+    for layer in model.model.layers:
+        layer.layer_scalar.fill_(scale)
+    model.save_pretrained(target)

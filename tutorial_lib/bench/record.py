@@ -211,9 +211,7 @@ def measure_row(name: str, run: Run, log: Path, *, wall_seconds: float) -> RowRe
 
 def _steady_steps(run: Run) -> tuple[Sequence[dict[str, Any]], str | None]:
     """Return the metrics rows of typical steps, and a remark about them or None."""
-    from tutorial_lib.trainer.step_probe import measured_step
-
-    measured = measured_step(run.result["num_steps"]) if run.config.run.measure else 0
+    measured = (run.result["ranks"][0]["measured"] or {}).get("step")
     after_first = [row for row in run.rows if row["step"] > 1]
     steady = [row for row in after_first if row["step"] != measured]
     if steady or not after_first:

@@ -22,8 +22,8 @@ def load(path: Path, engine: Any, config: Config, topology: Topology) -> Trainin
 
     A run may resume in a different shape: number of ranks, engine, ZeRO stage, sharding or offload. In that case:
 
-    - weights, both moments and Adam's count of updates are restored bit for bit; for weights in 16 bits this holds for
-      the fp32 master copies, and the 16-bit weights are rounded from them;
+    - weights, buffers, both moments and Adam's count of updates are restored bit for bit; for weights in 16 bits this
+      holds for the fp32 master copies, and the 16-bit weights are rounded from them;
     - the position in the data is the same for every rank, because it counts steps of the global batch;
     - random-number states are *not* restored, because the ranks are different: the caller must seed again;
     - fp16's dynamic loss scale starts from its initial value, and updates are skipped until it has come down.

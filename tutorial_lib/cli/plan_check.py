@@ -54,7 +54,7 @@ def describe_predictions(run: str, *, gpu: str | None = None, as_json: bool = Fa
         raise ConfigError(f"{run} has no {Path(error.filename).name}: name the directory of a finished run.") from error
     measured = [rank["measured"] for rank in result["ranks"]]
     if not all(measured):
-        raise ConfigError(f"{run} was not measured: train it with --measure.")
+        raise ConfigError(f"{run} was not measured: train it with --measure, as a new run if no steps are left.")
     seconds = [row["seconds"] for row in records.rows()[3:]]
     rows = compare_predictions(config, measured, gpu=gpu, seconds=statistics.median(seconds) if seconds else None)
     if as_json:

@@ -120,6 +120,7 @@ def process_group(run: RunConfig, init_method: str) -> Iterator[None]:
 
     Raises:
         RendezvousError: the ranks did not find each other in time.
+        ConfigError: two ranks use the same GPU, which NCCL refuses.
     """
     from tutorial_lib.mpu.device import local_device
 
@@ -143,7 +144,12 @@ def process_group(run: RunConfig, init_method: str) -> Iterator[None]:
     except RendezvousError:
         raise
     except RuntimeError as error:  # most errors of torch.distributed are subclasses of it
-        if init_method != "env://":
+        if shared := next((line for line in str(error).splitlines() if "Duplicate GPU" in line), None):
+            raise ConfigError(
+                f"Ranks share a GPU ({shared}). Start no more ranks per node than it has GPUs, and let each rank see "
+                "all of them, or only its own."
+            ) from error
+        if init_method != "env://" or "NCCL error" in str(error):
             raise
         raise RendezvousError(_explain_rendezvous(error)) from error
     try:

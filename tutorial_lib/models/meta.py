@@ -32,7 +32,8 @@ from tutorial_lib.models.stored import (
     check_files,
     check_no_integers,
     locate_weights,
-    match_parameters,
+    match_tensors,
+    persistent_buffers,
     stored_tensors,
 )
 
@@ -93,11 +94,12 @@ def check_stored_weights(m: ModelConfig, engine: EngineConfig) -> None:
         _match_stored(m, must_be_read_as_stored=engine.name == "fsdp")
 
 
-def locate_parameters(m: ModelConfig) -> dict[str, StoredTensor]:
-    """Find where each parameter of a pretrained model is stored, and download the files if needed.
+def locate_tensors(m: ModelConfig) -> dict[str, StoredTensor]:
+    """Find where each tensor of a pretrained model is stored, and download the files if needed.
 
     Returns:
-        Stored tensors by parameter name. Of tied parameters, one name may be missing.
+        Stored tensors by the names of parameters and persistent buffers. Of tied parameters, one name may be missing;
+        a buffer is missing if no file holds it.
 
     Raises:
         ConfigError: there is no such model, or its files do not hold every parameter in the model's own layout.
@@ -111,7 +113,7 @@ def _match_stored(m: ModelConfig, *, must_be_read_as_stored: bool) -> dict[str, 
     stored = fetch(_stored, "model", m.name, in_slices=must_be_read_as_stored)
     model = _outline(_trained_config(m), m.trust_remote_code)
     model.tie_weights()
-    found, converted, others = match_parameters(model, stored)
+    found, converted, others = match_tensors(model, stored)
     if converted and must_be_read_as_stored:
         raise ConfigError(
             f"engine='fsdp' reads tensors as they are stored, and {converted[0].path} holds {converted[0].name}, which "
@@ -120,11 +122,12 @@ def _match_stored(m: ModelConfig, *, must_be_read_as_stored: bool) -> dict[str, 
         )
     if not converted:  # otherwise only transformers knows the result, and it reports problems while loading
         own = dict(model.named_parameters(remove_duplicate=False))
-        stored_ids = {id(own[name]) for name in found}
-        wrong = {n: (t.shape, tuple(own[n].shape)) for n, t in found.items() if t.shape != tuple(own[n].shape)}
+        shapes = {name: tuple(tensor.shape) for name, tensor in (own | persistent_buffers(model)).items()}
+        stored_ids = {id(own[name]) for name in own.keys() & found.keys()}
+        wrong = {n: (t.shape, shapes[n]) for n, t in found.items() if t.shape != shapes[n]}
         missing = [name for name, parameter in own.items() if id(parameter) not in stored_ids]
         check_complete(m.name, missing=missing, wrong_shapes=wrong)
-        check_no_integers(found)
+        check_no_integers({name: tensor for name, tensor in found.items() if name in own})
         check_all_used(m.name, model, others)
     return found
 

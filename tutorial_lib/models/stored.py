@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -193,19 +194,28 @@ def _load_failure(path: Path, error: Exception) -> str:
     )
 
 
-def match_parameters(
+def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the buffers that files and checkpoints hold besides parameters, such as a router's bias, by name.
+
+    Any other buffer is computed from the model's configuration.
+    """
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    return {name: tensor for name, tensor in model.state_dict().items() if name in buffers}
+
+
+def match_tensors(
     model: PreTrainedModel, stored: Iterable[StoredTensor]
 ) -> tuple[dict[str, StoredTensor], list[StoredTensor], list[str]]:
-    """Match a model's parameters with stored tensors, by the names that transformers accepts for them.
+    """Match a model's parameters and persistent buffers with stored tensors, by names that transformers accepts.
 
     Returns:
-        Stored tensors by parameter name; tensors that transformers would convert while loading, such as experts that
+        Stored tensors by the model's names; tensors that transformers would convert while loading, such as experts that
         are stored one by one and trained as one tensor; and the names of all other tensors.
     """
     conversions = get_model_conversion_mapping(model)
     renamings: Any = [each for each in conversions if isinstance(each, WeightRenaming)]
     converters: Any = [each for each in conversions if isinstance(each, WeightConverter)]
-    own = dict(model.named_parameters(remove_duplicate=False))
+    own = dict(model.named_parameters(remove_duplicate=False)) | persistent_buffers(model)
     found, converted, others = {}, [], []
     for tensor in stored:
         name, pattern = rename_source_key(tensor.name, renamings, converters, model.base_model_prefix, own)
@@ -226,7 +236,7 @@ def check_complete(
     Args:
         name: name of the model.
         missing: parameters that no file holds.
-        wrong_shapes: for parameters stored in the wrong shape, the shape in the file and the shape in the model.
+        wrong_shapes: for tensors stored in the wrong shape, the shape in the file and the shape in the model.
 
     Raises:
         ConfigError: names the first few of these parameters.
@@ -255,7 +265,7 @@ def check_all_used(name: str, model: PreTrainedModel, others: Iterable[str]) -> 
     Args:
         name: name of the model.
         model: the model with its parameters, on any device.
-        others: names of stored tensors that match none of its parameters.
+        others: names of stored tensors that match none of its parameters and persistent buffers.
 
     Raises:
         ConfigError: names the first few of these tensors.

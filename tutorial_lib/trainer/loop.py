@@ -62,6 +62,7 @@ class Trainer:
         self.build(on_checkpoint)
         self.steps_done = self.checkpoints.restore()
         self.resumed_from = self.steps_done if self.checkpoints.start.found else None
+        self.measured_step = measured_step(self.steps_done, self.loader.last_step) if config.run.measure else None
         self.records.resume(self.steps_done)
 
     def build(self, on_checkpoint: OnCheckpoint | None) -> None:
@@ -172,8 +173,7 @@ class Trainer:
             NonFiniteLoss: the loss or the gradient is NaN or infinite.
         """
         began, step = time.perf_counter(), self.steps_done + 1
-        is_measured = self.config.run.measure and step == measured_step(self.num_steps)
-        probe = StepProbe(self.topology) if is_measured else None
+        probe = StepProbe(self.topology) if step == self.measured_step else None
         with probe.measuring() if probe else nullcontext():
             tokens = count_tokens(micro_batches, self.topology, step=step)
             self.engine.train(True)
@@ -194,7 +194,7 @@ class Trainer:
             raise NonFiniteLoss(self._diverged(f"the gradient's norm is {norm}", step))
         self.steps_done = step
         if probe:
-            self.measured = probe.measurements(self.engine)
+            self.measured = probe.measurements(self.engine, step)
         self._record(loss, tokens, None if self.engine.update_was_skipped else norm, rate, time.perf_counter() - began)
 
     def _record(self, loss: float, tokens: int, norm: float | None, rate: float, seconds: float) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tutorial_lib.config import Config
+from tutorial_lib.config import START_ONLY, Config
 from tutorial_lib.mpu import Topology
 from tutorial_lib.records import Row, RunDirectory, write_atomically
 
@@ -42,11 +43,13 @@ class Records:
 
     Attributes:
         restarts: failures of this launch before this start, each with the step that the run resumed from.
+        measured_before: each rank's measurements by an earlier start with the same settings, or None; on rank 0.
     """
 
     def __init__(self, config: Config, topology: Topology) -> None:
         self.run, self._config, self._writes = RunDirectory(config.directory), config, topology.rank == 0
         self.restarts: list[dict[str, Any]] = []
+        self.measured_before: list[dict[str, Any]] | None = None
         self._last: StepRow | None = None
 
     def resume(self, step: int) -> None:
@@ -65,10 +68,22 @@ class Records:
         """Write ``config.json``; delete an old result and, unless resumed, old rows."""
         if not self._writes:
             return
+        if is_resumed:
+            self.measured_before = self._measured_before()
+        self.run.result_file.unlink(missing_ok=True)  # first: a result belongs to the settings beside it
         write_atomically(self.run.config_file, self._config.to_json())
-        self.run.result_file.unlink(missing_ok=True)
         if not is_resumed:
             self.run.metrics_file.unlink(missing_ok=True)
+
+    def _measured_before(self) -> list[dict[str, Any]] | None:
+        try:
+            saved, result = json.loads(self.run.config_file.read_text(encoding="utf-8")), self.run.result()
+        except (OSError, ValueError):
+            return None
+        now = json.loads(self._config.to_json())
+        same = all(saved.get(name) == value for name, value in now.items() if name not in START_ONLY)
+        measured = [rank["measured"] for rank in result.get("ranks", ()) if rank["measured"]]
+        return measured if same and measured else None
 
     def add(self, row: StepRow) -> None:
         """Append the row of the step that was just trained."""

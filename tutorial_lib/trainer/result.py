@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tutorial_lib import checkpoint
 from tutorial_lib.measure.memory import peak_memory
-from tutorial_lib.mpu.collectives import all_gather_objects
+from tutorial_lib.mpu.collectives import all_gather_objects, broadcast_object
 from tutorial_lib.mpu.device import device_name
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ class Result:
             ``eval_losses`` are those that ``evaluate_every`` asked for.
         tokens_per_second: speed of this start without its first step, which allocates and compiles.
         saves: seconds and bytes of each save of this start.
-        ranks: each rank's device, the number of ranks on its node, its peak memory, and its probe's measurements.
+        ranks: each rank's device, the number of ranks on its node, its peak memory, and its probe's measurements of a
+            step, by this start or by an earlier one with the same settings.
         facts: extra entries that only some kinds of training have, by name.
     """
 
@@ -85,12 +86,13 @@ def collect_result(trainer: Trainer, eval_loss: float | None, facts: dict[str, A
     if trainer.evaluator:
         is_copy = data["eval"]["sha256"] == data.get("train", {}).get("sha256")
         data["eval"]["num_trained_on"] = data["eval"]["num_rows"] if is_copy else loaders["eval"].num_trained_on
+    measured_before = broadcast_object(trainer.records.measured_before)
     own = {
         "rank": trainer.topology.rank,
         "device": device_name(trainer.engine.device),
         "ranks_on_node": int(os.environ.get("LOCAL_WORLD_SIZE", trainer.topology.dp * trainer.topology.tp)),
         "peak_memory_bytes": peak_memory(trainer.engine.device),
-        "measured": trainer.measured,
+        "measured": trainer.measured or (measured_before and measured_before[trainer.topology.rank]),
     }
     packages = ("torch", "deepspeed", "transformers", "datasets")
     return Result(

@@ -11,13 +11,18 @@ from tutorial_lib.measure.memory import Allocations, StateBytes, count_allocatio
 from tutorial_lib.measure.traffic import Traffic, count_collectives
 from tutorial_lib.mpu import Topology
 
-MEASURED_STEP = 3
-"""Step to measure. By then, buffers and optimizer states exist, and ZeRO-3 has traced the order of its parameters."""
+_STEPS_UNTIL_MEASURED = 3
+"""By a start's third step, buffers and optimizer states exist, and ZeRO-3 has traced the order of its parameters."""
 
 
-def measured_step(num_steps: int) -> int:
-    """Return the step that a run measures: :data:`MEASURED_STEP`, or the last one of a shorter run."""
-    return min(MEASURED_STEP, num_steps)
+def measured_step(first: int, last: int) -> int:
+    """Return the step that a start of a run measures: its third, or the last one of a shorter start.
+
+    Args:
+        first: number of steps that were done when it began.
+        last: the step at which it ends.
+    """
+    return min(first + _STEPS_UNTIL_MEASURED, last)
 
 
 class StepProbe:
@@ -60,10 +65,11 @@ class StepProbe:
         if self._states is None or now.total > self._states.total:
             self._states = now
 
-    def measurements(self, engine: Engine) -> dict[str, Any]:
-        """Return the measurements, ready for JSON."""
+    def measurements(self, engine: Engine, step: int) -> dict[str, Any]:
+        """Return the measurements of a step, ready for JSON."""
         assert self._states is not None and self._traffic is not None
         return {
+            "step": step,
             "state_bytes": self._states.to_dict(),
             "activation_bytes": self.activation_bytes(),
             "peak_bytes": dict(self._allocations.peak),

@@ -39,6 +39,8 @@ CASES: dict[str, dict[str, Any]] = {
     # No number of ranks divides the vocabulary, so shards have different sizes.
     "odd": {"model": "gpt2-odd", "random_init": True},
     "frozen": {"model": "gpt2", "freeze": ("*.wpe.weight", "*.h.0.*"), "activation_checkpointing": True},
+    # Buffers that are stored with the parameters scale each layer's output.
+    "scaled": {"model": "scaled"},
 }  # fmt: skip
 
 STAGES: dict[str, dict[str, Any]] = {f"zero{stage}": {"zero_stage": stage} for stage in range(4)}
@@ -127,6 +129,7 @@ VALID: dict[int, dict[str, dict[str, dict[str, Any]]]] = {
         "uneven": STAGES | only(ACCUMULATED, "zero2-accumulated") | only(SHARDED, "fsdp-grad"),
         "usual": {name: STAGES[name] for name in ("zero0", "zero3")},
         "odd": {"fsdp-full": _FSDP},
+        "scaled": only(STAGES, "zero3") | only(SHARDED, "fsdp-full", "fsdp-none"),
         "frozen": STAGES
         | {
             "zero2-optimizer": OFFLOADED["zero2-optimizer"],
@@ -158,6 +161,7 @@ VALID: dict[int, dict[str, dict[str, dict[str, Any]]]] = {
         "usual": {"zero2": STAGES["zero2"]},
         "frozen-split": split(2, 2, only(STAGES, "zero1", "zero3")),
         "odd": {"fsdp-full": _FSDP, "fsdp-tp2": SPLIT["fsdp-tp2"]},
+        "scaled": HYBRID,
         "frozen": {"zero2": STAGES["zero2"]},
     },
 }

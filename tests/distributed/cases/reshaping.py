@@ -11,7 +11,7 @@ from tests.distributed.cases.small_runs import config, copy_run
 from tests.distributed.observing.probe import Probe, ProbedRun
 from tutorial_lib.config import Config
 
-RESHAPE_CASES = ("gpt2", "qwen2", "frozen", "odd")
+RESHAPE_CASES = ("gpt2", "qwen2", "frozen", "odd", "scaled")
 """Cases without dropout, because a different number of ranks draws different random numbers."""
 
 SAVED: dict[str, tuple[int, str, dict[str, Any]]] = {
@@ -23,6 +23,7 @@ SAVED: dict[str, tuple[int, str, dict[str, Any]]] = {
     "fsdp": (2, "gpt2", {"engine": "fsdp"}),
     "fsdp-tp2": (2, "gpt2", {"engine": "fsdp", "tp": 2}),
     "fsdp-qwen2": (2, "qwen2", {"engine": "fsdp"}),
+    "fsdp-scaled": (2, "scaled", {"engine": "fsdp"}),
     "1x2-zero1": (2, "qwen2", {"zero_stage": 1, "tp": 2}),
     "frozen-zero1": (2, "frozen", STAGES["zero1"]),
     "odd-zero3": (2, "odd", STAGES["zero3"]),
@@ -53,6 +54,8 @@ RESHAPED: dict[str, tuple[int, str, dict[str, Any]]] = {
     "fsdp-none-of-fsdp-tp2": (2, "fsdp-tp2", {"engine": "fsdp", "sharding": "no_shard"}),
     "fsdp-tp2-of-fsdp-qwen2": (2, "fsdp-qwen2", {"engine": "fsdp", "tp": 2}),
     "1x2-zero3-of-fsdp-qwen2": (2, "fsdp-qwen2", {"zero_stage": 3, "tp": 2}),
+    "fsdp-none-of-fsdp-scaled": (2, "fsdp-scaled", {"engine": "fsdp", "sharding": "no_shard"}),
+    "zero3-of-fsdp-scaled": (2, "fsdp-scaled", STAGES["zero3"]),
     "fsdp-of-1x2-zero1": (2, "1x2-zero1", {"engine": "fsdp"}),
     "fsdp-of-frozen-zero1": (2, "frozen-zero1", {"engine": "fsdp"}),
     "zero1-of-odd-zero3": (2, "odd-zero3", STAGES["zero1"]),

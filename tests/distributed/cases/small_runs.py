@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tests.support.models import DROPOUT, MODELS, altered_model, small_model, without_weights
+from tests.support.models import DROPOUT, MODELS, altered_model, scaled_model, small_model, without_weights
 from tutorial_lib.config import Config
 
 STEPS = 4
@@ -34,6 +34,7 @@ def make_inputs(directory: Path) -> None:
     altered_model("embedded/gpt2", directory / "gpt2-dropout-slow", **DROPOUT["gpt2"])
     without_weights("qwen2", directory / "qwen2-untied", **MODELS["qwen2"], tie_word_embeddings=False)
     without_weights("gpt2", directory / "gpt2-odd", **MODELS["gpt2"], vocab_size=2049)
+    scaled_model(directory / "scaled")
     uneven = directory / "uneven"
     uneven.mkdir()
     texts = [("word " * 60 if number % 3 == 0 else "word ") + str(number) for number in range(64)]

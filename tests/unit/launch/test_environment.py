@@ -8,6 +8,7 @@ import sys
 from datetime import timedelta
 
 import pytest
+import torch.distributed as dist
 
 from tutorial_lib.cli import main
 from tutorial_lib.config import Config, ConfigError, RunConfig
@@ -154,6 +155,32 @@ def test_a_port_in_use_is_named(monkeypatch):
         with pytest.raises(joining.RendezvousError, match="another program is using the port"):
             with joining.process_group(RunConfig(launcher="none"), "env://"):
                 pass
+
+
+@pytest.mark.parametrize(
+    ("last", "kind", "says"),
+    [
+        (
+            "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 4a000",
+            ConfigError,
+            r"share a GPU \(Duplicate GPU.*rank 1 and rank 0.*4a000\)\. Start no more ranks per node than it has GPUs",
+        ),
+        ("Cuda failure 'out of memory'", dist.DistBackendError, "out of memory"),
+    ],
+)
+def test_an_error_of_nccl_is_not_taken_for_a_failed_rendezvous(monkeypatch, last, kind, says):
+    """NCCL connects the ranks' GPUs once they have met. This machine has none, so its error is quoted."""
+
+    def refuse(*given, **named):
+        raise dist.DistBackendError(
+            f"NCCL error in: NCCLUtils.cpp:77, invalid usage, NCCL version 2\nLast error:\n{last}"
+        )
+
+    torchrun(monkeypatch)
+    monkeypatch.setattr(dist, "init_process_group", refuse)
+    with pytest.raises(kind, match=says):
+        with joining.process_group(RunConfig(launcher="none"), "env://"):
+            pass
 
 
 def test_rank_0_prints_the_rendezvous_and_the_place_of_each_rank(monkeypatch, capsys, tmp_path):

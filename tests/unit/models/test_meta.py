@@ -16,7 +16,7 @@ from tutorial_lib.config import Config, ConfigError, EngineConfig, ModelConfig
 from tutorial_lib.embedded import MODEL_NAMES, model_directory
 from tutorial_lib.engine.fsdp import weights
 from tutorial_lib.models import build_model, load_model
-from tutorial_lib.models.meta import check_stored_weights, locate_parameters, model_outline
+from tutorial_lib.models.meta import check_stored_weights, locate_tensors, model_outline
 
 
 @pytest.mark.parametrize("name", MODEL_NAMES)
@@ -30,7 +30,7 @@ def test_an_outline_is_the_model_without_values(name):
 
 
 def located(name, **flat):
-    return locate_parameters(Config.create("cpu", engine="fsdp", model=str(name), **flat).model)
+    return locate_tensors(Config.create("cpu", engine="fsdp", model=str(name), **flat).model)
 
 
 def check_stored(model, engine="deepspeed"):

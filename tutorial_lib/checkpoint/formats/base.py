@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tutorial_lib.checkpoint.manifest import CheckpointError
 from tutorial_lib.config import EngineConfig, ParallelConfig
@@ -87,6 +87,12 @@ class FullTensors(ABC):
     def buffers(self) -> dict[str, Tensor]:
         """Return the buffers that the engine saved. Few models have any: most recompute theirs."""
         return {}
+
+    def restore_buffers(self, model: nn.Module) -> None:
+        """Copy the saved buffers into a model. Without saved ones, its buffers keep their values."""
+        own = dict(model.named_buffers(remove_duplicate=False))
+        for name, buffer in self.buffers().items():
+            own[name].copy_(buffer)
 
     @abstractmethod
     def _stored_names(self) -> Iterable[str]:

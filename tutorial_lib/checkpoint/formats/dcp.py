@@ -12,7 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from tutorial_lib.checkpoint.formats.base import WEIGHT, WEIGHTS_AND_OPTIMIZER, FullTensors
 from tutorial_lib.models.fused_qkv import by_part, is_fused_by_part
@@ -21,7 +21,7 @@ from tutorial_lib.models.fused_qkv import by_part, is_fused_by_part
 class DCP(FullTensors):
     def _stored_names(self) -> Iterable[str]:
         stored = self._reader.read_metadata().state_dict_metadata
-        return (name.removeprefix("parameters.") for name in stored if name.startswith("parameters."))
+        return (name.partition(".")[2] for name in stored if name.startswith(("parameters.", "buffers.")))
 
     def _read(self, name: str, kind: str) -> Tensor:
         tensor = torch.empty(self.shapes[name])
@@ -29,6 +29,17 @@ class DCP(FullTensors):
         if is_fused_by_part(name, self._model_type):
             return by_part(tensor, self._tp).contiguous()
         return tensor
+
+    def buffers(self) -> dict[str, Tensor]:
+        stored = self._reader.read_metadata().state_dict_metadata
+        found = {
+            name.removeprefix("buffers."): torch.empty(tensor.size, dtype=tensor.properties.dtype)
+            for name, tensor in stored.items()
+            if name.startswith("buffers.") and isinstance(tensor, TensorStorageMetadata)
+        }
+        if found:
+            self._load({"buffers": found})
+        return found
 
     def adam_step(self, name: str) -> int:
         return int(self._steps[self._number[name]])
@@ -47,10 +58,10 @@ class DCP(FullTensors):
 
     @functools.cached_property
     def _reader(self) -> FileSystemReader:
-        return _Reader(self._directory)
+        return Reader(self._directory)
 
 
-class _Reader(FileSystemReader):
+class Reader(FileSystemReader):
     """Reader that reads the index only once. Otherwise every tensor that is loaded would read the full index again."""
 
     _index: Metadata | None = None

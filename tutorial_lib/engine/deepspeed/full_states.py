@@ -78,6 +78,7 @@ class FullStates:
 
         Adam counts updates once per vector, so the count of a vector's first parameter stands for all of them.
         """
+        full.restore_buffers(self._engine.module)
         wrapper = self._engine.optimizer
         if self._stage == 3:
             wrapper.checkpoint_event_prologue()  # frees gathered parameters

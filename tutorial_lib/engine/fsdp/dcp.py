@@ -19,8 +19,10 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from tutorial_lib.checkpoint import MOMENTS, CheckpointError, FullTensors
+from tutorial_lib.checkpoint.formats.dcp import Reader
 from tutorial_lib.checkpoint.rank_writer import Writer
 from tutorial_lib.engine.fsdp.weights import copy_slices
+from tutorial_lib.models.stored import persistent_buffers
 
 
 def save(
@@ -30,14 +32,14 @@ def save(
     optimizer: torch.optim.Optimizer,
     group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Write parameters and AdamW's states. Collective.
+    """Write parameters, persistent buffers and AdamW's states. Collective.
 
     This does the work of ``dcp.async_save``, but on the writer's thread instead of a new one.
 
     Args:
         directory: directory to write into.
         writer: the rank's writer, which decides when to write.
-        model: the model that holds the parameters.
+        model: the model that holds the parameters and buffers.
         optimizer: the optimizer that holds their moments.
         group: process group in which ranks agree on what each writes. If the writer has a thread, nothing else may use
             this group.
@@ -59,6 +61,9 @@ def _save(states: dict[str, Any], storage: dcp.FileSystemWriter, group: dist.Pro
 def load(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Restore the states that :func:`save` wrote, in place. Collective. ``.metadata`` is a pickle: verify it first.
 
+    Checkpoints of older versions hold no buffers: these keep the values from the model's files or, if no file holds
+    them, from its code.
+
     Raises:
         CheckpointError: there is nothing to load.
     """
@@ -66,8 +71,10 @@ def load(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
         raise CheckpointError(
             f"FSDP found nothing to load in {directory}: it has no .metadata. The run was not resumed."
         )
-    states = _states(model, optimizer)
-    dcp.load(states, checkpoint_id=str(directory))
+    states, reader = _states(model, optimizer), Reader(directory)
+    if not any(name.startswith("buffers.") for name in reader.read_metadata().state_dict_metadata):
+        states.pop("buffers", None)
+    dcp.load(states, storage_reader=reader)
     for step, (_, parameter) in zip(states["step"], _trained(model), strict=True):
         optimizer.state[parameter]["step"].copy_(step)
     for group in optimizer.param_groups:
@@ -78,6 +85,7 @@ def load(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
 def load_full(full: FullTensors, model: Any, optimizer: torch.optim.Optimizer) -> None:
     """Restore states that any engine saved, in any shape, in place: each rank takes its slices of every full tensor."""
     states, model_type = _states(model, optimizer), model.config.model_type
+    full.restore_buffers(model)
     for name, parameter in states["parameters"].items():
         copy_slices(parameter, name, model_type, full.parameter(name).__getitem__)
     for name, parameter in _trained(model):
@@ -94,8 +102,10 @@ def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any
             # Allocate what AdamW would allocate in its first step.
             moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
             optimizer.state[parameter].update({"step": torch.zeros((), device=parameter.device), **moments})
+    buffers = persistent_buffers(model)
     return {
         "parameters": dict(model.named_parameters()),
+        **({"buffers": buffers} if buffers else {}),
         **{moment: {name: optimizer.state[p][moment] for name, p in trained} for moment in MOMENTS},
         "step": torch.stack([optimizer.state[parameter]["step"] for _, parameter in trained]).cpu(),
         "learning_rate": torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float64),

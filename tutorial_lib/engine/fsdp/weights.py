@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 from tutorial_lib.config import ModelConfig
 from tutorial_lib.engine.fsdp.sharding import layers_of, local_part
 from tutorial_lib.models.fused_qkv import by_rank, is_fused_by_part
-from tutorial_lib.models.meta import drawing_weights, locate_parameters
+from tutorial_lib.models.meta import drawing_weights, locate_tensors
+from tutorial_lib.models.stored import persistent_buffers
 
 Slices = tuple[slice, ...]
 
@@ -51,7 +52,7 @@ def fill_model(model: Any, m: ModelConfig, *, seed: int, device: torch.device, h
         if m.random_init:
             _draw(parameters, m, seed, model.config.model_type)
         else:
-            _read(parameters, m, model.config.model_type)
+            _read(parameters, persistent_buffers(model), m, model.config.model_type)
 
 
 def slices(parameter: Tensor) -> Slices:
@@ -91,9 +92,9 @@ def tensor_parallel_size(parameter: Tensor) -> int:
     return parameter.device_mesh["tp"].size()
 
 
-def _read(parameters: dict[Tensor, list[str]], m: ModelConfig, model_type: str) -> None:
-    """Fill parameters from the model's files."""
-    stored = locate_parameters(m)
+def _read(parameters: dict[Tensor, list[str]], buffers: dict[str, Tensor], m: ModelConfig, model_type: str) -> None:
+    """Fill parameters from the model's files, and the buffers that these hold."""
+    stored = locate_tensors(m)
     with ExitStack() as stack:
         paths = sorted({tensor.path for tensor in stored.values()})
         opened = {path: stack.enter_context(safe_open(path, "pt")) for path in paths}
@@ -101,6 +102,9 @@ def _read(parameters: dict[Tensor, list[str]], m: ModelConfig, model_type: str) 
             # Tied weights are stored under at least one of their names.
             tensor = next(stored[name] for name in names if name in stored)
             copy_slices(parameter, names[0], model_type, opened[tensor.path].get_slice(tensor.name).__getitem__)
+        for name in buffers.keys() & stored.keys():
+            tensor = stored[name]
+            buffers[name].copy_(opened[tensor.path].get_tensor(tensor.name))
 
 
 def _draw(parameters: dict[Tensor, list[str]], m: ModelConfig, seed: int, model_type: str) -> None:
@@ -138,7 +142,7 @@ def _initialized(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Compute the buffers that no file holds, such as the frequencies of rotary embeddings."""
+    """Give all buffers the values that the model's code computes, such as the frequencies of rotary embeddings."""
     for module in model.modules():
         if any(True for _ in module.buffers(recurse=False)):
             for name, buffer in module.named_buffers(recurse=False):

@@ -36,7 +36,7 @@ from tutorial_lib.trainer.huggingface.arguments import build_arguments, reset_gl
 from tutorial_lib.trainer.huggingface.trainer import HuggingFaceTrainer
 from tutorial_lib.trainer.loop import Trainer
 from tutorial_lib.trainer.loss import NonFiniteLoss, count_tokens
-from tutorial_lib.trainer.step_probe import StepProbe, measured_step
+from tutorial_lib.trainer.step_probe import StepProbe
 
 
 class HuggingFaceRun(Trainer):
@@ -93,7 +93,7 @@ class HuggingFaceRun(Trainer):
     def begin_step(self) -> None:
         """Start timing a step just before its batches are read, and start the probe if this step is measured."""
         self._step_began = time.perf_counter()
-        if self.config.run.measure and self.steps_done + 1 == measured_step(self.num_steps):
+        if self.steps_done + 1 == self.measured_step:
             self._probe = StepProbe(self.topology)
             self._probing.enter_context(self._probe.measuring())
             self._probing.enter_context(self.engine.calling_after_backward(self.note_states))
@@ -141,7 +141,7 @@ class HuggingFaceRun(Trainer):
         if self._probe:
             self._probing.close()
             self.engine.trainer.around_forward = nullcontext
-            self.measured, self._probe = self._probe.measurements(self.engine), None
+            self.measured, self._probe = self._probe.measurements(self.engine, step), None
         norm = norm if norm is not None and math.isfinite(norm) else None
         self._record(logs["loss"], self._tokens, norm, logs["learning_rate"], time.perf_counter() - self._step_began)
         is_over = self._is_over()
