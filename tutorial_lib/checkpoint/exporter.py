@@ -40,7 +40,7 @@ def export(path: Path, target: Path, max_shard_size: str = MAX_SHARD_SIZE) -> Pa
 
     Raises:
         CheckpointError: the checkpoint is damaged.
-        ConfigError: ``target`` is not empty or cannot be replaced, or the size cannot be parsed.
+        ConfigError: ``target`` is not empty or cannot be replaced, or the size cannot be parsed or is not above 0.
     """
     target = target.expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -83,9 +83,13 @@ def _files(outlines: dict[str, Tensor], max_shard_size: str) -> dict[str, list[s
 
     pattern = "model{suffix}.safetensors"
     try:
+        if float(max_shard_size.strip()[:-2]) <= 0:  # the last two characters are the unit
+            raise ValueError("not above 0")
         split = split_torch_state_dict_into_shards(outlines, filename_pattern=pattern, max_shard_size=max_shard_size)
-    except ValueError as error:
-        raise ConfigError(f"max_shard_size={max_shard_size!r} is not a size: write one such as '5GB'.") from error
+    except (ValueError, OverflowError) as error:
+        raise ConfigError(
+            f"max_shard_size={max_shard_size!r} is not a size above 0: write one such as '5GB'."
+        ) from error
     return dict(split.filename_to_tensors)
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 
 from tutorial_lib.cli.options import DONE, add_setting, given, path_of
-from tutorial_lib.cli.slurm import add_dp, add_node_options, cpus_per_rank, nodes_and_ranks
+from tutorial_lib.cli.slurm import add_dp, add_node_options, cpus_per_rank, nodes_and_ranks, write_or_print
 from tutorial_lib.config import PROFILES, Config, settings
 
 _FORMATS = ("cluster-yaml", "rayjob")
@@ -41,9 +40,5 @@ def main(options: argparse.Namespace) -> int:
     config = Config.create(options.profile, **add_dp({"launcher": "ray", **stated}, nodes.world_size))
     command = shlex.join(["python", "-m", "tutorial_lib", *sys.argv[1:]])
     text = write_manifest(config, nodes, options.format, options.profile, command)
-    if options.output:
-        options.output.write_text(text, encoding="utf-8")
-        print(f"{options.output}: replace every FILL IN; its first lines say how to start it", file=sys.stderr)
-    else:
-        print(json.dumps({"manifest": text}) if options.json else text, end="\n" if options.json else "")
+    write_or_print("manifest", text, options, "replace every FILL IN; its first lines say how to start it")
     return DONE

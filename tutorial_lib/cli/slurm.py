@@ -88,15 +88,24 @@ def main(options: argparse.Namespace) -> int:
     script = write_script(
         config, allocation, options.profile, shlex.join(["python", "-m", "tutorial_lib", *sys.argv[1:]])
     )
-    if options.output:
-        options.output.write_text(script, encoding="utf-8")
     if options.submit:
+        if options.output:
+            options.output.write_text(script, encoding="utf-8")
         return _submit(config, script, options.json)
-    if options.output:
-        print(f"{options.output}: submit it with sbatch {options.output}", file=sys.stderr)
-    else:
-        print(json.dumps({"script": script}) if options.json else script, end="\n" if options.json else "")
+    hint = f"submit it with sbatch {shlex.quote(str(options.output))}"
+    write_or_print("script", script, options, hint)
     return DONE
+
+
+def write_or_print(kind: str, text: str, options: argparse.Namespace, hint: str) -> None:
+    """Write a scheduler's file to ``--output`` and print a hint, or print the text; with ``--json``, print JSON."""
+    if options.output:
+        options.output.write_text(text, encoding="utf-8")
+        print(f"{options.output}: {hint}", file=sys.stderr)
+    if options.json:
+        print(json.dumps({kind: text, "file": options.output and str(options.output)}))
+    elif not options.output:
+        print(text, end="")
 
 
 def _submit(config: Config, script: str, as_json: bool) -> int:
@@ -129,6 +138,8 @@ def _device(options: argparse.Namespace, stated: dict[str, Any]) -> str:
 
 def nodes_and_ranks(options: argparse.Namespace, stated: dict[str, Any]) -> tuple[int, int]:
     """Return the numbers of nodes and of processes on each; add the settings of a named experiment to ``stated``."""
+    from tutorial_lib.launch.command import check_positive
+
     device = _device(options, stated)
     own, other = ("gpus_per_node", "ranks_per_node") if device == "cuda" else ("ranks_per_node", "gpus_per_node")
     flag, wrong = (f"--{name.replace('_', '-')}" for name in (own, other))
@@ -137,6 +148,7 @@ def nodes_and_ranks(options: argparse.Namespace, stated: dict[str, Any]) -> tupl
     if options.experiment is None:
         if getattr(options, own) is None:
             raise ConfigError(f"How many processes does each node run? Write {flag} N, or --experiment NAME.")
+        check_positive(**{own: getattr(options, own)})
         return 1 if options.nodes is None else options.nodes, getattr(options, own)
     experiment = parse_experiment(options.experiment)
     decided = {"nodes": options.nodes, own: getattr(options, own), **stated}

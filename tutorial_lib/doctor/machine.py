@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 PACKAGES = ("torch", "deepspeed", "ray", "transformers", "datasets", "accelerate", "torchdata", "jupyterlab")
@@ -38,7 +39,8 @@ class Gpu:
     """One GPU according to the driver and torch; facts that only torch knows are ``None`` if torch cannot use it."""
 
     name: str
-    memory_gb: float
+    memory_gb: float | None
+    """None if the driver does not know it, for example because the GPU uses the CPU's memory."""
     compute_capability: str | None
     bf16: bool | None
 
@@ -96,14 +98,22 @@ def find_gpus() -> tuple[tuple[Gpu, ...], str | None]:
         import pynvml
 
         pynvml.nvmlInit()
+        number = pynvml.nvmlDeviceGetCount()
     except Exception:  # no module, no library or no driver: the advice is the same
         return (), "no NVIDIA driver answers here. Use --profile cpu, or a machine with a GPU"
-    handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-    seen = [(pynvml.nvmlDeviceGetName(h), pynvml.nvmlDeviceGetMemoryInfo(h).total / GB) for h in handles]
+    seen, failed = [], None
+    for index in range(number):
+        try:
+            seen.append(_ask_driver(pynvml, index))
+        except pynvml.NVMLError as error:
+            failed = (
+                f"GPU {index} does not answer the NVIDIA driver ({error}). Reset it or reboot, or leave it out with "
+                "CUDA_VISIBLE_DEVICES"
+            )
     pynvml.nvmlShutdown()
-    if not seen:
-        return (), "the NVIDIA driver reports no GPU. Use --profile cpu, or a machine with a GPU"
-    by_driver = tuple(Gpu(name, memory, None, None) for name, memory in seen)
+    by_driver = tuple(seen)
+    if not by_driver:
+        return (), failed or "the NVIDIA driver reports no GPU. Use --profile cpu, or a machine with a GPU"
     try:
         import torch
     except ImportError:
@@ -114,14 +124,27 @@ def find_gpus() -> tuple[tuple[Gpu, ...], str | None]:
                 f"torch {torch.__version__} is a build without CUDA. Install one with CUDA: "
                 f"pip install --force-reinstall torch=={torch.__version__.split('+')[0]} from an index that has it"
             )
-        return by_driver, (
+        return by_driver, failed or (
             f"torch is built for CUDA {torch.version.cuda}, but cannot use this driver or these GPUs. "
             "Update the driver, or check CUDA_VISIBLE_DEVICES"
         )
-    # Leave out emulated bf16: it is slow, and would hide that the GPU has no native bf16.
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    try:
+        # Leave out emulated bf16: it is slow, and would hide that the GPU has no native bf16.
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    except RuntimeError as error:  # a GPU has failed
+        first_line, *_ = str(error).split("\n")
+        return by_driver, failed or f"torch cannot use the GPUs: {first_line}"
     return tuple(Gpu(d.name, d.total_memory / GB, f"{d.major}.{d.minor}", bf16) for d in devices), None
+
+
+def _ask_driver(pynvml: ModuleType, index: int) -> Gpu:
+    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    try:
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle).total / GB
+    except pynvml.NVMLError_NotSupported:
+        memory = None
+    return Gpu(pynvml.nvmlDeviceGetName(handle), memory, None, None)
 
 
 def search_path() -> str:
@@ -200,9 +223,10 @@ def rendezvous_problem(endpoint: str) -> str | None:
         return f"The rendezvous {endpoint!r} is not HOST:PORT with a port from 1 to 65535, such as node1:29500."
     try:
         found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: no host can have this name
+        reason = error.strerror if isinstance(error, OSError) else error
         return (
-            f"{here} cannot resolve the name {host!r} ({error.strerror}), so its processes cannot meet the others at "
+            f"{here} cannot resolve the name {host!r} ({reason}), so its processes cannot meet the others at "
             f"{endpoint}. Every node must resolve it: `getent hosts {host}` has to print an address. Repair DNS or "
             "/etc/hosts there, or name the first node by its address."
         )

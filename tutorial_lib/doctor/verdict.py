@@ -174,7 +174,8 @@ def _pairs(rows: dict[str, str]) -> list[str]:
 
 def _gpu_text(gpu: Gpu) -> str:
     known = f", compute {gpu.compute_capability}, bf16 {'yes' if gpu.bf16 else 'no'}" if gpu.compute_capability else ""
-    return f"{gpu.name} ({gpu.memory_gb:.0f} GB{known})"
+    memory = "memory unknown" if gpu.memory_gb is None else f"{gpu.memory_gb:.0f} GB"
+    return f"{gpu.name} ({memory}{known})"
 
 
 def _package_text(package: Package) -> str:

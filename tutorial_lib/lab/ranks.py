@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import multiprocessing
 import os
 import pickle
 import runpy
@@ -33,6 +34,7 @@ def on_ranks(num_ranks: int, function: Callable[..., T], *arguments: Any) -> lis
     Raises:
         torch.multiprocessing.ProcessRaisedException: the function raised on a rank; the message is its traceback. The
             other ranks are terminated.
+        KeyboardInterrupt: this process was interrupted. All ranks are killed.
     """
     import torch.multiprocessing as mp
 
@@ -40,7 +42,16 @@ def on_ranks(num_ranks: int, function: Callable[..., T], *arguments: Any) -> lis
     with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
         scratch = Path(name)
-        mp.start_processes(_run_rank, (num_ranks, scratch, function, arguments), nprocs=num_ranks, start_method="fork")
+        others = multiprocessing.active_children()
+        try:
+            mp.start_processes(_run_rank, (num_ranks, scratch, function, arguments), num_ranks, start_method="fork")
+        except BaseException:
+            ranks = [process for process in multiprocessing.active_children() if process not in others]
+            for process in ranks:
+                process.kill()  # a rank that waits for another one inside a collective ignores an interrupt
+            for process in ranks:
+                process.join()
+            raise
         return [pickle.loads((scratch / str(rank)).read_bytes()) for rank in range(num_ranks)]
 
 

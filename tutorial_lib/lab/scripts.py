@@ -13,8 +13,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
+
+import psutil
 
 DIRECTORY = Path(__file__).parents[2] / "notebooks" / "scripts"
 
@@ -51,6 +54,7 @@ def torchrun(
 
     Raises:
         RuntimeError: a rank failed; the message ends with its standard error.
+        KeyboardInterrupt: this process was interrupted. torchrun and all ranks are killed.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
     command += [str(script.__file__), *map(str, arguments)]
@@ -65,10 +69,22 @@ def torchrun(
             for line in process.stdout:
                 lines.append(line.rstrip())
                 on_line(lines[-1])
+            failed = process.wait()
         except BaseException:
-            process.terminate()  # torchrun ends its ranks
+            _kill(process)
             raise
-        if process.wait():
+        if failed:
             errors.seek(0)
             raise RuntimeError(f"{script.__name__} failed on {num_ranks} ranks:\n{errors.read()[-3000:]}")
     return lines
+
+
+def _kill(launcher: subprocess.Popen[str]) -> None:
+    """Kill torchrun and its ranks: after a signal while it starts them, torchrun itself would leave some running."""
+    with suppress(psutil.NoSuchProcess):
+        torchrun = psutil.Process(launcher.pid)
+        torchrun.suspend()  # it starts no more ranks
+        for process in [*torchrun.children(recursive=True), torchrun]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+    launcher.wait()

@@ -16,7 +16,11 @@ class Template(string.Template):
 
 
 def train_arguments(config: Config, profile: str, launcher: str) -> list[str]:
-    """Return the arguments of ``train``: profile, launcher, the caller's settings, dp, name and storage."""
+    """Return the arguments of ``train``: profile, launcher, the caller's settings, dp, name and storage.
+
+    Raises:
+        ConfigError: a value contains a line break, which would end a comment or a YAML value in the file.
+    """
     config = config.with_absolute_paths()
     flat, known = config.flat(), settings()
     wanted = [name for name in flat if name in config.given | {"dp", "name", "storage"}]
@@ -32,7 +36,17 @@ def train_arguments(config: Config, profile: str, launcher: str) -> list[str]:
             words += [flag, *value]
         else:
             words += [flag, str(value)]
+    for word in words:
+        if len(word.splitlines()) > 1:
+            raise ConfigError(
+                f"{word!r} contains a line break, which scheduler files cannot hold. Write it in one line."
+            )
     return words
+
+
+def as_comment(text: str) -> str:
+    """Return text for a line that begins with ``#``: so do its further lines."""
+    return "\n# ".join(text.splitlines())
 
 
 def check_positive(**numbers: int) -> None:
@@ -52,15 +66,16 @@ def check_grid(parallel: ParallelConfig, nodes: int, ranks_per_node: int) -> Non
     Raises:
         ConfigError: says what to write instead.
     """
+    if ranks_per_node % parallel.tp:
+        fitting = [size for size in range(1, ranks_per_node + 1) if ranks_per_node % size == 0]
+        raise ConfigError(
+            f"tp={parallel.tp} does not divide the {ranks_per_node} ranks of a node, so a tensor-parallel group would "
+            f"span nodes. Write tp as one of {fitting}."
+        )
     if parallel.world_size != nodes * ranks_per_node:
         raise ConfigError(
             f"dp x tp is {parallel.world_size}, but {nodes} x {ranks_per_node} ranks are {nodes * ranks_per_node}. "
             "Leave dp out: it follows from the nodes, their ranks and tp."
-        )
-    if ranks_per_node % parallel.tp:
-        raise ConfigError(
-            f"tp={parallel.tp} does not divide the {ranks_per_node} ranks of a node, so a tensor-parallel group would "
-            "span nodes. Write a tp that does."
         )
 
 

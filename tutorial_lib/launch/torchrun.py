@@ -194,7 +194,7 @@ def _explain_rendezvous(error: RuntimeError) -> str:
 def _resolves(host: str) -> bool:
     try:
         socket.getaddrinfo(host, None)
-    except OSError:
+    except (OSError, UnicodeError):  # UnicodeError: no host can have this name
         return False
     return True
 

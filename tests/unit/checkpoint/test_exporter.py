@@ -79,9 +79,10 @@ def test_a_directory_that_cannot_be_replaced_is_refused(uninterrupted, tmp_path,
     assert list(tmp_path.rglob("*")) == before
 
 
-def test_an_invalid_shard_size_is_refused(uninterrupted, tmp_path):
-    with pytest.raises(ConfigError, match=r"max_shard_size='large' is not a size: write one such as '5GB'"):
-        checkpoint.export(checkpoint.latest(uninterrupted.directory), tmp_path / "exported", "large")
+@pytest.mark.parametrize("size", ["large", "-5GB", "0GB", "infGB"])
+def test_an_invalid_shard_size_is_refused(uninterrupted, tmp_path, size):
+    with pytest.raises(ConfigError, match=rf"max_shard_size='{size}' is not a size above 0: write one such as '5GB'"):
+        checkpoint.export(checkpoint.latest(uninterrupted.directory), tmp_path / "exported", size)
     assert not list(tmp_path.iterdir())
 
 

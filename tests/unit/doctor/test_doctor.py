@@ -8,8 +8,11 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import pynvml
 import pytest
 
 from tutorial_lib import cli, doctor
@@ -89,6 +92,58 @@ def test_without_a_gpu_nothing_heavy_is_imported() -> None:
     assert run.stdout.strip() == "[]"
 
 
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a driver report GPUs A and B of 80 GB, which torch cannot use."""
+    for name, answer in {
+        "Init": lambda: None,
+        "Shutdown": lambda: None,
+        "DeviceGetCount": lambda: 2,
+        "DeviceGetHandleByIndex": lambda index: index,
+        "DeviceGetName": lambda handle: "AB"[handle],
+        "DeviceGetMemoryInfo": lambda handle: SimpleNamespace(total=80e9),
+    }.items():
+        monkeypatch.setattr(pynvml, f"nvml{name}", answer)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+
+
+def raises(error: Exception) -> Callable[[object], None]:
+    def fail(argument: object) -> None:
+        raise error
+
+    return fail
+
+
+def test_a_gpu_may_have_no_memory_of_its_own(
+    two_gpus: None, monkeypatch: pytest.MonkeyPatch, laptop: doctor.Report
+) -> None:
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", raises(pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)))
+    gpus, problem = machine.find_gpus()
+    assert [gpu.memory_gb for gpu in gpus] == [None, None] and "torch is built for CUDA 13.0" in (problem or "")
+    assert "A (memory unknown); B (memory unknown)" in dataclasses.replace(laptop, gpus=gpus).to_text()
+
+
+def test_a_gpu_that_fails_is_named(two_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def name(handle: int) -> str:
+        if handle == 0:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+        return "B"
+
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetName", name)
+    (gpu,), problem = machine.find_gpus()
+    assert gpu.name == "B" and "GPU 0 does not answer the NVIDIA driver (GPU is lost)" in (problem or "")
+
+
+def test_a_gpu_that_fails_in_torch_is_a_problem(two_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_device_properties", raises(RuntimeError("CUDA error: lost\nCompile with")))
+    gpus, problem = machine.find_gpus()
+    assert [gpu.name for gpu in gpus] == ["A", "B"] and problem == "torch cannot use the GPUs: CUDA error: lost"
+
+
 def test_a_taken_port_is_seen() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -103,7 +158,8 @@ def test_an_impossible_rendezvous_is_reported(capsys: pytest.CaptureFixture[str]
     assert doctor.rendezvous_problem(f"127.0.0.1:{taken}") is None
     # Only that other machine can tell whether its port is free.
     assert doctor.rendezvous_problem(f"192.0.2.1:{taken}") is None
-    assert "getent hosts no-such-host.invalid" in (doctor.rendezvous_problem("no-such-host.invalid:29500") or "")
+    for host in ("no-such-host.invalid", "two..dots"):
+        assert f"getent hosts {host}" in (doctor.rendezvous_problem(f"{host}:29500") or "")
     for endpoint in ("node1", "node1:", ":29500", "node1:99999"):
         assert "is not HOST:PORT" in (doctor.rendezvous_problem(endpoint) or "")
     assert cli.main(["doctor", "--rendezvous", "node1"]) == cli.BAD_CONFIGURATION

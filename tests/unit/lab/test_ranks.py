@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 from types import ModuleType
 
@@ -51,6 +54,25 @@ def test_an_error_of_one_rank_ends_the_others_and_is_reported() -> None:
 
     with pytest.raises(ProcessRaisedException, match="rank 1 has a reason"):
         on_ranks(2, fail)
+
+
+def test_an_interrupt_leaves_no_rank_behind() -> None:
+    """Each rank waits for the other one in a different collective, where it notices no interrupt itself."""
+
+    def deadlock() -> None:
+        if dist.get_rank() == 0:
+            os.kill(os.getppid(), signal.SIGINT)
+            dist.barrier()
+        dist.recv(torch.ones(1), 0)
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            on_ranks(2, deadlock)
+    finally:
+        left = multiprocessing.active_children()
+        for process in left:
+            process.kill()
+    assert left == []
 
 
 SCRIPT = """

@@ -1,5 +1,9 @@
 """Take-home scripts as modules, and the exercises of the lesson that shows them."""
 
+from pathlib import Path
+from types import ModuleType
+
+import psutil
 import pytest
 
 from tutorial_lib.lab import fsdp, scripts
@@ -15,6 +19,20 @@ def test_a_script_is_imported_by_its_name() -> None:
 def test_an_unknown_script_names_those_that_are_there() -> None:
     with pytest.raises(AttributeError, match=r"no train_fspd\.py\. It has: hangs, "):
         scripts.train_fspd  # noqa: B018
+
+
+def test_an_interrupt_leaves_no_process_behind(tmp_path: Path) -> None:
+    waiting = ModuleType("waiting")
+    waiting.__file__ = str(tmp_path / "waiting.py")
+    Path(waiting.__file__).write_text("import time\nprint('here', flush=True)\ntime.sleep(60)")
+
+    def interrupt(line: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        scripts.torchrun(waiting, 2, on_line=interrupt)
+    commands = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    assert [command for command in commands if waiting.__file__ in command] == []
 
 
 def test_take_home_scripts_stay_short() -> None:

@@ -137,8 +137,9 @@ def test_loopback_is_refused_where_ranks_are_on_other_nodes(monkeypatch, name):
     [
         ({}, "waited 1 s at 127.0.0.1:[0-9]+, but not all of the others arrived. .*exported by hand, unset them"),
         ({"MASTER_ADDR": "no-such-host.invalid", "RANK": "1"}, "cannot resolve the name 'no-such-host.invalid'"),
+        ({"MASTER_ADDR": "two..dots", "RANK": "1"}, r"cannot resolve the name 'two\.\.dots'"),
     ],
-    ids=["ranks that never come", "a name that does not resolve"],
+    ids=["ranks that never come", "a name that does not resolve", "no name"],
 )
 def test_a_failed_rendezvous_is_explained(monkeypatch, changes, why):
     """A plain process has torchrun's variables, as if a user had exported them by hand."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -11,21 +12,40 @@ import yaml
 
 from tests.unit.repository.files import ROOT
 
+SUDO = """\
+#!/bin/bash
+# Like sudo -E: root gets another PATH, and the dynamic linker drops LD_LIBRARY_PATH.
+[[ $1 == -E ]] && shift && exec env --unset LD_LIBRARY_PATH PATH=/usr/bin:/bin BY=root "$@"
+"""
+
 
 @pytest.mark.parametrize(
-    ("workflow", "events", "runs", "target"),
+    ("workflow", "events", "target"),
     [
-        ("ci", {"push", "pull_request"}, ".ci/run", "test"),
-        ("matrix", {"schedule", "workflow_dispatch"}, ".ci/run matrix", "matrix"),
+        ("ci", {"push", "pull_request"}, "test"),
+        ("matrix", {"schedule", "workflow_dispatch"}, "matrix"),
     ],
 )
-def test_ci_runs_make(clone: Path, workflow: str, events: set[str], runs: str, target: str) -> None:
+def test_ci_sets_up_as_a_user_and_tests_as_root(
+    clone: Path, tmp_path: Path, workflow: str, events: set[str], target: str
+) -> None:
     stated = yaml.safe_load((ROOT / f".github/workflows/{workflow}.yml").read_text())
     assert set(stated[True]) == events  # YAML's `on`
     (job,) = stated["jobs"].values()
-    assert runs in [step.get("run") for step in job["steps"]]
-    (clone / "Makefile").write_text("test matrix:\n\t@echo made $@\n")
-    assert subprocess.check_output(runs.split(), cwd=clone, text=True) == f"made {target}\n"
+    sudo = tmp_path / "sudo"
+    sudo.write_text(SUDO)
+    sudo.chmod(0o755)
+    (clone / "Makefile").write_text(
+        "setup test matrix:\n\t@echo made $@, $$BY $$(command -v sudo) $$LD_LIBRARY_PATH $$CI\n"
+    )
+    kept = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LD_LIBRARY_PATH": "libraries", "CI": "true"}
+    environment = {**os.environ, **kept, "BY": "runner"}
+    made = [
+        subprocess.check_output(["bash", "-ec", step["run"]], cwd=clone, env=environment, text=True)
+        for step in job["steps"]
+        if "run" in step
+    ]
+    assert made == [f"made setup, runner {sudo} libraries true\n", f"made {target}, root {sudo} libraries true\n"]
 
 
 @pytest.mark.parametrize("script", ["run", "setup", "parts"])

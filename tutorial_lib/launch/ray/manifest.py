@@ -9,12 +9,21 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 from tutorial_lib.config import Config, ConfigError, ParallelConfig, RunConfig
-from tutorial_lib.launch.command import Template, check_grid, check_positive, plural, train_arguments, wrap_options
+from tutorial_lib.launch.command import (
+    Template,
+    as_comment,
+    check_grid,
+    check_positive,
+    plural,
+    train_arguments,
+    wrap_options,
+)
 from tutorial_lib.launch.ray.capacity import possible_sizes
 
 _TEXTS = {"cluster-yaml": "cluster.yaml", "rayjob": "rayjob.yaml"}
@@ -56,12 +65,13 @@ def write_manifest(config: Config, nodes: Nodes, kind: str, profile: str, comman
     storage = str(Path(config.with_absolute_paths().run.storage))
     arguments = wrap_options(train_arguments(config, profile, "ray"), width=100)
     lines = ["python -m tutorial_lib train", *arguments]
+    remote = " \\\n#          ".join([f"RAY_ADDRESS=auto RAY_AUTH_MODE=token {lines[0]}", *lines[1:]])
     cpus = nodes.ranks_per_node * nodes.cpus_per_rank
     text = Path(__file__).with_name(_TEXTS[kind]).read_text(encoding="utf-8")
     return Template(text).substitute(
         title=f"Run {config.run.name}: dp={config.parallel.dp} x tp={config.parallel.tp}, on "
         f"{plural(nodes.number, 'node', 'nodes')} of {plural(nodes.ranks_per_node, 'rank', 'ranks')}.",
-        command=command,
+        command=as_comment(command),
         name=_name(config.run.name),
         ray=version("ray"),
         nodes=nodes.number,
@@ -70,18 +80,16 @@ def write_manifest(config: Config, nodes: Nodes, kind: str, profile: str, comman
         gpus=nodes.ranks_per_node if on_gpus else 0,
         gpu_limit=f'\n                    nvidia.com/gpu: "{nodes.ranks_per_node}"' if on_gpus else "",
         storage=json.dumps(storage),
-        mount=json.dumps(f"--volume <FILL IN: directory that every machine shares>:{storage}"),
+        mount=json.dumps(f"--volume <FILL IN: directory that every machine shares>:{shlex.quote(storage)}"),
         entrypoint="\n    ".join(lines),
-        submit=" \\\n#          ".join(
-            [f"ray exec cluster.yaml 'RAY_ADDRESS=auto RAY_AUTH_MODE=token {lines[0]}", *lines[1:]]
-        )
-        + "'",
+        submit=f"ray exec cluster.yaml {shlex.quote(remote)}",
     )
 
 
 def _name(run: str) -> str:
-    """Turn a run's name into one that Kubernetes allows: lower-case letters, digits and dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")[:_LONGEST_NAME].rstrip("-")
+    """Turn a run's name into one that KubeRay allows: lower-case letters, digits and dashes, a letter first."""
+    name = re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")
+    return (f"run-{name}" if name[0].isdigit() else name)[:_LONGEST_NAME].rstrip("-")
 
 
 def _fewest_nodes(config: Config, nodes: Nodes) -> int:

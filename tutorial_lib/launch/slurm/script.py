@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tutorial_lib.config import Config, ConfigError, ParallelConfig, RunConfig
-from tutorial_lib.launch.command import Template, check_grid, check_positive, plural, train_arguments, wrap_options
+from tutorial_lib.launch.command import (
+    Template,
+    as_comment,
+    check_grid,
+    check_positive,
+    plural,
+    train_arguments,
+    wrap_options,
+)
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d{1,2}):(?P<minutes>[0-5]?\d):(?P<seconds>[0-5]?\d)")
 
@@ -91,7 +99,7 @@ def write_script(config: Config, allocation: Allocation, profile: str, command: 
     return Template(template).substitute(
         title=f"Run {config.run.name}: {what}, dp={parallel.dp} x tp={parallel.tp}, on {places}"
         + ("." if allocation.nodes == 1 else " each."),
-        command=command,
+        command=as_comment(command),
         directives="\n".join(_directives(config.run, allocation)),
         python_directory=shlex.quote(str(Path(sys.executable).parent)),
         cpus_per_rank=allocation.cpus_per_rank,

@@ -2,7 +2,7 @@
 
 It was written by hand. KubeRay's own definition has 25,000 lines, in ``ray.io_rayjobs.yaml`` of its repository. Even if
 unknown fields are refused, our manifests fit the definitions of KubeRay 1.5.1 to 1.7.0 (commit 59d663aeec13), but not
-the one of 1.5.0, which lacks ``authOptions``.
+the one of 1.5.0, which lacks ``authOptions``. The name's pattern is the rule of KubeRay's ``ValidateRayJobMetadata``.
 """
 
 from __future__ import annotations
@@ -71,6 +71,6 @@ RAY_JOB = record(
     required=("apiVersion", "kind", "metadata", "spec"),
     apiVersion=one_of("ray.io/v1"),
     kind=one_of("RayJob"),
-    metadata=record(required=("name",), name={"type": "string", "pattern": r"^[a-z0-9]([a-z0-9-]{0,45}[a-z0-9])?$"}),
+    metadata=record(required=("name",), name={"type": "string", "pattern": r"^[a-z]([a-z0-9-]{0,45}[a-z0-9])?$"}),
     spec=JOB,
 )

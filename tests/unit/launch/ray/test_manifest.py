@@ -18,6 +18,8 @@ from tutorial_lib import cli
 
 ON_GPUS = ["ray", "--nodes", "2", "--gpus-per-node", "4", "--tp", "2", "--name", "news_A", "--storage", "/shared/runs"]
 ON_CPUS = ["ray", "--profile", "cpu", "--nodes", "2", "--ranks-per-node", "2"]
+EXPERIMENT = ["ray", "--experiment", "3Z-8G2N"]  # its name begins with a digit
+NAMED_NO = [*ON_CPUS, "--name", "no"]  # without quotes, this means false in YAML
 
 
 def written(capsys: pytest.CaptureFixture[str], arguments: list[str], kind: str) -> tuple[str, dict[str, Any]]:
@@ -27,7 +29,7 @@ def written(capsys: pytest.CaptureFixture[str], arguments: list[str], kind: str)
     return text, yaml.safe_load(text)
 
 
-@pytest.mark.parametrize("arguments", [ON_GPUS, ON_CPUS], ids=["gpu", "cpu"])
+@pytest.mark.parametrize("arguments", [ON_GPUS, ON_CPUS, NAMED_NO], ids=["gpu", "cpu", "no"])
 def test_cluster_yaml_fits_rays_schema(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     text, content = written(capsys, arguments, "cluster-yaml")
     schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
@@ -40,7 +42,7 @@ def test_cluster_yaml_fits_rays_schema(capsys: pytest.CaptureFixture[str], argum
     assert worker["resources"] == ({"CPU": 32, "GPU": 4} if arguments is ON_GPUS else {"CPU": 2, "GPU": 0})
 
 
-@pytest.mark.parametrize("arguments", [ON_GPUS, ON_CPUS], ids=["gpu", "cpu"])
+@pytest.mark.parametrize("arguments", [ON_GPUS, ON_CPUS, EXPERIMENT, NAMED_NO], ids=["gpu", "cpu", "digit", "no"])
 def test_a_ray_job_fits_kuberays_schema(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     _, job = written(capsys, arguments, "rayjob")
     jsonschema.validate(job, RAY_JOB)
@@ -86,11 +88,29 @@ def test_the_job_trains_what_was_configured(capsys: pytest.CaptureFixture[str]) 
         "--freeze": "*.h.0.*",
     }.items():
         assert words[words.index(flag) + 1] == value, flag
-    text, _ = written(capsys, ON_GPUS, "cluster-yaml")
+
+
+def test_the_command_for_a_clouds_cluster_trains_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    given = [*ON_GPUS[:-1], "/shared/my runs", "--freeze", "*.h.0.*", "it's", "--seq-length", "64"]
+    _, job = written(capsys, given, "rayjob")
+    text, content = written(capsys, given, "cluster-yaml")
     (command,) = re.findall(r"(ray exec .*?)\n#    The same command", text, re.DOTALL)
     *start, remote = shlex.split(command.replace("\n#", "\n"))
     assert start == ["ray", "exec", "cluster.yaml"]
-    assert shlex.split(remote)[:6] == ["RAY_ADDRESS=auto", "RAY_AUTH_MODE=token", *words[:4]]
+    words = shlex.split(job["spec"]["entrypoint"])
+    assert shlex.split(remote.replace("\\\n", "")) == ["RAY_ADDRESS=auto", "RAY_AUTH_MODE=token", *words]
+    mount, _ = content["docker"]["run_options"]  # Ray joins these options with spaces, for a shell
+    assert shlex.split(mount)[-1].endswith(">:/shared/my runs")
+
+
+@pytest.mark.parametrize("kind", ["cluster-yaml", "rayjob"])
+def test_a_line_break_in_the_given_command_stays_in_its_comment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    _, expected = written(capsys, ON_CPUS, kind)
+    monkeypatch.setattr("sys.argv", ["tutorial_lib", *ON_CPUS, "--output", "my\nnodes: 7"])
+    text, content = written(capsys, ON_CPUS, kind)
+    assert content == expected and "\n# nodes: 7'" in text
 
 
 def test_an_elastic_run_keeps_as_many_nodes_as_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,13 +132,14 @@ def test_values_that_only_the_user_knows_are_placeholders(capsys: pytest.Capture
     [
         (["ray"], "Write --gpus-per-node N"),
         ([*ON_GPUS, "--dp", "2"], "Leave dp out: it follows"),
-        (["ray", "--gpus-per-node", "4", "--tp", "8", "--dp", "1"], "Leave dp out"),
+        (["ray", "--gpus-per-node", "4", "--tp", "8", "--dp", "1"], r"Write tp as one of \[1, 2, 4\]"),
         (
             ["ray", "--nodes", "2", "--gpus-per-node", "3", "--tp", "2", "--global-batch", "12"],
             "a tensor-parallel group would span nodes",
         ),
         ([*ON_GPUS, "--launcher", "none"], "does not run on a Ray cluster. Leave launcher out"),
         ([*ON_CPUS, "--cpus-per-rank", "0"], "cpus_per_rank is 0"),
+        ([*ON_CPUS, "--storage", "/s/my\nruns"], r"'/s/my\\nruns' contains a line break"),
     ],
 )
 def test_conflicting_arguments_are_refused(

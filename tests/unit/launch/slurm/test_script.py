@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -70,6 +71,15 @@ def test_settings_reach_train_as_they_were_given(capsys: pytest.CaptureFixture[s
     assert words[words.index("--storage") + 1] == storage
 
 
+def test_no_line_of_a_comment_hides_the_directives(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SLURM ignores directives that come after the script's first command."""
+    monkeypatch.setattr("sys.argv", ["tutorial_lib", *ON_CPUS, "--output", "my\ntouch train.sbatch"])
+    before, directives, _ = written(capsys, ON_CPUS).partition("#SBATCH")
+    assert directives and all(line.startswith("#") for line in before.splitlines())
+
+
 def test_an_experiment_by_its_workshop_name(capsys: pytest.CaptureFixture[str]) -> None:
     script = written(capsys, ["slurm", "--experiment", "3ZO-8G4N"])
     assert (options(script)["nodes"], options(script)["gpus-per-node"]) == ("4", "2")
@@ -86,7 +96,9 @@ def test_an_experiment_by_its_workshop_name(capsys: pytest.CaptureFixture[str]) 
         (["slurm", "--profile", "cpu", "--gpus-per-node", "2"], "Write --ranks-per-node"),
         ([*ON_GPUS, "--dp", "4"], "Leave dp out: it follows"),
         ([*ON_GPUS, "--tp", "8"], "a tensor-parallel group would span nodes"),
-        ([*ON_GPUS, "--tp", "3"], "Leave dp out|span nodes"),
+        ([*ON_GPUS, "--tp", "3"], "tp=3 does not divide the 4 ranks of a node"),
+        (["slurm", "--gpus-per-node", "2", "--tp", "4"], r"tp=4 does not divide the 2 .* Write tp as one of \[1, 2\]"),
+        (["slurm", "--gpus-per-node", "0"], "gpus_per_node is 0; the smallest possible value is 1"),
         ([*ON_GPUS, "--launcher", "ray"], "under SLURM torchrun starts them"),
         ([*ON_GPUS, "--resume", "never"], "write --no-requeue"),
         ([*ON_GPUS, "--time", "soon"], "Write HOURS:MINUTES:SECONDS"),
@@ -94,6 +106,7 @@ def test_an_experiment_by_its_workshop_name(capsys: pytest.CaptureFixture[str]) 
         ([*ON_GPUS, "--partition", "a b"], "partition is 'a b'"),
         ([*ON_CPUS, "--device", "tpu"], "device is 'tpu'|Write --ranks-per-node"),
         (["slurm", "--nodes", "0", "--gpus-per-node", "1"], "nodes is 0"),
+        ([*ON_GPUS, "--deepspeed", "my\nfile.json"], r"'my\\nfile.json' contains a line break"),
         (["slurm", "--experiment", "2Z-2G1N", "--nodes", "2"], "Experiment 2Z-2G1N sets --nodes itself"),
         (["slurm", "--experiment", "2Z-2G1N", "--zero-stage", "3"], "sets --zero-stage itself"),
         (["slurm", "--experiment", "2Z-3G2N"], "2 nodes cannot share 3 GPUs evenly"),
@@ -115,3 +128,14 @@ def test_a_file_under_the_users_home(
     assert cli.main([*command, "--nodes", "1", "--gpus-per-node", "8", "--storage", "/s", "--output=~/file"]) == 0
     assert (tmp_path / "file").read_text()
     assert f"{tmp_path}/file: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("command", "key"), [(["slurm"], "script"), (["ray", "--format", "rayjob"], "manifest")])
+def test_json_names_the_text_and_its_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str], key: str
+) -> None:
+    given = [*command, "--nodes", "1", "--gpus-per-node", "8", "--storage", "/s", "--json"]
+    assert cli.main(given) == cli.main([*given, "--output", str(tmp_path / "file")]) == cli.DONE
+    printed, saved = map(json.loads, capsys.readouterr().out.splitlines())
+    assert printed == {key: (tmp_path / "file").read_text(), "file": None}
+    assert saved == {**printed, "file": str(tmp_path / "file")}
