@@ -62,8 +62,8 @@ def test_sentences_about_the_h200(runs: dict[str, Any]) -> None:
         abs(last[name]) < 0.002 for name in ("micro-batch 48", "micro-batch 192, recomputed")
     )
     kept_busy = [row["mfu"] for row in measured("fsdp2-one-billion")[0]["rows"] if row["micro_batch"] >= 24]
-    assert "42 to 43 %" in " ".join(text_of("06_scaling_out").split())
-    assert [f"{min(kept_busy):.2f}", f"{max(kept_busy):.2f}"] == ["0.42", "0.43"]
+    assert "42 to 43.5 %" in " ".join(text_of("06_scaling_out").split())
+    assert (f"{min(kept_busy):.2f}", f"{max(kept_busy):.3f}") == ("0.42", "0.435")
     for table, largest in zip(measured("fsdp2-one-billion"), (48, 192), strict=True):
         row = table["rows"][-1]
         assert row["micro_batch"] == largest and f"{100 * row['mfu']:.1f} %" in fsdp

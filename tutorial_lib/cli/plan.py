@@ -84,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     number("--loss-chunks", int, "number of chunks in which output layer and loss are computed (default: 1)", 1)
     parser.add_argument(
         "--only-here", action="store_true",
-        help="leave out layouts that this course's engines lack: cp, pp, sequence parallelism",
+        help="leave out layouts that this course's engines lack: cp, pp, sequence parallelism, tp of some models",
     )  # fmt: skip
     number("--bucket-size", int, "elements of DeepSpeed's buckets (default: 500000000, DeepSpeed's own)", 500_000_000)
     number("--gpus-per-node", int, f"devices of a node; tp stays within one (default: {preset.gpus_per_node})")
@@ -99,8 +99,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     number("--headroom", float, "share of device memory to keep free (default: 0.1, an assumption)", 0.1)
     number("--rows", int, f"table rows for layouts that fit (default: {plan_text.ROWS})", plan_text.ROWS)
     parser.add_argument(
-        "--check", metavar="RUN", help="compare with the memory and traffic of a run of `train --measure`"
-    )
+        "--check", metavar="RUN",
+        help="compare with the memory and traffic of a run of `train --measure`; with --gpu, its time as well",
+    )  # fmt: skip
 
 
 def main(options: argparse.Namespace) -> int:
@@ -110,6 +111,7 @@ def main(options: argparse.Namespace) -> int:
         ConfigError: the arguments are impossible.
     """
     if options.check:
+        _refuse_others(options)
         print(plan_check.describe_predictions(options.check, gpu=options.gpu, as_json=options.json))
         return FITS
     answer = _answer(options)
@@ -118,6 +120,20 @@ def main(options: argparse.Namespace) -> int:
     else:
         print(plan_text.write(answer, rows=options.rows))
     return FITS if answer.candidates[0].fits else NOTHING_FITS
+
+
+def _refuse_others(options: argparse.Namespace) -> None:
+    """Refuse options that ``--check`` would ignore.
+
+    Raises:
+        ConfigError: names them.
+    """
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    defaults = vars(parser.parse_args([]))
+    others = [name for name, value in defaults.items() if getattr(options, name) != value]
+    if flags := [f"--{name.replace('_', '-')}" for name in others if name not in ("check", "gpu")]:
+        raise ConfigError(f"--check takes the run's settings from its records. Leave out {', '.join(flags)}.")
 
 
 def _answer(options: argparse.Namespace) -> Answer:
@@ -219,8 +235,9 @@ def _check_numbers(options: argparse.Namespace) -> None:
             raise ConfigError(f"{flag} is {value}; write a finite number.")
         if isinstance(value, float) and value <= 0 and name not in ("overlap", "headroom"):
             raise ConfigError(f"{flag} is {value:g}; write a number above 0.")
-        if isinstance(value, int) and not isinstance(value, bool) and value < (0 if name == "lora" else 1):
-            raise ConfigError(f"{flag} is {value}; the smallest possible value is 1.")
+        least = {"lora": 0, "seq_length": 2}.get(name, 1)
+        if isinstance(value, int) and not isinstance(value, bool) and value < least:
+            raise ConfigError(f"{flag} is {value}; the smallest possible value is {least}.")
 
 
 def _document(answer: Answer) -> dict[str, Any]:
@@ -236,7 +253,7 @@ def _document(answer: Answer) -> dict[str, Any]:
         "units": "bytes per GPU (host: per node), bytes sent per GPU and step, seconds per step",
         "engine": answer.engine, "gpu": answer.gpu or None, "plausible": answer.plausible,
         "dimensions_from": answer.source, "workload": dataclasses.asdict(workload),
-        "replicated_params": workload.dimensions.replicated_params,
+        "replicated_params": workload.dimensions.replicated_params(answer.engine),
         "backward_all_reduces": backward_all_reduces(workload.dimensions, answer.engine),
         "cluster": dataclasses.asdict(answer.cluster),
         "best": rows[0] if best.fits else None, "why": answer.why, "candidates": rows,

@@ -56,7 +56,10 @@ def describe_predictions(run: str, *, gpu: str | None = None, as_json: bool = Fa
     if not all(measured):
         raise ConfigError(f"{run} was not measured: train it with --measure, as a new run if no steps are left.")
     seconds = [row["seconds"] for row in records.rows()[3:]]
-    rows = compare_predictions(config, measured, gpu=gpu, seconds=statistics.median(seconds) if seconds else None)
+    rows = compare_predictions(
+        config, measured, gpu=gpu, seconds=statistics.median(seconds) if seconds else None,
+        gpus_per_node=min(rank["ranks_on_node"] for rank in result["ranks"]),
+    )  # fmt: skip
     if as_json:
         return json.dumps([{**asdict(row), "error": row.error} for row in rows], indent=2)
     lines = [f"{run}: {config.engine.name}, dp={config.parallel.dp} tp={config.parallel.tp}, {config.model.name}"]
@@ -69,8 +72,9 @@ def describe_predictions(run: str, *, gpu: str | None = None, as_json: bool = Fa
 
 
 def compare_predictions(
-    config: Config, measured: list[dict[str, Any]], *, gpu: str | None = None, seconds: float | None = None
-) -> list[Compared]:
+    config: Config, measured: list[dict[str, Any]], *, gpu: str | None = None, seconds: float | None = None,
+    gpus_per_node: int | None = None,
+) -> list[Compared]:  # fmt: skip
     """Compare the quantities of a run.
 
     Args:
@@ -78,6 +82,7 @@ def compare_predictions(
         measured: each rank's measurements.
         gpu: preset of the GPU that it ran on.
         seconds: time of a step.
+        gpus_per_node: devices that it used on each node; None if all were on one node.
     """
     from tutorial_lib.engine.predictions import states_and_peak, workload_and_layout
     from tutorial_lib.models.dimensions import read_config
@@ -85,7 +90,7 @@ def compare_predictions(
     workload, layout = workload_and_layout(config, *read_config(config.model.name))
     ranks = config.parallel.world_size
     states, peak = states_and_peak(workload, layout, config.accumulation)
-    cluster = _cluster_of(gpu, ranks, config.engine.precision)
+    cluster = _cluster_of(gpu, ranks, config.engine.precision, gpus_per_node or ranks)
     candidate = evaluate(workload, cluster, layout)
     rows = [
         Compared(
@@ -93,7 +98,7 @@ def compare_predictions(
             states.device
             + states.host
             + _boundary_gradients(config, workload, layout)
-            - _later_gradients(workload, layout, states),
+            - _later_gradients(layout, states),
             max(m["state_bytes"]["total"] for m in measured),
         ),
         Compared(
@@ -112,16 +117,16 @@ def compare_predictions(
     return rows
 
 
-def _cluster_of(gpu: str | None, ranks: int, precision: str) -> Cluster:
-    """Return the devices of a preset.
+def _cluster_of(gpu: str | None, ranks: int, precision: str, gpus_per_node: int) -> Cluster:
+    """Return the devices of a preset or, for bytes only, any devices.
 
     Raises:
         ConfigError: there is no such preset, or the device does not support that precision.
     """
     if gpu is None:
-        return Cluster(gpus=ranks, gpus_per_node=ranks, gpu_memory=80e9)
+        return Cluster(gpus=ranks, gpus_per_node=gpus_per_node, gpu_memory=80e9)
     try:
-        return Cluster.of(gpu, ranks, precision, gpus_per_node=ranks)
+        return Cluster.of(gpu, ranks, precision, gpus_per_node=gpus_per_node)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -144,7 +149,7 @@ def _boundary_gradients(config: Config, workload: Workload, layout: Layout) -> f
     return (held - memory.partition_elements(sum(sizes), layout.dp)) * workload.bytes_per_element
 
 
-def _later_gradients(workload: Workload, layout: Layout, states: States) -> float:
+def _later_gradients(layout: Layout, states: States) -> float:
     """Return the bytes of reduced gradients on the host that do not exist yet while full ones wait on the device.
 
     A plan counts both, since the device must have room for one and the host for the other. FSDP2 with offload never
@@ -152,4 +157,4 @@ def _later_gradients(workload: Workload, layout: Layout, states: States) -> floa
     """
     if layout.strategy is None or layout.offload == "none" or not states.gradients:
         return 0.0
-    return 4 * memory.partition_elements(workload.num_params, layout.shard_size or layout.dp)
+    return 4 * memory.partition_elements(int(states.gradients) // 4, layout.shard_size or layout.dp)

@@ -5,7 +5,8 @@ Public models need neither the network nor PyTorch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from tutorial_lib.config import ConfigError
 from tutorial_lib.theory.dimensions import Dimensions, derive
@@ -79,7 +80,17 @@ def _public(name: str, source: str) -> FoundModel:
 
 def _from_hugging_face(name: str) -> FoundModel:
     from tutorial_lib.models.dimensions import read_config
-    from tutorial_lib.models.loading import is_config_only
+    from tutorial_lib.models.loading import is_config_only, load_config
 
     dimensions, num_params = read_config(name)
+    dimensions = replace(dimensions, tp_engines=tp_engines(load_config(name)))
     return FoundModel(dimensions, num_params, name, name, random_init=is_config_only(name))
+
+
+def tp_engines(model_config: Any) -> tuple[str, ...]:
+    """Return the engines that split the layers of a model, given its Hugging Face configuration."""
+    from tutorial_lib.engine.deepspeed.config import why_unsplit
+    from tutorial_lib.engine.fsdp.tensor_parallel import FAMILIES
+
+    splits = {"deepspeed": not why_unsplit(model_config), "fsdp": model_config.model_type in FAMILIES}
+    return tuple(engine for engine, can_split in splits.items() if can_split)

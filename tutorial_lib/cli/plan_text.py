@@ -100,10 +100,11 @@ def _assumptions(answer: Answer) -> list[str]:
     if not answer.gpu:
         guessed = "an A100's speed and links, unless you state others: --gpu selects another GPU"
     trained = f", rank-{work.lora_rank} LoRA on {work.base_bits}-bit weights" if work.lora_rank else ""
+    replicated = _three_digits(dims.replicated_params(answer.engine) / 1e6)
     lines = [
         f"{work.num_params / 1e9:.4g} B parameters, {work.precision}: {dims.layers} layers, hidden "
         f"{dims.hidden}, {dims.heads} heads ({dims.key_value_heads} kv), vocabulary {dims.vocabulary}{trained}",
-        f"  dimensions: {answer.source}; replicated under tp: {_three_digits(dims.replicated_params / 1e6)} M",
+        f"  dimensions: {answer.source}; replicated under tp: {replicated} M",
         f"{machine.gpus} {of} of {machine.gpu_memory / 1e9:g} GB ({machine.usable_memory / 1e9:.3g} usable), "
         f"{machine.gpus_per_node} per node; {machine.gpu_flops / 1e12:g} TFLOP/s at {machine.efficiency:g} (HFU)",
         f"  GB/s: {machine.intra_node_bandwidth / 1e9:g} within a node, "

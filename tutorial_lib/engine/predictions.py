@@ -73,7 +73,7 @@ def states_and_peak(workload: Workload, layout: Layout, accumulation: int) -> tu
     Weights and moments exist before the step, so the peak leaves them out. It also leaves out the bucket and the
     gradients of DeepSpeed's stage 3, because these exist before the step, too.
     """
-    part = peak_memory.part_of_model(workload.dimensions, workload.num_params, layout.tp)
+    part = peak_memory.part_of_model(workload.dimensions, workload.num_params, layout.tp, engine=layout.engine)
     states = layout_states(workload, layout, part.params, accumulation, layout.shard_size or layout.dp)
     new = 0.0 if peak_memory.keeps_gradients(layout) else states.gradients
     existing = states.device - new + peak_memory.standing_bucket(workload, layout)
@@ -102,7 +102,7 @@ def workload_and_layout(config: Config, dimensions: Dimensions, num_params: int)
         num_params=num_params, dimensions=dimensions, seq_length=config.data.seq_length, micro_batch=config.micro_batch,
         global_batch=config.run.global_batch, precision=engine.precision, bucket_size=_bucket_size(engine, dimensions),
         checkpointing=checkpointing, on_gpu=config.run.device != "cpu", loss_chunks=engine.loss_chunks,
-        **_from_deepspeed_file(engine.deepspeed_file),
+        fused_adamw=engine.name == "fsdp", **_from_deepspeed_file(engine.deepspeed_file),
     )  # fmt: skip
     layout = Layout(
         dp=parallel.dp, tp=parallel.tp, zero_stage=stage, strategy=strategy, shard_size=engine.shard_size,
@@ -133,4 +133,5 @@ def _from_deepspeed_file(name: str | None) -> dict[str, Any]:
         "gradient_reduction": "reduce_scatter" if scatters else "all_reduce",
         "overlap_comm": zero.get("overlap_comm") or False,
         "live_params": zero.get("stage3_max_live_parameters", 1_000_000_000),
+        "sub_group_size": zero.get("sub_group_size", 1_000_000_000),
     }

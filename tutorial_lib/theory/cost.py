@@ -99,7 +99,8 @@ def evaluate(workload: Workload, cluster: Cluster, layout: Layout) -> Candidate:
     """Compute a layout's costs."""
     dims = workload.dimensions
     part = part_of_model(
-        dims, workload.num_params, layout.tp, layout.pp, sequence_parallel=layout.sequence_parallel
+        dims, workload.num_params, layout.tp, layout.pp, engine=layout.engine,
+        sequence_parallel=layout.sequence_parallel,
     )  # fmt: skip
     batch = step_batch(workload, cluster, layout)
     share = layout.micro_batch * layout.dp
@@ -231,7 +232,8 @@ def _compute_seconds(workload: Workload, cluster: Cluster, layout: Layout, token
     in_layers = 2 * (workload.num_params - dims.root_params)
     if workload.lora_rank:
         per_token -= in_layers  # with frozen weights, backward computes no weight gradients
-    unsplit = 6 * dims.vocabulary * dims.hidden if dims.tied and not layout.sequence_parallel else 0
+    is_unsplit = (dims.tied or layout.engine == "fsdp") and not layout.sequence_parallel
+    unsplit = 6 * dims.vocabulary * dims.hidden if is_unsplit else 0
     products, attention = recomputed_share(dims, layout.checkpointing)
     per_token += products * in_layers + attention * 4 * dims.layers * dims.hidden * workload.seq_length
     tokens_here = tokens / (layout.dp * layout.cp * layout.pp)

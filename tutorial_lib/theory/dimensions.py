@@ -59,6 +59,7 @@ class Dimensions:
             (gate, its activation, up, their product), otherwise 2 (the activation's input and output). GPT-2's
             tanh-GELU in Python keeps 5.
         fused_attention: whether attention runs in one kernel that keeps no matrix of scores. BLOOM's does not.
+        tp_engines: this course's engines that can split the layers of such a model over a tensor-parallel group.
     """
 
     layers: int
@@ -77,6 +78,7 @@ class Dimensions:
     column_layers: int = 2
     mlp_tensors: int | None = None
     fused_attention: bool = True
+    tp_engines: tuple[str, ...] = ("deepspeed", "fsdp")
 
     @property
     def key_value_heads(self) -> int:
@@ -95,17 +97,21 @@ class Dimensions:
     @property
     def num_params(self) -> int:
         """Psi, with tied parameters counted once."""
-        return self.replicated_params + self.layers * self._divided_per_layer + self._own_output
-
-    @property
-    def replicated_params(self) -> int:
-        """R: elements that every rank of a tensor-parallel group holds in full with DeepSpeed's AutoTP.
-
-        These are the embeddings, the norms, and the biases of the two projections whose outputs are summed over the
-        group. An output layer that is tied to the embedding is not split either; a separate one is.
-        """
         norms_outside = (1 + self.embedding_norm) * self.norm_vectors * self.hidden
-        return self.embedding_params + norms_outside + self.layers * self._replicated_per_layer
+        return self.embedding_params + norms_outside + self.layers * self.layer_params + self._own_output
+
+    def replicated_params(self, engine: str) -> int:
+        """Return R, the elements that every rank of a tensor-parallel group holds in full.
+
+        Without sequence parallelism, these are the embeddings, the norms, and the biases of the two projections whose
+        outputs are summed over the group. An output layer that is tied to the embedding is not split either. A separate
+        one is split by DeepSpeed's AutoTP, but not by this course's plan for FSDP2.
+
+        Args:
+            engine: ``deepspeed`` or ``fsdp``.
+        """
+        split = self.layers * self._divided_per_layer + (0 if engine == "fsdp" else self._own_output)
+        return self.num_params - split
 
     @property
     def key_value_width(self) -> int:

@@ -13,18 +13,19 @@ from tutorial_lib.theory.dimensions import Dimensions
 
 
 def _llama(layers: int, hidden: int, heads: int, intermediate: int, **more: Any) -> Dimensions:
-    shape: dict[str, Any] = {"vocabulary": 32_000, "gated": True, "column_layers": 5, **more}
-    return Dimensions(layers=layers, hidden=hidden, heads=heads, intermediate=intermediate, **shape)
+    shape: dict[str, Any] = {"vocabulary": 32_000, "column_layers": 5, "tp_engines": ("deepspeed",), **more}
+    return Dimensions(layers=layers, hidden=hidden, heads=heads, intermediate=intermediate, gated=True, **shape)
 
 
 def _gpt2(layers: int, hidden: int, heads: int) -> Dimensions:
     return Dimensions(
         layers=layers, hidden=hidden, heads=heads, vocabulary=50_257, positions=1024, qkv_bias=True, bias=True,
-        norm_vectors=2, tied=True, mlp_tensors=5,
+        norm_vectors=2, tied=True, mlp_tensors=5, tp_engines=("fsdp",),
     )  # fmt: skip
 
 
 _THREE: dict[str, Any] = {"kv_heads": 8, "vocabulary": 128_256}
+_QWEN2: dict[str, Any] = {"qkv_bias": True, "tp_engines": ("deepspeed", "fsdp")}
 
 MODELS: dict[str, Dimensions] = {
     "gpt2": _gpt2(12, 768, 12),
@@ -42,8 +43,8 @@ MODELS: dict[str, Dimensions] = {
     "llama-3-70b": _llama(80, 8192, 64, 28_672, **_THREE),
     "llama-3-405b": _llama(126, 16_384, 128, 53_248, **_THREE),
     "mistral-7b": _llama(32, 4096, 32, 14_336, kv_heads=8),
-    "qwen2-0.5b": _llama(24, 896, 14, 4864, kv_heads=2, vocabulary=151_936, qkv_bias=True, tied=True),
-    "qwen2-7b": _llama(28, 3584, 28, 18_944, kv_heads=4, vocabulary=152_064, qkv_bias=True),
+    "qwen2-0.5b": _llama(24, 896, 14, 4864, kv_heads=2, vocabulary=151_936, tied=True, **_QWEN2),
+    "qwen2-7b": _llama(28, 3584, 28, 18_944, kv_heads=4, vocabulary=152_064, **_QWEN2),
 }  # fmt: skip
 
 

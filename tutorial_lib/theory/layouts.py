@@ -96,6 +96,7 @@ class Workload:
         bucket_size: elements of DeepSpeed's reduce and all-gather buckets.
         overlap_comm: whether DeepSpeed's stages 1 and 2 fill one bucket of gradients while they reduce another.
         live_params: elements that DeepSpeed's stage 3 may keep gathered (``stage3_max_live_parameters``).
+        sub_group_size: elements that DeepSpeed's stage 3 updates at a time, to about one parameter.
         gradient_reduction: for stages 1 and 2, as in :func:`tutorial_lib.theory.traffic.zero_volume`; the default is
             DeepSpeed's actual behaviour (lesson 01 counts it).
         lora_rank: rank of LoRA's adapters, if only these are trained; 0 trains all parameters.
@@ -103,6 +104,8 @@ class Workload:
         moments: number format of Adam's moments: ``fp32``, ``bf16`` or ``8bit``.
         loss_chunks: number of pieces in which output layer and loss are computed.
         on_gpu: count memory that only GPUs need, such as AdamW's copy of all the tensors that it updates at once.
+        fused_adamw: whether AdamW is fused without sharding (``no_shard``), as in this course's DDP; then it copies
+            nothing. That of one plain process and of the Trainer is not.
         allow_missing: also consider layouts with features that this course's engines lack.
     """
 
@@ -116,12 +119,14 @@ class Workload:
     bucket_size: int = 500_000_000
     overlap_comm: bool = False
     live_params: int = 1_000_000_000
+    sub_group_size: int = 1_000_000_000
     gradient_reduction: str = "all_reduce"
     lora_rank: int = 0
     base_bits: int = 16
     moments: str = "fp32"
     loss_chunks: int = 1
     on_gpu: bool = True
+    fused_adamw: bool = True
     allow_missing: bool = True
 
     @property
@@ -206,6 +211,8 @@ def missing_here(layout: Layout, workload: Workload) -> list[str]:
         "a pipeline": layout.pp > 1,
         "stage 0 with tp in 16 bits": layout.strategy is None and layout.zero_stage == 0 and layout.tp > 1
         and workload.precision != "fp32",
+        f"tensor parallelism for this model under {'FSDP2' if layout.strategy else 'DeepSpeed'}": layout.tp > 1
+        and layout.engine not in workload.dimensions.tp_engines,
     }  # fmt: skip
     found = [name for name, is_needed in needs.items() if is_needed]
     return found + missing_for(workload, layout.engine)

@@ -28,12 +28,10 @@ Besides states and activations, engines allocate *buffers*::
 
 Sources: ``torch.distributed.fsdp`` (``_fsdp_collectives.py``: copy-in and copy-out), ``torch.amp`` (weight cache),
 ``deepspeed/runtime/zero`` (``setup_buckets`` of stage_1_and_2.py; the bucket that stage3.py makes with the optimizer).
-Assumptions: one layer is gathered ahead. FSDP2's and DDP's AdamW is fused and copies nothing. Elsewhere, AdamW on GPUs
-updates all tensors at once (``foreach``), with one more fp32 copy of them. On CPUs it updates one tensor at a time,
-with two copies of it. ZeRO's stages 1 to 3 flatten a rank's parameters into one large tensor (at stage 3, of about
-``sub_group_size`` elements). Known errors: the Trainer's AdamW under DDP is not fused, but its copy is not
-counted; a copy is counted for DDP on a single rank, which makes none; a DeepSpeed file's own ``sub_group_size`` is not
-read.
+Assumptions: one layer is gathered ahead. FSDP2's AdamW is fused and copies nothing, and so is DDP's, except the
+Trainer's. Elsewhere, AdamW on GPUs updates all tensors at once (``foreach``), with one more fp32 copy of them. On CPUs
+it updates one tensor at a time, with two copies of it. ZeRO's stages 1 to 3 flatten a rank's parameters into one large
+tensor (at stage 3, of about ``sub_group_size`` elements).
 Not modelled: buffers for messages between a pipeline's stages; masks of packed rows.
 Checked: docs/planner-errors.md, against peaks of our own runs and published ones.
 """
@@ -76,19 +74,21 @@ class Part:
 
 @cache
 def part_of_model(
-    dimensions: Dimensions, num_params: int, tp: int = 1, pp: int = 1, *, sequence_parallel: bool = False
-) -> Part:
+    dimensions: Dimensions, num_params: int, tp: int = 1, pp: int = 1, *, engine: str = "deepspeed",
+    sequence_parallel: bool = False,
+) -> Part:  # fmt: skip
     """Return a rank's part of the model, before data parallelism shards it; with a pipeline, the largest stage's.
 
     Args:
         dimensions: dimensions of the model.
         num_params: Psi, which may differ a little from the number that follows from the dimensions.
-        tp: tensor-parallel size. Embeddings, norms and a tied output layer are replicated, unless
-            ``sequence_parallel`` splits them by vocabulary.
+        tp: tensor-parallel size. Embeddings, norms and a tied output layer are replicated (under FSDP2 any output
+            layer), unless ``sequence_parallel`` splits them by vocabulary.
         pp: pipeline stages; the first has the embedding, the last the output layer.
+        engine: ``deepspeed`` or ``fsdp``.
         sequence_parallel: see ``tp``.
     """
-    replicated = 0 if sequence_parallel else dimensions.replicated_params
+    replicated = 0 if sequence_parallel else dimensions.replicated_params(engine)
     params = memory.tensor_parallel_params(num_params, min(replicated, num_params), tp)
     scale = num_params / dimensions.num_params
     layer = scale * dimensions.layer_params / tp
@@ -161,8 +161,7 @@ def _buffers(
     embedding = trained * _embedding(workload, layout)
     if layout.strategy == "no_shard":
         casts = float(element * part.params) if casts_weights(workload, layout) else 0.0
-        is_plain_torch = shards == 1  # DDP's AdamW is fused
-        copy = 4 * trained * part.params if workload.on_gpu and is_plain_torch else 0.0
+        copy = 4 * trained * part.params if workload.on_gpu and not workload.fused_adamw else 0.0
         # The norm needs the embedding's gradient in fp64. On CPUs, the gradient of a tied output layer exists too.
         return casts, casts, max(copy, (8 if workload.on_gpu else 12) * embedding)
     if layout.strategy:
@@ -189,10 +188,6 @@ def _buffers(
     return earlier, buckets, update if workload.on_gpu else max(buckets + trained * some_params, update)
 
 
-SUB_GROUP = 1_000_000_000
-"""Elements that DeepSpeed's stage 3 updates at a time: its default for ``sub_group_size``."""
-
-
 def _deepspeed_update(workload: Workload, layout: Layout, own: float, states: States) -> float:
     """Return the bytes that DeepSpeed's update needs on the device, on top of the model states.
 
@@ -211,11 +206,23 @@ def _deepspeed_update(workload: Workload, layout: Layout, own: float, states: St
         copy = 4 * own if element == 2 else 0.0
         return copy + (4 * own if workload.on_gpu else 8 * embedding)
     if stage == 3:
-        own = min(own, SUB_GROUP)
+        own = min(own, _largest_sub_group(workload, layout))
     flat = element * own + (4 * own if element == 2 else 0.0)
     freed = 0.0 if keeps_gradients(layout) else states.gradients
     others = max(0.0, freed - element * own)  # gradients of other ranks' shares, freed before anything is copied
     return max(norm - others, flat - others, 4 * own + (4 if workload.on_gpu else 8) * own - freed)
+
+
+def _largest_sub_group(workload: Workload, layout: Layout) -> float:
+    """Return the most elements that a rank updates at a time with DeepSpeed's stage 3.
+
+    Parameters are added to a sub-group in the model's order, up to the one that makes it reach ``sub_group_size``
+    (``_create_fp16_sub_groups`` of stage3.py). The embedding comes first, and an output layer of its own comes last.
+    """
+    dims, shards = workload.dimensions, layout.dp * layout.cp
+    output = 0 if dims.tied else dims.vocabulary * dims.hidden
+    last = max(output, *(rows * columns for rows, columns in dims.linear_widths)) / layout.tp
+    return max(_embedding(workload, layout) / shards, workload.sub_group_size + last / shards)
 
 
 def _embedding(workload: Workload, layout: Layout) -> float:

@@ -121,9 +121,8 @@ def _changes(workload: Workload, cluster: Cluster, engine: str) -> list[tuple[st
     more = smallest_gpus(workload, without, engine) or 0
     if more > max(fewest, cluster.gpus):
         add(f"--gpus {more}, the fewest on which it fits without offload", replace(without, gpus=more))
-    memory = min(c.memory for c in plan(workload, replace(cluster, host_memory=1.0), engine)) / (1 - cluster.headroom)
-    larger = math.ceil(memory / 1e9) * 1e9
-    add(f"GPUs with --gpu-memory {larger / 1e9:.0f} (GB)", replace(cluster, gpu_memory=larger, host_memory=1.0))
+    if larger := _gpu_memory(workload, cluster, engine):
+        add(f"GPUs with --gpu-memory {larger / 1e9:.0f} (GB)", replace(without, gpu_memory=larger))
     return found
 
 
@@ -156,6 +155,17 @@ def _host_memory(workload: Workload, cluster: Cluster, engine: str) -> float | N
     hosts = [candidate.host for candidate in plan(workload, endless, engine) if candidate.fits]
     needed = math.ceil(min(hosts) / 1e9) * 1e9 if hosts else 0.0
     return needed if needed > cluster.host_memory else None
+
+
+def _gpu_memory(workload: Workload, cluster: Cluster, engine: str) -> float | None:
+    """Return the least memory per GPU, in whole GB, that fits something without offload; None if more is no help.
+
+    Layouts whose passes do not divide the global batch do not count: they fit no GPU.
+    """
+    layouts = [c for c in plan(workload, cluster, engine) if c.layout.offload == "none"]
+    peaks = [c.memory for c in layouts if not c.problem.startswith("global batch")]
+    needed = math.ceil(min(peaks) / (1 - cluster.headroom) / 1e9) * 1e9 if peaks else 0.0
+    return needed if needed > cluster.gpu_memory else None
 
 
 def _halves(number: int) -> list[int]:

@@ -86,10 +86,8 @@ def layout_states(workload: Workload, layout: Layout, params: int, accumulation:
     frozen_device = 0.0
     if workload.lora_rank:
         trained = -(-lora_params(workload.dimensions, workload.lora_rank) // (layout.tp * layout.pp))
-        stage_3 = layout.zero_stage == 3
-        frozen_device = base_bytes(workload, layout, params)
-        if stage_3:
-            frozen_device /= ranks
+        shards_weights = layout.zero_stage == 3 or layout.strategy == "shard_grad_op"
+        frozen_device = base_bytes(workload, layout, params) / (ranks if shards_weights else 1)
     precision = precision_of(workload, layout)
     if layout.strategy == "no_shard":
         replicated = memory.model_states(trained, 0, 1, precision)

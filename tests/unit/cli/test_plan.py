@@ -18,6 +18,7 @@ import pytest
 from tests.unit.arguments import changed
 from tutorial_lib.cli import build_parser, main, plan_commands, plan_text
 from tutorial_lib.cli.options import given
+from tutorial_lib.cli.plan_models import tp_engines
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.embedded import model_directory
 from tutorial_lib.engine.deepspeed.config import apply_file, build
@@ -83,7 +84,7 @@ def test_dimensions_count_what_a_real_model_has(name: str, num_params: int, row_
     summed = ("attn.c_proj.bias", "mlp.c_proj.bias", "attention.dense.bias", "dense_4h_to_h.bias")
     replicated = [key for key in sizes if any(part in key for part in norms_and_embeddings + summed)]
     assert any(key.endswith(summed) for key in replicated) == row_biases
-    assert dimensions.replicated_params == sum(sizes[key] for key in replicated)
+    assert dimensions.replicated_params("deepspeed") == sum(sizes[key] for key in replicated)
     layer = sum(size for key, size in sizes.items() if ".0." in key)
     assert dimensions.layer_params == layer
 
@@ -164,8 +165,18 @@ def test_states_agree_with_measured_runs(precision: str, stage: int, offload: st
 
 def test_tensor_parallelism_divides_all_but_replicated_parameters() -> None:
     candidate = find(plan(work(), cluster()), tp=8, zero_stage=0)
-    replicated = SEVEN.replicated_params
+    replicated = SEVEN.replicated_params("deepspeed")
     assert candidate.states == 16 * (-(-(7_000_000_000 - replicated) // 8) + replicated)
+
+
+def test_fsdp2_computes_a_separate_output_layer_in_full_on_every_rank() -> None:
+    """AutoTP splits it, so each of its ranks computes an eighth."""
+    full, split = (find(plan(work(), cluster(), engine), tp=8, zero_stage=stage, sequence_parallel=False)
+                   for engine, stage in (("fsdp", 3), ("deepspeed", 0)))  # fmt: skip
+    output = 6 * SEVEN.vocabulary * SEVEN.hidden
+    assert full.states - split.states == 16 * 7 / 8 * SEVEN.vocabulary * SEVEN.hidden
+    seconds = full.tokens * 7 / 8 * output / (cluster().gpu_flops * cluster().efficiency)
+    assert full.compute_seconds - split.compute_seconds == pytest.approx(seconds)
 
 
 # --- traffic and time -------------------------------------------------------------------------------------------------
@@ -383,6 +394,19 @@ def test_gpus_that_need_no_offload_are_a_remedy_of_their_own() -> None:
     assert found["--gpus 24, the fewest on which it fits without offload"].layout.offload == "none"
 
 
+def test_larger_gpus_are_a_remedy_without_offload() -> None:
+    """Offloaded layouts need less device memory, and layouts that do not divide the batch no more memory at all."""
+    dims = MODELS["llama-3-70b"]
+    for engine, global_batch in itertools.product(("deepspeed", "fsdp"), (None, 4)):
+        task = Workload(num_params=dims.num_params, dimensions=dims, seq_length=2048, global_batch=global_batch)
+        machine = cluster(8, host_memory=50e9)
+        (found,) = [r for r in remedies(task, machine, engine) if r.change.startswith("GPUs with --gpu-memory ")]
+        assert found.best.layout.offload == "none"
+        needed = float(found.change.split()[3])
+        less = dataclasses.replace(machine, gpu_memory=(needed - 1) * 1e9)
+        assert not plan(task, less, engine)[0].fits
+
+
 def test_remedies_do_what_they_say() -> None:
     task, small = work(micro_batch=16), cluster(8, 40, host_memory=1e9)
     assert not plan(task, small)[0].fits
@@ -476,6 +500,7 @@ def test_nothing_fits_is_exit_code_2_with_what_would(capsys: pytest.CaptureFixtu
     [
         (["--gpus", "12"], "Write 8 or 16"),
         (["--gpus", "0"], "--gpus is 0; the smallest possible value is 1"),
+        (["--seq-length", "1"], "--seq-length is 1; the smallest possible value is 2"),
         (["--gpu-memory", "-1"], "--gpu-memory is -1; write a number above 0"),
         (["--gpu-memory", "nan"], "write a finite number"),
         (["--engine", "megatron"], "Write one of: deepspeed, fsdp"),
@@ -487,7 +512,7 @@ def test_nothing_fits_is_exit_code_2_with_what_would(capsys: pytest.CaptureFixtu
         (["--gpu", "b100"], "Write one of: a100-80"),
         (["--gpu", "v100", "--precision", "bf16"], "v100 has no bf16"),
         (["--moments", "4bit"], "Write one of: fp32, bf16, 8bit"),
-        (["--check", "nowhere"], "has no config.json"),
+        (["--check", "nowhere"], "from its records. Leave out --model-size, --gpus, --gpu-memory."),
         (["--layers", "3", "--hidden", "512"], "Write a model-size"),
         (["--base-bits", "4"], "--base-bits 4 is for frozen weights. Add --lora RANK"),
         (["--loss-chunks", "1000000"], "more than the 2048 tokens of a sequence"),
@@ -580,6 +605,34 @@ def test_only_here_leaves_out_what_is_missing_here(capsys: pytest.CaptureFixture
     assert main(question) == 0
     shown = capsys.readouterr().out
     assert "tp=8: without it the layout makes passes of 8 sequences, which do not divide the global batch." in shown
+
+
+@pytest.mark.parametrize(
+    ("model", "splits"),
+    [
+        ("llama-3-8b", {"deepspeed"}), ("mistral-7b", {"deepspeed"}), ("gpt2-medium", {"fsdp"}),
+        ("qwen2-7b", {"deepspeed", "fsdp"}), ("embedded/gpt2", {"fsdp"}), ("embedded/bloom", {"deepspeed", "fsdp"}),
+    ],
+)  # fmt: skip
+def test_only_an_engine_that_can_split_a_model_is_planned_with_tp(
+    model: str, splits: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = set()
+    for engine in ("deepspeed", "fsdp"):
+        main(["plan", "--model", model, "--gpus", "8", "--gpu", "h100", "--engine", engine, "--only-here", "--json"])
+        found |= {engine for row in json.loads(capsys.readouterr().out)["candidates"] if row["tp"] > 1}
+    assert found == splits
+
+
+def test_known_models_name_the_engines_that_split_them() -> None:
+    from transformers import BloomConfig, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
+
+    families = {
+        "gpt2": GPT2Config, "bloom": BloomConfig, "llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config,
+    }  # fmt: skip
+    for name, dimensions in MODELS.items():
+        family = re.split(r"\W", name)[0]
+        assert dimensions.tp_engines == tp_engines(families[family]()), name
 
 
 def test_offload_says_what_it_takes_and_what_would_be_faster(capsys: pytest.CaptureFixture[str]) -> None:

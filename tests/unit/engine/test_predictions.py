@@ -13,6 +13,8 @@ from tutorial_lib.models.dimensions import read_config
 from tutorial_lib.theory.cost import evaluate
 from tutorial_lib.theory.hardware import find_product
 from tutorial_lib.theory.layouts import Cluster
+from tutorial_lib.theory.peak_memory import part_of_model, phase_peaks
+from tutorial_lib.theory.state_bytes import layout_states
 
 MIB = 2**20
 
@@ -55,6 +57,37 @@ def test_a_file_may_leave_its_bucket_to_the_trainer_or_to_deepspeed(tmp_path, st
     file.write_text(json.dumps(dict.fromkeys(batch, "auto") | {"zero_optimization": zero}))
     predicted = predict_step_peak(hugging_face(deepspeed=str(file), seq_length=96))
     assert predicted == pytest.approx(measured_mib * MIB, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("sub_group_size", "measured"),
+    [(1_000_000_000, 8_319_800), (300_000, 4_026_320), (1000, 2_359_496)],  # all, part, and only the embedding
+)
+def test_a_file_sets_how_much_stage_3_updates_at_a_time(tmp_path, sub_group_size, measured):
+    """Measured on one CPU rank in bf16, where all else is small."""
+    file = tmp_path / "ds.json"
+    zero = {"stage": 3, "sub_group_size": sub_group_size, "reduce_bucket_size": 200_000}
+    file.write_text(json.dumps({"zero_optimization": zero}))
+    small = {"model": "embedded/gpt2", "precision": "bf16", "seq_length": 8, "global_batch": 1}
+    config = apply_file(Config.create("cpu", dp=1, deepspeed=str(file), **small))
+    assert predict_step_peak(config) == pytest.approx(measured, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("flat", "copies"),
+    [
+        ({"engine": "torch"}, True), ({"engine": "trainer"}, True), ({"engine": "trainer", "dp": 2}, True),
+        ({"engine": "fsdp", "sharding": "no_shard"}, False),
+        ({"engine": "fsdp", "sharding": "no_shard", "dp": 2}, False),
+    ],
+)  # fmt: skip
+def test_only_an_adamw_that_is_not_fused_copies_all_parameters(flat, copies):
+    config = Config.create("gpu", model="embedded/gpt2", **flat)
+    workload, layout = workload_and_layout(config, *read_config("embedded/gpt2"))
+    part = part_of_model(workload.dimensions, workload.num_params)
+    *_, update = phase_peaks(workload, layout, part, layout_states(workload, layout, part.params, 1, layout.dp), 1)
+    norm = 8 * workload.dimensions.vocabulary * workload.dimensions.hidden
+    assert update.buffers == (4 * workload.num_params if copies else norm)
 
 
 def test_a_model_sharded_at_load_has_no_prediction():

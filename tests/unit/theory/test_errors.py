@@ -134,11 +134,27 @@ def test_a_check_reads_how_the_deepspeed_file_reduces(tmp_path: Path, stated: di
     assert sent.predicted == pytest.approx(plain[2].predicted * (1 + 2 * share) / 3)
 
 
+def test_a_check_counts_the_offloaded_gradients_of_a_split_model_once() -> None:
+    """Full gradients wait on the device for the last of two micro-batches, before the host gets a rank's share."""
+    config = Config.create(
+        "cpu", engine="fsdp", model="embedded/qwen2", dp=2, tp=2, offload="all", global_batch=8, micro_batch=2,
+        seq_length=32,
+    )  # fmt: skip
+    measured = {
+        "state_bytes": {"total": 4_374_720},
+        "peak_bytes": {"cpu": 5_673_624},
+        "traffic": {"wire_bytes": 5_161_152},
+    }
+    states, peak, sent = compare_predictions(config, [measured])
+    assert states.error == sent.error == 0 and abs(peak.error) < 0.02
+
+
 def test_a_run_is_checked_from_its_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     row = json.loads(errors.MEASURED.read_text(encoding="utf-8"))[0]
     config = Config.create("cpu", **row["settings"])
     (tmp_path / "config.json").write_text(config.to_json())
-    (tmp_path / "result.json").write_text(json.dumps({"ranks": [{"measured": row["measured"]}]}))
+    records = [{"measured": row["measured"], "ranks_on_node": 2}] * 2
+    (tmp_path / "result.json").write_text(json.dumps({"ranks": records}))
     (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {n}, "seconds": 0.5}}\n' for n in range(5)))
     assert main(["plan", "--check", str(tmp_path), "--json"]) == 0
     states, peak, sent = json.loads(capsys.readouterr().out)
@@ -147,8 +163,16 @@ def test_a_run_is_checked_from_its_records(tmp_path: Path, capsys: pytest.Captur
     assert main(["plan", "--check", str(tmp_path)]) == 0
     assert "model states, bytes" in capsys.readouterr().out
     assert main(["plan", "--check", str(tmp_path), "--gpu", "h100", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)[3]["measured"] == 0.5
+    seconds = json.loads(capsys.readouterr().out)[3]
+    assert seconds["measured"] == 0.5
+    (tmp_path / "result.json").write_text(json.dumps({"ranks": [{**each, "ranks_on_node": 1} for each in records]}))
+    assert main(["plan", "--check", str(tmp_path), "--gpu", "h100", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[3]["predicted"] > seconds["predicted"]  # the ranks are on two nodes
 
+    assert main(["plan", "--check", str(tmp_path), "--gpu", "h100", "--efficiency", "7", "--only-here"]) == 2
+    assert "Leave out --only-here, --efficiency." in capsys.readouterr().err
+    assert main(["plan", "--check", str(tmp_path / "nowhere")]) == 2
+    assert "has no config.json" in capsys.readouterr().err
     assert main(["plan", "--check", str(tmp_path), "--gpu", "nope"]) == 2
     assert "gpu is 'nope'. Write one of: a100-80" in capsys.readouterr().err
 

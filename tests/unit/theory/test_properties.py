@@ -190,6 +190,8 @@ def test_moments_lora_and_chunks_save_memory() -> None:
     lora = evaluate(work("llama-3-8b", lora_rank=16), cluster(), layout)
     quantized = evaluate(work("llama-3-8b", lora_rank=16, base_bits=4), cluster(), layout)
     assert quantized.states < lora.states < plain.states / 4
+    gathered = replace(layout, zero_stage=2, strategy="shard_grad_op")  # keeps gathered copies, but shards just as much
+    assert evaluate(work("llama-3-8b", lora_rank=16), cluster(), gathered).states == lora.states
     assert lora.compute_seconds < plain.compute_seconds and lora.dp_traffic < plain.dp_traffic
     eight = replace(layout, micro_batch=8)
     in_chunks = evaluate(work("llama-3-8b", loss_chunks=8), cluster(), eight)

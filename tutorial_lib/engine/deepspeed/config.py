@@ -82,17 +82,23 @@ def check_autotp(engine: EngineConfig, parallel: ParallelConfig, model_config: A
                 f"zero_stage=3 with tp={parallel.tp} needs DeepSpeed {since}, and {version} is installed. "
                 "Write zero_stage=2 or less, or update DeepSpeed."
             )
+    if why := why_unsplit(model_config):
+        raise ConfigError(
+            f"AutoTP does not split {model_config.get_text_config().model_type}, a model {why}. Write tp=1, or choose "
+            "a model that it splits: embedded/qwen2, embedded/bloom, or another family with a plan for linear layers, "
+            "such as Llama."
+        )
+
+
+def why_unsplit(model_config: Any) -> str:
+    """Return why AutoTP does not split a model's layers, or an empty string if it does."""
     text = model_config.get_text_config()
     styles = set((getattr(text, "base_model_tp_plan", None) or {}).values())
     if text.model_type in AUTOTP_PRESETS or (styles and styles <= _AUTOTP_STYLES):
-        return
-    why = f"with {sorted(styles - _AUTOTP_STYLES)} in its plan" if styles else "without a tensor-parallel plan"
+        return ""
     if text.model_type == "gpt2":
-        why = "whose Conv1D layers keep their weights transposed"
-    raise ConfigError(
-        f"AutoTP does not split {text.model_type}, a model {why}. Write tp=1, or choose a model that it splits: "
-        f"embedded/qwen2, embedded/bloom, or another family with a plan for linear layers, such as Llama."
-    )
+        return "whose Conv1D layers keep their weights transposed"
+    return f"with {sorted(styles - _AUTOTP_STYLES)} in its plan" if styles else "without a tensor-parallel plan"
 
 
 def add_plan(settings: dict[str, Any], model_config: Any) -> None:

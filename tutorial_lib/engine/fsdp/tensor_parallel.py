@@ -54,12 +54,12 @@ def split_model(model: Any, mesh: DeviceMesh, plan: str = "megatron") -> None:
         ConfigError: the model belongs to another family.
     """
     family = model.config.model_type
-    if family not in _FAMILIES:
+    if family not in FAMILIES:
         raise ConfigError(
-            f"engine='fsdp' has no tensor-parallel plan for {family!r} models, only for {', '.join(_FAMILIES)}. "
+            f"engine='fsdp' has no tensor-parallel plan for {family!r} models, only for {', '.join(FAMILIES)}. "
             "Write tp=1."
         )
-    styles, localize = _FAMILIES[family]
+    styles, localize = FAMILIES[family]
     chosen = {name: s for name, s in styles().items() if plan == "megatron" or not isinstance(s, PrepareModuleInput)}
     for layer in layers_of(model):
         parallelize_module(layer, mesh, chosen, src_data_rank=None)
@@ -206,8 +206,9 @@ def _localize_bloom(model: Any, mesh: DeviceMesh) -> None:
     slice_alibi(model, mesh.size(), mesh.get_local_rank())
 
 
-_FAMILIES: dict[str, tuple[Any, Any]] = {
+FAMILIES: dict[str, tuple[Any, Any]] = {
     "gpt2": (_gpt2, _localize_gpt2),
     "qwen2": (_qwen2, _localize_qwen2),
     "bloom": (_bloom, _localize_bloom),
 }
+"""Model types that this plan splits."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 from tutorial_lib.config import Config, ConfigError, EngineConfig, ModelConfig
 from tutorial_lib.embedded import MODEL_NAMES, model_directory
 from tutorial_lib.engine.fsdp import sharding, tensor_parallel, weights
 from tutorial_lib.models import build_model
+from tutorial_lib.models.dimensions import from_config
 from tutorial_lib.models.meta import model_outline
+from tutorial_lib.theory.peak_memory import part_of_model
 
 
 @pytest.mark.parametrize("random_init", [False, True])
@@ -55,6 +59,25 @@ def test_a_family_without_a_plan_is_refused():
     model.config.model_type = "opt"
     with pytest.raises(ConfigError, match="no tensor-parallel plan for 'opt' models, only for gpt2, qwen2, bloom"):
         tensor_parallel.split_model(model, mesh=None)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_planner_counts_what_a_rank_of_a_split_model_holds(tied):
+    """A fake process group sends nothing, so one process can split a model as rank 0 of eight."""
+    config = Qwen2Config(
+        hidden_size=256, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=8, intermediate_size=512,
+        vocab_size=8000, tie_word_embeddings=tied,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=8)
+    try:
+        tensor_parallel.split_model(model, dist.init_device_mesh("cpu", (8,), mesh_dim_names=("tp",)))
+        held = sum(math.prod(row.after) for row in tensor_parallel.parameter_layouts(model))
+    finally:
+        dist.destroy_process_group()
+    dimensions = from_config(config)
+    assert part_of_model(dimensions, dimensions.num_params, 8, engine="fsdp").params == held
 
 
 @pytest.mark.parametrize(
