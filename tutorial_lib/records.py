@@ -64,6 +64,15 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def _version(file: Path) -> tuple[int, int, int] | None:
+    """Return a value that changes with the file's content, or None if there is no file."""
+    try:
+        status = file.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
     """The directory of one run. Nothing is created before :meth:`create`."""
@@ -122,6 +131,10 @@ class RunDirectory:
                 ) from error
         return rows
 
+    def metrics_version(self) -> tuple[int, int, int] | None:
+        """Return a value that changes whenever a row is added or removed, or None if there is no ``metrics.jsonl``."""
+        return _version(self.metrics_file)
+
     def append(self, row: Row) -> None:
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -139,13 +152,9 @@ class RunDirectory:
         """
         return dict(json.loads(self.result_file.read_text(encoding="utf-8")))
 
-    def result_version(self) -> tuple[int, int] | None:
+    def result_version(self) -> tuple[int, int, int] | None:
         """Return a value that changes whenever ``result.json`` is rewritten, or None if there is none."""
-        try:
-            status = self.result_file.stat()
-        except FileNotFoundError:
-            return None
-        return status.st_ino, status.st_mtime_ns
+        return _version(self.result_file)
 
     def log_file(self, rank: int) -> Path:
         return self.logs / f"rank-{rank:03d}.log"

@@ -32,12 +32,18 @@ def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
 def interrupt_when(
     condition: Callable[[], object], times: int = 1, number: signal.Signals = signal.SIGINT
 ) -> threading.Thread:
-    """Once a condition holds, send this process a signal, as Ctrl-C does, ``times`` times, half a second apart."""
+    """Once a condition holds, send this process a signal, as Ctrl-C does, ``times`` times.
+
+    The condition must first hold when the signal is already handled: otherwise it ends pytest. A further signal waits
+    until the one before has replaced the handler, because two signals that come at once count as one.
+    """
 
     def strike() -> None:
         wait_until(condition, 60)
-        for again in range(times):
-            time.sleep(0.5 if again else 0)
+        handler = None
+        for _ in range(times):
+            wait_until(lambda before=handler: signal.getsignal(number) is not before)
+            handler = signal.getsignal(number)
             os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=strike)

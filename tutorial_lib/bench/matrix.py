@@ -169,59 +169,102 @@ def run_matrix(
     if "measure" not in config.given:
         config = config.replaced(measure=True)
     configs = rows_of(experiment, config, rows)
-    matrix = _open(experiment, config, configs)
-    left = [name for name in configs if not (matrix[name].is_done or (matrix[name].has_failed and not retry))]
+    _open(experiment, config, configs)  # refuses a wrong name or setting before anything is written
     launch.warm_up(config)
-    threads = _threads_of_a_rank(experiment, configs)
     with (
-        _matrix_lock(matrix.path),
-        _raising_on_signals(),
-        _omp_threads(threads),
+        _matrix_lock(config.directory),
+        _omp_threads(_threads_of_a_rank(experiment, configs)),
         closing(progress or SilentProgress()) as shown,
+        _raising_on_signals(),
     ):
-        matrix.write()
-        shown.plan(left)
-        for name in left:
-            directory = matrix.path / "rows" / name
-            row_config = configs[name].replaced(name=name, storage=str(directory.parent))
-            running = True
-            try:
-                shutil.rmtree(directory, ignore_errors=True)
-                shown.begin(name, row_config.run.steps)
-                record = _run_row(matrix[name], row_config, run, shown.on_rows, sample_interval)
-                matrix = matrix.with_row(record)
-                matrix.write()
-                running = False
-                if record.is_done and not keep_checkpoints:
-                    shutil.rmtree(RunDirectory(directory).checkpoints, ignore_errors=True)
-                shown.end(record)
-            except KeyboardInterrupt:
-                if running:
-                    why = "interrupted: the same command runs it again"
-                    matrix = matrix.with_row(RowRecord(name, STOPPED, why, settings=matrix[name].settings))
-                    matrix.write()
-                raise Interrupted(_where_stopped(matrix, name), []) from None
-        if all(row.status == REFUSED for row in matrix.rows):
-            raise ConfigError(f"No row can run here. {matrix.rows[0].name}: {matrix.rows[0].error}")
-        matrix.write_report()
+        matrix = _open(experiment, config, configs)  # another process may have finished rows before it let go
+        left = [name for name in configs if not (matrix[name].is_done or (matrix[name].has_failed and not retry))]
+        row: str | None = None
+        try:
+            matrix.write()
+            shown.plan(left)
+            for row in left:
+                matrix = _run_and_save(matrix, row, configs[row], run, shown, sample_interval, keep_checkpoints)
+            if all(each.status == REFUSED for each in matrix.rows):
+                raise ConfigError(f"No row can run here. {matrix.rows[0].name}: {matrix.rows[0].error}")
+            matrix.write_report()
+        except KeyboardInterrupt:
+            is_saved = (matrix.path / MATRIX_FILE).exists()
+            raise Interrupted(_where_stopped(Matrix.read(matrix.path) if is_saved else matrix, row), []) from None
     return matrix
 
 
-def _run_row(row: RowRecord, config: Config, run: Runner, on_rows: OnRows | None, interval: float) -> RowRecord:
-    """Run one row under the memory sampler, and return its record, finished or failed."""
+def _run_and_save(
+    matrix: Matrix,
+    name: str,
+    config: Config,
+    run: Runner,
+    shown: SilentProgress,
+    interval: float,
+    keep_checkpoints: bool,
+) -> Matrix:
+    """Run one row, save its record, and return the matrix with it.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C was pressed or a signal arrived. The row is saved as stopped, or as done if the run
+            completed all the same.
+    """
+    directory = matrix.path / "rows" / name
+    try:
+        shutil.rmtree(directory, ignore_errors=True)
+        shown.begin(name, config.run.steps)
+        placed = config.replaced(name=name, storage=str(directory.parent))
+        record, was_signalled = _run_row(matrix[name], placed, run, shown.on_rows, interval)
+        matrix = matrix.with_row(record)
+        matrix.write()
+    except KeyboardInterrupt:
+        why = "interrupted: the same command runs it again"
+        matrix.with_row(RowRecord(name, STOPPED, why, settings=matrix[name].settings)).write()
+        raise
+    if record.is_done and not keep_checkpoints:
+        shutil.rmtree(RunDirectory(directory).checkpoints, ignore_errors=True)
+    shown.end(record)
+    if was_signalled:
+        raise KeyboardInterrupt
+    return matrix
+
+
+def _run_row(
+    row: RowRecord, config: Config, run: Runner, on_rows: OnRows | None, interval: float
+) -> tuple[RowRecord, bool]:
+    """Run one row under the memory sampler.
+
+    Returns:
+        The row's record, finished or failed; and whether a signal came too late to stop the run.
+    """
     log = config.directory / MEMORY_LOG
     kills, began = OomKills(), time.monotonic()
     try:
         with sample_memory(log, interval=interval):
-            done = run(config, on_rows=on_rows)
+            done = _run_to_its_end(config, run, on_rows)
         seconds = time.monotonic() - began
-        if done.result["status"] == "stopped":  # after SIGTERM, the run has saved and ended normally
-            raise KeyboardInterrupt
-        return measure_row(row.name, done, log, wall_seconds=seconds)
+        return measure_row(row.name, done, log, wall_seconds=seconds), done.was_signalled
     except Exception as error:
         status, cause = explain(error, kills.since())
         seconds = time.monotonic() - began
-        return RowRecord(row.name, status, cause, str(error), settings=row.settings, wall_seconds=seconds)
+        return RowRecord(row.name, status, cause, str(error), settings=row.settings, wall_seconds=seconds), False
+
+
+def _run_to_its_end(config: Config, run: Runner, on_rows: OnRows | None) -> Run:
+    """Run one row, and return its run if that has completed, even if a signal came meanwhile.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C or a signal stopped the run.
+    """
+    try:
+        done = run(config, on_rows=on_rows)
+    except Interrupted as interrupted:
+        if not interrupted.runs:
+            raise
+        (done,) = interrupted.runs
+    if done.result["status"] == "stopped":  # the run has saved and ended normally
+        raise KeyboardInterrupt
+    return done
 
 
 def _check(run: RunConfig, sample_interval: float) -> None:
@@ -272,9 +315,14 @@ def _as_json(config: Config) -> dict[str, Any]:
     return dict(json.loads(config.to_json()))
 
 
-def _where_stopped(matrix: Matrix, row: str) -> str:
-    done, status = sum(each.is_done for each in matrix.rows), matrix[row].status
-    where = f"in row {row!r}, which will start over" if status == STOPPED else f"after row {row!r} ({status})"
+def _where_stopped(matrix: Matrix, row: str | None) -> str:
+    done = sum(each.is_done for each in matrix.rows)
+    if row is None:
+        where = "before its first row"
+    elif matrix[row].status == STOPPED:
+        where = f"in row {row!r}, which will start over"
+    else:
+        where = f"after row {row!r} ({matrix[row].status})"
     return (
         f"matrix {matrix.path.name!r} stopped {where}; {done} of {len(matrix.rows)} rows are done and kept. "
         "Run the same command again to continue."
@@ -320,7 +368,7 @@ def _matrix_lock(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _raising_on_signals() -> Iterator[None]:
-    """Turn SIGTERM and SIGUSR1 between two rows into a KeyboardInterrupt. During a row, its launcher handles them."""
+    """Turn SIGTERM and SIGUSR1 into a KeyboardInterrupt. While a row runs, its launcher handles them instead."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -328,9 +376,11 @@ def _raising_on_signals() -> Iterator[None]:
     def interrupt(number: int, _frame: Any) -> None:
         raise KeyboardInterrupt(signal.Signals(number).name)
 
-    numbers = [n for n in (signal.SIGTERM, signal.SIGUSR1) if signal.getsignal(n) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, interrupt) for number in numbers}
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = {number: handler for number in numbers if (handler := signal.getsignal(number)) is not signal.SIG_IGN}
     try:
+        for number in before:
+            signal.signal(number, interrupt)
         yield
     finally:
         for number, handler in before.items():

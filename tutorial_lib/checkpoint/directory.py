@@ -146,7 +146,7 @@ def next_start_from(run: RunDirectory) -> str | None:
 
 
 def _leftovers(run: RunDirectory) -> list[tuple[Path, Path]]:
-    found = [(path, _LEFTOVER.fullmatch(path.name)) for path in run.checkpoints.iterdir()]
+    found = [(path, _LEFTOVER.fullmatch(path.name)) for path in run.checkpoints.glob(".*")]
     return [(path, path.with_name(match["final"])) for path, match in found if match]
 
 

@@ -26,11 +26,13 @@ class Run:
         config: the configuration that was run.
         result: content of ``result.json``.
         rows: rows of ``metrics.jsonl``, one per optimizer step.
+        was_signalled: whether this process was asked to stop. The run may have completed all the same.
     """
 
     config: Config
     result: dict[str, Any]
     rows: list[Row]
+    was_signalled: bool = False
 
     @property
     def directory(self) -> RunDirectory:
@@ -158,7 +160,8 @@ def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None, worker:
         watched.poll()
     if first.run.launcher != "none":
         begun = sum(d.result_version() not in (None, before) for d, before in zip(directories, earlier, strict=True))
-    runs = [Run(c, d.result(), d.rows()) for c, d in zip(configs[:begun], directories, strict=False)]
+    ended = zip(configs[:begun], directories, strict=False)
+    runs = [Run(config, directory.result(), directory.rows(), bool(signals)) for config, directory in ended]
     interrupted = signal.SIGINT in signals or any(r.result.get("stopped_by") == "SIGINT" for r in runs)
     if len(runs) < len(configs) or interrupted:
         raise Interrupted(_where_stopped(runs, configs), runs)

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from tutorial_lib.records import STOPPING_MESSAGE, Row, RunDirectory
@@ -18,32 +17,40 @@ OnRows = Callable[[list[Row]], None]
 
 POLL_SECONDS = 0.2
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Signals that ask a launch to save and stop."""
+
 
 class Watcher:
     """Passes new rows of the metrics files to the caller, and tells the user that an interrupt was noticed."""
 
-    def __init__(self, directories: list[RunDirectory], on_rows: OnRows | None, signals: list[int]) -> None:
+    def __init__(
+        self,
+        directories: list[RunDirectory],
+        on_rows: OnRows | None,
+        signals: list[int],
+        stopping_message: str = STOPPING_MESSAGE,
+    ) -> None:
         self.directories = directories
         self.on_rows = on_rows
         self.signals = signals
+        self.stopping_message = stopping_message
         self._has_announced = False
         self._seen = {directory.path: self._last_step(directory) for directory in directories}
-        self._sizes: dict[Path, int] = {}
+        # Rows that are there already belong to an earlier start: this one deletes those that it writes again.
+        self._versions = {directory.path: directory.metrics_version() for directory in directories}
 
     def poll(self) -> None:
         if signal.SIGINT in self.signals and not self._has_announced:
             self._has_announced = True
-            print(STOPPING_MESSAGE, file=sys.stderr, flush=True)
+            print(self.stopping_message, file=sys.stderr, flush=True)
         if self.on_rows is None:
             return
         for directory in self.directories:
-            try:
-                size = directory.metrics_file.stat().st_size
-            except FileNotFoundError:  # not there yet, or removed by a start from step 0
-                size = 0
-            if self._sizes.get(directory.path) == size:
+            version = directory.metrics_version()
+            if self._versions[directory.path] == version:
                 continue  # unchanged: do not read a long run's file five times a second
-            self._sizes[directory.path] = size
+            self._versions[directory.path] = version
             new = [row for row in directory.rows() if row["step"] > self._seen[directory.path]]
             if new:
                 self._seen[directory.path] = new[-1]["step"]
@@ -74,10 +81,10 @@ def stop_on_signal(watched: Watcher) -> Iterator[None]:
         signal.signal(number, before[signal.Signals(number)])
 
     # Ignored signals stay ignored, such as SIGINT for a shell's background jobs.
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    handled = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, request_stop) for number in handled}
+    before = {number: handler for number in SIGNALS if (handler := signal.getsignal(number)) is not signal.SIG_IGN}
     try:
+        for number in before:  # within the try, because a signal may come as soon as the first handler is installed
+            signal.signal(number, request_stop)
         yield
     finally:
         for number, handler in before.items():

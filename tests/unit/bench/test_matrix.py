@@ -6,10 +6,12 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 
 import pytest
 
 from tests.support.bench_records import leave_run
+from tutorial_lib import launch
 from tutorial_lib.bench import Matrix, figures, run_matrix
 from tutorial_lib.bench.progress import SilentProgress
 from tutorial_lib.config import Config, ConfigError
@@ -172,13 +174,54 @@ def test_a_signal_between_two_rows_interrupts(config):
         """Progress that a scheduler's signal interrupts."""
 
         def end(self, record):
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted, match="1 of 3 rows are done"):
         run(config, Runs(), progress=Signalled())
     assert signal.getsignal(signal.SIGTERM) is handler
     assert statuses(Matrix.read(config.directory)) == ["done", "not run", "not run"]
+
+
+def test_a_signal_before_the_first_row_leaves_no_handler_behind(config, monkeypatch):
+    install, handler = signal.signal, signal.getsignal(signal.SIGTERM)
+    terminations = iter([signal.SIGTERM])
+
+    def interrupted(number, handler):
+        replaced = install(number, handler)
+        for number in terminations:
+            signal.raise_signal(number)
+        return replaced
+
+    monkeypatch.setattr(signal, "signal", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, Runs())
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
+def test_a_signal_that_comes_too_late_to_stop_a_row_keeps_it_and_starts_no_other(config, number):
+    """The run completes all the same, and for Ctrl-C its launch ends with an Interrupted."""
+
+    def completed(config: Config, *, on_rows=None):
+        done = replace(leave_run(config), was_signalled=True)
+        if number == "SIGINT":
+            raise Interrupted("run 'stage-1' had completed when the interrupt came.", [done])
+        return done
+
+    with pytest.raises(Interrupted, match=r"stopped after row 'stage-1' \(done\); 1 of 3 rows are done"):
+        run(config, completed)
+    assert statuses(Matrix.read(config.directory)) == ["done", "not run", "not run"]
+    assert not (config.directory / "rows" / "stage-1" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("where", ["after row 'stage-3' \\(done\\)", "before its first row"])
+def test_a_signal_while_the_figures_are_drawn_interrupts(config, monkeypatch, where):
+    if where == "before its first row":
+        run(config, Runs())  # the next call has no row left to run
+    monkeypatch.setattr(figures, "write", lambda *arguments: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Interrupted, match=f"stopped {where}; 3 of 3 rows are done and kept"):
+        run(config, Runs())
 
 
 @pytest.mark.parametrize(
@@ -257,6 +300,20 @@ def test_a_second_bench_in_the_same_matrix_is_refused(config):
 
     run(config, run_again)
     assert len(errors) == 3 and "Another process is running" in errors[0]
+
+
+def test_rows_that_another_bench_finished_just_before_this_one_began_are_kept_and_not_run_again(config, monkeypatch):
+    other, own = Runs(), Runs()
+    run_matrix("zero-stages", config, rows=ROWS[:1], run=other)
+
+    def finish_two_rows(config):
+        monkeypatch.setattr(launch, "warm_up", lambda config: None)
+        run_matrix("zero-stages", config, rows=ROWS[1:], run=other)
+
+    monkeypatch.setattr(launch, "warm_up", finish_two_rows)
+    matrix = run_matrix("zero-stages", config, rows=("stage-2", "baseline"), run=own)
+    assert other.began == list(ROWS) and own.began == ["baseline"]
+    assert [row.name for row in matrix.rows] == [*ROWS, "baseline"] and statuses(matrix) == ["done"] * 4
 
 
 def test_an_unreadable_matrix_is_named(tmp_path):

@@ -13,6 +13,7 @@ import sys
 import pytest
 import torch
 
+from tests.support.bench_records import leave_run
 from tests.unit.arguments import changed
 from tutorial_lib import launch
 from tutorial_lib.cli import main
@@ -300,6 +301,16 @@ def test_a_signal_stops_after_the_step_it_came_in_and_saves(uninterrupted, tmp_p
     assert (run.result["status"], run.result["step"], run.result["checkpoint"]) == ("stopped", 2, "step-00000002")
     run = launch.run(config(tmp_path, steps=5))
     assert [row["loss"] for row in run.rows] == [row["loss"] for row in uninterrupted.rows]
+
+
+def test_a_run_that_completes_although_a_signal_came_says_so(tmp_path, monkeypatch):
+    def signalled(configs, poll, worker):
+        leave_run(configs[0])
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(launch.local, "launch", signalled)
+    done = launch.run(config(tmp_path, launcher="local"))
+    assert (done.result["status"], done.was_signalled) == ("completed", True)
 
 
 def test_an_interrupt_while_the_run_directory_is_made_is_answered_like_a_later_one(tmp_path, monkeypatch):

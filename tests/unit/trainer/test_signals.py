@@ -26,8 +26,8 @@ def test_usr1_is_heeded_although_torchrun_was_started_with_it_ignored() -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     with stop_signals() as stop_signalled:
         assert stop_signalled() == 0
-        os.kill(os.getpid(), signal.SIGUSR1)
-        os.kill(os.getpid(), signal.SIGUSR1)  # it may come more than once
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGUSR1)  # it may come more than once
         assert stop_signalled() == signal.SIGUSR1
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
 
@@ -35,7 +35,7 @@ def test_usr1_is_heeded_although_torchrun_was_started_with_it_ignored() -> None:
 def test_an_interrupt_that_a_shell_ignores_in_the_background_stays_ignored() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with stop_signals() as stop_signalled:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert stop_signalled() == 0
 
 

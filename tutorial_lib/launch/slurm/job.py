@@ -23,6 +23,11 @@ _ANSWER_SECONDS = 300.0
 _RESULT_SECONDS = 15.0
 """Seconds to wait after a job's end for its result to arrive through a network file system."""
 
+_STOPPING_MESSAGE = (
+    "Stopping: the job saves after its current step and ends; if it has not started, it leaves the queue. Interrupt "
+    "again to stop watching the job."
+)
+
 _ACTIVE = frozenset(
     "PENDING CONFIGURING RUNNING COMPLETING SUSPENDED STOPPED REQUEUED REQUEUE_HOLD REQUEUE_FED RESIZING SIGNALING "
     "STAGE_OUT SPECIAL_EXIT RESV_DEL_HOLD".split()
@@ -60,7 +65,7 @@ class JobState:
 def submit_and_follow(script: str, config: Config, on_rows: OnRows | None = None) -> Run:
     """Submit a batch script, wait for the job's end through all its requeues, and return its run.
 
-    The first SIGINT, SIGTERM or SIGUSR1 asks the run to save and end; a second one ends this function, but not the job.
+    The first SIGINT, SIGTERM or SIGUSR1 asks the run to save and end. A second one ends only this function.
 
     Args:
         script: text from :func:`write_script`.
@@ -70,34 +75,68 @@ def submit_and_follow(script: str, config: Config, on_rows: OnRows | None = None
     Raises:
         ConfigError: there is no SLURM here, it refuses the job, or a rank refused the configuration.
         WorkerError: the job failed; the message is the failing rank's own traceback, if there is one.
-        Interrupted: a signal came before the job had started.
+        Interrupted: a signal came before the job had started, or Ctrl-C was pressed twice.
     """
     directory = RunDirectory(config.directory)
     signals: list[int] = []
-    watched = Watcher([directory], on_rows, signals)
-    before = directory.result_version()
+    watched = Watcher([directory], on_rows, signals, _STOPPING_MESSAGE)
+    submitted = directory.result_version()
     directory.clear_errors()  # left by an earlier job
     job = _submit(script)
     log = Path.cwd() / f"slurm-{config.run.name}-{job}.out"
     print(f"job {job}: submitted; its output is in {log}", file=sys.stderr, flush=True)
-    queue = _Queue(job)
-    with stop_on_signal(watched):
-        while (state := queue.look()).is_active:
-            if signals and state.name == "PENDING":
-                subprocess.run(["scancel", "--state=PENDING", job], capture_output=True, timeout=120)
-            elif signals and not directory.stop_file.exists():  # each start of the run deletes earlier requests
-                directory.stop_file.write_text(f"signal {signals[0]} at {time.time()}\n")
-            watched.poll()
-            time.sleep(POLL_SECONDS)
-        watched.poll()
+    try:
+        with stop_on_signal(watched):
+            state, requeued = _follow(job, watched, directory)
+    except KeyboardInterrupt:  # the second one; stop_on_signal has withdrawn the request of the first
+        _ask_to_stop(directory, signals)
+        _leave_queue(job)
+        raise Interrupted(
+            f"job {job} is no longer watched. It was asked to save and end, or to leave the queue if it had not "
+            f"started: `squeue --jobs={job}` shows whether it has, and `scancel {job}` cancels it.",
+            [],
+        ) from None
+    # Only a job that was cancelled while it waited for its next slot ends with the result of an earlier one.
+    old = (None, submitted) if state.name == "CANCELLED" else (None, submitted, requeued)
     end = time.monotonic() + _RESULT_SECONDS
-    while directory.result_version() in (None, before) and state.name == "COMPLETED" and time.monotonic() < end:
+    while directory.result_version() in old and state.name == "COMPLETED" and time.monotonic() < end:
         time.sleep(POLL_SECONDS)
-    if directory.result_version() not in (None, before):
+    if directory.result_version() not in old:
         return Run(config, directory.result(), directory.rows())
     if signals and state.name == "CANCELLED":
         raise Interrupted(f"job {job} was cancelled before it started; no step was run.", [])
     raise _failure(job, state, directory, log)
+
+
+def _follow(job: str, watched: Watcher, directory: RunDirectory) -> tuple[JobState, tuple[int, ...] | None]:
+    """Wait for a job's end, through all its requeues.
+
+    Returns:
+        Its final state, and the version of its result when it was last requeued; None if it never was.
+    """
+    queue, before, requeued = _Queue(job), "PENDING", None
+    while (state := queue.look()).is_active:
+        if state.name == "PENDING" and before != "PENDING":
+            requeued = directory.result_version()
+        before = state.name
+        if watched.signals and state.name == "PENDING":
+            _leave_queue(job)
+        elif watched.signals and not directory.stop_file.exists():  # each start of the run deletes earlier requests
+            _ask_to_stop(directory, watched.signals)
+        watched.poll()
+        time.sleep(POLL_SECONDS)
+    watched.poll()
+    return state, requeued
+
+
+def _ask_to_stop(directory: RunDirectory, signals: list[int]) -> None:
+    directory.path.mkdir(parents=True, exist_ok=True)
+    directory.stop_file.write_text(f"signals {signals} at {time.time()}\n")
+
+
+def _leave_queue(job: str) -> None:
+    """Cancel a job that waits in the queue. Another one is left alone."""
+    subprocess.run(["scancel", "--state=PENDING", job], capture_output=True, timeout=120)
 
 
 def _submit(script: str) -> str:

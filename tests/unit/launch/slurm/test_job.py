@@ -6,36 +6,40 @@ import json
 import os
 import re
 import signal
-import threading
 from pathlib import Path
 
 import pytest
 
+from tests.support.launching import interrupt_when
 from tutorial_lib import cli
-from tutorial_lib.records import RunDirectory
+from tutorial_lib.config import Config
+from tutorial_lib.launch import Interrupted
+from tutorial_lib.launch.slurm import submit_and_follow
+from tutorial_lib.records import Row, RunDirectory
 
 COMMAND = ["slurm", "--profile", "cpu", "--nodes", "2", "--ranks-per-node", "2"]
 
 
 class FakeSlurm:
-    """Fake SLURM programs that answer as told."""
+    """Fake SLURM programs that answer as told. A job leaves its files when it is ``COMPLETING``."""
 
     def __init__(self, directory: Path) -> None:
         self.run = RunDirectory(directory / "runs" / "job")
-        self.run.create()
         self.log = directory / "slurm-job-7.out"
         self.arguments = [*COMMAND, "--name", "job", "--storage", str(directory / "runs"), "--submit"]
         self._programs = directory / "bin"
         self._programs.mkdir()
         self.left = RunDirectory(directory / "left")
         self.left.create()
-        self._program("sbatch", f"cat > {directory}/submitted; cp -r {directory}/left/. {directory}/runs/job; echo 7")
+        self._program("sbatch", f"cat > {directory}/submitted; echo 7")
         self._program("scancel", f'echo "$*" >> {directory}/cancelled; echo "CANCELLED||" > {directory}/state')
         self._program(
             "squeue",
-            f"head -n 1 {directory}/state; [[ $(wc -l < {directory}/state) = 1 ]] || sed -i 1d {directory}/state",
+            f"cd {directory}; touch asked; head -n 1 state; [[ $(wc -l < state) = 1 ]] && exit; sed -i 1d state\n"
+            "[[ $(head -n 1 state) != COMPLETING* ]] || { mkdir -p runs/job; cp -r left/. runs/job; }",
         )
         self.directory = directory
+        self.asked = directory / "asked"  # there as soon as the job is followed, and so signals are handled
 
     def _program(self, name: str, text: str) -> None:
         (self._programs / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
@@ -83,6 +87,22 @@ def test_a_requeued_job_is_followed_into_its_next_slot(slurm: FakeSlurm, capsys:
     assert "job 7: PENDING (BeginTime)\n" in shown and shown.count("job 7: RUNNING on node[1-2]\n") == 2
 
 
+def test_a_requeued_job_that_fails_does_not_end_with_the_result_of_its_earlier_slot(
+    slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slurm.log.write_text("job 7.1: on node1, rendezvous at node1:20007\nerror: node1 cannot resolve the name 'head'\n")
+    again = ["PENDING|BeginTime|", "PENDING|BeginTime|", "RUNNING|None|node1", "FAILED|NonZeroExitCode|node1"]
+    slurm.answer(*RUNNING, *again, status="stopped")
+    assert cli.main(slurm.arguments) == cli.FAILED
+    error = capsys.readouterr().err
+    assert "Job 7 ended as FAILED" in error and "cannot resolve the name 'head'" in error
+
+
+def test_a_requeued_job_that_is_cancelled_ends_with_the_result_of_its_earlier_slot(slurm: FakeSlurm) -> None:
+    slurm.answer(*RUNNING, "PENDING|BeginTime|", "CANCELLED|None|", status="stopped")
+    assert cli.main(slurm.arguments) == cli.STOPPED
+
+
 def test_a_job_that_stopped_after_saving(slurm: FakeSlurm) -> None:
     slurm.answer(*RUNNING, "FAILED|NonZeroExitCode|node1", status="stopped")
     assert cli.main(slurm.arguments) == cli.STOPPED
@@ -115,12 +135,13 @@ def test_a_job_that_failed_before_training_shows_what_it_printed(
 def test_other_final_states_of_a_job_are_described(
     slurm: FakeSlurm, capsys: pytest.CaptureFixture[str], state: str, why: str
 ) -> None:
-    slurm.answer(*RUNNING, f"{state}|None|node1")
+    slurm.answer("RUNNING|None|node1", f"{state}|None|node1")  # it ends before a rank creates the run's directory
     assert cli.main(slurm.arguments) == cli.FAILED
     assert re.search(f"Job 7 ended as {state}: .*{why}.* it resumes: 'job' from step 0", capsys.readouterr().err)
 
 
 def test_errors_of_an_earlier_job_are_not_reported(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
+    slurm.run.create()
     slurm.run.write_error(0, ValueError("of yesterday"))
     slurm.answer("NODE_FAIL|None|node1")
     assert cli.main(slurm.arguments) == cli.FAILED
@@ -132,10 +153,27 @@ def test_an_interrupt_takes_a_waiting_job_out_of_the_queue(
     slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ) -> None:
     slurm.answer("PENDING|Resources|")
-    threading.Timer(1.0, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    striker = interrupt_when(slurm.asked.exists, number=signal.SIGTERM)
     assert cli.main(slurm.arguments) == cli.STOPPED
+    striker.join()
     assert (slurm.directory / "cancelled").read_text().startswith("--state=PENDING 7")
     assert "no step was run" in capsys.readouterr().err
+
+
+def test_a_second_interrupt_ends_only_the_watching_and_the_job_still_has_to_stop(
+    slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(rows: list[Row]) -> None:
+        signal.raise_signal(signal.SIGINT)
+        slurm.run.append({"step": rows[-1]["step"] + 1})  # for which this is called again
+
+    slurm.answer(*RUNNING)
+    slurm.left.append({"step": 1})
+    config = Config.create("cpu", name="job", storage=str(slurm.run.path.parent))
+    with pytest.raises(Interrupted, match=r"job 7 is no longer watched.* `scancel 7`"):
+        submit_and_follow("script", config, interrupt)
+    assert slurm.run.stop_file.exists()
+    assert "Interrupt again to stop watching the job" in capsys.readouterr().err
 
 
 def test_without_slurm_nothing_is_submitted(
