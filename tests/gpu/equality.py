@@ -49,7 +49,7 @@ def cases(setting: Setting) -> Cases:
     """Return the functions that do this module's measurements, by name."""
     models = setting.pick(full=MODELS, quick=MODELS[:1], tiny=MODELS[:1])
     engines = setting.pick(full=list(ENGINES), quick=list(ENGINES), tiny=["zero1", "fsdp"])
-    found: Cases = {}
+    found: Cases = {"SIGTERM": partial(stop_and_resume, setting)}  # first: it takes longest
     for model in models:
         for engine in engines:
             found[f"{model} {engine} fp32"] = partial(compare, setting, model, engine, "fp32")
@@ -62,7 +62,6 @@ def cases(setting: Setting) -> Cases:
         found[f"resume {engine}"] = partial(resume, setting, engine)
     for engine in setting.pick(full=engines, quick=("zero1",), tiny=("zero1",)):
         found[f"measured step {engine}"] = partial(compare_with_plan, setting, engine)
-    found["SIGTERM"] = lambda: stop_and_resume(setting)
     return found
 
 
@@ -189,7 +188,7 @@ def compare_with_plan(setting: Setting, engine: str) -> dict[str, Any]:
 
 def stop_and_resume(setting: Setting) -> dict[str, Any]:
     """Send SIGTERM to a run in a new process, start it again, and return both exit codes, steps and times."""
-    steps = setting.pick(full=150, quick=100, tiny=20)
+    steps = setting.pick(full=60, quick=60, tiny=20)
     config = configure(setting, "sigterm", "embedded/gpt2", steps=steps, resume="auto", engine="deepspeed")
     run = RunDirectory(config.directory)
     began = time.perf_counter()

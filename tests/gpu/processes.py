@@ -34,12 +34,14 @@ class Step:
         module: module with a function ``cases(setting)``.
         limit: seconds for the whole step.
         case_limit: seconds for one case.
+        offloads: whether it has cases that offload, for which DeepSpeed compiles an operator.
     """
 
     name: str
     module: str
     limit: float
     case_limit: float
+    offloads: bool = False
 
 
 class MemorySampler:
@@ -159,6 +161,7 @@ def run_step(
                 command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, process_group=0
             )
             why = _follow(process, record, events, sampler, say, deadline)
+        remove_locks(environment["TORCH_EXTENSIONS_DIR"], since=record.began)
         say(f"--- {step.name}, output of process {attempt} ---\n{_end_of(log)}---")
         over = record.is_over()
         if why == "step limit":
@@ -208,6 +211,19 @@ def _follow(
         say(f"{record.step.name}: {case['case']} {case['status']} ({why})")
         record.write()
     return why
+
+
+def remove_locks(extensions: str, since: float = 0.0, until: float = float("inf")) -> None:
+    """Remove the locks of killed compilers, for which PyTorch would wait without a limit.
+
+    Args:
+        extensions: PyTorch's directory of compiled operators.
+        since: keep a lock that is older (in seconds since 1970).
+        until: keep a lock that is younger.
+    """
+    for lock in Path(extensions).glob("**/lock"):
+        if since <= lock.stat().st_mtime <= until:
+            lock.unlink(missing_ok=True)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

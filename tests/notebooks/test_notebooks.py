@@ -63,6 +63,18 @@ def test_cells_are_short(notebook: Path) -> None:
 
 
 @COURSE
+def test_a_machines_gpu_is_used_only_if_the_profile_says_so(notebook: Path) -> None:
+    """Scripts take a GPU that they see, and ``fully_shard`` without a mesh takes one if PyTorch is built for GPUs."""
+    cells = [_without_magics(cell.source) for cell in run.code_cells(read(notebook))]
+    calls = [node for cell in cells for node in ast.walk(ast.parse(cell)) if isinstance(node, ast.Call)]
+    sharding = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "fully_shard"]
+    assert [ast.unparse(call) for call in sharding if "mesh" not in [keyword.arg for keyword in call.keywords]] == []
+    if "torch.distributed.run" in "".join(cells) or "import hangs, torchrun" in "".join(cells):
+        first = next(cell for cell in cells if "launch.warm_up(" in cell)  # the ranks get this process's environment
+        assert 0 < first.find("set_visible_gpus(PROFILE)") < first.find("launch.warm_up(")
+
+
+@COURSE
 def test_imports_come_before_slow_cells(notebook: Path) -> None:
     """A reader who starts in the middle after a restart must not train for a minute and then get a NameError."""
     bodies = [ast.parse(_without_magics(cell.source)).body for cell in run.code_cells(read(notebook))]

@@ -1,18 +1,38 @@
-"""Storage directory of a lesson: cleared of earlier runs at the start, and reserved for one reader."""
+"""Start of a lesson: its storage directory, cleared of earlier runs and reserved for one reader, and its GPUs."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from tutorial_lib.config import ConfigError
+from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.files import lock_holder, write_lock_holder
 
 _LESSON = ".lesson"
 _READER = ".reader.lock"
 _held: dict[Path, FileLock] = {}
+
+VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
+"""The GPUs that this process was given; None if all."""
+
+
+def set_visible_gpus(profile: str) -> None:
+    """Hide the GPUs from processes that this one starts, if the lesson's profile trains on CPUs; else show them.
+
+    A script that chooses its device itself would otherwise train on a GPU of this machine, in bf16, and its ranks would
+    need a GPU each.
+
+    Args:
+        profile: the lesson's ``PROFILE``.
+    """
+    visible = "" if Config.create(profile).run.device == "cpu" else VISIBLE_GPUS
+    if visible is None:
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
 
 
 def remove_runs(storage: str) -> None:

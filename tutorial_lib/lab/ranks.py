@@ -64,7 +64,8 @@ def _run_rank(rank: int, num_ranks: int, scratch: Path, function: Callable[..., 
     for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
         os.dup2(stream.fileno(), descriptor)
     logging.disable(logging.CRITICAL)  # handlers still write where the notebook's output goes
-    os.environ.update(GLOO_SOCKET_IFNAME="lo", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))
+    os.environ.update(CUDA_VISIBLE_DEVICES="", GLOO_SOCKET_IFNAME="lo")  # CPUs, and the loopback interface
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))
     torch.set_num_threads(1)  # threads do not survive a fork
     dist.init_process_group("gloo", init_method=f"file://{scratch}/rendezvous", rank=rank, world_size=num_ranks)
     result = function(*arguments)

@@ -154,8 +154,13 @@ def process_group(run: RunConfig, init_method: str) -> Iterator[None]:
         raise RendezvousError(_explain_rendezvous(error)) from error
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if device.type == "cpu":
+            dist.destroy_process_group()
+        else:  # NCCL would first wait for the other ranks, and they may wait for this one in a collective
+            dist.distributed_c10d._abort_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def _explain_rendezvous(error: RuntimeError) -> str:

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
 import re
+import statistics
 import subprocess
 import sys
 import time
 import zipfile
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.gpu import measure, packages, processes
+from tests.gpu.cases import Setting
 from tests.gpu.processes import MemorySampler, Record, Step, run_step
+
+STARTS_SECONDS = 24
+"""Seconds until a process on the H200 machine had imported torch and DeepSpeed, and joined CUDA."""
+
+FULL = Setting("cuda", "full", "", "")
 
 UNIT = re.compile("(^|_)(bytes|seconds|second|flops|losses|settings)(_|$)")
 """Units in the names of numbers, or of groups of numbers; losses are in nats per token."""
@@ -139,6 +149,51 @@ def test_the_last_case_may_take_longer_than_the_grace_period(run: Any, monkeypat
     assert content["seconds"] < 20, "the process that does not exit was not killed"
 
 
+def test_a_killed_compiler_leaves_no_lock(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """PyTorch would wait for the lock without a limit."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    cases = by_case(run(Step("locks", "tests.gpu.compiler_lock", limit=60, case_limit=1.5)))
+    assert {name: case["status"] for name, case in cases.items()} == {"killed": "timed out", "again": "done"}
+
+
+@pytest.mark.parametrize(
+    ("steps", "cases", "is_there", "compiles"),
+    [
+        (["3"], "", False, True),
+        (["6", "7"], "", False, True),
+        (["1", "3"], "", False, False),  # step 1 compiles it itself
+        (["1", "3"], "offload", False, True),
+        (["2", "4"], "", False, False),
+        (["3"], "", True, False),
+    ],
+)
+def test_cpu_adam_is_compiled_once_before_the_first_step_that_offloads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[str], cases: str, is_there: bool, compiles: bool
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    monkeypatch.setattr(measure, "prebuilt_operators", dict)
+    if is_there:
+        (tmp_path / "extensions" / "cpu_adam").mkdir(parents=True)
+        (tmp_path / "extensions" / "cpu_adam" / "cpu_adam.so").touch()
+    ran: list[tuple[str, str]] = []
+
+    def run_step(step: Step, setting: dict[str, Any], *_: Any) -> Record:
+        ran.append((step.name, setting["only"]))
+        return Record(step, setting, tmp_path / "record", status="done")
+
+    monkeypatch.setattr(measure, "run_step", run_step)
+    command = ["--out", str(tmp_path / "out"), "--device", "cpu", "--tiny", "--steps", *steps, "--cases", cases]
+    assert measure.main(command) == 0
+    assert (ran[0] == ("0-operators", "operators")) is compiles
+    assert [name[0] for name, _ in ran[compiles:]] == steps
+
+
+def test_calls_share_what_they_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    one, other = (measure.environment(tmp_path / name)["TORCH_EXTENSIONS_DIR"] for name in ("one", "other"))
+    assert one == other
+
+
 def test_a_module_that_cannot_be_imported_fails_only_its_step(run: Any) -> None:
     content = run(Step("none", "tests.gpu.no_such_module", limit=60, case_limit=60))
     assert content["status"] == "failed"
@@ -157,11 +212,63 @@ def test_no_step_needs_pytest_or_ray() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=measure.ROOT, timeout=120)
 
 
-def test_a_call_ends_within_eight_minutes() -> None:
+def test_a_call_ends_within_ten_minutes() -> None:
     """A step is ended at that time, whatever its own limit. The results are eight files."""
     assert len(measure.STEPS) + 1 <= 8
-    assert max(measure.MINUTES.values()) <= 8
+    assert max(measure.MINUTES.values()) <= 9.5, "DeepSpeed's last process may take some seconds to end"
     assert all(step.case_limit <= step.limit for step in measure.STEPS)
+
+
+def test_the_calls_of_the_documentation_have_time_for_all_steps() -> None:
+    calls = [call.split() for call in re.findall(r"``--steps ([\d ]+)``", measure.__doc__ or "")]
+    assert sorted(chain(*calls)) == [step.name[0] for step in measure.STEPS]
+    for call in calls:
+        limits = [step.limit for step in (measure.OPERATORS, *measure.STEPS) if step.name[0] in call]
+        assert sum(limits) <= 60 * measure.MINUTES["full"], call
+
+
+def test_the_call_for_what_has_no_figures_yet_names_real_cases() -> None:
+    (steps, pattern) = re.findall(r"``--steps ([\d ]+) --cases \"(.*)\"``", " ".join((measure.__doc__ or "").split()))[
+        0
+    ]
+    chosen = {
+        step.name[0]: [case for case in importlib.import_module(step.module).cases(FULL) if re.search(pattern, case)]
+        for step in measure.STEPS
+        if step.name[0] in steps.split()
+    }
+    assert chosen == {
+        "1": ["DeepSpeed's operators"],
+        "2": ["SIGTERM"],
+        "3": ["bloom-560m: ZeRO-3, offload all", "bloom-560m: ZeRO-3, offload all, pinned"],
+        "6": ["fsdp"],
+        "7": ["baseline", "2ZO-1G1N", "3ZO-1G1N"],
+    }
+    committed = (measure.ROOT / "docs/measured/h200").glob("*.json")
+    measured = {
+        case["case"] for path in committed for case in json.loads(path.read_text())["measured"] if "case" in case
+    }
+    assert not measured & {*chain(*chosen.values())}, "write the next call into the documentation"
+
+
+def test_the_case_that_starts_two_processes_comes_first_and_has_time_for_both() -> None:
+    from tests.gpu import equality
+
+    name, *_ = equality.cases(FULL)
+    assert name == "SIGTERM"
+    (step,) = (step for step in measure.STEPS if step.module == equality.__name__)
+    assert step.case_limit >= 2 * STARTS_SECONDS + 60
+
+
+@pytest.mark.parametrize("name", ["equality", "workshop"])
+def test_a_step_has_time_for_all_its_cases(name: str) -> None:
+    """Committed figures say how long a case took on one H200. Cases without one count as the mean, and half again."""
+    (step,) = (step for step in measure.STEPS if step.module == f"tests.gpu.{name}")
+    committed = json.loads((measure.ROOT / f"docs/measured/h200/{name}.json").read_text())["measured"]
+    took = {case["case"]: case["seconds"] for case in committed}
+    cases = importlib.import_module(step.module).cases(FULL)
+    missing = 1.5 * statistics.mean(took.values())
+    seconds = [step.case_limit if case == "SIGTERM" else took.get(case, missing) for case in cases]
+    assert STARTS_SECONDS + sum(seconds) <= step.limit
 
 
 def test_only_missing_packages_are_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +323,6 @@ def test_a_file_is_never_half_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("size", "number"), [("full", 18 + 10), ("quick", 2 * 5)])
 def test_number_of_cases_per_gpu(size: str, number: int) -> None:
     from tests.gpu import equality, workshop
-    from tests.gpu.cases import Setting
 
     setting = Setting("cuda", size, "", "")
     assert len(workshop.cases(setting)) == number
@@ -231,7 +337,6 @@ def test_a_size_that_runs_out_of_memory_gets_no_row(monkeypatch: pytest.MonkeyPa
     import torch
 
     from tests.gpu import activation_memory
-    from tests.gpu.cases import Setting
 
     def out_of_memory(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -250,3 +355,35 @@ def test_the_command_names_its_missing_argument() -> None:
     done = subprocess.run([sys.executable, "tests/gpu/measure.py"], cwd=measure.ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "--out DIR" in done.stderr
+
+
+def test_a_call_that_is_ended_keeps_its_log_and_removes_its_scratch(tmp_path: Path) -> None:
+    """``timeout`` sends SIGTERM; the scratch directory of a full measurement may hold 24 GB."""
+    (tmp_path / "scratch").mkdir()
+    command = [
+        sys.executable,
+        "tests/gpu/measure.py",
+        "--out",
+        str(tmp_path),
+        "--device",
+        "cpu",
+        "--tiny",
+        "--steps",
+        "6",
+    ]
+    with subprocess.Popen(
+        command, cwd=measure.ROOT, env=os.environ | {"TMPDIR": str(tmp_path / "scratch")}, stdout=subprocess.DEVNULL
+    ) as call:
+        record = tmp_path / "6-async-checkpoint.json"
+        while call.poll() is None and not (record.exists() and '"running"' in record.read_text()):
+            time.sleep(0.05)
+        steps = psutil.Process(call.pid).children()
+        while call.poll() is None:
+            call.terminate()  # more than once, as `timeout` does
+            time.sleep(0.01)
+        assert call.returncode == 143
+    assert psutil.wait_procs(steps, timeout=10)[1] == []
+    assert list((tmp_path / "scratch").iterdir()) == []
+    with zipfile.ZipFile(tmp_path / "traces.zip") as archive:
+        assert archive.namelist() == ["measure.log"]
+    assert not (tmp_path / "measure.log").exists()

@@ -1,12 +1,16 @@
 """Start of a lesson, which removes the runs in its own directory, and no others."""
 
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from tutorial_lib.config import ConfigError
-from tutorial_lib.lab.lesson import remove_runs
+from tutorial_lib.lab import lesson
+from tutorial_lib.lab.lesson import remove_runs, set_visible_gpus
+from tutorial_lib.lab.scripts import torchrun
 from tutorial_lib.records import RunDirectory
 
 
@@ -57,3 +61,17 @@ def test_runs_in_a_directory_that_no_lesson_made_stay(tmp_path):
     (tmp_path / ".lesson").write_text("")
     remove_runs(str(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lesson", ".reader.lock"]
+
+
+@pytest.mark.parametrize("before", [None, "2,3"])
+def test_scripts_see_the_gpus_of_a_profile_that_trains_on_them(tmp_path, monkeypatch, before):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if before:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
+    monkeypatch.setattr(lesson, "VISIBLE_GPUS", before)
+    script = tmp_path / "script.py"
+    script.write_text("import os; print(os.getenv('CUDA_VISIBLE_DEVICES'))")
+    set_visible_gpus("cpu")
+    assert torchrun(SimpleNamespace(__file__=script), 2) == ["", ""]
+    set_visible_gpus("gpu")  # the reader has changed PROFILE and runs the cell again
+    assert os.getenv("CUDA_VISIBLE_DEVICES") == before

@@ -29,6 +29,12 @@ def test_every_rank_calls_the_function_in_one_process_group() -> None:
     assert on_ranks(3, add_up, 2) == [[0, 3, 300.0], [1, 3, 300.0], [2, 3, 300.0]]
 
 
+def test_ranks_see_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script would otherwise train on one: on another device than the lesson says, and in bf16."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert on_ranks(2, os.getenv, "CUDA_VISIBLE_DEVICES") == ["", ""]
+
+
 def test_output_of_a_rank_is_not_shown(capfd: pytest.CaptureFixture[str]) -> None:
     on_ranks(1, lambda: print("said by a rank"))
     assert capfd.readouterr().out == ""

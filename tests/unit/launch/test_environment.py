@@ -8,6 +8,7 @@ import sys
 from datetime import timedelta
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from tutorial_lib.cli import main
@@ -191,3 +192,20 @@ def test_rank_0_prints_the_rendezvous_and_the_place_of_each_rank(monkeypatch, ca
     shown = capsys.readouterr().err
     assert f"1 rank on 1 node met at 127.0.0.1:{os.environ['MASTER_PORT']}, rendezvous id none" in shown
     assert any(line.split() == ["0", "0", "0", socket.gethostname(), "0", "cpu"] for line in shown.splitlines())
+
+
+@pytest.mark.parametrize(("device", "called"), [("cpu", "destroy_process_group"), ("cuda", "_abort_process_group")])
+def test_a_rank_that_fails_leaves_its_group_without_waiting_for_the_others(monkeypatch, tmp_path, device, called):
+    """On GPUs ``destroy_process_group`` waits for the other ranks, which wait for this one in a collective."""
+    calls = []
+    monkeypatch.setattr("tutorial_lib.mpu.device.local_device", lambda run: torch.device(device))
+    monkeypatch.setattr(dist, "init_process_group", lambda *given, **named: None)
+    for module, name in ((dist, "destroy_process_group"), (dist.distributed_c10d, "_abort_process_group")):
+        monkeypatch.setattr(module, name, lambda name=name: calls.append(name))
+    with pytest.raises(MemoryError):
+        with joining.process_group(RunConfig(launcher="none"), f"file://{tmp_path}/rendezvous"):
+            raise MemoryError
+    assert calls == [called]
+    with joining.process_group(RunConfig(launcher="none"), f"file://{tmp_path}/again"):
+        pass
+    assert calls == [called, "destroy_process_group"]

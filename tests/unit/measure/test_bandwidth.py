@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tutorial_lib.measure import bandwidth
 from tutorial_lib.measure.bandwidth import KINDS, SIZES, Link, Timing, fit_link
 
 ROOT = Path(__file__).parents[3]
@@ -67,3 +68,18 @@ def test_the_gate_times_all_collectives_and_stops_a_job_on_a_slow_network() -> N
     assert [(each.kind, each.num_bytes) for each in found] == [(kind, size) for size in SIZES for kind in KINDS]
     assert all(each.num_ranks == 2 and each.seconds > 1e-6 + each.num_bytes / 1e12 for each in found), "1 TB/s at most"
     assert done.returncode != 0 and "less than the 1e+06 asked for" in done.stderr
+
+
+def test_a_rank_that_fails_does_not_wait_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs ``destroy_process_group`` waits for the other ranks, which wait for this one in a collective."""
+
+    def fail(**_: object) -> None:
+        raise MemoryError
+
+    destroyed: list[bool] = []
+    monkeypatch.setattr(bandwidth.dist, "init_process_group", lambda *_: None)
+    monkeypatch.setattr(bandwidth.dist, "destroy_process_group", lambda: destroyed.append(True))
+    monkeypatch.setattr(bandwidth, "time_collectives", fail)
+    with pytest.raises(MemoryError):
+        bandwidth.main([])
+    assert not destroyed

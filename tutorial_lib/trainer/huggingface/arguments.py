@@ -61,7 +61,9 @@ def build_arguments(config: Config, num_steps: int) -> TrainingArguments:
         "log_level": "warning",
     }
     with _hidden_rank(config.parallel.world_size == 1 and not file):
-        return TrainingArguments(**given)
+        arguments = TrainingArguments(**given)
+    arguments._n_gpu = 1  # otherwise a run with a single rank would use DataParallel on every GPU that it sees
+    return arguments
 
 
 @contextmanager

@@ -1,10 +1,11 @@
 """Checkpoints of the Hugging Face Trainer, which are hashed and named like all others, but read only by the Trainer."""
 
 import json
+from functools import cached_property
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from tests.support.damaged_files import flip_a_bit
 from tests.support.torch_runs import STEPS, config, names, rows_without_seconds, steps
@@ -204,3 +205,19 @@ def test_answers_are_scored_only_where_there_are_questions(model, tmp_path):
         settings.override(evaluate=False)
     with pytest.raises(ConfigError, match="score_answers=True would have no effect: it needs engine='trainer'"):
         config(tmp_path, score_answers=True, evaluate=True)
+
+
+def test_a_run_of_one_rank_uses_one_gpu_of_several(full_run, model, tmp_path, monkeypatch):
+    """transformers counts the GPUs that it sees, and would split each batch over all of them."""
+    set_up = TrainingArguments.__dict__["_setup_devices"].func
+
+    @cached_property
+    def on_two_gpus(args):
+        device = set_up(args)
+        args._n_gpu = 2
+        return device
+
+    on_two_gpus.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", on_two_gpus)
+    alone = launch.run(trained(tmp_path, model, stop_after=2))
+    assert rows_without_seconds(alone) == rows_without_seconds(full_run)[:2]
