@@ -32,7 +32,7 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,25 @@ def lost_another_rank(error: Mapping[str, Any]) -> bool:
         error: a record that :meth:`RunDirectory.write_error` has saved.
     """
     return any(sign in error["message"] for sign in _SIGNS_OF_A_LOST_RANK)
+
+
+STEPS_UNTIL_MEASURED = 3
+"""By a start's third step, buffers and optimizer states exist, and ZeRO-3 has traced the order of its parameters."""
+
+
+def typical_rows(result: Mapping[str, Any], rows: Sequence[Row]) -> list[Row]:
+    """Return the rows whose seconds are typical: without each start's first step, which allocates, and measured steps.
+
+    Args:
+        result: content of ``result.json``.
+        rows: rows of ``metrics.jsonl``. Of earlier starts that ended without a failure, nothing is known.
+    """
+    restarts = [restart["from_step"] for restart in result.get("restarts", ()) if "from_step" in restart]
+    starts = {0, result.get("resumed_from") or 0, *restarts}
+    left_out = {start + 1 for start in starts}
+    if measured := result["ranks"][0]["measured"]:
+        left_out |= {measured["step"], *(start + STEPS_UNTIL_MEASURED for start in starts)}
+    return [row for row in rows if row["step"] not in left_out]
 
 
 def write_atomically(path: Path, text: str) -> None:

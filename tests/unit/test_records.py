@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tutorial_lib.config import ConfigError
-from tutorial_lib.records import RunDirectory, write_atomically
+from tutorial_lib.records import RunDirectory, typical_rows, write_atomically
 
 
 @pytest.fixture
@@ -31,6 +31,21 @@ def test_rows_are_read_in_order_and_exactly(run):
     for row in rows:
         run.append(row)
     assert run.rows() == rows
+
+
+@pytest.mark.parametrize(
+    ("measured", "result", "typical"),
+    [
+        (None, {}, [2, 3, 4, 5, 6, 7, 8]),
+        (3, {}, [2, 4, 5, 6, 7, 8]),
+        (8, {"resumed_from": 6}, [2, 4, 5, 6]),
+        (8, {"resumed_from": 5, "restarts": [{"from_step": 4}, {"from_step": 5}]}, [2, 4]),
+    ],
+)
+def test_steps_that_allocate_or_are_measured_are_not_typical_in_any_start(measured, result, typical):
+    result |= {"ranks": [{"measured": measured and {"step": measured}}]}
+    rows = typical_rows(result, [{"step": step} for step in range(1, 9)])
+    assert [row["step"] for row in rows] == typical
 
 
 def test_a_row_that_is_still_being_written_is_left_out(run):

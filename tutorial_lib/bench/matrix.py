@@ -24,7 +24,7 @@ from tutorial_lib.bench.record import REFUSED, STOPPED, RowRecord, measure_row, 
 from tutorial_lib.config import Config, ConfigError, RunConfig
 from tutorial_lib.dataloader.subset import choose_subset
 from tutorial_lib.doctor.machine import usable_cores
-from tutorial_lib.launch import Interrupted, OnRows, Run
+from tutorial_lib.launch import Interrupted, OnRows, Run, WorkerError
 from tutorial_lib.measure.memory_sampler import sample_memory
 from tutorial_lib.records import RunDirectory, write_atomically
 from tutorial_lib.tables import Table
@@ -235,19 +235,25 @@ def _run_row(
     """Run one row under the memory sampler.
 
     Returns:
-        The row's record, finished or failed; and whether a signal came too late to stop the run.
+        The row's record, finished or failed; and whether a signal came that did not stop the run.
     """
     log = config.directory / MEMORY_LOG
     kills, began = OomKills(), time.monotonic()
     try:
         with sample_memory(log, interval=interval):
             done = _run_to_its_end(config, run, on_rows)
-        seconds = time.monotonic() - began
-        return measure_row(row.name, done, log, wall_seconds=seconds), done.was_signalled
+        seconds, was_signalled = time.monotonic() - began, done.was_signalled
+        try:
+            record = measure_row(row.name, done, log, wall_seconds=seconds)
+        except KeyboardInterrupt:  # the run has completed, so its row is kept
+            record, was_signalled = measure_row(row.name, done, log, wall_seconds=seconds), True
+        return record, was_signalled
     except Exception as error:
         status, cause = explain(error, kills.since())
         seconds = time.monotonic() - began
-        return RowRecord(row.name, status, cause, str(error), settings=row.settings, wall_seconds=seconds), False
+        was_signalled = isinstance(error, WorkerError) and error.was_signalled
+        failed = RowRecord(row.name, status, cause, str(error), settings=row.settings, wall_seconds=seconds)
+        return failed, was_signalled
 
 
 def _run_to_its_end(config: Config, run: Runner, on_rows: OnRows | None) -> Run:

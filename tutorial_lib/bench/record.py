@@ -13,6 +13,7 @@ from tutorial_lib.config import Config, ParallelConfig, RunConfig
 from tutorial_lib.doctor.machine import usable_cores
 from tutorial_lib.launch import Run
 from tutorial_lib.measure.memory_log import MIB, MemoryLogError, MemorySeries, read_memory_log
+from tutorial_lib.records import typical_rows
 from tutorial_lib.theory.memory import ModelStates
 
 NOT_RUN, DONE, STOPPED = "not run", "done", "stopped"
@@ -211,11 +212,11 @@ def measure_row(name: str, run: Run, log: Path, *, wall_seconds: float) -> RowRe
 
 def _steady_steps(run: Run) -> tuple[Sequence[dict[str, Any]], str | None]:
     """Return the metrics rows of typical steps, and a remark about them or None."""
-    measured = (run.result["ranks"][0]["measured"] or {}).get("step")
+    steady = typical_rows(run.result, run.rows)
     after_first = [row for row in run.rows if row["step"] > 1]
-    steady = [row for row in after_first if row["step"] != measured]
     if steady or not after_first:
         return steady, None if steady else "no speed: the only step also allocates memory"
+    measured = (run.result["ranks"][0]["measured"] or {}).get("step")
     return after_first, f"speed of step {measured}, which counting memory and traffic slowed down: run more steps"
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tutorial_lib.config import Config, ConfigError
-from tutorial_lib.records import RunDirectory
+from tutorial_lib.records import RunDirectory, typical_rows
 from tutorial_lib.tables import align
 from tutorial_lib.theory import memory
 from tutorial_lib.theory.cost import evaluate
@@ -55,7 +55,7 @@ def describe_predictions(run: str, *, gpu: str | None = None, as_json: bool = Fa
     measured = [rank["measured"] for rank in result["ranks"]]
     if not all(measured):
         raise ConfigError(f"{run} was not measured: train it with --measure, as a new run if no steps are left.")
-    seconds = [row["seconds"] for row in records.rows()[3:]]
+    seconds = [row["seconds"] for row in typical_rows(result, records.rows())]
     rows = compare_predictions(
         config, measured, gpu=gpu, seconds=statistics.median(seconds) if seconds else None,
         gpus_per_node=min(rank["ranks_on_node"] for rank in result["ranks"]),

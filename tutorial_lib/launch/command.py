@@ -37,7 +37,7 @@ def train_arguments(config: Config, profile: str, launcher: str) -> list[str]:
         else:
             words += [flag, str(value)]
     for word in words:
-        if len(word.splitlines()) > 1:
+        if word.splitlines() not in ([], [word]):
             raise ConfigError(
                 f"{word!r} contains a line break, which scheduler files cannot hold. Write it in one line."
             )

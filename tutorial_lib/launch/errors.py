@@ -17,7 +17,13 @@ _RECORD_SECONDS = 3.0
 
 
 class WorkerError(RuntimeError):
-    """A worker failed. The message holds the failing rank's own traceback."""
+    """A worker failed. The message holds the failing rank's own traceback.
+
+    Attributes:
+        was_signalled: whether the launch had been asked to stop before.
+    """
+
+    was_signalled = False
 
 
 def first_error(directories: Sequence[RunDirectory], otherwise: str) -> Exception:

@@ -147,16 +147,20 @@ def run_all(configs: Sequence[Config], *, on_rows: OnRows | None = None, worker:
             held.enter_context(stop_on_signal(watched))
             for directory in directories:
                 directory.create()
-        if first.run.launcher == "ray":
-            from tutorial_lib.launch.ray import train as ray_train
+        try:
+            if first.run.launcher == "ray":
+                from tutorial_lib.launch.ray import train as ray_train
 
-            ray_train.launch(configs, watched.poll, worker or ray_train.WORKER)
-        elif first.run.launcher == "local":
-            local.launch(configs, watched.poll, worker or local.WORKER)
-        else:
-            from tutorial_lib.launch.torchrun import launch as join
+                ray_train.launch(configs, watched.poll, worker or ray_train.WORKER)
+            elif first.run.launcher == "local":
+                local.launch(configs, watched.poll, worker or local.WORKER)
+            else:
+                from tutorial_lib.launch.torchrun import launch as join
 
-            begun = join(configs)
+                begun = join(configs)
+        except WorkerError as error:
+            error.was_signalled = bool(signals)
+            raise
         watched.poll()
     if first.run.launcher != "none":
         begun = sum(d.result_version() not in (None, before) for d, before in zip(directories, earlier, strict=True))

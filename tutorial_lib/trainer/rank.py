@@ -40,8 +40,8 @@ def train_all(
     results: list[Result] = []
     with stop_signals() as stop_signalled:
         for config in configs:
-            # A signal may have come after the last step of the run before, or to another rank.
-            if results and any(number for (number,) in all_gather_ints([stop_signalled()])):
+            # A signal may have come after the last step of the run before, or to another rank, or to the launcher.
+            if results and any(asked for (asked,) in all_gather_ints([int(_is_asked_to_stop(config, stop_signalled))])):
                 break
             of_this = on_checkpoint if config is configs[-1] else None
             results.append(_train(config, of_this, trainer_class, stop_signalled))
@@ -107,6 +107,11 @@ def _train(
                 if refused:
                     raise refused from error
                 raise
+
+
+def _is_asked_to_stop(config: Config, stop_signalled: Callable[[], int]) -> bool:
+    by_launcher = config.run.launcher != "none" and RunDirectory(config.directory).stop_file.exists()
+    return by_launcher or stop_signalled() != 0
 
 
 @contextmanager

@@ -10,9 +10,7 @@ from tutorial_lib.engine import Engine
 from tutorial_lib.measure.memory import Allocations, StateBytes, count_allocations, tensor_bytes
 from tutorial_lib.measure.traffic import Traffic, count_collectives
 from tutorial_lib.mpu import Topology
-
-_STEPS_UNTIL_MEASURED = 3
-"""By a start's third step, buffers and optimizer states exist, and ZeRO-3 has traced the order of its parameters."""
+from tutorial_lib.records import STEPS_UNTIL_MEASURED
 
 
 def measured_step(first: int, last: int) -> int:
@@ -22,7 +20,7 @@ def measured_step(first: int, last: int) -> int:
         first: number of steps that were done when it began.
         last: the step at which it ends.
     """
-    return min(first + _STEPS_UNTIL_MEASURED, last)
+    return min(first + STEPS_UNTIL_MEASURED, last)
 
 
 class StepProbe:

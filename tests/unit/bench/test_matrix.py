@@ -13,6 +13,7 @@ import pytest
 from tests.support.bench_records import leave_run
 from tutorial_lib import launch
 from tutorial_lib.bench import Matrix, figures, run_matrix
+from tutorial_lib.bench import matrix as matrix_module
 from tutorial_lib.bench.progress import SilentProgress
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.launch import Interrupted, WorkerError
@@ -213,6 +214,28 @@ def test_a_signal_that_comes_too_late_to_stop_a_row_keeps_it_and_starts_no_other
         run(config, completed)
     assert statuses(Matrix.read(config.directory)) == ["done", "not run", "not run"]
     assert not (config.directory / "rows" / "stage-1" / "checkpoints").exists()
+
+
+def test_a_signal_ends_the_matrix_even_if_the_row_then_fails(config):
+    failed = WorkerError("Rank 0 ended with exit code -9.")
+    failed.was_signalled = True
+    with pytest.raises(Interrupted, match=r"stopped after row 'stage-1' \(killed\); 0 of 3 rows are done"):
+        run(config, Runs(stage_1=failed))
+    assert statuses(Matrix.read(config.directory)) == ["killed", "not run", "not run"]
+
+
+def test_a_signal_while_a_completed_row_is_measured_keeps_the_row(config, monkeypatch):
+    measure, calls = matrix_module.measure_row, []
+
+    def signalled(*arguments, **options):
+        calls.append(None)
+        if len(calls) == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return measure(*arguments, **options)
+
+    monkeypatch.setattr(matrix_module, "measure_row", signalled)
+    with pytest.raises(Interrupted, match=r"stopped after row 'stage-1' \(done\); 1 of 3 rows are done"):
+        run(config, Runs())
 
 
 @pytest.mark.parametrize("where", ["after row 'stage-3' \\(done\\)", "before its first row"])

@@ -33,6 +33,23 @@ def test_a_signal_after_a_runs_last_step_keeps_the_next_run_from_starting(tmp_pa
     assert not RunDirectory(runs[1].directory).path.exists()
 
 
+def test_a_stop_request_after_a_runs_last_step_keeps_the_next_run_from_starting(tmp_path: Path) -> None:
+    """A launcher that got the signal writes the request into the directories of all its runs."""
+    runs = [
+        config(tmp_path, model="embedded/gpt2", name=name, steps=1, launcher="local") for name in ("first", "second")
+    ]
+
+    class RequestedAtItsEnd(trainer.Trainer):
+        def close(self) -> None:
+            RunDirectory(runs[1].directory).create()
+            RunDirectory(runs[1].directory).stop_file.write_text("now")
+            super().close()
+
+    results = trainer.train_all(runs, trainer_class=RequestedAtItsEnd)
+    assert [result.stopped_by for result in results] == [None]
+    assert not RunDirectory(runs[1].directory).metrics_file.exists()
+
+
 def test_a_run_logs_its_memory_if_asked(tmp_path: Path) -> None:
     settings = config(tmp_path, model="embedded/gpt2", memory_log_seconds=0.05)
     sampled: list[bool] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,10 +88,11 @@ def submit_and_follow(script: str, config: Config, on_rows: OnRows | None = None
     print(f"job {job}: submitted; its output is in {log}", file=sys.stderr, flush=True)
     try:
         with stop_on_signal(watched):
-            state, requeued = _follow(job, watched, directory)
+            state, has_run, requeued = _follow(job, watched, directory)
     except KeyboardInterrupt:  # the second one; stop_on_signal has withdrawn the request of the first
         _ask_to_stop(directory, signals)
-        _leave_queue(job)
+        with suppress(KeyboardInterrupt):  # perhaps a third one
+            _leave_queue(job)
         raise Interrupted(
             f"job {job} is no longer watched. It was asked to save and end, or to leave the queue if it had not "
             f"started: `squeue --jobs={job}` shows whether it has, and `scancel {job}` cancels it.",
@@ -103,19 +105,21 @@ def submit_and_follow(script: str, config: Config, on_rows: OnRows | None = None
         time.sleep(POLL_SECONDS)
     if directory.result_version() not in old:
         return Run(config, directory.result(), directory.rows())
-    if signals and state.name == "CANCELLED":
+    if signals and state.name == "CANCELLED" and not has_run:
         raise Interrupted(f"job {job} was cancelled before it started; no step was run.", [])
     raise _failure(job, state, directory, log)
 
 
-def _follow(job: str, watched: Watcher, directory: RunDirectory) -> tuple[JobState, tuple[int, ...] | None]:
+def _follow(job: str, watched: Watcher, directory: RunDirectory) -> tuple[JobState, bool, tuple[int, ...] | None]:
     """Wait for a job's end, through all its requeues.
 
     Returns:
-        Its final state, and the version of its result when it was last requeued; None if it never was.
+        Its final state; whether it was seen running; and the version of its result when it was last requeued, or None
+        if it never was.
     """
-    queue, before, requeued = _Queue(job), "PENDING", None
+    queue, before, requeued, has_run = _Queue(job), "PENDING", None, False
     while (state := queue.look()).is_active:
+        has_run = has_run or state.name == "RUNNING"
         if state.name == "PENDING" and before != "PENDING":
             requeued = directory.result_version()
         before = state.name
@@ -126,7 +130,7 @@ def _follow(job: str, watched: Watcher, directory: RunDirectory) -> tuple[JobSta
         watched.poll()
         time.sleep(POLL_SECONDS)
     watched.poll()
-    return state, requeued
+    return state, has_run, requeued
 
 
 def _ask_to_stop(directory: RunDirectory, signals: list[int]) -> None:
@@ -135,8 +139,9 @@ def _ask_to_stop(directory: RunDirectory, signals: list[int]) -> None:
 
 
 def _leave_queue(job: str) -> None:
-    """Cancel a job that waits in the queue. Another one is left alone."""
-    subprocess.run(["scancel", "--state=PENDING", job], capture_output=True, timeout=120)
+    """Cancel a job that waits in the queue. A job that runs is left alone, and so is one if SLURM does not answer."""
+    with suppress(subprocess.TimeoutExpired):
+        subprocess.run(["scancel", "--state=PENDING", job], capture_output=True, timeout=120)
 
 
 def _submit(script: str) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from tests.support.launching import interrupt_when
 from tutorial_lib import cli
 from tutorial_lib.config import Config
-from tutorial_lib.launch import Interrupted
+from tutorial_lib.launch import Interrupted, WorkerError
 from tutorial_lib.launch.slurm import submit_and_follow
 from tutorial_lib.records import Row, RunDirectory
 
@@ -174,6 +175,28 @@ def test_a_second_interrupt_ends_only_the_watching_and_the_job_still_has_to_stop
         submit_and_follow("script", config, interrupt)
     assert slurm.run.stop_file.exists()
     assert "Interrupt again to stop watching the job" in capsys.readouterr().err
+
+
+def test_a_job_that_is_cancelled_while_it_runs_is_not_said_to_have_waited(slurm: FakeSlurm) -> None:
+    slurm.answer(*RUNNING, "CANCELLED|None|")
+    slurm.left.append({"step": 1})
+    config = Config.create("cpu", name="job", storage=str(slurm.run.path.parent))
+    with pytest.raises(WorkerError, match="CANCELLED"):
+        submit_and_follow("script", config, lambda rows: signal.raise_signal(signal.SIGTERM))
+
+
+def test_a_cancel_that_slurm_does_not_answer_is_tried_again(slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(command: list[str], **options: object) -> object:
+        if command[0] == "scancel":
+            raise subprocess.TimeoutExpired(command, 120)
+        return run(command, **options)
+
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", silent)
+    slurm.answer(*["PENDING|Priority|"] * 20, *RUNNING, "COMPLETED|None|node[1-2]", status="completed")
+    thread = interrupt_when(slurm.asked.exists, number=signal.SIGTERM)
+    assert cli.main(slurm.arguments) == cli.DONE
+    thread.join()
 
 
 def test_without_slurm_nothing_is_submitted(

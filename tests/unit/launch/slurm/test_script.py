@@ -107,6 +107,7 @@ def test_an_experiment_by_its_workshop_name(capsys: pytest.CaptureFixture[str]) 
         ([*ON_CPUS, "--device", "tpu"], "device is 'tpu'|Write --ranks-per-node"),
         (["slurm", "--nodes", "0", "--gpus-per-node", "1"], "nodes is 0"),
         ([*ON_GPUS, "--deepspeed", "my\nfile.json"], r"'my\\nfile.json' contains a line break"),
+        ([*ON_GPUS, "--freeze", "*.h.0.*\n"], "contains a line break"),
         (["slurm", "--experiment", "2Z-2G1N", "--nodes", "2"], "Experiment 2Z-2G1N sets --nodes itself"),
         (["slurm", "--experiment", "2Z-2G1N", "--zero-stage", "3"], "sets --zero-stage itself"),
         (["slurm", "--experiment", "2Z-3G2N"], "2 nodes cannot share 3 GPUs evenly"),
