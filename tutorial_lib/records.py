@@ -72,7 +72,7 @@ def typical_rows(result: Mapping[str, Any], rows: Sequence[Row]) -> list[Row]:
     starts = {0, result.get("resumed_from") or 0, *restarts}
     left_out = {start + 1 for start in starts}
     if measured := result["ranks"][0]["measured"]:
-        left_out |= {measured["step"], *(start + STEPS_UNTIL_MEASURED for start in starts)}
+        left_out |= {measured.get("step"), *(start + STEPS_UNTIL_MEASURED for start in starts)}
     return [row for row in rows if row["step"] not in left_out]
 
 

@@ -131,7 +131,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> list[Record]:
 
 
 def needs_compiler(steps: Sequence[Step], cases: str, variables: dict[str, str]) -> bool:
-    """Return whether a case of offload would have to compile CPU Adam, for which its limit has no time."""
+    """Return whether a step with cases of offload would have to compile CPU Adam, for which a case has no time."""
     if prebuilt_operators().get("cpu_adam") or any(Path(variables["TORCH_EXTENSIONS_DIR"]).glob("**/cpu_adam.so")):
         return False
     compiles_itself = STEPS[0] in steps and re.search(cases, "DeepSpeed's operators")

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -83,7 +84,9 @@ def _kill(launcher: subprocess.Popen[str]) -> None:
     """Kill torchrun and its ranks: after a signal while it starts them, torchrun itself would leave some running."""
     with suppress(psutil.NoSuchProcess):
         torchrun = psutil.Process(launcher.pid)
-        torchrun.suspend()  # it starts no more ranks
+        torchrun.suspend()
+        while torchrun.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
+            time.sleep(0.01)  # a rank that it is starting becomes its child first, and then it starts no more
         for process in [*torchrun.children(recursive=True), torchrun]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()

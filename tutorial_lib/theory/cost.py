@@ -4,7 +4,7 @@ The model of a step::
 
     compute    FLOPs (with recomputation) / (devices * peak * efficiency), plus the pipeline's bubble; attention without
                a fused kernel also moves its scores through the device's memory
-    launches   time to launch the kernels, minus compute, if positive (:mod:`tutorial_lib.theory.launches`)
+    launches   time to launch the kernels, minus compute and tp, if positive (:mod:`tutorial_lib.theory.launches`)
     tp         all-reduces of activations; the next operation waits for them, so nothing hides them
     dp         gradients and parameters; compute and launches hide ``overlap`` times the shorter of their own time and
                that of dp
@@ -121,12 +121,13 @@ def evaluate(workload: Workload, cluster: Cluster, layout: Layout) -> Candidate:
     hideable = dp_seconds + cp_seconds - waits
     exposed = waits + hideable - cluster.overlap * min(hideable, max(compute, launches))
     offload, update = _update_seconds(workload, cluster, layout, part.params, accumulation)
-    seconds = max(compute, launches) + tp_seconds + exposed + offload + update
+    wait = max(0.0, launches - compute - tp_seconds)
+    seconds = compute + wait + tp_seconds + exposed + offload + update
     return Candidate(
         layout=layout, accumulation=accumulation, tokens=batch * workload.seq_length, states=states.device,
         activations=peak.activations, buffers=peak.buffers, memory=peak.total, peak_phase=peak.phase, host=host,
         dp_traffic=dp_bytes, tp_traffic=tp_bytes, cp_traffic=cp_bytes, compute_seconds=compute,
-        launch_wait_seconds=max(0.0, launches - compute), dp_seconds=dp_seconds, tp_seconds=tp_seconds,
+        launch_wait_seconds=wait, dp_seconds=dp_seconds, tp_seconds=tp_seconds,
         offload_seconds=offload, update_seconds=update, exposed_dp_seconds=exposed,
         tokens_per_gpu_second=batch * workload.seq_length / seconds / cluster.gpus,
         problem=_problem(cluster, peak.total, host, batch, share),

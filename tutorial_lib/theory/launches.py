@@ -6,8 +6,10 @@ each module add to that. A small model on a fast device therefore waits for Pyth
 Source: our own runs (docs/measured/h200). Where the device waits, the time of a step is proportional to the number of
 layers times the number of micro-batches, for models from 0.1 to 1 B parameters. The seconds below fit those runs within
 20 % (docs/planner-errors.md, part 5). They depend on the host's processor and on the architecture, but hardly on the
-layer's width. They also differ between starts of the same kind of machine: in another one they were 1.6 times as long.
-Not modelled: launches of tensor-parallel collectives; fp32 needs fewer launches.
+layer's width. They also differ between starts of the same kind of machine: after another start, they were 1.6 times as
+long.
+Not modelled: launches of tensor-parallel collectives, and the time that selective recomputation spends on each
+operator in Python. fp32 needs fewer launches.
 """
 
 from __future__ import annotations
@@ -24,10 +26,10 @@ def launch_seconds(layout: Layout, layers: int, accumulation: int) -> float:
     """Return the seconds that a rank takes to launch the kernels of a step.
 
     Args:
-        layout: engine, sharding and recomputation. Full recomputation repeats the launches of forward, a third of all.
+        layout: engine, sharding and recomputation. Recomputation repeats the launches of forward, a third of all.
         layers: layers that the rank computes.
         accumulation: micro-batches per step.
     """
     shards_by_fsdp2 = layout.strategy not in (None, "no_shard")
     per_layer = FSDP2_SECONDS if shards_by_fsdp2 else ZERO_SECONDS[layout.zero_stage]
-    return accumulation * layers * per_layer * (4 / 3 if layout.checkpointing == "full" else 1)
+    return accumulation * layers * per_layer * (1 if layout.checkpointing == "none" else 4 / 3)

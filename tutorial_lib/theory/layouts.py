@@ -96,7 +96,7 @@ class Workload:
         bucket_size: elements of DeepSpeed's reduce and all-gather buckets.
         overlap_comm: whether DeepSpeed's stages 1 and 2 fill one bucket of gradients while they reduce another.
         live_params: elements that DeepSpeed's stage 3 may keep gathered (``stage3_max_live_parameters``).
-        sub_group_size: elements that DeepSpeed's stage 3 updates at a time, to about one parameter.
+        sub_group_size: elements that DeepSpeed's stage 3 updates at a time, give or take one parameter.
         gradient_reduction: for stages 1 and 2, as in :func:`tutorial_lib.theory.traffic.zero_volume`; the default is
             DeepSpeed's actual behaviour (lesson 01 counts it).
         lora_rank: rank of LoRA's adapters, if only these are trained; 0 trains all parameters.

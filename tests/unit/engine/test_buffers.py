@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from tests.support.models import scaled_model
 from tests.support.torch_runs import config
@@ -48,6 +49,18 @@ def test_fsdp_computes_with_the_buffers_of_the_loaded_model(model, random_init, 
     inputs = torch.arange(24).view(2, 12)
     with torch.no_grad():
         assert filled.eval()(inputs).logits.equal(loaded.eval()(inputs).logits)
+
+
+def test_values_that_a_family_sets_only_while_it_is_built_are_not_drawn_from_unset_memory(tmp_path):
+    """Apertus gives its activation function four such parameters."""
+    AutoConfig.for_model(
+        "apertus", vocab_size=64, num_hidden_layers=2, hidden_size=16, intermediate_size=32, num_attention_heads=2,
+        num_key_value_heads=1, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    run = Config.create("cpu", engine="fsdp", model=str(tmp_path), random_init=True)
+    outline = model_outline(run.model, run.engine)
+    with pytest.raises(ConfigError, match=r"cannot give model\.layers\.0\.mlp\.act_fn\.\w+ its value"):
+        weights.fill_model(outline, run.model, seed=1, device=torch.device("cpu"), host=False)
 
 
 @pytest.mark.parametrize("engine", ["torch", "fsdp"])

@@ -34,6 +34,13 @@ def test_a_large_model_does_not_wait():
     assert step(MODELS["llama-2-7b"], ONE, seq_length=4096).launch_wait_seconds == 0
 
 
+def test_tensor_parallel_traffic_is_sent_while_python_launches():
+    """Python only enqueues an all-reduce, so a step that waits for Python waits no longer because of it."""
+    split = step(MODELS["gpt2"], replace(ONE, tp=4))
+    assert split.tp_seconds > 0 and split.compute_seconds + split.tp_seconds < split.launch_wait_seconds
+    assert split.seconds - split.update_seconds == pytest.approx(8 * MODELS["gpt2"].layers * ZERO_SECONDS[0])
+
+
 @pytest.mark.parametrize(
     ("changes", "per_layer"),
     [
@@ -42,6 +49,7 @@ def test_a_large_model_does_not_wait():
         ({"strategy": "no_shard"}, ZERO_SECONDS[0]),
         ({"strategy": "full_shard", "zero_stage": 3}, FSDP2_SECONDS),
         ({"strategy": "full_shard", "zero_stage": 3, "checkpointing": "full"}, FSDP2_SECONDS * 4 / 3),
+        ({"zero_stage": 1, "checkpointing": "selective"}, ZERO_SECONDS[1] * 4 / 3),
     ],
 )
 def test_hooks_and_recomputation_add_to_it(changes, per_layer):

@@ -9,6 +9,7 @@ result equals the plain model bit for bit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -19,13 +20,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from tutorial_lib.config import ModelConfig
+from tutorial_lib.config import ConfigError, ModelConfig
 from tutorial_lib.engine.fsdp.sharding import layers_of, local_part
 from tutorial_lib.models.fused_qkv import by_rank, is_fused_by_part
 from tutorial_lib.models.meta import drawing_weights, locate_tensors
 from tutorial_lib.models.stored import persistent_buffers
 
 Slices = tuple[slice, ...]
+
+_UNSET = math.nan
+"""Value of every number until something sets it."""
 
 
 def fill_model(model: Any, m: ModelConfig, *, seed: int, device: torch.device, host: bool) -> None:
@@ -39,7 +43,8 @@ def fill_model(model: Any, m: ModelConfig, *, seed: int, device: torch.device, h
         host: keep the parameters in host memory instead.
 
     Raises:
-        ConfigError: the files lack a parameter, or hold it in a different shape.
+        ConfigError: the files lack a parameter, or hold it in a different shape; or the model's code gives a value only
+            while it builds a module.
     """
     model.to_empty(device="cpu" if host else device)
     # to_empty gives each of two tied parameters a tensor of its own.
@@ -53,6 +58,8 @@ def fill_model(model: Any, m: ModelConfig, *, seed: int, device: torch.device, h
             _draw(parameters, m, seed, model.config.model_type)
         else:
             _read(parameters, persistent_buffers(model), m, model.config.model_type)
+    for name, buffer in model.named_buffers():
+        _check_set(buffer, name, model.config.model_type)
 
 
 def slices(parameter: Tensor) -> Slices:
@@ -115,6 +122,7 @@ def _draw(parameters: dict[Tensor, list[str]], m: ModelConfig, seed: int, model_
         for prefix, unit in _initialized(source):
             for name, drawn in unit.named_parameters(prefix=prefix):
                 if name in own and not drawn.is_meta:
+                    _check_set(drawn, name, model_type)
                     copy_slices(own[name], name, model_type, drawn.__getitem__)
 
 
@@ -131,6 +139,8 @@ def _initialized(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
             for name, child in module.named_children():
                 yield from visit(f"{prefix}.{name}" if prefix else name, child, owner)
         module.to_empty(device="cpu", recurse=module in layers)
+        for parameter in module.parameters(recurse=module in layers):
+            parameter.fill_(_UNSET)
         if module in layers:
             module.apply(owner._initialize_weights)
         else:
@@ -141,10 +151,19 @@ def _initialized(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     yield from visit("", model, model)
 
 
+def _check_set(tensor: Tensor, name: str, model_type: str) -> None:
+    if tensor.isnan().any():
+        raise ConfigError(
+            f"engine='fsdp' cannot give {name} its value, which the code of {model_type} models sets only while it "
+            "builds them. Write engine='deepspeed' or 'torch'."
+        )
+
+
 def _compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """Give all buffers the values that the model's code computes, such as the frequencies of rotary embeddings."""
     for module in model.modules():
         if any(True for _ in module.buffers(recurse=False)):
             for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, torch.empty_like(buffer, device=device))
+                empty = torch.empty_like(buffer, device=device)
+                setattr(module, name, empty.fill_(_UNSET) if empty.is_floating_point() else empty)
             model._init_weights(module)
