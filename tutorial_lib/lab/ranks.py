@@ -68,6 +68,7 @@ def _run_rank(rank: int, num_ranks: int, scratch: Path, function: Callable[..., 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))
     torch.set_num_threads(1)  # threads do not survive a fork
     dist.init_process_group("gloo", init_method=f"file://{scratch}/rendezvous", rank=rank, world_size=num_ranks)
+    dist.barrier()  # a rank that ended before all have connected would make the others fail
     result = function(*arguments)
     (scratch / str(rank)).write_bytes(pickle.dumps(result))
     if dist.is_initialized():  # a script may have destroyed it already
