@@ -220,9 +220,9 @@ def _largest_sub_group(workload: Workload, layout: Layout) -> float:
     (``_create_fp16_sub_groups`` of stage3.py). The embedding comes first, and an output layer of its own comes last.
     """
     dims, shards = workload.dimensions, layout.dp * layout.cp
-    output, positions = 0 if dims.tied else dims.vocabulary * dims.hidden, dims.positions * dims.hidden
-    last = max(positions, max(output, *(rows * columns for rows, columns in dims.linear_widths)) / layout.tp)
-    embedding = max(_embedding(workload, layout), positions)
+    output = 0 if dims.tied else dims.vocabulary * dims.hidden
+    last = max(output, *(rows * columns for rows, columns in dims.linear_widths)) / layout.tp
+    embedding = max(_embedding(workload, layout), dims.positions * dims.hidden)
     return max(embedding / shards, workload.sub_group_size + last / shards)
 
 
