@@ -62,11 +62,12 @@ STEPS_UNTIL_MEASURED = 3
 
 
 def typical_rows(result: Mapping[str, Any], rows: Sequence[Row]) -> list[Row]:
-    """Return the rows whose seconds are typical: without each start's first step, which allocates, and measured steps.
+    """Return the rows whose seconds are typical: no measured step, and no first step of a start, which allocates.
 
     Args:
         result: content of ``result.json``.
-        rows: rows of ``metrics.jsonl``. Of earlier starts that ended without a failure, nothing is known.
+        rows: rows of ``metrics.jsonl``. Of its starts, only the first, the newest and Ray's restarts in the same launch
+            are known.
     """
     restarts = [restart["from_step"] for restart in result.get("restarts", ()) if "from_step" in restart]
     starts = {0, result.get("resumed_from") or 0, *restarts}

@@ -1,6 +1,6 @@
 """Take-home scripts on several ranks, compared with plain PyTorch in this process.
 
-Each is started once by torchrun, and once on forked ranks, which start faster.
+Each training script is started once by torchrun, and once on forked ranks, which start faster.
 """
 
 from pathlib import Path

@@ -49,7 +49,7 @@ def cases(setting: Setting) -> Cases:
     """Return the functions that do this module's measurements, by name."""
     models = setting.pick(full=MODELS, quick=MODELS[:1], tiny=MODELS[:1])
     engines = setting.pick(full=list(ENGINES), quick=list(ENGINES), tiny=["zero1", "fsdp"])
-    found: Cases = {"SIGTERM": partial(stop_and_resume, setting)}  # first: it takes longest
+    found: Cases = {"SIGTERM": partial(stop_and_resume, setting)}  # comes first, because it takes longest
     for model in models:
         for engine in engines:
             found[f"{model} {engine} fp32"] = partial(compare, setting, model, engine, "fp32")

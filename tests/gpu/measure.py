@@ -3,7 +3,7 @@
 It runs from a plain checkout with any Python that has torch, needs neither Ray nor a network, and ends after at most
 9.5 minutes (``--quick``: 3). Each step runs in a process of its own with a time limit, so a failure or a hang does not
 stop the others. ``DIR`` gets 8 files: one JSON file per step, which is rewritten after every case, and an archive with
-the log and the traces. Names of quantities end in their unit.
+the log and the traces. Names of quantities contain their unit.
 
 One call has no time for all steps. Make three, each with time for its steps' limits: ``--steps 1 2 4``,
 ``--steps 3 5`` and ``--steps 6 7``. The figures of one H200 are in docs/measured/h200. The most important cases that
@@ -51,7 +51,7 @@ STEPS = (
     Step("7-workshop-table", "tests.gpu.workshop_table", limit=260, case_limit=100, offloads=True),
 )
 OPERATORS = Step("0-operators", "tests.gpu.environment", limit=120, case_limit=90)
-"""Step before one that offloads, unless DeepSpeed's CPU Adam is there or step 1 compiles it. It leaves no file."""
+"""Step that compiles DeepSpeed's CPU Adam before all others, if a step offloads and needs it. It leaves no file."""
 
 MINUTES = {"full": 9.5, "quick": 3.0, "tiny": 8.0}
 
@@ -131,7 +131,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> list[Record]:
 
 
 def needs_compiler(steps: Sequence[Step], cases: str, variables: dict[str, str]) -> bool:
-    """Return whether a step with cases of offload would have to compile CPU Adam, for which a case has no time."""
+    """Return whether a step that offloads would have to compile CPU Adam, for which one of its cases has no time."""
     if prebuilt_operators().get("cpu_adam") or any(Path(variables["TORCH_EXTENSIONS_DIR"]).glob("**/cpu_adam.so")):
         return False
     compiles_itself = STEPS[0] in steps and re.search(cases, "DeepSpeed's operators")

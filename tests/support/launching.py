@@ -34,8 +34,8 @@ def interrupt_when(
 ) -> threading.Thread:
     """Once a condition holds, send this process a signal, as Ctrl-C does, ``times`` times.
 
-    The condition must first hold when the signal is already handled: otherwise it ends pytest. A further signal waits
-    until the one before has replaced the handler, because two signals that come at once count as one.
+    The condition must not hold before the signal is handled, or the signal ends pytest. Each further signal waits until
+    the one before has replaced the handler, because two signals that come at once count as one.
     """
 
     def strike() -> None:

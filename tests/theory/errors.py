@@ -258,9 +258,9 @@ def _gpu_summary() -> str:
     return f"""\
 - **Our own GPU runs** (one H200, [part 5](#5-our-own-gpu-runs)): model states within {states:.1%}, peak of a step
   within {max(peaks):.1%}, of an update within {max(updates):.1%}, in part because these runs led us to fix the planner.
-  Seconds per step within {max(busy):.0%} for 1 B parameters and micro-batches of 16 rows or more (FSDP2). Where the
-  GPU waits for Python to launch kernels, within {max(fitted):.0%}, but the time of a launch was fitted to these runs.
-  Other runs of small models took {min(others):.1f} to {max(others):.1f} times as long as predicted."""
+  Seconds per step are within {max(busy):.0%} for 1 B parameters and micro-batches of 16 rows or more (FSDP2). They are
+  also within {max(fitted):.0%} where the GPU waits for Python to launch kernels, but the time of a launch was fitted to
+  these runs. Other runs of small models took {min(others):.1f} to {max(others):.1f} times as long as predicted."""
 
 
 def _gpu_section() -> str:
@@ -304,9 +304,10 @@ showed how much the time differs even here (earlier the same day, in another sta
 {small["step_seconds_without_profiler"]:.2f} s per step). A step of bloom-560m with four micro-batches of four launched
 {small["kernel_calls"]:,} kernels, and the GPU was busy {share[0]:.0%} of the time. With one micro-batch of 16, it was
 busy {share[1]:.0%} of the time. Without any waiting, that step would reach only {ceiling:.0%} of the data sheet's peak,
-because its longest kernels copy, convert and add numbers, which takes longer than the {planned:.2f} s that the planner
-predicts for everything. Stage 3 runs Python hooks around every module, even with nothing to gather, and is the slowest
-without offload. Offload to pageable memory copies more slowly than the planner assumes.
+because most of its longest kernels copy, convert and add numbers. Its kernels alone take longer than the
+{planned:.2f} s that the planner predicts for everything. Stage 3 runs Python hooks around every module, even with
+nothing to gather, and is the slowest without offload. Offload to pageable memory copies more slowly than the planner
+assumes.
 
 ### FSDP2: about 1 B parameters, by micro-batch
 

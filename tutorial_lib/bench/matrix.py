@@ -206,8 +206,8 @@ def _run_and_save(
     """Run one row, save its record, and return the matrix with it.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C was pressed or a signal arrived. The row is saved as stopped, or as done if the run
-            completed all the same.
+        KeyboardInterrupt: Ctrl-C was pressed or a signal arrived. The row is saved as stopped, unless its run completed
+            or failed all the same.
     """
     directory = matrix.path / "rows" / name
     try:
@@ -235,7 +235,7 @@ def _run_row(
     """Run one row under the memory sampler.
 
     Returns:
-        The row's record, finished or failed; and whether a signal came that did not stop the run.
+        The row's record, finished or failed, and whether a signal came without stopping the run.
     """
     log = config.directory / MEMORY_LOG
     kills, began = OomKills(), time.monotonic()

@@ -18,7 +18,7 @@ FORMAT = 2
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint is missing or damaged, or cannot be written. The message names the path, and often what to do."""
+    """A checkpoint is missing, damaged or cannot be written. The message names the path, and often says what to do."""
 
 
 class NewerFormat(CheckpointError):

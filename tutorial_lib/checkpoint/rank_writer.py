@@ -69,7 +69,7 @@ class Writer:
     def sharded(self, directory: Path) -> FileSystemWriter:
         """Return a storage writer for ``torch.distributed.checkpoint`` that adds its files to :attr:`files`."""
         storage = FileSystemWriter(directory, sync_files=False)  # synced when closed, like all others
-        if self._stager:  # the snapshot is in host memory; to copy ahead would only wait for the GPU's work
+        if self._stager:  # the snapshot is in host memory; copying ahead would only wait for the GPU's work
             storage.per_thread_copy_ahead = 0
         storage.fs = self.file_system
         return storage

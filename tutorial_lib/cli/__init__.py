@@ -1,9 +1,9 @@
 """Command line: ``python -m tutorial_lib COMMAND``, with ``train``, ``bench``, ``slurm``, ``ray`` and more.
 
 Exit codes, which scripts and schedulers may rely on: 0 done; 2 bad usage or configuration, or a plan in which nothing
-fits, with advice on what to write instead; 75 stopped early after saving (run it again to continue); 130 interrupted,
-and ended at once without saving; 1 anything else: a failed run, with the failing rank's own error on top, an inspected
-checkpoint that is damaged, or a matrix with a failed row.
+fits, with advice on what to write instead; 75 stopped early, with everything saved that the same command needs to
+continue; 130 interrupted, and ended at once without saving; 1 anything else: a failed run, with the failing rank's own
+error on top, an inspected checkpoint that is damaged, or a matrix with a failed row.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def compare_predictions(
 
 
 def _cluster_of(gpu: str | None, ranks: int, precision: str, gpus_per_node: int) -> Cluster:
-    """Return the devices of a preset or, for bytes only, any devices.
+    """Return the devices of a preset, or arbitrary ones if only bytes are compared.
 
     Raises:
         ConfigError: there is no such preset, or the device does not support that precision.

@@ -116,8 +116,8 @@ def _assumptions(answer: Answer) -> list[str]:
         f"  sequences of {work.seq_length}; {_batch(work)}",
         *(
             [
-                f"  below 1 B parameters, runs took up to {SLOWEST_SMALL_RUN} times as long: small kernels reach less "
-                "of the peak"
+                f"  below 1 B parameters, runs took up to {SLOWEST_SMALL_RUN} times as long as predicted: small "
+                "kernels reach less of the peak"
             ]
             if work.num_params < 1e9
             else []

@@ -156,7 +156,7 @@ def _is_data(path: Path) -> bool:
 
 def _is_hidden(path: Path) -> bool:
     """Return whether ``datasets`` ignores a file in a data set's directory because of its name or a directory's."""
-    return any(part.startswith((".", "__")) for part in path.parts)
+    return path.name.startswith(".") or any(part.startswith((".", "__")) for part in path.parent.parts)
 
 
 def _files_by_split(directory: Path) -> Mapping[str, Sequence[str]]:

@@ -102,7 +102,7 @@ def tokenize_rows(
     try:
         if not _is_written(path):
             directory.mkdir(parents=True, exist_ok=True)
-            # By default filelock falls back to a plain file, which a killed process would leave locked.
+            # By default, filelock falls back to a plain file, which a killed process would leave behind.
             with FileLock(path.with_suffix(".lock"), fallback_to_soft=False):
                 if not _is_written(path):
                     unfinished = path.with_suffix(".unfinished")

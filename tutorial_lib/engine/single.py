@@ -123,7 +123,7 @@ class TorchEngine:
 
     @torch.no_grad()
     def load_full(self, full: FullTensors) -> None:
-        """Restore weights and optimizer states that any engine saved, in any shape."""
+        """Restore weights, buffers and optimizer states that any engine saved, in any shape."""
         full.restore_buffers(self.module)
         for name, parameter in self.module.named_parameters():
             parameter.copy_(full.parameter(name))

@@ -158,7 +158,7 @@ def who_sets_local_rank(found: Sequence[Mapping[str, str | None]]) -> Exercise:
     """
     missing = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if found[0][name] is None]
     return Exercise(
-        "The workshop says that SLURM or torchrun provides LOCAL_RANK. SLURM does not. Which variable of SLURM's own "
+        "The workshop says that SLURM or torchrun provides LOCAL_RANK. SLURM does not. Which of SLURM's own variables "
         "holds that number?",
         check=choice(
             "SLURM_LOCALID",

@@ -86,7 +86,7 @@ def _kill(launcher: subprocess.Popen[str]) -> None:
         torchrun = psutil.Process(launcher.pid)
         torchrun.suspend()
         while torchrun.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
-            time.sleep(0.01)  # a rank that it is starting becomes its child first, and then it starts no more
+            time.sleep(0.01)  # it stops only once a rank that it is starting is its child, and starts no more
         for process in [*torchrun.children(recursive=True), torchrun]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()

@@ -39,13 +39,13 @@ def train_arguments(config: Config, profile: str, launcher: str) -> list[str]:
     for word in words:
         if word.splitlines() not in ([], [word]):
             raise ConfigError(
-                f"{word!r} contains a line break, which scheduler files cannot hold. Write it in one line."
+                f"{word!r} contains a line break, which scheduler files cannot hold. Write it on one line."
             )
     return words
 
 
 def as_comment(text: str) -> str:
-    """Return text for a line that begins with ``#``: so do its further lines."""
+    """Return text that continues a comment line: each of its further lines begins with ``#``, too."""
     return "\n# ".join(text.splitlines())
 
 

@@ -17,7 +17,7 @@ _RECORD_SECONDS = 3.0
 
 
 class WorkerError(RuntimeError):
-    """A worker failed. The message holds the failing rank's own traceback.
+    """A worker failed. The message holds the failing rank's own traceback, if it left one.
 
     Attributes:
         was_signalled: whether the launch had been asked to stop before.

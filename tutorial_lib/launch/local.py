@@ -89,7 +89,7 @@ def launch(
         if failures and not _ended_by_request(failures, directories):
             raise _error(failures, outputs, directories)
     except KeyboardInterrupt:
-        # The second one, because the first only asked the ranks to save. Under run_loop, already the first.
+        # This is the second interrupt: the first only asked the ranks to save. Under run_loop, it is the first.
         server.close(patience=0)
         raise
     finally:

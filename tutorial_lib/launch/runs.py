@@ -45,8 +45,8 @@ class Interrupted(KeyboardInterrupt):
     It is a KeyboardInterrupt, so that neither a script nor *Run All* continues as if nothing had happened.
 
     Attributes:
-        runs: the runs that had started; each has saved a checkpoint. Empty if no run had started, or if a failed run
-            waited for room on a Ray cluster to restart.
+        runs: the runs that had started; each has saved a checkpoint. Empty if no run had started, if a failed run
+            waited for room on a Ray cluster to restart, and for a benchmark matrix or a SLURM job.
     """
 
     def __init__(self, message: str, runs: Sequence[Run]) -> None:

@@ -6,8 +6,8 @@ The model of a step::
                a fused kernel also moves its scores through the device's memory
     launches   time to launch the kernels, minus compute and tp, if positive (:mod:`tutorial_lib.theory.launches`)
     tp         all-reduces of activations; the next operation waits for them, so nothing hides them
-    dp         gradients and parameters; compute and launches hide ``overlap`` times the shorter of their own time and
-               that of dp
+    dp         gradients and parameters; the longer of compute and launches hides ``overlap`` times the shorter of its
+               own time and theirs
     cp         keys and values around a ring, hidden the same way; or Ulysses' all-to-alls, which nothing hides
     update     Adam reads and writes 28 bytes per trained parameter of its shard
     offload    gradients and parameters over the host link, and Adam on the host's processors; nothing hides them. This

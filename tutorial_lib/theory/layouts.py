@@ -104,8 +104,8 @@ class Workload:
         moments: number format of Adam's moments: ``fp32``, ``bf16`` or ``8bit``.
         loss_chunks: number of pieces in which output layer and loss are computed.
         on_gpu: count memory that only GPUs need, such as AdamW's copy of all the tensors that it updates at once.
-        fused_adamw: whether AdamW is fused without sharding (``no_shard``), as in this course's DDP; then it copies
-            nothing. That of one plain process and of the Trainer is not.
+        fused_adamw: whether AdamW is fused under ``no_shard``, and therefore copies nothing. This course's DDP fuses
+            it; one plain process and the Trainer do not.
         allow_missing: also consider layouts with features that this course's engines lack.
     """
 

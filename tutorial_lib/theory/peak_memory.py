@@ -217,7 +217,7 @@ def _largest_sub_group(workload: Workload, layout: Layout) -> float:
     """Return the most elements that a rank updates at a time with DeepSpeed's stage 3.
 
     Parameters are added to a sub-group in the model's order, up to the one that makes it reach ``sub_group_size``
-    (``_create_fp16_sub_groups`` of stage3.py). The embedding comes first, and an output layer of its own comes last.
+    (``_create_fp16_sub_groups`` of stage3.py). The embedding comes first, and a separate output layer comes last.
     """
     dims, shards = workload.dimensions, layout.dp * layout.cp
     output = 0 if dims.tied else dims.vocabulary * dims.hidden

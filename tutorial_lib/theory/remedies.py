@@ -158,7 +158,7 @@ def _host_memory(workload: Workload, cluster: Cluster, engine: str) -> float | N
 
 
 def _gpu_memory(workload: Workload, cluster: Cluster, engine: str) -> float | None:
-    """Return the least memory per GPU, in whole GB, that fits something without offload; None if more is no help.
+    """Return the least memory per GPU, in whole GB, in which something fits without offload; None if more is no help.
 
     Layouts whose passes do not divide the global batch do not count: they fit no GPU.
     """

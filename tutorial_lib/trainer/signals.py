@@ -76,7 +76,7 @@ def output_to(path: Path | None) -> Iterator[None]:
 
 
 def _flush_output() -> None:
-    """Write what Python still holds back of this process's output."""
+    """Write the part of this process's output that Python still buffers."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:  # as in a process that was started without output
             with suppress(OSError):  # on a full disk it stays in memory

@@ -395,7 +395,7 @@ def test_gpus_that_need_no_offload_are_a_remedy_of_their_own() -> None:
 
 
 def test_larger_gpus_are_a_remedy_without_offload() -> None:
-    """Offloaded layouts need less device memory, and layouts that do not divide the batch no more memory at all."""
+    """Neither offloaded layouts count, which need less memory, nor those that do not divide the batch and never fit."""
     dims = MODELS["llama-3-70b"]
     for engine, global_batch in itertools.product(("deepspeed", "fsdp"), (None, 4)):
         task = Workload(num_params=dims.num_params, dimensions=dims, seq_length=2048, global_batch=global_batch)

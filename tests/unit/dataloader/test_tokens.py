@@ -381,7 +381,7 @@ def test_a_cache_that_cannot_be_written_is_named(byte_tokenizer, tmp_path, monke
 
 
 def test_a_cache_that_cannot_be_locked_is_named(byte_tokenizer, tmp_path, monkeypatch):
-    """Without flock, filelock would by default use a plain file, which a killed process on another node leaves."""
+    """Without flock, filelock would by default use a plain file, which a process killed on any node leaves behind."""
 
     def no_locks(*given):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))

@@ -25,7 +25,7 @@ from tests.gpu.cases import Setting
 from tests.gpu.processes import MemorySampler, Record, Step, run_step
 
 STARTS_SECONDS = 24
-"""Seconds until a process on the H200 machine had imported torch and DeepSpeed, and joined CUDA."""
+"""Seconds until a process on the H200 machine had imported torch and DeepSpeed, and initialised CUDA."""
 
 FULL = Setting("cuda", "full", "", "")
 
@@ -263,7 +263,7 @@ def test_the_case_that_starts_two_processes_comes_first_and_has_time_for_both() 
 
 @pytest.mark.parametrize("name", ["equality", "workshop"])
 def test_a_step_has_time_for_all_its_cases(name: str) -> None:
-    """Committed figures say how long a case took on one H200. Cases without one count as the mean, and half again."""
+    """Committed figures say how long a case took on one H200. Without a figure, it counts as 1.5 times the mean."""
     (step,) = (step for step in measure.STEPS if step.module == f"tests.gpu.{name}")
     committed = json.loads((measure.ROOT / f"docs/measured/h200/{name}.json").read_text())["measured"]
     took = {case["case"]: case["seconds"] for case in committed}

@@ -30,7 +30,7 @@ def test_every_rank_calls_the_function_in_one_process_group() -> None:
 
 
 def test_ranks_see_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A script would otherwise train on one: on another device than the lesson says, and in bf16."""
+    """Otherwise a script would train on a GPU, and in bf16, although the lesson says that it runs on CPUs."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     assert on_ranks(2, os.getenv, "CUDA_VISIBLE_DEVICES") == ["", ""]
 
@@ -63,7 +63,7 @@ def test_an_error_of_one_rank_ends_the_others_and_is_reported() -> None:
 
 
 def test_an_interrupt_leaves_no_rank_behind() -> None:
-    """Each rank waits for the other one in a different collective, where it notices no interrupt itself."""
+    """Each rank waits for the other one in a different call, in which it does not notice an interrupt."""
 
     def deadlock() -> None:
         if dist.get_rank() == 0:

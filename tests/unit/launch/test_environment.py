@@ -171,7 +171,7 @@ def test_a_port_in_use_is_named(monkeypatch):
     ],
 )
 def test_an_error_of_nccl_is_not_taken_for_a_failed_rendezvous(monkeypatch, last, kind, says):
-    """NCCL connects the ranks' GPUs once they have met. This machine has none, so its error is quoted."""
+    """NCCL connects the ranks' GPUs once the ranks have met. The test needs no GPU: it raises NCCL's error itself."""
 
     def refuse(*given, **named):
         raise dist.DistBackendError(

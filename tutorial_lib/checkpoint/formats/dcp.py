@@ -62,7 +62,7 @@ class DCP(FullTensors):
 
 
 class Reader(FileSystemReader):
-    """Reader that reads the index only once. Otherwise every tensor that is loaded would read the full index again."""
+    """Reader that reads the index only once. Otherwise the full index would be read again for every tensor."""
 
     _index: Metadata | None = None
 

@@ -74,7 +74,7 @@ class FullStates:
 
     @torch.no_grad()
     def load(self, full: FullTensors) -> None:
-        """Restore weights and optimizer states saved by an engine of any shape. Every rank reads all of them.
+        """Restore weights, buffers and optimizer states that any engine saved, in any shape. Every rank reads all.
 
         Adam counts updates once per vector, so the count of a vector's first parameter stands for all of them.
         """

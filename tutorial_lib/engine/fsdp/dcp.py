@@ -61,8 +61,8 @@ def _save(states: dict[str, Any], storage: dcp.FileSystemWriter, group: dist.Pro
 def load(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Restore the states that :func:`save` wrote, in place. Collective. ``.metadata`` is a pickle: verify it first.
 
-    Checkpoints of older versions hold no buffers: these keep the values from the model's files or, if no file holds
-    them, from its code.
+    Checkpoints of older versions hold no buffers. The model's buffers then keep the values from its files or, if no
+    file holds them, from its code.
 
     Raises:
         CheckpointError: there is nothing to load.

@@ -211,4 +211,4 @@ FAMILIES: dict[str, tuple[Any, Any]] = {
     "qwen2": (_qwen2, _localize_qwen2),
     "bloom": (_bloom, _localize_bloom),
 }
-"""Model types that this plan splits."""
+"""Styles of each model type that this module splits, and the function that adapts a split model to one rank."""

@@ -29,7 +29,7 @@ from tutorial_lib.models.stored import persistent_buffers
 Slices = tuple[slice, ...]
 
 _UNSET = math.nan
-"""Value of every number until something sets it."""
+"""Value of every floating-point number until something sets it."""
 
 
 def fill_model(model: Any, m: ModelConfig, *, seed: int, device: torch.device, host: bool) -> None:
@@ -100,7 +100,7 @@ def tensor_parallel_size(parameter: Tensor) -> int:
 
 
 def _read(parameters: dict[Tensor, list[str]], buffers: dict[str, Tensor], m: ModelConfig, model_type: str) -> None:
-    """Fill parameters from the model's files, and the buffers that these hold."""
+    """Fill parameters from the model's files, and those buffers that the files hold."""
     stored = locate_tensors(m)
     with ExitStack() as stack:
         paths = sorted({tensor.path for tensor in stored.values()})

@@ -66,7 +66,8 @@ class JobState:
 def submit_and_follow(script: str, config: Config, on_rows: OnRows | None = None) -> Run:
     """Submit a batch script, wait for the job's end through all its requeues, and return its run.
 
-    The first SIGINT, SIGTERM or SIGUSR1 asks the run to save and end. A second one ends only this function.
+    The first SIGINT, SIGTERM or SIGUSR1 asks the run to save and end. A second SIGINT ends only this function. A second
+    SIGTERM or SIGUSR1 is handled as before the call, which usually ends the process.
 
     Args:
         script: text from :func:`write_script`.
@@ -95,7 +96,7 @@ def submit_and_follow(script: str, config: Config, on_rows: OnRows | None = None
             _leave_queue(job)
         raise Interrupted(
             f"job {job} is no longer watched. It was asked to save and end, or to leave the queue if it had not "
-            f"started: `squeue --jobs={job}` shows whether it has, and `scancel {job}` cancels it.",
+            f"started. `squeue --jobs={job}` shows whether it is still there, and `scancel {job}` cancels it.",
             [],
         ) from None
     # Only a job that was cancelled while it waited for its next slot ends with the result of an earlier one.
@@ -139,7 +140,7 @@ def _ask_to_stop(directory: RunDirectory, signals: list[int]) -> None:
 
 
 def _leave_queue(job: str) -> None:
-    """Cancel a job that waits in the queue. A job that runs is left alone, and so is one if SLURM does not answer."""
+    """Cancel a job that waits in the queue. Leave it alone if it runs, or if SLURM does not answer."""
     with suppress(subprocess.TimeoutExpired):
         subprocess.run(["scancel", "--state=PENDING", job], capture_output=True, timeout=120)
 

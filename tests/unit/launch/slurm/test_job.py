@@ -40,7 +40,7 @@ class FakeSlurm:
             "[[ $(head -n 1 state) != COMPLETING* ]] || { mkdir -p runs/job; cp -r left/. runs/job; }",
         )
         self.directory = directory
-        self.asked = directory / "asked"  # there as soon as the job is followed, and so signals are handled
+        self.asked = directory / "asked"  # exists once the job is followed, when signals are already handled
 
     def _program(self, name: str, text: str) -> None:
         (self._programs / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
@@ -166,7 +166,7 @@ def test_a_second_interrupt_ends_only_the_watching_and_the_job_still_has_to_stop
 ) -> None:
     def interrupt(rows: list[Row]) -> None:
         signal.raise_signal(signal.SIGINT)
-        slurm.run.append({"step": rows[-1]["step"] + 1})  # for which this is called again
+        slurm.run.append({"step": rows[-1]["step"] + 1})  # a new row, so this is called again
 
     slurm.answer(*RUNNING)
     slurm.left.append({"step": 1})
