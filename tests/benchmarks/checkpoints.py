@@ -258,8 +258,8 @@ def _stalls(session: Any, batches: Iterator[Any]) -> dict[str, Any]:
         session.train_step(next(batches)[1])
         before = time.perf_counter()
         session.save(more_steps=name == "async_save")
-        count = 0
-        while session.checkpoints.is_saving():
+        saving, count = session.steps_done, 0
+        while session.checkpoints.saved_at != saving:
             count += 1
             session.train_step(next(batches)[1])
             session.checkpoints.finish_if_written()

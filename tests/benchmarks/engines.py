@@ -11,20 +11,19 @@ import json
 import math
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from tests.benchmarks.on_ranks import run_on_ranks
+from tests.benchmarks.on_ranks import run_on_ranks, time_ratio
 from tutorial_lib import trainer
 from tutorial_lib.config import Config
 from tutorial_lib.dataloader import build_train_loader
 from tutorial_lib.engine import build_engine
 from tutorial_lib.launch import worker
-from tutorial_lib.measure.speed import time_ratio
 from tutorial_lib.measure.traffic import count_collectives
 from tutorial_lib.models import load_tokenizer
 from tutorial_lib.mpu import Topology
@@ -81,8 +80,7 @@ def _speed(config: Config, reference: Config) -> dict[str, Any]:
         raise AssertionError(f"The engines compute different things: {losses}.")
     with count_collectives() as collectives:
         one()
-    counts = {kind: collectives.tensors().count(kind) for kind in collectives.tensors().kinds()}
-    return {**asdict(ratio), "collectives": counts}
+    return {**ratio, "collectives": Counter(each.kind for each in collectives.tensors().collectives)}
 
 
 def _step(config: Config) -> Callable[[], float]:

@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -21,12 +20,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import get_scheduler
 
-from tests.benchmarks.on_ranks import run_on_ranks
+from tests.benchmarks.on_ranks import run_on_ranks, time_ratio
 from tutorial_lib.config import Config
 from tutorial_lib.dataloader import build_train_loader
 from tutorial_lib.engine.deepspeed.engine import DeepSpeedEngine
 from tutorial_lib.launch import worker
-from tutorial_lib.measure.speed import time_ratio
 from tutorial_lib.models import load_tokenizer
 from tutorial_lib.mpu import Topology
 from tutorial_lib.mpu.random_states import seed_everything
@@ -111,7 +109,7 @@ def compare(config: Config) -> None:
         # The first call of each is a warm-up.
         pairs = zip(processor["ours"][1:], processor["theirs"][1:], strict=True)
         by_processor = statistics.median(one / other for one, other in pairs)
-        result = {**asdict(ratio), "median_processor_time": by_processor, "last_loss": losses}
+        result = {**ratio, "median_processor_time": by_processor, "last_loss": losses}
         run.result_file.write_text(json.dumps(result))
     session.engine.close()
     dist.barrier()

@@ -27,7 +27,7 @@ from tests.cluster.slurm_cluster import CORES, SlurmCluster
 from tests.cluster.virtual_nodes import ROOT, VirtualNodes, end
 from tutorial_lib import cli
 from tutorial_lib.lab.scaling import RECORDING
-from tutorial_lib.measure.memory_log import MIB, read_memory_log
+from tutorial_lib.measure.memory_log import read_memory_log
 from tutorial_lib.records import RunDirectory
 
 SECONDS = 300
@@ -203,7 +203,7 @@ def scaling_row(cluster: SlurmCluster, directory: Path, nodes: int, steps: int =
     job.finish()
     rows = job.run.rows()[1:]
     trees = [
-        series.summary(rounding=10 * MIB)
+        series.summary()
         for log in job.run.logs.glob("memory-*.jsonl")
         for series in read_memory_log(log).series
         if series.label == "process tree"
@@ -216,7 +216,7 @@ def scaling_row(cluster: SlurmCluster, directory: Path, nodes: int, steps: int =
         "train_loss": job.run.rows()[-1]["loss"],
         "memory_peak": tree.peak,
         "memory_mean": tree.mean,
-        "memory_modes": list(tree.modes) if tree.mode_count > 1 else [],
+        "memory_modes": list(tree.modes),
     }
 
 

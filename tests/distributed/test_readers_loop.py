@@ -12,10 +12,11 @@ import shutil
 import pytest
 
 from tests.distributed.cases import small_runs
+from tests.distributed.faults.checks import assert_same_states
 from tests.support.commands import train_command
 from tests.support.models import DROPOUT, MODELS, small_model
 from tutorial_lib import checkpoint, launch
-from tutorial_lib.checkpoint import manifest, open_full
+from tutorial_lib.checkpoint import manifest
 from tutorial_lib.config import ConfigError
 from tutorial_lib.lab.scripts import train_zero
 from tutorial_lib.records import RunDirectory
@@ -77,13 +78,6 @@ def run_torchrun(shell, *program):
     """Run a program on two ranks, and return its exit code and its text on standard error."""
     shell.start(["torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, program)])
     return shell.exit_code(), (shell.scratch / "stderr").read_text()
-
-
-def assert_same_states(run, expected):
-    ours, theirs = (open_full(checkpoint.latest(each)) for each in (run, expected))
-    for name in ours.names:
-        assert ours.parameter(name).equal(theirs.parameter(name)), name
-        assert ours.moment(name, "exp_avg").equal(theirs.moment(name, "exp_avg")), name
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,8 @@ import torch
 from tests.gpu import packages
 from tests.gpu.cases import Cases, Setting
 from tests.gpu.processes import ROOT
-from tests.gpu.training import dense_peak, device_of, synchronize
+from tests.gpu.training import dense_peak, device_of, matmul_peak, synchronize
 from tutorial_lib.doctor.machine import usable_cores
-from tutorial_lib.measure.speed import matmul_peak
 
 
 def cases(setting: Setting) -> Cases:
@@ -79,7 +78,7 @@ def measure_products(setting: Setting) -> dict[str, Any]:
     seconds = setting.pick(full=1.0, quick=0.5, tiny=0.01)
     formats = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     flops = {
-        f"{name} {size}": matmul_peak(size, dtype=dtype, device=device_of(setting), seconds=seconds)
+        f"{name} {size}": matmul_peak(size, dtype, device_of(setting), seconds)
         for name, dtype in formats.items()
         for size in (sizes if name == "bf16" else sizes[:1])
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -42,6 +43,20 @@ def dense_peak(device: torch.device) -> float | None:
     """Return the bf16 FLOP/s of this GPU from its data sheet, or None if it is not in the table."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for model, peak in DENSE_BF16_PEAK.items() if model in name), None)
+
+
+def matmul_peak(size: int, dtype: torch.dtype, device: torch.device, seconds: float) -> float:
+    """Return the FLOP/s of the fastest of the square matrix products that are computed during this time."""
+    a, b = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
+    best, end = math.inf, time.perf_counter() + seconds
+    out = torch.matmul(a, b)  # includes the library's start-up
+    while best == math.inf or time.perf_counter() < end:
+        synchronize(device)
+        began = time.perf_counter()
+        torch.matmul(a, b, out=out)
+        synchronize(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
 
 
 def write_model(setting: Setting, name: str, like: str, **dimensions: Any) -> str:

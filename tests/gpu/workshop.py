@@ -7,6 +7,7 @@ measurements.
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -20,6 +21,7 @@ from tests.gpu.training import (
     device_of,
     engine_of,
     full_rows,
+    matmul_peak,
     settings_that_differ,
     summary,
     time_steps,
@@ -29,13 +31,12 @@ from tests.gpu.training import (
 from tutorial_lib.config import Config
 from tutorial_lib.engine import Engine
 from tutorial_lib.engine.predictions import predict_step_seconds, states_and_peak, workload_and_layout
-from tutorial_lib.measure.memory import StateBytes, host_memory, peak_memory, reset_peak_memory
-from tutorial_lib.measure.speed import matmul_peak
+from tutorial_lib.measure.memory import StateBytes, peak_memory, reset_peak_memory
 from tutorial_lib.models import load_config, load_model
 from tutorial_lib.models.dimensions import from_config
 from tutorial_lib.theory import peak_memory as predicted_peak
 from tutorial_lib.theory.dimensions import Dimensions
-from tutorial_lib.theory.flops import flops_per_token, utilisation
+from tutorial_lib.theory.flops import flops_per_token
 
 TINY_BLOOM = {"hidden_size": 32, "n_layer": 2, "n_head": 4}
 BLOOM_560M = {"hidden_size": 1024, "n_layer": 24, "n_head": 16, "vocab_size": 250_880, "initializer_range": 0.02}
@@ -159,7 +160,7 @@ def measure(setting: Setting, make: Callable[[], Model], flat: dict[str, Any]) -
         "step_peak_bytes": None if held is None else step_peak - held,
         "phase_peak_bytes": phases,
         "reserved_bytes": torch.cuda.max_memory_reserved(device) if setting.device == "cuda" else None,
-        "host_peak_bytes": host_memory().peak_rss,
+        "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "predicted": predict(config, dimensions, params),
         "last_loss": loss,
     }
@@ -194,8 +195,8 @@ def utilisations(
     per_token = flops_per_token(params, dimensions.layers, dimensions.hidden, seq_length)
     nominal = dense_peak(device_of(setting))
     return {
-        "mfu": utilisation(tokens_per_second, per_token, nominal) if nominal else None,
-        "mfu_of_measured_peak": utilisation(tokens_per_second, per_token, measured),
+        "mfu": tokens_per_second * per_token / nominal if nominal else None,
+        "mfu_of_measured_peak": tokens_per_second * per_token / measured,
         "measured_peak_flops": measured,
     }
 
@@ -204,7 +205,7 @@ def utilisations(
 def measured_peak(setting: Setting) -> float:
     """Return the FLOP/s of a bf16 matrix product, measured when this process first asks."""
     size, seconds = setting.pick(full=(8192, 0.5), quick=(8192, 0.3), tiny=(128, 0.01))
-    return matmul_peak(size, dtype=torch.bfloat16, device=device_of(setting), seconds=seconds)
+    return matmul_peak(size, torch.bfloat16, device_of(setting), seconds)
 
 
 def predict(config: Config, dimensions: Dimensions, params: int) -> dict[str, float | None]:

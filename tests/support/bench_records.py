@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from tutorial_lib.bench.record import DONE, Memory, RowRecord
+from tutorial_lib.bench.record import DONE, RowRecord
 from tutorial_lib.config import Config
 from tutorial_lib.launch import Run
-from tutorial_lib.measure.memory_log import MIB
+from tutorial_lib.measure.memory_log import MIB, MemorySummary
 from tutorial_lib.records import RunDirectory
 from tutorial_lib.theory.memory import ModelStates
 
@@ -17,7 +17,7 @@ STEPS = 5
 
 def done(name: str, **values: Any) -> RowRecord:
     """Return a finished row with a peak memory of 1 GiB, 10 samples per second, and 2 s of training."""
-    tree = Memory("PSS", 1024 * MIB, 900.0 * MIB, (890 * MIB,), 10)
+    tree = MemorySummary("PSS", 1024 * MIB, 900.0 * MIB, (890 * MIB,), 10)
     states = (ModelStates(40 * MIB, 40 * MIB, 80 * MIB),)
     own = {
         "status": DONE, "process_tree": tree, "states": states, "predicted_states": states, "train_seconds": 2.0,

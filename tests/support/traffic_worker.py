@@ -142,8 +142,9 @@ def main() -> None:
 
 
 def _describe(traffic: Traffic) -> dict[str, Any]:
+    kinds = {c.kind for c in traffic.collectives}
     return {
-        "elements": {kind: [c.elements for c in traffic.collectives if c.kind == kind] for kind in traffic.kinds()},
+        "elements": {kind: [c.elements for c in traffic.collectives if c.kind == kind] for kind in kinds},
         "volume": traffic.volume(),
         "wire_bytes": traffic.wire_bytes(),
         "dict": traffic.to_dict(),

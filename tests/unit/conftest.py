@@ -1,6 +1,15 @@
-"""A small model and a run of it, created once for the tests of checkpoints and of the Hugging Face Trainer."""
+"""A run's directory; and a small model and a run of it, created once for all tests."""
 
 import pytest
+
+from tutorial_lib.records import RunDirectory
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    run.create()
+    return run
 
 
 @pytest.fixture(scope="session")

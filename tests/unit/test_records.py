@@ -10,13 +10,6 @@ from tutorial_lib.config import ConfigError
 from tutorial_lib.records import RunDirectory, typical_rows, write_atomically
 
 
-@pytest.fixture
-def run(tmp_path):
-    run = RunDirectory(tmp_path / "run")
-    run.create()
-    return run
-
-
 def test_nothing_exists_before_it_is_created(tmp_path):
     run = RunDirectory(tmp_path / "run")
     assert run.rows() == []
@@ -130,8 +123,7 @@ def test_rows_are_json_for_others(run):
     assert [json.loads(line) for line in run.metrics_file.read_text().splitlines()] == run.rows()
 
 
-def test_reading_records_imports_nothing_heavy():
-    loaded = (
-        "import sys, tutorial_lib.records; print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
-    )
+def test_reading_records_and_configurations_imports_nothing_heavy():
+    heavy = ("torch", "ray", "transformers", "numpy")
+    loaded = f"import sys, tutorial_lib.records; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True).stdout == "[]\n"

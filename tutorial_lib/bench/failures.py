@@ -14,17 +14,6 @@ _NO_MEMORY = re.compile(
 _KILLED = re.compile(r"exit code -9\b|SIGKILL|it was killed")
 
 
-class OomKills:
-    """Counts the processes that the kernel has killed because memory ran out, since this object was created."""
-
-    def __init__(self) -> None:
-        self._before = _count_kills()
-
-    def since(self) -> int:
-        """Return the number of processes killed since this object was created."""
-        return _count_kills() - self._before
-
-
 def explain(error: Exception, oom_kills: int) -> tuple[str, str]:
     """Return a failed row's status and its cause in one line.
 
@@ -43,7 +32,7 @@ def explain(error: Exception, oom_kills: int) -> tuple[str, str]:
     return (OUT_OF_MEMORY if _NO_MEMORY.search(text) else FAILED), cause
 
 
-def _count_kills() -> int:
+def count_oom_kills() -> int:
     """Return the number of processes that the kernel has killed because memory ran out; 0 if unknown."""
     try:
         lines = Path("/proc/vmstat").read_text().splitlines()

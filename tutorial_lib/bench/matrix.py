@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 from tutorial_lib import launch
 from tutorial_lib.bench import figures, table
 from tutorial_lib.bench.experiments import IS_SCALING, rows_of
-from tutorial_lib.bench.failures import OomKills, explain
+from tutorial_lib.bench.failures import count_oom_kills, explain
 from tutorial_lib.bench.progress import SilentProgress
 from tutorial_lib.bench.record import REFUSED, STOPPED, RowRecord, measure_row, variant_of
 from tutorial_lib.config import Config, ConfigError, RunConfig
@@ -238,7 +238,7 @@ def _run_row(
         The row's record, finished or failed, and whether a signal came without stopping the run.
     """
     log = config.directory / MEMORY_LOG
-    kills, began = OomKills(), time.monotonic()
+    kills, began = count_oom_kills(), time.monotonic()
     try:
         with sample_memory(log, interval=interval):
             done = _run_to_its_end(config, run, on_rows)
@@ -249,7 +249,7 @@ def _run_row(
             record, was_signalled = measure_row(row.name, done, log, wall_seconds=seconds), True
         return record, was_signalled
     except Exception as error:
-        status, cause = explain(error, kills.since())
+        status, cause = explain(error, count_oom_kills() - kills)
         seconds = time.monotonic() - began
         was_signalled = isinstance(error, WorkerError) and error.was_signalled
         failed = RowRecord(row.name, status, cause, str(error), settings=row.settings, wall_seconds=seconds)
@@ -294,7 +294,7 @@ def _open(experiment: str, config: Config, configs: Mapping[str, Config]) -> Mat
         ConfigError: there is a matrix of this name that cannot be continued with these settings.
     """
     path = config.directory
-    common = {flag: value for flag, value in _as_json(config).items() if flag not in _NOT_COMPARED}
+    common = {flag: value for flag, value in json.loads(config.to_json()).items() if flag not in _NOT_COMPARED}
     new = tuple(RowRecord(name, settings=variant_of(row)) for name, row in configs.items())
     if not (path / MATRIX_FILE).exists():
         if RunDirectory(path).config_file.exists():
@@ -315,10 +315,6 @@ def _open(experiment: str, config: Config, configs: Mapping[str, Config]) -> Mat
         )
     kept = {row.name: row for row in old.rows}
     return replace(old, rows=tuple(kept.values()) + tuple(row for row in new if row.name not in kept))
-
-
-def _as_json(config: Config) -> dict[str, Any]:
-    return dict(json.loads(config.to_json()))
 
 
 def _where_stopped(matrix: Matrix, row: str | None) -> str:

@@ -12,36 +12,13 @@ from typing import Any
 from tutorial_lib.config import Config, ParallelConfig, RunConfig
 from tutorial_lib.doctor.machine import usable_cores
 from tutorial_lib.launch import Run
-from tutorial_lib.measure.memory_log import MIB, MemoryLogError, MemorySeries, read_memory_log
+from tutorial_lib.measure.memory_log import MemoryLogError, MemorySummary, read_memory_log
 from tutorial_lib.records import typical_rows
 from tutorial_lib.theory.memory import ModelStates
 
 NOT_RUN, DONE, STOPPED = "not run", "done", "stopped"
 FAILED, KILLED, OUT_OF_MEMORY, REFUSED = "failed", "killed", "out of memory", "refused"
 """Values of a row's status; the last four mean that it has failed."""
-
-MODE_ROUNDING = 10 * MIB
-"""Samples are rounded to multiples of this many bytes before the most frequent values are found."""
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """Peak, mean and most frequent values of sampled memory, in bytes."""
-
-    counted: str
-    """``PSS``, ``RSS`` or ``GPU``."""
-    peak: int
-    mean: float
-    modes: tuple[int, ...]
-    """Most frequent values, rounded to ten MiB; empty if no value occurred twice."""
-    num_samples: int
-
-    @classmethod
-    def of(cls, series: MemorySeries) -> Memory:
-        """Summarise a series of samples."""
-        summary = series.summary(rounding=MODE_ROUNDING)
-        modes = summary.modes if summary.mode_count > 1 else ()
-        return cls(summary.counted, summary.peak, summary.mean, modes, summary.num_samples)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +73,9 @@ class RowRecord:
     num_steps: int | None = None
     num_parameters: int | None = None
     world_size: int | None = None
-    process_tree: Memory | None = None
-    gpu: Memory | None = None
-    gpus: tuple[Memory, ...] = ()
+    process_tree: MemorySummary | None = None
+    gpu: MemorySummary | None = None
+    gpus: tuple[MemorySummary, ...] = ()
     states: tuple[ModelStates, ...] = ()
     device_states: tuple[int, ...] = ()
     predicted_states: tuple[ModelStates, ...] = ()
@@ -151,7 +128,7 @@ class RowRecord:
 
 
 def _memory(given: dict[str, Any] | None) -> Any:
-    return given and Memory(**{**given, "modes": tuple(given["modes"])})
+    return given and MemorySummary(**{**given, "modes": tuple(given["modes"])})
 
 
 def variant_of(config: Config) -> dict[str, Any]:
@@ -233,7 +210,7 @@ def _eval_losses(result: dict[str, Any]) -> tuple[float, ...]:
     return by_epoch or (() if result["eval_loss"] is None else (result["eval_loss"],))
 
 
-def _sampled(log: Path, run: RunConfig) -> tuple[Memory | None, tuple[Memory, ...]]:
+def _sampled(log: Path, run: RunConfig) -> tuple[MemorySummary | None, tuple[MemorySummary, ...]]:
     """Return the memory of the process tree, and of each GPU if the run used any."""
     try:
         series = {each.label: each for each in read_memory_log(log).series}
@@ -243,4 +220,4 @@ def _sampled(log: Path, run: RunConfig) -> tuple[Memory | None, tuple[Memory, ..
     # Use the share of these processes if the driver reports it, and otherwise the GPU's total.
     gpus = [series.get(f"{name}, process tree", series[name]) for name in names]
     on_gpu = run.device == "cuda"
-    return Memory.of(series["process tree"]), tuple(map(Memory.of, gpus)) if on_gpu else ()
+    return series["process tree"].summary(), tuple(each.summary() for each in gpus) if on_gpu else ()

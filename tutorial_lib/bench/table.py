@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tutorial_lib.bench.experiments import IS_SCALING
-from tutorial_lib.bench.record import Memory, RowRecord
-from tutorial_lib.measure.memory_log import MIB
+from tutorial_lib.bench.record import RowRecord
+from tutorial_lib.measure.memory_log import MIB, MemorySummary
 from tutorial_lib.records import write_atomically
 from tutorial_lib.tables import Table
 
@@ -41,15 +41,15 @@ def _mib(num_bytes: float | None) -> float | None:
     return None if num_bytes is None else num_bytes / MIB
 
 
-def _memory_columns(label: str, of: Callable[[RowRecord], Memory | None]) -> list[Column]:
-    def part(get: Callable[[Memory], Any]) -> Callable[[RowRecord], Any]:
+def _memory_columns(label: str, of: Callable[[RowRecord], MemorySummary | None]) -> list[Column]:
+    def part(get: Callable[[MemorySummary], Any]) -> Callable[[RowRecord], Any]:
         def value(row: RowRecord) -> Any:
             memory = of(row)
             return None if memory is None else get(memory)
 
         return value
 
-    def modes(memory: Memory) -> str:
+    def modes(memory: MemorySummary) -> str:
         return ", ".join(f"{mode / MIB:.0f}" for mode in memory.modes[:3]) or "all differ"
 
     return [

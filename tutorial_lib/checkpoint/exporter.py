@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,17 +58,14 @@ def export(path: Path, target: Path, max_shard_size: str = MAX_SHARD_SIZE) -> Pa
     buffers = full.buffers()
     outlines = {name: torch.empty(full.shapes[name], device="meta") for name in full.names}
     outlines |= {name: buffer.to("meta") for name, buffer in buffers.items()}
-    files = _files(outlines, max_shard_size)
+    split = _split(outlines, max_shard_size)
     partial = final.with_name(f".{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left over from an export that was killed
     partial.mkdir(parents=True)
-    for file, names in files.items():
+    for file, names in split.filename_to_tensors.items():
         _write_safetensors(partial / file, {name: outlines[name] for name in names}, _read(full, buffers, names))
-    if len(files) > 1:
-        index = {
-            "metadata": {"total_size": sum(t.numel() * t.element_size() for t in outlines.values())},
-            "weight_map": {name: file for file, names in files.items() for name in names},
-        }
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     _write_description(path / "model", partial)
     for written in [*partial.rglob("*"), partial]:
@@ -77,20 +75,19 @@ def export(path: Path, target: Path, max_shard_size: str = MAX_SHARD_SIZE) -> Pa
     return target
 
 
-def _files(outlines: dict[str, Tensor], max_shard_size: str) -> dict[str, list[str]]:
-    """Return the names of the tensors in each file, distributed as ``save_pretrained`` distributes them."""
+def _split(outlines: dict[str, Tensor], max_shard_size: str) -> Any:
+    """Distribute the tensors over files as ``save_pretrained`` does."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     pattern = "model{suffix}.safetensors"
     try:
         if float(max_shard_size.strip()[:-2]) <= 0:  # the last two characters are the unit
             raise ValueError("not above 0")
-        split = split_torch_state_dict_into_shards(outlines, filename_pattern=pattern, max_shard_size=max_shard_size)
+        return split_torch_state_dict_into_shards(outlines, filename_pattern=pattern, max_shard_size=max_shard_size)
     except (ValueError, OverflowError) as error:
         raise ConfigError(
             f"max_shard_size={max_shard_size!r} is not a size above 0: write one such as '5GB'."
         ) from error
-    return dict(split.filename_to_tensors)
 
 
 def _read(full: FullTensors, buffers: dict[str, Tensor], names: list[str]) -> Iterator[Tensor]:

@@ -170,10 +170,6 @@ class CheckpointManager:
         if stager is None:
             self.finish()
 
-    def is_saving(self) -> bool:
-        """Return whether a save is under way."""
-        return self._under_way is not None
-
     def finish_if_written(self) -> None:
         """Make the save under way visible if all ranks' files are complete. Collective.
 

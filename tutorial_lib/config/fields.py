@@ -288,6 +288,12 @@ class OptimizerConfig:
         """The schedule's name in transformers, whose plain ``constant`` has no warm-up."""
         return "constant_with_warmup" if self.schedule == "constant" else self.schedule
 
+    @property
+    def adamw(self) -> dict[str, Any]:
+        """The arguments of PyTorch's AdamW, and of DeepSpeed's."""
+        betas = (self.beta1, self.beta2)
+        return {"lr": self.learning_rate, "betas": betas, "eps": self.eps, "weight_decay": self.weight_decay}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:

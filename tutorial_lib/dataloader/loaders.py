@@ -24,21 +24,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def build_train_loader(
-    config: Config, tokenizer: PreTrainedTokenizerBase, topology: Topology, *, num_workers: int = 0
-) -> TrainLoader:
+def build_train_loader(config: Config, tokenizer: PreTrainedTokenizerBase, topology: Topology) -> TrainLoader:
     """Load the training split as optimizer steps, for one rank.
 
     Args:
         config: what to train on, and for how long.
         tokenizer: the model's tokenizer.
         topology: this rank's place in the grid: ranks that share a layer read the same examples.
-        num_workers: processes that prefetch; tokens are memory-mapped, so 0 is fast enough.
 
     Raises:
         ConfigError: the data cannot be read, or does not fill one global batch.
     """
-    return TrainLoader(*_training_steps(config, tokenizer, topology), config.run, num_workers)
+    return TrainLoader(*_training_steps(config, tokenizer, topology), config.run)
 
 
 def build_epoch_loader(config: Config, tokenizer: PreTrainedTokenizerBase, topology: Topology) -> EpochLoader:
@@ -102,7 +99,7 @@ class TrainLoader:
     """The optimizer steps of one data-parallel rank, epoch after epoch, resumable after any of them.
 
     An epoch has :attr:`steps_per_epoch` full steps; the examples that do not fill another step are left out, different
-    ones in each epoch. torchdata's ``StatefulDataLoader`` keeps the position, even if workers prefetch.
+    ones in each epoch. torchdata's ``StatefulDataLoader`` keeps the position.
 
     Attributes:
         num_steps: total number of optimizer steps of the run.
@@ -110,9 +107,7 @@ class TrainLoader:
         summary: summary of the training split's tokens.
     """
 
-    def __init__(
-        self, examples: Examples, sampler: StepSampler, collate: Collate, run: RunConfig, num_workers: int = 0
-    ) -> None:
+    def __init__(self, examples: Examples, sampler: StepSampler, collate: Collate, run: RunConfig) -> None:
         self.steps_per_epoch = sampler.steps_per_epoch
         self.num_steps, self.last_step = _run_length(run, self.steps_per_epoch)
         self.summary: TokenSummary = examples.summary
@@ -125,7 +120,6 @@ class TrainLoader:
                 examples,
                 batch_sampler=sampler,
                 collate_fn=collate,
-                num_workers=num_workers,
                 # Each iterator draws a seed from this generator. If it drew from the global one, dropout would depend
                 # on how often a run resumed.
                 generator=torch.Generator(),

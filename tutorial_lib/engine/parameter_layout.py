@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +27,3 @@ class ParameterLayout:
     after: tuple[int, ...]
     partitions: int
     bytes: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the attributes by name, ready for JSON."""
-        return dataclasses.asdict(self)

@@ -17,11 +17,15 @@ from tutorial_lib.checkpoint import MOMENTS, FullTensors
 from tutorial_lib.checkpoint.rank_writer import Writer
 from tutorial_lib.config import Config
 from tutorial_lib.engine.chunked_loss import output_loss
-from tutorial_lib.engine.inputs import model_inputs
 from tutorial_lib.engine.learning_rate import Schedule
 from tutorial_lib.engine.parameter_layout import ParameterLayout
 from tutorial_lib.models import build_model
 from tutorial_lib.mpu import Topology
+
+
+def model_inputs(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Return a batch on the model's device, without the labels, which only the loss needs."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items() if name != "labels"}
 
 
 def global_norm(gradients: list[Tensor]) -> float:
@@ -45,14 +49,8 @@ class TorchEngine:
         torch.nn.Module.to(model, device)
         self._output_loss = output_loss(model, config.engine.loss_chunks)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        o = config.optimizer
-        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-            [parameter for parameter in model.parameters() if parameter.requires_grad],
-            lr=o.learning_rate,
-            betas=(o.beta1, o.beta2),
-            eps=o.eps,
-            weight_decay=o.weight_decay,
-        )
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(trained, **config.optimizer.adamw)
 
     def train(self, mode: bool) -> None:
         self.module.train(mode)

@@ -32,8 +32,8 @@ from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tutorial_lib.config import Config, ConfigError, EngineConfig, ParallelConfig
-from tutorial_lib.engine.inputs import model_inputs
 from tutorial_lib.engine.protocol import Engine
+from tutorial_lib.engine.single import model_inputs
 from tutorial_lib.engine.trial_forward import NoCopyError, TinyCopy, differ
 from tutorial_lib.models import build_model, check_tensor_parallel, load_config
 from tutorial_lib.mpu.collectives import all_gather_objects

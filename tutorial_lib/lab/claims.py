@@ -128,8 +128,7 @@ class Claims:
         if not self._claims:
             raise AssertionError("This lesson claims nothing: make claims before showing them.")
         text = self._table()
-        data = [claim.to_dict() for claim in self._claims]
-        display.show({MIME_TYPE: data, "text/html": self._html(text), "text/plain": str(text)})
+        display.show({MIME_TYPE: self.to_list(), "text/html": self._html(text), "text/plain": str(text)})
         failed = [claim for claim in self._claims if not claim.holds]
         if failed:
             lines = [

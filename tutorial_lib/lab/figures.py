@@ -58,8 +58,6 @@ def loss_curves(
     *,
     title: str,
     alt: str,
-    y: str = "loss",
-    y_label: str = "loss (nats per token)",
     marks: Mapping[str, int] | None = None,
     total_steps: int | None = None,
 ) -> Figure:
@@ -71,14 +69,14 @@ def loss_curves(
         runs: rows of ``metrics.jsonl`` by the run's label.
         title: the finding.
         alt: the figure in words.
-        y: the row's key on the vertical axis.
-        y_label: label of that axis, with its unit.
         marks: labelled vertical lines at optimizer steps (``{"stopped": 20}``).
         total_steps: last step of the runs, so that an unfinished curve shows its progress.
     """
-    series = {label: ([row["step"] for row in rows], [row[y] for row in rows]) for label, rows in runs.items()}
-    x_end = total_steps if total_steps and total_steps > 1 else None
-    return lines(series, title=title, alt=alt, x_label="optimizer step", y_label=y_label, marks=marks, x_end=x_end)
+    series = {label: ([row["step"] for row in rows], [row["loss"] for row in rows]) for label, rows in runs.items()}
+    return lines(
+        series, title=title, alt=alt, x_label="optimizer step", y_label="loss (nats per token)", marks=marks,
+        x_end=total_steps if total_steps and total_steps > 1 else None,
+    )  # fmt: skip
 
 
 def lines(
@@ -177,9 +175,7 @@ def memory_timeline(
     )
 
 
-def bars(
-    values: Mapping[str, float], *, title: str, alt: str, unit: str, reference: tuple[str, float] | None = None
-) -> Figure:
+def bars(values: Mapping[str, float], *, title: str, alt: str, unit: str) -> Figure:
     """Draw a horizontal bar per value, each with its number.
 
     Args:
@@ -187,7 +183,6 @@ def bars(
         title: the finding.
         alt: the figure in words.
         unit: name and unit of the values, for the axis.
-        reference: a labelled vertical line to compare with.
     """
     with styled_axes(title, alt, size=(7.0, 1.3 + 0.38 * len(values)), grid="x") as (axes, drawn):
         container = axes.barh(list(values), list(values.values()), color=BLUE, height=0.62)
@@ -195,10 +190,6 @@ def bars(
         axes.invert_yaxis()
         axes.set_xlabel(unit)
         axes.margins(x=0.12)
-        if reference:
-            label, value = reference
-            axes.axvline(value, color=RED, linewidth=1.5, linestyle="--", label=label)
-            axes.legend(frameon=False, loc="best")
     return drawn[0]
 
 
@@ -207,7 +198,6 @@ def grouped_memory(
     *,
     title: str,
     alt: str,
-    unit: str = "MiB",
     y_label: str = "model states per rank",
 ) -> Figure:
     """Draw model states as stacked bars: groups along the axis, a bar per series in each group, parts in each bar.
@@ -218,10 +208,8 @@ def grouped_memory(
             Only the keys of :data:`PARTS` are drawn. A bar with none of them shows its ``total`` in grey.
         title: the finding.
         alt: the figure in words.
-        unit: ``B``, ``kB``, ``MB``, ``GB``, ``KiB``, ``MiB`` or ``GiB``.
         y_label: name of the values; the unit is added.
     """
-    scale = _UNITS[unit]
     names = list(dict.fromkeys(name for series in states.values() for name in series))
     width = 0.8 / len(names)
     with styled_axes(title, alt, size=(7.0, 3.8), grid="y") as (axes, drawn):
@@ -232,14 +220,14 @@ def grouped_memory(
                 at = group + (index - (len(names) - 1) / 2) * width
                 bottom = 0.0
                 for part, color in _parts(series[name]).items():
-                    height = series[name][part] / scale
+                    height = series[name][part] / 2**20
                     # The first series is the plain one; others are hatched, so that colour is not the only mark.
                     axes.bar(at, height, width * 0.9, bottom=bottom, color=color, hatch=_HATCHES[index % 3],
                              edgecolor=_HATCH_INK, linewidth=0)  # fmt: skip
                     bottom += height
                 axes.annotate(_number(bottom), (at, bottom), xytext=(0, 3), textcoords="offset points", ha="center",
                               fontsize=8)  # fmt: skip
-        axes.set_ylabel(f"{y_label} ({unit})")
+        axes.set_ylabel(f"{y_label} (MiB)")
         axes.margins(y=0.12)
         axes.set_xticks(range(len(states)), list(states))
         axes.tick_params(axis="x", length=0)

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from tempfile import TemporaryDirectory
+from unittest import mock
 
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
@@ -91,27 +92,12 @@ def _train_joined(configs: Sequence[Config]) -> int:
             alone = {"LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
             # No other process needs to reach this one.
             interface = {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
-            stack.enter_context(_environment({**alone, **interface}))
+            stack.enter_context(mock.patch.dict(os.environ, alone | interface))
             init_method = f"file://{stack.enter_context(TemporaryDirectory())}/rendezvous"
         stack.enter_context(process_group(configs[0].run, init_method))
         if "RANK" in os.environ:
             log_ranks(configs[0].run, configs[0].parallel)
         return len(train_all(configs))
-
-
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Set environment variables while the block runs."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from tutorial_lib.theory.traffic import ring_factor
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter")
 SIZES = tuple(4**power for power in range(5, 13))
-"""Sizes from 1 KiB to 16 MiB, in bytes."""
+"""Sizes of the full tensor, from 1 KiB to 16 MiB, in bytes. A rank's share is rounded down to whole elements."""
 
 Collective = Callable[[torch.Tensor, torch.Tensor], object]
 
@@ -71,18 +71,10 @@ class Link:
         return self.latency + sent_bytes / self.bandwidth
 
 
-def time_collectives(
-    sizes: Sequence[int] = SIZES,
-    kinds: Sequence[str] = KINDS,
-    *,
-    repeats: int = 15,
-    device: torch.device | str = "cpu",
-) -> list[Timing]:
-    """Time collectives of the default process group. Collective.
+def time_collectives(repeats: int, device: torch.device) -> list[Timing]:
+    """Time collectives of the default process group, of all :data:`KINDS` and :data:`SIZES`. Collective.
 
     Args:
-        sizes: sizes of the full fp32 tensor in bytes; each rank's share is rounded down, but has at least one element.
-        kinds: some of :data:`KINDS`.
         repeats: calls of each collective; the result is their median.
         device: where the tensors are; ``cuda`` with NCCL.
 
@@ -91,10 +83,10 @@ def time_collectives(
     """
     num_ranks = dist.get_world_size()
     timings = []
-    for num_bytes in sizes:
+    for num_bytes in SIZES:
         shard = torch.ones(max(1, num_bytes // 4 // num_ranks), device=device)
         full = torch.ones(num_ranks * shard.numel(), device=device)
-        for kind in kinds:
+        for kind in KINDS:
             seconds = torch.tensor(_median_seconds(_CALLS[kind], full, shard, repeats), device=device)
             dist.all_reduce(seconds, dist.ReduceOp.MAX)
             timings.append(Timing(kind, 4 * full.numel(), num_ranks, seconds.item()))
@@ -143,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
-    timings = time_collectives(repeats=options.repeats, device=device)
+    timings = time_collectives(options.repeats, device)
     if dist.get_rank() == 0:
         print(json.dumps([asdict(each) for each in timings]), flush=True)
     reached = fit_link([each for each in timings if each.kind == "all_reduce"]).bandwidth / 1e9

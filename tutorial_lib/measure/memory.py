@@ -12,14 +12,11 @@ There are three instruments, from the most exact to the broadest:
 from __future__ import annotations
 
 import contextlib
-import resource
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 
@@ -121,44 +118,27 @@ def count_allocations() -> Iterator[Allocations]:
         allocations.peak[device] = max(allocations.peak.get(device, 0), now)
 
 
-@dataclass(frozen=True, slots=True)
-class HostMemory:
-    """Host memory of this process in bytes, as the operating system counts it.
-
-    ``rss`` counts every resident page, and ``peak_rss`` is its highest value so far.
-    """
-
-    rss: int
-    peak_rss: int
-
-
-def host_memory() -> HostMemory:
-    """Return the current host memory of this process, and its peak since the process started."""
-    # Linux counts in KiB, macOS in bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    rss = psutil.Process().memory_info().rss
-    return HostMemory(rss=rss, peak_rss=max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, rss))
-
-
 def reset_peak_memory(device: torch.device) -> None:
     """Reset :func:`peak_memory` to the memory that is held now, for another run in the same process."""
     if device.type == "cuda":
         if torch.cuda.is_initialized():  # before that there is nothing to reset, and torch refuses
             torch.cuda.reset_peak_memory_stats(device)
     else:
-        _reset_high_water_mark()
+        with contextlib.suppress(OSError):  # the system may forbid it
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device: torch.device) -> int:
     """Return the peak bytes since :func:`reset_peak_memory`, of a GPU's allocator or, on a CPU, of the process's RSS.
 
-    Only Linux can reset the peak of RSS; elsewhere it counts from the start of the process. Linux keeps counters per
-    thread and adds them up in batches, so RSS is only accurate to a few hundred KiB: use :func:`count_allocations` for
-    models smaller than that.
+    Linux keeps counters per thread and adds them up in batches, so RSS is only accurate to a few hundred KiB: use
+    :func:`count_allocations` for models smaller than that.
     """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    return _high_water_mark() if sys.platform == "linux" else host_memory().peak_rss
+    status = Path("/proc/self/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> dict[tuple[str, int], int]:
@@ -175,18 +155,3 @@ def _storages(tensors: Iterable[torch.Tensor]) -> dict[tuple[str, int], int]:
         for tensor in alive
         if tensor.device.type != "meta"
     }
-
-
-def _reset_high_water_mark() -> bool:
-    """Reset Linux's record of the highest RSS, and return whether that was possible."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _high_water_mark() -> int:
-    status = Path("/proc/self/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024

@@ -20,6 +20,8 @@ from pathlib import Path
 from tutorial_lib.measure.memory_sampler import FORMAT, GpuMemory, ProcessMemory, Reading
 
 MIB = 2**20
+MODE_ROUNDING = 10 * MIB
+"""Samples are rounded to multiples of this many bytes before the most frequent values are found."""
 
 SMI_QUERY = ("timestamp", "index", "memory.used")
 """First columns of an ``nvidia-smi`` log without a header."""
@@ -36,19 +38,14 @@ class MemoryLogError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class MemorySummary:
-    """Summary of a series, in bytes and seconds."""
+    """Peak, mean and most frequent values of sampled memory, in bytes."""
 
-    label: str
     counted: str
+    """``PSS``, ``RSS`` or ``GPU``."""
     peak: int
     mean: float
-    """Mean of the samples, each with the same weight."""
     modes: tuple[int, ...]
-    """The most frequent value, or several if they tie, in ascending order, rounded to multiples of ``rounding``."""
-    mode_count: int
-    """Number of samples of each mode. If 1, no value occurred twice, and every sample is a mode."""
-    rounding: int
-    duration: float
+    """Most frequent values, rounded to ten MiB, in ascending order; empty if no value occurred twice."""
     num_samples: int
 
 
@@ -65,30 +62,12 @@ class MemorySeries:
     pid: int | None = None
     gpu: int | None = None
 
-    def summary(self, *, rounding: int = MIB) -> MemorySummary:
-        """Return peak, mean, modes and duration.
-
-        Args:
-            rounding: bytes; values that round to the same multiple count as one value for the modes.
-
-        Raises:
-            ValueError: the rounding is below one byte.
-        """
-        if rounding < 1:
-            raise ValueError(f"rounding={rounding} is not a number of bytes. Write 1 or more, such as 2**20 for MiB.")
-        rounded = [round(value / rounding) * rounding for value in self.num_bytes]
-        modes = sorted(statistics.multimode(rounded))
-        return MemorySummary(
-            label=self.label,
-            counted=self.counted,
-            peak=max(self.num_bytes),
-            mean=statistics.fmean(self.num_bytes),
-            modes=tuple(modes),
-            mode_count=rounded.count(modes[0]),
-            rounding=rounding,
-            duration=round(self.seconds[-1] - self.seconds[0], 6),
-            num_samples=len(self.num_bytes),
-        )
+    def summary(self) -> MemorySummary:
+        """Return peak, mean and modes."""
+        rounded = [round(value / MODE_ROUNDING) * MODE_ROUNDING for value in self.num_bytes]
+        modes = sorted(statistics.multimode(rounded)) if len(set(rounded)) < len(rounded) else []
+        mean = statistics.fmean(self.num_bytes)
+        return MemorySummary(self.counted, max(self.num_bytes), mean, tuple(modes), len(self.num_bytes))
 
 
 @dataclass(frozen=True, slots=True)

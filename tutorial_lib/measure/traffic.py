@@ -2,7 +2,7 @@
 
 >>> with count_collectives() as traffic:
 ...     engine.backward(loss); engine.step()
->>> traffic.tensors().elements("all_gather"), traffic.tensors().volume()
+>>> traffic.tensors().rows(), traffic.tensors().volume()
 
 **Counting.** Collectives count as the program *requests* them on this rank, whatever the backend does: gloo, for
 instance, runs a reduce-scatter as an all-reduce followed by a copy, but it still counts as the reduce-scatter that NCCL
@@ -24,9 +24,8 @@ send, recv     elements of the message
 and all-gather into a list use.
 
 **Bookkeeping.** Losses, norms, overflow flags, pickled objects and barriers use collectives too.
-:meth:`Traffic.tensors` leaves these out: integers, raw bytes, and anything up to :data:`BOOKKEEPING_ELEMENTS` elements
-are in :meth:`Traffic.bookkeeping`. (DeepSpeed broadcasts parameters as raw bytes while it initialises, so only count
-steps.)
+:meth:`Traffic.tensors` leaves these out: integers, raw bytes, and anything up to :data:`BOOKKEEPING_ELEMENTS`
+elements. (DeepSpeed broadcasts parameters as raw bytes while it initialises, so only count steps.)
 """
 
 from __future__ import annotations
@@ -94,26 +93,6 @@ class Traffic:
         """Return only the collectives of model tensors, without bookkeeping."""
         return Traffic([c for c in self.collectives if not c.is_bookkeeping])
 
-    def bookkeeping(self) -> Traffic:
-        """Return only losses, norms, flags, objects and barriers."""
-        return Traffic([c for c in self.collectives if c.is_bookkeeping])
-
-    def along(self, axis: str) -> Traffic:
-        """Return only the collectives along one of the axes that :func:`count_collectives` was given."""
-        return Traffic([c for c in self.collectives if c.axis == axis])
-
-    def count(self, kind: str | None = None) -> int:
-        """Return the number of calls, of one kind or of all."""
-        return len(self._of(kind))
-
-    def elements(self, kind: str | None = None) -> int:
-        """Return the elements of the full logical tensors, of one kind or of all. See the module's table."""
-        return sum(c.elements for c in self._of(kind))
-
-    def bytes(self, kind: str | None = None) -> int:
-        """Return the bytes of :meth:`elements`, by the size of each data type."""
-        return sum(c.bytes for c in self._of(kind))
-
     def volume(self) -> int:
         """Return elements as the formulas count them: an all-reduce twice, a gather or scatter once (:data:`VOLUME`).
 
@@ -128,10 +107,6 @@ class Traffic:
     def wire_bytes(self) -> float:
         """Return the bytes that a rank sends if all collectives run as rings: (n - 1) / n of :meth:`volume_bytes`."""
         return sum(c.volume * c.bytes_per_element * c.ring_share for c in self.collectives)
-
-    def kinds(self) -> list[str]:
-        """Return the kinds that occur, in order of first appearance."""
-        return list(dict.fromkeys(c.kind for c in self.collectives))
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row per kind and data type: ``kind, dtype, count, in_backward, elements, bytes``.
@@ -160,10 +135,10 @@ class Traffic:
         """
         tensors = self.tensors()
         known = dict.fromkeys(c.axis for c in tensors.collectives if c.axis)
-        axes = {axis: tensors.along(axis)._tensors_to_dict() for axis in known}
+        axes = {a: Traffic([c for c in tensors.collectives if c.axis == a])._tensors_to_dict() for a in known}
         return {
             **tensors._tensors_to_dict(),
-            "bookkeeping": self.bookkeeping().rows(),
+            "bookkeeping": Traffic([c for c in self.collectives if c.is_bookkeeping]).rows(),
             **({"axes": axes} if axes else {}),
         }
 
@@ -174,11 +149,6 @@ class Traffic:
             "wire_bytes": self.wire_bytes(),
             "tensors": self.rows(),
         }
-
-    def _of(self, kind: str | None) -> list[Collective]:
-        if kind is not None and kind not in VOLUME:
-            raise ValueError(f"{kind!r} is not a kind of collective. Write one of: {', '.join(VOLUME)}.")
-        return [c for c in self.collectives if kind is None or c.kind == kind]
 
 
 @contextlib.contextmanager

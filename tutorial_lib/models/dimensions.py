@@ -27,28 +27,12 @@ def read_config(name: str) -> tuple[Dimensions, int]:
             "Name a causal language model, or write --model-size with the parameters of one."
         )
     config = config.get_text_config()
-    dimensions = _of_family(config)
-    if dimensions is not None:
+    if dimensions := from_config(config):
         return dimensions, dimensions.num_params
     from tutorial_lib.models.meta import model_outline
 
     model = model_outline(ModelConfig(name=name, random_init=True), EngineConfig())
     return measure(model), sum(parameter.numel() for parameter in model.parameters())
-
-
-def from_config(config: Any) -> Dimensions:
-    """Read the dimensions from a model's configuration (transformers' ``PretrainedConfig``).
-
-    Raises:
-        ConfigError: the parameters of this family cannot be counted from its configuration alone.
-    """
-    dimensions = _of_family(config)
-    if dimensions is None:
-        raise ConfigError(
-            f"The parameters of a {config.model_type} model cannot be counted from its configuration alone. Build it "
-            "and call tutorial_lib.models.dimensions.measure."
-        )
-    return dimensions
 
 
 def measure(model: Any) -> Dimensions:
@@ -90,7 +74,7 @@ def _shared(config: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _of_family(config: Any) -> Dimensions | None:
+def from_config(config: Any) -> Dimensions | None:
     """Return the dimensions if the family's configuration determines every parameter, otherwise None."""
     family = config.model_type
     if family == "gpt2":

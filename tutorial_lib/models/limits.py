@@ -10,20 +10,14 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from tutorial_lib.config import ConfigError
 
 
-def max_sequence_length(model_config: PretrainedConfig) -> int | None:
-    """Return the number of positions of a model, or None if it has no limit (BLOOM's ALiBi)."""
-    found = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    return int(found) if found and found > 0 else None  # XLNet says -1
-
-
 def check_sequence_length(seq_length: int, model_config: PretrainedConfig) -> None:
     """Refuse sequences with more tokens than the model has positions.
 
     Raises:
         ConfigError: ``seq_length`` exceeds the model's limit.
     """
-    limit = max_sequence_length(model_config)
-    if limit is not None and seq_length > limit:
+    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if limit and seq_length > limit > 0:  # XLNet says -1, and BLOOM, with ALiBi, nothing
         raise ConfigError(
             f"seq_length={seq_length} is longer than this {model_config.model_type} model's {limit} positions. "
             f"Write seq_length={limit} or less."

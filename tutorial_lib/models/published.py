@@ -76,24 +76,6 @@ def published_directory(name: str) -> Path:
     Raises:
         ConfigError: this package has no dimensions for this model.
     """
-    model = find(name)
-    source = model_directory(model.family)
-    config = json.loads((source / "config.json").read_text(encoding="utf-8")) | model.values
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    tokenizer = sorted(source.glob("tokenizer*.json"))
-    digest = hashlib.sha256(b"\0".join([text.encode(), *(path.read_bytes() for path in tokenizer)])).hexdigest()[:12]
-    target = cache_directory() / f"published-{digest}" / name.removeprefix(PREFIX)
-    if not target.is_dir():
-        _write(target, text, tokenizer)
-    return target
-
-
-def find(name: str) -> PublishedModel:
-    """Return a published model by its name, with or without :data:`PREFIX`.
-
-    Raises:
-        ConfigError: this package has no dimensions for this model.
-    """
     bare = name.removeprefix(PREFIX)
     if bare not in PUBLISHED:
         near = difflib.get_close_matches(bare, PUBLISHED, n=1)
@@ -101,7 +83,16 @@ def find(name: str) -> PublishedModel:
         raise ConfigError(
             f"This package has no dimensions for a model {bare!r}.{hint} Write one of: {', '.join(PUBLISHED)}."
         )
-    return PUBLISHED[bare]
+    model = PUBLISHED[bare]
+    source = model_directory(model.family)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8")) | model.values
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    tokenizer = sorted(source.glob("tokenizer*.json"))
+    digest = hashlib.sha256(b"\0".join([text.encode(), *(path.read_bytes() for path in tokenizer)])).hexdigest()[:12]
+    target = cache_directory() / f"published-{digest}" / bare
+    if not target.is_dir():
+        _write(target, text, tokenizer)
+    return target
 
 
 def _write(target: Path, config: str, tokenizer: list[Path]) -> None:

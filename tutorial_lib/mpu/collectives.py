@@ -1,4 +1,4 @@
-"""Collectives for all packages: all-gather of objects, integers and tensors, broadcast of an object, and the barrier.
+"""Collectives for all packages: all-gather of objects and integers, broadcast of an object, and the barrier.
 
 All ranks must call these functions, in the same order. Without a process group there is a single rank, and nothing is
 sent.
@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 T = TypeVar("T")
 
@@ -47,21 +46,6 @@ def all_gather_ints(numbers: Sequence[int]) -> list[list[int]]:
     by_rank = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(by_rank, own)
     return [numbers.tolist() for numbers in by_rank]
-
-
-def all_gather_tensor(share: Tensor, dim: int | None, group: Any) -> Tensor:
-    """All-gather the full tensor from equal shares along ``dim``, one on each rank of ``group``.
-
-    Args:
-        share: this rank's share.
-        dim: the tensor dimension that was split; None for a replicated tensor, which is returned unchanged.
-        group: the process group whose ranks hold the shares.
-    """
-    if dim is None:
-        return share
-    shares = [torch.empty_like(share, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(shares, share.contiguous(), group=group)
-    return torch.cat(shares, dim)
 
 
 def barrier() -> None:

@@ -1,7 +1,7 @@
-"""FLOPs of a training step: floating-point operations and utilisation.
+"""FLOPs of a training step: floating-point operations per token.
 
 Sources:
-    PaLM, arXiv:2204.02311, appendix B (6 N + 12 L h s FLOPs per token; MFU and HFU)
+    PaLM, arXiv:2204.02311, appendix B (6 N + 12 L h s FLOPs per token)
     Scaling Laws for Neural Language Models, arXiv:2001.08361 (6 N)
 
 Assumptions: only matrix products take time; attention counts all positions (PaLM's convention: a causal kernel only
@@ -10,12 +10,6 @@ Checked: against PyTorch's FLOP counter and PaLM's published MFU in ``tests/unit
 """
 
 from __future__ import annotations
-
-FORWARD_BACKWARD = 3
-"""Cost of a training step in forward passes: forward, and backward for inputs and for weights."""
-
-WITH_RECOMPUTE = 4
-"""The same cost if activations are recomputed before backward."""
 
 
 def flops_per_token(num_params: int, num_layers: int, hidden: int, seq_length: int) -> int:
@@ -32,22 +26,3 @@ def flops_per_token(num_params: int, num_layers: int, hidden: int, seq_length: i
         seq_length: s, in tokens.
     """
     return 6 * num_params + 12 * num_layers * hidden * seq_length
-
-
-def utilisation(
-    tokens_per_second: float, flops_per_token: float, peak_flops: float, *, recompute: bool = False
-) -> float:
-    """Return the share of the peak that a run achieves.
-
-    Without ``recompute`` this is MFU, model FLOPs utilisation: only the work that the model needs counts. With it, this
-    is HFU, hardware FLOPs utilisation of a run with activation checkpointing: the second forward counts too, a factor
-    of 4 / 3. Always say which of the two a figure is (arXiv:2204.02311, appendix B).
-
-    Args:
-        tokens_per_second: tokens per second of all devices together.
-        flops_per_token: from :func:`flops_per_token`.
-        peak_flops: FLOP/s of all devices together; on a CPU a matmul peak measured in the same run.
-        recompute: count recomputed forward passes.
-    """
-    factor = WITH_RECOMPUTE / FORWARD_BACKWARD if recompute else 1.0
-    return factor * tokens_per_second * flops_per_token / peak_flops

@@ -71,13 +71,12 @@ _USUALLY_MEANT = {7e9: "llama-2-7b"}
 """Models that people usually mean by a size that is close to several: Llama 2 has 6.74 B, Mistral 7.24 B."""
 
 
-def nearest_model(num_params: float, *, within: float = 0.05) -> str | None:
-    """Return the name of the public model nearest in size, or None if none is within this relative distance.
+def nearest_model(num_params: float) -> str | None:
+    """Return the name of the public model nearest in size, or None if none is within 5 %.
 
     By "70B" people mean a model with grouped-query attention and a vocabulary of 128,256: a shape derived only from the
     size would miss both.
     """
-
     if num_params in _USUALLY_MEANT:
         return _USUALLY_MEANT[num_params]
 
@@ -85,4 +84,4 @@ def nearest_model(num_params: float, *, within: float = 0.05) -> str | None:
         return abs(MODELS[name].num_params / num_params - 1)
 
     name = min(MODELS, key=distance)
-    return name if distance(name) <= within else None
+    return name if distance(name) <= 0.05 else None

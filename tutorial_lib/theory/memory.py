@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 STAGES = (0, 1, 2, 3)
 OFFLOADS = ("none", "optimizer", "all")
@@ -58,7 +58,7 @@ class ModelStates:
 
     def to_dict(self) -> dict[str, int]:
         """Return the bytes of ``parameters``, ``gradients`` and ``optimizer``."""
-        return {"parameters": self.parameters, "gradients": self.gradients, "optimizer": self.optimizer}
+        return asdict(self)
 
 
 def model_states(num_params: int, stage: int, num_ranks: int, precision: Precision = MIXED) -> ModelStates:
@@ -178,7 +178,7 @@ def partitioned_elements(sizes: Iterable[int], num_ranks: int) -> int:
     return sum(partition_elements(size, num_ranks) for size in sizes)
 
 
-def reduced_gradients(sizes: Sequence[int], num_ranks: int, rank: int = 0, alignment: int = 2) -> int:
+def reduced_gradients(sizes: Sequence[int], num_ranks: int, rank: int = 0) -> int:
     """Return the elements of gradients that a rank holds with DeepSpeed's stages 1 and 2 once they are reduced.
 
     A rank's share is a contiguous slice of all trained parameters, concatenated. A tensor that crosses the boundary
@@ -188,9 +188,8 @@ def reduced_gradients(sizes: Sequence[int], num_ranks: int, rank: int = 0, align
         sizes: elements of each trained parameter on this rank, in the model's order.
         num_ranks: N, the data-parallel size.
         rank: the data-parallel rank.
-        alignment: as in :func:`partition_elements`.
     """
-    share = partition_elements(sum(sizes), num_ranks, alignment)
+    share = partition_elements(sum(sizes), num_ranks, alignment=2)
     ends = list(itertools.accumulate(sizes))
     first, last = rank * share, (rank + 1) * share
     padding = max(0, last - max(first, sum(sizes)))

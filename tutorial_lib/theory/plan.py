@@ -48,7 +48,7 @@ def something_fits(workload: Workload, cluster: Cluster, engine: str = "deepspee
     smallest = (
         evaluate(workload, cluster, layout)
         for shape in candidate_layouts(workload, cluster, engine)
-        for layout in smallest_variants(shape, workload, cluster)
+        for layout in smallest_variants(shape, workload)
     )
     return any(candidate.fits and (workload.allow_missing or not candidate.missing) for candidate in smallest)
 
@@ -58,7 +58,7 @@ def _costs(shape: Layout, workload: Workload, cluster: Cluster) -> Iterable[Cand
 
     Variants that this course's engines cannot run are left out, unless the workload has ``allow_missing``.
     """
-    for sizes in variants(shape, workload, cluster):
+    for sizes in variants(shape, workload):
         for layout in sizes:
             candidate = evaluate(workload, cluster, layout)
             if workload.allow_missing or not candidate.missing:

@@ -42,10 +42,10 @@ def candidate_layouts(workload: Workload, cluster: Cluster, engine: str = "deeps
     return found
 
 
-def variants(shape: Layout, workload: Workload, cluster: Cluster) -> Iterator[list[Layout]]:
+def variants(shape: Layout, workload: Workload) -> Iterator[list[Layout]]:
     """Yield, for each kind of checkpointing and gradient reduction, the layouts with increasing micro-batches."""
     recompute = [workload.checkpointing] if workload.checkpointing else list(CHECKPOINTING)
-    sizes = micro_batches(shape, workload, cluster)
+    sizes = micro_batches(shape, workload)
     reductions = ["last"]
     accumulates = workload.global_batch is not None or workload.micro_batch is not None
     if shape.strategy not in (None, "no_shard") and shape.pp == 1 and accumulates:
@@ -54,14 +54,14 @@ def variants(shape: Layout, workload: Workload, cluster: Cluster) -> Iterator[li
         yield [replace(shape, micro_batch=b, checkpointing=checkpointing, reduction=reduction) for b in sizes]
 
 
-def smallest_variants(shape: Layout, workload: Workload, cluster: Cluster) -> Iterator[Layout]:
+def smallest_variants(shape: Layout, workload: Workload) -> Iterator[Layout]:
     """Yield the variants of a shape that need the least memory: most recomputation, smallest micro-batch."""
-    found = [sizes[0] for sizes in variants(shape, workload, cluster)]
+    found = [sizes[0] for sizes in variants(shape, workload)]
     most = max(CHECKPOINTING.index(layout.checkpointing) for layout in found)
     yield from (layout for layout in found if layout.checkpointing == CHECKPOINTING[most])
 
 
-def micro_batches(shape: Layout, workload: Workload, cluster: Cluster) -> list[int]:
+def micro_batches(shape: Layout, workload: Workload) -> list[int]:
     """Return the micro-batches to try, smallest first; with a given global batch, those that divide a rank's share."""
     if workload.micro_batch:
         return [workload.micro_batch]

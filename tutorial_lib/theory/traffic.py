@@ -15,7 +15,7 @@ and lessons 01 to 03.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 GRADIENT_REDUCTIONS = ("reduce_scatter", "all_reduce")
 
@@ -43,11 +43,7 @@ class StepVolume:
 
     def to_dict(self) -> dict[str, int]:
         """Return the elements by kind."""
-        return {
-            "all_reduce": self.all_reduce,
-            "all_gather": self.all_gather,
-            "reduce_scatter": self.reduce_scatter,
-        }
+        return asdict(self)
 
 
 def zero_volume(
@@ -202,15 +198,7 @@ def tensor_parallel_volume(
     return StepVolume(all_reduce=accumulation * num_layers * all_reduces * micro_batch * seq_length * hidden)
 
 
-def tensor_parallel_crossover(
-    num_params: int,
-    num_layers: int,
-    hidden: int,
-    *,
-    accumulation: int = 1,
-    recompute: bool = False,
-    column_layers: int = 2,
-) -> float:
+def tensor_parallel_crossover(num_params: int, num_layers: int, hidden: int, *, column_layers: int = 2) -> float:
     """Return the tokens per step at which tensor parallelism and ZeRO-3 send the same amount over n devices.
 
     A tensor-parallel group passes *all* tokens T of the step through each of its ranks: ``8 L h T`` elements with
@@ -222,15 +210,10 @@ def tensor_parallel_crossover(
         num_params: Psi, the number of parameters.
         num_layers: L, the number of layers.
         hidden: h, the hidden size.
-        accumulation: micro-batches that ZeRO-3 splits the step's tokens into.
-        recompute: activation checkpointing, which repeats one forward all-reduce per layer. ZeRO-3's volume stays the
-            same: its gather for backward also serves the second forward.
         column_layers: as in :func:`tensor_parallel_volume`.
     """
-    per_token = tensor_parallel_volume(
-        num_layers, 1, 1, hidden, 2, recompute=recompute, column_layers=column_layers
-    ).total  # fmt: skip
-    return zero_volume(num_params, 3, accumulation=accumulation).total / per_token
+    per_token = tensor_parallel_volume(num_layers, 1, 1, hidden, 2, column_layers=column_layers).total
+    return zero_volume(num_params, 3).total / per_token
 
 
 def bus_bandwidth(

@@ -158,11 +158,6 @@ class Trainer:
             return None
         return self.evaluator.loss_at(self.checkpoints.record, self.steps_done)
 
-    def evaluate(self) -> float:
-        """Return the mean loss per token over the evaluation split, on all ranks. Collective."""
-        assert self.evaluator is not None
-        return self.evaluator.mean_loss(self.steps_done)
-
     def train_step(self, micro_batches: list[dict[str, Tensor]]) -> None:
         """Train one optimizer step and record it. Collective.
 

@@ -33,7 +33,6 @@ class SquadScore:
 
     exact_match: float
     f1: float
-    num_questions: int
 
 
 def normalize_answer(text: str) -> str:
@@ -69,7 +68,7 @@ def average_scores(scores: Sequence[AnswerScore]) -> SquadScore:
     if not scores:
         raise ValueError("There is no score to average: answer at least one question.")
     exact_match = 100 * sum(score.exact_match for score in scores) / len(scores)
-    return SquadScore(exact_match, 100 * sum(score.f1 for score in scores) / len(scores), len(scores))
+    return SquadScore(exact_match, 100 * sum(score.f1 for score in scores) / len(scores))
 
 
 def _f1(prediction: str, gold: str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 from tutorial_lib.engine import Engine
@@ -73,7 +74,7 @@ class StepProbe:
             "peak_bytes": dict(self._allocations.peak),
             "traffic": self._traffic.to_dict(),
             "num_parameters": engine.num_parameters,
-            "layout": [row.to_dict() for row in engine.layout()] if self._topology.tp > 1 else None,
+            "layout": [asdict(row) for row in engine.layout()] if self._topology.tp > 1 else None,
         }
 
     def activation_bytes(self) -> int:

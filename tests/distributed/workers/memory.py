@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -26,7 +27,7 @@ from tutorial_lib.engine import build_engine
 from tutorial_lib.engine.deepspeed import engine
 from tutorial_lib.engine.fsdp import weights
 from tutorial_lib.launch import worker
-from tutorial_lib.measure.memory import host_memory, peak_memory, reset_peak_memory
+from tutorial_lib.measure.memory import peak_memory, reset_peak_memory
 from tutorial_lib.mpu import Topology
 from tutorial_lib.records import RunDirectory
 
@@ -80,7 +81,7 @@ def _peaks(phase: str, seen: dict[str, int]) -> Iterator[None]:
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
-    before = host_memory().rss
+    before = psutil.Process().memory_info().rss
     reset_peak_memory(torch.device("cpu"))
     yield
     seen[phase] = peak_memory(torch.device("cpu")) - before

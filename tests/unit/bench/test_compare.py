@@ -6,14 +6,14 @@ import pytest
 
 from tests.support.bench_records import done
 from tutorial_lib.bench import Matrix, compare
-from tutorial_lib.bench.record import OUT_OF_MEMORY, Memory, RowRecord
+from tutorial_lib.bench.record import OUT_OF_MEMORY, RowRecord
 from tutorial_lib.config import ConfigError
-from tutorial_lib.measure.memory_log import MIB
+from tutorial_lib.measure.memory_log import MIB, MemorySummary
 
 
 @pytest.fixture
 def storage(tmp_path):
-    half = Memory("PSS", 512 * MIB, 500.0 * MIB, (), 10)
+    half = MemorySummary("PSS", 512 * MIB, 500.0 * MIB, (), 10)
     zero2 = {"zero_stage": 2, "offload": "optimizer", "pin_memory": False, "dp": 1, "engine": "deepspeed"}
     rows = (
         done("stage-2"),
@@ -44,7 +44,7 @@ def test_the_table_matches_the_workshop(storage):
 
 
 def test_gpus_are_compared_where_both_have_some(storage):
-    gpus = [Memory("GPU", size * MIB, size * MIB, (), 3) for size in (100, 25)]
+    gpus = [MemorySummary("GPU", size * MIB, size * MIB, (), 3) for size in (100, 25)]
     Matrix("offload", storage / "gpu", {}, tuple(done(f"r{i}", gpu=gpu) for i, gpu in enumerate(gpus))).write()
     kinds = {each.memory: each.saving_percent for each in compare("gpu/r0", "gpu/r1", storage=storage).differences}
     assert kinds["GPU"] == 75.0

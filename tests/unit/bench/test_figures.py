@@ -6,8 +6,8 @@ import pytest
 
 from tests.support.bench_records import done
 from tutorial_lib.bench import figures
-from tutorial_lib.bench.record import Memory, RowRecord
-from tutorial_lib.measure.memory_log import MIB
+from tutorial_lib.bench.record import RowRecord
+from tutorial_lib.measure.memory_log import MIB, MemorySummary
 from tutorial_lib.measure.memory_sampler import sample_memory
 from tutorial_lib.theory.memory import ModelStates
 
@@ -34,7 +34,7 @@ def test_a_matrix_without_a_finished_row_has_no_figures(tmp_path):
 
 
 def test_on_gpus_the_peak_is_shown_beside_one_ranks_states_on_its_gpu():
-    gpu, states = Memory("GPU", 2048 * MIB, 2000.0 * MIB, (), 3), (ModelStates(40 * MIB, 0, 0),) * 2
+    gpu, states = MemorySummary("GPU", 2048 * MIB, 2000.0 * MIB, (), 3), (ModelStates(40 * MIB, 0, 0),) * 2
     drawn = figures.draw_peaks([done("a", gpu=gpu, predicted_device_states=states)])
     assert drawn is not None and drawn.title.startswith("Peak of the GPU") and "a: 2,048 MiB" in drawn.alt
 

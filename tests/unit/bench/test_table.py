@@ -8,8 +8,8 @@ import pytest
 
 from tests.support.bench_records import done
 from tutorial_lib.bench import table
-from tutorial_lib.bench.record import KILLED, Memory, RowRecord
-from tutorial_lib.measure.memory_log import MIB
+from tutorial_lib.bench.record import KILLED, RowRecord
+from tutorial_lib.measure.memory_log import MIB, MemorySummary
 from tutorial_lib.theory.memory import ModelStates
 
 
@@ -42,7 +42,7 @@ def test_a_predicted_time_shows_beside_the_measured_one(tmp_path):
 
 def test_gpus_and_errors_show_in_their_columns():
     predicted = (ModelStates(40 * MIB, 40 * MIB, 70 * MIB),)
-    gpu = Memory("GPU", 2048 * MIB, 2000.5 * MIB, (), 3)
+    gpu = MemorySummary("GPU", 2048 * MIB, 2000.5 * MIB, (), 3)
     (row,) = cells("zero-stages", [done("stage-2", gpu=gpu, predicted_states=predicted)])
     assert (row["GPU peak (MiB)"], row["GPU average (MiB)"], row["GPU mode (MiB)"]) == ("2,048", "2,000", "all differ")
     assert row["error (%)"] == "+6.67"

@@ -7,7 +7,6 @@ import pytest
 
 from tests.support.torch_runs import config
 from tutorial_lib import launch
-from tutorial_lib.records import RunDirectory
 
 
 @pytest.fixture(scope="session")
@@ -21,11 +20,4 @@ def interrupted(stopped, tmp_path):
     """Return a copy of the stopped run, to damage or resume."""
     run = replace(stopped, config=stopped.config.override(storage=str(tmp_path)))
     shutil.copytree(stopped.directory.path, run.directory.path)
-    return run
-
-
-@pytest.fixture
-def run(tmp_path):
-    run = RunDirectory(tmp_path / "run")
-    run.create()
     return run

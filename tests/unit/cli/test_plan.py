@@ -223,9 +223,7 @@ def test_tensor_parallelism_and_zero_3_cross_at_four_and_a_half_hidden_sizes() -
     assert tokens == 4.5 * hidden
     sent = traffic.tensor_parallel_volume(layers, 1, int(tokens), hidden, 8).ring_elements(8)
     assert sent == pytest.approx(traffic.zero_volume(psi, 3).ring_elements(8))
-    assert traffic.tensor_parallel_crossover(psi, layers, hidden, accumulation=2) == 2 * tokens
     assert traffic.tensor_parallel_crossover(psi, layers, hidden, column_layers=5) == pytest.approx(tokens * 4 / 7)
-    assert traffic.tensor_parallel_crossover(psi, layers, hidden, recompute=True) == pytest.approx(tokens * 4 / 5)
 
 
 def test_a_plan_crosses_where_the_formula_says() -> None:
@@ -700,8 +698,6 @@ def test_an_uncounted_family_is_counted_on_a_model_without_memory(tmp_path: Path
     config = GPTNeoXConfig(
         hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=160, vocab_size=500
     )
-    with pytest.raises(ConfigError, match="gpt_neox model cannot be counted from its configuration"):
-        from_config(config)
     config.save_pretrained(tmp_path)
     dimensions, num_params = read_config(str(tmp_path))
     model = GPTNeoXForCausalLM(config)

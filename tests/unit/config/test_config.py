@@ -1,8 +1,5 @@
 """Combinations of settings that cannot run: they are refused before a process starts, and errors offer alternatives."""
 
-import subprocess
-import sys
-
 import pytest
 
 from tutorial_lib.config import PROFILES, Config, ConfigError, settings
@@ -170,8 +167,3 @@ def test_global_batch_is_dp_times_micro_batch_times_accumulation(flat, micro_bat
     config = Config.create("cpu", global_batch=8, **flat)
     assert (config.micro_batch, config.accumulation) == (micro_batch, accumulation)
     assert config.parallel.dp * config.micro_batch * config.accumulation == 8
-
-
-def test_reading_a_configuration_starts_no_heavy_import():
-    code = "import sys, tutorial_lib.config; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -237,16 +237,6 @@ def test_a_position_holds_for_another_number_of_ranks(toy_config, byte_tokenizer
         assert got == step_numbers(expected, byte_tokenizer)
 
 
-def test_resume_with_processes_that_read_ahead(toy_config, byte_tokenizer):
-    config = toy_config(65, global_batch=6, micro_batch=3)
-    uninterrupted = read(build_train_loader(config, byte_tokenizer, place()), 14)
-    loader = build_train_loader(config, byte_tokenizer, place(), num_workers=2)
-    assert all(equal(got, expected) for got, expected in zip(read(loader, 9), uninterrupted, strict=False))
-    resumed = build_train_loader(config, byte_tokenizer, place(), num_workers=2)
-    resumed.load_state_dict(loader.state_dict())
-    assert all(equal(got, expected) for got, expected in zip(read(resumed, 5), uninterrupted[9:], strict=True))
-
-
 @pytest.mark.parametrize("batching", BATCHINGS)
 def test_epochs_hold_the_micro_batches_of_the_steps(toy_config, byte_tokenizer, batching):
     config = toy_config(65, batching=batching, global_batch=12, micro_batch=3, seed=1).override(dp=2)

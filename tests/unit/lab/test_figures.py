@@ -39,7 +39,7 @@ def every_figure() -> dict[str, figures.Figure]:
             alt="A line.",
             marks={"step": 0.2},
         ),
-        "bars": figures.bars({"a": 1, "b": 2.5}, title="b is more", alt="Bars.", unit="s", reference=("r", 2)),
+        "bars": figures.bars({"a": 1, "b": 2.5}, title="b is more", alt="Bars.", unit="s"),
         "memory": figures.grouped_memory(states, title="Stages divide", alt="Stacked bars."),
         "stacked": figures.stacked_bars(
             {"a, rank 0": {"weights": 1, "rest": 2.5}, "b, rank 0": {"weights": 2}},

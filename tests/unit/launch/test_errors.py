@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from pathlib import Path
 
 import pytest
 
@@ -12,13 +11,6 @@ from tutorial_lib.launch import errors
 from tutorial_lib.records import RunDirectory
 
 LOST = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunDirectory:
-    run = RunDirectory(tmp_path / "news")
-    run.create()
-    return run
 
 
 def raised(error: Exception) -> Exception:
@@ -32,7 +24,7 @@ def raised(error: Exception) -> Exception:
 def test_a_rank_with_an_error_of_its_own_shows_its_traceback(run: RunDirectory) -> None:
     run.write_error(1, raised(ValueError("of this rank")))
     said = str(errors.error_of_joined_rank(run, rank=1, num_ranks=2))
-    assert said.startswith("Rank 1 of run 'news' failed with ValueError: of this rank\n\nTraceback")
+    assert said.startswith("Rank 1 of run 'run' failed with ValueError: of this rank\n\nTraceback")
     assert "raise error" in said
 
 
@@ -49,7 +41,7 @@ def test_a_rank_names_a_lost_peer_even_if_it_learns_of_it_late(run: RunDirectory
     late.start()
     said = str(errors.error_of_joined_rank(run, rank=0, num_ranks=2))
     late.join()
-    assert said.startswith("Rank 0 of run 'news' ends because rank 1, on ")
+    assert said.startswith("Rank 0 of run 'run' ends because rank 1, on ")
     assert "failed with ValueError: the cause\nThe output of that rank has the traceback." in said
 
 
@@ -70,5 +62,5 @@ def test_a_rank_that_left_no_error_is_named(
     for rank in wrote:
         run.write_error(rank, LOST)
     said = str(errors.error_of_joined_rank(run, rank=0, num_ranks=num_ranks))
-    assert said.startswith("Rank 0 of run 'news' lost the connection to another rank, or got no answer. ")
+    assert said.startswith("Rank 0 of run 'run' lost the connection to another rank, or got no answer. ")
     assert why in said and said.endswith(f"\nRuntimeError: {LOST}")

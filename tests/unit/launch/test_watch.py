@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import signal
-from pathlib import Path
 
 import pytest
 
 from tutorial_lib.launch import watch
 from tutorial_lib.records import Row, RunDirectory
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunDirectory:
-    run = RunDirectory(tmp_path / "run")
-    run.create()
-    return run
 
 
 def test_rows_of_a_killed_start_are_not_handed_on(run: RunDirectory) -> None:

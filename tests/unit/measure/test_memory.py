@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -99,20 +99,14 @@ def test_without_allocations_there_are_no_entries() -> None:
     assert allocations.peak == allocations.remaining == {}
 
 
-def test_host_memory_is_this_process() -> None:
-    now = memory.host_memory()
-    assert now.peak_rss >= now.rss > 50 * MIB
-
-
 def test_peak_memory_restarts_and_includes_freed_buffers() -> None:
     cpu = torch.device("cpu")
-    before = memory.host_memory().rss
+    before = psutil.Process().memory_info().rss
     memory.reset_peak_memory(cpu)
     torch.ones(64 * 2**20)  # 256 MiB, written and freed
     assert memory.peak_memory(cpu) > before + 200 * 2**20
     memory.reset_peak_memory(cpu)
-    if sys.platform == "linux":
-        assert memory.peak_memory(cpu) < before + 200 * 2**20
+    assert memory.peak_memory(cpu) < before + 200 * 2**20
 
 
 @pytest.mark.parametrize("engine", ["torch", "trainer"])

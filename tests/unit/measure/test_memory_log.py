@@ -13,6 +13,7 @@ from tutorial_lib.measure.memory_log import (
     MIB,
     MemoryLogError,
     MemorySeries,
+    MemorySummary,
     read_memory_log,
     read_nvidia_smi,
     read_psrecord,
@@ -34,36 +35,31 @@ def write_memory_log(path: Path, *readings: tuple[list[dict[str, Any]], list[dic
     return path
 
 
-# --- peak, mean, duration and modes ----------------------------------------------------------------------------------
+# --- peak, mean and modes ----------------------------------------------------------------------------------
 
 
-def test_peak_mean_and_duration() -> None:
-    summary = MemorySeries("x", "RSS", (0.0, 5.0, 10.5), (10, 40, 40)).summary(rounding=1)
-    assert (summary.peak, summary.mean, summary.duration, summary.num_samples) == (40, 30.0, 10.5, 3)
-    assert (summary.modes, summary.mode_count) == ((40,), 2)
+def summary_of(*mebibytes: int) -> MemorySummary:
+    seconds = tuple(map(float, range(len(mebibytes))))
+    return MemorySeries("x", "RSS", seconds, tuple(each * MIB for each in mebibytes)).summary()
+
+
+def test_peak_and_mean() -> None:
+    summary = summary_of(10, 40, 40)
+    assert (summary.peak, summary.mean, summary.num_samples) == (40 * MIB, 30 * MIB, 3)
 
 
 @pytest.mark.parametrize(
-    ("values", "rounding", "modes", "count"),
+    ("values", "modes"),
     [
-        ((3, 1, 2, 1, 3), 1, (1, 3), 2),
-        ((3, 1, 2), 1, (1, 2, 3), 1),
-        ((7,), 1, (7,), 1),
-        ((99, 101, 140, 260, 250), 100, (100,), 3),
-        ((99, 101, 160, 240, 260), 100, (100, 200), 2),
-        ((MIB, MIB + 1, 5 * MIB), MIB, (MIB,), 2),
+        ((30, 10, 20, 10, 30), (10, 30)),
+        ((30, 10, 20), ()),
+        ((70,), ()),
+        ((9, 11, 14, 26, 25), (10,)),
+        ((9, 11, 16, 24, 26), (10, 20)),
     ],
 )
-def test_all_modes_at_the_stated_rounding(
-    values: tuple[int, ...], rounding: int, modes: tuple[int, ...], count: int
-) -> None:
-    summary = MemorySeries("x", "RSS", tuple(map(float, range(len(values)))), values).summary(rounding=rounding)
-    assert (summary.modes, summary.mode_count, summary.rounding) == (modes, count, rounding)
-
-
-def test_a_rounding_of_0_is_refused() -> None:
-    with pytest.raises(ValueError, match="1 or more"):
-        MemorySeries("x", "RSS", (0.0,), (1,)).summary(rounding=0)
+def test_all_modes_of_values_rounded_to_ten_mebibytes(values: tuple[int, ...], modes: tuple[int, ...]) -> None:
+    assert summary_of(*values).modes == tuple(mode * MIB for mode in modes)
 
 
 # --- the sampler's own log -------------------------------------------------------------------------------------------
@@ -121,12 +117,13 @@ def test_gpus_and_the_share_of_the_tree(tmp_path: Path) -> None:
 
 def test_a_recorded_psrecord_log() -> None:
     log = read_memory_log(LOGS / "psrecord.txt")
-    tree = log["process tree"].summary(rounding=MIB)
-    assert (log.source, tree.counted, tree.num_samples, tree.duration) == ("psrecord", "RSS", 7, 3.038)
+    tree = log["process tree"].summary()
+    assert (log.source, tree.counted, tree.num_samples) == ("psrecord", "RSS", 7)
+    assert log["process tree"].seconds[-1] == 3.038
     assert tree.peak == round(107.656 * MIB)
     mean = (38.262 + 54.270 + 70.277 + 86.285 + 91.648 + 2 * 107.656) / 7
     assert tree.mean == pytest.approx(mean * MIB, abs=1)
-    assert (tree.modes, tree.mode_count) == ((108 * MIB,), 2)
+    assert tree.modes == (90 * MIB, 110 * MIB)
 
 
 def test_psrecord_with_io_columns(tmp_path: Path) -> None:
@@ -144,19 +141,21 @@ def test_psrecord_with_io_columns(tmp_path: Path) -> None:
 def test_the_workshops_nvidia_smi_log() -> None:
     log = read_memory_log(LOGS / "nvidia-smi.csv")
     first, second = (series.summary() for series in log.series)
-    assert (log.source, first.label, second.label, first.counted) == ("nvidia-smi", "GPU 0", "GPU 1", "GPU")
-    assert (first.peak, first.modes, first.mode_count) == (21658 * MIB, (4 * MIB, 21658 * MIB), 2)
+    labels = [series.label for series in log.series]
+    assert (log.source, labels, first.counted) == ("nvidia-smi", ["GPU 0", "GPU 1"], "GPU")
+    assert (first.peak, first.modes) == (21658 * MIB, (0, 21660 * MIB))
     assert first.mean == (4 + 21658 + 21658 + 19998 + 4) / 5 * MIB
-    assert (second.peak, second.modes) == (18204 * MIB, (18200 * MIB, 18204 * MIB))
-    assert (first.num_samples, first.duration) == (5, pytest.approx(20.013))
+    assert (second.peak, second.modes) == (18204 * MIB, (18200 * MIB,))
+    assert (first.num_samples, log["GPU 0"].seconds[-1]) == (5, pytest.approx(20.013))
     assert log["GPU 1"].seconds[0] == pytest.approx(0.002), "seconds count from the log's first sample"
 
 
 @pytest.mark.parametrize("name", ["nvidia-smi-units.csv", "nvidia-smi-noheader.csv"])
 def test_units_repeated_headers_and_no_header(name: str) -> None:
-    first, second = (series.summary() for series in read_memory_log(LOGS / name).series)
-    assert (first.num_samples, first.peak, first.duration) == (3, 3001 * MIB, 10.0)
-    assert (second.num_samples, second.peak, second.modes) == (3, 3002 * MIB, (3002 * MIB,))
+    log = read_memory_log(LOGS / name)
+    first, second = (series.summary() for series in log.series)
+    assert (first.num_samples, first.peak, log["GPU 0"].seconds[-1]) == (3, 3001 * MIB, 10.0)
+    assert (second.num_samples, second.peak, second.modes) == (3, 3002 * MIB, (3000 * MIB,))
 
 
 def test_the_query_of_a_log_without_header_can_be_given(tmp_path: Path) -> None:

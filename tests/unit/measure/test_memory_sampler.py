@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.support.launching import wait_until
 from tutorial_lib.measure import memory_sampler
 from tutorial_lib.measure.memory_sampler import sample_memory
 
@@ -43,13 +43,6 @@ def rows(path: Path) -> list[dict[str, Any]]:
 def pids(row: dict[str, Any]) -> set[int]:
     """Return the processes in a reading: this one, a test's own, and helpers that other tests have left running."""
     return {process["pid"] for process in row["processes"]}
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end, "waited for ten seconds"
-        time.sleep(0.01)
 
 
 def test_the_log_shows_what_this_process_allocates(tmp_path: Path) -> None:

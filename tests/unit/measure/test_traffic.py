@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.support.launching import ROOT
-from tutorial_lib.measure.traffic import Collective, Traffic, count_collectives
+from tutorial_lib.measure.traffic import count_collectives
 
 
 @pytest.fixture(scope="module")
@@ -106,14 +106,6 @@ def test_fsdp_sends_three_psi_and_tensor_parallelism_two_all_reduces(counted: li
 
 def test_traffic_inside_dtensor_operators_is_counted(counted: list[dict[str, Any]]) -> None:
     assert counted[0]["inside_an_operator"]["elements"] == {"all_gather": [64]}
-
-
-def test_an_unknown_kind_is_refused() -> None:
-    traffic = Traffic([Collective("all_reduce", 10, "float32", 4, 2, True)])
-    assert traffic.elements() == traffic.elements("all_reduce") == 10
-    assert traffic.bytes() == 40 and traffic.count() == 1 and traffic.count("broadcast") == 0
-    with pytest.raises(ValueError, match=r"allreduce.*all_reduce"):
-        traffic.elements("allreduce")
 
 
 def test_all_collective_operators_of_torch_are_known() -> None:

@@ -116,8 +116,17 @@ class Stage0(_Stage):
 class _SlicedStage(_Stage):
     """Common part of stages 1 to 3: a rank holds its slices of each parameter group as one vector."""
 
-    _places: list[dict[str, tuple[int, int, torch.Size]]]
     _master_vectors: str
+
+    def __init__(
+        self, directory: Path, engine: EngineConfig, parallel: ParallelConfig, model: Any, folder: str = "engine"
+    ) -> None:
+        super().__init__(directory, engine, parallel, model, folder)
+        self._places = [self._places_of(tp_rank) for tp_rank in range(self._tp)]
+
+    @abstractmethod
+    def _places_of(self, tp_rank: int) -> dict[str, tuple[int, int, torch.Size]]:
+        """Return each parameter's group, its first index in a rank's vector, and its shape, by name."""
 
     def _vector(self, dp_rank: int, tp_rank: int, group: int, kind: str) -> Tensor | None:
         if kind == WEIGHT:
@@ -138,14 +147,7 @@ class Stage12(_SlicedStage):
 
     _master_vectors = "single_partition_of_fp32_groups"
 
-    def __init__(
-        self, directory: Path, engine: EngineConfig, parallel: ParallelConfig, model: Any, folder: str = "engine"
-    ) -> None:
-        super().__init__(directory, engine, parallel, model, folder)
-        self._places = [self._places_of(tp_rank) for tp_rank in range(self._tp)]
-
     def _places_of(self, tp_rank: int) -> dict[str, tuple[int, int, torch.Size]]:
-        """Return each parameter's group, its first index in the group's vector, and its shape, by name."""
         # The shapes are in the vector's order, which differs from the model's with round_robin_gradients.
         groups = self._model_file(tp_rank)["param_shapes"]
         paddings = self._optimizer(0, tp_rank)["param_alignment_paddings"]
@@ -182,15 +184,7 @@ class Stage3(_SlicedStage):
 
     _master_vectors = "fp32_flat_groups"
 
-    def __init__(
-        self, directory: Path, engine: EngineConfig, parallel: ParallelConfig, model: Any, folder: str = "engine"
-    ) -> None:
-        super().__init__(directory, engine, parallel, model, folder)
-        self._ranks = [(dp_rank, tp_rank) for dp_rank in range(self._dp) for tp_rank in range(self._tp)]
-        self._places = [self._places_of(tp_rank) for tp_rank in range(self._tp)]
-
     def _places_of(self, tp_rank: int) -> dict[str, tuple[int, int, torch.Size]]:
-        """Return each parameter's group, its piece's first index in the rank's vector, and its shape, by name."""
         places = {}
         for group, shapes in enumerate(self._rank_states(0, tp_rank)["param_shapes"]):
             first = 0
@@ -212,8 +206,9 @@ class Stage3(_SlicedStage):
         return -(-shape.numel() // self._pieces(name))
 
     def _share(self, tp_rank: int, name: str, kind: str) -> Tensor:
-        among_all = self._pieces(name) == len(self._ranks)
-        ranks = self._ranks if among_all else [rank for rank in self._ranks if rank[1] == tp_rank]
+        among_all = self._pieces(name) == self._dp * self._tp
+        tp_ranks = range(self._tp) if among_all else [tp_rank]
+        ranks = [(dp_rank, each) for dp_rank in range(self._dp) for each in tp_ranks]
         if name not in self._number:
             states = [self._rank_states(*rank) for rank in ranks]
             shape = states[0]["frozen_param_shapes"][name]

@@ -18,6 +18,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -44,10 +45,9 @@ from tutorial_lib.engine.chunked_loss import output_loss
 from tutorial_lib.engine.deepspeed import autotp
 from tutorial_lib.engine.deepspeed import config as ds_config
 from tutorial_lib.engine.deepspeed.full_states import FullStates
-from tutorial_lib.engine.inputs import model_inputs
 from tutorial_lib.engine.learning_rate import Schedule
 from tutorial_lib.engine.parameter_layout import ParameterLayout
-from tutorial_lib.engine.single import global_norm
+from tutorial_lib.engine.single import global_norm, model_inputs
 from tutorial_lib.models import build_model, slice_alibi
 from tutorial_lib.mpu import ModelParallelUnit, Topology, device_mesh
 
@@ -97,7 +97,7 @@ class DeepSpeedEngine:
             model = build_model(config)
         if self.unit:
             ds_config.add_plan(settings, model.config)
-        self.num_parameters = sum(_full_numel(parameter) for parameter in model.parameters())
+        self.num_parameters = sum(int(getattr(p, "ds_numel", p.numel())) for p in model.parameters())
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = _adamw(trained, config.optimizer, config.engine)
         self.deepspeed, *_ = deepspeed.initialize(
@@ -162,7 +162,7 @@ class DeepSpeedEngine:
             The gradient's global 2-norm before clipping; infinite if DeepSpeed skipped the update (fp16 overflow).
         """
         self._micro_steps = 0
-        norm: Any = self._norm_without_zero() if self._plain_optimizer else None
+        norm: Any = self._norm_without_zero() if self.deepspeed.optimizer is self.optimizer else None
         scale = self._missing_loss_scale()
         self.deepspeed.step()
         if not self.update_was_skipped:
@@ -177,10 +177,6 @@ class DeepSpeedEngine:
     def update_was_skipped(self) -> bool:
         """Return True if the last :meth:`step` changed nothing because fp16 gradients overflowed."""
         return self.config.engine.precision == "fp16" and not self.deepspeed.was_step_applied()
-
-    @property
-    def _plain_optimizer(self) -> bool:
-        return self.deepspeed.optimizer is self.optimizer
 
     def _norm_without_zero(self) -> float:
         # Stage 0 in fp32 does not wrap the optimizer and reports no norm. The gradients are already averaged. Each rank
@@ -231,7 +227,7 @@ class DeepSpeedEngine:
         self.deepspeed.checkpoint_engine = _CheckpointEngine(writer)
         self.deepspeed.save_checkpoint(str(directory), tag=_TAG, save_latest=False)
         if self.unit and self.unit.topology.rank == 0:
-            rows = [row.to_dict() for row in self.layout()]
+            rows = [asdict(row) for row in self.layout()]
             (directory / LAYOUT).write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
     def load(self, directory: Path) -> None:
@@ -342,17 +338,10 @@ def _partition_at_construction(settings: dict[str, Any]) -> Iterator[None]:
 
 
 def _adamw(parameters: list[torch.nn.Parameter], o: OptimizerConfig, engine: EngineConfig) -> torch.optim.Optimizer:
-    shared: dict[str, Any] = {
-        "lr": o.learning_rate, "betas": (o.beta1, o.beta2), "eps": o.eps, "weight_decay": o.weight_decay
-    }  # fmt: skip
     if engine.offload == "none":
-        return torch.optim.AdamW(parameters, **shared)
+        return torch.optim.AdamW(parameters, **o.adamw)
     # With offload, DeepSpeed refuses torch's AdamW: its own CPU Adam is vectorised for the host's processor.
-    return DeepSpeedCPUAdam(parameters, adamw_mode=True, **shared)
-
-
-def _full_numel(parameter: torch.nn.Parameter) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+    return DeepSpeedCPUAdam(parameters, adamw_mode=True, **o.adamw)
 
 
 def _tensors(nested: Any) -> list[Tensor]:

@@ -20,7 +20,6 @@ from torch import Tensor
 from tutorial_lib.checkpoint import MOMENTS, FullTensors
 from tutorial_lib.engine.deepspeed import partitions
 from tutorial_lib.mpu import ModelParallelUnit
-from tutorial_lib.mpu.collectives import all_gather_tensor
 
 
 class FullStates:
@@ -102,11 +101,14 @@ class FullStates:
 
     def _gather_over_tp(self, parameter: torch.nn.Parameter, share: Tensor) -> Tensor:
         """All-gather the full tensor from this rank's share of a parameter, gradient or moment. Collective."""
-        if self._unit is None:
+        dim = self._dims[parameter]
+        if self._unit is None or dim is None:
             return share
         # Offloaded tensors are in host memory, but the ranks exchange tensors on their devices.
-        on_device = share.detach().to(self._device)
-        return all_gather_tensor(on_device, self._dims[parameter], self._unit.get_model_parallel_group())
+        own = share.detach().to(self._device).contiguous()
+        shares = [torch.empty_like(own) for _ in range(self._unit.topology.tp)]
+        torch.distributed.all_gather(shares, own, group=self._unit.get_model_parallel_group())
+        return torch.cat(shares, dim)
 
     def _share(self, parameter: torch.nn.Parameter, tensor: Tensor) -> Tensor:
         """Return this rank's share of a full tensor: the inverse of :meth:`_gather_over_tp`."""

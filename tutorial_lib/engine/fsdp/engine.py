@@ -24,9 +24,9 @@ from tutorial_lib.checkpoint.rank_writer import Writer
 from tutorial_lib.config import Config, OptimizerConfig
 from tutorial_lib.engine.chunked_loss import output_loss
 from tutorial_lib.engine.fsdp import dcp, sharding, tensor_parallel, weights
-from tutorial_lib.engine.inputs import model_inputs
 from tutorial_lib.engine.learning_rate import Schedule
 from tutorial_lib.engine.parameter_layout import ParameterLayout
+from tutorial_lib.engine.single import model_inputs
 from tutorial_lib.models.fused_qkv import by_part, is_fused_by_part
 from tutorial_lib.models.meta import model_outline
 from tutorial_lib.mpu import Topology
@@ -161,7 +161,9 @@ class FSDPEngine:
                 yield name, {moment: self._full_tensor(name, state[moment]) for moment in MOMENTS}
 
     def _full_tensor(self, name: str, tensor: Tensor) -> Tensor:
-        gathered = sharding.full_tensor(tensor.detach()).to("cpu", torch.float32, copy=True)
+        held = tensor.detach()
+        full = held.full_tensor() if isinstance(held, DTensor) else held
+        gathered = full.to("cpu", torch.float32, copy=True)
         if is_fused_by_part(name, self._model_type):
             return by_part(gathered, weights.tensor_parallel_size(tensor)).contiguous()
         return gathered
@@ -198,11 +200,4 @@ def _adamw(model: torch.nn.Module, optimizer: OptimizerConfig) -> torch.optim.Op
         if parameter.requires_grad:
             mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
             groups.setdefault(mesh, []).append(parameter)
-    return torch.optim.AdamW(
-        [{"params": group} for group in groups.values()],
-        lr=optimizer.learning_rate,
-        betas=(optimizer.beta1, optimizer.beta2),
-        eps=optimizer.eps,
-        weight_decay=optimizer.weight_decay,
-        fused=True,
-    )
+    return torch.optim.AdamW([{"params": group} for group in groups.values()], **optimizer.adamw, fused=True)

@@ -156,11 +156,6 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the full tensor of a DTensor, or any other tensor unchanged. Collective."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def unreduced_gradients(model: nn.Module) -> list[torch.Tensor]:
     """Return the full gradients of earlier micro-batches, which will be reduced together with the last one's.
 

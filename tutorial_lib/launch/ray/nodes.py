@@ -15,7 +15,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from types import TracebackType
 from typing import Any
 from unittest import mock
 
@@ -86,11 +85,6 @@ class TwoNodes:
         print("lose", file=self._owner.stdin, flush=True)
         self._answer()
 
-    def close(self) -> None:
-        """End all processes of the cluster."""
-        if self._owner.poll() is None:
-            self._owner.communicate()
-
     def _answer(self) -> str:
         assert self._owner.stdout is not None
         if line := self._owner.stdout.readline().strip():
@@ -101,10 +95,9 @@ class TwoNodes:
     def __enter__(self) -> TwoNodes:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def __exit__(self, *error: object) -> None:
+        if self._owner.poll() is None:
+            self._owner.communicate()
 
 
 def _read_variables_again() -> None:

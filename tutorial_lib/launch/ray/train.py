@@ -119,7 +119,8 @@ def launch(configs: Sequence[Config], poll: Callable[[], None], worker: str = WO
     if failed:
         if isinstance(_controller_failure(failed[0]), StoppedWaiting) and not has_begun():
             return
-        raise _error(failed[0], directories) from (None if _have_error(directories) else failed[0])
+        have_error = any(directory.first_error() for directory in directories)
+        raise _error(failed[0], directories) from (None if have_error else failed[0])
 
 
 def _controller_failure(failed: BaseException) -> Exception | None:
@@ -179,10 +180,6 @@ def _first_failure(written: dict[str, Any] | None, worker_exceptions: dict[int, 
     if lost_another_rank(written):  # this error may reach Ray before Ray notices which worker or node is gone
         message = f"it lost another rank, which was killed or whose node was lost, and which left no error. {message}"
     return {"rank": written["rank"], "type": written["type"], "message": message}
-
-
-def _have_error(directories: Sequence[RunDirectory]) -> bool:
-    return any(directory.first_error() for directory in directories)
 
 
 def _trainer_class(config: Config, demand: Demand) -> Any:

@@ -27,7 +27,7 @@ from tutorial_lib.engine import try_engine
 from tutorial_lib.engine.deepspeed.file import find, read_json
 from tutorial_lib.engine.deepspeed.trainer_file import auto_keys
 from tutorial_lib.engine.fsdp.sharding import local_part, unreduced_gradients
-from tutorial_lib.engine.inputs import model_inputs
+from tutorial_lib.engine.single import model_inputs
 from tutorial_lib.models import build_model
 from tutorial_lib.mpu.device import local_device
 from tutorial_lib.mpu.random_states import seed_everything
@@ -176,7 +176,11 @@ class _TrainedModel:
         # Build these before the model: if they ask for stage 3, transformers partitions the model while building it.
         args = build_arguments(config, run.num_steps)
         if self._file:
-            _join_process_group(self.device)
+            # Otherwise DeepSpeed would use a GPU whenever there is one, even for a run on the CPU.
+            os.environ["DS_ACCELERATOR"] = self.device.type
+            from tutorial_lib.engine.deepspeed.engine import join_process_group
+
+            join_process_group()
         model = build_model(config)
         self.num_parameters = sum(int(getattr(p, "ds_numel", p.numel())) for p in model.parameters())
         self.trainer = HuggingFaceTrainer(run, model, args)
@@ -197,16 +201,13 @@ class _TrainedModel:
 
             return held_tensors(engine, engine.basic_optimizer)
         parameters = list(self.module.parameters())
-        states = [t for state in self.trainer.optimizer_states() for t in state.values() if torch.is_tensor(t)]
+        optimizer = self.trainer.optimizer  # None before the first step
+        states = [t for state in optimizer.state.values() for t in state.values()] if optimizer else []
         return {
             "parameters": [_held(p) for p in parameters],
             "gradients": [p.grad for p in parameters if p.grad is not None] + unreduced_gradients(self.module),
-            "optimizer": [t for t in states if t.dim() > 0],
+            "optimizer": [t for t in states if torch.is_tensor(t) and t.dim() > 0],
         }
-
-    def layout(self) -> list[Any]:
-        """Return an empty list: the Trainer splits no parameter over a tensor-parallel group."""
-        return []
 
     @contextmanager
     def calling_after_backward(self, callback: Callable[[], None]) -> Iterator[None]:
@@ -318,11 +319,3 @@ class _TrainersSchedule:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Do nothing: the Trainer restores its schedule itself."""
-
-
-def _join_process_group(device: torch.device) -> None:
-    # Otherwise DeepSpeed would use a GPU whenever there is one, even for a run on the CPU.
-    os.environ["DS_ACCELERATOR"] = device.type
-    from tutorial_lib.engine.deepspeed.engine import join_process_group
-
-    join_process_group()

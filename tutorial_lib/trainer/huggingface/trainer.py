@@ -50,19 +50,8 @@ class HuggingFaceTrainer(Trainer):
         if self.optimizer is None:
             own: Any = self.model if model is None else model
             trained = [parameter for parameter in own.parameters() if parameter.requires_grad]
-            args = self.args
-            self.optimizer = torch.optim.AdamW(
-                trained,
-                lr=args.learning_rate,
-                betas=(args.adam_beta1, args.adam_beta2),
-                eps=args.adam_epsilon,
-                weight_decay=args.weight_decay,
-            )
+            self.optimizer = torch.optim.AdamW(trained, **self.run.config.optimizer.adamw)
         return self.optimizer
-
-    def optimizer_states(self) -> list[dict[str, Any]]:
-        """Return the optimizer's state of each parameter; an empty list before the first step."""
-        return list(self.optimizer.state.values()) if self.optimizer else []
 
     def compute_loss(self, *args: Any, **given: Any) -> Any:
         with self.around_forward():
