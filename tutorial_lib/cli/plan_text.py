@@ -216,10 +216,10 @@ def _best(answer: Answer) -> list[str]:
         *(f"  {sentence}" for sentence in answer.why),
     ]
     if answer.fewer:
-        less, gpus = answer.fewer.best, answer.fewer.best.layout.gpus
+        fewer, all_of_them = (format_short(c.tokens_per_gpu_second * c.layout.gpus) for c in (answer.fewer.best, best))
         lines.append(
-            f"Fewer GPUs are as fast: {answer.fewer.change} gives {format_short(less.tokens_per_gpu_second * gpus)} tokens/s "
-            f"in total; all {answer.cluster.gpus} give {format_short(best.tokens_per_gpu_second * answer.cluster.gpus)}."
+            f"Fewer GPUs are as fast: {answer.fewer.change} gives {fewer} tokens/s in total; all "
+            f"{answer.cluster.gpus} give {all_of_them}."
         )
     runs = best if not best.missing else answer.here
     if best.missing:

@@ -239,8 +239,8 @@ def grouped_memory(
                     axes.bar(at, height, width * 0.9, bottom=bottom, color=color, hatch=_HATCHES[index % 3],
                              edgecolor=_HATCH_INK, linewidth=0)  # fmt: skip
                     bottom += height
-                axes.annotate(format_short(bottom), (at, bottom), xytext=(0, 3), textcoords="offset points", ha="center",
-                              fontsize=8)  # fmt: skip
+                axes.annotate(format_short(bottom), (at, bottom), xytext=(0, 3), textcoords="offset points",
+                              ha="center", fontsize=8)  # fmt: skip
         axes.set_ylabel(f"{y_label} ({unit})")
         axes.margins(y=0.12)
         axes.set_xticks(range(len(states)), list(states))
@@ -394,8 +394,6 @@ STYLE: dict[str, Any] = {
     "svg.hashsalt": "tutorial_lib",
 }
 """Settings for all drawings. DejaVu Sans ships with the drawing library, so it is the same everywhere."""
-
-
 
 
 def _whole_numbers(axis: Any, values: Sequence[float]) -> None:
