@@ -224,8 +224,9 @@ def port_state(port: int) -> str:
 def rendezvous_problem(endpoint: str) -> str | None:
     """Return why the processes of a run cannot meet at ``HOST:PORT``, as far as this machine can tell, or None.
 
-    As with torchrun, an IPv6 address may stand in brackets. The name must resolve here. If the address belongs to this machine, the port must be free as well. This opens no
-    connection, so other machines may check before the first process of the run listens there.
+    As with torchrun, an IPv6 address may stand in brackets. The name must resolve here. If the address belongs to this
+    machine, the port must be free as well. This opens no connection, so other machines may check before the first
+    process of the run listens there.
     """
     host, _, port = endpoint.rpartition(":")
     host = host[1:-1] if host[:1] == "[" and host[-1:] == "]" else host
