@@ -124,6 +124,11 @@ def format_value(value: Any) -> str:
     return str(value)
 
 
+def format_short(number: float) -> str:
+    """Format a measurement with about three digits and no exponent for large ones: ``0.0125``, ``4.35``, ``4,347``."""
+    return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
+
+
 def format_bytes(num_bytes: float) -> str:
     """Format bytes with a binary unit: exact below 10 KiB (``9,840 B``), ``1.33 MiB`` above."""
     if abs(num_bytes) < 10 * 1024:

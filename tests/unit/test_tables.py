@@ -52,3 +52,11 @@ def test_columns_are_as_wide_as_their_widest_cell_or_wider() -> None:
 )
 def test_bytes_as_text(num_bytes: float, text: str) -> None:
     assert tables.format_bytes(num_bytes) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0.01254, "0.0125"), (4.347, "4.35"), (99.97, "100"), (999.6, "1,000"), (4347.4, "4,347"), (-1e6, "-1,000,000")],
+)
+def test_measurements_have_about_three_digits(number: float, text: str) -> None:
+    assert tables.format_short(number) == text

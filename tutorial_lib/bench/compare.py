@@ -13,7 +13,7 @@ from tutorial_lib.bench.matrix import MATRIX_FILE, Matrix
 from tutorial_lib.bench.record import RowRecord
 from tutorial_lib.config import ConfigError
 from tutorial_lib.measure.memory_log import MIB
-from tutorial_lib.tables import Table
+from tutorial_lib.tables import Table, format_short
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Comparison:
         cells = tuple(
             (
                 each.rows, each.memory, f"{each.memory_without / MIB:,.2f}", f"{each.memory_with / MIB:,.2f}",
-                f"{each.saving_percent:.1f}", f"{each.runtime_without:.3g}", f"{each.runtime_with:.3g}",
+                f"{each.saving_percent:.1f}", format_short(each.runtime_without), format_short(each.runtime_with),
                 f"{each.change_percent:+.1f}",
             )
             for each in self.differences

@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 from tutorial_lib.bench.record import RowRecord
 from tutorial_lib.lab.progress import StatusLine, duration
+from tutorial_lib.tables import format_short
 
 
 class SilentProgress:
@@ -66,7 +67,7 @@ class MatrixProgress(SilentProgress):
     def end(self, record: RowRecord) -> None:
         self._seconds.append(time.monotonic() - (self._began or 0))
         self._began = None
-        speed = f", {record.samples_per_second:.3g} samples/s" if record.samples_per_second else ""
+        speed = f", {format_short(record.samples_per_second)} samples/s" if record.samples_per_second else ""
         why = f": {record.cause}" if record.cause else ""
         self._line.keep(f"row {len(self._seconds)} of {len(self._rows)}, {record.name}: {record.status} after "
                         f"{self._seconds[-1]:.1f} s{speed}{why}{self._left()}")  # fmt: skip

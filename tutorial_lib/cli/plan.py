@@ -257,7 +257,8 @@ def _document(answer: Answer) -> dict[str, Any]:
         "backward_all_reduces": backward_all_reduces(workload.dimensions, answer.engine),
         "cluster": dataclasses.asdict(answer.cluster),
         "best": rows[0] if best.fits else None, "why": answer.why, "candidates": rows,
-        "advice": [str(remedy) for remedy in answer.advice], "fewer_gpus": str(answer.fewer) if answer.fewer else None,
+        "advice": [plan_text.in_one_line(remedy) for remedy in answer.advice],
+        "fewer_gpus": plan_text.in_one_line(answer.fewer) if answer.fewer else None,
         "left_out": plan_text.LEFT_OUT, "run": None,
     }  # fmt: skip
     runs = answer.here

@@ -6,7 +6,7 @@ import textwrap
 from dataclasses import dataclass, field
 
 from tutorial_lib.cli import plan_commands
-from tutorial_lib.tables import align
+from tutorial_lib.tables import align, format_short
 from tutorial_lib.theory.cost import SLOWEST_SMALL_RUN, Candidate, backward_all_reduces, short_gb
 from tutorial_lib.theory.layout_reasons import OFFLOAD_WARNING
 from tutorial_lib.theory.layouts import Cluster, Workload, missing_for
@@ -92,6 +92,14 @@ def describe(candidate: Candidate) -> str:
     return text
 
 
+def in_one_line(remedy: Remedy) -> str:
+    """Describe a remedy and the best layout after it."""
+    best = remedy.best
+    how = f"dp={best.layout.dp} tp={best.layout.tp} {best.layout.name}, offload {best.layout.offload}"
+    lacks = f"; this course's engines lack {', '.join(best.missing)}" if best.missing else ""
+    return f"{remedy.change}: {format_short(best.tokens_per_gpu_second)} tokens/s per GPU with {how}{lacks}"
+
+
 def _assumptions(answer: Answer) -> list[str]:
     work, machine = answer.workload, answer.cluster
     dims = work.dimensions
@@ -105,7 +113,7 @@ def _assumptions(answer: Answer) -> list[str]:
         f"{work.num_params / 1e9:.4g} B parameters, {work.precision}: {dims.layers} layers, hidden "
         f"{dims.hidden}, {dims.heads} heads ({dims.key_value_heads} kv), vocabulary {dims.vocabulary}{trained}",
         f"  dimensions: {answer.source}; replicated under tp: {replicated} M",
-        f"{machine.gpus} {of} of {machine.gpu_memory / 1e9:g} GB ({machine.usable_memory / 1e9:.3g} usable), "
+        f"{machine.gpus} {of} of {machine.gpu_memory / 1e9:g} GB ({format_short(machine.usable_memory / 1e9)} usable), "
         f"{machine.gpus_per_node} per node; {machine.gpu_flops / 1e12:g} TFLOP/s at {machine.efficiency:g} (HFU)",
         f"  GB/s: {machine.intra_node_bandwidth / 1e9:g} within a node, "
         f"{machine.inter_node_bandwidth / 1e9:g} between, {machine.host_link / 1e9:g} to the host; "
@@ -192,7 +200,7 @@ def _row(candidate: Candidate, best: Candidate) -> tuple[str, ...]:
     return (
         str(layout.dp), f"{layout.tp}{'s' if layout.sequence_parallel else ' '}",
         layout.name.replace("shard_grad_op ", "grad_op "), "*" if candidate.missing else "", str(layout.micro_batch),
-        recompute, off, *gigabytes, f"{candidate.tokens_per_gpu_second:,.0f}", why,
+        recompute, off, *gigabytes, format_short(candidate.tokens_per_gpu_second), why,
     )  # fmt: skip
 
 
@@ -202,16 +210,16 @@ def _best(answer: Answer) -> list[str]:
     phase = "in backward" if best.peak_phase == "backward" else f"at the {best.peak_phase}"
     lines = [
         f"Best: {describe(best)}. Of {len(answer.candidates)} layouts, {fitting} fit.",
-        f"{best.tokens_per_gpu_second:,.0f} tokens/s per GPU, {best.seconds:.3g} s per step of "
+        f"{format_short(best.tokens_per_gpu_second)} tokens/s per GPU, {format_short(best.seconds)} s per step of "
         f"{best.tokens // answer.workload.seq_length} sequences, accumulation {best.accumulation}; "
         f"{best.compute_seconds / best.seconds:.0%} of that is computing{_launch_share(best)}. Memory peaks {phase}.",
         *(f"  {sentence}" for sentence in answer.why),
     ]
     if answer.fewer:
-        less, gpus = answer.fewer.best, answer.fewer.best.layout.gpus
+        fewer, all_of_them = (format_short(c.tokens_per_gpu_second * c.layout.gpus) for c in (answer.fewer.best, best))
         lines.append(
-            f"Fewer GPUs are as fast: {answer.fewer.change} gives {less.tokens_per_gpu_second * gpus:,.0f} tokens/s "
-            f"in total; all {answer.cluster.gpus} give {best.tokens_per_gpu_second * answer.cluster.gpus:,.0f}."
+            f"Fewer GPUs are as fast: {answer.fewer.change} gives {fewer} tokens/s in total; all "
+            f"{answer.cluster.gpus} give {all_of_them}."
         )
     runs = best if not best.missing else answer.here
     if best.missing:
@@ -262,7 +270,7 @@ def _advice(answer: Answer) -> list[str]:
         best = remedy.best
         lacks = f"; not in this course: {', '.join(best.missing)}" if best.missing else ""
         lines.append(f"  {remedy.change}")
-        lines.append(f"    {best.tokens_per_gpu_second:,.0f} tokens/s per GPU with {describe(best)}{lacks}")
+        lines.append(f"    {format_short(best.tokens_per_gpu_second)} tokens/s per GPU with {describe(best)}{lacks}")
     if any(remedy.best.layout.offload != "none" for remedy in answer.advice):
         lines.append(f"  {OFFLOAD_WARNING}")
     return lines

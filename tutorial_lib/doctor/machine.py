@@ -158,10 +158,12 @@ def find_compiler() -> str | None:
     if path is None:
         return None
     try:
-        answer = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=5, check=True)
+        answer = subprocess.run(
+            [path, "--version"], capture_output=True, text=True, errors="replace", timeout=5, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
-    return answer.stdout.splitlines()[0]
+    return (answer.stdout.splitlines() or [path])[0]
 
 
 def operator_states() -> dict[str, str]:
@@ -172,10 +174,18 @@ def operator_states() -> dict[str, str]:
     for name in OPERATORS:
         state = "compiled" if compiled.get(name) or any(cache.glob(f"**/{name}/{name}.so")) else "not compiled"
         locks = [] if compiled.get(name) else list(cache.glob(f"**/{name}/lock"))
-        if locks and time.time() - locks[0].stat().st_mtime > STALE_LOCK_SECONDS:
+        if locks and _age(locks[0]) > STALE_LOCK_SECONDS:
             state = f"locked by {locks[0]}"
         states[name] = state
     return states
+
+
+def _age(file: Path) -> float:
+    """Return the seconds since a file was written, or 0 if it has just been removed."""
+    try:
+        return time.time() - file.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def prebuilt_operators() -> dict[str, Any]:
@@ -214,10 +224,12 @@ def port_state(port: int) -> str:
 def rendezvous_problem(endpoint: str) -> str | None:
     """Return why the processes of a run cannot meet at ``HOST:PORT``, as far as this machine can tell, or None.
 
-    The name must resolve here. If the address belongs to this machine, the port must be free as well. This opens no
-    connection, so other machines may check before the first process of the run listens there.
+    As with torchrun, an IPv6 address may stand in brackets. The name must resolve here. If the address belongs to this
+    machine, the port must be free as well. This opens no connection, so other machines may check before the first
+    process of the run listens there.
     """
     host, _, port = endpoint.rpartition(":")
+    host = host[1:-1] if host[:1] == "[" and host[-1:] == "]" else host
     here = socket.gethostname()
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         return f"The rendezvous {endpoint!r} is not HOST:PORT with a port from 1 to 65535, such as node1:29500."
@@ -231,16 +243,16 @@ def rendezvous_problem(endpoint: str) -> str | None:
             "/etc/hosts there, or name the first node by its address."
         )
     for family, kind, protocol, _, address in found:
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(address)
-            except OSError as error:
-                if error.errno == errno.EADDRINUSE:
-                    return (
-                        f"Port {port} of {here} is in use by another program, so the processes of this run cannot meet "
-                        f"at {endpoint}. Choose another port, or end that program (`ss -ltnp` shows it)."
-                    )
+        except OSError as error:  # also on another machine's address, or without IPv6
+            if error.errno == errno.EADDRINUSE:
+                return (
+                    f"Port {port} of {here} is in use by another program, so the processes of this run cannot meet "
+                    f"at {endpoint}. Choose another port, or end that program (`ss -ltnp` shows it)."
+                )
     return None
 
 

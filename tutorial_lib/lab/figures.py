@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
+from tutorial_lib.tables import format_short
+
 BLUE, ORANGE, GREEN, PURPLE, RED = "#3a86d1", "#d97a1e", "#2e9e73", "#9a6fd0", "#d1495b"
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, RED)
 """Colours in order of use: at least 3 : 1 against the background, and distinct for colour-blind readers."""
@@ -134,7 +136,7 @@ def lines(
             axes.set_xscale("log")
             axes.set_yscale("log")
             for axis in (axes.xaxis, axes.yaxis):
-                axis.set_major_formatter(lambda value, _: _number(value))
+                axis.set_major_formatter(lambda value, _: format_short(value))
                 axis.set_minor_formatter("")
         else:
             _whole_numbers(axes.xaxis, [x for xs, _ in series.values() for x in xs])
@@ -186,7 +188,7 @@ def bars(values: Mapping[str, float], *, title: str, alt: str, unit: str) -> Fig
     """
     with styled_axes(title, alt, size=(7.0, 1.3 + 0.38 * len(values)), grid="x") as (axes, drawn):
         container = axes.barh(list(values), list(values.values()), color=BLUE, height=0.62)
-        axes.bar_label(container, labels=[_number(v) for v in values.values()], padding=4, color=INK)
+        axes.bar_label(container, labels=[format_short(v) for v in values.values()], padding=4, color=INK)
         axes.invert_yaxis()
         axes.set_xlabel(unit)
         axes.margins(x=0.12)
@@ -225,8 +227,8 @@ def grouped_memory(
                     axes.bar(at, height, width * 0.9, bottom=bottom, color=color, hatch=_HATCHES[index % 3],
                              edgecolor=_HATCH_INK, linewidth=0)  # fmt: skip
                     bottom += height
-                axes.annotate(_number(bottom), (at, bottom), xytext=(0, 3), textcoords="offset points", ha="center",
-                              fontsize=8)  # fmt: skip
+                axes.annotate(format_short(bottom), (at, bottom), xytext=(0, 3), textcoords="offset points",
+                              ha="center", fontsize=8)  # fmt: skip
         axes.set_ylabel(f"{y_label} (MiB)")
         axes.margins(y=0.12)
         axes.set_xticks(range(len(states)), list(states))
@@ -290,7 +292,7 @@ def stacked_bars(
                       hatch=_HATCHES[index % 3], edgecolor=_HATCH_INK, linewidth=0)  # fmt: skip
             totals = [total + width for total, width in zip(totals, widths, strict=True)]
         for place, total in zip(places, totals, strict=True):
-            axes.annotate(_number(total), (total, place), xytext=(4, 0), textcoords="offset points", va="center",
+            axes.annotate(format_short(total), (total, place), xytext=(4, 0), textcoords="offset points", va="center",
                           fontsize=8)  # fmt: skip
         axes.set_yticks(places, list(values))
         axes.tick_params(axis="y", length=0)
@@ -380,10 +382,6 @@ STYLE: dict[str, Any] = {
     "svg.hashsalt": "tutorial_lib",
 }
 """Settings for all drawings. DejaVu Sans ships with the drawing library, so it is the same everywhere."""
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _whole_numbers(axis: Any, values: Sequence[float]) -> None:

@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 from tutorial_lib.lab.figures import BLUE, GREEN, ORANGE
-from tutorial_lib.tables import Table, table
+from tutorial_lib.tables import Table, format_short, table
 from tutorial_lib.theory.cost import Candidate
 from tutorial_lib.theory.hardware import GPUS, find_gpu
 from tutorial_lib.theory.known_models import MODELS
@@ -89,7 +89,7 @@ def ranked(shown: list[Candidate]) -> Table:
             {
                 "dp x tp, sharding": _name(c), "micro-batch": c.layout.micro_batch,
                 "recomputed": c.layout.checkpointing,
-                "GB per GPU": round(c.memory / 1e9, 1), "tokens/s per GPU": round(c.tokens_per_gpu_second),
+                "GB per GPU": round(c.memory / 1e9, 1), "tokens/s per GPU": _rounded(c.tokens_per_gpu_second),
                 "why not": c.problem or c.slower or "the best", "in this course": "no" if c.missing else "yes",
             }
             for c in shown
@@ -190,9 +190,13 @@ def _finding(found: list[Candidate]) -> str:
     more += f" {OFFLOAD_WARNING[0].upper()}{OFFLOAD_WARNING[1:]}" if best.layout.offload != "none" else ""
     fitting = sum(c.fits for c in found)
     return (
-        f"{_name(best)} with micro-batch {best.layout.micro_batch}: {best.tokens_per_gpu_second:,.0f} tokens/s per "
-        f"GPU. Of {len(found)} layouts, {fitting} fit.{more}"
+        f"{_name(best)} with micro-batch {best.layout.micro_batch}: {format_short(best.tokens_per_gpu_second)} "
+        f"tokens/s per GPU. Of {len(found)} layouts, {fitting} fit.{more}"
     )
+
+
+def _rounded(number: float) -> float:
+    return round(number) if number >= 100 else round(number, 2)
 
 
 def _name(candidate: Candidate) -> str:

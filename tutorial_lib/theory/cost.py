@@ -228,9 +228,10 @@ def _compute_seconds(workload: Workload, cluster: Cluster, layout: Layout, token
     """Return the seconds of forward, backward and recomputation. Every tp rank computes an unsplit output layer."""
     dims = workload.dimensions
     per_token: float = flops.flops_per_token(workload.num_params, dims.layers, dims.hidden, workload.seq_length)
+    scale = workload.num_params / dims.num_params  # a size may differ a little from that of its dimensions
     if not dims.tied:
-        per_token -= 6 * dims.embedding_params  # looked up, never multiplied
-    in_layers = 2 * (workload.num_params - dims.root_params)
+        per_token -= 6 * scale * dims.embedding_params  # looked up, never multiplied
+    in_layers = 2 * scale * dims.layers * dims.layer_params
     if workload.lora_rank:
         per_token -= in_layers  # with frozen weights, backward computes no weight gradients
     is_unsplit = (dims.tied or layout.engine == "fsdp") and not layout.sequence_parallel

@@ -123,11 +123,6 @@ class Dimensions:
         return self.intermediate or 4 * self.hidden
 
     @property
-    def root_params(self) -> int:
-        """Elements outside the layers: embeddings, their norm, the last norm, and a separate output layer."""
-        return self.num_params - self.layers * self.layer_params
-
-    @property
     def linear_widths(self) -> tuple[tuple[int, int], ...]:
         """Inputs and outputs of a layer's matrices: query, key, value, output, then the MLP's."""
         h, kv, f = self.hidden, self.key_value_width, self.mlp_width

@@ -6,6 +6,7 @@ and offload are described without a comparison.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from tutorial_lib.theory.activations import CHECKPOINTING
@@ -43,7 +44,7 @@ def reasons(workload: Workload, cluster: Cluster, best: Candidate) -> list[str]:
     return [sentence for sentence in found if sentence]
 
 
-def _against(best: Candidate, other: Candidate) -> str:
+def against(best: Candidate, other: Candidate) -> str:
     """Return the end of a sentence about another layout, such as ``is 12 % slower`` or ``is too large by 3.1 GB``."""
     if other.problem.startswith("global batch"):
         sequences = other.layout.micro_batch * other.layout.dp
@@ -52,11 +53,22 @@ def _against(best: Candidate, other: Candidate) -> str:
         return f"lacks {other.problem.removeprefix('host too small by ')} of host memory"
     if not other.fits:
         return f"is {other.problem}"
-    percent = 100 * (best.tokens_per_gpu_second / other.tokens_per_gpu_second - 1)
-    if percent > 0.5:
-        return f"is {percent:.0f} % slower"
-    faster = f"is {-percent:.0f} % faster and " if percent < -0.5 else ""
-    return f"{faster}peaks at {other.memory / 1e9:.0f} GB instead of {best.memory / 1e9:.0f}"
+    slower = 100 * (best.tokens_per_gpu_second / other.tokens_per_gpu_second - 1)
+    if slower > 0.5:
+        return f"is {slower:,.0f} % slower"
+    faster = 100 * (other.tokens_per_gpu_second / best.tokens_per_gpu_second - 1)
+    if abs(other.memory / best.memory - 1) < 0.005:
+        return f"is {f'{faster:,.0f} % faster' if faster > 0.5 else 'as fast'}, with the same peak"
+    peaks = "peaks at {} GB instead of {}".format(*_distinct(other.memory / 1e9, best.memory / 1e9))
+    return f"is {faster:,.0f} % faster and {peaks}" if faster > 0.5 else peaks
+
+
+def _distinct(*numbers: float) -> list[str]:
+    """Format positive numbers with the decimals that show two digits of the smallest, and how they differ."""
+    decimals = max(0, 1 - math.floor(math.log10(min(numbers))))
+    while len(texts := [f"{number:.{decimals}f}" for number in numbers]) > len(set(texts)):
+        decimals += 1
+    return texts
 
 
 def _sharding(workload: Workload, cluster: Cluster, best: Candidate) -> str:
@@ -69,7 +81,10 @@ def _sharding(workload: Workload, cluster: Cluster, best: Candidate) -> str:
     if less is None or layout.dp == 1:
         return ""
     name = "DDP" if less.strategy else f"ZeRO-{less.zero_stage}"
-    return f"{layout.name}: {name} {_against(best, evaluate(workload, cluster, less))}."
+    other = evaluate(workload, cluster, less)
+    if other.missing and not workload.allow_missing:
+        return f"{layout.name}: this course's engines do not have {', '.join(other.missing)}."
+    return f"{layout.name}: {name} {against(best, other)}."
 
 
 def _recomputing(workload: Workload, cluster: Cluster, best: Candidate) -> str:
@@ -78,10 +93,10 @@ def _recomputing(workload: Workload, cluster: Cluster, best: Candidate) -> str:
         return ""
     if now == 0:
         other = replace(best.layout, checkpointing="full")
-        return f"Nothing is recomputed: full recomputation {_against(best, evaluate(workload, cluster, other))}."
+        return f"Nothing is recomputed: full recomputation {against(best, evaluate(workload, cluster, other))}."
     other = replace(best.layout, checkpointing=CHECKPOINTING[now - 1])
     name = "no recomputation" if now == 1 else "selective recomputation"
-    return f"{best.layout.checkpointing} recomputation: {name} {_against(best, evaluate(workload, cluster, other))}."
+    return f"{best.layout.checkpointing} recomputation: {name} {against(best, evaluate(workload, cluster, other))}."
 
 
 def _micro_batch(workload: Workload, cluster: Cluster, best: Candidate) -> str:
@@ -89,10 +104,10 @@ def _micro_batch(workload: Workload, cluster: Cluster, best: Candidate) -> str:
         return ""
     size = best.layout.micro_batch
     double = evaluate(workload, cluster, replace(best.layout, micro_batch=2 * size))
-    text = f"Micro-batch {size}: {2 * size} {_against(best, double)}"
+    text = f"Micro-batch {size}: {2 * size} {against(best, double)}"
     if size > 1:
         half = evaluate(workload, cluster, replace(best.layout, micro_batch=size // 2))
-        text += f"; {size // 2} {_against(best, half)}"
+        text += f"; {size // 2} {against(best, half)}"
     return text + "."
 
 
@@ -102,7 +117,7 @@ def _reduction(workload: Workload, cluster: Cluster, best: Candidate) -> str:
     each, once = "with every micro-batch", "once per step"
     now, other = (each, once) if best.layout.reduction == "each" else (once, each)
     changed = replace(best.layout, reduction="last" if now == each else "each")
-    return f"Gradients are reduced {now}: {other} {_against(best, evaluate(workload, cluster, changed))}."
+    return f"Gradients are reduced {now}: {other} {against(best, evaluate(workload, cluster, changed))}."
 
 
 def _tensor_parallel(workload: Workload, cluster: Cluster, best: Candidate) -> str:
@@ -116,8 +131,8 @@ def _tensor_parallel(workload: Workload, cluster: Cluster, best: Candidate) -> s
         sequence_parallel=False,
         micro_batch=max(1, layout.micro_batch // layout.tp),
     )
-    text = f"tp={layout.tp}: without it the layout {_against(best, evaluate(workload, cluster, one))}"
+    text = f"tp={layout.tp}: without it the layout {against(best, evaluate(workload, cluster, one))}"
     if layout.sequence_parallel:
         plain = evaluate(workload, cluster, replace(layout, sequence_parallel=False))
-        text += f"; without sequence parallelism it {_against(best, plain)}"
+        text += f"; without sequence parallelism it {against(best, plain)}"
     return text + "."

@@ -279,10 +279,10 @@ def _check_sizes(workload: Workload) -> None:
     if workload.loss_chunks > workload.seq_length:
         raise ValueError(
             f"loss_chunks is {workload.loss_chunks}, more than the {workload.seq_length} tokens of a sequence. Write a "
-            "smaller number, such as 8."
+            f"smaller number, such as {min(8, workload.seq_length)}."
         )
     if workload.lora_rank > dims.hidden:
         raise ValueError(
             f"lora is {workload.lora_rank}: adapters of a rank above the hidden size, {dims.hidden}, are larger than "
-            "the matrices that they adapt. Write a smaller number, such as 16."
+            f"the matrices that they adapt. Write a smaller number, such as {min(16, dims.hidden)}."
         )

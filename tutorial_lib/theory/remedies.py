@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 
 from tutorial_lib.theory.cost import Candidate
 from tutorial_lib.theory.layouts import Cluster, Workload
 from tutorial_lib.theory.plan import TIE, plan, something_fits
+from tutorial_lib.theory.search import SPLITS
 
 MOST_GPUS = 65_536
 LORA_RANK = 16
@@ -27,25 +29,23 @@ class Remedy:
     change: str
     best: Candidate
 
-    def __str__(self) -> str:
-        layout = self.best.layout
-        how = f"dp={layout.dp} tp={layout.tp} {layout.name}, offload {layout.offload}"
-        lacks = f"; this course's engines lack {', '.join(self.best.missing)}" if self.best.missing else ""
-        return f"{self.change}: {self.best.tokens_per_gpu_second:,.0f} tokens/s per GPU with {how}{lacks}"
-
 
 def remedies(workload: Workload, cluster: Cluster, engine: str = "deepspeed") -> list[Remedy]:
     """Return single changes or, if none is enough, one set of changes; empty if the planner knows none that helps."""
     found = _try_changes(workload, cluster, engine)
     if not found:
         least = replace(
-            workload, checkpointing="full", micro_batch=1, global_batch=None, moments="8bit", loss_chunks=LOSS_CHUNKS,
-            allow_missing=True,
+            workload, checkpointing="full", micro_batch=1, global_batch=None, moments="8bit",
+            loss_chunks=max(workload.loss_chunks, _loss_chunks(workload)), allow_missing=True,
         )  # fmt: skip
         if gpus := smallest_gpus(least, cluster, engine):
             best = plan(least, replace(cluster, gpus=gpus), engine)[0]
-            together = f"--activation-checkpointing full --micro-batch 1 --moments 8bit --loss-chunks {LOSS_CHUNKS}"
-            found.append(Remedy(f"{together} --gpus {gpus}, all together", best))
+            change = "--activation-checkpointing full --micro-batch 1 --moments 8bit"
+            change += f" --loss-chunks {least.loss_chunks} --gpus {gpus}"
+            given = {"--global-batch": workload.global_batch, "--only-here": not workload.allow_missing}
+            if dropped := " and ".join(flag for flag, is_given in given.items() if is_given):
+                change += f" without {dropped}"
+            found.append(Remedy(f"{change}, all together", best))
     return sorted(found, key=lambda remedy: -remedy.best.tokens_per_gpu_second)
 
 
@@ -105,13 +105,14 @@ def _changes(workload: Workload, cluster: Cluster, engine: str) -> list[tuple[st
     if workload.checkpointing in ("none", "selective"):
         add(f"--activation-checkpointing full instead of {workload.checkpointing}", checkpointing="full")
     if workload.loss_chunks == 1:
-        add(f"--loss-chunks {LOSS_CHUNKS}", loss_chunks=LOSS_CHUNKS)
+        add(f"--loss-chunks {_loss_chunks(workload)}", loss_chunks=_loss_chunks(workload))
     wider = "" if workload.allow_missing else " without --only-here"
     for moments in ("bf16", "8bit"):
         if workload.moments == "fp32":
             add(f"--moments {moments}{wider}", moments=moments, allow_missing=True)
     if not workload.lora_rank:
-        add(f"--lora {LORA_RANK}{wider}", lora_rank=LORA_RANK, allow_missing=True)
+        rank = min(LORA_RANK, workload.dimensions.hidden)
+        add(f"--lora {rank}{wider}", lora_rank=rank, allow_missing=True)
     if needed := _host_memory(workload, cluster, engine):
         add(f"offload, with --host-memory {needed / 1e9:.0f} (GB per node)", replace(cluster, host_memory=needed))
     fewest = smallest_gpus(workload, cluster, engine) or 0
@@ -135,6 +136,8 @@ def smallest_gpus(workload: Workload, cluster: Cluster, engine: str = "deepspeed
     for gpus in range(1, cluster.gpus_per_node + 1):
         if fits(gpus):
             return gpus
+    if workload.global_batch:  # not every number of nodes can take equal shares of it
+        return next((gpus for gpus in _gpus_for_batch(workload, cluster) if fits(gpus)), None)
     too_few, nodes = 1, 2
     while not fits(nodes * cluster.gpus_per_node):
         too_few, nodes = nodes, 2 * nodes
@@ -147,6 +150,19 @@ def smallest_gpus(workload: Workload, cluster: Cluster, engine: str = "deepspeed
         else:
             too_few = middle
     return nodes * cluster.gpus_per_node
+
+
+def _gpus_for_batch(workload: Workload, cluster: Cluster) -> list[int]:
+    """Return the numbers of devices in several full nodes that can take equal shares of the global batch."""
+    per_node = cluster.gpus_per_node
+    passes, rest = divmod(workload.global_batch or 0, workload.micro_batch or 1)
+    if rest:
+        return []
+    ranks = [dp for dp in range(1, min(passes, MOST_GPUS) + 1) if passes % dp == 0]
+    tensor = [tp for tp in range(1, per_node + 1) if per_node % tp == 0]
+    splits = {math.prod(sizes) for sizes in itertools.product(tensor, (1, *SPLITS), (1, *SPLITS))}
+    found = {dp * split for dp, split in itertools.product(ranks, splits)}
+    return sorted(gpus for gpus in found if per_node < gpus <= MOST_GPUS and gpus % per_node == 0)
 
 
 def _host_memory(workload: Workload, cluster: Cluster, engine: str) -> float | None:
@@ -166,6 +182,11 @@ def _gpu_memory(workload: Workload, cluster: Cluster, engine: str) -> float | No
     peaks = [c.memory for c in layouts if not c.problem.startswith("global batch")]
     needed = math.ceil(min(peaks) / (1 - cluster.headroom) / 1e9) * 1e9 if peaks else 0.0
     return needed if needed > cluster.gpu_memory else None
+
+
+def _loss_chunks(workload: Workload) -> int:
+    """Return :data:`LOSS_CHUNKS`, or the number of tokens in a shorter sequence."""
+    return min(LOSS_CHUNKS, workload.seq_length)
 
 
 def _halves(number: int) -> list[int]:

@@ -26,6 +26,8 @@ from tutorial_lib.theory.layouts import FSDP_STRATEGIES, Cluster, Layout, Worklo
 LONG_SEQUENCE = 32_768
 LARGE_MODEL = 100e9
 MANY_GPUS = 64
+SPLITS = (2, 4, 8, 16)
+"""Sizes of context parallelism, and numbers of pipeline stages."""
 LARGEST_MICRO_BATCH = 64
 MICRO_BATCHES_PER_STAGE = 4
 """Micro-batches per stage and step, for a pipeline, if no global batch is given."""
@@ -99,7 +101,7 @@ def _context_and_pipeline_sizes(workload: Workload, cluster: Cluster, tp: int, e
         return
     groups = cluster.gpus // tp
     if workload.seq_length >= LONG_SEQUENCE:
-        for cp in (2, 4, 8, 16):
+        for cp in SPLITS:
             if tp * cp > cluster.per_node or groups % cp:
                 continue
             if engine == "fsdp":
@@ -107,7 +109,7 @@ def _context_and_pipeline_sizes(workload: Workload, cluster: Cluster, tp: int, e
             if workload.dimensions.heads % (tp * cp) == 0:
                 yield {"cp": cp, "ulysses": True}
     if workload.num_params >= LARGE_MODEL and cluster.gpus >= MANY_GPUS:
-        for pp in (2, 4, 8, 16):
+        for pp in SPLITS:
             if groups % pp == 0 and pp <= workload.dimensions.layers:
                 yield {"pp": pp}
                 if workload.dimensions.layers >= 2 * pp:

@@ -43,6 +43,11 @@ def test_the_table_matches_the_workshop(storage):
     )  # fmt: skip
 
 
+def test_long_runs_are_compared_in_whole_seconds(storage):
+    Matrix("offload", storage / "long", {}, (done("a", train_seconds=2345.6), done("b", train_seconds=1e5))).write()
+    assert compare("long/a", "long/b", storage=storage).table().rows[0][5:7] == ("2,346", "100,000")
+
+
 def test_gpus_are_compared_where_both_have_some(storage):
     gpus = [MemorySummary("GPU", size * MIB, size * MIB, (), 3) for size in (100, 25)]
     Matrix("offload", storage / "gpu", {}, tuple(done(f"r{i}", gpu=gpu) for i, gpu in enumerate(gpus))).write()

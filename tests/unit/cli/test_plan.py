@@ -27,8 +27,9 @@ from tutorial_lib.theory import traffic
 from tutorial_lib.theory.cost import Candidate
 from tutorial_lib.theory.dimensions import PUBLISHED, Dimensions, derive
 from tutorial_lib.theory.known_models import HUB_NAMES, MODELS
+from tutorial_lib.theory.layout_reasons import against
 from tutorial_lib.theory.layouts import FSDP_STRATEGIES, Cluster, Workload
-from tutorial_lib.theory.plan import plan
+from tutorial_lib.theory.plan import plan, something_fits
 from tutorial_lib.theory.remedies import faster_than_offload, remedies, smallest_gpus
 from tutorial_lib.theory.search import candidate_layouts
 
@@ -257,6 +258,16 @@ def test_recomputing_everything_costs_a_third_and_selectively_an_eighth() -> Non
     assert seconds[1] / seconds[0] == pytest.approx(1 + 0.365 / 3, rel=0.02)
 
 
+def test_recomputing_takes_time_even_if_most_of_a_model_is_its_vocabulary() -> None:
+    """The dimensions' embeddings alone have 15 % more elements than the size says."""
+    dims = derive(1e7, hidden=64, layers=1, vocabulary=90_000)
+    seconds = [
+        find(plan(work(1e7, dimensions=dims, checkpointing=how), cluster(2)), zero_stage=1).compute_seconds
+        for how in ("none", "selective", "full")
+    ]
+    assert seconds[0] < seconds[1] < seconds[2]
+
+
 # --- who wins ---------------------------------------------------------------------------------------------------------
 
 
@@ -423,6 +434,41 @@ def test_fewer_gpus_than_smallest_gpus_returns_do_not_fit(size: float) -> None:
     assert fits(smallest)
     fewer = itertools.chain(range(1, min(smallest, 9)), range(16, smallest, 8))
     assert not any(fits(n) for n in fewer)
+
+
+def test_remedies_suit_short_sequences_and_narrow_models() -> None:
+    """The usual 8 chunks are more than 4 tokens, and the usual rank of 16 is more than a hidden size of 8."""
+    short = work(seq_length=4, micro_batch=25_000, checkpointing="full")
+    assert "--loss-chunks 4" in [remedy.change for remedy in remedies(short, cluster())]
+    narrow = work(1e7, dimensions=derive(1e7, hidden=8, layers=13_000), moments="8bit")
+    assert remedies(narrow, cluster(1, 0.05, host_memory=1e6))
+    for task in (dataclasses.replace(short, loss_chunks=5), dataclasses.replace(narrow, lora_rank=16)):
+        with pytest.raises(ValueError, match=r"Write a smaller number, such as [48]\."):
+            plan(task, cluster())
+
+
+def test_changes_all_together_name_the_options_to_leave_out() -> None:
+    """They choose a batch of their own, and may use what this course's engines lack."""
+    dims = MODELS["llama-3-70b"]
+    task = Workload(
+        num_params=dims.num_params, dimensions=dims, seq_length=2048, global_batch=7, checkpointing="none",
+        micro_batch=16, allow_missing=False,
+    )  # fmt: skip
+    (together,) = remedies(task, cluster(16, 24, host_memory=1e9), "fsdp")
+    assert together.change.endswith(" --gpus 40 without --global-batch and --only-here, all together")
+
+
+@pytest.mark.parametrize(
+    ("per_node", "batch", "gigabytes", "fewest"), [(1, 24, 80, 24), (2, 100, 40, 50), (4, 24, 40, 48), (8, 12, 40, 48)]
+)
+def test_the_fewest_gpus_that_share_a_global_batch(per_node: int, batch: int, gigabytes: int, fewest: int) -> None:
+    """On two, four, eight ... nodes, nothing that fits can take equal shares of these batches."""
+    dims = MODELS["llama-2-70b"]
+    task = Workload(num_params=dims.num_params, dimensions=dims, seq_length=1024, global_batch=batch)
+    machine = cluster(1, gigabytes, gpus_per_node=per_node, host_memory=1e9)
+    assert smallest_gpus(task, machine) == fewest
+    counts = itertools.chain(range(1, per_node), range(per_node, fewest, per_node))
+    assert not any(something_fits(task, dataclasses.replace(machine, gpus=gpus)) for gpus in counts)
 
 
 def test_a_global_batch_that_does_not_divide() -> None:
@@ -676,6 +722,29 @@ def test_the_best_here_is_never_less_than_0_percent_slower() -> None:
     for factor, words in ((1.01, "1 % slower"), (1.001, "as fast"), (0.98, "2 % faster, which counts as a tie")):
         other = dataclasses.replace(best, tokens_per_gpu_second=best.tokens_per_gpu_second / factor)
         assert plan_text.how_much_slower(other, best) == words
+
+
+def test_long_steps_and_slow_training_are_written_in_full(capsys: pytest.CaptureFixture[str]) -> None:
+    slow = ["--gpu-memory", "2000", "--gpu-tflops", "1", "--global-batch", "4096"]
+    assert main(["plan", "--model-size", "405e9", "--gpus", "8", *slow]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^0\.\d+ tokens/s per GPU, \d,\d{3},\d{3} s per step", shown, re.MULTILINE)
+    assert not re.search(r"\de\+\d", shown) and not re.search(r"\b0 tokens/s", shown)
+
+
+@pytest.mark.parametrize(
+    ("factor", "memory", "words"),
+    [
+        (1, 1.001, "is as fast, with the same peak"), (1.04, 1.001, "is 4 % faster, with the same peak"),
+        (1, 1.02, "peaks at 9.0 GB instead of 8.8"), (1.04, 4.1, "is 4 % faster and peaks at 36.1 GB instead of 8.8"),
+        (1, 0.001, "peaks at 0.0088 GB instead of 8.8000"), (1, 4, "peaks at 35.2 GB instead of 8.8"),
+        (0.05, 2, "is 1,900 % slower"), (1.5, 2, "is 50 % faster and peaks at 17.6 GB instead of 8.8"),
+    ],
+)  # fmt: skip
+def test_reasons_show_how_layouts_differ(factor: float, memory: float, words: str) -> None:
+    best = dataclasses.replace(plan(work(), cluster())[0], memory=8.8e9)
+    speed = factor * best.tokens_per_gpu_second
+    assert against(best, dataclasses.replace(best, memory=memory * best.memory, tokens_per_gpu_second=speed)) == words
 
 
 def test_a_named_model_brings_its_dimensions(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import socket
@@ -108,8 +109,8 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.version.cuda", "13.0")
 
 
-def raises(error: Exception) -> Callable[[object], None]:
-    def fail(argument: object) -> None:
+def raises(error: Exception) -> Callable[..., None]:
+    def fail(*arguments: object) -> None:
         raise error
 
     return fail
@@ -158,12 +159,19 @@ def test_an_impossible_rendezvous_is_reported(capsys: pytest.CaptureFixture[str]
     assert doctor.rendezvous_problem(f"127.0.0.1:{taken}") is None
     # Only that other machine can tell whether its port is free.
     assert doctor.rendezvous_problem(f"192.0.2.1:{taken}") is None
+    assert doctor.rendezvous_problem(f"[::1]:{taken}") is None  # an address in brackets, as torchrun takes it
     for host in ("no-such-host.invalid", "two..dots"):
         assert f"getent hosts {host}" in (doctor.rendezvous_problem(f"{host}:29500") or "")
     for endpoint in ("node1", "node1:", ":29500", "node1:99999"):
         assert "is not HOST:PORT" in (doctor.rendezvous_problem(endpoint) or "")
     assert cli.main(["doctor", "--rendezvous", "node1"]) == cli.BAD_CONFIGURATION
     assert "is not HOST:PORT" in capsys.readouterr().err
+
+
+def test_a_machine_without_ipv6_can_be_a_rendezvous(monkeypatch: pytest.MonkeyPatch) -> None:
+    no_ipv6 = OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+    monkeypatch.setattr(machine.socket, "socket", raises(no_ipv6))
+    assert doctor.rendezvous_problem("[::1]:29500") is None
 
 
 def test_the_lock_of_a_killed_build_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,6 +192,24 @@ def test_an_empty_compiler_variable_means_the_default_compiler(
     monkeypatch.setenv("CXX", named)
     monkeypatch.setattr(machine.shutil, "which", lambda name: sys.executable if name == "g++" else None)
     assert (machine.find_compiler() is not None) == found
+
+
+@pytest.mark.parametrize(("prints", "shown"), [("", "{}"), (r"g++ \351", "g++ \ufffd")])
+def test_a_compiler_that_prints_little_or_other_characters_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prints: str, shown: str
+) -> None:
+    compiler = tmp_path / "g++"
+    compiler.write_text(f"#!/bin/sh\nprintf '{prints}'\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert machine.find_compiler() == shown.format(compiler)
+
+
+def test_a_build_may_end_while_its_lock_is_examined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "prebuilt_operators", dict)
+    removed = {"**/cpu_adam/lock": [tmp_path / "lock"]}
+    monkeypatch.setattr(Path, "glob", lambda cache, pattern: removed.get(pattern, []))
+    assert machine.operator_states()["cpu_adam"] == "not compiled"
 
 
 def test_files_that_a_container_has_read_are_not_used_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
