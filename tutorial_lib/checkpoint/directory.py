@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from tutorial_lib.checkpoint.manifest import (
     MANIFEST,
@@ -26,6 +27,11 @@ from tutorial_lib.mpu.collectives import broadcast_object
 from tutorial_lib.records import RunDirectory
 
 _LOG = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+ATTEMPTS = 3
+"""Number of checkpoints to try if a run deletes them while they are read."""
 
 _NAME = re.compile(r"step-\d{8}")
 _PARTIAL, _DELETING = ".partial-", ".deleting-"
@@ -73,7 +79,7 @@ def latest(run: RunDirectory) -> Path | None:
     Raises:
         CheckpointError: there are checkpoints, but none looks intact; or the newest has a newer format.
     """
-    return _newest(run, checkpoints(run), damage_by_size)[0]
+    return _newest_of_all(run, damage_by_size)[0]
 
 
 def newest_intact(run: RunDirectory, topology: Topology | None = None) -> tuple[Path | None, list[LeftOut]]:
@@ -84,9 +90,10 @@ def newest_intact(run: RunDirectory, topology: Topology | None = None) -> tuple[
     Raises:
         CheckpointError: there are checkpoints, but none is intact; or the newest has a newer format.
     """
+    if topology is None:
+        return _newest_of_all(run, damage)
     # All ranks use rank 0's listing: on a network file system, others may still see an older one.
-    found = broadcast_object(checkpoints(run)) if topology else checkpoints(run)
-    return _newest(run, found, lambda path: damage(path, topology))
+    return _newest(run, broadcast_object(checkpoints(run)), lambda path: damage(path, topology))
 
 
 def locate(source: Path) -> Path:
@@ -107,6 +114,47 @@ def locate(source: Path) -> Path:
     if found is None:
         raise ConfigError(f"{source} is neither a checkpoint nor the directory of a run that has one.")
     return found
+
+
+def use_checkpoint(source: Path, use: Callable[[Path], T]) -> T:
+    """Call a function with the checkpoint at a path, which :func:`locate` finds, and return its result.
+
+    A run that is training may delete the checkpoint meanwhile. Then call the function again with a newer one.
+
+    Raises:
+        CheckpointError: every checkpoint was deleted too soon; or as for :func:`locate`.
+        ConfigError: there is no checkpoint.
+    """
+    for _ in range(ATTEMPTS):
+        found = locate(source)
+        try:
+            return use(found)
+        except (CheckpointError, OSError):
+            if found.exists():
+                raise
+            _LOG.warning("%s was deleted while it was read, because its run is training.", found)
+    raise _deleted_too_soon(found.parent.parent)
+
+
+def _deleted_too_soon(run: Path) -> CheckpointError:
+    return CheckpointError(
+        f"Run {run.name!r} is training, and deleted {ATTEMPTS} checkpoints while they were read. Wait until it "
+        "ends, or stop it and continue it with a larger keep_last."
+    )
+
+
+def _newest_of_all(
+    run: RunDirectory, damage_of: Callable[[Path], CheckpointError | None]
+) -> tuple[Path | None, list[LeftOut]]:
+    """Return the newest intact checkpoint of a run that may be training, and so delete some while they are read."""
+    for _ in range(ATTEMPTS):
+        found = checkpoints(run)
+        try:
+            return _newest(run, found, damage_of)
+        except CheckpointError:
+            if all(path.exists() for path in found):
+                raise
+    raise _deleted_too_soon(run.path)
 
 
 def _newest(

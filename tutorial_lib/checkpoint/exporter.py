@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tutorial_lib.checkpoint.formats import FullTensors, open_full
-from tutorial_lib.checkpoint.manifest import sync
+from tutorial_lib.checkpoint.manifest import CheckpointError, sync
 from tutorial_lib.config import ConfigError
 from tutorial_lib.models.side_files import GENERATION_CONFIG
 
@@ -40,7 +40,7 @@ def export(path: Path, target: Path, max_shard_size: str = MAX_SHARD_SIZE) -> Pa
         max_shard_size: largest weight file, such as ``"5GB"``; a larger parameter gets a file of its own.
 
     Raises:
-        CheckpointError: the checkpoint is damaged.
+        CheckpointError: the checkpoint is damaged, or ``target`` cannot be written.
         ConfigError: ``target`` is not empty or cannot be replaced, or the size cannot be parsed or is not above 0.
     """
     target = target.expanduser()
@@ -61,16 +61,24 @@ def export(path: Path, target: Path, max_shard_size: str = MAX_SHARD_SIZE) -> Pa
     split = _split(outlines, max_shard_size)
     partial = final.with_name(f".{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left over from an export that was killed
-    partial.mkdir(parents=True)
-    for file, names in split.filename_to_tensors.items():
-        _write_safetensors(partial / file, {name: outlines[name] for name in names}, _read(full, buffers, names))
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    _write_description(path / "model", partial)
-    for written in [*partial.rglob("*"), partial]:
-        sync(written)
-    os.replace(partial, final)
+    try:
+        partial.mkdir(parents=True)
+        for file, names in split.filename_to_tensors.items():
+            _write_safetensors(partial / file, {name: outlines[name] for name in names}, _read(full, buffers, names))
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            text = json.dumps(index, indent=2) + "\n"
+            (partial / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        _write_description(path / "model", partial)
+        for written in [*partial.rglob("*"), partial]:
+            sync(written)
+        os.replace(partial, final)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"The export to {target} failed: {error}. Nothing of it is left, and the checkpoint is unchanged. If the "
+            "disk is full or cannot be written to, name a directory on another one."
+        ) from error
     sync(final.parent)
     return target
 

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tutorial_lib.checkpoint.directory import checkpoints, is_named_like_a_checkpoint, step_of
+from tutorial_lib.checkpoint.directory import ATTEMPTS, checkpoints, is_named_like_a_checkpoint, step_of
 from tutorial_lib.checkpoint.formats import rank_and_contents
 from tutorial_lib.checkpoint.manifest import MANIFEST, CheckpointError, file_damage, read_manifest, read_trainer_state
 from tutorial_lib.config import ConfigError, settings
@@ -40,11 +40,14 @@ def inspect(path: Path) -> dict[str, Any]:
 
 def inspect_run(run: RunDirectory) -> dict[str, Any]:
     """Describe a run's checkpoints, oldest first, and name the newest intact one and the one with the lowest loss."""
-    rows = []
-    for path in checkpoints(run):
-        described = inspect_checkpoint(path)
-        kept = ("step", "written", "bytes", "eval_loss", "intact", "damage")
-        rows.append({"checkpoint": path.name, **{name: described[name] for name in kept}})
+    rows: list[dict[str, Any]] = []
+    for _ in range(ATTEMPTS):  # a run that is training may delete all of them while they are read
+        for path in checkpoints(run):
+            if described := _inspect_unless_deleted(path):
+                kept = ("step", "written", "bytes", "eval_loss", "intact", "damage")
+                rows.append({"checkpoint": path.name, **{name: described[name] for name in kept}})
+        if rows:
+            break
     intact = [row for row in rows if row["intact"]]
     evaluated = [row for row in intact if row["eval_loss"] is not None]
     return {
@@ -53,6 +56,17 @@ def inspect_run(run: RunDirectory) -> dict[str, Any]:
         "newest": intact[-1]["checkpoint"] if intact else None,
         "best": min(evaluated, key=lambda row: row["eval_loss"])["checkpoint"] if evaluated else None,
     }
+
+
+def _inspect_unless_deleted(path: Path) -> dict[str, Any] | None:
+    """Describe a checkpoint, or return None if its run, which is training, has deleted it meanwhile."""
+    described = None
+    try:
+        described = inspect_checkpoint(path)
+    except FileNotFoundError:
+        if path.exists():
+            raise
+    return described if path.exists() else None
 
 
 def inspect_checkpoint(path: Path) -> dict[str, Any]:

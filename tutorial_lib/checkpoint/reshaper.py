@@ -6,13 +6,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from tutorial_lib.checkpoint.compatibility import check_same_run
-from tutorial_lib.checkpoint.directory import directory_of, locate
-from tutorial_lib.checkpoint.manifest import read_trainer_state
+from tutorial_lib.checkpoint.directory import directory_of, use_checkpoint
+from tutorial_lib.checkpoint.manifest import CheckpointError, read_trainer_state
 from tutorial_lib.config import ENGINES, START_ONLY, Config, ConfigError, settings
 from tutorial_lib.records import RunDirectory, write_atomically
 
@@ -32,12 +32,16 @@ def reshape(source: Path, flat: dict[str, Any], start_run: Callable[[Config], ob
         The configuration of the new run.
 
     Raises:
-        CheckpointError: the checkpoint is damaged.
+        CheckpointError: the checkpoint is damaged, or cannot be copied.
         ConfigError: the settings cannot run or would change the updates, or a run of this name exists.
     """
-    source = locate(source)
-    config = reshaped_config(source, flat)
-    with _staged(source, config) as start:
+    with ExitStack() as staged:
+
+        def stage(found: Path) -> tuple[Config, Config]:
+            config = reshaped_config(found, flat)
+            return config, staged.enter_context(_staged(found, config))
+
+        config, start = use_checkpoint(source, stage)
         start_run(start)
     return config
 
@@ -116,7 +120,10 @@ def _staged(source: Path, config: Config) -> Iterator[Config]:
     run, complete = RunDirectory(start.directory), False
     try:
         run.create()
-        shutil.copytree(source, directory_of(run, step), copy_function=_link)
+        try:
+            shutil.copytree(source, directory_of(run, step), copy_function=_link)
+        except shutil.Error as error:  # it lists every file; the first reason is enough
+            raise CheckpointError(f"{source} cannot be copied: {error.args[0][0][2]}. There is no new run.") from error
         old = _run_of(source)
         rows = [row for row in RunDirectory(old).rows() if row["step"] <= step] if old else []
         write_atomically(run.metrics_file, "".join(json.dumps(row) + "\n" for row in rows))

@@ -58,12 +58,15 @@ def reshape(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace) -> int:
     from tutorial_lib import checkpoint
-    from tutorial_lib.checkpoint.directory import locate
+    from tutorial_lib.checkpoint.directory import use_checkpoint
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the CPU merges shards; otherwise DeepSpeed warns of a missing GPU
-    source = locate(options.source)
+
+    def export_from(source: Path) -> tuple[Path, Path]:
+        return source, checkpoint.export(source, options.target, options.max_shard_size)
+
     with reserve_stdout_for_json(options.json):
-        target = checkpoint.export(source, options.target, options.max_shard_size)
+        source, target = use_checkpoint(options.source, export_from)
     print(json.dumps({"checkpoint": str(source), "export": str(target)}) if options.json else f"{source} -> {target}")
     return DONE
 

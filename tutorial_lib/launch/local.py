@@ -38,9 +38,6 @@ from tutorial_lib.records import RunDirectory
 
 WORKER = "tutorial_lib.launch.worker"
 
-_FATAL = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
-"""Signals that kill a rank before it can say why; its peers' errors are only consequences."""
-
 _NOTICED_SECONDS = 2.0
 """Longest delay, in seconds, until a killed rank's end is noticed."""
 
@@ -92,6 +89,12 @@ def launch(
         # This is the second interrupt: the first only asked the ranks to save. Under run_loop, it is the first.
         server.close(patience=0)
         raise
+    except _ServerDied as died:
+        server.close()  # returns once the ranks have saved and ended
+        raise WorkerError(
+            f"The process that starts the ranks has died with exit code {server.exit_code}{_cause(server.exit_code)}. "
+            f"{next_start(directories)} Its output:\n{died}"
+        ) from died
     finally:
         if server.is_busy:
             # After an interrupt the state of the message stream is unknown, so the server cannot be used again.
@@ -124,6 +127,10 @@ class Failure:
     killed_by_launcher: bool = False
 
 
+class _ServerDied(Exception):
+    """The server has ended too early. The message is its output."""
+
+
 class _Server:
     """This process's handle on a server (see :mod:`tutorial_lib.launch.warm_server`)."""
 
@@ -153,6 +160,11 @@ class _Server:
             )
 
     @property
+    def exit_code(self) -> int:
+        """Exit code of the server, once it is closed."""
+        return int(self._process.returncode)
+
+    @property
     def is_usable(self) -> bool:
         return self._owner == os.getpid() and self._process.poll() is None
 
@@ -166,7 +178,7 @@ class _Server:
                 starts.
 
         Raises:
-            WorkerError: the server itself has died.
+            _ServerDied: the server itself has died.
         """
         if is_stopped():
             return []
@@ -207,10 +219,9 @@ class _Server:
         except (EOFError, OSError) as error:
             raise self._server_error() from error
 
-    def _server_error(self) -> WorkerError:
+    def _server_error(self) -> _ServerDied:
         self._output.seek(0)
-        printed = self._output.read().decode(errors="replace")
-        return WorkerError(f"The process that starts the ranks has died. Its output:\n{printed}")
+        return _ServerDied(self._output.read().decode(errors="replace"))
 
     def close(self, patience: float = PEERS_SECONDS) -> None:
         """Ask any ranks to save and stop, kill those left after ``patience`` seconds, and end the server."""
@@ -312,7 +323,7 @@ def _error(failures: Sequence[Failure], outputs: Sequence[Path], directories: Se
     """Return the error of the rank that failed first: its own message, if it left one."""
     written = [record for directory in directories for record in directory.errors()]
     failure = first_failure(failures, written)
-    if -failure.exit_code in _FATAL and failure.rank not in {record["rank"] for record in written}:
+    if _is_fatal(failure) and failure.rank not in {record["rank"] for record in written}:
         peers = [f"\n\nRank {r['rank']} failed with {r['type']}: {r['message']}" for r in written]
         return WorkerError("".join([_describe(failure, outputs, directories), *peers]))
     return first_error(directories, _describe(failure, outputs, directories))
@@ -327,7 +338,22 @@ def first_failure(failures: Sequence[Failure], written: Sequence[dict[str, Any]]
     """
     own = [failure for failure in failures if not failure.killed_by_launcher] or list(failures)
     first = min([failure.time for failure in own] + [record["time"] for record in written])
-    return min(own, key=lambda f: (-f.exit_code not in _FATAL or f.time > first + _NOTICED_SECONDS, f.time))
+    return min(own, key=lambda f: (not _is_fatal(f) or f.time > first + _NOTICED_SECONDS, f.time))
+
+
+def _is_fatal(failure: Failure) -> bool:
+    """Return whether a signal killed the rank before it could say why, so that its peers' errors are consequences.
+
+    SIGTERM is no such signal, because the launcher sends it to the peers of a rank that has failed.
+    """
+    return failure.exit_code < 0 and failure.exit_code != -signal.SIGTERM
+
+
+def _cause(exit_code: int) -> str:
+    """Return the signal behind an exit code, for the end of a sentence; empty if there is none."""
+    if exit_code == -signal.SIGKILL:
+        return ": it was killed, perhaps for lack of memory"
+    return f": signal {-exit_code} ({signal.strsignal(-exit_code)}) ended it" if exit_code < 0 else ""
 
 
 def _describe(failure: Failure, outputs: Sequence[Path], directories: Sequence[RunDirectory]) -> str:
@@ -338,9 +364,7 @@ def _describe(failure: Failure, outputs: Sequence[Path], directories: Sequence[R
     if failure.exit_code > 0 and printed:
         return f"{ended}could not record its error. It printed:\n{printed.splitlines()[-1]}\n\n{printed}"
     return (
-        f"{ended}left no traceback"
-        + (": it was killed, perhaps for lack of memory." if -failure.exit_code == signal.SIGKILL else ".")
-        + f" {next_start(directories)} The end of its output:\n"
+        f"{ended}left no traceback{_cause(failure.exit_code)}. {next_start(directories)} The end of its output:\n"
         + _last_output(failure.rank, printed, directories)
     )
 

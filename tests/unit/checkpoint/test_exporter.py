@@ -1,6 +1,8 @@
 """Export: a Hugging Face directory, written one parameter at a time."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -54,6 +56,17 @@ def test_an_export_that_is_interrupted_leaves_nothing_that_looks_complete(uninte
     assert [p.name for p in tmp_path.iterdir()] == [".exported.partial"]
     checkpoint.export(path, target)
     assert [p.name for p in tmp_path.iterdir()] == ["exported"]
+
+
+def test_an_export_that_fills_the_disk_says_where_and_frees_its_space(uninterrupted, tmp_path, monkeypatch):
+    def fail(*given, **named):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a write does, without the file's name
+
+    monkeypatch.setattr(shutil, "copytree", fail)
+    target = tmp_path / "exported"
+    with pytest.raises(checkpoint.CheckpointError, match=rf"The export to {target} failed: .* No space left on device"):
+        checkpoint.export(checkpoint.latest(uninterrupted.directory), target)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_export_through_a_symlink_lands_in_its_directory(uninterrupted, tmp_path):

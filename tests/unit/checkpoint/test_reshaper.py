@@ -1,6 +1,8 @@
 """Reshape: the configuration of the new shape, and interruptions."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -102,6 +104,22 @@ def test_an_interrupted_reshape_leaves_no_run(interrupted, monkeypatch, error):
         launch.reshape(interrupted.directory.path, name="new", activation_checkpointing=True)
     assert [path.name for path in storage.iterdir()] == [interrupted.directory.path.name]
     checkpoint.verify(checkpoint.latest(interrupted.directory))
+
+
+def test_a_reshape_that_fills_the_disk_says_so_in_one_line(interrupted, monkeypatch):
+    storage = interrupted.directory.path.parent
+
+    def fail(source, target, **_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), source, None, target)
+
+    monkeypatch.setattr(os, "link", fail)
+    monkeypatch.setattr(shutil, "copy2", fail)
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"cannot be copied: .* No space left on device: .*no new run"
+    ) as error:
+        launch.reshape(interrupted.directory.path, name="new")
+    assert str(error.value).count("No space left") == 1
+    assert [path.name for path in storage.iterdir()] == [interrupted.directory.path.name]
 
 
 def test_a_failed_reshape_keeps_the_log_that_its_error_names(interrupted, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 
 from tutorial_lib.launch.local import Failure, first_failure
 
-KILLED, ABORTED = -signal.SIGKILL, -signal.SIGABRT
+KILLED, ABORTED, HUNG_UP, TERMINATED = -signal.SIGKILL, -signal.SIGABRT, -signal.SIGHUP, -signal.SIGTERM
 
 
 def record(rank, time):
@@ -20,6 +20,8 @@ def record(rank, time):
         ([Failure(0, 1, 10.0), Failure(1, KILLED, 20.0, True)], [], 0),
         ([Failure(0, 1, 10.0), Failure(1, ABORTED, 13.0)], [record(0, 9.9)], 0),
         ([Failure(0, 1, 10.0), Failure(1, KILLED, 10.2)], [record(0, 9.9)], 1),
+        ([Failure(0, 1, 10.0), Failure(1, HUNG_UP, 10.2)], [record(0, 9.9)], 1),
+        ([Failure(0, 1, 10.0), Failure(1, TERMINATED, 10.2)], [record(0, 9.9)], 0),
         ([Failure(1, KILLED, 10.0), Failure(0, 1, 10.1)], [record(0, 10.05)], 1),
         ([Failure(1, 1, 10.0), Failure(0, 1, 10.1)], [], 1),
         ([Failure(1, KILLED, 20.0, True)], [], 1),

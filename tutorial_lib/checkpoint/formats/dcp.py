@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from tutorial_lib.checkpoint.formats.base import WEIGHT, WEIGHTS_AND_OPTIMIZER, FullTensors
@@ -54,7 +54,11 @@ class DCP(FullTensors):
         """Fill tensors in place. DCP looks up the parts of files that it needs in its index, which is a pickle."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*load in a single process")  # that is intended
-            dcp.load(wanted, storage_reader=self._reader, no_dist=True)
+            try:
+                dcp.load(wanted, storage_reader=self._reader, no_dist=True)
+            except CheckpointException as error:  # a BaseException, with this process's own error inside
+                ((own, _),) = error.failures.values()
+                raise own from error
 
     @functools.cached_property
     def _reader(self) -> FileSystemReader:
