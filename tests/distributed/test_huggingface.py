@@ -28,6 +28,7 @@ EQUAL: dict[int, list[tuple[str, str]]] = {
     1: [("gpt2", "plain")],
     2: [
         ("gpt2", "plain-accumulated"),
+        ("gpt2", "zero0"),
         ("gpt2", "zero3"),
         ("qwen2", "plain"),
         ("qwen2", "zero1"),

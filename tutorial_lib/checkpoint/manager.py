@@ -9,13 +9,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tutorial_lib.checkpoint.directory import directory_of, finish_deletions
+from tutorial_lib.checkpoint.directory import directory_of, finish_deletions, step_of
 from tutorial_lib.checkpoint.loader import load
 from tutorial_lib.checkpoint.rank_writer import MakeWriter, Writer, make_stager
 from tutorial_lib.checkpoint.retention import Pruner
 from tutorial_lib.checkpoint.saver import Save, TrainingState, save
 from tutorial_lib.checkpoint.start import Start, find_start, opened_for_training
-from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.config import Config, ConfigError, RunConfig
 from tutorial_lib.config.checks import check_warmup
 from tutorial_lib.models.side_files import load_side_files
 from tutorial_lib.mpu import Topology
@@ -61,7 +61,8 @@ class CheckpointManager:
 
     Raises:
         ConfigError: another start of the run has not ended; or the run cannot resume from its checkpoint, because
-            settings, model or data differ; or ``keep_best`` has no ``evaluate``; or the warm-up outlasts the run.
+            settings, model or data differ; or it has done more steps than it should have; or ``keep_best`` has no
+            ``evaluate``; or the warm-up outlasts the run.
         CheckpointError: there are checkpoints, but none is intact.
     """
 
@@ -93,6 +94,8 @@ class CheckpointManager:
             self.start = start
             if start.found is None:
                 check_warmup(config.optimizer.warmup_steps, self.loader.num_steps)
+            else:
+                _check_length(config.run, step_of(start.found), self.loader.num_steps)
             if topology.rank == 0:
                 self._side_files = load_side_files(config.model.name, trust_remote_code=config.model.trust_remote_code)
             self._held = held.pop_all()
@@ -206,3 +209,13 @@ class CheckpointManager:
             self._stager.close()
         finish_deletions()
         self._held.close()
+
+
+def _check_length(run: RunConfig, done: int, num_steps: int) -> None:
+    """Refuse to shorten a run to fewer steps than it has done: they cannot be taken back."""
+    if done > num_steps:
+        given = f"steps={run.steps} is" if run.steps else f"epochs={run.epochs} makes {num_steps} steps,"
+        raise ConfigError(
+            f"{given} fewer than the {done} steps that run {run.name!r} has done. Write at least that many, or give "
+            "the new run another name."
+        )

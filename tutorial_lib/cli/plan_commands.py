@@ -58,7 +58,7 @@ def deepspeed_config(workload: Workload, best: Candidate) -> dict[str, Any] | No
     if layout.zero_stage:
         zero["reduce_bucket_size"] = workload.bucket_size
     if layout.zero_stage in (1, 2):
-        zero["allgather_bucket_size"] = workload.bucket_size
+        zero["allgather_bucket_size"] = workload.bucket_size + workload.bucket_size % 2  # DeepSpeed refuses odd numbers
         if workload.gradient_reduction == "reduce_scatter":
             zero["use_multi_rank_bucket_allreduce"] = False
     if layout.zero_stage == 3:

@@ -304,6 +304,8 @@ class TinyCopy:
         """
         if not getattr(self.model, "accepts_loss_kwargs", True):
             return "it ignores num_items_in_batch, the number of tokens of a step."
+        if self.model.loss_type is None:
+            self.model.loss_type = "ForCausalLM"  # the default, which transformers would otherwise warn about
         batch = self.batch(self.documents(), "longest")
         labels_NS = batch["labels"][:, 1:]
         logits_NSV = self.forward({name: each for name, each in batch.items() if name != "labels"})[:, :-1]

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 _ATEN = torch.ops.aten
@@ -25,6 +26,23 @@ _ATTENTION = {
     _ATEN._scaled_dot_product_cudnn_attention.default,
 }
 _PRODUCTS = {_ATEN.mm.default, _ATEN.addmm.default}
+
+
+class _SlowOperators(TorchDispatchMode):
+    """Pass the slow operators to one of PyTorch's modes, and run all others as usual.
+
+    PyTorch's modes expect the second forward to call the same operators as the first. The hooks of ZeRO-3 do not: they
+    gather a parameter only if this rank does not hold it, and free it only if it is not needed soon.
+    """
+
+    def __init__(self, inner: TorchDispatchMode) -> None:
+        super().__init__()
+        self._inner = inner
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _PRODUCTS or func in _ATTENTION:
+            return self._inner.__torch_dispatch__(func, types, args, kwargs)
+        return func(*args, **kwargs or {})
 
 
 class _PlainLinear:
@@ -47,12 +65,11 @@ def keep_slow_results() -> tuple[Any, Any]:
     seen: Counter[bool] = Counter()
 
     def policy(context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-        if operator in _PRODUCTS:
-            seen[context.is_recompute] += 1
-            keeps = seen[context.is_recompute] % 2 == 1
-        else:
-            keeps = operator in _ATTENTION
+        if operator in _ATTENTION:
+            return CheckpointPolicy.MUST_SAVE
+        seen[context.is_recompute] += 1
+        keeps = seen[context.is_recompute] % 2 == 1
         return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
 
     forward, again = create_selective_checkpoint_contexts(policy)
-    return _PlainLinear(forward), _PlainLinear(again)
+    return _PlainLinear(_SlowOperators(forward)), _PlainLinear(_SlowOperators(again))

@@ -97,6 +97,21 @@ def test_a_warm_up_longer_than_the_epochs_is_refused_before_the_first_step(model
     assert not RunDirectory(settings.directory).rows()
 
 
+@pytest.mark.parametrize(
+    ("length", "message"),
+    [
+        ({"steps": 4}, "steps=4 is fewer than the 5 steps that run 'run' has done. Write at least that many"),
+        ({"steps": None, "epochs": 1}, "epochs=1 makes 3 steps, fewer than the 5 steps that run 'run' has done"),
+    ],
+)
+def test_a_run_cannot_be_shortened_to_less_than_it_has_done(model, tmp_path, length, message):
+    settings = config(tmp_path, model=model, steps=5, schedule="constant")
+    launch.run(settings)
+    with pytest.raises(ConfigError, match=message):
+        launch.run(settings.override(**length))
+    assert launch.run(settings).result["num_steps"] == 5
+
+
 def test_divergence_before_any_checkpoint_says_so(model, tmp_path):
     from tutorial_lib import trainer
 

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, modeling_utils
 
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.dataloader.collate import Collate
@@ -161,6 +161,14 @@ def test_code_that_fails_whatever_the_sizes_is_refused():
 @pytest.mark.parametrize("family", ["gpt2", "qwen2", "bloom", "llama", "mixtral", "gpt_neox", "mamba"])
 def test_families_whose_own_loss_is_the_one_of_a_steps_tokens(family):
     trial(AutoConfig.for_model(family), "longest", engine="trainer")
+
+
+def test_the_trial_of_a_loss_passes_on_no_warning_of_transformers(monkeypatch):
+    """It warns about every family whose class it lists no loss for, such as GPT-2, and then uses the default."""
+    warnings: list[str] = []
+    monkeypatch.setattr(modeling_utils.logger, "warning_once", warnings.append)
+    trial(AutoConfig.for_model("gpt2", n_inner=77), "longest", engine="trainer")
+    assert not warnings
 
 
 def test_a_term_for_the_router_may_be_added_to_the_loss():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,11 +29,15 @@ class Calls(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def gradients(family: str, recompute: str | None) -> tuple[list[torch.Tensor], Calls]:
+def gradients(
+    family: str, recompute: str | None, hook: Callable[..., None] | None = None
+) -> tuple[list[torch.Tensor], Calls]:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(load_config(f"embedded/{family}")).train()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.05)  # biases, too
+    for module in model.modules() if hook else ():
+        module.register_forward_hook(hook)
     if recompute:
         set_activation_checkpointing(model, recompute)
     with Calls() as calls:
@@ -71,3 +78,18 @@ def test_a_linear_function_that_adds_its_bias_in_place(family: str, monkeypatch:
     for ours, theirs in zip(selective, plain, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
     assert torch.nn.functional.linear is zero3_linear_wrap
+
+
+def test_hooks_may_run_other_operators_in_the_second_forward() -> None:
+    """ZeRO-3 gathers a parameter in a hook only if the rank does not hold it, which the first forward may change."""
+    calls: Counter[torch.nn.Module] = Counter()
+
+    def hook(module: torch.nn.Module, *_: object) -> None:
+        calls[module] += 1
+        if calls[module] == 2:
+            torch.arange(4).cumsum(0)  # two operators that no layer calls
+
+    plain, _ = gradients("gpt2", None)
+    selective, _ = gradients("gpt2", "selective", hook)
+    assert max(calls.values()) == 2, "no module ran twice"
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(selective, plain, strict=True))

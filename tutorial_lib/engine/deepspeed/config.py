@@ -241,7 +241,7 @@ def _from_config(config: Config) -> dict[str, Any]:
     if engine.zero_stage > 0:
         zero["reduce_bucket_size"] = engine.bucket_size
     if engine.zero_stage in (1, 2):
-        zero["allgather_bucket_size"] = engine.bucket_size
+        zero["allgather_bucket_size"] = engine.bucket_size + engine.bucket_size % 2  # DeepSpeed refuses odd numbers
     if engine.zero_stage == 3:
         zero["stage3_param_persistence_threshold"] = engine.persistence_threshold
     if engine.offload != "none":

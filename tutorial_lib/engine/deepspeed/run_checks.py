@@ -69,6 +69,12 @@ def check_for_run(given: dict[str, Any], engine: EngineConfig, run: RunConfig, *
                     "and zero_optimization.reduce_scatter. Remove it, set reduce_scatter to false, or write "
                     "zero_stage=1."
                 )
+    gathered = find(given, "zero_optimization.allgather_bucket_size", 0)
+    if stage in (1, 2) and gathered % 2:
+        raise ConfigError(
+            f"{source}: zero_optimization.allgather_bucket_size is {gathered}, and DeepSpeed does not accept odd "
+            f"numbers with zero_stage={stage}. Write {gathered + 1}."
+        )
     _check_low_precision_masters(given, engine, source)
     for name in ("leaf_module", *AT_STAGE_3):
         if stage < 3 and find(given, f"zero_optimization.{name}"):

@@ -27,7 +27,7 @@ from tutorial_lib.engine import try_engine
 from tutorial_lib.engine.deepspeed.file import find, read_json
 from tutorial_lib.engine.deepspeed.trainer_file import auto_keys
 from tutorial_lib.engine.fsdp.sharding import local_part, unreduced_gradients
-from tutorial_lib.engine.single import model_inputs
+from tutorial_lib.engine.single import global_norm, model_inputs
 from tutorial_lib.models import build_model
 from tutorial_lib.mpu.device import local_device
 from tutorial_lib.mpu.random_states import seed_everything
@@ -86,6 +86,7 @@ class HuggingFaceRun(Trainer):
     def begin_training(self) -> bool:
         """Evaluate before the first step, and return whether this start has no steps to train. Collective."""
         self._prepare_first_step()
+        self.engine.report_norm_without_zero()
         if self.resumed_from is None:  # otherwise the Trainer restores the saved states
             seed_everything(self.config.run.seed + 1 + self.topology.dp_rank)
         return self._has_no_steps_left()
@@ -170,6 +171,7 @@ class _TrainedModel:
         self.device = local_device(config.run)
         self.resumes_from: str | None = None
         self._rank, self._zero_stage = run.topology.rank, config.engine.zero_stage
+        self._precision = config.engine.precision
         self._file = config.engine.deepspeed_file
         self._environment = dict(os.environ)
         reset_global_state()
@@ -230,6 +232,20 @@ class _TrainedModel:
             self.trainer.after_backward = None
             if engine is not None:
                 del engine.backward  # restores the class's own method
+
+    def report_norm_without_zero(self) -> None:
+        """Make DeepSpeed report the gradient's norm at stage 0 in fp32, where it computes one only to clip."""
+        engine = self.trainer.deepspeed
+        if engine is None or self._zero_stage > 0 or self._precision != "fp32":
+            return
+        norm, own = 0.0, engine.step
+
+        def step(*args: Any, **given: Any) -> Any:
+            nonlocal norm
+            norm = global_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+            return own(*args, **given)
+
+        engine.step, engine.get_global_grad_norm = step, lambda: norm
 
     def train(self, mode: bool) -> None:
         self.trainer.model_wrapped.train(mode)

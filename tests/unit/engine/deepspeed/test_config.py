@@ -45,6 +45,13 @@ def test_the_persistence_threshold_is_set_at_stage_3():
     assert zero["stage3_param_persistence_threshold"] == 0
 
 
+@pytest.mark.parametrize(("bucket_size", "gathered"), [(1, 2), (98, 98), (99, 100)])
+def test_an_odd_bucket_is_rounded_up_for_all_gathers(bucket_size, gathered):
+    """DeepSpeed accepts any bucket for reductions, but only an even one for all-gathers."""
+    zero = ds_config.build(Config.create(zero_stage=2, bucket_size=bucket_size))["zero_optimization"]
+    assert (zero["reduce_bucket_size"], zero["allgather_bucket_size"]) == (bucket_size, gathered)
+
+
 @pytest.mark.parametrize(("stage", "offload"), [(1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "all")])
 @pytest.mark.parametrize("pin", [True, False])
 def test_every_offload_states_pin_memory(stage, offload, pin):
@@ -407,6 +414,10 @@ def test_profile_values_and_equal_values_do_not_contradict_the_file(tmp_path):
             "stage3_prefetch_bucket_size is for partitioned parameters, and would have no effect with zero_stage=2",
         ),
         ({"zero_optimization": {"stage": 1, "zero_hpz_partition_size": 2}}, "no effect with zero_stage=1"),
+        (
+            {"zero_optimization": {"stage": 2, "allgather_bucket_size": 97}},
+            "allgather_bucket_size is 97, and DeepSpeed does not accept odd numbers with zero_stage=2. Write 98",
+        ),
         (
             {"zero_optimization": {"offload_param": {"device": "cpu", "nvme_path": "/nvme"}}},
             "offload_param.nvme_path is for offload to NVMe disks",
