@@ -12,7 +12,8 @@ from tutorial_lib.config import ConfigError
 
 def max_sequence_length(model_config: PretrainedConfig) -> int | None:
     """Return the number of positions of a model, or None if it has no limit (BLOOM's ALiBi)."""
-    found = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    text: Any = model_config.get_text_config()
+    found = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)  # MPT's name for it
     return int(found) if found and found > 0 else None  # XLNet says -1
 
 

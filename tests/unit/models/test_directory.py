@@ -71,6 +71,24 @@ def test_a_tokenizer_without_a_vocabulary_is_refused(tmp_path, name):
         load_tokenizer(str(directory))
 
 
+def test_a_model_without_tokenizer_files_is_refused_with_what_to_do(copied):
+    for file in copied.glob("*token*"):
+        file.unlink()
+    with pytest.raises(
+        ConfigError, match=r"a model without a tokenizer\. Copy the .* or save it there with tokenizer\."
+    ):
+        load_tokenizer(str(copied))
+
+
+def test_a_tokenizer_without_eos_is_refused_with_what_to_do(copied):
+    (copied / "config.json").write_text('{"model_type": "stablelm"}')
+    (copied / "tokenizer_config.json").unlink()
+    with pytest.raises(ConfigError, match=r'no EOS token .*its tokenizer_config\.json, such as "eos_token"'):
+        load_tokenizer(str(copied))
+    (copied / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    assert load_tokenizer(str(copied)).eos_token == "<|endoftext|>"
+
+
 def test_generation_settings_that_the_library_refuses_are_refused_before(copied):
     (copied / "generation_config.json").write_text('{"cache_implementation": "papyrus"}')
     for load in (check_side_files, load_model):
