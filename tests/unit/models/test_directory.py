@@ -9,9 +9,9 @@ import shutil
 import pytest
 
 from tutorial_lib.config import ConfigError
-from tutorial_lib.embedded import model_directory
+from tutorial_lib.embedded import MODEL_NAMES, model_directory
 from tutorial_lib.models import load_config, load_model, load_tokenizer
-from tutorial_lib.models.side_files import check_side_files
+from tutorial_lib.models.side_files import check_side_files, load_side_files
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 LOADERS = {
@@ -94,6 +94,14 @@ def test_generation_settings_that_the_library_refuses_are_refused_before(copied)
     for load in (check_side_files, load_model):
         with pytest.raises(ConfigError, match=r"generation_config\.json is not a valid generation config: .*papyrus"):
             load(str(copied))
+
+
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_a_saved_tokenizer_has_the_settings_of_the_original(name, tmp_path):
+    load_side_files(name).save(tmp_path, load_config(name))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        original = model_directory(name) / file
+        assert json.loads((tmp_path / file).read_text()) == json.loads(original.read_text())
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
