@@ -64,3 +64,15 @@ def scaled_model(target: Path, scale: float = 0.3) -> None:
     for layer in model.model.layers:
         layer.layer_scalar.fill_(scale)
     model.save_pretrained(target)
+
+
+def mixture_model(target: Path) -> None:
+    """Write a small Mixtral with random weights, whose experts transformers stores one by one."""
+    without_weights("gpt2", target)
+    config = AutoConfig.for_model(
+        "mixtral", vocab_size=2048, num_hidden_layers=LAYERS, hidden_size=HIDDEN, intermediate_size=48,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, sliding_window=None,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0, initializer_range=0.2,
+    )  # fmt: skip
+    config.save_pretrained(target)
+    load_model(str(target), random_init=True).save_pretrained(target)

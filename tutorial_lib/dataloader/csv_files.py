@@ -90,12 +90,17 @@ def damaged_archive(path: Path) -> str | None:
     if path.suffix not in _OPENERS:
         return None
     try:
-        with _OPENERS[path.suffix](path) as file:
+        with unpacked(path) as file:
             while file.read(2**20):
                 pass
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         return f"{str(error).rstrip('.')}. It is damaged, or not compressed"
     return None
+
+
+def unpacked(path: Path) -> Any:
+    """Open a file to read its bytes, decompressed if its name ends in .gz, .bz2 or .xz."""
+    return _OPENERS.get(path.suffix, open)(path, "rb")
 
 
 def _delimiter(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import json
 import re
@@ -16,7 +17,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tutorial_lib.config import ConfigError
-from tutorial_lib.dataloader.csv_files import NOT_A_VALUE, column_names, csv_problem, damaged_archive, looks_misread
+from tutorial_lib.dataloader.csv_files import (
+    NOT_A_VALUE,
+    column_names,
+    csv_problem,
+    damaged_archive,
+    looks_misread,
+    unpacked,
+)
 from tutorial_lib.embedded import DATASET_NAMES, dataset_directory
 from tutorial_lib.files import is_lfs_pointer
 
@@ -67,6 +75,7 @@ _FORMATS = {
     ".arrow": "arrow", ".txt": "text",
 }  # fmt: skip
 TEXT_COLUMNS = ("text", "content", "question", "context", "answers")
+_OF_LINES = ("json", "csv", "tsv", "text")
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _FEW = 3  # number of files shown in a message
 
@@ -102,15 +111,15 @@ def _check_files(name: str, source: str) -> None:
     entries = sorted(directory.rglob("*"))
     files = [path for path in entries if path.is_file() and _is_data(path.relative_to(directory))]
     formats = {*map(_format, files)} or {*_FORMATS.values()}
-    for path in entries:
-        if problem := _entry_problem(path, path.relative_to(directory), formats):
-            raise ConfigError(f"The data set {name!r} is a directory with {path.relative_to(directory)}: {problem}.")
     if len({_format(path) for path in files}) > 1:
         suffixes = {"".join(path.suffixes[-2:]) if path.suffix in _COMPRESSED else path.suffix for path in files}
         raise ConfigError(
             f"The data set {name!r} is a directory with files of several formats ({', '.join(sorted(suffixes))}): one "
             "of them would be read and the others dropped. Leave only one format in it, or name a single file."
         )
+    for path in entries:
+        if problem := _entry_problem(path, path.relative_to(directory), formats):
+            raise ConfigError(f"The data set {name!r} is a directory with {path.relative_to(directory)}: {problem}.")
     used = {Path(file) for split in _files_by_split(directory).values() for file in split}
     if used and (dropped := [path for path in files if path not in used]):
         some = ", ".join(str(path.relative_to(directory)) for path in dropped[:_FEW])
@@ -135,6 +144,8 @@ def _entry_problem(path: Path, inside: Path, formats: Collection[str | None]) ->
         return "`datasets` does not follow a link to a directory. Copy or link its files instead"
     if path.is_symlink() and not path.exists() and _format(path) in formats:
         return f"it is a link to {str(path.readlink())!r}, which does not exist. Restore that file, or remove the link"
+    if path.is_file() and _format(path) in formats and _suffix(path) != (lower := _suffix(path).lower()):
+        return f"in a directory, `datasets` reads only files whose names end in lower case. Let it end in {lower}"
     inner = {_FORMATS.get(suffix.lower()) for suffix in path.suffixes}
     if path.is_file() and _format(path) is None and inner & {*formats}:
         return "it would be read as data, although its name does not end like a data file's. Move it away, or rename it"
@@ -169,8 +180,12 @@ def _files_by_split(directory: Path) -> Mapping[str, Sequence[str]]:
 
 
 def _format(path: Path) -> str | None:
-    suffixes = [suffix.lower() for suffix in path.suffixes if suffix not in _COMPRESSED]
-    return _FORMATS.get(suffixes[-1]) if suffixes else None
+    return _FORMATS.get(_suffix(path).lower())
+
+
+def _suffix(path: Path) -> str:
+    """Return the suffix that names a file's format, before the one that names its compression."""
+    return next((suffix for suffix in reversed(path.suffixes) if suffix not in _COMPRESSED), "")
 
 
 def _rows_of_file(path: Path, split: str) -> datasets.Dataset:
@@ -186,9 +201,19 @@ def _as_written(files: Sequence[Path]) -> dict[str, Any]:
     """Return the reader options that keep texts as written.
 
     pandas reads ``None`` and ``NA`` as blank, and the txt reader keeps a byte-order mark as part of the text.
+
+    Raises:
+        ConfigError: a compressed txt file starts with such a mark. The txt reader ignores its options for such files.
     """
     formats = {_format(file) for file in files}
     if formats == {"text"}:
+        for file in (file for file in files if file.suffix in _COMPRESSED):
+            with unpacked(file) as content:
+                if content.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8:
+                    raise ConfigError(
+                        f"{file} starts with a byte-order mark, which would be read as part of its first text. Unpack "
+                        "the file, or write it again without the mark."
+                    )
         return {"encoding": "utf-8-sig"}
     if formats not in ({"csv"}, {"tsv"}):
         return {}
@@ -333,18 +358,18 @@ def _bad_file(name: str) -> str | None:
             return f"{file}: it is a git-lfs pointer, not the data; run `git lfs pull` there, or download the file"
         if problem := damaged_archive(file):
             return f"{file}: {problem}"
-        if file.suffix in (".jsonl", ".csv", ".txt") and (problem := _bad_line(file)):
+        if file.suffix != ".zst" and _format(file) in _OF_LINES and (problem := _bad_line(file)):
             return f"{file}, {problem}"
     return _misread_csv(name)
 
 
 def _bad_line(file: Path) -> str | None:
     """Describe the first line of a file that is not UTF-8 or, in a file of JSON lines, not JSON."""
-    with file.open("rb") as lines:
+    with unpacked(file) as lines:
         for number, line in enumerate(lines, 1):
             try:
-                text = line.decode()
-                if file.suffix == ".jsonl" and text.strip():
+                text = line.decode("utf-8-sig")
+                if _suffix(file).lower() in (".jsonl", ".ndjson") and text.strip():
                     json.loads(text)
             except UnicodeDecodeError as error:
                 encoding = (

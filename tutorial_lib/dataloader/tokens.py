@@ -204,7 +204,9 @@ def document_maker(
     """
     columns = rows.features
     if tokenizer.eos_token_id is None:
-        raise ConfigError("The tokenizer has no EOS token to mark the end of a text. Choose another model.")
+        raise ConfigError(
+            "The tokenizer has no EOS token to mark the end of a text. Set its eos_token, or choose another model."
+        )
     read = next(iter(_readable_columns(columns)), None)
     if read in ("text", "content"):
         return lambda batch: _text_documents(batch[read], tokenizer, seq_length)
@@ -280,7 +282,15 @@ def _describe_type(feature: Any) -> str:
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: Any) -> Any:
     # No padding, no truncation, and no warning about the model's length: this module cuts documents itself.
-    return tokenizer(texts, padding=False, truncation=False, return_attention_mask=False, verbose=False, **options)
+    try:
+        return tokenizer(texts, padding=False, truncation=False, return_attention_mask=False, verbose=False, **options)
+    except Exception as error:
+        if type(error) is not Exception:  # which is what the tokenizers library raises
+            raise
+        raise ConfigError(
+            f"The tokenizer cannot encode a text: {error}. Add a token for unknown words to the model of its "
+            "tokenizer.json, or choose another tokenizer."
+        ) from error
 
 
 def _text_documents(

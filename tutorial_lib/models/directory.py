@@ -49,12 +49,18 @@ def check_config(directory: str) -> None:
 
 
 def check_tokenizer_files(directory: str) -> None:
-    """Refuse tokenizer files that are git-lfs pointers, and JSON files of a tokenizer that do not hold an object.
+    """Refuse tokenizer files that are git-lfs pointers, JSON files that do not hold an object, and no files at all.
 
     Raises:
         ConfigError: names the file, what is wrong with it, and what to do.
     """
     root = Path(directory)
+    patterns = (*_TOKENIZER_OBJECTS, "vocab.json", *_OLDER_VOCABULARIES)
+    if (root / "config.json").is_file() and not any(any(root.glob(pattern)) for pattern in patterns):
+        raise ConfigError(
+            f"The directory {directory!r} holds a model without a tokenizer. Copy the tokenizer's files "
+            "(tokenizer.json, tokenizer_config.json) there, or save it there with tokenizer.save_pretrained."
+        )
     objects = {name: _read_object(root / name) for name in _TOKENIZER_OBJECTS}
     if not objects["tokenizer.json"]:
         _read_object(root / "vocab.json")

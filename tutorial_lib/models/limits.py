@@ -16,7 +16,8 @@ def check_sequence_length(seq_length: int, model_config: PretrainedConfig) -> No
     Raises:
         ConfigError: ``seq_length`` exceeds the model's limit.
     """
-    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    text: Any = model_config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)  # MPT's name for it
     if limit and seq_length > limit > 0:  # XLNet says -1, and BLOOM, with ALiBi, nothing
         raise ConfigError(
             f"seq_length={seq_length} is longer than this {model_config.model_type} model's {limit} positions. "

@@ -96,12 +96,12 @@ def _load_pretrained(target: str, *, called: str, **options: Any) -> PreTrainedM
     )
     model, info = loaded
     own = dict(model.named_parameters(remove_duplicate=False))
+    check_all_used(called, model, info["unexpected_keys"])
     check_complete(
         called,
         missing=info["missing_keys"] & own.keys(),
         wrong_shapes={key: (stored, expected) for key, stored, expected in info["mismatched_keys"]},
     )
-    check_all_used(called, model, info["unexpected_keys"])
     return model
 
 
@@ -154,7 +154,10 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
         check_tokenizer_files(resolve_model(name))
     tokenizer = fetch(AutoTokenizer.from_pretrained, "tokenizer", name, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token is None:
-        raise ConfigError(f"The tokenizer of {name!r} has no EOS token to end a document with. Choose another model.")
+        raise ConfigError(
+            f"The tokenizer of {name!r} has no EOS token to end a document with. Write the one of its vocabulary into "
+            'its tokenizer_config.json, such as "eos_token": "</s>", or choose another model.'
+        )
     if not tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens}:
         raise ConfigError(
             f"The tokenizer of {name!r} has no tokens except {', '.join(map(repr, tokenizer.all_special_tokens))}: its "

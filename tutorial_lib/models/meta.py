@@ -126,9 +126,9 @@ def _match_stored(m: ModelConfig, *, must_be_read_as_stored: bool) -> dict[str, 
         stored_ids = {id(own[name]) for name in own.keys() & found.keys()}
         wrong = {n: (t.shape, shapes[n]) for n, t in found.items() if t.shape != shapes[n]}
         missing = [name for name, parameter in own.items() if id(parameter) not in stored_ids]
+        check_all_used(m.name, model, others)
         check_complete(m.name, missing=missing, wrong_shapes=wrong)
         check_no_integers({name: tensor for name, tensor in found.items() if name in own})
-        check_all_used(m.name, model, others)
     return found
 
 

@@ -60,6 +60,8 @@ def load_side_files(name: str, *, trust_remote_code: bool = False) -> SideFiles:
     """
     options = {"trust_remote_code": trust_remote_code}
     tokenizer = fetch(AutoTokenizer.from_pretrained, "tokenizer", name, **options)
+    for how_found in ("is_local", "local_files_only"):  # transformers would save them along with its settings
+        tokenizer.init_kwargs.pop(how_found, None)
     generation_config = fetch(_read_generation_config, "model", name)
     use_cache = getattr(load_config(name, **options), "use_cache", True)
     return SideFiles(tokenizer, generation_config, use_cache)

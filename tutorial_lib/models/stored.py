@@ -259,7 +259,8 @@ def check_all_used(name: str, model: PreTrainedModel, others: Iterable[str]) -> 
     """Refuse files with tensors that loading would silently drop, so that a different model would be trained.
 
     A tensor is refused if it belongs to a module of the model that has no such parameter: a bias that ``config.json``
-    turns off, a layer beyond ``num_hidden_layers``, an adapter of a layer. Heads for other tasks and old buffers are
+    turns off, a layer beyond ``num_hidden_layers``, an adapter of a layer. It is also refused if it belongs to layers
+    that the model has none of: an encoder's, or those that read images. Heads for other tasks and old buffers are
     allowed.
 
     Args:
@@ -280,7 +281,11 @@ def check_all_used(name: str, model: PreTrainedModel, others: Iterable[str]) -> 
     def belongs_to_model(key: str) -> bool:
         item = re.match(r"(.*?\.)\d+\.", key)
         beyond = item is not None and item[1] in lists and item[0] not in items
-        return key.rpartition(".")[0] in modules or beyond or ".lora_" in key
+        return key.rpartition(".")[0] in modules or beyond or ".lora_" in key or belongs_to_other_layers(key)
+
+    def belongs_to_other_layers(key: str) -> bool:
+        item = re.match(r"(.*?\.)\d+\..+\.", key)
+        return item is not None and not any(layer.endswith(item[1]) for layer in lists)
 
     dropped = [
         key
@@ -289,9 +294,11 @@ def check_all_used(name: str, model: PreTrainedModel, others: Iterable[str]) -> 
     ]
     if dropped:
         raise ConfigError(
-            f"The files of the model {name!r} hold {len(dropped)} tensors that its config.json has no parameter for: "
-            f"{_some(dropped)}. They would be dropped, and a different model trained. Correct config.json, merge an "
-            "adapter into the weights, or remove the tensors from the files."
+            f"The files of the model {name!r} hold {len(dropped)} tensors that its config.json, read as a causal "
+            f"language model's, has no parameter for: {_some(dropped)}. They would be dropped, and a different model "
+            "trained. Correct config.json, merge an adapter into the weights, or remove the tensors from the files. To "
+            "train only the decoder of a larger model, save it once: "
+            "AutoModelForCausalLM.from_pretrained(DIRECTORY).save_pretrained(NEW)."
         )
 
 

@@ -125,6 +125,9 @@ def test_a_file_of_an_unknown_format_is_refused(tmp_path):
         ({"train.tsv": b'id\ttext\n1\t"Hi\n2\tand\n3\t"Hi\n'}, r"train\.tsv, line 2: .* closed only in line 4"),
         ({"train.jsonl.gz": b'{"text": "x"}\n'}, r"train\.jsonl\.gz: Not a gzipped file.* or not compressed"),
         ({"a.jsonl.gz": gzip.compress(b'{"text": "x"}\n')[:-9]}, r"a\.jsonl\.gz: Compressed file ended"),
+        ({"a.txt.gz": gzip.compress(b"caf\xe9\n")}, r"a\.txt\.gz, line 1: the byte 0xe9 is not UTF-8"),
+        ({"a.json": '[{"text": "x"}]'.encode("utf-16")}, r"a\.json, line 1: .* the file is in UTF-16"),
+        ({"a.ndjson": b'\xef\xbb\xbf{"text": "x"}\n{"text":\n'}, r"a\.ndjson, line 2: "),
     ],
 )
 def test_errors_in_a_file_are_reported_with_their_place(files, message, tmp_path):
@@ -147,6 +150,13 @@ def test_a_byte_order_mark_is_not_read_as_text(tmp_path):
         (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
     for name in ("one.txt", "many"):
         assert list(load_rows(str(tmp_path / name), "train")["text"]) == ["one", "two"]
+
+
+def test_a_byte_order_mark_that_the_reader_would_keep_is_refused(tmp_path):
+    (tmp_path / "one.txt.gz").write_bytes(gzip.compress(b"\xef\xbb\xbfone\n"))
+    for name in (tmp_path / "one.txt.gz", tmp_path):
+        with pytest.raises(ConfigError, match=r"one\.txt\.gz starts with a byte-order mark.* Unpack the file"):
+            load_rows(str(name), "train")
 
 
 @pytest.mark.parametrize("name", ["train.jsonl.part", "train.jsonl.bak", "train.jsonl.sha256", "data/more.jsonl.tmp"])
@@ -376,6 +386,17 @@ def test_a_file_that_belongs_to_no_split_is_not_dropped(name, tmp_path):
         load_rows(str(tmp_path), "train")
     (tmp_path / name).rename(tmp_path / f"train-{Path(name).name}")
     assert len(load_rows(str(tmp_path), "train")) == 2
+
+
+@pytest.mark.parametrize("others", [(), ("a.csv",)])
+def test_a_file_whose_name_ends_in_capitals_is_not_dropped(others, tmp_path):
+    """In a directory, datasets knows the suffixes of its formats in lower case only."""
+    for name in ("B.CSV", *others):
+        (tmp_path / name).write_text("text\none\n")
+    with pytest.raises(ConfigError, match=r"a directory with B\.CSV: .* lower case\. Let it end in \.csv"):
+        load_rows(str(tmp_path), "train")
+    (tmp_path / "B.CSV").rename(tmp_path / "B.csv")
+    assert len(load_rows(str(tmp_path), "train")) == 1 + len(others)
 
 
 def test_a_split_without_rows(tmp_path):

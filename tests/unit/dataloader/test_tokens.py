@@ -12,6 +12,9 @@ from pathlib import Path
 
 import datasets
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -251,6 +254,15 @@ def test_a_tokenizer_without_eos_is_refused(byte_tokenizer):
     tokenizer.eos_token = None
     with pytest.raises(ConfigError, match="no EOS token"):
         documents_of([{"text": "hello"}], tokenizer)
+
+
+def test_a_text_that_the_tokenizer_has_no_token_for_is_refused():
+    words = Tokenizer(WordLevel({"hello": 0, "</s>": 1}, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
+    assert documents_of([{"text": "hello"}], tokenizer)
+    with pytest.raises(ConfigError, match=r"cannot encode a text: WordLevel error: .*Add a token for unknown words"):
+        documents_of([{"text": "hello you"}], tokenizer)
 
 
 class Counted(PreTrainedTokenizerFast):

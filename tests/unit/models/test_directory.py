@@ -9,9 +9,9 @@ import shutil
 import pytest
 
 from tutorial_lib.config import ConfigError
-from tutorial_lib.embedded import model_directory
+from tutorial_lib.embedded import MODEL_NAMES, model_directory
 from tutorial_lib.models import load_config, load_model, load_tokenizer
-from tutorial_lib.models.side_files import check_side_files
+from tutorial_lib.models.side_files import check_side_files, load_side_files
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 LOADERS = {
@@ -71,11 +71,37 @@ def test_a_tokenizer_without_a_vocabulary_is_refused(tmp_path, name):
         load_tokenizer(str(directory))
 
 
+def test_a_model_without_tokenizer_files_is_refused_with_what_to_do(copied):
+    for file in copied.glob("*token*"):
+        file.unlink()
+    with pytest.raises(
+        ConfigError, match=r"a model without a tokenizer\. Copy the .* or save it there with tokenizer\."
+    ):
+        load_tokenizer(str(copied))
+
+
+def test_a_tokenizer_without_eos_is_refused_with_what_to_do(copied):
+    (copied / "config.json").write_text('{"model_type": "stablelm"}')
+    (copied / "tokenizer_config.json").unlink()
+    with pytest.raises(ConfigError, match=r'no EOS token .*its tokenizer_config\.json, such as "eos_token"'):
+        load_tokenizer(str(copied))
+    (copied / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    assert load_tokenizer(str(copied)).eos_token == "<|endoftext|>"
+
+
 def test_generation_settings_that_the_library_refuses_are_refused_before(copied):
     (copied / "generation_config.json").write_text('{"cache_implementation": "papyrus"}')
     for load in (check_side_files, load_model):
         with pytest.raises(ConfigError, match=r"generation_config\.json is not a valid generation config: .*papyrus"):
             load(str(copied))
+
+
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_a_saved_tokenizer_has_the_settings_of_the_original(name, tmp_path):
+    load_side_files(name).save(tmp_path, load_config(name))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        original = model_directory(name) / file
+        assert json.loads((tmp_path / file).read_text()) == json.loads(original.read_text())
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])

@@ -25,6 +25,11 @@ def test_sequence_length_beyond_the_models():
         check_sequence_length(513, load_config("embedded/gpt2"))
 
 
+def test_mpt_has_another_name_for_its_limit():
+    with pytest.raises(ConfigError, match=r"seq_length=65 is longer than this mpt model's 64 positions"):
+        check_sequence_length(65, AutoConfig.for_model("mpt", max_seq_len=64))
+
+
 def test_a_maximum_length_of_minus_one_means_no_limit():
     check_sequence_length(100_000, AutoConfig.for_model("xlnet"))
 

@@ -289,10 +289,13 @@ def qwen2_layer(number):
 @pytest.mark.parametrize("engine", ["deepspeed", "fsdp", "torch"])
 @pytest.mark.parametrize(
     "name",
-    [f"{qwen2_layer(0)}.o_proj.bias", f"{qwen2_layer(9)}.o_proj.weight", f"{qwen2_layer(0)}.q_proj.lora_A.weight"],
-)
+    [
+        f"{qwen2_layer(0)}.o_proj.bias", f"{qwen2_layer(9)}.o_proj.weight", f"{qwen2_layer(0)}.q_proj.lora_A.weight",
+        "model.encoder.layers.0.self_attn.q_proj.weight", "visual.blocks.0.attn.qkv.weight",
+    ],
+)  # fmt: skip
 def test_tensors_that_a_model_would_drop_are_refused(tmp_path, engine, name):
-    """Without a bias that config.json turns off, a further layer or an adapter, a different function is trained."""
+    """Without a bias that config.json turns off, a further layer, an adapter or an encoder, it is another model."""
     directory = shutil.copytree(model_directory("embedded/qwen2"), tmp_path / "model")
     change(directory, lambda tensors: tensors.update({name: torch.ones(4)}))
     with pytest.raises(ConfigError, match=rf"hold 1 tensors.*{name}.*would be dropped.*Correct config\.json"):
@@ -301,7 +304,11 @@ def test_tensors_that_a_model_would_drop_are_refused(tmp_path, engine, name):
         load_model(str(directory))
 
 
-@pytest.mark.parametrize("name", ["score.weight", "transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"])
+@pytest.mark.parametrize(
+    "name",
+    ["score.weight", "score.0.weight", "transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias",
+     "h.0.attn.masked_bias"],
+)  # fmt: skip
 def test_stored_heads_of_other_tasks_and_old_buffers_are_ignored(copied, name):
     change(copied, lambda tensors: tensors.update({name: torch.ones(4)}))
     check_stored(copied, "torch")

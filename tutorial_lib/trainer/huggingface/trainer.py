@@ -9,19 +9,23 @@ These are the main overrides. The first two make the losses equal those of the p
 - ``get_batch_samples``: here the ``Trainer`` counts the step's tokens over all micro-batches and ranks, because it
   divides the loss sum by their number. The run checks that number;
 - ``_save_checkpoint``: the checkpoint goes into a directory that is hashed, and gets its final name once it is
-  complete.
+  complete. Its weights keep the names and shapes that they have in memory. By default, transformers saves the experts
+  of a mixture one by one. The ``Trainer`` would not find them again when it resumes, and would only log that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from tutorial_lib.checkpoint.manifest import CheckpointError
 
 if TYPE_CHECKING:
     from tutorial_lib.trainer.huggingface.run import HuggingFaceRun
@@ -83,10 +87,22 @@ class HuggingFaceTrainer(Trainer):
         """Write the ``Trainer``'s ``checkpoint-N`` into a directory. Collective."""
         original = self.args.output_dir
         self.args.output_dir = str(directory)
+        self.model.save_pretrained = partial(self.model.save_pretrained, save_original_format=False)
         try:
             super()._save_checkpoint(self.model_wrapped, trial=None)
         finally:
             self.args.output_dir = original
+            del self.model.save_pretrained  # restores the class's own method
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse a checkpoint with weights that the model does not have, because those of its own would be lost."""
+        if unknown := load_result.unexpected_keys:
+            raise CheckpointError(
+                f"The checkpoint holds {len(unknown)} tensors that the model has no place for, such as {unknown[0]}. "
+                "Resumed without them, it would be a different model. If an older version saved this checkpoint, start "
+                "a new run."
+            )
+        super()._issue_warnings_after_load(load_result)
 
 
 class _Callback(TrainerCallback):

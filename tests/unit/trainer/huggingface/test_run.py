@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from tests.support.damaged_files import flip_a_bit
+from tests.support.models import mixture_model
 from tests.support.torch_runs import STEPS, config, names, rows_without_seconds, steps
 from tutorial_lib import checkpoint, launch, trainer
 from tutorial_lib.cli import main
@@ -81,6 +82,31 @@ def test_an_export_loads_and_a_report_names_every_file(full_run, tmp_path, capsy
     assert main(["inspect", str(checkpoint.latest(full_run.directory))]) == 0
     shown = capsys.readouterr().out
     assert "engine=trainer" in shown and "engine/checkpoint-7/trainer_state.json" in shown
+
+
+def test_experts_that_are_stored_one_by_one_survive_a_resume_and_an_export(tmp_path):
+    mixture_model(tmp_path / "model")
+    settings = trained(tmp_path, str(tmp_path / "model"), steps=3)
+    whole = launch.run(settings)
+    launch.run(settings.override(name="stopped", stop_after=2))
+    resumed = launch.run(settings.override(name="stopped"))
+    assert rows_without_seconds(resumed) == rows_without_seconds(whole)
+    one, other = (
+        AutoModelForCausalLM.from_pretrained(checkpoint.export(checkpoint.latest(run.directory), tmp_path / name))
+        for name, run in (("one", whole), ("other", resumed))
+    )
+    assert all(tensor.equal(other.state_dict()[name]) for name, tensor in one.state_dict().items())
+
+
+def test_a_mixture_that_was_saved_expert_by_expert_is_not_resumed(tmp_path, monkeypatch):
+    """transformers would log a warning, and train the experts that the run started from."""
+    mixture_model(tmp_path / "model")
+    settings = trained(tmp_path, str(tmp_path / "model"), steps=3)
+    with monkeypatch.context() as patched:
+        patched.setattr("tutorial_lib.trainer.huggingface.trainer.partial", lambda save, **_: save)
+        launch.run(settings.override(stop_after=2))
+    with pytest.raises(checkpoint.CheckpointError, match=r"no place for, such as model\.layers\.0\..*start a new run"):
+        launch.run(settings)
 
 
 @pytest.mark.parametrize(
