@@ -1,15 +1,20 @@
-"""Start of a lesson: its storage directory, cleared of earlier runs and reserved for one reader, and its GPUs."""
+"""Start of a lesson: its storage, cleared of earlier runs and reserved for one reader, its GPUs, and its texts."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.files import lock_holder, write_lock_holder
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _LESSON = ".lesson"
 _READER = ".reader.lock"
@@ -33,6 +38,23 @@ def set_visible_gpus(profile: str) -> None:
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     else:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
+
+
+def texts_of(rows: Dataset) -> Sequence[str]:
+    """Return the texts of a lesson's data set.
+
+    Args:
+        rows: rows of one split.
+
+    Raises:
+        ConfigError: they have no column named ``text``; the message says what to write instead.
+    """
+    if "text" not in rows.column_names:
+        raise ConfigError(
+            f"This data set has the columns {', '.join(rows.column_names)}, and the lesson reads texts from a column "
+            "named text. Write a DATASET that has one, such as 'embedded/news'."
+        )
+    return rows["text"]
 
 
 def remove_runs(storage: str) -> None:

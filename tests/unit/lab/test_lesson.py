@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from tutorial_lib.config import ConfigError
+from tutorial_lib.dataloader import load_rows
 from tutorial_lib.lab import lesson
-from tutorial_lib.lab.lesson import remove_runs, set_visible_gpus
+from tutorial_lib.lab.lesson import remove_runs, set_visible_gpus, texts_of
 from tutorial_lib.lab.scripts import torchrun
 from tutorial_lib.records import RunDirectory
 
@@ -75,3 +76,9 @@ def test_scripts_see_the_gpus_of_a_profile_that_trains_on_them(tmp_path, monkeyp
     assert torchrun(SimpleNamespace(__file__=script), 2) == ["", ""]
     set_visible_gpus("gpu")  # the reader has changed PROFILE and runs the cell again
     assert os.getenv("CUDA_VISIBLE_DEVICES") == before
+
+
+def test_texts_are_read_from_the_column_text_or_another_data_set_is_asked_for():
+    assert all(isinstance(text, str) for text in texts_of(load_rows("embedded/news", "train", max_examples=3)))
+    with pytest.raises(ConfigError, match=r"columns .*question.*Write a DATASET .*'embedded/news'"):
+        texts_of(load_rows("embedded/qa", "train", max_examples=3))
