@@ -57,7 +57,7 @@ def texts_of(rows: Dataset) -> Sequence[str]:
     return rows["text"]
 
 
-def remove_runs(storage: str) -> None:
+def remove_runs(storage: str, *names: str) -> None:
     """Remove the runs directly under a lesson's own storage directory, so that none is resumed. Other files stay.
 
     From then on the directory belongs to this process until it ends: a second kernel that opens the same lesson gets an
@@ -66,6 +66,7 @@ def remove_runs(storage: str) -> None:
 
     Args:
         storage: the lesson's ``STORAGE``.
+        *names: only these directories in it, with whatever a cell wrote there, so that the cell can run again.
 
     Raises:
         ConfigError: the directory was not made by a lesson, another process uses it, or a run in it is still running.
@@ -89,6 +90,8 @@ def remove_runs(storage: str) -> None:
         for path in directory.glob("*/checkpoints")
         if path.is_dir() and ((path.parent / "config.json").exists() or (path.parent / ".lock").exists())
     ]
+    if names:
+        runs = [directory / name for name in names if (directory / name).is_dir()]
     if running := sorted(run.name for run in runs if _is_running(run)):
         raise ConfigError(
             f"{directory} cannot be emptied: {', '.join(running)} is still running in it. Wait until it ends, stop it, "

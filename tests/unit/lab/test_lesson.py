@@ -33,6 +33,17 @@ def test_a_lesson_removes_only_runs_in_its_own_directory(tmp_path):
     assert sorted(path.name for path in storage.iterdir()) == [".lesson", ".reader.lock", "mine", "note.json"]
 
 
+def test_a_cell_that_runs_again_removes_only_what_it_made(tmp_path):
+    storage = tmp_path / "lesson"
+    remove_runs(str(storage), "one")
+    a_run(storage, "one")
+    a_run(storage, "two")
+    (storage / "exported").mkdir()
+    (storage / "exported" / "config.json").write_text("{}")
+    remove_runs(str(storage), "one", "exported", "not-yet")
+    assert sorted(path.name for path in storage.iterdir()) == [".lesson", ".reader.lock", "two"]
+
+
 def test_a_second_reader_of_the_same_lesson_is_refused(tmp_path):
     """If two kernels share one STORAGE, the second must not remove the runs that the first is about to use."""
     storage = tmp_path / "lesson"
