@@ -1,4 +1,4 @@
-"""Helpers and exercises of lesson 04: copy a model, kill a worker, silence libraries, read losses from a log."""
+"""Helpers and exercises of lesson 04: check its steps, copy a model, kill a worker, silence libraries, read a log."""
 
 from __future__ import annotations
 
@@ -16,10 +16,27 @@ from typing import Any
 
 import psutil
 
+from tutorial_lib.config import ConfigError
 from tutorial_lib.lab.exercises import Exercise, choice, number
 from tutorial_lib.models.loading import resolve_model
 
 _POLL_SECONDS = 0.01
+
+
+def check_steps(steps: int) -> None:
+    """Refuse a number of steps with which the lesson would not save where it looks for a checkpoint.
+
+    Args:
+        steps: the lesson's ``STEPS``.
+
+    Raises:
+        ConfigError: says what to write instead.
+    """
+    if steps % 4 or steps < 8:
+        raise ConfigError(
+            f"STEPS = {steps}: this lesson saves four times, stops after half of the steps, and kills a worker two "
+            f"steps later. Write a multiple of 4 from 8 on, such as STEPS = {max(8, steps // 4 * 4)}."
+        )
 
 
 def copy_model(name: str, directory: Path, **changes: Any) -> str:
@@ -32,6 +49,9 @@ def copy_model(name: str, directory: Path, **changes: Any) -> str:
 
     Returns:
         The copy's path, which is also its model name.
+
+    Raises:
+        ConfigError: the model has no such keys.
     """
     shutil.rmtree(directory, ignore_errors=True)
     weights = shutil.ignore_patterns("*.safetensors*", "*.bin*")
@@ -39,7 +59,10 @@ def copy_model(name: str, directory: Path, **changes: Any) -> str:
     file = directory / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     if unknown := changes.keys() - config.keys():
-        raise ValueError(f"{name} has no {', '.join(sorted(unknown))} in its config.json: name keys that it has.")
+        raise ConfigError(
+            f"{name} has no {', '.join(sorted(unknown))} in its config.json. Choose a model that has these keys, "
+            "as the family of embedded/gpt2 does, or change others."
+        )
     file.write_text(json.dumps(config | changes), encoding="utf-8")
     return str(directory)
 

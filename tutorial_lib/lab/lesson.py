@@ -1,15 +1,20 @@
-"""Start of a lesson: its storage directory, cleared of earlier runs and reserved for one reader, and its GPUs."""
+"""Start of a lesson: its storage, cleared of earlier runs and reserved for one reader, its GPUs, and its texts."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.files import lock_holder, write_lock_holder
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _LESSON = ".lesson"
 _READER = ".reader.lock"
@@ -35,7 +40,24 @@ def set_visible_gpus(profile: str) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
 
 
-def remove_runs(storage: str) -> None:
+def texts_of(rows: Dataset) -> Sequence[str]:
+    """Return the texts of a lesson's data set.
+
+    Args:
+        rows: rows of one split.
+
+    Raises:
+        ConfigError: they have no column named ``text``; the message says what to write instead.
+    """
+    if "text" not in rows.column_names:
+        raise ConfigError(
+            f"This data set has the columns {', '.join(rows.column_names)}, and the lesson reads texts from a column "
+            "named text. Write a DATASET that has one, such as 'embedded/news'."
+        )
+    return rows["text"]
+
+
+def remove_runs(storage: str, *names: str) -> None:
     """Remove the runs directly under a lesson's own storage directory, so that none is resumed. Other files stay.
 
     From then on the directory belongs to this process until it ends: a second kernel that opens the same lesson gets an
@@ -44,6 +66,7 @@ def remove_runs(storage: str) -> None:
 
     Args:
         storage: the lesson's ``STORAGE``.
+        *names: only these directories in it, with whatever a cell wrote there, so that the cell can run again.
 
     Raises:
         ConfigError: the directory was not made by a lesson, another process uses it, or a run in it is still running.
@@ -67,6 +90,8 @@ def remove_runs(storage: str) -> None:
         for path in directory.glob("*/checkpoints")
         if path.is_dir() and ((path.parent / "config.json").exists() or (path.parent / ".lock").exists())
     ]
+    if names:
+        runs = [directory / name for name in names if (directory / name).is_dir()]
     if running := sorted(run.name for run in runs if _is_running(run)):
         raise ConfigError(
             f"{directory} cannot be emptied: {', '.join(running)} is still running in it. Wait until it ends, stop it, "

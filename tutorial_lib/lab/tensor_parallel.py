@@ -1,11 +1,40 @@
-"""Lesson 02: the picture of the grid, and the exercises."""
+"""Lesson 02: a check of its parameters, the picture of the grid, and the exercises."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from tutorial_lib.config import ConfigError
 from tutorial_lib.lab.exercises import Exercise, Feedback, choice, number
 from tutorial_lib.lab.figures import BLUE, GREEN, INK, ORANGE, PURPLE, Figure, styled_axes
+
+SPLIT_BY_HAND = ("llama", "mistral", "qwen2")
+"""Families that ``split_layer`` of ``notebooks/scripts/train_2d.py`` can split."""
+
+
+def check_parameters(dp: int, tp: int, family: str, *, rows: int) -> None:
+    """Refuse a grid or a model with which the lesson cannot run.
+
+    Args:
+        dp: the lesson's ``DP``.
+        tp: the lesson's ``TP``.
+        family: ``model_type`` of the lesson's ``MODEL``.
+        rows: rows of an optimizer step.
+
+    Raises:
+        ConfigError: says what to write instead.
+    """
+    if tp < 2:
+        raise ConfigError(f"TP = {tp} splits no layer, and this lesson is about split layers. Write TP = 2.")
+    if rows % (dp * tp):
+        fitting = [size for size in range(1, rows // tp + 1) if rows % (size * tp) == 0]
+        instead = f"DP as one of {fitting}" if fitting else "TP = 2 and DP = 2"
+        raise ConfigError(f"The lesson deals the {rows} rows of a step to DP x TP = {dp * tp} ranks. Write {instead}.")
+    if family not in SPLIT_BY_HAND:
+        raise ConfigError(
+            f"train_2d.py, which this lesson runs, has no plan for a {family} model. Write MODEL = 'embedded/qwen2', "
+            "or another Qwen2, Llama or Mistral."
+        )
 
 
 def draw_grid(dp: int, tp: int) -> Figure:

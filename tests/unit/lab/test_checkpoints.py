@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from tests.support.exercise_assertions import assert_explains
+from tutorial_lib.config import ConfigError
 from tutorial_lib.lab import checkpoints
 
 EXERCISES = {
@@ -37,8 +38,23 @@ def test_a_copied_model_has_the_changes_and_no_weights(tmp_path: Path) -> None:
     assert json.loads((model / "config.json").read_text())["resid_pdrop"] == 0.1
     assert (model / "tokenizer.json").is_file()
     assert list(model.glob("*.safetensors")) == []
-    with pytest.raises(ValueError, match=r"has no dropuot in its config\.json"):
+    with pytest.raises(ConfigError, match=r"has no dropuot in its config\.json"):
         checkpoints.copy_model("embedded/gpt2", tmp_path / "model", dropuot=0.1)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "bloom"])
+def test_a_model_without_the_keys_is_refused_with_one_that_has_them(family: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"^embedded/{family} has no n_embd, .*Choose a model.*embedded/gpt2"):
+        checkpoints.copy_model(f"embedded/{family}", tmp_path / "model", n_embd=512, resid_pdrop=0.1)
+
+
+def test_steps_without_a_checkpoint_at_each_quarter_are_refused() -> None:
+    """With 10 steps the lesson saves every second one, and neither a half nor three quarters of them is saved."""
+    for steps in (8, 12, 20):
+        checkpoints.check_steps(steps)
+    for steps, instead in {10: 8, 23: 20, 4: 8, 0: 8}.items():
+        with pytest.raises(ConfigError, match=f"STEPS = {steps}: .* such as STEPS = {instead}"):
+            checkpoints.check_steps(steps)
 
 
 def test_the_youngest_process_is_killed_as_soon_as_the_condition_holds(tmp_path: Path) -> None:

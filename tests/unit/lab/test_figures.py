@@ -101,3 +101,10 @@ def test_a_note_is_drawn_in_the_figure() -> None:
     words = {"title": "It falls", "alt": "A line.", "x_label": "s", "y_label": "B"}
     line = {"a": ([0, 1], [2, 1])}
     assert figures.lines(line, notes={"1.5 B": (0.5, 1.6)}, **words) != figures.lines(line, **words)
+
+
+def test_a_resumed_run_without_the_steps_of_a_line_is_explained():
+    """A cell that starts a run again finds it complete: no step is left, and no loss returns."""
+    line = {"second slot": (range(11, 21), [])}
+    with pytest.raises(ValueError, match=r"'second slot' has 0 values for 10 places.* run the cell again that began"):
+        figures.lines(line, title="", alt="", x_label="", y_label="")

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from tutorial_lib.config import ConfigError
+from tutorial_lib.dataloader import load_rows
 from tutorial_lib.lab import lesson
-from tutorial_lib.lab.lesson import remove_runs, set_visible_gpus
+from tutorial_lib.lab.lesson import remove_runs, set_visible_gpus, texts_of
 from tutorial_lib.lab.scripts import torchrun
 from tutorial_lib.records import RunDirectory
 
@@ -30,6 +31,17 @@ def test_a_lesson_removes_only_runs_in_its_own_directory(tmp_path):
     (storage / "mine" / "checkpoints").mkdir(parents=True)
     remove_runs(str(storage))
     assert sorted(path.name for path in storage.iterdir()) == [".lesson", ".reader.lock", "mine", "note.json"]
+
+
+def test_a_cell_that_runs_again_removes_only_what_it_made(tmp_path):
+    storage = tmp_path / "lesson"
+    remove_runs(str(storage), "one")
+    a_run(storage, "one")
+    a_run(storage, "two")
+    (storage / "exported").mkdir()
+    (storage / "exported" / "config.json").write_text("{}")
+    remove_runs(str(storage), "one", "exported", "not-yet")
+    assert sorted(path.name for path in storage.iterdir()) == [".lesson", ".reader.lock", "two"]
 
 
 def test_a_second_reader_of_the_same_lesson_is_refused(tmp_path):
@@ -75,3 +87,9 @@ def test_scripts_see_the_gpus_of_a_profile_that_trains_on_them(tmp_path, monkeyp
     assert torchrun(SimpleNamespace(__file__=script), 2) == ["", ""]
     set_visible_gpus("gpu")  # the reader has changed PROFILE and runs the cell again
     assert os.getenv("CUDA_VISIBLE_DEVICES") == before
+
+
+def test_texts_are_read_from_the_column_text_or_another_data_set_is_asked_for():
+    assert all(isinstance(text, str) for text in texts_of(load_rows("embedded/news", "train", max_examples=3)))
+    with pytest.raises(ConfigError, match=r"columns .*question.*Write a DATASET .*'embedded/news'"):
+        texts_of(load_rows("embedded/qa", "train", max_examples=3))

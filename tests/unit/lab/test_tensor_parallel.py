@@ -1,8 +1,37 @@
-"""Picture of the grid, and the exercises of lesson 02."""
+"""Check of lesson 02's parameters, picture of the grid, and the exercises."""
 
 from __future__ import annotations
 
+import inspect
+
+import pytest
+
+from tutorial_lib.config import ConfigError
 from tutorial_lib.lab import tensor_parallel
+from tutorial_lib.lab.scripts import train_2d
+
+
+@pytest.mark.parametrize(("dp", "tp"), [(2, 2), (1, 4), (8, 2)])
+def test_grids_that_can_share_a_step_pass(dp: int, tp: int) -> None:
+    tensor_parallel.check_parameters(dp, tp, "qwen2", rows=16)
+
+
+@pytest.mark.parametrize(
+    ("dp", "tp", "family", "instead"),
+    [
+        (2, 1, "qwen2", "TP = 1 splits no layer.*Write TP = 2"),
+        (3, 2, "qwen2", r"16 rows.*DP x TP = 6 ranks\. Write DP as one of \[1, 2, 4, 8\]"),
+        (1, 3, "qwen2", "Write TP = 2 and DP = 2"),
+        (2, 2, "gpt2", "no plan for a gpt2 model. Write MODEL = 'embedded/qwen2'"),
+    ],
+)
+def test_other_parameters_are_refused_before_anything_starts(dp: int, tp: int, family: str, instead: str) -> None:
+    with pytest.raises(ConfigError, match=instead):
+        tensor_parallel.check_parameters(dp, tp, family, rows=16)
+
+
+def test_the_families_are_those_of_the_script() -> None:
+    assert repr(tensor_parallel.SPLIT_BY_HAND) in inspect.getsource(train_2d.build_model).replace('"', "'")
 
 
 def test_the_picture_names_the_grid() -> None:
