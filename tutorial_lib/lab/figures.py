@@ -136,8 +136,7 @@ def lines(
             axes.set_xscale("log")
             axes.set_yscale("log")
             for axis in (axes.xaxis, axes.yaxis):
-                axis.set_major_formatter(lambda value, _: _number(value))
-                axis.set_minor_formatter("")
+                _label_log_scale(axis)
         else:
             _whole_numbers(axes.xaxis, [x for xs, _ in series.values() for x in xs])
         if x_end is not None:
@@ -396,6 +395,17 @@ STYLE: dict[str, Any] = {
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _label_log_scale(axis: Any) -> None:
+    """Label powers of ten, and in a short range also twice and five times as much."""
+    from matplotlib.ticker import LogLocator
+
+    low, high = axis.get_view_interval()
+    if high < 3000 * low:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(lambda value, _: _number(value))
+    axis.set_minor_formatter("")
 
 
 def _whole_numbers(axis: Any, values: Sequence[float]) -> None:

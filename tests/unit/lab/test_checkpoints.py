@@ -17,7 +17,7 @@ from tests.support.exercise_assertions import assert_explains
 from tutorial_lib.lab import checkpoints
 
 EXERCISES = {
-    "lost": (checkpoints.what_was_lost(), "optimizer", {"weights": "untrained", "position": "twice"}),
+    "lost": (checkpoints.what_was_lost(), "random states", {"weights": "untrained", "optimizer": "before the first"}),
     "interval": (
         checkpoints.minutes_between_saves(60, 7),
         142,
