@@ -29,13 +29,14 @@ def test_table_of_the_workshop(runs: dict[str, Any]) -> None:
     lines = re.findall(
         r"^\| (plain PyTorch|stage \d)(, offload)?(, pinned)? \| (.*) \|$", text_of("05_zero_workshop"), re.M
     )
-    rows = [line for line in lines if line[3].count("|") == 2]
+    rows = [line for line in lines if line[3].count("|") == 3]
     assert len(rows) == 9
     for way, offload, pinned, cells in rows:
         run = runs[f"bloom-560m: {WAYS[way]}{', offload optimizer' if offload else ''}{pinned}"]
+        peak = run.get("allocator_peak_bytes")
         assert cells.split(" | ") == [
             f"{run['states_bytes']['by_device']['cuda'] / GIB:.2f}", f"{run['step_peak_bytes'] / GIB:.2f}",
-            f"{run['samples_per_second']:.1f}",
+            "–" if peak is None else f"{peak / GIB:.2f}", f"{run['samples_per_second']:.1f}",
         ]  # fmt: skip
 
 
@@ -50,9 +51,6 @@ def test_sentences_about_the_h200(runs: dict[str, Any]) -> None:
     assert f"reaches only {plain['mfu']:.0%} of this GPU's peak".replace("%", " %") in workshop
     large = runs["bloom-560m: plain torch, 4 micro-batches of 16"]
     assert "Larger micro-batches help" in workshop and large["mfu"] > 2 * plain["mfu"]
-    peaks = {way: f"{runs[f'bloom-560m: {WAYS[way]}']['allocator_peak_bytes'] / GIB:.1f}" for way in WAYS}
-    assert list(peaks.values()) == ["19.1", "17.9", "18.8", "17.9", "18.8"]
-    assert "plain PyTorch used 19.1 GiB, stages 0 and 2 used 17.9 GiB, and stages 1 and 3 used 18.8 GiB" in workshop
     seconds = [runs[f"bloom-560m: ZeRO-{stage}"]["step_seconds"]["median"] for stage in range(4)]
     for each in seconds:
         assert f"{each:.2f}" in zero

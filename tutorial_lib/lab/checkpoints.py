@@ -117,20 +117,20 @@ def losses_in_log(log: Path) -> dict[int, float]:
 def what_was_lost() -> Exercise:
     """Ask which part of a checkpoint was missing."""
     return Exercise(
-        "A colleague's run has dropout. After a resume, its first loss is exactly that of the run that was never "
-        "stopped, and every later one differs. Every row is read once. What was not saved? Answer `weights`, "
-        "`optimizer`, `position` or `random states`.",
+        "A colleague's run has dropout. After a resume, its very first loss is already a little off, and so are all later "
+        "ones. With dropout switched off, the same resume matches to the last digit. What was not saved? Answer "
+        "`weights`, `optimizer`, `position` or `random states`.",
         check=choice(
-            "optimizer",
+            "random states",
             near={
                 "weights": "Then the first loss would be an untrained model's.",
-                "position": "Then rows would be read twice, or never.",
-                "random states": "Different dropout masks would already change the first loss.",
+                "optimizer": "The first loss is computed before the first update, so it would be right.",
+                "position": "Then it would not match without dropout, either.",
             },
         ),
-        hints=["The first loss is computed before the first update.", "What does the update use besides the gradient?"],
-        solution="The optimizer. The first loss needs weights, data and dropout masks, and all of them were right. The "
-        "second loss is the first after an update, and that update came from an Adam whose moments were zero again.",
+        hints=["What does a run without dropout not need?", "Where do dropout masks come from?"],
+        solution="The random states of the ranks. Without them every rank drew different dropout masks from the first "
+        "step on.",
     )
 
 

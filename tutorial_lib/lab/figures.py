@@ -141,8 +141,7 @@ def lines(
             axes.set_xscale("log")
             axes.set_yscale("log")
             for axis in (axes.xaxis, axes.yaxis):
-                axis.set_major_formatter(lambda value, _: format_short(value))
-                axis.set_minor_formatter("")
+                _label_log_scale(axis)
         else:
             _whole_numbers(axes.xaxis, [x for xs, _ in series.values() for x in xs])
         if x_end is not None:
@@ -387,6 +386,17 @@ STYLE: dict[str, Any] = {
     "svg.hashsalt": "tutorial_lib",
 }
 """Settings for all drawings. DejaVu Sans ships with the drawing library, so it is the same everywhere."""
+
+
+def _label_log_scale(axis: Any) -> None:
+    """Label powers of ten, and in a short range also twice and five times as much."""
+    from matplotlib.ticker import LogLocator
+
+    low, high = axis.get_view_interval()
+    if high < 3000 * low:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(lambda value, _: format_short(value))
+    axis.set_minor_formatter("")
 
 
 def _whole_numbers(axis: Any, values: Sequence[float]) -> None:

@@ -18,7 +18,7 @@ from tutorial_lib.config import ConfigError
 from tutorial_lib.lab import checkpoints
 
 EXERCISES = {
-    "lost": (checkpoints.what_was_lost(), "optimizer", {"weights": "untrained", "position": "twice"}),
+    "lost": (checkpoints.what_was_lost(), "random states", {"weights": "untrained", "optimizer": "before the first"}),
     "interval": (
         checkpoints.minutes_between_saves(60, 7),
         142,
