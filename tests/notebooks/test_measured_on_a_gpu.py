@@ -9,7 +9,7 @@ import nbformat
 import pytest
 
 from tests.notebooks.run import NOTEBOOKS
-from tests.theory.gpu_runs import fsdp_runs, measured, workshop_runs
+from tests.theory.gpu_runs import measured, workshop_runs
 
 GIB = 2**30
 WAYS = {"plain PyTorch": "plain torch", **{f"stage {stage}": f"ZeRO-{stage}" for stage in range(4)}}
@@ -55,17 +55,16 @@ def test_sentences_about_the_h200(runs: dict[str, Any]) -> None:
     for each in seconds:
         assert f"{each:.2f}" in zero
     assert "within 0.7 %" in workshop and max(abs(run.peak_error) for run in workshop_runs()) < 0.0075
-    last = {run.name: run.peak_error for run in fsdp_runs()}
-    assert "within 0.2 %" in fsdp and all(
-        abs(last[name]) < 0.002 for name in ("micro-batch 48", "micro-batch 192, recomputed")
-    )
     kept_busy = [row["mfu"] for row in measured("fsdp2-one-billion")[0]["rows"] if row["micro_batch"] >= 24]
     assert "42 to 43.5 %" in " ".join(text_of("06_scaling_out").split())
     assert (f"{min(kept_busy):.2f}", f"{max(kept_busy):.3f}") == ("0.42", "0.435")
-    for table, largest in zip(measured("fsdp2-one-billion"), (48, 192), strict=True):
+    tables, largest = measured("fsdp2-one-billion"), (48, 192)
+    for table, rows in zip(tables, largest, strict=True):
         row = table["rows"][-1]
-        assert row["micro_batch"] == largest and f"{100 * row['mfu']:.1f} %" in fsdp
-        assert f"({int(row['allocator_peak_bytes'] / GIB)} GiB" in fsdp
+        assert row["micro_batch"] == rows and f"{100 * row['mfu']:.1f} %" in fsdp
+    kept, recomputed = (table["rows"][-1]["mfu"] for table in tables)
+    assert "four times the batch, at a seventh less speed" in fsdp
+    assert largest[1] == 4 * largest[0] and round(1 / (1 - recomputed / kept)) == 7
 
 
 def test_what_was_equal_and_what_resumed() -> None:

@@ -106,35 +106,35 @@ def zero_stages(axes: Any) -> None:
 
 def tensor_parallel(axes: Any) -> None:
     """Draw a column-parallel and a row-parallel product on two ranks, and the two all-reduces that they cost."""
-    colors, side, top = (BLUE, GREEN), 1.6, 0.75
-    places = {"x": 1.5, "A": 4.0, "Y": 6.5, "B": 9.0, "Z": 11.5}
+    colors, side, top, gap = (BLUE, GREEN), 1.6, 0.75, 1.1
+    places = {"x": 1.5, "A": 4.0, "Y": 6.5, "B": 10.1, "Z": 12.6}
     captions = {
         "x": "input\nthe same on both", "A": "column-parallel\nsplit by outputs", "Y": "activation\nsplit, not sent",
         "B": "row-parallel\nsplit by inputs", "Z": "partial sums",
     }  # fmt: skip
+    signs = {"A": "\N{MULTIPLICATION SIGN}", "Y": "=", "B": "\N{MULTIPLICATION SIGN}", "Z": "="}
     for name, x in places.items():
         _text(axes, x + side / 2, 0.3, captions[name], ha="center")
     for rank, color in enumerate(colors):
-        y = top + rank * (side + 0.5)
+        y = top + rank * (side + gap)
         _text(axes, 0, y + side / 2, f"rank {rank}", size=13, weight="bold")
         for name, x in places.items():
             _matrix(axes, x, y, side, name, rank, color)
-        for x, sign in (
-            (3.55, "\N{MULTIPLICATION SIGN}"),
-            (6.05, "="),
-            (8.55, "\N{MULTIPLICATION SIGN}"),
-            (11.05, "="),
-        ):
-            _text(axes, x, y + side / 2, sign, size=16, ha="center")
-    middle, right = top + side + 0.25, places["Z"] + side + 0.15
-    _text(axes, right, middle, "all-reduce\nin forward:\nZ = Z₀ + Z₁", weight="bold")
-    _text(axes, places["x"] + side / 2, middle, "backward: all-reduce of dx", ha="center", weight="bold")
-    bottom = top + 2 * side + 0.8
-    _text(
-        axes, 0, bottom,
-        "Filled: what a rank holds or computes. GELU comes between Y and B: elementwise, so each rank does it alone.",
-    )  # fmt: skip
-    _frame(axes, right + 1.75, bottom + 0.3)
+        for name, sign in signs.items():
+            _text(axes, places[name] - 0.45, y + side / 2, sign, size=16, ha="center")
+        _arrow(axes, places["Y"] + side + 0.1, y + side / 2, places["B"] - 0.8, y + side / 2)
+        _text(axes, places["Y"] + side + 0.6, y + side / 2 - 0.3, "GELU", ha="center")
+    middle = top + side + gap / 2
+    for name, label, shift, align in (
+        ("x", "backward:\nall-reduce of\nx's gradient", -0.25, "right"),
+        ("Z", "forward:\nall-reduce,\nZ = Z₀ + Z₁", 0.25, "left"),
+    ):
+        x = places[name] + side / 2
+        _arrow(axes, x, top + side + 0.1, x, top + side + gap - 0.1, both_ways=True)
+        _text(axes, x + shift, middle, label, ha=align, weight="bold")
+    bottom = top + 2 * side + gap + 0.3
+    _text(axes, 0, bottom, "Filled: what a rank holds or computes. Double arrows: what the ranks exchange.")
+    _frame(axes, places["Z"] + side + 1.0, bottom + 0.3)
 
 
 def _matrix(axes: Any, x: float, y: float, side: float, name: str, rank: int, color: str) -> None:
@@ -152,16 +152,16 @@ def _matrix(axes: Any, x: float, y: float, side: float, name: str, rank: int, co
 
 def fsdp_strategies(axes: Any) -> None:
     """Draw the parameters on rank 0 of four during a step, under each FSDP strategy."""
-    phases = ["before", "forward\n1", "forward\n2", "forward\n3", "backward\n3", "backward\n2", "backward\n1",
-              "update"]  # fmt: skip
+    passes = [f"layer {layer}\nforward" for layer in (1, 2, 3)] + [f"layer {layer}\nbackward" for layer in (3, 2, 1)]
+    phases = ["before", *passes, "update"]
     none, one, all_layers = (), ((0,), (1,), (2,)), (0, 1, 2)
     strategies = [
         ("full_shard", "ZeRO stage 3", 4, (none, *one, *one[::-1], none),
          "all-gather twice,\nreduce-scatter", "3 Ψ"),
         ("shard_grad_op", "gathered once", 4, (none, (0,), (0, 1), all_layers, all_layers, (0, 1), (0,), none),
          "all-gather once,\nreduce-scatter", "2 Ψ"),
-        ("hybrid_shard", "a copy on every 2 ranks", 2, (none, *one, *one[::-1], none),
-         "as full_shard; all-reduce\nbetween copies", "3 Ψ + 2 Ψ/S, S = 2"),
+        ("hybrid_shard", "a copy on every\n2 ranks", 2, (none, *one, *one[::-1], none),
+         "as full_shard; all-reduce\nbetween copies", "3 Ψ + 2 Ψ/2 = 4 Ψ"),
         ("no_shard", "DDP", 1, (none,) * len(phases), "all-reduce", "2 Ψ"),
     ]  # fmt: skip
     left, width, gap, height, top = 2.75, 0.97, 0.12, 1.3, 0.75
@@ -172,7 +172,7 @@ def fsdp_strategies(axes: Any) -> None:
     for row, (name, alias, shards, gathered, sent, volume) in enumerate(strategies):
         y = top + row * height
         _text(axes, 0, y + 0.3, name, size=13, weight="bold")
-        _text(axes, 0, y + 0.68, alias)
+        _text(axes, 0, y + 0.55, alias, va="top")
         for place, layers in enumerate(gathered):
             x = left + place * (width + gap)
             _box(axes, x, y, width, height - 0.25, INK, fill=False)
@@ -278,8 +278,7 @@ def ray_train(axes: Any) -> None:
     _text(axes, 7.4, 0.25, "starts", ha="center", size=9)
     _arrow(axes, workers - 0.1, 2.55, 6.7, 1.75)
     _text(axes, 7.1, 2.5, "report", ha="center", size=9)
-    axes.annotate("", (workers + 1.15, 1.77), (workers + 1.15, 1.18),
-                  arrowprops={"arrowstyle": "<|-|>", "color": INK, "linewidth": 2})  # fmt: skip
+    _arrow(axes, workers + 1.15, 1.18, workers + 1.15, 1.77, both_ways=True)
     _text(axes, workers + 1.3, 1.47, "gloo or NCCL", size=9)
     _text(axes, 11.6, 0.3, "writes", ha="center", size=9)
     _box(axes, storage, 0, 2.7, 3.0, INK, fill=False)
@@ -360,8 +359,9 @@ def _text(axes: Any, x: float, y: float, text: str, **look: Any) -> None:
     axes.text(x, y, text, **{"va": "center", "ha": "left", "linespacing": 1.35, "size": 10, **look})
 
 
-def _arrow(axes: Any, x: float, y: float, to_x: float, to_y: float) -> None:
-    axes.annotate("", (to_x, to_y), (x, y), arrowprops={"arrowstyle": "-|>", "color": INK, "linewidth": 2})
+def _arrow(axes: Any, x: float, y: float, to_x: float, to_y: float, *, both_ways: bool = False) -> None:
+    look = {"arrowstyle": "<|-|>" if both_ways else "-|>", "color": INK, "linewidth": 2}
+    axes.annotate("", (to_x, to_y), (x, y), arrowprops=look)
 
 
 def _frame(axes: Any, width: float, height: float) -> None:
