@@ -124,7 +124,7 @@ def draw_steps(steps: Mapping[str, Step], *, title: str, alt: str, inches: float
             if memory:
                 bottom = top + 0.4 - _ROWS - _MEMORY_HEIGHT
                 _draw_memory(axes, bottom, memory, peak)
-                ticks[bottom + _MEMORY_HEIGHT / 2] = "memory beyond\nthe start"
+                ticks[bottom + _MEMORY_HEIGHT / 2] = "memory that\nthe step adds"
         axes.set_yticks(list(ticks), list(ticks.values()))
         axes.set_ylim(bottom, 0.95 + 0.4 * bool("".join(steps)))
         axes.set_xlabel("time in the step (ms)")

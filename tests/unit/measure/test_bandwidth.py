@@ -73,7 +73,7 @@ def test_the_gate_times_all_collectives_and_stops_a_job_on_a_slow_network() -> N
 def test_a_rank_that_fails_does_not_wait_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """On GPUs ``destroy_process_group`` waits for the other ranks, which wait for this one in a collective."""
 
-    def fail(**_: object) -> None:
+    def fail(*_: object) -> None:
         raise MemoryError
 
     destroyed: list[bool] = []
