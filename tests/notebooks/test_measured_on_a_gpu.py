@@ -36,7 +36,7 @@ def test_table_of_the_workshop(runs: dict[str, Any]) -> None:
         peak = run.get("allocator_peak_bytes")
         assert cells.split(" | ") == [
             f"{run['states_bytes']['by_device']['cuda'] / GIB:.2f}", f"{run['step_peak_bytes'] / GIB:.2f}",
-            "–" if peak is None else f"{peak / GIB:.2f}", f"{run['samples_per_second']:.1f}",
+            "-" if peak is None else f"{peak / GIB:.2f}", f"{run['samples_per_second']:.1f}",
         ]  # fmt: skip
 
 

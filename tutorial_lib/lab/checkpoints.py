@@ -117,8 +117,8 @@ def losses_in_log(log: Path) -> dict[int, float]:
 def what_was_lost() -> Exercise:
     """Ask which part of a checkpoint was missing."""
     return Exercise(
-        "A colleague's run has dropout. After a resume, its very first loss is already a little off, and so are all later "
-        "ones. With dropout switched off, the same resume matches to the last digit. What was not saved? Answer "
+        "A colleague's run has dropout. After a resume, its very first loss is already a little off, and so are all "
+        "later ones. With dropout switched off, the same resume matches to the last digit. What was not saved? Answer "
         "`weights`, `optimizer`, `position` or `random states`.",
         check=choice(
             "random states",
