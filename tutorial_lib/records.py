@@ -33,6 +33,7 @@ import socket
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,13 @@ def typical_rows(result: Mapping[str, Any], rows: Sequence[Row]) -> list[Row]:
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file's content so that a reader sees the old text or the new one, never a mix."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def _version(file: Path) -> tuple[int, int, int] | None:
@@ -135,7 +141,7 @@ class RunDirectory:
         """Return the metrics rows written so far, in step order, without a line that is still being written.
 
         Raises:
-            ConfigError: a line is not JSON, because the file was edited or the disk was full.
+            ConfigError: a line is not a row, because the file was edited or damaged.
         """
         try:
             lines = self.metrics_file.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -145,9 +151,11 @@ class RunDirectory:
         for number, line in enumerate(lines[:-1], 1):
             try:
                 rows.append(dict(json.loads(line)))
-            except (ValueError, TypeError) as error:
+                int(rows[-1]["step"])
+            except (ValueError, TypeError, KeyError) as error:
+                why = f"it has no {error}" if isinstance(error, KeyError) else error
                 raise ConfigError(
-                    f"{self.metrics_file}, line {number} is not a row of metrics: {error}. Remove it."
+                    f"{self.metrics_file}, line {number} is not a row of metrics: {why}. Remove it."
                 ) from error
         return rows
 

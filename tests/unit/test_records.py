@@ -65,7 +65,7 @@ def test_a_resume_keeps_one_row_of_each_step(run):
     assert run.rows() == [{"step": 1}, {"step": 2}, {"step": 3}]
 
 
-@pytest.mark.parametrize("line", ["garbage", "", "3", '{"step": 1, "lo'])
+@pytest.mark.parametrize("line", ["garbage", "", "3", '{"step": 1, "lo', '{"stap": 2}'])
 def test_a_line_that_is_no_row_is_named(run, line):
     run.append({"step": 1})
     with run.metrics_file.open("a") as file:
@@ -81,6 +81,7 @@ def test_an_interrupted_write_leaves_the_old_text(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="killed"):
         write_atomically(path, "new")
     assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"], "nothing half-written is left"
 
 
 def test_an_atomic_write_leaves_nothing_else(tmp_path):

@@ -34,7 +34,7 @@ from tutorial_lib.doctor.machine import usable_cores
 from tutorial_lib.launch.errors import WorkerError, first_error, next_start
 from tutorial_lib.launch.warm_server import MODULES, Job
 from tutorial_lib.launch.watch import POLL_SECONDS
-from tutorial_lib.records import RunDirectory
+from tutorial_lib.records import RunDirectory, lost_another_rank
 
 WORKER = "tutorial_lib.launch.worker"
 
@@ -203,7 +203,7 @@ class _Server:
             elif not self._has_started and is_stopped():
                 return []  # the server is still busy, so the caller closes it
             poll()
-        self.is_busy = False
+        self.is_busy = self._has_started = False
         return failures
 
     def _send(self, kind: str, content: object) -> None:
@@ -326,6 +326,8 @@ def _error(failures: Sequence[Failure], outputs: Sequence[Path], directories: Se
     if _is_fatal(failure) and failure.rank not in {record["rank"] for record in written}:
         peers = [f"\n\nRank {r['rank']} failed with {r['type']}: {r['message']}" for r in written]
         return WorkerError("".join([_describe(failure, outputs, directories), *peers]))
+    if unrecorded := unrecorded_failure(failures, written, [_printed(output) for output in outputs]):
+        return WorkerError(_describe(unrecorded, outputs, directories))
     return first_error(directories, _describe(failure, outputs, directories))
 
 
@@ -339,6 +341,29 @@ def first_failure(failures: Sequence[Failure], written: Sequence[dict[str, Any]]
     own = [failure for failure in failures if not failure.killed_by_launcher] or list(failures)
     first = min([failure.time for failure in own] + [record["time"] for record in written])
     return min(own, key=lambda f: (not _is_fatal(f) or f.time > first + _NOTICED_SECONDS, f.time))
+
+
+def unrecorded_failure(
+    failures: Sequence[Failure], written: Sequence[dict[str, Any]], printed: Sequence[str]
+) -> Failure | None:
+    """Return the first failure whose rank printed its error, but could not record it, perhaps because the disk is full.
+
+    Return None if there is none, or if a rank recorded more than the loss of another one.
+
+    Args:
+        failures: the ranks that failed.
+        written: the errors that ranks recorded.
+        printed: what each rank printed.
+    """
+    recorded = {record["rank"] for record in written}
+    if not all(map(lost_another_rank, written)):
+        return None
+    for failure in sorted(failures, key=lambda f: f.time):
+        text = printed[failure.rank]
+        if failure.exit_code > 0 and failure.rank not in recorded and text:
+            if not lost_another_rank({"message": _last_exception(text)}):
+                return failure
+    return None
 
 
 def _is_fatal(failure: Failure) -> bool:
@@ -358,15 +383,26 @@ def _cause(exit_code: int) -> str:
 
 def _describe(failure: Failure, outputs: Sequence[Path], directories: Sequence[RunDirectory]) -> str:
     """Describe the end of a rank that wrote no error."""
-    output = outputs[failure.rank]
-    printed = output.read_text(errors="replace").strip() if output.exists() else ""
+    printed = _printed(outputs[failure.rank])
     ended = f"Rank {failure.rank} ended with exit code {failure.exit_code} and "
     if failure.exit_code > 0 and printed:
-        return f"{ended}could not record its error. It printed:\n{printed.splitlines()[-1]}\n\n{printed}"
+        return f"{ended}could not record its error. It printed:\n{_last_exception(printed)}\n\n{printed}"
     return (
         f"{ended}left no traceback{_cause(failure.exit_code)}. {next_start(directories)} The end of its output:\n"
         + _last_output(failure.rank, printed, directories)
     )
+
+
+def _printed(output: Path) -> str:
+    """Return what a rank printed outside its runs."""
+    return output.read_text(errors="replace").strip() if output.exists() else ""
+
+
+def _last_exception(printed: str) -> str:
+    """Return the line of the last exception in a rank's output, which more output may follow."""
+    _, traceback, after = printed.rpartition("Traceback (most recent call last):\n")
+    lines = after.splitlines()
+    return next((line for line in lines if traceback and line and not line.startswith(" ")), lines[-1])
 
 
 def _last_output(rank: int, printed: str, directories: Sequence[RunDirectory], lines: int = 20) -> str:

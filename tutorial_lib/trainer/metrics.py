@@ -78,11 +78,11 @@ class Records:
     def _measured_before(self) -> list[dict[str, Any]] | None:
         try:
             saved, result = json.loads(self.run.config_file.read_text(encoding="utf-8")), self.run.result()
-        except (OSError, ValueError):
+            measured = [rank["measured"] for rank in result["ranks"] if rank["measured"]]
+        except (OSError, ValueError, KeyError):  # missing or damaged
             return None
         now = json.loads(self._config.to_json())
         same = all(saved.get(name) == value for name, value in now.items() if name not in START_ONLY)
-        measured = [rank["measured"] for rank in result.get("ranks", ()) if rank["measured"]]
         return measured if same and measured else None
 
     def add(self, row: StepRow) -> None:

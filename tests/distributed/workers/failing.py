@@ -14,6 +14,7 @@ from tutorial_lib.records import RunDirectory
 def main(configs_file: str, rendezvous: str) -> None:
     (flat,) = json.loads(Path(configs_file).read_text())
     report_state(RunDirectory(Path(flat["storage"]) / flat["name"]), rendezvous)
+    print("buffered, so it comes after the traceback")
     raise ValueError("of this rank alone" if os.environ["RANK"] == "0" else "of a peer")
 
 

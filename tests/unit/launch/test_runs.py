@@ -357,7 +357,7 @@ WORKERS = "tests.unit.launch.workers"
     [
         (
             "aborting",
-            "Rank 0 ended with exit code -6 and left no traceback: signal 6 (Aborted) ended it. Run the same command again",
+            "Rank 0 ended with exit code -6 and left no traceback: signal 6 (Aborted) ended it. Run the same",
             "Rank 1 failed with RuntimeError: of a peer",
         ),
         (

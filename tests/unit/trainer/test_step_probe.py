@@ -68,3 +68,10 @@ def test_measurements_with_other_settings_are_not_kept(model: str, tmp_path: Pat
     assert measured_step(tmp_path, model, measure=True, stop_after=5) == 3
     assert measured_step(tmp_path, model) == 3
     assert measured_step(tmp_path, model, micro_batch=1) is None
+
+
+def test_a_damaged_result_does_not_stop_a_resume(model: str, tmp_path: Path) -> None:
+    assert measured_step(tmp_path, model, measure=True, stop_after=5) == 3
+    result = next(tmp_path.rglob("result.json"))
+    result.write_text(result.read_text().replace("measured", "meazured"))
+    assert measured_step(tmp_path, model) is None

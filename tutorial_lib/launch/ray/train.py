@@ -132,11 +132,26 @@ def _error(failed: BaseException, directories: Sequence[RunDirectory]) -> BaseEx
     """Return the error of a failed fit: a lack of room, or the error of the rank that failed first."""
     missing = _controller_failure(failed)
     if not isinstance(missing, ResourcesMissing):
-        return first_error(directories, f"Ray Train failed: {failed}")
+        return _lost_rank(failed, directories) or first_error(directories, f"Ray Train failed: {failed}")
     before = [restart["failed"] for directory in directories for restart in directory.restarts()]
     why = f"\nIt had to restart because rank {before[-1]['rank']} failed: {before[-1]['message']}" if before else ""
     message = f"{missing}{why}\n{next_start(directories)}"
     return Interrupted(message, []) if isinstance(missing, StoppedWaiting) else WorkerError(message)
+
+
+def _lost_rank(failed: BaseException, directories: Sequence[RunDirectory]) -> WorkerError | None:
+    """Return an error that names the rank that was killed or lost, or None if a rank has an error of its own."""
+    directory = next((each for each in directories if each.errors()), directories[-1])
+    written, known = directory.first_error(), getattr(failed, "worker_failures", {})
+    if not known or (written and not lost_another_rank(written)):
+        return None
+    first = _first_failure(written, known)
+    rank = f"Rank {first['rank']} of run {directory.path.name!r}"
+    cause = f"{first['type']}: {first['message']}"
+    if _is_gone(known.get(first["rank"])):
+        why = "it was killed, perhaps for lack of memory, or its node was lost."
+        return WorkerError(f"{rank} left no error: {why} {next_start(directories)}\n{cause}")
+    return WorkerError(f"{rank} failed with {cause}\n{next_start(directories)}") if written else None
 
 
 def _check_cluster(demand: Demand, directory: Path) -> None:
@@ -168,18 +183,24 @@ def _first_failure(written: dict[str, Any] | None, worker_exceptions: dict[int, 
         written: the first error that a worker wrote, if any did.
         worker_exceptions: the exceptions that Ray has received so far, by rank.
     """
-    from ray.exceptions import RayActorError
-
-    by_rank = {rank: getattr(e, "health_check_failure", e) for rank, e in sorted(worker_exceptions.items())}
+    by_rank = dict(sorted(worker_exceptions.items()))
     # A worker that died wrote nothing; the errors of its peers are consequences.
-    gone = next((rank for rank, e in by_rank.items() if isinstance(e, RayActorError)), None)
+    gone = next((rank for rank, e in by_rank.items() if _is_gone(e)), None)
     if written is None or gone is not None:
         rank = min(by_rank) if gone is None else gone
-        return {"rank": rank, "type": type(by_rank[rank]).__name__, "message": " ".join(str(by_rank[rank]).split())}
+        known = getattr(by_rank[rank], "health_check_failure", by_rank[rank])
+        return {"rank": rank, "type": type(known).__name__, "message": " ".join(str(known).split())}
     message = written["message"]
     if lost_another_rank(written):  # this error may reach Ray before Ray notices which worker or node is gone
         message = f"it lost another rank, which was killed or whose node was lost, and which left no error. {message}"
     return {"rank": written["rank"], "type": written["type"], "message": message}
+
+
+def _is_gone(error: Exception | None) -> bool:
+    """Return whether Ray's error says that the worker's process or node is gone."""
+    from ray.exceptions import RayActorError
+
+    return isinstance(getattr(error, "health_check_failure", error), RayActorError)
 
 
 def _trainer_class(config: Config, demand: Demand) -> Any:

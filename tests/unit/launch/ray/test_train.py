@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError
-from ray.train import ControllerError
+from ray.train import ControllerError, WorkerGroupError
 
 from tutorial_lib.launch import Interrupted, WorkerError
 from tutorial_lib.launch.ray.capacity import ResourcesMissing, StoppedWaiting
@@ -46,6 +46,40 @@ def test_the_worker_that_failed_first_is_recorded(
     failed = _first_failure(written, known_to_ray)
     assert (failed["rank"], failed["type"]) == (rank, type)
     assert failed["message"].startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("known_to_ray", "begin", "end"),
+    [
+        (
+            {0: RuntimeError(LOST), 1: DIED},
+            "Rank 1 of run 'run' left no error: it was killed, perhaps for lack of memory, or its node was lost. Run",
+            "ActorDiedError: The actor died unexpectedly before finishing this task.",
+        ),
+        (
+            {0: RuntimeError(LOST)},
+            "Rank 0 of run 'run' failed with RuntimeError: it lost another rank, which was killed or",
+            "Run the same command again, and it resumes: 'run' from step 0.",
+        ),
+    ],
+    ids=["known to Ray", "before Ray knows"],
+)
+def test_a_lost_worker_is_named_rather_than_the_one_that_lost_it(
+    tmp_path: Path, known_to_ray: dict[int, Exception], begin: str, end: str
+) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.create()
+    run.write_error(0, RuntimeError(LOST))
+    said = str(_error(WorkerGroupError("", known_to_ray), [run]))
+    assert said.startswith(begin) and said.endswith(end)
+
+
+def test_an_error_that_a_rank_wrote_is_shown_although_another_was_lost(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.create()
+    run.write_error(0, ValueError("its own"))
+    said = str(_error(WorkerGroupError("", {0: ValueError("its own"), 1: DIED}), [run]))
+    assert said.startswith("Rank 0 of run 'run' failed with ValueError: its own\n")
 
 
 @pytest.mark.parametrize(("missing", "raised"), [(StoppedWaiting, Interrupted), (ResourcesMissing, WorkerError)])
