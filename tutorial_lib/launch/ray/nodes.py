@@ -51,8 +51,13 @@ class TwoNodes:
             **ON_ONE_MACHINE,
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
         }
+        self._command = [sys.executable, "-m", "tutorial_lib.launch.ray.nodes", str(cpus), config.to_json()]
+        self._start()
+
+    def _start(self) -> None:
+        self._environment.pop("RAY_ADDRESS", None)
         self._owner = subprocess.Popen(
-            [sys.executable, "-m", "tutorial_lib.launch.ray.nodes", str(cpus), config.to_json()],
+            self._command,
             env={**os.environ, **self._environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -65,9 +70,13 @@ class TwoNodes:
     def joined(self) -> Iterator[None]:
         """Wait for the cluster, and make Ray join it whenever code in the block starts Ray.
 
+        If it has been closed, as by a cell that is run again, it starts again.
+
         Raises:
             RuntimeError: Ray did not start; the message is Ray's.
         """
+        if self._has_ended():
+            self._start()
         if "RAY_ADDRESS" not in self._environment:
             self._environment["RAY_ADDRESS"] = self._answer()
         with ExitStack() as left, mock.patch.dict(os.environ, self._environment):
@@ -85,6 +94,10 @@ class TwoNodes:
         print("lose", file=self._owner.stdin, flush=True)
         self._answer()
 
+    def _has_ended(self) -> bool:
+        assert self._owner.stdout is not None
+        return self._owner.stdout.closed  # by communicate, which then waits for the owner's end
+
     def _answer(self) -> str:
         assert self._owner.stdout is not None
         if line := self._owner.stdout.readline().strip():
@@ -96,7 +109,7 @@ class TwoNodes:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._owner.poll() is None:
+        if not self._has_ended():
             self._owner.communicate()
 
 
