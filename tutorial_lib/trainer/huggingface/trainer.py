@@ -85,14 +85,15 @@ class HuggingFaceTrainer(Trainer):
 
     def write_checkpoint(self, directory: Path) -> None:
         """Write the ``Trainer``'s ``checkpoint-N`` into a directory. Collective."""
+        model: Any = self.model
         original = self.args.output_dir
         self.args.output_dir = str(directory)
-        self.model.save_pretrained = partial(self.model.save_pretrained, save_original_format=False)
+        model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
         try:
             super()._save_checkpoint(self.model_wrapped, trial=None)
         finally:
             self.args.output_dir = original
-            del self.model.save_pretrained  # restores the class's own method
+            del model.save_pretrained  # restores the class's own method
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Refuse a checkpoint with weights that the model does not have, because those of its own would be lost."""
