@@ -166,13 +166,19 @@ def _draw_memory(axes: Any, base: float, memory: Sequence[tuple[float, int]], sc
 
 
 def _label(axes: Any, y: float, lane: Sequence[Span]) -> None:
-    """Write each unit's name over its span, but the root's under it, because neighbours may be close."""
+    """Write each unit's name over its span, but the root's under it, because neighbours may be close.
+
+    A phase's name stands over the phase's start.
+    """
     pieces = itertools.groupby(enumerate(lane), key=lambda item: item[1].unit if item[1].unit in PHASES else item[0])
     for together in ([span for _, span in piece] for _, piece in pieces):
         first, last = together[0], together[-1]
         if first.unit in PHASES and first.lane != "compute":
             continue
         name, under = first.unit.rpartition(".")[2] or "root", not first.unit
+        if first.unit in PHASES:  # beside the dotted line at the phase's start
+            axes.annotate(name, (first.start, y + 0.27), xytext=(3, 0), textcoords="offset points", fontsize=8)
+            continue
         axes.text((first.start + last.end) / 2, y - 0.28 if under else y + 0.27, name, ha="center",
                   va="top" if under else "bottom", fontsize=8)  # fmt: skip
 
