@@ -108,10 +108,6 @@ def runs(files: Path) -> dict[str, launch.Run]:
     one += [trained(files, *each, 1) for each in EQUAL[1]]
     two = [trained(files, *each, 2) for each in EQUAL[2]] + [own_loop(files)]
     two += [with_dropout(files, file, "uninterrupted") for file in INTERRUPTED]
-    two += [
-        trained(files, "gpt2", "zero0", 2).override(name="hf-gpt2.zero0-bf16", precision="bf16"),
-        equivalence.variant(files, "gpt2", "zero0-bf16", 2, name="hf-own.zero0-bf16"),
-    ]
     done = {run.config.run.name: run for configs in (one, two) for run in launch.run_all(configs)}
     resumed = launch.run_all([interrupted(done[f"hf-uninterrupted.{file}"], file) for file in INTERRUPTED])
     return done | {run.config.run.name: run for run in resumed}
@@ -131,13 +127,6 @@ def test_losses_match_our_own_loop(runs, ranks, case, variant):
     for name in ("eval_loss_before", "eval_loss"):
         assert run.result[name] == (reference.result[name] and pytest.approx(reference.result[name], rel=1e-6))
     assert run.result["num_parameters"] == reference.result["num_parameters"]
-
-
-def test_at_stage_0_in_bf16_the_first_update_is_the_one_of_our_own_loop(runs):
-    """DeepSpeed takes a step on zero gradients when it is built, which would shrink the first update."""
-    losses = [[row["loss"] for row in runs[f"hf-{name}.zero0-bf16"].rows] for name in ("gpt2", "own")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert_same_states(runs["hf-gpt2.zero0-bf16"], runs["hf-own.zero0-bf16"], 1e-4)
 
 
 def assert_same_states(

@@ -122,7 +122,7 @@ def _averaging_over(ranks: Callable[[int], int]) -> type[Trainer]:
 @contextmanager
 def trial_step_kept() -> Iterator[None]:
     """Keep the step that DeepSpeed's 16-bit optimizer takes when it is constructed."""
-    from tutorial_lib.engine.deepspeed import engine
+    from tutorial_lib.engine.deepspeed.engine import DeepSpeedEngine
 
-    with mock.patch.object(engine, "undo_step_of_construction", lambda *_: None):
+    with mock.patch.object(DeepSpeedEngine, "undo_step_of_construction", lambda self: None):
         yield

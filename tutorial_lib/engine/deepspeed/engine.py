@@ -112,7 +112,7 @@ class DeepSpeedEngine:
         )
         self._micro_steps = 0
         if config.engine.zero_stage == 0 and config.engine.precision != "fp32":
-            undo_step_of_construction(self.deepspeed.optimizer, self.optimizer)
+            self.undo_step_of_construction()
 
     def _finish_splitting(self, model: Any) -> None:
         autotp.check_layouts(self.layout())
@@ -190,6 +190,18 @@ class DeepSpeedEngine:
             norms[1:] = squares.sqrt()
         return float(norms.norm())
 
+    def undo_step_of_construction(self) -> None:
+        """Undo the step on zero gradients that DeepSpeed's 16-bit optimizer takes at stage 0 when it is built.
+
+        It takes the step to allocate Adam's moments. That decays the fp32 weights and leaves Adam's step count at 1,
+        which shrinks the first real update to three quarters.
+        """
+        self.optimizer.state.clear()
+        wrapper = self.deepspeed.optimizer
+        for masters, copies in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
+            for master, copy in zip(masters, copies, strict=True):
+                master.data.copy_(copy.data)
+
     def state_tensors(self) -> dict[str, list[Tensor]]:
         """Return the tensors of this rank's model states by part: ``parameters``, ``gradients``, ``optimizer``.
 
@@ -250,22 +262,6 @@ class _CheckpointEngine(TorchCheckpointEngine):
 
     def save(self, state_dict: Any, path: str) -> None:
         self.writer.save(state_dict, Path(path))
-
-
-def undo_step_of_construction(wrapper: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Undo the step on zero gradients that DeepSpeed's 16-bit optimizer takes at stage 0 when it is built.
-
-    It takes the step to allocate Adam's moments. That decays the fp32 weights and leaves Adam's step count at 1, which
-    shrinks the first real update to three quarters.
-
-    Args:
-        wrapper: DeepSpeed's 16-bit optimizer.
-        optimizer: the PyTorch optimizer that it wraps.
-    """
-    optimizer.state.clear()
-    for masters, copies in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
-        for master, copy in zip(masters, copies, strict=True):
-            master.data.copy_(copy.data)
 
 
 def held_tensors(engine: Any, optimizer: torch.optim.Optimizer) -> dict[str, list[Tensor]]:

@@ -88,7 +88,6 @@ class HuggingFaceRun(Trainer):
         self._prepare_first_step()
         self.engine.report_norm_without_zero()
         if self.resumed_from is None:  # otherwise the Trainer restores the saved states
-            self.engine.undo_step_of_construction()
             seed_everything(self.config.run.seed + 1 + self.topology.dp_rank)
         return self._has_no_steps_left()
 
@@ -233,14 +232,6 @@ class _TrainedModel:
             self.trainer.after_backward = None
             if engine is not None:
                 del engine.backward  # restores the class's own method
-
-    def undo_step_of_construction(self) -> None:
-        """Undo the step that DeepSpeed takes at stage 0 in 16 bits when it is built."""
-        engine = self.trainer.deepspeed
-        if engine is not None and self._zero_stage == 0 and self._precision != "fp32":
-            from tutorial_lib.engine.deepspeed.engine import undo_step_of_construction
-
-            undo_step_of_construction(engine.optimizer, engine.basic_optimizer)
 
     def report_norm_without_zero(self) -> None:
         """Make DeepSpeed report the gradient's norm at stage 0 in fp32, where it computes one only to clip."""
