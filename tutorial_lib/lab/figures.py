@@ -109,7 +109,7 @@ def lines(
     with styled_axes(title, alt, size=(7.0, 3.6)) as (axes, drawn):
         dashes = ("-", (0, (5, 2)), (0, (2, 2)), (0, (6, 2, 1, 2)), (0, (1, 1)))
         for index, (label, (xs, values)) in enumerate(series.items()):
-            if len(xs) != len(values) or not values:
+            if len(xs) != len(values) or len(values) == 0:
                 raise ValueError(
                     f"The line {label!r} has {len(values)} values for {len(xs)} places. A run that resumes "
                     "returns only the losses of its new steps: first run the cell again that began it, then this one."
