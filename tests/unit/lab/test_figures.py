@@ -107,4 +107,4 @@ def test_a_resumed_run_without_the_steps_of_a_line_is_explained():
     """A cell that starts a run again finds it complete: no step is left, and no loss returns."""
     line = {"second slot": (range(11, 21), [])}
     with pytest.raises(ValueError, match=r"'second slot' has 0 values for 10 places.* run the cell again that began"):
-        figures.lines(line, title="a", alt="b", x_label="c", y_label="d")
+        figures.lines(line, title="It falls", alt="A line.", x_label="c", y_label="d")
