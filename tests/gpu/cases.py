@@ -1,4 +1,6 @@
-"""Common code of a step's processes: ``python -m tests.gpu.cases MODULE EVENTS FIRST SETTING`` runs MODULE's cases.
+"""Common code of a step's processes: ``python -m tests.gpu.cases MODULE EVENTS FIRST SETTING DRIVER``.
+
+It runs MODULE's cases while the process with the id DRIVER, which has started it, lives.
 
 MODULE has a function ``cases(setting)`` that returns names and functions. Each function does one measurement and
 returns JSON-serializable values; quantities are named with their unit (``peak_bytes``, ``step_seconds``). If a function
@@ -11,6 +13,7 @@ import ctypes
 import gc
 import importlib
 import json
+import os
 import re
 import signal
 import sys
@@ -59,10 +62,12 @@ class Setting:
         return by_size[self.size]
 
 
-def main(module: str, events_file: str, first: str, setting_json: str) -> None:
+def main(module: str, events_file: str, first: str, setting_json: str, driver: str) -> None:
     """Run the cases of a module from number ``first`` on."""
     if sys.platform == "linux":  # end this process, too, when the driver is killed
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != int(driver):  # it was killed before
+            return
     setting = Setting(**json.loads(setting_json))
     found = importlib.import_module(module).cases(setting)
     cases = {name: measure for name, measure in found.items() if re.search(setting.only, name)}

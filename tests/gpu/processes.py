@@ -155,7 +155,8 @@ def run_step(
         events = scratch / f"{step.name}-{attempt}.events"
         events.touch()
         log = scratch / f"{step.name}-{attempt}.log"
-        command = [sys.executable, "-m", "tests.gpu.cases", step.module, str(events), str(first), json.dumps(setting)]
+        case_arguments = [step.module, str(events), str(first), json.dumps(setting), str(os.getpid())]
+        command = [sys.executable, "-m", "tests.gpu.cases", *case_arguments]
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, process_group=0

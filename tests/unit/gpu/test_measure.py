@@ -389,3 +389,16 @@ def test_a_call_that_is_ended_keeps_its_log_and_removes_its_scratch(tmp_path: Pa
     with zipfile.ZipFile(tmp_path / "traces.zip") as archive:
         assert archive.namelist() == ["measure.log"]
     assert not (tmp_path / "measure.log").exists()
+
+
+def test_a_process_whose_driver_is_gone_measures_nothing(tmp_path: Path) -> None:
+    """A signal may end the driver just after it has started the process, which does not know that yet."""
+    events = tmp_path / "events"
+    where = {"scratch": str(tmp_path), "out": str(tmp_path)}
+    setting = json.dumps({"device": "cpu", "size": "tiny", **where, "only": "before"})
+    for driver, has_run in ((os.getpid(), True), (os.getppid(), False)):
+        events.touch()
+        command = [sys.executable, "-m", "tests.gpu.cases", "tests.gpu.faults", str(events), "0", setting]
+        subprocess.run([*command, str(driver)], cwd=measure.ROOT, stdout=subprocess.DEVNULL, timeout=60)
+        assert bool(events.read_text()) == has_run
+        events.unlink()
